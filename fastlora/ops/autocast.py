@@ -1,0 +1,30 @@
+"""``torch.autocast`` at the op's door: x and the base weight are cast as ``nn.Linear`` casts them."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..projection import Projection
+
+_OFF = nullcontext()
+
+
+def autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast_inputs(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Sequence[Projection]]:
+    """x and the weights in autocast's dtype; float64 stays as it is.  Adapters and biases are cast as they are read."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    return cast(x), [projection._replace(weight=cast(projection.weight)) for projection in projections]
+
+
+def autocast_off(device_type: str) -> AbstractContextManager:
+    """Inside, torch's own products run in the dtypes that they are given."""
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else _OFF

@@ -1,0 +1,81 @@
+"""The functional API: checks at the door, autocast, the seed, and the way to the node or the registered op."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..projection import Projection, check_call
+from . import library
+from .autocast import autocast_inputs, autocast_is_on
+from .function import LoRALinearFunction
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, fused forward and backward (Hu et al., arXiv 2106.09685).
+
+    Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight [N, K];
+    lora_a [r, K]; lora_b [N, r]; bias [N]; the result is [..., N].
+
+    Dtypes: float16, bfloat16, float32 or float64 for x and weight, which agree; the adapter and the bias may have any
+    floating dtype (float32 beside a 16-bit x is usual): they are cast as they are read, and their gradients come back
+    in their own dtype.  Under ``torch.autocast`` x and weight are cast as ``nn.Linear`` casts them.
+
+    ``scale`` is alpha / r, or alpha / sqrt(r) for rsLoRA.  ``dropout`` in [0, 1) acts on the adapter's input alone, and
+    only while ``training``; its mask is drawn from torch's generator of x's device, and is not stored.
+
+    Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them, once: the backward itself is not
+    differentiable.  Besides its arguments the call keeps only h [M, r].
+
+    ``backend`` overrides :func:`fastlora.use_backend`.  Raises ValueError for shapes, devices or numbers that don't fit,
+    and TypeError for dtypes.
+    """
+    projection = Projection(weight, lora_a, lora_b, bias, scale)
+    return lora_linears(x, (projection,), dropout=dropout, training=training, backend=backend)[0]
+
+
+def lora_linears(
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    dropout: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Several LoRA projections of one x (q, k, v; gate, up): one autograd node, x saved once, a mask for each.
+
+    Each output, its gradients and the errors are those of :func:`lora_linear`; out_features and r may differ between
+    the projections.  dx is summed in the order given.
+    """
+    if isinstance(x, Tensor) and autocast_is_on(x.device.type):
+        x, projections = autocast_inputs(x, projections)
+    check_call(x, projections, dropout)
+    parameters = [tensor for projection in projections for tensor in projection.tensors]
+    scales = [float(projection.scale) for projection in projections]
+    p = float(dropout) if training else 0.0
+    seed = None if p == 0.0 else _draw_seed(len(projections), x.device)
+    if torch.compiler.is_compiling():
+        present = [x.new_empty(0) if parameter is None else parameter for parameter in parameters]
+        return tuple(torch.ops.fastlora.lora_linears(x, present, scales, p, seed)[0])
+    if not torch.is_grad_enabled() or not any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *parameters)
+    ):
+        return tuple(library.run_forward(x, parameters, scales, p, seed, backend)[0])
+    return LoRALinearFunction.apply(x, seed, scales, p, backend, *parameters)
+
+
+def _draw_seed(count: int, device: torch.device) -> Tensor:
+    """One seed a projection, from torch's generator of that device: manual_seed and checkpointing replay it."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+

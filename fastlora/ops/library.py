@@ -1,0 +1,132 @@
+"""``fastlora::lora_linears`` and its backward, registered with ``torch.library``.
+
+``torch.compile`` and export see these two ops; a plain eager call runs the same implementations directly
+(:mod:`fastlora.ops.function`), because the dispatcher's door costs more than a small kernel.  The schemas carry a
+group of projections flat: four ``parameters`` for each (weight, lora_a, lora_b, bias), an empty bias standing for none.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import find_backend
+from ..projection import group
+from .autocast import autocast_off
+
+_LIBRARY = torch.library.Library("fastlora", "DEF")
+_LIBRARY.define(
+    "lora_linears(Tensor x, Tensor[] parameters, float[] scales, float dropout, Tensor? seed) "
+    "-> (Tensor[] ys, Tensor[] hs)"
+)
+_LIBRARY.define(
+    "lora_linears_backward(Tensor[] dys, Tensor x, Tensor[] parameters, Tensor[] hs, bool[] needs, "
+    "float[] scales, float dropout, Tensor? seed) -> Tensor[]"
+)
+
+
+def run_forward(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    scales: Sequence[float],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, each with x's leading dimensions, and the h [M, r] of every projection."""
+    with autocast_off(x.device.type):
+        ys, hs = find_backend(backend).forward(as_matrix(x), group(parameters, scales), dropout=dropout, seed=seed)
+    if x.dim() != 2:  # resized, not viewed: autograd forbids in-place changes of a view that a Function returns
+        ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return ys, hs
+
+
+def run_backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+    scales: Sequence[float],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str | None = None,
+) -> list[Tensor | None]:
+    """The gradients of x and of every parameter where ``needs`` (in that order) asks for them, else None."""
+    with autocast_off(x.device.type):
+        gradients = find_backend(backend).backward(
+            [None if dy is None else as_matrix(dy) for dy in dys],
+            as_matrix(x),
+            group(parameters, scales),
+            hs,
+            needs,
+            dropout=dropout,
+            seed=seed,
+        )
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].view(x.shape)
+    return gradients
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], rows or columns dense in memory; copied only where its strides leave no other way."""
+    matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    strides = matrix.stride()
+    return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
+
+
+@torch.library.impl(_LIBRARY, "lora_linears", "CompositeExplicitAutograd")
+def _lora_linears(x, parameters, scales, dropout, seed):
+    return run_forward(x, _with_none(parameters), scales, dropout, seed)
+
+
+@torch.library.impl(_LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
+def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed):
+    gradients = run_backward(dys, x, _with_none(parameters), hs, needs, scales, dropout, seed)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@torch.library.register_fake("fastlora::lora_linears", lib=_LIBRARY)
+def _fake_lora_linears(x, parameters, scales, dropout, seed):
+    tokens = math.prod(x.shape[:-1])
+    ys = [x.new_empty(*x.shape[:-1], projection.weight.shape[0]) for projection in group(parameters, scales)]
+    return ys, [x.new_empty(tokens, projection.lora_a.shape[0]) for projection in group(parameters, scales)]
+
+
+@torch.library.register_fake("fastlora::lora_linears_backward", lib=_LIBRARY)
+def _fake_lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed):
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, need in zip([x, *parameters], needs, strict=True)
+        if need
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    x, parameters, scales, dropout, seed = inputs
+    ctx.save_for_backward(x, seed, *parameters, *output[1])
+    ctx.scales, ctx.dropout = scales, dropout
+
+
+def _backward(ctx, dys, _):
+    x, seed, *rest = ctx.saved_tensors
+    count = 4 * len(ctx.scales)
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    asked = iter(
+        torch.ops.fastlora.lora_linears_backward(
+            dys, x, rest[:count], rest[count:], needs, ctx.scales, ctx.dropout, seed
+        )
+    )
+    gradients = [next(asked) if need else None for need in needs]
+    return gradients[0], gradients[1:], None, None, None
+
+
+torch.library.register_autograd(
+    "fastlora::lora_linears", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+
+
+def _with_none(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The parameters with None for each empty one, which can only be a bias."""
+    return [parameter if parameter.numel() else None for parameter in parameters]
