@@ -1,6 +1,39 @@
-"""fastlora: LoRA linear layers that cost almost nothing over the frozen layer they wrap."""
+"""fastlora: LoRA linear layers that cost almost nothing over the frozen layer they wrap.
+
+    model = fastlora.apply_lora(model, fastlora.LoRAConfig(r=16, target_modules="all-linear"))
+
+The way of the data is one straight line: layer (``layers``), op (``ops``), backend (``backends``), kernel (``kernels``).
+``reference`` says what is true.
+"""
 
 from . import reference
 from .backends import use_backend
+from .checkpoint import load_adapter, save_adapter
+from .config import LoRAConfig
+from .coverage import Coverage, coverage
+from .inject import apply_lora, print_trainable_parameters, remove_lora
+from .layers import LoRALinear
+from .merge import merge_lora, unmerge_lora
 from .ops import lora_linear, lora_linears
 from .projection import Projection
+from .version import __version__
+
+__all__ = [
+    "Coverage",
+    "LoRAConfig",
+    "LoRALinear",
+    "Projection",
+    "__version__",
+    "apply_lora",
+    "coverage",
+    "load_adapter",
+    "lora_linear",
+    "lora_linears",
+    "merge_lora",
+    "print_trainable_parameters",
+    "reference",
+    "remove_lora",
+    "save_adapter",
+    "unmerge_lora",
+    "use_backend",
+]

@@ -57,9 +57,13 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout is {dropout}, but must lie in [0, 1): it is the probability of dropping an input")
 
 
-def check_rank(r: int) -> None:
+def check_adapter(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raise ValueError for numbers that no adapter can have."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r is {r!r}, but the rank must be a whole number of at least 1")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha is {lora_alpha!r}, but must be a finite number: scaling is lora_alpha / r")
+    check_dropout(lora_dropout)
 
 
 def _check_projection(x: Tensor, projection: Projection) -> None:

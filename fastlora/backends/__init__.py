@@ -14,6 +14,7 @@ from . import torch as torch_backend
 
 _BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
+_ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")  # read once: a look-up costs as much as a small op
 
 
 @contextmanager
@@ -37,8 +38,7 @@ def backend_name(argument: str | None = None) -> str:
     chosen = _CHOSEN.get()
     if chosen is not None:
         return chosen
-    environment = os.environ.get("FASTLORA_BACKEND")
-    return _check_name(environment, "FASTLORA_BACKEND") if environment else "torch"
+    return _check_name(_ENVIRONMENT, "FASTLORA_BACKEND") if _ENVIRONMENT else "torch"
 
 
 def find_backend(name: str | None = None) -> ModuleType:

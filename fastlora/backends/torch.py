@@ -31,23 +31,11 @@ def forward(
     x: Tensor, projections: Sequence[Projection], *, dropout: float, seed: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs [M, N] and the h [M, r] of all projections of x [M, K].  ``seed``: int64, one for each, if p > 0."""
-    hs = [x.new_empty(x.shape[0], projection.lora_a.shape[0]) for projection in projections]
-    downs = [projection.lora_a.to(x.dtype).T for projection in projections]  # [K, r]
-    factors = [projection.scale / (1.0 - dropout) for projection in projections]
-    if dropout == 0.0:
-        for h, down, factor in zip(hs, downs, factors, strict=True):
-            _product(x, down, factor, out=h)
-    else:
-        masks = [DropoutMask(seed[i], x.shape, dropout) for i in range(len(projections))]
-        for rows in _row_blocks(x):
-            kept = torch.empty_like(x[rows], memory_format=torch.contiguous_format)
-            for h, down, factor, mask in zip(hs, downs, factors, masks, strict=True):
-                multiply_bits(x[rows], mask.rows(rows), out=kept)
-                _product(kept, down, factor, out=h[rows])
+    hs = [_project(x, projection, dropout, _seed_of(seed, i)) for i, projection in enumerate(projections)]
     ys = []
     for projection, h in zip(projections, hs, strict=True):
         y = linear(x, projection.weight, _cast(projection.bias, x.dtype))
-        ys.append(y.addmm_(h, projection.lora_b.to(x.dtype).T))
+        ys.append(y.addmm_(h, _cast(projection.lora_b, x.dtype).T))
     return ys, hs
 
 
@@ -65,28 +53,42 @@ def backward(
 
     ``dys``: [M, N], or None for an output that the loss does not use.
     """
-    gradients: list[Tensor | None] = [None] * len(needs)
-    if needs[0]:
-        gradients[0] = _base_dx(dys, x, projections)
+    dx = _base_dx(dys, x, projections) if needs[0] else None
+    gradients = [dx]
     for i, (dy, projection, h) in enumerate(zip(dys, projections, hs, strict=True)):
-        first = 1 + 4 * i
-        need_weight, need_a, need_b, need_bias = needs[first : first + 4]
+        need_weight, need_a, need_b, need_bias = needs[1 + 4 * i : 5 + 4 * i]
         if dy is None:
+            gradients += [None] * 4
             continue
-        if need_weight:
-            gradients[first] = dy.T @ x
-        if needs[0] or need_a:
-            mask = DropoutMask(seed[i], x.shape, dropout) if dropout > 0.0 else None
-            dh = x.new_empty(h.shape)
-            _product(dy, projection.lora_b.to(x.dtype), projection.scale / (1.0 - dropout), out=dh)
-            gradients[first + 1] = _through_lora_a(x, dh, projection.lora_a, mask, gradients[0], need_a)
-        if need_b:  # hᵀ dy has the better orientation: in float32 it takes half the time of dyᵀ h on some CPUs
-            gradients[first + 2] = (h.T @ dy).T.to(projection.lora_b.dtype).contiguous()
+        d_weight = torch.mm(dy.T, x) if need_weight else None
+        d_lora_a = d_lora_b = d_bias = None
+        if need_a or dx is not None:
+            factor = projection.scale / (1.0 - dropout)
+            dh = _product(dy, _cast(projection.lora_b, x.dtype), factor, out=torch.empty_like(h))
+            d_lora_a = _through_lora_a(x, dh, projection.lora_a, dropout, _seed_of(seed, i), dx, need_a)
+        if need_b:
+            d_lora_b = _d_lora_b(dy, h)
         if need_bias:
-            gradients[first + 3] = dy.sum(0, dtype=torch.promote_types(projection.bias.dtype, torch.float32)).to(
-                projection.bias.dtype
-            )
+            d_bias = dy.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        found = (d_weight, d_lora_a, d_lora_b, d_bias)
+        gradients += [
+            None if gradient is None else _cast(gradient, tensor.dtype)
+            for gradient, tensor in zip(found, projection.tensors, strict=True)
+        ]
     return gradients
+
+
+def _project(x: Tensor, projection: Projection, dropout: float, seed: Tensor | None) -> Tensor:
+    """h = factor · (mask ∘ x) lora_aᵀ, [M, r]."""
+    down = _cast(projection.lora_a, x.dtype).T
+    h = x.new_empty(x.shape[0], down.shape[1])
+    factor = projection.scale / (1.0 - dropout)
+    if dropout == 0.0:
+        return _product(x, down, factor, out=h)
+    mask = DropoutMask(seed, x.shape[1], dropout)
+    for first, x_rows, h_rows in _blocks(x, h):
+        _product(multiply_bits(x_rows, mask.rows(first, len(x_rows))), down, factor, out=h_rows)
+    return h
 
 
 def _base_dx(dys: Sequence[Tensor | None], x: Tensor, projections: Sequence[Projection]) -> Tensor:
@@ -94,42 +96,56 @@ def _base_dx(dys: Sequence[Tensor | None], x: Tensor, projections: Sequence[Proj
     dx = None
     for dy, projection in zip(dys, projections, strict=True):
         if dy is not None:
-            dx = dy @ projection.weight if dx is None else dx.addmm_(dy, projection.weight)
+            dx = torch.mm(dy, projection.weight) if dx is None else dx.addmm_(dy, projection.weight)
     return x.new_zeros(x.shape) if dx is None else dx
 
 
 def _through_lora_a(
-    x: Tensor, dh: Tensor, lora_a: Tensor, mask: DropoutMask | None, dx: Tensor | None, need_a: bool
+    x: Tensor, dh: Tensor, lora_a: Tensor, dropout: float, seed: Tensor | None, dx: Tensor | None, need_a: bool
 ) -> Tensor | None:
     """Add mask ∘ (dh lora_a) onto dx, if there is one, and return d lora_a = dhᵀ (mask ∘ x), if it is needed."""
-    up = lora_a.to(x.dtype)  # [r, K]
-    if mask is None:
+    up = _cast(lora_a, x.dtype)
+    if dropout == 0.0:
         if dx is not None:
             dx.addmm_(dh, up)
-        return (dh.T @ x).to(lora_a.dtype) if need_a else None
-    total = x.new_zeros(lora_a.shape, dtype=torch.promote_types(x.dtype, torch.float32)) if need_a else None
-    for rows in _row_blocks(x):
-        keep, masked = mask.rows(rows), None
-        if total is not None:
-            masked = torch.empty_like(x[rows], memory_format=torch.contiguous_format)
-            multiply_bits(x[rows], keep, out=masked)
-            total += dh[rows].T @ masked
+        return torch.mm(dh.T, x) if need_a else None
+    mask, d_lora_a = DropoutMask(seed, x.shape[1], dropout), None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
+        keep = mask.rows(first, len(x_rows))
+        if need_a:
+            part = torch.mm(dh_rows.T, multiply_bits(x_rows, keep))
+            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
         if dx is not None:
-            masked = torch.mm(dh[rows], up, out=masked) if masked is not None else dh[rows] @ up
-            dx[rows].add_(multiply_bits(masked, keep, out=masked))
-    return None if total is None else total.to(lora_a.dtype)
+            dx_rows.add_(multiply_bits(torch.mm(dh_rows, up), keep))
+    return d_lora_a
 
 
-def _product(left: Tensor, right: Tensor, factor: float, *, out: Tensor) -> None:
+def _d_lora_b(dy: Tensor, h: Tensor) -> Tensor:
+    """dyᵀ h, [N, r].  Over many rows of float32 (hᵀ dy)ᵀ is faster, up to twice on some CPUs: it is worth its copy."""
+    if len(h) >= 256 and h.dtype == torch.float32:
+        return torch.mm(h.T, dy).T.contiguous()
+    return torch.mm(dy.T, h)
+
+
+def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+    """The first row of each block of dropout, and that block's rows of every tensor."""
+    step = max(1, (_CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK) // x.shape[1])
+    if len(x) <= step:
+        yield 0, x, *others
+        return
+    for first in range(0, len(x), step):
+        yield first, *(None if tensor is None else tensor[first : first + step] for tensor in (x, *others))
+
+
+def _product(left: Tensor, right: Tensor, factor: float, *, out: Tensor) -> Tensor:
     """out = factor · left right, scaled in the accumulator, before the product is rounded."""
-    torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
+    return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _row_blocks(x: Tensor) -> Iterator[slice]:
-    rows, columns = x.shape
-    step = max(1, (_CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK) // columns)
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+def _seed_of(seed: Tensor | None, i: int) -> Tensor | None:
+    return None if seed is None else seed[i : i + 1]

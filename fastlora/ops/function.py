@@ -2,9 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backends import backend_name
 from .library import run_backward, run_forward
 
 
@@ -13,7 +11,6 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, seed, scales, dropout, backend, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        backend = backend_name(backend)  # the backward may run in a thread that the context manager doesn't reach
         ys, hs = run_forward(x, parameters, scales, dropout, seed, backend)
         ctx.save_for_backward(x, seed, *parameters, *hs)
         ctx.settings = scales, dropout, backend
@@ -21,8 +18,12 @@ class LoRALinearFunction(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of a LoRA layer's gradient was asked for (create_graph=True), but its backward is not "
+                "differentiable: use fastlora.reference.lora_linear for that"
+            )
         x, seed, *rest = ctx.saved_tensors
         scales, dropout, backend = ctx.settings
         parameters, hs = rest[: 4 * len(scales)], rest[4 * len(scales) :]

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from ..projection import Projection, check_call
-from . import library
+from ..backends import find_backend
 from .autocast import autocast_inputs, autocast_is_on
 from .function import LoRALinearFunction
+from .library import run_forward
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # other classes (FakeTensor, DTensor …) go through the dispatcher
 
 
 def lora_linear(
@@ -65,14 +68,13 @@ def lora_linears(
     scales = [float(projection.scale) for projection in projections]
     p = float(dropout) if training else 0.0
     seed = None if p == 0.0 else _draw_seed(len(projections), x.device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         present = [x.new_empty(0) if parameter is None else parameter for parameter in parameters]
         return tuple(torch.ops.fastlora.lora_linears(x, present, scales, p, seed)[0])
-    if not torch.is_grad_enabled() or not any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *parameters)
-    ):
-        return tuple(library.run_forward(x, parameters, scales, p, seed, backend)[0])
-    return LoRALinearFunction.apply(x, seed, scales, p, backend, *parameters)
+    implementation = find_backend(backend)  # here: a backward's thread does not see the context manager
+    if torch.is_grad_enabled():
+        return LoRALinearFunction.apply(x, seed, scales, p, implementation, *parameters)
+    return tuple(run_forward(x, parameters, scales, p, seed, implementation)[0])
 
 
 def _draw_seed(count: int, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ group of projections flat: four ``parameters`` for each (weight, lora_a, lora_b,
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ def run_forward(
     scales: Sequence[float],
     dropout: float,
     seed: Tensor | None,
-    backend: str | None = None,
+    backend: ModuleType,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs, each with x's leading dimensions, and the h [M, r] of every projection."""
     with autocast_off(x.device.type):
-        ys, hs = find_backend(backend).forward(as_matrix(x), group(parameters, scales), dropout=dropout, seed=seed)
+        ys, hs = backend.forward(as_matrix(x), group(parameters, scales), dropout=dropout, seed=seed)
     if x.dim() != 2:  # resized, not viewed: autograd forbids in-place changes of a view that a Function returns
         ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
     return ys, hs
@@ -51,11 +52,11 @@ def run_backward(
     scales: Sequence[float],
     dropout: float,
     seed: Tensor | None,
-    backend: str | None = None,
+    backend: ModuleType,
 ) -> list[Tensor | None]:
     """The gradients of x and of every parameter where ``needs`` (in that order) asks for them, else None."""
     with autocast_off(x.device.type):
-        gradients = find_backend(backend).backward(
+        gradients = backend.backward(
             [None if dy is None else as_matrix(dy) for dy in dys],
             as_matrix(x),
             group(parameters, scales),
@@ -78,12 +79,12 @@ def as_matrix(x: Tensor) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "lora_linears", "CompositeExplicitAutograd")
 def _lora_linears(x, parameters, scales, dropout, seed):
-    return run_forward(x, _with_none(parameters), scales, dropout, seed)
+    return run_forward(x, _with_none(parameters), scales, dropout, seed, find_backend())
 
 
 @torch.library.impl(_LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
 def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed):
-    gradients = run_backward(dys, x, _with_none(parameters), hs, needs, scales, dropout, seed)
+    gradients = run_backward(dys, x, _with_none(parameters), hs, needs, scales, dropout, seed, find_backend())
     return [gradient for gradient in gradients if gradient is not None]
 
 

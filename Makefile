@@ -1,0 +1,34 @@
+# Needs nothing but Python 3.10 or newer and make: each target makes .venv by itself.
+
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: help demo test bench lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/demo ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
+	.venv/bin/python examples/finetune.py $(ARGS)
+
+test: .venv/test ## Run all tests (ARGS="-k dropout …")
+	.venv/bin/pytest $(ARGS)
+
+bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick …")
+	.venv/bin/pytest benchmarks $(ARGS)
+
+lint: .venv/dev ## Check format, style and types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+clean: ## Remove the virtual environment and everything that was built
+	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# A stamp for each set of extras, made anew when the package's description changes.
+.venv/%: pyproject.toml setup.py | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,165 @@
+"""Adapter files: PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``, written whole or not at all."""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoRAConfig
+from .inject import inject_known, injection_of, lora_layers, trained_biases, undo_injection, unwrap
+from .peft_config import from_peft, short_targets, to_peft
+from .targets import ALL_LINEAR
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.[^.]*bias$")
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the adapter as PEFT would, so that PEFT and vLLM load it; the base model is not written.
+
+    Besides lora_A and lora_B these are the biases that train and the modules that train in full.  Each file is
+    written under a temporary name and renamed when both are whole: an interrupted call leaves the old ones.  Raises
+    ValueError for a model without adapters.
+    """
+    from safetensors.torch import save
+
+    model, injection = unwrap(model), injection_of(model)
+    if injection is None:
+        raise ValueError("the model has no LoRA layers: call fastlora.apply_lora or load_adapter first")
+    targets = injection.config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        targets = short_targets(model, injection.layers)
+    config = to_peft(injection.config, targets, _base_name(model))
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_tensors(model).items()}
+    _write_whole(
+        Path(folder),
+        {
+            WEIGHTS: save(tensors, metadata={"format": "pt"}),
+            CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        },
+    )
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
+    """Load an adapter that fastlora or PEFT saved, and return the same model.
+
+    A plain model is given adapters first, as the file's config says; a model with adapters must have just the file's
+    layers, ranks and alphas.  Values are cast to the dtype that the adapter has in the model.
+
+    Raises FileNotFoundError for a folder without the two files and ValueError for a damaged file, a config of another
+    PEFT method or with settings that fastlora hasn't, keys that are missing, too many or of another shape, and a
+    merged model.  The model is then as it was.
+    """
+    folder, model = Path(folder), unwrap(model)
+    config, tensors = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
+    fresh = injection_of(model) is None
+    if fresh:
+        inject_known(model, config)
+    try:
+        _check_layers(model, config)
+        wanted = _adapter_tensors(model)
+        _check_tensors(wanted, tensors, folder / WEIGHTS)
+    except ValueError:
+        if fresh:
+            undo_injection(model)
+        raise
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+    return model
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that belongs to the adapter, under PEFT's keys."""
+    injection, tensors = injection_of(model), {}
+    for name, layer in lora_layers(model):
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{name}.lora_B.weight"] = layer.lora_B
+    for name in trained_biases(model, injection.config.bias):
+        layer, _, _ = name.rpartition(".")
+        key = f"{layer}.base_layer.bias" if layer in injection.layers else name
+        tensors[key.removeprefix(".")] = model.get_parameter(name)
+    for name in injection.saved_modules:
+        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+            tensors[f"{name}.{key}"] = tensor
+    return {_PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def _check_layers(model: nn.Module, config: LoRAConfig) -> None:
+    """Raise ValueError unless the model's adapters are those that the config speaks of."""
+    for name, layer in lora_layers(model):
+        here = (layer.r, layer.lora_alpha, layer.use_rslora)
+        there = (config.rank_of(name), config.alpha_of(name), config.use_rslora)
+        if here != there:
+            raise ValueError(
+                f"{name} has (r, lora_alpha, use_rslora) = {here}, but the file has {there}: call "
+                "fastlora.remove_lora(model) first, and load_adapter makes the adapters that the file needs"
+            )
+        if layer.merged:
+            raise ValueError(f"{name} is merged: call fastlora.unmerge_lora(model) before loading an adapter")
+
+
+def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError unless the file has just the wanted keys and shapes."""
+    # With bias="all" and modules_to_save, PEFT also writes its wrapper's two copies of those modules' biases.
+    extra = [key for key in found if key not in wanted and not _PEFT_COPIES.search(key)]
+    missing = [key for key in wanted if key not in found]
+    if missing or extra:
+        raise ValueError(
+            f"{path} doesn't fit the model: missing {_some(missing)}; not known {_some(extra)}. "
+            "Is it the model, and the target_modules, that the adapter was trained with?"
+        )
+    for key, tensor in wanted.items():
+        if found[key].shape != tensor.shape:
+            raise ValueError(
+                f"{path} has {key} of shape {tuple(found[key].shape)}, but the model's is {tuple(tensor.shape)}"
+            )
+
+
+def _some(keys: list[str]) -> str:
+    return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _read_config(path: Path) -> LoRAConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    return from_peft(values, str(path))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
+
+
+def _write_whole(folder: Path, files: dict[str, bytes]) -> None:
+    """Write the files so that each is the old one or the new one, whole, whenever the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fastlora-", dir=folder) as scratch:
+        for name, content in files.items():
+            with open(Path(scratch) / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(Path(scratch) / name, folder / name)
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """Where a transformers model was loaded from."""
+    return getattr(model, "name_or_path", None) or None

@@ -1,0 +1,5 @@
+"""``nn.Module`` layers over the functional API."""
+
+from .linear import LoRALinear
+
+__all__ = ["LoRALinear"]
