@@ -93,7 +93,7 @@ def _check_projection(x: Tensor, projection: Projection) -> None:
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, but weight has {out_features} rows: bias must be [{out_features}]"
         )
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:  # false for NaN
         raise ValueError(f"scale is {scale!r}, but must be a finite number: alpha / r, or alpha / sqrt(r) for rsLoRA")
     if weight.dtype != x.dtype:
         raise TypeError(

@@ -5,8 +5,11 @@ Their exclusive or goes through two rounds of multiply and shift, and the two 16
 two columns.  All of it is integer arithmetic that wraps, on whole tensors: it runs on any device, on all of its
 threads, and never reads the seed back to the host.
 
+The upper bits come down by an addition, w + (w >> s), where other hashes have an exclusive or: torch's shift copies
+the sign, which would fold the upper half onto its positive values.
+
 An element is kept where its half, as a number in [0, 2¹⁶), is at least round(p · 2¹⁶), so that the probability is
-right to 2⁻¹⁷.  This makes masks; it is not a source of random numbers for anything else.
+right to 2⁻¹⁶.  This makes masks; it is not a source of random numbers for anything else.
 """
 
 import torch
@@ -18,6 +21,7 @@ def _constant(value: int) -> Tensor:
     return torch.tensor(value if value < 2**31 else value - 2**32, dtype=torch.int32, device="cpu")
 
 
+_ROW_STEP = _constant(0xC2B2AE35)  # a multiplier of MurmurHash3; 1 in its place shows in the tests
 _COLUMN_STEP = _constant(0x9E3779B1)  # 2³² / golden ratio
 _FIRST_MIX, _FIRST_SHIFT = _constant(0x7FEB352D), _constant(15)  # from Wellons' hash lowbias32
 _SECOND_MIX, _SECOND_SHIFT = _constant(0x846CA68B), _constant(16)
@@ -38,12 +42,12 @@ class DropoutMask:
 
     def rows(self, first: int, count: int) -> Tensor:
         """int16 [count, columns], from row ``first`` on: 1 where the element is kept, 0 where it is dropped."""
-        row_keys = torch.arange(first, first + count, dtype=torch.int32, device=self.low.device).add_(self.low)
-        word = row_keys.unsqueeze(1) ^ self.column_keys
+        row_keys = torch.arange(first, first + count, dtype=torch.int32, device=self.low.device)
+        word = row_keys.mul_(_ROW_STEP).add_(self.low).unsqueeze(1) ^ self.column_keys
         word.mul_(_FIRST_MIX)
-        word.bitwise_xor_(word >> _FIRST_SHIFT)
+        word.add_(word >> _FIRST_SHIFT)
         word.mul_(_SECOND_MIX)
-        word.bitwise_xor_(word >> _SECOND_SHIFT)
+        word.add_(word >> _SECOND_SHIFT)
         lanes = word.view(torch.int16)
         return (lanes if self.columns % 2 == 0 else lanes[:, :-1]).ge_(self.threshold)
 

@@ -1,0 +1,35 @@
+"""One of two gloo processes that train the same model on different halves of a batch."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fastlora
+
+
+def make_model() -> nn.Module:
+    """The same adapted model, and the same random state after it, in every process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
+    config = fastlora.LoRAConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    return fastlora.apply_lora(model, config)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model, x = make_model(), torch.randn(8, 12)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        ddp(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
+    torch.save(gradients(model), f"{folder}/{rank}.pt")
+    if rank == 0:
+        fastlora.save_adapter(ddp, f"{folder}/adapter")
+    dist.destroy_process_group()

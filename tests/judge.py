@@ -1,0 +1,107 @@
+"""The judge of every op test: the float64 oracle, and an error budget relative to what eager PyTorch loses."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlora import Projection, lora_linears, reference
+from fastlora.backends.torch import dropout_mask
+
+
+def make_projection(
+    n: int, k: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, bias: bool = False
+) -> Projection:
+    """Random tensors that all require gradients but the base weight."""
+    adapter_dtype = adapter_dtype or dtype
+    weight = torch.randn(n, k, dtype=torch.float64).to(dtype)
+    lora_a = torch.randn(r, k, dtype=torch.float64).to(adapter_dtype).requires_grad_()
+    lora_b = torch.randn(n, r, dtype=torch.float64).to(adapter_dtype).requires_grad_()
+    return Projection(
+        weight, lora_a, lora_b, torch.randn(n).to(dtype).requires_grad_() if bias else None, 0.75
+    )
+
+
+def with_seed(run, count: int, device: str = "cpu"):
+    """What ``run`` returns, and the seeds that it drew from torch's generator."""
+    state = torch.get_rng_state()
+    seeds = torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+    torch.set_rng_state(state)
+    return run(), seeds
+
+
+def masks_of(seeds: Tensor, x: Tensor, p: float) -> list[Tensor] | None:
+    """The masks that the torch backend applies to x for these seeds; None without dropout."""
+    if p == 0.0:
+        return None
+    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    return [dropout_mask(seed, (rows, x.shape[-1]), p).reshape(x.shape) for seed in seeds]
+
+
+def run_fastlora(x: Tensor, projections: Sequence[Projection], p: float = 0.0):
+    """(outputs, output gradients, gradients by name, masks) of one forward and backward."""
+    ys, seeds = with_seed(lambda: lora_linears(x, projections, dropout=p), len(projections))
+    dys = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in ys]
+    return ys, dys, _gradients(ys, dys, x, projections), masks_of(seeds, x, p)
+
+
+def check_against_oracle(x: Tensor, projections: Sequence[Projection], p: float = 0.0) -> None:
+    """Every output and every gradient, in its own dtype, no further from the truth than PyTorch twice over."""
+    ys, dys, gradients, masks = run_fastlora(x, projections, p)
+    truth = _reference(x, projections, p, masks, dys, _to_float64)
+    eager = _reference(x, projections, p, masks, dys, lambda tensor: tensor)
+    size = _reference(x, projections, p, masks, [dy.abs() for dy in dys], lambda t: _to_float64(t).abs())
+    found = {f"y{i}": y for i, y in enumerate(ys)} | gradients
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        assert_close(name, value, truth[name], eager[name], size[name], x.dtype)
+
+
+def assert_close(
+    name: str, value: Tensor, truth: Tensor, eager: Tensor, size: Tensor, dtype: torch.dtype
+) -> None:
+    """error ≤ 2 · error(eager) + a few units in the last place of the coarser of value's and x's ``dtype``.
+
+    ``size`` is the sum of the absolute values of all terms: where they cancel, rounding is a share of that.
+    """
+    assert value.shape == truth.shape, name
+    assert value.dtype == eager.dtype, f"{name}: {value.dtype}, eager has {eager.dtype}"
+    if value.numel() == 0:
+        return
+    eps = max(torch.finfo(value.dtype).eps, torch.finfo(dtype).eps)
+    share = 1.0 if dtype == torch.float64 else 0.25  # in float64 the oracle rounds as much as we do
+    error = (value.detach().double() - truth.detach()).abs().max().item()
+    eager_error = (eager.detach().double() - truth.detach()).abs().max().item()
+    budget = 2 * eager_error + 2 * eps * truth.abs().max().item() + share * eps * size.abs().max().item()
+    assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
+
+
+def _to_float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
+    """The oracle's outputs and gradients on converted inputs; adapters are cast to x's dtype, as the rules say."""
+    x = convert(x)
+    leaves = [
+        Projection(*(None if t is None else convert(t) for t in projection.tensors), projection.scale)
+        for projection in projections
+    ]
+    cast = [
+        Projection(*(None if t is None else t.to(x.dtype) for t in projection.tensors), projection.scale)
+        for projection in leaves
+    ]
+    ys = reference.lora_linears(x, cast, dropout=p, masks=masks)
+    gradients = _gradients(ys, [dy.to(x.dtype) for dy in dys], x, leaves)
+    return {f"y{i}": y for i, y in enumerate(ys)} | gradients
+
+
+def _gradients(ys, dys, x, projections) -> dict[str, Tensor]:
+    leaves = {"d_x": x} | {
+        f"d_{name}{i}": tensor
+        for i, projection in enumerate(projections)
+        for name, tensor in zip(("weight", "lora_a", "lora_b", "bias"), projection.tensors, strict=True)
+        if tensor is not None
+    }
+    leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    return dict(zip(leaves, torch.autograd.grad(ys, list(leaves.values()), dys), strict=True))

@@ -1,0 +1,148 @@
+"""The mask: its share of kept elements, its independence along every direction, and where its seed comes from."""
+
+import math
+
+import pytest
+import torch
+from judge import make_projection, masks_of, with_seed
+
+import fastlora
+from fastlora.backends.dropout import DropoutMask, multiply_bits
+from fastlora.backends.torch import dropout_mask
+
+
+def seed_of(number: int) -> torch.Tensor:
+    return torch.tensor([number])
+
+
+def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """In standard deviations of the correlation of two independent masks."""
+    first, second = first.double() - first.double().mean(), second.double() - second.double().mean()
+    return (
+        (first * second).mean() / (first.std() * second.std()) * math.sqrt(first.numel())
+    ).item()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("number", [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123])
+def test_mean_and_variance(p, number):
+    mask = dropout_mask(seed_of(number), (512, 1024), p).double()
+    sigma = math.sqrt(p * (1 - p) / mask.numel())
+    assert abs(mask.mean().item() - (1 - p)) < 4.5 * sigma
+    # Row and column means scatter as those of independent draws do: their variance ratio is 1 within its own scatter.
+    for means, count in ((mask.mean(1), 1024), (mask.mean(0), 512)):
+        ratio = means.var().item() / (p * (1 - p) / count)
+        assert abs(ratio - 1) < 5 * math.sqrt(2 / len(means))
+
+
+@pytest.mark.parametrize("number", [0, 7, 2**40 + 3])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(0, 1), (0, 2), (0, 3), (0, 64), (1, 0), (2, 0), (64, 0), (1, 1), (1, 2), (3, 5)]
+)
+def test_no_correlation_between_neighbours(rows, columns, number):
+    mask = dropout_mask(seed_of(number), (1024, 1024), 0.5)
+    near = mask[: 1024 - rows, : 1024 - columns]
+    assert abs(correlation(near, mask[rows:, columns:])) < 4.5
+
+
+def test_no_correlation_between_drawn_seeds():
+    masks = [dropout_mask(seed, (512, 512), 0.5) for seed in torch.randint(-(2**63), 2**63 - 1, (20,))]
+    worst = max(
+        abs(correlation(first[cut], second[other_cut]))
+        for first, second in zip(masks, masks[1:], strict=False)
+        for cut, other_cut in (
+            (slice(None), slice(None)),
+            (slice(1, None), slice(-1)),
+            ((slice(None), slice(2, None)), (slice(None), slice(-2))),
+        )
+    )
+    assert worst < 4.5
+
+
+def test_squares_of_four_are_independent():
+    """Parity of the corners of rectangles: what a sum of a row key and a column key without mixing would fail."""
+    mask = dropout_mask(seed_of(11), (1024, 1024), 0.5).int()
+    for rows, columns in ((1, 1), (1, 2), (2, 2), (16, 16), (511, 512)):
+        parity = mask[:-rows, :-columns] ^ mask[rows:, :-columns] ^ mask[:-rows, columns:] ^ mask[rows:, columns:]
+        assert abs(parity.double().mean().item() - 0.5) < 4.5 * 0.5 / math.sqrt(parity.numel())
+
+
+def test_all_values_of_a_lane_occur_alike():
+    """Chi-square of the 16-bit lanes' upper and lower bytes, read through thresholds of many p."""
+    seed, shape = seed_of(3), (512, 2048)
+    kept = torch.tensor([dropout_mask(seed, shape, i / 64).sum() for i in range(1, 64)]).double()
+    counts = -torch.diff(kept)
+    expected = shape[0] * shape[1] / 64
+    chi = ((counts - expected) ** 2 / expected).sum().item()
+    assert abs(chi - 62) < 5 * math.sqrt(2 * 62)
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.0, 1.0), (2**-20, 1.0), (1 - 2**-20, 2**-16)])
+def test_ends_of_the_range(p, kept):
+    mask = dropout_mask(seed_of(1), (256, 4096), p).double()
+    assert mask.mean().item() == pytest.approx(kept, abs=4.5 * 2**-18)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 8])
+def test_the_same_however_rows_are_cut(columns):
+    whole = dropout_mask(seed_of(9), (20, columns), 0.3)
+    mask = DropoutMask(seed_of(9), columns, 0.3)
+    parts = [mask.rows(first, count) for first, count in ((0, 1), (1, 6), (7, 13))]
+    assert torch.equal(torch.cat(parts).bool(), whole)
+    assert torch.equal(dropout_mask(seed_of(9), (5, columns), 0.3), whole[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_multiply_bits_keeps_or_clears(dtype):
+    x = torch.tensor([[1.5, -2.0, float("nan"), float("inf"), -0.0, float("nan")]]).to(dtype)
+    keep = torch.tensor([[1, 0, 0, 0, 0, 1]], dtype=torch.int16)
+    out = multiply_bits(x, keep)
+    assert out.dtype == dtype
+    assert out[0, 0] == 1.5
+    assert torch.equal(out[0, 1:5], torch.zeros(4, dtype=dtype))
+    assert not out[0, 1:5].signbit().any()
+    assert out[0, 5].isnan()
+
+
+def test_group_has_independent_masks():
+    x = torch.randn(256, 512)
+    projection = make_projection(8, 512, 4, torch.float32)
+    _, seeds = with_seed(lambda: fastlora.lora_linears(x, [projection] * 3, dropout=0.5), 3)
+    first, second, third = masks_of(seeds, x, 0.5)
+    assert abs(correlation(first, second)) < 4.5
+    assert abs(correlation(second, third)) < 4.5
+
+
+def test_seed_comes_from_torch():
+    x, projection = torch.randn(16, 32), make_projection(8, 32, 4, torch.float32)
+    call = lambda: fastlora.lora_linear(x, *projection.tensors[:3], dropout=0.5)  # noqa: E731
+    torch.manual_seed(1)
+    first, second = call(), call()
+    torch.manual_seed(1)
+    again = call()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+def test_evaluation_and_p_0_draw_nothing():
+    x, projection = torch.randn(16, 32), make_projection(8, 32, 4, torch.float32)
+    state = torch.get_rng_state()
+    evaluated = fastlora.lora_linear(x, *projection.tensors[:3], dropout=0.5, training=False)
+    undropped = fastlora.lora_linear(x, *projection.tensors[:3])
+    assert torch.equal(evaluated, undropped)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_dropout_keeps_the_mean():
+    """Over many masks the output's mean is the output without dropout, and so is its input's gradient."""
+    x, projection = torch.randn(4, 64, dtype=torch.float64, requires_grad=True), make_projection(3, 64, 4, torch.float64)
+    plain = fastlora.lora_linear(x, *projection.tensors[:3])
+    (plain_dx,) = torch.autograd.grad(plain.sum(), x)
+    ys, dxs = [], []
+    for _ in range(3000):
+        y = fastlora.lora_linear(x, *projection.tensors[:3], dropout=0.5)
+        dxs.append(torch.autograd.grad(y.sum(), x)[0])
+        ys.append(y.detach())
+    for values, mean in ((torch.stack(ys), plain), (torch.stack(dxs), plain_dx)):
+        deviations = (values.mean(0) - mean) / (values.std(0) / math.sqrt(len(values)))
+        assert deviations.abs().max().item() < 5

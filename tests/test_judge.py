@@ -1,0 +1,53 @@
+"""The judge condemns what is wrong: each mistake that a LoRA kernel was ever shipped with fails its check."""
+
+import pytest
+import torch
+from judge import check_against_oracle, make_projection
+
+from fastlora.backends import torch as backend
+from fastlora.backends.dropout import DropoutMask
+
+
+def check(p: float = 0.3, dtype: torch.dtype = torch.bfloat16) -> None:
+    x = torch.randn(40, 24).to(dtype).requires_grad_()
+    check_against_oracle(x, [make_projection(17, 24, 4, dtype, torch.float32, bias=True)], p)
+
+
+def test_the_right_backend_passes():
+    check()
+
+
+def test_another_mask_in_the_backward_fails(monkeypatch):
+    through = backend._through_lora_a
+    monkeypatch.setattr(
+        backend, "_through_lora_a", lambda x, dh, a, p, seed, *rest: through(x, dh, a, p, seed + 1, *rest)
+    )
+    with pytest.raises(AssertionError, match="d_x"):
+        check()
+
+
+def test_no_mask_in_the_backward_fails(monkeypatch):
+    through = backend._through_lora_a
+    monkeypatch.setattr(
+        backend, "_through_lora_a", lambda x, dh, a, p, seed, *rest: through(x, dh, a, 0.0, None, *rest)
+    )
+    with pytest.raises(AssertionError, match="d_x"):
+        check()
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.9])
+def test_a_forgotten_share_of_the_scale_fails(monkeypatch, factor):
+    product = backend._product
+    monkeypatch.setattr(
+        backend, "_product", lambda left, right, scale, *, out: product(left, right, scale * factor, out=out)
+    )
+    with pytest.raises(AssertionError, match="y0"):
+        check(dtype=torch.float32)
+
+
+def test_a_mask_that_depends_on_the_block_fails(monkeypatch):
+    monkeypatch.setattr(backend, "_CPU_BLOCK", 24 * 8)
+    rows = DropoutMask.rows
+    monkeypatch.setattr(DropoutMask, "rows", lambda self, first, count: rows(self, 0, count))
+    with pytest.raises(AssertionError, match="y0"):
+        check()

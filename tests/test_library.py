@@ -1,0 +1,130 @@
+"""The registered ops, and torch.compile over them."""
+
+import pytest
+import torch
+from judge import make_projection
+from torch import nn
+
+import fastlora
+
+
+def op_arguments(p: float, n: int = 2, requires_grad: bool = True):
+    x = torch.randn(2, 5, 16, requires_grad=requires_grad)
+    group = [make_projection(6 + i, 16, 2 + i, torch.float32, bias=i == 0) for i in range(n)]
+    parameters = [torch.empty(0) if t is None else t for projection in group for t in projection.tensors]
+    if not requires_grad:
+        parameters = [parameter.detach() for parameter in parameters]
+    return x, parameters, [0.5] * n, p, torch.randint(-9, 9, (n,)) if p else None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_opcheck_forward(p):
+    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, op_arguments(p))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("needs", [[True] * 8, [True, False, True, True, False, False, True, True]])
+def test_opcheck_backward(p, needs):
+    x, parameters, scales, p, seed = op_arguments(p, requires_grad=False)
+    parameters[7] = torch.randn(7)
+    ys, hs = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed)
+    arguments = (ys, x, parameters, hs, [True, *needs], scales, p, seed)
+    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_the_op_and_the_eager_node_agree(p):
+    x, parameters, scales, p, seed = op_arguments(p)
+    leaves = [x, *(parameter for parameter in parameters if parameter.requires_grad)]
+    ys, _ = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed)
+    by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
+    from fastlora.backends import torch as backend
+    from fastlora.ops.function import LoRALinearFunction
+
+    present = [parameter if parameter.numel() else None for parameter in parameters]
+    ys = LoRALinearFunction.apply(x, seed, scales, p, backend, *present)
+    by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.up = fastlora.LoRALinear(16, 24, r=4, lora_dropout=dropout)
+        self.down = fastlora.LoRALinear(24, 16, bias=False, r=3, lora_dropout=dropout)
+        nn.init.normal_(self.up.lora_B)
+        nn.init.normal_(self.down.lora_B)
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.silu(self.up(x)))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compile_fullgraph(backend, training):
+    torch.compiler.reset()
+    block = Block(0.0).train(training)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    x = torch.randn(3, 16, requires_grad=True)
+    leaves = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
+    y, y_compiled = block(x), compiled(x)
+    torch.testing.assert_close(y_compiled, y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y_compiled.square().sum(), leaves), torch.autograd.grad(y.square().sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_dropout_uses_one_mask_for_both_directions(backend):
+    """y = x + update(mask): where y - base is linear in the mask, d lora_B tells which mask the backward used."""
+    torch.compiler.reset()
+    layer = fastlora.LoRALinear(32, 1, bias=False, r=1, lora_dropout=0.5)
+    nn.init.ones_(layer.lora_B)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.randn(1, 32)
+    y = compiled(x)
+    y.backward(torch.ones_like(y))
+    update = (y - torch.nn.functional.linear(x, layer.weight)).detach()
+    kept_share = layer.lora_A.grad / (layer.scaling * x)  # 0 where dropped, 1 / (1 - p) where kept
+    torch.testing.assert_close(kept_share.round(decimals=3).unique(), torch.tensor([0.0, 2.0]))
+    torch.testing.assert_close((layer.lora_A * layer.lora_A.grad).sum(), update.squeeze())
+
+
+def test_compile_with_dynamic_rows():
+    torch.compiler.reset()
+    block = Block(0.0).eval()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 8, 21):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_a_changed_scale_is_seen_by_the_compiled_layer():
+    torch.compiler.reset()
+    block = Block(0.0).eval()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 16)
+    compiled(x)
+    block.up.scaling *= 2
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_export():
+    block = Block(0.1).eval()
+    x = torch.randn(3, 16)
+    exported = torch.export.export(block, (x,))
+    torch.testing.assert_close(exported.module()(x), block(x))
+
+
+def test_fake_tensors_pass_through():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = fastlora.LoRALinear(16, 24, r=4, lora_dropout=0.5)
+        assert layer(torch.randn(2, 3, 16)).shape == (2, 3, 24)
+
+
+def test_meta_tensors_pass_through():
+    layer = fastlora.LoRALinear(16, 24, r=4, lora_dropout=0.5, device="meta")
+    assert layer(torch.randn(2, 3, 16, device="meta")).shape == (2, 3, 24)

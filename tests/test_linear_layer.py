@@ -1,0 +1,130 @@
+"""LoRALinear: an nn.Linear in every respect, with an adapter."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import LoRALinear
+
+
+def trained_layer(**settings) -> LoRALinear:
+    layer = LoRALinear(12, 7, r=4, lora_alpha=6, **settings)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def test_is_a_linear_layer():
+    layer = LoRALinear(12, 7)
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+    assert layer.lora_A.shape == (8, 12)
+    assert layer.lora_B.shape == (7, 8)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    assert "r=8, lora_alpha=16" in repr(layer)
+
+
+def test_fresh_layer_is_the_identity_change():
+    layer, x = LoRALinear(12, 7, lora_dropout=0.5), torch.randn(3, 12)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_matches_the_oracle():
+    layer, x = trained_layer(), torch.randn(2, 3, 12)
+    truth = fastlora.reference.lora_linear(
+        x, layer.weight, layer.lora_A, layer.lora_B, bias=layer.bias, scale=6 / 4
+    )
+    torch.testing.assert_close(layer(x), truth)
+
+
+def test_rslora_scaling():
+    assert LoRALinear(12, 7, r=4, lora_alpha=6, use_rslora=True).scaling == 3.0
+
+
+def test_initialisation_is_peft_s():
+    """kaiming-uniform(a=√5) is uniform within 1/√in_features."""
+    lora_a = LoRALinear(400, 7, r=64).lora_A
+    assert lora_a.abs().max() <= 1 / 20
+    assert lora_a.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.05)
+
+
+def test_dropout_acts_in_training_only():
+    layer, x = trained_layer(lora_dropout=0.5), torch.randn(3, 12)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_from_linear_shares_the_base():
+    linear = nn.Linear(12, 7, dtype=torch.bfloat16).eval()
+    layer = LoRALinear.from_linear(linear, r=2, lora_alpha=4)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert layer.lora_A.dtype == torch.bfloat16
+    assert not layer.training
+
+
+def test_a_base_checkpoint_loads():
+    linear, layer = nn.Linear(12, 7), trained_layer()
+    adapter = layer.lora_A.detach().clone()
+    layer.load_state_dict(linear.state_dict())
+    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(layer.lora_A, adapter)
+
+
+def test_state_dict_round_trip():
+    first, second = trained_layer(), trained_layer()
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, 12)
+    assert torch.equal(first(x), second(x))
+
+
+def test_half_an_adapter_in_a_checkpoint_is_an_error():
+    layer = trained_layer()
+    state = layer.state_dict()
+    del state["lora_B"]
+    with pytest.raises(RuntimeError, match="lora_B"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(how, merged):
+    layer, x = trained_layer().eval(), torch.randn(3, 12)
+    plain = layer(x)
+    if merged:
+        fastlora.merge_lora(layer)
+    if how == "deepcopy":
+        copied = copy.deepcopy(layer)
+    elif how == "pickle":
+        copied = pickle.loads(pickle.dumps(layer))
+    else:
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert torch.equal(copied(x), layer(x))
+    if merged:
+        fastlora.unmerge_lora(copied)
+        assert torch.equal(copied(x), plain)
+        assert layer.merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_to_another_dtype(dtype):
+    layer = trained_layer().to(dtype)
+    y = layer(torch.randn(3, 12, dtype=dtype))
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert layer.lora_A.grad.dtype == dtype
+
+
+def test_functional_call():
+    layer, x = trained_layer(), torch.randn(3, 12)
+    changed = {"lora_B": torch.zeros_like(layer.lora_B)}
+    y = torch.func.functional_call(layer, changed, (x,))
+    assert torch.equal(y, nn.functional.linear(x, layer.weight, layer.bias))

@@ -1,0 +1,170 @@
+"""lora_linear and lora_linears: every output and every gradient against the oracle."""
+
+import pytest
+import torch
+from judge import check_against_oracle, make_projection
+
+import fastlora
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = {
+    "f64": (torch.float64, torch.float64),
+    "f32": (torch.float32, torch.float32),
+    "f16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "f16-f32": (torch.float16, torch.float32),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+}
+dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
+dropouts = pytest.mark.parametrize("p", [0.0, 0.1, 0.5], ids="p{}".format)
+
+
+def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@dtypes
+@dropouts
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 17, 33), (33, 1, 7), (5, 3, 1), (64, 32, 48), (130, 67, 129)],
+    ids=lambda size: str(size),
+)
+def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
+    check_against_oracle(make_x(m, k, dtype=dtype), [make_projection(n, k, 8, dtype, adapter_dtype, bias)], p)
+
+
+@dtypes
+@dropouts
+@pytest.mark.parametrize("r", [1, 3, 8, 16, 64, 200])
+def test_ranks(r, dtype, adapter_dtype, p):
+    check_against_oracle(make_x(37, 70, dtype=dtype), [make_projection(29, 70, r, dtype, adapter_dtype)], p)
+
+
+@dropouts
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 5, 7), (2, 3, 5, 7), (0, 7), (2, 0, 7)], ids=str)
+def test_leading_dimensions(shape, p):
+    check_against_oracle(make_x(*shape), [make_projection(6, 7, 3, torch.float32, bias=True)], p)
+
+
+STRIDES = {
+    "transposed": lambda **kw: make_x(9, 8, **kw).T,
+    "every-second-column": lambda **kw: make_x(8, 18, **kw)[:, ::2],
+    "every-second-row": lambda **kw: make_x(16, 9, **kw)[::2],
+    "permuted-3d": lambda **kw: make_x(9, 4, 5, **kw).permute(1, 2, 0),
+    "expanded-rows": lambda **kw: make_x(1, 9, **kw).expand(8, 9),
+    "expanded-columns": lambda **kw: make_x(8, 1, **kw).expand(8, 9),
+    "every-second-feature-3d": lambda **kw: make_x(2, 3, 18, **kw)[..., 1::2],
+}
+
+
+@dropouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+def test_strided_x(make, dtype, p):
+    x = make(dtype=dtype).detach().requires_grad_()
+    assert not x.is_contiguous()
+    check_against_oracle(x, [make_projection(6, 9, 3, dtype, bias=True)], p)
+
+
+@dtypes
+@dropouts
+@pytest.mark.parametrize("sizes", [((5, 3), (11, 8)), ((16, 4), (8, 4), (1, 70))], ids=["two", "three"])
+def test_groups(sizes, dtype, adapter_dtype, p):
+    group = [make_projection(n, 21, r, dtype, adapter_dtype, bias=i % 2 == 0) for i, (n, r) in enumerate(sizes)]
+    check_against_oracle(make_x(2, 13, 21, dtype=dtype), group, p)
+
+
+@dropouts
+def test_trainable_base_weight(p):
+    projection = make_projection(6, 9, 3, torch.float32, bias=True)
+    projection.weight.requires_grad_()
+    check_against_oracle(make_x(8, 9), [projection], p)
+
+
+@dropouts
+@pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b", "bias"])
+def test_frozen_subsets(frozen, p):
+    x, projection = make_x(8, 9), make_projection(6, 9, 3, torch.float32, bias=True)
+    (x if frozen == "x" else getattr(projection, frozen)).requires_grad_(False)
+    check_against_oracle(x, [projection], p)
+
+
+def test_dropout_over_many_blocks(monkeypatch):
+    from fastlora.backends import torch as backend
+
+    monkeypatch.setattr(backend, "_CPU_BLOCK", 64)
+    group = [make_projection(6, 9, 3, torch.bfloat16, torch.float32), make_projection(4, 9, 2, torch.bfloat16)]
+    check_against_oracle(make_x(50, 9, dtype=torch.bfloat16), group, 0.3)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck(p):
+    x, projection = make_x(5, 7, dtype=torch.float64), make_projection(4, 7, 3, torch.float64, bias=True)
+    projection.weight.requires_grad_()
+
+    def call(x, weight, lora_a, lora_b, bias):
+        torch.manual_seed(3)  # the same mask for every evaluation
+        return fastlora.lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=0.6, dropout=p)
+
+    assert torch.autograd.gradcheck(call, (x, *projection.tensors))
+
+
+def test_output_that_the_loss_does_not_use():
+    x, group = make_x(5, 7), [make_projection(4, 7, 3, torch.float32) for _ in range(3)]
+    used = fastlora.lora_linears(x, group)[1]
+    used.sum().backward()
+    alone = x.grad.clone()
+    x.grad = None
+    fastlora.lora_linear(x, *group[1].tensors[:3], scale=group[1].scale).sum().backward()
+    torch.testing.assert_close(alone, x.grad)
+    assert group[0].lora_a.grad is None
+    assert group[2].lora_b.grad is None
+
+
+def test_output_may_be_changed_in_place():
+    x, projection = make_x(2, 5, 7), make_projection(4, 7, 3, torch.float32)
+    y = fastlora.lora_linear(x, *projection.tensors[:3], scale=projection.scale)
+    y += 1
+    y.mul_(2).sum().backward()
+    changed = projection.lora_b.grad.clone()
+    projection.lora_b.grad = None
+    (2 * fastlora.lora_linear(x, *projection.tensors[:3], scale=projection.scale)).sum().backward()
+    torch.testing.assert_close(changed, projection.lora_b.grad)
+
+
+def test_same_inputs_same_bits():
+    x, projection = make_x(40, 33, dtype=torch.bfloat16), make_projection(20, 33, 4, torch.bfloat16, torch.float32)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        y = fastlora.lora_linear(x, *projection.tensors[:3], scale=2.0, dropout=0.2)
+        results.append((y, *torch.autograd.grad(y.sum(), (x, projection.lora_a, projection.lora_b))))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_scale_is_not_rounded_to_the_dtype():
+    """A scale that bfloat16 can't hold stays exact until the product is rounded."""
+    x, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.bfloat16)
+    lora_a, lora_b = torch.full((1, 1), 256.0, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    scale = 1.0 + 2**-9  # bfloat16 rounds it to 1, and 256 times it to 256.5, which rounds to 256
+    y = fastlora.lora_linear(x, weight, lora_a * 1.5, lora_b, scale=scale * 2)
+    exact = torch.tensor(2 * scale * 384.0).to(torch.bfloat16)
+    assert y.item() == exact.item()
+
+
+def test_no_gradient_mode_keeps_no_graph():
+    x, projection = make_x(5, 7), make_projection(4, 7, 3, torch.float32)
+    with torch.no_grad():
+        assert not fastlora.lora_linear(x, *projection.tensors[:3]).requires_grad
+    with torch.inference_mode():
+        assert fastlora.lora_linear(x, *projection.tensors[:3]).is_inference()
+
+
+def test_gradient_of_the_gradient_is_refused():
+    x, projection = make_x(5, 7), make_projection(4, 7, 3, torch.float32)
+    y = fastlora.lora_linear(x, *projection.tensors[:3])
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,0 +1,150 @@
+"""What surrounds a layer in real training: autocast, checkpointing, accumulation, several processes."""
+
+import copy
+import socket
+import threading
+
+import ddp_worker
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import LoRALinear
+
+
+def make_layer(dropout: float = 0.0, **settings) -> LoRALinear:
+    layer = LoRALinear(12, 7, r=4, lora_dropout=dropout, **settings)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def gradients(layer: nn.Module, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    layer.zero_grad()
+    y.float().square().mean().backward()
+    return {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+
+
+def assert_same(first: dict, second: dict, **tolerance) -> None:
+    assert first.keys() == second.keys()
+    assert first
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_as_nn_linear(dtype, dropout):
+    layer, x = make_layer(dropout), torch.randn(3, 12, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer(x)
+        plain = nn.Linear(12, 7)(x)
+    assert y.dtype == plain.dtype == dtype
+    found = gradients(layer, y)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert x.grad.dtype == torch.float32
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=dtype):
+        under = layer(x)
+    torch.manual_seed(1)
+    by_hand = copy.deepcopy(layer)
+    by_hand.weight.data, by_hand.bias.data = layer.weight.to(dtype), layer.bias.to(dtype)
+    assert torch.equal(under, by_hand(x.to(dtype)))
+
+
+def test_backward_inside_autocast_of_a_call_outside():
+    layer, x = make_layer(), torch.randn(3, 12)
+    outside = gradients(layer, layer(x))
+    y = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gradients(layer, y)
+    assert_same(outside, inside)
+
+
+def test_autocast_leaves_float64_alone():
+    layer = make_layer(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(3, 12, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_replays_the_mask(use_reentrant):
+    layer, x = make_layer(0.5), torch.randn(16, 12, requires_grad=True)
+    torch.manual_seed(3)
+    plain = gradients(layer, layer(x))
+    plain["x"], x.grad = x.grad, None
+    torch.manual_seed(3)
+    recomputed = gradients(layer, checkpoint(layer, x, use_reentrant=use_reentrant))
+    recomputed["x"] = x.grad
+    assert_same(plain, recomputed, rtol=0, atol=0)
+
+
+def test_gradients_accumulate():
+    layer, x = make_layer(), torch.randn(8, 12)
+    layer(x).sum().backward()
+    whole = layer.lora_A.grad.clone()
+    layer.zero_grad()
+    for part in x.split(2):
+        layer(part).sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, whole)
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_frozen_half_gets_no_gradient(frozen):
+    layer = make_layer()
+    getattr(layer, frozen).requires_grad_(False)
+    layer(torch.randn(3, 12)).sum().backward()
+    assert getattr(layer, frozen).grad is None
+    assert sum(p.grad is not None for p in layer.parameters()) == 1
+
+
+def test_only_the_gradients_asked_for_are_computed(monkeypatch):
+    """A first layer's x needs none, so its dx, which is as dear as the forward, must not be computed."""
+    from fastlora.backends import torch as backend
+
+    monkeypatch.setattr(backend, "_base_dx", lambda *_: pytest.fail("dx was computed, and nobody asked"))
+    make_layer()(torch.randn(3, 12)).sum().backward()
+
+
+def test_one_layer_called_twice():
+    layer = LoRALinear(6, 6, r=2)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 6)
+    found = gradients(layer, layer(layer(x)))
+    weight = layer.lora_B.detach().clone().requires_grad_()
+
+    def call(x):
+        return fastlora.reference.lora_linear(
+            x, layer.weight, layer.lora_A, weight, bias=layer.bias, scale=layer.scaling
+        )
+
+    call(call(x)).square().mean().backward()
+    torch.testing.assert_close(found["lora_B"], weight.grad)
+
+
+def test_threads_keep_their_own_backend():
+    from fastlora.backends import backend_name
+
+    names = []
+    with fastlora.use_backend("torch"):
+        thread = threading.Thread(target=lambda: names.append(backend_name()))
+        thread.start()
+        thread.join()
+        assert backend_name() == "torch"
+    assert names == ["torch"]
+
+
+def test_ddp_in_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(ddp_worker.train, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert_same(first, second)
+    model, x = ddp_worker.make_model(), torch.randn(8, 12)
+    for _ in range(2):
+        model(x).square().mean().backward()
+    assert_same(first, ddp_worker.gradients(model))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
