@@ -46,13 +46,13 @@ def to_peft(config: LoRAConfig, targets: Iterable[str] | str, base_name: str | N
 def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     """The LoRAConfig of a JSON object of PEFT's.
 
-    A setting that fastlora hasn't is a ValueError that names it, unless it is off (null, false, empty, zero).
+    A setting that fastlora hasn't is a ValueError that names it, unless it is off (null, false, or empty).
     """
     if not isinstance(values, Mapping) or "peft_type" not in values:
         raise ValueError(f"{source} is no PEFT config: it has no peft_type")
     if values["peft_type"] != "LORA":
         raise ValueError(f"{source} has peft_type {values['peft_type']!r}, and fastlora loads only 'LORA': use PEFT")
-    foreign = {name: value for name, value in values.items() if name not in _OURS | _SILENT and value}
+    foreign = {name: value for name, value in values.items() if name not in _OURS | _SILENT and not _is_off(value)}
     if foreign:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(foreign.items()))
         raise ValueError(f"{source} has settings that fastlora doesn't support: {settings}. Load it with PEFT")
@@ -69,6 +69,10 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
         return LoRAConfig(**ours)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} doesn't hold a LoRA config: {error}") from None
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def short_targets(model: nn.Module, layers: Iterable[str]) -> list[str]:

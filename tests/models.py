@@ -1,0 +1,68 @@
+"""Tiny models, built from configs without a hub."""
+
+import torch
+from torch import nn
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes | heads | settings)).to(dtype).eval()
+
+
+class Mlp(nn.Module):
+    """Two linear layers with biases, a norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.down(torch.relu(self.up(x)))))
+
+
+class Tied(nn.Module):
+    """An embedding and an output layer that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.mix(self.embed(ids)))
+
+
+def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
+    """Give everything that trains random values, so that an adapter is no identity change."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * std)
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything that a failed call must leave as it was."""
+    return {
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "identities": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
+        "trains": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "merged": {name: getattr(module, "merged", None) for name, module in model.named_modules()},
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
+    now = snapshot(model)
+    values, values_before = now.pop("values"), before.pop("values")
+    assert values.keys() == values_before.keys()
+    assert all(torch.equal(values[name], values_before[name]) for name in values)
+    assert now == before

@@ -1,0 +1,279 @@
+"""apply_lora and remove_lora: which layers, what trains, and that nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig, LoRALinear
+
+
+def adapted(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+LLAMA_ATTENTION = {f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"}
+LLAMA_MLP = {f"model.layers.{i}.mlp.{x}_proj" for i in (0, 1) for x in ("gate", "up", "down")}
+
+TARGETS = {
+    "default": ({}, LLAMA_ATTENTION),
+    "all-linear": ({"target_modules": "all-linear"}, LLAMA_ATTENTION | LLAMA_MLP),
+    "suffix": ({"target_modules": ["q_proj"]}, {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}),
+    "longer-suffix": ({"target_modules": ["mlp.up_proj"]}, {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}),
+    "whole-name": ({"target_modules": ["model.layers.1.mlp.up_proj"]}, {"model.layers.1.mlp.up_proj"}),
+    "set": ({"target_modules": {"q_proj", "lm_head"}}, {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)} | {"lm_head"}),
+    "regex": ({"target_modules": r".*\.0\..*(q|v)_proj"}, {f"model.layers.0.self_attn.{x}_proj" for x in "qv"}),
+    "exclude-list": (
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj", "model.layers.0.mlp.up_proj"]},
+        LLAMA_ATTENTION | LLAMA_MLP - {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)} - {"model.layers.0.mlp.up_proj"},
+    ),
+    "exclude-regex": (
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*"},
+        {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), TARGETS.values(), ids=TARGETS)
+def test_targets(settings, expected):
+    model = fastlora.apply_lora(tiny_llama(), LoRAConfig(**settings))
+    assert adapted(model) == expected
+    assert trained(model) == {f"{name}.lora_{half}" for name in expected for half in "AB"}
+
+
+@pytest.mark.parametrize("settings", [settings for settings, _ in TARGETS.values()][1:], ids=list(TARGETS)[1:])
+def test_targets_as_peft_means_them(settings):
+    import peft
+
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings))
+    names = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert adapted(fastlora.apply_lora(tiny_llama(), LoRAConfig(**settings))) == names
+
+
+def test_default_targets_of_bert():
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50))
+    names = adapted(fastlora.apply_lora(model, LoRAConfig()))
+    attention = "encoder.layer.0.attention"
+    assert names == {f"{attention}.self.{x}" for x in ("query", "key", "value")} | {f"{attention}.output.dense"}
+
+
+def test_all_linear_takes_every_linear_of_a_plain_model():
+    assert adapted(fastlora.apply_lora(Mlp(), LoRAConfig(target_modules="all-linear"))) == {"up", "down", "head"}
+
+
+def test_patterns():
+    config = LoRAConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"up": 2, "x": 9}, alpha_pattern={"down|head": 3}
+    )
+    model = fastlora.apply_lora(Mlp(), config)
+    assert (model.up.r, model.up.scaling) == (2, 4.0)
+    assert (model.down.r, model.down.scaling) == (4, 0.75)
+    assert (model.head.r, model.head.scaling) == (4, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("bias", "biases"), [("none", set()), ("all", {"up.bias", "down.bias", "norm.bias", "head.bias"}), ("lora_only", {"up.bias"})]
+)
+def test_bias(bias, biases):
+    model = fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"], bias=bias))
+    assert trained(model) == {"up.lora_A", "up.lora_B"} | biases
+    model(torch.randn(3, 8)).sum().backward()
+    assert all(model.get_parameter(name).grad is not None for name in trained(model))
+
+
+def test_modules_to_save_train_in_full_and_take_no_adapter():
+    model = fastlora.apply_lora(Mlp(), LoRAConfig(target_modules="all-linear", modules_to_save=["head", "norm"]))
+    assert adapted(model) == {"up", "down"}
+    assert {"head.weight", "head.bias", "norm.weight", "norm.bias"} < trained(model)
+
+
+def test_a_classification_head_trains_in_full():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    model = LlamaForSequenceClassification(config)
+    fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+    assert "score" not in adapted(model)
+    assert "score.weight" in trained(model)
+
+
+def test_a_tied_module_to_save_gets_its_own_copy():
+    model = Tied()
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["mix"], modules_to_save=["head"]))
+    assert model.head.weight is not model.embed.weight
+    assert torch.equal(model.head.weight, model.embed.weight)
+    assert trained(model) == {"mix.lora_A", "mix.lora_B", "head.weight"}
+
+
+def test_a_tied_target_stays_tied():
+    model = fastlora.apply_lora(Tied(), LoRAConfig(target_modules=["head"]))
+    assert model.head.weight is model.embed.weight
+    assert model.head.lora_A.shape == (8, 8)
+
+
+def test_a_module_under_two_names_is_adapted_once():
+    model = Mlp()
+    model.again = model.up
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["up"]))
+    assert model.again is model.up
+    assert isinstance(model.again, LoRALinear)
+
+
+def test_identity_hooks_and_keys_stay():
+    model, calls = Mlp(), []
+    before = model.up
+    keys = set(model.state_dict())
+    model.up.register_forward_hook(lambda *_: calls.append(1))
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["up"]))
+    model(torch.randn(2, 8))
+    assert model.up is before
+    assert calls == [1]
+    assert set(model.state_dict()) - keys == {"up.lora_A", "up.lora_B"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_adapter_dtypes(dtype):
+    config = LoRAConfig(target_modules=["up"])
+    wide = torch.promote_types(dtype, torch.float32)
+    assert fastlora.apply_lora(Mlp().to(dtype), config).up.lora_A.dtype == wide
+    model = fastlora.apply_lora(Mlp().to(dtype), config, autocast_adapter_dtype=False)
+    assert model.up.lora_B.dtype == dtype
+
+
+def test_remove_lora_gives_the_model_back():
+    model, x = Mlp(), torch.randn(2, 8)
+    model.norm.weight.requires_grad_(False)
+    before, y = snapshot(model), model(x)
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["up", "head"], bias="all"))
+    with torch.no_grad():
+        model.up.lora_B.fill_(1.0)
+    fastlora.remove_lora(model)
+    assert_untouched(model, before)
+    assert torch.equal(model(x), y)
+    assert type(model.up) is nn.Linear
+    assert "lora" not in repr(model)
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["up"]))
+
+
+def test_remove_lora_after_merge_keeps_the_merged_weight():
+    model, x = Mlp().eval(), torch.randn(2, 8)
+    randomise(fastlora.apply_lora(model, LoRAConfig(target_modules=["up"])))
+    y = model(x)
+    fastlora.remove_lora(fastlora.merge_lora(model))
+    torch.testing.assert_close(model(x), y)
+    assert type(model.up) is nn.Linear
+
+
+def test_remove_lora_of_a_plain_model_is_nothing():
+    model = Mlp()
+    before = snapshot(model)
+    assert fastlora.remove_lora(model) is model
+    assert_untouched(model, before)
+
+
+def test_a_model_that_is_one_linear_layer():
+    model = fastlora.apply_lora(nn.Linear(8, 4), LoRAConfig(target_modules="all-linear", bias="all"))
+    assert isinstance(model, LoRALinear)
+    assert trained(model) == {"lora_A", "lora_B", "bias"}
+
+
+def test_deepcopy_of_an_adapted_model():
+    model = randomise(fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"])))
+    twin, x = copy.deepcopy(model), torch.randn(2, 8)
+    assert torch.equal(twin(x), model(x))
+    fastlora.remove_lora(twin)
+    assert isinstance(model.up, LoRALinear)
+
+
+def test_print_trainable_parameters(capsys):
+    model = fastlora.apply_lora(Mlp(), LoRAConfig(r=2, target_modules=["up"]))
+    fastlora.print_trainable_parameters(model)
+    assert capsys.readouterr().out == "trainable params: 40 || all params: 304 || trainable%: 13.1579\n"
+
+
+class Half(nn.Linear):
+    pass
+
+
+def replaced_forward() -> nn.Module:
+    model = Mlp()
+    model.up.forward = model.up.forward
+    return model
+
+
+def with_peft() -> nn.Module:
+    import peft
+
+    return peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
+
+
+def subclass() -> nn.Module:
+    model = Mlp()
+    model.up = Half(8, 12)
+    return model
+
+
+ERRORS = {
+    "nothing-matches": (Mlp, {"target_modules": ["qproj"]}, r"matches no module. It could match: up \(1\)"),
+    "one-name-matches-nothing": (Mlp, {"target_modules": ["up", "gate"]}, "has 'gate', which matches no module"),
+    "regex-matches-nothing": (Mlp, {"target_modules": "q.*"}, "It could match"),
+    "no-regex": (Mlp, {"target_modules": "*up"}, "is no regular expression"),
+    "everything-excluded": (Mlp, {"target_modules": ["up"], "exclude_modules": ["up"]}, "matches no module"),
+    "no-target-and-no-transformer": (Mlp, {}, "target_modules is None"),
+    "no-linear": (Mlp, {"target_modules": ["norm"]}, "norm can't take an adapter: it is a LayerNorm"),
+    "no-linear-at-all": (lambda: nn.ReLU(), {"target_modules": ["up"]}, "no torch.nn.Linear that could be adapted"),
+    "subclass": (subclass, {"target_modules": ["up"]}, "it is a Half, and only torch.nn.Linear itself"),
+    "replaced-forward": (replaced_forward, {"target_modules": ["up"]}, "its forward was replaced"),
+    "peft-model": (with_peft, {"target_modules": ["down"]}, "has a PEFT adapter"),
+    "unknown-module-to-save": (Mlp, {"target_modules": ["up"], "modules_to_save": ["tail"]}, "has 'tail'"),
+}
+
+
+@pytest.mark.parametrize(("make", "settings", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_leave_the_model_alone(make, settings, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        fastlora.apply_lora(model, LoRAConfig(**settings))
+    assert_untouched(model, before)
+
+
+def test_applying_twice_is_an_error():
+    model = fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="up has an adapter already"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["down"]))
+    assert_untouched(model, before)
+
+
+def test_running_out_of_memory_leaves_the_model_alone(monkeypatch):
+    from fastlora import inject
+
+    calls = []
+
+    def fail_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return real(*arguments)
+
+    real = inject.new_adapter
+    monkeypatch.setattr(inject, "new_adapter", fail_second)
+    model = Tied()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear", modules_to_save=["embed"]))
+    assert_untouched(model, before)
