@@ -1,15 +1,15 @@
 """fastlora, PEFT and the frozen layer, measured side by side: ``make bench``.
 
 An absolute time says nothing on a shared machine, so every time is a ratio, taken in pairs: a
-round runs the frozen layer, fastlora and PEFT one after the other on the same tensors, and gives
-one ratio each; what is reported is the median of the rounds' ratios, with quartiles.  "Frozen" is
-``nn.Linear`` with no adapter: its forward and its dx.
+round runs the frozen layer, fastlora and PEFT in turn on the same tensors (``rounds.py``), and
+gives one ratio each; what is reported is the median of the rounds' ratios, with quartiles.
+"Frozen" is ``nn.Linear`` with no adapter: its forward and its dx.
 
 Before a row is timed, its results are compared with the float64 oracle (``fastlora.reference``),
 and the bytes that it saves for backward are counted.  A wrong result or a byte too many fails the
 test; a missed time is marked in the table, and fails only with ``--strict-targets``.
 
-    make bench                                  everything, about 10 minutes on 2 cores
+    make bench                                  everything, about 8 minutes on 2 cores
     make bench ARGS="-k quick"                  tiny shapes, seconds: does the suite still work?
     make bench ARGS="-k 2048x2048x2048-bf16"    some rows
     make bench ARGS=--save-results              also benchmarks/results/<device>/<date>.json

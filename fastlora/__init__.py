@@ -2,8 +2,8 @@
 
     model = fastlora.apply_lora(model, fastlora.LoRAConfig(r=16, target_modules="all-linear"))
 
-The way of the data is one straight line: layer (``layers``), op (``ops``), backend (``backends``), kernel (``kernels``).
-``reference`` says what is true.
+The way of the data is one straight line: layer (``layers``), op (``ops``), backend (``backends``),
+kernel (``kernels``). ``reference`` says what is true.
 """
 
 from . import reference

@@ -1,4 +1,5 @@
-"""Adapter files: PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``, written whole or not at all."""
+"""Adapter files: PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``, written whole or
+not at all."""
 
 import json
 import os
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .inject import inject_known, injection_of, lora_layers, trained_biases, undo_injection, unwrap
+from .inject import (
+    Injection,
+    inject_known,
+    injection_of,
+    lora_layers,
+    trained_biases,
+    undo_injection,
+    unwrap,
+)
 from .peft_config import from_peft, short_targets, to_peft
 from .targets import ALL_LINEAR
 
@@ -20,26 +29,30 @@ _PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.[^.]*bias$")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the adapter as PEFT would, so that PEFT and vLLM load it; the base model is not written.
+    """Write the adapter as PEFT would, so that PEFT and vLLM load it; the base model is not
+    written.
 
-    Besides lora_A and lora_B these are the biases that train and the modules that train in full.  Each file is
-    written under a temporary name and renamed when both are whole: an interrupted call leaves the old ones.  Raises
-    ValueError for a model without adapters.
+    Besides lora_A and lora_B these are the biases that train and the modules that train in full.
+    Each file is written under a temporary name and renamed when both are whole: an interrupted call
+    leaves the old ones.  Raises ValueError for a model without adapters.
     """
     from safetensors.torch import save
 
     model, injection = unwrap(model), injection_of(model)
     if injection is None:
-        raise ValueError("the model has no LoRA layers: call fastlora.apply_lora or load_adapter first")
+        raise ValueError(
+            "the model has no LoRA layers: call fastlora.apply_lora or load_adapter first"
+        )
     targets = injection.config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         targets = short_targets(model, injection.layers)
     config = to_peft(injection.config, targets, _base_name(model))
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _adapter_tensors(model).items()}
+    tensors = _adapter_tensors(model, injection)
+    values = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     _write_whole(
         Path(folder),
         {
-            WEIGHTS: save(tensors, metadata={"format": "pt"}),
+            WEIGHTS: save(values, metadata={"format": "pt"}),
             CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         },
     )
@@ -48,21 +61,23 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Load an adapter that fastlora or PEFT saved, and return the same model.
 
-    A plain model is given adapters first, as the file's config says; a model with adapters must have just the file's
-    layers, ranks and alphas.  Values are cast to the dtype that the adapter has in the model.
+    A plain model is given adapters first, as the file's config says; a model with adapters must
+    have just the file's layers, ranks and alphas.  Values are cast to the dtype that the adapter
+    has in the model.
 
-    Raises FileNotFoundError for a folder without the two files and ValueError for a damaged file, a config of another
-    PEFT method or with settings that fastlora hasn't, keys that are missing, too many or of another shape, and a
-    merged model.  The model is then as it was.
+    Raises FileNotFoundError for a folder without the two files and ValueError for a damaged file, a
+    config of another PEFT method or with settings that fastlora hasn't, keys that are missing, too
+    many or of another shape, and a merged model.  The model is then as it was.
     """
     folder, model = Path(folder), unwrap(model)
     config, tensors = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
-    fresh = injection_of(model) is None
-    if fresh:
-        inject_known(model, config)
+    injection = injection_of(model)
+    fresh = injection is None
+    if injection is None:
+        injection = inject_known(model, config)
     try:
         _check_layers(model, config)
-        wanted = _adapter_tensors(model)
+        wanted = _adapter_tensors(model, injection)
         _check_tensors(wanted, tensors, folder / WEIGHTS)
     except ValueError:
         if fresh:
@@ -74,15 +89,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     return model
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
     """Everything that belongs to the adapter, under PEFT's keys."""
-    injection, tensors = injection_of(model), {}
+    tensors = {}
     for name, layer in lora_layers(model):
         tensors[f"{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{name}.lora_B.weight"] = layer.lora_B
     for name in trained_biases(model, injection.config.bias):
-        layer, _, _ = name.rpartition(".")
-        key = f"{layer}.base_layer.bias" if layer in injection.layers else name
+        owner = name.rpartition(".")[0]
+        key = f"{owner}.base_layer.bias" if owner in injection.layers else name
         tensors[key.removeprefix(".")] = model.get_parameter(name)
     for name in injection.saved_modules:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
@@ -98,15 +113,18 @@ def _check_layers(model: nn.Module, config: LoRAConfig) -> None:
         if here != there:
             raise ValueError(
                 f"{name} has (r, lora_alpha, use_rslora) = {here}, but the file has {there}: call "
-                "fastlora.remove_lora(model) first, and load_adapter makes the adapters that the file needs"
+                "fastlora.remove_lora(model) first, and load_adapter makes the file's adapters"
             )
         if layer.merged:
-            raise ValueError(f"{name} is merged: call fastlora.unmerge_lora(model) before loading an adapter")
+            raise ValueError(
+                f"{name} is merged: call fastlora.unmerge_lora(model) before loading an adapter"
+            )
 
 
 def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
     """Raise ValueError unless the file has just the wanted keys and shapes."""
-    # With bias="all" and modules_to_save, PEFT also writes its wrapper's two copies of those modules' biases.
+    # With bias="all" and modules_to_save, PEFT also writes its wrapper's two copies of those
+    # modules' biases.
     extra = [key for key in found if key not in wanted and not _PEFT_COPIES.search(key)]
     missing = [key for key in wanted if key not in found]
     if missing or extra:
@@ -117,17 +135,24 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], path: Pa
     for key, tensor in wanted.items():
         if found[key].shape != tensor.shape:
             raise ValueError(
-                f"{path} has {key} of shape {tuple(found[key].shape)}, but the model's is {tuple(tensor.shape)}"
+                f"{path} has {key} of shape {tuple(found[key].shape)}, "
+                f"but the model's is {tuple(tensor.shape)}"
             )
 
 
 def _some(keys: list[str]) -> str:
-    return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return (
+        "none"
+        if not keys
+        else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    )
 
 
 def _read_config(path: Path) -> LoRAConfig:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}")
+        raise FileNotFoundError(
+            f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -140,7 +165,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}")
+        raise FileNotFoundError(
+            f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}"
+        )
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -148,7 +175,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _write_whole(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files so that each is the old one or the new one, whole, whenever the process dies."""
+    """Write the files so that each is the old one or the new one, whole, whenever the process
+    dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fastlora-", dir=folder) as scratch:
         for name, content in files.items():

@@ -10,7 +10,8 @@ from .inject import lora_layers, unwrap
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One adapted layer.  ``plan`` is the backend that its next call runs on; ``reason`` says why it isn't fast."""
+    """One adapted layer.  ``plan`` is the backend that its next call runs on; ``reason`` says why
+    it isn't fast."""
 
     name: str
     shape: tuple[int, int]  # out_features, in_features
@@ -38,7 +39,10 @@ class Coverage:
         if not self.layers:
             return "no LoRA layers: fastlora.apply_lora(model, config) makes them"
         plans = ", ".join(sorted({layer.plan for layer in self.fast}))
-        lines = [f"{len(self.fast)} of {len(self.layers)} layers fast" + (f" (backend {plans})" if plans else "")]
+        lines = [
+            f"{len(self.fast)} of {len(self.layers)} layers fast"
+            + (f" (backend {plans})" if plans else "")
+        ]
         reasons: dict[str, list[str]] = {}
         for layer in self.eager:
             reasons.setdefault(layer.reason, []).append(layer.name)
@@ -49,7 +53,8 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """How every LoRALinear of the model would run, were it called now.  It calls nothing and changes nothing."""
+    """How every LoRALinear of the model would run, were it called now.  It calls nothing and
+    changes nothing."""
     return Coverage(tuple(_cover(name, layer) for name, layer in lora_layers(unwrap(model))))
 
 

@@ -8,73 +8,91 @@ from torch import nn
 
 from .config import LoRAConfig
 from .layers import LoRALinear
-from .layers.linear import new_adapter
+from .layers.linear import become_lora_linear, new_adapter
 from .targets import find_targets, modules_to_save
+
+_RECORD = "_fastlora"
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What apply_lora did to a model; kept on the model as ``model._fastlora``."""
+    """What apply_lora did to a model; kept in the model's ``__dict__`` as ``_fastlora``."""
 
     config: LoRAConfig
     layers: tuple[str, ...]  # names of the adapted layers
     saved_modules: tuple[str, ...]  # names of the modules that train in full
     trained_before: tuple[str, ...]  # names of the parameters that required gradients before
-    untied: tuple[tuple[nn.Module, str, nn.Parameter], ...]  # parameters that a copy took the place of, and where
+    untied: tuple[
+        tuple[nn.Module, str, nn.Parameter], ...
+    ]  # parameters that a copy took the place of, and where
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, *, autocast_adapter_dtype: bool = True) -> nn.Module:
-    """Give every layer that ``config`` targets an adapter, freeze the rest, and return the same model.
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, *, autocast_adapter_dtype: bool = True
+) -> nn.Module:
+    """Give every layer that ``config`` targets an adapter, freeze the rest, and return the same
+    model.
 
-    The layers change class in place: their identity, hooks, names and state-dict keys stay, and two keys are added to
-    each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and ``config.modules_to_save`` name,
-    require gradients afterwards.  Adapters of a float16 or bfloat16 layer are float32, as PEFT makes them;
-    ``autocast_adapter_dtype=False`` keeps the layer's dtype.
+    The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
+    keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
+    ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
+    bfloat16 layer are float32, as PEFT makes them; ``autocast_adapter_dtype=False`` keeps the
+    layer's dtype.
 
-    Raises ValueError, and leaves the model as it was: for a model that has adapters already, a target that matches
-    nothing (the message lists what could), or a target that is no plain ``nn.Linear``.
+    Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
+    target that matches nothing (the message lists what could), or a target that is no plain
+    ``nn.Linear``.
     """
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            raise ValueError(f"{name} has an adapter already: call fastlora.remove_lora(model) first")
+            raise ValueError(
+                f"{name} has an adapter already: call fastlora.remove_lora(model) first"
+            )
         if hasattr(module, "lora_A"):
             raise ValueError(f"{name} has a PEFT adapter: merge it or unload it with PEFT first")
-    return _inject(model, config, find_targets(model, config), autocast_adapter_dtype)
+    _inject(model, config, find_targets(model, config), autocast_adapter_dtype)
+    return model
 
 
-def inject_known(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     """apply_lora for a config from a file, whose target names need not all occur in this model."""
     return _inject(model, config, find_targets(model, config, every_name=False), True)
 
 
-def _inject(model: nn.Module, config: LoRAConfig, targets: dict[str, nn.Linear], wide_adapters: bool) -> nn.Module:
+def _inject(
+    model: nn.Module, config: LoRAConfig, targets: dict[str, nn.Linear], wide_adapters: bool
+) -> Injection:
     saved = modules_to_save(model, config)
     trained_before = tuple(name for name, parameter in _named(model) if parameter.requires_grad)
     adapters = {}
     for name, linear in targets.items():
         narrow = wide_adapters and linear.weight.element_size() < 4
         dtype = torch.float32 if narrow else linear.weight.dtype
-        adapters[name] = new_adapter(linear.weight, config.rank_of(name), config.init_lora_weights, dtype)
+        adapters[name] = new_adapter(
+            linear.weight, config.rank_of(name), config.init_lora_weights, dtype
+        )
     # Nothing has changed so far, and nothing below can fail.
     untied = _untie(model, saved)
     model.requires_grad_(False)
     for name, linear in targets.items():
-        linear.__class__ = LoRALinear
-        linear.attach_adapter(adapters[name], config.alpha_of(name), config.lora_dropout, config.use_rslora)
+        become_lora_linear(linear).attach_adapter(
+            adapters[name], config.alpha_of(name), config.lora_dropout, config.use_rslora
+        )
     for module in saved.values():
         module.requires_grad_(True)
     for name in trained_biases(model, config.bias):
         model.get_parameter(name).requires_grad_(True)
-    model._fastlora = Injection(config, tuple(targets), tuple(saved), trained_before, untied)
-    return model
+    injection = Injection(config, tuple(targets), tuple(saved), trained_before, untied)
+    model.__dict__[_RECORD] = injection
+    return injection
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
     """Make every LoRALinear a plain ``nn.Linear`` again, in place, and return the same model.
 
-    A merged layer keeps its merged weight (merge, then remove, is PEFT's ``merge_and_unload``); the others keep the
-    base's.  What trained before apply_lora trains again.  Modules that trained in full keep what they learned.
-    A model without adapters comes back as it is.
+    A merged layer keeps its merged weight (merge, then remove, is PEFT's ``merge_and_unload``); the
+    others keep the base's.  What trained before apply_lora trains again.  Modules that trained in
+    full keep what they learned. A model without adapters comes back as it is.
     """
     model = unwrap(model)
     for _, layer in list(lora_layers(model)):
@@ -83,13 +101,15 @@ def remove_lora(model: nn.Module) -> nn.Module:
     if injection is not None:
         for name, parameter in _named(model):
             parameter.requires_grad_(name in injection.trained_before)
-        del model._fastlora
+        del model.__dict__[_RECORD]
     return model
 
 
 def trained_biases(model: nn.Module, bias: str) -> list[str]:
     """The names of the biases that train under ``LoRAConfig.bias``."""
-    names = [name for name, _ in model.named_parameters() if name == "bias" or name.endswith(".bias")]
+    names = [
+        name for name, _ in model.named_parameters() if name == "bias" or name.endswith(".bias")
+    ]
     if bias == "lora_only":
         adapted = {f"{name}.bias" if name else "bias" for name, _ in lora_layers(model)}
         return [name for name in names if name in adapted]
@@ -101,8 +121,11 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _untie(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[tuple[nn.Module, str, nn.Parameter], ...]:
-    """Give modules that train in full a copy of each parameter that they share with a module that doesn't.
+def _untie(
+    model: nn.Module, saved: dict[str, nn.Module]
+) -> tuple[tuple[nn.Module, str, nn.Parameter], ...]:
+    """Give modules that train in full a copy of each parameter that they share with a module that
+    doesn't.
 
     Returns where a copy was put, and what was there.
     """
@@ -125,26 +148,29 @@ def _untie(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[tuple[nn.Modu
 
 
 def undo_injection(model: nn.Module) -> None:
-    """Take back what apply_lora did just now: remove_lora, and parameters that it untied are tied again."""
-    untied = model._fastlora.untied
-    for module, name, parameter in untied:
+    """Take back what apply_lora did just now: remove_lora, and parameters that it untied are tied
+    again."""
+    for module, name, parameter in model.__dict__[_RECORD].untied:
         setattr(module, name, parameter)
     remove_lora(model)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Every LoRALinear of the model, with its name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    )
 
 
 def injection_of(model: nn.Module) -> Injection | None:
     """What apply_lora did to this model, if it did."""
-    return getattr(unwrap(model), "_fastlora", None)
+    return unwrap(model).__dict__.get(_RECORD)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DistributedDataParallel and the like, which apply_lora was called on."""
-    while "_fastlora" not in model.__dict__:
+    """The model inside ``torch.compile``, DistributedDataParallel and the like, which apply_lora
+    was called on."""
+    while _RECORD not in model.__dict__:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             break
@@ -155,5 +181,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, of how many, in PEFT's words."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    total, trained = sum(count for count, _ in counts), sum(count for count, trains in counts if trains)
-    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f}")
+    total, trained = (
+        sum(count for count, _ in counts),
+        sum(count for count, trains in counts if trains),
+    )
+    print(
+        f"trainable params: {trained:,d} || all params: {total:,d} "
+        f"|| trainable%: {100 * trained / max(total, 1):.4f}"
+    )

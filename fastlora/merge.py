@@ -1,4 +1,5 @@
-"""Merging adapters into the base weights, so that inference costs what the plain model costs, and back."""
+"""Merging adapters into the base weights, so that inference costs what the plain model costs, and
+back."""
 
 import warnings
 from collections import Counter
@@ -13,26 +14,31 @@ _BAR_FROM = 16  # layers; below, a bar would only flicker
 
 
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
-    """Replace every adapted layer's weight by weight + scaling · lora_B lora_A, and return the same model.
+    """Replace every adapted layer's weight by weight + scaling · lora_B lora_A, and return the same
+    model.
 
-    Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original weights are kept
-    beside the merged ones, so that :func:`unmerge_lora` restores their exact bits; ``keep_base=False`` frees
-    them, and the merge can't be undone.  ``remove_lora`` then leaves a plain model.
+    Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
+    weights are kept beside the merged ones, so that :func:`unmerge_lora` restores their exact bits;
+    ``keep_base=False`` frees them, and the merge can't be undone.  ``remove_lora`` then leaves a
+    plain model.
 
-    Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already, or a merged
-    weight would hold NaN or infinity.  Warns where a merged weight was tied to another module's, which it no longer is.
+    Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already,
+    or a merged weight would hold NaN or infinity.  Warns where a merged weight was tied to another
+    module's, which it no longer is.
     """
     layers = _layers(model)
     for name, layer in layers:
         if layer.merged:
-            raise ValueError(f"{name} is merged already: call fastlora.unmerge_lora(model) first to merge anew")
+            raise ValueError(
+                f"{name} is merged already: call fastlora.unmerge_lora(model) first to merge anew"
+            )
     merged = []
     for name, layer in _progress(layers, "merging"):
         weight = layer.merged_weight()
         if not torch.isfinite(weight).all():
             raise ValueError(
-                f"merging {name} gives NaN or infinity in {weight.dtype}: look for non-finite values in its weight, "
-                "lora_A and lora_B; nothing was merged"
+                f"merging {name} gives NaN or infinity in {weight.dtype}, and nothing was merged: "
+                "look for non-finite values in its weight, lora_A and lora_B"
             )
         merged.append(weight)
     _warn_of_ties(model, layers)
@@ -44,14 +50,18 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
 def unmerge_lora(model: nn.Module) -> nn.Module:
     """Put the original weights back, bit for bit, and return the same model.
 
-    Raises ValueError, and changes nothing, if a layer isn't merged or was merged with ``keep_base=False``.
+    Raises ValueError, and changes nothing, if a layer isn't merged or was merged with
+    ``keep_base=False``.
     """
     layers = _layers(model)
     for name, layer in layers:
         if not layer.merged:
             raise ValueError(f"{name} is not merged: call fastlora.merge_lora(model) first")
         if not layer.can_unmerge:
-            raise ValueError(f"{name} was merged with keep_base=False, so its original weight is gone: load it again")
+            raise ValueError(
+                f"{name} was merged with keep_base=False, so its original weight is gone: "
+                "load the base model again"
+            )
     for _, layer in layers:
         layer.unmerge()
     return model
@@ -60,17 +70,22 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 def _layers(model: nn.Module) -> list:
     layers = list(lora_layers(unwrap(model)))
     if not layers:
-        raise ValueError("the model has no LoRA layers: call fastlora.apply_lora or load_adapter first")
+        raise ValueError(
+            "the model has no LoRA layers: call fastlora.apply_lora or load_adapter first"
+        )
     return layers
 
 
 def _warn_of_ties(model: nn.Module, layers: list) -> None:
-    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    owners = Counter(
+        id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
+    )
     tied = [name for name, layer in layers if owners[id(layer.weight)] > 1]
     if tied:
         warnings.warn(
-            f"the weights of {', '.join(tied)} were tied to other modules', which stay as they are: the merged ones "
-            "are separate now. Before saving the merged model, set config.tie_word_embeddings = False.",
+            f"the weights of {', '.join(tied)} were tied to other modules', which stay as they "
+            "are: the merged ones are separate now. Before saving the merged model, set "
+            "config.tie_word_embeddings = False.",
             stacklevel=3,
         )
 

@@ -9,7 +9,8 @@ from torch import nn
 from .config import LoRAConfig
 
 _OURS = {field.name for field in fields(LoRAConfig)}
-# Settings that say nothing of the layers' arithmetic, or that say it only together with a switch which is refused.
+# Settings that say nothing of the layers' arithmetic, or that say it only together with a switch
+# which is refused.
 _SILENT = {
     "auto_mapping",
     "ensure_weight_tying",
@@ -23,7 +24,9 @@ _SILENT = {
 }
 
 
-def to_peft(config: LoRAConfig, targets: Iterable[str] | str, base_name: str | None) -> dict[str, Any]:
+def to_peft(
+    config: LoRAConfig, targets: Iterable[str] | str, base_name: str | None
+) -> dict[str, Any]:
     """The JSON object that PEFT reads, with the targets spelled out."""
     values = {name: getattr(config, name) for name in sorted(_OURS)}
     for name in ("rank_pattern", "alpha_pattern"):
@@ -46,21 +49,32 @@ def to_peft(config: LoRAConfig, targets: Iterable[str] | str, base_name: str | N
 def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     """The LoRAConfig of a JSON object of PEFT's.
 
-    A setting that fastlora hasn't is a ValueError that names it, unless it is off (null, false, or empty).
+    A setting that fastlora hasn't is a ValueError that names it, unless it is off (null, false, or
+    empty).
     """
     if not isinstance(values, Mapping) or "peft_type" not in values:
         raise ValueError(f"{source} is no PEFT config: it has no peft_type")
     if values["peft_type"] != "LORA":
-        raise ValueError(f"{source} has peft_type {values['peft_type']!r}, and fastlora loads only 'LORA': use PEFT")
-    foreign = {name: value for name, value in values.items() if name not in _OURS | _SILENT and not _is_off(value)}
+        raise ValueError(
+            f"{source} has peft_type {values['peft_type']!r}, and fastlora loads only 'LORA': "
+            "use PEFT"
+        )
+    foreign = {
+        name: value
+        for name, value in values.items()
+        if name not in _OURS | _SILENT and not _is_off(value)
+    }
     if foreign:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(foreign.items()))
-        raise ValueError(f"{source} has settings that fastlora doesn't support: {settings}. Load it with PEFT")
+        raise ValueError(
+            f"{source} has settings that fastlora doesn't support: {settings}. Load it with PEFT"
+        )
     ours = {name: value for name, value in values.items() if name in _OURS}
     if ours.get("init_lora_weights") not in (None, True, False, "gaussian"):
         raise ValueError(
-            f"{source} has init_lora_weights={ours['init_lora_weights']!r}, which changes the base weights too: load it "
-            "with PEFT and save it converted (path_initial_model_for_weight_conversion)"
+            f"{source} has init_lora_weights={ours['init_lora_weights']!r}, which changes the base "
+            "weights too: load it with PEFT and save it converted "
+            "(path_initial_model_for_weight_conversion)"
         )
     ours["init_lora_weights"] = True
     for name in ("rank_pattern", "alpha_pattern"):
@@ -76,8 +90,11 @@ def _is_off(value: Any) -> bool:
 
 
 def short_targets(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The last parts of the layers' names, if no other module ends on one of them, else the whole names."""
+    """The last parts of the layers' names, if no other module ends on one of them, else the whole
+    names."""
     layers = set(layers)
     last_parts = {name.rpartition(".")[2] for name in layers}
-    same_ending = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_parts}
+    same_ending = {
+        name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_parts
+    }
     return sorted(last_parts if same_ending == layers else layers)

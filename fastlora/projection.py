@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
 class Projection(NamedTuple):
-    """A frozen linear layer with a low-rank adapter beside it: y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias.
+    """A frozen linear layer with a low-rank adapter beside it: y = x weightᵀ + scale · drop(x)
+    lora_aᵀ lora_bᵀ + bias.
 
     Shapes, with in_features K, out_features N and rank r:
 
     * ``weight`` [N, K] and ``bias`` [N] (or None), in the dtype of x;
-    * ``lora_a`` [r, K] and ``lora_b`` [N, r], in any floating dtype: they are cast as they are read;
+    * ``lora_a`` [r, K] and ``lora_b`` [N, r], in any floating dtype: they are cast as they are
+      read;
     * ``scale``, a finite number: alpha / r, or alpha / sqrt(r) for rsLoRA.
 
     It checks nothing itself: :func:`fastlora.lora_linears` does, when it meets x.
@@ -32,19 +33,24 @@ class Projection(NamedTuple):
         return self[:4]
 
 
-def group(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[Projection]:
+def group(tensors: Sequence[Any], scales: Sequence[float]) -> list[Projection]:
     """The projections whose :attr:`Projection.tensors` were laid end to end."""
-    return [Projection(*tensors[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
+    return [Projection._make([*tensors[4 * i : 4 * i + 4], s]) for i, s in enumerate(scales)]
 
 
 def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> None:
-    """Raise ValueError or TypeError unless every projection fits x.  Says what came, what fits, what to do."""
+    """Raise ValueError or TypeError unless every projection fits x.  Says what came, what fits,
+    what to do."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     if not x.dtype.is_floating_point:
-        raise TypeError(f"x has dtype {x.dtype}, but a LoRA layer needs a floating dtype: convert it, or embed it first")
+        raise TypeError(
+            f"x has dtype {x.dtype}, but a LoRA layer needs a floating dtype: convert or embed it"
+        )
     if x.dim() == 0:
-        raise ValueError("x is a scalar, but must be [..., in_features]: give it at least one dimension")
+        raise ValueError(
+            "x is a scalar, but must be [..., in_features]: give it at least one dimension"
+        )
     check_dropout(dropout)
     if not projections:
         raise ValueError("no projections came: give at least one fastlora.Projection")
@@ -54,15 +60,23 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
 
 def check_dropout(dropout: float) -> None:
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}, but must lie in [0, 1): it is the probability of dropping an input")
+        raise ValueError(
+            f"dropout is {dropout}, but must lie in [0, 1): the probability of dropping an input"
+        )
 
 
 def check_adapter(r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raise ValueError for numbers that no adapter can have."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r is {r!r}, but the rank must be a whole number of at least 1")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha is {lora_alpha!r}, but must be a finite number: scaling is lora_alpha / r")
+    if (
+        isinstance(lora_alpha, bool)
+        or not isinstance(lora_alpha, (int, float))
+        or not math.isfinite(lora_alpha)
+    ):
+        raise ValueError(
+            f"lora_alpha is {lora_alpha!r}, but must be a finite number: scaling is lora_alpha / r"
+        )
     check_dropout(lora_dropout)
 
 
@@ -71,38 +85,50 @@ def _check_projection(x: Tensor, projection: Projection) -> None:
     features = x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != features:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but x has {features} features: weight must be "
-            f"[out_features, {features}]"
+            f"weight has shape {tuple(weight.shape)}, but x has {features} features: "
+            f"weight must be [out_features, {features}]"
         )
     if lora_a.dim() != 2 or lora_a.shape[1] != features:
         raise ValueError(
-            f"lora_a has shape {tuple(lora_a.shape)}, but x has {features} features: lora_a must be [r, {features}]"
+            f"lora_a has shape {tuple(lora_a.shape)}, but x has {features} features: "
+            f"lora_a must be [r, {features}]"
         )
     out_features, rank = weight.shape[0], lora_a.shape[0]
     if lora_b.dim() != 2 or lora_b.shape[0] != out_features or lora_b.shape[1] != rank:
         raise ValueError(
-            f"lora_b has shape {tuple(lora_b.shape)}, but weight has {out_features} rows and lora_a {rank}: "
-            f"lora_b must be [{out_features}, {rank}]"
+            f"lora_b has shape {tuple(lora_b.shape)}, but weight has {out_features} rows and "
+            f"lora_a {rank}: lora_b must be [{out_features}, {rank}]"
         )
     if features == 0 or out_features == 0 or rank == 0:
         raise ValueError(
-            f"in_features {features}, out_features {out_features} and r {rank} must each be at least 1: "
-            "for no adapter use torch.nn.functional.linear"
+            f"in_features {features}, out_features {out_features} and r {rank} must each be at "
+            "least 1: for no adapter use torch.nn.functional.linear"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}, but weight has {out_features} rows: bias must be [{out_features}]"
+            f"bias has shape {tuple(bias.shape)}, but weight has {out_features} rows: "
+            f"bias must be [{out_features}]"
         )
     if not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:  # false for NaN
-        raise ValueError(f"scale is {scale!r}, but must be a finite number: alpha / r, or alpha / sqrt(r) for rsLoRA")
+        raise ValueError(
+            f"scale is {scale!r}, but must be a finite number: alpha / r, or alpha / √r for rsLoRA"
+        )
     if weight.dtype != x.dtype:
         raise TypeError(
-            f"weight has dtype {weight.dtype}, but x has {x.dtype}: convert one of them, or use torch.autocast"
+            f"weight has dtype {weight.dtype}, but x has {x.dtype}: convert one of them, or use "
+            "torch.autocast"
         )
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+    for name, tensor in (
+        ("weight", weight),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("bias", bias),
+    ):
         if tensor is None:
             continue
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}: move them to one device")
+            raise ValueError(
+                f"{name} is on {tensor.device}, but x is on {x.device}: move them to one device"
+            )
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but must have a floating dtype")

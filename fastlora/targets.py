@@ -14,11 +14,15 @@ ALL_LINEAR = "all-linear"
 _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 
 
-def find_targets(model: nn.Module, config: LoRAConfig, *, every_name: bool = True) -> dict[str, nn.Linear]:
-    """The layers that ``config`` targets, by name.  A module that has several names comes once, under the first.
+def find_targets(
+    model: nn.Module, config: LoRAConfig, *, every_name: bool = True
+) -> dict[str, nn.Linear]:
+    """The layers that ``config`` targets, by name.  A module that has several names comes once,
+    under the first.
 
-    Raises ValueError if nothing matches, if a target is no plain ``nn.Linear``, or, with ``every_name``, if one of
-    ``target_modules``' names matches nothing; each message lists what could be meant.
+    Raises ValueError if nothing matches, if a target is no plain ``nn.Linear``, or, with
+    ``every_name``, if one of ``target_modules``' names matches nothing; each message lists what
+    could be meant.
     """
     wanted = _target_test(model, config)
     excluded = name_test(config.exclude_modules or ())
@@ -29,34 +33,51 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, every_name: bool = Tru
         if wanted(name) and not excluded(name) and not any(_inside(name, outer) for outer in saved)
     }
     if not matched:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no module. {_could_match(model)}")
-    if every_name and config.target_modules is not None and not isinstance(config.target_modules, str):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no module. {_could_match(model)}"
+        )
+    if (
+        every_name
+        and config.target_modules is not None
+        and not isinstance(config.target_modules, str)
+    ):
         for target in config.target_modules:
             if not any(map(name_test((target,)), matched)):
-                raise ValueError(f"target_modules has {target!r}, which matches no module. {_could_match(model)}")
+                raise ValueError(
+                    f"target_modules has {target!r}, which matches no module. {_could_match(model)}"
+                )
     for name, module in matched.items():
         check_base(module, name)
     return matched
 
 
 def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules that train in full, by name.  A classification ``task_type`` adds its head, as in PEFT."""
+    """The modules that train in full, by name.  A classification ``task_type`` adds its head, as in
+    PEFT."""
     names = [*(config.modules_to_save or ()), *_HEADS_BY_TASK.get(config.task_type or "", ())]
-    found = {name: module for name, module in model.named_modules() if name and name_test(names)(name)}
+    found = {
+        name: module for name, module in model.named_modules() if name and name_test(names)(name)
+    }
     for wanted in config.modules_to_save or ():
         if not any(map(name_test((wanted,)), found)):
             children = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"modules_to_save has {wanted!r}, which matches no module of the model ({children}, …)")
+            raise ValueError(
+                f"modules_to_save has {wanted!r}, which matches no module of the model "
+                f"({children}, …)"
+            )
     return found
 
 
 def name_test(names: str | Sequence[str]) -> Callable[[str], bool]:
-    """A test of module names: a regular expression for the whole name, or a list of names or last parts of names."""
+    """A test of module names: a regular expression for the whole name, or a list of names or last
+    parts of names."""
     if isinstance(names, str):
         try:
             pattern = re.compile(names)
         except re.error as error:
-            raise ValueError(f"{names!r} is no regular expression ({error}): give a list for plain names") from None
+            raise ValueError(
+                f"{names!r} is no regular expression ({error}): give a list for plain names"
+            ) from None
         return lambda name: pattern.fullmatch(name) is not None
     return lambda name: any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
 
@@ -71,7 +92,8 @@ def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:
 
 def _all_linear(model: nn.Module) -> set[str]:
     """Every plain linear layer, adapted ones included, but a transformers model's output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if callable(output_embeddings) else None
     return {
         name
         for name, module in model.named_modules()
@@ -80,14 +102,19 @@ def _all_linear(model: nn.Module) -> set[str]:
 
 
 def _attention_projections(model: nn.Module) -> set[str]:
-    """The linear layers inside modules whose class is called an attention, if this is a transformers model."""
+    """The linear layers inside modules whose class is called an attention, if this is a
+    transformers model."""
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ValueError(
-            "target_modules is None, which means the attention projections of a transformers model, and this "
-            f"{type(model).__name__} is none: name the layers. {_could_match(model)}"
+            "target_modules is None, which means the attention projections of a transformers "
+            f"model, and a {type(model).__name__} is none: name the layers. {_could_match(model)}"
         )
     linear = _all_linear(model)
-    inside = [name for name, module in model.named_modules() if name and "attention" in type(module).__name__.lower()]
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if name and "attention" in type(module).__name__.lower()
+    ]
     return {name for name in linear if any(_inside(name, outer) for outer in inside)}
 
 
@@ -97,7 +124,15 @@ def _inside(name: str, outer: str) -> bool:
 
 def _could_match(model: nn.Module) -> str:
     """The last parts of all names that could be targets, with their counts."""
-    names = Counter(name.rpartition(".")[2] for name, module in model.named_modules() if why_not_base(module) is None)
+    names = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if why_not_base(module) is None
+    )
     if not names:
         return "The model has no torch.nn.Linear that could be adapted."
-    return "It could match: " + ", ".join(f"{name} ({count})" for name, count in names.most_common(20)) + "."
+    return (
+        "It could match: "
+        + ", ".join(f"{name} ({count})" for name, count in names.most_common(20))
+        + "."
+    )

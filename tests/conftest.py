@@ -1,4 +1,5 @@
-"""Every test starts from the same random state, without a hub, and with fresh memory full of NaN."""
+"""Every test starts from the same random state, without a hub, and with fresh memory full of
+NaN."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""The judge of every op test: the float64 oracle, and an error budget relative to what eager PyTorch loses."""
+"""The judge of every op test: the float64 oracle, and an error budget relative to what eager
+PyTorch loses."""
 
 from collections.abc import Sequence
 
@@ -10,7 +11,12 @@ from fastlora.backends.torch import dropout_mask
 
 
 def make_projection(
-    n: int, k: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, bias: bool = False
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = False,
 ) -> Projection:
     """Random tensors that all require gradients but the base weight."""
     adapter_dtype = adapter_dtype or dtype
@@ -46,11 +52,14 @@ def run_fastlora(x: Tensor, projections: Sequence[Projection], p: float = 0.0):
 
 
 def check_against_oracle(x: Tensor, projections: Sequence[Projection], p: float = 0.0) -> None:
-    """Every output and every gradient, in its own dtype, no further from the truth than PyTorch twice over."""
+    """Every output and every gradient, in its own dtype, no further from the truth than PyTorch
+    twice over."""
     ys, dys, gradients, masks = run_fastlora(x, projections, p)
     truth = _reference(x, projections, p, masks, dys, _to_float64)
     eager = _reference(x, projections, p, masks, dys, lambda tensor: tensor)
-    size = _reference(x, projections, p, masks, [dy.abs() for dy in dys], lambda t: _to_float64(t).abs())
+    size = _reference(
+        x, projections, p, masks, [dy.abs() for dy in dys], lambda t: _to_float64(t).abs()
+    )
     found = {f"y{i}": y for i, y in enumerate(ys)} | gradients
     assert found.keys() == truth.keys()
     for name, value in found.items():
@@ -60,9 +69,11 @@ def check_against_oracle(x: Tensor, projections: Sequence[Projection], p: float 
 def assert_close(
     name: str, value: Tensor, truth: Tensor, eager: Tensor, size: Tensor, dtype: torch.dtype
 ) -> None:
-    """error ≤ 2 · error(eager) + a few units in the last place of the coarser of value's and x's ``dtype``.
+    """error ≤ 2 · error(eager) + a few units in the last place of the coarser of value's and x's
+    ``dtype``.
 
-    ``size`` is the sum of the absolute values of all terms: where they cancel, rounding is a share of that.
+    ``size`` is the sum of the absolute values of all terms: where they cancel, rounding is a share
+    of that.
     """
     assert value.shape == truth.shape, name
     assert value.dtype == eager.dtype, f"{name}: {value.dtype}, eager has {eager.dtype}"
@@ -72,8 +83,12 @@ def assert_close(
     share = 1.0 if dtype == torch.float64 else 0.25  # in float64 the oracle rounds as much as we do
     error = (value.detach().double() - truth.detach()).abs().max().item()
     eager_error = (eager.detach().double() - truth.detach()).abs().max().item()
-    budget = 2 * eager_error + 2 * eps * truth.abs().max().item() + share * eps * size.abs().max().item()
-    assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
+    budget = (
+        2 * eager_error + 2 * eps * truth.abs().max().item() + share * eps * size.abs().max().item()
+    )
+    assert error <= budget, (
+        f"{name}: error {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
+    )
 
 
 def _to_float64(tensor: Tensor) -> Tensor:
@@ -81,14 +96,19 @@ def _to_float64(tensor: Tensor) -> Tensor:
 
 
 def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
-    """The oracle's outputs and gradients on converted inputs; adapters are cast to x's dtype, as the rules say."""
+    """The oracle's outputs and gradients on converted inputs; adapters are cast to x's dtype, as
+    the rules say."""
     x = convert(x)
     leaves = [
-        Projection(*(None if t is None else convert(t) for t in projection.tensors), projection.scale)
+        Projection(
+            *(None if t is None else convert(t) for t in projection.tensors), projection.scale
+        )
         for projection in projections
     ]
     cast = [
-        Projection(*(None if t is None else t.to(x.dtype) for t in projection.tensors), projection.scale)
+        Projection(
+            *(None if t is None else t.to(x.dtype) for t in projection.tensors), projection.scale
+        )
         for projection in leaves
     ]
     ys = reference.lora_linears(x, cast, dropout=p, masks=masks)
@@ -100,7 +120,9 @@ def _gradients(ys, dys, x, projections) -> dict[str, Tensor]:
     leaves = {"d_x": x} | {
         f"d_{name}{i}": tensor
         for i, projection in enumerate(projections)
-        for name, tensor in zip(("weight", "lora_a", "lora_b", "bias"), projection.tensors, strict=True)
+        for name, tensor in zip(
+            ("weight", "lora_a", "lora_b", "bias"), projection.tensors, strict=True
+        )
         if tensor is not None
     }
     leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}

@@ -54,7 +54,9 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     return {
         "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "identities": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
-        "trains": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+        "trains": {
+            name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
+        },
         "classes": {name: type(module) for name, module in model.named_modules()},
         "merged": {name: getattr(module, "merged", None) for name, module in model.named_modules()},
     }

@@ -1,6 +1,8 @@
-"""The mask: its share of kept elements, its independence along every direction, and where its seed comes from."""
+"""The mask: its share of kept elements, its independence along every direction, and where its seed
+comes from."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +31,8 @@ def test_mean_and_variance(p, number):
     mask = dropout_mask(seed_of(number), (512, 1024), p).double()
     sigma = math.sqrt(p * (1 - p) / mask.numel())
     assert abs(mask.mean().item() - (1 - p)) < 4.5 * sigma
-    # Row and column means scatter as those of independent draws do: their variance ratio is 1 within its own scatter.
+    # Row and column means scatter as those of independent draws do: their variance ratio is 1
+    # within its own scatter.
     for means, count in ((mask.mean(1), 1024), (mask.mean(0), 512)):
         ratio = means.var().item() / (p * (1 - p) / count)
         assert abs(ratio - 1) < 5 * math.sqrt(2 / len(means))
@@ -37,7 +40,8 @@ def test_mean_and_variance(p, number):
 
 @pytest.mark.parametrize("number", [0, 7, 2**40 + 3])
 @pytest.mark.parametrize(
-    ("rows", "columns"), [(0, 1), (0, 2), (0, 3), (0, 64), (1, 0), (2, 0), (64, 0), (1, 1), (1, 2), (3, 5)]
+    ("rows", "columns"),
+    [(0, 1), (0, 2), (0, 3), (0, 64), (1, 0), (2, 0), (64, 0), (1, 1), (1, 2), (3, 5)],
 )
 def test_no_correlation_between_neighbours(rows, columns, number):
     mask = dropout_mask(seed_of(number), (1024, 1024), 0.5)
@@ -46,10 +50,12 @@ def test_no_correlation_between_neighbours(rows, columns, number):
 
 
 def test_no_correlation_between_drawn_seeds():
-    masks = [dropout_mask(seed, (512, 512), 0.5) for seed in torch.randint(-(2**63), 2**63 - 1, (20,))]
+    masks = [
+        dropout_mask(seed, (512, 512), 0.5) for seed in torch.randint(-(2**63), 2**63 - 1, (20,))
+    ]
     worst = max(
         abs(correlation(first[cut], second[other_cut]))
-        for first, second in zip(masks, masks[1:], strict=False)
+        for first, second in pairwise(masks)
         for cut, other_cut in (
             (slice(None), slice(None)),
             (slice(1, None), slice(-1)),
@@ -60,10 +66,16 @@ def test_no_correlation_between_drawn_seeds():
 
 
 def test_squares_of_four_are_independent():
-    """Parity of the corners of rectangles: what a sum of a row key and a column key without mixing would fail."""
+    """Parity of the corners of rectangles: what a sum of a row key and a column key without mixing
+    would fail."""
     mask = dropout_mask(seed_of(11), (1024, 1024), 0.5).int()
     for rows, columns in ((1, 1), (1, 2), (2, 2), (16, 16), (511, 512)):
-        parity = mask[:-rows, :-columns] ^ mask[rows:, :-columns] ^ mask[:-rows, columns:] ^ mask[rows:, columns:]
+        parity = (
+            mask[:-rows, :-columns]
+            ^ mask[rows:, :-columns]
+            ^ mask[:-rows, columns:]
+            ^ mask[rows:, columns:]
+        )
         assert abs(parity.double().mean().item() - 0.5) < 4.5 * 0.5 / math.sqrt(parity.numel())
 
 
@@ -134,8 +146,12 @@ def test_evaluation_and_p_0_draw_nothing():
 
 
 def test_dropout_keeps_the_mean():
-    """Over many masks the output's mean is the output without dropout, and so is its input's gradient."""
-    x, projection = torch.randn(4, 64, dtype=torch.float64, requires_grad=True), make_projection(3, 64, 4, torch.float64)
+    """Over many masks the output's mean is the output without dropout, and so is its input's
+    gradient."""
+    x, projection = (
+        torch.randn(4, 64, dtype=torch.float64, requires_grad=True),
+        make_projection(3, 64, 4, torch.float64),
+    )
     plain = fastlora.lora_linear(x, *projection.tensors[:3])
     (plain_dx,) = torch.autograd.grad(plain.sum(), x)
     ys, dxs = [], []

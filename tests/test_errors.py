@@ -1,4 +1,5 @@
-"""Bad input to an op or a layer: an error at the door that says what came, what fits and what to do."""
+"""Bad input to an op or a layer: an error at the door that says what came, what fits and what to
+do."""
 
 import math
 
@@ -26,25 +27,49 @@ CASES = {
     "x-list": ({"x": [1.0]}, TypeError, "x must be a tensor, not list"),
     "x-integer": ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "torch.int64"),
     "x-scalar": ({"x": torch.tensor(1.0)}, ValueError, "x is a scalar"),
-    "x-features": ({"x": torch.randn(2, 9)}, ValueError, r"weight has shape \(6, 8\), but x has 9 features"),
+    "x-features": (
+        {"x": torch.randn(2, 9)},
+        ValueError,
+        r"weight has shape \(6, 8\), but x has 9 features",
+    ),
     "x-complex": ({"x": torch.randn(2, 8, dtype=torch.complex64)}, TypeError, "complex64"),
     "weight-1d": ({"weight": torch.randn(8)}, ValueError, r"weight has shape \(8,\)"),
-    "weight-dtype": ({"weight": torch.randn(6, 8).half()}, TypeError, "weight has dtype torch.float16"),
+    "weight-dtype": (
+        {"weight": torch.randn(6, 8).half()},
+        TypeError,
+        "weight has dtype torch.float16",
+    ),
     "lora_a-features": ({"lora_a": torch.randn(3, 7)}, ValueError, r"lora_a must be \[r, 8\]"),
     "lora_a-transposed": ({"lora_a": torch.randn(8, 3)}, ValueError, r"lora_a must be \[r, 8\]"),
-    "lora_a-integer": ({"lora_a": torch.ones(3, 8, dtype=torch.int8)}, TypeError, "lora_a has dtype torch.int8"),
+    "lora_a-integer": (
+        {"lora_a": torch.ones(3, 8, dtype=torch.int8)},
+        TypeError,
+        "lora_a has dtype torch.int8",
+    ),
     "lora_b-rank": ({"lora_b": torch.randn(6, 4)}, ValueError, r"lora_b must be \[6, 3\]"),
     "lora_b-transposed": ({"lora_b": torch.randn(3, 6)}, ValueError, r"lora_b must be \[6, 3\]"),
     "bias-length": ({"bias": torch.randn(5)}, ValueError, r"bias must be \[6\]"),
-    "rank-0": ({"lora_a": torch.randn(0, 8), "lora_b": torch.randn(6, 0)}, ValueError, "at least 1"),
+    "rank-0": (
+        {"lora_a": torch.randn(0, 8), "lora_b": torch.randn(6, 0)},
+        ValueError,
+        "at least 1",
+    ),
     "scale-nan": ({"scale": math.nan}, ValueError, "scale is nan"),
     "scale-inf": ({"scale": math.inf}, ValueError, "scale is inf"),
     "scale-text": ({"scale": "2"}, ValueError, "scale is '2'"),
     "dropout-1": ({"dropout": 1.0}, ValueError, r"\[0, 1\)"),
     "dropout-negative": ({"dropout": -0.1}, ValueError, r"\[0, 1\)"),
     "dropout-nan": ({"dropout": math.nan}, ValueError, r"\[0, 1\)"),
-    "weight-device": ({"weight": torch.randn(6, 8, device="meta")}, ValueError, "weight is on meta, but x is on cpu"),
-    "lora_b-device": ({"lora_b": torch.randn(6, 3, device="meta")}, ValueError, "lora_b is on meta"),
+    "weight-device": (
+        {"weight": torch.randn(6, 8, device="meta")},
+        ValueError,
+        "weight is on meta, but x is on cpu",
+    ),
+    "lora_b-device": (
+        {"lora_b": torch.randn(6, 3, device="meta")},
+        ValueError,
+        "lora_b is on meta",
+    ),
     "bias-device": ({"bias": torch.randn(6, device="meta")}, ValueError, "bias is on meta"),
     "backend": ({"backend": "cuda"}, ValueError, "backend 'cuda', but there is only 'torch'"),
 }
@@ -66,7 +91,10 @@ def test_empty_group():
 
 
 def test_unknown_backend_in_the_context_manager():
-    with pytest.raises(ValueError, match="use_backend asks for the backend 'metal'"), fastlora.use_backend("metal"):
+    with (
+        pytest.raises(ValueError, match="use_backend asks for the backend 'metal'"),
+        fastlora.use_backend("metal"),
+    ):
         pass
 
 
@@ -82,7 +110,9 @@ def test_layer_rank(r):
         fastlora.LoRAConfig(rank_pattern={"q": r})
 
 
-@pytest.mark.parametrize("settings", [{"lora_dropout": 1.0}, {"lora_dropout": -1}, {"lora_dropout": math.nan}])
+@pytest.mark.parametrize(
+    "settings", [{"lora_dropout": 1.0}, {"lora_dropout": -1}, {"lora_dropout": math.nan}]
+)
 def test_layer_dropout(settings):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         fastlora.LoRALinear(8, 6, **settings)

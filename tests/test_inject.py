@@ -25,14 +25,35 @@ LLAMA_MLP = {f"model.layers.{i}.mlp.{x}_proj" for i in (0, 1) for x in ("gate", 
 TARGETS = {
     "default": ({}, LLAMA_ATTENTION),
     "all-linear": ({"target_modules": "all-linear"}, LLAMA_ATTENTION | LLAMA_MLP),
-    "suffix": ({"target_modules": ["q_proj"]}, {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}),
-    "longer-suffix": ({"target_modules": ["mlp.up_proj"]}, {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}),
-    "whole-name": ({"target_modules": ["model.layers.1.mlp.up_proj"]}, {"model.layers.1.mlp.up_proj"}),
-    "set": ({"target_modules": {"q_proj", "lm_head"}}, {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)} | {"lm_head"}),
-    "regex": ({"target_modules": r".*\.0\..*(q|v)_proj"}, {f"model.layers.0.self_attn.{x}_proj" for x in "qv"}),
+    "suffix": (
+        {"target_modules": ["q_proj"]},
+        {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)},
+    ),
+    "longer-suffix": (
+        {"target_modules": ["mlp.up_proj"]},
+        {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)},
+    ),
+    "whole-name": (
+        {"target_modules": ["model.layers.1.mlp.up_proj"]},
+        {"model.layers.1.mlp.up_proj"},
+    ),
+    "set": (
+        {"target_modules": {"q_proj", "lm_head"}},
+        {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)} | {"lm_head"},
+    ),
+    "regex": (
+        {"target_modules": r".*\.0\..*(q|v)_proj"},
+        {f"model.layers.0.self_attn.{x}_proj" for x in "qv"},
+    ),
     "exclude-list": (
-        {"target_modules": "all-linear", "exclude_modules": ["down_proj", "model.layers.0.mlp.up_proj"]},
-        LLAMA_ATTENTION | LLAMA_MLP - {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)} - {"model.layers.0.mlp.up_proj"},
+        {
+            "target_modules": "all-linear",
+            "exclude_modules": ["down_proj", "model.layers.0.mlp.up_proj"],
+        },
+        LLAMA_ATTENTION
+        | LLAMA_MLP
+        - {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+        - {"model.layers.0.mlp.up_proj"},
     ),
     "exclude-regex": (
         {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*"},
@@ -48,7 +69,9 @@ def test_targets(settings, expected):
     assert trained(model) == {f"{name}.lora_{half}" for name in expected for half in "AB"}
 
 
-@pytest.mark.parametrize("settings", [settings for settings, _ in TARGETS.values()][1:], ids=list(TARGETS)[1:])
+@pytest.mark.parametrize(
+    "settings", [settings for settings, _ in TARGETS.values()][1:], ids=list(TARGETS)[1:]
+)
 def test_targets_as_peft_means_them(settings):
     import peft
 
@@ -64,19 +87,37 @@ def test_targets_as_peft_means_them(settings):
 def test_default_targets_of_bert():
     from transformers import BertConfig, BertModel
 
-    model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50))
+    model = BertModel(
+        BertConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+            vocab_size=50,
+        )
+    )
     names = adapted(fastlora.apply_lora(model, LoRAConfig()))
     attention = "encoder.layer.0.attention"
-    assert names == {f"{attention}.self.{x}" for x in ("query", "key", "value")} | {f"{attention}.output.dense"}
+    assert names == {f"{attention}.self.{x}" for x in ("query", "key", "value")} | {
+        f"{attention}.output.dense"
+    }
 
 
 def test_all_linear_takes_every_linear_of_a_plain_model():
-    assert adapted(fastlora.apply_lora(Mlp(), LoRAConfig(target_modules="all-linear"))) == {"up", "down", "head"}
+    assert adapted(fastlora.apply_lora(Mlp(), LoRAConfig(target_modules="all-linear"))) == {
+        "up",
+        "down",
+        "head",
+    }
 
 
 def test_patterns():
     config = LoRAConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"up": 2, "x": 9}, alpha_pattern={"down|head": 3}
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        rank_pattern={"up": 2, "x": 9},
+        alpha_pattern={"down|head": 3},
     )
     model = fastlora.apply_lora(Mlp(), config)
     assert (model.up.r, model.up.scaling) == (2, 4.0)
@@ -85,7 +126,12 @@ def test_patterns():
 
 
 @pytest.mark.parametrize(
-    ("bias", "biases"), [("none", set()), ("all", {"up.bias", "down.bias", "norm.bias", "head.bias"}), ("lora_only", {"up.bias"})]
+    ("bias", "biases"),
+    [
+        ("none", set()),
+        ("all", {"up.bias", "down.bias", "norm.bias", "head.bias"}),
+        ("lora_only", {"up.bias"}),
+    ],
 )
 def test_bias(bias, biases):
     model = fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"], bias=bias))
@@ -95,7 +141,9 @@ def test_bias(bias, biases):
 
 
 def test_modules_to_save_train_in_full_and_take_no_adapter():
-    model = fastlora.apply_lora(Mlp(), LoRAConfig(target_modules="all-linear", modules_to_save=["head", "norm"]))
+    model = fastlora.apply_lora(
+        Mlp(), LoRAConfig(target_modules="all-linear", modules_to_save=["head", "norm"])
+    )
     assert adapted(model) == {"up", "down"}
     assert {"head.weight", "head.bias", "norm.weight", "norm.bias"} < trained(model)
 
@@ -103,7 +151,13 @@ def test_modules_to_save_train_in_full_and_take_no_adapter():
 def test_a_classification_head_trains_in_full():
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+    )
     model = LlamaForSequenceClassification(config)
     fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear", task_type="SEQ_CLS"))
     assert "score" not in adapted(model)
@@ -185,7 +239,9 @@ def test_remove_lora_of_a_plain_model_is_nothing():
 
 
 def test_a_model_that_is_one_linear_layer():
-    model = fastlora.apply_lora(nn.Linear(8, 4), LoRAConfig(target_modules="all-linear", bias="all"))
+    model = fastlora.apply_lora(
+        nn.Linear(8, 4), LoRAConfig(target_modules="all-linear", bias="all")
+    )
     assert isinstance(model, LoRALinear)
     assert trained(model) == {"lora_A", "lora_B", "bias"}
 
@@ -201,7 +257,10 @@ def test_deepcopy_of_an_adapted_model():
 def test_print_trainable_parameters(capsys):
     model = fastlora.apply_lora(Mlp(), LoRAConfig(r=2, target_modules=["up"]))
     fastlora.print_trainable_parameters(model)
-    assert capsys.readouterr().out == "trainable params: 40 || all params: 304 || trainable%: 13.1579\n"
+    assert (
+        capsys.readouterr().out
+        == "trainable params: 40 || all params: 304 || trainable%: 13.1579\n"
+    )
 
 
 class Half(nn.Linear):
@@ -227,18 +286,46 @@ def subclass() -> nn.Module:
 
 
 ERRORS = {
-    "nothing-matches": (Mlp, {"target_modules": ["qproj"]}, r"matches no module. It could match: up \(1\)"),
-    "one-name-matches-nothing": (Mlp, {"target_modules": ["up", "gate"]}, "has 'gate', which matches no module"),
+    "nothing-matches": (
+        Mlp,
+        {"target_modules": ["qproj"]},
+        r"matches no module. It could match: up \(1\)",
+    ),
+    "one-name-matches-nothing": (
+        Mlp,
+        {"target_modules": ["up", "gate"]},
+        "has 'gate', which matches no module",
+    ),
     "regex-matches-nothing": (Mlp, {"target_modules": "q.*"}, "It could match"),
     "no-regex": (Mlp, {"target_modules": "*up"}, "is no regular expression"),
-    "everything-excluded": (Mlp, {"target_modules": ["up"], "exclude_modules": ["up"]}, "matches no module"),
+    "everything-excluded": (
+        Mlp,
+        {"target_modules": ["up"], "exclude_modules": ["up"]},
+        "matches no module",
+    ),
     "no-target-and-no-transformer": (Mlp, {}, "target_modules is None"),
-    "no-linear": (Mlp, {"target_modules": ["norm"]}, "norm can't take an adapter: it is a LayerNorm"),
-    "no-linear-at-all": (lambda: nn.ReLU(), {"target_modules": ["up"]}, "no torch.nn.Linear that could be adapted"),
-    "subclass": (subclass, {"target_modules": ["up"]}, "it is a Half, and only torch.nn.Linear itself"),
+    "no-linear": (
+        Mlp,
+        {"target_modules": ["norm"]},
+        "norm can't take an adapter: it is a LayerNorm",
+    ),
+    "no-linear-at-all": (
+        lambda: nn.ReLU(),
+        {"target_modules": ["up"]},
+        "no torch.nn.Linear that could be adapted",
+    ),
+    "subclass": (
+        subclass,
+        {"target_modules": ["up"]},
+        "it is a Half, and only torch.nn.Linear itself",
+    ),
     "replaced-forward": (replaced_forward, {"target_modules": ["up"]}, "its forward was replaced"),
     "peft-model": (with_peft, {"target_modules": ["down"]}, "has a PEFT adapter"),
-    "unknown-module-to-save": (Mlp, {"target_modules": ["up"], "modules_to_save": ["tail"]}, "has 'tail'"),
+    "unknown-module-to-save": (
+        Mlp,
+        {"target_modules": ["up"], "modules_to_save": ["tail"]},
+        "has 'tail'",
+    ),
 }
 
 
@@ -275,5 +362,7 @@ def test_running_out_of_memory_leaves_the_model_alone(monkeypatch):
     model = Tied()
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="out of memory"):
-        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear", modules_to_save=["embed"]))
+        fastlora.apply_lora(
+            model, LoRAConfig(target_modules="all-linear", modules_to_save=["embed"])
+        )
     assert_untouched(model, before)

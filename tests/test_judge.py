@@ -1,4 +1,5 @@
-"""The judge condemns what is wrong: each mistake that a LoRA kernel was ever shipped with fails its check."""
+"""The judge condemns what is wrong: each mistake that a LoRA kernel was ever shipped with fails its
+check."""
 
 import pytest
 import torch
@@ -17,20 +18,24 @@ def test_the_right_backend_passes():
     check()
 
 
-def test_another_mask_in_the_backward_fails(monkeypatch):
+def change_the_backward_s_mask(monkeypatch, change) -> None:
     through = backend._through_lora_a
     monkeypatch.setattr(
-        backend, "_through_lora_a", lambda x, dh, a, p, seed, *rest: through(x, dh, a, p, seed + 1, *rest)
+        backend,
+        "_through_lora_a",
+        lambda x, dh, a, mask, *rest: through(x, dh, a, change(mask), *rest),
     )
+
+
+def test_another_mask_in_the_backward_fails(monkeypatch):
+    another = DropoutMask(torch.tensor([99]), 24, 0.3)
+    change_the_backward_s_mask(monkeypatch, lambda mask: another)
     with pytest.raises(AssertionError, match="d_x"):
         check()
 
 
 def test_no_mask_in_the_backward_fails(monkeypatch):
-    through = backend._through_lora_a
-    monkeypatch.setattr(
-        backend, "_through_lora_a", lambda x, dh, a, p, seed, *rest: through(x, dh, a, 0.0, None, *rest)
-    )
+    change_the_backward_s_mask(monkeypatch, lambda mask: None)
     with pytest.raises(AssertionError, match="d_x"):
         check()
 
@@ -39,7 +44,9 @@ def test_no_mask_in_the_backward_fails(monkeypatch):
 def test_a_forgotten_share_of_the_scale_fails(monkeypatch, factor):
     product = backend._product
     monkeypatch.setattr(
-        backend, "_product", lambda left, right, scale, *, out: product(left, right, scale * factor, out=out)
+        backend,
+        "_product",
+        lambda left, right, scale, out=None: product(left, right, scale * factor, out),
     )
     with pytest.raises(AssertionError, match="y0"):
         check(dtype=torch.float32)

@@ -11,7 +11,9 @@ import fastlora
 def op_arguments(p: float, n: int = 2, requires_grad: bool = True):
     x = torch.randn(2, 5, 16, requires_grad=requires_grad)
     group = [make_projection(6 + i, 16, 2 + i, torch.float32, bias=i == 0) for i in range(n)]
-    parameters = [torch.empty(0) if t is None else t for projection in group for t in projection.tensors]
+    parameters = [
+        torch.empty(0) if t is None else t for projection in group for t in projection.tensors
+    ]
     if not requires_grad:
         parameters = [parameter.detach() for parameter in parameters]
     return x, parameters, [0.5] * n, p, torch.randint(-9, 9, (n,)) if p else None
@@ -70,14 +72,17 @@ def test_compile_fullgraph(backend, training):
     y, y_compiled = block(x), compiled(x)
     torch.testing.assert_close(y_compiled, y)
     for ours, theirs in zip(
-        torch.autograd.grad(y_compiled.square().sum(), leaves), torch.autograd.grad(y.square().sum(), leaves), strict=True
+        torch.autograd.grad(y_compiled.square().sum(), leaves),
+        torch.autograd.grad(y.square().sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_with_dropout_uses_one_mask_for_both_directions(backend):
-    """y = x + update(mask): where y - base is linear in the mask, d lora_B tells which mask the backward used."""
+    """y = x + update(mask): where y - base is linear in the mask, d lora_B tells which mask the
+    backward used."""
     torch.compiler.reset()
     layer = fastlora.LoRALinear(32, 1, bias=False, r=1, lora_dropout=0.5)
     nn.init.ones_(layer.lora_B)

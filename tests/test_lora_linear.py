@@ -33,18 +33,24 @@ def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ids=lambda size: str(size),
 )
 def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
-    check_against_oracle(make_x(m, k, dtype=dtype), [make_projection(n, k, 8, dtype, adapter_dtype, bias)], p)
+    check_against_oracle(
+        make_x(m, k, dtype=dtype), [make_projection(n, k, 8, dtype, adapter_dtype, bias)], p
+    )
 
 
 @dtypes
 @dropouts
 @pytest.mark.parametrize("r", [1, 3, 8, 16, 64, 200])
 def test_ranks(r, dtype, adapter_dtype, p):
-    check_against_oracle(make_x(37, 70, dtype=dtype), [make_projection(29, 70, r, dtype, adapter_dtype)], p)
+    check_against_oracle(
+        make_x(37, 70, dtype=dtype), [make_projection(29, 70, r, dtype, adapter_dtype)], p
+    )
 
 
 @dropouts
-@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 5, 7), (2, 3, 5, 7), (0, 7), (2, 0, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7,), (5, 7), (2, 5, 7), (2, 3, 5, 7), (0, 7), (2, 0, 7)], ids=str
+)
 def test_leading_dimensions(shape, p):
     check_against_oracle(make_x(*shape), [make_projection(6, 7, 3, torch.float32, bias=True)], p)
 
@@ -71,9 +77,14 @@ def test_strided_x(make, dtype, p):
 
 @dtypes
 @dropouts
-@pytest.mark.parametrize("sizes", [((5, 3), (11, 8)), ((16, 4), (8, 4), (1, 70))], ids=["two", "three"])
+@pytest.mark.parametrize(
+    "sizes", [((5, 3), (11, 8)), ((16, 4), (8, 4), (1, 70))], ids=["two", "three"]
+)
 def test_groups(sizes, dtype, adapter_dtype, p):
-    group = [make_projection(n, 21, r, dtype, adapter_dtype, bias=i % 2 == 0) for i, (n, r) in enumerate(sizes)]
+    group = [
+        make_projection(n, 21, r, dtype, adapter_dtype, bias=i % 2 == 0)
+        for i, (n, r) in enumerate(sizes)
+    ]
     check_against_oracle(make_x(2, 13, 21, dtype=dtype), group, p)
 
 
@@ -96,13 +107,19 @@ def test_dropout_over_many_blocks(monkeypatch):
     from fastlora.backends import torch as backend
 
     monkeypatch.setattr(backend, "_CPU_BLOCK", 64)
-    group = [make_projection(6, 9, 3, torch.bfloat16, torch.float32), make_projection(4, 9, 2, torch.bfloat16)]
+    group = [
+        make_projection(6, 9, 3, torch.bfloat16, torch.float32),
+        make_projection(4, 9, 2, torch.bfloat16),
+    ]
     check_against_oracle(make_x(50, 9, dtype=torch.bfloat16), group, 0.3)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradcheck(p):
-    x, projection = make_x(5, 7, dtype=torch.float64), make_projection(4, 7, 3, torch.float64, bias=True)
+    x, projection = (
+        make_x(5, 7, dtype=torch.float64),
+        make_projection(4, 7, 3, torch.float64, bias=True),
+    )
     projection.weight.requires_grad_()
 
     def call(x, weight, lora_a, lora_b, bias):
@@ -136,19 +153,27 @@ def test_output_may_be_changed_in_place():
 
 
 def test_same_inputs_same_bits():
-    x, projection = make_x(40, 33, dtype=torch.bfloat16), make_projection(20, 33, 4, torch.bfloat16, torch.float32)
+    x, projection = (
+        make_x(40, 33, dtype=torch.bfloat16),
+        make_projection(20, 33, 4, torch.bfloat16, torch.float32),
+    )
     results = []
     for _ in range(2):
         torch.manual_seed(5)
         y = fastlora.lora_linear(x, *projection.tensors[:3], scale=2.0, dropout=0.2)
-        results.append((y, *torch.autograd.grad(y.sum(), (x, projection.lora_a, projection.lora_b))))
+        results.append(
+            (y, *torch.autograd.grad(y.sum(), (x, projection.lora_a, projection.lora_b)))
+        )
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
 def test_scale_is_not_rounded_to_the_dtype():
     """A scale that bfloat16 can't hold stays exact until the product is rounded."""
     x, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.bfloat16)
-    lora_a, lora_b = torch.full((1, 1), 256.0, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    lora_a, lora_b = (
+        torch.full((1, 1), 256.0, dtype=torch.bfloat16),
+        torch.ones(1, 1, dtype=torch.bfloat16),
+    )
     scale = 1.0 + 2**-9  # bfloat16 rounds it to 1, and 256 times it to 256.5, which rounds to 256
     y = fastlora.lora_linear(x, weight, lora_a * 1.5, lora_b, scale=scale * 2)
     exact = torch.tensor(2 * scale * 384.0).to(torch.bfloat16)

@@ -39,7 +39,9 @@ def test_saved_tensors_are_not_written_over():
     projection = make_projection(8, 12, 4, torch.float32)
     before = [tensor.clone() for tensor in (x, *projection.tensors[:3])]
     y = fastlora.lora_linear(x, *projection.tensors[:3], dropout=0.3)
-    first = torch.autograd.grad(y.sum(), (x, projection.lora_a, projection.lora_b), retain_graph=True)
+    first = torch.autograd.grad(
+        y.sum(), (x, projection.lora_a, projection.lora_b), retain_graph=True
+    )
     second = torch.autograd.grad(y.sum(), (x, projection.lora_a, projection.lora_b))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, (x, *projection.tensors[:3]), strict=True))

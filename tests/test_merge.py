@@ -9,7 +9,9 @@ from fastlora import LoRAConfig
 
 
 def adapted_mlp(dtype: torch.dtype = torch.float32):
-    return randomise(fastlora.apply_lora(Mlp().to(dtype), LoRAConfig(r=3, target_modules=["up", "down"]))).eval()
+    return randomise(
+        fastlora.apply_lora(Mlp().to(dtype), LoRAConfig(r=3, target_modules=["up", "down"]))
+    ).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -29,7 +31,9 @@ def test_outputs_agree_and_bits_come_back(dtype):
     model, x = adapted_mlp(dtype), torch.randn(5, 8, dtype=dtype)
     before, y = snapshot(model), model(x)
     assert fastlora.merge_lora(model) is model
-    torch.testing.assert_close(model(x), y, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+    torch.testing.assert_close(
+        model(x), y, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+    )
     assert not torch.equal(model.up.weight, before["values"]["up.weight"])
     assert fastlora.unmerge_lora(model) is model
     assert_untouched(model, before)
@@ -152,7 +156,9 @@ def test_progress_bar_on_many_layers(capsys):
 
 
 def test_generation_when_merged():
-    model = randomise(fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02)
+    model = randomise(
+        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
+    )
     ids = torch.randint(0, 100, (1, 5))
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, **settings)

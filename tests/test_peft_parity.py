@@ -1,4 +1,5 @@
-"""PEFT's own layer as the judge: same parameters in, same outputs and gradients out, and the same training."""
+"""PEFT's own layer as the judge: same parameters in, same outputs and gradients out, and the same
+training."""
 
 import peft
 import pytest
@@ -60,9 +61,15 @@ def train(model, parameters, steps: int = 20) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=["f32", "bf16"]
+)
 def test_twenty_training_steps_follow_peft(dtype, tolerance):
-    settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    settings = {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+    }
     torch.manual_seed(2)
     model = tiny_llama(dtype).train()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -88,11 +95,16 @@ def test_dropout_has_peft_s_statistics():
     config = peft.LoraConfig(r=4, target_modules=["up"], lora_dropout=0.3, init_lora_weights=False)
     theirs = peft.get_peft_model(Mlp().double(), config).base_model.model.up
     ours = LoRALinear.from_linear(theirs.base_layer, r=4, lora_alpha=8, lora_dropout=0.3)
-    ours.lora_A.data, ours.lora_B.data = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    ours.lora_A.data, ours.lora_B.data = (
+        theirs.lora_A["default"].weight,
+        theirs.lora_B["default"].weight,
+    )
     x = torch.randn(1, 8, dtype=torch.float64)
     with torch.no_grad():
         rows = x.expand(20000, 8)
         our_y, their_y = ours(rows), theirs(rows)
     deviation = their_y.std(0)
-    assert ((our_y.mean(0) - their_y.mean(0)).abs() / deviation).max().item() < 5 * (2 / 20000) ** 0.5
+    assert ((our_y.mean(0) - their_y.mean(0)).abs() / deviation).max().item() < 5 * (
+        2 / 20000
+    ) ** 0.5
     torch.testing.assert_close(our_y.std(0), deviation, rtol=0.05, atol=0)

@@ -11,18 +11,25 @@ def test_formula_number_by_number():
         torch.randn(shape, dtype=torch.float64) for shape in ((3, 5), (4, 5), (2, 5), (4, 2), (4,))
     )
     mask = torch.rand(3, 5) > 0.3
-    y = reference.lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=0.7, dropout=0.3, mask=mask)
+    y = reference.lora_linear(
+        x, weight, lora_a, lora_b, bias=bias, scale=0.7, dropout=0.3, mask=mask
+    )
     for m in range(3):
         for n in range(4):
             base = sum(x[m, k] * weight[n, k] for k in range(5)) + bias[n]
             update = sum(
-                float(mask[m, k]) * x[m, k] / 0.7 * lora_a[i, k] * lora_b[n, i] for k in range(5) for i in range(2)
+                float(mask[m, k]) * x[m, k] / 0.7 * lora_a[i, k] * lora_b[n, i]
+                for k in range(5)
+                for i in range(2)
             )
             torch.testing.assert_close(y[m, n], base + 0.7 * update)
 
 
 def test_gradients_are_the_formula_s():
-    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (4, 5), (2, 5), (4, 2))]
+    tensors = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 5), (4, 5), (2, 5), (4, 2))
+    ]
     mask = torch.rand(3, 5) > 0.3
     assert torch.autograd.gradcheck(
         lambda *t: reference.lora_linear(*t, scale=0.7, dropout=0.3, mask=mask), tensors
@@ -31,15 +38,22 @@ def test_gradients_are_the_formula_s():
 
 def test_group_is_each_projection_alone():
     x = torch.randn(2, 3, 5)
-    group = [Projection(torch.randn(n, 5), torch.randn(r, 5), torch.randn(n, r), None, 0.5) for n, r in ((4, 2), (1, 3))]
+    group = [
+        Projection(torch.randn(n, 5), torch.randn(r, 5), torch.randn(n, r), None, 0.5)
+        for n, r in ((4, 2), (1, 3))
+    ]
     masks = [torch.rand(2, 3, 5) > 0.5 for _ in group]
     ys = reference.lora_linears(x, group, dropout=0.5, masks=masks)
     for y, (weight, lora_a, lora_b, bias, scale), mask in zip(ys, group, masks, strict=True):
-        alone = reference.lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=scale, dropout=0.5, mask=mask)
+        alone = reference.lora_linear(
+            x, weight, lora_a, lora_b, bias=bias, scale=scale, dropout=0.5, mask=mask
+        )
         assert torch.equal(y, alone)
 
 
 def test_dropout_without_a_mask_is_an_error():
     x = torch.randn(2, 5)
     with pytest.raises(ValueError, match="no mask came"):
-        reference.lora_linear(x, torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2), dropout=0.1)
+        reference.lora_linear(
+            x, torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2), dropout=0.1
+        )

@@ -1,4 +1,5 @@
-"""What surrounds a layer in real training: autocast, checkpointing, accumulation, several processes."""
+"""What surrounds a layer in real training: autocast, checkpointing, accumulation, several
+processes."""
 
 import copy
 import socket
@@ -101,10 +102,13 @@ def test_frozen_half_gets_no_gradient(frozen):
 
 
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
-    """A first layer's x needs none, so its dx, which is as dear as the forward, must not be computed."""
+    """A first layer's x needs none, so its dx, which is as dear as the forward, must not be
+    computed."""
     from fastlora.backends import torch as backend
 
-    monkeypatch.setattr(backend, "_base_dx", lambda *_: pytest.fail("dx was computed, and nobody asked"))
+    monkeypatch.setattr(
+        backend, "_base_dx", lambda *_: pytest.fail("dx was computed, and nobody asked")
+    )
     make_layer()(torch.randn(3, 12)).sum().backward()
 
 

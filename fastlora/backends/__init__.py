@@ -1,7 +1,8 @@
-"""Which implementation runs: argument, else context manager, else ``FASTLORA_BACKEND``, else the device's default.
+"""Which implementation runs: argument, else context manager, else ``FASTLORA_BACKEND``, else the
+device's default.
 
-A backend is a module with ``forward``, ``backward`` and ``dropout_mask`` of the same meaning (``torch`` is the one to
-read).  Registering one here is all that the layers above need.
+A backend is a module with ``forward``, ``backward`` and ``dropout_mask`` of the same meaning
+(``torch`` is the one to read).  Registering one here is all that the layers above need.
 """
 
 import os
@@ -14,14 +15,18 @@ from . import torch as torch_backend
 
 _BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
-_ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")  # read once: a look-up costs as much as a small op
+_ENVIRONMENT = os.environ.get(
+    "FASTLORA_BACKEND"
+)  # read once: a look-up costs as much as a small op
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every LoRA op inside the block on this backend, in this thread: ``with fastlora.use_backend("torch"): …``.
+    """Run every LoRA op inside the block on this backend, in this thread: ``with
+    fastlora.use_backend("torch"): …``.
 
-    ``FASTLORA_BACKEND`` does the same for a process.  An unknown name is a ValueError that lists what there is.
+    ``FASTLORA_BACKEND`` does the same for a process.  An unknown name is a ValueError that lists
+    what there is.
     """
     _check_name(name, "use_backend")
     token = _CHOSEN.set(name)
@@ -48,5 +53,8 @@ def find_backend(name: str | None = None) -> ModuleType:
 
 def _check_name(name: str, source: str) -> str:
     if name not in _BACKENDS:
-        raise ValueError(f"{source} asks for the backend {name!r}, but there is only {', '.join(map(repr, _BACKENDS))}")
+        raise ValueError(
+            f"{source} asks for the backend {name!r}, but there is only "
+            + ", ".join(map(repr, _BACKENDS))
+        )
     return name

@@ -1,15 +1,18 @@
-"""The dropout mask: a function of (seed, row, column), never stored, and the same however the rows are cut in blocks.
+"""The dropout mask: a function of (seed, row, column), never stored, and the same however the rows
+are cut in blocks.
 
-The low half of the seed and a row give a 32-bit row key, the high half and a pair of columns a 32-bit column key.
-Their exclusive or goes through two rounds of multiply and shift, and the two 16-bit halves of the result decide the
-two columns.  All of it is integer arithmetic that wraps, on whole tensors: it runs on any device, on all of its
-threads, and never reads the seed back to the host.
+The low half of the seed and a row give a 32-bit row key, the high half and a pair of columns a
+32-bit column key. Their exclusive or goes through two rounds of multiply and shift, and the two
+16-bit halves of the result decide the two columns.  All of it is integer arithmetic that wraps, on
+whole tensors: it runs on any device, on all of its threads, and never reads the seed back to the
+host.
 
-The upper bits come down by an addition, w + (w >> s), where other hashes have an exclusive or: torch's shift copies
-the sign, which would fold the upper half onto its positive values.
+The upper bits come down by an addition, w + (w >> s), where other hashes have an exclusive or:
+torch's shift copies the sign, which would fold the upper half onto its positive values.
 
-An element is kept where its half, as a number in [0, 2¹⁶), is at least round(p · 2¹⁶), so that the probability is
-right to 2⁻¹⁶.  This makes masks; it is not a source of random numbers for anything else.
+An element is kept where its half, as a number in [0, 2¹⁶), is at least round(p · 2¹⁶), so that the
+probability is right to 2⁻¹⁶.  This makes masks; it is not a source of random numbers for anything
+else.
 """
 
 import torch
@@ -17,7 +20,8 @@ from torch import Tensor
 
 
 def _constant(value: int) -> Tensor:
-    """A 0-d int32, which an operation takes from any device, in half the time of a Python number."""
+    """A 0-d int32, which an operation takes from any device, in half the time of a Python
+    number."""
     return torch.tensor(value if value < 2**31 else value - 2**32, dtype=torch.int32, device="cpu")
 
 
@@ -37,11 +41,12 @@ class DropoutMask:
         self.low, high = seed.view(torch.int32).unbind()
         pairs = torch.arange((columns + 1) // 2, dtype=torch.int32, device=seed.device)
         self.column_keys = pairs.mul_(_COLUMN_STEP).add_(high)
-        self.columns = columns
+        self.p, self.columns = p, columns
         self.threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
 
     def rows(self, first: int, count: int) -> Tensor:
-        """int16 [count, columns], from row ``first`` on: 1 where the element is kept, 0 where it is dropped."""
+        """int16 [count, columns], from row ``first`` on: 1 where the element is kept, 0 where it is
+        dropped."""
         row_keys = torch.arange(first, first + count, dtype=torch.int32, device=self.low.device)
         word = row_keys.mul_(_ROW_STEP).add_(self.low).unsqueeze(1) ^ self.column_keys
         word.mul_(_FIRST_MIX)
@@ -53,7 +58,8 @@ class DropoutMask:
 
 
 def dropout_mask(seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
-    """The whole keep mask, bool [rows, columns], of a seed (int64, one element): what the oracle is given."""
+    """The whole keep mask, bool [rows, columns], of a seed (int64, one element): what the oracle is
+    given."""
     rows, columns = shape
     return DropoutMask(seed.reshape(1), columns, p).rows(0, rows).bool()
 
@@ -61,6 +67,7 @@ def dropout_mask(seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
 def multiply_bits(x: Tensor, keep: Tensor) -> Tensor:
     """x where ``keep`` is 1, +0 where it is 0, by integer arithmetic on the bits of x.
 
-    Several times faster than multiplying or filling by a bool mask; what is dropped is gone, NaN and infinity too.
+    Several times faster than multiplying or filling by a bool mask; what is dropped is gone, NaN
+    and infinity too.
     """
     return torch.mul(x.view(_INTEGER_OF_SIZE[x.element_size()]), keep).view(x.dtype)

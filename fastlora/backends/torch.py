@@ -1,4 +1,5 @@
-"""The torch backend: any device and floating dtype, by torch's own matrix products and in-place adds.
+"""The torch backend: any device and floating dtype, by torch's own matrix products and in-place
+adds.
 
 With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of dropout p:
 
@@ -7,11 +8,13 @@ With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of 
     dh = factor · dy lora_b                     dx = dy weight + mask ∘ (dh lora_a)
     d lora_a = dhᵀ (mask ∘ x)                   d lora_b = dyᵀ h
 
-h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator, so that nothing
-of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows that stay in cache: no dropped copy of x exists.
+h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator,
+so that nothing of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows that stay in
+cache: no dropped copy of x exists.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -22,20 +25,25 @@ from .dropout import DropoutMask, dropout_mask, multiply_bits
 
 __all__ = ["backward", "dropout_mask", "forward"]
 
-# Elements of x in one block of dropout.  On 2 cores with 1 MiB of L2 cache each, 2^20 took 0.84 ms for 4 Mi elements
-# of bfloat16, 2^18 took 1.15 ms; where a launch costs more than memory does, blocks are larger.
+# Elements of x in one block of dropout.  On 2 cores with 1 MiB of L2 cache each, 2^20 took 0.84 ms
+# for 4 Mi elements of bfloat16, 2^18 took 1.15 ms; where a launch costs more than memory does,
+# blocks are larger.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 
 
 def forward(
     x: Tensor, projections: Sequence[Projection], *, dropout: float, seed: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs [M, N] and the h [M, r] of all projections of x [M, K].  ``seed``: int64, one for each, if p > 0."""
-    hs = [_project(x, projection, dropout, _seed_of(seed, i)) for i, projection in enumerate(projections)]
-    ys = []
-    for projection, h in zip(projections, hs, strict=True):
+    """The outputs [M, N] and the h [M, r] of all projections of x [M, K].
+
+    ``seed``: int64 [number of projections], on x's device; None without dropout.
+    """
+    ys, hs = [], []
+    for projection, mask in zip(projections, _masks(x, projections, dropout, seed), strict=True):
+        h = _project(x, projection, mask)
         y = linear(x, projection.weight, _cast(projection.bias, x.dtype))
         ys.append(y.addmm_(h, _cast(projection.lora_b, x.dtype).T))
+        hs.append(h)
     return ys, hs
 
 
@@ -49,43 +57,53 @@ def backward(
     dropout: float,
     seed: Tensor | None,
 ) -> list[Tensor | None]:
-    """The gradients of x and then of each projection's tensors, where ``needs`` (in that order) asks, else None.
+    """The gradients of x and of each projection's tensors, or None where ``needs`` doesn't ask.
 
-    ``dys``: [M, N], or None for an output that the loss does not use.
+    ``needs`` has that order too.  ``dys``: [M, N], or None for an output that the loss doesn't use.
     """
     dx = _base_dx(dys, x, projections) if needs[0] else None
     gradients = [dx]
-    for i, (dy, projection, h) in enumerate(zip(dys, projections, hs, strict=True)):
+    masks = _masks(x, projections, dropout, seed)
+    for i, (dy, projection, h, mask) in enumerate(zip(dys, projections, hs, masks, strict=True)):
         need_weight, need_a, need_b, need_bias = needs[1 + 4 * i : 5 + 4 * i]
-        if dy is None:
-            gradients += [None] * 4
-            continue
-        d_weight = torch.mm(dy.T, x) if need_weight else None
-        d_lora_a = d_lora_b = d_bias = None
-        if need_a or dx is not None:
-            factor = projection.scale / (1.0 - dropout)
-            dh = _product(dy, _cast(projection.lora_b, x.dtype), factor, out=torch.empty_like(h))
-            d_lora_a = _through_lora_a(x, dh, projection.lora_a, dropout, _seed_of(seed, i), dx, need_a)
-        if need_b:
-            d_lora_b = _d_lora_b(dy, h)
-        if need_bias:
-            d_bias = dy.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        d_weight = d_lora_a = d_lora_b = d_bias = None
+        if dy is not None:
+            if need_weight:
+                d_weight = torch.mm(dy.T, x)
+            if need_a or dx is not None:
+                dh = _product(dy, _cast(projection.lora_b, x.dtype), _factor(projection, mask))
+                d_lora_a = _through_lora_a(x, dh, projection.lora_a, mask, dx, need_a)
+            if need_b:
+                d_lora_b = _d_lora_b(dy, h)
+            if need_bias:
+                d_bias = dy.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
         found = (d_weight, d_lora_a, d_lora_b, d_bias)
         gradients += [
-            None if gradient is None else _cast(gradient, tensor.dtype)
+            None if gradient is None or tensor is None else _cast(gradient, tensor.dtype)
             for gradient, tensor in zip(found, projection.tensors, strict=True)
         ]
     return gradients
 
 
-def _project(x: Tensor, projection: Projection, dropout: float, seed: Tensor | None) -> Tensor:
+def _masks(
+    x: Tensor, projections: Sequence[Projection], dropout: float, seed: Tensor | None
+) -> Sequence[DropoutMask | None]:
+    """A mask for each projection, or None for each without dropout."""
+    if seed is None:
+        return [None] * len(projections)
+    return [DropoutMask(seed[i : i + 1], x.shape[1], dropout) for i in range(len(projections))]
+
+
+def _factor(projection: Projection, mask: DropoutMask | None) -> float:
+    return projection.scale if mask is None else projection.scale / (1.0 - mask.p)
+
+
+def _project(x: Tensor, projection: Projection, mask: DropoutMask | None) -> Tensor:
     """h = factor · (mask ∘ x) lora_aᵀ, [M, r]."""
-    down = _cast(projection.lora_a, x.dtype).T
+    down, factor = _cast(projection.lora_a, x.dtype).T, _factor(projection, mask)
+    if mask is None:
+        return _product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
-    factor = projection.scale / (1.0 - dropout)
-    if dropout == 0.0:
-        return _product(x, down, factor, out=h)
-    mask = DropoutMask(seed, x.shape[1], dropout)
     for first, x_rows, h_rows in _blocks(x, h):
         _product(multiply_bits(x_rows, mask.rows(first, len(x_rows))), down, factor, out=h_rows)
     return h
@@ -96,21 +114,27 @@ def _base_dx(dys: Sequence[Tensor | None], x: Tensor, projections: Sequence[Proj
     dx = None
     for dy, projection in zip(dys, projections, strict=True):
         if dy is not None:
-            dx = torch.mm(dy, projection.weight) if dx is None else dx.addmm_(dy, projection.weight)
+            weight = projection.weight
+            dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
     return x.new_zeros(x.shape) if dx is None else dx
 
 
 def _through_lora_a(
-    x: Tensor, dh: Tensor, lora_a: Tensor, dropout: float, seed: Tensor | None, dx: Tensor | None, need_a: bool
+    x: Tensor,
+    dh: Tensor,
+    lora_a: Tensor,
+    mask: DropoutMask | None,
+    dx: Tensor | None,
+    need_a: bool,
 ) -> Tensor | None:
-    """Add mask ∘ (dh lora_a) onto dx, if there is one, and return d lora_a = dhᵀ (mask ∘ x), if it is needed."""
+    """Add mask ∘ (dh lora_a) onto dx, if there is one; return dhᵀ (mask ∘ x), if it is needed."""
     up = _cast(lora_a, x.dtype)
-    if dropout == 0.0:
+    if mask is None:
         if dx is not None:
             dx.addmm_(dh, up)
         return torch.mm(dh.T, x) if need_a else None
-    mask, d_lora_a = DropoutMask(seed, x.shape[1], dropout), None
-    wide = torch.promote_types(x.dtype, torch.float32)
+    d_lora_a = None
+    wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
         keep = mask.rows(first, len(x_rows))
         if need_a:
@@ -122,8 +146,9 @@ def _through_lora_a(
 
 
 def _d_lora_b(dy: Tensor, h: Tensor) -> Tensor:
-    """dyᵀ h, [N, r].  Over many rows of float32 (hᵀ dy)ᵀ is faster, up to twice on some CPUs: it is worth its copy."""
+    """dyᵀ h, [N, r]."""
     if len(h) >= 256 and h.dtype == torch.float32:
+        # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
         return torch.mm(h.T, dy).T.contiguous()
     return torch.mm(dy.T, h)
 
@@ -135,17 +160,20 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
         yield 0, x, *others
         return
     for first in range(0, len(x), step):
-        yield first, *(None if tensor is None else tensor[first : first + step] for tensor in (x, *others))
+        rows = slice(first, first + step)
+        yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
 
 
-def _product(left: Tensor, right: Tensor, factor: float, *, out: Tensor) -> Tensor:
-    """out = factor · left right, scaled in the accumulator, before the product is rounded."""
+def _product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """factor · left right, scaled in the accumulator, before the product is rounded."""
+    if out is None:
+        out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+@overload
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _cast(tensor: None, dtype: torch.dtype) -> None: ...
+def _cast(tensor, dtype):
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _seed_of(seed: Tensor | None, i: int) -> Tensor | None:
-    return None if seed is None else seed[i : i + 1]

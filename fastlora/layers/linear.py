@@ -1,6 +1,7 @@
 """LoRALinear: an ``nn.Linear`` with a low-rank adapter beside its frozen weight."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,18 @@ from ..projection import check_adapter
 
 
 class LoRALinear(nn.Linear):
-    """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ, x [..., in_features] -> y [..., out_features].
+    """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ, x [..., in_features] -> y [...,
+    out_features].
 
-    It *is* an ``nn.Linear``: ``weight`` and ``bias`` stay where they were, frozen, so a base checkpoint loads before
-    or after, and code that reads ``layer.weight`` goes on working.  It adds two parameters under loralib's names,
-    ``lora_A`` [r, in_features] and ``lora_B`` [out_features, r].  A fresh layer is the identity change: lora_A is
-    kaiming-uniform(a=√5) and lora_B zero, PEFT's default.  ``scaling`` is lora_alpha / r, or lora_alpha / √r with
-    ``use_rslora`` (arXiv 2312.03732).  ``lora_dropout`` in [0, 1) acts on the adapter's input alone, in training.
+    It *is* an ``nn.Linear``: ``weight`` and ``bias`` stay where they were, frozen, so a base
+    checkpoint loads before or after, and code that reads ``layer.weight`` goes on working.  It adds
+    two parameters under loralib's names, ``lora_A`` [r, in_features] and ``lora_B`` [out_features,
+    r].  A fresh layer is the identity change: lora_A is kaiming-uniform(a=√5) and lora_B zero,
+    PEFT's default.  ``scaling`` is lora_alpha / r, or lora_alpha / √r with ``use_rslora`` (arXiv
+    2312.03732).  ``lora_dropout`` in [0, 1) acts on the adapter's input alone, in training.
 
-    One adapter a layer; many adapters at once are PEFT's job.  Raises ValueError for a rank below 1 or a dropout
-    outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.
+    One adapter a layer; many adapters at once are PEFT's job.  Raises ValueError for a rank below 1
+    or a dropout outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.
     """
 
     def __init__(
@@ -42,19 +45,37 @@ class LoRALinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
     ) -> "LoRALinear":
-        """A LoRALinear that shares ``linear``'s weight and bias, which become frozen; the adapter has their dtype."""
+        """A LoRALinear that shares ``linear``'s weight and bias, which become frozen; the adapter
+        has their dtype."""
         check_adapter(r, lora_alpha, lora_dropout)
         check_base(linear)
         adapter = new_adapter(linear.weight, r)
-        layer = cls(linear.in_features, linear.out_features, False, r=1, device="meta", dtype=linear.weight.dtype)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            False,
+            r=1,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
         return layer.train(linear.training)
 
     def attach_adapter(
-        self, adapter: tuple[nn.Parameter, nn.Parameter], lora_alpha: float, lora_dropout: float, use_rslora: bool
+        self,
+        adapter: tuple[nn.Parameter, nn.Parameter],
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
     ) -> None:
         """Take lora_A and lora_B, freeze weight and bias, and start unmerged.  Checks nothing."""
         self.requires_grad_(False)
@@ -63,14 +84,25 @@ class LoRALinear(nn.Linear):
         self.lora_dropout = float(lora_dropout)
         self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
         self.merged = False
-        self.__dict__["_base_weight"] = None  # while merged: the original Parameter, which is not in the state dict
+        self.__dict__["_base_weight"] = (
+            None  # while merged: the original Parameter, which is not in the state dict
+        )
 
     def detach_adapter(self) -> None:
-        """Become a plain ``nn.Linear`` in place: with the merged weight if the layer is merged, else the base's."""
+        """Become a plain ``nn.Linear`` in place: with the merged weight if the layer is merged,
+        else the base's."""
         del self.lora_A, self.lora_B
-        for name in ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling", "merged", "_base_weight"):
+        for name in (
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "lora_dropout",
+            "scaling",
+            "merged",
+            "_base_weight",
+        ):
             del self.__dict__[name]
-        self.__class__ = nn.Linear
+        object.__setattr__(self, "__class__", nn.Linear)
 
     def reset_lora_parameters(self) -> None:
         """Make the adapter the identity change again."""
@@ -80,8 +112,8 @@ class LoRALinear(nn.Linear):
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
-                    "this LoRALinear is merged, so its adapter would get no gradient: call fastlora.unmerge_lora(model) "
-                    "before training, or model.eval() for inference"
+                    "this LoRALinear is merged, so its adapter would get no gradient: call "
+                    "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
                 )
             return linear(x, self.weight, self.bias)
         return lora_linear(
@@ -96,7 +128,8 @@ class LoRALinear(nn.Linear):
         )
 
     def merged_weight(self) -> Tensor:
-        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 (float64 for float64)."""
+        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 (float64 for
+        float64)."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.no_grad():
             total = torch.addmm(
@@ -105,14 +138,15 @@ class LoRALinear(nn.Linear):
             return total.to(self.weight.dtype)
 
     def use_merged(self, weight: Tensor, keep_base: bool = True) -> None:
-        """Put the merged weight in the base's place; the original Parameter is kept aside for :meth:`unmerge`."""
+        """Put the merged weight in the base's place; the original Parameter is kept aside for
+        :meth:`unmerge`."""
         self.__dict__["_base_weight"] = self.weight if keep_base else None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.merged = True
 
     def unmerge(self) -> None:
         """Put the original Parameter back: the same bits, and tied again if it was tied."""
-        self.weight, self.__dict__["_base_weight"] = self._base_weight, None
+        self.weight, self.__dict__["_base_weight"] = self.__dict__["_base_weight"], None
         self.merged = False
 
     @property
@@ -121,17 +155,27 @@ class LoRALinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        if self._base_weight is not None:  # .to(), .cuda(), .half() reach the weight that is kept aside too
+        if (
+            self._base_weight is not None
+        ):  # .to(), .cuda(), .half() reach the weight that is kept aside too
             self._base_weight.data = fn(self._base_weight.data)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
         if self.merged and f"{prefix}weight" in state_dict:
-            errors.append(f"{prefix[:-1]} is merged: call fastlora.unmerge_lora(model) before loading weights")
+            errors.append(
+                f"{prefix[:-1]} is merged: call fastlora.unmerge_lora(model) before loading weights"
+            )
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
         adapter = [f"{prefix}lora_A", f"{prefix}lora_B"]
-        if all(key in missing for key in adapter):  # a checkpoint of the base, which knows no adapter
+        if all(
+            key in missing for key in adapter
+        ):  # a checkpoint of the base, which knows no adapter
             missing[:] = [key for key in missing if key not in adapter]
 
     def extra_repr(self) -> str:
@@ -142,7 +186,8 @@ class LoRALinear(nn.Linear):
 def new_adapter(
     weight: Tensor, r: int, init_lora_weights: bool | str = True, dtype: torch.dtype | None = None
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """lora_A [r, in_features] and lora_B [out_features, r] for this weight, on its device, in its dtype or ``dtype``."""
+    """lora_A [r, in_features] and lora_B [out_features, r] for this weight, on its device, in its
+    dtype or ``dtype``."""
     out_features, in_features = weight.shape
     dtype = weight.dtype if dtype is None else dtype
     lora_a = nn.Parameter(torch.empty(r, in_features, device=weight.device, dtype=dtype))
@@ -161,6 +206,12 @@ def _initialise(lora_a: Tensor, lora_b: Tensor, init_lora_weights: bool | str) -
         nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_b)
+
+
+def become_lora_linear(linear: nn.Linear) -> LoRALinear:
+    """The same object as a LoRALinear, which still lacks its adapter: attach_adapter comes next."""
+    linear.__class__ = LoRALinear
+    return cast(LoRALinear, linear)
 
 
 def check_base(linear: nn.Module, name: str = "the layer") -> None:

@@ -1,4 +1,5 @@
-"""``torch.autocast`` at the op's door: x and the base weight are cast as ``nn.Linear`` casts them."""
+"""``torch.autocast`` at the op's door: x and the base weight are cast as ``nn.Linear`` casts
+them."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,14 +16,23 @@ def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def autocast_inputs(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Sequence[Projection]]:
-    """x and the weights in autocast's dtype; float64 stays as it is.  Adapters and biases are cast as they are read."""
+def autocast_inputs(
+    x: Tensor, projections: Sequence[Projection]
+) -> tuple[Tensor, Sequence[Projection]]:
+    """x and the weights in autocast's dtype; float64 stays as it is.  Adapters and biases are cast
+    as they are read."""
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        return (
+            tensor.to(dtype)
+            if tensor.is_floating_point() and tensor.dtype != torch.float64
+            else tensor
+        )
 
-    return cast(x), [projection._replace(weight=cast(projection.weight)) for projection in projections]
+    return cast(x), [
+        projection._replace(weight=cast(projection.weight)) for projection in projections
+    ]
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:

@@ -7,10 +7,13 @@ from .library import run_backward, run_forward
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """One node for all projections of one x.  It saves x, the parameters, the seed and h, and nothing else."""
+    """One node for all projections of one x.  It saves x, the parameters, the seed and h, and
+    nothing else."""
 
     @staticmethod
-    def forward(ctx, x, seed, scales, dropout, backend, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, x, seed, scales, dropout, backend, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ys, hs = run_forward(x, parameters, scales, dropout, seed, backend)
         ctx.save_for_backward(x, seed, *parameters, *hs)
         ctx.settings = scales, dropout, backend
@@ -21,8 +24,8 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the gradient of a LoRA layer's gradient was asked for (create_graph=True), but its backward is not "
-                "differentiable: use fastlora.reference.lora_linear for that"
+                "the gradient of a LoRA layer's gradient was asked for (create_graph=True), but "
+                "its backward is not differentiable: use fastlora.reference.lora_linear for that"
             )
         x, seed, *rest = ctx.saved_tensors
         scales, dropout, backend = ctx.settings

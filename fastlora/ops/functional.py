@@ -1,17 +1,21 @@
-"""The functional API: checks at the door, autocast, the seed, and the way to the node or the registered op."""
+"""The functional API: checks at the door, autocast, the seed, and the way to the node or the
+registered op."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..projection import Projection, check_call
 from ..backends import find_backend
+from ..projection import Projection, check_call
 from .autocast import autocast_inputs, autocast_is_on
 from .function import LoRALinearFunction
 from .library import run_forward
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # other classes (FakeTensor, DTensor …) go through the dispatcher
+_PLAIN = (
+    Tensor,
+    torch.nn.Parameter,
+)  # other classes (FakeTensor, DTensor …) go through the dispatcher
 
 
 def lora_linear(
@@ -26,23 +30,26 @@ def lora_linear(
     training: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, fused forward and backward (Hu et al., arXiv 2106.09685).
+    """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, fused forward and backward (Hu et
+    al., arXiv 2106.09685).
 
-    Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight [N, K];
-    lora_a [r, K]; lora_b [N, r]; bias [N]; the result is [..., N].
+    Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight
+    [N, K]; lora_a [r, K]; lora_b [N, r]; bias [N]; the result is [..., N].
 
-    Dtypes: float16, bfloat16, float32 or float64 for x and weight, which agree; the adapter and the bias may have any
-    floating dtype (float32 beside a 16-bit x is usual): they are cast as they are read, and their gradients come back
-    in their own dtype.  Under ``torch.autocast`` x and weight are cast as ``nn.Linear`` casts them.
+    Dtypes: float16, bfloat16, float32 or float64 for x and weight, which agree; the adapter and the
+    bias may have any floating dtype (float32 beside a 16-bit x is usual): they are cast as they are
+    read, and their gradients come back in their own dtype.  Under ``torch.autocast`` x and weight
+    are cast as ``nn.Linear`` casts them.
 
-    ``scale`` is alpha / r, or alpha / sqrt(r) for rsLoRA.  ``dropout`` in [0, 1) acts on the adapter's input alone, and
-    only while ``training``; its mask is drawn from torch's generator of x's device, and is not stored.
+    ``scale`` is alpha / r, or alpha / sqrt(r) for rsLoRA.  ``dropout`` in [0, 1) acts on the
+    adapter's input alone, and only while ``training``; its mask is drawn from torch's generator of
+    x's device, and is not stored.
 
-    Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them, once: the backward itself is not
-    differentiable.  Besides its arguments the call keeps only h [M, r].
+    Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them, once: the
+    backward itself is not differentiable.  Besides its arguments the call keeps only h [M, r].
 
-    ``backend`` overrides :func:`fastlora.use_backend`.  Raises ValueError for shapes, devices or numbers that don't fit,
-    and TypeError for dtypes.
+    ``backend`` overrides :func:`fastlora.use_backend`.  Raises ValueError for shapes, devices or
+    numbers that don't fit, and TypeError for dtypes.
     """
     projection = Projection(weight, lora_a, lora_b, bias, scale)
     return lora_linears(x, (projection,), dropout=dropout, training=training, backend=backend)[0]
@@ -56,10 +63,11 @@ def lora_linears(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several LoRA projections of one x (q, k, v; gate, up): one autograd node, x saved once, a mask for each.
+    """Several LoRA projections of one x (q, k, v; gate, up): one autograd node, x saved once, a
+    mask for each.
 
-    Each output, its gradients and the errors are those of :func:`lora_linear`; out_features and r may differ between
-    the projections.  dx is summed in the order given.
+    Each output, its gradients and the errors are those of :func:`lora_linear`; out_features and r
+    may differ between the projections.  dx is summed in the order given.
     """
     if isinstance(x, Tensor) and autocast_is_on(x.device.type):
         x, projections = autocast_inputs(x, projections)
@@ -71,13 +79,15 @@ def lora_linears(
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         present = [x.new_empty(0) if parameter is None else parameter for parameter in parameters]
         return tuple(torch.ops.fastlora.lora_linears(x, present, scales, p, seed)[0])
-    implementation = find_backend(backend)  # here: a backward's thread does not see the context manager
+    implementation = find_backend(
+        backend
+    )  # here: a backward's thread does not see the context manager
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(x, seed, scales, p, implementation, *parameters)
     return tuple(run_forward(x, parameters, scales, p, seed, implementation)[0])
 
 
 def _draw_seed(count: int, device: torch.device) -> Tensor:
-    """One seed a projection, from torch's generator of that device: manual_seed and checkpointing replay it."""
+    """One seed a projection, from torch's generator of that device: manual_seed and checkpointing
+    replay it."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
-

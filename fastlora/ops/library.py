@@ -1,8 +1,9 @@
 """``fastlora::lora_linears`` and its backward, registered with ``torch.library``.
 
-``torch.compile`` and export see these two ops; a plain eager call runs the same implementations directly
-(:mod:`fastlora.ops.function`), because the dispatcher's door costs more than a small kernel.  The schemas carry a
-group of projections flat: four ``parameters`` for each (weight, lora_a, lora_b, bias), an empty bias standing for none.
+``torch.compile`` and export see these two ops; a plain eager call runs the same implementations
+directly (:mod:`fastlora.ops.function`), because the dispatcher's door costs more than a small
+kernel.  The schemas carry a group of projections flat: four ``parameters`` for each (weight,
+lora_a, lora_b, bias), an empty bias standing for none.
 """
 
 import math
@@ -37,8 +38,12 @@ def run_forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs, each with x's leading dimensions, and the h [M, r] of every projection."""
     with autocast_off(x.device.type):
-        ys, hs = backend.forward(as_matrix(x), group(parameters, scales), dropout=dropout, seed=seed)
-    if x.dim() != 2:  # resized, not viewed: autograd forbids in-place changes of a view that a Function returns
+        ys, hs = backend.forward(
+            as_matrix(x), group(parameters, scales), dropout=dropout, seed=seed
+        )
+    if (
+        x.dim() != 2
+    ):  # resized, not viewed: autograd forbids in-place changes of a view that a Function returns
         ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
     return ys, hs
 
@@ -54,7 +59,8 @@ def run_backward(
     seed: Tensor | None,
     backend: ModuleType,
 ) -> list[Tensor | None]:
-    """The gradients of x and of every parameter where ``needs`` (in that order) asks for them, else None."""
+    """The gradients of x and of every parameter where ``needs`` (in that order) asks for them, else
+    None."""
     with autocast_off(x.device.type):
         gradients = backend.backward(
             [None if dy is None else as_matrix(dy) for dy in dys],
@@ -71,7 +77,8 @@ def run_backward(
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], rows or columns dense in memory; copied only where its strides leave no other way."""
+    """x [..., K] as [M, K], rows or columns dense in memory; copied only where its strides leave no
+    other way."""
     matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     strides = matrix.stride()
     return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
@@ -84,15 +91,22 @@ def _lora_linears(x, parameters, scales, dropout, seed):
 
 @torch.library.impl(_LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
 def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed):
-    gradients = run_backward(dys, x, _with_none(parameters), hs, needs, scales, dropout, seed, find_backend())
+    gradients = run_backward(
+        dys, x, _with_none(parameters), hs, needs, scales, dropout, seed, find_backend()
+    )
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @torch.library.register_fake("fastlora::lora_linears", lib=_LIBRARY)
 def _fake_lora_linears(x, parameters, scales, dropout, seed):
     tokens = math.prod(x.shape[:-1])
-    ys = [x.new_empty(*x.shape[:-1], projection.weight.shape[0]) for projection in group(parameters, scales)]
-    return ys, [x.new_empty(tokens, projection.lora_a.shape[0]) for projection in group(parameters, scales)]
+    ys = [
+        x.new_empty(*x.shape[:-1], projection.weight.shape[0])
+        for projection in group(parameters, scales)
+    ]
+    return ys, [
+        x.new_empty(tokens, projection.lora_a.shape[0]) for projection in group(parameters, scales)
+    ]
 
 
 @torch.library.register_fake("fastlora::lora_linears_backward", lib=_LIBRARY)

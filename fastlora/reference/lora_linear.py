@@ -1,7 +1,7 @@
 """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, written as it is read.
 
-The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), with
-dropout on the adapter's input as in PEFT.
+The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv
+2106.09685), with dropout on the adapter's input as in PEFT.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,15 @@ def lora_linear(
 
     x [..., K], weight [N, K], lora_a [r, K], lora_b [N, r], bias [N] -> [..., N], all in one dtype.
 
-    Dropout comes as an explicit ``mask`` of x's shape, true where x is kept (``fastlora``'s backends give theirs:
-    ``dropout_mask(seed, shape, p)``); kept values are divided by 1 - ``dropout``.  A positive ``dropout``
-    without a mask is a ValueError, since the oracle draws nothing.
+    Dropout comes as an explicit ``mask`` of x's shape, true where x is kept (``fastlora``'s
+    backends give theirs: ``dropout_mask(seed, shape, p)``); kept values are divided by 1 -
+    ``dropout``.  A positive ``dropout`` without a mask is a ValueError, since the oracle draws
+    nothing.
     """
     if mask is None and dropout > 0:
-        raise ValueError(f"dropout is {dropout}, but no mask came: the reference draws none, so give it the mask")
+        raise ValueError(
+            f"dropout is {dropout}, but no mask came: the reference draws none, so give it the mask"
+        )
     dropped = x if mask is None else x * mask.to(x.dtype).reshape(x.shape) / (1.0 - dropout)
     y = x @ weight.T + scale * ((dropped @ lora_a.T) @ lora_b.T)
     return y if bias is None else y + bias
@@ -44,7 +47,8 @@ def lora_linears(
 ) -> tuple[Tensor, ...]:
     """Several projections of one x, each with its own mask: one output for each of ``projections``.
 
-    A projection is any (weight, lora_a, lora_b, bias, scale), :class:`fastlora.Projection` among them.
+    A projection is any (weight, lora_a, lora_b, bias, scale), :class:`fastlora.Projection` among
+    them.
     """
     masks = [None] * len(projections) if masks is None else masks
     return tuple(
