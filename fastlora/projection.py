@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,20 +28,14 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The four tensors, in the order in which gradients are reported."""
-        return self[:4]
-
 
 def group(tensors: Sequence[Any], scales: Sequence[float]) -> list[Projection]:
-    """The projections whose :attr:`Projection.tensors` were laid end to end."""
+    """The projections whose four tensors each were laid end to end."""
     return [Projection._make([*tensors[4 * i : 4 * i + 4], s]) for i, s in enumerate(scales)]
 
 
 def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> None:
-    """Raise ValueError or TypeError unless every projection fits x.  Says what came, what fits,
-    what to do."""
+    """Raise ValueError or TypeError unless every projection fits x."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     if not x.dtype.is_floating_point:
@@ -54,8 +49,10 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
     check_dropout(dropout)
     if not projections:
         raise ValueError("no projections came: give at least one fastlora.Projection")
+    features, dtype, device = x.shape[-1], x.dtype, x.device
     for projection in projections:
-        _check_projection(x, projection)
+        _check_shapes(features, projection)
+        _check_kinds(dtype, device, projection)
 
 
 def check_dropout(dropout: float) -> None:
@@ -80,21 +77,21 @@ def check_adapter(r: int, lora_alpha: float, lora_dropout: float) -> None:
     check_dropout(lora_dropout)
 
 
-def _check_projection(x: Tensor, projection: Projection) -> None:
+def _check_shapes(features: int, projection: Projection) -> None:
     weight, lora_a, lora_b, bias, scale = projection
-    features = x.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != features:
+    weight_shape, lora_a_shape = weight.shape, lora_a.shape
+    if len(weight_shape) != 2 or weight_shape[1] != features:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but x has {features} features: "
+            f"weight has shape {tuple(weight_shape)}, but x has {features} features: "
             f"weight must be [out_features, {features}]"
         )
-    if lora_a.dim() != 2 or lora_a.shape[1] != features:
+    if len(lora_a_shape) != 2 or lora_a_shape[1] != features:
         raise ValueError(
-            f"lora_a has shape {tuple(lora_a.shape)}, but x has {features} features: "
+            f"lora_a has shape {tuple(lora_a_shape)}, but x has {features} features: "
             f"lora_a must be [r, {features}]"
         )
-    out_features, rank = weight.shape[0], lora_a.shape[0]
-    if lora_b.dim() != 2 or lora_b.shape[0] != out_features or lora_b.shape[1] != rank:
+    out_features, rank = weight_shape[0], lora_a_shape[0]
+    if lora_b.shape != (out_features, rank):
         raise ValueError(
             f"lora_b has shape {tuple(lora_b.shape)}, but weight has {out_features} rows and "
             f"lora_a {rank}: lora_b must be [{out_features}, {rank}]"
@@ -104,7 +101,7 @@ def _check_projection(x: Tensor, projection: Projection) -> None:
             f"in_features {features}, out_features {out_features} and r {rank} must each be at "
             "least 1: for no adapter use torch.nn.functional.linear"
         )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
+    if bias is not None and bias.shape != (out_features,):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, but weight has {out_features} rows: "
             f"bias must be [{out_features}]"
@@ -113,22 +110,20 @@ def _check_projection(x: Tensor, projection: Projection) -> None:
         raise ValueError(
             f"scale is {scale!r}, but must be a finite number: alpha / r, or alpha / √r for rsLoRA"
         )
-    if weight.dtype != x.dtype:
+
+
+def _check_kinds(dtype: torch.dtype, device: torch.device, projection: Projection) -> None:
+    if projection.weight.dtype != dtype:
         raise TypeError(
-            f"weight has dtype {weight.dtype}, but x has {x.dtype}: convert one of them, or use "
-            "torch.autocast"
+            f"weight has dtype {projection.weight.dtype}, but x has {dtype}: convert one of them, "
+            "or use torch.autocast"
         )
-    for name, tensor in (
-        ("weight", weight),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("bias", bias),
-    ):
+    for name, tensor in zip(Projection._fields, projection[:4], strict=False):
         if tensor is None:
             continue
-        if tensor.device != x.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, but x is on {x.device}: move them to one device"
+                f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
             )
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but must have a floating dtype")

@@ -100,14 +100,12 @@ def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
     the rules say."""
     x = convert(x)
     leaves = [
-        Projection(
-            *(None if t is None else convert(t) for t in projection.tensors), projection.scale
-        )
+        Projection(*(None if t is None else convert(t) for t in projection[:4]), projection.scale)
         for projection in projections
     ]
     cast = [
         Projection(
-            *(None if t is None else t.to(x.dtype) for t in projection.tensors), projection.scale
+            *(None if t is None else t.to(x.dtype) for t in projection[:4]), projection.scale
         )
         for projection in leaves
     ]
@@ -120,9 +118,7 @@ def _gradients(ys, dys, x, projections) -> dict[str, Tensor]:
     leaves = {"d_x": x} | {
         f"d_{name}{i}": tensor
         for i, projection in enumerate(projections)
-        for name, tensor in zip(
-            ("weight", "lora_a", "lora_b", "bias"), projection.tensors, strict=True
-        )
+        for name, tensor in zip(("weight", "lora_a", "lora_b", "bias"), projection[:4], strict=True)
         if tensor is not None
     }
     leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}

@@ -127,7 +127,7 @@ def test_group_has_independent_masks():
 
 def test_seed_comes_from_torch():
     x, projection = torch.randn(16, 32), make_projection(8, 32, 4, torch.float32)
-    call = lambda: fastlora.lora_linear(x, *projection.tensors[:3], dropout=0.5)  # noqa: E731
+    call = lambda: fastlora.lora_linear(x, *projection[:3], dropout=0.5)  # noqa: E731
     torch.manual_seed(1)
     first, second = call(), call()
     torch.manual_seed(1)
@@ -139,8 +139,8 @@ def test_seed_comes_from_torch():
 def test_evaluation_and_p_0_draw_nothing():
     x, projection = torch.randn(16, 32), make_projection(8, 32, 4, torch.float32)
     state = torch.get_rng_state()
-    evaluated = fastlora.lora_linear(x, *projection.tensors[:3], dropout=0.5, training=False)
-    undropped = fastlora.lora_linear(x, *projection.tensors[:3])
+    evaluated = fastlora.lora_linear(x, *projection[:3], dropout=0.5, training=False)
+    undropped = fastlora.lora_linear(x, *projection[:3])
     assert torch.equal(evaluated, undropped)
     assert torch.equal(state, torch.get_rng_state())
 
@@ -152,11 +152,11 @@ def test_dropout_keeps_the_mean():
         torch.randn(4, 64, dtype=torch.float64, requires_grad=True),
         make_projection(3, 64, 4, torch.float64),
     )
-    plain = fastlora.lora_linear(x, *projection.tensors[:3])
+    plain = fastlora.lora_linear(x, *projection[:3])
     (plain_dx,) = torch.autograd.grad(plain.sum(), x)
     ys, dxs = [], []
     for _ in range(3000):
-        y = fastlora.lora_linear(x, *projection.tensors[:3], dropout=0.5)
+        y = fastlora.lora_linear(x, *projection[:3], dropout=0.5)
         dxs.append(torch.autograd.grad(y.sum(), x)[0])
         ys.append(y.detach())
     for values, mean in ((torch.stack(ys), plain), (torch.stack(dxs), plain_dx)):

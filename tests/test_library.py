@@ -12,7 +12,7 @@ def op_arguments(p: float, n: int = 2, requires_grad: bool = True):
     x = torch.randn(2, 5, 16, requires_grad=requires_grad)
     group = [make_projection(6 + i, 16, 2 + i, torch.float32, bias=i == 0) for i in range(n)]
     parameters = [
-        torch.empty(0) if t is None else t for projection in group for t in projection.tensors
+        torch.empty(0) if t is None else t for projection in group for t in projection[:4]
     ]
     if not requires_grad:
         parameters = [parameter.detach() for parameter in parameters]
@@ -42,9 +42,10 @@ def test_the_op_and_the_eager_node_agree(p):
     by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
     from fastlora.backends import torch as backend
     from fastlora.ops.function import LoRALinearFunction
+    from fastlora.projection import group
 
     present = [parameter if parameter.numel() else None for parameter in parameters]
-    ys = LoRALinearFunction.apply(x, seed, scales, p, backend, *present)
+    ys = LoRALinearFunction.apply(x, seed, p, backend, group(present, scales), *present)
     by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
     assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
 

@@ -126,7 +126,7 @@ def test_gradcheck(p):
         torch.manual_seed(3)  # the same mask for every evaluation
         return fastlora.lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=0.6, dropout=p)
 
-    assert torch.autograd.gradcheck(call, (x, *projection.tensors))
+    assert torch.autograd.gradcheck(call, (x, *projection[:4]))
 
 
 def test_output_that_the_loss_does_not_use():
@@ -135,7 +135,7 @@ def test_output_that_the_loss_does_not_use():
     used.sum().backward()
     alone = x.grad.clone()
     x.grad = None
-    fastlora.lora_linear(x, *group[1].tensors[:3], scale=group[1].scale).sum().backward()
+    fastlora.lora_linear(x, *group[1][:3], scale=group[1].scale).sum().backward()
     torch.testing.assert_close(alone, x.grad)
     assert group[0].lora_a.grad is None
     assert group[2].lora_b.grad is None
@@ -143,12 +143,12 @@ def test_output_that_the_loss_does_not_use():
 
 def test_output_may_be_changed_in_place():
     x, projection = make_x(2, 5, 7), make_projection(4, 7, 3, torch.float32)
-    y = fastlora.lora_linear(x, *projection.tensors[:3], scale=projection.scale)
+    y = fastlora.lora_linear(x, *projection[:3], scale=projection.scale)
     y += 1
     y.mul_(2).sum().backward()
     changed = projection.lora_b.grad.clone()
     projection.lora_b.grad = None
-    (2 * fastlora.lora_linear(x, *projection.tensors[:3], scale=projection.scale)).sum().backward()
+    (2 * fastlora.lora_linear(x, *projection[:3], scale=projection.scale)).sum().backward()
     torch.testing.assert_close(changed, projection.lora_b.grad)
 
 
@@ -160,7 +160,7 @@ def test_same_inputs_same_bits():
     results = []
     for _ in range(2):
         torch.manual_seed(5)
-        y = fastlora.lora_linear(x, *projection.tensors[:3], scale=2.0, dropout=0.2)
+        y = fastlora.lora_linear(x, *projection[:3], scale=2.0, dropout=0.2)
         results.append(
             (y, *torch.autograd.grad(y.sum(), (x, projection.lora_a, projection.lora_b)))
         )
@@ -183,13 +183,13 @@ def test_scale_is_not_rounded_to_the_dtype():
 def test_no_gradient_mode_keeps_no_graph():
     x, projection = make_x(5, 7), make_projection(4, 7, 3, torch.float32)
     with torch.no_grad():
-        assert not fastlora.lora_linear(x, *projection.tensors[:3]).requires_grad
+        assert not fastlora.lora_linear(x, *projection[:3]).requires_grad
     with torch.inference_mode():
-        assert fastlora.lora_linear(x, *projection.tensors[:3]).is_inference()
+        assert fastlora.lora_linear(x, *projection[:3]).is_inference()
 
 
 def test_gradient_of_the_gradient_is_refused():
     x, projection = make_x(5, 7), make_projection(4, 7, 3, torch.float32)
-    y = fastlora.lora_linear(x, *projection.tensors[:3])
+    y = fastlora.lora_linear(x, *projection[:3])
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -40,10 +40,11 @@ def forward(
     """
     ys, hs = [], []
     for projection, mask in zip(projections, _masks(x, projections, dropout, seed), strict=True):
-        h = _project(x, projection, mask)
+        dtype = _adapter_dtype(x, projection)
+        h = _project(_cast(x, dtype), projection, mask)
         y = linear(x, projection.weight, _cast(projection.bias, x.dtype))
-        ys.append(y.addmm_(h, _cast(projection.lora_b, x.dtype).T))
-        hs.append(h)
+        ys.append(_add_product(y, h, _cast(projection.lora_b, dtype).T))
+        hs.append(_cast(h, x.dtype))
     return ys, hs
 
 
@@ -70,18 +71,18 @@ def backward(
         if dy is not None:
             if need_weight:
                 d_weight = torch.mm(dy.T, x)
-            if need_a or dx is not None:
-                dh = _product(dy, _cast(projection.lora_b, x.dtype), _factor(projection, mask))
-                d_lora_a = _through_lora_a(x, dh, projection.lora_a, mask, dx, need_a)
-            if need_b:
-                d_lora_b = _d_lora_b(dy, h)
             if need_bias:
-                d_bias = dy.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        found = (d_weight, d_lora_a, d_lora_b, d_bias)
-        gradients += [
-            None if gradient is None or tensor is None else _cast(gradient, tensor.dtype)
-            for gradient, tensor in zip(found, projection.tensors, strict=True)
-        ]
+                wide = torch.promote_types(x.dtype, torch.float32)
+                d_bias = _cast(dy.sum(0, dtype=wide), getattr(projection.bias, "dtype", wide))
+            dtype = _adapter_dtype(x, projection)
+            dy = _cast(dy, dtype)
+            if need_a or dx is not None:
+                dh = _product(dy, _cast(projection.lora_b, dtype), _factor(projection, mask))
+                lora_a = projection.lora_a
+                d_lora_a = _through_lora_a(_cast(x, dtype), dh, lora_a, mask, dx, need_a)
+            if need_b:
+                d_lora_b = _cast(_d_lora_b(dy, _cast(h, dtype)), projection.lora_b.dtype)
+        gradients += [d_weight, d_lora_a, d_lora_b, d_bias]
     return gradients
 
 
@@ -92,6 +93,18 @@ def _masks(
     if seed is None:
         return [None] * len(projections)
     return [DropoutMask(seed[i : i + 1], x.shape[1], dropout) for i in range(len(projections))]
+
+
+def _adapter_dtype(x: Tensor, projection: Projection) -> torch.dtype:
+    """The dtype of the adapter's products: x's.
+
+    But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert.
+    """
+    lora_a = projection.lora_a
+    if lora_a.dtype == x.dtype or len(x) > len(lora_a):
+        return x.dtype
+    wider = lora_a.element_size() > x.element_size() and lora_a.dtype == projection.lora_b.dtype
+    return lora_a.dtype if wider else x.dtype
 
 
 def _factor(projection: Projection, mask: DropoutMask | None) -> float:
@@ -131,8 +144,8 @@ def _through_lora_a(
     up = _cast(lora_a, x.dtype)
     if mask is None:
         if dx is not None:
-            dx.addmm_(dh, up)
-        return torch.mm(dh.T, x) if need_a else None
+            _add_product(dx, dh, up)
+        return _cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
@@ -142,7 +155,7 @@ def _through_lora_a(
             d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
         if dx is not None:
             dx_rows.add_(multiply_bits(torch.mm(dh_rows, up), keep))
-    return d_lora_a
+    return _cast(d_lora_a, lora_a.dtype)
 
 
 def _d_lora_b(dy: Tensor, h: Tensor) -> Tensor:
@@ -169,6 +182,13 @@ def _product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = No
     if out is None:
         out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left right, in place."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left, right))
 
 
 @overload

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..ops import lora_linear
-from ..projection import check_adapter
+from ..ops import lora_linears
+from ..projection import Projection, check_adapter
 
 
 class LoRALinear(nn.Linear):
@@ -116,16 +116,8 @@ class LoRALinear(nn.Linear):
                     "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
                 )
             return linear(x, self.weight, self.bias)
-        return lora_linear(
-            x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            bias=self.bias,
-            scale=self.scaling,
-            dropout=self.lora_dropout,
-            training=self.training,
-        )
+        projection = Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
+        return lora_linears(x, (projection,), dropout=self.lora_dropout, training=self.training)[0]
 
     def merged_weight(self) -> Tensor:
         """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 (float64 for

@@ -3,20 +3,19 @@
 import torch
 from torch import Tensor
 
+from ..projection import group
 from .library import run_backward, run_forward
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """One node for all projections of one x.  It saves x, the parameters, the seed and h, and
-    nothing else."""
+    """One node for all projections of one x.  It saves x, the parameters, the seed and h."""
 
     @staticmethod
-    def forward(
-        ctx, x, seed, scales, dropout, backend, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ys, hs = run_forward(x, parameters, scales, dropout, seed, backend)
-        ctx.save_for_backward(x, seed, *parameters, *hs)
-        ctx.settings = scales, dropout, backend
+    def forward(ctx, x, seed, dropout, backend, projections, *tensors) -> tuple[Tensor, ...]:
+        """``tensors`` are those of ``projections``, laid flat: what autograd follows."""
+        ys, hs = run_forward(x, projections, dropout, seed, backend)
+        ctx.save_for_backward(x, seed, *tensors, *hs)
+        ctx.settings = dropout, backend, [projection.scale for projection in projections]
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -27,9 +26,9 @@ class LoRALinearFunction(torch.autograd.Function):
                 "the gradient of a LoRA layer's gradient was asked for (create_graph=True), but "
                 "its backward is not differentiable: use fastlora.reference.lora_linear for that"
             )
-        x, seed, *rest = ctx.saved_tensors
-        scales, dropout, backend = ctx.settings
-        parameters, hs = rest[: 4 * len(scales)], rest[4 * len(scales) :]
+        dropout, backend, scales = ctx.settings
+        x, seed, *saved = ctx.saved_tensors
+        projections, hs = group(saved, scales), saved[4 * len(scales) :]
         needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:]
-        dx, *gradients = run_backward(dys, x, parameters, hs, needs, scales, dropout, seed, backend)
+        dx, *gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, backend)
         return dx, None, None, None, None, *gradients

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import find_backend
 from ..projection import Projection, check_call
-from .autocast import autocast_inputs, autocast_is_on
+from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .function import LoRALinearFunction
 from .library import run_forward
 
@@ -71,23 +71,24 @@ def lora_linears(
     """
     if isinstance(x, Tensor) and autocast_is_on(x.device.type):
         x, projections = autocast_inputs(x, projections)
+        with autocast_off(x.device.type):
+            return lora_linears(x, projections, dropout=dropout, training=training, backend=backend)
     check_call(x, projections, dropout)
-    parameters = [tensor for projection in projections for tensor in projection.tensors]
-    scales = [float(projection.scale) for projection in projections]
-    p = float(dropout) if training else 0.0
-    seed = None if p == 0.0 else _draw_seed(len(projections), x.device)
+    if not training:
+        dropout = 0.0
+    seed = None if dropout == 0.0 else _draw_seed(len(projections), x.device)
+    tensors = [tensor for projection in projections for tensor in projection[:4]]
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
-        present = [x.new_empty(0) if parameter is None else parameter for parameter in parameters]
-        return tuple(torch.ops.fastlora.lora_linears(x, present, scales, p, seed)[0])
-    implementation = find_backend(
-        backend
-    )  # here: a backward's thread does not see the context manager
+        parameters = [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
+        scales = [float(projection.scale) for projection in projections]
+        op = torch.ops.fastlora.lora_linears
+        return tuple(op(x, parameters, scales, float(dropout), seed)[0])
+    implementation = find_backend(backend)  # a backward's thread doesn't see the context manager
     if torch.is_grad_enabled():
-        return LoRALinearFunction.apply(x, seed, scales, p, implementation, *parameters)
-    return tuple(run_forward(x, parameters, scales, p, seed, implementation)[0])
+        return LoRALinearFunction.apply(x, seed, dropout, implementation, projections, *tensors)
+    return tuple(run_forward(x, projections, dropout, seed, implementation)[0])
 
 
 def _draw_seed(count: int, device: torch.device) -> Tensor:
-    """One seed a projection, from torch's generator of that device: manual_seed and checkpointing
-    replay it."""
+    """One seed a projection, from torch's generator, which checkpointing and users replay."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import find_backend
-from ..projection import group
+from ..projection import Projection, group
 from .autocast import autocast_off
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")
@@ -30,20 +30,15 @@ _LIBRARY.define(
 
 def run_forward(
     x: Tensor,
-    parameters: Sequence[Tensor | None],
-    scales: Sequence[float],
+    projections: Sequence[Projection],
     dropout: float,
     seed: Tensor | None,
     backend: ModuleType,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs, each with x's leading dimensions, and the h [M, r] of every projection."""
-    with autocast_off(x.device.type):
-        ys, hs = backend.forward(
-            as_matrix(x), group(parameters, scales), dropout=dropout, seed=seed
-        )
-    if (
-        x.dim() != 2
-    ):  # resized, not viewed: autograd forbids in-place changes of a view that a Function returns
+    ys, hs = backend.forward(as_matrix(x), projections, dropout=dropout, seed=seed)
+    if x.dim() != 2:
+        # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
         ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
     return ys, hs
 
@@ -51,27 +46,20 @@ def run_forward(
 def run_backward(
     dys: Sequence[Tensor | None],
     x: Tensor,
-    parameters: Sequence[Tensor | None],
+    projections: Sequence[Projection],
     hs: Sequence[Tensor],
     needs: Sequence[bool],
-    scales: Sequence[float],
     dropout: float,
     seed: Tensor | None,
     backend: ModuleType,
 ) -> list[Tensor | None]:
-    """The gradients of x and of every parameter where ``needs`` (in that order) asks for them, else
-    None."""
+    """The gradients of x and of the projections' tensors, or None where ``needs`` doesn't ask."""
+    dys = [None if dy is None else as_matrix(dy) for dy in dys]
     with autocast_off(x.device.type):
         gradients = backend.backward(
-            [None if dy is None else as_matrix(dy) for dy in dys],
-            as_matrix(x),
-            group(parameters, scales),
-            hs,
-            needs,
-            dropout=dropout,
-            seed=seed,
+            dys, as_matrix(x), projections, hs, needs, dropout=dropout, seed=seed
         )
-    if gradients[0] is not None:
+    if gradients[0] is not None and x.dim() != 2:
         gradients[0] = gradients[0].view(x.shape)
     return gradients
 
@@ -86,14 +74,15 @@ def as_matrix(x: Tensor) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "lora_linears", "CompositeExplicitAutograd")
 def _lora_linears(x, parameters, scales, dropout, seed):
-    return run_forward(x, _with_none(parameters), scales, dropout, seed, find_backend())
+    projections = group(_with_none(parameters), scales)
+    with autocast_off(x.device.type):
+        return run_forward(x, projections, dropout, seed, find_backend())
 
 
 @torch.library.impl(_LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
 def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed):
-    gradients = run_backward(
-        dys, x, _with_none(parameters), hs, needs, scales, dropout, seed, find_backend()
-    )
+    projections = group(_with_none(parameters), scales)
+    gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, find_backend())
     return [gradient for gradient in gradients if gradient is not None]
 
 
