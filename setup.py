@@ -1,4 +1,5 @@
-"""The one thing that pyproject.toml can't say: kernels/ is installed as fastlora.kernels, never as a top-level name."""
+"""The one thing that pyproject.toml can't say: kernels/ is installed as fastlora.kernels, never as
+a top-level name."""
 
 from setuptools import find_packages, setup
 

@@ -1,5 +1,4 @@
-"""Adapter files: PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``, written whole or
-not at all."""
+"""Adapter files: PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
 import json
 import os
@@ -29,8 +28,7 @@ _PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.[^.]*bias$")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the adapter as PEFT would, so that PEFT and vLLM load it; the base model is not
-    written.
+    """Write the adapter, and not the base model, as PEFT would, so that PEFT and vLLM load it.
 
     Besides lora_A and lora_B these are the biases that train and the modules that train in full.
     Each file is written under a temporary name and renamed when both are whole: an interrupted call
@@ -175,8 +173,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _write_whole(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files so that each is the old one or the new one, whole, whenever the process
-    dies."""
+    """Write the files so that each is the old or the new one, whole, if the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fastlora-", dir=folder) as scratch:
         for name, content in files.items():

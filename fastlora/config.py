@@ -13,8 +13,7 @@ _BIAS = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which layers get an adapter, and of what kind.  Fields have the meaning that they have in
-    PEFT's ``LoraConfig``.
+    """Which layers get an adapter, and of what kind; fields mean what they mean to PEFT.
 
     ``r``, ``lora_alpha``: rank and numerator of the scaling lora_alpha / r, or lora_alpha / √r with
     ``use_rslora``. ``lora_dropout``: probability in [0, 1) of dropping an input of the adapter, in

@@ -10,8 +10,7 @@ from .inject import lora_layers, unwrap
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One adapted layer.  ``plan`` is the backend that its next call runs on; ``reason`` says why
-    it isn't fast."""
+    """One adapted layer: ``plan`` is what its next call runs on, ``reason`` why it isn't fast."""
 
     name: str
     shape: tuple[int, int]  # out_features, in_features
@@ -53,8 +52,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """How every LoRALinear of the model would run, were it called now.  It calls nothing and
-    changes nothing."""
+    """How every LoRALinear of the model would run if it were called now; nothing is called."""
     return Coverage(tuple(_cover(name, layer) for name, layer in lora_layers(unwrap(model))))
 
 

@@ -30,8 +30,7 @@ class Injection:
 def apply_lora(
     model: nn.Module, config: LoRAConfig, *, autocast_adapter_dtype: bool = True
 ) -> nn.Module:
-    """Give every layer that ``config`` targets an adapter, freeze the rest, and return the same
-    model.
+    """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
 
     The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
     keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
@@ -124,8 +123,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _untie(
     model: nn.Module, saved: dict[str, nn.Module]
 ) -> tuple[tuple[nn.Module, str, nn.Parameter], ...]:
-    """Give modules that train in full a copy of each parameter that they share with a module that
-    doesn't.
+    """Give modules that train in full their own copy of what they share with one that doesn't.
 
     Returns where a copy was put, and what was there.
     """
@@ -148,8 +146,7 @@ def _untie(
 
 
 def undo_injection(model: nn.Module) -> None:
-    """Take back what apply_lora did just now: remove_lora, and parameters that it untied are tied
-    again."""
+    """Take back what apply_lora did just now: what it untied is tied again, too."""
     for module, name, parameter in model.__dict__[_RECORD].untied:
         setattr(module, name, parameter)
     remove_lora(model)
@@ -168,8 +165,7 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DistributedDataParallel and the like, which apply_lora
-    was called on."""
+    """The model that apply_lora was called on, inside ``torch.compile``, DDP and the like."""
     while _RECORD not in model.__dict__:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):

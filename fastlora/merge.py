@@ -1,5 +1,4 @@
-"""Merging adapters into the base weights, so that inference costs what the plain model costs, and
-back."""
+"""Merging adapters into the base weights, for inference at the plain model's cost, and back."""
 
 import warnings
 from collections import Counter
@@ -14,8 +13,7 @@ _BAR_FROM = 16  # layers; below, a bar would only flicker
 
 
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
-    """Replace every adapted layer's weight by weight + scaling · lora_B lora_A, and return the same
-    model.
+    """Make every adapted layer's weight weight + scaling · lora_B lora_A; return the model.
 
     Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
     weights are kept beside the merged ones, so that :func:`unmerge_lora` restores their exact bits;

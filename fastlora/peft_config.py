@@ -90,8 +90,7 @@ def _is_off(value: Any) -> bool:
 
 
 def short_targets(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The last parts of the layers' names, if no other module ends on one of them, else the whole
-    names."""
+    """The last parts of the layers' names if they mean no other module, else the whole names."""
     layers = set(layers)
     last_parts = {name.rpartition(".")[2] for name in layers}
     same_ending = {

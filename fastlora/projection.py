@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 class Projection(NamedTuple):
-    """A frozen linear layer with a low-rank adapter beside it: y = x weightᵀ + scale · drop(x)
-    lora_aᵀ lora_bᵀ + bias.
+    """A frozen linear layer with an adapter: x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias.
 
     Shapes, with in_features K, out_features N and rank r:
 

@@ -17,8 +17,7 @@ _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier"
 def find_targets(
     model: nn.Module, config: LoRAConfig, *, every_name: bool = True
 ) -> dict[str, nn.Linear]:
-    """The layers that ``config`` targets, by name.  A module that has several names comes once,
-    under the first.
+    """The layers that ``config`` targets, by name; one with several names comes under the first.
 
     Raises ValueError if nothing matches, if a target is no plain ``nn.Linear``, or, with
     ``every_name``, if one of ``target_modules``' names matches nothing; each message lists what
@@ -52,8 +51,7 @@ def find_targets(
 
 
 def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules that train in full, by name.  A classification ``task_type`` adds its head, as in
-    PEFT."""
+    """The modules that train in full, by name; a classification task's head is one, as in PEFT."""
     names = [*(config.modules_to_save or ()), *_HEADS_BY_TASK.get(config.task_type or "", ())]
     found = {
         name: module for name, module in model.named_modules() if name and name_test(names)(name)
@@ -69,8 +67,7 @@ def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module
 
 
 def name_test(names: str | Sequence[str]) -> Callable[[str], bool]:
-    """A test of module names: a regular expression for the whole name, or a list of names or last
-    parts of names."""
+    """A test of names: a regular expression for the whole, or a list of names or last parts."""
     if isinstance(names, str):
         try:
             pattern = re.compile(names)
@@ -102,8 +99,7 @@ def _all_linear(model: nn.Module) -> set[str]:
 
 
 def _attention_projections(model: nn.Module) -> set[str]:
-    """The linear layers inside modules whose class is called an attention, if this is a
-    transformers model."""
+    """The linear layers inside a transformers model's attention modules, known by their class."""
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ValueError(
             "target_modules is None, which means the attention projections of a transformers "

@@ -1,5 +1,4 @@
-"""Every test starts from the same random state, without a hub, and with fresh memory full of
-NaN."""
+"""Every test starts from the same random state, and reaches no hub."""
 
 import os
 

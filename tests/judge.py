@@ -1,5 +1,4 @@
-"""The judge of every op test: the float64 oracle, and an error budget relative to what eager
-PyTorch loses."""
+"""The judge of every op test: the float64 oracle, and a budget from what PyTorch loses."""
 
 from collections.abc import Sequence
 
@@ -52,8 +51,7 @@ def run_fastlora(x: Tensor, projections: Sequence[Projection], p: float = 0.0):
 
 
 def check_against_oracle(x: Tensor, projections: Sequence[Projection], p: float = 0.0) -> None:
-    """Every output and every gradient, in its own dtype, no further from the truth than PyTorch
-    twice over."""
+    """Every output and gradient, no further from the truth than twice PyTorch's own error."""
     ys, dys, gradients, masks = run_fastlora(x, projections, p)
     truth = _reference(x, projections, p, masks, dys, _to_float64)
     eager = _reference(x, projections, p, masks, dys, lambda tensor: tensor)
@@ -69,8 +67,9 @@ def check_against_oracle(x: Tensor, projections: Sequence[Projection], p: float 
 def assert_close(
     name: str, value: Tensor, truth: Tensor, eager: Tensor, size: Tensor, dtype: torch.dtype
 ) -> None:
-    """error ≤ 2 · error(eager) + a few units in the last place of the coarser of value's and x's
-    ``dtype``.
+    """error ≤ 2 · error(eager) + a few units in the last place.
+
+    The unit is that of the coarser of value's dtype and x's, ``dtype``.
 
     ``size`` is the sum of the absolute values of all terms: where they cancel, rounding is a share
     of that.
@@ -96,8 +95,7 @@ def _to_float64(tensor: Tensor) -> Tensor:
 
 
 def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
-    """The oracle's outputs and gradients on converted inputs; adapters are cast to x's dtype, as
-    the rules say."""
+    """The oracle's outputs and gradients on converted inputs, adapters cast to x's dtype."""
     x = convert(x)
     leaves = [
         Projection(*(None if t is None else convert(t) for t in projection[:4]), projection.scale)

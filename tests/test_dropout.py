@@ -1,5 +1,4 @@
-"""The mask: its share of kept elements, its independence along every direction, and where its seed
-comes from."""
+"""The mask: how much it keeps, its independence in every direction, where its seed comes from."""
 
 import math
 from itertools import pairwise
@@ -66,8 +65,7 @@ def test_no_correlation_between_drawn_seeds():
 
 
 def test_squares_of_four_are_independent():
-    """Parity of the corners of rectangles: what a sum of a row key and a column key without mixing
-    would fail."""
+    """Parity of rectangles' corners, which row key + column key without mixing would fail."""
     mask = dropout_mask(seed_of(11), (1024, 1024), 0.5).int()
     for rows, columns in ((1, 1), (1, 2), (2, 2), (16, 16), (511, 512)):
         parity = (
@@ -146,8 +144,7 @@ def test_evaluation_and_p_0_draw_nothing():
 
 
 def test_dropout_keeps_the_mean():
-    """Over many masks the output's mean is the output without dropout, and so is its input's
-    gradient."""
+    """Over many masks the mean of y and of dx is what they are without dropout."""
     x, projection = (
         torch.randn(4, 64, dtype=torch.float64, requires_grad=True),
         make_projection(3, 64, 4, torch.float64),

@@ -1,5 +1,4 @@
-"""Bad input to an op or a layer: an error at the door that says what came, what fits and what to
-do."""
+"""Bad input to an op or a layer: an error at the door that says what came and what fits."""
 
 import math
 

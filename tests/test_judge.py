@@ -1,5 +1,4 @@
-"""The judge condemns what is wrong: each mistake that a LoRA kernel was ever shipped with fails its
-check."""
+"""The judge condemns mistakes that LoRA kernels were shipped with."""
 
 import pytest
 import torch

@@ -82,8 +82,7 @@ def test_compile_fullgraph(backend, training):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_with_dropout_uses_one_mask_for_both_directions(backend):
-    """y = x + update(mask): where y - base is linear in the mask, d lora_B tells which mask the
-    backward used."""
+    """d lora_A of a layer with N = r = 1 is the dropped x: it shows which mask was used."""
     torch.compiler.reset()
     layer = fastlora.LoRALinear(32, 1, bias=False, r=1, lora_dropout=0.5)
     nn.init.ones_(layer.lora_B)

@@ -1,5 +1,4 @@
-"""PEFT's own layer as the judge: same parameters in, same outputs and gradients out, and the same
-training."""
+"""PEFT's own layer as the judge: the same outputs, gradients and training."""
 
 import peft
 import pytest

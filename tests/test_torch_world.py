@@ -1,5 +1,4 @@
-"""What surrounds a layer in real training: autocast, checkpointing, accumulation, several
-processes."""
+"""What surrounds a layer in training: autocast, checkpointing, accumulation, processes."""
 
 import copy
 import socket
@@ -102,8 +101,7 @@ def test_frozen_half_gets_no_gradient(frozen):
 
 
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
-    """A first layer's x needs none, so its dx, which is as dear as the forward, must not be
-    computed."""
+    """A first layer's x needs no dx, which is as dear as the forward."""
     from fastlora.backends import torch as backend
 
     monkeypatch.setattr(

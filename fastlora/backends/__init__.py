@@ -1,5 +1,4 @@
-"""Which implementation runs: argument, else context manager, else ``FASTLORA_BACKEND``, else the
-device's default.
+"""The choice of backend: argument, context manager, ``FASTLORA_BACKEND``, the device's default.
 
 A backend is a module with ``forward``, ``backward`` and ``dropout_mask`` of the same meaning
 (``torch`` is the one to read).  Registering one here is all that the layers above need.
@@ -22,8 +21,7 @@ _ENVIRONMENT = os.environ.get(
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every LoRA op inside the block on this backend, in this thread: ``with
-    fastlora.use_backend("torch"): …``.
+    """Run the LoRA ops inside the block on this backend: ``with fastlora.use_backend("torch"): …``.
 
     ``FASTLORA_BACKEND`` does the same for a process.  An unknown name is a ValueError that lists
     what there is.

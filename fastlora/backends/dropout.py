@@ -1,5 +1,4 @@
-"""The dropout mask: a function of (seed, row, column), never stored, and the same however the rows
-are cut in blocks.
+"""The dropout mask: a function of (seed, row, column), however the rows are cut into blocks.
 
 The low half of the seed and a row give a 32-bit row key, the high half and a pair of columns a
 32-bit column key. Their exclusive or goes through two rounds of multiply and shift, and the two
@@ -20,8 +19,7 @@ from torch import Tensor
 
 
 def _constant(value: int) -> Tensor:
-    """A 0-d int32, which an operation takes from any device, in half the time of a Python
-    number."""
+    """A 0-d int32: an operation takes it on any device, in half the time of a Python number."""
     return torch.tensor(value if value < 2**31 else value - 2**32, dtype=torch.int32, device="cpu")
 
 
@@ -45,8 +43,7 @@ class DropoutMask:
         self.threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
 
     def rows(self, first: int, count: int) -> Tensor:
-        """int16 [count, columns], from row ``first`` on: 1 where the element is kept, 0 where it is
-        dropped."""
+        """int16 [count, columns], from row ``first`` on: 1 where an element is kept, else 0."""
         row_keys = torch.arange(first, first + count, dtype=torch.int32, device=self.low.device)
         word = row_keys.mul_(_ROW_STEP).add_(self.low).unsqueeze(1) ^ self.column_keys
         word.mul_(_FIRST_MIX)
@@ -58,8 +55,7 @@ class DropoutMask:
 
 
 def dropout_mask(seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
-    """The whole keep mask, bool [rows, columns], of a seed (int64, one element): what the oracle is
-    given."""
+    """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
     rows, columns = shape
     return DropoutMask(seed.reshape(1), columns, p).rows(0, rows).bool()
 

@@ -1,5 +1,4 @@
-"""The torch backend: any device and floating dtype, by torch's own matrix products and in-place
-adds.
+"""The torch backend: any device and floating dtype, by torch's own products and in-place adds.
 
 With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of dropout p:
 

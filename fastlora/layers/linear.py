@@ -12,8 +12,9 @@ from ..projection import Projection, check_adapter
 
 
 class LoRALinear(nn.Linear):
-    """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ, x [..., in_features] -> y [...,
-    out_features].
+    """y = x weightᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ.
+
+    x is [..., in_features], y [..., out_features].
 
     It *is* an ``nn.Linear``: ``weight`` and ``bias`` stay where they were, frozen, so a base
     checkpoint loads before or after, and code that reads ``layer.weight`` goes on working.  It adds
@@ -53,8 +54,9 @@ class LoRALinear(nn.Linear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> "LoRALinear":
-        """A LoRALinear that shares ``linear``'s weight and bias, which become frozen; the adapter
-        has their dtype."""
+        """A LoRALinear that shares, and freezes, ``linear``'s weight and bias.
+
+        The adapter has the weight's dtype.  Raises ValueError for all but a plain nn.Linear."""
         check_adapter(r, lora_alpha, lora_dropout)
         check_base(linear)
         adapter = new_adapter(linear.weight, r)
@@ -89,8 +91,7 @@ class LoRALinear(nn.Linear):
         )
 
     def detach_adapter(self) -> None:
-        """Become a plain ``nn.Linear`` in place: with the merged weight if the layer is merged,
-        else the base's."""
+        """Become a plain ``nn.Linear`` in place, with the merged weight if the layer is merged."""
         del self.lora_A, self.lora_B
         for name in (
             "r",
@@ -120,8 +121,7 @@ class LoRALinear(nn.Linear):
         return lora_linears(x, (projection,), dropout=self.lora_dropout, training=self.training)[0]
 
     def merged_weight(self) -> Tensor:
-        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 (float64 for
-        float64)."""
+        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.no_grad():
             total = torch.addmm(
@@ -130,8 +130,7 @@ class LoRALinear(nn.Linear):
             return total.to(self.weight.dtype)
 
     def use_merged(self, weight: Tensor, keep_base: bool = True) -> None:
-        """Put the merged weight in the base's place; the original Parameter is kept aside for
-        :meth:`unmerge`."""
+        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`."""
         self.__dict__["_base_weight"] = self.weight if keep_base else None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.merged = True
@@ -178,8 +177,7 @@ class LoRALinear(nn.Linear):
 def new_adapter(
     weight: Tensor, r: int, init_lora_weights: bool | str = True, dtype: torch.dtype | None = None
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """lora_A [r, in_features] and lora_B [out_features, r] for this weight, on its device, in its
-    dtype or ``dtype``."""
+    """A fresh lora_A [r, in] and lora_B [out, r] for this weight, in its dtype or ``dtype``."""
     out_features, in_features = weight.shape
     dtype = weight.dtype if dtype is None else dtype
     lora_a = nn.Parameter(torch.empty(r, in_features, device=weight.device, dtype=dtype))

@@ -1,5 +1,4 @@
-"""``torch.autocast`` at the op's door: x and the base weight are cast as ``nn.Linear`` casts
-them."""
+"""``torch.autocast`` at the op's door: x and weight are cast as ``nn.Linear`` casts them."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +18,9 @@ def autocast_is_on(device_type: str) -> bool:
 def autocast_inputs(
     x: Tensor, projections: Sequence[Projection]
 ) -> tuple[Tensor, Sequence[Projection]]:
-    """x and the weights in autocast's dtype; float64 stays as it is.  Adapters and biases are cast
-    as they are read."""
+    """x and the weights in autocast's dtype.
+
+    float64 stays as it is; adapters and biases are cast later, as they are read."""
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor: Tensor) -> Tensor:

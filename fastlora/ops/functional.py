@@ -1,5 +1,4 @@
-"""The functional API: checks at the door, autocast, the seed, and the way to the node or the
-registered op."""
+"""The functional API: checks, autocast, the seed, and the way to the node or the op."""
 
 from collections.abc import Sequence
 
@@ -30,8 +29,9 @@ def lora_linear(
     training: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, fused forward and backward (Hu et
-    al., arXiv 2106.09685).
+    """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, as one autograd node.
+
+    The formula is that of Hu et al., arXiv 2106.09685.
 
     Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight
     [N, K]; lora_a [r, K]; lora_b [N, r]; bias [N]; the result is [..., N].
@@ -63,8 +63,7 @@ def lora_linears(
     training: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several LoRA projections of one x (q, k, v; gate, up): one autograd node, x saved once, a
-    mask for each.
+    """Several projections of one x (q, k, v; gate, up): one node, x saved once, a mask each.
 
     Each output, its gradients and the errors are those of :func:`lora_linear`; out_features and r
     may differ between the projections.  dx is summed in the order given.

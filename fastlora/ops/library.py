@@ -65,8 +65,7 @@ def run_backward(
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], rows or columns dense in memory; copied only where its strides leave no
-    other way."""
+    """x [..., K] as [M, K], rows or columns dense: copied only if its strides need it."""
     matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     strides = matrix.stride()
     return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
