@@ -22,8 +22,8 @@ lint: .venv/dev ## Check format, style and types
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-clean: ## Remove the virtual environment and everything that was built
-	rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean: ## Remove the virtual environment, the converted model and everything that was built
+	rm -rf .venv .cache build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # A stamp for each set of extras, made anew when the package's description changes.
 .venv/%: pyproject.toml setup.py | .venv/bin/python

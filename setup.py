@@ -1,5 +1,4 @@
-"""The one thing that pyproject.toml can't say: kernels/ is installed as fastlora.kernels, never as
-a top-level name."""
+"""What pyproject.toml can't say: kernels/ is installed as fastlora.kernels, not as kernels."""
 
 from setuptools import find_packages, setup
 

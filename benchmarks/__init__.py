@@ -5,7 +5,8 @@ round runs the frozen layer, fastlora and PEFT in turn on the same tensors (``ro
 gives one ratio each; what is reported is the median of the rounds' ratios, with quartiles.
 "Frozen" is ``nn.Linear`` with no adapter: its forward and its dx.
 
-Before a row is timed, its results are compared with the float64 oracle (``fastlora.reference``),
+Before a row is timed, fastlora's results, and PEFT's without dropout, are compared with the
+float64 oracle (``fastlora.reference``),
 and the bytes that it saves for backward are counted.  A wrong result or a byte too many fails the
 test; a missed time is marked in the table, and fails only with ``--strict-targets``.
 

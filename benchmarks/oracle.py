@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.backends.torch import dropout_mask
-from fastlora.ops.functional import _draw_seed
+from fastlora.ops.functional import draw_seed
 
 from .layers import Contest, Contestant
 
@@ -60,7 +60,7 @@ def _truth(contest: Contest) -> list[Tensor]:
     masks = None
     if contest.dropout > 0:
         torch.manual_seed(_SEED)
-        seeds = _draw_seed(len(contest.projections), contest.x.device)
+        seeds = draw_seed(len(contest.projections), contest.x.device)
         masks = [dropout_mask(seed, tuple(contest.x.shape), contest.dropout) for seed in seeds]
     x = contest.x.detach().double().requires_grad_()
     projections = [

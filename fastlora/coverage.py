@@ -1,11 +1,12 @@
 """Which layers run fast, and why the others don't."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from .backends import backend_name
-from .inject import lora_layers, unwrap
+from .inject import lora_layers, some, unwrap
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,24 @@ class Coverage:
     def __str__(self) -> str:
         if not self.layers:
             return "no LoRA layers: fastlora.apply_lora(model, config) makes them"
-        plans = ", ".join(sorted({layer.plan for layer in self.fast}))
-        lines = [
-            f"{len(self.fast)} of {len(self.layers)} layers fast"
-            + (f" (backend {plans})" if plans else "")
-        ]
+        plans = Counter(layer.plan for layer in self.fast)
+        merged = plans.pop("merged", 0)
+        notes = [f"backend {plan}" for plan in sorted(plans)] + [f"{merged} merged"] * (merged > 0)
+        note = f" ({'; '.join(notes)})" if notes else ""
+        lines = [f"{len(self.fast)} of {len(self.layers)} layers fast{note}"]
         reasons: dict[str, list[str]] = {}
         for layer in self.eager:
             reasons.setdefault(layer.reason, []).append(layer.name)
         for reason, names in reasons.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"{len(names)} eager: {shown}: {reason}")
+            lines.append(f"{len(names)} eager: {some(names)}: {reason}")
         return "\n".join(lines)
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """How every LoRALinear of the model would run if it were called now; nothing is called."""
+    """How every LoRALinear of the model would run if it were called now; nothing is called.
+
+    Raises ValueError if ``FASTLORA_BACKEND`` names no backend.
+    """
     return Coverage(tuple(_cover(name, layer) for name, layer in lora_layers(unwrap(model))))
 
 

@@ -1,10 +1,12 @@
 """Model surgery: nn.Linear layers become LoRALinear in place, and plain again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .config import LoRAConfig
 from .layers import LoRALinear
@@ -22,9 +24,16 @@ class Injection:
     layers: tuple[str, ...]  # names of the adapted layers
     saved_modules: tuple[str, ...]  # names of the modules that train in full
     trained_before: tuple[str, ...]  # names of the parameters that required gradients before
-    untied: tuple[
-        tuple[nn.Module, str, nn.Parameter], ...
-    ]  # parameters that a copy took the place of, and where
+    untied: tuple["Untied", ...]
+
+
+class Untied(NamedTuple):
+    """A tied parameter of a module that trains in full, and the copy that took its place there."""
+
+    module: nn.Module
+    name: str
+    original: nn.Parameter
+    copy: nn.Parameter
 
 
 def apply_lora(
@@ -42,14 +51,17 @@ def apply_lora(
     target that matches nothing (the message lists what could), or a target that is no plain
     ``nn.Linear``.
     """
-    for name, module in model.named_modules():
+    inner = unwrap(model)
+    for name, module in inner.named_modules():
         if isinstance(module, LoRALinear):
             raise ValueError(
-                f"{name} has an adapter already: call fastlora.remove_lora(model) first"
+                f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
             )
         if hasattr(module, "lora_A"):
-            raise ValueError(f"{name} has a PEFT adapter: merge it or unload it with PEFT first")
-    _inject(model, config, find_targets(model, config), autocast_adapter_dtype)
+            raise ValueError(
+                f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
+            )
+    _inject(inner, config, find_targets(inner, config), autocast_adapter_dtype)
     return model
 
 
@@ -67,15 +79,17 @@ def _inject(
     for name, linear in targets.items():
         narrow = wide_adapters and linear.weight.element_size() < 4
         dtype = torch.float32 if narrow else linear.weight.dtype
-        adapters[name] = new_adapter(
-            linear.weight, config.rank_of(name), config.init_lora_weights, dtype
-        )
+        adapter = new_adapter(linear.weight, config.rank_of(name), config.init_lora_weights, dtype)
+        adapters[name] = (adapter, config.alpha_of(name))
+    untied = _copies_of_tied(model, saved)
     # Nothing has changed so far, and nothing below can fail.
-    untied = _untie(model, saved)
+    for place in untied:
+        setattr(place.module, place.name, place.copy)
     model.requires_grad_(False)
     for name, linear in targets.items():
+        adapter, alpha = adapters[name]
         become_lora_linear(linear).attach_adapter(
-            adapters[name], config.alpha_of(name), config.lora_dropout, config.use_rslora
+            adapter, alpha, config.lora_dropout, config.use_rslora
         )
     for module in saved.values():
         module.requires_grad_(True)
@@ -93,14 +107,13 @@ def remove_lora(model: nn.Module) -> nn.Module:
     others keep the base's.  What trained before apply_lora trains again.  Modules that trained in
     full keep what they learned. A model without adapters comes back as it is.
     """
-    model = unwrap(model)
-    for _, layer in list(lora_layers(model)):
+    inner, injection = unwrap(model), injection_of(model)
+    for _, layer in list(lora_layers(inner)):
         layer.detach_adapter()
-    injection = injection_of(model)
     if injection is not None:
-        for name, parameter in _named(model):
+        for name, parameter in _named(inner):
             parameter.requires_grad_(name in injection.trained_before)
-        del model.__dict__[_RECORD]
+        del inner.__dict__[_RECORD]
     return model
 
 
@@ -120,13 +133,8 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _untie(
-    model: nn.Module, saved: dict[str, nn.Module]
-) -> tuple[tuple[nn.Module, str, nn.Parameter], ...]:
-    """Give modules that train in full their own copy of what they share with one that doesn't.
-
-    Returns where a copy was put, and what was there.
-    """
+def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Untied, ...]:
+    """A copy of each parameter that a module which trains in full shares with one that doesn't."""
     inside = [module for outer in saved.values() for module in outer.modules()]
     outside = {
         id(parameter)
@@ -137,18 +145,18 @@ def _untie(
     copies: dict[int, nn.Parameter] = {}
     untied = []
     for module in inside:
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in outside:
-                copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
-                setattr(module, name, copies[id(parameter)])
-                untied.append((module, name, parameter))
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+                untied.append(Untied(module, name, parameter, copies[id(parameter)]))
     return tuple(untied)
 
 
 def undo_injection(model: nn.Module) -> None:
     """Take back what apply_lora did just now: what it untied is tied again, too."""
-    for module, name, parameter in model.__dict__[_RECORD].untied:
-        setattr(module, name, parameter)
+    for place in model.__dict__[_RECORD].untied:
+        setattr(place.module, place.name, place.original)
     remove_lora(model)
 
 
@@ -166,12 +174,24 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model that apply_lora was called on, inside ``torch.compile``, DDP and the like."""
-    while _RECORD not in model.__dict__:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile's
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are, for a message."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "none"
+
+
+def called(name: str) -> str:
+    """A module's name for a message; the model itself has none."""
+    return name or "the model"
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -7,18 +7,18 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .inject import lora_layers, unwrap
+from .inject import called, lora_layers, unwrap
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker
 
 
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
-    """Make every adapted layer's weight weight + scaling · lora_B lora_A; return the model.
+    """Add scaling · lora_B lora_A to every adapted layer's weight, and return the same model.
 
     Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
     weights are kept beside the merged ones, so that :func:`unmerge_lora` restores their exact bits;
-    ``keep_base=False`` frees them, and the merge can't be undone.  ``remove_lora`` then leaves a
-    plain model.
+    ``keep_base=False`` frees them, once all layers are merged, and the merge can't be undone.
+    ``remove_lora`` then leaves a plain model.
 
     Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already,
     or a merged weight would hold NaN or infinity.  Warns where a merged weight was tied to another
@@ -28,18 +28,18 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     for name, layer in layers:
         if layer.merged:
             raise ValueError(
-                f"{name} is merged already: call fastlora.unmerge_lora(model) first to merge anew"
+                f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
             )
     merged = []
     for name, layer in _progress(layers, "merging"):
         weight = layer.merged_weight()
         if not torch.isfinite(weight).all():
             raise ValueError(
-                f"merging {name} gives NaN or infinity in {weight.dtype}, and nothing was merged: "
-                "look for non-finite values in its weight, lora_A and lora_B"
+                f"merging {called(name)} gives NaN or infinity in {weight.dtype}, and nothing was "
+                "merged: look for non-finite values in its weight, lora_A and lora_B"
             )
         merged.append(weight)
-    _warn_of_ties(model, layers)
+    _warn_of_ties(unwrap(model), layers)
     for (_, layer), weight in zip(layers, merged, strict=True):
         layer.use_merged(weight, keep_base)
     return model
@@ -54,10 +54,10 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     layers = _layers(model)
     for name, layer in layers:
         if not layer.merged:
-            raise ValueError(f"{name} is not merged: call fastlora.merge_lora(model) first")
+            raise ValueError(f"{called(name)} is not merged: call fastlora.merge_lora(model) first")
         if not layer.can_unmerge:
             raise ValueError(
-                f"{name} was merged with keep_base=False, so its original weight is gone: "
+                f"{called(name)} was merged with keep_base=False, so its original weight is gone: "
                 "load the base model again"
             )
     for _, layer in layers:

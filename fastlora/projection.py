@@ -7,16 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+_TENSORS = ("weight", "lora_a", "lora_b", "bias")
+
 
 class Projection(NamedTuple):
     """A frozen linear layer with an adapter: x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias.
 
-    Shapes, with in_features K, out_features N and rank r:
+    With in_features K, out_features N and rank r:
 
-    * ``weight`` [N, K] and ``bias`` [N] (or None), in the dtype of x;
-    * ``lora_a`` [r, K] and ``lora_b`` [N, r], in any floating dtype: they are cast as they are
-      read;
-    * ``scale``, a finite number: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    * ``weight`` [N, K], in the dtype of x;
+    * ``lora_a`` [r, K], ``lora_b`` [N, r] and ``bias`` [N] (or None), in any of the four floating
+      dtypes: they are cast as they are read;
+    * ``scale``, a finite number: alpha / r, or alpha / √r for rsLoRA.
 
     It checks nothing itself: :func:`fastlora.lora_linears` does, when it meets x.
     """
@@ -29,7 +33,7 @@ class Projection(NamedTuple):
 
 
 def group(tensors: Sequence[Any], scales: Sequence[float]) -> list[Projection]:
-    """The projections whose four tensors each were laid end to end."""
+    """Four tensors a projection, laid end to end, as projections."""
     return [Projection._make([*tensors[4 * i : 4 * i + 4], s]) for i, s in enumerate(scales)]
 
 
@@ -37,10 +41,8 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
     """Raise ValueError or TypeError unless every projection fits x."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(
-            f"x has dtype {x.dtype}, but a LoRA layer needs a floating dtype: convert or embed it"
-        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
     if x.dim() == 0:
         raise ValueError(
             "x is a scalar, but must be [..., in_features]: give it at least one dimension"
@@ -50,14 +52,20 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
         raise ValueError("no projections came: give at least one fastlora.Projection")
     features, dtype, device = x.shape[-1], x.dtype, x.device
     for projection in projections:
+        if type(projection) is not Projection:
+            raise TypeError(
+                f"projections has a {type(projection).__name__}, but must be a list of "
+                "fastlora.Projection"
+            )
+        _check_dtypes_and_devices(dtype, device, projection)
         _check_shapes(features, projection)
-        _check_kinds(dtype, device, projection)
 
 
 def check_dropout(dropout: float) -> None:
-    if not 0.0 <= dropout < 1.0:
+    """Raise ValueError for what is no probability below 1."""
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise ValueError(
-            f"dropout is {dropout}, but must lie in [0, 1): the probability of dropping an input"
+            f"dropout is {dropout!r}, but must lie in [0, 1): the probability of dropping an input"
         )
 
 
@@ -111,18 +119,22 @@ def _check_shapes(features: int, projection: Projection) -> None:
         )
 
 
-def _check_kinds(dtype: torch.dtype, device: torch.device, projection: Projection) -> None:
+def _check_dtypes_and_devices(
+    dtype: torch.dtype, device: torch.device, projection: Projection
+) -> None:
+    for name, tensor in zip(_TENSORS, projection[:4], strict=True):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
+            )
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}")
     if projection.weight.dtype != dtype:
         raise TypeError(
             f"weight has dtype {projection.weight.dtype}, but x has {dtype}: convert one of them, "
             "or use torch.autocast"
         )
-    for name, tensor in zip(Projection._fields, projection[:4], strict=False):
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
-            )
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but must have a floating dtype")

@@ -32,21 +32,26 @@ def find_targets(
         if wanted(name) and not excluded(name) and not any(_inside(name, outer) for outer in saved)
     }
     if not matched:
+        rest = " that isn't excluded or saved in full" if config.exclude_modules or saved else ""
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches no module. {_could_match(model)}"
+            f"target_modules={config.target_modules!r} matches no module{rest}. "
+            f"{_could_match(model)}"
         )
-    if (
-        every_name
-        and config.target_modules is not None
-        and not isinstance(config.target_modules, str)
-    ):
+    if every_name and isinstance(config.target_modules, tuple):
+        names = [name for name, _ in model.named_modules()]
         for target in config.target_modules:
-            if not any(map(name_test((target,)), matched)):
+            if not any(map(name_test((target,)), names)):
                 raise ValueError(
                     f"target_modules has {target!r}, which matches no module. {_could_match(model)}"
                 )
+    bypassed = _bypassed(model)
     for name, module in matched.items():
-        check_base(module, name)
+        check_base(module, name or "the model")
+        if name in bypassed:
+            raise ValueError(
+                f"{name} can't take an adapter: the {bypassed[name]} around it reads its weight "
+                "without calling it, so the adapter would be skipped in evaluation"
+            )
     return matched
 
 
@@ -95,7 +100,7 @@ def _all_linear(model: nn.Module) -> set[str]:
         name
         for name, module in model.named_modules()
         if module is not head and (isinstance(module, LoRALinear) or why_not_base(module) is None)
-    }
+    } - _bypassed(model).keys()
 
 
 def _attention_projections(model: nn.Module) -> set[str]:
@@ -114,6 +119,17 @@ def _attention_projections(model: nn.Module) -> set[str]:
     return {name for name in linear if any(_inside(name, outer) for outer in inside)}
 
 
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    """The modules whose weights a fused torch.nn module reads itself, and that module's class."""
+    return {
+        f"{outer}.{name}" if outer else name: type(module).__name__
+        for outer, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention)
+        for name, _ in module.named_modules()
+        if name
+    }
+
+
 def _inside(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
@@ -126,7 +142,11 @@ def _could_match(model: nn.Module) -> str:
         if why_not_base(module) is None
     )
     if not names:
-        return "The model has no torch.nn.Linear that could be adapted."
+        reasons = Counter(
+            why_not_base(module) for module in model.modules() if isinstance(module, nn.Linear)
+        )
+        why = f": {reasons.most_common(1)[0][0]}" if reasons else ""
+        return f"The model has no torch.nn.Linear that could be adapted{why}."
     return (
         "It could match: "
         + ", ".join(f"{name} ({count})" for name, count in names.most_common(20))

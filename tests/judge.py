@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlora import Projection, lora_linears, reference
-from fastlora.backends.torch import dropout_mask
+from fastlora.backends import find_backend
+from fastlora.ops.functional import draw_seed
 
 
 def make_projection(
@@ -27,20 +28,21 @@ def make_projection(
     )
 
 
-def with_seed(run, count: int, device: str = "cpu"):
+def with_seed(run, count: int):
     """What ``run`` returns, and the seeds that it drew from torch's generator."""
     state = torch.get_rng_state()
-    seeds = torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+    seeds = draw_seed(count, torch.device("cpu"))
     torch.set_rng_state(state)
     return run(), seeds
 
 
 def masks_of(seeds: Tensor, x: Tensor, p: float) -> list[Tensor] | None:
-    """The masks that the torch backend applies to x for these seeds; None without dropout."""
+    """The masks that the backend in use applies to x for these seeds; None without dropout."""
     if p == 0.0:
         return None
     rows = x.numel() // x.shape[-1] if x.numel() else 0
-    return [dropout_mask(seed, (rows, x.shape[-1]), p).reshape(x.shape) for seed in seeds]
+    mask = find_backend().dropout_mask
+    return [mask(seed, (rows, x.shape[-1]), p).reshape(x.shape) for seed in seeds]
 
 
 def run_fastlora(x: Tensor, projections: Sequence[Projection], p: float = 0.0):

@@ -152,9 +152,23 @@ def test_an_adapter_saved_while_merged_is_the_same(tmp_path):
 
 
 def test_saving_a_plain_model(tmp_path):
-    with pytest.raises(ValueError, match="no LoRA layers"):
+    with pytest.raises(ValueError, match="no adapters to save"):
         fastlora.save_adapter(Mlp(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_each_file_is_whole_when_interrupted_between_them(tmp_path, monkeypatch):
+    model = adapted(target_modules=["up"])
+    fastlora.save_adapter(model, tmp_path)
+    old, replace = (tmp_path / CONFIG).read_bytes(), os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda source, to: replace(source, to) if to.name == WEIGHTS else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        fastlora.save_adapter(randomise(model), tmp_path)
+    assert (tmp_path / CONFIG).read_bytes() == old
+    load_file(tmp_path / WEIGHTS)
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG}
 
 
 @pytest.mark.parametrize("failing", ["write", "rename"])
@@ -230,6 +244,9 @@ DAMAGE = {
     ),
     "unknown-setting": (lambda f: edit_config(f, warp_factor=9), "warp_factor=9"),
     "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "rank-list": (lambda f: edit_config(f, rank_pattern=["up"]), "rank_pattern is"),
+    "bad-pattern": (lambda f: edit_config(f, alpha_pattern={"*up": 4}), "alpha_pattern has"),
+    "bad-task": (lambda f: edit_config(f, task_type=["x"]), "task_type is"),
     "bad-rank": (lambda f: edit_config(f, r=0), "rank must be a whole number"),
     "bad-dropout": (lambda f: edit_config(f, lora_dropout=1.5), "dropout is 1.5"),
     "null-alpha": (lambda f: edit_config(f, lora_alpha=None), "lora_alpha is None"),

@@ -26,6 +26,7 @@ def test_every_adapted_layer_has_a_record():
 def test_a_merged_layer_says_so():
     report = fastlora.coverage(fastlora.merge_lora(adapted()))
     assert {layer.plan for layer in report.layers} == {"merged"}
+    assert str(report) == "2 of 2 layers fast (2 merged)"
 
 
 def test_a_replaced_forward_is_eager_with_its_reason():

@@ -24,6 +24,7 @@ def arguments(**changes):
 
 CASES = {
     "x-list": ({"x": [1.0]}, TypeError, "x must be a tensor, not list"),
+    "x-float8": ({"x": torch.ones(2, 8).to(torch.float8_e4m3fn)}, TypeError, "float8_e4m3fn"),
     "x-integer": ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "torch.int64"),
     "x-scalar": ({"x": torch.tensor(1.0)}, ValueError, "x is a scalar"),
     "x-features": (
@@ -32,12 +33,14 @@ CASES = {
         r"weight has shape \(6, 8\), but x has 9 features",
     ),
     "x-complex": ({"x": torch.randn(2, 8, dtype=torch.complex64)}, TypeError, "complex64"),
+    "weight-list": ({"weight": [[1.0] * 8]}, TypeError, "weight must be a tensor, not list"),
     "weight-1d": ({"weight": torch.randn(8)}, ValueError, r"weight has shape \(8,\)"),
     "weight-dtype": (
         {"weight": torch.randn(6, 8).half()},
         TypeError,
         "weight has dtype torch.float16",
     ),
+    "lora_a-none": ({"lora_a": None}, TypeError, "lora_a must be a tensor, not NoneType"),
     "lora_a-features": ({"lora_a": torch.randn(3, 7)}, ValueError, r"lora_a must be \[r, 8\]"),
     "lora_a-transposed": ({"lora_a": torch.randn(8, 3)}, ValueError, r"lora_a must be \[r, 8\]"),
     "lora_a-integer": (
@@ -56,6 +59,7 @@ CASES = {
     "scale-nan": ({"scale": math.nan}, ValueError, "scale is nan"),
     "scale-inf": ({"scale": math.inf}, ValueError, "scale is inf"),
     "scale-text": ({"scale": "2"}, ValueError, "scale is '2'"),
+    "dropout-text": ({"dropout": "0.1"}, ValueError, "dropout is '0.1'"),
     "dropout-1": ({"dropout": 1.0}, ValueError, r"\[0, 1\)"),
     "dropout-negative": ({"dropout": -0.1}, ValueError, r"\[0, 1\)"),
     "dropout-nan": ({"dropout": math.nan}, ValueError, r"\[0, 1\)"),
@@ -87,6 +91,15 @@ def test_op_without_changes_is_fine():
 def test_empty_group():
     with pytest.raises(ValueError, match="no projections"):
         fastlora.lora_linears(torch.randn(2, 8), [])
+
+
+@pytest.mark.parametrize("wrong", ["projection", "tuples"])
+def test_group_of_something_else(wrong):
+    projection = fastlora.Projection(torch.randn(6, 8), torch.randn(3, 8), torch.randn(6, 3))
+    with pytest.raises(TypeError, match=r"must be a list of fastlora\.Projection"):
+        fastlora.lora_linears(
+            torch.randn(2, 8), projection if wrong == "projection" else [tuple(projection)]
+        )
 
 
 def test_unknown_backend_in_the_context_manager():
@@ -140,6 +153,12 @@ def test_failed_from_linear_leaves_the_linear_alone():
         ({"bias": "some"}, "bias is 'some', but must be one of 'none', 'all', 'lora_only'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"modules_to_save": "head"}, "must be a list of names"),
+        ({"target_modules": [1]}, r"target_modules is \[1\], but must be a list of names"),
+        ({"target_modules": {"q": 1}}, "must be a list of names"),
+        ({"rank_pattern": ["q"]}, r"rank_pattern is \['q'\], but must map patterns to numbers"),
+        ({"rank_pattern": {"*q": 4}}, r"rank_pattern has '\*q': 4: nothing to repeat"),
+        ({"alpha_pattern": {"(q": 4}}, "alpha_pattern has '\\(q': 4: missing"),
+        ({"task_type": ["SEQ_CLS"]}, "task_type is"),
     ],
 )
 def test_config(settings, message):

@@ -238,6 +238,33 @@ def test_remove_lora_of_a_plain_model_is_nothing():
     assert_untouched(model, before)
 
 
+def test_all_linear_passes_over_what_a_fused_module_reads_itself():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 4))
+    fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    assert adapted(model) == {"1"}
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
+def test_a_wrapped_model(wrap, tmp_path):
+    model = Mlp()
+    wrapped = wrap(model)
+    assert fastlora.apply_lora(wrapped, LoRAConfig(target_modules=["up"])) is wrapped
+    assert adapted(model) == {"up"}
+    fastlora.save_adapter(wrapped, tmp_path)
+    assert fastlora.load_adapter(wrapped, tmp_path) is wrapped
+    assert fastlora.merge_lora(wrapped) is wrapped
+    assert fastlora.remove_lora(wrapped) is wrapped
+    assert type(model.up) is nn.Linear
+    fastlora.load_adapter(Mlp(), tmp_path)
+
+
+def test_a_submodule_called_module_is_no_wrapper():
+    model = nn.Module()
+    model.module, model.layer = Mlp(), nn.Linear(3, 3)
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["layer", "up"]))
+    assert {layer.name for layer in fastlora.coverage(model).layers} == {"layer", "module.up"}
+
+
 def test_a_model_that_is_one_linear_layer():
     model = fastlora.apply_lora(
         nn.Linear(8, 4), LoRAConfig(target_modules="all-linear", bias="all")
@@ -320,6 +347,16 @@ ERRORS = {
         "it is a Half, and only torch.nn.Linear itself",
     ),
     "replaced-forward": (replaced_forward, {"target_modules": ["up"]}, "its forward was replaced"),
+    "encoder-layer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+        {"target_modules": ["linear1"]},
+        "linear1 can't take an adapter: the TransformerEncoderLayer around it",
+    ),
+    "attention": (
+        lambda: nn.MultiheadAttention(8, 2),
+        {"target_modules": ["out_proj"]},
+        "out_proj can't take an adapter",
+    ),
     "peft-model": (with_peft, {"target_modules": ["down"]}, "has a PEFT adapter"),
     "unknown-module-to-save": (
         Mlp,

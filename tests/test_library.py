@@ -16,7 +16,7 @@ def op_arguments(p: float, n: int = 2, requires_grad: bool = True):
     ]
     if not requires_grad:
         parameters = [parameter.detach() for parameter in parameters]
-    return x, parameters, [0.5] * n, p, torch.randint(-9, 9, (n,)) if p else None
+    return x, parameters, [0.5] * n, p, torch.randint(-9, 9, (n,)) if p else None, ""
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -27,18 +27,18 @@ def test_opcheck_forward(p):
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("needs", [[True] * 8, [True, False, True, True, False, False, True, True]])
 def test_opcheck_backward(p, needs):
-    x, parameters, scales, p, seed = op_arguments(p, requires_grad=False)
+    x, parameters, scales, p, seed, _ = op_arguments(p, requires_grad=False)
     parameters[7] = torch.randn(7)
-    ys, hs = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed)
-    arguments = (ys, x, parameters, hs, [True, *needs], scales, p, seed)
+    ys, hs = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed, "")
+    arguments = (ys, x, parameters, hs, [True, *needs], scales, p, seed, "")
     torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_the_op_and_the_eager_node_agree(p):
-    x, parameters, scales, p, seed = op_arguments(p)
+    x, parameters, scales, p, seed, _ = op_arguments(p)
     leaves = [x, *(parameter for parameter in parameters if parameter.requires_grad)]
-    ys, _ = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed)
+    ys, _ = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed, "")
     by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
     from fastlora.backends import torch as backend
     from fastlora.ops.function import LoRALinearFunction
@@ -113,6 +113,16 @@ def test_a_changed_scale_is_seen_by_the_compiled_layer():
     compiled(x)
     block.up.scaling *= 2
     torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_an_unknown_backend_is_an_error_when_compiled():
+    torch.compiler.reset()
+    projection = make_projection(6, 8, 3, torch.float32)
+    compiled = torch.compile(
+        lambda x: fastlora.lora_linear(x, *projection[:3], backend="metal"), backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="backend 'metal'"):
+        compiled(torch.randn(2, 8))
 
 
 def test_export():

@@ -15,6 +15,9 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "f16-f32": (torch.float16, torch.float32),
     "bf16-f32": (torch.bfloat16, torch.float32),
+    "bf16-f16": (torch.bfloat16, torch.float16),
+    "f32-bf16": (torch.float32, torch.bfloat16),
+    "f32-f64": (torch.float32, torch.float64),
 }
 dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
 dropouts = pytest.mark.parametrize("p", [0.0, 0.1, 0.5], ids="p{}".format)
@@ -167,17 +170,23 @@ def test_same_inputs_same_bits():
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_scale_is_not_rounded_to_the_dtype():
-    """A scale that bfloat16 can't hold stays exact until the product is rounded."""
-    x, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.bfloat16)
-    lora_a, lora_b = (
-        torch.full((1, 1), 256.0, dtype=torch.bfloat16),
-        torch.ones(1, 1, dtype=torch.bfloat16),
-    )
-    scale = 1.0 + 2**-9  # bfloat16 rounds it to 1, and 256 times it to 256.5, which rounds to 256
-    y = fastlora.lora_linear(x, weight, lora_a * 1.5, lora_b, scale=scale * 2)
-    exact = torch.tensor(2 * scale * 384.0).to(torch.bfloat16)
-    assert y.item() == exact.item()
+@pytest.mark.parametrize(
+    ("scale", "x", "lora_a", "exact"),
+    [
+        (1 + 2**-8, [1.0], [384.0], 386.0),  # bfloat16 would round the scale to 1
+        (1.5, [1.0, 1.0], [256.0, 1.0], 386.0),  # … or the product to 256, before it is scaled
+    ],
+    ids=["scale", "product"],
+)
+def test_nothing_is_rounded_before_it_is_scaled(scale, x, lora_a, exact):
+    x, lora_a = (torch.tensor([values], dtype=torch.bfloat16) for values in (x, lora_a))
+    weight, lora_b = torch.zeros_like(x), torch.ones(1, 1, dtype=torch.bfloat16)
+    assert fastlora.lora_linear(x, weight, lora_a, lora_b, scale=scale).item() == exact
+
+
+def test_a_group_is_one_node():
+    group = [make_projection(4, 7, 3, torch.float32) for _ in range(3)]
+    assert len({y.grad_fn for y in fastlora.lora_linears(make_x(5, 7), group)}) == 1
 
 
 def test_no_gradient_mode_keeps_no_graph():

@@ -126,16 +126,19 @@ def test_one_layer_called_twice():
     torch.testing.assert_close(found["lora_B"], weight.grad)
 
 
-def test_threads_keep_their_own_backend():
-    from fastlora.backends import backend_name
+def test_threads_keep_their_own_backend(monkeypatch):
+    from fastlora import backends
 
+    monkeypatch.setitem(backends._BACKENDS, "other", backends.torch_backend)
     names = []
-    with fastlora.use_backend("torch"):
-        thread = threading.Thread(target=lambda: names.append(backend_name()))
+    with fastlora.use_backend("other"):
+        thread = threading.Thread(target=lambda: names.append(backends.backend_name()))
         thread.start()
         thread.join()
-        assert backend_name() == "torch"
+        assert backends.backend_name() == "other"
+        assert backends.backend_name("torch") == "torch"
     assert names == ["torch"]
+    assert backends.backend_name() == "torch"
 
 
 def test_ddp_in_two_processes(tmp_path):

@@ -14,9 +14,8 @@ from . import torch as torch_backend
 
 _BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
-_ENVIRONMENT = os.environ.get(
-    "FASTLORA_BACKEND"
-)  # read once: a look-up costs as much as a small op
+# Read once: a look-up costs as much as a small op.
+_ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")
 
 
 @contextmanager

@@ -70,9 +70,9 @@ def backward(
         if dy is not None:
             if need_weight:
                 d_weight = torch.mm(dy.T, x)
-            if need_bias:
+            if need_bias and projection.bias is not None:
                 wide = torch.promote_types(x.dtype, torch.float32)
-                d_bias = _cast(dy.sum(0, dtype=wide), getattr(projection.bias, "dtype", wide))
+                d_bias = _cast(dy.sum(0, dtype=wide), projection.bias.dtype)
             dtype = _adapter_dtype(x, projection)
             dy = _cast(dy, dtype)
             if need_a or dx is not None:

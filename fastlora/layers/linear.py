@@ -86,23 +86,14 @@ class LoRALinear(nn.Linear):
         self.lora_dropout = float(lora_dropout)
         self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
         self.merged = False
-        self.__dict__["_base_weight"] = (
-            None  # while merged: the original Parameter, which is not in the state dict
-        )
+        # While merged, the original Parameter: in __dict__ it stays out of the state dict.
+        self.__dict__["_base_weight"] = None
 
     def detach_adapter(self) -> None:
         """Become a plain ``nn.Linear`` in place, with the merged weight if the layer is merged."""
         del self.lora_A, self.lora_B
-        for name in (
-            "r",
-            "lora_alpha",
-            "use_rslora",
-            "lora_dropout",
-            "scaling",
-            "merged",
-            "_base_weight",
-        ):
-            del self.__dict__[name]
+        del self.r, self.lora_alpha, self.use_rslora, self.lora_dropout, self.scaling
+        del self.merged, self._base_weight
         object.__setattr__(self, "__class__", nn.Linear)
 
     def reset_lora_parameters(self) -> None:
@@ -137,11 +128,14 @@ class LoRALinear(nn.Linear):
 
     def unmerge(self) -> None:
         """Put the original Parameter back: the same bits, and tied again if it was tied."""
+        if not self.can_unmerge:
+            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
         self.weight, self.__dict__["_base_weight"] = self.__dict__["_base_weight"], None
         self.merged = False
 
     @property
     def can_unmerge(self) -> bool:
+        """Whether the layer is merged and its base was kept."""
         return self._base_weight is not None
 
     def _apply(self, fn, recurse: bool = True):

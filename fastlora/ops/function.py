@@ -28,7 +28,8 @@ class LoRALinearFunction(torch.autograd.Function):
             )
         dropout, backend, scales = ctx.settings
         x, seed, *saved = ctx.saved_tensors
-        projections, hs = group(saved, scales), saved[4 * len(scales) :]
+        count = 4 * len(scales)
+        projections, hs = group(saved[:count], scales), saved[count:]
         needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:]
         dx, *gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, backend)
         return dx, None, None, None, None, *gradients

@@ -5,16 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import find_backend
+from ..backends import backend_name, find_backend
 from ..projection import Projection, check_call
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .function import LoRALinearFunction
 from .library import run_forward
 
-_PLAIN = (
-    Tensor,
-    torch.nn.Parameter,
-)  # other classes (FakeTensor, DTensor …) go through the dispatcher
+# Tensors of other classes (FakeTensor, DTensor …) go through the dispatcher.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def lora_linear(
@@ -75,19 +73,20 @@ def lora_linears(
     check_call(x, projections, dropout)
     if not training:
         dropout = 0.0
-    seed = None if dropout == 0.0 else _draw_seed(len(projections), x.device)
+    seed = None if dropout == 0.0 else draw_seed(len(projections), x.device)
     tensors = [tensor for projection in projections for tensor in projection[:4]]
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        name = "" if backend is None else backend_name(backend)
         parameters = [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
         scales = [float(projection.scale) for projection in projections]
         op = torch.ops.fastlora.lora_linears
-        return tuple(op(x, parameters, scales, float(dropout), seed)[0])
-    implementation = find_backend(backend)  # a backward's thread doesn't see the context manager
+        return tuple(op(x, parameters, scales, float(dropout), seed, name)[0])
+    implementation = find_backend(backend)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(x, seed, dropout, implementation, projections, *tensors)
     return tuple(run_forward(x, projections, dropout, seed, implementation)[0])
 
 
-def _draw_seed(count: int, device: torch.device) -> Tensor:
+def draw_seed(count: int, device: torch.device) -> Tensor:
     """One seed a projection, from torch's generator, which checkpointing and users replay."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)

@@ -3,7 +3,8 @@
 ``torch.compile`` and export see these two ops; a plain eager call runs the same implementations
 directly (:mod:`fastlora.ops.function`), because the dispatcher's door costs more than a small
 kernel.  The schemas carry a group of projections flat: four ``parameters`` for each (weight,
-lora_a, lora_b, bias), an empty bias standing for none.
+lora_a, lora_b, bias), an empty bias standing for none.  An empty ``backend`` leaves the choice to
+the moment at which the op runs.
 """
 
 import math
@@ -19,12 +20,12 @@ from .autocast import autocast_off
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")
 _LIBRARY.define(
-    "lora_linears(Tensor x, Tensor[] parameters, float[] scales, float dropout, Tensor? seed) "
-    "-> (Tensor[] ys, Tensor[] hs)"
+    "lora_linears(Tensor x, Tensor[] parameters, float[] scales, float dropout, Tensor? seed, "
+    "str backend) -> (Tensor[] ys, Tensor[] hs)"
 )
 _LIBRARY.define(
     "lora_linears_backward(Tensor[] dys, Tensor x, Tensor[] parameters, Tensor[] hs, bool[] needs, "
-    "float[] scales, float dropout, Tensor? seed) -> Tensor[]"
+    "float[] scales, float dropout, Tensor? seed, str backend) -> Tensor[]"
 )
 
 
@@ -72,21 +73,22 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 @torch.library.impl(_LIBRARY, "lora_linears", "CompositeExplicitAutograd")
-def _lora_linears(x, parameters, scales, dropout, seed):
+def _lora_linears(x, parameters, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
     with autocast_off(x.device.type):
-        return run_forward(x, projections, dropout, seed, find_backend())
+        return run_forward(x, projections, dropout, seed, find_backend(backend or None))
 
 
 @torch.library.impl(_LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
-def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed):
+def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
-    gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, find_backend())
+    implementation = find_backend(backend or None)
+    gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, implementation)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @torch.library.register_fake("fastlora::lora_linears", lib=_LIBRARY)
-def _fake_lora_linears(x, parameters, scales, dropout, seed):
+def _fake_lora_linears(x, parameters, scales, dropout, seed, backend):
     tokens = math.prod(x.shape[:-1])
     ys = [
         x.new_empty(*x.shape[:-1], projection.weight.shape[0])
@@ -98,7 +100,7 @@ def _fake_lora_linears(x, parameters, scales, dropout, seed):
 
 
 @torch.library.register_fake("fastlora::lora_linears_backward", lib=_LIBRARY)
-def _fake_lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed):
+def _fake_lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed, backend):
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor, need in zip([x, *parameters], needs, strict=True)
@@ -107,9 +109,9 @@ def _fake_lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, 
 
 
 def _setup_context(ctx, inputs, output):
-    x, parameters, scales, dropout, seed = inputs
+    x, parameters, scales, dropout, seed, backend = inputs
     ctx.save_for_backward(x, seed, *parameters, *output[1])
-    ctx.scales, ctx.dropout = scales, dropout
+    ctx.scales, ctx.dropout, ctx.backend = scales, dropout, backend
 
 
 def _backward(ctx, dys, _):
@@ -118,11 +120,11 @@ def _backward(ctx, dys, _):
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     asked = iter(
         torch.ops.fastlora.lora_linears_backward(
-            dys, x, rest[:count], rest[count:], needs, ctx.scales, ctx.dropout, seed
+            dys, x, rest[:count], rest[count:], needs, ctx.scales, ctx.dropout, seed, ctx.backend
         )
     )
     gradients = [next(asked) if need else None for need in needs]
-    return gradients[0], gradients[1:], None, None, None
+    return gradients[0], gradients[1:], None, None, None, None
 
 
 torch.library.register_autograd(
