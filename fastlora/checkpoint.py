@@ -13,6 +13,7 @@ from .config import LoRAConfig
 from .inject import (
     Injection,
     called,
+    check_injection,
     inject_known,
     injection_of,
     lora_layers,
@@ -42,17 +43,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     model, injection = unwrap(model), injection_of(model)
     if injection is None:
         raise ValueError("fastlora.apply_lora or load_adapter gave this model no adapters to save")
+    check_injection(model, injection)
     targets = injection.config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         targets = short_targets(model, injection.layers)
     config = to_peft(injection.config, targets, _base_name(model))
-    tensors = _adapter_tensors(model, injection)
-    values = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    # Cloned, since the file format takes no two keys (of tied parameters) with one memory.
+    values = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in _adapter_tensors(model, injection).items()
+    }
     _write_whole(
         Path(folder),
         {
             WEIGHTS: save(values, metadata={"format": "pt"}),
-            CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+            CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
         },
     )
 
@@ -74,6 +79,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     fresh = injection is None
     if injection is None:
         injection = inject_known(model, config)
+    else:
+        check_injection(model, injection)
     try:
         _check_layers(model, config)
         wanted = _adapter_tensors(model, injection)
@@ -137,6 +144,10 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], path: Pa
                 f"{path} has {key} of shape {tuple(found[key].shape)}, "
                 f"but the model's is {tuple(tensor.shape)}"
             )
+        if found[key].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{path} has {key} of {found[key].dtype}, the model of {tensor.dtype}")
+        if tensor.is_meta:
+            raise ValueError(f"{key} is on the meta device: load the base model's weights first")
 
 
 def _read_config(path: Path) -> LoRAConfig:

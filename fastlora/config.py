@@ -66,6 +66,8 @@ class LoRAConfig:
             raise ValueError(
                 f"task_type is {self.task_type!r}, but must be a word like 'CAUSAL_LM'"
             )
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora is {self.use_rslora!r}, but must be True or False")
         self._check_names("target_modules", or_pattern=True)
         self._check_names("exclude_modules", or_pattern=True)
         self._check_names("modules_to_save", or_pattern=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .config import LoRAConfig
@@ -61,19 +61,24 @@ def apply_lora(
             raise ValueError(
                 f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
             )
-    _inject(inner, config, find_targets(inner, config), autocast_adapter_dtype)
+    _inject(inner, config, every_name=True, wide_adapters=autocast_adapter_dtype)
     return model
 
 
 def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     """apply_lora for a config from a file, whose target names need not all occur in this model."""
-    return _inject(model, config, find_targets(model, config, every_name=False), True)
+    return _inject(model, config, every_name=False, wide_adapters=True)
 
 
 def _inject(
-    model: nn.Module, config: LoRAConfig, targets: dict[str, nn.Linear], wide_adapters: bool
+    model: nn.Module, config: LoRAConfig, *, every_name: bool, wide_adapters: bool
 ) -> Injection:
-    saved = modules_to_save(model, config)
+    targets = find_targets(model, config, every_name=every_name)
+    saved = modules_to_save(model, config, every_name=every_name)
+    for name, module in saved.items():
+        for key, value in module.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
     trained_before = tuple(name for name, parameter in _named(model) if parameter.requires_grad)
     adapters = {}
     for name, linear in targets.items():
@@ -105,15 +110,20 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
     A merged layer keeps its merged weight (merge, then remove, is PEFT's ``merge_and_unload``); the
     others keep the base's.  What trained before apply_lora trains again.  Modules that trained in
-    full keep what they learned. A model without adapters comes back as it is.
+    full keep what they learned. A model without adapters comes back as it is.  Raises ValueError,
+    and changes nothing, where an adapted weight was parametrised (``torch.nn.utils``).
     """
-    inner, injection = unwrap(model), injection_of(model)
-    for _, layer in list(lora_layers(inner)):
+    inner = unwrap(model)
+    layers = list(lora_layers(inner))
+    for name, layer in layers:
+        layer.check_weight(called(name))
+    for _, layer in layers:
         layer.detach_adapter()
-    if injection is not None:
-        for name, parameter in _named(inner):
-            parameter.requires_grad_(name in injection.trained_before)
-        del inner.__dict__[_RECORD]
+    for module in inner.modules():  # parts of a model may have been adapted one by one
+        injection = module.__dict__.pop(_RECORD, None)
+        if injection is not None:
+            for name, parameter in _named(module):
+                parameter.requires_grad_(name in injection.trained_before)
     return model
 
 
@@ -170,6 +180,17 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def injection_of(model: nn.Module) -> Injection | None:
     """What apply_lora did to this model, if it did."""
     return unwrap(model).__dict__.get(_RECORD)
+
+
+def check_injection(model: nn.Module, injection: Injection) -> None:
+    """Raise ValueError unless the model still has the very adapters that apply_lora made."""
+    now = {name for name, _ in lora_layers(model)}
+    if now != set(injection.layers):
+        changed = sorted(now ^ set(injection.layers))
+        raise ValueError(
+            f"the model's adapters are not those that apply_lora made: {some(changed)} came or "
+            "went since; call fastlora.remove_lora(model) and start again"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

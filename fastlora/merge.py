@@ -20,12 +20,13 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     ``keep_base=False`` frees them, once all layers are merged, and the merge can't be undone.
     ``remove_lora`` then leaves a plain model.
 
-    Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already,
-    or a merged weight would hold NaN or infinity.  Warns where a merged weight was tied to another
-    module's, which it no longer is.
+    Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
+    or its weight parametrised, or a merged weight would hold NaN or infinity.  Warns where a merged
+    weight was tied to another module's, which it no longer is.
     """
     layers = _layers(model)
     for name, layer in layers:
+        layer.check_weight(called(name))
         if layer.merged:
             raise ValueError(
                 f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
@@ -53,6 +54,7 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     """
     layers = _layers(model)
     for name, layer in layers:
+        layer.check_weight(called(name))
         if not layer.merged:
             raise ValueError(f"{called(name)} is not merged: call fastlora.merge_lora(model) first")
         if not layer.can_unmerge:

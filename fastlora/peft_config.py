@@ -28,13 +28,13 @@ def to_peft(
     config: LoRAConfig, targets: Iterable[str] | str, base_name: str | None
 ) -> dict[str, Any]:
     """The JSON object that PEFT reads, with the targets spelled out."""
-    values = {name: getattr(config, name) for name in sorted(_OURS)}
+    values = {name: getattr(config, name) for name in _OURS}
     for name in ("rank_pattern", "alpha_pattern"):
-        values[name] = dict(values[name])
+        values[name] = dict(values[name])  # in its order: the first pattern that matches counts
     for name in ("exclude_modules", "modules_to_save"):
         if isinstance(values[name], tuple):
             values[name] = list(values[name])
-    return values | {
+    values |= {
         "peft_type": "LORA",
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "base_model_name_or_path": config.base_model_name_or_path or base_name,
@@ -44,6 +44,7 @@ def to_peft(
         "lora_bias": False,
         "use_dora": False,
     }
+    return dict(sorted(values.items()))
 
 
 def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
@@ -77,6 +78,7 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
             "(path_initial_model_for_weight_conversion)"
         )
     ours["init_lora_weights"] = True
+    ours.setdefault("lora_alpha", 8)  # PEFT's default
     for name in ("rank_pattern", "alpha_pattern"):
         ours[name] = ours.get(name) or {}
     try:

@@ -1,6 +1,5 @@
 """One projection of a group: the frozen base and its adapter.  Plain data, and the checks of it."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+_LARGEST = torch.finfo(torch.float32).max
 _TENSORS = ("weight", "lora_a", "lora_b", "bias")
 
 
@@ -37,10 +37,28 @@ def group(tensors: Sequence[Any], scales: Sequence[float]) -> list[Projection]:
     return [Projection._make([*tensors[4 * i : 4 * i + 4], s]) for i, s in enumerate(scales)]
 
 
-def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> None:
-    """Raise ValueError or TypeError unless every projection fits x."""
+def check_types(x: Tensor, projections: Sequence[Projection]) -> None:
+    """Raise TypeError unless these are a tensor and a list of projections that hold tensors."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    if not isinstance(projections, list | tuple):
+        raise TypeError(f"projections must be a list, not {type(projections).__name__}")
+    for projection in projections:
+        if type(projection) is not Projection:
+            raise TypeError(
+                f"projections has a {type(projection).__name__}, but must be a list of "
+                "fastlora.Projection"
+            )
+        weight, lora_a, lora_b, bias, _ = projection
+        for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(f"bias must be a tensor or None, not {type(bias).__name__}")
+
+
+def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> None:
+    """Raise ValueError or TypeError unless every projection fits x; check_types comes first."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
     if x.dim() == 0:
@@ -52,11 +70,6 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
         raise ValueError("no projections came: give at least one fastlora.Projection")
     features, dtype, device = x.shape[-1], x.dtype, x.device
     for projection in projections:
-        if type(projection) is not Projection:
-            raise TypeError(
-                f"projections has a {type(projection).__name__}, but must be a list of "
-                "fastlora.Projection"
-            )
         _check_dtypes_and_devices(dtype, device, projection)
         _check_shapes(features, projection)
 
@@ -76,7 +89,7 @@ def check_adapter(r: int, lora_alpha: float, lora_dropout: float) -> None:
     if (
         isinstance(lora_alpha, bool)
         or not isinstance(lora_alpha, (int, float))
-        or not math.isfinite(lora_alpha)
+        or not -_LARGEST <= lora_alpha <= _LARGEST
     ):
         raise ValueError(
             f"lora_alpha is {lora_alpha!r}, but must be a finite number: scaling is lora_alpha / r"
@@ -113,9 +126,9 @@ def _check_shapes(features: int, projection: Projection) -> None:
             f"bias has shape {tuple(bias.shape)}, but weight has {out_features} rows: "
             f"bias must be [{out_features}]"
         )
-    if not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:  # false for NaN
+    if not isinstance(scale, (int, float)) or not -_LARGEST <= scale <= _LARGEST:  # false for NaN
         raise ValueError(
-            f"scale is {scale!r}, but must be a finite number: alpha / r, or alpha / √r for rsLoRA"
+            f"scale is {scale!r}, but must be a finite float32: alpha / r, or alpha / √r for rsLoRA"
         )
 
 
@@ -123,10 +136,8 @@ def _check_dtypes_and_devices(
     dtype: torch.dtype, device: torch.device, projection: Projection
 ) -> None:
     for name, tensor in zip(_TENSORS, projection[:4], strict=True):
-        if tensor is None and name == "bias":
+        if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         if tensor.device != device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but x is on {device}: move them to one device"

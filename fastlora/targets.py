@@ -25,7 +25,7 @@ def find_targets(
     """
     wanted = _target_test(model, config)
     excluded = name_test(config.exclude_modules or ())
-    saved = modules_to_save(model, config)
+    saved = modules_to_save(model, config, every_name=every_name)
     matched = {
         name: module
         for name, module in model.named_modules()
@@ -55,13 +55,15 @@ def find_targets(
     return matched
 
 
-def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+def modules_to_save(
+    model: nn.Module, config: LoRAConfig, *, every_name: bool = True
+) -> dict[str, nn.Module]:
     """The modules that train in full, by name; a classification task's head is one, as in PEFT."""
     names = [*(config.modules_to_save or ()), *_HEADS_BY_TASK.get(config.task_type or "", ())]
     found = {
         name: module for name, module in model.named_modules() if name and name_test(names)(name)
     }
-    for wanted in config.modules_to_save or ():
+    for wanted in (config.modules_to_save or ()) if every_name else ():
         if not any(map(name_test((wanted,)), found)):
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(

@@ -52,7 +52,8 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
 def snapshot(model: nn.Module) -> dict[str, object]:
     """Everything that a failed call must leave as it was."""
     return {
-        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "values": {name: p.clone() for name, p in model.named_parameters(remove_duplicate=False)},
+        "keys": list(model.state_dict()),
         "identities": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
         "trains": {
             name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)

@@ -80,6 +80,15 @@ def test_round_trip(tmp_path, settings):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
+def test_the_order_of_overlapping_patterns_is_kept(tmp_path):
+    """The first match counts.  PEFT's own files lose the order, so only ours can be asked for it."""
+    patterns = {"alpha_pattern": {"up": 64, "down|up": 8}, "rank_pattern": {"u.*": 4, "up": 2}}
+    model, x = adapted(target_modules=["up", "down"], **patterns), torch.randn(5, 8)
+    fastlora.save_adapter(model, tmp_path)
+    assert torch.equal(fastlora.load_adapter(same_mlp(), tmp_path)(x), model(x))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(same_mlp(), tmp_path)(x), model(x))
+
+
 @settings_cases
 def test_the_keys_are_peft_s(tmp_path, settings):
     fastlora.save_adapter(adapted(**settings), tmp_path / "ours")
@@ -132,6 +141,22 @@ def test_a_tied_module_to_save_in_peft(tmp_path):
     torch.testing.assert_close(fastlora.load_adapter(make(), tmp_path)(ids), model(ids))
 
 
+@pytest.mark.parametrize("saved", [["embed", "head"], ["tied"]], ids=["two", "inside-one"])
+def test_tied_modules_to_save(tmp_path, saved):
+    def make():
+        torch.manual_seed(3)
+        model = torch.nn.Module()
+        model.tied, model.mix = Tied(), torch.nn.Linear(20, 20)
+        return model
+
+    config = LoRAConfig(target_modules=["mix"], exclude_modules=["tied.mix"], modules_to_save=saved)
+    model = randomise(fastlora.apply_lora(make(), config))
+    fastlora.save_adapter(model, tmp_path)
+    loaded, ids = fastlora.load_adapter(make(), tmp_path), torch.arange(5)
+    assert torch.equal(loaded.tied(ids), model.tied(ids))
+    assert loaded.tied.head.weight is loaded.tied.embed.weight
+
+
 def test_file_metadata_and_dtype(tmp_path):
     from safetensors import safe_open
 
@@ -149,6 +174,53 @@ def test_an_adapter_saved_while_merged_is_the_same(tmp_path):
     fastlora.save_adapter(fastlora.merge_lora(model), tmp_path / "merged")
     for name in (WEIGHTS, CONFIG):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_a_classifier(tmp_path, side):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def make():
+        torch.manual_seed(3)
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+        config = BertConfig(num_hidden_layers=1, vocab_size=20, **sizes)
+        return BertForSequenceClassification(config).eval()
+
+    settings, ids = {"task_type": "SEQ_CLS", "target_modules": ["query"]}, torch.arange(5)[None]
+    if side == "ours":
+        model = randomise(fastlora.apply_lora(make(), LoRAConfig(**settings)))
+        fastlora.save_adapter(model, tmp_path)
+        other = peft.PeftModel.from_pretrained(make(), tmp_path)
+    else:
+        model = randomise(peft.get_peft_model(make(), peft.LoraConfig(**settings))).eval()
+        model.save_pretrained(tmp_path)
+        other = fastlora.load_adapter(make(), tmp_path)
+    torch.testing.assert_close(other(ids).logits, model(ids).logits)
+
+
+def test_adapters_that_came_or_went_are_not_saved(tmp_path):
+    model = torch.nn.Sequential(same_mlp(), same_mlp())
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["up"]))
+    fastlora.remove_lora(model[0])
+    with pytest.raises(ValueError, match=r"0\.up came or went"):
+        fastlora.save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_loading_into_a_model_on_the_meta_device(tmp_path):
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    with torch.device("meta"):
+        model = Mlp()
+    with pytest.raises(ValueError, match="on the meta device"):
+        fastlora.load_adapter(model, tmp_path)
+
+
+def test_a_config_without_alpha_means_peft_s_default(tmp_path):
+    fastlora.save_adapter(adapted(target_modules=["up"], lora_alpha=8), tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    del values["lora_alpha"]
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    assert fastlora.load_adapter(same_mlp(), tmp_path).up.lora_alpha == 8
 
 
 def test_saving_a_plain_model(tmp_path):
@@ -217,6 +289,10 @@ DAMAGE = {
     "wrong-shape": (
         lambda f: edit_tensors(f, lambda t: t.update({A: torch.zeros(3, 8)})),
         r"shape \(3, 8\), but .* \(8, 8\)",
+    ),
+    "integers": (
+        lambda f: edit_tensors(f, lambda t: t.update({A: t[A].to(torch.int64)})),
+        "lora_A.weight of torch.int64",
     ),
     "another-model": (
         lambda f: edit_tensors(f, lambda t: t.update({A.replace("up", "dawn"): t.pop(A)})),

@@ -58,6 +58,7 @@ CASES = {
     ),
     "scale-nan": ({"scale": math.nan}, ValueError, "scale is nan"),
     "scale-inf": ({"scale": math.inf}, ValueError, "scale is inf"),
+    "scale-large": ({"scale": 1e39}, ValueError, r"scale is 1e\+39"),
     "scale-text": ({"scale": "2"}, ValueError, "scale is '2'"),
     "dropout-text": ({"dropout": "0.1"}, ValueError, "dropout is '0.1'"),
     "dropout-1": ({"dropout": 1.0}, ValueError, r"\[0, 1\)"),
@@ -132,7 +133,20 @@ def test_layer_dropout(settings):
         fastlora.LoRAConfig(**settings)
 
 
-@pytest.mark.parametrize("alpha", [math.nan, math.inf, "16", None])
+@pytest.mark.parametrize("projections", [5, None, iter(())])
+def test_group_that_is_no_list(projections):
+    with pytest.raises(TypeError, match="projections must be a list"):
+        fastlora.lora_linears(torch.randn(2, 8), projections)
+
+
+@pytest.mark.parametrize("name", ["x-list", "weight-list", "lora_a-none", "x-integer"])
+def test_op_under_autocast(name):
+    changes, error, message = CASES[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(error, match=message):
+        fastlora.lora_linear(**arguments(**changes))
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, 10**400, "16", None])
 def test_layer_alpha(alpha):
     with pytest.raises(ValueError, match="lora_alpha is"):
         fastlora.LoRALinear(8, 6, lora_alpha=alpha)
@@ -159,6 +173,7 @@ def test_failed_from_linear_leaves_the_linear_alone():
         ({"rank_pattern": {"*q": 4}}, r"rank_pattern has '\*q': 4: nothing to repeat"),
         ({"alpha_pattern": {"(q": 4}}, "alpha_pattern has '\\(q': 4: missing"),
         ({"task_type": ["SEQ_CLS"]}, "task_type is"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'"),
     ],
 )
 def test_config(settings, message):

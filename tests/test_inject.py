@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
 from torch import nn
+from torch.nn.utils import prune
 
 import fastlora
 from fastlora import LoRAConfig, LoRALinear
@@ -231,6 +232,16 @@ def test_remove_lora_after_merge_keeps_the_merged_weight():
     assert type(model.up) is nn.Linear
 
 
+def test_remove_lora_of_a_model_whose_parts_were_adapted():
+    model = nn.Sequential(Mlp(), Mlp())
+    before = snapshot(model)
+    for part in model:
+        fastlora.apply_lora(part, LoRAConfig(target_modules=["up"]))
+    fastlora.remove_lora(model)
+    assert_untouched(model, before)
+    assert all("_fastlora" not in part.__dict__ for part in model)
+
+
 def test_remove_lora_of_a_plain_model_is_nothing():
     model = Mlp()
     before = snapshot(model)
@@ -306,6 +317,23 @@ def with_peft() -> nn.Module:
     return peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
 
 
+def pruned() -> nn.Module:
+    model = Mlp()
+    prune.random_unstructured(model.up, "weight", 0.5)
+    return model
+
+
+class Stateful(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+def with_extra_state() -> nn.Module:
+    model = Mlp()
+    model.head = Stateful(8, 4)
+    return model
+
+
 def subclass() -> nn.Module:
     model = Mlp()
     model.up = Half(8, 12)
@@ -356,6 +384,21 @@ ERRORS = {
         lambda: nn.MultiheadAttention(8, 2),
         {"target_modules": ["out_proj"]},
         "out_proj can't take an adapter",
+    ),
+    "weight-norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
+        {"target_modules": ["0"]},
+        "0 can't take an adapter",
+    ),
+    "pruned": (
+        pruned,
+        {"target_modules": ["up"]},
+        "up can't take an adapter: its weight is computed",
+    ),
+    "extra-state": (
+        with_extra_state,
+        {"target_modules": ["up"], "modules_to_save": ["head"]},
+        "head can't be saved: its _extra_state is a dict",
     ),
     "peft-model": (with_peft, {"target_modules": ["down"]}, "has a PEFT adapter"),
     "unknown-module-to-save": (

@@ -52,10 +52,11 @@ def test_ranks(r, dtype, adapter_dtype, p):
 
 @dropouts
 @pytest.mark.parametrize(
-    "shape", [(7,), (5, 7), (2, 5, 7), (2, 3, 5, 7), (0, 7), (2, 0, 7)], ids=str
+    "shape", [(7,), (5, 7), (2, 5, 7), (2, 3, 5, 7), (0, 7), (2, 0, 7), (0, 1), (0, 2)], ids=str
 )
 def test_leading_dimensions(shape, p):
-    check_against_oracle(make_x(*shape), [make_projection(6, 7, 3, torch.float32, bias=True)], p)
+    projection = make_projection(6, shape[-1], 3, torch.float32, bias=True)
+    check_against_oracle(make_x(*shape), [projection], p)
 
 
 STRIDES = {

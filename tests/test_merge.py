@@ -40,6 +40,25 @@ def test_outputs_agree_and_bits_come_back(dtype):
     assert torch.equal(model(x), y)
 
 
+def test_autocast_does_not_round_the_sum():
+    model = adapted_mlp()
+    plain = fastlora.merge_lora(model).up.weight.clone()
+    fastlora.unmerge_lora(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fastlora.merge_lora(model)
+    assert torch.equal(model.up.weight, plain)
+
+
+@pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.remove_lora])
+def test_a_parametrised_weight_is_refused(call):
+    model = adapted_mlp()
+    torch.nn.utils.parametrize.register_parametrization(model.down, "weight", torch.nn.Identity())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="down can't be merged or removed: its weight is computed"):
+        call(model)
+    assert_untouched(model, before)
+
+
 def test_a_merged_layer_is_one_product(monkeypatch):
     from fastlora.layers import linear
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..ops import lora_linears
+from ..ops.autocast import autocast_off
 from ..projection import Projection, check_adapter
 
 
@@ -114,11 +115,17 @@ class LoRALinear(nn.Linear):
     def merged_weight(self) -> Tensor:
         """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off(self.weight.device.type):
             total = torch.addmm(
                 self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling
             )
             return total.to(self.weight.dtype)
+
+    def check_weight(self, name: str) -> None:
+        """Raise ValueError unless the weight is a parameter of the layer, which can be replaced."""
+        reason = _why_weight_is_fixed(self)
+        if reason is not None:
+            raise ValueError(f"{name} can't be merged or removed: {reason}")
 
     def use_merged(self, weight: Tensor, keep_base: bool = True) -> None:
         """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`."""
@@ -158,9 +165,8 @@ class LoRALinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
         adapter = [f"{prefix}lora_A", f"{prefix}lora_B"]
-        if all(
-            key in missing for key in adapter
-        ):  # a checkpoint of the base, which knows no adapter
+        if all(key in missing for key in adapter):
+            # A checkpoint of the base, which knows no adapter.
             missing[:] = [key for key in missing if key not in adapter]
 
     def extra_repr(self) -> str:
@@ -211,8 +217,17 @@ def why_not_base(linear: nn.Module) -> str | None:
         return "it already has one (fastlora.remove_lora takes it away)"
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}, and only torch.nn.Linear itself is supported"
+    if _why_weight_is_fixed(linear) is not None:
+        return _why_weight_is_fixed(linear)
     if "forward" in linear.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if not linear.weight.dtype.is_floating_point:
         return f"its weight has dtype {linear.weight.dtype}, and only floating dtypes are supported"
     return None
+
+
+def _why_weight_is_fixed(linear: nn.Linear) -> str | None:
+    """Why the weight can't be replaced by another Parameter, or None if it can."""
+    if "weight" in linear._parameters:
+        return None
+    return "its weight is computed (weight_norm, pruning, a parametrisation): make that permanent"

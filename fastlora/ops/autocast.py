@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..projection import Projection
 
+_CAST = (torch.float16, torch.bfloat16, torch.float32)
 _OFF = nullcontext()
 
 
@@ -22,16 +23,13 @@ def autocast_inputs(
 
     float64 stays as it is; adapters and biases are cast later, as they are read."""
     dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        return (
-            tensor.to(dtype)
-            if tensor.is_floating_point() and tensor.dtype != torch.float64
-            else tensor
-        )
-
-    return cast(x), [
-        projection._replace(weight=cast(projection.weight)) for projection in projections
+    if x.dtype not in _CAST:
+        return x, projections
+    return x.to(dtype), [
+        projection._replace(weight=projection.weight.to(dtype))
+        if projection.weight.dtype in _CAST
+        else projection
+        for projection in projections
     ]
 
 

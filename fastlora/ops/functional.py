@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_name, find_backend
-from ..projection import Projection, check_call
+from ..projection import Projection, check_call, check_types
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .function import LoRALinearFunction
 from .library import run_forward
@@ -66,7 +66,8 @@ def lora_linears(
     Each output, its gradients and the errors are those of :func:`lora_linear`; out_features and r
     may differ between the projections.  dx is summed in the order given.
     """
-    if isinstance(x, Tensor) and autocast_is_on(x.device.type):
+    check_types(x, projections)
+    if autocast_is_on(x.device.type):
         x, projections = autocast_inputs(x, projections)
         with autocast_off(x.device.type):
             return lora_linears(x, projections, dropout=dropout, training=training, backend=backend)
