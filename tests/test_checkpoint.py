@@ -81,7 +81,7 @@ def test_round_trip(tmp_path, settings):
 
 
 def test_the_order_of_overlapping_patterns_is_kept(tmp_path):
-    """The first match counts.  PEFT's own files lose the order, so only ours can be asked for it."""
+    """The first match counts.  PEFT's own files lose the order, so ours are asked."""
     patterns = {"alpha_pattern": {"up": 64, "down|up": 8}, "rank_pattern": {"u.*": 4, "up": 2}}
     model, x = adapted(target_modules=["up", "down"], **patterns), torch.randn(5, 8)
     fastlora.save_adapter(model, tmp_path)
