@@ -1,8 +1,8 @@
 """The tables that people read, as text and as Markdown.
 
-``python benchmarks/report.py RESULTS.json [PART ...]`` prints a committed file for a README: all
-rows, or those whose id has one of the parts.  It needs Python alone, so that the file can be read
-where torch is not installed.
+``python benchmarks/report.py [--brief] RESULTS.json [PART ...]`` prints a committed file as
+Markdown: all rows, or those whose id has one of the parts; also the demo's loss.json.  It needs
+Python alone, so that the file can be read where torch is not installed.
 """
 
 import json
@@ -141,13 +141,52 @@ def _align(table: list[tuple[str, ...]]) -> str:
     )
 
 
+def brief(rows: list[dict]) -> str:
+    """The few columns that a README shows: forward + backward, and what waits for the backward."""
+    lines = [
+        "| M x K x N, dtype, r, dropout | frozen | fastlora | PEFT | fastlora keeps | PEFT keeps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        both, saved = row["ratios"]["both"], row["saved"]
+        cells = (
+            row["id"],
+            "1",
+            *(f"{both[ratio][1]:.2f}" for ratio in ("fastlora/frozen", "peft/frozen")),
+            *(_bytes(saved[side]["x"] + saved[side]["added"]) for side in ("fastlora", "peft")),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def demo(results: dict[str, dict]) -> str:
+    """The two sides of ``make demo``, from its loss.json."""
+    ours, theirs = results["fastlora"], results["PEFT"]
+    rows = (
+        ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
+        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
+        ("tokens / s, median step", lambda side: side["tokens_per_second"], "{:.0f}"),
+        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"] / 2**20, "{:.0f}"),
+        ("kept for the backward, MiB", lambda side: side["kept_for_backward"] / 2**20, "{:.0f}"),
+    )
+    lines = ["| | fastlora | PEFT | ratio |", "|---|---|---|---|"]
+    for title, value, form in rows:
+        a, b = value(ours), value(theirs)
+        lines.append(f"| {title} | {form.format(a)} | {form.format(b)} | {a / b:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("usage: python benchmarks/report.py RESULTS.json [PART OF AN ID ...]")
-    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    parts = sys.argv[2:] or [""]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--brief"]
+    if not arguments:
+        sys.exit("usage: python benchmarks/report.py [--brief] RESULTS.json [PART OF AN ID ...]")
+    results = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    if "rows" not in results:
+        print(demo(results["results"]))
+        return
+    parts = arguments[1:] or [""]
     rows = [row for row in results["rows"] if any(part in row["id"] for part in parts)]
-    print(markdown(rows, results["machine"]))
+    print(brief(rows) if "--brief" in sys.argv else markdown(rows, results["machine"]))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def main() -> None:
         sides = ("fastlora", "PEFT") if options.compare else ("fastlora",)
         results = {side: run_side(side, options, scratch, environment) for side in sides}
         print_table(results)
-        report = {"settings": settings_of(options), "results": results}
+        settings = settings_of(options) | {"model": Path(options.model or GEMMA).name}
+        del settings["out"]  # where files lie is nobody else's business
+        report = {"settings": settings, "results": results}
         (scratch / "loss.json").write_text(json.dumps(report, indent=2) + "\n")
         title = f"LoRA fine-tuning of {Path(options.model or GEMMA).name}, r = {options.rank}"
         plot(results, title, scratch / "loss.png")
