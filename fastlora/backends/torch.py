@@ -97,11 +97,11 @@ def _masks(
 def _adapter_dtype(x: Tensor, projection: Projection) -> torch.dtype:
     """The dtype of the adapter's products: x's.
 
-    But where x has far fewer rows than a wider adapter (decoding), x is the cheaper one to convert:
-    with r 16, 1 row takes 0.8 of the time so, and 16 rows 1.1.
+    But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert:
+    on 2 cores with r 16, a bfloat16 layer takes 0.8 of the time so at 1 row, 0.9 at 16 rows.
     """
     lora_a = projection.lora_a
-    if lora_a.dtype == x.dtype or 2 * len(x) > len(lora_a):
+    if lora_a.dtype == x.dtype or len(x) > len(lora_a):
         return x.dtype
     wider = lora_a.element_size() > x.element_size() and lora_a.dtype == projection.lora_b.dtype
     return lora_a.dtype if wider else x.dtype
