@@ -98,7 +98,7 @@ def _adapter_dtype(x: Tensor, projection: Projection) -> torch.dtype:
     """The dtype of the adapter's products: x's.
 
     But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert:
-    on 2 cores with r 16, a bfloat16 layer takes 0.8 of the time so at 1 row, 0.9 at 16 rows.
+    on 2 cores, a bfloat16 layer of 1024 x 1024 takes 0.8 of the time so at 1 row, as much at 16.
     """
     lora_a = projection.lora_a
     if lora_a.dtype == x.dtype or len(x) > len(lora_a):
