@@ -182,3 +182,18 @@ def test_generation_when_merged():
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, **settings)
     assert torch.equal(fastlora.merge_lora(model).generate(ids, **settings), plain)
+
+
+def test_export_of_a_plain_merged_model(tmp_path):
+    """The README's recipe: merge, remove, save_pretrained."""
+    from transformers import LlamaForCausalLM
+
+    model = randomise(
+        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
+    )
+    ids = torch.randint(0, 100, (1, 5))
+    adapted_logits = model(ids).logits
+    fastlora.remove_lora(fastlora.merge_lora(model)).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(loaded(ids).logits, adapted_logits, rtol=1e-4, atol=1e-5)
