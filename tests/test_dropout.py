@@ -126,7 +126,10 @@ def test_group_has_independent_masks():
 
 def test_seed_comes_from_torch():
     x, projection = torch.randn(16, 32), make_projection(8, 32, 4, torch.float32)
-    call = lambda: fastlora.lora_linear(x, *projection[:3], dropout=0.5)  # noqa: E731
+
+    def call():
+        return fastlora.lora_linear(x, *projection[:3], dropout=0.5)
+
     torch.manual_seed(1)
     first, second = call(), call()
     torch.manual_seed(1)
