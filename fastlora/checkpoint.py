@@ -85,7 +85,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         _check_layers(model, config)
         wanted = _adapter_tensors(model, injection)
         _check_tensors(wanted, tensors, folder / WEIGHTS)
-    except ValueError:
+    except BaseException:
         if fresh:
             undo_injection(model)
         raise

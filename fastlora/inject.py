@@ -23,7 +23,7 @@ class Injection:
     config: LoRAConfig
     layers: tuple[str, ...]  # names of the adapted layers
     saved_modules: tuple[str, ...]  # names of the modules that train in full
-    trained_before: tuple[str, ...]  # names of the parameters that required gradients before
+    trained_before: frozenset[str]  # names of the parameters that required gradients before
     untied: tuple["Untied", ...]
 
 
@@ -73,13 +73,13 @@ def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
 def _inject(
     model: nn.Module, config: LoRAConfig, *, every_name: bool, wide_adapters: bool
 ) -> Injection:
-    targets = find_targets(model, config, every_name=every_name)
     saved = modules_to_save(model, config, every_name=every_name)
+    targets = find_targets(model, config, saved, every_name=every_name)
     for name, module in saved.items():
         for key, value in module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
-    trained_before = tuple(name for name, parameter in _named(model) if parameter.requires_grad)
+    trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
     adapters = {}
     for name, linear in targets.items():
         narrow = wide_adapters and linear.weight.element_size() < 4
@@ -146,10 +146,11 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Untied, ...]:
     """A copy of each parameter that a module which trains in full shares with one that doesn't."""
     inside = [module for outer in saved.values() for module in outer.modules()]
+    inside_set = set(inside)  # modules are hashed by identity
     outside = {
         id(parameter)
         for module in model.modules()
-        if not any(module is other for other in inside)
+        if module not in inside_set
         for parameter in module.parameters(recurse=False)
     }
     copies: dict[int, nn.Parameter] = {}

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
 
@@ -15,9 +15,11 @@ _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier"
 
 
 def find_targets(
-    model: nn.Module, config: LoRAConfig, *, every_name: bool = True
+    model: nn.Module, config: LoRAConfig, saved: Collection[str], *, every_name: bool
 ) -> dict[str, nn.Linear]:
     """The layers that ``config`` targets, by name; one with several names comes under the first.
+
+    ``saved`` are the names of modules that train in full: nothing inside them is a target.
 
     Raises ValueError if nothing matches, if a target is no plain ``nn.Linear``, or, with
     ``every_name``, if one of ``target_modules``' names matches nothing; each message lists what
@@ -25,7 +27,6 @@ def find_targets(
     """
     wanted = _target_test(model, config)
     excluded = name_test(config.exclude_modules or ())
-    saved = modules_to_save(model, config, every_name=every_name)
     matched = {
         name: module
         for name, module in model.named_modules()
@@ -56,13 +57,12 @@ def find_targets(
 
 
 def modules_to_save(
-    model: nn.Module, config: LoRAConfig, *, every_name: bool = True
+    model: nn.Module, config: LoRAConfig, *, every_name: bool
 ) -> dict[str, nn.Module]:
     """The modules that train in full, by name; a classification task's head is one, as in PEFT."""
     names = [*(config.modules_to_save or ()), *_HEADS_BY_TASK.get(config.task_type or "", ())]
-    found = {
-        name: module for name, module in model.named_modules() if name and name_test(names)(name)
-    }
+    meant = name_test(names)
+    found = {name: module for name, module in model.named_modules() if name and meant(name)}
     for wanted in (config.modules_to_save or ()) if every_name else ():
         if not any(map(name_test((wanted,)), found)):
             children = ", ".join(name for name, _ in model.named_children())

@@ -57,7 +57,8 @@ class LoRALinear(nn.Linear):
     ) -> "LoRALinear":
         """A LoRALinear that shares, and freezes, ``linear``'s weight and bias.
 
-        The adapter has the weight's dtype.  Raises ValueError for all but a plain nn.Linear."""
+        The adapter has the weight's dtype.  Raises ValueError for all but a plain nn.Linear.
+        """
         check_adapter(r, lora_alpha, lora_dropout)
         check_base(linear)
         adapter = new_adapter(linear.weight, r)
@@ -147,9 +148,7 @@ class LoRALinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        if (
-            self._base_weight is not None
-        ):  # .to(), .cuda(), .half() reach the weight that is kept aside too
+        if self._base_weight is not None:  # .to(), .cuda() and .half() reach what is kept aside
             self._base_weight.data = fn(self._base_weight.data)
         return self
 
@@ -217,13 +216,11 @@ def why_not_base(linear: nn.Module) -> str | None:
         return "it already has one (fastlora.remove_lora takes it away)"
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}, and only torch.nn.Linear itself is supported"
-    if _why_weight_is_fixed(linear) is not None:
-        return _why_weight_is_fixed(linear)
     if "forward" in linear.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if not linear.weight.dtype.is_floating_point:
         return f"its weight has dtype {linear.weight.dtype}, and only floating dtypes are supported"
-    return None
+    return _why_weight_is_fixed(linear)
 
 
 def _why_weight_is_fixed(linear: nn.Linear) -> str | None:

@@ -21,7 +21,8 @@ def autocast_inputs(
 ) -> tuple[Tensor, Sequence[Projection]]:
     """x and the weights in autocast's dtype.
 
-    float64 stays as it is; adapters and biases are cast later, as they are read."""
+    float64 stays as it is; adapters and biases are cast later, as they are read.
+    """
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype not in _CAST:
         return x, projections
