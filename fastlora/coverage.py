@@ -64,5 +64,5 @@ def _cover(name: str, layer) -> LayerCoverage:
     if "forward" in layer.__dict__:
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
         return LayerCoverage(name, shape, layer.r, False, "eager", reason)
-    plan = "merged" if layer.merged else backend_name()
+    plan = "merged" if layer.merged else backend_name(device=layer.weight.device)
     return LayerCoverage(name, shape, layer.r, True, plan)

@@ -1,4 +1,13 @@
 """Triton kernels and their launchers: tensors in, tensors out.  Installed as ``fastlora.kernels``.
 
-Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.
+Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
+order: ``common``, ``project``, ``gemm_lowrank``, ``weight_grad``.
 """
+
+from .gemm_lowrank import gemm_lowrank
+from .plan import plan_for
+from .project import project
+from .target import target_of
+from .weight_grad import one_pass_pays, weight_grad
+
+__all__ = ["gemm_lowrank", "one_pass_pays", "plan_for", "project", "target_of", "weight_grad"]

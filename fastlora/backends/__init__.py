@@ -1,29 +1,35 @@
 """The choice of backend: argument, context manager, ``FASTLORA_BACKEND``, the device's default.
 
 A backend is a module with ``forward``, ``backward`` and ``dropout_mask`` of the same meaning
-(``torch`` is the one to read).  Registering one here is all that the layers above need.
+(``torch`` is the one to read).  Naming one here is all that the layers above need.  The default is
+``triton`` on the GPUs that its kernels run on, ``torch`` elsewhere.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
-from . import torch as torch_backend
+from torch import device as Device  # `torch` names the backend here
+from torch import float32
 
-_BACKENDS: dict[str, ModuleType] = {"torch": torch_backend}
+_BACKENDS = ("torch", "triton")
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
 # Read once: a look-up costs as much as a small op.
 _ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")
+_CPU = Device("cpu")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the LoRA ops inside the block on this backend: ``with fastlora.use_backend("torch"): …``.
 
-    ``FASTLORA_BACKEND`` does the same for a process.  An unknown name is a ValueError that lists
-    what there is.
+    ``FASTLORA_BACKEND`` does the same for a process.  An unknown name, or one whose package isn't
+    installed, is a ValueError.
     """
     _check_name(name, "use_backend")
     token = _CHOSEN.set(name)
@@ -33,19 +39,41 @@ def use_backend(name: str) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def backend_name(argument: str | None = None) -> str:
-    """The name of the backend that a call made now would run on."""
+def backend_name(argument: str | None = None, device: Device = _CPU) -> str:
+    """The name of the backend that a call made now, for tensors on this device, would run on."""
     if argument is not None:
         return _check_name(argument, "backend")
     chosen = _CHOSEN.get()
     if chosen is not None:
         return chosen
-    return _check_name(_ENVIRONMENT, "FASTLORA_BACKEND") if _ENVIRONMENT else "torch"
+    if _ENVIRONMENT:
+        return _check_name(_ENVIRONMENT, "FASTLORA_BACKEND")
+    return "torch" if device.type != "cuda" else _gpu_default(device)
 
 
-def find_backend(name: str | None = None) -> ModuleType:
-    """The module behind :func:`backend_name`."""
-    return _BACKENDS[backend_name(name)]
+def find_backend(name: str | None = None, device: Device = _CPU) -> ModuleType:
+    """The module behind :func:`backend_name`, imported when it is first asked for."""
+    return _module(backend_name(name, device))
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return import_module(f".{name}", __name__)
+
+
+@cache
+def _gpu_default(device: Device) -> str:
+    if not _has_triton():
+        return "torch"
+    return "torch" if _module("triton").why_not(float32, device, ()) else "triton"
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except ValueError:  # somebody has set sys.modules["triton"] to None
+        return False
 
 
 def _check_name(name: str, source: str) -> str:
@@ -53,5 +81,9 @@ def _check_name(name: str, source: str) -> str:
         raise ValueError(
             f"{source} asks for the backend {name!r}, but there is only "
             + ", ".join(map(repr, _BACKENDS))
+        )
+    if name == "triton" and not _has_triton():
+        raise ValueError(
+            f"{source} asks for the backend 'triton', but the package triton isn't installed"
         )
     return name

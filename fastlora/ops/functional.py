@@ -82,7 +82,7 @@ def lora_linears(
         scales = [float(projection.scale) for projection in projections]
         op = torch.ops.fastlora.lora_linears
         return tuple(op(x, parameters, scales, float(dropout), seed, name)[0])
-    implementation = find_backend(backend)
+    implementation = find_backend(backend, x.device)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(x, seed, dropout, implementation, projections, *tensors)
     return tuple(run_forward(x, projections, dropout, seed, implementation)[0])

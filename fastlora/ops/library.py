@@ -76,13 +76,13 @@ def as_matrix(x: Tensor) -> Tensor:
 def _lora_linears(x, parameters, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
     with autocast_off(x.device.type):
-        return run_forward(x, projections, dropout, seed, find_backend(backend or None))
+        return run_forward(x, projections, dropout, seed, find_backend(backend or None, x.device))
 
 
 @torch.library.impl(_LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
 def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
-    implementation = find_backend(backend or None)
+    implementation = find_backend(backend or None, x.device)
     gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, implementation)
     return [gradient for gradient in gradients if gradient is not None]
 

@@ -1,0 +1,201 @@
+"""The Triton backend: the kernels of ``fastlora.kernels``, on a GPU, or interpreted on a CPU.
+
+The formulas are those of the torch backend, and so is the dropout mask, bit for bit.  A call that
+the kernels don't cover runs on the torch backend, and the reason is said once.
+"""
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import kernels  # type: ignore[attr-defined]  # it lives in kernels/
+from ..projection import Projection
+from . import torch as torch_backend
+from .dropout import dropout_mask
+
+__all__ = ["backward", "dropout_mask", "forward", "why_not"]
+
+_COVERED = (torch.float16, torch.bfloat16, torch.float32)
+_LONGEST = 2**31 - 2**10  # a row or column index and a tile more fit in 32 bits
+_said: set[str] = set()
+
+
+def forward(
+    x: Tensor, projections: Sequence[Projection], *, dropout: float, seed: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the torch backend's: the outputs [M, N] and the h [M, r] of x [M, K]."""
+    if not _covers(x, projections):
+        return torch_backend.forward(x, projections, dropout=dropout, seed=seed)
+    precision = _precision(x)
+    with _current(x.device):
+        hs = kernels.project(
+            x,
+            [projection.lora_a.T for projection in projections],
+            [_factor(projection, dropout) for projection in projections],
+            precision=precision,
+            dropout=dropout,
+            seeds=seed,
+        )
+        ys = []
+        for (weight, _, lora_b, bias, _), h in zip(projections, hs, strict=True):
+            plan = kernels.plan_for(x, len(weight), x.shape[1], [h], precision)
+            if plan.fused:
+                y = x.new_empty(len(x), len(weight))
+                operands = [x], [weight.T], [h], [lora_b.T]
+                kernels.gemm_lowrank(y, *operands, precision=precision, bias=bias, config=plan.gemm)
+            else:
+                y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+                kernels.gemm_lowrank(y, [], [], [h], [lora_b.T], precision=precision, add=True)
+            ys.append(y)
+    return ys, hs
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+    *,
+    dropout: float,
+    seed: Tensor | None,
+) -> list[Tensor | None]:
+    """As the torch backend's: the gradients of x and of each projection's tensors."""
+    used = {i: dy for i, dy in enumerate(dys) if dy is not None}
+    if not used or not _covers(x, projections):
+        return torch_backend.backward(dys, x, projections, hs, needs, dropout=dropout, seed=seed)
+    gradients: list[Tensor | None] = [None] * len(needs)
+    dhs: dict[int, Tensor] = {}
+    with _current(x.device):
+        for i, dy in used.items():
+            projection, d_lora_b = projections[i], None
+            need_weight, need_a, need_b, need_bias = needs[1 + 4 * i : 5 + 4 * i]
+            if need_weight:
+                gradients[1 + 4 * i] = torch.mm(dy.T, x)
+            if need_b:
+                gradients[3 + 4 * i] = d_lora_b = _empty_like(projection.lora_b)
+            if need_bias and projection.bias is not None:
+                d_bias = dy.sum(0, dtype=torch.float32)
+                gradients[4 + 4 * i] = d_bias.to(projection.bias.dtype)
+            dh = _through_lora_b(dy, projection, hs[i], d_lora_b, needs[0] or need_a, dropout)
+            if dh is not None:
+                dhs[i] = dh
+        if needs[0]:
+            gradients[0] = _dx(x, used, projections, dhs, dropout, seed)
+        trained = [i for i in used if needs[2 + 4 * i]]
+        if trained:
+            d_lora_as = [_empty_like(projections[i].lora_a) for i in trained]
+            kernels.weight_grad(
+                x,
+                [dhs[i] for i in trained],
+                [d_lora_a.T for d_lora_a in d_lora_as],
+                precision=_precision(x),
+                dropout=dropout,
+                seeds=_seeds_of(trained, seed),
+            )
+            for i, d_lora_a in zip(trained, d_lora_as, strict=True):
+                gradients[2 + 4 * i] = d_lora_a
+    return gradients
+
+
+def why_not(dtype: torch.dtype, device: torch.device, projections: Sequence[Projection]) -> str:
+    """Why the kernels don't cover x of this dtype on this device, or an empty string."""
+    if kernels.target_of(device) is None:
+        if device.type == "cpu":
+            return "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
+        return f"the Triton kernels don't run on {device}"
+    for projection in projections:
+        for tensor in projection[:4]:
+            if tensor is not None and tensor.dtype not in _COVERED:
+                dtype = tensor.dtype
+            if tensor is not None and max(tensor.shape) > _LONGEST:
+                return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
+    return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
+
+
+def _covers(x: Tensor, projections: Sequence[Projection]) -> bool:
+    if len(x) == 0:
+        return False
+    reason = why_not(x.dtype, x.device, projections)
+    if not reason and len(x) > _LONGEST:
+        reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
+    if reason and reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"this call runs on the torch backend: {reason}", stacklevel=2)
+    return not reason
+
+
+def _through_lora_b(
+    dy: Tensor,
+    projection: Projection,
+    h: Tensor,
+    d_lora_b: Tensor | None,
+    need_dh: bool,
+    dropout: float,
+) -> Tensor | None:
+    """dyᵀ h into d_lora_b, if there is one; return dh = factor · dy lora_b, if it is needed."""
+    factor, precision, lora_b = _factor(projection, dropout), _precision(dy), projection.lora_b
+    if d_lora_b is not None and need_dh and kernels.one_pass_pays(dy, lora_b, precision):
+        return kernels.weight_grad(
+            dy, [h], [d_lora_b], precision=precision, b=lora_b, factor=factor
+        )
+    if d_lora_b is not None:
+        kernels.weight_grad(dy, [h], [d_lora_b], precision=precision)
+    return kernels.project(dy, [lora_b], [factor], precision=precision)[0] if need_dh else None
+
+
+def _dx(
+    x: Tensor,
+    dys: dict[int, Tensor],
+    projections: Sequence[Projection],
+    dhs: dict[int, Tensor],
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Σ dy weight + mask ∘ (dh lora_a), [M, K]."""
+    dx, precision = torch.empty_like(x, memory_format=torch.contiguous_format), _precision(x)
+    p, q = [dys[i] for i in dhs], [projections[i].weight for i in dhs]
+    u, v = list(dhs.values()), [projections[i].lora_a for i in dhs]
+    seeds = _seeds_of(list(dhs), seed)
+    depth = sum(map(len, q))
+    plan = kernels.plan_for(x, x.shape[1], depth, u, precision, masked=seed is not None)
+    if not plan.fused:
+        for i, (dy, weight) in enumerate(zip(p, q, strict=True)):
+            torch.addmm(dx, dy, weight, beta=float(i > 0), out=dx)
+        p, q = [], []
+    kernels.gemm_lowrank(
+        dx, p, q, u, v, precision=precision, dropout=dropout, seeds=seeds, add=not plan.fused,
+        config=plan.gemm,
+    )  # fmt: skip
+    return dx
+
+
+def _factor(projection: Projection, dropout: float) -> float:
+    return projection.scale / (1.0 - dropout)
+
+
+def _seeds_of(used: list[int], seed: Tensor | None) -> Tensor | None:
+    """The seeds of these projections; no index is sent to the device for it."""
+    if seed is None or len(used) == len(seed):
+        return seed
+    return torch.cat([seed[i : i + 1] for i in used])
+
+
+def _precision(x: Tensor) -> str:
+    """How tensor cores may read float32; for the 16-bit dtypes it means nothing."""
+    if x.dtype != torch.float32 or not kernels.target_of(x.device).tf32:
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

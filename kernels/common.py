@@ -1,0 +1,106 @@
+"""What the kernels share: the dot product, loads, tile order, the dropout mask, sums of planes.
+
+Names inside a kernel: ``i_`` an index, ``o_`` offsets, ``b_`` a tile; ``BLOCK_`` a tile's size.
+Operands that come once a projection are tuples, and ``tl.static_range`` unrolls over them.
+"""
+
+import triton
+import triton.language as tl
+
+# TRITON_INTERPRET=1 runs kernels on a CPU; @triton.jit reads it at import, too.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_left @ b_right, accumulated in float32."""
+    if INTERPRETED:  # there tl.dot multiplies the bit patterns of bfloat16
+        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(
+    source,
+    i_row,
+    i_column,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr = False,
+):
+    """The tile of a matrix [rows, columns] at (i_row, i_column), zeros where it sticks out.
+
+    ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.
+    """
+    if DESCRIPTOR:
+        return source.load([i_row, i_column])
+    else:
+        o_row = i_row + tl.arange(0, BLOCK_ROWS)
+        o_column = i_column + tl.arange(0, BLOCK_COLUMNS)
+        inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+        pointers = tile_pointers(source, o_row, o_column, row_stride, column_stride)
+        return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(target, b_tile, i_row, i_column, rows, columns, row_stride, column_stride):
+    """Store a tile at (i_row, i_column) of a matrix [rows, columns], but for what sticks out."""
+    o_row = i_row + tl.arange(0, b_tile.shape[0])
+    o_column = i_column + tl.arange(0, b_tile.shape[1])
+    inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    pointers = tile_pointers(target, o_row, o_column, row_stride, column_stride)
+    tl.store(pointers, b_tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_pointers(base, o_row, o_column, row_stride, column_stride):
+    """Offsets in 64 bits: a matrix may have more than 2³¹ elements."""
+    o_row, o_column = o_row.to(tl.int64), o_column.to(tl.int64)
+    return base + o_row[:, None] * row_stride + o_column[None, :] * column_stride
+
+
+@triton.jit
+def tile_of(i_tile, m_tiles, n_tiles, GROUP: tl.constexpr):
+    """(row, column) of a tile: GROUP rows of tiles go column by column, so that L2 serves both."""
+    group_size = GROUP * n_tiles
+    i_first = i_tile // group_size * GROUP
+    height = min(m_tiles - i_first, GROUP)
+    return i_first + i_tile % group_size % height, i_tile % group_size // height
+
+
+# The hash of fastlora/backends/dropout.py, which explains it; constants as signed 32-bit numbers.
+_ROW_STEP = tl.constexpr(0xC2B2AE35 - 2**32)
+_COLUMN_STEP = tl.constexpr(0x9E3779B1 - 2**32)
+_FIRST_MIX = tl.constexpr(0x7FEB352D)
+_SECOND_MIX = tl.constexpr(0x846CA68B - 2**32)
+
+
+@triton.jit
+def keep_tile(
+    seed, i_row, i_column, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Which elements of a tile dropout keeps: a function of (seed, row, column) alone.
+
+    ``seed`` is an int64, ``i_column`` even, ``threshold`` from :func:`dropout_threshold`.  One
+    32-bit word decides two columns.
+    """
+    o_row = i_row + tl.arange(0, BLOCK_ROWS)
+    o_pair = i_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
+    row_keys = o_row * _ROW_STEP + seed.to(tl.int32)
+    column_keys = o_pair * _COLUMN_STEP + (seed >> 32).to(tl.int32)
+    word = row_keys[:, None] ^ column_keys[None, :]
+    word *= _FIRST_MIX
+    word += word >> 15
+    word *= _SECOND_MIX
+    word += word >> 16
+    keep = tl.join((word << 16) >= threshold, word >= threshold)  # [.., .. / 2, 2]
+    return keep.reshape(BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+def dropout_threshold(p: float) -> int:
+    """A lane is kept from round(p · 2¹⁶) - 2¹⁵ on; here in the upper half of a word."""
+    return (min(round(p * 2**16), 2**16 - 1) - 2**15) << 16

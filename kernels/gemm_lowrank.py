@@ -1,0 +1,207 @@
+"""y and dx: a matrix product with a low-rank product in the same accumulator."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .common import dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
+from .config import MAX_PROJECTIONS, Call, GemmConfig, block_r, chunks, default_config, tiles
+from .launch import Launch, Work, launch
+from .target import target_of
+
+
+@triton.jit
+def low_rank_tile(
+    u, v, i_m, i_n, M, N, R, v_rows, v_columns, b_sum,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b_sum + U V at (i_m, i_n), in steps of BLOCK_R."""
+    for i_r in tl.range(0, BLOCK_R if ONE_STEP else R, BLOCK_R, num_stages=1):
+        b_u = load_tile(u, i_m, i_r, M, R, R, 1, BLOCK_M, BLOCK_R)
+        b_v = load_tile(v, i_r, i_n, R, N, v_rows, v_columns, BLOCK_R, BLOCK_N)
+        b_sum = dot(b_u, b_v.to(b_u.dtype), b_sum, PRECISION)
+    return b_sum
+
+
+@triton.jit
+def gemm_lowrank_kernel(
+    p, q, u, v, bias, out, seeds,
+    M, N, K, R, threshold,
+    p_rows, p_columns, q_rows, q_columns, v_rows, v_columns, bias_stride, out_rows,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
+
+    P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].
+    """
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for i_tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
+        i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)
+        i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
+        if ADD:
+            b_out = load_tile(out, i_m, i_n, M, N, out_rows, 1, BLOCK_M, BLOCK_N).to(tl.float32)
+        else:
+            b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+        early_u, early_v = (), ()
+        for i in tl.static_range(len(u)):
+            if seeds is not None:
+                # The mask is the low-rank product's alone, which therefore comes first: after the
+                # main loop it would need a second accumulator of this size.
+                b_low = low_rank_tile(
+                    u[i], v[i], i_m, i_n, M, N, R[i], v_rows[i], v_columns[i],
+                    tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+                    BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, PRECISION,
+                )  # fmt: skip
+                keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+                b_out += tl.where(keep, b_low, 0.0)
+            elif ONE_STEP:
+                # Loaded here and used behind the main loop, which hides the wait.
+                b_u = load_tile(u[i], i_m, 0, M, R[i], R[i], 1, BLOCK_M, BLOCK_R)
+                b_v = load_tile(v[i], 0, i_n, R[i], N, v_rows[i], v_columns[i], BLOCK_R, BLOCK_N)
+                early_u, early_v = early_u + (b_u,), early_v + (b_v.to(b_u.dtype),)
+
+        for i in tl.static_range(len(p)):
+            for i_k in range(0, K[i], BLOCK_K):
+                b_p = load_tile(
+                    p[i], i_m, i_k, M, K[i], p_rows[i], p_columns[i], BLOCK_M, BLOCK_K, DESCRIPTORS
+                )
+                if Q_TRANSPOSED:
+                    b_q = load_tile(
+                        q[i], i_n, i_k, N, K[i], q_columns[i], q_rows[i],
+                        BLOCK_N, BLOCK_K, DESCRIPTORS,
+                    ).T  # fmt: skip
+                else:
+                    b_q = load_tile(
+                        q[i], i_k, i_n, K[i], N, q_rows[i], q_columns[i],
+                        BLOCK_K, BLOCK_N, DESCRIPTORS,
+                    )  # fmt: skip
+                b_out = dot(b_p, b_q, b_out, PRECISION)
+
+        if seeds is None:
+            for i in tl.static_range(len(u)):
+                if ONE_STEP:
+                    b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
+                else:
+                    b_out = low_rank_tile(
+                        u[i], v[i], i_m, i_n, M, N, R[i], v_rows[i], v_columns[i], b_out,
+                        BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, PRECISION,
+                    )  # fmt: skip
+        if bias is not None:
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            b_bias = tl.load(bias + o_n.to(tl.int64) * bias_stride, mask=o_n < N, other=0.0)
+            b_out += b_bias.to(tl.float32)[None, :]
+
+        if DESCRIPTORS:
+            # In two halves: the store's buffer stays allocated, beside those of the main loop.
+            halves = b_out.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            for i in tl.static_range(2):
+                out.store([i_m, i_n + i * (BLOCK_N // 2)], halves[i].to(out.dtype))
+        else:
+            store_tile(out, b_out, i_m, i_n, M, N, out_rows, 1)
+
+
+def gemm_lowrank(
+    out: Tensor,
+    ps: Sequence[Tensor],
+    qs: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *,
+    precision: str,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seeds: Tensor | None = None,
+    add: bool = False,
+    config: GemmConfig | None = None,
+) -> None:
+    """out = Σ_i p_i q_i + Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
+
+    out [M, N] and u_i [M, R_i] are contiguous; p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
+    any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias are cast as they are read.
+    """
+    if len(us) > MAX_PROJECTIONS:
+        for part in chunks(len(us)):
+            gemm_lowrank(
+                out, ps[part], qs[part], us[part], vs[part],
+                precision=precision, bias=None if part.start else bias, dropout=dropout,
+                seeds=None if seeds is None else seeds[part],
+                add=add or part.start > 0, config=config,
+            )  # fmt: skip
+        return
+    (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
+    target = target_of(out.device)
+    call = Call(M, N, max(ranks), out.element_size(), precision, len(us), seeds is not None)
+    config = config or default_config("gemm_lowrank", target, call)
+    r_block = block_r(config, call)
+    q_transposed = bool(qs) and all(q.stride(0) == 1 for q in qs)
+    loaded = [*ps, *(q.T if q_transposed else q for q in qs), out]
+    descriptors = config.descriptors and not add and all(map(_has_descriptor, loaded))
+    m_tiles, n_tiles = triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)
+
+    def work() -> Work:
+        size, seed_bytes = out.element_size(), 0 if seeds is None else 8 * len(ranks)
+        bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
+        rows = M * (sum(depths) + sum(ranks)) * size  # p and u
+        columns = N * sum(depths) * size + sum(v.numel() * v.element_size() for v in vs)  # q, v
+        again = M * N * size if add else 0
+        return Work(
+            flops=2 * M * N * (sum(depths) + sum(ranks)),
+            loaded=rows + columns + bias_bytes + seed_bytes + again,
+            stored=M * N * size,
+            loaded_by_tiles=rows * n_tiles
+            + (columns + bias_bytes) * m_tiles
+            + seed_bytes * m_tiles * n_tiles
+            + again,
+        )
+
+    p, q, target_out = tuple(ps), tuple(qs), out
+    if descriptors:
+        block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+        p = tuple(TensorDescriptor.from_tensor(matrix, [block_m, block_k]) for matrix in ps)
+        q = tuple(
+            TensorDescriptor.from_tensor(matrix.T, [block_n, block_k])
+            if q_transposed
+            else TensorDescriptor.from_tensor(matrix, [block_k, block_n])
+            for matrix in qs
+        )
+        target_out = TensorDescriptor.from_tensor(out, [block_m, block_n // 2])
+    arguments = {
+        "p": p, "q": q, "u": tuple(us), "v": tuple(vs), "bias": bias, "out": target_out,
+        "seeds": seeds,
+        "M": M, "N": N, "K": tuple(depths), "R": tuple(ranks),
+        "threshold": dropout_threshold(dropout),
+        "p_rows": tuple(p.stride(0) for p in ps), "p_columns": tuple(p.stride(1) for p in ps),
+        "q_rows": tuple(q.stride(0) for q in qs), "q_columns": tuple(q.stride(1) for q in qs),
+        "v_rows": tuple(v.stride(0) for v in vs), "v_columns": tuple(v.stride(1) for v in vs),
+        "bias_stride": 0 if bias is None else bias.stride(0), "out_rows": out.stride(0),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "BLOCK_R": r_block, "GROUP": config.group, "PRECISION": precision,
+        "DESCRIPTORS": descriptors, "Q_TRANSPOSED": q_transposed,
+        "ONE_STEP": max(ranks) <= r_block, "ADD": add,
+    }  # fmt: skip
+    count = tiles(config, call)
+    grid = (min(count, target.processors) if descriptors else count,)
+    launch(Launch(gemm_lowrank_kernel, grid, arguments, config.warps, config.stages, work))
+
+
+def _has_descriptor(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can describe it: rows of 16 bytes, and so is the address."""
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0

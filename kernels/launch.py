@@ -1,0 +1,59 @@
+"""A launch as a record: what runs, on which grid, and what work it states about itself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch does.  Bytes count once for each launch, or as often as a tile asks."""
+
+    flops: int
+    loaded: int  # bytes, each element once
+    stored: int  # bytes; no kernel stores an element twice
+    loaded_by_tiles: int  # bytes, again for every tile that needs them
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+    work: Callable[[], Work]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removesuffix("_kernel")
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+
+
+# Not a context variable: a backward runs in a thread of autograd's own.
+_handler: Callable[[Launch], None] | None = None
+
+
+def launch(record: Launch) -> None:
+    """Run it, unless :func:`intercept` wants it."""
+    if _handler is None:
+        record.run()
+    else:
+        _handler(record)
+
+
+@contextmanager
+def intercept(handler: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand every launch inside the block to ``handler``, which runs it or doesn't.
+
+    On meta tensors, a handler that runs nothing learns what a call would launch.
+    """
+    global _handler
+    before, _handler = _handler, handler
+    try:
+        yield
+    finally:
+        _handler = before

@@ -1,0 +1,82 @@
+"""Who multiplies by the base weight: a fused Triton kernel, or torch with the adapter added after.
+
+A row of a table decides: the nearest one of the target.  No GPU has measured these kernels yet, so
+the rows for real devices choose torch's product (cuBLAS, hipBLASLt), whose speed is known, and
+leave to Triton what torch has no kernel for: thin products, dropout masks, sums of low-rank terms.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from .config import Call, GemmConfig
+from .target import TARGETS, target_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``fused``: base product and adapter in one kernel, with these tiles or the default ones."""
+
+    fused: bool
+    gemm: GemmConfig | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for one call: m rows, n output features, k depth (summed over a group)."""
+
+    target: str
+    m: int
+    n: int
+    k: int
+    r: int
+    itemsize: int
+    masked: bool
+    plan: Plan
+
+
+FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
+ROWS: tuple[Row, ...] = tuple(
+    Row(name, 4096, 4096, 4096, 16, size, False, FUSED if target.kind == "cpu" else IN_PLACE)
+    for name, target in TARGETS.items()
+    for size in (2, 4)
+)
+
+_forced: Plan | None = None
+
+
+@contextmanager
+def use_plan(plan: Plan) -> Iterator[None]:
+    """Every call in the block follows this plan: to test or to measure one."""
+    global _forced
+    before, _forced = _forced, plan
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def plan_for(
+    x: Tensor, n: int, k: int, us: Sequence[Tensor], precision: str, masked: bool = False
+) -> Plan:
+    """The plan of the nearest row, for an output [M, n] from a depth k, and u_i [M, R_i]."""
+    if _forced is not None:
+        return _forced
+    r = max(u.shape[1] for u in us)
+    call = Call(len(x), n, r, x.element_size(), precision, len(us), masked)
+    return _nearest(target_of(x.device).name, call, k)
+
+
+@lru_cache(maxsize=1024)
+def _nearest(name: str, call: Call, k: int) -> Plan:
+    rows = [row for row in ROWS if row.target == name and row.itemsize == call.itemsize]
+
+    def distance(row: Row) -> float:
+        pairs = ((row.m, call.m), (row.n, call.n), (row.k, k), (row.r, call.r))
+        return (row.masked != call.masked) + sum(abs(math.log2(a / b)) for a, b in pairs)
+
+    return min(rows, key=distance).plan

@@ -1,0 +1,87 @@
+"""What a device offers to a kernel: the numbers that configs are chosen and checked by."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from .common import INTERPRETED
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture, or one device of it."""
+
+    name: str  # the row of the tables in config.py
+    kind: str  # "cuda", "hip", or "cpu" for Triton's interpreter
+    arch: int | str  # as Triton's GPUTarget has it
+    warp_size: int
+    shared_memory: int  # bytes that one program may have
+    processors: int  # SMs or compute units
+    descriptors: bool = False  # loads matrices by tensor descriptor (TMA)
+    tensor_memory: int = 0  # columns, where accumulators live there
+    tf32: bool = True
+
+
+_KIB = 1024
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 163 * _KIB, 108),
+        Target("sm_86", "cuda", 86, 32, 99 * _KIB, 84),
+        Target("sm_90", "cuda", 90, 32, 227 * _KIB, 132, descriptors=True),
+        Target("sm_100", "cuda", 100, 32, 227 * _KIB, 148, descriptors=True, tensor_memory=512),
+        Target("sm_120", "cuda", 120, 32, 99 * _KIB, 170),
+        Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 304),
+        Target("gfx11", "hip", "gfx1100", 32, 64 * _KIB, 96, tf32=False),
+        # Few processors and small tiles (config.py), so that small shapes take every path.
+        Target("interpreter", "cpu", 0, 32, 2**40, 6, descriptors=True),
+    )
+}
+
+_forced: Target | None = None
+
+
+@contextmanager
+def use_target(target: Target) -> Iterator[None]:
+    """Launch for this target, whatever the device: to compile or to count on meta tensors."""
+    global _forced
+    before, _forced = _forced, target
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The target of a device, or None where these kernels can't run."""
+    if _forced is not None:
+        return _forced
+    if device.type == "cpu":
+        return TARGETS["interpreter"] if INTERPRETED.value else None
+    return _device_target(device.index) if device.type == "cuda" and not INTERPRETED.value else None
+
+
+@cache
+def _device_target(index: int) -> Target | None:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        target = TARGETS["gfx942" if arch.startswith("gfx9") else "gfx11"]
+        warp_size, shared_memory = properties.warp_size, target.shared_memory
+    else:
+        capability = 10 * properties.major + properties.minor
+        rows = [t for t in TARGETS.values() if t.kind == "cuda" and t.arch <= capability]
+        if not rows:
+            return None
+        target, arch = max(rows, key=lambda row: row.arch), capability
+        warp_size, shared_memory = 32, properties.shared_memory_per_block_optin
+    return replace(
+        target,
+        arch=arch,
+        warp_size=warp_size,
+        shared_memory=shared_memory,
+        processors=properties.multi_processor_count,
+    )
