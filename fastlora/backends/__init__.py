@@ -14,14 +14,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from torch import device as Device  # `torch` names the backend here
-from torch import float32
+import torch as pytorch  # here `torch` is the backend
 
 _BACKENDS = ("torch", "triton")
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
 # Read once: a look-up costs as much as a small op.
 _ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")
-_CPU = Device("cpu")
+_CPU = pytorch.device("cpu")
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def use_backend(name: str) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def backend_name(argument: str | None = None, device: Device = _CPU) -> str:
+def backend_name(argument: str | None = None, device: pytorch.device = _CPU) -> str:
     """The name of the backend that a call made now, for tensors on this device, would run on."""
     if argument is not None:
         return _check_name(argument, "backend")
@@ -51,7 +50,7 @@ def backend_name(argument: str | None = None, device: Device = _CPU) -> str:
     return "torch" if device.type != "cuda" else _gpu_default(device)
 
 
-def find_backend(name: str | None = None, device: Device = _CPU) -> ModuleType:
+def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> ModuleType:
     """The module behind :func:`backend_name`, imported when it is first asked for."""
     return _module(backend_name(name, device))
 
@@ -62,10 +61,10 @@ def _module(name: str) -> ModuleType:
 
 
 @cache
-def _gpu_default(device: Device) -> str:
+def _gpu_default(device: pytorch.device) -> str:
     if not _has_triton():
         return "torch"
-    return "torch" if _module("triton").why_not(float32, device, ()) else "triton"
+    return "torch" if _module("triton").why_not(pytorch.float32, device, ()) else "triton"
 
 
 @cache
