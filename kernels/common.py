@@ -20,6 +20,17 @@ def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def cast(b_tile, dtype: tl.constexpr):
+    """The tile in another dtype, rounded to nearest."""
+    if INTERPRETED and b_tile.dtype == tl.float32 and dtype == tl.bfloat16:
+        # there .to() cuts the lower bits off
+        bits = b_tile.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        b_tile = tl.where(b_tile == b_tile, rounded, b_tile)  # but NaN
+    return b_tile.to(dtype)
+
+
+@triton.jit
 def load_tile(
     source,
     i_row,
@@ -53,7 +64,7 @@ def store_tile(target, b_tile, i_row, i_column, rows, columns, row_stride, colum
     o_column = i_column + tl.arange(0, b_tile.shape[1])
     inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
     pointers = tile_pointers(target, o_row, o_column, row_stride, column_stride)
-    tl.store(pointers, b_tile.to(target.dtype.element_ty), mask=inside)
+    tl.store(pointers, cast(b_tile, target.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
+from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
 from .config import MAX_PROJECTIONS, Call, GemmConfig, block_r, chunks, default_config, tiles
 from .launch import Launch, Work, launch
 from .target import target_of
@@ -26,7 +26,7 @@ def low_rank_tile(
     for i_r in tl.range(0, BLOCK_R if ONE_STEP else R, BLOCK_R, num_stages=1):
         b_u = load_tile(u, i_m, i_r, M, R, R, 1, BLOCK_M, BLOCK_R)
         b_v = load_tile(v, i_r, i_n, R, N, v_rows, v_columns, BLOCK_R, BLOCK_N)
-        b_sum = dot(b_u, b_v.to(b_u.dtype), b_sum, PRECISION)
+        b_sum = dot(b_u, cast(b_v, b_u.dtype), b_sum, PRECISION)
     return b_sum
 
 
@@ -75,7 +75,7 @@ def gemm_lowrank_kernel(
                 # Loaded here and used behind the main loop, which hides the wait.
                 b_u = load_tile(u[i], i_m, 0, M, R[i], R[i], 1, BLOCK_M, BLOCK_R)
                 b_v = load_tile(v[i], 0, i_n, R[i], N, v_rows[i], v_columns[i], BLOCK_R, BLOCK_N)
-                early_u, early_v = early_u + (b_u,), early_v + (b_v.to(b_u.dtype),)
+                early_u, early_v = early_u + (b_u,), early_v + (cast(b_v, b_u.dtype),)
 
         for i in tl.static_range(len(p)):
             for i_k in range(0, K[i], BLOCK_K):
@@ -112,7 +112,7 @@ def gemm_lowrank_kernel(
             # In two halves: the store's buffer stays allocated, beside those of the main loop.
             halves = b_out.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
             for i in tl.static_range(2):
-                out.store([i_m, i_n + i * (BLOCK_N // 2)], halves[i].to(out.dtype))
+                out.store([i_m, i_n + i * (BLOCK_N // 2)], cast(halves[i], out.dtype))
         else:
             store_tile(out, b_out, i_m, i_n, M, N, out_rows, 1)
 

@@ -14,6 +14,7 @@ class Work:
     loaded: int  # bytes, each element once
     stored: int  # bytes; no kernel stores an element twice
     loaded_by_tiles: int  # bytes, again for every tile that needs them
+    partial: int = 0  # bytes of partial sums, which are part of loaded and stored
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, dropout_threshold, keep_tile, load_tile, store_tile
+from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
 from .config import MAX_PROJECTIONS, Call, ProjectConfig, block_r, chunks, default_config, splits
 from .launch import Launch, Work, launch
 from .sum_planes import sum_planes
@@ -47,7 +47,7 @@ def project_kernel(
             if seeds is not None:
                 keep = keep_tile(keys[i], i_m, i_k, threshold, BLOCK_M, BLOCK_K)
                 b_kept = tl.where(keep, b_x, 0.0)
-            new = new + (dot(b_kept, b_a.to(b_x.dtype), sums[i], PRECISION),)
+            new = new + (dot(b_kept, cast(b_a, b_x.dtype), sums[i], PRECISION),)
         sums = new
     for i in tl.static_range(len(a)):
         plane = out[i] + i_split.to(tl.int64) * M * R[i]
@@ -95,13 +95,15 @@ def project(
         size, r = x.element_size(), sum(ranks)
         seed_bytes = 0 if seeds is None else 8 * len(ranks)
         a_bytes = sum(a.numel() * a.element_size() for a in adapters)
+        stored = sum(part.numel() * part.element_size() for part in parts)
         return Work(
             flops=2 * M * K * r,
             loaded=M * K * size + a_bytes + seed_bytes,
-            stored=sum(part.numel() * part.element_size() for part in parts),
+            stored=stored,
             loaded_by_tiles=M * K * size * r_tiles
             + a_bytes * m_tiles
             + seed_bytes * m_tiles * r_tiles * count,
+            partial=stored if count > 1 else 0,
         )
 
     arguments = {

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cast
 from .launch import Launch, Work, launch
 
 _BLOCK = 1024
@@ -27,7 +28,7 @@ def sum_planes_kernel(planes, out, sizes, counts, BLOCK: tl.constexpr):
             for _ in range(counts[i]):
                 b_sum += tl.load(pointers, mask=inside, other=0.0)
                 pointers += sizes[i]
-            tl.store(out[i] + o_element, b_sum.to(out[i].dtype.element_ty), mask=inside)
+            tl.store(out[i] + o_element, cast(b_sum, out[i].dtype.element_ty), mask=inside)
         i_block -= tl.cdiv(sizes[i], BLOCK)
 
 
@@ -37,7 +38,8 @@ def sum_planes(planes: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     def work() -> Work:
         loaded = sum(4 * plane.numel() for plane in planes)
         stored = sum(tensor.numel() * tensor.element_size() for tensor in out)
-        return Work(sum(plane.numel() for plane in planes), loaded, stored, loaded)
+        flops = sum(plane.numel() for plane in planes)
+        return Work(flops, loaded, stored, loaded_by_tiles=loaded, partial=loaded)
 
     sizes = tuple(tensor.numel() for tensor in out)
     arguments = {

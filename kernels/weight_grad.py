@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, dropout_threshold, keep_tile, load_tile, store_tile
+from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
 from .config import (
     MAX_PROJECTIONS,
     Call,
@@ -65,7 +65,7 @@ def weight_grad_kernel(
         sums = new
         if b is not None:
             b_part = dot(
-                b_v, b_b.to(b_v.dtype), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION
+                b_v, cast(b_b, b_v.dtype), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION
             )
             store_tile(plane_of_columns, b_part * factor, i_m, 0, M, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
@@ -123,18 +123,20 @@ def weight_grad(
 
     def work() -> Work:
         size = v.element_size()
-        stores = [*parts] if projected is None else [*parts, projected]
+        sums = sum(part.numel() * part.element_size() for part in parts)
+        planes = 0 if projected is None else projected.numel() * projected.element_size()
         u_bytes = M * sum(ranks) * size
         b_bytes = 0 if b is None else b.numel() * b.element_size()
         seed_bytes = 0 if seeds is None else 8 * len(ranks)
         return Work(
             flops=2 * M * N * (sum(ranks) + (0 if b is None else ranks[0])),
             loaded=M * N * size + u_bytes + b_bytes + seed_bytes,
-            stored=sum(part.numel() * part.element_size() for part in stores),
+            stored=sums + planes,
             loaded_by_tiles=M * N * size * r_tiles
             + u_bytes * n_tiles
             + b_bytes * count
             + seed_bytes * n_tiles * r_tiles * count,
+            partial=(sums if count > 1 else 0) + (planes if n_tiles > 1 else 0),
         )
 
     arguments = {

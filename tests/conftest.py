@@ -5,17 +5,26 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from device import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":  # the kernels run through Triton's interpreter, which is chosen at import
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+import fastlora
 
 
 @pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """The ops run on this backend, and tensors are made on the tests' device."""
+    place = nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
+    with fastlora.use_backend(request.param), place:
+        yield request.param
 
 
 @pytest.fixture

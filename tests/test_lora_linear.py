@@ -6,7 +6,7 @@ from judge import check_against_oracle, make_projection
 
 import fastlora
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 
 DTYPES = {
     "f64": (torch.float64, torch.float64),
