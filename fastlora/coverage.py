@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .backends import backend_name
+from .backends import planned_backend
 from .inject import lora_layers, some, unwrap
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One adapted layer: ``plan`` is what its next call runs on, ``reason`` why it isn't fast."""
+    """One adapted layer: ``plan`` is what its next call runs on.
+
+    ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
+    """
 
     name: str
     shape: tuple[int, int]  # out_features, in_features
@@ -43,11 +46,13 @@ class Coverage:
         notes = [f"backend {plan}" for plan in sorted(plans)] + [f"{merged} merged"] * (merged > 0)
         note = f" ({'; '.join(notes)})" if notes else ""
         lines = [f"{len(self.fast)} of {len(self.layers)} layers fast{note}"]
-        reasons: dict[str, list[str]] = {}
-        for layer in self.eager:
-            reasons.setdefault(layer.reason, []).append(layer.name)
-        for reason, names in reasons.items():
-            lines.append(f"{len(names)} eager: {some(names)}: {reason}")
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            if layer.reason:
+                where = f"on {layer.plan}" if layer.fast else "eager"
+                reasons.setdefault((where, layer.reason), []).append(layer.name)
+        for (where, reason), names in reasons.items():
+            lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
         return "\n".join(lines)
 
 
@@ -64,5 +69,6 @@ def _cover(name: str, layer) -> LayerCoverage:
     if "forward" in layer.__dict__:
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
         return LayerCoverage(name, shape, layer.r, False, "eager", reason)
-    plan = "merged" if layer.merged else backend_name(device=layer.weight.device)
-    return LayerCoverage(name, shape, layer.r, True, plan)
+    if layer.merged:
+        return LayerCoverage(name, shape, layer.r, True, "merged")
+    return LayerCoverage(name, shape, layer.r, True, *planned_backend(layer.projection()))

@@ -106,7 +106,7 @@ def gemm_lowrank_kernel(
         if bias is not None:
             o_n = i_n + tl.arange(0, BLOCK_N)
             b_bias = tl.load(bias + o_n.to(tl.int64) * bias_stride, mask=o_n < N, other=0.0)
-            b_out += b_bias.to(tl.float32)[None, :]
+            b_out += cast(b_bias, u[0].dtype.element_ty).to(tl.float32)[None, :]
 
         if DESCRIPTORS:
             # In two halves: the store's buffer stays allocated, beside those of the main loop.

@@ -1,4 +1,4 @@
-"""Where the tests run: on the GPU if there is one, else on the CPU, with the kernels interpreted."""
+"""Where the tests run: on the GPU if there is one, else on the CPU, kernels interpreted."""
 
 import os
 

@@ -40,6 +40,18 @@ def test_a_replaced_forward_is_eager_with_its_reason():
     )
 
 
+def test_a_layer_that_the_kernels_do_not_cover_says_why():
+    model = adapted()
+    model.up.double()
+    with fastlora.use_backend("triton"):
+        report = fastlora.coverage(model)
+    assert [layer.plan for layer in report.layers] == ["torch", "triton"]
+    assert str(report) == (
+        "2 of 2 layers fast (backend torch; backend triton)\n"
+        "1 on torch: up: the Triton kernels don't have torch.float64"
+    )
+
+
 def test_a_plain_model():
     report = fastlora.coverage(Mlp())
     assert report.layers == ()

@@ -114,6 +114,7 @@ def test_multiply_bits_keeps_or_clears(dtype):
     assert out[0, 5].isnan()
 
 
+@pytest.mark.usefixtures("backend")
 def test_group_has_independent_masks():
     """With x, lora_a and lora_b all ones, an output counts the inputs that its mask kept."""
     x = torch.ones(4096, 64)
@@ -124,6 +125,7 @@ def test_group_has_independent_masks():
     assert abs(correlation(second, third)) < 4.5
 
 
+@pytest.mark.usefixtures("backend")
 def test_seed_comes_from_torch():
     x, projection = torch.randn(16, 32), make_projection(8, 32, 4, torch.float32)
 
@@ -138,6 +140,7 @@ def test_seed_comes_from_torch():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("backend")
 def test_evaluation_and_p_0_draw_nothing():
     x, projection = torch.randn(16, 32), make_projection(8, 32, 4, torch.float32)
     state = torch.get_rng_state()

@@ -6,6 +6,9 @@ from judge import make_projection
 from torch import nn
 
 import fastlora
+from fastlora.backends import find_backend
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def op_arguments(p: float, n: int = 2, requires_grad: bool = True):
@@ -40,12 +43,11 @@ def test_the_op_and_the_eager_node_agree(p):
     leaves = [x, *(parameter for parameter in parameters if parameter.requires_grad)]
     ys, _ = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed, "")
     by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
-    from fastlora.backends import torch as backend
     from fastlora.ops.function import LoRALinearFunction
     from fastlora.projection import group
 
     present = [parameter if parameter.numel() else None for parameter in parameters]
-    ys = LoRALinearFunction.apply(x, seed, p, backend, group(present, scales), *present)
+    ys = LoRALinearFunction.apply(x, seed, p, find_backend(), group(present, scales), *present)
     by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
     assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
 
@@ -62,12 +64,12 @@ class Block(nn.Module):
         return x + self.down(torch.nn.functional.silu(self.up(x)))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compile_fullgraph(backend, training):
+def test_compile_fullgraph(compiler, training):
     torch.compiler.reset()
     block = Block(0.0).train(training)
-    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
     x = torch.randn(3, 16, requires_grad=True)
     leaves = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
     y, y_compiled = block(x), compiled(x)
@@ -80,13 +82,13 @@ def test_compile_fullgraph(backend, training):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_with_dropout_uses_one_mask_for_both_directions(backend):
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_dropout_uses_one_mask_for_both_directions(compiler):
     """d lora_A of a layer with N = r = 1 is the dropped x: it shows which mask was used."""
     torch.compiler.reset()
     layer = fastlora.LoRALinear(32, 1, bias=False, r=1, lora_dropout=0.5)
     nn.init.ones_(layer.lora_B)
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     x = torch.randn(1, 32)
     y = compiled(x)
     y.backward(torch.ones_like(y))

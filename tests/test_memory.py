@@ -6,6 +6,8 @@ from judge import make_projection
 
 import fastlora
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def saved_bytes(run) -> dict[int, int]:
     """Bytes of every storage that autograd saves while ``run`` runs, by its address."""

@@ -8,11 +8,14 @@ import ddp_worker
 import pytest
 import torch
 import torch.multiprocessing as mp
+from device import DEVICE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoRALinear
+
+on_both_backends = pytest.mark.usefixtures("backend")
 
 
 def make_layer(dropout: float = 0.0, **settings) -> LoRALinear:
@@ -34,11 +37,12 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
         torch.testing.assert_close(first[name], second[name], **tolerance)
 
 
+@on_both_backends
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_as_nn_linear(dtype, dropout):
     layer, x = make_layer(dropout), torch.randn(3, 12, requires_grad=True)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         y = layer(x)
         plain = nn.Linear(12, 7)(x)
     assert y.dtype == plain.dtype == dtype
@@ -46,7 +50,7 @@ def test_autocast_as_nn_linear(dtype, dropout):
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     assert x.grad.dtype == torch.float32
     torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         under = layer(x)
     torch.manual_seed(1)
     by_hand = copy.deepcopy(layer)
@@ -54,21 +58,23 @@ def test_autocast_as_nn_linear(dtype, dropout):
     assert torch.equal(under, by_hand(x.to(dtype)))
 
 
+@on_both_backends
 def test_backward_inside_autocast_of_a_call_outside():
     layer, x = make_layer(), torch.randn(3, 12)
     outside = gradients(layer, layer(x))
     y = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = gradients(layer, y)
     assert_same(outside, inside)
 
 
 def test_autocast_leaves_float64_alone():
     layer = make_layer(dtype=torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert layer(torch.randn(3, 12, dtype=torch.float64)).dtype == torch.float64
 
 
+@on_both_backends
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_replays_the_mask(use_reentrant):
     layer, x = make_layer(0.5), torch.randn(16, 12, requires_grad=True)
@@ -81,6 +87,7 @@ def test_activation_checkpointing_replays_the_mask(use_reentrant):
     assert_same(plain, recomputed, rtol=0, atol=0)
 
 
+@on_both_backends
 def test_gradients_accumulate():
     layer, x = make_layer(), torch.randn(8, 12)
     layer(x).sum().backward()
@@ -91,6 +98,7 @@ def test_gradients_accumulate():
     torch.testing.assert_close(layer.lora_A.grad, whole)
 
 
+@on_both_backends
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_frozen_half_gets_no_gradient(frozen):
     layer = make_layer()
@@ -110,6 +118,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     make_layer()(torch.randn(3, 12)).sum().backward()
 
 
+@on_both_backends
 def test_one_layer_called_twice():
     layer = LoRALinear(6, 6, r=2)
     nn.init.normal_(layer.lora_B)

@@ -1,8 +1,8 @@
 """The choice of backend: argument, context manager, ``FASTLORA_BACKEND``, the device's default.
 
-A backend is a module with ``forward``, ``backward`` and ``dropout_mask`` of the same meaning
-(``torch`` is the one to read).  Naming one here is all that the layers above need.  The default is
-``triton`` on the GPUs that its kernels run on, ``torch`` elsewhere.
+A backend is a module with ``forward``, ``backward``, ``dropout_mask`` and ``why_not`` of the same
+meaning (``torch`` is the one to read).  Naming one here is all that the layers above need.  The
+default is ``triton`` on the GPUs that its kernels run on, ``torch`` elsewhere.
 """
 
 import os
@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch as pytorch  # here `torch` is the backend
+
+from ..projection import Projection
 
 _BACKENDS = ("torch", "triton")
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
@@ -53,6 +55,14 @@ def backend_name(argument: str | None = None, device: pytorch.device = _CPU) -> 
 def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> ModuleType:
     """The module behind :func:`backend_name`, imported when it is first asked for."""
     return _module(backend_name(name, device))
+
+
+def planned_backend(projection: Projection) -> tuple[str, str]:
+    """What a call of this projection, with x like its weight, runs on; and why not on another."""
+    weight = projection.weight
+    name = backend_name(device=weight.device)
+    reason = _module(name).why_not(weight.dtype, weight.device, [projection])
+    return ("torch", reason) if reason else (name, "")
 
 
 @cache

@@ -110,8 +110,12 @@ class LoRALinear(nn.Linear):
                     "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
                 )
             return linear(x, self.weight, self.bias)
-        projection = Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
-        return lora_linears(x, (projection,), dropout=self.lora_dropout, training=self.training)[0]
+        group = (self.projection(),)
+        return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
+
+    def projection(self) -> Projection:
+        """What the layer's call hands to :func:`fastlora.lora_linears`."""
+        return Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
 
     def merged_weight(self) -> Tensor:
         """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider."""

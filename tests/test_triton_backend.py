@@ -1,0 +1,166 @@
+"""The Triton backend: what it covers, what it says about the rest, and that plans agree."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from device import DEVICE
+from judge import check_against_oracle, make_projection
+from torch import nn
+
+import fastlora
+from fastlora.backends import triton as backend
+from fastlora.kernels.launch import intercept
+from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+
+pytestmark = pytest.mark.usefixtures("on_triton")
+
+
+@pytest.fixture
+def on_triton(poisoned_memory, monkeypatch):
+    monkeypatch.setattr(backend, "_said", set())
+    with fastlora.use_backend("triton"), torch.device(DEVICE):
+        yield
+
+
+def launches(run) -> list[str]:
+    """The names of the kernels that ``run`` launches."""
+    names = []
+
+    def handle(record):
+        names.append(record.name)
+        record.run()
+
+    with intercept(handle):
+        run()
+    return names
+
+
+def make_x(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("plan", [FUSED, IN_PLACE], ids=["fused", "in-place"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
+@pytest.mark.parametrize("n", [1, 3, 6], ids="group-of-{}".format)
+def test_both_plans_meet_the_oracle(plan, p, n):
+    group = [
+        make_projection(20 + 8 * i, 40, 3 + i, torch.bfloat16, torch.float32, bias=i % 2 == 0)
+        for i in range(n)
+    ]
+    with use_plan(plan):
+        check_against_oracle(make_x(33, 40, dtype=torch.bfloat16), group, p)
+
+
+def test_the_launches_of_the_fused_plan():
+    """Two forward; backward one pass over dy (with its sums), dx, and one pass over x."""
+    x, projection = make_x(256, 64), make_projection(64, 64, 3, torch.float32)
+    ys = []
+    forward = launches(lambda: ys.append(fastlora.lora_linear(x, *projection[:3])))
+    assert forward == ["project", "gemm_lowrank"]
+    backward = launches(lambda: ys[0].sum().backward())
+    assert [name for name in backward if name != "sum_planes"] == [
+        "weight_grad",
+        "gemm_lowrank",
+        "weight_grad",
+    ]
+
+
+def test_a_group_reads_x_and_writes_dx_once():
+    x, group = make_x(40, 64), [make_projection(24, 64, 3, torch.float32) for _ in range(3)]
+    ys = []
+    forward = launches(lambda: ys.extend(fastlora.lora_linears(x, group, dropout=0.2)))
+    assert forward.count("project") == 1
+    backward = launches(lambda: sum(y.sum() for y in ys).backward())
+    assert backward.count("gemm_lowrank") == 1
+
+
+@pytest.mark.parametrize(
+    ("frozen", "kernel"),
+    [("x", "gemm_lowrank"), ("lora_a", None), ("lora_b", None)],
+    ids=["x", "lora_a", "lora_b"],
+)
+def test_only_the_gradients_asked_for_are_computed(frozen, kernel):
+    x, projection = make_x(40, 64), make_projection(24, 64, 3, torch.float32)
+    (x if frozen == "x" else getattr(projection, frozen)).requires_grad_(False)
+    y = fastlora.lora_linear(x, *projection[:3])
+    names = launches(lambda: y.sum().backward())
+    assert names.count("gemm_lowrank") == (kernel is None)
+    assert names.count("weight_grad") == (2 if frozen == "x" else 1)
+
+
+def test_float64_runs_on_torch_and_says_so_once():
+    layer = fastlora.LoRALinear(6, 4, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with pytest.warns(
+        UserWarning, match="torch backend: the Triton kernels don't have torch.float"
+    ):
+        assert launches(lambda: layer(x)) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+
+
+def test_an_adapter_in_float64_is_a_reason_too():
+    projection = make_projection(4, 6, 2, torch.float32, torch.float64)
+    with pytest.warns(UserWarning, match="don't have torch.float64"):
+        check_against_oracle(make_x(5, 6), [projection])
+
+
+def test_no_rows_launch_nothing_and_say_nothing():
+    layer = fastlora.LoRALinear(6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launches(lambda: layer(torch.randn(0, 6)).sum().backward()) == []
+    assert layer.lora_A.grad.abs().sum() == 0
+
+
+def test_a_row_too_many_is_a_reason(monkeypatch):
+    monkeypatch.setattr(backend, "_LONGEST", 10)
+    projection = make_projection(4, 6, 2, torch.float32)
+    with pytest.warns(UserWarning, match="count to 10, but x has 11 rows"):
+        check_against_oracle(make_x(11, 6), [projection])
+
+
+def test_a_mask_drawn_on_one_backend_is_the_other_s():
+    x, layer = make_x(20, 32), fastlora.LoRALinear(32, 8, lora_dropout=0.5)
+    nn.init.normal_(layer.lora_B)
+    results = []
+    for name in ("torch", "triton"):
+        torch.manual_seed(4)
+        with fastlora.use_backend(name):
+            y = layer(x)
+            results.append((y, *torch.autograd.grad(y.sum(), (x, layer.lora_A, layer.lora_B))))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def run_alone(code: str, **environment: str) -> str:
+    """What a process prints that never set TRITON_INTERPRET."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env=inherited, check=True
+    )
+    return result.stdout + result.stderr
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the default is triton")
+def test_a_cpu_without_the_interpreter_runs_on_torch():
+    code = "import fastlora, torch; print(fastlora.LoRALinear(4, 3)(torch.randn(2, 4)).shape)"
+    assert "UserWarning" not in run_alone(code)
+    output = run_alone(code, FASTLORA_BACKEND="triton")
+    assert "torch.Size([2, 3])" in output
+    assert "on a CPU the Triton kernels run only under TRITON_INTERPRET=1" in output
+
+
+def test_without_the_package_triton_the_backend_is_an_error():
+    code = (
+        "import sys; sys.modules['triton'] = None; import fastlora\n"
+        "try:\n    fastlora.use_backend('triton').__enter__()\n"
+        "except ValueError as error:\n    print(error)"
+    )
+    assert "the package triton isn't installed" in run_alone(code)
