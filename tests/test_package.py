@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version",
+    "kernels",
     "projection",
     "config",
     "reference",
@@ -66,6 +67,43 @@ def imported_parts(path: Path) -> set[str]:
 
 
 FILES = sorted((ROOT / "fastlora").rglob("*.py"))
+
+
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+# From the bottom: a file of kernels/ imports only from those before it.
+KERNEL_ORDER = [
+    "common",
+    "launch",
+    "target",
+    "config",
+    "plan",
+    "sum_planes",
+    "project",
+    "gemm_lowrank",
+    "weight_grad",
+    "__init__",
+]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_import_torch_triton_and_each_other_from_below(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            below = KERNEL_ORDER[: KERNEL_ORDER.index(path.stem)]
+            assert node.module in below, f"{path.stem} imports {node.module}"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+            assert outside <= {"torch", "triton"}
+            assert not any(name.startswith("torch.nn") for name in names)
+
+
+def test_one_file_imports_the_kernels():
+    importers = [path for path in FILES if "kernels" in imported_parts(path)]
+    assert importers == [ROOT / "fastlora" / "backends" / "triton.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -157,6 +195,7 @@ def test_the_wheel_has_kernels_in_their_place_only(built):
     assert "fastlora/kernels/__init__.py" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastlora", "fastlora_kernels"}
     expected = {str(path.relative_to(ROOT)) for path in FILES}
+    expected |= {f"fastlora/kernels/{path.name}" for path in KERNELS}
     assert expected <= set(names)
 
 
