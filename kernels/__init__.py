@@ -4,10 +4,18 @@ Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it. 
 order: ``common``, ``project``, ``gemm_lowrank``, ``weight_grad``.
 """
 
-from .gemm_lowrank import gemm_lowrank
+from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .plan import plan_for
 from .project import project
 from .target import target_of
 from .weight_grad import one_pass_pays, weight_grad
 
-__all__ = ["gemm_lowrank", "one_pass_pays", "plan_for", "project", "target_of", "weight_grad"]
+__all__ = [
+    "gemm_lowrank",
+    "one_launch_pays",
+    "one_pass_pays",
+    "plan_for",
+    "project",
+    "target_of",
+    "weight_grad",
+]

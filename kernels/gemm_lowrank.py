@@ -32,9 +32,10 @@ def low_rank_tile(
 
 @triton.jit
 def gemm_lowrank_kernel(
-    p, q, u, v, bias, out, seeds,
-    M, N, K, R, threshold,
-    p_rows, p_columns, q_rows, q_columns, v_rows, v_columns, bias_stride, out_rows,
+    p0, p1, p2, p3, q0, q1, q2, q3, a, u, v, bias, out, seeds,
+    M, N, K, R, factor, threshold,
+    p_rows, p_columns, q_rows, q_columns, a_rows, a_columns, v_rows, v_columns,
+    bias_stride, out_rows,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,7 +50,10 @@ def gemm_lowrank_kernel(
     """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
     P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].
+    A [K_0, R_0], if it is there, makes U_0 = factor · P_0 A in the same loop, and stores it.
     """
+    # Not tuples from outside: a launch finds no descriptors inside of tuples.
+    p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for i_tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
         i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)
@@ -71,13 +75,14 @@ def gemm_lowrank_kernel(
                 )  # fmt: skip
                 keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_out += tl.where(keep, b_low, 0.0)
-            elif ONE_STEP:
+            elif ONE_STEP and a is None:
                 # Loaded here and used behind the main loop, which hides the wait.
                 b_u = load_tile(u[i], i_m, 0, M, R[i], R[i], 1, BLOCK_M, BLOCK_R)
                 b_v = load_tile(v[i], 0, i_n, R[i], N, v_rows[i], v_columns[i], BLOCK_R, BLOCK_N)
                 early_u, early_v = early_u + (b_u,), early_v + (cast(b_v, b_u.dtype),)
 
-        for i in tl.static_range(len(p)):
+        b_u = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for i in tl.static_range(len(K)):
             for i_k in range(0, K[i], BLOCK_K):
                 b_p = load_tile(
                     p[i], i_m, i_k, M, K[i], p_rows[i], p_columns[i], BLOCK_M, BLOCK_K, DESCRIPTORS
@@ -93,8 +98,17 @@ def gemm_lowrank_kernel(
                         BLOCK_K, BLOCK_N, DESCRIPTORS,
                     )  # fmt: skip
                 b_out = dot(b_p, b_q, b_out, PRECISION)
+                if a is not None:
+                    b_a = load_tile(a, i_k, 0, K[0], R[0], a_rows, a_columns, BLOCK_K, BLOCK_R)
+                    b_u = dot(b_p, cast(b_a, b_p.dtype), b_u, PRECISION)
 
-        if seeds is None:
+        if a is not None:
+            b_u = cast(b_u * factor, u[0].dtype.element_ty)
+            if i_n == 0:
+                store_tile(u[0], b_u, i_m, 0, M, R[0], R[0], 1)
+            b_v = load_tile(v[0], 0, i_n, R[0], N, v_rows[0], v_columns[0], BLOCK_R, BLOCK_N)
+            b_out = dot(b_u, cast(b_v, b_u.dtype), b_out, PRECISION)
+        elif seeds is None:
             for i in tl.static_range(len(u)):
                 if ONE_STEP:
                     b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
@@ -129,12 +143,17 @@ def gemm_lowrank(
     dropout: float = 0.0,
     seeds: Tensor | None = None,
     add: bool = False,
+    a: Tensor | None = None,
+    factor: float = 1.0,
     config: GemmConfig | None = None,
 ) -> None:
     """out = Σ_i p_i q_i + Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
 
     out [M, N] and u_i [M, R_i] are contiguous; p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
     any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias are cast as they are read.
+
+    Given ``a`` [K_0, R_0], a projection alone and without dropout also makes
+    u_0 = factor · p_0 a, in the one launch: where :func:`one_launch_pays`.
     """
     if len(us) > MAX_PROJECTIONS:
         for part in chunks(len(us)):
@@ -147,7 +166,9 @@ def gemm_lowrank(
         return
     (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
     target = target_of(out.device)
-    call = Call(M, N, max(ranks), out.element_size(), precision, len(us), seeds is not None)
+    call = Call(
+        M, N, max(ranks), out.element_size(), precision, len(us), seeds is not None, a is not None
+    )
     config = config or default_config("gemm_lowrank", target, call)
     r_block = block_r(config, call)
     q_transposed = bool(qs) and all(q.stride(0) == 1 for q in qs)
@@ -158,37 +179,43 @@ def gemm_lowrank(
     def work() -> Work:
         size, seed_bytes = out.element_size(), 0 if seeds is None else 8 * len(ranks)
         bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
-        rows = M * (sum(depths) + sum(ranks)) * size  # p and u
-        columns = N * sum(depths) * size + sum(v.numel() * v.element_size() for v in vs)  # q, v
+        a_bytes = 0 if a is None else a.numel() * a.element_size()
+        u_bytes = M * sum(ranks) * size  # loaded, or made here and stored
+        rows = M * sum(depths) * size + (u_bytes if a is None else 0)
+        columns = N * sum(depths) * size + sum(v.numel() * v.element_size() for v in vs)
         again = M * N * size if add else 0
+        made = 0 if a is None else 2 * M * depths[0] * ranks[0]
         return Work(
-            flops=2 * M * N * (sum(depths) + sum(ranks)),
-            loaded=rows + columns + bias_bytes + seed_bytes + again,
-            stored=M * N * size,
+            flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
+            loaded=rows + columns + a_bytes + bias_bytes + seed_bytes + again,
+            stored=M * N * size + (0 if a is None else u_bytes),
             loaded_by_tiles=rows * n_tiles
             + (columns + bias_bytes) * m_tiles
-            + seed_bytes * m_tiles * n_tiles
+            + (a_bytes + seed_bytes) * m_tiles * n_tiles
             + again,
         )
 
-    p, q, target_out = tuple(ps), tuple(qs), out
+    p, q, target_out = list(ps), list(qs), out
     if descriptors:
         block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-        p = tuple(TensorDescriptor.from_tensor(matrix, [block_m, block_k]) for matrix in ps)
-        q = tuple(
+        p = [TensorDescriptor.from_tensor(matrix, [block_m, block_k]) for matrix in ps]
+        q = [
             TensorDescriptor.from_tensor(matrix.T, [block_n, block_k])
             if q_transposed
             else TensorDescriptor.from_tensor(matrix, [block_k, block_n])
             for matrix in qs
-        )
+        ]
         target_out = TensorDescriptor.from_tensor(out, [block_m, block_n // 2])
+    absent = [None] * (MAX_PROJECTIONS - len(ps))
     arguments = {
-        "p": p, "q": q, "u": tuple(us), "v": tuple(vs), "bias": bias, "out": target_out,
-        "seeds": seeds,
-        "M": M, "N": N, "K": tuple(depths), "R": tuple(ranks),
+        **{f"p{i}": operand for i, operand in enumerate(p + absent)},
+        **{f"q{i}": operand for i, operand in enumerate(q + absent)},
+        "a": a, "u": tuple(us), "v": tuple(vs), "bias": bias, "out": target_out, "seeds": seeds,
+        "M": M, "N": N, "K": tuple(depths), "R": tuple(ranks), "factor": factor,
         "threshold": dropout_threshold(dropout),
         "p_rows": tuple(p.stride(0) for p in ps), "p_columns": tuple(p.stride(1) for p in ps),
         "q_rows": tuple(q.stride(0) for q in qs), "q_columns": tuple(q.stride(1) for q in qs),
+        "a_rows": 0 if a is None else a.stride(0), "a_columns": 0 if a is None else a.stride(1),
         "v_rows": tuple(v.stride(0) for v in vs), "v_columns": tuple(v.stride(1) for v in vs),
         "bias_stride": 0 if bias is None else bias.stride(0), "out_rows": out.stride(0),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
@@ -199,6 +226,14 @@ def gemm_lowrank(
     count = tiles(config, call)
     grid = (min(count, target.processors) if descriptors else count,)
     launch(Launch(gemm_lowrank_kernel, grid, arguments, config.warps, config.stages, work))
+
+
+def one_launch_pays(x: Tensor, r: int) -> bool:
+    """Whether :func:`gemm_lowrank` should make h as well, by repeating that for every tile.
+
+    It should while the launch waits for the weight's bytes, and r is small beside a tile.
+    """
+    return len(x) <= 64 and r <= 32
 
 
 def _has_descriptor(matrix: Tensor) -> bool:

@@ -61,13 +61,12 @@ def use_plan(plan: Plan) -> Iterator[None]:
 
 
 def plan_for(
-    x: Tensor, n: int, k: int, us: Sequence[Tensor], precision: str, masked: bool = False
+    x: Tensor, n: int, k: int, ranks: Sequence[int], precision: str, masked: bool = False
 ) -> Plan:
-    """The plan of the nearest row, for an output [M, n] from a depth k, and u_i [M, R_i]."""
+    """The plan of the nearest row, for an output [M, n] from a depth k, as deep as x or dy."""
     if _forced is not None:
         return _forced
-    r = max(u.shape[1] for u in us)
-    call = Call(len(x), n, r, x.element_size(), precision, len(us), masked)
+    call = Call(len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked)
     return _nearest(target_of(x.device).name, call, k)
 
 

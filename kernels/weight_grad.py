@@ -123,20 +123,20 @@ def weight_grad(
 
     def work() -> Work:
         size = v.element_size()
-        sums = sum(part.numel() * part.element_size() for part in parts)
-        planes = 0 if projected is None else projected.numel() * projected.element_size()
+        part_bytes = sum(part.numel() * part.element_size() for part in parts)
+        plane_bytes = 0 if projected is None else projected.numel() * projected.element_size()
         u_bytes = M * sum(ranks) * size
         b_bytes = 0 if b is None else b.numel() * b.element_size()
         seed_bytes = 0 if seeds is None else 8 * len(ranks)
         return Work(
             flops=2 * M * N * (sum(ranks) + (0 if b is None else ranks[0])),
             loaded=M * N * size + u_bytes + b_bytes + seed_bytes,
-            stored=sums + planes,
+            stored=part_bytes + plane_bytes,
             loaded_by_tiles=M * N * size * r_tiles
             + u_bytes * n_tiles
             + b_bytes * count
             + seed_bytes * n_tiles * r_tiles * count,
-            partial=(sums if count > 1 else 0) + (planes if n_tiles > 1 else 0),
+            partial=(part_bytes if count > 1 else 0) + (plane_bytes if n_tiles > 1 else 0),
         )
 
     arguments = {

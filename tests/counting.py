@@ -17,9 +17,9 @@ class Traffic:
 
     tiles: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, pointers, mask: np.ndarray | None) -> None:
+    def add(self, pointers, mask: np.ndarray) -> None:
         """Of a tile of pointers, those under its mask: what sticks out of a matrix isn't moved."""
-        first = pointers.data if mask is None else pointers.data[mask]
+        first = pointers.data[mask]
         size = pointers.get_element_ty().primitive_bitwidth // 8
         self.tiles.append((first.reshape(-1, 1) + np.arange(size, dtype=np.uint64)).ravel())
 
@@ -36,7 +36,7 @@ class Traffic:
 class Counted:
     """One launch: what it states about itself, and what it did."""
 
-    name: str
+    launch: Launch
     stated: Work
     loads: Traffic = field(default_factory=Traffic)
     stores: Traffic = field(default_factory=Traffic)
@@ -75,7 +75,7 @@ def counted_launches() -> Iterator[list[Counted]]:
         raise AssertionError("an atomic operation: its bytes are not counted")
 
     def handler(record: Launch) -> None:
-        launches.append(Counted(record.name, record.work()))
+        launches.append(Counted(record, record.work()))
         record.run()
 
     replaced = {

@@ -69,6 +69,13 @@ def test_the_launches_of_the_fused_plan():
     ]
 
 
+@pytest.mark.parametrize("n", [1, 3], ids="group-of-{}".format)
+def test_few_rows_run_in_one_launch_a_projection(n):
+    x, group = make_x(3, 64), [make_projection(64, 64, 8, torch.float32) for _ in range(n)]
+    assert launches(lambda: fastlora.lora_linears(x, group)) == ["gemm_lowrank"] * n
+    assert "project" in launches(lambda: fastlora.lora_linears(x, group, dropout=0.5))
+
+
 def test_a_group_reads_x_and_writes_dx_once():
     x, group = make_x(40, 64), [make_projection(24, 64, 3, torch.float32) for _ in range(3)]
     ys = []

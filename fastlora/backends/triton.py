@@ -30,23 +30,37 @@ def forward(
     """As the torch backend's: the outputs [M, N] and the h [M, r] of x [M, K]."""
     if not _covers(x, projections):
         return torch_backend.forward(x, projections, dropout=dropout, seed=seed)
-    precision = _precision(x)
+    precision, (rows, depth) = _precision(x), x.shape
     with _current(x.device):
-        hs = kernels.project(
-            x,
-            [projection.lora_a.T for projection in projections],
-            [_factor(projection, dropout) for projection in projections],
-            precision=precision,
-            dropout=dropout,
-            seeds=seed,
+        plans = [
+            kernels.plan_for(x, len(weight), depth, [len(lora_a)], precision)
+            for weight, lora_a, *_ in projections
+        ]
+        makes_h = seed is None and all(
+            plan.fused and kernels.one_launch_pays(x, len(projection.lora_a))
+            for plan, projection in zip(plans, projections, strict=True)
         )
+        if makes_h:
+            hs = [x.new_empty(rows, len(projection.lora_a)) for projection in projections]
+        else:
+            hs = kernels.project(
+                x,
+                [projection.lora_a.T for projection in projections],
+                [_factor(projection, dropout) for projection in projections],
+                precision=precision,
+                dropout=dropout,
+                seeds=seed,
+            )
         ys = []
-        for (weight, _, lora_b, bias, _), h in zip(projections, hs, strict=True):
-            plan = kernels.plan_for(x, len(weight), x.shape[1], [h], precision)
+        for (weight, lora_a, lora_b, bias, scale), h, plan in zip(
+            projections, hs, plans, strict=True
+        ):
             if plan.fused:
-                y = x.new_empty(len(x), len(weight))
-                operands = [x], [weight.T], [h], [lora_b.T]
-                kernels.gemm_lowrank(y, *operands, precision=precision, bias=bias, config=plan.gemm)
+                y = x.new_empty(rows, len(weight))
+                kernels.gemm_lowrank(
+                    y, [x], [weight.T], [h], [lora_b.T], precision=precision, bias=bias,
+                    a=lora_a.T if makes_h else None, factor=scale, config=plan.gemm,
+                )  # fmt: skip
             else:
                 y = linear(x, weight, None if bias is None else bias.to(x.dtype))
                 kernels.gemm_lowrank(y, [], [], [h], [lora_b.T], precision=precision, add=True)
@@ -162,7 +176,8 @@ def _dx(
     u, v = list(dhs.values()), [projections[i].lora_a for i in dhs]
     seeds = _seeds_of(list(dhs), seed)
     depth = sum(map(len, q))
-    plan = kernels.plan_for(x, x.shape[1], depth, u, precision, masked=seed is not None)
+    ranks = [dh.shape[1] for dh in u]
+    plan = kernels.plan_for(x, x.shape[1], depth, ranks, precision, masked=seed is not None)
     if not plan.fused:
         for i, (dy, weight) in enumerate(zip(p, q, strict=True)):
             torch.addmm(dx, dy, weight, beta=float(i > 0), out=dx)

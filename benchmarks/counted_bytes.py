@@ -1,0 +1,238 @@
+"""Bytes that a forward and a backward of a layer move: fastlora and its peers, without a GPU.
+
+``python benchmarks/counted_bytes.py`` prints the README's table.  Each kernel reads or writes a
+matrix once, as if the caches held a tile until its last use and nothing from one kernel to the
+next.  A real kernel moves more: what a GPU does has to be measured there.
+
+fastlora's rows add up what its launches state about themselves, on tensors without data; tests
+compare these statements with every load and store of the kernels.  torch's own products count as
+their arguments and result.  The peers' rows are the passes below, read from their sources.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlora import Projection
+from fastlora.backends import triton as backend
+from fastlora.kernels.launch import intercept
+from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
+from fastlora.kernels.target import TARGETS, use_target
+
+MIB = 2**20
+# Of torch's operations, those that move nothing.
+FREE = ("t", "permute", "transpose", "empty", "new_empty", "empty_like")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x [M, K] in bfloat16, and weights [N, K] with adapters of rank r."""
+
+    M: int = 8192
+    N: int = 4096
+    K: int = 4096
+    r: int = 16
+
+
+@dataclass(frozen=True)
+class Bytes:
+    forward: int
+    backward: int
+    partial: int | None = None  # partial sums, which are part of these; None: not told apart
+
+    @property
+    def both(self) -> int:
+        return self.forward + self.backward
+
+
+# A pass is one kernel: what it reads -> what it writes.  Capitals are weights; xd is the dropped
+# copy of x, dxd its gradient, and mask that of dropout; l = h B is the adapter's output; 32 marks
+# a float32 copy.  A name on both sides is read and written.
+FORWARD = ("x W -> y", "x A -> h", "y h B -> y")
+DROPOUT, DROPOUT_BACKWARD = "x -> xd mask", "dxd mask -> dxd"
+PEFT_BACKWARD = ("dy -> dl", "dl B -> dh", "dl h -> dB", "dh A -> dxd", "dh xd -> dA", "dy W -> dx")
+UNSLOTH_BACKWARD = (
+    *("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB"),
+    *("dy W -> dx", "dy B -> dh", "dx dh A -> dx"),
+)
+AXOLOTL_BACKWARD = ("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB", "dy W -> dx")
+PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "floor: all inputs and results once": (
+        ("x W A B -> y",),
+        ("x dy W A B -> dx dA dB",),
+    ),
+    "LoRAFusion, dropout": (
+        (DROPOUT, "xd A -> h", "x W h B -> y"),
+        (
+            *("-> dh32 dB32", "dy h B -> dh32 dB32", "dh32 -> dh", "dB32 -> dB"),
+            *("dh xd -> dA", "dy W dh A mask -> dx"),
+        ),
+    ),
+    "Unsloth, no dropout": (FORWARD, UNSLOTH_BACKWARD),
+    "axolotl, no dropout": (FORWARD, (*AXOLOTL_BACKWARD, "dx dh A -> dx")),
+    "axolotl, dropout": (
+        (DROPOUT, "x W -> y", "xd A -> h", "y h B -> y"),
+        (*AXOLOTL_BACKWARD, "dh A -> dxd", "dxd -> dxd", DROPOUT_BACKWARD, "dx dxd -> dx"),
+    ),
+    "PEFT, no dropout": (
+        ("x W -> y", "x A -> h", "h B -> l", "l -> l", "y l -> y"),
+        (*PEFT_BACKWARD, "dx dxd -> dx"),
+    ),
+    "PEFT, dropout": (
+        ("x W -> y", DROPOUT, "xd A -> h", "h B -> l", "l -> l", "y l -> y"),
+        (*PEFT_BACKWARD, DROPOUT_BACKWARD, "dx dxd -> dx"),
+    ),
+    "PEFT, float32 adapters, dropout": (
+        (
+            *("x W -> y", "x -> x32", "x32 -> xd32 mask", "xd32 A32 -> h32", "h32 B32 -> l32"),
+            *("l32 -> l32", "y l32 -> y32", "y32 -> y"),
+        ),
+        (
+            *("dy -> dy32", "dy32 -> dy", "dy32 -> dl32", "dl32 B32 -> dh32", "dl32 h32 -> dB32"),
+            *("dh32 A32 -> dxd32", "dh32 xd32 -> dA32", "dxd32 mask -> dx32", "dx32 -> dxd"),
+            *("dy W -> dx", "dx dxd -> dx"),
+        ),
+    ),
+}
+FROZEN = (("x W -> y",), ("dy W -> dx",))
+
+# q, k and v: three weights of one x.
+GROUP = 3
+GROUP_FROZEN = (3 * ("x W -> y",), 3 * ("dy W -> dx",) + 2 * ("dx dx -> dx",))
+GROUP_PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "Unsloth q, k, v, no dropout": (
+        GROUP * FORWARD,
+        (
+            *GROUP * ("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB"),
+            *("dy W -> dx", "dy W dx -> dx", "dy W dx -> dx"),
+            *GROUP * ("dy B -> dh", "dx dh A -> dx"),
+        ),
+    ),
+    "PEFT q, k, v, dropout": (
+        GROUP * PEERS["PEFT, dropout"][0],
+        GROUP * PEERS["PEFT, dropout"][1] + 2 * ("dx dx -> dx",),
+    ),
+}
+
+
+def bytes_of_passes(passes: tuple[tuple[str, ...], tuple[str, ...]], shape: Shape) -> Bytes:
+    forward, backward = (
+        sum(_matrix(name, shape) for step in steps for name in step.replace("->", "").split())
+        for steps in passes
+    )
+    return Bytes(forward, backward)
+
+
+def _matrix(name: str, shape: Shape) -> int:
+    """Bytes of a matrix; a gradient has its tensor's shape."""
+    M, N, K, r = shape.M, shape.N, shape.K, shape.r
+    if name == "mask":
+        return M * K
+    shapes = {
+        "x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r, "l": M * N,
+        "y": M * N,
+    }  # fmt: skip
+    return shapes[name.removesuffix("32").removeprefix("d")] * (4 if name.endswith("32") else 2)
+
+
+def bytes_of_fastlora(
+    shape: Shape,
+    plan: Plan,
+    *,
+    dropout: float = 0.0,
+    projections: int = 1,
+    adapter_dtype: torch.dtype = torch.bfloat16,
+    target: str = "sm_90",
+) -> Bytes:
+    """A forward and a backward with gradients of x and of the adapters, as launched there."""
+    with torch.device("meta"):
+        x = torch.empty(shape.M, shape.K, dtype=torch.bfloat16)
+        weight = torch.empty(shape.N, shape.K, dtype=torch.bfloat16)
+        lora_a = torch.empty(shape.r, shape.K, dtype=adapter_dtype)
+        lora_b = torch.empty(shape.N, shape.r, dtype=adapter_dtype)
+        seed = torch.empty(projections, dtype=torch.int64) if dropout else None
+    group = [Projection(weight, lora_a, lora_b, None, 1.0) for _ in range(projections)]
+    needs = [True] + [False, True, True, False] * projections
+    with use_target(TARGETS[target]), use_plan(plan):
+        with _counted() as forward:
+            ys, hs = backend.forward(x, group, dropout=dropout, seed=seed)
+        with _counted() as backward:
+            backend.backward(ys, x, group, hs, needs, dropout=dropout, seed=seed)
+    return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
+
+
+@contextmanager
+def _counted() -> Iterator["_Counter"]:
+    counter = _Counter()
+    with counter, intercept(counter.add_launch):
+        yield counter
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what Triton launches state, and torch's products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = self.partial = 0
+
+    def add_launch(self, launch) -> None:
+        work = launch.work()
+        self.moved += work.loaded + work.stored
+        self.partial += work.partial
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        named = named or {}
+        result = operation(*arguments, **named)
+        name = operation.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            read = arguments[1:] if named.get("beta") == 0.0 else arguments
+            self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*read, result))
+        elif name not in FREE:
+            raise NotImplementedError(f"what {name} reads and writes is not counted")
+        return result
+
+
+def rows_of_one(shape: Shape) -> dict[str, Bytes]:
+    return {
+        "frozen layer, no adapter": bytes_of_passes(FROZEN, shape),
+        **{name: bytes_of_passes(PEERS[name], shape) for name in PEERS if "floor" in name},
+        "fastlora, fused": bytes_of_fastlora(shape, FUSED),
+        "fastlora, fused, dropout": bytes_of_fastlora(shape, FUSED, dropout=0.1),
+        "fastlora, fused, float32 adapters, dropout": bytes_of_fastlora(
+            shape, FUSED, dropout=0.1, adapter_dtype=torch.float32
+        ),
+        "fastlora, in place, dropout": bytes_of_fastlora(shape, IN_PLACE, dropout=0.1),
+        **{name: bytes_of_passes(PEERS[name], shape) for name in PEERS if "floor" not in name},
+    }
+
+
+def rows_of_group(shape: Shape) -> dict[str, Bytes]:
+    return {
+        "frozen q, k, v": bytes_of_passes(GROUP_FROZEN, shape),
+        "fastlora q, k, v, fused, dropout": bytes_of_fastlora(
+            shape, FUSED, dropout=0.1, projections=GROUP
+        ),
+        **{name: bytes_of_passes(passes, shape) for name, passes in GROUP_PEERS.items()},
+    }
+
+
+def table() -> str:
+    """Each block of rows is compared with its own first row, the frozen layers."""
+    lines = [
+        "| | forward, MiB | backward, MiB | of both, partial sums | both, × frozen |",
+        "|---|---|---|---|---|",
+    ]
+    for rows in (rows_of_one(Shape()), rows_of_group(Shape())):
+        frozen, *_ = rows.values()
+        for name, row in rows.items():
+            cells = [f"{count / MIB:.1f}" for count in (row.forward, row.backward)]
+            cells += ["–" if row.partial is None else f"{row.partial / MIB:.1f}"]
+            lines.append(f"| {name} | {' | '.join(cells)} | {row.both / frozen.both:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
