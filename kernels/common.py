@@ -22,12 +22,13 @@ def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 @triton.jit
 def cast(b_tile, dtype: tl.constexpr):
     """The tile in another dtype, rounded to nearest."""
-    if INTERPRETED and b_tile.dtype == tl.float32 and dtype == tl.bfloat16:
-        # there .to() cuts the lower bits off
-        bits = b_tile.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        b_tile = tl.where(b_tile == b_tile, rounded, b_tile)  # but NaN
-    return b_tile.to(dtype)
+    if INTERPRETED and dtype == tl.bfloat16:  # there .to() cuts the lower bits off
+        bits = b_tile.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(b_tile == b_tile, rounded, bits | 0x400000)  # NaN stays NaN
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b_tile.to(dtype)
 
 
 @triton.jit

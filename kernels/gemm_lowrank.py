@@ -237,6 +237,7 @@ def one_launch_pays(x: Tensor, r: int) -> bool:
 
 
 def _has_descriptor(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can describe it: rows of 16 bytes, and so is the address."""
-    row_bytes = matrix.stride(0) * matrix.element_size()
-    return matrix.stride(1) == 1 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+    """Whether a tensor descriptor can describe it: rows that don't overlap, all at 16 bytes."""
+    row, column = matrix.stride()
+    aligned = row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return column == 1 and row >= matrix.shape[1] and aligned

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from .common import INTERPRETED
+
 
 @dataclass(frozen=True)
 class Work:
@@ -30,8 +32,15 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__.removesuffix("_kernel")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if not INTERPRETED.value:
+            options["sanitize_overflow"] = False  # the mask's hash wraps; TRITON_DEBUG would trap
+        return options
+
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 # Not a context variable: a backward runs in a thread of autograd's own.

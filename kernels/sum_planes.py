@@ -22,14 +22,15 @@ def sum_planes_kernel(planes, out, sizes, counts, BLOCK: tl.constexpr):
     for i in tl.static_range(len(planes)):
         o_element = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = (o_element >= 0) & (o_element < sizes[i])
-        if (i_block >= 0) & (i_block < tl.cdiv(sizes[i], BLOCK)):
+        blocks = (sizes[i] - 1) // BLOCK + 1
+        if (i_block >= 0) & (i_block < blocks):
             b_sum = tl.zeros((BLOCK,), tl.float32)
             pointers = planes[i] + o_element
             for _ in range(counts[i]):
                 b_sum += tl.load(pointers, mask=inside, other=0.0)
                 pointers += sizes[i]
             tl.store(out[i] + o_element, cast(b_sum, out[i].dtype.element_ty), mask=inside)
-        i_block -= tl.cdiv(sizes[i], BLOCK)
+        i_block -= blocks
 
 
 def sum_planes(planes: Sequence[Tensor], out: Sequence[Tensor]) -> None:

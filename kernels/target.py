@@ -82,6 +82,7 @@ def _device_target(index: int) -> Target | None:
         target,
         arch=arch,
         warp_size=warp_size,
+        tf32=target.tf32 and (target.kind != "hip" or arch == target.arch),
         shared_memory=shared_memory,
         processors=properties.multi_processor_count,
     )

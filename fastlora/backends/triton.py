@@ -20,7 +20,7 @@ from .dropout import dropout_mask
 __all__ = ["backward", "dropout_mask", "forward", "why_not"]
 
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
-_LONGEST = 2**31 - 2**10  # a row or column index and a tile more fit in 32 bits
+_LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _said: set[str] = set()
 
 

@@ -1,0 +1,271 @@
+"""gemm_lowrank: Σ p q + Σ keep ∘ (u v) (+ bias), both orientations and both loaders."""
+
+from itertools import product
+
+import pytest
+import torch
+from judge import assert_close
+from kernel_cases import (
+    BF16,
+    DEVICE,
+    DTYPE_IDS,
+    F16,
+    F32,
+    LAYOUTS,
+    draw_seeds,
+    keep_masks,
+    poisoned,
+    processors,
+    random,
+    recorded,
+)
+
+from fastlora.kernels import gemm_lowrank
+from fastlora.kernels.config import GemmConfig
+
+TILES = [(16, 16, 16), (32, 64, 32), (64, 32, 16)]
+SMALL = GemmConfig(16, 16, 16, warps=4, stages=2, group=3)
+
+
+def case(m, n, depths, ranks, dtype=F32, adapter_dtype=None, layouts=("contiguous",) * 3):
+    """p, q, u, v of one call; ``layouts`` are those of p, q and v."""
+    p_layout, q_layout, v_layout = layouts
+    return (
+        [random(m, k, dtype, p_layout) for k in depths],
+        [random(k, n, dtype, q_layout) for k in depths],
+        [random(m, r, dtype) for r in ranks],
+        [random(r, n, adapter_dtype or dtype, v_layout) for r in ranks],
+    )
+
+
+def transposed(matrices):
+    """The same numbers, as weight.T has them in memory."""
+    return [matrix.T.contiguous().T for matrix in matrices]
+
+
+def check(ps, qs, us, vs, *, bias=None, p=0.0, seeds=None, add=False, config=None):
+    """The output against float64; returns it.  Around it in memory nothing is written."""
+    dtype, (m, n) = us[0].dtype, (len(us[0]), vs[0].shape[1])
+    memory = poisoned(m + 4, n, dtype=dtype)
+    out = memory[2:-2]
+    before = random(m, n, dtype) if add else torch.zeros(m, n, dtype=dtype, device=DEVICE)
+    if add:
+        out.copy_(before)
+    gemm_lowrank(
+        out, ps, qs, us, vs,
+        precision="ieee", bias=bias, dropout=p, seeds=seeds, add=add, config=config,
+    )  # fmt: skip
+    assert memory[:2].isnan().all()
+    assert memory[-2:].isnan().all()
+
+    masks = keep_masks(seeds, (m, n), p, len(us))
+
+    def formula(convert):
+        total = convert(before)
+        for left, right in zip(ps, qs, strict=True):
+            total = total + convert(left) @ convert(right)
+        for left, right, mask in zip(us, vs, masks, strict=True):
+            total = total + torch.where(mask, convert(left) @ convert(right.to(dtype)), 0)
+        return total if bias is None else total + convert(bias)
+
+    truth, size = formula(torch.Tensor.double), formula(lambda tensor: tensor.double().abs())
+    assert_close("out", out, truth, formula(lambda tensor: tensor.to(dtype)), size, dtype)
+    return out
+
+
+@pytest.mark.parametrize("orientation", ["y", "dx"])
+@pytest.mark.parametrize(("m", "n", "k"), [*product([1, 17, 70], [1, 33], [1, 50]), (2, 100, 17)])
+def test_any_shape(m, n, k, orientation):
+    ps, qs, us, vs = case(m, n, [k], [3])
+    check(ps, transposed(qs) if orientation == "y" else qs, us, vs)
+
+
+@pytest.mark.parametrize("r", [1, 16, 64, 65, 200])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
+    ids=lambda dtype: DTYPE_IDS[dtype],
+)
+def test_any_dtype_and_rank(dtype, adapter_dtype, r):
+    """Large ranks take several steps."""
+    check(*case(33, 40, [50], [r], dtype, adapter_dtype))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("add", [False, True], ids=["write", "add"])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
+def test_a_group_of_any_size_depths_and_ranks(count, add, dropout):
+    depths = [20 + 13 * i for i in range(count)]
+    ranks = [(1, 16, 70, 3)[i % 4] for i in range(count)]
+    seeds = draw_seeds(count) if dropout else None
+    operands = case(40, 50, depths, ranks, BF16, F32)
+    check(*operands, bias=random(1, 50)[0], p=dropout, seeds=seeds, add=add)
+
+
+@pytest.mark.parametrize("q_layout", LAYOUTS)
+@pytest.mark.parametrize("p_layout", LAYOUTS)
+def test_any_strides(p_layout, q_layout):
+    check(*case(20, 24, [24], [20], BF16, BF16, (p_layout, q_layout, p_layout)), config=SMALL)
+
+
+@pytest.mark.parametrize("stride", [(0, 1), (0, 0), (1, 0), (8, 1)], ids=str)
+def test_an_expanded_p(stride):
+    """Gradients of a sum come with strides of zero; windows of a signal overlap."""
+    _, qs, us, vs = case(33, 40, [24], [4])
+    check([torch.as_strided(random(1, 300), (33, 24), stride)], qs, us, vs)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("r", [5, 150])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_low_rank_products_alone(bias, r, masked):
+    """What is added to a product of torch's."""
+    seeds, b = draw_seeds(2) if masked else None, random(1, 33, F16)[0] if bias else None
+    operands = case(40, 33, [], [r, 3], BF16, F32)
+    for add in (False, True):
+        check(*operands, bias=b, p=0.3 if masked else 0.0, seeds=seeds, add=add)
+
+
+@pytest.mark.parametrize("stride", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+def test_a_bias_of_any_dtype_and_stride(dtype, stride):
+    bias = torch.as_strided(random(1, 200, dtype)[0], (50,), (stride,))
+    check(*case(20, 50, [30], [4], BF16), bias=bias)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("aligned", [False, True], ids=["ragged", "aligned"])
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile)))
+def test_any_tile(tile, group, aligned, masked):
+    config = GemmConfig(*tile, warps=4, stages=2, group=group, descriptors=True)
+    n, k = (72, 24) if aligned else (69, 23)
+    seeds = draw_seeds(2) if masked else None
+    check(*case(70, n, [k, k], [5, 20], BF16, F32), p=0.4, seeds=seeds, config=config)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("orientation", ["y", "dx"])
+@pytest.mark.parametrize("layout", ["contiguous", "window"])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile)))
+def test_both_loaders_give_the_same_bits(tile, layout, orientation, masked):
+    """The descriptor loader walks over all tiles with a few programs, here 2."""
+    ps, qs, us, vs = case(40, 72, [24, 8], [5, 70], BF16, F32, (layout, layout, "contiguous"))
+    if orientation == "y":
+        qs = [random(72, len(q), BF16, layout).copy_(q.T).T for q in qs]
+    seeds, found = draw_seeds(2) if masked else None, []
+    for descriptors in (False, True):
+        config = GemmConfig(*tile, warps=4, stages=2, group=2, descriptors=descriptors)
+        with processors(2), recorded() as records:
+            found.append(check(ps, qs, us, vs, p=0.4, seeds=seeds, config=config))
+        (record,) = records
+        assert record.arguments["DESCRIPTORS"] is descriptors
+        assert record.arguments["Q_TRANSPOSED"] is (orientation == "y")
+        assert (record.grid == (2,)) is descriptors
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("reason", "n", "k", "layouts"),
+    [
+        ("rows of q and out of 66 bytes", 33, 40, ("contiguous",) * 3),
+        ("rows of p of 34 bytes", 40, 17, ("contiguous",) * 3),
+        ("p column by column", 40, 40, ("column-major", "contiguous", "contiguous")),
+        ("q with gaps", 40, 40, ("contiguous", "every-second-column", "contiguous")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_descriptor_cannot_describe_is_loaded_by_pointers(reason, n, k, layouts):
+    config = GemmConfig(32, 32, 16, warps=4, stages=2, descriptors=True)
+    with recorded() as records:
+        check(*case(35, n, [k], [3], BF16, layouts=layouts), config=config)
+    assert [record.arguments["DESCRIPTORS"] for record in records] == [False]
+
+
+@pytest.mark.parametrize("stride", [0, 8], ids=["one row for all", "rows that overlap"])
+def test_rows_closer_than_their_length_have_no_descriptor(stride):
+    """TMA wants a row's stride to be its length at least."""
+    _, qs, us, vs = case(33, 40, [24], [4], BF16)
+    p = torch.as_strided(random(1, 300, BF16), (33, 24), (stride, 1))
+    with recorded() as records:
+        check([p], qs, us, vs, config=GemmConfig(32, 32, 16, 4, 2, descriptors=True))
+    assert [record.arguments["DESCRIPTORS"] for record in records] == [False]
+
+
+def test_an_address_off_by_one_element_has_no_descriptor():
+    ps, qs, us, vs = case(35, 40, [32], [3], BF16)
+    ps = [poisoned(35, 40, dtype=BF16)[:, 1:33].copy_(ps[0])]
+    with recorded() as records:
+        check(ps, qs, us, vs, config=GemmConfig(32, 32, 16, 4, 2, descriptors=True))
+    assert [record.arguments["DESCRIPTORS"] for record in records] == [False]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("r", [2, 70])
+def test_what_is_dropped_is_gone(r, value):
+    """An infinity in v reaches only what is kept of its column."""
+    ps, qs, us, vs = case(20, 40, [16], [r])
+    seeds = draw_seeds(1)
+    (mask,) = keep_masks(seeds, (20, 40), 0.5, 1)
+    vs[0][0, 5] = value
+    out = poisoned(20, 40)
+    gemm_lowrank(out, ps, qs, us, vs, precision="ieee", dropout=0.5, seeds=seeds)
+    reached = torch.zeros_like(mask)
+    reached[:, 5] = mask[:, 5]
+    assert torch.equal(~out.isfinite(), reached)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_nothing_is_rounded_between_steps_over_the_rank(masked):
+    """u v reaches a million, which float16 doesn't have, and comes back to 96."""
+    us, vs = [torch.ones(16, 128, dtype=F16, device=DEVICE)], [random(128, 32, F16)]
+    vs[0][:64], vs[0][64:127], vs[0][127] = 16384, -16384, -16288
+    seeds, out = draw_seeds(1) if masked else None, poisoned(16, 32, dtype=F16)
+    gemm_lowrank(out, [], [], us, vs, precision="ieee", dropout=0.5, seeds=seeds)
+    (mask,) = keep_masks(seeds, (16, 32), 0.5, 1)
+    assert torch.equal(out, 96 * mask.to(F16))
+
+
+@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "chosen"])
+def test_u_of_a_rank_of_several_steps_is_refused(config):
+    """Its other columns would stay as they were."""
+    (p,), (q,), (u,), (v,) = case(20, 30, [40], [200])
+    with pytest.raises(ValueError, match="rank 200"):
+        gemm_lowrank(
+            poisoned(20, 30), [p], [q], [u], [v],
+            precision="ieee", a=random(40, 200), config=config,
+        )  # fmt: skip
+
+
+def test_same_inputs_same_bits():
+    operands, seeds = case(70, 50, [100, 30], [5, 90], BF16, F32), draw_seeds(2)
+    first, second = (check(*operands, p=0.1, seeds=seeds) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_one_bias_for_a_group_of_many():
+    """Groups that take several launches get it from the first alone."""
+    us, vs = [random(8, 2) for _ in range(6)], [torch.zeros(2, 16, device=DEVICE)] * 6
+    bias = random(1, 16)[0]
+    out = poisoned(8, 16)
+    gemm_lowrank(out, [], [], us, vs, precision="ieee", bias=bias)
+    assert torch.equal(out, bias.expand(8, 16))
+
+
+@pytest.mark.parametrize("orientation", ["y", "dx"])
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 100, 33), (17, 72, 40), (40, 33, 100)])
+def test_u_made_in_the_same_launch(m, n, k, descriptors, orientation):
+    """u = factor · p a, as project makes it, and the output that follows from it."""
+    (p,), (q,), _, (v,) = case(m, n, [k], [5], BF16, F32)
+    if orientation == "y":
+        (q,) = transposed([q])
+    a, bias = random(k, 5, layout="column-major"), random(1, n)[0]
+    u, out, expected = (poisoned(m, columns, dtype=BF16) for columns in (5, n, n))
+    config = GemmConfig(16, 32, 16, warps=4, stages=2, descriptors=descriptors)
+    options = {"precision": "ieee", "bias": bias, "config": config}
+    gemm_lowrank(out, [p], [q], [u], [v], a=a, factor=0.3, **options)
+    truth, size = 0.3 * p.double() @ a.to(BF16).double(), 0.3 * p.double().abs() @ a.double().abs()
+    assert_close("u", u, truth, (0.3 * (p.float() @ a.to(BF16).float())).to(BF16), size, BF16)
+    gemm_lowrank(expected, [p], [q], [u], [v], **options)
+    torch.testing.assert_close(out, expected)

@@ -1,0 +1,92 @@
+"""Dropout in the kernels: the torch backend's mask, element by element."""
+
+import pytest
+import torch
+from kernel_cases import BF16, DEVICE, F32, poisoned
+
+from fastlora.backends.dropout import dropout_mask
+from fastlora.kernels import gemm_lowrank, project, weight_grad
+from fastlora.kernels.config import GemmConfig, ProjectConfig, WeightGradConfig
+
+SEEDS = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123456789, -987654321987654321]
+
+
+def mask_of_project(seeds, shape, p, tile, dtype):
+    """Each is (keep ∘ 1) I."""
+    x, eye = torch.ones(shape, dtype=dtype, device=DEVICE), torch.eye(shape[1], device=DEVICE)
+    config = ProjectConfig(*tile, warps=8, stages=2)
+    adapters, factors = [eye] * len(seeds), [1.0] * len(seeds)
+    return project(x, adapters, factors, precision="ieee", dropout=p, seeds=seeds, config=config)
+
+
+def mask_of_gemm_lowrank(seeds, shape, p, tile, dtype):
+    """Each is keep ∘ (1 1); the others of the group are zero."""
+    rows, columns = shape
+    config, found = GemmConfig(*tile, 16, warps=8, stages=2, descriptors=True), []
+    for i in range(len(seeds)):
+        us = [
+            torch.full((rows, 1), float(i == j), dtype=dtype, device=DEVICE)
+            for j in range(len(seeds))
+        ]
+        vs = [torch.ones(1, columns, device=DEVICE)] * len(seeds)
+        out = poisoned(rows, columns, dtype=dtype)
+        gemm_lowrank(out, [], [], us, vs, precision="ieee", dropout=p, seeds=seeds, config=config)
+        found.append(out)
+    return found
+
+
+def mask_of_weight_grad(seeds, shape, p, tile, dtype):
+    """Each is (keep ∘ 1)ᵀ I, transposed."""
+    rows, columns = shape
+    v, eye = (
+        torch.ones(shape, dtype=dtype, device=DEVICE),
+        torch.eye(rows, dtype=dtype, device=DEVICE),
+    )
+    outs = [poisoned(rows, columns) for _ in seeds]
+    config = WeightGradConfig(*tile, warps=8, stages=2)
+    weight_grad(
+        v, [eye] * len(seeds), [out.T for out in outs],
+        precision="ieee", dropout=p, seeds=seeds, config=config,
+    )  # fmt: skip
+    return outs
+
+
+@pytest.fixture(params=[mask_of_project, mask_of_gemm_lowrank, mask_of_weight_grad])
+def masks_of(request):
+    return request.param
+
+
+def check(masks_of, seeds, shape, p, tile=(32, 32), dtype=F32):
+    seeds = torch.as_tensor(seeds, device=DEVICE)
+    found = masks_of(seeds, shape, p, tile, dtype)
+    for seed, mask in zip(seeds, found, strict=True):
+        assert torch.equal(mask, dropout_mask(seed, shape, p).to(mask.dtype))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_seed(masks_of, seed):
+    check(masks_of, [seed], (50, 70), 0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 33), (33, 3), (65, 64), (40, 129)], ids=str)
+def test_any_shape(masks_of, shape):
+    check(masks_of, [77], shape, 0.3)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (16, 64), (64, 16), (32, 128)], ids=str)
+def test_any_tile(masks_of, tile):
+    check(masks_of, [-5], (70, 101), 0.3, tile)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.05, 0.5, 0.9999, 0.999999])
+def test_any_probability(masks_of, p):
+    check(masks_of, [3], (64, 200), p)
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_one_seed_for_each_of_a_group(masks_of, count):
+    check(masks_of, SEEDS[:count], (20, 40), 0.5, dtype=BF16)
+
+
+def test_seeds_may_be_a_part_of_others(masks_of):
+    check(masks_of, torch.tensor(SEEDS, device=DEVICE)[3:5], (20, 40), 0.5)

@@ -1,0 +1,145 @@
+"""project: factor · (keep ∘ x) a, for a group, against float64."""
+
+import pytest
+import torch
+from judge import assert_close
+from kernel_cases import (
+    BF16,
+    DTYPE_IDS,
+    F16,
+    F32,
+    LAYOUTS,
+    draw_seeds,
+    keep_masks,
+    processors,
+    random,
+    recorded,
+)
+
+from fastlora.kernels import project
+from fastlora.kernels.config import ProjectConfig
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SMALL = ProjectConfig(16, 16, warps=4, stages=2)
+RANKS = (1, 3, 16, 70, 200)
+FACTORS = (0.75, -1.5, 1.0, 3.0, 0.1, 2.0, 7.0, 0.5, 1.25)
+
+
+def run(x, adapters, factors, **options):
+    return project(x, adapters, factors, precision="ieee", **options)
+
+
+def check(x, adapters, p=0.0, seeds=None, config=None):
+    """Every product against float64; returns them."""
+    factors = FACTORS[: len(adapters)]
+    found = run(x, adapters, factors, dropout=p, seeds=seeds, config=config)
+    masks = keep_masks(seeds, x.shape, p, len(adapters))
+    assert len(found) == len(adapters)
+    for i, (value, a, factor, mask) in enumerate(zip(found, adapters, factors, masks, strict=True)):
+        kept, a = torch.where(mask, x, 0), a.to(x.dtype)
+        truth = factor * (kept.double() @ a.double())
+        size = abs(factor) * (kept.double().abs() @ a.double().abs())
+        assert value.is_contiguous()
+        assert_close(f"product {i}", value, truth, factor * (kept @ a), size, x.dtype)
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, 17, 33, 100])
+@pytest.mark.parametrize("m", [1, 2, 17, 33, 100])
+def test_any_shape(m, k):
+    check(random(m, k), [random(k, 3)])
+
+
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
+    ids=lambda dtype: DTYPE_IDS[dtype],
+)
+def test_any_dtype_and_rank(dtype, adapter_dtype, r):
+    check(random(33, 70, dtype), [random(70, r, adapter_dtype)])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_a_group_of_any_size_and_ranks(count, dropout):
+    adapters = [random(50, RANKS[i % 5], F32) for i in range(count)]
+    check(random(40, 50, BF16), adapters, dropout, draw_seeds(count) if dropout else None)
+
+
+@pytest.mark.parametrize("a_layout", LAYOUTS)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+def test_any_strides(x_layout, a_layout):
+    x = random(35, 45, BF16, x_layout)
+    check(x, [random(45, 5, BF16, a_layout), random(45, 20, BF16)], 0.2, draw_seeds(2))
+
+
+@pytest.mark.parametrize("stride", [(0, 1), (0, 0), (1, 0)], ids=str)
+def test_an_expanded_x(stride):
+    """Gradients of a sum come with strides of zero."""
+    check(torch.as_strided(random(1, 60), (33, 25), stride), [random(25, 4)])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("k", [33, 64, 100, 130])
+def test_split_over_k(k, dropout):
+    """Whether planes are summed afterwards depends on the device; the numbers don't."""
+    x, adapters = random(20, k, BF16), [random(k, 3, F32), random(k, 70, F32)]
+    seeds = draw_seeds(2) if dropout else None
+    found = []
+    for count in (1, 10**4):
+        with processors(count), recorded() as records:
+            found.append(check(x, adapters, dropout, seeds, SMALL))
+        assert len(records) == (1 if count == 1 else 2)
+    for whole, split in zip(*found, strict=True):
+        torch.testing.assert_close(whole, split)
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, ProjectConfig(64, 16, 4, 2), ProjectConfig(16, 64, 4, 2)]
+)
+def test_any_tile(config):
+    check(random(70, 90, BF16), [random(90, 20), random(90, 130)], 0.3, draw_seeds(2), config)
+
+
+@pytest.mark.parametrize("count", [1, 10**4], ids=["whole", "split"])
+def test_the_factor_comes_before_the_rounding(count):
+    """x a is 100 000 here, which float16 doesn't have."""
+    x, a = torch.full_like(random(3, 100, F16), 100.0), torch.full_like(random(100, 2, F16), 10.0)
+    with processors(count):
+        (product,) = run(x, [a], [1e-3], config=SMALL)
+    torch.testing.assert_close(product, torch.full_like(product, 100.0))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_dropped_is_gone(value):
+    x, seeds = random(20, 40), draw_seeds(1)
+    (mask,) = keep_masks(seeds, x.shape, 0.5, 1)
+    x[~mask] = value
+    assert check(x, [random(40, 3)], 0.5, seeds)[0].isfinite().all()
+
+
+def test_what_is_kept_stays_nan():
+    x = random(20, 40)
+    x[3, 7] = torch.nan
+    (product,) = run(x, [random(40, 3)], [1.0])
+    assert product[3].isnan().all()
+    assert product[torch.arange(20, device=x.device) != 3].isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 10**4], ids=["whole", "split"])
+def test_same_inputs_same_bits(count):
+    x, adapters, seeds = random(50, 200, BF16), [random(200, 70), random(200, 3)], draw_seeds(2)
+    with processors(count):
+        first, second = (
+            run(x, adapters, [0.3, 1.0], dropout=0.1, seeds=seeds, config=SMALL) for _ in range(2)
+        )
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_factor_is_a_number_of_any_kind():
+    x, a = random(4, 16), random(16, 2)
+    for factor in (0, 1, -2, 0.0, 1e-30, 1e30):
+        (product,) = run(x, [a], [factor])
+        torch.testing.assert_close(product, factor * (x @ a))

@@ -1,0 +1,203 @@
+"""weight_grad: (keep ∘ v)ᵀ u for a group, and v b in the same pass, against float64."""
+
+import pytest
+import torch
+from judge import assert_close
+from kernel_cases import (
+    BF16,
+    DTYPE_IDS,
+    F16,
+    F32,
+    LAYOUTS,
+    draw_seeds,
+    keep_masks,
+    poisoned,
+    processors,
+    random,
+    recorded,
+)
+
+from fastlora.kernels import one_pass_pays, project, weight_grad
+from fastlora.kernels.config import WeightGradConfig
+from fastlora.kernels.launch import intercept
+from fastlora.kernels.target import TARGETS, use_target
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SMALL = WeightGradConfig(16, 32, warps=4, stages=2)
+RANKS = (1, 3, 16, 70, 200)
+
+
+def outputs(n, ranks, dtype, orientation):
+    """NaN, with NaN around it; as d lora_b [n, r] lies in memory, or as d lora_a.T."""
+    outs = []
+    for r in ranks:
+        memory = poisoned(n * r + 20, dtype=dtype)[10:-10]
+        outs.append(memory.view(n, r) if orientation == "d_lora_b" else memory.view(r, n).T)
+    return outs
+
+
+def check(v, us, dtype=F32, orientation="d_lora_a", p=0.0, seeds=None, config=None):
+    """Every product against float64; returns them.  Around them nothing is written."""
+    n = v.shape[1]
+    outs = outputs(n, [u.shape[1] for u in us], dtype, orientation)
+    weight_grad(v, us, outs, precision="ieee", dropout=p, seeds=seeds, config=config)
+    masks = keep_masks(seeds, v.shape, p, len(us))
+    for i, (out, u, mask) in enumerate(zip(outs, us, masks, strict=True)):
+        kept = torch.where(mask, v, 0)
+        truth, size = kept.double().T @ u.double(), kept.double().abs().T @ u.double().abs()
+        assert_close(f"product {i}", out, truth, (kept.T @ u).to(dtype), size, v.dtype)
+        around = torch.as_strided(out, (n * u.shape[1] + 20,), (1,), out.storage_offset() - 10)
+        assert around[:10].isnan().all()
+        assert around[-10:].isnan().all()
+    return outs
+
+
+@pytest.mark.parametrize("orientation", ["d_lora_a", "d_lora_b"])
+@pytest.mark.parametrize("n", [1, 17, 33, 100])
+@pytest.mark.parametrize("m", [1, 2, 17, 100])
+def test_any_shape(m, n, orientation):
+    check(random(m, n), [random(m, 3)], orientation=orientation)
+
+
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
+    ids=lambda dtype: DTYPE_IDS[dtype],
+)
+def test_any_dtype_and_rank(dtype, adapter_dtype, r):
+    """The output is in the adapter's dtype."""
+    check(random(50, 70, dtype), [random(50, r, dtype)], adapter_dtype)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
+def test_a_group_of_any_size_and_ranks(count, dropout):
+    us = [random(40, RANKS[i % 5], BF16) for i in range(count)]
+    check(random(40, 50, BF16), us, p=dropout, seeds=draw_seeds(count) if dropout else None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    check(random(45, 35, BF16, layout), [random(45, 5, BF16)], p=0.2, seeds=draw_seeds(1))
+
+
+@pytest.mark.parametrize("stride", [(0, 1), (0, 0), (1, 0)], ids=str)
+def test_an_expanded_v(stride):
+    """Gradients of a sum come with strides of zero."""
+    check(torch.as_strided(random(1, 60), (33, 25), stride), [random(33, 4)])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("orientation", ["d_lora_a", "d_lora_b"])
+@pytest.mark.parametrize("m", [33, 64, 100])
+def test_split_over_rows(m, orientation, dtype):
+    """Whether planes are summed afterwards depends on the device; the numbers don't."""
+    v, us, seeds = random(m, 40), [random(m, 3), random(m, 20), random(m, 1)], draw_seeds(3)
+    found = []
+    for count in (1, 10**4):
+        with processors(count), recorded() as records:
+            found.append(check(v, us, dtype, orientation, 0.4, seeds, SMALL))
+        assert len(records) == (1 if count == 1 else 2)
+    for whole, split in zip(*found, strict=True):
+        torch.testing.assert_close(whole, split)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (64, 16), (16, 128), (32, 64)], ids=str)
+def test_any_tile(tile):
+    config = WeightGradConfig(*tile, warps=8, stages=2)
+    check(random(70, 90, BF16), [random(70, 130, BF16)], p=0.3, seeds=draw_seeds(1), config=config)
+
+
+@pytest.mark.parametrize("processor_count", [1, 10**4], ids=["whole", "split"])
+@pytest.mark.parametrize("n", [20, 100], ids=["one tile of columns", "several"])
+@pytest.mark.parametrize("r", [1, 5, 70])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (F16, F16)], ids=lambda d: DTYPE_IDS[d]
+)
+def test_one_pass_is_as_two_calls(dtype, adapter_dtype, r, n, processor_count):
+    dy, h, b = random(50, n, dtype), random(50, r, dtype), random(n, r, adapter_dtype)
+    config = WeightGradConfig(16, 32, warps=4, stages=2)
+    apart, together = outputs(n, [r] * 2, adapter_dtype, "d_lora_b")
+    with processors(processor_count):
+        weight_grad(dy, [h], [apart], precision="ieee", config=config)
+        dh = weight_grad(
+            dy, [h], [together], precision="ieee", b=b, factor=-0.3, config=config
+        )  # fmt: skip
+    assert torch.equal(together, apart)
+    truth = -0.3 * dy.double() @ b.to(dtype).double()
+    size = 0.3 * dy.double().abs() @ b.double().abs()
+    assert_close("dh", dh, truth, project(dy, [b], [-0.3], precision="ieee")[0], size, dtype)
+
+
+@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "chosen"])
+def test_one_pass_with_a_rank_of_several_steps_is_refused(config):
+    """Its other columns of dh would stay as they were."""
+    dy, h, b, out = random(20, 30), random(20, 200), random(30, 200), poisoned(30, 200)
+    with pytest.raises(ValueError, match="rank 200"):
+        weight_grad(dy, [h], [out], precision="ieee", b=b, config=config)
+
+
+def test_one_pass_with_b_of_any_strides():
+    dy, h = random(40, 70, BF16), random(40, 5, BF16)
+    for layout in LAYOUTS:
+        b, out = random(70, 5, BF16, layout), poisoned(70, 5)
+        dh = weight_grad(dy, [h], [out], precision="ieee", b=b)
+        torch.testing.assert_close(dh, dy @ b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_dropped_is_gone(value):
+    v, seeds = random(40, 20), draw_seeds(1)
+    (mask,) = keep_masks(seeds, v.shape, 0.5, 1)
+    v[~mask] = value
+    (out,) = check(v, [random(40, 3)], p=0.5, seeds=seeds)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("processor_count", [1, 10**4], ids=["whole", "split"])
+def test_same_inputs_same_bits(processor_count):
+    v, u, b = random(100, 70, BF16), random(100, 20, BF16), random(70, 20)
+    found = []
+    with processors(processor_count):
+        for _ in range(2):
+            out = poisoned(70, 20)
+            dh = weight_grad(v, [u], [out], precision="ieee", b=b, config=SMALL)
+            found.append((out, dh))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("r", [8, 16, 64, 128])
+@pytest.mark.parametrize(
+    ("m", "n"), [(1, 4096), (64, 4096), (4096, 1024), (8192, 14336)], ids=lambda size: str(size)
+)
+@pytest.mark.parametrize(
+    "target", [t for t in TARGETS.values() if t.kind != "cpu"], ids=lambda t: t.name
+)
+def test_one_pass_pays_where_it_moves_fewer_bytes(target, m, n, r):
+    """It is never taken at a loss, and never left where it would save a quarter.
+
+    The bytes are what both ways would launch, on tensors without memory.
+    """
+    dy, h, b, out = (
+        torch.empty(shape, dtype=BF16, device="meta") for shape in ((m, n), (m, r), (n, r), (n, r))
+    )
+
+    def moved(run):
+        records = []
+        with intercept(records.append):
+            run()
+        return sum(record.work().loaded + record.work().stored for record in records)
+
+    with use_target(target):
+        together = moved(lambda: weight_grad(dy, [h], [out], precision="ieee", b=b))
+        apart = moved(lambda: weight_grad(dy, [h], [out], precision="ieee"))
+        apart += moved(lambda: project(dy, [b], [1.0], precision="ieee"))
+        pays = one_pass_pays(dy, b, "ieee")
+    assert together < apart if pays else together > 0.75 * apart
+
+
+def test_one_pass_never_pays_for_a_rank_of_several_steps():
+    dy, b = random(64, 64, BF16), random(64, 129, BF16)
+    assert not one_pass_pays(dy, b, "ieee")
