@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -93,6 +92,8 @@ def _contestant(
 
 def _peft_layers(case: Case) -> list[nn.Module]:
     """PEFT's own layers, in training mode; lora_B is not zero, and the scaling is not one."""
+    import peft  # here: benchmarks/gpu runs where PEFT may be missing
+
     base = Group([nn.Linear(case.K, N, bias=False, dtype=case.dtype) for N in case.outputs])
     config = peft.LoraConfig(
         r=case.r, lora_alpha=2 * case.r, lora_dropout=case.dropout, target_modules=r"layers\.\d+"

@@ -20,14 +20,13 @@ def check_results(contest: Contest) -> dict[str, float]:
     AssertionError if one is beyond tolerance.  PEFT draws its dropout by itself, so it is judged
     without dropout only.
     """
-    truth = _truth(contest)
+    expected = truth(contest)
     judged = [name for name in contest.contestants if name != "frozen"]
     if contest.dropout > 0:
         judged.remove("peft")
     errors = {}
     for name in judged:
-        found = _outputs_and_gradients(contest, contest.contestants[name])
-        errors[name] = max(_error(got, want) for got, want in zip(found, truth, strict=True))
+        errors[name] = worst_error(contest, contest.contestants[name], expected)
         tolerance = TOLERANCE[contest.x.dtype]
         assert errors[name] <= tolerance, (
             f"{name} is {errors[name]:.2g} from the oracle, beyond {tolerance:.2g}"
@@ -56,7 +55,14 @@ def check_saved(contest: Contest, saved: dict[str, int]) -> None:
     )
 
 
-def _truth(contest: Contest) -> list[Tensor]:
+def worst_error(contest: Contest, contestant: Contestant, expected: list[Tensor]) -> float:
+    """The worst error over a contestant's outputs and gradients, of those in ``expected``."""
+    found = _outputs_and_gradients(contest, contestant)
+    return max(error(got, want) for got, want in zip(found, expected, strict=True))
+
+
+def truth(contest: Contest) -> list[Tensor]:
+    """What the oracle has for a contest: outputs, and gradients of x and of every adapter."""
     masks = None
     if contest.dropout > 0:
         torch.manual_seed(_SEED)
@@ -90,7 +96,7 @@ def _outputs_and_gradients(contest: Contest, contestant: Contestant) -> list[Ten
     return [*(y.detach() for y in ys), *gradients]
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def error(got: Tensor, want: Tensor) -> float:
     """The worse of largest difference over largest value, and ratio of norms; NaN is infinite."""
     difference = got.double() - want
     worst = max(difference.abs().max() / want.abs().max(), difference.norm() / want.norm())

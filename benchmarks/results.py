@@ -6,9 +6,9 @@ import platform
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
-import peft
 import torch
 
 import fastlora
@@ -59,20 +59,28 @@ def describe_machine() -> dict:
         "avx512_bf16": "avx512_bf16" in flags,
         "fastlora": fastlora.__version__,
         "torch": torch.__version__,
-        "peft": peft.__version__,
+        "peft": version("peft"),
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
-def write_results(rows: list[dict], arguments: Sequence[str], folder: Path = FOLDER) -> Path:
+def write_results(
+    rows: list[dict],
+    arguments: Sequence[str],
+    folder: Path = FOLDER,
+    machine: dict | None = None,
+    **more,
+) -> Path:
     """Write ``folder``/<device>/<date>.json, whole or not at all: beside it, and then renamed.
 
-    A later run of the same day replaces it; ``arguments`` are pytest's, which tell a partial run.
+    A later run of the same day replaces it; ``arguments`` are the command's, which tell a partial
+    run.  ``machine`` is this one's CPU, unless it is given; ``more`` stands beside it.
     """
-    machine = describe_machine()
+    machine = describe_machine() if machine is None else machine
     path = folder / machine["device"] / f"{machine['date']}.json"
-    head = json.dumps({"machine": machine, "arguments": [str(each) for each in arguments]})
+    texts = [str(each) for each in arguments]
+    head = json.dumps({"machine": machine, "arguments": texts, **more}, ensure_ascii=False)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)  # a line for each row
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
