@@ -3,10 +3,10 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench compile-report lint clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/demo ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
 	.venv/bin/python examples/finetune.py $(ARGS)
@@ -16,6 +16,9 @@ test: .venv/test ## Run all tests (ARGS="-k dropout …")
 
 bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick …")
 	.venv/bin/pytest benchmarks $(ARGS)
+
+compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here, and read the code (ARGS="--target sm_90 …")
+	.venv/bin/python -m benchmarks.compile_report $(ARGS)
 
 lint: .venv/dev ## Check format, style and types
 	.venv/bin/ruff format --check .

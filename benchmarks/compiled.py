@@ -15,41 +15,45 @@ from fastlora.kernels.target import Target
 
 from .loops import Instruction, depths
 
-_TENSOR_CORES = re.compile(r"[A-Z]*(HMMA|GMMA|QMMA|CMMA)|v_(mfma|wmma)")
-_TILE_LOOPS = {"gemm_lowrank": 1}  # loops around the ones that do the work: once a tile
+# HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and their kin; matrix instructions of CDNA and RDNA.
+_TENSOR_CORE = re.compile(r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*")
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
+_TILE_LOOPS = {"gemm_lowrank": 1}  # loops around those over steps: the one over tiles
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel's machine code.  Bytes are a thread's for the stack, else a program's."""
+    """One kernel's machine code.  Counts of instructions are of the text, not of a run."""
 
-    registers: int  # of a thread; on AMD vector registers, accumulators among them
-    stack: int
-    spills: int  # instructions that touch the stack
-    inner_spills: int  # those in a loop over steps: not in the loop over tiles
-    shared_memory: int
+    registers: int  # of a thread; on AMD vector registers and accumulators
+    stack: int  # bytes of a thread
+    spills: int  # instructions that touch the stack; on AMD registers that are kept there
+    inner_spills: int  # those of a loop over steps; on AMD every instruction that touches scratch
+    shared_memory: int  # bytes of a program
     tensor_memory: int  # columns
-    tensor_core: int  # instructions, by what they are named
+    tensor_core: int  # instructions
     tma_loads: int
     tma_stores: int
-    stores: int  # to global memory, TMA or not: a kernel that the compiler gave up has none
+    stores: int  # to global memory: none, where the compiler gave the kernel up
+    widest_load: int  # bits that a thread loads at once
     instructions: int
-    widest_load: int  # bits of the widest load from global memory, but for TMA
 
 
 class Driver:
     """All that ``kernel.warmup`` asks of a GPU's driver."""
 
     def __init__(self, target: Target):
+        self._name = target.name
         self._target = GPUTarget(target.kind, target.arch, target.warp_size)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> str:
+        """A kernel keeps what it compiled by this, and looks at no target again."""
+        return self._name
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
 
@@ -73,52 +77,61 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
     code = [
         Instruction(int(address, 16), predicate != "", opcode, operands)
-        for address, predicate, opcode, operands in re.findall(
-            r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);", text
-        )
+        for address, predicate, opcode, operands in _SASS.findall(text)
     ]
     names = Counter(instruction.name for instruction in code)
-    spilling = [instruction for instruction in code if instruction.name in ("LDL", "STL")]
+    spills = [instruction for instruction in code if instruction.name in ("LDL", "STL")]
     depth = depths(code)
     return Compiled(
         registers=registers,
         stack=stack,
-        spills=len(spilling),
-        inner_spills=sum(depth[each.address] > tile_loops for each in spilling),
+        spills=len(spills),
+        inner_spills=sum(depth[spill.address] > tile_loops for spill in spills),
         shared_memory=kernel.metadata.shared,
         tensor_memory=kernel.metadata.tmem_size,
-        tensor_core=sum(n for name, n in names.items() if _TENSOR_CORES.fullmatch(name)),
+        tensor_core=_count(names, _TENSOR_CORE),
         tma_loads=names["UTMALDG"],
         tma_stores=names["UTMASTG"],
         stores=names["STG"] + names["UTMASTG"],
+        widest_load=max(map(_load_bits, code)),
         instructions=len(code),
-        widest_load=_widest(text, r"\bLDG(?:STS)?[\w.]*?\.(?:BYPASS\.)?(64|128)?\b"),
     )
+
+
+def _load_bits(instruction: Instruction) -> int:
+    """``LDG.E.128`` loads 128 bits, ``LDGSTS.E.BYPASS.128`` too, ``LDG.E`` 32."""
+    if instruction.name not in ("LDG", "LDGSTS"):
+        return 0
+    parts = set(instruction.opcode.split("."))
+    widths = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+    return next((bits for part, bits in widths.items() if part in parts), 32)
 
 
 def _read_amd(kernel) -> Compiled:
     text = kernel.asm["amdgcn"]
-    code = text.split("s_endpgm")[0]
-    names = Counter(re.findall(r"^\t([a-z]\w+)", code, re.M))
+    names = Counter(re.findall(r"^\t([a-z]\w+)", text.split("\n.Lfunc_end")[0], re.MULTILINE))
 
     def metadata(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
-    def count(pattern: str) -> int:
-        return sum(n for name, n in names.items() if re.match(pattern, name))
-
-    spills = metadata("vgpr_spill_count") + metadata("sgpr_spill_count")
+    loads = re.compile(r"(?:global|buffer)_load_\w*?(?:dword|b)(?:x?(\d+))?")
+    widths = {"": 32, "2": 64, "3": 96, "4": 128}
+    found = [match[1] or "" for match in map(loads.match, names) if match]
     return Compiled(
         registers=metadata("vgpr_count"),
         stack=metadata("private_segment_fixed_size"),
-        spills=spills,
-        inner_spills=count("scratch_"),
+        spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        inner_spills=_count(names, re.compile(r"scratch_\w+")),
         shared_memory=kernel.metadata.shared,
         tensor_memory=0,
-        tensor_core=count("v_mfma|v_wmma"),
+        tensor_core=_count(names, _TENSOR_CORE),
         tma_loads=0,
         tma_stores=0,
-        stores=count("(global|buffer)_store"),
-        instructions=sum(names.values()),
-        widest_load=32,
+        stores=_count(names, re.compile(r"(global|buffer)_store\w+")),
+        widest_load=max((widths.get(width) or int(width) for width in found), default=0),
+        instructions=sum(count for name, count in names.items()),
     )
+
+
+def _count(names: Counter, pattern: re.Pattern) -> int:
+    return sum(count for name, count in names.items() if pattern.fullmatch(name))

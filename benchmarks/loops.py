@@ -1,7 +1,7 @@
-"""Which instructions of a kernel's machine code lie in a loop, and in how many."""
+"""How deep in loops each instruction of a kernel's machine code lies."""
 
 import re
-from collections.abc import Iterable
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,59 +27,54 @@ class Instruction:
         return int(re.findall(r"0x([0-9a-f]+)", self.operands)[-1], 16)
 
 
-Edges = set[tuple[int, int]]
+Graph = dict[int, set[int]]  # the blocks that follow a block, each named by its first address
 
 
 def depths(code: list[Instruction]) -> dict[int, int]:
     """How many loops there are around each address."""
     starts = {code[0].address} | {each.target for each in code if each.target is not None}
     starts |= {after.address for each, after in pairwise(code) if each.name in ("BRA", "EXIT")}
-    block, block_of = code[0].address, {}
-    for each in code:
+    block, block_of, following = code[0].address, {}, defaultdict(set)
+    for each, after in pairwise([*code, code[-1]]):
         block = each.address if each.address in starts else block
         block_of[each.address] = block
-    edges: Edges = {
-        (block_of[each.address], each.target) for each in code if each.target is not None
-    }
-    for each, after in pairwise(code):
-        falls_through = each.conditional or each.name not in ("BRA", "EXIT")
-        if falls_through and after.address in starts:
-            edges.add((block_of[each.address], after.address))
-    deep = dict.fromkeys(starts, 0)
-    _descend(edges, deep)
-    return {address: deep[block] for address, block in block_of.items()}
+        if each.target is not None:
+            following[block].add(each.target)
+        if after.address in starts and (each.conditional or each.name not in ("BRA", "EXIT")):
+            following[block].add(after.address)
+    depth = dict.fromkeys(starts, 0)
+    _add_loops(following, depth)
+    return {address: depth[block] for address, block in block_of.items()}
 
 
-def _descend(edges: Edges, deep: dict[int, int]) -> None:
-    """Add 1 to ``deep`` for every block of a loop, and look for loops inside without its entry."""
-    for loop in _loops(edges):
+def _add_loops(following: Graph, depth: dict[int, int]) -> None:
+    """Count each loop for its blocks; then those inside it, which are loops without its entry."""
+    for loop in _loops(following):
         for block in loop:
-            deep[block] += 1
-        entries = {after for before, after in edges if after in loop and before not in loop}
-        inside = {(a, b) for a, b in edges if a in loop and b in loop and b not in entries}
-        _descend(inside, deep)
+            depth[block] += 1
+        entries = {
+            after
+            for block, others in following.items()
+            if block not in loop
+            for after in others & loop
+        } or {min(loop)}
+        _add_loops({block: (following[block] & loop) - entries for block in loop}, depth)
 
 
-def _loops(edges: Edges) -> list[frozenset[int]]:
-    """The strongly connected parts: blocks that reach each other, and so themselves."""
-    reached = {block: _reach(edges, block) for block, _ in edges}
-    return list(
-        {
-            frozenset(other for other in there if block in reached.get(other, ()))
-            for block, there in reached.items()
-            if block in there
-        }
-    )
+def _loops(following: Graph) -> set[frozenset[int]]:
+    """Blocks that reach each other, and so themselves."""
+    reached = {block: _reach(following, block) for block in following}
+    return {
+        frozenset(other for other in there if block in reached.get(other, ()))
+        for block, there in reached.items()
+        if block in there
+    }
 
 
-def _reach(edges: Edges, start: int) -> set[int]:
-    following: dict[int, list[int]] = {}
-    for before, after in edges:
-        following.setdefault(before, []).append(after)
+def _reach(following: Graph, start: int) -> set[int]:
     reached: set[int] = set()
-    waiting: Iterable[int] = [start]
+    waiting = {start}
     while waiting:
-        new = {after for block in waiting for after in following.get(block, ())} - reached
-        reached |= new
-        waiting = new
+        waiting = {after for block in waiting for after in following.get(block, ())} - reached
+        reached |= waiting
     return reached

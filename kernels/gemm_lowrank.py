@@ -8,7 +8,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
-from .config import MAX_PROJECTIONS, Call, GemmConfig, block_r, chunks, default_config, tiles
+from .config import (
+    MAX_PROJECTIONS,
+    Call,
+    GemmConfig,
+    block_r,
+    chosen_config,
+    chunks,
+    one_step,
+    tiles,
+)
 from .launch import Launch, Work, launch
 from .target import target_of
 
@@ -43,6 +52,7 @@ def gemm_lowrank_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     ONE_STEP: tl.constexpr,
     ADD: tl.constexpr,
@@ -55,7 +65,9 @@ def gemm_lowrank_kernel(
     # Not tuples from outside: a launch finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for i_tile in range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
+    i_first = tl.program_id(0)
+    end = m_tiles * n_tiles if PERSISTENT else i_first + 1
+    for i_tile in range(i_first, end, tl.num_programs(0) if PERSISTENT else 1):
         i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)
         i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
         if ADD:
@@ -167,13 +179,17 @@ def gemm_lowrank(
     (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
     target = target_of(out.device)
     call = Call(
-        M, N, max(ranks), out.element_size(), precision, len(us), seeds is not None, a is not None
-    )
-    config = config or default_config("gemm_lowrank", target, call)
+        M, N, max(ranks), out.element_size(), precision, len(us),
+        masked=seeds is not None, project=a is not None, add=add,
+    )  # fmt: skip
+    config = chosen_config("gemm_lowrank", target, call, config)
     r_block = block_r(config, call)
     q_transposed = bool(qs) and all(q.stride(0) == 1 for q in qs)
     loaded = [*ps, *(q.T if q_transposed else q for q in qs), out]
     descriptors = config.descriptors and not add and all(map(_has_descriptor, loaded))
+    # The addresses of a group's low-rank operands, kept from tile to tile, are too many registers
+    # beside its two accumulators.
+    persistent = descriptors and not (seeds is not None and len(us) > 1)
     m_tiles, n_tiles = triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)
 
     def work() -> Work:
@@ -220,11 +236,11 @@ def gemm_lowrank(
         "bias_stride": 0 if bias is None else bias.stride(0), "out_rows": out.stride(0),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "BLOCK_R": r_block, "GROUP": config.group, "PRECISION": precision,
-        "DESCRIPTORS": descriptors, "Q_TRANSPOSED": q_transposed,
-        "ONE_STEP": max(ranks) <= r_block, "ADD": add,
+        "DESCRIPTORS": descriptors, "PERSISTENT": persistent, "Q_TRANSPOSED": q_transposed,
+        "ONE_STEP": one_step(config, target, call), "ADD": add,
     }  # fmt: skip
     count = tiles(config, call)
-    grid = (min(count, target.processors) if descriptors else count,)
+    grid = (min(count, target.processors) if persistent else count,)
     launch(Launch(gemm_lowrank_kernel, grid, arguments, config.warps, config.stages, work))
 
 

@@ -8,13 +8,13 @@ leave to Triton what torch has no kernel for: thin products, dropout masks, sums
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor
 
-from .config import Call, GemmConfig
-from .target import TARGETS, target_of
+from .config import Call, GemmConfig, why_not
+from .target import TARGETS, Target, target_of
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Row:
     r: int
     itemsize: int
     masked: bool
+    projections: int
     plan: Plan
 
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
 ROWS: tuple[Row, ...] = tuple(
-    Row(name, 4096, 4096, 4096, 16, size, False, FUSED if target.kind == "cpu" else IN_PLACE)
+    Row(name, 4096, 4096, 4096, 16, size, False, 1, FUSED if target.kind == "cpu" else IN_PLACE)
     for name, target in TARGETS.items()
     for size in (2, 4)
 )
@@ -67,15 +68,20 @@ def plan_for(
     if _forced is not None:
         return _forced
     call = Call(len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked)
-    return _nearest(target_of(x.device).name, call, k)
+    return _nearest(target_of(x.device), call, k)
 
 
 @lru_cache(maxsize=1024)
-def _nearest(name: str, call: Call, k: int) -> Plan:
-    rows = [row for row in ROWS if row.target == name and row.itemsize == call.itemsize]
+def _nearest(target: Target, call: Call, k: int) -> Plan:
+    rows = [row for row in ROWS if row.target == target.name and row.itemsize == call.itemsize]
 
     def distance(row: Row) -> float:
-        pairs = ((row.m, call.m), (row.n, call.n), (row.k, k), (row.r, call.r))
-        return (row.masked != call.masked) + sum(abs(math.log2(a / b)) for a, b in pairs)
+        ours = call.m, call.n, k, call.r, call.projections
+        theirs = row.m, row.n, row.k, row.r, row.projections
+        doublings = sum(abs(math.log2(a / b)) for a, b in zip(ours, theirs, strict=True))
+        return doublings + (row.masked != call.masked)
 
-    return min(rows, key=distance).plan
+    plan = min(rows, key=distance).plan
+    if plan.gemm is not None and why_not(plan.gemm, target, call) is not None:
+        return replace(plan, gemm=None)  # tiles of a neighbour that are too much here
+    return plan

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
-from .config import MAX_PROJECTIONS, Call, ProjectConfig, block_r, chunks, default_config, splits
+from .config import MAX_PROJECTIONS, Call, ProjectConfig, block_r, chosen_config, chunks, splits
 from .launch import Launch, Work, launch
 from .sum_planes import sum_planes
 from .target import target_of
@@ -82,7 +82,7 @@ def project(
     (M, K), ranks = x.shape, [a.shape[1] for a in adapters]
     target = target_of(x.device)
     call = Call(M, K, max(ranks), x.element_size(), precision, len(adapters), seeds is not None)
-    config = config or default_config("project", target, call)
+    config = chosen_config("project", target, call, config)
     count, k_per_split = splits(config, target, call, K, config.block_k)
     out = [x.new_empty(M, r) for r in ranks]
     parts = out

@@ -13,6 +13,7 @@ from .config import (
     Call,
     WeightGradConfig,
     block_r,
+    chosen_config,
     chunks,
     default_config,
     splits,
@@ -104,7 +105,7 @@ def weight_grad(
     call = Call(
         M, N, max(ranks), v.element_size(), precision, len(us), seeds is not None, b is not None
     )
-    config = config or default_config("weight_grad", target, call)
+    config = chosen_config("weight_grad", target, call, config)
     count, m_per_split = splits(config, target, call, M, config.block_m)
     n_tiles, r_block = tiles(config, call), block_r(config, call)
     r_tiles = triton.cdiv(max(ranks), r_block)

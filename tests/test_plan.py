@@ -28,8 +28,18 @@ def table(monkeypatch):
     plans._nearest.cache_clear()
 
 
-def row(m=4096, n=4096, k=4096, r=16, itemsize=2, masked=False, target="sm_90", plan=IN_PLACE):
-    return Row(target, m, n, k, r, itemsize, masked, plan)
+def row(
+    m=4096,
+    n=4096,
+    k=4096,
+    r=16,
+    itemsize=2,
+    masked=False,
+    projections=1,
+    target="sm_90",
+    plan=IN_PLACE,
+):
+    return Row(target, m, n, k, r, itemsize, masked, projections, plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -86,6 +96,14 @@ def test_the_depth_of_a_group_is_the_sum(table):
     with use_target(TARGETS["sm_90"]):
         assert plan_for(x, 4096, 3 * 4096, [16, 16, 16], "ieee") == TUNED
         assert plan_for(x, 4096, 1024, [16, 16, 16], "ieee") == IN_PLACE
+
+
+def test_a_group_is_nearest_to_a_group(table):
+    x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    table(row(), row(projections=3, plan=TUNED))
+    with use_target(TARGETS["sm_90"]):
+        assert plan_for(x, 4096, 4096, [16, 16, 16], "ieee") == TUNED
+        assert plan_for(x, 4096, 4096, [16], "ieee") == IN_PLACE
 
 
 def test_the_largest_rank_of_a_group_counts(table):

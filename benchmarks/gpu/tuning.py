@@ -225,7 +225,7 @@ def _plan_row(job: Job, target: Target, best: GemmConfig, fused: bool) -> Row:
     call = job.call
     return Row(
         target.name, call.m, call.n, job.depth, call.r, call.itemsize, call.masked,
-        Plan(True, best) if fused else Plan(False),
+        call.projections,        Plan(True, best) if fused else Plan(False),
     )  # fmt: skip
 
 
