@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels import gemm_lowrank, project, weight_grad
-from fastlora.kernels.config import DEFAULTS, Call, Config, GemmConfig, why_not
+from fastlora.kernels.config import Call, Config, GemmConfig, why_not
+from fastlora.kernels.defaults import DEFAULTS
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
@@ -53,6 +54,7 @@ class Case:
         return Call(
             self.M, self.N, self.r, itemsize, self.precision, self.n, self.masked,
             project="," in self.form, add=self.form.endswith("+"),
+            pointers=self.form.endswith("+") or self.N * itemsize % 16 != 0,
         )  # fmt: skip
 
     def fits(self) -> bool:

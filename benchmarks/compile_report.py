@@ -19,7 +19,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 
-from fastlora.kernels.config import Config, default_config, shared_memory, why_not
+from fastlora.kernels.config import Config, shared_memory, why_not
+from fastlora.kernels.defaults import default_config
 from fastlora.kernels.target import TARGETS
 
 from .compile_cases import Case, cases, launches

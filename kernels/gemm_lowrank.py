@@ -7,17 +7,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
+from .common import (
+    cast,
+    dot,
+    dropout_threshold,
+    keep_tile,
+    known_multiple,
+    load_tile,
+    store_tile,
+    tile_of,
+)
 from .config import (
     MAX_PROJECTIONS,
     Call,
     GemmConfig,
     block_r,
-    chosen_config,
+    cdiv,
     chunks,
     one_step,
     tiles,
+    uses_descriptors,
 )
+from .defaults import chosen_config
 from .launch import Launch, Work, launch
 from .target import target_of
 
@@ -55,6 +66,8 @@ def gemm_lowrank_kernel(
     PERSISTENT: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     ONE_STEP: tl.constexpr,
+    RANKS_OF_8: tl.constexpr,
+    V_DENSE: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
@@ -70,18 +83,17 @@ def gemm_lowrank_kernel(
     for i_tile in range(i_first, end, tl.num_programs(0) if PERSISTENT else 1):
         i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)
         i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
-        if ADD:
-            b_out = load_tile(out, i_m, i_n, M, N, out_rows, 1, BLOCK_M, BLOCK_N).to(tl.float32)
-        else:
-            b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
         early_u, early_v = (), ()
         for i in tl.static_range(len(u)):
+            r = known_multiple(R[i], RANKS_OF_8)
+            v_column = r if V_DENSE else v_columns[i]
             if seeds is not None:
                 # The mask is the low-rank product's alone, which therefore comes first: after the
                 # main loop it would need a second accumulator of this size.
                 b_low = low_rank_tile(
-                    u[i], v[i], i_m, i_n, M, N, R[i], v_rows[i], v_columns[i],
+                    u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column,
                     tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
                     BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, PRECISION,
                 )  # fmt: skip
@@ -89,8 +101,8 @@ def gemm_lowrank_kernel(
                 b_out += tl.where(keep, b_low, 0.0)
             elif ONE_STEP and a is None:
                 # Loaded here and used behind the main loop, which hides the wait.
-                b_u = load_tile(u[i], i_m, 0, M, R[i], R[i], 1, BLOCK_M, BLOCK_R)
-                b_v = load_tile(v[i], 0, i_n, R[i], N, v_rows[i], v_columns[i], BLOCK_R, BLOCK_N)
+                b_u = load_tile(u[i], i_m, 0, M, r, r, 1, BLOCK_M, BLOCK_R)
+                b_v = load_tile(v[i], 0, i_n, r, N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
                 early_u, early_v = early_u + (b_u,), early_v + (cast(b_v, b_u.dtype),)
 
         b_u = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -118,21 +130,27 @@ def gemm_lowrank_kernel(
             b_u = cast(b_u * factor, u[0].dtype.element_ty)
             if i_n == 0:
                 store_tile(u[0], b_u, i_m, 0, M, R[0], R[0], 1)
-            b_v = load_tile(v[0], 0, i_n, R[0], N, v_rows[0], v_columns[0], BLOCK_R, BLOCK_N)
+            r = known_multiple(R[0], RANKS_OF_8)
+            v_column = r if V_DENSE else v_columns[0]
+            b_v = load_tile(v[0], 0, i_n, r, N, v_rows[0], v_column, BLOCK_R, BLOCK_N)
             b_out = dot(b_u, cast(b_v, b_u.dtype), b_out, PRECISION)
         elif seeds is None:
             for i in tl.static_range(len(u)):
                 if ONE_STEP:
                     b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
                 else:
+                    r = known_multiple(R[i], RANKS_OF_8)
+                    v_column = r if V_DENSE else v_columns[i]
                     b_out = low_rank_tile(
-                        u[i], v[i], i_m, i_n, M, N, R[i], v_rows[i], v_columns[i], b_out,
+                        u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column, b_out,
                         BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, PRECISION,
                     )  # fmt: skip
         if bias is not None:
             o_n = i_n + tl.arange(0, BLOCK_N)
             b_bias = tl.load(bias + o_n.to(tl.int64) * bias_stride, mask=o_n < N, other=0.0)
             b_out += cast(b_bias, u[0].dtype.element_ty).to(tl.float32)[None, :]
+        if ADD:
+            b_out += load_tile(out, i_m, i_n, M, N, out_rows, 1, BLOCK_M, BLOCK_N).to(tl.float32)
 
         if DESCRIPTORS:
             # In two halves: the store's buffer stays allocated, beside those of the main loop.
@@ -178,19 +196,19 @@ def gemm_lowrank(
         return
     (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
     target = target_of(out.device)
+    q_transposed = bool(qs) and all(q.stride(0) == 1 for q in qs)
+    described = [*ps, *(q.T if q_transposed else q for q in qs), out]
     call = Call(
         M, N, max(ranks), out.element_size(), precision, len(us),
         masked=seeds is not None, project=a is not None, add=add,
+        pointers=add or not all(map(_has_descriptor, described)),
     )  # fmt: skip
     config = chosen_config("gemm_lowrank", target, call, config)
-    r_block = block_r(config, call)
-    q_transposed = bool(qs) and all(q.stride(0) == 1 for q in qs)
-    loaded = [*ps, *(q.T if q_transposed else q for q in qs), out]
-    descriptors = config.descriptors and not add and all(map(_has_descriptor, loaded))
+    r_block, descriptors = block_r(config, call), uses_descriptors(config, call)
     # The addresses of a group's low-rank operands, kept from tile to tile, are too many registers
     # beside its two accumulators.
     persistent = descriptors and not (seeds is not None and len(us) > 1)
-    m_tiles, n_tiles = triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)
+    m_tiles, n_tiles = cdiv(M, config.block_m), cdiv(N, config.block_n)
 
     def work() -> Work:
         size, seed_bytes = out.element_size(), 0 if seeds is None else 8 * len(ranks)
@@ -238,6 +256,8 @@ def gemm_lowrank(
         "BLOCK_R": r_block, "GROUP": config.group, "PRECISION": precision,
         "DESCRIPTORS": descriptors, "PERSISTENT": persistent, "Q_TRANSPOSED": q_transposed,
         "ONE_STEP": one_step(config, target, call), "ADD": add,
+        "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
+        "V_DENSE": all(v.stride(1) == r for v, r in zip(vs, ranks, strict=True)),
     }  # fmt: skip
     count = tiles(config, call)
     grid = (min(count, target.processors) if persistent else count,)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
-from .config import MAX_PROJECTIONS, Call, ProjectConfig, block_r, chosen_config, chunks, splits
+from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
+from .config import MAX_PROJECTIONS, Call, ProjectConfig, block_r, cdiv, chunks, splits
+from .defaults import chosen_config
 from .launch import Launch, Work, launch
 from .sum_planes import sum_planes
 from .target import target_of
@@ -23,6 +24,8 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     R_TILES: tl.constexpr,
+    RANKS_OF_8: tl.constexpr,
+    A_DENSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT_i = factor_i · (keep_i ∘ X) A_i, or the planes whose sum that is.
@@ -42,7 +45,9 @@ def project_kernel(
         b_x = load_tile(x, i_m, i_k, M, K, x_rows, x_columns, BLOCK_M, BLOCK_K)
         new = ()
         for i in tl.static_range(len(a)):
-            b_a = load_tile(a[i], i_k, i_r, K, R[i], a_rows[i], a_columns[i], BLOCK_K, BLOCK_R)
+            r = known_multiple(R[i], RANKS_OF_8)
+            a_row = r if A_DENSE else a_rows[i]
+            b_a = load_tile(a[i], i_k, i_r, K, r, a_row, a_columns[i], BLOCK_K, BLOCK_R)
             b_kept = b_x
             if seeds is not None:
                 keep = keep_tile(keys[i], i_m, i_k, threshold, BLOCK_M, BLOCK_K)
@@ -89,7 +94,7 @@ def project(
     if count > 1:
         parts = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
     r_block = block_r(config, call)
-    m_tiles, r_tiles = triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), r_block)
+    m_tiles, r_tiles = cdiv(M, config.block_m), cdiv(max(ranks), r_block)
 
     def work() -> Work:
         size, r = x.element_size(), sum(ranks)
@@ -115,6 +120,8 @@ def project(
         "a_columns": tuple(a.stride(1) for a in adapters),
         "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": r_block,
         "R_TILES": r_tiles, "PRECISION": precision,
+        "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
+        "A_DENSE": all(a.stride(0) == r for a, r in zip(adapters, ranks, strict=True)),
     }  # fmt: skip
     grid = (m_tiles * r_tiles, count)
     launch(Launch(project_kernel, grid, arguments, config.warps, config.stages, work))

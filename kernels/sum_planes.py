@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast
+from .config import cdiv
 from .launch import Launch, Work, launch
 
 _BLOCK = 1024
@@ -50,5 +51,5 @@ def sum_planes(planes: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         "counts": tuple(len(plane) for plane in planes),
         "BLOCK": _BLOCK,
     }
-    grid = (sum(triton.cdiv(size, _BLOCK) for size in sizes),)
+    grid = (sum(cdiv(size, _BLOCK) for size in sizes),)
     launch(Launch(sum_planes_kernel, grid, arguments, 4, 2, work))

@@ -23,6 +23,7 @@ class Target:
     descriptors: bool = False  # loads matrices by tensor descriptor (TMA)
     tensor_memory: int = 0  # columns, where accumulators live there
     tf32: bool = True
+    float32: bool = True  # has fast products in float32 of some precision
 
 
 _KIB = 1024
@@ -35,7 +36,7 @@ TARGETS = {
         Target("sm_100", "cuda", 100, 32, 227 * _KIB, 148, descriptors=True, tensor_memory=512),
         Target("sm_120", "cuda", 120, 32, 99 * _KIB, 170),
         Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 304),
-        Target("gfx11", "hip", "gfx1100", 32, 64 * _KIB, 96, tf32=False),
+        Target("gfx11", "hip", "gfx1100", 32, 64 * _KIB, 96, tf32=False, float32=False),
         # Few processors and small tiles (config.py), so that small shapes take every path.
         Target("interpreter", "cpu", 0, 32, 2**40, 6, descriptors=True),
     )

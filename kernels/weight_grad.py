@@ -7,18 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
-from .config import (
-    MAX_PROJECTIONS,
-    Call,
-    WeightGradConfig,
-    block_r,
-    chosen_config,
-    chunks,
-    default_config,
-    splits,
-    tiles,
-)
+from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
+from .config import MAX_PROJECTIONS, Call, WeightGradConfig, block_r, cdiv, chunks, splits, tiles
+from .defaults import chosen_config, default_config
 from .launch import Launch, Work, launch
 from .sum_planes import sum_planes
 from .target import target_of
@@ -33,6 +24,7 @@ def weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     R_TILES: tl.constexpr,
+    RANKS_OF_8: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT_i = (keep_i ∘ V)ᵀ U_i, or the planes whose sum that is; and PROJECTED: factor · V B.
@@ -57,7 +49,8 @@ def weight_grad_kernel(
         b_v = load_tile(v, i_m, i_n, M, N, v_rows, v_columns, BLOCK_M, BLOCK_N)
         new = ()
         for i in tl.static_range(len(u)):
-            b_u = load_tile(u[i], i_m, i_r, M, R[i], R[i], 1, BLOCK_M, BLOCK_R)
+            r = known_multiple(R[i], RANKS_OF_8)
+            b_u = load_tile(u[i], i_m, i_r, M, r, r, 1, BLOCK_M, BLOCK_R)
             b_kept = b_v
             if seeds is not None:
                 keep = keep_tile(keys[i], i_m, i_n, threshold, BLOCK_M, BLOCK_N)
@@ -108,7 +101,7 @@ def weight_grad(
     config = chosen_config("weight_grad", target, call, config)
     count, m_per_split = splits(config, target, call, M, config.block_m)
     n_tiles, r_block = tiles(config, call), block_r(config, call)
-    r_tiles = triton.cdiv(max(ranks), r_block)
+    r_tiles = cdiv(max(ranks), r_block)
     projected = product = None
     if b is not None:
         projected = product = v.new_empty(M, ranks[0])
@@ -150,7 +143,7 @@ def weight_grad(
         "out_columns": tuple(part.stride(-1) for part in parts),
         "b_rows": 0 if b is None else b.stride(0), "b_columns": 0 if b is None else b.stride(1),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": r_block,
-        "R_TILES": r_tiles, "PRECISION": precision,
+        "R_TILES": r_tiles, "PRECISION": precision, "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
     }  # fmt: skip
     grid = (n_tiles * r_tiles, count)
     launch(Launch(weight_grad_kernel, grid, arguments, config.warps, config.stages, work))

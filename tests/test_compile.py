@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlora.kernels.config import DEFAULTS
+from fastlora.kernels.defaults import DEFAULTS
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -114,8 +114,8 @@ def test_a_config_that_spills_is_seen_and_refused():
     script = (
         "import json, dataclasses\n"
         "from benchmarks import compile_report, compile_cases\n"
-        "from fastlora.kernels import config\n"
-        "config.why_not = lambda *_: None  # which would keep it from being launched\n"
+        "from fastlora.kernels import defaults\n"
+        "defaults.why_not = lambda *_: None  # which would keep it from being launched\n"
         "rows = compile_report.rows_of(compile_cases.SPILLING)\n"
         "print(json.dumps([dataclasses.asdict(row) for row in rows]))\n"
     )

@@ -6,20 +6,18 @@ import pytest
 import torch
 
 from fastlora.kernels.config import (
-    DEFAULTS,
     MAX_PROJECTIONS,
     Call,
     GemmConfig,
     ProjectConfig,
     WeightGradConfig,
     block_r,
-    candidates,
     chunks,
-    default_config,
     splits,
     tiles,
     why_not,
 )
+from fastlora.kernels.defaults import DEFAULTS, candidates, default_config
 from fastlora.kernels.target import TARGETS, target_of, use_target
 
 KERNELS = ["gemm_lowrank", "project", "weight_grad"]

@@ -76,6 +76,7 @@ KERNEL_ORDER = [
     "launch",
     "target",
     "config",
+    "defaults",
     "plan",
     "sum_planes",
     "project",

@@ -10,7 +10,8 @@ from multiprocessing import get_context
 
 import torch
 
-from fastlora.kernels.config import Call, Config, GemmConfig, candidates, default_config
+from fastlora.kernels.config import Call, Config, GemmConfig
+from fastlora.kernels.defaults import candidates, default_config
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import Plan, Row
 from fastlora.kernels.target import Target, use_target

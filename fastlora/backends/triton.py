@@ -118,7 +118,8 @@ def backward(
 
 def why_not(dtype: torch.dtype, device: torch.device, projections: Sequence[Projection]) -> str:
     """Why the kernels don't cover x of this dtype on this device, or an empty string."""
-    if kernels.target_of(device) is None:
+    target = kernels.target_of(device)
+    if target is None:
         if device.type == "cpu":
             return "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
         return f"the Triton kernels don't run on {device}"
@@ -128,6 +129,8 @@ def why_not(dtype: torch.dtype, device: torch.device, projections: Sequence[Proj
                 dtype = tensor.dtype
             if tensor is not None and max(tensor.shape) > _LONGEST:
                 return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
+    if dtype == torch.float32 and not target.float32:
+        return f"{target.name} multiplies no float32 in tensor cores"
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
