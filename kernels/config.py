@@ -181,6 +181,14 @@ def splits(config: Config, target: Target, call: Call, length: int, step: int) -
     return cdiv(length, each), each
 
 
+def partial_sums(config: WeightGradConfig, target: Target, call: Call) -> int:
+    """The floats of one pass: a plane of dh a tile of columns, of d lora_b a split of rows."""
+    n_planes = tiles(config, call)
+    m_planes, _ = splits(config, target, call, call.m, config.block_m)
+    floats = (n_planes > 1) * n_planes * call.m + (m_planes > 1) * m_planes * call.n
+    return floats * call.r
+
+
 def cdiv(length: int, step: int) -> int:
     return -(-length // step)
 

@@ -10,6 +10,7 @@ from .config import (
     GemmConfig,
     ProjectConfig,
     WeightGradConfig,
+    partial_sums,
     power_of_two,
     tiles,
     why_not,
@@ -172,15 +173,15 @@ def chosen_config(kernel: str, target: Target, call: Call, config: Config | None
 def default_config(kernel: str, target: Target, call: Call) -> Config | None:
     """The first of the target's configs, from large tiles to small, that fits and fills the device.
 
-    The one with the most tiles, if none fills it.  Where a tile of columns costs a plane of dh,
-    the largest that fits.  None, if none fits.
+    The one with the most tiles, if none fills it.  Of those for one pass over dy, whose rest is
+    split among the device's processors, the one with the fewest partial sums.  None, if none fits.
     """
     rows = _rows(DEFAULTS[target.name, kernel], call)
     fitting = [config for config in rows if why_not(config, target, call) is None]
     few_rows = max(16, power_of_two(call.m))
     suited = [config for config in fitting if config.block_m <= few_rows] or fitting[-1:]
     if call.project and kernel == "weight_grad":
-        return suited[0] if suited else None
+        return min(suited, key=lambda config: partial_sums(config, target, call), default=None)
     for config in suited:
         if tiles(config, call) >= 0.9 * target.processors:
             return config

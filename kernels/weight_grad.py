@@ -8,7 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import MAX_PROJECTIONS, Call, WeightGradConfig, block_r, cdiv, chunks, splits, tiles
+from .config import (
+    MAX_PROJECTIONS,
+    Call,
+    WeightGradConfig,
+    block_r,
+    cdiv,
+    chunks,
+    partial_sums,
+    splits,
+    tiles,
+)
 from .defaults import chosen_config, default_config
 from .launch import Launch, Work, launch
 from .sum_planes import sum_planes
@@ -163,10 +173,7 @@ def one_pass_pays(v: Tensor, b: Tensor, precision: str) -> bool:
     config = default_config("weight_grad", target, call)
     if config is None:
         return False
-    n_planes = tiles(config, call)
-    m_planes, _ = splits(config, target, call, M, config.block_m)
-    floats = (n_planes > 1) * n_planes * M * r + (m_planes > 1) * m_planes * N * r
-    return 2 * 4 * floats < M * N * v.element_size()
+    return 2 * 4 * partial_sums(config, target, call) < M * N * v.element_size()
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def forward(
                 y = x.new_empty(rows, len(weight))
                 kernels.gemm_lowrank(
                     y, [x], [weight.T], [h], [lora_b.T], precision=precision, bias=bias,
-                    a=lora_a.T if makes_h else None, factor=scale, config=plan.gemm,
+                    a=lora_a.T if makes_h else None, factor=float(scale), config=plan.gemm,
                 )  # fmt: skip
             else:
                 y = linear(x, weight, None if bias is None else bias.to(x.dtype))
