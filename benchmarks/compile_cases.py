@@ -53,7 +53,7 @@ class Case:
         itemsize = _DTYPES[self.dtype].itemsize
         return Call(
             self.M, self.N, self.r, itemsize, self.precision, self.n, self.masked,
-            project="," in self.form, add=self.form.endswith("+"),
+            project="," in self.form, alone=self.form.endswith("+"),
             pointers=self.form.endswith("+") or self.N * itemsize % 16 != 0,
         )  # fmt: skip
 

@@ -18,7 +18,6 @@ from .loops import Instruction, depths
 # HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and their kin; matrix instructions of CDNA and RDNA.
 _TENSOR_CORE = re.compile(r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*")
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
-_TILE_LOOPS = {"gemm_lowrank": 1}  # loops around those over steps: the one over tiles
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,11 @@ class Driver:
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile it as ``launch.run()`` would on that target, its arguments being meta tensors."""
     triton.runtime.driver.set_active(Driver(target))
-    kernel = launch.kernel.warmup(
-        **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
-    )
+    kernel = launch.compile()
     if target.kind == "hip":
         return _read_amd(kernel)
-    return _read_nvidia(kernel, _TILE_LOOPS.get(launch.name, 0))
+    # Around the loops over steps, a persistent program has one over tiles.
+    return _read_nvidia(kernel, tile_loops=int(launch.arguments.get("PERSISTENT", False)))
 
 
 def _read_nvidia(kernel, tile_loops: int) -> Compiled:

@@ -53,12 +53,14 @@ class Call:
     projections: int = 1
     masked: bool = False
     project: bool = False  # weight_grad: with dh in the same pass; gemm_lowrank: with h
-    add: bool = False  # gemm_lowrank: the low-rank term alone, added to what is there
+    alone: bool = False  # gemm_lowrank: the low-rank term alone, added to what is there
     pointers: bool = False  # gemm_lowrank: with operands that no descriptor fits
 
 
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
-_REGISTERS = 140  # of a thread's 255, for sums and tiles; the rest is the compiler's
+# Of a thread's 255, for sums and tiles; the rest is the compiler's.  Fitted, as the sums in
+# `registers` are, to what compiled for sm_80, sm_90, sm_100 and gfx942 without a spill in a loop.
+_REGISTERS = 140
 _PER_POINTER = 4  # elements to be loaded for each register of their addresses
 _MARGIN = 2048  # bytes of shared memory for barriers and alignment
 
@@ -72,7 +74,7 @@ def chunks(projections: int) -> list[slice]:
 def block_r(config: Config, call: Call) -> int:
     """The columns of a step over the rank: a power of two that tensor cores take."""
     if isinstance(config, GemmConfig):
-        # A rank that 16 doesn't divide is loaded one by one, with a pointer for each element.
+        # Of a rank that 16 doesn't divide, Triton may load every element by itself, with a pointer.
         most = 64 if call.r <= 64 else 32 if call.r % 16 == 0 else 16
     else:
         most = 128 // power_of_two(call.projections)
@@ -120,7 +122,7 @@ def shared_memory(config: Config, target: Target, call: Call) -> int:
         if call.masked and size == 4:
             low_rank *= 2  # as loaded, and as tensor cores read it
         store = config.block_m * config.block_n * size
-        if call.add:  # the only loop is the one over tiles
+        if call.alone:  # the only loop is the one over tiles
             low_rank = n * (config.block_m * size + config.block_n * 4) * r
             return copies * low_rank + store + _MARGIN
         step = (config.block_m + config.block_n) * config.block_k * size
@@ -152,7 +154,7 @@ def registers(config: Config, target: Target, call: Call) -> int:
     if isinstance(config, GemmConfig):
         held = config.block_m * config.block_n * (min(n, 2) if call.masked else 1)
         held += call.project * (config.block_m + config.block_k) * r
-        if not uses_descriptors(config, call) and not call.add:
+        if not uses_descriptors(config, call) and not call.alone:
             held += (config.block_m + config.block_n) * config.block_k // _PER_POINTER
     elif isinstance(config, ProjectConfig):
         x = config.block_m * config.block_k

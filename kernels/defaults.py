@@ -17,8 +17,8 @@ from .config import (
 )
 from .target import Target
 
-# From large tiles to small.  No GPU has measured them yet: they are what compiles without a spill
-# to tensor-core instructions (`make compile-report`) and fills the device's memory pipes on paper.
+# From large tiles to small.  No GPU has measured them yet: they compile to tensor-core instructions
+# without a spill in a loop (`make compile-report`), and fill the device's memory pipes on paper.
 _ADD = (  # no main loop: bound by memory, so several small programs for each processor
     GemmConfig(64, 128, 32, warps=8, stages=1),
     GemmConfig(64, 64, 32, warps=8, stages=1),
@@ -156,11 +156,15 @@ for _names, _gemm, _project, _weight_grad in (
 
 
 @lru_cache(maxsize=4096)
-def chosen_config(kernel: str, target: Target, call: Call, config: Config | None) -> Config:
-    """The config that a caller gave, or else the default one.
+def chosen_config(
+    kernel: str, target: Target, call: Call, config: Config | None, preferred: Config | None = None
+) -> Config:
+    """The config that a caller gave, else the preferred one if it fits, else the default.
 
     Raises ValueError with :func:`why_not`'s reason if it can't run this call.
     """
+    if config is None and preferred is not None and why_not(preferred, target, call) is None:
+        return preferred
     given = config or default_config(kernel, target, call)
     if given is None:
         given = _rows(DEFAULTS[target.name, kernel], call)[-1]
@@ -209,7 +213,7 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
 def _rows(table: Any, call: Call) -> tuple[Config, ...]:
     if not isinstance(table, dict):
         return table
-    if call.add:
+    if call.alone:
         return table["add"]
     exact = call.itemsize == 4 and call.precision == "ieee"
     return table["ieee" if exact else call.itemsize]

@@ -43,6 +43,7 @@ def low_rank_tile(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum + U V at (i_m, i_n), in steps of BLOCK_R."""
+    # Not pipelined: a few steps, whose buffers would lie beside those of the main loop.
     for i_r in tl.range(0, BLOCK_R if ONE_STEP else R, BLOCK_R, num_stages=1):
         b_u = load_tile(u, i_m, i_r, M, R, R, 1, BLOCK_M, BLOCK_R)
         b_v = load_tile(v, i_r, i_n, R, N, v_rows, v_columns, BLOCK_R, BLOCK_N)
@@ -67,7 +68,7 @@ def gemm_lowrank_kernel(
     Q_TRANSPOSED: tl.constexpr,
     ONE_STEP: tl.constexpr,
     RANKS_OF_8: tl.constexpr,
-    V_DENSE: tl.constexpr,
+    V_COLUMNS_OF_8: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
@@ -88,7 +89,7 @@ def gemm_lowrank_kernel(
         early_u, early_v = (), ()
         for i in tl.static_range(len(u)):
             r = known_multiple(R[i], RANKS_OF_8)
-            v_column = r if V_DENSE else v_columns[i]
+            v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
             if seeds is not None:
                 # The mask is the low-rank product's alone, which therefore comes first: after the
                 # main loop it would need a second accumulator of this size.
@@ -105,7 +106,8 @@ def gemm_lowrank_kernel(
                 b_v = load_tile(v[i], 0, i_n, r, N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
                 early_u, early_v = early_u + (b_u,), early_v + (cast(b_v, b_u.dtype),)
 
-        b_u = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        if a is not None:
+            b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for i in tl.static_range(len(K)):
             for i_k in range(0, K[i], BLOCK_K):
                 b_p = load_tile(
@@ -124,14 +126,14 @@ def gemm_lowrank_kernel(
                 b_out = dot(b_p, b_q, b_out, PRECISION)
                 if a is not None:
                     b_a = load_tile(a, i_k, 0, K[0], R[0], a_rows, a_columns, BLOCK_K, BLOCK_R)
-                    b_u = dot(b_p, cast(b_a, b_p.dtype), b_u, PRECISION)
+                    b_made = dot(b_p, cast(b_a, b_p.dtype), b_made, PRECISION)
 
         if a is not None:
-            b_u = cast(b_u * factor, u[0].dtype.element_ty)
+            b_u = cast(b_made * factor, u[0].dtype.element_ty)
             if i_n == 0:
                 store_tile(u[0], b_u, i_m, 0, M, R[0], R[0], 1)
             r = known_multiple(R[0], RANKS_OF_8)
-            v_column = r if V_DENSE else v_columns[0]
+            v_column = known_multiple(v_columns[0], V_COLUMNS_OF_8)
             b_v = load_tile(v[0], 0, i_n, r, N, v_rows[0], v_column, BLOCK_R, BLOCK_N)
             b_out = dot(b_u, cast(b_v, b_u.dtype), b_out, PRECISION)
         elif seeds is None:
@@ -140,7 +142,7 @@ def gemm_lowrank_kernel(
                     b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
                 else:
                     r = known_multiple(R[i], RANKS_OF_8)
-                    v_column = r if V_DENSE else v_columns[i]
+                    v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
                     b_out = low_rank_tile(
                         u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column, b_out,
                         BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, PRECISION,
@@ -176,6 +178,7 @@ def gemm_lowrank(
     a: Tensor | None = None,
     factor: float = 1.0,
     config: GemmConfig | None = None,
+    preferred: GemmConfig | None = None,
 ) -> None:
     """out = Σ_i p_i q_i + Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
 
@@ -184,6 +187,8 @@ def gemm_lowrank(
 
     Given ``a`` [K_0, R_0], a projection alone and without dropout also makes
     u_0 = factor · p_0 a, in the one launch: where :func:`one_launch_pays`.
+
+    ``config``, if given, must fit the call; ``preferred`` is taken if it does.
     """
     if len(us) > MAX_PROJECTIONS:
         for part in chunks(len(us)):
@@ -191,7 +196,7 @@ def gemm_lowrank(
                 out, ps[part], qs[part], us[part], vs[part],
                 precision=precision, bias=None if part.start else bias, dropout=dropout,
                 seeds=None if seeds is None else seeds[part],
-                add=add or part.start > 0, config=config,
+                add=add or part.start > 0, config=config, preferred=preferred,
             )  # fmt: skip
         return
     (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
@@ -200,10 +205,10 @@ def gemm_lowrank(
     described = [*ps, *(q.T if q_transposed else q for q in qs), out]
     call = Call(
         M, N, max(ranks), out.element_size(), precision, len(us),
-        masked=seeds is not None, project=a is not None, add=add,
+        masked=seeds is not None, project=a is not None, alone=not ps,
         pointers=add or not all(map(_has_descriptor, described)),
     )  # fmt: skip
-    config = chosen_config("gemm_lowrank", target, call, config)
+    config = chosen_config("gemm_lowrank", target, call, config, preferred)
     r_block, descriptors = block_r(config, call), uses_descriptors(config, call)
     # The addresses of a group's low-rank operands, kept from tile to tile, are too many registers
     # beside its two accumulators.
@@ -257,7 +262,7 @@ def gemm_lowrank(
         "DESCRIPTORS": descriptors, "PERSISTENT": persistent, "Q_TRANSPOSED": q_transposed,
         "ONE_STEP": one_step(config, target, call), "ADD": add,
         "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
-        "V_DENSE": all(v.stride(1) == r for v, r in zip(vs, ranks, strict=True)),
+        "V_COLUMNS_OF_8": all(v.stride(1) % 8 == 0 for v in vs),
     }  # fmt: skip
     count = tiles(config, call)
     grid = (min(count, target.processors) if persistent else count,)

@@ -35,12 +35,17 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        if not INTERPRETED.value:
-            options["sanitize_overflow"] = False  # the mask's hash wraps; TRITON_DEBUG would trap
+        if not INTERPRETED.value:  # which has no such option
+            # The mask's hash wraps, where TRITON_DEBUG=1 would trap.
+            options["sanitize_overflow"] = False
         return options
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options)
+
+    def compile(self) -> Any:
+        """Triton's compiled kernel, as :meth:`run` would launch it; the arguments may be meta."""
+        return self.kernel.warmup(**self.arguments, grid=self.grid, **self.options)
 
 
 # Not a context variable: a backward runs in a thread of autograd's own.

@@ -8,18 +8,18 @@ leave to Triton what torch has no kernel for: thin products, dropout masks, sums
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
 
-from .config import Call, GemmConfig, why_not
+from .config import Call, GemmConfig
 from .target import TARGETS, Target, target_of
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``fused``: base product and adapter in one kernel, with these tiles or the default ones."""
+    """``fused``: base product and adapter in one kernel, with these tiles if they fit the call."""
 
     fused: bool
     gemm: GemmConfig | None = None
@@ -47,7 +47,7 @@ ROWS: tuple[Row, ...] = tuple(
     for size in (2, 4)
 )
 
-_forced: Plan | None = None
+_forced: Plan | None = None  # no context variable, since a backward runs in another thread
 
 
 @contextmanager
@@ -81,7 +81,4 @@ def _nearest(target: Target, call: Call, k: int) -> Plan:
         doublings = sum(abs(math.log2(a / b)) for a, b in zip(ours, theirs, strict=True))
         return doublings + (row.masked != call.masked)
 
-    plan = min(rows, key=distance).plan
-    if plan.gemm is not None and why_not(plan.gemm, target, call) is not None:
-        return replace(plan, gemm=None)  # tiles of a neighbour that are too much here
-    return plan
+    return min(rows, key=distance).plan

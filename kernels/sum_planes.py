@@ -19,6 +19,7 @@ def sum_planes_kernel(planes, out, sizes, counts, BLOCK: tl.constexpr):
 
     PLANES_i [counts_i, sizes_i], OUT_i [sizes_i].
     """
+    # One grid for all sums: a block belongs to the first i whose blocks still hold it.
     i_block = tl.program_id(0)
     for i in tl.static_range(len(planes)):
         o_element = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

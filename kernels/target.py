@@ -14,7 +14,7 @@ from .common import INTERPRETED
 class Target:
     """An architecture, or one device of it."""
 
-    name: str  # the row of the tables in config.py
+    name: str  # the row of the tables in defaults.py
     kind: str  # "cuda", "hip", or "cpu" for Triton's interpreter
     arch: int | str  # as Triton's GPUTarget has it
     warp_size: int
@@ -37,12 +37,12 @@ TARGETS = {
         Target("sm_120", "cuda", 120, 32, 99 * _KIB, 170),
         Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 304),
         Target("gfx11", "hip", "gfx1100", 32, 64 * _KIB, 96, tf32=False, float32=False),
-        # Few processors and small tiles (config.py), so that small shapes take every path.
+        # Few processors and small tiles (defaults.py), so that small shapes take every path.
         Target("interpreter", "cpu", 0, 32, 2**40, 6, descriptors=True),
     )
 }
 
-_forced: Target | None = None
+_forced: Target | None = None  # no context variable, since a backward runs in another thread
 
 
 @contextmanager
@@ -62,7 +62,9 @@ def target_of(device: torch.device) -> Target | None:
         return _forced
     if device.type == "cpu":
         return TARGETS["interpreter"] if INTERPRETED.value else None
-    return _device_target(device.index) if device.type == "cuda" and not INTERPRETED.value else None
+    if device.type != "cuda" or INTERPRETED.value:
+        return None
+    return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
@@ -70,6 +72,8 @@ def _device_target(index: int) -> Target | None:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
+        if not arch.startswith(("gfx9", "gfx11", "gfx12")):
+            return None
         target = TARGETS["gfx942" if arch.startswith("gfx9") else "gfx11"]
         warp_size, shared_memory = properties.warp_size, target.shared_memory
     else:
@@ -83,6 +87,7 @@ def _device_target(index: int) -> Target | None:
         target,
         arch=arch,
         warp_size=warp_size,
+        # of AMD's, gfx942 alone has it
         tf32=target.tf32 and (target.kind != "hip" or arch == target.arch),
         shared_memory=shared_memory,
         processors=properties.multi_processor_count,

@@ -43,12 +43,11 @@ def weight_grad_kernel(
     B [N, R_0], if it is there, gives PROJECTED [N / BLOCK_N, M, R_0], a plane for every tile of
     columns.
     """
-    i_r, i_n = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
-    i_split = tl.program_id(1)
+    i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
+    i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
     if b is not None:
-        b_b = load_tile(b, i_n * BLOCK_N, 0, N, R[0], b_rows, b_columns, BLOCK_N, BLOCK_R)
-        plane_of_columns = projected + i_n.to(tl.int64) * M * R[0]
-    i_n = i_n * BLOCK_N
+        b_b = load_tile(b, i_n, 0, N, R[0], b_rows, b_columns, BLOCK_N, BLOCK_R)
+        plane_of_columns = projected + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
         sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)

@@ -49,7 +49,7 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 def test_every_call_has_a_default_that_fits(target, kernel):
     without = set()
     adds = (False, True) if kernel == "gemm_lowrank" else (False,)
-    for one in chain.from_iterable(calls(target, add=add) for add in adds):
+    for one in chain.from_iterable(calls(target, alone=alone) for alone in adds):
         config = default_config(kernel, target, one)
         if config is None:
             without.add((one.itemsize, one.projections, one.r))

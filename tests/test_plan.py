@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from fastlora import Projection
+from fastlora.backends import triton
 from fastlora.kernels import plan as plans
 from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
 from fastlora.kernels.target import TARGETS, use_target
 
@@ -111,6 +114,25 @@ def test_the_largest_rank_of_a_group_counts(table):
     table(row(r=8), row(r=64, plan=TUNED))
     with use_target(TARGETS["sm_90"]):
         assert plan_for(x, 4096, 4096, [8, 64], "ieee") == TUNED
+
+
+def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
+    """A row may have been tuned for operands that fit descriptors, a smaller rank, or more rows."""
+    tiles = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
+    table(row(plan=Plan(fused=True, gemm=tiles)))
+    chosen = []
+    for rows, n, k, r in ((8192, 4096, 4096, 16), (8192, 4098, 4100, 16), (64, 4096, 4096, 32)):
+        x, weight, lora_a, lora_b = (
+            torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for shape in ((rows, k), (n, k), (r, k), (n, r))
+        )
+        records = []
+        with use_target(TARGETS["sm_90"]), intercept(records.append):
+            triton.forward(x, [Projection(weight, lora_a, lora_b)], dropout=0.0, seed=None)
+        arguments = records[-1].arguments
+        chosen.append((arguments["BLOCK_M"], arguments["BLOCK_N"]))
+    assert chosen[0] == (128, 256)
+    assert (128, 256) not in chosen[1:]
 
 
 def test_a_forced_plan_is_for_the_block_alone():

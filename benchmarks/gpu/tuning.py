@@ -71,13 +71,7 @@ class Search:
 
 def compile_ahead(target: Target, case: Case, form: str, config: Config | None) -> None:
     """What this call would launch is compiled and not launched: its tensors are meta tensors."""
-
-    def compile_launch(record: Launch) -> None:
-        record.kernel.warmup(
-            **record.arguments, grid=record.grid, num_warps=record.warps, num_stages=record.stages
-        )
-
-    with use_target(target), intercept(compile_launch):
+    with use_target(target), intercept(Launch.compile):
         make_job(case, form, torch.device("meta")).run(config)
 
 

@@ -74,7 +74,7 @@ def _module(name: str) -> ModuleType:
 def _gpu_default(device: pytorch.device) -> str:
     if not _has_triton():
         return "torch"
-    return "torch" if _module("triton").why_not(pytorch.float32, device, ()) else "triton"
+    return "torch" if _module("triton").why_not(pytorch.float16, device, ()) else "triton"
 
 
 @cache

@@ -59,7 +59,7 @@ def forward(
                 y = x.new_empty(rows, len(weight))
                 kernels.gemm_lowrank(
                     y, [x], [weight.T], [h], [lora_b.T], precision=precision, bias=bias,
-                    a=lora_a.T if makes_h else None, factor=float(scale), config=plan.gemm,
+                    a=lora_a.T if makes_h else None, factor=float(scale), preferred=plan.gemm,
                 )  # fmt: skip
             else:
                 y = linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -126,7 +126,7 @@ def why_not(dtype: torch.dtype, device: torch.device, projections: Sequence[Proj
     for projection in projections:
         for tensor in projection[:4]:
             if tensor is not None and tensor.dtype not in _COVERED:
-                dtype = tensor.dtype
+                return f"the Triton kernels don't have {tensor.dtype}"
             if tensor is not None and max(tensor.shape) > _LONGEST:
                 return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
     if dtype == torch.float32 and not target.float32:
@@ -187,7 +187,7 @@ def _dx(
         p, q = [], []
     kernels.gemm_lowrank(
         dx, p, q, u, v, precision=precision, dropout=dropout, seeds=seeds, add=not plan.fused,
-        config=plan.gemm,
+        preferred=plan.gemm,
     )  # fmt: skip
     return dx
 
