@@ -44,7 +44,7 @@ _AMPERE_GEMM = {
     "ieee": (
         GemmConfig(64, 64, 16, warps=8, stages=3),
         GemmConfig(32, 32, 32, warps=4, stages=3),
-        GemmConfig(16, 32, 32, warps=4, stages=3),
+        GemmConfig(16, 32, 32, warps=4, stages=2),
     ),
     "add": _ADD,
 }
