@@ -59,6 +59,8 @@ def main() -> None:
         if "plan" in row:
             print(f"{row['plan']},")
     print(f"\n{table(results)}")
+    if results["steps"]["facts"]["failures"]:
+        sys.exit(1)  # there is no GPU
 
 
 def parse() -> argparse.Namespace:
@@ -66,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, interpreted")
     parser.add_argument("--only", choices=SHARES, help="this step alone (and the facts)")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all steps together")
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.dry and options.out.is_relative_to(HERE / "results"):

@@ -61,6 +61,8 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
     """Raise ValueError or TypeError unless every projection fits x; check_types comes first."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
     if x.dim() == 0:
         raise ValueError(
             "x is a scalar, but must be [..., in_features]: give it at least one dimension"

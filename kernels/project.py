@@ -15,7 +15,7 @@ from .sum_planes import sum_planes
 from .target import target_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # batches and sequences come in all lengths
 def project_kernel(
     x, a, out, seeds,
     M, K, R, factors, threshold, k_per_split,
@@ -55,8 +55,9 @@ def project_kernel(
             new = new + (dot(b_kept, cast(b_a, b_x.dtype), sums[i], PRECISION),)
         sums = new
     for i in tl.static_range(len(a)):
-        plane = out[i] + i_split.to(tl.int64) * M * R[i]
-        store_tile(plane, sums[i] * factors[i], i_m, i_r, M, R[i], R[i], 1)
+        r = known_multiple(R[i], RANKS_OF_8)
+        plane = out[i] + i_split.to(tl.int64) * M * r
+        store_tile(plane, sums[i] * factors[i], i_m, i_r, M, r, r, 1)
 
 
 def project(

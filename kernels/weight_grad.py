@@ -25,7 +25,7 @@ from .sum_planes import sum_planes
 from .target import target_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # batches and sequences come in all lengths
 def weight_grad_kernel(
     v, u, out, b, projected, seeds,
     M, N, R, factor, threshold, m_per_split,
@@ -70,7 +70,8 @@ def weight_grad_kernel(
             b_part = dot(
                 b_v, cast(b_b, b_v.dtype), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION
             )
-            store_tile(plane_of_columns, b_part * factor, i_m, 0, M, R[0], R[0], 1)
+            r = known_multiple(R[0], RANKS_OF_8)
+            store_tile(plane_of_columns, b_part * factor, i_m, 0, M, r, r, 1)
     for i in tl.static_range(len(u)):
         plane = out[i] + i_split.to(tl.int64) * N * R[i]
         store_tile(plane, sums[i], i_n, i_r, N, R[i], out_rows[i], out_columns[i])

@@ -89,6 +89,15 @@ def test_op_without_changes_is_fine():
     assert fastlora.lora_linear(**arguments()).shape == (2, 6)
 
 
+def test_sparse_x():
+    with pytest.raises(TypeError, match=r"layout torch.sparse_coo, but must be dense"):
+        fastlora.lora_linear(**arguments(x=torch.randn(2, 8).to_sparse()))
+
+
+def test_a_huge_whole_number_is_a_scale():
+    assert fastlora.lora_linear(**arguments(scale=2**70)).isfinite().all()
+
+
 def test_empty_group():
     with pytest.raises(ValueError, match="no projections"):
         fastlora.lora_linears(torch.randn(2, 8), [])

@@ -164,6 +164,28 @@ def test_a_cpu_without_the_interpreter_runs_on_torch():
     assert "on a CPU the Triton kernels run only under TRITON_INTERPRET=1" in output
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one switch alone"
+)
+@pytest.mark.parametrize(
+    ("switch", "precision"),
+    [
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+        ("torch.set_float32_matmul_precision('highest')", "ieee"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+    ],
+)
+def test_every_switch_of_float32_precision_is_followed(switch, precision):
+    code = (
+        f"import torch, fastlora; {switch}\n"
+        "from fastlora.backends.triton import _precision\n"
+        "from fastlora.kernels.target import TARGETS, use_target\n"
+        "with use_target(TARGETS['sm_90']): print(_precision(torch.ones(1, device='meta')))"
+    )
+    assert run_alone(code).split()[-1] == precision
+
+
 def test_without_the_package_triton_the_backend_is_an_error():
     code = (
         "import sys; sys.modules['triton'] = None; import fastlora\n"

@@ -1,6 +1,10 @@
 """The short table that a visit ends with: at most 40 lines, each short."""
 
-_WIDTH = 180
+_WIDTH = 240
+_LEGEND = (
+    "(ratios of time; ms: the frozen layer's; both: forward + backward; graph: forward in a CUDA "
+    "graph; peft': PEFT's formula written out; TF, GB/s: of the fused plan)"
+)
 _COLUMNS = {
     "fused": "fused",
     "in place": "in place",
@@ -73,10 +77,11 @@ def _layers(rows: list[dict]) -> list[str]:
             ]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     ]
+    return [*lines, _LEGEND]
 
 
 def _ratio(ratios: dict, name: str) -> str:

@@ -29,8 +29,9 @@ _CPU = pytorch.device("cpu")
 def use_backend(name: str) -> Iterator[None]:
     """Run the LoRA ops inside the block on this backend: ``with fastlora.use_backend("torch"): …``.
 
-    ``FASTLORA_BACKEND`` does the same for a process.  An unknown name, or one whose package isn't
-    installed, is a ValueError.
+    ``FASTLORA_BACKEND`` does the same for a process.  A backward runs on its forward's backend, but
+    under ``torch.compile`` on what the thread that runs it would choose; the numbers are the same.
+    An unknown name, or one whose package isn't installed, is a ValueError.
     """
     _check_name(name, "use_backend")
     token = _CHOSEN.set(name)

@@ -113,7 +113,8 @@ def _adapter_dtype(x: Tensor, projection: Projection) -> torch.dtype:
 
 
 def _factor(projection: Projection, mask: DropoutMask | None) -> float:
-    return projection.scale if mask is None else projection.scale / (1.0 - mask.p)
+    scale = float(projection.scale)
+    return scale if mask is None else scale / (1.0 - mask.p)
 
 
 def _project(x: Tensor, projection: Projection, mask: DropoutMask | None) -> Tensor:

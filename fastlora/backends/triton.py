@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .. import kernels  # type: ignore[attr-defined]  # it lives in kernels/
 from ..projection import Projection
 from . import torch as torch_backend
 from .dropout import dropout_mask
+
+try:
+    from .. import kernels  # type: ignore[attr-defined]  # it lives in kernels/
+except ImportError as error:
+    raise ImportError(
+        f"{__package__.partition('.')[0]} was imported from a source tree, {__file__}, which "
+        "has no fastlora.kernels: run from another folder, or pip install --editable ."
+    ) from error
 
 __all__ = ["backward", "dropout_mask", "forward", "why_not"]
 
@@ -193,7 +200,7 @@ def _dx(
 
 
 def _factor(projection: Projection, dropout: float) -> float:
-    return projection.scale / (1.0 - dropout)
+    return float(projection.scale) / (1.0 - dropout)
 
 
 def _seeds_of(used: list[int], seed: Tensor | None) -> Tensor | None:
@@ -207,6 +214,9 @@ def _precision(x: Tensor) -> str:
     """How tensor cores may read float32; for the 16-bit dtypes it means nothing."""
     if x.dtype != torch.float32 or not kernels.target_of(x.device).tf32:
         return "ieee"
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        # Since torch 2.9: it follows the older switches, whose getters raise if this one was used.
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
