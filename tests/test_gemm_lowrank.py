@@ -19,6 +19,7 @@ from kernel_cases import (
     random,
     recorded,
 )
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import gemm_lowrank
 from fastlora.kernels.config import GemmConfig
@@ -163,6 +164,20 @@ def test_both_loaders_give_the_same_bits(tile, layout, orientation, masked):
         assert record.arguments["Q_TRANSPOSED"] is (orientation == "y")
         assert (record.grid == (2,)) is (descriptors and not masked)
     assert torch.equal(*found)
+
+
+def test_descriptors_are_arguments_of_their_own():
+    """A launch of Triton 3.6 looks for them nowhere else, not inside of tuples either."""
+    config = GemmConfig(32, 32, 16, warps=4, stages=2, descriptors=True)
+    with recorded() as records:
+        check(*case(40, 72, [24, 8], [5, 70], BF16, F32), config=config)
+    (record,) = records
+    found = [
+        name for name, value in record.arguments.items() if isinstance(value, TensorDescriptor)
+    ]
+    assert found == ["p0", "p1", "q0", "q1", "out"]
+    tuples = [value for value in record.arguments.values() if isinstance(value, tuple)]
+    assert not any(isinstance(each, TensorDescriptor) for value in tuples for each in value)
 
 
 @pytest.mark.parametrize(
