@@ -29,7 +29,7 @@ from .config import (
     uses_descriptors,
 )
 from .defaults import chosen_config
-from .launch import Launch, Work, launch
+from .launch import Launch, Work, launch, size_of
 from .target import target_of
 
 
@@ -216,21 +216,17 @@ def gemm_lowrank(
     m_tiles, n_tiles = cdiv(M, config.block_m), cdiv(N, config.block_n)
 
     def work() -> Work:
-        size, seed_bytes = out.element_size(), 0 if seeds is None else 8 * len(ranks)
-        bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
-        a_bytes = 0 if a is None else a.numel() * a.element_size()
-        u_bytes = M * sum(ranks) * size  # loaded, or made here and stored
-        rows = M * sum(depths) * size + (u_bytes if a is None else 0)
-        columns = N * sum(depths) * size + sum(v.numel() * v.element_size() for v in vs)
-        again = M * N * size if add else 0
         made = 0 if a is None else 2 * M * depths[0] * ranks[0]
+        rows = size_of(*ps) + (size_of(*us) if a is None else 0)
+        columns = size_of(*qs, *vs)
+        again = size_of(out) if add else 0
         return Work(
             flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
-            loaded=rows + columns + a_bytes + bias_bytes + seed_bytes + again,
-            stored=M * N * size + (0 if a is None else u_bytes),
+            loaded=rows + columns + size_of(a, bias, seeds) + again,
+            stored=size_of(out) + (0 if a is None else size_of(*us)),
             loaded_by_tiles=rows * n_tiles
-            + (columns + bias_bytes) * m_tiles
-            + (a_bytes + seed_bytes) * m_tiles * n_tiles
+            + (columns + size_of(bias)) * m_tiles
+            + size_of(a, seeds) * m_tiles * n_tiles
             + again,
         )
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .common import INTERPRETED
 
 
@@ -17,6 +19,11 @@ class Work:
     stored: int  # bytes; no kernel stores an element twice
     loaded_by_tiles: int  # bytes, again for every tile that needs them
     partial: int = 0  # bytes of partial sums, which are part of loaded and stored
+
+
+def size_of(*tensors: Tensor | None) -> int:
+    """Bytes of the elements; None has none."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)

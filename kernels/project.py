@@ -10,7 +10,7 @@ from torch import Tensor
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
 from .config import MAX_PROJECTIONS, Call, ProjectConfig, block_r, cdiv, chunks, splits
 from .defaults import chosen_config
-from .launch import Launch, Work, launch
+from .launch import Launch, Work, launch, size_of
 from .sum_planes import sum_planes
 from .target import target_of
 
@@ -98,17 +98,14 @@ def project(
     m_tiles, r_tiles = cdiv(M, config.block_m), cdiv(max(ranks), r_block)
 
     def work() -> Work:
-        size, r = x.element_size(), sum(ranks)
-        seed_bytes = 0 if seeds is None else 8 * len(ranks)
-        a_bytes = sum(a.numel() * a.element_size() for a in adapters)
-        stored = sum(part.numel() * part.element_size() for part in parts)
+        stored = size_of(*parts)
         return Work(
-            flops=2 * M * K * r,
-            loaded=M * K * size + a_bytes + seed_bytes,
+            flops=2 * M * K * sum(ranks),
+            loaded=size_of(x, seeds, *adapters),
             stored=stored,
-            loaded_by_tiles=M * K * size * r_tiles
-            + a_bytes * m_tiles
-            + seed_bytes * m_tiles * r_tiles * count,
+            loaded_by_tiles=size_of(x) * r_tiles
+            + size_of(*adapters) * m_tiles
+            + size_of(seeds) * m_tiles * r_tiles * count,
             partial=stored if count > 1 else 0,
         )
 

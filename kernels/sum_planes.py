@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .common import cast
 from .config import cdiv
-from .launch import Launch, Work, launch
+from .launch import Launch, Work, launch, size_of
 
 _BLOCK = 1024
 
@@ -39,10 +39,9 @@ def sum_planes(planes: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """out_i = Σ_s planes_i[s]: float32 [S_i, …], and contiguous [...] of any dtype."""
 
     def work() -> Work:
-        loaded = sum(4 * plane.numel() for plane in planes)
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in out)
+        loaded = size_of(*planes)
         flops = sum(plane.numel() for plane in planes)
-        return Work(flops, loaded, stored, loaded_by_tiles=loaded, partial=loaded)
+        return Work(flops, loaded, size_of(*out), loaded_by_tiles=loaded, partial=loaded)
 
     sizes = tuple(tensor.numel() for tensor in out)
     arguments = {

@@ -20,7 +20,7 @@ from .config import (
     tiles,
 )
 from .defaults import chosen_config, default_config
-from .launch import Launch, Work, launch
+from .launch import Launch, Work, launch, size_of
 from .sum_planes import sum_planes
 from .target import target_of
 
@@ -126,21 +126,16 @@ def weight_grad(
         ]
 
     def work() -> Work:
-        size = v.element_size()
-        part_bytes = sum(part.numel() * part.element_size() for part in parts)
-        plane_bytes = 0 if projected is None else projected.numel() * projected.element_size()
-        u_bytes = M * sum(ranks) * size
-        b_bytes = 0 if b is None else b.numel() * b.element_size()
-        seed_bytes = 0 if seeds is None else 8 * len(ranks)
+        planes = size_of(*parts) * (count > 1) + size_of(projected) * (n_tiles > 1)
         return Work(
             flops=2 * M * N * (sum(ranks) + (0 if b is None else ranks[0])),
-            loaded=M * N * size + u_bytes + b_bytes + seed_bytes,
-            stored=part_bytes + plane_bytes,
-            loaded_by_tiles=M * N * size * r_tiles
-            + u_bytes * n_tiles
-            + b_bytes * count
-            + seed_bytes * n_tiles * r_tiles * count,
-            partial=(part_bytes if count > 1 else 0) + (plane_bytes if n_tiles > 1 else 0),
+            loaded=size_of(v, b, seeds, *us),
+            stored=size_of(projected, *parts),
+            loaded_by_tiles=size_of(v) * r_tiles
+            + size_of(*us) * n_tiles
+            + size_of(b) * count
+            + size_of(seeds) * n_tiles * r_tiles * count,
+            partial=planes,
         )
 
     arguments = {

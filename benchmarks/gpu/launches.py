@@ -9,7 +9,7 @@ from fastlora.kernels.launch import Launch, intercept
 from ..shapes import Case
 from .candidates import Candidate, make_inputs
 from .cases import DECODE
-from .timing import Clock, whole
+from .timing import Clock, digits, whole
 
 
 def launches_of(case: Case, device: torch.device, candidate: Candidate) -> list[tuple[str, Launch]]:
@@ -53,12 +53,12 @@ def measure(
             "grid": list(record.grid),
             "warps": record.warps,
             "stages": record.stages,
-            "tflops": _digits(work.flops / seconds / 1e12),
-            "gbs": _digits(moved / seconds / 1e9),
+            "tflops": digits(work.flops / seconds / 1e12),
+            "gbs": digits(moved / seconds / 1e9),
         }
         if ceilings:
             floor = max(work.flops / ceilings["flops"], moved / ceilings["bytes"])
-            row["share_of_floor"] = _digits(floor / seconds)
+            row["share_of_floor"] = digits(floor / seconds)
         depths = record.arguments.get("K")
         if record.name == "gemm_lowrank" and depths:
             row["mm_seconds"] = _mm_seconds(record, sum(depths), clock, device, times)
@@ -80,8 +80,4 @@ def _mm_seconds(record: Launch, depth: int, clock: Clock, device: torch.device, 
 def _median(clock: Clock, call, times: int) -> float:
     step = whole(call)
     clock.time(step)
-    return _digits(statistics.median(clock.time(step, flush=True)[0] for _ in range(times)))
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
+    return digits(statistics.median(clock.time(step, flush=True)[0] for _ in range(times)))

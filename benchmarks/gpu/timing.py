@@ -118,3 +118,8 @@ def quartiles(values: Sequence[float]) -> list[float]:
         values = [*values, *values]
     cuts = statistics.quantiles(values, n=4, method="inclusive")
     return [float(f"{value:.5g}") for value in cuts]
+
+
+def digits(value: float) -> float:
+    """As many as a measurement has."""
+    return float(f"{value:.4g}")

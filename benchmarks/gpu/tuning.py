@@ -20,7 +20,7 @@ from ..oracle import TOLERANCE, error
 from ..shapes import Case
 from .jobs import Job, make_job
 from .journal import check_device, describe
-from .timing import Clock, quartiles, whole
+from .timing import Clock, digits, quartiles, whole
 
 _SLOW = 1.2  # of the best so far: dropped after a few runs
 
@@ -128,7 +128,7 @@ def tune(
     laps = _in_turn(calls, clock, search.last)
     medians = {name: statistics.median(each) for name, each in laps.items()}
     best = min(finalists, key=lambda config: medians[str(config)])
-    row |= {"best": str(best), "seconds": {name: _digits(each) for name, each in medians.items()}}
+    row |= {"best": str(best), "seconds": {name: digits(each) for name, each in medians.items()}}
     if default in times:
         row["default/best"] = _ratio(laps[str(default)], laps[str(best)])
     if "in place" in laps:
@@ -220,9 +220,5 @@ def _plan_row(job: Job, target: Target, best: GemmConfig, fused: bool) -> Row:
     call = job.call
     return Row(
         target.name, call.m, call.n, job.depth, call.r, call.itemsize, call.masked,
-        call.projections,        Plan(True, best) if fused else Plan(False),
+        call.projections, Plan(True, best) if fused else Plan(False),
     )  # fmt: skip
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
