@@ -152,7 +152,10 @@ def registers(config: Config, target: Target, call: Call) -> int:
     """What a thread holds at once: sums, and the tiles that go through registers on their way."""
     r, n = block_r(config, call), call.projections
     if isinstance(config, GemmConfig):
-        held = config.block_m * config.block_n * (min(n, 2) if call.masked else 1)
+        out = config.block_m * config.block_n
+        held = out * (1 + n // 2 if call.masked else 1)
+        if call.masked and target.tensor_memory:
+            held += out // 8  # out of tensor memory, to be masked, and back
         held += call.project * (config.block_m + config.block_k) * r
         if not uses_descriptors(config, call) and not call.alone:
             held += (config.block_m + config.block_n) * config.block_k // _PER_POINTER
