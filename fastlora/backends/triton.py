@@ -4,9 +4,11 @@ The formulas are those of the torch backend, and so is the dropout mask, bit for
 the kernels don't cover runs on the torch backend, and the reason is said once.
 """
 
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ __all__ = ["backward", "dropout_mask", "forward", "why_not"]
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _said: set[str] = set()
+_INTERNAL = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 def forward(
@@ -149,8 +152,16 @@ def _covers(x: Tensor, projections: Sequence[Projection]) -> bool:
         reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
     if reason and reason not in _said:
         _said.add(reason)
-        warnings.warn(f"this call runs on the torch backend: {reason}", stacklevel=2)
+        warnings.warn(f"this call runs on the torch backend: {reason}", stacklevel=_user_level())
     return not reason
+
+
+def _user_level() -> int:
+    """The ``stacklevel``, for who calls this, of the first line outside of fastlora and torch."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def _through_lora_b(
