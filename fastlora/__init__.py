@@ -8,13 +8,15 @@ kernel (``kernels``). ``reference`` says what is true.
 
 from . import reference
 from .backends import use_backend
+from .check import check
 from .checkpoint import load_adapter, save_adapter
 from .config import LoRAConfig
-from .coverage import Coverage, coverage
+from .coverage import Coverage
 from .inject import apply_lora, print_trainable_parameters, remove_lora
 from .layers import LoRALinear
 from .merge import merge_lora, unmerge_lora
 from .ops import lora_linear, lora_linears
+from .optimize import coverage, optimize, restore
 from .projection import Projection
 from .version import __version__
 
@@ -25,14 +27,17 @@ __all__ = [
     "Projection",
     "__version__",
     "apply_lora",
+    "check",
     "coverage",
     "load_adapter",
     "lora_linear",
     "lora_linears",
     "merge_lora",
+    "optimize",
     "print_trainable_parameters",
     "reference",
     "remove_lora",
+    "restore",
     "save_adapter",
     "unmerge_lora",
     "use_backend",

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from .backends import planned_backend
-from .inject import lora_layers, some, unwrap
+from .inject import lora_layers, some
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
     """One adapted layer: ``plan`` is what its next call runs on.
 
+    It is a backend's name, ``merged`` or ``disabled`` for the base layer alone, or ``eager``.
     ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
+    ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
     """
 
     name: str
@@ -22,6 +24,7 @@ class LayerCoverage:
     fast: bool
     plan: str
     reason: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Coverage:
         if not self.layers:
             return "no LoRA layers: fastlora.apply_lora(model, config) makes them"
         plans = Counter(layer.plan for layer in self.fast)
-        merged = plans.pop("merged", 0)
-        notes = [f"backend {plan}" for plan in sorted(plans)] + [f"{merged} merged"] * (merged > 0)
+        alone = [f"{plans.pop(plan)} {plan}" for plan in ("merged", "disabled") if plan in plans]
+        notes = [f"backend {plan}" for plan in sorted(plans)] + alone
         note = f" ({'; '.join(notes)})" if notes else ""
         lines = [f"{len(self.fast)} of {len(self.layers)} layers fast{note}"]
         reasons: dict[tuple[str, str], list[str]] = {}
@@ -56,12 +59,9 @@ class Coverage:
         return "\n".join(lines)
 
 
-def coverage(model: nn.Module) -> Coverage:
-    """How every LoRALinear of the model would run if it were called now; nothing is called.
-
-    Raises ValueError if ``FASTLORA_BACKEND`` names no backend.
-    """
-    return Coverage(tuple(_cover(name, layer) for name, layer in lora_layers(unwrap(model))))
+def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
+    """How every LoRALinear of the model would run if it were called now."""
+    return [_cover(name, layer) for name, layer in lora_layers(model)]
 
 
 def _cover(name: str, layer) -> LayerCoverage:

@@ -1,6 +1,7 @@
 """One projection of a group: the frozen base and its adapter.  Plain data, and the checks of it."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,13 @@ class Projection(NamedTuple):
       dtypes: they are cast as they are read;
     * ``scale``, a finite number: alpha / r, or alpha / √r for rsLoRA.
 
+    ``weight`` None makes it one more adapter of the layer before it in a list: what it computes is
+    added to that layer's output, and it has no bias.
+
     It checks nothing itself: :func:`fastlora.lora_linears` does, when it meets x.
     """
 
-    weight: Tensor
+    weight: Any  # a Tensor or None
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None = None
@@ -37,13 +41,18 @@ def group(tensors: Sequence[Any], scales: Sequence[float]) -> list[Projection]:
     return [Projection._make([*tensors[4 * i : 4 * i + 4], s]) for i, s in enumerate(scales)]
 
 
+def outputs_of(projections: Sequence[Projection]) -> list[int]:
+    """For each projection, which of the group's outputs it is part of."""
+    return [n - 1 for n in accumulate(projection.weight is not None for projection in projections)]
+
+
 def check_types(x: Tensor, projections: Sequence[Projection]) -> None:
     """Raise TypeError unless these are a tensor and a list of projections that hold tensors."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
     if not isinstance(projections, list | tuple):
         raise TypeError(f"projections must be a list, not {type(projections).__name__}")
-    for projection in projections:
+    for i, projection in enumerate(projections):
         if type(projection) is not Projection:
             raise TypeError(
                 f"projections has a {type(projection).__name__}, but must be a list of "
@@ -51,7 +60,10 @@ def check_types(x: Tensor, projections: Sequence[Projection]) -> None:
             )
         weight, lora_a, lora_b, bias, _ = projection
         for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-            if not isinstance(tensor, Tensor):
+            if tensor is weight is None and i > 0:
+                if bias is not None:
+                    raise ValueError("a projection without a weight of its own can't have a bias")
+            elif not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         if bias is not None and not isinstance(bias, Tensor):
             raise TypeError(f"bias must be a tensor or None, not {type(bias).__name__}")
@@ -71,9 +83,12 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
     if not projections:
         raise ValueError("no projections came: give at least one fastlora.Projection")
     features, dtype, device = x.shape[-1], x.dtype, x.device
+    base = None
     for projection in projections:
+        if projection.weight is not None:
+            base = projection.weight
         _check_dtypes_and_devices(dtype, device, projection)
-        _check_shapes(features, projection)
+        _check_shapes(features, projection._replace(weight=base))
 
 
 def check_dropout(dropout: float) -> None:
@@ -146,7 +161,7 @@ def _check_dtypes_and_devices(
             )
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}")
-    if projection.weight.dtype != dtype:
+    if projection.weight is not None and projection.weight.dtype != dtype:
         raise TypeError(
             f"weight has dtype {projection.weight.dtype}, but x has {dtype}: convert one of them, "
             "or use torch.autocast"

@@ -203,3 +203,20 @@ def test_gradient_of_the_gradient_is_refused():
     y = fastlora.lora_linear(x, *projection[:3])
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["f64", "f32", "bf16-f32"])
+@dropouts
+@pytest.mark.parametrize("adapters", [(3,), (2, 1, 4), (6,)], ids=str)
+def test_several_adapters_of_one_layer(adapters, name, p):
+    """A layer with 3 adapters is one output; in a group each layer has some of its own."""
+    dtype, adapter_dtype = DTYPES[name]
+    projections = []
+    for layer, count in enumerate(adapters):
+        for i in range(count):
+            n, r = 19 + layer, 3 + 2 * i
+            projection = make_projection(n, 21, r, dtype, adapter_dtype, bias=i == 0)
+            projections.append(projection if i == 0 else projection._replace(weight=None))
+    x = make_x(2, 17, 21, dtype=dtype)
+    assert len(fastlora.lora_linears(x, projections)) == len(adapters)
+    check_against_oracle(x, projections, p)

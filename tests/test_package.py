@@ -30,6 +30,9 @@ ORDER = [
     "coverage",
     "peft_config",
     "checkpoint",
+    "integrations",
+    "optimize",
+    "check",
     "__init__",
 ]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..projection import Projection
+from ..projection import Projection, outputs_of
 from .dropout import DropoutMask, dropout_mask, multiply_bits
 
 __all__ = ["backward", "dropout_mask", "forward", "why_not"]
@@ -40,14 +40,16 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs [M, N] and the h [M, r] of all projections of x [M, K].
 
+    There is an output for each weight: a projection without one adds to the output before it.
     ``seed``: int64 [number of projections], on x's device; None without dropout.
     """
     ys, hs = [], []
     for projection, mask in zip(projections, _masks(x, projections, dropout, seed), strict=True):
         dtype = _adapter_dtype(x, projection)
         h = _project(_cast(x, dtype), projection, mask)
-        y = linear(x, projection.weight, _cast(projection.bias, x.dtype))
-        ys.append(_add_product(y, h, _cast(projection.lora_b, dtype).T))
+        if projection.weight is not None:
+            ys.append(linear(x, projection.weight, _cast(projection.bias, x.dtype)))
+        _add_product(ys[-1], h, _cast(projection.lora_b, dtype).T)
         hs.append(_cast(h, x.dtype))
     return ys, hs
 
@@ -64,8 +66,10 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and of each projection's tensors, or None where ``needs`` doesn't ask.
 
-    ``needs`` has that order too.  ``dys``: [M, N], or None for an output that the loss doesn't use.
+    ``needs`` has that order too.  ``dys``: for each output [M, N], or None if the loss doesn't use
+    it.
     """
+    dys = [dys[i] for i in outputs_of(projections)]
     dx = _base_dx(dys, x, projections) if needs[0] else None
     gradients = [dx]
     masks = _masks(x, projections, dropout, seed)
@@ -132,8 +136,8 @@ def _base_dx(dys: Sequence[Tensor | None], x: Tensor, projections: Sequence[Proj
     """Σ dy weight over the projections, [M, K]."""
     dx = None
     for dy, projection in zip(dys, projections, strict=True):
-        if dy is not None:
-            weight = projection.weight
+        weight = projection.weight
+        if dy is not None and weight is not None:
             dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
     return x.new_zeros(x.shape) if dx is None else dx
 

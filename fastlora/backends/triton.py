@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..projection import Projection
+from ..projection import Projection, outputs_of
 from . import torch as torch_backend
 from .dropout import dropout_mask
 
@@ -42,14 +42,18 @@ def forward(
         return torch_backend.forward(x, projections, dropout=dropout, seed=seed)
     precision, (rows, depth) = _precision(x), x.shape
     with _current(x.device):
+        layers = _layers(projections)
         plans = [
-            kernels.plan_for(x, len(weight), depth, [len(lora_a)], precision)
-            for weight, lora_a, *_ in projections
+            kernels.plan_for(
+                x, len(adapters[0].weight), depth, [len(a.lora_a) for a in adapters], precision
+            )
+            for adapters in layers
         ]
         makes_h = seed is None and all(
-            plan.fused and kernels.one_launch_pays(x, len(projection.lora_a))
-            for plan, projection in zip(plans, projections, strict=True)
-        )
+            plan.fused and len(adapters) == 1
+            and kernels.one_launch_pays(x, len(adapters[0].lora_a))
+            for plan, adapters in zip(plans, layers, strict=True)
+        )  # fmt: skip
         if makes_h:
             hs = [x.new_empty(rows, len(projection.lora_a)) for projection in projections]
         else:
@@ -61,19 +65,20 @@ def forward(
                 dropout=dropout,
                 seeds=seed,
             )
-        ys = []
-        for (weight, lora_a, lora_b, bias, scale), h, plan in zip(
-            projections, hs, plans, strict=True
-        ):
+        ys, h_of_next = [], iter(hs)
+        for adapters, plan in zip(layers, plans, strict=True):
+            weight, lora_a, _, bias, scale = adapters[0]
+            u = [next(h_of_next) for _ in adapters]
+            v = [adapter.lora_b.T for adapter in adapters]
             if plan.fused:
                 y = x.new_empty(rows, len(weight))
                 kernels.gemm_lowrank(
-                    y, [x], [weight.T], [h], [lora_b.T], precision=precision, bias=bias,
+                    y, [x], [weight.T], u, v, precision=precision, bias=bias,
                     a=lora_a.T if makes_h else None, factor=float(scale), preferred=plan.gemm,
                 )  # fmt: skip
             else:
                 y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-                kernels.gemm_lowrank(y, [], [], [h], [lora_b.T], precision=precision, add=True)
+                kernels.gemm_lowrank(y, [], [], u, v, precision=precision, add=True)
             ys.append(y)
     return ys, hs
 
@@ -89,7 +94,8 @@ def backward(
     seed: Tensor | None,
 ) -> list[Tensor | None]:
     """As the torch backend's: the gradients of x and of each projection's tensors."""
-    used = {i: dy for i, dy in enumerate(dys) if dy is not None}
+    per_projection = enumerate([dys[i] for i in outputs_of(projections)])
+    used = {i: dy for i, dy in per_projection if dy is not None}
     if not used or not _covers(x, projections):
         return torch_backend.backward(dys, x, projections, hs, needs, dropout=dropout, seed=seed)
     gradients: list[Tensor | None] = [None] * len(needs)
@@ -193,7 +199,8 @@ def _dx(
 ) -> Tensor:
     """Σ dy weight + mask ∘ (dh lora_a), [M, K]."""
     dx, precision = torch.empty_like(x, memory_format=torch.contiguous_format), _precision(x)
-    p, q = [dys[i] for i in dhs], [projections[i].weight for i in dhs]
+    based = [i for i in dhs if projections[i].weight is not None]
+    p, q = [dys[i] for i in based], [projections[i].weight for i in based]
     u, v = list(dhs.values()), [projections[i].lora_a for i in dhs]
     seeds = _seeds_of(list(dhs), seed)
     depth = sum(map(len, q))
@@ -208,6 +215,14 @@ def _dx(
         preferred=plan.gemm,
     )  # fmt: skip
     return dx
+
+
+def _layers(projections: Sequence[Projection]) -> list[list[Projection]]:
+    """The projections of each output: the layer itself, and further adapters of it."""
+    layers: list[list[Projection]] = [[] for _ in range(outputs_of(projections)[-1] + 1)]
+    for projection, i in zip(projections, outputs_of(projections), strict=True):
+        layers[i].append(projection)
+    return layers
 
 
 def _factor(projection: Projection, dropout: float) -> float:

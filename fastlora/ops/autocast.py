@@ -28,7 +28,7 @@ def autocast_inputs(
         return x, projections
     return x.to(dtype), [
         projection._replace(weight=projection.weight.to(dtype))
-        if projection.weight.dtype in _CAST
+        if projection.weight is not None and projection.weight.dtype in _CAST
         else projection
         for projection in projections
     ]

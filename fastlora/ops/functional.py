@@ -11,8 +11,12 @@ from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .function import LoRALinearFunction
 from .library import run_forward
 
-# Tensors of other classes (FakeTensor, DTensor …) go through the dispatcher.
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is of torch's own class, and not a FakeTensor, a DTensor …"""
+    return type(tensor) in _PLAIN
 
 
 def lora_linear(
@@ -64,7 +68,8 @@ def lora_linears(
     """Several projections of one x (q, k, v; gate, up): one node, x saved once, a mask each.
 
     Each output, its gradients and the errors are those of :func:`lora_linear`; out_features and r
-    may differ between the projections.  dx is summed in the order given.
+    may differ between the projections.  dx is summed in the order given.  A projection whose weight
+    is None is one more adapter of the layer before it, and has no output of its own.
     """
     check_types(x, projections)
     if autocast_is_on(x.device.type):
@@ -76,7 +81,7 @@ def lora_linears(
         dropout = 0.0
     seed = None if dropout == 0.0 else draw_seed(len(projections), x.device)
     tensors = [tensor for projection in projections for tensor in projection[:4]]
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if torch.compiler.is_compiling() or not is_plain(x):  # others go through the dispatcher
         name = "" if backend is None else backend_name(backend)
         parameters = [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
         scales = [float(projection.scale) for projection in projections]

@@ -3,7 +3,7 @@
 ``torch.compile`` and export see these two ops; a plain eager call runs the same implementations
 directly (:mod:`fastlora.ops.function`), because the dispatcher's door costs more than a small
 kernel.  The schemas carry a group of projections flat: four ``parameters`` for each (weight,
-lora_a, lora_b, bias), an empty bias standing for none.  An empty ``backend`` leaves the choice to
+lora_a, lora_b, bias), an empty one standing for none.  An empty ``backend`` leaves the choice to
 the moment at which the op runs.
 """
 
@@ -18,6 +18,9 @@ from ..backends import find_backend
 from ..projection import Projection, group
 from .autocast import autocast_off
 
+# Elements of a weight that become float32 at a time, in dora_norm: they stay in cache.
+_NORM_BLOCK = 2**20
+
 _LIBRARY = torch.library.Library("fastlora", "DEF")
 _LIBRARY.define(
     "lora_linears(Tensor x, Tensor[] parameters, float[] scales, float dropout, Tensor? seed, "
@@ -27,6 +30,7 @@ _LIBRARY.define(
     "lora_linears_backward(Tensor[] dys, Tensor x, Tensor[] parameters, Tensor[] hs, bool[] needs, "
     "float[] scales, float dropout, Tensor? seed, str backend) -> Tensor[]"
 )
+_LIBRARY.define("dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
 
 
 def run_forward(
@@ -36,7 +40,10 @@ def run_forward(
     seed: Tensor | None,
     backend: ModuleType,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs, each with x's leading dimensions, and the h [M, r] of every projection."""
+    """The outputs, each with x's leading dimensions, and the h [M, r] of every projection.
+
+    There are as many outputs as weights.
+    """
     ys, hs = backend.forward(as_matrix(x), projections, dropout=dropout, seed=seed)
     if x.dim() != 2:
         # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
@@ -72,6 +79,39 @@ def as_matrix(x: Tensor) -> Tensor:
     return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
 
 
+def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """‖weight + scale · lora_b lora_a‖ of each row, [N], in float32 or wider, without a gradient.
+
+    By ‖w‖² + 2 scale ⟨w, ba⟩ + scale² ‖ba‖², from one reading of the weight: ba, lora_b lora_a, is
+    never made.
+    """
+    if torch.compiler.is_compiling():
+        tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
+        return torch.ops.fastlora.dora_norm(*tensors, scale)
+    with torch.no_grad(), autocast_off(weight.device.type):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        down, up = lora_a.to(wide), lora_b.to(wide)
+        step = max(1, _NORM_BLOCK // weight.shape[1])
+        squares, products = [], []
+        for rows in weight.split(step):
+            rows = rows.to(wide)
+            squares.append(torch.linalg.vector_norm(rows, dim=1).square_())
+            products.append(rows @ down.T)
+        cross, own = torch.cat(products), up @ (down @ down.T)
+        total = torch.cat(squares) + (up * own).sum(1).mul_(scale**2)
+        return total.add_((up * cross).sum(1), alpha=2 * scale).clamp_min_(0.0).sqrt_()
+
+
+@torch.library.impl(_LIBRARY, "dora_norm", "CompositeExplicitAutograd")
+def _dora_norm(weight, lora_a, lora_b, scale):
+    return dora_norm(weight, lora_a, lora_b, scale)
+
+
+@torch.library.register_fake("fastlora::dora_norm", lib=_LIBRARY)
+def _fake_dora_norm(weight, lora_a, lora_b, scale):
+    return weight.new_empty(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
 @torch.library.impl(_LIBRARY, "lora_linears", "CompositeExplicitAutograd")
 def _lora_linears(x, parameters, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
@@ -92,7 +132,8 @@ def _fake_lora_linears(x, parameters, scales, dropout, seed, backend):
     tokens = math.prod(x.shape[:-1])
     ys = [
         x.new_empty(*x.shape[:-1], projection.weight.shape[0])
-        for projection in group(parameters, scales)
+        for projection in group(_with_none(parameters), scales)
+        if projection.weight is not None
     ]
     return ys, [
         x.new_empty(tokens, projection.lora_a.shape[0]) for projection in group(parameters, scales)
@@ -133,5 +174,5 @@ torch.library.register_autograd(
 
 
 def _with_none(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The parameters with None for each empty one, which can only be a bias."""
+    """The parameters with None for each empty one: no bias, or no weight."""
     return [parameter if parameter.numel() else None for parameter in parameters]

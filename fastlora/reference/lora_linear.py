@@ -45,13 +45,19 @@ def lora_linears(
     dropout: float = 0.0,
     masks: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several projections of one x, each with its own mask: one output for each of ``projections``.
+    """Several projections of one x, each with its own mask: one output for each weight.
 
     A projection is any (weight, lora_a, lora_b, bias, scale), :class:`fastlora.Projection` among
-    them.
+    them.  One whose weight is None adds its low-rank product to the output before it.
     """
     masks = [None] * len(projections) if masks is None else masks
-    return tuple(
-        lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=scale, dropout=dropout, mask=mask)
-        for (weight, lora_a, lora_b, bias, scale), mask in zip(projections, masks, strict=True)
-    )
+    ys: list[Tensor] = []
+    for (weight, lora_a, lora_b, bias, scale), mask in zip(projections, masks, strict=True):
+        adds = weight is None
+        if adds:
+            weight = lora_b.new_zeros(lora_b.shape[0], lora_a.shape[1])
+        y = lora_linear(
+            x, weight, lora_a, lora_b, bias=bias, scale=scale, dropout=dropout, mask=mask
+        )
+        ys.append(ys.pop() + y if adds else y)
+    return tuple(ys)

@@ -1,0 +1,154 @@
+"""PEFT models sped up in place: optimize, restore, and the report on any model with LoRA layers."""
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+from weakref import ref
+
+from torch import nn
+
+from .coverage import Coverage, LayerCoverage, cover_lora_linears
+from .inject import lora_layers, unwrap
+from .integrations import is_disabled
+
+_OLDEST, _NEWEST = (0, 18), (0, 21)  # versions of PEFT whose forward was read and tested
+
+
+@dataclass(frozen=True)
+class Optimized(Coverage):
+    """What ``optimize`` returns: the report; as a context manager it undoes that call at its end.
+
+    Layers that were optimised before stay so.
+    """
+
+    _changed: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # weak references
+
+    def __enter__(self) -> "Optimized":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _unswap(layer for changed in self._changed if (layer := changed()) is not None)
+
+    def __reduce__(self):
+        return Coverage, (self.layers,)
+
+
+def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
+    """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and report on each.
+
+    ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
+    ``torch.compile``) or not.  Parameters, names, files and PEFT's own functions stay as they are;
+    every call decides for itself whether it runs fast, and PEFT's forward takes all the others.
+    Layers that were optimised before are left alone; layers that PEFT adds later need another call.
+    :func:`restore` undoes it, and so does the end of ``with fastlora.optimize(model):``.
+
+    The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
+
+    ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does a version of PEFT
+    that wasn't tested, with a warning.
+
+    Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers.
+    With ``strict``, a layer that would not run fast is a ValueError too, with the report as its
+    text.  After an error the model is as it was.
+    """
+    inner = _checked(model)
+    layers = peft_layers(inner)
+    if not layers:
+        raise ValueError(_why_nothing(inner))
+    reason = _why_not_at_all()
+    if reason and not is_disabled():
+        warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
+    report = _cover(layers, unreached=reason)
+    if strict and any(not layer.fast for layer in report):
+        raise ValueError(f"not every layer would run fast: {Coverage(report)}")
+    changed = [] if reason else peft_integration("swap").swap_all(layer for _, layer in layers)
+    return Optimized(report, tuple(map(ref, changed)))
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`optimize`: every layer runs PEFT's forward again.  Returns the model.
+
+    A model that wasn't optimised stays as it is.  Raises TypeError for what is no module.
+    """
+    _unswap(layer for _, layer in peft_layers(_checked(model)))
+    return model
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """How every LoRA layer of the model, fastlora's or PEFT's, would run now; nothing is called.
+
+    Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
+    """
+    inner = _checked(model)
+    theirs = _cover(peft_layers(inner), unreached="fastlora.optimize(model) hasn't reached it")
+    return Coverage((*cover_lora_linears(inner), *theirs))
+
+
+def _cover(layers: list[tuple[str, Any]], unreached: str) -> tuple[LayerCoverage, ...]:
+    """Records of PEFT layers; ``unreached`` is what stops one that isn't optimised, if anything."""
+    version = _why_not_version()
+    if version:
+        return tuple(
+            LayerCoverage(name, (layer.out_features, layer.in_features), 0, False, "eager", version)
+            for name, layer in layers
+        )
+    return tuple(peft_integration("cover").cover(name, layer, unreached) for name, layer in layers)
+
+
+def _unswap(layers: Iterable[Any]) -> None:
+    if not _why_not_version():
+        peft_integration("swap").unswap_all(layers)
+
+
+def peft_integration(name: str) -> ModuleType:
+    """A module of fastlora.integrations.peft.  It imports PEFT, so ask for it late."""
+    return import_module(f"fastlora.integrations.peft.{name}")
+
+
+def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every LoRA layer of PEFT's, with its name.  Where PEFT isn't imported, there are none."""
+    lora = sys.modules.get("peft.tuners.lora")
+    if lora is None:
+        return []
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, lora.LoraLayer)]
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    return unwrap(model)
+
+
+def _why_nothing(model: nn.Module) -> str:
+    """Why a model without PEFT LoRA layers can't be optimised, and what to do."""
+    if any(True for _ in lora_layers(model)):
+        return "its LoRA layers are fastlora's own, which are fast as they are"
+    config = getattr(model, "peft_config", None)
+    if isinstance(config, dict):
+        kinds = ", ".join(str(getattr(c, "peft_type", c)).split(".")[-1] for c in config.values())
+        return f"this PEFT model has no LoRA layers (its adapters: {kinds}): only LoRA is sped up"
+    return (
+        f"this {type(model).__name__} has no PEFT LoRA layers: give it some by "
+        "peft.get_peft_model(model, peft.LoraConfig(…)), or use fastlora's own layers: "
+        "fastlora.apply_lora(model, fastlora.LoRAConfig(…))"
+    )
+
+
+def _why_not_at_all() -> str:
+    return "FASTLORA_DISABLE is set" if is_disabled() else _why_not_version()
+
+
+def _why_not_version() -> str:
+    """Why the PEFT that is imported isn't supported, or an empty string."""
+    peft = sys.modules.get("peft")
+    version = getattr(peft, "__version__", "")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if peft is None or (numbers and _OLDEST <= tuple(map(int, numbers.groups())) <= _NEWEST):
+        return ""
+    oldest, newest = (".".join(map(str, v)) for v in (_OLDEST, _NEWEST))
+    return f"PEFT {version} is not among the tested versions, {oldest} to {newest}"
