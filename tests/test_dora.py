@@ -1,0 +1,145 @@
+"""DoRA's op against the oracle, and its norm against the matrix that it doesn't make."""
+
+import pytest
+import torch
+from judge import assert_close
+from torch import nn
+
+from fastlora import reference
+from fastlora.ops import dora_linear, dora_norm
+
+pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
+
+DTYPES = {
+    "f64": (torch.float64, torch.float64),
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "f16-f32": (torch.float16, torch.float32),
+}
+dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
+
+
+def make(shape, n, r, dtype, adapter_dtype, bias):
+    """x and the layer's tensors, all with gradients but the weight; magnitudes unlike norms."""
+    k = shape[-1]
+
+    def leaf(*size, dtype):
+        return torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_()
+
+    tensors = {
+        "x": leaf(*shape, dtype=dtype),
+        "weight": leaf(n, k, dtype=dtype).detach(),
+        "lora_a": leaf(r, k, dtype=adapter_dtype),
+        "lora_b": leaf(n, r, dtype=adapter_dtype),
+        "magnitude": leaf(n, dtype=adapter_dtype),
+    }
+    if bias:
+        tensors["bias"] = leaf(n, dtype=dtype)
+    with torch.no_grad():
+        norm = (
+            tensors["weight"].double()
+            + 0.5 * tensors["lora_b"].double() @ tensors["lora_a"].double()
+        ).norm(dim=1)
+        tensors["magnitude"].copy_(norm * (1 + 0.3 * torch.randn(n, dtype=torch.float64)))
+    return tensors
+
+
+def outputs(function, tensors, dy, keep, convert, cast=False):
+    """The output and the gradients of all leaves, by name; ``keep`` is a mask times 1 / (1 - p)."""
+    leaves = {
+        name: convert(t.detach()).requires_grad_(t.requires_grad) for name, t in tensors.items()
+    }
+    given = {n: t.to(leaves["x"].dtype) for n, t in leaves.items()} if cast else leaves
+    y = function(**given, scale=0.5, **keep(given["x"]))
+    wanted = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
+    gradients = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
+    return {"y": y} | dict(zip(wanted, gradients, strict=True))
+
+
+@dtypes
+@pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("shape", "n", "r"), [((2, 3, 33), 17, 8), ((130, 70), 67, 16), ((0, 7), 9, 3)]
+)
+def test_against_the_oracle(shape, n, r, dtype, adapter_dtype, bias, p):
+    tensors = make(shape, n, r, dtype, adapter_dtype, bias)
+    dy = torch.randn(*shape[:-1], n, dtype=torch.float64)
+    mask = torch.rand(shape) >= p
+
+    def dropout(x):
+        return x * mask.to(x.dtype) / (1.0 - p)
+
+    def as_reference(x):
+        return {"dropped": dropout(x)} if p else {}
+
+    found = outputs(
+        dora_linear, tensors, dy, lambda x: {"dropout": dropout if p else None}, lambda t: t
+    )
+    oracle = reference.dora_linear
+    truth = outputs(oracle, tensors, dy, as_reference, torch.Tensor.double)
+    eager = outputs(oracle, tensors, dy, as_reference, lambda t: t, cast=True)
+    size = outputs(oracle, tensors, dy.abs(), as_reference, lambda t: t.double().abs())
+    for name, value in found.items():
+        assert_close(name, value, truth[name], eager[name], size[name], dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
+def test_gradients_and_their_gradients(p):
+    """With the norm given, since no gradient is to flow through that."""
+    tensors = make((2, 3, 5), 4, 2, torch.float64, torch.float64, True)
+    mask = (torch.rand(2, 3, 5) >= p).double() / (1 - p)
+    norm = torch.rand(4, dtype=torch.float64) + 0.5
+
+    def run(x, lora_a, lora_b, magnitude, bias):
+        dropout = (lambda x: x * mask) if p else None
+        weight = tensors["weight"]
+        return dora_linear(
+            x, weight, lora_a, lora_b, magnitude, bias=bias, scale=0.5, dropout=dropout, norm=norm
+        )
+
+    leaves = [tensors[name] for name in ("x", "lora_a", "lora_b", "magnitude", "bias")]
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@dtypes
+@pytest.mark.parametrize(("n", "k"), [(3, 5), (70, 2000), (2000, 700)], ids=str)
+def test_norm(n, k, dtype, adapter_dtype):
+    """Every term in float32: what is lost does not depend on the weight's dtype."""
+    weight = torch.randn(n, k, dtype=torch.float64).to(dtype)
+    lora_a = torch.randn(4, k, dtype=torch.float64).to(adapter_dtype).requires_grad_()
+    lora_b = torch.randn(n, 4, dtype=torch.float64).to(adapter_dtype)
+    norm = dora_norm(weight, lora_a, lora_b, 0.75)
+    truth = (weight.double() + 0.75 * lora_b.double() @ lora_a.double()).norm(dim=1)
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert not norm.requires_grad
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(norm.double(), truth.detach(), rtol=tolerance, atol=0)
+
+
+def test_norm_of_rows_that_cancel():
+    """weight = - scale lora_b lora_a: rounding may leave a little, but no NaN."""
+    lora_a, lora_b = torch.randn(4, 50), torch.randn(30, 4)
+    norm = dora_norm(-0.5 * lora_b @ lora_a, lora_a, lora_b, 0.5)
+    assert (norm < 0.02).all()
+
+
+def test_it_keeps_x_h_and_one_output():
+    """No float32 copy of x or of the weight, and one tensor of the output's size."""
+    tensors = make((64, 32), 48, 4, torch.bfloat16, torch.float32, True)
+    saved = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        dora_linear(**tensors, scale=0.5)
+    kept = [
+        tuple(t.shape) for pointer, t in saved.items() if pointer not in own and t.numel() > 200
+    ]
+    assert sorted(kept) == [(64, 4), (64, 48)]
