@@ -198,11 +198,33 @@ def test_no_gradient_mode_keeps_no_graph():
         assert fastlora.lora_linear(x, *projection[:3]).is_inference()
 
 
-def test_gradient_of_the_gradient_is_refused():
-    x, projection = make_x(5, 7), make_projection(4, 7, 3, torch.float32)
-    y = fastlora.lora_linear(x, *projection[:3])
-    with pytest.raises(RuntimeError, match="create_graph=True"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+@pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
+def test_gradient_of_the_gradient(p):
+    """Two layers, one with a second adapter, and one lora_a in two places."""
+    x = make_x(2, 3, 7, dtype=torch.float64)
+    first, more, last = (make_projection(4, 7, 3, torch.float64, bias=True) for _ in range(3))
+    tensors = [x, first.lora_a, first.lora_b, first.bias, more.lora_b, last.lora_a, last.lora_b]
+
+    def run(x, lora_a, lora_b, bias, more_b, last_a, last_b):
+        torch.manual_seed(4)
+        group = [
+            first._replace(lora_a=lora_a, lora_b=lora_b, bias=bias),
+            more._replace(weight=None, lora_a=lora_a, lora_b=more_b, bias=None),
+            last._replace(lora_a=last_a, lora_b=last_b),
+        ]
+        return fastlora.lora_linears(x, group, dropout=p)
+
+    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradgradcheck(run, tensors)
+
+
+def test_gradient_of_the_gradient_of_an_output_that_the_loss_does_not_use():
+    x, group = make_x(5, 7), [make_projection(4, 7, 3, torch.float32) for _ in range(2)]
+    used = fastlora.lora_linears(x, group)[1]
+    (dx,) = torch.autograd.grad(used.square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    assert group[0].lora_a.grad is None
+    assert group[1].lora_a.grad is not None
 
 
 @pytest.mark.parametrize("name", ["f64", "f32", "bf16-f32"])

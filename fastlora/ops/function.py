@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..projection import group
 from .library import run_backward, run_forward
 
@@ -21,15 +22,33 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the gradient of a LoRA layer's gradient was asked for (create_graph=True), but "
-                "its backward is not differentiable: use fastlora.reference.lora_linear for that"
-            )
         dropout, backend, scales = ctx.settings
         x, seed, *saved = ctx.saved_tensors
         count = 4 * len(scales)
-        projections, hs = group(saved[:count], scales), saved[count:]
+        tensors, hs = saved[:count], saved[count:]
         needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:]
-        dx, *gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, backend)
+        if torch.is_grad_enabled():
+            dx, *gradients = _differentiable(dys, x, tensors, scales, needs, dropout, seed, backend)
+        else:
+            projections = group(tensors, scales)
+            dx, *gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, backend)
         return dx, None, None, None, None, *gradients
+
+
+def _differentiable(dys, x, tensors, scales, needs, dropout, seed, backend) -> list[Tensor | None]:
+    """run_backward's gradients for ``create_graph=True``: autograd's, of the textbook formula."""
+    # Views, since one tensor may be there twice, and each time has a gradient of its own.
+    x, *tensors = (None if t is None else t.view_as(t) for t in (x, *tensors))
+    projections = group([None if t is None else t.to(x.dtype) for t in tensors], scales)
+    shape = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
+    masks = None if seed is None else [backend.dropout_mask(s, shape, dropout) for s in seed]
+    ys = reference.lora_linears(x, projections, dropout=dropout, masks=masks)
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    leaves = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
+    gradients = iter(
+        torch.autograd.grad(
+            [ys[i] for i in used], leaves, [dys[i] for i in used], create_graph=True,
+            allow_unused=True,
+        )
+    )  # fmt: skip
+    return [next(gradients) if need else None for need in needs]

@@ -47,8 +47,9 @@ def lora_linear(
     adapter's input alone, and only while ``training``; its mask is drawn from torch's generator of
     x's device, and is not stored.
 
-    Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them, once: the
-    backward itself is not differentiable.  Besides its arguments the call keeps only h [M, r].
+    Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them.  Gradients
+    of gradients (``create_graph=True``) are right, but not fast: they go through the textbook
+    formula.  Besides its arguments the call keeps only h [M, r].
 
     ``backend`` overrides :func:`fastlora.use_backend`.  Raises ValueError for shapes, devices or
     numbers that don't fit, and TypeError for dtypes.

@@ -1,5 +1,6 @@
 """PEFT's LoRA layers, sped up in place.
 
-:mod:`.linear` is what a sped-up layer becomes, :mod:`.eligibility` says which calls it takes,
-:mod:`.swap` does and undoes it.  None is imported before ``fastlora.optimize`` meets a PEFT layer.
+:mod:`.linear` is what a layer becomes, :mod:`.reading` and :mod:`.moment` say which calls it takes,
+and :mod:`.swap` does and undoes it.  None is imported before ``fastlora.optimize`` meets a layer of
+PEFT's.
 """

@@ -1,0 +1,189 @@
+"""A PEFT LoRA layer as its next call finds it: what the fast path computes with, or why it can't.
+
+The fast path reads the tensors of ``base_layer``, ``lora_A`` and ``lora_B`` and doesn't call these
+modules.  So whatever acts on such a call (a hook, another class, a replaced forward) sends the
+layer to PEFT's forward, which does call them.
+
+All of this is read anew in every call: adapters come and go, and so do hooks.  It is to take a few
+microseconds, so it looks submodules up where ``nn.Module`` keeps them.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ...ops import is_plain
+from ...projection import DTYPES, Projection
+from .masks import DROPOUTS
+
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+class Reading(NamedTuple):
+    """The layer with its active adapters; or ``reason``, why its call is PEFT's."""
+
+    reason: str
+    projections: Sequence[Projection] = ()
+    p: float = 0.0  # the probability with which the call drops
+    dropout: nn.Module | None = None
+    magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
+
+
+def active_adapters(layer: PeftLinear) -> list[str]:
+    """The active adapters that this layer has, in PEFT's order."""
+    own = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in own]
+
+
+def read(layer: PeftLinear, names: list[str]) -> Reading:
+    """Read the layer for a call with these adapters, of which there is one at least."""
+    if not layer.cast_input_dtype_enabled:
+        return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
+    modules = layer._modules
+    base = modules["base_layer"]
+    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    if type(base).forward is not _LINEAR_FORWARD:
+        if not _is_conv1d(base):
+            return Reading(f"its base is a {type(base).__name__}, no torch.nn.Linear")
+        weight = weight.T
+    reason = _why_not_module(base, "its base layer", weight) or _why_not_bias("its base's", bias)
+    if reason:
+        return Reading(reason)
+    projections: list[Projection] = []
+    p, dropout = None, None
+    for name in names:
+        lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        down, up, shift = _tensor(lora_a, "weight"), _tensor(lora_b, "weight"), lora_b.bias
+        dropout = modules["lora_dropout"]._modules[name]
+        reason = (
+            _why_not_adapter(lora_a, "its lora_A", down, weight)
+            or _why_not_adapter(lora_b, "its lora_B", up, weight)
+            or _why_not_bias("its lora_B's", shift)
+            or _why_not_dropout(dropout, p)
+        )
+        if reason:
+            return Reading(reason)
+        p, scale = _rate(dropout), layer.scaling[name]
+        if shift is not None:
+            bias = shift * scale if bias is None else bias + shift * scale
+        if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
+            up, scale = up * scale, 1.0
+        projections.append(Projection(None, down, up, None, scale))
+    projections[0] = projections[0]._replace(weight=weight, bias=bias)
+    magnitude = None
+    if layer.lora_variant:
+        reason, magnitude = _read_variant(layer, names, weight)
+    return Reading(reason, projections, p or 0.0, dropout, magnitude)
+
+
+def _read_variant(
+    layer: PeftLinear, names: list[str], weight: Tensor
+) -> tuple[str, DoraLinearLayer | None]:
+    """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
+    variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}
+    if not variants:
+        return "", None
+    name, variant = next(iter(variants.items()))
+    if type(variant) is not DoraLinearVariant:
+        kind = variant if isinstance(variant, type) else type(variant)
+        return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
+    magnitude = layer.lora_magnitude_vector[name]
+    if len(names) > 1:
+        return "DoRA beside another active adapter", None
+    if layer.lora_B[name].bias is not None:
+        return "DoRA with lora_bias", None
+    if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
+        return "a hook watches, or something replaces, its DoRA magnitude", None
+    if not is_plain(magnitude.weight) or magnitude.weight.device != weight.device:
+        return "its DoRA magnitude is sharded or on another device", None
+    return "", magnitude
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something acts on a call of this module besides its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and not _only_aligns_devices(module))
+    )
+
+
+def _only_aligns_devices(module: nn.Module) -> bool:
+    """Whether its replaced forward is accelerate's, which moves inputs to the weight's device.
+
+    The fast path asks that they be there.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and type(hook).__module__ == "accelerate.hooks"
+        and not hook.offload
+        and not hook.io_same_device
+    )
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, sooner; a parametrised weight or FSDP's is no parameter there."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, whose weight is [in, out]."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and type(base) is pytorch_utils.Conv1D
+
+
+def _rate(dropout: nn.Module) -> float:
+    """The probability with which this module drops now: 0 in evaluation."""
+    return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+
+def _why_not_adapter(linear: nn.Module, name: str, weight: Tensor, base: Tensor) -> str:
+    if type(linear) is not nn.Linear:
+        return f"{name} is a {type(linear).__name__}, no torch.nn.Linear"
+    if weight.device != base.device:
+        return f"{name} is on {weight.device}, its base on {base.device}"
+    return _why_not_module(linear, name, weight)
+
+
+def _why_not_module(module: nn.Module, name: str, weight: Tensor) -> str:
+    if is_hooked(module):
+        if hasattr(weight, "ds_id"):
+            return f"DeepSpeed ZeRO-3 gathers {name} when it is called"
+        return f"a hook watches, or something replaces, the calls of {name}"
+    if not is_plain(weight):
+        if isinstance(weight, DTensor):
+            return f"{name} is sharded (DTensor)"
+        return f"the weight of {name} is a {type(weight).__name__}"
+    if weight.device.type == "meta":
+        return f"{name} is on the meta device, without data"
+    if weight.dim() != 2 or weight.dtype not in DTYPES:
+        return f"the weight of {name} is {weight.dtype} of shape {tuple(weight.shape)}"
+    return ""
+
+
+def _why_not_bias(whose: str, bias: Tensor | None) -> str:
+    if bias is None or (is_plain(bias) and bias.dtype in DTYPES):
+        return ""
+    return f"{whose} bias is a {type(bias).__name__} of {bias.dtype}"
+
+
+def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
+    """``before``: the probability of the adapter before, if there is one."""
+    if type(dropout) not in DROPOUTS or is_hooked(dropout):
+        return "a hook watches, or something replaces, its dropout"
+    p = _rate(dropout)
+    if p >= 1.0:
+        return "its dropout drops everything"
+    if before not in (None, p):
+        return "its active adapters have different dropouts, and are training"
+    return ""
