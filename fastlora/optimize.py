@@ -3,7 +3,6 @@
 import re
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -32,7 +31,7 @@ class Optimized(Coverage):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _unswap(layer for changed in self._changed if (layer := changed()) is not None)
+        _unswap([layer for changed in self._changed if (layer := changed()) is not None])
 
     def __reduce__(self):
         return Coverage, (self.layers,)
@@ -75,7 +74,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     A model that wasn't optimised stays as it is.  Raises TypeError for what is no module.
     """
-    _unswap(layer for _, layer in peft_layers(_checked(model)))
+    _unswap([layer for _, layer in peft_layers(_checked(model))])
     return model
 
 
@@ -100,8 +99,8 @@ def _cover(layers: list[tuple[str, Any]], unreached: str) -> tuple[LayerCoverage
     return tuple(peft_integration("cover").cover(name, layer, unreached) for name, layer in layers)
 
 
-def _unswap(layers: Iterable[Any]) -> None:
-    if not _why_not_version():
+def _unswap(layers: list[Any]) -> None:
+    if layers and not _why_not_version():
         peft_integration("swap").unswap_all(layers)
 
 

@@ -21,7 +21,7 @@ def is_swapped(layer: nn.Module) -> bool:
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or isn't called when it has; "" if it can."""
     if not any(_is_over(type(layer), base) for base in (PeftLinear, Linear)):
-        return f"a {type(layer).__name__} layer runs as PEFT has it: only lora.Linear is sped up"
+        return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
     own = layer.__dict__.get("forward")
     if own is None or _is_ours(own):
         return ""

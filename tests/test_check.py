@@ -1,0 +1,155 @@
+"""check(model, batch): PEFT's forward and the fast one on the user's own batch."""
+
+import peft
+import pytest
+import torch
+from models import Mlp, tiny_llama
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+
+import fastlora
+from fastlora.integrations.peft import linear as fast_linear
+
+
+def llama(dtype=torch.float32, **settings) -> peft.PeftModel:
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings
+    return peft.get_peft_model(tiny_llama(dtype).train(), peft.LoraConfig(**config))
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.2}, {"use_dora": True}], ids=str)
+def test_a_model_passes(settings):
+    found = fastlora.check(llama(**settings), batch())
+    assert found
+    assert 0 < found.largest.relative < 1e-4
+    assert len(found.layers) == 14
+    assert len(found.gradients) == 14 * (3 if "use_dora" in settings else 2)
+    text = str(found)
+    assert text.startswith("fastlora (14 of 14 layers fast) and PEFT: the same within rounding")
+    assert found.layers[0].name in text or len(found.layers) > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_coarser(dtype):
+    found = fastlora.check(llama(dtype), batch())
+    assert found
+    assert found.tolerance > 1e-3
+
+
+def broken(run, how):
+    """The fast forward with an error in its output, or in lora_B's gradient alone."""
+
+    def wrong(x, name, reading):
+        if how == "output":
+            return run(x, name, reading) * 1.01
+        projection = reading.projections[0]
+        up = projection.lora_b
+        faulty = projection._replace(lora_b=up * 1.01 - 0.01 * up.detach())
+        return run(x, name, reading._replace(projections=[faulty]))
+
+    return wrong
+
+
+@pytest.mark.parametrize("how", ["output", "gradient"])
+def test_a_wrong_number_is_found(monkeypatch, how):
+    monkeypatch.setattr(fast_linear, "fast_forward", broken(fast_linear.fast_forward, how))
+    found = fastlora.check(llama(), batch())
+    assert not found
+    assert found.largest.relative > 5e-3
+    assert "NOT the same" in str(found)
+    if how == "gradient":
+        assert found.loss.relative < 1e-5
+        assert "lora_B" in found.largest.name
+
+
+def test_a_wrong_layer_is_named(monkeypatch):
+    model = llama()
+    culprit = model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight
+    run = fast_linear.fast_forward
+
+    def wrong(x, name, reading):
+        if reading.projections[0].lora_b is culprit:
+            return broken(run, "gradient")(x, name, reading)
+        return run(x, name, reading)
+
+    monkeypatch.setattr(fast_linear, "fast_forward", wrong)
+    found = fastlora.check(model, batch())
+    (wrong_layer,) = (d.name for d in found.layers if d.relative > 1e-3)
+    assert wrong_layer.endswith("layers.1.mlp.up_proj")
+
+
+def test_not_a_number_is_a_failure(monkeypatch):
+    run = fast_linear.fast_forward
+    monkeypatch.setattr(fast_linear, "fast_forward", lambda *rest: run(*rest) * float("nan"))
+    assert not fastlora.check(llama(), batch())
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
+def test_it_changes_nothing(optimized):
+    model = llama(lora_dropout=0.2)
+    if optimized:
+        fastlora.optimize(model)
+    norm = nn.BatchNorm1d(3)
+    model.base_model.model.extra = norm
+    norm(torch.randn(4, 3))
+    down = model.base_model.model.model.layers[0].mlp.down_proj
+    down.lora_A["default"].weight.grad = torch.ones_like(down.lora_A["default"].weight)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.get_rng_state()
+    fastlora.check(model, batch())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert [name.rsplit(".", 4)[1] for name in gradients] == ["down_proj"]
+    assert (gradients.popitem()[1] == 1).all()
+
+
+def test_an_error_in_the_model_leaves_it_as_it_was():
+    model = llama()
+    with pytest.raises((TypeError, ValueError)):
+        fastlora.check(model, {"no_such_argument": 3})
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj) is PeftLinear
+
+
+def mlp(**settings) -> peft.PeftModel:
+    config = peft.LoraConfig(target_modules=["up"], init_lora_weights=False, **settings)
+    return peft.get_peft_model(Mlp(), config)
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=str)
+def test_forms_of_a_batch_and_an_output_without_a_loss(make):
+    found = fastlora.check(mlp().base_model.model, make(torch.randn(5, 8)))
+    assert found
+    assert [d.name for d in found.outputs] == ["output"]
+
+
+def test_batch_norm_in_training_sees_each_batch_once():
+    model = nn.Sequential(mlp(), nn.BatchNorm1d(4)).train()
+    fastlora.check(model, torch.randn(5, 8))
+    assert model[1].num_batches_tracked == 0
+
+
+def test_there_must_be_something_to_compare():
+    model = mlp()
+    with model.disable_adapter(), pytest.raises(ValueError, match="nothing to compare"):
+        fastlora.check(model, torch.randn(5, 8))
+    with pytest.raises(ValueError, match="apply_lora"):
+        fastlora.check(Mlp(), torch.randn(5, 8))
+
+
+def test_an_optimizer_inside_of_backward_is_refused():
+    model = mlp()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="inside of backward"):
+        fastlora.check(model, torch.randn(5, 8))
+
+
+def test_the_tolerance_can_be_given():
+    assert not fastlora.check(llama(), batch(), tolerance=1e-12)
