@@ -57,7 +57,7 @@ def check_saved(contest: Contest, saved: dict[str, int]) -> None:
 
 def worst_error(contest: Contest, contestant: Contestant, expected: list[Tensor]) -> float:
     """The worst error over a contestant's outputs and gradients, of those in ``expected``."""
-    found = _outputs_and_gradients(contest, contestant)
+    found = outputs_and_gradients(contest, contestant)
     return max(error(got, want) for got, want in zip(found, expected, strict=True))
 
 
@@ -85,7 +85,8 @@ def truth(contest: Contest) -> list[Tensor]:
     return [*(y.detach() for y in ys), x.grad, *(tensor.grad for tensor in adapter)]
 
 
-def _outputs_and_gradients(contest: Contest, contestant: Contestant) -> list[Tensor]:
+def outputs_and_gradients(contest: Contest, contestant: Contestant) -> list[Tensor]:
+    """Outputs, and gradients of x and of the adapter, from a random state of their own."""
     torch.manual_seed(_SEED)
     ys = contestant.outputs(contest.x)
     torch.autograd.backward(ys, contest.dys)

@@ -61,6 +61,7 @@ def markdown(rows: list[dict], machine: dict) -> str:
 def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Title, and head and cells, of each table that has any rows."""
     layers = [_layer_cells(row) for row in rows if row["table"] == "layers"]
+    optimized = [_layer_cells(row) for row in rows if row["table"] == "optimized"]
     overhead = [
         cells for row in rows if row["table"] == "overhead" for cells in _overhead_cells(row)
     ]
@@ -71,6 +72,9 @@ def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
             "for backward: x + what is added to it. f32adapter: float32 adapters over bfloat16."
         )
         tables.append((title, [_LAYERS, *layers]))
+    if optimized:
+        title = "The same of PEFT's own layers; fastlora: after fastlora.optimize."
+        tables.append((title, [_LAYERS, *optimized]))
     if overhead:
         tables.append(
             ("CPU time of one eager call of a tiny layer, one thread.", [_OVERHEAD, *overhead])

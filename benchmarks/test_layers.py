@@ -20,10 +20,16 @@ def test_layers(case: Case, benchmark, record) -> None:
     errors = check_results(contest)
     saved = count_saved(contest)
     check_saved(contest, saved["fastlora"])
+    summary = measure(contest, case, benchmark)
+    if summary is not None:
+        record(make_row(case, "layers", case.targets, summary, errors=errors, saved=saved))
+
+
+def measure(contest: Contest, case: Case, benchmark) -> dict | None:
+    """The times of all contestants, taken in rounds; None if pytest-benchmark is switched off."""
     rounds = Rounds({name: _step(contest, each) for name, each in contest.contestants.items()})
     rounds.measure(benchmark, _QUICK_BUDGET if case.quick else _BUDGET)
-    if not benchmark.disabled:
-        record(make_row(case, "layers", case.targets, rounds.summary(), errors=errors, saved=saved))
+    return None if benchmark.disabled else rounds.summary()
 
 
 def _step(contest: Contest, contestant: Contestant) -> Step:
