@@ -164,8 +164,8 @@ def brief(rows: list[dict]) -> str:
 
 
 def demo(results: dict[str, dict]) -> str:
-    """The two sides of ``make demo``, from its loss.json."""
-    ours, theirs = results["fastlora"], results["PEFT"]
+    """The sides of ``make demo``, from its loss.json; each ratio is to PEFT."""
+    names = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
     rows = (
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
         ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
@@ -173,10 +173,15 @@ def demo(results: dict[str, dict]) -> str:
         ("peak memory growth, MiB", lambda side: side["peak_memory_growth"] / 2**20, "{:.0f}"),
         ("kept for the backward, MiB", lambda side: side["kept_for_backward"] / 2**20, "{:.0f}"),
     )
-    lines = ["| | fastlora | PEFT | ratio |", "|---|---|---|---|"]
+    sides = [side for side in names if side in results]
+    others = [side for side in sides if side != "PEFT"]
+    heads = [*(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others)]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for title, value, form in rows:
-        a, b = value(ours), value(theirs)
-        lines.append(f"| {title} | {form.format(a)} | {form.format(b)} | {a / b:.2f} |")
+        values = {side: value(results[side]) for side in sides}
+        cells = [form.format(values[side]) for side in sides]
+        cells += [f"{values[side] / values['PEFT']:.2f}" for side in others]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".finetune-", dir=options.out) as folder:
         scratch = Path(folder)
         (scratch / "texts.json").write_text(json.dumps(texts))
-        sides = ("fastlora", "PEFT") if options.compare else ("fastlora",)
+        sides = ["fastlora", *["PEFT"] * options.compare, *["optimized"] * options.optimize]
         results = {side: run_side(side, options, scratch, environment) for side in sides}
         print_table(results)
         settings = settings_of(options) | {"model": Path(options.model or GEMMA).name}
@@ -118,7 +118,7 @@ def keep_checkpoints(found: Path, kept: Path) -> None:
 
 
 def print_table(results: dict[str, dict]) -> None:
-    """The sides next to each other; the ratio is fastlora's number over PEFT's."""
+    """The sides next to each other; a ratio is that of fastlora, or of the optimised, to PEFT."""
     rows = [
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
         ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
@@ -126,13 +126,15 @@ def print_table(results: dict[str, dict]) -> None:
         ("peak memory growth, MiB", lambda side: mebibytes(side["peak_memory_growth"]), "{:.0f}"),
         ("kept for backward, MiB", lambda side: mebibytes(side["kept_for_backward"]), "{:.0f}"),
     ]
-    head = "".join(f"{side:>12}" for side in results) + ("   ratio" if len(results) > 1 else "")
-    print(f"\n{'':26}{head}")
+    others = [side for side in results if side != "PEFT"] if "PEFT" in results else []
+    head = "".join(f"{side:>12}" for side in results)
+    print(f"\n{'':26}{head}" + "".join(f"{'over PEFT':>12}" for side in others))
     for title, value, form in rows:
-        values = [value(side) for side in results.values()]
-        texts = ["not known" if number is None else form.format(number) for number in values]
-        ratio = f"{values[0] / values[1]:8.3f}" if len(values) > 1 and all(values) else ""
-        print(f"{title:26}" + "".join(f"{text:>12}" for text in texts) + ratio)
+        values = {side: value(result) for side, result in results.items()}
+        texts = ["not known" if v is None else form.format(v) for v in values.values()]
+        known = others if all(values.values()) else []
+        ratios = "".join(f"{values[side] / values['PEFT']:12.3f}" for side in known)
+        print(f"{title:26}" + "".join(f"{text:>12}" for text in texts) + ratios)
     print(
         "\npeak memory growth: over the whole training; on a CPU, of the process's resident memory"
     )
@@ -160,7 +162,7 @@ def plot(results: dict[str, dict], title: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for (side, result), (color, line, marker) in zip(
-        results.items(), [("C0", "-", "o"), ("C1", "--", "x")], strict=False
+        results.items(), [("C0", "-", "o"), ("C1", "--", "x"), ("C2", ":", "+")], strict=False
     ):
         speed = f"{result['tokens_per_second']:.0f} tokens/s"
         steps, losses = zip(*result["loss"], strict=True)

@@ -47,7 +47,10 @@ def parse_options(description: str) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--seed", type=whole(0), default=0, help="of adapter, data order, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
+    add("--optimize", action="store_true", help="a third run: PEFT after fastlora.optimize(model)")
     options = parser.parse_args()
+    if options.optimize and not options.compare:
+        stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")
     options.out = options.out.expanduser()
     check_out(options.out)
     return options

@@ -1,4 +1,4 @@
-"""One fine-tuning run, with fastlora or with PEFT.  The file to copy from: add_adapter and finish.
+"""One fine-tuning run: fastlora, PEFT, or PEFT optimised.  Copy from add_adapter and finish.
 
     python train_one.py RUN.json
 
@@ -52,10 +52,13 @@ def main(run: SimpleNamespace) -> None:
 def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module:
     """Freeze the model and add an adapter.  PEFT loads fastlora's, so that both start the same."""
     initial = run.scratch / "initial"
-    if run.side == "PEFT":
+    if run.side != "fastlora":
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, initial, is_trainable=True)
+        model = PeftModel.from_pretrained(model, initial, is_trainable=True)
+        if run.side == "optimized":
+            print(fastlora.optimize(model))
+        return model
     set_seed(run.seed)
     config = fastlora.LoRAConfig(
         r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout, target_modules=run.target

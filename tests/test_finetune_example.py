@@ -70,9 +70,10 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(model, text, tmp_path_factory):
-    """One run with PEFT beside it, without dropout: the process, and the folder of its results."""
+    """One run of all three sides, without dropout: the process, and the folder of its results."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    process = finetune("--model", model, "--data", text, "--out", out, "--dropout", "0", *FAST)
+    arguments = ["--model", model, "--data", text, "--out", out, "--dropout", "0", "--optimize"]
+    process = finetune(*arguments, *FAST)
     assert process.returncode == 0, process.stderr
     return process, out
 
@@ -107,15 +108,17 @@ def test_results_are_written_whole(compared):
         "adapter/adapter_model.safetensors",
         "checkpoints/fastlora/checkpoint-6/adapter_model.safetensors",
         "checkpoints/PEFT/checkpoint-6/adapter_model.safetensors",
+        "checkpoints/optimized/checkpoint-6/adapter_model.safetensors",
     } <= files
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert temporary_files(out) == []
 
 
-def test_losses_fall_and_follow_peft(compared):
+@pytest.mark.parametrize("side", ["fastlora", "optimized"])
+def test_losses_fall_and_follow_peft(compared, side):
     _, out = compared
     results = json.loads((out / "loss.json").read_text())["results"]
-    ours, theirs = results["fastlora"], results["PEFT"]
+    ours, theirs = results[side], results["PEFT"]
     for curve in ("loss", "held_out_loss"):
         assert [step for step, _ in ours[curve]] == [step for step, _ in theirs[curve]]
         for (_, our_loss), (_, their_loss) in zip(ours[curve], theirs[curve], strict=True):
@@ -126,10 +129,11 @@ def test_losses_fall_and_follow_peft(compared):
     assert ours["held_out_loss"][-1][1] < ours["held_out_loss"][0][1] - 0.05
 
 
-def test_table_has_both_sides(compared):
+def test_table_has_all_sides(compared):
     process, out = compared
     results = json.loads((out / "loss.json").read_text())["results"]
-    assert "fastlora        PEFT" in process.stdout
+    assert "fastlora        PEFT   optimized   over PEFT   over PEFT" in process.stdout
+    assert process.stdout.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
     for side in results.values():
         assert side["trainable_parameters"] == results["fastlora"]["trainable_parameters"]
         assert f"{side['tokens_per_second']:.1f}" in process.stdout
@@ -189,6 +193,7 @@ def test_jsonl_and_all_linear_without_peft(model, tmp_path):
         pytest.param(["--model", "./no/such/folder"], "no such folder", id="no-model"),
         pytest.param(["--model", "."], "the folder has no config.json", id="no-config"),
         pytest.param(["--out", "binary.txt"], "--out", id="out-is-a-file"),
+        pytest.param(["--optimize"], "--no-compare leaves PEFT out", id="optimize-nothing"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch):
