@@ -15,7 +15,7 @@ from .coverage import Coverage, LayerCoverage, cover_lora_linears
 from .inject import lora_layers, unwrap
 from .integrations import is_disabled
 
-_OLDEST, _NEWEST = (0, 18), (0, 21)  # versions of PEFT whose forward was read and tested
+_OLDEST, _NEWEST = (0, 19), (0, 21)  # of PEFT: those that the tests were run with
 
 
 @dataclass(frozen=True)

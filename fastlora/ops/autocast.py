@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..projection import Projection
 
-_CAST = (torch.float16, torch.bfloat16, torch.float32)
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OFF = nullcontext()
 
 
@@ -24,11 +24,11 @@ def autocast_inputs(
     float64 stays as it is; adapters and biases are cast later, as they are read.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
-    if x.dtype not in _CAST:
+    if x.dtype not in AUTOCAST_DTYPES:
         return x, projections
     return x.to(dtype), [
         projection._replace(weight=projection.weight.to(dtype))
-        if projection.weight is not None and projection.weight.dtype in _CAST
+        if projection.weight is not None and projection.weight.dtype in AUTOCAST_DTYPES
         else projection
         for projection in projections
     ]

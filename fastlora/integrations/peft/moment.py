@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from ...ops import is_plain
+from ...ops.autocast import AUTOCAST_DTYPES
 from .. import is_disabled
 
 _DISABLED = is_disabled()  # read once: a look-up in every call costs as much as a small op
@@ -37,6 +38,10 @@ def why_not_input(x: Tensor, weight: Tensor) -> str:
         return f"its input is on {x.device}, its weight on {weight.device}"
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return "its input doesn't fit the weight"
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not (
+        x.dtype in AUTOCAST_DTYPES
+        and weight.dtype in AUTOCAST_DTYPES
+        and torch.is_autocast_enabled(x.device.type)
+    ):
         return f"its input is {x.dtype}, its weight {weight.dtype}"
     return ""
