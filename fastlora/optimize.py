@@ -62,7 +62,7 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     reason = _why_not_at_all()
     if reason and not is_disabled():
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
-    report = _cover(layers, unreached=reason)
+    report = _cover(inner, layers, unreached=reason)
     if strict and any(not layer.fast for layer in report):
         raise ValueError(f"not every layer would run fast: {Coverage(report)}")
     changed = [] if reason else peft_integration("swap").swap_all(layer for _, layer in layers)
@@ -84,19 +84,24 @@ def coverage(model: nn.Module) -> Coverage:
     Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
     """
     inner = _checked(model)
-    theirs = _cover(peft_layers(inner), unreached="fastlora.optimize(model) hasn't reached it")
+    unreached = "fastlora.optimize(model) hasn't reached it"
+    theirs = _cover(inner, peft_layers(inner), unreached)
     return Coverage((*cover_lora_linears(inner), *theirs))
 
 
-def _cover(layers: list[tuple[str, Any]], unreached: str) -> tuple[LayerCoverage, ...]:
+def _cover(
+    model: nn.Module, layers: list[tuple[str, Any]], unreached: str
+) -> tuple[LayerCoverage, ...]:
     """Records of PEFT layers; ``unreached`` is what stops one that isn't optimised, if anything."""
+    if not layers:
+        return ()
     version = _why_not_version()
     if version:
         return tuple(
             LayerCoverage(name, (layer.out_features, layer.in_features), 0, False, "eager", version)
             for name, layer in layers
         )
-    return tuple(peft_integration("cover").cover(name, layer, unreached) for name, layer in layers)
+    return peft_integration("cover").cover(model, layers, unreached)
 
 
 def _unswap(layers: list[Any]) -> None:

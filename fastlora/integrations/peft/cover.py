@@ -1,6 +1,8 @@
 """The report on PEFT's LoRA layers."""
 
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ...backends import planned_backend
 from ...coverage import LayerCoverage
@@ -8,12 +10,25 @@ from .reading import active_adapters, read
 from .swap import is_swapped, why_not_swapped
 
 
-def cover(name: str, layer: LoraLayer, unreached: str) -> LayerCoverage:
-    """How a call of the layer would run now, with an input like its weight.
+def cover(
+    model: nn.Module, layers: list[tuple[str, LoraLayer]], unreached: str
+) -> tuple[LayerCoverage, ...]:
+    """How a call of each layer would run now, with an input like its weight.
 
     ``unreached`` is what is said of a layer that isn't optimised; if it is empty, the answer is how
     the layer would run if it were.
     """
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return tuple(
+        _cover(
+            name, layer, unreached, any(f"{name}.".startswith(f"{u}." if u else "") for u in units)
+        )
+        for name, layer in layers
+    )
+
+
+def _cover(name: str, layer: LoraLayer, unreached: str, gathers: bool) -> LayerCoverage:
+    """``gathers``: whether FSDP2 gathers the layer's parameters before it is called."""
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
     plan, reason = "eager", why_not_swapped(layer) or ("" if is_swapped(layer) else unreached)
     fast = not reason
@@ -24,7 +39,7 @@ def cover(name: str, layer: LoraLayer, unreached: str) -> LayerCoverage:
         elif layer.merged:
             plan = "merged"
         else:
-            reading = read(layer, names)
+            reading = read(layer, names, gathers)
             fast, reason = not reading.reason, reading.reason
             if fast:
                 plan, reason = planned_backend(reading.projections[0])

@@ -41,8 +41,11 @@ def active_adapters(layer: PeftLinear) -> list[str]:
     return [name for name in layer.active_adapters if name in own]
 
 
-def read(layer: PeftLinear, names: list[str]) -> Reading:
-    """Read the layer for a call with these adapters, of which there is one at least."""
+def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
+    """Read the layer for a call with these adapters, of which there is one at least.
+
+    ``gathers``: that call will find plain tensors where FSDP2 has sharded ones between calls.
+    """
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
@@ -52,7 +55,8 @@ def read(layer: PeftLinear, names: list[str]) -> Reading:
         if not _is_conv1d(base):
             return Reading(f"its base is a {type(base).__name__}, no torch.nn.Linear")
         weight = weight.T
-    reason = _why_not_module(base, "its base layer", weight) or _why_not_bias("its base's", bias)
+    reason = _why_not_module(base, "its base layer", weight, gathers)
+    reason = reason or _why_not_bias("its base's", bias, gathers)
     if reason:
         return Reading(reason)
     projections: list[Projection] = []
@@ -62,9 +66,9 @@ def read(layer: PeftLinear, names: list[str]) -> Reading:
         down, up, shift = _tensor(lora_a, "weight"), _tensor(lora_b, "weight"), lora_b.bias
         dropout = modules["lora_dropout"]._modules[name]
         reason = (
-            _why_not_adapter(lora_a, "its lora_A", down, weight)
-            or _why_not_adapter(lora_b, "its lora_B", up, weight)
-            or _why_not_bias("its lora_B's", shift)
+            _why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
+            or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
+            or _why_not_bias("its lora_B's", shift, gathers)
             or _why_not_dropout(dropout, p)
         )
         if reason:
@@ -78,12 +82,12 @@ def read(layer: PeftLinear, names: list[str]) -> Reading:
     projections[0] = projections[0]._replace(weight=weight, bias=bias)
     magnitude = None
     if layer.lora_variant:
-        reason, magnitude = _read_variant(layer, names, weight)
+        reason, magnitude = _read_variant(layer, names, weight, gathers)
     return Reading(reason, projections, p or 0.0, dropout, magnitude)
 
 
 def _read_variant(
-    layer: PeftLinear, names: list[str], weight: Tensor
+    layer: PeftLinear, names: list[str], weight: Tensor, gathers: bool
 ) -> tuple[str, DoraLinearLayer | None]:
     """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
     variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}
@@ -100,7 +104,7 @@ def _read_variant(
         return "DoRA with lora_bias", None
     if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
         return "a hook watches, or something replaces, its DoRA magnitude", None
-    if not is_plain(magnitude.weight) or magnitude.weight.device != weight.device:
+    if not _will_be_plain(magnitude.weight, gathers) or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
     return "", magnitude
 
@@ -147,20 +151,29 @@ def _rate(dropout: nn.Module) -> float:
     return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def _why_not_adapter(linear: nn.Module, name: str, weight: Tensor, base: Tensor) -> str:
+def _will_be_plain(tensor: Tensor, gathers: bool) -> bool:
+    if is_plain(tensor):
+        return True
+    # With a second dimension in its mesh, it stays sharded over that: tensor parallel.
+    return gathers and isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1
+
+
+def _why_not_adapter(
+    linear: nn.Module, name: str, weight: Tensor, base: Tensor, gathers: bool
+) -> str:
     if type(linear) is not nn.Linear:
         return f"{name} is a {type(linear).__name__}, no torch.nn.Linear"
     if weight.device != base.device:
         return f"{name} is on {weight.device}, its base on {base.device}"
-    return _why_not_module(linear, name, weight)
+    return _why_not_module(linear, name, weight, gathers)
 
 
-def _why_not_module(module: nn.Module, name: str, weight: Tensor) -> str:
+def _why_not_module(module: nn.Module, name: str, weight: Tensor, gathers: bool) -> str:
     if is_hooked(module):
         if hasattr(weight, "ds_id"):
             return f"DeepSpeed ZeRO-3 gathers {name} when it is called"
         return f"a hook watches, or something replaces, the calls of {name}"
-    if not is_plain(weight):
+    if not _will_be_plain(weight, gathers):
         if isinstance(weight, DTensor):
             return f"{name} is sharded (DTensor)"
         return f"the weight of {name} is a {type(weight).__name__}"
@@ -171,8 +184,8 @@ def _why_not_module(module: nn.Module, name: str, weight: Tensor) -> str:
     return ""
 
 
-def _why_not_bias(whose: str, bias: Tensor | None) -> str:
-    if bias is None or (is_plain(bias) and bias.dtype in DTYPES):
+def _why_not_bias(whose: str, bias: Tensor | None, gathers: bool) -> str:
+    if bias is None or (_will_be_plain(bias, gathers) and bias.dtype in DTYPES):
         return ""
     return f"{whose} bias is a {type(bias).__name__} of {bias.dtype}"
 
