@@ -142,7 +142,11 @@ def _run(model: nn.Module, batch: Any) -> _Run:
     return _Run(
         {"loss": loss.detach()},
         {name: value.detach() for name, value in outputs.items()},
-        {name: p.grad for name, p in unwrap(model).named_parameters() if p.grad is not None},
+        {
+            name: p.grad.clone()
+            for name, p in unwrap(model).named_parameters()
+            if p.grad is not None
+        },
     )
 
 
@@ -165,7 +169,8 @@ def _kept(model: nn.Module) -> Iterator[None]:
             "a hook runs when a gradient is ready (an optimizer inside of backward?), and would "
             "change the model: check it before that is set up"
         )
-    gradients = [p.grad for p in parameters]
+    # With their values, since those may be views of DDP's buckets, which the runs write to.
+    gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
@@ -174,9 +179,11 @@ def _kept(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
             with torch.no_grad():
+                for parameter in parameters:
+                    parameter.grad = None
+                for parameter, gradient, value in gradients:
+                    parameter.grad = gradient.copy_(value)
                 for buffer, before in buffers:
                     buffer.copy_(before)
 

@@ -10,7 +10,11 @@ import torch
 import torch.multiprocessing as mp
 from device import DEVICE
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fastlora
 from fastlora import LoRALinear
@@ -162,3 +166,21 @@ def test_ddp_in_two_processes(tmp_path):
         model(x).square().mean().backward()
     assert_same(first, ddp_worker.gradients(model))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2], ids="p{}".format)
+def test_selective_checkpointing_that_keeps_products(p):
+    """Its dispatch mode would see in-place sums of products that it keeps."""
+
+    def keep_products(context, op, *args, **kwargs):
+        kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    layer = make_layer(p)
+    x, found = torch.randn(5, 12, requires_grad=True), []
+    for context in (None, lambda: create_selective_checkpoint_contexts(keep_products)):
+        torch.manual_seed(1)
+        y = checkpoint(layer, x, use_reentrant=False, context_fn=context) if context else layer(x)
+        found.append(torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]))
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(plain, checkpointed)

@@ -82,7 +82,11 @@ def lora_linears(
         dropout = 0.0
     seed = None if dropout == 0.0 else draw_seed(len(projections), x.device)
     tensors = [tensor for projection in projections for tensor in projection[:4]]
-    if torch.compiler.is_compiling() or not is_plain(x):  # others go through the dispatcher
+    if (
+        torch.compiler.is_compiling()
+        or not is_plain(x)
+        or torch._C._len_torch_dispatch_stack()  # selective checkpointing, a FLOP counter …
+    ):  # these go through the dispatcher
         name = "" if backend is None else backend_name(backend)
         parameters = [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
         scales = [float(projection.scale) for projection in projections]

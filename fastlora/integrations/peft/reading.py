@@ -50,12 +50,14 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
     base = modules["base_layer"]
+    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
+        return Reading(_why_hooked(base, "its base layer"))
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if type(base).forward is not _LINEAR_FORWARD:
         if not _is_conv1d(base):
             return Reading(f"its base is a {type(base).__name__}, no torch.nn.Linear")
         weight = weight.T
-    reason = _why_not_module(base, "its base layer", weight, gathers)
+    reason = _why_not_weight("its base layer", weight, gathers)
     reason = reason or _why_not_bias("its base's", bias, gathers)
     if reason:
         return Reading(reason)
@@ -154,8 +156,12 @@ def _rate(dropout: nn.Module) -> float:
 def _will_be_plain(tensor: Tensor, gathers: bool) -> bool:
     if is_plain(tensor):
         return True
-    # With a second dimension in its mesh, it stays sharded over that: tensor parallel.
-    return gathers and isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1
+    if not gathers or not isinstance(tensor, DTensor):
+        return False
+    # With a second dimension in its mesh, it stays sharded over that: tensor parallel.  But where
+    # the first one replicates, both are FSDP's (HSDP).
+    ndim = tensor.device_mesh.ndim
+    return ndim == 1 or (ndim == 2 and tensor.placements[0].is_replicate())
 
 
 def _why_not_adapter(
@@ -165,23 +171,29 @@ def _why_not_adapter(
         return f"{name} is a {type(linear).__name__}, no torch.nn.Linear"
     if weight.device != base.device:
         return f"{name} is on {weight.device}, its base on {base.device}"
-    return _why_not_module(linear, name, weight, gathers)
+    if is_hooked(linear):
+        return _why_hooked(linear, name)
+    return _why_not_weight(name, weight, gathers)
 
 
-def _why_not_module(module: nn.Module, name: str, weight: Tensor, gathers: bool) -> str:
-    if is_hooked(module):
-        if hasattr(weight, "ds_id"):
-            return f"DeepSpeed ZeRO-3 gathers {name} when it is called"
-        return f"a hook watches, or something replaces, the calls of {name}"
+def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
     if not _will_be_plain(weight, gathers):
         if isinstance(weight, DTensor):
             return f"{name} is sharded (DTensor)"
         return f"the weight of {name} is a {type(weight).__name__}"
     if weight.device.type == "meta":
         return f"{name} is on the meta device, without data"
-    if weight.dim() != 2 or weight.dtype not in DTYPES:
-        return f"the weight of {name} is {weight.dtype} of shape {tuple(weight.shape)}"
-    return ""
+    if weight.dim() != 2:  # between calls of FSDP1's or ZeRO-3's blocks
+        return f"{name} isn't gathered: its weight has shape {tuple(weight.shape)}"
+    return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
+
+
+def _why_hooked(module: nn.Module, name: str) -> str:
+    if hasattr(module, "ds_id"):
+        return f"DeepSpeed ZeRO-3 gathers {name} when it is called"
+    if isinstance(module._parameters.get("weight"), DTensor):
+        return f"{name} is sharded, and gathers or splits what it is called with (DTensor)"
+    return f"a hook watches, or something replaces, the calls of {name}"
 
 
 def _why_not_bias(whose: str, bias: Tensor | None, gathers: bool) -> str:

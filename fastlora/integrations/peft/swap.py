@@ -56,14 +56,17 @@ def _change(layer: nn.Module, old: Any, new: Any) -> None:
 
 def _is_over(cls: type, base: type) -> bool:
     """Whether ``cls`` is ``base``, or what FSDP2 makes of that."""
-    return cls is base or cls.__bases__ == (FSDPModule, base)
+    if cls is base:
+        return True
+    *kinds, last = cls.__bases__
+    return last is base and len(kinds) == 1 and issubclass(kinds[0], FSDPModule)
 
 
 @cache
 def _over(cls: type, base: type) -> type:
     """FSDP2's class ``cls`` once more, over another base."""
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, (FSDPModule, base), members)
+    return type(cls.__name__, (cls.__bases__[0], base), members)
 
 
 def _is_ours(forward: object) -> bool:

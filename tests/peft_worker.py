@@ -1,0 +1,313 @@
+"""What a rank does in the tests on several devices."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from unittest import mock
+
+import peft
+import torch
+import torch.distributed as dist
+from models import Mlp
+from peft.utils.other import fsdp_auto_wrap_policy
+from peft_training import (
+    CPU,
+    ROWWISE,
+    TARGETS,
+    FlatEngine,
+    Record,
+    Zero3Engine,
+    adapter_modules,
+    batch,
+    blocks,
+    counted,
+    lora_layers,
+    own_part,
+    peft_model,
+    train,
+    trained,
+    whole,
+)
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from zero3 import Zero3
+
+import fastlora
+from fastlora.backends import find_backend
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def adapted(when: str, wrap: Wrap, kind: str = "lora", dropout: float = 0.0) -> nn.Module:
+    """The wrapped model, optimised ``before`` it was wrapped, ``after`` that, or ``never``."""
+    model = peft_model(kind, dropout)
+    if when == "before":
+        fastlora.optimize(model)
+    wrapped = wrap(model)
+    if when == "after":
+        fastlora.optimize(wrapped)
+    return wrapped
+
+
+# DDP
+
+
+def ddp(when: str, kind: str = "lora", dropout: float = 0.0, **settings) -> Record:
+    model = adapted(when, lambda model: DistributedDataParallel(model, **settings), kind, dropout)
+    return train(model, [own_part()])
+
+
+def ddp_accumulated(when: str) -> Record:
+    model = adapted(when, DistributedDataParallel)
+    return train(model, list(own_part().chunk(2)), model.no_sync)
+
+
+def ddp_checked(broken: bool) -> tuple[bool, float]:
+    """The verdict of ``check`` on a model whose gradients are views of DDP's buckets.
+
+    And how much it changed the gradients that were there.  ``broken``: with a wrong backward.
+    """
+    model = DistributedDataParallel(peft_model(), gradient_as_bucket_view=True)
+    inputs, backend = {"input_ids": own_part(), "labels": own_part()}, find_backend(device=CPU)
+    for _ in range(2):  # in the first, DDP makes the buckets once more
+        model(**inputs).loss.backward()
+    before = torch.cat([p.grad.flatten() for _, p in trained(model)])
+
+    def backward(*arguments, **settings):
+        return [None if g is None else g * 1.5 for g in original(*arguments, **settings)]
+
+    original = backend.backward
+    with mock.patch.object(backend, "backward", backward) if broken else nullcontext():
+        verdict = bool(fastlora.check(model, inputs))
+    after = torch.cat([p.grad.flatten() for _, p in trained(model)])
+    return verdict, (after - before).abs().max().item()
+
+
+# FSDP2
+
+# What is sharded by itself, beside the decoder blocks and the model.
+UNITS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
+    "blocks": lambda model: [],
+    "lora-layers": lora_layers,
+    "base-layers": lambda model: [layer.base_layer for layer in lora_layers(model)],
+    "adapters": adapter_modules,
+}
+
+
+def shard(model: nn.Module, units: str = "blocks", **settings) -> nn.Module:
+    for module in (*UNITS[units](model), *blocks(model), model):
+        fully_shard(module, **settings)
+    return model
+
+
+def fsdp2(
+    when: str, units: str = "blocks", kind: str = "lora", dropout: float = 0.0, **settings
+) -> Record:
+    model = adapted(when, partial(shard, units=units, **settings), kind, dropout)
+    return train(model, [own_part()])
+
+
+def fsdp2_accumulated(when: str) -> Record:
+    model = adapted(when, shard)
+
+    @contextmanager
+    def without_sync() -> Iterator[None]:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    return train(model, list(own_part().chunk(2)), without_sync)
+
+
+def fsdp2_checkpointed(when: str, how: str, dropout: float = 0.0) -> Record:
+    def wrap(model: nn.Module) -> nn.Module:
+        if how == "wrapper":
+            check = lambda module: isinstance(module, LlamaDecoderLayer)  # noqa: E731
+            apply_activation_checkpointing(model, check_fn=check)
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+            model.enable_input_require_grads()
+        return shard(model)
+
+    return train(adapted(when, wrap, "lora", dropout), [own_part()])
+
+
+def fsdp2_from_meta(when: str) -> Record:
+    """Made, optimised and sharded without data, which is loaded last."""
+    full = peft_model()
+    with torch.device("meta"):
+        model = adapted(when, shard)
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, full.state_dict(), options=options)
+    for buffer, value in zip(model.buffers(), full.buffers(), strict=True):  # in no state dict
+        buffer.copy_(value)
+    return train(model, [own_part()])
+
+
+def fsdp2_compiled(when: str) -> Record:
+    def wrap(model: nn.Module) -> nn.Module:
+        for block in blocks(model):
+            block.compile(backend="aot_eager")
+        return shard(model)
+
+    return train(adapted(when, wrap), [own_part()])
+
+
+def fsdp2_restored(when: str) -> tuple[int, Record, list[type]]:
+    """With every LoRA layer sharded: fast calls before ``restore``, a training after it, the bases
+    of a layer's class then.
+    """
+    model = adapted(when, partial(shard, units="lora-layers"))
+    with counted() as calls:
+        model(input_ids=own_part(), labels=own_part()).loss.backward()
+    model.zero_grad()
+    fastlora.restore(model)
+    return len(calls), train(model, [own_part()]), list(type(lora_layers(model)[0]).__bases__)
+
+
+def fsdp2_evaluated(when: str) -> tuple[int, float]:
+    """Fast calls, and the error of the logits, in evaluation."""
+    expected, model = peft_model().eval(), adapted(when, shard).eval()
+    with torch.no_grad(), counted() as calls:
+        y, expected_y = (m(input_ids=own_part()).logits for m in (model, expected))
+    return len(calls), ((y - expected_y).norm() / expected_y.norm()).item()
+
+
+def fsdp2_checked() -> str:
+    """What ``check`` says, or its error."""
+    ids = own_part()
+    try:
+        return str(fastlora.check(shard(peft_model()), {"input_ids": ids, "labels": ids}))
+    except ValueError as error:
+        return str(error)
+
+
+def hsdp(when: str) -> Record:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return fsdp2(when, mesh=mesh)
+
+
+def replicated_and_restored() -> tuple[list[str], list[str]]:
+    """The classes behind a LoRA layer under replicate, never optimised; and when restored."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate  # newer than torch 2.8
+
+    def wrap(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (*lora_layers(model), *blocks(model), model):
+            replicate(module, mesh=mesh)
+        return model
+
+    models = adapted("never", wrap), fastlora.restore(adapted("before", wrap))
+    never, restored = ([str(c) for c in type(lora_layers(m)[0]).__mro__[1:]] for m in models)
+    return never, restored
+
+
+# FSDP1
+
+
+def fsdp1(when: str, units: str = "blocks", dropout: float = 0.0) -> Record:
+    def wrap(model: nn.Module) -> nn.Module:
+        own = ModuleWrapPolicy({LlamaDecoderLayer})
+        policy = own if units == "blocks" else fsdp_auto_wrap_policy(model)
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU
+        )
+
+    return train(adapted(when, wrap, "lora", dropout), [own_part()], engine=FlatEngine)
+
+
+# ZeRO-3
+
+
+def zero3(when: str, leaves: bool = False, persists: int = 0) -> Record:
+    def wrap(model: nn.Module) -> nn.Module:
+        return Zero3(model, blocks(model) if leaves else (), persists)
+
+    return train(adapted(when, wrap), [own_part()], engine=Zero3Engine)
+
+
+# Tensor parallel
+
+
+def torch_tensor_parallel(when: str) -> Record:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return train(adapted(when, partial(split, mesh=mesh)), [batch()])
+
+
+def tensor_parallel_and_fsdp2(when: str) -> Record:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    data = mesh["data"]
+    model = adapted(when, lambda model: shard(split(model, mesh["tensor"]), mesh=data))
+    return train(model, [batch().chunk(2)[data.get_local_rank()]])
+
+
+def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """The projections by columns or rows, and with each that half of its adapter that can be."""
+    plan = {}
+    for name, parent in TARGETS.items():
+        style, half = (RowwiseParallel, "A") if name in ROWWISE else (ColwiseParallel, "B")
+        layer = f"base_model.model.model.layers.*.{parent}.{name}"
+        plan |= {f"{layer}.base_layer": style(), f"{layer}.lora_{half}.default": style()}
+    return parallelize_module(model, mesh, plan)
+
+
+def transformers_tensor_parallel(when: str, folder: str) -> Record:
+    """``folder`` has the base model's files."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    with mock.patch.dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size):
+        config = DistributedConfig(tp_size=int(size), tp_plan="auto")
+        base = LlamaForCausalLM.from_pretrained(folder, distributed_config=config)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS))
+    model = peft.get_peft_model(base, config).train()
+    for module in adapter_modules(model):
+        # PEFT 0.21 states a rank's widths, where transformers 5.24 reads all ranks' widths.
+        module.out_features, module.in_features = module.weight.shape
+    with torch.no_grad():
+        for (name, ours), (same, value) in zip(trained(model), trained(peft_model()), strict=True):
+            assert name == same
+            if isinstance(ours, DTensor):
+                value = distribute_tensor(value, ours.device_mesh, ours.placements)
+            ours.copy_(value)
+    if when == "after":
+        fastlora.optimize(model)
+    return train(model, [batch()])
+
+
+def distributed_tensors(when: str) -> tuple[int, float]:
+    """All parameters are DTensors, and so is x: fast calls, and the error of y and of gradients."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
+    model, x = peft.get_peft_model(Mlp(), config), torch.randn(6, 8)
+
+    def run(x: Tensor) -> Tensor:
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        return torch.cat(
+            [whole(y).flatten(), *(whole(p.grad).flatten() for _, p in trained(model))]
+        )
+
+    expected = run(x)
+    if when == "before":
+        fastlora.optimize(model)
+    distribute_module(model, mesh)
+    if when == "after":
+        fastlora.optimize(model)
+    with counted() as calls:
+        found = run(distribute_tensor(x, mesh, [Shard(0)]))
+    return len(calls), ((found - expected).norm() / expected.norm()).item()
