@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo test bench compile-report lint clean
+.PHONY: help demo test peft-suite bench compile-report lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ demo: .venv/demo ## Fine-tune a real model, with fastlora and with PEFT, and com
 
 test: .venv/test ## Run all tests (ARGS="-k dropout …")
 	.venv/bin/pytest $(ARGS)
+
+peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
+	.venv/bin/python -m tests.peft_suite.run $(ARGS)
 
 bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick …")
 	.venv/bin/pytest benchmarks $(ARGS)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .functional import lora_linear
-from .library import dora_norm
+from .library import are_batched, dora_norm
 
 _BLOCK = 2**20  # elements that are multiplied in float32 at a time: they stay in cache
 
@@ -77,7 +77,7 @@ def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
     """Σ dy ∘ z over all rows: [N], in float32 or wider."""
     dy, z = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
     wide = torch.promote_types(z.dtype, torch.float32)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([dy]):
         return (dy.to(wide) * z.to(wide)).sum(0)
     total = z.new_zeros(z.shape[1], dtype=wide)
     step = max(1, _BLOCK // z.shape[1])

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..projection import group
-from .library import run_backward, run_forward
+from .library import are_batched, run_backward, run_forward
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -27,7 +27,7 @@ class LoRALinearFunction(torch.autograd.Function):
         count = 4 * len(scales)
         tensors, hs = saved[:count], saved[count:]
         needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or are_batched(dys):
             dx, *gradients = _differentiable(dys, x, tensors, scales, needs, dropout, seed, backend)
         else:
             projections = group(tensors, scales)
@@ -36,19 +36,24 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 def _differentiable(dys, x, tensors, scales, needs, dropout, seed, backend) -> list[Tensor | None]:
-    """run_backward's gradients for ``create_graph=True``: autograd's, of the textbook formula."""
-    # Views, since one tensor may be there twice, and each time has a gradient of its own.
-    x, *tensors = (None if t is None else t.view_as(t) for t in (x, *tensors))
-    projections = group([None if t is None else t.to(x.dtype) for t in tensors], scales)
-    shape = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
-    masks = None if seed is None else [backend.dropout_mask(s, shape, dropout) for s in seed]
-    ys = reference.lora_linears(x, projections, dropout=dropout, masks=masks)
+    """run_backward's gradients by torch's own operations: autograd's, of the textbook formula."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, since one tensor may be there twice, and each time has a gradient of its own.
+        x, *tensors = (None if t is None else t.view_as(t) for t in (x, *tensors))
+        projections = group([None if t is None else t.to(x.dtype) for t in tensors], scales)
+        shape = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
+        masks = None if seed is None else [backend.dropout_mask(s, shape, dropout) for s in seed]
+        ys = reference.lora_linears(x, projections, dropout=dropout, masks=masks)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     leaves = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
     gradients = iter(
         torch.autograd.grad(
-            [ys[i] for i in used], leaves, [dys[i] for i in used], create_graph=True,
+            [ys[i] for i in used],
+            leaves,
+            [dys[i] for i in used],
+            create_graph=create_graph,
             allow_unused=True,
         )
-    )  # fmt: skip
+    )
     return [next(gradients) if need else None for need in needs]

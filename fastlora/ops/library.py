@@ -79,6 +79,17 @@ def as_matrix(x: Tensor) -> Tensor:
     return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
 
 
+def are_batched(dys: Sequence[Tensor | None]) -> bool:
+    """Whether these stand for many gradients each: ``is_grads_batched``, or vmap of a backward.
+
+    torch's own operations take them; kernels, and what writes into a buffer, don't.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(dy is not None and is_batched(dy) for dy in dys)
+
+
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """‖weight + scale · lora_b lora_a‖ of each row, [N], in float32 or wider, without a gradient.
 
@@ -123,7 +134,8 @@ def _lora_linears(x, parameters, scales, dropout, seed, backend):
 def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
     implementation = find_backend(backend or None, x.device)
-    gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, implementation)
+    with torch.no_grad():
+        gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, implementation)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -170,6 +182,17 @@ def _backward(ctx, dys, _):
 
 torch.library.register_autograd(
     "fastlora::lora_linears", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+
+
+def _no_second_backward(ctx, *_):
+    raise NotImplementedError(
+        "gradients of gradients need an eager call of a LoRA layer: here it was compiled or traced"
+    )
+
+
+torch.library.register_autograd(
+    "fastlora::lora_linears_backward", _no_second_backward, lib=_LIBRARY
 )
 
 

@@ -32,7 +32,7 @@ def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
     if reading.magnitude is None:
         return lora_linears(x, reading.projections, dropout=reading.p)[0]
     weight, lora_a, lora_b, bias, scale = reading.projections[0]
-    return dora_linear(
+    y = dora_linear(
         x,
         weight,
         lora_a,
@@ -43,6 +43,7 @@ def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
         dropout=reading.dropout if reading.p > 0.0 else None,
         norm=_norm(reading.magnitude, name, reading.projections[0]),
     )
+    return y if x.dim() > 1 else y.unsqueeze(0)  # PEFT's gain is [1, N], and so is this output
 
 
 def _norm(magnitude: dora.DoraLinearLayer, name: str, projection: Projection) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -23,6 +24,8 @@ from ...projection import DTYPES, Projection
 from .masks import DROPOUTS
 
 _LINEAR_FORWARD = nn.Linear.forward
+_MODULE_CALL = nn.Module.__call__
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 class Reading(NamedTuple):
@@ -53,7 +56,7 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
         return Reading(_why_hooked(base, "its base layer"))
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if type(base).forward is not _LINEAR_FORWARD:
+    if type(base).forward is not _LINEAR_FORWARD or type(base).__call__ is not _MODULE_CALL:
         if not _is_conv1d(base):
             return Reading(f"its base is a {type(base).__name__}, no torch.nn.Linear")
         weight = weight.T
@@ -65,17 +68,23 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     p, dropout = None, None
     for name in names:
         lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        down, up, shift = _tensor(lora_a, "weight"), _tensor(lora_b, "weight"), lora_b.bias
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+            kinds = f"its lora_A is a {type(lora_a).__name__}, its lora_B a {type(lora_b).__name__}"
+            return Reading(f"{kinds}: no torch.nn.Linear")
+        down, up = _tensor(lora_a, "weight"), _tensor(lora_b, "weight")
+        shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
         dropout = modules["lora_dropout"]._modules[name]
         reason = (
             _why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
             or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
+            or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
             or _why_not_bias("its lora_B's", shift, gathers)
             or _why_not_dropout(dropout, p)
+            or _why_not_scale(scale)
         )
         if reason:
             return Reading(reason)
-        p, scale = _rate(dropout), layer.scaling[name]
+        p = _rate(dropout)
         if shift is not None:
             bias = shift * scale if bias is None else bias + shift * scale
         if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
@@ -85,6 +94,8 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     magnitude = None
     if layer.lora_variant:
         reason, magnitude = _read_variant(layer, names, weight, gathers)
+        if magnitude is not None and not layer.training:
+            p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
     return Reading(reason, projections, p or 0.0, dropout, magnitude)
 
 
@@ -167,8 +178,6 @@ def _will_be_plain(tensor: Tensor, gathers: bool) -> bool:
 def _why_not_adapter(
     linear: nn.Module, name: str, weight: Tensor, base: Tensor, gathers: bool
 ) -> str:
-    if type(linear) is not nn.Linear:
-        return f"{name} is a {type(linear).__name__}, no torch.nn.Linear"
     if weight.device != base.device:
         return f"{name} is on {weight.device}, its base on {base.device}"
     if is_hooked(linear):
@@ -183,6 +192,9 @@ def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
         return f"the weight of {name} is a {type(weight).__name__}"
     if weight.device.type == "meta":
         return f"{name} is on the meta device, without data"
+    if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
+        # No backward can keep it.
+        return f"{name} was made in inference mode"
     if weight.dim() != 2:  # between calls of FSDP1's or ZeRO-3's blocks
         return f"{name} isn't gathered: its weight has shape {tuple(weight.shape)}"
     return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
@@ -209,6 +221,15 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
     p = _rate(dropout)
     if p >= 1.0:
         return "its dropout drops everything"
+    if p > 0.0 and dropout.inplace:
+        return "its dropout changes the input in place"
     if before not in (None, p):
         return "its active adapters have different dropouts, and are training"
     return ""
+
+
+def _why_not_scale(scale: Any) -> str:
+    if isinstance(scale, Tensor):
+        return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
+    finite = isinstance(scale, (float, int)) and abs(scale) <= _LARGEST_SCALE
+    return "" if finite else f"its scaling is {scale!r}, no finite float32"

@@ -1,0 +1,1 @@
+"""PEFT's own tests, run with and without fastlora, and compared test by test."""

@@ -1,0 +1,124 @@
+"""Optimises every model that PEFT puts LoRA layers into, and counts the calls of these layers.
+
+Calls inside torch.compile are not counted: a counter would change what is compiled.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+FAST = "fast"
+
+
+def optimise_and_count() -> Counter:
+    """Do so from now on, in this process.  Returns the counter: FAST, and why PEFT's own calls ran.
+
+    RuntimeError if a plain layer, optimised, doesn't run fast: nothing would be compared.
+    """
+    from peft.tuners import lora
+
+    counter: Counter = Counter()
+    fast_class = type(optimised_layer())
+    if not issubclass(fast_class, lora.Linear) or fast_class is lora.Linear:
+        raise RuntimeError(
+            "fastlora.optimize left a plain lora.Linear as it was: is the installed PEFT one that "
+            "it supports? (make peft-suite runs with the packages of .venv)"
+        )
+    for layer_class in classes_with_forward(lora.LoraLayer):
+        count(layer_class, lambda layer, arguments: own_call(counter, fast_class, layer, arguments))
+    count(fast_class, lambda layer, arguments: counter.update([FAST]))
+    optimised_layer()(torch.ones(1, 4))
+    if counter != {FAST: 1}:
+        raise RuntimeError(f"a call of a plain layer, optimised, wasn't fast: {dict(counter)}")
+    counter.clear()
+    optimise_after_injection()
+    return counter
+
+
+def optimised_layer() -> nn.Module:
+    import peft
+
+    import fastlora
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
+    fastlora.optimize(model)
+    return model[0]
+
+
+def optimise_after_injection() -> None:
+    from peft.tuners import lora
+    from peft.tuners.tuners_utils import BaseTuner
+
+    import fastlora
+
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self, model, *args, **kwargs):
+        result = inject(self, model, *args, **kwargs)
+        if any(isinstance(module, lora.LoraLayer) for module in model.modules()):
+            fastlora.optimize(model)
+        return result
+
+    BaseTuner.inject_adapter = inject_adapter
+
+
+def classes_with_forward(base: type) -> list[type]:
+    """The classes of PEFT's LoRA that derive from base and define a forward."""
+    found = []
+    for child in base.__subclasses__():
+        if child.__module__.startswith("peft.tuners.lora.") and "forward" in vars(child):
+            found.append(child)
+        found += classes_with_forward(child)
+    return found
+
+
+def count(layer_class: type, note: Callable[[nn.Module, dict], None]) -> None:
+    """Have ``note`` told of every call of that class's forward outside torch.compile."""
+    original = layer_class.forward
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            note(self, kwargs)
+        return original(self, *args, **kwargs)
+
+    layer_class.forward = forward
+
+
+def own_call(counter: Counter, fast_class: type, layer: nn.Module, arguments: dict) -> None:
+    """PEFT's own forward runs: in a call that came in as fast, it was handed over."""
+    if isinstance(layer, fast_class):
+        counter[FAST] -= 1
+    counter[description(layer, arguments)] += 1
+
+
+def description(layer: nn.Module, arguments: dict) -> str:
+    """What a person would call this layer and its state."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    active = [name for name in layer.active_adapters if name in layer.r]
+    variants = {
+        type(layer.lora_variant[name]).__name__ for name in active if name in layer.lora_variant
+    }
+    if layer.disable_adapters:
+        state = "disabled"
+    elif arguments.get("adapter_names"):
+        state = "an adapter for each row"
+    elif layer.merged:
+        state = "merged"
+    elif not active:
+        state = "no active adapter"
+    elif variants:
+        state = ", ".join(sorted(variants))
+    elif isinstance(layer.base_layer, BaseTunerLayer):
+        state = "around another method's layer"
+    elif len(active) > 1:
+        state = "several active adapters"
+    else:
+        state = "one active adapter"
+    return f"{type(layer).__name__}: {state}"

@@ -1,0 +1,148 @@
+"""Writes the tiny models as huggingface_hub's cache would hold them: tests find them offline.
+
+python -m peft_suite.hub FOLDER
+"""
+
+import argparse
+import hashlib
+import inspect
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from .models import ADAPTERS, MODELS, PIPELINES, VOCABULARY, Adapter, Model
+
+
+def snapshot(hub: Path, name: str, revisions: tuple[str, ...] = ("main",)) -> Path:
+    """The new folder of one repository's files, which all its revisions point to."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(name.encode()).hexdigest()
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    for revision in revisions:
+        (repository / "refs" / revision).write_text(commit)
+    return folder
+
+
+def trained_tokenizer():
+    """A byte-level BPE tokenizer, trained on the text of two of Python's own modules."""
+    import tokenizers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    text = [inspect.getsource(argparse), inspect.getsource(textwrap)]
+    tokenizer.train_from_iterator(
+        text, vocab_size=VOCABULARY, special_tokens=special, show_progress=False
+    )
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, tokenizer) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=100,
+    ).save_pretrained(folder)
+
+
+def new_model(model: Model):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    architecture = getattr(transformers, model.architecture)
+    config = architecture.config_class(**({"vocab_size": VOCABULARY} | model.settings))
+    for part in (config, config.get_text_config()):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            number = getattr(part, name, None)
+            if isinstance(number, int) and number >= VOCABULARY:
+                setattr(part, name, 2)  # </s>
+    return architecture(config)
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    import peft
+    import torch
+
+    model = new_model(MODELS[adapter.base])
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **adapter.settings)
+    model = peft.get_peft_model(model, config)
+    model.peft_config["default"].base_model_name_or_path = adapter.base
+    model.save_pretrained(folder)
+
+
+def write_pipeline(folder: Path, tokenizer) -> None:
+    """A Stable Diffusion pipeline: a text encoder, an autoencoder and a denoiser of two blocks."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4}
+    text = CLIPTextConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes)
+    text.bos_token_id, text.eos_token_id = 0, 2
+    tokenizer.save_model(str(folder))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    autoencoder = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=CLIPTokenizer(
+            str(folder / "vocab.json"),
+            str(folder / "merges.txt"),
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            model_max_length=77,
+        ),
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def build(hub: Path) -> None:
+    """Write everything into a new folder; it appears when it is whole."""
+    part = hub.with_name(hub.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer = trained_tokenizer()
+    for name, model in MODELS.items():
+        folder = snapshot(part, name, model.revisions)
+        new_model(model).save_pretrained(folder)
+        write_tokenizer(folder, tokenizer)
+    for name, adapter in ADAPTERS.items():
+        write_adapter(snapshot(part, name), adapter)
+    for name in PIPELINES:
+        write_pipeline(snapshot(part, name), tokenizer)
+    part.rename(hub)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

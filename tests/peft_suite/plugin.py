@@ -1,0 +1,109 @@
+"""A pytest plugin for PEFT's tests: picks those of LoRA, writes down how each ended, and, if asked,
+optimises every model.
+
+Without ``--suite-optimise`` PEFT is left as it is.  With it, ``fastlora.optimize`` is called on a
+model right after PEFT has put LoRA layers into it, and the calls of LoRA layers are counted.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from .selection import is_about_lora
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("peft suite")
+    group.addoption("--suite-outcomes", type=Path, help="file to write, a line of JSON for a test")
+    group.addoption("--suite-optimise", action="store_true", help="optimise every LoRA model")
+    group.addoption("--regression", action="store_true", help="an option that PEFT's tests ask for")
+
+
+def pytest_configure(config):
+    config.suite_outcomes = config.getoption("suite_outcomes").open("w")
+    config.suite_calls = None
+    if config.getoption("suite_optimise"):
+        from .calls import optimise_and_count
+
+        try:
+            config.suite_calls = optimise_and_count()
+        except RuntimeError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_unconfigure(config):
+    config.suite_outcomes.close()
+
+
+class EveryModel(dict):
+    """Says of every model that it was fetched before: PEFT's tests then look in the cache only."""
+
+    def __contains__(self, name) -> bool:
+        return True
+
+    def __missing__(self, name) -> int:
+        return 1
+
+
+def pytest_collection():
+    from transformers.integrations import peft
+
+    from tests import testing_utils
+
+    testing_utils._HUB_MODEL_ACCESSES = EveryModel()
+    # transformers' own add_adapter refuses a PEFT that is older than this, though it works with it.
+    peft.MIN_PEFT_VERSION = "0"
+
+
+def pytest_collection_modifyitems(config, items):
+    config.hook.pytest_deselected(items=[i for i in items if not is_about_lora(i.nodeid)])
+    items[:] = [item for item in items if is_about_lora(item.nodeid)]
+
+
+def pytest_runtest_setup(item):
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    if item.config.suite_calls is not None:
+        item.config.suite_calls.clear()
+
+
+def write(config, report, outcome: str) -> None:
+    record = {"test": report.nodeid, "outcome": outcome, "seconds": getattr(report, "duration", 0)}
+    if outcome != "passed":
+        record["reason"] = first_line(report.longrepr)
+    if config.suite_calls:
+        record["calls"] = dict(config.suite_calls)
+    config.suite_outcomes.write(json.dumps(record) + "\n")
+    config.suite_outcomes.flush()
+
+
+def first_line(text) -> str:
+    """The line that says most about why a test failed or was skipped."""
+    if isinstance(text, tuple):  # skipped: path, line, reason
+        return text[2].removeprefix("Skipped: ")
+    crash = getattr(text, "reprcrash", None)
+    lines = (crash.message if crash else str(text)).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call" or report.outcome != "passed":  # else: set up or torn down, no more
+        xfailed = hasattr(report, "wasxfail") and report.outcome == "skipped"
+        write(item.config, report, "xfailed" if xfailed else report.outcome)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    if report.outcome != "passed":  # a file that can't be imported, or that skips itself
+        write(collector.config, report, report.outcome)
+    return report

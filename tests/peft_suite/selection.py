@@ -1,0 +1,74 @@
+"""Which of PEFT's tests are run: the LoRA tests that run on a CPU, without the hub."""
+
+import re
+
+FILES = [
+    "test_custom_models.py",
+    "test_initialization.py",
+    "test_target_parameters.py",
+    "test_lora_variants.py",
+    "test_mixed.py",
+    "test_tuners_utils.py",
+    "test_low_level_api.py",
+    "test_other.py",
+    "test_mapping.py",
+    "test_helpers.py",
+    "test_integrations.py",
+    "test_trainable_tokens.py",
+    "test_lora_conversion.py",
+    "test_lora_ga.py",
+    "test_lora_intruders.py",
+    "test_lorafa.py",
+    "test_loraplus.py",
+    "test_riemannian_lora.py",
+    "test_velora.py",
+    "test_arrow.py",
+    "test_bdlora.py",
+    "test_xlora.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_seq_classifier.py",
+    "test_token_classification_qa.py",
+    "test_stablediffusion.py",
+    "test_torch_compile.py",
+]
+
+QUICK = [
+    "test_custom_models.py",
+    "test_target_parameters.py",
+    "test_lora_variants.py",
+    "test_tuners_utils.py",
+    "test_low_level_api.py",
+    "test_bdlora.py",
+    "test_velora.py",
+]
+
+LEFT_OUT = {
+    "test_auto.py": "loads adapters of many kinds from the hub, calls none",
+    "test_common_gpu.py": "needs a GPU",
+    "test_config.py": "makes no layers",
+    "test_gptqmodel.py": "needs gptqmodel",
+    "test_gpu_examples.py": "needs a GPU",
+    "test_hub_features.py": "needs the hub",
+    "test_lora_megatron.py": "needs megatron",
+    "test_quantization.py": "needs packages for quantised weights",
+    "test_vision_models.py": "loads a picture from the hub; its only LoRA layers are convolutions",
+}
+
+# A test is another method's if its class, its name or its parameters say so, and none says LoRA.
+LORA = re.compile(r"(?<![A-Za-z])(Test)?(LoRA|Lora|lora|DoRA|Dora|dora)")
+OTHERS = re.compile(
+    r"[A-Za-z0-9]Config\b"
+    r"|adalora|adamss|adaption_prompt|beft|boft|bone|c3a|cartridge|cpt|deft|delora|eft|fourierft"
+    r"|frod|glora|gralora|hira|hra|ia3|lily|ln_?tuning|loha|lokr|miss(?!ing)|oft|osf|p_?tuning"
+    r"|peanut|poly|prefix_?tuning|prompt|psoft|pvera|randlora|road|shadow|shira|supertuning"
+    r"|tinylora|unilora|vblora|vera|waveft",
+    re.IGNORECASE,
+)
+
+
+def is_about_lora(test: str) -> bool:
+    """Whether a test, by its id in pytest, is one of LoRA or of no method in particular."""
+    name = test.partition("::")[2]
+    return bool(LORA.search(name)) or not OTHERS.search(name)

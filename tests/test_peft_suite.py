@@ -1,0 +1,95 @@
+"""make peft-suite: what it calls a difference, and which of PEFT's tests it picks."""
+
+import json
+
+import pytest
+from peft_suite import compare
+from peft_suite.selection import is_about_lora
+
+FAST = {"fast": 3, "Linear: merged": 1}
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    """Writes outcomes, given by test as keyword arguments, as the plugin does, and reads them."""
+
+    def written(**records):
+        path = tmp_path / "outcomes.jsonl"
+        lines = [json.dumps({"test": f"tests/f.py::{k}"} | v) for k, v in records.items()]
+        path.write_text("\n".join(lines))
+        return compare.read(path)
+
+    return written
+
+
+PASSED = {"outcome": "passed", "seconds": 0.1}
+SKIPPED = {"outcome": "skipped", "reason": "needs a GPU"}
+FAILED = {"outcome": "failed", "reason": "AssertionError: no"}
+
+
+def test_equal_outcomes_do_not_differ(outcomes):
+    before = outcomes(a=PASSED, b=SKIPPED, c=FAILED)
+    after = outcomes(a=PASSED | {"calls": FAST}, b=SKIPPED, c=FAILED | {"reason": "another"})
+    assert compare.differences(before, after) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        (PASSED, FAILED, FAILED["reason"]),
+        (FAILED, PASSED, FAILED["reason"]),
+        (PASSED, SKIPPED, SKIPPED["reason"]),
+        (SKIPPED, {"outcome": "xfailed"}, SKIPPED["reason"]),
+    ],
+    ids=lambda value: value["outcome"] if isinstance(value, dict) else "",
+)
+def test_another_outcome_differs(outcomes, before, after, reason):
+    (found,) = compare.differences(outcomes(a=before, b=PASSED), outcomes(a=after, b=PASSED))
+    assert found == compare.Difference("tests/f.py::a", before["outcome"], after["outcome"], reason)
+
+
+def test_a_test_that_only_one_run_has_differs(outcomes):
+    both, one = outcomes(a=PASSED, b=PASSED), outcomes(a=PASSED)
+    (lost,) = compare.differences(both, one)
+    (new,) = compare.differences(one, both)
+    assert (lost.unpatched, lost.optimised) == ("passed", compare.NOT_RUN)
+    assert (new.unpatched, new.optimised) == (compare.NOT_RUN, "passed")
+
+
+def test_a_failure_while_tearing_down_counts(tmp_path):
+    path = tmp_path / "outcomes.jsonl"
+    path.write_text("\n".join(json.dumps({"test": "f.py::a"} | r) for r in (PASSED, FAILED)))
+    assert compare.read(path)["f.py::a"].outcome == "failed"
+
+
+def test_the_table_has_a_line_for_each_file_and_one_for_all(outcomes):
+    before = outcomes(a=PASSED, b=SKIPPED, c=FAILED)
+    after = outcomes(a=PASSED | {"calls": FAST}, b=SKIPPED, c=PASSED)
+    _, file, total = compare.table(before, after).splitlines()
+    cells = ["1", "/", "1", "/", "1", "2", "/", "0", "/", "1", "1", "3", "4"]
+    assert file.split() == ["f.py", *cells]
+    assert total.split() == ["all", *cells]
+
+
+def test_calls_that_were_not_fast_and_failures_of_both_are_listed(outcomes):
+    before = outcomes(a=FAILED, b=FAILED, c=PASSED)
+    after = outcomes(a=FAILED, b=PASSED, c=PASSED | {"calls": FAST | {"Conv2d: merged": 2}})
+    assert compare.own_calls(after).split() == ["1", "merged"]
+    assert compare.failed_in_both(before, after).split(maxsplit=1) == ["1", FAILED["reason"]]
+
+
+@pytest.mark.parametrize(
+    ("test", "picked"),
+    [
+        ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-LoraConfig-0]", True),
+        ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-IA3Config-0]", False),
+        ("test_custom_models.py::TestPeftCustomModel::test_merge[A-MLP-AdaLoraConfig-0]", False),
+        ("test_mixed.py::TestMixedAdapterTypes::test_target_first_layer_0_Lora_LoHa", True),
+        ("test_mixed.py::TestMixedAdapterTypes::test_target_first_layer_4_LoHa_AdaLora", False),
+        ("test_initialization.py::TestLoraInitialization::test_oft_is_not_lora", True),
+        ("test_initialization.py::TestVeraInitialization::test_save", False),
+        ("test_other.py::test_scaling", True),
+    ],
+)
+def test_lora_tests_are_picked_and_those_of_other_methods_are_not(test, picked):
+    assert is_about_lora(f"tests/{test}") is picked
