@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .coverage import Coverage
 from .inject import unwrap
-from .optimize import optimize, peft_integration, peft_layers
+from .optimize import optimize, peft_layers
 
 # The relative difference that is put down to rounding, by the coarsest dtype of the parameters.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -21,7 +21,7 @@ _SEED = 20240229  # of both runs, any number
 
 @dataclass(frozen=True)
 class Difference:
-    """‖fast - PEFT‖ / ‖PEFT‖ of one tensor; infinite where only one of both is there, or zero."""
+    """‖fast - PEFT‖ / ‖PEFT‖ of one tensor; infinite where one is missing or PEFT's alone is 0."""
 
     name: str
     relative: float
@@ -34,7 +34,7 @@ class Check:
     loss: Difference
     outputs: tuple[Difference, ...]
     gradients: tuple[Difference, ...]  # of every parameter that trains
-    layers: tuple[Difference, ...]  # of every LoRA layer: the largest of its gradients
+    layers: tuple[Difference, ...]  # of every LoRA layer with gradients: the largest of them
     tolerance: float
     coverage: Coverage  # of the fast run
 
@@ -71,33 +71,38 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     else a fixed random combination of all outputs.  Compared are the loss, every floating tensor of
     the output, and the gradient of every parameter that trains.
 
+    The model runs in the mode it is in: ``model.train()`` includes dropout.  Take one that has
+    trained a few steps: while lora_B is zero, outputs and lora_A's gradients say little.
+
     It changes nothing: gradients, buffers, the random state and the layers' classes are put back.
     It needs memory for two sets of gradients and outputs beside the model.
 
     ``tolerance``: the largest relative difference that is taken for rounding; by default 1e-3 for
-    a float32 model, 0.02 with float16 parameters, 0.1 with bfloat16.  In such a deep model both
-    paths are that far from the truth: compare in float32 to see more.
+    a float32 model, 0.02 with float16 parameters or autocast, 0.1 with bfloat16.  In a deep model
+    both paths are that far from the truth: compare in float32 to see more.
 
     Raises what :func:`fastlora.optimize` raises, and ValueError if no layer would run fast, or if
     an optimizer steps inside of backward.
     """
     inner = unwrap(model)
     with optimize(model) as report:
-        if not any(layer.plan not in ("eager", "merged", "disabled") for layer in report.layers):
+        from .integrations.peft import masks, swap  # here, since they import PEFT
+
+        if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(
                 f"there is nothing to compare, no layer runs its adapter fast: {report}"
             )
-        masks, swap = peft_integration("masks"), peft_integration("swap")
-        with _kept(inner), masks.shared_masks(inner):
-            fast = _run(model, batch)
+        with masks.shared_masks(inner):
+            with _kept(inner):
+                fast = _run(model, batch)
             swapped = swap.unswap_all(layer for _, layer in peft_layers(inner))
             try:
-                peft = _run(model, batch)
+                with _kept(inner):
+                    peft = _run(model, batch)
             finally:
                 swap.swap_all(swapped)
     if tolerance is None:
-        used = {p.dtype for p in inner.parameters()} & _TOLERANCES.keys()
-        tolerance = max(_TOLERANCES[dtype] for dtype in used)
+        tolerance = max(_TOLERANCES[dtype] for dtype in _dtypes(inner))
     gradients = _differences(fast.gradients, peft.gradients)
     return Check(
         _differences(fast.loss, peft.loss)[0],
@@ -107,6 +112,15 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         tolerance,
         Coverage(report.layers),
     )
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Those that the model computes in."""
+    used = {p.dtype for p in model.parameters()}
+    for device in {p.device.type for p in model.parameters()}:
+        if torch.is_autocast_enabled(device):
+            used.add(torch.get_autocast_dtype(device))
+    return used & _TOLERANCES.keys()
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,10 @@ def _run(model: nn.Module, batch: Any) -> _Run:
     loss = outputs.pop("loss", None)
     if loss is None:
         if not outputs:
-            raise ValueError(f"the model returned {type(output).__name__}, without a float tensor")
+            raise ValueError(
+                f"the model returned {type(output).__name__}, without a float tensor: let it "
+                "return the loss or the logits"
+            )
         generator = torch.Generator().manual_seed(_SEED)
         loss = torch.stack(
             [

@@ -8,6 +8,8 @@ from torch import nn
 from .backends import planned_backend
 from .inject import lora_layers, some
 
+_BASE_ALONE = ("merged", "disabled")
+
 
 @dataclass(frozen=True)
 class LayerCoverage:
@@ -26,6 +28,11 @@ class LayerCoverage:
     reason: str = ""
     adapter: str = ""
 
+    @property
+    def runs_adapter(self) -> bool:
+        """Whether the call runs an adapter fast, and not the base layer alone."""
+        return self.fast and self.plan not in _BASE_ALONE
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -43,9 +50,9 @@ class Coverage:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no LoRA layers: fastlora.apply_lora(model, config) makes them"
+            return "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
         plans = Counter(layer.plan for layer in self.fast)
-        alone = [f"{plans.pop(plan)} {plan}" for plan in ("merged", "disabled") if plan in plans]
+        alone = [f"{plans.pop(plan)} {plan}" for plan in _BASE_ALONE if plan in plans]
         notes = [f"backend {plan}" for plan in sorted(plans)] + alone
         note = f" ({'; '.join(notes)})" if notes else ""
         lines = [f"{len(self.fast)} of {len(self.layers)} layers fast{note}"]

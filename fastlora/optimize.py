@@ -1,11 +1,8 @@
 """PEFT models sped up in place: optimize, restore, and the report on any model with LoRA layers."""
 
-import re
 import sys
 import warnings
 from dataclasses import dataclass, field
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 from weakref import ref
 
@@ -13,9 +10,7 @@ from torch import nn
 
 from .coverage import Coverage, LayerCoverage, cover_lora_linears
 from .inject import lora_layers, unwrap
-from .integrations import is_disabled
-
-_OLDEST, _NEWEST = (0, 19), (0, 21)  # of PEFT: those that the tests were run with
+from .integrations.peft import is_disabled, why_never, why_not_version
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does a version of PEFT
     that wasn't tested, with a warning.
 
-    Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers.
+    Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, or
+    if ``FASTLORA_BACKEND`` names no backend.
     With ``strict``, a layer that would not run fast is a ValueError too, with the report as its
     text.  After an error the model is as it was.
     """
@@ -59,14 +55,17 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
-    reason = _why_not_at_all()
+    reason = why_never()
     if reason and not is_disabled():
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
     report = _cover(inner, layers, unreached=reason)
     if strict and any(not layer.fast for layer in report):
         raise ValueError(f"not every layer would run fast: {Coverage(report)}")
-    changed = [] if reason else peft_integration("swap").swap_all(layer for _, layer in layers)
-    return Optimized(report, tuple(map(ref, changed)))
+    if reason:
+        return Optimized(report)
+    from .integrations.peft.swap import swap_all  # here, since it imports PEFT
+
+    return Optimized(report, tuple(map(ref, swap_all(layer for _, layer in layers))))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -84,7 +83,7 @@ def coverage(model: nn.Module) -> Coverage:
     Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
     """
     inner = _checked(model)
-    unreached = "fastlora.optimize(model) hasn't reached it"
+    unreached = "not optimised yet: fastlora.optimize(model) does it"
     theirs = _cover(inner, peft_layers(inner), unreached)
     return Coverage((*cover_lora_linears(inner), *theirs))
 
@@ -95,23 +94,22 @@ def _cover(
     """Records of PEFT layers; ``unreached`` is what stops one that isn't optimised, if anything."""
     if not layers:
         return ()
-    version = _why_not_version()
+    version = why_not_version()
     if version:
         return tuple(
             LayerCoverage(name, (layer.out_features, layer.in_features), 0, False, "eager", version)
             for name, layer in layers
         )
-    return peft_integration("cover").cover(model, layers, unreached)
+    from .integrations.peft.cover import cover
+
+    return cover(model, layers, unreached)
 
 
 def _unswap(layers: list[Any]) -> None:
-    if layers and not _why_not_version():
-        peft_integration("swap").unswap_all(layers)
+    if "fastlora.integrations.peft.linear" in sys.modules:  # else no layer was ever made fast
+        from .integrations.peft.swap import unswap_all
 
-
-def peft_integration(name: str) -> ModuleType:
-    """A module of fastlora.integrations.peft.  It imports PEFT, so ask for it late."""
-    return import_module(f"fastlora.integrations.peft.{name}")
+        unswap_all(layers)
 
 
 def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -131,7 +129,7 @@ def _checked(model: nn.Module) -> nn.Module:
 def _why_nothing(model: nn.Module) -> str:
     """Why a model without PEFT LoRA layers can't be optimised, and what to do."""
     if any(True for _ in lora_layers(model)):
-        return "its LoRA layers are fastlora's own, which are fast as they are"
+        return f"this {type(model).__name__} needs none: its LoRA layers are fastlora's own"
     config = getattr(model, "peft_config", None)
     if isinstance(config, dict):
         kinds = ", ".join(str(getattr(c, "peft_type", c)).split(".")[-1] for c in config.values())
@@ -141,18 +139,3 @@ def _why_nothing(model: nn.Module) -> str:
         "peft.get_peft_model(model, peft.LoraConfig(…)), or use fastlora's own layers: "
         "fastlora.apply_lora(model, fastlora.LoRAConfig(…))"
     )
-
-
-def _why_not_at_all() -> str:
-    return "FASTLORA_DISABLE is set" if is_disabled() else _why_not_version()
-
-
-def _why_not_version() -> str:
-    """Why the PEFT that is imported isn't supported, or an empty string."""
-    peft = sys.modules.get("peft")
-    version = getattr(peft, "__version__", "")
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if peft is None or (numbers and _OLDEST <= tuple(map(int, numbers.groups())) <= _NEWEST):
-        return ""
-    oldest, newest = (".".join(map(str, v)) for v in (_OLDEST, _NEWEST))
-    return f"PEFT {version} is not among the tested versions, {oldest} to {newest}"

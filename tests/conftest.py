@@ -19,6 +19,15 @@ def same_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny models: they gain nothing from more, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     """The ops run on this backend, and tensors are made on the tests' device."""

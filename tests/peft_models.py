@@ -3,11 +3,14 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from models import Mlp
+from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -69,6 +72,47 @@ def vary(model: nn.Module) -> nn.Module:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
+
+
+KINDS = {"lora": {}, "dora": {"use_dora": True}}
+
+# For the Mlp below, in float64, where all that isn't rounding shows: sums of 12 terms, rounded at
+# 1e-16 each.
+ROUNDING = 1e-13
+
+
+def mlp(**settings) -> peft.PeftModel:
+    return adapted(Mlp(), **{"target_modules": ["up", "down"]} | settings).double()
+
+
+def inputs() -> torch.Tensor:
+    """[3, 5, 8], the same in every call."""
+    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def up(model: nn.Module) -> lora.Linear:
+    return model.get_submodule("base_model.model.up")
+
+
+def gradients(model: nn.Module, **named) -> dict[str, torch.Tensor]:
+    """The gradients of x and of all that trains, from the same random state each time."""
+    torch.manual_seed(3)
+    x = inputs().requires_grad_()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = model(x, **named).square().sum()
+    return dict(
+        zip(["x", *trained], torch.autograd.grad(loss, [x, *trained.values()]), strict=True)
+    )
+
+
+def other_config(**settings) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"target_modules": ["up", "down"], "r": 3} | settings)
+
+
+def write_adapter(folder: Path, **settings) -> Path:
+    """The files of an adapter for an Mlp of float64."""
+    mlp(**settings).save_pretrained(folder)
+    return folder
 
 
 def optimized(model: nn.Module) -> nn.Module:

@@ -9,6 +9,8 @@ from torch import nn
 
 import fastlora
 from fastlora.integrations.peft import linear as fast_linear
+from fastlora.integrations.peft import masks
+from fastlora.ops import functional
 
 
 def llama(dtype=torch.float32, **settings) -> peft.PeftModel:
@@ -129,7 +131,46 @@ def test_forms_of_a_batch_and_an_output_without_a_loss(make):
     assert [d.name for d in found.outputs] == ["output"]
 
 
-def test_batch_norm_in_training_sees_each_batch_once():
+class Counting(nn.Module):
+    """Multiplies by the number of its calls, which it keeps in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def test_both_runs_start_from_the_same_buffers():
+    model = nn.Sequential(mlp(), Counting())
+    assert fastlora.check(model, torch.randn(5, 8))
+    assert model[1].calls == 0
+
+
+def test_autocast_is_as_coarse_as_its_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fastlora.check(llama(), batch())
+    assert found
+    assert found.tolerance == fastlora.check(llama(torch.bfloat16), batch()).tolerance
+
+
+def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(monkeypatch):
+    """As on a GPU."""
+
+    def draw(count, device):
+        return torch.randint(0, 2**60, (count,), device=device).add_(count)
+
+    monkeypatch.setattr(functional, "draw_seed", draw)
+    monkeypatch.setattr(masks, "draw_seed", draw)
+    model = llama(lora_dropout=0.3)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    assert fastlora.check(model, batch())
+
+
+def test_batch_norm_in_training_has_its_buffers_put_back():
     model = nn.Sequential(mlp(), nn.BatchNorm1d(4)).train()
     fastlora.check(model, torch.randn(5, 8))
     assert model[1].num_batches_tracked == 0

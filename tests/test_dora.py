@@ -68,15 +68,13 @@ def test_against_the_oracle(shape, n, r, dtype, adapter_dtype, bias, p):
     dy = torch.randn(*shape[:-1], n, dtype=torch.float64)
     mask = torch.rand(shape) >= p
 
-    def dropout(x):
+    def drop(x):
         return x * mask.to(x.dtype) / (1.0 - p)
 
     def as_reference(x):
-        return {"dropped": dropout(x)} if p else {}
+        return {"dropped": drop(x)} if p else {}
 
-    found = outputs(
-        dora_linear, tensors, dy, lambda x: {"dropout": dropout if p else None}, lambda t: t
-    )
+    found = outputs(dora_linear, tensors, dy, lambda x: {"drop": drop if p else None}, lambda t: t)
     oracle = reference.dora_linear
     truth = outputs(oracle, tensors, dy, as_reference, torch.Tensor.double)
     eager = outputs(oracle, tensors, dy, as_reference, lambda t: t, cast=True)
@@ -93,10 +91,10 @@ def test_gradients_and_their_gradients(p):
     norm = torch.rand(4, dtype=torch.float64) + 0.5
 
     def run(x, lora_a, lora_b, magnitude, bias):
-        dropout = (lambda x: x * mask) if p else None
+        drop = (lambda x: x * mask) if p else None
         weight = tensors["weight"]
         return dora_linear(
-            x, weight, lora_a, lora_b, magnitude, bias=bias, scale=0.5, dropout=dropout, norm=norm
+            x, weight, lora_a, lora_b, magnitude, bias=bias, scale=0.5, drop=drop, norm=norm
         )
 
     leaves = [tensors[name] for name in ("x", "lora_a", "lora_b", "magnitude", "bias")]
@@ -126,8 +124,29 @@ def test_norm_of_rows_that_cancel():
     assert (norm < 0.02).all()
 
 
-def test_it_keeps_x_h_and_one_output():
-    """No float32 copy of x or of the weight, and one tensor of the output's size."""
+@dtypes
+def test_an_adapter_that_starts_at_zero_changes_nothing(dtype, adapter_dtype):
+    """The norm is then torch's own of the weight, to the last bit, and so is that of a row of 0."""
+    weight = torch.randn(300, 5000, dtype=torch.float64).to(dtype)
+    weight[7] = 0
+    lora_a, lora_b = torch.randn(4, 5000).to(adapter_dtype), torch.zeros(300, 4).to(adapter_dtype)
+    wide = weight.to(torch.promote_types(dtype, torch.float32))
+    assert torch.equal(dora_norm(weight, lora_a, lora_b, 0.75), torch.linalg.norm(wide, dim=1))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "norm"])
+def test_a_vector_of_another_shape_is_refused(name):
+    tensors = make((3,), 5, 2, torch.float32, torch.float32, True)
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        dora_linear(**tensors | {name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("drop", [None, nn.Dropout(0.5)], ids=["p0", "p0.5"])
+def test_it_keeps_x_h_and_one_output(drop):
+    """No float32 copy of x or of the weight, and one tensor of the output's size.
+
+    With dropout also what was dropped, and what the dropout keeps.
+    """
     tensors = make((64, 32), 48, 4, torch.bfloat16, torch.float32, True)
     saved = {}
 
@@ -138,8 +157,9 @@ def test_it_keeps_x_h_and_one_output():
 
     own = {t.untyped_storage().data_ptr() for t in tensors.values()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        dora_linear(**tensors, scale=0.5)
+        dora_linear(**tensors, scale=0.5, drop=drop)
     kept = [
         tuple(t.shape) for pointer, t in saved.items() if pointer not in own and t.numel() > 200
     ]
-    assert sorted(kept) == [(64, 4), (64, 48)]
+    dropped = [] if drop is None else [(64, 32), (64, 32)]
+    assert sorted(kept) == [(64, 4), *dropped, (64, 48)]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from models import Mlp
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft_models import counted_calls
 from torch import nn
 
 import fastlora
-from fastlora.integrations.peft import linear as fast_linear
 from fastlora.integrations.peft.masks import shared_masks
 
 
@@ -30,17 +30,10 @@ def adapted(dtype=torch.float32, adapters=("default",), **settings) -> peft.Peft
 
 
 @pytest.fixture
-def fast_calls(monkeypatch) -> list:
+def fast_calls():
     """The inputs of the calls that ran fast, as they come."""
-    calls = []
-
-    def recorded(x, *rest):
-        calls.append(x)
-        return run(x, *rest)
-
-    run = fast_linear.fast_forward
-    monkeypatch.setattr(fast_linear, "fast_forward", recorded)
-    return calls
+    with counted_calls() as calls:
+        yield calls
 
 
 def results(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -108,7 +101,7 @@ def test_the_report_before_and_after():
     before = fastlora.coverage(model)
     assert str(before) == (
         "0 of 2 layers fast\n2 eager: base_model.model.up, base_model.model.down: "
-        "fastlora.optimize(model) hasn't reached it"
+        "not optimised yet: fastlora.optimize(model) does it"
     )
     report = fastlora.optimize(model)
     assert str(report) == str(fastlora.coverage(model)) == "2 of 2 layers fast (backend torch)"
@@ -222,6 +215,14 @@ def test_an_untested_peft_is_left_alone_with_a_warning(monkeypatch):
         fastlora.optimize(model, strict=True)
 
 
+def test_the_way_back_is_open_under_an_unknown_version_too(monkeypatch):
+    model = adapted()
+    fastlora.optimize(model)
+    monkeypatch.setattr(peft, "__version__", "0.99.0")
+    fastlora.restore(model)
+    assert type(model.base_model.model.up) is PeftLinear
+
+
 def test_the_environment_switches_it_off(monkeypatch):
     model = adapted()
     monkeypatch.setenv("FASTLORA_DISABLE", "1")
@@ -231,23 +232,31 @@ def test_the_environment_switches_it_off(monkeypatch):
     assert fastlora.optimize(model).eager == ()
 
 
-def test_the_environment_switches_off_what_was_saved_when_optimised(tmp_path):
+def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
     model = adapted()
     fastlora.optimize(model)
     torch.save(model, tmp_path / "model.pt")
     code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]);"
+        "import sys, torch, peft; sys.path.insert(0, sys.argv[1]); peft.__version__ = sys.argv[3];"
         "model = torch.load(sys.argv[2], weights_only=False);"
+        "import fastlora; print(fastlora.coverage(model));"
         "from fastlora.integrations.peft import linear; linear.fast_forward = None;"
         "print(model(torch.ones(1, 8)).shape)"
     )
     command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), tmp_path / "model.pt"]
-    for disabled, works in (("1", True), ("", False)):
+    known = peft.__version__
+    for disabled, version, fast in (("1", known, 0), ("", "0.99", 0), ("", known, 2)):
         environment = os.environ | {"FASTLORA_DISABLE": disabled}
         result = subprocess.run(
-            command, env=environment, capture_output=True, cwd="/", check=False, text=True
+            [*command, version],
+            env=environment,
+            capture_output=True,
+            cwd="/",
+            check=False,
+            text=True,
         )
-        assert (result.returncode == 0) == works, result.stderr
+        assert (result.returncode == 0) == (fast == 0), result.stderr
+        assert result.stdout.startswith(f"{fast} of 2 layers fast"), result.stderr
 
 
 def test_importing_fastlora_changes_nothing_and_optimize_needs_no_order():
@@ -256,7 +265,7 @@ def test_importing_fastlora_changes_nothing_and_optimize_needs_no_order():
         "model = torch.nn.Sequential(torch.nn.Linear(4, 4));"
         "fastlora.coverage(model), fastlora.restore(model);"
         "import peft; model = peft.get_peft_model(model, peft.LoraConfig(target_modules=['0']));"
-        "assert 'fastlora.integrations.peft' not in sys.modules;"
+        "assert 'fastlora.integrations.peft.linear' not in sys.modules;"
         "print(fastlora.optimize(model))"
     )
     result = subprocess.run(

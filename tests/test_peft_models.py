@@ -27,6 +27,8 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.integrations.peft.masks import shared_masks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 30
 MODELS = {
     "llama": (tiny_llama, {}),
@@ -36,15 +38,6 @@ MODELS = {
     "opt": (opt, {}),
     "bert": (bert, {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing from more, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def data_for(model: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """The ops: registered with ``torch.library``, differentiable, and the functional API on top."""
 
-from .dora import dora_linear
+from .dora import dora_linear, dora_norm
 from .functional import is_plain, lora_linear, lora_linears
-from .library import dora_norm
 
 __all__ = ["dora_linear", "dora_norm", "is_plain", "lora_linear", "lora_linears"]

@@ -3,7 +3,7 @@
 The formulas are those of Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv
 2402.09353), with dropout as PEFT has it: on all that the magnitude changes.
 
-    n    = ‖weight + scale · lora_b lora_a‖, a number for each row, no gradient flows through it
+    n    = ‖weight + scale · lora_b lora_a‖, a number for each row; no gradient flows through it
     gain = magnitude / n
     z    = xd weightᵀ + scale · xd lora_aᵀ lora_bᵀ              xd = drop(x)
     y    = gain ∘ z + (x - xd) weightᵀ + bias
@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .autocast import autocast_off
 from .functional import lora_linear
-from .library import are_batched, dora_norm
+from .library import LIBRARY, are_batched
 
-_BLOCK = 2**20  # elements that are multiplied in float32 at a time: they stay in cache
+# Elements that are made float32 at a time: on a CPU they stay in cache, and on a device their
+# memory is small and a launch costs nothing beside them.
+_CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
+
+LIBRARY.define("dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
 
 
 def dora_linear(
@@ -32,22 +37,64 @@ def dora_linear(
     *,
     bias: Tensor | None = None,
     scale: float = 1.0,
-    dropout: Callable[[Tensor], Tensor] | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
     norm: Tensor | None = None,
 ) -> Tensor:
-    """y of the module's formulas; shapes and dtypes are those of :func:`lora_linear`.
+    """y of the module's formulas, [..., N].
 
-    magnitude [N].  ``dropout`` makes xd of x; None is none.  ``norm`` is n [N], if it is known
-    (:func:`dora_norm`).  For the backward z is kept, and xd or x, and the h of a LoRA layer.
+    Shapes, dtypes and errors are those of :func:`lora_linear`; magnitude and ``norm`` are [N] of
+    any floating dtype.  ``drop`` makes xd of x; None is no dropout.  ``norm`` is n, where it is
+    known (:func:`dora_norm`).  For the backward x is kept, or xd and what ``drop`` keeps, and z,
+    and the h of a LoRA layer.  Raises ValueError for a magnitude or norm of another shape too.
     """
+    for name, vector in (("magnitude", magnitude), ("norm", norm)):
+        if vector is not None and vector.shape != weight.shape[:1]:
+            expected = f"[{weight.shape[0]}], a number for each row of the weight"
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, but must be {expected}")
     if norm is None:
         norm = dora_norm(weight, lora_a, lora_b, scale)
     gain = magnitude / norm
-    dropped = x if dropout is None else dropout(x)
+    dropped = x if drop is None else drop(x)
     y = ColumnGainFunction.apply(lora_linear(dropped, weight, lora_a, lora_b, scale=scale), gain)
-    if dropout is not None:
-        return y + linear(x - dropped, weight, bias)
+    if drop is not None:
+        return y + linear(x - dropped, weight, None if bias is None else bias.to(weight.dtype))
     return y if bias is None else y.add_(bias.to(y.dtype))
+
+
+def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """n of the module's formulas, [N], in float32 or wider, without a gradient.
+
+    By n² = ‖w‖² + δ with δ = 2 scale ⟨w, ba⟩ + scale² ‖ba‖² for each row, from one reading of the
+    weight: ba, lora_b lora_a, is never made.  As n = ‖w‖ + δ / (‖w‖ + n), it is ‖w‖ to the last bit
+    where lora_b is zero, and an adapter that starts there changes nothing.
+    """
+    if torch.compiler.is_compiling():
+        tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
+        return torch.ops.fastlora.dora_norm(*tensors, scale)
+    with torch.no_grad(), autocast_off(weight.device.type):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        down, up = lora_a.to(wide), lora_b.to(wide)
+        norms, products = [], []
+        for rows in weight.split(_rows_at_a_time(weight)):
+            rows = rows.to(wide)
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+            products.append(rows @ down.T)
+        cross, own = torch.cat(products), up @ (down @ down.T)
+        change = (up * own).sum(1).mul_(scale**2).add_((up * cross).sum(1), alpha=2 * scale)
+        before = torch.cat(norms)
+        after = before.square().add_(change).clamp_min_(0.0).sqrt_()
+        smallest = torch.finfo(wide).tiny
+        return before.add_(change.div_(after.add_(before).clamp_min_(smallest))).clamp_min_(0.0)
+
+
+@torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")
+def _dora_norm(weight, lora_a, lora_b, scale):
+    return dora_norm(weight, lora_a, lora_b, scale)
+
+
+@torch.library.register_fake("fastlora::dora_norm", lib=LIBRARY)
+def _fake_dora_norm(weight, lora_a, lora_b, scale):
+    return weight.new_empty(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 class ColumnGainFunction(torch.autograd.Function):
@@ -67,7 +114,7 @@ class ColumnGainFunction(torch.autograd.Function):
 
 
 def _multiply(z: Tensor, gain: Tensor) -> Tensor:
-    """gain ∘ z.  In 16 bits as z + (gain - 1) ∘ z: of a gain near 1, the difference is exact."""
+    """gain ∘ z.  In 16 bits as z + (gain - 1) ∘ z, since a gain near 1 keeps its digits there."""
     if z.element_size() > 2:
         return z * gain.to(z.dtype)
     return torch.addcmul(z, z, (gain - 1.0).to(z.dtype))
@@ -80,8 +127,12 @@ def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([dy]):
         return (dy.to(wide) * z.to(wide)).sum(0)
     total = z.new_zeros(z.shape[1], dtype=wide)
-    step = max(1, _BLOCK // z.shape[1])
-    for first in range(0, len(z), step):
-        rows = slice(first, first + step)
-        total += (dy[rows].to(wide) * z[rows]).sum(0)
+    step = _rows_at_a_time(z)
+    for dy_rows, z_rows in zip(dy.split(step), z.split(step), strict=True):
+        total += (dy_rows.to(wide) * z_rows).sum(0)
     return total
+
+
+def _rows_at_a_time(matrix: Tensor) -> int:
+    block = _CPU_BLOCK if matrix.device.type == "cpu" else _DEVICE_BLOCK
+    return max(1, block // matrix.shape[1])

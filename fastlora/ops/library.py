@@ -1,6 +1,6 @@
 """``fastlora::lora_linears`` and its backward, registered with ``torch.library``.
 
-``torch.compile`` and export see these two ops; a plain eager call runs the same implementations
+``torch.compile`` and export see these ops; a plain eager call runs the same implementations
 directly (:mod:`fastlora.ops.function`), because the dispatcher's door costs more than a small
 kernel.  The schemas carry a group of projections flat: four ``parameters`` for each (weight,
 lora_a, lora_b, bias), an empty one standing for none.  An empty ``backend`` leaves the choice to
@@ -18,19 +18,15 @@ from ..backends import find_backend
 from ..projection import Projection, group
 from .autocast import autocast_off
 
-# Elements of a weight that become float32 at a time, in dora_norm: they stay in cache.
-_NORM_BLOCK = 2**20
-
-_LIBRARY = torch.library.Library("fastlora", "DEF")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("fastlora", "DEF")
+LIBRARY.define(
     "lora_linears(Tensor x, Tensor[] parameters, float[] scales, float dropout, Tensor? seed, "
     "str backend) -> (Tensor[] ys, Tensor[] hs)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "lora_linears_backward(Tensor[] dys, Tensor x, Tensor[] parameters, Tensor[] hs, bool[] needs, "
     "float[] scales, float dropout, Tensor? seed, str backend) -> Tensor[]"
 )
-_LIBRARY.define("dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
 
 
 def run_forward(
@@ -90,47 +86,14 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
     return any(dy is not None and is_batched(dy) for dy in dys)
 
 
-def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """‖weight + scale · lora_b lora_a‖ of each row, [N], in float32 or wider, without a gradient.
-
-    By ‖w‖² + 2 scale ⟨w, ba⟩ + scale² ‖ba‖², from one reading of the weight: ba, lora_b lora_a, is
-    never made.
-    """
-    if torch.compiler.is_compiling():
-        tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
-        return torch.ops.fastlora.dora_norm(*tensors, scale)
-    with torch.no_grad(), autocast_off(weight.device.type):
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        down, up = lora_a.to(wide), lora_b.to(wide)
-        step = max(1, _NORM_BLOCK // weight.shape[1])
-        squares, products = [], []
-        for rows in weight.split(step):
-            rows = rows.to(wide)
-            squares.append(torch.linalg.vector_norm(rows, dim=1).square_())
-            products.append(rows @ down.T)
-        cross, own = torch.cat(products), up @ (down @ down.T)
-        total = torch.cat(squares) + (up * own).sum(1).mul_(scale**2)
-        return total.add_((up * cross).sum(1), alpha=2 * scale).clamp_min_(0.0).sqrt_()
-
-
-@torch.library.impl(_LIBRARY, "dora_norm", "CompositeExplicitAutograd")
-def _dora_norm(weight, lora_a, lora_b, scale):
-    return dora_norm(weight, lora_a, lora_b, scale)
-
-
-@torch.library.register_fake("fastlora::dora_norm", lib=_LIBRARY)
-def _fake_dora_norm(weight, lora_a, lora_b, scale):
-    return weight.new_empty(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
-
-
-@torch.library.impl(_LIBRARY, "lora_linears", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "lora_linears", "CompositeExplicitAutograd")
 def _lora_linears(x, parameters, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
     with autocast_off(x.device.type):
         return run_forward(x, projections, dropout, seed, find_backend(backend or None, x.device))
 
 
-@torch.library.impl(_LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
 def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed, backend):
     projections = group(_with_none(parameters), scales)
     implementation = find_backend(backend or None, x.device)
@@ -139,7 +102,7 @@ def _lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed,
     return [gradient for gradient in gradients if gradient is not None]
 
 
-@torch.library.register_fake("fastlora::lora_linears", lib=_LIBRARY)
+@torch.library.register_fake("fastlora::lora_linears", lib=LIBRARY)
 def _fake_lora_linears(x, parameters, scales, dropout, seed, backend):
     tokens = math.prod(x.shape[:-1])
     ys = [
@@ -152,7 +115,7 @@ def _fake_lora_linears(x, parameters, scales, dropout, seed, backend):
     ]
 
 
-@torch.library.register_fake("fastlora::lora_linears_backward", lib=_LIBRARY)
+@torch.library.register_fake("fastlora::lora_linears_backward", lib=LIBRARY)
 def _fake_lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, seed, backend):
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -181,7 +144,7 @@ def _backward(ctx, dys, _):
 
 
 torch.library.register_autograd(
-    "fastlora::lora_linears", _backward, setup_context=_setup_context, lib=_LIBRARY
+    "fastlora::lora_linears", _backward, setup_context=_setup_context, lib=LIBRARY
 )
 
 
@@ -191,9 +154,7 @@ def _no_second_backward(ctx, *_):
     )
 
 
-torch.library.register_autograd(
-    "fastlora::lora_linears_backward", _no_second_backward, lib=_LIBRARY
-)
+torch.library.register_autograd("fastlora::lora_linears_backward", _no_second_backward, lib=LIBRARY)
 
 
 def _with_none(parameters: Sequence[Tensor]) -> list[Tensor | None]:

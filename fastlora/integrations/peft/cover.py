@@ -6,6 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ...backends import planned_backend
 from ...coverage import LayerCoverage
+from .moment import why_not_now
 from .reading import active_adapters, read
 from .swap import is_swapped, why_not_swapped
 
@@ -19,18 +20,19 @@ def cover(
     the layer would run if it were.
     """
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    return tuple(
-        _cover(
-            name, layer, unreached, any(f"{name}.".startswith(f"{u}." if u else "") for u in units)
-        )
-        for name, layer in layers
-    )
+    records = []
+    for name, layer in layers:
+        gathers = any(not unit or f"{name}.".startswith(f"{unit}.") for unit in units)
+        records.append(_cover(name, layer, unreached, gathers))
+    return tuple(records)
 
 
 def _cover(name: str, layer: LoraLayer, unreached: str, gathers: bool) -> LayerCoverage:
     """``gathers``: whether FSDP2 gathers the layer's parameters before it is called."""
+    # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
     plan, reason = "eager", why_not_swapped(layer) or ("" if is_swapped(layer) else unreached)
+    reason = reason or why_not_now()
     fast = not reason
     if fast:
         names = active_adapters(layer)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from ...ops import dora_linear, dora_norm, lora_linears
 from ...projection import Projection
-from .moment import why_not_input, why_not_now
+from .moment import fits, why_not_now
 from .reading import Reading, active_adapters, read
 
 
 class Linear(PeftLinear):
-    """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node.
+    """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
 
     It has PEFT's name and no state of its own: a PEFT layer becomes one, and ceases to be one, by
     its ``__class__``.  Calls that :mod:`.moment` and :mod:`.reading` don't allow are PEFT's.
@@ -22,7 +22,7 @@ class Linear(PeftLinear):
         alone = self.disable_adapters or self.merged or not names  # the base layer's call
         if not (alone or args or kwargs or why_not_now()):
             reading = read(self, names)
-            if not reading.reason and not why_not_input(x, reading.projections[0].weight):
+            if not reading.reason and fits(x, reading.projections[0].weight):
                 return fast_forward(x, names[0], reading)
         return super().forward(x, *args, **kwargs)
 
@@ -40,21 +40,13 @@ def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
         reading.magnitude.weight,
         bias=bias,
         scale=scale,
-        dropout=reading.dropout if reading.p > 0.0 else None,
-        norm=_norm(reading.magnitude, name, reading.projections[0]),
+        drop=reading.dropout if reading.p > 0.0 else None,
+        norm=_norm(reading.magnitude, reading.projections[0], adapter_name=name),
     )
     return y if x.dim() > 1 else y.unsqueeze(0)  # PEFT's gain is [1, N], and so is this output
 
 
-def _norm(magnitude: dora.DoraLinearLayer, name: str, projection: Projection) -> Tensor:
-    """The rows' norms; kept where PEFT keeps them, if PEFT's DoraCaching is on in evaluation."""
-    key = f"weight-norm-{name}"
-    keeps = dora.ENABLE_DORA_CACHING and not magnitude.training
-    if not keeps:
-        magnitude._cache_clear()
-    norm = magnitude._cache_get(key, None)
-    if norm is None:
-        norm = dora_norm(projection.weight, projection.lora_a, projection.lora_b, projection.scale)
-        if keeps:
-            magnitude._cache_store(key, norm)
-    return norm
+@dora.cache_decorator("weight-norm")  # kept as PEFT keeps it: in DoraCaching, in evaluation
+def _norm(magnitude: dora.DoraLinearLayer, projection: Projection, *, adapter_name: str) -> Tensor:
+    """The norms of the rows of a DoRA layer's weight."""
+    return dora_norm(projection.weight, projection.lora_a, projection.lora_b, projection.scale)

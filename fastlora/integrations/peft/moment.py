@@ -7,15 +7,15 @@ from torch.nn.modules import module as nn_module
 
 from ...ops import is_plain
 from ...ops.autocast import AUTOCAST_DTYPES
-from .. import is_disabled
+from . import why_never
 
-_DISABLED = is_disabled()  # read once: a look-up in every call costs as much as a small op
+_NEVER = why_never()  # asked once: a look-up in every call costs as much as a small op
 
 
 def why_not_now() -> str:
     """Why no call is fast now, whatever the layer; "" if calls can be."""
-    if _DISABLED:
-        return "FASTLORA_DISABLE is set"
+    if _NEVER:
+        return _NEVER
     if torch.compiler.is_compiling():
         # An exported program should need PyTorch alone.
         return "the model is being exported" if torch.compiler.is_exporting() else ""
@@ -30,18 +30,17 @@ def why_not_now() -> str:
     return ""
 
 
-def why_not_input(x: Tensor, weight: Tensor) -> str:
-    """Why a call with this x and this base weight [out, in] is PEFT's; "" if it can be fast."""
-    if not isinstance(x, Tensor) or not is_plain(x) or x.layout is not torch.strided:
-        return "its input is no plain dense tensor"
-    if x.device != weight.device:
-        return f"its input is on {x.device}, its weight on {weight.device}"
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the fast path takes this x beside this base weight [out, in].
+
+    What it doesn't take, PEFT may convert or refuse.
+    """
+    if not is_plain(x) or x.layout is not torch.strided or x.device != weight.device:
+        return False
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return "its input doesn't fit the weight"
-    if x.dtype != weight.dtype and not (
+        return False
+    return x.dtype == weight.dtype or (
         x.dtype in AUTOCAST_DTYPES
         and weight.dtype in AUTOCAST_DTYPES
         and torch.is_autocast_enabled(x.device.type)
-    ):
-        return f"its input is {x.dtype}, its weight {weight.dtype}"
-    return ""
+    )
