@@ -1,14 +1,18 @@
 """The user's own batch as the judge: PEFT's forward and the fast one, side by side."""
 
+import copy
 import math
+import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .coverage import Coverage
 from .inject import unwrap
@@ -33,7 +37,7 @@ class Check:
 
     loss: Difference
     outputs: tuple[Difference, ...]
-    gradients: tuple[Difference, ...]  # of every parameter that trains
+    gradients: tuple[Difference, ...]  # of every parameter that trains, and of inputs
     layers: tuple[Difference, ...]  # of every LoRA layer with gradients: the largest of them
     tolerance: float
     coverage: Coverage  # of the fast run
@@ -69,13 +73,14 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     mapping (keyword arguments), a tuple or list (arguments) or one tensor.  Both runs have the same
     dropout masks and, for the rest, the same random state.  The loss is the output's ``loss``, or
     else a fixed random combination of all outputs.  Compared are the loss, every floating tensor of
-    the output, and the gradient of every parameter that trains.
+    the output, and the gradient of every parameter that trains and of every input that requires it.
 
     The model runs in the mode it is in: ``model.train()`` includes dropout.  Take one that has
     trained a few steps: while lora_B is zero, outputs and lora_A's gradients say little.
 
-    It changes nothing: gradients, buffers, the random state and the layers' classes are put back.
-    It needs memory for two sets of gradients and outputs beside the model.
+    It changes nothing: the batch is copied, and gradients, buffers, random states (also Python's
+    and numpy's) and the layers' classes are put back.  It needs memory
+    for two sets of gradients and outputs, and a copy of the batch, beside the model.
 
     ``tolerance``: the largest relative difference that is taken for rounding; by default 1e-3 for
     a float32 model, 0.02 with float16 parameters or autocast, 0.1 with bfloat16.  In a deep model
@@ -102,7 +107,8 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
             finally:
                 swap.swap_all(swapped)
     if tolerance is None:
-        tolerance = max(_TOLERANCES[dtype] for dtype in _dtypes(inner))
+        used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
+        tolerance = max(_TOLERANCES[dtype] for dtype in used & _TOLERANCES.keys())
     gradients = _differences(fast.gradients, peft.gradients)
     return Check(
         _differences(fast.loss, peft.loss)[0],
@@ -114,31 +120,26 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     )
 
 
-def _dtypes(model: nn.Module) -> set[torch.dtype]:
-    """Those that the model computes in."""
-    used = {p.dtype for p in model.parameters()}
-    for device in {p.device.type for p in model.parameters()}:
-        if torch.is_autocast_enabled(device):
-            used.add(torch.get_autocast_dtype(device))
-    return used & _TOLERANCES.keys()
-
-
 @dataclass(frozen=True)
 class _Run:
-    """What one run computed; everything by name."""
+    """What one run computed, by name; and the dtypes of autocast where LoRA layers were called."""
 
     loss: dict[str, Tensor]
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    autocast: set[torch.dtype]
 
 
 def _run(model: nn.Module, batch: Any) -> _Run:
-    torch.manual_seed(_SEED)
-    unwrap(model).zero_grad()
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(*batch) if isinstance(batch, Sequence) else model(batch)
+    inner = unwrap(model)
+    _seed_all()
+    inner.zero_grad()
+    batch = tree_map(_fresh, dict(batch) if isinstance(batch, Mapping) else batch)
+    with _noted_autocast(inner) as autocast:
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        else:
+            output = model(*batch) if isinstance(batch, Sequence) else model(batch)
     outputs = _floating(output)
     loss = outputs.pop("loss", None)
     if loss is None:
@@ -153,18 +154,53 @@ def _run(model: nn.Module, batch: Any) -> _Run:
                 (value * torch.randn(value.shape, generator=generator).to(value)).sum()
                 for value in outputs.values()
             ]
-        ).sum()
+        )
+    loss = loss.sum()
     if loss.requires_grad:
         loss.backward()
+    inputs = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    named = chain(inner.named_parameters(), ((f"input {i}", x) for i, x in enumerate(inputs)))
     return _Run(
         {"loss": loss.detach()},
         {name: value.detach() for name, value in outputs.items()},
-        {
-            name: p.grad.clone()
-            for name, p in unwrap(model).named_parameters()
-            if p.grad is not None
-        },
+        {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None},
+        autocast,
     )
+
+
+def _seed_all() -> None:
+    torch.manual_seed(_SEED)
+    random.seed(_SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(_SEED)
+
+
+def _fresh(value: Any) -> Any:
+    """A copy of a part of the batch: a model may write to it, or fill its gradient."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    try:
+        return copy.deepcopy(value)
+    except TypeError:  # it can't be copied
+        return value
+
+
+@contextmanager
+def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
+    """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's."""
+    found = set()
+
+    def note(_, args):
+        device = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+        if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
+            found.add(torch.get_autocast_dtype(device))
+
+    handles = [layer.register_forward_pre_hook(note) for _, layer in peft_layers(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _floating(output: Any) -> dict[str, Tensor]:
@@ -188,9 +224,13 @@ def _kept(model: nn.Module) -> Iterator[None]:
         )
     # With their values, since those may be views of DDP's buckets, which the runs write to.
     gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # And buffers both as objects and by value: a forward may write to one, or put another there.
+    buffers = [
+        (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
+        for module in model.modules()
+    ]
     devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _kept_random_state():
         for parameter in parameters:
             parameter.grad = None
         try:
@@ -201,8 +241,23 @@ def _kept(model: nn.Module) -> Iterator[None]:
                     parameter.grad = None
                 for parameter, gradient, value in gradients:
                     parameter.grad = gradient.copy_(value)
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for module, before in buffers:
+                    module._buffers.clear()
+                    for name, kept in before.items():
+                        module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Of Python and numpy, which some models draw from too."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:

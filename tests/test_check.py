@@ -1,8 +1,12 @@
 """check(model, batch): PEFT's forward and the fast one on the user's own batch."""
 
+import random
+
+import numpy
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from models import Mlp, tiny_llama
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
@@ -143,10 +147,86 @@ class Counting(nn.Module):
         return x * self.calls
 
 
-def test_both_runs_start_from_the_same_buffers():
-    model = nn.Sequential(mlp(), Counting())
+class Averaging(nn.Module):
+    """Divides by a running mean, a new tensor each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + x.detach().abs().mean()
+        self.register_buffer("last", self.mean)
+        return x / self.mean
+
+
+@pytest.mark.parametrize("module", [Counting(), Averaging()], ids=["in-place", "replaced"])
+def test_both_runs_start_from_the_same_buffers(module):
+    model = nn.Sequential(mlp(), module)
+    before = {name: (b, b.clone()) for name, b in module.named_buffers()}
     assert fastlora.check(model, torch.randn(5, 8))
-    assert model[1].calls == 0
+    after = dict(module.named_buffers())
+    assert after.keys() == before.keys()
+    for name, (buffer, value) in before.items():
+        assert after[name] is buffer
+        assert torch.equal(buffer, value)
+
+
+class Dropping(nn.Module):
+    """Drops columns as Python's and numpy's generators say."""
+
+    def forward(self, x):
+        keep = [random.random() < 0.5 and numpy.random.rand() < 0.8 for _ in range(x.shape[-1])]
+        return x * torch.tensor(keep)
+
+
+def test_random_states_outside_of_torch_are_shared_and_put_back():
+    model = nn.Sequential(mlp(), Dropping())
+    states = random.getstate(), numpy.random.get_state()[1].tolist()
+    assert fastlora.check(model, torch.randn(5, 8))
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == states
+
+
+class Overwriting(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+def test_the_batch_is_left_as_it_is():
+    x = torch.randn(5, 8)
+    before = x.clone()
+    assert fastlora.check(nn.Sequential(Overwriting(), mlp()), x)
+    assert torch.equal(x, before)
+    x.requires_grad_()
+    found = fastlora.check(mlp(), x * 2)  # with a history
+    assert found
+    assert "input 0" in {gradient.name for gradient in found.gradients}
+    assert x.grad is None
+
+
+def test_a_gradient_that_does_not_reach_the_input_is_found(monkeypatch):
+    run = fast_linear.fast_forward
+    monkeypatch.setattr(fast_linear, "fast_forward", lambda x, *rest: run(x.detach(), *rest))
+    x = torch.randn(5, 8, requires_grad=True)
+    assert not fastlora.check(mlp(), x)
+
+
+class LossOfEach(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = mlp()
+
+    def forward(self, x):
+        return {"loss": self.mlp(x).square().mean(-1)}
+
+
+def test_a_loss_for_each_row_is_summed():
+    assert fastlora.check(LossOfEach(), torch.randn(5, 8)).loss.relative < 1e-5
+
+
+def test_autocast_inside_of_the_model_is_noticed():
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(llama())
+    assert fastlora.check(model, batch()).tolerance == 0.1
 
 
 def test_autocast_is_as_coarse_as_its_dtype():

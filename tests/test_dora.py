@@ -103,6 +103,29 @@ def test_gradients_and_their_gradients(p):
 
 
 @dtypes
+@pytest.mark.parametrize("size", [0.02, 1.0, 50.0])
+def test_a_gain_of_any_size_costs_one_rounding(size, dtype, adapter_dtype):
+    """z is exact here; y and dx are no further from the formula than half a unit each."""
+    tensors = make((3, 5), 8, 2, dtype, adapter_dtype, True)
+    tensors["x"] = torch.eye(5).to(dtype).requires_grad_()
+    tensors["lora_b"] = torch.zeros_like(tensors["lora_b"])
+    tensors["bias"] = torch.randn(8).mul(size).to(dtype)
+    norm = tensors["weight"].double().norm(dim=1)
+    tensors["magnitude"] = (size * norm).to(adapter_dtype)
+    y = dora_linear(**tensors | {"bias": None})
+    biased = dora_linear(**tensors)
+    gain = (tensors["magnitude"].double() / norm)[None]
+    truth = gain * tensors["weight"].double().T
+    unit = torch.finfo(dtype).eps * 4 if dtype.itemsize > 2 else torch.finfo(dtype).eps * 0.51
+    assert ((y - truth).abs() <= unit * truth.abs() + 1e-30).all()
+    rounded = tensors["weight"].double().T.abs() + tensors["bias"].double().abs()
+    assert ((biased - truth - tensors["bias"]).abs() <= (1 + gain) * unit * 2 * rounded).all()
+    (dx,) = torch.autograd.grad(y, tensors["x"], torch.ones_like(y))
+    expected = (gain[0].to(dtype).double()[:, None] * tensors["weight"].double()).sum(0)
+    assert ((dx - expected).abs() <= 4 * torch.finfo(dtype).eps * (gain.max() + 1) * 8).all()
+
+
+@dtypes
 @pytest.mark.parametrize(("n", "k"), [(3, 5), (70, 2000), (2000, 700)], ids=str)
 def test_norm(n, k, dtype, adapter_dtype):
     """Every term in float32: what is lost does not depend on the weight's dtype."""

@@ -306,6 +306,47 @@ def test_what_a_block_keeps_is_x_and_h(p):
     assert theirs - ours >= float32_copies - x_bytes  # PEFT doesn't keep x itself then
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "all"])
+def test_what_nothing_will_read_is_not_kept(frozen, settings, compiled):
+    """x is for lora_A's gradient and h for lora_B's; PEFT keeps no more either (LoRA-FA)."""
+    layer = nn.ModuleList([nn.Linear(64, 128)])
+    model = peft.get_peft_model(layer, peft.LoraConfig(r=4, target_modules=["0"], **settings))
+    for name, parameter in model.named_parameters():
+        if frozen in name or frozen == "all":
+            parameter.requires_grad_(False)
+    x = torch.randn(256, 64, requires_grad=True)
+    theirs = saved_bytes(model, x)
+    fastlora.optimize(model, strict=True)
+    torch._dynamo.reset()
+    if compiled:
+        model.base_model.model[0].compile(backend="aot_eager", fullgraph=True)
+    x_bytes, h_bytes, y_bytes, rest = 256 * 64 * 4, 256 * 4 * 4, 256 * 128 * 4, 2000
+    kept = {"lora_A": h_bytes, "lora_B": x_bytes, "all": 0}[frozen]
+    if "use_dora" in settings and frozen != "all":
+        kept += y_bytes
+    ours = saved_bytes(model, x)
+    assert ours <= kept + rest
+    assert ours <= theirs + rest
+
+
+def test_gradients_of_a_gradient_that_needs_x_say_so():
+    model = adapted()
+    fastlora.optimize(model)
+    layer = model.base_model.model.up
+    layer.lora_A.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    dx.sum().backward()  # that of x alone needs none
+    up = layer.lora_B["default"].weight
+    (d_up,) = torch.autograd.grad(layer(x).square().sum(), up, create_graph=True)
+    fastlora.restore(layer)
+    torch.testing.assert_close(d_up, torch.autograd.grad(layer(x).square().sum(), up)[0])
+    with pytest.raises(NotImplementedError, match="which isn't kept"):
+        d_up.sum().backward()
+
+
 def test_accelerate_s_instance_forward_is_reached(fast_calls):
     """It calls the forward that it found, which is swapped instead, and put back."""
     accelerate = pytest.importorskip("accelerate")
@@ -323,6 +364,15 @@ def test_accelerate_s_instance_forward_is_reached(fast_calls):
     assert up.__dict__["forward"] == MethodType(PeftLinear.forward, up)
     up(x)
     assert len(fast_calls) == 2
+
+
+def test_restore_reaches_a_layer_that_was_parametrised_since():
+    layer = adapted().base_model.model.up
+    fastlora.optimize(layer)
+    layer.extra = nn.Parameter(torch.ones(2))
+    nn.utils.parametrize.register_parametrization(layer, "extra", nn.Identity())
+    fastlora.restore(layer)
+    assert type(layer).__bases__ == (PeftLinear,)
 
 
 def test_another_instance_forward_is_left_alone():

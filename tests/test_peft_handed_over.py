@@ -117,9 +117,28 @@ class Negated(nn.Module):
         return -weight
 
 
-def parametrized_lora_a(model):
-    parametrize.register_parametrization(lora_a(up(model)), "weight", Negated())
+def parametrized(part):
+    def call(model):
+        parametrize.register_parametrization(part(up(model)), "weight", Negated())
+        return gradients(model)
+
+    return call
+
+
+def base_inside_another(model):
+    """A base layer without a weight of its own, like PEFT's wrapper of trained tokens."""
+    up(model).base_layer = nn.Sequential(up(model).base_layer)
     return gradients(model)
+
+
+def compiled_with_a_global_hook(model):
+    handle = nn_module.register_module_forward_hook(
+        lambda module, _, y: y * 2 if type(module) is nn.Linear else None
+    )
+    torch._dynamo.reset()
+    y = torch.compile(model, backend="eager")(inputs())
+    handle.remove()
+    return y
 
 
 class Fives(nn.Dropout):
@@ -191,7 +210,10 @@ HANDED_OVER = {
     "class-lora_B": other_class(lora_b, Doubled),
     "call-base": other_class(base, DoubledCall),
     "bias-lora_A": bias_on_lora_a,
-    "parametrized-lora_A": parametrized_lora_a,
+    "parametrized-lora_A": parametrized(lora_a),
+    "parametrized-base": parametrized(base),
+    "base-inside-another": base_inside_another,
+    "compiled-global-hook": compiled_with_a_global_hook,
     "dropout-class": dropout_of_the_user,
     "dropout-one": dropout_of_everything,
     "dropout-in-place": dropout_in_place,
@@ -262,6 +284,15 @@ def test_coverage_tells_of_a_hook_on_all_modules():
     handle.remove()
     assert not report.fast
     assert "a hook on all modules" in str(report)
+
+
+def test_a_report_computes_no_parametrised_weight():
+    """spectral_norm's would take a step each time."""
+    model = optimized(mlp()).train()
+    base_layer = nn.utils.parametrizations.spectral_norm(up(model).base_layer)
+    vector = base_layer.parametrizations.weight[0]._u.clone()
+    assert "parametrised" in str(fastlora.coverage(model))
+    assert torch.equal(base_layer.parametrizations.weight[0]._u, vector)
 
 
 def test_once_a_hook_is_gone_the_layer_is_fast_again():

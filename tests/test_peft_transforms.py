@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft_models import KINDS, ROUNDING, assert_same, inputs, mlp, optimized
+from peft_models import KINDS, ROUNDING, assert_same, inputs, mlp, optimized, up
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -66,6 +66,18 @@ def make_fx_of_gradients(model):
     return graph(inputs().requires_grad_() * 2)
 
 
+def compiled(transform):
+    """The transform is part of what is compiled."""
+
+    def call(model):
+        torch._dynamo.reset()
+        function = torch.compile(lambda x: transform(model, x), backend="aot_eager")
+        with torch.no_grad():  # the transforms' own gradients are all that is asked for
+            return function(inputs())
+
+    return call
+
+
 TRANSFORMS = {
     "grad": lambda model: torch.func.grad(loss_of(model))(trained(model), inputs()),
     "vjp": lambda model: torch.func.vjp(model, inputs())[1](torch.ones(3, 5, 4).double()),
@@ -82,6 +94,10 @@ TRANSFORMS = {
     "export": export,
     "make_fx": lambda model: make_fx(model)(inputs())(inputs() * 2),
     "make_fx-gradients": make_fx_of_gradients,
+    "compiled-grad": compiled(lambda model, x: torch.func.grad(lambda z: model(z).sum())(x)),
+    "compiled-vmap": compiled(lambda model, x: torch.func.vmap(model)(x)),
+    "compiled-jvp": compiled(lambda model, x: torch.func.jvp(up(model), (x,), (x,))),
+    "compiled-inside": compiled(lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x[0])),
 }
 
 

@@ -54,11 +54,12 @@ def dora_linear(
     if norm is None:
         norm = dora_norm(weight, lora_a, lora_b, scale)
     gain = magnitude / norm
-    dropped = x if drop is None else drop(x)
-    y = ColumnGainFunction.apply(lora_linear(dropped, weight, lora_a, lora_b, scale=scale), gain)
-    if drop is not None:
-        return y + linear(x - dropped, weight, None if bias is None else bias.to(weight.dtype))
-    return y if bias is None else y.add_(bias.to(y.dtype))
+    if drop is None:
+        z = lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=scale)
+        return GainFunction.apply(z, gain, bias)
+    dropped = drop(x)
+    y = GainFunction.apply(lora_linear(dropped, weight, lora_a, lora_b, scale=scale), gain, None)
+    return y + linear(x - dropped, weight, None if bias is None else bias.to(weight.dtype))
 
 
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -72,7 +73,7 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
         tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
         return torch.ops.fastlora.dora_norm(*tensors, scale)
     with torch.no_grad(), autocast_off(weight.device.type):
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = _wide(weight)
         down, up = lora_a.to(wide), lora_b.to(wide)
         norms, products = [], []
         for rows in weight.split(_rows_at_a_time(weight)):
@@ -94,37 +95,55 @@ def _dora_norm(weight, lora_a, lora_b, scale):
 
 @torch.library.register_fake("fastlora::dora_norm", lib=LIBRARY)
 def _fake_dora_norm(weight, lora_a, lora_b, scale):
-    return weight.new_empty(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
+    return weight.new_empty(len(weight), dtype=_wide(weight))
 
 
-class ColumnGainFunction(torch.autograd.Function):
-    """gain ∘ z for z [..., N] and gain [N], in z's dtype; it keeps both, and nothing wider."""
+class GainFunction(torch.autograd.Function):
+    """gain ∘ (z - bias) + bias for z [..., N] and gain and bias [N], in z's dtype.
 
-    @staticmethod
-    def forward(ctx, z: Tensor, gain: Tensor) -> Tensor:
-        ctx.save_for_backward(z, gain)
-        return _multiply(z, gain)
+    Where the gain is 1, it is z to the last bit.  It keeps z, if the gain trains.
+    """
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        z, gain = ctx.saved_tensors
-        dz = _multiply(dy, gain) if ctx.needs_input_grad[0] else None
-        d_gain = _sum_of_products(dy, z).to(gain.dtype) if ctx.needs_input_grad[1] else None
-        return dz, d_gain
+    def forward(ctx, z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, gain, bias)
+        return _multiply(z, gain, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        z, gain, bias = ctx.saved_tensors
+        needs_z, needs_gain, needs_bias = ctx.needs_input_grad
+        dz = _multiply(dy, gain) if needs_z else None
+        d_gain = _sum_of_products(dy, z) if needs_gain else None
+        d_bias = None
+        if bias is not None and (needs_gain or needs_bias):
+            sum_dy = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=_wide(dy))
+            if d_gain is not None:
+                d_gain = d_gain - bias * sum_dy
+            if needs_bias:
+                d_bias = ((1.0 - gain) * sum_dy).to(bias.dtype)
+        return dz, None if d_gain is None else d_gain.to(gain.dtype), d_bias
 
 
-def _multiply(z: Tensor, gain: Tensor) -> Tensor:
-    """gain ∘ z.  In 16 bits as z + (gain - 1) ∘ z, since a gain near 1 keeps its digits there."""
-    if z.element_size() > 2:
-        return z * gain.to(z.dtype)
-    return torch.addcmul(z, z, (gain - 1.0).to(z.dtype))
+def _multiply(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """gain ∘ (z - bias) + bias, rounded to z's dtype once."""
+    shift = None if bias is None else (1.0 - gain) * bias
+    if _differentiable(z):
+        return (z * gain if shift is None else torch.addcmul(shift, z, gain)).to(z.dtype)
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    step, rows = _rows_at_a_time(z), (-1, z.shape[-1])
+    for z_rows, y_rows in zip(z.reshape(rows).split(step), y.view(rows).split(step), strict=True):
+        if shift is None:
+            torch.mul(z_rows, gain, out=y_rows)
+        else:
+            torch.addcmul(shift, z_rows, gain, out=y_rows)
+    return y
 
 
 def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
     """Σ dy ∘ z over all rows: [N], in float32 or wider."""
-    dy, z = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1])
-    wide = torch.promote_types(z.dtype, torch.float32)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([dy]):
+    dy, z, wide = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), _wide(z)
+    if _differentiable(dy):
         return (dy.to(wide) * z.to(wide)).sum(0)
     total = z.new_zeros(z.shape[1], dtype=wide)
     step = _rows_at_a_time(z)
@@ -133,6 +152,15 @@ def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
     return total
 
 
+def _differentiable(tensor: Tensor) -> bool:
+    """Whether something follows what is done with it: nothing may be written into a buffer."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([tensor])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _rows_at_a_time(matrix: Tensor) -> int:
     block = _CPU_BLOCK if matrix.device.type == "cpu" else _DEVICE_BLOCK
-    return max(1, block // matrix.shape[1])
+    return max(1, block // matrix.shape[-1])

@@ -68,6 +68,27 @@ def run_backward(
     return gradients
 
 
+def kept(
+    x: Tensor,
+    seed: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """What is saved for the backward, which ``needs`` gradients of these tensors of projections.
+
+    Only the gradients of weight and lora_a are products with x, only lora_b's is one with h.
+    """
+    reads_x = any(needs[0::4]) or any(needs[1::4])
+    read = [h if need else None for h, need in zip(hs, needs[2::4], strict=True)]
+    return [x if reads_x else None, seed, *tensors, *read]
+
+
+def stand_in(dys: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
+    """A tensor of x's shape and dtype, for a backward that reads no element of x."""
+    return next(dy for dy in dys if dy is not None).new_empty(shape)
+
+
 def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K], rows or columns dense: copied only if its strides need it."""
     matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -126,17 +147,20 @@ def _fake_lora_linears_backward(dys, x, parameters, hs, needs, scales, dropout, 
 
 def _setup_context(ctx, inputs, output):
     x, parameters, scales, dropout, seed, backend = inputs
-    ctx.save_for_backward(x, seed, *parameters, *output[1])
-    ctx.scales, ctx.dropout, ctx.backend = scales, dropout, backend
+    needs = [parameter.requires_grad for parameter in parameters]
+    ctx.save_for_backward(*kept(x, seed, parameters, output[1], needs))
+    ctx.scales, ctx.dropout, ctx.backend, ctx.shape = scales, dropout, backend, x.shape
 
 
 def _backward(ctx, dys, _):
     x, seed, *rest = ctx.saved_tensors
     count = 4 * len(ctx.scales)
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    x = stand_in(dys, ctx.shape) if x is None else x
+    hs = [x.new_empty(0) if h is None else h for h in rest[count:]]
     asked = iter(
         torch.ops.fastlora.lora_linears_backward(
-            dys, x, rest[:count], rest[count:], needs, ctx.scales, ctx.dropout, seed, ctx.backend
+            dys, x, rest[:count], hs, needs, ctx.scales, ctx.dropout, seed, ctx.backend
         )
     )
     gradients = [next(asked) if need else None for need in needs]

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ...backends import find_backend
+from ...backends.dropout import dropout_mask
 from ...ops.functional import draw_seed
 
 
@@ -21,7 +21,7 @@ class SeededDropout(nn.Dropout):
             return x
         seed = self.seeds.next(x.device)
         rows = x.numel() // x.shape[-1]
-        mask = find_backend(device=x.device).dropout_mask(seed, (rows, x.shape[-1]), self.p)
+        mask = dropout_mask(seed, (rows, x.shape[-1]), self.p)
         return x * mask.reshape(x.shape).to(x.dtype) / (1.0 - self.p)
 
     def drops(self) -> bool:

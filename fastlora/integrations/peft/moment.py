@@ -17,9 +17,9 @@ def why_not_now() -> str:
     if _NEVER:
         return _NEVER
     if torch.compiler.is_compiling():
-        # An exported program should need PyTorch alone.
-        return "the model is being exported" if torch.compiler.is_exporting() else ""
-    if torch.jit.is_tracing():
+        if torch.compiler.is_exporting():  # the program should need PyTorch alone
+            return "the model is being exported"
+    elif torch.jit.is_tracing():
         return "the model is being traced"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is active"

@@ -55,10 +55,14 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     base = modules["base_layer"]
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
         return Reading(_why_hooked(base, "its base layer"))
+    kind = type(base)
+    conv1d = kind.forward is not _LINEAR_FORWARD and _is_conv1d(base)
+    if not conv1d and (kind.forward is not _LINEAR_FORWARD or kind.__call__ is not _MODULE_CALL):
+        return Reading(f"its base is a {kind.__name__}, no torch.nn.Linear")
+    if "parametrizations" in base._modules:  # to read such a weight is to compute it
+        return Reading("its base is parametrised")
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if type(base).forward is not _LINEAR_FORWARD or type(base).__call__ is not _MODULE_CALL:
-        if not _is_conv1d(base):
-            return Reading(f"its base is a {type(base).__name__}, no torch.nn.Linear")
+    if conv1d:
         weight = weight.T
     reason = _why_not_weight("its base layer", weight, gathers)
     reason = reason or _why_not_bias("its base's", bias, gathers)
@@ -129,15 +133,19 @@ def is_hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not _only_aligns_devices(module))
+        or ("forward" in module.__dict__ and not _acts_as_its_class(module))
     )
 
 
-def _only_aligns_devices(module: nn.Module) -> bool:
-    """Whether its replaced forward is accelerate's, which moves inputs to the weight's device.
+def _acts_as_its_class(module: nn.Module) -> bool:
+    """Whether the forward on this instance does what its class's does.
 
-    The fast path asks that they be there.
+    It may be accelerate's, which moves inputs to the weight's device, where the fast path asks them
+    to be; or the class's own, which accelerate leaves there when its hook is removed.
     """
+    own = module.__dict__["forward"]
+    if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+        return True
     hook: Any = module.__dict__.get("_hf_hook")
     return (
         type(hook).__name__ == "AlignDevicesHook"
@@ -182,6 +190,9 @@ def _why_not_adapter(
         return f"{name} is on {weight.device}, its base on {base.device}"
     if is_hooked(linear):
         return _why_hooked(linear, name)
+    # PEFT casts x to the adapter's dtype.  float32 beside 16 bits is the usual case, and covered.
+    if weight.dtype not in (base.dtype, torch.float32) and weight.itemsize >= base.itemsize:
+        return f"{name} is {weight.dtype}, its base {base.dtype}"
     return _why_not_weight(name, weight, gathers)
 
 

@@ -64,9 +64,10 @@ def _is_over(cls: type, base: type) -> bool:
 
 @cache
 def _over(cls: type, base: type) -> type:
-    """FSDP2's class ``cls`` once more, over another base."""
+    """``cls``, which FSDP2 or a parametrization derived from such a class, over ``base``."""
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, (cls.__bases__[0], base), members)
+    bases = tuple(base if b in (PeftLinear, Linear) else b for b in cls.__bases__)
+    return type(cls.__name__, bases, members)
 
 
 def _is_ours(forward: object) -> bool:
