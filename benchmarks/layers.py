@@ -63,7 +63,7 @@ def make_contest(case: Case) -> Contest:
     torch.manual_seed(0)
     x = torch.randn(case.M, case.K).to(case.dtype).requires_grad_()
     dys = tuple(torch.randn(case.M, N).to(case.dtype) for N in case.outputs)
-    theirs = _peft_layers(case)
+    theirs = peft_layers(case)
     ours = [_fastlora_layer(layer, case, case.adapter_dtype) for layer in theirs]
     contestants = {"frozen": _contestant([layer.base_layer for layer in theirs], Group)}
     if case.mixed:
@@ -90,25 +90,41 @@ def _contestant(
     return Contestant(module, adapter, module)
 
 
-def _peft_layers(case: Case) -> list[nn.Module]:
-    """PEFT's own layers, in training mode; lora_B is not zero, and the scaling is not one."""
+def peft_layers(case: Case, kind: str = "lora") -> list[nn.Module]:
+    """PEFT's own layers, in training mode: lora_B isn't zero, the scaling isn't one.
+
+    ``kind`` is lora, dora (with a magnitude that isn't the norm), or two-adapters, both active.
+    """
     import peft  # here: benchmarks/gpu runs where PEFT may be missing
 
     base = Group([nn.Linear(case.K, N, bias=False, dtype=case.dtype) for N in case.outputs])
     config = peft.LoraConfig(
-        r=case.r, lora_alpha=2 * case.r, lora_dropout=case.dropout, target_modules=r"layers\.\d+"
+        r=case.r,
+        lora_alpha=2 * case.r,
+        lora_dropout=case.dropout,
+        target_modules=r"layers\.\d+",
+        use_dora=kind == "dora",
     )
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
+    if kind == "two-adapters":
+        model.add_adapter("other", config, autocast_adapter_dtype=False)
+        model.base_model.set_adapter(["default", "other"])
     layers = list(model.base_model.model.layers)
     for layer in layers:
-        down, up = layer.lora_A["default"], layer.lora_B["default"]
-        down.to(case.adapter_dtype)
-        up.to(case.adapter_dtype)
-        with torch.no_grad():
-            layer.base_layer.weight.normal_(std=case.K**-0.5)
-            down.weight.normal_(std=case.K**-0.5)
-            up.weight.normal_(std=case.r**-0.5)
+        _fill(layer, case)
     return layers
+
+
+@torch.no_grad()
+def _fill(layer: nn.Module, case: Case) -> None:
+    for modules in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        modules.to(case.adapter_dtype)
+    layer.base_layer.weight.normal_(std=case.K**-0.5)
+    for name in layer.lora_A:
+        layer.lora_A[name].weight.normal_(std=case.K**-0.5)
+        layer.lora_B[name].weight.normal_(std=case.r**-0.5)
+    for magnitude in layer.lora_magnitude_vector.values():
+        magnitude.weight.mul_(1.0 + 0.1 * torch.rand_like(magnitude.weight))
 
 
 def _fastlora_layer(

@@ -4,12 +4,11 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 import fastlora
 from fastlora.integrations.peft.masks import shared_masks
 
-from .layers import Contest, Contestant, Group
+from .layers import Contest, Contestant, Group, peft_layers
 from .oracle import TOLERANCE, outputs_and_gradients, worst_error
 from .shapes import DROPOUTS, MODELS, OVER_PEFT, Case, Target
 
@@ -34,16 +33,46 @@ def peft_cases() -> list[PeftCase]:
     cases = []
     both = (torch.float32, torch.bfloat16)
     for dropout in DROPOUTS:
-        quick = (64, 48, (32, 16), 8, torch.bfloat16, torch.float32, dropout)
-        cases += [PeftCase(*quick, "quick", kind) for kind in ("lora", "dora", "two-adapters")]
+        cases += [
+            PeftCase(
+                M=64,
+                K=48,
+                outputs=(32, 16),
+                r=8,
+                dtype=torch.bfloat16,
+                adapter_dtype=torch.float32,
+                dropout=dropout,
+                name="quick",
+                kind=kind,
+            )
+            for kind in ("lora", "dora", "two-adapters")
+        ]
         for name, model in MODELS.items():
-            outputs = (model.query, model.key, model.key, model.mlp, model.mlp)
-            size = (model.tokens, model.hidden, outputs, 16)
             cases += [
-                PeftCase(*size, torch.bfloat16, dtype, dropout, f"{name}-block") for dtype in both
+                PeftCase(
+                    M=model.tokens,
+                    K=model.hidden,
+                    outputs=(model.query, model.key, model.key, model.mlp, model.mlp),
+                    r=16,
+                    dtype=torch.bfloat16,
+                    adapter_dtype=dtype,
+                    dropout=dropout,
+                    name=f"{name}-block",
+                )
+                for dtype in both
             ]
         cases += [
-            PeftCase(1024, 1024, (1024,), 16, dtype, torch.float32, dropout, "layer", kind)
+            PeftCase(
+                M=1024,
+                K=1024,
+                outputs=(1024,),
+                r=16,
+                dtype=dtype,
+                adapter_dtype=torch.float32,
+                dropout=dropout,
+                name="layer",
+                kind=kind,
+            )
             for kind in ("dora", "two-adapters")
             for dtype in both
         ]
@@ -54,16 +83,15 @@ def make_contest(case: PeftCase) -> Contest:
     torch.manual_seed(0)
     x = torch.randn(case.M, case.K).to(case.dtype).requires_grad_()
     dys = tuple(torch.randn(case.M, N).to(case.dtype) for N in case.outputs)
-    theirs = _peft_group(case)
+    theirs = Group(peft_layers(case, case.kind))
     ours = copy.deepcopy(theirs)
     for layer, other in zip(ours.layers, theirs.layers, strict=True):
         layer.base_layer = other.base_layer
     fastlora.optimize(ours, strict=True)
     frozen = Group([layer.base_layer for layer in theirs.layers])
     modules = {"frozen": frozen, "fastlora": ours, "peft": theirs}
-    return Contest(
-        x, dys, {name: _contestant(module) for name, module in modules.items()}, [], case.dropout
-    )
+    contestants = {name: _contestant(module) for name, module in modules.items()}
+    return Contest(x, dys, contestants, projections=[], dropout=case.dropout)
 
 
 def check_results(contest: Contest) -> dict[str, float]:
@@ -76,9 +104,9 @@ def check_results(contest: Contest) -> dict[str, float]:
     exact = Contest(
         contest.x.detach().double().requires_grad_(),
         tuple(dy.double() for dy in contest.dys),
-        {},
-        [],
-        contest.dropout,
+        contestants={},
+        projections=[],
+        dropout=contest.dropout,
     )
     with shared_masks(wide):
         truth = outputs_and_gradients(exact, _contestant(wide))
@@ -94,37 +122,3 @@ def check_results(contest: Contest) -> dict[str, float]:
 def _contestant(module: Group) -> Contestant:
     adapter = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
     return Contestant(module, adapter, module)
-
-
-def _peft_group(case: PeftCase) -> Group:
-    """PEFT's layers in training mode, with adapters that change something."""
-    import peft
-
-    base = Group([nn.Linear(case.K, N, bias=False, dtype=case.dtype) for N in case.outputs])
-    config = peft.LoraConfig(
-        r=case.r,
-        lora_alpha=2 * case.r,
-        lora_dropout=case.dropout,
-        target_modules=r"layers\.\d+",
-        use_dora=case.kind == "dora",
-    )
-    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
-    if case.kind == "two-adapters":
-        model.add_adapter("other", config, autocast_adapter_dtype=False)
-        model.base_model.set_adapter(["default", "other"])
-    group = model.base_model.model
-    for layer in group.layers:
-        _randomise(layer, case)
-    return group
-
-
-def _randomise(layer: nn.Module, case: PeftCase) -> None:
-    with torch.no_grad():
-        layer.base_layer.weight.normal_(std=case.K**-0.5)
-        for name in layer.lora_A:
-            down, up = layer.lora_A[name].to(case.adapter_dtype), layer.lora_B[name]
-            down.weight.normal_(std=case.K**-0.5)
-            up.to(case.adapter_dtype).weight.normal_(std=case.r**-0.5)
-        for magnitude in layer.lora_magnitude_vector.values():
-            weight = magnitude.to(case.adapter_dtype).weight
-            weight.mul_(1.0 + 0.1 * torch.rand_like(weight))

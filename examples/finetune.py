@@ -154,7 +154,7 @@ def mebibytes(count: int | None) -> float | None:
 
 
 def plot(results: dict[str, dict], title: str, path: Path) -> None:
-    """Training losses as lines, held-out losses as points; both sides show where they agree."""
+    """Training losses as lines, held-out losses as points; all sides show where they agree."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -24,8 +24,8 @@ _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
-def qwen3() -> nn.Module:
-    sizes = _SIZES | _HEADS | {"intermediate_size": 96}
+def qwen3(**settings) -> nn.Module:
+    sizes = _SIZES | _HEADS | {"intermediate_size": 96} | settings
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
 
 

@@ -153,6 +153,19 @@ def test_layers_that_peft_wraps_otherwise_stay_peft_s():
     assert all(difference(trained[name], expected[name]) < 1e-9 for name in expected)
 
 
+def test_a_tied_head_with_trained_tokens_stays_peft_s():
+    """PEFT wraps the base layer of such an lm_head in a layer without weight and bias."""
+    base = qwen3(tie_word_embeddings=True)
+    settings = {"trainable_token_indices": [5, 6], "target_modules": ["q_proj", "lm_head"]}
+    theirs = adapted(base, **settings).double()
+    ours = optimized(theirs)
+    (head,) = fastlora.coverage(ours).eager
+    assert head.reason == "its base is a TrainableTokensWrapper, no torch.nn.Linear"
+    (expected_losses, expected), (losses, trained) = train(theirs), train(ours)
+    assert difference(losses, expected_losses) < 1e-9
+    assert all(difference(trained[name], expected[name]) < 1e-9 for name in expected)
+
+
 def test_a_layer_of_experts_stays_peft_s():
     """PEFT adapts parameters of stacked experts in layers of their own."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 32}

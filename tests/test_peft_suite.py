@@ -52,8 +52,8 @@ def test_a_test_that_only_one_run_has_differs(outcomes):
     both, one = outcomes(a=PASSED, b=PASSED), outcomes(a=PASSED)
     (lost,) = compare.differences(both, one)
     (new,) = compare.differences(one, both)
-    assert (lost.unpatched, lost.optimised) == ("passed", compare.NOT_RUN)
-    assert (new.unpatched, new.optimised) == (compare.NOT_RUN, "passed")
+    assert (lost.unpatched, lost.optimized) == ("passed", compare.NOT_RUN)
+    assert (new.unpatched, new.optimized) == (compare.NOT_RUN, "passed")
 
 
 def test_a_failure_while_tearing_down_counts(tmp_path):

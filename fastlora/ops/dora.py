@@ -1,4 +1,4 @@
-"""DoRA: a LoRA layer whose merged weight has rows of a trained length.
+"""DoRA: a LoRA layer whose merged weight has rows of a trained length (docs/maths.md).
 
 The formulas are those of Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv
 2402.09353), with dropout as PEFT has it: on all that the magnitude changes.

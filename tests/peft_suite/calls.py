@@ -13,7 +13,7 @@ from torch import nn
 FAST = "fast"
 
 
-def optimise_and_count() -> Counter:
+def optimize_and_count() -> Counter:
     """Do so from now on, in this process.  Returns the counter: FAST, and why PEFT's own calls ran.
 
     RuntimeError if a plain layer, optimised, doesn't run fast: nothing would be compared.
@@ -21,7 +21,7 @@ def optimise_and_count() -> Counter:
     from peft.tuners import lora
 
     counter: Counter = Counter()
-    fast_class = type(optimised_layer())
+    fast_class = type(optimized_layer())
     if not issubclass(fast_class, lora.Linear) or fast_class is lora.Linear:
         raise RuntimeError(
             "fastlora.optimize left a plain lora.Linear as it was: is the installed PEFT one that "
@@ -30,15 +30,15 @@ def optimise_and_count() -> Counter:
     for layer_class in classes_with_forward(lora.LoraLayer):
         count(layer_class, lambda layer, arguments: own_call(counter, fast_class, layer, arguments))
     count(fast_class, lambda layer, arguments: counter.update([FAST]))
-    optimised_layer()(torch.ones(1, 4))
+    optimized_layer()(torch.ones(1, 4))
     if counter != {FAST: 1}:
         raise RuntimeError(f"a call of a plain layer, optimised, wasn't fast: {dict(counter)}")
     counter.clear()
-    optimise_after_injection()
+    optimize_after_injection()
     return counter
 
 
-def optimised_layer() -> nn.Module:
+def optimized_layer() -> nn.Module:
     import peft
 
     import fastlora
@@ -49,7 +49,7 @@ def optimised_layer() -> nn.Module:
     return model[0]
 
 
-def optimise_after_injection() -> None:
+def optimize_after_injection() -> None:
     from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTuner
 

@@ -30,11 +30,11 @@ class Difference:
 
     test: str
     unpatched: str
-    optimised: str
+    optimized: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.test}\n    {self.unpatched} -> {self.optimised}: {self.reason}"
+        return f"{self.test}\n    {self.unpatched} -> {self.optimized}: {self.reason}"
 
 
 def read(path: Path) -> dict[str, Outcome]:
@@ -47,12 +47,12 @@ def read(path: Path) -> dict[str, Outcome]:
     return outcomes
 
 
-def differences(unpatched: dict[str, Outcome], optimised: dict[str, Outcome]) -> list[Difference]:
+def differences(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> list[Difference]:
     """Every test whose outcome isn't the same in both, one that only one run has among them."""
     found = []
-    for test in unpatched | optimised:
+    for test in unpatched | optimized:
         before = unpatched.get(test, Outcome(test, NOT_RUN))
-        after = optimised.get(test, Outcome(test, NOT_RUN))
+        after = optimized.get(test, Outcome(test, NOT_RUN))
         if before.outcome != after.outcome:
             reason = after.reason or before.reason
             found.append(Difference(test, before.outcome, after.outcome, reason))
@@ -73,17 +73,17 @@ def calls(outcomes: Iterable[Outcome]) -> Counter:
     return total
 
 
-def table(unpatched: dict[str, Outcome], optimised: dict[str, Outcome]) -> str:
+def table(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> str:
     """A line per test file, and one for all."""
-    differing = Counter(Outcome(d.test, "").file for d in differences(unpatched, optimised))
+    differing = Counter(Outcome(d.test, "").file for d in differences(unpatched, optimized))
     files: dict[str, tuple[list[Outcome], list[Outcome]]] = defaultdict(lambda: ([], []))
-    for side, outcomes in enumerate((unpatched, optimised)):
+    for side, outcomes in enumerate((unpatched, optimized)):
         for outcome in outcomes.values():
             files[outcome.file][side].append(outcome)
-    rows = [("passed / failed / skipped", "unpatched", "optimised", "differ", "fast calls", "of")]
+    rows = [("passed / failed / skipped", "unpatched", "optimized", "differ", "fast calls", "of")]
     for file, (before, after) in files.items():
         rows.append(row(file, before, after, differing[file]))
-    total = row("all", unpatched.values(), optimised.values(), differing.total())
+    total = row("all", unpatched.values(), optimized.values(), differing.total())
     return "\n".join(aligned([*rows, total]))
 
 
@@ -93,20 +93,20 @@ def row(name: str, before: Iterable, after: Iterable, differing: int) -> tuple[s
     return (name, tally(before), tally(after), *numbers)
 
 
-def own_calls(optimised: dict[str, Outcome]) -> str:
+def own_calls(optimized: dict[str, Outcome]) -> str:
     """Which calls of linear layers PEFT's own forward took, by number."""
-    counted = calls(optimised.values())
+    counted = calls(optimized.values())
     kind = "Linear: "
-    rows = [(str(n), name[len(kind) :]) for name, n in counted.most_common() if kind in name[:8]]
+    rows = [(str(n), k.removeprefix(kind)) for k, n in counted.most_common() if k.startswith(kind)]
     return "\n".join(f"{n:>8}  {state}" for n, state in rows)
 
 
-def failed_in_both(unpatched: dict[str, Outcome], optimised: dict[str, Outcome]) -> str:
+def failed_in_both(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> str:
     """The reasons of tests that failed without fastlora too, with the number of each."""
     both = [
         outcome
         for test, outcome in unpatched.items()
-        if outcome.outcome == "failed" == optimised.get(test, outcome).outcome
+        if outcome.outcome == "failed" == optimized.get(test, outcome).outcome
     ]
     reasons = Counter(outcome.reason for outcome in both)
     return "\n".join(f"{n:>8}  {reason[:120]}" for reason, n in reasons.most_common())

@@ -1,7 +1,7 @@
 """A pytest plugin for PEFT's tests: picks those of LoRA, writes down how each ended, and, if asked,
 optimises every model.
 
-Without ``--suite-optimise`` PEFT is left as it is.  With it, ``fastlora.optimize`` is called on a
+Without ``--suite-optimize`` PEFT is left as it is.  With it, ``fastlora.optimize`` is called on a
 model right after PEFT has put LoRA layers into it, and the calls of LoRA layers are counted.
 """
 
@@ -17,18 +17,18 @@ from .selection import is_about_lora
 def pytest_addoption(parser):
     group = parser.getgroup("peft suite")
     group.addoption("--suite-outcomes", type=Path, help="file to write, a line of JSON for a test")
-    group.addoption("--suite-optimise", action="store_true", help="optimise every LoRA model")
+    group.addoption("--suite-optimize", action="store_true", help="optimise every LoRA model")
     group.addoption("--regression", action="store_true", help="an option that PEFT's tests ask for")
 
 
 def pytest_configure(config):
     config.suite_outcomes = config.getoption("suite_outcomes").open("w")
     config.suite_calls = None
-    if config.getoption("suite_optimise"):
-        from .calls import optimise_and_count
+    if config.getoption("suite_optimize"):
+        from .calls import optimize_and_count
 
         try:
-            config.suite_calls = optimise_and_count()
+            config.suite_calls = optimize_and_count()
         except RuntimeError as error:
             raise pytest.UsageError(str(error)) from error
 

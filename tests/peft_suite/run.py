@@ -99,7 +99,7 @@ def run_tests(name: str, options: list[str], folder: Path, models: Path) -> dict
         print(*lines, f"pytest ended with {code}; all that it said is in {log}", sep="\n")
     if code > 1:
         sys.exit(1)
-    return compare.read(outcomes)  # those before a crash, if there was one
+    return compare.read(outcomes)  # after a crash (code < 0): of the tests before it
 
 
 def chosen_files(arguments: argparse.Namespace, tests: Path) -> list[str]:
@@ -123,14 +123,14 @@ def unknown_files(tests: Path) -> list[str]:
     ]
 
 
-def report(unpatched: dict[str, Outcome], optimised: dict[str, Outcome]) -> int:
+def report(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> int:
     """Print what came of it; 0 if no test's outcome differs."""
-    print(f"\nPEFT {version('peft')}\n{compare.table(unpatched, optimised)}")
+    print(f"\nPEFT {version('peft')}\n{compare.table(unpatched, optimized)}")
     print("\nCalls of lora.Linear that PEFT's own forward took:")
-    print(compare.own_calls(optimised) or "    none")
-    print("\nFailed in both, for want of what can't be had here:")
-    print(compare.failed_in_both(unpatched, optimised) or "    none")
-    found = compare.differences(unpatched, optimised)
+    print(compare.own_calls(optimized) or "    none")
+    print("\nFailed in both (most need files or packages that aren't here):")
+    print(compare.failed_in_both(unpatched, optimized) or "    none")
+    found = compare.differences(unpatched, optimized)
     print("\nDifferences:", len(found) or "none")
     print(*found, sep="\n")
     return 1 if found else 0
@@ -150,8 +150,8 @@ def main() -> int:
         unpatched = compare.read(CACHE / "unpatched.jsonl")
     else:
         unpatched = run_tests("unpatched", options, folder, models)
-    optimised = run_tests("optimised", ["--suite-optimise", *options], folder, models)
-    code = report(unpatched, optimised)
+    optimized = run_tests("optimized", ["--suite-optimize", *options], folder, models)
+    code = report(unpatched, optimized)
     if not (arguments.quick or arguments.file):
         print("\nFiles left out:")
         for name, reason in selection.LEFT_OUT.items():

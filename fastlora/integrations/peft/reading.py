@@ -73,8 +73,8 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     for name in names:
         lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-            kinds = f"its lora_A is a {type(lora_a).__name__}, its lora_B a {type(lora_b).__name__}"
-            return Reading(f"{kinds}: no torch.nn.Linear")
+            part, other = ("lora_B", lora_b) if type(lora_a) is nn.Linear else ("lora_A", lora_a)
+            return Reading(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
         down, up = _tensor(lora_a, "weight"), _tensor(lora_b, "weight")
         shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
         dropout = modules["lora_dropout"]._modules[name]
