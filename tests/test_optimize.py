@@ -331,6 +331,26 @@ def test_what_nothing_will_read_is_not_kept(frozen, settings, compiled):
     assert ours <= theirs + rest
 
 
+class Undefined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_without_x_an_output_without_a_gradient_gives_none():
+    layer = adapted().base_model.model.up
+    fastlora.optimize(layer)
+    layer.lora_A.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    Undefined.apply(layer(x)).sum().backward()
+    assert x.grad is None
+    assert layer.lora_B["default"].weight.grad is None
+
+
 def test_gradients_of_a_gradient_that_needs_x_say_so():
     model = adapted()
     fastlora.optimize(model)

@@ -37,6 +37,8 @@ class LoRALinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[_TENSORS:]
         projections, has_x = group(tensors, scales), x is not None
         if not has_x:
+            if all(dy is None for dy in dys):
+                return (None,) * (_TENSORS + count)
             x = stand_in(dys, ctx.shape)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
