@@ -32,4 +32,6 @@ def train(rank: int, port: int, folder: str) -> None:
     torch.save(gradients(model), f"{folder}/{rank}.pt")
     if rank == 0:
         fastlora.save_adapter(ddp, f"{folder}/adapter")
+    del ddp  # it holds the group, whose threads must end before the process does
+    dist.barrier()
     dist.destroy_process_group()
