@@ -10,6 +10,15 @@ from fastlora import Projection, lora_linears, reference
 from fastlora.backends import find_backend
 from fastlora.ops.functional import draw_seed
 
+# Of a layer and of its adapter.
+USUAL_DTYPES = {
+    "f64": (torch.float64, torch.float64),
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "f16-f32": (torch.float16, torch.float32),
+}
+
 
 def make_projection(
     n: int,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from judge import assert_close
+from judge import USUAL_DTYPES, assert_close
 from torch import nn
 
 from fastlora import reference
@@ -10,14 +10,9 @@ from fastlora.ops import dora_linear, dora_norm
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 
-DTYPES = {
-    "f64": (torch.float64, torch.float64),
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
-dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
+dtypes = pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), USUAL_DTYPES.values(), ids=USUAL_DTYPES
+)
 
 
 def make(shape, n, r, dtype, adapter_dtype, bias):

@@ -10,6 +10,7 @@ from types import MethodType
 import peft
 import pytest
 import torch
+from judge import USUAL_DTYPES
 from models import Mlp
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls
@@ -57,16 +58,9 @@ LAYERS = {
     "two": {"adapters": ("a", "b")},
     "two-dropout": {"adapters": ("a", "b"), "lora_dropout": 0.3},
 }
-DTYPES = {
-    "f64": (torch.float64, torch.float64),
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), USUAL_DTYPES.values(), ids=USUAL_DTYPES)
 @pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
 def test_no_further_from_the_truth_than_peft(settings, dtype, adapter_dtype, fast_calls):
     """The truth is PEFT's own layer in float64; a float32 adapter is PEFT's under autocast.

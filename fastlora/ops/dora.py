@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..backends.torch import rows_at_a_time
 from .autocast import autocast_off
 from .functional import lora_linear
 from .library import LIBRARY, are_batched
-
-# Elements that are made float32 at a time: on a CPU they stay in cache, and on a device their
-# memory is small and a launch costs nothing beside them.
-_CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 
 LIBRARY.define("dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
 
@@ -76,7 +73,7 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
         wide = _wide(weight)
         down, up = lora_a.to(wide), lora_b.to(wide)
         norms, products = [], []
-        for rows in weight.split(_rows_at_a_time(weight)):
+        for rows in weight.split(rows_at_a_time(weight)):
             rows = rows.to(wide)
             norms.append(torch.linalg.vector_norm(rows, dim=1))
             products.append(rows @ down.T)
@@ -128,10 +125,10 @@ class GainFunction(torch.autograd.Function):
 def _multiply(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     """gain ∘ (z - bias) + bias, rounded to z's dtype once."""
     shift = None if bias is None else (1.0 - gain) * bias
-    if _differentiable(z):
+    if _is_followed(z):
         return (z * gain if shift is None else torch.addcmul(shift, z, gain)).to(z.dtype)
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
-    step, rows = _rows_at_a_time(z), (-1, z.shape[-1])
+    step, rows = rows_at_a_time(z), (-1, z.shape[-1])
     for z_rows, y_rows in zip(z.reshape(rows).split(step), y.view(rows).split(step), strict=True):
         if shift is None:
             torch.mul(z_rows, gain, out=y_rows)
@@ -143,24 +140,19 @@ def _multiply(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
 def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
     """Σ dy ∘ z over all rows: [N], in float32 or wider."""
     dy, z, wide = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), _wide(z)
-    if _differentiable(dy):
+    if _is_followed(dy):
         return (dy.to(wide) * z.to(wide)).sum(0)
     total = z.new_zeros(z.shape[1], dtype=wide)
-    step = _rows_at_a_time(z)
+    step = rows_at_a_time(z)
     for dy_rows, z_rows in zip(dy.split(step), z.split(step), strict=True):
         total += (dy_rows.to(wide) * z_rows).sum(0)
     return total
 
 
-def _differentiable(tensor: Tensor) -> bool:
+def _is_followed(tensor: Tensor) -> bool:
     """Whether something follows what is done with it: nothing may be written into a buffer."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([tensor])
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _rows_at_a_time(matrix: Tensor) -> int:
-    block = _CPU_BLOCK if matrix.device.type == "cpu" else _DEVICE_BLOCK
-    return max(1, block // matrix.shape[-1])
