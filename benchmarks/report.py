@@ -7,12 +7,14 @@ Python alone, so that the file can be read where torch is not installed.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _SHORT = {
     "fastlora/frozen": "frozen",
     "fastlora/peft": "PEFT",
     "fastlora/fastlora, same dtype": "same dtype",
+    "fastlora/merged": "merged",
 }
 _QUANTITIES = {
     "forward": "forward, train",
@@ -35,6 +37,21 @@ _LAYERS = (
     "target",
 )
 _OVERHEAD = ("call", "frozen µs", "fastlora µs", "PEFT µs", "fastlora/PEFT", "quartiles", "target")
+_BASE = ("call", "base ms", "fastlora ms", "fastlora/base", "quartiles")
+_TUNE = ("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")
+_TESTS = ("tests", "outcome")
+_TITLES = {
+    "layers": "Time over the frozen layer's, medians of pairs (frozen ms: forward + backward). "
+    "Saved for backward: x + what is added to it. f32adapter: float32 adapters over bfloat16.",
+    "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "gpu": "Time over the frozen layer's, medians of pairs. Of the device: forward, both (forward "
+    "+ backward), inference, graph (in a CUDA graph). wall: what the caller waits for.",
+    "base": "This tree's fastlora over the base's, pair by pair.",
+    "tune": "The best tiles of a launcher's call, and what they reach.",
+    "tests": "The tests, on this device.",
+    "failures": "What failed, or could not run here.",
+}
 
 
 def text(rows: list[dict]) -> str:
@@ -47,9 +64,12 @@ def markdown(rows: list[dict], machine: dict) -> str:
     instructions = [
         name for key, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if machine[key]
     ]
-    lines = [
+    cpu = (
         f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{' and '.join(instructions) or 'no bfloat16 instructions'}; torch {machine['torch']}, "
+        f"{' and '.join(instructions) or 'no bfloat16 instructions'}"
+    )
+    lines = [
+        f"{machine.get('gpu', cpu)}; torch {machine['torch']}, "
         f"PEFT {machine['peft']}, Python {machine['python']}; {machine['date']}."
     ]
     for title, table in _tables(rows):
@@ -60,26 +80,27 @@ def markdown(rows: list[dict], machine: dict) -> str:
 
 def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Title, and head and cells, of each table that has any rows."""
-    layers = [_layer_cells(row) for row in rows if row["table"] == "layers"]
-    optimized = [_layer_cells(row) for row in rows if row["table"] == "optimized"]
-    overhead = [
-        cells for row in rows if row["table"] == "overhead" for cells in _overhead_cells(row)
+    timed = [row for row in rows if row.get("ratios")]
+    tables = [
+        (_TITLES["layers"], [_LAYERS, *map(_layer_cells, _in(timed, "layers"))]),
+        (_TITLES["optimized"], [_LAYERS, *map(_layer_cells, _in(timed, "optimized"))]),
+        (_TITLES["overhead"], [_OVERHEAD, *_each(_overhead_cells, _in(timed, "overhead"))]),
+        (_TITLES["gpu"], _gpu_table(_in(timed, "gpu"))),
+        (_TITLES["base"], [_BASE, *_each(_base_cells, _in(timed, "base"))]),
+        (_TITLES["tune"], [_TUNE, *map(_tune_cells, _in(rows, "tune"))]),
+        (_TITLES["tests"], [_TESTS, *map(_tests_cells, _in(rows, "tests"))]),
+        (_TITLES["failures"], [("what", "why"), *_each(_failures, rows)]),
     ]
-    tables = []
-    if layers:
-        title = (
-            "Time over the frozen layer's, medians of pairs (frozen ms: forward + backward). Saved "
-            "for backward: x + what is added to it. f32adapter: float32 adapters over bfloat16."
-        )
-        tables.append((title, [_LAYERS, *layers]))
-    if optimized:
-        title = "The same of PEFT's own layers; fastlora: after fastlora.optimize."
-        tables.append((title, [_LAYERS, *optimized]))
-    if overhead:
-        tables.append(
-            ("CPU time of one eager call of a tiny layer, one thread.", [_OVERHEAD, *overhead])
-        )
-    return tables
+    return [(title, table) for title, table in tables if len(table) > 1]
+
+
+def _in(rows: list[dict], table: str) -> list[dict]:
+    return [row for row in rows if row["table"] == table]
+
+
+def _each(cells: Callable[[dict], list], rows: list[dict]) -> list:
+    """For a row of several lines."""
+    return [line for row in rows for line in cells(row)]
 
 
 def _layer_cells(row: dict) -> tuple[str, ...]:
@@ -87,15 +108,15 @@ def _layer_cells(row: dict) -> tuple[str, ...]:
     return (
         row["id"],
         f"{row['seconds']['both']['frozen'] * 1e3:.3g}",
-        f"{forward['fastlora/frozen'][1]:.2f}",
-        f"{both['fastlora/frozen'][1]:.2f}",
-        _quartiles(both["fastlora/frozen"]),
-        f"{forward['peft/frozen'][1]:.2f}",
-        f"{both['peft/frozen'][1]:.2f}",
-        _quartiles(both["peft/frozen"]),
-        f"{both['fastlora/peft'][1]:.2f}",
-        _saved(saved["fastlora"]),
-        _saved(saved["peft"]),
+        _median(forward, "fastlora/frozen"),
+        _median(both, "fastlora/frozen"),
+        _quartiles(both, "fastlora/frozen"),
+        _median(forward, "peft/frozen"),
+        _median(both, "peft/frozen"),
+        _quartiles(both, "peft/frozen"),
+        _median(both, "fastlora/peft"),
+        _saved(saved, "fastlora"),
+        _saved(saved, "peft"),
         _verdicts(row["targets"]),
     )
 
@@ -104,21 +125,86 @@ def _overhead_cells(row: dict) -> list[tuple[str, ...]]:
     return [
         (
             f"{row['id']}, {_QUANTITIES[quantity]}",
-            *(f"{seconds[name] * 1e6:.1f}" for name in ("frozen", "fastlora", "peft")),
-            f"{row['ratios'][quantity]['fastlora/peft'][1]:.2f}",
-            _quartiles(row["ratios"][quantity]["fastlora/peft"]),
+            *(_microseconds(seconds, name) for name in ("frozen", "fastlora", "peft")),
+            _median(row["ratios"][quantity], "fastlora/peft"),
+            _quartiles(row["ratios"][quantity], "fastlora/peft"),
             _verdicts([target for target in row["targets"] if target["quantity"] == quantity]),
         )
         for quantity, seconds in row["seconds"].items()
     ]
 
 
-def _quartiles(ratio: list[float]) -> str:
-    return f"{ratio[0]:.2f}–{ratio[2]:.2f}"
+def _gpu_table(rows: list[dict]) -> list[tuple[str, ...]]:
+    """A line for each quantity, a column for each contestant."""
+    names = list(dict.fromkeys(name for row in rows for name in row["errors"] if name != "frozen"))
+    lines = [("over frozen", "quantity", "frozen ms", *names, "target")]
+    for row in rows:
+        for quantity, found in row["ratios"].items():
+            lines.append(
+                (
+                    row["id"],
+                    quantity,
+                    f"{row['seconds'][quantity]['frozen'] * 1e3:.3g}",
+                    *(_median(found, f"{name}/frozen", 3) for name in names),
+                    _verdicts([each for each in row["targets"] if each["quantity"] == quantity]),
+                )
+            )
+    return lines
 
 
-def _saved(saved: dict) -> str:
-    return f"{_bytes(saved['x'])} + {_bytes(saved['added'])}"
+def _base_cells(row: dict) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{row['id']}, {quantity}",
+            f"{seconds['base'] * 1e3:.3g}",
+            f"{seconds['fastlora'] * 1e3:.3g}",
+            _median(row["ratios"][quantity], "fastlora/base", 3),
+            _quartiles(row["ratios"][quantity], "fastlora/base", 3),
+        )
+        for quantity, seconds in row["seconds"].items()
+    ]
+
+
+def _tune_cells(row: dict) -> tuple[str, ...]:
+    return (
+        row["id"],
+        f"{row['tried']} of {row['candidates']}",
+        row.get("best", "none ran"),
+        _median(row, "default/best", 3),
+        _median(row, "fused/in place", 3),
+        f"{row.get('tflops', '–')}",
+        f"{row.get('gbs', '–')}",
+    )
+
+
+def _tests_cells(row: dict) -> tuple[str, ...]:
+    return row["id"], row["outcome"]
+
+
+def _failures(row: dict) -> list[tuple[str, str]]:
+    found = {**row.get("failures", {}), **row.get("skipped", {})}
+    return [(f"{row['id']}, {name}", " ".join(why.split())[:200]) for name, why in found.items()]
+
+
+def _median(found: dict, ratio: str, digits: int = 2) -> str:
+    return f"{found[ratio][1]:.{digits}f}" if ratio in found else "–"
+
+
+def _quartiles(found: dict, ratio: str, digits: int = 2) -> str:
+    if ratio not in found:
+        return "–"
+    low, _, high = found[ratio]
+    return f"{low:.{digits}f}–{high:.{digits}f}"
+
+
+def _microseconds(seconds: dict, name: str) -> str:
+    return f"{seconds[name] * 1e6:.1f}" if name in seconds else "–"
+
+
+def _saved(saved: dict, name: str) -> str:
+    if name not in saved:
+        return "–"
+    return f"{_bytes(saved[name]['x'])} + {_bytes(saved[name]['added'])}"
 
 
 def _bytes(count: int) -> str:
