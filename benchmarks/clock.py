@@ -68,10 +68,10 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def graph_of(call: Callable[[], object]) -> Callable[[], None]:
-    """A CUDA graph of this call; elsewhere the call itself."""
+def graph_of(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of this call; without a GPU the call itself."""
     if not torch.cuda.is_available():
-        return lambda: call() and None
+        return call
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

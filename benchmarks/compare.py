@@ -6,7 +6,6 @@ judged before, without dropout: the masks of another commit are not known here.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from .clock import clock_for
 from .contestants import make_tensors, makers_for
 from .judge import Judge
 from .measure import Rounds, describe, row_of, step_of, threads_for
-from .tree import BENCHMARKS, ROOT
+from .tree import BENCHMARKS, ROOT, own_stdout
 
 
 class UnknownRefError(ValueError):
@@ -114,12 +113,11 @@ class Pair:
 
 
 def main(arguments: list[str]) -> None:
-    """The worker: a request a line, an answer a line.  What libraries print goes to stderr."""
+    """The worker: a request a line, an answer a line."""
     import fastlora
     import fastlora.kernels
 
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
+    with own_stdout() as answers:
         _send(answers, {"fastlora": fastlora.__file__, "kernels": fastlora.kernels.__file__})
         cases = {case.id: case for case in (*cpu_cases(), *gpu_cases())}
         device, step = torch.device(arguments[0]), None

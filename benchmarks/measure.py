@@ -7,7 +7,7 @@ round runs all contestants in turn and gives one ratio of each two; reported are
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,6 @@ from .judge import Judge, check_kept, kept_for_backward
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
 _LEAST, _MOST = 7, 300  # rounds
-_CALLS = {"overhead": 200, "gpu": 20}  # in a row, for a clock that is coarse beside one of them
 
 
 class Rounds:
@@ -104,14 +103,17 @@ def measure(
     run: Callable[[Rounds], None],
     makers: dict[str, Maker] | None = None,
     watch: Callable[[str], None] = lambda name: None,
+    without: Collection[str] = (),
 ) -> dict:
     """A row.  ``run`` runs the rounds; ``watch`` hears who is tried next.
 
     A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
     """
+    makers = makers or makers_for(case)
+    makers = {name: make for name, make in makers.items() if name not in without}
     tensors, clock = make_tensors(case, device), clock_for(device)
     with threads_for(case):
-        found = enter(case, tensors, clock, makers or makers_for(case), watch)
+        found = enter(case, tensors, clock, makers, watch)
         summary = {}
         if {"frozen", "fastlora"} <= set(found.steps):
             rounds = Rounds(found.steps)
@@ -204,13 +206,15 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
         def step() -> dict[str, float]:
             wait_for(x.device)
             start = read()
-            for _ in range(_CALLS[case.table]):
+            for _ in range(calls_in_a_row):
                 call()
             wait_for(x.device)
-            return {quantity: (read() - start) / _CALLS[case.table]}
+            return {quantity: (read() - start) / calls_in_a_row}
 
         return step
 
+    # In a row, for a clock that is coarse beside one of them.
+    calls_in_a_row = 1 if case.tiny else 200 if case.table == "overhead" else 20
     parts = [train_by_parts]
     if case.table == "overhead":  # the caller's own work
         calls = {"forward": lambda: module(x), "inference": infer, "both": train}

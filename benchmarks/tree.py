@@ -1,12 +1,15 @@
 """Where fastlora is imported from: a folder that was not installed, or another commit's."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import TextIO
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
@@ -40,6 +43,14 @@ class _Tree(MetaPathFinder):
 def import_from(root: Path = ROOT) -> None:
     """From now on ``import fastlora`` and ``import benchmarks`` find this folder's."""
     sys.meta_path.insert(0, _Tree(root))
+
+
+@contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """Standard output for our lines alone: what libraries print goes to standard error."""
+    with os.fdopen(os.dup(1), "w") as lines:
+        os.dup2(2, 1)
+        yield lines
 
 
 if __name__ == "__main__":  # python -P tree.py ROOT MODULE ARGUMENT ...

@@ -1,224 +1,219 @@
 """The best tiles for a launcher's call, and who multiplies: rows for kernels/plan.py."""
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError, as_completed, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
 
-from fastlora.kernels.config import Call, Config, GemmConfig
+from fastlora.kernels import one_launch_pays, one_pass_pays, target_of
+from fastlora.kernels.config import Config, GemmConfig
 from fastlora.kernels.defaults import candidates, default_config
-from fastlora.kernels.launch import Launch, intercept
+from fastlora.kernels.launch import Launch, intercept, recorded
 from fastlora.kernels.plan import Plan, Row
 from fastlora.kernels.target import Target, use_target
 
-from ..oracle import TOLERANCE, error
-from ..shapes import Case
-from .jobs import Job, make_job
-from .journal import check_device, describe
-from .timing import Clock, digits, quartiles, whole
+from .cases import Case
+from .clock import Clock, clock_for, wait_for
+from .forms import Form, Operands
+from .judge import check_error, error
+from .measure import describe, digits, ratios
 
 _SLOW = 1.2  # of the best so far: dropped after a few runs
-
-
-class Compilers:
-    """Processes that compile into Triton's cache on disk: a crash there takes no timing along."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-        self._start()
-
-    def submit(self, *call) -> Future:
-        try:
-            return self._executor.submit(*call)
-        except BrokenProcessPool:
-            self._start()
-            return self._executor.submit(*call)
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _start(self) -> None:
-        """Wait until they have imported what they need: it would count as compiling."""
-        self._executor = ProcessPoolExecutor(self.processes, mp_context=get_context("spawn"))
-        wait([self._executor.submit(_touch_device) for _ in range(self.processes)])
-
-
-def _touch_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.init()
+_FINALISTS = 3
+Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Search:
-    """``seconds`` for one call; ``most`` configs; ``pool`` compiles ahead, if there is one.
+    """``seconds`` and at most ``most`` configs; rounds of every config, of good ones, and last."""
 
-    Each config runs ``few`` times, those that are not slow ``more`` times, and the best ``last``.
-    """
-
-    seconds: float
-    most: int
-    pool: Compilers | None = None
-    banned: frozenset[str] = frozenset()
+    seconds: float = 20.0
+    most: int = 400
     few: int = 3
     more: int = 5
     last: int = 15
+    compilers: int = max(2, min(14, (os.cpu_count() or 4) - 2))
 
 
-def compile_ahead(target: Target, case: Case, form: str, config: Config | None) -> None:
-    """What this call would launch is compiled and not launched: its tensors are meta tensors."""
-    with use_target(target), intercept(Launch.compile):
-        make_job(case, form, torch.device("meta")).run(config)
+DRY = Search(60.0, most=2, few=1, more=1, last=2, compilers=0)
 
 
-def tune(
-    case: Case,
-    form: str,
-    job: Job,
-    target: Target,
-    clock: Clock,
-    search: Search,
-    watch: Callable[[str | None], None] = lambda config: None,
-) -> dict:
-    """A row: the best config, its gain over the default, and for a base product the plan.
-
-    ``watch`` hears which config runs for the first time.
-    """
-    default = default_config(job.kernel, target, job.call)
-    if default is None:
-        raise ValueError(f"no default config fits {job.name}")
-    configs = [default, *sorted(_plausible(job, target, default), key=lambda c: _rank(c, default))]
-    configs = [config for config in configs if str(config) not in search.banned][: search.most]
-    expected, tolerance = job.expected(), TOLERANCE[case.dtype]
-    times: dict[Config, float] = {}
-    failures: dict[str, str] = {}
-    for config, reason in _compiled(configs, target, case, form, search):
-        try:
-            if reason is not None:
-                raise reason
-            watch(str(config))
-            _check(job, config, expected, tolerance)
-            best = min(times.values(), default=float("inf"))
-            times[config] = _time(job, config, clock, best, search)
-        except Exception as failure:
-            check_device()
-            failures[str(config)] = describe(failure)
-    watch(None)
-    row = {
-        "id": job.name, "table": "gpu-tuning", "kernel": job.kernel, "candidates": len(configs),
-        "tried": len(times), "wrong_or_failed": len(failures),
-        "failures": dict(list(failures.items())[:5]), "default": str(default),
-    }  # fmt: skip
-    if not times:
-        return row
-    finalists = sorted(times, key=times.__getitem__)[:3]
-    calls = {str(config): _caller(job, config) for config in finalists}
-    if default in times:
-        calls[str(default)] = _caller(job, default)
-    if job.in_place is not None:
-        worst = error(job.in_place(), expected[0])
-        if worst <= tolerance:
-            calls["in place"] = job.in_place
-        else:
-            row["failures"]["in place"] = f"{worst:.2g} from the oracle, beyond {tolerance:.2g}"
-    laps = _in_turn(calls, clock, search.last)
-    medians = {name: statistics.median(each) for name, each in laps.items()}
-    best = min(finalists, key=lambda config: medians[str(config)])
-    row |= {"best": str(best), "seconds": {name: digits(each) for name, each in medians.items()}}
-    if default in times:
-        row["default/best"] = _ratio(laps[str(default)], laps[str(best)])
-    if "in place" in laps:
-        row["fused/in place"] = _ratio(laps[str(best)], laps["in place"])
-        row["plan"] = repr(_plan_row(job, target, best, row["fused/in place"][1] < 1.0))
-    return row
-
-
-def _plausible(job: Job, target: Target, default: Config) -> list[Config]:
-    """Without tiles that are far too small or too large for the call."""
+def forms_of(case: Case, device: torch.device) -> list[Form]:
+    """The calls of a layer or a group, base products first: they take most of the time."""
+    M, K, r, n = case.M, case.K, case.r, len(case.outputs)
+    shared = {"dtype": case.dtype, "adapter_dtype": case.adapter_dtype}
+    group = shared | {"dropout": case.dropout}
+    with use_target(target_of(device)), torch.device("meta"):
+        x, dy = (torch.empty(M, columns, dtype=case.dtype) for columns in (K, case.outputs[0]))
+        one_pass = one_pass_pays(dy, torch.empty(case.outputs[0], r), "ieee")
+    y = "y,h" if case.decodes and one_launch_pays(x, r) else "y"
+    ys = [Form(y, M, N, (r,), (K,), **shared) for N in dict.fromkeys(case.outputs)]
+    h = Form("h", M, K, (r,) * n, **group)
+    if case.decodes:
+        return [*ys, h]
     return [
-        config
-        for config in candidates(job.kernel, target, job.call)
-        if config != default and (target.kind == "cpu" or _suits(config, job.call))
+        *ys,
+        Form("dx", M, K, (r,) * n, case.outputs, **group),
+        Form("dB,dh" if one_pass else "dB", M, case.outputs[0], (r,), **shared),
+        Form("dA", M, K, (r,) * n, **group),
+        h,
     ]
 
 
-def _suits(config: Config, call: Call) -> bool:
-    if isinstance(config, GemmConfig):
-        small = call.m >= 1024 and config.block_m * config.block_n < 128 * 64
-        return not small and config.block_m <= max(64, 2 * call.m)
-    return True
+def tune(
+    form: Form, device: torch.device, search: Search = Search(), watch: Watch = lambda name: None,
+    without: Sequence[str] = (),
+) -> dict:  # fmt: skip
+    """A row: the best config, its gain over the default, and for a base product the plan.
+
+    A config that is wrong or raises has no time.  ``watch`` hears which one runs first, and
+    ``without`` names those that ended the process before.
+    """
+    target, clock, operands = target_of(device), clock_for(device), Operands(form, device)
+    default = default_config(form.kernel, target, form.call)
+    if default is None:
+        raise ValueError(f"no default config fits {form.id}")
+    configs = [each for each in _listed(form, target, default) if str(each) not in without]
+    configs, truth = configs[: search.most], operands.truth()
+    times: dict[Config, float] = {}
+    failures: dict[str, str] = {}
+    for config, problem in _compiled(configs, form, target, search):
+        watch(str(config))
+        try:
+            if problem is not None:
+                raise problem
+            _check(operands, config, truth)
+            times[config] = _time(operands, config, clock, times.values(), search)
+        except Exception as reason:
+            wait_for(device)  # if the device is lost, no other config can run
+            failures[str(config)] = describe(reason)
+    watch("finals")
+    row = {
+        "id": form.id, "table": "tune", "kernel": form.kernel, "candidates": len(configs),
+        "tried": len(times), "wrong": len(failures), "failures": dict([*failures.items()][:5]),
+        "default": str(default),
+    }  # fmt: skip
+    if times:
+        finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
+        row |= _finals(operands, target, clock, search, finalists, default, truth)
+    return row
 
 
-def _rank(config: Config, default: Config) -> int:
-    """How many fields differ from the default: neighbours come first."""
-    return sum(getattr(config, name) != getattr(default, name) for name in vars(default))
+def _listed(form: Form, target: Target, default: Config) -> list[Config]:
+    """The default and its neighbours first; no tiles that are far too small or too large."""
+
+    def distance(config: Config) -> int:
+        return sum(getattr(config, name) != getattr(default, name) for name in vars(default))
+
+    def suits(config: Config) -> bool:
+        if not isinstance(config, GemmConfig) or target.kind == "cpu":
+            return True
+        small = form.M >= 1024 and config.block_m * config.block_n < 128 * 64
+        return not small and config.block_m <= max(64, 2 * form.M)
+
+    found = [config for config in candidates(form.kernel, target, form.call) if suits(config)]
+    return list(dict.fromkeys([default, *sorted(found, key=distance)]))
 
 
 def _compiled(
-    configs: list[Config], target: Target, case: Case, form: str, search: Search
+    configs: list[Config], form: Form, target: Target, search: Search
 ) -> Iterator[tuple[Config, Exception | None]]:
-    """Each config as soon as it is compiled, until the search's time is over."""
+    """Each config as soon as it is compiled, until the search's time is over.
+
+    Other processes compile, into Triton's cache on disk: a crash there takes no timing along.
+    """
     deadline = time.monotonic() + search.seconds
-    if search.pool is None:
-        for config in configs:
-            yield config, None
-            if time.monotonic() > deadline:
-                return
+    if not search.compilers:
+        yield from ((config, None) for config in configs)
         return
-    futures = {
-        search.pool.submit(compile_ahead, target, case, form, config): config for config in configs
-    }
+    pool = ProcessPoolExecutor(search.compilers, mp_context=get_context("spawn"))
+    futures = {pool.submit(compile_ahead, form, target, config): config for config in configs}
     try:
         for future in as_completed(futures, timeout=search.seconds):
             yield futures[future], future.exception()
+            if time.monotonic() > deadline:
+                return
     except TimeoutError:
         return
     finally:
-        for future in futures:
-            future.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check(job: Job, config: Config, expected, tolerance: float) -> None:
-    found = job.run(config)
-    for tensor in found:
+def compile_ahead(form: Form, target: Target, config: Config) -> None:
+    """What this call would launch is compiled and not launched: its tensors are meta tensors."""
+    with use_target(target), intercept(Launch.compile):
+        Operands(form, "meta").run(config)
+
+
+def _check(operands: Operands, config: Config, truth: list[torch.Tensor]) -> None:
+    for tensor in operands.run(config):
         tensor.fill_(float("nan"))  # what no kernel writes shows
-    found = job.run(config)
-    worst = max(error(got, want) for got, want in zip(found, expected, strict=True))
-    if not worst <= tolerance:
-        raise AssertionError(f"{worst:.2g} from the oracle, beyond {tolerance:.2g}")
+    found = operands.run(config)
+    worst = max(error(got, want) for got, want in zip(found, truth, strict=True))
+    check_error(worst, operands.form.dtype)
 
 
-def _time(job: Job, config: Config, clock: Clock, best: float, search: Search) -> float:
-    step = whole(_caller(job, config))
-    times = [clock.time(step, flush=True)[0] for _ in range(search.few)]
-    if statistics.median(times) <= _SLOW * best:
-        times += [clock.time(step, flush=True)[0] for _ in range(search.more)]
+def _time(operands: Operands, config: Config, clock: Clock, others, search: Search) -> float:
+    times = [_seconds(clock, lambda: operands.run(config)) for _ in range(search.few)]
+    if statistics.median(times) <= _SLOW * min(others, default=float("inf")):
+        times += [_seconds(clock, lambda: operands.run(config)) for _ in range(search.more)]
     return statistics.median(times)
 
 
-def _caller(job: Job, config: Config):
-    return lambda: job.run(config)
+def _seconds(clock: Clock, call: Callable[[], object]) -> float:
+    clock.start()
+    start = clock.mark()
+    call()
+    return clock.seconds(start, clock.mark())
 
 
-def _in_turn(calls: dict, clock: Clock, rounds: int) -> dict[str, list[float]]:
-    laps: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            laps[name].append(clock.time(whole(call), flush=True)[0])
-    return laps
+def _finals(
+    operands: Operands,
+    target: Target,
+    clock: Clock,
+    search: Search,
+    finalists: list[Config],
+    default: Config,
+    truth: list[torch.Tensor],
+) -> dict:
+    """The best of all, the default and torch's product in turn, so that their ratios hold."""
+    calls: dict[object, Callable[[], object]] = {
+        config: lambda config=config: operands.run(config) for config in {*finalists, default}
+    }
+    if operands.form.kernel == "gemm_lowrank":
+        check_error(error(operands.run_in_place(), truth[0]), operands.form.dtype)
+        calls["in place"] = operands.run_in_place
+    laps: dict[object, list[float]] = {key: [] for key in calls}
+    for _ in range(search.last):
+        for key, call in calls.items():
+            laps[key].append(_seconds(clock, call))
+    medians = {key: statistics.median(each) for key, each in laps.items()}
+    best = min(finalists, key=medians.__getitem__)
+    with recorded() as launches:
+        operands.run(best)
+    work = [launch.work() for launch in launches]
+    moved = sum(each.loaded + each.stored for each in work)
+    row = {
+        "best": str(best), "seconds": {str(key): digits(each) for key, each in medians.items()},
+        "default/best": ratios(laps[default], laps[best]),
+        "tflops": digits(sum(each.flops for each in work) / medians[best] / 1e12),
+        "gbs": digits(moved / medians[best] / 1e9),
+    }  # fmt: skip
+    if "in place" in laps:
+        row["fused/in place"] = ratios(laps[best], laps["in place"])
+        fused = row["fused/in place"][1] < 1.0
+        row["plan"] = repr(_plan_row(operands.form, target, best, fused))
+    return row
 
 
-def _ratio(above: list[float], below: list[float]) -> list[float]:
-    return quartiles([a / b for a, b in zip(above, below, strict=True)])
-
-
-def _plan_row(job: Job, target: Target, best: GemmConfig, fused: bool) -> Row:
-    call = job.call
+def _plan_row(form: Form, target: Target, best: Config, fused: bool) -> Row:
+    call = form.call
     return Row(
-        target.name, call.m, call.n, job.depth, call.r, call.itemsize, call.masked,
+        target.name, call.m, call.n, sum(form.depths), call.r, call.itemsize, call.masked,
         call.projections, Plan(True, best) if fused else Plan(False),
     )  # fmt: skip

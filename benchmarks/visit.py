@@ -1,171 +1,233 @@
 """Everything that a visit to a machine with a GPU should do, in ten minutes, a short table last.
 
-    python -P benchmarks/gpu_visit.py --out FOLDER             all steps, 9 minutes at most
-    python -P benchmarks/gpu_visit.py --out FOLDER --only layers --minutes 4
-    python -P benchmarks/gpu_visit.py --out FOLDER --dry       tiny, on a CPU, kernels interpreted
+    python -P benchmarks/visit.py --out FOLDER                      tests, benchmark, tuning
+    python -P benchmarks/visit.py --out FOLDER --only tune --case 8192x4096x4096
+    python -P benchmarks/visit.py --out FOLDER --dry                tiny, on a CPU, interpreted
 
-Facts, GPU tests, the benchmark, each launch alone, tuning: ``benchmarks/gpu/__init__.py`` has the
-overview.  Each step has a share of the time, and a process of its own, which is started again
-behind the item that ended it.  FOLDER/<device>/<date>.json is written after every step.  A number
-from ``--dry`` says only that the code runs: it never goes into benchmarks/results.
+It needs a folder with the repository, torch and Triton; nothing has to be installed.  Every item
+has a process of its own, so that a crash costs that item alone; it is tried again without the
+contestant that it ended with.  FOLDER/<device>/<date>.json is rewritten after every row, and whole
+at any moment.  A number from ``--dry`` says only that the code runs.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-if "benchmarks" not in sys.modules:
-    # Not by sys.path: the repository's kernels/ would hide Hugging Face's package of that name.
-    sys.modules["benchmarks"] = package = ModuleType("benchmarks")
-    package.__path__ = [str(HERE)]
+if __name__ in ("__main__", "__mp_main__"):  # else whoever imports it has seen to that
+    sys.path.insert(0, str(Path(__file__).parent))
+    from tree import import_from
 
-from benchmarks.gpu.journal import LOST, Journal, describe  # noqa: E402
-from benchmarks.gpu.table import table  # noqa: E402
+    del sys.path[0]
+    import_from()
 
-SHARES = {"facts": 0.05, "tests": 0.27, "layers": 0.33, "launches": 0.07, "tuning": 0.28}
-_GRACE = 20.0  # seconds that an item may take beyond its step's deadline
-_STARTS = 10  # of one step
+import torch
+
+from benchmarks.cases import dry_cases, gpu_cases
+from benchmarks.measure import Rounds, measure
+from benchmarks.report import text
+from benchmarks.results import FOLDER, describe_machine, results_path, write_results
+from benchmarks.tree import BENCHMARKS, ROOT, own_stdout
+from benchmarks.tune import DRY, Search, forms_of, tune
+
+LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 90.0}  # seconds of an item
+_TESTS_SHARE = 0.25  # of the time: the last part, in which the other tests run side by side
+_LEAST = 5.0  # seconds: with less left no item is begun
+_TRIES = 4
+_ENDS = ("start", "rounds", "finals")  # who ends a process then is nobody's contestant
+TESTS = (
+    "project", "gemm_lowrank", "weight_grad", "sum_planes", "kernel_mask", "triton_backend",
+    "lora_linear", "long_strides", "dropout", "library", "memory",
+)  # fmt: skip
+
+
+class Visit:
+    """The rows so far, in a file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.dry, self.rows, self.lock = options.dry, [], threading.Lock()
+        device = torch.device("cpu" if options.dry else "cuda")
+        self.machine = describe_machine(device) | ({"device": "dry"} if options.dry else {})
+        self.path = results_path(self.machine, options.out)
+        self.end = time.monotonic() + 60 * options.minutes
+
+    def add(self, row: dict) -> None:
+        with self.lock:
+            self.rows.append(row)
+            write_results(self.path, self.machine, sys.argv[1:], self.rows)
+
+    def run(self, kind: str, name: str, end: float | None = None) -> None:
+        """One item, or a row that says why not."""
+        without: list[str] = []
+        for _ in range(_TRIES):
+            seconds = min(LIMITS[kind], (end or self.end) - time.monotonic())
+            if seconds < _LEAST:
+                self.add({"table": kind, "id": name, "skipped": {"time": "none was left"}})
+                return
+            code, trying, log = self._start(kind, name, without, seconds)
+            if code == 0:
+                return
+            why = f"the process ended with {code}, after {seconds:.0f} s at most: {log[-1500:]}"
+            self.add({"table": kind, "id": name, "failures": {trying: why}})
+            if trying in _ENDS:
+                return
+            without.append(trying)
+
+    def _start(
+        self, kind: str, name: str, without: list[str], seconds: float
+    ) -> tuple[int, str, str]:
+        """Exit status, who was tried last, and what was printed; rows are added as they come."""
+        done = [row["id"] for row in self.rows if row["table"] == kind]
+        item = {"kind": kind, "name": name, "dry": self.dry, "without": without, "done": done}
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(BENCHMARKS / "visit.py"), "--item", json.dumps(item)],
+            cwd=ROOT, env=environment(self.dry), text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        timer = threading.Timer(seconds, _kill, [process])
+        log: list[str] = []
+        reader = threading.Thread(target=lambda: log.extend(process.stderr))
+        timer.start()
+        reader.start()
+        trying = "start"
+        try:
+            for line in process.stdout:
+                message = json.loads(line)
+                trying = message.get("trying", trying)
+                if "row" in message:
+                    self.add(message["row"])
+            return process.wait(), trying, "".join(log)
+        finally:
+            timer.cancel()
+            _kill(process)
 
 
 def main() -> None:
     options = parse()
-    folder = options.out / "journal"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.jsonl"):
-        old.unlink()
-    end = time.time() + 60 * options.minutes
-    steps = [options.only] if options.only else list(SHARES)
-    if options.only and options.only != "facts":
-        steps.insert(0, "facts")
-    seconds = {}
-    for i, name in enumerate(steps):
-        start = time.time()
-        left = end - start - _GRACE
-        share = SHARES[name] / sum(SHARES[each] for each in steps[i:])
-        run(name, folder, max(left * share, 5.0), options.dry)
-        seconds[name] = round(time.time() - start, 1)
-        print(f"{name}: {seconds[name]} s", flush=True)
-        results = gather(folder, seconds, options.dry)
-        path = write(results, options.out)
-    print(f"\n{path}\n")
-    for row in results["rows"]:
+    visit = Visit(options)
+    for kind, name in items(options, TESTS[:0]):
+        visit.run(kind, name, visit.end - 60 * options.minutes * _TESTS_SHARE)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        list(pool.map(lambda item: visit.run(*item), items(options, TESTS)))
+    print(f"{visit.path}\n")
+    for row in visit.rows:
         if "plan" in row:
             print(f"{row['plan']},")
-    print(f"\n{table(results)}")
-    if results["steps"]["facts"]["failures"]:
-        sys.exit(1)  # there is no GPU
+    print(f"\n{text(visit.rows)}")
+
+
+def items(options: argparse.Namespace, tests) -> list[tuple[str, str]]:
+    cases = dry_cases() if options.dry else gpu_cases()
+    if tests:
+        listed = [("tests", name) for name in (["judge"] if options.dry else tests)]
+    else:
+        tuned = cases[:1] if options.dry else [each for each in cases if each.r == 16]
+        listed = [("tests", "gpu"), *(("layers", case.id) for case in cases)]
+        listed[4:4] = [("tune", case.id) for case in tuned[:2]]
+        listed += [("tune", case.id) for case in tuned[2:]]
+    return [
+        (kind, name)
+        for kind, name in listed
+        if options.only in (None, kind) and (kind == "tests" or options.case in name)
+    ]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, interpreted")
-    parser.add_argument("--only", choices=SHARES, help="this step alone (and the facts)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all steps together")
+    parser.add_argument("--only", choices=LIMITS, help="items of this kind alone")
+    parser.add_argument("--case", default="", metavar="PART", help="cases with this in their id")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of all items together")
     options = parser.parse_args()
     options.out = options.out.resolve()
-    if options.dry and options.out.is_relative_to(HERE / "results"):
+    if options.dry and options.out.is_relative_to(FOLDER):
         parser.error("--dry measures nothing: its numbers don't belong in benchmarks/results")
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here: --dry runs without one")
     return options
-
-
-def run(name: str, folder: Path, seconds: float, dry: bool) -> None:
-    """One step, started again behind the item that ended its process, while there is time."""
-    journal = Journal(folder / f"{name}.jsonl")
-    if name == "tests":
-        from benchmarks.gpu.suite import run_suite
-
-        try:
-            journal.add(run_suite(ROOT, seconds, dry, environment(dry)))
-        except Exception as error:
-            journal.fail(name, describe(error))
-        return
-    deadline = time.time() + seconds
-    for _ in range(_STARTS):
-        code, tail = start(name, folder, deadline, dry)
-        if code == 0:
-            return
-        reason = "the device was lost" if code == LOST else f"the process ended with {code}"
-        in_item = journal.close_unfinished(f"{reason}: {tail}")
-        if code != LOST and not in_item:
-            journal.fail(name, f"{reason}, outside of any item: {tail}")
-            return
-        if time.time() > deadline:
-            return
-
-
-def start(name: str, folder: Path, deadline: float, dry: bool) -> tuple[int | str, str]:
-    """Exit status, or "timeout", of a step's process, and the end of what it printed."""
-    log = folder / f"{name}.log"
-    command = [sys.executable, "-P", str(HERE / "gpu_visit.py"), "--step", name, str(folder)]
-    command += [str(deadline), str(int(dry))]
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(dry), stdout=file, stderr=file,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(timeout=deadline + _GRACE - time.time())
-        except subprocess.TimeoutExpired:
-            code = "timeout"
-        finally:
-            _end_group(process)
-    return code, log.read_text(encoding="utf-8", errors="replace")[-1500:]
-
-
-def _end_group(process: subprocess.Popen) -> None:
-    """The step and the compilers that it may have left."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
 
 
 def environment(dry: bool) -> dict[str, str]:
     """Triton reads TRITON_INTERPRET when the kernels are imported."""
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    kept.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if dry:  # one thread: on a busy machine tiny products wait for the others' threads
         kept |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return kept
 
 
-def gather(folder: Path, seconds: dict[str, float], dry: bool) -> dict:
-    """What the journals hold: rows, and for each step its time, failures and what is missing."""
-    steps, rows = {}, []
-    for name in seconds:
-        journal = Journal(folder / f"{name}.jsonl")
-        rows += journal.rows
-        steps[name] = {
-            "seconds": seconds[name],
-            "rows": len(journal.rows),
-            "failures": journal.failures,
-            "skipped": journal.skipped,
-        }
-    machine = next((row for row in rows if row["table"] == "gpu-facts"), None)
-    machine = machine or {"device": "unknown", "date": time.strftime("%Y-%m-%d", time.gmtime())}
-    return {"machine": machine, "dry": dry, "steps": steps, "rows": rows}
+def run_item(item: dict) -> None:
+    """In the item's own process: a line of JSON for each row, and for who is tried next."""
+    with own_stdout() as out:
+
+        def send(**message: object) -> None:
+            out.write(f"{json.dumps(message)}\n")
+            out.flush()
+
+        def watch(name: str) -> None:
+            send(trying=name)
+
+        device = torch.device("cpu" if item["dry"] else "cuda")
+        if item["kind"] == "tests":
+            send(row=run_tests(item["name"]))
+            return
+        cases = {case.id: case for case in (*dry_cases(), *gpu_cases())}
+        case = cases[item["name"]]
+        if item["kind"] == "layers":
+
+            def run(rounds: Rounds) -> None:
+                for _ in range(1 if item["dry"] else rounds.count(seconds=3.0)):
+                    rounds.run_others()
+                    rounds.run_subject()
+
+            send(row=measure(case, device, run, watch=watch, without=item["without"]))
+            return
+        for form in forms_of(case, device):
+            if form.id not in item["done"]:
+                search = DRY if item["dry"] else Search()
+                send(row=tune(form, device, search, watch, item["without"]))
 
 
-def write(results: dict, out: Path) -> Path:
-    from benchmarks.results import write_results
+def run_tests(noun: str) -> dict:
+    """The outcome of tests/**/test_NOUN.py."""
+    row = {"table": "tests", "id": noun, "outcome": "not run"}
+    if find_spec("pytest") is None:
+        return row | {"skipped": {"pytest": "pytest is not installed"}}
+    import pytest
 
-    rest = {key: value for key, value in results.items() if key not in ("machine", "rows")}
-    return write_results(results["rows"], sys.argv[1:], out, results["machine"], **rest)
+    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, {}
+
+    class Reports:
+        def pytest_runtest_logreport(self, report) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                counts[report.outcome] += 1
+            if report.failed:
+                failures[report.nodeid] = report.longreprtext[-1500:]
+
+    files = map(str, sorted((ROOT / "tests").rglob(f"test_{noun}.py")))
+    status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[Reports()])
+    outcome = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    return row | {"outcome": outcome or f"pytest ended with {status}", "failures": failures}
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The item and the compilers that it may have left."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--step"]:
-        from benchmarks.gpu.steps import run_step
-
-        run_step(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]), sys.argv[5] == "1")
+    if sys.argv[1:2] == ["--item"]:
+        run_item(json.loads(sys.argv[2]))
     else:
         main()

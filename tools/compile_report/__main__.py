@@ -2,7 +2,7 @@
 
 It needs no GPU.  Each row is one kernel of one call, compiled for one target: registers, spills,
 shared and tensor memory, tensor-core and TMA instructions.  ``tests/test_compile.py`` says what
-they must be.  The lines behind a call (``y``, ``dx``, …) are explained in ``compile_cases.py``.
+they must be.  The lines behind a call (``y``, ``dx``, …) are explained in ``benchmarks/forms.py``.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from fastlora.kernels.config import Config, shared_memory, why_not
 from fastlora.kernels.defaults import default_config
 from fastlora.kernels.target import TARGETS
 
-from .compile_cases import Case, cases, launches
-from .compiled import Compiled, compile_launch
+from .cases import Case, cases, launches
+from .machine_code import Compiled, compile_launch
 
 NAMES = tuple(name for name, target in TARGETS.items() if target.kind != "cpu")
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -49,8 +49,9 @@ class Row:
 
 def rows_of(case: Case) -> list[Row]:
     """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
-    target, call = TARGETS[case.target], case.call
-    config = case.config or default_config(case.kernel, target, call)
+    target, form = TARGETS[case.target], case.call_form
+    call = form.call
+    config = case.config or default_config(form.kernel, target, call)
     try:
         return [
             Row(

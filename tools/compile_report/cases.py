@@ -4,31 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from fastlora.kernels import gemm_lowrank, project, weight_grad
-from fastlora.kernels.config import Call, Config, GemmConfig, why_not
+from benchmarks.forms import Form, Operands
+from fastlora.kernels.config import Config, GemmConfig, why_not
 from fastlora.kernels.defaults import DEFAULTS
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
-KERNELS = {
-    "y": "gemm_lowrank",  # x weightᵀ + h lora_bᵀ
-    "y,h": "gemm_lowrank",  # both in one launch, for few rows
-    "dx": "gemm_lowrank",  # Σ dy weight + drop'(dh lora_a)
-    "y+": "gemm_lowrank",  # the low-rank term alone, added to what torch multiplied
-    "dx+": "gemm_lowrank",
-    "h": "project",
-    "dh": "project",
-    "dA": "weight_grad",
-    "dB": "weight_grad",
-    "dB,dh": "weight_grad",  # one pass over dy
-}
+_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_DEPTH = 4096
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher.  ``form``: what the call computes; without a config, the default."""
+    """One call of a launcher, a ``form`` of benchmarks/forms.py; without a config, the default."""
 
     target: str
     form: str
@@ -44,21 +33,16 @@ class Case:
     N: int = 4096  # of the output: K = 4096 throughout
 
     @property
-    def kernel(self) -> str:
-        return KERNELS[self.form]
-
-    @property
-    def call(self) -> Call:
-        """As the launcher would make it."""
-        itemsize = _DTYPES[self.dtype].itemsize
-        return Call(
-            self.M, self.N, self.r, itemsize, self.precision, self.n, self.masked,
-            project="," in self.form, alone=self.form.endswith("+"),
-            pointers=self.form.endswith("+") or self.N * itemsize % 16 != 0,
+    def call_form(self) -> Form:
+        depths = (_DEPTH,) * self.n if self.form in ("y", "y,h", "dx") else ()
+        return Form(
+            self.form, self.M, self.N, (self.r,) * self.n, depths, _DTYPES[self.dtype],
+            _DTYPES[self.adapter], 0.1 if self.masked else 0.0, self.bias, self.precision,
         )  # fmt: skip
 
     def fits(self) -> bool:
-        return self.config is None or why_not(self.config, TARGETS[self.target], self.call) is None
+        call = self.call_form.call
+        return self.config is None or why_not(self.config, TARGETS[self.target], call) is None
 
     def __str__(self) -> str:
         flags = ("mask" * self.masked, "bias" * self.bias)
@@ -69,10 +53,6 @@ class Case:
             f"N{self.N}" * (self.N != 4096), f"{self.adapter}-adapter" * (self.adapter != "f32"),
         )  # fmt: skip
         return " ".join(word for word in words if word)
-
-
-_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-_DEPTH = 4096
 
 
 def describe(config: Config | None) -> str:
@@ -90,48 +70,8 @@ def launches(case: Case) -> list[Launch]:
     """What the call would launch, its tensors being meta tensors."""
     records: list[Launch] = []
     with use_target(TARGETS[case.target]), intercept(records.append):
-        _run(case)
+        Operands(case.call_form, "meta").run(case.config)
     return records
-
-
-def _run(case: Case) -> None:
-    dtype, adapter = _DTYPES[case.dtype], _DTYPES[case.adapter]
-    M, N, r, n = case.M, case.N, case.r, case.n
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    def each(*shape: int, dtype: torch.dtype = dtype) -> list[Tensor]:
-        return [empty(*shape, dtype=dtype) for _ in range(n)]
-
-    shared = {
-        "precision": case.precision,
-        "config": case.config,
-        "dropout": 0.1 if case.masked else 0.0,
-        "seeds": empty(n, dtype=torch.int64) if case.masked else None,
-    }
-    if case.form == "h":
-        project(empty(M, N), [a.T for a in each(r, N, dtype=adapter)], [1.0] * n, **shared)
-    elif case.form == "dh":
-        project(empty(M, N), each(N, r, dtype=adapter), [1.0] * n, **shared)
-    elif case.form == "dA":
-        out = [gradient.T for gradient in each(r, N, dtype=adapter)]
-        weight_grad(empty(M, N), each(M, r), out, **shared)
-    elif case.kernel == "weight_grad":
-        b = empty(N, r, dtype=adapter) if case.form == "dB,dh" else None
-        weight_grad(empty(M, N), each(M, r), each(N, r, dtype=adapter), b=b, **shared)
-    else:
-        add, makes_h = case.form.endswith("+"), case.form == "y,h"
-        forward = case.form.startswith("y")
-        ps, qs = each(M, _DEPTH), each(N, _DEPTH) if forward else each(_DEPTH, N)
-        vs = each(N, r, dtype=adapter) if forward else each(r, N, dtype=adapter)
-        if forward:
-            qs, vs = [q.T for q in qs], [v.T for v in vs]
-        gemm_lowrank(
-            empty(M, N), [] if add else ps, [] if add else qs, each(M, r), vs,
-            bias=empty(N) if case.bias else None, add=add,
-            a=empty(r, _DEPTH, dtype=adapter).T if makes_h else None, **shared,
-        )  # fmt: skip
 
 
 # Every row of a table is compiled in the first list's forms, the first two in the second's too.
