@@ -8,7 +8,7 @@ import torch
 from counting import Counted, counted_launches
 from device import DEVICE
 from judge import make_projection
-from test_memory import saved_bytes
+from memory import saved_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
