@@ -82,7 +82,7 @@ def _shared_masks(module: nn.Module, wanted: bool) -> AbstractContextManager[Non
     """PEFT's own dropout drops what fastlora would drop, from the same random state."""
     if not wanted:
         return nullcontext()
-    from fastlora.integrations.peft.masks import shared_masks
+    from fastlora.peft.masks import shared_masks
 
     return shared_masks(module)
 

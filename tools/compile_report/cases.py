@@ -42,7 +42,7 @@ class Case:
 
     def fits(self) -> bool:
         call = self.call_form.call
-        return self.config is None or why_not(self.config, TARGETS[self.target], call) is None
+        return self.config is None or not why_not(self.config, TARGETS[self.target], call)
 
     def __str__(self) -> str:
         flags = ("mask" * self.masked, "bias" * self.bias)
