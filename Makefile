@@ -21,7 +21,7 @@ bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (
 	.venv/bin/pytest benchmarks $(ARGS)
 
 compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here, and read the code (ARGS="--target sm_90 …")
-	.venv/bin/python -m benchmarks.compile_report $(ARGS)
+	.venv/bin/python -m tools.compile_report $(ARGS)
 
 lint: .venv/dev ## Check format, style and types
 	.venv/bin/ruff format --check .
