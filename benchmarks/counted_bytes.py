@@ -16,15 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import Projection
 from fastlora.backends import triton as backend
+from fastlora.backends.protocol import Settings
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
+from fastlora.projection import Adapter, Base, Output
 
 MIB = 2**20
 # Of torch's operations, those that move nothing.
-FREE = ("t", "permute", "transpose", "empty", "new_empty", "empty_like")
+FREE = ("t", "permute", "transpose", "split", "empty", "new_empty", "empty_like")
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,15 @@ def bytes_of_fastlora(
         weight = torch.empty(shape.N, shape.K, dtype=torch.bfloat16)
         lora_a = torch.empty(shape.r, shape.K, dtype=adapter_dtype)
         lora_b = torch.empty(shape.N, shape.r, dtype=adapter_dtype)
-        seed = torch.empty(projections, dtype=torch.int64) if dropout else None
-    group = [Projection(weight, lora_a, lora_b, None, 1.0) for _ in range(projections)]
-    needs = [True] + [False, True, True, False] * projections
+        seeds = torch.empty(projections, dtype=torch.int64) if dropout else None
+    outputs = [Output(Base(weight), (Adapter(lora_a, lora_b),))] * projections
+    needs = [Output(Base(False, False), (Adapter(True, True),))] * projections
+    settings = Settings(dropout, seeds, backend)
     with use_target(TARGETS[target]), use_plan(plan):
         with _counted() as forward:
-            ys, hs = backend.forward(x, group, dropout=dropout, seed=seed)
+            ys, hs = backend.forward(x, outputs, settings)
         with _counted() as backward:
-            backend.backward(ys, x, group, hs, needs, dropout=dropout, seed=seed)
+            backend.backward(ys, x, outputs, hs, True, needs, settings)
     return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
 
 

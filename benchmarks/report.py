@@ -7,50 +7,17 @@ Python alone, so that the file can be read where torch is not installed.
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-_SHORT = {
-    "fastlora/frozen": "frozen",
-    "fastlora/peft": "PEFT",
-    "fastlora/fastlora, same dtype": "same dtype",
-    "fastlora/merged": "merged",
-}
-_QUANTITIES = {
-    "forward": "forward, train",
-    "inference": "forward, no_grad",
-    "both": "forward + backward",
-}
-
-_LAYERS = (
-    "M x K x N, dtype, r, dropout",
-    "frozen ms",
-    "fastlora fwd",
-    "fwd+bwd",
-    "quartiles",
-    "PEFT fwd",
-    "fwd+bwd",
-    "quartiles",
-    "fastlora/PEFT",
-    "saved: fastlora",
-    "saved: PEFT",
-    "target",
-)
-_OVERHEAD = ("call", "frozen µs", "fastlora µs", "PEFT µs", "fastlora/PEFT", "quartiles", "target")
-_BASE = ("call", "base ms", "fastlora ms", "fastlora/base", "quartiles")
-_TUNE = ("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")
-_TESTS = ("tests", "outcome")
+_SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
 _TITLES = {
-    "layers": "Time over the frozen layer's, medians of pairs (frozen ms: forward + backward). "
-    "Saved for backward: x + what is added to it. f32adapter: float32 adapters over bfloat16.",
+    "layers": "Medians of pairs, each over the first contestant's time in the same round; "
+    "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
-    "gpu": "Time over the frozen layer's, medians of pairs. Of the device: forward, both (forward "
-    "+ backward), inference, graph (in a CUDA graph). wall: what the caller waits for.",
-    "base": "This tree's fastlora over the base's, pair by pair.",
-    "tune": "The best tiles of a launcher's call, and what they reach.",
-    "tests": "The tests, on this device.",
-    "failures": "What failed, or could not run here.",
+    "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
+    "else is the device's own time.",
+    "base": "This tree's fastlora over the base's.",
 }
 
 
@@ -80,131 +47,74 @@ def markdown(rows: list[dict], machine: dict) -> str:
 
 def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Title, and head and cells, of each table that has any rows."""
-    timed = [row for row in rows if row.get("ratios")]
-    tables = [
-        (_TITLES["layers"], [_LAYERS, *map(_layer_cells, _in(timed, "layers"))]),
-        (_TITLES["optimized"], [_LAYERS, *map(_layer_cells, _in(timed, "optimized"))]),
-        (_TITLES["overhead"], [_OVERHEAD, *_each(_overhead_cells, _in(timed, "overhead"))]),
-        (_TITLES["gpu"], _gpu_table(_in(timed, "gpu"))),
-        (_TITLES["base"], [_BASE, *_each(_base_cells, _in(timed, "base"))]),
-        (_TITLES["tune"], [_TUNE, *map(_tune_cells, _in(rows, "tune"))]),
-        (_TITLES["tests"], [_TESTS, *map(_tests_cells, _in(rows, "tests"))]),
-        (_TITLES["failures"], [("what", "why"), *_each(_failures, rows)]),
+    tables = [(title, _times([r for r in rows if r["table"] == t])) for t, title in _TITLES.items()]
+    tuned = [_tuned(row) for row in rows if "candidates" in row]
+    tests = [(row["id"], row["outcome"]) for row in rows if "outcome" in row]
+    failures = [failure for row in rows for failure in _failures(row)]
+    tables += [
+        ("The best tiles of each of a launcher's calls, and what they reach.", [_TUNED, *tuned]),
+        ("Tests on this device.", [("tests", "outcome"), *tests]),
+        ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
 
 
-def _in(rows: list[dict], table: str) -> list[dict]:
-    return [row for row in rows if row["table"] == table]
-
-
-def _each(cells: Callable[[dict], list], rows: list[dict]) -> list:
-    """For a row of several lines."""
-    return [line for row in rows for line in cells(row)]
-
-
-def _layer_cells(row: dict) -> tuple[str, ...]:
-    forward, both, saved = row["ratios"]["forward"], row["ratios"]["both"], row["saved"]
-    return (
-        row["id"],
-        f"{row['seconds']['both']['frozen'] * 1e3:.3g}",
-        _median(forward, "fastlora/frozen"),
-        _median(both, "fastlora/frozen"),
-        _quartiles(both, "fastlora/frozen"),
-        _median(forward, "peft/frozen"),
-        _median(both, "peft/frozen"),
-        _quartiles(both, "peft/frozen"),
-        _median(both, "fastlora/peft"),
-        _saved(saved, "fastlora"),
-        _saved(saved, "peft"),
-        _verdicts(row["targets"]),
-    )
-
-
-def _overhead_cells(row: dict) -> list[tuple[str, ...]]:
-    return [
-        (
-            f"{row['id']}, {_QUANTITIES[quantity]}",
-            *(_microseconds(seconds, name) for name in ("frozen", "fastlora", "peft")),
-            _median(row["ratios"][quantity], "fastlora/peft"),
-            _quartiles(row["ratios"][quantity], "fastlora/peft"),
-            _verdicts([target for target in row["targets"] if target["quantity"] == quantity]),
-        )
-        for quantity, seconds in row["seconds"].items()
-    ]
-
-
-def _gpu_table(rows: list[dict]) -> list[tuple[str, ...]]:
-    """A line for each quantity, a column for each contestant."""
-    names = list(dict.fromkeys(name for row in rows for name in row["errors"] if name != "frozen"))
-    lines = [("over frozen", "quantity", "frozen ms", *names, "target")]
-    for row in rows:
-        for quantity, found in row["ratios"].items():
-            lines.append(
-                (
-                    row["id"],
-                    quantity,
-                    f"{row['seconds'][quantity]['frozen'] * 1e3:.3g}",
-                    *(_median(found, f"{name}/frozen", 3) for name in names),
-                    _verdicts([each for each in row["targets"] if each["quantity"] == quantity]),
-                )
+def _times(rows: list[dict]) -> list[tuple[str, ...]]:
+    """A line for each quantity of each row, a column for each contestant."""
+    timed = [(row, quantity) for row in rows for quantity in row["ratios"]]
+    seconds = [row["seconds"][quantity] for row, quantity in timed]
+    names = list(dict.fromkeys(name for each in seconds for name in list(each)[1:]))
+    kept = [name for name in ("fastlora", "peft") if any(row.get("saved") for row in rows)]
+    head = ["M x K x N, dtype, r, dropout", "time", *{f"{next(iter(each))} µs" for each in seconds}]
+    head += [*(_SHORT.get(name, name) for name in names), "quartiles", "over PEFT"]
+    lines = [(*head, *(f"{_SHORT.get(name, name)} keeps" for name in kept), "target")]
+    for row, quantity in timed:
+        first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
+        lines.append(
+            (
+                row["id"],
+                quantity,
+                f"{row['seconds'][quantity][first] * 1e6:.4g}",
+                *(_median(found, f"{name}/{first}") for name in names),
+                _quartiles(found.get(f"fastlora/{first}")),
+                _median(found, "fastlora/peft"),
+                *(_saved(row["saved"].get(name)) for name in kept),
+                _verdicts([each for each in row["targets"] if each["quantity"] == quantity]),
             )
+        )
     return lines
 
 
-def _base_cells(row: dict) -> list[tuple[str, ...]]:
-    return [
-        (
-            f"{row['id']}, {quantity}",
-            f"{seconds['base'] * 1e3:.3g}",
-            f"{seconds['fastlora'] * 1e3:.3g}",
-            _median(row["ratios"][quantity], "fastlora/base", 3),
-            _quartiles(row["ratios"][quantity], "fastlora/base", 3),
-        )
-        for quantity, seconds in row["seconds"].items()
-    ]
+_TUNED = ("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")
 
 
-def _tune_cells(row: dict) -> tuple[str, ...]:
+def _tuned(row: dict) -> tuple[str, ...]:
     return (
         row["id"],
         f"{row['tried']} of {row['candidates']}",
         row.get("best", "none ran"),
-        _median(row, "default/best", 3),
-        _median(row, "fused/in place", 3),
+        _median(row, "default/best"),
+        _median(row, "fused/in place"),
         f"{row.get('tflops', '–')}",
         f"{row.get('gbs', '–')}",
     )
 
 
-def _tests_cells(row: dict) -> tuple[str, ...]:
-    return row["id"], row["outcome"]
-
-
 def _failures(row: dict) -> list[tuple[str, str]]:
     found = {**row.get("failures", {}), **row.get("skipped", {})}
-    return [(f"{row['id']}, {name}", " ".join(why.split())[:200]) for name, why in found.items()]
+    return [(f"{row['id']}, {name}", " ".join(why.split())[-200:]) for name, why in found.items()]
 
 
-def _median(found: dict, ratio: str, digits: int = 2) -> str:
-    return f"{found[ratio][1]:.{digits}f}" if ratio in found else "–"
+def _median(found: dict, ratio: str) -> str:
+    return f"{found[ratio][1]:.3f}" if ratio in found else "–"
 
 
-def _quartiles(found: dict, ratio: str, digits: int = 2) -> str:
-    if ratio not in found:
-        return "–"
-    low, _, high = found[ratio]
-    return f"{low:.{digits}f}–{high:.{digits}f}"
+def _quartiles(ratio: list[float] | None) -> str:
+    return "–" if ratio is None else f"{ratio[0]:.2f}–{ratio[2]:.2f}"
 
 
-def _microseconds(seconds: dict, name: str) -> str:
-    return f"{seconds[name] * 1e6:.1f}" if name in seconds else "–"
-
-
-def _saved(saved: dict, name: str) -> str:
-    if name not in saved:
-        return "–"
-    return f"{_bytes(saved[name]['x'])} + {_bytes(saved[name]['added'])}"
+def _saved(saved: dict | None) -> str:
+    return "–" if saved is None else f"{_bytes(saved['x'])} + {_bytes(saved['added'])}"
 
 
 def _bytes(count: int) -> str:
@@ -219,7 +129,8 @@ def _verdicts(targets: list[dict]) -> str:
     verdicts = []
     for target in targets:
         verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
-        verdicts.append(f"≤ {target['limit']:g} × {_SHORT[target['ratio']]} {verdict}")
+        below = target["ratio"].split("/")[1]
+        verdicts.append(f"≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}")
     return ", ".join(verdicts)
 
 
