@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 
@@ -10,25 +9,21 @@ _AHEAD = 2_000_000  # cycles, about a millisecond: what the host needs to issue 
 _CACHE = 256 * 2**20  # bytes, more than any L2
 
 
-class Clock(Protocol):
+class HostClock:
+    """``read`` is ``time.perf_counter``, or ``time.process_time`` for the caller's own work.
+
+    On a GPU a mark is when all that was issued is done.
+    """
+
+    def __init__(self, device: torch.device, read: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.read = device, read
+
     def start(self) -> None:
         """Before the first mark of a step."""
 
-    def mark(self) -> Any:
-        """A moment of this step."""
-
-    def seconds(self, before: Any, after: Any) -> float:
-        """Between two marks."""
-
-
-class HostClock:
-    """``read`` is ``time.perf_counter``, or ``time.process_time`` for the caller's own work."""
-
-    def __init__(self, read: Callable[[], float] = time.perf_counter) -> None:
-        self.mark = read
-
-    def start(self) -> None:
-        pass
+    def mark(self) -> float:
+        wait_for(self.device)
+        return self.read()
 
     def seconds(self, before: float, after: float) -> float:
         return after - before
@@ -58,8 +53,20 @@ class CudaClock:
         return before.elapsed_time(after) / 1e3
 
 
+Clock = HostClock | CudaClock
+
+
 def clock_for(device: torch.device) -> Clock:
-    return CudaClock() if device.type == "cuda" else HostClock()
+    return CudaClock() if device.type == "cuda" else HostClock(device)
+
+
+def timed(clock: Clock, call: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of one call, of several in a row."""
+    clock.start()
+    start = clock.mark()
+    for _ in range(calls):
+        call()
+    return clock.seconds(start, clock.mark()) / calls
 
 
 def wait_for(device: torch.device) -> None:

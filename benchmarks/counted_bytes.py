@@ -9,6 +9,7 @@ compare these statements with every load and store of the kernels.  torch's own 
 their arguments and result.  The peers' rows are the passes below, read from their sources.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,77 +53,60 @@ class Bytes:
 # A pass is one kernel: what it reads -> what it writes.  Capitals are weights; xd is the dropped
 # copy of x, dxd its gradient, and mask that of dropout; l = h B is the adapter's output; 32 marks
 # a float32 copy.  A name on both sides is read and written.
-FORWARD = ("x W -> y", "x A -> h", "y h B -> y")
+FORWARD = "x W -> y, x A -> h, y h B -> y"
 DROPOUT, DROPOUT_BACKWARD = "x -> xd mask", "dxd mask -> dxd"
-PEFT_BACKWARD = ("dy -> dl", "dl B -> dh", "dl h -> dB", "dh A -> dxd", "dh xd -> dA", "dy W -> dx")
-UNSLOTH_BACKWARD = (
-    *("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB"),
-    *("dy W -> dx", "dy B -> dh", "dx dh A -> dx"),
-)
-AXOLOTL_BACKWARD = ("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB", "dy W -> dx")
-PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "floor: all inputs and results once": (
-        ("x W A B -> y",),
-        ("x dy W A B -> dx dA dB",),
-    ),
+PEFT_BACKWARD = "dy -> dl, dl B -> dh, dl h -> dB, dh A -> dxd, dh xd -> dA, dy W -> dx"
+ADAPTERS_FIRST = "dy B -> dh, x dh -> dA, x A -> h, h dy -> dB"
+PEERS: dict[str, tuple[str, str]] = {
+    "floor: all inputs and results once": ("x W A B -> y", "x dy W A B -> dx dA dB"),
     "LoRAFusion, dropout": (
-        (DROPOUT, "xd A -> h", "x W h B -> y"),
-        (
-            *("-> dh32 dB32", "dy h B -> dh32 dB32", "dh32 -> dh", "dB32 -> dB"),
-            *("dh xd -> dA", "dy W dh A mask -> dx"),
-        ),
+        f"{DROPOUT}, xd A -> h, x W h B -> y",
+        "-> dh32 dB32, dy h B -> dh32 dB32, dh32 -> dh, dB32 -> dB, dh xd -> dA, "
+        "dy W dh A mask -> dx",
     ),
-    "Unsloth, no dropout": (FORWARD, UNSLOTH_BACKWARD),
-    "axolotl, no dropout": (FORWARD, (*AXOLOTL_BACKWARD, "dx dh A -> dx")),
+    "Unsloth, no dropout": (FORWARD, f"{ADAPTERS_FIRST}, dy W -> dx, dy B -> dh, dx dh A -> dx"),
+    "axolotl, no dropout": (FORWARD, f"{ADAPTERS_FIRST}, dy W -> dx, dx dh A -> dx"),
     "axolotl, dropout": (
-        (DROPOUT, "x W -> y", "xd A -> h", "y h B -> y"),
-        (*AXOLOTL_BACKWARD, "dh A -> dxd", "dxd -> dxd", DROPOUT_BACKWARD, "dx dxd -> dx"),
+        f"{DROPOUT}, x W -> y, xd A -> h, y h B -> y",
+        f"{ADAPTERS_FIRST}, dy W -> dx, dh A -> dxd, dxd -> dxd, {DROPOUT_BACKWARD}, dx dxd -> dx",
     ),
     "PEFT, no dropout": (
-        ("x W -> y", "x A -> h", "h B -> l", "l -> l", "y l -> y"),
-        (*PEFT_BACKWARD, "dx dxd -> dx"),
+        "x W -> y, x A -> h, h B -> l, l -> l, y l -> y",
+        f"{PEFT_BACKWARD}, dx dxd -> dx",
     ),
     "PEFT, dropout": (
-        ("x W -> y", DROPOUT, "xd A -> h", "h B -> l", "l -> l", "y l -> y"),
-        (*PEFT_BACKWARD, DROPOUT_BACKWARD, "dx dxd -> dx"),
+        f"x W -> y, {DROPOUT}, xd A -> h, h B -> l, l -> l, y l -> y",
+        f"{PEFT_BACKWARD}, {DROPOUT_BACKWARD}, dx dxd -> dx",
     ),
     "PEFT, float32 adapters, dropout": (
-        (
-            *("x W -> y", "x -> x32", "x32 -> xd32 mask", "xd32 A32 -> h32", "h32 B32 -> l32"),
-            *("l32 -> l32", "y l32 -> y32", "y32 -> y"),
-        ),
-        (
-            *("dy -> dy32", "dy32 -> dy", "dy32 -> dl32", "dl32 B32 -> dh32", "dl32 h32 -> dB32"),
-            *("dh32 A32 -> dxd32", "dh32 xd32 -> dA32", "dxd32 mask -> dx32", "dx32 -> dxd"),
-            *("dy W -> dx", "dx dxd -> dx"),
-        ),
+        "x W -> y, x -> x32, x32 -> xd32 mask, xd32 A32 -> h32, h32 B32 -> l32, l32 -> l32, "
+        "y l32 -> y32, y32 -> y",
+        "dy -> dy32, dy32 -> dy, dy32 -> dl32, dl32 B32 -> dh32, dl32 h32 -> dB32, "
+        "dh32 A32 -> dxd32, dh32 xd32 -> dA32, dxd32 mask -> dx32, dx32 -> dxd, dy W -> dx, "
+        "dx dxd -> dx",
     ),
 }
-FROZEN = (("x W -> y",), ("dy W -> dx",))
+FROZEN = ("x W -> y", "dy W -> dx")
 
-# q, k and v: three weights of one x.
-GROUP = 3
-GROUP_FROZEN = (3 * ("x W -> y",), 3 * ("dy W -> dx",) + 2 * ("dx dx -> dx",))
-GROUP_PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+# q, k and v: three weights of one x, and two sums of dx.
+GROUP, SUMS = 3, " dx dx -> dx" * 2
+GROUP_FROZEN = (GROUP * " x W -> y", GROUP * " dy W -> dx" + SUMS)
+GROUP_PEERS: dict[str, tuple[str, str]] = {
     "Unsloth q, k, v, no dropout": (
-        GROUP * FORWARD,
-        (
-            *GROUP * ("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB"),
-            *("dy W -> dx", "dy W dx -> dx", "dy W dx -> dx"),
-            *GROUP * ("dy B -> dh", "dx dh A -> dx"),
-        ),
+        GROUP * f" {FORWARD}",
+        GROUP * f" {ADAPTERS_FIRST}, dy B -> dh, dx dh A -> dx"
+        + " dy W -> dx, dy W dx -> dx, dy W dx -> dx",
     ),
     "PEFT q, k, v, dropout": (
-        GROUP * PEERS["PEFT, dropout"][0],
-        GROUP * PEERS["PEFT, dropout"][1] + 2 * ("dx dx -> dx",),
+        GROUP * f" {PEERS['PEFT, dropout'][0]}",
+        GROUP * f" {PEERS['PEFT, dropout'][1]}" + SUMS,
     ),
 }
 
 
-def bytes_of_passes(passes: tuple[tuple[str, ...], tuple[str, ...]], shape: Shape) -> Bytes:
+def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
     forward, backward = (
-        sum(_matrix(name, shape) for step in steps for name in step.replace("->", "").split())
-        for steps in passes
+        sum(_matrix(name, shape) for name in re.findall(r"\w+", steps)) for steps in passes
     )
     return Bytes(forward, backward)
 

@@ -138,7 +138,8 @@ def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int
         kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with contestant.chosen(), hooks:
         ys = contestant.module(tensors.x)
     for parameter in contestant.module.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)

@@ -7,15 +7,15 @@ round runs all contestants in turn and gives one ratio of each two; reported are
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .cases import DTYPE_NAMES, Case
-from .clock import Clock, clock_for, graph_of, wait_for
+from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
 from .contestants import Contestant, Maker, NotHereError, Tensors, make_tensors, makers_for
 from .judge import Judge, check_kept, kept_for_backward
 
@@ -59,42 +59,19 @@ class Rounds:
 
     def summary(self) -> dict:
         """Median seconds of each contestant; quartiles of the ratios of each two that matter."""
-        quantities = self.times[self.subject][0]
-        return {
-            "rounds": len(self.times[self.subject]),
-            "seconds": {
-                quantity: {
-                    name: digits(statistics.median(self._of(name, quantity))) for name in self.times
-                }
-                for quantity in quantities
-            },
-            "ratios": {
-                quantity: {
-                    f"{above}/{below}": self._ratio(above, below, quantity)
-                    for below in self.times
-                    for above in self.times
-                    if above != below and (below == "frozen" or above == self.subject)
-                }
-                for quantity in quantities
-            },
-        }
-
-    def _of(self, name: str, quantity: str) -> list[float]:
-        return [times[quantity] for times in self.times[name]]
-
-    def _ratio(self, above: str, below: str, quantity: str) -> list[float]:
-        return ratios(self._of(above, quantity), self._of(below, quantity))
-
-
-@dataclass
-class Entrants:
-    """The contestants that were found right, and what is known of all."""
-
-    steps: dict[str, Step] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    saved: dict[str, dict[str, int]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+        pairs = [
+            (above, below)
+            for below in self.times
+            for above in self.times
+            if above != below and (below == "frozen" or above == self.subject)
+        ]
+        seconds, found = {}, {}
+        for quantity in self.times[self.subject][0]:
+            of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
+            seconds[quantity] = {name: digits(statistics.median(each)) for name, each in of.items()}
+            found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
+        rounds = len(self.times[self.subject])
+        return {"rounds": rounds, "seconds": seconds, "ratios": found}
 
 
 def measure(
@@ -103,23 +80,40 @@ def measure(
     run: Callable[[Rounds], None],
     makers: dict[str, Maker] | None = None,
     watch: Callable[[str], None] = lambda name: None,
-    without: Collection[str] = (),
 ) -> dict:
     """A row.  ``run`` runs the rounds; ``watch`` hears who is tried next.
 
     A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
     """
-    makers = makers or makers_for(case)
-    makers = {name: make for name, make in makers.items() if name not in without}
     tensors, clock = make_tensors(case, device), clock_for(device)
+    judge = Judge(case, tensors)
+    steps: dict[str, Step] = {}
+    known: dict[str, dict] = {"errors": {}, "saved": {}, "failures": {}, "skipped": {}}
     with threads_for(case):
-        found = enter(case, tensors, clock, makers, watch)
+        for name, make in (makers or makers_for(case)).items():
+            watch(name)
+            try:
+                worst = judge.error(name, make, backward=not case.decodes)
+                contestant = make(case, tensors, case.dropout)
+                if not case.decodes and not name.startswith("compiled"):  # hooks compile it again
+                    known["saved"][name] = kept = kept_for_backward(contestant, tensors)
+                    if name == "fastlora" and case.table != "optimized":
+                        check_kept(case, kept)
+                step = step_of(case, contestant, tensors, clock)
+                step()
+                wait_for(device)
+                known["errors"][name], steps[name] = digits(worst), step
+            except NotHereError as reason:
+                known["skipped"][name] = str(reason)
+            except Exception as reason:
+                wait_for(device)  # if the device is lost, nobody else can run
+                known["failures"][name] = describe(reason)
+        watch("rounds")
         summary = {}
-        if {"frozen", "fastlora"} <= set(found.steps):
-            rounds = Rounds(found.steps)
+        if {"frozen", "fastlora"} <= set(steps):
+            rounds = Rounds(steps)
             run(rounds)
             summary = rounds.summary()
-    known = {key: value for key, value in vars(found).items() if key != "steps"}
     return row_of(case, summary, **known)
 
 
@@ -134,50 +128,19 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
     }  # fmt: skip
 
 
-def enter(
-    case: Case,
-    tensors: Tensors,
-    clock: Clock,
-    makers: dict[str, Maker],
-    watch: Callable[[str], None],
-) -> Entrants:
-    """Judge everybody, and run one step of who is right."""
-    judge, found = Judge(case, tensors), Entrants()
-    trains = not case.decodes
-    for name, make in makers.items():
-        watch(name)
-        try:
-            worst = judge.error(name, make, backward=trains)
-            contestant = make(case, tensors, case.dropout)
-            with contestant.chosen():
-                if trains and not name.startswith("compiled"):  # hooks would compile it again
-                    found.saved[name] = kept_for_backward(contestant, tensors)
-                if name == "fastlora" and trains and case.table != "optimized":
-                    check_kept(case, found.saved[name])
-                step = step_of(case, contestant, tensors, clock)
-                step()
-            wait_for(tensors.x.device)
-            found.errors[name] = digits(worst)
-            found.steps[name] = step
-        except NotHereError as reason:
-            found.skipped[name] = str(reason)
-        except Exception as reason:
-            wait_for(tensors.x.device)  # if the device is lost, nobody else can run
-            found.failures[name] = describe(reason)
-    watch("rounds")
-    return found
-
-
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
-    """All that is timed of a contestant, one part after the other."""
+    """All that is timed of a contestant, one quantity after the other."""
     module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
     dys = tensors.dys if len(tensors.dys) > 1 else tensors.dys[0]
 
-    def infer() -> object:
+    def forward() -> object:
+        return module(x)
+
+    def inference() -> object:
         with torch.no_grad():
             return module(x)
 
-    def train(mark: Callable[[], object] = lambda: None) -> list:
+    def train(mark: Callable[[], Any] = lambda: None) -> list:
         """Forward, backward and the release of what they made, which is part of the price."""
         marks = [mark()]
         ys = module(x)
@@ -188,42 +151,27 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
             leaf.grad = None
         return [*marks, mark()]
 
-    def train_by_parts() -> dict[str, float]:
+    def by_parts() -> dict[str, float]:
         clock.start()
         start, middle, end = train(clock.mark)
         return {"forward": clock.seconds(start, middle), "both": clock.seconds(start, end)}
 
-    def once(call: Callable[[], object], quantity: str) -> Step:
-        def step() -> dict[str, float]:
-            clock.start()
-            start = clock.mark()
-            call()
-            return {quantity: clock.seconds(start, clock.mark())}
+    def in_a_row(calls: int, clock: Clock, **named: Callable[[], object]) -> Step:
+        """For a clock that is coarse beside one call."""
+        calls = 1 if case.tiny else calls
+        return lambda: {name: timed(clock, call, calls) for name, call in named.items()}
 
-        return step
-
-    def many(call: Callable[[], object], quantity: str, read: Callable[[], float]) -> Step:
-        def step() -> dict[str, float]:
-            wait_for(x.device)
-            start = read()
-            for _ in range(calls_in_a_row):
-                call()
-            wait_for(x.device)
-            return {quantity: (read() - start) / calls_in_a_row}
-
-        return step
-
-    # In a row, for a clock that is coarse beside one of them.
-    calls_in_a_row = 1 if case.tiny else 200 if case.table == "overhead" else 20
-    parts = [train_by_parts]
-    if case.table == "overhead":  # the caller's own work
-        calls = {"forward": lambda: module(x), "inference": infer, "both": train}
-        parts = [many(call, name, time.process_time) for name, call in calls.items()]
+    wall = HostClock(x.device)
+    if case.table == "overhead":
+        own = HostClock(x.device, time.process_time)
+        parts = [in_a_row(200, own, forward=forward, inference=inference, both=train)]
     elif case.decodes:
-        parts = [once(infer, "inference"), once(graph_of(infer), "graph")]
-        parts.append(many(infer, "wall", time.perf_counter))
-    elif case.table == "gpu":  # what a caller waits for, where the host is slower than the device
-        parts.append(many(train, "wall", time.perf_counter))
+        with contestant.chosen():
+            graph = graph_of(inference)
+        parts = [in_a_row(1, clock, inference=inference, graph=graph)]
+        parts.append(in_a_row(20, wall, wall=inference))
+    else:
+        parts = [by_parts] + [in_a_row(20, wall, wall=train)] * (case.table == "gpu")
 
     def step() -> dict[str, float]:
         with contestant.chosen():
@@ -234,15 +182,12 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
 
 def met_targets(case: Case, found: dict) -> list[dict]:
     """Each target that was measured, with its value."""
-    return [
-        {
-            "quantity": target.quantity, "ratio": target.ratio, "limit": target.limit,
-            "value": found[target.quantity][target.ratio][1],
-            "met": found[target.quantity][target.ratio][1] <= target.limit,
-        }
-        for target in case.targets
-        if target.ratio in found.get(target.quantity, ())
-    ]  # fmt: skip
+    targets = []
+    for target in case.targets:
+        if target.ratio in found.get(target.quantity, ()):
+            value = found[target.quantity][target.ratio][1]
+            targets.append({**vars(target), "value": value, "met": value <= target.limit})
+    return targets
 
 
 def missed(row: dict) -> list[str]:

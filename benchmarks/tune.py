@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -18,29 +19,27 @@ from fastlora.kernels.plan import Plan, Row
 from fastlora.kernels.target import Target, use_target
 
 from .cases import Case
-from .clock import Clock, clock_for, wait_for
+from .clock import Clock, clock_for, timed, wait_for
 from .forms import Form, Operands
 from .judge import check_error, error
 from .measure import describe, digits, ratios
 
-_SLOW = 1.2  # of the best so far: dropped after a few runs
 _FINALISTS = 3
 Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Search:
-    """``seconds`` and at most ``most`` configs; rounds of every config, of good ones, and last."""
+    """At most so many configs and seconds; rounds of every config, and of the best ones."""
 
     seconds: float = 20.0
     most: int = 400
-    few: int = 3
-    more: int = 5
+    rounds: int = 5
     last: int = 15
     compilers: int = max(2, min(14, (os.cpu_count() or 4) - 2))
 
 
-DRY = Search(60.0, most=2, few=1, more=1, last=2, compilers=0)
+DRY = Search(60.0, most=2, rounds=1, last=2, compilers=0)
 
 
 def forms_of(case: Case, device: torch.device) -> list[Form]:
@@ -88,7 +87,9 @@ def tune(
             if problem is not None:
                 raise problem
             _check(operands, config, truth)
-            times[config] = _time(operands, config, clock, times.values(), search)
+            times[config] = statistics.median(
+                timed(clock, partial(operands.run, config)) for _ in range(search.rounds)
+            )
         except Exception as reason:
             wait_for(device)  # if the device is lost, no other config can run
             failures[str(config)] = describe(reason)
@@ -158,20 +159,6 @@ def _check(operands: Operands, config: Config, truth: list[torch.Tensor]) -> Non
     check_error(worst, operands.form.dtype)
 
 
-def _time(operands: Operands, config: Config, clock: Clock, others, search: Search) -> float:
-    times = [_seconds(clock, lambda: operands.run(config)) for _ in range(search.few)]
-    if statistics.median(times) <= _SLOW * min(others, default=float("inf")):
-        times += [_seconds(clock, lambda: operands.run(config)) for _ in range(search.more)]
-    return statistics.median(times)
-
-
-def _seconds(clock: Clock, call: Callable[[], object]) -> float:
-    clock.start()
-    start = clock.mark()
-    call()
-    return clock.seconds(start, clock.mark())
-
-
 def _finals(
     operands: Operands,
     target: Target,
@@ -183,7 +170,7 @@ def _finals(
 ) -> dict:
     """The best of all, the default and torch's product in turn, so that their ratios hold."""
     calls: dict[object, Callable[[], object]] = {
-        config: lambda config=config: operands.run(config) for config in {*finalists, default}
+        config: partial(operands.run, config) for config in (*finalists, default)
     }
     if operands.form.kernel == "gemm_lowrank":
         check_error(error(operands.run_in_place(), truth[0]), operands.form.dtype)
@@ -191,7 +178,7 @@ def _finals(
     laps: dict[object, list[float]] = {key: [] for key in calls}
     for _ in range(search.last):
         for key, call in calls.items():
-            laps[key].append(_seconds(clock, call))
+            laps[key].append(timed(clock, call))
     medians = {key: statistics.median(each) for key, each in laps.items()}
     best = min(finalists, key=medians.__getitem__)
     with recorded() as launches:

@@ -16,9 +16,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,7 @@ if __name__ in ("__main__", "__mp_main__"):  # else whoever imports it has seen 
 import torch
 
 from benchmarks.cases import dry_cases, gpu_cases
+from benchmarks.contestants import makers_for
 from benchmarks.measure import Rounds, measure
 from benchmarks.report import text
 from benchmarks.results import FOLDER, describe_machine, results_path, write_results
@@ -40,84 +41,75 @@ from benchmarks.tree import BENCHMARKS, ROOT, own_stdout
 from benchmarks.tune import DRY, Search, forms_of, tune
 
 LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 90.0}  # seconds of an item
-_TESTS_SHARE = 0.25  # of the time: the last part, in which the other tests run side by side
-_LEAST = 5.0  # seconds: with less left no item is begun
 _TRIES = 4
-_ENDS = ("start", "rounds", "finals")  # who ends a process then is nobody's contestant
-TESTS = (
-    "project", "gemm_lowrank", "weight_grad", "sum_planes", "kernel_mask", "triton_backend",
-    "lora_linear", "long_strides", "dropout", "library", "memory",
-)  # fmt: skip
+_NOBODY = ("start", "rounds", "finals")  # who ends a process then can't be left out
+_TESTS = ("kernel_mask", "weight_grad", "project", "lora_linear", "gemm_lowrank", "triton_backend")
 
 
 class Visit:
     """The rows so far, in a file."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.dry, self.rows, self.lock = options.dry, [], threading.Lock()
-        device = torch.device("cpu" if options.dry else "cuda")
-        self.machine = describe_machine(device) | ({"device": "dry"} if options.dry else {})
+        self.dry, self.rows = options.dry, []
+        self.machine = describe_machine(torch.device("cpu" if options.dry else "cuda"))
+        if options.dry:
+            self.machine["device"] = "dry"
         self.path = results_path(self.machine, options.out)
         self.end = time.monotonic() + 60 * options.minutes
 
     def add(self, row: dict) -> None:
-        with self.lock:
-            self.rows.append(row)
-            write_results(self.path, self.machine, sys.argv[1:], self.rows)
+        self.rows.append(row)
+        write_results(self.path, self.machine, sys.argv[1:], self.rows)
 
-    def run(self, kind: str, name: str, end: float | None = None) -> None:
+    def run(self, kind: str, name: str) -> None:
         """One item, or a row that says why not."""
         without: list[str] = []
         for _ in range(_TRIES):
-            seconds = min(LIMITS[kind], (end or self.end) - time.monotonic())
-            if seconds < _LEAST:
+            seconds = min(LIMITS[kind], self.end - time.monotonic())
+            if seconds < 5.0:
                 self.add({"table": kind, "id": name, "skipped": {"time": "none was left"}})
                 return
-            code, trying, log = self._start(kind, name, without, seconds)
+            done = [row["id"] for row in self.rows if row["table"] == kind]
+            item = {"kind": kind, "name": name, "dry": self.dry, "without": without, "done": done}
+            code, trying, log = self._start(item, seconds)
             if code == 0:
                 return
             why = f"the process ended with {code}, after {seconds:.0f} s at most: {log[-1500:]}"
             self.add({"table": kind, "id": name, "failures": {trying: why}})
-            if trying in _ENDS:
+            if trying in _NOBODY:
                 return
             without.append(trying)
 
-    def _start(
-        self, kind: str, name: str, without: list[str], seconds: float
-    ) -> tuple[int, str, str]:
+    def _start(self, item: dict, seconds: float) -> tuple[int, str, str]:
         """Exit status, who was tried last, and what was printed; rows are added as they come."""
-        done = [row["id"] for row in self.rows if row["table"] == kind]
-        item = {"kind": kind, "name": name, "dry": self.dry, "without": without, "done": done}
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(BENCHMARKS / "visit.py"), "--item", json.dumps(item)],
-            cwd=ROOT, env=environment(self.dry), text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        timer = threading.Timer(seconds, _kill, [process])
-        log: list[str] = []
-        reader = threading.Thread(target=lambda: log.extend(process.stderr))
-        timer.start()
-        reader.start()
         trying = "start"
-        try:
-            for line in process.stdout:
-                message = json.loads(line)
-                trying = message.get("trying", trying)
-                if "row" in message:
-                    self.add(message["row"])
-            return process.wait(), trying, "".join(log)
-        finally:
-            timer.cancel()
-            _kill(process)
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(BENCHMARKS / "visit.py"), "--item", json.dumps(item)],
+                cwd=ROOT, env=environment(self.dry), text=True, stdout=subprocess.PIPE, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+            timer = threading.Timer(seconds, _kill, [process])
+            timer.start()
+            try:
+                for line in process.stdout:
+                    message = json.loads(line)
+                    trying = message.get("trying", trying)
+                    if "row" in message:
+                        self.add(message["row"])
+                code = process.wait()
+            finally:
+                timer.cancel()
+                _kill(process)
+            log.seek(0)
+            return code, trying, log.read()
 
 
 def main() -> None:
     options = parse()
     visit = Visit(options)
-    for kind, name in items(options, TESTS[:0]):
-        visit.run(kind, name, visit.end - 60 * options.minutes * _TESTS_SHARE)
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        list(pool.map(lambda item: visit.run(*item), items(options, TESTS)))
+    for kind, name in items(options):
+        visit.run(kind, name)
     print(f"{visit.path}\n")
     for row in visit.rows:
         if "plan" in row:
@@ -125,15 +117,13 @@ def main() -> None:
     print(f"\n{text(visit.rows)}")
 
 
-def items(options: argparse.Namespace, tests) -> list[tuple[str, str]]:
+def items(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """In the order of importance, for time may run out."""
     cases = dry_cases() if options.dry else gpu_cases()
-    if tests:
-        listed = [("tests", name) for name in (["judge"] if options.dry else tests)]
-    else:
-        tuned = cases[:1] if options.dry else [each for each in cases if each.r == 16]
-        listed = [("tests", "gpu"), *(("layers", case.id) for case in cases)]
-        listed[4:4] = [("tune", case.id) for case in tuned[:2]]
-        listed += [("tune", case.id) for case in tuned[2:]]
+    layers = [("layers", case.id) for case in cases]
+    tuned = [("tune", case.id) for case in cases if case.r == 16 or options.dry][: len(cases) // 3]
+    tests = [("tests", name) for name in (("judge",) if options.dry else _TESTS)]
+    listed = [("tests", "gpu"), *layers[:5], *tuned[:2], *layers[5:], *tuned[2:], *tests]
     return [
         (kind, name)
         for kind, name in listed
@@ -189,7 +179,8 @@ def run_item(item: dict) -> None:
                     rounds.run_others()
                     rounds.run_subject()
 
-            send(row=measure(case, device, run, watch=watch, without=item["without"]))
+            makers = {k: v for k, v in makers_for(case).items() if k not in item["without"]}
+            send(row=measure(case, device, run, makers, watch))
             return
         for form in forms_of(case, device):
             if form.id not in item["done"]:

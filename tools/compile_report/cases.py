@@ -77,11 +77,7 @@ def launches(case: Case) -> list[Launch]:
 # Every row of a table is compiled in the first list's forms, the first two in the second's too.
 _FORMS: dict[str, tuple[list[dict], list[dict]]] = {
     "gemm_lowrank": (
-        [
-            {"form": "y", "bias": True},
-            {"form": "dx", "masked": True},
-            {"form": "y,h", "M": 16},
-        ],
+        [{"form": "y", "bias": True}, {"form": "dx", "masked": True}, {"form": "y,h", "M": 16}],
         [
             {"form": "y", "r": 64},
             {"form": "y", "r": 200},
@@ -141,11 +137,7 @@ _CHOSEN: list[dict] = [
 ]
 # The accumulators of three masked projections at once are more than the registers of a thread.
 SPILLING = Case(
-    "sm_90",
-    "dx",
-    GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
-    n=3,
-    masked=True,
+    "sm_90", "dx", GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True), n=3, masked=True
 )
 
 
