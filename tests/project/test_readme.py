@@ -66,7 +66,7 @@ def test_there_are_tables():
 
 def test_the_line_of_result_is_in_the_table():
     (table,) = [table for page, _, table in TABLES if page == README]
-    ratios = re.findall(r"\*\*([\d.]+) times\*\*", PROSE[README])
+    ratios = re.findall(r"\*\*([\d.]+)\s+times\*\*", PROSE[README])
     assert len(ratios) >= 2
     assert set(ratios) <= cells(table)
 
@@ -115,6 +115,13 @@ def test_the_design_has_the_layers_in_their_order():
     rows = re.findall(r"^\| \d+ \| (.*?) \|", PROSE[ROOT / "docs/design.md"], re.M)
     names = re.findall(r"`(?:fastlora/)?(\w+)(?:/|\.py)`", " ".join(rows))
     assert names == [name for name in order if name not in ("version", "__init__")]
+
+
+def test_one_version_of_ruff():
+    files = [ROOT / "pyproject.toml", ROOT / ".pre-commit-config.yaml"]
+    versions = [re.findall(r"ruff==([\d.]+)", file.read_text()) for file in files]
+    assert all(versions)
+    assert len({version for found in versions for version in found}) == 1
 
 
 @pytest.fixture
