@@ -45,10 +45,6 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
 
 
-def cells(table: str) -> set[str]:
-    return {cell.strip() for line in table.splitlines() for cell in line.split("|")}
-
-
 @pytest.mark.parametrize(
     ("page", "command", "table"),
     TABLES,
@@ -68,7 +64,7 @@ def test_the_line_of_result_is_in_the_table():
     (table,) = [table for page, _, table in TABLES if page == README]
     ratios = re.findall(r"\*\*([\d.]+)\s+times\*\*", PROSE[README])
     assert len(ratios) >= 2
-    assert set(ratios) <= cells(table)
+    assert set(ratios) <= set(re.findall(r"\d+\.\d+", table))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
