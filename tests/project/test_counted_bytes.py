@@ -1,14 +1,5 @@
 """The table of counted bytes: what fastlora's launches state, and its peers' passes."""
 
-<<<<<<< HEAD
-import re
-import subprocess
-import sys
-=======
-import importlib.util
->>>>>>> main
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -20,9 +11,6 @@ from benchmarks.counted_bytes import (
     bytes_of_fastlora,
     rows_of_group,
 )
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = "benchmarks/counted_bytes.py"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["p0", "p0.1"])
@@ -81,44 +69,7 @@ def test_a_group_reads_x_once_and_writes_dx_once():
     assert n * one.backward - group.backward == (n - 1) * 2 * whole
 
 
-<<<<<<< HEAD
 def test_unsloths_order_of_q_k_v():
     row = rows_of_group(Shape())["Unsloth q, k, v, no dropout"]
     assert row.forward / MIB == pytest.approx(1056, rel=5e-3)
     assert row.backward / MIB == pytest.approx(1950, rel=5e-3)
-
-
-def test_the_readme_holds_what_the_script_prints():
-    readme = (ROOT / "README.md").read_text()
-    tables = re.findall(rf"<!-- {SCRIPT} -->\n\n(.*?)\n\n", readme, re.S)
-    printed = subprocess.run(
-        [sys.executable, SCRIPT], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert tables == [printed.stdout.strip()]
-=======
-@pytest.mark.parametrize(
-    ("peer", "forward", "backward", "over_frozen"),
-    [
-        ("floor: all inputs and results once", 160, 224.5, 1.20),
-        ("LoRAFusion, dropout", 385, 323, 2.21),
-        ("Unsloth, no dropout", 353, 610, 3.01),
-        ("axolotl, no dropout", 353, 546, 2.81),
-        ("axolotl, dropout", 513, 962, 4.61),
-        ("PEFT, no dropout", 609, 738, 4.21),
-        ("PEFT, dropout", 769, 898, 5.21),
-        ("PEFT, float32 adapters, dropout", 1664, 1984, 11.41),
-    ],
-)
-def test_peers_passes_add_up_to_the_published_model(counted, peer, forward, backward, over_frozen):
-    """MiB from closed formulas without their smallest terms; a missed matrix is 32 MiB or more."""
-    row = counted.rows_of_one(counted.Shape())[peer]
-    assert row.forward / counted.MIB == pytest.approx(forward, abs=1, rel=2e-3)
-    assert row.backward / counted.MIB == pytest.approx(backward, abs=1, rel=2e-3)
-    assert row.both / (320 * counted.MIB) == pytest.approx(over_frozen, abs=0.01)
-
-
-def test_unsloths_order_of_q_k_v(counted):
-    row = counted.rows_of_group(counted.Shape())["Unsloth q, k, v, no dropout"]
-    assert row.forward / counted.MIB == pytest.approx(1056, rel=5e-3)
-    assert row.backward / counted.MIB == pytest.approx(1950, rel=5e-3)
->>>>>>> main
