@@ -19,14 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastlora")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
     group.addoption("--base", metavar="REF", help="compare fastlora with this commit's")
-    group.addoption(
-        "--save-results",
-        action="store_true",
-        help="write the rows to benchmarks/results/<device>/<date>.json",
-    )
-    group.addoption(
-        "--strict-targets", action="store_true", help="a missed time target fails its test"
-    )
+    flag, where = {"action": "store_true"}, "benchmarks/results/<device>/<date>.json"
+    group.addoption("--save-results", help=f"write the rows to {where}", **flag)
+    group.addoption("--strict-targets", help="a missed time target fails its test", **flag)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,9 +4,10 @@ A maker builds a contestant on the tensors of a case, which all contestants shar
 names of fastlora are used, so that another commit's can take part (``compare.py``).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -87,33 +88,27 @@ def makers_for(case: Case) -> dict[str, Maker]:
         "peft, float32 adapter": peft_layer(torch.float32),
         "peft, optimized": optimized,
         **({"merged": merged} if case.decodes else {}),
-        **({"compiled peft formula": compiled} if case.compiled else {}),
+        **({"compiled peft formula": each(peft_formula, True)} if case.compiled else {}),
         "fastlora": fastlora_layer(),
     }
 
 
-def make_tensors(case: Case, device: torch.device, seed: int = 0) -> Tensors:
-    torch.manual_seed(seed)
+def make_tensors(case: Case, device: torch.device) -> Tensors:
+    torch.manual_seed(0)
 
     def random(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(*shape, device=device).mul_(std).to(case.dtype)
 
-    def trained(*shape: int, std: float) -> nn.Parameter:
-        return nn.Parameter(random(*shape, std=std))
-
-    outputs = case.outputs * (2 if case.kind == "two-adapters" else 1)
-    pairs = [
-        (trained(case.r, case.K, std=case.K**-0.5), trained(N, case.r, std=case.r**-0.5))
-        for N in outputs
-    ]
+    pairs = []
+    for N in case.outputs * (2 if case.kind == "two-adapters" else 1):
+        a, b = random(case.r, case.K, std=case.K**-0.5), random(N, case.r, std=case.r**-0.5)
+        pairs.append((nn.Parameter(a), nn.Parameter(b)))
     wide = [(nn.Parameter(a.float()), nn.Parameter(b.float())) for a, b in pairs]
+    weights = [random(N, case.K, std=case.K**-0.5) for N in case.outputs]
     return Tensors(
         x=random(case.M, case.K).requires_grad_(),
         dys=tuple(random(case.M, N) for N in case.outputs),
-        weights=tuple(
-            nn.Parameter(random(N, case.K, std=case.K**-0.5), requires_grad=False)
-            for N in case.outputs
-        ),
+        weights=tuple(nn.Parameter(weight, requires_grad=False) for weight in weights),
         adapters={torch.float32: wide, case.dtype: pairs},
     )
 
@@ -136,8 +131,8 @@ class FusedGroup(Group):
         super().__init__(layers)
         self.dropout = dropout
         self.projections = [
-            fastlora.Projection(layer.weight, layer.lora_A, layer.lora_B, None, SCALE)
-            for layer in layers
+            fastlora.Projection(each.weight, each.lora_A, each.lora_B, None, SCALE)
+            for each in layers
         ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -145,48 +140,43 @@ class FusedGroup(Group):
 
 
 class Formula(nn.Module):
-    """A function of (x, weight, lora_a, lora_b, scale, dropout), for each projection by itself."""
+    """A function of (x, weight, lora_a, lora_b, scale, dropout)."""
 
-    def __init__(self, function: Callable[..., Tensor], tensors: Tensors, pairs: Pairs, p: float):
+    def __init__(self, function: Callable[..., Tensor], tensors: Sequence, dropout: float) -> None:
         super().__init__()
-        self.function, self.p = function, p
-        self.weights = nn.ParameterList(tensors.weights)
-        self.adapter = nn.ParameterList([parameter for pair in pairs for parameter in pair])
+        self.weight, self.lora_a, self.lora_b = tensors
+        self.function, self.dropout = function, dropout
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        pairs = zip(self.weights, self.adapter[::2], self.adapter[1::2], strict=True)
-        return tuple(self.function(x, weight, a, b, SCALE, self.p) for weight, a, b in pairs)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.lora_a, self.lora_b, SCALE, self.dropout)
 
 
 def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """``nn.Linear`` with no adapter: its forward and its dx."""
-    return Contestant(_one_or(Group, _linears(tensors.weights)), ())
+    return _contestant(_linears(tensors.weights))
 
 
 def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """The adapter added to the weight once, for inference."""
     with torch.no_grad():
-        weights = [
-            nn.Parameter((weight.float() + SCALE * b @ a).to(weight.dtype), requires_grad=False)
-            for weight, (a, b) in zip(tensors.weights, tensors.adapters[torch.float32], strict=True)
-        ]
-    return Contestant(_one_or(Group, _linears(weights)), ())
+        pairs = zip(tensors.weights, tensors.adapters[torch.float32], strict=True)
+        wholes = [(weight.float() + SCALE * b @ a).to(weight.dtype) for weight, (a, b) in pairs]
+    return _contestant(_linears([nn.Parameter(whole, requires_grad=False) for whole in wholes]))
 
 
 def fastlora_layer(
     adapter_dtype: torch.dtype | None = None, backend: str | None = None, plan: str | None = None
 ) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        layers = []
+        settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
         pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
+        layers = []
         for base, (a, b) in zip(_linears(tensors.weights), pairs, strict=True):
-            layer = fastlora.LoRALinear.from_linear(
-                base, r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout
-            )
+            layer = fastlora.LoRALinear.from_linear(base, **settings)
             layer.lora_A, layer.lora_B = a, b
             layers.append(layer)
-        module = _one_or(lambda layers: FusedGroup(layers, dropout), layers)
-        return Contestant(module, trained(module), backend=backend, plan=plan)
+        group = partial(FusedGroup, dropout=dropout)
+        return _contestant(layers, group, backend=backend, plan=plan)
 
     return make
 
@@ -194,8 +184,7 @@ def fastlora_layer(
 def peft_layer(adapter_dtype: torch.dtype | None = None) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         layers = _peft_layers(case, tensors, dropout, adapter_dtype or case.adapter_dtype)
-        module = _one_or(Group, layers)
-        return Contestant(module, trained(module), own_mask=True)
+        return _contestant(layers, own_mask=True)
 
     return make
 
@@ -204,26 +193,23 @@ def optimized(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """PEFT's layers after :func:`fastlora.optimize`."""
     group = Group(_peft_layers(case, tensors, dropout, case.adapter_dtype))
     fastlora.optimize(group, strict=True)
-    module = _one_or(Group, list(group.layers))
-    return Contestant(module, trained(module), own_mask=True)
+    return _contestant(list(group.layers), own_mask=True)
 
 
-def each(function: Callable[..., Tensor]) -> Maker:
+def each(function: Callable[..., Tensor], compiled: bool = False) -> Maker:
     """A peer that is written as a function of one projection."""
 
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        module = Formula(function, tensors, tensors.adapters[case.dtype], dropout)
-        return Contestant(module, trained(module), own_mask=True)
+        pairs = zip(tensors.weights, tensors.adapters[case.dtype], strict=True)
+        layers = [Formula(function, (weight, *pair), dropout) for weight, pair in pairs]
+        found = _contestant(layers, own_mask=True)
+        if not compiled:
+            return found
+        backend = "inductor" if tensors.x.is_cuda else "aot_eager"  # which needs no C compiler
+        module = torch.compile(found.module, backend=backend, fullgraph=True, dynamic=False)
+        return replace(found, module=module)
 
     return make
-
-
-def compiled(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    module = Formula(peft_formula, tensors, tensors.adapters[case.dtype], dropout)
-    adapter = trained(module)
-    backend = "inductor" if tensors.x.is_cuda else "aot_eager"  # which needs no C compiler
-    module = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
-    return Contestant(module, adapter, own_mask=True)
 
 
 def peft_formula(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
@@ -256,24 +242,25 @@ class AddmmChain(torch.autograd.Function):
         return dx, None, dh.T @ dropped, dy.T @ h, None, None
 
 
-def _linears(weights: tuple[nn.Parameter, ...]) -> list[nn.Linear]:
-    layers = []
-    for weight in weights:
-        N, K = weight.shape
-        layer = nn.Linear(K, N, bias=False, device="meta")
-        layer.weight = weight
-        layers.append(layer)
-    return layers
-
-
-def _one_or(as_group: Callable[[list], nn.Module], layers: list) -> nn.Module:
-    """One layer is called as it is; several through a group."""
-    return layers[0] if len(layers) == 1 else as_group(layers)
-
-
 def trained(module: nn.Module) -> tuple[nn.Parameter, ...]:
     """The adapters: every lora_a before its lora_b, one projection after the other."""
     return tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _contestant(
+    layers: list[nn.Module], as_group: Callable[[list], nn.Module] = Group, **more: object
+) -> Contestant:
+    """One layer is called as it is; several through a group."""
+    module = layers[0] if len(layers) == 1 else as_group(layers)
+    return Contestant(module, trained(module), **more)
+
+
+def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
+    layers = []
+    for weight in weights:
+        layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
+        layers[-1].weight = weight
+    return layers
 
 
 def _peft_layers(
@@ -285,12 +272,9 @@ def _peft_layers(
     import peft
 
     config = peft.LoraConfig(
-        r=case.r,
-        lora_alpha=SCALE * case.r,
-        lora_dropout=dropout,
+        r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, use_dora=case.kind == "dora",
         target_modules=r"layers\.\d+",
-        use_dora=case.kind == "dora",
-    )
+    )  # fmt: skip
     base = Group(_linears(tensors.weights))
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
     names = ["default"]

@@ -7,6 +7,7 @@ Python alone, so that the file can be read where torch is not installed.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
@@ -23,7 +24,7 @@ _TITLES = {
 
 def text(rows: list[dict]) -> str:
     """Aligned columns for a terminal."""
-    return "\n\n".join(f"{title}\n\n{_align(table)}" for title, table in _tables(rows))
+    return "\n\n".join(f"{title}\n\n{align(table)}" for title, table in _tables(rows))
 
 
 def markdown(rows: list[dict], machine: dict) -> str:
@@ -134,12 +135,12 @@ def _verdicts(targets: list[dict]) -> str:
     return ", ".join(verdicts)
 
 
-def _align(table: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in table
-    )
+def align(table: Sequence[tuple]) -> str:
+    """Columns of a common width."""
+    lines = [[str(cell) for cell in line] for line in table]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = "  ".join(f"{{:{width}}}" for width in widths)
+    return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
 def brief(rows: list[dict]) -> str:

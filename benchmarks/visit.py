@@ -122,7 +122,7 @@ def items(options: argparse.Namespace) -> list[tuple[str, str]]:
     cases = dry_cases() if options.dry else gpu_cases()
     layers = [("layers", case.id) for case in cases]
     tuned = [("tune", case.id) for case in cases if case.r == 16 or options.dry][: len(cases) // 3]
-    tests = [("tests", name) for name in (("judge",) if options.dry else _TESTS)]
+    tests = [("tests", name) for name in (("config",) if options.dry else _TESTS)]
     listed = [("tests", "gpu"), *layers[:5], *tuned[:2], *layers[5:], *tuned[2:], *tests]
     return [
         (kind, name)

@@ -19,6 +19,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 
+from benchmarks.report import align
 from fastlora.kernels.config import Config, shared_memory, why_not
 from fastlora.kernels.defaults import default_config
 from fastlora.kernels.target import TARGETS
@@ -79,12 +80,7 @@ def table(rows: Sequence[Row]) -> str:
         "call", "kernel", "registers", "stack", "spills", "in loops", "shared", "of",
         "tensor memory", "tensor core", "TMA", "load bits", "instructions",
     )  # fmt: skip
-    lines = [head, *map(_line, rows)]
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return align([head, *map(_line, rows)])
 
 
 def _line(row: Row) -> tuple:
