@@ -10,8 +10,6 @@ their arguments and result.  The peers' rows are the passes below, read from the
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -124,14 +122,9 @@ def _matrix(name: str, shape: Shape) -> int:
 
 
 def bytes_of_fastlora(
-    shape: Shape,
-    plan: Plan,
-    *,
-    dropout: float = 0.0,
-    projections: int = 1,
-    adapter_dtype: torch.dtype = torch.bfloat16,
-    target: str = "sm_90",
-) -> Bytes:
+    shape: Shape, plan: Plan, *, dropout: float = 0.0, projections: int = 1,
+    adapter_dtype: torch.dtype = torch.bfloat16, target: str = "sm_90",
+) -> Bytes:  # fmt: skip
     """A forward and a backward with gradients of x and of the adapters, as launched there."""
     with torch.device("meta"):
         x = torch.empty(shape.M, shape.K, dtype=torch.bfloat16)
@@ -143,18 +136,11 @@ def bytes_of_fastlora(
     needs = [Output(Base(False, False), (Adapter(True, True),))] * projections
     settings = Settings(dropout, seeds, backend)
     with use_target(TARGETS[target]), use_plan(plan):
-        with _counted() as forward:
+        with _Counter() as forward, intercept(forward.add_launch):
             ys, hs = backend.forward(x, outputs, settings)
-        with _counted() as backward:
+        with _Counter() as backward, intercept(backward.add_launch):
             backend.backward(ys, x, outputs, hs, True, needs, settings)
     return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
-
-
-@contextmanager
-def _counted() -> Iterator["_Counter"]:
-    counter = _Counter()
-    with counter, intercept(counter.add_launch):
-        yield counter
 
 
 class _Counter(TorchDispatchMode):
@@ -182,25 +168,26 @@ class _Counter(TorchDispatchMode):
 
 
 def rows_of_one(shape: Shape) -> dict[str, Bytes]:
+    peers = {name: bytes_of_passes(passes, shape) for name, passes in PEERS.items()}
+    floor = "floor: all inputs and results once"
     return {
         "frozen layer, no adapter": bytes_of_passes(FROZEN, shape),
-        **{name: bytes_of_passes(PEERS[name], shape) for name in PEERS if "floor" in name},
+        floor: peers.pop(floor),
         "fastlora, fused": bytes_of_fastlora(shape, FUSED),
         "fastlora, fused, dropout": bytes_of_fastlora(shape, FUSED, dropout=0.1),
         "fastlora, fused, float32 adapters, dropout": bytes_of_fastlora(
             shape, FUSED, dropout=0.1, adapter_dtype=torch.float32
         ),
         "fastlora, in place, dropout": bytes_of_fastlora(shape, IN_PLACE, dropout=0.1),
-        **{name: bytes_of_passes(PEERS[name], shape) for name in PEERS if "floor" not in name},
+        **peers,
     }
 
 
 def rows_of_group(shape: Shape) -> dict[str, Bytes]:
+    ours = bytes_of_fastlora(shape, FUSED, dropout=0.1, projections=GROUP)
     return {
         "frozen q, k, v": bytes_of_passes(GROUP_FROZEN, shape),
-        "fastlora q, k, v, fused, dropout": bytes_of_fastlora(
-            shape, FUSED, dropout=0.1, projections=GROUP
-        ),
+        "fastlora q, k, v, fused, dropout": ours,
         **{name: bytes_of_passes(passes, shape) for name, passes in GROUP_PEERS.items()},
     }
 

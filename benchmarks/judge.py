@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -24,46 +25,41 @@ class Judge:
 
     def __init__(self, case: Case, tensors: Tensors, known_masks: bool = True) -> None:
         self.case, self.tensors, self.known_masks = case, tensors, known_masks
-        self._truths: dict[tuple[str, float], list[Tensor]] = {}
+        self._truths: dict[tuple[bool, float], list[Tensor]] = {}
 
     def error(self, name: str, make: Maker, backward: bool = True) -> float:
         """The worst error of outputs and gradients; AssertionError beyond tolerance."""
-        contestant = make(self.case, self.tensors, self.case.dropout)
-        shared = self.case.table == "optimized"  # PEFT's masks can be made fastlora's
-        dropout = self.case.dropout
+        dropout, shared = self.case.dropout, self.case.table == "optimized"
+        contestant = make(self.case, self.tensors, dropout)
+        # Of PEFT's layers all masks can be made fastlora's.
         if not self.known_masks or (contestant.own_mask and not shared):
             dropout = 0.0
-        if dropout != self.case.dropout:
             contestant = make(self.case, self.tensors, dropout)
         with contestant.chosen(), _shared_masks(contestant.module, shared and dropout > 0):
             found = results(contestant, self.tensors, backward)
-        truth = self.truth(name, dropout)
+        key = (name == "frozen", dropout)
+        if key not in self._truths:
+            self._truths[key] = self._truth(*key)
         # An inference has outputs alone, and the frozen layer no adapter.
-        worst = max(error(got, want) for got, want in zip(found, truth, strict=False))
+        worst = max(error(got, want) for got, want in zip(found, self._truths[key], strict=False))
         check_error(worst, self.case.dtype)
         return worst
 
-    def truth(self, name: str, dropout: float) -> list[Tensor]:
+    def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
         """Outputs, and gradients of x and of every adapter."""
-        key = ("frozen" if name == "frozen" else "", dropout)
-        if key not in self._truths:
-            self._truths[key] = self._compute(name == "frozen", dropout)
-        return self._truths[key]
-
-    def _compute(self, frozen: bool, dropout: float) -> list[Tensor]:
         wide = widened(self.tensors)
         if self.case.table == "optimized" and not frozen:
             module = copy.deepcopy(peft_layer()(self.case, self.tensors, dropout).module).double()
             with _shared_masks(module, dropout > 0):
                 return results(Contestant(module, trained(module)), wide)
+        pairs = wide.adapters[torch.float64][: len(wide.weights)]
         projections = [
             fastlora.Projection(weight, a, b, None, 0.0 if frozen else SCALE)
-            for weight, (a, b) in zip(wide.weights, wide.adapters[torch.float64], strict=False)
+            for weight, (a, b) in zip(wide.weights, pairs, strict=True)
         ]
         masks = known_masks(self.case, wide.x, dropout) if dropout > 0 else None
         ys = fastlora.reference.lora_linears(wide.x, projections, dropout=dropout, masks=masks)
-        adapter = [tensor for pair in wide.adapters[torch.float64] for tensor in pair]
-        leaves = [wide.x] if frozen else [wide.x, *adapter]
+        leaves = [wide.x] if frozen else [wide.x, *chain(*pairs)]
         gradients = torch.autograd.grad(ys, leaves, wide.dys)
         return [*(y.detach() for y in ys), *gradients]
 

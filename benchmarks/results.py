@@ -4,9 +4,9 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,29 +62,21 @@ def _slug(name: str) -> str:
 
 
 def _version(name: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _smi() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
     command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _cpu() -> tuple[str, set[str]]:
     """The model's name and its instruction sets, from /proc/cpuinfo; elsewhere only a name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine(), set()
-    fields = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
+    fields: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
     return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())
