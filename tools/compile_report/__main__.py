@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import torch
 import triton
 
 from benchmarks.report import align
@@ -50,8 +51,7 @@ class Row:
 
 def rows_of(case: Case) -> list[Row]:
     """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
-    target, form = TARGETS[case.target], case.call_form
-    call = form.call
+    target, form, call = TARGETS[case.target], case.form, case.form.call
     config = case.config or default_config(form.kernel, target, call)
     try:
         return [
@@ -59,9 +59,9 @@ def rows_of(case: Case) -> list[Row]:
                 case=str(case),
                 target=case.target,
                 kernel=launch.name,
-                form=case.form,
+                form=form.name,
                 config=config,
-                ieee=case.dtype == "f32" and (case.precision == "ieee" or not target.tf32),
+                ieee=form.dtype == torch.float32 and form.precision == "ieee",
                 descriptors=launch.arguments.get("DESCRIPTORS", False),
                 refused=why_not(config, target, call),
                 estimated=shared_memory(config, target, call),

@@ -12,47 +12,32 @@ from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-_DEPTH = 4096
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher, a ``form`` of benchmarks/forms.py; without a config, the default."""
+    """One call of a launcher on one target; without a config, the default."""
 
     target: str
-    form: str
     config: Config | None
-    dtype: str = "bf16"
-    adapter: str = "f32"
-    precision: str = "ieee"  # "tf32" for float32 where the target has it
-    r: int = 16
-    n: int = 1  # projections
-    masked: bool = False
-    bias: bool = False
-    M: int = 8192
-    N: int = 4096  # of the output: K = 4096 throughout
-
-    @property
-    def call_form(self) -> Form:
-        depths = (_DEPTH,) * self.n if self.form in ("y", "y,h", "dx") else ()
-        return Form(
-            self.form, self.M, self.N, (self.r,) * self.n, depths, _DTYPES[self.dtype],
-            _DTYPES[self.adapter], 0.1 if self.masked else 0.0, self.bias, self.precision,
-        )  # fmt: skip
+    form: Form
 
     def fits(self) -> bool:
-        call = self.call_form.call
-        return self.config is None or not why_not(self.config, TARGETS[self.target], call)
+        config = self.config
+        return config is None or not why_not(config, TARGETS[self.target], self.form.call)
 
     def __str__(self) -> str:
-        flags = ("mask" * self.masked, "bias" * self.bias)
-        dtype = f"{self.dtype}-{self.precision}" if self.dtype == "f32" else self.dtype
+        form, n = self.form, len(self.form.ranks)
+        dtype, adapter = _NAMES[form.dtype], _NAMES[form.adapter_dtype]
         words = (
-            self.target, self.form, describe(self.config), dtype, f"r{self.r}",
-            f"n{self.n}" * (self.n > 1), *flags, f"M{self.M}" * (self.M != 8192),
-            f"N{self.N}" * (self.N != 4096), f"{self.adapter}-adapter" * (self.adapter != "f32"),
+            self.target, form.name, describe(self.config),
+            f"{dtype}-{form.precision}" if dtype == "f32" else dtype, f"r{form.ranks[0]}",
+            f"n{n}" * (n > 1), "mask" * (form.dropout > 0), "bias" * form.bias,
+            f"M{form.M}" * (form.M != 8192), f"N{form.columns}" * (form.columns != 4096),
+            f"{adapter}-adapter" * (adapter != "f32"),
         )  # fmt: skip
-        return " ".join(word for word in words if word)
+        return " ".join(filter(None, words))
 
 
 def describe(config: Config | None) -> str:
@@ -70,97 +55,74 @@ def launches(case: Case) -> list[Launch]:
     """What the call would launch, its tensors being meta tensors."""
     records: list[Launch] = []
     with use_target(TARGETS[case.target]), intercept(records.append):
-        Operands(case.call_form, "meta").run(case.config)
+        Operands(case.form, "meta").run(case.config)
     return records
 
 
+# As rows are named: what the call computes, rank, projections, and what isn't the usual (`_case`).
 # Every row of a table is compiled in the first list's forms, the first two in the second's too.
-_FORMS: dict[str, tuple[list[dict], list[dict]]] = {
+_FORMS: dict[str, tuple[list[str], list[str]]] = {
     "gemm_lowrank": (
-        [{"form": "y", "bias": True}, {"form": "dx", "masked": True}, {"form": "y,h", "M": 16}],
-        [
-            {"form": "y", "r": 64},
-            {"form": "y", "r": 200},
-            {"form": "dx", "n": 3},
-            {"form": "dx", "n": 2, "r": 64},
-            {"form": "dx", "n": 2, "masked": True},
-            {"form": "dx", "n": 3, "masked": True},
-            {"form": "dx", "r": 128, "masked": True},
-        ],
+        ["y bias", "dx mask", "y,h M16"],
+        ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
     ),
     "add": (
-        [{"form": "y+"}, {"form": "dx+", "masked": True, "n": 3}],
+        ["y+", "dx+ n3 mask"],
         [
-            {"form": "y+", "r": 64, "adapter": "bf16"},
-            {"form": "y+", "r": 200},
-            {"form": "y+", "dtype": "f32", "precision": "tf32"},
-            {"form": "dx+", "dtype": "f32", "precision": "ieee", "n": 2, "masked": True},
-            {"form": "dx+", "r": 64, "masked": True, "n": 2},
+            "y+ r64 bf16-adapter",
+            "y+ r200",
+            "y+ f32-tf32",
+            "dx+ f32-ieee n2 mask",
+            "dx+ r64 n2 mask",
         ],
     ),
     "project": (
-        [{"form": "h", "masked": True}, {"form": "dh"}],
-        [
-            {"form": "h", "M": 256},
-            {"form": "h", "n": 3, "r": 64, "masked": True},
-            {"form": "h", "n": 2, "r": 200},
-            {"form": "h", "r": 128, "masked": True},
-            {"form": "dh", "r": 64, "dtype": "f16"},
-        ],
+        ["h mask", "dh"],
+        ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
     ),
     "weight_grad": (
-        [{"form": "dA", "masked": True}, {"form": "dB"}, {"form": "dB,dh"}],
-        [
-            {"form": "dA", "N": 2**18},
-            {"form": "dA", "n": 3, "masked": True},
-            {"form": "dA", "n": 2, "r": 64},
-            {"form": "dB", "r": 200, "dtype": "f16"},
-            {"form": "dB,dh", "r": 64},
-        ],
+        ["dA mask", "dB", "dB,dh"],
+        ["dA N262144", "dA n3 mask", "dA r64 n2", "dB f16 r200", "dB,dh r64"],
     ),
 }
 # What a user's call launches: whatever the tables choose.
-_CHOSEN: list[dict] = [
-    {"form": "y", "r": 8, "M": 1},
-    {"form": "y", "M": 300, "N": 1000, "bias": True},
-    {"form": "y", "dtype": "f16"},
-    {"form": "dx", "n": 4, "r": 64, "masked": True},
-    {"form": "dx", "n": 3, "r": 200, "masked": True},
-    {"form": "y+", "r": 8},
-    {"form": "dx+", "n": 4, "r": 64, "masked": True},
-    {"form": "h", "n": 4, "r": 256, "masked": True},
-    {"form": "h", "n": 3, "r": 16, "masked": True, "M": 16},
-    {"form": "dh", "r": 256},
-    {"form": "dA", "n": 4, "r": 256, "masked": True},
-    {"form": "dB", "r": 128},
-    {"form": "dB,dh", "r": 128},
-]
-# The accumulators of three masked projections at once are more than the registers of a thread.
-SPILLING = Case(
-    "sm_90", "dx", GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True), n=3, masked=True
-)
+_CHOSEN = (
+    "y r8 M1", "y bias M300 N1000", "y f16", "dx r64 n4 mask", "dx r200 n3 mask", "y+ r8",
+    "dx+ r64 n4 mask", "h r256 n4 mask", "h n3 mask M16", "dh r256", "dA r256 n4 mask", "dB r128",
+    "dB,dh r128",
+)  # fmt: skip
 
 
 def cases(target: str, quick: bool = False) -> list[Case]:
     """Every row of the target's tables, in each form that it fits; ``quick``: the first forms."""
-    found = [] if quick else [Case(target, config=None, **variant) for variant in _CHOSEN]
+    found = [] if quick else [_case(target, None, words) for words in _CHOSEN]
     for kernel, key, rows in _tables(target):
         common, more = _FORMS["add" if key == "add" else kernel]
         for i, config in enumerate(rows):
             loaders = [config]
             if i == 0 and getattr(config, "descriptors", False):
                 loaders.append(replace(config, descriptors=False))
-            kind = {"dtype": "f32" if key in (4, "ieee") else "bf16"}
-            kind["precision"] = "tf32" if key == 4 else "ieee"
-            variants = common + more * (i < 2 and kind["dtype"] == "bf16" and not quick)
-            found += [
-                Case(target, config=each, **kind | variant)
-                for variant in variants
-                for each in loaders
-            ]
-    if not TARGETS[target].tf32:
-        found = [replace(case, precision="ieee") for case in found]
+            dtype = "f32-tf32" if key == 4 else "f32-ieee" if key == "ieee" else "bf16"
+            variants = common + more * (i < 2 and dtype == "bf16" and not quick)
+            found += [_case(target, each, words, dtype) for words in variants for each in loaders]
     return [case for case in dict.fromkeys(found) if case.fits()]
+
+
+def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:
+    """A row's words, as a case: ``dx r64 n2 mask``."""
+    name, *rest = words.split()
+    number = {word[0]: int(word[1:]) for word in rest if word[1:].isdigit()}
+    dtype = next((word for word in rest if word in ("f16", "f32-tf32", "f32-ieee")), dtype)
+    dtype, _, precision = dtype.partition("-")
+    n = number.get("n", 1)
+    form = Form(
+        name, number.get("M", 8192), number.get("N", 4096), (number.get("r", 16),) * n,
+        depths=(4096,) * n if name in ("y", "y,h", "dx") else (), dtype=_DTYPES[dtype],
+        adapter_dtype=torch.bfloat16 if "bf16-adapter" in rest else torch.float32,
+        dropout=0.1 * ("mask" in rest), bias="bias" in rest,
+        precision=precision if precision and TARGETS[target].tf32 else "ieee",
+    )  # fmt: skip
+    return Case(target, config, form)
 
 
 def _tables(target: str) -> Iterator[tuple[str, str | int, tuple[Config, ...]]]:
@@ -168,3 +130,8 @@ def _tables(target: str) -> Iterator[tuple[str, str | int, tuple[Config, ...]]]:
         if name == target:
             tables = table if isinstance(table, dict) else {2: table, 4: table, "ieee": table}
             yield from ((kernel, key, rows) for key, rows in tables.items())
+
+
+# The accumulators of three masked projections at once are more than the registers of a thread.
+_TOO_LARGE = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
+SPILLING = _case("sm_90", _TOO_LARGE, "dx n3 mask")
