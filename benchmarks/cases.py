@@ -1,6 +1,6 @@
 """What is measured: every size, dtype, dropout and target comes from these tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,18 +96,16 @@ class Case:
     def targets(self) -> tuple[Target, ...]:
         if self.tiny:
             return ()
-        over_peft = Target("both", "fastlora/peft", 1.0)
-        if self.table == "overhead":
-            quantities = ("forward", "inference", "both")
-            return tuple(Target(quantity, "fastlora/peft", 1.0) for quantity in quantities)
-        if self.table == "layers" and self.mixed:
-            return over_peft, Target("both", f"fastlora/{SAME_DTYPE}", 1.05)
         if self.table == "gpu":
             return self._targets_of_gpu()
+        quantities = ("forward", "inference", "both") if self.table == "overhead" else ("both",)
+        targets = [Target(quantity, "fastlora/peft", 1.0) for quantity in quantities]
         key = (self.M, self.K, *self.outputs, self.dtype, self.dropout)
-        if self.table == "layers" and key in _OVER_FROZEN:
-            return over_peft, Target("both", "fastlora/frozen", _OVER_FROZEN[key])
-        return (over_peft,)
+        if self.table == "layers" and self.mixed:
+            targets.append(Target("both", f"fastlora/{SAME_DTYPE}", 1.05))
+        elif self.table == "layers" and key in _OVER_FROZEN:
+            targets.append(Target("both", "fastlora/frozen", _OVER_FROZEN[key]))
+        return tuple(targets)
 
     def _targets_of_gpu(self) -> tuple[Target, ...]:
         if self.decodes:
@@ -131,15 +129,11 @@ _OVER_FROZEN = {
 
 
 def cpu_cases() -> list[Case]:
-    cases = [
-        *_layers("quick", 64, 48, (80,), (F32, BF16), r=8),
-        *_layers("quick-qkv", 64, 48, (64, 32, 32), r=8),
-    ]
-    for M, K, N in ((2048, 2048, 2048), (4096, 1024, 1024), (512, 4096, 4096)):
-        cases += _layers("", M, K, (N,), (F32, BF16))
-    for M in (1, 16):
-        for size in (1024, 2048):
-            cases += _layers("", M, size, (size,), (F32, BF16))
+    cases = [*_layers("quick", 64, 48, (80,), (F32, BF16), r=8)]
+    cases += _layers("quick-qkv", 64, 48, (64, 32, 32), r=8)
+    squares = (2048, 2048), (4096, 1024), (512, 4096), (1, 1024), (1, 2048), (16, 1024), (16, 2048)
+    for M, size in squares:
+        cases += _layers("", M, size, (size,), (F32, BF16))
     for name, model in MODELS.items():
         cases += _layers(f"{name}-q", model.tokens, model.hidden, (model.query,))
         cases += _layers(f"{name}-up", model.tokens, model.hidden, (model.mlp,))
@@ -169,7 +163,6 @@ def gpu_cases() -> list[Case]:
         *_gpu("llama3-8b-q", 8192, 4096, (4096,), r=64),
         *_gpu("gemma3-4b-qkv", 8192, gemma.hidden, gemma.qkv),
         *_gpu("llama3-8b-q", 8192, 4096, (4096,), r=128),
-        *_gpu("llama3-8b-gateup", 16, 4096, llama.gate_up),
     ]
 
 
@@ -183,13 +176,9 @@ def dry_cases() -> list[Case]:
 
 
 def _layers(
-    name: str,
-    M: int,
-    K: int,
-    outputs: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...] = (BF16,),
+    name: str, M: int, K: int, outputs: tuple[int, ...], dtypes: Sequence[torch.dtype] = (BF16,),
     r: int = 16,
-) -> Iterator[Case]:
+) -> Iterator[Case]:  # fmt: skip
     for dtype in dtypes:
         for adapter_dtype in dict.fromkeys((dtype, F32)):
             for dropout in DROPOUTS:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class Worker:
     """A process that times the fastlora of one folder, one step at a time."""
 
     def __init__(self, root: Path, device: str) -> None:
-        command = [sys.executable, "-P", str(BENCHMARKS / "tree.py"), str(root)]
+        command = [sys.executable, str(BENCHMARKS / "tree.py"), str(root)]
         self.process = subprocess.Popen(
             [*command, "benchmarks.compare", device],
             cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -59,8 +59,9 @@ class Worker:
         self.process.wait()
 
     def _ask(self, request: str) -> dict:
-        self.process.stdin.write(f"{request}\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # the answer says why
+            self.process.stdin.write(f"{request}\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict:

@@ -48,23 +48,20 @@ class Rounds:
     def run_subject(self) -> None:
         self.times[self.subject].append(self.steps[self.subject]())
 
-    def count(self, seconds: float, least: int = _LEAST) -> int:
+    def count(self, seconds: float) -> int:
         """How many rounds fit, after a warm-up."""
         for _ in range(2):
             start = time.perf_counter()
             for step in self.steps.values():
                 step()
             round_seconds = 2 * (time.perf_counter() - start)
-        return min(max(int(seconds / round_seconds), least), _MOST)
+        return min(max(int(seconds / round_seconds), _LEAST), _MOST)
 
     def summary(self) -> dict:
         """Median seconds of each contestant; quartiles of the ratios of each two that matter."""
-        pairs = [
-            (above, below)
-            for below in self.times
-            for above in self.times
-            if above != below and (below == "frozen" or above == self.subject)
-        ]
+        first, *others = self.times
+        pairs = [(name, first) for name in others]
+        pairs += [(self.subject, name) for name in others if name != self.subject]
         seconds, found = {}, {}
         for quantity in self.times[self.subject][0]:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
@@ -75,12 +72,9 @@ class Rounds:
 
 
 def measure(
-    case: Case,
-    device: torch.device,
-    run: Callable[[Rounds], None],
-    makers: dict[str, Maker] | None = None,
-    watch: Callable[[str], None] = lambda name: None,
-) -> dict:
+    case: Case, device: torch.device, run: Callable[[Rounds], None],
+    makers: dict[str, Maker] | None = None, watch: Callable[[str], None] = lambda name: None,
+) -> dict:  # fmt: skip
     """A row.  ``run`` runs the rounds; ``watch`` hears who is tried next.
 
     A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.

@@ -41,7 +41,11 @@ class _Tree(MetaPathFinder):
 
 
 def import_from(root: Path = ROOT) -> None:
-    """From now on ``import fastlora`` and ``import benchmarks`` find this folder's."""
+    """From now on ``import fastlora`` and ``import benchmarks`` find this folder's.
+
+    A script's folder leaves the path, where its ``report`` or ``judge`` could be taken for others.
+    """
+    sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
     sys.meta_path.insert(0, _Tree(root))
 
 
@@ -53,6 +57,6 @@ def own_stdout() -> Iterator[TextIO]:
         yield lines
 
 
-if __name__ == "__main__":  # python -P tree.py ROOT MODULE ARGUMENT ...
+if __name__ == "__main__":  # python tree.py ROOT MODULE ARGUMENT ...
     import_from(Path(sys.argv[1]))
     import_module(sys.argv[2]).main(sys.argv[3:])

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -55,13 +55,9 @@ def forms_of(case: Case, device: torch.device) -> list[Form]:
     h = Form("h", M, K, (r,) * n, **group)
     if case.decodes:
         return [*ys, h]
-    return [
-        *ys,
-        Form("dx", M, K, (r,) * n, case.outputs, **group),
-        Form("dB,dh" if one_pass else "dB", M, case.outputs[0], (r,), **shared),
-        Form("dA", M, K, (r,) * n, **group),
-        h,
-    ]
+    dx = Form("dx", M, K, (r,) * n, case.outputs, **group)
+    d_b = Form("dB,dh" if one_pass else "dB", M, case.outputs[0], (r,), **shared)
+    return [*ys, dx, d_b, replace(h, name="dA"), h]
 
 
 def tune(
@@ -160,14 +156,9 @@ def _check(operands: Operands, config: Config, truth: list[torch.Tensor]) -> Non
 
 
 def _finals(
-    operands: Operands,
-    target: Target,
-    clock: Clock,
-    search: Search,
-    finalists: list[Config],
-    default: Config,
-    truth: list[torch.Tensor],
-) -> dict:
+    operands: Operands, target: Target, clock: Clock, search: Search, finalists: list[Config],
+    default: Config, truth: list[torch.Tensor],
+) -> dict:  # fmt: skip
     """The best of all, the default and torch's product in turn, so that their ratios hold."""
     calls: dict[object, Callable[[], object]] = {
         config: partial(operands.run, config) for config in (*finalists, default)

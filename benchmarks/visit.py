@@ -1,8 +1,8 @@
 """Everything that a visit to a machine with a GPU should do, in ten minutes, a short table last.
 
-    python -P benchmarks/visit.py --out FOLDER                      tests, benchmark, tuning
-    python -P benchmarks/visit.py --out FOLDER --only tune --case 8192x4096x4096
-    python -P benchmarks/visit.py --out FOLDER --dry                tiny, on a CPU, interpreted
+    python benchmarks/visit.py --out FOLDER                         tests, benchmark, tuning
+    python benchmarks/visit.py --out FOLDER --only tune --case 8192x4096x4096
+    python benchmarks/visit.py --out FOLDER --dry                tiny, on a CPU, interpreted
 
 It needs a folder with the repository, torch and Triton; nothing has to be installed.  Every item
 has a process of its own, so that a crash costs that item alone; it is tried again without the
@@ -27,7 +27,6 @@ if __name__ in ("__main__", "__mp_main__"):  # else whoever imports it has seen 
     sys.path.insert(0, str(Path(__file__).parent))
     from tree import import_from
 
-    del sys.path[0]
     import_from()
 
 import torch
@@ -85,7 +84,7 @@ class Visit:
         trying = "start"
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", str(BENCHMARKS / "visit.py"), "--item", json.dumps(item)],
+                [sys.executable, str(BENCHMARKS / "visit.py"), "--item", json.dumps(item)],
                 cwd=ROOT, env=environment(self.dry), text=True, stdout=subprocess.PIPE, stderr=log,
                 start_new_session=True,
             )  # fmt: skip

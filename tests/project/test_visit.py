@@ -15,7 +15,7 @@ from fastlora.kernels.config import GemmConfig
 from fastlora.kernels.plan import Plan, Row
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-P", str(ROOT / "benchmarks" / "visit.py")]
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "visit.py")]
 
 
 @pytest.fixture(scope="module")
