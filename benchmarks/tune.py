@@ -185,13 +185,7 @@ def _finals(
     if "in place" in laps:
         row["fused/in place"] = ratios(laps[best], laps["in place"])
         fused = row["fused/in place"][1] < 1.0
-        row["plan"] = repr(_plan_row(operands.form, target, best, fused))
+        call, depth = operands.form.call, sum(operands.form.depths)
+        size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
+        row["plan"] = repr(Row(target.name, *size, Plan(True, best) if fused else Plan(False)))
     return row
-
-
-def _plan_row(form: Form, target: Target, best: Config, fused: bool) -> Row:
-    call = form.call
-    return Row(
-        target.name, call.m, call.n, sum(form.depths), call.r, call.itemsize, call.masked,
-        call.projections, Plan(True, best) if fused else Plan(False),
-    )  # fmt: skip

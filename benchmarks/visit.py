@@ -169,8 +169,7 @@ def run_item(item: dict) -> None:
         if item["kind"] == "tests":
             send(row=run_tests(item["name"]))
             return
-        cases = {case.id: case for case in (*dry_cases(), *gpu_cases())}
-        case = cases[item["name"]]
+        case = next(each for each in (*dry_cases(), *gpu_cases()) if each.id == item["name"])
         if item["kind"] == "layers":
 
             def run(rounds: Rounds) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 # Both are read when Triton is imported: compile, don't interpret; and the default, said aloud.
@@ -76,20 +76,9 @@ def rows_of(case: Case) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each row, a column for each number."""
-    head = (
-        "call", "kernel", "registers", "stack", "spills", "in loops", "shared", "of",
-        "tensor memory", "tensor core", "TMA", "load bits", "instructions",
-    )  # fmt: skip
-    return align([head, *map(_line, rows)])
-
-
-def _line(row: Row) -> tuple:
-    code = row.compiled
-    return (
-        row.case, row.kernel, code.registers, code.stack, code.spills, code.inner_spills,
-        code.shared_memory, row.limit, code.tensor_memory, code.tensor_core,
-        code.tma_loads + code.tma_stores, code.widest_load, code.instructions,
-    )  # fmt: skip
+    names = [field.name.replace("_", " ") for field in fields(Compiled)]
+    lines = [(row.case, row.kernel, row.limit, *astuple(row.compiled)) for row in rows]
+    return align([("call", "kernel", "limit", *names), *lines])
 
 
 def main() -> None:
