@@ -62,7 +62,7 @@ def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
 
 def _times(rows: list[dict]) -> list[tuple[str, ...]]:
     """A line for each quantity of each row, a column for each contestant."""
-    timed = [(row, quantity) for row in rows for quantity in row["ratios"]]
+    timed = [(row, quantity) for row in rows for quantity in row.get("ratios", ())]
     seconds = [row["seconds"][quantity] for row, quantity in timed]
     names = list(dict.fromkeys(name for each in seconds for name in list(each)[1:]))
     kept = [name for name in ("fastlora", "peft") if any(row.get("saved") for row in rows)]
