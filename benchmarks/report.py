@@ -67,7 +67,8 @@ def _times(rows: list[dict]) -> list[tuple[str, ...]]:
     names = list(dict.fromkeys(name for each in seconds for name in list(each)[1:]))
     kept = [name for name in ("fastlora", "peft") if any(row.get("saved") for row in rows)]
     head = ["M x K x N, dtype, r, dropout", "time", *{f"{next(iter(each))} µs" for each in seconds}]
-    head += [*(_SHORT.get(name, name) for name in names), "quartiles", "over PEFT"]
+    head += [*(_SHORT.get(name, name) for name in names), "quartiles"]
+    head += ["over PEFT"] * ("peft" in names)
     lines = [(*head, *(f"{_SHORT.get(name, name)} keeps" for name in kept), "target")]
     for row, quantity in timed:
         first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
@@ -78,7 +79,7 @@ def _times(rows: list[dict]) -> list[tuple[str, ...]]:
                 f"{row['seconds'][quantity][first] * 1e6:.4g}",
                 *(_median(found, f"{name}/{first}") for name in names),
                 _quartiles(found.get(f"fastlora/{first}")),
-                _median(found, "fastlora/peft"),
+                *[_median(found, "fastlora/peft")] * ("peft" in names),
                 *(_saved(row["saved"].get(name)) for name in kept),
                 _verdicts([each for each in row["targets"] if each["quantity"] == quantity]),
             )

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as TooLateError
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -25,21 +26,19 @@ from .judge import check_error, error
 from .measure import describe, digits, ratios
 
 _FINALISTS = 3
-Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Search:
     """At most so many configs and seconds; rounds of every config, and of the best ones."""
 
-    seconds: float = 20.0
+    seconds: float = 15.0
     most: int = 400
     rounds: int = 5
     last: int = 15
-    compilers: int = max(2, min(14, (os.cpu_count() or 4) - 2))
 
 
-DRY = Search(60.0, most=2, rounds=1, last=2, compilers=0)
+DRY = Search(60.0, most=2, rounds=1, last=2)
 
 
 def forms_of(case: Case, device: torch.device) -> list[Form]:
@@ -60,9 +59,15 @@ def forms_of(case: Case, device: torch.device) -> list[Form]:
     return [*ys, dx, d_b, replace(h, name="dA"), h]
 
 
+def compilers() -> ProcessPoolExecutor:
+    """They compile into Triton's cache on disk, so that a crash there takes no timing along."""
+    count = max(2, min(14, (os.cpu_count() or 4) - 2))
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+
+
 def tune(
-    form: Form, device: torch.device, search: Search = Search(), watch: Watch = lambda name: None,
-    without: Sequence[str] = (),
+    form: Form, device: torch.device, search: Search, pool: ProcessPoolExecutor | None,
+    watch: Callable[[str], None], without: Sequence[str] = (),
 ) -> dict:  # fmt: skip
     """A row: the best config, its gain over the default, and for a base product the plan.
 
@@ -77,7 +82,7 @@ def tune(
     configs, truth = configs[: search.most], operands.truth()
     times: dict[Config, float] = {}
     failures: dict[str, str] = {}
-    for config, problem in _compiled(configs, form, target, search):
+    for config, problem in _compiled(configs, form, target, search, pool):
         watch(str(config))
         try:
             if problem is not None:
@@ -118,27 +123,25 @@ def _listed(form: Form, target: Target, default: Config) -> list[Config]:
 
 
 def _compiled(
-    configs: list[Config], form: Form, target: Target, search: Search
-) -> Iterator[tuple[Config, Exception | None]]:
-    """Each config as soon as it is compiled, until the search's time is over.
-
-    Other processes compile, into Triton's cache on disk: a crash there takes no timing along.
-    """
-    deadline = time.monotonic() + search.seconds
-    if not search.compilers:
+    configs: list[Config], form: Form, target: Target, search: Search,
+    pool: ProcessPoolExecutor | None,
+) -> Iterator[tuple[Config, BaseException | None]]:  # fmt: skip
+    """Each config as soon as it is compiled, until the search's time is over."""
+    if pool is None:
         yield from ((config, None) for config in configs)
         return
-    pool = ProcessPoolExecutor(search.compilers, mp_context=get_context("spawn"))
+    deadline = time.monotonic() + search.seconds
     futures = {pool.submit(compile_ahead, form, target, config): config for config in configs}
     try:
         for future in as_completed(futures, timeout=search.seconds):
             yield futures[future], future.exception()
             if time.monotonic() > deadline:
                 return
-    except TimeoutError:
+    except TooLateError:
         return
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in futures:
+            future.cancel()
 
 
 def compile_ahead(form: Form, target: Target, config: Config) -> None:

@@ -37,9 +37,9 @@ from benchmarks.measure import Rounds, measure
 from benchmarks.report import text
 from benchmarks.results import FOLDER, describe_machine, results_path, write_results
 from benchmarks.tree import BENCHMARKS, ROOT, own_stdout
-from benchmarks.tune import DRY, Search, forms_of, tune
+from benchmarks.tune import DRY, Search, compilers, forms_of, tune
 
-LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 90.0}  # seconds of an item
+LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 150.0}  # seconds of an item
 _TRIES = 4
 _NOBODY = ("start", "rounds", "finals")  # who ends a process then can't be left out
 _TESTS = ("kernel_mask", "weight_grad", "project", "lora_linear", "gemm_lowrank", "triton_backend")
@@ -180,10 +180,10 @@ def run_item(item: dict) -> None:
             makers = {k: v for k, v in makers_for(case).items() if k not in item["without"]}
             send(row=measure(case, device, run, makers, watch))
             return
+        search, pool = (DRY, None) if item["dry"] else (Search(), compilers())
         for form in forms_of(case, device):
             if form.id not in item["done"]:
-                search = DRY if item["dry"] else Search()
-                send(row=tune(form, device, search, watch, item["without"]))
+                send(row=tune(form, device, search, pool, watch, item["without"]))
 
 
 def run_tests(noun: str) -> dict:
