@@ -1,8 +1,11 @@
-"""Every test starts from the same random state, and reaches no hub."""
+"""Every test starts from the same random state, has one thread, and reaches no hub."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests run in as many processes as `make test` says; the threads of each would wait for each other.
+# The processes that a test starts inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from contextlib import nullcontext
@@ -17,15 +20,6 @@ import fastlora
 @pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For tiny models: they gain nothing from more, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
+from models import Mlp, Tied, assert_untouched, randomise, refused, snapshot, tiny_llama
 
 import fastlora
 from fastlora import LoRAConfig
@@ -53,10 +53,8 @@ def test_autocast_does_not_round_the_sum():
 def test_a_parametrised_weight_is_refused(call):
     model = adapted_mlp()
     torch.nn.utils.parametrize.register_parametrization(model.down, "weight", torch.nn.Identity())
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="down can't be merged or removed: its weight is computed"):
+    with refused(model, "down can't be merged or removed: its weight is computed"):
         call(model)
-    assert_untouched(model, before)
 
 
 def test_a_merged_layer_is_one_product(monkeypatch):
@@ -88,10 +86,8 @@ def test_keep_base_false_frees_the_base():
     model = adapted_mlp()
     fastlora.merge_lora(model, keep_base=False)
     assert model.up._base_weight is None
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="keep_base=False"):
+    with refused(model, "keep_base=False"):
         fastlora.unmerge_lora(model)
-    assert_untouched(model, before)
 
 
 def test_a_tied_weight_is_not_merged_into_the_embedding():
@@ -107,18 +103,14 @@ def test_a_tied_weight_is_not_merged_into_the_embedding():
 
 def test_merging_twice():
     model = fastlora.merge_lora(adapted_mlp())
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="up is merged already"):
+    with refused(model, "up is merged already"):
         fastlora.merge_lora(model)
-    assert_untouched(model, before)
 
 
 def test_unmerging_what_is_not_merged():
     model = adapted_mlp()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="up is not merged"):
+    with refused(model, "up is not merged"):
         fastlora.unmerge_lora(model)
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.unmerge_lora])

@@ -33,9 +33,6 @@ from torch import nn
 
 import fastlora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Each of these takes a PEFT model, does something with it, and returns what came out.
 
 

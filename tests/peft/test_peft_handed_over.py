@@ -26,9 +26,6 @@ from torch.nn.utils import parametrize
 
 import fastlora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Each of these makes PEFT's forward take over; the reason is in coverage where the layer shows it.
 
 

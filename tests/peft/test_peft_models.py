@@ -27,8 +27,6 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.peft.masks import shared_masks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 30
 MODELS = {
     "llama": (tiny_llama, {}),

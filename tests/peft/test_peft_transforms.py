@@ -6,8 +6,6 @@ from peft_models import KINDS, ROUNDING, assert_same, inputs, mlp, optimized, up
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def trained(model) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
