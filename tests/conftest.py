@@ -1,11 +1,17 @@
 """Every test starts from the same random state, has one thread, and reaches no hub."""
 
+import getpass
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests run in as many processes as `make test` says; the threads of each would wait for each other.
 # The processes that a test starts inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+if isa := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache gives code for other vectors then, which writes past the end of its memory.
+    folder = os.path.join(tempfile.gettempdir(), f"torchinductor-{getpass.getuser()}-{isa}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from contextlib import nullcontext

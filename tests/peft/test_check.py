@@ -9,17 +9,17 @@ import torch
 from accelerate import Accelerator
 from models import Mlp, tiny_llama
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft_models import adapted
 from torch import nn
 
 import fastlora
 from fastlora.ops import functional
+from fastlora.peft import dropout as masked_dropout
 from fastlora.peft import layer as fast_linear
-from fastlora.peft import masks
 
 
 def llama(dtype=torch.float32, **settings) -> peft.PeftModel:
-    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings
-    return peft.get_peft_model(tiny_llama(dtype).train(), peft.LoraConfig(**config))
+    return adapted(tiny_llama(dtype), target_modules="all-linear", **settings).train()
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -124,8 +124,7 @@ def test_an_error_in_the_model_leaves_it_as_it_was():
 
 
 def mlp(**settings) -> peft.PeftModel:
-    config = peft.LoraConfig(target_modules=["up"], init_lora_weights=False, **settings)
-    return peft.get_peft_model(Mlp(), config)
+    return adapted(Mlp(), target_modules=["up"], **settings).train()
 
 
 @pytest.mark.parametrize(
@@ -247,7 +246,7 @@ def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(mon
         return torch.randint(0, 2**60, (count,), device=device).add_(count)
 
     monkeypatch.setattr(functional, "draw_seed", draw)
-    monkeypatch.setattr(masks, "draw_seed", draw)
+    monkeypatch.setattr(masked_dropout, "draw_seed", draw)
     model = llama(lora_dropout=0.3)
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
