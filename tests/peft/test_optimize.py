@@ -144,13 +144,14 @@ def test_strict_raises_with_the_report_and_changes_nothing():
 
 def test_optimizing_twice_and_restoring_without_are_no_ops():
     model = adapted()
+    classes = [type(module) for module in model.modules()]
     assert fastlora.restore(model) is model
     fastlora.optimize(model)
     cls = type(model.base_model.model.up)
     assert str(fastlora.optimize(model)) == "2 of 2 layers fast (backend torch)"
-    assert type(model.base_model.model.up) is cls
+    assert type(model.base_model.model.up) is cls is not PeftLinear
     fastlora.restore(model)
-    assert type(model.base_model.model.up) is PeftLinear
+    assert [type(module) for module in model.modules()] == classes
 
 
 def test_as_a_context_manager_it_undoes_its_own_call_alone(fast_calls):
@@ -162,6 +163,7 @@ def test_as_a_context_manager_it_undoes_its_own_call_alone(fast_calls):
         assert len(fast_calls) == 2
     model(x)
     assert len(fast_calls) == 3  # up was fast before
+    assert type(model.base_model.model.down) is PeftLinear
 
 
 def test_the_report_holds_no_layer():
@@ -390,4 +392,6 @@ def test_on_the_meta_device_it_is_eager_until_there_is_data(fast_calls):
     assert not fast_calls
     model.to_empty(device="cpu")
     model(torch.randn(2, 8))
+    assert len(fast_calls) == 2
+    assert model.to("meta")(torch.empty(2, 8, device="meta")).shape == (2, 4)
     assert len(fast_calls) == 2

@@ -19,10 +19,10 @@ DATA = {"input_ids": BATCH, "labels": BATCH}
 REENTRANT, NOT_REENTRANT = {"use_reentrant": True}, {"use_reentrant": False}
 
 
-def llama(**settings) -> peft.PeftModel:
+def llama(blocks: int = 2, **settings) -> peft.PeftModel:
     """All its linear layers are adapted, with dropout, in float64."""
     config = {"target_modules": "all-linear", "lora_dropout": 0.1} | settings
-    return adapted(tiny_llama(), **config).double()
+    return adapted(tiny_llama(num_hidden_layers=blocks), **config).double()
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
