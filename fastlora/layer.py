@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from .ops import lora_linears
 from .ops.autocast import autocast_off
-from .projection import Projection, check_adapter
+from .projection import Projection, check_settings
 
 
 class LoRALinear(nn.Linear):
@@ -41,7 +41,7 @@ class LoRALinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_adapter(r, lora_alpha, lora_dropout)
+        check_settings(r, lora_alpha, lora_dropout)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.attach_adapter(new_adapter(self.weight, r), lora_alpha, lora_dropout, use_rslora)
 
@@ -59,7 +59,7 @@ class LoRALinear(nn.Linear):
 
         The adapter has the weight's dtype.  Raises ValueError for all but a plain nn.Linear.
         """
-        check_adapter(r, lora_alpha, lora_dropout)
+        check_settings(r, lora_alpha, lora_dropout)
         check_base(linear)
         adapter = new_adapter(linear.weight, r)
         layer = cls(

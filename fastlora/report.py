@@ -7,6 +7,7 @@ from torch import nn
 
 from .backends import planned_backend
 from .modules import lora_layers, some
+from .projection import as_outputs
 
 _BASE_ALONE = ("merged", "disabled")
 
@@ -78,4 +79,6 @@ def _cover(name: str, layer) -> LayerCoverage:
         return LayerCoverage(name, shape, layer.r, False, "eager", reason)
     if layer.merged:
         return LayerCoverage(name, shape, layer.r, True, "merged")
-    return LayerCoverage(name, shape, layer.r, True, *planned_backend(layer.projection()))
+    return LayerCoverage(
+        name, shape, layer.r, True, *planned_backend(as_outputs([layer.projection()]))
+    )

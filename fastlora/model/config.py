@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..projection import check_adapter
+from ..projection import check_settings
 
 _Number = TypeVar("_Number", int, float)
 _BIAS = ("none", "all", "lora_only")
@@ -50,9 +50,9 @@ class LoRAConfig:
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        check_adapter(self.r, self.lora_alpha, self.lora_dropout)
-        self._check_patterns("rank_pattern", lambda rank: check_adapter(rank, 1, 0.0))
-        self._check_patterns("alpha_pattern", lambda alpha: check_adapter(1, alpha, 0.0))
+        check_settings(self.r, self.lora_alpha, self.lora_dropout)
+        self._check_patterns("rank_pattern", lambda rank: check_settings(rank, 1, 0.0))
+        self._check_patterns("alpha_pattern", lambda alpha: check_settings(1, alpha, 0.0))
         if self.bias not in _BIAS:
             raise ValueError(
                 f"bias is {self.bias!r}, but must be one of {', '.join(map(repr, _BIAS))}"

@@ -5,7 +5,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 
 from ..ops import dora_linear, dora_norm, lora_linears
-from ..projection import Projection
+from ..projection import Adapter, Output
 from .moment import why_not_now
 from .reading import Reading, active_adapters, fits, read
 
@@ -22,16 +22,16 @@ class Linear(PeftLinear):
         alone = self.disable_adapters or self.merged or not names  # the base layer's call
         if not (alone or args or kwargs or why_not_now()):
             reading = read(self, names)
-            if not reading.reason and fits(x, reading.projections[0].weight):
-                return fast_forward(x, names[0], reading)
+            if reading.output is not None and fits(x, reading.output.base.weight):
+                return fast_forward(x, names[0], reading.output, reading)
         return super().forward(x, *args, **kwargs)
 
 
-def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
+def fast_forward(x: Tensor, name: str, output: Output[Tensor], reading: Reading) -> Tensor:
     """The output for x by fastlora's ops; ``name`` is that of the first active adapter."""
     if reading.magnitude is None:
-        return lora_linears(x, reading.projections, dropout=reading.p)[0]
-    weight, lora_a, lora_b, bias, scale = reading.projections[0]
+        return lora_linears(x, (output,), dropout=reading.p)[0]
+    (weight, bias), ((lora_a, lora_b, scale),) = output
     y = dora_linear(
         x,
         weight,
@@ -41,12 +41,14 @@ def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
         bias=bias,
         scale=scale,
         drop=reading.dropout if reading.p > 0.0 else None,
-        norm=_norm(reading.magnitude, reading.projections[0], adapter_name=name),
+        norm=_norm(reading.magnitude, weight, output.adapters[0], adapter_name=name),
     )
     return y if x.dim() > 1 else y.unsqueeze(0)  # PEFT's gain is [1, N], and so is this output
 
 
 @dora.cache_decorator("weight-norm")  # kept as PEFT keeps it: in DoraCaching, in evaluation
-def _norm(magnitude: dora.DoraLinearLayer, projection: Projection, *, adapter_name: str) -> Tensor:
+def _norm(
+    magnitude: dora.DoraLinearLayer, weight: Tensor, adapter: Adapter[Tensor], *, adapter_name: str
+) -> Tensor:
     """The norms of the rows of a DoRA layer's weight."""
-    return dora_norm(projection.weight, projection.lora_a, projection.lora_b, projection.scale)
+    return dora_norm(weight, *adapter)

@@ -9,7 +9,6 @@ microseconds, so it looks submodules up where ``nn.Module`` keeps them.
 """
 
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,19 +20,18 @@ from torch.distributed.tensor import DTensor
 
 from ..ops import is_plain
 from ..ops.autocast import AUTOCAST_DTYPES
-from ..projection import DTYPES, Projection
+from ..projection import DTYPES, LARGEST_SCALE, Adapter, Base, Output
 from .dropout import DROPOUTS
 
 _LINEAR_FORWARD = nn.Linear.forward
 _MODULE_CALL = nn.Module.__call__
-_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 class Reading(NamedTuple):
-    """The layer with its active adapters; or ``reason``, why its call is PEFT's."""
+    """The layer with its active adapters as one output; or ``reason``, why its call is PEFT's."""
 
     reason: str
-    projections: Sequence[Projection] = ()
+    output: Output[Tensor] | None = None
     p: float = 0.0  # the probability with which the call drops
     dropout: nn.Module | None = None
     magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
@@ -69,7 +67,7 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     reason = reason or _why_not_bias("its base's", bias, gathers)
     if reason:
         return Reading(reason)
-    projections: list[Projection] = []
+    adapters: list[Adapter[Tensor]] = []
     p, dropout = None, None
     for name in names:
         lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
@@ -94,14 +92,16 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
             bias = shift * scale if bias is None else bias + shift * scale
         if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
             up, scale = up * scale, 1.0
-        projections.append(Projection(None, down, up, None, scale))
-    projections[0] = projections[0]._replace(weight=weight, bias=bias)
+        adapters.append(Adapter(down, up, scale))
     magnitude = None
     if layer.lora_variant:
         reason, magnitude = _read_variant(layer, names, weight, gathers)
         if magnitude is not None and not layer.training:
             p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
-    return Reading(reason, projections, p or 0.0, dropout, magnitude)
+    if reason:
+        return Reading(reason)
+    output = Output(Base(weight, bias), tuple(adapters))
+    return Reading("", output, p or 0.0, dropout, magnitude)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -259,5 +259,5 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
 def _why_not_scale(scale: Any) -> str:
     if isinstance(scale, Tensor):
         return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
-    finite = isinstance(scale, (float, int)) and abs(scale) <= _LARGEST_SCALE
+    finite = isinstance(scale, (float, int)) and abs(scale) <= LARGEST_SCALE
     return "" if finite else f"its scaling is {scale!r}, no finite float32"

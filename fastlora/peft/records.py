@@ -42,9 +42,9 @@ def _cover(name: str, layer: LoraLayer, unreached: str, gathers: bool) -> LayerC
             plan = "merged"
         else:
             reading = read(layer, names, gathers)
-            fast, reason = not reading.reason, reading.reason
-            if fast:
-                plan, reason = planned_backend(reading.projections[0])
+            fast, reason = reading.output is not None, reading.reason
+            if reading.output is not None:
+                plan, reason = planned_backend([reading.output])
     return LayerCoverage(
         name,
         shape=(layer.out_features, layer.in_features),

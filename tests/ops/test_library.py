@@ -2,24 +2,25 @@
 
 import pytest
 import torch
-from judge import make_projection
+from judge import make_outputs, make_projection
 from torch import nn
 
 import fastlora
-from fastlora.backends import find_backend
+from fastlora.backends import Settings, find_backend
+from fastlora.ops.function import LoRALinearFunction
+from fastlora.projection import Layout, flatten, layouts_of
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def op_arguments(p: float, n: int = 2, requires_grad: bool = True):
+def op_arguments(p: float, requires_grad: bool = True):
+    """Three outputs: with a bias and an adapter, with two adapters, and with none."""
     x = torch.randn(2, 5, 16, requires_grad=requires_grad)
-    group = [make_projection(6 + i, 16, 2 + i, torch.float32, bias=i == 0) for i in range(n)]
-    parameters = [
-        torch.empty(0) if t is None else t for projection in group for t in projection[:4]
-    ]
-    if not requires_grad:
-        parameters = [parameter.detach() for parameter in parameters]
-    return x, parameters, [0.5] * n, p, torch.randint(-9, 9, (n,)) if p else None, ""
+    outputs = make_outputs(torch.float32)
+    layouts = layouts_of(outputs)
+    tensors = [t.detach().requires_grad_(requires_grad) for t in flatten(outputs, layouts)]
+    seeds = torch.randint(-9, 9, (3,)) if p else None
+    return x, tensors, [True, False, False], [1, 2, 0], [0.5, 0.25, 2.0], p, seeds, ""
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -27,28 +28,27 @@ def test_opcheck_forward(p):
     torch.library.opcheck(torch.ops.fastlora.lora_linears.default, op_arguments(p))
 
 
+ALL = [True] * 11  # x; weight, bias, a, b; weight, a, b, a, b; weight
+SOME = [True, False, True, True, False, False, False, True, True, False, False]
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize("needs", [[True] * 8, [True, False, True, True, False, False, True, True]])
+@pytest.mark.parametrize("needs", [ALL, SOME], ids=["all", "some"])
 def test_opcheck_backward(p, needs):
-    x, parameters, scales, p, seed, _ = op_arguments(p, requires_grad=False)
-    parameters[7] = torch.randn(7)
-    ys, hs = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed, "")
-    arguments = (ys, x, parameters, hs, [True, *needs], scales, p, seed, "")
+    x, tensors, *settings = op_arguments(p, requires_grad=False)
+    ys, hs = torch.ops.fastlora.lora_linears(x, tensors, *settings)
+    arguments = (ys, x, tensors, hs, needs, *settings)
     torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_the_op_and_the_eager_node_agree(p):
-    x, parameters, scales, p, seed, _ = op_arguments(p)
-    leaves = [x, *(parameter for parameter in parameters if parameter.requires_grad)]
-    ys, _ = torch.ops.fastlora.lora_linears(x, parameters, scales, p, seed, "")
-    by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
-    from fastlora.ops.function import LoRALinearFunction
-    from fastlora.projection import group
-
-    present = [parameter if parameter.numel() else None for parameter in parameters]
-    ys = LoRALinearFunction.apply(x, seed, p, find_backend(), group(present, scales), *present)
-    by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
+    x, tensors, *layout, p, seeds, _ = op_arguments(p)
+    ys, _ = torch.ops.fastlora.lora_linears(x, tensors, *layout, p, seeds, "")
+    by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
+    layouts = (Layout(True, (0.5,)), Layout(False, (0.25, 2.0)), Layout(False, ()))
+    ys = LoRALinearFunction.apply(x, Settings(p, seeds, find_backend()), layouts, *tensors)
+    by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
     assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastlora import Projection, lora_linears, reference
 from fastlora.backends import find_backend
 from fastlora.ops.functional import draw_seed
+from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of, unflatten
 
 # Of a layer and of its adapter.
 USUAL_DTYPES = {
@@ -38,6 +39,18 @@ def make_projection(
     )
 
 
+def make_outputs(
+    dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, k: int = 16
+) -> list[Output]:
+    """Three outputs of unlike sizes: with a bias and an adapter, with two adapters, with none."""
+    one, two, more = (
+        make_projection(n, k, r, dtype, adapter_dtype, bias=b)
+        for n, r, b in ((6, 2, True), (9, 3, False), (9, 1, False))
+    )
+    weight = torch.randn(7, k, dtype=torch.float64).to(dtype)
+    return [*as_outputs([one, two, more._replace(weight=None)]), Output(Base(weight))]
+
+
 def with_seed(run, count: int):
     """What ``run`` returns, and the seeds that it drew from torch's generator."""
     generator = torch.default_generator if DEVICE == "cpu" else torch.cuda.default_generators[0]
@@ -56,14 +69,17 @@ def masks_of(seeds: Tensor, x: Tensor, p: float) -> list[Tensor] | None:
     return [mask(seed, (rows, x.shape[-1]), p).reshape(x.shape) for seed in seeds]
 
 
-def run_fastlora(x: Tensor, projections: Sequence[Projection], p: float = 0.0):
+def run_fastlora(x: Tensor, projections: Sequence[Projection | Output], p: float = 0.0):
     """(outputs, output gradients, gradients by name, masks) of one forward and backward."""
-    ys, seeds = with_seed(lambda: lora_linears(x, projections, dropout=p), len(projections))
+    count = sum(len(output.adapters) for output in as_outputs(projections))
+    ys, seeds = with_seed(lambda: lora_linears(x, projections, dropout=p), count)
     dys = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in ys]
-    return ys, dys, _gradients(ys, dys, x, projections), masks_of(seeds, x, p)
+    return ys, dys, _gradients(ys, dys, x, as_outputs(projections)), masks_of(seeds, x, p)
 
 
-def check_against_oracle(x: Tensor, projections: Sequence[Projection], p: float = 0.0) -> None:
+def check_against_oracle(
+    x: Tensor, projections: Sequence[Projection | Output], p: float = 0.0
+) -> None:
     """Every output and gradient, no further from the truth than twice PyTorch's own error."""
     ys, dys, gradients, masks = run_fastlora(x, projections, p)
     truth = _reference(x, projections, p, masks, dys, _to_float64)
@@ -109,28 +125,21 @@ def _to_float64(tensor: Tensor) -> Tensor:
 
 def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
     """The oracle's outputs and gradients on converted inputs, adapters cast to x's dtype."""
-    x = convert(x)
-    leaves = [
-        Projection(*(None if t is None else convert(t) for t in projection[:4]), projection.scale)
-        for projection in projections
-    ]
-    cast = [
-        Projection(
-            *(None if t is None else t.to(x.dtype) for t in projection[:4]), projection.scale
-        )
-        for projection in leaves
-    ]
+    x, outputs = convert(x), as_outputs(projections)
+    layouts = layouts_of(outputs)
+    leaves = [convert(tensor) for tensor in flatten(outputs, layouts)]
+    cast = unflatten([leaf.to(x.dtype) for leaf in leaves], layouts)
     ys = reference.lora_linears(x, cast, dropout=p, masks=masks)
-    gradients = _gradients(ys, [dy.to(x.dtype) for dy in dys], x, leaves)
+    gradients = _gradients(ys, [dy.to(x.dtype) for dy in dys], x, unflatten(leaves, layouts))
     return {f"y{i}": y for i, y in enumerate(ys)} | gradients
 
 
-def _gradients(ys, dys, x, projections) -> dict[str, Tensor]:
-    leaves = {"d_x": x} | {
-        f"d_{name}{i}": tensor
-        for i, projection in enumerate(projections)
-        for name, tensor in zip(("weight", "lora_a", "lora_b", "bias"), projection[:4], strict=True)
-        if tensor is not None
-    }
+def _gradients(ys, dys, x, outputs) -> dict[str, Tensor]:
+    leaves = {"d_x": x}
+    for i, (base, adapters) in enumerate(outputs):
+        leaves |= {f"d_weight{i}": base.weight, f"d_bias{i}": base.bias}
+        for j, adapter in enumerate(adapters):
+            leaves |= {f"d_lora_a{i}.{j}": adapter.lora_a, f"d_lora_b{i}.{j}": adapter.lora_b}
+    leaves = {k: tensor for k, tensor in leaves.items() if tensor is not None}
     leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
     return dict(zip(leaves, torch.autograd.grad(ys, list(leaves.values()), dys), strict=True))
