@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    *("version", "kernels", "projection", "reference", "backends", "ops", "layer", "modules"),
-    *("report", "model", "peft", "__init__"),
+    *("version", "kernels", "projection", "reference", "blocks", "backends", "ops", "layer"),
+    *("modules", "report", "model", "peft", "__init__"),
 ]
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -25,8 +25,8 @@ ORDER_INSIDE = {
         *("sum_planes", "project", "gemm_lowrank", "weight_grad"),
     ],
     "reference": ["lora_linear", "dora_linear"],
-    "backends": ["dropout", "torch", "triton"],
-    "ops": ["autocast", "call", "library", "function", "functional", "dora"],
+    "backends": ["protocol", "dropout", "torch", "triton"],
+    "ops": ["autocast", "norm", "call", "library", "function", "functional", "dora"],
     "model": ["config", "targets", "inject", "merge", "adapter_config", "checkpoint"],
     "peft": [
         *("versions", "coverage", "optimize", "dropout", "masks", "moment", "reading"),
