@@ -228,7 +228,7 @@ def test_gradient_of_the_gradient_of_an_output_that_the_loss_does_not_use():
 
 
 @pytest.mark.parametrize("name", ["f64", "f32", "bf16-f32"])
-@dropouts
+@with_and_without_dropout
 @pytest.mark.parametrize("adapters", [(3,), (2, 1, 4), (6,)], ids=str)
 def test_several_adapters_of_one_layer(adapters, name, p):
     """A layer with 3 adapters is one output; in a group each layer has some of its own."""

@@ -52,10 +52,11 @@ def broken(run, how):
     def wrong(x, name, reading):
         if how == "output":
             return run(x, name, reading) * 1.01
-        projection = reading.projections[0]
-        up = projection.lora_b
-        faulty = projection._replace(lora_b=up * 1.01 - 0.01 * up.detach())
-        return run(x, name, reading._replace(projections=[faulty]))
+        (adapter,) = reading.output.adapters
+        up = adapter.lora_b
+        faulty = adapter._replace(lora_b=up * 1.01 - 0.01 * up.detach())
+        output = reading.output._replace(adapters=(faulty,))
+        return run(x, name, reading._replace(output=output))
 
     return wrong
 
@@ -78,7 +79,7 @@ def test_a_wrong_layer_is_named(monkeypatch):
     run = fast_linear.fast_forward
 
     def wrong(x, name, reading):
-        if reading.projections[0].lora_b is culprit:
+        if reading.output.adapters[0].lora_b is culprit:
             return broken(run, "gradient")(x, name, reading)
         return run(x, name, reading)
 
