@@ -7,7 +7,7 @@ import shutil
 import peft
 import pytest
 import torch
-from models import Mlp, Tied, adapted_layers, randomise, refused, tiny_llama, trained
+from models import Mlp, Tied, adapt, adapted_layers, randomise, refused, tiny_llama, trained
 from safetensors.torch import load_file, save_file
 
 import fastlora
@@ -45,7 +45,7 @@ def same_mlp() -> torch.nn.Module:
 
 
 def adapted(**settings) -> torch.nn.Module:
-    return randomise(fastlora.apply_lora(same_mlp(), LoRAConfig(**settings)))
+    return adapt(same_mlp(), **settings)
 
 
 @settings_cases
@@ -71,7 +71,7 @@ def test_round_trip(tmp_path, settings):
     fastlora.save_adapter(model, tmp_path / "first")
     fresh = fastlora.load_adapter(same_mlp(), tmp_path / "first")
     assert torch.equal(fresh(x), model(x))
-    existing = randomise(fastlora.apply_lora(same_mlp(), LoRAConfig(**settings)))
+    existing = adapt(same_mlp(), **settings)
     fastlora.load_adapter(existing, tmp_path / "first")
     assert torch.equal(existing(x), model(x))
     fastlora.save_adapter(fresh, tmp_path / "second")
@@ -109,7 +109,7 @@ def test_transformers_model_both_ways(tmp_path, dtype):
     torch.manual_seed(1)
     model, ids = tiny_llama(dtype), torch.randint(0, 100, (2, 9))
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    randomise(fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear")), std=0.05)
+    adapt(model, std=0.05, target_modules="all-linear")
     fastlora.save_adapter(model, tmp_path)
     plain = tiny_llama(dtype)
     plain.load_state_dict(base)
@@ -131,9 +131,7 @@ def test_a_tied_module_to_save_in_peft(tmp_path):
         model.load_state_dict(base)
         return model
 
-    model = randomise(
-        fastlora.apply_lora(make(), LoRAConfig(target_modules=["mix"], modules_to_save=["head"]))
-    )
+    model = adapt(make(), target_modules=["mix"], modules_to_save=["head"])
     fastlora.save_adapter(model, tmp_path)
     theirs, ids = peft.PeftModel.from_pretrained(make(), tmp_path), torch.arange(5)
     torch.testing.assert_close(theirs(ids), model(ids))
@@ -187,7 +185,7 @@ def test_a_classifier(tmp_path, side):
 
     settings, ids = {"task_type": "SEQ_CLS", "target_modules": ["query"]}, torch.arange(5)[None]
     if side == "ours":
-        model = randomise(fastlora.apply_lora(make(), LoRAConfig(**settings)))
+        model = adapt(make(), **settings)
         fastlora.save_adapter(model, tmp_path)
         other = peft.PeftModel.from_pretrained(make(), tmp_path)
     else:

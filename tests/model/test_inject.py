@@ -7,9 +7,9 @@ import torch
 from models import (
     Mlp,
     Tied,
+    adapt,
     adapted_layers,
     assert_untouched,
-    randomise,
     refused,
     snapshot,
     tiny_llama,
@@ -199,7 +199,7 @@ def test_remove_lora_gives_the_model_back():
 
 def test_remove_lora_after_merge_keeps_the_merged_weight():
     model, x = Mlp().eval(), torch.randn(2, 8)
-    randomise(fastlora.apply_lora(model, LoRAConfig(target_modules=["up"])))
+    adapt(model, target_modules=["up"])
     y = model(x)
     fastlora.remove_lora(fastlora.merge_lora(model))
     torch.testing.assert_close(model(x), y)
@@ -259,7 +259,7 @@ def test_a_model_that_is_one_linear_layer():
 
 
 def test_deepcopy_of_an_adapted_model():
-    model = randomise(fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"])))
+    model = adapt(Mlp(), target_modules=["up"])
     twin, x = copy.deepcopy(model), torch.randn(2, 8)
     assert torch.equal(twin(x), model(x))
     fastlora.remove_lora(twin)

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from models import Mlp, Tied, assert_untouched, randomise, refused, snapshot, tiny_llama
+from models import Mlp, Tied, adapt, assert_untouched, randomise, refused, snapshot, tiny_llama
 
 import fastlora
 from fastlora import LoRAConfig
 
 
 def adapted_mlp(dtype: torch.dtype = torch.float32):
-    return randomise(
-        fastlora.apply_lora(Mlp().to(dtype), LoRAConfig(r=3, target_modules=["up", "down"]))
-    ).eval()
+    return adapt(Mlp().to(dtype), r=3, target_modules=["up", "down"]).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -91,7 +89,7 @@ def test_keep_base_false_frees_the_base():
 
 
 def test_a_tied_weight_is_not_merged_into_the_embedding():
-    model = randomise(fastlora.apply_lora(Tied(), LoRAConfig(target_modules=["head"]))).eval()
+    model = adapt(Tied(), target_modules=["head"]).eval()
     embedding = model.embed.weight.clone()
     with pytest.warns(UserWarning, match="head were tied"):
         fastlora.merge_lora(model)
@@ -167,9 +165,7 @@ def test_progress_bar_on_many_layers(capsys):
 
 
 def test_generation_when_merged():
-    model = randomise(
-        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
-    )
+    model = adapt(tiny_llama(), std=0.02, target_modules="all-linear")
     ids = torch.randint(0, 100, (1, 5))
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, **settings)
@@ -180,9 +176,7 @@ def test_export_of_a_plain_merged_model(tmp_path):
     """The README's recipe: merge, remove, save_pretrained."""
     from transformers import LlamaForCausalLM
 
-    model = randomise(
-        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
-    )
+    model = adapt(tiny_llama(), std=0.02, target_modules="all-linear")
     ids = torch.randint(0, 100, (1, 5))
     adapted_logits = model(ids).logits
     fastlora.remove_lora(fastlora.merge_lora(model)).save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ from device import DEVICE
 from judge import USUAL_DTYPES, check_against_oracle, make_projection
 
 import fastlora
+from fastlora import blocks
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 
@@ -108,9 +109,7 @@ def test_frozen_subsets(frozen, p):
 
 
 def test_dropout_over_many_blocks(monkeypatch):
-    from fastlora.backends import torch as backend
-
-    monkeypatch.setattr(backend, "_CPU_BLOCK", 64)
+    monkeypatch.setattr(blocks, "_CPU_BLOCK", 64)
     group = [
         make_projection(6, 9, 3, torch.bfloat16, torch.float32),
         make_projection(4, 9, 2, torch.bfloat16),

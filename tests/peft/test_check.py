@@ -49,14 +49,13 @@ def test_sixteen_bits_are_coarser(dtype):
 def broken(run, how):
     """The fast forward with an error in its output, or in lora_B's gradient alone."""
 
-    def wrong(x, name, reading):
+    def wrong(x, name, output, reading):
         if how == "output":
-            return run(x, name, reading) * 1.01
-        (adapter,) = reading.output.adapters
+            return run(x, name, output, reading) * 1.01
+        (adapter,) = output.adapters
         up = adapter.lora_b
         faulty = adapter._replace(lora_b=up * 1.01 - 0.01 * up.detach())
-        output = reading.output._replace(adapters=(faulty,))
-        return run(x, name, reading._replace(output=output))
+        return run(x, name, output._replace(adapters=(faulty,)), reading)
 
     return wrong
 
@@ -78,10 +77,9 @@ def test_a_wrong_layer_is_named(monkeypatch):
     culprit = model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight
     run = fast_linear.fast_forward
 
-    def wrong(x, name, reading):
-        if reading.output.adapters[0].lora_b is culprit:
-            return broken(run, "gradient")(x, name, reading)
-        return run(x, name, reading)
+    def wrong(x, name, output, reading):
+        faulty = output.adapters[0].lora_b is culprit
+        return (broken(run, "gradient") if faulty else run)(x, name, output, reading)
 
     monkeypatch.setattr(fast_linear, "fast_forward", wrong)
     found = fastlora.check(model, batch())

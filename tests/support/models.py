@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlora
 from fastlora import LoRALinear
 
 
@@ -53,6 +54,11 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * std)
     return model
+
+
+def adapt(model: nn.Module, std: float = 0.2, **settings) -> nn.Module:
+    """With LoRA layers that change it, by :class:`fastlora.LoRAConfig`'s settings."""
+    return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**settings)), std)
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
