@@ -5,13 +5,13 @@ from itertools import product
 import pytest
 import torch
 
-from fastlora import Projection
-from fastlora.backends import triton
+from fastlora.backends import Settings, triton
 from fastlora.kernels import plan as plans
 from fastlora.kernels.config import Call, GemmConfig, why_not
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
 from fastlora.kernels.target import TARGETS, target_of, use_target
+from fastlora.projection import Projection, as_outputs
 
 CPU = torch.device("cpu")
 
@@ -47,9 +47,9 @@ def launched(m, n, k, r, dtype=torch.bfloat16, name="sm_90") -> list[Launch]:
     x, weight, lora_a, lora_b = (
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (r, k), (n, r))
     )
-    records = []
+    outputs, records = as_outputs([Projection(weight, lora_a, lora_b)]), []
     with use_target(TARGETS[name]), intercept(records.append):
-        triton.forward(x, [Projection(weight, lora_a, lora_b)], dropout=0.0, seed=None)
+        triton.forward(x, outputs, Settings(0.0, None, triton))
     return records
 
 
