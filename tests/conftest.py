@@ -9,7 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The processes that a test starts inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 if isa := os.environ.get("ATEN_CPU_CAPABILITY"):
-    # Inductor's cache gives code for other vectors then, which writes past the end of its memory.
+    # Inductor's cache doesn't tell code for these vectors from that for the CPU's own, which then
+    # writes past the end of its memory.
     folder = os.path.join(tempfile.gettempdir(), f"torchinductor-{getpass.getuser()}-{isa}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,3 +1,5 @@
+"""What accelerate and torch.compile keep in a process, a test leaves as it was."""
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
