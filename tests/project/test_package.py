@@ -15,24 +15,24 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    *("version", "kernels", "projection", "blocks", "reference", "backends", "ops", "layer"),
-    *("modules", "report", "model", "peft", "__init__"),
-]
+    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "layer",
+    "modules", "report", "model", "peft", "__init__",
+]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        *("common", "launch", "target", "config", "defaults", "plan"),
-        *("sum_planes", "project", "gemm_lowrank", "weight_grad"),
+        "common", "launch", "target", "config", "defaults", "plan",
+        "sum_planes", "project", "gemm_lowrank", "weight_grad",
     ],
     "reference": ["lora_linear", "dora_linear"],
     "backends": ["protocol", "dropout", "torch", "triton"],
     "ops": ["autocast", "call", "norm", "library", "function", "functional", "dora"],
     "model": ["config", "targets", "inject", "merge", "adapter_config", "checkpoint"],
     "peft": [
-        *("versions", "coverage", "optimize", "dropout", "masks", "moment", "reading"),
-        *("layer", "swap", "records", "check"),
+        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
+        "layer", "swap", "records", "check",
     ],
-}
+}  # fmt: skip
 # Imported inside of functions, when a model with PEFT's layers is met.
 LATE = {"peft": {"coverage": {"records"}, "optimize": {"swap"}}}
 
