@@ -14,7 +14,7 @@ from torch import nn
 
 import fastlora
 from fastlora.ops import functional
-from fastlora.peft import dropout as masked_dropout
+from fastlora.peft import dropout
 from fastlora.peft import layer as fast_linear
 
 
@@ -49,13 +49,13 @@ def test_sixteen_bits_are_coarser(dtype):
 def broken(run, how):
     """The fast forward with an error in its output, or in lora_B's gradient alone."""
 
-    def wrong(x, name, output, reading):
+    def wrong(x, name, reading):
         if how == "output":
-            return run(x, name, output, reading) * 1.01
-        (adapter,) = output.adapters
+            return run(x, name, reading) * 1.01
+        (adapter,) = reading.output.adapters
         up = adapter.lora_b
         faulty = adapter._replace(lora_b=up * 1.01 - 0.01 * up.detach())
-        return run(x, name, output._replace(adapters=(faulty,)), reading)
+        return run(x, name, reading._replace(output=reading.output._replace(adapters=(faulty,))))
 
     return wrong
 
@@ -77,9 +77,10 @@ def test_a_wrong_layer_is_named(monkeypatch):
     culprit = model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight
     run = fast_linear.fast_forward
 
-    def wrong(x, name, output, reading):
-        faulty = output.adapters[0].lora_b is culprit
-        return (broken(run, "gradient") if faulty else run)(x, name, output, reading)
+    def wrong(x, name, reading):
+        if reading.output.adapters[0].lora_b is culprit:
+            return broken(run, "gradient")(x, name, reading)
+        return run(x, name, reading)
 
     monkeypatch.setattr(fast_linear, "fast_forward", wrong)
     found = fastlora.check(model, batch())
@@ -245,7 +246,7 @@ def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(mon
         return torch.randint(0, 2**60, (count,), device=device).add_(count)
 
     monkeypatch.setattr(functional, "draw_seed", draw)
-    monkeypatch.setattr(masked_dropout, "draw_seed", draw)
+    monkeypatch.setattr(dropout, "draw_seed", draw)
     model = llama(lora_dropout=0.3)
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
