@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora.backends import triton as backend
-from fastlora.kernels.launch import intercept
+from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 
 pytestmark = pytest.mark.usefixtures("on_triton")
@@ -26,15 +26,9 @@ def on_triton(poisoned_memory, monkeypatch):
 
 def launches(run) -> list[str]:
     """The names of the kernels that ``run`` launches."""
-    names = []
-
-    def handle(record):
-        names.append(record.name)
-        record.run()
-
-    with intercept(handle):
+    with recorded() as records:
         run()
-    return names
+    return [record.name for record in records]
 
 
 def make_x(*shape: int, dtype=torch.float32) -> torch.Tensor:

@@ -5,6 +5,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
+import networkx  # torch needs it, too
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -49,7 +51,10 @@ def depths(code: list[Instruction]) -> dict[int, int]:
 
 def _add_loops(following: Graph, depth: dict[int, int]) -> None:
     """Count each loop for its blocks; then those inside it, which are loops without its entry."""
-    for loop in _loops(following):
+    graph = networkx.DiGraph([(block, after) for block in following for after in following[block]])
+    for loop in networkx.strongly_connected_components(graph):
+        if len(loop) == 1 and not graph.has_edge(*loop, *loop):
+            continue
         for block in loop:
             depth[block] += 1
         entries = {
@@ -58,23 +63,4 @@ def _add_loops(following: Graph, depth: dict[int, int]) -> None:
             if block not in loop
             for after in others & loop
         } or {min(loop)}
-        _add_loops({block: (following[block] & loop) - entries for block in loop}, depth)
-
-
-def _loops(following: Graph) -> set[frozenset[int]]:
-    """Blocks that reach each other, and so themselves."""
-    reached = {block: _reach(following, block) for block in following}
-    return {
-        frozenset(other for other in there if block in reached.get(other, ()))
-        for block, there in reached.items()
-        if block in there
-    }
-
-
-def _reach(following: Graph, start: int) -> set[int]:
-    reached: set[int] = set()
-    waiting = {start}
-    while waiting:
-        waiting = {after for block in waiting for after in following.get(block, ())} - reached
-        reached |= waiting
-    return reached
+        _add_loops({block: (following.get(block, set()) & loop) - entries for block in loop}, depth)

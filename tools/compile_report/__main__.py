@@ -2,7 +2,7 @@
 
 It needs no GPU.  Each row is one kernel of one call, compiled for one target: registers, spills,
 shared and tensor memory, tensor-core and TMA instructions.  ``tests/test_compile.py`` says what
-they must be.  The lines behind a call (``y``, ``dx``, …) are explained in ``compile_cases.py``.
+they must be.  The lines behind a call (``y``, ``dx``, …) are explained in ``benchmarks/forms.py``.
 """
 
 import argparse
@@ -10,21 +10,23 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 # Both are read when Triton is imported: compile, don't interpret; and the default, said aloud.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import torch
 import triton
 
+from benchmarks.report import align
 from fastlora.kernels.config import Config, shared_memory, why_not
 from fastlora.kernels.defaults import default_config
 from fastlora.kernels.target import TARGETS
 
-from .compile_cases import Case, cases, launches
-from .compiled import Compiled, compile_launch
+from .cases import Case, cases, launches
+from .machine_code import Compiled, compile_launch
 
 NAMES = tuple(name for name, target in TARGETS.items() if target.kind != "cpu")
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -49,17 +51,17 @@ class Row:
 
 def rows_of(case: Case) -> list[Row]:
     """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
-    target, call = TARGETS[case.target], case.call
-    config = case.config or default_config(case.kernel, target, call)
+    target, form, call = TARGETS[case.target], case.form, case.form.call
+    config = case.config or default_config(form.kernel, target, call)
     try:
         return [
             Row(
                 case=str(case),
                 target=case.target,
                 kernel=launch.name,
-                form=case.form,
+                form=form.name,
                 config=config,
-                ieee=case.dtype == "f32" and (case.precision == "ieee" or not target.tf32),
+                ieee=form.dtype == torch.float32 and form.precision == "ieee",
                 descriptors=launch.arguments.get("DESCRIPTORS", False),
                 refused=why_not(config, target, call),
                 estimated=shared_memory(config, target, call),
@@ -74,25 +76,9 @@ def rows_of(case: Case) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each row, a column for each number."""
-    head = (
-        "call", "kernel", "registers", "stack", "spills", "in loops", "shared", "of",
-        "tensor memory", "tensor core", "TMA", "load bits", "instructions",
-    )  # fmt: skip
-    lines = [head, *map(_line, rows)]
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _line(row: Row) -> tuple:
-    code = row.compiled
-    return (
-        row.case, row.kernel, code.registers, code.stack, code.spills, code.inner_spills,
-        code.shared_memory, row.limit, code.tensor_memory, code.tensor_core,
-        code.tma_loads + code.tma_stores, code.widest_load, code.instructions,
-    )  # fmt: skip
+    names = [field.name.replace("_", " ") for field in fields(Compiled)]
+    lines = [(row.case, row.kernel, row.limit, *astuple(row.compiled)) for row in rows]
+    return align([("call", "kernel", "limit", *names), *lines])
 
 
 def main() -> None:
