@@ -21,8 +21,6 @@ ROOT = Path(__file__).parents[2]
 CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
 IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git repository")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def two_rounds(rounds: measure.Rounds) -> None:
     for _ in range(2):
