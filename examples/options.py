@@ -40,9 +40,9 @@ def parse_options(description: str) -> argparse.Namespace:
     add("--lr", type=number(0, math.inf), default=3e-4, help="AdamW's learning rate (%(default)s)")
     add(
         "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of the frozen model; the adapter is float32 in either case (%(default)s)",
+        choices=("auto", "bfloat16", "float32", "float16"),
+        default="auto",
+        help="of the frozen model (auto: bfloat16 where it is fast); the adapter is float32",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--seed", type=whole(0), default=0, help="of adapter, data order, dropout (%(default)s)")
