@@ -8,22 +8,21 @@ is used is in train_one.py.  --out gets the adapter, loss.png, loss.json and Tra
 each whole or not at all.
 """
 
-import argparse
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 
 from options import check_model, check_packages, parse_options, read_texts
-from side import HERE, Side, run
+from side import Side, run
 
-GEMMA = HERE.parent / ".cache" / "gemma-3-270m"
+GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
 TERMS = "Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms"
 
 
@@ -33,36 +32,34 @@ def main() -> None:
     texts = read_texts(options.data)
     check_model(options.model)
     check_packages(options.compare, convert=options.model is None and not GEMMA.is_dir())
-    # An OpenMP of Intel's would else turn in a circle for 200 ms of the other side's turn.
-    environment = {"KMP_BLOCKTIME": "10"} | os.environ
+    # Else Intel's OpenMP would use the cores for 200 ms of the other side's turn.
+    os.environ.setdefault("KMP_BLOCKTIME", "10")
+    # transformers' own call of its old name, once a run.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
     if options.model is None:
-        environment.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
-        prepare_gemma(environment)
-    import machine  # here, since it needs torch, and a wrong option is told without a wait
-
-    device = machine.choose_device(options.device)
-    dtype = machine.choose_dtype(options.dtype, device)
-    print(f"{dtype['dtype']} on {device}: {dtype['why']}", flush=True)
-    settings = settings_of(options) | {"device": device, "dtype": dtype["dtype"]}
-    names = ["fastlora", *["PEFT"] * options.compare, *["optimized"] * options.optimize]
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
+        prepare_gemma()
+    found = run("measuring the machine", "machine", vars(options))
+    settings = vars(options) | {
+        "model": options.model or str(GEMMA),
+        "alpha": 2 * options.rank,
+        "device": found["device"],
+        "dtype": found["dtype_choice"]["dtype"],
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".finetune-", dir=options.out) as folder:
         scratch = Path(folder)
-        (scratch / "texts.json").write_text(json.dumps(texts))
-        for name in names:
-            (scratch / f"{name}-run.json").write_text(json.dumps(settings | {"side": name}))
-        results = train(names, options, scratch, environment)
-        for name in names:
-            results[name] |= measure_memory(name, scratch, environment)
+        results = compare(settings | {"texts": texts, "scratch": scratch}, options.out)
+        ratios = step_time_over_peft(results)
+        print_table(results, ratios)
         del settings["out"]  # where files lie is nobody else's business
-        report = {
-            "settings": settings | {"model": Path(settings["model"]).name},
-            "machine": machine.describe(device, options.compare),
-            "dtype_choice": {"asked": options.dtype} | dtype,
-            "results": results,
-            "step_time_over_peft": step_time_over_peft(results),
+        settings |= {
+            "model": Path(settings["model"]).name,
+            "data": options.data and str(options.data),
         }
-        print_table(results, report["step_time_over_peft"])
+        report = (
+            {"settings": settings} | found | {"results": results, "step_time_over_peft": ratios}
+        )
         (scratch / "loss.json").write_text(json.dumps(report, indent=2) + "\n")
         from plot import plot
 
@@ -73,80 +70,73 @@ def main() -> None:
     print(f"({time.monotonic() - start:.0f} s in all)")
 
 
-def prepare_gemma(environment: dict[str, str]) -> None:
+def prepare_gemma() -> None:
     print(TERMS)
     if not GEMMA.is_dir():
         print(f"converting the packaged Gemma 3 270M (once, about 50 s) to {GEMMA}", flush=True)
         GEMMA.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".gemma-", dir=GEMMA.parent) as scratch:
-            run("packaged_gemma.py", Path(scratch, "whole"), environment)
+            run("converting", "packaged_gemma", {"folder": Path(scratch, "whole")})
             os.rename(Path(scratch, "whole"), GEMMA)
 
 
-def settings_of(options: argparse.Namespace) -> dict:
-    settings = vars(options) | {"model": options.model or GEMMA, "alpha": 2 * options.rank}
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
-    }
-
-
-def train(names: list[str], options: argparse.Namespace, scratch: Path, environment: dict) -> dict:
-    """Train all sides, in turns; move what they leave, adapter and checkpoints, to --out."""
-    sides: list[Side] = []
-    try:
-        for name in names:
-            print(f"\n--- {name}: loading torch and the model", flush=True)
-            sides.append(Side(name, scratch / f"{name}-run.json", environment))
-            sides[-1].wait()
-        take_turns(sides, options.steps)
-        for side in reversed(sides):  # fastlora, whose end needs memory, when the others are gone
-            side.finish()
-    finally:
-        for side in sides:
-            side.kill()
-            keep_checkpoints(
-                scratch / "checkpoints" / side.name, options.out / "checkpoints" / side.name
-            )
-    (options.out / "adapter").mkdir(exist_ok=True)
-    for file in (scratch / "adapter").iterdir():
-        os.replace(file, options.out / "adapter" / file.name)
-    results = {name: json.loads((scratch / f"{name}.json").read_text()) for name in names}
-    for result in results.values():
-        tokens = options.batch * options.seq_len
-        result["tokens_per_second"] = tokens / median(result["seconds_per_step"])
+def compare(settings: dict, out: Path) -> dict[str, dict]:
+    """Train all sides, in turns, then measure the memory of each alone."""
+    names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
+    results = train(names, settings, out)
+    for name, result in results.items():
+        print(f"measuring the memory that {name} needs, alone", flush=True)
+        result |= run(f"the memory of {name}", "memory", settings | {"side": name})
     return results
+
+
+def train(names: list[str], settings: dict, out: Path) -> dict[str, dict]:
+    """Train all sides, in turns; move what they leave, adapter and checkpoints, to --out."""
+    scratch, results = settings["scratch"], {}
+    try:
+        with ExitStack() as stack:
+            sides = []
+            for name in names:
+                print(f"\n--- {name}: loading the model", flush=True)
+                sides.append(
+                    stack.enter_context(Side(name, "train_one", settings | {"side": name}))
+                )
+                sides[-1].answer()
+            take_turns(sides, settings["steps"])
+            for side in reversed(sides):  # the others leave before fastlora loads a model anew
+                results[side.name] = side.go()
+                side.process.join()
+    finally:
+        for name in names:
+            keep_checkpoints(scratch / "checkpoints" / name, out / "checkpoints" / name)
+    (out / "adapter").mkdir(exist_ok=True)
+    for file in (scratch / "adapter").iterdir():
+        os.replace(file, out / "adapter" / file.name)
+    return {name: results[name] for name in names}
 
 
 def take_turns(sides: list[Side], steps: int) -> None:
     """One step of each side after the other; who goes first changes with each step."""
     from tqdm import tqdm
 
-    losses = {}
-    with tqdm(total=steps, desc=f"training with {' and '.join(s.name for s in sides)}") as bar:
+    losses = {side.name: "" for side in sides}
+    with tqdm(total=steps, desc=f"training with {' and '.join(losses)}") as bar:
         for step in range(steps):
             first = step % len(sides)
             for side in sides[first:] + sides[:first]:
-                losses[side.name] = side.step()["loss"]
-            bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
+                losses[side.name] = f"{side.go():.3f}"
+            bar.set_postfix(losses)
             bar.update()
-
-
-def measure_memory(name: str, scratch: Path, environment: dict) -> dict:
-    """A few steps of one side, when no other lives."""
-    print(f"measuring the memory that {name} needs", flush=True)
-    run("memory.py", scratch / f"{name}-run.json", environment, stdout=subprocess.DEVNULL)
-    return json.loads((scratch / f"{name}-memory.json").read_text())
 
 
 def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:
     """For each other side, the ratio of each pair of steps; their median and quartiles."""
     ratios = {}
-    for side in results if "PEFT" in results else []:
-        if side != "PEFT":
-            seconds = [results[name]["seconds_per_step"] for name in (side, "PEFT")]
-            pairs = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
-            low, middle, high = quantiles(pairs, method="inclusive") if pairs[1:] else 3 * pairs
-            ratios[side] = {"pairs": pairs, "median": middle, "quartiles": [low, high]}
+    for side in [name for name in results if name != "PEFT"] if "PEFT" in results else []:
+        seconds = [results[name]["seconds_per_step"] for name in (side, "PEFT")]
+        pairs = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+        low, middle, high = quantiles(pairs, method="inclusive") if pairs[1:] else 3 * pairs
+        ratios[side] = {"pairs": pairs, "median": middle, "quartiles": [low, high]}
     return ratios
 
 

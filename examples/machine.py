@@ -4,12 +4,24 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from options import stop
 
 SLOW = 4  # × float32's time; with 16-bit products it is 0.5 to 3, without them 35 and more
 ROUNDS = 5
+
+
+def main(run: SimpleNamespace) -> dict:
+    device = choose_device(run.device)
+    choice = choose_dtype(run.dtype, device)
+    print(f"{choice['dtype']} on {device}: {choice['why']}", flush=True)
+    return {
+        "device": device,
+        "dtype_choice": {"asked": run.dtype} | choice,
+        "machine": describe(device, run.compare),
+    }
 
 
 def choose_device(name: str) -> str:

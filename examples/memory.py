@@ -1,22 +1,23 @@
-"""What one side's training needs of memory, in a process of its own.
+"""What one side's training needs of memory, in a process of its own, when no other runs."""
 
-    python memory.py RUN.json
-
-finetune.py starts it for each side after the training; the result is written as SIDE-memory.json.
-"""
-
-import json
+import contextlib
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from train_one import add_adapter, load, load_model, make_rows, make_trainer, read_run
+from train_one import add_adapter, load, load_model, make_rows, make_trainer
 from transformers import AutoTokenizer, Trainer
 
 STEPS = 2  # the second has all that any later one has: activations, gradients, AdamW's moments
 
 
-def main(run: SimpleNamespace) -> None:
+def main(run: SimpleNamespace) -> dict:
+    with contextlib.redirect_stdout(io.StringIO()):  # the training has said it all
+        return measure(run)
+
+
+def measure(run: SimpleNamespace) -> dict:
     run.steps = STEPS
     training, held_out = make_rows(load(AutoTokenizer, run), run)
     model = add_adapter(load_model(run), run)
@@ -25,11 +26,10 @@ def main(run: SimpleNamespace) -> None:
     trainer.evaluate()  # reads the weights from the disk, which are not to count
     peak = PeakMemory(run.device)
     trainer.train()
-    result = {
+    return {
         "peak_memory_growth": peak.growth(),
         "kept_for_backward": bytes_kept_for_backward(trainer, run.batch),
     }
-    (run.scratch / f"{run.side}-memory.json").write_text(json.dumps(result))
 
 
 class PeakMemory:
@@ -79,7 +79,3 @@ def bytes_kept_for_backward(trainer: Trainer, batch: int) -> int:
         loss = model(input_ids=rows, labels=rows).loss
     del loss  # not before: it holds the graph, so that no address came twice
     return sum(kept.values())
-
-
-if __name__ == "__main__":
-    main(read_run())

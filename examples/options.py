@@ -34,7 +34,7 @@ def parse_options(description: str) -> argparse.Namespace:
     )
     add("--rank", type=whole(1), default=16, help="r; lora_alpha is twice that (%(default)s)")
     add("--dropout", type=number(0, 1), default=0.05, help="of the adapter's input (%(default)s)")
-    add("--steps", type=whole(1), default=20, help="optimizer steps (%(default)s)")
+    add("--steps", type=whole(1), default=16, help="optimizer steps (%(default)s)")
     add("--batch", type=whole(1), default=4, help="rows a step (%(default)s)")
     add("--seq-len", type=whole(8), default=256, help="tokens a row (%(default)s)")
     add("--lr", type=number(0, math.inf), default=3e-4, help="AdamW's learning rate (%(default)s)")
@@ -47,7 +47,7 @@ def parse_options(description: str) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--seed", type=whole(0), default=0, help="of adapter, data order, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
-    add("--optimize", action="store_true", help="a third run: PEFT after fastlora.optimize(model)")
+    add("--optimize", action="store_true", help="a third side: PEFT after fastlora.optimize(model)")
     options = parser.parse_args()
     if options.optimize and not options.compare:
         stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")

@@ -40,8 +40,9 @@ def draw_losses(axes, results: dict, tokens_per_step: int) -> None:
     for side, result in results.items():
         color, line, marker = STYLES[side]
         steps, losses = zip(*result["held_out_loss"], strict=True)
-        axes.plot([step * tokens_per_step / 1000 for step in steps], losses, line, color=color,
-                  marker=marker, markersize=8, fillstyle="none", label=NAMES.get(side, side))  # fmt: skip
+        tokens = [step * tokens_per_step / 1000 for step in steps]
+        style = {"color": color, "marker": marker, "markersize": 8, "fillstyle": "none"}
+        axes.plot(tokens, losses, line, label=NAMES.get(side, side), **style)
     axes.set(title="held-out loss, nats per token", xlabel="thousand tokens trained on")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,87 +1,68 @@
-"""The processes that finetune.py starts: they train when told, and never outlive it."""
+"""The processes of finetune.py: each works when told to, and none outlives it."""
 
+import contextlib
+import importlib
+import multiprocessing
 import signal
-import subprocess
 import sys
-from multiprocessing import Pipe
-from pathlib import Path
-from typing import NoReturn
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
 
-HERE = Path(__file__).resolve().parent
+# All are forks of one process that has imported these and computed nothing: it saves seconds each.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["transformers.trainer", "transformers.models.auto", "fastlora"])
 
 
 class Side:
-    """One side's train_one.py: it stands still, and takes no time of a core, but in its turns."""
+    """``main(run)`` of a module of this folder, in a process of its own.
 
-    def __init__(self, name: str, run_file: Path, environment: dict[str, str]) -> None:
+    What main returns is an answer, as is what it sends to ``run.parent`` before; it may wait there.
+    """
+
+    def __init__(self, name: str, module: str, settings: dict) -> None:
         self.name = name
-        self.pipe, theirs = Pipe()
-        self.process = start(
-            ["train_one.py", run_file, theirs.fileno()], environment, pass_fds=[theirs.fileno()]
-        )
+        self.pipe, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=work, args=(module, settings, theirs), daemon=True)
+        self.process.start()
         theirs.close()  # so that its end is seen here
 
-    def wait(self) -> dict:
-        """Until it has done its turn: what it tells of its last step."""
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, error: object, *details: object) -> None:
+        if error:
+            self.process.kill()
+        self.process.join()
+
+    def answer(self) -> Any:
+        """Its next answer; an error if it ends without one."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            fail(self.name, self.process.wait())
+            self.process.join()
+            code = self.process.exitcode
+            if code == 2:  # options.stop has said why
+                sys.exit(2)
+            how = f"exit code {code}, for the reason above"
+            if code < 0:
+                how = f"signal {signal.Signals(-code).name}"
+                how += ", as if memory ran out" * (-code == signal.SIGKILL)
+            sys.exit(f"finetune.py: error: {self.name} ended with {how}")
 
-    def step(self) -> dict:
-        """Let it train one step, with the evaluation that may follow."""
-        self._go()
-        return self.wait()
-
-    def finish(self) -> None:
-        """Let it do what follows the training, and end."""
-        self._go()
-        if code := self.process.wait():
-            fail(self.name, code)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _go(self) -> None:
-        try:
+    def go(self) -> Any:
+        """Let it go on to its next answer."""
+        with contextlib.suppress(OSError):  # if it has ended, answer tells
             self.pipe.send("go")
-        except OSError:
-            fail(self.name, self.process.wait())
+        return self.answer()
 
 
-def run(script: str, argument: Path, environment: dict[str, str], **settings) -> None:
-    """Run a script to its end, and leave with a message if it fails."""
-    process = start([script, argument], environment, **settings)
-    try:
-        code = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-    if code:
-        fail(script, code)
+def run(name: str, module: str, settings: dict) -> Any:
+    """The one answer of a process."""
+    with Side(name, module, settings) as side:
+        return side.answer()
 
 
-def start(command: list, environment: dict[str, str], **settings) -> subprocess.Popen:
-    """Start a script of this folder.
-
-    It doesn't see Ctrl-C: this process does, ends it, and removes what it wrote.
-    """
-    script, *arguments = command
-    return subprocess.Popen(
-        [sys.executable, str(HERE / script), *map(str, arguments)],
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        **settings,
-    )
-
-
-def fail(name: str, code: int) -> NoReturn:
-    """Leave when a process ended early."""
-    if code == 2:  # options.stop: it has said why
-        sys.exit(2)
-    how = f"exit code {code}, for the reason above"
-    if code < 0:
-        how = f"signal {signal.Signals(-code).name}"
-        how += ", as if memory ran out" if -code == signal.SIGKILL else ""
-    sys.exit(f"finetune.py: error: {name} ended with {how}")
+def work(module: str, settings: dict, parent: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # finetune.py ends this process, and cleans up
+    parent.send(importlib.import_module(module).main(SimpleNamespace(**settings, parent=parent)))

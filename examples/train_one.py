@@ -1,18 +1,12 @@
 """One fine-tuning run: fastlora, PEFT, or PEFT optimised.  Copy from add_adapter and finish.
 
-    python train_one.py RUN.json
-
-finetune.py starts it once for each side, with a pipe that gives each its turn.  RUN.json holds the
-settings; the result is written beside it, as SIDE.json.
+finetune.py runs main once for each side, in a process of its own.  ``run`` holds its options;
+``run.scratch`` is a folder for files.
 """
 
-import json
-import sys
 import textwrap
-import warnings
 from itertools import chain
-from multiprocessing.connection import Connection
-from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -36,19 +30,17 @@ PROMPT_TOKENS, NEW_TOKENS = 24, 40  # of a sample
 TOLERANCE = {"bfloat16": 0.03, "float16": 0.004, "float32": 1e-4}
 
 
-def main(run: SimpleNamespace, turns: Turns) -> None:
+def main(run: SimpleNamespace) -> dict:
     tokenizer = load(AutoTokenizer, run)
     training, held_out = make_rows(tokenizer, run)
     model = add_adapter(load_model(run), run)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})", flush=True)
-    result = {"trainable_parameters": trained} | train(
-        make_trainer(model, training, held_out, run), turns
-    )
+    result = {"trainable_parameters": trained} | train(model, training, held_out, run)
     if run.side == "fastlora":
         result["logits"] = finish(model, tokenizer, held_out[0]["input_ids"], run)
-    (run.scratch / f"{run.side}.json").write_text(json.dumps(result))
+    return result
 
 
 def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module:
@@ -74,8 +66,9 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
     return model
 
 
-def train(trainer: Trainer, turns: Turns) -> dict:
-    """Train; return the losses, and the times of the steps."""
+def train(model, training: list[dict], held_out: list[dict], run: SimpleNamespace) -> dict:
+    """Train, in turns with the other sides; return the losses, and the times of the steps."""
+    trainer, turns = make_trainer(model, training, held_out, run), Turns(run.parent)
     print("measuring the held-out loss before training", flush=True)
     losses = [(0, trainer.evaluate()["eval_loss"])]
     trainer.add_callback(turns)
@@ -87,6 +80,7 @@ def train(trainer: Trainer, turns: Turns) -> dict:
         "held_out_loss": losses,
         "step_began": turns.began,
         "seconds_per_step": turns.seconds,
+        "tokens_per_second": run.batch * run.seq_len / median(turns.seconds),
     }
 
 
@@ -189,9 +183,8 @@ def print_sample(title: str, tokenizer, tokens: torch.Tensor) -> None:
 
 def make_rows(tokenizer, run: SimpleNamespace) -> tuple[list[dict], list[dict]]:
     """The texts as rows of seq_len tokens: for training and, from the last tenth, held out."""
-    texts = json.loads((run.scratch / "texts.json").read_text())
-    print(f"tokenizing {sum(map(len, texts)):,} characters", flush=True)
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    print(f"tokenizing {sum(map(len, run.texts)):,} characters", flush=True)
+    encoded = tokenizer(run.texts, add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = list(chain.from_iterable(text + end for text in encoded))
@@ -219,15 +212,3 @@ def load(kind: type, run: SimpleNamespace, **settings):
         return kind.from_pretrained(run.model, **settings)
     except (OSError, ValueError) as error:
         stop(f"--model {run.model} can't be loaded: {str(error).strip().splitlines()[0]}")
-
-
-def read_run() -> SimpleNamespace:
-    """The settings in the file that the command line names."""
-    # transformers' own call of its old name, once a run.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    path = Path(sys.argv[1])
-    return SimpleNamespace(**json.loads(path.read_text()) | {"scratch": path.parent})
-
-
-if __name__ == "__main__":
-    main(read_run(), Turns(Connection(int(sys.argv[2])) if sys.argv[2:] else None))

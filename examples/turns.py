@@ -1,4 +1,4 @@
-"""Training in turns: each side's process trains a step when finetune.py tells it to."""
+"""Training in turns: a step when finetune.py says so."""
 
 import sys
 import time
@@ -11,11 +11,10 @@ from transformers import TrainerCallback
 class Turns(TrainerCallback):
     """Waits before each step, and after the last; knows when each step began and how long it took.
 
-    A step is forward, backward and optimizer, without evaluations.  ``parent`` is None where
-    nobody gives turns: then nothing waits.
+    A step is forward, backward and optimizer, without evaluations.
     """
 
-    def __init__(self, parent: Connection | None) -> None:
+    def __init__(self, parent: Connection) -> None:
         self.parent = parent
         self.began: list[float] = []
         self.seconds: list[float] = []
@@ -31,14 +30,12 @@ class Turns(TrainerCallback):
         self._wait(state)
 
     def _wait(self, state) -> None:
-        if self.parent is None:
-            return
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         try:
-            self.parent.send({"loss": losses[-1] if losses else None})
+            self.parent.send(losses[-1] if losses else None)
             self.parent.recv()
         except (EOFError, OSError):
-            sys.exit("finetune.py has ended, and so does this side of it")
+            sys.exit("finetune.py has ended")
 
     def _now(self, device: torch.device) -> float:
         """Seconds on a clock that all processes share."""
