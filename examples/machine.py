@@ -10,7 +10,7 @@ import torch
 from options import stop
 
 SLOW = 4  # × float32's time; with 16-bit products it is 0.5 to 3, without them 35 and more
-ROUNDS = 5
+ROUNDS = 20
 
 
 def main(run: SimpleNamespace) -> dict:

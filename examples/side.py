@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import signal
 import sys
+import threading
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -64,5 +65,8 @@ def run(name: str, module: str, settings: dict) -> Any:
 
 
 def work(module: str, settings: dict, parent: Connection) -> None:
+    from tqdm import tqdm
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # finetune.py ends this process, and cleans up
+    tqdm.set_lock(threading.RLock())  # its own needs a semaphore, which a killed process leaves
     parent.send(importlib.import_module(module).main(SimpleNamespace(**settings, parent=parent)))
