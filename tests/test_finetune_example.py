@@ -222,7 +222,7 @@ def test_step_time_is_compared_in_pairs(compared):
 
 def test_memory_is_measured_alone(compared):
     _, out, living = compared
-    assert living["--- optimized: loading the model"] == 2
+    assert living["--- optimized: loading the model"] >= 2  # those before it
     for side in json.loads((out / "loss.json").read_text())["results"]:
         assert living[f"measuring the memory that {side} needs, alone"] <= 1  # its own
 
