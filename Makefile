@@ -15,7 +15,7 @@ test: .venv/test ## Run all tests (ARGS="-k dropout …")
 	.venv/bin/pytest $(ARGS)
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
-	.venv/bin/python -m tests.peft_suite.run $(ARGS)
+	.venv/bin/python -m tools.peft_suite.run $(ARGS)
 
 bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick …")
 	.venv/bin/pytest benchmarks $(ARGS)

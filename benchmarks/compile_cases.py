@@ -58,7 +58,7 @@ class Case:
         )  # fmt: skip
 
     def fits(self) -> bool:
-        return self.config is None or why_not(self.config, TARGETS[self.target], self.call) is None
+        return self.config is None or not why_not(self.config, TARGETS[self.target], self.call)
 
     def __str__(self) -> str:
         flags = ("mask" * self.masked, "bias" * self.bias)

@@ -41,7 +41,7 @@ class Row:
     config: Config
     ieee: bool  # float32 without tensor cores, where the target has none that are exact
     descriptors: bool
-    refused: str | None  # by why_not
+    refused: str  # by why_not; "" where it fits
     estimated: int  # shared memory, by config.shared_memory
     limit: int
     compiled: Compiled

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import fastlora
-from fastlora.integrations.peft.masks import shared_masks
+from fastlora.peft.masks import shared_masks
 
 from .layers import Contest, Contestant, Group, peft_layers
 from .oracle import TOLERANCE, outputs_and_gradients, worst_error

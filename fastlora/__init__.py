@@ -2,22 +2,24 @@
 
     model = fastlora.apply_lora(model, fastlora.LoRAConfig(r=16, target_modules="all-linear"))
 
-The way of the data is one straight line: layer (``layers``), op (``ops``), backend (``backends``),
-kernel (``kernels``). ``reference`` says what is true.
+The way of the data is one straight line: layer (``layer``), op (``ops``), backend (``backends``),
+kernel (``kernels``).  ``reference`` says what is true.  ``model`` is for models of your own,
+``peft`` for PEFT's.
 """
 
 from . import reference
 from .backends import use_backend
-from .check import check
-from .checkpoint import load_adapter, save_adapter
-from .config import LoRAConfig
-from .coverage import Coverage
-from .inject import apply_lora, print_trainable_parameters, remove_lora
-from .layers import LoRALinear
-from .merge import merge_lora, unmerge_lora
+from .layer import LoRALinear
+from .model.checkpoint import load_adapter, save_adapter
+from .model.config import LoRAConfig
+from .model.inject import apply_lora, print_trainable_parameters, remove_lora
+from .model.merge import merge_lora, unmerge_lora
 from .ops import lora_linear, lora_linears
-from .optimize import coverage, optimize, restore
+from .peft.check import check
+from .peft.coverage import coverage
+from .peft.optimize import optimize, restore
 from .projection import Projection
+from .report import Coverage
 from .version import __version__
 
 __all__ = [

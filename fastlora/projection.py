@@ -1,16 +1,43 @@
-"""One projection of a group: the frozen base and its adapter.  Plain data, and the checks of it."""
+"""The records of a call: an output's base and its adapters.  Plain data, and the checks of it."""
 
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-_LARGEST = torch.finfo(torch.float32).max
-_TENSORS = ("weight", "lora_a", "lora_b", "bias")
+LARGEST_SCALE = torch.finfo(torch.float32).max
+
+# What a record holds for each tensor: it, whether its gradient is needed, or that gradient.
+T = TypeVar("T")
+
+
+class Base(NamedTuple, Generic[T]):
+    """A frozen linear layer: ``weight`` [N, K], in the dtype of x, and ``bias`` [N] or None."""
+
+    weight: T
+    bias: T | None = None
+
+
+class Adapter(NamedTuple, Generic[T]):
+    """A low-rank product: ``lora_a`` [r, K] and ``lora_b`` [N, r], times a finite ``scale``."""
+
+    lora_a: T
+    lora_b: T
+    scale: float = 1.0
+
+
+class Output(NamedTuple, Generic[T]):
+    """One output of a call: a base and its adapters, one, several, or none (a frozen layer).
+
+    y = x weightᵀ + bias + Σ scale · drop(x) lora_aᵀ lora_bᵀ, over the adapters
+    """
+
+    base: Base[T]
+    adapters: tuple[Adapter[T], ...] = ()
 
 
 class Projection(NamedTuple):
@@ -23,54 +50,107 @@ class Projection(NamedTuple):
       dtypes: they are cast as they are read;
     * ``scale``, a finite number: alpha / r, or alpha / √r for rsLoRA.
 
-    ``weight`` None makes it one more adapter of the layer before it in a list: what it computes is
+    In a list, ``weight`` None makes it one more adapter of the layer before it: what it computes is
     added to that layer's output, and it has no bias.
 
     It checks nothing itself: :func:`fastlora.lora_linears` does, when it meets x.
     """
 
-    weight: Any  # a Tensor or None
+    weight: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
 
 
-def group(tensors: Sequence[Any], scales: Sequence[float]) -> list[Projection]:
-    """Four tensors a projection, laid end to end, as projections."""
-    return [Projection._make([*tensors[4 * i : 4 * i + 4], s]) for i, s in enumerate(scales)]
+class Layout(NamedTuple):
+    """What an output is but for its tensors; with them laid flat, it says which is which."""
+
+    has_bias: bool
+    scales: tuple[float, ...]  # of its adapters
 
 
-def outputs_of(projections: Sequence[Projection]) -> list[int]:
-    """For each projection, which of the group's outputs it is part of."""
-    return [n - 1 for n in accumulate(projection.weight is not None for projection in projections)]
+def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
+    return tuple(
+        Layout(base.bias is not None, tuple([adapter.scale for adapter in adapters]))
+        for base, adapters in outputs
+    )
 
 
-def check_types(x: Tensor, projections: Sequence[Projection]) -> None:
-    """Raise TypeError unless these are a tensor and a list of projections that hold tensors."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
+    """The tensors of all outputs, laid end to end: weight, bias, then each adapter's two."""
+    flat: list = []
+    for (base, adapters), layout in zip(outputs, layouts, strict=True):
+        flat += base if layout.has_bias else base[:1]
+        for adapter in adapters:
+            flat += adapter[:2]
+    return flat
+
+
+def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
+    """The outputs of these layouts, with what :func:`flatten` made of them."""
+    values = iter(flat)
+    outputs = []
+    for has_bias, scales in layouts:
+        base = Base(next(values), next(values) if has_bias else None)
+        adapters = tuple([Adapter(next(values), next(values), scale) for scale in scales])
+        outputs.append(Output(base, adapters))
+    return outputs
+
+
+def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> Iterator[list[T]]:
+    """What comes once an adapter (an h, a seed), laid end to end, as a list for each output."""
+    values = iter(values)
+    return ([next(values) for _ in output.adapters] for output in outputs)
+
+
+def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
+    """The outputs that a list stands for.  Raises TypeError where something in it is no tensor."""
     if not isinstance(projections, list | tuple):
         raise TypeError(f"projections must be a list, not {type(projections).__name__}")
-    for i, projection in enumerate(projections):
-        if type(projection) is not Projection:
+    outputs: list[Output] = []
+    for projection in projections:
+        if type(projection) is Projection:
+            weight, lora_a, lora_b, bias, scale = projection
+            adapter = Adapter(lora_a, lora_b, scale)
+            if weight is None and outputs:
+                if bias is not None:
+                    raise ValueError("a projection without a weight of its own can't have a bias")
+                base, adapters = outputs.pop()
+                outputs.append(Output(base, (*adapters, adapter)))
+            else:
+                outputs.append(Output(Base(weight, bias), (adapter,)))
+        elif type(projection) is Output:
+            base, adapters = projection
+            records = type(base) is Base and isinstance(adapters, list | tuple)
+            if not records or any(type(adapter) is not Adapter for adapter in adapters):
+                raise TypeError("each output must be an Output of a Base and Adapters")
+            outputs.append(Output(base, tuple(adapters)))
+        else:
             raise TypeError(
                 f"projections has a {type(projection).__name__}, but must be a list of "
                 "fastlora.Projection"
             )
-        weight, lora_a, lora_b, bias, _ = projection
-        for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-            if tensor is weight is None and i > 0:
-                if bias is not None:
-                    raise ValueError("a projection without a weight of its own can't have a bias")
-            elif not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if bias is not None and not isinstance(bias, Tensor):
-            raise TypeError(f"bias must be a tensor or None, not {type(bias).__name__}")
+    for output in outputs:
+        for name, tensor in named_tensors(output):
+            if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
+                expected = "a tensor or None" if name == "bias" else "a tensor"
+                raise TypeError(f"{name} must be {expected}, not {type(tensor).__name__}")
+    return outputs
 
 
-def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> None:
-    """Raise ValueError or TypeError unless every projection fits x; check_types comes first."""
+def named_tensors(output: Output[T]) -> Iterator[tuple[str, T | None]]:
+    """Every tensor of an output with its name; the bias may be None."""
+    base, adapters = output
+    yield "weight", base.weight
+    for adapter in adapters:
+        yield "lora_a", adapter.lora_a
+        yield "lora_b", adapter.lora_b
+    yield "bias", base.bias
+
+
+def check_call(x: Tensor, outputs: Sequence[Output], dropout: float) -> None:
+    """Raise ValueError or TypeError unless every output's tensors fit x, a tensor."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
     if x.layout is not torch.strided:
@@ -80,15 +160,14 @@ def check_call(x: Tensor, projections: Sequence[Projection], dropout: float) -> 
             "x is a scalar, but must be [..., in_features]: give it at least one dimension"
         )
     check_dropout(dropout)
-    if not projections:
+    if not outputs:
         raise ValueError("no projections came: give at least one fastlora.Projection")
     features, dtype, device = x.shape[-1], x.dtype, x.device
-    base = None
-    for projection in projections:
-        if projection.weight is not None:
-            base = projection.weight
-        _check_dtypes_and_devices(dtype, device, projection)
-        _check_shapes(features, projection._replace(weight=base))
+    for output in outputs:
+        _check_dtypes_and_devices(dtype, device, output)
+        _check_base(features, output)
+        for adapter in output.adapters:
+            _check_adapter(features, output.base.weight.shape[0], adapter)
 
 
 def check_dropout(dropout: float) -> None:
@@ -99,14 +178,14 @@ def check_dropout(dropout: float) -> None:
         )
 
 
-def check_adapter(r: int, lora_alpha: float, lora_dropout: float) -> None:
+def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raise ValueError for numbers that no adapter can have."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r is {r!r}, but the rank must be a whole number of at least 1")
     if (
         isinstance(lora_alpha, bool)
         or not isinstance(lora_alpha, (int, float))
-        or not -_LARGEST <= lora_alpha <= _LARGEST
+        or not -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE
     ):
         raise ValueError(
             f"lora_alpha is {lora_alpha!r}, but must be a finite number: scaling is lora_alpha / r"
@@ -114,20 +193,32 @@ def check_adapter(r: int, lora_alpha: float, lora_dropout: float) -> None:
     check_dropout(lora_dropout)
 
 
-def _check_shapes(features: int, projection: Projection) -> None:
-    weight, lora_a, lora_b, bias, scale = projection
-    weight_shape, lora_a_shape = weight.shape, lora_a.shape
-    if len(weight_shape) != 2 or weight_shape[1] != features:
+def _check_base(features: int, output: Output) -> None:
+    (weight, bias), adapters = output
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != features:
         raise ValueError(
-            f"weight has shape {tuple(weight_shape)}, but x has {features} features: "
+            f"weight has shape {tuple(shape)}, but x has {features} features: "
             f"weight must be [out_features, {features}]"
         )
-    if len(lora_a_shape) != 2 or lora_a_shape[1] != features:
+    if not adapters and 0 in shape:
+        raise ValueError(f"weight has shape {tuple(shape)}, but each must be at least 1")
+    if bias is not None and bias.shape != shape[:1]:
         raise ValueError(
-            f"lora_a has shape {tuple(lora_a_shape)}, but x has {features} features: "
+            f"bias has shape {tuple(bias.shape)}, but weight has {shape[0]} rows: "
+            f"bias must be [{shape[0]}]"
+        )
+
+
+def _check_adapter(features: int, out_features: int, adapter: Adapter) -> None:
+    lora_a, lora_b, scale = adapter
+    shape = lora_a.shape
+    if len(shape) != 2 or shape[1] != features:
+        raise ValueError(
+            f"lora_a has shape {tuple(shape)}, but x has {features} features: "
             f"lora_a must be [r, {features}]"
         )
-    out_features, rank = weight_shape[0], lora_a_shape[0]
+    rank = shape[0]
     if lora_b.shape != (out_features, rank):
         raise ValueError(
             f"lora_b has shape {tuple(lora_b.shape)}, but weight has {out_features} rows and "
@@ -138,21 +229,14 @@ def _check_shapes(features: int, projection: Projection) -> None:
             f"in_features {features}, out_features {out_features} and r {rank} must each be at "
             "least 1: for no adapter use torch.nn.functional.linear"
         )
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}, but weight has {out_features} rows: "
-            f"bias must be [{out_features}]"
-        )
-    if not isinstance(scale, (int, float)) or not -_LARGEST <= scale <= _LARGEST:  # false for NaN
+    if not isinstance(scale, (int, float)) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
         raise ValueError(
             f"scale is {scale!r}, but must be a finite float32: alpha / r, or alpha / √r for rsLoRA"
         )
 
 
-def _check_dtypes_and_devices(
-    dtype: torch.dtype, device: torch.device, projection: Projection
-) -> None:
-    for name, tensor in zip(_TENSORS, projection[:4], strict=True):
+def _check_dtypes_and_devices(dtype: torch.dtype, device: torch.device, output: Output) -> None:
+    for name, tensor in named_tensors(output):
         if tensor is None:
             continue
         if tensor.device != device:
@@ -161,8 +245,9 @@ def _check_dtypes_and_devices(
             )
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}")
-    if projection.weight is not None and projection.weight.dtype != dtype:
+    weight = output.base.weight
+    if weight.dtype != dtype:
         raise TypeError(
-            f"weight has dtype {projection.weight.dtype}, but x has {dtype}: convert one of them, "
+            f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
             "or use torch.autocast"
         )

@@ -5,12 +5,13 @@ order: ``common``, ``project``, ``gemm_lowrank``, ``weight_grad``.
 """
 
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
-from .plan import plan_for
+from .plan import Plan, plan_for
 from .project import project
 from .target import target_of
 from .weight_grad import one_pass_pays, weight_grad
 
 __all__ = [
+    "Plan",
     "gemm_lowrank",
     "one_launch_pays",
     "one_pass_pays",

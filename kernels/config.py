@@ -95,8 +95,8 @@ def one_step(config: GemmConfig, target: Target, call: Call) -> bool:
     return call.r <= block_r(config, call) and wait
 
 
-def why_not(config: Config, target: Target, call: Call) -> str | None:
-    """Why this config can't run there, or None: every path asks here, nobody else decides."""
+def why_not(config: Config, target: Target, call: Call) -> str:
+    """Why this config can't run there; "" if it can.  Every path asks here."""
     memory, columns = shared_memory(config, target, call), tensor_memory(config, target, call)
     taken = registers(config, target, call)
     if memory > target.shared_memory:
@@ -107,7 +107,7 @@ def why_not(config: Config, target: Target, call: Call) -> str | None:
         return f"{taken} registers a thread for sums and tiles, but there is room for {_REGISTERS}"
     if call.project and call.r > block_r(config, call):
         return f"rank {call.r} in one step, but a step has {block_r(config, call)}"
-    return None
+    return ""
 
 
 def shared_memory(config: Config, target: Target, call: Call) -> int:

@@ -163,13 +163,13 @@ def chosen_config(
 
     Raises ValueError with :func:`why_not`'s reason if it can't run this call.
     """
-    if config is None and preferred is not None and why_not(preferred, target, call) is None:
+    if config is None and preferred is not None and not why_not(preferred, target, call):
         return preferred
     given = config or default_config(kernel, target, call)
     if given is None:
         given = _rows(DEFAULTS[target.name, kernel], call)[-1]
     reason = why_not(given, target, call)
-    if reason is not None:
+    if reason:
         raise ValueError(f"{given} can't run {kernel} on {target.name}: {reason}")
     return given
 
@@ -181,7 +181,7 @@ def default_config(kernel: str, target: Target, call: Call) -> Config | None:
     split among the device's processors, the one with the fewest partial sums.  None, if none fits.
     """
     rows = _rows(DEFAULTS[target.name, kernel], call)
-    fitting = [config for config in rows if why_not(config, target, call) is None]
+    fitting = [config for config in rows if not why_not(config, target, call)]
     few_rows = max(16, power_of_two(call.m))
     suited = [config for config in fitting if config.block_m <= few_rows] or fitting[-1:]
     if call.project and kernel == "weight_grad":
@@ -207,7 +207,7 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
                     neighbours[replace(changed, group=4)] = None
                     neighbours[replace(changed, group=16)] = None
                     neighbours[replace(changed, descriptors=False)] = None
-    return [config for config in neighbours if why_not(config, target, call) is None]
+    return [config for config in neighbours if not why_not(config, target, call)]
 
 
 def _rows(table: Any, call: Call) -> tuple[Config, ...]:

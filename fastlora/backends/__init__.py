@@ -1,22 +1,31 @@
 """The choice of backend: argument, context manager, ``FASTLORA_BACKEND``, the device's default.
 
-A backend is a module with ``forward``, ``backward``, ``dropout_mask`` and ``why_not`` of the same
-meaning (``torch`` is the one to read).  Naming one here is all that the layers above need.  The
-default is ``triton`` on the GPUs that its kernels run on, ``torch`` elsewhere.
+A backend is a module that keeps the contract of :mod:`.protocol`.  Naming one here is all that the
+layers above need.  The default is ``triton`` on the GPUs that its kernels run on, ``torch``
+elsewhere.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch as pytorch  # here `torch` is the backend
 
-from ..projection import Projection
+from ..projection import Output
+from .protocol import Backend, Settings
+
+__all__ = ["Backend", "Settings", "backend_name", "find_backend", "planned_backend", "use_backend"]
+
+if TYPE_CHECKING:  # the type checker holds every backend to the contract
+    from . import torch as _torch
+    from . import triton as _triton
+
+    _HELD: tuple[Backend, ...] = (_torch, _triton)
 
 _BACKENDS = ("torch", "triton")
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
@@ -53,22 +62,22 @@ def backend_name(argument: str | None = None, device: pytorch.device = _CPU) -> 
     return "torch" if device.type != "cuda" else _gpu_default(device)
 
 
-def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> ModuleType:
+def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> Backend:
     """The module behind :func:`backend_name`, imported when it is first asked for."""
     return _module(backend_name(name, device))
 
 
-def planned_backend(projection: Projection) -> tuple[str, str]:
-    """What a call of this projection, with x like its weight, runs on; and why not on another."""
-    weight = projection.weight
+def planned_backend(outputs: Sequence[Output]) -> tuple[str, str]:
+    """What a call of these, with x like their weights, runs on; and why not on another."""
+    weight = outputs[0].base.weight
     name = backend_name(device=weight.device)
-    reason = _module(name).why_not(weight.dtype, weight.device, [projection])
+    reason = _module(name).why_not(weight.dtype, weight.device, outputs)
     return ("torch", reason) if reason else (name, "")
 
 
 @cache
-def _module(name: str) -> ModuleType:
-    return import_module(f".{name}", __name__)
+def _module(name: str) -> Backend:
+    return cast(Backend, import_module(f".{name}", __name__))
 
 
 @cache

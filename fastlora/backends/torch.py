@@ -19,111 +19,134 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..projection import Projection, outputs_of
+from ..blocks import rows_at_a_time
+from ..projection import Adapter, Base, Output, per_adapter
 from .dropout import DropoutMask, dropout_mask, multiply_bits
+from .protocol import Settings
 
 __all__ = ["backward", "dropout_mask", "forward", "why_not"]
 
-# Elements in one block of dropout, or of what is made float32 for a while.  On 2 cores with 1 MiB
-# of L2 cache each, dropout with 2^20 took 0.84 ms for 4 Mi elements of bfloat16, 2^18 took 1.15 ms;
-# where a launch costs more than memory does, blocks are larger.
-_CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 
-
-def why_not(dtype: torch.dtype, device: torch.device, projections: Sequence[Projection]) -> str:
+def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
     """Why a call with x of this dtype and device isn't covered; it always is."""
     return ""
 
 
 def forward(
-    x: Tensor, projections: Sequence[Projection], *, dropout: float, seed: Tensor | None
+    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs [M, N] and the h [M, r] of all projections of x [M, K].
-
-    There is an output for each weight: a projection without one adds to the output before it.
-    ``seed``: int64 [number of projections], on x's device; None without dropout.
-    """
+    """y [M, N] of every output, and h [M, r] of every adapter, laid end to end."""
     ys, hs = [], []
-    for projection, mask in zip(projections, _masks(x, projections, dropout, seed), strict=True):
-        dtype = _adapter_dtype(x, projection)
-        h = _project(_cast(x, dtype), projection, mask)
-        if projection.weight is not None:
-            ys.append(linear(x, projection.weight, _cast(projection.bias, x.dtype)))
-        _add_product(ys[-1], h, _cast(projection.lora_b, dtype).T)
-        hs.append(_cast(h, x.dtype))
+    for (base, adapters), masks in zip(outputs, _masks(x, outputs, settings), strict=True):
+        thin = [_project(x, adapter, mask) for adapter, mask in zip(adapters, masks, strict=True)]
+        y = linear(x, base.weight, _cast(base.bias, x.dtype))
+        for adapter, h in zip(adapters, thin, strict=True):
+            _add_product(y, h, _cast(adapter.lora_b, h.dtype).T)
+        ys.append(y)
+        hs += [_cast(h, x.dtype) for h in thin]
     return ys, hs
 
 
 def backward(
     dys: Sequence[Tensor | None],
     x: Tensor,
-    projections: Sequence[Projection],
+    outputs: Sequence[Output[Tensor]],
     hs: Sequence[Tensor],
-    needs: Sequence[bool],
-    *,
-    dropout: float,
-    seed: Tensor | None,
-) -> list[Tensor | None]:
-    """The gradients of x and of each projection's tensors, or None where ``needs`` doesn't ask.
+    needs_x: bool,
+    needs: Sequence[Output[bool]],
+    settings: Settings,
+) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
+    """The gradient of x, and those of every output's tensors; None for one nobody needs."""
+    dx = _base_dx(dys, x, outputs) if needs_x else None
+    gradients = []
+    per_output = zip(
+        dys, outputs, needs, per_adapter(hs, outputs), _masks(x, outputs, settings), strict=True
+    )
+    for dy, output, need, thin, masks in per_output:
+        if dy is None:
+            gradients.append(no_gradients(output))
+            continue
+        base = base_gradients(dy, x, output.base, need.base)
+        adapters = [
+            _adapter_gradients(dy, x, *of_one, dx)
+            for of_one in zip(output.adapters, need.adapters, thin, masks, strict=True)
+        ]
+        gradients.append(Output(base, tuple(adapters)))
+    return dx, gradients
 
-    ``needs`` has that order too.  ``dys``: for each output [M, N], or None if the loss doesn't use
-    it.
-    """
-    dys = [dys[i] for i in outputs_of(projections)]
-    dx = _base_dx(dys, x, projections) if needs[0] else None
-    gradients = [dx]
-    masks = _masks(x, projections, dropout, seed)
-    for i, (dy, projection, h, mask) in enumerate(zip(dys, projections, hs, masks, strict=True)):
-        need_weight, need_a, need_b, need_bias = needs[1 + 4 * i : 5 + 4 * i]
-        d_weight = d_lora_a = d_lora_b = d_bias = None
-        if dy is not None:
-            if need_weight:
-                d_weight = torch.mm(dy.T, x)
-            if need_bias and projection.bias is not None:
-                wide = torch.promote_types(x.dtype, torch.float32)
-                d_bias = _cast(dy.sum(0, dtype=wide), projection.bias.dtype)
-            dtype = _adapter_dtype(x, projection)
-            dy = _cast(dy, dtype)
-            if need_a or dx is not None:
-                dh = _product(dy, _cast(projection.lora_b, dtype), _factor(projection, mask))
-                lora_a = projection.lora_a
-                d_lora_a = _through_lora_a(_cast(x, dtype), dh, lora_a, mask, dx, need_a)
-            if need_b:
-                d_lora_b = _cast(_d_lora_b(dy, _cast(h, dtype)), projection.lora_b.dtype)
-        gradients += [d_weight, d_lora_a, d_lora_b, d_bias]
-    return gradients
+
+def no_gradients(output: Output) -> Output[Tensor | None]:
+    """Those of an output that the loss doesn't use."""
+    return Output(Base(None), tuple([Adapter(None, None)] * len(output.adapters)))
+
+
+def base_gradients(
+    dy: Tensor, x: Tensor, base: Base[Tensor], need: Base[bool]
+) -> Base[Tensor | None]:
+    """dyᵀ x, and Σ dy over the rows in float32 or wider: of a weight and a bias that train."""
+    d_weight = d_bias = None
+    if need.weight:
+        d_weight = torch.mm(dy.T, x)
+    if need.bias and base.bias is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        d_bias = _cast(dy.sum(0, dtype=wide), base.bias.dtype)
+    return Base(d_weight, d_bias)
+
+
+def _adapter_gradients(
+    dy: Tensor,
+    x: Tensor,
+    adapter: Adapter[Tensor],
+    need: Adapter[bool],
+    h: Tensor,
+    mask: DropoutMask | None,
+    dx: Tensor | None,
+) -> Adapter[Tensor | None]:
+    """d lora_a and d lora_b, as needed; and the adapter's part of dx is added to it."""
+    dtype = _adapter_dtype(x, adapter)
+    dy = _cast(dy, dtype)
+    d_lora_a = d_lora_b = None
+    if need.lora_a or dx is not None:
+        dh = _product(dy, _cast(adapter.lora_b, dtype), _factor(adapter, mask))
+        d_lora_a = _through_lora_a(_cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a)
+    if need.lora_b:
+        d_lora_b = _cast(_d_lora_b(dy, _cast(h, dtype)), adapter.lora_b.dtype)
+    return Adapter(d_lora_a, d_lora_b)
 
 
 def _masks(
-    x: Tensor, projections: Sequence[Projection], dropout: float, seed: Tensor | None
-) -> Sequence[DropoutMask | None]:
-    """A mask for each projection, or None for each without dropout."""
-    if seed is None:
-        return [None] * len(projections)
-    return [DropoutMask(seed[i : i + 1], x.shape[1], dropout) for i in range(len(projections))]
+    x: Tensor, outputs: Sequence[Output], settings: Settings
+) -> Iterator[Sequence[DropoutMask | None]]:
+    """For each output its adapters' masks, or None for each without dropout."""
+    if settings.seeds is None:
+        return ([None] * len(output.adapters) for output in outputs)
+    seeds = settings.seeds.split(1)
+    masks = [DropoutMask(seed, x.shape[1], settings.dropout) for seed in seeds]
+    return per_adapter(masks, outputs)
 
 
-def _adapter_dtype(x: Tensor, projection: Projection) -> torch.dtype:
+def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
     """The dtype of the adapter's products: x's.
 
     But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert:
     on 2 cores, a bfloat16 layer of 1024 x 1024 takes 0.8 of the time so at 1 row, as much at 16.
     """
-    lora_a = projection.lora_a
+    lora_a = adapter.lora_a
     if lora_a.dtype == x.dtype or len(x) > len(lora_a):
         return x.dtype
-    wider = lora_a.element_size() > x.element_size() and lora_a.dtype == projection.lora_b.dtype
+    wider = lora_a.element_size() > x.element_size() and lora_a.dtype == adapter.lora_b.dtype
     return lora_a.dtype if wider else x.dtype
 
 
-def _factor(projection: Projection, mask: DropoutMask | None) -> float:
-    scale = float(projection.scale)
+def _factor(adapter: Adapter, mask: DropoutMask | None) -> float:
+    scale = float(adapter.scale)
     return scale if mask is None else scale / (1.0 - mask.p)
 
 
-def _project(x: Tensor, projection: Projection, mask: DropoutMask | None) -> Tensor:
-    """h = factor · (mask ∘ x) lora_aᵀ, [M, r]."""
-    down, factor = _cast(projection.lora_a, x.dtype).T, _factor(projection, mask)
+def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
+    """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in the dtype of the adapter's products."""
+    x = _cast(x, _adapter_dtype(x, adapter))
+    down, factor = _cast(adapter.lora_a, x.dtype).T, _factor(adapter, mask)
     if mask is None:
         return _product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
@@ -132,12 +155,12 @@ def _project(x: Tensor, projection: Projection, mask: DropoutMask | None) -> Ten
     return h
 
 
-def _base_dx(dys: Sequence[Tensor | None], x: Tensor, projections: Sequence[Projection]) -> Tensor:
-    """Σ dy weight over the projections, [M, K]."""
+def _base_dx(dys: Sequence[Tensor | None], x: Tensor, outputs: Sequence[Output[Tensor]]) -> Tensor:
+    """Σ dy weight over the outputs, [M, K]."""
     dx = None
-    for dy, projection in zip(dys, projections, strict=True):
-        weight = projection.weight
-        if dy is not None and weight is not None:
+    for dy, output in zip(dys, outputs, strict=True):
+        if dy is not None:
+            weight = output.base.weight
             dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
     return x.new_zeros(x.shape) if dx is None else dx
 
@@ -185,11 +208,6 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     for first in range(0, len(x), step):
         rows = slice(first, first + step)
         yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
-
-
-def rows_at_a_time(x: Tensor) -> int:
-    """How many rows of x make a block: it stays in cache, or on a device it pays its launches."""
-    return max(1, (_CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK) // x.shape[-1])
 
 
 def _product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:

@@ -6,17 +6,19 @@ the kernels don't cover runs on the torch backend, and the reason is said once.
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..projection import Projection, outputs_of
+from ..projection import Adapter, Output, named_tensors, per_adapter
 from . import torch as torch_backend
 from .dropout import dropout_mask
+from .protocol import Settings
 
 try:
     from .. import kernels  # type: ignore[attr-defined]  # it lives in kernels/
@@ -35,112 +37,91 @@ _INTERNAL = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 def forward(
-    x: Tensor, projections: Sequence[Projection], *, dropout: float, seed: Tensor | None
+    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As the torch backend's: the outputs [M, N] and the h [M, r] of x [M, K]."""
-    if not _covers(x, projections):
-        return torch_backend.forward(x, projections, dropout=dropout, seed=seed)
-    precision, (rows, depth) = _precision(x), x.shape
+    """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
+    if not _covers(x, outputs):
+        return torch_backend.forward(x, outputs, settings)
     with _current(x.device):
-        layers = _layers(projections)
-        plans = [
-            kernels.plan_for(
-                x, len(adapters[0].weight), depth, [len(a.lora_a) for a in adapters], precision
-            )
-            for adapters in layers
-        ]
-        makes_h = seed is None and all(
-            plan.fused and len(adapters) == 1
-            and kernels.one_launch_pays(x, len(adapters[0].lora_a))
-            for plan, adapters in zip(plans, layers, strict=True)
-        )  # fmt: skip
-        if makes_h:
-            hs = [x.new_empty(rows, len(projection.lora_a)) for projection in projections]
+        plans = [_forward_plan(x, output) for output in outputs]
+        in_one_launch = settings.seeds is None and all(
+            plan.fused
+            and len(output.adapters) == 1
+            and kernels.one_launch_pays(x, len(output.adapters[0].lora_a))
+            for plan, output in zip(plans, outputs, strict=True)
+            if plan is not None
+        )
+        adapters = [adapter for output in outputs for adapter in output.adapters]
+        if in_one_launch:
+            hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
         else:
             hs = kernels.project(
                 x,
-                [projection.lora_a.T for projection in projections],
-                [_factor(projection, dropout) for projection in projections],
-                precision=precision,
-                dropout=dropout,
-                seeds=seed,
+                [adapter.lora_a.T for adapter in adapters],
+                [_factor(adapter, settings) for adapter in adapters],
+                precision=_precision(x),
+                dropout=settings.dropout,
+                seeds=settings.seeds,
             )
-        ys, h_of_next = [], iter(hs)
-        for adapters, plan in zip(layers, plans, strict=True):
-            weight, lora_a, _, bias, scale = adapters[0]
-            u = [next(h_of_next) for _ in adapters]
-            v = [adapter.lora_b.T for adapter in adapters]
-            if plan.fused:
-                y = x.new_empty(rows, len(weight))
-                kernels.gemm_lowrank(
-                    y, [x], [weight.T], u, v, precision=precision, bias=bias,
-                    a=lora_a.T if makes_h else None, factor=float(scale), preferred=plan.gemm,
-                )  # fmt: skip
-            else:
-                y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-                kernels.gemm_lowrank(y, [], [], u, v, precision=precision, add=True)
-            ys.append(y)
+        ys = [
+            _y(x, output, thin, plan, in_one_launch)
+            for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
+        ]
     return ys, hs
 
 
 def backward(
     dys: Sequence[Tensor | None],
     x: Tensor,
-    projections: Sequence[Projection],
+    outputs: Sequence[Output[Tensor]],
     hs: Sequence[Tensor],
-    needs: Sequence[bool],
-    *,
-    dropout: float,
-    seed: Tensor | None,
-) -> list[Tensor | None]:
-    """As the torch backend's: the gradients of x and of each projection's tensors."""
-    per_projection = enumerate([dys[i] for i in outputs_of(projections)])
-    used = {i: dy for i, dy in per_projection if dy is not None}
-    if not used or not _covers(x, projections):
-        return torch_backend.backward(dys, x, projections, hs, needs, dropout=dropout, seed=seed)
-    gradients: list[Tensor | None] = [None] * len(needs)
-    dhs: dict[int, Tensor] = {}
+    needs_x: bool,
+    needs: Sequence[Output[bool]],
+    settings: Settings,
+) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
+    """As the torch backend's: the gradients of x and of each output's tensors."""
+    if all(dy is None for dy in dys) or not _covers(x, outputs):
+        return torch_backend.backward(dys, x, outputs, hs, needs_x, needs, settings)
+    gradients: list[Output[Tensor | None]] = []
+    terms: list[_Term] = []
+    per_output = zip(
+        dys, outputs, needs, per_adapter(hs, outputs), _seeds(outputs, settings), strict=True
+    )
     with _current(x.device):
-        for i, dy in used.items():
-            projection, d_lora_b = projections[i], None
-            need_weight, need_a, need_b, need_bias = needs[1 + 4 * i : 5 + 4 * i]
-            if need_weight:
-                gradients[1 + 4 * i] = torch.mm(dy.T, x)
-            if need_b:
-                gradients[3 + 4 * i] = d_lora_b = _empty_like(projection.lora_b)
-            if need_bias and projection.bias is not None:
-                d_bias = dy.sum(0, dtype=torch.float32)
-                gradients[4 + 4 * i] = d_bias.to(projection.bias.dtype)
-            dh = _through_lora_b(dy, projection, hs[i], d_lora_b, needs[0] or need_a, dropout)
-            if dh is not None:
-                dhs[i] = dh
-        if needs[0]:
-            gradients[0] = _dx(x, used, projections, dhs, dropout, seed)
-        trained = [i for i in used if needs[2 + 4 * i]]
+        for dy, output, need, thin, seeds in per_output:
+            if dy is None:
+                gradients.append(torch_backend.no_gradients(output))
+                continue
+            base = torch_backend.base_gradients(dy, x, output.base, need.base)
+            adapters = []
+            for of_one in zip(output.adapters, need.adapters, thin, seeds, strict=True):
+                d_adapter, term = _through_lora_b(dy, *of_one, needs_x, settings)
+                adapters.append(d_adapter)
+                terms += [] if term is None else [term]
+            gradients.append(Output(base, tuple(adapters)))
+        dx = _dx(x, dys, outputs, terms, settings) if needs_x else None
+        trained = [term for term in terms if term.d_lora_a is not None]
         if trained:
-            d_lora_as = [_empty_like(projections[i].lora_a) for i in trained]
             kernels.weight_grad(
                 x,
-                [dhs[i] for i in trained],
-                [d_lora_a.T for d_lora_a in d_lora_as],
+                [term.dh for term in trained],
+                [term.d_lora_a.T for term in trained if term.d_lora_a is not None],
                 precision=_precision(x),
-                dropout=dropout,
-                seeds=_seeds_of(trained, seed),
+                dropout=settings.dropout,
+                seeds=_join([term.seed for term in trained], settings),
             )
-            for i, d_lora_a in zip(trained, d_lora_as, strict=True):
-                gradients[2 + 4 * i] = d_lora_a
-    return gradients
+    return dx, gradients
 
 
-def why_not(dtype: torch.dtype, device: torch.device, projections: Sequence[Projection]) -> str:
-    """Why the kernels don't cover x of this dtype on this device, or an empty string."""
+def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
+    """Why the kernels don't cover x of this dtype on this device, or "" if they do."""
     target = kernels.target_of(device)
     if target is None:
         if device.type == "cpu":
             return "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
         return f"the Triton kernels don't run on {device}"
-    for projection in projections:
-        for tensor in projection[:4]:
+    for output in outputs:
+        for _, tensor in named_tensors(output):
             if tensor is not None and tensor.dtype not in _COVERED:
                 return f"the Triton kernels don't have {tensor.dtype}"
             if tensor is not None and max(tensor.shape) > _LONGEST:
@@ -150,10 +131,10 @@ def why_not(dtype: torch.dtype, device: torch.device, projections: Sequence[Proj
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
-def _covers(x: Tensor, projections: Sequence[Projection]) -> bool:
+def _covers(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
     if len(x) == 0:
         return False
-    reason = why_not(x.dtype, x.device, projections)
+    reason = why_not(x.dtype, x.device, outputs)
     if not reason and len(x) > _LONGEST:
         reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
     if reason and reason not in _said:
@@ -170,70 +151,123 @@ def _user_level() -> int:
     return level + 1
 
 
+class _Term(NamedTuple):
+    """An adapter's dh, and what will be made with it: its part of dx, and d lora_a."""
+
+    adapter: Adapter[Tensor]
+    dh: Tensor
+    d_lora_a: Tensor | None  # to be filled
+    seed: Tensor | None
+
+
+def _forward_plan(x: Tensor, output: Output[Tensor]) -> "kernels.Plan | None":
+    """How to make this output; None for one without adapters, whose product is torch's."""
+    if not output.adapters:
+        return None
+    ranks = [len(adapter.lora_a) for adapter in output.adapters]
+    return kernels.plan_for(x, len(output.base.weight), x.shape[1], ranks, _precision(x))
+
+
+def _y(
+    x: Tensor,
+    output: Output[Tensor],
+    hs: list[Tensor],
+    plan: "kernels.Plan | None",
+    makes_h: bool,
+) -> Tensor:
+    """x weightᵀ + Σ h lora_bᵀ + bias, [M, N]; ``makes_h``: fill h [M, r] in the same launch."""
+    (weight, bias), adapters = output
+    v, precision = [adapter.lora_b.T for adapter in adapters], _precision(x)
+    if plan is not None and plan.fused:
+        y, a, factor = x.new_empty(len(x), len(weight)), None, 1.0
+        if makes_h:
+            a, factor = adapters[0].lora_a.T, float(adapters[0].scale)
+        kernels.gemm_lowrank(
+            y, [x], [weight.T], hs, v, precision=precision, bias=bias,
+            a=a, factor=factor, preferred=plan.gemm,
+        )  # fmt: skip
+        return y
+    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if adapters:
+        kernels.gemm_lowrank(y, [], [], hs, v, precision=precision, add=True)
+    return y
+
+
 def _through_lora_b(
     dy: Tensor,
-    projection: Projection,
+    adapter: Adapter[Tensor],
+    need: Adapter[bool],
     h: Tensor,
-    d_lora_b: Tensor | None,
-    need_dh: bool,
-    dropout: float,
-) -> Tensor | None:
-    """dyᵀ h into d_lora_b, if there is one; return dh = factor · dy lora_b, if it is needed."""
-    factor, precision, lora_b = _factor(projection, dropout), _precision(dy), projection.lora_b
+    seed: Tensor | None,
+    needs_x: bool,
+    settings: Settings,
+) -> tuple[Adapter[Tensor | None], _Term | None]:
+    """d lora_b = dyᵀ h, and dh = factor · dy lora_b: what is needed of both.
+
+    The gradient of lora_a is there, but still empty.
+    """
+    factor, precision, lora_b = _factor(adapter, settings), _precision(dy), adapter.lora_b
+    d_lora_a = _empty_like(adapter.lora_a) if need.lora_a else None
+    d_lora_b = _empty_like(lora_b) if need.lora_b else None
+    need_dh, dh = needs_x or need.lora_a, None
     if d_lora_b is not None and need_dh and kernels.one_pass_pays(dy, lora_b, precision):
-        return kernels.weight_grad(
-            dy, [h], [d_lora_b], precision=precision, b=lora_b, factor=factor
-        )
-    if d_lora_b is not None:
-        kernels.weight_grad(dy, [h], [d_lora_b], precision=precision)
-    return kernels.project(dy, [lora_b], [factor], precision=precision)[0] if need_dh else None
+        dh = kernels.weight_grad(dy, [h], [d_lora_b], precision=precision, b=lora_b, factor=factor)
+    else:
+        if d_lora_b is not None:
+            kernels.weight_grad(dy, [h], [d_lora_b], precision=precision)
+        if need_dh:
+            (dh,) = kernels.project(dy, [lora_b], [factor], precision=precision)
+    term = None if dh is None else _Term(adapter, dh, d_lora_a, seed)
+    return Adapter(d_lora_a, d_lora_b), term
 
 
 def _dx(
     x: Tensor,
-    dys: dict[int, Tensor],
-    projections: Sequence[Projection],
-    dhs: dict[int, Tensor],
-    dropout: float,
-    seed: Tensor | None,
+    dys: Sequence[Tensor | None],
+    outputs: Sequence[Output[Tensor]],
+    terms: Sequence[_Term],
+    settings: Settings,
 ) -> Tensor:
-    """Σ dy weight + mask ∘ (dh lora_a), [M, K]."""
+    """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]."""
     dx, precision = torch.empty_like(x, memory_format=torch.contiguous_format), _precision(x)
-    based = [i for i in dhs if projections[i].weight is not None]
-    p, q = [dys[i] for i in based], [projections[i].weight for i in based]
-    u, v = list(dhs.values()), [projections[i].lora_a for i in dhs]
-    seeds = _seeds_of(list(dhs), seed)
-    depth = sum(map(len, q))
-    ranks = [dh.shape[1] for dh in u]
-    plan = kernels.plan_for(x, x.shape[1], depth, ranks, precision, masked=seed is not None)
-    if not plan.fused:
-        for i, (dy, weight) in enumerate(zip(p, q, strict=True)):
-            torch.addmm(dx, dy, weight, beta=float(i > 0), out=dx)
-        p, q = [], []
-    kernels.gemm_lowrank(
-        dx, p, q, u, v, precision=precision, dropout=dropout, seeds=seeds, add=not plan.fused,
-        preferred=plan.gemm,
-    )  # fmt: skip
+    used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
+    u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
+    seeds = _join([term.seed for term in terms], settings)
+    fused, plan = [], None
+    if terms:
+        depth = sum(len(output.base.weight) for _, output in used)
+        ranks, masked = [dh.shape[1] for dh in u], seeds is not None
+        plan = kernels.plan_for(x, x.shape[1], depth, ranks, precision, masked=masked)
+        if plan.fused:
+            fused = [(dy, output.base.weight) for dy, output in used if output.adapters]
+    by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
+    for i, (dy, weight) in enumerate(by_torch):
+        torch.addmm(dx, dy, weight, beta=float(i > 0), out=dx)
+    if plan is not None:
+        kernels.gemm_lowrank(
+            dx, [dy for dy, _ in fused], [weight for _, weight in fused], u, v,
+            precision=precision, dropout=settings.dropout, seeds=seeds,
+            add=bool(by_torch), preferred=plan.gemm,
+        )  # fmt: skip
     return dx
 
 
-def _layers(projections: Sequence[Projection]) -> list[list[Projection]]:
-    """The projections of each output: the layer itself, and further adapters of it."""
-    layers: list[list[Projection]] = [[] for _ in range(outputs_of(projections)[-1] + 1)]
-    for projection, i in zip(projections, outputs_of(projections), strict=True):
-        layers[i].append(projection)
-    return layers
+def _factor(adapter: Adapter, settings: Settings) -> float:
+    return float(adapter.scale) / (1.0 - settings.dropout)
 
 
-def _factor(projection: Projection, dropout: float) -> float:
-    return float(projection.scale) / (1.0 - dropout)
+def _seeds(outputs: Sequence[Output], settings: Settings) -> Iterator[list[Tensor | None]]:
+    """For each output its adapters' seeds, or None for each without dropout."""
+    if settings.seeds is None:
+        return ([None] * len(output.adapters) for output in outputs)
+    return per_adapter(settings.seeds.split(1), outputs)
 
 
-def _seeds_of(used: list[int], seed: Tensor | None) -> Tensor | None:
-    """The seeds of these projections; no index is sent to the device for it."""
-    if seed is None or len(used) == len(seed):
-        return seed
-    return torch.cat([seed[i : i + 1] for i in used])
+def _join(seeds: Sequence[Tensor | None], settings: Settings) -> Tensor | None:
+    """These seeds as one tensor; no index is sent to the device for it."""
+    if settings.seeds is None or len(seeds) == len(settings.seeds):
+        return settings.seeds
+    return torch.cat([seed for seed in seeds if seed is not None])
 
 
 def _precision(x: Tensor) -> str:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..projection import Projection
+from ..projection import Output
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OFF = nullcontext()
@@ -17,20 +17,20 @@ def autocast_is_on(device_type: str) -> bool:
 
 
 def autocast_inputs(
-    x: Tensor, projections: Sequence[Projection]
-) -> tuple[Tensor, Sequence[Projection]]:
+    x: Tensor, outputs: Sequence[Output[Tensor]]
+) -> tuple[Tensor, Sequence[Output[Tensor]]]:
     """x and the weights in autocast's dtype.
 
     float64 stays as it is; adapters and biases are cast later, as they are read.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype not in AUTOCAST_DTYPES:
-        return x, projections
+        return x, outputs
     return x.to(dtype), [
-        projection._replace(weight=projection.weight.to(dtype))
-        if projection.weight is not None and projection.weight.dtype in AUTOCAST_DTYPES
-        else projection
-        for projection in projections
+        Output(base._replace(weight=base.weight.to(dtype)), adapters)
+        if base.weight.dtype in AUTOCAST_DTYPES
+        else Output(base, adapters)
+        for base, adapters in outputs
     ]
 
 

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..backends.torch import rows_at_a_time
-from .autocast import autocast_off
+from ..blocks import rows_at_a_time
+from .call import are_batched
 from .functional import lora_linear
-from .library import LIBRARY, are_batched
-
-LIBRARY.define("dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor")
+from .norm import norm_of_rows, wide_dtype
 
 
 def dora_linear(
@@ -60,39 +58,11 @@ def dora_linear(
 
 
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """n of the module's formulas, [N], in float32 or wider, without a gradient.
-
-    By n² = ‖w‖² + δ with δ = 2 scale ⟨w, ba⟩ + scale² ‖ba‖² for each row, from one reading of the
-    weight: ba, lora_b lora_a, is never made.  As n = ‖w‖ + δ / (‖w‖ + n), it is ‖w‖ to the last bit
-    where lora_b is zero, and an adapter that starts there changes nothing.
-    """
+    """n of the module's formulas, [N], in float32 or wider, without a gradient."""
     if torch.compiler.is_compiling():
         tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
         return torch.ops.fastlora.dora_norm(*tensors, scale)
-    with torch.no_grad(), autocast_off(weight.device.type):
-        wide = _wide(weight)
-        down, up = lora_a.to(wide), lora_b.to(wide)
-        norms, products = [], []
-        for rows in weight.split(rows_at_a_time(weight)):
-            rows = rows.to(wide)
-            norms.append(torch.linalg.vector_norm(rows, dim=1))
-            products.append(rows @ down.T)
-        cross, own = torch.cat(products), up @ (down @ down.T)
-        change = (up * own).sum(1).mul_(scale**2).add_((up * cross).sum(1), alpha=2 * scale)
-        before = torch.cat(norms)
-        after = before.square().add_(change).clamp_min_(0.0).sqrt_()
-        smallest = torch.finfo(wide).tiny
-        return before.add_(change.div_(after.add_(before).clamp_min_(smallest))).clamp_min_(0.0)
-
-
-@torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")
-def _dora_norm(weight, lora_a, lora_b, scale):
-    return dora_norm(weight, lora_a, lora_b, scale)
-
-
-@torch.library.register_fake("fastlora::dora_norm", lib=LIBRARY)
-def _fake_dora_norm(weight, lora_a, lora_b, scale):
-    return weight.new_empty(len(weight), dtype=_wide(weight))
+    return norm_of_rows(weight, lora_a, lora_b, scale)
 
 
 class GainFunction(torch.autograd.Function):
@@ -114,7 +84,7 @@ class GainFunction(torch.autograd.Function):
         d_gain = _sum_of_products(dy, z) if needs_gain else None
         d_bias = None
         if bias is not None and (needs_gain or needs_bias):
-            sum_dy = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=_wide(dy))
+            sum_dy = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide_dtype(dy))
             if d_gain is not None:
                 d_gain = d_gain - bias * sum_dy
             if needs_bias:
@@ -139,7 +109,7 @@ def _multiply(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
     """Σ dy ∘ z over all rows: [N], in float32 or wider."""
-    dy, z, wide = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), _wide(z)
+    dy, z, wide = dy.reshape(-1, dy.shape[-1]), z.reshape(-1, z.shape[-1]), wide_dtype(z)
     if _is_followed(dy):
         return (dy.to(wide) * z.to(wide)).sum(0)
     total = z.new_zeros(z.shape[1], dtype=wide)
@@ -152,7 +122,3 @@ def _sum_of_products(dy: Tensor, z: Tensor) -> Tensor:
 def _is_followed(tensor: Tensor) -> bool:
     """Whether something follows what is done with it: nothing may be written into a buffer."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or are_batched([tensor])
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

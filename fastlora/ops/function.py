@@ -1,4 +1,4 @@
-"""The autograd node of a group of projections, for eager calls."""
+"""The autograd node of a call, for eager calls."""
 
 from collections.abc import Sequence
 
@@ -6,64 +6,83 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..projection import Projection, group, outputs_of
-from .library import are_batched, kept, run_backward, run_forward, stand_in
+from ..backends import Settings
+from ..projection import Layout, Output, flatten, per_adapter, unflatten
+from .call import are_batched, kept, run_backward, run_forward, stand_in
 
-_TENSORS = 5  # where the tensors begin among the node's arguments
+_ARGUMENTS = 3  # x, settings, layouts: before the tensors
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """One node for all projections of one x.  It saves x, the parameters, the seed and h.
+    """One node for all outputs of one x.  It saves x, the outputs' tensors, the seeds and every h.
 
-    But not x where no lora_a and no weight trains, nor an h whose lora_b doesn't.
+    x is left out if neither a lora_a nor a weight needs a gradient, an h if its lora_b needs none.
     """
 
     @staticmethod
-    def forward(ctx, x, seed, dropout, backend, projections, *tensors) -> tuple[Tensor, ...]:
-        """``tensors`` are those of ``projections``, laid flat: what autograd follows."""
-        ys, hs = run_forward(x, projections, dropout, seed, backend)
-        ctx.save_for_backward(*kept(x, seed, tensors, hs, ctx.needs_input_grad[_TENSORS:]))
-        ctx.settings = dropout, backend, [projection.scale for projection in projections]
-        ctx.shape = x.shape
+    def forward(
+        ctx, x: Tensor, settings: Settings, layouts: Sequence[Layout], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``tensors`` are those of the outputs, laid flat: what autograd follows."""
+        ys, hs = run_forward(x, unflatten(tensors, layouts), settings)
+        kept_x, kept_hs = kept(x, hs, unflatten(ctx.needs_input_grad[_ARGUMENTS:], layouts))
+        ctx.save_for_backward(kept_x, settings.seeds, *tensors, *kept_hs)
+        ctx.dropout, ctx.backend, ctx.layouts = settings.dropout, settings.backend, layouts
+        ctx.shape, ctx.count = x.shape, len(tensors)
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        dropout, backend, scales = ctx.settings
-        x, seed, *saved = ctx.saved_tensors
-        count = 4 * len(scales)
-        tensors, hs = saved[:count], saved[count:]
-        needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[_TENSORS:]
-        projections, has_x = group(tensors, scales), x is not None
+        x, seeds, *saved = ctx.saved_tensors
+        layouts, outputs = ctx.layouts, unflatten(saved[: ctx.count], ctx.layouts)
+        hs, settings = saved[ctx.count :], Settings(ctx.dropout, seeds, ctx.backend)
+        needs_x = ctx.needs_input_grad[0]
+        needs, has_x = unflatten(ctx.needs_input_grad[_ARGUMENTS:], layouts), x is not None
         if not has_x:
             if all(dy is None for dy in dys):
-                return (None,) * (_TENSORS + count)
+                return (None,) * (_ARGUMENTS + ctx.count)
             x = stand_in(dys, ctx.shape)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
-                x = torch.zeros_like(x, requires_grad=needs[0])
-            dx, *gradients = _differentiable(dys, x, tensors, scales, needs, dropout, seed, backend)
+                x = torch.zeros_like(x, requires_grad=needs_x)
+            dx, gradients = _differentiable(dys, x, outputs, layouts, needs_x, needs, settings)
             if not has_x:
-                gradients[2::4] = _of_lora_b(dys, hs, projections, needs[3::4])
+                gradients = _with_those_of_lora_b(gradients, dys, hs, outputs, needs)
         else:
-            dx, *gradients = run_backward(dys, x, projections, hs, needs, dropout, seed, backend)
-        return dx, None, None, None, None, *gradients
+            dx, gradients = run_backward(dys, x, outputs, hs, needs_x, needs, settings)
+        return dx, None, None, *flatten(gradients, layouts)
 
 
-def _differentiable(dys, x, tensors, scales, needs, dropout, seed, backend) -> list[Tensor | None]:
+def _differentiable(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    layouts: Sequence[Layout],
+    needs_x: bool,
+    needs: Sequence[Output[bool]],
+    settings: Settings,
+) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
     """run_backward's gradients by torch's own operations: autograd's, of the textbook formula."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, since one tensor may be there twice, and each time has a gradient of its own.
-        x, *tensors = (None if t is None else t.view_as(t) for t in (x, *tensors))
-        projections = group([None if t is None else t.to(x.dtype) for t in tensors], scales)
-        shape = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
-        masks = None if seed is None else [backend.dropout_mask(s, shape, dropout) for s in seed]
-        ys = reference.lora_linears(x, projections, dropout=dropout, masks=masks)
+        x, *tensors = [t.view_as(t) for t in (x, *flatten(outputs, layouts))]
+        masks = None
+        if settings.seeds is not None:
+            shape = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
+            mask, p = settings.backend.dropout_mask, settings.dropout
+            masks = [mask(seed, shape, p) for seed in settings.seeds]
+        ys = reference.lora_linears(
+            x,
+            unflatten([tensor.to(x.dtype) for tensor in tensors], layouts),
+            dropout=settings.dropout,
+            masks=masks,
+        )
     used = [i for i, dy in enumerate(dys) if dy is not None]
-    leaves = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
-    gradients = iter(
+    all_needs = [needs_x, *flatten(needs, layouts)]
+    leaves = [t for t, need in zip((x, *tensors), all_needs, strict=True) if need]
+    asked = iter(
         torch.autograd.grad(
             [ys[i] for i in used],
             leaves,
@@ -72,26 +91,40 @@ def _differentiable(dys, x, tensors, scales, needs, dropout, seed, backend) -> l
             allow_unused=True,
         )
     )
-    return [next(gradients) if need else None for need in needs]
+    dx, *gradients = [next(asked) if need else None for need in all_needs]
+    return dx, unflatten(gradients, layouts)
 
 
-def _of_lora_b(
+def _with_those_of_lora_b(
+    gradients: Sequence[Output[Tensor | None]],
     dys: Sequence[Tensor | None],
     hs: Sequence[Tensor | None],
-    projections: Sequence[Projection],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """dyᵀ h for each lora_b, from the h that was kept where x wasn't: no gradient reaches x."""
-    gradients: list[Tensor | None] = []
-    for i, h, projection, need in zip(outputs_of(projections), hs, projections, needs, strict=True):
-        dy, gradient = dys[i], None
-        if need and dy is not None and h is not None:
-            gradient = dy.reshape(-1, dy.shape[-1]).T @ h
-            gradient = gradient.to(projection.lora_b.dtype)
-            if gradient.requires_grad:
-                gradient.register_hook(_refuse)
-        gradients.append(gradient)
-    return gradients
+    outputs: Sequence[Output[Tensor]],
+    needs: Sequence[Output[bool]],
+) -> list[Output[Tensor | None]]:
+    """The gradients, with dyᵀ h for each lora_b, from the h that was kept where x wasn't.
+
+    No gradient of theirs reaches x.
+    """
+    found = []
+    per_output = zip(gradients, dys, per_adapter(hs, outputs), outputs, needs, strict=True)
+    for (base, of_adapters), dy, thin, output, need in per_output:
+        of_lora_b = [
+            _of_lora_b(dy, h, adapter.lora_b) if wanted.lora_b else None
+            for h, adapter, wanted in zip(thin, output.adapters, need.adapters, strict=True)
+        ]
+        changed = [a._replace(lora_b=g) for a, g in zip(of_adapters, of_lora_b, strict=True)]
+        found.append(Output(base, tuple(changed)))
+    return found
+
+
+def _of_lora_b(dy: Tensor | None, h: Tensor | None, lora_b: Tensor) -> Tensor | None:
+    if dy is None or h is None:
+        return None
+    gradient = (dy.reshape(-1, dy.shape[-1]).T @ h).to(lora_b.dtype)
+    if gradient.requires_grad:
+        gradient.register_hook(_refuse)
+    return gradient
 
 
 def _refuse(_) -> None:

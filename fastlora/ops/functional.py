@@ -1,15 +1,16 @@
-"""The functional API: checks, autocast, the seed, and the way to the node or the op."""
+"""The functional API: checks, autocast, the seeds, and the way to the node or the op."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..backends import backend_name, find_backend
-from ..projection import Projection, check_call, check_types
+from ..backends import Settings, backend_name, find_backend
+from ..projection import Output, Projection, as_outputs, check_call, flatten, layouts_of
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
+from .call import run_forward
 from .function import LoRALinearFunction
-from .library import run_forward
+from .library import call_registered
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -60,7 +61,7 @@ def lora_linear(
 
 def lora_linears(
     x: Tensor,
-    projections: Sequence[Projection],
+    projections: Sequence[Projection | Output],
     *,
     dropout: float = 0.0,
     training: bool = True,
@@ -72,32 +73,42 @@ def lora_linears(
     may differ between the projections.  dx is summed in the order given.  A projection whose weight
     is None is one more adapter of the layer before it, and has no output of its own.
     """
-    check_types(x, projections)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    outputs: Sequence[Output[Tensor]] = as_outputs(projections)
     if autocast_is_on(x.device.type):
-        x, projections = autocast_inputs(x, projections)
+        x, outputs = autocast_inputs(x, outputs)
         with autocast_off(x.device.type):
-            return lora_linears(x, projections, dropout=dropout, training=training, backend=backend)
-    check_call(x, projections, dropout)
-    if not training:
-        dropout = 0.0
-    seed = None if dropout == 0.0 else draw_seed(len(projections), x.device)
-    tensors = [tensor for projection in projections for tensor in projection[:4]]
+            return _call(x, outputs, dropout, training, backend)
+    return _call(x, outputs, dropout, training, backend)
+
+
+def _call(
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    dropout: float,
+    training: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    check_call(x, outputs, dropout)
+    layouts = layouts_of(outputs)
+    tensors = flatten(outputs, layouts)
+    count = sum([len(output.adapters) for output in outputs])
+    dropout = dropout if training and count else 0.0
+    seeds = draw_seed(count, x.device) if dropout else None
     if (
         torch.compiler.is_compiling()
         or not is_plain(x)
         or torch._C._len_torch_dispatch_stack()  # selective checkpointing, a FLOP counter …
     ):  # these go through the dispatcher
         name = "" if backend is None else backend_name(backend)
-        parameters = [x.new_empty(0) if tensor is None else tensor for tensor in tensors]
-        scales = [float(projection.scale) for projection in projections]
-        op = torch.ops.fastlora.lora_linears
-        return tuple(op(x, parameters, scales, float(dropout), seed, name)[0])
-    implementation = find_backend(backend, x.device)
+        return call_registered(x, tensors, layouts, dropout, seeds, name)
+    settings = Settings(dropout, seeds, find_backend(backend, x.device))
     if torch.is_grad_enabled():
-        return LoRALinearFunction.apply(x, seed, dropout, implementation, projections, *tensors)
-    return tuple(run_forward(x, projections, dropout, seed, implementation)[0])
+        return LoRALinearFunction.apply(x, settings, layouts, *tensors)
+    return tuple(run_forward(x, outputs, settings)[0])
 
 
 def draw_seed(count: int, device: torch.device) -> Tensor:
-    """One seed a projection, from torch's generator, which checkpointing and users replay."""
+    """One seed an adapter, from torch's generator, which checkpointing and users replay."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)

@@ -29,13 +29,8 @@ def lora_linear(
     ``dropout``.  A positive ``dropout`` without a mask is a ValueError, since the oracle draws
     nothing.
     """
-    if mask is None and dropout > 0:
-        raise ValueError(
-            f"dropout is {dropout}, but no mask came: the reference draws none, so give it the mask"
-        )
-    dropped = x if mask is None else x * mask.to(x.dtype).reshape(x.shape) / (1.0 - dropout)
-    y = x @ weight.T + scale * ((dropped @ lora_a.T) @ lora_b.T)
-    return y if bias is None else y + bias
+    projection = (weight, lora_a, lora_b, bias, scale)
+    return lora_linears(x, [projection], dropout=dropout, masks=None if mask is None else [mask])[0]
 
 
 def lora_linears(
@@ -45,19 +40,32 @@ def lora_linears(
     dropout: float = 0.0,
     masks: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several projections of one x, each with its own mask: one output for each weight.
+    """Several outputs of one x, and a mask for each adapter, in their order.
 
-    A projection is any (weight, lora_a, lora_b, bias, scale), :class:`fastlora.Projection` among
-    them.  One whose weight is None adds its low-rank product to the output before it.
+    A projection is (weight, lora_a, lora_b, bias, scale), as :class:`fastlora.Projection` is; one
+    whose weight is None adds its low-rank product to the output before it.  Or it is ((weight,
+    bias), adapters), each of which is (lora_a, lora_b, scale): none, one or several.
     """
-    masks = [None] * len(projections) if masks is None else masks
-    ys: list[Tensor] = []
-    for (weight, lora_a, lora_b, bias, scale), mask in zip(projections, masks, strict=True):
-        adds = weight is None
-        if adds:
-            weight = lora_b.new_zeros(lora_b.shape[0], lora_a.shape[1])
-        y = lora_linear(
-            x, weight, lora_a, lora_b, bias=bias, scale=scale, dropout=dropout, mask=mask
+    outputs: list[tuple] = []
+    for projection in projections:
+        if len(projection) == 2:
+            outputs.append(tuple(projection))
+            continue
+        weight, lora_a, lora_b, bias, scale = projection
+        base, adapters = ((weight, bias), ()) if weight is not None else outputs.pop()
+        outputs.append((base, (*adapters, (lora_a, lora_b, scale))))
+    if masks is None and dropout > 0:
+        raise ValueError(
+            f"dropout is {dropout}, but no mask came: the reference draws none, so give it the mask"
         )
-        ys.append(ys.pop() + y if adds else y)
+    count = sum(len(adapters) for _, adapters in outputs)
+    mask_of_next = iter([None] * count if masks is None else masks)
+    ys = []
+    for (weight, bias), adapters in outputs:
+        y = x @ weight.T if bias is None else x @ weight.T + bias
+        for lora_a, lora_b, scale in adapters:
+            mask = next(mask_of_next)
+            kept = x if mask is None else x * mask.to(x.dtype).reshape(x.shape) / (1.0 - dropout)
+            y = y + scale * ((kept @ lora_a.T) @ lora_b.T)
+        ys.append(y)
     return tuple(ys)

@@ -1,1 +1,0 @@
-"""Other packages' layers and models: the only places that import those packages."""

@@ -1,0 +1,1 @@
+"""Your own model: which layers get adapters, injecting, merging and saving them."""

@@ -1,0 +1,199 @@
+"""Model surgery: nn.Linear layers become LoRALinear in place, and plain again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layer import LoRALinear, become_lora_linear, new_adapter
+from ..modules import called, lora_layers, some, unwrap
+from .config import LoRAConfig
+from .targets import find_targets, modules_to_save
+
+_RECORD = "_fastlora"
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What apply_lora did to a model; kept in the model's ``__dict__`` as ``_fastlora``."""
+
+    config: LoRAConfig
+    layers: tuple[str, ...]  # names of the adapted layers
+    saved_modules: tuple[str, ...]  # names of the modules that train in full
+    trained_before: frozenset[str]  # names of the parameters that required gradients before
+    untied: tuple["Untied", ...]
+
+
+class Untied(NamedTuple):
+    """A tied parameter of a module that trains in full, and the copy that took its place there."""
+
+    module: nn.Module
+    name: str
+    original: nn.Parameter
+    copy: nn.Parameter
+
+
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, *, autocast_adapter_dtype: bool = True
+) -> nn.Module:
+    """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
+
+    The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
+    keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
+    ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
+    bfloat16 layer are float32, as PEFT makes them; ``autocast_adapter_dtype=False`` keeps the
+    layer's dtype.
+
+    Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
+    target that matches nothing (the message lists what could), or a target that is no plain
+    ``nn.Linear``.
+    """
+    inner = unwrap(model)
+    for name, module in inner.named_modules():
+        if isinstance(module, LoRALinear):
+            raise ValueError(
+                f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
+            )
+        if hasattr(module, "lora_A"):
+            raise ValueError(
+                f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
+            )
+    _inject(inner, config, every_name=True, wide_adapters=autocast_adapter_dtype)
+    return model
+
+
+def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
+    """apply_lora for a config from a file, whose target names need not all occur in this model."""
+    return _inject(model, config, every_name=False, wide_adapters=True)
+
+
+def _inject(
+    model: nn.Module, config: LoRAConfig, *, every_name: bool, wide_adapters: bool
+) -> Injection:
+    saved = modules_to_save(model, config, every_name=every_name)
+    targets = find_targets(model, config, saved, every_name=every_name)
+    for name, module in saved.items():
+        for key, value in module.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
+    trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
+    adapters = {}
+    for name, linear in targets.items():
+        narrow = wide_adapters and linear.weight.element_size() < 4
+        dtype = torch.float32 if narrow else linear.weight.dtype
+        adapter = new_adapter(linear.weight, config.rank_of(name), config.init_lora_weights, dtype)
+        adapters[name] = (adapter, config.alpha_of(name))
+    untied = _copies_of_tied(model, saved)
+    # Nothing has changed so far, and nothing below can fail.
+    for place in untied:
+        setattr(place.module, place.name, place.copy)
+    model.requires_grad_(False)
+    for name, linear in targets.items():
+        adapter, alpha = adapters[name]
+        become_lora_linear(linear).attach_adapter(
+            adapter, alpha, config.lora_dropout, config.use_rslora
+        )
+    for module in saved.values():
+        module.requires_grad_(True)
+    for name in trained_biases(model, config.bias):
+        model.get_parameter(name).requires_grad_(True)
+    injection = Injection(config, tuple(targets), tuple(saved), trained_before, untied)
+    model.__dict__[_RECORD] = injection
+    return injection
+
+
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Make every LoRALinear a plain ``nn.Linear`` again, in place, and return the same model.
+
+    A merged layer keeps its merged weight (merge, then remove, is PEFT's ``merge_and_unload``); the
+    others keep the base's.  What trained before apply_lora trains again.  Modules that trained in
+    full keep what they learned. A model without adapters comes back as it is.  Raises ValueError,
+    and changes nothing, where an adapted weight was parametrised (``torch.nn.utils``).
+    """
+    inner = unwrap(model)
+    layers = list(lora_layers(inner))
+    for name, layer in layers:
+        layer.check_weight(called(name))
+    for _, layer in layers:
+        layer.detach_adapter()
+    for module in inner.modules():  # parts of a model may have been adapted one by one
+        injection = module.__dict__.pop(_RECORD, None)
+        if injection is not None:
+            for name, parameter in _named(module):
+                parameter.requires_grad_(name in injection.trained_before)
+    return model
+
+
+def trained_biases(model: nn.Module, bias: str) -> list[str]:
+    """The names of the biases that train under ``LoRAConfig.bias``."""
+    names = [
+        name for name, _ in model.named_parameters() if name == "bias" or name.endswith(".bias")
+    ]
+    if bias == "lora_only":
+        adapted = {f"{name}.bias" if name else "bias" for name, _ in lora_layers(model)}
+        return [name for name in names if name in adapted]
+    return names if bias == "all" else []
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names: a tied one comes more than once."""
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Untied, ...]:
+    """A copy of each parameter that a module which trains in full shares with one that doesn't."""
+    inside = [module for outer in saved.values() for module in outer.modules()]
+    inside_set = set(inside)  # modules are hashed by identity
+    outside = {
+        id(parameter)
+        for module in model.modules()
+        if module not in inside_set
+        for parameter in module.parameters(recurse=False)
+    }
+    copies: dict[int, nn.Parameter] = {}
+    untied = []
+    for module in inside:
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in outside:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+                untied.append(Untied(module, name, parameter, copies[id(parameter)]))
+    return tuple(untied)
+
+
+def undo_injection(model: nn.Module) -> None:
+    """Take back what apply_lora did just now: what it untied is tied again, too."""
+    for place in model.__dict__[_RECORD].untied:
+        setattr(place.module, place.name, place.original)
+    remove_lora(model)
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """What apply_lora did to this model, if it did."""
+    return unwrap(model).__dict__.get(_RECORD)
+
+
+def check_injection(model: nn.Module, injection: Injection) -> None:
+    """Raise ValueError unless the model still has the very adapters that apply_lora made."""
+    now = {name for name, _ in lora_layers(model)}
+    if now != set(injection.layers):
+        changed = sorted(now ^ set(injection.layers))
+        raise ValueError(
+            f"the model's adapters are not those that apply_lora made: {some(changed)} came or "
+            "went since; call fastlora.remove_lora(model) and start again"
+        )
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters train, of how many, in PEFT's words."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = (
+        sum(count for count, _ in counts),
+        sum(count for count, trains in counts if trains),
+    )
+    print(
+        f"trainable params: {trained:,d} || all params: {total:,d} "
+        f"|| trainable%: {100 * trained / max(total, 1):.4f}"
+    )

@@ -1,0 +1,101 @@
+"""Merging adapters into the base weights, for inference at the plain model's cost, and back."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..modules import called, lora_layers, unwrap
+
+_BAR_FROM = 16  # layers; below, a bar would only flicker
+
+
+def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
+    """Add scaling · lora_B lora_A to every adapted layer's weight, and return the same model.
+
+    Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
+    weights are kept beside the merged ones, so that :func:`unmerge_lora` restores their exact bits;
+    ``keep_base=False`` frees them, once all layers are merged, and the merge can't be undone.
+    ``remove_lora`` then leaves a plain model.
+
+    Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
+    or its weight parametrised, or a merged weight would hold NaN or infinity.  Warns where a merged
+    weight was tied to another module's, which it no longer is.
+    """
+    layers = _layers(model)
+    for name, layer in layers:
+        layer.check_weight(called(name))
+        if layer.merged:
+            raise ValueError(
+                f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
+            )
+    merged = []
+    for name, layer in _progress(layers, "merging"):
+        weight = layer.merged_weight()
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"merging {called(name)} gives NaN or infinity in {weight.dtype}, and nothing was "
+                "merged: look for non-finite values in its weight, lora_A and lora_B"
+            )
+        merged.append(weight)
+    _warn_of_ties(unwrap(model), layers)
+    for (_, layer), weight in zip(layers, merged, strict=True):
+        layer.use_merged(weight, keep_base)
+    return model
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Put the original weights back, bit for bit, and return the same model.
+
+    Raises ValueError, and changes nothing, if a layer isn't merged or was merged with
+    ``keep_base=False``.
+    """
+    layers = _layers(model)
+    for name, layer in layers:
+        layer.check_weight(called(name))
+        if not layer.merged:
+            raise ValueError(f"{called(name)} is not merged: call fastlora.merge_lora(model) first")
+        if not layer.can_unmerge:
+            raise ValueError(
+                f"{called(name)} was merged with keep_base=False, so its original weight is gone: "
+                "load the base model again"
+            )
+    for _, layer in layers:
+        layer.unmerge()
+    return model
+
+
+def _layers(model: nn.Module) -> list:
+    layers = list(lora_layers(unwrap(model)))
+    if not layers:
+        raise ValueError(
+            "the model has no LoRA layers: call fastlora.apply_lora or load_adapter first"
+        )
+    return layers
+
+
+def _warn_of_ties(model: nn.Module, layers: list) -> None:
+    owners = Counter(
+        id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
+    )
+    tied = [name for name, layer in layers if owners[id(layer.weight)] > 1]
+    if tied:
+        warnings.warn(
+            f"the weights of {', '.join(tied)} were tied to other modules', which stay as they "
+            "are: the merged ones are separate now. Before saving the merged model, set "
+            "config.tie_word_embeddings = False.",
+            stacklevel=3,
+        )
+
+
+def _progress(layers: list, what: str) -> Iterable:
+    """The layers behind a progress bar, if there are many and tqdm is installed."""
+    if len(layers) < _BAR_FROM:
+        return layers
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return layers
+    return tqdm(layers, desc=what, unit="layer", leave=False)

@@ -1,0 +1,75 @@
+"""One call of the op on a backend: what the autograd node and the registered op share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import Settings
+from ..projection import Output
+from .autocast import autocast_off
+
+
+def run_forward(
+    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Every output, with x's leading dimensions, and the h [M, r] of every adapter."""
+    ys, hs = settings.backend.forward(as_matrix(x), outputs, settings)
+    if x.dim() != 2:
+        # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
+        ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return ys, hs
+
+
+def run_backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Tensor],
+    needs_x: bool,
+    needs: Sequence[Output[bool]],
+    settings: Settings,
+) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
+    """The gradients of x and of the outputs' tensors, or None where nobody needs them."""
+    dys = [None if dy is None else as_matrix(dy) for dy in dys]
+    with autocast_off(x.device.type):
+        dx, gradients = settings.backend.backward(
+            dys, as_matrix(x), outputs, hs, needs_x, needs, settings
+        )
+    return dx if dx is None else dx.view(x.shape), gradients
+
+
+def kept(
+    x: Tensor, hs: Sequence[Tensor], needs: Sequence[Output[bool]]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """What the backward will read of x and of every h, given which gradients are needed.
+
+    Only the gradients of weight and lora_a are products with x, only lora_b's is one with h.
+    """
+    adapters = [adapter for output in needs for adapter in output.adapters]
+    reads_x = any(output.base.weight for output in needs) or any(a.lora_a for a in adapters)
+    read = [h if need.lora_b else None for h, need in zip(hs, adapters, strict=True)]
+    return x if reads_x else None, read
+
+
+def stand_in(dys: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
+    """A tensor of x's shape and dtype, for a backward that reads no element of x."""
+    return next(dy for dy in dys if dy is not None).new_empty(shape)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], rows or columns dense: copied only if its strides need it."""
+    matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    strides = matrix.stride()
+    return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
+
+
+def are_batched(dys: Sequence[Tensor | None]) -> bool:
+    """Whether these stand for many gradients each: ``is_grads_batched``, or vmap of a backward.
+
+    torch's own operations take them; kernels, and what writes into a buffer, don't.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(dy is not None and is_batched(dy) for dy in dys)

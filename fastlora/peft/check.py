@@ -1,0 +1,286 @@
+"""The user's own batch as the judge: PEFT's forward and the fast one, side by side."""
+
+import copy
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..modules import unwrap
+from ..report import Coverage
+from .optimize import optimize, peft_layers
+
+# The relative difference that is put down to rounding, by the coarsest dtype of the parameters.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+_SEED = 20240229  # of both runs, any number
+
+
+@dataclass(frozen=True)
+class Difference:
+    """‖fast - PEFT‖ / ‖PEFT‖ of one tensor; infinite where one is missing or PEFT's alone is 0."""
+
+    name: str
+    relative: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far the fast path was from PEFT's on one batch.  True if that can be rounding."""
+
+    loss: Difference
+    outputs: tuple[Difference, ...]
+    gradients: tuple[Difference, ...]  # of every parameter that trains, and of inputs
+    layers: tuple[Difference, ...]  # of every LoRA layer with gradients: the largest of them
+    tolerance: float
+    coverage: Coverage  # of the fast run
+
+    @property
+    def largest(self) -> Difference:
+        return max((self.loss, *self.outputs, *self.gradients), key=_size)
+
+    def __bool__(self) -> bool:
+        return self.largest.relative <= self.tolerance  # false for NaN
+
+    def __str__(self) -> str:
+        verdict = "the same within rounding" if self else "NOT the same"
+        fast, count = len(self.coverage.fast), len(self.coverage.layers)
+        lines = [
+            f"fastlora ({fast} of {count} layers fast) and PEFT: {verdict} "
+            f"(relative differences, tolerance {self.tolerance:g})",
+            f"  loss {self.loss.relative:.2g}",
+        ]
+        for kind, found in (("output", self.outputs), ("gradient", self.gradients)):
+            if found:
+                worst = max(found, key=_size)
+                lines.append(f"  {len(found)} {kind}s: up to {worst.relative:.2g}, {worst.name}")
+        for layer in sorted(self.layers, key=_size, reverse=True)[:5]:
+            lines.append(f"    {layer.name}: {layer.relative:.2g}")
+        return "\n".join(lines)
+
+
+def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Check:
+    """Run ``batch`` through PEFT's forward and through the fast one, and compare all numbers.
+
+    ``model`` holds PEFT LoRA layers, optimised or not; ``batch`` is what it is called with: a
+    mapping (keyword arguments), a tuple or list (arguments) or one tensor.  Both runs have the same
+    dropout masks and, for the rest, the same random state.  The loss is the output's ``loss``, or
+    else a fixed random combination of all outputs.  Compared are the loss, every floating tensor of
+    the output, and the gradient of every parameter that trains and of every input that requires it.
+
+    The model runs in the mode it is in: ``model.train()`` includes dropout.  Take one that has
+    trained a few steps: while lora_B is zero, outputs and lora_A's gradients say little.
+
+    It changes nothing: the batch is copied, and gradients, buffers, random states (also Python's
+    and numpy's) and the layers' classes are put back.  It needs memory
+    for two sets of gradients and outputs, and a copy of the batch, beside the model.
+
+    ``tolerance``: the largest relative difference that is taken for rounding; by default 1e-3 for
+    a float32 model, 0.02 with float16 parameters or autocast, 0.1 with bfloat16.  In a deep model
+    both paths are that far from the truth: compare in float32 to see more.
+
+    Raises what :func:`fastlora.optimize` raises, and ValueError if no layer would run fast, or if
+    an optimizer steps inside of backward.
+    """
+    inner = unwrap(model)
+    with optimize(model) as report:
+        from . import masks, swap  # here, since they import PEFT
+
+        if not any(layer.runs_adapter for layer in report.layers):
+            raise ValueError(
+                f"there is nothing to compare, no layer runs its adapter fast: {report}"
+            )
+        with masks.shared_masks(inner):
+            with _kept(inner):
+                fast = _run(model, batch)
+            swapped = swap.unswap_all(layer for _, layer in peft_layers(inner))
+            try:
+                with _kept(inner):
+                    peft = _run(model, batch)
+            finally:
+                swap.swap_all(swapped)
+    if tolerance is None:
+        used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
+        tolerance = max(_TOLERANCES[dtype] for dtype in used & _TOLERANCES.keys())
+    gradients = _differences(fast.gradients, peft.gradients)
+    return Check(
+        _differences(fast.loss, peft.loss)[0],
+        _differences(fast.outputs, peft.outputs),
+        gradients,
+        tuple(_per_layer(report, gradients)),
+        tolerance,
+        Coverage(report.layers),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run computed, by name; and the dtypes of autocast where LoRA layers were called."""
+
+    loss: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    autocast: set[torch.dtype]
+
+
+def _run(model: nn.Module, batch: Any) -> _Run:
+    inner = unwrap(model)
+    _seed_all()
+    inner.zero_grad()
+    batch = tree_map(_fresh, dict(batch) if isinstance(batch, Mapping) else batch)
+    with _noted_autocast(inner) as autocast:
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        else:
+            output = model(*batch) if isinstance(batch, Sequence) else model(batch)
+    outputs = _floating(output)
+    loss = outputs.pop("loss", None)
+    if loss is None:
+        if not outputs:
+            raise ValueError(
+                f"the model returned {type(output).__name__}, without a float tensor: let it "
+                "return the loss or the logits"
+            )
+        generator = torch.Generator().manual_seed(_SEED)
+        loss = torch.stack(
+            [
+                (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+                for value in outputs.values()
+            ]
+        )
+    loss = loss.sum()
+    if loss.requires_grad:
+        loss.backward()
+    inputs = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    named = chain(inner.named_parameters(), ((f"input {i}", x) for i, x in enumerate(inputs)))
+    return _Run(
+        {"loss": loss.detach()},
+        {name: value.detach() for name, value in outputs.items()},
+        {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None},
+        autocast,
+    )
+
+
+def _seed_all() -> None:
+    torch.manual_seed(_SEED)
+    random.seed(_SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(_SEED)
+
+
+def _fresh(value: Any) -> Any:
+    """A copy of a part of the batch: a model may write to it, or fill its gradient."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    try:
+        return copy.deepcopy(value)
+    except TypeError:  # it can't be copied
+        return value
+
+
+@contextmanager
+def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
+    """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's."""
+    found = set()
+
+    def note(_, args):
+        device = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+        if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
+            found.add(torch.get_autocast_dtype(device))
+
+    handles = [layer.register_forward_pre_hook(note) for _, layer in peft_layers(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _floating(output: Any) -> dict[str, Tensor]:
+    """The floating tensors of a model's output, by key or by number."""
+    items = output.items() if isinstance(output, Mapping) else {"output": output}.items()
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        leaves = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
+        found |= {key if len(leaves) == 1 else f"{key}[{i}]": v for i, v in enumerate(leaves)}
+    return found
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter has a gradient; afterwards all but the weights is as it was."""
+    parameters = list(model.parameters())
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+        raise ValueError(
+            "a hook runs when a gradient is ready (an optimizer inside of backward?), and would "
+            "change the model: check it before that is set up"
+        )
+    # With their values, since those may be views of DDP's buckets, which the runs write to.
+    gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
+    # And buffers both as objects and by value: a forward may write to one, or put another there.
+    buffers = [
+        (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
+        for module in model.modules()
+    ]
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices), _kept_random_state():
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.grad = None
+                for parameter, gradient, value in gradients:
+                    parameter.grad = gradient.copy_(value)
+                for module, before in buffers:
+                    module._buffers.clear()
+                    for name, kept in before.items():
+                        module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Of Python and numpy, which some models draw from too."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:
+    return tuple(Difference(n, _relative(fast.get(n), peft.get(n))) for n in {**peft, **fast})
+
+
+def _relative(fast: Tensor | None, peft: Tensor | None) -> float:
+    if fast is None or peft is None or fast.shape != peft.shape:
+        return float("inf")
+    size, distance = peft.double().norm().item(), (fast.double() - peft.double()).norm().item()
+    if distance == 0.0:
+        return 0.0
+    return distance / size if size else float("inf")
+
+
+def _per_layer(report: Coverage, gradients: Sequence[Difference]) -> Iterator[Difference]:
+    """For each layer of the report the largest difference among its own gradients."""
+    for layer in report.layers:
+        own = [g for g in gradients if g.name.startswith(f"{layer.name}.")]
+        if own:
+            yield Difference(layer.name, max(own, key=_size).relative)
+
+
+def _size(difference: Difference) -> float:
+    """Its place in an order in which NaN is largest."""
+    return float("inf") if math.isnan(difference.relative) else difference.relative

@@ -1,0 +1,53 @@
+"""The report on any model with LoRA layers, fastlora's or PEFT's."""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from ..modules import unwrap
+from ..report import Coverage, LayerCoverage, cover_lora_linears
+from .versions import why_not_version
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """How every LoRA layer of the model, fastlora's or PEFT's, would run now; nothing is called.
+
+    Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
+    """
+    inner = checked(model)
+    unreached = "not optimised yet: fastlora.optimize(model) does it"
+    theirs = cover(inner, peft_layers(inner), unreached)
+    return Coverage((*cover_lora_linears(inner), *theirs))
+
+
+def cover(
+    model: nn.Module, layers: list[tuple[str, Any]], unreached: str
+) -> tuple[LayerCoverage, ...]:
+    """Records of PEFT layers; ``unreached`` is what stops one that isn't optimised, if anything."""
+    if not layers:
+        return ()
+    version = why_not_version()
+    if version:
+        return tuple(
+            LayerCoverage(name, (layer.out_features, layer.in_features), 0, False, "eager", version)
+            for name, layer in layers
+        )
+    from .records import records
+
+    return records(model, layers, unreached)
+
+
+def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every LoRA layer of PEFT's, with its name.  Where PEFT isn't imported, there are none."""
+    lora = sys.modules.get("peft.tuners.lora")
+    if lora is None:
+        return []
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, lora.LoraLayer)]
+
+
+def checked(model: nn.Module) -> nn.Module:
+    """What is inside the wrappers of a model; a TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    return unwrap(model)

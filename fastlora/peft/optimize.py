@@ -1,0 +1,100 @@
+"""PEFT models sped up in place, and back: optimize and restore."""
+
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+from torch import nn
+
+from ..modules import lora_layers
+from ..report import Coverage
+from .coverage import checked, cover, peft_layers
+from .versions import is_disabled, why_never
+
+
+@dataclass(frozen=True)
+class Optimized(Coverage):
+    """What ``optimize`` returns: the report; as a context manager it undoes that call at its end.
+
+    Layers that were optimised before stay so.
+    """
+
+    _changed: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # weak references
+
+    def __enter__(self) -> "Optimized":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _unswap([layer for changed in self._changed if (layer := changed()) is not None])
+
+    def __reduce__(self):
+        return Coverage, (self.layers,)
+
+
+def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
+    """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and report on each.
+
+    ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
+    ``torch.compile``) or not.  Parameters, names, files and PEFT's own functions stay as they are;
+    every call decides for itself whether it runs fast, and PEFT's forward takes all the others.
+    Layers that were optimised before are left alone; layers that PEFT adds later need another call.
+    :func:`restore` undoes it, and so does the end of ``with fastlora.optimize(model):``.
+
+    The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
+
+    ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does a version of PEFT
+    that wasn't tested, with a warning.
+
+    Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, or
+    if ``FASTLORA_BACKEND`` names no backend.
+    With ``strict``, a layer that would not run fast is a ValueError too, with the report as its
+    text.  After an error the model is as it was.
+    """
+    inner = checked(model)
+    layers = peft_layers(inner)
+    if not layers:
+        raise ValueError(_why_nothing(inner))
+    reason = why_never()
+    if reason and not is_disabled():
+        warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
+    report = cover(inner, layers, unreached=reason)
+    if strict and any(not layer.fast for layer in report):
+        raise ValueError(f"not every layer would run fast: {Coverage(report)}")
+    if reason:
+        return Optimized(report)
+    from .swap import swap_all  # here, since it imports PEFT
+
+    return Optimized(report, tuple(map(ref, swap_all(layer for _, layer in layers))))
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`optimize`: every layer runs PEFT's forward again.  Returns the model.
+
+    A model that wasn't optimised stays as it is.  Raises TypeError for what is no module.
+    """
+    _unswap([layer for _, layer in peft_layers(checked(model))])
+    return model
+
+
+def _unswap(layers: list[Any]) -> None:
+    if "fastlora.peft.layer" in sys.modules:  # else no layer was ever made fast
+        from .swap import unswap_all
+
+        unswap_all(layers)
+
+
+def _why_nothing(model: nn.Module) -> str:
+    """Why a model without PEFT LoRA layers can't be optimised, and what to do."""
+    if any(True for _ in lora_layers(model)):
+        return f"this {type(model).__name__} needs none: its LoRA layers are fastlora's own"
+    config = getattr(model, "peft_config", None)
+    if isinstance(config, dict):
+        kinds = ", ".join(str(getattr(c, "peft_type", c)).split(".")[-1] for c in config.values())
+        return f"this PEFT model has no LoRA layers (its adapters: {kinds}): only LoRA is sped up"
+    return (
+        f"this {type(model).__name__} has no PEFT LoRA layers: give it some by "
+        "peft.get_peft_model(model, peft.LoraConfig(…)), or use fastlora's own layers: "
+        "fastlora.apply_lora(model, fastlora.LoRAConfig(…))"
+    )

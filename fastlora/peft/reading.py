@@ -1,0 +1,263 @@
+"""A PEFT LoRA layer as its next call finds it: what the fast path computes with, or why it can't.
+
+The fast path reads the tensors of ``base_layer``, ``lora_A`` and ``lora_B`` and doesn't call these
+modules.  So whatever acts on such a call (a hook, another class, a replaced forward) sends the
+layer to PEFT's forward, which does call them.
+
+All of this is read anew in every call: adapters come and go, and so do hooks.  It is to take a few
+microseconds, so it looks submodules up where ``nn.Module`` keeps them.
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..ops import is_plain
+from ..ops.autocast import AUTOCAST_DTYPES
+from ..projection import DTYPES, LARGEST_SCALE, Adapter, Base, Output
+from .dropout import DROPOUTS
+
+_LINEAR_FORWARD = nn.Linear.forward
+_MODULE_CALL = nn.Module.__call__
+
+
+class Reading(NamedTuple):
+    """The layer with its active adapters as one output; or ``reason``, why its call is PEFT's."""
+
+    reason: str
+    output: Output[Tensor] | None = None
+    p: float = 0.0  # the probability with which the call drops
+    dropout: nn.Module | None = None
+    magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
+
+
+def active_adapters(layer: PeftLinear) -> list[str]:
+    """The active adapters that this layer has, in PEFT's order."""
+    own = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in own]
+
+
+def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
+    """Read the layer for a call with these adapters, of which there is one at least.
+
+    ``gathers``: that call will find plain tensors where FSDP2 has sharded ones between calls.
+    """
+    if not layer.cast_input_dtype_enabled:
+        return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
+    modules = layer._modules
+    base = modules["base_layer"]
+    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
+        return Reading(_why_hooked(base, "its base layer"))
+    kind = type(base)
+    conv1d = kind.forward is not _LINEAR_FORWARD and _is_conv1d(base)
+    if not conv1d and (kind.forward is not _LINEAR_FORWARD or kind.__call__ is not _MODULE_CALL):
+        return Reading(f"its base is a {kind.__name__}, no torch.nn.Linear")
+    if "parametrizations" in base._modules:  # to read such a weight is to compute it
+        return Reading("its base is parametrised")
+    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    if conv1d:
+        weight = weight.T
+    reason = _why_not_weight("its base layer", weight, gathers)
+    reason = reason or _why_not_bias("its base's", bias, gathers)
+    if reason:
+        return Reading(reason)
+    adapters: list[Adapter[Tensor]] = []
+    p, dropout = None, None
+    for name in names:
+        lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+            part, other = ("lora_B", lora_b) if type(lora_a) is nn.Linear else ("lora_A", lora_a)
+            return Reading(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
+        down, up = _tensor(lora_a, "weight"), _tensor(lora_b, "weight")
+        shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
+        dropout = modules["lora_dropout"]._modules[name]
+        reason = (
+            _why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
+            or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
+            or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
+            or _why_not_bias("its lora_B's", shift, gathers)
+            or _why_not_dropout(dropout, p)
+            or _why_not_scale(scale)
+        )
+        if reason:
+            return Reading(reason)
+        p = _rate(dropout)
+        if shift is not None:
+            bias = shift * scale if bias is None else bias + shift * scale
+        if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
+            up, scale = up * scale, 1.0
+        adapters.append(Adapter(down, up, scale))
+    magnitude = None
+    if layer.lora_variant:
+        reason, magnitude = _read_variant(layer, names, weight, gathers)
+        if magnitude is not None and not layer.training:
+            p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
+    if reason:
+        return Reading(reason)
+    output = Output(Base(weight, bias), tuple(adapters))
+    return Reading("", output, p or 0.0, dropout, magnitude)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the fast path takes this x beside this base weight [out, in].
+
+    What it doesn't take, PEFT may convert or refuse.
+    """
+    if not is_plain(x) or x.layout is not torch.strided or x.device != weight.device:
+        return False
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return False
+    return x.dtype == weight.dtype or (
+        x.dtype in AUTOCAST_DTYPES
+        and weight.dtype in AUTOCAST_DTYPES
+        and torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _read_variant(
+    layer: PeftLinear, names: list[str], weight: Tensor, gathers: bool
+) -> tuple[str, DoraLinearLayer | None]:
+    """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
+    variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}
+    if not variants:
+        return "", None
+    name, variant = next(iter(variants.items()))
+    if type(variant) is not DoraLinearVariant:
+        kind = variant if isinstance(variant, type) else type(variant)
+        return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
+    magnitude = layer.lora_magnitude_vector[name]
+    if len(names) > 1:
+        return "DoRA beside another active adapter", None
+    if layer.lora_B[name].bias is not None:
+        return "DoRA with lora_bias", None
+    if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
+        return "a hook watches, or something replaces, its DoRA magnitude", None
+    if not _will_be_plain(magnitude.weight, gathers) or magnitude.weight.device != weight.device:
+        return "its DoRA magnitude is sharded or on another device", None
+    return "", magnitude
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something acts on a call of this module besides its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and not _acts_as_its_class(module))
+    )
+
+
+def _acts_as_its_class(module: nn.Module) -> bool:
+    """Whether the forward on this instance does what its class's does.
+
+    It may be accelerate's, which moves inputs to the weight's device, where the fast path asks them
+    to be; or the class's own, which accelerate leaves there when its hook is removed.
+    """
+    own = module.__dict__["forward"]
+    if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+        return True
+    hook: Any = module.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and type(hook).__module__ == "accelerate.hooks"
+        and not hook.offload
+        and not hook.io_same_device
+    )
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, sooner; a parametrised weight or FSDP's is no parameter there."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, whose weight is [in, out]."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and type(base) is pytorch_utils.Conv1D
+
+
+def _rate(dropout: nn.Module) -> float:
+    """The probability with which this module drops now: 0 in evaluation."""
+    return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+
+def _will_be_plain(tensor: Tensor, gathers: bool) -> bool:
+    if is_plain(tensor):
+        return True
+    if not gathers or not isinstance(tensor, DTensor):
+        return False
+    # With a second dimension in its mesh, it stays sharded over that: tensor parallel.  But where
+    # the first one replicates, both are FSDP's (HSDP).
+    ndim = tensor.device_mesh.ndim
+    return ndim == 1 or (ndim == 2 and tensor.placements[0].is_replicate())
+
+
+def _why_not_adapter(
+    linear: nn.Module, name: str, weight: Tensor, base: Tensor, gathers: bool
+) -> str:
+    if weight.device != base.device:
+        return f"{name} is on {weight.device}, its base on {base.device}"
+    if is_hooked(linear):
+        return _why_hooked(linear, name)
+    # PEFT casts x to the adapter's dtype.  float32 beside 16 bits is the usual case, and covered.
+    if weight.dtype not in (base.dtype, torch.float32) and weight.itemsize >= base.itemsize:
+        return f"{name} is {weight.dtype}, its base {base.dtype}"
+    return _why_not_weight(name, weight, gathers)
+
+
+def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
+    if not _will_be_plain(weight, gathers):
+        if isinstance(weight, DTensor):
+            return f"{name} is sharded (DTensor)"
+        return f"the weight of {name} is a {type(weight).__name__}"
+    if weight.device.type == "meta":
+        return f"{name} is on the meta device, without data"
+    if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
+        # No backward can keep it.
+        return f"{name} was made in inference mode"
+    if weight.dim() != 2:  # between calls of FSDP1's or ZeRO-3's blocks
+        return f"{name} isn't gathered: its weight has shape {tuple(weight.shape)}"
+    return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
+
+
+def _why_hooked(module: nn.Module, name: str) -> str:
+    if hasattr(module, "ds_id"):
+        return f"DeepSpeed ZeRO-3 gathers {name} when it is called"
+    if isinstance(module._parameters.get("weight"), DTensor):
+        return f"{name} is sharded, and gathers or splits what it is called with (DTensor)"
+    return f"a hook watches, or something replaces, the calls of {name}"
+
+
+def _why_not_bias(whose: str, bias: Tensor | None, gathers: bool) -> str:
+    if bias is None or (_will_be_plain(bias, gathers) and bias.dtype in DTYPES):
+        return ""
+    return f"{whose} bias is a {type(bias).__name__} of {bias.dtype}"
+
+
+def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
+    """``before``: the probability of the adapter before, if there is one."""
+    if type(dropout) not in DROPOUTS or is_hooked(dropout):
+        return "a hook watches, or something replaces, its dropout"
+    p = _rate(dropout)
+    if p >= 1.0:
+        return "its dropout drops everything"
+    if p > 0.0 and dropout.inplace:
+        return "its dropout changes the input in place"
+    if before not in (None, p):
+        return "its active adapters have different dropouts, and are training"
+    return ""
+
+
+def _why_not_scale(scale: Any) -> str:
+    if isinstance(scale, Tensor):
+        return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
+    finite = isinstance(scale, (float, int)) and abs(scale) <= LARGEST_SCALE
+    return "" if finite else f"its scaling is {scale!r}, no finite float32"

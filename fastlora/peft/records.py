@@ -1,0 +1,56 @@
+"""The report on PEFT's LoRA layers."""
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..backends import planned_backend
+from ..report import LayerCoverage
+from .moment import why_not_now
+from .reading import active_adapters, read
+from .swap import is_swapped, why_not_swapped
+
+
+def records(
+    model: nn.Module, layers: list[tuple[str, LoraLayer]], unreached: str
+) -> tuple[LayerCoverage, ...]:
+    """How a call of each layer would run now, with an input like its weight.
+
+    ``unreached`` is what is said of a layer that isn't optimised; if it is empty, the answer is how
+    the layer would run if it were.
+    """
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    found = []
+    for name, layer in layers:
+        gathers = any(not unit or f"{name}.".startswith(f"{unit}.") for unit in units)
+        found.append(_cover(name, layer, unreached, gathers))
+    return tuple(found)
+
+
+def _cover(name: str, layer: LoraLayer, unreached: str, gathers: bool) -> LayerCoverage:
+    """``gathers``: whether FSDP2 gathers the layer's parameters before it is called."""
+    # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
+    adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
+    plan, reason = "eager", why_not_swapped(layer) or ("" if is_swapped(layer) else unreached)
+    reason = reason or why_not_now()
+    fast = not reason
+    if fast:
+        names = active_adapters(layer)
+        if layer.disable_adapters or not names:
+            plan = "disabled"
+        elif layer.merged:
+            plan = "merged"
+        else:
+            reading = read(layer, names, gathers)
+            fast, reason = reading.output is not None, reading.reason
+            if reading.output is not None:
+                plan, reason = planned_backend([reading.output])
+    return LayerCoverage(
+        name,
+        shape=(layer.out_features, layer.in_features),
+        r=sum(layer.r[adapter] for adapter in adapters),
+        fast=fast,
+        plan=plan,
+        reason=reason,
+        adapter=", ".join(adapters),
+    )

@@ -1,0 +1,414 @@
+"""Adapter files: PEFT reads ours, we read PEFT's, and a damaged file changes nothing."""
+
+import json
+import os
+import shutil
+
+import peft
+import pytest
+import torch
+from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.model.checkpoint import CONFIG, WEIGHTS
+
+SETTINGS = {
+    "plain": {"target_modules": ["up", "down"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": "(up|down)"},
+    "rslora": {"target_modules": ["up"], "use_rslora": True, "lora_alpha": 3},
+    "patterns": {
+        "target_modules": ["up", "down"],
+        "r": 4,
+        "rank_pattern": {"up": 2},
+        "alpha_pattern": {"down": 5, "u.": 7},
+    },
+    "bias-all": {"target_modules": ["up"], "bias": "all"},
+    "bias-lora_only": {"target_modules": ["up"], "bias": "lora_only"},
+    "modules_to_save": {"target_modules": ["up"], "modules_to_save": ["head", "norm"]},
+    "bias-all-and-modules_to_save": {
+        "target_modules": ["up"],
+        "bias": "all",
+        "modules_to_save": ["head"],
+    },
+    "exclude": {"target_modules": "all-linear", "exclude_modules": ["head"]},
+    "gaussian": {"target_modules": ["up"], "init_lora_weights": "gaussian"},
+}
+settings_cases = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+def same_mlp() -> torch.nn.Module:
+    torch.manual_seed(7)
+    return Mlp().eval()
+
+
+def adapted(**settings) -> torch.nn.Module:
+    return randomise(fastlora.apply_lora(same_mlp(), LoRAConfig(**settings)))
+
+
+@settings_cases
+def test_peft_loads_ours(tmp_path, settings):
+    model, x = adapted(**settings), torch.randn(5, 8)
+    fastlora.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(same_mlp(), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x))
+
+
+@settings_cases
+def test_we_load_peft_s(tmp_path, settings):
+    theirs, x = peft.get_peft_model(same_mlp(), peft.LoraConfig(**settings)), torch.randn(5, 8)
+    randomise(theirs).eval().save_pretrained(tmp_path)
+    ours = fastlora.load_adapter(same_mlp(), tmp_path)
+    torch.testing.assert_close(ours(x), theirs(x))
+    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert len(trained) == sum(parameter.requires_grad for parameter in theirs.parameters())
+
+
+@settings_cases
+def test_round_trip(tmp_path, settings):
+    model, x = adapted(**settings), torch.randn(5, 8)
+    fastlora.save_adapter(model, tmp_path / "first")
+    fresh = fastlora.load_adapter(same_mlp(), tmp_path / "first")
+    assert torch.equal(fresh(x), model(x))
+    existing = randomise(fastlora.apply_lora(same_mlp(), LoRAConfig(**settings)))
+    fastlora.load_adapter(existing, tmp_path / "first")
+    assert torch.equal(existing(x), model(x))
+    fastlora.save_adapter(fresh, tmp_path / "second")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_the_order_of_overlapping_patterns_is_kept(tmp_path):
+    """The first match counts.  PEFT's own files lose the order, so ours are asked."""
+    patterns = {"alpha_pattern": {"up": 64, "down|up": 8}, "rank_pattern": {"u.*": 4, "up": 2}}
+    model, x = adapted(target_modules=["up", "down"], **patterns), torch.randn(5, 8)
+    fastlora.save_adapter(model, tmp_path)
+    assert torch.equal(fastlora.load_adapter(same_mlp(), tmp_path)(x), model(x))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(same_mlp(), tmp_path)(x), model(x))
+
+
+@settings_cases
+def test_the_keys_are_peft_s(tmp_path, settings):
+    fastlora.save_adapter(adapted(**settings), tmp_path / "ours")
+    peft.get_peft_model(same_mlp(), peft.LoraConfig(**settings)).save_pretrained(
+        tmp_path / "theirs"
+    )
+    ours, theirs = (load_file(tmp_path / side / WEIGHTS) for side in ("ours", "theirs"))
+    wrapper_copies = {
+        key for key in theirs if ".original_module." in key or ".modules_to_save." in key
+    }
+    assert ours.keys() == theirs.keys() - wrapper_copies
+    assert {key: tensor.shape for key, tensor in ours.items()} == {
+        key: theirs[key].shape for key in ours
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_model_both_ways(tmp_path, dtype):
+    torch.manual_seed(1)
+    model, ids = tiny_llama(dtype), torch.randint(0, 100, (2, 9))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    randomise(fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear")), std=0.05)
+    fastlora.save_adapter(model, tmp_path)
+    plain = tiny_llama(dtype)
+    plain.load_state_dict(base)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path)
+    close = {"rtol": 0.05, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, **close)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+def test_a_tied_module_to_save_in_peft(tmp_path):
+    torch.manual_seed(3)
+    base = Tied().state_dict()
+
+    def make():
+        model = Tied().eval()
+        model.load_state_dict(base)
+        return model
+
+    model = randomise(
+        fastlora.apply_lora(make(), LoRAConfig(target_modules=["mix"], modules_to_save=["head"]))
+    )
+    fastlora.save_adapter(model, tmp_path)
+    theirs, ids = peft.PeftModel.from_pretrained(make(), tmp_path), torch.arange(5)
+    torch.testing.assert_close(theirs(ids), model(ids))
+    torch.testing.assert_close(fastlora.load_adapter(make(), tmp_path)(ids), model(ids))
+
+
+@pytest.mark.parametrize("saved", [["embed", "head"], ["tied"]], ids=["two", "inside-one"])
+def test_tied_modules_to_save(tmp_path, saved):
+    def make():
+        torch.manual_seed(3)
+        model = torch.nn.Module()
+        model.tied, model.mix = Tied(), torch.nn.Linear(20, 20)
+        return model
+
+    config = LoRAConfig(target_modules=["mix"], exclude_modules=["tied.mix"], modules_to_save=saved)
+    model = randomise(fastlora.apply_lora(make(), config))
+    fastlora.save_adapter(model, tmp_path)
+    loaded, ids = fastlora.load_adapter(make(), tmp_path), torch.arange(5)
+    assert torch.equal(loaded.tied(ids), model.tied(ids))
+    assert loaded.tied.head.weight is loaded.tied.embed.weight
+
+
+def test_file_metadata_and_dtype(tmp_path):
+    from safetensors import safe_open
+
+    fastlora.save_adapter(
+        fastlora.apply_lora(Mlp().bfloat16(), LoRAConfig(target_modules=["up"])), tmp_path
+    )
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_tensor("base_model.model.up.lora_A.weight").dtype == torch.float32
+
+
+def test_an_adapter_saved_while_merged_is_the_same(tmp_path):
+    model = adapted(target_modules=["up"])
+    fastlora.save_adapter(model, tmp_path / "plain")
+    fastlora.save_adapter(fastlora.merge_lora(model), tmp_path / "merged")
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_a_classifier(tmp_path, side):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def make():
+        torch.manual_seed(3)
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+        config = BertConfig(num_hidden_layers=1, vocab_size=20, **sizes)
+        return BertForSequenceClassification(config).eval()
+
+    settings, ids = {"task_type": "SEQ_CLS", "target_modules": ["query"]}, torch.arange(5)[None]
+    if side == "ours":
+        model = randomise(fastlora.apply_lora(make(), LoRAConfig(**settings)))
+        fastlora.save_adapter(model, tmp_path)
+        other = peft.PeftModel.from_pretrained(make(), tmp_path)
+    else:
+        model = randomise(peft.get_peft_model(make(), peft.LoraConfig(**settings))).eval()
+        model.save_pretrained(tmp_path)
+        other = fastlora.load_adapter(make(), tmp_path)
+    torch.testing.assert_close(other(ids).logits, model(ids).logits)
+
+
+def test_adapters_that_came_or_went_are_not_saved(tmp_path):
+    model = torch.nn.Sequential(same_mlp(), same_mlp())
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["up"]))
+    fastlora.remove_lora(model[0])
+    with pytest.raises(ValueError, match=r"0\.up came or went"):
+        fastlora.save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_loading_into_a_model_on_the_meta_device(tmp_path):
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    with torch.device("meta"):
+        model = Mlp()
+    with pytest.raises(ValueError, match="on the meta device"):
+        fastlora.load_adapter(model, tmp_path)
+
+
+def test_a_config_without_alpha_means_peft_s_default(tmp_path):
+    fastlora.save_adapter(adapted(target_modules=["up"], lora_alpha=8), tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    del values["lora_alpha"]
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    assert fastlora.load_adapter(same_mlp(), tmp_path).up.lora_alpha == 8
+
+
+def test_saving_a_plain_model(tmp_path):
+    with pytest.raises(ValueError, match="no adapters to save"):
+        fastlora.save_adapter(Mlp(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_each_file_is_whole_when_interrupted_between_them(tmp_path, monkeypatch):
+    model = adapted(target_modules=["up"])
+    fastlora.save_adapter(model, tmp_path)
+    old, replace = (tmp_path / CONFIG).read_bytes(), os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda source, to: replace(source, to) if to.name == WEIGHTS else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        fastlora.save_adapter(randomise(model), tmp_path)
+    assert (tmp_path / CONFIG).read_bytes() == old
+    load_file(tmp_path / WEIGHTS)
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG}
+
+
+@pytest.mark.parametrize("failing", ["write", "rename"])
+def test_an_interrupted_save_keeps_the_old_files(tmp_path, monkeypatch, failing):
+    model = adapted(target_modules=["up"])
+    fastlora.save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fastlora.save_adapter(randomise(model), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_over_another_adapter(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    fastlora.save_adapter(adapted(target_modules=["down"]), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", WEIGHTS, CONFIG}
+    assert "down" in json.loads((tmp_path / CONFIG).read_text())["target_modules"]
+
+
+def edit_config(folder, **changes) -> None:
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(values | changes))
+
+
+def edit_tensors(folder, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
+
+DAMAGE = {
+    "missing-key": (lambda f: edit_tensors(f, lambda t: t.pop(B)), f"missing {B}"),
+    "extra-key": (
+        lambda f: edit_tensors(f, lambda t: t.update(other=torch.zeros(1))),
+        "not known other",
+    ),
+    "wrong-shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({A: torch.zeros(3, 8)})),
+        r"shape \(3, 8\), but .* \(8, 8\)",
+    ),
+    "integers": (
+        lambda f: edit_tensors(f, lambda t: t.update({A: t[A].to(torch.int64)})),
+        "lora_A.weight of torch.int64",
+    ),
+    "another-model": (
+        lambda f: edit_tensors(f, lambda t: t.update({A.replace("up", "dawn"): t.pop(A)})),
+        "missing .*up.lora_A.* not known .*dawn",
+    ),
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-40]), "damaged"),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "damaged"),
+    "no-safetensors": (
+        lambda f: (f / WEIGHTS).write_bytes(b"PK\x03\x04 a pickle of old" * 9),
+        "damaged",
+    ),
+    "no-json": (lambda f: (f / CONFIG).write_text("{"), "is no JSON"),
+    "json-list": (lambda f: (f / CONFIG).write_text("[]"), "no PEFT config"),
+    "no-peft_type": (lambda f: (f / CONFIG).write_text('{"r": 8}'), "no PEFT config"),
+    "another-method": (lambda f: edit_config(f, peft_type="IA3"), "peft_type 'IA3'"),
+    "dora": (lambda f: edit_config(f, use_dora=True), "doesn't support: use_dora=True"),
+    "lora_bias": (lambda f: edit_config(f, lora_bias=True), "lora_bias=True"),
+    "layers_to_transform": (
+        lambda f: edit_config(f, layers_to_transform=[0, 1]),
+        r"layers_to_transform=\[0, 1\]",
+    ),
+    "layer-0-to-transform": (
+        lambda f: edit_config(f, layers_to_transform=0),
+        "layers_to_transform=0",
+    ),
+    "unknown-setting": (lambda f: edit_config(f, warp_factor=9), "warp_factor=9"),
+    "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "rank-list": (lambda f: edit_config(f, rank_pattern=["up"]), "rank_pattern is"),
+    "bad-pattern": (lambda f: edit_config(f, alpha_pattern={"*up": 4}), "alpha_pattern has"),
+    "bad-task": (lambda f: edit_config(f, task_type=["x"]), "task_type is"),
+    "bad-rank": (lambda f: edit_config(f, r=0), "rank must be a whole number"),
+    "bad-dropout": (lambda f: edit_config(f, lora_dropout=1.5), "dropout is 1.5"),
+    "null-alpha": (lambda f: edit_config(f, lora_alpha=None), "lora_alpha is None"),
+}
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["plain-model", "adapted-model"])
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_adapter_changes_nothing(tmp_path, damage, message, fresh):
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    damage(tmp_path)
+    model = same_mlp() if fresh else adapted(target_modules=["up"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        fastlora.load_adapter(model, tmp_path)
+    assert_untouched(model, before)
+    assert ("_fastlora" in model.__dict__) != fresh
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"), [(["q_proj"], "It could match"), (None, "target_modules is None")]
+)
+def test_targets_that_a_plain_model_has_not(tmp_path, targets, message):
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    edit_config(tmp_path, target_modules=targets)
+    model = same_mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        fastlora.load_adapter(model, tmp_path)
+    assert_untouched(model, before)
+
+
+def test_a_damaged_file_leaves_tied_weights_tied(tmp_path):
+    config = LoRAConfig(target_modules=["mix"], modules_to_save=["head"])
+    fastlora.save_adapter(fastlora.apply_lora(Tied(), config), tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update(other=torch.zeros(1)))
+    model = Tied()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="not known other"):
+        fastlora.load_adapter(model, tmp_path)
+    assert_untouched(model, before)
+    assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS, CONFIG, "folder"])
+def test_a_missing_file(tmp_path, missing):
+    folder = tmp_path / "adapter"
+    fastlora.save_adapter(adapted(target_modules=["up"]), folder)
+    shutil.rmtree(folder) if missing == "folder" else (folder / missing).unlink()
+    model = same_mlp()
+    before = snapshot(model)
+    with pytest.raises(FileNotFoundError, match="an adapter's folder holds"):
+        fastlora.load_adapter(model, folder)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("other", [{"r": 4}, {"lora_alpha": 3}, {"use_rslora": True}])
+def test_another_adapter_in_the_model(tmp_path, other):
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    model = adapted(target_modules=["up"], **other)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"remove_lora\(model\) first"):
+        fastlora.load_adapter(model, tmp_path)
+    assert_untouched(model, before)
+
+
+def test_loading_into_a_merged_model(tmp_path):
+    model = adapted(target_modules=["up"])
+    fastlora.save_adapter(model, tmp_path)
+    fastlora.merge_lora(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="up is merged"):
+        fastlora.load_adapter(model, tmp_path)
+    assert_untouched(model, before)
+
+
+def test_settings_that_are_off_are_no_error(tmp_path):
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    edit_config(
+        tmp_path, use_dora=False, layers_to_transform=None, loftq_config={}, a_later_setting=False
+    )
+    fastlora.load_adapter(same_mlp(), tmp_path)
+
+
+def test_targets_that_this_model_has_not_are_no_error_in_a_file(tmp_path):
+    """PEFT's configs often name the projections of several architectures."""
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    edit_config(tmp_path, target_modules=["up", "gate_proj"])
+    fastlora.load_adapter(same_mlp(), tmp_path)

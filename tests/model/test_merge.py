@@ -1,0 +1,199 @@
+"""Merging: the float32 sum rounded once, the very bits back, and nothing half done."""
+
+import pytest
+import torch
+from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
+
+import fastlora
+from fastlora import LoRAConfig
+
+
+def adapted_mlp(dtype: torch.dtype = torch.float32):
+    return randomise(
+        fastlora.apply_lora(Mlp().to(dtype), LoRAConfig(r=3, target_modules=["up", "down"]))
+    ).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_merged_weight_is_the_exact_sum_rounded_once(dtype):
+    model = adapted_mlp(dtype)
+    layer = model.up
+    exact = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    fastlora.merge_lora(model)
+    assert layer.weight.dtype == dtype
+    ulp = torch.finfo(dtype).eps * exact.abs().clamp(min=1e-2)
+    slack = 1e-14 if dtype == torch.float64 else 1e-6  # of the wide sum itself
+    assert ((layer.weight.double() - exact).abs() <= 0.5 * ulp + slack).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_outputs_agree_and_bits_come_back(dtype):
+    model, x = adapted_mlp(dtype), torch.randn(5, 8, dtype=dtype)
+    before, y = snapshot(model), model(x)
+    assert fastlora.merge_lora(model) is model
+    torch.testing.assert_close(
+        model(x), y, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+    )
+    assert not torch.equal(model.up.weight, before["values"]["up.weight"])
+    assert fastlora.unmerge_lora(model) is model
+    assert_untouched(model, before)
+    assert torch.equal(model(x), y)
+
+
+def test_autocast_does_not_round_the_sum():
+    model = adapted_mlp()
+    plain = fastlora.merge_lora(model).up.weight.clone()
+    fastlora.unmerge_lora(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fastlora.merge_lora(model)
+    assert torch.equal(model.up.weight, plain)
+
+
+@pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.remove_lora])
+def test_a_parametrised_weight_is_refused(call):
+    model = adapted_mlp()
+    torch.nn.utils.parametrize.register_parametrization(model.down, "weight", torch.nn.Identity())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="down can't be merged or removed: its weight is computed"):
+        call(model)
+    assert_untouched(model, before)
+
+
+def test_a_merged_layer_is_one_product(monkeypatch):
+    from fastlora import layer as linear
+
+    model = fastlora.merge_lora(adapted_mlp())
+    monkeypatch.setattr(linear, "lora_linears", lambda *_, **__: pytest.fail("the adapter ran"))
+    model(torch.randn(2, 8))
+
+
+def test_the_adapter_may_change_while_merged():
+    model = adapted_mlp()
+    base = model.up.weight.clone()
+    fastlora.merge_lora(model)
+    randomise(model)
+    fastlora.unmerge_lora(model)
+    assert torch.equal(model.up.weight, base)
+
+
+def test_moving_while_merged_moves_the_base_too():
+    model = adapted_mlp()
+    fastlora.merge_lora(model).to(torch.float64)
+    fastlora.unmerge_lora(model)
+    assert model.up.weight.dtype == torch.float64
+    model(torch.randn(2, 8, dtype=torch.float64))
+
+
+def test_keep_base_false_frees_the_base():
+    model = adapted_mlp()
+    fastlora.merge_lora(model, keep_base=False)
+    assert model.up._base_weight is None
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="keep_base=False"):
+        fastlora.unmerge_lora(model)
+    assert_untouched(model, before)
+
+
+def test_a_tied_weight_is_not_merged_into_the_embedding():
+    model = randomise(fastlora.apply_lora(Tied(), LoRAConfig(target_modules=["head"]))).eval()
+    embedding = model.embed.weight.clone()
+    with pytest.warns(UserWarning, match="head were tied"):
+        fastlora.merge_lora(model)
+    assert torch.equal(model.embed.weight, embedding)
+    assert not torch.equal(model.head.weight, embedding)
+    fastlora.unmerge_lora(model)
+    assert model.head.weight is model.embed.weight
+
+
+def test_merging_twice():
+    model = fastlora.merge_lora(adapted_mlp())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="up is merged already"):
+        fastlora.merge_lora(model)
+    assert_untouched(model, before)
+
+
+def test_unmerging_what_is_not_merged():
+    model = adapted_mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="up is not merged"):
+        fastlora.unmerge_lora(model)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.unmerge_lora])
+def test_a_plain_model(call):
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        call(Mlp())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_results_are_refused(value):
+    model = adapted_mlp()
+    with torch.no_grad():
+        model.down.lora_B[0, 0] = value  # the second layer: the first must not stay merged
+    with pytest.raises(ValueError, match="merging down gives NaN or infinity"):
+        fastlora.merge_lora(model)
+    assert not model.up.merged
+    assert not model.down.merged
+
+
+def test_overflow_of_float16_is_refused():
+    model = adapted_mlp(torch.float16)
+    with torch.no_grad():
+        model.up.lora_B.fill_(6e4)
+    with pytest.raises(ValueError, match=r"in torch.float16"):
+        fastlora.merge_lora(model)
+
+
+def test_training_while_merged_is_an_error():
+    model = fastlora.merge_lora(adapted_mlp()).train()
+    with pytest.raises(RuntimeError, match="unmerge_lora"):
+        model(torch.randn(2, 8))
+    with torch.no_grad():
+        model(torch.randn(2, 8))
+    model.eval()(torch.randn(2, 8))
+
+
+def test_loading_weights_while_merged_is_an_error():
+    model = adapted_mlp()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fastlora.merge_lora(model)
+    with pytest.raises(RuntimeError, match="up is merged"):
+        model.load_state_dict(state)
+    fastlora.unmerge_lora(model)
+    model.load_state_dict(state)
+
+
+def test_progress_bar_on_many_layers(capsys):
+    model = tiny_llama(num_hidden_layers=3)
+    fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    fastlora.merge_lora(model)
+    assert "merging" in capsys.readouterr().err
+    fastlora.merge_lora(adapted_mlp())
+    assert capsys.readouterr().err == ""
+
+
+def test_generation_when_merged():
+    model = randomise(
+        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
+    )
+    ids = torch.randint(0, 100, (1, 5))
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(ids, **settings)
+    assert torch.equal(fastlora.merge_lora(model).generate(ids, **settings), plain)
+
+
+def test_export_of_a_plain_merged_model(tmp_path):
+    """The README's recipe: merge, remove, save_pretrained."""
+    from transformers import LlamaForCausalLM
+
+    model = randomise(
+        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
+    )
+    ids = torch.randint(0, 100, (1, 5))
+    adapted_logits = model(ids).logits
+    fastlora.remove_lora(fastlora.merge_lora(model)).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(loaded(ids).logits, adapted_logits, rtol=1e-4, atol=1e-5)

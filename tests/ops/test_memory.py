@@ -1,0 +1,36 @@
+"""What a call keeps for its backward: x, the parameters, h and the seed, and nothing else."""
+
+import pytest
+import torch
+from judge import make_projection
+from memory import saved_bytes
+
+import fastlora
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_saves_x_and_h_only(p, adapter_dtype):
+    x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+    group = [make_projection(32, 128, r, torch.bfloat16, adapter_dtype, bias=True) for r in (4, 8)]
+    parameters = [tensor for projection in group for tensor in projection[:4]]
+    storages = saved_bytes(lambda: fastlora.lora_linears(x, group, dropout=p))
+    for tensor in (x, *parameters):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    seed = 2 * 8 if p else 0
+    assert sum(storages.values()) == 64 * (4 + 8) * 2 + seed
+
+
+def test_saved_tensors_are_not_written_over():
+    x = torch.randn(16, 12, requires_grad=True)
+    projection = make_projection(8, 12, 4, torch.float32)
+    before = [tensor.clone() for tensor in (x, *projection[:3])]
+    y = fastlora.lora_linear(x, *projection[:3], dropout=0.3)
+    first = torch.autograd.grad(
+        y.sum(), (x, projection.lora_a, projection.lora_b), retain_graph=True
+    )
+    second = torch.autograd.grad(y.sum(), (x, projection.lora_a, projection.lora_b))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *projection[:3]), strict=True))

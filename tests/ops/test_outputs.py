@@ -1,0 +1,143 @@
+"""Outputs as records: with one adapter, several or none, in one call; flat, and records again."""
+
+import pytest
+import torch
+from judge import USUAL_DTYPES, check_against_oracle, make_outputs, make_projection
+from memory import saved_bytes
+from torch.nn.functional import linear
+
+import fastlora
+from fastlora.projection import (
+    Adapter,
+    Base,
+    Layout,
+    Output,
+    Projection,
+    as_outputs,
+    flatten,
+    layouts_of,
+    per_adapter,
+    unflatten,
+)
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.mark.parametrize("name", ["f64", "f32", "bf16-f32"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
+@pytest.mark.parametrize("rows", [1, 34])
+def test_outputs_with_one_two_and_no_adapters(name, p, rows, poisoned_memory):
+    x = torch.randn(2, rows, 16, dtype=torch.float64).to(USUAL_DTYPES[name][0]).requires_grad_()
+    check_against_oracle(x, make_outputs(*USUAL_DTYPES[name]), p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_a_frozen_layer_alone(p, bias, poisoned_memory):
+    """y and dx are torch's to the last bit, nothing is kept but the weight, and nothing drawn."""
+    x = torch.randn(5, 16, requires_grad=True)
+    weight, shift = torch.randn(7, 16), torch.randn(7) if bias else None
+    state = torch.get_rng_state()
+    storages = saved_bytes(
+        lambda: fastlora.lora_linears(x, [Output(Base(weight, shift))], dropout=p)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(storages) <= {
+        t.untyped_storage().data_ptr() for t in (weight, shift) if t is not None
+    }
+    (y,) = fastlora.lora_linears(x, [Output(Base(weight, shift))], dropout=p)
+    dy = torch.randn_like(y)
+    assert torch.equal(y, linear(x, weight, shift))
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ weight)
+
+
+def test_a_frozen_layer_whose_weight_and_bias_train(poisoned_memory):
+    x = torch.randn(5, 16, requires_grad=True)
+    weight, bias = torch.randn(7, 16, requires_grad=True), torch.randn(7, requires_grad=True)
+    check_against_oracle(x, [Output(Base(weight, bias))])
+
+
+def test_many_frozen_outputs_beside_an_adapted_one(poisoned_memory):
+    """More than a launch of the kernels takes, and the adapted one in their middle."""
+    adapted = as_outputs([make_projection(6, 16, 3, torch.float32)])
+    frozen = [Output(Base(torch.randn(4 + i, 16))) for i in range(6)]
+    x = torch.randn(5, 16, requires_grad=True)
+    check_against_oracle(x, [*frozen[:3], *adapted, *frozen[3:]], 0.2)
+
+
+def test_a_frozen_output_compiled():
+    torch.compiler.reset()
+    outputs = make_outputs(torch.float32)
+    compiled = torch.compile(
+        lambda x: fastlora.lora_linears(x, outputs), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.randn(5, 16, requires_grad=True)
+    ys = fastlora.lora_linears(x, outputs)
+    for ours, theirs in zip(compiled(x), ys, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (ours, theirs))
+        )
+
+
+def test_a_gradient_of_the_gradient_with_a_frozen_output():
+    outputs = make_outputs(torch.float64)
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: fastlora.lora_linears(x, outputs), x)
+
+
+def test_autocast_casts_a_frozen_outputs_weight():
+    x, weight = torch.randn(5, 16), torch.randn(7, 16)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        (y,) = fastlora.lora_linears(x, [Output(Base(weight))])
+        assert torch.equal(y, linear(x, weight))
+
+
+def test_flat_tensors_become_the_same_outputs():
+    outputs = make_outputs(torch.float32)
+    layouts = layouts_of(outputs)
+    assert layouts == (Layout(True, (0.75,)), Layout(False, (0.75, 0.75)), Layout(False, ()))
+    flat = flatten(outputs, layouts)
+    assert [tuple(t.shape) for t in flat] == [
+        (6, 16), (6,), (2, 16), (6, 2), (9, 16), (3, 16), (9, 3), (1, 16), (9, 1), (7, 16)
+    ]  # fmt: skip
+    assert unflatten(flat, layouts) == outputs
+    assert list(per_adapter("abc", outputs)) == [["a"], ["b", "c"], []]
+
+
+ONE = Projection(torch.ones(6, 8), torch.ones(3, 8), torch.ones(6, 3))
+WRONG = {
+    "second-without-lora_a": ([ONE, Projection(None, None, ONE.lora_b)], "lora_a must be a tensor"),
+    "second-without-lora_b": ([ONE, Projection(None, ONE.lora_a, None)], "lora_b must be a tensor"),
+    "first-without-weight": ([ONE._replace(weight=None)], "weight must be a tensor, not NoneType"),
+    "base-without-weight": ([Output(Base(None))], "weight must be a tensor, not NoneType"),
+    "base-is-a-tensor": ([Output(ONE.weight)], "must be an Output of a Base and Adapters"),
+    "adapter-is-a-tuple": (
+        [Output(Base(ONE.weight), ((ONE.lora_a, ONE.lora_b, 1.0),))],
+        "must be an Output of a Base and Adapters",
+    ),
+    "adapter-alone": (
+        [Output(Base(ONE.weight), Adapter(ONE.lora_a, ONE.lora_b))],
+        "must be an Output of a Base and Adapters",
+    ),
+    "bias-list": ([ONE._replace(bias=[0.0])], "bias must be a tensor or None, not list"),
+}
+
+
+@pytest.mark.parametrize(("projections", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_no_output(projections, message):
+    with pytest.raises(TypeError, match=message):
+        fastlora.lora_linears(torch.randn(2, 8), projections)
+
+
+def test_a_further_adapter_has_no_bias():
+    with pytest.raises(ValueError, match="without a weight of its own can't have a bias"):
+        fastlora.lora_linears(
+            torch.randn(2, 8), [ONE, ONE._replace(weight=None, bias=torch.ones(6))]
+        )
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (6,), (6, 7)], ids=str)
+def test_a_frozen_weight_that_does_not_fit(shape):
+    with pytest.raises(ValueError, match="weight has shape"):
+        fastlora.lora_linears(torch.randn(2, 8), [Output(Base(torch.ones(shape)))])

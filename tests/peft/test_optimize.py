@@ -1,0 +1,410 @@
+"""optimize, restore and coverage on PEFT layers: the numbers, the report, and the way back."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from types import MethodType
+
+import models
+import peft
+import pytest
+import torch
+from judge import USUAL_DTYPES
+from models import Mlp
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft_models import counted_calls
+from torch import nn
+
+import fastlora
+from fastlora.peft.masks import shared_masks
+
+
+def adapted(dtype=torch.float32, adapters=("default",), **settings) -> peft.PeftModel:
+    """An Mlp whose ``up`` and ``down`` have adapters that are no identity change."""
+    config = {"r": 4, "target_modules": ["up", "down"], "init_lora_weights": False} | settings
+    model = peft.get_peft_model(Mlp().to(dtype), peft.LoraConfig(**config), adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, peft.LoraConfig(**config))
+    model.base_model.set_adapter(list(adapters))
+    return model
+
+
+@pytest.fixture
+def fast_calls():
+    """The inputs of the calls that ran fast, as they come."""
+    with counted_calls() as calls:
+        yield calls
+
+
+def results(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output and every gradient of one call, with the same random state each time."""
+    leaf = x.detach().clone().requires_grad_()
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    torch.manual_seed(7)
+    y = layer(leaf)
+    gradients = torch.autograd.grad(y, [leaf, *trained.values()], dy.to(y.dtype))
+    return {"y": y.detach()} | dict(zip(["x", *trained], gradients, strict=True))
+
+
+LAYERS = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.3},
+    "rslora": {"use_rslora": True},
+    "lora-bias": {"lora_bias": True},
+    "trained-bias": {"bias": "all"},
+    "dora": {"use_dora": True},
+    "dora-dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "two": {"adapters": ("a", "b")},
+    "two-dropout": {"adapters": ("a", "b"), "lora_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), USUAL_DTYPES.values(), ids=USUAL_DTYPES)
+@pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
+def test_no_further_from_the_truth_than_peft(settings, dtype, adapter_dtype, fast_calls):
+    """The truth is PEFT's own layer in float64; a float32 adapter is PEFT's under autocast.
+
+    error(ours) ≤ 2 · error(PEFT) + a few units in the last place, which PEFT may hit by luck.
+    """
+    layer = adapted(dtype, **settings).base_model.model.up
+    for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        parameters.to(adapter_dtype)
+    x = torch.randn(3, 40, 8, dtype=torch.float64).to(dtype)
+    dy = torch.randn(3, 40, 12, dtype=torch.float64).to(dtype)
+    wide = copy.deepcopy(layer).double()
+    with shared_masks(layer), shared_masks(wide):
+        truth = results(wide, x.double(), dy)
+        with torch.autocast("cpu", dtype, enabled=adapter_dtype != dtype):
+            theirs = results(layer, x, dy)
+        assert not fast_calls
+        fastlora.optimize(layer, strict=True)
+        ours = results(layer, x, dy)
+    assert len(fast_calls) == 1
+    assert ours.keys() == theirs.keys()
+    for name, our in ours.items():
+        their, size = theirs[name], truth[name].norm()
+        assert our.dtype == their.dtype, name
+        assert our.shape == their.shape, name
+        error, their_error = ((t.double() - truth[name]).norm() / size for t in (our, their))
+        assert error <= 2 * their_error + 2 * torch.finfo(our.dtype).eps, (name, error, their_error)
+
+
+def test_the_report_before_and_after():
+    model = adapted()
+    before = fastlora.coverage(model)
+    assert str(before) == (
+        "0 of 2 layers fast\n2 eager: base_model.model.up, base_model.model.down: "
+        "not optimised yet: fastlora.optimize(model) does it"
+    )
+    report = fastlora.optimize(model)
+    assert str(report) == str(fastlora.coverage(model)) == "2 of 2 layers fast (backend torch)"
+    first = report.layers[0]
+    assert (first.name, first.shape, first.adapter, first.r, first.fast, first.plan) == (
+        "base_model.model.up", (12, 8), "default", 4, True, "torch",
+    )  # fmt: skip
+
+
+class Mixed(nn.Module):
+    """A linear layer, an embedding and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.conv = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Conv1d(8, 8, 1)
+
+    def forward(self, ids):
+        return self.conv(self.mix(self.embed(ids)).transpose(1, 2))
+
+
+def mixed() -> peft.PeftModel:
+    return peft.get_peft_model(Mixed(), peft.LoraConfig(target_modules=["embed", "mix", "conv"]))
+
+
+def test_layers_of_other_kinds_are_peft_s_and_say_so():
+    report = fastlora.optimize(mixed())
+    assert {layer.name.split(".")[-1]: layer.fast for layer in report.layers} == {
+        "embed": False,
+        "mix": True,
+        "conv": False,
+    }
+    assert "1 of 3 layers fast (backend torch)\n" in str(report)
+    assert "embed: only PEFT's lora.Linear is sped up, not Embedding" in str(report)
+
+
+def test_strict_raises_with_the_report_and_changes_nothing():
+    model = mixed()
+    with pytest.raises(
+        ValueError, match=r"1 of 3 layers fast(.|\n)*embed: only PEFT's lora.Linear"
+    ):
+        fastlora.optimize(model, strict=True)
+    assert type(model.base_model.model.mix) is PeftLinear
+    assert fastlora.optimize(adapted(), strict=True).eager == ()
+
+
+def test_optimizing_twice_and_restoring_without_are_no_ops():
+    model = adapted()
+    assert fastlora.restore(model) is model
+    fastlora.optimize(model)
+    cls = type(model.base_model.model.up)
+    assert str(fastlora.optimize(model)) == "2 of 2 layers fast (backend torch)"
+    assert type(model.base_model.model.up) is cls
+    fastlora.restore(model)
+    assert type(model.base_model.model.up) is PeftLinear
+
+
+def test_as_a_context_manager_it_undoes_its_own_call_alone(fast_calls):
+    model, x = adapted(), torch.randn(2, 8)
+    fastlora.optimize(model.base_model.model.up)
+    with fastlora.optimize(model) as report:
+        assert len(report.fast) == 2
+        model(x)
+        assert len(fast_calls) == 2
+    model(x)
+    assert len(fast_calls) == 3  # up was fast before
+
+
+def test_the_report_holds_no_layer():
+    model = adapted()
+    report = fastlora.optimize(model)
+    assert pickle.loads(pickle.dumps(report)) == fastlora.Coverage(report.layers)
+    del model
+    assert all(changed() is None for changed in report._changed)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda: Mlp(), ValueError, "no PEFT LoRA layers.*fastlora.apply_lora"),
+        (lambda: 3, TypeError, "must be a torch.nn.Module, not int"),
+        (
+            lambda: peft.get_peft_model(
+                Mlp(), peft.IA3Config(target_modules=["up"], feedforward_modules=[])
+            ),
+            ValueError,
+            "its adapters: IA3.*only LoRA",
+        ),
+        (
+            lambda: fastlora.apply_lora(Mlp(), fastlora.LoRAConfig(target_modules=["up"])),
+            ValueError,
+            "fastlora's own",
+        ),
+    ],
+    ids=["plain", "no-module", "ia3", "fastlora"],
+)
+def test_what_is_no_peft_lora_model_is_refused(model, error, message):
+    with pytest.raises(error, match=message):
+        fastlora.optimize(model())
+
+
+def test_an_untested_peft_is_left_alone_with_a_warning(monkeypatch):
+    model = adapted()
+    monkeypatch.setattr(peft, "__version__", "0.99.0")
+    with pytest.warns(UserWarning, match=r"changed nothing: PEFT 0.99.0 is not among the tested"):
+        report = fastlora.optimize(model)
+    assert type(model.base_model.model.up) is PeftLinear
+    assert len(report.eager) == 2
+    assert "0.99.0" in str(fastlora.coverage(model))
+    fastlora.restore(model)
+    with pytest.warns(UserWarning, match="nothing"), pytest.raises(ValueError, match=r"0\.99\.0"):
+        fastlora.optimize(model, strict=True)
+
+
+def test_the_way_back_is_open_under_an_unknown_version_too(monkeypatch):
+    model = adapted()
+    fastlora.optimize(model)
+    monkeypatch.setattr(peft, "__version__", "0.99.0")
+    fastlora.restore(model)
+    assert type(model.base_model.model.up) is PeftLinear
+
+
+def test_the_environment_switches_it_off(monkeypatch):
+    model = adapted()
+    monkeypatch.setenv("FASTLORA_DISABLE", "1")
+    assert "FASTLORA_DISABLE is set" in str(fastlora.optimize(model))
+    assert type(model.base_model.model.up) is PeftLinear
+    monkeypatch.setenv("FASTLORA_DISABLE", "0")
+    assert fastlora.optimize(model).eager == ()
+
+
+def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
+    model = adapted()
+    fastlora.optimize(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch, peft; sys.path.insert(0, sys.argv[1]); peft.__version__ = sys.argv[3];"
+        "model = torch.load(sys.argv[2], weights_only=False);"
+        "import fastlora; print(fastlora.coverage(model));"
+        "from fastlora.peft import layer; layer.fast_forward = None;"
+        "print(model(torch.ones(1, 8)).shape)"
+    )
+    folder = os.path.dirname(models.__file__)
+    command = [sys.executable, "-P", "-c", code, folder, tmp_path / "model.pt"]
+    known = peft.__version__
+    for disabled, version, fast in (("1", known, 0), ("", "0.99", 0), ("", known, 2)):
+        environment = os.environ | {"FASTLORA_DISABLE": disabled}
+        result = subprocess.run(
+            [*command, version],
+            env=environment,
+            capture_output=True,
+            cwd="/",
+            check=False,
+            text=True,
+        )
+        assert (result.returncode == 0) == (fast == 0), result.stderr
+        assert result.stdout.startswith(f"{fast} of 2 layers fast"), result.stderr
+
+
+def test_importing_fastlora_changes_nothing_and_optimize_needs_no_order():
+    code = (
+        "import sys, torch, fastlora; assert 'peft' not in sys.modules;"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4));"
+        "fastlora.coverage(model), fastlora.restore(model);"
+        "import peft; model = peft.get_peft_model(model, peft.LoraConfig(target_modules=['0']));"
+        "assert 'fastlora.peft.layer' not in sys.modules;"
+        "print(fastlora.optimize(model))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, cwd="/", check=False, text=True
+    )
+    assert result.stdout.strip() == "1 of 1 layers fast (backend torch)", result.stderr
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """What waits for the backward, besides parameters: each storage once."""
+    storages = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = [layer(x) for layer in model.base_model.model]  # noqa: F841  (so memory isn't reused)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+def test_what_a_block_keeps_is_x_and_h(p):
+    """q, k, v, gate and up in bfloat16, with PEFT's default float32 adapters."""
+    block = nn.ModuleList(nn.Linear(64, n, bias=False) for n in (64, 32, 32, 128, 128))
+    config = peft.LoraConfig(r=4, target_modules=list("01234"), lora_dropout=p)
+    model = peft.get_peft_model(block.bfloat16(), config)
+    x = torch.randn(256, 64, dtype=torch.bfloat16, requires_grad=True)
+    theirs = saved_bytes(model, x)
+    fastlora.optimize(model, strict=True)
+    ours = saved_bytes(model, x)
+    x_bytes, h_bytes, seed_bytes = 256 * 64 * 2, 256 * 4 * 2, 8 if p else 0
+    assert ours == x_bytes + 5 * (h_bytes + seed_bytes)
+    float32_copies = 5 * 2 * x_bytes
+    assert theirs - ours >= float32_copies - x_bytes  # PEFT doesn't keep x itself then
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "all"])
+def test_what_nothing_will_read_is_not_kept(frozen, settings, compiled):
+    """x is for lora_A's gradient and h for lora_B's; PEFT keeps no more either (LoRA-FA)."""
+    layer = nn.ModuleList([nn.Linear(64, 128)])
+    model = peft.get_peft_model(layer, peft.LoraConfig(r=4, target_modules=["0"], **settings))
+    for name, parameter in model.named_parameters():
+        if frozen in name or frozen == "all":
+            parameter.requires_grad_(False)
+    x = torch.randn(256, 64, requires_grad=True)
+    theirs = saved_bytes(model, x)
+    fastlora.optimize(model, strict=True)
+    torch._dynamo.reset()
+    if compiled:
+        model.base_model.model[0].compile(backend="aot_eager", fullgraph=True)
+    x_bytes, h_bytes, y_bytes, rest = 256 * 64 * 4, 256 * 4 * 4, 256 * 128 * 4, 2000
+    kept = {"lora_A": h_bytes, "lora_B": x_bytes, "all": 0}[frozen]
+    if "use_dora" in settings and frozen != "all":
+        kept += y_bytes
+    ours = saved_bytes(model, x)
+    assert ours <= kept + rest
+    assert ours <= theirs + rest
+
+
+class Undefined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_without_x_an_output_without_a_gradient_gives_none():
+    layer = adapted().base_model.model.up
+    fastlora.optimize(layer)
+    layer.lora_A.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    Undefined.apply(layer(x)).sum().backward()
+    assert x.grad is None
+    assert layer.lora_B["default"].weight.grad is None
+
+
+def test_gradients_of_a_gradient_that_needs_x_say_so():
+    model = adapted()
+    fastlora.optimize(model)
+    layer = model.base_model.model.up
+    layer.lora_A.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    dx.sum().backward()  # that of x alone needs none
+    up = layer.lora_B["default"].weight
+    (d_up,) = torch.autograd.grad(layer(x).square().sum(), up, create_graph=True)
+    fastlora.restore(layer)
+    torch.testing.assert_close(d_up, torch.autograd.grad(layer(x).square().sum(), up)[0])
+    with pytest.raises(NotImplementedError, match="which isn't kept"):
+        d_up.sum().backward()
+
+
+def test_accelerate_s_instance_forward_is_reached(fast_calls):
+    """It calls the forward that it found, which is swapped instead, and put back."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = adapted(), torch.randn(2, 8)
+    up = model.base_model.model.up
+    accelerate.hooks.add_hook_to_module(up, accelerate.hooks.ModelHook())
+    theirs = up(x)
+    assert fastlora.optimize(up).fast
+    torch.testing.assert_close(up(x), theirs)
+    assert len(fast_calls) == 1
+    accelerate.hooks.remove_hook_from_module(up)
+    torch.testing.assert_close(up(x), theirs)
+    assert len(fast_calls) == 2
+    fastlora.restore(up)
+    assert up.__dict__["forward"] == MethodType(PeftLinear.forward, up)
+    up(x)
+    assert len(fast_calls) == 2
+
+
+def test_restore_reaches_a_layer_that_was_parametrised_since():
+    layer = adapted().base_model.model.up
+    fastlora.optimize(layer)
+    layer.extra = nn.Parameter(torch.ones(2))
+    nn.utils.parametrize.register_parametrization(layer, "extra", nn.Identity())
+    fastlora.restore(layer)
+    assert type(layer).__bases__ == (PeftLinear,)
+
+
+def test_another_instance_forward_is_left_alone():
+    layer = adapted().base_model.model.up
+    layer.forward = lambda x: x
+    assert "its forward was replaced on the instance" in str(fastlora.optimize(layer))
+    assert layer(3) == 3
+    assert type(layer) is PeftLinear
+
+
+def test_on_the_meta_device_it_is_eager_until_there_is_data(fast_calls):
+    with torch.device("meta"):
+        model = adapted()
+    assert "is on the meta device" in str(fastlora.optimize(model))
+    assert model(torch.empty(2, 8, device="meta")).shape == (2, 4)
+    assert not fast_calls
+    model.to_empty(device="cpu")
+    model(torch.randn(2, 8))
+    assert len(fast_calls) == 2

@@ -1,0 +1,305 @@
+"""The package: what is installed, what an import costs, and which file may import which."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Each may import from those before it, never from those behind it.
+ORDER = [
+    "version",
+    "kernels",
+    "projection",
+    "reference",
+    "backends",
+    "ops",
+    "layer",
+    "modules",
+    "report",
+    "model",
+    "peft",
+    "__init__",
+]
+# And so inside of a folder.
+ORDER_INSIDE = {
+    "kernels": [
+        "common",
+        "launch",
+        "target",
+        "config",
+        "defaults",
+        "plan",
+        "sum_planes",
+        "project",
+        "gemm_lowrank",
+        "weight_grad",
+    ],
+    "reference": ["lora_linear", "dora_linear"],
+    "backends": ["dropout", "torch", "triton"],
+    "ops": ["autocast", "call", "library", "function", "functional", "dora"],
+    "model": ["config", "targets", "inject", "merge", "adapter_config", "checkpoint"],
+    "peft": [
+        "versions",
+        "coverage",
+        "optimize",
+        "dropout",
+        "masks",
+        "moment",
+        "reading",
+        "layer",
+        "swap",
+        "records",
+        "check",
+    ],
+}
+# Imported inside of functions, when a model with PEFT's layers is met.
+LATE = {"peft": {"coverage": {"records"}, "optimize": {"swap"}}}
+
+
+def run(code: str, **settings) -> str:
+    """What Python prints for this code, in a process of its own outside the repository."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=False,
+        **settings,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of fastlora, by their first name, that a file imports anywhere in it."""
+    parts = set()
+    package = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: -node.level], *(node.module or "").split("."))
+            names = [base[1]] if len(base) > 1 and base[1] else [alias.name for alias in node.names]
+            parts |= set(names)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            parts |= {module.split(".")[1] for module in modules if module.startswith("fastlora.")}
+            assert "fastlora" not in modules
+    return parts
+
+
+FILES = sorted((ROOT / "fastlora").rglob("*.py"))
+
+
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+INSIDE = [p for p in (*KERNELS, *FILES) if p.parent.name in ORDER_INSIDE]
+
+
+def imports(path: Path) -> list[ast.ImportFrom | ast.Import]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def outside_modules(path: Path) -> list[str]:
+    """The absolute names of the modules that a file imports anywhere in it."""
+    found = []
+    for node in imports(path):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif not node.level:
+            found.append(str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_in_a_folder_a_file_imports_from_those_below(path):
+    folder = path.parent.name
+    order = [*ORDER_INSIDE[folder], "__init__"]
+    late = LATE.get(folder, {}).get(path.stem, set())
+    for node in imports(path):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            below = {*order[: order.index(path.stem)], *late}
+            assert set(names) <= below, f"{folder}/{path.stem} imports {names}"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_import_torch_triton_and_each_other(path):
+    modules = outside_modules(path)
+    outside = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "triton"}
+    assert not any(name.startswith("torch.nn") for name in modules)
+    assert all(node.level <= 1 for node in imports(path) if isinstance(node, ast.ImportFrom))
+
+
+def test_the_two_wings_know_nothing_of_each_other():
+    for wing, other in (("model", "peft"), ("peft", "model")):
+        for path in (ROOT / "fastlora" / wing).glob("*.py"):
+            assert other not in imported_parts(path), path
+
+
+def test_no_module_shares_its_place_with_a_public_function():
+    code = (
+        "import fastlora, types; print(*[n for n in fastlora.__all__ if n != 'reference'"
+        " and isinstance(getattr(fastlora, n), types.ModuleType)])"
+    )
+    assert run(code) == ""
+    modules = {path.stem for path in (ROOT / "fastlora").iterdir()}
+    public = set(run("import fastlora; print(*fastlora.__all__)").split()) - {"reference"}
+    assert public
+    assert not modules & public
+
+
+def test_one_file_imports_the_kernels():
+    importers = [path for path in FILES if "kernels" in imported_parts(path)]
+    assert importers == [ROOT / "fastlora" / "backends" / "triton.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_layers_below(path):
+    own = path.relative_to(ROOT / "fastlora").with_suffix("").parts[0]
+    assert own in ORDER, f"{own} has no place in the order of layers"
+    for part in imported_parts(path) - {own}:
+        assert part in ORDER, (
+            f"{path} imports fastlora.{part}, which has no place in the order of layers"
+        )
+        assert ORDER.index(part) < ORDER.index(own), f"{own} imports {part}, which is above it"
+
+
+def test_the_oracle_shares_no_code():
+    for path in (ROOT / "fastlora" / "reference").rglob("*.py"):
+        assert imported_parts(path) <= {"reference"}
+
+
+def test_one_folder_imports_peft_and_none_transformers_or_bitsandbytes():
+    for path in FILES:
+        found = {name.split(".")[0] for name in outside_modules(path)}
+        assert not found & {"transformers", "bitsandbytes"}, path
+        assert "peft" not in found or path.parent.name == "peft", path
+
+
+def test_import_takes_less_than_a_tenth_of_a_second():
+    code = (
+        "import time, torch; start = time.perf_counter(); import fastlora;"
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(run(code)) for _ in range(3)) < 0.1
+
+
+def test_import_brings_in_nothing_heavy():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastlora;"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    assert set(run(code).split()) <= {"fastlora"}
+
+
+def test_works_without_triton_and_touches_no_device():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch;"
+        "torch.cuda.init = torch.cuda._lazy_init = lambda: sys.exit('a device was touched');"
+        "import fastlora; layer = fastlora.LoRALinear(4, 3, lora_dropout=0.5);"
+        "layer(torch.randn(2, 4)).sum().backward(); print(layer.lora_B.grad is not None)"
+    )
+    assert run(code) == "True"
+
+
+@pytest.mark.parametrize(("name", "works"), [("torch", True), ("metal", False)])
+def test_the_environment_chooses_a_backend(name, works):
+    code = "import fastlora, torch; fastlora.LoRALinear(4, 3)(torch.randn(2, 4)); print('ran')"
+    environment = os.environ | {"FASTLORA_BACKEND": name}
+    if works:
+        assert run(code, env=environment) == "ran"
+    else:
+        with pytest.raises(AssertionError, match="FASTLORA_BACKEND asks for the backend 'metal'"):
+            run(code, env=environment)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what a clone holds, so that building leaves nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("source") / "fastlora"
+    ignored = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(source) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=source, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return source / "dist"
+
+
+def test_the_wheel_has_kernels_in_their_place_only(built):
+    (wheel,) = built.glob("fastlora_kernels-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fastlora/kernels/__init__.py" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fastlora", "fastlora_kernels"}
+    expected = {str(path.relative_to(ROOT)) for path in FILES}
+    expected |= {f"fastlora/kernels/{path.name}" for path in KERNELS}
+    assert expected <= set(names)
+
+
+def test_the_sdist_builds_itself(built):
+    (sdist,) = built.glob("fastlora_kernels-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
+
+
+def environment_with(folder: Path, *pip_arguments: str) -> Path:
+    """The Python of a new environment that sees this one's packages, and has ours from pip."""
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "outer.pth").write_text("\n".join(here))
+    python = folder / "bin" / "python"
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--ignore-installed",
+        *pip_arguments,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return python
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_installation(built, source, tmp_path, how):
+    if how == "wheel":
+        python = environment_with(tmp_path / "venv", str(next(built.glob("*.whl"))))
+        home = tmp_path / "venv"
+    else:
+        python = environment_with(
+            tmp_path / "venv", "--no-build-isolation", "--editable", str(source)
+        )
+        home = source
+    code = (
+        "import importlib.util, fastlora, fastlora.kernels;"
+        "print(fastlora.__file__, fastlora.kernels.__file__);"
+        "print(getattr(importlib.util.find_spec('kernels'), 'origin', None))"
+    )
+    result = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert result.returncode == 0, result.stderr
+    *ours, top_level_kernels = result.stdout.split()
+    assert all(Path(path).is_relative_to(home) for path in ours)
+    assert not Path(top_level_kernels).is_relative_to(home)

@@ -1,0 +1,145 @@
+"""The judge of every op test: the float64 oracle, and a budget from what PyTorch loses."""
+
+from collections.abc import Sequence
+
+import torch
+from device import DEVICE
+from torch import Tensor
+
+from fastlora import Projection, lora_linears, reference
+from fastlora.backends import find_backend
+from fastlora.ops.functional import draw_seed
+from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of, unflatten
+
+# Of a layer and of its adapter.
+USUAL_DTYPES = {
+    "f64": (torch.float64, torch.float64),
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "f16-f32": (torch.float16, torch.float32),
+}
+
+
+def make_projection(
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = False,
+) -> Projection:
+    """Random tensors that all require gradients but the base weight."""
+    adapter_dtype = adapter_dtype or dtype
+    weight = torch.randn(n, k, dtype=torch.float64).to(dtype)
+    lora_a = torch.randn(r, k, dtype=torch.float64).to(adapter_dtype).requires_grad_()
+    lora_b = torch.randn(n, r, dtype=torch.float64).to(adapter_dtype).requires_grad_()
+    return Projection(
+        weight, lora_a, lora_b, torch.randn(n).to(dtype).requires_grad_() if bias else None, 0.75
+    )
+
+
+def make_outputs(
+    dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, k: int = 16
+) -> list[Output]:
+    """Three outputs of unlike sizes: with a bias and an adapter, with two adapters, with none."""
+    one, two, more = (
+        make_projection(n, k, r, dtype, adapter_dtype, bias=b)
+        for n, r, b in ((6, 2, True), (9, 3, False), (9, 1, False))
+    )
+    weight = torch.randn(7, k, dtype=torch.float64).to(dtype)
+    return [*as_outputs([one, two, more._replace(weight=None)]), Output(Base(weight))]
+
+
+def with_seed(run, count: int):
+    """What ``run`` returns, and the seeds that it drew from torch's generator."""
+    generator = torch.default_generator if DEVICE == "cpu" else torch.cuda.default_generators[0]
+    state = generator.get_state()
+    seeds = draw_seed(count, torch.device(DEVICE))
+    generator.set_state(state)
+    return run(), seeds
+
+
+def masks_of(seeds: Tensor, x: Tensor, p: float) -> list[Tensor] | None:
+    """The masks that the backend in use applies to x for these seeds; None without dropout."""
+    if p == 0.0:
+        return None
+    rows = x.numel() // x.shape[-1] if x.numel() else 0
+    mask = find_backend().dropout_mask
+    return [mask(seed, (rows, x.shape[-1]), p).reshape(x.shape) for seed in seeds]
+
+
+def run_fastlora(x: Tensor, projections: Sequence[Projection | Output], p: float = 0.0):
+    """(outputs, output gradients, gradients by name, masks) of one forward and backward."""
+    count = sum(len(output.adapters) for output in as_outputs(projections))
+    ys, seeds = with_seed(lambda: lora_linears(x, projections, dropout=p), count)
+    dys = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in ys]
+    return ys, dys, _gradients(ys, dys, x, as_outputs(projections)), masks_of(seeds, x, p)
+
+
+def check_against_oracle(
+    x: Tensor, projections: Sequence[Projection | Output], p: float = 0.0
+) -> None:
+    """Every output and gradient, no further from the truth than twice PyTorch's own error."""
+    ys, dys, gradients, masks = run_fastlora(x, projections, p)
+    truth = _reference(x, projections, p, masks, dys, _to_float64)
+    eager = _reference(x, projections, p, masks, dys, lambda tensor: tensor)
+    size = _reference(
+        x, projections, p, masks, [dy.abs() for dy in dys], lambda t: _to_float64(t).abs()
+    )
+    found = {f"y{i}": y for i, y in enumerate(ys)} | gradients
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        assert_close(name, value, truth[name], eager[name], size[name], x.dtype)
+
+
+def assert_close(
+    name: str, value: Tensor, truth: Tensor, eager: Tensor, size: Tensor, dtype: torch.dtype
+) -> None:
+    """error ≤ 2 · error(eager) + a few units in the last place.
+
+    The unit is that of the coarser of value's dtype and x's, ``dtype``.
+
+    ``size`` is the sum of the absolute values of all terms: where they cancel, the rounding of h or
+    dh, half a unit, is a share of that.
+    """
+    assert value.shape == truth.shape, name
+    assert value.dtype == eager.dtype, f"{name}: {value.dtype}, eager has {eager.dtype}"
+    if value.numel() == 0:
+        return
+    eps = max(torch.finfo(value.dtype).eps, torch.finfo(dtype).eps)
+    share = 1.0 if dtype == torch.float64 else 0.5  # in float64 the oracle rounds as much as we do
+    error = (value.detach().double() - truth.detach()).abs().max().item()
+    eager_error = (eager.detach().double() - truth.detach()).abs().max().item()
+    budget = (
+        2 * eager_error + 2 * eps * truth.abs().max().item() + share * eps * size.abs().max().item()
+    )
+    assert error <= budget, (
+        f"{name}: error {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
+    )
+
+
+def _to_float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
+    """The oracle's outputs and gradients on converted inputs, adapters cast to x's dtype."""
+    x, outputs = convert(x), as_outputs(projections)
+    layouts = layouts_of(outputs)
+    leaves = [convert(tensor) for tensor in flatten(outputs, layouts)]
+    cast = unflatten([leaf.to(x.dtype) for leaf in leaves], layouts)
+    ys = reference.lora_linears(x, cast, dropout=p, masks=masks)
+    gradients = _gradients(ys, [dy.to(x.dtype) for dy in dys], x, unflatten(leaves, layouts))
+    return {f"y{i}": y for i, y in enumerate(ys)} | gradients
+
+
+def _gradients(ys, dys, x, outputs) -> dict[str, Tensor]:
+    leaves = {"d_x": x}
+    for i, (base, adapters) in enumerate(outputs):
+        leaves |= {f"d_weight{i}": base.weight, f"d_bias{i}": base.bias}
+        for j, adapter in enumerate(adapters):
+            leaves |= {f"d_lora_a{i}.{j}": adapter.lora_a, f"d_lora_b{i}.{j}": adapter.lora_b}
+    leaves = {k: tensor for k, tensor in leaves.items() if tensor is not None}
+    leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    return dict(zip(leaves, torch.autograd.grad(ys, list(leaves.values()), dys), strict=True))

@@ -1,0 +1,157 @@
+"""Tiny transformers models, and PEFT models twice: as PEFT has them, and optimised."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from models import Mlp
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+import fastlora
+from fastlora.peft import layer as fast_linear
+
+VOCABULARY = 100
+# Tokens to learn by heart.
+BATCH = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(5))
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def qwen3(**settings) -> nn.Module:
+    sizes = _SIZES | _HEADS | {"intermediate_size": 96} | settings
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
+
+
+def gemma3() -> nn.Module:
+    sizes = _SIZES | _HEADS | {"intermediate_size": 96}
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes))
+
+
+def gpt2() -> nn.Module:
+    """Its projections are Conv1D layers; it drops in embeddings, attention and residuals."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+def opt() -> nn.Module:
+    """All its projections have biases; it drops in attention and residuals."""
+    sizes = _SIZES | {"word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4}
+    config = transformers.OPTConfig(**sizes, max_position_embeddings=32)
+    return transformers.OPTForCausalLM(config)
+
+
+def bert() -> nn.Module:
+    """A classifier of sequences; it drops in attention and residuals."""
+    sizes = _SIZES | {"intermediate_size": 96, "num_attention_heads": 4, "num_labels": 3}
+    config = transformers.BertConfig(**sizes, max_position_embeddings=32)
+    return transformers.BertForSequenceClassification(config)
+
+
+def adapted(base: nn.Module, adapters: tuple[str, ...] = ("default",), **settings):
+    """``base`` with PEFT adapters that change it, all of them active, in evaluation."""
+    config = {"r": 4, "lora_alpha": 6} | settings
+    model = peft.get_peft_model(base, peft.LoraConfig(**config), adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, peft.LoraConfig(**config))
+    if len(adapters) > 1:
+        model.base_model.set_adapter(list(adapters))
+    return vary(model).eval()
+
+
+def vary(model: nn.Module) -> nn.Module:
+    """Add noise to all that trains: PEFT starts B at zero, where a wrong path could hide."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+KINDS = {"lora": {}, "dora": {"use_dora": True}}
+
+# For the Mlp below, in float64, where all that isn't rounding shows: sums of 12 terms, rounded at
+# 1e-16 each.
+ROUNDING = 1e-13
+
+
+def mlp(**settings) -> peft.PeftModel:
+    return adapted(Mlp(), **{"target_modules": ["up", "down"]} | settings).double()
+
+
+def inputs() -> torch.Tensor:
+    """[3, 5, 8], the same in every call."""
+    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def up(model: nn.Module) -> lora.Linear:
+    return model.get_submodule("base_model.model.up")
+
+
+def gradients(model: nn.Module, **named) -> dict[str, torch.Tensor]:
+    """The gradients of x and of all that trains, from the same random state each time."""
+    torch.manual_seed(3)
+    x = inputs().requires_grad_()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = model(x, **named).square().sum()
+    return dict(
+        zip(["x", *trained], torch.autograd.grad(loss, [x, *trained.values()]), strict=True)
+    )
+
+
+def other_config(**settings) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"target_modules": ["up", "down"], "r": 3} | settings)
+
+
+def write_adapter(folder: Path, **settings) -> Path:
+    """The files of an adapter for an Mlp of float64."""
+    mlp(**settings).save_pretrained(folder)
+    return folder
+
+
+def optimized(model: nn.Module) -> nn.Module:
+    """A copy of the model, optimised."""
+    model = copy.deepcopy(model)
+    fastlora.optimize(model)
+    return model
+
+
+@contextmanager
+def counted_calls() -> Iterator[list[Tensor]]:
+    """The inputs of the eager calls of LoRA layers that run fast inside."""
+    calls: list[Tensor] = []
+    run: Callable = fast_linear.fast_forward
+
+    def recorded(x, *rest):
+        calls.append(x)
+        return run(x, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_linear, "fast_forward", recorded)
+        yield calls
+
+
+def assert_same(ours, theirs, tolerance: float) -> None:
+    """Two trees of the same form, floating tensors equal up to the tolerance, all else exactly.
+
+    The tolerance is relative to the largest element of a tensor; a NaN equals a NaN.
+    """
+    our_leaves, our_form = tree_flatten(ours)
+    their_leaves, their_form = tree_flatten(theirs)
+    assert our_form == their_form
+    for our, their in zip(our_leaves, their_leaves, strict=True):
+        if isinstance(their, Tensor) and their.is_floating_point():
+            assert (our.dtype, our.shape) == (their.dtype, their.shape)
+            finite = their.detach()[their.isfinite()]
+            size = finite.abs().max().item() if len(finite) else 0.0
+            torch.testing.assert_close(our, their, rtol=0, atol=tolerance * size, equal_nan=True)
+        elif isinstance(their, Tensor):
+            assert torch.equal(our, their)
+        else:
+            assert our == their
