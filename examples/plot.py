@@ -28,7 +28,8 @@ def plot(results_file: Path, picture: Path) -> None:
     draw_losses(panels[0], report["results"], settings["batch"] * settings["seq_len"])
     draw_times(panels[1], report["results"], report["step_time_over_peft"])
     draw_memory(panels[2], report["results"])
-    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    where = machine["gpu"] or f"{machine['processor']}, {threads}"
     figure.suptitle(
         f"{settings['model']}, LoRA r = {settings['rank']}, {settings['dtype']}, on {where}"
     )
