@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import quantiles
 
 from options import check_model, check_packages, parse_options, read_texts
-from side import Side, run
+from worker import Worker, run
 
 GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
 TERMS = "Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms"
@@ -48,24 +48,20 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".finetune-", dir=options.out) as folder:
-        scratch = Path(folder)
-        results = compare(settings | {"texts": texts, "scratch": scratch}, options.out)
+        settings |= {"texts": texts, "scratch": Path(folder)}
+        results = train(settings, options.out)
+        for side, result in results.items():
+            print(f"measuring the memory that {side} needs, alone", flush=True)
+            result |= run(f"the memory of {side}", "memory", settings | {"side": side})
         ratios = step_time_over_peft(results)
         print_table(results, ratios)
-        del settings["out"]  # where files lie is nobody else's business
-        settings |= {
-            "model": Path(settings["model"]).name,
-            "data": options.data and str(options.data),
+        report = {
+            "settings": told(settings),
+            **found,
+            "results": results,
+            "step_time_over_peft": ratios,
         }
-        report = (
-            {"settings": settings} | found | {"results": results, "step_time_over_peft": ratios}
-        )
-        (scratch / "loss.json").write_text(json.dumps(report, indent=2) + "\n")
-        from plot import plot
-
-        plot(scratch / "loss.json", scratch / "loss.png")
-        for name in ("loss.json", "loss.png"):
-            os.replace(scratch / name, options.out / name)
+        write(report, Path(folder), options.out)
     print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out}", end=" ")
     print(f"({time.monotonic() - start:.0f} s in all)")
 
@@ -80,42 +76,32 @@ def prepare_gemma() -> None:
             os.rename(Path(scratch, "whole"), GEMMA)
 
 
-def compare(settings: dict, out: Path) -> dict[str, dict]:
-    """Train all sides, in turns, then measure the memory of each alone."""
-    names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
-    results = train(names, settings, out)
-    for name, result in results.items():
-        print(f"measuring the memory that {name} needs, alone", flush=True)
-        result |= run(f"the memory of {name}", "memory", settings | {"side": name})
-    return results
-
-
-def train(names: list[str], settings: dict, out: Path) -> dict[str, dict]:
+def train(settings: dict, out: Path) -> dict[str, dict]:
     """Train all sides, in turns; move what they leave, adapter and checkpoints, to --out."""
-    scratch, results = settings["scratch"], {}
+    names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
+    results = dict.fromkeys(names)
     try:
         with ExitStack() as stack:
             sides = []
             for name in names:
                 print(f"\n--- {name}: loading the model", flush=True)
-                sides.append(
-                    stack.enter_context(Side(name, "train_one", settings | {"side": name}))
-                )
-                sides[-1].answer()
+                side = Worker(name, "train_one", settings | {"side": name})
+                sides.append(stack.enter_context(side))
+                side.answer()
             take_turns(sides, settings["steps"])
             for side in reversed(sides):  # the others leave before fastlora loads a model anew
                 results[side.name] = side.go()
                 side.process.join()
     finally:
         for name in names:
-            keep_checkpoints(scratch / "checkpoints" / name, out / "checkpoints" / name)
+            keep_checkpoints(settings["scratch"] / "checkpoints" / name, out / "checkpoints" / name)
     (out / "adapter").mkdir(exist_ok=True)
-    for file in (scratch / "adapter").iterdir():
+    for file in (settings["scratch"] / "adapter").iterdir():
         os.replace(file, out / "adapter" / file.name)
-    return {name: results[name] for name in names}
+    return results
 
 
-def take_turns(sides: list[Side], steps: int) -> None:
+def take_turns(sides: list[Worker], steps: int) -> None:
     """One step of each side after the other; who goes first changes with each step."""
     from tqdm import tqdm
 
@@ -180,6 +166,22 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
 
 def mebibytes(count: int | None) -> float | None:
     return None if count is None else count / 2**20
+
+
+def told(settings: dict) -> dict:
+    """The settings for loss.json: where files lie is nobody else's business."""
+    names = {name: Path(settings[name]).name for name in ("model", "data") if settings[name]}
+    left_out = ("out", "scratch", "texts")
+    return {name: value for name, value in settings.items() if name not in left_out} | names
+
+
+def write(report: dict, scratch: Path, out: Path) -> None:
+    from plot import plot
+
+    (scratch / "loss.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(scratch / "loss.json", scratch / "loss.png")
+    for name in ("loss.json", "loss.png"):
+        os.replace(scratch / name, out / name)
 
 
 def interrupted_once(signum: int, frame: object) -> None:

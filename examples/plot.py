@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -51,26 +52,21 @@ def draw_losses(axes, results: dict, tokens_per_step: int) -> None:
 
 def draw_times(axes, results: dict, over_peft: dict[str, dict]) -> None:
     """Each pair of steps as a point, their median and quartiles; without PEFT, the seconds."""
-    title = "time of a step / PEFT's, in pairs" if over_peft else "seconds of a step"
-    seconds = {side: result["seconds_per_step"] for side, result in results.items()}
-    points = {side: ratios["pairs"] for side, ratios in over_peft.items()} or seconds
-    for place, (side, values) in enumerate(points.items()):
-        color = STYLES[side][0]
-        spread = [place + 0.3 * (i / max(1, len(values) - 1) - 0.5) for i in range(len(values))]
-        axes.plot(spread, values, ".", color=color, alpha=0.4)
-        if over_peft:
-            low, high = over_peft[side]["quartiles"]
-            axes.plot([place - 0.3, place + 0.3], 2 * [over_peft[side]["median"]], color=color)
-            axes.fill_between([place - 0.3, place + 0.3], low, high, color=color, alpha=0.2)
-            axes.annotate(
-                f"{over_peft[side]['median']:.2f}",
-                (place + 0.32, over_peft[side]["median"]),
-                va="center",
-            )
+    points = {side: result["seconds_per_step"] for side, result in results.items()}
+    axes.set_title("seconds of a step")
     if over_peft:
-        axes.axhline(1, color="C1", linestyle="--")
+        points = {side: ratios["pairs"] for side, ratios in over_peft.items()}
+        axes.set_title("time of a step / PEFT's, in pairs")
+        axes.axhline(1, color=STYLES["PEFT"][0], linestyle="--")
+    for place, (side, values) in enumerate(points.items()):
+        color, ends = STYLES[side][0], [place - 0.3, place + 0.3]
+        low, middle, high = numpy.percentile(values, [25, 50, 75])
+        axes.plot(numpy.linspace(*ends, len(values)), values, ".", color=color, alpha=0.4)
+        axes.fill_between(ends, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(ends, [middle, middle], color=color)
+        axes.annotate(f"{middle:.2f}", (place + 0.32, middle), va="center")
     axes.set_xticks(range(len(points)), [NAMES.get(side, side) for side in points])
-    axes.set(title=title, xlim=(-0.6, len(points) - 0.4), ylim=(0, None))
+    axes.set(xlim=(-0.6, len(points) - 0.4), ylim=(0, None))
 
 
 def draw_memory(axes, results: dict) -> None:

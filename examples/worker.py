@@ -15,20 +15,22 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.trainer", "transformers.models.auto", "fastlora"])
 
 
-class Side:
+class Worker:
     """``main(run)`` of a module of this folder, in a process of its own.
 
-    What main returns is an answer, as is what it sends to ``run.parent`` before; it may wait there.
+    What main returns is its last answer; before, it may send others to ``run.parent``, and wait
+    there for a word to go on.
     """
 
     def __init__(self, name: str, module: str, settings: dict) -> None:
         self.name = name
         self.pipe, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=work, args=(module, settings, theirs), daemon=True)
+        self.process = CONTEXT.Process(target=work, args=(module, theirs), daemon=True)
         self.process.start()
         theirs.close()  # so that its end is seen here
+        self.pipe.send(settings)
 
-    def __enter__(self) -> "Side":
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, error: object, *details: object) -> None:
@@ -37,19 +39,19 @@ class Side:
         self.process.join()
 
     def answer(self) -> Any:
-        """Its next answer; an error if it ends without one."""
+        """Its next answer; if it ends without one, this process ends too."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode
-            if code == 2:  # options.stop has said why
-                sys.exit(2)
-            how = f"exit code {code}, for the reason above"
-            if code < 0:
-                how = f"signal {signal.Signals(-code).name}"
-                how += ", as if memory ran out" * (-code == signal.SIGKILL)
-            sys.exit(f"finetune.py: error: {self.name} ended with {how}")
+        if code == 2:  # options.stop has said why
+            sys.exit(2)
+        how = f"exit code {code}, for the reason above"
+        if code < 0:
+            how = f"signal {signal.Signals(-code).name}"
+            how += ", as if memory ran out" * (-code == signal.SIGKILL)
+        sys.exit(f"finetune.py: error: {self.name} ended with {how}")
 
     def go(self) -> Any:
         """Let it go on to its next answer."""
@@ -59,14 +61,20 @@ class Side:
 
 
 def run(name: str, module: str, settings: dict) -> Any:
-    """The one answer of a process."""
-    with Side(name, module, settings) as side:
-        return side.answer()
+    """The one answer of a worker."""
+    with Worker(name, module, settings) as worker:
+        return worker.answer()
 
 
-def work(module: str, settings: dict, parent: Connection) -> None:
+def work(module: str, parent: Connection) -> None:
     from tqdm import tqdm
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # finetune.py ends this process, and cleans up
     tqdm.set_lock(threading.RLock())  # its own needs a semaphore, which a killed process leaves
-    parent.send(importlib.import_module(module).main(SimpleNamespace(**settings, parent=parent)))
+    try:
+        settings = parent.recv()
+    except EOFError:  # interrupted before it began
+        return
+    answer = importlib.import_module(module).main(SimpleNamespace(**settings, parent=parent))
+    with contextlib.suppress(BrokenPipeError):
+        parent.send(answer)
