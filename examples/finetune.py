@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import quantiles
 
 from options import check_model, check_packages, parse_options, read_texts
-from worker import Worker, run
+from worker import Worker, run, start_server
 
 GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
 TERMS = "Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms"
@@ -38,6 +38,8 @@ def main() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
     if options.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
+    start_server()
+    if options.model is None:
         prepare_gemma()
     found = run("measuring the machine", "machine", vars(options))
     settings = vars(options) | {
@@ -138,30 +140,34 @@ def keep_checkpoints(found: Path, kept: Path) -> None:
 
 def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
     """The sides next to each other; a ratio is that of fastlora, or of the optimised, to PEFT."""
-    rows = [
-        ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
-        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
-        ("tokens / s (median step)", lambda side: side["tokens_per_second"], "{:.1f}"),
-        ("peak memory growth, MiB", lambda side: mebibytes(side["peak_memory_growth"]), "{:.0f}"),
-        ("kept for backward, MiB", lambda side: mebibytes(side["kept_for_backward"]), "{:.0f}"),
-    ]
+    rows = {  # of value and form
+        "held-out loss before": (lambda side: side["held_out_loss"][0][1], "{:.3f}"),
+        "held-out loss after": (lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
+        "peak memory growth, MiB": (lambda side: mebibytes(side["peak_memory_growth"]), "{:.0f}"),
+        "kept for backward, MiB": (lambda side: mebibytes(side["kept_for_backward"]), "{:.0f}"),
+    }
     head = "".join(f"{side:>12}" for side in results)
     print(f"\n{'':26}{head}" + "".join(f"{'over PEFT':>12}" for side in step_time))
-    for title, value, form in rows:
+    for title, (value, form) in rows.items():
         values = {side: value(result) for side, result in results.items()}
         texts = ["not known" if v is None else form.format(v) for v in values.values()]
         known = step_time if all(values.values()) else []
         ratios = "".join(f"{values[side] / values['PEFT']:12.3f}" for side in known)
         print(f"{title:26}" + "".join(f"{text:>12}" for text in texts) + ratios)
-    print()
-    for side, ratio in step_time.items():
-        low, high = ratio["quartiles"]
-        print(f"A step of {side} takes {ratio['median']:.3f} of PEFT's time", end=" ")
-        print(f"(median of {len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f}).")
     print(
-        "peak memory growth: of a few steps, alone; on a CPU, of the process's resident memory\n"
+        "\npeak memory growth: of a few steps, alone; on a CPU, of the process's resident memory\n"
         "kept for backward: by one forward of a batch, without the parameters\n"
     )
+    for side, result in results.items():
+        print(f"{side}: {result['tokens_per_second']:.1f} tokens / s (median step)", end="")
+        if ratio := step_time.get(side):
+            low, high = ratio["quartiles"]
+            print(f"; a step takes {ratio['median']:.3f} of PEFT's time", end=" ")
+            print(
+                f"(median of {len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f})",
+                end="",
+            )
+        print()
 
 
 def mebibytes(count: int | None) -> float | None:

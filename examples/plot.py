@@ -1,7 +1,4 @@
-"""Draw a demo's results: held-out loss, time of a step, memory.
-
-python plot.py loss.json loss.png
-"""
+"""Draw the results of a demo, as in ``python examples/plot.py out/loss.json picture.png``."""
 
 import json
 import sys

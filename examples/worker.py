@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,16 @@ from typing import Any
 # All are forks of one process that has imported these and computed nothing: it saves seconds each.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.trainer", "transformers.models.auto", "fastlora"])
+
+
+def start_server() -> None:
+    """Start the process that all workers come from.
+
+    Neither it nor they see Ctrl-C: finetune.py does, ends them, and removes what they wrote.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, handler)
 
 
 class Worker:
@@ -69,7 +80,6 @@ def run(name: str, module: str, settings: dict) -> Any:
 def work(module: str, parent: Connection) -> None:
     from tqdm import tqdm
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # finetune.py ends this process, and cleans up
     tqdm.set_lock(threading.RLock())  # its own needs a semaphore, which a killed process leaves
     try:
         settings = parent.recv()

@@ -122,14 +122,17 @@ def start_training(*arguments):
     return process
 
 
-def side_processes(process):
-    """The processes of the sides, which finetune.py's own child makes."""
+def children(process):
     psutil = pytest.importorskip("psutil", reason="accelerate brings it")
     try:
-        children = psutil.Process(process.pid).children()
-        return list(chain.from_iterable(child.children() for child in children))
+        return psutil.Process(process.pid).children()
     except psutil.NoSuchProcess:
         return []
+
+
+def side_processes(process):
+    """The processes of the sides, which finetune.py's own child makes."""
+    return list(chain.from_iterable(child.children() for child in children(process)))
 
 
 def ended(processes):
@@ -216,7 +219,7 @@ def test_step_time_is_compared_in_pairs(compared):
         assert ratio["pairs"] == pytest.approx(pairs)
         assert ratio["median"] == pytest.approx(middle)
         assert ratio["quartiles"] == pytest.approx([low, high])
-        assert f"A step of {side} takes {middle:.3f} of PEFT's time" in printed
+        assert f"a step takes {middle:.3f} of PEFT's time (median of 6 pairs" in printed
         assert f"quartiles {low:.3f} and {high:.3f}" in printed
 
 
@@ -355,6 +358,24 @@ def test_ctrl_c_leaves_nothing_half_written(model, text, tmp_path):
     assert "Traceback" not in error
     assert list(out.iterdir()) == []
     assert ended(sides)
+
+
+def test_ctrl_c_while_it_loads(model, text, tmp_path):
+    process = subprocess.Popen(
+        command("--model", model, "--data", text, "--out", tmp_path / "out", *FAST),
+        env=environment(),
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while not children(process):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "\ninterrupted: nothing half-written is left\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_side_that_dies_ends_all(model, text, tmp_path):
