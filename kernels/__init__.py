@@ -1,7 +1,8 @@
 """Triton kernels and their launchers: tensors in, tensors out.  Installed as ``fastlora.kernels``.
 
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
-order: ``common``, ``project``, ``gemm_lowrank``, ``weight_grad``.
+order: on the device ``common``, ``sum_planes``, ``project``, ``gemm_lowrank`` (the forward
+kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defaults``, ``plan``.
 """
 
 from .gemm_lowrank import gemm_lowrank, one_launch_pays

@@ -1,4 +1,4 @@
-"""What the kernels share: the dot product, loads, tile order, the dropout mask, sums of planes.
+"""What the kernels share: the dot product, loads, tile order, the dropout mask.
 
 Names inside a kernel: ``i_`` an index, ``o_`` offsets, ``b_`` a tile; ``BLOCK_`` a tile's size.
 Operands that come once a projection are tuples, and ``tl.static_range`` unrolls over them.

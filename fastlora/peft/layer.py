@@ -5,7 +5,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 
 from ..ops import dora_linear, dora_norm, lora_linears
-from ..projection import Adapter, Output
+from ..projection import Adapter
 from .moment import why_not_now
 from .reading import Reading, active_adapters, fits, read
 
@@ -23,15 +23,17 @@ class Linear(PeftLinear):
         if not (alone or args or kwargs or why_not_now()):
             reading = read(self, names)
             if reading.output is not None and fits(x, reading.output.base.weight):
-                return fast_forward(x, names[0], reading.output, reading)
+                return fast_forward(x, names[0], reading)
         return super().forward(x, *args, **kwargs)
 
 
-def fast_forward(x: Tensor, name: str, output: Output[Tensor], reading: Reading) -> Tensor:
+def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
     """The output for x by fastlora's ops; ``name`` is that of the first active adapter."""
+    assert reading.output is not None
     if reading.magnitude is None:
-        return lora_linears(x, (output,), dropout=reading.p)[0]
-    (weight, bias), ((lora_a, lora_b, scale),) = output
+        return lora_linears(x, (reading.output,), dropout=reading.p)[0]
+    (weight, bias), (adapter,) = reading.output
+    lora_a, lora_b, scale = adapter
     y = dora_linear(
         x,
         weight,
@@ -41,7 +43,7 @@ def fast_forward(x: Tensor, name: str, output: Output[Tensor], reading: Reading)
         bias=bias,
         scale=scale,
         drop=reading.dropout if reading.p > 0.0 else None,
-        norm=_norm(reading.magnitude, weight, output.adapters[0], adapter_name=name),
+        norm=_norm(reading.magnitude, weight, adapter, adapter_name=name),
     )
     return y if x.dim() > 1 else y.unsqueeze(0)  # PEFT's gain is [1, N], and so is this output
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import fastlora
 from fastlora.ops import functional
+from fastlora.peft import dropout
 from fastlora.peft import layer as fast_linear
-from fastlora.peft import masks
 
 
 def llama(dtype=torch.float32, **settings) -> peft.PeftModel:
@@ -52,10 +52,10 @@ def broken(run, how):
     def wrong(x, name, reading):
         if how == "output":
             return run(x, name, reading) * 1.01
-        projection = reading.projections[0]
-        up = projection.lora_b
-        faulty = projection._replace(lora_b=up * 1.01 - 0.01 * up.detach())
-        return run(x, name, reading._replace(projections=[faulty]))
+        (adapter,) = reading.output.adapters
+        up = adapter.lora_b
+        faulty = adapter._replace(lora_b=up * 1.01 - 0.01 * up.detach())
+        return run(x, name, reading._replace(output=reading.output._replace(adapters=(faulty,))))
 
     return wrong
 
@@ -78,7 +78,7 @@ def test_a_wrong_layer_is_named(monkeypatch):
     run = fast_linear.fast_forward
 
     def wrong(x, name, reading):
-        if reading.projections[0].lora_b is culprit:
+        if reading.output.adapters[0].lora_b is culprit:
             return broken(run, "gradient")(x, name, reading)
         return run(x, name, reading)
 
@@ -247,7 +247,7 @@ def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(mon
         return torch.randint(0, 2**60, (count,), device=device).add_(count)
 
     monkeypatch.setattr(functional, "draw_seed", draw)
-    monkeypatch.setattr(masks, "draw_seed", draw)
+    monkeypatch.setattr(dropout, "draw_seed", draw)
     model = llama(lora_dropout=0.3)
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])

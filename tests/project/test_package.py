@@ -19,6 +19,7 @@ ORDER = [
     "version",
     "kernels",
     "projection",
+    "blocks",
     "reference",
     "backends",
     "ops",
@@ -44,8 +45,8 @@ ORDER_INSIDE = {
         "weight_grad",
     ],
     "reference": ["lora_linear", "dora_linear"],
-    "backends": ["dropout", "torch", "triton"],
-    "ops": ["autocast", "call", "library", "function", "functional", "dora"],
+    "backends": ["protocol", "dropout", "torch", "triton"],
+    "ops": ["autocast", "call", "norm", "library", "function", "functional", "dora"],
     "model": ["config", "targets", "inject", "merge", "adapter_config", "checkpoint"],
     "peft": [
         "versions",
@@ -249,7 +250,7 @@ def test_the_wheel_has_kernels_in_their_place_only(built):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastlora", "fastlora_kernels"}
     expected = {str(path.relative_to(ROOT)) for path in FILES}
     expected |= {f"fastlora/kernels/{path.name}" for path in KERNELS}
-    assert expected <= set(names)
+    assert expected | {"fastlora/py.typed"} <= set(names)
 
 
 def test_the_sdist_builds_itself(built):
