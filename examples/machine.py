@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import torch
 from options import stop
 
+import fastlora
+
 SLOW = 4  # × float32's time; with 16-bit products it is 0.5 to 3, without them 35 and more
 ROUNDS = 20
 
@@ -67,12 +69,12 @@ def bfloat16_over_float32() -> float:
 
 def describe(device: str, compare: bool) -> dict:
     """What a reader of the results must know of this machine."""
-    packages = ["fastlora-kernels", "torch", "transformers", *["peft"] * compare]
+    packages = ["torch", "transformers", *["peft"] * compare]
     return {
         "processor": processor(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"fastlora": fastlora.__version__} | {name: version(name) for name in packages},
     }
 
 

@@ -279,11 +279,12 @@ def test_jsonl_all_linear_and_auto_dtype_without_peft(model, tmp_path):
 def test_bfloat16_trains(model, text, tmp_path):
     out = tmp_path / "out"
     arguments = ["--model", model, "--data", text, "--out", out, "--no-compare"]
-    process = finetune(*arguments, *FAST, "--dtype", "bfloat16", "--steps", "2")
+    process = finetune(*arguments, *FAST, "--dtype", "bfloat16", "--steps", "9")
     assert process.returncode == 0, process.stderr
     result = json.loads((out / "loss.json").read_text())["results"]["fastlora"]
     assert all(math.isfinite(loss) for _, loss in result["loss"])
-    assert len(result["seconds_per_step"]) == 2
+    assert len(result["seconds_per_step"]) == 9
+    assert [step for step, _ in result["held_out_loss"]] == [0, 2, 4, 6, 8, 9]
 
 
 @pytest.mark.parametrize(
