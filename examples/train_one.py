@@ -4,6 +4,7 @@ finetune.py runs main once for each side, in a process of its own.  ``run`` hold
 ``run.scratch`` is a folder for files.
 """
 
+import math
 import textwrap
 from itertools import chain
 from statistics import median
@@ -71,6 +72,8 @@ def train(model, training: list[dict], held_out: list[dict], run: SimpleNamespac
     trainer, turns = make_trainer(model, training, held_out, run), Turns(run.parent)
     print("measuring the held-out loss before training", flush=True)
     losses = [(0, trainer.evaluate()["eval_loss"])]
+    if not math.isfinite(losses[0][1]):  # Gemma 3 in float16, for one
+        stop(f"--dtype {run.dtype}: the model's loss is {losses[0][1]} before training")
     trainer.add_callback(turns)
     trainer.train()
     history = trainer.state.log_history
