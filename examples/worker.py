@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import sys
 import threading
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,10 @@ def start_server() -> None:
 
     Neither it nor they see Ctrl-C: finetune.py does, ends them, and removes what they wrote.
     """
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # first, since it would take the mask off
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit the mask
     forkserver.ensure_running()
-    signal.signal(signal.SIGINT, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 class Worker:
