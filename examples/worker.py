@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -22,9 +23,18 @@ def start_server() -> None:
     Neither it nor they see Ctrl-C: finetune.py does, ends them, and removes what they wrote.
     """
     resource_tracker.ensure_running()  # first, since it would take the mask off
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit the mask
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with uninterrupted():  # which they inherit
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A Ctrl-C in it comes after it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 class Worker:
@@ -38,7 +48,8 @@ class Worker:
         self.name = name
         self.pipe, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=work, args=(module, theirs), daemon=True)
-        self.process.start()
+        with uninterrupted():  # half a start would print an error of its own
+            self.process.start()
         theirs.close()  # so that its end is seen here
         self.pipe.send(settings)
 
