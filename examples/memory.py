@@ -1,48 +1,35 @@
-"""What a training run costs: seconds a step, peak memory, and bytes that wait for the backward."""
+"""What one side's training needs of memory, in a process of its own, when no other runs."""
 
-import time
+import contextlib
+import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from train_one import add_adapter, load, load_model, make_rows, make_trainer
+from transformers import AutoTokenizer, Trainer
+
+STEPS = 2  # the second has all that any later one has: activations, gradients, AdamW's moments
 
 
-class StepWatch(TrainerCallback):
-    """The seconds of each whole step (forward, backward, optimizer), without evaluations."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self.start = self._now(args.device)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seconds.append(self._now(args.device) - self.start)
-
-    @property
-    def median(self) -> float:
-        return sorted(self.seconds)[len(self.seconds) // 2]
-
-    def _now(self, device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def main(run: SimpleNamespace) -> dict:
+    with contextlib.redirect_stdout(io.StringIO()):  # the training has said it all
+        return measure(run)
 
 
-class LossBar(ProgressCallback):
-    """Trainer's progress bar, with the loss in it rather than on lines of its own."""
-
-    def __init__(self, side: str) -> None:
-        super().__init__()
-        self.side = side
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(f"training with {self.side}")
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+def measure(run: SimpleNamespace) -> dict:
+    run.steps = STEPS
+    training, held_out = make_rows(load(AutoTokenizer, run), run)
+    model = add_adapter(load_model(run), run)
+    trainer = make_trainer(model, training, held_out[: run.batch], run)
+    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+    trainer.evaluate()  # reads the weights from the disk, which are not to count
+    peak = PeakMemory(run.device)
+    trainer.train()
+    return {
+        "peak_memory_growth": peak.growth(),
+        "kept_for_backward": bytes_kept_for_backward(trainer, run.batch),
+    }
 
 
 class PeakMemory:
