@@ -24,7 +24,7 @@ ORDER_INSIDE = {
         "common", "launch", "target", "config", "defaults", "plan",
         "sum_planes", "project", "gemm_lowrank", "weight_grad",
     ],
-    "reference": ["lora_linear", "dora_linear"],
+    "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "torch", "triton"],
     "ops": ["autocast", "call", "norm", "library", "function", "functional", "dora"],
     "model": ["config", "targets", "inject", "merge", "adapter_config", "checkpoint"],
