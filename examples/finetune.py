@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import quantiles
 
-from options import check_model, check_packages, parse_options, read_texts
+from options import check_packages, parse_options, read_texts
 from worker import Worker, end_all, run
 
 GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
@@ -31,7 +31,6 @@ def main() -> None:
     start = time.monotonic()
     options = parse_options(__doc__.partition("\n")[0])
     texts = read_texts(options.data)
-    check_model(options.model)
     check_packages(options.compare, convert=options.model is None and not GEMMA.is_dir())
     # Else Intel's OpenMP would use the cores for 200 ms of the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
@@ -94,9 +93,7 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
             results[side.name] = side.go()
             side.process.join()
     finally:
-        end_all()
-        for name in names:
-            keep_checkpoints(settings["scratch"] / "checkpoints" / name, out / "checkpoints" / name)
+        keep_checkpoints(settings["scratch"], out)
     (out / "adapter").mkdir(exist_ok=True)
     for file in (settings["scratch"] / "adapter").iterdir():
         os.replace(file, out / "adapter" / file.name)
@@ -117,14 +114,14 @@ def take_turns(sides: list[Worker], steps: int) -> None:
             bar.update()
 
 
-def keep_checkpoints(found: Path, kept: Path) -> None:
+def keep_checkpoints(scratch: Path, out: Path) -> None:
     """Put whole checkpoints (Trainer writes trainer_state.json last) in earlier ones' place."""
-    whole = [path.parent for path in found.glob("checkpoint-*/trainer_state.json")]
-    if whole:
+    whole = [path.parent for path in scratch.glob("checkpoints/*/checkpoint-*/trainer_state.json")]
+    for kept in {out / "checkpoints" / path.parent.name for path in whole}:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
-    for checkpoint in whole:
-        os.replace(checkpoint, kept / checkpoint.name)
+    for path in whole:
+        os.replace(path, out / path.relative_to(scratch))
 
 
 def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:

@@ -2,13 +2,13 @@
 
 import platform
 import re
-import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from options import stop
+from torch.utils.benchmark import Timer
 
 import fastlora
 
@@ -55,16 +55,11 @@ def bfloat16_over_float32() -> float:
 
     It takes a few milliseconds, on one thread: a busy machine would let a second one wait.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     dy, w = torch.randn(64, 128), torch.randn(128, 128)
-    seconds = {torch.bfloat16: [], torch.float32: []}
-    for _ in range(1 + ROUNDS):
-        for dtype, times in seconds.items():
-            left, right = dy.to(dtype), w.to(dtype)
-            start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    bfloat16, float32 = (min(times[1:]) for times in seconds.values())  # the first prepare
+    timers = [
+        Timer("dy @ w", globals={"dy": dy.to(dtype), "w": w.to(dtype)}, num_threads=1)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    rounds = [[timer.timeit(1).median for timer in timers] for _ in range(ROUNDS)]
+    bfloat16, float32 = map(min, zip(*rounds, strict=True))
     return bfloat16 / float32
