@@ -3,9 +3,8 @@
     python examples/finetune.py          Gemma 3 270M on Python's documentation: 6 min on 2 cores
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
-This file runs each side in a process of its own, a step of each in turn, and reports; how fastlora
-is used is in train_one.py.  --out gets the adapter, loss.png, loss.json and Trainer's checkpoints,
-each whole or not at all.
+Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.
+--out gets the adapter, loss.png, loss.json and Trainer's checkpoints, each whole or not at all.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ def main() -> None:
     options = parse_options(__doc__.partition("\n")[0])
     texts = read_texts(options.data)
     check_packages(options.compare, convert=options.model is None and not GEMMA.is_dir())
-    # Else Intel's OpenMP would use the cores for 200 ms of the other side's turn.
+    # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     # transformers' own call of its old name, once a run.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -50,13 +49,10 @@ def main() -> None:
             result |= run(f"the memory of {side}", "memory", run_settings | {"side": side})
         ratios = step_time_over_peft(results)
         print_table(results, ratios)
-        # Where files lie is nobody else's business.
-        named = {name: settings[name] and Path(settings[name]).name for name in ("model", "data")}
-        del settings["out"]
-        report = {"settings": settings | named, **machine}
-        write(report | {"results": results, "step_time_over_peft": ratios}, scratch, options.out)
-    print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out}", end=" ")
-    print(f"({time.monotonic() - start:.0f} s in all)")
+        report = {"settings": told(settings), **machine, "results": results}
+        write(report | {"step_time_over_peft": ratios}, scratch, options.out)
+    seconds = f"{time.monotonic() - start:.0f} s in all"
+    print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out} ({seconds})")
 
 
 @contextlib.contextmanager
@@ -127,9 +123,10 @@ def keep_checkpoints(scratch: Path, out: Path) -> None:
 def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:
     """For each other side, the ratio of each pair of steps; their median and quartiles."""
     ratios = {}
-    for side in [name for name in results if name != "PEFT"] if "PEFT" in results else []:
-        seconds = [results[name]["seconds_per_step"] for name in (side, "PEFT")]
-        pairs = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+    seconds = {side: result["seconds_per_step"] for side, result in results.items()}
+    theirs = seconds.pop("PEFT", [])
+    for side, ours in seconds.items() if theirs else ():
+        pairs = [our / their for our, their in zip(ours, theirs, strict=True)]
         low, middle, high = quantiles(pairs, method="inclusive") if pairs[1:] else 3 * pairs
         ratios[side] = {"pairs": pairs, "median": middle, "quartiles": [low, high]}
     return ratios
@@ -137,26 +134,23 @@ def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:
 
 def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
     """The sides next to each other; a ratio is that of fastlora, or of the optimised, to PEFT."""
-    rows = {  # of value, unit and form
-        "held-out loss before": (lambda side: side["held_out_loss"][0][1], 1, "12.3f"),
-        "held-out loss after": (lambda side: side["held_out_loss"][-1][1], 1, "12.3f"),
-        "peak memory growth, MiB": (lambda side: side["peak_memory_growth"], 2**20, "12.0f"),
-        "kept for backward, MiB": (lambda side: side["kept_for_backward"], 2**20, "12.0f"),
-    }
-    heads = [*results, *["over PEFT"] * len(step_time)]
-    print(f"\n{'':26}" + "".join(f"{head:>12}" for head in heads))
-    for title, (value, unit, form) in rows.items():
-        values = {side: value(result) for side, result in results.items()}
-        if None in values.values():
-            print(f"{title:26}{'not known':>12}")
-            continue
-        cells = [format(each / unit, form) for each in values.values()]
-        cells += [f"{values[side] / values['PEFT']:12.3f}" for side in step_time]
-        print(f"{title:26}{''.join(cells)}")
-    print(
-        "\npeak memory growth: of a few steps, alone; on a CPU, of the process's resident memory\n"
-        "kept for backward: by one forward of a batch, without the parameters\n"
+    rows = (
+        ("held-out loss before", lambda side: side["held_out_loss"][0][1], 1, "12.3f"),
+        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], 1, "12.3f"),
+        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"], 2**20, "12.0f"),
+        ("kept for backward, MiB", lambda side: side["kept_for_backward"], 2**20, "12.0f"),
     )
+    heads = [*results, *["over PEFT"] * len(step_time)]
+    print(f"\n{'':26}", *(f"{head:>12}" for head in heads), sep="")
+    for title, value, unit, form in rows:
+        values = {side: value(result) for side, result in results.items()}
+        cells = ["   not known"]
+        if None not in values.values():
+            cells = [format(each / unit, form) for each in values.values()]
+            cells += [f"{values[side] / values['PEFT']:12.3f}" for side in step_time]
+        print(f"{title:26}", *cells, sep="")
+    print("\npeak memory growth: of a few steps, alone; on a CPU, of the process's resident memory")
+    print("kept for backward: by one forward of a batch, without the parameters\n")
     for side, result in results.items():
         line = f"{side}: {result['tokens_per_second']:.1f} tokens / s (median step)"
         if ratio := step_time.get(side):
@@ -164,6 +158,12 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
             line += f"; a step takes {ratio['median']:.3f} of PEFT's time (median of "
             line += f"{len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f})"
         print(line)
+
+
+def told(settings: dict) -> dict:
+    """The settings for loss.json: where files lie is nobody else's business."""
+    names = {name: settings[name] and Path(settings[name]).name for name in ("model", "data")}
+    return {name: value for name, value in settings.items() if name != "out"} | names
 
 
 def write(report: dict, scratch: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from train_one import add_adapter, load, load_model, make_rows, make_trainer
+from train_one import load, make_trainer
 from transformers import AutoTokenizer, Trainer
 
 STEPS = 2  # the second has all that any later one has: activations, gradients, AdamW's moments
@@ -17,9 +17,7 @@ STEPS = 2  # the second has all that any later one has: activations, gradients, 
 def main(run: SimpleNamespace) -> dict:
     run.steps = STEPS
     with contextlib.redirect_stdout(io.StringIO()):  # the training has said it all
-        training, held_out = make_rows(load(AutoTokenizer, run), run)
-        model = add_adapter(load_model(run), run)
-    trainer = make_trainer(model, training, held_out[: run.batch], run)
+        trainer = make_trainer(load(AutoTokenizer, run), run)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.evaluate()  # reads the weights from the disk, which are not to count
     return {

@@ -18,22 +18,22 @@ DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 def parse_options(description: str) -> Namespace:
     parser = OneLineParser(prog="finetune.py", description=description)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1)
+    names = "layers to adapt: all-linear, or names with commas between (attention and MLP)"
+    dtypes = "of the frozen model (auto: bfloat16 where it is fast); the adapter is float32"
     add("--model", type=model, help="a local folder or a Hub id (packaged Gemma 3 270M)")
     add("--data", type=Path, help='UTF-8 text, or JSONL with "text" (Python\'s documentation)')
     add("--out", type=folder, default="out", help="a folder for results (%(default)s)")
-    names = "layers to adapt: all-linear, or names with commas between (attention and MLP)"
     add("--target", type=target, default=ATTENTION_AND_MLP, metavar="NAMES", help=names)
-    add("--rank", type=whole(1), default=16, help="r; lora_alpha is twice that (%(default)s)")
-    add("--dropout", type=number(0, 1), default=0.05, help="of the adapter's input (%(default)s)")
-    add("--steps", type=whole(1), default=16, help="optimizer steps (%(default)s)")
-    add("--batch", type=whole(1), default=4, help="rows a step (%(default)s)")
-    add("--seq-len", type=whole(8), default=256, help="tokens a row (%(default)s)")
-    add("--lr", type=number(0, math.inf), default=3e-4, help="AdamW's learning rate (%(default)s)")
-    dtypes = "of the frozen model (auto: bfloat16 where it is fast); the adapter is float32"
+    add("--rank", type=count, default=16, help="r; lora_alpha is twice that (%(default)s)")
+    add("--dropout", type=number(float, 0, 1), default=0.05, help="adapter's input (%(default)s)")
+    add("--steps", type=count, default=16, help="optimizer steps (%(default)s)")
+    add("--batch", type=count, default=4, help="rows a step (%(default)s)")
+    add("--seq-len", type=number(int, 8), default=256, help="tokens a row (%(default)s)")
+    add("--lr", type=number(float, 0), default=3e-4, help="AdamW's learning rate (%(default)s)")
     add("--dtype", choices=DTYPES, default="auto", help=dtypes)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--seed", type=whole(0), default=0, help="of adapter, data order, dropout (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
     add("--optimize", action="store_true", help="a third side: PEFT after fastlora.optimize(model)")
     options = parser.parse_args()
@@ -47,21 +47,15 @@ class OneLineParser(ArgumentParser):
         stop(f"{message} (--help lists the options)")
 
 
-def whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-        return int(text)
+def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
+    what = "whole number" if kind is int else "number"
+    limits = f"of at least {least}" if below == math.inf else f"from {least} to below {below}"
 
-    return parse
-
-
-def number(least: float, below: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if least <= float(text) < below:
-                return float(text)
-        raise ArgumentTypeError(f"{text!r} is no number from {least} to below {below}")
+            if least <= kind(text) < below:
+                return kind(text)
+        raise ArgumentTypeError(f"{text!r} is no {what} {limits}")
 
     return parse
 
@@ -103,6 +97,8 @@ def read_texts(path: Path | None) -> list[str]:
     """The documents of a text file (one) or of a JSONL file (one a line)."""
     if path is None:
         return list(pydoc_data.topics.topics.values())
+    if not path.is_file():
+        stop(f"--data {path}: there is no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -27,14 +27,15 @@ TOLERANCE = {"bfloat16": 0.03, "float16": 0.004, "float32": 1e-4}
 
 def main(run: SimpleNamespace) -> dict:
     tokenizer = load(AutoTokenizer, run)
-    training, held_out = make_rows(tokenizer, run)
-    model = add_adapter(load_model(run), run)
+    trainer = make_trainer(tokenizer, run)
+    model = trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})", flush=True)
-    result = {"trainable_parameters": trained} | train(model, training, held_out, run)
+    result = {"trainable_parameters": trained} | train(trainer, run)
     if run.side == "fastlora":
-        result["logits"] = finish(model, tokenizer, held_out[0]["input_ids"], run)
+        row = trainer.eval_dataset[0]["input_ids"]
+        result["logits"] = finish(model, tokenizer, row, run)
     return result
 
 
@@ -61,9 +62,9 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
     return model
 
 
-def train(model, training: list[dict], held_out: list[dict], run: SimpleNamespace) -> dict:
+def train(trainer: Trainer, run: SimpleNamespace) -> dict:
     """Train, in turns with the other sides; return the losses, and the times of the steps."""
-    trainer, turns = make_trainer(model, training, held_out, run), Turns(run.parent)
+    turns = Turns(run.parent)
     print("measuring the held-out loss before training", flush=True)
     losses = [(0, trainer.evaluate()["eval_loss"])]
     if not math.isfinite(losses[0][1]):  # Gemma 3 in float16, for one
@@ -81,7 +82,9 @@ def train(model, training: list[dict], held_out: list[dict], run: SimpleNamespac
     }
 
 
-def make_trainer(model, training: list[dict], held_out: list[dict], run) -> Trainer:
+def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
+    training, held_out = make_rows(tokenizer, run)
+    model = add_adapter(load_model(run), run)
     arguments = TrainingArguments(
         output_dir=str(run.scratch / "checkpoints" / run.side),
         max_steps=run.steps,

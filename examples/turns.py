@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class Turns(TrainerCallback):
-    """Waits before each step, and after the last; knows when each step began and how long it took.
+    """Waits before each step, and after the last; knows when each began and how long it took.
 
     A step is forward, backward and optimizer, without evaluations.
     """

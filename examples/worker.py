@@ -18,8 +18,8 @@ CONTEXT.set_forkserver_preload(["transformers.trainer", "transformers.models.aut
 class Worker:
     """``main(run)`` of a module of this folder, in a process of its own.
 
-    What main returns is its last answer; before, it may send others to ``run.parent``, and wait
-    there for a word to go on.  Where finetune.py has ended, that wait fails.
+    It may send answers to ``run.parent``, and wait there for a word to go on, which fails where
+    finetune.py has ended; what it returns is its last answer.
     """
 
     def __init__(self, name: str, module: str, settings: dict) -> None:
@@ -45,8 +45,8 @@ class Worker:
             sys.exit(2)
         how = f"exit code {code}, for the reason above"
         if code < 0:
-            memory = ", as if memory ran out" if code == -signal.SIGKILL else ""
-            how = f"signal {signal.Signals(-code).name}{memory}"
+            how = f"signal {signal.Signals(-code).name}"
+            how += ", as if memory ran out" * (code == -signal.SIGKILL)
         sys.exit(f"finetune.py: error: {self.name} ended with {how}")
 
     def go(self) -> Any:
