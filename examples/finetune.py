@@ -23,7 +23,6 @@ from options import check_packages, parse_options, read_texts
 from worker import Worker, end_all, run
 
 GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
-TERMS = "Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms"
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
             result |= run(f"the memory of {side}", "memory", run_settings | {"side": side})
         ratios = step_time_over_peft(results)
         print_table(results, ratios)
-        report = {"settings": told(settings), **machine, "results": results}
+        report = {"settings": settings, **machine, "results": results}
         write(report | {"step_time_over_peft": ratios}, scratch, options.out)
     seconds = f"{time.monotonic() - start:.0f} s in all"
     print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out} ({seconds})")
@@ -67,7 +66,7 @@ def scratch_in(folder: Path) -> Iterator[Path]:
 
 
 def prepare_gemma() -> None:
-    print(TERMS)
+    print("Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms")
     if not GEMMA.is_dir():
         print(f"converting the packaged Gemma 3 270M (once, about 50 s) to {GEMMA}", flush=True)
         with scratch_in(GEMMA.parent) as scratch:
@@ -160,15 +159,13 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
         print(line)
 
 
-def told(settings: dict) -> dict:
-    """The settings for loss.json: where files lie is nobody else's business."""
-    names = {name: settings[name] and Path(settings[name]).name for name in ("model", "data")}
-    return {name: value for name, value in settings.items() if name != "out"} | names
-
-
 def write(report: dict, scratch: Path, out: Path) -> None:
     from plot import plot
 
+    del report["settings"]["out"]  # where files lie is nobody else's business
+    for name in ("model", "data"):
+        if path := report["settings"][name]:
+            report["settings"][name] = Path(path).name
     (scratch / "loss.json").write_text(to_json(report) + "\n")
     plot(scratch / "loss.json", scratch / "loss.png")
     for name in ("loss.json", "loss.png"):
@@ -178,7 +175,7 @@ def write(report: dict, scratch: Path, out: Path) -> None:
 def to_json(value: object, indent: str = "\n") -> str:
     """A line for each entry of a dict; lists, and dicts that are short, on one line."""
     text = json.dumps(value)
-    if not isinstance(value, dict) or len(text) < 100:
+    if not isinstance(value, dict) or len(text) < 240:
         return text
     inner = indent + "  "
     entries = [f"{inner}{json.dumps(key)}: {to_json(value[key], inner)}" for key in value]

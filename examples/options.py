@@ -17,7 +17,8 @@ DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
 def parse_options(description: str) -> Namespace:
-    parser = OneLineParser(prog="finetune.py", description=description)
+    parser = ArgumentParser(prog="finetune.py", description=description)
+    parser.error = lambda message: stop(f"{message} (--help lists the options)")
     add, count = parser.add_argument, number(int, 1)
     names = "layers to adapt: all-linear, or names with commas between (attention and MLP)"
     dtypes = "of the frozen model (auto: bfloat16 where it is fast); the adapter is float32"
@@ -40,11 +41,6 @@ def parse_options(description: str) -> Namespace:
     if options.optimize and not options.compare:
         stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")
     return options
-
-
-class OneLineParser(ArgumentParser):
-    def error(self, message: str) -> None:
-        stop(f"{message} (--help lists the options)")
 
 
 def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:

@@ -4,11 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 STYLES = {  # all sides show where they agree
     "fastlora": {"color": "C0", "linestyle": "-", "marker": "o"},
@@ -22,7 +19,8 @@ def plot(results_file: Path, picture: Path) -> None:
     """The same file gives the same picture."""
     report = json.loads(results_file.read_text())
     settings, machine, results = report["settings"], report["machine"], report["results"]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     draw_losses(left, results, settings["batch"] * settings["seq_len"])
     draw_times(middle, results, report["step_time_over_peft"])
     draw_memory(right, results)
@@ -30,7 +28,6 @@ def plot(results_file: Path, picture: Path) -> None:
     what = f"{settings['model']}, LoRA r = {settings['rank']}, {settings['dtype']}"
     figure.suptitle(f"{what}, on {where}")
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def draw_losses(axes, results: dict, tokens_per_step: int) -> None:

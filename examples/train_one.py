@@ -34,8 +34,7 @@ def main(run: SimpleNamespace) -> dict:
     print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})", flush=True)
     result = {"trainable_parameters": trained} | train(trainer, run)
     if run.side == "fastlora":
-        row = trainer.eval_dataset[0]["input_ids"]
-        result["logits"] = finish(model, tokenizer, row, run)
+        result["logits"] = finish(model, tokenizer, trainer.eval_dataset[0]["input_ids"], run)
     return result
 
 
@@ -142,11 +141,12 @@ def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleName
     base, loaded, merged = (f"{each:.2g}" for each in differences.values())
     loader = "PEFT" if run.compare else "fastlora.load_adapter"
     print(
-        f"relative difference to the trained model's logits: saved and loaded by {loader} {loaded}"
+        f"relative difference to the trained model's logits: saved and loaded by {loader}", end=" "
     )
-    print(f"merged {merged}, without the adapter {base}", flush=True)
-    if not max(differences["loaded"], differences["merged"]) <= TOLERANCE[run.dtype]:
-        raise RuntimeError(f"rounding explains at most {TOLERANCE[run.dtype]}: please report it")
+    print(f"{loaded}, merged {merged}, without the adapter {base}", flush=True)
+    limit = TOLERANCE[run.dtype]
+    if not (differences["loaded"] <= limit and differences["merged"] <= limit):
+        raise RuntimeError(f"this is more than rounding explains ({limit}): please report it")
     return differences
 
 
@@ -184,11 +184,9 @@ def make_rows(tokenizer, run: SimpleNamespace) -> tuple[list[dict], list[dict]]:
     rows = [torch.tensor(start + tokens[cut : cut + width]) for cut in cuts]
     held_out = max(1, len(rows) // 10)
     if len(rows) - held_out < run.batch:
-        stop(
-            f"the data is {len(tokens):,} tokens, {len(rows)} rows of {run.seq_len}; held-out rows "
-            f"and a batch of {run.batch} need {run.batch + held_out}: use more data, or a smaller "
-            "--seq-len or --batch"
-        )
+        found = f"the data is {len(tokens):,} tokens, {len(rows)} rows of {run.seq_len}"
+        needed = f"held-out rows and a batch of {run.batch} need {run.batch + held_out}"
+        stop(f"{found}; {needed}: use more data, or a smaller --seq-len or --batch")
     examples = [{"input_ids": row, "labels": row} for row in rows]
     return examples[:-held_out], examples[-held_out:][:HELD_OUT_ROWS]
 

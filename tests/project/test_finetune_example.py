@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -19,10 +20,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 WORDS = ["a", "layer", "keeps", "its", "weight", "and", "bias", "while", "the", "adapter", "learns"]
 TEXT = " ".join(WORDS[(i * i + i // 7) % len(WORDS)] for i in range(3000))
-FAST = [
-    *("--steps", "6", "--batch", "2", "--seq-len", "32", "--lr", "0.01"),
-    *("--dtype", "float32", "--device", "cpu"),
-]
+FAST = "--steps=6", "--batch=2", "--seq-len=32", "--lr=0.01", "--dtype=float32", "--device=cpu"
 NO_16_BIT_PRODUCTS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # on x86
 TEMPORARY = (".finetune-*", ".fastlora-*", "*.tmp", "*.partial")
 
@@ -53,8 +51,8 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(inputs, tmp_path_factory):
-    """One run of all three sides, without dropout: what it printed, the folder of its results, and
-    how many processes of sides lived when it printed a line."""
+    """One run of all three sides, without dropout: what it printed, how many processes of sides
+    lived when it printed a line, the folder of its results, and the report among them."""
     out = tmp_path_factory.mktemp("compared") / "out"
     errors, lines, living = out.with_name("errors"), [], {}
     with errors.open("w") as file:
@@ -63,19 +61,12 @@ def compared(inputs, tmp_path_factory):
             lines.append(line)
             living[line.strip()] = len(side_processes(process))
     assert process.wait() == 0, errors.read_text()
-    return "".join(lines), out, living
-
-
-@pytest.fixture(scope="module")
-def report(compared):
-    return json.loads((compared[1] / "loss.json").read_text())
+    report = json.loads((out / "loss.json").read_text())
+    return SimpleNamespace(printed="".join(lines), living=living, out=out, report=report)
 
 
 def start(*arguments, more=(), **settings):
-    """Start it, in a process group of its own.
-
-    One thread: the tiny model gains nothing from more, and other tests may run beside it.
-    """
+    # One thread: the tiny model gains nothing from more, and other tests may run beside it.
     return subprocess.Popen(
         [sys.executable, SCRIPT, *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | dict(more),
@@ -105,10 +96,7 @@ def start_training(*arguments):
 
 def children(process):
     psutil = pytest.importorskip("psutil", reason="accelerate brings it")
-    try:
-        return psutil.Process(process.pid).children()
-    except psutil.NoSuchProcess:
-        return []
+    return psutil.Process(process.pid).children()
 
 
 def side_processes(process):
@@ -118,11 +106,9 @@ def side_processes(process):
 
 def ended(processes):
     """Whether all end within ten seconds."""
-    for _ in range(200):
-        if not any(each.is_running() for each in processes):
-            return True
-        time.sleep(0.05)
-    return False
+    import psutil
+
+    return not psutil.wait_procs(processes, timeout=10)[1]
 
 
 def temporary_files(folder):
@@ -130,10 +116,10 @@ def temporary_files(folder):
 
 
 def test_results_are_written_whole(compared, tmp_path):
-    _, out, _ = compared
+    out = compared.out
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    sides = [f"checkpoints/{side}/checkpoint-6" for side in ("fastlora", "PEFT", "optimized")]
-    adapters = {f"{folder}/adapter_model.safetensors" for folder in ("adapter", *sides)}
+    kept = [f"checkpoints/{side}/checkpoint-6" for side in ("fastlora", "PEFT", "optimized")]
+    adapters = {f"{folder}/adapter_model.safetensors" for folder in ("adapter", *kept)}
     assert {"loss.png", "loss.json", "adapter/adapter_config.json", *adapters} <= files
     assert temporary_files(out) == []
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -144,8 +130,8 @@ def test_results_are_written_whole(compared, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["fastlora", "optimized"])
-def test_losses_fall_and_follow_peft(report, side):
-    ours, theirs = report["results"][side], report["results"]["PEFT"]
+def test_losses_fall_and_follow_peft(compared, side):
+    ours, theirs = (compared.report["results"][each] for each in (side, "PEFT"))
     for curve in ("loss", "held_out_loss"):
         assert numpy.isfinite(ours[curve]).all()
         assert [step for step, _ in ours[curve]] == [step for step, _ in theirs[curve]]
@@ -156,9 +142,9 @@ def test_losses_fall_and_follow_peft(report, side):
     assert after < before - 0.05
 
 
-def test_sides_train_in_turn(report):
+def test_sides_train_in_turn(compared):
     steps = []
-    for side, result in report["results"].items():
+    for side, result in compared.report["results"].items():
         times = zip(result["step_began"], result["seconds_per_step"], strict=True)
         steps += [(began, began + took, step, side) for step, (began, took) in enumerate(times)]
     steps.sort()
@@ -170,8 +156,8 @@ def test_sides_train_in_turn(report):
     assert [step for *_, step, _ in steps] == [step for step in range(6) for _ in "abc"]
 
 
-def test_table_has_all_sides(compared, report):
-    printed, results = compared[0], report["results"]
+def test_table_has_all_sides(compared):
+    printed, results = compared.printed, compared.report["results"]
     assert "fastlora        PEFT   optimized   over PEFT   over PEFT" in printed
     assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
     for side in results.values():
@@ -179,8 +165,9 @@ def test_table_has_all_sides(compared, report):
         assert f"{side['tokens_per_second']:.1f}" in printed
         assert f"{side['kept_for_backward'] / 2**20:.0f}" in printed
     assert results["fastlora"]["kept_for_backward"] <= results["PEFT"]["kept_for_backward"]
-    assert list(report["step_time_over_peft"]) == ["fastlora", "optimized"]
-    for side, ratio in report["step_time_over_peft"].items():
+    ratios = compared.report["step_time_over_peft"]
+    assert list(ratios) == ["fastlora", "optimized"]
+    for side, ratio in ratios.items():
         ours, theirs = (numpy.array(results[name]["seconds_per_step"]) for name in (side, "PEFT"))
         low, middle, high = numpy.percentile(ours / theirs, [25, 50, 75])
         assert ratio["pairs"] == pytest.approx(ours / theirs)
@@ -189,11 +176,10 @@ def test_table_has_all_sides(compared, report):
         assert f"quartiles {low:.3f} and {high:.3f}" in printed
 
 
-def test_memory_is_measured_alone(compared, report):
-    _, _, living = compared
-    assert living["--- optimized: loading the model"] >= 2  # those before it
-    for side in report["results"]:
-        assert living[f"measuring the memory that {side} needs, alone"] <= 1  # its own
+def test_memory_is_measured_alone(compared):
+    assert compared.living["--- optimized: loading the model"] >= 2  # those before it
+    for side in compared.report["results"]:
+        assert compared.living[f"measuring the memory that {side} needs, alone"] <= 1  # its own
 
 
 def test_peft_loads_the_adapter(compared, inputs):
@@ -203,7 +189,7 @@ def test_peft_loads_the_adapter(compared, inputs):
     base = transformers.AutoModelForCausalLM.from_pretrained(inputs[1])
     tokens = torch.arange(12)[None]
     plain = base(tokens).logits
-    adapted = peft.PeftModel.from_pretrained(base, compared[1] / "adapter").eval()(tokens).logits
+    adapted = peft.PeftModel.from_pretrained(base, compared.out / "adapter").eval()(tokens).logits
     assert (adapted - plain).abs().max() > 0.01
 
 
