@@ -4,6 +4,7 @@ import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 import torch
@@ -53,13 +54,13 @@ def choose_dtype(name: str, device: str) -> dict:
 def bfloat16_over_float32() -> float:
     """Best times of dy @ W, the product that a CPU without 16-bit products is slowest at.
 
-    It takes a few milliseconds, on one thread: a busy machine would let a second one wait.
+    It takes some hundredths of a second, on one thread: a busy machine would let a second one wait.
     """
     dy, w = torch.randn(64, 128), torch.randn(128, 128)
-    timers = [
-        Timer("dy @ w", globals={"dy": dy.to(dtype), "w": w.to(dtype)}, num_threads=1)
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    timers = []
+    for dtype in (torch.bfloat16, torch.float32):
+        product = {"dy": dy.to(dtype), "w": w.to(dtype)}
+        timers.append(Timer("dy @ w", globals=product, timer=perf_counter))  # on one thread
     rounds = [[timer.timeit(1).median for timer in timers] for _ in range(ROUNDS)]
     bfloat16, float32 = map(min, zip(*rounds, strict=True))
     return bfloat16 / float32
