@@ -162,8 +162,9 @@ def brief(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def demo(results: dict[str, dict]) -> str:
+def demo(report: dict) -> str:
     """The sides of ``make demo``, from its loss.json; each ratio is to PEFT."""
+    results, step_time = report["results"], report.get("step_time_over_peft")
     names = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
     rows = (
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
@@ -179,7 +180,15 @@ def demo(results: dict[str, dict]) -> str:
     for title, value, form in rows:
         values = {side: value(results[side]) for side in sides}
         cells = [form.format(values[side]) for side in sides]
-        cells += [f"{values[side] / values['PEFT']:.2f}" for side in others]
+        by_pairs = step_time and title.startswith("tokens")  # its ratio is a row of its own
+        cells += ["" if by_pairs else f"{values[side] / values['PEFT']:.2f}" for side in others]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    if step_time:
+        cells = ["" for _ in sides]
+        for side in others:
+            low, high = step_time[side]["quartiles"]
+            cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
+        title = "step time / PEFT's, median of pairs (quartiles)"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -190,7 +199,7 @@ def main() -> None:
         sys.exit("usage: python benchmarks/report.py [--brief] RESULTS.json [PART OF AN ID ...]")
     results = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     if "rows" not in results:
-        print(demo(results["results"]))
+        print(demo(results))
         return
     parts = arguments[1:] or [""]
     rows = [row for row in results["rows"] if any(part in row["id"] for part in parts)]

@@ -3,11 +3,11 @@
     python examples/finetune.py          Gemma 3 270M on Python's documentation: 6 min on 2 cores
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
-This file runs each side in a process of its own, a step of each in turn, and reports; how fastlora
-is used is in train_one.py.  --out gets the adapter, loss.png, loss.json and Trainer's checkpoints,
-each whole or not at all.
+Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.
+--out gets the adapter, loss.png, loss.json and Trainer's checkpoints, each whole or not at all.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,88 +15,80 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import quantiles
 
-from options import check_model, check_packages, parse_options, read_texts
-from worker import Worker, run, start_server
+from options import check_packages, parse_options, read_texts
+from worker import Worker, end_all, run
 
 GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
-TERMS = "Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms"
 
 
 def main() -> None:
     start = time.monotonic()
     options = parse_options(__doc__.partition("\n")[0])
     texts = read_texts(options.data)
-    check_model(options.model)
     check_packages(options.compare, convert=options.model is None and not GEMMA.is_dir())
-    # Else Intel's OpenMP would use the cores for 200 ms of the other side's turn.
+    # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     # transformers' own call of its old name, once a run.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
     if options.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
-    start_server()
-    if options.model is None:
         prepare_gemma()
-    found = run("measuring the machine", "machine", vars(options))
-    settings = vars(options) | {
-        "model": options.model or str(GEMMA),
-        "alpha": 2 * options.rank,
-        "device": found["device"],
-        "dtype": found["dtype_choice"]["dtype"],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=options.out) as folder:
-        settings |= {"texts": texts, "scratch": Path(folder)}
-        results = train(settings, options.out)
+    settings = vars(options) | {"model": options.model or str(GEMMA), "alpha": 2 * options.rank}
+    machine = run("measuring the machine", "machine", settings)
+    settings |= {"device": machine.pop("device"), "dtype": machine["dtype_choice"]["dtype"]}
+    with scratch_in(options.out) as scratch:
+        run_settings = settings | {"texts": texts, "scratch": scratch}
+        results = train(run_settings, options.out)
         for side, result in results.items():
             print(f"measuring the memory that {side} needs, alone", flush=True)
-            result |= run(f"the memory of {side}", "memory", settings | {"side": side})
+            result |= run(f"the memory of {side}", "memory", run_settings | {"side": side})
         ratios = step_time_over_peft(results)
         print_table(results, ratios)
-        report = {
-            "settings": told(settings),
-            **found,
-            "results": results,
-            "step_time_over_peft": ratios,
-        }
-        write(report, Path(folder), options.out)
-    print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out}", end=" ")
-    print(f"({time.monotonic() - start:.0f} s in all)")
+        report = {"settings": settings, **machine, "results": results}
+        write(report | {"step_time_over_peft": ratios}, scratch, options.out)
+    seconds = f"{time.monotonic() - start:.0f} s in all"
+    print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out} ({seconds})")
+
+
+@contextlib.contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """A folder for what is not whole yet; it goes in the end, and before it who may write there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=folder) as scratch:
+        try:
+            yield Path(scratch)
+        finally:
+            end_all()
 
 
 def prepare_gemma() -> None:
-    print(TERMS)
+    print("Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms")
     if not GEMMA.is_dir():
         print(f"converting the packaged Gemma 3 270M (once, about 50 s) to {GEMMA}", flush=True)
-        GEMMA.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".gemma-", dir=GEMMA.parent) as scratch:
-            run("converting", "packaged_gemma", {"folder": Path(scratch, "whole")})
-            os.rename(Path(scratch, "whole"), GEMMA)
+        with scratch_in(GEMMA.parent) as scratch:
+            run("converting", "packaged_gemma", {"folder": scratch / "whole"})
+            os.rename(scratch / "whole", GEMMA)
 
 
 def train(settings: dict, out: Path) -> dict[str, dict]:
     """Train all sides, in turns; move what they leave, adapter and checkpoints, to --out."""
     names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
-    results = dict.fromkeys(names)
+    results, sides = dict.fromkeys(names), []
     try:
-        with ExitStack() as stack:
-            sides = []
-            for name in names:
-                print(f"\n--- {name}: loading the model", flush=True)
-                side = Worker(name, "train_one", settings | {"side": name})
-                sides.append(stack.enter_context(side))
-                side.answer()
-            take_turns(sides, settings["steps"])
-            for side in reversed(sides):  # the others leave before fastlora loads a model anew
-                results[side.name] = side.go()
-                side.process.join()
-    finally:
         for name in names:
-            keep_checkpoints(settings["scratch"] / "checkpoints" / name, out / "checkpoints" / name)
+            print(f"\n--- {name}: loading the model", flush=True)
+            sides.append(Worker(name, "train_one", settings | {"side": name}))
+            sides[-1].answer()
+        take_turns(sides, settings["steps"])
+        for side in reversed(sides):  # the others leave before fastlora loads a model anew
+            results[side.name] = side.go()
+            side.process.join()
+    finally:
+        keep_checkpoints(settings["scratch"], out)
     (out / "adapter").mkdir(exist_ok=True)
     for file in (settings["scratch"] / "adapter").iterdir():
         os.replace(file, out / "adapter" / file.name)
@@ -117,77 +109,77 @@ def take_turns(sides: list[Worker], steps: int) -> None:
             bar.update()
 
 
+def keep_checkpoints(scratch: Path, out: Path) -> None:
+    """Put whole checkpoints (Trainer writes trainer_state.json last) in earlier ones' place."""
+    whole = [path.parent for path in scratch.glob("checkpoints/*/checkpoint-*/trainer_state.json")]
+    for kept in {out / "checkpoints" / path.parent.name for path in whole}:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+    for path in whole:
+        os.replace(path, out / path.relative_to(scratch))
+
+
 def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:
     """For each other side, the ratio of each pair of steps; their median and quartiles."""
     ratios = {}
-    for side in [name for name in results if name != "PEFT"] if "PEFT" in results else []:
-        seconds = [results[name]["seconds_per_step"] for name in (side, "PEFT")]
-        pairs = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+    seconds = {side: result["seconds_per_step"] for side, result in results.items()}
+    theirs = seconds.pop("PEFT", [])
+    for side, ours in seconds.items() if theirs else ():
+        pairs = [our / their for our, their in zip(ours, theirs, strict=True)]
         low, middle, high = quantiles(pairs, method="inclusive") if pairs[1:] else 3 * pairs
         ratios[side] = {"pairs": pairs, "median": middle, "quartiles": [low, high]}
     return ratios
 
 
-def keep_checkpoints(found: Path, kept: Path) -> None:
-    """Put whole checkpoints (Trainer writes trainer_state.json last) in earlier ones' place."""
-    whole = [path.parent for path in found.glob("checkpoint-*/trainer_state.json")]
-    if whole:
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir(parents=True)
-    for checkpoint in whole:
-        os.replace(checkpoint, kept / checkpoint.name)
-
-
 def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
     """The sides next to each other; a ratio is that of fastlora, or of the optimised, to PEFT."""
-    rows = {  # of value and form
-        "held-out loss before": (lambda side: side["held_out_loss"][0][1], "{:.3f}"),
-        "held-out loss after": (lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
-        "peak memory growth, MiB": (lambda side: mebibytes(side["peak_memory_growth"]), "{:.0f}"),
-        "kept for backward, MiB": (lambda side: mebibytes(side["kept_for_backward"]), "{:.0f}"),
-    }
-    head = "".join(f"{side:>12}" for side in results)
-    print(f"\n{'':26}{head}" + "".join(f"{'over PEFT':>12}" for side in step_time))
-    for title, (value, form) in rows.items():
-        values = {side: value(result) for side, result in results.items()}
-        texts = ["not known" if v is None else form.format(v) for v in values.values()]
-        known = step_time if all(values.values()) else []
-        ratios = "".join(f"{values[side] / values['PEFT']:12.3f}" for side in known)
-        print(f"{title:26}" + "".join(f"{text:>12}" for text in texts) + ratios)
-    print(
-        "\npeak memory growth: of a few steps, alone; on a CPU, of the process's resident memory\n"
-        "kept for backward: by one forward of a batch, without the parameters\n"
+    rows = (
+        ("held-out loss before", lambda side: side["held_out_loss"][0][1], 1, "12.3f"),
+        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], 1, "12.3f"),
+        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"], 2**20, "12.0f"),
+        ("kept for backward, MiB", lambda side: side["kept_for_backward"], 2**20, "12.0f"),
     )
+    heads = [*results, *["over PEFT"] * len(step_time)]
+    print(f"\n{'':26}", *(f"{head:>12}" for head in heads), sep="")
+    for title, value, unit, form in rows:
+        values = {side: value(result) for side, result in results.items()}
+        cells = ["   not known"]
+        if None not in values.values():
+            cells = [format(each / unit, form) for each in values.values()]
+            cells += [f"{values[side] / values['PEFT']:12.3f}" for side in step_time]
+        print(f"{title:26}", *cells, sep="")
+    print("\npeak memory growth: of a few steps, alone; on a CPU, of the process's resident memory")
+    print("kept for backward: by one forward of a batch, without the parameters\n")
     for side, result in results.items():
-        print(f"{side}: {result['tokens_per_second']:.1f} tokens / s (median step)", end="")
+        line = f"{side}: {result['tokens_per_second']:.1f} tokens / s (median step)"
         if ratio := step_time.get(side):
             low, high = ratio["quartiles"]
-            print(f"; a step takes {ratio['median']:.3f} of PEFT's time", end=" ")
-            print(
-                f"(median of {len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f})",
-                end="",
-            )
-        print()
-
-
-def mebibytes(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
-
-
-def told(settings: dict) -> dict:
-    """The settings for loss.json: where files lie is nobody else's business."""
-    names = {name: Path(settings[name]).name for name in ("model", "data") if settings[name]}
-    left_out = ("out", "scratch", "texts")
-    return {name: value for name, value in settings.items() if name not in left_out} | names
+            line += f"; a step takes {ratio['median']:.3f} of PEFT's time (median of "
+            line += f"{len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f})"
+        print(line)
 
 
 def write(report: dict, scratch: Path, out: Path) -> None:
     from plot import plot
 
-    (scratch / "loss.json").write_text(json.dumps(report, indent=2) + "\n")
+    del report["settings"]["out"]  # where files lie is nobody else's business
+    for name in ("model", "data"):
+        if path := report["settings"][name]:
+            report["settings"][name] = Path(path).name
+    (scratch / "loss.json").write_text(to_json(report) + "\n")
     plot(scratch / "loss.json", scratch / "loss.png")
     for name in ("loss.json", "loss.png"):
         os.replace(scratch / name, out / name)
+
+
+def to_json(value: object, indent: str = "\n") -> str:
+    """A line for each entry of a dict; lists, and dicts that are short, on one line."""
+    text = json.dumps(value)
+    if not isinstance(value, dict) or len(text) < 240:
+        return text
+    inner = indent + "  "
+    entries = [f"{inner}{json.dumps(key)}: {to_json(value[key], inner)}" for key in value]
+    return f"{{{','.join(entries)}{indent}}}"
 
 
 def interrupted_once(signum: int, frame: object) -> None:

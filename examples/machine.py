@@ -1,13 +1,15 @@
 """What this machine is, and what it is good at: the device and the dtype of a run."""
 
 import platform
-import time
+import re
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 import torch
 from options import stop
+from torch.utils.benchmark import Timer
 
 import fastlora
 
@@ -16,20 +18,22 @@ ROUNDS = 20
 
 
 def main(run: SimpleNamespace) -> dict:
-    device = choose_device(run.device)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if run.device == "cuda" and not gpu:
+        stop("--device cuda: torch sees no GPU here")
+    device = "cuda" if gpu and run.device != "cpu" else "cpu"
     choice = choose_dtype(run.dtype, device)
     print(f"{choice['dtype']} on {device}: {choice['why']}", flush=True)
-    return {
-        "device": device,
-        "dtype_choice": {"asked": run.dtype} | choice,
-        "machine": describe(device, run.compare),
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    packages = ["torch", "transformers", *["peft"] * run.compare]
+    machine = {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "gpu": gpu if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "versions": {"fastlora": fastlora.__version__} | {name: version(name) for name in packages},
     }
-
-
-def choose_device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: torch sees no GPU here")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return {"device": device, "dtype_choice": {"asked": run.dtype} | choice, "machine": machine}
 
 
 def choose_dtype(name: str, device: str) -> dict:
@@ -43,46 +47,20 @@ def choose_dtype(name: str, device: str) -> dict:
     ratio = bfloat16_over_float32()
     dtype = "float32" if ratio > SLOW else "bfloat16"
     why = f"a small bfloat16 product takes {ratio:.1f} x the time of a float32 one on this CPU"
-    limit = f"above {SLOW} x, float32 is chosen"
-    return {"dtype": dtype, "why": f"{why}; {limit}", "bfloat16_over_float32": ratio}
+    why += f"; above {SLOW} x, float32 is chosen"
+    return {"dtype": dtype, "why": why, "bfloat16_over_float32": ratio}
 
 
 def bfloat16_over_float32() -> float:
     """Best times of dy @ W, the product that a CPU without 16-bit products is slowest at.
 
-    It takes a few milliseconds, on one thread: a busy machine would let a second one wait.
+    It takes some hundredths of a second, on one thread: a busy machine would let a second one wait.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     dy, w = torch.randn(64, 128), torch.randn(128, 128)
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for warm in [False] + [True] * ROUNDS:
-        for dtype in best:
-            left, right = dy.to(dtype), w.to(dtype)
-            start = time.perf_counter()
-            left @ right
-            if warm:
-                best[dtype] = min(best[dtype], time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return best[torch.bfloat16] / best[torch.float32]
-
-
-def describe(device: str, compare: bool) -> dict:
-    """What a reader of the results must know of this machine."""
-    packages = ["torch", "transformers", *["peft"] * compare]
-    return {
-        "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "versions": {"fastlora": fastlora.__version__} | {name: version(name) for name in packages},
-    }
-
-
-def processor() -> str:
-    """The name of the CPU's model."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
+    timers = []
+    for dtype in (torch.bfloat16, torch.float32):
+        product = {"dy": dy.to(dtype), "w": w.to(dtype)}
+        timers.append(Timer("dy @ w", globals=product, timer=perf_counter))  # on one thread
+    rounds = [[timer.timeit(1).median for timer in timers] for _ in range(ROUNDS)]
+    bfloat16, float32 = map(min, zip(*rounds, strict=True))
+    return bfloat16 / float32

@@ -2,70 +2,57 @@
 
 import contextlib
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from train_one import add_adapter, load, load_model, make_rows, make_trainer
+from train_one import load, make_trainer
 from transformers import AutoTokenizer, Trainer
 
 STEPS = 2  # the second has all that any later one has: activations, gradients, AdamW's moments
 
 
 def main(run: SimpleNamespace) -> dict:
-    with contextlib.redirect_stdout(io.StringIO()):  # the training has said it all
-        return measure(run)
-
-
-def measure(run: SimpleNamespace) -> dict:
     run.steps = STEPS
-    training, held_out = make_rows(load(AutoTokenizer, run), run)
-    model = add_adapter(load_model(run), run)
-    trainer = make_trainer(model, training, held_out[: run.batch], run)
+    with contextlib.redirect_stdout(io.StringIO()):  # the training has said it all
+        trainer = make_trainer(load(AutoTokenizer, run), run)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.evaluate()  # reads the weights from the disk, which are not to count
-    peak = PeakMemory(run.device)
-    trainer.train()
     return {
-        "peak_memory_growth": peak.growth(),
-        "kept_for_backward": bytes_kept_for_backward(trainer, run.batch),
+        "peak_memory_growth": peak_memory_growth(trainer.train, run.device),
+        "kept_for_backward": bytes_kept_for_backward(trainer),
     }
 
 
-class PeakMemory:
-    """The growth of memory from here to its peak: of a GPU's allocations, or of this process.
+def peak_memory_growth(train: Callable, device: str) -> int | None:
+    """How much it adds at its peak: to a GPU's allocations, or to what this process has resident.
 
-    The process's is known on Linux alone, where the kernel's high-water mark can be reset.
+    Only Linux tells the latter: there the kernel's high-water mark can be reset.
     """
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device == "cuda"
-        self.start: int | None = None
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._of_process("VmRSS")
-        except OSError:
-            pass
-
-    def growth(self) -> int | None:
-        if self.start is None:
-            return None
-        peak = torch.cuda.max_memory_allocated() if self.on_gpu else self._of_process("VmHWM")
-        return peak - self.start
-
-    def _of_process(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = of_process("VmRSS")
+    train()
+    return of_process("VmHWM") - before
 
 
-def bytes_kept_for_backward(trainer: Trainer, batch: int) -> int:
+def of_process(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s*(\d+) kB", status)[1])
+
+
+def bytes_kept_for_backward(trainer: Trainer) -> int:
     """What a forward of one training batch keeps until the backward, without the parameters."""
-    model, device = trainer.model.train(), trainer.args.device
-    rows = torch.stack([trainer.train_dataset[i]["input_ids"] for i in range(batch)]).to(device)
+    model, batch = trainer.model.train(), next(iter(trainer.get_train_dataloader()))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -76,6 +63,6 @@ def bytes_kept_for_backward(trainer: Trainer, batch: int) -> int:
         return tensor.detach()  # the same memory; to keep the tensor itself would make a cycle
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(input_ids=rows, labels=rows).loss
+        loss = model(**batch).loss
     del loss  # not before: it holds the graph, so that no address came twice
     return sum(kept.values())

@@ -12,14 +12,8 @@ from types import SimpleNamespace
 
 import torch
 from options import stop
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
 from turns import Turns
 
 import fastlora
@@ -33,14 +27,14 @@ TOLERANCE = {"bfloat16": 0.03, "float16": 0.004, "float32": 1e-4}
 
 def main(run: SimpleNamespace) -> dict:
     tokenizer = load(AutoTokenizer, run)
-    training, held_out = make_rows(tokenizer, run)
-    model = add_adapter(load_model(run), run)
+    trainer = make_trainer(tokenizer, run)
+    model = trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})", flush=True)
-    result = {"trainable_parameters": trained} | train(model, training, held_out, run)
+    result = {"trainable_parameters": trained} | train(trainer, run)
     if run.side == "fastlora":
-        result["logits"] = finish(model, tokenizer, held_out[0]["input_ids"], run)
+        result["logits"] = finish(model, tokenizer, trainer.eval_dataset[0]["input_ids"], run)
     return result
 
 
@@ -67,9 +61,9 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
     return model
 
 
-def train(model, training: list[dict], held_out: list[dict], run: SimpleNamespace) -> dict:
+def train(trainer: Trainer, run: SimpleNamespace) -> dict:
     """Train, in turns with the other sides; return the losses, and the times of the steps."""
-    trainer, turns = make_trainer(model, training, held_out, run), Turns(run.parent)
+    turns = Turns(run.parent)
     print("measuring the held-out loss before training", flush=True)
     losses = [(0, trainer.evaluate()["eval_loss"])]
     if not math.isfinite(losses[0][1]):  # Gemma 3 in float16, for one
@@ -87,9 +81,9 @@ def train(model, training: list[dict], held_out: list[dict], run: SimpleNamespac
     }
 
 
-def make_trainer(
-    model, training: list[dict], held_out: list[dict], run: SimpleNamespace
-) -> Trainer:
+def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
+    training, held_out = make_rows(tokenizer, run)
+    model = add_adapter(load_model(run), run)
     arguments = TrainingArguments(
         output_dir=str(run.scratch / "checkpoints" / run.side),
         max_steps=run.steps,
@@ -123,40 +117,36 @@ class AdapterTrainer(Trainer):
 
 def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleNamespace) -> dict:
     """Save the adapter, load it into a fresh base, merge it; check both, and print samples."""
-    model.eval()
-    trained = logits(model, row)
-    fastlora.save_adapter(model, run.scratch / "adapter")
+    adapter, prompt = run.scratch / "adapter", row[:PROMPT_TOKENS]
+    trained = logits(model.eval(), row)
+    fastlora.save_adapter(model, adapter)
 
     print(f"\nwriting two samples of {NEW_TOKENS} tokens (some seconds each)", flush=True)
     fresh = load_model(run).eval().to(model.device)
     differences = {"base": difference(trained, logits(fresh, row))}  # what the adapter does
-    print_sample("prompt", tokenizer, row[:PROMPT_TOKENS])
-    print_sample("before training", tokenizer, continuation(fresh, row[:PROMPT_TOKENS]))
+    print_sample("prompt", tokenizer, prompt)
+    print_sample("before training", tokenizer, continuation(fresh, prompt))
 
     if run.compare:
         from peft import PeftModel
 
-        fresh = PeftModel.from_pretrained(fresh, run.scratch / "adapter").eval()
+        fresh = PeftModel.from_pretrained(fresh, adapter).eval()
     else:
-        fastlora.load_adapter(fresh, run.scratch / "adapter")
+        fastlora.load_adapter(fresh, adapter)
     differences["loaded"] = difference(trained, logits(fresh, row))
     fastlora.merge_lora(model)
     differences["merged"] = difference(trained, logits(model, row))
-    print_sample("after training", tokenizer, continuation(model, row[:PROMPT_TOKENS]))
+    print_sample("after training", tokenizer, continuation(model, prompt))
 
+    base, loaded, merged = (f"{each:.2g}" for each in differences.values())
     loader = "PEFT" if run.compare else "fastlora.load_adapter"
     print(
-        f"relative difference to the trained model's logits: saved and loaded by {loader} "
-        f"{differences['loaded']:.2g}, merged {differences['merged']:.2g}, without the adapter "
-        f"{differences['base']:.2g}",
-        flush=True,
+        f"relative difference to the trained model's logits: saved and loaded by {loader}", end=" "
     )
-    for what in ("loaded", "merged"):
-        if not differences[what] <= TOLERANCE[run.dtype]:
-            raise RuntimeError(
-                f"the {what} model's logits differ by {differences[what]:.2g} from the trained "
-                f"model's, more than rounding explains ({TOLERANCE[run.dtype]}): please report it"
-            )
+    print(f"{loaded}, merged {merged}, without the adapter {base}", flush=True)
+    limit = TOLERANCE[run.dtype]
+    if not (differences["loaded"] <= limit and differences["merged"] <= limit):
+        raise RuntimeError(f"this is more than rounding explains ({limit}): please report it")
     return differences
 
 
@@ -171,11 +161,9 @@ def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 def continuation(model: torch.nn.Module, prompt: torch.Tensor) -> torch.Tensor:
     """The model's most likely next tokens."""
-    tokens = prompt[None].to(model.device)
-    mask = torch.ones_like(tokens)
-    written = model.generate(
-        tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
-    )
+    batch = {"input_ids": prompt[None].to(model.device)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    written = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     return written[0, len(prompt) :]
 
 
@@ -196,11 +184,9 @@ def make_rows(tokenizer, run: SimpleNamespace) -> tuple[list[dict], list[dict]]:
     rows = [torch.tensor(start + tokens[cut : cut + width]) for cut in cuts]
     held_out = max(1, len(rows) // 10)
     if len(rows) - held_out < run.batch:
-        stop(
-            f"the data is {len(tokens):,} tokens, {len(rows)} rows of {run.seq_len}; held-out rows "
-            f"and a batch of {run.batch} need {run.batch + held_out}: use more data, or a smaller "
-            "--seq-len or --batch"
-        )
+        found = f"the data is {len(tokens):,} tokens, {len(rows)} rows of {run.seq_len}"
+        needed = f"held-out rows and a batch of {run.batch} need {run.batch + held_out}"
+        stop(f"{found}; {needed}: use more data, or a smaller --seq-len or --batch")
     examples = [{"input_ids": row, "labels": row} for row in rows]
     return examples[:-held_out], examples[-held_out:][:HELD_OUT_ROWS]
 
