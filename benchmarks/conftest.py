@@ -1,13 +1,13 @@
 """The options of ``pytest benchmarks``, the list of its rows, and the table at its end."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from .cases import cpu_cases, gpu_cases
-from .compare import Pair, UnknownRefError, check_ref
+from .compare import Pair, check_ref, pair_with
 from .measure import missed
 from .report import text
 from .results import describe_machine, results_path, write_results
@@ -32,10 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
     if config.option.base is not None:
-        try:
-            check_ref(config.option.base)
-        except UnknownRefError as error:
-            raise pytest.UsageError(f"--base: {error}") from None
+        check_ref(config.option.base)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -60,9 +57,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair | None]:
     """The two commits that ``--base`` compares.  Also after Ctrl-C nothing of them is left."""
-    with ExitStack() as stack:
-        ref = request.config.option.base
-        yield None if ref is None else stack.enter_context(Pair(ref, request.config.option.device))
+    options = request.config.option
+    with pair_with(options.base, options.device) if options.base else nullcontext() as found:
+        yield found
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ round runs all contestants in turn and gives one ratio of each two; reported are
 """
 
 import statistics
+import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from .cases import DTYPE_NAMES, Case
 from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
 from .contestants import Contestant, Maker, NotHereError, Tensors, make_tensors, makers_for
 from .judge import Judge, check_kept, kept_for_backward
+from .tree import describe
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
 _LEAST, _MOST = 7, 300  # rounds
@@ -73,9 +73,9 @@ class Rounds:
 
 def measure(
     case: Case, device: torch.device, run: Callable[[Rounds], None],
-    makers: dict[str, Maker] | None = None, watch: Callable[[str], None] = lambda name: None,
+    makers: dict[str, Maker] | None = None,
 ) -> dict:  # fmt: skip
-    """A row.  ``run`` runs the rounds; ``watch`` hears who is tried next.
+    """A row.  ``run`` runs the rounds.
 
     A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
     """
@@ -85,7 +85,7 @@ def measure(
     known: dict[str, dict] = {"errors": {}, "saved": {}, "failures": {}, "skipped": {}}
     with threads_for(case):
         for name, make in (makers or makers_for(case)).items():
-            watch(name)
+            print(f"{case.id}: {name}", file=sys.stderr)  # the last words of a process that dies
             try:
                 worst = judge.error(name, make, backward=not case.decodes)
                 contestant = make(case, tensors, case.dropout)
@@ -102,7 +102,6 @@ def measure(
             except Exception as reason:
                 wait_for(device)  # if the device is lost, nobody else can run
                 known["failures"][name] = describe(reason)
-        watch("rounds")
         summary = {}
         if {"frozen", "fastlora"} <= set(steps):
             rounds = Rounds(steps)
@@ -145,31 +144,31 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
             leaf.grad = None
         return [*marks, mark()]
 
-    def by_parts() -> dict[str, float]:
-        clock.start()
-        start, middle, end = train(clock.mark)
-        return {"forward": clock.seconds(start, middle), "both": clock.seconds(start, end)}
-
-    def in_a_row(calls: int, clock: Clock, **named: Callable[[], object]) -> Step:
-        """For a clock that is coarse beside one call."""
-        calls = 1 if case.tiny else calls
-        return lambda: {name: timed(clock, call, calls) for name, call in named.items()}
-
+    # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
+    calls: list[tuple[str, Clock, Callable[[], object], int]] = []
     wall = HostClock(x.device)
     if case.table == "overhead":
         own = HostClock(x.device, time.process_time)
-        parts = [in_a_row(200, own, forward=forward, inference=inference, both=train)]
+        named = {"forward": forward, "inference": inference, "both": train}
+        calls += [(quantity, own, call, 200) for quantity, call in named.items()]
     elif case.decodes:
         with contestant.chosen():
-            graph = graph_of(inference)
-        parts = [in_a_row(1, clock, inference=inference, graph=graph)]
-        parts.append(in_a_row(20, wall, wall=inference))
-    else:
-        parts = [by_parts] + [in_a_row(20, wall, wall=train)] * (case.table == "gpu")
+            calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
+        calls.append(("wall", wall, inference, 20))
+    elif case.table == "gpu":
+        calls.append(("wall", wall, train, 20))
 
     def step() -> dict[str, float]:
+        seconds = {}
         with contestant.chosen():
-            return {name: seconds for part in parts for name, seconds in part().items()}
+            if not case.decodes and case.table != "overhead":
+                clock.start()
+                start, middle, end = train(clock.mark)
+                seconds["forward"] = clock.seconds(start, middle)
+                seconds["both"] = clock.seconds(start, end)
+            for quantity, its_clock, call, count in calls:
+                seconds[quantity] = timed(its_clock, call, 1 if case.tiny else count)
+        return seconds
 
     return step
 
@@ -202,14 +201,6 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 def digits(value: float) -> float:
     """Five significant ones: no time here is known better."""
     return float(f"{value:.5g}")
-
-
-def describe(error: Exception) -> str:
-    """Kind and text, cut where a compiler is verbose, and the place in the sources."""
-    frames = traceback.extract_tb(error.__traceback__)
-    text = str(error)
-    text = text if len(text) <= 1500 else f"{text[:1000]} … {text[-500:]}"
-    return f"{type(error).__name__}: {text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
 
 
 @contextmanager

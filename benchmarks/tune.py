@@ -2,10 +2,12 @@
 
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as TooLateError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -17,13 +19,14 @@ from fastlora.kernels.config import Config, GemmConfig
 from fastlora.kernels.defaults import candidates, default_config
 from fastlora.kernels.launch import Launch, intercept, recorded
 from fastlora.kernels.plan import Plan, Row
-from fastlora.kernels.target import Target, use_target
+from fastlora.kernels.target import TARGETS, Target, use_target
 
 from .cases import Case
 from .clock import Clock, clock_for, timed, wait_for
 from .forms import Form, Operands
 from .judge import check_error, error
-from .measure import describe, digits, ratios
+from .measure import digits, ratios
+from .tree import describe
 
 _FINALISTS = 3
 
@@ -46,7 +49,7 @@ def forms_of(case: Case, device: torch.device) -> list[Form]:
     M, K, r, n = case.M, case.K, case.r, len(case.outputs)
     shared = {"dtype": case.dtype, "adapter_dtype": case.adapter_dtype}
     group = shared | {"dropout": case.dropout}
-    with use_target(target_of(device)), torch.device("meta"):
+    with use_target(target_of(device) or TARGETS["interpreter"]), torch.device("meta"):
         x, dy = (torch.empty(M, columns, dtype=case.dtype) for columns in (K, case.outputs[0]))
         one_pass = one_pass_pays(dy, torch.empty(case.outputs[0], r), "ieee")
     y = "y,h" if case.decodes and one_launch_pays(x, r) else "y"
@@ -66,24 +69,21 @@ def compilers() -> ProcessPoolExecutor:
 
 
 def tune(
-    form: Form, device: torch.device, search: Search, pool: ProcessPoolExecutor | None,
-    watch: Callable[[str], None], without: Sequence[str] = (),
-) -> dict:  # fmt: skip
+    form: Form, device: torch.device, search: Search, pool: ProcessPoolExecutor | None
+) -> dict:
     """A row: the best config, its gain over the default, and for a base product the plan.
 
-    A config that is wrong or raises has no time.  ``watch`` hears which one runs first, and
-    ``without`` names those that ended the process before.
+    A config that is wrong or raises has no time.
     """
     target, clock, operands = target_of(device), clock_for(device), Operands(form, device)
     default = default_config(form.kernel, target, form.call)
     if default is None:
         raise ValueError(f"no default config fits {form.id}")
-    configs = [each for each in _listed(form, target, default) if str(each) not in without]
-    configs, truth = configs[: search.most], operands.truth()
+    configs, truth = _listed(form, target, default)[: search.most], operands.truth()
     times: dict[Config, float] = {}
     failures: dict[str, str] = {}
     for config, problem in _compiled(configs, form, target, search, pool):
-        watch(str(config))
+        print(f"{form.id}: {config}", file=sys.stderr)  # the last words of a process that dies
         try:
             if problem is not None:
                 raise problem
@@ -94,7 +94,6 @@ def tune(
         except Exception as reason:
             wait_for(device)  # if the device is lost, no other config can run
             failures[str(config)] = describe(reason)
-    watch("finals")
     row = {
         "id": form.id, "table": "tune", "kernel": form.kernel, "candidates": len(configs),
         "tried": len(times), "wrong": len(failures), "failures": dict([*failures.items()][:5]),
@@ -132,16 +131,13 @@ def _compiled(
         return
     deadline = time.monotonic() + search.seconds
     futures = {pool.submit(compile_ahead, form, target, config): config for config in configs}
-    try:
+    with suppress(TooLateError):
         for future in as_completed(futures, timeout=search.seconds):
-            yield futures[future], future.exception()
             if time.monotonic() > deadline:
-                return
-    except TooLateError:
-        return
-    finally:
-        for future in futures:
-            future.cancel()
+                break
+            yield futures[future], future.exception()
+    for future in futures:
+        future.cancel()
 
 
 def compile_ahead(form: Form, target: Target, config: Config) -> None:

@@ -132,8 +132,8 @@ def test_the_most_important_shape_comes_first():
 
 @IN_GIT
 def test_base_imports_the_other_commit():
-    with compare.Pair("HEAD", "cpu") as pair:
-        origins = {name: worker.origins for name, worker in pair.workers.items()}
+    with compare.pair_with("HEAD", "cpu") as pair:
+        origins = {name: worker.ask("origins") for name, worker in pair.workers.items()}
         row = pair.measure(CASE, two_rounds)
     other = Path(origins["base"]["fastlora"]).parents[1]
     assert origins["base"]["kernels"] == str(other / "kernels" / "__init__.py")
