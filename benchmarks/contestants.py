@@ -5,8 +5,8 @@ names of fastlora are used, so that another commit's can take part (``compare.py
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
@@ -45,28 +45,25 @@ class Contestant:
     """``module`` maps x to y, or to several; ``adapter``: what is trained.
 
     ``own_mask``: its dropout mask is known to nobody, so that it is judged without dropout.
+    ``chosen`` stands around forward and backward: autograd's own threads follow it.
     """
 
     module: nn.Module
     adapter: tuple[nn.Parameter, ...]
     own_mask: bool = False
-    backend: str | None = None
-    plan: str | None = None  # "FUSED" or "IN_PLACE"
-
-    @contextmanager
-    def chosen(self) -> Iterator[None]:
-        """Around forward and backward: autograd's own threads follow it."""
-        with ExitStack() as stack:
-            if self.backend is not None:
-                stack.enter_context(fastlora.use_backend(self.backend))
-            if self.plan is not None:
-                from fastlora.kernels import plan
-
-                stack.enter_context(plan.use_plan(getattr(plan, self.plan)))
-            yield
+    chosen: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 Maker = Callable[[Case, Tensors, float], Contestant]
+
+
+@contextmanager
+def _by_plan(name: str) -> Iterator[None]:
+    """The triton backend with one plan, "FUSED" or "IN_PLACE"."""
+    from fastlora.kernels import plan
+
+    with fastlora.use_backend("triton"), plan.use_plan(getattr(plan, name)):
+        yield
 
 
 def makers_for(case: Case) -> dict[str, Maker]:
@@ -78,9 +75,9 @@ def makers_for(case: Case) -> dict[str, Maker]:
         return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
     return {
         "frozen": frozen,
-        "fused": fastlora_layer(backend="triton", plan="FUSED"),
-        "in place": fastlora_layer(backend="triton", plan="IN_PLACE"),
-        "torch backend": fastlora_layer(backend="torch"),
+        "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
+        "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
+        "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
         "float32 adapter": fastlora_layer(torch.float32),
         "addmm chain": each(AddmmChain.apply),
         "peft formula": each(peft_formula),
@@ -127,9 +124,9 @@ class Group(nn.Module):
 class FusedGroup(Group):
     """LoRALinear layers of one x, called through :func:`fastlora.lora_linears`."""
 
-    def __init__(self, layers: list[fastlora.LoRALinear], dropout: float) -> None:
+    def __init__(self, layers: list[fastlora.LoRALinear]) -> None:
         super().__init__(layers)
-        self.dropout = dropout
+        self.dropout = layers[0].lora_dropout
         self.projections = [
             fastlora.Projection(each.weight, each.lora_A, each.lora_B, None, SCALE)
             for each in layers
@@ -165,18 +162,20 @@ def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def fastlora_layer(
-    adapter_dtype: torch.dtype | None = None, backend: str | None = None, plan: str | None = None
+    adapter_dtype: torch.dtype | None = None,
+    chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
-        pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
         layers = []
-        for base, (a, b) in zip(_linears(tensors.weights), pairs, strict=True):
-            layer = fastlora.LoRALinear.from_linear(base, **settings)
-            layer.lora_A, layer.lora_B = a, b
-            layers.append(layer)
-        group = partial(FusedGroup, dropout=dropout)
-        return _contestant(layers, group, backend=backend, plan=plan)
+        for base, pair in zip(
+            _linears(tensors.weights),
+            tensors.adapters[adapter_dtype or case.adapter_dtype],
+            strict=True,
+        ):
+            layers.append(fastlora.LoRALinear.from_linear(base, **settings))
+            layers[-1].lora_A, layers[-1].lora_B = pair
+        return _contestant(layers, FusedGroup, chosen=chosen)
 
     return make
 
@@ -202,12 +201,10 @@ def each(function: Callable[..., Tensor], compiled: bool = False) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         pairs = zip(tensors.weights, tensors.adapters[case.dtype], strict=True)
         layers = [Formula(function, (weight, *pair), dropout) for weight, pair in pairs]
-        found = _contestant(layers, own_mask=True)
-        if not compiled:
-            return found
         backend = "inductor" if tensors.x.is_cuda else "aot_eager"  # which needs no C compiler
-        module = torch.compile(found.module, backend=backend, fullgraph=True, dynamic=False)
-        return replace(found, module=module)
+        for layer in layers if compiled else ():
+            layer.compile(backend=backend, fullgraph=True, dynamic=False)
+        return _contestant(layers, own_mask=True)
 
     return make
 
@@ -256,10 +253,9 @@ def _contestant(
 
 
 def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
-    layers = []
-    for weight in weights:
-        layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
-        layers[-1].weight = weight
+    layers = [nn.Linear(*weight.shape[::-1], bias=False, device="meta") for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = weight
     return layers
 
 

@@ -90,12 +90,8 @@ def widened(tensors: Tensors) -> Tensors:
         return nn.Parameter(tensor.detach().double(), requires_grad=tensor.requires_grad)
 
     pairs = [(wide(a), wide(b)) for a, b in tensors.adapters[torch.float32]]
-    return Tensors(
-        wide(tensors.x),
-        tuple(dy.double() for dy in tensors.dys),
-        tuple(wide(weight) for weight in tensors.weights),
-        {torch.float64: pairs},
-    )
+    dys, weights = (tuple(map(wide, each)) for each in (tensors.dys, tensors.weights))
+    return Tensors(wide(tensors.x), dys, weights, {torch.float64: pairs})
 
 
 def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> list[Tensor]:
