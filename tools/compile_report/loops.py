@@ -1,7 +1,6 @@
 """How deep in loops each instruction of a kernel's machine code lies."""
 
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,38 +28,28 @@ class Instruction:
         return int(re.findall(r"0x([0-9a-f]+)", self.operands)[-1], 16)
 
 
-Graph = dict[int, set[int]]  # the blocks that follow a block, each named by its first address
-
-
 def depths(code: list[Instruction]) -> dict[int, int]:
     """How many loops there are around each address."""
-    starts = {code[0].address} | {each.target for each in code if each.target is not None}
-    starts |= {after.address for each, after in pairwise(code) if each.name in ("BRA", "EXIT")}
-    block, block_of, following = code[0].address, {}, defaultdict(set)
+    graph = networkx.DiGraph()
     for each, after in pairwise([*code, code[-1]]):
-        block = each.address if each.address in starts else block
-        block_of[each.address] = block
+        graph.add_node(each.address)
         if each.target is not None:
-            following[block].add(each.target)
-        if after.address in starts and (each.conditional or each.name not in ("BRA", "EXIT")):
-            following[block].add(after.address)
-    depth = dict.fromkeys(starts, 0)
-    _add_loops(following, depth)
-    return {address: depth[block] for address, block in block_of.items()}
+            graph.add_edge(each.address, each.target)
+        if after is not each and (each.conditional or each.name not in ("BRA", "EXIT")):
+            graph.add_edge(each.address, after.address)
+    depth = dict.fromkeys(graph, 0)
+    _add_loops(graph, depth)
+    return depth
 
 
-def _add_loops(following: Graph, depth: dict[int, int]) -> None:
-    """Count each loop for its blocks; then those inside it, which are loops without its entry."""
-    graph = networkx.DiGraph([(block, after) for block in following for after in following[block]])
+def _add_loops(graph: networkx.DiGraph, depth: dict[int, int]) -> None:
+    """Count each loop for what it holds; then those inside it: loops without the way back to it."""
     for loop in networkx.strongly_connected_components(graph):
-        if len(loop) == 1 and not graph.has_edge(*loop, *loop):
+        inside = graph.subgraph(loop).copy()
+        if inside.size() == 0:
             continue
-        for block in loop:
-            depth[block] += 1
-        entries = {
-            after
-            for block, others in following.items()
-            if block not in loop
-            for after in others & loop
-        } or {min(loop)}
-        _add_loops({block: (following.get(block, set()) & loop) - entries for block in loop}, depth)
+        for address in loop:
+            depth[address] += 1
+        entries = {after for before, after in graph.in_edges(loop) if before not in loop}
+        inside.remove_edges_from([*inside.in_edges(entries or {min(loop)})])
+        _add_loops(inside, depth)

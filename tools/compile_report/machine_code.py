@@ -16,7 +16,7 @@ from fastlora.kernels.target import Target
 from .loops import Instruction, depths
 
 # HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and their kin; matrix instructions of CDNA and RDNA.
-_TENSOR_CORE = re.compile(r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*")
+_TENSOR_CORE = r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*"
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
 
 
@@ -77,59 +77,55 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
         Instruction(int(address, 16), predicate != "", opcode, operands)
         for address, predicate, opcode, operands in _SASS.findall(text)
     ]
-    names = Counter(instruction.name for instruction in code)
-    spills = [instruction for instruction in code if instruction.name in ("LDL", "STL")]
+    names = Counter(each.name for each in code)
     depth = depths(code)
+    spills = [depth[each.address] for each in code if each.name in ("LDL", "STL")]
+    loads = [each.opcode for each in code if each.name in ("LDG", "LDGSTS")]
     return Compiled(
         registers=registers,
         stack=stack,
         spills=len(spills),
-        inner_spills=sum(depth[spill.address] > tile_loops for spill in spills),
+        inner_spills=sum(loops > tile_loops for loops in spills),
         shared_memory=kernel.metadata.shared,
         tensor_memory=kernel.metadata.tmem_size,
         tensor_core=_count(names, _TENSOR_CORE),
         tma_loads=names["UTMALDG"],
         tma_stores=names["UTMASTG"],
         stores=names["STG"] + names["UTMASTG"],
-        widest_load=max(map(_load_bits, code)),
+        widest_load=max((_bits(re.search(r"\.[US]?(\d+)\b", load)) for load in loads), default=0),
         instructions=len(code),
     )
-
-
-def _load_bits(instruction: Instruction) -> int:
-    """``LDG.E.128`` loads 128 bits, ``LDGSTS.E.BYPASS.128`` too, ``LDG.E`` 32."""
-    if instruction.name not in ("LDG", "LDGSTS"):
-        return 0
-    parts = set(instruction.opcode.split("."))
-    widths = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
-    return next((bits for part, bits in widths.items() if part in parts), 32)
 
 
 def _read_amd(kernel) -> Compiled:
     text = kernel.asm["amdgcn"]
     names = Counter(re.findall(r"^\t([a-z]\w+)", text.split("\n.Lfunc_end")[0], re.MULTILINE))
+    loads = [name for name in names if re.match("(global|buffer)_load_.*(dword|b)", name)]
 
     def metadata(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
-    loads = re.compile(r"(?:global|buffer)_load_\w*?(?:dword|b)(?:x?(\d+))?")
-    widths = {"": 32, "2": 64, "3": 96, "4": 128}
-    found = [match[1] or "" for match in map(loads.match, names) if match]
     return Compiled(
         registers=metadata("vgpr_count"),
         stack=metadata("private_segment_fixed_size"),
         spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
-        inner_spills=_count(names, re.compile(r"scratch_\w+")),
+        inner_spills=_count(names, r"scratch_\w+"),
         shared_memory=kernel.metadata.shared,
         tensor_memory=0,
         tensor_core=_count(names, _TENSOR_CORE),
         tma_loads=0,
         tma_stores=0,
-        stores=_count(names, re.compile(r"(global|buffer)_store\w+")),
-        widest_load=max((widths.get(width) or int(width) for width in found), default=0),
-        instructions=sum(count for name, count in names.items()),
+        stores=_count(names, r"(global|buffer)_store\w+"),
+        widest_load=max((_bits(re.search(r"(\d+)$", load)) for load in loads), default=0),
+        instructions=names.total(),
     )
 
 
-def _count(names: Counter, pattern: re.Pattern) -> int:
-    return sum(count for name, count in names.items() if pattern.fullmatch(name))
+def _bits(found: re.Match | None) -> int:
+    """Of a load: ``LDG.E`` 32, ``LDG.E.U16`` 16, ``LDG.E.128`` and ``buffer_load_dwordx4`` 128."""
+    number = int(found[1]) if found else 32
+    return number * 32 if number < 8 else number
+
+
+def _count(names: Counter, pattern: str) -> int:
+    return sum(count for name, count in names.items() if re.fullmatch(pattern, name))
