@@ -9,7 +9,7 @@ import torch
 from .cases import cpu_cases, gpu_cases
 from .compare import Pair, check_ref, pair_with
 from .measure import missed
-from .report import text
+from .report import heading, text
 from .results import describe_machine, results_path, write_results
 
 _ROWS = pytest.StashKey[list[dict]]()
@@ -81,14 +81,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not rows:
         return
     machine = describe_machine(torch.device(config.option.device))
-    name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    terminalreporter.section(f"{name}, torch {machine['torch']}")
+    terminalreporter.section(heading(machine))
     terminalreporter.write_line(text(rows))
-    wrong = sum(bool(missed(row)) for row in rows)
-    with_target = sum(bool(row["targets"]) for row in rows)
-    terminalreporter.write_line(
-        f"\n{with_target - wrong} of {with_target} rows met all of their targets"
-    )
+    met = [not missed(row) for row in rows if row["targets"]]
+    terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
     if config.option.save_results:
         path = results_path(machine)
         write_results(path, machine, config.invocation_params.args, rows)

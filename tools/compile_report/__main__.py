@@ -47,7 +47,7 @@ def rows_of(case: Case) -> list[dict]:
                 # float32 without tensor cores, where the target has none that are exact
                 "ieee": form.dtype == torch.float32 and form.precision == "ieee",
                 "descriptors": launch.arguments.get("DESCRIPTORS", False),
-                "refused": why_not(config, target, call),  # None where it fits
+                "refused": why_not(config, target, call),  # "" where it fits
                 "estimated": shared_memory(config, target, call),
                 "limit": target.shared_memory,
                 "compiled": asdict(compile_launch(launch, target)),
