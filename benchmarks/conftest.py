@@ -10,18 +10,17 @@ from .cases import cpu_cases, gpu_cases
 from .compare import Pair, check_ref, pair_with
 from .measure import missed
 from .report import heading, text
-from .results import describe_machine, results_path, write_results
+from .results import FOLDER, describe_machine, results_path, write_results
 
 _ROWS = pytest.StashKey[list[dict]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastlora")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
-    group.addoption("--base", metavar="REF", help="compare fastlora with this commit's")
-    flag, where = {"action": "store_true"}, "benchmarks/results/<device>/<date>.json"
-    group.addoption("--save-results", help=f"write the rows to {where}", **flag)
-    group.addoption("--strict-targets", help="a missed time target fails its test", **flag)
+    option = parser.getgroup("fastlora").addoption
+    option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
+    option("--base", metavar="REF", help="compare fastlora with this commit's")
+    option("--save-results", action="store_true", help=f"write {FOLDER}/<device>/<date>.json")
+    option("--strict-targets", action="store_true", help="a missed time target fails its test")
 
 
 @pytest.hookimpl(tryfirst=True)

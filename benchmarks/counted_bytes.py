@@ -103,22 +103,16 @@ GROUP_PEERS: dict[str, tuple[str, str]] = {
 
 
 def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
-    forward, backward = (
-        sum(_matrix(name, shape) for name in re.findall(r"\w+", steps)) for steps in passes
-    )
-    return Bytes(forward, backward)
-
-
-def _matrix(name: str, shape: Shape) -> int:
-    """Bytes of a matrix; a gradient has its tensor's shape."""
+    """A gradient has its tensor's shape."""
     M, N, K, r = shape.M, shape.N, shape.K, shape.r
-    if name == "mask":
-        return M * K
-    shapes = {
-        "x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r, "l": M * N,
-        "y": M * N,
-    }  # fmt: skip
-    return shapes[name.removesuffix("32").removeprefix("d")] * (4 if name.endswith("32") else 2)
+    counts = {"x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r}
+    counts |= {"l": M * N, "y": M * N}
+
+    def matrix(name: str) -> int:
+        size = 4 if name.endswith("32") else 2
+        return M * K if name == "mask" else counts[name.removesuffix("32").removeprefix("d")] * size
+
+    return Bytes(*(sum(map(matrix, re.findall(r"\w+", steps))) for steps in passes))
 
 
 def bytes_of_fastlora(
@@ -168,18 +162,16 @@ class _Counter(TorchDispatchMode):
 
 
 def rows_of_one(shape: Shape) -> dict[str, Bytes]:
-    peers = {name: bytes_of_passes(passes, shape) for name, passes in PEERS.items()}
-    floor = "floor: all inputs and results once"
+    (floor, floor_passes), *peers = PEERS.items()
+    wide = {"dropout": 0.1, "adapter_dtype": torch.float32}
     return {
         "frozen layer, no adapter": bytes_of_passes(FROZEN, shape),
-        floor: peers.pop(floor),
+        floor: bytes_of_passes(floor_passes, shape),
         "fastlora, fused": bytes_of_fastlora(shape, FUSED),
         "fastlora, fused, dropout": bytes_of_fastlora(shape, FUSED, dropout=0.1),
-        "fastlora, fused, float32 adapters, dropout": bytes_of_fastlora(
-            shape, FUSED, dropout=0.1, adapter_dtype=torch.float32
-        ),
+        "fastlora, fused, float32 adapters, dropout": bytes_of_fastlora(shape, FUSED, **wide),
         "fastlora, in place, dropout": bytes_of_fastlora(shape, IN_PLACE, dropout=0.1),
-        **peers,
+        **{name: bytes_of_passes(passes, shape) for name, passes in peers},
     }
 
 

@@ -37,8 +37,8 @@ def markdown(rows: list[dict], machine: dict) -> str:
 
 
 def heading(machine: dict) -> str:
-    instructions = "AMX" * machine["amx_bf16"] + " AVX512-BF16" * machine["avx512_bf16"]
-    cpu = f"{machine['cpu']}, {machine['threads']} threads, {instructions or 'no bfloat16'}"
+    bf16 = "AMX" if machine["amx_bf16"] else "AVX512" if machine["avx512_bf16"] else "no"
+    cpu = f"{machine['cpu']}, {machine['threads']} threads, {bf16} bfloat16 instructions"
     versions = (f"{name} {machine[name]}" for name in ("torch", "peft", "python"))
     return f"{machine.get('gpu', cpu)}; {', '.join(versions)}; {machine['date']}"
 
