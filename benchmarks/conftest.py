@@ -8,8 +8,7 @@ import torch
 
 from .cases import cpu_cases, gpu_cases
 from .compare import Pair, check_ref, pair_with
-from .measure import missed
-from .report import heading, text
+from .report import heading, missed, text
 from .results import FOLDER, describe_machine, results_path, write_results
 
 _ROWS = pytest.StashKey[list[dict]]()
@@ -62,16 +61,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair | None]:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, benchmark):
-    """Keep a row for the table and pytest-benchmark's JSON; fail if strict targets are missed."""
-
-    def keep(row: dict) -> None:
-        request.config.stash[_ROWS].append(row)
-        benchmark.extra_info.update(row)
-        if request.config.option.strict_targets and missed(row):
-            pytest.fail("; ".join(missed(row)), pytrace=False)
-
-    return keep
+def rows(request: pytest.FixtureRequest) -> list[dict]:
+    """For the table and the results file."""
+    return request.config.stash[_ROWS]
 
 
 @pytest.hookimpl(trylast=True)

@@ -183,14 +183,6 @@ def met_targets(case: Case, found: dict) -> list[dict]:
     return targets
 
 
-def missed(row: dict) -> list[str]:
-    return [
-        f"{target['quantity']} {target['ratio']} is {target['value']:.3f}, over {target['limit']:g}"
-        for target in row["targets"]
-        if not target["met"]
-    ]
-
-
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Lower quartile, median and upper quartile of the pairs."""
     pairs = [a / b for a, b in zip(above, below, strict=True)]

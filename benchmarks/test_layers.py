@@ -6,16 +6,23 @@ import torch
 from .cases import Case
 from .compare import Pair
 from .measure import Rounds, measure
+from .report import missed
 
 _BUDGET, _QUICK_BUDGET = 4.0, 0.2  # seconds of rounds
 
 
-def test_layers(case: Case, device: torch.device, pair: Pair | None, benchmark, record) -> None:
+def test_layers(
+    case: Case, device: torch.device, pair: Pair | None, rows: list[dict], benchmark, request
+) -> None:
     def run(rounds: Rounds) -> None:
         count = rounds.count(_QUICK_BUDGET if case.tiny else _BUDGET)
         benchmark.pedantic(rounds.run_subject, setup=rounds.run_others, rounds=count)
 
     row = measure(case, device, run) if pair is None else pair.measure(case, run)
-    record(row)
-    if row["failures"]:
-        pytest.fail("; ".join(f"{name}: {why}" for name, why in row["failures"].items()), False)
+    rows.append(row)
+    benchmark.extra_info.update(row)
+    problems = [f"{name}: {why}" for name, why in row["failures"].items()]
+    if request.config.option.strict_targets:
+        problems += missed(row)
+    if problems:
+        pytest.fail("; ".join(problems), pytrace=False)

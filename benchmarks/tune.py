@@ -4,7 +4,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as TooLateError
 from contextlib import suppress
@@ -117,7 +117,7 @@ def _listed(form: Form, target: Target, default: Config) -> list[Config]:
         small = form.M >= 1024 and config.block_m * config.block_n < 128 * 64
         return not small and config.block_m <= max(64, 2 * form.M)
 
-    found = [config for config in candidates(form.kernel, target, form.call) if suits(config)]
+    found = filter(suits, candidates(form.kernel, target, form.call))
     return list(dict.fromkeys([default, *sorted(found, key=distance)]))
 
 
@@ -159,32 +159,30 @@ def _finals(
     default: Config, truth: list[torch.Tensor],
 ) -> dict:  # fmt: skip
     """The best of all, the default and torch's product in turn, so that their ratios hold."""
-    calls: dict[object, Callable[[], object]] = {
-        config: partial(operands.run, config) for config in (*finalists, default)
-    }
-    if operands.form.kernel == "gemm_lowrank":
-        check_error(error(operands.run_in_place(), truth[0]), operands.form.dtype)
+    form = operands.form
+    calls = {str(config): partial(operands.run, config) for config in (*finalists, default)}
+    if form.kernel == "gemm_lowrank":
+        check_error(error(operands.run_in_place(), truth[0]), form.dtype)
         calls["in place"] = operands.run_in_place
-    laps: dict[object, list[float]] = {key: [] for key in calls}
+    laps: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(search.last):
-        for key, call in calls.items():
-            laps[key].append(timed(clock, call))
-    medians = {key: statistics.median(each) for key, each in laps.items()}
-    best = min(finalists, key=medians.__getitem__)
+        for name, call in calls.items():
+            laps[name].append(timed(clock, call))
+    seconds = {name: digits(statistics.median(each)) for name, each in laps.items()}
+    best = min(finalists, key=lambda config: seconds[str(config)])
     with recorded() as launches:
         operands.run(best)
     work = [launch.work() for launch in launches]
-    moved = sum(each.loaded + each.stored for each in work)
     row = {
-        "best": str(best), "seconds": {str(key): digits(each) for key, each in medians.items()},
-        "default/best": ratios(laps[default], laps[best]),
-        "tflops": digits(sum(each.flops for each in work) / medians[best] / 1e12),
-        "gbs": digits(moved / medians[best] / 1e9),
+        "best": str(best), "seconds": seconds,
+        "default/best": ratios(laps[str(default)], laps[str(best)]),
+        "tflops": digits(sum(each.flops for each in work) / seconds[str(best)] / 1e12),
+        "gbs": digits(sum(each.loaded + each.stored for each in work) / seconds[str(best)] / 1e9),
     }  # fmt: skip
     if "in place" in laps:
-        row["fused/in place"] = ratios(laps[best], laps["in place"])
-        fused = row["fused/in place"][1] < 1.0
-        call, depth = operands.form.call, sum(operands.form.depths)
+        row["fused/in place"] = ratios(laps[str(best)], laps["in place"])
+        plan = Plan(True, best) if row["fused/in place"][1] < 1.0 else Plan(False)
+        call, depth = form.call, sum(form.depths)
         size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
-        row["plan"] = repr(Row(target.name, *size, Plan(True, best) if fused else Plan(False)))
+        row["plan"] = repr(Row(target.name, *size, plan))
     return row
