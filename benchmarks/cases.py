@@ -13,15 +13,6 @@ DECODE = 16
 
 
 @dataclass(frozen=True)
-class Target:
-    """An upper limit for the median of one ratio of one quantity ("forward", "both" …)."""
-
-    quantity: str
-    ratio: str
-    limit: float
-
-
-@dataclass(frozen=True)
 class Case:
     """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
 
@@ -39,7 +30,6 @@ class Case:
     name: str = ""
     table: str = "layers"
     kind: str = "lora"
-    compiled: bool = False  # torch.compile takes part: for few rows, since it compiles for long
 
     @property
     def id(self) -> str:
@@ -63,26 +53,26 @@ class Case:
         return self.name.startswith("quick")
 
     @property
-    def targets(self) -> tuple[Target, ...]:
+    def targets(self) -> list[tuple[str, str, float]]:
+        """Upper limits for medians: quantity ("forward", "both" …), ratio, limit."""
         if self.tiny:
-            return ()
+            return []
         if self.decodes:
-            return (Target("graph", "fastlora/merged", 1.03),)
+            return [("graph", "fastlora/merged", 1.03)]
         if self.table == "gpu":
-            targets = [Target("wall", "fastlora/peft", 0.75)]
+            targets = [("wall", "fastlora/peft", 0.75)]
             if self.M >= 4096 and self.r == 16:
                 square, group = self.outputs == (self.K,), len(self.outputs) > 1
                 limit = 1.15 if square else 1.10 if group else 1.08
-                targets.append(Target("both", "fastlora/frozen", limit))
-                targets.append(Target("both", "fastlora/peft", 0.77))
-            return tuple(targets)
+                targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
+            return targets
         quantities = ("forward", "inference", "both") if self.table == "overhead" else ("both",)
-        targets = [Target(quantity, "fastlora/peft", 1.0) for quantity in quantities]
+        targets = [(quantity, "fastlora/peft", 1.0) for quantity in quantities]
         if self.table == "layers" and self.mixed:
-            targets.append(Target("both", f"fastlora/{SAME_DTYPE}", 1.05))
-        elif self.id in _OVER_FROZEN:
-            targets.append(Target("both", "fastlora/frozen", _OVER_FROZEN[self.id]))
-        return tuple(targets)
+            targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
+        if self.id in _OVER_FROZEN:
+            targets.append(("both", "fastlora/frozen", _OVER_FROZEN[self.id]))
+        return targets
 
 
 _OVER_FROZEN = {
@@ -134,14 +124,13 @@ def gpu_cases() -> list[Case]:
         ("gemma3-4b-qkv", 8192, 2560, (2048, 1024, 1024)),
         ("llama3-8b-q", 8192, 4096, (4096,), 128),
     )
-    cases = [case for layer in layers for case in _gpu(*layer)]
-    return [replace(case, compiled=i < 2) for i, case in enumerate(cases)]
+    return [case for layer in layers for case in _gpu(*layer)]
 
 
 def dry_cases() -> list[Case]:
     """Those of a GPU, so small that the interpreter can run their kernels."""
     return [
-        replace(_gpu("quick-gpu", 34, 40, (48,), r=8)[1], compiled=True),
+        _gpu("quick-gpu", 34, 40, (48,), r=8)[1],
         _gpu("quick-gpu-qkv", 34, 40, (48, 24), r=8)[0],
         *_gpu("quick-gpu-decode", 2, 40, (48,), r=8),
     ]

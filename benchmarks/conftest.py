@@ -34,17 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    on_gpu = metafunc.config.option.device == "cuda"
-    cases = gpu_cases() if on_gpu else cpu_cases()
-    metafunc.parametrize("case", cases, ids=[case.id for case in cases])
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The quick rows run only when asked for: their times mean nothing beside the others."""
-    if "quick" not in config.option.keyword:
-        quick = [item for item in items if "quick" in item.name]
-        config.hook.pytest_deselected(items=quick)
-        items[:] = [item for item in items if item not in quick]
+    options = metafunc.config.option
+    cases = gpu_cases() if options.device == "cuda" else cpu_cases()
+    cases = [case for case in cases if not case.tiny or "quick" in options.keyword]
+    metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
 
 @pytest.fixture(scope="session")

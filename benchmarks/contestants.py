@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout as drop
 from torch.nn.functional import linear
 
 import fastlora
@@ -21,10 +19,6 @@ from .cases import SAME_DTYPE, Case
 
 SCALE = 2.0
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # lora_a, lora_b of each projection
-
-
-class NotHereError(Exception):
-    """Why a contestant can't take part on this machine: it is skipped, and nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,11 @@ def makers_for(case: Case) -> dict[str, Maker]:
         "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
         "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
         "float32 adapter": fastlora_layer(torch.float32),
-        "addmm chain": each(AddmmChain.apply),
-        "peft formula": each(peft_formula),
+        "addmm chain": addmm_chain,
         "peft": peft_layer(),
         "peft, float32 adapter": peft_layer(torch.float32),
         "peft, optimized": optimized,
         **({"merged": merged} if case.decodes else {}),
-        **({"compiled peft formula": each(peft_formula, True)} if case.compiled else {}),
         "fastlora": fastlora_layer(),
     }
 
@@ -136,18 +128,6 @@ class FusedGroup(Group):
         return fastlora.lora_linears(x, self.projections, dropout=self.dropout)
 
 
-class Formula(nn.Module):
-    """A function of (x, weight, lora_a, lora_b, scale, dropout)."""
-
-    def __init__(self, function: Callable[..., Tensor], tensors: Sequence, dropout: float) -> None:
-        super().__init__()
-        self.weight, self.lora_a, self.lora_b = tensors
-        self.function, self.dropout = function, dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, self.lora_a, self.lora_b, SCALE, self.dropout)
-
-
 def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """``nn.Linear`` with no adapter: its forward and its dx."""
     return _contestant(_linears(tensors.weights))
@@ -167,12 +147,9 @@ def fastlora_layer(
 ) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
+        pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
         layers = []
-        for base, pair in zip(
-            _linears(tensors.weights),
-            tensors.adapters[adapter_dtype or case.adapter_dtype],
-            strict=True,
-        ):
+        for base, pair in zip(_linears(tensors.weights), pairs, strict=True):
             layers.append(fastlora.LoRALinear.from_linear(base, **settings))
             layers[-1].lora_A, layers[-1].lora_B = pair
         return _contestant(layers, FusedGroup, chosen=chosen)
@@ -195,25 +172,22 @@ def optimized(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     return _contestant(list(group.layers), own_mask=True)
 
 
-def each(function: Callable[..., Tensor], compiled: bool = False) -> Maker:
-    """A peer that is written as a function of one projection."""
-
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        pairs = zip(tensors.weights, tensors.adapters[case.dtype], strict=True)
-        layers = [Formula(function, (weight, *pair), dropout) for weight, pair in pairs]
-        backend = "inductor" if tensors.x.is_cuda else "aot_eager"  # which needs no C compiler
-        for layer in layers if compiled else ():
-            layer.compile(backend=backend, fullgraph=True, dynamic=False)
-        return _contestant(layers, own_mask=True)
-
-    return make
+def addmm_chain(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    pairs = zip(tensors.weights, tensors.adapters[case.dtype], strict=True)
+    return _contestant(
+        [AddmmLayer(weight, *pair, dropout) for weight, pair in pairs], own_mask=True
+    )
 
 
-def peft_formula(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
-    """The forward of PEFT's linear layer, casts included; where PEFT is missing it stands in."""
-    result = linear(x, weight)
-    update = linear(linear(drop(x.to(a.dtype), p, training=p > 0), a), b)
-    return (result + update * scale).to(result.dtype)
+class AddmmLayer(nn.Module):
+    """A layer by :class:`AddmmChain`."""
+
+    def __init__(self, weight: Tensor, a: Tensor, b: Tensor, dropout: float) -> None:
+        super().__init__()
+        self.weight, self.lora_a, self.lora_b, self.dropout = weight, a, b, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return AddmmChain.apply(x, self.weight, self.lora_a, self.lora_b, SCALE, self.dropout)
 
 
 class AddmmChain(torch.autograd.Function):
@@ -263,8 +237,6 @@ def _peft_layers(
     case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype
 ) -> list[nn.Module]:
     """PEFT's own, in training mode.  DoRA's magnitude isn't the norm, or it would do nothing."""
-    if find_spec("peft") is None:
-        raise NotHereError("PEFT is not installed")
     import peft
 
     config = peft.LoraConfig(

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from .cases import DTYPE_NAMES, Case
+from .cases import Case
 from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
-from .contestants import Contestant, Maker, NotHereError, Tensors, make_tensors, makers_for
+from .contestants import Contestant, Maker, Tensors, make_tensors, makers_for
 from .judge import Judge, check_kept, kept_for_backward
-from .tree import describe
+from .tree import last_error
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
 _LEAST, _MOST = 7, 300  # rounds
@@ -89,7 +89,7 @@ def measure(
             try:
                 worst = judge.error(name, make, backward=not case.decodes)
                 contestant = make(case, tensors, case.dropout)
-                if not case.decodes and not name.startswith("compiled"):  # hooks compile it again
+                if not case.decodes:
                     known["saved"][name] = kept = kept_for_backward(contestant, tensors)
                     if name == "fastlora" and case.table != "optimized":
                         check_kept(case, kept)
@@ -97,11 +97,11 @@ def measure(
                 step()
                 wait_for(device)
                 known["errors"][name], steps[name] = digits(worst), step
-            except NotHereError as reason:
+            except ModuleNotFoundError as reason:  # nothing is wrong
                 known["skipped"][name] = str(reason)
-            except Exception as reason:
+            except Exception:
+                known["failures"][name] = last_error()
                 wait_for(device)  # if the device is lost, nobody else can run
-                known["failures"][name] = describe(reason)
         summary = {}
         if {"frozen", "fastlora"} <= set(steps):
             rounds = Rounds(steps)
@@ -114,10 +114,8 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
     """Plain data for JSON.  Without a summary nothing was timed, and ``failures`` say why."""
     summary = summary or {"rounds": 0, "seconds": {}, "ratios": {}}
     return {
-        "id": case.id, "table": case.table, "M": case.M, "K": case.K, "N": list(case.outputs),
-        "r": case.r, "dtype": DTYPE_NAMES[case.dtype],
-        "adapter_dtype": DTYPE_NAMES[case.adapter_dtype], "dropout": case.dropout,
-        **known, **summary, "targets": met_targets(case, summary["ratios"]),
+        "id": case.id, "table": case.table, **known, **summary,
+        "targets": met_targets(case, summary["ratios"]),
     }  # fmt: skip
 
 
@@ -176,10 +174,11 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
 def met_targets(case: Case, found: dict) -> list[dict]:
     """Each target that was measured, with its value."""
     targets = []
-    for target in case.targets:
-        if target.ratio in found.get(target.quantity, ()):
-            value = found[target.quantity][target.ratio][1]
-            targets.append({**vars(target), "value": value, "met": value <= target.limit})
+    for quantity, ratio, limit in case.targets:
+        if ratio in found.get(quantity, ()):
+            value = found[quantity][ratio][1]
+            target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
+            targets.append(target | {"met": value <= limit})
     return targets
 
 

@@ -58,41 +58,49 @@ class Worker:
     """A process with the fastlora of a folder.  It answers what is asked of a module's ``Served``:
 
     a request is a line of JSON with the name of a method and its arguments, an answer another.
+    After a request that failed the next one has a new process.
     """
 
     def __init__(
         self, root: Path, module: str, device: str, environment: dict[str, str] | None = None
     ) -> None:
-        # It lives as long as the process.
-        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, str(BENCHMARKS / "tree.py"), str(root), module, device],
-            cwd=root, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.log, start_new_session=True,  # a Ctrl-C is this process's business
-        )  # fmt: skip
+        self.command = [sys.executable, str(BENCHMARKS / "tree.py"), str(root), module, device]
+        self.root, self.environment = root, environment
+        self.process: subprocess.Popen | None = None
 
     def ask(self, *request: str, seconds: float = 600.0) -> dict:
         """The answer; a RuntimeError with what was printed if there is none in time."""
-        timer = Timer(seconds, self.process.kill)
+        process = self.process = self.process or self._start()
+        timer = Timer(seconds, process.kill)
         timer.start()
         with suppress(BrokenPipeError):  # what was printed says why
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+            print(json.dumps(request), file=process.stdin, flush=True)
+        line = process.stdout.readline()
         timer.cancel()
-        if not line:
-            failed = f"the process ended with {self.process.wait()}, {seconds:.0f} s at most"
-        elif "failed" not in (answer := json.loads(line)):
-            return answer
-        else:
-            failed = answer["failed"]
-        self.log.seek(0)
-        raise RuntimeError(f"{self.log.read()[-1500:]}\n{failed}".strip())
+        answer = (
+            json.loads(line) if line else {"failed": f"the process ended with {process.wait()}"}
+        )
+        if "failed" in answer:
+            self.close()
+            self.log.seek(0)
+            raise RuntimeError(f"{self.log.read()[-1500:]}\n{answer['failed']}".strip())
+        return answer
+
+    def _start(self) -> subprocess.Popen:
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        return subprocess.Popen(
+            self.command, cwd=self.root, env=self.environment, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.log,
+            start_new_session=True,  # a Ctrl-C is this process's business
+        )  # fmt: skip
 
     def close(self) -> None:
         """With all processes that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
 
 
 def serve(served: object) -> None:
@@ -103,17 +111,14 @@ def serve(served: object) -> None:
             name, *arguments = json.loads(line)
             try:
                 answer = getattr(served, name)(*arguments)
-            except Exception as error:
-                answer = {"failed": describe(error)}
+            except Exception:
+                answer = {"failed": last_error()}
             print(json.dumps(answer), file=answers, flush=True)
 
 
-def describe(error: Exception) -> str:
-    """Kind and text, cut where a compiler is verbose, and the place in the sources."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    text = str(error)
-    text = text if len(text) <= 1500 else f"{text[:1000]} … {text[-500:]}"
-    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
+def last_error() -> str:
+    """Of an except clause: kind, text and place, cut where a compiler is verbose."""
+    return traceback.format_exc(limit=-1)[-1500:]
 
 
 if __name__ in ("__main__", "__mp_main__"):  # python tree.py ROOT MODULE DEVICE; its processes

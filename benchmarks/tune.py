@@ -3,11 +3,7 @@
 import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as TooLateError
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -26,7 +22,7 @@ from .clock import Clock, clock_for, timed, wait_for
 from .forms import Form, Operands
 from .judge import check_error, error
 from .measure import digits, ratios
-from .tree import describe
+from .tree import last_error
 
 _FINALISTS = 3
 
@@ -82,18 +78,16 @@ def tune(
     configs, truth = _listed(form, target, default)[: search.most], operands.truth()
     times: dict[Config, float] = {}
     failures: dict[str, str] = {}
-    for config, problem in _compiled(configs, form, target, search, pool):
+    for config in _compiled(configs, form, target, search, pool):
         print(f"{form.id}: {config}", file=sys.stderr)  # the last words of a process that dies
         try:
-            if problem is not None:
-                raise problem
             _check(operands, config, truth)
             times[config] = statistics.median(
                 timed(clock, partial(operands.run, config)) for _ in range(search.rounds)
             )
-        except Exception as reason:
+        except Exception:
+            failures[str(config)] = last_error()
             wait_for(device)  # if the device is lost, no other config can run
-            failures[str(config)] = describe(reason)
     row = {
         "id": form.id, "table": "tune", "kernel": form.kernel, "candidates": len(configs),
         "tried": len(times), "wrong": len(failures), "failures": dict([*failures.items()][:5]),
@@ -124,20 +118,16 @@ def _listed(form: Form, target: Target, default: Config) -> list[Config]:
 def _compiled(
     configs: list[Config], form: Form, target: Target, search: Search,
     pool: ProcessPoolExecutor | None,
-) -> Iterator[tuple[Config, BaseException | None]]:  # fmt: skip
-    """Each config as soon as it is compiled, until the search's time is over."""
+) -> list[Config]:  # fmt: skip
+    """Those that are compiled when the search's time is over."""
     if pool is None:
-        yield from ((config, None) for config in configs)
-        return
-    deadline = time.monotonic() + search.seconds
-    futures = {pool.submit(compile_ahead, form, target, config): config for config in configs}
-    with suppress(TooLateError):
-        for future in as_completed(futures, timeout=search.seconds):
-            if time.monotonic() > deadline:
-                break
-            yield futures[future], future.exception()
-    for future in futures:
+        return configs
+    futures = {config: pool.submit(compile_ahead, form, target, config) for config in configs}
+    wait(futures.values(), timeout=search.seconds)
+    for future in futures.values():
         future.cancel()
+    ended = {config: future for config, future in futures.items() if future.done()}
+    return [c for c, future in ended.items() if not future.cancelled() and not future.exception()]
 
 
 def compile_ahead(form: Form, target: Target, config: Config) -> None:

@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__":  # else whoever imports it has seen to that
@@ -58,7 +57,8 @@ class Visit:
         self.path = results_path(self.machine, options.out)
         self.end = time.monotonic() + 60 * options.minutes
         self.rows: list[dict] = []
-        self.worker: Worker | None = None
+        kept = environment(options.dry)
+        self.worker = Worker(ROOT, "benchmarks.visit", str(self.device), kept)
 
     def run(self, kind: str, name: str) -> None:
         """A row of this part, or one that says why not."""
@@ -68,24 +68,13 @@ class Visit:
             row["skipped"] = {"time": "none was left"}
         else:
             try:
-                row = self._worker().ask(kind, name, seconds=seconds)
+                row = self.worker.ask(kind, name, seconds=seconds)
             except RuntimeError as reason:
                 row["failures"] = {"the process": str(reason)}
-            if kind == "tests" or "the process" in row.get("failures", ()):
-                self.close()  # its settings may be a test's, its GPU may be lost
+            if kind == "tests":
+                self.worker.close()  # its settings are theirs
         self.rows.append(row)
         write_results(self.path, self.machine, sys.argv[1:], self.rows)
-
-    def _worker(self) -> Worker:
-        if self.worker is None:
-            kept = environment(self.device.type == "cpu")
-            self.worker = Worker(ROOT, "benchmarks.visit", str(self.device), kept)
-        return self.worker
-
-    def close(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
-        self.worker = None
 
 
 def main() -> None:
@@ -96,7 +85,7 @@ def main() -> None:
             if options.only in (None, kind):
                 visit.run(kind, name)
     finally:
-        visit.close()
+        visit.worker.close()
     plans = [f"{row['plan']}," for row in visit.rows if "plan" in row]
     print(f"{visit.path}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
 
@@ -146,9 +135,10 @@ class Served:
     def tests(self, name: str) -> dict:
         """The outcome of tests/**/test_NAME.py; what fails is told by the log."""
         row = {"table": "tests", "id": name, "outcome": "not run"}
-        if find_spec("pytest") is None:
-            return row | {"skipped": {"pytest": "pytest is not installed"}}
-        import pytest
+        try:
+            import pytest
+        except ModuleNotFoundError as reason:
+            return row | {"skipped": {"pytest": str(reason)}}
 
         class Summary:
             def pytest_terminal_summary(self, terminalreporter) -> None:

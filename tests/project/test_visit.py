@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tree
 from benchmarks.judge import TOLERANCE
 from fastlora.kernels.config import GemmConfig
 from fastlora.kernels.plan import Plan, Row
@@ -102,27 +101,11 @@ def test_a_part_that_ends_its_process_costs_only_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(visit.sys, "argv", ["visit.py", "--dry", "--out", str(tmp_path)])
     a_visit = visit.Visit(visit.parse())
     case = next(name for kind, name in visit.parts(a_visit.device) if kind == "layers")
-    started = []
-
-    class Worker:
-        """The first one is killed by what it is asked."""
-
-        def __init__(self, *arguments) -> None:
-            started.append(self)
-            self.process = tree.Worker(*arguments)
-
-        def ask(self, kind, name, seconds):
-            if len(started) == 1:
-                self.process.ask(kind, name, seconds=0.0)
-            return self.process.ask(kind, name, seconds=seconds)
-
-        def close(self) -> None:
-            self.process.close()
-
-    monkeypatch.setattr(visit, "Worker", Worker)
+    ask, seconds = a_visit.worker.ask, iter([0.0, 60.0])
+    monkeypatch.setattr(a_visit.worker, "ask", lambda *part, **_: ask(*part, seconds=next(seconds)))
     a_visit.run("layers", case)
     a_visit.run("layers", case)
-    a_visit.close()
+    a_visit.worker.close()
     died, judged = json.loads(a_visit.path.read_text(encoding="utf-8"))["rows"]
     assert died["id"] == judged["id"] == case
     assert "the process ended with -9" in died["failures"]["the process"]

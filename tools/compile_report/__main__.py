@@ -39,23 +39,19 @@ def rows_of(case: Case) -> list[dict]:
     try:
         return [
             {
-                "case": str(case),
-                "target": case.target,
-                "kernel": launch.name,
-                "form": form.name,
+                "case": case.name, "target": case.target, "kernel": launch.name, "form": form.name,
                 "config": asdict(config),
                 # float32 without tensor cores, where the target has none that are exact
                 "ieee": form.dtype == torch.float32 and form.precision == "ieee",
                 "descriptors": launch.arguments.get("DESCRIPTORS", False),
                 "refused": why_not(config, target, call),  # "" where it fits
-                "estimated": shared_memory(config, target, call),
-                "limit": target.shared_memory,
+                "estimated": shared_memory(config, target, call), "limit": target.shared_memory,
                 "compiled": asdict(compile_launch(launch, target)),
             }
             for launch in launches(case)
-        ]
+        ]  # fmt: skip
     except Exception as error:
-        raise RuntimeError(f"{case} doesn't compile") from error
+        raise RuntimeError(f"{case.name} doesn't compile") from error
 
 
 def table(rows: Sequence[dict]) -> str:

@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -38,27 +39,9 @@ class Compiled:
     instructions: int
 
 
-class Driver:
-    """All that ``kernel.warmup`` asks of a GPU's driver."""
-
-    def __init__(self, target: Target):
-        self._name = target.name
-        self._target = GPUTarget(target.kind, target.arch, target.warp_size)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> str:
-        """A kernel keeps what it compiled by this, and looks at no target again."""
-        return self._name
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile it as ``launch.run()`` would on that target, its arguments being meta tensors."""
-    triton.runtime.driver.set_active(Driver(target))
+    triton.runtime.driver.set_active(_driver(target))
     kernel = launch.compile()
     if target.kind == "hip":
         return _read_amd(kernel)
@@ -66,11 +49,23 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     return _read_nvidia(kernel, tile_loops=int(launch.arguments.get("PERSISTENT", False)))
 
 
+def _driver(target: Target) -> SimpleNamespace:
+    """All that ``kernel.warmup`` asks of a GPU's driver.
+
+    A kernel keeps what it compiled by the device, and looks at no target again.
+    """
+    compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
+    return SimpleNamespace(
+        get_current_target=lambda: compiled_for,
+        get_current_device=lambda: target.name,
+        get_current_stream=lambda device: 0,
+    )
+
+
 def _read_nvidia(kernel, tile_loops: int) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(path)]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
     code = [
@@ -80,21 +75,15 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
     names = Counter(each.name for each in code)
     depth = depths(code)
     spills = [depth[each.address] for each in code if each.name in ("LDL", "STL")]
-    loads = [each.opcode for each in code if each.name in ("LDG", "LDGSTS")]
+    loads = [re.search(r"\.[US]?(\d+)\b", x.opcode) for x in code if x.name in ("LDG", "LDGSTS")]
     return Compiled(
-        registers=registers,
-        stack=stack,
-        spills=len(spills),
+        registers=registers, stack=stack, spills=len(spills),
         inner_spills=sum(loops > tile_loops for loops in spills),
-        shared_memory=kernel.metadata.shared,
-        tensor_memory=kernel.metadata.tmem_size,
-        tensor_core=_count(names, _TENSOR_CORE),
-        tma_loads=names["UTMALDG"],
-        tma_stores=names["UTMASTG"],
-        stores=names["STG"] + names["UTMASTG"],
-        widest_load=max((_bits(re.search(r"\.[US]?(\d+)\b", load)) for load in loads), default=0),
-        instructions=len(code),
-    )
+        shared_memory=kernel.metadata.shared, tensor_memory=kernel.metadata.tmem_size,
+        tensor_core=_count(names, _TENSOR_CORE), tma_loads=names["UTMALDG"],
+        tma_stores=names["UTMASTG"], stores=names["STG"] + names["UTMASTG"],
+        widest_load=max(map(_bits, loads), default=0), instructions=len(code),
+    )  # fmt: skip
 
 
 def _read_amd(kernel) -> Compiled:
@@ -106,19 +95,14 @@ def _read_amd(kernel) -> Compiled:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
     return Compiled(
-        registers=metadata("vgpr_count"),
-        stack=metadata("private_segment_fixed_size"),
+        registers=metadata("vgpr_count"), stack=metadata("private_segment_fixed_size"),
         spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
-        inner_spills=_count(names, r"scratch_\w+"),
-        shared_memory=kernel.metadata.shared,
-        tensor_memory=0,
-        tensor_core=_count(names, _TENSOR_CORE),
-        tma_loads=0,
-        tma_stores=0,
+        inner_spills=_count(names, r"scratch_\w+"), shared_memory=kernel.metadata.shared,
+        tensor_memory=0, tensor_core=_count(names, _TENSOR_CORE), tma_loads=0, tma_stores=0,
         stores=_count(names, r"(global|buffer)_store\w+"),
         widest_load=max((_bits(re.search(r"(\d+)$", load)) for load in loads), default=0),
         instructions=names.total(),
-    )
+    )  # fmt: skip
 
 
 def _bits(found: re.Match | None) -> int:
