@@ -174,9 +174,8 @@ def optimized(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 def addmm_chain(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     pairs = zip(tensors.weights, tensors.adapters[case.dtype], strict=True)
-    return _contestant(
-        [AddmmLayer(weight, *pair, dropout) for weight, pair in pairs], own_mask=True
-    )
+    layers = [AddmmLayer(weight, *pair, dropout) for weight, pair in pairs]
+    return _contestant(layers, own_mask=True)
 
 
 class AddmmLayer(nn.Module):

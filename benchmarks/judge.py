@@ -1,6 +1,7 @@
 """What is judged before any time: results, by the float64 oracle, and bytes kept for backward."""
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -25,17 +26,21 @@ class Judge:
 
     def __init__(self, case: Case, tensors: Tensors, known_masks: bool = True) -> None:
         self.case, self.tensors, self.known_masks = case, tensors, known_masks
+        self.shared_masks: Callable[[nn.Module], AbstractContextManager] = nullcontext
+        if case.table == "optimized":  # PEFT's own dropout is made to drop what fastlora drops
+            from fastlora.peft.masks import shared_masks
+
+            self.shared_masks = shared_masks
         self._truths: dict[tuple[bool, float], list[Tensor]] = {}
 
     def error(self, name: str, make: Maker, backward: bool = True) -> float:
         """The worst error of outputs and gradients; AssertionError beyond tolerance."""
-        dropout, shared = self.case.dropout, self.case.table == "optimized"
+        dropout = self.case.dropout
         contestant = make(self.case, self.tensors, dropout)
-        # Of PEFT's layers all masks can be made fastlora's.
-        if not self.known_masks or (contestant.own_mask and not shared):
+        if not self.known_masks or (contestant.own_mask and self.case.table != "optimized"):
             dropout = 0.0
             contestant = make(self.case, self.tensors, dropout)
-        with contestant.chosen(), _shared_masks(contestant.module, shared and dropout > 0):
+        with contestant.chosen(), self.shared_masks(contestant.module):
             found = results(contestant, self.tensors, backward)
         key = (name == "frozen", dropout)
         if key not in self._truths:
@@ -50,7 +55,7 @@ class Judge:
         wide = widened(self.tensors)
         if self.case.table == "optimized" and not frozen:
             module = copy.deepcopy(peft_layer()(self.case, self.tensors, dropout).module).double()
-            with _shared_masks(module, dropout > 0):
+            with self.shared_masks(module):
                 return results(Contestant(module, trained(module)), wide)
         pairs = wide.adapters[torch.float64][: len(wide.weights)]
         projections = [
@@ -72,15 +77,6 @@ def known_masks(case: Case, x: Tensor, dropout: float) -> list[Tensor]:
     torch.manual_seed(_SEED)
     seeds = draw_seed(len(case.outputs), x.device)
     return [dropout_mask(seed, tuple(x.shape), dropout) for seed in seeds]
-
-
-def _shared_masks(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """PEFT's own dropout drops what fastlora would drop, from the same random state."""
-    if not wanted:
-        return nullcontext()
-    from fastlora.peft.masks import shared_masks
-
-    return shared_masks(module)
 
 
 def widened(tensors: Tensors) -> Tensors:

@@ -72,14 +72,14 @@ class Worker:
         """The answer; a RuntimeError with what was printed if there is none in time."""
         process = self.process = self.process or self._start()
         timer = Timer(seconds, process.kill)
+        timer.daemon = True
         timer.start()
         with suppress(BrokenPipeError):  # what was printed says why
             print(json.dumps(request), file=process.stdin, flush=True)
         line = process.stdout.readline()
         timer.cancel()
-        answer = (
-            json.loads(line) if line else {"failed": f"the process ended with {process.wait()}"}
-        )
+        ended = None if line else f"the process ended with {process.wait()}"
+        answer = json.loads(line) if line else {"failed": ended}
         if "failed" in answer:
             self.close()
             self.log.seek(0)

@@ -4,9 +4,10 @@ import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
 
@@ -27,9 +28,8 @@ from .tree import last_error
 _FINALISTS = 3
 
 
-@dataclass(frozen=True)
-class Search:
-    """At most so many configs and seconds; rounds of every config, and of the best ones."""
+class Search(NamedTuple):
+    """At most so many configs and seconds of compiling; rounds of all, and of the best ones."""
 
     seconds: float = 15.0
     most: int = 400
@@ -81,7 +81,10 @@ def tune(
     for config in _compiled(configs, form, target, search, pool):
         print(f"{form.id}: {config}", file=sys.stderr)  # the last words of a process that dies
         try:
-            _check(operands, config, truth)
+            for tensor in operands.run(config):
+                tensor.fill_(float("nan"))  # what no kernel writes shows
+            found = zip(operands.run(config), truth, strict=True)
+            check_error(max(error(got, want) for got, want in found), form.dtype)
             times[config] = statistics.median(
                 timed(clock, partial(operands.run, config)) for _ in range(search.rounds)
             )
@@ -134,14 +137,6 @@ def compile_ahead(form: Form, target: Target, config: Config) -> None:
     """What this call would launch is compiled and not launched: its tensors are meta tensors."""
     with use_target(target), intercept(Launch.compile):
         Operands(form, "meta").run(config)
-
-
-def _check(operands: Operands, config: Config, truth: list[torch.Tensor]) -> None:
-    for tensor in operands.run(config):
-        tensor.fill_(float("nan"))  # what no kernel writes shows
-    found = operands.run(config)
-    worst = max(error(got, want) for got, want in zip(found, truth, strict=True))
-    check_error(worst, operands.form.dtype)
 
 
 def _finals(

@@ -23,10 +23,6 @@ class Case:
     config: Config | None
     form: Form
 
-    def fits(self) -> bool:
-        config = self.config
-        return config is None or not why_not(config, TARGETS[self.target], self.form.call)
-
 
 def describe(config: Config | None) -> str:
     """``128x256x64-w8-s3-tma``."""
@@ -55,7 +51,8 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "add": (
         ["y+", "dx+ n3 mask"],
-        ["y+ r64 bf16-adapter", "y+ r200", "y+ f32-tf32", "dx+ f32-ieee n2 mask", "dx+ r64 n2 mask"],
+        ["y+ r64 bf16-adapter", "y+ r200", "y+ f32-tf32", "dx+ f32-ieee n2 mask",
+         "dx+ r64 n2 mask"],
     ),
     "project": (
         ["h mask", "dh"], ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
@@ -85,7 +82,12 @@ def cases(target: str, quick: bool = False) -> list[Case]:
             dtype = "f32-tf32" if key == 4 else "f32-ieee" if key == "ieee" else "bf16"
             variants = common + more * (i < 2 and dtype == "bf16" and not quick)
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
-    return [case for case in dict.fromkeys(found) if case.fits()]
+    hardware = TARGETS[target]
+    return [
+        case
+        for case in dict.fromkeys(found)
+        if case.config is None or not why_not(case.config, hardware, case.form.call)
+    ]
 
 
 def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:

@@ -5,20 +5,40 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import networkx  # torch needs it, too
 import triton
 from triton.backends.compiler import GPUTarget
 
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.target import Target
 
-from .loops import Instruction, depths
-
 # HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and their kin; matrix instructions of CDNA and RDNA.
 _TENSOR_CORE = r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*"
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
+
+
+class Instruction(NamedTuple):
+    """One line of SASS, without its encoding."""
+
+    address: int
+    conditional: bool
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        found = re.findall(r"0x([0-9a-f]+)", self.operands) if self.name == "BRA" else ()
+        return int(found[-1], 16) if found else None
 
 
 @dataclass(frozen=True)
@@ -113,3 +133,30 @@ def _bits(found: re.Match | None) -> int:
 
 def _count(names: Counter, pattern: str) -> int:
     return sum(count for name, count in names.items() if re.fullmatch(pattern, name))
+
+
+def depths(code: list[Instruction]) -> dict[int, int]:
+    """How many loops there are around each address."""
+    graph = networkx.DiGraph()
+    for each, after in pairwise([*code, code[-1]]):
+        graph.add_node(each.address)
+        if each.target is not None:
+            graph.add_edge(each.address, each.target)
+        if after is not each and (each.conditional or each.name not in ("BRA", "EXIT")):
+            graph.add_edge(each.address, after.address)
+    depth = dict.fromkeys(graph, 0)
+    _add_loops(graph, depth)
+    return depth
+
+
+def _add_loops(graph: networkx.DiGraph, depth: dict[int, int]) -> None:
+    """Count each loop for what it holds; then those inside it: loops without the way back to it."""
+    for loop in networkx.strongly_connected_components(graph):
+        inside = graph.subgraph(loop).copy()
+        if inside.size() == 0:
+            continue
+        for address in loop:
+            depth[address] += 1
+        entries = {after for before, after in graph.in_edges(loop) if before not in loop}
+        inside.remove_edges_from([*inside.in_edges(entries or {min(loop)})])
+        _add_loops(inside, depth)
