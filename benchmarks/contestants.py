@@ -36,16 +36,20 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Contestant:
-    """``module`` maps x to y, or to several; ``adapter``: what is trained.
+    """``module`` maps x to y, or to several.
 
     ``own_mask``: its dropout mask is known to nobody, so that it is judged without dropout.
     ``chosen`` stands around forward and backward: autograd's own threads follow it.
     """
 
     module: nn.Module
-    adapter: tuple[nn.Parameter, ...]
     own_mask: bool = False
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def adapter(self) -> list[nn.Parameter]:
+        """What is trained: every lora_a before its lora_b, one projection after the other."""
+        return [each for each in self.module.parameters() if each.requires_grad]
 
 
 Maker = Callable[[Case, Tensors, float], Contestant]
@@ -135,9 +139,10 @@ def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """The adapter added to the weight once, for inference."""
-    with torch.no_grad():
-        pairs = zip(tensors.weights, tensors.adapters[torch.float32], strict=True)
-        wholes = [(weight.float() + SCALE * b @ a).to(weight.dtype) for weight, (a, b) in pairs]
+    pairs = zip(tensors.weights, tensors.adapters[torch.float32], strict=True)
+    wholes = [
+        (weight.float() + SCALE * (b @ a).detach()).to(case.dtype) for weight, (a, b) in pairs
+    ]
     return _contestant(_linears([nn.Parameter(whole, requires_grad=False) for whole in wholes]))
 
 
@@ -159,15 +164,14 @@ def fastlora_layer(
 
 def peft_layer(adapter_dtype: torch.dtype | None = None) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        layers = _peft_layers(case, tensors, dropout, adapter_dtype or case.adapter_dtype)
-        return _contestant(layers, own_mask=True)
+        return _contestant(_peft_layers(case, tensors, dropout, adapter_dtype), own_mask=True)
 
     return make
 
 
 def optimized(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """PEFT's layers after :func:`fastlora.optimize`."""
-    group = Group(_peft_layers(case, tensors, dropout, case.adapter_dtype))
+    group = Group(_peft_layers(case, tensors, dropout))
     fastlora.optimize(group, strict=True)
     return _contestant(list(group.layers), own_mask=True)
 
@@ -212,17 +216,11 @@ class AddmmChain(torch.autograd.Function):
         return dx, None, dh.T @ dropped, dy.T @ h, None, None
 
 
-def trained(module: nn.Module) -> tuple[nn.Parameter, ...]:
-    """The adapters: every lora_a before its lora_b, one projection after the other."""
-    return tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
-
-
 def _contestant(
     layers: list[nn.Module], as_group: Callable[[list], nn.Module] = Group, **more: object
 ) -> Contestant:
     """One layer is called as it is; several through a group."""
-    module = layers[0] if len(layers) == 1 else as_group(layers)
-    return Contestant(module, trained(module), **more)
+    return Contestant(layers[0] if len(layers) == 1 else as_group(layers), **more)
 
 
 def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
@@ -233,7 +231,7 @@ def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
 
 
 def _peft_layers(
-    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype
+    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype | None = None
 ) -> list[nn.Module]:
     """PEFT's own, in training mode.  DoRA's magnitude isn't the norm, or it would do nothing."""
     import peft
@@ -250,12 +248,14 @@ def _peft_layers(
         model.add_adapter("other", config, autocast_adapter_dtype=False)
         model.base_model.set_adapter(names)
     layers = list(model.base_model.model.layers)
-    pairs = iter(tensors.adapters[adapter_dtype])
+    pairs = iter(tensors.adapters[adapter_dtype or case.adapter_dtype])
     for name in names:
         for layer in layers:
             layer.lora_A[name].weight, layer.lora_B[name].weight = next(pairs)
     for layer in layers:
-        for magnitude in layer.lora_magnitude_vector.to(adapter_dtype).values():
+        for magnitude in layer.lora_magnitude_vector.to(
+            adapter_dtype or case.adapter_dtype
+        ).values():
             length = magnitude.weight.shape[-1]
             magnitude.weight.data *= torch.linspace(0.9, 1.1, length).to(magnitude.weight)
     return layers

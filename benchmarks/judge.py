@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastlora
 
 from .cases import Case
-from .contestants import SCALE, Contestant, Maker, Tensors, peft_layer, trained
+from .contestants import SCALE, Contestant, Maker, Tensors, peft_layer
 
 # Of the largest error over the largest value, and of the norms.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -56,7 +56,7 @@ class Judge:
         if self.case.table == "optimized" and not frozen:
             module = copy.deepcopy(peft_layer()(self.case, self.tensors, dropout).module).double()
             with self.shared_masks(module):
-                return results(Contestant(module, trained(module)), wide)
+                return results(Contestant(module), wide)
         pairs = wide.adapters[torch.float64][: len(wide.weights)]
         projections = [
             fastlora.Projection(weight, a, b, None, 0.0 if frozen else SCALE)

@@ -111,12 +111,19 @@ def measure(
 
 
 def row_of(case: Case, summary: dict, **known: dict) -> dict:
-    """Plain data for JSON.  Without a summary nothing was timed, and ``failures`` say why."""
-    summary = summary or {"rounds": 0, "seconds": {}, "ratios": {}}
-    return {
-        "id": case.id, "table": case.table, **known, **summary,
-        "targets": met_targets(case, summary["ratios"]),
-    }  # fmt: skip
+    """Plain data for JSON, with each target that was measured.
+
+    Without a summary nothing was timed, and ``failures`` say why.
+    """
+    row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
+    row |= summary
+    row["targets"] = []
+    for quantity, ratio, limit in case.targets:
+        if ratio in row["ratios"].get(quantity, ()):
+            value = row["ratios"][quantity][ratio][1]
+            target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
+            row["targets"].append(target | {"met": value <= limit})
+    return row
 
 
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
@@ -169,17 +176,6 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
         return seconds
 
     return step
-
-
-def met_targets(case: Case, found: dict) -> list[dict]:
-    """Each target that was measured, with its value."""
-    targets = []
-    for quantity, ratio, limit in case.targets:
-        if ratio in found.get(quantity, ()):
-            value = found[quantity][ratio][1]
-            target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
-            targets.append(target | {"met": value <= limit})
-    return targets
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

@@ -110,10 +110,6 @@ def _verdict(target: dict) -> str:
     return f"≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}"
 
 
-def missed(row: dict) -> list[str]:
-    return [f"{t['quantity']} {_verdict(t)}" for t in row["targets"] if not t["met"]]
-
-
 def align(table: Sequence[tuple]) -> str:
     """Columns of a common width."""
     lines = [[str(cell) for cell in line] for line in table]

@@ -33,11 +33,15 @@ def describe_machine(device: torch.device) -> dict:
         "date": datetime.now(timezone.utc).date().isoformat(),
     }  # fmt: skip
     if device.type == "cuda":
+        command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            machine["smi"] = done.stdout.strip()
         found = torch.cuda.get_device_properties(device)
         machine |= {
             "device": _slug(found.name), "gpu": found.name, "cuda": torch.version.cuda,
             "capability": [found.major, found.minor], "memory": found.total_memory,
-            "processors": found.multi_processor_count, "smi": _smi(),
+            "processors": found.multi_processor_count,
         }  # fmt: skip
     return machine
 
@@ -65,9 +69,3 @@ def _slug(name: str) -> str:
 def _version(name: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(name)
-
-
-def _smi() -> str | None:
-    command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()

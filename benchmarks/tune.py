@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.kernels import one_launch_pays, one_pass_pays, target_of
-from fastlora.kernels.config import Config, GemmConfig
+from fastlora.kernels.config import Config
 from fastlora.kernels.defaults import candidates, default_config
 from fastlora.kernels.launch import Launch, intercept, recorded
 from fastlora.kernels.plan import Plan, Row
@@ -103,19 +103,14 @@ def tune(
 
 
 def _listed(form: Form, target: Target, default: Config) -> list[Config]:
-    """The default and its neighbours first; no tiles that are far too small or too large."""
+    """The default and its neighbours first; no tiles that are far too large."""
 
     def distance(config: Config) -> int:
         return sum(getattr(config, name) != getattr(default, name) for name in vars(default))
 
-    def suits(config: Config) -> bool:
-        if not isinstance(config, GemmConfig) or target.kind == "cpu":
-            return True
-        small = form.M >= 1024 and config.block_m * config.block_n < 128 * 64
-        return not small and config.block_m <= max(64, 2 * form.M)
-
-    found = filter(suits, candidates(form.kernel, target, form.call))
-    return list(dict.fromkeys([default, *sorted(found, key=distance)]))
+    found = candidates(form.kernel, target, form.call)
+    suited = [each for each in found if getattr(each, "block_m", 0) <= max(64, 2 * form.M)]
+    return list(dict.fromkeys([default, *sorted(suited, key=distance)]))
 
 
 def _compiled(
