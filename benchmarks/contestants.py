@@ -77,7 +77,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
         "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
         "float32 adapter": fastlora_layer(torch.float32),
-        "addmm chain": addmm_chain,
+        "addmm chain": fastlora_layer(kind=AddmmLinear),
         "peft": peft_layer(),
         "peft, float32 adapter": peft_layer(torch.float32),
         "peft, optimized": optimized,
@@ -139,25 +139,27 @@ def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """The adapter added to the weight once, for inference."""
-    pairs = zip(tensors.weights, tensors.adapters[torch.float32], strict=True)
-    wholes = [
-        (weight.float() + SCALE * (b @ a).detach()).to(case.dtype) for weight, (a, b) in pairs
-    ]
-    return _contestant(_linears([nn.Parameter(whole, requires_grad=False) for whole in wholes]))
+    wholes = []
+    for weight, (a, b) in zip(tensors.weights, tensors.adapters[torch.float32], strict=True):
+        wholes.append(nn.Parameter((weight + SCALE * b @ a).to(case.dtype), requires_grad=False))
+    return _contestant(_linears(wholes))
 
 
 def fastlora_layer(
     adapter_dtype: torch.dtype | None = None,
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
+    kind: type[fastlora.LoRALinear] = fastlora.LoRALinear,
 ) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
         pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
         layers = []
         for base, pair in zip(_linears(tensors.weights), pairs, strict=True):
-            layers.append(fastlora.LoRALinear.from_linear(base, **settings))
+            layers.append(kind.from_linear(base, **settings))
             layers[-1].lora_A, layers[-1].lora_B = pair
-        return _contestant(layers, FusedGroup, chosen=chosen)
+        ours = kind is fastlora.LoRALinear
+        group = FusedGroup if ours else Group
+        return _contestant(layers, group, chosen=chosen, own_mask=not ours)
 
     return make
 
@@ -176,21 +178,10 @@ def optimized(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     return _contestant(list(group.layers), own_mask=True)
 
 
-def addmm_chain(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    pairs = zip(tensors.weights, tensors.adapters[case.dtype], strict=True)
-    layers = [AddmmLayer(weight, *pair, dropout) for weight, pair in pairs]
-    return _contestant(layers, own_mask=True)
-
-
-class AddmmLayer(nn.Module):
-    """A layer by :class:`AddmmChain`."""
-
-    def __init__(self, weight: Tensor, a: Tensor, b: Tensor, dropout: float) -> None:
-        super().__init__()
-        self.weight, self.lora_a, self.lora_b, self.dropout = weight, a, b, dropout
-
+class AddmmLinear(fastlora.LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
-        return AddmmChain.apply(x, self.weight, self.lora_a, self.lora_b, SCALE, self.dropout)
+        pair = (self.lora_A, self.lora_B)
+        return AddmmChain.apply(x, self.weight, *pair, self.scaling, self.lora_dropout)
 
 
 class AddmmChain(torch.autograd.Function):
@@ -248,14 +239,13 @@ def _peft_layers(
         model.add_adapter("other", config, autocast_adapter_dtype=False)
         model.base_model.set_adapter(names)
     layers = list(model.base_model.model.layers)
-    pairs = iter(tensors.adapters[adapter_dtype or case.adapter_dtype])
+    dtype = adapter_dtype or case.adapter_dtype
+    pairs = iter(tensors.adapters[dtype])
     for name in names:
         for layer in layers:
             layer.lora_A[name].weight, layer.lora_B[name].weight = next(pairs)
     for layer in layers:
-        for magnitude in layer.lora_magnitude_vector.to(
-            adapter_dtype or case.adapter_dtype
-        ).values():
+        for magnitude in layer.lora_magnitude_vector.to(dtype).values():
             length = magnitude.weight.shape[-1]
             magnitude.weight.data *= torch.linspace(0.9, 1.1, length).to(magnitude.weight)
     return layers

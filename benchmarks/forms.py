@@ -83,7 +83,7 @@ class Operands:
 
     def __init__(self, form: Form, device: torch.device | str) -> None:
         self.form, self.device = form, device
-        M, N, ranks, name = form.M, form.columns, form.ranks, form.name
+        M, N, ranks = form.M, form.columns, form.ranks
         self.seeds = torch.arange(len(ranks), device=device) if form.dropout else None
         self.bias = self._random(N) if form.bias else None
         self.us = [self._random(M, r) for r in ranks]  # h, or every dh
@@ -96,10 +96,9 @@ class Operands:
             return
         self.v = self._random(M, N)  # x or dy
         self.b = self._adapter(N, ranks[0]) if form.also else None
-        adapters = [
-            self._adapter(r, N).T if name in ("h", "dA") else self._adapter(N, r) for r in ranks
-        ]
-        self.adapters = adapters  # [N, r]: factors of h and dh, results of the others
+        # [N, r]: factors of h and dh, results of the others.
+        lies = form.name in ("h", "dA")
+        self.adapters = [self._adapter(r, N).T if lies else self._adapter(N, r) for r in ranks]
 
     def tensors(self) -> list[Tensor]:
         """All that come in or are asked for."""

@@ -1,7 +1,7 @@
 """What is judged before any time: results, by the float64 oracle, and bytes kept for backward."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -34,7 +34,7 @@ class Judge:
         self._truths: dict[tuple[bool, float], list[Tensor]] = {}
 
     def error(self, name: str, make: Maker, backward: bool = True) -> float:
-        """The worst error of outputs and gradients; AssertionError beyond tolerance."""
+        """The worst of outputs and gradients; AssertionError beyond tolerance."""
         dropout = self.case.dropout
         contestant = make(self.case, self.tensors, dropout)
         if not self.known_masks or (contestant.own_mask and self.case.table != "optimized"):
@@ -46,9 +46,7 @@ class Judge:
         if key not in self._truths:
             self._truths[key] = self._truth(*key)
         # An inference has outputs alone, and the frozen layer no adapter.
-        worst = max(error(got, want) for got, want in zip(found, self._truths[key], strict=False))
-        check_error(worst, self.case.dtype)
-        return worst
+        return checked(zip(found, self._truths[key], strict=False), self.case.dtype)
 
     def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
         """Outputs, and gradients of x and of every adapter."""
@@ -102,16 +100,19 @@ def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> 
     return [*(y.detach() for y in ys), *gradients]
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """The worse of largest difference over largest value, and ratio of norms; NaN is infinite."""
-    difference = got.double() - want
-    worst = max(difference.abs().max() / want.abs().max(), difference.norm() / want.norm())
-    return float("inf") if worst.isnan() else worst.item()
+def checked(pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
+    """The worst error of results and their truths; AssertionError beyond tolerance.
 
-
-def check_error(worst: float, dtype: torch.dtype) -> None:
-    if not worst <= TOLERANCE[dtype]:
-        raise AssertionError(f"{worst:.2g} from the oracle, beyond {TOLERANCE[dtype]:.2g}")
+    Of each pair the worse of largest difference over largest value, and ratio of norms.
+    """
+    worst = 0.0
+    for got, want in pairs:
+        difference = got.double() - want
+        for each in (difference.abs().max() / want.abs().max(), difference.norm() / want.norm()):
+            worst = each.item() if not each <= worst else worst  # also if it is NaN
+            if not worst <= TOLERANCE[dtype]:
+                raise AssertionError(f"{worst:.2g} from the oracle, beyond {TOLERANCE[dtype]:.2g}")
+    return worst
 
 
 def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int]:

@@ -38,11 +38,7 @@ class _Tree(MetaPathFinder):
         self, name: str, path: Sequence[str] | None = None, target: object = None
     ) -> ModuleSpec | None:
         folder = self.folders.get(name)
-        if folder is None or not (folder / "__init__.py").exists():
-            return None
-        return spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
+        return None if folder is None else spec_from_file_location(name, folder / "__init__.py")
 
 
 def import_from(root: Path = ROOT) -> None:

@@ -1,13 +1,10 @@
 """The best tiles for a launcher's call, and who multiplies: rows for kernels/plan.py."""
 
-import os
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Executor, wait
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
-from typing import NamedTuple
 
 import torch
 
@@ -21,23 +18,13 @@ from fastlora.kernels.target import TARGETS, Target, use_target
 from .cases import Case
 from .clock import Clock, clock_for, timed, wait_for
 from .forms import Form, Operands
-from .judge import check_error, error
+from .judge import checked
 from .measure import digits, ratios
 from .tree import last_error
 
-_FINALISTS = 3
-
-
-class Search(NamedTuple):
-    """At most so many configs and seconds of compiling; rounds of all, and of the best ones."""
-
-    seconds: float = 15.0
-    most: int = 400
-    rounds: int = 5
-    last: int = 15
-
-
-DRY = Search(60.0, most=2, rounds=1, last=2)
+_SECONDS = 15.0  # of compiling
+_MOST, _ROUNDS = 400, 5  # configs that are tried, and how often
+_FINALISTS, _LAST = 3, 15
 
 
 def forms_of(case: Case, device: torch.device) -> list[Form]:
@@ -58,35 +45,29 @@ def forms_of(case: Case, device: torch.device) -> list[Form]:
     return [*ys, dx, d_b, replace(h, name="dA"), h]
 
 
-def compilers() -> ProcessPoolExecutor:
-    """They compile into Triton's cache on disk, so that a crash there takes no timing along."""
-    count = max(2, min(14, (os.cpu_count() or 4) - 2))
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-
-
-def tune(
-    form: Form, device: torch.device, search: Search, pool: ProcessPoolExecutor | None
-) -> dict:
+def tune(form: Form, device: torch.device, pool: Executor | None) -> dict:
     """A row: the best config, its gain over the default, and for a base product the plan.
 
-    A config that is wrong or raises has no time.
+    A config that is wrong or raises has no time.  ``pool`` compiles into Triton's cache on disk,
+    so that a crash there takes no timing along; without one, two configs are tried, once.
     """
     target, clock, operands = target_of(device), clock_for(device), Operands(form, device)
     default = default_config(form.kernel, target, form.call)
     if default is None:
         raise ValueError(f"no default config fits {form.id}")
-    configs, truth = _listed(form, target, default)[: search.most], operands.truth()
+    configs = _listed(form, target, default)[: _MOST if pool else 2]
+    truth = operands.truth()
     times: dict[Config, float] = {}
     failures: dict[str, str] = {}
-    for config in _compiled(configs, form, target, search, pool):
+    for config in _compiled(configs, form, target, pool) if pool else configs:
         print(f"{form.id}: {config}", file=sys.stderr)  # the last words of a process that dies
         try:
             for tensor in operands.run(config):
                 tensor.fill_(float("nan"))  # what no kernel writes shows
-            found = zip(operands.run(config), truth, strict=True)
-            check_error(max(error(got, want) for got, want in found), form.dtype)
+            checked(zip(operands.run(config), truth, strict=True), form.dtype)
+            run = partial(operands.run, config)
             times[config] = statistics.median(
-                timed(clock, partial(operands.run, config)) for _ in range(search.rounds)
+                timed(clock, run) for _ in range(_ROUNDS if pool else 1)
             )
         except Exception:
             failures[str(config)] = last_error()
@@ -98,7 +79,9 @@ def tune(
     }  # fmt: skip
     if times:
         finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
-        row |= _finals(operands, target, clock, search, finalists, default, truth)
+        if form.kernel == "gemm_lowrank":
+            checked([(operands.run_in_place(), truth[0])], form.dtype)
+        row |= _finals(operands, target, clock, _LAST if pool else 2, finalists, default)
     return row
 
 
@@ -113,15 +96,10 @@ def _listed(form: Form, target: Target, default: Config) -> list[Config]:
     return list(dict.fromkeys([default, *sorted(suited, key=distance)]))
 
 
-def _compiled(
-    configs: list[Config], form: Form, target: Target, search: Search,
-    pool: ProcessPoolExecutor | None,
-) -> list[Config]:  # fmt: skip
-    """Those that are compiled when the search's time is over."""
-    if pool is None:
-        return configs
+def _compiled(configs: list[Config], form: Form, target: Target, pool: Executor) -> list[Config]:
+    """Those that are compiled when the time is over."""
     futures = {config: pool.submit(compile_ahead, form, target, config) for config in configs}
-    wait(futures.values(), timeout=search.seconds)
+    wait(futures.values(), timeout=_SECONDS)
     for future in futures.values():
         future.cancel()
     ended = {config: future for config, future in futures.items() if future.done()}
@@ -135,17 +113,16 @@ def compile_ahead(form: Form, target: Target, config: Config) -> None:
 
 
 def _finals(
-    operands: Operands, target: Target, clock: Clock, search: Search, finalists: list[Config],
-    default: Config, truth: list[torch.Tensor],
+    operands: Operands, target: Target, clock: Clock, rounds: int, finalists: list[Config],
+    default: Config,
 ) -> dict:  # fmt: skip
     """The best of all, the default and torch's product in turn, so that their ratios hold."""
     form = operands.form
     calls = {str(config): partial(operands.run, config) for config in (*finalists, default)}
     if form.kernel == "gemm_lowrank":
-        check_error(error(operands.run_in_place(), truth[0]), form.dtype)
         calls["in place"] = operands.run_in_place
     laps: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(search.last):
+    for _ in range(rounds):
         for name, call in calls.items():
             laps[name].append(timed(clock, call))
     seconds = {name: digits(statistics.median(each)) for name, each in laps.items()}

@@ -14,6 +14,8 @@ import argparse
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 if __name__ == "__main__":  # else whoever imports it has seen to that
@@ -28,7 +30,7 @@ from benchmarks.measure import Rounds, measure
 from benchmarks.report import text
 from benchmarks.results import FOLDER, describe_machine, results_path, write_results
 from benchmarks.tree import ROOT, Worker
-from benchmarks.tune import DRY, Search, compilers, forms_of, tune
+from benchmarks.tune import forms_of, tune
 
 LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 60.0}  # seconds of a part
 _TESTS = ("kernel_mask", "weight_grad", "project", "lora_linear", "gemm_lowrank", "triton_backend")
@@ -119,7 +121,8 @@ class Served:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.parts, self.dry = parts(self.device), device == "cpu"
-        self.pool = None if self.dry else compilers()
+        count = max(2, min(14, (os.cpu_count() or 4) - 2))
+        self.pool = None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
 
     def layers(self, name: str) -> dict:
         def run(rounds: Rounds) -> None:
@@ -130,7 +133,7 @@ class Served:
         return measure(self.parts["layers", name], self.device, run)
 
     def tune(self, name: str) -> dict:
-        return tune(self.parts["tune", name], self.device, DRY if self.dry else Search(), self.pool)
+        return tune(self.parts["tune", name], self.device, self.pool)
 
     def tests(self, name: str) -> dict:
         """The outcome of tests/**/test_NAME.py; what fails is told by the log."""

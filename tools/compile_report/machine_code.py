@@ -61,25 +61,18 @@ class Compiled:
 
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile it as ``launch.run()`` would on that target, its arguments being meta tensors."""
-    triton.runtime.driver.set_active(_driver(target))
+    compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
+    driver = SimpleNamespace(  # all that ``kernel.warmup`` asks of a GPU's
+        get_current_target=lambda: compiled_for,
+        get_current_device=lambda: target.name,  # a kernel keeps what it compiled by this alone
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(driver)
     kernel = launch.compile()
     if target.kind == "hip":
         return _read_amd(kernel)
     # Around the loops over steps, a persistent program has one over tiles.
     return _read_nvidia(kernel, tile_loops=int(launch.arguments.get("PERSISTENT", False)))
-
-
-def _driver(target: Target) -> SimpleNamespace:
-    """All that ``kernel.warmup`` asks of a GPU's driver.
-
-    A kernel keeps what it compiled by the device, and looks at no target again.
-    """
-    compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
-    return SimpleNamespace(
-        get_current_target=lambda: compiled_for,
-        get_current_device=lambda: target.name,
-        get_current_stream=lambda device: 0,
-    )
 
 
 def _read_nvidia(kernel, tile_loops: int) -> Compiled:
