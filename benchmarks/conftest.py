@@ -41,11 +41,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.option.device)
-
-
-@pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair | None]:
     """The two commits that ``--base`` compares.  Also after Ctrl-C nothing of them is left."""
     options = request.config.option

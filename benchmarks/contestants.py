@@ -18,7 +18,6 @@ import fastlora
 from .cases import SAME_DTYPE, Case
 
 SCALE = 2.0
-Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # lora_a, lora_b of each projection
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Tensors:
     x: Tensor
     dys: tuple[Tensor, ...]
     weights: tuple[nn.Parameter, ...]
-    adapters: dict[torch.dtype, Pairs]
+    adapters: dict[torch.dtype, list[tuple[nn.Parameter, nn.Parameter]]]  # lora_a, lora_b
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _by_plan(name: str) -> Iterator[None]:
 def makers_for(case: Case) -> dict[str, Maker]:
     """By name; the frozen layer, which all are compared with, first, and fastlora last."""
     if case.table == "optimized":
-        return {"frozen": frozen, "peft": peft_layer(), "fastlora": optimized}
+        return {"frozen": frozen, "peft": peft_layer(), "fastlora": peft_layer(optimized=True)}
     if case.table != "gpu":
         same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
         return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
@@ -80,7 +79,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         "addmm chain": fastlora_layer(kind=AddmmLinear),
         "peft": peft_layer(),
         "peft, float32 adapter": peft_layer(torch.float32),
-        "peft, optimized": optimized,
+        "peft, optimized": peft_layer(optimized=True),
         **({"merged": merged} if case.decodes else {}),
         "fastlora": fastlora_layer(),
     }
@@ -164,21 +163,21 @@ def fastlora_layer(
     return make
 
 
-def peft_layer(adapter_dtype: torch.dtype | None = None) -> Maker:
+def peft_layer(adapter_dtype: torch.dtype | None = None, optimized: bool = False) -> Maker:
+    """PEFT's layers, also after :func:`fastlora.optimize`."""
+
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        return _contestant(_peft_layers(case, tensors, dropout, adapter_dtype), own_mask=True)
+        group = Group(_peft_layers(case, tensors, dropout, adapter_dtype or case.adapter_dtype))
+        if optimized:
+            fastlora.optimize(group, strict=True)
+        return _contestant(list(group.layers), own_mask=True)
 
     return make
 
 
-def optimized(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """PEFT's layers after :func:`fastlora.optimize`."""
-    group = Group(_peft_layers(case, tensors, dropout))
-    fastlora.optimize(group, strict=True)
-    return _contestant(list(group.layers), own_mask=True)
-
-
 class AddmmLinear(fastlora.LoRALinear):
+    """A layer by :class:`AddmmChain`."""
+
     def forward(self, x: Tensor) -> Tensor:
         pair = (self.lora_A, self.lora_B)
         return AddmmChain.apply(x, self.weight, *pair, self.scaling, self.lora_dropout)
@@ -222,7 +221,7 @@ def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
 
 
 def _peft_layers(
-    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype | None = None
+    case: Case, tensors: Tensors, dropout: float, dtype: torch.dtype
 ) -> list[nn.Module]:
     """PEFT's own, in training mode.  DoRA's magnitude isn't the norm, or it would do nothing."""
     import peft
@@ -239,7 +238,6 @@ def _peft_layers(
         model.add_adapter("other", config, autocast_adapter_dtype=False)
         model.base_model.set_adapter(names)
     layers = list(model.base_model.model.layers)
-    dtype = adapter_dtype or case.adapter_dtype
     pairs = iter(tensors.adapters[dtype])
     for name in names:
         for layer in layers:

@@ -167,13 +167,8 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def counted(rows: dict[str, tuple[str, str] | dict], shape: Shape) -> dict[str, Bytes]:
-    return {
-        name: bytes_of_fastlora(shape, **row)
-        if isinstance(row, dict)
-        else bytes_of_passes(row, shape)
-        for name, row in rows.items()
-    }
+def counted(row: tuple[str, str] | dict, shape: Shape) -> Bytes:
+    return bytes_of_fastlora(shape, **row) if isinstance(row, dict) else bytes_of_passes(row, shape)
 
 
 def table() -> str:
@@ -182,9 +177,10 @@ def table() -> str:
         "| | forward, MiB | backward, MiB | of both, partial sums | both, × frozen |",
         "|---|---|---|---|---|",
     ]
-    for rows in (counted(ROWS, Shape()), counted(GROUP_ROWS, Shape())):
-        frozen = next(iter(rows.values()))
-        for name, row in rows.items():
+    for rows in (ROWS, GROUP_ROWS):
+        found = {name: counted(row, Shape()) for name, row in rows.items()}
+        frozen = next(iter(found.values()))
+        for name, row in found.items():
             cells = [f"{count / MIB:.1f}" for count in (row.forward, row.backward)]
             cells += ["–" if row.partial is None else f"{row.partial / MIB:.1f}"]
             lines.append(f"| {name} | {' | '.join(cells)} | {row.both / frozen.both:.2f} |")

@@ -51,11 +51,6 @@ class Form:
         return _KERNELS.get(self.name.split(",")[0].rstrip("+"), "weight_grad")
 
     @property
-    def forward(self) -> bool:
-        """For gemm_lowrank: y, whose operands are the transposed ones."""
-        return self.name.startswith("y")
-
-    @property
     def also(self) -> bool:
         """Whether the launch makes h or dh as well."""
         return "," in self.name
@@ -165,9 +160,6 @@ class Operands:
 
     def _factor(self, depth: int, dtype: torch.dtype) -> Tensor:
         """[depth, columns]; the weights of y lie the other way round."""
-        shape = (depth, self.form.columns)
-        return (
-            self._random(*shape[::-1], dtype=dtype).T
-            if self.form.forward
-            else self._random(*shape, dtype=dtype)
-        )
+        if self.form.name.startswith("y"):
+            return self._random(self.form.columns, depth, dtype=dtype).T
+        return self._random(depth, self.form.columns, dtype=dtype)

@@ -60,21 +60,20 @@ class Judge:
             fastlora.Projection(weight, a, b, None, 0.0 if frozen else SCALE)
             for weight, (a, b) in zip(wide.weights, pairs, strict=True)
         ]
-        masks = known_masks(self.case, wide.x, dropout) if dropout > 0 else None
+        masks = self._masks(wide.x, dropout) if dropout > 0 else None
         ys = fastlora.reference.lora_linears(wide.x, projections, dropout=dropout, masks=masks)
         leaves = [wide.x] if frozen else [wide.x, *chain(*pairs)]
         gradients = torch.autograd.grad(ys, leaves, wide.dys)
         return [*(y.detach() for y in ys), *gradients]
 
+    def _masks(self, x: Tensor, dropout: float) -> list[Tensor]:
+        """Those that fastlora draws from the judge's random state."""
+        from fastlora.backends.dropout import dropout_mask
+        from fastlora.ops.functional import draw_seed
 
-def known_masks(case: Case, x: Tensor, dropout: float) -> list[Tensor]:
-    """The masks that fastlora draws from the judge's random state."""
-    from fastlora.backends.dropout import dropout_mask
-    from fastlora.ops.functional import draw_seed
-
-    torch.manual_seed(_SEED)
-    seeds = draw_seed(len(case.outputs), x.device)
-    return [dropout_mask(seed, tuple(x.shape), dropout) for seed in seeds]
+        torch.manual_seed(_SEED)
+        seeds = draw_seed(len(self.case.outputs), x.device)
+        return [dropout_mask(seed, tuple(x.shape), dropout) for seed in seeds]
 
 
 def widened(tensors: Tensors) -> Tensors:

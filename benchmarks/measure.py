@@ -192,10 +192,7 @@ def digits(value: float) -> float:
 
 @contextmanager
 def threads_for(case: Case) -> Iterator[None]:
-    """One thread where the process's CPU time is the caller's, and where nothing is to be gained:
-
-    on a busy machine tiny products would wait for the others' threads.
-    """
+    """One thread where CPU time is the caller's, or where others would only be waited for."""
     before = torch.get_num_threads()
     if case.tiny or case.table == "overhead":
         torch.set_num_threads(1)

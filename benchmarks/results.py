@@ -37,12 +37,8 @@ def describe_machine(device: torch.device) -> dict:
         with suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(command, capture_output=True, text=True, timeout=20)
             machine["smi"] = done.stdout.strip()
-        found = torch.cuda.get_device_properties(device)
-        machine |= {
-            "device": _slug(found.name), "gpu": found.name, "cuda": torch.version.cuda,
-            "capability": [found.major, found.minor], "memory": found.total_memory,
-            "processors": found.multi_processor_count,
-        }  # fmt: skip
+        gpu = torch.cuda.get_device_name(device)
+        machine |= {"device": _slug(gpu), "gpu": gpu, "cuda": torch.version.cuda}
     return machine
 
 

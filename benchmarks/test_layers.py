@@ -10,9 +10,9 @@ from .measure import Rounds, measure
 _BUDGET, _QUICK_BUDGET = 4.0, 0.2  # seconds of rounds
 
 
-def test_layers(
-    case: Case, device: torch.device, pair: Pair | None, rows: list[dict], benchmark
-) -> None:
+def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, request) -> None:
+    device = torch.device(request.config.option.device)
+
     def run(rounds: Rounds) -> None:
         count = rounds.count(_QUICK_BUDGET if case.tiny else _BUDGET)
         benchmark.pedantic(rounds.run_subject, setup=rounds.run_others, rounds=count)

@@ -91,9 +91,9 @@ def _listed(form: Form, target: Target, default: Config) -> list[Config]:
     def distance(config: Config) -> int:
         return sum(getattr(config, name) != getattr(default, name) for name in vars(default))
 
-    found = candidates(form.kernel, target, form.call)
+    found = sorted(candidates(form.kernel, target, form.call), key=distance)
     suited = [each for each in found if getattr(each, "block_m", 0) <= max(64, 2 * form.M)]
-    return list(dict.fromkeys([default, *sorted(suited, key=distance)]))
+    return list(dict.fromkeys([default, *suited]))
 
 
 def _compiled(configs: list[Config], form: Form, target: Target, pool: Executor) -> list[Config]:

@@ -55,7 +55,6 @@ class Compiled:
     tma_loads: int
     tma_stores: int
     stores: int  # to global memory: none, where the compiler gave the kernel up
-    widest_load: int  # bits that a thread loads at once
     instructions: int
 
 
@@ -88,21 +87,19 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
     names = Counter(each.name for each in code)
     depth = depths(code)
     spills = [depth[each.address] for each in code if each.name in ("LDL", "STL")]
-    loads = [re.search(r"\.[US]?(\d+)\b", x.opcode) for x in code if x.name in ("LDG", "LDGSTS")]
     return Compiled(
         registers=registers, stack=stack, spills=len(spills),
         inner_spills=sum(loops > tile_loops for loops in spills),
         shared_memory=kernel.metadata.shared, tensor_memory=kernel.metadata.tmem_size,
         tensor_core=_count(names, _TENSOR_CORE), tma_loads=names["UTMALDG"],
         tma_stores=names["UTMASTG"], stores=names["STG"] + names["UTMASTG"],
-        widest_load=max(map(_bits, loads), default=0), instructions=len(code),
+        instructions=len(code),
     )  # fmt: skip
 
 
 def _read_amd(kernel) -> Compiled:
     text = kernel.asm["amdgcn"]
     names = Counter(re.findall(r"^\t([a-z]\w+)", text.split("\n.Lfunc_end")[0], re.MULTILINE))
-    loads = [name for name in names if re.match("(global|buffer)_load_.*(dword|b)", name)]
 
     def metadata(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
@@ -113,15 +110,8 @@ def _read_amd(kernel) -> Compiled:
         inner_spills=_count(names, r"scratch_\w+"), shared_memory=kernel.metadata.shared,
         tensor_memory=0, tensor_core=_count(names, _TENSOR_CORE), tma_loads=0, tma_stores=0,
         stores=_count(names, r"(global|buffer)_store\w+"),
-        widest_load=max((_bits(re.search(r"(\d+)$", load)) for load in loads), default=0),
         instructions=names.total(),
     )  # fmt: skip
-
-
-def _bits(found: re.Match | None) -> int:
-    """Of a load: ``LDG.E`` 32, ``LDG.E.U16`` 16, ``LDG.E.128`` and ``buffer_load_dwordx4`` 128."""
-    number = int(found[1]) if found else 32
-    return number * 32 if number < 8 else number
 
 
 def _count(names: Counter, pattern: str) -> int:
