@@ -206,9 +206,7 @@ class AddmmChain(torch.autograd.Function):
         return dx, None, dh.T @ dropped, dy.T @ h, None, None
 
 
-def _contestant(
-    layers: list[nn.Module], as_group: Callable[[list], nn.Module] = Group, **more: object
-) -> Contestant:
+def _contestant(layers: list, as_group: type[Group] = Group, **more: object) -> Contestant:
     """One layer is called as it is; several through a group."""
     return Contestant(layers[0] if len(layers) == 1 else as_group(layers), **more)
 

@@ -97,10 +97,8 @@ class Operands:
 
     def tensors(self) -> list[Tensor]:
         """All that come in or are asked for."""
-        found = []
-        for each in vars(self).values():
-            found += each if isinstance(each, list) else [each]
-        return [each for each in found if isinstance(each, Tensor)]
+        lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
+        return [each for found in lists for each in found if isinstance(each, Tensor)]
 
     def run(self, config: Config | None = None) -> list[Tensor]:
         """Launch it; what it gives."""

@@ -67,8 +67,7 @@ class Rounds:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
             seconds[quantity] = {name: digits(statistics.median(each)) for name, each in of.items()}
             found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
-        rounds = len(self.times[self.subject])
-        return {"rounds": rounds, "seconds": seconds, "ratios": found}
+        return {"rounds": len(self.times[self.subject]), "seconds": seconds, "ratios": found}
 
 
 def measure(
@@ -116,8 +115,7 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
     Without a summary nothing was timed, and ``failures`` say why.
     """
     row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
-    row |= summary
-    row["targets"] = []
+    row |= {**summary, "targets": []}
     for quantity, ratio, limit in case.targets:
         if ratio in row["ratios"].get(quantity, ()):
             value = row["ratios"][quantity][ratio][1]
@@ -130,9 +128,6 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     """All that is timed of a contestant, one quantity after the other."""
     module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
     dys = tensors.dys if len(tensors.dys) > 1 else tensors.dys[0]
-
-    def forward() -> object:
-        return module(x)
 
     def inference() -> object:
         with torch.no_grad():
@@ -154,7 +149,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     wall = HostClock(x.device)
     if case.table == "overhead":
         own = HostClock(x.device, time.process_time)
-        named = {"forward": forward, "inference": inference, "both": train}
+        named = {"forward": lambda: module(x), "inference": inference, "both": train}
         calls += [(quantity, own, call, 200) for quantity, call in named.items()]
     elif case.decodes:
         with contestant.chosen():

@@ -98,12 +98,12 @@ def _listed(form: Form, target: Target, default: Config) -> list[Config]:
 
 def _compiled(configs: list[Config], form: Form, target: Target, pool: Executor) -> list[Config]:
     """Those that are compiled when the time is over."""
-    futures = {config: pool.submit(compile_ahead, form, target, config) for config in configs}
-    wait(futures.values(), timeout=_SECONDS)
-    for future in futures.values():
+    futures = [pool.submit(compile_ahead, form, target, config) for config in configs]
+    done, late = wait(futures, timeout=_SECONDS)
+    for future in late:
         future.cancel()
-    ended = {config: future for config, future in futures.items() if future.done()}
-    return [c for c, future in ended.items() if not future.cancelled() and not future.exception()]
+    pairs = zip(configs, futures, strict=True)
+    return [config for config, each in pairs if each in done and each.exception() is None]
 
 
 def compile_ahead(form: Form, target: Target, config: Config) -> None:

@@ -80,10 +80,8 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    code = [
-        Instruction(int(address, 16), predicate != "", opcode, operands)
-        for address, predicate, opcode, operands in _SASS.findall(text)
-    ]
+    found = _SASS.findall(text)
+    code = [Instruction(int(address, 16), bool(guard), *rest) for address, guard, *rest in found]
     names = Counter(each.name for each in code)
     depth = depths(code)
     spills = [depth[each.address] for each in code if each.name in ("LDL", "STL")]
