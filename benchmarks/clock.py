@@ -79,12 +79,8 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
     """A CUDA graph of this call; without a GPU the call itself."""
     if not torch.cuda.is_available():
         return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+    call()  # compiles and allocates what a capture can't
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

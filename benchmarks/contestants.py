@@ -5,14 +5,12 @@ names of fastlora are used, so that another commit's can take part (``compare.py
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout as drop
 from torch.nn.functional import linear
 
 import fastlora
@@ -20,11 +18,6 @@ import fastlora
 from .cases import SAME_DTYPE, Case
 
 SCALE = 2.0
-Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # lora_a, lora_b of each projection
-
-
-class NotHereError(Exception):
-    """Why a contestant can't take part on this machine: it is skipped, and nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -37,58 +30,57 @@ class Tensors:
     x: Tensor
     dys: tuple[Tensor, ...]
     weights: tuple[nn.Parameter, ...]
-    adapters: dict[torch.dtype, Pairs]
+    adapters: dict[torch.dtype, list[tuple[nn.Parameter, nn.Parameter]]]  # lora_a, lora_b
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """``module`` maps x to y, or to several; ``adapter``: what is trained.
+    """``module`` maps x to y, or to several.
 
     ``own_mask``: its dropout mask is known to nobody, so that it is judged without dropout.
+    ``chosen`` stands around forward and backward: autograd's own threads follow it.
     """
 
     module: nn.Module
-    adapter: tuple[nn.Parameter, ...]
     own_mask: bool = False
-    backend: str | None = None
-    plan: str | None = None  # "FUSED" or "IN_PLACE"
+    chosen: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    @contextmanager
-    def chosen(self) -> Iterator[None]:
-        """Around forward and backward: autograd's own threads follow it."""
-        with ExitStack() as stack:
-            if self.backend is not None:
-                stack.enter_context(fastlora.use_backend(self.backend))
-            if self.plan is not None:
-                from fastlora.kernels import plan
-
-                stack.enter_context(plan.use_plan(getattr(plan, self.plan)))
-            yield
+    @property
+    def adapter(self) -> list[nn.Parameter]:
+        """What is trained: every lora_a before its lora_b, one projection after the other."""
+        return [each for each in self.module.parameters() if each.requires_grad]
 
 
 Maker = Callable[[Case, Tensors, float], Contestant]
 
 
+@contextmanager
+def _by_plan(name: str) -> Iterator[None]:
+    """The triton backend with one plan, "FUSED" or "IN_PLACE"."""
+    from fastlora.kernels import plan
+
+    with fastlora.use_backend("triton"), plan.use_plan(getattr(plan, name)):
+        yield
+
+
 def makers_for(case: Case) -> dict[str, Maker]:
     """By name; the frozen layer, which all are compared with, first, and fastlora last."""
     if case.table == "optimized":
-        return {"frozen": frozen, "peft": peft_layer(), "fastlora": optimized}
+        return {"frozen": frozen, "peft": peft_layer(), "fastlora": peft_layer(optimized=True)}
     if case.table != "gpu":
         same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
         return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
     return {
         "frozen": frozen,
-        "fused": fastlora_layer(backend="triton", plan="FUSED"),
-        "in place": fastlora_layer(backend="triton", plan="IN_PLACE"),
-        "torch backend": fastlora_layer(backend="torch"),
+        "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
+        "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
+        "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
         "float32 adapter": fastlora_layer(torch.float32),
-        "addmm chain": each(AddmmChain.apply),
-        "peft formula": each(peft_formula),
+        "addmm chain": fastlora_layer(kind=AddmmLinear),
         "peft": peft_layer(),
         "peft, float32 adapter": peft_layer(torch.float32),
-        "peft, optimized": optimized,
+        "peft, optimized": peft_layer(optimized=True),
         **({"merged": merged} if case.decodes else {}),
-        **({"compiled peft formula": each(peft_formula, True)} if case.compiled else {}),
         "fastlora": fastlora_layer(),
     }
 
@@ -127,9 +119,9 @@ class Group(nn.Module):
 class FusedGroup(Group):
     """LoRALinear layers of one x, called through :func:`fastlora.lora_linears`."""
 
-    def __init__(self, layers: list[fastlora.LoRALinear], dropout: float) -> None:
+    def __init__(self, layers: list[fastlora.LoRALinear]) -> None:
         super().__init__(layers)
-        self.dropout = dropout
+        self.dropout = layers[0].lora_dropout
         self.projections = [
             fastlora.Projection(each.weight, each.lora_A, each.lora_B, None, SCALE)
             for each in layers
@@ -139,18 +131,6 @@ class FusedGroup(Group):
         return fastlora.lora_linears(x, self.projections, dropout=self.dropout)
 
 
-class Formula(nn.Module):
-    """A function of (x, weight, lora_a, lora_b, scale, dropout)."""
-
-    def __init__(self, function: Callable[..., Tensor], tensors: Sequence, dropout: float) -> None:
-        super().__init__()
-        self.weight, self.lora_a, self.lora_b = tensors
-        self.function, self.dropout = function, dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, self.lora_a, self.lora_b, SCALE, self.dropout)
-
-
 def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """``nn.Linear`` with no adapter: its forward and its dx."""
     return _contestant(_linears(tensors.weights))
@@ -158,65 +138,49 @@ def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """The adapter added to the weight once, for inference."""
-    with torch.no_grad():
-        pairs = zip(tensors.weights, tensors.adapters[torch.float32], strict=True)
-        wholes = [(weight.float() + SCALE * b @ a).to(weight.dtype) for weight, (a, b) in pairs]
-    return _contestant(_linears([nn.Parameter(whole, requires_grad=False) for whole in wholes]))
+    wholes = []
+    for weight, (a, b) in zip(tensors.weights, tensors.adapters[torch.float32], strict=True):
+        wholes.append(nn.Parameter((weight + SCALE * b @ a).to(case.dtype), requires_grad=False))
+    return _contestant(_linears(wholes))
 
 
 def fastlora_layer(
-    adapter_dtype: torch.dtype | None = None, backend: str | None = None, plan: str | None = None
+    adapter_dtype: torch.dtype | None = None,
+    chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
+    kind: type[fastlora.LoRALinear] = fastlora.LoRALinear,
 ) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
         pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
         layers = []
-        for base, (a, b) in zip(_linears(tensors.weights), pairs, strict=True):
-            layer = fastlora.LoRALinear.from_linear(base, **settings)
-            layer.lora_A, layer.lora_B = a, b
-            layers.append(layer)
-        group = partial(FusedGroup, dropout=dropout)
-        return _contestant(layers, group, backend=backend, plan=plan)
+        for base, pair in zip(_linears(tensors.weights), pairs, strict=True):
+            layers.append(kind.from_linear(base, **settings))
+            layers[-1].lora_A, layers[-1].lora_B = pair
+        ours = kind is fastlora.LoRALinear
+        group = FusedGroup if ours else Group
+        return _contestant(layers, group, chosen=chosen, own_mask=not ours)
 
     return make
 
 
-def peft_layer(adapter_dtype: torch.dtype | None = None) -> Maker:
-    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        layers = _peft_layers(case, tensors, dropout, adapter_dtype or case.adapter_dtype)
-        return _contestant(layers, own_mask=True)
-
-    return make
-
-
-def optimized(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """PEFT's layers after :func:`fastlora.optimize`."""
-    group = Group(_peft_layers(case, tensors, dropout, case.adapter_dtype))
-    fastlora.optimize(group, strict=True)
-    return _contestant(list(group.layers), own_mask=True)
-
-
-def each(function: Callable[..., Tensor], compiled: bool = False) -> Maker:
-    """A peer that is written as a function of one projection."""
+def peft_layer(adapter_dtype: torch.dtype | None = None, optimized: bool = False) -> Maker:
+    """PEFT's layers, also after :func:`fastlora.optimize`."""
 
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        pairs = zip(tensors.weights, tensors.adapters[case.dtype], strict=True)
-        layers = [Formula(function, (weight, *pair), dropout) for weight, pair in pairs]
-        found = _contestant(layers, own_mask=True)
-        if not compiled:
-            return found
-        backend = "inductor" if tensors.x.is_cuda else "aot_eager"  # which needs no C compiler
-        module = torch.compile(found.module, backend=backend, fullgraph=True, dynamic=False)
-        return replace(found, module=module)
+        group = Group(_peft_layers(case, tensors, dropout, adapter_dtype or case.adapter_dtype))
+        if optimized:
+            fastlora.optimize(group, strict=True)
+        return _contestant(list(group.layers), own_mask=True)
 
     return make
 
 
-def peft_formula(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
-    """The forward of PEFT's linear layer, casts included; where PEFT is missing it stands in."""
-    result = linear(x, weight)
-    update = linear(linear(drop(x.to(a.dtype), p, training=p > 0), a), b)
-    return (result + update * scale).to(result.dtype)
+class AddmmLinear(fastlora.LoRALinear):
+    """A layer by :class:`AddmmChain`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = (self.lora_A, self.lora_B)
+        return AddmmChain.apply(x, self.weight, *pair, self.scaling, self.lora_dropout)
 
 
 class AddmmChain(torch.autograd.Function):
@@ -242,33 +206,22 @@ class AddmmChain(torch.autograd.Function):
         return dx, None, dh.T @ dropped, dy.T @ h, None, None
 
 
-def trained(module: nn.Module) -> tuple[nn.Parameter, ...]:
-    """The adapters: every lora_a before its lora_b, one projection after the other."""
-    return tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
-
-
-def _contestant(
-    layers: list[nn.Module], as_group: Callable[[list], nn.Module] = Group, **more: object
-) -> Contestant:
+def _contestant(layers: list, as_group: type[Group] = Group, **more: object) -> Contestant:
     """One layer is called as it is; several through a group."""
-    module = layers[0] if len(layers) == 1 else as_group(layers)
-    return Contestant(module, trained(module), **more)
+    return Contestant(layers[0] if len(layers) == 1 else as_group(layers), **more)
 
 
 def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
-    layers = []
-    for weight in weights:
-        layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
-        layers[-1].weight = weight
+    layers = [nn.Linear(*weight.shape[::-1], bias=False, device="meta") for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = weight
     return layers
 
 
 def _peft_layers(
-    case: Case, tensors: Tensors, dropout: float, adapter_dtype: torch.dtype
+    case: Case, tensors: Tensors, dropout: float, dtype: torch.dtype
 ) -> list[nn.Module]:
     """PEFT's own, in training mode.  DoRA's magnitude isn't the norm, or it would do nothing."""
-    if find_spec("peft") is None:
-        raise NotHereError("PEFT is not installed")
     import peft
 
     config = peft.LoraConfig(
@@ -283,12 +236,12 @@ def _peft_layers(
         model.add_adapter("other", config, autocast_adapter_dtype=False)
         model.base_model.set_adapter(names)
     layers = list(model.base_model.model.layers)
-    pairs = iter(tensors.adapters[adapter_dtype])
+    pairs = iter(tensors.adapters[dtype])
     for name in names:
         for layer in layers:
             layer.lora_A[name].weight, layer.lora_B[name].weight = next(pairs)
     for layer in layers:
-        for magnitude in layer.lora_magnitude_vector.to(adapter_dtype).values():
+        for magnitude in layer.lora_magnitude_vector.to(dtype).values():
             length = magnitude.weight.shape[-1]
             magnitude.weight.data *= torch.linspace(0.9, 1.1, length).to(magnitude.weight)
     return layers

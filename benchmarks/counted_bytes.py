@@ -55,8 +55,20 @@ FORWARD = "x W -> y, x A -> h, y h B -> y"
 DROPOUT, DROPOUT_BACKWARD = "x -> xd mask", "dxd mask -> dxd"
 PEFT_BACKWARD = "dy -> dl, dl B -> dh, dl h -> dB, dh A -> dxd, dh xd -> dA, dy W -> dx"
 ADAPTERS_FIRST = "dy B -> dh, x dh -> dA, x A -> h, h dy -> dB"
-PEERS: dict[str, tuple[str, str]] = {
+PEFT = (
+    f"x W -> y, {DROPOUT}, xd A -> h, h B -> l, l -> l, y l -> y",
+    f"{PEFT_BACKWARD}, {DROPOUT_BACKWARD}, dx dxd -> dx",
+)
+# A row is the passes of a forward and of a backward, or the settings of fastlora's call.
+ROWS: dict[str, tuple[str, str] | dict] = {
+    "frozen layer, no adapter": ("x W -> y", "dy W -> dx"),
     "floor: all inputs and results once": ("x W A B -> y", "x dy W A B -> dx dA dB"),
+    "fastlora, fused": {"plan": FUSED},
+    "fastlora, fused, dropout": {"plan": FUSED, "dropout": 0.1},
+    "fastlora, fused, float32 adapters, dropout": {
+        "plan": FUSED, "dropout": 0.1, "adapter_dtype": torch.float32,
+    },
+    "fastlora, in place, dropout": {"plan": IN_PLACE, "dropout": 0.1},
     "LoRAFusion, dropout": (
         f"{DROPOUT}, xd A -> h, x W h B -> y",
         "-> dh32 dB32, dy h B -> dh32 dB32, dh32 -> dh, dB32 -> dB, dh xd -> dA, "
@@ -72,10 +84,7 @@ PEERS: dict[str, tuple[str, str]] = {
         "x W -> y, x A -> h, h B -> l, l -> l, y l -> y",
         f"{PEFT_BACKWARD}, dx dxd -> dx",
     ),
-    "PEFT, dropout": (
-        f"x W -> y, {DROPOUT}, xd A -> h, h B -> l, l -> l, y l -> y",
-        f"{PEFT_BACKWARD}, {DROPOUT_BACKWARD}, dx dxd -> dx",
-    ),
+    "PEFT, dropout": PEFT,
     "PEFT, float32 adapters, dropout": (
         "x W -> y, x -> x32, x32 -> xd32 mask, xd32 A32 -> h32, h32 B32 -> l32, l32 -> l32, "
         "y l32 -> y32, y32 -> y",
@@ -83,42 +92,33 @@ PEERS: dict[str, tuple[str, str]] = {
         "dh32 A32 -> dxd32, dh32 xd32 -> dA32, dxd32 mask -> dx32, dx32 -> dxd, dy W -> dx, "
         "dx dxd -> dx",
     ),
-}
-FROZEN = ("x W -> y", "dy W -> dx")
+}  # fmt: skip
 
 # q, k and v: three weights of one x, and two sums of dx.
 GROUP, SUMS = 3, " dx dx -> dx" * 2
-GROUP_FROZEN = (GROUP * " x W -> y", GROUP * " dy W -> dx" + SUMS)
-GROUP_PEERS: dict[str, tuple[str, str]] = {
+GROUP_ROWS: dict[str, tuple[str, str] | dict] = {
+    "frozen q, k, v": (GROUP * " x W -> y", GROUP * " dy W -> dx" + SUMS),
+    "fastlora q, k, v, fused, dropout": {"plan": FUSED, "dropout": 0.1, "projections": GROUP},
     "Unsloth q, k, v, no dropout": (
         GROUP * f" {FORWARD}",
         GROUP * f" {ADAPTERS_FIRST}, dy B -> dh, dx dh A -> dx"
         + " dy W -> dx, dy W dx -> dx, dy W dx -> dx",
     ),
-    "PEFT q, k, v, dropout": (
-        GROUP * f" {PEERS['PEFT, dropout'][0]}",
-        GROUP * f" {PEERS['PEFT, dropout'][1]}" + SUMS,
-    ),
+    "PEFT q, k, v, dropout": (GROUP * f" {PEFT[0]}", GROUP * f" {PEFT[1]}" + SUMS),
 }
 
 
 def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
-    forward, backward = (
-        sum(_matrix(name, shape) for name in re.findall(r"\w+", steps)) for steps in passes
-    )
-    return Bytes(forward, backward)
-
-
-def _matrix(name: str, shape: Shape) -> int:
-    """Bytes of a matrix; a gradient has its tensor's shape."""
+    """A gradient has its tensor's shape."""
     M, N, K, r = shape.M, shape.N, shape.K, shape.r
-    if name == "mask":
-        return M * K
-    shapes = {
-        "x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r, "l": M * N,
-        "y": M * N,
-    }  # fmt: skip
-    return shapes[name.removesuffix("32").removeprefix("d")] * (4 if name.endswith("32") else 2)
+    counts = {"x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r}
+    counts |= {"l": M * N, "y": M * N}
+
+    def matrix(name: str) -> int:
+        size = 4 if name.endswith("32") else 2
+        return M * K if name == "mask" else counts[name.removesuffix("32").removeprefix("d")] * size
+
+    return Bytes(*(sum(map(matrix, re.findall(r"\w+", steps))) for steps in passes))
 
 
 def bytes_of_fastlora(
@@ -167,29 +167,8 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def rows_of_one(shape: Shape) -> dict[str, Bytes]:
-    peers = {name: bytes_of_passes(passes, shape) for name, passes in PEERS.items()}
-    floor = "floor: all inputs and results once"
-    return {
-        "frozen layer, no adapter": bytes_of_passes(FROZEN, shape),
-        floor: peers.pop(floor),
-        "fastlora, fused": bytes_of_fastlora(shape, FUSED),
-        "fastlora, fused, dropout": bytes_of_fastlora(shape, FUSED, dropout=0.1),
-        "fastlora, fused, float32 adapters, dropout": bytes_of_fastlora(
-            shape, FUSED, dropout=0.1, adapter_dtype=torch.float32
-        ),
-        "fastlora, in place, dropout": bytes_of_fastlora(shape, IN_PLACE, dropout=0.1),
-        **peers,
-    }
-
-
-def rows_of_group(shape: Shape) -> dict[str, Bytes]:
-    ours = bytes_of_fastlora(shape, FUSED, dropout=0.1, projections=GROUP)
-    return {
-        "frozen q, k, v": bytes_of_passes(GROUP_FROZEN, shape),
-        "fastlora q, k, v, fused, dropout": ours,
-        **{name: bytes_of_passes(passes, shape) for name, passes in GROUP_PEERS.items()},
-    }
+def counted(row: tuple[str, str] | dict, shape: Shape) -> Bytes:
+    return bytes_of_fastlora(shape, **row) if isinstance(row, dict) else bytes_of_passes(row, shape)
 
 
 def table() -> str:
@@ -198,9 +177,10 @@ def table() -> str:
         "| | forward, MiB | backward, MiB | of both, partial sums | both, × frozen |",
         "|---|---|---|---|---|",
     ]
-    for rows in (rows_of_one(Shape()), rows_of_group(Shape())):
-        frozen, *_ = rows.values()
-        for name, row in rows.items():
+    for rows in (ROWS, GROUP_ROWS):
+        found = {name: counted(row, Shape()) for name, row in rows.items()}
+        frozen = next(iter(found.values()))
+        for name, row in found.items():
             cells = [f"{count / MIB:.1f}" for count in (row.forward, row.backward)]
             cells += ["–" if row.partial is None else f"{row.partial / MIB:.1f}"]
             lines.append(f"| {name} | {' | '.join(cells)} | {row.both / frozen.both:.2f} |")

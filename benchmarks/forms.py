@@ -51,11 +51,6 @@ class Form:
         return _KERNELS.get(self.name.split(",")[0].rstrip("+"), "weight_grad")
 
     @property
-    def forward(self) -> bool:
-        """For gemm_lowrank: y, whose operands are the transposed ones."""
-        return self.name.startswith("y")
-
-    @property
     def also(self) -> bool:
         """Whether the launch makes h or dh as well."""
         return "," in self.name
@@ -79,95 +74,74 @@ class Form:
 
 
 class Operands:
-    """The tensors of a form's call; ``outs`` are what it fills."""
+    """The tensors of a form's call."""
 
     def __init__(self, form: Form, device: torch.device | str) -> None:
         self.form, self.device = form, device
         M, N, ranks = form.M, form.columns, form.ranks
-        self.seeds = None
-        if form.dropout > 0:
-            self.seeds = torch.arange(len(ranks), device=device)
+        self.seeds = torch.arange(len(ranks), device=device) if form.dropout else None
         self.bias = self._random(N) if form.bias else None
+        self.us = [self._random(M, r) for r in ranks]  # h, or every dh
         if form.kernel == "gemm_lowrank":
-            self._make_gemm(M, N)
+            self.out = self._random(M, N)
+            self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
+            self.qs = [self._factor(depth, form.dtype) for depth in form.depths]
+            self.vs = [self._factor(r, form.adapter_dtype) for r in ranks]
+            self.a = self._adapter(ranks[0], form.depths[0]).T if form.also else None
             return
         self.v = self._random(M, N)  # x or dy
-        if form.name == "h":
-            self.adapters = [self._adapter(r, N).T for r in ranks]
-        elif form.name == "dh":
-            self.adapters = [self._adapter(N, r) for r in ranks]
-        else:
-            self.us = [self._random(M, r) for r in ranks]
-            shapes = [(r, N) if form.name == "dA" else (N, r) for r in ranks]
-            outs = [torch.empty(s, dtype=form.adapter_dtype, device=device) for s in shapes]
-            self.outs = [out.T if form.name == "dA" else out for out in outs]
-            self.b = self._adapter(N, ranks[0]) if form.also else None
-
-    def _make_gemm(self, M: int, N: int) -> None:
-        form, ranks = self.form, self.form.ranks
-        self.out = self._random(M, N)
-        self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
-        self.us = [self._random(M, r) for r in ranks]  # h, or every dh
-        if form.forward:
-            self.qs = [self._random(N, depth).T for depth in form.depths]
-            self.vs = [self._adapter(N, r).T for r in ranks]
-        else:
-            self.qs = [self._random(depth, N) for depth in form.depths]
-            self.vs = [self._adapter(r, N) for r in ranks]
-        self.a = self._adapter(ranks[0], form.depths[0]).T if form.also else None
+        self.b = self._adapter(N, ranks[0]) if form.also else None
+        # [N, r]: factors of h and dh, results of the others.
+        lies = form.name in ("h", "dA")
+        self.adapters = [self._adapter(r, N).T if lies else self._adapter(N, r) for r in ranks]
 
     def tensors(self) -> list[Tensor]:
         """All that come in or are asked for."""
-        found = []
-        for each in vars(self).values():
-            found += each if isinstance(each, list) else [each]
-        return [each for each in found if isinstance(each, Tensor)]
+        lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
+        return [each for found in lists for each in found if isinstance(each, Tensor)]
 
     def run(self, config: Config | None = None) -> list[Tensor]:
         """Launch it; what it gives."""
         form = self.form
         shared = {"precision": form.precision, "config": config}
-        dropped = shared | {"dropout": form.dropout, "seeds": self.seeds}
+        shared |= {"dropout": form.dropout, "seeds": self.seeds}
         if form.kernel == "project":
-            return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **dropped)
+            return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared)
         if form.kernel == "weight_grad":
-            product = weight_grad(self.v, self.us, self.outs, b=self.b, factor=FACTOR, **dropped)
-            return [*self.outs, *([] if product is None else [product])]
-        gemm_lowrank(
-            self.out, self.ps, self.qs, self.us, self.vs, bias=self.bias,
-            add=not self.ps, a=self.a, factor=FACTOR, **dropped,
-        )  # fmt: skip
+            product = weight_grad(self.v, self.us, self.adapters, b=self.b, factor=FACTOR, **shared)
+            return [*self.adapters, *([] if product is None else [product])]
+        operands = (self.out, self.ps, self.qs, self.us, self.vs)
+        added = {"bias": self.bias, "add": not self.ps, "a": self.a, "factor": FACTOR}
+        gemm_lowrank(*operands, **added, **shared)
         return [self.out, *(self.us if form.also else [])]
 
     def run_in_place(self) -> Tensor:
         """The same of y and dx by torch's product, the adapter added after."""
-        us = self.us
+        us, shared = self.us, {"precision": self.form.precision}
         if self.a is not None:
-            us = project(self.ps[0], [self.a], [FACTOR], precision=self.form.precision)
+            us = project(self.ps[0], [self.a], [FACTOR], **shared)
         for i, (p, q) in enumerate(zip(self.ps, self.qs, strict=True)):
             torch.addmm(self.out, p, q, beta=float(i > 0), out=self.out)
-        gemm_lowrank(
-            self.out, [], [], us, self.vs, precision=self.form.precision, bias=self.bias, add=True,
-            dropout=self.form.dropout, seeds=self.seeds,
-        )  # fmt: skip
+        shared |= {"dropout": self.form.dropout, "seeds": self.seeds}
+        gemm_lowrank(self.out, [], [], us, self.vs, bias=self.bias, add=True, **shared)
         return self.out
 
     def truth(self) -> list[Tensor]:
         """What :meth:`run` must give, in float64; of y+ and dx+ without what is there already."""
-        form = self.form
+        form, us = self.form, [u.double() for u in self.us]
         if form.kernel == "project":
             parts = enumerate(self.adapters)
-            return [FACTOR * self._kept(_wide(self.v), i) @ _wide(a) for i, a in parts]
+            return [FACTOR * self._kept(self.v.double(), i) @ a.double() for i, a in parts]
         if form.kernel == "weight_grad":
-            made = [] if self.b is None else [FACTOR * _wide(self.v) @ _wide(self.b)]
-            return [self._kept(_wide(self.v), i).T @ _wide(u) for i, u in enumerate(self.us)] + made
-        us = [_wide(u) for u in self.us]
+            v = self.v.double()
+            product = [] if self.b is None else [FACTOR * v @ self.b.double()]
+            return [self._kept(v, i).T @ u for i, u in enumerate(us)] + product
         if self.a is not None:
-            us = [FACTOR * _wide(self.ps[0]) @ _wide(self.a)]
-        base = [_wide(p) @ _wide(q) for p, q in zip(self.ps, self.qs, strict=True)]
+            us = [FACTOR * self.ps[0].double() @ self.a.double()]
+        base = [p.double() @ q.double() for p, q in zip(self.ps, self.qs, strict=True)]
         pairs = enumerate(zip(us, self.vs, strict=True))
-        low_rank = [self._kept(u @ _wide(v), i) for i, (u, v) in pairs]
-        out = sum(base + low_rank) + (0 if self.bias is None else _wide(self.bias))
+        low_rank = [self._kept(u @ v.double(), i) for i, (u, v) in pairs]
+        out = sum(base + low_rank) + (0 if self.bias is None else self.bias.double())
         return [out, *(us if form.also else [])]
 
     def _kept(self, product: Tensor, i: int) -> Tensor:
@@ -182,6 +156,8 @@ class Operands:
     def _adapter(self, *shape: int) -> Tensor:
         return self._random(*shape, dtype=self.form.adapter_dtype)
 
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.double()
+    def _factor(self, depth: int, dtype: torch.dtype) -> Tensor:
+        """[depth, columns]; the weights of y lie the other way round."""
+        if self.form.name.startswith("y"):
+            return self._random(self.form.columns, depth, dtype=dtype).T
+        return self._random(depth, self.form.columns, dtype=dtype)

@@ -1,6 +1,7 @@
 """What is judged before any time: results, by the float64 oracle, and bytes kept for backward."""
 
 import copy
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import fastlora
 
 from .cases import Case
-from .contestants import SCALE, Contestant, Maker, Tensors, peft_layer, trained
+from .contestants import SCALE, Contestant, Maker, Tensors, peft_layer
 
 # Of the largest error over the largest value, and of the norms.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
@@ -25,62 +26,54 @@ class Judge:
 
     def __init__(self, case: Case, tensors: Tensors, known_masks: bool = True) -> None:
         self.case, self.tensors, self.known_masks = case, tensors, known_masks
+        self.shared_masks: Callable[[nn.Module], AbstractContextManager] = nullcontext
+        if case.table == "optimized":  # PEFT's own dropout is made to drop what fastlora drops
+            from fastlora.peft.masks import shared_masks
+
+            self.shared_masks = shared_masks
         self._truths: dict[tuple[bool, float], list[Tensor]] = {}
 
     def error(self, name: str, make: Maker, backward: bool = True) -> float:
-        """The worst error of outputs and gradients; AssertionError beyond tolerance."""
-        dropout, shared = self.case.dropout, self.case.table == "optimized"
+        """The worst of outputs and gradients; AssertionError beyond tolerance."""
+        dropout = self.case.dropout
         contestant = make(self.case, self.tensors, dropout)
-        # Of PEFT's layers all masks can be made fastlora's.
-        if not self.known_masks or (contestant.own_mask and not shared):
+        if not self.known_masks or (contestant.own_mask and self.case.table != "optimized"):
             dropout = 0.0
             contestant = make(self.case, self.tensors, dropout)
-        with contestant.chosen(), _shared_masks(contestant.module, shared and dropout > 0):
+        with contestant.chosen(), self.shared_masks(contestant.module):
             found = results(contestant, self.tensors, backward)
         key = (name == "frozen", dropout)
         if key not in self._truths:
             self._truths[key] = self._truth(*key)
         # An inference has outputs alone, and the frozen layer no adapter.
-        worst = max(error(got, want) for got, want in zip(found, self._truths[key], strict=False))
-        check_error(worst, self.case.dtype)
-        return worst
+        return checked(zip(found, self._truths[key], strict=False), self.case.dtype)
 
     def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
         """Outputs, and gradients of x and of every adapter."""
         wide = widened(self.tensors)
         if self.case.table == "optimized" and not frozen:
             module = copy.deepcopy(peft_layer()(self.case, self.tensors, dropout).module).double()
-            with _shared_masks(module, dropout > 0):
-                return results(Contestant(module, trained(module)), wide)
+            with self.shared_masks(module):
+                return results(Contestant(module), wide)
         pairs = wide.adapters[torch.float64][: len(wide.weights)]
         projections = [
             fastlora.Projection(weight, a, b, None, 0.0 if frozen else SCALE)
             for weight, (a, b) in zip(wide.weights, pairs, strict=True)
         ]
-        masks = known_masks(self.case, wide.x, dropout) if dropout > 0 else None
+        masks = self._masks(wide.x, dropout) if dropout > 0 else None
         ys = fastlora.reference.lora_linears(wide.x, projections, dropout=dropout, masks=masks)
         leaves = [wide.x] if frozen else [wide.x, *chain(*pairs)]
         gradients = torch.autograd.grad(ys, leaves, wide.dys)
         return [*(y.detach() for y in ys), *gradients]
 
+    def _masks(self, x: Tensor, dropout: float) -> list[Tensor]:
+        """Those that fastlora draws from the judge's random state."""
+        from fastlora.backends.dropout import dropout_mask
+        from fastlora.ops.functional import draw_seed
 
-def known_masks(case: Case, x: Tensor, dropout: float) -> list[Tensor]:
-    """The masks that fastlora draws from the judge's random state."""
-    from fastlora.backends.dropout import dropout_mask
-    from fastlora.ops.functional import draw_seed
-
-    torch.manual_seed(_SEED)
-    seeds = draw_seed(len(case.outputs), x.device)
-    return [dropout_mask(seed, tuple(x.shape), dropout) for seed in seeds]
-
-
-def _shared_masks(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """PEFT's own dropout drops what fastlora would drop, from the same random state."""
-    if not wanted:
-        return nullcontext()
-    from fastlora.peft.masks import shared_masks
-
-    return shared_masks(module)
+        torch.manual_seed(_SEED)
+        seeds = draw_seed(len(self.case.outputs), x.device)
+        return [dropout_mask(seed, tuple(x.shape), dropout) for seed in seeds]
 
 
 def widened(tensors: Tensors) -> Tensors:
@@ -90,12 +83,8 @@ def widened(tensors: Tensors) -> Tensors:
         return nn.Parameter(tensor.detach().double(), requires_grad=tensor.requires_grad)
 
     pairs = [(wide(a), wide(b)) for a, b in tensors.adapters[torch.float32]]
-    return Tensors(
-        wide(tensors.x),
-        tuple(dy.double() for dy in tensors.dys),
-        tuple(wide(weight) for weight in tensors.weights),
-        {torch.float64: pairs},
-    )
+    dys, weights = (tuple(map(wide, each)) for each in (tensors.dys, tensors.weights))
+    return Tensors(wide(tensors.x), dys, weights, {torch.float64: pairs})
 
 
 def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> list[Tensor]:
@@ -110,16 +99,19 @@ def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> 
     return [*(y.detach() for y in ys), *gradients]
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """The worse of largest difference over largest value, and ratio of norms; NaN is infinite."""
-    difference = got.double() - want
-    worst = max(difference.abs().max() / want.abs().max(), difference.norm() / want.norm())
-    return float("inf") if worst.isnan() else worst.item()
+def checked(pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
+    """The worst error of results and their truths; AssertionError beyond tolerance.
 
-
-def check_error(worst: float, dtype: torch.dtype) -> None:
-    if not worst <= TOLERANCE[dtype]:
-        raise AssertionError(f"{worst:.2g} from the oracle, beyond {TOLERANCE[dtype]:.2g}")
+    Of each pair the worse of largest difference over largest value, and ratio of norms.
+    """
+    worst = 0.0
+    for got, want in pairs:
+        difference = got.double() - want
+        for each in (difference.abs().max() / want.abs().max(), difference.norm() / want.norm()):
+            worst = each.item() if not each <= worst else worst  # also if it is NaN
+            if not worst <= TOLERANCE[dtype]:
+                raise AssertionError(f"{worst:.2g} from the oracle, beyond {TOLERANCE[dtype]:.2g}")
+    return worst
 
 
 def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int]:

@@ -5,19 +5,19 @@ round runs all contestants in turn and gives one ratio of each two; reported are
 """
 
 import statistics
+import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import DTYPE_NAMES, Case
+from .cases import Case
 from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
-from .contestants import Contestant, Maker, NotHereError, Tensors, make_tensors, makers_for
+from .contestants import Contestant, Maker, Tensors, make_tensors, makers_for
 from .judge import Judge, check_kept, kept_for_backward
+from .tree import last_error
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
 _LEAST, _MOST = 7, 300  # rounds
@@ -67,15 +67,14 @@ class Rounds:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
             seconds[quantity] = {name: digits(statistics.median(each)) for name, each in of.items()}
             found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
-        rounds = len(self.times[self.subject])
-        return {"rounds": rounds, "seconds": seconds, "ratios": found}
+        return {"rounds": len(self.times[self.subject]), "seconds": seconds, "ratios": found}
 
 
 def measure(
     case: Case, device: torch.device, run: Callable[[Rounds], None],
-    makers: dict[str, Maker] | None = None, watch: Callable[[str], None] = lambda name: None,
+    makers: dict[str, Maker] | None = None,
 ) -> dict:  # fmt: skip
-    """A row.  ``run`` runs the rounds; ``watch`` hears who is tried next.
+    """A row.  ``run`` runs the rounds.
 
     A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
     """
@@ -85,11 +84,11 @@ def measure(
     known: dict[str, dict] = {"errors": {}, "saved": {}, "failures": {}, "skipped": {}}
     with threads_for(case):
         for name, make in (makers or makers_for(case)).items():
-            watch(name)
+            print(f"{case.id}: {name}", file=sys.stderr)  # the last words of a process that dies
             try:
                 worst = judge.error(name, make, backward=not case.decodes)
                 contestant = make(case, tensors, case.dropout)
-                if not case.decodes and not name.startswith("compiled"):  # hooks compile it again
+                if not case.decodes:
                     known["saved"][name] = kept = kept_for_backward(contestant, tensors)
                     if name == "fastlora" and case.table != "optimized":
                         check_kept(case, kept)
@@ -97,12 +96,11 @@ def measure(
                 step()
                 wait_for(device)
                 known["errors"][name], steps[name] = digits(worst), step
-            except NotHereError as reason:
+            except ModuleNotFoundError as reason:  # nothing is wrong
                 known["skipped"][name] = str(reason)
-            except Exception as reason:
+            except Exception:
+                known["failures"][name] = last_error()
                 wait_for(device)  # if the device is lost, nobody else can run
-                known["failures"][name] = describe(reason)
-        watch("rounds")
         summary = {}
         if {"frozen", "fastlora"} <= set(steps):
             rounds = Rounds(steps)
@@ -112,23 +110,24 @@ def measure(
 
 
 def row_of(case: Case, summary: dict, **known: dict) -> dict:
-    """Plain data for JSON.  Without a summary nothing was timed, and ``failures`` say why."""
-    summary = summary or {"rounds": 0, "seconds": {}, "ratios": {}}
-    return {
-        "id": case.id, "table": case.table, "M": case.M, "K": case.K, "N": list(case.outputs),
-        "r": case.r, "dtype": DTYPE_NAMES[case.dtype],
-        "adapter_dtype": DTYPE_NAMES[case.adapter_dtype], "dropout": case.dropout,
-        **known, **summary, "targets": met_targets(case, summary["ratios"]),
-    }  # fmt: skip
+    """Plain data for JSON, with each target that was measured.
+
+    Without a summary nothing was timed, and ``failures`` say why.
+    """
+    row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
+    row |= {**summary, "targets": []}
+    for quantity, ratio, limit in case.targets:
+        if ratio in row["ratios"].get(quantity, ()):
+            value = row["ratios"][quantity][ratio][1]
+            target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
+            row["targets"].append(target | {"met": value <= limit})
+    return row
 
 
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
     """All that is timed of a contestant, one quantity after the other."""
     module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
     dys = tensors.dys if len(tensors.dys) > 1 else tensors.dys[0]
-
-    def forward() -> object:
-        return module(x)
 
     def inference() -> object:
         with torch.no_grad():
@@ -145,51 +144,33 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
             leaf.grad = None
         return [*marks, mark()]
 
-    def by_parts() -> dict[str, float]:
-        clock.start()
-        start, middle, end = train(clock.mark)
-        return {"forward": clock.seconds(start, middle), "both": clock.seconds(start, end)}
-
-    def in_a_row(calls: int, clock: Clock, **named: Callable[[], object]) -> Step:
-        """For a clock that is coarse beside one call."""
-        calls = 1 if case.tiny else calls
-        return lambda: {name: timed(clock, call, calls) for name, call in named.items()}
-
+    # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
+    calls: list[tuple[str, Clock, Callable[[], object], int]] = []
     wall = HostClock(x.device)
     if case.table == "overhead":
         own = HostClock(x.device, time.process_time)
-        parts = [in_a_row(200, own, forward=forward, inference=inference, both=train)]
+        named = {"forward": lambda: module(x), "inference": inference, "both": train}
+        calls += [(quantity, own, call, 200) for quantity, call in named.items()]
     elif case.decodes:
         with contestant.chosen():
-            graph = graph_of(inference)
-        parts = [in_a_row(1, clock, inference=inference, graph=graph)]
-        parts.append(in_a_row(20, wall, wall=inference))
-    else:
-        parts = [by_parts] + [in_a_row(20, wall, wall=train)] * (case.table == "gpu")
+            calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
+        calls.append(("wall", wall, inference, 20))
+    elif case.table == "gpu":
+        calls.append(("wall", wall, train, 20))
 
     def step() -> dict[str, float]:
+        seconds = {}
         with contestant.chosen():
-            return {name: seconds for part in parts for name, seconds in part().items()}
+            if not case.decodes and case.table != "overhead":
+                clock.start()
+                start, middle, end = train(clock.mark)
+                seconds["forward"] = clock.seconds(start, middle)
+                seconds["both"] = clock.seconds(start, end)
+            for quantity, its_clock, call, count in calls:
+                seconds[quantity] = timed(its_clock, call, 1 if case.tiny else count)
+        return seconds
 
     return step
-
-
-def met_targets(case: Case, found: dict) -> list[dict]:
-    """Each target that was measured, with its value."""
-    targets = []
-    for target in case.targets:
-        if target.ratio in found.get(target.quantity, ()):
-            value = found[target.quantity][target.ratio][1]
-            targets.append({**vars(target), "value": value, "met": value <= target.limit})
-    return targets
-
-
-def missed(row: dict) -> list[str]:
-    return [
-        f"{target['quantity']} {target['ratio']} is {target['value']:.3f}, over {target['limit']:g}"
-        for target in row["targets"]
-        if not target["met"]
-    ]
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -204,20 +185,9 @@ def digits(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def describe(error: Exception) -> str:
-    """Kind and text, cut where a compiler is verbose, and the place in the sources."""
-    frames = traceback.extract_tb(error.__traceback__)
-    text = str(error)
-    text = text if len(text) <= 1500 else f"{text[:1000]} … {text[-500:]}"
-    return f"{type(error).__name__}: {text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-
-
 @contextmanager
 def threads_for(case: Case) -> Iterator[None]:
-    """One thread where the process's CPU time is the caller's, and where nothing is to be gained:
-
-    on a busy machine tiny products would wait for the others' threads.
-    """
+    """One thread where CPU time is the caller's, or where others would only be waited for."""
     before = torch.get_num_threads()
     if case.tiny or case.table == "overhead":
         torch.set_num_threads(1)

@@ -22,6 +22,9 @@ _TITLES = {
 }
 
 
+Table = list[tuple[str, ...]]  # the head, and then the lines
+
+
 def text(rows: list[dict]) -> str:
     """Aligned columns for a terminal."""
     return "\n\n".join(f"{title}\n\n{align(table)}" for title, table in _tables(rows))
@@ -29,38 +32,35 @@ def text(rows: list[dict]) -> str:
 
 def markdown(rows: list[dict], machine: dict) -> str:
     """Tables for a README, the machine first."""
-    instructions = [
-        name for key, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if machine[key]
-    ]
-    cpu = (
-        f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{' and '.join(instructions) or 'no bfloat16 instructions'}"
-    )
-    lines = [
-        f"{machine.get('gpu', cpu)}; torch {machine['torch']}, "
-        f"PEFT {machine['peft']}, Python {machine['python']}; {machine['date']}."
-    ]
-    for title, table in _tables(rows):
-        head, *body = (f"| {' | '.join(cells)} |" for cells in table)
-        lines += ["", f"{title}", "", head, "|---" * len(table[0]) + "|", *body]
-    return "\n".join(lines)
+    tables = [f"{title}\n\n{pipes(table)}" for title, table in _tables(rows)]
+    return "\n\n".join([heading(machine), *tables])
 
 
-def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Title, and head and cells, of each table that has any rows."""
+def heading(machine: dict) -> str:
+    bf16 = "AMX" if machine["amx_bf16"] else "AVX512" if machine["avx512_bf16"] else "no"
+    cpu = f"{machine['cpu']}, {machine['threads']} threads, {bf16} bfloat16 instructions"
+    versions = (f"{name} {machine[name]}" for name in ("torch", "peft", "python"))
+    return f"{machine.get('gpu', cpu)}; {', '.join(versions)}; {machine['date']}"
+
+
+def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
+    """Title and table of each that has any lines."""
     tables = [(title, _times([r for r in rows if r["table"] == t])) for t, title in _TITLES.items()]
-    tuned = [_tuned(row) for row in rows if "candidates" in row]
     tests = [(row["id"], row["outcome"]) for row in rows if "outcome" in row]
-    failures = [failure for row in rows for failure in _failures(row)]
+    failures = [
+        (f"{row['id']}, {name}", " ".join(why.split())[-200:])
+        for row in rows
+        for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
+    ]
     tables += [
-        ("The best tiles of each of a launcher's calls, and what they reach.", [_TUNED, *tuned]),
+        ("The best tiles of each of a launcher's calls, and what they reach.", _tuned(rows)),
         ("Tests on this device.", [("tests", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
 
 
-def _times(rows: list[dict]) -> list[tuple[str, ...]]:
+def _times(rows: list[dict]) -> Table:
     """A line for each quantity of each row, a column for each contestant."""
     timed = [(row, quantity) for row in rows for quantity in row.get("ratios", ())]
     seconds = [row["seconds"][quantity] for row, quantity in timed]
@@ -72,51 +72,28 @@ def _times(rows: list[dict]) -> list[tuple[str, ...]]:
     lines = [(*head, *(f"{_SHORT.get(name, name)} keeps" for name in kept), "target")]
     for row, quantity in timed:
         first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
-        lines.append(
-            (
-                row["id"],
-                quantity,
-                f"{row['seconds'][quantity][first] * 1e6:.4g}",
-                *(_median(found, f"{name}/{first}") for name in names),
-                _quartiles(found.get(f"fastlora/{first}")),
-                *[_median(found, "fastlora/peft")] * ("peft" in names),
-                *(_saved(row["saved"].get(name)) for name in kept),
-                _verdicts([each for each in row["targets"] if each["quantity"] == quantity]),
-            )
-        )
+        low, _, high = found[f"fastlora/{first}"]
+        line = [row["id"], quantity, f"{row['seconds'][quantity][first] * 1e6:.4g}"]
+        line += [*(_median(found, f"{name}/{first}") for name in names), f"{low:.2f}–{high:.2f}"]
+        line += [_median(found, "fastlora/peft")] * ("peft" in names)
+        for saved in (row["saved"].get(name) for name in kept):
+            line.append(f"{_bytes(saved['x'])} + {_bytes(saved['added'])}" if saved else "–")
+        line.append(", ".join(_verdict(t) for t in row["targets"] if t["quantity"] == quantity))
+        lines.append(tuple(line))
     return lines
 
 
-_TUNED = ("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")
-
-
-def _tuned(row: dict) -> tuple[str, ...]:
-    return (
-        row["id"],
-        f"{row['tried']} of {row['candidates']}",
-        row.get("best", "none ran"),
-        _median(row, "default/best"),
-        _median(row, "fused/in place"),
-        f"{row.get('tflops', '–')}",
-        f"{row.get('gbs', '–')}",
-    )
-
-
-def _failures(row: dict) -> list[tuple[str, str]]:
-    found = {**row.get("failures", {}), **row.get("skipped", {})}
-    return [(f"{row['id']}, {name}", " ".join(why.split())[-200:]) for name, why in found.items()]
+def _tuned(rows: list[dict]) -> Table:
+    lines = [("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")]
+    for row in (row for row in rows if "candidates" in row):
+        line = (row["id"], f"{row['tried']} of {row['candidates']}", row.get("best", "none ran"))
+        ratios = (_median(row, ratio) for ratio in ("default/best", "fused/in place"))
+        lines.append((*line, *ratios, *(str(row.get(rate, "–")) for rate in ("tflops", "gbs"))))
+    return lines
 
 
 def _median(found: dict, ratio: str) -> str:
     return f"{found[ratio][1]:.3f}" if ratio in found else "–"
-
-
-def _quartiles(ratio: list[float] | None) -> str:
-    return "–" if ratio is None else f"{ratio[0]:.2f}–{ratio[2]:.2f}"
-
-
-def _saved(saved: dict | None) -> str:
-    return "–" if saved is None else f"{_bytes(saved['x'])} + {_bytes(saved['added'])}"
 
 
 def _bytes(count: int) -> str:
@@ -126,14 +103,11 @@ def _bytes(count: int) -> str:
     return f"{count} B" if count else "0"
 
 
-def _verdicts(targets: list[dict]) -> str:
+def _verdict(target: dict) -> str:
     """``≤ 1.08 × frozen met``; a miss repeats the value, since rounding may hide by how little."""
-    verdicts = []
-    for target in targets:
-        verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
-        below = target["ratio"].split("/")[1]
-        verdicts.append(f"≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}")
-    return ", ".join(verdicts)
+    verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
+    below = target["ratio"].split("/")[1]
+    return f"≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}"
 
 
 def align(table: Sequence[tuple]) -> str:
@@ -144,22 +118,24 @@ def align(table: Sequence[tuple]) -> str:
     return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
+def pipes(table: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    head, *lines = (
+        "".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in table
+    )
+    return "\n".join([head, "|---" * len(table[0]) + "|", *lines])
+
+
 def brief(rows: list[dict]) -> str:
     """The few columns that a README shows: forward + backward, and what waits for the backward."""
-    lines = [
-        "| M x K x N, dtype, r, dropout | frozen | fastlora | PEFT | fastlora keeps | PEFT keeps |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
+    lines = [("M x K x N, dtype, r, dropout", *heads)]
     for row in rows:
         both, saved = row["ratios"]["both"], row["saved"]
-        cells = (
-            row["id"],
-            "1",
-            *(f"{both[ratio][1]:.2f}" for ratio in ("fastlora/frozen", "peft/frozen")),
-            *(_bytes(saved[side]["x"] + saved[side]["added"]) for side in ("fastlora", "peft")),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ratios = [f"{both[f'{side}/frozen'][1]:.2f}" for side in ("fastlora", "peft")]
+        kept = [_bytes(saved[side]["x"] + saved[side]["added"]) for side in ("fastlora", "peft")]
+        lines.append((row["id"], "1", *ratios, *kept))
+    return pipes(lines)
 
 
 def demo(report: dict) -> str:
@@ -175,34 +151,30 @@ def demo(report: dict) -> str:
     )
     sides = [side for side in names if side in results]
     others = [side for side in sides if side != "PEFT"]
-    heads = [*(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others)]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]
     for title, value, form in rows:
         values = {side: value(results[side]) for side in sides}
         cells = [form.format(values[side]) for side in sides]
         by_pairs = step_time and title.startswith("tokens")  # its ratio is a row of its own
         cells += ["" if by_pairs else f"{values[side] / values['PEFT']:.2f}" for side in others]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append((title, *cells))
     if step_time:
-        cells = ["" for _ in sides]
+        title = "step time / PEFT's, median of pairs (quartiles)"
+        cells = [""] * len(sides)
         for side in others:
             low, high = step_time[side]["quartiles"]
             cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
-        title = "step time / PEFT's, median of pairs (quartiles)"
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((title, *cells))
+    return pipes(lines)
 
 
 def main() -> None:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--brief"]
-    if not arguments:
-        sys.exit("usage: python benchmarks/report.py [--brief] RESULTS.json [PART OF AN ID ...]")
-    results = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    file, *parts = [argument for argument in sys.argv[1:] if argument != "--brief"]
+    results = json.loads(Path(file).read_text(encoding="utf-8"))
     if "rows" not in results:
         print(demo(results))
         return
-    parts = arguments[1:] or [""]
-    rows = [row for row in results["rows"] if any(part in row["id"] for part in parts)]
+    rows = [row for row in results["rows"] if any(part in row["id"] for part in parts or [""])]
     print(brief(rows) if "--brief" in sys.argv else markdown(rows, results["machine"]))
 
 

@@ -16,28 +16,29 @@ import torch
 import fastlora
 
 FOLDER = Path(__file__).parent / "results"
+_CPUINFO = Path("/proc/cpuinfo")  # only Linux has it
 _SMI = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 
 def describe_machine(device: torch.device) -> dict:
     """What decides a time besides the code; ``device`` names the folder of the results."""
-    model, flags = _cpu()
-    threads = torch.get_num_threads()
-    name = f"cpu-{_slug(model)}-{threads}-cores"
+    text = _CPUINFO.read_text() if _CPUINFO.exists() else ""
+    model = re.search(r"^model name\s*: (.*)", text, re.M)
+    cpu, threads = model[1] if model else platform.machine(), torch.get_num_threads()
     machine = {
-        "device": name, "cpu": model, "threads": threads, "amx_bf16": "amx_bf16" in flags,
-        "avx512_bf16": "avx512_bf16" in flags, "fastlora": fastlora.__version__,
-        "torch": torch.__version__, "peft": _version("peft"), "triton": _version("triton"),
-        "python": platform.python_version(),
+        "device": f"cpu-{_slug(cpu)}-{threads}-cores", "cpu": cpu, "threads": threads,
+        "amx_bf16": "amx_bf16" in text, "avx512_bf16": "avx512_bf16" in text,
+        "fastlora": fastlora.__version__, "torch": torch.__version__, "peft": _version("peft"),
+        "triton": _version("triton"), "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }  # fmt: skip
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        machine |= {
-            "device": _slug(found.name), "gpu": found.name, "cuda": torch.version.cuda,
-            "capability": [found.major, found.minor], "memory": found.total_memory,
-            "processors": found.multi_processor_count, "smi": _smi(),
-        }  # fmt: skip
+        command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            machine["smi"] = done.stdout.strip()
+        gpu = torch.cuda.get_device_name(device)
+        machine |= {"device": _slug(gpu), "gpu": gpu, "cuda": torch.version.cuda}
     return machine
 
 
@@ -64,19 +65,3 @@ def _slug(name: str) -> str:
 def _version(name: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(name)
-
-
-def _smi() -> str | None:
-    command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-
-
-def _cpu() -> tuple[str, set[str]]:
-    """The model's name and its instruction sets, from /proc/cpuinfo; elsewhere only a name."""
-    fields: dict[str, str] = {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip()] = value.strip()
-    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())

@@ -10,12 +10,15 @@ from .measure import Rounds, measure
 _BUDGET, _QUICK_BUDGET = 4.0, 0.2  # seconds of rounds
 
 
-def test_layers(case: Case, device: torch.device, pair: Pair | None, benchmark, record) -> None:
+def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, request) -> None:
+    device = torch.device(request.config.option.device)
+
     def run(rounds: Rounds) -> None:
         count = rounds.count(_QUICK_BUDGET if case.tiny else _BUDGET)
         benchmark.pedantic(rounds.run_subject, setup=rounds.run_others, rounds=count)
 
     row = measure(case, device, run) if pair is None else pair.measure(case, run)
-    record(row)
+    rows.append(row)
+    benchmark.extra_info.update(row)
     if row["failures"]:
         pytest.fail("; ".join(f"{name}: {why}" for name, why in row["failures"].items()), False)

@@ -1,30 +1,24 @@
 """Everything that a visit to a machine with a GPU should do, in ten minutes, a short table last.
 
-    python benchmarks/visit.py --out FOLDER                         tests, benchmark, tuning
-    python benchmarks/visit.py --out FOLDER --only tune --case 8192x4096x4096
-    python benchmarks/visit.py --out FOLDER --dry                tiny, on a CPU, interpreted
+    python benchmarks/visit.py --out FOLDER                 tests, benchmark, tuning
+    python benchmarks/visit.py --out FOLDER --only tune     one of the three
+    python benchmarks/visit.py --out FOLDER --dry           tiny, on a CPU, interpreted
 
-It needs a folder with the repository, torch and Triton; nothing has to be installed.  Every item
-has a process of its own, so that a crash costs that item alone; it is tried again without the
-contestant that it ended with.  FOLDER/<device>/<date>.json is rewritten after every row, and whole
-at any moment.  A number from ``--dry`` says only that the code runs.
+It needs a folder with the repository, torch and Triton; nothing has to be installed.  The work is
+done in another process, so that a crash costs one part alone and the next part has a new process.
+FOLDER/<device>/<date>.json is rewritten after every part, and whole at any moment.  A number from
+``--dry`` says only that the code runs.
 """
 
 import argparse
-import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from contextlib import suppress
-from importlib.util import find_spec
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # else whoever imports it has seen to that
-    sys.path.insert(0, str(Path(__file__).parent))
+if __name__ == "__main__":  # else whoever imports it has seen to that
     from tree import import_from
 
     import_from()
@@ -32,111 +26,78 @@ if __name__ in ("__main__", "__mp_main__"):  # else whoever imports it has seen 
 import torch
 
 from benchmarks.cases import dry_cases, gpu_cases
-from benchmarks.contestants import makers_for
 from benchmarks.measure import Rounds, measure
 from benchmarks.report import text
 from benchmarks.results import FOLDER, describe_machine, results_path, write_results
-from benchmarks.tree import BENCHMARKS, ROOT, own_stdout
-from benchmarks.tune import DRY, Search, compilers, forms_of, tune
+from benchmarks.tree import ROOT, Worker
+from benchmarks.tune import forms_of, tune
 
-LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 150.0}  # seconds of an item
-_TRIES = 4
-_NOBODY = ("start", "rounds", "finals")  # who ends a process then can't be left out
+LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 60.0}  # seconds of a part
 _TESTS = ("kernel_mask", "weight_grad", "project", "lora_linear", "gemm_lowrank", "triton_backend")
 
 
+def parts(device: torch.device) -> dict[tuple[str, str], object]:
+    """What there is to do, by kind and name, in the order of importance, for time may run out."""
+    dry = device.type == "cpu"
+    cases = dry_cases() if dry else gpu_cases()
+    layers = [(("layers", case.id), case) for case in cases]
+    tuned = [
+        (("tune", form.id), form)
+        for case in cases[: len(cases) // 3]
+        for form in forms_of(case, device)
+    ]
+    tests = [(("tests", name), name) for name in ("gpu", *(("config",) if dry else _TESTS))]
+    return dict([tests[0], *layers[:5], *tuned[:10], *layers[5:], *tuned[10:], *tests[1:]])
+
+
 class Visit:
-    """The rows so far, in a file."""
+    """The rows so far, in a file, and the process that makes the next ones."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.dry, self.rows = options.dry, []
-        self.machine = describe_machine(torch.device("cpu" if options.dry else "cuda"))
-        if options.dry:
-            self.machine["device"] = "dry"
+        self.device = torch.device("cpu" if options.dry else "cuda")
+        self.machine = describe_machine(self.device) | ({"device": "dry"} if options.dry else {})
         self.path = results_path(self.machine, options.out)
         self.end = time.monotonic() + 60 * options.minutes
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        write_results(self.path, self.machine, sys.argv[1:], self.rows)
+        self.rows: list[dict] = []
+        kept = environment(options.dry)
+        self.worker = Worker(ROOT, "benchmarks.visit", str(self.device), kept)
 
     def run(self, kind: str, name: str) -> None:
-        """One item, or a row that says why not."""
-        without: list[str] = []
-        for _ in range(_TRIES):
-            seconds = min(LIMITS[kind], self.end - time.monotonic())
-            if seconds < 5.0:
-                self.add({"table": kind, "id": name, "skipped": {"time": "none was left"}})
-                return
-            done = [row["id"] for row in self.rows if row["table"] == kind]
-            item = {"kind": kind, "name": name, "dry": self.dry, "without": without, "done": done}
-            code, trying, log = self._start(item, seconds)
-            if code == 0:
-                return
-            why = f"the process ended with {code}, after {seconds:.0f} s at most: {log[-1500:]}"
-            self.add({"table": kind, "id": name, "failures": {trying: why}})
-            if trying in _NOBODY:
-                return
-            without.append(trying)
-
-    def _start(self, item: dict, seconds: float) -> tuple[int, str, str]:
-        """Exit status, who was tried last, and what was printed; rows are added as they come."""
-        trying = "start"
-        with tempfile.TemporaryFile("w+", errors="replace") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(BENCHMARKS / "visit.py"), "--item", json.dumps(item)],
-                cwd=ROOT, env=environment(self.dry), text=True, stdout=subprocess.PIPE, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-            timer = threading.Timer(seconds, _kill, [process])
-            timer.start()
+        """A row of this part, or one that says why not."""
+        row = {"table": kind, "id": name}
+        seconds = min(LIMITS[kind], self.end - time.monotonic())
+        if seconds < 5.0:
+            row["skipped"] = {"time": "none was left"}
+        else:
             try:
-                for line in process.stdout:
-                    message = json.loads(line)
-                    trying = message.get("trying", trying)
-                    if "row" in message:
-                        self.add(message["row"])
-                code = process.wait()
-            finally:
-                timer.cancel()
-                _kill(process)
-            log.seek(0)
-            return code, trying, log.read()
+                row = self.worker.ask(kind, name, seconds=seconds)
+            except RuntimeError as reason:
+                row["failures"] = {"the process": str(reason)}
+            if kind == "tests":
+                self.worker.close()  # its settings are theirs
+        self.rows.append(row)
+        write_results(self.path, self.machine, sys.argv[1:], self.rows)
 
 
 def main() -> None:
     options = parse()
     visit = Visit(options)
-    for kind, name in items(options):
-        visit.run(kind, name)
-    print(f"{visit.path}\n")
-    for row in visit.rows:
-        if "plan" in row:
-            print(f"{row['plan']},")
-    print(f"\n{text(visit.rows)}")
-
-
-def items(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """In the order of importance, for time may run out."""
-    cases = dry_cases() if options.dry else gpu_cases()
-    layers = [("layers", case.id) for case in cases]
-    tuned = [("tune", case.id) for case in cases if case.r == 16 or options.dry][: len(cases) // 3]
-    tests = [("tests", name) for name in (("config",) if options.dry else _TESTS)]
-    listed = [("tests", "gpu"), *layers[:5], *tuned[:2], *layers[5:], *tuned[2:], *tests]
-    return [
-        (kind, name)
-        for kind, name in listed
-        if options.only in (None, kind) and (kind == "tests" or options.case in name)
-    ]
+    try:
+        for kind, name in parts(visit.device):
+            if options.only in (None, kind):
+                visit.run(kind, name)
+    finally:
+        visit.worker.close()
+    plans = [f"{row['plan']}," for row in visit.rows if "plan" in row]
+    print(f"{visit.path}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, interpreted")
-    parser.add_argument("--only", choices=LIMITS, help="items of this kind alone")
-    parser.add_argument("--case", default="", metavar="PART", help="cases with this in their id")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of all items together")
+    parser.add_argument("--only", choices=LIMITS, help="parts of this kind alone")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of all parts together")
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.dry and options.out.is_relative_to(FOLDER):
@@ -154,69 +115,42 @@ def environment(dry: bool) -> dict[str, str]:
     return kept
 
 
-def run_item(item: dict) -> None:
-    """In the item's own process: a line of JSON for each row, and for who is tried next."""
-    with own_stdout() as out:
+class Served:
+    """What the worker does: a row for each part."""
 
-        def send(**message: object) -> None:
-            out.write(f"{json.dumps(message)}\n")
-            out.flush()
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.parts, self.dry = parts(self.device), device == "cpu"
+        count = max(2, min(14, (os.cpu_count() or 4) - 2))
+        self.pool = None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
 
-        def watch(name: str) -> None:
-            send(trying=name)
+    def layers(self, name: str) -> dict:
+        def run(rounds: Rounds) -> None:
+            for _ in range(1 if self.dry else rounds.count(seconds=3.0)):
+                rounds.run_others()
+                rounds.run_subject()
 
-        device = torch.device("cpu" if item["dry"] else "cuda")
-        if item["kind"] == "tests":
-            send(row=run_tests(item["name"]))
-            return
-        case = next(each for each in (*dry_cases(), *gpu_cases()) if each.id == item["name"])
-        if item["kind"] == "layers":
+        return measure(self.parts["layers", name], self.device, run)
 
-            def run(rounds: Rounds) -> None:
-                for _ in range(1 if item["dry"] else rounds.count(seconds=3.0)):
-                    rounds.run_others()
-                    rounds.run_subject()
+    def tune(self, name: str) -> dict:
+        return tune(self.parts["tune", name], self.device, self.pool)
 
-            makers = {k: v for k, v in makers_for(case).items() if k not in item["without"]}
-            send(row=measure(case, device, run, makers, watch))
-            return
-        search, pool = (DRY, None) if item["dry"] else (Search(), compilers())
-        for form in forms_of(case, device):
-            if form.id not in item["done"]:
-                send(row=tune(form, device, search, pool, watch, item["without"]))
+    def tests(self, name: str) -> dict:
+        """The outcome of tests/**/test_NAME.py; what fails is told by the log."""
+        row = {"table": "tests", "id": name, "outcome": "not run"}
+        import pytest
 
+        class Summary:
+            def pytest_terminal_summary(self, terminalreporter) -> None:
+                stats = terminalreporter.stats.items()
+                row["outcome"] = ", ".join(f"{len(found)} {kind}" for kind, found in stats if kind)
 
-def run_tests(noun: str) -> dict:
-    """The outcome of tests/**/test_NOUN.py."""
-    row = {"table": "tests", "id": noun, "outcome": "not run"}
-    if find_spec("pytest") is None:
-        return row | {"skipped": {"pytest": "pytest is not installed"}}
-    import pytest
-
-    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, {}
-
-    class Reports:
-        def pytest_runtest_logreport(self, report) -> None:
-            if report.when == "call" or report.outcome != "passed":
-                counts[report.outcome] += 1
-            if report.failed:
-                failures[report.nodeid] = report.longreprtext[-1500:]
-
-    files = map(str, sorted((ROOT / "tests").rglob(f"test_{noun}.py")))
-    status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[Reports()])
-    outcome = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
-    return row | {"outcome": outcome or f"pytest ended with {status}", "failures": failures}
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """The item and the compilers that it may have left."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        files = map(str, sorted((ROOT / "tests").rglob(f"test_{name}.py")))
+        status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[Summary()])
+        if status != 0:
+            raise RuntimeError(f"pytest ended with {status}: {row['outcome']}")
+        return row
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--item"]:
-        run_item(json.loads(sys.argv[2]))
-    else:
-        main()
+    main()

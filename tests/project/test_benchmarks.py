@@ -130,8 +130,8 @@ def test_the_most_important_shape_comes_first():
 
 @IN_GIT
 def test_base_imports_the_other_commit():
-    with compare.Pair("HEAD", "cpu") as pair:
-        origins = {name: worker.origins for name, worker in pair.workers.items()}
+    with compare.pair_with("HEAD", "cpu") as pair:
+        origins = {name: worker.ask("origins") for name, worker in pair.workers.items()}
         row = pair.measure(CASE, two_rounds)
     other = Path(origins["base"]["fastlora"]).parents[1]
     assert origins["base"]["kernels"] == str(other / "kernels" / "__init__.py")
@@ -166,6 +166,7 @@ def test_an_interrupted_comparison_leaves_nothing():
     assert worktrees() == before, printed
 
 
-def worktrees() -> str:
-    command = ["git", "worktree", "list"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def worktrees() -> list[str]:
+    command = ["git", "worktree", "list", "--porcelain"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if line.startswith("worktree ")]

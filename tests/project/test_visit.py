@@ -95,22 +95,22 @@ def test_what_there_is_no_time_for_is_said(tmp_path):
     assert all(row["skipped"] == {"time": "none was left"} for row in rows)
 
 
-def test_a_contestant_that_ends_the_process_is_left_out_next_time(tmp_path, monkeypatch):
+def test_a_part_that_ends_its_process_costs_only_itself(tmp_path, monkeypatch):
     from benchmarks import visit
 
-    started = []
-
-    def start(self, item, seconds):
-        started.append(item["without"].copy())
-        return (0, "rounds", "") if item["without"] else (-11, "fused", "an illegal access")
-
-    monkeypatch.setattr(visit.Visit, "_start", start)
-    monkeypatch.setattr(sys, "argv", ["visit.py", "--dry", "--out", str(tmp_path)])
+    monkeypatch.setattr(visit.sys, "argv", ["visit.py", "--dry", "--out", str(tmp_path)])
     a_visit = visit.Visit(visit.parse())
-    a_visit.run("layers", "a-case")
-    assert started == [[], ["fused"]]
-    [row] = json.loads(a_visit.path.read_text(encoding="utf-8"))["rows"]
-    assert "an illegal access" in row["failures"]["fused"]
+    case = next(name for kind, name in visit.parts(a_visit.device) if kind == "layers")
+    ask, seconds = a_visit.worker.ask, iter([0.0, 60.0])
+    monkeypatch.setattr(a_visit.worker, "ask", lambda *part, **_: ask(*part, seconds=next(seconds)))
+    a_visit.run("layers", case)
+    a_visit.run("layers", case)
+    a_visit.worker.close()
+    died, judged = json.loads(a_visit.path.read_text(encoding="utf-8"))["rows"]
+    assert died["id"] == judged["id"] == case
+    assert "the process ended with -9" in died["failures"]["the process"]
+    assert judged["failures"] == {}
+    assert judged["rounds"] == 1
 
 
 def test_dry_numbers_stay_out_of_the_results():

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 # Both are read when Triton is imported: compile, don't interpret; and the default, said aloud.
@@ -21,63 +21,43 @@ import torch
 import triton
 
 from benchmarks.report import align
-from fastlora.kernels.config import Config, shared_memory, why_not
+from fastlora.kernels.config import shared_memory, why_not
 from fastlora.kernels.defaults import default_config
 from fastlora.kernels.target import TARGETS
 
 from .cases import Case, cases, launches
-from .machine_code import Compiled, compile_launch
+from .machine_code import compile_launch
 
 NAMES = tuple(name for name, target in TARGETS.items() if target.kind != "cpu")
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One kernel of one call."""
-
-    case: str
-    target: str
-    kernel: str
-    form: str
-    config: Config
-    ieee: bool  # float32 without tensor cores, where the target has none that are exact
-    descriptors: bool
-    refused: str  # by why_not; "" where it fits
-    estimated: int  # shared memory, by config.shared_memory
-    limit: int
-    compiled: Compiled
-
-
-def rows_of(case: Case) -> list[Row]:
+def rows_of(case: Case) -> list[dict]:
     """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
     target, form, call = TARGETS[case.target], case.form, case.form.call
     config = case.config or default_config(form.kernel, target, call)
     try:
         return [
-            Row(
-                case=str(case),
-                target=case.target,
-                kernel=launch.name,
-                form=form.name,
-                config=config,
-                ieee=form.dtype == torch.float32 and form.precision == "ieee",
-                descriptors=launch.arguments.get("DESCRIPTORS", False),
-                refused=why_not(config, target, call),
-                estimated=shared_memory(config, target, call),
-                limit=target.shared_memory,
-                compiled=compile_launch(launch, target),
-            )
+            {
+                "case": case.name, "target": case.target, "kernel": launch.name, "form": form.name,
+                "config": asdict(config),
+                # float32 without tensor cores, where the target has none that are exact
+                "ieee": form.dtype == torch.float32 and form.precision == "ieee",
+                "descriptors": launch.arguments.get("DESCRIPTORS", False),
+                "refused": why_not(config, target, call),  # "" where it fits
+                "estimated": shared_memory(config, target, call), "limit": target.shared_memory,
+                "compiled": asdict(compile_launch(launch, target)),
+            }
             for launch in launches(case)
-        ]
+        ]  # fmt: skip
     except Exception as error:
-        raise RuntimeError(f"{case} doesn't compile") from error
+        raise RuntimeError(f"{case.name} doesn't compile") from error
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[dict]) -> str:
     """A line for each row, a column for each number."""
-    names = [field.name.replace("_", " ") for field in fields(Compiled)]
-    lines = [(row.case, row.kernel, row.limit, *astuple(row.compiled)) for row in rows]
+    names = [name.replace("_", " ") for name in rows[0]["compiled"]]
+    lines = [(r["case"], r["kernel"], r["limit"], *r["compiled"].values()) for r in rows]
     return align([("call", "kernel", "limit", *names), *lines])
 
 
@@ -92,8 +72,8 @@ def main() -> None:
         rows = [row for found in pool.map(rows_of, chosen, chunksize=4) for row in found]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
     if arguments.json:
-        record = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"triton": triton.__version__, "rows": rows}, indent=1)
+        arguments.json.write_text(f"{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
