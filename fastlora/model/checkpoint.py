@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapter_config import from_peft, short_targets, to_peft
+from .adapter_config import from_peft, spell_out, to_peft
 from .config import LoRAConfig
 from .inject import (
     Injection,
@@ -23,7 +23,6 @@ from .inject import (
     undo_injection,
     unwrap,
 )
-from .targets import ALL_LINEAR
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -44,10 +43,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if injection is None:
         raise ValueError("fastlora.apply_lora or load_adapter gave this model no adapters to save")
     check_injection(model, injection)
-    targets = injection.config.target_modules
-    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        targets = short_targets(model, injection.layers)
-    config = to_peft(injection.config, targets, _base_name(model))
+    config = spell_out(model, injection.config, injection.layers)
+    settings = to_peft(config, _base_name(model))
     # Cloned, since the file format takes no two keys (of tied parameters) with one memory.
     values = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -57,7 +54,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
         Path(folder),
         {
             WEIGHTS: save(values, metadata={"format": "pt"}),
-            CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+            CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
         },
     )
 

@@ -23,7 +23,13 @@ class LoRAConfig:
       ``"all-linear"``, every linear layer but a transformers model's output head.  None, which
       PEFT reads from a table, takes a transformers model's attention projections, all of them.
     * ``exclude_modules``: names to leave alone, in the same forms.
-    * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match.
+    * ``layers_to_transform``: with a list of targets, only those inside of these layers, by their
+      number, the first in the name (``model.layers.3.…``); ``layers_pattern`` names the list of
+      layers (``"layers"``), where it isn't the first that has numbers.
+    * ``target_parameters``: PEFT's other way to name a layer, by its weight (``"up_proj.weight"``).
+      Experts' parameters, which are no layer's weight, are not fastlora's.
+    * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match;
+      of a layer in ``target_parameters`` it is the weight's name.
     * ``bias``: the base biases that train: "none", "all" of the model, or "lora_only", those of
       adapted layers.
     * ``modules_to_save``: modules, by name or last part, that train in full and are saved too.
@@ -40,6 +46,9 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -71,6 +80,32 @@ class LoRAConfig:
         self._check_names("target_modules", or_pattern=True)
         self._check_names("exclude_modules", or_pattern=True)
         self._check_names("modules_to_save", or_pattern=False)
+        self._check_names("target_parameters", or_pattern=False)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Keep numbers of layers, and names of lists of layers, as tuples."""
+        numbers, pattern = self.layers_to_transform, self.layers_pattern
+        if numbers is not None:
+            numbers = (numbers,) if isinstance(numbers, int) else numbers
+            if not isinstance(numbers, Sequence) or not all(type(n) is int for n in numbers):
+                raise ValueError(
+                    f"layers_to_transform is {self.layers_to_transform!r}, "
+                    "but must be a whole number or a list of them"
+                )
+            object.__setattr__(self, "layers_to_transform", tuple(numbers) or None)
+        object.__setattr__(
+            self, "layers_pattern", (pattern,) if isinstance(pattern, str) else pattern
+        )
+        self._check_names("layers_pattern", or_pattern=False)
+        for name in self.layers_pattern or ():
+            compile_pattern(name)
+        if self.layers_to_transform and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform is {self.layers_to_transform} and target_modules is "
+                f"{self.target_modules!r}, but it needs a list of names: write the layers' numbers "
+                "into the regular expression, or name the layers"
+            )
 
     def _check_patterns(self, field_name: str, check_value: Callable[[Any], None]) -> None:
         patterns = getattr(self, field_name)
@@ -78,9 +113,9 @@ class LoRAConfig:
             raise ValueError(f"{field_name} is {patterns!r}, but must map patterns to numbers")
         for pattern, value in patterns.items():
             try:
-                re.compile(pattern)
+                compile_pattern(pattern)
                 check_value(value)
-            except (re.error, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(f"{field_name} has {pattern!r}: {value!r}: {error}") from None
 
     def _check_names(self, field_name: str, *, or_pattern: bool) -> None:
@@ -96,11 +131,39 @@ class LoRAConfig:
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer of this name."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return _by_pattern(self.rank_pattern, self._name_in_patterns(name), self.r)
 
     def alpha_of(self, name: str) -> float:
         """The lora_alpha of the layer of this name."""
-        return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        return _by_pattern(self.alpha_pattern, self._name_in_patterns(name), self.lora_alpha)
+
+    def names_weight_of(self, name: str) -> bool:
+        """Whether ``target_parameters`` has the weight of the layer of this name."""
+        return names_any(self.target_parameters or (), weight_of(name))
+
+    def _name_in_patterns(self, name: str) -> str:
+        return weight_of(name) if self.names_weight_of(name) else name
+
+
+def weight_of(name: str) -> str:
+    """The name of this layer's weight."""
+    return f"{name}.weight" if name else "weight"
+
+
+def names_any(wanted: Iterable[str], name: str) -> bool:
+    """Whether one of the wanted names is this one, or its last part."""
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression; a ValueError that says what to write if it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        shown = pattern if len(repr(pattern)) < 100 else f"{pattern[:80]}…"
+        raise ValueError(
+            f"{shown!r} is no regular expression ({error}): give a list for plain names"
+        ) from None
 
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:

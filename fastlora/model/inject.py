@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layer import LoRALinear, become_lora_linear, new_adapter
 from ..modules import called, lora_layers, some, unwrap
 from .config import LoRAConfig
-from .targets import find_targets, modules_to_save
+from .targets import find_targets, modules_to_save, warn_of_passed_over
 
 _RECORD = "_fastlora"
 
@@ -48,7 +48,8 @@ def apply_lora(
 
     Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
     target that matches nothing (the message lists what could), or a target that is no plain
-    ``nn.Linear``.
+    ``nn.Linear``.  Warns of what ``"all-linear"`` left out: experts' parameters, linear layers of
+    other classes.
     """
     inner = unwrap(model)
     for name, module in inner.named_modules():
@@ -86,6 +87,8 @@ def _inject(
         adapter = new_adapter(linear.weight, config.rank_of(name), config.init_lora_weights, dtype)
         adapters[name] = (adapter, config.alpha_of(name))
     untied = _copies_of_tied(model, saved)
+    if every_name:
+        warn_of_passed_over(model, config, saved)
     # Nothing has changed so far, and nothing below can fail.
     for place in untied:
         setattr(place.module, place.name, place.copy)

@@ -310,14 +310,6 @@ DAMAGE = {
     "another-method": (lambda f: edit_config(f, peft_type="IA3"), "peft_type 'IA3'"),
     "dora": (lambda f: edit_config(f, use_dora=True), "doesn't support: use_dora=True"),
     "lora_bias": (lambda f: edit_config(f, lora_bias=True), "lora_bias=True"),
-    "layers_to_transform": (
-        lambda f: edit_config(f, layers_to_transform=[0, 1]),
-        r"layers_to_transform=\[0, 1\]",
-    ),
-    "layer-0-to-transform": (
-        lambda f: edit_config(f, layers_to_transform=0),
-        "layers_to_transform=0",
-    ),
     "unknown-setting": (lambda f: edit_config(f, warp_factor=9), "warp_factor=9"),
     "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "rank-list": (lambda f: edit_config(f, rank_pattern=["up"]), "rank_pattern is"),

@@ -47,7 +47,16 @@ ORDER_INSIDE = {
     "reference": ["lora_linear", "dora_linear"],
     "backends": ["protocol", "dropout", "torch", "triton"],
     "ops": ["autocast", "call", "norm", "library", "function", "functional", "dora"],
-    "model": ["config", "targets", "inject", "merge", "adapter_config", "checkpoint"],
+    "model": [
+        "config",
+        "candidates",
+        "targets",
+        "inject",
+        "merge",
+        "adapter_config",
+        "files",
+        "checkpoint",
+    ],
     "peft": [
         "versions",
         "coverage",
