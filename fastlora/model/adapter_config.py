@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
+from enum import Enum
 from typing import Any, TypeVar
 
 from torch import nn
@@ -18,14 +19,20 @@ _OURS = {field.name for field in fields(LoRAConfig)}
 # which is refused.
 _SILENT = {
     "auto_mapping",
+    "corda_config",  # this and its like: only with that init_lora_weights
     "ensure_weight_tying",
+    "eva_config",
     "inference_mode",
+    "lora_ga_config",
     "megatron_core",
     "peft_type",
     "peft_version",
     "qalora_group_size",
     "revision",
 }
+# How lora_A and lora_B began, which the file's values replace.
+_REPLACED_BY_THE_FILE = ("gaussian", "eva", "orthogonal")
+_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Names of linear layers that PEFT takes for experts', in a model that has experts.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -123,12 +130,47 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     A setting that fastlora hasn't is a ValueError that names it, unless it is off (null, false, or
     empty).
     """
+    ours = _ours(values, source, "Load it with PEFT")
+    init = ours.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_THE_BASE):
+        raise ValueError(
+            f"{source} has init_lora_weights={init!r}, which changes the base "
+            "weights too: load it with PEFT and save it converted "
+            "(path_initial_model_for_weight_conversion)"
+        )
+    if init not in (None, True, False, *_REPLACED_BY_THE_FILE):
+        raise ValueError(
+            f"{source} has init_lora_weights={init!r}, which fastlora doesn't know: load it with "
+            "PEFT"
+        )
+    ours["init_lora_weights"] = True
+    return _config(ours, source)
+
+
+def from_live_peft(config: Any) -> LoRAConfig:
+    """The LoRAConfig of a ``peft.LoraConfig``; ValueError as from_peft, where it means more."""
+    source = f"the peft.{type(config).__name__}"
+    values = {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in config.to_dict().items()
+    }
+    ours = _ours(values, source, "Use PEFT, and fastlora.optimize on its model")
+    if ours.get("target_modules") is None and not ours.get("target_parameters"):
+        raise ValueError(
+            f"{source} has no target_modules, which PEFT looks up in a table of its own: name the "
+            'layers, such as target_modules=["q_proj", "v_proj"] or "all-linear"'
+        )
+    return _config(ours, source)
+
+
+def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, Any]:
+    """Our fields of PEFT's; ValueError for another method, or settings that fastlora hasn't."""
     if not isinstance(values, Mapping) or "peft_type" not in values:
         raise ValueError(f"{source} is no PEFT config: it has no peft_type")
     if values["peft_type"] != "LORA":
         raise ValueError(
-            f"{source} has peft_type {values['peft_type']!r}, and fastlora loads only 'LORA': "
-            "use PEFT"
+            f"{source} has peft_type {values['peft_type']!r}, and fastlora has only 'LORA'. "
+            f"{what_else}"
         )
     foreign = {
         name: value
@@ -138,16 +180,12 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     if foreign:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(foreign.items()))
         raise ValueError(
-            f"{source} has settings that fastlora doesn't support: {settings}. Load it with PEFT"
+            f"{source} has settings that fastlora doesn't support: {settings}. {what_else}"
         )
-    ours = {name: value for name, value in values.items() if name in _OURS}
-    if ours.get("init_lora_weights") not in (None, True, False, "gaussian"):
-        raise ValueError(
-            f"{source} has init_lora_weights={ours['init_lora_weights']!r}, which changes the base "
-            "weights too: load it with PEFT and save it converted "
-            "(path_initial_model_for_weight_conversion)"
-        )
-    ours["init_lora_weights"] = True
+    return {name: value for name, value in values.items() if name in _OURS}
+
+
+def _config(ours: dict[str, Any], source: str) -> LoRAConfig:
     ours.setdefault("lora_alpha", 8)  # PEFT's default
     for name in ("rank_pattern", "alpha_pattern"):
         ours[name] = ours.get(name) or {}

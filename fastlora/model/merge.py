@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..modules import called, lora_layers, unwrap
+from .arguments import check_model
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker
 
@@ -68,6 +69,7 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> list:
+    check_model(model)
     layers = list(lora_layers(unwrap(model)))
     if not layers:
         raise ValueError(

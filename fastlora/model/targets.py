@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 from torch import nn
 
@@ -134,18 +135,20 @@ def is_all_linear(target_modules: object) -> bool:
 
 def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:
     targets = config.target_modules
+    if isinstance(targets, str):
+        return all_linear(model).__contains__ if is_all_linear(targets) else name_test(targets)
+    if targets is None and config.target_parameters:
+        return lambda name: False
+    numbers = cast(Sequence[int] | None, config.layers_to_transform)
+
+    def in_layers(name: str) -> bool:
+        return numbers is None or _layer_number(config, name) in numbers
+
     if targets is None:
-        if config.target_parameters:
-            return lambda name: False
-        return _attention_projections(model).__contains__
-    if is_all_linear(targets):
-        return all_linear(model).__contains__
-    if isinstance(targets, str) or not config.layers_to_transform:
-        return name_test(targets)
-    return lambda name: (
-        name in targets
-        or (names_any(targets, name) and _layer_number(config, name) in config.layers_to_transform)
-    )
+        attention = _attention_projections(model)
+        return lambda name: name in attention and in_layers(name)
+    # A whole name counts in any layer, as in PEFT.
+    return lambda name: name in targets or (names_any(targets, name) and in_layers(name))
 
 
 def _layer_number(config: LoRAConfig, name: str) -> int | None:

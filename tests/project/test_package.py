@@ -51,10 +51,12 @@ ORDER_INSIDE = {
         "config",
         "candidates",
         "targets",
+        "adapter_config",
+        "arguments",
         "inject",
         "merge",
-        "adapter_config",
         "files",
+        "embeddings",
         "checkpoint",
     ],
     "peft": [
