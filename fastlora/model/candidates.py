@@ -8,7 +8,7 @@ from torch import nn
 from ..layer import LoRALinear, why_not_base
 from ..modules import called, some
 
-USE_PEFT = "To adapt them, make the adapter with PEFT and call fastlora.optimize on its model."
+USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimize on its model."
 
 
 def all_linear(model: nn.Module) -> set[str]:
@@ -79,7 +79,7 @@ def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: 
     for name, module in model.named_modules():
         if module is head or isinstance(module, LoRALinear) or not is_meant(name):
             continue
-        if _is_like_linear(module) and (reason := why_not_base(module)):
+        if is_like_linear(module) and (reason := why_not_base(module)):
             reasons.setdefault(reason, []).append(called(name))
         elif name in around and isinstance(module, nn.Linear):
             reason = f"the {around[name]} around it reads its weight without calling it"
@@ -90,7 +90,7 @@ def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: 
     ]
 
 
-def _is_like_linear(module: nn.Module) -> bool:
+def is_like_linear(module: nn.Module) -> bool:
     """A linear layer of any library's, by its class or its name."""
     if isinstance(module, nn.Linear):
         return True

@@ -64,7 +64,9 @@ def save_adapter(
     path = check_folder(folder)
     model, injection = unwrap(model), injection_of(model)
     if injection is None:
-        raise ValueError(f"there is no adapter to save: {_why_none(model)}")
+        if hasattr(model, "peft_config"):
+            raise ValueError("this is a PEFT model, whose save_pretrained saves it")
+        raise ValueError("fastlora.apply_lora or load_adapter gave this model no adapters to save")
     check_injection(model, injection)
     config = spell_out(model, injection.config, injection.layers)
     tensors = _adapter_tensors(model, injection)
@@ -104,6 +106,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """
     check_model(model)
     path, outer, model = check_folder(folder), model, unwrap(model)
+    if hasattr(model, "peft_config"):
+        raise ValueError("this is a PEFT model, whose load_adapter loads it")
     check_files(path)
     config = from_peft(read_json(path / CONFIG), str(path / CONFIG))
     stored = read_header(path / WEIGHTS)
@@ -168,12 +172,6 @@ def _read_fitting(
         if not torch.equal(tensors[first.setdefault(id(tensor), key)], tensors[key])
     ]
     return _Found(wanted, brought, tensors, untied)
-
-
-def _why_none(model: nn.Module) -> str:
-    if hasattr(model, "peft_config"):
-        return "this is a PEFT model, whose save_pretrained saves it"
-    return "fastlora.apply_lora or load_adapter gave this model no adapters to save"
 
 
 def _check_planned(

@@ -71,10 +71,10 @@ class LoRAConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}, "
                 "but must be True, False or 'gaussian'"
             )
-        if self.task_type is not None and not isinstance(self.task_type, str):
-            raise ValueError(
-                f"task_type is {self.task_type!r}, but must be a word like 'CAUSAL_LM'"
-            )
+        for name, example in (("task_type", "CAUSAL_LM"), ("base_model_name_or_path", "gpt2")):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}, but must be a word like {example!r}")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora is {self.use_rslora!r}, but must be True or False")
         self._check_names("target_modules", or_pattern=True)
@@ -116,12 +116,16 @@ class LoRAConfig:
                 compile_pattern(pattern)
                 check_value(value)
             except ValueError as error:
-                raise ValueError(f"{field_name} has {pattern!r}: {value!r}: {error}") from None
+                shown = _short(pattern)
+                raise ValueError(f"{field_name} has {shown}: {value!r}: {error}") from None
 
     def _check_names(self, field_name: str, *, or_pattern: bool) -> None:
         """Keep a list of names as a tuple, since the record is frozen."""
         names = getattr(self, field_name)
-        if names is None or (or_pattern and isinstance(names, str)):
+        if names is None:
+            return
+        if or_pattern and isinstance(names, str):
+            compile_pattern(names)
             return
         is_list = isinstance(names, Iterable) and not isinstance(names, str | Mapping)
         if not is_list or not all(isinstance(name, str) for name in names):
@@ -160,10 +164,14 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError, TypeError) as error:
-        shown = pattern if len(repr(pattern)) < 100 else f"{pattern[:80]}…"
         raise ValueError(
-            f"{shown!r} is no regular expression ({error}): give a list for plain names"
+            f"{_short(pattern)} is no regular expression ({error}): give a list for plain names"
         ) from None
+
+
+def _short(pattern: object) -> str:
+    text = repr(pattern)
+    return text if len(text) < 100 else f"{text[:80]}…"
 
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:

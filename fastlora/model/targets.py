@@ -7,8 +7,9 @@ from typing import cast
 
 from torch import nn
 
-from ..layer import check_base
-from .candidates import USE_PEFT, all_linear, bypassed, could_match, passed_over
+from ..layer import why_not_base
+from ..modules import called
+from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
 from .config import LoRAConfig, compile_pattern, names_any
 
 ALL_LINEAR = "all-linear"
@@ -47,7 +48,11 @@ def find_targets(
                 )
     around = bypassed(model)
     for name, module in matched.items():
-        check_base(module, name or "the model")
+        reason = why_not_base(module)
+        if reason:
+            foreign = type(module) is not nn.Linear and is_like_linear(module)
+            what_else = f". {USE_PEFT}" if foreign else ""
+            raise ValueError(f"{called(name)} can't take an adapter: {reason}{what_else}")
         if name in around:
             raise ValueError(
                 f"{name} can't take an adapter: the {around[name]} around it reads its weight "
