@@ -113,7 +113,7 @@ class LoRAConfig:
             raise ValueError(f"{field_name} is {patterns!r}, but must map patterns to numbers")
         for pattern, value in patterns.items():
             try:
-                compile_pattern(pattern)
+                _compile(pattern)
                 check_value(value)
             except ValueError as error:
                 shown = _short(pattern)
@@ -162,11 +162,18 @@ def names_any(wanted: Iterable[str], name: str) -> bool:
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression; a ValueError that says what to write if it is none."""
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        return _compile(pattern)
+    except ValueError as error:
         raise ValueError(
             f"{_short(pattern)} is no regular expression ({error}): give a list for plain names"
         ) from None
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _short(pattern: object) -> str:
