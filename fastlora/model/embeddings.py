@@ -10,7 +10,7 @@ from ..layer import LoRALinear
 AUTO = "auto"
 
 
-def embedding_tensors(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
+def embeddings_of(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
     """What the input and output embeddings hold, under PEFT's keys without their prefix.
 
     Not those inside of ``saved``, modules that train in full.  An adapted output head has its
