@@ -66,7 +66,7 @@ CASES = {
 }
 # PEFT 0.21 says so of patterns for target_parameters, and uses them.
 IGNORED = "ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(IGNORED)]
+pytestmark = pytest.mark.filterwarnings(IGNORED)
 
 
 def make(kind: str) -> torch.nn.Module:

@@ -12,7 +12,6 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora.model.checkpoint import CONFIG, WEIGHTS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EMBED, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 HEAD_BASE = "base_model.model.lm_head.base_layer.weight"
 

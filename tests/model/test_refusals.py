@@ -11,7 +11,6 @@ from torch import nn
 import fastlora
 from fastlora import LoRAConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 UP = LoRAConfig(target_modules=["up"])
 
 
