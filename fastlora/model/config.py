@@ -32,7 +32,8 @@ class LoRAConfig:
       of a layer in ``target_parameters`` it is the weight's name.
     * ``bias``: the base biases that train: "none", "all" of the model, or "lora_only", those of
       adapted layers.
-    * ``modules_to_save``: modules, by name or last part, that train in full and are saved too.
+    * ``modules_to_save``: modules that train in full and are saved too, by the end of their names;
+      as in PEFT, ``"norm"`` means ``input_layernorm``, too.
     * ``init_lora_weights``: True (the identity change), "gaussian", or False (random lora_B).
     * ``task_type``: goes to the saved file; "SEQ_CLS" and "TOKEN_CLS" also train the model's head.
     * ``base_model_name_or_path``: goes to the saved file.
@@ -130,6 +131,8 @@ class LoRAConfig:
         is_list = isinstance(names, Iterable) and not isinstance(names, str | Mapping)
         if not is_list or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{field_name} is {names!r}, but must be a list of names")
+        if field_name == "modules_to_save" and "" in names:
+            raise ValueError("modules_to_save has an empty name, which would mean every module")
         ordered = sorted(names) if isinstance(names, Set) else names
         object.__setattr__(self, field_name, tuple(ordered))
 

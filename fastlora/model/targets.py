@@ -111,12 +111,15 @@ def warn_of_passed_over(model: nn.Module, config: LoRAConfig, saved: Collection[
 def modules_to_save(
     model: nn.Module, config: LoRAConfig, *, every_name: bool
 ) -> dict[str, nn.Module]:
-    """The modules that train in full, by name; a classification task's head is one, as in PEFT."""
-    names = [*(config.modules_to_save or ()), *_HEADS_BY_TASK.get(config.task_type or "", ())]
-    meant = name_test(names)
-    found = {name: module for name, module in model.named_modules() if name and meant(name)}
-    for wanted in (config.modules_to_save or ()) if every_name else ():
-        if not any(map(name_test((wanted,)), found)):
+    """The modules that train in full, by name; a classification task's head is one, as in PEFT.
+
+    A name is meant by its end, also within a part: "norm" means input_layernorm, too.
+    """
+    asked = config.modules_to_save or ()
+    names = (*asked, *_HEADS_BY_TASK.get(config.task_type or "", ()))
+    found = {n: module for n, module in model.named_modules() if n and n.endswith(names)}
+    for wanted in asked if every_name else ():
+        if not any(name.endswith(wanted) for name in found):
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
                 f"modules_to_save has {wanted!r}, which matches no module of the model "

@@ -215,6 +215,21 @@ def test_new_tokens_that_train_in_full(base, tmp_path, saved):
     torch.testing.assert_close(logits(theirs), logits(ours))
 
 
+@pytest.mark.parametrize(
+    "saved", [["norm"], ["head"], ["model.norm"], ["post_attention_layernorm"]]
+)
+def test_modules_in_full_by_the_end_of_their_names_both_ways(tmp_path, saved):
+    """PEFT takes "norm" for input_layernorm, too."""
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
+    theirs = saved_by_peft(llama(), tmp_path / "theirs", settings)
+    ours = fastlora.load_adapter(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    ours = randomise(fastlora.apply_lora(llama(), LoRAConfig(**settings)), 0.1)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(ours))
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["", "head"])
 def test_a_model_without_the_new_tokens(base, tmp_path, targets):
     model = fastlora.apply_lora(base(104), LoRAConfig(target_modules=targets))

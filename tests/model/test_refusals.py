@@ -157,7 +157,7 @@ CONFIG_FIELDS = {
     "rank_pattern": (None, ["up"], {3: 4}, {"up": "4"}, {"up": 10**30}, {"(" * 5000: 4}),
     "alpha_pattern": (None, {None: 4}, {"up": None}, {"a{9999999999}": 4}),
     "bias": (None, True, "some", []),
-    "modules_to_save": ("head", 3, [3]),
+    "modules_to_save": ("head", 3, [3], [""]),
     "init_lora_weights": (None, "eva", 3, []),
     "task_type": (3, ["CAUSAL_LM"]),
     "base_model_name_or_path": (3, ["a"]),
