@@ -75,7 +75,9 @@ def _has_experts(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         return False
-    return bool(expert_modules(model)) or any(hasattr(config, name) for name in _EXPERT_COUNTS)
+    return bool(expert_modules(model)) or any(
+        getattr(config, name, None) for name in _EXPERT_COUNTS
+    )
 
 
 def _with_weights(

@@ -38,10 +38,11 @@ def save_adapter(
     """Write the adapter, and not the base model, as PEFT would; PEFT loads it.
 
     Besides lora_A and lora_B these are the biases that train and the modules that train in full;
-    vLLM wants neither.  ``save_embedding_layers`` adds a transformers model's embeddings, as in
-    PEFT: "auto" if its vocabulary was resized, which the config that it came with tells, or if
-    load_adapter brought them.  Both files are written under temporary names first and renamed when
-    they are whole: each is the old one or the new one, whole, whenever the call is interrupted.
+    vLLM wants neither, nor ranks and alphas by pattern.  ``save_embedding_layers`` adds a
+    transformers model's embeddings, as in PEFT: "auto" if its vocabulary was resized, which the
+    config that it came with tells, or if load_adapter brought them.  Both files are written under
+    temporary names first and renamed when they are whole: each is the old one or the new one,
+    whole, whenever the call is interrupted.
 
     Raises ValueError for a model that apply_lora or load_adapter gave no adapters, and TypeError
     for what is no model or no path.  Warns where PEFT can't have the adapter's dropout.
