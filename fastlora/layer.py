@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .blocks import rows_at_a_time
 from .ops import lora_linears
 from .ops.autocast import autocast_off
 from .projection import Projection, check_settings
@@ -118,13 +119,19 @@ class LoRALinear(nn.Linear):
         return Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
 
     def merged_weight(self) -> Tensor:
-        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider."""
+        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider.
+
+        Block by block of rows, so that no wide copy of the whole weight is made.
+        """
+        merged = torch.empty_like(self.weight, requires_grad=False)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.no_grad(), autocast_off(self.weight.device.type):
-            total = torch.addmm(
-                self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling
-            )
-            return total.to(self.weight.dtype)
+            lora_a, rows = self.lora_A.to(wide), rows_at_a_time(self.weight)
+            for first in range(0, len(merged), rows):
+                some = slice(first, first + rows)
+                base, lora_b = self.weight[some].to(wide), self.lora_B[some].to(wide)
+                merged[some] = torch.addmm(base, lora_b, lora_a, alpha=self.scaling)
+        return merged
 
     def check_weight(self, name: str) -> None:
         """Raise ValueError unless the weight is a parameter of the layer, which can be replaced."""

@@ -10,6 +10,7 @@ from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 LARGEST_SCALE = torch.finfo(torch.float32).max
+LARGEST_RANK = 2**31 - 1
 
 # What a record holds for each tensor: it, whether its gradient is needed, or that gradient.
 T = TypeVar("T")
@@ -181,8 +182,10 @@ def check_dropout(dropout: float) -> None:
 
 def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raise ValueError for numbers that no adapter can have."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r is {r!r}, but the rank must be a whole number of at least 1")
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
+        raise ValueError(
+            f"r is {r!r}, but the rank must be a whole number of at least 1 and below 2³¹"
+        )
     if (
         isinstance(lora_alpha, bool)
         or not isinstance(lora_alpha, (int, float))

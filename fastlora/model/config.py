@@ -23,10 +23,17 @@ class LoRAConfig:
       ``"all-linear"``, every linear layer but a transformers model's output head.  None, which
       PEFT reads from a table, takes a transformers model's attention projections, all of them.
     * ``exclude_modules``: names to leave alone, in the same forms.
-    * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match.
+    * ``layers_to_transform``: with a list of targets, only those inside of these layers, by their
+      number, the first in the name (``model.layers.3.…``); ``layers_pattern`` names the list of
+      layers (``"layers"``), where it isn't the first that has numbers.
+    * ``target_parameters``: PEFT's other way to name a layer, by its weight (``"up_proj.weight"``).
+      Experts' parameters, which are no layer's weight, are not fastlora's.
+    * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match;
+      of a layer in ``target_parameters`` it is the weight's name.
     * ``bias``: the base biases that train: "none", "all" of the model, or "lora_only", those of
       adapted layers.
-    * ``modules_to_save``: modules, by name or last part, that train in full and are saved too.
+    * ``modules_to_save``: modules that train in full and are saved too, by the end of their names;
+      as in PEFT, ``"norm"`` means ``input_layernorm``, too.
     * ``init_lora_weights``: True (the identity change), "gaussian", or False (random lora_B).
     * ``task_type``: goes to the saved file; "SEQ_CLS" and "TOKEN_CLS" also train the model's head.
     * ``base_model_name_or_path``: goes to the saved file.
@@ -40,6 +47,9 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -62,15 +72,41 @@ class LoRAConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}, "
                 "but must be True, False or 'gaussian'"
             )
-        if self.task_type is not None and not isinstance(self.task_type, str):
-            raise ValueError(
-                f"task_type is {self.task_type!r}, but must be a word like 'CAUSAL_LM'"
-            )
+        for name, example in (("task_type", "CAUSAL_LM"), ("base_model_name_or_path", "gpt2")):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}, but must be a word like {example!r}")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"use_rslora is {self.use_rslora!r}, but must be True or False")
         self._check_names("target_modules", or_pattern=True)
         self._check_names("exclude_modules", or_pattern=True)
         self._check_names("modules_to_save", or_pattern=False)
+        self._check_names("target_parameters", or_pattern=False)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Keep numbers of layers, and names of lists of layers, as tuples."""
+        numbers, pattern = self.layers_to_transform, self.layers_pattern
+        if numbers is not None:
+            numbers = (numbers,) if isinstance(numbers, int) else numbers
+            if not isinstance(numbers, Sequence) or not all(type(n) is int for n in numbers):
+                raise ValueError(
+                    f"layers_to_transform is {self.layers_to_transform!r}, "
+                    "but must be a whole number or a list of them"
+                )
+            object.__setattr__(self, "layers_to_transform", tuple(numbers) or None)
+        object.__setattr__(
+            self, "layers_pattern", (pattern,) if isinstance(pattern, str) else pattern
+        )
+        self._check_names("layers_pattern", or_pattern=False)
+        for name in self.layers_pattern or ():
+            compile_pattern(name)
+        if self.layers_to_transform and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform is {self.layers_to_transform} and target_modules is "
+                f"{self.target_modules!r}, but it needs a list of names: write the layers' numbers "
+                "into the regular expression, or name the layers"
+            )
 
     def _check_patterns(self, field_name: str, check_value: Callable[[Any], None]) -> None:
         patterns = getattr(self, field_name)
@@ -78,29 +114,74 @@ class LoRAConfig:
             raise ValueError(f"{field_name} is {patterns!r}, but must map patterns to numbers")
         for pattern, value in patterns.items():
             try:
-                re.compile(pattern)
+                _compile(pattern)
                 check_value(value)
-            except (re.error, ValueError) as error:
-                raise ValueError(f"{field_name} has {pattern!r}: {value!r}: {error}") from None
+            except ValueError as error:
+                shown = _short(pattern)
+                raise ValueError(f"{field_name} has {shown}: {value!r}: {error}") from None
 
     def _check_names(self, field_name: str, *, or_pattern: bool) -> None:
         """Keep a list of names as a tuple, since the record is frozen."""
         names = getattr(self, field_name)
-        if names is None or (or_pattern and isinstance(names, str)):
+        if names is None:
+            return
+        if or_pattern and isinstance(names, str):
+            compile_pattern(names)
             return
         is_list = isinstance(names, Iterable) and not isinstance(names, str | Mapping)
         if not is_list or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{field_name} is {names!r}, but must be a list of names")
+        if field_name == "modules_to_save" and "" in names:
+            raise ValueError("modules_to_save has an empty name, which would mean every module")
         ordered = sorted(names) if isinstance(names, Set) else names
         object.__setattr__(self, field_name, tuple(ordered))
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer of this name."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return _by_pattern(self.rank_pattern, self._name_in_patterns(name), self.r)
 
     def alpha_of(self, name: str) -> float:
         """The lora_alpha of the layer of this name."""
-        return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        return _by_pattern(self.alpha_pattern, self._name_in_patterns(name), self.lora_alpha)
+
+    def names_weight_of(self, name: str) -> bool:
+        """Whether ``target_parameters`` has the weight of the layer of this name."""
+        return names_any(self.target_parameters or (), weight_of(name))
+
+    def _name_in_patterns(self, name: str) -> str:
+        return weight_of(name) if self.names_weight_of(name) else name
+
+
+def weight_of(name: str) -> str:
+    """The name of this layer's weight."""
+    return f"{name}.weight" if name else "weight"
+
+
+def names_any(wanted: Iterable[str], name: str) -> bool:
+    """Whether one of the wanted names is this one, or its last part."""
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression; a ValueError that says what to write if it is none."""
+    try:
+        return _compile(pattern)
+    except ValueError as error:
+        raise ValueError(
+            f"{_short(pattern)} is no regular expression ({error}): give a list for plain names"
+        ) from None
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _short(pattern: object) -> str:
+    text = repr(pattern)
+    return text if len(text) < 100 else f"{text[:80]}…"
 
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:

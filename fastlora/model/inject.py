@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..layer import LoRALinear, become_lora_linear, new_adapter
 from ..modules import called, lora_layers, some, unwrap
+from .arguments import as_config, check_model
 from .config import LoRAConfig
-from .targets import find_targets, modules_to_save
+from .targets import find_targets, modules_to_save, warn_of_passed_over
 
 _RECORD = "_fastlora"
 
@@ -24,6 +25,7 @@ class Injection:
     saved_modules: tuple[str, ...]  # names of the modules that train in full
     trained_before: frozenset[str]  # names of the parameters that required gradients before
     untied: tuple["Untied", ...]
+    has_embeddings: bool = False  # a file brought other embeddings than the base model's
 
 
 class Untied(NamedTuple):
@@ -40,6 +42,8 @@ def apply_lora(
 ) -> nn.Module:
     """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
 
+    ``config`` may be a ``peft.LoraConfig``, too.
+
     The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
     keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
     ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
@@ -47,10 +51,13 @@ def apply_lora(
     layer's dtype.
 
     Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
-    target that matches nothing (the message lists what could), or a target that is no plain
-    ``nn.Linear``.
+    target that matches nothing (the message lists what could), a target that is no plain
+    ``nn.Linear``, or a field of PEFT's config that fastlora hasn't; and TypeError for what is no
+    model or no config.  Warns of what ``"all-linear"`` left out: experts' parameters, linear layers
+    of other classes.
     """
-    inner = unwrap(model)
+    check_model(model)
+    config, inner = as_config(config), unwrap(model)
     for name, module in inner.named_modules():
         if isinstance(module, LoRALinear):
             raise ValueError(
@@ -67,6 +74,12 @@ def apply_lora(
 def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     """apply_lora for a config from a file, whose target names need not all occur in this model."""
     return _inject(model, config, every_name=False, wide_adapters=True)
+
+
+def known_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+    """The layers that inject_known would adapt."""
+    saved = modules_to_save(model, config, every_name=False)
+    return find_targets(model, config, saved, every_name=False)
 
 
 def _inject(
@@ -86,6 +99,8 @@ def _inject(
         adapter = new_adapter(linear.weight, config.rank_of(name), config.init_lora_weights, dtype)
         adapters[name] = (adapter, config.alpha_of(name))
     untied = _copies_of_tied(model, saved)
+    if every_name:
+        warn_of_passed_over(model, config, saved)
     # Nothing has changed so far, and nothing below can fail.
     for place in untied:
         setattr(place.module, place.name, place.copy)
@@ -100,7 +115,7 @@ def _inject(
     for name in trained_biases(model, config.bias):
         model.get_parameter(name).requires_grad_(True)
     injection = Injection(config, tuple(targets), tuple(saved), trained_before, untied)
-    model.__dict__[_RECORD] = injection
+    record_injection(model, injection)
     return injection
 
 
@@ -112,6 +127,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     full keep what they learned. A model without adapters comes back as it is.  Raises ValueError,
     and changes nothing, where an adapted weight was parametrised (``torch.nn.utils``).
     """
+    check_model(model)
     inner = unwrap(model)
     layers = list(lora_layers(inner))
     for name, layer in layers:
@@ -163,6 +179,15 @@ def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Unti
     return tuple(untied)
 
 
+def untie(model: nn.Module, name: str) -> None:
+    """Give the parameter of this name, which others share, memory of its own."""
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    shared = module._parameters[last]
+    assert shared is not None
+    setattr(module, last, nn.Parameter(shared.detach().clone(), shared.requires_grad))
+
+
 def undo_injection(model: nn.Module) -> None:
     """Take back what apply_lora did just now: what it untied is tied again, too."""
     for place in model.__dict__[_RECORD].untied:
@@ -173,6 +198,11 @@ def undo_injection(model: nn.Module) -> None:
 def injection_of(model: nn.Module) -> Injection | None:
     """What apply_lora did to this model, if it did."""
     return unwrap(model).__dict__.get(_RECORD)
+
+
+def record_injection(model: nn.Module, injection: Injection) -> None:
+    """Keep what was done to this model, with the model."""
+    model.__dict__[_RECORD] = injection
 
 
 def check_injection(model: nn.Module, injection: Injection) -> None:
@@ -188,6 +218,7 @@ def check_injection(model: nn.Module, injection: Injection) -> None:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, of how many, in PEFT's words."""
+    check_model(model)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = (
         sum(count for count, _ in counts),

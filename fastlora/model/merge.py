@@ -4,10 +4,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..blocks import rows_at_a_time
 from ..modules import called, lora_layers, unwrap
+from .arguments import check_model
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker
 
@@ -17,8 +18,9 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
 
     Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
     weights are kept beside the merged ones, so that :func:`unmerge_lora` restores their exact bits;
-    ``keep_base=False`` frees them, once all layers are merged, and the merge can't be undone.
-    ``remove_lora`` then leaves a plain model.
+    ``keep_base=False`` frees each as soon as its layer is merged, and the merge can't be undone.
+    ``remove_lora`` then leaves a plain model.  All layers are tried first, one after the other, so
+    what is needed beside the model, and beside the originals if they are kept, is one layer.
 
     Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
     or its weight parametrised, or a merged weight would hold NaN or infinity.  Warns where a merged
@@ -31,18 +33,21 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
             raise ValueError(
                 f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
             )
-    merged = []
-    for name, layer in _progress(layers, "merging"):
-        weight = layer.merged_weight()
-        if not torch.isfinite(weight).all():
+    for name, layer in _progress(layers, "checking"):
+        if not _is_finite(layer.merged_weight()):
             raise ValueError(
-                f"merging {called(name)} gives NaN or infinity in {weight.dtype}, and nothing was "
-                "merged: look for non-finite values in its weight, lora_A and lora_B"
+                f"merging {called(name)} gives NaN or infinity in {layer.weight.dtype}, and "
+                "nothing was merged: look for non-finite values in its weight, lora_A and lora_B"
             )
-        merged.append(weight)
     _warn_of_ties(unwrap(model), layers)
-    for (_, layer), weight in zip(layers, merged, strict=True):
-        layer.use_merged(weight, keep_base)
+    try:
+        for _, layer in _progress(layers, "merging"):
+            layer.use_merged(layer.merged_weight(), keep_base)
+    except BaseException:
+        for _, layer in layers:
+            if layer.can_unmerge:
+                layer.unmerge()
+        raise
     return model
 
 
@@ -68,12 +73,18 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> list:
+    check_model(model)
     layers = list(lora_layers(unwrap(model)))
     if not layers:
         raise ValueError(
             "the model has no LoRA layers: call fastlora.apply_lora or load_adapter first"
         )
     return layers
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Block by block, since the test makes several tensors of its size."""
+    return all(bool(rows.isfinite().all()) for rows in weight.split(rows_at_a_time(weight)))
 
 
 def _warn_of_ties(model: nn.Module, layers: list) -> None:

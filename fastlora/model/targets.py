@@ -1,13 +1,16 @@
 """Which modules of a model a LoRAConfig means.  It reads names and classes; it changes nothing."""
 
 import re
-from collections import Counter
+import warnings
 from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 from torch import nn
 
-from ..layer import LoRALinear, check_base, why_not_base
-from .config import LoRAConfig
+from ..layer import why_not_base
+from ..modules import called
+from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
+from .config import LoRAConfig, compile_pattern, names_any
 
 ALL_LINEAR = "all-linear"
 _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
@@ -29,41 +32,94 @@ def find_targets(
     matched = {
         name: module
         for name, module in model.named_modules()
-        if wanted(name) and not excluded(name) and not any(_inside(name, outer) for outer in saved)
+        if ((wanted(name) and not excluded(name)) or _weight_is_named(module, name, config))
+        and not any(_inside(name, outer) for outer in saved)
     }
+    _check_parameters(model, config, matched, every_name=every_name)
     if not matched:
         rest = " that isn't excluded or saved in full" if config.exclude_modules or saved else ""
-        raise ValueError(
-            f"target_modules={config.target_modules!r} matches no module{rest}. "
-            f"{_could_match(model)}"
-        )
+        raise ValueError(f"{_wish(config)} matches no module{rest}. {could_match(model)}")
     if every_name and isinstance(config.target_modules, tuple):
         names = [name for name, _ in model.named_modules()]
         for target in config.target_modules:
             if not any(map(name_test((target,)), names)):
                 raise ValueError(
-                    f"target_modules has {target!r}, which matches no module. {_could_match(model)}"
+                    f"target_modules has {target!r}, which matches no module. {could_match(model)}"
                 )
-    bypassed = _bypassed(model)
+    around = bypassed(model)
     for name, module in matched.items():
-        check_base(module, name or "the model")
-        if name in bypassed:
+        reason = why_not_base(module)
+        if reason:
+            foreign = type(module) is not nn.Linear and is_like_linear(module)
+            what_else = f". {USE_PEFT}" if foreign else ""
+            raise ValueError(f"{called(name)} can't take an adapter: {reason}{what_else}")
+        if name in around:
             raise ValueError(
-                f"{name} can't take an adapter: the {bypassed[name]} around it reads its weight "
+                f"{name} can't take an adapter: the {around[name]} around it reads its weight "
                 "without calling it, so the adapter would be skipped in evaluation"
             )
     return matched
 
 
+def _wish(config: LoRAConfig) -> str:
+    """The fields that choose the targets, for a message."""
+    fields = ["target_modules"]
+    fields += [
+        name for name in ("target_parameters", "layers_to_transform") if getattr(config, name)
+    ]
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in fields)
+
+
+def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:
+    return "weight" in module._parameters and config.names_weight_of(name)
+
+
+def _check_parameters(
+    model: nn.Module, config: LoRAConfig, matched: Collection[str], *, every_name: bool
+) -> None:
+    """Raise ValueError for ``target_parameters`` that are no linear layer's weight."""
+    wanted = config.target_parameters or ()
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if wanted else []
+    for name in names:
+        if names_any(wanted, name) and name.removesuffix(".weight") not in matched:
+            raise ValueError(
+                f"target_parameters names {name}, which is no weight of a linear layer: fastlora "
+                "adapts layers alone. Adapt experts' parameters with PEFT"
+            )
+    for one in wanted if every_name else ():
+        if not any(names_any((one,), name) for name in names):
+            raise ValueError(f"target_parameters has {one!r}, which matches no parameter")
+
+
+def warn_of_passed_over(model: nn.Module, config: LoRAConfig, saved: Collection[str]) -> None:
+    """Warn if "all-linear" leaves out what PEFT's "all-linear" would adapt."""
+    if not is_all_linear(config.target_modules):
+        return
+    excluded = name_test(config.exclude_modules or ())
+    left_out = passed_over(
+        model,
+        lambda name: not excluded(name) and not any(_inside(name, outer) for outer in saved),
+    )
+    if left_out:
+        warnings.warn(
+            f"target_modules='all-linear' passed over {left_out}. {USE_PEFT} "
+            "exclude_modules with their names says that it is meant.",
+            stacklevel=4,
+        )
+
+
 def modules_to_save(
     model: nn.Module, config: LoRAConfig, *, every_name: bool
 ) -> dict[str, nn.Module]:
-    """The modules that train in full, by name; a classification task's head is one, as in PEFT."""
-    names = [*(config.modules_to_save or ()), *_HEADS_BY_TASK.get(config.task_type or "", ())]
-    meant = name_test(names)
-    found = {name: module for name, module in model.named_modules() if name and meant(name)}
-    for wanted in (config.modules_to_save or ()) if every_name else ():
-        if not any(map(name_test((wanted,)), found)):
+    """The modules that train in full, by name; a classification task's head is one, as in PEFT.
+
+    A name is meant by its end, also within a part: "norm" means input_layernorm, too.
+    """
+    asked = config.modules_to_save or ()
+    names = (*asked, *_HEADS_BY_TASK.get(config.task_type or "", ()))
+    found = {n: module for n, module in model.named_modules() if n and n.endswith(names)}
+    for wanted in asked if every_name else ():
+        if not any(name.endswith(wanted) for name in found):
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
                 f"modules_to_save has {wanted!r}, which matches no module of the model "
@@ -75,33 +131,40 @@ def modules_to_save(
 def name_test(names: str | Sequence[str]) -> Callable[[str], bool]:
     """A test of names: a regular expression for the whole, or a list of names or last parts."""
     if isinstance(names, str):
-        try:
-            pattern = re.compile(names)
-        except re.error as error:
-            raise ValueError(
-                f"{names!r} is no regular expression ({error}): give a list for plain names"
-            ) from None
+        pattern = compile_pattern(names)
         return lambda name: pattern.fullmatch(name) is not None
-    return lambda name: any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
+    return lambda name: names_any(names, name)
+
+
+def is_all_linear(target_modules: object) -> bool:
+    """Whether these targets are the word "all-linear", in any case."""
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:
-    if config.target_modules is None:
-        return _attention_projections(model).__contains__
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        return _all_linear(model).__contains__
-    return name_test(config.target_modules)
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return all_linear(model).__contains__ if is_all_linear(targets) else name_test(targets)
+    if targets is None and config.target_parameters:
+        return lambda name: False
+    numbers = cast(Sequence[int] | None, config.layers_to_transform)
+
+    def in_layers(name: str) -> bool:
+        return numbers is None or _layer_number(config, name) in numbers
+
+    if targets is None:
+        attention = _attention_projections(model)
+        return lambda name: name in attention and in_layers(name)
+    # A whole name counts in any layer, as in PEFT.
+    return lambda name: name in targets or (names_any(targets, name) and in_layers(name))
 
 
-def _all_linear(model: nn.Module) -> set[str]:
-    """Every plain linear layer, adapted ones included, but a transformers model's output head."""
-    output_embeddings = getattr(model, "get_output_embeddings", None)
-    head = output_embeddings() if callable(output_embeddings) else None
-    return {
-        name
-        for name, module in model.named_modules()
-        if module is not head and (isinstance(module, LoRALinear) or not why_not_base(module))
-    } - _bypassed(model).keys()
+def _layer_number(config: LoRAConfig, name: str) -> int | None:
+    """The number of the layer that a module is in, as PEFT counts: the first in its name."""
+    patterns = config.layers_pattern
+    forms = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next(filter(None, (re.match(form, name) for form in forms)), None)
+    return int(found.group(1)) if found else None
 
 
 def _attention_projections(model: nn.Module) -> set[str]:
@@ -109,9 +172,9 @@ def _attention_projections(model: nn.Module) -> set[str]:
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ValueError(
             "target_modules is None, which means the attention projections of a transformers "
-            f"model, and a {type(model).__name__} is none: name the layers. {_could_match(model)}"
+            f"model, and a {type(model).__name__} is none: name the layers. {could_match(model)}"
         )
-    linear = _all_linear(model)
+    linear = all_linear(model)
     inside = [
         name
         for name, module in model.named_modules()
@@ -120,36 +183,5 @@ def _attention_projections(model: nn.Module) -> set[str]:
     return {name for name in linear if any(_inside(name, outer) for outer in inside)}
 
 
-def _bypassed(model: nn.Module) -> dict[str, str]:
-    """The modules whose weights a fused torch.nn module reads itself, and that module's class."""
-    return {
-        f"{outer}.{name}" if outer else name: type(module).__name__
-        for outer, module in model.named_modules()
-        if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention)
-        for name, _ in module.named_modules()
-        if name
-    }
-
-
 def _inside(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
-
-
-def _could_match(model: nn.Module) -> str:
-    """The last parts of all names that could be targets, with their counts."""
-    names = Counter(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if not why_not_base(module)
-    )
-    if not names:
-        reasons = Counter(
-            why_not_base(module) for module in model.modules() if isinstance(module, nn.Linear)
-        )
-        why = f": {reasons.most_common(1)[0][0]}" if reasons else ""
-        return f"The model has no torch.nn.Linear that could be adapted{why}."
-    return (
-        "It could match: "
-        + ", ".join(f"{name} ({count})" for name, count in names.most_common(20))
-        + "."
-    )

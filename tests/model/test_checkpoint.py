@@ -294,8 +294,6 @@ SETTINGS_THAT_FAIL = {
     "another-method": ({"peft_type": "IA3"}, "peft_type 'IA3'"),
     "dora": ({"use_dora": True}, "doesn't support: use_dora=True"),
     "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
-    "layers_to_transform": ({"layers_to_transform": [0, 1]}, r"layers_to_transform=\[0, 1\]"),
-    "layer-0-to-transform": ({"layers_to_transform": 0}, "layers_to_transform=0"),
     "unknown-setting": ({"warp_factor": 9}, "warp_factor=9"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "rank-list": ({"rank_pattern": ["up"]}, "rank_pattern is"),

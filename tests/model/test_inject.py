@@ -225,7 +225,9 @@ def test_remove_lora_of_a_plain_model_is_nothing():
 
 def test_all_linear_passes_over_what_a_fused_module_reads_itself():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 4))
-    fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    around = r"2 layers \(0.linear1, 0.linear2\): the TransformerEncoderLayer around"
+    with pytest.warns(UserWarning, match=around):
+        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
     assert adapted_layers(model) == {"1"}
 
 

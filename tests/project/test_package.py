@@ -27,7 +27,10 @@ ORDER_INSIDE = {
     "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "torch", "triton"],
     "ops": ["autocast", "call", "norm", "library", "function", "functional", "dora"],
-    "model": ["config", "targets", "inject", "merge", "adapter_config", "checkpoint"],
+    "model": [
+        "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
+        "embeddings", "files", "tensors", "checkpoint",
+    ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
         "layer", "swap", "records", "check",

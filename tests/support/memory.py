@@ -1,10 +1,13 @@
-"""What autograd keeps for a backward."""
+"""What autograd keeps for a backward, and the most that lives at one time."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 
 def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> dict[int, int]:
@@ -24,3 +27,40 @@ def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> di
     for tensor in apart_from:
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     return storages
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, until they are freed."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+        for tensor in tensors:
+            self.note(tensor)
+
+    def note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key, size)
+        return tensor
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return tree_map_only(Tensor, self.note, func(*args, **(kwargs or {})))
+
+
+def peak_bytes(tensors: Iterable[Tensor], run: Callable[[], object]) -> tuple[int, int, int]:
+    """Bytes that live before ``run``, at most during it, and after it: of these tensors and new."""
+    live = _Live(tensors)
+    before = live.now
+    with live:
+        run()
+    return before, live.peak, live.now

@@ -1,0 +1,151 @@
+"""An adapter's two files: what is in them before anything is loaded, and writing them whole."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PICKLE = "adapter_model.bin"
+_WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
+_SCRATCH = ".fastlora-"
+_ABANDONED_AFTER = 24 * 60 * 60  # seconds, for a scratch folder of another machine
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, before it is loaded."""
+
+    shape: tuple[int, ...]
+    dtype: str  # torch's name for it
+    is_floating: bool
+
+
+def check_files(folder: Path) -> None:
+    """Raise FileNotFoundError, with a guess at what is meant, unless both files are there."""
+    missing = [folder / name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} doesn't exist: an adapter's folder holds {CONFIG} and {WEIGHTS}."
+            f"{_hint(folder)}"
+        )
+
+
+def _hint(folder: Path) -> str:
+    """What the folder is, if it is no adapter's."""
+    if folder.is_file():
+        return " Give the folder, not a file."
+    if not folder.is_dir():
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder.as_posix()):
+            return (
+                " If this is a name on the Hugging Face hub, give what "
+                f"huggingface_hub.snapshot_download({folder.as_posix()!r}) returns."
+            )
+        return ""
+    if (folder / _PICKLE).is_file():
+        return (
+            f" The folder has {_PICKLE}, which is a pickle, and fastlora opens none. Convert it "
+            f"with PEFT: PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(…)."
+        )
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if inside:
+        return f" The adapters are in its subfolders ({', '.join(inside[:5])}): give one of these."
+    if any((folder / name).is_file() for name in _WHOLE_MODELS):
+        return " The folder holds a whole model: load it with from_pretrained."
+    return ""
+
+
+def read_json(path: Path) -> Any:
+    """The file's content; a ValueError if it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be a config") from None
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """What the safetensors file says that it holds; nothing is loaded.  ValueError if damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {
+                key: _stored(tuple(part.get_shape()), str(part.get_dtype()))
+                for key, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
+
+
+def _stored(shape: tuple[int, ...], dtype: str) -> Stored:
+    """From the names of the file format, such as BF16 and I64."""
+    kinds = {"F": "torch.float", "BF": "torch.bfloat", "I": "torch.int", "U": "torch.uint"}
+    kind, bits = re.fullmatch(r"([A-Z]*)(.*)", dtype).groups()  # type: ignore[union-attr]
+    return Stored(shape, kinds.get(kind, kind) + bits.lower(), kind in ("F", "BF"))
+
+
+def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of these keys, on the CPU.  ValueError if the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files so that each is the old or the new one, whole, if the process dies.
+
+    What an earlier process left when it died is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    mine = f"{_SCRATCH}{socket.gethostname()}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=mine, dir=folder) as scratch:
+        for name, content in files.items():
+            with open(Path(scratch) / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(Path(scratch) / name, folder / name)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the scratch folders of processes that are gone, never one that may be in use."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        if scratch.is_dir() and not scratch.is_symlink() and _is_abandoned(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_abandoned(scratch: Path) -> bool:
+    """Its process is gone; of another machine's process that can't be known, so it must be old."""
+    host, _, number = scratch.name.removeprefix(_SCRATCH).rpartition("-")[0].rpartition("-")
+    if host == socket.gethostname() and number.isdecimal() and os.name == "posix":
+        return not _is_running(int(number))
+    try:
+        return time.time() - scratch.stat().st_mtime > _ABANDONED_AFTER
+    except OSError:  # gone meanwhile
+        return False
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

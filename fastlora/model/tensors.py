@@ -1,0 +1,144 @@
+"""An adapter's tensors under PEFT's keys: a model's, and the file's that fit them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import called, lora_layers, some
+from .config import LoRAConfig
+from .embeddings import embeddings_of
+from .files import Stored, read_tensors
+from .inject import Injection, known_targets, trained_biases
+
+_PREFIX = "base_model.model."
+# With modules_to_save, PEFT writes its wrapper's two copies of biases (bias="all") and embeddings.
+_PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.([^.]*bias|weight)$")
+
+
+def _key(module: str, parameter: str) -> str:
+    return _PREFIX + (f"{module}.{parameter}" if module else parameter)
+
+
+def adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    """Everything that belongs to the adapter, under PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model):
+        tensors[_key(name, "lora_A.weight")] = layer.lora_A
+        tensors[_key(name, "lora_B.weight")] = layer.lora_B
+    for name in trained_biases(model, injection.config.bias):
+        owner, _, last = name.rpartition(".")
+        key = _key(owner, "base_layer.bias") if owner in injection.layers else _key(owner, last)
+        tensors[key] = model.get_parameter(name)
+    for name in injection.saved_modules:
+        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+            tensors[_key(name, key)] = tensor
+    return tensors
+
+
+def embedding_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    found = embeddings_of(model, injection.saved_modules)
+    return {_PREFIX + key: tensor for key, tensor in found.items()}
+
+
+class Found(NamedTuple):
+    """What a file has for a model, by key."""
+
+    wanted: dict[str, Tensor]  # the model's tensors, of the adapter
+    brought: dict[str, Tensor]  # the model's tensors, of embeddings that are in the file
+    tensors: dict[str, Tensor]  # the file's, for both
+    untied: list[str]  # those that share memory in the model, and differ in the file
+
+
+def read_fitting(
+    model: nn.Module, injection: Injection, stored: Mapping[str, Stored], path: Path
+) -> Found:
+    """The file's tensors; ValueError if they aren't the model's."""
+    wanted = adapter_tensors(model, injection)
+    embeddings = embedding_tensors(model, injection)
+    brought = {
+        key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
+    }
+    here = wanted | brought
+    _check_keys(here, stored, path)
+    tensors = read_tensors(path, here)
+    first: dict[int, str] = {}
+    untied = [
+        key
+        for key, tensor in here.items()
+        if not torch.equal(tensors[first.setdefault(id(tensor), key)], tensors[key])
+    ]
+    return Found(wanted, brought, tensors, untied)
+
+
+def name_of(key: str) -> str:
+    """The parameter's name in the model."""
+    return key.removeprefix(_PREFIX)
+
+
+def check_planned(
+    model: nn.Module, config: LoRAConfig, stored: Mapping[str, Stored], path: Path
+) -> None:
+    """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, linear in known_targets(model, config).items():
+        r = config.rank_of(name)
+        shapes[_key(name, "lora_A.weight")] = (r, linear.in_features)
+        shapes[_key(name, "lora_B.weight")] = (linear.out_features, r)
+    extra = [key for key in stored if ".lora_" in key and key not in shapes]
+    _check_stored(shapes, stored, path, extra)
+
+
+def check_layers(model: nn.Module, config: LoRAConfig) -> None:
+    """Raise ValueError unless the model's adapters are those that the config speaks of."""
+    for name, layer in lora_layers(model):
+        here = (layer.r, layer.lora_alpha, layer.use_rslora)
+        there = (config.rank_of(name), config.alpha_of(name), config.use_rslora)
+        if here != there:
+            raise ValueError(
+                f"{called(name)} has (r, lora_alpha, use_rslora) = {here}, but the file has "
+                f"{there}: call fastlora.remove_lora(model) first, load_adapter makes the file's"
+            )
+        if layer.merged:
+            raise ValueError(
+                f"{called(name)} is merged: call fastlora.unmerge_lora(model) before loading"
+            )
+
+
+def _check_keys(wanted: Mapping[str, Tensor], stored: Mapping[str, Stored], path: Path) -> None:
+    """Raise ValueError unless the file has just the wanted keys, of the wanted kind."""
+    extra = [key for key in stored if key not in wanted and not _PEFT_COPIES.search(key)]
+    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    _check_stored(shapes, stored, path, extra)
+    for key, tensor in wanted.items():
+        if stored[key].is_floating != tensor.is_floating_point():
+            raise ValueError(
+                f"{path} has {key} of {stored[key].dtype}, the model of {tensor.dtype}"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"{key} is on the meta device: load the base model's weights first")
+
+
+def _check_stored(
+    wanted: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored],
+    path: Path,
+    extra: list[str],
+) -> None:
+    """Raise ValueError unless the file has these keys and shapes, and no extra ones."""
+    missing = [key for key in wanted if key not in stored]
+    if missing or extra:
+        raise ValueError(
+            f"{path} doesn't fit the model: missing {some(missing)}; not known {some(extra)}. "
+            "Is it the model, and the target_modules, that the adapter was trained with?"
+        )
+    for key, shape in wanted.items():
+        there = stored[key].shape
+        if there != shape:
+            of_tokens = any(word in key for word in ("head", "embed"))
+            resized = of_tokens and len(there) > 1 and there[1:] == shape[1:]
+            hint = f": call model.resize_token_embeddings({there[0]}) first" if resized else ""
+            raise ValueError(f"{path} has {key} of shape {there}, but the model's is {shape}{hint}")

@@ -1,0 +1,192 @@
+"""Files that were made to hurt: no memory is taken for them, and each is a ValueError."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from memory import peak_bytes
+from models import Mlp, assert_untouched, snapshot
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.model.checkpoint import CONFIG, WEIGHTS
+
+A, B = (f"base_model.model.up.lora_{half}.weight" for half in "AB")
+
+
+def adapted(**settings) -> torch.nn.Module:
+    return fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"], **settings))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    fastlora.save_adapter(adapted(), tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes) -> None:
+    values = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(values | changes))
+
+
+def write_header(folder, **tensors) -> None:
+    """A safetensors file of a header alone, whatever it says."""
+    header = json.dumps(tensors).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def entry(*shape: int, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [0, 0]}
+
+
+HOSTILE = {
+    "rank": (lambda f: edit_config(f, r=10**8), r"shape \(8, 8\), but .* \(100000000, 8\)"),
+    "rank-pattern": (
+        lambda f: edit_config(f, rank_pattern={"up": 10**8}),
+        r"shape \(8, 8\), but .* \(100000000, 8\)",
+    ),
+    "rank-1e12": (lambda f: edit_config(f, r=10**12), "r is 1000000000000, but the rank"),
+    "rank-1e30": (lambda f: edit_config(f, r=10**30), "r is 1000.*, but the rank"),
+    "rank-1e30-pattern": (
+        lambda f: edit_config(f, rank_pattern={"up": 10**30}),
+        "rank_pattern has",
+    ),
+    "rank-of-5000-digits": (
+        lambda f: (f / CONFIG).write_text('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}"),
+        "is no JSON",
+    ),
+    "rank-infinite": (lambda f: edit_config(f, r=float("inf")), "r is inf"),
+    "alpha-infinite": (lambda f: edit_config(f, lora_alpha=float("inf")), "lora_alpha is inf"),
+    "alpha-nan": (lambda f: edit_config(f, lora_alpha=float("nan")), "lora_alpha is nan"),
+    "alpha-1e400": (lambda f: edit_config(f, lora_alpha=10**400), "lora_alpha is 1000"),
+    "no-such-rank": (lambda f: edit_config(f, r=[8]), r"r is \[8\]"),
+    "deep-json": (lambda f: (f / CONFIG).write_text("[" * 100_000), "nested too deeply"),
+    "deep-json-object": (
+        lambda f: (f / CONFIG).write_text('{"r":' * 100_000 + "8" + "}" * 100_000),
+        "nested too deeply",
+    ),
+    "deep-pattern": (
+        lambda f: edit_config(f, rank_pattern={"(" * 50_000 + ")" * 50_000: 8}),
+        r"rank_pattern has '\(+…: 8: ",
+    ),
+    "long-repetition": (
+        lambda f: edit_config(f, target_modules="up{99999999999}"),
+        "is no regular expression",
+    ),
+    "no-text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is no JSON"),
+    "shape-without-data": (
+        lambda f: write_header(f, **{A: entry(10**9, 8), B: entry(12, 10**9)}),
+        "is damaged",
+    ),
+    "shape-that-overflows": (
+        lambda f: write_header(f, **{A: entry(2**62, 8), B: entry(12, 2**62)}),
+        "is damaged",
+    ),
+    "negative-shape": (lambda f: write_header(f, **{A: entry(-1, 8)}), "is damaged"),
+    "header-longer-than-the-file": (
+        lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+        "is damaged",
+    ),
+    "no-bytes-a-number": (
+        lambda f: write_header(f, **{A: entry(8, 0, dtype="F4"), B: entry(12, 0)}),
+        "doesn't fit|is damaged|of shape",
+    ),
+    "scalars": (
+        lambda f: save_file({A: torch.zeros(()), B: torch.zeros(())}, f / WEIGHTS),
+        r"of shape \(\)",
+    ),
+    "float8": (
+        lambda f: save_file(
+            {A: torch.zeros(8, 8, dtype=torch.complex64), B: torch.zeros(12, 8)}, f / WEIGHTS
+        ),
+        "lora_A.weight of C64",
+    ),
+}
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["plain-model", "adapted-model"])
+@pytest.mark.parametrize(("harm", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_changes_nothing(folder, harm, message, fresh):
+    harm(folder)
+    model = Mlp() if fresh else adapted()
+    before = snapshot(model)
+    if not fresh:
+        message = rf"{message}|\(r, lora_alpha, use_rslora\)"
+    with pytest.raises(ValueError, match=message):
+        fastlora.load_adapter(model, folder)
+    assert_untouched(model, before)
+
+
+def test_nothing_is_allocated_for_a_rank_that_the_file_hasn_t(folder):
+    edit_config(folder, r=1_000_000)  # 80 MB
+    model = Mlp()
+
+    def load() -> None:
+        with pytest.raises(ValueError, match=r"\(1000000, 8\)"):
+            fastlora.load_adapter(model, folder)
+
+    before, peak, _ = peak_bytes(model.parameters(), load)
+    assert peak - before < 2**20
+
+
+def test_a_byte_order_mark_is_read(folder):
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text, encoding="utf-8-sig")
+    fastlora.load_adapter(Mlp(), folder)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {support!r})
+import fastlora
+from memory import peak_bytes
+from models import Mlp
+model = fastlora.apply_lora(Mlp(), fastlora.LoRAConfig(target_modules=["up"]))
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+fastlora.save_adapter(model, {folder!r})
+"""
+
+
+def scratch_folders(folder) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".fastlora-")]
+
+
+def test_what_a_killed_save_left_is_swept_by_the_next(folder):
+    support = os.path.dirname(sys.modules["models"].__file__)
+    code = KILLED.format(support=support, folder=str(folder))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert len(scratch_folders(folder)) == 1
+    load_file(folder / WEIGHTS)
+    fastlora.save_adapter(adapted(), folder)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_what_a_running_process_writes_is_left_alone(folder, tmp_path_factory):
+    import socket
+
+    running = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    theirs = folder / f".fastlora-{socket.gethostname()}-{running.pid}-abc"
+    another_machine_s = folder / ".fastlora-elsewhere-1-abc"
+    long_ago, outside = folder / ".fastlora-elsewhere-1-old", tmp_path_factory.mktemp("outside")
+    for path in (theirs, another_machine_s, long_ago):
+        path.mkdir()
+    (outside / "mine").write_text("mine")
+    (folder / ".fastlora-link").symlink_to(outside)
+    os.utime(long_ago, (time.time() - 10**6,) * 2)
+    try:
+        fastlora.save_adapter(adapted(), folder)
+        left = {".fastlora-link", theirs.name, another_machine_s.name}
+        assert set(scratch_folders(folder)) == left
+    finally:
+        running.communicate(b"\n")
+    fastlora.save_adapter(adapted(), folder)
+    assert theirs.name not in scratch_folders(folder)
+    assert (outside / "mine").read_text() == "mine"

@@ -1,0 +1,87 @@
+"""Merging takes one layer beside the model, and beside the originals if they are kept."""
+
+import pytest
+import torch
+from memory import peak_bytes
+from models import assert_untouched, randomise, snapshot
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.layer import LoRALinear
+
+LAYERS, SIDE = 8, 1024  # a layer is larger than a block of rows in float32, which is 4 MiB
+
+
+def adapted(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    model = nn.Sequential(*[nn.Linear(SIDE, 4 * SIDE, bias=False) for _ in range(LAYERS)])
+    config = LoRAConfig(r=2, target_modules="all-linear")
+    return randomise(fastlora.apply_lora(model.to(dtype), config), 0.01)
+
+
+BLOCKS = 3 * 4 * 2**20  # base and sum in float32, and what isfinite makes
+
+
+@pytest.mark.parametrize("keep_base", [True, False], ids=["kept", "freed"])
+def test_the_peak_is_one_layer_more(keep_base):
+    model = adapted()
+    layer = model[0].weight.nbytes
+    before, peak, after = peak_bytes(
+        model.parameters(), lambda: fastlora.merge_lora(model, keep_base=keep_base)
+    )
+    kept = LAYERS * layer if keep_base else 0
+    assert after - before == kept
+    assert peak - before <= max(kept, layer) + layer * (not keep_base) * 0.1 + BLOCKS
+
+
+def test_the_count_sees_a_second_model():
+    """The measure itself: what merging took before."""
+    model = adapted()
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before, peak, _ = peak_bytes(
+        model.parameters(), lambda: [layer.merged_weight() for layer in layers]
+    )
+    assert peak - before >= LAYERS * model[0].weight.nbytes
+
+
+@pytest.mark.parametrize("keep_base", [True, False], ids=["kept", "freed"])
+def test_a_layer_that_can_t_be_merged_changes_nothing(keep_base):
+    model = adapted()
+    with torch.no_grad():
+        model[LAYERS - 1].lora_B[-1, 0] = float("inf")  # in the last block of the last layer
+    before = snapshot(model)
+    before["values"].pop(f"{LAYERS - 1}.lora_B")
+    with pytest.raises(ValueError, match=rf"merging {LAYERS - 1} gives NaN or infinity"):
+        fastlora.merge_lora(model, keep_base=keep_base)
+    before["values"][f"{LAYERS - 1}.lora_B"] = model[LAYERS - 1].lora_B
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("call", [1, LAYERS, LAYERS + 1, 2 * LAYERS])
+def test_an_interruption_changes_nothing(monkeypatch, call):
+    """Out of memory, or the user's Ctrl-C, at any layer of either pass."""
+    model, calls, real = adapted(), [], LoRALinear.merged_weight
+    before = snapshot(model)
+
+    def interrupted(layer):
+        calls.append(layer)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(layer)
+
+    monkeypatch.setattr(LoRALinear, "merged_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastlora.merge_lora(model)
+    assert_untouched(model, before)
+    monkeypatch.undo()
+    fastlora.merge_lora(model)
+
+
+def test_blocks_give_the_sum_of_the_whole(monkeypatch):
+    from fastlora import layer as layer_module
+
+    model = adapted(torch.float32)
+    whole = model[0].weight + model[0].scaling * model[0].lora_B @ model[0].lora_A
+    for rows in (1000, 4096, 10**6):
+        monkeypatch.setattr(layer_module, "rows_at_a_time", lambda _, rows=rows: rows)
+        torch.testing.assert_close(model[0].merged_weight(), whole, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,254 @@
+"""Files that PEFT users have: other first values, chosen layers, output heads, new tokens."""
+
+import json
+
+import peft
+import pytest
+import torch
+from models import assert_untouched, randomise, snapshot, tiny_llama
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.model.checkpoint import CONFIG, WEIGHTS
+
+EMBED, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+HEAD_BASE = "base_model.model.lm_head.base_layer.weight"
+
+
+def llama(**settings) -> torch.nn.Module:
+    torch.manual_seed(3)
+    return tiny_llama(num_hidden_layers=3, **settings)
+
+
+@pytest.fixture(params=[False, True], ids=["", "tied"])
+def base(request, tmp_path_factory):
+    """A function that loads the same base model from its files again, with more tokens."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    llama(tie_word_embeddings=request.param).save_pretrained(folder)
+
+    def load(tokens: int = 100, seed: int = 0) -> torch.nn.Module:
+        model = LlamaForCausalLM.from_pretrained(folder).eval()
+        torch.manual_seed(seed)
+        if tokens != 100:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+        return model
+
+    return load
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(100)[None, -12:]).logits
+
+
+def saved_by_peft(model: torch.nn.Module, folder, settings: dict, **how) -> torch.nn.Module:
+    theirs = randomise(peft.get_peft_model(model, peft.LoraConfig(**settings)), 0.1).eval()
+    theirs.save_pretrained(folder, **how)
+    return theirs
+
+
+LAYERS = {
+    "number": {"target_modules": ["q_proj"], "layers_to_transform": 1},
+    "numbers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    "pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
+    "patterns": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["h", "layers"],
+    },
+    "a-whole-name-too": {
+        "target_modules": ["q_proj", "model.layers.2.mlp.up_proj"],
+        "layers_to_transform": [0],
+    },
+}
+
+
+@pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
+def test_chosen_layers_both_ways(tmp_path, settings):
+    theirs = saved_by_peft(llama(), tmp_path / "theirs", settings)
+    ours = fastlora.load_adapter(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    applied = randomise(fastlora.apply_lora(llama(), LoRAConfig(**settings)), 0.1)
+    names = {layer.name for layer in fastlora.coverage(applied).layers}
+    assert names == {layer.name for layer in fastlora.coverage(ours).layers}
+    fastlora.save_adapter(applied, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(applied))
+
+
+def test_chosen_layers_of_the_default_targets(tmp_path):
+    model = fastlora.apply_lora(llama(), LoRAConfig(layers_to_transform=[1]))
+    names = {layer.name for layer in fastlora.coverage(model).layers}
+    assert names == {f"model.layers.1.self_attn.{one}_proj" for one in "qkvo"}
+    fastlora.save_adapter(randomise(model, 0.1), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ".*q_proj"])
+def test_chosen_layers_need_a_list(targets):
+    with pytest.raises(ValueError, match=r"layers_to_transform is \(1,\) and target_modules"):
+        LoRAConfig(target_modules=targets, layers_to_transform=1)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_first_values_that_leave_the_base_alone(tmp_path, init):
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": init}
+    theirs = saved_by_peft(llama(), tmp_path, settings)
+    torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
+
+
+def test_eva(tmp_path):
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": "eva", "r": 4}
+    config = peft.LoraConfig(**settings, eva_config=peft.EvaConfig(rho=2.0))
+    theirs = peft.get_peft_model(llama(), config)
+    batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(4)]
+    peft.initialize_lora_eva_weights(theirs, batches)
+    randomise(theirs, 0.1).eval().save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
+
+
+def test_converted_corda_leaves_its_settings(tmp_path):
+    """PEFT's converted file says init_lora_weights=True, beside what it was."""
+    theirs = saved_by_peft(llama(), tmp_path, {"target_modules": ["q_proj"]})
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(values | {"corda_config": {"corda_method": "ipm"}}))
+    torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
+
+
+@pytest.mark.parametrize("tokens", [100, 104])
+def test_a_targeted_output_head_both_ways(base, tmp_path, tokens):
+    settings = {"target_modules": ["q_proj", "lm_head"]}
+    theirs = saved_by_peft(base(tokens), tmp_path / "theirs", settings)
+    assert HEAD_BASE in load_file(tmp_path / "theirs" / WEIGHTS)
+    ours = fastlora.load_adapter(base(tokens), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base(tokens), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(ours))
+    assert torch.equal(logits(fastlora.load_adapter(base(tokens), tmp_path / "ours")), logits(ours))
+
+
+def test_another_output_head_in_the_file_is_warned_of(tmp_path):
+    settings = {"target_modules": ["lm_head"]}
+    saved_by_peft(llama(), tmp_path, settings)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(tensors | {HEAD_BASE: tensors[HEAD_BASE] + 1}, tmp_path / WEIGHTS)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    with pytest.warns(UserWarning, match=r"lm_head.base_layer.weight with other values"):
+        ours = fastlora.load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    fastlora.save_adapter(ours, tmp_path / "again")
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert torch.equal(again[HEAD_BASE], tensors[HEAD_BASE] + 1)
+
+
+def test_new_tokens_from_peft(base, tmp_path):
+    theirs = saved_by_peft(base(104, seed=1), tmp_path / "theirs", {"target_modules": ["q_proj"]})
+    assert {EMBED, HEAD} < load_file(tmp_path / "theirs" / WEIGHTS).keys()
+    ours = fastlora.load_adapter(base(104, seed=2), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    tied = ours.config.tie_word_embeddings
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert not ours.model.embed_tokens.weight.requires_grad
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base(104, seed=4), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(ours))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["", "head"])
+def test_new_tokens_to_peft(base, tmp_path, targets):
+    model = base(104, seed=1)
+    randomise(fastlora.apply_lora(model, LoRAConfig(target_modules=targets)), 0.1)
+    fastlora.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(104, seed=2), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model))
+    loaded = fastlora.load_adapter(base(104, seed=3), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_vocabulary_of_the_same_size_is_not_saved(base, tmp_path):
+    model = fastlora.apply_lora(base(), LoRAConfig(target_modules=["q_proj"]))
+    fastlora.save_adapter(model, tmp_path / "auto")
+    assert not {EMBED, HEAD} & load_file(tmp_path / "auto" / WEIGHTS).keys()
+    fastlora.save_adapter(model, tmp_path / "asked", save_embedding_layers=True)
+    assert {EMBED, HEAD} < load_file(tmp_path / "asked" / WEIGHTS).keys()
+
+
+def test_new_tokens_stay_out_if_asked(base, tmp_path):
+    model = fastlora.apply_lora(base(104), LoRAConfig(target_modules=["q_proj"]))
+    fastlora.save_adapter(model, tmp_path, save_embedding_layers=False)
+    assert not {EMBED, HEAD} & load_file(tmp_path / WEIGHTS).keys()
+    with pytest.raises(ValueError, match="save_embedding_layers is 'yes'"):
+        fastlora.save_adapter(model, tmp_path, save_embedding_layers="yes")
+
+
+def test_embeddings_of_a_file_without_a_base_to_compare_with(tmp_path):
+    """A model from a config has no files: what the file brought is what is saved."""
+    theirs = saved_by_peft(
+        tiny_llama(num_hidden_layers=3),
+        tmp_path / "theirs",
+        {"target_modules": ["q_proj"]},
+        save_embedding_layers=True,
+    )
+    fastlora.save_adapter(fastlora.load_adapter(llama(), tmp_path / "theirs"), tmp_path / "ours")
+    ours, their = (load_file(tmp_path / side / WEIGHTS) for side in ("ours", "theirs"))
+    assert ours.keys() == their.keys()
+    assert torch.equal(ours[EMBED], theirs.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
+def test_new_tokens_that_train_in_full(base, tmp_path, saved):
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
+    theirs = saved_by_peft(base(104, seed=1), tmp_path / "theirs", settings)
+    ours = fastlora.load_adapter(base(104, seed=2), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base(104, seed=3), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(ours))
+
+
+@pytest.mark.parametrize(
+    "saved", [["norm"], ["head"], ["model.norm"], ["post_attention_layernorm"]]
+)
+def test_modules_in_full_by_the_end_of_their_names_both_ways(tmp_path, saved):
+    """PEFT takes "norm" for input_layernorm, too."""
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
+    theirs = saved_by_peft(llama(), tmp_path / "theirs", settings)
+    ours = fastlora.load_adapter(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    ours = randomise(fastlora.apply_lora(llama(), LoRAConfig(**settings)), 0.1)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(ours))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["", "head"])
+def test_a_model_without_the_new_tokens(base, tmp_path, targets):
+    model = fastlora.apply_lora(base(104), LoRAConfig(target_modules=targets))
+    fastlora.save_adapter(model, tmp_path)
+    plain = base()
+    before = snapshot(plain)
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(104\) first"):
+        fastlora.load_adapter(plain, tmp_path)
+    assert_untouched(plain, before)
+
+
+def test_a_base_that_is_gone_is_said(tmp_path):
+    import shutil
+
+    from transformers import LlamaForCausalLM
+
+    llama().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="can't read the config in .* save_embedding_layers=True"):
+        fastlora.save_adapter(model, tmp_path / "adapter")

@@ -1,0 +1,281 @@
+"""Arguments of the wrong kind, PEFT's config in place of ours, and folders that hold none."""
+
+import os
+
+import peft
+import pytest
+import torch
+from models import Mlp, assert_untouched, randomise, snapshot, tiny_llama
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+
+UP = LoRAConfig(target_modules=["up"])
+
+
+def names(model: nn.Module) -> dict[str, tuple]:
+    layers = fastlora.coverage(model).layers
+    return {layer.name: (layer.r, model.get_submodule(layer.name).scaling) for layer in layers}
+
+
+PEFT_CONFIGS = {
+    "plain": {"target_modules": ["q_proj", "up_proj"]},
+    "set": {"target_modules": {"q_proj"}, "r": 4, "lora_alpha": 12},
+    "all-linear": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+    "regex": {"target_modules": r".*\.1\..*_proj", "exclude_modules": ["up_proj"]},
+    "patterns": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"up_proj": 3},
+        "use_rslora": True,
+    },
+    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+    "in-full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "bias": "all"},
+    "first-values": {"target_modules": ["q_proj"], "init_lora_weights": False},
+}
+
+
+@pytest.mark.parametrize("settings", PEFT_CONFIGS.values(), ids=PEFT_CONFIGS)
+def test_apply_lora_takes_peft_s_config(settings):
+    config = peft.LoraConfig(**settings)
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings)).base_model.model
+    layers = {
+        name: (module.r["default"], module.scaling["default"])
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    ours = fastlora.apply_lora(tiny_llama(), config)
+    assert names(ours) == layers
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == trained
+
+
+def test_what_was_taken_from_peft_s_config_is_saved(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type=peft.TaskType.CAUSAL_LM)
+    torch.manual_seed(3)
+    model = randomise(fastlora.apply_lora(tiny_llama(), config), 0.1)
+    fastlora.save_adapter(model, tmp_path)
+    torch.manual_seed(3)
+    theirs, ids = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), torch.arange(9)[None]
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
+    assert theirs.peft_config["default"].task_type == "CAUSAL_LM"
+
+
+FOREIGN = {
+    "dora": (peft.LoraConfig(target_modules=["up"], use_dora=True), "use_dora=True"),
+    "lora-bias": (peft.LoraConfig(target_modules=["up"], lora_bias=True), "lora_bias=True"),
+    "tokens": (
+        peft.LoraConfig(target_modules=["up"], trainable_token_indices=[1]),
+        r"trainable_token_indices=\[1\]",
+    ),
+    "pissa": (
+        peft.LoraConfig(target_modules=["up"], init_lora_weights="pissa"),
+        "init_lora_weights is 'pissa', but must be True, False or 'gaussian'",
+    ),
+    "another-method": (peft.IA3Config(target_modules=["up"]), "peft_type 'IA3'"),
+    "a-subclass": (
+        peft.AdaLoraConfig(target_modules=["up"], total_step=9),
+        "peft_type 'ADALORA'",
+    ),
+    "no-targets": (peft.LoraConfig(), "no target_modules, which PEFT looks up in a table"),
+    "experts": (
+        peft.LoraConfig(target_modules=["up"], target_parameters=["norm.weight"]),
+        "norm can't take an adapter|norm.weight, which is no weight of a linear layer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_what_peft_s_config_has_and_fastlora_hasn_t_is_named(config, message):
+    model = Mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        fastlora.apply_lora(model, config)
+    assert_untouched(model, before)
+
+
+WRONG_CONFIGS = {
+    "dict": ({"r": 8}, r"config is of type dict, .* fastlora.LoRAConfig\(\*\*config\)"),
+    "none": (None, "config is None, but must be a fastlora.LoRAConfig or a peft.LoraConfig"),
+    "class": (LoRAConfig, "config is the class LoRAConfig itself"),
+    "peft-class": (peft.LoraConfig, "config is the class LoraConfig itself"),
+    "name": ("all-linear", "config is of type str"),
+    "model": (nn.Linear(2, 2), "config is of type Linear"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
+def test_a_config_of_the_wrong_kind(config, message):
+    with pytest.raises(TypeError, match=message):
+        fastlora.apply_lora(Mlp(), config)
+
+
+CALLS = {
+    "apply_lora": lambda model: fastlora.apply_lora(model, UP),
+    "remove_lora": fastlora.remove_lora,
+    "merge_lora": fastlora.merge_lora,
+    "unmerge_lora": fastlora.unmerge_lora,
+    "save_adapter": lambda model: fastlora.save_adapter(model, "nowhere"),
+    "load_adapter": lambda model: fastlora.load_adapter(model, "nowhere"),
+    "print_trainable_parameters": fastlora.print_trainable_parameters,
+}
+NO_MODELS = {
+    "none": (None, "model is None, but must be a torch.nn.Module"),
+    "class": (Mlp, "model is the class Mlp itself"),
+    "config": (UP, "model is of type LoRAConfig"),
+    "state-dict": ({"weight": torch.zeros(1)}, "model is of type dict"),
+    "name": ("gpt2", "model is of type str"),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), NO_MODELS.values(), ids=NO_MODELS)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_model_of_the_wrong_kind(call, model, message):
+    with pytest.raises(TypeError, match=message):
+        call(model)
+
+
+@pytest.mark.parametrize("folder", [None, 3, ["a"], b"a"], ids=["none", "int", "list", "bytes"])
+@pytest.mark.parametrize("call", [fastlora.save_adapter, fastlora.load_adapter])
+def test_a_folder_of_the_wrong_kind(call, folder):
+    with pytest.raises(TypeError, match=r"folder is .* but must be a path"):
+        call(fastlora.apply_lora(Mlp(), UP), folder)
+
+
+CONFIG_FIELDS = {
+    "r": (None, "8", 8.0, True, 0, 2**31, 10**30),
+    "lora_alpha": (None, "8", True, 10**400, float("nan")),
+    "lora_dropout": (None, "0", 1.0, -1, float("nan")),
+    "target_modules": (3, [3], {"up": 1}, b"up"),
+    "exclude_modules": (3, [3]),
+    "target_parameters": ("up.weight", 3, [3]),
+    "layers_to_transform": ("1", 1.5, [True], {1: 2}, [None]),
+    "layers_pattern": (3, [3], "("),
+    "use_rslora": (None, 1, "yes"),
+    "rank_pattern": (None, ["up"], {3: 4}, {"up": "4"}, {"up": 10**30}, {"(" * 5000: 4}),
+    "alpha_pattern": (None, {None: 4}, {"up": None}, {"a{9999999999}": 4}),
+    "bias": (None, True, "some", []),
+    "modules_to_save": ("head", 3, [3], [""]),
+    "init_lora_weights": (None, "eva", 3, []),
+    "task_type": (3, ["CAUSAL_LM"]),
+    "base_model_name_or_path": (3, ["a"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in CONFIG_FIELDS.items() for value in values],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_field_of_the_wrong_kind(field, value):
+    with pytest.raises(ValueError, match=r"is |has |not ") as caught:
+        LoRAConfig(**{"target_modules": ["up"]} | {field: value})
+    assert len(str(caught.value)) < 500
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30))
+
+
+def falcon() -> nn.Module:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return FalconForCausalLM(FalconConfig(vocab_size=30, **sizes))
+
+
+class Linear4bit(nn.Linear):
+    """Like bitsandbytes' class."""
+
+
+def quantised() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[0].__class__ = model[2].__class__ = Linear4bit
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "example"),
+    [
+        (gpt2, "Conv1D", r"transformer\.h\.0\.attn\.c_attn"),
+        (falcon, "FalconLinear", r"transformer\.h\.0\.self_attention\.query_key_value"),
+        (quantised, "Linear4bit", "2 layers .0, 2."),
+    ],
+    ids=["gpt2", "falcon", "4bit"],
+)
+def test_all_linear_names_what_is_in_the_way(make, kind, example):
+    model = make()
+    if any(
+        type(module).__name__ == kind and fastlora.layer.why_not_base(module) == ""
+        for module in model.modules()
+    ):
+        pytest.fail(f"{kind} can be adapted by now: this test needs another class")
+    with pytest.raises(ValueError, match=rf"In the way: .*{example}.*: it is a {kind}, .*PEFT"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+
+
+def test_all_linear_warns_of_part_of_a_model():
+    model = nn.Sequential(nn.Linear(4, 4), *quantised())
+    with pytest.warns(
+        UserWarning, match=r"passed over 2 layers \(1, 3\): it is a Linear4bit, .*PEFT"
+    ):
+        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    assert names(model).keys() == {"0"}
+
+
+def test_a_target_of_another_class_says_what_to_do():
+    with pytest.raises(ValueError, match=r"it is a Conv1D, .* make the adapter with PEFT"):
+        fastlora.apply_lora(gpt2(), LoRAConfig(target_modules=["c_attn"]))
+
+
+def test_a_peft_model_is_peft_s_to_save(tmp_path):
+    model = peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
+    with pytest.raises(ValueError, match="this is a PEFT model, whose save_pretrained saves it"):
+        fastlora.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="this is a PEFT model, whose load_adapter loads it"):
+        fastlora.load_adapter(model, tmp_path)
+
+
+def pickled(folder) -> None:
+    model = peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
+    model.save_pretrained(folder, safe_serialization=False)
+
+
+def several(folder) -> None:
+    model = peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]), "first")
+    model.add_adapter("second", peft.LoraConfig(target_modules=["down"]))
+    model.save_pretrained(folder)
+
+
+FOLDERS = {
+    "pickle": (pickled, "adapter_model.bin, which is a pickle.* PeftModel.from_pretrained"),
+    "subfolders": (several, r"in its subfolders \(first, second\): give one of these"),
+    "whole-model": (
+        lambda folder: tiny_llama().save_pretrained(folder),
+        "holds a whole model: load it with from_pretrained",
+    ),
+    "empty": (lambda folder: None, "an adapter's folder holds"),
+}
+
+
+@pytest.mark.parametrize(("fill", "message"), FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_holds_something_else(tmp_path, fill, message):
+    fill(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message):
+        fastlora.load_adapter(Mlp(), tmp_path)
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"snapshot_download\('owner/some-lora'\)"):
+        fastlora.load_adapter(Mlp(), "owner/some-lora")
+
+
+def test_a_file_in_place_of_its_folder(tmp_path):
+    fastlora.save_adapter(fastlora.apply_lora(Mlp(), UP), tmp_path)
+    with pytest.raises(FileNotFoundError, match="Give the folder, not a file"):
+        fastlora.load_adapter(Mlp(), os.fspath(tmp_path / "adapter_config.json"))
