@@ -37,9 +37,10 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """A record for each adapted layer; prints as a short report."""
+    """A record for each adapted layer; prints as a short report.  ``notes`` are on all of them."""
 
     layers: tuple[LayerCoverage, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def fast(self) -> tuple[LayerCoverage, ...]:
@@ -64,7 +65,7 @@ class Coverage:
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:

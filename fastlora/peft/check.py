@@ -116,7 +116,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         gradients,
         tuple(_per_layer(report, gradients)),
         tolerance,
-        Coverage(report.layers),
+        Coverage(report.layers, report.notes),
     )
 
 

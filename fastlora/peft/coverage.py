@@ -7,7 +7,7 @@ from torch import nn
 
 from ..modules import unwrap
 from ..report import Coverage, LayerCoverage, cover_lora_linears
-from .versions import why_not_version
+from .versions import notes, why_not_version
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -18,7 +18,7 @@ def coverage(model: nn.Module) -> Coverage:
     inner = checked(model)
     unreached = "not optimised yet: fastlora.optimize(model) does it"
     theirs = cover(inner, peft_layers(inner), unreached)
-    return Coverage((*cover_lora_linears(inner), *theirs))
+    return Coverage((*cover_lora_linears(inner), *theirs), notes() if theirs else ())
 
 
 def cover(
@@ -41,9 +41,8 @@ def cover(
 def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Every LoRA layer of PEFT's, with its name.  Where PEFT isn't imported, there are none."""
     lora = sys.modules.get("peft.tuners.lora")
-    if lora is None:
-        return []
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, lora.LoraLayer)]
+    kind = getattr(lora, "LoraLayer", ())
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 def checked(model: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from ..ops import is_plain
 from ..ops.autocast import AUTOCAST_DTYPES
 from ..projection import DTYPES, LARGEST_SCALE, Adapter, Base, Output
 from .dropout import DROPOUTS
+from .moment import why_not_dora
 
 _LINEAR_FORWARD = nn.Linear.forward
 _MODULE_CALL = nn.Module.__call__
@@ -131,6 +132,8 @@ def _read_variant(
     if type(variant) is not DoraLinearVariant:
         kind = variant if isinstance(variant, type) else type(variant)
         return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
+    if why_not_dora():
+        return why_not_dora(), None
     magnitude = layer.lora_magnitude_vector[name]
     if len(names) > 1:
         return "DoRA beside another active adapter", None

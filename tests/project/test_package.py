@@ -59,11 +59,12 @@ ORDER_INSIDE = {
         "layer",
         "swap",
         "records",
+        "trial",
         "check",
     ],
 }
 # Imported inside of functions, when a model with PEFT's layers is met.
-LATE = {"peft": {"coverage": {"records"}, "optimize": {"swap"}}}
+LATE = {"peft": {"coverage": {"records"}, "optimize": {"swap", "trial"}}}
 
 
 def run(code: str, **settings) -> str:
