@@ -51,9 +51,8 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "the same within rounding" if self else "NOT the same"
-        fast, count = len(self.coverage.fast), len(self.coverage.layers)
         lines = [
-            f"fastlora ({fast} of {count} layers fast) and PEFT: {verdict} "
+            f"fastlora ({self.coverage.counts}) and PEFT: {verdict} "
             f"(relative differences, tolerance {self.tolerance:g})",
             f"  loss {self.loss.relative:.2g}",
         ]

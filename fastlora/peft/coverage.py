@@ -18,24 +18,26 @@ def coverage(model: nn.Module) -> Coverage:
     inner = checked(model)
     unreached = "not optimised yet: fastlora.optimize(model) does it"
     theirs = cover(inner, peft_layers(inner), unreached)
-    return Coverage((*cover_lora_linears(inner), *theirs), notes() if theirs else ())
+    return Coverage((*cover_lora_linears(inner), *theirs.layers), theirs.notes)
 
 
-def cover(
-    model: nn.Module, layers: list[tuple[str, Any]], unreached: str
-) -> tuple[LayerCoverage, ...]:
-    """Records of PEFT layers; ``unreached`` is what stops one that isn't optimised, if anything."""
+def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
+    """The report on PEFT layers; ``unreached`` is what stops one that isn't optimised, if any."""
     if not layers:
-        return ()
+        return Coverage(())
     version = why_not_version()
     if version:
-        return tuple(
-            LayerCoverage(name, (layer.out_features, layer.in_features), 0, False, "eager", version)
-            for name, layer in layers
-        )
+        return Coverage(tuple(_left_alone(name, layer, version) for name, layer in layers))
     from .records import records
+    from .uncalled import encoder_notes
 
-    return records(model, layers, unreached)
+    return Coverage(records(model, layers, unreached), (*notes(), *encoder_notes(model)))
+
+
+def _left_alone(name: str, layer: Any, reason: str) -> LayerCoverage:
+    """The record of a layer of a PEFT that isn't known: as little is read as can be."""
+    shape = (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0))
+    return LayerCoverage(name, shape, 0, False, "eager", reason)
 
 
 def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:

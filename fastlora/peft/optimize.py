@@ -11,7 +11,7 @@ from torch import nn
 from ..modules import lora_layers
 from ..report import Coverage
 from .coverage import checked, cover, peft_layers
-from .versions import is_disabled, notes, wants_trial, why_never
+from .versions import is_disabled, wants_trial, why_never
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,14 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     if reason and not is_disabled():
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
     report = cover(inner, layers, unreached=reason)
-    if strict and any(not layer.fast for layer in report):
-        raise ValueError(f"not every layer would run fast: {Coverage(report, notes())}")
+    if strict and report.eager:
+        raise ValueError(f"not every layer would run fast: {report}")
     if reason:
-        return Optimized(report)
+        return Optimized(report.layers, report.notes)
     from .swap import swap_all  # here, since it imports PEFT
 
-    return Optimized(report, notes(), tuple(map(ref, swap_all(layer for _, layer in layers))))
+    changed = tuple(map(ref, swap_all(layer for _, layer in layers)))
+    return Optimized(report.layers, report.notes, changed)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -135,9 +135,9 @@ def _adapted(part: _Part) -> nn.Module:
     peft = sys.modules["peft"]
     base: nn.Module = nn.Linear(_IN, _OUT, dtype=part.dtype)
     if part.conv1d:
-        from transformers.pytorch_utils import Conv1D
-
-        base = Conv1D(_OUT, _IN).to(part.dtype)
+        # PEFT imports it; where it doesn't, this is an error, and so a disagreement.
+        conv1d = sys.modules["transformers.pytorch_utils"].Conv1D
+        base = conv1d(_OUT, _IN).to(part.dtype)
     settings = {"r": 3, "lora_alpha": 5, "target_modules": ["0"], "init_lora_weights": False}
     config = peft.LoraConfig(**settings | part.config)
     first, *others = part.adapters

@@ -128,7 +128,7 @@ def test_layers_of_other_kinds_are_peft_s_and_say_so():
         "mix": True,
         "conv": False,
     }
-    assert "1 of 3 layers fast (backend torch)\n" in str(report)
+    assert "1 of 3 layers fast, 32 % of the adapted parameters (backend torch)\n" in str(report)
     assert "embed: only PEFT's lora.Linear is sped up, not Embedding" in str(report)
 
 

@@ -58,13 +58,14 @@ ORDER_INSIDE = {
         "reading",
         "layer",
         "swap",
+        "uncalled",
         "records",
         "trial",
         "check",
     ],
 }
 # Imported inside of functions, when a model with PEFT's layers is met.
-LATE = {"peft": {"coverage": {"records"}, "optimize": {"swap", "trial"}}}
+LATE = {"peft": {"coverage": {"records", "uncalled"}, "optimize": {"swap", "trial"}}}
 
 
 def run(code: str, **settings) -> str:
