@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..gather import is_sharded, whole_tensors, writes_files
 from .adapter_config import from_peft, short_targets, to_peft
 from .config import LoRAConfig
 from .inject import (
@@ -35,12 +36,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
     Besides lora_A and lora_B these are the biases that train and the modules that train in full;
     vLLM wants neither.  Both files are written under temporary names first and renamed when they
-    are whole: each is the old one or the new one, whole, whenever the call is interrupted.  Raises
-    ValueError for a model that apply_lora or load_adapter gave no adapters.
+    are whole: each is the old one or the new one, whole, whenever the call is interrupted.  Under
+    FSDP every rank must call it, and the first one writes.  Raises ValueError for a model that
+    apply_lora or load_adapter gave no adapters.
     """
     from safetensors.torch import save
 
-    model, injection = unwrap(model), injection_of(model)
+    outer, model, injection = model, unwrap(model), injection_of(model)
     if injection is None:
         raise ValueError("fastlora.apply_lora or load_adapter gave this model no adapters to save")
     check_injection(model, injection)
@@ -48,10 +50,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         targets = short_targets(model, injection.layers)
     config = to_peft(injection.config, targets, _base_name(model))
+    tensors = _adapter_tensors(model, injection)
+    sharded = any(map(is_sharded, tensors.values()))
+    tensors = whole_tensors(outer, tensors)
+    if sharded and not writes_files():
+        return
     # Cloned, since the file format takes no two keys (of tied parameters) with one memory.
     values = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in _adapter_tensors(model, injection).items()
+        for key, tensor in tensors.items()
     }
     _write_whole(
         Path(folder),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..modules import unwrap
+from ..modules import plain_name, unwrap
 from ..report import Coverage
 from .optimize import optimize, peft_layers
 
@@ -275,7 +275,7 @@ def _relative(fast: Tensor | None, peft: Tensor | None) -> float:
 def _per_layer(report: Coverage, gradients: Sequence[Difference]) -> Iterator[Difference]:
     """For each layer of the report the largest difference among its own gradients."""
     for layer in report.layers:
-        own = [g for g in gradients if g.name.startswith(f"{layer.name}.")]
+        own = [g for g in gradients if plain_name(g.name).startswith(f"{layer.name}.")]
         if own:
             yield Difference(layer.name, max(own, key=_size).relative)
 

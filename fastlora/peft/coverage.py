@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import unwrap
+from ..modules import plain_name, unwrap
 from ..report import Coverage, LayerCoverage, cover_lora_linears
 from .versions import notes, why_not_version
 
@@ -29,9 +29,11 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     if version:
         return Coverage(tuple(_left_alone(name, layer, version) for name, layer in layers))
     from .records import records
+    from .sharding import wrapping_notes
     from .uncalled import encoder_notes
 
-    return Coverage(records(model, layers, unreached), (*notes(), *encoder_notes(model)))
+    said = (*notes(), *wrapping_notes(layers), *encoder_notes(model))
+    return Coverage(records(model, layers, unreached), said)
 
 
 def _left_alone(name: str, layer: Any, reason: str) -> LayerCoverage:
@@ -44,7 +46,7 @@ def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Every LoRA layer of PEFT's, with its name.  Where PEFT isn't imported, there are none."""
     lora = sys.modules.get("peft.tuners.lora")
     kind = getattr(lora, "LoraLayer", ())
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
+    return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 def checked(model: nn.Module) -> nn.Module:

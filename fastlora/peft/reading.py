@@ -18,6 +18,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..gather import is_flattened
 from ..ops import is_plain
 from ..ops.autocast import AUTOCAST_DTYPES
 from ..projection import DTYPES, LARGEST_SCALE, Adapter, Base, Output
@@ -47,7 +48,7 @@ def active_adapters(layer: PeftLinear) -> list[str]:
 def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     """Read the layer for a call with these adapters, of which there is one at least.
 
-    ``gathers``: that call will find plain tensors where FSDP2 has sharded ones between calls.
+    ``gathers``: that call will find plain tensors where FSDP has sharded ones between calls.
     """
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
@@ -62,7 +63,7 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
         return Reading("its base is parametrised")
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if conv1d:
+    if conv1d and weight.dim() == 2:
         weight = weight.T
     reason = _why_not_weight("its base layer", weight, gathers)
     reason = reason or _why_not_bias("its base's", bias, gathers)
@@ -226,7 +227,7 @@ def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
     if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
         # No backward can keep it.
         return f"{name} was made in inference mode"
-    if weight.dim() != 2:  # between calls of FSDP1's or ZeRO-3's blocks
+    if weight.dim() != 2 and not (gathers and is_flattened(weight)):  # between ZeRO-3's calls
         return f"{name} isn't gathered: its weight has shape {tuple(weight.shape)}"
     return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
 

@@ -4,12 +4,12 @@ import math
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..backends import planned_backend
 from ..report import LayerCoverage
 from .moment import why_not_now
 from .reading import active_adapters, read
+from .sharding import Units
 from .swap import is_swapped, why_not_swapped
 from .uncalled import why_uncalled
 
@@ -22,19 +22,17 @@ def records(
     ``unreached`` is what is said of a layer that isn't optimised; if it is empty, the answer is how
     the layer would run if it were.
     """
-    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    uncalled = why_uncalled(model)
+    units, uncalled = Units(model), why_uncalled(model)
     found = []
     for name, layer in layers:
-        gathers = any(not unit or f"{name}.".startswith(f"{unit}.") for unit in units)
         reason = uncalled.get(layer) or why_not_swapped(layer)
         reason = reason or ("" if is_swapped(layer) else unreached)
-        found.append(_cover(name, layer, reason, gathers))
+        found.append(_cover(name, layer, reason, units.gather(name, layer)))
     return tuple(found)
 
 
 def _cover(name: str, layer: LoraLayer, reason: str, gathers: bool) -> LayerCoverage:
-    """``reason``: why its fast forward isn't called.  ``gathers``: whether FSDP2 gathers the
+    """``reason``: why its fast forward isn't called.  ``gathers``: whether FSDP gathers the
     layer's parameters before a call.
     """
     # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.

@@ -5,7 +5,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention as PeftAttention
 from torch import nn
 
-from ..modules import some
+from ..modules import plain_name, some
 
 
 def why_uncalled(model: nn.Module) -> dict[nn.Module, str]:
@@ -28,7 +28,7 @@ def why_uncalled(model: nn.Module) -> dict[nn.Module, str]:
 def encoder_notes(model: nn.Module) -> tuple[str, ...]:
     """On adapters that torch's fast path of encoder layers passes over in evaluation."""
     names = [
-        f"{name}.{part}".removeprefix(".")
+        plain_name(f"{name}.{part}".removeprefix("."))
         for name, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoderLayer) and module.self_attn.batch_first
         for part in ("linear1", "linear2")

@@ -25,6 +25,7 @@ ORDER = [
     "ops",
     "layer",
     "modules",
+    "gather",
     "report",
     "model",
     "peft",
@@ -58,6 +59,7 @@ ORDER_INSIDE = {
         "reading",
         "layer",
         "swap",
+        "sharding",
         "uncalled",
         "records",
         "trial",
@@ -65,7 +67,7 @@ ORDER_INSIDE = {
     ],
 }
 # Imported inside of functions, when a model with PEFT's layers is met.
-LATE = {"peft": {"coverage": {"records", "uncalled"}, "optimize": {"swap", "trial"}}}
+LATE = {"peft": {"coverage": {"records", "sharding", "uncalled"}, "optimize": {"swap", "trial"}}}
 
 
 def run(code: str, **settings) -> str:
