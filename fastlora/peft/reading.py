@@ -27,6 +27,10 @@ from .moment import why_not_dora
 
 _LINEAR_FORWARD = nn.Linear.forward
 _MODULE_CALL = nn.Module.__call__
+# Bases with a forward of their own that computes the same: Conv1D's weight is [in, out], and Falcon
+# adds the bias last.
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 class Reading(NamedTuple):
@@ -57,8 +61,10 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
         return Reading(_why_hooked(base, "its base layer"))
     kind = type(base)
-    conv1d = kind.forward is not _LINEAR_FORWARD and _is_conv1d(base)
-    if not conv1d and (kind.forward is not _LINEAR_FORWARD or kind.__call__ is not _MODULE_CALL):
+    other = kind.forward is not _LINEAR_FORWARD
+    conv1d = other and _is_of_transformers(kind, *_CONV1D)
+    known = conv1d or not other or _is_of_transformers(kind, *_FALCON)
+    if not known or kind.__call__ is not _MODULE_CALL:
         return Reading(f"its base is a {kind.__name__}, no torch.nn.Linear")
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
         return Reading("its base is parametrised")
@@ -182,10 +188,9 @@ def _tensor(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _is_conv1d(base: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, whose weight is [in, out]."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and type(base) is pytorch_utils.Conv1D
+def _is_of_transformers(kind: type, module: str, name: str) -> bool:
+    """Whether it is this class of transformers', which is looked up where that is imported."""
+    return kind.__name__ == name and kind is getattr(sys.modules.get(module), name, None)
 
 
 def _rate(dropout: nn.Module) -> float:
