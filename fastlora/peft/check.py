@@ -70,8 +70,8 @@ class Check:
             hint = (
                 "small differences hide in the rounding of 16 bits: compare in float32 to see them"
                 if self
-                else "the rounding of 16 bits alone can do that: compare in float32 before you take "
-                "it for a defect"
+                else "the rounding of 16 bits alone can do that: compare in float32 before you "
+                "take it for a defect"
             )
             lines.append(f"  {hint} (model.float(), without autocast)")
         return "\n".join(lines)

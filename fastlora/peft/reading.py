@@ -117,7 +117,9 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
     What it doesn't take, PEFT may convert or refuse.
     """
-    if not is_plain(x) or x.layout is not torch.strided or x.device != weight.device:
+    if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
+        return False
+    if x.device != weight.device:
         return False
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return False
