@@ -27,6 +27,7 @@ from .moment import why_not_dora
 
 _LINEAR_FORWARD = nn.Linear.forward
 _MODULE_CALL = nn.Module.__call__
+_NO_BASE: Base[Any] = Base(None, None)
 # Bases with a forward of their own that computes the same: Conv1D's weight is [in, out], and Falcon
 # adds the bias last.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -57,24 +58,11 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    base = modules["base_layer"]
-    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
-        return Reading(_why_hooked(base, "its base layer"))
-    kind = type(base)
-    other = kind.forward is not _LINEAR_FORWARD
-    conv1d = other and _is_of_transformers(kind, *_CONV1D)
-    known = conv1d or not other or _is_of_transformers(kind, *_FALCON)
-    if not known or kind.__call__ is not _MODULE_CALL:
-        return Reading(f"its base is a {kind.__name__}, no torch.nn.Linear")
-    if "parametrizations" in base._modules:  # to read such a weight is to compute it
-        return Reading("its base is parametrised")
-    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if conv1d and weight.dim() == 2:
-        weight = weight.T
-    reason = _why_not_weight("its base layer", weight, gathers)
-    reason = reason or _why_not_bias("its base's", bias, gathers)
+    reason, (weight, bias) = _read_base(layer, modules["base_layer"], gathers)
     if reason:
         return Reading(reason)
+    # FSDP1's flat weights have no shape of their own between calls.
+    rows, columns = weight.shape if weight.dim() == 2 else (layer.out_features, layer.in_features)
     adapters: list[Adapter[Tensor]] = []
     p, dropout = None, None
     for name in names:
@@ -84,19 +72,24 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
             return Reading(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
         down, up = _tensor(lora_a, "weight"), _tensor(lora_b, "weight")
         shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
+        r = len(down) if down.dim() == 2 else layer.r[name]
         dropout = modules["lora_dropout"]._modules[name]
         reason = (
             _why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
             or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
             or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
             or _why_not_bias("its lora_B's", shift, gathers)
+            or _why_not_shape("its lora_A", down, (r, columns), gathers)
+            or _why_not_shape("its lora_B", up, (rows, r), gathers)
+            or _why_not_shape("its lora_B's bias", shift, (rows,), gathers)
+            or ("" if r else "its rank is 0")
             or _why_not_dropout(dropout, p)
             or _why_not_scale(scale)
         )
         if reason:
             return Reading(reason)
         p = _rate(dropout)
-        if shift is not None:
+        if shift is not None and not (gathers and is_flattened(shift)):
             bias = shift * scale if bias is None else bias + shift * scale
         if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
             up, scale = up * scale, 1.0
@@ -130,6 +123,29 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _read_base(layer: PeftLinear, base: nn.Module, gathers: bool) -> tuple[str, Base[Any]]:
+    """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias."""
+    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
+        return _why_hooked(base, "its base layer"), _NO_BASE
+    kind = type(base)
+    other = kind.forward is not _LINEAR_FORWARD
+    conv1d = other and _is_of_transformers(kind, *_CONV1D)
+    known = conv1d or not other or _is_of_transformers(kind, *_FALCON)
+    if not known or kind.__call__ is not _MODULE_CALL:
+        return f"its base is a {kind.__name__}, no torch.nn.Linear", _NO_BASE
+    if "parametrizations" in base._modules:  # to read such a weight is to compute it
+        return "its base is parametrised", _NO_BASE
+    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    if conv1d and weight.dim() == 2:
+        weight = weight.T
+    reason = _why_not_weight("its base layer", weight, gathers)
+    reason = reason or _why_not_bias("its base's", bias, gathers)
+    if not reason and weight.dim() == 2:
+        reason = _why_not_shape("its base's bias", bias, (len(weight),), gathers)
+        reason = reason or ("" if weight.numel() else f"its base has shape {tuple(weight.shape)}")
+    return reason, Base(weight, bias)
+
+
 def _read_variant(
     layer: PeftLinear, names: list[str], weight: Tensor, gathers: bool
 ) -> tuple[str, DoraLinearLayer | None]:
@@ -152,7 +168,9 @@ def _read_variant(
         return "a hook watches, or something replaces, its DoRA magnitude", None
     if not _will_be_plain(magnitude.weight, gathers) or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
-    return "", magnitude
+    rows = weight.shape[0] if weight.dim() == 2 else layer.out_features
+    reason = _why_not_shape("its DoRA magnitude", magnitude.weight, (rows,), gathers)
+    return reason, None if reason else magnitude
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -237,6 +255,15 @@ def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
     if weight.dim() != 2 and not (gathers and is_flattened(weight)):  # between ZeRO-3's calls
         return f"{name} isn't gathered: its weight has shape {tuple(weight.shape)}"
     return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
+
+
+def _why_not_shape(
+    name: str, tensor: Tensor | None, expected: tuple[int, ...], gathers: bool
+) -> str:
+    """PEFT may broadcast what doesn't fit, and where it can't, the error is its own."""
+    if tensor is None or tensor.shape == expected or (gathers and is_flattened(tensor)):
+        return ""
+    return f"{name} has shape {tuple(tensor.shape)}, not {expected}"
 
 
 def _why_hooked(module: nn.Module, name: str) -> str:

@@ -16,7 +16,7 @@ def two(tmp_path_factory):
     ranks.close()
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "two-adapters"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "lora-bias", "two-adapters"])
 def test_between_calls_of_fsdp1_the_report_says_what_a_call_will_find(two, kind):
     for first, after in two.run(worker.reports, kind):
         assert len(first.fast) == len(after.fast) == LAYERS
