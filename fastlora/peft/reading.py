@@ -27,7 +27,6 @@ from .moment import why_not_dora
 
 _LINEAR_FORWARD = nn.Linear.forward
 _MODULE_CALL = nn.Module.__call__
-_NO_BASE: Base[Any] = Base(None, None)
 # Bases with a forward of their own that computes the same: Conv1D's weight is [in, out], and Falcon
 # adds the bias last.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -58,11 +57,12 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    reason, (weight, bias) = _read_base(layer, modules["base_layer"], gathers)
+    reason, weight, bias = _read_base(modules["base_layer"], gathers)
     if reason:
         return Reading(reason)
-    # FSDP1's flat weights have no shape of their own between calls.
-    rows, columns = weight.shape if weight.dim() == 2 else (layer.out_features, layer.in_features)
+    shape = weight.shape
+    if len(shape) != 2:  # between FSDP1's calls
+        shape = (layer.out_features, layer.in_features)
     adapters: list[Adapter[Tensor]] = []
     p, dropout = None, None
     for name in names:
@@ -72,17 +72,13 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
             return Reading(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
         down, up = _tensor(lora_a, "weight"), _tensor(lora_b, "weight")
         shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
-        r = len(down) if down.dim() == 2 else layer.r[name]
         dropout = modules["lora_dropout"]._modules[name]
         reason = (
             _why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
             or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
             or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
             or _why_not_bias("its lora_B's", shift, gathers)
-            or _why_not_shape("its lora_A", down, (r, columns), gathers)
-            or _why_not_shape("its lora_B", up, (rows, r), gathers)
-            or _why_not_shape("its lora_B's bias", shift, (rows,), gathers)
-            or ("" if r else "its rank is 0")
+            or _why_not_fitting(shape, down, up, shift, gathers)
             or _why_not_dropout(dropout, p)
             or _why_not_scale(scale)
         )
@@ -123,27 +119,26 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _read_base(layer: PeftLinear, base: nn.Module, gathers: bool) -> tuple[str, Base[Any]]:
+def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any]:
     """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias."""
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
-        return _why_hooked(base, "its base layer"), _NO_BASE
+        return _why_hooked(base, "its base layer"), None, None
     kind = type(base)
     other = kind.forward is not _LINEAR_FORWARD
     conv1d = other and _is_of_transformers(kind, *_CONV1D)
     known = conv1d or not other or _is_of_transformers(kind, *_FALCON)
     if not known or kind.__call__ is not _MODULE_CALL:
-        return f"its base is a {kind.__name__}, no torch.nn.Linear", _NO_BASE
+        return f"its base is a {kind.__name__}, no torch.nn.Linear", None, None
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
-        return "its base is parametrised", _NO_BASE
+        return "its base is parametrised", None, None
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if conv1d and weight.dim() == 2:
         weight = weight.T
     reason = _why_not_weight("its base layer", weight, gathers)
     reason = reason or _why_not_bias("its base's", bias, gathers)
-    if not reason and weight.dim() == 2:
-        reason = _why_not_shape("its base's bias", bias, (len(weight),), gathers)
-        reason = reason or ("" if weight.numel() else f"its base has shape {tuple(weight.shape)}")
-    return reason, Base(weight, bias)
+    if not reason and bias is not None and bias.shape != weight.shape[:1]:
+        reason = "" if gathers else _why_not_shape("its base's bias", bias, weight.shape[:1])
+    return reason, weight, bias
 
 
 def _read_variant(
@@ -168,8 +163,9 @@ def _read_variant(
         return "a hook watches, or something replaces, its DoRA magnitude", None
     if not _will_be_plain(magnitude.weight, gathers) or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
-    rows = weight.shape[0] if weight.dim() == 2 else layer.out_features
-    reason = _why_not_shape("its DoRA magnitude", magnitude.weight, (rows,), gathers)
+    reason = ""
+    if not gathers:
+        reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
     return reason, None if reason else magnitude
 
 
@@ -257,13 +253,32 @@ def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
     return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
 
 
-def _why_not_shape(
-    name: str, tensor: Tensor | None, expected: tuple[int, ...], gathers: bool
+def _why_not_fitting(
+    shape: tuple[int, ...], down: Tensor, up: Tensor, shift: Tensor | None, gathers: bool
 ) -> str:
-    """PEFT may broadcast what doesn't fit, and where it can't, the error is its own."""
-    if tensor is None or tensor.shape == expected or (gathers and is_flattened(tensor)):
+    """Why these aren't an adapter of a base of this shape, [out, in]."""
+    rows, columns = shape
+    r = down.shape[0]
+    if (
+        down.shape == (r, columns)
+        and up.shape == (rows, r)
+        and (shift is None or shift.shape == (rows,))
+        and rows * columns * r
+    ) or (gathers and any(map(is_flattened, (down, up)))):
         return ""
-    return f"{name} has shape {tuple(tensor.shape)}, not {expected}"
+    return (
+        _why_not_shape("its lora_A", down, (r, columns))
+        or _why_not_shape("its lora_B", up, (rows, r))
+        or ("" if shift is None else _why_not_shape("its lora_B's bias", shift, (rows,)))
+        or f"its base has shape {(rows, columns)}, and its rank is {r}"
+    )
+
+
+def _why_not_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str:
+    """PEFT may broadcast what doesn't fit, and where it can't, the error is its own."""
+    if tensor.shape == expected:
+        return ""
+    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected)}"
 
 
 def _why_hooked(module: nn.Module, name: str) -> str:
