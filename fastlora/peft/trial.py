@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..backends import use_backend
 from ..ops.autocast import autocast_off
+from . import moment
 from .versions import pass_verdict
 
 _IN, _OUT = 10, 7
@@ -59,11 +60,6 @@ def try_out() -> str:
     Whatever goes wrong is a disagreement too: an error, or a private module of PEFT's that moved.
     Returns why there can be no trial at this moment, and then no verdict is passed; "" usually.
     """
-    try:
-        from . import moment
-    except Exception as error:
-        pass_verdict(_failed("fastlora's own modules", error))
-        return ""
     reason = moment.why_not_here()
     if reason:
         return f"no self-check of this version of PEFT is possible now: {reason}"
