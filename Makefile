@@ -11,17 +11,17 @@ help: ## List the targets
 demo: .venv/demo ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
 	.venv/bin/python examples/finetune.py $(ARGS)
 
-test: .venv/test ## Run all tests (ARGS="-k dropout …")
-	.venv/bin/pytest $(ARGS)
+test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS="-n 0 --pdb …" in one)
+	.venv/bin/pytest -n 2 --dist worksteal $(ARGS)
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
 	.venv/bin/python -m tools.peft_suite.run $(ARGS)
 
-bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick …")
+bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick", "--base REF" …)
 	.venv/bin/pytest benchmarks $(ARGS)
 
 compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here, and read the code (ARGS="--target sm_90 …")
-	.venv/bin/python -m benchmarks.compile_report $(ARGS)
+	.venv/bin/python -m tools.compile_report $(ARGS)
 
 lint: .venv/dev ## Check format, style and types
 	.venv/bin/ruff format --check .

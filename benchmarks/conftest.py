@@ -1,24 +1,24 @@
-"""The suite's options, the list that gathers its rows, and the table that is printed last."""
+"""The options of ``pytest benchmarks``, the list of its rows, and the table at its end."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from .report import text
-from .results import describe_machine, missed, write_results
+from .cases import cpu_cases, gpu_cases
+from .compare import Pair, check_ref, pair_with
+from .report import heading, text
+from .results import FOLDER, describe_machine, results_path, write_results
 
 _ROWS = pytest.StashKey[list[dict]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastlora")
-    group.addoption(
-        "--save-results",
-        action="store_true",
-        help="write the rows to benchmarks/results/<device>/<date>.json",
-    )
-    group.addoption(
-        "--strict-targets", action="store_true", help="a missed time target fails its test"
-    )
+    option = parser.getgroup("fastlora").addoption
+    option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
+    option("--base", metavar="REF", help="compare fastlora with this commit's")
+    option("--save-results", action="store_true", help=f"write {FOLDER}/<device>/<date>.json")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,36 +26,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
     # pytest-benchmark's table repeats ours in absolute times: --benchmark-verbose shows it.
     config.option.benchmark_quiet = True
+    if config.option.device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU here")
+    if config.option.base is not None:
+        check_ref(config.option.base)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The quick rows run only when asked for: their times mean nothing beside the others."""
-    if "quick" not in config.option.keyword:
-        quick = [item for item in items if "quick" in item.name]
-        config.hook.pytest_deselected(items=quick)
-        items[:] = [item for item in items if item not in quick]
+    options = metafunc.config.option
+    cases = gpu_cases() if options.device == "cuda" else cpu_cases()
+    cases = [case for case in cases if not case.tiny or "quick" in options.keyword]
+    metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+@pytest.fixture(scope="session")
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair | None]:
+    """The two commits that ``--base`` compares.  Also after Ctrl-C nothing of them is left."""
+    options = request.config.option
+    with pair_with(options.base, options.device) if options.base else nullcontext() as found:
+        yield found
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, benchmark):
-    """Keep a row for the table and pytest-benchmark's JSON; fail if strict targets are missed."""
-
-    def keep(row: dict) -> None:
-        request.config.stash[_ROWS].append(row)
-        benchmark.extra_info.update(row)
-        if request.config.option.strict_targets and missed(row):
-            pytest.fail("; ".join(missed(row)), pytrace=False)
-
-    return keep
-
-
-@pytest.fixture
-def one_thread():
-    """torch on one thread, so that the process's CPU time is the caller's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def rows(request: pytest.FixtureRequest) -> list[dict]:
+    """For the table and the results file."""
+    return request.config.stash[_ROWS]
 
 
 @pytest.hookimpl(trylast=True)
@@ -63,17 +59,12 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     rows = config.stash[_ROWS]
     if not rows:
         return
-    machine = describe_machine()
-    terminalreporter.section(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-    )
+    machine = describe_machine(torch.device(config.option.device))
+    terminalreporter.section(heading(machine))
     terminalreporter.write_line(text(rows))
-    wrong = sum(bool(missed(row)) for row in rows)
-    with_target = sum(bool(row["targets"]) for row in rows)
-    terminalreporter.write_line(
-        f"\n{with_target - wrong} of {with_target} rows met all of their targets"
-    )
+    met = [all(each["met"] for each in row["targets"]) for row in rows if row["targets"]]
+    terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
     if config.option.save_results:
-        terminalreporter.write_line(
-            f"saved as {write_results(rows, config.invocation_params.args)}"
-        )
+        path = results_path(machine)
+        write_results(path, machine, config.invocation_params.args, rows)
+        terminalreporter.write_line(f"saved as {path}")

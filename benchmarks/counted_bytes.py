@@ -9,22 +9,22 @@ compare these statements with every load and store of the kernels.  torch's own 
 their arguments and result.  The peers' rows are the passes below, read from their sources.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import Projection
 from fastlora.backends import triton as backend
+from fastlora.backends.protocol import Settings
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
+from fastlora.projection import Adapter, Base, Output
 
 MIB = 2**20
 # Of torch's operations, those that move nothing.
-FREE = ("t", "permute", "transpose", "empty", "new_empty", "empty_like")
+FREE = ("t", "permute", "transpose", "split", "empty", "new_empty", "empty_like")
 
 
 @dataclass(frozen=True)
@@ -51,124 +51,96 @@ class Bytes:
 # A pass is one kernel: what it reads -> what it writes.  Capitals are weights; xd is the dropped
 # copy of x, dxd its gradient, and mask that of dropout; l = h B is the adapter's output; 32 marks
 # a float32 copy.  A name on both sides is read and written.
-FORWARD = ("x W -> y", "x A -> h", "y h B -> y")
+FORWARD = "x W -> y, x A -> h, y h B -> y"
 DROPOUT, DROPOUT_BACKWARD = "x -> xd mask", "dxd mask -> dxd"
-PEFT_BACKWARD = ("dy -> dl", "dl B -> dh", "dl h -> dB", "dh A -> dxd", "dh xd -> dA", "dy W -> dx")
-UNSLOTH_BACKWARD = (
-    *("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB"),
-    *("dy W -> dx", "dy B -> dh", "dx dh A -> dx"),
+PEFT_BACKWARD = "dy -> dl, dl B -> dh, dl h -> dB, dh A -> dxd, dh xd -> dA, dy W -> dx"
+ADAPTERS_FIRST = "dy B -> dh, x dh -> dA, x A -> h, h dy -> dB"
+PEFT = (
+    f"x W -> y, {DROPOUT}, xd A -> h, h B -> l, l -> l, y l -> y",
+    f"{PEFT_BACKWARD}, {DROPOUT_BACKWARD}, dx dxd -> dx",
 )
-AXOLOTL_BACKWARD = ("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB", "dy W -> dx")
-PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "floor: all inputs and results once": (
-        ("x W A B -> y",),
-        ("x dy W A B -> dx dA dB",),
-    ),
+# A row is the passes of a forward and of a backward, or the settings of fastlora's call.
+ROWS: dict[str, tuple[str, str] | dict] = {
+    "frozen layer, no adapter": ("x W -> y", "dy W -> dx"),
+    "floor: all inputs and results once": ("x W A B -> y", "x dy W A B -> dx dA dB"),
+    "fastlora, fused": {"plan": FUSED},
+    "fastlora, fused, dropout": {"plan": FUSED, "dropout": 0.1},
+    "fastlora, fused, float32 adapters, dropout": {
+        "plan": FUSED, "dropout": 0.1, "adapter_dtype": torch.float32,
+    },
+    "fastlora, in place, dropout": {"plan": IN_PLACE, "dropout": 0.1},
     "LoRAFusion, dropout": (
-        (DROPOUT, "xd A -> h", "x W h B -> y"),
-        (
-            *("-> dh32 dB32", "dy h B -> dh32 dB32", "dh32 -> dh", "dB32 -> dB"),
-            *("dh xd -> dA", "dy W dh A mask -> dx"),
-        ),
+        f"{DROPOUT}, xd A -> h, x W h B -> y",
+        "-> dh32 dB32, dy h B -> dh32 dB32, dh32 -> dh, dB32 -> dB, dh xd -> dA, "
+        "dy W dh A mask -> dx",
     ),
-    "Unsloth, no dropout": (FORWARD, UNSLOTH_BACKWARD),
-    "axolotl, no dropout": (FORWARD, (*AXOLOTL_BACKWARD, "dx dh A -> dx")),
+    "Unsloth, no dropout": (FORWARD, f"{ADAPTERS_FIRST}, dy W -> dx, dy B -> dh, dx dh A -> dx"),
+    "axolotl, no dropout": (FORWARD, f"{ADAPTERS_FIRST}, dy W -> dx, dx dh A -> dx"),
     "axolotl, dropout": (
-        (DROPOUT, "x W -> y", "xd A -> h", "y h B -> y"),
-        (*AXOLOTL_BACKWARD, "dh A -> dxd", "dxd -> dxd", DROPOUT_BACKWARD, "dx dxd -> dx"),
+        f"{DROPOUT}, x W -> y, xd A -> h, y h B -> y",
+        f"{ADAPTERS_FIRST}, dy W -> dx, dh A -> dxd, dxd -> dxd, {DROPOUT_BACKWARD}, dx dxd -> dx",
     ),
     "PEFT, no dropout": (
-        ("x W -> y", "x A -> h", "h B -> l", "l -> l", "y l -> y"),
-        (*PEFT_BACKWARD, "dx dxd -> dx"),
+        "x W -> y, x A -> h, h B -> l, l -> l, y l -> y",
+        f"{PEFT_BACKWARD}, dx dxd -> dx",
     ),
-    "PEFT, dropout": (
-        ("x W -> y", DROPOUT, "xd A -> h", "h B -> l", "l -> l", "y l -> y"),
-        (*PEFT_BACKWARD, DROPOUT_BACKWARD, "dx dxd -> dx"),
-    ),
+    "PEFT, dropout": PEFT,
     "PEFT, float32 adapters, dropout": (
-        (
-            *("x W -> y", "x -> x32", "x32 -> xd32 mask", "xd32 A32 -> h32", "h32 B32 -> l32"),
-            *("l32 -> l32", "y l32 -> y32", "y32 -> y"),
-        ),
-        (
-            *("dy -> dy32", "dy32 -> dy", "dy32 -> dl32", "dl32 B32 -> dh32", "dl32 h32 -> dB32"),
-            *("dh32 A32 -> dxd32", "dh32 xd32 -> dA32", "dxd32 mask -> dx32", "dx32 -> dxd"),
-            *("dy W -> dx", "dx dxd -> dx"),
-        ),
+        "x W -> y, x -> x32, x32 -> xd32 mask, xd32 A32 -> h32, h32 B32 -> l32, l32 -> l32, "
+        "y l32 -> y32, y32 -> y",
+        "dy -> dy32, dy32 -> dy, dy32 -> dl32, dl32 B32 -> dh32, dl32 h32 -> dB32, "
+        "dh32 A32 -> dxd32, dh32 xd32 -> dA32, dxd32 mask -> dx32, dx32 -> dxd, dy W -> dx, "
+        "dx dxd -> dx",
     ),
-}
-FROZEN = (("x W -> y",), ("dy W -> dx",))
+}  # fmt: skip
 
-# q, k and v: three weights of one x.
-GROUP = 3
-GROUP_FROZEN = (3 * ("x W -> y",), 3 * ("dy W -> dx",) + 2 * ("dx dx -> dx",))
-GROUP_PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+# q, k and v: three weights of one x, and two sums of dx.
+GROUP, SUMS = 3, " dx dx -> dx" * 2
+GROUP_ROWS: dict[str, tuple[str, str] | dict] = {
+    "frozen q, k, v": (GROUP * " x W -> y", GROUP * " dy W -> dx" + SUMS),
+    "fastlora q, k, v, fused, dropout": {"plan": FUSED, "dropout": 0.1, "projections": GROUP},
     "Unsloth q, k, v, no dropout": (
-        GROUP * FORWARD,
-        (
-            *GROUP * ("dy B -> dh", "x dh -> dA", "x A -> h", "h dy -> dB"),
-            *("dy W -> dx", "dy W dx -> dx", "dy W dx -> dx"),
-            *GROUP * ("dy B -> dh", "dx dh A -> dx"),
-        ),
+        GROUP * f" {FORWARD}",
+        GROUP * f" {ADAPTERS_FIRST}, dy B -> dh, dx dh A -> dx"
+        + " dy W -> dx, dy W dx -> dx, dy W dx -> dx",
     ),
-    "PEFT q, k, v, dropout": (
-        GROUP * PEERS["PEFT, dropout"][0],
-        GROUP * PEERS["PEFT, dropout"][1] + 2 * ("dx dx -> dx",),
-    ),
+    "PEFT q, k, v, dropout": (GROUP * f" {PEFT[0]}", GROUP * f" {PEFT[1]}" + SUMS),
 }
 
 
-def bytes_of_passes(passes: tuple[tuple[str, ...], tuple[str, ...]], shape: Shape) -> Bytes:
-    forward, backward = (
-        sum(_matrix(name, shape) for step in steps for name in step.replace("->", "").split())
-        for steps in passes
-    )
-    return Bytes(forward, backward)
-
-
-def _matrix(name: str, shape: Shape) -> int:
-    """Bytes of a matrix; a gradient has its tensor's shape."""
+def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
+    """A gradient has its tensor's shape."""
     M, N, K, r = shape.M, shape.N, shape.K, shape.r
-    if name == "mask":
-        return M * K
-    shapes = {
-        "x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r, "l": M * N,
-        "y": M * N,
-    }  # fmt: skip
-    return shapes[name.removesuffix("32").removeprefix("d")] * (4 if name.endswith("32") else 2)
+    counts = {"x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r}
+    counts |= {"l": M * N, "y": M * N}
+
+    def matrix(name: str) -> int:
+        size = 4 if name.endswith("32") else 2
+        return M * K if name == "mask" else counts[name.removesuffix("32").removeprefix("d")] * size
+
+    return Bytes(*(sum(map(matrix, re.findall(r"\w+", steps))) for steps in passes))
 
 
 def bytes_of_fastlora(
-    shape: Shape,
-    plan: Plan,
-    *,
-    dropout: float = 0.0,
-    projections: int = 1,
-    adapter_dtype: torch.dtype = torch.bfloat16,
-    target: str = "sm_90",
-) -> Bytes:
+    shape: Shape, plan: Plan, *, dropout: float = 0.0, projections: int = 1,
+    adapter_dtype: torch.dtype = torch.bfloat16, target: str = "sm_90",
+) -> Bytes:  # fmt: skip
     """A forward and a backward with gradients of x and of the adapters, as launched there."""
     with torch.device("meta"):
         x = torch.empty(shape.M, shape.K, dtype=torch.bfloat16)
         weight = torch.empty(shape.N, shape.K, dtype=torch.bfloat16)
         lora_a = torch.empty(shape.r, shape.K, dtype=adapter_dtype)
         lora_b = torch.empty(shape.N, shape.r, dtype=adapter_dtype)
-        seed = torch.empty(projections, dtype=torch.int64) if dropout else None
-    group = [Projection(weight, lora_a, lora_b, None, 1.0) for _ in range(projections)]
-    needs = [True] + [False, True, True, False] * projections
+        seeds = torch.empty(projections, dtype=torch.int64) if dropout else None
+    outputs = [Output(Base(weight), (Adapter(lora_a, lora_b),))] * projections
+    needs = [Output(Base(False, False), (Adapter(True, True),))] * projections
+    settings = Settings(dropout, seeds, backend)
     with use_target(TARGETS[target]), use_plan(plan):
-        with _counted() as forward:
-            ys, hs = backend.forward(x, group, dropout=dropout, seed=seed)
-        with _counted() as backward:
-            backend.backward(ys, x, group, hs, needs, dropout=dropout, seed=seed)
+        with _Counter() as forward, intercept(forward.add_launch):
+            ys, hs = backend.forward(x, outputs, settings)
+        with _Counter() as backward, intercept(backward.add_launch):
+            backend.backward(ys, x, outputs, hs, True, needs, settings)
     return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
-
-
-@contextmanager
-def _counted() -> Iterator["_Counter"]:
-    counter = _Counter()
-    with counter, intercept(counter.add_launch):
-        yield counter
 
 
 class _Counter(TorchDispatchMode):
@@ -195,28 +167,8 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def rows_of_one(shape: Shape) -> dict[str, Bytes]:
-    return {
-        "frozen layer, no adapter": bytes_of_passes(FROZEN, shape),
-        **{name: bytes_of_passes(PEERS[name], shape) for name in PEERS if "floor" in name},
-        "fastlora, fused": bytes_of_fastlora(shape, FUSED),
-        "fastlora, fused, dropout": bytes_of_fastlora(shape, FUSED, dropout=0.1),
-        "fastlora, fused, float32 adapters, dropout": bytes_of_fastlora(
-            shape, FUSED, dropout=0.1, adapter_dtype=torch.float32
-        ),
-        "fastlora, in place, dropout": bytes_of_fastlora(shape, IN_PLACE, dropout=0.1),
-        **{name: bytes_of_passes(PEERS[name], shape) for name in PEERS if "floor" not in name},
-    }
-
-
-def rows_of_group(shape: Shape) -> dict[str, Bytes]:
-    return {
-        "frozen q, k, v": bytes_of_passes(GROUP_FROZEN, shape),
-        "fastlora q, k, v, fused, dropout": bytes_of_fastlora(
-            shape, FUSED, dropout=0.1, projections=GROUP
-        ),
-        **{name: bytes_of_passes(passes, shape) for name, passes in GROUP_PEERS.items()},
-    }
+def counted(row: tuple[str, str] | dict, shape: Shape) -> Bytes:
+    return bytes_of_fastlora(shape, **row) if isinstance(row, dict) else bytes_of_passes(row, shape)
 
 
 def table() -> str:
@@ -225,9 +177,10 @@ def table() -> str:
         "| | forward, MiB | backward, MiB | of both, partial sums | both, × frozen |",
         "|---|---|---|---|---|",
     ]
-    for rows in (rows_of_one(Shape()), rows_of_group(Shape())):
-        frozen, *_ = rows.values()
-        for name, row in rows.items():
+    for rows in (ROWS, GROUP_ROWS):
+        found = {name: counted(row, Shape()) for name, row in rows.items()}
+        frozen = next(iter(found.values()))
+        for name, row in found.items():
             cells = [f"{count / MIB:.1f}" for count in (row.forward, row.backward)]
             cells += ["–" if row.partial is None else f"{row.partial / MIB:.1f}"]
             lines.append(f"| {name} | {' | '.join(cells)} | {row.both / frozen.both:.2f} |")

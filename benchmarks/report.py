@@ -7,118 +7,93 @@ Python alone, so that the file can be read where torch is not installed.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-_SHORT = {
-    "fastlora/frozen": "frozen",
-    "fastlora/peft": "PEFT",
-    "fastlora/fastlora, same dtype": "same dtype",
-}
-_QUANTITIES = {
-    "forward": "forward, train",
-    "inference": "forward, no_grad",
-    "both": "forward + backward",
+_SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
+_TITLES = {
+    "layers": "Medians of pairs, each over the first contestant's time in the same round; "
+    "quartiles of fastlora's. Kept for backward: x + what is added to it.",
+    "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
+    "else is the device's own time.",
+    "base": "This tree's fastlora over the base's.",
 }
 
-_LAYERS = (
-    "M x K x N, dtype, r, dropout",
-    "frozen ms",
-    "fastlora fwd",
-    "fwd+bwd",
-    "quartiles",
-    "PEFT fwd",
-    "fwd+bwd",
-    "quartiles",
-    "fastlora/PEFT",
-    "saved: fastlora",
-    "saved: PEFT",
-    "target",
-)
-_OVERHEAD = ("call", "frozen µs", "fastlora µs", "PEFT µs", "fastlora/PEFT", "quartiles", "target")
+
+Table = list[tuple[str, ...]]  # the head, and then the lines
 
 
 def text(rows: list[dict]) -> str:
     """Aligned columns for a terminal."""
-    return "\n\n".join(f"{title}\n\n{_align(table)}" for title, table in _tables(rows))
+    return "\n\n".join(f"{title}\n\n{align(table)}" for title, table in _tables(rows))
 
 
 def markdown(rows: list[dict], machine: dict) -> str:
     """Tables for a README, the machine first."""
-    instructions = [
-        name for key, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if machine[key]
+    tables = [f"{title}\n\n{pipes(table)}" for title, table in _tables(rows)]
+    return "\n\n".join([heading(machine), *tables])
+
+
+def heading(machine: dict) -> str:
+    bf16 = "AMX" if machine["amx_bf16"] else "AVX512" if machine["avx512_bf16"] else "no"
+    cpu = f"{machine['cpu']}, {machine['threads']} threads, {bf16} bfloat16 instructions"
+    versions = (f"{name} {machine[name]}" for name in ("torch", "peft", "python"))
+    return f"{machine.get('gpu', cpu)}; {', '.join(versions)}; {machine['date']}"
+
+
+def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
+    """Title and table of each that has any lines."""
+    tables = [(title, _times([r for r in rows if r["table"] == t])) for t, title in _TITLES.items()]
+    tests = [(row["id"], row["outcome"]) for row in rows if "outcome" in row]
+    failures = [
+        (f"{row['id']}, {name}", " ".join(why.split())[-200:])
+        for row in rows
+        for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
-    lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{' and '.join(instructions) or 'no bfloat16 instructions'}; torch {machine['torch']}, "
-        f"PEFT {machine['peft']}, Python {machine['python']}; {machine['date']}."
+    tables += [
+        ("The best tiles of each of a launcher's calls, and what they reach.", _tuned(rows)),
+        ("Tests on this device.", [("tests", "outcome"), *tests]),
+        ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
-    for title, table in _tables(rows):
-        head, *body = (f"| {' | '.join(cells)} |" for cells in table)
-        lines += ["", f"{title}", "", head, "|---" * len(table[0]) + "|", *body]
-    return "\n".join(lines)
+    return [(title, table) for title, table in tables if len(table) > 1]
 
 
-def _tables(rows: list[dict]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Title, and head and cells, of each table that has any rows."""
-    layers = [_layer_cells(row) for row in rows if row["table"] == "layers"]
-    optimized = [_layer_cells(row) for row in rows if row["table"] == "optimized"]
-    overhead = [
-        cells for row in rows if row["table"] == "overhead" for cells in _overhead_cells(row)
-    ]
-    tables = []
-    if layers:
-        title = (
-            "Time over the frozen layer's, medians of pairs (frozen ms: forward + backward). Saved "
-            "for backward: x + what is added to it. f32adapter: float32 adapters over bfloat16."
-        )
-        tables.append((title, [_LAYERS, *layers]))
-    if optimized:
-        title = "The same of PEFT's own layers; fastlora: after fastlora.optimize."
-        tables.append((title, [_LAYERS, *optimized]))
-    if overhead:
-        tables.append(
-            ("CPU time of one eager call of a tiny layer, one thread.", [_OVERHEAD, *overhead])
-        )
-    return tables
+def _times(rows: list[dict]) -> Table:
+    """A line for each quantity of each row, a column for each contestant."""
+    timed = [(row, quantity) for row in rows for quantity in row.get("ratios", ())]
+    seconds = [row["seconds"][quantity] for row, quantity in timed]
+    names = list(dict.fromkeys(name for each in seconds for name in list(each)[1:]))
+    kept = [name for name in ("fastlora", "peft") if any(row.get("saved") for row in rows)]
+    head = ["M x K x N, dtype, r, dropout", "time", *{f"{next(iter(each))} µs" for each in seconds}]
+    head += [*(_SHORT.get(name, name) for name in names), "quartiles"]
+    head += ["over PEFT"] * ("peft" in names)
+    lines = [(*head, *(f"{_SHORT.get(name, name)} keeps" for name in kept), "target")]
+    for row, quantity in timed:
+        first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
+        low, _, high = found[f"fastlora/{first}"]
+        line = [row["id"], quantity, f"{row['seconds'][quantity][first] * 1e6:.4g}"]
+        line += [*(_median(found, f"{name}/{first}") for name in names), f"{low:.2f}–{high:.2f}"]
+        line += [_median(found, "fastlora/peft")] * ("peft" in names)
+        for saved in (row["saved"].get(name) for name in kept):
+            line.append(f"{_bytes(saved['x'])} + {_bytes(saved['added'])}" if saved else "–")
+        line.append(", ".join(_verdict(t) for t in row["targets"] if t["quantity"] == quantity))
+        lines.append(tuple(line))
+    return lines
 
 
-def _layer_cells(row: dict) -> tuple[str, ...]:
-    forward, both, saved = row["ratios"]["forward"], row["ratios"]["both"], row["saved"]
-    return (
-        row["id"],
-        f"{row['seconds']['both']['frozen'] * 1e3:.3g}",
-        f"{forward['fastlora/frozen'][1]:.2f}",
-        f"{both['fastlora/frozen'][1]:.2f}",
-        _quartiles(both["fastlora/frozen"]),
-        f"{forward['peft/frozen'][1]:.2f}",
-        f"{both['peft/frozen'][1]:.2f}",
-        _quartiles(both["peft/frozen"]),
-        f"{both['fastlora/peft'][1]:.2f}",
-        _saved(saved["fastlora"]),
-        _saved(saved["peft"]),
-        _verdicts(row["targets"]),
-    )
+def _tuned(rows: list[dict]) -> Table:
+    lines = [("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")]
+    for row in (row for row in rows if "candidates" in row):
+        line = (row["id"], f"{row['tried']} of {row['candidates']}", row.get("best", "none ran"))
+        ratios = (_median(row, ratio) for ratio in ("default/best", "fused/in place"))
+        lines.append((*line, *ratios, *(str(row.get(rate, "–")) for rate in ("tflops", "gbs"))))
+    return lines
 
 
-def _overhead_cells(row: dict) -> list[tuple[str, ...]]:
-    return [
-        (
-            f"{row['id']}, {_QUANTITIES[quantity]}",
-            *(f"{seconds[name] * 1e6:.1f}" for name in ("frozen", "fastlora", "peft")),
-            f"{row['ratios'][quantity]['fastlora/peft'][1]:.2f}",
-            _quartiles(row["ratios"][quantity]["fastlora/peft"]),
-            _verdicts([target for target in row["targets"] if target["quantity"] == quantity]),
-        )
-        for quantity, seconds in row["seconds"].items()
-    ]
-
-
-def _quartiles(ratio: list[float]) -> str:
-    return f"{ratio[0]:.2f}–{ratio[2]:.2f}"
-
-
-def _saved(saved: dict) -> str:
-    return f"{_bytes(saved['x'])} + {_bytes(saved['added'])}"
+def _median(found: dict, ratio: str) -> str:
+    return f"{found[ratio][1]:.3f}" if ratio in found else "–"
 
 
 def _bytes(count: int) -> str:
@@ -128,43 +103,44 @@ def _bytes(count: int) -> str:
     return f"{count} B" if count else "0"
 
 
-def _verdicts(targets: list[dict]) -> str:
+def _verdict(target: dict) -> str:
     """``≤ 1.08 × frozen met``; a miss repeats the value, since rounding may hide by how little."""
-    verdicts = []
-    for target in targets:
-        verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
-        verdicts.append(f"≤ {target['limit']:g} × {_SHORT[target['ratio']]} {verdict}")
-    return ", ".join(verdicts)
+    verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
+    below = target["ratio"].split("/")[1]
+    return f"≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}"
 
 
-def _align(table: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in table
+def align(table: Sequence[tuple]) -> str:
+    """Columns of a common width."""
+    lines = [[str(cell) for cell in line] for line in table]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = "  ".join(f"{{:{width}}}" for width in widths)
+    return "\n".join(form.format(*line).rstrip() for line in lines)
+
+
+def pipes(table: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    head, *lines = (
+        "".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in table
     )
+    return "\n".join([head, "|---" * len(table[0]) + "|", *lines])
 
 
 def brief(rows: list[dict]) -> str:
     """The few columns that a README shows: forward + backward, and what waits for the backward."""
-    lines = [
-        "| M x K x N, dtype, r, dropout | frozen | fastlora | PEFT | fastlora keeps | PEFT keeps |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
+    lines = [("M x K x N, dtype, r, dropout", *heads)]
     for row in rows:
         both, saved = row["ratios"]["both"], row["saved"]
-        cells = (
-            row["id"],
-            "1",
-            *(f"{both[ratio][1]:.2f}" for ratio in ("fastlora/frozen", "peft/frozen")),
-            *(_bytes(saved[side]["x"] + saved[side]["added"]) for side in ("fastlora", "peft")),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ratios = [f"{both[f'{side}/frozen'][1]:.2f}" for side in ("fastlora", "peft")]
+        kept = [_bytes(saved[side]["x"] + saved[side]["added"]) for side in ("fastlora", "peft")]
+        lines.append((row["id"], "1", *ratios, *kept))
+    return pipes(lines)
 
 
-def demo(results: dict[str, dict]) -> str:
+def demo(report: dict) -> str:
     """The sides of ``make demo``, from its loss.json; each ratio is to PEFT."""
+    results, step_time = report["results"], report.get("step_time_over_peft")
     names = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
     rows = (
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
@@ -175,26 +151,30 @@ def demo(results: dict[str, dict]) -> str:
     )
     sides = [side for side in names if side in results]
     others = [side for side in sides if side != "PEFT"]
-    heads = [*(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others)]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]
     for title, value, form in rows:
         values = {side: value(results[side]) for side in sides}
         cells = [form.format(values[side]) for side in sides]
-        cells += [f"{values[side] / values['PEFT']:.2f}" for side in others]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        by_pairs = step_time and title.startswith("tokens")  # its ratio is a row of its own
+        cells += ["" if by_pairs else f"{values[side] / values['PEFT']:.2f}" for side in others]
+        lines.append((title, *cells))
+    if step_time:
+        title = "step time / PEFT's, median of pairs (quartiles)"
+        cells = [""] * len(sides)
+        for side in others:
+            low, high = step_time[side]["quartiles"]
+            cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
+        lines.append((title, *cells))
+    return pipes(lines)
 
 
 def main() -> None:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--brief"]
-    if not arguments:
-        sys.exit("usage: python benchmarks/report.py [--brief] RESULTS.json [PART OF AN ID ...]")
-    results = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    file, *parts = [argument for argument in sys.argv[1:] if argument != "--brief"]
+    results = json.loads(Path(file).read_text(encoding="utf-8"))
     if "rows" not in results:
-        print(demo(results["results"]))
+        print(demo(results))
         return
-    parts = arguments[1:] or [""]
-    rows = [row for row in results["rows"] if any(part in row["id"] for part in parts)]
+    rows = [row for row in results["rows"] if any(part in row["id"] for part in parts or [""])]
     print(brief(rows) if "--brief" in sys.argv else markdown(rows, results["machine"]))
 
 

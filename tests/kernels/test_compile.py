@@ -17,7 +17,6 @@ from fastlora.kernels.defaults import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-TENSOR_MEMORY = 512  # columns of a processor of sm_100
 
 
 def in_subprocess(*arguments: str) -> str:
@@ -36,7 +35,7 @@ def in_subprocess(*arguments: str) -> str:
 def rows(request, tmp_path_factory):
     """The report on one target."""
     path = tmp_path_factory.mktemp("compile") / "report.json"
-    report = ("-m", "benchmarks.compile_report", "--target", request.param, "--json", str(path))
+    report = ("-m", "tools.compile_report", "--target", request.param, "--json", str(path))
     in_subprocess(*report)
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
@@ -60,10 +59,6 @@ def test_shared_memory_is_within_the_estimate_and_the_limit(rows):
     assert not failing(
         rows, lambda row, code: code["shared_memory"] <= row["estimated"] <= row["limit"]
     )
-
-
-def test_tensor_memory_is_enough(rows):
-    assert not failing(rows, lambda row, code: code["tensor_memory"] <= TENSOR_MEMORY)
 
 
 def test_results_are_stored(rows):
@@ -107,17 +102,16 @@ def test_every_default_config_is_compiled(rows):
 
 
 def test_every_config_that_is_compiled_is_allowed(rows):
-    assert not failing(rows, lambda row, code: row["refused"] is None)
+    assert not failing(rows, lambda row, code: row["refused"] == "")
 
 
 def test_a_config_that_spills_is_seen_and_refused():
     script = (
-        "import json, dataclasses\n"
-        "from benchmarks import compile_report, compile_cases\n"
+        "import json\n"
+        "from tools.compile_report import __main__ as report, cases\n"
         "from fastlora.kernels import defaults\n"
         "defaults.why_not = lambda *_: ''  # which would keep it from being launched\n"
-        "rows = compile_report.rows_of(compile_cases.SPILLING)\n"
-        "print(json.dumps([dataclasses.asdict(row) for row in rows]))\n"
+        "print(json.dumps(report.rows_of(cases.SPILLING)))\n"
     )
     (row,) = json.loads(in_subprocess("-c", script))
     assert row["compiled"]["spills"] > 0

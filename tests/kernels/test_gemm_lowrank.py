@@ -17,12 +17,12 @@ from kernel_cases import (
     poisoned,
     processors,
     random,
-    recorded,
 )
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import gemm_lowrank
 from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.launch import recorded
 
 TILES = [(16, 16, 16), (32, 64, 32), (64, 32, 16)]
 SMALL = GemmConfig(16, 16, 16, warps=4, stages=2, group=3)

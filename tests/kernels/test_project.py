@@ -13,11 +13,11 @@ from kernel_cases import (
     keep_masks,
     processors,
     random,
-    recorded,
 )
 
 from fastlora.kernels import project
 from fastlora.kernels.config import ProjectConfig
+from fastlora.kernels.launch import recorded
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -14,12 +14,11 @@ from kernel_cases import (
     poisoned,
     processors,
     random,
-    recorded,
 )
 
 from fastlora.kernels import one_pass_pays, project, weight_grad
 from fastlora.kernels.config import WeightGradConfig
-from fastlora.kernels.launch import intercept
+from fastlora.kernels.launch import intercept, recorded
 from fastlora.kernels.target import TARGETS, use_target
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -9,7 +9,6 @@ from device import DEVICE
 from torch import Tensor
 
 from fastlora.backends.dropout import dropout_mask
-from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import target_of, use_target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -43,19 +42,6 @@ def keep_masks(seeds: Tensor | None, shape: tuple[int, int], p: float, count: in
     if seeds is None:
         return [torch.ones(shape, dtype=torch.bool, device=DEVICE)] * count
     return [dropout_mask(seed, shape, p) for seed in seeds]
-
-
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Everything that is launched in the block, which runs as usual."""
-    records: list[Launch] = []
-
-    def run(record: Launch) -> None:
-        records.append(record)
-        record.run()
-
-    with intercept(run):
-        yield records
 
 
 @contextmanager

@@ -1,0 +1,165 @@
+"""What is measured: every size, dtype, dropout and target comes from these tables."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+F32, BF16 = torch.float32, torch.bfloat16
+DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
+DROPOUTS = (0.0, 0.1)
+SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
+DECODE = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
+
+    ``table``: the row's place in the report, and who takes part (``contestants.py``).  ``kind`` of
+    PEFT's layers: lora, dora, or two-adapters, both active.
+    """
+
+    M: int
+    K: int
+    outputs: tuple[int, ...]
+    r: int = 16
+    dtype: torch.dtype = BF16
+    adapter_dtype: torch.dtype = BF16
+    dropout: float = 0.0
+    name: str = ""
+    table: str = "layers"
+    kind: str = "lora"
+
+    @property
+    def id(self) -> str:
+        parts = [self.name] * bool(self.name) + [self.kind] * (self.table == "optimized")
+        parts += [f"{self.M}x{self.K}x{'+'.join(map(str, self.outputs))}", DTYPE_NAMES[self.dtype]]
+        parts += ["f32adapter"] * self.mixed + [f"r{self.r}", f"p{self.dropout:g}"]
+        return "-".join(parts)
+
+    @property
+    def mixed(self) -> bool:
+        return self.adapter_dtype != self.dtype
+
+    @property
+    def decodes(self) -> bool:
+        """On a GPU few rows are inference, without gradients and in a CUDA graph as well."""
+        return self.table == "gpu" and self.M <= DECODE
+
+    @property
+    def tiny(self) -> bool:
+        """For the question whether everything works: its times mean nothing."""
+        return self.name.startswith("quick")
+
+    @property
+    def targets(self) -> list[tuple[str, str, float]]:
+        """Upper limits for medians: quantity ("forward", "both" …), ratio, limit."""
+        if self.tiny:
+            return []
+        if self.decodes:
+            return [("graph", "fastlora/merged", 1.03)]
+        if self.table == "gpu":
+            targets = [("wall", "fastlora/peft", 0.75)]
+            if self.M >= 4096 and self.r == 16:
+                square, group = self.outputs == (self.K,), len(self.outputs) > 1
+                limit = 1.15 if square else 1.10 if group else 1.08
+                targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
+            return targets
+        quantities = ("forward", "inference", "both") if self.table == "overhead" else ("both",)
+        targets = [(quantity, "fastlora/peft", 1.0) for quantity in quantities]
+        if self.table == "layers" and self.mixed:
+            targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
+        if self.id in _OVER_FROZEN:
+            targets.append(("both", "fastlora/frozen", _OVER_FROZEN[self.id]))
+        return targets
+
+
+_OVER_FROZEN = {
+    "2048x2048x2048-f32-r16-p0": 1.08,
+    "2048x2048x2048-f32-r16-p0.1": 1.25,
+    "2048x2048x2048-bf16-r16-p0": 1.25,
+    "2048x2048x2048-bf16-r16-p0.1": 1.9,
+    "4096x1024x1024-bf16-r16-p0": 1.45,
+    "4096x1024x1024-bf16-r16-p0.1": 2.4,
+}
+# From the models' config.json: tokens of a step; sizes of hidden, query, key (or value) and mlp.
+_MODELS = {
+    "gemma3-270m": (1024, 640, 1024, 256, 2048),
+    "qwen3-0.6b": (512, 1024, 2048, 1024, 3072),
+    "llama3.2-1b": (512, 2048, 2048, 512, 8192),
+}
+
+
+def cpu_cases() -> list[Case]:
+    cases = [*_layers("quick", 64, 48, (80,), (F32, BF16), r=8)]
+    cases += _layers("quick-qkv", 64, 48, (64, 32, 32), r=8)
+    squares = (2048, 2048), (4096, 1024), (512, 4096), (1, 1024), (1, 2048), (16, 1024), (16, 2048)
+    for M, size in squares:
+        cases += _layers("", M, size, (size,), (F32, BF16))
+    for name, (M, hidden, query, _, mlp) in _MODELS.items():
+        cases += _layers(f"{name}-q", M, hidden, (query,))
+        cases += _layers(f"{name}-up", M, hidden, (mlp,))
+        cases += _layers(f"{name}-down", M, mlp, (hidden,))
+    cases += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
+    cases += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+    for dropout in DROPOUTS:
+        cases += _optimized(dropout)
+    # A layer so small that only the cost of the call is left.
+    tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
+    return [*cases, tiny, replace(tiny, dropout=0.1)]
+
+
+def gpu_cases() -> list[Case]:
+    """In the order of importance, for the time of a visit may run out."""
+    layers = (
+        ("llama3-8b-q", 8192, 4096, (4096,)),
+        ("llama3-8b-qkv", 8192, 4096, (4096, 1024, 1024)),
+        ("llama3-8b-q", 16, 4096, (4096,)),
+        ("llama3-8b-gateup", 8192, 4096, (14336, 14336)),
+        ("llama3-8b-q", 1, 4096, (4096,)),
+        ("llama3-8b-q", 256, 4096, (4096,)),
+        ("llama3-8b-down", 8192, 14336, (4096,)),
+        ("llama3-8b-q", 8192, 4096, (4096,), 64),
+        ("gemma3-4b-qkv", 8192, 2560, (2048, 1024, 1024)),
+        ("llama3-8b-q", 8192, 4096, (4096,), 128),
+    )
+    return [case for layer in layers for case in _gpu(*layer)]
+
+
+def dry_cases() -> list[Case]:
+    """Those of a GPU, so small that the interpreter can run their kernels."""
+    return [
+        _gpu("quick-gpu", 34, 40, (48,), r=8)[1],
+        _gpu("quick-gpu-qkv", 34, 40, (48, 24), r=8)[0],
+        *_gpu("quick-gpu-decode", 2, 40, (48,), r=8),
+    ]
+
+
+def _layers(
+    name: str, M: int, K: int, outputs: tuple[int, ...], dtypes: Sequence[torch.dtype] = (BF16,),
+    r: int = 16,
+) -> Iterator[Case]:  # fmt: skip
+    for dtype in dtypes:
+        for adapter_dtype in dict.fromkeys((dtype, F32)):
+            for dropout in DROPOUTS:
+                yield Case(M, K, outputs, r, dtype, adapter_dtype, dropout, name)
+
+
+def _optimized(dropout: float) -> Iterator[Case]:
+    """PEFT's own: a block's q, k, v, gate and up projections; layers of the less usual kinds."""
+    shared = {"dropout": dropout, "table": "optimized"}
+    for kind in ("lora", "dora", "two-adapters"):
+        yield Case(64, 48, (32, 16), 8, BF16, F32, name="quick", kind=kind, **shared)
+    for name, (M, hidden, query, key, mlp) in _MODELS.items():
+        outputs = (query, key, key, mlp, mlp)
+        for adapter_dtype in (F32, BF16):
+            yield Case(M, hidden, outputs, 16, BF16, adapter_dtype, name=f"{name}-block", **shared)
+    for kind in ("dora", "two-adapters"):
+        for dtype in (F32, BF16):
+            yield Case(1024, 1024, (1024,), 16, dtype, F32, name="layer", kind=kind, **shared)
+
+
+def _gpu(name: str, M: int, K: int, outputs: tuple[int, ...], r: int = 16) -> list[Case]:
+    dropouts = DROPOUTS if M > DECODE else (0.0,)
+    return [Case(M, K, outputs, r, dropout=dropout, name=name, table="gpu") for dropout in dropouts]

@@ -1,0 +1,87 @@
+"""Clocks: marks in the course of a step, and the seconds between two of them."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+_AHEAD = 2_000_000  # cycles, about a millisecond: what the host needs to issue a step
+_CACHE = 256 * 2**20  # bytes, more than any L2
+
+
+class HostClock:
+    """``read`` is ``time.perf_counter``, or ``time.process_time`` for the caller's own work.
+
+    On a GPU a mark is when all that was issued is done.
+    """
+
+    def __init__(self, device: torch.device, read: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.read = device, read
+
+    def start(self) -> None:
+        """Before the first mark of a step."""
+
+    def mark(self) -> float:
+        wait_for(self.device)
+        return self.read()
+
+    def seconds(self, before: float, after: float) -> float:
+        return after - before
+
+
+class CudaClock:
+    """The device's time, by events, as ``triton.testing.do_bench`` takes it: with an empty L2.
+
+    The device waits before the first mark, so that the host issues the step ahead of it and its
+    gaps are not measured; the wall time of many steps is a quantity of its own (``measure.py``).
+    """
+
+    def __init__(self) -> None:
+        self.cache = torch.empty(_CACHE, dtype=torch.int8, device="cuda")
+
+    def start(self) -> None:
+        self.cache.zero_()
+        torch.cuda._sleep(_AHEAD)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, before: torch.cuda.Event, after: torch.cuda.Event) -> float:
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+
+Clock = HostClock | CudaClock
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else HostClock(device)
+
+
+def timed(clock: Clock, call: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of one call, of several in a row."""
+    clock.start()
+    start = clock.mark()
+    for _ in range(calls):
+        call()
+    return clock.seconds(start, clock.mark()) / calls
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything that was issued is done; a lost device raises here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def graph_of(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of this call; without a GPU the call itself."""
+    if not torch.cuda.is_available():
+        return call
+    call()  # compiles and allocates what a capture can't
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

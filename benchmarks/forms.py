@@ -1,0 +1,163 @@
+"""The launchers' calls that a layer is made of: operands, the call, and what it must give.
+
+====== ================================================= =============
+y      x weightᵀ + h lora_bᵀ (+ bias)                    gemm_lowrank
+y,h    the same, and h, in one launch: for few rows
+dx     Σ dy weight + keep ∘ (dh lora_a)
+y+ dx+ the low-rank term alone, added to what is there
+h      factor · (keep ∘ x) lora_aᵀ                       project
+dh     factor · dy lora_b
+dA     dhᵀ (keep ∘ x)                                    weight_grad
+dB     dyᵀ h
+dB,dh  the same, and dh, in one pass over dy
+====== ================================================= =============
+
+Tuning, the compile report and the tests of stated work make their calls here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlora.backends.dropout import dropout_mask
+from fastlora.kernels import gemm_lowrank, project, weight_grad
+from fastlora.kernels.config import Call, Config
+
+FACTOR = 2.0
+_KERNELS = {"y": "gemm_lowrank", "dx": "gemm_lowrank", "h": "project", "dh": "project"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One call.  ``columns`` of out for y and dx, of x or dy elsewhere; a rank for each projection.
+
+    ``depths``: the inner lengths of the base products, which y+ and dx+ have not.
+    """
+
+    name: str
+    M: int
+    columns: int
+    ranks: tuple[int, ...]
+    depths: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype = torch.float32
+    dropout: float = 0.0
+    bias: bool = False
+    precision: str = "ieee"
+
+    @property
+    def kernel(self) -> str:
+        return _KERNELS.get(self.name.split(",")[0].rstrip("+"), "weight_grad")
+
+    @property
+    def also(self) -> bool:
+        """Whether the launch makes h or dh as well."""
+        return "," in self.name
+
+    @property
+    def call(self) -> Call:
+        """What a choice of tiles depends on, as the launcher would say it."""
+        alone, size = self.name.endswith("+"), self.dtype.itemsize
+        return Call(
+            self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
+            self.dropout > 0, project=self.also, alone=alone,
+            pointers=alone or any(each * size % 16 for each in (self.columns, *self.depths)),
+        )  # fmt: skip
+
+    @property
+    def id(self) -> str:
+        words = [self.name, f"m{self.M}", f"n{self.columns}"]
+        words += [f"k{'+'.join(map(str, self.depths))}"] * bool(self.depths)
+        words += [f"r{'+'.join(map(str, self.ranks))}", "masked" * (self.dropout > 0)]
+        return " ".join(filter(None, words))
+
+
+class Operands:
+    """The tensors of a form's call."""
+
+    def __init__(self, form: Form, device: torch.device | str) -> None:
+        self.form, self.device = form, device
+        M, N, ranks = form.M, form.columns, form.ranks
+        self.seeds = torch.arange(len(ranks), device=device) if form.dropout else None
+        self.bias = self._random(N) if form.bias else None
+        self.us = [self._random(M, r) for r in ranks]  # h, or every dh
+        if form.kernel == "gemm_lowrank":
+            self.out = self._random(M, N)
+            self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
+            self.qs = [self._factor(depth, form.dtype) for depth in form.depths]
+            self.vs = [self._factor(r, form.adapter_dtype) for r in ranks]
+            self.a = self._adapter(ranks[0], form.depths[0]).T if form.also else None
+            return
+        self.v = self._random(M, N)  # x or dy
+        self.b = self._adapter(N, ranks[0]) if form.also else None
+        # [N, r]: factors of h and dh, results of the others.
+        lies = form.name in ("h", "dA")
+        self.adapters = [self._adapter(r, N).T if lies else self._adapter(N, r) for r in ranks]
+
+    def tensors(self) -> list[Tensor]:
+        """All that come in or are asked for."""
+        lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
+        return [each for found in lists for each in found if isinstance(each, Tensor)]
+
+    def run(self, config: Config | None = None) -> list[Tensor]:
+        """Launch it; what it gives."""
+        form = self.form
+        shared = {"precision": form.precision, "config": config}
+        shared |= {"dropout": form.dropout, "seeds": self.seeds}
+        if form.kernel == "project":
+            return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared)
+        if form.kernel == "weight_grad":
+            product = weight_grad(self.v, self.us, self.adapters, b=self.b, factor=FACTOR, **shared)
+            return [*self.adapters, *([] if product is None else [product])]
+        operands = (self.out, self.ps, self.qs, self.us, self.vs)
+        added = {"bias": self.bias, "add": not self.ps, "a": self.a, "factor": FACTOR}
+        gemm_lowrank(*operands, **added, **shared)
+        return [self.out, *(self.us if form.also else [])]
+
+    def run_in_place(self) -> Tensor:
+        """The same of y and dx by torch's product, the adapter added after."""
+        us, shared = self.us, {"precision": self.form.precision}
+        if self.a is not None:
+            us = project(self.ps[0], [self.a], [FACTOR], **shared)
+        for i, (p, q) in enumerate(zip(self.ps, self.qs, strict=True)):
+            torch.addmm(self.out, p, q, beta=float(i > 0), out=self.out)
+        shared |= {"dropout": self.form.dropout, "seeds": self.seeds}
+        gemm_lowrank(self.out, [], [], us, self.vs, bias=self.bias, add=True, **shared)
+        return self.out
+
+    def truth(self) -> list[Tensor]:
+        """What :meth:`run` must give, in float64; of y+ and dx+ without what is there already."""
+        form, us = self.form, [u.double() for u in self.us]
+        if form.kernel == "project":
+            parts = enumerate(self.adapters)
+            return [FACTOR * self._kept(self.v.double(), i) @ a.double() for i, a in parts]
+        if form.kernel == "weight_grad":
+            v = self.v.double()
+            product = [] if self.b is None else [FACTOR * v @ self.b.double()]
+            return [self._kept(v, i).T @ u for i, u in enumerate(us)] + product
+        if self.a is not None:
+            us = [FACTOR * self.ps[0].double() @ self.a.double()]
+        base = [p.double() @ q.double() for p, q in zip(self.ps, self.qs, strict=True)]
+        pairs = enumerate(zip(us, self.vs, strict=True))
+        low_rank = [self._kept(u @ v.double(), i) for i, (u, v) in pairs]
+        out = sum(base + low_rank) + (0 if self.bias is None else self.bias.double())
+        return [out, *(us if form.also else [])]
+
+    def _kept(self, product: Tensor, i: int) -> Tensor:
+        if self.seeds is None:
+            return product
+        return product * dropout_mask(self.seeds[i], tuple(product.shape), self.form.dropout)
+
+    def _random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        random = torch.randn(shape, device=self.device)
+        return random.mul_(shape[-1] ** -0.25).to(dtype or self.form.dtype)
+
+    def _adapter(self, *shape: int) -> Tensor:
+        return self._random(*shape, dtype=self.form.adapter_dtype)
+
+    def _factor(self, depth: int, dtype: torch.dtype) -> Tensor:
+        """[depth, columns]; the weights of y lie the other way round."""
+        if self.form.name.startswith("y"):
+            return self._random(self.form.columns, depth, dtype=dtype).T
+        return self._random(depth, self.form.columns, dtype=dtype)

@@ -1,0 +1,145 @@
+"""What is judged before any time: results, by the float64 oracle, and bytes kept for backward."""
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+import fastlora
+
+from .cases import Case
+from .contestants import SCALE, Contestant, Maker, Tensors, peft_layer
+
+# Of the largest error over the largest value, and of the norms.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+_SEED = 1234
+
+
+class Judge:
+    """Judges the contestants of a case; each truth is computed once.
+
+    ``known_masks``: this commit's own fastlora takes part, whose dropout masks can be made again.
+    """
+
+    def __init__(self, case: Case, tensors: Tensors, known_masks: bool = True) -> None:
+        self.case, self.tensors, self.known_masks = case, tensors, known_masks
+        self.shared_masks: Callable[[nn.Module], AbstractContextManager] = nullcontext
+        if case.table == "optimized":  # PEFT's own dropout is made to drop what fastlora drops
+            from fastlora.peft.masks import shared_masks
+
+            self.shared_masks = shared_masks
+        self._truths: dict[tuple[bool, float], list[Tensor]] = {}
+
+    def error(self, name: str, make: Maker, backward: bool = True) -> float:
+        """The worst of outputs and gradients; AssertionError beyond tolerance."""
+        dropout = self.case.dropout
+        contestant = make(self.case, self.tensors, dropout)
+        if not self.known_masks or (contestant.own_mask and self.case.table != "optimized"):
+            dropout = 0.0
+            contestant = make(self.case, self.tensors, dropout)
+        with contestant.chosen(), self.shared_masks(contestant.module):
+            found = results(contestant, self.tensors, backward)
+        key = (name == "frozen", dropout)
+        if key not in self._truths:
+            self._truths[key] = self._truth(*key)
+        # An inference has outputs alone, and the frozen layer no adapter.
+        return checked(zip(found, self._truths[key], strict=False), self.case.dtype)
+
+    def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
+        """Outputs, and gradients of x and of every adapter."""
+        wide = widened(self.tensors)
+        if self.case.table == "optimized" and not frozen:
+            module = copy.deepcopy(peft_layer()(self.case, self.tensors, dropout).module).double()
+            with self.shared_masks(module):
+                return results(Contestant(module), wide)
+        pairs = wide.adapters[torch.float64][: len(wide.weights)]
+        projections = [
+            fastlora.Projection(weight, a, b, None, 0.0 if frozen else SCALE)
+            for weight, (a, b) in zip(wide.weights, pairs, strict=True)
+        ]
+        masks = self._masks(wide.x, dropout) if dropout > 0 else None
+        ys = fastlora.reference.lora_linears(wide.x, projections, dropout=dropout, masks=masks)
+        leaves = [wide.x] if frozen else [wide.x, *chain(*pairs)]
+        gradients = torch.autograd.grad(ys, leaves, wide.dys)
+        return [*(y.detach() for y in ys), *gradients]
+
+    def _masks(self, x: Tensor, dropout: float) -> list[Tensor]:
+        """Those that fastlora draws from the judge's random state."""
+        from fastlora.backends.dropout import dropout_mask
+        from fastlora.ops.functional import draw_seed
+
+        torch.manual_seed(_SEED)
+        seeds = draw_seed(len(self.case.outputs), x.device)
+        return [dropout_mask(seed, tuple(x.shape), dropout) for seed in seeds]
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """The same values in float64."""
+
+    def wide(tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor.detach().double(), requires_grad=tensor.requires_grad)
+
+    pairs = [(wide(a), wide(b)) for a, b in tensors.adapters[torch.float32]]
+    dys, weights = (tuple(map(wide, each)) for each in (tensors.dys, tensors.weights))
+    return Tensors(wide(tensors.x), dys, weights, {torch.float64: pairs})
+
+
+def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> list[Tensor]:
+    """Outputs, and gradients of x and of the adapter, from a random state of their own."""
+    torch.manual_seed(_SEED)
+    with torch.set_grad_enabled(backward):
+        ys = contestant.module(tensors.x)
+    ys = (ys,) if isinstance(ys, Tensor) else ys
+    if not backward:
+        return list(ys)
+    gradients = torch.autograd.grad(ys, [tensors.x, *contestant.adapter], tensors.dys)
+    return [*(y.detach() for y in ys), *gradients]
+
+
+def checked(pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
+    """The worst error of results and their truths; AssertionError beyond tolerance.
+
+    Of each pair the worse of largest difference over largest value, and ratio of norms.
+    """
+    worst = 0.0
+    for got, want in pairs:
+        difference = got.double() - want
+        for each in (difference.abs().max() / want.abs().max(), difference.norm() / want.norm()):
+            worst = each.item() if not each <= worst else worst  # also if it is NaN
+            if not worst <= TOLERANCE[dtype]:
+                raise AssertionError(f"{worst:.2g} from the oracle, beyond {TOLERANCE[dtype]:.2g}")
+    return worst
+
+
+def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int]:
+    """Bytes that the forward keeps for backward: x itself, and what is added to it.
+
+    Whole storages are counted, each once, since that is what stays in memory; parameters are not.
+    """
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with contestant.chosen(), hooks:
+        ys = contestant.module(tensors.x)
+    for parameter in contestant.module.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    x = kept.pop(tensors.x.untyped_storage().data_ptr(), None)
+    added = sum(storage.nbytes() for storage in kept.values())
+    del ys
+    return {"x": 0 if x is None else x.nbytes(), "added": added}
+
+
+def check_kept(case: Case, kept: dict[str, int]) -> None:
+    """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed."""
+    n = len(case.outputs)
+    allowed = n * case.M * case.r * case.dtype.itemsize + (8 * n if case.dropout else 0)
+    if kept["added"] > allowed:
+        raise AssertionError(f"keeps {kept['added']} bytes beside x, but h and seeds are {allowed}")

@@ -1,0 +1,195 @@
+"""One row: the contestants of a case, judged first, then timed in shared rounds.
+
+An absolute time says nothing on a shared machine, so every time is a ratio, taken in pairs: a
+round runs all contestants in turn and gives one ratio of each two; reported are the quartiles.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
+from .contestants import Contestant, Maker, Tensors, make_tensors, makers_for
+from .judge import Judge, check_kept, kept_for_backward
+from .tree import last_error
+
+Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
+_LEAST, _MOST = 7, 300  # rounds
+
+
+class Rounds:
+    """Runs a turn of every contestant a round, and keeps the times.
+
+    A turn is a step that is not timed and then one that is, so that every timed step finds the
+    caches and the heap as its own kind leaves them.  Without that, whoever comes after PEFT pays
+    for what PEFT left: of two equal frozen layers the second took 0.85 of the first one's time
+    (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
+
+    The last contestant is the subject: its timed step stands alone, for pytest-benchmark to watch.
+    """
+
+    def __init__(self, steps: dict[str, Step]) -> None:
+        self.steps = steps
+        self.times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+        *self.before, self.subject = steps
+
+    def run_others(self) -> None:
+        for name in self.before:
+            self.steps[name]()
+            self.times[name].append(self.steps[name]())
+        self.steps[self.subject]()
+
+    def run_subject(self) -> None:
+        self.times[self.subject].append(self.steps[self.subject]())
+
+    def count(self, seconds: float) -> int:
+        """How many rounds fit, after a warm-up."""
+        for _ in range(2):
+            start = time.perf_counter()
+            for step in self.steps.values():
+                step()
+            round_seconds = 2 * (time.perf_counter() - start)
+        return min(max(int(seconds / round_seconds), _LEAST), _MOST)
+
+    def summary(self) -> dict:
+        """Median seconds of each contestant; quartiles of the ratios of each two that matter."""
+        first, *others = self.times
+        pairs = [(name, first) for name in others]
+        pairs += [(self.subject, name) for name in others if name != self.subject]
+        seconds, found = {}, {}
+        for quantity in self.times[self.subject][0]:
+            of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
+            seconds[quantity] = {name: digits(statistics.median(each)) for name, each in of.items()}
+            found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
+        return {"rounds": len(self.times[self.subject]), "seconds": seconds, "ratios": found}
+
+
+def measure(
+    case: Case, device: torch.device, run: Callable[[Rounds], None],
+    makers: dict[str, Maker] | None = None,
+) -> dict:  # fmt: skip
+    """A row.  ``run`` runs the rounds.
+
+    A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
+    """
+    tensors, clock = make_tensors(case, device), clock_for(device)
+    judge = Judge(case, tensors)
+    steps: dict[str, Step] = {}
+    known: dict[str, dict] = {"errors": {}, "saved": {}, "failures": {}, "skipped": {}}
+    with threads_for(case):
+        for name, make in (makers or makers_for(case)).items():
+            print(f"{case.id}: {name}", file=sys.stderr)  # the last words of a process that dies
+            try:
+                worst = judge.error(name, make, backward=not case.decodes)
+                contestant = make(case, tensors, case.dropout)
+                if not case.decodes:
+                    known["saved"][name] = kept = kept_for_backward(contestant, tensors)
+                    if name == "fastlora" and case.table != "optimized":
+                        check_kept(case, kept)
+                step = step_of(case, contestant, tensors, clock)
+                step()
+                wait_for(device)
+                known["errors"][name], steps[name] = digits(worst), step
+            except ModuleNotFoundError as reason:  # nothing is wrong
+                known["skipped"][name] = str(reason)
+            except Exception:
+                known["failures"][name] = last_error()
+                wait_for(device)  # if the device is lost, nobody else can run
+        summary = {}
+        if {"frozen", "fastlora"} <= set(steps):
+            rounds = Rounds(steps)
+            run(rounds)
+            summary = rounds.summary()
+    return row_of(case, summary, **known)
+
+
+def row_of(case: Case, summary: dict, **known: dict) -> dict:
+    """Plain data for JSON, with each target that was measured.
+
+    Without a summary nothing was timed, and ``failures`` say why.
+    """
+    row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
+    row |= {**summary, "targets": []}
+    for quantity, ratio, limit in case.targets:
+        if ratio in row["ratios"].get(quantity, ()):
+            value = row["ratios"][quantity][ratio][1]
+            target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
+            row["targets"].append(target | {"met": value <= limit})
+    return row
+
+
+def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
+    """All that is timed of a contestant, one quantity after the other."""
+    module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
+    dys = tensors.dys if len(tensors.dys) > 1 else tensors.dys[0]
+
+    def inference() -> object:
+        with torch.no_grad():
+            return module(x)
+
+    def train(mark: Callable[[], Any] = lambda: None) -> list:
+        """Forward, backward and the release of what they made, which is part of the price."""
+        marks = [mark()]
+        ys = module(x)
+        marks.append(mark())
+        torch.autograd.backward(ys, dys)
+        del ys
+        for leaf in leaves:
+            leaf.grad = None
+        return [*marks, mark()]
+
+    # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
+    calls: list[tuple[str, Clock, Callable[[], object], int]] = []
+    wall = HostClock(x.device)
+    if case.table == "overhead":
+        own = HostClock(x.device, time.process_time)
+        named = {"forward": lambda: module(x), "inference": inference, "both": train}
+        calls += [(quantity, own, call, 200) for quantity, call in named.items()]
+    elif case.decodes:
+        with contestant.chosen():
+            calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
+        calls.append(("wall", wall, inference, 20))
+    elif case.table == "gpu":
+        calls.append(("wall", wall, train, 20))
+
+    def step() -> dict[str, float]:
+        seconds = {}
+        with contestant.chosen():
+            if not case.decodes and case.table != "overhead":
+                clock.start()
+                start, middle, end = train(clock.mark)
+                seconds["forward"] = clock.seconds(start, middle)
+                seconds["both"] = clock.seconds(start, end)
+            for quantity, its_clock, call, count in calls:
+                seconds[quantity] = timed(its_clock, call, 1 if case.tiny else count)
+        return seconds
+
+    return step
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the pairs."""
+    pairs = [a / b for a, b in zip(above, below, strict=True)]
+    pairs *= 1 + (len(pairs) == 1)
+    return [digits(each) for each in statistics.quantiles(pairs, n=4, method="inclusive")]
+
+
+def digits(value: float) -> float:
+    """Five significant ones: no time here is known better."""
+    return float(f"{value:.5g}")
+
+
+@contextmanager
+def threads_for(case: Case) -> Iterator[None]:
+    """One thread where CPU time is the caller's, or where others would only be waited for."""
+    before = torch.get_num_threads()
+    if case.tiny or case.table == "overhead":
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,123 @@
+"""Where fastlora is imported from, a plain folder or another commit's, and processes that do so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from threading import Timer
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+
+
+class _Tree(MetaPathFinder):
+    """Finds fastlora in a folder; the benchmarks are always these here.
+
+    ``sys.path`` could not: kernels/ is installed as fastlora.kernels (setup.py), and under its own
+    name it would hide Hugging Face's package ``kernels``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folders = {
+            "fastlora": root / "fastlora",
+            "fastlora.kernels": root / "kernels",
+            "benchmarks": BENCHMARKS,
+        }
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: object = None
+    ) -> ModuleSpec | None:
+        folder = self.folders.get(name)
+        return None if folder is None else spec_from_file_location(name, folder / "__init__.py")
+
+
+def import_from(root: Path = ROOT) -> None:
+    """From now on ``import fastlora`` and ``import benchmarks`` find this folder's.
+
+    A script's folder leaves the path, where its ``report`` or ``judge`` could be taken for others.
+    """
+    sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
+    sys.meta_path.insert(0, _Tree(root))
+
+
+class Worker:
+    """A process with the fastlora of a folder.  It answers what is asked of a module's ``Served``:
+
+    a request is a line of JSON with the name of a method and its arguments, an answer another.
+    After a request that failed the next one has a new process.
+    """
+
+    def __init__(
+        self, root: Path, module: str, device: str, environment: dict[str, str] | None = None
+    ) -> None:
+        self.command = [sys.executable, str(BENCHMARKS / "tree.py"), str(root), module, device]
+        self.root, self.environment = root, environment
+        self.process: subprocess.Popen | None = None
+
+    def ask(self, *request: str, seconds: float = 600.0) -> dict:
+        """The answer; a RuntimeError with what was printed if there is none in time."""
+        process = self.process = self.process or self._start()
+        timer = Timer(seconds, process.kill)
+        timer.daemon = True
+        timer.start()
+        with suppress(BrokenPipeError):  # what was printed says why
+            print(json.dumps(request), file=process.stdin, flush=True)
+        line = process.stdout.readline()
+        timer.cancel()
+        ended = None if line else f"the process ended with {process.wait()}"
+        answer = json.loads(line) if line else {"failed": ended}
+        if "failed" in answer:
+            self.close()
+            self.log.seek(0)
+            raise RuntimeError(f"{self.log.read()[-1500:]}\n{answer['failed']}".strip())
+        return answer
+
+    def _start(self) -> subprocess.Popen:
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        return subprocess.Popen(
+            self.command, cwd=self.root, env=self.environment, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.log,
+            start_new_session=True,  # a Ctrl-C is this process's business
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """With all processes that it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
+
+
+def serve(served: object) -> None:
+    """A worker's side.  Standard output is for answers: what libraries print goes to the log."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            name, *arguments = json.loads(line)
+            try:
+                answer = getattr(served, name)(*arguments)
+            except Exception:
+                answer = {"failed": last_error()}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def last_error() -> str:
+    """Of an except clause: kind, text and place, cut where a compiler is verbose."""
+    return traceback.format_exc(limit=-1)[-1500:]
+
+
+if __name__ in ("__main__", "__mp_main__"):  # python tree.py ROOT MODULE DEVICE; its processes
+    import_from(Path(sys.argv[1]))
+if __name__ == "__main__":
+    serve(import_module(sys.argv[2]).Served(sys.argv[3]))

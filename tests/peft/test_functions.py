@@ -1,0 +1,308 @@
+"""PEFT's and torch's own functions on an optimised model: they give, write and raise what they do
+on PEFT's."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from models import tiny_llama
+from peft.helpers import rescale_adapter_scale
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft_models import (
+    KINDS,
+    ROUNDING,
+    VOCABULARY,
+    adapted,
+    assert_same,
+    gradients,
+    inputs,
+    mlp,
+    other_config,
+    run_both,
+    up,
+    write_adapter,
+)
+
+# Each of these takes a PEFT model, does something with it, and returns what came out.
+
+
+def disable(model):
+    with model.disable_adapter():
+        disabled = model(inputs())
+    return disabled, model(inputs())
+
+
+def enable_and_disable_layers(model):
+    model.base_model.disable_adapter_layers()
+    disabled = model(inputs())
+    model.base_model.enable_adapter_layers()
+    return disabled, model(inputs())
+
+
+def add_set_delete(model):
+    """A second adapter beside the first, in its place, both at once, and alone."""
+    model.add_adapter("b", other_config(init_lora_weights="gaussian"))
+    outputs = [model(inputs())]
+    model.set_adapter("b")
+    outputs += [model(inputs()), gradients(model)]
+    model.base_model.set_adapter(["default", "b"])
+    outputs += [model(inputs()), gradients(model)]
+    model.delete_adapter("default")
+    return [*outputs, model(inputs()), model.active_adapters, list(model.state_dict())]
+
+
+def delete_the_last(model):
+    model(inputs())
+    model.delete_adapter("default")
+    return up(model)(inputs())
+
+
+def merge_and_unmerge(model):
+    outputs = [model(inputs())]
+    model.merge_adapter()
+    outputs += [model(inputs()), up(model).base_layer.weight.clone()]
+    model.unmerge_adapter()
+    return [*outputs, model(inputs()), up(model).base_layer.weight]
+
+
+def disable_while_merged(model):
+    """PEFT unmerges in the forward of a disabled layer."""
+    model.merge_adapter(safe_merge=True)
+    with model.disable_adapter():
+        disabled = model(inputs())
+    return disabled, model(inputs()), up(model).merged_adapters
+
+
+def weighted(model):
+    """Adapters combined to a new one, by every kind that needs no random numbers."""
+    model.add_adapter("b", other_config(r=4, init_lora_weights="gaussian"))
+    outputs = []
+    for kind in ("linear", "cat", "svd", "ties", "magnitude_prune"):
+        model.add_weighted_adapter(
+            ["default", "b"], [0.3, 0.7], adapter_name=kind, combination_type=kind, density=0.5
+        )
+        model.set_adapter(kind)
+        outputs.append(model(inputs()))
+    return outputs
+
+
+def rescale(model):
+    """Every way to change a scaling between calls."""
+    layer = up(model)
+    outputs = [model(inputs())]
+    layer.set_scale("default", 3.0)
+    outputs.append(model(inputs()))
+    layer.scale_layer(0.5)
+    outputs.append(model(inputs()))
+    layer.unscale_layer(0.5)
+    outputs.append(model(inputs()))
+    layer.unscale_layer()
+    with rescale_adapter_scale(model, 0.25):
+        outputs.append(model(inputs()))
+    return [*outputs, model(inputs())]
+
+
+def read_and_set_state(model):
+    state = peft.get_peft_model_state_dict(model)
+    peft.set_peft_model_state_dict(model, {name: value * 2 for name, value in state.items()})
+    status = model.get_model_status(), model.get_layer_status()
+    return list(state), list(model.state_dict()), [repr(s) for s in status], model(inputs())
+
+
+def convert(model):
+    """Other dtypes, and back."""
+    outputs = [model(inputs())]
+    model.bfloat16()
+    outputs.append(up(model)(inputs().bfloat16()).dtype)
+    return [*outputs, model.double()(inputs())]
+
+
+def freeze(model):
+    """Each adapter's tensor alone, then none."""
+    found = []
+    for kept in ("lora_A", "lora_B", "base_layer.bias", "base_layer.weight"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(kept in name)
+        found.append(gradients(model))
+    model.requires_grad_(False)
+    return found, model(inputs()).requires_grad
+
+
+def step_lora_plus(model):
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=4)
+    model(inputs()).sum().backward()
+    optimizer.step()
+    return model(inputs())
+
+
+def step_lora_fa(model):
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=0.1)
+    model(inputs()).sum().backward()
+    optimizer.step()
+    return model(inputs())
+
+
+def copies_of(model):
+    """Copies by all means, each used once; the original is used last."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [
+        torch.load(file, weights_only=False),
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        copy.copy(model),
+        model,
+    ]
+    assert len({type(up(each)) for each in copies}) == 1
+    return [gradients(each) for each in copies]
+
+
+def functional_call(model):
+    tensors = {name: value.detach() * 1.5 for name, value in model.state_dict().items()}
+    return torch.func.functional_call(model, tensors, (inputs(),))
+
+
+def change_in_place(model):
+    """A layer's output is changed in place by what follows, and so is its input's source."""
+    x = inputs().requires_grad_()
+    y = up(model)(x * 1)
+    y.mul_(2).relu_()
+    y.sum().backward()
+    return y, x.grad, up(model).lora_A["default"].weight.grad
+
+
+def backward_twice(model):
+    loss = model(inputs()).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return up(model).lora_A["default"].weight.grad
+
+
+def gradient_penalty(model):
+    """A gradient of a gradient."""
+    x = inputs().requires_grad_()
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+def jacobian(vectorize):
+    def call(model):
+        x = inputs()[0]
+        return torch.autograd.functional.jacobian(model, x, vectorize=vectorize)
+
+    return call
+
+
+def tensor_hooks(model):
+    seen = []
+    weight = up(model).lora_A["default"].weight
+    weight.register_hook(lambda gradient: seen.append(gradient.clone()) or gradient * 2)
+    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    model(inputs()).sum().backward()
+    return seen
+
+
+def hooks_on_the_layer(model):
+    seen = []
+    up(model).register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+    up(model).register_forward_hook(lambda layer, args, y: seen.append(y) or y + 1)
+    up(model).register_full_backward_hook(lambda layer, dx, dy: seen.extend([*dx, *dy]))
+    return gradients(model), seen
+
+
+def odd_inputs(model):
+    """No rows, one row, no leading dimension, and strides of all kinds."""
+    x = inputs()
+    shapes = (x[:0], x[:, :0], x[:1, :1], x[0, 0], x.transpose(0, 1), x[:, :1].expand(3, 4, 8))
+    outputs = [up(model)(each) for each in (*shapes, x[0, :, 0].expand(8, 5).T, x[0, :, ::1])]
+    return outputs, [y.stride() for y in outputs], [y.is_contiguous() for y in outputs]
+
+
+def load_again(model):
+    """PeftModel.from_pretrained, load_adapter, and with empty tensors first."""
+    before = model(inputs())
+    folder = write_adapter(Path(model.folder), r=2)
+    model.load_adapter(folder, "b")
+    model.load_adapter(folder, "c", low_cpu_mem_usage=True)
+    outputs = [before]
+    for name in ("b", "c"):
+        model.set_adapter(name)
+        outputs.append(model(inputs()))
+    return outputs
+
+
+def hotswap(model):
+    """Another adapter's values, with tensors for scalings and with padded ranks."""
+    folder = write_adapter(Path(model.folder), r=6, lora_alpha=20)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert isinstance(up(model).scaling["default"], torch.Tensor)
+    outputs = [model(inputs()), gradients(model)]
+    hotswap_adapter(model, str(folder), "default")
+    return [*outputs, model(inputs()), gradients(model)]
+
+
+FUNCTIONS = {
+    "disable": disable,
+    "disable-layers": enable_and_disable_layers,
+    "add-set-delete": add_set_delete,
+    "delete-the-last": delete_the_last,
+    "merge": merge_and_unmerge,
+    "disable-while-merged": disable_while_merged,
+    "add-weighted-adapter": weighted,
+    "scale": rescale,
+    "state": read_and_set_state,
+    "dtypes": convert,
+    "freeze": freeze,
+    "lora-plus": step_lora_plus,
+    "lora-fa": step_lora_fa,
+    "copies": copies_of,
+    "functional-call": functional_call,
+    "in-place": change_in_place,
+    "backward-twice": backward_twice,
+    "gradient-penalty": gradient_penalty,
+    "jacobian": jacobian(vectorize=False),
+    "jacobian-vectorized": jacobian(vectorize=True),
+    "tensor-hooks": tensor_hooks,
+    "layer-hooks": hooks_on_the_layer,
+    "odd-inputs": odd_inputs,
+    "load": load_again,
+    "hotswap": hotswap,
+}
+# PEFT doesn't do these with DoRA; odd-inputs has a test of its own.
+NOT_WITH_DORA = {"add-weighted-adapter", "hotswap", "lora-fa", "odd-inputs"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(k, n) for k in KINDS for n in FUNCTIONS if k == "lora" or n not in NOT_WITH_DORA],
+)
+def test_gives_what_it_gives_on_peft_s(kind, name, tmp_path):
+    theirs = mlp(**KINDS[kind])
+    theirs.folder = tmp_path
+    got, expected, calls = run_both(FUNCTIONS[name], theirs)
+    assert calls
+    assert_same(got, expected, ROUNDING)
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_generates_peft_s_tokens_with_a_cache(settings):
+    theirs = adapted(
+        tiny_llama(), target_modules="all-linear", r=8, task_type="CAUSAL_LM", **settings
+    )
+    ids = torch.randint(3, VOCABULARY, (2, 7))
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    options |= {"use_cache": True, "pad_token_id": 0}
+    got, expected, calls = run_both(lambda model: model.generate(input_ids=ids, **options), theirs)
+    assert torch.equal(got, expected)
+    assert got.shape == (2, 27)
+    assert len(calls) == 20 * 14  # a call for the prompt and one for each token but the last
+    assert {x.shape[1] for x in calls} == {7, 1}
+    with theirs.disable_adapter():
+        assert not torch.equal(theirs.generate(input_ids=ids, **options), expected)

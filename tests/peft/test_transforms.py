@@ -1,0 +1,130 @@
+"""torch's transforms and tracers give for an optimised model what they give for PEFT's."""
+
+import pytest
+import torch
+from peft_models import KINDS, ROUNDING, assert_same, inputs, mlp, optimized, run_both, up
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_of(model):
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    return loss
+
+
+def forward_mode(model):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(inputs(), inputs())))
+
+
+def batched_gradients(model):
+    x = inputs()[0].requires_grad_()
+    y = model(x)
+    dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return torch.autograd.grad(y, wanted, dys, is_grads_batched=True)
+
+
+def vmapped_gradients(model):
+    """torch.func.vmap around torch's older autograd.grad."""
+    x = inputs()[0].requires_grad_()
+    y = model(x)
+    dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return torch.func.vmap(lambda dy: torch.autograd.grad(y, wanted, dy, retain_graph=True))(dys)
+
+
+def per_sample_gradients(model):
+    gradient = torch.func.grad(loss_of(model))
+    return torch.func.vmap(gradient, in_dims=(None, 0))(trained(model), inputs())
+
+
+def jit_trace(model):
+    traced = torch.jit.trace(model, inputs())
+    return traced(inputs() * 2)
+
+
+def export(model):
+    program = torch.export.export(model, (inputs(),))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    return program.module()(inputs() * 2), names
+
+
+def make_fx_of_gradients(model):
+    def gradient(x):
+        return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+    graph = make_fx(gradient)(inputs().requires_grad_())
+    return graph(inputs().requires_grad_() * 2)
+
+
+def compiled(transform):
+    """The transform is part of what is compiled."""
+
+    def call(model):
+        torch._dynamo.reset()
+        function = torch.compile(lambda x: transform(model, x), backend="aot_eager")
+        with torch.no_grad():  # the transforms' own gradients are all that is asked for
+            return function(inputs())
+
+    return call
+
+
+TRANSFORMS = {
+    "grad": lambda model: torch.func.grad(loss_of(model))(trained(model), inputs()),
+    "vjp": lambda model: torch.func.vjp(model, inputs())[1](torch.ones(3, 5, 4).double()),
+    "jvp": lambda model: torch.func.jvp(model, (inputs(),), (inputs(),)),
+    "vmap": lambda model: torch.func.vmap(model)(inputs()),
+    "jacrev": lambda model: torch.func.jacrev(model)(inputs()[0]),
+    "jacfwd": lambda model: torch.func.jacfwd(model)(inputs()[0]),
+    "hessian": lambda model: torch.func.hessian(lambda x: model(x).square().sum())(inputs()[0]),
+    "per-sample-gradients": per_sample_gradients,
+    "forward-mode": forward_mode,
+    "batched-gradients": batched_gradients,
+    "vmapped-gradients": vmapped_gradients,
+    "jit.trace": jit_trace,
+    "export": export,
+    "make_fx": lambda model: make_fx(model)(inputs())(inputs() * 2),
+    "make_fx-gradients": make_fx_of_gradients,
+    "compiled-grad": compiled(lambda model, x: torch.func.grad(lambda z: model(z).sum())(x)),
+    "compiled-vmap": compiled(lambda model, x: torch.func.vmap(model)(x)),
+    "compiled-jvp": compiled(lambda model, x: torch.func.jvp(up(model), (x,), (x,))),
+    "compiled-inside": compiled(lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x[0])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_give_what_they_give_on_peft_s(name, kind):
+    theirs = mlp(**KINDS[kind])
+    ours = optimized(theirs)
+    assert_same(TRANSFORMS[name](ours), TRANSFORMS[name](theirs), ROUNDING)
+
+
+def test_a_model_made_in_inference_mode_runs_outside_of_it():
+    """Such tensors can't be saved for a backward; PEFT's output there has no gradient."""
+    with torch.inference_mode():
+        theirs = mlp()
+        ours = optimized(theirs)
+    expected, got = theirs(inputs()), ours(inputs())
+    assert got.requires_grad == expected.requires_grad
+    assert_same(got, expected, ROUNDING)
+
+
+def test_flops_are_counted_as_peft_s():
+    def count(model):
+        with FlopCounterMode(display=False) as counter:
+            model(inputs()).sum().backward()
+        return counter.get_total_flops()
+
+    got, expected, _ = run_both(count, mlp())
+    assert got == expected > 0

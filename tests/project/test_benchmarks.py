@@ -1,0 +1,172 @@
+"""The benchmarks: what is wrong gets no time, and another commit is really another commit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from benchmarks import compare, measure, report
+from benchmarks.cases import cpu_cases, gpu_cases
+from benchmarks.contestants import frozen, makers_for
+from benchmarks.results import describe_machine, results_path, write_results
+
+ROOT = Path(__file__).parents[2]
+CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
+IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git repository")
+
+
+def two_rounds(rounds: measure.Rounds) -> None:
+    for _ in range(2):
+        rounds.run_others()
+        rounds.run_subject()
+
+
+def row_with(**makers) -> dict:
+    return measure.measure(
+        CASE, torch.device("cpu"), two_rounds, {"frozen": frozen, **makers, **fastlora_alone()}
+    )
+
+
+def fastlora_alone() -> dict:
+    return {"fastlora": makers_for(CASE)["fastlora"]}
+
+
+def changed(change):
+    """A maker of fastlora's contestant whose layer is changed."""
+
+    def make(case, tensors, dropout):
+        contestant = fastlora_alone()["fastlora"](case, tensors, dropout)
+        change(contestant.module)
+        return contestant
+
+    return make
+
+
+def twice_as_much(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda layer, inputs, y: 2 * y)
+
+
+def other_gradients(layer: nn.Module) -> None:
+    layer.register_full_backward_hook(lambda layer, dxs, dys: tuple(2 * dx for dx in dxs))
+
+
+@pytest.mark.parametrize("change", [twice_as_much, other_gradients])
+def test_a_wrong_contestant_has_no_time(change):
+    row = row_with(wrong=changed(change))
+    assert "from the oracle, beyond" in row["failures"]["wrong"]
+    assert set(row["errors"]) == {"frozen", "fastlora"}
+    assert set(row["seconds"]["both"]) == {"frozen", "fastlora"}
+    assert "wrong" in report.text([row])
+
+
+def test_one_that_raises_costs_only_itself():
+    def raises(layer: nn.Module) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    row = row_with(raising=changed(raises))
+    assert "out of resource" in row["failures"]["raising"]
+    assert set(row["seconds"]["both"]) == {"frozen", "fastlora"}
+
+
+def test_without_fastlora_nothing_is_timed():
+    makers = {"frozen": frozen, "fastlora": changed(twice_as_much)}
+    row = measure.measure(CASE, torch.device("cpu"), two_rounds, makers)
+    assert "fastlora" in row["failures"]
+    assert (row["rounds"], row["seconds"], row["targets"]) == (0, {}, [])
+
+
+def test_fastlora_may_keep_x_h_and_seeds_only():
+    def keeps_more(layer: nn.Module) -> None:
+        layer.register_forward_hook(lambda layer, inputs, y: y.exp().log())
+
+    makers = {"frozen": frozen, "fastlora": changed(keeps_more)}
+    row = measure.measure(CASE, torch.device("cpu"), two_rounds, makers)
+    allowed = CASE.M * CASE.r * CASE.dtype.itemsize + 8
+    assert f"h and seeds are {allowed}" in row["failures"]["fastlora"]
+
+
+def test_ratios_are_of_pairs():
+    """One slow round is one bad pair, and no other."""
+    seconds = {"frozen": iter([9.0, 1.0, 1.0, 1.0, 1.0]), "fastlora": iter([1.5] * 4)}
+    rounds = measure.Rounds({name: lambda t=t: {"both": next(t)} for name, t in seconds.items()})
+    next(seconds["frozen"])
+    two_rounds(rounds)
+    summary = rounds.summary()
+    assert summary["rounds"] == 2
+    assert summary["ratios"]["both"]["fastlora/frozen"] == [1.5, 1.5, 1.5]
+
+
+def test_a_results_file_is_what_was_measured(tmp_path):
+    row = row_with()
+    machine = describe_machine(torch.device("cpu"))
+    path = results_path(machine, tmp_path)
+    write_results(path, machine, ["-k", "quick"], [row])
+    assert path == tmp_path / machine["device"] / f"{machine['date']}.json"
+    command = [sys.executable, "benchmarks/report.py", str(path), CASE.id]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    median = row["ratios"]["both"]["fastlora/frozen"][1]
+    [line] = [line for line in printed.splitlines() if f"{CASE.id} | both" in line]
+    assert f"| {median:.3f} |" in line
+    assert machine["cpu"] in printed
+
+
+def test_every_case_has_an_id_of_its_own():
+    for cases in (cpu_cases(), gpu_cases()):
+        ids = [case.id for case in cases]
+        assert len(ids) == len(set(ids))
+
+
+def test_the_most_important_shape_comes_first():
+    first = gpu_cases()[0]
+    assert (first.M, first.K, first.outputs, first.r) == (8192, 4096, (4096,), 16)
+
+
+@IN_GIT
+def test_base_imports_the_other_commit():
+    with compare.pair_with("HEAD", "cpu") as pair:
+        origins = {name: worker.ask("origins") for name, worker in pair.workers.items()}
+        row = pair.measure(CASE, two_rounds)
+    other = Path(origins["base"]["fastlora"]).parents[1]
+    assert origins["base"]["kernels"] == str(other / "kernels" / "__init__.py")
+    assert origins["fastlora"]["fastlora"] == fastlora.__file__
+    assert other != ROOT
+    assert not other.exists()
+    assert row["failures"] == {}
+    assert len(row["ratios"]["both"]["fastlora/base"]) == 3
+    assert "fastlora" in report.text([row])
+
+
+@IN_GIT
+def test_an_unknown_base_is_an_error():
+    with pytest.raises(compare.UnknownRefError, match="'no-such-ref' is no commit of"):
+        compare.check_ref("no-such-ref")
+
+
+@IN_GIT
+def test_an_interrupted_comparison_leaves_nothing():
+    before = worktrees()
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "quick", "--base", "HEAD"]
+    process = subprocess.Popen(
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while worktrees() == before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert worktrees() != before
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert worktrees() == before, printed
+
+
+def worktrees() -> list[str]:
+    command = ["git", "worktree", "list", "--porcelain"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if line.startswith("worktree ")]

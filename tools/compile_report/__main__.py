@@ -1,0 +1,80 @@
+"""What the compiler makes of every kernel and every default config: ``make compile-report``.
+
+It needs no GPU.  Each row is one kernel of one call, compiled for one target: registers, spills,
+shared and tensor memory, tensor-core and TMA instructions.  ``tests/test_compile.py`` says what
+they must be.  The lines behind a call (``y``, ``dx``, …) are explained in ``benchmarks/forms.py``.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+# Both are read when Triton is imported: compile, don't interpret; and the default, said aloud.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+
+from benchmarks.report import align
+from fastlora.kernels.config import shared_memory, why_not
+from fastlora.kernels.defaults import default_config
+from fastlora.kernels.target import TARGETS
+
+from .cases import Case, cases, launches
+from .machine_code import compile_launch
+
+NAMES = tuple(name for name, target in TARGETS.items() if target.kind != "cpu")
+REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def rows_of(case: Case) -> list[dict]:
+    """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
+    target, form, call = TARGETS[case.target], case.form, case.form.call
+    config = case.config or default_config(form.kernel, target, call)
+    try:
+        return [
+            {
+                "case": case.name, "target": case.target, "kernel": launch.name, "form": form.name,
+                "config": asdict(config),
+                # float32 without tensor cores, where the target has none that are exact
+                "ieee": form.dtype == torch.float32 and form.precision == "ieee",
+                "descriptors": launch.arguments.get("DESCRIPTORS", False),
+                "refused": why_not(config, target, call),  # "" where it fits
+                "estimated": shared_memory(config, target, call), "limit": target.shared_memory,
+                "compiled": asdict(compile_launch(launch, target)),
+            }
+            for launch in launches(case)
+        ]  # fmt: skip
+    except Exception as error:
+        raise RuntimeError(f"{case.name} doesn't compile") from error
+
+
+def table(rows: Sequence[dict]) -> str:
+    """A line for each row, a column for each number."""
+    names = [name.replace("_", " ") for name in rows[0]["compiled"]]
+    lines = [(r["case"], r["kernel"], r["limit"], *r["compiled"].values()) for r in rows]
+    return align([("call", "kernel", "limit", *names), *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=NAMES, default=REPORTED, metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="fewer forms of each config")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    chosen = [case for name in arguments.target for case in cases(name, arguments.quick)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for found in pool.map(rows_of, chosen, chunksize=4) for row in found]
+    print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
+    if arguments.json:
+        text = json.dumps({"triton": triton.__version__, "rows": rows}, indent=1)
+        arguments.json.write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The calls that the compile report looks at: every default config, in the forms of its use."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.forms import Form, Operands
+from fastlora.kernels.config import Config, GemmConfig, why_not
+from fastlora.kernels.defaults import DEFAULTS
+from fastlora.kernels.launch import Launch, intercept
+from fastlora.kernels.target import TARGETS, use_target
+
+_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher on one target; without a config, the default."""
+
+    name: str
+    target: str
+    config: Config | None
+    form: Form
+
+
+def describe(config: Config | None) -> str:
+    """``128x256x64-w8-s3-tma``."""
+    if config is None:
+        return "default"
+    sizes = [getattr(config, name, None) for name in ("block_m", "block_n", "block_k")]
+    tile = "x".join(str(size) for size in sizes if size)
+    loader = "-tma" * getattr(config, "descriptors", False)
+    return f"{tile}-w{config.warps}-s{config.stages}{loader}"
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the call would launch, its tensors being meta tensors."""
+    records: list[Launch] = []
+    with use_target(TARGETS[case.target]), intercept(records.append):
+        Operands(case.form, "meta").run(case.config)
+    return records
+
+
+# What the call computes, and what isn't the usual: rank, projections … (`_case`).
+# Every row of a table is compiled in the first list's forms, the first two in the second's too.
+_FORMS: dict[str, tuple[list[str], list[str]]] = {
+    "gemm_lowrank": (
+        ["y bias", "dx mask", "y,h M16"],
+        ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
+    ),
+    "add": (
+        ["y+", "dx+ n3 mask"],
+        ["y+ r64 bf16-adapter", "y+ r200", "y+ f32-tf32", "dx+ f32-ieee n2 mask",
+         "dx+ r64 n2 mask"],
+    ),
+    "project": (
+        ["h mask", "dh"], ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
+    ),
+    "weight_grad": (
+        ["dA mask", "dB", "dB,dh"],
+        ["dA N262144", "dA n3 mask", "dA r64 n2", "dB f16 r200", "dB,dh r64"],
+    ),
+}  # fmt: skip
+# What a user's call launches: whatever the tables choose.
+_CHOSEN = (
+    "y r8 M1", "y bias M300 N1000", "y f16", "dx r64 n4 mask", "dx r200 n3 mask", "y+ r8",
+    "dx+ r64 n4 mask", "h r256 n4 mask", "h n3 mask M16", "dh r256", "dA r256 n4 mask", "dB r128",
+    "dB,dh r128",
+)  # fmt: skip
+
+
+def cases(target: str, quick: bool = False) -> list[Case]:
+    """Every row of the target's tables, in each form that it fits; ``quick``: the first forms."""
+    found = [] if quick else [_case(target, None, words) for words in _CHOSEN]
+    for kernel, key, rows in _tables(target):
+        common, more = _FORMS["add" if key == "add" else kernel]
+        for i, config in enumerate(rows):
+            loaders = [config]
+            if i == 0 and getattr(config, "descriptors", False):
+                loaders.append(replace(config, descriptors=False))
+            dtype = "f32-tf32" if key == 4 else "f32-ieee" if key == "ieee" else "bf16"
+            variants = common + more * (i < 2 and dtype == "bf16" and not quick)
+            found += [_case(target, each, words, dtype) for words in variants for each in loaders]
+    hardware = TARGETS[target]
+    return [
+        case
+        for case in dict.fromkeys(found)
+        if case.config is None or not why_not(case.config, hardware, case.form.call)
+    ]
+
+
+def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:
+    """A row's words, as a case: ``dx r64 n2 mask``."""
+    name, *rest = words.split()
+    number = {word[0]: int(word[1:]) for word in rest if word[1:].isdigit()}
+    dtype = next((word for word in rest if word in ("f16", "f32-tf32", "f32-ieee")), dtype)
+    kind, _, precision = dtype.partition("-")
+    n = number.get("n", 1)
+    form = Form(
+        name, number.get("M", 8192), number.get("N", 4096), (number.get("r", 16),) * n,
+        depths=(4096,) * n if name in ("y", "y,h", "dx") else (), dtype=_DTYPES[kind],
+        adapter_dtype=torch.bfloat16 if "bf16-adapter" in rest else torch.float32,
+        dropout=0.1 * ("mask" in rest), bias="bias" in rest,
+        precision=precision if precision and TARGETS[target].tf32 else "ieee",
+    )  # fmt: skip
+    others = [word for word in rest if word != dtype]
+    return Case(" ".join([target, name, describe(config), dtype, *others]), target, config, form)
+
+
+def _tables(target: str) -> Iterator[tuple[str, str | int, tuple[Config, ...]]]:
+    for (name, kernel), table in DEFAULTS.items():
+        if name == target:
+            tables = table if isinstance(table, dict) else {2: table, 4: table, "ieee": table}
+            yield from ((kernel, key, rows) for key, rows in tables.items())
+
+
+# The accumulators of three masked projections at once are more than the registers of a thread.
+_TOO_LARGE = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
+SPILLING = _case("sm_90", _TOO_LARGE, "dx n3 mask")

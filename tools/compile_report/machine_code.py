@@ -1,0 +1,143 @@
+"""What Triton makes of a launch, with no GPU: compile it for a target and read the machine code."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import networkx  # torch needs it, too
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fastlora.kernels.launch import Launch
+from fastlora.kernels.target import Target
+
+# HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and their kin; matrix instructions of CDNA and RDNA.
+_TENSOR_CORE = r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*"
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
+
+
+class Instruction(NamedTuple):
+    """One line of SASS, without its encoding."""
+
+    address: int
+    conditional: bool
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        found = re.findall(r"0x([0-9a-f]+)", self.operands) if self.name == "BRA" else ()
+        return int(found[-1], 16) if found else None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel's machine code.  Counts of instructions are of the text, not of a run."""
+
+    registers: int  # of a thread; on AMD vector registers and accumulators
+    stack: int  # bytes of a thread
+    spills: int  # instructions that touch the stack; on AMD registers that are kept there
+    inner_spills: int  # those of a loop over steps; on AMD every instruction that touches scratch
+    shared_memory: int  # bytes of a program
+    tensor_memory: int  # columns
+    tensor_core: int  # instructions
+    tma_loads: int
+    tma_stores: int
+    stores: int  # to global memory: none, where the compiler gave the kernel up
+    instructions: int
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
+    """Compile it as ``launch.run()`` would on that target, its arguments being meta tensors."""
+    compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
+    driver = SimpleNamespace(  # all that ``kernel.warmup`` asks of a GPU's
+        get_current_target=lambda: compiled_for,
+        get_current_device=lambda: target.name,  # a kernel keeps what it compiled by this alone
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(driver)
+    kernel = launch.compile()
+    if target.kind == "hip":
+        return _read_amd(kernel)
+    # Around the loops over steps, a persistent program has one over tiles.
+    return _read_nvidia(kernel, tile_loops=int(launch.arguments.get("PERSISTENT", False)))
+
+
+def _read_nvidia(kernel, tile_loops: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    found = _SASS.findall(text)
+    code = [Instruction(int(address, 16), bool(guard), *rest) for address, guard, *rest in found]
+    names = Counter(each.name for each in code)
+    depth = depths(code)
+    spills = [depth[each.address] for each in code if each.name in ("LDL", "STL")]
+    return Compiled(
+        registers=registers, stack=stack, spills=len(spills),
+        inner_spills=sum(loops > tile_loops for loops in spills),
+        shared_memory=kernel.metadata.shared, tensor_memory=kernel.metadata.tmem_size,
+        tensor_core=_count(names, _TENSOR_CORE), tma_loads=names["UTMALDG"],
+        tma_stores=names["UTMASTG"], stores=names["STG"] + names["UTMASTG"],
+        instructions=len(code),
+    )  # fmt: skip
+
+
+def _read_amd(kernel) -> Compiled:
+    text = kernel.asm["amdgcn"]
+    names = Counter(re.findall(r"^\t([a-z]\w+)", text.split("\n.Lfunc_end")[0], re.MULTILINE))
+
+    def metadata(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    return Compiled(
+        registers=metadata("vgpr_count"), stack=metadata("private_segment_fixed_size"),
+        spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        inner_spills=_count(names, r"scratch_\w+"), shared_memory=kernel.metadata.shared,
+        tensor_memory=0, tensor_core=_count(names, _TENSOR_CORE), tma_loads=0, tma_stores=0,
+        stores=_count(names, r"(global|buffer)_store\w+"),
+        instructions=names.total(),
+    )  # fmt: skip
+
+
+def _count(names: Counter, pattern: str) -> int:
+    return sum(count for name, count in names.items() if re.fullmatch(pattern, name))
+
+
+def depths(code: list[Instruction]) -> dict[int, int]:
+    """How many loops there are around each address."""
+    graph = networkx.DiGraph()
+    for each, after in pairwise([*code, code[-1]]):
+        graph.add_node(each.address)
+        if each.target is not None:
+            graph.add_edge(each.address, each.target)
+        if after is not each and (each.conditional or each.name not in ("BRA", "EXIT")):
+            graph.add_edge(each.address, after.address)
+    depth = dict.fromkeys(graph, 0)
+    _add_loops(graph, depth)
+    return depth
+
+
+def _add_loops(graph: networkx.DiGraph, depth: dict[int, int]) -> None:
+    """Count each loop for what it holds; then those inside it: loops without the way back to it."""
+    for loop in networkx.strongly_connected_components(graph):
+        inside = graph.subgraph(loop).copy()
+        if inside.size() == 0:
+            continue
+        for address in loop:
+            depth[address] += 1
+        entries = {after for before, after in graph.in_edges(loop) if before not in loop}
+        inside.remove_edges_from([*inside.in_edges(entries or {min(loop)})])
+        _add_loops(inside, depth)
