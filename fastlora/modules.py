@@ -1,5 +1,6 @@
 """Walking a model: its LoRA layers, what is wrapped around it, and names for messages."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -8,21 +9,34 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .layer import LoRALinear
 
+# What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Every LoRALinear of the model, with its name."""
     return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        (plain_name(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
     )
 
 
+def plain_name(name: str) -> str:
+    """The name without those of wrappers, as in a state dict; ``get_submodule`` knows it too."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model that apply_lora was called on, inside ``torch.compile``, DDP and the like."""
+    """The model that apply_lora was called on, inside ``torch.compile``, DDP, FSDP and the like."""
+    # Where FSDP isn't imported, no model is in it; the import takes longer than all of fastlora's.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    wrappers = (DataParallel, DistributedDataParallel, fsdp)
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile's
             model = cast(nn.Module, model._orig_mod)
-        elif isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
+        elif isinstance(model, wrappers):
+            model = cast(nn.Module, model.module)
         else:
             return model
 

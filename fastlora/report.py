@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .backends import planned_backend
+from .layer import LoRALinear
 from .modules import lora_layers, some
 from .projection import as_outputs
 
@@ -19,6 +20,7 @@ class LayerCoverage:
     It is a backend's name, ``merged`` or ``disabled`` for the base layer alone, or ``eager``.
     ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
     ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
+    ``parameters`` is how many of the base's are adapted: out · in, for each expert.
     """
 
     name: str
@@ -28,6 +30,7 @@ class LayerCoverage:
     plan: str
     reason: str = ""
     adapter: str = ""
+    parameters: int = 0
 
     @property
     def runs_adapter(self) -> bool:
@@ -37,9 +40,10 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """A record for each adapted layer; prints as a short report."""
+    """A record for each adapted layer; prints as a short report.  ``notes`` are on all of them."""
 
     layers: tuple[LayerCoverage, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def fast(self) -> tuple[LayerCoverage, ...]:
@@ -49,6 +53,20 @@ class Coverage:
     def eager(self) -> tuple[LayerCoverage, ...]:
         return tuple(layer for layer in self.layers if not layer.fast)
 
+    @property
+    def share(self) -> float:
+        """Which part of the adapted parameters runs fast, from 0 to 1."""
+        total = sum(layer.parameters for layer in self.layers)
+        return sum(layer.parameters for layer in self.fast) / total if total else 0.0
+
+    @property
+    def counts(self) -> str:
+        """How many layers are fast; where only some are, their share of the parameters too."""
+        text = f"{len(self.fast)} of {len(self.layers)} layers fast"
+        if self.fast and self.eager and any(layer.parameters for layer in self.layers):
+            text += f", {_percent(self.share)} of the adapted parameters"
+        return text
+
     def __str__(self) -> str:
         if not self.layers:
             return "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
@@ -56,7 +74,7 @@ class Coverage:
         alone = [f"{plans.pop(plan)} {plan}" for plan in _BASE_ALONE if plan in plans]
         notes = [f"backend {plan}" for plan in sorted(plans)] + alone
         note = f" ({'; '.join(notes)})" if notes else ""
-        lines = [f"{len(self.fast)} of {len(self.layers)} layers fast{note}"]
+        lines = [f"{self.counts}{note}"]
         reasons: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.reason:
@@ -64,7 +82,14 @@ class Coverage:
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _percent(share: float) -> str:
+    """A whole number; what isn't all doesn't read as all, and what isn't nothing as nothing."""
+    if 0.0 < share < 0.01:
+        return "under 1 %"
+    return "over 99 %" if 0.99 < share < 1.0 else f"{share:.0%}".replace("%", " %")
 
 
 def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
@@ -72,13 +97,21 @@ def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
     return [_cover(name, layer) for name, layer in lora_layers(model)]
 
 
-def _cover(name: str, layer) -> LayerCoverage:
-    shape = (layer.out_features, layer.in_features)
+def _cover(name: str, layer: LoRALinear) -> LayerCoverage:
+    fast, reason = True, ""
     if "forward" in layer.__dict__:
+        fast, plan = False, "eager"
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
-        return LayerCoverage(name, shape, layer.r, False, "eager", reason)
-    if layer.merged:
-        return LayerCoverage(name, shape, layer.r, True, "merged")
+    elif layer.merged:
+        plan = "merged"
+    else:
+        plan, reason = planned_backend(as_outputs([layer.projection()]))
     return LayerCoverage(
-        name, shape, layer.r, True, *planned_backend(as_outputs([layer.projection()]))
+        name,
+        shape=(layer.out_features, layer.in_features),
+        r=layer.r,
+        fast=fast,
+        plan=plan,
+        reason=reason,
+        parameters=layer.out_features * layer.in_features,
     )

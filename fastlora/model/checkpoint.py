@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..gather import is_sharded, whole_tensors, writes_files
 from ..modules import some, unwrap
 from .adapter_config import from_peft, spell_out, to_peft
 from .arguments import check_folder, check_model
@@ -42,7 +43,8 @@ def save_adapter(
     transformers model's embeddings, as in PEFT: "auto" if its vocabulary was resized, which the
     config that it came with tells, or if load_adapter brought them.  Both files are written under
     temporary names first and renamed when they are whole: each is the old one or the new one,
-    whole, whenever the call is interrupted.
+    whole, whenever the call is interrupted.  Under FSDP every rank must call it, and the first one
+    writes.
 
     Raises ValueError for a model that apply_lora or load_adapter gave no adapters, and TypeError
     for what is no model or no path.  Warns where PEFT can't have the adapter's dropout.
@@ -51,7 +53,7 @@ def save_adapter(
 
     check_model(model)
     path = check_folder(folder)
-    model, injection = unwrap(model), injection_of(model)
+    outer, model, injection = model, unwrap(model), injection_of(model)
     if injection is None:
         if hasattr(model, "peft_config"):
             raise ValueError("this is a PEFT model, whose save_pretrained saves it")
@@ -63,6 +65,10 @@ def save_adapter(
         save_embedding_layers == AUTO and injection.has_embeddings
     ):
         tensors |= embedding_tensors(model, injection)
+    sharded = any(map(is_sharded, tensors.values()))
+    tensors = whole_tensors(outer, tensors)
+    if sharded and not writes_files():
+        return
     settings = to_peft(config, _base_name(model))
     # Cloned, since the file format takes no two keys (of tied parameters) with one memory.
     values = {

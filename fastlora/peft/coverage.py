@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import unwrap
+from ..modules import plain_name, unwrap
 from ..report import Coverage, LayerCoverage, cover_lora_linears
-from .versions import why_not_version
+from .versions import notes, why_not_version
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -18,32 +18,35 @@ def coverage(model: nn.Module) -> Coverage:
     inner = checked(model)
     unreached = "not optimised yet: fastlora.optimize(model) does it"
     theirs = cover(inner, peft_layers(inner), unreached)
-    return Coverage((*cover_lora_linears(inner), *theirs))
+    return Coverage((*cover_lora_linears(inner), *theirs.layers), theirs.notes)
 
 
-def cover(
-    model: nn.Module, layers: list[tuple[str, Any]], unreached: str
-) -> tuple[LayerCoverage, ...]:
-    """Records of PEFT layers; ``unreached`` is what stops one that isn't optimised, if anything."""
+def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
+    """The report on PEFT layers; ``unreached`` is what stops one that isn't optimised, if any."""
     if not layers:
-        return ()
+        return Coverage(())
     version = why_not_version()
     if version:
-        return tuple(
-            LayerCoverage(name, (layer.out_features, layer.in_features), 0, False, "eager", version)
-            for name, layer in layers
-        )
+        return Coverage(tuple(_left_alone(name, layer, version) for name, layer in layers))
     from .records import records
+    from .sharding import wrapping_notes
+    from .uncalled import encoder_notes
 
-    return records(model, layers, unreached)
+    said = (*notes(), *wrapping_notes(layers), *encoder_notes(model))
+    return Coverage(records(model, layers, unreached), said)
+
+
+def _left_alone(name: str, layer: Any, reason: str) -> LayerCoverage:
+    """The record of a layer of a PEFT that isn't known: as little is read as can be."""
+    shape = (getattr(layer, "out_features", 0), getattr(layer, "in_features", 0))
+    return LayerCoverage(name, shape, 0, False, "eager", reason)
 
 
 def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Every LoRA layer of PEFT's, with its name.  Where PEFT isn't imported, there are none."""
     lora = sys.modules.get("peft.tuners.lora")
-    if lora is None:
-        return []
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, lora.LoraLayer)]
+    kind = getattr(lora, "LoraLayer", ())
+    return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 def checked(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from ..modules import lora_layers
 from ..report import Coverage
 from .coverage import checked, cover, peft_layers
-from .versions import is_disabled, why_never
+from .versions import is_disabled, wants_trial, why_never
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Optimized(Coverage):
         _unswap([layer for changed in self._changed if (layer := changed()) is not None])
 
     def __reduce__(self):
-        return Coverage, (self.layers,)
+        return Coverage, (self.layers, self.notes)
 
 
 def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
@@ -44,8 +44,10 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
 
     The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
 
-    ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does a version of PEFT
-    that wasn't tested, with a warning.
+    ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does, with a warning, a
+    PEFT that is older than the tested versions, or a newer one whose forward gives other numbers
+    than the fast one: the first call in a process compares them on a few small layers, and a note
+    in the report says that they agree.
 
     Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, or
     if ``FASTLORA_BACKEND`` names no backend.
@@ -56,17 +58,18 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
-    reason = why_never()
+    reason = _why_nothing_changes()
     if reason and not is_disabled():
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
     report = cover(inner, layers, unreached=reason)
-    if strict and any(not layer.fast for layer in report):
-        raise ValueError(f"not every layer would run fast: {Coverage(report)}")
+    if strict and report.eager:
+        raise ValueError(f"not every layer would run fast: {report}")
     if reason:
-        return Optimized(report)
+        return Optimized(report.layers, report.notes)
     from .swap import swap_all  # here, since it imports PEFT
 
-    return Optimized(report, tuple(map(ref, swap_all(layer for _, layer in layers))))
+    changed = tuple(map(ref, swap_all(layer for _, layer in layers)))
+    return Optimized(report.layers, report.notes, changed)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -76,6 +79,17 @@ def restore(model: nn.Module) -> nn.Module:
     """
     _unswap([layer for _, layer in peft_layers(checked(model))])
     return model
+
+
+def _why_nothing_changes() -> str:
+    """Why optimize leaves every layer as it is, once an untested PEFT was tried out; or ""."""
+    if wants_trial() and not is_disabled():
+        from .trial import try_out
+
+        reason = try_out()
+        if reason:
+            return reason
+    return why_never()
 
 
 def _unswap(layers: list[Any]) -> None:

@@ -18,13 +18,19 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..gather import is_flattened
 from ..ops import is_plain
 from ..ops.autocast import AUTOCAST_DTYPES
 from ..projection import DTYPES, LARGEST_SCALE, Adapter, Base, Output
 from .dropout import DROPOUTS
+from .moment import why_not_dora
 
 _LINEAR_FORWARD = nn.Linear.forward
 _MODULE_CALL = nn.Module.__call__
+# Bases with a forward of their own that computes the same: Conv1D's weight is [in, out], and Falcon
+# adds the bias last.
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 class Reading(NamedTuple):
@@ -46,27 +52,17 @@ def active_adapters(layer: PeftLinear) -> list[str]:
 def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     """Read the layer for a call with these adapters, of which there is one at least.
 
-    ``gathers``: that call will find plain tensors where FSDP2 has sharded ones between calls.
+    ``gathers``: that call will find plain tensors where FSDP has sharded ones between calls.
     """
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    base = modules["base_layer"]
-    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
-        return Reading(_why_hooked(base, "its base layer"))
-    kind = type(base)
-    conv1d = kind.forward is not _LINEAR_FORWARD and _is_conv1d(base)
-    if not conv1d and (kind.forward is not _LINEAR_FORWARD or kind.__call__ is not _MODULE_CALL):
-        return Reading(f"its base is a {kind.__name__}, no torch.nn.Linear")
-    if "parametrizations" in base._modules:  # to read such a weight is to compute it
-        return Reading("its base is parametrised")
-    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if conv1d:
-        weight = weight.T
-    reason = _why_not_weight("its base layer", weight, gathers)
-    reason = reason or _why_not_bias("its base's", bias, gathers)
+    reason, weight, bias = _read_base(modules["base_layer"], gathers)
     if reason:
         return Reading(reason)
+    shape = weight.shape
+    if len(shape) != 2:  # between FSDP1's calls
+        shape = (layer.out_features, layer.in_features)
     adapters: list[Adapter[Tensor]] = []
     p, dropout = None, None
     for name in names:
@@ -82,13 +78,14 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
             or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
             or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
             or _why_not_bias("its lora_B's", shift, gathers)
+            or _why_not_fitting(shape, down, up, shift, gathers)
             or _why_not_dropout(dropout, p)
             or _why_not_scale(scale)
         )
         if reason:
             return Reading(reason)
         p = _rate(dropout)
-        if shift is not None:
+        if shift is not None and not (gathers and is_flattened(shift)):
             bias = shift * scale if bias is None else bias + shift * scale
         if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
             up, scale = up * scale, 1.0
@@ -109,7 +106,9 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
     What it doesn't take, PEFT may convert or refuse.
     """
-    if not is_plain(x) or x.layout is not torch.strided or x.device != weight.device:
+    if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
+        return False
+    if x.device != weight.device:
         return False
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return False
@@ -118,6 +117,28 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype in AUTOCAST_DTYPES
         and torch.is_autocast_enabled(x.device.type)
     )
+
+
+def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any]:
+    """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias."""
+    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
+        return _why_hooked(base, "its base layer"), None, None
+    kind = type(base)
+    other = kind.forward is not _LINEAR_FORWARD
+    conv1d = other and _is_of_transformers(kind, *_CONV1D)
+    known = conv1d or not other or _is_of_transformers(kind, *_FALCON)
+    if not known or kind.__call__ is not _MODULE_CALL:
+        return f"its base is a {kind.__name__}, no torch.nn.Linear", None, None
+    if "parametrizations" in base._modules:  # to read such a weight is to compute it
+        return "its base is parametrised", None, None
+    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    if conv1d and weight.dim() == 2:
+        weight = weight.T
+    reason = _why_not_weight("its base layer", weight, gathers)
+    reason = reason or _why_not_bias("its base's", bias, gathers)
+    if not reason and bias is not None and bias.shape != weight.shape[:1]:
+        reason = "" if gathers else _why_not_shape("its base's bias", bias, weight.shape[:1])
+    return reason, weight, bias
 
 
 def _read_variant(
@@ -131,6 +152,8 @@ def _read_variant(
     if type(variant) is not DoraLinearVariant:
         kind = variant if isinstance(variant, type) else type(variant)
         return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
+    if why_not_dora():
+        return why_not_dora(), None
     magnitude = layer.lora_magnitude_vector[name]
     if len(names) > 1:
         return "DoRA beside another active adapter", None
@@ -140,7 +163,10 @@ def _read_variant(
         return "a hook watches, or something replaces, its DoRA magnitude", None
     if not _will_be_plain(magnitude.weight, gathers) or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
-    return "", magnitude
+    reason = ""
+    if not gathers:
+        reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
+    return reason, None if reason else magnitude
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -178,10 +204,9 @@ def _tensor(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _is_conv1d(base: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, whose weight is [in, out]."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and type(base) is pytorch_utils.Conv1D
+def _is_of_transformers(kind: type, module: str, name: str) -> bool:
+    """Whether it is this class of transformers', which is looked up where that is imported."""
+    return kind.__name__ == name and kind is getattr(sys.modules.get(module), name, None)
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -223,9 +248,37 @@ def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
     if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
         # No backward can keep it.
         return f"{name} was made in inference mode"
-    if weight.dim() != 2:  # between calls of FSDP1's or ZeRO-3's blocks
+    if weight.dim() != 2 and not (gathers and is_flattened(weight)):  # between ZeRO-3's calls
         return f"{name} isn't gathered: its weight has shape {tuple(weight.shape)}"
     return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
+
+
+def _why_not_fitting(
+    shape: tuple[int, ...], down: Tensor, up: Tensor, shift: Tensor | None, gathers: bool
+) -> str:
+    """Why these aren't an adapter of a base of this shape, [out, in]."""
+    rows, columns = shape
+    r = down.shape[0]
+    if (
+        down.shape == (r, columns)
+        and up.shape == (rows, r)
+        and (shift is None or shift.shape == (rows,))
+        and rows * columns * r
+    ) or (gathers and any(map(is_flattened, (down, up)))):
+        return ""
+    return (
+        _why_not_shape("its lora_A", down, (r, columns))
+        or _why_not_shape("its lora_B", up, (rows, r))
+        or ("" if shift is None else _why_not_shape("its lora_B's bias", shift, (rows,)))
+        or f"its base has shape {(rows, columns)}, and its rank is {r}"
+    )
+
+
+def _why_not_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str:
+    """PEFT may broadcast what doesn't fit, and where it can't, the error is its own."""
+    if tensor.shape == expected:
+        return ""
+    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected)}"
 
 
 def _why_hooked(module: nn.Module, name: str) -> str:

@@ -1,14 +1,17 @@
 """The report on PEFT's LoRA layers."""
 
+import math
+
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..backends import planned_backend
 from ..report import LayerCoverage
 from .moment import why_not_now
 from .reading import active_adapters, read
+from .sharding import Units
 from .swap import is_swapped, why_not_swapped
+from .uncalled import why_uncalled
 
 
 def records(
@@ -19,20 +22,22 @@ def records(
     ``unreached`` is what is said of a layer that isn't optimised; if it is empty, the answer is how
     the layer would run if it were.
     """
-    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    units, uncalled = Units(model), why_uncalled(model)
     found = []
     for name, layer in layers:
-        gathers = any(not unit or f"{name}.".startswith(f"{unit}.") for unit in units)
-        found.append(_cover(name, layer, unreached, gathers))
+        reason = uncalled.get(layer) or why_not_swapped(layer)
+        reason = reason or ("" if is_swapped(layer) else unreached)
+        found.append(_cover(name, layer, reason, units.gather(name, layer)))
     return tuple(found)
 
 
-def _cover(name: str, layer: LoraLayer, unreached: str, gathers: bool) -> LayerCoverage:
-    """``gathers``: whether FSDP2 gathers the layer's parameters before it is called."""
+def _cover(name: str, layer: LoraLayer, reason: str, gathers: bool) -> LayerCoverage:
+    """``reason``: why its fast forward isn't called.  ``gathers``: whether FSDP gathers the
+    layer's parameters before a call.
+    """
     # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
-    plan, reason = "eager", why_not_swapped(layer) or ("" if is_swapped(layer) else unreached)
-    reason = reason or why_not_now()
+    plan, reason = "eager", reason or why_not_now()
     fast = not reason
     if fast:
         names = active_adapters(layer)
@@ -53,4 +58,12 @@ def _cover(name: str, layer: LoraLayer, unreached: str, gathers: bool) -> LayerC
         plan=plan,
         reason=reason,
         adapter=", ".join(adapters),
+        parameters=_adapted_parameters(layer),
     )
+
+
+def _adapted_parameters(layer: LoraLayer) -> int:
+    """How many parameters the base has that the layer adapts, sharded and quantised ones too."""
+    kernel = getattr(layer.get_base_layer(), "kernel_size", ())  # a convolution's
+    size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
+    return layer.out_features * layer.in_features * size * getattr(layer, "num_experts", 1)

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from .layer import Linear
 
+# What users know PEFT's layers by, where it isn't the class's name.
+_WORDS = {"ParamWrapper": "expert parameters (target_parameters)"}
 _FORWARDS = ("forward", "_old_forward")  # on an instance; the second is accelerate's
 
 
@@ -21,7 +23,8 @@ def is_swapped(layer: nn.Module) -> bool:
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or isn't called when it has; "" if it can."""
     if not any(_is_over(type(layer), base) for base in (PeftLinear, Linear)):
-        return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
+        kind = type(layer).__name__
+        return f"only PEFT's lora.Linear is sped up, not {_WORDS.get(kind, kind)}"
     own = layer.__dict__.get("forward")
     if own is None or _is_ours(own):
         return ""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "layer",
-    "modules", "report", "model", "peft", "__init__",
+    "modules", "gather", "report", "model", "peft", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -33,11 +33,11 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "swap", "records", "check",
+        "layer", "swap", "sharding", "uncalled", "records", "trial", "check",
     ],
 }  # fmt: skip
 # Imported inside of functions, when a model with PEFT's layers is met.
-LATE = {"peft": {"coverage": {"records"}, "optimize": {"swap"}}}
+LATE = {"peft": {"coverage": {"records", "sharding", "uncalled"}, "optimize": {"swap", "trial"}}}
 
 
 def imports(path: Path) -> list[ast.ImportFrom | ast.Import]:

@@ -1,9 +1,11 @@
 """make peft-suite: what it calls a difference, and which of PEFT's tests it picks."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
-from peft_suite import compare
+from peft_suite import compare, run, source
 from peft_suite.selection import is_about_lora
 
 FAST = {"fast": 3, "Linear: merged": 1}
@@ -93,3 +95,39 @@ def test_calls_that_were_not_fast_and_failures_of_both_are_listed(outcomes):
 )
 def test_lora_tests_are_picked_and_those_of_other_methods_are_not(test, picked):
     assert is_about_lora(f"tests/{test}") is picked
+
+
+def test_a_version_stands_before_the_installed_one(tmp_path, monkeypatch):
+    """It is installed once, in a folder of its own, which only the tests' processes see."""
+    calls = []
+
+    def pip(command, check):
+        calls.append(command[3:])
+        Path(command[command.index("--target") + 1]).mkdir()
+
+        class Done:
+            returncode = 0
+
+        return Done()
+
+    monkeypatch.setattr(source.subprocess, "run", pip)
+    peft = source.install("0.20.0", tmp_path)
+    assert source.install("0.20.0", tmp_path) == peft
+    (call,) = calls
+    assert call[0] == "install"
+    assert "--no-deps" in call
+    assert call[-1] == "peft==0.20.0"
+    path = run.environment(tmp_path, peft)["PYTHONPATH"]
+    assert path.split(os.pathsep) == [str(run.TOOLS), str(tmp_path / "installed-0.20.0")]
+    assert run.environment(tmp_path, source.installed())["PYTHONPATH"] == str(run.TOOLS)
+    assert run.parse(["--version", "0.20.0"]).version == "0.20.0"
+
+
+def test_a_version_that_pypi_has_not_is_said_to_be_so(tmp_path, monkeypatch):
+    class Failed:
+        returncode = 1
+
+    monkeypatch.setattr(source.subprocess, "run", lambda *_, **__: Failed())
+    with pytest.raises(SystemExit, match=r"pip found no peft==9\.9\.9: give another --version"):
+        source.install("9.9.9", tmp_path)
+    assert not list(tmp_path.glob("installed-*"))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from . import compare, selection, source
 from .compare import Outcome
+from .source import Peft
 
 TOOLS = Path(__file__).resolve().parent.parent
 CACHE = TOOLS.parent / ".cache" / "peft-suite"
@@ -31,6 +32,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("-k", metavar="EXPRESSION", help="only the tests that match, as in pytest")
     parser.add_argument(
+        "--version", metavar="X.Y.Z", help="PEFT's, from PyPI; without it, the installed one"
+    )
+    parser.add_argument(
         "--source", type=Path, metavar="PATH", help="PEFT's source; without it, PyPI's is taken"
     )
     parser.add_argument(
@@ -41,25 +45,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def hub() -> Path:
+def hub(peft: Peft) -> Path:
     """The folder of tiny models, made anew when what makes them has changed."""
     texts = [(TOOLS / "peft_suite" / name).read_bytes() for name in ("hub.py", "models.py")]
-    versions = [version(name).encode() for name in ("transformers", "diffusers", "peft")]
-    folder = CACHE / f"hub-{hashlib.sha256(b' '.join(texts + versions)).hexdigest()[:12]}"
+    versions = [version("transformers"), version("diffusers"), peft.version]
+    texts += [text.encode() for text in versions]
+    folder = CACHE / f"hub-{hashlib.sha256(b' '.join(texts)).hexdigest()[:12]}"
     if not folder.is_dir():
         print("Making tiny models …", flush=True)
         for outdated in CACHE.glob("hub-*"):
             shutil.rmtree(outdated)
         command = [sys.executable, "-m", "peft_suite.hub", str(folder)]
         made = subprocess.run(
-            command, env=environment(folder), capture_output=True, text=True, check=False
+            command, env=environment(folder, peft), capture_output=True, text=True, check=False
         )
         if made.returncode:
             sys.exit(f"{made.stderr}\nThe tiny models could not be made.")
     return folder
 
 
-def environment(models: Path) -> dict[str, str]:
+def environment(models: Path, peft: Peft) -> dict[str, str]:
     """No hub but the tiny models, and one thread, which is fastest for layers of this size."""
     defaults = {"OMP_NUM_THREADS": "1"}
     fixed = {
@@ -67,14 +72,16 @@ def environment(models: Path) -> dict[str, str]:
         "HF_HUB_CACHE": str(models),
         "HF_HUB_OFFLINE": "1",
         "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",  # without it, test_torch_compile.py skips itself
-        "PYTHONPATH": str(TOOLS),
+        "PYTHONPATH": os.pathsep.join(map(str, filter(None, [TOOLS, peft.folder]))),
         "TOKENIZERS_PARALLELISM": "false",
     }
     inherited = {k: v for k, v in os.environ.items() if k != "FASTLORA_DISABLE"}
     return defaults | inherited | fixed
 
 
-def run_tests(name: str, options: list[str], folder: Path, models: Path) -> dict[str, Outcome]:
+def run_tests(
+    name: str, options: list[str], folder: Path, models: Path, peft: Peft
+) -> dict[str, Outcome]:
     """Run PEFT's tests in a process of their own, and read how each ended."""
     outcomes, log = CACHE / f"{name}.jsonl", CACHE / f"{name}.log"
     command = [sys.executable, "-m", "pytest", "-p", "peft_suite.plugin", "-q", "--tb=short"]
@@ -86,7 +93,7 @@ def run_tests(name: str, options: list[str], folder: Path, models: Path) -> dict
         code = subprocess.run(
             command,
             cwd=folder,
-            env=environment(models),
+            env=environment(models, peft),
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
@@ -123,9 +130,9 @@ def unknown_files(tests: Path) -> list[str]:
     ]
 
 
-def report(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> int:
+def report(peft: Peft, unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> int:
     """Print what came of it; 0 if no test's outcome differs."""
-    print(f"\nPEFT {version('peft')}\n{compare.table(unpatched, optimized)}")
+    print(f"\nPEFT {peft.version}\n{compare.table(unpatched, optimized)}")
     print("\nCalls of lora.Linear that PEFT's own forward took:")
     print(compare.own_calls(optimized) or "    none")
     print("\nFailed in both (most need files or packages that aren't here):")
@@ -139,19 +146,20 @@ def report(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> int:
 def main() -> int:
     arguments = parse(sys.argv[1:])
     CACHE.mkdir(parents=True, exist_ok=True)
-    peft = arguments.source or source.download(CACHE)
-    source.check(peft)
+    peft = source.install(arguments.version, CACHE) if arguments.version else source.installed()
+    tests = arguments.source or source.download(peft, CACHE)
+    source.check(tests, peft)
     folder = CACHE / "run"
-    source.prepare(peft, folder)
-    models = hub()
+    source.prepare(tests, folder)
+    models = hub(peft)
     options = chosen_files(arguments, folder / "tests")
     options += ["-k", arguments.k] if arguments.k else []
     if arguments.keep_unpatched and (CACHE / "unpatched.jsonl").is_file():
         unpatched = compare.read(CACHE / "unpatched.jsonl")
     else:
-        unpatched = run_tests("unpatched", options, folder, models)
-    optimized = run_tests("optimized", ["--suite-optimize", *options], folder, models)
-    code = report(unpatched, optimized)
+        unpatched = run_tests("unpatched", options, folder, models, peft)
+    optimized = run_tests("optimized", ["--suite-optimize", *options], folder, models, peft)
+    code = report(peft, unpatched, optimized)
     if not (arguments.quick or arguments.file):
         print("\nFiles left out:")
         for name, reason in selection.LEFT_OUT.items():

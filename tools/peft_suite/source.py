@@ -1,4 +1,4 @@
-"""PEFT's tests: their source, and the folder that they are run in."""
+"""PEFT: its source with its tests, the folder that they are run in, and other versions of it."""
 
 import inspect
 import json
@@ -8,34 +8,64 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 MARKERS = ["single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"]
 
 
-def download(cache: Path) -> Path:
-    """The source of the installed PEFT, from PyPI (its wheel has no tests); kept in the cache."""
-    name = f"peft-{version('peft')}"
-    if (cache / name).is_dir():
-        return cache / name
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--no-binary", "peft", "--dest", str(cache), f"peft=={version('peft')}"]
-    if subprocess.run(command, check=False).returncode:
-        sys.exit(f"pip found no source of {name}: give a folder that has it, by --source PATH")
-    with tarfile.open(cache / f"{name}.tar.gz") as archive:
-        archive.extractall(cache, filter="data")
+@dataclass(frozen=True)
+class Peft:
+    """The PEFT whose tests are run; its folder stands before the installed one, if it has one."""
+
+    version: str
+    folder: Path | None = None
+
+
+def installed() -> Peft:
+    return Peft(version("peft"))
+
+
+def install(chosen: str, cache: Path) -> Peft:
+    """This version of PEFT, from PyPI, in a folder of its own that is kept in the cache."""
+    folder = cache / f"installed-{chosen}"
+    if not folder.is_dir():
+        scratch = cache / f"installing-{chosen}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        run_pip("install", "--no-deps", "--target", str(scratch), f"peft=={chosen}")
+        scratch.rename(folder)
+    return Peft(chosen, folder)
+
+
+def download(peft: Peft, cache: Path) -> Path:
+    """The source of this version of PEFT, from PyPI (its wheel has no tests); kept in the cache."""
+    name = f"peft-{peft.version}"
+    if not (cache / name).is_dir():
+        place = ("--no-deps", "--no-binary", "peft", "--dest", str(cache))
+        run_pip("download", *place, f"peft=={peft.version}")
+        with tarfile.open(cache / f"{name}.tar.gz") as archive:
+            archive.extractall(cache, filter="data")
     return cache / name
 
 
-def check(source: Path) -> None:
+def run_pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", *arguments[1:]]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(
+            f"pip found no {arguments[-1]}: give another --version, or a folder that has the "
+            "source of the installed one, by --source PATH"
+        )
+
+
+def check(source: Path, peft: Peft) -> None:
     """End with a message if the folder has no tests of PEFT's, and warn of another version."""
     if not (source / "tests" / "testing_common.py").is_file():
         sys.exit(f"{source} has no tests/testing_common.py: --source must be PEFT's source")
     text = (source / "src" / "peft" / "__init__.py").read_text()
     found = re.search(r'__version__ = "(.*)"', text)
-    if found and found[1] != version("peft"):
-        print(f"Note: {source} is PEFT {found[1]}, and PEFT {version('peft')} is installed.")
+    if found and found[1] != peft.version:
+        print(f"Note: {source} is PEFT {found[1]}, and its tests run with PEFT {peft.version}.")
 
 
 def prepare(source: Path, folder: Path) -> None:

@@ -1,0 +1,50 @@
+"""Reports and files under FSDP: between calls, its parameters are parts of what they will be."""
+
+import fsdp_worker as worker
+import pytest
+from peft_training import LAYERS
+from ranks import Ranks
+from safetensors.torch import load_file
+
+import fastlora
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lora-bias", "two-adapters"])
+def test_between_calls_of_fsdp1_the_report_says_what_a_call_will_find(two, kind):
+    for first, after in two.run(worker.reports, kind):
+        assert len(first.fast) == len(after.fast) == LAYERS
+        assert str(first) == str(after) == f"{LAYERS} of {LAYERS} layers fast (backend torch)"
+        assert first.layers[0].name == "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_conv1d_layers_too(two):
+    assert set(two.run(worker.conv1d_report)) == {"2 of 2 layers fast (backend torch)"}
+
+
+def test_peft_s_policy_is_named_with_the_setting_that_avoids_it(two):
+    for text in two.run(worker.report_by_peft_s_policy):
+        assert text.startswith(f"0 of {LAYERS} layers fast")
+        assert "its lora_A is a FullyShardedDataParallel" in text
+        assert "FSDP wraps lora_A and lora_B by themselves: PEFT's fsdp_auto_wrap_policy" in text
+        assert 'FSDP2 (in fsdp_config "version": 2) doesn\'t' in text
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_a_sharded_model_s_adapter_is_saved_whole(two, kind, tmp_path):
+    for text, names in two.run(worker.saved, str(tmp_path / "sharded"), kind):
+        assert text == "4 of 4 layers fast (backend torch)"
+        assert names[0] == "model.layers.0.self_attn.q_proj"
+    fastlora.save_adapter(worker.own_model(), tmp_path / "alone")
+    files = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("sharded", "alone")]
+    sharded, alone = files
+    assert sharded.keys() == alone.keys()
+    assert all(sharded[key].equal(alone[key]) for key in alone)
+    configs = [(tmp_path / f / "adapter_config.json").read_text() for f in ("sharded", "alone")]
+    assert configs[0] == configs[1]

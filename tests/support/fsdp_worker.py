@@ -1,0 +1,79 @@
+"""What a rank does in the tests of reports and files under FSDP."""
+
+import json
+from pathlib import Path
+
+import peft
+import peft_training as training
+import torch
+from models import randomise, tiny_llama
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import fastlora
+
+
+def fsdp1(model: nn.Module, by_peft_s_policy: bool = False) -> nn.Module:
+    blocks = ModuleWrapPolicy({LlamaDecoderLayer})
+    policy = fsdp_auto_wrap_policy(model) if by_peft_s_policy else blocks
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    for block in [m for m in model.modules() if isinstance(m, LlamaDecoderLayer)]:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def step(model: nn.Module) -> None:
+    ids = training.batch()
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def reports(kind: str) -> list[fastlora.Coverage]:
+    """Of a PEFT model under FSDP1: as optimize says it, strictly, and after a step."""
+    model = fsdp1(training.peft_model(kind))
+    first = fastlora.optimize(model, strict=True)
+    with training.counted() as calls:
+        step(model)
+    assert len(calls) == training.LAYERS
+    return [fastlora.Coverage(first.layers, first.notes), fastlora.coverage(model)]
+
+
+def conv1d_report() -> str:
+    """GPT-2's layers, whose weights are [in, out]."""
+    from peft_models import gpt2
+
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(gpt2(), config)
+    policy = ModuleWrapPolicy({type(model.base_model.model.transformer.h[0])})
+    model = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    return str(fastlora.optimize(model))
+
+
+def report_by_peft_s_policy() -> str:
+    return str(fastlora.optimize(fsdp1(training.peft_model(), by_peft_s_policy=True)))
+
+
+def own_model() -> nn.Module:
+    torch.manual_seed(3)
+    config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "down_proj"])
+    return randomise(fastlora.apply_lora(tiny_llama(), config))
+
+
+def saved(folder: str, kind: str) -> tuple[str, list[str]]:
+    """Save a sharded model of fastlora's own after a step; its report, and the layers' names."""
+    model = (fsdp1 if kind == "fsdp1" else fsdp2)(own_model())
+    step(model)
+    fastlora.save_adapter(model, folder)
+    torch.distributed.barrier()
+    assert json.loads(Path(folder, "adapter_config.json").read_text())["r"] == 4
+    report = fastlora.coverage(model)
+    return str(report), [layer.name for layer in report.layers]
