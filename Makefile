@@ -11,8 +11,8 @@ help: ## List the targets
 demo: .venv/demo ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
 	.venv/bin/python examples/finetune.py $(ARGS)
 
-test: .venv/test ## Run all tests (ARGS="-k dropout …")
-	.venv/bin/pytest $(ARGS)
+test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS="-n 0 --pdb …" in one)
+	.venv/bin/pytest -n 2 --dist worksteal $(ARGS)
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
 	.venv/bin/python -m tools.peft_suite.run $(ARGS)

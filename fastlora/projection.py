@@ -89,13 +89,14 @@ def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
 
 def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
     """The outputs of these layouts, with what :func:`flatten` made of them."""
-    values = iter(flat)
-    outputs = []
-    for has_bias, scales in layouts:
-        base = Base(next(values), next(values) if has_bias else None)
-        adapters = tuple([Adapter(next(values), next(values), scale) for scale in scales])
-        outputs.append(Output(base, adapters))
-    return outputs
+    take = iter(flat).__next__
+    return [
+        Output(
+            Base(take(), take() if has_bias else None),
+            tuple([Adapter(take(), take(), scale) for scale in scales]),
+        )
+        for has_bias, scales in layouts
+    ]
 
 
 def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> Iterator[list[T]]:
@@ -122,10 +123,10 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
                 outputs.append(Output(Base(weight, bias), (adapter,)))
         elif type(projection) is Output:
             base, adapters = projection
-            records = type(base) is Base and isinstance(adapters, list | tuple)
+            records = type(base) is Base and type(adapters) is tuple
             if not records or any(type(adapter) is not Adapter for adapter in adapters):
                 raise TypeError("each output must be an Output of a Base and Adapters")
-            outputs.append(Output(base, tuple(adapters)))
+            outputs.append(projection)
         else:
             raise TypeError(
                 f"projections has a {type(projection).__name__}, but must be a list of "
@@ -139,14 +140,14 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
     return outputs
 
 
-def named_tensors(output: Output[T]) -> Iterator[tuple[str, T | None]]:
+def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
     """Every tensor of an output with its name; the bias may be None."""
-    base, adapters = output
-    yield "weight", base.weight
-    for adapter in adapters:
-        yield "lora_a", adapter.lora_a
-        yield "lora_b", adapter.lora_b
-    yield "bias", base.bias
+    (weight, bias), adapters = output
+    named: list[tuple[str, T | None]] = [("weight", weight)]
+    for lora_a, lora_b, _ in adapters:
+        named += ("lora_a", lora_a), ("lora_b", lora_b)
+    named.append(("bias", bias))
+    return named
 
 
 def check_call(x: Tensor, outputs: Sequence[Output], dropout: float) -> None:

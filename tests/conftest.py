@@ -1,8 +1,18 @@
-"""Every test starts from the same random state, and reaches no hub."""
+"""Every test starts from the same random state, has one thread, and reaches no hub."""
 
+import getpass
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests run in as many processes as `make test` says; the threads of each would wait for each other.
+# The processes that a test starts inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+if isa := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache doesn't tell code for these vectors from that for the CPU's own, which then
+    # writes past the end of its memory.
+    folder = os.path.join(tempfile.gettempdir(), f"torchinductor-{getpass.getuser()}-{isa}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from contextlib import nullcontext
@@ -17,15 +27,6 @@ import fastlora
 @pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For tiny models: they gain nothing from more, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -38,12 +38,12 @@ def forward(
     """y [M, N] of every output, and h [M, r] of every adapter, laid end to end."""
     ys, hs = [], []
     for (base, adapters), masks in zip(outputs, _masks(x, outputs, settings), strict=True):
-        thin = [_project(x, adapter, mask) for adapter, mask in zip(adapters, masks, strict=True)]
         y = linear(x, base.weight, _cast(base.bias, x.dtype))
-        for adapter, h in zip(adapters, thin, strict=True):
+        for adapter, mask in zip(adapters, masks, strict=True):
+            h = _project(x, adapter, mask)
             _add_product(y, h, _cast(adapter.lora_b, h.dtype).T)
+            hs.append(_cast(h, x.dtype))
         ys.append(y)
-        hs += [_cast(h, x.dtype) for h in thin]
     return ys, hs
 
 

@@ -36,7 +36,9 @@ def run_backward(
         dx, gradients = settings.backend.backward(
             dys, as_matrix(x), outputs, hs, needs_x, needs, settings
         )
-    return dx if dx is None else dx.view(x.shape), gradients
+    if dx is not None and x.dim() != 2:
+        dx = dx.view(x.shape)
+    return dx, gradients
 
 
 def kept(
@@ -46,9 +48,13 @@ def kept(
 
     Only the gradients of weight and lora_a are products with x, only lora_b's is one with h.
     """
-    adapters = [adapter for output in needs for adapter in output.adapters]
-    reads_x = any(output.base.weight for output in needs) or any(a.lora_a for a in adapters)
-    read = [h if need.lora_b else None for h, need in zip(hs, adapters, strict=True)]
+    reads_x, reads_h = False, []
+    for base, adapters in needs:
+        reads_x = reads_x or base.weight
+        for lora_a, lora_b, _ in adapters:
+            reads_x = reads_x or lora_a
+            reads_h.append(lora_b)
+    read = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
     return x if reads_x else None, read
 
 

@@ -27,22 +27,23 @@ class LoRALinearFunction(torch.autograd.Function):
         ys, hs = run_forward(x, unflatten(tensors, layouts), settings)
         kept_x, kept_hs = kept(x, hs, unflatten(ctx.needs_input_grad[_ARGUMENTS:], layouts))
         ctx.save_for_backward(kept_x, settings.seeds, *tensors, *kept_hs)
-        ctx.dropout, ctx.backend, ctx.layouts = settings.dropout, settings.backend, layouts
-        ctx.shape, ctx.count = x.shape, len(tensors)
+        ctx.call = layouts, settings.dropout, settings.backend, x.shape
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        layouts, dropout, backend, shape = ctx.call
         x, seeds, *saved = ctx.saved_tensors
-        layouts, outputs = ctx.layouts, unflatten(saved[: ctx.count], ctx.layouts)
-        hs, settings = saved[ctx.count :], Settings(ctx.dropout, seeds, ctx.backend)
-        needs_x = ctx.needs_input_grad[0]
-        needs, has_x = unflatten(ctx.needs_input_grad[_ARGUMENTS:], layouts), x is not None
+        needs_x, _, _, *needs_flat = ctx.needs_input_grad
+        count = len(needs_flat)
+        outputs, hs = unflatten(saved, layouts), saved[count:]
+        needs, settings = unflatten(needs_flat, layouts), Settings(dropout, seeds, backend)
+        has_x = x is not None
         if not has_x:
             if all(dy is None for dy in dys):
-                return (None,) * (_ARGUMENTS + ctx.count)
-            x = stand_in(dys, ctx.shape)
+                return (None,) * (_ARGUMENTS + count)
+            x = stand_in(dys, shape)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 x = torch.zeros_like(x, requires_grad=needs_x)

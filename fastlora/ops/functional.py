@@ -91,21 +91,22 @@ def _call(
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     check_call(x, outputs, dropout)
-    layouts = layouts_of(outputs)
-    tensors = flatten(outputs, layouts)
-    count = sum([len(output.adapters) for output in outputs])
-    dropout = dropout if training and count else 0.0
-    seeds = draw_seed(count, x.device) if dropout else None
+    seeds, count = None, sum([len(output.adapters) for output in outputs])
+    if dropout and training and count:
+        seeds = draw_seed(count, x.device)
+    else:
+        dropout = 0.0
     if (
         torch.compiler.is_compiling()
         or not is_plain(x)
         or torch._C._len_torch_dispatch_stack()  # selective checkpointing, a FLOP counter …
     ):  # these go through the dispatcher
         name = "" if backend is None else backend_name(backend)
-        return call_registered(x, tensors, layouts, dropout, seeds, name)
+        return call_registered(x, outputs, dropout, seeds, name)
     settings = Settings(dropout, seeds, find_backend(backend, x.device))
     if torch.is_grad_enabled():
-        return LoRALinearFunction.apply(x, settings, layouts, *tensors)
+        layouts = layouts_of(outputs)
+        return LoRALinearFunction.apply(x, settings, layouts, *flatten(outputs, layouts))
     return tuple(run_forward(x, outputs, settings)[0])
 
 

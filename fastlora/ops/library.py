@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Settings, find_backend
-from ..projection import Layout, flatten, unflatten
+from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from .autocast import autocast_off
 from .call import kept, run_backward, run_forward, stand_in
 from .norm import norm_of_rows, wide_dtype
@@ -34,13 +34,14 @@ LIBRARY.define("dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float sca
 
 def call_registered(
     x: Tensor,
-    tensors: Sequence[Tensor],
-    layouts: Sequence[Layout],
+    outputs: Sequence[Output[Tensor]],
     dropout: float,
     seeds: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """The outputs, by way of the dispatcher."""
+    """Every output's y, by way of the dispatcher."""
+    layouts = layouts_of(outputs)
+    tensors = flatten(outputs, layouts)
     biases = [layout.has_bias for layout in layouts]
     adapters = [len(layout.scales) for layout in layouts]
     scales = [float(scale) for layout in layouts for scale in layout.scales]

@@ -4,7 +4,7 @@ Run it in float64 to judge an implementation.  It is not fast, keeps every inter
 little.
 """
 
-from .dora_linear import dora_linear
-from .lora_linear import lora_linear, lora_linears
+from .dora import dora_linear
+from .lora import lora_linear, lora_linears
 
 __all__ = ["dora_linear", "lora_linear", "lora_linears"]

@@ -1,14 +1,12 @@
 """The Triton backend: what it covers, what it says about the rest, and that plans agree."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from device import DEVICE
 from judge import check_against_oracle, make_projection
+from process import run_python
 from torch import nn
 
 import fastlora
@@ -139,13 +137,9 @@ def test_a_mask_drawn_on_one_backend_is_the_other_s():
 
 
 def run_alone(code: str, **environment: str) -> str:
-    """What a process prints that never set TRITON_INTERPRET."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=inherited, check=True
-    )
-    return result.stdout + result.stderr
+    """What a process prints, warnings too, that never set TRITON_INTERPRET."""
+    code = f"import sys; sys.stderr = sys.stdout\n{code}"
+    return run_python("-c", code, TRITON_INTERPRET=None, **environment)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the default is triton")

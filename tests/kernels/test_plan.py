@@ -1,21 +1,26 @@
 """Plans: the nearest row of the device's table decides who multiplies by the base weight."""
 
+from itertools import product
+
 import pytest
 import torch
 
-from fastlora import Projection
-from fastlora.backends import triton
+from fastlora.backends import Settings, triton
 from fastlora.kernels import plan as plans
-from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.launch import intercept
+from fastlora.kernels.config import Call, GemmConfig, why_not
+from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
-from fastlora.kernels.target import TARGETS, use_target
+from fastlora.kernels.target import TARGETS, target_of, use_target
+from fastlora.projection import Projection, as_outputs
+
+CPU = torch.device("cpu")
 
 
-def planned(m=4096, n=4096, k=4096, r=16, dtype=torch.bfloat16, name="sm_90", **options):
-    x = torch.empty(m, k, dtype=dtype, device="meta")
-    with use_target(TARGETS[name]):
-        return plan_for(x, n, k, [r], "ieee", **options)
+def planned(m=4096, n=4096, k=4096, r=16, ranks=None, masked=False, width=None):
+    """For x [m, width], as wide as the depth k unless that is a group's."""
+    x = torch.empty(m, width or k, dtype=torch.bfloat16, device="meta")
+    with use_target(TARGETS["sm_90"]):
+        return plan_for(x, n, k, ranks or [r], "ieee", masked)
 
 
 @pytest.fixture
@@ -31,31 +36,51 @@ def table(monkeypatch):
     plans._nearest.cache_clear()
 
 
-def row(
-    m=4096,
-    n=4096,
-    k=4096,
-    r=16,
-    itemsize=2,
-    masked=False,
-    projections=1,
-    target="sm_90",
-    plan=IN_PLACE,
-):
-    return Row(target, m, n, k, r, itemsize, masked, projections, plan)
+def row(**changes):
+    sizes = {"m": 4096, "n": 4096, "k": 4096, "r": 16, "itemsize": 2}
+    kind = {"target": "sm_90", "masked": False, "projections": 1, "plan": IN_PLACE}
+    return Row(**sizes | kind | changes)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", TARGETS)
-def test_every_target_has_a_row_for_every_dtype(name, dtype):
-    """Devices that nobody measured multiply with torch; the interpreter takes the fused kernel."""
-    expected = FUSED if name == "interpreter" else IN_PLACE
-    for m, masked in ((1, False), (10**6, True)):
-        assert planned(m=m, dtype=dtype, name=name, masked=masked) == expected
+def launched(m, n, k, r, dtype=torch.bfloat16, name="sm_90") -> list[Launch]:
+    """The launches of one forward, on tensors without memory."""
+    x, weight, lora_a, lora_b = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (r, k), (n, r))
+    )
+    outputs, records = as_outputs([Projection(weight, lora_a, lora_b)]), []
+    with use_target(TARGETS[name]), intercept(records.append):
+        triton.forward(x, outputs, Settings(0.0, None, triton))
+    return records
 
 
-def test_shipped_rows_name_targets_that_exist():
-    assert {shipped.target for shipped in ROWS} == set(TARGETS)
+@pytest.mark.parametrize("m", [1, 10**6])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *product(TARGETS, [torch.bfloat16, torch.float16]),
+        *product([name for name in TARGETS if name != "gfx11"], [torch.float32]),
+    ],
+    ids=str,
+)
+def test_a_target_that_nobody_measured_multiplies_with_torch(name, m, dtype):
+    """And launches the sum with the adapter; the interpreter takes the fused kernel.
+
+    gfx11's tensor cores have no float32, which runs on torch alone.
+    """
+    record = launched(m, 4096, 4096, 16, dtype, name)[-1]
+    assert record.name == "gemm_lowrank"
+    assert bool(record.arguments["p_rows"]) == (name == "interpreter")
+
+
+@pytest.mark.parametrize("shipped", ROWS, ids=lambda row: f"{row.target}-{row.itemsize}-{row.m}")
+def test_a_shipped_row_is_the_plan_of_its_own_call_and_fits_it(shipped):
+    target = TARGETS[shipped.target]
+    call = Call(
+        shipped.m, shipped.n, shipped.r, shipped.itemsize, "ieee",
+        shipped.projections, shipped.masked,
+    )  # fmt: skip
+    assert plans._nearest(target, call, shipped.k) == shipped.plan
+    assert shipped.plan.gemm is None or not why_not(shipped.plan.gemm, target, call)
 
 
 TUNED = Plan(fused=True, gemm=GemmConfig(16, 32, 64, warps=4, stages=3))
@@ -94,26 +119,20 @@ def test_rows_of_another_kind_are_never_near(table, other):
 
 def test_the_depth_of_a_group_is_the_sum(table):
     """It is an argument of its own, since x has the depth of one projection."""
-    x = torch.empty(4096, 1024, dtype=torch.bfloat16, device="meta")
     table(row(k=1024), row(k=3 * 4096, plan=TUNED))
-    with use_target(TARGETS["sm_90"]):
-        assert plan_for(x, 4096, 3 * 4096, [16, 16, 16], "ieee") == TUNED
-        assert plan_for(x, 4096, 1024, [16, 16, 16], "ieee") == IN_PLACE
+    assert planned(k=3 * 4096, width=1024, ranks=[16] * 3) == TUNED
+    assert planned(k=1024, ranks=[16] * 3) == IN_PLACE
 
 
 def test_a_group_is_nearest_to_a_group(table):
-    x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
     table(row(), row(projections=3, plan=TUNED))
-    with use_target(TARGETS["sm_90"]):
-        assert plan_for(x, 4096, 4096, [16, 16, 16], "ieee") == TUNED
-        assert plan_for(x, 4096, 4096, [16], "ieee") == IN_PLACE
+    assert planned(ranks=[16] * 3) == TUNED
+    assert planned(ranks=[16]) == IN_PLACE
 
 
 def test_the_largest_rank_of_a_group_counts(table):
-    x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
     table(row(r=8), row(r=64, plan=TUNED))
-    with use_target(TARGETS["sm_90"]):
-        assert plan_for(x, 4096, 4096, [8, 64], "ieee") == TUNED
+    assert planned(ranks=[8, 64]) == TUNED
 
 
 def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
@@ -121,29 +140,28 @@ def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
     tiles = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
     table(row(plan=Plan(fused=True, gemm=tiles)))
     chosen = []
-    for rows, n, k, r in ((8192, 4096, 4096, 16), (8192, 4098, 4100, 16), (64, 4096, 4096, 32)):
-        x, weight, lora_a, lora_b = (
-            torch.empty(shape, dtype=torch.bfloat16, device="meta")
-            for shape in ((rows, k), (n, k), (r, k), (n, r))
-        )
-        records = []
-        with use_target(TARGETS["sm_90"]), intercept(records.append):
-            triton.forward(x, [Projection(weight, lora_a, lora_b)], dropout=0.0, seed=None)
-        arguments = records[-1].arguments
+    for sizes in ((8192, 4096, 4096, 16), (8192, 4098, 4100, 16), (64, 4096, 4096, 32)):
+        arguments = launched(*sizes)[-1].arguments
         chosen.append((arguments["BLOCK_M"], arguments["BLOCK_N"]))
     assert chosen[0] == (128, 256)
     assert (128, 256) not in chosen[1:]
 
 
-def test_a_forced_plan_is_for_the_block_alone():
-    with use_plan(FUSED):
-        with use_plan(TUNED):
-            assert planned() == TUNED
-        assert planned() == FUSED
-    assert planned() == IN_PLACE
-
-
-def test_a_forced_plan_ends_with_an_exception():
-    with pytest.raises(KeyError), use_plan(FUSED):
-        raise KeyError
-    assert planned() == IN_PLACE
+@pytest.mark.parametrize(
+    ("use", "current", "outer", "inner"),
+    [
+        (use_plan, planned, FUSED, TUNED),
+        (use_target, lambda: target_of(CPU), TARGETS["sm_80"], TARGETS["sm_90"]),
+    ],
+    ids=["plan", "target"],
+)
+def test_what_is_forced_is_for_the_block_alone_however_it_ends(use, current, outer, inner):
+    before = current()
+    with use(outer):
+        with use(inner):
+            assert current() == inner
+        assert current() == outer
+        with pytest.raises(KeyError), use(inner):
+            raise KeyError
+        assert current() == outer
+    assert current() == before

@@ -7,7 +7,7 @@ import shutil
 import peft
 import pytest
 import torch
-from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
+from models import Mlp, Tied, adapt, adapted_layers, randomise, refused, tiny_llama, trained
 from safetensors.torch import load_file, save_file
 
 import fastlora
@@ -45,7 +45,7 @@ def same_mlp() -> torch.nn.Module:
 
 
 def adapted(**settings) -> torch.nn.Module:
-    return randomise(fastlora.apply_lora(same_mlp(), LoRAConfig(**settings)))
+    return adapt(same_mlp(), **settings)
 
 
 @settings_cases
@@ -62,8 +62,7 @@ def test_we_load_peft_s(tmp_path, settings):
     randomise(theirs).eval().save_pretrained(tmp_path)
     ours = fastlora.load_adapter(same_mlp(), tmp_path)
     torch.testing.assert_close(ours(x), theirs(x))
-    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
-    assert len(trained) == sum(parameter.requires_grad for parameter in theirs.parameters())
+    assert len(trained(ours)) == sum(parameter.requires_grad for parameter in theirs.parameters())
 
 
 @settings_cases
@@ -72,7 +71,7 @@ def test_round_trip(tmp_path, settings):
     fastlora.save_adapter(model, tmp_path / "first")
     fresh = fastlora.load_adapter(same_mlp(), tmp_path / "first")
     assert torch.equal(fresh(x), model(x))
-    existing = randomise(fastlora.apply_lora(same_mlp(), LoRAConfig(**settings)))
+    existing = adapt(same_mlp(), **settings)
     fastlora.load_adapter(existing, tmp_path / "first")
     assert torch.equal(existing(x), model(x))
     fastlora.save_adapter(fresh, tmp_path / "second")
@@ -110,7 +109,7 @@ def test_transformers_model_both_ways(tmp_path, dtype):
     torch.manual_seed(1)
     model, ids = tiny_llama(dtype), torch.randint(0, 100, (2, 9))
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    randomise(fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear")), std=0.05)
+    adapt(model, std=0.05, target_modules="all-linear")
     fastlora.save_adapter(model, tmp_path)
     plain = tiny_llama(dtype)
     plain.load_state_dict(base)
@@ -132,9 +131,7 @@ def test_a_tied_module_to_save_in_peft(tmp_path):
         model.load_state_dict(base)
         return model
 
-    model = randomise(
-        fastlora.apply_lora(make(), LoRAConfig(target_modules=["mix"], modules_to_save=["head"]))
-    )
+    model = adapt(make(), target_modules=["mix"], modules_to_save=["head"])
     fastlora.save_adapter(model, tmp_path)
     theirs, ids = peft.PeftModel.from_pretrained(make(), tmp_path), torch.arange(5)
     torch.testing.assert_close(theirs(ids), model(ids))
@@ -188,7 +185,7 @@ def test_a_classifier(tmp_path, side):
 
     settings, ids = {"task_type": "SEQ_CLS", "target_modules": ["query"]}, torch.arange(5)[None]
     if side == "ours":
-        model = randomise(fastlora.apply_lora(make(), LoRAConfig(**settings)))
+        model = adapt(make(), **settings)
         fastlora.save_adapter(model, tmp_path)
         other = peft.PeftModel.from_pretrained(make(), tmp_path)
     else:
@@ -280,65 +277,65 @@ def edit_tensors(folder, change) -> None:
 
 A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
 
-DAMAGE = {
-    "missing-key": (lambda f: edit_tensors(f, lambda t: t.pop(B)), f"missing {B}"),
-    "extra-key": (
-        lambda f: edit_tensors(f, lambda t: t.update(other=torch.zeros(1))),
-        "not known other",
-    ),
+TENSORS = {  # a change of the tensors, and what the error says
+    "missing-key": (lambda t: t.pop(B), f"missing {B}"),
+    "extra-key": (lambda t: t.update(other=torch.zeros(1)), "not known other"),
     "wrong-shape": (
-        lambda f: edit_tensors(f, lambda t: t.update({A: torch.zeros(3, 8)})),
+        lambda t: t.update({A: torch.zeros(3, 8)}),
         r"shape \(3, 8\), but .* \(8, 8\)",
     ),
-    "integers": (
-        lambda f: edit_tensors(f, lambda t: t.update({A: t[A].to(torch.int64)})),
-        "lora_A.weight of torch.int64",
-    ),
+    "integers": (lambda t: t.update({A: t[A].to(torch.int64)}), "lora_A.weight of torch.int64"),
     "another-model": (
-        lambda f: edit_tensors(f, lambda t: t.update({A.replace("up", "dawn"): t.pop(A)})),
+        lambda t: t.update({A.replace("up", "dawn"): t.pop(A)}),
         "missing .*up.lora_A.* not known .*dawn",
     ),
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-40]), "damaged"),
-    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "damaged"),
-    "no-safetensors": (
-        lambda f: (f / WEIGHTS).write_bytes(b"PK\x03\x04 a pickle of old" * 9),
-        "damaged",
-    ),
-    "no-json": (lambda f: (f / CONFIG).write_text("{"), "is no JSON"),
-    "json-list": (lambda f: (f / CONFIG).write_text("[]"), "no PEFT config"),
-    "no-peft_type": (lambda f: (f / CONFIG).write_text('{"r": 8}'), "no PEFT config"),
-    "another-method": (lambda f: edit_config(f, peft_type="IA3"), "peft_type 'IA3'"),
-    "dora": (lambda f: edit_config(f, use_dora=True), "doesn't support: use_dora=True"),
-    "lora_bias": (lambda f: edit_config(f, lora_bias=True), "lora_bias=True"),
-    "layers_to_transform": (
-        lambda f: edit_config(f, layers_to_transform=[0, 1]),
-        r"layers_to_transform=\[0, 1\]",
-    ),
-    "layer-0-to-transform": (
-        lambda f: edit_config(f, layers_to_transform=0),
-        "layers_to_transform=0",
-    ),
-    "unknown-setting": (lambda f: edit_config(f, warp_factor=9), "warp_factor=9"),
-    "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
-    "rank-list": (lambda f: edit_config(f, rank_pattern=["up"]), "rank_pattern is"),
-    "bad-pattern": (lambda f: edit_config(f, alpha_pattern={"*up": 4}), "alpha_pattern has"),
-    "bad-task": (lambda f: edit_config(f, task_type=["x"]), "task_type is"),
-    "bad-rank": (lambda f: edit_config(f, r=0), "rank must be a whole number"),
-    "bad-dropout": (lambda f: edit_config(f, lora_dropout=1.5), "dropout is 1.5"),
-    "null-alpha": (lambda f: edit_config(f, lora_alpha=None), "lora_alpha is None"),
+}
+SETTINGS_THAT_FAIL = {
+    "another-method": ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+    "dora": ({"use_dora": True}, "doesn't support: use_dora=True"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
+    "layers_to_transform": ({"layers_to_transform": [0, 1]}, r"layers_to_transform=\[0, 1\]"),
+    "layer-0-to-transform": ({"layers_to_transform": 0}, "layers_to_transform=0"),
+    "unknown-setting": ({"warp_factor": 9}, "warp_factor=9"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "rank-list": ({"rank_pattern": ["up"]}, "rank_pattern is"),
+    "bad-pattern": ({"alpha_pattern": {"*up": 4}}, "alpha_pattern has"),
+    "bad-task": ({"task_type": ["x"]}, "task_type is"),
+    "bad-rank": ({"r": 0}, "rank must be a whole number"),
+    "bad-dropout": ({"lora_dropout": 1.5}, "dropout is 1.5"),
+    "null-alpha": ({"lora_alpha": None}, "lora_alpha is None"),
+}
+FILES = {  # a file, what it holds (of what it held), and what the error says
+    "truncated": (WEIGHTS, lambda held: held[:-40], "damaged"),
+    "empty": (WEIGHTS, lambda held: b"", "damaged"),
+    "no-safetensors": (WEIGHTS, lambda held: b"PK\x03\x04 a pickle of old" * 9, "damaged"),
+    "no-json": (CONFIG, lambda held: b"{", "is no JSON"),
+    "json-list": (CONFIG, lambda held: b"[]", "no PEFT config"),
+    "no-peft_type": (CONFIG, lambda held: b'{"r": 8}', "no PEFT config"),
 }
 
 
+def damage(folder, name) -> str:
+    """What the error is to say."""
+    if name in TENSORS:
+        edit_tensors(folder, TENSORS[name][0])
+        return TENSORS[name][1]
+    if name in SETTINGS_THAT_FAIL:
+        edit_config(folder, **SETTINGS_THAT_FAIL[name][0])
+        return SETTINGS_THAT_FAIL[name][1]
+    file, change, message = FILES[name]
+    (folder / file).write_bytes(change((folder / file).read_bytes()))
+    return message
+
+
 @pytest.mark.parametrize("fresh", [True, False], ids=["plain-model", "adapted-model"])
-@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_adapter_changes_nothing(tmp_path, damage, message, fresh):
+@pytest.mark.parametrize("name", [*TENSORS, *SETTINGS_THAT_FAIL, *FILES])
+def test_a_damaged_adapter_changes_nothing(tmp_path, name, fresh):
     fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
-    damage(tmp_path)
+    message = damage(tmp_path, name)
     model = same_mlp() if fresh else adapted(target_modules=["up"])
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
+    with refused(model, message):
         fastlora.load_adapter(model, tmp_path)
-    assert_untouched(model, before)
     assert ("_fastlora" in model.__dict__) != fresh
 
 
@@ -349,10 +346,8 @@ def test_targets_that_a_plain_model_has_not(tmp_path, targets, message):
     fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
     edit_config(tmp_path, target_modules=targets)
     model = same_mlp()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
+    with refused(model, message):
         fastlora.load_adapter(model, tmp_path)
-    assert_untouched(model, before)
 
 
 def test_a_damaged_file_leaves_tied_weights_tied(tmp_path):
@@ -360,10 +355,8 @@ def test_a_damaged_file_leaves_tied_weights_tied(tmp_path):
     fastlora.save_adapter(fastlora.apply_lora(Tied(), config), tmp_path)
     edit_tensors(tmp_path, lambda t: t.update(other=torch.zeros(1)))
     model = Tied()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="not known other"):
+    with refused(model, "not known other"):
         fastlora.load_adapter(model, tmp_path)
-    assert_untouched(model, before)
     assert model.head.weight is model.embed.weight
 
 
@@ -373,30 +366,24 @@ def test_a_missing_file(tmp_path, missing):
     fastlora.save_adapter(adapted(target_modules=["up"]), folder)
     shutil.rmtree(folder) if missing == "folder" else (folder / missing).unlink()
     model = same_mlp()
-    before = snapshot(model)
-    with pytest.raises(FileNotFoundError, match="an adapter's folder holds"):
+    with refused(model, "an adapter's folder holds", FileNotFoundError):
         fastlora.load_adapter(model, folder)
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("other", [{"r": 4}, {"lora_alpha": 3}, {"use_rslora": True}])
 def test_another_adapter_in_the_model(tmp_path, other):
     fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
     model = adapted(target_modules=["up"], **other)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"remove_lora\(model\) first"):
+    with refused(model, r"remove_lora\(model\) first"):
         fastlora.load_adapter(model, tmp_path)
-    assert_untouched(model, before)
 
 
 def test_loading_into_a_merged_model(tmp_path):
     model = adapted(target_modules=["up"])
     fastlora.save_adapter(model, tmp_path)
     fastlora.merge_lora(model)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="up is merged"):
+    with refused(model, "up is merged"):
         fastlora.load_adapter(model, tmp_path)
-    assert_untouched(model, before)
 
 
 def test_settings_that_are_off_are_no_error(tmp_path):
@@ -404,11 +391,13 @@ def test_settings_that_are_off_are_no_error(tmp_path):
     edit_config(
         tmp_path, use_dora=False, layers_to_transform=None, loftq_config={}, a_later_setting=False
     )
-    fastlora.load_adapter(same_mlp(), tmp_path)
+    model = fastlora.load_adapter(same_mlp(), tmp_path)
+    assert adapted_layers(model) == {"up"}
 
 
 def test_targets_that_this_model_has_not_are_no_error_in_a_file(tmp_path):
     """PEFT's configs often name the projections of several architectures."""
     fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
     edit_config(tmp_path, target_modules=["up", "gate_proj"])
-    fastlora.load_adapter(same_mlp(), tmp_path)
+    model = fastlora.load_adapter(same_mlp(), tmp_path)
+    assert adapted_layers(model) == {"up"}

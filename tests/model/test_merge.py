@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
+from models import Mlp, Tied, adapt, assert_untouched, randomise, refused, snapshot, tiny_llama
 
 import fastlora
 from fastlora import LoRAConfig
 
 
 def adapted_mlp(dtype: torch.dtype = torch.float32):
-    return randomise(
-        fastlora.apply_lora(Mlp().to(dtype), LoRAConfig(r=3, target_modules=["up", "down"]))
-    ).eval()
+    return adapt(Mlp().to(dtype), r=3, target_modules=["up", "down"]).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -53,10 +51,8 @@ def test_autocast_does_not_round_the_sum():
 def test_a_parametrised_weight_is_refused(call):
     model = adapted_mlp()
     torch.nn.utils.parametrize.register_parametrization(model.down, "weight", torch.nn.Identity())
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="down can't be merged or removed: its weight is computed"):
+    with refused(model, "down can't be merged or removed: its weight is computed"):
         call(model)
-    assert_untouched(model, before)
 
 
 def test_a_merged_layer_is_one_product(monkeypatch):
@@ -88,14 +84,12 @@ def test_keep_base_false_frees_the_base():
     model = adapted_mlp()
     fastlora.merge_lora(model, keep_base=False)
     assert model.up._base_weight is None
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="keep_base=False"):
+    with refused(model, "keep_base=False"):
         fastlora.unmerge_lora(model)
-    assert_untouched(model, before)
 
 
 def test_a_tied_weight_is_not_merged_into_the_embedding():
-    model = randomise(fastlora.apply_lora(Tied(), LoRAConfig(target_modules=["head"]))).eval()
+    model = adapt(Tied(), target_modules=["head"]).eval()
     embedding = model.embed.weight.clone()
     with pytest.warns(UserWarning, match="head were tied"):
         fastlora.merge_lora(model)
@@ -107,18 +101,14 @@ def test_a_tied_weight_is_not_merged_into_the_embedding():
 
 def test_merging_twice():
     model = fastlora.merge_lora(adapted_mlp())
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="up is merged already"):
+    with refused(model, "up is merged already"):
         fastlora.merge_lora(model)
-    assert_untouched(model, before)
 
 
 def test_unmerging_what_is_not_merged():
     model = adapted_mlp()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="up is not merged"):
+    with refused(model, "up is not merged"):
         fastlora.unmerge_lora(model)
-    assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.unmerge_lora])
@@ -175,9 +165,7 @@ def test_progress_bar_on_many_layers(capsys):
 
 
 def test_generation_when_merged():
-    model = randomise(
-        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
-    )
+    model = adapt(tiny_llama(), std=0.02, target_modules="all-linear")
     ids = torch.randint(0, 100, (1, 5))
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, **settings)
@@ -188,9 +176,7 @@ def test_export_of_a_plain_merged_model(tmp_path):
     """The README's recipe: merge, remove, save_pretrained."""
     from transformers import LlamaForCausalLM
 
-    model = randomise(
-        fastlora.apply_lora(tiny_llama(), LoRAConfig(target_modules="all-linear")), std=0.02
-    )
+    model = adapt(tiny_llama(), std=0.02, target_modules="all-linear")
     ids = torch.randint(0, 100, (1, 5))
     adapted_logits = model(ids).logits
     fastlora.remove_lora(fastlora.merge_lora(model)).save_pretrained(tmp_path)

@@ -1,9 +1,12 @@
 """PEFT's own layer as the judge: the same outputs, gradients and training."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
 from models import Mlp, tiny_llama
+from peft_llama import train
 
 import fastlora
 from fastlora import LoRAConfig, LoRALinear
@@ -47,28 +50,12 @@ def test_outputs_and_gradients(dtype, adapter_dtype, tolerance, use_rslora):
         assert relative(our.double(), their.double()) < tolerance, name
 
 
-def train(model, parameters, steps: int = 20) -> list[float]:
-    ids = torch.randint(0, 100, (4, 12), generator=torch.Generator().manual_seed(5))
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=["f32", "bf16"]
 )
 def test_twenty_training_steps_follow_peft(dtype, tolerance):
-    settings = {
-        "r": 8,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
-    }
+    names = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": names}
     torch.manual_seed(2)
     model = tiny_llama(dtype).train()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -83,8 +70,10 @@ def test_twenty_training_steps_follow_peft(dtype, tolerance):
                 their = theirs.base_model.model.get_submodule(name)
                 layer.lora_A.copy_(their.lora_A["default"].weight)
                 layer.lora_B.copy_(their.lora_B["default"].weight)
-    their_losses = train(theirs, [p for p in theirs.parameters() if p.requires_grad])
-    our_losses = train(ours, [p for p in ours.parameters() if p.requires_grad])
+    adamw = partial(torch.optim.AdamW, lr=1e-2)
+    their_losses, our_losses = (
+        train(model, adamw, steps=20)["losses"].tolist() for model in (theirs, ours)
+    )
     assert their_losses[-1] < their_losses[0] - 0.2
     assert our_losses == pytest.approx(their_losses, rel=tolerance)
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from models import Mlp, tiny_llama
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft_models import adapted
 from torch import nn
 
 import fastlora
@@ -18,8 +19,7 @@ from fastlora.peft import layer as fast_linear
 
 
 def llama(dtype=torch.float32, **settings) -> peft.PeftModel:
-    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings
-    return peft.get_peft_model(tiny_llama(dtype).train(), peft.LoraConfig(**config))
+    return adapted(tiny_llama(dtype), target_modules="all-linear", **settings).train()
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -124,8 +124,7 @@ def test_an_error_in_the_model_leaves_it_as_it_was():
 
 
 def mlp(**settings) -> peft.PeftModel:
-    config = peft.LoraConfig(target_modules=["up"], init_lora_weights=False, **settings)
-    return peft.get_peft_model(Mlp(), config)
+    return adapted(Mlp(), target_modules=["up"], **settings).train()
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ ROOT = Path(__file__).parents[2]
 CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
 IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git repository")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def two_rounds(rounds: measure.Rounds) -> None:
     for _ in range(2):
@@ -168,6 +166,7 @@ def test_an_interrupted_comparison_leaves_nothing():
     assert worktrees() == before, printed
 
 
-def worktrees() -> str:
-    command = ["git", "worktree", "list"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def worktrees() -> list[str]:
+    command = ["git", "worktree", "list", "--porcelain"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if line.startswith("worktree ")]

@@ -1,180 +1,240 @@
 """examples/finetune.py, run as a user runs it, on a tiny Llama and a text made here."""
 
+import importlib
 import json
-import math
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
 import time
+from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 WORDS = ["a", "layer", "keeps", "its", "weight", "and", "bias", "while", "the", "adapter", "learns"]
 TEXT = " ".join(WORDS[(i * i + i // 7) % len(WORDS)] for i in range(3000))
-FAST = (
-    "--steps",
-    "6",
-    "--batch",
-    "2",
-    "--seq-len",
-    "32",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-    "--lr",
-    "0.01",
-)
+FAST = "--steps=6", "--batch=2", "--seq-len=32", "--lr=0.01", "--dtype=float32", "--device=cpu"
+NO_16_BIT_PRODUCTS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}  # on x86
 TEMPORARY = (".finetune-*", ".fastlora-*", "*.tmp", "*.partial")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a random Llama of two layers, with a tokenizer of words."""
+def inputs(tmp_path_factory):
+    """The options for a random Llama of two layers, with a tokenizer of words, and for a text."""
     transformers = pytest.importorskip("transformers", reason="the example uses transformers")
     for package in ("accelerate", "matplotlib", "peft", "tqdm"):
         pytest.importorskip(package, reason=f"the example uses {package}")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    folder = tmp_path_factory.mktemp("tiny")
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *sorted(set(WORDS))])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    ).save_pretrained(folder / "tiny-llama")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=len(vocabulary),
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": len(vocabulary)}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, **layers, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "tiny-llama")
+    (folder / "text.txt").write_text(TEXT)
+    return ["--model", folder / "tiny-llama", "--data", folder / "text.txt", *FAST]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def compared(model, text, tmp_path_factory):
-    """One run of all three sides, without dropout: the process, and the folder of its results."""
+def compared(inputs, tmp_path_factory):
+    """One run of all three sides, without dropout: what it printed, how many processes of sides
+    lived when it printed a line, the folder of its results, and the report among them."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    arguments = ["--model", model, "--data", text, "--out", out, "--dropout", "0", "--optimize"]
-    process = finetune(*arguments, *FAST)
-    assert process.returncode == 0, process.stderr
-    return process, out
+    errors, lines, living = out.with_name("errors"), [], {}
+    with errors.open("w") as file:
+        process = start(*inputs, "--out", out, "--dropout", "0", "--optimize", stderr=file)
+        for line in process.stdout:
+            lines.append(line)
+            living[line.strip()] = len(side_processes(process))
+    assert process.wait() == 0, errors.read_text()
+    report = json.loads((out / "loss.json").read_text())
+    return SimpleNamespace(printed="".join(lines), living=living, out=out, report=report)
 
 
-def environment():
+def start(*arguments, more=(), **settings):
     # One thread: the tiny model gains nothing from more, and other tests may run beside it.
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def finetune(*arguments):
-    command = [sys.executable, SCRIPT, *arguments]
-    return subprocess.run(
-        [str(part) for part in command],
-        env=environment(),
-        capture_output=True,
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | dict(more),
         text=True,
-        timeout=300,
+        start_new_session=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings,
     )
+
+
+def finetune(*arguments, **settings):
+    """Run it; its exit code, and what it printed."""
+    process = start(*arguments, **settings)
+    printed, errors = process.communicate(timeout=300)
+    return process.returncode, printed, errors
+
+
+def start_training(*arguments):
+    """Start it, and wait until it trains; the process, and those of its two sides."""
+    process = start(*arguments, "--steps", "100000", stdout=subprocess.DEVNULL)
+    while "training with fastlora" not in (line := process.stderr.read(200)):
+        assert line, f"it ended by itself, with {process.wait()}"
+    time.sleep(0.5)
+    sides = side_processes(process)
+    assert len(sides) == 2
+    return process, sides
+
+
+def children(process):
+    psutil = pytest.importorskip("psutil", reason="accelerate brings it")
+    return psutil.Process(process.pid).children()
+
+
+def side_processes(process):
+    """The processes of the sides, which finetune.py's own child makes."""
+    return list(chain.from_iterable(child.children() for child in children(process)))
+
+
+def ended(processes):
+    """Whether all end within ten seconds."""
+    import psutil
+
+    return not psutil.wait_procs(processes, timeout=10)[1]
 
 
 def temporary_files(folder):
     return [path for pattern in TEMPORARY for path in folder.rglob(pattern)]
 
 
-def test_results_are_written_whole(compared):
-    _, out = compared
+def test_results_are_written_whole(compared, tmp_path):
+    out = compared.out
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert {
-        "loss.png",
-        "loss.json",
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-        "checkpoints/fastlora/checkpoint-6/adapter_model.safetensors",
-        "checkpoints/PEFT/checkpoint-6/adapter_model.safetensors",
-        "checkpoints/optimized/checkpoint-6/adapter_model.safetensors",
-    } <= files
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    kept = [f"checkpoints/{side}/checkpoint-6" for side in ("fastlora", "PEFT", "optimized")]
+    adapters = {f"{folder}/adapter_model.safetensors" for folder in ("adapter", *kept)}
+    assert {"loss.png", "loss.json", "adapter/adapter_config.json", *adapters} <= files
     assert temporary_files(out) == []
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    plot = [sys.executable, SCRIPT.with_name("plot.py"), out / "loss.json", tmp_path / "again.png"]
+    subprocess.run(plot, check=True)
+    assert (tmp_path / "again.png").read_bytes() == (out / "loss.png").read_bytes()
+    assert len((out / "loss.json").read_text().splitlines()) < 80
 
 
 @pytest.mark.parametrize("side", ["fastlora", "optimized"])
 def test_losses_fall_and_follow_peft(compared, side):
-    _, out = compared
-    results = json.loads((out / "loss.json").read_text())["results"]
-    ours, theirs = results[side], results["PEFT"]
+    ours, theirs = (compared.report["results"][each] for each in (side, "PEFT"))
     for curve in ("loss", "held_out_loss"):
+        assert numpy.isfinite(ours[curve]).all()
         assert [step for step, _ in ours[curve]] == [step for step, _ in theirs[curve]]
-        for (_, our_loss), (_, their_loss) in zip(ours[curve], theirs[curve], strict=True):
-            assert math.isfinite(our_loss)
-            assert our_loss == pytest.approx(their_loss, rel=1e-3)
-    assert ours["held_out_loss"][0][0] == 0
-    assert ours["held_out_loss"][-1][0] == 6
-    assert ours["held_out_loss"][-1][1] < ours["held_out_loss"][0][1] - 0.05
+        losses = [loss for _, loss in theirs[curve]]
+        assert [loss for _, loss in ours[curve]] == pytest.approx(losses, rel=1e-3)
+    (first, before), *_, (last, after) = ours["held_out_loss"]
+    assert (first, last) == (0, 6)
+    assert after < before - 0.05
+
+
+def test_sides_train_in_turn(compared):
+    steps = []
+    for side, result in compared.report["results"].items():
+        times = zip(result["step_began"], result["seconds_per_step"], strict=True)
+        steps += [(began, began + took, step, side) for step, (began, took) in enumerate(times)]
+    steps.sort()
+    for (_, end, *_), (begin, *_) in pairwise(steps):
+        assert end <= begin
+    a, b, c = "fastlora", "PEFT", "optimized"
+    order = [a, b, c, b, c, a, c, a, b]  # who goes first changes
+    assert [side for *_, side in steps] == 2 * order
+    assert [step for *_, step, _ in steps] == [step for step in range(6) for _ in "abc"]
 
 
 def test_table_has_all_sides(compared):
-    process, out = compared
-    results = json.loads((out / "loss.json").read_text())["results"]
-    assert "fastlora        PEFT   optimized   over PEFT   over PEFT" in process.stdout
-    assert process.stdout.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
+    printed, results = compared.printed, compared.report["results"]
+    assert "fastlora        PEFT   optimized   over PEFT   over PEFT" in printed
+    assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
     for side in results.values():
         assert side["trainable_parameters"] == results["fastlora"]["trainable_parameters"]
-        assert f"{side['tokens_per_second']:.1f}" in process.stdout
-        assert f"{side['kept_for_backward'] / 2**20:.0f}" in process.stdout
+        assert f"{side['tokens_per_second']:.1f}" in printed
+        assert f"{side['kept_for_backward'] / 2**20:.0f}" in printed
     assert results["fastlora"]["kept_for_backward"] <= results["PEFT"]["kept_for_backward"]
+    ratios = compared.report["step_time_over_peft"]
+    assert list(ratios) == ["fastlora", "optimized"]
+    for side, ratio in ratios.items():
+        ours, theirs = (numpy.array(results[name]["seconds_per_step"]) for name in (side, "PEFT"))
+        low, middle, high = numpy.percentile(ours / theirs, [25, 50, 75])
+        assert ratio["pairs"] == pytest.approx(ours / theirs)
+        assert (ratio["median"], *ratio["quartiles"]) == pytest.approx((middle, low, high))
+        assert f"a step takes {middle:.3f} of PEFT's time (median of 6 pairs" in printed
+        assert f"quartiles {low:.3f} and {high:.3f}" in printed
 
 
-def test_peft_loads_the_adapter(compared, model):
+def test_memory_is_measured_alone(compared):
+    assert compared.living["--- optimized: loading the model"] >= 2  # those before it
+    for side in compared.report["results"]:
+        assert compared.living[f"measuring the memory that {side} needs, alone"] <= 1  # its own
+
+
+def test_peft_loads_the_adapter(compared, inputs):
     import peft
     import transformers
 
-    _, out = compared
-    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(inputs[1])
     tokens = torch.arange(12)[None]
     plain = base(tokens).logits
-    adapted = peft.PeftModel.from_pretrained(base, out / "adapter").eval()(tokens).logits
+    adapted = peft.PeftModel.from_pretrained(base, compared.out / "adapter").eval()(tokens).logits
     assert (adapted - plain).abs().max() > 0.01
 
 
-def test_jsonl_and_all_linear_without_peft(model, tmp_path):
+def test_jsonl_all_linear_and_auto_dtype_without_peft(inputs, tmp_path):
     data, out = tmp_path / "text.jsonl", tmp_path / "out"
-    data.write_text(
-        "".join(json.dumps({"text": TEXT[i : i + 4000]}) + "\n" for i in range(0, 12000, 4000))
-    )
-    process = finetune(
-        "--model",
-        model,
-        "--data",
-        data,
-        "--out",
-        out,
-        "--target",
-        "all-linear",
-        "--no-compare",
-        *FAST,
-    )
-    assert process.returncode == 0, process.stderr
-    assert list(json.loads((out / "loss.json").read_text())["results"]) == ["fastlora"]
+    texts = [{"text": TEXT[i : i + 4000]} for i in range(0, 12000, 4000)]
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    options = ["--data", data, "--out", out, "--target", "all-linear", "--dtype", "auto"]
+    code, printed, errors = finetune(*inputs, *options, "--no-compare", more=NO_16_BIT_PRODUCTS)
+    assert code == 0, errors
+    report = json.loads((out / "loss.json").read_text())
+    assert list(report["results"]) == ["fastlora"]
+    assert report["step_time_over_peft"] == {}
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert "down_proj" in config["target_modules"]
     assert not (out / "checkpoints" / "PEFT").exists()
+    choice = report["dtype_choice"]
+    assert choice["asked"] == "auto"
+    assert f"{choice['dtype']} on cpu: {choice['why']}" in printed.splitlines()
+    assert f"{choice['bfloat16_over_float32']:.1f}" in choice["why"]
+    assert report["settings"]["dtype"] == choice["dtype"]
+    if platform.machine() == "x86_64":
+        assert choice["dtype"] == "float32"
+    assert report["machine"]["threads"] == 1
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_bfloat16_trains(inputs, tmp_path):
+    options = ["--no-compare", "--dtype", "bfloat16", "--steps", "9"]
+    code, _, errors = finetune(*inputs, "--out", tmp_path, *options)
+    assert code == 0, errors
+    result = json.loads((tmp_path / "loss.json").read_text())["results"]["fastlora"]
+    assert numpy.isfinite(result["loss"]).all()
+    assert len(result["seconds_per_step"]) == 9
+    assert [step for step, _ in result["held_out_loss"]] == [0, 2, 4, 6, 8, 9]
+
+
+def test_auto_dtype_follows_the_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    machine = importlib.import_module("machine")
+    for ratio, auto in ((1.2, "bfloat16"), (40.0, "float32")):
+        monkeypatch.setattr(machine, "bfloat16_over_float32", lambda ratio=ratio: ratio)
+        assert machine.choose_dtype("auto", "cpu")["dtype"] == auto
+        for asked in ("bfloat16", "float16"):
+            assert machine.choose_dtype(asked, "cpu")["dtype"] == asked
 
 
 @pytest.mark.parametrize(
@@ -196,48 +256,78 @@ def test_jsonl_and_all_linear_without_peft(model, tmp_path):
         pytest.param(["--optimize"], "--no-compare leaves PEFT out", id="optimize-nothing"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch):
+def test_bad_input_is_one_line(arguments, message, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     (tmp_path / "broken.jsonl").write_text("text\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
     (tmp_path / "empty.txt").write_text("\n")
-    monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    process = finetune("--no-compare", *arguments)
-    assert process.returncode == 2
-    assert len(process.stderr.splitlines()) == 1
-    assert message in process.stderr
-    assert process.stdout == ""
+    code, printed, errors = finetune("--no-compare", *arguments, cwd=tmp_path)
+    assert code == 2
+    assert len(errors.splitlines()) == 1
+    assert message in errors
+    assert printed == ""
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_unknown_target_lists_what_there_is(model, text, tmp_path):
-    out = tmp_path / "out"
-    process = finetune("--model", model, "--data", text, "--out", out, "--target", "nothing", *FAST)
-    assert process.returncode == 2
-    assert "q_proj (2)" in process.stderr.splitlines()[-1]
-    assert "Traceback" not in process.stderr
-    assert list(out.iterdir()) == []
+def test_unknown_target_lists_what_there_is(inputs, tmp_path):
+    code, _, errors = finetune(*inputs, "--out", tmp_path, "--target", "nothing")
+    assert code == 2
+    assert "q_proj (2)" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_leaves_nothing_half_written(model, text, tmp_path):
-    out = tmp_path / "out"
-    arguments = ["--model", model, "--data", text, "--out", out, *FAST, "--steps", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while "training with fastlora" not in (line := process.stderr.read(200)):
-        assert line, f"it ended by itself, with {process.wait()}"
-    assert temporary_files(out) != []  # so that the pattern can fail below
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the children too
-    _, error = process.communicate(timeout=60)
+def interrupted(process):
+    """What it prints to stderr after a Ctrl-C, which a terminal sends to the children too."""
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1] == "interrupted: nothing half-written is left"
-    assert "Traceback" not in error
-    assert list(out.iterdir()) == []
+    return errors
+
+
+def test_ctrl_c_leaves_nothing_half_written(inputs, tmp_path):
+    process, sides = start_training(*inputs, "--out", tmp_path)
+    assert temporary_files(tmp_path) != []  # so that the patterns can fail in a test above
+    errors = interrupted(process)
+    assert errors.strip().splitlines()[-1] == "interrupted: nothing half-written is left"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+    assert ended(sides)
+
+
+def test_ctrl_c_while_it_loads(inputs, tmp_path):
+    process = start(*inputs, "--out", tmp_path / "out")
+    while not children(process):
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert interrupted(process) == "\ninterrupted: nothing half-written is left\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_side_that_dies_ends_all(inputs, tmp_path):
+    process, sides = start_training(*inputs, "--out", tmp_path)
+    sides[-1].kill()  # as the system does when memory runs out
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "PEFT ended with signal SIGKILL, as if memory ran out" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+    assert ended(sides)
+
+
+def test_sides_end_after_a_kill(inputs, tmp_path):
+    process, sides = start_training(*inputs, "--out", tmp_path)
+    process.kill()
+    process.communicate(timeout=60)
+    assert ended(sides)
+
+
+def test_full_disk_is_told(inputs, tmp_path):
+    limit = 50_000  # bytes a file: the adapter is larger
+    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    code, _, errors = finetune(*inputs, "--out", tmp_path, **limits)
+    assert code == 1
+    assert "File too large" in errors
+    assert "fastlora ended with exit code 1" in errors.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

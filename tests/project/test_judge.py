@@ -4,6 +4,7 @@ import pytest
 import torch
 from judge import check_against_oracle, make_projection
 
+from fastlora import blocks
 from fastlora.backends import torch as backend
 from fastlora.backends.dropout import DropoutMask
 
@@ -52,7 +53,7 @@ def test_a_forgotten_share_of_the_scale_fails(monkeypatch, factor):
 
 
 def test_a_mask_that_depends_on_the_block_fails(monkeypatch):
-    monkeypatch.setattr(backend, "_CPU_BLOCK", 24 * 8)
+    monkeypatch.setattr(blocks, "_CPU_BLOCK", 24 * 8)
     rows = DropoutMask.rows
     monkeypatch.setattr(DropoutMask, "rows", lambda self, first, count: rows(self, 0, count))
     with pytest.raises(AssertionError, match="y0"):

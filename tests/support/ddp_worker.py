@@ -1,7 +1,5 @@
 """One of two gloo processes that train the same model on different halves of a batch."""
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,10 +19,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def train(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def train(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model, x = make_model(), torch.randn(8, 12)
     ddp = nn.parallel.DistributedDataParallel(model)
     for _ in range(2):

@@ -1,7 +1,14 @@
-"""Tiny models, built from configs without a hub."""
+"""Tiny models, built from configs without a hub, and what may have changed in them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import nn
+
+import fastlora
+from fastlora import LoRALinear
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, **settings) -> nn.Module:
@@ -49,17 +56,22 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
     return model
 
 
+def adapt(model: nn.Module, std: float = 0.2, **settings) -> nn.Module:
+    """With LoRA layers that change it, by :class:`fastlora.LoRAConfig`'s settings."""
+    return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**settings)), std)
+
+
 def snapshot(model: nn.Module) -> dict[str, object]:
     """Everything that a failed call must leave as it was."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
     return {
-        "values": {name: p.clone() for name, p in model.named_parameters(remove_duplicate=False)},
+        "values": {name: p.clone() for name, p in parameters.items()},
         "keys": list(model.state_dict()),
-        "identities": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
-        "trains": {
-            name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
-        },
-        "classes": {name: type(module) for name, module in model.named_modules()},
-        "merged": {name: getattr(module, "merged", None) for name, module in model.named_modules()},
+        "identities": {name: id(p) for name, p in parameters.items()},
+        "trains": {name: p.requires_grad for name, p in parameters.items()},
+        "classes": {name: type(module) for name, module in modules.items()},
+        "merged": {name: getattr(module, "merged", None) for name, module in modules.items()},
     }
 
 
@@ -69,3 +81,20 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
     assert values.keys() == values_before.keys()
     assert all(torch.equal(values[name], values_before[name]) for name in values)
     assert now == before
+
+
+@contextmanager
+def refused(model: nn.Module, message: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """The block raises this error, and leaves the model as it was."""
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        yield
+    assert_untouched(model, before)
+
+
+def adapted_layers(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -4,12 +4,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-from models import Mlp
+from models import Mlp, randomise
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -55,23 +56,17 @@ def bert() -> nn.Module:
 
 
 def adapted(base: nn.Module, adapters: tuple[str, ...] = ("default",), **settings):
-    """``base`` with PEFT adapters that change it, all of them active, in evaluation."""
+    """``base`` with PEFT adapters, all of them active, in evaluation.
+
+    What trains is noisy: PEFT starts B at zero, where a wrong path could hide.
+    """
     config = {"r": 4, "lora_alpha": 6} | settings
     model = peft.get_peft_model(base, peft.LoraConfig(**config), adapters[0])
     for name in adapters[1:]:
         model.add_adapter(name, peft.LoraConfig(**config))
     if len(adapters) > 1:
         model.base_model.set_adapter(list(adapters))
-    return vary(model).eval()
-
-
-def vary(model: nn.Module) -> nn.Module:
-    """Add noise to all that trains: PEFT starts B at zero, where a wrong path could hide."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return randomise(model, std=0.1).eval()
 
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}}
@@ -135,6 +130,51 @@ def counted_calls() -> Iterator[list[Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_linear, "fast_forward", recorded)
         yield calls
+
+
+def run_both(
+    run: Callable[[nn.Module], Any], theirs: nn.Module, ours: nn.Module | None = None
+) -> tuple[Any, Any, list[Tensor]]:
+    """What ``run`` gives for an optimised copy and for PEFT's model, and the copy's fast calls.
+
+    From the same random state.  ``ours`` is another model than such a copy.
+    """
+    ours = optimized(theirs) if ours is None else ours
+    with counted_calls() as calls:
+        torch.manual_seed(5)
+        expected = run(theirs)
+        assert not calls
+        torch.manual_seed(5)
+        return run(ours), expected, calls
+
+
+def assert_runs_the_same(
+    run: Callable[[nn.Module], Any],
+    theirs: nn.Module,
+    ours: nn.Module | None = None,
+    *,
+    fast: int,
+    tolerance: float,
+) -> Any:
+    """:func:`run_both` gives the same, with so many fast calls; returns it."""
+    got, expected, calls = run_both(run, theirs, ours)
+    assert len(calls) == fast
+    assert_same(got, expected, tolerance)
+    return got
+
+
+@contextmanager
+def counted_ops() -> Iterator[dict[str, int]]:
+    """How often fastlora's ops are called inside by compiled code (eager mode doesn't call them).
+
+    While it compiles they are called too.
+    """
+    ops: dict[str, int] = {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield ops
+    for event in profile.key_averages():
+        if event.key.startswith("fastlora::"):
+            ops[event.key.removeprefix("fastlora::")] = event.count
 
 
 def assert_same(ours, theirs, tolerance: float) -> None:

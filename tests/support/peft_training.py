@@ -220,10 +220,6 @@ def covered(model: nn.Module) -> Iterator[dict[str, LayerCoverage]]:
 
 def alone(parts: int = 1, kind: str = "lora", dropout: float = 0.0) -> Record:
     """PEFT as it is, in one process, on the whole batch, in one go or in equal parts."""
-    model, threads = peft_model(kind, dropout), torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have: more wait for each other on a busy machine
-    try:
-        with shared_masks(model):
-            return train(model, list(batch().chunk(parts)))
-    finally:
-        torch.set_num_threads(threads)
+    model = peft_model(kind, dropout)
+    with shared_masks(model):
+        return train(model, list(batch().chunk(parts)))

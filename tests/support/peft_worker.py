@@ -40,6 +40,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from transformers import LlamaForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -87,7 +88,7 @@ def ddp_checked(broken: bool) -> tuple[bool, float]:
     before = torch.cat([p.grad.flatten() for _, p in trained(model)])
 
     def backward(*arguments, **settings):
-        return [None if g is None else g * 1.5 for g in original(*arguments, **settings)]
+        return tree_map(lambda g: None if g is None else g * 1.5, original(*arguments, **settings))
 
     original = backend.backward
     with mock.patch.object(backend, "backward", backward) if broken else nullcontext():

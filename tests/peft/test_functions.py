@@ -9,10 +9,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from models import Mlp, tiny_llama
-from peft.helpers import DoraCaching, rescale_adapter_scale
+from models import tiny_llama
+from peft.helpers import rescale_adapter_scale
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import (
     KINDS,
@@ -20,21 +19,14 @@ from peft_models import (
     VOCABULARY,
     adapted,
     assert_same,
-    counted_calls,
     gradients,
     inputs,
     mlp,
-    optimized,
     other_config,
+    run_both,
     up,
     write_adapter,
 )
-from torch import nn
-
-import fastlora
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # Each of these takes a PEFT model, does something with it, and returns what came out.
 
@@ -293,248 +285,10 @@ NOT_WITH_DORA = {"add-weighted-adapter", "hotswap", "lora-fa", "odd-inputs"}
 )
 def test_gives_what_it_gives_on_peft_s(kind, name, tmp_path):
     theirs = mlp(**KINDS[kind])
-    ours = optimized(theirs)
-    results = []
-    for model, folder in ((theirs, "theirs"), (ours, "ours")):
-        model.folder = tmp_path / folder
-        torch.manual_seed(5)
-        with counted_calls() as calls:
-            results.append(FUNCTIONS[name](model))
-        assert bool(calls) == (model is ours)
-    assert_same(results[1], results[0], ROUNDING)
-
-
-# Files, names and classes.
-
-
-@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_merge_and_unload_is_peft_s_bit_for_bit(settings):
-    theirs = mlp(**settings)
-    ours = optimized(theirs).merge_and_unload()
-    theirs = theirs.merge_and_unload()
-    assert repr(ours) == repr(theirs)
-    assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
-
-
-@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_saved_files_are_peft_s_byte_for_byte(settings, tmp_path):
-    theirs = mlp(target_modules="up|down", **settings)  # PEFT writes a list in any order
-    ours = optimized(theirs)
-    ours(inputs()).sum().backward()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours.save_pretrained(tmp_path / "ours")
-    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
-    assert "adapter_model.safetensors" in names
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
-    for name in names:
-        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
-
-
-def test_what_was_saved_loads_into_a_model_that_is_then_optimised(tmp_path):
-    ours = optimized(mlp())
-    ours.save_pretrained(tmp_path)
-    fresh = Mlp().double()
-    fresh.load_state_dict(ours.unload().state_dict())
-    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
-    expected = loaded(inputs())
-    fastlora.optimize(loaded, strict=True)
-    assert_same(loaded(inputs()), expected, ROUNDING)
-
-
-@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_names_are_peft_s(settings):
-    theirs = mlp(**settings)
-    ours = optimized(theirs)
-    assert repr(ours) == repr(theirs)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
-    assert vars(up(ours)).keys() == vars(up(theirs)).keys()
-    assert isinstance(up(ours), lora.Linear)
-    assert type(up(ours)).__name__ == type(up(theirs)).__name__
-
-
-def test_restore_gives_back_the_very_class():
-    model = mlp()
-    classes = {name: type(module) for name, module in model.named_modules()}
-    fastlora.optimize(model)
-    assert type(up(model)) is not lora.Linear
-    fastlora.restore(model)
-    assert {name: type(module) for name, module in model.named_modules()} == classes
-
-
-def test_a_block_of_optimize_gives_back_the_very_class():
-    model = mlp()
-    with fastlora.optimize(model), counted_calls() as calls:
-        model(inputs())
-        assert len(calls) == 2
-    assert type(up(model)) is lora.Linear
-    with counted_calls() as calls:
-        model(inputs())
-    assert not calls
-
-
-def test_a_copy_can_be_restored_alone():
-    model = optimized(mlp())
-    other = fastlora.restore(copy.deepcopy(model))
-    assert type(up(other)) is lora.Linear
-    assert type(up(model)) is not lora.Linear
-
-
-def test_layers_that_peft_adds_later_are_told_and_taken_by_another_call():
-    model = optimized(mlp())
-    model.add_adapter("b", other_config(target_modules=["up", "head"]))
-    model.set_adapter("b")
-    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(model).layers}
-    assert report["up"].fast
-    assert "not optimised yet" in report["head"].reason
-    assert all(layer.fast for layer in fastlora.optimize(model).layers)
-    with counted_calls() as calls:
-        model(inputs())
-    assert {x.shape[-1] for x in calls} == {8}
-    assert len(calls) == 2  # up and head; down has no adapter b
-
-
-class Tripled(lora.Linear):
-    """A user's layer."""
-
-    def forward(self, x, *args, **kwargs):
-        return super().forward(x, *args, **kwargs) * 3
-
-
-def test_a_user_s_layer_class_is_left_alone():
-    theirs = mlp()
-    up(theirs).__class__ = Tripled
-    ours = optimized(theirs)
-    assert type(up(ours)) is Tripled
-    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(ours).layers}
-    assert "Tripled" in report["up"].reason
-    assert report["down"].fast
-    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
-
-
-def test_a_forward_replaced_on_a_layer_is_left_alone():
-    theirs = mlp()
-    ours = optimized(theirs)
-    for model in (theirs, ours):
-        up(model).forward = lambda x: x.new_full((*x.shape[:-1], 12), 0.25)
-    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
-    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(ours).layers}
-    assert "replaced" in report["up"].reason
-
-
-def test_on_the_meta_device_shapes_are_peft_s():
-    model = optimized(mlp()).to("meta")
-    with counted_calls() as calls:
-        y = model(inputs().to("meta"))
-    assert (y.shape, y.device.type) == ((3, 5, 4), "meta")
-    assert not calls
-
-
-# DoRA's own.
-
-
-def test_dora_caches_are_used_and_cleared_as_peft_s_are():
-    """In evaluation a cached norm is used although B has changed; training clears it."""
-
-    def call(model):
-        outputs = []
-        with DoraCaching():
-            outputs += [model(inputs()), model(inputs())]
-            with torch.no_grad():
-                up(model).lora_B["default"].weight.mul_(2)
-            outputs += [model(inputs()), model.train()(inputs()), model.eval()(inputs())]
-        return [*outputs, model(inputs())]
-
-    theirs = mlp(use_dora=True)
-    ours = optimized(theirs)
-    expected = call(theirs)
-    with counted_calls() as calls:
-        got = call(ours)
-    assert len(calls) == 12
-    assert not torch.equal(expected[2], expected[3])  # a stale norm differs from a fresh one
+    theirs.folder = tmp_path
+    got, expected, calls = run_both(FUNCTIONS[name], theirs)
+    assert calls
     assert_same(got, expected, ROUNDING)
-
-
-def test_dora_of_one_vector_has_peft_s_shape():
-    """PEFT's gain is [1, out], and so is its output for x [in]."""
-    theirs = mlp(use_dora=True)
-    assert_same(up(optimized(theirs))(inputs()[0, 0]), up(theirs)(inputs()[0, 0]), ROUNDING)
-
-
-def test_dora_drops_in_a_training_layer_only():
-    """Dropout switched on alone (Monte Carlo dropout) does nothing in PEFT's DoRA layer."""
-    theirs = mlp(use_dora=True, lora_dropout=0.5)
-    ours = optimized(theirs)
-    for model in (theirs, ours):
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.train()
-    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
-
-
-# Inputs and states that PEFT refuses.
-
-
-def under_autocast(x):
-    def call(model):
-        with torch.autocast("cpu", torch.bfloat16):
-            return up(model)(x)
-
-    return call
-
-
-def without_lora_b(model):
-    del up(model).lora_B["default"]
-    return up(model)(inputs())
-
-
-REFUSED = {
-    "other-dtype": lambda model: up(model)(inputs().float()),
-    "whole-numbers": lambda model: up(model)(torch.ones(2, 8, dtype=torch.long)),
-    "other-device": lambda model: up(model)(inputs().to("meta")),
-    "features": lambda model: up(model)(inputs()[..., :7]),
-    "scalar": lambda model: up(model)(inputs()[0, 0, 0]),
-    "no-tensor": lambda model: up(model)([1.0] * 8),
-    "none": lambda model: up(model)(None),
-    "no-input": lambda model: up(model)(),
-    "argument": lambda model: up(model)(inputs(), 1),
-    "keyword": lambda model: up(model)(inputs(), scale=1),
-    "autocast-whole-numbers": under_autocast(torch.ones(2, 8, dtype=torch.long)),
-    "autocast-other-dtype": under_autocast(torch.ones(2, 8)),
-    "autocast-complex": under_autocast(torch.ones(2, 8, dtype=torch.complex64)),
-    "no-lora_B": without_lora_b,
-    "adapter-names-in-training": lambda model: model.train()(inputs(), adapter_names=["a"] * 3),
-    "adapter-names-too-few": lambda model: model(inputs(), adapter_names=["default"]),
-    "unknown-adapter": lambda model: model.set_adapter("b"),
-    "taken-adapter": lambda model: model.add_adapter("default", other_config(use_dora=True)),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses_what_peft_refuses_with_the_same_error(name):
-    theirs = mlp()
-    ours = optimized(theirs)
-    errors = []
-    for model in (theirs, ours):
-        try:
-            REFUSED[name](model)
-        except Exception as error:
-            errors.append(type(error))
-    assert len(errors) == 2
-    assert errors[0] is errors[1]
-
-
-def test_the_input_of_a_saved_call_must_not_change_before_backward():
-    """As in PEFT's: an error, not a wrong gradient."""
-    for model in (theirs := mlp(), optimized(theirs)):
-        x = inputs()
-        y = up(model)(x)
-        x.mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-
-
-# Text generation, and compiled models whose adapter is swapped.
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
@@ -542,30 +296,13 @@ def test_generates_peft_s_tokens_with_a_cache(settings):
     theirs = adapted(
         tiny_llama(), target_modules="all-linear", r=8, task_type="CAUSAL_LM", **settings
     )
-    ours = optimized(theirs)
     ids = torch.randint(3, VOCABULARY, (2, 7))
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     options |= {"use_cache": True, "pad_token_id": 0}
-    expected = theirs.generate(input_ids=ids, **options)
-    with counted_calls() as calls:
-        got = ours.generate(input_ids=ids, **options)
+    got, expected, calls = run_both(lambda model: model.generate(input_ids=ids, **options), theirs)
     assert torch.equal(got, expected)
     assert got.shape == (2, 27)
     assert len(calls) == 20 * 14  # a call for the prompt and one for each token but the last
     assert {x.shape[1] for x in calls} == {7, 1}
     with theirs.disable_adapter():
         assert not torch.equal(theirs.generate(input_ids=ids, **options), expected)
-
-
-def test_an_adapter_is_swapped_in_a_compiled_model_without_compiling_again(tmp_path):
-    folder = write_adapter(tmp_path, r=6, lora_alpha=20)
-    theirs = mlp()
-    ours = optimized(theirs)
-    for model in (theirs, ours):
-        prepare_model_for_compiled_hotswap(model, target_rank=8)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    assert_same(compiled(inputs()), theirs(inputs()), ROUNDING)
-    for model in (theirs, ours):
-        hotswap_adapter(model, str(folder), "default")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert_same(compiled(inputs()), theirs(inputs()), ROUNDING)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from peft_models import KINDS, ROUNDING, assert_same, inputs, mlp, optimized, up
+from peft_models import KINDS, ROUNDING, assert_same, inputs, mlp, optimized, run_both, up
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def trained(model) -> dict[str, torch.Tensor]:
@@ -122,13 +121,10 @@ def test_a_model_made_in_inference_mode_runs_outside_of_it():
 
 
 def test_flops_are_counted_as_peft_s():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    theirs = mlp()
-    ours = optimized(theirs)
-    counts = []
-    for model in (theirs, ours):
+    def count(model):
         with FlopCounterMode(display=False) as counter:
             model(inputs()).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+        return counter.get_total_flops()
+
+    got, expected, _ = run_both(count, mlp())
+    assert got == expected > 0

@@ -11,6 +11,7 @@ from peft_models import (
     ROUNDING,
     VOCABULARY,
     adapted,
+    assert_runs_the_same,
     assert_same,
     counted_calls,
     gradients,
@@ -18,6 +19,7 @@ from peft_models import (
     mlp,
     optimized,
     other_config,
+    run_both,
     up,
 )
 from torch import nn
@@ -25,9 +27,6 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 import fastlora
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # Each of these makes PEFT's forward take over; the reason is in coverage where the layer shows it.
 
@@ -230,16 +229,9 @@ HANDED_OVER = {
 @pytest.mark.parametrize("name", HANDED_OVER)
 def test_leaves_the_call_to_peft(name):
     """Both run the very same forward, so they agree to the last bit."""
-    theirs = mlp()
-    ours = optimized(theirs)
-    with counted_calls() as calls:
-        results = []
-        for model in (theirs, ours):
-            torch.manual_seed(5)
-            results.append(HANDED_OVER[name](model))
-        inputs_of_up = [x for x in calls if x.shape[-1] == 8]
-    assert_same(results[1], results[0], ROUNDING)  # `down` is fast in most of them
-    assert not inputs_of_up
+    got, expected, calls = run_both(HANDED_OVER[name], mlp())
+    assert_same(got, expected, ROUNDING)  # `down` is fast in most of them
+    assert not [x for x in calls if x.shape[-1] == 8]  # those of `up`
 
 
 @pytest.mark.parametrize(
@@ -267,13 +259,11 @@ def test_coverage_says_why(name, reason):
 
 
 def test_hooks_on_a_dora_magnitude_are_called():
-    theirs = mlp(use_dora=True)
-    ours = optimized(theirs)
     on_magnitude = hook(
         lambda layer: layer.lora_magnitude_vector["default"], "register_forward_hook"
     )
-    expected, got = on_magnitude(theirs), on_magnitude(ours)
-    assert got[1] == expected[1] == 1
+    got, expected, _ = run_both(on_magnitude, mlp(use_dora=True))
+    assert got[1] == 1
     assert_same(got, expected, ROUNDING)
 
 
@@ -325,21 +315,22 @@ def test_variants_are_peft_s(settings):
     theirs = mlp(**settings)
     ours = optimized(theirs)
     assert not any(layer.fast for layer in fastlora.coverage(ours).layers)
-    with counted_calls() as calls:
-        results = [(gradients(model.train()), model.eval()(inputs())) for model in (theirs, ours)]
-    assert not calls
-    assert_same(results[1], results[0], 0.0)
+
+    def run(model):
+        return gradients(model.train()), model.eval()(inputs())
+
+    assert_runs_the_same(run, theirs, ours, fast=0, tolerance=0.0)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "gaussian", "eva"])
 def test_other_initial_values_are_fast(init):
     """These change what the tensors hold, not what is computed."""
     theirs = mlp(init_lora_weights=init)
-    ours = optimized(theirs)
-    with counted_calls() as calls:
-        results = [gradients(model) for model in (theirs, ours)]
-    assert len(calls) == 2
-    assert_same(results[1], results[0], ROUNDING)
+    assert_runs_the_same(gradients, theirs, fast=2, tolerance=ROUNDING)
+
+
+def logits_of(ids):
+    return lambda model: model(input_ids=ids).logits
 
 
 def test_alora_is_peft_s():
@@ -350,10 +341,7 @@ def test_alora_is_peft_s():
     ours = optimized(theirs)
     ids = torch.randint(9, VOCABULARY, (2, 10))
     ids[0, 4:6] = torch.tensor([7, 8])  # the second row isn't adapted
-    with counted_calls() as calls:
-        results = [model(input_ids=ids).logits for model in (theirs, ours)]
-    assert not calls
-    assert_same(results[1], results[0], 0.0)
+    assert_runs_the_same(logits_of(ids), theirs, ours, fast=0, tolerance=0.0)
     assert "ALora" in str(fastlora.coverage(ours))
 
 
@@ -369,10 +357,8 @@ def test_arrow_is_peft_s(tmp_path):
     ).eval()
     ours = optimized(theirs)
     ids = torch.randint(0, VOCABULARY, (2, 10))
+    assert_runs_the_same(logits_of(ids), theirs, ours, fast=0, tolerance=0.0)
+    ours.set_adapter("task_0")
     with counted_calls() as calls:
-        results = [model(input_ids=ids).logits for model in (theirs, ours)]
-        assert not calls
-        assert_same(results[1], results[0], 0.0)
-        ours.set_adapter("task_0")
         ours(input_ids=ids)
-        assert len(calls) == 4
+    assert len(calls) == 4

@@ -1,0 +1,181 @@
+"""accelerate prepares, hooks, offloads and dispatches optimised models as PEFT's."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
+from peft_llama import (
+    DATA,
+    LAYERS,
+    ROUNDING,
+    STEPS,
+    adamw,
+    error,
+    gradients,
+    llama,
+    logits,
+    result,
+    trained,
+)
+from peft_models import KINDS, assert_runs_the_same, assert_same, optimized, run_both
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.peft.masks import shared_masks
+
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+before_and_after = pytest.mark.parametrize("when", ["before", "after"])
+
+
+def train_accelerated(model: nn.Module, when: str = "never", **settings) -> dict[str, Tensor]:
+    """Losses and adapter; ``when`` says when the model is optimised."""
+    AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, **settings)
+    optimizer = adamw(trained(model).values())
+    model, optimizer = prepared(accelerator, when, model, optimizer)
+    torch.manual_seed(7)
+    losses = []
+    with shared_masks(model.train()):
+        for _ in range(STEPS):
+            with accelerator.accumulate(model):
+                loss = model(**DATA).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    return result(model, losses)
+
+
+def prepared(accelerator, when: str, model: nn.Module, *others):
+    """What ``accelerator.prepare`` gives; the model is optimised before, after, or never."""
+    if when == "before":
+        fastlora.optimize(model)
+    found = accelerator.prepare(model, *others)
+    if when == "after":
+        fastlora.optimize(model)
+    return found
+
+
+@kinds
+@before_and_after
+def test_accelerate_prepares_before_or_after(when, kind):
+    theirs = llama(**kind)
+    ours = copy.deepcopy(theirs)
+
+    def train(model):
+        return train_accelerated(
+            model, when if model is ours else "never", gradient_accumulation_steps=2
+        )
+
+    assert_runs_the_same(train, theirs, ours, fast=LAYERS * STEPS, tolerance=ROUNDING)
+
+
+@kinds
+@before_and_after
+def test_accelerate_in_bf16_is_no_further_from_the_truth(when, kind):
+    """accelerate replaces the model's forward by one under autocast."""
+    theirs = llama(**kind).float()
+    expected, ours = gradients(copy.deepcopy(theirs).double()), copy.deepcopy(theirs)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+
+    def run(model):
+        model = prepared(accelerator, when if model is ours else "never", model)
+        assert "forward" in model.__dict__
+        return error(gradients(model), expected)
+
+    our_error, their_error, calls = run_both(run, theirs, ours)
+    assert len(calls) == LAYERS
+    assert our_error <= 2 * their_error
+    assert their_error > 1e-4  # it was bf16
+
+
+def test_accelerate_saves_and_loads_its_state(tmp_path):
+    theirs = llama()
+    ours = optimized(theirs)
+    expected = gradients(ours)
+    accelerator = accelerate.Accelerator(cpu=True)
+    ours = accelerator.prepare(ours)
+    accelerator.save_state(tmp_path)
+    with torch.no_grad():
+        for parameter in trained(ours).values():
+            parameter.zero_()
+    accelerator.load_state(tmp_path)
+    assert_same(gradients(ours), expected, 0.0)
+    unwrapped = accelerator.unwrap_model(ours, keep_fp32_wrapper=False)
+    assert list(accelerator.get_state_dict(ours)) == list(theirs.state_dict())
+    assert not fastlora.coverage(unwrapped).eager
+
+
+def base_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for name, m in model.named_modules() if name.endswith(".base_layer")]
+
+
+@pytest.mark.parametrize("first", ["optimized", "hooked"])
+@pytest.mark.parametrize(
+    ("settings", "fast"),
+    [({}, True), ({"io_same_device": True}, False)],
+    ids=["inputs", "outputs"],
+)
+def test_hooks_of_accelerate_on_base_layers(settings, fast, first):
+    """One that moves inputs to the layer's device leaves it fast; one that moves outputs can't."""
+    theirs = llama()
+    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+    for layer in base_layers(ours):
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", **settings))
+    fastlora.optimize(ours)
+    assert_runs_the_same(gradients, theirs, ours, fast=LAYERS * fast, tolerance=ROUNDING)
+
+
+def test_once_accelerate_s_hooks_are_gone_layers_are_fast_again():
+    ours = optimized(llama())
+    for layer in base_layers(ours):
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        remove_hook_from_module(layer)
+    assert not fastlora.coverage(ours).eager
+
+
+@pytest.mark.parametrize("first", ["optimized", "offloaded"])
+def test_offloaded_layers_are_peft_s(first):
+    theirs = llama()
+    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+    accelerate.cpu_offload(ours, "cpu")
+    assert len(fastlora.optimize(ours).eager) == LAYERS
+    assert_runs_the_same(logits, theirs, ours, fast=0, tolerance=0.0)
+
+
+def test_an_offloaded_dora_model_fails_as_peft_s():
+    theirs = llama(use_dora=True)
+    for model in (optimized(theirs), theirs):
+        accelerate.cpu_offload(model, "cpu")
+        with pytest.raises(NotImplementedError, match="meta tensor"):
+            logits(model)
+
+
+@pytest.mark.parametrize("first", ["optimized", "dispatched"])
+def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(first, tmp_path):
+    theirs = llama()
+    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+    inner = "base_model.model."
+    places = {f"{inner}model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+    places |= {f"{inner}lm_head": "cpu", f"{inner}model.layers.0": "cpu"}
+    places |= {f"{inner}model.layers.1": "disk"}
+    accelerate.dispatch_model(ours, places, offload_dir=str(tmp_path))
+    report = fastlora.optimize(ours)
+    assert all(".layers.0." in layer.name for layer in report.fast)
+    assert all(".layers.1." in layer.name for layer in report.eager)
+    assert len(report.fast) == LAYERS // 2
+    assert_runs_the_same(logits, theirs, ours, fast=LAYERS // 2, tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize("first", ["optimized", "dispatched"])
+def test_a_dispatched_model_trains_fast(first):
+    theirs = llama()
+    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+    accelerate.dispatch_model(ours, {"": "cpu"}, force_hooks=True)
+    assert not fastlora.optimize(ours).eager
+    assert_runs_the_same(gradients, theirs, ours, fast=LAYERS, tolerance=ROUNDING)

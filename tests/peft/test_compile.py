@@ -1,0 +1,136 @@
+"""torch.compile of optimised models, and of models that are optimised later."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft_llama import DATA, LAYERS, ROUNDING, adamw, gradients, llama, result, trained
+from peft_models import ROUNDING as MLP_ROUNDING
+from peft_models import assert_same, counted_ops, inputs, mlp, optimized, write_adapter
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.peft.masks import shared_masks
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+def train_compiled(
+    model: nn.Module, step: Callable, share: bool
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Losses and adapter of 3 steps, of which only the first may compile; and the last's ops."""
+    torch.manual_seed(7)
+    optimizer, losses = adamw(trained(model.train()).values()), []
+    for i in range(3):
+        with (
+            torch._dynamo.config.patch(error_on_recompile=i > 0),
+            shared_masks(model) if share else nullcontext(),
+            counted_ops() if i == 2 else nullcontext() as ops,
+        ):
+            loss = step(**DATA).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return result(model, losses), ops
+
+
+COMPILED = {
+    "lora": {"lora_dropout": 0.0},
+    "dropout": {},
+    "dora": {"use_dora": True, "lora_dropout": 0.0},
+    "dora-dropout": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("lora", "model"),
+        ("dropout", "model"),
+        ("dora-dropout", "model"),
+        ("dropout", "blocks"),
+        ("dora", "blocks"),
+    ],
+)
+def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
+    """Without a graph break, and compiled once; the backend draws as eager mode does.
+
+    DoRA drops with PEFT's own layer, and with its masks.
+    """
+    settings, count = COMPILED[name], 1 if what == "model" else 2
+    theirs = llama(count, **settings)
+    ours = optimized(theirs)
+    expected, _ = train_compiled(theirs, theirs, share=name == "dropout")
+    options = {"backend": "aot_eager", "fullgraph": True}
+    if what == "model":
+        got, ops = train_compiled(ours, torch.compile(ours, **options), share=False)
+    else:
+        for block in ours.base_model.model.model.layers:
+            block.compile(**options)
+        got, ops = train_compiled(ours, ours, share=False)
+    assert_same(got, expected, ROUNDING)
+    layers = count * LAYERS // 2
+    assert ops.pop("lora_linears") == ops.pop("lora_linears_backward") == layers
+    assert ops == ({"dora_norm": layers} if settings.get("use_dora") else {})
+
+
+def test_optimized_after_compiling_is_compiled_again():
+    theirs = llama(blocks=1, lora_dropout=0.0)
+    ours = copy.deepcopy(theirs)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    expected = gradients(theirs)
+    for change, fast in ((lambda _: None, 0), (fastlora.optimize, 1), (fastlora.restore, 0)):
+        change(compiled)
+        assert_same(gradients(compiled), expected, ROUNDING)
+        with counted_ops() as ops:
+            gradients(compiled)
+        assert ops.get("lora_linears", 0) == LAYERS // 2 * fast
+
+
+def test_check_of_a_compiled_model_that_drops():
+    compiled = torch.compile(llama(blocks=1).train(), backend="aot_eager", fullgraph=True)
+    assert fastlora.check(compiled, DATA)
+
+
+def test_checkpointed_blocks_of_a_compiled_model():
+    """They recompute what runs fast, with the same masks."""
+    theirs = llama(blocks=1)
+    theirs.config.use_cache = False  # or transformers warns, which breaks the graph
+    ours = optimized(theirs)
+    ours.activation_checkpointing_enable()
+    ours.disable_input_require_grads()  # which would break the graph too
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    assert_same(gradients(compiled), gradients(theirs), ROUNDING)
+    with counted_ops() as ops:
+        gradients(compiled)
+    assert LAYERS // 2 < ops["lora_linears"] <= LAYERS
+    assert ops["lora_linears_backward"] == LAYERS // 2
+
+
+def test_a_block_compiled_by_inductor():
+    theirs = llama(lora_dropout=0.0)
+    ours = optimized(theirs)
+    ours.base_model.model.model.layers[0].compile(backend="inductor", fullgraph=True)
+    # The float32 norms' sums are in another order.
+    assert_same(gradients(ours), gradients(theirs), 1e-5)
+    with counted_ops() as ops:
+        gradients(ours)
+    assert ops == {"lora_linears": LAYERS // 2, "lora_linears_backward": LAYERS // 2}
+
+
+def test_an_adapter_is_swapped_in_a_compiled_model_without_compiling_again(tmp_path):
+    folder = write_adapter(tmp_path, r=6, lora_alpha=20)
+    theirs = mlp()
+    ours = optimized(theirs)
+    for model in (theirs, ours):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(inputs()), theirs(inputs()), MLP_ROUNDING)
+    for model in (theirs, ours):
+        hotswap_adapter(model, str(folder), "default")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_same(compiled(inputs()), theirs(inputs()), MLP_ROUNDING)

@@ -1,0 +1,118 @@
+"""Files, names and classes of an optimised model are those of PEFT's."""
+
+import copy
+
+import peft
+import pytest
+from models import Mlp
+from peft.tuners import lora
+from peft_models import (
+    KINDS,
+    ROUNDING,
+    assert_same,
+    counted_calls,
+    inputs,
+    mlp,
+    optimized,
+    other_config,
+    up,
+)
+
+import fastlora
+
+kinds = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+
+
+@kinds
+def test_merge_and_unload_is_peft_s_bit_for_bit(settings):
+    theirs = mlp(**settings)
+    ours = optimized(theirs).merge_and_unload()
+    theirs = theirs.merge_and_unload()
+    assert repr(ours) == repr(theirs)
+    assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
+
+
+@kinds
+def test_saved_files_are_peft_s_byte_for_byte(settings, tmp_path):
+    theirs = mlp(target_modules="up|down", **settings)  # PEFT writes a list in any order
+    ours = optimized(theirs)
+    ours(inputs()).sum().backward()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert "adapter_model.safetensors" in names
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_what_was_saved_loads_into_a_model_that_is_then_optimised(tmp_path):
+    ours = optimized(mlp())
+    ours.save_pretrained(tmp_path)
+    fresh = Mlp().double()
+    fresh.load_state_dict(ours.unload().state_dict())
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    expected = loaded(inputs())
+    fastlora.optimize(loaded, strict=True)
+    assert_same(loaded(inputs()), expected, ROUNDING)
+
+
+@kinds
+def test_names_are_peft_s(settings):
+    theirs = mlp(**settings)
+    ours = optimized(theirs)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+    assert vars(up(ours)).keys() == vars(up(theirs)).keys()
+    assert isinstance(up(ours), lora.Linear)
+    assert type(up(ours)).__name__ == type(up(theirs)).__name__
+
+
+def test_a_copy_can_be_restored_alone():
+    model = optimized(mlp())
+    other = fastlora.restore(copy.deepcopy(model))
+    assert type(up(other)) is lora.Linear
+    assert type(up(model)) is not lora.Linear
+
+
+def test_layers_that_peft_adds_later_are_told_and_taken_by_another_call():
+    model = optimized(mlp())
+    model.add_adapter("b", other_config(target_modules=["up", "head"]))
+    model.set_adapter("b")
+    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(model).layers}
+    assert report["up"].fast
+    assert "not optimised yet" in report["head"].reason
+    assert all(layer.fast for layer in fastlora.optimize(model).layers)
+    with counted_calls() as calls:
+        model(inputs())
+    assert {x.shape[-1] for x in calls} == {8}
+    assert len(calls) == 2  # up and head; down has no adapter b
+
+
+class Tripled(lora.Linear):
+    """A user's layer."""
+
+    def forward(self, x, *args, **kwargs):
+        return super().forward(x, *args, **kwargs) * 3
+
+
+def test_a_user_s_layer_class_is_left_alone():
+    theirs = mlp()
+    up(theirs).__class__ = Tripled
+    ours = optimized(theirs)
+    assert type(up(ours)) is Tripled
+    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(ours).layers}
+    assert "Tripled" in report["up"].reason
+    assert report["down"].fast
+    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
+
+
+def test_a_forward_replaced_on_a_layer_is_left_alone():
+    theirs = mlp()
+    ours = optimized(theirs)
+    for model in (theirs, ours):
+        up(model).forward = lambda x: x.new_full((*x.shape[:-1], 12), 0.25)
+    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
+    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(ours).layers}
+    assert "replaced" in report["up"].reason

@@ -1,0 +1,155 @@
+"""torch.optim, activation checkpointing, averages and other processes with optimised models."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from memory import saved_bytes
+from models import Mlp
+from peft_llama import (
+    DATA,
+    LAYERS,
+    NOT_REENTRANT,
+    REENTRANT,
+    ROUNDING,
+    STEPS,
+    adamw,
+    gradients,
+    llama,
+    logits,
+    train,
+    trained,
+)
+from peft_models import (
+    KINDS,
+    adapted,
+    assert_runs_the_same,
+    assert_same,
+    optimized,
+)
+from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+import fastlora
+from fastlora.peft.masks import shared_masks
+
+# Keeps what attention gives, as TRL's selective checkpointing does.
+SELECTIVE = {
+    "use_reentrant": False,
+    "context_fn": partial(
+        create_selective_checkpoint_contexts,
+        [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default],
+    ),
+}
+CHECKPOINTING = {
+    "reentrant": {"gradient_checkpointing_kwargs": REENTRANT},
+    "not-reentrant": {"gradient_checkpointing_kwargs": NOT_REENTRANT},
+    "selective": {"gradient_checkpointing_kwargs": SELECTIVE},
+}
+
+
+def kept(model: nn.Module) -> int:
+    """Bytes that wait for the backward of the loss in training, but parameters."""
+    return sum(saved_bytes(lambda: model.train()(**DATA).loss, model.parameters()).values())
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("how", CHECKPOINTING.values(), ids=CHECKPOINTING)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointed_blocks_run_fast_twice_and_keep_less(how, kind):
+    theirs = llama(**kind)
+    ours, plain = optimized(theirs), optimized(theirs)
+    for model in (theirs, ours):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(**how)
+    got = assert_runs_the_same(gradients, theirs, ours, fast=2 * LAYERS, tolerance=ROUNDING)
+    assert_same(got, gradients(plain), 0.0)  # the same masks again
+    assert kept(ours) < 0.5 * kept(plain)
+    assert kept(ours) == kept(theirs)
+
+
+OPTIMIZERS = {
+    "for-loop": partial(adamw, foreach=False),
+    "foreach": partial(adamw, foreach=True),
+    "fused": partial(adamw, fused=True),
+    "amsgrad-maximize": partial(adamw, amsgrad=True, maximize=True),
+    "adafactor": partial(torch.optim.Adafactor, lr=1e-2),
+    "sgd-nesterov": partial(torch.optim.SGD, lr=0.2, momentum=0.9, nesterov=True),
+}
+AROUND = {
+    "plain": {},
+    "accumulated": {"parts": 2},
+    "clipped": {"max_norm": 0.1},
+    "scaled": {"scale": True},
+    "all": {"parts": 2, "max_norm": 0.1, "scale": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "around"),
+    [(make, {}) for make in OPTIMIZERS.values()]
+    + [(OPTIMIZERS["fused"], around) for around in AROUND.values() if around],
+    ids=[*OPTIMIZERS, *(f"fused-{name}" for name in AROUND if AROUND[name])],
+)
+def test_optimizers_of_torch(make, around):
+    theirs, fast = llama(), LAYERS * STEPS * around.get("parts", 1)
+    start = {name: p.clone() for name, p in trained(theirs).items()}
+    run = partial(train, make=make, **around)
+    got = assert_runs_the_same(run, theirs, fast=fast, tolerance=ROUNDING)
+    assert not any(torch.equal(p, got[name]) for name, p in start.items())
+
+
+def test_an_optimizer_s_step_inside_of_backward():
+    """Parameters change while the layers below wait for their backward."""
+
+    def run(model):
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in trained(model).values()}
+
+        def step(parameter):
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in optimizers:
+            parameter.register_post_accumulate_grad_hook(step)
+        torch.manual_seed(7)
+        with shared_masks(model.train()):
+            for _ in range(3):
+                model(**DATA).loss.backward()
+        return {name: p.detach() for name, p in trained(model).items()}
+
+    assert_runs_the_same(run, llama(), fast=3 * LAYERS, tolerance=ROUNDING)
+
+
+def test_an_exponential_moving_average():
+    """torch's AveragedModel copies the model; the copy runs fast, alone."""
+    averages = []
+
+    def run(model):
+        average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+        )
+        averages.append(average)
+        train(model, after_step=average.update_parameters)
+        return [logits(each) for each in (average, model)]
+
+    theirs = llama()
+    ours = optimized(theirs)
+    fast = LAYERS * (STEPS + 2)
+    got = assert_runs_the_same(run, theirs, ours, fast=fast, tolerance=ROUNDING)
+    assert not torch.equal(*got)
+    fastlora.restore(ours)
+    assert not fastlora.coverage(averages[1]).eager
+
+
+def test_a_model_is_sent_to_another_process():
+    """Which imports fastlora by itself."""
+    ours = optimized(adapted(Mlp(), target_modules=["up", "down"]))
+    ours.requires_grad_(False)  # outputs with a graph can't be sent back
+    x = torch.randn(3, 8)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        report, y = pool.submit(fastlora.coverage, ours), pool.submit(ours, x)
+        assert report.result() == fastlora.coverage(ours)
+        assert not report.result().eager
+        assert_same(y.result(), ours(x), 0.0)

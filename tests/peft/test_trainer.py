@@ -1,0 +1,299 @@
+"""transformers' Trainer and TRL's train optimised models as PEFT's.
+
+Both sides have the same dropout masks in the adapters (``shared_masks``).  Most is in float64,
+where all that isn't rounding shows.
+"""
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from models import tiny_llama
+from peft_llama import (
+    LAYERS,
+    NOT_REENTRANT,
+    REENTRANT,
+    ROUNDING,
+    STEPS,
+    error,
+    llama,
+    result,
+)
+from peft_models import (
+    BATCH,
+    KINDS,
+    VOCABULARY,
+    adapted,
+    assert_runs_the_same,
+    assert_same,
+    counted_calls,
+    counted_ops,
+    run_both,
+)
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import fastlora
+from fastlora.peft.masks import shared_masks
+
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+whenever = pytest.mark.parametrize("when", ["before", "after", "on_train_begin"])
+
+
+class OptimizeOnTrainBegin(TrainerCallback):
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        fastlora.optimize(model)
+
+
+ARGUMENTS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def trainer_for(model: nn.Module, folder: Path, when: str = "never", **settings) -> Trainer:
+    """A Trainer of a few steps; ``when`` says when the model is optimised."""
+    if when == "before":
+        fastlora.optimize(model)
+    rows = [{"input_ids": row, "labels": row} for row in BATCH]
+    trainer = Trainer(
+        model,
+        TrainingArguments(**ARGUMENTS | {"output_dir": str(folder)} | settings),
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[OptimizeOnTrainBegin()] if when == "on_train_begin" else [],
+    )
+    if when == "after":
+        fastlora.optimize(model)
+    return trainer
+
+
+def run(trainer: Trainer, **settings) -> dict[str, Tensor]:
+    """Train: the losses of the log, and the adapter."""
+    with shared_masks(trainer.model):
+        trainer.train(**settings)
+    entries = trainer.state.log_history
+    losses = [entry[k] for entry in entries for k in ("loss", "eval_loss") if k in entry]
+    return result(trainer.model, losses)
+
+
+@kinds
+@whenever
+def test_trainer_whenever_the_model_is_optimised(when, kind, tmp_path):
+    theirs = llama(**kind)
+    ours = copy.deepcopy(theirs)
+
+    def train(model):
+        return run(trainer_for(model, tmp_path, when if model is ours else "never"))
+
+    got = assert_runs_the_same(train, theirs, ours, fast=LAYERS * STEPS, tolerance=ROUNDING)
+    assert got["losses"].shape == (STEPS,)
+    assert got["losses"][-1] < got["losses"][0] - 0.05
+
+
+def checkpointing(**how) -> dict:
+    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": how}
+
+
+TRAINER_SETTINGS = {  # and how many forwards it makes in a step
+    "accumulation": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, 2),
+    "clipped-sgd": ({"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.1}, 1),
+    "evaluation": ({"eval_strategy": "steps", "eval_steps": 1}, 2),
+    "smoothed-labels": ({"label_smoothing_factor": 0.1}, 1),
+    "neftune": ({"neftune_noise_alpha": 5.0}, 1),
+    "reentrant": (checkpointing(**REENTRANT), 2),
+    "not-reentrant": (checkpointing(**NOT_REENTRANT), 2),
+    "every-block-but-one": (checkpointing(**NOT_REENTRANT, every_n_layers=2), 1.5),
+}
+
+
+@pytest.mark.parametrize(("settings", "forwards"), TRAINER_SETTINGS.values(), ids=TRAINER_SETTINGS)
+def test_trainer_with(settings, forwards, tmp_path):
+    def train(model):
+        return run(trainer_for(model, tmp_path, **settings))
+
+    assert_runs_the_same(train, llama(), fast=LAYERS * STEPS * forwards, tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trainer_in_bf16_is_no_further_from_the_truth(dtype, tmp_path):
+    """``bf16=True`` is autocast; the base is float32 or bfloat16, the adapter float32.
+
+    Losses are off by less than an eps, and PEFT's small error may be luck: hence eps / 16 more.
+    """
+    settings = {"target_modules": "all-linear", "lora_dropout": 0.1}
+    theirs = adapted(tiny_llama(getattr(torch, dtype)), **settings)
+    truth, ours = copy.deepcopy(theirs).double(), copy.deepcopy(theirs)
+
+    def train(model):
+        when = "on_train_begin" if model is ours else "never"
+        return run(trainer_for(model, tmp_path, when, bf16=True))
+
+    expected = run(trainer_for(truth, tmp_path))["losses"]
+    *both, calls = run_both(train, theirs, ours)
+    assert len(calls) == LAYERS * STEPS
+    our_error, their_error = (error({"": each["losses"]}, {"": expected}) for each in both)
+    assert our_error <= 2 * their_error + torch.finfo(torch.bfloat16).eps / 16
+
+
+@kinds
+@whenever
+def test_trainer_saves_peft_s_files(when, kind, tmp_path):
+    theirs = llama(target_modules=".*_proj", **kind)  # PEFT writes a list in any order
+    ours = copy.deepcopy(theirs)
+    for name, model, moment in (("theirs", theirs, "never"), ("ours", ours, when)):
+        trainer = trainer_for(model, tmp_path / name, moment, max_steps=2)
+        run(trainer)
+        trainer.save_model()
+    names = {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} < names
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == names
+    for name in names - {"adapter_model.safetensors", "training_args.bin"}:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    expected, got = (tensors_of(tmp_path / name) for name in ("theirs", "ours"))
+    assert got[0] == expected[0] == {"format": "pt"}
+    assert list(got[1]) == list(expected[1])
+    assert_same(got, expected, ROUNDING)
+
+
+def tensors_of(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors, in the file's order."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.offset_keys()}
+
+
+@pytest.mark.parametrize("resumed", ["ours", "theirs"])
+def test_trainer_resumes_from_a_checkpoint(resumed, tmp_path):
+    """Half of the steps of one side, then the other half: as the other side without a stop."""
+    start = llama()
+    theirs, first, second = (copy.deepcopy(start) for _ in range(3))
+    expected = run(trainer_for(theirs, tmp_path / "whole"))
+    saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    whens = ("never", "before") if resumed == "ours" else ("before", "never")
+    run(trainer_for(first, tmp_path / "half", whens[0], **saving))
+    trainer = trainer_for(second, tmp_path / "half", whens[1])
+    with counted_calls() as calls:
+        got = run(
+            trainer, resume_from_checkpoint=str(tmp_path / "half" / f"checkpoint-{STEPS // 2}")
+        )
+    assert len(calls) == (LAYERS * STEPS // 2 if resumed == "ours" else 0)
+    assert_same(got, expected, ROUNDING)
+
+
+def test_trainer_loads_the_best_checkpoint_at_the_end(tmp_path):
+    theirs = llama()
+    ours = copy.deepcopy(theirs)
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # so that it isn't the last
+    }
+    expected = run(trainer_for(theirs, tmp_path / "theirs", **settings))
+    trainer = trainer_for(ours, tmp_path / "ours", "before", **settings)
+    got = run(trainer)
+    assert trainer.state.best_global_step == 1
+    assert_same(got, expected, ROUNDING)
+    assert not fastlora.coverage(ours).eager
+
+
+def test_trainer_evaluates_and_predicts(tmp_path):
+    def use(model):
+        trainer = trainer_for(model, tmp_path, label_names=["labels"])
+        loss, found = trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset)
+        return torch.tensor(loss, dtype=torch.float64), torch.as_tensor(found.predictions)
+
+    assert_runs_the_same(use, llama(), fast=2 * LAYERS, tolerance=ROUNDING)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_trainer_that_compiles(tmp_path):
+    """The Trainer has compiled the model when it is optimised, but it hasn't called it."""
+    theirs = llama(blocks=1)
+    ours = copy.deepcopy(theirs)
+    expected = run(trainer_for(theirs, tmp_path, max_steps=2))
+    compiling = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    with counted_ops() as ops:
+        got = run(trainer_for(ours, tmp_path, "on_train_begin", max_steps=2, **compiling))
+    assert ops["lora_linears"] >= LAYERS // 2 * 2
+    assert_same(got, expected, ROUNDING)
+
+
+# TRL.
+
+
+@pytest.fixture
+def words():
+    """A tokenizer that knows the words w0 to w99."""
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
+    )
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="w0", eos_token="w1", unk_token="w2"
+    )
+
+
+SFT_SETTINGS = {  # and how many forwards it makes in a step
+    "checkpointing": ({}, 2),  # TRL's default
+    "plain": ({"gradient_checkpointing": False}, 1),
+    "reentrant": ({"gradient_checkpointing_kwargs": REENTRANT}, 2),
+    "packing": ({"packing": True, "packing_strategy": "wrapped", "max_length": 24}, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "who_adapts"), [("checkpointing", "peft"), *((name, "trl") for name in SFT_SETTINGS)]
+)
+def test_sft_trainer(name, who_adapts, words, tmp_path):
+    """TRL makes the PeftModel, which is then optimised; or it is given an optimised one."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    settings, forwards = SFT_SETTINGS[name]
+    config = peft.LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        lora_dropout=0.1,
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
+    texts = [" ".join(f"w{i}" for i in row) for row in BATCH.tolist()]
+    few = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "bf16": False}
+    arguments = ARGUMENTS | {"output_dir": str(tmp_path)} | few
+    base, found = tiny_llama(), []
+    for optimizing in (False, True):
+        model = copy.deepcopy(base)
+        torch.manual_seed(3)
+        if who_adapts == "peft":
+            model = peft.get_peft_model(model, copy.deepcopy(config))
+            if optimizing:
+                fastlora.optimize(model)
+        trainer = trl.SFTTrainer(
+            model,
+            trl.SFTConfig(**arguments | copy.deepcopy(settings)),
+            train_dataset=datasets.Dataset.from_dict({"text": texts}),
+            processing_class=words,
+            peft_config=copy.deepcopy(config) if who_adapts == "trl" else None,
+        )
+        trainer.model.double()
+        if optimizing and who_adapts == "trl":
+            fastlora.optimize(trainer.model)
+        with counted_calls() as calls:
+            found.append(run(trainer))
+        assert len(calls) == LAYERS * 4 * forwards * optimizing
+    expected, got = found
+    assert_same(got, expected, ROUNDING)

@@ -1,0 +1,25 @@
+"""Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_python(
+    *arguments: str | Path,
+    python: str | Path = sys.executable,
+    cwd: str | Path = "/",
+    **environment: str | None,
+) -> str:
+    """What it prints, outside of the repository unless ``cwd`` says so.
+
+    ``environment`` is beside this process's, None for what shall not be in it.  An AssertionError
+    with all that it wrote if it fails.
+    """
+    merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    result = subprocess.run(
+        [python, *arguments], capture_output=True, text=True, cwd=cwd, env=merged, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.strip()
