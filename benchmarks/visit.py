@@ -56,8 +56,8 @@ class Visit:
         self.path = results_path(self.machine, options.out)
         self.end = time.monotonic() + 60 * options.minutes
         self.rows: list[dict] = []
-        kept = environment(options.dry)
-        self.worker = Worker(ROOT, "benchmarks.visit", str(self.device), kept)
+        where = (ROOT, "benchmarks.visit", str(self.device))
+        self.worker = Worker(*where, environment(options.dry))
 
     def run(self, kind: str, name: str) -> None:
         """A row of this part, or one that says why not."""
