@@ -95,12 +95,7 @@ def test_large_tiles_for_large_outputs_and_small_for_few_rows():
         (ProjectConfig(128, 256, 8, 4), "sm_90", call(), "shared memory"),
         (WeightGradConfig(128, 512, 8, 4), "sm_80", call(), "shared memory"),
         (GemmConfig(128, 256, 32, 4, 2), "sm_80", call(), "a thread"),
-        (
-            GemmConfig(128, 256, 32, 8, 2),
-            "sm_80",
-            call(masked=True, projections=2),
-            "a thread",
-        ),
+        (GemmConfig(128, 256, 32, 8, 2), "sm_80", call(masked=True, projections=2), "a thread"),
         (ProjectConfig(64, 32, 1, 2), "sm_80", call(r=128), "a thread"),
         (WeightGradConfig(16, 256, 4, 2), "sm_80", call(r=128), "a thread"),
         (GemmConfig(128, 256, 32, 8, 2), "sm_100", call(projections=2), "tensor memory"),

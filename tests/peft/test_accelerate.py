@@ -117,9 +117,7 @@ def base_layers(model: nn.Module) -> list[nn.Module]:
 
 @pytest.mark.parametrize("first", ["optimized", "hooked"])
 @pytest.mark.parametrize(
-    ("settings", "fast"),
-    [({}, True), ({"io_same_device": True}, False)],
-    ids=["inputs", "outputs"],
+    ("settings", "fast"), [({}, True), ({"io_same_device": True}, False)], ids=["inputs", "outputs"]
 )
 def test_hooks_of_accelerate_on_base_layers(settings, fast, first):
     """One that moves inputs to the layer's device leaves it fast; one that moves outputs can't."""

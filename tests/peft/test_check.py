@@ -128,9 +128,7 @@ def mlp(**settings) -> peft.PeftModel:
 
 
 @pytest.mark.parametrize(
-    "make",
-    [lambda x: x, lambda x: (x,), lambda x: {"x": x}],
-    ids=["tensor", "tuple", "mapping"],
+    "make", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "mapping"]
 )
 def test_forms_of_a_batch_and_an_output_without_a_loss(make):
     found = fastlora.check(mlp().base_model.model, make(torch.randn(5, 8)))

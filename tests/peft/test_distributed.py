@@ -156,9 +156,7 @@ GATHERED = "DeepSpeed ZeRO-3 gathers its base layer when it is called"
 LEFT_TO_PEFT = {
     "fsdp2-base-layers": Case(worker.fsdp2, {"units": "base-layers"}, reason=HOOKED),
     "fsdp2-adapters": Case(
-        worker.fsdp2,
-        {"units": "adapters"},
-        reason="its lora_A is a FSDPLinear, no torch.nn.Linear",
+        worker.fsdp2, {"units": "adapters"}, reason="its lora_A is a FSDPLinear, no torch.nn.Linear"
     ),
     "fsdp1-adapters": Case(  # by PEFT's policy, which wraps each module that trains
         worker.fsdp1,

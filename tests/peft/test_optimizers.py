@@ -22,13 +22,7 @@ from peft_llama import (
     train,
     trained,
 )
-from peft_models import (
-    KINDS,
-    adapted,
-    assert_runs_the_same,
-    assert_same,
-    optimized,
-)
+from peft_models import KINDS, adapted, assert_runs_the_same, assert_same, optimized
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 

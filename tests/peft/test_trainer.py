@@ -12,16 +12,7 @@ import pytest
 import torch
 import transformers
 from models import tiny_llama
-from peft_llama import (
-    LAYERS,
-    NOT_REENTRANT,
-    REENTRANT,
-    ROUNDING,
-    STEPS,
-    error,
-    llama,
-    result,
-)
+from peft_llama import LAYERS, NOT_REENTRANT, REENTRANT, ROUNDING, STEPS, error, llama, result
 from peft_models import (
     BATCH,
     KINDS,
