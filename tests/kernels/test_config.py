@@ -47,8 +47,7 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 @every_kernel
 @every_target
 def test_every_call_has_a_default_that_fits(target, kernel):
-    without = set()
-    adds = (False, True) if kernel == "gemm_lowrank" else (False,)
+    without, adds = set(), (False, True) if kernel == "gemm_lowrank" else (False,)
     for one in chain.from_iterable(calls(target, alone=alone) for alone in adds):
         config = default_config(kernel, target, one)
         if config is None:
