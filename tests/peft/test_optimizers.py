@@ -121,7 +121,8 @@ def test_an_exponential_moving_average():
         train(model, after_step=average.update_parameters)
         return [logits(each) for each in (average, model)]
 
-    ours = optimized(theirs := llama())
+    theirs = llama()
+    ours = optimized(theirs)
     fast = LAYERS * (STEPS + 2)
     got = assert_runs_the_same(run, theirs, ours, fast=fast, tolerance=ROUNDING)
     assert not torch.equal(*got)

@@ -185,7 +185,8 @@ def test_trainer_loads_the_best_checkpoint_at_the_end(tmp_path):
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     settings["greater_is_better"] = True  # so that it isn't the last
     expected = run(trainer_for(theirs, tmp_path / "theirs", **settings))
-    got = run(trainer := trainer_for(ours, tmp_path / "ours", "before", **settings))
+    trainer = trainer_for(ours, tmp_path / "ours", "before", **settings)
+    got = run(trainer)
     assert trainer.state.best_global_step == 1
     assert_same(got, expected, ROUNDING)
     assert not fastlora.coverage(ours).eager
