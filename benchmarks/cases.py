@@ -83,6 +83,7 @@ _OVER_FROZEN = {
     "4096x1024x1024-bf16-r16-p0": 1.45,
     "4096x1024x1024-bf16-r16-p0.1": 2.4,
 }
+_SQUARES = (2048, 2048), (4096, 1024), (512, 4096), (1, 1024), (1, 2048), (16, 1024), (16, 2048)
 # From the models' config.json: tokens of a step; sizes of hidden, query, key (or value) and mlp.
 _MODELS = {
     "gemma3-270m": (1024, 640, 1024, 256, 2048),
@@ -94,8 +95,7 @@ _MODELS = {
 def cpu_cases() -> list[Case]:
     cases = [*_layers("quick", 64, 48, (80,), (F32, BF16), r=8)]
     cases += _layers("quick-qkv", 64, 48, (64, 32, 32), r=8)
-    squares = (2048, 2048), (4096, 1024), (512, 4096), (1, 1024), (1, 2048), (16, 1024), (16, 2048)
-    for M, size in squares:
+    for M, size in _SQUARES:
         cases += _layers("", M, size, (size,), (F32, BF16))
     for name, (M, hidden, query, _, mlp) in _MODELS.items():
         cases += _layers(f"{name}-q", M, hidden, (query,))

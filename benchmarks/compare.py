@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,7 +51,7 @@ class Pair:
             except RuntimeError as reason:
                 failures[name] = str(reason)
         if not failures:
-            steps = {name: lambda w=worker: w.ask("step") for name, worker in self.workers.items()}
+            steps = {name: partial(each.ask, "step") for name, each in self.workers.items()}
             rounds = Rounds(steps)
             run(rounds)
             summary = rounds.summary()

@@ -56,8 +56,7 @@ def rows(request: pytest.FixtureRequest) -> list[dict]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    rows = config.stash[_ROWS]
-    if not rows:
+    if not (rows := config.stash[_ROWS]):
         return
     machine = describe_machine(torch.device(config.option.device))
     terminalreporter.section(heading(machine))

@@ -156,9 +156,9 @@ def fastlora_layer(
         for base, pair in zip(_linears(tensors.weights), pairs, strict=True):
             layers.append(kind.from_linear(base, **settings))
             layers[-1].lora_A, layers[-1].lora_B = pair
-        ours = kind is fastlora.LoRALinear
-        group = FusedGroup if ours else Group
-        return _contestant(layers, group, chosen=chosen, own_mask=not ours)
+        other = kind is not fastlora.LoRALinear
+        group = Group if other else FusedGroup
+        return _contestant(layers, group, chosen=chosen, own_mask=other)
 
     return make
 

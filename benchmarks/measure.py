@@ -60,8 +60,7 @@ class Rounds:
     def summary(self) -> dict:
         """Median seconds of each contestant; quartiles of the ratios of each two that matter."""
         first, *others = self.times
-        pairs = [(name, first) for name in others]
-        pairs += [(self.subject, name) for name in others if name != self.subject]
+        pairs = [(name, first) for name in others] + [(self.subject, name) for name in others[:-1]]
         seconds, found = {}, {}
         for quantity in self.times[self.subject][0]:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+Table = list[tuple[str, ...]]  # the head, and then the lines
 _SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
 _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
@@ -20,9 +21,6 @@ _TITLES = {
     "else is the device's own time.",
     "base": "This tree's fastlora over the base's.",
 }
-
-
-Table = list[tuple[str, ...]]  # the head, and then the lines
 
 
 def text(rows: list[dict]) -> str:
@@ -120,9 +118,7 @@ def align(table: Sequence[tuple]) -> str:
 
 def pipes(table: Sequence[Sequence[str]]) -> str:
     """Markdown."""
-    head, *lines = (
-        "".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in table
-    )
+    head, *lines = ("|" + "".join(f" {c} |" if c else " |" for c in cells) for cells in table)
     return "\n".join([head, "|---" * len(table[0]) + "|", *lines])
 
 

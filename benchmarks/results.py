@@ -17,7 +17,8 @@ import fastlora
 
 FOLDER = Path(__file__).parent / "results"
 _CPUINFO = Path("/proc/cpuinfo")  # only Linux has it
-_SMI = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+_ASKED = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+_SMI = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -33,9 +34,8 @@ def describe_machine(device: torch.device) -> dict:
         "date": datetime.now(timezone.utc).date().isoformat(),
     }  # fmt: skip
     if device.type == "cuda":
-        command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader"]
         with suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(_SMI, capture_output=True, text=True, timeout=20)
             machine["smi"] = done.stdout.strip()
         gpu = torch.cuda.get_device_name(device)
         machine |= {"device": _slug(gpu), "gpu": gpu, "cuda": torch.version.cuda}

@@ -28,11 +28,8 @@ class _Tree(MetaPathFinder):
     """
 
     def __init__(self, root: Path) -> None:
-        self.folders = {
-            "fastlora": root / "fastlora",
-            "fastlora.kernels": root / "kernels",
-            "benchmarks": BENCHMARKS,
-        }
+        self.folders = {"fastlora": root / "fastlora", "fastlora.kernels": root / "kernels"}
+        self.folders["benchmarks"] = BENCHMARKS
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: object = None

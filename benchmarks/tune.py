@@ -56,7 +56,7 @@ def tune(form: Form, device: torch.device, pool: Executor | None) -> dict:
     if default is None:
         raise ValueError(f"no default config fits {form.id}")
     configs = _listed(form, target, default)[: _MOST if pool else 2]
-    truth = operands.truth()
+    rounds, truth = _ROUNDS if pool else 1, operands.truth()
     times: dict[Config, float] = {}
     failures: dict[str, str] = {}
     for config in _compiled(configs, form, target, pool) if pool else configs:
@@ -65,10 +65,8 @@ def tune(form: Form, device: torch.device, pool: Executor | None) -> dict:
             for tensor in operands.run(config):
                 tensor.fill_(float("nan"))  # what no kernel writes shows
             checked(zip(operands.run(config), truth, strict=True), form.dtype)
-            run = partial(operands.run, config)
-            times[config] = statistics.median(
-                timed(clock, run) for _ in range(_ROUNDS if pool else 1)
-            )
+            laps = [timed(clock, partial(operands.run, config)) for _ in range(rounds)]
+            times[config] = statistics.median(laps)
         except Exception:
             failures[str(config)] = last_error()
             wait_for(device)  # if the device is lost, no other config can run

@@ -41,11 +41,8 @@ def parts(device: torch.device) -> dict[tuple[str, str], object]:
     dry = device.type == "cpu"
     cases = dry_cases() if dry else gpu_cases()
     layers = [(("layers", case.id), case) for case in cases]
-    tuned = [
-        (("tune", form.id), form)
-        for case in cases[: len(cases) // 3]
-        for form in forms_of(case, device)
-    ]
+    forms = [form for case in cases[: len(cases) // 3] for form in forms_of(case, device)]
+    tuned = [(("tune", form.id), form) for form in dict.fromkeys(forms)]
     tests = [(("tests", name), name) for name in ("gpu", *(("config",) if dry else _TESTS))]
     return dict([tests[0], *layers[:5], *tuned[:10], *layers[5:], *tuned[10:], *tests[1:]])
 
@@ -59,8 +56,8 @@ class Visit:
         self.path = results_path(self.machine, options.out)
         self.end = time.monotonic() + 60 * options.minutes
         self.rows: list[dict] = []
-        kept = environment(options.dry)
-        self.worker = Worker(ROOT, "benchmarks.visit", str(self.device), kept)
+        where = (ROOT, "benchmarks.visit", str(self.device))
+        self.worker = Worker(*where, environment(options.dry))
 
     def run(self, kind: str, name: str) -> None:
         """A row of this part, or one that says why not."""

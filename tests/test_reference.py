@@ -11,9 +11,8 @@ def test_formula_number_by_number():
         torch.randn(shape, dtype=torch.float64) for shape in ((3, 5), (4, 5), (2, 5), (4, 2), (4,))
     )
     mask = torch.rand(3, 5) > 0.3
-    y = reference.lora_linear(
-        x, weight, lora_a, lora_b, bias=bias, scale=0.7, dropout=0.3, mask=mask
-    )
+    options = {"scale": 0.7, "dropout": 0.3, "mask": mask}
+    y = reference.lora_linear(x, weight, lora_a, lora_b, bias=bias, **options)
     for m in range(3):
         for n in range(4):
             base = sum(x[m, k] * weight[n, k] for k in range(5)) + bias[n]
@@ -44,16 +43,12 @@ def test_group_is_each_projection_alone():
     ]
     masks = [torch.rand(2, 3, 5) > 0.5 for _ in group]
     ys = reference.lora_linears(x, group, dropout=0.5, masks=masks)
-    for y, (weight, lora_a, lora_b, bias, scale), mask in zip(ys, group, masks, strict=True):
-        alone = reference.lora_linear(
-            x, weight, lora_a, lora_b, bias=bias, scale=scale, dropout=0.5, mask=mask
-        )
-        assert torch.equal(y, alone)
+    for y, (*tensors, bias, scale), mask in zip(ys, group, masks, strict=True):
+        options = {"bias": bias, "scale": scale, "dropout": 0.5, "mask": mask}
+        assert torch.equal(y, reference.lora_linear(x, *tensors, **options))
 
 
 def test_dropout_without_a_mask_is_an_error():
-    x = torch.randn(2, 5)
+    tensors = [torch.randn(shape) for shape in ((2, 5), (4, 5), (2, 5), (4, 2))]
     with pytest.raises(ValueError, match="no mask came"):
-        reference.lora_linear(
-            x, torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2), dropout=0.1
-        )
+        reference.lora_linear(*tensors, dropout=0.1)

@@ -15,10 +15,7 @@ def test_every_adapted_layer_has_a_record():
     report = fastlora.coverage(adapted())
     assert [
         (layer.name, layer.shape, layer.r, layer.fast, layer.plan) for layer in report.layers
-    ] == [
-        ("up", (12, 8), 4, True, "torch"),
-        ("down", (8, 12), 4, True, "torch"),
-    ]
+    ] == [("up", (12, 8), 4, True, "torch"), ("down", (8, 12), 4, True, "torch")]
     assert str(report) == "2 of 2 layers fast (backend torch)"
     assert report.eager == ()
 

@@ -53,12 +53,8 @@ def test_the_launches_of_the_fused_plan():
     ys = []
     forward = launches(lambda: ys.append(fastlora.lora_linear(x, *projection[:3])))
     assert forward == ["project", "gemm_lowrank"]
-    backward = launches(lambda: ys[0].sum().backward())
-    assert [name for name in backward if name != "sum_planes"] == [
-        "weight_grad",
-        "gemm_lowrank",
-        "weight_grad",
-    ]
+    backward = [name for name in launches(lambda: ys[0].sum().backward()) if name != "sum_planes"]
+    assert backward == ["weight_grad", "gemm_lowrank", "weight_grad"]
 
 
 @pytest.mark.parametrize("n", [1, 3], ids="group-of-{}".format)
@@ -77,17 +73,13 @@ def test_a_group_reads_x_and_writes_dx_once():
     assert backward.count("gemm_lowrank") == 1
 
 
-@pytest.mark.parametrize(
-    ("frozen", "kernel"),
-    [("x", "gemm_lowrank"), ("lora_a", None), ("lora_b", None)],
-    ids=["x", "lora_a", "lora_b"],
-)
-def test_only_the_gradients_asked_for_are_computed(frozen, kernel):
+@pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
+def test_only_the_gradients_asked_for_are_computed(frozen):
     x, projection = make_x(40, 64), make_projection(24, 64, 3, torch.float32)
     (x if frozen == "x" else getattr(projection, frozen)).requires_grad_(False)
     y = fastlora.lora_linear(x, *projection[:3])
     names = launches(lambda: y.sum().backward())
-    assert names.count("gemm_lowrank") == (kernel is None)
+    assert names.count("gemm_lowrank") == (0 if frozen == "x" else 1)
     assert names.count("weight_grad") == (2 if frozen == "x" else 1)
 
 

@@ -47,8 +47,7 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 @every_kernel
 @every_target
 def test_every_call_has_a_default_that_fits(target, kernel):
-    without = set()
-    adds = (False, True) if kernel == "gemm_lowrank" else (False,)
+    without, adds = set(), (False, True) if kernel == "gemm_lowrank" else (False,)
     for one in chain.from_iterable(calls(target, alone=alone) for alone in adds):
         config = default_config(kernel, target, one)
         if config is None:
@@ -95,12 +94,7 @@ def test_large_tiles_for_large_outputs_and_small_for_few_rows():
         (ProjectConfig(128, 256, 8, 4), "sm_90", call(), "shared memory"),
         (WeightGradConfig(128, 512, 8, 4), "sm_80", call(), "shared memory"),
         (GemmConfig(128, 256, 32, 4, 2), "sm_80", call(), "a thread"),
-        (
-            GemmConfig(128, 256, 32, 8, 2),
-            "sm_80",
-            call(masked=True, projections=2),
-            "a thread",
-        ),
+        (GemmConfig(128, 256, 32, 8, 2), "sm_80", call(masked=True, projections=2), "a thread"),
         (ProjectConfig(64, 32, 1, 2), "sm_80", call(r=128), "a thread"),
         (WeightGradConfig(16, 256, 4, 2), "sm_80", call(r=128), "a thread"),
         (GemmConfig(128, 256, 32, 8, 2), "sm_100", call(projections=2), "tensor memory"),

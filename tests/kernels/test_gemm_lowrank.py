@@ -8,11 +8,11 @@ from judge import assert_close
 from kernel_cases import (
     BF16,
     DEVICE,
-    DTYPE_IDS,
     F16,
     F32,
     LAYOUTS,
     draw_seeds,
+    dtypes,
     keep_masks,
     poisoned,
     processors,
@@ -26,6 +26,7 @@ from fastlora.kernels.launch import recorded
 
 TILES = [(16, 16, 16), (32, 64, 32), (64, 32, 16)]
 SMALL = GemmConfig(16, 16, 16, warps=4, stages=2, group=3)
+DESCRIPTORS = GemmConfig(32, 32, 16, warps=4, stages=2, descriptors=True)
 
 
 def case(m, n, depths, ranks, dtype=F32, adapter_dtype=None, layouts=("contiguous",) * 3):
@@ -82,11 +83,7 @@ def test_any_shape(m, n, k, orientation):
 
 
 @pytest.mark.parametrize("r", [1, 16, 64, 65, 200])
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"),
-    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
-    ids=lambda dtype: DTYPE_IDS[dtype],
-)
+@dtypes
 def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     """Large ranks take several steps."""
     check(*case(33, 40, [50], [r], dtype, adapter_dtype))
@@ -168,16 +165,19 @@ def test_both_loaders_give_the_same_bits(tile, layout, orientation, masked):
 
 def test_descriptors_are_arguments_of_their_own():
     """A launch of Triton 3.6 looks for them nowhere else, not inside of tuples either."""
-    config = GemmConfig(32, 32, 16, warps=4, stages=2, descriptors=True)
     with recorded() as records:
-        check(*case(40, 72, [24, 8], [5, 70], BF16, F32), config=config)
-    (record,) = records
-    found = [
-        name for name, value in record.arguments.items() if isinstance(value, TensorDescriptor)
-    ]
+        check(*case(40, 72, [24, 8], [5, 70], BF16, F32), config=DESCRIPTORS)
+    (arguments,) = (record.arguments for record in records)
+    found = [name for name, value in arguments.items() if isinstance(value, TensorDescriptor)]
     assert found == ["p0", "p1", "q0", "q1", "out"]
-    tuples = [value for value in record.arguments.values() if isinstance(value, tuple)]
+    tuples = [value for value in arguments.values() if isinstance(value, tuple)]
     assert not any(isinstance(each, TensorDescriptor) for value in tuples for each in value)
+
+
+def assert_loaded_by_pointers(*operands):
+    with recorded() as records:
+        check(*operands, config=DESCRIPTORS)
+    assert [record.arguments["DESCRIPTORS"] for record in records] == [False]
 
 
 @pytest.mark.parametrize(
@@ -191,10 +191,7 @@ def test_descriptors_are_arguments_of_their_own():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_a_descriptor_cannot_describe_is_loaded_by_pointers(reason, n, k, layouts):
-    config = GemmConfig(32, 32, 16, warps=4, stages=2, descriptors=True)
-    with recorded() as records:
-        check(*case(35, n, [k], [3], BF16, layouts=layouts), config=config)
-    assert [record.arguments["DESCRIPTORS"] for record in records] == [False]
+    assert_loaded_by_pointers(*case(35, n, [k], [3], BF16, layouts=layouts))
 
 
 @pytest.mark.parametrize("stride", [0, 8], ids=["one row for all", "rows that overlap"])
@@ -202,17 +199,13 @@ def test_rows_closer_than_their_length_have_no_descriptor(stride):
     """TMA wants a row's stride to be its length at least."""
     _, qs, us, vs = case(33, 40, [24], [4], BF16)
     p = torch.as_strided(random(1, 300, BF16), (33, 24), (stride, 1))
-    with recorded() as records:
-        check([p], qs, us, vs, config=GemmConfig(32, 32, 16, 4, 2, descriptors=True))
-    assert [record.arguments["DESCRIPTORS"] for record in records] == [False]
+    assert_loaded_by_pointers([p], qs, us, vs)
 
 
 def test_an_address_off_by_one_element_has_no_descriptor():
     ps, qs, us, vs = case(35, 40, [32], [3], BF16)
     ps = [poisoned(35, 40, dtype=BF16)[:, 1:33].copy_(ps[0])]
-    with recorded() as records:
-        check(ps, qs, us, vs, config=GemmConfig(32, 32, 16, 4, 2, descriptors=True))
-    assert [record.arguments["DESCRIPTORS"] for record in records] == [False]
+    assert_loaded_by_pointers(ps, qs, us, vs)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -261,8 +254,7 @@ def test_same_inputs_same_bits():
 def test_one_bias_for_a_group_of_many():
     """Groups that take several launches get it from the first alone."""
     us, vs = [random(8, 2) for _ in range(6)], [torch.zeros(2, 16, device=DEVICE)] * 6
-    bias = random(1, 16)[0]
-    out = poisoned(8, 16)
+    bias, out = random(1, 16)[0], poisoned(8, 16)
     gemm_lowrank(out, [], [], us, vs, precision="ieee", bias=bias)
     assert torch.equal(out, bias.expand(8, 16))
 

@@ -24,10 +24,8 @@ def mask_of_gemm_lowrank(seeds, shape, p, tile, dtype):
     rows, columns = shape
     config, found = GemmConfig(*tile, 16, warps=8, stages=2, descriptors=True), []
     for i in range(len(seeds)):
-        us = [
-            torch.full((rows, 1), float(i == j), dtype=dtype, device=DEVICE)
-            for j in range(len(seeds))
-        ]
+        us = [torch.zeros(rows, 1, dtype=dtype, device=DEVICE) for _ in seeds]
+        us[i].fill_(1)
         vs = [torch.ones(1, columns, device=DEVICE)] * len(seeds)
         out = poisoned(rows, columns, dtype=dtype)
         gemm_lowrank(out, [], [], us, vs, precision="ieee", dropout=p, seeds=seeds, config=config)
@@ -37,17 +35,11 @@ def mask_of_gemm_lowrank(seeds, shape, p, tile, dtype):
 
 def mask_of_weight_grad(seeds, shape, p, tile, dtype):
     """Each is (keep ∘ 1)ᵀ I, transposed."""
-    rows, columns = shape
-    v, eye = (
-        torch.ones(shape, dtype=dtype, device=DEVICE),
-        torch.eye(rows, dtype=dtype, device=DEVICE),
-    )
-    outs = [poisoned(rows, columns) for _ in seeds]
-    config = WeightGradConfig(*tile, warps=8, stages=2)
-    weight_grad(
-        v, [eye] * len(seeds), [out.T for out in outs],
-        precision="ieee", dropout=p, seeds=seeds, config=config,
-    )  # fmt: skip
+    v = torch.ones(shape, dtype=dtype, device=DEVICE)
+    us = [torch.eye(shape[0], dtype=dtype, device=DEVICE)] * len(seeds)
+    outs = [poisoned(*shape) for _ in seeds]
+    config, transposed = WeightGradConfig(*tile, warps=8, stages=2), [out.T for out in outs]
+    weight_grad(v, us, transposed, precision="ieee", dropout=p, seeds=seeds, config=config)
     return outs
 
 
@@ -58,8 +50,7 @@ def masks_of(request):
 
 def check(masks_of, seeds, shape, p, tile=(32, 32), dtype=F32):
     seeds = torch.as_tensor(seeds, device=DEVICE)
-    found = masks_of(seeds, shape, p, tile, dtype)
-    for seed, mask in zip(seeds, found, strict=True):
+    for seed, mask in zip(seeds, masks_of(seeds, shape, p, tile, dtype), strict=True):
         assert torch.equal(mask, dropout_mask(seed, shape, p).to(mask.dtype))
 
 

@@ -3,17 +3,7 @@
 import pytest
 import torch
 from judge import assert_close
-from kernel_cases import (
-    BF16,
-    DTYPE_IDS,
-    F16,
-    F32,
-    LAYOUTS,
-    draw_seeds,
-    keep_masks,
-    processors,
-    random,
-)
+from kernel_cases import BF16, F16, F32, LAYOUTS, draw_seeds, dtypes, keep_masks, processors, random
 
 from fastlora.kernels import project
 from fastlora.kernels.config import ProjectConfig
@@ -52,11 +42,7 @@ def test_any_shape(m, k):
 
 
 @pytest.mark.parametrize("r", RANKS)
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"),
-    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
-    ids=lambda dtype: DTYPE_IDS[dtype],
-)
+@dtypes
 def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     check(random(33, 70, dtype), [random(70, r, adapter_dtype)])
 

@@ -10,6 +10,7 @@ from kernel_cases import (
     F32,
     LAYOUTS,
     draw_seeds,
+    dtypes,
     keep_masks,
     poisoned,
     processors,
@@ -60,11 +61,7 @@ def test_any_shape(m, n, orientation):
 
 
 @pytest.mark.parametrize("r", RANKS)
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"),
-    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
-    ids=lambda dtype: DTYPE_IDS[dtype],
-)
+@dtypes
 def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     """The output is in the adapter's dtype."""
     check(random(50, 70, dtype), [random(50, r, dtype)], adapter_dtype)
@@ -117,13 +114,10 @@ def test_any_tile(tile):
 )
 def test_one_pass_is_as_two_calls(dtype, adapter_dtype, r, n, processor_count):
     dy, h, b = random(50, n, dtype), random(50, r, dtype), random(n, r, adapter_dtype)
-    config = WeightGradConfig(16, 32, warps=4, stages=2)
     apart, together = outputs(n, [r] * 2, adapter_dtype, "d_lora_b")
     with processors(processor_count):
-        weight_grad(dy, [h], [apart], precision="ieee", config=config)
-        dh = weight_grad(
-            dy, [h], [together], precision="ieee", b=b, factor=-0.3, config=config
-        )  # fmt: skip
+        weight_grad(dy, [h], [apart], precision="ieee", config=SMALL)
+        dh = weight_grad(dy, [h], [together], precision="ieee", b=b, factor=-0.3, config=SMALL)
     assert torch.equal(together, apart)
     truth = -0.3 * dy.double() @ b.to(dtype).double()
     size = 0.3 * dy.double().abs() @ b.double().abs()
@@ -162,8 +156,7 @@ def test_same_inputs_same_bits(processor_count):
     with processors(processor_count):
         for _ in range(2):
             out = poisoned(70, 20)
-            dh = weight_grad(v, [u], [out], precision="ieee", b=b, config=SMALL)
-            found.append((out, dh))
+            found.append((out, weight_grad(v, [u], [out], precision="ieee", b=b, config=SMALL)))
     assert all(map(torch.equal, *found))
 
 

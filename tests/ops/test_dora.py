@@ -33,10 +33,8 @@ def make(shape, n, r, dtype, adapter_dtype, bias):
     if bias:
         tensors["bias"] = leaf(n, dtype=dtype)
     with torch.no_grad():
-        norm = (
-            tensors["weight"].double()
-            + 0.5 * tensors["lora_b"].double() @ tensors["lora_a"].double()
-        ).norm(dim=1)
+        weight, lora_a, lora_b = (tensors[k].double() for k in ("weight", "lora_a", "lora_b"))
+        norm = (weight + 0.5 * lora_b @ lora_a).norm(dim=1)
         tensors["magnitude"].copy_(norm * (1 + 0.3 * torch.randn(n, dtype=torch.float64)))
     return tensors
 
@@ -106,18 +104,18 @@ def test_a_gain_of_any_size_costs_one_rounding(size, dtype, adapter_dtype):
     tensors["x"] = torch.eye(5).to(dtype).requires_grad_()
     tensors["lora_b"] = torch.zeros_like(tensors["lora_b"])
     tensors["bias"] = torch.randn(8).mul(size).to(dtype)
-    norm = tensors["weight"].double().norm(dim=1)
+    weight = tensors["weight"].double()
+    norm = weight.norm(dim=1)
     tensors["magnitude"] = (size * norm).to(adapter_dtype)
-    y = dora_linear(**tensors | {"bias": None})
-    biased = dora_linear(**tensors)
+    y, biased = dora_linear(**tensors | {"bias": None}), dora_linear(**tensors)
     gain = (tensors["magnitude"].double() / norm)[None]
-    truth = gain * tensors["weight"].double().T
+    truth = gain * weight.T
     unit = torch.finfo(dtype).eps * 4 if dtype.itemsize > 2 else torch.finfo(dtype).eps * 0.51
     assert ((y - truth).abs() <= unit * truth.abs() + 1e-30).all()
-    rounded = tensors["weight"].double().T.abs() + tensors["bias"].double().abs()
+    rounded = weight.T.abs() + tensors["bias"].double().abs()
     assert ((biased - truth - tensors["bias"]).abs() <= (1 + gain) * unit * 2 * rounded).all()
     (dx,) = torch.autograd.grad(y, tensors["x"], torch.ones_like(y))
-    expected = (gain[0].to(dtype).double()[:, None] * tensors["weight"].double()).sum(0)
+    expected = (gain[0].to(dtype).double()[:, None] * weight).sum(0)
     assert ((dx - expected).abs() <= 4 * torch.finfo(dtype).eps * (gain.max() + 1) * 8).all()
 
 

@@ -37,15 +37,12 @@ def test_a_frozen_layer_alone(p, bias, poisoned_memory):
     """y and dx are torch's to the last bit, nothing is kept but the weight, and nothing drawn."""
     x = torch.randn(5, 16, requires_grad=True)
     weight, shift = torch.randn(7, 16), torch.randn(7) if bias else None
-    state = torch.get_rng_state()
-    storages = saved_bytes(
-        lambda: fastlora.lora_linears(x, [Output(Base(weight, shift))], dropout=p)
-    )
+    state, outputs = torch.get_rng_state(), [Output(Base(weight, shift))]
+    storages = saved_bytes(lambda: fastlora.lora_linears(x, outputs, dropout=p))
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(storages) <= {
-        t.untyped_storage().data_ptr() for t in (weight, shift) if t is not None
-    }
-    (y,) = fastlora.lora_linears(x, [Output(Base(weight, shift))], dropout=p)
+    given = [weight] if shift is None else [weight, shift]
+    assert set(storages) <= {tensor.untyped_storage().data_ptr() for tensor in given}
+    (y,) = fastlora.lora_linears(x, outputs, dropout=p)
     dy = torch.randn_like(y)
     assert torch.equal(y, linear(x, weight, shift))
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ weight)
@@ -68,16 +65,13 @@ def test_many_frozen_outputs_beside_an_adapted_one(poisoned_memory):
 def test_a_frozen_output_compiled():
     torch.compiler.reset()
     outputs = make_outputs(torch.float32)
-    compiled = torch.compile(
-        lambda x: fastlora.lora_linears(x, outputs), fullgraph=True, backend="aot_eager"
-    )
+    run = lambda x: fastlora.lora_linears(x, outputs)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 16, requires_grad=True)
-    ys = fastlora.lora_linears(x, outputs)
-    for ours, theirs in zip(compiled(x), ys, strict=True):
+    for ours, theirs in zip(compiled(x), run(x), strict=True):
         torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (ours, theirs))
-        )
+        dxs = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (ours, theirs))
+        torch.testing.assert_close(*dxs)
 
 
 def test_a_gradient_of_the_gradient_with_a_frozen_output():
@@ -106,20 +100,15 @@ def test_flat_tensors_become_the_same_outputs():
 
 
 ONE = Projection(torch.ones(6, 8), torch.ones(3, 8), torch.ones(6, 3))
+ADAPTER, NO_OUTPUT = Adapter(ONE.lora_a, ONE.lora_b), "must be an Output of a Base and Adapters"
 WRONG = {
     "second-without-lora_a": ([ONE, Projection(None, None, ONE.lora_b)], "lora_a must be a tensor"),
     "second-without-lora_b": ([ONE, Projection(None, ONE.lora_a, None)], "lora_b must be a tensor"),
     "first-without-weight": ([ONE._replace(weight=None)], "weight must be a tensor, not NoneType"),
     "base-without-weight": ([Output(Base(None))], "weight must be a tensor, not NoneType"),
-    "base-is-a-tensor": ([Output(ONE.weight)], "must be an Output of a Base and Adapters"),
-    "adapter-is-a-tuple": (
-        [Output(Base(ONE.weight), ((ONE.lora_a, ONE.lora_b, 1.0),))],
-        "must be an Output of a Base and Adapters",
-    ),
-    "adapter-alone": (
-        [Output(Base(ONE.weight), Adapter(ONE.lora_a, ONE.lora_b))],
-        "must be an Output of a Base and Adapters",
-    ),
+    "base-is-a-tensor": ([Output(ONE.weight)], NO_OUTPUT),
+    "adapter-is-a-tuple": ([Output(Base(ONE.weight), (tuple(ADAPTER),))], NO_OUTPUT),
+    "adapter-alone": ([Output(Base(ONE.weight), ADAPTER)], NO_OUTPUT),
     "bias-list": ([ONE._replace(bias=[0.0])], "bias must be a tensor or None, not list"),
 }
 
@@ -131,10 +120,9 @@ def test_what_is_no_output(projections, message):
 
 
 def test_a_further_adapter_has_no_bias():
+    group = [ONE, ONE._replace(weight=None, bias=torch.ones(6))]
     with pytest.raises(ValueError, match="without a weight of its own can't have a bias"):
-        fastlora.lora_linears(
-            torch.randn(2, 8), [ONE, ONE._replace(weight=None, bias=torch.ones(6))]
-        )
+        fastlora.lora_linears(torch.randn(2, 8), group)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (6,), (6, 7)], ids=str)

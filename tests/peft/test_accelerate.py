@@ -68,9 +68,8 @@ def test_accelerate_prepares_before_or_after(when, kind):
     ours = copy.deepcopy(theirs)
 
     def train(model):
-        return train_accelerated(
-            model, when if model is ours else "never", gradient_accumulation_steps=2
-        )
+        moment = when if model is ours else "never"
+        return train_accelerated(model, moment, gradient_accumulation_steps=2)
 
     assert_runs_the_same(train, theirs, ours, fast=LAYERS * STEPS, tolerance=ROUNDING)
 
@@ -115,20 +114,23 @@ def base_layers(model: nn.Module) -> list[nn.Module]:
     return [m for name, m in model.named_modules() if name.endswith(".base_layer")]
 
 
-@pytest.mark.parametrize("first", ["optimized", "hooked"])
-@pytest.mark.parametrize(
-    ("settings", "fast"),
-    [({}, True), ({"io_same_device": True}, False)],
-    ids=["inputs", "outputs"],
-)
-def test_hooks_of_accelerate_on_base_layers(settings, fast, first):
-    """One that moves inputs to the layer's device leaves it fast; one that moves outputs can't."""
+@pytest.fixture(params=["optimized", "hooked"])
+def both(request):
+    """PEFT's model, and a copy of it that is optimised before it is hooked, or afterwards."""
     theirs = llama()
-    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+    return theirs, optimized(theirs) if request.param == "optimized" else copy.deepcopy(theirs)
+
+
+@pytest.mark.parametrize("moved", ["inputs", "outputs"])
+def test_hooks_of_accelerate_on_base_layers(moved, both):
+    """One that moves inputs to the layer's device leaves it fast; one that moves outputs can't."""
+    theirs, ours = both
     for layer in base_layers(ours):
-        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", **settings))
+        hook = AlignDevicesHook(execution_device="cpu", io_same_device=moved == "outputs")
+        add_hook_to_module(layer, hook)
     fastlora.optimize(ours)
-    assert_runs_the_same(gradients, theirs, ours, fast=LAYERS * fast, tolerance=ROUNDING)
+    fast = LAYERS * (moved == "inputs")
+    assert_runs_the_same(gradients, theirs, ours, fast=fast, tolerance=ROUNDING)
 
 
 def test_once_accelerate_s_hooks_are_gone_layers_are_fast_again():
@@ -139,10 +141,8 @@ def test_once_accelerate_s_hooks_are_gone_layers_are_fast_again():
     assert not fastlora.coverage(ours).eager
 
 
-@pytest.mark.parametrize("first", ["optimized", "offloaded"])
-def test_offloaded_layers_are_peft_s(first):
-    theirs = llama()
-    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+def test_offloaded_layers_are_peft_s(both):
+    theirs, ours = both
     accelerate.cpu_offload(ours, "cpu")
     assert len(fastlora.optimize(ours).eager) == LAYERS
     assert_runs_the_same(logits, theirs, ours, fast=0, tolerance=0.0)
@@ -156,10 +156,8 @@ def test_an_offloaded_dora_model_fails_as_peft_s():
             logits(model)
 
 
-@pytest.mark.parametrize("first", ["optimized", "dispatched"])
-def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(first, tmp_path):
-    theirs = llama()
-    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(both, tmp_path):
+    theirs, ours = both
     inner = "base_model.model."
     places = {f"{inner}model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
     places |= {f"{inner}lm_head": "cpu", f"{inner}model.layers.0": "cpu"}
@@ -172,10 +170,8 @@ def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(first, tmp_path)
     assert_runs_the_same(logits, theirs, ours, fast=LAYERS // 2, tolerance=ROUNDING)
 
 
-@pytest.mark.parametrize("first", ["optimized", "dispatched"])
-def test_a_dispatched_model_trains_fast(first):
-    theirs = llama()
-    ours = optimized(theirs) if first == "optimized" else copy.deepcopy(theirs)
+def test_a_dispatched_model_trains_fast(both):
+    theirs, ours = both
     accelerate.dispatch_model(ours, {"": "cpu"}, force_hooks=True)
     assert not fastlora.optimize(ours).eager
     assert_runs_the_same(gradients, theirs, ours, fast=LAYERS, tolerance=ROUNDING)

@@ -90,7 +90,7 @@ def test_a_wrong_layer_is_named(monkeypatch):
 
 def test_not_a_number_is_a_failure(monkeypatch):
     run = fast_linear.fast_forward
-    monkeypatch.setattr(fast_linear, "fast_forward", lambda *rest: run(*rest) * float("nan"))
+    monkeypatch.setattr(fast_linear, "fast_forward", lambda *rest: run(*rest) * torch.nan)
     assert not fastlora.check(llama(), batch())
 
 
@@ -99,18 +99,17 @@ def test_it_changes_nothing(optimized):
     model = llama(lora_dropout=0.2)
     if optimized:
         fastlora.optimize(model)
-    norm = nn.BatchNorm1d(3)
-    model.base_model.model.extra = norm
-    norm(torch.randn(4, 3))
-    down = model.base_model.model.model.layers[0].mlp.down_proj
-    down.lora_A["default"].weight.grad = torch.ones_like(down.lora_A["default"].weight)
-    classes = {name: type(module) for name, module in model.named_modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.base_model.model.extra = nn.BatchNorm1d(3)
+    model.base_model.model.extra(torch.randn(4, 3))
+    weight = model.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight
+    weight.grad = torch.ones_like(weight)
+    classes = [type(module) for module in model.modules()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
     state = torch.get_rng_state()
     fastlora.check(model, batch())
     assert torch.equal(torch.get_rng_state(), state)
-    assert {name: type(module) for name, module in model.named_modules()} == classes
-    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    assert [type(module) for module in model.modules()] == classes
+    assert all(map(torch.equal, model.buffers(), buffers))
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert [name.rsplit(".", 4)[1] for name in gradients] == ["down_proj"]
     assert (gradients.popitem()[1] == 1).all()
@@ -128,9 +127,7 @@ def mlp(**settings) -> peft.PeftModel:
 
 
 @pytest.mark.parametrize(
-    "make",
-    [lambda x: x, lambda x: (x,), lambda x: {"x": x}],
-    ids=["tensor", "tuple", "mapping"],
+    "make", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "mapping"]
 )
 def test_forms_of_a_batch_and_an_output_without_a_loss(make):
     found = fastlora.check(mlp().base_model.model, make(torch.randn(5, 8)))
@@ -163,7 +160,10 @@ class Averaging(nn.Module):
         return x / self.mean
 
 
-@pytest.mark.parametrize("module", [Counting(), Averaging()], ids=["in-place", "replaced"])
+BUFFERS = {"in-place": Counting(), "replaced": Averaging(), "batch-norm": nn.BatchNorm1d(4)}
+
+
+@pytest.mark.parametrize("module", BUFFERS.values(), ids=BUFFERS)
 def test_both_runs_start_from_the_same_buffers(module):
     model = nn.Sequential(mlp(), module)
     before = {name: (b, b.clone()) for name, b in module.named_buffers()}
@@ -251,12 +251,6 @@ def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(mon
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
     assert fastlora.check(model, batch())
-
-
-def test_batch_norm_in_training_has_its_buffers_put_back():
-    model = nn.Sequential(mlp(), nn.BatchNorm1d(4)).train()
-    fastlora.check(model, torch.randn(5, 8))
-    assert model[1].num_batches_tracked == 0
 
 
 def test_there_must_be_something_to_compare():

@@ -44,18 +44,10 @@ COMPILED = {
     "dora": {"use_dora": True, "lora_dropout": 0.0},
     "dora-dropout": {"use_dora": True},
 }
+PLACES = {"model": ["lora", "dropout", "dora-dropout"], "blocks": ["dropout", "dora"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("lora", "model"),
-        ("dropout", "model"),
-        ("dora-dropout", "model"),
-        ("dropout", "blocks"),
-        ("dora", "blocks"),
-    ],
-)
+@pytest.mark.parametrize(("what", "name"), [(w, name) for w in PLACES for name in PLACES[w]])
 def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
     """Without a graph break, and compiled once; the backend draws as eager mode does.
 

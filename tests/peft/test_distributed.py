@@ -57,10 +57,8 @@ def assert_same(
     assert losses == pytest.approx(expected.losses, rel=tolerance)
     for record in records:
         assert record.fast == fast
-        for found, values in (
-            (record.gradients, expected.gradients),
-            (record.adapter, expected.adapter),
-        ):
+        for name in ("gradients", "adapter"):
+            found, values = getattr(record, name), getattr(expected, name)
             assert found.keys() == values.keys()
             errors = {n: ((found[n] - v).norm() / v.norm()).item() for n, v in values.items()}
             assert max(errors.values()) < tolerance, max(errors, key=errors.get)
@@ -80,18 +78,6 @@ class Case(NamedTuple):
     reason: str = ""  # why every layer is left to PEFT
 
 
-def kinds(run: Callable[..., Record]) -> dict[str, Case]:
-    return {
-        kind: Case(run, {"kind": kind}, whens=BEFORE)
-        for kind in ("dora", "lora-bias", "two-adapters")
-    }
-
-
-def checkpointed(how: str, p: float) -> Case:
-    """Every layer runs twice, with the same masks."""
-    return Case(worker.fsdp2_checkpointed, {"how": how, "dropout": p}, runs=2, whens=BEFORE)
-
-
 FAST_CASES = {
     "ddp": Case(worker.ddp),
     "ddp-static-graph": Case(worker.ddp, {"static_graph": True}),
@@ -102,19 +88,24 @@ FAST_CASES = {
         worker.ddp, {"kind": "unused-adapter", "find_unused_parameters": True}
     ),
     "ddp-dropout": Case(worker.ddp, {"dropout": 0.3}),
-    **{f"ddp-{kind}": case for kind, case in kinds(worker.ddp).items()},
     "fsdp2": Case(worker.fsdp2, {"reshard_after_forward": True}),
     "fsdp2-no-reshard": Case(worker.fsdp2, {"reshard_after_forward": False}),
     "fsdp2-accumulation": Case(worker.fsdp2_accumulated, runs=2),
     "fsdp2-dropout": Case(worker.fsdp2, {"dropout": 0.3}),
-    **{f"fsdp2-{kind}": case for kind, case in kinds(worker.fsdp2).items()},
+    **{
+        f"{run.__name__}-{kind}": Case(run, {"kind": kind}, whens=BEFORE)
+        for run in (worker.ddp, worker.fsdp2)
+        for kind in ("dora", "lora-bias", "two-adapters")
+    },
     "fsdp2-each-lora-layer": Case(worker.fsdp2, {"units": "lora-layers"}),
     "fsdp2-loaded-last": Case(worker.fsdp2_from_meta),
     "fsdp2-cpu-offload": Case(  # there is nothing to pin for
         worker.fsdp2, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
     ),
-    **{
-        f"fsdp2-{how}-checkpoints-p{p}": checkpointed(how, p)
+    **{  # every layer runs twice, with the same masks
+        f"fsdp2-{how}-checkpoints-p{p}": Case(
+            worker.fsdp2_checkpointed, {"how": how, "dropout": p}, runs=2, whens=BEFORE
+        )
         for how in ("reentrant", "non-reentrant", "wrapper")
         for p in (0.0, 0.3)
     },
@@ -156,9 +147,7 @@ GATHERED = "DeepSpeed ZeRO-3 gathers its base layer when it is called"
 LEFT_TO_PEFT = {
     "fsdp2-base-layers": Case(worker.fsdp2, {"units": "base-layers"}, reason=HOOKED),
     "fsdp2-adapters": Case(
-        worker.fsdp2,
-        {"units": "adapters"},
-        reason="its lora_A is a FSDPLinear, no torch.nn.Linear",
+        worker.fsdp2, {"units": "adapters"}, reason="its lora_A is a FSDPLinear, no torch.nn.Linear"
     ),
     "fsdp1-adapters": Case(  # by PEFT's policy, which wraps each module that trains
         worker.fsdp1,
@@ -226,9 +215,8 @@ def test_restore_of_layers_that_fsdp2_shards_one_by_one(two, when):
 
 
 def test_restore_of_layers_that_are_replicated_one_by_one(two):
-    pytest.importorskip(
-        "torch.distributed._composable.replicate_with_fsdp", reason="newer than torch 2.8"
-    )
+    module = "torch.distributed._composable.replicate_with_fsdp"
+    pytest.importorskip(module, reason="newer than torch 2.8")
     for before, restored in two.run(worker.replicated_and_restored):
         assert before == restored
 

@@ -2,15 +2,7 @@
 
 import torch
 from peft.helpers import DoraCaching
-from peft_models import (
-    ROUNDING,
-    assert_runs_the_same,
-    assert_same,
-    inputs,
-    mlp,
-    optimized,
-    up,
-)
+from peft_models import ROUNDING, assert_runs_the_same, assert_same, inputs, mlp, optimized, up
 from torch import nn
 
 

@@ -78,7 +78,7 @@ def disable_while_merged(model):
     return disabled, model(inputs()), up(model).merged_adapters
 
 
-def weighted(model):
+def add_weighted_adapter(model):
     """Adapters combined to a new one, by every kind that needs no random numbers."""
     model.add_adapter("b", other_config(r=4, init_lora_weights="gaussian"))
     outputs = []
@@ -115,11 +115,9 @@ def read_and_set_state(model):
 
 
 def convert(model):
-    """Other dtypes, and back."""
     outputs = [model(inputs())]
-    model.bfloat16()
-    outputs.append(up(model)(inputs().bfloat16()).dtype)
-    return [*outputs, model.double()(inputs())]
+    narrow = up(model.bfloat16())(inputs().bfloat16())
+    return [*outputs, narrow.dtype, model.double()(inputs())]
 
 
 def freeze(model):
@@ -133,21 +131,22 @@ def freeze(model):
     return found, model(inputs()).requires_grad
 
 
-def step_lora_plus(model):
-    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=4)
+def step(optimizer, model):
     model(inputs()).sum().backward()
     optimizer.step()
     return model(inputs())
+
+
+def step_lora_plus(model):
+    options = {"lr": 0.1, "loraplus_lr_ratio": 4}
+    return step(create_loraplus_optimizer(model, torch.optim.SGD, **options), model)
 
 
 def step_lora_fa(model):
-    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=0.1)
-    model(inputs()).sum().backward()
-    optimizer.step()
-    return model(inputs())
+    return step(create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=0.1), model)
 
 
-def copies_of(model):
+def make_copies(model):
     """Copies by all means, each used once; the original is used last."""
     file = io.BytesIO()
     torch.save(model, file)
@@ -185,19 +184,18 @@ def backward_twice(model):
 
 
 def gradient_penalty(model):
-    """A gradient of a gradient."""
     x = inputs().requires_grad_()
     (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     dx.square().sum().backward()
     return [p.grad for p in model.parameters() if p.requires_grad]
 
 
-def jacobian(vectorize):
-    def call(model):
-        x = inputs()[0]
-        return torch.autograd.functional.jacobian(model, x, vectorize=vectorize)
+def jacobian(model, vectorize=False):
+    return torch.autograd.functional.jacobian(model, inputs()[0], vectorize=vectorize)
 
-    return call
+
+def jacobian_vectorized(model):
+    return jacobian(model, vectorize=True)
 
 
 def tensor_hooks(model):
@@ -248,54 +246,33 @@ def hotswap(model):
     return [*outputs, model(inputs()), gradients(model)]
 
 
-FUNCTIONS = {
-    "disable": disable,
-    "disable-layers": enable_and_disable_layers,
-    "add-set-delete": add_set_delete,
-    "delete-the-last": delete_the_last,
-    "merge": merge_and_unmerge,
-    "disable-while-merged": disable_while_merged,
-    "add-weighted-adapter": weighted,
-    "scale": rescale,
-    "state": read_and_set_state,
-    "dtypes": convert,
-    "freeze": freeze,
-    "lora-plus": step_lora_plus,
-    "lora-fa": step_lora_fa,
-    "copies": copies_of,
-    "functional-call": functional_call,
-    "in-place": change_in_place,
-    "backward-twice": backward_twice,
-    "gradient-penalty": gradient_penalty,
-    "jacobian": jacobian(vectorize=False),
-    "jacobian-vectorized": jacobian(vectorize=True),
-    "tensor-hooks": tensor_hooks,
-    "layer-hooks": hooks_on_the_layer,
-    "odd-inputs": odd_inputs,
-    "load": load_again,
-    "hotswap": hotswap,
-}
+FUNCTIONS = [
+    disable, enable_and_disable_layers, add_set_delete, delete_the_last, merge_and_unmerge,
+    disable_while_merged, add_weighted_adapter, rescale, read_and_set_state, convert, freeze,
+    step_lora_plus, step_lora_fa, make_copies, functional_call, change_in_place, backward_twice,
+    gradient_penalty, jacobian, jacobian_vectorized, tensor_hooks, hooks_on_the_layer, odd_inputs,
+    load_again, hotswap,
+]  # fmt: skip
 # PEFT doesn't do these with DoRA; odd-inputs has a test of its own.
-NOT_WITH_DORA = {"add-weighted-adapter", "hotswap", "lora-fa", "odd-inputs"}
+NOT_WITH_DORA = {add_weighted_adapter, hotswap, step_lora_fa, odd_inputs}
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [(k, n) for k in KINDS for n in FUNCTIONS if k == "lora" or n not in NOT_WITH_DORA],
+    ("kind", "run"),
+    [(k, f) for k in KINDS for f in FUNCTIONS if k == "lora" or f not in NOT_WITH_DORA],
 )
-def test_gives_what_it_gives_on_peft_s(kind, name, tmp_path):
+def test_gives_what_it_gives_on_peft_s(kind, run, tmp_path):
     theirs = mlp(**KINDS[kind])
     theirs.folder = tmp_path
-    got, expected, calls = run_both(FUNCTIONS[name], theirs)
+    got, expected, calls = run_both(run, theirs)
     assert calls
     assert_same(got, expected, ROUNDING)
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_generates_peft_s_tokens_with_a_cache(settings):
-    theirs = adapted(
-        tiny_llama(), target_modules="all-linear", r=8, task_type="CAUSAL_LM", **settings
-    )
+    settings = settings | {"target_modules": "all-linear", "r": 8, "task_type": "CAUSAL_LM"}
+    theirs = adapted(tiny_llama(), **settings)
     ids = torch.randint(3, VOCABULARY, (2, 7))
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     options |= {"use_cache": True, "pad_token_id": 0}

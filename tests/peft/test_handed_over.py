@@ -52,9 +52,8 @@ def hook(part, register, *, result=None):
 def global_hook(register):
     def call(model):
         calls = []
-        handle = getattr(nn_module, register)(
-            lambda module, *_: calls.append(type(module).__name__)
-        )
+        seen = lambda module, *_: calls.append(type(module).__name__)  # noqa: E731
+        handle = getattr(nn_module, register)(seen)
         found = gradients(model), calls
         handle.remove()
         return found
@@ -145,14 +144,12 @@ class Fives(nn.Dropout):
         return x * 5
 
 
-def dropout_of_the_user(model):
-    up(model).lora_dropout["default"] = Fives(0.5)
-    return gradients(model.train())
+def with_dropout(module):
+    def call(model):
+        up(model).lora_dropout["default"] = module
+        return gradients(model.train())
 
-
-def dropout_of_everything(model):
-    up(model).lora_dropout["default"] = nn.Dropout(1.0)
-    return gradients(model.train())
+    return call
 
 
 def dropout_in_place(model):
@@ -194,7 +191,7 @@ HANDED_OVER = {
     "backward-pre-hook-lora_A": hook(lora_a, "register_full_backward_pre_hook"),
     "old-backward-hook-lora_A": hook(lora_a, "register_backward_hook"),
     "hook-that-changes": hook(
-        dropout, "register_forward_hook", result=torch.ones(3, 5, 8, dtype=torch.float64)
+        dropout, "register_forward_hook", result=torch.ones(3, 5, 8).double()
     ),
     "global-hook": global_hook("register_module_forward_hook"),
     "global-pre-hook": global_hook("register_module_forward_pre_hook"),
@@ -213,8 +210,8 @@ HANDED_OVER = {
     "parametrized-base": parametrized(base),
     "base-inside-another": base_inside_another,
     "compiled-global-hook": compiled_with_a_global_hook,
-    "dropout-class": dropout_of_the_user,
-    "dropout-one": dropout_of_everything,
+    "dropout-class": with_dropout(Fives(0.5)),
+    "dropout-one": with_dropout(nn.Dropout(1.0)),
     "dropout-in-place": dropout_in_place,
     "casting-off": casting_switched_off,
     "scaling-numpy-f32": scaling_of(numpy.float32(1.5)),
@@ -228,7 +225,6 @@ HANDED_OVER = {
 
 @pytest.mark.parametrize("name", HANDED_OVER)
 def test_leaves_the_call_to_peft(name):
-    """Both run the very same forward, so they agree to the last bit."""
     got, expected, calls = run_both(HANDED_OVER[name], mlp())
     assert_same(got, expected, ROUNDING)  # `down` is fast in most of them
     assert not [x for x in calls if x.shape[-1] == 8]  # those of `up`
@@ -259,10 +255,8 @@ def test_coverage_says_why(name, reason):
 
 
 def test_hooks_on_a_dora_magnitude_are_called():
-    on_magnitude = hook(
-        lambda layer: layer.lora_magnitude_vector["default"], "register_forward_hook"
-    )
-    got, expected, _ = run_both(on_magnitude, mlp(use_dora=True))
+    magnitude = lambda layer: layer.lora_magnitude_vector["default"]  # noqa: E731
+    got, expected, _ = run_both(hook(magnitude, "register_forward_hook"), mlp(use_dora=True))
     assert got[1] == 1
     assert_same(got, expected, ROUNDING)
 
@@ -295,15 +289,9 @@ def test_once_a_hook_is_gone_the_layer_is_fast_again():
     assert len(calls) == 1
 
 
-# Other kinds of adapter, by PEFT's settings for them.
-
 VARIANTS = {
     "velora": {"velora_config": lora_config.VeloraConfig(num_groups=2)},
-    "bdlora": {
-        "use_bdlora": lora_config.BdLoraConfig(
-            target_modules_bd_a=["up"], target_modules_bd_b=["down"], nblocks=2
-        )
-    },
+    "bdlora": {"use_bdlora": lora_config.BdLoraConfig(["up"], ["down"], nblocks=2)},
     "monteclora": {"monteclora_config": lora_config.MontecloraConfig(num_samples=2)},
     "kasa": {"kasa_config": lora_config.KasaConfig()},
     "mica": {"init_lora_weights": "mica"},
@@ -335,9 +323,7 @@ def logits_of(ids):
 
 def test_alora_is_peft_s():
     settings = {"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
-    theirs = adapted(
-        tiny_llama(dtype=torch.float64), target_modules=["q_proj", "v_proj"], **settings
-    )
+    theirs = adapted(tiny_llama(torch.float64), target_modules=["q_proj", "v_proj"], **settings)
     ours = optimized(theirs)
     ids = torch.randint(9, VOCABULARY, (2, 10))
     ids[0, 4:6] = torch.tensor([7, 8])  # the second row isn't adapted
@@ -347,12 +333,12 @@ def test_alora_is_peft_s():
 
 def test_arrow_is_peft_s(tmp_path):
     settings = {"target_modules": ["q_proj", "v_proj"], "r": 4}
-    folders = [tmp_path / name for name in ("a", "b")]
+    folders = [str(tmp_path / name) for name in ("a", "b")]
     for folder in folders:
-        adapted(tiny_llama(dtype=torch.float64), **settings).save_pretrained(folder)
+        adapted(tiny_llama(torch.float64), **settings).save_pretrained(folder)
     theirs = lora.arrow.create_arrow_model(
-        tiny_llama(dtype=torch.float64),
-        task_specific_adapter_paths=[str(folder) for folder in folders],
+        tiny_llama(torch.float64),
+        task_specific_adapter_paths=folders,
         arrow_config=lora_config.ArrowConfig(top_k=1, rng_seed=42),
     ).eval()
     ours = optimized(theirs)

@@ -113,48 +113,43 @@ def test_thirty_steps_of_a_variant_in_float64(name):
     assert_trains_the_same(model, tolerance=1e-12, at_the_end=1e-9)
 
 
-def assert_ends_the_same(theirs: nn.Module, ours: nn.Module) -> None:
+def assert_some_stay_peft_s(theirs: nn.Module, eager: set[str], fast: int) -> fastlora.Coverage:
+    """Layers of these names, beside so many that run fast: they end up the same after training."""
+    theirs = theirs.double()
+    ours = optimized(theirs)
+    report = fastlora.coverage(ours)
+    assert {layer.name.split(".")[-1] for layer in report.eager} == eager
+    assert len(report.fast) == fast
     got, expected, _ = run_both(thirty_steps, theirs, ours)
     assert got.keys() == expected.keys()
     assert all(difference(got[name], expected[name]) < 1e-9 for name in expected)
+    return report
 
 
-def test_layers_that_peft_wraps_otherwise_stay_peft_s():
-    """An embedding with an adapter, beside layers that run fast."""
-    settings = {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "lora_dropout": 0.1}
-    theirs = adapted(tiny_llama(), **settings).double()
-    ours = optimized(theirs)
-    report = fastlora.coverage(ours)
-    assert [layer.name.split(".")[-1] for layer in report.eager] == ["embed_tokens"]
-    assert len(report.fast) == 4
-    assert_ends_the_same(theirs, ours)
+def test_an_adapted_embedding_stays_peft_s():
+    targets = ["embed_tokens", "q_proj", "down_proj"]
+    theirs = adapted(tiny_llama(), target_modules=targets, lora_dropout=0.1)
+    report = assert_some_stay_peft_s(theirs, {"embed_tokens"}, fast=4)
+    assert len(report.eager) == 1
 
 
 def test_a_tied_head_with_trained_tokens_stays_peft_s():
     """PEFT wraps the base layer of such an lm_head in a layer without weight and bias."""
-    base = qwen3(tie_word_embeddings=True)
     settings = {"trainable_token_indices": [5, 6], "target_modules": ["q_proj", "lm_head"]}
-    theirs = adapted(base, **settings).double()
-    ours = optimized(theirs)
-    (head,) = fastlora.coverage(ours).eager
+    theirs = adapted(qwen3(tie_word_embeddings=True), **settings)
+    (head,) = assert_some_stay_peft_s(theirs, {"lm_head"}, fast=2).eager
     assert head.reason == "its base is a TrainableTokensWrapper, no torch.nn.Linear"
-    assert_ends_the_same(theirs, ours)
 
 
 def test_a_layer_of_experts_stays_peft_s():
     """PEFT adapts parameters of stacked experts in layers of their own."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    config = transformers.MixtralConfig(
-        **sizes, **heads, num_local_experts=4, experts_implementation="eager"
-    )
+    experts = {"num_local_experts": 4, "experts_implementation": "eager"}
+    config = transformers.MixtralConfig(**sizes, **heads, **experts)
     settings = {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["experts.down_proj"]}
-    theirs = adapted(transformers.MixtralForCausalLM(config), **settings).double()
-    ours = optimized(theirs)
-    report = fastlora.coverage(ours)
-    assert {layer.name.split(".")[-1] for layer in report.eager} == {"experts"}
-    assert len(report.fast) == 2
-    assert_ends_the_same(theirs, ours)
+    theirs = adapted(transformers.MixtralForCausalLM(config), **settings)
+    assert_some_stay_peft_s(theirs, {"experts"}, fast=2)
 
 
 NARROW = {  # dtypes of base and adapter, and whether autocast is on

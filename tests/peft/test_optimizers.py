@@ -22,14 +22,9 @@ from peft_llama import (
     train,
     trained,
 )
-from peft_models import (
-    KINDS,
-    adapted,
-    assert_runs_the_same,
-    assert_same,
-    optimized,
-)
+from peft_models import KINDS, adapted, assert_runs_the_same, assert_same, optimized
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastlora
@@ -43,11 +38,7 @@ SELECTIVE = {
         [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default],
     ),
 }
-CHECKPOINTING = {
-    "reentrant": {"gradient_checkpointing_kwargs": REENTRANT},
-    "not-reentrant": {"gradient_checkpointing_kwargs": NOT_REENTRANT},
-    "selective": {"gradient_checkpointing_kwargs": SELECTIVE},
-}
+CHECKPOINTING = {"reentrant": REENTRANT, "not-reentrant": NOT_REENTRANT, "selective": SELECTIVE}
 
 
 def kept(model: nn.Module) -> int:
@@ -63,7 +54,7 @@ def test_checkpointed_blocks_run_fast_twice_and_keep_less(how, kind):
     ours, plain = optimized(theirs), optimized(theirs)
     for model in (theirs, ours):
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(**how)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     got = assert_runs_the_same(gradients, theirs, ours, fast=2 * LAYERS, tolerance=ROUNDING)
     assert_same(got, gradients(plain), 0.0)  # the same masks again
     assert kept(ours) < 0.5 * kept(plain)
@@ -79,7 +70,6 @@ OPTIMIZERS = {
     "sgd-nesterov": partial(torch.optim.SGD, lr=0.2, momentum=0.9, nesterov=True),
 }
 AROUND = {
-    "plain": {},
     "accumulated": {"parts": 2},
     "clipped": {"max_norm": 0.1},
     "scaled": {"scale": True},
@@ -89,14 +79,13 @@ AROUND = {
 
 @pytest.mark.parametrize(
     ("make", "around"),
-    [(make, {}) for make in OPTIMIZERS.values()]
-    + [(OPTIMIZERS["fused"], around) for around in AROUND.values() if around],
-    ids=[*OPTIMIZERS, *(f"fused-{name}" for name in AROUND if AROUND[name])],
+    [*((name, "") for name in OPTIMIZERS), *(("fused", name) for name in AROUND)],
 )
 def test_optimizers_of_torch(make, around):
+    around = AROUND.get(around, {})
     theirs, fast = llama(), LAYERS * STEPS * around.get("parts", 1)
     start = {name: p.clone() for name, p in trained(theirs).items()}
-    run = partial(train, make=make, **around)
+    run = partial(train, make=OPTIMIZERS[make], **around)
     got = assert_runs_the_same(run, theirs, fast=fast, tolerance=ROUNDING)
     assert not any(torch.equal(p, got[name]) for name, p in start.items())
 
@@ -127,9 +116,7 @@ def test_an_exponential_moving_average():
     averages = []
 
     def run(model):
-        average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-        )
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
         averages.append(average)
         train(model, after_step=average.update_parameters)
         return [logits(each) for each in (average, model)]

@@ -2,14 +2,7 @@
 
 import pytest
 import torch
-from peft_models import (
-    inputs,
-    mlp,
-    optimized,
-    other_config,
-    run_both,
-    up,
-)
+from peft_models import inputs, mlp, optimized, other_config, run_both, up
 
 
 def under_autocast(x):

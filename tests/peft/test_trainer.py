@@ -12,16 +12,7 @@ import pytest
 import torch
 import transformers
 from models import tiny_llama
-from peft_llama import (
-    LAYERS,
-    NOT_REENTRANT,
-    REENTRANT,
-    ROUNDING,
-    STEPS,
-    error,
-    llama,
-    result,
-)
+from peft_llama import LAYERS, NOT_REENTRANT, REENTRANT, ROUNDING, STEPS, error, llama, result
 from peft_models import (
     BATCH,
     KINDS,
@@ -49,17 +40,9 @@ class OptimizeOnTrainBegin(TrainerCallback):
         fastlora.optimize(model)
 
 
-ARGUMENTS = {
-    "max_steps": STEPS,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 5e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "report_to": [],
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
+ARGUMENTS = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
+ARGUMENTS |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+ARGUMENTS |= {"use_cpu": True, "dataloader_pin_memory": False}
 
 
 def trainer_for(model: nn.Module, folder: Path, when: str = "never", **settings) -> Trainer:
@@ -183,10 +166,9 @@ def test_trainer_resumes_from_a_checkpoint(resumed, tmp_path):
     whens = ("never", "before") if resumed == "ours" else ("before", "never")
     run(trainer_for(first, tmp_path / "half", whens[0], **saving))
     trainer = trainer_for(second, tmp_path / "half", whens[1])
+    checkpoint = str(tmp_path / "half" / f"checkpoint-{STEPS // 2}")
     with counted_calls() as calls:
-        got = run(
-            trainer, resume_from_checkpoint=str(tmp_path / "half" / f"checkpoint-{STEPS // 2}")
-        )
+        got = run(trainer, resume_from_checkpoint=checkpoint)
     assert len(calls) == (LAYERS * STEPS // 2 if resumed == "ours" else 0)
     assert_same(got, expected, ROUNDING)
 
@@ -199,10 +181,9 @@ def test_trainer_loads_the_best_checkpoint_at_the_end(tmp_path):
         "save_steps": 1,
         "eval_strategy": "steps",
         "eval_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        "greater_is_better": True,  # so that it isn't the last
     }
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    settings["greater_is_better"] = True  # so that it isn't the last
     expected = run(trainer_for(theirs, tmp_path / "theirs", **settings))
     trainer = trainer_for(ours, tmp_path / "ours", "before", **settings)
     got = run(trainer)
@@ -233,16 +214,12 @@ def test_trainer_that_compiles(tmp_path):
     assert_same(got, expected, ROUNDING)
 
 
-# TRL.
-
-
 @pytest.fixture
 def words():
     """A tokenizer that knows the words w0 to w99."""
     tokenizers = pytest.importorskip("tokenizers")
-    inner = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
-    )
+    numbers = {f"w{i}": i for i in range(VOCABULARY)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="w0"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="w0", eos_token="w1", unk_token="w2"
@@ -264,13 +241,8 @@ def test_sft_trainer(name, who_adapts, words, tmp_path):
     """TRL makes the PeftModel, which is then optimised; or it is given an optimised one."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     settings, forwards = SFT_SETTINGS[name]
-    config = peft.LoraConfig(
-        r=4,
-        target_modules="all-linear",
-        lora_dropout=0.1,
-        init_lora_weights="gaussian",
-        task_type="CAUSAL_LM",
-    )
+    adapter = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1}
+    config = peft.LoraConfig(**adapter, init_lora_weights="gaussian", task_type="CAUSAL_LM")
     texts = [" ".join(f"w{i}" for i in row) for row in BATCH.tolist()]
     few = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "bf16": False}
     arguments = ARGUMENTS | {"output_dir": str(tmp_path)} | few

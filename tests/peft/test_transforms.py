@@ -24,31 +24,22 @@ def forward_mode(model):
         return forward_ad.unpack_dual(model(forward_ad.make_dual(inputs(), inputs())))
 
 
-def batched_gradients(model):
+def call_and_unit_gradients(model):
+    """y, what has a gradient, and a dy for each element of y."""
     x = inputs()[0].requires_grad_()
     y = model(x)
     dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-    return torch.autograd.grad(y, wanted, dys, is_grads_batched=True)
+    return y, [x, *(p for p in model.parameters() if p.requires_grad)], dys
+
+
+def batched_gradients(model):
+    return torch.autograd.grad(*call_and_unit_gradients(model), is_grads_batched=True)
 
 
 def vmapped_gradients(model):
     """torch.func.vmap around torch's older autograd.grad."""
-    x = inputs()[0].requires_grad_()
-    y = model(x)
-    dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    y, wanted, dys = call_and_unit_gradients(model)
     return torch.func.vmap(lambda dy: torch.autograd.grad(y, wanted, dy, retain_graph=True))(dys)
-
-
-def per_sample_gradients(model):
-    gradient = torch.func.grad(loss_of(model))
-    return torch.func.vmap(gradient, in_dims=(None, 0))(trained(model), inputs())
-
-
-def jit_trace(model):
-    traced = torch.jit.trace(model, inputs())
-    return traced(inputs() * 2)
 
 
 def export(model):
@@ -85,11 +76,13 @@ TRANSFORMS = {
     "jacrev": lambda model: torch.func.jacrev(model)(inputs()[0]),
     "jacfwd": lambda model: torch.func.jacfwd(model)(inputs()[0]),
     "hessian": lambda model: torch.func.hessian(lambda x: model(x).square().sum())(inputs()[0]),
-    "per-sample-gradients": per_sample_gradients,
+    "per-sample-gradients": lambda model: torch.func.vmap(
+        torch.func.grad(loss_of(model)), in_dims=(None, 0)
+    )(trained(model), inputs()),
     "forward-mode": forward_mode,
     "batched-gradients": batched_gradients,
     "vmapped-gradients": vmapped_gradients,
-    "jit.trace": jit_trace,
+    "jit.trace": lambda model: torch.jit.trace(model, inputs())(inputs() * 2),
     "export": export,
     "make_fx": lambda model: make_fx(model)(inputs())(inputs() * 2),
     "make_fx-gradients": make_fx_of_gradients,

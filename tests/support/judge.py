@@ -30,13 +30,12 @@ def make_projection(
     bias: bool = False,
 ) -> Projection:
     """Random tensors that all require gradients but the base weight."""
-    adapter_dtype = adapter_dtype or dtype
-    weight = torch.randn(n, k, dtype=torch.float64).to(dtype)
-    lora_a = torch.randn(r, k, dtype=torch.float64).to(adapter_dtype).requires_grad_()
-    lora_b = torch.randn(n, r, dtype=torch.float64).to(adapter_dtype).requires_grad_()
-    return Projection(
-        weight, lora_a, lora_b, torch.randn(n).to(dtype).requires_grad_() if bias else None, 0.75
+    weight, lora_a, lora_b = (
+        torch.randn(size, dtype=torch.float64) for size in ((n, k), (r, k), (n, r))
     )
+    lora_a, lora_b = (t.to(adapter_dtype or dtype).requires_grad_() for t in (lora_a, lora_b))
+    shift = torch.randn(n).to(dtype).requires_grad_() if bias else None
+    return Projection(weight.to(dtype), lora_a, lora_b, shift, 0.75)
 
 
 def make_outputs(
@@ -84,9 +83,8 @@ def check_against_oracle(
     ys, dys, gradients, masks = run_fastlora(x, projections, p)
     truth = _reference(x, projections, p, masks, dys, _to_float64)
     eager = _reference(x, projections, p, masks, dys, lambda tensor: tensor)
-    size = _reference(
-        x, projections, p, masks, [dy.abs() for dy in dys], lambda t: _to_float64(t).abs()
-    )
+    sizes = [dy.abs() for dy in dys]
+    size = _reference(x, projections, p, masks, sizes, lambda t: _to_float64(t).abs())
     found = {f"y{i}": y for i, y in enumerate(ys)} | gradients
     assert found.keys() == truth.keys()
     for name, value in found.items():
@@ -109,14 +107,10 @@ def assert_close(
         return
     eps = max(torch.finfo(value.dtype).eps, torch.finfo(dtype).eps)
     share = 1.0 if dtype == torch.float64 else 0.5  # in float64 the oracle rounds as much as we do
-    error = (value.detach().double() - truth.detach()).abs().max().item()
-    eager_error = (eager.detach().double() - truth.detach()).abs().max().item()
-    budget = (
-        2 * eager_error + 2 * eps * truth.abs().max().item() + share * eps * size.abs().max().item()
-    )
-    assert error <= budget, (
-        f"{name}: error {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
-    )
+    truth = truth.detach()
+    error, eager_error = ((t.detach().double() - truth).abs().max() for t in (value, eager))
+    budget = 2 * eager_error + eps * (2 * truth.abs().max() + share * size.detach().abs().max())
+    assert error <= budget, f"{name}: {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
 
 
 def _to_float64(tensor: Tensor) -> Tensor:

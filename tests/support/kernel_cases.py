@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
 from device import DEVICE
 from torch import Tensor
@@ -13,6 +14,11 @@ from fastlora.kernels.target import target_of, use_target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPE_IDS = {F16: "f16", BF16: "bf16", F32: "f32"}
+dtypes = pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)],
+    ids=DTYPE_IDS.get,
+)
 LAYOUTS = ["contiguous", "window", "column-major", "every-second-column", "every-second-row"]
 
 

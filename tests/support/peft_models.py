@@ -95,9 +95,8 @@ def gradients(model: nn.Module, **named) -> dict[str, torch.Tensor]:
     x = inputs().requires_grad_()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = model(x, **named).square().sum()
-    return dict(
-        zip(["x", *trained], torch.autograd.grad(loss, [x, *trained.values()]), strict=True)
-    )
+    found = torch.autograd.grad(loss, [x, *trained.values()])
+    return dict(zip(["x", *trained], found, strict=True))
 
 
 def other_config(**settings) -> peft.LoraConfig:

@@ -57,9 +57,8 @@ def peft_model(kind: str = "lora", dropout: float = 0.0) -> nn.Module:
     base = base_model()
     torch.manual_seed(2)
     settings = {"target_modules": list(TARGETS), "lora_dropout": dropout}
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, use_dora=kind == "dora", lora_bias=kind == "lora-bias", **settings
-    )
+    kinds = {"use_dora": kind == "dora", "lora_bias": kind == "lora-bias"}
+    config = peft.LoraConfig(r=4, lora_alpha=8, **kinds, **settings)
     model = peft.get_peft_model(base, config)
     if kind in ("two-adapters", "unused-adapter"):
         model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=3, **settings))
@@ -81,8 +80,8 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def adapter_modules(model: nn.Module) -> list[nn.Module]:
-    layers = lora_layers(model)
-    return [part for layer in layers for part in (*layer.lora_A.values(), *layer.lora_B.values())]
+    halves = [half for layer in lora_layers(model) for half in (layer.lora_A, layer.lora_B)]
+    return [part for half in halves for part in half.values()]
 
 
 def batch() -> Tensor:
@@ -164,15 +163,8 @@ def train(
             gradients = gradients or engine.gradients()
             engine.step()
     external = frozenset(getattr(model, "external", ()))
-    return Record(
-        losses,
-        gradients,
-        engine.adapter(),
-        len(calls),
-        fastlora.Coverage(tuple(inside.values())),
-        fastlora.coverage(model),
-        external,
-    )
+    coverages = fastlora.Coverage(tuple(inside.values())), fastlora.coverage(model)
+    return Record(losses, gradients, engine.adapter(), len(calls), *coverages, external)
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -63,9 +63,6 @@ def adapted(when: str, wrap: Wrap, kind: str = "lora", dropout: float = 0.0) -> 
     return wrapped
 
 
-# DDP
-
-
 def ddp(when: str, kind: str = "lora", dropout: float = 0.0, **settings) -> Record:
     model = adapted(when, lambda model: DistributedDataParallel(model, **settings), kind, dropout)
     return train(model, [own_part()])
@@ -96,8 +93,6 @@ def ddp_checked(broken: bool) -> tuple[bool, float]:
     after = torch.cat([p.grad.flatten() for _, p in trained(model)])
     return verdict, (after - before).abs().max().item()
 
-
-# FSDP2
 
 # What is sharded by itself, beside the decoder blocks and the model.
 UNITS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
@@ -152,8 +147,8 @@ def fsdp2_from_meta(when: str) -> Record:
     with torch.device("meta"):
         model = adapted(when, shard)
     model.to_empty(device="cpu")
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, full.state_dict(), options=options)
+    whole_tensors = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, full.state_dict(), options=whole_tensors)
     for buffer, value in zip(model.buffers(), full.buffers(), strict=True):  # in no state dict
         buffer.copy_(value)
     return train(model, [own_part()])
@@ -217,9 +212,6 @@ def replicated_and_restored() -> tuple[list[str], list[str]]:
     return never, restored
 
 
-# FSDP1
-
-
 def fsdp1(when: str, units: str = "blocks", dropout: float = 0.0) -> Record:
     def wrap(model: nn.Module) -> nn.Module:
         own = ModuleWrapPolicy({LlamaDecoderLayer})
@@ -231,17 +223,11 @@ def fsdp1(when: str, units: str = "blocks", dropout: float = 0.0) -> Record:
     return train(adapted(when, wrap, "lora", dropout), [own_part()], engine=FlatEngine)
 
 
-# ZeRO-3
-
-
 def zero3(when: str, leaves: bool = False, persists: int = 0) -> Record:
     def wrap(model: nn.Module) -> nn.Module:
         return Zero3(model, blocks(model) if leaves else (), persists)
 
     return train(adapted(when, wrap), [own_part()], engine=Zero3Engine)
-
-
-# Tensor parallel
 
 
 def torch_tensor_parallel(when: str) -> Record:
@@ -299,9 +285,8 @@ def distributed_tensors(when: str) -> tuple[int, float]:
         model.zero_grad()
         y = model(x)
         y.square().sum().backward()
-        return torch.cat(
-            [whole(y).flatten(), *(whole(p.grad).flatten() for _, p in trained(model))]
-        )
+        found = [y, *(p.grad for _, p in trained(model))]
+        return torch.cat([whole(tensor).flatten() for tensor in found])
 
     expected = run(x)
     if when == "before":

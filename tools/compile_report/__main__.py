@@ -28,7 +28,7 @@ from fastlora.kernels.target import TARGETS
 from .cases import Case, cases, launches
 from .machine_code import compile_launch
 
-NAMES = tuple(name for name, target in TARGETS.items() if target.kind != "cpu")
+NAMES = [name for name, target in TARGETS.items() if target.kind != "cpu"]
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

@@ -82,12 +82,8 @@ def cases(target: str, quick: bool = False) -> list[Case]:
             dtype = "f32-tf32" if key == 4 else "f32-ieee" if key == "ieee" else "bf16"
             variants = common + more * (i < 2 and dtype == "bf16" and not quick)
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
-    hardware = TARGETS[target]
-    return [
-        case
-        for case in dict.fromkeys(found)
-        if case.config is None or not why_not(case.config, hardware, case.form.call)
-    ]
+    hardware, unique = TARGETS[target], dict.fromkeys(found)
+    return [c for c in unique if not (c.config and why_not(c.config, hardware, c.form.call))]
 
 
 def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:

@@ -103,12 +103,11 @@ def own_calls(optimized: dict[str, Outcome]) -> str:
 
 def failed_in_both(unpatched: dict[str, Outcome], optimized: dict[str, Outcome]) -> str:
     """The reasons of tests that failed without fastlora too, with the number of each."""
-    both = [
-        outcome
+    reasons = Counter(
+        outcome.reason
         for test, outcome in unpatched.items()
         if outcome.outcome == "failed" == optimized.get(test, outcome).outcome
-    ]
-    reasons = Counter(outcome.reason for outcome in both)
+    )
     return "\n".join(f"{n:>8}  {reason[:120]}" for reason, n in reasons.most_common())
 
 

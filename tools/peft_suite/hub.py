@@ -13,6 +13,8 @@ from pathlib import Path
 
 from .models import ADAPTERS, MODELS, PIPELINES, VOCABULARY, Adapter, Model
 
+SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+
 
 def snapshot(hub: Path, name: str, revisions: tuple[str, ...] = ("main",)) -> Path:
     """The new folder of one repository's files, which all its revisions point to."""
@@ -30,26 +32,19 @@ def trained_tokenizer():
     """A byte-level BPE tokenizer, trained on the text of two of Python's own modules."""
     import tokenizers
 
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     text = [inspect.getsource(argparse), inspect.getsource(textwrap)]
-    tokenizer.train_from_iterator(
-        text, vocab_size=VOCABULARY, special_tokens=special, show_progress=False
-    )
+    options = {"special_tokens": [*SPECIAL.values(), "<mask>"], "show_progress": False}
+    tokenizer.train_from_iterator(text, vocab_size=VOCABULARY, **options)
     return tokenizer
 
 
 def write_tokenizer(folder: Path, tokenizer) -> None:
     from transformers import PreTrainedTokenizerFast
 
+    options = {"mask_token": "<mask>", "model_max_length": 100}
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer,
-        bos_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        model_max_length=100,
+        tokenizer_object=tokenizer._tokenizer, **SPECIAL, **options
     ).save_pretrained(folder)
 
 
@@ -90,20 +85,19 @@ def write_pipeline(folder: Path, tokenizer) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4}
     text = CLIPTextConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes)
     text.bos_token_id, text.eos_token_id = 0, 2
-    tokenizer.save_model(str(folder))
+    files = tokenizer.save_model(str(folder))
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 2}
+    attention = {"cross_attention_dim": 32, "attention_head_dim": 4}
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(8, 16),
         layers_per_block=1,
-        norm_num_groups=2,
-        cross_attention_dim=32,
-        attention_head_dim=4,
+        **blocks,
+        **attention,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
     autoencoder = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        norm_num_groups=2,
+        **blocks,
         latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -111,15 +105,7 @@ def write_pipeline(folder: Path, tokenizer) -> None:
     diffusers.StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(
-            str(folder / "vocab.json"),
-            str(folder / "merges.txt"),
-            bos_token="<s>",
-            eos_token="</s>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-            model_max_length=77,
-        ),
+        tokenizer=CLIPTokenizer(*files, **SPECIAL, model_max_length=77),
         unet=unet,
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,

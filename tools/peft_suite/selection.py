@@ -2,14 +2,20 @@
 
 import re
 
-FILES = [
+QUICK = [
     "test_custom_models.py",
-    "test_initialization.py",
     "test_target_parameters.py",
     "test_lora_variants.py",
-    "test_mixed.py",
     "test_tuners_utils.py",
     "test_low_level_api.py",
+    "test_bdlora.py",
+    "test_velora.py",
+]
+
+FILES = [
+    *QUICK,
+    "test_initialization.py",
+    "test_mixed.py",
     "test_other.py",
     "test_mapping.py",
     "test_helpers.py",
@@ -21,9 +27,7 @@ FILES = [
     "test_lorafa.py",
     "test_loraplus.py",
     "test_riemannian_lora.py",
-    "test_velora.py",
     "test_arrow.py",
-    "test_bdlora.py",
     "test_xlora.py",
     "test_decoder_models.py",
     "test_encoder_decoder_models.py",
@@ -32,16 +36,6 @@ FILES = [
     "test_token_classification_qa.py",
     "test_stablediffusion.py",
     "test_torch_compile.py",
-]
-
-QUICK = [
-    "test_custom_models.py",
-    "test_target_parameters.py",
-    "test_lora_variants.py",
-    "test_tuners_utils.py",
-    "test_low_level_api.py",
-    "test_bdlora.py",
-    "test_velora.py",
 ]
 
 LEFT_OUT = {
