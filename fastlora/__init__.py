@@ -14,6 +14,7 @@ from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
+from .moved import keep_old_places
 from .ops import lora_linear, lora_linears
 from .peft.check import check
 from .peft.coverage import coverage
@@ -21,6 +22,8 @@ from .peft.optimize import optimize, restore
 from .projection import Projection
 from .report import Coverage
 from .version import __version__
+
+keep_old_places()
 
 __all__ = [
     "Coverage",

@@ -126,7 +126,10 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
             base, adapters = projection
             records = type(base) is Base and type(adapters) is tuple
             if not records or any(type(adapter) is not Adapter for adapter in adapters):
-                raise TypeError("each output must be an Output of a Base and Adapters")
+                raise TypeError(
+                    f"an Output has {type(base).__name__} and {type(adapters).__name__}, but must "
+                    "be an Output of a Base and Adapters: Output(Base(…), (Adapter(…), …))"
+                )
             outputs.append(projection)
         else:
             raise TypeError(
@@ -155,7 +158,7 @@ def check_call(x: Tensor, outputs: Sequence[Output], dropout: float) -> None:
     """Raise ValueError or TypeError unless every output's tensors fit x, a tensor."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
-    if x.layout is not torch.strided:
+    if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
     if x.dim() == 0:
         raise ValueError(
@@ -247,6 +250,8 @@ def _check_dtypes_and_devices(dtype: torch.dtype, device: torch.device, output: 
             raise ValueError(
                 f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
             )
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(f"{name} has layout {tensor.layout}, but must be a dense tensor")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}")
     weight = output.base.weight

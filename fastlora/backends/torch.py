@@ -120,8 +120,8 @@ def _masks(
     """For each output its adapters' masks, or None for each without dropout."""
     if settings.seeds is None:
         return ([None] * len(output.adapters) for output in outputs)
-    seeds = settings.seeds.split(1)
-    masks = [DropoutMask(seed, x.shape[1], settings.dropout) for seed in seeds]
+    seeds = settings.seeds.unbind()
+    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds]
     return per_adapter(masks, outputs)
 
 

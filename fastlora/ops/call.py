@@ -58,9 +58,9 @@ def kept(
     return x if reads_x else None, read
 
 
-def stand_in(dys: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
-    """A tensor of x's shape and dtype, for a backward that reads no element of x."""
-    return next(dy for dy in dys if dy is not None).new_empty(shape)
+def stand_in(weight: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of x's shape, dtype and device, for a backward that reads no element of x."""
+    return weight.new_empty(shape)
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if not has_x:
             if all(dy is None for dy in dys):
                 return (None,) * (_ARGUMENTS + count)
-            x = stand_in(dys, shape)
+            x = stand_in(outputs[0].base.weight, shape)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 x = torch.zeros_like(x, requires_grad=needs_x)
@@ -80,9 +80,11 @@ def _differentiable(
             dropout=settings.dropout,
             masks=masks,
         )
-    used = [i for i, dy in enumerate(dys) if dy is not None]
+    used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
     all_needs = [needs_x, *flatten(needs, layouts)]
     leaves = [t for t, need in zip((x, *tensors), all_needs, strict=True) if need]
+    if not used:
+        return None, unflatten([None] * len(tensors), layouts)
     asked = iter(
         torch.autograd.grad(
             [ys[i] for i in used],

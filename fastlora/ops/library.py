@@ -113,12 +113,14 @@ def _backward(ctx, dys, _):
     x, seeds, *rest = ctx.saved_tensors
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    x = stand_in(dys, ctx.shape) if x is None else x
+    x = stand_in(tensors[0], ctx.shape) if x is None else x
     hs = [x.new_empty(0) if h is None else h for h in hs]
     op = torch.ops.fastlora.lora_linears_backward
     asked = iter(op(dys, x, tensors, hs, needs, *ctx.layout, ctx.dropout, seeds, ctx.backend))
     dx, *gradients = [next(asked) if need else None for need in needs]
-    return dx, gradients, None, None, None, None, None, None
+    # torch takes an empty list for a list of tensors: without an adapter, the scales'.
+    _, _, scales = ctx.layout
+    return dx, gradients, None, None, None if scales else [], None, None, None
 
 
 torch.library.register_autograd(

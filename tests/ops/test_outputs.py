@@ -74,6 +74,38 @@ def test_a_frozen_output_compiled():
         torch.testing.assert_close(*dxs)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_frozen_outputs_alone_compiled(bias):
+    """No adapter, so no scale: torch takes an empty list for a list of tensors."""
+    torch.compiler.reset()
+    outputs = [Output(Base(torch.randn(4, 16), torch.randn(4) if bias else None))] * 2
+    x = torch.randn(5, 16, requires_grad=True)
+    compiled = torch.compile(
+        lambda x: fastlora.lora_linears(x, outputs), fullgraph=True, backend="aot_eager"
+    )
+    (dx,) = torch.autograd.grad(compiled(x), x, [torch.ones(5, 4)] * 2)
+    torch.testing.assert_close(dx, 2 * torch.ones(5, 4) @ outputs[0].base.weight)
+
+
+def test_gradients_of_gradients_beside_an_output_that_nothing_trains():
+    x, (adapted, _, frozen) = torch.randn(5, 16), make_outputs(torch.float32)
+    ys = fastlora.lora_linears(x, [frozen, adapted])
+    trained = adapted.adapters[0].lora_a
+    loss = sum(y.square().sum() for y in ys)
+    (first,) = torch.autograd.grad(loss, trained, create_graph=True)
+    assert torch.allclose(first, torch.autograd.grad(ys[1].square().sum(), trained)[0], rtol=1e-4)
+    only = fastlora.lora_linears(x, [frozen, adapted])[0]
+    assert torch.autograd.grad(only.sum(), trained, create_graph=True, allow_unused=True)[0] is None
+
+
+def test_a_jacobian_at_once_where_x_is_not_kept():
+    x, weight = torch.randn(3, 16), torch.randn(4, 16)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: fastlora.lora_linears(x, [Output(Base(weight))])[0], x, vectorize=True
+    )
+    torch.testing.assert_close(jacobian[1, :, 1], weight)
+
+
 def test_a_gradient_of_the_gradient_with_a_frozen_output():
     outputs = make_outputs(torch.float64)
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
@@ -109,6 +141,8 @@ WRONG = {
     "base-is-a-tensor": ([Output(ONE.weight)], NO_OUTPUT),
     "adapter-is-a-tuple": ([Output(Base(ONE.weight), (tuple(ADAPTER),))], NO_OUTPUT),
     "adapter-alone": ([Output(Base(ONE.weight), ADAPTER)], NO_OUTPUT),
+    "weight-sparse": ([ONE._replace(weight=ONE.weight.to_sparse())], "weight has layout"),
+    "lora_b-sparse": ([ONE._replace(lora_b=ONE.lora_b.to_sparse())], "lora_b has layout"),
     "bias-list": ([ONE._replace(bias=[0.0])], "bias must be a tensor or None, not list"),
 }
 

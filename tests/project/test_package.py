@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "layer",
-    "modules", "gather", "report", "model", "peft", "__init__",
+    "modules", "gather", "report", "model", "peft", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -149,6 +149,27 @@ def test_import_brings_in_fastlora_alone():
     assert not [name for name in modules if name.startswith("fastlora.kernels")]
     late = ("layer", "moment", "reading", "swap")
     assert not modules & {f"fastlora.peft.{name}" for name in late}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "check.Check",
+        "config.LoRAConfig",
+        "coverage.Coverage",
+        "inject.Injection",
+        "integrations.peft.linear.Linear",
+        "layers.linear.LoRALinear",
+    ],
+)
+def test_classes_of_0_1_are_found_in_pickles(name):
+    module, _, member = name.rpartition(".")
+    pickled = f"cfastlora.{module}\n{member}\n.".encode()
+    code = (
+        "import fastlora, inspect, pickle, sys; inspect.getmodule(sys._getframe());"
+        f"assert 'peft' not in sys.modules; print(pickle.loads({pickled!r}).__name__)"
+    )
+    assert run_python("-c", code) == member
 
 
 def test_works_without_triton_and_touches_no_device():
