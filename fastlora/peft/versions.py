@@ -1,9 +1,4 @@
-"""PEFT's LoRA layers, sped up in place.
-
-:mod:`.linear` is what a layer becomes, :mod:`.reading` and :mod:`.moment` say which calls it takes,
-and :mod:`.swap` does and undoes it.  None is imported before ``fastlora.optimize`` meets a layer of
-PEFT's; this file imports nothing of PEFT.
-"""
+"""Whether PEFT's layers can be sped up in this process: its version, and ``FASTLORA_DISABLE``."""
 
 import os
 import re
