@@ -65,7 +65,7 @@ class Projection(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What an output is but for its tensors; with them laid flat, it says which is which."""
+    """An output without its tensors: enough to find each one's place in a flat list."""
 
     has_bias: bool
     scales: tuple[float, ...]  # of its adapters
@@ -79,7 +79,7 @@ def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
 
 
 def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
-    """The tensors of all outputs, laid end to end: weight, bias, then each adapter's two."""
+    """All tensors in one list: for each output weight, bias if any, then each lora_a and lora_b."""
     flat: list = []
     for (base, adapters), layout in zip(outputs, layouts, strict=True):
         flat += base if layout.has_bias else base[:1]
@@ -101,7 +101,7 @@ def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
 
 
 def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> Iterator[list[T]]:
-    """What comes once an adapter (an h, a seed), laid end to end, as a list for each output."""
+    """A flat list with one value per adapter (an h, a seed), cut into one list per output."""
     values = iter(values)
     return ([next(values) for _ in output.adapters] for output in outputs)
 

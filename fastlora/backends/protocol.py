@@ -1,7 +1,7 @@
 """What a backend is: the contract that ``torch`` and ``triton`` keep, and the settings of a call.
 
-A backend is a module with these four functions.  Both have the same meaning on every backend; the
-formulas are those of :mod:`.torch`, the one to read.
+A backend is a module with these four functions.  They mean the same on every backend; the formulas
+are in :mod:`.torch`, the one to read.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Settings(NamedTuple):
 
 
 class Backend(Protocol):
-    """x is [M, K] throughout, and an ``outputs`` holds one :class:`Output` for each product."""
+    """x is [M, K] throughout; ``outputs`` has one :class:`Output` for each y."""
 
     def forward(
         self, x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
@@ -51,4 +51,7 @@ class Backend(Protocol):
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]
     ) -> str:
-        """Why a call with x of this dtype and device isn't covered; "" if it is."""
+        """For the report: why a call with x of this dtype and device isn't covered; "" if it is.
+
+        forward and backward take such a call all the same, by way of another backend.
+        """

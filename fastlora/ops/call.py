@@ -46,7 +46,7 @@ def kept(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """What the backward will read of x and of every h, given which gradients are needed.
 
-    Only the gradients of weight and lora_a are products with x, only lora_b's is one with h.
+    The gradients of weight and lora_a are products with x, that of lora_b is one with h.
     """
     reads_x, reads_h = False, []
     for base, adapters in needs:

@@ -1,9 +1,9 @@
 """The ops as ``torch.library`` has them: ``torch.compile`` and export see these.
 
-A plain eager call runs the same implementations directly (:mod:`fastlora.ops.function`), because
-the dispatcher's door costs more than a small kernel.  The schemas carry the outputs flat, with
-their layouts: for each output, whether it has a bias and how many adapters, and for each adapter
-its scale.  An empty ``backend`` leaves the choice to the moment at which the op runs.
+A plain eager call runs the same implementations directly (:mod:`fastlora.ops.function`): a call
+through torch's dispatcher takes longer than a small layer.  The schemas carry the outputs flat,
+with their layouts: for each output, whether it has a bias and how many adapters, and for each
+adapter its scale.  An empty ``backend`` leaves the choice to the moment at which the op runs.
 """
 
 import math
@@ -118,7 +118,7 @@ def _backward(ctx, dys, _):
     op = torch.ops.fastlora.lora_linears_backward
     asked = iter(op(dys, x, tensors, hs, needs, *ctx.layout, ctx.dropout, seeds, ctx.backend))
     dx, *gradients = [next(asked) if need else None for need in needs]
-    # torch takes an empty list for a list of tensors: without an adapter, the scales'.
+    # Without an adapter ``scales`` is empty, which torch takes for a list of tensors.
     _, _, scales = ctx.layout
     return dx, gradients, None, None, None if scales else [], None, None, None
 

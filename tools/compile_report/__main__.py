@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel and every default config: ``make compile-report``.
 
 It needs no GPU.  Each row is one kernel of one call, compiled for one target: registers, spills,
-shared and tensor memory, tensor-core and TMA instructions.  ``tests/test_compile.py`` says what
-they must be.  The lines behind a call (``y``, ``dx``, …) are explained in ``benchmarks/forms.py``.
+shared and tensor memory, tensor-core and TMA instructions.  What they must be is in
+``tests/kernels/test_compile.py``.  The words behind a call (``y``, ``dx``, …) are explained in
+``benchmarks/forms.py``.
 """
 
 import argparse
