@@ -9,9 +9,12 @@ from torch.autograd import forward_ad
 from torch.nn.functional import dropout, linear
 
 from .blocks import rows_at_a_time
-from .ops import lora_linears
+from .ops import is_plain, lora_linears
 from .ops.autocast import autocast_off
 from .projection import Projection, check_settings
+
+# Of weights: those of FSDP2, and of shapes without data, become plain tensors by themselves.
+_KINDS = ("DTensor", "FakeTensor")
 
 
 class LoRALinear(nn.Linear):
@@ -251,6 +254,9 @@ def why_not_base(linear: nn.Module) -> str:
         return f"it is a {type(linear).__name__}, and only torch.nn.Linear itself is supported"
     if "forward" in linear.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
+    kind = type(linear.weight)
+    if not is_plain(linear.weight) and kind.__name__ not in _KINDS:
+        return f"its weight is of class {kind.__name__} (quantised?), and only plain ones are supported"
     if not linear.weight.dtype.is_floating_point:
         return f"its weight has dtype {linear.weight.dtype}, and only floating dtypes are supported"
     return _why_weight_is_fixed(linear)

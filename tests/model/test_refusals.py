@@ -279,3 +279,33 @@ def test_a_file_in_place_of_its_folder(tmp_path):
     fastlora.save_adapter(fastlora.apply_lora(Mlp(), UP), tmp_path)
     with pytest.raises(FileNotFoundError, match="Give the folder, not a file"):
         fastlora.load_adapter(Mlp(), os.fspath(tmp_path / "adapter_config.json"))
+
+
+class PackedTensor(torch.Tensor):
+    """As torchao's are: a tensor of another class in a plain nn.Linear."""
+
+
+def test_a_weight_of_another_class_is_no_base():
+    linear = nn.Linear(8, 8)
+    packed = linear.weight.detach().as_subclass(PackedTensor)
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    model = nn.Sequential(linear, nn.Linear(8, 8))
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ValueError, match=r"0 can't take an adapter: its weight is of class Packed"):
+        fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules=["0", "1"]))
+    with pytest.raises(ValueError, match="its weight is of class PackedTensor"):
+        fastlora.LoRALinear.from_linear(linear, r=2, lora_alpha=4)
+    with pytest.warns(UserWarning, match="PackedTensor"):
+        fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
+    assert [type(layer) for layer in model] == [nn.Linear, fastlora.LoRALinear]
+
+
+def test_optimize_leaves_a_base_of_another_class_to_peft():
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"])
+    )
+    base = model.base_model.model[0].base_layer
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(PackedTensor), requires_grad=False)
+    (layer,) = fastlora.optimize(model).layers
+    assert not layer.fast
+    assert "PackedTensor" in layer.reason
