@@ -256,7 +256,9 @@ def why_not_base(linear: nn.Module) -> str:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     kind = type(linear.weight)
     if not is_plain(linear.weight) and kind.__name__ not in _KINDS:
-        return f"its weight is of class {kind.__name__} (quantised?), and only plain ones are supported"
+        return (
+            f"its weight is of class {kind.__name__} (quantised?): only plain tensors are supported"
+        )
     if not linear.weight.dtype.is_floating_point:
         return f"its weight has dtype {linear.weight.dtype}, and only floating dtypes are supported"
     return _why_weight_is_fixed(linear)
