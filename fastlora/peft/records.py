@@ -66,4 +66,6 @@ def _adapted_parameters(layer: LoraLayer) -> int:
     """How many parameters the base has that the layer adapts, sharded and quantised ones too."""
     kernel = getattr(layer.get_base_layer(), "kernel_size", ())  # a convolution's
     size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
-    return layer.out_features * layer.in_features * size * getattr(layer, "num_experts", 1)
+    # A custom layer may have neither: PEFT then has None for both.
+    shape = (layer.out_features or 0) * (layer.in_features or 0)
+    return shape * size * getattr(layer, "num_experts", 1)

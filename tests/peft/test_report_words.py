@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 import fastlora
@@ -126,3 +127,32 @@ def test_an_encoder_layer_without_that_path_needs_no_note():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["linear1"]))
     assert fastlora.optimize(model, strict=True).notes == ()
+
+
+class Shapeless(nn.Module):
+    """A layer of one's own, without in_features and out_features."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class ShapelessLora(nn.Module, LoraLayer):
+    def __init__(self, base_layer, adapter_name, **_):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+
+    def update_layer(self, *_, **__):
+        pass
+
+
+def test_a_custom_layer_without_a_shape_is_reported():
+    with pytest.warns(UserWarning, match="Unsupported layer type"):
+        layer = ShapelessLora(Shapeless(), "default")
+    assert layer.in_features is None
+    (found,) = fastlora.coverage(nn.Sequential(layer)).layers
+    assert not found.fast
+    assert found.parameters == 0
