@@ -2,10 +2,12 @@
 
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
 order: on the device ``common``, ``sum_planes``, ``project``, ``gemm_lowrank`` (the forward
-kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defaults``, ``plan``.
+kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defaults``, ``plan``,
+``kept``.
 """
 
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
+from .kept import replayed
 from .plan import Plan, plan_for
 from .project import project
 from .target import target_of
@@ -18,6 +20,7 @@ __all__ = [
     "one_pass_pays",
     "plan_for",
     "project",
+    "replayed",
     "target_of",
     "weight_grad",
 ]

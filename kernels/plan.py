@@ -61,6 +61,10 @@ def use_plan(plan: Plan) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Plan | None:
+    return _forced
+
+
 def plan_for(
     x: Tensor, n: int, k: int, ranks: Sequence[int], precision: str, masked: bool = False
 ) -> Plan:

@@ -56,6 +56,10 @@ def use_target(target: Target) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Target | None:
+    return _forced
+
+
 def target_of(device: torch.device) -> Target | None:
     """The target of a device, or None where these kernels can't run."""
     if _forced is not None:

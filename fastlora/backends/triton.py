@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..projection import Adapter, Output, named_tensors, per_adapter
+from ..projection import (
+    Adapter,
+    Layout,
+    Output,
+    flatten,
+    layouts_of,
+    named_tensors,
+    per_adapter,
+    unflatten,
+)
 from . import torch as torch_backend
 from .dropout import dropout_mask
 from .protocol import Settings
@@ -42,32 +51,11 @@ def forward(
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
     if not _covers(x, outputs):
         return torch_backend.forward(x, outputs, settings)
+    layouts, dropout, seeds = layouts_of(outputs), settings.dropout, settings.seeds
+    tensors = [x, seeds, *flatten(outputs, layouts)]
     with _current(x.device):
-        plans = [_forward_plan(x, output) for output in outputs]
-        in_one_launch = settings.seeds is None and all(
-            plan.fused
-            and len(output.adapters) == 1
-            and kernels.one_launch_pays(x, len(output.adapters[0].lora_a))
-            for plan, output in zip(plans, outputs, strict=True)
-            if plan is not None
-        )
-        adapters = [adapter for output in outputs for adapter in output.adapters]
-        if in_one_launch:
-            hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
-        else:
-            hs = kernels.project(
-                x,
-                [adapter.lora_a.T for adapter in adapters],
-                [_factor(adapter, settings) for adapter in adapters],
-                precision=_precision(x),
-                dropout=settings.dropout,
-                seeds=settings.seeds,
-            )
-        ys = [
-            _y(x, output, thin, plan, in_one_launch)
-            for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
-        ]
-    return ys, hs
+        made = kernels.replayed(_forward, tensors, layouts, dropout, _precision(x))
+    return made[: len(outputs)], made[len(outputs) :]
 
 
 def backward(
@@ -82,35 +70,14 @@ def backward(
     """As the torch backend's: the gradients of x and of each output's tensors."""
     if all(dy is None for dy in dys) or not _covers(x, outputs):
         return torch_backend.backward(dys, x, outputs, hs, needs_x, needs, settings)
-    gradients: list[Output[Tensor | None]] = []
-    terms: list[_Term] = []
-    per_output = zip(
-        dys, outputs, needs, per_adapter(hs, outputs), _seeds(outputs, settings), strict=True
-    )
+    layouts, dropout, seeds = layouts_of(outputs), settings.dropout, settings.seeds
+    tensors = [x, seeds, *flatten(outputs, layouts), *hs, *dys]
+    needs_flat = (needs_x, *flatten(needs, layouts))
     with _current(x.device):
-        for dy, output, need, thin, seeds in per_output:
-            if dy is None:
-                gradients.append(torch_backend.no_gradients(output))
-                continue
-            base = torch_backend.base_gradients(dy, x, output.base, need.base)
-            adapters = []
-            for of_one in zip(output.adapters, need.adapters, thin, seeds, strict=True):
-                d_adapter, term = _through_lora_b(dy, *of_one, needs_x, settings)
-                adapters.append(d_adapter)
-                terms += [] if term is None else [term]
-            gradients.append(Output(base, tuple(adapters)))
-        dx = _dx(x, dys, outputs, terms, settings) if needs_x else None
-        trained = [term for term in terms if term.d_lora_a is not None]
-        if trained:
-            kernels.weight_grad(
-                x,
-                [term.dh for term in trained],
-                [term.d_lora_a.T for term in trained if term.d_lora_a is not None],
-                precision=_precision(x),
-                dropout=settings.dropout,
-                seeds=_join([term.seed for term in trained], settings),
-            )
-    return dx, gradients
+        dx, *gradients = kernels.replayed(
+            _backward, tensors, layouts, dropout, _precision(x), needs_flat
+        )
+    return dx, unflatten(gradients, layouts)
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
@@ -151,6 +118,94 @@ def _user_level() -> int:
     return level + 1
 
 
+class _Call(NamedTuple):
+    """What a call is besides x and its outputs."""
+
+    dropout: float
+    precision: str
+    seeds: Tensor | None
+
+    def factor(self, adapter: Adapter[Tensor]) -> float:
+        return float(adapter.scale) / (1.0 - self.dropout)
+
+
+def _forward(
+    tensors: Sequence[Tensor], layouts: Sequence[Layout], dropout: float, precision: str
+) -> list[Tensor]:
+    """Every y, then every h."""
+    x, seeds, *flat = tensors
+    outputs, call = unflatten(flat, layouts), _Call(dropout, precision, seeds)
+    plans = [_forward_plan(x, output, precision) for output in outputs]
+    in_one_launch = seeds is None and all(
+        plan.fused
+        and len(output.adapters) == 1
+        and kernels.one_launch_pays(x, len(output.adapters[0].lora_a))
+        for plan, output in zip(plans, outputs, strict=True)
+        if plan is not None
+    )
+    adapters = [adapter for output in outputs for adapter in output.adapters]
+    if in_one_launch:
+        hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
+    else:
+        hs = kernels.project(
+            x,
+            [adapter.lora_a.T for adapter in adapters],
+            [call.factor(adapter) for adapter in adapters],
+            precision=precision,
+            dropout=dropout,
+            seeds=seeds,
+        )
+    ys = [
+        _y(x, output, thin, plan, in_one_launch, precision)
+        for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
+    ]
+    return ys + hs
+
+
+def _backward(
+    tensors: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    dropout: float,
+    precision: str,
+    needs_flat: Sequence[bool],
+) -> list[Tensor | None]:
+    """dx, then the gradients of the outputs' tensors, laid flat."""
+    needs_x, *rest = needs_flat
+    x, seeds, *others = tensors
+    call, needs = _Call(dropout, precision, seeds), unflatten(rest, layouts)
+    flat, others = others[: len(rest)], others[len(rest) :]
+    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    outputs = unflatten(flat, layouts)
+    gradients: list[Output[Tensor | None]] = []
+    terms: list[_Term] = []
+    per_output = zip(
+        dys, outputs, needs, per_adapter(hs, outputs), _seeds(outputs, seeds), strict=True
+    )
+    for dy, output, need, thin, own_seeds in per_output:
+        if dy is None:
+            gradients.append(torch_backend.no_gradients(output))
+            continue
+        base = torch_backend.base_gradients(dy, x, output.base, need.base)
+        adapters = []
+        for of_one in zip(output.adapters, need.adapters, thin, own_seeds, strict=True):
+            d_adapter, term = _through_lora_b(dy, *of_one, needs_x, call)
+            adapters.append(d_adapter)
+            terms += [] if term is None else [term]
+        gradients.append(Output(base, tuple(adapters)))
+    dx = _dx(x, dys, outputs, terms, call) if needs_x else None
+    trained = [term for term in terms if term.d_lora_a is not None]
+    if trained:
+        kernels.weight_grad(
+            x,
+            [term.dh for term in trained],
+            [term.d_lora_a.T for term in trained if term.d_lora_a is not None],
+            precision=precision,
+            dropout=dropout,
+            seeds=_join([term.seed for term in trained], seeds),
+        )
+    return [dx, *flatten(gradients, layouts)]
+
+
 class _Term(NamedTuple):
     """An adapter's dh, and what will be made with it: its part of dx, and d lora_a."""
 
@@ -160,12 +215,12 @@ class _Term(NamedTuple):
     seed: Tensor | None
 
 
-def _forward_plan(x: Tensor, output: Output[Tensor]) -> "kernels.Plan | None":
+def _forward_plan(x: Tensor, output: Output[Tensor], precision: str) -> "kernels.Plan | None":
     """How to make this output; None for one without adapters, whose product is torch's."""
     if not output.adapters:
         return None
     ranks = [len(adapter.lora_a) for adapter in output.adapters]
-    return kernels.plan_for(x, len(output.base.weight), x.shape[1], ranks, _precision(x))
+    return kernels.plan_for(x, len(output.base.weight), x.shape[1], ranks, precision)
 
 
 def _y(
@@ -174,12 +229,15 @@ def _y(
     hs: list[Tensor],
     plan: "kernels.Plan | None",
     makes_h: bool,
+    precision: str,
 ) -> Tensor:
     """x weightᵀ + Σ h lora_bᵀ + bias, [M, N]; ``makes_h``: fill h [M, r] in the same launch."""
     (weight, bias), adapters = output
-    v, precision = [adapter.lora_b.T for adapter in adapters], _precision(x)
-    if plan is not None and plan.fused:
-        y, a, factor = x.new_empty(len(x), len(weight)), None, 1.0
+    if plan is None:
+        return linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y, v = x.new_empty(len(x), len(weight)), [adapter.lora_b.T for adapter in adapters]
+    if plan.fused:
+        a, factor = None, 1.0
         if makes_h:
             a, factor = adapters[0].lora_a.T, float(adapters[0].scale)
         kernels.gemm_lowrank(
@@ -187,10 +245,9 @@ def _y(
             a=a, factor=factor, preferred=plan.gemm,
         )  # fmt: skip
         return y
-    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if adapters:
-        kernels.gemm_lowrank(y, [], [], hs, v, precision=precision, add=True)
-    return y
+    # The adapter first: torch's product adds to what it finds, behind its own loads.
+    kernels.gemm_lowrank(y, [], [], hs, v, precision=precision, bias=bias)
+    return torch.addmm(y, x, weight.T, out=y)
 
 
 def _through_lora_b(
@@ -200,13 +257,13 @@ def _through_lora_b(
     h: Tensor,
     seed: Tensor | None,
     needs_x: bool,
-    settings: Settings,
+    call: _Call,
 ) -> tuple[Adapter[Tensor | None], _Term | None]:
     """d lora_b = dyᵀ h, and dh = factor · dy lora_b: what is needed of both.
 
     The gradient of lora_a is there, but still empty.
     """
-    factor, precision, lora_b = _factor(adapter, settings), _precision(dy), adapter.lora_b
+    factor, precision, lora_b = call.factor(adapter), call.precision, adapter.lora_b
     d_lora_a = _empty_like(adapter.lora_a) if need.lora_a else None
     d_lora_b = _empty_like(lora_b) if need.lora_b else None
     need_dh, dh = needs_x or need.lora_a, None
@@ -226,48 +283,42 @@ def _dx(
     dys: Sequence[Tensor | None],
     outputs: Sequence[Output[Tensor]],
     terms: Sequence[_Term],
-    settings: Settings,
+    call: _Call,
 ) -> Tensor:
     """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]."""
-    dx, precision = torch.empty_like(x, memory_format=torch.contiguous_format), _precision(x)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
-    u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
-    seeds = _join([term.seed for term in terms], settings)
-    fused, plan = [], None
+    fused = []
     if terms:
+        u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
+        seeds = _join([term.seed for term in terms], call.seeds)
         depth = sum(len(output.base.weight) for _, output in used)
         ranks, masked = [dh.shape[1] for dh in u], seeds is not None
-        plan = kernels.plan_for(x, x.shape[1], depth, ranks, precision, masked=masked)
+        plan = kernels.plan_for(x, x.shape[1], depth, ranks, call.precision, masked=masked)
         if plan.fused:
             fused = [(dy, output.base.weight) for dy, output in used if output.adapters]
+        kernels.gemm_lowrank(  # first, as in the forward
+            dx, [dy for dy, _ in fused], [weight for _, weight in fused], u, v,
+            precision=call.precision, dropout=call.dropout, seeds=seeds, preferred=plan.gemm,
+        )  # fmt: skip
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
-        torch.addmm(dx, dy, weight, beta=float(i > 0), out=dx)
-    if plan is not None:
-        kernels.gemm_lowrank(
-            dx, [dy for dy, _ in fused], [weight for _, weight in fused], u, v,
-            precision=precision, dropout=settings.dropout, seeds=seeds,
-            add=bool(by_torch), preferred=plan.gemm,
-        )  # fmt: skip
+        torch.addmm(dx, dy, weight, beta=float(bool(terms) or i > 0), out=dx)
     return dx
 
 
-def _factor(adapter: Adapter, settings: Settings) -> float:
-    return float(adapter.scale) / (1.0 - settings.dropout)
-
-
-def _seeds(outputs: Sequence[Output], settings: Settings) -> Iterator[list[Tensor | None]]:
+def _seeds(outputs: Sequence[Output], seeds: Tensor | None) -> Iterator[list[Tensor | None]]:
     """For each output its adapters' seeds, or None for each without dropout."""
-    if settings.seeds is None:
+    if seeds is None:
         return ([None] * len(output.adapters) for output in outputs)
-    return per_adapter(settings.seeds.split(1), outputs)
+    return per_adapter(seeds.split(1), outputs)
 
 
-def _join(seeds: Sequence[Tensor | None], settings: Settings) -> Tensor | None:
-    """These seeds as one tensor; no index is sent to the device for it."""
-    if settings.seeds is None or len(seeds) == len(settings.seeds):
-        return settings.seeds
-    return torch.cat([seed for seed in seeds if seed is not None])
+def _join(some: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:
+    """These of the call's seeds as one tensor; no index is sent to the device for it."""
+    if seeds is None or len(some) == len(seeds):
+        return seeds
+    return torch.cat([seed for seed in some if seed is not None])
 
 
 def _precision(x: Tensor) -> str:
