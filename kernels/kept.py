@@ -137,8 +137,10 @@ class _Recorder(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name == "data_ptr":
             return self._address(arguments[0])
-        if name == "__get__" and getattr(function, "__self__", None) is Tensor.device:
+        if name == "__get__" and function.__self__ is Tensor.device:
             return self.device
+        if name == "__get__" and function.__self__ is Tensor._base:
+            return function(*arguments)
         out = keywords.get("out")
         result = function(*arguments, **keywords) if out is None else out
         if isinstance(result, Tensor) or (
