@@ -32,19 +32,22 @@ _kept: dict[Hashable, "_Kept"] = {}
 def replayed(
     function: Callable[..., Sequence[Tensor | None]],
     tensors: Sequence[Tensor | None],
-    *settings: Hashable,
-) -> list[Tensor | None]:
+    settings: tuple[Hashable, ...],
+    covers: Callable[[], bool],
+) -> list[Tensor | None] | None:
     """What ``function(tensors, *settings)`` returns, a list of tensors it made, and of None.
 
     The function may use torch's operations and this package's launchers.  What it does may depend
-    on the settings, and on everything of the tensors but their elements.  Tensors are on one
-    device, and current is what Triton launches on.
+    on the settings, and on everything of the tensors but their elements.  They are on one device,
+    which is the current one.  None if a call of a new kind isn't one that it ``covers``.
     """
     if is_intercepted() or _is_watched():
-        return list(function(tensors, *settings))
+        return list(function(tensors, *settings)) if covers() else None
     key = (function, settings, plan.forced(), target.forced(), *map(_facts, tensors))
     kept = _kept.get(key)
     if kept is None:
+        if not covers():
+            return None
         kept = _resolve(function, tensors, settings)
         while len(_kept) >= _MOST:
             _kept.pop(next(iter(_kept)), None)  # the oldest
@@ -120,17 +123,17 @@ class _Recorder(TorchFunctionMode):
             for tensor in tensors
         ]
         self.device = next(tensor.device for tensor in tensors if tensor is not None)
-        self.values: list[Any] = [*tensors, None]  # the last is the stream's
+        self.values: list[Any] = [None] * (len(tensors) + 1)  # the last is the stream's
         self.stream = len(tensors)
         self.steps: list[_Recorded] = []
         self.places: dict[int, int] = {}  # of tensors, by id
         self.addresses: dict[int, int] = {}  # modulo 16, of what isn't allocated here
+        self.known: dict[tuple, int] = {}  # places of addresses
         self.alive: list[Any] = []  # so that an id stays one tensor's
         for place, (stand_in, tensor) in enumerate(zip(self.stand_ins, tensors, strict=True)):
             if stand_in is not None and tensor is not None:
                 self._settle(stand_in, place)
                 self.addresses[place] = tensor.data_ptr() & 15
-        self.values[: self.stream] = [None] * self.stream  # nobody's data is kept
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -202,18 +205,14 @@ class _Recorder(TorchFunctionMode):
 
     def _pointer(self, tensor: Tensor) -> int:
         """A view's address is its base's and an offset: views needn't be made for launches."""
-        base = self._base(tensor)
+        base = _base(tensor)
         pointer = self._step(Tensor.data_ptr, [self.places[id(base)]])
-        offset = (tensor.storage_offset() - base.storage_offset()) * tensor.element_size()
+        offset = _offset(tensor)
         return self._step(operator.add, [pointer, self._constant(offset)]) if offset else pointer
 
     def _address(self, tensor: Tensor) -> int:
-        base = self._base(tensor)
-        offset = (tensor.storage_offset() - base.storage_offset()) * tensor.element_size()
-        return self.addresses.get(self.places[id(base)], 0) + 2**20 + offset
-
-    def _base(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor._base is None else tensor._base
+        place = self.places[id(_base(tensor))]
+        return 2**20 + self.addresses.get(place, 0) + _offset(tensor)
 
     def _settle(self, tensor: Tensor, place: int) -> None:
         self.places[id(tensor)] = place
@@ -224,8 +223,14 @@ class _Recorder(TorchFunctionMode):
         return len(self.values) - 1
 
     def _step(self, function: Callable, places: Sequence[int], acts: bool = False) -> int:
+        arguments = tuple(places)
+        known = self.known.get((function, arguments))
+        if known is not None:
+            return known
         place = self._constant(None)
-        self.steps.append(_Recorded(function, tuple(places), place, acts))
+        self.steps.append(_Recorded(function, arguments, place, acts))
+        if function in _OF_MEMORY:
+            self.known[function, arguments] = place
         return place
 
 
@@ -234,10 +239,9 @@ def _in_order(steps: Sequence[_Recorded], results: Sequence[int | None]) -> list
 
     An address needs the tensor that it is of.
     """
-    of_memory = (Tensor.data_ptr, operator.add, operator.getitem, _together)
-    owners = {}
+    owners: dict[int, set[int]] = {}
     for step in steps:
-        if step.function in of_memory:
+        if step.function in _OF_MEMORY:
             owners[step.place] = set().union(*({p} | owners.get(p, set()) for p in step.arguments))
     made = {step.place for step in steps}
     needed = {place for place in results if place is not None}
@@ -252,6 +256,14 @@ def _in_order(steps: Sequence[_Recorded], results: Sequence[int | None]) -> list
     return kept[::-1]
 
 
+def _together(*values: Any) -> tuple:
+    return values
+
+
+# What leads from a tensor to an address: the memory must last as long as any of it is needed.
+_OF_MEMORY = (Tensor.data_ptr, operator.add, operator.getitem, _together)
+
+
 def _picker(places: Sequence[int]) -> Callable[[list], tuple]:
     if len(places) == 1:
         (place,) = places
@@ -259,14 +271,20 @@ def _picker(places: Sequence[int]) -> Callable[[list], tuple]:
     return operator.itemgetter(*places)
 
 
-def _together(*values: Any) -> tuple:
-    return values
-
-
 def _named(function: Callable, names: tuple[str, ...], *arguments: Any) -> Any:
     """``function`` with the last of the arguments under their names."""
     count = len(arguments) - len(names)
     return function(*arguments[:count], **dict(zip(names, arguments[count:], strict=True)))
+
+
+def _base(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
+
+
+def _offset(tensor: Tensor) -> int:
+    """Bytes from its base's address to its own."""
+    elements = tensor.storage_offset() - _base(tensor).storage_offset()
+    return elements * tensor.element_size()
 
 
 def _describe(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:

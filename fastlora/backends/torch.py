@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..blocks import rows_at_a_time
-from ..projection import Adapter, Base, Output, per_adapter
+from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from .dropout import DropoutMask, dropout_mask, multiply_bits
 from .protocol import Settings
 
@@ -33,11 +33,13 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
 
 
 def forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, and h [M, r] of every adapter, laid end to end."""
+    x, *tensors = inputs
+    outputs = unflatten(tensors, settings.layouts)
     ys, hs = [], []
-    for (base, adapters), masks in zip(outputs, _masks(x, outputs, settings), strict=True):
+    for (base, adapters), masks in zip(outputs, _masks(x, outputs, seeds, settings), strict=True):
         y = linear(x, base.weight, _cast(base.bias, x.dtype))
         for adapter, mask in zip(adapters, masks, strict=True):
             h = _project(x, adapter, mask)
@@ -49,18 +51,26 @@ def forward(
 
 def backward(
     dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
+    inputs: Sequence[Tensor],
     hs: Sequence[Tensor],
-    needs_x: bool,
-    needs: Sequence[Output[bool]],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
-    """The gradient of x, and those of every output's tensors; None for one nobody needs."""
+) -> list[Tensor | None]:
+    """The gradient of each input that needs one, else None."""
+    x, *tensors = inputs
+    needs_x, *needs_flat = needs
+    outputs = unflatten(tensors, settings.layouts)
+    output_needs = unflatten(needs_flat, settings.layouts)
     dx = _base_dx(dys, x, outputs) if needs_x else None
     gradients = []
     per_output = zip(
-        dys, outputs, needs, per_adapter(hs, outputs), _masks(x, outputs, settings), strict=True
+        dys,
+        outputs,
+        output_needs,
+        per_adapter(hs, outputs),
+        _masks(x, outputs, seeds, settings),
+        strict=True,
     )
     for dy, output, need, thin, masks in per_output:
         if dy is None:
@@ -72,7 +82,7 @@ def backward(
             for of_one in zip(output.adapters, need.adapters, thin, masks, strict=True)
         ]
         gradients.append(Output(base, tuple(adapters)))
-    return dx, gradients
+    return [dx, *flatten(gradients, settings.layouts)]
 
 
 def no_gradients(output: Output) -> Output[Tensor | None]:
@@ -115,13 +125,12 @@ def _adapter_gradients(
 
 
 def _masks(
-    x: Tensor, outputs: Sequence[Output], settings: Settings
+    x: Tensor, outputs: Sequence[Output], seeds: Tensor | None, settings: Settings
 ) -> Iterator[Sequence[DropoutMask | None]]:
     """For each output its adapters' masks, or None for each without dropout."""
-    if settings.seeds is None:
+    if seeds is None:
         return ([None] * len(output.adapters) for output in outputs)
-    seeds = settings.seeds.unbind()
-    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds]
+    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds.unbind()]
     return per_adapter(masks, outputs)
 
 

@@ -20,7 +20,6 @@ from ..projection import (
     Layout,
     Output,
     flatten,
-    layouts_of,
     named_tensors,
     per_adapter,
     unflatten,
@@ -41,43 +40,50 @@ __all__ = ["backward", "dropout_mask", "forward", "why_not"]
 
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
+_NOTHING = nullcontext()
 _said: set[str] = set()
-_INTERNAL = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_INTERNAL = tuple(
+    str(Path(file).parent) for file in (Path(__file__).parent, kernels.__file__, torch.__file__)
+)
 
 
 def forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
-    if not _covers(x, outputs):
-        return torch_backend.forward(x, outputs, settings)
-    layouts, dropout, seeds = layouts_of(outputs), settings.dropout, settings.seeds
-    tensors = [x, seeds, *flatten(outputs, layouts)]
+    x, count = inputs[0], len(settings.layouts)
     with _current(x.device):
-        made = kernels.replayed(_forward, tensors, layouts, dropout, _precision(x))
-    return made[: len(outputs)], made[len(outputs) :]
+        made = kernels.replayed(
+            _forward,
+            [seeds, *inputs],
+            (settings.layouts, settings.dropout, _precision(x)),
+            lambda: _covers(inputs, settings.layouts),
+        )
+    if made is None:
+        return torch_backend.forward(inputs, seeds, settings)
+    return made[:count], made[count:]
 
 
 def backward(
     dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
+    inputs: Sequence[Tensor],
     hs: Sequence[Tensor],
-    needs_x: bool,
-    needs: Sequence[Output[bool]],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
-    """As the torch backend's: the gradients of x and of each output's tensors."""
-    if all(dy is None for dy in dys) or not _covers(x, outputs):
-        return torch_backend.backward(dys, x, outputs, hs, needs_x, needs, settings)
-    layouts, dropout, seeds = layouts_of(outputs), settings.dropout, settings.seeds
-    tensors = [x, seeds, *flatten(outputs, layouts), *hs, *dys]
-    needs_flat = (needs_x, *flatten(needs, layouts))
+) -> list[Tensor | None]:
+    """As the torch backend's: the gradient of each input that needs one, else None."""
+    x = inputs[0]
     with _current(x.device):
-        dx, *gradients = kernels.replayed(
-            _backward, tensors, layouts, dropout, _precision(x), needs_flat
+        made = kernels.replayed(
+            _backward,
+            [seeds, *inputs, *hs, *dys],
+            (settings.layouts, settings.dropout, _precision(x), tuple(needs)),
+            lambda: any(dy is not None for dy in dys) and _covers(inputs, settings.layouts),
         )
-    return dx, unflatten(gradients, layouts)
+    if made is None:
+        return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
+    return made
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
@@ -98,10 +104,11 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
-def _covers(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
+def _covers(inputs: Sequence[Tensor], layouts: Sequence[Layout]) -> bool:
+    x, *tensors = inputs
     if len(x) == 0:
         return False
-    reason = why_not(x.dtype, x.device, outputs)
+    reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
     if not reason and len(x) > _LONGEST:
         reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
     if reason and reason not in _said:
@@ -118,8 +125,8 @@ def _user_level() -> int:
     return level + 1
 
 
-class _Call(NamedTuple):
-    """What a call is besides x and its outputs."""
+class _Common(NamedTuple):
+    """What all kernels of a call take."""
 
     dropout: float
     precision: str
@@ -133,8 +140,8 @@ def _forward(
     tensors: Sequence[Tensor], layouts: Sequence[Layout], dropout: float, precision: str
 ) -> list[Tensor]:
     """Every y, then every h."""
-    x, seeds, *flat = tensors
-    outputs, call = unflatten(flat, layouts), _Call(dropout, precision, seeds)
+    seeds, x, *flat = tensors
+    outputs, common = unflatten(flat, layouts), _Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, precision) for output in outputs]
     in_one_launch = seeds is None and all(
         plan.fused
@@ -150,7 +157,7 @@ def _forward(
         hs = kernels.project(
             x,
             [adapter.lora_a.T for adapter in adapters],
-            [call.factor(adapter) for adapter in adapters],
+            [common.factor(adapter) for adapter in adapters],
             precision=precision,
             dropout=dropout,
             seeds=seeds,
@@ -171,8 +178,8 @@ def _backward(
 ) -> list[Tensor | None]:
     """dx, then the gradients of the outputs' tensors, laid flat."""
     needs_x, *rest = needs_flat
-    x, seeds, *others = tensors
-    call, needs = _Call(dropout, precision, seeds), unflatten(rest, layouts)
+    seeds, x, *others = tensors
+    common, needs = _Common(dropout, precision, seeds), unflatten(rest, layouts)
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     outputs = unflatten(flat, layouts)
@@ -188,11 +195,11 @@ def _backward(
         base = torch_backend.base_gradients(dy, x, output.base, need.base)
         adapters = []
         for of_one in zip(output.adapters, need.adapters, thin, own_seeds, strict=True):
-            d_adapter, term = _through_lora_b(dy, *of_one, needs_x, call)
+            d_adapter, term = _through_lora_b(dy, *of_one, needs_x, common)
             adapters.append(d_adapter)
             terms += [] if term is None else [term]
         gradients.append(Output(base, tuple(adapters)))
-    dx = _dx(x, dys, outputs, terms, call) if needs_x else None
+    dx = _dx(x, dys, outputs, terms, common) if needs_x else None
     trained = [term for term in terms if term.d_lora_a is not None]
     if trained:
         kernels.weight_grad(
@@ -257,13 +264,13 @@ def _through_lora_b(
     h: Tensor,
     seed: Tensor | None,
     needs_x: bool,
-    call: _Call,
+    common: _Common,
 ) -> tuple[Adapter[Tensor | None], _Term | None]:
     """d lora_b = dyᵀ h, and dh = factor · dy lora_b: what is needed of both.
 
     The gradient of lora_a is there, but still empty.
     """
-    factor, precision, lora_b = call.factor(adapter), call.precision, adapter.lora_b
+    factor, precision, lora_b = common.factor(adapter), common.precision, adapter.lora_b
     d_lora_a = _empty_like(adapter.lora_a) if need.lora_a else None
     d_lora_b = _empty_like(lora_b) if need.lora_b else None
     need_dh, dh = needs_x or need.lora_a, None
@@ -283,7 +290,7 @@ def _dx(
     dys: Sequence[Tensor | None],
     outputs: Sequence[Output[Tensor]],
     terms: Sequence[_Term],
-    call: _Call,
+    common: _Common,
 ) -> Tensor:
     """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -291,15 +298,15 @@ def _dx(
     fused = []
     if terms:
         u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
-        seeds = _join([term.seed for term in terms], call.seeds)
+        seeds = _join([term.seed for term in terms], common.seeds)
         depth = sum(len(output.base.weight) for _, output in used)
         ranks, masked = [dh.shape[1] for dh in u], seeds is not None
-        plan = kernels.plan_for(x, x.shape[1], depth, ranks, call.precision, masked=masked)
+        plan = kernels.plan_for(x, x.shape[1], depth, ranks, common.precision, masked=masked)
         if plan.fused:
             fused = [(dy, output.base.weight) for dy, output in used if output.adapters]
         kernels.gemm_lowrank(  # first, as in the forward
             dx, [dy for dy, _ in fused], [weight for _, weight in fused], u, v,
-            precision=call.precision, dropout=call.dropout, seeds=seeds, preferred=plan.gemm,
+            precision=common.precision, dropout=common.dropout, seeds=seeds, preferred=plan.gemm,
         )  # fmt: skip
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
@@ -333,7 +340,9 @@ def _precision(x: Tensor) -> str:
 
 def _current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

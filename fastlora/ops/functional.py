@@ -103,11 +103,12 @@ def _call(
     ):  # these go through the dispatcher
         name = "" if backend is None else backend_name(backend)
         return call_registered(x, outputs, dropout, seeds, name)
-    settings = Settings(dropout, seeds, find_backend(backend, x.device))
+    layouts = layouts_of(outputs)
+    settings = Settings(layouts, dropout, find_backend(backend, x.device))
+    inputs = [x, *flatten(outputs, layouts)]
     if torch.is_grad_enabled():
-        layouts = layouts_of(outputs)
-        return LoRALinearFunction.apply(x, settings, layouts, *flatten(outputs, layouts))
-    return tuple(run_forward(x, outputs, settings)[0])
+        return LoRALinearFunction.apply(seeds, settings, *inputs)
+    return tuple(run_forward(inputs, seeds, settings)[0])
 
 
 def draw_seed(count: int, device: torch.device) -> Tensor:

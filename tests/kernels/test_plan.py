@@ -11,7 +11,7 @@ from fastlora.kernels.config import Call, GemmConfig, why_not
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
 from fastlora.kernels.target import TARGETS, target_of, use_target
-from fastlora.projection import Projection, as_outputs
+from fastlora.projection import Layout
 
 CPU = torch.device("cpu")
 
@@ -47,9 +47,11 @@ def launched(m, n, k, r, dtype=torch.bfloat16, name="sm_90") -> list[Launch]:
     x, weight, lora_a, lora_b = (
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (r, k), (n, r))
     )
-    outputs, records = as_outputs([Projection(weight, lora_a, lora_b)]), []
+    records: list[Launch] = []
     with use_target(TARGETS[name]), intercept(records.append):
-        triton.forward(x, outputs, Settings(0.0, None, triton))
+        triton.forward(
+            [x, weight, lora_a, lora_b], None, Settings((Layout(False, (1.0,)),), 0.0, triton)
+        )
     return records
 
 
