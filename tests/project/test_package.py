@@ -21,7 +21,7 @@ ORDER = [
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        "common", "launch", "target", "config", "defaults", "plan",
+        "common", "launch", "target", "config", "defaults", "plan", "kept",
         "sum_planes", "project", "gemm_lowrank", "weight_grad",
     ],
     "reference": ["lora", "dora"],
