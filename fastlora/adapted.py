@@ -31,11 +31,6 @@ class LoRALayer(nn.Module):
         """out_features, in_features."""
         return self.out_features, self.in_features
 
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as [out, in]."""
-        return self.weight
-
     def attach_adapter(
         self,
         adapter: tuple[nn.Parameter, nn.Parameter],
@@ -86,7 +81,7 @@ class LoRALayer(nn.Module):
 
     def projection(self) -> Projection:
         """What the layer's call hands to :func:`fastlora.lora_linears`."""
-        return Projection(self.matrix, self.lora_A, self.lora_B, self.bias, self.scaling)
+        return Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
 
     def merged_weight(self) -> Tensor:
         """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider.

@@ -1,4 +1,4 @@
-"""LoRALinear, and the classes of adapted layers that nn.Linear is not."""
+"""LoRALinear, and its like for other classes of linear layer."""
 
 import sys
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .adapted import LoRALayer, new_adapter, why_weight_is_fixed
 from .base import is_conv1d, why_not_class, why_not_tensor
-from .projection import check_settings
+from .projection import Projection, check_settings
 
 # Of tensors: those of FSDP2, and of shapes without data, become plain tensors by themselves.
 _KINDS = ("DTensor", "FakeTensor")
@@ -95,9 +95,8 @@ class _LoRATransposed(LoRALayer):
     def shape(self) -> tuple[int, int]:
         return self.nf, self.nx
 
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.t()
+    def projection(self) -> Projection:
+        return super().projection()._replace(weight=self.weight.t())
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A.t(), self.lora_B.t()

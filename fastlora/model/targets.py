@@ -82,13 +82,15 @@ def _check_parameters(
     wanted = config.target_parameters or ()
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if wanted else []
     for name in names:
+        if not names_any(wanted, name):
+            continue
         layer = matched.get(name.removesuffix(".weight"))
-        if names_any(wanted, name) and layer is None:
+        if layer is None:
             raise ValueError(
                 f"target_parameters names {name}, which is no weight of a linear layer: fastlora "
                 "adapts layers alone. Adapt experts' parameters with PEFT"
             )
-        if names_any(wanted, name) and is_conv1d(type(layer)):
+        if is_conv1d(type(layer)):
             raise ValueError(
                 f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT takes "
                 "for [out, in]: name the layer in target_modules"
