@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import dropout, linear
 
-from .blocks import rows_at_a_time
+from .blocks import Dense, rows_at_a_time, widened
 from .ops import lora_linears
 from .ops.autocast import autocast_off
 from .projection import Projection
@@ -92,11 +92,9 @@ class LoRALayer(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.no_grad(), autocast_off(self.weight.device.type):
             left, right = self._factors()
-            right, rows = right.to(wide), rows_at_a_time(self.weight)
-            for first in range(0, len(merged), rows):
-                some = slice(first, first + rows)
-                base, left_rows = self.weight[some].to(wide), left[some].to(wide)
-                merged[some] = torch.addmm(base, left_rows, right, alpha=self.scaling)
+            right = right.to(wide)
+            for rows, base in widened(Dense(self.weight), wide, rows_at_a_time(self.weight)):
+                merged[rows] = torch.addmm(base, left[rows].to(wide), right, alpha=self.scaling)
         return merged
 
     def _factors(self) -> tuple[Tensor, Tensor]:

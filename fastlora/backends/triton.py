@@ -36,7 +36,7 @@ except ImportError as error:
         "has no fastlora.kernels: run from another folder, or pip install --editable ."
     ) from error
 
-__all__ = ["backward", "dropout_mask", "forward", "why_not"]
+__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "why_not"]
 
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
@@ -84,6 +84,11 @@ def backward(
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
     return made
+
+
+def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """x's."""
+    return dtype
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:

@@ -25,7 +25,7 @@ ORDER_INSIDE = {
         "sum_planes", "project", "gemm_lowrank", "weight_grad",
     ],
     "reference": ["lora", "dora"],
-    "backends": ["protocol", "dropout", "torch", "triton"],
+    "backends": ["protocol", "dropout", "products", "torch", "triton"],
     "ops": ["autocast", "call", "norm", "library", "function", "functional", "dora"],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",

@@ -1,0 +1,168 @@
+"""The matrix products of the torch backend; in float32 where this CPU multiplies 16 bits slowly.
+
+Most CPUs have no 16-bit products (AVX512-BF16, AMX, Arm's bf16).  There torch multiplies bfloat16
+and float16 number by number, dy weight worst of all.  A call of these dtypes *runs wide* on such a
+CPU: x goes through in blocks of rows that are float32, and so are adapters, h and sums; the weight
+and dy, which are large, are widened a block at a time, here.  What comes out is rounded once, so it
+is closer to the truth than torch's own product.  Everywhere else each function is torch's product.
+
+Who runs wide is decided once for a process and dtype: not if torch says that oneDNN multiplies it;
+else by a measurement, at the first call that would.  Nothing is measured at import or while
+compiling.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as torch_linear
+
+from ..blocks import Dense, rows_at_a_time, widened
+
+# For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
+FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
+
+_FLAGS = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+# A 16-bit product that takes longer than this many float32 ones is slow: where torch has none of
+# its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
+_SLOW = 4.0
+_SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
+_BLOCK = 2**19  # elements of a widened block, 2 MiB
+_FEWEST_X, _FEWEST_W = 256, 64  # rows in a block of x, which pay for widening the weight; of those
+
+
+def are_wide(x: Tensor) -> bool:
+    """Whether products with x run in float32 in the place of its own dtype."""
+    if x.dtype not in _FLAGS or x.device.type != "cpu" or not len(x):
+        return False
+    return _is_slow(x.dtype) if FORCED is None else FORCED
+
+
+def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which h is kept, for x of this dtype and device.
+
+    float32 where calls may run wide.  It measures nothing, so it can be asked while compiling.
+    """
+    if dtype not in _FLAGS or device.type != "cpu":
+        return dtype
+    may_be_wide = not _torch_has(dtype) if FORCED is None else FORCED
+    return torch.float32 if may_be_wide else dtype
+
+
+@cache
+def _torch_has(dtype: torch.dtype) -> bool:
+    """Whether torch says that oneDNN multiplies this dtype on this CPU."""
+    flag = getattr(torch.ops.mkldnn, _FLAGS[dtype], None)
+    return flag is not None and flag()
+
+
+@cache
+def _is_slow(dtype: torch.dtype) -> bool:
+    return not _torch_has(dtype) and _time(dtype) > _SLOW * _time(torch.float32)
+
+
+def _time(dtype: torch.dtype) -> float:
+    """Seconds of a small dy weight, at best."""
+    m, n, k = _SHAPE
+    dy, weight = torch.ones(m, n, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    times = []
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        torch.mm(dy, weight)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def wide_rows(x: Tensor) -> Iterable[slice]:
+    """The blocks of x's rows in which a wide call goes: few enough to stay in cache."""
+    step = max(_FEWEST_X, 2 * _BLOCK // max(x.shape[1], 1024))
+    return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of the weight, and they in float32."""
+    step = max(_FEWEST_W, _BLOCK // max(weight.shape[1], 1024))
+    return widened(Dense(weight), torch.float32, step)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    thin: Sequence[tuple[Tensor, Tensor]],
+    out: Tensor | None = None,
+) -> Tensor:
+    """x weightᵀ + bias + Σ h lora_bᵀ over the pairs (h, lora_b) in ``thin``.
+
+    x in float32 beside a 16-bit weight needs ``out``, and it is rounded once.
+    """
+    if out is None:
+        y = torch_linear(x, weight, cast(bias, x.dtype))
+        for h, lora_b in thin:
+            add_product(y, h, cast(lora_b, h.dtype).T)
+        return y
+    for rows, some in _wide_weight(weight):
+        y = torch.mm(x, some.T) if bias is None else torch.addmm(bias[rows], x, some.T)
+        for h, lora_b in thin:
+            y.addmm_(h, lora_b[rows].T)
+        out[:, rows] = y
+    return out
+
+
+def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx + dy weight, in place if there is a dx, in ``dtype``."""
+    if weight.dtype == dtype:
+        return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+    for rows, some in _wide_weight(weight):
+        part = dy[:, rows].to(dtype)
+        dx = torch.mm(part, some) if dx is None else dx.addmm_(part, some)
+    assert dx is not None
+    return dx
+
+
+def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """factor · left right, scaled in the accumulator, before the product is rounded."""
+    if out is None:
+        out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left right, in place."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left, right))
+
+
+def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
+    """dyᵀ h, [N, r]."""
+    if len(h) >= 256 and h.dtype == torch.float32:
+        # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
+        return torch.mm(h.T, dy).T.contiguous()
+    return torch.mm(dy.T, h)
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dyᵀ x, [N, K]."""
+    if not are_wide(x):
+        return torch.mm(dy.T, x)
+    out = x.new_empty(dy.shape[1], x.shape[1])
+    step = rows_at_a_time(x)
+    for first in range(0, len(out), step):
+        some, total = slice(first, first + step), None
+        for rows in wide_rows(x):
+            left, right = dy[rows, some].float().T, x[rows].float()
+            total = torch.mm(left, right) if total is None else total.addmm_(left, right)
+        out[some] = total
+    return out
+
+
+def cast(tensor, dtype):
+    """The tensor in this dtype; None stays None."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
