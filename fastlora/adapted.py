@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import dropout, linear
 
-from .blocks import Dense, rows_at_a_time, widened
+from .blocks import Dense, buffer_for, widened
 from .ops import lora_linears
 from .ops.autocast import autocast_off
 from .projection import Projection
@@ -92,8 +92,8 @@ class LoRALayer(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.no_grad(), autocast_off(self.weight.device.type):
             left, right = self._factors()
-            right = right.to(wide)
-            for rows, base in widened(Dense(self.weight), wide, rows_at_a_time(self.weight)):
+            right, buffer = right.to(wide), buffer_for(self.weight, wide)
+            for rows, base in widened(Dense(self.weight), buffer):
                 merged[rows] = torch.addmm(base, left[rows].to(wide), right, alpha=self.scaling)
         return merged
 

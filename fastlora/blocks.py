@@ -23,9 +23,6 @@ class Source(Protocol):
     @property
     def shape(self) -> torch.Size: ...
 
-    @property
-    def device(self) -> torch.device: ...
-
     def read(self, first: int, out: Tensor) -> Tensor:
         """``len(out)`` rows from ``first`` on, in out's dtype: written to ``out``, or as they lie.
 
@@ -42,19 +39,22 @@ class Dense(NamedTuple):
     def shape(self) -> torch.Size:
         return self.matrix.shape
 
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
     def read(self, first: int, out: Tensor) -> Tensor:
         rows = self.matrix[first : first + len(out)]
         return rows if rows.dtype == out.dtype else out.copy_(rows)
 
 
-def widened(source: Source, dtype: torch.dtype, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """All rows, ``step`` at a time: which they are, and they in this dtype until the next come."""
-    count, columns = source.shape
-    buffer = torch.empty(min(step, count), columns, dtype=dtype, device=source.device)
-    for first in range(0, count, step):
-        rows = slice(first, min(first + step, count))
+def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """All rows, as many at a time as the buffer has: which, and they in its dtype until the next.
+
+    The buffer is theirs meanwhile.
+    """
+    for first in range(0, source.shape[0], len(buffer)):
+        rows = slice(first, min(first + len(buffer), source.shape[0]))
         yield rows, source.read(first, buffer[: rows.stop - first])
+
+
+def buffer_for(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """For :func:`widened`, as many rows as make a block."""
+    rows = min(len(matrix), rows_at_a_time(matrix))
+    return matrix.new_empty(rows, matrix.shape[1], dtype=dtype)

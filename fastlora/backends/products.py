@@ -12,6 +12,7 @@ compiling.
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -33,7 +34,9 @@ _FLAGS = {
 # its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
 _SLOW = 4.0
 _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
-_BLOCK = 2**19  # elements of a widened block, 2 MiB
+_BLOCK = int(os.environ.get("WB", 2**19))  # elements of a widened block, 2 MiB
+_X_BLOCK = int(os.environ.get("XB", 2**20))
+_KEPT = 2**20
 _FEWEST_X, _FEWEST_W = 256, 64  # rows in a block of x, which pay for widening the weight; of those
 
 
@@ -79,16 +82,51 @@ def _time(dtype: torch.dtype) -> float:
     return min(times)
 
 
+class _Scratch(threading.local):
+    """Float32 buffers that a thread keeps between calls, one for each use.
+
+    Fresh pages would take longer than what is done in them.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, use: str, rows: int, columns: int) -> Tensor:
+        """A matrix with anything in it, its own until the next one for this use is taken."""
+        size, buffer = rows * columns, self.buffers.get(use)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):  # a buffer made inside could not be used outside
+                buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+            if size <= _KEPT:
+                self.buffers[use] = buffer
+        return buffer[:size].view(rows, columns)
+
+    def take_like(self, use: str, matrix: Tensor, rows: int) -> Tensor:
+        """The same for so many rows of this matrix: another order would be 70 times as slow."""
+        columns = matrix.shape[1]
+        if matrix.stride(0) < matrix.stride(1):
+            return self.take(use, columns, rows).T
+        return self.take(use, rows, columns)
+
+    def widen(self, use: str, matrix: Tensor) -> Tensor:
+        """The matrix in float32, until the next one for this use is taken."""
+        return self.take_like(use, matrix, len(matrix)).copy_(matrix)
+
+
+SCRATCH = _Scratch()
+
+
 def wide_rows(x: Tensor) -> Iterable[slice]:
     """The blocks of x's rows in which a wide call goes: few enough to stay in cache."""
-    step = max(_FEWEST_X, 2 * _BLOCK // max(x.shape[1], 1024))
+    step = max(_FEWEST_X, _X_BLOCK // max(x.shape[1], 1024))
     return (slice(first, first + step) for first in range(0, len(x), step))
 
 
 def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of the weight, and they in float32."""
     step = max(_FEWEST_W, _BLOCK // max(weight.shape[1], 1024))
-    return widened(Dense(weight), torch.float32, step)
+    buffer = SCRATCH.take_like("weight", weight, min(step, len(weight)))
+    return widened(Dense(weight), buffer)
 
 
 def linear(
@@ -108,7 +146,11 @@ def linear(
             add_product(y, h, cast(lora_b, h.dtype).T)
         return y
     for rows, some in _wide_weight(weight):
-        y = torch.mm(x, some.T) if bias is None else torch.addmm(bias[rows], x, some.T)
+        y = SCRATCH.take("part", len(x), len(some))
+        if bias is None:
+            torch.mm(x, some.T, out=y)
+        else:
+            torch.addmm(bias[rows], x, some.T, out=y)
         for h, lora_b in thin:
             y.addmm_(h, lora_b[rows].T)
         out[:, rows] = y
@@ -119,10 +161,13 @@ def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dt
     """dx + dy weight, in place if there is a dx, in ``dtype``."""
     if weight.dtype == dtype:
         return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+    beta = 0.0 if dx is None else 1.0
+    if dx is None:
+        dx = SCRATCH.take("dx", len(dy), weight.shape[1])
     for rows, some in _wide_weight(weight):
-        part = dy[:, rows].to(dtype)
-        dx = torch.mm(part, some) if dx is None else dx.addmm_(part, some)
-    assert dx is not None
+        part = SCRATCH.widen("part", dy[:, rows])
+        torch.addmm(dx, part, some, beta=beta, out=dx)
+        beta = 1.0
     return dx
 
 

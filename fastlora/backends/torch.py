@@ -25,6 +25,7 @@ from ..blocks import rows_at_a_time
 from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from .dropout import DropoutMask, dropout_mask, multiply_bits
 from .products import (
+    SCRATCH,
     add_dy_weight,
     add_product,
     are_wide,
@@ -74,7 +75,7 @@ def _wide_forward(
     ys = [x.new_empty(len(x), len(output.base.weight)) for output in outputs]
     hs = [x.new_empty(len(x), len(a.lora_a), dtype=torch.float32) for a in adapters]
     for rows in wide_rows(x):
-        x_rows, some = x[rows].float(), _from_row(masks, rows.start)
+        x_rows, some = SCRATCH.widen("x", x[rows]), _from_row(masks, rows.start)
         thin = [_project(x_rows, *of_one) for of_one in zip(adapters, some, strict=True)]
         for h, part in zip(hs, thin, strict=True):
             h[rows] = part
@@ -148,7 +149,7 @@ def _wide_adapter_gradients(
     for rows in wide_rows(x):
         part_dx, found = _gradients_of_adapters(
             [None if dy is None else dy[rows] for dy in dys],
-            x[rows].float() if reads_x else x.new_empty(x[rows].shape, dtype=torch.float32),
+            SCRATCH.widen("x", x[rows]) if reads_x else SCRATCH.take("x", *x[rows].shape),
             wide,
             [None if h is None else h[rows] for h in hs],
             wanted,
@@ -213,11 +214,16 @@ def _through_lora_b(
     dy: Tensor, lora_b: Tensor | None, h: Tensor | None, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """dh = factor · dy lora_b and dyᵀ h, each if the other side of it is there, in ``dtype``."""
-    step = rows_at_a_time(dy)
-    if dy.dtype != dtype and len(dy) > step:  # no wide copy of a whole dy
+    if dy.dtype != dtype and are_wide(dy):
         parts = [
-            _through_lora_b(dy[rows], lora_b, None if h is None else h[rows], factor, dtype)
-            for rows in (slice(first, first + step) for first in range(0, len(dy), step))
+            _through_lora_b(
+                SCRATCH.widen("part", dy[rows]),
+                lora_b,
+                None if h is None else h[rows],
+                factor,
+                dtype,
+            )
+            for rows in wide_rows(dy)
         ]
         dhs, gradients = zip(*parts, strict=True)
         return None if lora_b is None else torch.cat(dhs), None if h is None else sum(gradients)
