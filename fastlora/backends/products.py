@@ -19,9 +19,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as torch_linear
 
-from ..blocks import Dense, rows_at_a_time, widened
+from ..blocks import Dense, widened
+from ..projection import Output
 
 # For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
@@ -116,45 +116,40 @@ class _Scratch(threading.local):
 SCRATCH = _Scratch()
 
 
-def wide_rows(x: Tensor) -> Iterable[slice]:
+def wide_rows(x: Tensor, fewest: int | None = None) -> Iterable[slice]:
     """The blocks of x's rows in which a wide call goes: few enough to stay in cache."""
-    step = max(_FEWEST_X, _BLOCK // max(x.shape[1], 1024))
+    fewest = _FEWEST_X if fewest is None else fewest
+    step = max(fewest, _BLOCK // max(x.shape[1], 1024))
     return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _rows_of_weight(columns: int) -> int:
+    """In a block."""
+    return max(_FEWEST_W, _BLOCK // max(columns, 1024))
 
 
 def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of the weight, and they in float32."""
-    step = max(_FEWEST_W, _BLOCK // max(weight.shape[1], 1024))
-    buffer = SCRATCH.take_like("weight", weight, min(step, len(weight)))
+    rows = min(len(weight), _rows_of_weight(weight.shape[1]))
+    buffer = SCRATCH.take_like("weight", weight, rows)
     return widened(Dense(weight), buffer)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    thin: Sequence[tuple[Tensor, Tensor]],
-    out: Tensor | None = None,
-) -> Tensor:
-    """x weightᵀ + bias + Σ h lora_bᵀ over the pairs (h, lora_b) in ``thin``.
+def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Tensor]) -> None:
+    """x weightᵀ + bias + Σ h lora_bᵀ, rounded once to ``out``.
 
-    x in float32 beside a 16-bit weight needs ``out``, and it is rounded once.
+    All are float32 but ``out`` and the weight.
     """
-    if out is None:
-        y = torch_linear(x, weight, cast(bias, x.dtype))
-        for h, lora_b in thin:
-            add_product(y, h, cast(lora_b, h.dtype).T)
-        return y
+    (weight, bias), adapters = output
     for rows, some in _wide_weight(weight):
         y = SCRATCH.take("part", len(x), len(some))
         if bias is None:
             torch.mm(x, some.T, out=y)
         else:
             torch.addmm(bias[rows], x, some.T, out=y)
-        for h, lora_b in thin:
-            y.addmm_(h, lora_b[rows].T)
+        for h, adapter in zip(hs, adapters, strict=True):
+            y.addmm_(h, adapter.lora_b[rows].T)
         out[:, rows] = y
-    return out
 
 
 def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,11 +193,11 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     if not are_wide(x):
         return torch.mm(dy.T, x)
     out = x.new_empty(dy.shape[1], x.shape[1])
-    step = rows_at_a_time(x)
+    step = _rows_of_weight(x.shape[1])
     for first in range(0, len(out), step):
         some, total = slice(first, first + step), None
         for rows in wide_rows(x):
-            left, right = dy[rows, some].float().T, x[rows].float()
+            left, right = SCRATCH.widen("part", dy[rows, some]).T, SCRATCH.widen("x", x[rows])
             total = torch.mm(left, right) if total is None else total.addmm_(left, right)
         out[some] = total
     return out

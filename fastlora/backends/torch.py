@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..blocks import rows_at_a_time
 from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
@@ -31,11 +32,11 @@ from .products import (
     are_wide,
     cast,
     h_dtype,
-    linear,
     product,
     thin_gradient,
     weight_gradient,
     wide_rows,
+    write_linear,
 )
 from .protocol import Settings
 
@@ -60,9 +61,12 @@ def forward(
         return _wide_forward(x, outputs, masks)
     kept, ys, hs = h_dtype(x.dtype, x.device), [], []
     for (base, adapters), some in zip(outputs, per_adapter(masks, outputs), strict=True):
-        thin = [_project(x, *of_one) for of_one in zip(adapters, some, strict=True)]
-        ys.append(linear(x, *base, _pairs(thin, adapters)))
-        hs += [cast(h, kept) for h in thin]
+        y = linear(x, base.weight, cast(base.bias, x.dtype))
+        for adapter, mask in zip(adapters, some, strict=True):
+            h = _project(x, adapter, mask)
+            add_product(y, h, cast(adapter.lora_b, h.dtype).T)
+            hs.append(cast(h, kept))
+        ys.append(y)
     return ys, hs
 
 
@@ -80,7 +84,7 @@ def _wide_forward(
         for h, part in zip(hs, thin, strict=True):
             h[rows] = part
         for y, output, parts in zip(ys, outputs, per_adapter(thin, outputs), strict=True):
-            linear(x_rows, *output.base, _pairs(parts, output.adapters), out=y[rows])
+            write_linear(y[rows], x_rows, output, parts)
     return ys, hs
 
 
@@ -223,7 +227,7 @@ def _through_lora_b(
                 factor,
                 dtype,
             )
-            for rows in wide_rows(dy)
+            for rows in wide_rows(dy, fewest=1)
         ]
         dhs, gradients = zip(*parts, strict=True)
         return None if lora_b is None else torch.cat(dhs), None if h is None else sum(gradients)
@@ -239,13 +243,6 @@ def _masks(
     if seeds is None:
         return [None] * sum([len(output.adapters) for output in outputs])
     return [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds.unbind()]
-
-
-def _pairs(
-    hs: Sequence[Tensor], adapters: Sequence[Adapter[Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """h and lora_b of each adapter."""
-    return [(h, adapter.lora_b) for h, adapter in zip(hs, adapters, strict=True)]
 
 
 def _from_row(masks: Sequence[DropoutMask | None], first: int) -> Sequence[DropoutMask | None]:
