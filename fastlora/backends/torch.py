@@ -16,7 +16,6 @@ rows, and h stays float32.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -42,7 +41,9 @@ from .protocol import Settings
 
 __all__ = ["backward", "dropout_mask", "forward", "h_dtype", "why_not"]
 
-T = TypeVar("T")
+# For each output, what each of its adapters has.
+_Masks = Sequence[Sequence[DropoutMask | None]]
+_Gradients = list[list[Adapter[Tensor | None]]]
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
@@ -60,7 +61,7 @@ def forward(
     if len(x) > 1 and are_wide(x):  # torch's product of one row is fast everywhere
         return _wide_forward(x, outputs, masks)
     kept, ys, hs = h_dtype(x.dtype, x.device), [], []
-    for (base, adapters), some in zip(outputs, per_adapter(masks, outputs), strict=True):
+    for (base, adapters), some in zip(outputs, masks, strict=True):
         y = linear(x, base.weight, cast(base.bias, x.dtype))
         for adapter, mask in zip(adapters, some, strict=True):
             h = _project(x, adapter, mask)
@@ -71,21 +72,21 @@ def forward(
 
 
 def _wide_forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], masks: Sequence[DropoutMask | None]
+    x: Tensor, outputs: Sequence[Output[Tensor]], masks: _Masks
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The same in float32, a block of rows after the other; each y is rounded once."""
     outputs = [_in_float32(output) for output in outputs]
-    adapters = [adapter for output in outputs for adapter in output.adapters]
     ys = [x.new_empty(len(x), len(output.base.weight)) for output in outputs]
-    hs = [x.new_empty(len(x), len(a.lora_a), dtype=torch.float32) for a in adapters]
+    parts = []
     for rows in wide_rows(x):
-        x_rows, some = SCRATCH.widen("x", x[rows]), _from_row(masks, rows.start)
-        thin = [_project(x_rows, *of_one) for of_one in zip(adapters, some, strict=True)]
-        for h, part in zip(hs, thin, strict=True):
-            h[rows] = part
-        for y, output, parts in zip(ys, outputs, per_adapter(thin, outputs), strict=True):
-            write_linear(y[rows], x_rows, output, parts)
-    return ys, hs
+        x_rows = SCRATCH.widen("x", x[rows])
+        for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
+            pairs = zip(output.adapters, some, strict=True)
+            thin = [_project(x_rows, adapter, mask) for adapter, mask in pairs]
+            write_linear(y[rows], x_rows, output, thin)
+            parts += thin
+    count = sum(len(output.adapters) for output in outputs)
+    return ys, [torch.cat(parts[i::count]) for i in range(count)]
 
 
 def backward(
@@ -102,14 +103,13 @@ def backward(
     outputs, wanted = (unflatten(flat, settings.layouts) for flat in (tensors, needs_flat))
     masks = _masks(x, outputs, seeds, settings)
     of_adapters = _wide_adapter_gradients if are_wide(x) else _gradients_of_adapters
-    dx, found = of_adapters(dys, x, outputs, hs, wanted, masks, needs_x)
+    thin = per_adapter(hs, outputs)
+    dx, found = of_adapters(dys, x, outputs, list(thin), wanted, masks, needs_x)
     gradients = [
         no_gradients(output)
         if dy is None
         else Output(base_gradients(dy, x, output.base, need.base), tuple(adapters))
-        for dy, output, need, adapters in zip(
-            dys, outputs, wanted, per_adapter(found, outputs), strict=True
-        )
+        for dy, output, need, adapters in zip(dys, outputs, wanted, found, strict=True)
     ]
     return [dx, *flatten(gradients, settings.layouts)]
 
@@ -118,21 +118,16 @@ def _gradients_of_adapters(
     dys: Sequence[Tensor | None],
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Tensor | None],
+    hs: Sequence[Sequence[Tensor | None]],
     wanted: Sequence[Output[bool]],
-    masks: Sequence[DropoutMask | None],
+    masks: _Masks,
     needs_x: bool,
-) -> tuple[Tensor | None, list[Adapter[Tensor | None]]]:
-    """dx, if it is needed, and the gradients of every adapter, laid end to end."""
+) -> tuple[Tensor | None, _Gradients]:
+    """dx, if it is needed, and for each output its adapters' gradients, none without a dy."""
     dx, found = _base_dx(dys, x, outputs) if needs_x else None, []
-    left = zip(hs, masks, strict=True)
-    for dy, output, need in zip(dys, outputs, wanted, strict=True):
-        for adapter, needs in zip(output.adapters, need.adapters, strict=True):
-            h, mask = next(left)
-            gradients = Adapter(None, None)
-            if dy is not None:
-                gradients = _adapter_gradients(dy, x, adapter, needs, h, mask, dx)
-            found.append(gradients)
+    for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
+        per_one = zip(output.adapters, need.adapters, thin, some, strict=True)
+        found.append([] if dy is None else [_adapter_gradients(dy, x, *one, dx) for one in per_one])
     return dx, found
 
 
@@ -140,40 +135,53 @@ def _wide_adapter_gradients(
     dys: Sequence[Tensor | None],
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Tensor | None],
+    hs: Sequence[Sequence[Tensor | None]],
     wanted: Sequence[Output[bool]],
-    masks: Sequence[DropoutMask | None],
+    masks: _Masks,
     needs_x: bool,
-) -> tuple[Tensor | None, list[Adapter[Tensor | None]]]:
+) -> tuple[Tensor | None, _Gradients]:
     """The same in float32, summed over blocks of rows."""
     dx = x.new_empty(x.shape) if needs_x else None
-    wide = [_in_float32(output) for output in outputs]
+    wide, total = [_in_float32(output) for output in outputs], None
     reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
-    totals: list[Tensor | None] = []
     for rows in wide_rows(x):
-        part_dx, found = _gradients_of_adapters(
-            [None if dy is None else dy[rows] for dy in dys],
-            SCRATCH.widen("x", x[rows]) if reads_x else SCRATCH.take("x", *x[rows].shape),
+        x_rows = SCRATCH.widen("x", x[rows]) if reads_x else SCRATCH.take("x", *x[rows].shape)
+        part_dx, part = _gradients_of_adapters(
+            [_rows_of(dy, rows) for dy in dys],
+            x_rows,
             wide,
-            [None if h is None else h[rows] for h in hs],
+            [[_rows_of(h, rows) for h in thin] for thin in hs],
             wanted,
             _from_row(masks, rows.start),
             needs_x,
         )
         if dx is not None:
             dx[rows] = part_dx
-        parts = [gradient for adapter in found for gradient in adapter[:2]]
-        totals = (
-            parts
-            if not totals
-            else [
-                None if total is None else total.add_(part)
-                for total, part in zip(totals, parts, strict=True)
-            ]
-        )
-    left = iter(totals)
-    adapters = [adapter for output in outputs for adapter in output.adapters]
-    return dx, [Adapter(*(cast(next(left), t.dtype) for t in a[:2])) for a in adapters]
+        total = part if total is None else _sum(total, part)
+    assert total is not None
+    return dx, [
+        [
+            Adapter(
+                cast(found.lora_a, adapter.lora_a.dtype), cast(found.lora_b, adapter.lora_b.dtype)
+            )
+            for found, adapter in zip(of_output, output.adapters, strict=False)
+        ]
+        for of_output, output in zip(total, outputs, strict=True)
+    ]
+
+
+def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _sum(total: _Gradients, part: _Gradients) -> _Gradients:
+    """total + part, in place."""
+    for of_output, more in zip(total, part, strict=True):
+        for left, right in zip(of_output, more, strict=True):
+            for gradient, other in zip(left[:2], right[:2], strict=True):
+                if gradient is not None:
+                    gradient.add_(other)
+    return total
 
 
 def no_gradients(output: Output) -> Output[Tensor | None]:
@@ -238,15 +246,16 @@ def _through_lora_b(
 
 def _masks(
     x: Tensor, outputs: Sequence[Output], seeds: Tensor | None, settings: Settings
-) -> Sequence[DropoutMask | None]:
-    """Every adapter's mask, or None for each without dropout."""
+) -> _Masks:
+    """For each output its adapters' masks, or None for each without dropout."""
     if seeds is None:
-        return [None] * sum([len(output.adapters) for output in outputs])
-    return [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds.unbind()]
+        return [[None] * len(output.adapters) for output in outputs]
+    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds.unbind()]
+    return list(per_adapter(masks, outputs))
 
 
-def _from_row(masks: Sequence[DropoutMask | None], first: int) -> Sequence[DropoutMask | None]:
-    return [None if mask is None else mask.from_row(first) for mask in masks]
+def _from_row(masks: _Masks, first: int) -> _Masks:
+    return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
