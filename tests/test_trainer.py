@@ -1,0 +1,283 @@
+"""AdapterTrainer: transformers' Trainer with checkpoints of fastlora's adapters alone.
+
+The models are tiny Llamas with dropout in the adapters.  "The same" is the same bits.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from models import randomise, refused, tiny_llama
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+import fastlora
+from fastlora.trainer import AdapterTrainer
+
+STEPS, VOCABULARY = 6, 20
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
+ADAPTER = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.2}
+KINDS = {
+    "adapters": {},
+    "biases": {"bias": "lora_only"},
+    "all-biases": {"bias": "all"},
+    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+ARGUMENTS = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+ARGUMENTS |= {"logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True}
+ARGUMENTS |= {"use_cpu": True, "dataloader_pin_memory": False}
+EVERY_STEP = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+BEST = EVERY_STEP | {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,  # so that it isn't the last
+}
+
+
+def base_model() -> nn.Module:
+    torch.manual_seed(1)
+    return tiny_llama(attention_bias=True, **SIZES)
+
+
+def adapted(seed: int = 2, **kind) -> nn.Module:
+    """The base is always the same; what is on it depends on the seed."""
+    model = base_model()
+    torch.manual_seed(seed)
+    return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
+
+
+def rows() -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, VOCABULARY, (8, 6), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trainer_for(
+    model: nn.Module | None, folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
+) -> Trainer:
+    others = {k: settings.pop(k) for k in ("processing_class", "model_init") if k in settings}
+    arguments = Seq2SeqTrainingArguments if issubclass(kind, Seq2SeqTrainer) else TrainingArguments
+    arguments = arguments(**ARGUMENTS | {"output_dir": str(folder)} | settings)
+    return kind(model, arguments, train_dataset=rows(), eval_dataset=rows(), **others)
+
+
+class Stop(transformers.TrainerCallback):
+    """After half of the steps, as if the machine had gone."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == STEPS // 2
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Dicts and lists of tensors and numbers, bit for bit."""
+    assert type(got) is type(expected)
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        got, expected = list(got.values()), list(expected.values())
+    if isinstance(expected, list):
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(got, expected) if isinstance(expected, Tensor) else got == expected
+
+
+def result(trainer: Trainer) -> dict[str, Any]:
+    """All that a run leaves: weights, optimizer, losses, gradients' norms and learning rates."""
+    log = [[entry["loss"], entry["grad_norm"], entry["learning_rate"]] for entry in losses(trainer)]
+    return {"weights": weights(trainer.model), "state": trainer.optimizer.state_dict(), "log": log}
+
+
+def losses(trainer: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accum"])
+@kinds
+def test_a_resumed_run_is_the_run_without_a_stop(kind, settings, tmp_path):
+    whole = trainer_for(adapted(**kind), tmp_path / "whole", **settings)
+    whole.train()
+    expected = result(whole)
+    assert len(expected["log"]) == STEPS
+
+    half = trainer_for(adapted(**kind), tmp_path / "half", **settings)
+    half.add_callback(Stop())
+    half.train()
+    assert half.state.global_step == STEPS // 2
+    resumed = trainer_for(adapted(seed=3, **kind), tmp_path / "half", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(result(resumed), expected)
+
+
+def test_a_run_resumes_from_a_named_checkpoint(tmp_path):
+    whole = trainer_for(adapted(), tmp_path)
+    whole.train()
+    resumed = trainer_for(adapted(seed=3), tmp_path / "other")
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_same(result(resumed), result(whole))
+
+
+@kinds
+def test_the_best_adapter_is_loaded_at_the_end(kind, tmp_path):
+    trainer = trainer_for(adapted(**kind), tmp_path, **BEST, save_total_limit=2)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", f"checkpoint-{STEPS}"}
+    for step, is_best in ((1, True), (STEPS, False)):
+        saved = fastlora.load_adapter(adapted(**kind), tmp_path / f"checkpoint-{step}")
+        same = [saved.state_dict()[k].equal(v) for k, v in trainer.model.state_dict().items()]
+        assert all(same) == is_best
+
+
+def test_a_best_checkpoint_that_is_elsewhere_is_warned_of(tmp_path, caplog):
+    trainer = trainer_for(adapted(), tmp_path)
+    before = weights(trainer.model)
+    trainer.state.best_model_checkpoint = str(tmp_path / "on-another-machine")
+    with caplog.at_level("WARNING", "transformers"):
+        trainer._load_best_model()
+    assert_same(weights(trainer.model), before)
+
+
+@pytest.fixture
+def words():
+    """A tokenizer that knows the words w0 to w19."""
+    tokenizers = pytest.importorskip("tokenizers")
+    numbers = {f"w{i}": i for i in range(VOCABULARY)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="w0"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="w0", eos_token="w1", unk_token="w2"
+    )
+
+
+def test_a_checkpoint_holds_what_trainer_s_does_for_a_peft_model(words, tmp_path):
+    theirs = peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER))
+    for folder, model, kind in (("theirs", theirs, Trainer), ("ours", adapted(), AdapterTrainer)):
+        label_names = {"label_names": ["labels"]}
+        trainer = trainer_for(
+            model, tmp_path / folder, kind, max_steps=3, processing_class=words, **label_names
+        )
+        trainer.train()
+    names, ours = (
+        {path.name for path in (tmp_path / folder / "checkpoint-3").iterdir()}
+        for folder in ("theirs", "ours")
+    )
+    assert {"adapter_model.safetensors", "tokenizer.json", "training_args.bin"} < names
+    assert ours == names - {"README.md"}  # PEFT's, the model's card
+    files = [tmp_path / f / "checkpoint-3/adapter_model.safetensors" for f in ("theirs", "ours")]
+    assert keys_of(files[0]) == keys_of(files[1])
+
+
+def keys_of(file: Path) -> set[str]:
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
+
+
+def test_a_collator_s_tokenizer_is_saved(words, tmp_path):
+    trainer = trainer_for(adapted(), tmp_path)
+    trainer.data_collator = transformers.DataCollatorWithPadding(words)
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved/tokenizer.json").is_file()
+
+
+def test_save_model_writes_to_the_output_folder(tmp_path):
+    trainer = trainer_for(adapted(), tmp_path)
+    trainer.save_model()
+    loaded = fastlora.load_adapter(base_model(), tmp_path)
+    assert_same(weights(loaded), weights(trainer.model))
+
+
+def test_the_model_alone(tmp_path):
+    trainer_for(adapted(), tmp_path, save_only_model=True).train()
+    names = {path.name for path in (tmp_path / f"checkpoint-{STEPS}").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "optimizer.pt" not in names
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    trainer = trainer_for(adapted(), tmp_path, save_total_limit=1)
+
+    def full_disk(model, folder):
+        if folder.endswith(f"checkpoint-{STEPS}"):
+            raise OSError("the disk is full")
+        fastlora.save_adapter(model, folder)
+
+    monkeypatch.setattr("fastlora.trainer.save_adapter", full_disk)
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = trainer_for(adapted(), tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(resumed)) == STEPS
+
+
+def test_another_trainer_by_inheritance(tmp_path):
+    class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer):
+        pass
+
+    whole = trainer_for(adapted(), tmp_path, AdapterSeq2SeqTrainer)
+    whole.train()
+    resumed = trainer_for(adapted(seed=3), tmp_path / "other", AdapterSeq2SeqTrainer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_same(result(resumed), result(whole))
+
+
+def test_any_module_trains(tmp_path):
+    """Also one that is no transformers model."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+        def forward(self, input_ids, labels):
+            logits = self.head(self.embed(input_ids))
+            return {"loss": nn.functional.cross_entropy(logits.mT, labels), "logits": logits}
+
+    model = fastlora.apply_lora(Classifier(), fastlora.LoRAConfig(target_modules=["head"]))
+    trainer_for(model, tmp_path, max_steps=3).train()
+    config = json.loads((tmp_path / "checkpoint-3/adapter_config.json").read_text())
+    assert config["target_modules"] == ["head"]
+
+
+NO_ADAPTERS = "has none: call fastlora.apply_lora.* or use transformers.Trainer"
+MODELS = {
+    "plain": (base_model, NO_ADAPTERS),
+    "peft": (lambda: peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER)), NO_ADAPTERS),
+    "changed": (lambda: changed(adapted()), "not those that apply_lora made"),
+}
+
+
+def changed(model: nn.Module) -> nn.Module:
+    model.model.layers[0].mlp.down_proj = nn.Linear(24, 16)
+    return model
+
+
+@pytest.mark.parametrize(("make", "message"), MODELS.values(), ids=MODELS)
+def test_a_model_that_it_can_t_save_is_refused_at_once(make, message, tmp_path):
+    model = make()
+    with refused(model, message):
+        trainer_for(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=message):
+        trainer_for(None, tmp_path / "out", model_init=make)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_path):
+    class Engine(AdapterTrainer):
+        """As accelerate's plugin for the engine would set it."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            setattr(self, f"is_{engine}_enabled", True)
+
+    with pytest.raises(ValueError, match=f"(?i)alone under {engine}.*use transformers.Trainer"):
+        trainer_for(adapted(), tmp_path, Engine)
