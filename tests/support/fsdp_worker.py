@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from zero3 import Zero3
 
 import fastlora
 
@@ -69,6 +70,7 @@ OWN = {
     "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
     "a-block-to-save": {"modules_to_save": ["layers.1"]},  # which FSDP shards by itself
     "frozen": {},
+    "embeddings": {},
 }
 
 
@@ -87,8 +89,18 @@ def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
     """Save a sharded model of fastlora's own after a step; its report, and the layers' names."""
     model = (fsdp1 if kind == "fsdp1" else fsdp2)(own_model(what))
     step(model)
-    fastlora.save_adapter(model, folder)
+    fastlora.save_adapter(model, folder, save_embedding_layers=what == "embeddings")
     torch.distributed.barrier()
     assert json.loads(Path(folder, "adapter_config.json").read_text())["r"] == 4
     report = fastlora.coverage(model)
     return str(report), [layer.name for layer in report.layers]
+
+
+def save_under_zero3(folder: str) -> str:
+    model = own_model("adapters")
+    Zero3(model)
+    try:
+        fastlora.save_adapter(model, folder)
+    except ValueError as error:
+        return str(error)
+    return "saved"
