@@ -11,70 +11,36 @@ import peft
 import pytest
 import torch
 import transformers
-from models import randomise, refused, tiny_llama
+from models import refused
+from ranks import Ranks
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from trainer_runs import (
+    ADAPTER,
+    KINDS,
+    STEPS,
+    VOCABULARY,
+    Stop,
+    adapted,
+    base_model,
+    losses,
+    result,
+    train_in_ranks,
+    trainer_for,
+    weights,
+)
+from transformers import Seq2SeqTrainer, Trainer
 
 import fastlora
 from fastlora.trainer import AdapterTrainer
 
-STEPS, VOCABULARY = 6, 20
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
-ADAPTER = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.2}
-KINDS = {
-    "adapters": {},
-    "biases": {"bias": "lora_only"},
-    "all-biases": {"bias": "all"},
-    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
-}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-ARGUMENTS = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
-ARGUMENTS |= {"logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True}
-ARGUMENTS |= {"use_cpu": True, "dataloader_pin_memory": False}
 EVERY_STEP = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
 BEST = EVERY_STEP | {
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
     "greater_is_better": True,  # so that it isn't the last
 }
-
-
-def base_model() -> nn.Module:
-    torch.manual_seed(1)
-    return tiny_llama(attention_bias=True, **SIZES)
-
-
-def adapted(seed: int = 2, **kind) -> nn.Module:
-    """The base is always the same; what is on it depends on the seed."""
-    model = base_model()
-    torch.manual_seed(seed)
-    return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
-
-
-def rows() -> list[dict[str, Tensor]]:
-    ids = torch.randint(0, VOCABULARY, (8, 6), generator=torch.Generator().manual_seed(5))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def trainer_for(
-    model: nn.Module | None, folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
-) -> Trainer:
-    others = {k: settings.pop(k) for k in ("processing_class", "model_init") if k in settings}
-    arguments = Seq2SeqTrainingArguments if issubclass(kind, Seq2SeqTrainer) else TrainingArguments
-    arguments = arguments(**ARGUMENTS | {"output_dir": str(folder)} | settings)
-    return kind(model, arguments, train_dataset=rows(), eval_dataset=rows(), **others)
-
-
-class Stop(transformers.TrainerCallback):
-    """After half of the steps, as if the machine had gone."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == STEPS // 2
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_same(got: Any, expected: Any) -> None:
@@ -88,16 +54,6 @@ def assert_same(got: Any, expected: Any) -> None:
             assert_same(one, other)
     else:
         assert torch.equal(got, expected) if isinstance(expected, Tensor) else got == expected
-
-
-def result(trainer: Trainer) -> dict[str, Any]:
-    """All that a run leaves: weights, optimizer, losses, gradients' norms and learning rates."""
-    log = [[entry["loss"], entry["grad_norm"], entry["learning_rate"]] for entry in losses(trainer)]
-    return {"weights": weights(trainer.model), "state": trainer.optimizer.state_dict(), "log": log}
-
-
-def losses(trainer: Trainer) -> list[dict[str, float]]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accum"])
@@ -281,3 +237,14 @@ def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_p
 
     with pytest.raises(ValueError, match=f"(?i)alone under {engine}.*use transformers.Trainer"):
         trainer_for(adapted(), tmp_path, Engine)
+
+
+def test_in_ddp_one_rank_writes_and_a_resumed_run_is_the_run_without_a_stop(tmp_path):
+    ranks = Ranks(2, tmp_path)
+    expected = ranks.run(train_in_ranks, str(tmp_path / "whole"))
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
+    resumed = ranks.run(train_in_ranks, str(tmp_path / "resumed"), checkpoint)
+    ranks.close()
+    assert [wrote for _, wrote in expected] == [True, False]
+    for (one, _), (other, _) in zip(resumed, expected, strict=True):
+        assert_same(one, other)
