@@ -33,7 +33,7 @@ class AdapterTrainer(Trainer):
     run goes on to the last bit where Trainer's own does.  For another trainer, name both:
     ``class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer)``.
 
-    Raises ValueError for a PEFT model and for one without adapters, which are transformers.Trainer's;
+    Raises ValueError for a PEFT model and one without adapters, which are transformers.Trainer's,
     and under FSDP and DeepSpeed, whose checkpoints hold the whole model.
     """
 
@@ -74,9 +74,9 @@ def _check_model(model: nn.Module) -> None:
     injection = injection_of(model)
     if injection is None:
         raise ValueError(
-            f"AdapterTrainer trains the adapters of fastlora.apply_lora, and {type(model).__name__} "
-            "has none: call fastlora.apply_lora(model, config) first, or use transformers.Trainer, "
-            "which also saves and loads PEFT's models"
+            f"{type(model).__name__} has no adapters of fastlora for AdapterTrainer: call "
+            "fastlora.apply_lora(model, config) first; a PEFT model, or a model without adapters, "
+            "is transformers.Trainer's"
         )
     check_injection(unwrap(model), injection)
 
@@ -88,5 +88,5 @@ def _check_engine(trainer: Trainer) -> None:
     if trainer.is_deepspeed_enabled or sharded:
         raise ValueError(
             f"AdapterTrainer can't save adapters alone under {engine}, whose checkpoints hold the "
-            "whole model: use transformers.Trainer"
+            "whole model: use transformers.Trainer, and fastlora.save_adapter when it has trained"
         )

@@ -203,7 +203,7 @@ def test_any_module_trains(tmp_path):
     assert config["target_modules"] == ["head"]
 
 
-NO_ADAPTERS = "has none: call fastlora.apply_lora.* or use transformers.Trainer"
+NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* is transformers.Trainer's"
 MODELS = {
     "plain": (base_model, NO_ADAPTERS),
     "peft": (lambda: peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER)), NO_ADAPTERS),

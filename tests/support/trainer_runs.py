@@ -1,4 +1,4 @@
-"""Runs of AdapterTrainer on tiny Llamas with dropout in the adapters, in one process or in ranks."""
+"""Runs of AdapterTrainer on tiny Llamas with dropout in the adapters, in one process or more."""
 
 import os
 from pathlib import Path
