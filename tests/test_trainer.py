@@ -56,7 +56,7 @@ def assert_same(got: Any, expected: Any) -> None:
         assert torch.equal(got, expected) if isinstance(expected, Tensor) else got == expected
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accum"])
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulation"])
 @kinds
 def test_a_resumed_run_is_the_run_without_a_stop(kind, settings, tmp_path):
     whole = trainer_for(adapted(**kind), tmp_path / "whole", **settings)
@@ -99,6 +99,7 @@ def test_a_best_checkpoint_that_is_elsewhere_is_warned_of(tmp_path, caplog):
     trainer.state.best_model_checkpoint = str(tmp_path / "on-another-machine")
     with caplog.at_level("WARNING", "transformers"):
         trainer._load_best_model()
+    assert "Could not locate the best model" in caplog.text
     assert_same(weights(trainer.model), before)
 
 
@@ -116,11 +117,7 @@ def words():
 def test_a_checkpoint_holds_what_trainer_s_does_for_a_peft_model(words, tmp_path):
     theirs = peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER))
     for folder, model, kind in (("theirs", theirs, Trainer), ("ours", adapted(), AdapterTrainer)):
-        label_names = {"label_names": ["labels"]}
-        trainer = trainer_for(
-            model, tmp_path / folder, kind, max_steps=3, processing_class=words, **label_names
-        )
-        trainer.train()
+        trainer_for(model, tmp_path / folder, kind, max_steps=3, processing_class=words).train()
     names, ours = (
         {path.name for path in (tmp_path / folder / "checkpoint-3").iterdir()}
         for folder in ("theirs", "ours")
@@ -237,6 +234,13 @@ def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_p
 
     with pytest.raises(ValueError, match=f"(?i)alone under {engine}.*use transformers.Trainer"):
         trainer_for(adapted(), tmp_path, Engine)
+
+
+def test_a_model_that_is_sharded_already_is_refused_at_once(tmp_path):
+    model = adapted()
+    model.lm_head.weight._fsdp_flattened = True  # as FSDP1 marks what it has taken apart
+    with pytest.raises(ValueError, match="alone under FSDP"):
+        trainer_for(model, tmp_path)
 
 
 def test_in_ddp_one_rank_writes_and_a_resumed_run_is_the_run_without_a_stop(tmp_path):
