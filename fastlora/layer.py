@@ -5,13 +5,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 from .blocks import rows_at_a_time
-from .ops import is_plain, lora_linears
+from .ops import lora_linears
 from .ops.autocast import autocast_off
-from .projection import Projection, check_settings
+from .projection import Projection, check_settings, is_plain
 
 # Of weights: those of FSDP2, and of shapes without data, become plain tensors by themselves.
 _KINDS = ("DTensor", "FakeTensor")
@@ -28,9 +27,6 @@ class LoRALinear(nn.Linear):
     r].  A fresh layer is the identity change: lora_A is kaiming-uniform(a=√5) and lora_B zero,
     PEFT's default.  ``scaling`` is lora_alpha / r, or lora_alpha / √r with ``use_rslora`` (arXiv
     2312.03732).  ``lora_dropout`` in [0, 1) acts on the adapter's input alone, in training.
-
-    Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
-    ``nn.Linear``: these calls run the textbook formula, with a mask of torch's own.
 
     One adapter a layer; many adapters at once are PEFT's job.  Raises ValueError for a rank below 1
     or a dropout outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.
@@ -49,7 +45,7 @@ class LoRALinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_settings(r, lora_alpha, lora_dropout)
+        check_settings(r, lora_alpha, lora_dropout, use_rslora)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.attach_adapter(new_adapter(self.weight, r), lora_alpha, lora_dropout, use_rslora)
 
@@ -67,7 +63,7 @@ class LoRALinear(nn.Linear):
 
         The adapter has the weight's dtype.  Raises ValueError for all but a plain nn.Linear.
         """
-        check_settings(r, lora_alpha, lora_dropout)
+        check_settings(r, lora_alpha, lora_dropout, use_rslora)
         check_base(linear)
         adapter = new_adapter(linear.weight, r)
         layer = cls(
@@ -118,19 +114,8 @@ class LoRALinear(nn.Linear):
                     "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
                 )
             return linear(x, self.weight, self.bias)
-        if _needs_textbook(x):
-            return self._textbook(x)
         group = (self.projection(),)
         return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
-
-    def _textbook(self, x: Tensor) -> Tensor:
-        """The same by torch's own operations, which everything of torch's can follow."""
-        dropped = dropout(x, self.lora_dropout, self.training)
-        lora_a, lora_b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        # lora_A is scaled, since that is never nested.
-        return linear(x, self.weight, self.bias) + linear(
-            linear(dropped, self.scaling * lora_a), lora_b
-        )
 
     def projection(self) -> Projection:
         """What the layer's call hands to :func:`fastlora.lora_linears`."""
@@ -200,13 +185,6 @@ class LoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         settings = f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
         return f"{super().extra_repr()}, {settings}" + (", merged" if self.merged else "")
-
-
-def _needs_textbook(x: Tensor) -> bool:
-    """Whether x, or what is done with the call, is nothing that the op's node can follow."""
-    return isinstance(x, Tensor) and (
-        x.is_nested or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
 
 
 def new_adapter(

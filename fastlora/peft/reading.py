@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..gather import is_flattened
-from ..ops import is_plain
-from ..ops.autocast import AUTOCAST_DTYPES
-from ..projection import DTYPES, LARGEST_SCALE, Adapter, Base, Output
+from ..projection import (
+    AUTOCAST_DTYPES,
+    DTYPES,
+    LARGEST_SCALE,
+    Adapter,
+    Base,
+    Output,
+    is_plain,
+)
 from .dropout import DROPOUTS
 from .moment import why_not_dora
 
