@@ -175,6 +175,21 @@ def check_tensor(name: str, tensor: object) -> None:
         raise ValueError(f"{name} has no shape as yet: call the lazy module that it is of once")
 
 
+def why_not_mixed(name: str, tensor: Tensor, x: Tensor) -> str:
+    """Why torch can't work with this tensor and x at once; "" if it isn't for their classes."""
+    if _dispatches(tensor) == _dispatches(x):
+        return ""
+    return (
+        f"{name} is a {type(tensor).__name__}, but x is a {type(x).__name__}, and torch doesn't "
+        "mix them: make both the same"
+    )
+
+
+def _dispatches(tensor: Tensor) -> bool:
+    """Whether it is of a class that runs torch's operations itself: a FakeTensor, a DTensor …"""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def check_call(
     x: Tensor, outputs: Sequence[Output], dropout: float, training: bool, autocast: bool
 ) -> None:
@@ -191,24 +206,24 @@ def check_call(
             "x is a scalar, but must be [..., in_features]: give it at least one dimension"
         )
     check_dropout(dropout)
-    if training is not True and training is not False:
-        raise TypeError(f"training is {shown(training)}, but must be True or False")
+    if training is not True:
+        check_switch("training", training)
     if not outputs:
         raise ValueError("no projections came: give at least one fastlora.Projection")
     features = _features_of_nested(x) if x.is_nested else x.shape[-1]
     dtype, device = x.dtype, x.device
     for output in outputs:
-        _check_tensors(device, output)
+        _check_tensors(x, device, output)
         _check_base(features, dtype, autocast, output)
         for adapter in output.adapters:
             _check_adapter(features, output.base.weight.shape[0], adapter)
 
 
-def check_dropout(dropout: float) -> None:
+def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise ValueError for what is no probability below 1."""
-    if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ValueError(
-            f"dropout is {shown(dropout)}, but must lie in [0, 1): the probability of dropping "
+            f"{name} is {shown(dropout)}, but must lie in [0, 1): the probability of dropping "
             "an input, a number"
         )
 
@@ -221,17 +236,22 @@ def check_settings(
         raise ValueError(
             f"r is {shown(r)}, but the rank must be a whole number of at least 1 and below 2³¹"
         )
-    if not _is_number(lora_alpha) or not -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE:
+    if not is_number(lora_alpha) or not -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE:
         raise ValueError(
             f"lora_alpha is {shown(lora_alpha)}, but must be a finite number: scaling is "
             "lora_alpha / r"
         )
-    check_dropout(lora_dropout)
-    if not isinstance(use_rslora, bool):
-        raise ValueError(f"use_rslora is {shown(use_rslora)}, but must be True or False")
+    check_dropout(lora_dropout, "lora_dropout")
+    check_switch("use_rslora", use_rslora)
 
 
-def _is_number(value: object) -> bool:
+def check_switch(name: str, value: bool) -> None:
+    """Raise ValueError for all but True and False."""
+    if value is not True and value is not False:
+        raise ValueError(f"{name} is {shown(value)}, but must be True or False")
+
+
+def is_number(value: object) -> bool:
     """Whether it is Python's: an int or a float, of which numpy.float64 is one, and no bool."""
     return type(value) is float or (isinstance(value, int | float) and type(value) is not bool)
 
@@ -286,19 +306,22 @@ def _check_adapter(features: int, out_features: int, adapter: Adapter) -> None:
             f"in_features {features}, out_features {out_features} and r {rank} must each be at "
             "least 1: for no adapter use torch.nn.functional.linear"
         )
-    if not _is_number(scale) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
+    if not is_number(scale) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
         raise ValueError(
             f"scale is {shown(scale)}, but must be a finite float32: alpha / r, or alpha / √r for "
             "rsLoRA"
         )
 
 
-def _check_tensors(device: torch.device, output: Output) -> None:
+def _check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
     for name, tensor in named_tensors(output):
         if tensor is None and name == "bias":
             continue
         if type(tensor) not in _PLAIN:
             check_tensor(name, tensor)
+            # Other classes torch may take, but the memory of this one is a null pointer to kernels.
+            if type(tensor).__name__ == "FakeTensor" and is_plain(x):
+                raise TypeError(why_not_mixed(name, tensor, x))
         if tensor.device != device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but x is on {device}: move them to one device"

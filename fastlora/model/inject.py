@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layer import LoRALinear, become_lora_linear, new_adapter
 from ..modules import called, lora_layers, some, unwrap
+from ..projection import check_switch
 from .arguments import as_config, check_model
 from .config import LoRAConfig
 from .targets import find_targets, modules_to_save, warn_of_passed_over
@@ -57,6 +58,7 @@ def apply_lora(
     of other classes.
     """
     check_model(model)
+    check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
     config, inner = as_config(config), unwrap(model)
     for name, module in inner.named_modules():
         if isinstance(module, LoRALinear):

@@ -16,6 +16,7 @@ from ..projection import (
     is_plain,
     layouts_of,
     named_tensors,
+    why_not_mixed,
 )
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import run_forward
@@ -137,24 +138,16 @@ def _why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
     """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
     if x.is_nested:
         return f"torch.nn.functional.linear can't take this nested x, of {x.dim()} dimensions"
-    named: list[tuple[str, Tensor | None]] = [("x", x)]
-    for output in outputs:
-        named += named_tensors(output)
-    for name, tensor in named:
-        if tensor is not None and _dispatches(tensor) != _dispatches(x):
-            return (
-                f"{name} is a {type(tensor).__name__}, but x is a {type(x).__name__}, and torch "
-                "doesn't mix them: make both the same"
-            )
-    for name, tensor in named:
-        if tensor is not None and tensor.is_inference() and torch.is_grad_enabled():
+    named = [pair for output in outputs for pair in named_tensors(output)]
+    for name, tensor in (("x", x), *named):
+        if tensor is None:
+            continue
+        reason = why_not_mixed(name, tensor, x)
+        if reason:
+            return reason
+        if tensor.is_inference() and torch.is_grad_enabled():
             return (
                 f"{name} was made in inference mode, and no backward can keep it: clone it, or "
                 "call this in torch.no_grad()"
             )
     return ""
-
-
-def _dispatches(tensor: Tensor) -> bool:
-    """Whether it is of a class that runs torch's operations itself: a FakeTensor, a DTensor …"""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
