@@ -28,8 +28,12 @@ class LoRALinear(nn.Linear):
     PEFT's default.  ``scaling`` is lora_alpha / r, or lora_alpha / √r with ``use_rslora`` (arXiv
     2312.03732).  ``lora_dropout`` in [0, 1) acts on the adapter's input alone, in training.
 
+    Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
+    ``nn.Linear``, by :func:`fastlora.lora_linear`, which every call goes to.
+
     One adapter a layer; many adapters at once are PEFT's job.  Raises ValueError for a rank below 1
-    or a dropout outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.
+    or a dropout outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.  The
+    arguments that ``nn.Linear`` has too are its own, and so are their errors.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-AUTOCAST_DTYPES = {torch.float16, torch.bfloat16, torch.float32}  # those that it casts
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # those that it casts
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 LARGEST_SCALE = torch.finfo(torch.float32).max
 LARGEST_RANK = 2**31 - 1
@@ -267,7 +267,8 @@ def _features_of_nested(x: Tensor) -> int:
 
 def _check_base(features: int, dtype: torch.dtype, autocast: bool, output: Output) -> None:
     (weight, bias), adapters = output
-    if weight.dtype != dtype and not (autocast and {dtype, weight.dtype} <= AUTOCAST_DTYPES):
+    cast = autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
+    if not cast and weight.dtype != dtype:
         raise TypeError(
             f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
             "or use torch.autocast"
@@ -315,7 +316,9 @@ def _check_adapter(features: int, out_features: int, adapter: Adapter) -> None:
 
 def _check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
     for name, tensor in named_tensors(output):
-        if tensor is None and name == "bias":
+        if tensor is None:
+            if name != "bias":
+                check_tensor(name, tensor)
             continue
         if type(tensor) not in _PLAIN:
             check_tensor(name, tensor)

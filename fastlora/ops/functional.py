@@ -96,6 +96,8 @@ def lora_linears(
         x, outputs = autocast_inputs(x, outputs)
         with autocast_off(device):
             return _call(x, outputs, dropout, training, backend)
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, RuntimeError) as error:
         reason = _why_torch_refuses(x, outputs)
         if reason:

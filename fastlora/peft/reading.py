@@ -26,6 +26,7 @@ from ..projection import (
     Adapter,
     Base,
     Output,
+    is_number,
     is_plain,
 )
 from .dropout import DROPOUTS
@@ -318,5 +319,5 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
 def _why_not_scale(scale: Any) -> str:
     if isinstance(scale, Tensor):
         return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
-    finite = isinstance(scale, (float, int)) and abs(scale) <= LARGEST_SCALE
+    finite = is_number(scale) and abs(scale) <= LARGEST_SCALE
     return "" if finite else f"its scaling is {scale!r}, no finite float32"
