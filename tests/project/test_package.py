@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "layer",
-    "modules", "gather", "report", "model", "peft", "moved", "__init__",
+    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "base", "adapted",
+    "layer", "modules", "gather", "report", "model", "peft", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
