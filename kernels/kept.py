@@ -56,10 +56,14 @@ def replayed(
 
 
 def _facts(tensor: Tensor | None) -> Hashable:
-    """What launchers and Triton look at: 16 bytes at once are loaded from aligned addresses."""
+    """What launchers and Triton look at, and ``covers``.
+
+    From aligned addresses, 16 bytes are loaded at once.
+    """
     if tensor is None:
         return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
+    shape, address = tensor.shape, tensor.data_ptr() & 15
+    return shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
 
 
 def _is_watched() -> bool:

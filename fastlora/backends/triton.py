@@ -41,6 +41,8 @@ __all__ = ["backward", "dropout_mask", "forward", "why_not"]
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _NOTHING = nullcontext()
+# z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
+_NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
 _said: set[str] = set()
 _INTERNAL = tuple(
     str(Path(file).parent) for file in (Path(__file__).parent, kernels.__file__, torch.__file__)
@@ -79,7 +81,7 @@ def backward(
             _backward,
             [seeds, *inputs, *hs, *dys],
             (settings.layouts, settings.dropout, _precision(x), tuple(needs)),
-            lambda: any(dy is not None for dy in dys) and _covers(inputs, settings.layouts),
+            lambda: any(dy is not None for dy in dys) and _covers(inputs, settings.layouts, dys),
         )
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
@@ -95,20 +97,28 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
         for _, tensor in named_tensors(output):
-            if tensor is not None and tensor.dtype not in _COVERED:
+            if tensor is None:
+                continue
+            if tensor.dtype not in _COVERED:
                 return f"the Triton kernels don't have {tensor.dtype}"
-            if tensor is not None and max(tensor.shape) > _LONGEST:
+            if tensor.is_neg():
+                return _NEGATED
+            if max(tensor.shape) > _LONGEST:
                 return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
     if dtype == torch.float32 and not target.float32:
         return f"{target.name} multiplies no float32 in tensor cores"
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
-def _covers(inputs: Sequence[Tensor], layouts: Sequence[Layout]) -> bool:
+def _covers(
+    inputs: Sequence[Tensor], layouts: Sequence[Layout], dys: Sequence[Tensor | None] = ()
+) -> bool:
     x, *tensors = inputs
     if len(x) == 0:
         return False
     reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
+    if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
+        reason = _NEGATED
     if not reason and len(x) > _LONGEST:
         reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
     if reason and reason not in _said:
