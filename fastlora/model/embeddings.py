@@ -6,6 +6,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from ..adapted import LoRALayer
+from ..modules import plain_name
 from ..projection import shown
 
 AUTO = "auto"
@@ -19,7 +20,8 @@ def embeddings_of(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]
     """
     tensors = {}
     for module in _embeddings(model):
-        name = next((name for name, other in model.named_modules() if other is module), None)
+        names = [name for name, other in model.named_modules() if other is module]
+        name = plain_name(names[0]) if names else None
         if name is None or any(name == one or name.startswith(f"{one}.") for one in saved):
             continue
         prefix = f"{name}.base_layer" if isinstance(module, LoRALayer) else name
