@@ -340,7 +340,8 @@ def _join(some: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:
 
 def _precision(x: Tensor) -> str:
     """How tensor cores may read float32; for the 16-bit dtypes it means nothing."""
-    if x.dtype != torch.float32 or not kernels.target_of(x.device).tf32:
+    target = kernels.target_of(x.device) if x.dtype == torch.float32 else None
+    if target is None or not target.tf32:
         return "ieee"
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         # Since torch 2.9: it follows the older switches, whose getters raise if this one was used.
