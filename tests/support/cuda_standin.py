@@ -16,6 +16,7 @@ driver's part of it, and for torch's look-up of the current device and stream.
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +33,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-# Triton reads it when it is imported, and this is imported before.
+# Both are read when Triton is imported, which this comes before; the second is the default, said.
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _library: ctypes.CDLL
@@ -59,15 +62,11 @@ def why_not() -> str:
 
 
 def install() -> None:
-    """Make it the device of Triton's launches, and of the package's kernels on CPU tensors.
-
-    Kernels are compiled as far as a launch looks, to shared memory and the boxes of tensor maps; no
-    machine code is made of them.  So they are kept apart from Triton's own cache.
-    """
+    """Make it the device of Triton's launches, and of the package's kernels on CPU tensors."""
     global _library
     folder = _built()
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # what it compiles would run nowhere
     _library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
 
     import triton
@@ -82,7 +81,7 @@ def install() -> None:
     driver.set_current_device = driver.get_current_stream = int
     triton.runtime.driver.set_active(driver)
     target._of_cpu = target.TARGETS["sm_90"]
-    _stop_before_machine_code()
+    _compile_little()
     _make_products_tiny()
 
 
@@ -115,8 +114,9 @@ def _so_far() -> tuple[Counter[str], int]:
 
 def _built() -> Path:
     """The folder of the library, which is built once."""
-    told = hashlib.sha256(_SOURCE.read_bytes() + str(_headers()).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir(), f"fastlora-cuda-standin-{os.getuid()}-{told}")
+    sources = [Path(__file__).read_bytes(), _SOURCE.read_bytes(), str(_headers()).encode()]
+    version = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"fastlora-cuda-standin-{os.getuid()}-{version}")
     library = folder / "libcuda.so.1"
     if not library.exists():
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -135,18 +135,39 @@ def _headers() -> Path:
     return Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
 
 
-def _stop_before_machine_code() -> None:
-    import re
+def _compile_little() -> None:
+    """Only kernels with tensor maps are compiled, and those as far as a launch looks.
 
-    from triton.backends.nvidia import compiler
+    That is to the boxes of the maps and to shared memory.  The others are as if they had none.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
 
-    def make_ptx(self, llir: str, metadata: dict, *_) -> str:
-        metadata["name"] = re.search(r"define .*ptx_kernel.* @(\w+)\(", llir)[1]
+    make_ir, add_stages = ASTSource.make_ir, CUDABackend.add_stages
+
+    def make_little_ir(self, *context) -> object:
+        return make_ir(self, *context) if "tensordesc" in str(self.signature) else self.name
+
+    def add_little_stages(self, stages: dict, *options) -> None:
+        add_stages(self, stages, *options)
+        compiled = {name: stages[name] for name in ("ttir", "ttgir", "llir")}
+        stages |= {name: partial(lowered, stage) for name, stage in compiled.items()}
+        stages |= {"ptx": named, "cubin": lambda ptx, metadata: b"no machine code"}
+
+    def lowered(stage: Callable, module: object, metadata: dict) -> object:
+        if not isinstance(module, str):
+            return stage(module, metadata)
+        metadata |= {"name": module, "shared": 0, "tmem_size": 0, "tensordesc_meta": []}
+        for scratch in ("global_scratch", "profile_scratch"):
+            metadata |= {f"{scratch}_size": 0, f"{scratch}_align": 1}
+        return module
+
+    def named(llir: str, metadata: dict) -> str:
+        if "name" not in metadata:
+            metadata["name"] = re.search(r"define .*ptx_kernel.* @(\w+)\(", llir)[1]
         return llir
 
-    compiler.llvm.optimize_module = lambda *_, **__: None
-    compiler.CUDABackend.make_ptx = make_ptx
-    compiler.CUDABackend.make_cubin = lambda *_: b"no machine code"
+    ASTSource.make_ir, CUDABackend.add_stages = make_little_ir, add_little_stages
 
 
 def _make_products_tiny() -> None:

@@ -53,7 +53,6 @@ def random_layer(seed: int) -> RandomLayer:
         return _LAYOUTS[layout](lambda *shape: torch.empty(shape, dtype=of), rows, columns)
 
     def adapter(N: int, K: int) -> Adapter[Tensor]:
-        r, of = draw.choice(_RANKS), draw.choice((dtype, torch.float32, torch.float16))
         pair = [matrix(r, K, of, dense=0.8), matrix(N, r, of, dense=0.8)]
         return Adapter(*(each.requires_grad_(draw.random() < 0.9) for each in pair), 2.0)
 
@@ -65,7 +64,8 @@ def random_layer(seed: int) -> RandomLayer:
         count = draw.choice((0, 1, 1, 1, 1, 1, 1, 2))
         return Output(Base(matrix(N, K), bias), tuple(adapter(N, K) for _ in range(count)))
 
-    M, K = draw.choice(_ROWS), draw.choice(_FEATURES)
+    M, K, r = draw.choice(_ROWS), draw.choice(_FEATURES), draw.choice(_RANKS)
+    of = draw.choice((dtype, torch.float32, torch.float16))  # the adapters
     x = matrix(M, K).requires_grad_(draw.random() < 0.8)
     outputs = [output(K) for _ in range(draw.choice((1, 1, 1, 2, 3, 5)))]
     dys = [matrix(M, len(each.base.weight)) for each in outputs]
