@@ -32,6 +32,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Both are read when Triton is imported, which this comes before; the second is the default, said.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -62,8 +63,13 @@ def why_not() -> str:
 
 
 def install() -> None:
-    """Make it the device of Triton's launches, and of the package's kernels on CPU tensors."""
+    """Make it the device of Triton's launches, and of the package's kernels on CPU tensors.
+
+    A RuntimeError with :func:`why_not`'s reason if it can't be built.
+    """
     global _library
+    if reason := why_not():
+        raise RuntimeError(f"the stand-in for CUDA can't be built: {reason}")
     folder = _built()
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # what it compiles would run nowhere
@@ -100,6 +106,18 @@ def counted() -> Iterator[Counts]:
     yield counts
     after = _so_far()
     counts.launches, counts.tensor_maps = after[0] - before[0], after[1] - before[1]
+
+
+class TorchKernels(TorchDispatchMode):
+    """Counts what torch would launch in a block: neither views nor empty tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        self.count += not (operation.is_view or "empty" in operation.__name__)
+        return operation(*arguments, **(named or {}))
 
 
 def _so_far() -> tuple[Counter[str], int]:

@@ -1,4 +1,4 @@
-"""Layers that no model has, drawn from a seed: every layout, rank, dtype, and choice of what trains."""
+"""Layers that no model has, drawn from a seed: all layouts, ranks, dtypes, and what trains."""
 
 from dataclasses import dataclass
 from random import Random
