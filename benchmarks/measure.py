@@ -58,7 +58,7 @@ class Rounds:
         return min(max(int(seconds / round_seconds), _LEAST), _MOST)
 
     def summary(self) -> dict:
-        """Seconds of each contestant, median and 10th percentile; quartiles of what ratios matter."""
+        """Seconds of each contestant, median and 10th percentile; quartiles of the ratios."""
         first, *others = self.times
         pairs = [(name, first) for name in others] + [(self.subject, name) for name in others[:-1]]
         seconds, tenths, found = {}, {}, {}

@@ -98,6 +98,10 @@ class Counts:
     launches: Counter[str] = field(default_factory=Counter)
     tensor_maps: int = 0
 
+    @property
+    def total(self) -> int:
+        return self.launches.total()
+
 
 @contextmanager
 def counted() -> Iterator[Counts]:
@@ -113,10 +117,10 @@ class TorchKernels(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.total = 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), named=None):
-        self.count += not (operation.is_view or "empty" in operation.__name__)
+        self.total += not (operation.is_view or "empty" in operation.__name__)
         return operation(*arguments, **(named or {}))
 
 

@@ -113,7 +113,7 @@ def random_layers() -> dict:
                         torch.autograd.grad(ys, layer.leaves, layer.dys)
             except Exception:
                 failures.append(f"seed {seed}, {plan}: {traceback.format_exc()}")
-    return {"launches": counted.launches.total(), "failures": failures}
+    return {"launches": counted.total, "failures": failures}
 
 
 def refusals() -> dict[str, str]:
