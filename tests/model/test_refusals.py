@@ -175,21 +175,11 @@ def test_a_field_of_the_wrong_kind(field, value):
     assert len(str(caught.value)) < 500
 
 
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30))
-
-
-def falcon() -> nn.Module:
-    from transformers import FalconConfig, FalconForCausalLM
-
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return FalconForCausalLM(FalconConfig(vocab_size=30, **sizes))
-
-
 class Linear4bit(nn.Linear):
     """Like bitsandbytes' class."""
+
+    def forward(self, x):
+        return super().forward(x)
 
 
 def quantised() -> nn.Module:
@@ -198,24 +188,10 @@ def quantised() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "kind", "example"),
-    [
-        (gpt2, "Conv1D", r"transformer\.h\.0\.attn\.c_attn"),
-        (falcon, "FalconLinear", r"transformer\.h\.0\.self_attention\.query_key_value"),
-        (quantised, "Linear4bit", "2 layers .0, 2."),
-    ],
-    ids=["gpt2", "falcon", "4bit"],
-)
-def test_all_linear_names_what_is_in_the_way(make, kind, example):
-    model = make()
-    if any(
-        type(module).__name__ == kind and fastlora.layer.why_not_base(module) == ""
-        for module in model.modules()
-    ):
-        pytest.fail(f"{kind} can be adapted by now: this test needs another class")
-    with pytest.raises(ValueError, match=rf"In the way: .*{example}.*: it is a {kind}, .*PEFT"):
-        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+def test_all_linear_names_what_is_in_the_way():
+    message = r"In the way: 2 layers \(0, 2\): it is a Linear4bit, .*PEFT"
+    with pytest.raises(ValueError, match=message):
+        fastlora.apply_lora(quantised(), LoRAConfig(target_modules="all-linear"))
 
 
 def test_all_linear_warns_of_part_of_a_model():
@@ -228,8 +204,8 @@ def test_all_linear_warns_of_part_of_a_model():
 
 
 def test_a_target_of_another_class_says_what_to_do():
-    with pytest.raises(ValueError, match=r"it is a Conv1D, .* make the adapter with PEFT"):
-        fastlora.apply_lora(gpt2(), LoRAConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match=r"it is a Linear4bit, .* make the adapter with PEFT"):
+        fastlora.apply_lora(quantised(), LoRAConfig(target_modules=["0"]))
 
 
 def test_a_peft_model_is_peft_s_to_save(tmp_path):
@@ -279,33 +255,3 @@ def test_a_file_in_place_of_its_folder(tmp_path):
     fastlora.save_adapter(fastlora.apply_lora(Mlp(), UP), tmp_path)
     with pytest.raises(FileNotFoundError, match="Give the folder, not a file"):
         fastlora.load_adapter(Mlp(), os.fspath(tmp_path / "adapter_config.json"))
-
-
-class PackedTensor(torch.Tensor):
-    """As torchao's are: a tensor of another class in a plain nn.Linear."""
-
-
-def test_a_weight_of_another_class_is_no_base():
-    linear = nn.Linear(8, 8)
-    packed = linear.weight.detach().as_subclass(PackedTensor)
-    linear.weight = nn.Parameter(packed, requires_grad=False)
-    model = nn.Sequential(linear, nn.Linear(8, 8))
-    assert type(model[0]) is nn.Linear
-    with pytest.raises(ValueError, match=r"0 can't take an adapter: its weight is of class Packed"):
-        fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules=["0", "1"]))
-    with pytest.raises(ValueError, match="its weight is of class PackedTensor"):
-        fastlora.LoRALinear.from_linear(linear, r=2, lora_alpha=4)
-    with pytest.warns(UserWarning, match="PackedTensor"):
-        fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
-    assert [type(layer) for layer in model] == [nn.Linear, fastlora.LoRALinear]
-
-
-def test_optimize_leaves_a_base_of_another_class_to_peft():
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"])
-    )
-    base = model.base_model.model[0].base_layer
-    base.weight = nn.Parameter(base.weight.detach().as_subclass(PackedTensor), requires_grad=False)
-    (layer,) = fastlora.optimize(model).layers
-    assert not layer.fast
-    assert "PackedTensor" in layer.reason
