@@ -33,16 +33,13 @@ def measure(case: Case, run: Callable[[Rounds], None]) -> dict:
     small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4, dtype=F32)
     with fastlora.use_backend("triton"), threads_for(case):
         for each, names in ((small, TINY), (case, REAL[len(case.outputs) > 1 :])):
+            counting = cuda_standin.TorchKernels if each is small else cuda_standin.counted
             tensors = make_tensors(each, clock.device)
             for name in names:
                 contestant = makers_for(each)[name](each, tensors, case.dropout)
-                step = steps[name] = step_of(each, contestant, tensors, clock)
-                with (
-                    cuda_standin.TorchKernels()
-                    if each is small
-                    else cuda_standin.counted() as found
-                ):
-                    step()
+                steps[name] = step_of(each, contestant, tensors, clock)
+                with counting() as found:
+                    steps[name]()
                 kernels[name] = found.total
         rounds = Rounds(steps)
         run(rounds)

@@ -69,8 +69,12 @@ class Rounds:
                 name: digits(sorted(each)[len(each) // 10]) for name, each in of.items()
             }
             found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
-        count = len(self.times[self.subject])
-        return {"rounds": count, "seconds": seconds, "tenths": tenths, "ratios": found}
+        return {
+            "rounds": len(self.times[first]),
+            "seconds": seconds,
+            "tenths": tenths,
+            "ratios": found,
+        }
 
 
 def measure(
