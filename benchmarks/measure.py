@@ -61,20 +61,13 @@ class Rounds:
         """Seconds of each contestant, median and 10th percentile; quartiles of the ratios."""
         first, *others = self.times
         pairs = [(name, first) for name in others] + [(self.subject, name) for name in others[:-1]]
-        seconds, tenths, found = {}, {}, {}
-        for quantity in self.times[self.subject][0]:
+        count, seconds, tenths, found = len(self.times[first]), {}, {}, {}
+        for quantity in self.times[first][0]:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
             seconds[quantity] = {name: digits(statistics.median(each)) for name, each in of.items()}
-            tenths[quantity] = {
-                name: digits(sorted(each)[len(each) // 10]) for name, each in of.items()
-            }
+            tenths[quantity] = {name: digits(sorted(of[name])[count // 10]) for name in of}
             found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
-        return {
-            "rounds": len(self.times[first]),
-            "seconds": seconds,
-            "tenths": tenths,
-            "ratios": found,
-        }
+        return {"rounds": count, "seconds": seconds, "tenths": tenths, "ratios": found}
 
 
 def measure(

@@ -16,7 +16,7 @@ def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, requ
         benchmark.pedantic(rounds.run_subject, setup=rounds.run_others, rounds=count)
 
     if case.table == "host":
-        from . import host  # which Triton's CUDA driver stands in for
+        from . import host  # not before: it sets up Triton for a GPU
 
         row = host.measure(case, run)
     elif pair is None:

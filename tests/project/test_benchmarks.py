@@ -121,7 +121,7 @@ def test_a_results_file_is_what_was_measured(tmp_path):
 
 def test_the_time_of_the_host_is_taken_without_a_gpu(tmp_path):
     file = tmp_path / "benchmark.json"
-    row_alone = ("--device", "host", "-k", "layer-16x and p0.1", f"--benchmark-json={file}")
+    row_alone = ("--host", "-k", "layer-16x and p0.1", f"--benchmark-json={file}")
     run_without_interpreter("-m", "pytest", "benchmarks", "-p", "no:cacheprovider", *row_alone)
     [benchmark] = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
     row = benchmark["extra_info"]
