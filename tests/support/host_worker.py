@@ -16,7 +16,9 @@ from random_layers import random_layer
 
 RANDOM_LAYERS = 150
 # Batches of a training run: powers of two, their neighbours, and what lies between.
-LENGTHS = sorted({2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3)} - {0} | {2**14})
+LENGTHS = sorted(
+    {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
+)
 # By name: rows, in_features, out_features of each projection, dropout, and the plan.
 STANDARD = {
     "in-place": (512, 2048, (2048,), 0.0, "IN_PLACE"),
@@ -32,7 +34,7 @@ STANDARD = {
 
 
 def by_plan(name: str | None) -> AbstractContextManager:
-    """ "FUSED" or "IN_PLACE"; None: the default."""
+    """Of that name in plan.py; None: the default."""
     from fastlora.kernels import plan
 
     return plan.use_plan(getattr(plan, name)) if name else nullcontext()
@@ -44,7 +46,7 @@ def step(
     """Forward and backward of a group in bfloat16, with float32 adapters of rank 16."""
     import fastlora
 
-    with torch.device(device), by_plan(plan):
+    with torch.device(device):
         x = torch.empty(M, K, dtype=torch.bfloat16, requires_grad=True)
         group = [
             fastlora.Projection(
@@ -54,6 +56,7 @@ def step(
             )
             for N in outputs
         ]
+    with by_plan(plan):
         ys = fastlora.lora_linears(x, group, dropout=dropout, backend="triton")
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
 
