@@ -11,6 +11,7 @@ from ..adapted import LoRALayer, new_adapter
 from ..base import matrix_of
 from ..layer import adapted_class
 from ..modules import called, lora_layers, plain_name, some, unwrap
+from ..projection import check_switch
 from .arguments import as_config, check_model
 from .config import LoRAConfig
 from .targets import find_targets, modules_to_save, warn_of_passed_over
@@ -61,6 +62,7 @@ def apply_lora(
     of other classes.
     """
     check_model(model)
+    check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
     config, inner = as_config(config), unwrap(model)
     for name, module in inner.named_modules():
         if isinstance(module, LoRALayer):
