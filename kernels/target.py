@@ -42,6 +42,8 @@ TARGETS = {
     )
 }
 
+# What CPU tensors run on; tests put a GPU here whose driver launches nothing.
+_of_cpu: Target | None = TARGETS["interpreter"] if INTERPRETED.value else None
 _forced: Target | None = None  # no context variable, since a backward runs in another thread
 
 
@@ -65,7 +67,7 @@ def target_of(device: torch.device) -> Target | None:
     if _forced is not None:
         return _forced
     if device.type == "cpu":
-        return TARGETS["interpreter"] if INTERPRETED.value else None
+        return _of_cpu
     if device.type != "cuda" or INTERPRETED.value:
         return None
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)

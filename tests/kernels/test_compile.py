@@ -1,33 +1,21 @@
-"""What the compiler makes of every kernel and config, for GPUs that nobody needs to have here.
-
-``FASTLORA_COMPILE_TRITON`` names a folder with another Triton, which then compiles.
-"""
+"""What the compiler makes of every kernel and config, for GPUs that nobody needs to have here."""
 
 import json
-import os
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 
 import pytest
-from process import run_python
+from process import run_without_interpreter
 
 from fastlora.kernels.defaults import DEFAULTS
-
-ROOT = Path(__file__).parents[2]
-
-
-def in_subprocess(*arguments: str) -> str:
-    """Python's output: this process may have imported the kernels to interpret them."""
-    other_triton = os.environ.get("FASTLORA_COMPILE_TRITON", "")
-    return run_python(*arguments, cwd=ROOT, TRITON_INTERPRET=None, PYTHONPATH=other_triton)
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def rows(request, tmp_path_factory):
     """The report on one target."""
     path = tmp_path_factory.mktemp("compile") / "report.json"
-    in_subprocess("-m", "tools.compile_report", "--target", request.param, "--json", str(path))
+    report = ("-m", "tools.compile_report", "--target", request.param, "--json", path)
+    run_without_interpreter(*report)
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
@@ -102,7 +90,7 @@ def test_a_config_that_spills_is_seen_and_refused():
         "defaults.why_not = lambda *_: ''  # which would keep it from being launched\n"
         "print(json.dumps(report.rows_of(cases.SPILLING)))\n"
     )
-    (row,) = json.loads(in_subprocess("-c", script))
+    (row,) = json.loads(run_without_interpreter("-c", script))
     assert row["compiled"]["spills"] > 0
     assert row["compiled"]["stack"] > 64
     assert "registers" in row["refused"]
