@@ -186,7 +186,8 @@ class _Recorder(TorchFunctionMode):
             function = partial(_named, function, names)
         places = [self._place_of(each) for each in (*arguments, *(keywords[n] for n in names))]
         tensors = (result,) if isinstance(result, Tensor) else result
-        acts = any(id(tensor) in self.places for tensor in tensors)  # in place, or into ``out``
+        # in place, or into ``out``
+        acts = "out" in names or any(id(tensor) in self.places for tensor in tensors)
         place = self._step(function, places, acts=acts)
         if isinstance(result, Tensor):
             if not acts:
@@ -198,6 +199,8 @@ class _Recorder(TorchFunctionMode):
     def _place_of(self, value: Any, address: bool = False) -> int:
         """Where this value will be; of a tensor, or of what is in a list, its ``address``."""
         if isinstance(value, Tensor):
+            if id(value) not in self.places:  # no input, and nothing that was made: a constant
+                self._settle(value, self._constant(value))
             return self._pointer(value) if address else self.places[id(value)]
         if isinstance(value, TensorDescriptor):
             describe = partial(_describe, value.__dict__ | {"base": None})
