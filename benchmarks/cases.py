@@ -61,7 +61,7 @@ class Case:
             return [("graph", "fastlora/merged", 1.03)]
         if self.table == "host":
             limit = 0.75 if len(self.outputs) == 1 else 0.6
-            return [("both", "fastlora/peft", limit), ("both", "peft, optimized/peft", 0.9)]
+            return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
         if self.table == "gpu":
             targets = [("wall", "fastlora/peft", 0.75)]
             if self.M >= 4096 and self.r == 16:

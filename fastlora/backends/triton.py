@@ -60,6 +60,7 @@ def forward(
             [seeds, *inputs],
             (settings.layouts, settings.dropout, _precision(x)),
             lambda: _covers(inputs, settings.layouts),
+            settings.kept,
         )
     if made is None:
         return torch_backend.forward(inputs, seeds, settings)

@@ -26,7 +26,10 @@ ORDER_INSIDE = {
     ],
     "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "torch", "triton"],
-    "ops": ["autocast", "call", "norm", "library", "function", "textbook", "functional", "dora"],
+    "ops": [
+        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "functional",
+        "dora",
+    ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
         "embeddings", "files", "tensors", "checkpoint",

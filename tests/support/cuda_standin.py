@@ -89,6 +89,8 @@ def install() -> None:
     target._of_cpu = target.TARGETS["sm_90"]
     _compile_little()
     _make_products_tiny()
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # large buffers from the heap: torch's are kept on a GPU
+    ctypes.CDLL(None).mallopt(-1, 2**30)
 
 
 @dataclass
