@@ -9,8 +9,7 @@ from functools import partial
 import torch
 
 from fastlora.kernels import one_launch_pays, one_pass_pays, target_of
-from fastlora.kernels.config import Config
-from fastlora.kernels.defaults import candidates, default_config
+from fastlora.kernels.config import Config, candidates, default_config
 from fastlora.kernels.launch import Launch, intercept, recorded
 from fastlora.kernels.plan import Plan, Row
 from fastlora.kernels.target import TARGETS, Target, use_target

@@ -5,6 +5,7 @@ order: on the device ``common``, ``sum_planes``, ``project``, ``gemm_lowrank`` (
 kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defaults``, ``plan``.
 """
 
+from . import defaults as defaults  # fills the tables that launchers choose from
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .plan import Plan, plan_for
 from .project import project

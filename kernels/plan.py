@@ -13,7 +13,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from .config import Call, GemmConfig
+from .config import Call
+from .gemm_lowrank import GemmConfig
 from .target import TARGETS, Target, target_of
 
 

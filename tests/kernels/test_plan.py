@@ -7,7 +7,8 @@ import torch
 
 from fastlora.backends import Settings, triton
 from fastlora.kernels import plan as plans
-from fastlora.kernels.config import Call, GemmConfig, why_not
+from fastlora.kernels.config import Call
+from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
 from fastlora.kernels.target import TARGETS, target_of, use_target
@@ -81,7 +82,7 @@ def test_a_shipped_row_is_the_plan_of_its_own_call_and_fits_it(shipped):
         shipped.projections, shipped.masked,
     )  # fmt: skip
     assert plans._nearest(target, call, shipped.k) == shipped.plan
-    assert shipped.plan.gemm is None or not why_not(shipped.plan.gemm, target, call)
+    assert shipped.plan.gemm is None or not shipped.plan.gemm.why_not(target, call)
 
 
 TUNED = Plan(fused=True, gemm=GemmConfig(16, 32, 64, warps=4, stages=3))
