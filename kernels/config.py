@@ -139,13 +139,12 @@ def chosen_config(
 
 
 def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
-    """What tuning tries: every row of the kernel and its neighbours, as far as they fit."""
-    listed = dict.fromkeys(rows(kernel, target, call))
-    for tables in DEFAULTS.values():
-        listed |= dict.fromkeys(r for table in tables.values() for r in table)
-    kind = type(next(iter(listed)))
-    neighbours = dict.fromkeys(n for c in listed if type(c) is kind for n in c.neighbours())
-    return [config for config in neighbours if not config.why_not(target, call)]
+    """What tuning tries: all rows of the target and their neighbours, as far as they fit."""
+    kind = type(rows(kernel, target, call)[0])
+    tables = [table for (name, _), table in DEFAULTS.items() if name == target.name]
+    listed = [config for table in tables for each in table.values() for config in each]
+    tried = dict.fromkeys(n for c in listed if type(c) is kind for n in c.neighbours())
+    return [config for config in tried if not config.why_not(target, call)]
 
 
 def splits(target: Target, programs: int, length: int, step: int, least: int) -> tuple[int, int]:

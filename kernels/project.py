@@ -149,9 +149,10 @@ def _project(
     # and read their plane.
     count, steps = splits(target, programs, K, config.block_k, least=min(16 * call.r, 8 * M))
     us = [x.new_empty(M, r) for r in ranks]
-    # Without splits there are no planes; but the kernel is the same.
-    n_planes = count if count > 1 else 0
-    planes = [x.new_empty(n_planes, M, r, dtype=torch.float32) for r in ranks]
+    if count > 1:
+        planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
+    else:  # none; but the kernel is the same
+        planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
     arguments = {
         "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": seeds,
         "M": M, "K": K, "factors": tuple(factors), "threshold": dropout_threshold(dropout),

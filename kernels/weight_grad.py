@@ -173,10 +173,11 @@ def _weight_grad(
     count, steps = config.splits(target, call)
     n_tiles, block_r = config.tiles(call), config.block_r(call)
     r_tiles = cdiv(max(ranks), block_r)
-    # Planes lie in memory as their sums do.  Without splits there are none; but the kernel is the
-    # same.
-    n_planes, dense = count if count > 1 else 0, [_dense(out) for out in outs]
-    planes = [x.new_empty(n_planes, *each.shape, dtype=torch.float32) for each in dense]
+    dense = [_dense(out) for out in outs]
+    if count > 1:  # planes, that lie in memory as their sums do
+        planes = [x.new_empty(count, *each.shape, dtype=torch.float32) for each in dense]
+    else:  # none; but the kernel is the same
+        planes = [x.new_empty(0, dtype=torch.float32)] * len(us)
     product = made = None
     if v is not None:
         product = made = x.new_empty(M, ranks[0])
