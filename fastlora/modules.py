@@ -7,18 +7,18 @@ from typing import cast
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .layer import LoRALinear
+from .adapted import LoRALayer
 
 # What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Every LoRALinear of the model, with its name."""
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """Every LoRA layer of the model, with its name."""
     return (
         (plain_name(name), module)
         for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LoRALayer)
     )
 
 

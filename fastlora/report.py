@@ -1,12 +1,13 @@
 """Which layers run fast, and why the others don't."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
+from .adapted import LoRALayer
 from .backends import planned_backend
-from .layer import LoRALinear
 from .modules import lora_layers, some
 from .projection import as_outputs
 
@@ -93,11 +94,11 @@ def _percent(share: float) -> str:
 
 
 def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
-    """How every LoRALinear of the model would run if it were called now."""
+    """How every LoRA layer of the model would run if it were called now."""
     return [_cover(name, layer) for name, layer in lora_layers(model)]
 
 
-def _cover(name: str, layer: LoRALinear) -> LayerCoverage:
+def _cover(name: str, layer: LoRALayer) -> LayerCoverage:
     fast, reason = True, ""
     if "forward" in layer.__dict__:
         fast, plan = False, "eager"
@@ -108,10 +109,10 @@ def _cover(name: str, layer: LoRALinear) -> LayerCoverage:
         plan, reason = planned_backend(as_outputs([layer.projection()]))
     return LayerCoverage(
         name,
-        shape=(layer.out_features, layer.in_features),
+        shape=layer.shape,
         r=layer.r,
         fast=fast,
         plan=plan,
         reason=reason,
-        parameters=layer.out_features * layer.in_features,
+        parameters=math.prod(layer.shape),
     )

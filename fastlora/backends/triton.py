@@ -32,6 +32,8 @@ __all__ = ["backward", "dropout_mask", "forward", "why_not"]
 
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
+# z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
+_NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
 _said: set[str] = set()
 _INTERNAL = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
@@ -80,7 +82,7 @@ def backward(
     settings: Settings,
 ) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
     """As the torch backend's: the gradients of x and of each output's tensors."""
-    if all(dy is None for dy in dys) or not _covers(x, outputs):
+    if all(dy is None for dy in dys) or not _covers(x, outputs, dys):
         return torch_backend.backward(dys, x, outputs, hs, needs_x, needs, settings)
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
@@ -122,19 +124,27 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
         for _, tensor in named_tensors(output):
-            if tensor is not None and tensor.dtype not in _COVERED:
+            if tensor is None:
+                continue
+            if tensor.dtype not in _COVERED:
                 return f"the Triton kernels don't have {tensor.dtype}"
-            if tensor is not None and max(tensor.shape) > _LONGEST:
+            if tensor.is_neg():
+                return _NEGATED
+            if max(tensor.shape) > _LONGEST:
                 return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
     if dtype == torch.float32 and not target.float32:
         return f"{target.name} multiplies no float32 in tensor cores"
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
-def _covers(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
+def _covers(
+    x: Tensor, outputs: Sequence[Output[Tensor]], dys: Sequence[Tensor | None] = ()
+) -> bool:
     if len(x) == 0:
         return False
     reason = why_not(x.dtype, x.device, outputs)
+    if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
+        reason = _NEGATED
     if not reason and len(x) > _LONGEST:
         reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
     if reason and reason not in _said:

@@ -22,6 +22,7 @@ _SILENT = {
     "corda_config",  # this and its like: only with that init_lora_weights
     "ensure_weight_tying",
     "eva_config",
+    "fan_in_fan_out",  # the layers' class tells, in PEFT too
     "inference_mode",
     "lora_ga_config",
     "megatron_core",
@@ -95,8 +96,8 @@ def _with_weights(
     return {**patterns, **own}
 
 
-def to_peft(config: LoRAConfig, base_name: str | None) -> dict[str, Any]:
-    """The JSON object that PEFT reads."""
+def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
+    """The JSON object that PEFT reads; ``fan_in_fan_out``: the layers' weights are [in, out]."""
     values = {name: getattr(config, name) for name in _OURS}
     for name in ("rank_pattern", "alpha_pattern"):
         values[name] = dict(values[name])  # in its order: the first pattern that matches counts
@@ -119,7 +120,7 @@ def to_peft(config: LoRAConfig, base_name: str | None) -> dict[str, Any]:
         "base_model_name_or_path": config.base_model_name_or_path or base_name,
         "init_lora_weights": True,  # the file's weights replace whatever a loader initialises
         "inference_mode": True,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "lora_bias": False,
         "use_dora": False,
     }

@@ -5,19 +5,20 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..layer import LoRALinear, why_not_base
+from ..adapted import LoRALayer
+from ..layer import why_not_base
 from ..modules import called, some
 
 USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimize on its model."
 
 
 def all_linear(model: nn.Module) -> set[str]:
-    """Every plain linear layer, adapted ones included, but a transformers model's output head."""
+    """Every layer that can be a base, adapted ones included, but a transformers model's head."""
     head = _output_head(model)
     return {
         name
         for name, module in model.named_modules()
-        if module is not head and (isinstance(module, LoRALinear) or not why_not_base(module))
+        if module is not head and (isinstance(module, LoRALayer) or not why_not_base(module))
     } - bypassed(model).keys()
 
 
@@ -42,7 +43,7 @@ def could_match(model: nn.Module) -> str:
     in_the_way = "; ".join(_obstacles(model))
     why = f" In the way: {in_the_way}. {USE_PEFT}" if in_the_way else ""
     if not names:
-        return f"The model has no torch.nn.Linear that could be adapted.{why}"
+        return f"The model has no linear layer that could be adapted.{why}"
     listed = ", ".join(f"{name} ({count})" for name, count in names.most_common(20))
     return f"It could match: {listed}.{why}"
 
@@ -77,7 +78,7 @@ def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: 
     head, around = _output_head(model), bypassed(model)
     reasons: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if module is head or isinstance(module, LoRALinear) or not is_meant(name):
+        if module is head or isinstance(module, LoRALayer) or not is_meant(name):
             continue
         if is_like_linear(module) and (reason := why_not_base(module)):
             reasons.setdefault(reason, []).append(called(name))

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..base import is_conv1d
 from ..gather import is_sharded, whole_tensors, writes_files
-from ..modules import some, unwrap
+from ..modules import lora_layers, some, unwrap
 from .adapter_config import from_peft, spell_out, to_peft
 from .arguments import check_folder, check_model
 from .embeddings import AUTO, must_save_embeddings
@@ -69,7 +70,9 @@ def save_adapter(
     tensors = whole_tensors(outer, tensors)
     if sharded and not writes_files():
         return
-    settings = to_peft(config, _base_name(model))
+    *_, (_, last) = lora_layers(model)
+    # In a model of both kinds PEFT has what it found last.
+    settings = to_peft(config, _base_name(model), fan_in_fan_out=is_conv1d(last.plain_class))
     # Cloned, since the file format takes no two keys (of tied parameters) with one memory.
     values = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

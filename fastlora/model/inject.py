@@ -1,14 +1,17 @@
-"""Model surgery: nn.Linear layers become LoRALinear in place, and plain again."""
+"""Model surgery: linear layers take adapters in place, and are plain again."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..layer import LoRALinear, become_lora_linear, new_adapter
-from ..modules import called, lora_layers, some, unwrap
+from ..adapted import LoRALayer, new_adapter
+from ..base import matrix_of
+from ..layer import adapted_class
+from ..modules import called, lora_layers, plain_name, some, unwrap
+from ..projection import check_switch
 from .arguments import as_config, check_model
 from .config import LoRAConfig
 from .targets import find_targets, modules_to_save, warn_of_passed_over
@@ -44,6 +47,8 @@ def apply_lora(
 
     ``config`` may be a ``peft.LoraConfig``, too.
 
+    ``torch.nn.Linear`` becomes :class:`fastlora.LoRALinear`; a subclass with the same forward, and
+    transformers' ``FalconLinear`` and ``Conv1D``, a class that is a LoRA layer and what it was.
     The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
     keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
     ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
@@ -51,15 +56,16 @@ def apply_lora(
     layer's dtype.
 
     Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
-    target that matches nothing (the message lists what could), a target that is no plain
-    ``nn.Linear``, or a field of PEFT's config that fastlora hasn't; and TypeError for what is no
+    target that matches nothing (the message lists what could), a target that can't be a base
+    (docs/model.md), or a field of PEFT's config that fastlora hasn't; and TypeError for what is no
     model or no config.  Warns of what ``"all-linear"`` left out: experts' parameters, linear layers
     of other classes.
     """
     check_model(model)
+    check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
     config, inner = as_config(config), unwrap(model)
     for name, module in inner.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             raise ValueError(
                 f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
             )
@@ -76,7 +82,7 @@ def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     return _inject(model, config, every_name=False, wide_adapters=True)
 
 
-def known_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+def known_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """The layers that inject_known would adapt."""
     saved = modules_to_save(model, config, every_name=False)
     return find_targets(model, config, saved, every_name=False)
@@ -93,11 +99,12 @@ def _inject(
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
     trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
     adapters = {}
-    for name, linear in targets.items():
-        narrow = wide_adapters and linear.weight.element_size() < 4
-        dtype = torch.float32 if narrow else linear.weight.dtype
-        adapter = new_adapter(linear.weight, config.rank_of(name), config.init_lora_weights, dtype)
-        adapters[name] = (adapter, config.alpha_of(name))
+    for name, layer in targets.items():
+        weight = matrix_of(layer)
+        narrow = wide_adapters and weight.element_size() < 4
+        dtype = torch.float32 if narrow else weight.dtype
+        adapter = new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
+        adapters[name] = (adapted_class(type(layer)), adapter, config.alpha_of(name))
     untied = _copies_of_tied(model, saved)
     if every_name:
         warn_of_passed_over(model, config, saved)
@@ -105,9 +112,9 @@ def _inject(
     for place in untied:
         setattr(place.module, place.name, place.copy)
     model.requires_grad_(False)
-    for name, linear in targets.items():
-        adapter, alpha = adapters[name]
-        become_lora_linear(linear).attach_adapter(
+    for name, layer in targets.items():
+        layer.__class__, adapter, alpha = adapters[name]
+        cast(LoRALayer, layer).attach_adapter(
             adapter, alpha, config.lora_dropout, config.use_rslora
         )
     for module in saved.values():
@@ -120,7 +127,7 @@ def _inject(
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Make every LoRALinear a plain ``nn.Linear`` again, in place, and return the same model.
+    """Make every LoRA layer plain again, of its old class, in place, and return the same model.
 
     A merged layer keeps its merged weight (merge, then remove, is PEFT's ``merge_and_unload``); the
     others keep the base's.  What trained before apply_lora trains again.  Modules that trained in
@@ -144,9 +151,8 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 def trained_biases(model: nn.Module, bias: str) -> list[str]:
     """The names of the biases that train under ``LoRAConfig.bias``."""
-    names = [
-        name for name, _ in model.named_parameters() if name == "bias" or name.endswith(".bias")
-    ]
+    names = [plain_name(name) for name, _ in model.named_parameters()]
+    names = [name for name in names if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
         adapted = {f"{name}.bias" if name else "bias" for name, _ in lora_layers(model)}
         return [name for name in names if name in adapted]

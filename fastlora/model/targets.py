@@ -2,11 +2,12 @@
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
 from torch import nn
 
+from ..base import is_conv1d, why_not_class
 from ..layer import why_not_base
 from ..modules import called
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
@@ -18,12 +19,12 @@ _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier"
 
 def find_targets(
     model: nn.Module, config: LoRAConfig, saved: Collection[str], *, every_name: bool
-) -> dict[str, nn.Linear]:
+) -> dict[str, nn.Module]:
     """The layers that ``config`` targets, by name; one with several names comes under the first.
 
     ``saved`` are the names of modules that train in full: nothing inside them is a target.
 
-    Raises ValueError if nothing matches, if a target is no plain ``nn.Linear``, or, with
+    Raises ValueError if nothing matches, if a target can't be a base, or, with
     ``every_name``, if one of ``target_modules``' names matches nothing; each message lists what
     could be meant.
     """
@@ -50,7 +51,7 @@ def find_targets(
     for name, module in matched.items():
         reason = why_not_base(module)
         if reason:
-            foreign = type(module) is not nn.Linear and is_like_linear(module)
+            foreign = why_not_class(type(module)) and is_like_linear(module)
             what_else = f". {USE_PEFT}" if foreign else ""
             raise ValueError(f"{called(name)} can't take an adapter: {reason}{what_else}")
         if name in around:
@@ -75,16 +76,24 @@ def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:
 
 
 def _check_parameters(
-    model: nn.Module, config: LoRAConfig, matched: Collection[str], *, every_name: bool
+    model: nn.Module, config: LoRAConfig, matched: Mapping[str, nn.Module], *, every_name: bool
 ) -> None:
     """Raise ValueError for ``target_parameters`` that are no linear layer's weight."""
     wanted = config.target_parameters or ()
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if wanted else []
     for name in names:
-        if names_any(wanted, name) and name.removesuffix(".weight") not in matched:
+        if not names_any(wanted, name):
+            continue
+        layer = matched.get(name.removesuffix(".weight"))
+        if layer is None:
             raise ValueError(
                 f"target_parameters names {name}, which is no weight of a linear layer: fastlora "
                 "adapts layers alone. Adapt experts' parameters with PEFT"
+            )
+        if is_conv1d(type(layer)):
+            raise ValueError(
+                f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT takes "
+                "for [out, in]: name the layer in target_modules"
             )
     for one in wanted if every_name else ():
         if not any(names_any((one,), name) for name in names):

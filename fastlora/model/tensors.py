@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..base import matrix_of
 from ..modules import called, lora_layers, some
 from .config import LoRAConfig
 from .embeddings import embeddings_of
@@ -84,10 +85,10 @@ def check_planned(
 ) -> None:
     """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, linear in known_targets(model, config).items():
-        r = config.rank_of(name)
-        shapes[_key(name, "lora_A.weight")] = (r, linear.in_features)
-        shapes[_key(name, "lora_B.weight")] = (linear.out_features, r)
+    for name, layer in known_targets(model, config).items():
+        r, (out_features, in_features) = config.rank_of(name), matrix_of(layer).shape
+        shapes[_key(name, "lora_A.weight")] = (r, in_features)
+        shapes[_key(name, "lora_B.weight")] = (out_features, r)
     extra = [key for key in stored if ".lora_" in key and key not in shapes]
     _check_stored(shapes, stored, path, extra)
 

@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 
 from ..backends import Settings, backend_name, find_backend
-from ..projection import Output, Projection, as_outputs, check_call, flatten, layouts_of
+from ..projection import (
+    Output,
+    Projection,
+    as_outputs,
+    check_call,
+    check_tensor,
+    flatten,
+    is_plain,
+    layouts_of,
+    named_tensors,
+    why_not_mixed,
+)
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import run_forward
 from .function import LoRALinearFunction
 from .library import call_registered
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is of torch's own class, and not a FakeTensor, a DTensor …"""
-    return type(tensor) in _PLAIN
+from .textbook import needs_textbook, textbook
 
 
 def lora_linear(
@@ -52,8 +57,12 @@ def lora_linear(
     of gradients (``create_graph=True``) are right, but not fast: they go through the textbook
     formula.  Besides its arguments the call keeps only h [M, r], and 8 bytes of seed with dropout.
 
-    ``backend`` overrides :func:`fastlora.use_backend`.  Raises ValueError for shapes, devices or
-    numbers that don't fit, and TypeError for dtypes.
+    Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
+    ``torch.nn.functional.linear``: these calls run the textbook formula, with torch's own dropout.
+
+    ``backend`` overrides :func:`fastlora.use_backend`.  Numbers are Python's: an int or a float, of
+    which numpy.float64 is one, and no bool.  Raises ValueError for shapes, devices or numbers that
+    don't fit, and TypeError for dtypes, layouts and classes.
     """
     projection = Projection(weight, lora_a, lora_b, bias, scale)
     return lora_linears(x, (projection,), dropout=dropout, training=training, backend=backend)[0]
@@ -73,14 +82,27 @@ def lora_linears(
     may differ between the projections.  dx is summed in the order given.  A projection whose weight
     is None is one more adapter of the layer before it, and has no output of its own.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    if not is_plain(x):
+        check_tensor("x", x)
     outputs: Sequence[Output[Tensor]] = as_outputs(projections)
-    if autocast_is_on(x.device.type):
-        x, outputs = autocast_inputs(x, outputs)
-        with autocast_off(x.device.type):
+    device = x.device.type
+    autocast = autocast_is_on(device)
+    check_call(x, outputs, dropout, training, autocast)
+    try:
+        if needs_textbook(x):
+            return textbook(x, outputs, dropout if training else 0.0)
+        if not autocast:
             return _call(x, outputs, dropout, training, backend)
-    return _call(x, outputs, dropout, training, backend)
+        x, outputs = autocast_inputs(x, outputs)
+        with autocast_off(device):
+            return _call(x, outputs, dropout, training, backend)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:
+        reason = _why_torch_refuses(x, outputs)
+        if reason:
+            raise TypeError(reason) from error
+        raise
 
 
 def _call(
@@ -90,7 +112,6 @@ def _call(
     training: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    check_call(x, outputs, dropout)
     seeds, count = None, sum([len(output.adapters) for output in outputs])
     if dropout and training and count:
         seeds = draw_seed(count, x.device)
@@ -113,3 +134,22 @@ def _call(
 def draw_seed(count: int, device: torch.device) -> Tensor:
     """One seed an adapter, from torch's generator, which checkpointing and users replay."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+
+
+def _why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
+    """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
+    if x.is_nested:
+        return f"torch.nn.functional.linear can't take this nested x, of {x.dim()} dimensions"
+    named = [pair for output in outputs for pair in named_tensors(output)]
+    for name, tensor in (("x", x), *named):
+        if tensor is None:
+            continue
+        reason = why_not_mixed(name, tensor, x)
+        if reason:
+            return reason
+        if tensor.is_inference() and torch.is_grad_enabled():
+            return (
+                f"{name} was made in inference mode, and no backward can keep it: clone it, or "
+                "call this in torch.no_grad()"
+            )
+    return ""

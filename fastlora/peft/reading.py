@@ -8,7 +8,6 @@ All of this is read anew in every call: adapters come and go, and so do hooks.  
 microseconds, so it looks submodules up where ``nn.Module`` keeps them.
 """
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -18,19 +17,19 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..base import is_conv1d, why_not_class, why_not_tensor
 from ..gather import is_flattened
-from ..ops import is_plain
-from ..ops.autocast import AUTOCAST_DTYPES
-from ..projection import DTYPES, LARGEST_SCALE, Adapter, Base, Output
+from ..projection import (
+    AUTOCAST_DTYPES,
+    LARGEST_SCALE,
+    Adapter,
+    Base,
+    Output,
+    is_number,
+    is_plain,
+)
 from .dropout import DROPOUTS
 from .moment import why_not_dora
-
-_LINEAR_FORWARD = nn.Linear.forward
-_MODULE_CALL = nn.Module.__call__
-# Bases with a forward of their own that computes the same: Conv1D's weight is [in, out], and Falcon
-# adds the bias last.
-_CONV1D = ("transformers.pytorch_utils", "Conv1D")
-_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 class Reading(NamedTuple):
@@ -124,15 +123,13 @@ def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any]:
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
         return _why_hooked(base, "its base layer"), None, None
     kind = type(base)
-    other = kind.forward is not _LINEAR_FORWARD
-    conv1d = other and _is_of_transformers(kind, *_CONV1D)
-    known = conv1d or not other or _is_of_transformers(kind, *_FALCON)
-    if not known or kind.__call__ is not _MODULE_CALL:
-        return f"its base is a {kind.__name__}, no torch.nn.Linear", None, None
+    reason = why_not_class(kind)
+    if reason:
+        return f"its base is {reason}", None, None
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
         return "its base is parametrised", None, None
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
-    if conv1d and weight.dim() == 2:
+    if is_conv1d(kind) and weight.dim() == 2:
         weight = weight.T
     reason = _why_not_weight("its base layer", weight, gathers)
     reason = reason or _why_not_bias("its base's", bias, gathers)
@@ -161,7 +158,8 @@ def _read_variant(
         return "DoRA with lora_bias", None
     if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
         return "a hook watches, or something replaces, its DoRA magnitude", None
-    if not _will_be_plain(magnitude.weight, gathers) or magnitude.weight.device != weight.device:
+    plain = is_plain(magnitude.weight) or (gathers and _is_part(magnitude.weight))
+    if not plain or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
     reason = ""
     if not gathers:
@@ -204,20 +202,16 @@ def _tensor(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _is_of_transformers(kind: type, module: str, name: str) -> bool:
-    """Whether it is this class of transformers', which is looked up where that is imported."""
-    return kind.__name__ == name and kind is getattr(sys.modules.get(module), name, None)
-
-
 def _rate(dropout: nn.Module) -> float:
     """The probability with which this module drops now: 0 in evaluation."""
     return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def _will_be_plain(tensor: Tensor, gathers: bool) -> bool:
-    if is_plain(tensor):
+def _is_part(tensor: Tensor) -> bool:
+    """Whether FSDP has a part of it, where its calls find a plain tensor."""
+    if is_flattened(tensor):
         return True
-    if not gathers or not isinstance(tensor, DTensor):
+    if not isinstance(tensor, DTensor):
         return False
     # With a second dimension in its mesh, it stays sharded over that: tensor parallel.  But where
     # the first one replicates, both are FSDP's (HSDP).
@@ -239,18 +233,15 @@ def _why_not_adapter(
 
 
 def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
-    if not _will_be_plain(weight, gathers):
-        if isinstance(weight, DTensor):
-            return f"{name} is sharded (DTensor)"
-        return f"the weight of {name} is a {type(weight).__name__}"
-    if weight.device.type == "meta":
+    reason = why_not_tensor(weight, 2, gathers and _is_part(weight))
+    if reason:
+        sharded = isinstance(weight, DTensor)
+        return f"{name} is sharded (DTensor)" if sharded else f"the weight of {name} {reason}"
+    if weight.is_meta:
         return f"{name} is on the meta device, without data"
     if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
-        # No backward can keep it.
-        return f"{name} was made in inference mode"
-    if weight.dim() != 2 and not (gathers and is_flattened(weight)):  # between ZeRO-3's calls
-        return f"{name} isn't gathered: its weight has shape {tuple(weight.shape)}"
-    return "" if weight.dtype in DTYPES else f"the weight of {name} is {weight.dtype}"
+        return f"{name} was made in inference mode"  # no backward can keep it
+    return ""
 
 
 def _why_not_fitting(
@@ -290,9 +281,8 @@ def _why_hooked(module: nn.Module, name: str) -> str:
 
 
 def _why_not_bias(whose: str, bias: Tensor | None, gathers: bool) -> str:
-    if bias is None or (_will_be_plain(bias, gathers) and bias.dtype in DTYPES):
-        return ""
-    return f"{whose} bias is a {type(bias).__name__} of {bias.dtype}"
+    reason = "" if bias is None else why_not_tensor(bias, 1, gathers and _is_part(bias))
+    return f"{whose} bias {reason}" if reason else ""
 
 
 def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
@@ -312,5 +302,5 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
 def _why_not_scale(scale: Any) -> str:
     if isinstance(scale, Tensor):
         return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
-    finite = isinstance(scale, (float, int)) and abs(scale) <= LARGEST_SCALE
+    finite = is_number(scale) and abs(scale) <= LARGEST_SCALE
     return "" if finite else f"its scaling is {scale!r}, no finite float32"

@@ -278,7 +278,8 @@ def test_print_trainable_parameters(capsys):
 
 
 class Half(nn.Linear):
-    pass
+    def forward(self, x):
+        return super().forward(x) / 2
 
 
 def replaced_forward() -> nn.Module:
@@ -328,8 +329,8 @@ ERRORS = {  # a model, the targets or all settings, and what the error says
     ),
     "no-target-and-no-transformer": (Mlp, None, "target_modules is None"),
     "no-linear": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
-    "no-linear-at-all": (nn.ReLU, ["up"], "no torch.nn.Linear that could be adapted"),
-    "subclass": (subclass, ["up"], "it is a Half, and only torch.nn.Linear itself"),
+    "no-linear-at-all": (nn.ReLU, ["up"], "no linear layer that could be adapted"),
+    "subclass": (subclass, ["up"], "it is a Half, no torch.nn.Linear"),
     "replaced-forward": (replaced_forward, ["up"], "its forward was replaced"),
     "encoder-layer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16),
@@ -344,7 +345,7 @@ ERRORS = {  # a model, the targets or all settings, and what the error says
     "weight-norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
         ["0"],
-        "0 can't take an adapter",
+        "0 can't take an adapter: its weight is computed",
     ),
     "pruned": (pruned, ["up"], "up can't take an adapter: its weight is computed"),
     "extra-state": (

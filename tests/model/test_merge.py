@@ -56,7 +56,7 @@ def test_a_parametrised_weight_is_refused(call):
 
 
 def test_a_merged_layer_is_one_product(monkeypatch):
-    from fastlora import layer as linear
+    from fastlora import adapted as linear
 
     model = fastlora.merge_lora(adapted_mlp())
     monkeypatch.setattr(linear, "lora_linears", lambda *_, **__: pytest.fail("the adapter ran"))

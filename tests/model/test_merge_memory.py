@@ -78,7 +78,7 @@ def test_an_interruption_changes_nothing(monkeypatch, call):
 
 
 def test_blocks_give_the_sum_of_the_whole(monkeypatch):
-    from fastlora import layer as layer_module
+    from fastlora import adapted as layer_module
 
     model = adapted(torch.float32)
     whole = model[0].weight + model[0].scaling * model[0].lora_B @ model[0].lora_A

@@ -5,6 +5,7 @@ import os
 import peft
 import pytest
 import torch
+import wrong_kinds
 from models import Mlp, assert_untouched, randomise, snapshot, tiny_llama
 from torch import nn
 
@@ -175,21 +176,110 @@ def test_a_field_of_the_wrong_kind(field, value):
     assert len(str(caught.value)) < 500
 
 
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
+# Which kinds of values each field takes; of the numbers and switches, test_door.py has them.
+FINE = {
+    "target_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
+    "exclude_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
+    "target_parameters": {"none", "empty-list"},
+    "layers_to_transform": {"none", "empty-list", "zero", "two", "negative", "huge"},
+    "layers_pattern": {"none", "text", "empty-text", "long-text", "empty-list"},
+    "rank_pattern": {"dict"},
+    "alpha_pattern": {"dict"},
+    "bias": set(),
+    "modules_to_save": {"none", "empty-list"},
+    "init_lora_weights": {"true", "false"},
+    "task_type": {"none", "text", "empty-text", "long-text"},
+    "base_model_name_or_path": {"none", "text", "empty-text", "long-text"},
+}
 
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30))
+
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if kind != "unprintable"])
+@pytest.mark.parametrize("field", FINE)
+def test_a_field_of_every_kind(field, kind):
+    settings = {"target_modules": ["up"]} | {field: wrong_kinds.values()[kind]}
+    if kind in FINE[field]:
+        LoRAConfig(**settings)
+    else:
+        with pytest.raises(ValueError, match=rf"^{field} is .* must ") as caught:
+            LoRAConfig(**settings)
+        assert len(str(caught.value)) < 300
 
 
-def falcon() -> nn.Module:
-    from transformers import FalconConfig, FalconForCausalLM
+def with_peft() -> nn.Module:
+    return peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
 
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return FalconForCausalLM(FalconConfig(vocab_size=30, **sizes))
+
+def adapted() -> nn.Module:
+    return fastlora.apply_lora(Mlp(), UP)
+
+
+SWITCHES = {
+    "autocast_adapter_dtype": (Mlp, lambda model, **one: fastlora.apply_lora(model, UP, **one)),
+    "keep_base": (adapted, fastlora.merge_lora),
+    "strict": (with_peft, fastlora.optimize),
+    "save_embedding_layers": (
+        adapted,
+        lambda model, **one: fastlora.save_adapter(model, "nowhere", **one),
+    ),
+    "tolerance": (
+        with_peft,
+        lambda model, **one: fastlora.check(model, torch.ones(2, 8), **one),
+    ),
+}
+TOLERANCES = {"none", "zero", "two", "half", "inf", "huge", "unprintable", "numpy-float64"}
+
+
+@pytest.mark.parametrize("kind", wrong_kinds.values())
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_of_every_kind(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, call = SWITCHES[name]
+    model, value = make(), wrong_kinds.values()[kind]
+    if kind in (TOLERANCES if name == "tolerance" else ("true", "false")):
+        call(model, **{name: value})
+        return
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"^{name} is .* must be"):
+        call(model, **{name: value})
+    assert_untouched(model, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if kind != "module"])
+def test_no_model(call, kind):
+    with pytest.raises(TypeError, match=r"^model is "):
+        call(wrong_kinds.values()[kind])
+
+
+@pytest.mark.parametrize("call", [fastlora.optimize, fastlora.restore, fastlora.coverage])
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if kind != "module"])
+def test_no_model_of_peft_s(call, kind):
+    with pytest.raises(TypeError, match=r"^model must be a "):
+        call(wrong_kinds.values()[kind])
+
+
+@pytest.mark.parametrize("kind", wrong_kinds.values())
+def test_no_config(kind):
+    model = Mlp()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"^config is "):
+        fastlora.apply_lora(model, wrong_kinds.values()[kind])
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("call", [fastlora.save_adapter, fastlora.load_adapter])
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if "text" not in kind])
+def test_no_folder(call, kind):
+    with pytest.raises(TypeError, match=r"^folder is .* must be a path"):
+        call(adapted(), wrong_kinds.values()[kind])
 
 
 class Linear4bit(nn.Linear):
     """Like bitsandbytes' class."""
+
+    def forward(self, x):
+        return super().forward(x)
 
 
 def quantised() -> nn.Module:
@@ -198,24 +288,10 @@ def quantised() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "kind", "example"),
-    [
-        (gpt2, "Conv1D", r"transformer\.h\.0\.attn\.c_attn"),
-        (falcon, "FalconLinear", r"transformer\.h\.0\.self_attention\.query_key_value"),
-        (quantised, "Linear4bit", "2 layers .0, 2."),
-    ],
-    ids=["gpt2", "falcon", "4bit"],
-)
-def test_all_linear_names_what_is_in_the_way(make, kind, example):
-    model = make()
-    if any(
-        type(module).__name__ == kind and fastlora.layer.why_not_base(module) == ""
-        for module in model.modules()
-    ):
-        pytest.fail(f"{kind} can be adapted by now: this test needs another class")
-    with pytest.raises(ValueError, match=rf"In the way: .*{example}.*: it is a {kind}, .*PEFT"):
-        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+def test_all_linear_names_what_is_in_the_way():
+    message = r"In the way: 2 layers \(0, 2\): it is a Linear4bit, .*PEFT"
+    with pytest.raises(ValueError, match=message):
+        fastlora.apply_lora(quantised(), LoRAConfig(target_modules="all-linear"))
 
 
 def test_all_linear_warns_of_part_of_a_model():
@@ -228,8 +304,8 @@ def test_all_linear_warns_of_part_of_a_model():
 
 
 def test_a_target_of_another_class_says_what_to_do():
-    with pytest.raises(ValueError, match=r"it is a Conv1D, .* make the adapter with PEFT"):
-        fastlora.apply_lora(gpt2(), LoRAConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match=r"it is a Linear4bit, .* make the adapter with PEFT"):
+        fastlora.apply_lora(quantised(), LoRAConfig(target_modules=["0"]))
 
 
 def test_a_peft_model_is_peft_s_to_save(tmp_path):
@@ -279,33 +355,3 @@ def test_a_file_in_place_of_its_folder(tmp_path):
     fastlora.save_adapter(fastlora.apply_lora(Mlp(), UP), tmp_path)
     with pytest.raises(FileNotFoundError, match="Give the folder, not a file"):
         fastlora.load_adapter(Mlp(), os.fspath(tmp_path / "adapter_config.json"))
-
-
-class PackedTensor(torch.Tensor):
-    """As torchao's are: a tensor of another class in a plain nn.Linear."""
-
-
-def test_a_weight_of_another_class_is_no_base():
-    linear = nn.Linear(8, 8)
-    packed = linear.weight.detach().as_subclass(PackedTensor)
-    linear.weight = nn.Parameter(packed, requires_grad=False)
-    model = nn.Sequential(linear, nn.Linear(8, 8))
-    assert type(model[0]) is nn.Linear
-    with pytest.raises(ValueError, match=r"0 can't take an adapter: its weight is of class Packed"):
-        fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules=["0", "1"]))
-    with pytest.raises(ValueError, match="its weight is of class PackedTensor"):
-        fastlora.LoRALinear.from_linear(linear, r=2, lora_alpha=4)
-    with pytest.warns(UserWarning, match="PackedTensor"):
-        fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
-    assert [type(layer) for layer in model] == [nn.Linear, fastlora.LoRALinear]
-
-
-def test_optimize_leaves_a_base_of_another_class_to_peft():
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"])
-    )
-    base = model.base_model.model[0].base_layer
-    base.weight = nn.Parameter(base.weight.detach().as_subclass(PackedTensor), requires_grad=False)
-    (layer,) = fastlora.optimize(model).layers
-    assert not layer.fast
-    assert "PackedTensor" in layer.reason

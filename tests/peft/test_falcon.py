@@ -2,18 +2,11 @@
 
 import pytest
 import torch
-import transformers
-from peft_models import BATCH, KINDS, VOCABULARY, adapted, counted_calls, optimized
+from peft_models import BATCH, KINDS, adapted, counted_calls, falcon, optimized
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import fastlora
-
-
-def falcon(bias: bool = True) -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
-    config = transformers.FalconConfig(**sizes, num_attention_heads=4, bias=bias, alibi=False)
-    return transformers.FalconForCausalLM(config)
 
 
 def loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -41,6 +41,13 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
 
 
+def falcon(bias: bool = True) -> nn.Module:
+    """Its linear layers compute x @ W.T + b, each with a rounding of its own."""
+    sizes = _SIZES | {"num_attention_heads": 4}
+    config = transformers.FalconConfig(**sizes, bias=bias, alibi=False)
+    return transformers.FalconForCausalLM(config)
+
+
 def opt() -> nn.Module:
     """All its projections have biases; it drops in attention and residuals."""
     sizes = _SIZES | {"word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4}

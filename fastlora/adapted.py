@@ -1,0 +1,179 @@
+"""LoRALayer: what a linear layer of any class does with an adapter beside its frozen weight."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import rows_at_a_time
+from .ops import lora_linears
+from .ops.autocast import autocast_off
+from .projection import Projection
+
+
+class LoRALayer(nn.Module):
+    """A base's class, which comes after this one, with an adapter: methods and no constructor.
+
+    A layer becomes one, and ceases to be one, by its ``__class__``; it keeps all it had.
+    """
+
+    weight: Tensor
+    bias: Any  # a tensor or None
+    in_features: int
+    out_features: int
+    plain_class: type[nn.Module]  # what it is without its adapter
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out_features, in_features."""
+        return self.out_features, self.in_features
+
+    def attach_adapter(
+        self,
+        adapter: tuple[nn.Parameter, nn.Parameter],
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+    ) -> None:
+        """Take lora_A and lora_B, freeze weight and bias, and start unmerged.  Checks nothing."""
+        self.requires_grad_(False)
+        self.lora_A, self.lora_B = adapter
+        self.r, self.lora_alpha, self.use_rslora = len(self.lora_A), lora_alpha, use_rslora
+        self.lora_dropout = float(lora_dropout)
+        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self.merged = False
+        # While merged, the original Parameter: in __dict__ it stays out of the state dict.
+        self.__dict__["_base_weight"] = None
+
+    def detach_adapter(self) -> None:
+        """Become the plain layer again, in place, with the merged weight if it is merged."""
+        del self.lora_A, self.lora_B
+        del self.r, self.lora_alpha, self.use_rslora, self.lora_dropout, self.scaling
+        del self.merged, self._base_weight
+        object.__setattr__(self, "__class__", self.plain_class)
+
+    def reset_lora_parameters(self) -> None:
+        """Make the adapter the identity change again."""
+        _initialise(self.lora_A, self.lora_B, True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "this LoRA layer is merged, so its adapter would get no gradient: call "
+                    "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
+                )
+            return super().forward(x)
+        group = (self.projection(),)
+        return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
+
+    def projection(self) -> Projection:
+        """What the layer's call hands to :func:`fastlora.lora_linears`."""
+        return Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
+
+    def merged_weight(self) -> Tensor:
+        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider.
+
+        Block by block of rows, so that no wide copy of the whole weight is made.
+        """
+        merged = torch.empty_like(self.weight, requires_grad=False)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.no_grad(), autocast_off(self.weight.device.type):
+            left, right = self._factors()
+            right, rows = right.to(wide), rows_at_a_time(self.weight)
+            for first in range(0, len(merged), rows):
+                some = slice(first, first + rows)
+                base, left_rows = self.weight[some].to(wide), left[some].to(wide)
+                merged[some] = torch.addmm(base, left_rows, right, alpha=self.scaling)
+        return merged
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The two whose product is the adapter's part of the weight, as the layer stores that."""
+        return self.lora_B, self.lora_A
+
+    def check_weight(self, name: str) -> None:
+        """Raise ValueError unless the weight is a parameter of the layer, which can be replaced."""
+        reason = why_weight_is_fixed(self)
+        if reason:
+            raise ValueError(f"{name} can't be merged or removed: {reason}")
+
+    def use_merged(self, weight: Tensor, keep_base: bool = True) -> None:
+        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`."""
+        self.__dict__["_base_weight"] = self.weight if keep_base else None
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Put the original Parameter back: the same bits, and tied again if it was tied."""
+        if not self.can_unmerge:
+            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
+        self.weight, self.__dict__["_base_weight"] = self.__dict__["_base_weight"], None
+        self.merged = False
+
+    @property
+    def can_unmerge(self) -> bool:
+        """Whether the layer is merged and its base was kept."""
+        return self._base_weight is not None
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self._base_weight is not None:  # .to(), .cuda() and .half() reach what is kept aside
+            self._base_weight.data = fn(self._base_weight.data)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        if self.merged and f"{prefix}weight" in state_dict:
+            errors.append(
+                f"{prefix[:-1]} is merged: call fastlora.unmerge_lora(model) before loading weights"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+        adapter = [f"{prefix}lora_A", f"{prefix}lora_B"]
+        if all(key in missing for key in adapter):
+            # A checkpoint of the base, which knows no adapter.
+            missing[:] = [key for key in missing if key not in adapter]
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.shape
+        shape = f"in_features={in_features}, out_features={out_features}"
+        settings = f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        has_bias = self.bias is not None
+        return f"{shape}, bias={has_bias}, {settings}" + (", merged" if self.merged else "")
+
+    __repr__ = nn.Module.__repr__  # Conv1D has one of its own
+
+
+def new_adapter(
+    weight: Tensor, r: int, init_lora_weights: bool | str = True, dtype: torch.dtype | None = None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Fresh lora_A [r, in] and lora_B [out, r] for weight [out, in], in its dtype or ``dtype``."""
+    out_features, in_features = weight.shape
+    dtype = weight.dtype if dtype is None else dtype
+    lora_a = nn.Parameter(torch.empty(r, in_features, device=weight.device, dtype=dtype))
+    lora_b = nn.Parameter(torch.empty(out_features, r, device=weight.device, dtype=dtype))
+    _initialise(lora_a, lora_b, init_lora_weights)
+    return lora_a, lora_b
+
+
+def _initialise(lora_a: Tensor, lora_b: Tensor, init_lora_weights: bool | str) -> None:
+    """True: the identity change.  "gaussian": lora_A from N(0, 1/r²).  False: lora_B random too."""
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(lora_a, std=1 / len(lora_a))
+    else:
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    if init_lora_weights is False:
+        nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_b)
+
+
+def why_weight_is_fixed(layer: nn.Module) -> str:
+    """Why the weight can't be replaced by another Parameter; "" if it can."""
+    if "weight" in layer._parameters:
+        return ""
+    return "its weight is computed (weight_norm, pruning, a parametrisation): make that permanent"

@@ -1,0 +1,60 @@
+"""What a base may be: the class and the tensors of the frozen layer that an adapter goes with.
+
+Your own models and PEFT's are asked the same.  What is another matter, or changes from call to
+call (hooks, devices, what FSDP gathers), is asked where such a layer is met.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from .projection import DTYPES, is_plain
+
+_LINEAR_FORWARD = nn.Linear.forward
+_MODULE_CALL = nn.Module.__call__
+# Classes with a forward of their own that computes the same: Conv1D's weight is [in, out], and
+# Falcon adds the bias last.
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+
+
+def why_not_class(kind: type[nn.Module]) -> str:
+    """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
+    forward = getattr(kind, "forward", None)
+    known = forward is _LINEAR_FORWARD or is_conv1d(kind) or _is_of_transformers(kind, _FALCON)
+    if known and kind.__call__ is _MODULE_CALL:
+        return ""
+    return f"a {kind.__name__}, no torch.nn.Linear"
+
+
+def is_conv1d(kind: type[nn.Module]) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    return _is_of_transformers(kind, _CONV1D)
+
+
+def matrix_of(linear: nn.Module) -> Tensor:
+    """A base's weight as [out, in]."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if is_conv1d(type(linear)) else weight
+
+
+def why_not_tensor(tensor: Tensor, ndim: int, is_part: bool = False) -> str:
+    """What is wrong with a weight (2 dimensions) or a bias (1), as "has dtype torch.int8"; or "".
+
+    ``is_part``: it is FSDP's part between calls, which find it whole, and of torch's own class.
+    """
+    if not (is_plain(tensor) or is_part):
+        return f"is of class {type(tensor).__name__} (quantised?)"
+    if tensor.layout is not torch.strided:
+        return f"has layout {tensor.layout}"
+    if tensor.dim() != ndim and not is_part:
+        return f"has shape {tuple(tensor.shape)} (sharded, and not gathered?)"
+    return "" if tensor.dtype in DTYPES else f"has dtype {tensor.dtype}"
+
+
+def _is_of_transformers(kind: type, place: tuple[str, str]) -> bool:
+    """Whether it is the class in this place, which is looked up where transformers is imported."""
+    module, name = place
+    return kind.__name__ == name and kind is getattr(sys.modules.get(module), name, None)

@@ -1,0 +1,381 @@
+"""Conv1D (GPT-2) and FalconLinear: all that apply_lora promises, with PEFT's numbers."""
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from models import adapt, assert_untouched, randomise, snapshot, trained
+from peft_models import BATCH, falcon, gpt2
+from process import run_python
+from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+import fastlora
+from fastlora import LoRAConfig, LoRALinear, adapted
+from fastlora.modules import lora_layers
+
+MODELS = {"gpt2": gpt2, "falcon": falcon}
+TARGETS = {
+    gpt2: ["c_attn", "c_proj", "c_fc"],
+    falcon: ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+}
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def model_of(make) -> nn.Module:
+    """The same weights each time; nothing is dropped outside of the adapters."""
+    torch.manual_seed(7)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=BATCH).logits
+
+
+def ours(make, **settings) -> nn.Module:
+    torch.manual_seed(8)
+    return adapt(model_of(make), 0.1, **{"r": 4, "target_modules": "all-linear"} | settings)
+
+
+def theirs(make, **settings) -> peft.PeftModel:
+    config = peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 16, "target_modules": "all-linear"} | settings
+    )
+    torch.manual_seed(8)
+    return randomise(peft.get_peft_model(model_of(make), config), 0.1)
+
+
+def twins(make, **settings) -> tuple[nn.Module, peft.PeftModel]:
+    """Ours and PEFT's with the same adapters and the same trained biases."""
+    our, their = ours(make, **settings), theirs(make, **settings)
+    with torch.no_grad():
+        for name, parameter in our.named_parameters():
+            parameter.copy_(their.get_parameter(peft_name(our, name)))
+    return our, their
+
+
+def peft_name(our: nn.Module, name: str) -> str:
+    owner, _, last = name.rpartition(".")
+    if last in ("lora_A", "lora_B"):
+        return f"base_model.model.{name}.default.weight"
+    if isinstance(our.get_submodule(owner), adapted.LoRALayer):
+        return f"base_model.model.{owner}.base_layer.{last}"
+    return f"base_model.model.{name}"
+
+
+@every_model
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_three_steps_with_peft_s_outputs_and_gradients(make, bias):
+    our, their = twins(make, bias=bias, rank_pattern={r"0\..*(c_proj|dense)": 2})
+    torch.testing.assert_close(logits(our), logits(their))
+    our.train(), their.train()
+    names = {name: peft_name(our, name) for name in trained(our)}
+    assert set(names.values()) == trained(their)
+    assert any(name.endswith("bias") for name in names) == (bias != "none")
+    steps = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (our, their)]
+    for _ in range(3):
+        for model, step in zip((our, their), steps, strict=True):
+            step.zero_grad()
+            model(input_ids=BATCH, labels=BATCH).loss.backward()
+        for name, of_peft in names.items():
+            gradient, expected = our.get_parameter(name).grad, their.get_parameter(of_peft).grad
+            size = expected.abs().max().item()
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * size)
+        for step in steps:
+            step.step()
+    torch.testing.assert_close(logits(our), logits(their), rtol=1e-3, atol=1e-4)
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_float32_adapters_beside_16_bits(make, dtype):
+    first = {gpt2: "transformer.h.0.mlp.c_fc", falcon: "transformer.h.0.mlp.dense_h_to_4h"}[make]
+    model = adapt(model_of(make).to(dtype), 0.1, target_modules="all-linear")
+    half = model.get_submodule(first)
+    assert (half.weight.dtype, half.lora_A.dtype) == (dtype, torch.float32)
+    torch.manual_seed(3)
+    x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
+    found = torch.autograd.grad(half(x).float().square().sum(), [x, half.lora_A, half.lora_B])
+    wide = copy.deepcopy(half).double()
+    x = x.detach().double().requires_grad_()
+    truth = torch.autograd.grad(wide(x).square().sum(), [x, wide.lora_A, wide.lora_B])
+    for got, expected in zip(found, truth, strict=True):
+        assert ((got.double() - expected).norm() / expected.norm()).item() < 0.02
+    assert [g.dtype for g in found] == [dtype, torch.float32, torch.float32]
+
+
+@every_model
+def test_all_linear_is_peft_s(make):
+    names = {name for name, _ in lora_layers(ours(make))}
+    their = theirs(make)
+    of_peft = {
+        name.removeprefix("base_model.model.")
+        for name, module in their.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    assert names == of_peft
+    assert {name.rpartition(".")[2] for name in names} == set(TARGETS[make])
+
+
+@every_model
+def test_the_layers_change_in_place(make):
+    model = model_of(make)
+    before, keys, y = snapshot(model), set(model.state_dict()), logits(model)
+    layers = {name: module for name, module in model.named_modules() if is_target(make, name)}
+    weights, calls = {name: layer.weight for name, layer in layers.items()}, []
+    for layer in layers.values():
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    kind = {gpt2: Conv1D, falcon: FalconLinear}[make]
+    fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    for name, layer in layers.items():
+        assert model.get_submodule(name) is layer
+        assert layer.weight is weights[name]
+        assert isinstance(layer, kind)
+        assert isinstance(layer, LoRALinear) == (make is falcon)
+        assert f"LoRA{kind.__name__}(in_features=" in repr(layer)
+    added = set(model.state_dict()) - keys
+    assert added == {f"{name}.lora_{half}" for name in layers for half in "AB"}
+    torch.testing.assert_close(logits(model), y)
+    assert len(calls) == len(layers) == 8
+    report = fastlora.coverage(model)
+    assert str(report) == "8 of 8 layers fast (backend torch)"
+    assert report.layers[0].shape == {gpt2: (192, 64), falcon: (96, 64)}[make]
+    fastlora.remove_lora(model)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model), y)
+
+
+def is_target(make, name: str) -> bool:
+    return name.rpartition(".")[2] in TARGETS[make]
+
+
+@pytest.mark.parametrize("rows", [7, 10**6])
+@every_model
+def test_merged_weights_are_peft_s(make, rows, monkeypatch):
+    monkeypatch.setattr(adapted, "rows_at_a_time", lambda _: rows)
+    our, their = twins(make)
+    before, y = snapshot(our), logits(our)
+    fastlora.merge_lora(our)
+    merged = logits(our)
+    torch.testing.assert_close(merged, y, rtol=1e-4, atol=1e-5)
+    assert str(fastlora.coverage(our)) == "8 of 8 layers fast (8 merged)"
+    fastlora.unmerge_lora(our)
+    assert_untouched(our, before)
+    assert torch.equal(logits(our), y)
+    whole = their.merge_and_unload()
+    fastlora.remove_lora(fastlora.merge_lora(our))
+    assert torch.equal(logits(our), merged)
+    assert {type(module) for module in our.modules()} == {type(m) for m in whole.modules()}
+    state = our.state_dict()
+    assert state.keys() == whole.state_dict().keys()
+    for name, expected in whole.state_dict().items():
+        torch.testing.assert_close(state[name], expected)
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
+def test_the_merged_weight_is_the_exact_sum_rounded_once(make, dtype):
+    _, layer = next(lora_layers(ours(make).to(dtype)))
+    change = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    exact = layer.weight.double() + (change.T if make is gpt2 else change)
+    ulp = torch.finfo(dtype).eps * exact.abs().clamp(min=1e-2)
+    assert ((layer.merged_weight().double() - exact).abs() <= 0.5 * ulp + 1e-6).all()
+
+
+@every_model
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_peft_reads_our_file(make, bias, tmp_path):
+    model = ours(make, bias=bias)
+    fastlora.save_adapter(model, tmp_path / "ours")
+    with_file = peft.PeftModel.from_pretrained(model_of(make), tmp_path / "ours")
+    torch.testing.assert_close(logits(with_file), logits(model))
+    with_file.save_pretrained(tmp_path / "theirs")
+    assert config_in(tmp_path / "ours")["fan_in_fan_out"] == (make is gpt2)
+    assert config_in(tmp_path / "theirs")["fan_in_fan_out"] == (make is gpt2)
+
+
+@every_model
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_we_read_peft_s_file(make, bias, tmp_path):
+    their = theirs(make, bias=bias)
+    their.save_pretrained(tmp_path)
+    model = fastlora.load_adapter(model_of(make), tmp_path)
+    torch.testing.assert_close(logits(model), logits(their))
+    for _, layer in lora_layers(model):
+        nn.init.zeros_(layer.lora_B)
+    fastlora.load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(their))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["conv1d-last", "linear-last"])
+def test_fan_in_fan_out_of_a_mixed_model_is_peft_s(order, tmp_path):
+    def mixed() -> nn.Module:
+        torch.manual_seed(2)
+        return nn.Sequential(*[nn.Linear(4, 4), Conv1D(4, 4)][::order])
+
+    settings = {"target_modules": ["0", "1"], "r": 2}
+    their = randomise(peft.get_peft_model(mixed(), peft.LoraConfig(**settings)))
+    their.save_pretrained(tmp_path / "theirs")
+    model = fastlora.load_adapter(mixed(), tmp_path / "theirs")
+    fastlora.save_adapter(model, tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        assert config_in(tmp_path / folder)["fan_in_fan_out"] == (order == 1)
+    again, x = peft.PeftModel.from_pretrained(mixed(), tmp_path / "ours"), torch.randn(3, 4)
+    torch.testing.assert_close(again(x), their(x))
+    torch.testing.assert_close(model(x), their(x))
+
+
+def config_in(folder: Path) -> dict:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_peft_s_config_with_fan_in_fan_out():
+    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, r=4)
+    model = fastlora.apply_lora(model_of(gpt2), config)
+    assert [name for name, _ in lora_layers(model)] == [
+        f"transformer.h.{i}.attn.c_attn" for i in (0, 1)
+    ]
+
+
+def test_a_conv1d_is_no_target_parameter():
+    """PEFT takes such a weight for [out, in]: the file would have other shapes."""
+    model = model_of(gpt2)
+    before = snapshot(model)
+    config = LoRAConfig(target_parameters=["c_attn.weight"])
+    with pytest.raises(ValueError, match=r"c_attn.weight, a Conv1D's .* in target_modules"):
+        fastlora.apply_lora(model, config)
+    assert_untouched(model, before)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_by_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_by_torch])
+@every_model
+def test_copies(make, copied, merged, tmp_path):
+    model = ours(make)
+    y = logits(model)
+    if merged:
+        fastlora.merge_lora(model)
+    twin = copied(model)
+    assert [type(module) for module in twin.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(logits(twin), logits(model))
+    if merged:
+        fastlora.unmerge_lora(twin)
+    assert torch.equal(logits(twin), y)
+    fastlora.save_adapter(twin, tmp_path)
+    fastlora.remove_lora(twin)
+    assert len(list(lora_layers(model))) == 8
+
+
+@pytest.mark.parametrize("make", [lambda: Conv1D(6, 8), lambda: FalconLinear(8, 6)])
+def test_a_pickle_of_one_layer_loads_in_another_process(make, tmp_path):
+    model = adapt(nn.Sequential(make()), target_modules=["0"])
+    torch.save(model, tmp_path / "layer.pt")
+    code = (
+        "import sys, torch; "
+        f"model = torch.load({str(tmp_path / 'layer.pt')!r}, weights_only=False); "
+        "print(type(model[0]).__name__, model(torch.ones(1, 8)).tolist())"
+    )
+    kind = type(model[0]).__name__
+    assert run_python("-c", code) == f"{kind} {model(torch.ones(1, 8)).tolist()}"
+
+
+def test_a_parametrised_layer_refuses_to_be_pickled_as_any_does():
+    model = adapt(nn.Sequential(Conv1D(6, 8)), target_modules=["0"])
+    nn.utils.parametrize.register_parametrization(model[0], "lora_A", nn.Identity())
+    with pytest.raises(RuntimeError, match="parametrized modules"):
+        pickle.dumps(model)
+    twin, x = copy.deepcopy(model), torch.randn(2, 8)
+    assert torch.equal(twin(x), model(x))
+
+
+@every_model
+def test_a_base_checkpoint_loads_before_and_after(make):
+    base, model = model_of(make), ours(make)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1.1)
+    adapters = {name: model.get_parameter(name).clone() for name in trained(model)}
+    model.load_state_dict(base.state_dict())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in adapters.items())
+    other = ours(make)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+
+
+def layer_of(make) -> nn.Module:
+    """One layer from 8 to 6 features, with an adapter that drops in training."""
+    torch.manual_seed(1)
+    base = {gpt2: lambda: Conv1D(6, 8), falcon: lambda: FalconLinear(8, 6)}[make]()
+    model = nn.Sequential(base)
+    return adapt(model, r=3, target_modules=["0"], lora_dropout=0.5)[0].eval()
+
+
+@every_model
+def test_the_op_gets_the_weight_itself(make, monkeypatch):
+    layer, calls = layer_of(make), []
+    monkeypatch.setattr(adapted, "lora_linears", lambda x, group, **_: calls.append(group) or [x])
+    layer(torch.randn(2, 8))
+    ((projection,),) = calls
+    assert projection.weight.shape == (6, 8)
+    assert projection.weight.data_ptr() == layer.weight.data_ptr()
+
+
+@every_model
+def test_the_kernels_give_the_same(make):
+    layer, x = layer_of(make), torch.randn(5, 8, requires_grad=True)
+    leaves = [x, layer.lora_A, layer.lora_B]
+    numbers = {}
+    for backend in ("torch", "triton"):
+        with fastlora.use_backend(backend):
+            y = layer(x)
+            numbers[backend] = [y, *torch.autograd.grad(y.square().sum(), leaves)]
+    torch.testing.assert_close(numbers["triton"], numbers["torch"], rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_compiled_as_one_graph(make):
+    layer, x = layer_of(make), torch.randn(5, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    leaves = [layer.lora_A, layer.lora_B]
+    found, expected = (
+        [y, *torch.autograd.grad(y.square().sum(), leaves)] for y in (compiled(x), layer(x))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@every_model
+def test_transforms_and_autocast(make):
+    layer, x = layer_of(make), torch.randn(5, 8)
+    y = layer(x)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), y)
+    torch.testing.assert_close(layer(x.T.contiguous().T), y)
+    torch.testing.assert_close(layer(x[0]), y[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))

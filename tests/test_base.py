@@ -1,0 +1,187 @@
+"""What a base may be: apply_lora and optimize are asked the same question."""
+
+import re
+
+import peft
+import pytest
+import torch
+from models import assert_untouched, randomise, refused, snapshot
+from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+import fastlora
+from fastlora import LoRAConfig, LoRALinear
+
+
+class Packed(torch.Tensor):
+    """As torchao's are: a tensor of another class in a plain nn.Linear."""
+
+
+class Named(nn.Linear):
+    """With the forward of its parent."""
+
+    def get_extra_state(self):
+        return {"name": "x"}
+
+    def set_extra_state(self, state):
+        assert state == {"name": "x"}
+
+
+class Louder(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class LouderConv1D(Conv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Called(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def packed_weight(linear: nn.Linear) -> None:
+    linear.weight = frozen(linear.weight.detach().as_subclass(Packed))
+
+
+def packed_bias(linear: nn.Linear) -> None:
+    linear.bias = frozen(linear.bias.detach().as_subclass(Packed))
+
+
+def sparse(linear: nn.Linear) -> None:
+    linear.weight = frozen(linear.weight.detach().to_sparse_csr())
+
+
+def deep(linear: nn.Linear) -> None:
+    linear.weight = frozen(linear.weight.detach()[None])
+
+
+def flat(linear: nn.Linear) -> None:
+    linear.weight = frozen(linear.weight.detach().flatten())
+
+
+def dtyped(dtype: torch.dtype):
+    def change(linear: nn.Linear) -> None:
+        linear.weight = frozen(linear.weight.detach().to(dtype))
+
+    return change
+
+
+TAKEN = {
+    "linear": lambda: nn.Linear(8, 6),
+    "no-bias": lambda: nn.Linear(8, 6, bias=False),
+    "subclass": lambda: Named(8, 6),
+    "falcon": lambda: FalconLinear(8, 6),
+    "conv1d": lambda: Conv1D(6, 8),
+}
+CLASSES = {
+    "forward": (lambda: Louder(8, 6), "a Louder, no torch.nn.Linear"),
+    "forward-conv1d": (lambda: LouderConv1D(6, 8), "a LouderConv1D, no torch.nn.Linear"),
+    "call": (lambda: Called(8, 6), "a Called, no torch.nn.Linear"),
+}
+TENSORS = {
+    "packed": (packed_weight, r"weight .*of class Packed \(quantised\?\)"),
+    "packed-bias": (packed_bias, r"bias is of class Packed \(quantised\?\)"),
+    "sparse": (sparse, "weight .*has layout torch.sparse_csr"),
+    "3-d": (deep, r"weight .*has shape \(1, 6, 8\)"),
+    "1-d": (flat, r"weight .*has shape \(48,\)"),
+    "int8": (dtyped(torch.int8), "weight .*has dtype torch.int8"),
+    "float8": (dtyped(torch.float8_e4m3fn), "weight .*has dtype torch.float8_e4m3fn"),
+    "complex": (dtyped(torch.complex64), "weight .*has dtype torch.complex64"),
+}
+
+
+def with_peft(linear: nn.Module) -> nn.Module:
+    config = peft.LoraConfig(target_modules=["0"], fan_in_fan_out=isinstance(linear, Conv1D))
+    return randomise(peft.get_peft_model(nn.Sequential(linear), config))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_submodule("base_model.model.0.base_layer")
+
+
+@pytest.mark.parametrize("make", TAKEN.values(), ids=TAKEN)
+def test_both_take_it(make):
+    model, x = with_peft(make()), torch.randn(3, 8)
+    y = model(x)
+    fastlora.optimize(model, strict=True)
+    torch.testing.assert_close(model(x), y)
+
+    linear = make()
+    model = nn.Sequential(linear)
+    before, y, kind = snapshot(model), model(x), type(linear)
+    state = model.state_dict()
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
+    assert model[0] is linear
+    assert isinstance(linear, kind)
+    assert isinstance(linear, LoRALinear) == isinstance(linear, nn.Linear)
+    torch.testing.assert_close(model(x), y)
+    model.load_state_dict(state)
+    assert repr(model[0]).startswith(f"LoRA{kind.__name__}(in_features=8, out_features=6, bias=")
+    fastlora.remove_lora(model)
+    assert_untouched(model, before)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize(("make", "message"), CLASSES.values(), ids=CLASSES)
+def test_neither_takes_the_class(make, message):
+    model = nn.Sequential(make())
+    with refused(model, f"0 can't take an adapter: it is {message}"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
+    model, linear = with_peft(nn.Linear(8, 6)), make()
+    model.base_model.model[0].base_layer = linear
+    (layer,) = fastlora.optimize(model).layers
+    assert layer.reason == f"its base is {message}"
+
+
+@pytest.mark.parametrize(("change", "message"), TENSORS.values(), ids=TENSORS)
+def test_neither_takes_the_tensor(change, message):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6))
+    change(model[0])
+    for targets in (["0", "1"], ["0"]):
+        with pytest.raises(ValueError, match=f"0 can't take an adapter: its {message}"):
+            fastlora.apply_lora(model, LoRAConfig(target_modules=targets))
+    with pytest.raises(ValueError, match=f"its {message}"):
+        LoRALinear.from_linear(model[0], r=2, lora_alpha=4)
+    with pytest.warns(UserWarning, match=message):
+        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    assert [type(layer) for layer in model] == [nn.Linear, LoRALinear]
+
+    model = with_peft(nn.Linear(8, 6))
+    change(base_of(model))
+    (layer,) = fastlora.optimize(model).layers
+    assert not layer.fast
+    assert re.search(message, layer.reason)
+
+
+def test_a_sparse_base_has_peft_s_numbers():
+    model, x = with_peft(nn.Linear(8, 6)), torch.randn(3, 8)
+    sparse(base_of(model))
+    y = model(x)
+    fastlora.optimize(model)
+    assert torch.equal(model(x), y)
+
+
+def test_a_layer_that_fsdp2_has_already():
+    from torch.distributed.fsdp import FSDPModule
+
+    model = nn.Sequential(nn.Linear(8, 6))
+    model[0].__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    with refused(model, "0 can't take an adapter: fully_shard has it already"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
+
+
+def test_from_linear_takes_what_is_an_nn_linear():
+    with pytest.raises(ValueError, match="apply_lora adapts it in place"):
+        LoRALinear.from_linear(Conv1D(6, 8), r=2, lora_alpha=4)
+    linear, x = FalconLinear(8, 6), torch.randn(3, 8)
+    layer = LoRALinear.from_linear(linear, r=2, lora_alpha=4)
+    assert layer.weight is linear.weight
+    torch.testing.assert_close(layer(x), linear(x))
