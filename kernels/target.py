@@ -25,6 +25,13 @@ class Target:
     tf32: bool = True
     float32: bool = True  # has fast products in float32 of some precision
 
+    def copies(self, stages: int) -> int:
+        """The buffers in shared memory of a loop with so many pipeline stages.
+
+        Hopper and newer read the tensor cores' operands from there until a step is over.
+        """
+        return max(1, stages if self.descriptors else stages - 1)
+
 
 _KIB = 1024
 TARGETS = {

@@ -21,8 +21,8 @@ ORDER = [
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        "common", "launch", "target", "config", "defaults", "plan", "kept",
-        "sum_planes", "project", "gemm_lowrank", "weight_grad",
+        "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
+        "weight_grad", "defaults", "plan", "kept",
     ],
     "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "torch", "triton"],

@@ -128,7 +128,9 @@ def refusals() -> dict[str, str]:
     records = []
     with intercept(records.append):
         step(*STANDARD["fused"])
-    fused = next(each for each in records if isinstance(each.arguments["out"], TensorDescriptor))
+    fused = next(
+        each for each in records if isinstance(each.arguments.get("out"), TensorDescriptor)
+    )
     descriptor = fused.arguments["out"]
 
     def described(**changes) -> Callable[[], None]:
