@@ -72,10 +72,11 @@ class GemmConfig(Config):
         return cdiv(call.m, self.block_m) * cdiv(call.n, self.block_n)
 
     def sums(self, call: Call) -> int:
-        # A masked group has the product at hand beside the sum of those that are masked.  And
-        # without descriptors, the addresses of elements that aren't aligned take as much as sums.
-        by_pointers = not call.alone and not self.uses_descriptors(call)
-        outs = 2 if by_pointers or (call.masked and call.projections > 1) else 1
+        # A masked group has the product at hand beside the sum of those that are masked; ragged
+        # rows have an address for each element.
+        ragged = not call.alone and (call.pointers or call.n % 16 > 0)
+        outs = 1 + (call.masked and call.projections > 1)
+        outs += 2 * (ragged and not self.uses_descriptors(call))
         return self.block_m * (outs * self.block_n + call.project * self.block_r(call))
 
     def shared_memory(self, target: Target, call: Call) -> int:
@@ -135,7 +136,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 
 @triton.jit
 def low_rank_tile(
-    u, v, i_m, i_n, M, N, R: tl.constexpr, v_rows, v_columns, b_sum,
+    u, v, i_m, i_n, M, N, R, v_rows, v_columns, b_sum,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -154,10 +155,9 @@ def low_rank_tile(
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def gemm_lowrank_kernel(
     p0, p1, p2, p3, q0, q1, q2, q3, a, u, v, bias, out, seeds,
-    M, N, K, factor, threshold,
+    M, N, K, R, factor, threshold,
     p_rows, p_columns, q_rows, q_columns, a_rows, a_columns, v_rows, v_columns,
     bias_stride, out_rows,
-    R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -168,6 +168,7 @@ def gemm_lowrank_kernel(
     PERSISTENT: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     LOW_RANK: tl.constexpr,
+    RANKS_OF_8: tl.constexpr,
     V_COLUMNS_OF_8: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
@@ -194,10 +195,11 @@ def gemm_lowrank_kernel(
 
         early_u, early_v = (), ()
         for i in tl.static_range(len(u)):
+            r = known_multiple(R[i], RANKS_OF_8)
             v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
             if LOW_RANK == "first":
                 b_low = low_rank_tile(
-                    u[i], v[i], i_m, i_n, M, N, R[i], v_rows[i], v_column,
+                    u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column,
                     tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
                     BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                 )  # fmt: skip
@@ -205,8 +207,8 @@ def gemm_lowrank_kernel(
                 b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
             elif LOW_RANK == "early":
                 # [BM, BR], [BR, BN]
-                b_u = load_tile(u[i], i_m, 0, M, R[i], R[i], 1, BLOCK_M, BLOCK_R)
-                b_v = load_tile(v[i], 0, i_n, R[i], N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
+                b_u = load_tile(u[i], i_m, 0, M, r, r, 1, BLOCK_M, BLOCK_R)
+                b_v = load_tile(v[i], 0, i_n, r, N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
                 early_u, early_v = early_u + (b_u,), early_v + (cast(b_v, b_u.dtype),)
 
         if LOW_RANK == "made":
@@ -235,22 +237,22 @@ def gemm_lowrank_kernel(
                     b_made = dot(b_p, cast(b_a, b_p.dtype), b_made, PRECISION)
 
         for i in tl.static_range(len(u)):
+            r = known_multiple(R[i], RANKS_OF_8)
             v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
             if LOW_RANK == "early":
                 # [BM, BN] += [BM, BR] @ [BR, BN]
                 b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
             elif LOW_RANK == "last":
                 b_out = low_rank_tile(
-                    u[i], v[i], i_m, i_n, M, N, R[i], v_rows[i], v_column, b_out,
+                    u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column, b_out,
                     BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                 )  # fmt: skip
             elif LOW_RANK == "made":
                 b_u = cast(b_made * factor, u[i].dtype.element_ty)  # [BM, BR]
                 if i_n == 0:
-                    store_tile(u[i], b_u, i_m, 0, M, R[i], R[i], 1)
-                b_v = load_tile(
-                    v[i], 0, i_n, R[i], N, v_rows[i], v_column, BLOCK_R, BLOCK_N
-                )  # [BR, BN]
+                    store_tile(u[i], b_u, i_m, 0, M, r, r, 1)
+                # [BR, BN]
+                b_v = load_tile(v[i], 0, i_n, r, N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
                 # [BM, BN] += [BM, BR] @ [BR, BN]
                 b_out = dot(b_u, cast(b_v, b_u.dtype), b_out, PRECISION)
         if bias is not None:
@@ -352,17 +354,18 @@ def _gemm_lowrank(
         **{f"p{i}": operand for i, operand in enumerate(p + absent)},
         **{f"q{i}": operand for i, operand in enumerate(q + absent)},
         "a": a, "u": tuple(us), "v": tuple(vs), "bias": bias, "out": target_out, "seeds": seeds,
-        "M": M, "N": N, "K": tuple(depths), "factor": factor,
+        "M": M, "N": N, "K": tuple(depths), "R": tuple(ranks), "factor": factor,
         "threshold": dropout_threshold(dropout),
         "p_rows": tuple(p.stride(0) for p in ps), "p_columns": tuple(p.stride(1) for p in ps),
         "q_rows": tuple(q.stride(0) for q in qs), "q_columns": tuple(q.stride(1) for q in qs),
         "a_rows": 0 if a is None else a.stride(0), "a_columns": 0 if a is None else a.stride(1),
         "v_rows": tuple(v.stride(0) for v in vs), "v_columns": tuple(v.stride(1) for v in vs),
         "bias_stride": 0 if bias is None else bias.stride(0), "out_rows": out.stride(0),
-        "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k, "BLOCK_R": config.block_r(call), "GROUP": config.group,
         "PRECISION": precision, "DESCRIPTORS": descriptors, "PERSISTENT": persistent,
         "Q_TRANSPOSED": q_transposed, "LOW_RANK": config.low_rank(target, call), "ADD": add,
+        "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
         "V_COLUMNS_OF_8": all(v.stride(1) % 8 == 0 for v in vs),
     }  # fmt: skip
     count, work = config.tiles(call), partial(_work, arguments)

@@ -43,8 +43,9 @@ class WeightGradConfig(Config):
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, u = self.block_m * self.block_n * size, n * self.block_m * r * size
         v = call.project * (self.block_n + self.block_m) * r * 4
-        # Products with fewer than 64 rows read their operands into registers.
-        copies = target.copies(self.stages) if r >= 64 else max(1, self.stages - 1)
+        # Hopper's products of fewer than 64 rows, as older devices', have operands in registers.
+        rows = self.block_n if call.project else r
+        copies = target.copies(self.stages) if rows >= 64 else max(1, self.stages - 1)
         main = copies * (x + u) + call.masked * n * x + v
         return max(main, self.block_n * r * 4) + MARGIN
 
@@ -85,7 +86,7 @@ def weight_grad_kernel(
     R_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT_iᵀ = U_iᵀ (keep_i ∘ X), or PLANES_i, whose sum that is; and MADE = factor · X V.
+    """OUT_i = (keep_i ∘ X)ᵀ U_i, or PLANES_i, whose sum that is; and MADE = factor · X V.
 
     X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i:
     plane s is of so many ``steps`` over the rows, from s · steps on.  V [N, R_0], if it is there,
@@ -98,7 +99,11 @@ def weight_grad_kernel(
         made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
-        sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
+        # OUTᵀ; but OUT of the one pass, whose columns are many: its transpose would spill.
+        if v is None:
+            sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
             keys = keys + (tl.load(seeds + i),)
     first = i_split * steps * BLOCK_M
@@ -106,14 +111,16 @@ def weight_grad_kernel(
         b_x = load_tile(x, i_m, i_n, M, N, x_rows, x_columns, BLOCK_M, BLOCK_N)  # [BM, BN]
         new = ()
         for i in tl.static_range(len(u)):
-            # Loaded as its transpose, not transposed: else one of the two tiles isn't loaded ahead.
+            # Loaded as its transpose: else Triton loads one of the two tiles one step ahead alone.
             b_u = load_tile(u[i], i_r, i_m, R[i], M, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
             b_kept = b_x
             if seeds is not None:
                 keep = keep_tile(keys[i], i_m, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_kept = tl.where(keep, b_x, 0.0)
-            # [BR, BN] += [BR, BM] @ [BM, BN]
-            new = new + (dot(b_u, b_kept, sums[i], PRECISION),)
+            if v is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
+                new = new + (dot(b_u, b_kept, sums[i], PRECISION),)
+            else:  # [BN, BR] += [BN, BM] @ [BM, BR]
+                new = new + (dot(b_kept.T, b_u.T, sums[i], PRECISION),)
         sums = new
         if v is not None:
             b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -121,11 +128,12 @@ def weight_grad_kernel(
             b_made = dot(b_x, cast(b_v, b_x.dtype), b_made, PRECISION)
             store_tile(made_plane, b_made * factor, i_m, 0, M, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
+        b_out = sums[i] if v is None else sums[i].T  # [BR, BN]
         if tl.num_programs(1) == 1:
-            store_tile(out[i], sums[i], i_r, i_n, R[i], N, out_columns[i], out_rows[i])
+            store_tile(out[i], b_out, i_r, i_n, R[i], N, out_columns[i], out_rows[i])
         else:
             plane = planes[i] + i_split.to(tl.int64) * N * R[i]
-            store_tile(plane, sums[i], i_r, i_n, R[i], N, out_columns[i], out_rows[i])
+            store_tile(plane, b_out, i_r, i_n, R[i], N, out_columns[i], out_rows[i])
 
 
 def weight_grad(
