@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 from turns import Turns
 
 import fastlora
+from fastlora.trainer import AdapterTrainer
 
 HELD_OUT_ROWS = 8  # at most, so that the curve's held-out points stay cheap
 PROMPT_TOKENS, NEW_TOKENS = 24, 40  # of a sample
@@ -106,13 +107,6 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
     trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out)
     trainer.remove_callback(ProgressCallback)  # finetune.py has one for all sides
     return trainer
-
-
-class AdapterTrainer(Trainer):
-    """Its checkpoints hold fastlora's adapter, where Trainer's own would hold the whole model."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        fastlora.save_adapter(self.model, output_dir or self.args.output_dir)
 
 
 def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleNamespace) -> dict:

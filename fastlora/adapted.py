@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.functional import dropout, linear
 
 from .blocks import Dense, buffer_for, widened
 from .ops import lora_linears
@@ -67,17 +65,8 @@ class LoRALayer(nn.Module):
                     "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
                 )
             return super().forward(x)
-        if _needs_textbook(x):
-            return self._textbook(x)
         group = (self.projection(),)
         return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
-
-    def _textbook(self, x: Tensor) -> Tensor:
-        """The same by torch's own operations, which everything of torch's can follow."""
-        dropped = dropout(x, self.lora_dropout, self.training)
-        lora_a, lora_b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        # lora_A is scaled, since that is never nested.
-        return super().forward(x) + linear(linear(dropped, self.scaling * lora_a), lora_b)
 
     def projection(self) -> Projection:
         """What the layer's call hands to :func:`fastlora.lora_linears`."""
@@ -155,13 +144,6 @@ class LoRALayer(nn.Module):
         return f"{shape}, bias={has_bias}, {settings}" + (", merged" if self.merged else "")
 
     __repr__ = nn.Module.__repr__  # Conv1D has one of its own
-
-
-def _needs_textbook(x: Tensor) -> bool:
-    """Whether x, or what is done with the call, is nothing that the op's node can follow."""
-    return isinstance(x, Tensor) and (
-        x.is_nested or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
 
 
 def new_adapter(

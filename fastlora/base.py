@@ -9,8 +9,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from .ops import is_plain
-from .projection import DTYPES
+from .projection import DTYPES, is_plain
 
 _LINEAR_FORWARD = nn.Linear.forward
 _MODULE_CALL = nn.Module.__call__
@@ -22,7 +21,8 @@ _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 def why_not_class(kind: type[nn.Module]) -> str:
     """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
-    known = kind.forward is _LINEAR_FORWARD or is_conv1d(kind) or _is_of_transformers(kind, _FALCON)
+    forward = getattr(kind, "forward", None)
+    known = forward is _LINEAR_FORWARD or is_conv1d(kind) or _is_of_transformers(kind, _FALCON)
     if known and kind.__call__ is _MODULE_CALL:
         return ""
     return f"a {kind.__name__}, no torch.nn.Linear"

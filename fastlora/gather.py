@@ -1,7 +1,7 @@
 """Tensors of a model whole, where FSDP or FSDP2 keeps each rank's part of them."""
 
 import sys
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,33 +10,54 @@ from .modules import plain_name, unwrap
 
 
 def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the same keys; those that train and are sharded are gathered.
+    """The same tensors under the same keys; those that are sharded are gathered.
 
-    torch's own state-dict functions do it, for the model in all its wrappers, and every rank must
-    call it then.  Raises ValueError for a sharded tensor that they don't give, e.g. a frozen one.
+    The model is given in all its wrappers, and every rank must call it.  Raises ValueError for
+    tensors of DeepSpeed's ZeRO-3.
     """
-    sharded = {key: tensor for key, tensor in tensors.items() if is_sharded(tensor)}
-    if not sharded:
-        return tensors
+    _refuse_partitioned(tensors)
+    state = _whole_state(model, [t for t in tensors.values() if is_flattened(t)])
+    names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
+    found = dict(tensors)
+    for key, tensor in tensors.items():
+        if is_flattened(tensor):
+            found[key] = state[names[id(tensor)]]
+        elif isinstance(tensor, _dtensor()):
+            found[key] = tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return found
+
+
+def _whole_state(model: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
+    """The state dict with these tensors, of FSDP1's flat parameters, if there are any."""
+    if not tensors:
+        return {}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # Without cpu_offload: on a CPU torch 2.13 ends the process in it, under FSDP1.
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
-    gathered = get_model_state_dict(model, options=options)
-    names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
-    found = dict(tensors)
-    for key, tensor in sharded.items():
-        name = names.get(id(tensor), "")
-        if name not in gathered:
-            raise ValueError(f"{key} is sharded and doesn't train, so that FSDP doesn't gather it")
-        found[key] = cast(Tensor, gathered[name])
-    return found
+    options = StateDictOptions(
+        full_state_dict=True, ignore_frozen_params=all(t.requires_grad for t in tensors)
+    )
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+def _refuse_partitioned(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for a parameter that is ZeRO-3's, and empty between calls."""
+    for key, tensor in tensors.items():
+        if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:
+            raise ValueError(
+                f"DeepSpeed ZeRO-3 has parts of {key} on all ranks: call this inside of "
+                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is FSDP's, which has a part of it between calls."""
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    return is_flattened(tensor) or isinstance(tensor, dtensor)
+    return is_flattened(tensor) or isinstance(tensor, _dtensor())
+
+
+def _dtensor() -> Any:
+    """The class DTensor; no class where nobody imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 
 def is_flattened(tensor: Tensor) -> bool:

@@ -27,10 +27,11 @@ class LoRALinear(LoRALayer, nn.Linear):
     2312.03732).  ``lora_dropout`` in [0, 1) acts on the adapter's input alone, in training.
 
     Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
-    ``nn.Linear``: these calls run the textbook formula, with a mask of torch's own.
+    ``nn.Linear``, by :func:`fastlora.lora_linear`, which every call goes to.
 
     One adapter a layer; many adapters at once are PEFT's job.  Raises ValueError for a rank below 1
-    or a dropout outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.
+    or a dropout outside [0, 1), and what :func:`fastlora.lora_linear` raises when called.  The
+    arguments that ``nn.Linear`` has too are its own, and so are their errors.
     """
 
     plain_class = nn.Linear
@@ -48,7 +49,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_settings(r, lora_alpha, lora_dropout)
+        check_settings(r, lora_alpha, lora_dropout, use_rslora)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.attach_adapter(new_adapter(self.weight, r), lora_alpha, lora_dropout, use_rslora)
 
@@ -66,7 +67,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
         The adapter has the weight's dtype.  Raises ValueError for what is no plain nn.Linear.
         """
-        check_settings(r, lora_alpha, lora_dropout)
+        check_settings(r, lora_alpha, lora_dropout, use_rslora)
         reason = why_not_base(linear)
         if reason or not isinstance(linear, nn.Linear):
             reason = reason or "it is no torch.nn.Linear: apply_lora adapts it in place"

@@ -5,12 +5,15 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # those that it casts
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 LARGEST_SCALE = torch.finfo(torch.float32).max
 LARGEST_RANK = 2**31 - 1
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 # What a record holds for each tensor: it, whether its gradient is needed, or that gradient.
 T = TypeVar("T")
@@ -107,7 +110,7 @@ def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> Iterator[list
 
 
 def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
-    """The outputs that a list stands for.  Raises TypeError where something in it is no tensor."""
+    """The outputs that a list stands for.  Raises TypeError for what is no list of them."""
     if not isinstance(projections, list | tuple):
         raise TypeError(f"projections must be a list, not {type(projections).__name__}")
     outputs: list[Output] = []
@@ -136,11 +139,6 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
                 f"projections has a {type(projection).__name__}, but must be a list of "
                 "fastlora.Projection"
             )
-    for output in outputs:
-        for name, tensor in named_tensors(output):
-            if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
-                expected = "a tensor or None" if name == "bias" else "a tensor"
-                raise TypeError(f"{name} must be {expected}, not {type(tensor).__name__}")
     return outputs
 
 
@@ -154,54 +152,127 @@ def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
     return named
 
 
-def check_call(x: Tensor, outputs: Sequence[Output], dropout: float) -> None:
-    """Raise ValueError or TypeError unless every output's tensors fit x, a tensor."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is of torch's own class, and not a FakeTensor, a DTensor …"""
+    return type(tensor) in _PLAIN
+
+
+def shown(value: object) -> str:
+    """Its repr for a message, cut short."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of more than 4300 digits, a class with a defect …
+        return f"of type {type(value).__name__}"
+    return text if len(text) < 100 else f"{text[:80]}…"
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise TypeError for what is no tensor, ValueError for one without values as yet."""
+    if not isinstance(tensor, Tensor):
+        expected = "a tensor or None" if name == "bias" else "a tensor"
+        raise TypeError(f"{name} must be {expected}, not {type(tensor).__name__}")
+    if is_lazy(tensor):
+        raise ValueError(f"{name} has no shape as yet: call the lazy module that it is of once")
+
+
+def why_not_mixed(name: str, tensor: Tensor, x: Tensor) -> str:
+    """Why torch can't work with this tensor and x at once; "" if it isn't for their classes."""
+    if _dispatches(tensor) == _dispatches(x):
+        return ""
+    return (
+        f"{name} is a {type(tensor).__name__}, but x is a {type(x).__name__}, and torch doesn't "
+        "mix them: make both the same"
+    )
+
+
+def _dispatches(tensor: Tensor) -> bool:
+    """Whether it is of a class that runs torch's operations itself: a FakeTensor, a DTensor …"""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_call(
+    x: Tensor, outputs: Sequence[Output], dropout: float, training: bool, autocast: bool
+) -> None:
+    """Raise ValueError or TypeError unless every output's tensors fit x, a tensor.
+
+    ``autocast``: x and the weights will be cast, and needn't agree.  x may be nested.
+    """
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
-    if x.layout is not torch.strided or x.is_nested:
+    if x.layout is not torch.strided and not x.is_nested:
         raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
     if x.dim() == 0:
         raise ValueError(
             "x is a scalar, but must be [..., in_features]: give it at least one dimension"
         )
     check_dropout(dropout)
+    if training is not True:
+        check_switch("training", training)
     if not outputs:
         raise ValueError("no projections came: give at least one fastlora.Projection")
-    features, dtype, device = x.shape[-1], x.dtype, x.device
+    features = _features_of_nested(x) if x.is_nested else x.shape[-1]
+    dtype, device = x.dtype, x.device
     for output in outputs:
-        _check_dtypes_and_devices(dtype, device, output)
-        _check_base(features, output)
+        _check_tensors(x, device, output)
+        _check_base(features, dtype, autocast, output)
         for adapter in output.adapters:
             _check_adapter(features, output.base.weight.shape[0], adapter)
 
 
-def check_dropout(dropout: float) -> None:
+def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise ValueError for what is no probability below 1."""
-    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise ValueError(
-            f"dropout is {dropout!r}, but must lie in [0, 1): the probability of dropping an input"
+            f"{name} is {shown(dropout)}, but must lie in [0, 1): the probability of dropping "
+            "an input, a number"
         )
 
 
-def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
-    """Raise ValueError for numbers that no adapter can have."""
+def check_settings(
+    r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool = False
+) -> None:
+    """Raise ValueError for settings that no adapter can have."""
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= LARGEST_RANK:
         raise ValueError(
-            f"r is {r!r}, but the rank must be a whole number of at least 1 and below 2³¹"
+            f"r is {shown(r)}, but the rank must be a whole number of at least 1 and below 2³¹"
         )
-    if (
-        isinstance(lora_alpha, bool)
-        or not isinstance(lora_alpha, (int, float))
-        or not -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE
-    ):
+    if not is_number(lora_alpha) or not -LARGEST_SCALE <= lora_alpha <= LARGEST_SCALE:
         raise ValueError(
-            f"lora_alpha is {lora_alpha!r}, but must be a finite number: scaling is lora_alpha / r"
+            f"lora_alpha is {shown(lora_alpha)}, but must be a finite number: scaling is "
+            "lora_alpha / r"
         )
-    check_dropout(lora_dropout)
+    check_dropout(lora_dropout, "lora_dropout")
+    check_switch("use_rslora", use_rslora)
 
 
-def _check_base(features: int, output: Output) -> None:
+def check_switch(name: str, value: bool) -> None:
+    """Raise ValueError for all but True and False."""
+    if value is not True and value is not False:
+        raise ValueError(f"{name} is {shown(value)}, but must be True or False")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is Python's: an int or a float, of which numpy.float64 is one, and no bool."""
+    return type(value) is float or (isinstance(value, int | float) and type(value) is not bool)
+
+
+def _features_of_nested(x: Tensor) -> int:
+    try:
+        return x.size(-1)
+    except RuntimeError:
+        raise ValueError(
+            "x is nested, and its parts differ in in_features, their last size"
+        ) from None
+
+
+def _check_base(features: int, dtype: torch.dtype, autocast: bool, output: Output) -> None:
     (weight, bias), adapters = output
+    cast = autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
+    if not cast and weight.dtype != dtype:
+        raise TypeError(
+            f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
+            "or use torch.autocast"
+        )
     shape = weight.shape
     if len(shape) != 2 or shape[1] != features:
         raise ValueError(
@@ -236,27 +307,35 @@ def _check_adapter(features: int, out_features: int, adapter: Adapter) -> None:
             f"in_features {features}, out_features {out_features} and r {rank} must each be at "
             "least 1: for no adapter use torch.nn.functional.linear"
         )
-    if not isinstance(scale, (int, float)) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
+    if not is_number(scale) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
         raise ValueError(
-            f"scale is {scale!r}, but must be a finite float32: alpha / r, or alpha / √r for rsLoRA"
+            f"scale is {shown(scale)}, but must be a finite float32: alpha / r, or alpha / √r for "
+            "rsLoRA"
         )
 
 
-def _check_dtypes_and_devices(dtype: torch.dtype, device: torch.device, output: Output) -> None:
+def _check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
     for name, tensor in named_tensors(output):
         if tensor is None:
+            if name != "bias":
+                check_tensor(name, tensor)
             continue
+        if type(tensor) not in _PLAIN:
+            check_tensor(name, tensor)
+            # Other classes torch may take, but the memory of this one is a null pointer to kernels.
+            if type(tensor).__name__ == "FakeTensor" and is_plain(x):
+                raise TypeError(why_not_mixed(name, tensor, x))
         if tensor.device != device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
             )
         if tensor.layout is not torch.strided or tensor.is_nested:
-            raise TypeError(f"{name} has layout {tensor.layout}, but must be a dense tensor")
+            if tensor.is_nested:
+                raise TypeError(f"{name} is nested, which x alone may be: call this for each part")
+            raise TypeError(
+                f"{name} has layout {tensor.layout}, but must be dense: call {name}.to_dense()"
+            )
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}")
-    weight = output.base.weight
-    if weight.dtype != dtype:
-        raise TypeError(
-            f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
-            "or use torch.autocast"
-        )
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}: convert it"
+            )

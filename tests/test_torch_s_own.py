@@ -1,4 +1,4 @@
-"""LoRALinear where nn.Linear works: nested tensors, torch.func, forward-mode differentiation."""
+"""LoRALinear and the op where nn.Linear works: nested tensors, torch.func, forward-mode."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import fastlora
+from fastlora.projection import Adapter, Base, Output
 from fastlora.reference import lora_linear as reference
+from fastlora.reference import lora_linears as reference_of_group
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 
@@ -92,3 +94,92 @@ def test_a_float32_adapter_beside_16_bits(layer, x):
 def test_a_model_in_compile_still_calls_the_op(layer, x):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), formula(layer, x))
+
+
+def group() -> list:
+    """A layer with two adapters, one with a bias, and a frozen one."""
+    tensors = {name: torch.randn(shape).double() for name, shape in SHAPES.items()}
+    adapter = Adapter(tensors["lora_a"], tensors["lora_b"], 0.5)
+    second = Adapter(tensors["lora_a"] * 2, tensors["lora_b"] + 1, -1.5)
+    return [
+        Output(Base(tensors["weight"]), (adapter, second)),
+        fastlora.Projection(tensors["weight"] + 1, *adapter[:2], tensors["bias"], 2.0),
+        Output(Base(tensors["weight"] * 2)),
+    ]
+
+
+SHAPES = {"weight": (6, 8), "lora_a": (2, 8), "lora_b": (6, 2), "bias": (6,)}
+TRANSFORMS = {
+    "vmap": lambda call, x: vmap(call)(x),
+    "jacrev": lambda call, x: jacrev(call)(x[0]),
+    "jvp": lambda call, x: jvp(call, (x,), (x,)),
+    "hessian": lambda call, x: hessian(lambda row: sum(y.sin().sum() for y in call(row)))(x[0]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_a_group(name, x):
+    outputs, transform = group(), TRANSFORMS[name]
+    torch.testing.assert_close(
+        transform(lambda x: fastlora.lora_linears(x, outputs), x),
+        transform(lambda x: reference_of_group(x, outputs), x),
+    )
+
+
+def test_gradients_of_the_op_for_each_sample(x):
+    tensors = [torch.randn(SHAPES[name]).double() for name in ("weight", "lora_a", "lora_b")]
+
+    def each(function):
+        loss = lambda row, *tensors: function(row, *tensors).square().sum()  # noqa: E731
+        return vmap(grad(loss, argnums=(1, 2, 3)), in_dims=(0, None, None, None))(x, *tensors)
+
+    torch.testing.assert_close(each(fastlora.lora_linear), each(reference))
+
+
+@LAYOUTS
+def test_a_group_of_a_nested_tensor(layout):
+    parts, outputs = [torch.randn(n, 8).double() for n in (3, 5)], group()
+    ys = fastlora.lora_linears(torch.nested.nested_tensor(parts, layout=layout), outputs)
+    for i, part in enumerate(parts):
+        found = tuple(y.unbind()[i] for y in ys)
+        torch.testing.assert_close(found, fastlora.lora_linears(part, outputs))
+
+
+def test_each_adapter_in_forward_mode_has_a_mask():
+    ones, x = torch.ones(1, 8).double(), torch.ones(500, 8).double()
+    layer = fastlora.Projection(ones * 0, ones, ones[:, :1])
+    call = lambda x, **mode: jvp(  # noqa: E731
+        lambda x: fastlora.lora_linears(x, [layer] * 2, dropout=0.5, **mode), (x,), (x,)
+    )
+    (first, second), tangents = call(x)
+    assert not torch.equal(first, second)
+    assert abs(first.mean() - 8) < 0.5
+    torch.testing.assert_close(tangents, (first, second))
+    assert torch.equal(call(x, training=False)[0][0], torch.full((500, 1), 8.0).double())
+
+
+def test_a_wide_bias_beside_16_bits_in_vmap(x):
+    x, bias = x.bfloat16(), torch.randn(6)
+    tensors = [torch.randn(SHAPES[name]).bfloat16() for name in ("weight", "lora_a", "lora_b")]
+    call = lambda x: fastlora.lora_linear(x, *tensors, bias=bias)  # noqa: E731
+    torch.testing.assert_close(vmap(call)(x), call(x), rtol=0.02, atol=0.05)
+
+
+NESTED = {
+    "features": ([torch.ones(3, 7)] * 2, ValueError, "but x has 7 features"),
+    "ragged-features": ([torch.ones(3, 8), torch.ones(3, 7)], ValueError, "parts differ"),
+    "vectors": ([torch.ones(8)] * 2, TypeError, "can't take this nested x, of 2 dimensions"),
+    "none": ([], ValueError, "but x has 0 features"),
+    "dtype": ([torch.ones(3, 8).double()], TypeError, "weight has dtype torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("parts", "error", "message"), NESTED.values(), ids=NESTED)
+def test_a_nested_tensor_that_does_not_fit(parts, error, message):
+    with pytest.raises(error, match=message):
+        fastlora.LoRALinear(8, 6)(torch.nested.nested_tensor(parts))
+
+
+def test_a_wrong_shape_in_a_transform():
+    with pytest.raises(ValueError, match="but x has 7 features"):
+        vmap(fastlora.LoRALinear(8, 6))(torch.ones(3, 7))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch as pytorch  # here `torch` is the backend
 
-from ..projection import Output
+from ..projection import Output, shown
 from .protocol import Backend, Settings
 
 __all__ = ["Backend", "Settings", "backend_name", "find_backend", "planned_backend", "use_backend"]
@@ -96,9 +96,9 @@ def _has_triton() -> bool:
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise ValueError(
-            f"{source} asks for the backend {name!r}, but there is only "
+            f"{source} asks for the backend {shown(name)}, but there is only "
             + ", ".join(map(repr, _BACKENDS))
         )
     if name == "triton" and not _has_triton():

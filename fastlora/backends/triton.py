@@ -41,6 +41,8 @@ __all__ = ["backward", "dropout_mask", "forward", "h_dtype", "why_not"]
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _NOTHING = nullcontext()
+# z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
+_NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
 _said: set[str] = set()
 _INTERNAL = tuple(
     str(Path(file).parent) for file in (Path(__file__).parent, kernels.__file__, torch.__file__)
@@ -58,6 +60,7 @@ def forward(
             [seeds, *inputs],
             (settings.layouts, settings.dropout, _precision(x)),
             lambda: _covers(inputs, settings.layouts),
+            settings.kept,
         )
     if made is None:
         return torch_backend.forward(inputs, seeds, settings)
@@ -79,7 +82,7 @@ def backward(
             _backward,
             [seeds, *inputs, *hs, *dys],
             (settings.layouts, settings.dropout, _precision(x), tuple(needs)),
-            lambda: any(dy is not None for dy in dys) and _covers(inputs, settings.layouts),
+            lambda: any(dy is not None for dy in dys) and _covers(inputs, settings.layouts, dys),
         )
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
@@ -100,20 +103,28 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
         for _, tensor in named_tensors(output):
-            if tensor is not None and tensor.dtype not in _COVERED:
+            if tensor is None:
+                continue
+            if tensor.dtype not in _COVERED:
                 return f"the Triton kernels don't have {tensor.dtype}"
-            if tensor is not None and max(tensor.shape) > _LONGEST:
+            if tensor.is_neg():
+                return _NEGATED
+            if max(tensor.shape) > _LONGEST:
                 return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
     if dtype == torch.float32 and not target.float32:
         return f"{target.name} multiplies no float32 in tensor cores"
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
-def _covers(inputs: Sequence[Tensor], layouts: Sequence[Layout]) -> bool:
+def _covers(
+    inputs: Sequence[Tensor], layouts: Sequence[Layout], dys: Sequence[Tensor | None] = ()
+) -> bool:
     x, *tensors = inputs
     if len(x) == 0:
         return False
     reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
+    if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
+        reason = _NEGATED
     if not reason and len(x) > _LONGEST:
         reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
     if reason and reason not in _said:
@@ -147,7 +158,7 @@ def _forward(
     """Every y, then every h."""
     seeds, x, *flat = tensors
     outputs, common = unflatten(flat, layouts), _Common(dropout, precision, seeds)
-    plans = [_forward_plan(x, output, precision) for output in outputs]
+    plans = [_forward_plan(x, output, common) for output in outputs]
     in_one_launch = seeds is None and all(
         plan.fused
         and len(output.adapters) == 1
@@ -227,12 +238,13 @@ class _Term(NamedTuple):
     seed: Tensor | None
 
 
-def _forward_plan(x: Tensor, output: Output[Tensor], precision: str) -> "kernels.Plan | None":
+def _forward_plan(x: Tensor, output: Output[Tensor], common: _Common) -> "kernels.Plan | None":
     """How to make this output; None for one without adapters, whose product is torch's."""
     if not output.adapters:
         return None
     ranks = [len(adapter.lora_a) for adapter in output.adapters]
-    return kernels.plan_for(x, len(output.base.weight), x.shape[1], ranks, precision)
+    rows, masked = len(output.base.weight), common.seeds is not None
+    return kernels.plan_for(x, rows, x.shape[1], ranks, common.precision, masked=masked)
 
 
 def _y(
@@ -306,7 +318,9 @@ def _dx(
         seeds = _join([term.seed for term in terms], common.seeds)
         depth = sum(len(output.base.weight) for _, output in used)
         ranks, masked = [dh.shape[1] for dh in u], seeds is not None
-        plan = kernels.plan_for(x, x.shape[1], depth, ranks, common.precision, masked=masked)
+        plan = kernels.plan_for(
+            x, x.shape[1], depth, ranks, common.precision, masked=masked, backward=True
+        )
         if plan.fused:
             fused = [(dy, output.base.weight) for dy, output in used if output.adapters]
         kernels.gemm_lowrank(  # first, as in the forward
@@ -335,7 +349,8 @@ def _join(some: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:
 
 def _precision(x: Tensor) -> str:
     """How tensor cores may read float32; for the 16-bit dtypes it means nothing."""
-    if x.dtype != torch.float32 or not kernels.target_of(x.device).tf32:
+    target = kernels.target_of(x.device) if x.dtype == torch.float32 else None
+    if target is None or not target.tf32:
         return "ieee"
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         # Since torch 2.9: it follows the older switches, whose getters raise if this one was used.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..projection import check_settings
+from ..projection import check_settings, shown
 
 _Number = TypeVar("_Number", int, float)
 _BIAS = ("none", "all", "lora_only")
@@ -60,24 +60,22 @@ class LoRAConfig:
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.r, self.lora_alpha, self.lora_dropout)
+        check_settings(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
         self._check_patterns("rank_pattern", lambda rank: check_settings(rank, 1, 0.0))
         self._check_patterns("alpha_pattern", lambda alpha: check_settings(1, alpha, 0.0))
-        if self.bias not in _BIAS:
+        if not isinstance(self.bias, str) or self.bias not in _BIAS:
             raise ValueError(
-                f"bias is {self.bias!r}, but must be one of {', '.join(map(repr, _BIAS))}"
+                f"bias is {shown(self.bias)}, but must be one of {', '.join(map(repr, _BIAS))}"
             )
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and not (isinstance(init, str) and init == "gaussian"):
             raise ValueError(
-                f"init_lora_weights is {self.init_lora_weights!r}, "
-                "but must be True, False or 'gaussian'"
+                f"init_lora_weights is {shown(init)}, but must be True, False or 'gaussian'"
             )
         for name, example in (("task_type", "CAUSAL_LM"), ("base_model_name_or_path", "gpt2")):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} is {value!r}, but must be a word like {example!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"use_rslora is {self.use_rslora!r}, but must be True or False")
+                raise ValueError(f"{name} is {shown(value)}, but must be a word like {example!r}")
         self._check_names("target_modules", or_pattern=True)
         self._check_names("exclude_modules", or_pattern=True)
         self._check_names("modules_to_save", or_pattern=False)
@@ -89,9 +87,10 @@ class LoRAConfig:
         numbers, pattern = self.layers_to_transform, self.layers_pattern
         if numbers is not None:
             numbers = (numbers,) if isinstance(numbers, int) else numbers
-            if not isinstance(numbers, Sequence) or not all(type(n) is int for n in numbers):
+            is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
+            if not is_list or not all(type(n) is int for n in numbers):
                 raise ValueError(
-                    f"layers_to_transform is {self.layers_to_transform!r}, "
+                    f"layers_to_transform is {shown(self.layers_to_transform)}, "
                     "but must be a whole number or a list of them"
                 )
             object.__setattr__(self, "layers_to_transform", tuple(numbers) or None)
@@ -111,14 +110,15 @@ class LoRAConfig:
     def _check_patterns(self, field_name: str, check_value: Callable[[Any], None]) -> None:
         patterns = getattr(self, field_name)
         if not isinstance(patterns, Mapping):
-            raise ValueError(f"{field_name} is {patterns!r}, but must map patterns to numbers")
+            raise ValueError(f"{field_name} is {shown(patterns)}, but must map patterns to numbers")
         for pattern, value in patterns.items():
             try:
                 _compile(pattern)
                 check_value(value)
             except ValueError as error:
-                shown = _short(pattern)
-                raise ValueError(f"{field_name} has {shown}: {value!r}: {error}") from None
+                raise ValueError(
+                    f"{field_name} has {shown(pattern)}: {shown(value)}: {error}"
+                ) from None
 
     def _check_names(self, field_name: str, *, or_pattern: bool) -> None:
         """Keep a list of names as a tuple, since the record is frozen."""
@@ -128,9 +128,10 @@ class LoRAConfig:
         if or_pattern and isinstance(names, str):
             compile_pattern(names)
             return
-        is_list = isinstance(names, Iterable) and not isinstance(names, str | Mapping)
+        # No iterator, which a look at it would use up.
+        is_list = isinstance(names, Sequence | Set) and not isinstance(names, str | bytes)
         if not is_list or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{field_name} is {names!r}, but must be a list of names")
+            raise ValueError(f"{field_name} is {shown(names)}, but must be a list of names")
         if field_name == "modules_to_save" and "" in names:
             raise ValueError("modules_to_save has an empty name, which would mean every module")
         ordered = sorted(names) if isinstance(names, Set) else names
@@ -168,7 +169,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         return _compile(pattern)
     except ValueError as error:
         raise ValueError(
-            f"{_short(pattern)} is no regular expression ({error}): give a list for plain names"
+            f"{shown(pattern)} is no regular expression ({error}): give a list for plain names"
         ) from None
 
 
@@ -177,11 +178,6 @@ def _compile(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from None
-
-
-def _short(pattern: object) -> str:
-    text = repr(pattern)
-    return text if len(text) < 100 else f"{text[:80]}…"
 
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from ..adapted import LoRALayer
+from ..modules import plain_name
+from ..projection import shown
 
 AUTO = "auto"
 
@@ -18,7 +20,8 @@ def embeddings_of(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]
     """
     tensors = {}
     for module in _embeddings(model):
-        name = next((name for name, other in model.named_modules() if other is module), None)
+        names = [name for name, other in model.named_modules() if other is module]
+        name = plain_name(names[0]) if names else None
         if name is None or any(name == one or name.startswith(f"{one}.") for one in saved):
             continue
         prefix = f"{name}.base_layer" if isinstance(module, LoRALayer) else name
@@ -30,11 +33,13 @@ def embeddings_of(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]
 
 def must_save_embeddings(model: nn.Module, choice: bool | str) -> bool:
     """Whether ``save_embedding_layers`` means so; "auto" compares with the base model's config."""
-    if choice == AUTO:
-        return _was_resized(model)
     if isinstance(choice, bool):
         return choice
-    raise ValueError(f"save_embedding_layers is {choice!r}, but must be True, False or 'auto'")
+    if not isinstance(choice, str) or choice != AUTO:
+        raise ValueError(
+            f"save_embedding_layers is {shown(choice)}, but must be True, False or 'auto'"
+        )
+    return _was_resized(model)
 
 
 def _was_resized(model: nn.Module) -> bool:

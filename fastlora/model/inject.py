@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..adapted import LoRALayer, new_adapter
 from ..base import matrix_of
 from ..layer import adapted_class
-from ..modules import called, lora_layers, some, unwrap
+from ..modules import called, lora_layers, plain_name, some, unwrap
+from ..projection import check_switch
 from .arguments import as_config, check_model
 from .config import LoRAConfig
 from .targets import find_targets, modules_to_save, warn_of_passed_over
@@ -61,6 +62,7 @@ def apply_lora(
     of other classes.
     """
     check_model(model)
+    check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
     config, inner = as_config(config), unwrap(model)
     for name, module in inner.named_modules():
         if isinstance(module, LoRALayer):
@@ -149,9 +151,8 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 def trained_biases(model: nn.Module, bias: str) -> list[str]:
     """The names of the biases that train under ``LoRAConfig.bias``."""
-    names = [
-        name for name, _ in model.named_parameters() if name == "bias" or name.endswith(".bias")
-    ]
+    names = [plain_name(name) for name, _ in model.named_parameters()]
+    names = [name for name in names if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
         adapted = {f"{name}.bias" if name else "bias" for name, _ in lora_layers(model)}
         return [name for name in names if name in adapted]

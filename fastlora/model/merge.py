@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..blocks import rows_at_a_time
 from ..modules import called, lora_layers, unwrap
+from ..projection import check_switch
 from .arguments import check_model
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker
@@ -27,6 +28,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     weight was tied to another module's, which it no longer is.
     """
     layers = _layers(model)
+    check_switch("keep_base", keep_base)
     for name, layer in layers:
         layer.check_weight(called(name))
         if layer.merged:

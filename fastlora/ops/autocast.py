@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..projection import Output
+from ..projection import AUTOCAST_DTYPES, Output
 
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OFF = nullcontext()
 
 

@@ -1,23 +1,30 @@
 """The functional API: checks, autocast, the seeds, and the way to the node or the op."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends import Settings, backend_name, find_backend
-from ..projection import Output, Projection, as_outputs, check_call, flatten, layouts_of
+from ..projection import (
+    Layout,
+    Output,
+    Projection,
+    as_outputs,
+    check_call,
+    check_tensor,
+    flatten,
+    is_plain,
+    layouts_of,
+    named_tensors,
+    why_not_mixed,
+)
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import run_forward
 from .function import LoRALinearFunction
+from .kinds import kind_of, known, remember
 from .library import call_registered
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is of torch's own class, and not a FakeTensor, a DTensor …"""
-    return type(tensor) in _PLAIN
+from .textbook import needs_textbook, textbook
 
 
 def lora_linear(
@@ -52,8 +59,12 @@ def lora_linear(
     of gradients (``create_graph=True``) are right, but not fast: they go through the textbook
     formula.  Besides its arguments the call keeps only h [M, r], and 8 bytes of seed with dropout.
 
-    ``backend`` overrides :func:`fastlora.use_backend`.  Raises ValueError for shapes, devices or
-    numbers that don't fit, and TypeError for dtypes.
+    Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
+    ``torch.nn.functional.linear``: these calls run the textbook formula, with torch's own dropout.
+
+    ``backend`` overrides :func:`fastlora.use_backend`.  Numbers are Python's: an int or a float, of
+    which numpy.float64 is one, and no bool.  Raises ValueError for shapes, devices or numbers that
+    don't fit, and TypeError for dtypes, layouts and classes.
     """
     projection = Projection(weight, lora_a, lora_b, bias, scale)
     return lora_linears(x, (projection,), dropout=dropout, training=training, backend=backend)[0]
@@ -73,14 +84,40 @@ def lora_linears(
     may differ between the projections.  dx is summed in the order given.  A projection whose weight
     is None is one more adapter of the layer before it, and has no output of its own.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
-    outputs: Sequence[Output[Tensor]] = as_outputs(projections)
-    if autocast_is_on(x.device.type):
+    kind, settings = None, None
+    inputs: list[Tensor] = []
+    if is_plain(x) and not torch.compiler.is_compiling():
+        kind, inputs = kind_of(x, projections, dropout, training, backend)
+        settings = known(kind)
+    try:
+        if settings is not None:
+            return _run(inputs, settings)
+        outputs: Sequence[Output[Tensor]] = _checked(x, projections, dropout, training)
+        if needs_textbook(x):
+            return textbook(x, outputs, dropout if training else 0.0)
+        device = x.device.type
+        if not autocast_is_on(device):
+            return _call(x, outputs, dropout, training, backend, kind)
         x, outputs = autocast_inputs(x, outputs)
-        with autocast_off(x.device.type):
+        with autocast_off(device):
             return _call(x, outputs, dropout, training, backend)
-    return _call(x, outputs, dropout, training, backend)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:
+        reason = _why_torch_refuses(x, as_outputs(projections))
+        if reason:
+            raise TypeError(reason) from error
+        raise
+
+
+def _checked(
+    x: Tensor, projections: Sequence[Projection | Output], dropout: float, training: bool
+) -> list[Output[Tensor]]:
+    if not is_plain(x):
+        check_tensor("x", x)
+    outputs = as_outputs(projections)
+    check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
+    return outputs
 
 
 def _call(
@@ -89,12 +126,11 @@ def _call(
     dropout: float,
     training: bool,
     backend: str | None,
+    kind: Hashable = None,
 ) -> tuple[Tensor, ...]:
-    check_call(x, outputs, dropout)
-    seeds, count = None, sum([len(output.adapters) for output in outputs])
-    if dropout and training and count:
-        seeds = draw_seed(count, x.device)
-    else:
+    """The outputs of a call that passed the checks, which is of this kind if it has one."""
+    layouts = layouts_of(outputs)
+    if not training or not any(layout.scales for layout in layouts):
         dropout = 0.0
     if (
         torch.compiler.is_compiling()
@@ -102,15 +138,47 @@ def _call(
         or torch._C._len_torch_dispatch_stack()  # selective checkpointing, a FLOP counter …
     ):  # these go through the dispatcher
         name = "" if backend is None else backend_name(backend)
+        seeds = _seeds(layouts, dropout, x.device)
         return call_registered(x, outputs, dropout, seeds, name)
-    layouts = layouts_of(outputs)
-    settings = Settings(layouts, dropout, find_backend(backend, x.device))
-    inputs = [x, *flatten(outputs, layouts)]
+    settings = Settings(layouts, dropout, find_backend(backend, x.device), {})
+    if kind is not None:
+        remember(kind, settings)
+    return _run([x, *flatten(outputs, layouts)], settings)
+
+
+def _run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
+    seeds = _seeds(settings.layouts, settings.dropout, inputs[0].device)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(seeds, settings, *inputs)
     return tuple(run_forward(inputs, seeds, settings)[0])
 
 
+def _seeds(layouts: Sequence[Layout], dropout: float, device: torch.device) -> Tensor | None:
+    """One for each adapter of a call with dropout."""
+    if not dropout:
+        return None
+    return draw_seed(sum([len(layout.scales) for layout in layouts]), device)
+
+
 def draw_seed(count: int, device: torch.device) -> Tensor:
     """One seed an adapter, from torch's generator, which checkpointing and users replay."""
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+
+
+def _why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
+    """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
+    if x.is_nested:
+        return f"torch.nn.functional.linear can't take this nested x, of {x.dim()} dimensions"
+    named = [pair for output in outputs for pair in named_tensors(output)]
+    for name, tensor in (("x", x), *named):
+        if tensor is None:
+            continue
+        reason = why_not_mixed(name, tensor, x)
+        if reason:
+            return reason
+        if tensor.is_inference() and torch.is_grad_enabled():
+            return (
+                f"{name} was made in inference mode, and no backward can keep it: clone it, or "
+                "call this in torch.no_grad()"
+            )
+    return ""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..modules import plain_name, unwrap
+from ..projection import is_number, shown
 from ..report import Coverage
 from .optimize import optimize, peft_layers
 
@@ -98,9 +99,11 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     two blocks these two times √(blocks - 1).  In a deep model both paths are that far from the
     truth: compare in float32 to see more.
 
-    Raises what :func:`fastlora.optimize` raises, and ValueError if no layer would run fast, or if
-    an optimizer steps inside of backward.
+    Raises what :func:`fastlora.optimize` raises, and ValueError if no layer would run fast, for a
+    negative tolerance, or if an optimizer steps inside of backward; and what the model raises.
     """
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
     with optimize(model) as report:
         from . import masks, swap  # here, since they import PEFT

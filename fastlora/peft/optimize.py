@@ -9,6 +9,7 @@ from weakref import ref
 from torch import nn
 
 from ..modules import lora_layers
+from ..projection import check_switch
 from ..report import Coverage
 from .coverage import checked, cover, peft_layers
 from .versions import is_disabled, wants_trial, why_never
@@ -49,12 +50,13 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     than the fast one: the first call in a process compares them on a few small layers, and a note
     in the report says that they agree.
 
-    Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, or
-    if ``FASTLORA_BACKEND`` names no backend.
+    Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, for
+    a ``strict`` that is no bool, or if ``FASTLORA_BACKEND`` names no backend.
     With ``strict``, a layer that would not run fast is a ValueError too, with the report as its
     text.  After an error the model is as it was.
     """
     inner = checked(model)
+    check_switch("strict", strict)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))

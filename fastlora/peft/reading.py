@@ -19,9 +19,15 @@ from torch.distributed.tensor import DTensor
 
 from ..base import is_conv1d, why_not_class, why_not_tensor
 from ..gather import is_flattened
-from ..ops import is_plain
-from ..ops.autocast import AUTOCAST_DTYPES
-from ..projection import LARGEST_SCALE, Adapter, Base, Output
+from ..projection import (
+    AUTOCAST_DTYPES,
+    LARGEST_SCALE,
+    Adapter,
+    Base,
+    Output,
+    is_number,
+    is_plain,
+)
 from .dropout import DROPOUTS
 from .moment import why_not_dora
 
@@ -296,5 +302,5 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
 def _why_not_scale(scale: Any) -> str:
     if isinstance(scale, Tensor):
         return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
-    finite = isinstance(scale, (float, int)) and abs(scale) <= LARGEST_SCALE
+    finite = is_number(scale) and abs(scale) <= LARGEST_SCALE
     return "" if finite else f"its scaling is {scale!r}, no finite float32"

@@ -5,6 +5,7 @@ import os
 import peft
 import pytest
 import torch
+import wrong_kinds
 from models import Mlp, assert_untouched, randomise, snapshot, tiny_llama
 from torch import nn
 
@@ -173,6 +174,105 @@ def test_a_field_of_the_wrong_kind(field, value):
     with pytest.raises(ValueError, match=r"is |has |not ") as caught:
         LoRAConfig(**{"target_modules": ["up"]} | {field: value})
     assert len(str(caught.value)) < 500
+
+
+# Which kinds of values each field takes; of the numbers and switches, test_door.py has them.
+FINE = {
+    "target_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
+    "exclude_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
+    "target_parameters": {"none", "empty-list"},
+    "layers_to_transform": {"none", "empty-list", "zero", "two", "negative", "huge"},
+    "layers_pattern": {"none", "text", "empty-text", "long-text", "empty-list"},
+    "rank_pattern": {"dict"},
+    "alpha_pattern": {"dict"},
+    "bias": set(),
+    "modules_to_save": {"none", "empty-list"},
+    "init_lora_weights": {"true", "false"},
+    "task_type": {"none", "text", "empty-text", "long-text"},
+    "base_model_name_or_path": {"none", "text", "empty-text", "long-text"},
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if kind != "unprintable"])
+@pytest.mark.parametrize("field", FINE)
+def test_a_field_of_every_kind(field, kind):
+    settings = {"target_modules": ["up"]} | {field: wrong_kinds.values()[kind]}
+    if kind in FINE[field]:
+        LoRAConfig(**settings)
+    else:
+        with pytest.raises(ValueError, match=rf"^{field} is .* must ") as caught:
+            LoRAConfig(**settings)
+        assert len(str(caught.value)) < 300
+
+
+def with_peft() -> nn.Module:
+    return peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
+
+
+def adapted() -> nn.Module:
+    return fastlora.apply_lora(Mlp(), UP)
+
+
+SWITCHES = {
+    "autocast_adapter_dtype": (Mlp, lambda model, **one: fastlora.apply_lora(model, UP, **one)),
+    "keep_base": (adapted, fastlora.merge_lora),
+    "strict": (with_peft, fastlora.optimize),
+    "save_embedding_layers": (
+        adapted,
+        lambda model, **one: fastlora.save_adapter(model, "nowhere", **one),
+    ),
+    "tolerance": (
+        with_peft,
+        lambda model, **one: fastlora.check(model, torch.ones(2, 8), **one),
+    ),
+}
+TOLERANCES = {"none", "zero", "two", "half", "inf", "huge", "unprintable", "numpy-float64"}
+
+
+@pytest.mark.parametrize("kind", wrong_kinds.values())
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_of_every_kind(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, call = SWITCHES[name]
+    model, value = make(), wrong_kinds.values()[kind]
+    if kind in (TOLERANCES if name == "tolerance" else ("true", "false")):
+        call(model, **{name: value})
+        return
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"^{name} is .* must be"):
+        call(model, **{name: value})
+    assert_untouched(model, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if kind != "module"])
+def test_no_model(call, kind):
+    with pytest.raises(TypeError, match=r"^model is "):
+        call(wrong_kinds.values()[kind])
+
+
+@pytest.mark.parametrize("call", [fastlora.optimize, fastlora.restore, fastlora.coverage])
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if kind != "module"])
+def test_no_model_of_peft_s(call, kind):
+    with pytest.raises(TypeError, match=r"^model must be a "):
+        call(wrong_kinds.values()[kind])
+
+
+@pytest.mark.parametrize("kind", wrong_kinds.values())
+def test_no_config(kind):
+    model = Mlp()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"^config is "):
+        fastlora.apply_lora(model, wrong_kinds.values()[kind])
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("call", [fastlora.save_adapter, fastlora.load_adapter])
+@pytest.mark.parametrize("kind", [kind for kind in wrong_kinds.values() if "text" not in kind])
+def test_no_folder(call, kind):
+    with pytest.raises(TypeError, match=r"^folder is .* must be a path"):
+        call(adapted(), wrong_kinds.values()[kind])
 
 
 class Linear4bit(nn.Linear):

@@ -37,14 +37,23 @@ def test_peft_s_policy_is_named_with_the_setting_that_avoids_it(two):
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_a_sharded_model_s_adapter_is_saved_whole(two, kind, tmp_path):
-    for text, names in two.run(worker.saved, str(tmp_path / "sharded"), kind):
-        assert text == "4 of 4 layers fast (backend torch)"
+@pytest.mark.parametrize("what", worker.OWN)
+def test_a_sharded_model_s_adapter_is_saved_whole(two, kind, what, tmp_path):
+    for text, names in two.run(worker.saved, str(tmp_path / "sharded"), kind, what):
+        assert text == "2 of 2 layers fast (backend torch)"
         assert names[0] == "model.layers.0.self_attn.q_proj"
-    fastlora.save_adapter(worker.own_model(), tmp_path / "alone")
+    has_embeddings = {"save_embedding_layers": what == "embeddings"}
+    fastlora.save_adapter(worker.own_model(what), tmp_path / "alone", **has_embeddings)
     files = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("sharded", "alone")]
     sharded, alone = files
     assert sharded.keys() == alone.keys()
     assert all(sharded[key].equal(alone[key]) for key in alone)
     configs = [(tmp_path / f / "adapter_config.json").read_text() for f in ("sharded", "alone")]
     assert configs[0] == configs[1]
+
+
+def test_zero3_s_empty_parameters_are_refused(two, tmp_path):
+    for message in two.run(worker.save_under_zero3, str(tmp_path)):
+        assert "ZeRO-3 has parts of" in message
+        assert "deepspeed.zero.GatheredParameters" in message
+    assert not list(tmp_path.iterdir())

@@ -16,17 +16,20 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "base", "adapted",
-    "layer", "modules", "gather", "report", "model", "peft", "moved", "__init__",
+    "layer", "modules", "gather", "report", "model", "peft", "trainer", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        "common", "launch", "target", "config", "defaults", "plan", "kept",
-        "sum_planes", "project", "gemm_lowrank", "weight_grad",
+        "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
+        "weight_grad", "defaults", "plan", "kept",
     ],
     "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "products", "torch", "triton"],
-    "ops": ["autocast", "call", "norm", "library", "function", "functional", "dora"],
+    "ops": [
+        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "functional",
+        "dora",
+    ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
         "embeddings", "files", "tensors", "checkpoint",
@@ -131,11 +134,23 @@ def test_the_oracle_shares_no_code():
         assert imported_parts(path) <= {"reference"}
 
 
-def test_one_folder_imports_peft_and_none_transformers_or_bitsandbytes():
+def test_one_folder_imports_peft_one_file_transformers_and_none_bitsandbytes():
+    importers = {"peft": set(), "transformers": set(), "bitsandbytes": set()}
     for path in FILES:
-        found = {name.split(".")[0] for name in outside_modules(path)}
-        assert not found & {"transformers", "bitsandbytes"}, path
-        assert "peft" not in found or path.parent.name == "peft", path
+        for name in {name.split(".")[0] for name in outside_modules(path)} & importers.keys():
+            importers[name].add(path)
+    assert {path.parent.name for path in importers["peft"]} == {"peft"}
+    assert importers["transformers"] == {ROOT / "fastlora" / "trainer.py"}
+    assert not importers["bitsandbytes"]
+
+
+def test_without_transformers_its_trainer_says_what_to_install():
+    code = (
+        "import sys; sys.modules['transformers'] = None; import fastlora\n"
+        "try: import fastlora.trainer\n"
+        "except ImportError as error: print(error)"
+    )
+    assert "pip install transformers accelerate" in run_python("-c", code)
 
 
 def test_import_brings_in_fastlora_alone():

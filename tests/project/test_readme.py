@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TABLE = re.compile(r"<!-- (benchmarks/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S)
+TABLE = re.compile(r"<!-- ((?:benchmarks|examples)/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S)
 TABLES = [(page, *found) for page in PAGES for found in TABLE.findall(page.read_text())]
 # Fenced code is no prose: its links and its lines are not read.
 PROSE = {page: re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M) for page in PAGES}
@@ -125,6 +125,7 @@ def names(tmp_path, monkeypatch):
     """What a reader has at hand: a model, a batch, and the tensors of three layers."""
     peft = pytest.importorskip("peft", reason="the README's first lines use it")
     from models import tiny_llama
+    from transformers import TrainingArguments
 
     monkeypatch.chdir(tmp_path)  # they save an adapter
     r, size = 4, 8
@@ -137,6 +138,8 @@ def names(tmp_path, monkeypatch):
         "peft_model": peft.get_peft_model(tiny_llama(), every_linear),
         "batch": {"input_ids": ids, "labels": ids},
         "linear": torch.nn.Linear(size, 6),
+        "arguments": TrainingArguments("run", max_steps=1, use_cpu=True, report_to="none"),
+        "rows": [{"input_ids": ids[0], "labels": ids[0]}],
         "x": torch.randn(3, size),
         **{"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": torch.randn(8)},
         "layers": layers,
@@ -152,7 +155,8 @@ def test_a_code_block_runs_and_prints_what_it_says(page, i, names):
     import fastlora
 
     code = python_blocks(page)[i]
-    if "merge_lora" in code and "apply_lora" not in code:  # it goes on from an earlier block
+    goes_on = "merge_lora" in code or "AdapterTrainer" in code
+    if goes_on and "apply_lora" not in code:  # from an earlier block
         fastlora.apply_lora(names["model"], fastlora.LoRAConfig(target_modules="all-linear"))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from zero3 import Zero3
 
 import fastlora
 
@@ -62,18 +63,44 @@ def report_by_peft_s_policy() -> str:
     return str(fastlora.optimize(fsdp1(training.peft_model(), by_peft_s_policy=True)))
 
 
-def own_model() -> nn.Module:
+OWN = {
+    "adapters": {},
+    "biases": {"bias": "lora_only"},
+    "all-biases": {"bias": "all"},
+    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
+    "a-block-to-save": {"modules_to_save": ["layers.1"]},  # which FSDP shards by itself
+    "frozen": {},
+    "embeddings": {},
+}
+
+
+def own_model(what: str) -> nn.Module:
     torch.manual_seed(3)
-    config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "down_proj"])
-    return randomise(fastlora.apply_lora(tiny_llama(), config))
+    targets = ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"]
+    config = fastlora.LoRAConfig(r=4, target_modules=targets, **OWN[what])
+    model = randomise(fastlora.apply_lora(tiny_llama(attention_bias=True), config))
+    if what == "frozen":  # as in LoRA-FA
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("lora_B"))
+    return model
 
 
-def saved(folder: str, kind: str) -> tuple[str, list[str]]:
+def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
     """Save a sharded model of fastlora's own after a step; its report, and the layers' names."""
-    model = (fsdp1 if kind == "fsdp1" else fsdp2)(own_model())
+    model = (fsdp1 if kind == "fsdp1" else fsdp2)(own_model(what))
     step(model)
-    fastlora.save_adapter(model, folder)
+    fastlora.save_adapter(model, folder, save_embedding_layers=what == "embeddings")
     torch.distributed.barrier()
     assert json.loads(Path(folder, "adapter_config.json").read_text())["r"] == 4
     report = fastlora.coverage(model)
     return str(report), [layer.name for layer in report.layers]
+
+
+def save_under_zero3(folder: str) -> str:
+    model = own_model("adapters")
+    Zero3(model)
+    try:
+        fastlora.save_adapter(model, folder)
+    except ValueError as error:
+        return str(error)
+    return "saved"

@@ -1,0 +1,91 @@
+"""Runs of AdapterTrainer on tiny Llamas with dropout in the adapters, in one process or more."""
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState
+from models import randomise, tiny_llama
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+import fastlora
+from fastlora.trainer import AdapterTrainer
+
+STEPS, VOCABULARY = 6, 20
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": VOCABULARY}
+ADAPTER = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.2}
+KINDS = {
+    "adapters": {},
+    "biases": {"bias": "lora_only"},
+    "all-biases": {"bias": "all"},
+    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
+}
+ARGUMENTS = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+ARGUMENTS |= {"logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True}
+ARGUMENTS |= {"use_cpu": True, "dataloader_pin_memory": False}
+
+
+def base_model() -> nn.Module:
+    torch.manual_seed(1)
+    return tiny_llama(attention_bias=True, **SIZES)
+
+
+def adapted(seed: int = 2, **kind) -> nn.Module:
+    """The base is always the same; what is on it depends on the seed."""
+    model = base_model()
+    torch.manual_seed(seed)
+    return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
+
+
+def rows() -> list[dict[str, Tensor]]:
+    ids = torch.randint(0, VOCABULARY, (8, 6), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trainer_for(
+    model: nn.Module | None, folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
+) -> Trainer:
+    others = {k: settings.pop(k) for k in ("processing_class", "model_init") if k in settings}
+    arguments = Seq2SeqTrainingArguments if issubclass(kind, Seq2SeqTrainer) else TrainingArguments
+    arguments = arguments(**ARGUMENTS | {"output_dir": str(folder)} | settings)
+    return kind(model, arguments, train_dataset=rows(), eval_dataset=rows(), **others)
+
+
+class Stop(transformers.TrainerCallback):
+    """After half of the steps, as if the machine had gone."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == STEPS // 2
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def result(trainer: Trainer) -> dict[str, Any]:
+    """All that a run leaves: weights, optimizer, losses, gradients' norms and learning rates."""
+    log = [[entry["loss"], entry["grad_norm"], entry["learning_rate"]] for entry in losses(trainer)]
+    return {"weights": weights(trainer.model), "state": trainer.optimizer.state_dict(), "log": log}
+
+
+def losses(trainer: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train_in_ranks(folder: str, resume_from: str | None = None) -> tuple[dict[str, Any], bool]:
+    """What the run leaves, and whether this rank wrote the adapter into a folder of its own."""
+    rank = str(dist.get_rank())
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
+    AcceleratorState._reset_state(True)
+    with mock.patch.dict(os.environ, ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}):
+        trainer = trainer_for(adapted(seed=3 if resume_from else 2), Path(folder))
+        assert trainer.args.world_size == dist.get_world_size()
+        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.save_model(f"{folder}/{rank}")
+    dist.barrier()
+    return result(trainer), os.path.exists(f"{folder}/{rank}")

@@ -1,0 +1,255 @@
+"""AdapterTrainer: transformers' Trainer with checkpoints of fastlora's adapters alone.
+
+The models are tiny Llamas with dropout in the adapters.  "The same" is the same bits.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from models import refused
+from ranks import Ranks
+from safetensors import safe_open
+from torch import Tensor, nn
+from trainer_runs import (
+    ADAPTER,
+    KINDS,
+    STEPS,
+    VOCABULARY,
+    Stop,
+    adapted,
+    base_model,
+    losses,
+    result,
+    train_in_ranks,
+    trainer_for,
+    weights,
+)
+from transformers import Seq2SeqTrainer, Trainer
+
+import fastlora
+from fastlora.trainer import AdapterTrainer
+
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+EVERY_STEP = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+BEST = EVERY_STEP | {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,  # so that it isn't the last
+}
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Dicts and lists of tensors and numbers, bit for bit."""
+    assert type(got) is type(expected)
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        got, expected = list(got.values()), list(expected.values())
+    if isinstance(expected, list):
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(got, expected) if isinstance(expected, Tensor) else got == expected
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["plain", "accumulation"])
+@kinds
+def test_a_resumed_run_is_the_run_without_a_stop(kind, steps, tmp_path):
+    settings = {"gradient_accumulation_steps": steps}
+    whole = trainer_for(adapted(**kind), tmp_path / "whole", **settings)
+    whole.train()
+    expected = result(whole)
+    assert len(expected["log"]) == STEPS
+
+    half = trainer_for(adapted(**kind), tmp_path / "half", **settings)
+    half.add_callback(Stop())
+    half.train()
+    assert half.state.global_step == STEPS // 2
+    resumed = trainer_for(adapted(seed=3, **kind), tmp_path / "half", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(result(resumed), expected)
+
+
+def test_a_run_resumes_from_a_named_checkpoint(tmp_path):
+    whole = trainer_for(adapted(), tmp_path)
+    whole.train()
+    resumed = trainer_for(adapted(seed=3), tmp_path / "other")
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_same(result(resumed), result(whole))
+
+
+@kinds
+def test_the_best_adapter_is_loaded_at_the_end(kind, tmp_path):
+    trainer = trainer_for(adapted(**kind), tmp_path, **BEST, save_total_limit=2)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", f"checkpoint-{STEPS}"}
+    for step, is_best in ((1, True), (STEPS, False)):
+        saved = fastlora.load_adapter(adapted(**kind), tmp_path / f"checkpoint-{step}")
+        same = [saved.state_dict()[k].equal(v) for k, v in trainer.model.state_dict().items()]
+        assert all(same) == is_best
+
+
+def test_a_best_checkpoint_that_is_elsewhere_is_warned_of(tmp_path, caplog):
+    trainer = trainer_for(adapted(), tmp_path)
+    before = weights(trainer.model)
+    trainer.state.best_model_checkpoint = str(tmp_path / "on-another-machine")
+    with caplog.at_level("WARNING", "transformers"):
+        trainer._load_best_model()
+    assert "Could not locate the best model" in caplog.text
+    assert_same(weights(trainer.model), before)
+
+
+@pytest.fixture
+def words():
+    """A tokenizer that knows the words w0 to w19."""
+    tokenizers = pytest.importorskip("tokenizers")
+    numbers = {f"w{i}": i for i in range(VOCABULARY)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="w0"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="w0", eos_token="w1", unk_token="w2"
+    )
+
+
+def test_a_checkpoint_holds_what_trainer_s_does_for_a_peft_model(words, tmp_path):
+    theirs = peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER))
+    for folder, model, kind in (("theirs", theirs, Trainer), ("ours", adapted(), AdapterTrainer)):
+        trainer_for(model, tmp_path / folder, kind, max_steps=3, processing_class=words).train()
+    names, ours = (
+        {path.name for path in (tmp_path / folder / "checkpoint-3").iterdir()}
+        for folder in ("theirs", "ours")
+    )
+    assert {"adapter_model.safetensors", "tokenizer.json", "training_args.bin"} < names
+    assert ours == names - {"README.md"}  # PEFT's, the model's card
+    files = [tmp_path / f / "checkpoint-3/adapter_model.safetensors" for f in ("theirs", "ours")]
+    assert keys_of(files[0]) == keys_of(files[1])
+
+
+def keys_of(file: Path) -> set[str]:
+    with safe_open(file, "pt") as opened:
+        return set(opened.keys())
+
+
+def test_a_collator_s_tokenizer_is_saved(words, tmp_path):
+    trainer = trainer_for(adapted(), tmp_path)
+    trainer.data_collator = transformers.DataCollatorWithPadding(words)
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved/tokenizer.json").is_file()
+
+
+def test_save_model_writes_to_the_output_folder(tmp_path):
+    trainer = trainer_for(adapted(), tmp_path)
+    trainer.save_model()
+    loaded = fastlora.load_adapter(base_model(), tmp_path)
+    assert_same(weights(loaded), weights(trainer.model))
+
+
+def test_the_model_alone(tmp_path):
+    trainer_for(adapted(), tmp_path, save_only_model=True).train()
+    names = {path.name for path in (tmp_path / f"checkpoint-{STEPS}").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "optimizer.pt" not in names
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    trainer = trainer_for(adapted(), tmp_path, save_total_limit=1)
+
+    def full_disk(model, folder):
+        if folder.endswith(f"checkpoint-{STEPS}"):
+            raise OSError("the disk is full")
+        fastlora.save_adapter(model, folder)
+
+    monkeypatch.setattr("fastlora.trainer.save_adapter", full_disk)
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = trainer_for(adapted(), tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(resumed)) == STEPS
+
+
+def test_another_trainer_by_inheritance(tmp_path):
+    class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer):
+        pass
+
+    whole = trainer_for(adapted(), tmp_path, AdapterSeq2SeqTrainer)
+    whole.train()
+    resumed = trainer_for(adapted(seed=3), tmp_path / "other", AdapterSeq2SeqTrainer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_same(result(resumed), result(whole))
+
+
+def test_any_module_trains(tmp_path):
+    """Also one that is no transformers model."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+        def forward(self, input_ids, labels):
+            logits = self.head(self.embed(input_ids))
+            return {"loss": nn.functional.cross_entropy(logits.mT, labels), "logits": logits}
+
+    model = fastlora.apply_lora(Classifier(), fastlora.LoRAConfig(target_modules=["head"]))
+    trainer_for(model, tmp_path, max_steps=3).train()
+    config = json.loads((tmp_path / "checkpoint-3/adapter_config.json").read_text())
+    assert config["target_modules"] == ["head"]
+
+
+NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* is transformers.Trainer's"
+MODELS = {
+    "plain": (base_model, NO_ADAPTERS),
+    "peft": (lambda: peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER)), NO_ADAPTERS),
+    "changed": (lambda: changed(adapted()), "not those that apply_lora made"),
+}
+
+
+def changed(model: nn.Module) -> nn.Module:
+    model.model.layers[0].mlp.down_proj = nn.Linear(24, 16)
+    return model
+
+
+@pytest.mark.parametrize(("make", "message"), MODELS.values(), ids=MODELS)
+def test_a_model_that_it_can_t_save_is_refused_at_once(make, message, tmp_path):
+    model = make()
+    with refused(model, message):
+        trainer_for(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=message):
+        trainer_for(None, tmp_path / "out", model_init=make)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_path):
+    class Engine(AdapterTrainer):
+        """As accelerate's plugin for the engine would set it."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            setattr(self, f"is_{engine}_enabled", True)
+
+    with pytest.raises(ValueError, match=f"(?i)alone under {engine}.*use transformers.Trainer"):
+        trainer_for(adapted(), tmp_path, Engine)
+
+
+def test_a_model_that_is_sharded_already_is_refused_at_once(tmp_path):
+    model = adapted()
+    model.lm_head.weight._fsdp_flattened = True  # as FSDP1 marks what it has taken apart
+    with pytest.raises(ValueError, match="alone under FSDP"):
+        trainer_for(model, tmp_path)
+
+
+def test_in_ddp_one_rank_writes_and_a_resumed_run_is_the_run_without_a_stop(tmp_path):
+    ranks = Ranks(2, tmp_path)
+    expected = ranks.run(train_in_ranks, str(tmp_path / "whole"))
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
+    resumed = ranks.run(train_in_ranks, str(tmp_path / "resumed"), checkpoint)
+    ranks.close()
+    assert [wrote for _, wrote in expected] == [True, False]
+    for (one, _), (other, _) in zip(resumed, expected, strict=True):
+        assert_same(one, other)
