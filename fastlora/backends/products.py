@@ -34,10 +34,11 @@ _FLAGS = {
 # its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
 _SLOW = 4.0
 _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
-# Elements of a widened block: 2 MiB.  Half of that took 0.95 to 1.05 of the time, measured on a
-# Xeon kept to AVX2 at 64 to 512 rows; up to 4 such blocks live at a time.
+# Elements of a widened block of the weight: 2 MiB.  Half of that took 0.95 to 1.05 of the time,
+# measured on a Xeon kept to AVX2 at 64 to 512 rows.
 _BLOCK = 2**19
-_FEWEST_X, _FEWEST_W = 256, 64  # rows in a block of x, which pay for widening the weight; of those
+# Rows of x (4 MiB, but enough rows to pay for widening the weight) and of the weight in a block.
+_FEWEST_ROWS, _MOST_ROWS, _FEWEST_OF_WEIGHT = 256, 512, 64
 
 
 def are_wide(x: Tensor) -> bool:
@@ -97,7 +98,7 @@ class _Scratch(threading.local):
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # a buffer made inside could not be used outside
                 buffer = torch.empty(size, dtype=torch.float32, device="cpu")
-            if size <= _BLOCK:
+            if size <= 2 * _BLOCK:
                 self.buffers[use] = buffer
         return buffer[:size].view(rows, columns)
 
@@ -117,15 +118,15 @@ SCRATCH = _Scratch()
 
 
 def wide_rows(x: Tensor, fewest: int | None = None) -> Iterable[slice]:
-    """The blocks of x's rows in which a wide call goes: few enough to stay in cache."""
-    fewest = _FEWEST_X if fewest is None else fewest
-    step = max(fewest, _BLOCK // max(x.shape[1], 1024))
+    """The blocks of x's rows in which a wide call goes."""
+    fewest = _FEWEST_ROWS if fewest is None else fewest
+    step = max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1]))
     return (slice(first, first + step) for first in range(0, len(x), step))
 
 
 def _rows_of_weight(columns: int) -> int:
-    """In a block."""
-    return max(_FEWEST_W, _BLOCK // max(columns, 1024))
+    """In a block; no more than make one of y with the most rows of x."""
+    return max(_FEWEST_OF_WEIGHT, _BLOCK // max(columns, 2 * _MOST_ROWS))
 
 
 def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

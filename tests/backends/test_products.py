@@ -45,8 +45,8 @@ def wide(monkeypatch):
 def small_blocks(monkeypatch, wide):
     """… in blocks of 8 rows of x and 4 of the weight."""
     monkeypatch.setattr(products, "_BLOCK", 0)
-    monkeypatch.setattr(products, "_FEWEST_X", 8)
-    monkeypatch.setattr(products, "_FEWEST_W", 4)
+    monkeypatch.setattr(products, "_FEWEST_ROWS", 8)
+    monkeypatch.setattr(products, "_FEWEST_OF_WEIGHT", 4)
 
 
 def make_x(*shape: int, dtype: torch.dtype) -> torch.Tensor:
