@@ -11,7 +11,6 @@ from .ops import lora_linears
 from .ops.autocast import autocast_off
 from .projection import Projection
 
-
 # What a layer has while it has an adapter.
 _ADDED = ("lora_A", "lora_B", "r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
 _ADDED += ("merged", "_base_weight")

@@ -34,8 +34,9 @@ class AdapterTrainer(Trainer):
     run goes on to the last bit where Trainer's own does.  For another trainer, name both:
     ``class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer)``.
 
-    Raises TypeError for what is no model, ValueError for a PEFT model and one without adapters, which are transformers.Trainer's,
-    and under FSDP and DeepSpeed, whose checkpoints hold the whole model.
+    Raises TypeError for what is no model, and ValueError for a PEFT model and one without adapters,
+    which are transformers.Trainer's, and under FSDP and DeepSpeed, whose checkpoints hold the whole
+    model.
     """
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:

@@ -226,7 +226,7 @@ def test_a_model_that_it_can_t_save_is_refused_at_once(make, message, tmp_path):
 
 @pytest.mark.parametrize("model", ["gpt2", AdapterTrainer], ids=["name", "class"])
 def test_no_model(model, tmp_path):
-    with pytest.raises(TypeError, match="model is .* but must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"^model is .* but must be a torch\.nn\.Module"):
         trainer_for(model, tmp_path / "out")
 
 

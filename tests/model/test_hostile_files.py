@@ -197,7 +197,7 @@ def test_what_a_running_process_writes_is_left_alone(folder, tmp_path_factory):
     "change", [lambda t: t * torch.nan, lambda t: t.to(torch.float8_e4m3fn)], ids=["nan", "float8"]
 )
 def test_values_of_every_kind_are_loaded(folder, change, fresh):
-    """As PEFT loads them: NaN is no sign of a weight that isn't shared, and no dtype is compared."""
+    """As PEFT loads them; a NaN, which equals nothing, is no sign of a weight of its own."""
     tensors = load_file(folder / WEIGHTS)
     tensors[A] = change(tensors[A])
     save_file(tensors, folder / WEIGHTS)
