@@ -12,8 +12,8 @@ from .ops.autocast import autocast_off
 from .projection import Projection
 
 # What a layer has while it has an adapter.
-_ADDED = ("lora_A", "lora_B", "r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
-_ADDED += ("merged", "_base_weight")
+_SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
+_ADDED = ("lora_A", "lora_B", *_SETTINGS, "merged", "_base_weight")
 
 
 class LoRALayer(nn.Module):
