@@ -1,6 +1,7 @@
 """``python -m fastlora``: what a person runs."""
 
 import json
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ from typing import NoReturn
 
 import torch
 
-from . import doctor
-from .projection import DTYPES
+from .doctor.call import Call
+from .doctor.dtypes import NAMES
+from .doctor.report import examine
 
 
 class _Parser(ArgumentParser):
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     details = {name: value for name, value in options.items() if value is not None}
     if details and not shape:
         doctors.error(f"--{next(iter(details))} is of a call: give its --shape too")
-    report = doctor.examine(doctor.Call(*shape, **details) if shape else None)
+    report = examine(Call(*shape, **details) if shape else None)
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else report)
     return 1 if report.broken else 0
 
@@ -72,15 +74,14 @@ def _rank(text: str) -> int:
 
 
 def _whole(text: str) -> int:
-    """A number of at least 1, of at most 18 digits; 0 for any other text."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else 0
+    """A number from 1 to 9,999,999; 0 for any other text."""
+    return int(text) if re.fullmatch("[0-9]{1,7}", text) else 0
 
 
 def _dtype(text: str) -> torch.dtype:
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if text not in names:
-        raise ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-    return names[text]
+    if text not in NAMES:
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(NAMES)}")
+    return NAMES[text]
 
 
 def _probability(text: str) -> float:

@@ -36,7 +36,7 @@ except ImportError as error:
         "has no fastlora.kernels: run from another folder, or pip install --editable ."
     ) from error
 
-__all__ = ["TARGETS", "backward", "dropout_mask", "forward", "without_launching", "why_not"]
+__all__ = ["TARGETS", "backward", "dropout_mask", "forward", "why_not", "without_launching"]
 
 # The GPUs that calls can be planned for, without one.
 TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
