@@ -2,7 +2,6 @@
 
 import os
 from contextlib import ExitStack
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ class Call(NamedTuple):
 
 
 def plan(call: Call, device: torch.device) -> dict[str, str]:
-    """The backend, who multiplies by the weight, and every launch and product, in order."""
+    """The backend and why; and on Triton's every launch, and torch's products, in order."""
     inputs, seeds = _tensors(call)
     layouts, noted = (Layout(False, (1.0,)),), _Noted()
     with ExitStack() as stack:
@@ -44,18 +43,21 @@ def plan(call: Call, device: torch.device) -> dict[str, str]:
 
             stack.enter_context(without_launching(noted.add_launch, call.target or device))
         name, reason = planned_backend(unflatten(inputs[1:], layouts), device)
+        why = f"not {asked}: {reason}" if reason else _why(call, device)
+        where = f"{call}, on {call.target or device.type}"
+        found = {"call": where, "backend": f"{name}, {why}"}
+        if name != "triton":  # whose blocks on meta tensors wouldn't be this device's
+            return found
         backend = find_backend(name)
         settings = Settings(layouts, call.dropout, backend)
         stack.enter_context(noted)
         ys, hs = backend.forward(inputs, seeds, settings)
         forward, noted.steps = noted.steps, []
         backend.backward(ys, inputs, hs, (True, False, True, True), seeds, settings)
-    where = f"{call}, on {call.target or device.type}"
-    why = f"not {asked}: {reason}" if reason else _why(call, device)
-    found = {"call": where, "backend": f"{name}, {why}"}
-    if name == "triton":
-        found["plan"] = f"{_plan(forward)} forward, {_plan(noted.steps)} dx (docs/kernels.md)"
-    return found | _numbered("forward", forward) | _numbered("backward", noted.steps)
+    found["plan"] = f"{_plan(forward)} forward, {_plan(noted.steps)} dx (docs/kernels.md)"
+    for title, steps in (("forward", forward), ("backward", noted.steps)):
+        found |= {f"{title} {i}": step for i, step in enumerate(steps, 1)}
+    return found
 
 
 def _tensors(call: Call) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -81,14 +83,6 @@ def _why(call: Call, device: torch.device) -> str:
 def _plan(steps: list[str]) -> str:
     """In the words of docs/kernels.md.  The weight is frozen: a product of torch's is with it."""
     return "in place" if any(step.startswith("torch.") for step in steps) else "fused"
-
-
-def _numbered(title: str, steps: list[str]) -> dict[str, str]:
-    runs = [(step, len(list(same))) for step, same in groupby(steps)]
-    return {
-        f"{title} {i}": step if count == 1 else f"{count} times {step}"
-        for i, (step, count) in enumerate(runs, 1)
-    }
 
 
 class _Noted(TorchDispatchMode):

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "base", "adapted",
-    "layer", "modules", "gather", "report", "model", "peft", "trainer", "moved", "__init__",
+    "layer", "modules", "gather", "report", "model", "peft", "trainer", "moved", "doctor",
+    "__main__", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -35,6 +36,7 @@ ORDER_INSIDE = {
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
         "layer", "swap", "sharding", "uncalled", "records", "trial", "check",
     ],
+    "doctor": ["dtypes", "call", "self_test", "report"],
 }  # fmt: skip
 # Imported inside of functions, when a model with PEFT's layers is met.
 LATE = {"peft": {"coverage": {"records", "sharding", "uncalled"}, "optimize": {"swap", "trial"}}}
