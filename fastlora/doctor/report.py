@@ -46,10 +46,8 @@ class Report:
         for title, entries in self.sections.items():
             width = max(map(len, entries))
             lines += [title, *(f"  {name:{width}}  {text}" for name, text in entries.items())]
-        return "\n".join(lines + ([f"BROKEN: {each}" for each in self.broken] or [_WELL]))
-
-
-_WELL = "nothing is broken"
+        lines += [f"BROKEN: {text}" for text in self.broken] or ["nothing is broken"]
+        return "\n".join(lines)
 
 
 def examine(call: Call | None = None) -> Report:
