@@ -59,6 +59,9 @@ class Case:
             return []
         if self.decodes:
             return [("graph", "fastlora/merged", 1.03)]
+        if self.table == "host":
+            limit = 0.75 if len(self.outputs) == 1 else 0.6
+            return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
         if self.table == "gpu":
             targets = [("wall", "fastlora/peft", 0.75)]
             if self.M >= 4096 and self.r == 16:
@@ -125,6 +128,15 @@ def gpu_cases() -> list[Case]:
         ("llama3-8b-q", 8192, 4096, (4096,), 128),
     )
     return [case for layer in layers for case in _gpu(*layer)]
+
+
+def host_cases() -> list[Case]:
+    """Rows of x decide what is launched; the layer's sizes hardly do."""
+    layers = [("layer", (2048,)), ("qkv", (2048, 512, 512))]
+    cases = [Case(512, 2048, out, 16, BF16, F32, name=name, table="host") for name, out in layers]
+    return [
+        replace(each, M=M, dropout=p) for each in cases for p in DROPOUTS for M in (16, 512, 4096)
+    ]
 
 
 def dry_cases() -> list[Case]:

@@ -9,8 +9,7 @@ from functools import partial
 import torch
 
 from fastlora.kernels import one_launch_pays, one_pass_pays, target_of
-from fastlora.kernels.config import Config
-from fastlora.kernels.defaults import candidates, default_config
+from fastlora.kernels.config import Config, candidates, default_config
 from fastlora.kernels.launch import Launch, intercept, recorded
 from fastlora.kernels.plan import Plan, Row
 from fastlora.kernels.target import TARGETS, Target, use_target
@@ -139,5 +138,5 @@ def _finals(
         plan = Plan(True, best) if row["fused/in place"][1] < 1.0 else Plan(False)
         call, depth = form.call, sum(form.depths)
         size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
-        row["plan"] = repr(Row(target.name, *size, plan))
+        row["plan"] = repr(Row(target.name, *size, plan, form.name.startswith("dx")))
     return row

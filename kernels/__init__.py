@@ -6,6 +6,7 @@ kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defa
 ``kept``.
 """
 
+from . import defaults as defaults  # fills the tables that launchers choose from
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .kept import replayed
 from .launch import Launch, intercept

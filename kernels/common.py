@@ -7,12 +7,15 @@ Operands that come once a projection are tuples, and ``tl.static_range`` unrolls
 import triton
 import triton.language as tl
 
-# TRITON_INTERPRET=1 runs kernels on a CPU; @triton.jit reads it at import, too.
+# TRITON_INTERPRET=1 runs kernels on a CPU; @triton.jit reads it at import, too.  To a kernel it is
+# a default argument: what it takes from the module, Triton compares at every launch.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+def dot(
+    b_left, b_right, b_sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED
+):  # fmt: skip
     """b_sum + b_left @ b_right, accumulated in float32."""
     if INTERPRETED:  # there tl.dot multiplies the bit patterns of bfloat16
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
@@ -20,7 +23,7 @@ def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def cast(b_tile, dtype: tl.constexpr):
+def cast(b_tile, dtype: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED):
     """The tile in another dtype, rounded to nearest."""
     if INTERPRETED and dtype == tl.bfloat16:  # there .to() cuts the lower bits off
         bits = b_tile.to(tl.float32).to(tl.int32, bitcast=True)
@@ -93,13 +96,6 @@ def tile_of(i_tile, m_tiles, n_tiles, GROUP: tl.constexpr):
     return i_first + i_tile % group_size % height, i_tile % group_size // height
 
 
-# The hash of fastlora/backends/dropout.py, which explains it; constants as signed 32-bit numbers.
-_ROW_STEP = tl.constexpr(0xC2B2AE35 - 2**32)
-_COLUMN_STEP = tl.constexpr(0x9E3779B1 - 2**32)
-_FIRST_MIX = tl.constexpr(0x7FEB352D)
-_SECOND_MIX = tl.constexpr(0x846CA68B - 2**32)
-
-
 @triton.jit
 def keep_tile(
     seed, i_row, i_column, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
@@ -107,18 +103,23 @@ def keep_tile(
     """Which elements of a tile dropout keeps: a function of (seed, row, column) alone.
 
     ``seed`` is an int64, ``i_column`` even, ``threshold`` from :func:`dropout_threshold`.  One
-    32-bit word decides two columns.
+    32-bit word decides two columns.  The hash is that of fastlora/backends/dropout.py, which
+    explains it; its constants are signed here.
     """
+    ROW_STEP: tl.constexpr = 0xC2B2AE35 - 2**32
+    COLUMN_STEP: tl.constexpr = 0x9E3779B1 - 2**32
+    FIRST_MIX: tl.constexpr = 0x7FEB352D
+    SECOND_MIX: tl.constexpr = 0x846CA68B - 2**32
     o_row = i_row + tl.arange(0, BLOCK_ROWS)
     o_pair = i_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
-    row_keys = o_row * _ROW_STEP + seed.to(tl.int32)
-    column_keys = o_pair * _COLUMN_STEP + (seed >> 32).to(tl.int32)
-    word = row_keys[:, None] ^ column_keys[None, :]
-    word *= _FIRST_MIX
+    row_keys = o_row * ROW_STEP + seed.to(tl.int32)
+    column_keys = o_pair * COLUMN_STEP + (seed >> 32).to(tl.int32)
+    word = row_keys[:, None] ^ column_keys[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS / 2]
+    word *= FIRST_MIX
     word += word >> 15
-    word *= _SECOND_MIX
+    word *= SECOND_MIX
     word += word >> 16
-    keep = tl.join((word << 16) >= threshold, word >= threshold)  # [.., .. / 2, 2]
+    keep = tl.join((word << 16) >= threshold, word >= threshold)  # [.., .., 2]
     return keep.reshape(BLOCK_ROWS, BLOCK_COLUMNS)
 
 

@@ -1,44 +1,18 @@
-"""Tile configs: frozen records, what they take of a device, and the one check of what fits."""
+"""What the configs of all kernels share: what they are chosen for, what fits, how to choose."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 from .target import Target
 
-
-@dataclass(frozen=True)
-class GemmConfig:
-    """Tiles of :func:`gemm_lowrank`: OUT in block_m x block_n, in steps of block_k."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    group: int = 8  # rows of tiles that go together, for the L2 cache
-    descriptors: bool = False  # load by tensor descriptor (TMA) where the operands allow it
-
-
-@dataclass(frozen=True)
-class ProjectConfig:
-    """Tiles of :func:`project`: block_m rows of x, in steps of block_k columns."""
-
-    block_m: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class WeightGradConfig:
-    """Tiles of :func:`weight_grad`: block_n columns, in steps of block_m rows."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-
-
-Config = GemmConfig | ProjectConfig | WeightGradConfig
+MAX_PROJECTIONS = 4  # in one launch; larger groups take several
+FEW_ROWS = 64  # up to which a base product waits for the weight's bytes
+MARGIN = 2048  # bytes of shared memory for barriers and alignment
+# float32 sums of products that a thread may hold: half of its 255 registers, since those that
+# compile with more spill (`make compile-report`).
+_MOST_SUMS = 128
 
 
 @dataclass(frozen=True)
@@ -56,142 +30,142 @@ class Call:
     alone: bool = False  # gemm_lowrank: the low-rank term alone, added to what is there
     pointers: bool = False  # gemm_lowrank: with operands that no descriptor fits
 
-
-MAX_PROJECTIONS = 4  # in one launch; larger groups take several
-# Of a thread's 255, for sums and tiles; the rest is the compiler's.  Fitted, as the sums in
-# `registers` are, to what compiled for sm_80, sm_90, sm_100 and gfx942 without a spill in a loop.
-_REGISTERS = 140
-_PER_POINTER = 4  # elements to be loaded for each register of their addresses
-_MARGIN = 2048  # bytes of shared memory for barriers and alignment
-
-
-def chunks(projections: int) -> list[slice]:
-    """The projections of each launch."""
-    firsts = range(0, projections, MAX_PROJECTIONS)
-    return [slice(first, first + MAX_PROJECTIONS) for first in firsts]
+    @property
+    def product(self) -> str:
+        """How it multiplies: in "16-bit", "tf32" or exact "float32"."""
+        if self.itemsize == 2:
+            return "16-bit"
+        return "tf32" if self.precision == "tf32" else "float32"
 
 
-def block_r(config: Config, call: Call) -> int:
-    """The columns of a step over the rank: a power of two that tensor cores take."""
-    if isinstance(config, GemmConfig):
-        # Of a rank that 16 doesn't divide, Triton may load every element by itself, with a pointer.
-        most = 64 if call.r <= 64 else 32 if call.r % 16 == 0 else 16
-    else:
-        most = 128 // power_of_two(call.projections)
-    return min(max(16, power_of_two(call.r)), most)
+@dataclass(frozen=True)
+class Config:
+    """Tiles, warps and pipeline stages of a launch; each kernel's file has its own, and its cost.
 
-
-def uses_descriptors(config: GemmConfig, call: Call) -> bool:
-    return config.descriptors and not call.pointers
-
-
-def one_step(config: GemmConfig, target: Target, call: Call) -> bool:
-    """Whether the whole rank is one step, so that its tiles are loaded before the main loop.
-
-    They wait in shared memory on Hopper and newer, elsewhere in registers, which few fit into.
+    It doesn't know the operands: a :class:`Call` does.
     """
-    alone = call.masked and call.projections == 1  # used at once
-    wait = target.descriptors or alone or call.r * call.projections <= 16
-    return call.r <= block_r(config, call) and wait
 
+    def block_r(self, call: Call) -> int:
+        """The columns of a step over the rank: a power of two that tensor cores take."""
+        return min(max(16, power_of_two(call.r)), 128 // power_of_two(call.projections))
 
-def why_not(config: Config, target: Target, call: Call) -> str:
-    """Why this config can't run there; "" if it can.  Every path asks here."""
-    memory, columns = shared_memory(config, target, call), tensor_memory(config, target, call)
-    taken = registers(config, target, call)
-    if memory > target.shared_memory:
-        return f"{memory} bytes of shared memory, but there are {target.shared_memory}"
-    if columns > target.tensor_memory > 0:
-        return f"{columns} columns of tensor memory, but there are {target.tensor_memory}"
-    if taken > _REGISTERS and target.kind != "cpu":
-        return f"{taken} registers a thread for sums and tiles, but there is room for {_REGISTERS}"
-    if call.project and call.r > block_r(config, call):
-        return f"rank {call.r} in one step, but a step has {block_r(config, call)}"
-    return ""
+    def tiles(self, call: Call) -> int:
+        """How many programs this makes of the call, before it is split."""
+        raise NotImplementedError
 
+    def sums(self, call: Call) -> int:
+        """The float32 sums of products that a program holds at once."""
+        raise NotImplementedError
 
-def shared_memory(config: Config, target: Target, call: Call) -> int:
-    """An upper bound of what a program takes, in bytes; adapters count as float32."""
-    r, n, size = block_r(config, call), call.projections, call.itemsize
-    # Hopper and newer read the tensor cores' operands from shared memory until a step is over.
-    copies = max(1, config.stages if target.descriptors else config.stages - 1)
-    if isinstance(config, GemmConfig):
-        low_rank = (config.block_m + config.block_n) * r * size
-        if one_step(config, target, call):
-            low_rank *= n
-        if call.masked and size == 4:
-            low_rank *= 2  # as loaded, and as tensor cores read it
-        store = config.block_m * config.block_n * size
-        if call.alone:  # the only loop is the one over tiles
-            low_rank = n * (config.block_m * size + config.block_n * 4) * r
-            return copies * low_rank + store + _MARGIN
-        step = (config.block_m + config.block_n) * config.block_k * size
-        step += call.project * config.block_k * r * 4
-        if uses_descriptors(config, call):  # half of the tile, beside the main loop's buffers
-            return copies * step + low_rank + store // 2 + _MARGIN
-        return max(copies * step + low_rank, store) + _MARGIN
-    if isinstance(config, ProjectConfig):
-        x, a = config.block_m * config.block_k * size, n * config.block_k * r
-        cast = a * size + call.masked * n * x
-        return max(copies * (x + a * 4) + cast, config.block_m * r * 4) + _MARGIN
-    v, u = config.block_m * config.block_n * size, n * config.block_m * r * size
-    b = call.project * (config.block_n + config.block_m) * r * 4
-    main = copies * (v + u) + call.masked * n * v + b
-    return max(main, config.block_n * r * 4) + _MARGIN
+    def shared_memory(self, target: Target, call: Call) -> int:
+        """An upper bound of what a program takes, in bytes; adapters count as float32."""
+        raise NotImplementedError
 
-
-def tensor_memory(config: Config, target: Target, call: Call) -> int:
-    """The columns of an accumulator for every product, twice: before and after a step."""
-    if not isinstance(config, GemmConfig) or not target.tensor_memory:
+    def tensor_memory(self, target: Target, call: Call) -> int:
+        """The columns that a program takes."""
         return 0
-    columns = config.block_n * power_of_two(2 * call.projections)
-    return columns + call.project * block_r(config, call)
+
+    def why_not(self, target: Target, call: Call) -> str:
+        """Why this can't run there; "" if it can.  Every path asks here.
+
+        It doesn't foresee every spill: those of the defaults show in ``make compile-report``.
+        """
+        memory, columns = self.shared_memory(target, call), self.tensor_memory(target, call)
+        sums = self.sums(call) // (self.warps * target.warp_size)
+        if memory > target.shared_memory:
+            return f"{memory} bytes of shared memory, but there are {target.shared_memory}"
+        if columns > target.tensor_memory > 0:
+            return f"{columns} columns of tensor memory, but there are {target.tensor_memory}"
+        if sums > _MOST_SUMS and target.kind != "cpu":
+            return f"{sums} sums a thread, but its registers have room for {_MOST_SUMS}"
+        if call.project and call.r > self.block_r(call):
+            return f"rank {call.r} in one step, but a step has {self.block_r(call)}"
+        return ""
+
+    def neighbours(self) -> "Iterator[Config]":
+        """What tuning may try beside it."""
+        for warps in (self.warps, 4, 8):
+            for stages in range(max(2, self.stages - 1), self.stages + 2):
+                yield replace(self, warps=warps, stages=stages)
 
 
-def registers(config: Config, target: Target, call: Call) -> int:
-    """What a thread holds at once: sums, and the tiles that go through registers on their way."""
-    r, n = block_r(config, call), call.projections
-    if isinstance(config, GemmConfig):
-        out = config.block_m * config.block_n
-        held = out * (1 + n // 2 if call.masked else 1)
-        if call.masked and target.tensor_memory:
-            held += out // 8  # out of tensor memory, to be masked, and back
-        held += call.project * (config.block_m + config.block_k) * r
-        if not uses_descriptors(config, call) and not call.alone:
-            held += (config.block_m + config.block_n) * config.block_k // _PER_POINTER
-    elif isinstance(config, ProjectConfig):
-        x = config.block_m * config.block_k
-        held = n * ((config.block_m + config.block_k) * r + call.masked * x)
-    else:
-        v = config.block_m * config.block_n
-        held = n * ((config.block_n + config.block_m) * r + call.masked * v)
-        held += call.project * (config.block_n // 2 + config.block_m) * r
-    return held // (config.warps * target.warp_size)
+# (target, kernel) → the product → rows, from large tiles to small: defaults.py fills it.
+DEFAULTS: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {}
 
 
-def tiles(config: Config, call: Call) -> int:
-    """How many programs this config makes of the call, before it is split."""
-    if isinstance(config, GemmConfig):
-        return cdiv(call.m, config.block_m) * cdiv(call.n, config.block_n)
-    if isinstance(config, ProjectConfig):
-        return cdiv(call.m, config.block_m)
-    return cdiv(call.n, config.block_n)
+def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
+    """The target's configs for this kind of call."""
+    if call.alone:
+        kernel = "add to a masked group" if call.masked and call.projections > 1 else "add"
+    elif call.project and kernel == "weight_grad":
+        kernel = "one pass"
+    return DEFAULTS[target.name, kernel][call.product]
 
 
-def splits(config: Config, target: Target, call: Call, length: int, step: int) -> tuple[int, int]:
-    """(number of splits of an axis, its length in each): as many as the device has room for."""
-    programs = tiles(config, call) * cdiv(call.r, block_r(config, call))
-    wanted = max(1, min(target.processors // programs, cdiv(length, 2 * step)))
-    each = cdiv(cdiv(length, wanted), step) * step
-    return cdiv(length, each), each
+def default_config(kernel: str, target: Target, call: Call) -> Config | None:
+    """The first of the target's rows that fits; of a base product's, that fills the device, too.
+
+    It is one for all numbers of rows, two of a base product, since each compiles in the middle of
+    training.  None, if none fits.
+    """
+    fitting = [config for config in rows(kernel, target, call) if not config.why_not(target, call)]
+    if kernel != "gemm_lowrank" or call.alone:
+        return fitting[0] if fitting else None
+    few = call.m <= FEW_ROWS
+    # 2048: the fused plan is meant for as many rows and more (plan.py).
+    level = replace(call, m=FEW_ROWS if few else 2048)
+    suited = [config for config in fitting if config.block_m <= FEW_ROWS] if few else fitting
+    for config in suited:
+        if config.tiles(level) >= 0.9 * target.processors:
+            return config
+    return max(suited or fitting[-1:], key=lambda config: config.tiles(level), default=None)
 
 
-def partial_sums(config: WeightGradConfig, target: Target, call: Call) -> int:
-    """The floats of one pass: a plane of dh a tile of columns, of d lora_b a split of rows."""
-    n_planes = tiles(config, call)
-    m_planes, _ = splits(config, target, call, call.m, config.block_m)
-    floats = (n_planes > 1) * n_planes * call.m + (m_planes > 1) * m_planes * call.n
-    return floats * call.r
+@lru_cache(maxsize=4096)
+def chosen_config(
+    kernel: str, target: Target, call: Call, config: Any = None, preferred: Any = None
+) -> Any:
+    """The config that a caller gave, else the preferred one if it fits, else the default.
+
+    Raises ValueError with :meth:`Config.why_not`'s reason if it can't run this call.
+    """
+    if config is None and preferred is not None and not preferred.why_not(target, call):
+        return preferred
+    given = config or default_config(kernel, target, call) or rows(kernel, target, call)[-1]
+    reason = given.why_not(target, call)
+    if reason:
+        raise ValueError(f"{given} can't run {kernel} on {target.name}: {reason}")
+    return given
+
+
+def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
+    """What tuning tries: all rows of the target and their neighbours, as far as they fit."""
+    kind = type(rows(kernel, target, call)[0])
+    tables = [table for (name, _), table in DEFAULTS.items() if name == target.name]
+    listed = [config for table in tables for each in table.values() for config in each]
+    tried = dict.fromkeys(n for c in listed if type(c) is kind for n in c.neighbours())
+    return [config for config in tried if not config.why_not(target, call)]
+
+
+def splits(target: Target, programs: int, length: int, step: int, least: int) -> tuple[int, int]:
+    """(number of splits of an axis, steps in each): as many as the device has room for.
+
+    Each costs a plane of partial sums, so it is about two steps and ``least`` elements long.
+    """
+    longest = max(2, cdiv(least, step)) * step
+    wanted = max(1, min(target.processors // programs, cdiv(length, longest)))
+    steps = cdiv(cdiv(length, wanted), step)
+    return cdiv(length, steps * step), steps
+
+
+def chunks(*groups: Sequence | None) -> Iterator[tuple]:
+    """The same projections of every group, as many as a launch takes; None stays None."""
+    if len(groups[0]) <= MAX_PROJECTIONS:  # no slice, which of a tensor takes time
+        yield groups
+        return
+    for first in range(0, len(groups[0]), MAX_PROJECTIONS):
+        part = slice(first, first + MAX_PROJECTIONS)
+        yield tuple(None if group is None else group[part] for group in groups)
 
 
 def cdiv(length: int, step: int) -> int:

@@ -1,92 +1,85 @@
-"""The choice of a config: tables for every architecture, and what tuning may try instead."""
+"""The default configs: a table for every architecture and kernel, from large tiles to small.
 
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+No GPU has measured them.  They are what compiles to tensor-core instructions without a spill in a
+loop (`make compile-report`), with enough bytes under way to fill a device's memory pipes on paper.
+"""
 
-from .config import (
-    Call,
-    Config,
-    GemmConfig,
-    ProjectConfig,
-    WeightGradConfig,
-    partial_sums,
-    power_of_two,
-    tiles,
-    why_not,
+from .config import DEFAULTS, Config
+from .gemm_lowrank import GemmConfig
+from .project import ProjectConfig
+from .weight_grad import WeightGradConfig
+
+PRODUCTS = ("16-bit", "tf32", "float32")
+
+# The first that fills the device.  For few rows (FEW_ROWS), of those with tiles of few rows.
+_FLOAT32_GEMM = (
+    GemmConfig(64, 64, 16, warps=8, stages=3),
+    GemmConfig(32, 32, 32, warps=4, stages=3),
+    GemmConfig(16, 32, 32, warps=4, stages=2),
 )
-from .target import Target
+_AMPERE_GEMM = {
+    "16-bit": (
+        GemmConfig(128, 128, 32, warps=8, stages=4),
+        GemmConfig(128, 64, 32, warps=4, stages=4),
+        GemmConfig(64, 64, 64, warps=4, stages=3),
+        GemmConfig(64, 32, 128, warps=4, stages=3),
+    ),
+    "tf32": (
+        GemmConfig(128, 128, 32, warps=8, stages=2),
+        GemmConfig(64, 64, 32, warps=4, stages=4),
+        GemmConfig(32, 32, 32, warps=4, stages=4),
+    ),
+    "float32": _FLOAT32_GEMM,
+}
+_HOPPER_GEMM = {
+    "16-bit": (
+        GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
+        GemmConfig(128, 128, 64, warps=8, stages=4, descriptors=True),
+        GemmConfig(128, 64, 64, warps=4, stages=4, descriptors=True),
+        GemmConfig(64, 64, 64, warps=4, stages=4, descriptors=True),
+        GemmConfig(64, 32, 128, warps=4, stages=4, descriptors=True),
+    ),
+    "tf32": (
+        GemmConfig(128, 128, 32, warps=8, stages=4, descriptors=True),
+        GemmConfig(64, 64, 32, warps=4, stages=4, descriptors=True),
+        GemmConfig(32, 32, 64, warps=4, stages=4, descriptors=True),
+    ),
+    "float32": _FLOAT32_GEMM,
+}
+_AMD_GEMM = {
+    "16-bit": (
+        GemmConfig(128, 128, 64, warps=8, stages=2),
+        GemmConfig(64, 64, 64, warps=4, stages=2),
+        GemmConfig(64, 32, 64, warps=4, stages=2),
+    ),
+    "tf32": (
+        GemmConfig(128, 64, 32, warps=8, stages=2),
+        GemmConfig(64, 64, 32, warps=4, stages=2),
+        GemmConfig(64, 32, 64, warps=4, stages=2),
+        GemmConfig(16, 64, 64, warps=4, stages=2),
+    ),
+    "float32": (
+        GemmConfig(64, 64, 32, warps=8, stages=2),
+        GemmConfig(16, 32, 64, warps=4, stages=2),
+    ),
+}
 
-# From large tiles to small.  No GPU has measured them yet: they compile to tensor-core instructions
-# without a spill in a loop (`make compile-report`), and fill the device's memory pipes on paper.
-_ADD = (  # no main loop: bound by memory, so several small programs for each processor
+# The first that fits, of all the others: one for all numbers of rows.  An adding kernel has no main
+# loop and waits for memory, so it wants several small programs for each processor.
+_ADD = (
     GemmConfig(64, 128, 32, warps=8, stages=1),
     GemmConfig(64, 64, 32, warps=8, stages=1),
     GemmConfig(32, 64, 32, warps=4, stages=1),
     GemmConfig(16, 64, 32, warps=4, stages=1),
     GemmConfig(16, 32, 32, warps=4, stages=1),
 )
-_AMPERE_GEMM = {
-    2: (
-        GemmConfig(128, 128, 32, warps=8, stages=4),
-        GemmConfig(128, 64, 32, warps=4, stages=4),
-        GemmConfig(64, 64, 64, warps=4, stages=3),
-        GemmConfig(32, 64, 64, warps=4, stages=4),
-        GemmConfig(16, 64, 128, warps=4, stages=3),
-        GemmConfig(16, 32, 128, warps=4, stages=4),
-    ),
-    4: (
-        GemmConfig(128, 128, 32, warps=8, stages=2),
-        GemmConfig(64, 64, 32, warps=4, stages=4),
-        GemmConfig(32, 32, 32, warps=4, stages=4),
-        GemmConfig(16, 32, 64, warps=4, stages=4),
-    ),
-    "ieee": (
-        GemmConfig(64, 64, 16, warps=8, stages=3),
-        GemmConfig(32, 32, 32, warps=4, stages=3),
-        GemmConfig(16, 32, 32, warps=4, stages=2),
-    ),
-    "add": _ADD,
-}
-_HOPPER_GEMM = {
-    2: (
-        GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
-        GemmConfig(128, 128, 64, warps=8, stages=4, descriptors=True),
-        GemmConfig(128, 64, 64, warps=4, stages=4, descriptors=True),
-        GemmConfig(64, 64, 64, warps=4, stages=4, descriptors=True),
-        GemmConfig(32, 64, 128, warps=4, stages=4, descriptors=True),
-        GemmConfig(16, 64, 128, warps=4, stages=4, descriptors=True),
-        GemmConfig(16, 32, 256, warps=4, stages=4, descriptors=True),
-    ),
-    4: (
-        GemmConfig(128, 128, 32, warps=8, stages=4, descriptors=True),
-        GemmConfig(64, 64, 32, warps=4, stages=4, descriptors=True),
-        GemmConfig(32, 32, 64, warps=4, stages=4, descriptors=True),
-        GemmConfig(16, 32, 128, warps=4, stages=4, descriptors=True),
-    ),
-    "ieee": _AMPERE_GEMM["ieee"],
-    "add": _ADD,
-}
-_AMD_GEMM = {
-    2: (
-        GemmConfig(128, 128, 64, warps=8, stages=2),
-        GemmConfig(64, 64, 64, warps=4, stages=2),
-        GemmConfig(32, 64, 64, warps=4, stages=2),
-        GemmConfig(16, 64, 128, warps=4, stages=2),
-    ),
-    4: (
-        GemmConfig(128, 64, 32, warps=8, stages=2),
-        GemmConfig(64, 64, 32, warps=4, stages=2),
-        GemmConfig(16, 64, 64, warps=4, stages=2),
-    ),
-    "ieee": (
-        GemmConfig(64, 64, 32, warps=8, stages=2),
-        GemmConfig(16, 32, 64, warps=4, stages=2),
-    ),
-    "add": _ADD,
-}
+# From compilation: the masks of three projections take 131 registers of 64x128's eight warps, which
+# leaves room for one program a processor, and for three of these.
+_ADD_MASKED_GROUP = (GemmConfig(64, 64, 32, warps=4, stages=1), *_ADD[2:])
+# Eight warps, or two programs a processor: from compilation, four warps' barriers and casts of a
+# 64x64 step take about as long as memory does.
 _PROJECT = (
-    ProjectConfig(64, 64, warps=4, stages=4),
+    ProjectConfig(64, 128, warps=8, stages=4),
     ProjectConfig(64, 64, warps=8, stages=4),
     ProjectConfig(32, 64, warps=4, stages=6),
     ProjectConfig(16, 128, warps=4, stages=4),
@@ -99,121 +92,104 @@ _AMD_PROJECT = (
     ProjectConfig(16, 64, warps=4, stages=2),
     ProjectConfig(16, 16, warps=4, stages=2),
 )
+# Narrow, since a split of the rows costs a plane of partial sums.  From compilation for sm_90, all
+# loads go by cp.async, stages ahead.
 _WEIGHT_GRAD = {
-    2: (
-        WeightGradConfig(64, 512, warps=8, stages=2),
-        WeightGradConfig(64, 256, warps=8, stages=3),
-        WeightGradConfig(64, 128, warps=8, stages=3),
-        WeightGradConfig(128, 64, warps=4, stages=4),
-        WeightGradConfig(64, 64, warps=4, stages=4),
-        WeightGradConfig(128, 32, warps=4, stages=4),
+    "16-bit": (
+        WeightGradConfig(128, 32, warps=8, stages=4),
         WeightGradConfig(64, 32, warps=4, stages=4),
         WeightGradConfig(32, 32, warps=4, stages=4),
     ),
-    4: (
+    "tf32": (
+        WeightGradConfig(64, 32, warps=8, stages=4),
+        WeightGradConfig(32, 32, warps=4, stages=3),
+    ),
+    "float32": (
+        WeightGradConfig(32, 32, warps=4, stages=3),
+        WeightGradConfig(16, 32, warps=4, stages=3),
+    ),
+}
+_AMD_WEIGHT_GRAD = {
+    "16-bit": (
+        WeightGradConfig(64, 32, warps=4, stages=2),
+        WeightGradConfig(32, 32, warps=4, stages=2),
+    ),
+    "tf32": (
+        WeightGradConfig(64, 32, warps=4, stages=2),
+        WeightGradConfig(32, 32, warps=4, stages=2),
+    ),
+}
+_AMD_WEIGHT_GRAD["float32"] = _AMD_WEIGHT_GRAD["tf32"]
+# Wide, since every tile of columns leaves a plane of dh.  From compilation for sm_90: 32x512 is
+# loaded two steps ahead of its products; of 64x512 two stages fit, whose loads are awaited.
+_ONE_PASS = {
+    "16-bit": (
+        WeightGradConfig(32, 512, warps=8, stages=3),
+        WeightGradConfig(64, 256, warps=8, stages=3),
+        WeightGradConfig(64, 128, warps=8, stages=3),
+        WeightGradConfig(64, 64, warps=4, stages=4),
+        WeightGradConfig(32, 32, warps=4, stages=4),
+    ),
+    "tf32": (
         WeightGradConfig(32, 256, warps=8, stages=3),
         WeightGradConfig(32, 128, warps=8, stages=3),
         WeightGradConfig(32, 64, warps=4, stages=4),
         WeightGradConfig(32, 32, warps=4, stages=3),
     ),
-    "ieee": (
+    "float32": (
         WeightGradConfig(32, 64, warps=4, stages=3),
         WeightGradConfig(16, 32, warps=4, stages=3),
     ),
 }
-_AMD_WEIGHT_GRAD = {
-    2: (
+_AMD_ONE_PASS = {
+    "16-bit": (
         WeightGradConfig(32, 256, warps=8, stages=2),
         WeightGradConfig(64, 128, warps=4, stages=2),
-        WeightGradConfig(64, 64, warps=4, stages=2),
-        WeightGradConfig(64, 32, warps=4, stages=2),
-        WeightGradConfig(32, 32, warps=4, stages=2),
+        *_AMD_WEIGHT_GRAD["16-bit"],
     ),
-    4: (
+    "tf32": (
         WeightGradConfig(64, 128, warps=4, stages=2),
         WeightGradConfig(64, 64, warps=4, stages=2),
         WeightGradConfig(32, 32, warps=4, stages=2),
     ),
 }
-_AMD_WEIGHT_GRAD["ieee"] = _AMD_WEIGHT_GRAD[4]
-DEFAULTS: dict[tuple[str, str], Any] = {
-    ("interpreter", "gemm_lowrank"): (GemmConfig(32, 32, 16, 4, 2, group=2, descriptors=True),),
-    ("interpreter", "project"): (ProjectConfig(32, 32, 4, 2),),
-    ("interpreter", "weight_grad"): (
-        WeightGradConfig(32, 64, 4, 2),
-        WeightGradConfig(32, 32, 4, 2),
-    ),
+_AMD_ONE_PASS["float32"] = _AMD_ONE_PASS["tf32"]
+
+
+def _for_all(*rows: Config) -> dict[str, tuple[Config, ...]]:
+    """The same rows for every product."""
+    return dict.fromkeys(PRODUCTS, rows)
+
+
+_AMPERE = {
+    "gemm_lowrank": _AMPERE_GEMM,
+    "add": _for_all(*_ADD),
+    "add to a masked group": _for_all(*_ADD_MASKED_GROUP),
+    # Exact float32 has no tensor cores, and spills in the first.
+    "project": _for_all(*_PROJECT) | {"float32": _PROJECT[1:]},
+    "weight_grad": _WEIGHT_GRAD,
+    "one pass": _ONE_PASS,
 }
-for _names, _gemm, _project, _weight_grad in (
-    (("sm_80", "sm_86", "sm_120"), _AMPERE_GEMM, _PROJECT, _WEIGHT_GRAD),
-    (("sm_90", "sm_100"), _HOPPER_GEMM, _PROJECT, _WEIGHT_GRAD),
-    (("gfx942", "gfx11"), _AMD_GEMM, _AMD_PROJECT, _AMD_WEIGHT_GRAD),
+_HOPPER = _AMPERE | {"gemm_lowrank": _HOPPER_GEMM}
+_AMD = _AMPERE | {
+    "gemm_lowrank": _AMD_GEMM,
+    "project": _for_all(*_AMD_PROJECT),
+    "weight_grad": _AMD_WEIGHT_GRAD,
+    "one pass": _AMD_ONE_PASS,
+}
+_SMALL_GEMM = _for_all(GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descriptors=True))
+_INTERPRETED = {
+    "gemm_lowrank": _SMALL_GEMM,
+    "add": _SMALL_GEMM,
+    "add to a masked group": _SMALL_GEMM,
+    "project": _for_all(ProjectConfig(32, 32, warps=4, stages=2)),
+    "weight_grad": _for_all(WeightGradConfig(32, 32, warps=4, stages=2)),
+    "one pass": _for_all(WeightGradConfig(32, 64, warps=4, stages=2)),
+}
+for _names, _tables in (
+    (("sm_80", "sm_86", "sm_120"), _AMPERE),
+    (("sm_90", "sm_100"), _HOPPER),
+    (("gfx942", "gfx11"), _AMD),
+    (("interpreter",), _INTERPRETED),
 ):
-    for _name in _names:
-        DEFAULTS[_name, "gemm_lowrank"] = _gemm
-        DEFAULTS[_name, "project"] = _project
-        DEFAULTS[_name, "weight_grad"] = _weight_grad
-
-
-@lru_cache(maxsize=4096)
-def chosen_config(
-    kernel: str, target: Target, call: Call, config: Config | None, preferred: Config | None = None
-) -> Config:
-    """The config that a caller gave, else the preferred one if it fits, else the default.
-
-    Raises ValueError with :func:`why_not`'s reason if it can't run this call.
-    """
-    if config is None and preferred is not None and not why_not(preferred, target, call):
-        return preferred
-    given = config or default_config(kernel, target, call)
-    if given is None:
-        given = _rows(DEFAULTS[target.name, kernel], call)[-1]
-    reason = why_not(given, target, call)
-    if reason:
-        raise ValueError(f"{given} can't run {kernel} on {target.name}: {reason}")
-    return given
-
-
-def default_config(kernel: str, target: Target, call: Call) -> Config | None:
-    """The first of the target's configs, from large tiles to small, that fits and fills the device.
-
-    The one with the most tiles, if none fills it.  Of those for one pass over dy, whose rest is
-    split among the device's processors, the one with the fewest partial sums.  None, if none fits.
-    """
-    rows = _rows(DEFAULTS[target.name, kernel], call)
-    fitting = [config for config in rows if not why_not(config, target, call)]
-    few_rows = max(16, power_of_two(call.m))
-    suited = [config for config in fitting if config.block_m <= few_rows] or fitting[-1:]
-    if call.project and kernel == "weight_grad":
-        return min(suited, key=lambda config: partial_sums(config, target, call), default=None)
-    for config in suited:
-        if tiles(config, call) >= 0.9 * target.processors:
-            return config
-    return max(suited, key=lambda config: tiles(config, call), default=None)
-
-
-def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
-    """What tuning tries: the defaults of the target and their neighbours, as far as they fit."""
-    rows = DEFAULTS[target.name, kernel]
-    if isinstance(rows, dict):
-        rows = [config for table in rows.values() for config in table]
-    neighbours: dict[Config, None] = {}
-    for config in rows:
-        for warps in (config.warps, 4, 8):
-            for stages in range(max(2, config.stages - 1), config.stages + 2):
-                changed = replace(config, warps=warps, stages=stages)
-                neighbours[changed] = None
-                if isinstance(config, GemmConfig):
-                    neighbours[replace(changed, group=4)] = None
-                    neighbours[replace(changed, group=16)] = None
-                    neighbours[replace(changed, descriptors=False)] = None
-    return [config for config in neighbours if not why_not(config, target, call)]
-
-
-def _rows(table: Any, call: Call) -> tuple[Config, ...]:
-    if not isinstance(table, dict):
-        return table
-    if call.alone:
-        return table["add"]
-    exact = call.itemsize == 4 and call.precision == "ieee"
-    return table["ieee" if exact else call.itemsize]
+    DEFAULTS.update({(name, kernel): rows for name in _names for kernel, rows in _tables.items()})

@@ -1,6 +1,9 @@
 """y and dx: a matrix product with a low-rank product in the same accumulator."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,19 +21,117 @@ from .common import (
     tile_of,
 )
 from .config import (
+    FEW_ROWS,
+    MARGIN,
     MAX_PROJECTIONS,
     Call,
-    GemmConfig,
-    block_r,
+    Config,
     cdiv,
+    chosen_config,
     chunks,
-    one_step,
-    tiles,
-    uses_descriptors,
+    power_of_two,
 )
-from .defaults import chosen_config
-from .launch import Launch, Work, launch, size_of
-from .target import target_of
+from .launch import Launch, Work, launch, size_of, stated
+from .target import Target, target_of
+
+
+@dataclass(frozen=True)
+class GemmConfig(Config):
+    """Tiles of :func:`gemm_lowrank`: OUT in block_m x block_n, in steps of block_k."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8  # rows of tiles that go together, for the L2 cache
+    descriptors: bool = False  # load by tensor descriptor (TMA) where the operands allow it
+
+    def block_r(self, call: Call) -> int:
+        # Of a rank that 16 doesn't divide, Triton may load every element by itself, with a pointer.
+        most = 64 if call.r <= 64 else 32 if call.r % 16 == 0 else 16
+        return min(max(16, power_of_two(call.r)), most)
+
+    def uses_descriptors(self, call: Call) -> bool:
+        return self.descriptors and not call.pointers
+
+    def low_rank(self, target: Target, call: Call) -> str:
+        """Where the low-rank term goes: the kernel's LOW_RANK.
+
+        "early" tiles wait in shared memory on Hopper and newer, elsewhere in registers, which few
+        fit into.
+        """
+        if call.project:
+            return "made"
+        if call.masked:
+            return "first"
+        wait = target.descriptors or call.r * call.projections <= 16
+        return "early" if call.r <= self.block_r(call) and wait else "last"
+
+    def tiles(self, call: Call) -> int:
+        return cdiv(call.m, self.block_m) * cdiv(call.n, self.block_n)
+
+    def sums(self, call: Call) -> int:
+        # A masked group has the product at hand beside the sum of those that are masked; ragged
+        # rows have an address for each element.
+        ragged = not call.alone and (call.pointers or call.n % 16 > 0)
+        outs = 1 + (call.masked and call.projections > 1)
+        outs += 2 * (ragged and not self.uses_descriptors(call))
+        return self.block_m * (outs * self.block_n + call.project * self.block_r(call))
+
+    def shared_memory(self, target: Target, call: Call) -> int:
+        r, n, size = self.block_r(call), call.projections, call.itemsize
+        copies = target.copies(self.stages)
+        low_rank = (self.block_m + self.block_n) * r * size
+        if call.r <= r and (target.descriptors or call.r * n <= 16):
+            low_rank *= n
+        if call.masked and size == 4:
+            low_rank *= 2  # as loaded, and as tensor cores read it
+        store = self.block_m * self.block_n * size
+        if call.alone:  # the only loop is the one over tiles
+            low_rank = n * (self.block_m * size + self.block_n * 4) * r
+            return copies * low_rank + store + MARGIN
+        step = (self.block_m + self.block_n) * self.block_k * size
+        step += call.project * self.block_k * r * 4
+        if self.uses_descriptors(call):  # half of the tile, beside the main loop's buffers
+            return copies * step + low_rank + store // 2 + MARGIN
+        return max(copies * step + low_rank, store) + MARGIN
+
+    def tensor_memory(self, target: Target, call: Call) -> int:
+        """The columns of an accumulator for every product, twice: before and after a step."""
+        if not target.tensor_memory:
+            return 0
+        columns = self.block_n * power_of_two(2 * call.projections)
+        return columns + call.project * self.block_r(call)
+
+    def neighbours(self) -> Iterator[Config]:
+        for config in super().neighbours():
+            yield config
+            yield replace(config, group=4)
+            yield replace(config, group=16)
+            yield replace(config, descriptors=False)
+
+
+def _work(arguments: Mapping[str, Any]) -> Work:
+    a, u, v, bias, seeds, out = (
+        arguments[name] for name in ("a", "u", "v", "bias", "seeds", "out")
+    )
+    p, q = ([arguments[f"{name}{i}"] for i in range(MAX_PROJECTIONS)] for name in "pq")
+    M, N, depths, ranks = (arguments[name] for name in ("M", "N", "K", "R"))
+    m_tiles, n_tiles = cdiv(M, arguments["BLOCK_M"]), cdiv(N, arguments["BLOCK_N"])
+    made = 0 if a is None else 2 * M * depths[0] * ranks[0]
+    rows = size_of(*p) + (size_of(*u) if a is None else 0)
+    columns = size_of(*q, *v)
+    again = size_of(out) if arguments["ADD"] else 0
+    return Work(
+        flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
+        loaded=rows + columns + size_of(a, bias, seeds) + again,
+        stored=size_of(out) + (0 if a is None else size_of(*u)),
+        loaded_by_tiles=rows * n_tiles
+        + (columns + size_of(bias)) * m_tiles
+        + size_of(a, seeds) * m_tiles * n_tiles
+        + again,
+    )
 
 
 @triton.jit
@@ -39,19 +140,19 @@ def low_rank_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ONE_STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum + U V at (i_m, i_n), in steps of BLOCK_R."""
     # Not pipelined: a few steps, whose buffers would lie beside those of the main loop.
-    for i_r in tl.range(0, BLOCK_R if ONE_STEP else R, BLOCK_R, num_stages=1):
-        b_u = load_tile(u, i_m, i_r, M, R, R, 1, BLOCK_M, BLOCK_R)
-        b_v = load_tile(v, i_r, i_n, R, N, v_rows, v_columns, BLOCK_R, BLOCK_N)
-        b_sum = dot(b_u, cast(b_v, b_u.dtype), b_sum, PRECISION)
+    for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
+        b_u = load_tile(u, i_m, i_r, M, R, R, 1, BLOCK_M, BLOCK_R)  # [BM, BR]
+        b_v = load_tile(v, i_r, i_n, R, N, v_rows, v_columns, BLOCK_R, BLOCK_N)  # [BR, BN]
+        b_sum = dot(b_u, cast(b_v, b_u.dtype), b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
     return b_sum
 
 
-@triton.jit(do_not_specialize=["M"])  # batches and sequences come in all lengths
+# What batches and sequences of all lengths change.
+@triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def gemm_lowrank_kernel(
     p0, p1, p2, p3, q0, q1, q2, q3, a, u, v, bias, out, seeds,
     M, N, K, R, factor, threshold,
@@ -66,7 +167,7 @@ def gemm_lowrank_kernel(
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
-    ONE_STEP: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     RANKS_OF_8: tl.constexpr,
     V_COLUMNS_OF_8: tl.constexpr,
     ADD: tl.constexpr,
@@ -74,7 +175,13 @@ def gemm_lowrank_kernel(
     """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
     P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].
-    A [K_0, R_0], if it is there, makes U_0 = factor · P_0 A in the same loop, and stores it.
+
+    LOW_RANK says where U_i V_i goes:
+    "first"  before the main loop, since a mask is its alone; behind the loop it would need a
+             second accumulator of this size
+    "early"  loaded before the main loop, which hides the wait, and multiplied behind it
+    "last"   loaded and multiplied behind it, in steps over the rank
+    "made"   the same, of U_0 = factor · P_0 A from the main loop, which is stored; A [K_0, R_0]
     """
     # Not tuples from outside: a launch finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
@@ -90,69 +197,72 @@ def gemm_lowrank_kernel(
         for i in tl.static_range(len(u)):
             r = known_multiple(R[i], RANKS_OF_8)
             v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
-            if seeds is not None:
-                # The mask is the low-rank product's alone, which therefore comes first: after the
-                # main loop it would need a second accumulator of this size.
+            if LOW_RANK == "first":
                 b_low = low_rank_tile(
                     u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column,
                     tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                    BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                 )  # fmt: skip
                 keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
-                b_out += tl.where(keep, b_low, 0.0)
-            elif ONE_STEP and a is None:
-                # Loaded here and used behind the main loop, which hides the wait.
+                b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
+            elif LOW_RANK == "early":
+                # [BM, BR], [BR, BN]
                 b_u = load_tile(u[i], i_m, 0, M, r, r, 1, BLOCK_M, BLOCK_R)
                 b_v = load_tile(v[i], 0, i_n, r, N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
                 early_u, early_v = early_u + (b_u,), early_v + (cast(b_v, b_u.dtype),)
 
-        if a is not None:
+        if LOW_RANK == "made":
             b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for i in tl.static_range(len(K)):
             for i_k in range(0, K[i], BLOCK_K):
                 b_p = load_tile(
                     p[i], i_m, i_k, M, K[i], p_rows[i], p_columns[i], BLOCK_M, BLOCK_K, DESCRIPTORS
-                )
+                )  # [BM, BK]
                 if Q_TRANSPOSED:
                     b_q = load_tile(
                         q[i], i_n, i_k, N, K[i], q_columns[i], q_rows[i],
                         BLOCK_N, BLOCK_K, DESCRIPTORS,
-                    ).T  # fmt: skip
+                    ).T  # [BK, BN]  # fmt: skip
                 else:
                     b_q = load_tile(
                         q[i], i_k, i_n, K[i], N, q_rows[i], q_columns[i],
                         BLOCK_K, BLOCK_N, DESCRIPTORS,
-                    )  # fmt: skip
-                b_out = dot(b_p, b_q, b_out, PRECISION)
-                if a is not None:
-                    b_a = load_tile(a, i_k, 0, K[0], R[0], a_rows, a_columns, BLOCK_K, BLOCK_R)
+                    )  # [BK, BN]  # fmt: skip
+                b_out = dot(b_p, b_q, b_out, PRECISION)  # [BM, BN] += [BM, BK] @ [BK, BN]
+                if LOW_RANK == "made":
+                    b_a = load_tile(
+                        a, i_k, 0, K[0], R[0], a_rows, a_columns, BLOCK_K, BLOCK_R
+                    )  # [BK, BR]
+                    # [BM, BR] += [BM, BK] @ [BK, BR]
                     b_made = dot(b_p, cast(b_a, b_p.dtype), b_made, PRECISION)
 
-        if a is not None:
-            b_u = cast(b_made * factor, u[0].dtype.element_ty)
-            if i_n == 0:
-                store_tile(u[0], b_u, i_m, 0, M, R[0], R[0], 1)
-            r = known_multiple(R[0], RANKS_OF_8)
-            v_column = known_multiple(v_columns[0], V_COLUMNS_OF_8)
-            b_v = load_tile(v[0], 0, i_n, r, N, v_rows[0], v_column, BLOCK_R, BLOCK_N)
-            b_out = dot(b_u, cast(b_v, b_u.dtype), b_out, PRECISION)
-        elif seeds is None:
-            for i in tl.static_range(len(u)):
-                if ONE_STEP:
-                    b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
-                else:
-                    r = known_multiple(R[i], RANKS_OF_8)
-                    v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
-                    b_out = low_rank_tile(
-                        u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column, b_out,
-                        BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, PRECISION,
-                    )  # fmt: skip
+        for i in tl.static_range(len(u)):
+            r = known_multiple(R[i], RANKS_OF_8)
+            v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
+            if LOW_RANK == "early":
+                # [BM, BN] += [BM, BR] @ [BR, BN]
+                b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
+            elif LOW_RANK == "last":
+                b_out = low_rank_tile(
+                    u[i], v[i], i_m, i_n, M, N, r, v_rows[i], v_column, b_out,
+                    BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+                )  # fmt: skip
+            elif LOW_RANK == "made":
+                b_u = cast(b_made * factor, u[i].dtype.element_ty)  # [BM, BR]
+                if i_n == 0:
+                    store_tile(u[i], b_u, i_m, 0, M, r, r, 1)
+                # [BR, BN]
+                b_v = load_tile(v[i], 0, i_n, r, N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
+                # [BM, BN] += [BM, BR] @ [BR, BN]
+                b_out = dot(b_u, cast(b_v, b_u.dtype), b_out, PRECISION)
         if bias is not None:
             o_n = i_n + tl.arange(0, BLOCK_N)
-            b_bias = tl.load(bias + o_n.to(tl.int64) * bias_stride, mask=o_n < N, other=0.0)
+            b_bias = tl.load(bias + o_n.to(tl.int64) * bias_stride, mask=o_n < N, other=0.0)  # [BN]
+            # Rounded as torch rounds it, which adds it in the dtype of x.
             b_out += cast(b_bias, u[0].dtype.element_ty).to(tl.float32)[None, :]
         if ADD:
-            b_out += load_tile(out, i_m, i_n, M, N, out_rows, 1, BLOCK_M, BLOCK_N).to(tl.float32)
+            b_before = load_tile(out, i_m, i_n, M, N, out_rows, 1, BLOCK_M, BLOCK_N)  # [BM, BN]
+            b_out += b_before.to(tl.float32)
 
         if DESCRIPTORS:
             # In two halves: the store's buffer stays allocated, beside those of the main loop.
@@ -190,15 +300,30 @@ def gemm_lowrank(
 
     ``config``, if given, must fit the call; ``preferred`` is taken if it does.
     """
-    if len(us) > MAX_PROJECTIONS:
-        for part in chunks(len(us)):
-            gemm_lowrank(
-                out, ps[part], qs[part], us[part], vs[part],
-                precision=precision, bias=None if part.start else bias, dropout=dropout,
-                seeds=None if seeds is None else seeds[part],
-                add=add or part.start > 0, config=config, preferred=preferred,
-            )  # fmt: skip
-        return
+    for i, part in enumerate(chunks(us, vs, ps, qs, seeds)):
+        _gemm_lowrank(
+            out, *part, precision, None if i else bias, dropout, add or i > 0, a, factor,
+            config, preferred,
+        )  # fmt: skip
+
+
+def _gemm_lowrank(
+    out: Tensor,
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    ps: Sequence[Tensor],
+    qs: Sequence[Tensor],
+    seeds: Tensor | None,
+    precision: str,
+    bias: Tensor | None,
+    dropout: float,
+    add: bool,
+    a: Tensor | None,
+    factor: float,
+    config: GemmConfig | None,
+    preferred: GemmConfig | None,
+) -> None:
+    """As many as one launch takes."""
     (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
     target = target_of(out.device)
     q_transposed = bool(qs) and all(q.stride(0) == 1 for q in qs)
@@ -209,27 +334,10 @@ def gemm_lowrank(
         pointers=add or not all(map(_has_descriptor, described)),
     )  # fmt: skip
     config = chosen_config("gemm_lowrank", target, call, config, preferred)
-    r_block, descriptors = block_r(config, call), uses_descriptors(config, call)
+    descriptors = config.uses_descriptors(call)
     # The addresses of a group's low-rank operands, kept from tile to tile, are too many registers
     # beside its two accumulators.
     persistent = descriptors and not (seeds is not None and len(us) > 1)
-    m_tiles, n_tiles = cdiv(M, config.block_m), cdiv(N, config.block_n)
-
-    def work() -> Work:
-        made = 0 if a is None else 2 * M * depths[0] * ranks[0]
-        rows = size_of(*ps) + (size_of(*us) if a is None else 0)
-        columns = size_of(*qs, *vs)
-        again = size_of(out) if add else 0
-        return Work(
-            flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
-            loaded=rows + columns + size_of(a, bias, seeds) + again,
-            stored=size_of(out) + (0 if a is None else size_of(*us)),
-            loaded_by_tiles=rows * n_tiles
-            + (columns + size_of(bias)) * m_tiles
-            + size_of(a, seeds) * m_tiles * n_tiles
-            + again,
-        )
-
     p, q, target_out = list(ps), list(qs), out
     if descriptors:
         block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
@@ -253,14 +361,14 @@ def gemm_lowrank(
         "a_rows": 0 if a is None else a.stride(0), "a_columns": 0 if a is None else a.stride(1),
         "v_rows": tuple(v.stride(0) for v in vs), "v_columns": tuple(v.stride(1) for v in vs),
         "bias_stride": 0 if bias is None else bias.stride(0), "out_rows": out.stride(0),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "BLOCK_R": r_block, "GROUP": config.group, "PRECISION": precision,
-        "DESCRIPTORS": descriptors, "PERSISTENT": persistent, "Q_TRANSPOSED": q_transposed,
-        "ONE_STEP": one_step(config, target, call), "ADD": add,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k, "BLOCK_R": config.block_r(call), "GROUP": config.group,
+        "PRECISION": precision, "DESCRIPTORS": descriptors, "PERSISTENT": persistent,
+        "Q_TRANSPOSED": q_transposed, "LOW_RANK": config.low_rank(target, call), "ADD": add,
         "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
         "V_COLUMNS_OF_8": all(v.stride(1) % 8 == 0 for v in vs),
     }  # fmt: skip
-    count = tiles(config, call)
+    count, work = config.tiles(call), partial(_work, arguments)
     grid = (min(count, target.processors) if persistent else count,)
     launch(Launch(gemm_lowrank_kernel, grid, arguments, config.warps, config.stages, work))
 
@@ -270,7 +378,7 @@ def one_launch_pays(x: Tensor, r: int) -> bool:
 
     It should while the launch waits for the weight's bytes, and r is small beside a tile.
     """
-    return len(x) <= 64 and r <= 32
+    return len(x) <= FEW_ROWS and r <= 32
 
 
 def _has_descriptor(matrix: Tensor) -> bool:

@@ -12,6 +12,7 @@ list.  A step puts into one place of a list of values what a function makes of o
 
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from .common import INTERPRETED
 from .launch import Launch, is_intercepted, recording
 
 _MOST = 4096  # calls that are kept; some kB each
-_kept: dict[Hashable, "_Kept"] = {}
+_calls: dict[Hashable, "_Kept"] = {}
 
 
 def replayed(
@@ -34,24 +35,29 @@ def replayed(
     tensors: Sequence[Tensor | None],
     settings: tuple[Hashable, ...],
     covers: Callable[[], bool],
+    calls: dict | None = None,
 ) -> list[Tensor | None] | None:
     """What ``function(tensors, *settings)`` returns, a list of tensors it made, and of None.
 
     The function may use torch's operations and this package's launchers.  What it does may depend
     on the settings, and on everything of the tensors but their elements.  They are on one device,
     which is the current one.  None if a call of a new kind isn't one that it ``covers``.
+
+    ``calls``: the caller's own, for tensors that agree in all but their elements.
     """
     if is_intercepted() or _is_watched():
         return list(function(tensors, *settings)) if covers() else None
-    key = (function, settings, plan.forced(), target.forced(), *map(_facts, tensors))
-    kept = _kept.get(key)
+    key: Hashable = (function, settings, plan.forced(), target.forced())
+    if calls is None:
+        key, calls = (key, *map(_facts, tensors)), _calls
+    kept = calls.get(key)
     if kept is None:
         if not covers():
             return None
         kept = _resolve(function, tensors, settings)
-        while len(_kept) >= _MOST:
-            _kept.pop(next(iter(_kept)), None)  # the oldest
-        _kept[key] = kept
+        while len(calls) >= _MOST:
+            calls.pop(next(iter(calls)), None)  # the oldest
+        calls[key] = kept
     return kept.replay(tensors)
 
 
@@ -164,12 +170,12 @@ class _Recorder(TorchFunctionMode):
             places = [self._place_of(operand, address=False) for operand in operands]
         else:
             kernel = launch.compile()
-            run = kernel.run
-            grid = (*launch.grid, 1, 1)[:3]
-            head = [*grid, kernel.function, kernel.packed_metadata, None, None, None]
-            places = [self._constant(value) for value in head]
-            places.insert(3, self.stream)
-            places += [self._place_of(operand, address=True) for operand in operands]
+            launcher = kernel.run  # which loads it
+            arguments = [*(*launch.grid, 1, 1)[:3], _Place(self.stream)]
+            arguments += [kernel.function, kernel.packed_metadata, None, None, None]
+            arguments += [_Place(self._place_of(operand, address=True)) for operand in operands]
+            run, arguments = _bare(launcher, arguments)
+            places = [self._place_of(argument) for argument in arguments]
         self._step(run, places, acts=True)
 
     def kept(self, results: Sequence[Tensor | None]) -> _Kept:
@@ -186,7 +192,8 @@ class _Recorder(TorchFunctionMode):
             function = partial(_named, function, names)
         places = [self._place_of(each) for each in (*arguments, *(keywords[n] for n in names))]
         tensors = (result,) if isinstance(result, Tensor) else result
-        acts = any(id(tensor) in self.places for tensor in tensors)  # in place, or into ``out``
+        # in place, or into ``out``
+        acts = "out" in names or any(id(tensor) in self.places for tensor in tensors)
         place = self._step(function, places, acts=acts)
         if isinstance(result, Tensor):
             if not acts:
@@ -197,12 +204,18 @@ class _Recorder(TorchFunctionMode):
 
     def _place_of(self, value: Any, address: bool = False) -> int:
         """Where this value will be; of a tensor, or of what is in a list, its ``address``."""
+        if isinstance(value, _Place):
+            return value.place
         if isinstance(value, Tensor):
+            if id(value) not in self.places:  # no input, and nothing that was made: a constant
+                self._settle(value, self._constant(value))
             return self._pointer(value) if address else self.places[id(value)]
         if isinstance(value, TensorDescriptor):
             describe = partial(_describe, value.__dict__ | {"base": None})
             return self._step(describe, [self._place_of(value.base)])
-        if isinstance(value, (tuple, list)) and any(isinstance(each, Tensor) for each in value):
+        if isinstance(value, (tuple, list)) and any(
+            isinstance(each, (Tensor, _Place)) for each in value
+        ):
             places = [self._place_of(each, address) for each in value]
             return self._step(_together, places)
         return self._constant(value)
@@ -279,6 +292,29 @@ def _named(function: Callable, names: tuple[str, ...], *arguments: Any) -> Any:
     """``function`` with the last of the arguments under their names."""
     count = len(arguments) - len(names)
     return function(*arguments[:count], **dict(zip(names, arguments[count:], strict=True)))
+
+
+class _Place:
+    """What a launch will find in this place of the values."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+
+def _bare(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
+    """The function in C behind Triton's launcher, and what that hands to it for these arguments.
+
+    The launcher itself, where there is more to it: scratch memory, a sanitizer.
+    """
+    fields = vars(launcher)
+    scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
+    if not callable(fields.get("launch")) or any(scratch) or fields.get("gsan_enabled"):
+        return launcher, arguments
+    handed: list[tuple] = []
+    watched = copy(launcher)
+    watched.launch = lambda *found: handed.append(found)
+    watched(*arguments)
+    return fields["launch"], handed[0]
 
 
 def _base(tensor: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """A launch as a record: what runs, on which grid, and what work it states about itself."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import INTERPRETED
 
@@ -22,9 +23,23 @@ class Work:
     partial: int = 0  # bytes of partial sums, which are part of loaded and stored
 
 
-def size_of(*tensors: Tensor | None) -> int:
+def size_of(*operands: Tensor | TensorDescriptor | None) -> int:
     """Bytes of the elements; None has none."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    tensors = [o.base if isinstance(o, TensorDescriptor) else o for o in operands if o is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def stated(work: Callable[[Mapping[str, Any]], Work]) -> Callable:
+    """Triton's ``launch_metadata`` of a kernel: what profilers such as Proton show of a launch.
+
+    ``work`` makes it of the kernel's arguments, by name.
+    """
+
+    def metadata(grid: tuple[int, ...], kernel: Any, arguments: Mapping[str, Any]) -> dict:
+        found = work(arguments)
+        return {"flops": found.flops, "bytes": found.loaded + found.stored}
+
+    return metadata
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """h and dh: the thin products of a group, with one pass over x."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -8,56 +11,99 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import MAX_PROJECTIONS, Call, ProjectConfig, block_r, cdiv, chunks, splits
-from .defaults import chosen_config
-from .launch import Launch, Work, launch, size_of
+from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, splits
+from .launch import Launch, Work, launch, size_of, stated
 from .sum_planes import sum_planes
-from .target import target_of
+from .target import Target, target_of
 
 
-@triton.jit(do_not_specialize=["M"])  # batches and sequences come in all lengths
+@dataclass(frozen=True)
+class ProjectConfig(Config):
+    """Tiles of :func:`project`: block_m rows of x, in steps of block_k columns."""
+
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def tiles(self, call: Call) -> int:
+        return cdiv(call.m, self.block_m)
+
+    def sums(self, call: Call) -> int:
+        return call.projections * self.block_m * self.block_r(call)
+
+    def shared_memory(self, target: Target, call: Call) -> int:
+        r, n, size = self.block_r(call), call.projections, call.itemsize
+        x, v = self.block_m * self.block_k * size, n * self.block_k * r
+        rounded = v * size + call.masked * n * x
+        main = target.copies(self.stages) * (x + v * 4) + rounded
+        return max(main, self.block_m * r * 4) + MARGIN
+
+
+def _work(arguments: Mapping[str, Any]) -> Work:
+    x, v, planes, seeds = (arguments[name] for name in ("x", "v", "planes", "seeds"))
+    (M, K), ranks, count = x.shape, arguments["R"], len(planes[0])
+    m_tiles, r_tiles = cdiv(M, arguments["BLOCK_M"]), arguments["R_TILES"]
+    return Work(
+        flops=2 * M * K * sum(ranks),
+        loaded=size_of(x, seeds, *v),
+        stored=size_of(*planes) if count else size_of(*arguments["u"]),
+        loaded_by_tiles=size_of(x) * r_tiles
+        + size_of(*v) * m_tiles
+        + size_of(seeds) * m_tiles * r_tiles * max(1, count),
+        partial=size_of(*planes),
+    )
+
+
+# What batches and sequences of all lengths change.
+@triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def project_kernel(
-    x, a, out, seeds,
-    M, K, R, factors, threshold, k_per_split,
-    x_rows, x_columns, a_rows, a_columns,
+    x, v, u, planes, seeds,
+    M, K, factors, threshold, steps,
+    x_rows, x_columns, v_rows, v_columns,
+    R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     R_TILES: tl.constexpr,
-    RANKS_OF_8: tl.constexpr,
-    A_ROWS_OF_8: tl.constexpr,
+    V_ROWS_OF_8: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT_i = factor_i · (keep_i ∘ X) A_i, or the planes whose sum that is.
+    """U_i = factor_i · (keep_i ∘ X) V_i, or PLANES_i, whose sum that is.
 
-    X [M, K], A_i [K, R_i], OUT_i [splits, M, R_i]: plane s is of the k_per_split columns from
-    s · k_per_split on.
+    X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i]: plane s is of so many
+    ``steps`` over the columns, from s · steps on.
     """
     i_r, i_m = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES * BLOCK_M
     i_split = tl.program_id(1)
     sums, keys = (), ()
-    for i in tl.static_range(len(a)):
+    for i in tl.static_range(len(v)):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
         if seeds is not None:
             keys = keys + (tl.load(seeds + i),)
-    first = i_split * k_per_split
-    for i_k in range(first, min(first + k_per_split, K), BLOCK_K):
-        b_x = load_tile(x, i_m, i_k, M, K, x_rows, x_columns, BLOCK_M, BLOCK_K)
+    first = i_split * steps * BLOCK_K
+    for i_k in range(first, min(first + steps * BLOCK_K, K), BLOCK_K):
+        b_x = load_tile(x, i_m, i_k, M, K, x_rows, x_columns, BLOCK_M, BLOCK_K)  # [BM, BK]
         new = ()
-        for i in tl.static_range(len(a)):
-            r = known_multiple(R[i], RANKS_OF_8)
-            a_row = known_multiple(a_rows[i], A_ROWS_OF_8)
-            b_a = load_tile(a[i], i_k, i_r, K, r, a_row, a_columns[i], BLOCK_K, BLOCK_R)
+        for i in tl.static_range(len(v)):
+            v_row = known_multiple(v_rows[i], V_ROWS_OF_8)
+            b_v = load_tile(
+                v[i], i_k, i_r, K, R[i], v_row, v_columns[i], BLOCK_K, BLOCK_R
+            )  # [BK, BR]
             b_kept = b_x
             if seeds is not None:
                 keep = keep_tile(keys[i], i_m, i_k, threshold, BLOCK_M, BLOCK_K)
                 b_kept = tl.where(keep, b_x, 0.0)
-            new = new + (dot(b_kept, cast(b_a, b_x.dtype), sums[i], PRECISION),)
+            # [BM, BR] += [BM, BK] @ [BK, BR]
+            new = new + (dot(b_kept, cast(b_v, b_x.dtype), sums[i], PRECISION),)
         sums = new
-    for i in tl.static_range(len(a)):
-        r = known_multiple(R[i], RANKS_OF_8)
-        plane = out[i] + i_split.to(tl.int64) * M * r
-        store_tile(plane, sums[i] * factors[i], i_m, i_r, M, r, r, 1)
+    for i in tl.static_range(len(v)):
+        b_u = sums[i] * factors[i]  # [BM, BR]
+        if tl.num_programs(1) == 1:
+            store_tile(u[i], b_u, i_m, i_r, M, R[i], R[i], 1)
+        else:
+            plane = planes[i] + i_split.to(tl.int64) * M * R[i]
+            store_tile(plane, b_u, i_m, i_r, M, R[i], R[i], 1)
 
 
 def project(
@@ -70,59 +116,55 @@ def project(
     seeds: Tensor | None = None,
     config: ProjectConfig | None = None,
 ) -> list[Tensor]:
-    """factor_i · (keep_i ∘ x) a_i for every a_i of ``adapters``: [M, R_i], in x's dtype.
+    """factor_i · (keep_i ∘ x) v_i for every v_i of ``adapters``: [M, R_i], in x's dtype.
 
-    x [M, K] and a_i [K, R_i] have any strides; a_i any floating dtype of at most 32 bits, cast as
-    it is read.  ``seeds``: int64, one for each a_i, with ``dropout``.
+    x [M, K] and v_i [K, R_i] have any strides; v_i any floating dtype of at most 32 bits, cast as
+    it is read.  ``seeds``: int64, one for each v_i, with ``dropout``.
     """
-    if len(adapters) > MAX_PROJECTIONS:
-        return [
-            product
-            for part in chunks(len(adapters))
-            for product in project(
-                x, adapters[part], factors[part],
-                precision=precision, dropout=dropout,
-                seeds=None if seeds is None else seeds[part], config=config,
-            )
-        ]  # fmt: skip
-    (M, K), ranks = x.shape, [a.shape[1] for a in adapters]
+    return [
+        u
+        for part in chunks(adapters, factors, seeds)
+        for u in _project(x, *part, precision, dropout, config)
+    ]
+
+
+def _project(
+    x: Tensor,
+    vs: Sequence[Tensor],
+    factors: Sequence[float],
+    seeds: Tensor | None,
+    precision: str,
+    dropout: float,
+    config: ProjectConfig | None,
+) -> list[Tensor]:
+    """As many as one launch takes."""
+    (M, K), ranks = x.shape, [v.shape[1] for v in vs]
     target = target_of(x.device)
-    call = Call(M, K, max(ranks), x.element_size(), precision, len(adapters), seeds is not None)
+    call = Call(M, K, max(ranks), x.element_size(), precision, len(vs), seeds is not None)
     config = chosen_config("project", target, call, config)
-    count, k_per_split = splits(config, target, call, K, config.block_k)
-    out = [x.new_empty(M, r) for r in ranks]
-    parts = out
+    block_r = config.block_r(call)
+    r_tiles = cdiv(max(ranks), block_r)
+    programs = config.tiles(call) * r_tiles
+    # In 16 bits, 16 r columns of x, or 8 M of the adapters in 32, are four times the bytes to write
+    # and read their plane.
+    count, steps = splits(target, programs, K, config.block_k, least=min(16 * call.r, 8 * M))
+    us = [x.new_empty(M, r) for r in ranks]
     if count > 1:
-        parts = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
-    r_block = block_r(config, call)
-    m_tiles, r_tiles = cdiv(M, config.block_m), cdiv(max(ranks), r_block)
-
-    def work() -> Work:
-        stored = size_of(*parts)
-        return Work(
-            flops=2 * M * K * sum(ranks),
-            loaded=size_of(x, seeds, *adapters),
-            stored=stored,
-            loaded_by_tiles=size_of(x) * r_tiles
-            + size_of(*adapters) * m_tiles
-            + size_of(seeds) * m_tiles * r_tiles * count,
-            partial=stored if count > 1 else 0,
-        )
-
+        planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
+    else:  # none; but the kernel is the same
+        planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
     arguments = {
-        "x": x, "a": tuple(adapters), "out": tuple(parts), "seeds": seeds,
-        "M": M, "K": K, "R": tuple(ranks), "factors": tuple(factors),
-        "threshold": dropout_threshold(dropout), "k_per_split": k_per_split,
-        "x_rows": x.stride(0), "x_columns": x.stride(1),
-        "a_rows": tuple(a.stride(0) for a in adapters),
-        "a_columns": tuple(a.stride(1) for a in adapters),
-        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": r_block,
-        "R_TILES": r_tiles, "PRECISION": precision,
-        "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
-        "A_ROWS_OF_8": all(a.stride(0) % 8 == 0 for a in adapters),
+        "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": seeds,
+        "M": M, "K": K, "factors": tuple(factors), "threshold": dropout_threshold(dropout),
+        "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
+        "v_rows": tuple(v.stride(0) for v in vs), "v_columns": tuple(v.stride(1) for v in vs),
+        "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
+        "V_ROWS_OF_8": all(v.stride(0) % 8 == 0 for v in vs),
     }  # fmt: skip
-    grid = (m_tiles * r_tiles, count)
+    work = partial(_work, arguments)
+    grid = (programs, count)
     launch(Launch(project_kernel, grid, arguments, config.warps, config.stages, work))
     if count > 1:
-        sum_planes(parts, out)
-    return out
+        sum_planes(planes, us, beside=vs[0].dtype)
+    return us

@@ -1,55 +1,84 @@
 """Sums of planes: what splits over rows or columns left, added in a fixed order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast
-from .config import cdiv
-from .launch import Launch, Work, launch, size_of
+from .common import cast, known_multiple
+from .config import MAX_PROJECTIONS, cdiv
+from .launch import Launch, Work, launch, size_of, stated
 
 _BLOCK = 1024
 
 
-@triton.jit
-def sum_planes_kernel(planes, out, sizes, counts, BLOCK: tl.constexpr):
+def _work(arguments: Mapping[str, Any]) -> Work:
+    planes = [p for p in arguments["planes"] if p.numel()]
+    outs = [o for p, o in zip(arguments["planes"], arguments["out"], strict=True) if p.numel()]
+    loaded, flops = size_of(*planes), sum(plane.numel() for plane in planes)
+    return Work(flops, loaded, size_of(*outs), loaded_by_tiles=loaded, partial=loaded)
+
+
+_SIZES = [f"size{i}" for i in range(MAX_PROJECTIONS)]
+_COUNTS = [f"count{i}" for i in range(MAX_PROJECTIONS)]
+
+
+@triton.jit(do_not_specialize=_SIZES + _COUNTS, launch_metadata=stated(_work))
+def sum_planes_kernel(
+    planes, out,
+    size0, size1, size2, size3, count0, count1, count2, count3,
+    SIZES_OF_8: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """OUT_i = Σ_s PLANES_i[s], in the order of s.
 
-    PLANES_i [counts_i, sizes_i], OUT_i [sizes_i].
+    PLANES_i [count_i, size_i], OUT_i [size_i].
     """
+    # Not tuples from outside: Triton would compile for each number that 16 divides.
+    sizes, counts = (size0, size1, size2, size3), (count0, count1, count2, count3)
     # One grid for all sums: a block belongs to the first i whose blocks still hold it.
     i_block = tl.program_id(0)
     for i in tl.static_range(len(planes)):
+        size = known_multiple(sizes[i], SIZES_OF_8)
         o_element = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = (o_element >= 0) & (o_element < sizes[i])
-        blocks = (sizes[i] - 1) // BLOCK + 1
+        inside = (o_element >= 0) & (o_element < size)
+        blocks = tl.cdiv(size.to(tl.int64), BLOCK)
         if (i_block >= 0) & (i_block < blocks):
             b_sum = tl.zeros((BLOCK,), tl.float32)
             pointers = planes[i] + o_element
             for _ in range(counts[i]):
-                b_sum += tl.load(pointers, mask=inside, other=0.0)
-                pointers += sizes[i]
+                b_sum += tl.load(pointers, mask=inside, other=0.0)  # [BLOCK]
+                pointers += size
             tl.store(out[i] + o_element, cast(b_sum, out[i].dtype.element_ty), mask=inside)
         i_block -= blocks
 
 
-def sum_planes(planes: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """out_i = Σ_s planes_i[s]: float32 [S_i, …], and contiguous [...] of any dtype."""
+def sum_planes(
+    planes: Sequence[Tensor], out: Sequence[Tensor], beside: torch.dtype | None = None
+) -> None:
+    """out_i = Σ_s planes_i[s]: float32 [S_i, …], and contiguous [...] of any dtype.
 
-    def work() -> Work:
-        loaded = size_of(*planes)
-        flops = sum(plane.numel() for plane in planes)
-        return Work(flops, loaded, size_of(*out), loaded_by_tiles=loaded, partial=loaded)
-
-    sizes = tuple(tensor.numel() for tensor in out)
+    Where there is no plane, out_i stays as it is.  One sum alone has a sum of nothing ``beside``
+    it, in another dtype, so that all sums of a layer are one compiled kernel.
+    """
+    sums = list(zip(planes, out, strict=True))
+    if len(sums) == 1 and beside is not None:
+        sums.append((planes[0].new_empty(0), out[0].new_empty(0, dtype=beside)))
+    sums.sort(key=lambda each: str(each[1].dtype))
+    counts = [len(each) for each, _ in sums]
+    sizes = [total.numel() if len(each) else 0 for each, total in sums]
+    absent = [None] * (MAX_PROJECTIONS - len(sums))
     arguments = {
-        "planes": tuple(planes),
-        "out": tuple(out),
-        "sizes": sizes,
-        "counts": tuple(len(plane) for plane in planes),
-        "BLOCK": _BLOCK,
-    }
+        "planes": tuple(each for each, _ in sums), "out": tuple(total for _, total in sums),
+        **dict(zip(_SIZES, sizes + absent, strict=True)),
+        **dict(zip(_COUNTS, counts + absent, strict=True)),
+        # By the last axis, which is no number of rows.
+        "SIZES_OF_8": all(total.shape[-1] % 8 == 0 for _, total in sums), "BLOCK": _BLOCK,
+    }  # fmt: skip
     grid = (sum(cdiv(size, _BLOCK) for size in sizes),)
-    launch(Launch(sum_planes_kernel, grid, arguments, 4, 2, work))
+    work = partial(_work, arguments)
+    launch(Launch(sum_planes_kernel, grid, arguments, warps=4, stages=2, work=work))

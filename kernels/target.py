@@ -25,6 +25,13 @@ class Target:
     tf32: bool = True
     float32: bool = True  # has fast products in float32 of some precision
 
+    def copies(self, stages: int) -> int:
+        """The buffers in shared memory of a loop with so many pipeline stages.
+
+        Hopper and newer read the tensor cores' operands from there until a step is over.
+        """
+        return max(1, stages if self.descriptors else stages - 1)
+
 
 _KIB = 1024
 TARGETS = {
@@ -42,6 +49,8 @@ TARGETS = {
     )
 }
 
+# What CPU tensors run on; tests put a GPU here whose driver launches nothing.
+_of_cpu: Target | None = TARGETS["interpreter"] if INTERPRETED.value else None
 _forced: Target | None = None  # no context variable, since a backward runs in another thread
 
 
@@ -65,7 +74,7 @@ def target_of(device: torch.device) -> Target | None:
     if _forced is not None:
         return _forced
     if device.type == "cpu":
-        return TARGETS["interpreter"] if INTERPRETED.value else None
+        return _of_cpu
     if device.type != "cuda" or INTERPRETED.value:
         return None
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)

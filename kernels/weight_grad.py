@@ -1,84 +1,143 @@
 """d lora_a and d lora_b: products over rows; and dh in the same pass over dy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import (
-    MAX_PROJECTIONS,
-    Call,
-    WeightGradConfig,
-    block_r,
-    cdiv,
-    chunks,
-    partial_sums,
-    splits,
-    tiles,
-)
-from .defaults import chosen_config, default_config
-from .launch import Launch, Work, launch, size_of
+from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
+from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, splits
+from .launch import Launch, Work, launch, size_of, stated
 from .sum_planes import sum_planes
-from .target import target_of
+from .target import Target, target_of
 
 
-@triton.jit(do_not_specialize=["M"])  # batches and sequences come in all lengths
+@dataclass(frozen=True)
+class WeightGradConfig(Config):
+    """Tiles of :func:`weight_grad`: block_n columns, in steps of block_m rows."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def tiles(self, call: Call) -> int:
+        return cdiv(call.n, self.block_n)
+
+    def splits(self, target: Target, call: Call) -> tuple[int, int]:
+        """(number of splits of the rows, steps in each)."""
+        programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
+        # In 16 bits, 16 r rows are four times the bytes to write and read their plane.
+        return splits(target, programs, call.m, self.block_m, least=16 * call.r)
+
+    def sums(self, call: Call) -> int:
+        product = call.project * self.block_m
+        return (call.projections * self.block_n + product) * self.block_r(call)
+
+    def shared_memory(self, target: Target, call: Call) -> int:
+        r, n, size = self.block_r(call), call.projections, call.itemsize
+        x, u = self.block_m * self.block_n * size, n * self.block_m * r * size
+        v = call.project * (self.block_n + self.block_m) * r * 4
+        # Hopper's products of fewer than 64 rows, as older devices', have operands in registers.
+        rows = self.block_n if call.project else r
+        copies = target.copies(self.stages) if rows >= 64 else max(1, self.stages - 1)
+        main = copies * (x + u) + call.masked * n * x + v
+        return max(main, self.block_n * r * 4) + MARGIN
+
+    def partial_sums(self, target: Target, call: Call) -> int:
+        """The floats of one pass: a plane of dh a tile of columns, of d lora_b a split of rows."""
+        n_planes, (m_planes, _) = self.tiles(call), self.splits(target, call)
+        floats = (n_planes > 1) * n_planes * call.m + (m_planes > 1) * m_planes * call.n
+        return floats * call.r
+
+
+def _work(arguments: Mapping[str, Any]) -> Work:
+    x, u, v, made, seeds = (arguments[name] for name in ("x", "u", "v", "made", "seeds"))
+    (M, N), ranks, planes = x.shape, arguments["R"], arguments["planes"]
+    n_tiles, r_tiles = cdiv(N, arguments["BLOCK_N"]), arguments["R_TILES"]
+    count = len(planes[0])
+    return Work(
+        flops=2 * M * N * (sum(ranks) + (0 if v is None else ranks[0])),
+        loaded=size_of(x, v, seeds, *u),
+        stored=size_of(made) + size_of(*(planes if count else arguments["out"])),
+        loaded_by_tiles=size_of(x) * r_tiles
+        + size_of(*u) * n_tiles
+        + size_of(v) * max(1, count)
+        + size_of(seeds) * n_tiles * r_tiles * max(1, count),
+        partial=size_of(*planes) + size_of(made) * (n_tiles > 1),
+    )
+
+
+# What batches and sequences of all lengths change.
+@triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def weight_grad_kernel(
-    v, u, out, b, projected, seeds,
-    M, N, R, factor, threshold, m_per_split,
-    v_rows, v_columns, out_rows, out_columns, b_rows, b_columns,
+    x, u, out, planes, v, made, seeds,
+    M, N, factor, threshold, steps,
+    x_rows, x_columns, out_rows, out_columns, v_rows, v_columns,
+    R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     R_TILES: tl.constexpr,
-    RANKS_OF_8: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT_i = (keep_i ∘ V)ᵀ U_i, or the planes whose sum that is; and PROJECTED: factor · V B.
+    """OUT_i = (keep_i ∘ X)ᵀ U_i, or PLANES_i, whose sum that is; and MADE = factor · X V.
 
-    V [M, N], U_i [M, R_i], OUT_i [splits, N, R_i]: plane s sums the rows from s · m_per_split on.
-    B [N, R_0], if it is there, gives PROJECTED [N / BLOCK_N, M, R_0], a plane for every tile of
-    columns.
+    X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i:
+    plane s is of so many ``steps`` over the rows, from s · steps on.  V [N, R_0], if it is there,
+    gives MADE [N / BLOCK_N, M, R_0], a plane for every tile of columns.
     """
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
-    if b is not None:
-        b_b = load_tile(b, i_n, 0, N, R[0], b_rows, b_columns, BLOCK_N, BLOCK_R)
-        plane_of_columns = projected + i_tile.to(tl.int64) * M * R[0]
+    if v is not None:
+        b_v = load_tile(v, i_n, 0, N, R[0], v_rows, v_columns, BLOCK_N, BLOCK_R)  # [BN, BR]
+        made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
-        sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
+        # OUTᵀ; but OUT of the one pass, whose columns are many: its transpose would spill.
+        if v is None:
+            sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
             keys = keys + (tl.load(seeds + i),)
-    first = i_split * m_per_split
-    for i_m in range(first, min(first + m_per_split, M), BLOCK_M):
-        b_v = load_tile(v, i_m, i_n, M, N, v_rows, v_columns, BLOCK_M, BLOCK_N)
+    first = i_split * steps * BLOCK_M
+    for i_m in range(first, min(first + steps * BLOCK_M, M), BLOCK_M):
+        b_x = load_tile(x, i_m, i_n, M, N, x_rows, x_columns, BLOCK_M, BLOCK_N)  # [BM, BN]
         new = ()
         for i in tl.static_range(len(u)):
-            r = known_multiple(R[i], RANKS_OF_8)
-            b_u = load_tile(u[i], i_m, i_r, M, r, r, 1, BLOCK_M, BLOCK_R)
-            b_kept = b_v
+            # Loaded as its transpose: else Triton loads one of the two tiles one step ahead alone.
+            b_u = load_tile(u[i], i_r, i_m, R[i], M, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
+            b_kept = b_x
             if seeds is not None:
                 keep = keep_tile(keys[i], i_m, i_n, threshold, BLOCK_M, BLOCK_N)
-                b_kept = tl.where(keep, b_v, 0.0)
-            new = new + (dot(b_kept.T, b_u, sums[i], PRECISION),)
+                b_kept = tl.where(keep, b_x, 0.0)
+            if v is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
+                new = new + (dot(b_u, b_kept, sums[i], PRECISION),)
+            else:  # [BN, BR] += [BN, BM] @ [BM, BR]
+                new = new + (dot(b_kept.T, b_u.T, sums[i], PRECISION),)
         sums = new
-        if b is not None:
-            b_part = dot(
-                b_v, cast(b_b, b_v.dtype), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION
-            )
-            r = known_multiple(R[0], RANKS_OF_8)
-            store_tile(plane_of_columns, b_part * factor, i_m, 0, M, r, r, 1)
+        if v is not None:
+            b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            # [BM, BR] = [BM, BN] @ [BN, BR]
+            b_made = dot(b_x, cast(b_v, b_x.dtype), b_made, PRECISION)
+            store_tile(made_plane, b_made * factor, i_m, 0, M, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
-        plane = out[i] + i_split.to(tl.int64) * N * R[i]
-        store_tile(plane, sums[i], i_n, i_r, N, R[i], out_rows[i], out_columns[i])
+        b_out = sums[i] if v is None else sums[i].T  # [BR, BN]
+        if tl.num_programs(1) == 1:
+            store_tile(out[i], b_out, i_r, i_n, R[i], N, out_columns[i], out_rows[i])
+        else:
+            plane = planes[i] + i_split.to(tl.int64) * N * R[i]
+            store_tile(plane, b_out, i_r, i_n, R[i], N, out_columns[i], out_rows[i])
 
 
 def weight_grad(
-    v: Tensor,
+    x: Tensor,
     us: Sequence[Tensor],
     outs: Sequence[Tensor],
     *,
@@ -89,86 +148,79 @@ def weight_grad(
     factor: float = 1.0,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
-    """out_i = (keep_i ∘ v)ᵀ u_i, into ``outs``; and, given ``b``, factor · v b in the same pass.
+    """out_i = (keep_i ∘ x)ᵀ u_i, into ``outs``; and, given ``b``, factor · x b in the same pass.
 
-    v [M, N] has any strides, u_i [M, R_i] is contiguous and in v's dtype.  out_i [N, R_i] has any
+    x [M, N] has any strides, u_i [M, R_i] is contiguous and in x's dtype.  out_i [N, R_i] has any
     dtype, and is contiguous or the transpose of a contiguous tensor.  b [N, R_0] has any strides
-    and dtype; the product [M, R_0] comes back in v's.  ``seeds`` as in :func:`project`.
+    and dtype; the product [M, R_0] comes back in x's.  ``seeds`` as in :func:`project`.
     """
-    if len(us) > MAX_PROJECTIONS:
-        for part in chunks(len(us)):
-            weight_grad(
-                v, us[part], outs[part],
-                precision=precision, dropout=dropout,
-                seeds=None if seeds is None else seeds[part], config=config,
-            )  # fmt: skip
-        return None
-    (M, N), ranks = v.shape, [u.shape[1] for u in us]
-    target = target_of(v.device)
+    made = None
+    for part in chunks(us, outs, seeds):
+        made = _weight_grad(x, *part, precision, dropout, b, factor, config)
+    return made
+
+
+def _weight_grad(
+    x: Tensor,
+    us: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    seeds: Tensor | None,
+    precision: str,
+    dropout: float,
+    v: Tensor | None,
+    factor: float,
+    config: WeightGradConfig | None,
+) -> Tensor | None:
+    """As many as one launch takes."""
+    (M, N), ranks = x.shape, [u.shape[1] for u in us]
+    target = target_of(x.device)
     call = Call(
-        M, N, max(ranks), v.element_size(), precision, len(us), seeds is not None, b is not None
+        M, N, max(ranks), x.element_size(), precision, len(us), seeds is not None, v is not None
     )
     config = chosen_config("weight_grad", target, call, config)
-    count, m_per_split = splits(config, target, call, M, config.block_m)
-    n_tiles, r_block = tiles(config, call), block_r(config, call)
-    r_tiles = cdiv(max(ranks), r_block)
-    projected = product = None
-    if b is not None:
-        projected = product = v.new_empty(M, ranks[0])
+    count, steps = config.splits(target, call)
+    n_tiles, block_r = config.tiles(call), config.block_r(call)
+    r_tiles = cdiv(max(ranks), block_r)
+    dense = [_dense(out) for out in outs]
+    if count > 1:  # planes, that lie in memory as their sums do
+        planes = [x.new_empty(count, *each.shape, dtype=torch.float32) for each in dense]
+    else:  # none; but the kernel is the same
+        planes = [x.new_empty(0, dtype=torch.float32)] * len(us)
+    product = made = None
+    if v is not None:
+        product = made = x.new_empty(M, ranks[0])
         if n_tiles > 1:
-            projected = v.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
-    parts = outs
-    if count > 1:
-        # Strides as in outs, so that a sum over planes runs along both in memory.
-        parts = [out.new_empty(count, *_dense(out).shape, dtype=torch.float32) for out in outs]
-        parts = [
-            part if out.is_contiguous() else part.mT for part, out in zip(parts, outs, strict=True)
-        ]
-
-    def work() -> Work:
-        planes = size_of(*parts) * (count > 1) + size_of(projected) * (n_tiles > 1)
-        return Work(
-            flops=2 * M * N * (sum(ranks) + (0 if b is None else ranks[0])),
-            loaded=size_of(v, b, seeds, *us),
-            stored=size_of(projected, *parts),
-            loaded_by_tiles=size_of(v) * r_tiles
-            + size_of(*us) * n_tiles
-            + size_of(b) * count
-            + size_of(seeds) * n_tiles * r_tiles * count,
-            partial=planes,
-        )
-
+            made = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
     arguments = {
-        "v": v, "u": tuple(us), "out": tuple(parts), "b": b, "projected": projected,
-        "seeds": seeds,
-        "M": M, "N": N, "R": tuple(ranks), "factor": factor,
-        "threshold": dropout_threshold(dropout), "m_per_split": m_per_split,
-        "v_rows": v.stride(0), "v_columns": v.stride(1),
-        "out_rows": tuple(part.stride(-2) for part in parts),
-        "out_columns": tuple(part.stride(-1) for part in parts),
-        "b_rows": 0 if b is None else b.stride(0), "b_columns": 0 if b is None else b.stride(1),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": r_block,
-        "R_TILES": r_tiles, "PRECISION": precision, "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
+        "x": x, "u": tuple(us), "out": tuple(outs), "planes": tuple(planes), "v": v,
+        "made": made, "seeds": seeds,
+        "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
+        "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
+        "out_rows": tuple(out.stride(0) for out in outs),
+        "out_columns": tuple(out.stride(1) for out in outs),
+        "v_rows": 0 if v is None else v.stride(0), "v_columns": 0 if v is None else v.stride(1),
+        "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
     }  # fmt: skip
+    work = partial(_work, arguments)
     grid = (n_tiles * r_tiles, count)
     launch(Launch(weight_grad_kernel, grid, arguments, config.warps, config.stages, work))
-    sums = [] if count == 1 else list(zip(map(_dense, parts), map(_dense, outs), strict=True))
-    if projected is not product:
-        sums.append((projected, product))
-    if sums:
-        sum_planes(*zip(*sums, strict=True))
+    if made is not product:
+        sum_planes([*planes, made], [*dense, product])
+    elif count > 1:
+        sum_planes(planes, dense, beside=x.dtype)
     return product
 
 
-def one_pass_pays(v: Tensor, b: Tensor, precision: str) -> bool:
-    """Whether the partial sums of one pass over v are fewer bytes than a second reading of it."""
-    (M, N), r = v.shape, b.shape[1]
-    target = target_of(v.device)
-    call = Call(M, N, r, v.element_size(), precision, project=True)
+def one_pass_pays(x: Tensor, b: Tensor, precision: str) -> bool:
+    """Whether the partial sums of one pass over x are fewer bytes than a second reading of it."""
+    (M, N), r = x.shape, b.shape[1]
+    target = target_of(x.device)
+    call = Call(M, N, r, x.element_size(), precision, project=True)
     config = default_config("weight_grad", target, call)
     if config is None:
         return False
-    return 2 * 4 * partial_sums(config, target, call) < M * N * v.element_size()
+    return 2 * 4 * config.partial_sums(target, call) < M * N * x.element_size()
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ class Settings(NamedTuple):
     layouts: tuple[Layout, ...]  # of its outputs
     dropout: float  # the probability of dropping an input, in [0, 1); 0 while not training
     backend: "Backend"
+    # What the backend found out for a forward with inputs of these shapes, strides, dtypes, devices
+    # and addresses modulo 16; None where they may differ from call to call.
+    kept: dict | None = None
 
 
 class Backend(Protocol):

@@ -62,6 +62,7 @@ def forward(
             [seeds, *inputs],
             (settings.layouts, settings.dropout, _precision(x)),
             lambda: _covers(inputs, settings.layouts),
+            settings.kept,
         )
     if made is None:
         return torch_backend.forward(inputs, seeds, settings)
@@ -167,7 +168,7 @@ def _forward(
     """Every y, then every h."""
     seeds, x, *flat = tensors
     outputs, common = unflatten(flat, layouts), _Common(dropout, precision, seeds)
-    plans = [_forward_plan(x, output, precision) for output in outputs]
+    plans = [_forward_plan(x, output, common) for output in outputs]
     in_one_launch = seeds is None and all(
         plan.fused
         and len(output.adapters) == 1
@@ -247,12 +248,13 @@ class _Term(NamedTuple):
     seed: Tensor | None
 
 
-def _forward_plan(x: Tensor, output: Output[Tensor], precision: str) -> "kernels.Plan | None":
+def _forward_plan(x: Tensor, output: Output[Tensor], common: _Common) -> "kernels.Plan | None":
     """How to make this output; None for one without adapters, whose product is torch's."""
     if not output.adapters:
         return None
     ranks = [len(adapter.lora_a) for adapter in output.adapters]
-    return kernels.plan_for(x, len(output.base.weight), x.shape[1], ranks, precision)
+    rows, masked = len(output.base.weight), common.seeds is not None
+    return kernels.plan_for(x, rows, x.shape[1], ranks, common.precision, masked=masked)
 
 
 def _y(
@@ -326,7 +328,9 @@ def _dx(
         seeds = _join([term.seed for term in terms], common.seeds)
         depth = sum(len(output.base.weight) for _, output in used)
         ranks, masked = [dh.shape[1] for dh in u], seeds is not None
-        plan = kernels.plan_for(x, x.shape[1], depth, ranks, common.precision, masked=masked)
+        plan = kernels.plan_for(
+            x, x.shape[1], depth, ranks, common.precision, masked=masked, backward=True
+        )
         if plan.fused:
             fused = [(dy, output.base.weight) for dy, output in used if output.adapters]
         kernels.gemm_lowrank(  # first, as in the forward

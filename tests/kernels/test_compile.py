@@ -1,33 +1,21 @@
-"""What the compiler makes of every kernel and config, for GPUs that nobody needs to have here.
-
-``FASTLORA_COMPILE_TRITON`` names a folder with another Triton, which then compiles.
-"""
+"""What the compiler makes of every kernel and config, for GPUs that nobody needs to have here."""
 
 import json
-import os
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 
 import pytest
-from process import run_python
+from process import run_without_interpreter
 
-from fastlora.kernels.defaults import DEFAULTS
-
-ROOT = Path(__file__).parents[2]
-
-
-def in_subprocess(*arguments: str) -> str:
-    """Python's output: this process may have imported the kernels to interpret them."""
-    other_triton = os.environ.get("FASTLORA_COMPILE_TRITON", "")
-    return run_python(*arguments, cwd=ROOT, TRITON_INTERPRET=None, PYTHONPATH=other_triton)
+from fastlora.kernels.config import DEFAULTS
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def rows(request, tmp_path_factory):
     """The report on one target."""
     path = tmp_path_factory.mktemp("compile") / "report.json"
-    in_subprocess("-m", "tools.compile_report", "--target", request.param, "--json", str(path))
+    report = ("-m", "tools.compile_report", "--target", request.param, "--json", path)
+    run_without_interpreter(*report)
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
@@ -86,23 +74,55 @@ def test_a_config_with_descriptors_uses_them_but_for_adding(rows):
 
 
 def test_every_default_config_is_compiled(rows):
-    compiled = [(row["kernel"], row["config"]) for row in rows]
-    for (target, kernel), table in DEFAULTS.items():
+    compiled = [row["config"] for row in rows]
+    for (target, _), table in DEFAULTS.items():
         if target == rows[0]["target"]:
-            configs = chain(*table.values()) if isinstance(table, dict) else table
-            missing = [each for each in configs if (kernel, asdict(each)) not in compiled]
-            assert not missing
+            assert not [each for each in chain(*table.values()) if asdict(each) not in compiled]
+
+
+def launches_without_compiling(script: str) -> list[str]:
+    """What the script prints of each ``launch`` of some calls on sm_90, whose name is first."""
+    calls = (
+        "from tools.compile_report.cases import _case, launches\n"
+        "words = ('y bias', 'y,h M16', 'dx n2 mask', 'dx+', 'h M100 mask', 'dA', 'dB,dh')\n"
+        "for launch in (each for w in words for each in launches(_case('sm_90', None, w))):\n"
+    )
+    return run_without_interpreter("-c", calls + "    " + script).splitlines()
+
+
+def test_a_launch_compares_no_global_value():
+    """Triton would, for each that a kernel reads, at every launch: some 5 µs."""
+    script = "print(launch.name, bool(launch.kernel.cache_key), launch.kernel.used_global_vals)"
+    lines = launches_without_compiling(script)
+    assert set(lines) == {
+        f"{name} True {{}}" for name in ("gemm_lowrank", "project", "weight_grad", "sum_planes")
+    }
+
+
+def test_a_profiler_of_tritons_is_told_the_stated_work():
+    """As ``launch_metadata``, which Triton calls with the arguments by name."""
+    script = (
+        "k, work = launch.kernel, launch.work(); "
+        "given = k.signature.bind(**launch.arguments).arguments; "
+        "told = k.launch_metadata(launch.grid, None, given); "
+        "print(told == {'flops': work.flops, 'bytes': work.loaded + work.stored})"
+    )
+    lines = launches_without_compiling(script)
+    assert len(lines) > 7
+    assert set(lines) == {"True"}
 
 
 def test_a_config_that_spills_is_seen_and_refused():
     script = (
         "import json\n"
         "from tools.compile_report import __main__ as report, cases\n"
-        "from fastlora.kernels import defaults\n"
-        "defaults.why_not = lambda *_: ''  # which would keep it from being launched\n"
-        "print(json.dumps(report.rows_of(cases.SPILLING)))\n"
+        "from fastlora.kernels import config\n"
+        "case, target = cases.SPILLING, report.TARGETS[cases.SPILLING.target]\n"
+        "refused = case.config.why_not(target, case.form.call)\n"
+        "config._MOST_SUMS = 10**6  # or it would not be launched\n"
+        "print(json.dumps([refused, *report.rows_of(case)]))\n"
     )
-    (row,) = json.loads(in_subprocess("-c", script))
+    refused, row = json.loads(run_without_interpreter("-c", script))
     assert row["compiled"]["spills"] > 0
     assert row["compiled"]["stack"] > 64
-    assert "registers" in row["refused"]
+    assert "registers" in refused

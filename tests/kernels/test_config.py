@@ -1,24 +1,25 @@
 """Configs: what fits, what is chosen, how an axis is cut; and the target they are chosen for."""
 
+from dataclasses import replace
 from itertools import chain, product
 
 import pytest
 import torch
 
 from fastlora.kernels.config import (
+    DEFAULTS,
     MAX_PROJECTIONS,
     Call,
-    GemmConfig,
-    ProjectConfig,
-    WeightGradConfig,
-    block_r,
+    candidates,
     chunks,
+    default_config,
     splits,
-    tiles,
-    why_not,
 )
-from fastlora.kernels.defaults import DEFAULTS, candidates, default_config
+from fastlora.kernels.defaults import PRODUCTS
+from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.project import ProjectConfig
 from fastlora.kernels.target import TARGETS, target_of, use_target
+from fastlora.kernels.weight_grad import WeightGradConfig
 
 KERNELS = ["gemm_lowrank", "project", "weight_grad"]
 SIZES = [1, 2, 17, 128, 4096, 10**6]
@@ -53,7 +54,7 @@ def test_every_call_has_a_default_that_fits(target, kernel):
         if config is None:
             without.add((one.itemsize, one.projections, one.r))
         else:
-            assert why_not(config, target, one) == "", one
+            assert config.why_not(target, one) == "", one
     assert not without, f"(itemsize, projections, r) without a config: {sorted(without)}"
 
 
@@ -62,7 +63,7 @@ def test_one_pass_over_dy_has_a_default_that_fits_or_none(target):
     found = {}
     for one in calls(target, groups=[1], masks=[False], project=True):
         config = default_config("weight_grad", target, one)
-        assert config is None or why_not(config, target, one) == ""
+        assert config is None or config.why_not(target, one) == ""
         found[one.r, one.itemsize] = config
     assert found[16, 2] is not None
     assert found[512, 2] is None
@@ -75,15 +76,40 @@ def test_candidates_fit_and_hold_the_default_and_its_neighbours(target, kernel):
         default, found = default_config(kernel, target, one), candidates(kernel, target, one)
         assert default in found
         assert len(found) == len(set(found)) > 1
-        assert all(why_not(config, target, one) == "" for config in found)
+        assert all(config.why_not(target, one) == "" for config in found)
         assert {config.stages for config in found} > {default.stages}
 
 
-def test_large_tiles_for_large_outputs_and_small_for_few_rows():
+def test_large_tiles_for_many_rows_and_small_for_few():
     target = TARGETS["sm_90"]
     large, small = (default_config("gemm_lowrank", target, call(m=m)) for m in (8192, 1))
-    assert large.block_m * large.block_n > small.block_m * small.block_n
-    assert small.block_m == 16
+    assert (large.block_m, large.block_n) == (128, 256)
+    assert (small.block_m, small.block_n) == (64, 32)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("projections", GROUPS)
+@pytest.mark.parametrize(
+    ("kernel", "options", "most"),
+    [
+        ("gemm_lowrank", {}, 2),
+        ("gemm_lowrank", {"alone": True}, 1),
+        ("project", {}, 1),
+        ("weight_grad", {}, 1),
+        ("weight_grad", {"project": True}, 1),
+    ],
+    ids=["base product", "adapter alone", "project", "weight_grad", "one pass"],
+)
+@every_target
+def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, projections, masked):
+    """Each of them compiles in the middle of training."""
+    for n in (640, 1024, 4096, 14336):
+        one = call(n=n, projections=projections, masked=masked, **options)
+        found = {
+            default_config(kernel, target, replace(one, m=m))
+            for m in (1, 16, 63, 64, 65, 100, 1000, 4096, 10**5)
+        }
+        assert len(found) <= most
 
 
 @pytest.mark.parametrize(
@@ -95,6 +121,7 @@ def test_large_tiles_for_large_outputs_and_small_for_few_rows():
         (WeightGradConfig(128, 512, 8, 4), "sm_80", call(), "shared memory"),
         (GemmConfig(128, 256, 32, 4, 2), "sm_80", call(), "a thread"),
         (GemmConfig(128, 256, 32, 8, 2), "sm_80", call(masked=True, projections=2), "a thread"),
+        (GemmConfig(128, 256, 32, 8, 2), "sm_80", call(project=True), "a thread"),
         (ProjectConfig(64, 32, 1, 2), "sm_80", call(r=128), "a thread"),
         (WeightGradConfig(16, 256, 4, 2), "sm_80", call(r=128), "a thread"),
         (GemmConfig(128, 256, 32, 8, 2), "sm_100", call(projections=2), "tensor memory"),
@@ -103,7 +130,7 @@ def test_large_tiles_for_large_outputs_and_small_for_few_rows():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_too_big_is_refused_with_the_reason(config, name, one, reason):
-    assert reason in why_not(config, TARGETS[name], one)
+    assert reason in config.why_not(TARGETS[name], one)
 
 
 @pytest.mark.parametrize("projections", GROUPS)
@@ -112,45 +139,52 @@ def test_what_is_too_big_is_refused_with_the_reason(config, name, one, reason):
 )
 def test_a_step_over_the_rank_is_a_power_of_two_no_longer_than_it_needs(config, projections):
     for r in range(1, 600):
-        step = block_r(config, call(r=r, projections=projections))
+        step = config.block_r(call(r=r, projections=projections))
         assert step & (step - 1) == 0
         assert 16 <= step <= 128
         assert step < 2 * max(r, 16)
 
 
-@every_kernel
-@every_target
-def test_splits_cover_the_axis_once_in_whole_steps(target, kernel):
-    for one in calls(target, elements=[(2, "ieee")], masks=[False]):
-        config = default_config(kernel, target, one)
-        for length, step in product((1, 16, 100, 4096, 4097, 10**6), (16, 64, 128)):
-            count, each = splits(config, target, one, length, step)
-            assert count >= 1
-            assert each % step == 0
-            assert (count - 1) * each < length <= count * each
+@pytest.mark.parametrize("least", [1, 256])
+@pytest.mark.parametrize("programs", [1, 5, 100, 1000])
+def test_splits_cover_the_axis_once_in_whole_steps(programs, least):
+    target = TARGETS["sm_90"]
+    for length, step in product((1, 16, 100, 4096, 4097, 10**6), (16, 64, 128)):
+        count, steps = splits(target, programs, length, step, least)
+        assert count >= 1
+        assert (count - 1) * steps * step < length <= count * steps * step
 
 
 def test_splits_fill_the_device_but_no_more():
-    target, config = TARGETS["sm_90"], ProjectConfig(64, 64, 4, 4)
-    for m in (1, 64, 640, 6400, 64000):
-        one = call(m=m)
-        count, _ = splits(config, target, one, 10**5, 64)
-        assert count * tiles(config, one) <= max(target.processors, tiles(config, one))
-    assert splits(config, target, call(m=1), 10**5, 64)[0] > 100
+    target = TARGETS["sm_90"]
+    for programs in (1, 10, 100, 1000):
+        count, _ = splits(target, programs, 10**5, 64, least=128)
+        assert count * programs <= max(target.processors, programs)
+    assert splits(target, 1, 10**5, 64, least=128)[0] > 100
+
+
+@pytest.mark.parametrize(
+    ("least", "count", "steps"), [(1, 8, 2), (128, 8, 2), (250, 4, 4), (5000, 1, 16)]
+)
+def test_splits_are_as_long_as_their_planes_pay(least, count, steps):
+    assert splits(TARGETS["sm_90"], 1, 1024, 64, least) == (count, steps)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9])
 def test_chunks_take_every_projection_once(count):
-    parts = [list(range(count))[part] for part in chunks(count)]
-    assert [i for part in parts for i in part] == list(range(count))
-    assert all(1 <= len(part) <= MAX_PROJECTIONS for part in parts)
+    parts = list(chunks(list(range(count)), None, torch.arange(count)))
+    assert [i for numbers, _, _ in parts for i in numbers] == list(range(count))
+    for numbers, absent, tensor in parts:
+        assert 1 <= len(numbers) <= MAX_PROJECTIONS
+        assert absent is None
+        assert tensor.tolist() == numbers
 
 
-@every_kernel
-@every_target
-def test_tables_run_from_large_tiles_to_small(target, kernel):
-    rows = DEFAULTS[target.name, kernel]
-    for table in rows.values() if isinstance(rows, dict) else [rows]:
+@pytest.mark.parametrize(("target", "kernel"), DEFAULTS, ids=" ".join)
+def test_tables_have_every_product_and_run_from_large_tiles_to_small(target, kernel):
+    tables = DEFAULTS[target, kernel]
+    assert tuple(tables) == PRODUCTS
+    for table in tables.values():
         areas = [config.block_m * getattr(config, "block_n", 1) for config in table]
         assert areas == sorted(areas, reverse=True)
 

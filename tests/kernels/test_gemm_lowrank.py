@@ -21,7 +21,7 @@ from kernel_cases import (
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import gemm_lowrank
-from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.launch import recorded
 
 TILES = [(16, 16, 16), (32, 64, 32), (64, 32, 16)]

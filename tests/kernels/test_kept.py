@@ -11,16 +11,25 @@ import fastlora
 from fastlora.kernels import kept
 from fastlora.kernels.launch import Launch, intercept, launch, recording
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.ops import kinds
 
 K = 40
 
 
 @contextmanager
 def resolved():
-    """The kinds of calls that are resolved inside the block."""
-    before, new = set(kept._kept), []
-    yield new
-    new += [key for key in kept._kept if key not in before]
+    """The calls that are resolved inside the block."""
+    real, new = kept._resolve, []
+
+    def resolve(*call):
+        new.append(real(*call))
+        return new[-1]
+
+    kept._resolve = resolve
+    try:
+        yield new
+    finally:
+        kept._resolve = real
 
 
 def projection(out=24, r=4, dtype=torch.float32, **changes):
@@ -136,17 +145,17 @@ def test_inference_mode_and_training_share_what_is_kept():
 def test_nothing_of_the_callers_is_kept():
     with resolved() as new:
         step(torch.randn(51, K, requires_grad=True), [projection()])
-    for key in new:
-        values = kept._kept[key].values
-        assert not any(isinstance(value, torch.Tensor) for value in values)
+    assert len(new) == 2
+    for call in new:
+        assert not any(isinstance(value, torch.Tensor) for value in call.values)
 
 
 def test_a_buffer_goes_when_it_was_used_for_the_last_time():
     """As it would in a call made step by step: a replay needs no more memory than that."""
     with resolved() as new, use_plan(IN_PLACE):
         step(torch.randn(99, K, requires_grad=True), [projection(), projection()], 0.1)
-    for key in new:
-        call = kept._kept[key]
+    assert len(new) == 2
+    for call in new:
         made = {step.place for step in call.steps if "new_empty" in str(step.function)}
         done = [place for step in call.steps for place in step.done]
         assert made - set(call.results) <= set(done)
@@ -164,14 +173,16 @@ def picked(one: "kept._Step", values: list) -> tuple:
 
 
 def test_the_oldest_go_when_there_are_too_many(monkeypatch):
-    monkeypatch.setattr(kept, "_kept", {})
+    monkeypatch.setattr(kept, "_calls", {})
     monkeypatch.setattr(kept, "_MOST", 4)
-    one = frozen()
+    monkeypatch.setattr(kinds, "_known", {})
+    monkeypatch.setattr(kinds, "_MOST", 4)
+    one = projection()
     for rows in range(1, 8):
-        fastlora.lora_linears(torch.randn(rows, K), [one], backend="triton")
-    assert len(kept._kept) == 4
+        step(torch.randn(rows, K, requires_grad=True), [one])
+    assert len(kept._calls) == len(kinds._known) == 4
     with resolved() as new:
-        fastlora.lora_linears(torch.randn(7, K), [one], backend="triton")
+        step(torch.randn(7, K, requires_grad=True), [one])
     assert not new
 
 

@@ -6,7 +6,9 @@ from kernel_cases import BF16, DEVICE, F32, poisoned
 
 from fastlora.backends.dropout import dropout_mask
 from fastlora.kernels import gemm_lowrank, project, weight_grad
-from fastlora.kernels.config import GemmConfig, ProjectConfig, WeightGradConfig
+from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.project import ProjectConfig
+from fastlora.kernels.weight_grad import WeightGradConfig
 
 SEEDS = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123456789, -987654321987654321]
 

@@ -22,12 +22,15 @@ ORDER = [
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        "common", "launch", "target", "config", "defaults", "plan", "kept",
-        "sum_planes", "project", "gemm_lowrank", "weight_grad",
+        "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
+        "weight_grad", "defaults", "plan", "kept",
     ],
     "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "torch", "triton"],
-    "ops": ["autocast", "call", "norm", "library", "function", "textbook", "functional", "dora"],
+    "ops": [
+        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "functional",
+        "dora",
+    ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
         "embeddings", "files", "tensors", "checkpoint",

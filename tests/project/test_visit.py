@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.judge import TOLERANCE
-from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.plan import Plan, Row
 
 ROOT = Path(__file__).parents[2]

@@ -22,8 +22,7 @@ import torch
 import triton
 
 from benchmarks.report import align
-from fastlora.kernels.config import shared_memory, why_not
-from fastlora.kernels.defaults import default_config
+from fastlora.kernels.config import default_config
 from fastlora.kernels.target import TARGETS
 
 from .cases import Case, cases, launches
@@ -45,8 +44,8 @@ def rows_of(case: Case) -> list[dict]:
                 # float32 without tensor cores, where the target has none that are exact
                 "ieee": form.dtype == torch.float32 and form.precision == "ieee",
                 "descriptors": launch.arguments.get("DESCRIPTORS", False),
-                "refused": why_not(config, target, call),  # "" where it fits
-                "estimated": shared_memory(config, target, call), "limit": target.shared_memory,
+                "refused": config.why_not(target, call),  # "" where it fits
+                "estimated": config.shared_memory(target, call), "limit": target.shared_memory,
                 "compiled": asdict(compile_launch(launch, target)),
             }
             for launch in launches(case)

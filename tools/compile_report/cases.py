@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.forms import Form, Operands
-from fastlora.kernels.config import Config, GemmConfig, why_not
-from fastlora.kernels.defaults import DEFAULTS
+from fastlora.kernels.config import DEFAULTS, Config
+from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
@@ -49,18 +49,15 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
         ["y bias", "dx mask", "y,h M16"],
         ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
     ),
-    "add": (
-        ["y+", "dx+ n3 mask"],
-        ["y+ r64 bf16-adapter", "y+ r200", "y+ f32-tf32", "dx+ f32-ieee n2 mask",
-         "dx+ r64 n2 mask"],
-    ),
+    "add": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
+    "add to a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
     "project": (
         ["h mask", "dh"], ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
     ),
     "weight_grad": (
-        ["dA mask", "dB", "dB,dh"],
-        ["dA N262144", "dA n3 mask", "dA r64 n2", "dB f16 r200", "dB,dh r64"],
+        ["dA mask", "dB"], ["dA M262144", "dA n3 mask", "dA r64 n2", "dB f16 r200"],
     ),
+    "one pass": (["dB,dh"], ["dB,dh r64"]),
 }  # fmt: skip
 # What a user's call launches: whatever the tables choose.
 _CHOSEN = (
@@ -73,17 +70,17 @@ _CHOSEN = (
 def cases(target: str, quick: bool = False) -> list[Case]:
     """Every row of the target's tables, in each form that it fits; ``quick``: the first forms."""
     found = [] if quick else [_case(target, None, words) for words in _CHOSEN]
-    for kernel, key, rows in _tables(target):
-        common, more = _FORMS["add" if key == "add" else kernel]
+    for kernel, product, rows in _tables(target):
+        common, more = _FORMS[kernel]
+        dtype = {"16-bit": "bf16", "tf32": "f32-tf32", "float32": "f32-ieee"}[product]
         for i, config in enumerate(rows):
             loaders = [config]
             if i == 0 and getattr(config, "descriptors", False):
                 loaders.append(replace(config, descriptors=False))
-            dtype = "f32-tf32" if key == 4 else "f32-ieee" if key == "ieee" else "bf16"
             variants = common + more * (i < 2 and dtype == "bf16" and not quick)
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
     hardware, unique = TARGETS[target], dict.fromkeys(found)
-    return [c for c in unique if not (c.config and why_not(c.config, hardware, c.form.call))]
+    return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]
 
 
 def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:
@@ -104,11 +101,10 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
     return Case(" ".join([target, name, describe(config), dtype, *others]), target, config, form)
 
 
-def _tables(target: str) -> Iterator[tuple[str, str | int, tuple[Config, ...]]]:
+def _tables(target: str) -> Iterator[tuple[str, str, tuple[Config, ...]]]:
     for (name, kernel), table in DEFAULTS.items():
         if name == target:
-            tables = table if isinstance(table, dict) else {2: table, 4: table, "ieee": table}
-            yield from ((kernel, key, rows) for key, rows in tables.items())
+            yield from ((kernel, product, rows) for product, rows in table.items())
 
 
 # The accumulators of three masked projections at once are more than the registers of a thread.
