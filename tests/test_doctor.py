@@ -15,6 +15,7 @@ from fastlora import backends
 from fastlora.__main__ import main
 from fastlora.backends import torch as torch_backend
 from fastlora.doctor import report as doctor
+from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.peft import moment, versions
 from fastlora.version import __version__
 
@@ -104,21 +105,27 @@ def test_16_bit_products_are_those_that_torch_has(capsys, monkeypatch, flag, wor
         assert (slow in found["plan"]["backend"]) == (word == "slow")
 
 
-def test_a_call_on_a_gpu_that_is_not_here(capsys):
-    """Its launches are those that the backend makes, without the products that are torch's."""
+@pytest.mark.parametrize(("plan", "word"), [(IN_PLACE, "in place"), (FUSED, "fused")])
+def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
+    """Its launches, and in place the two products that are torch's."""
     arguments = ("--shape", "4096,2048,1024", "--r", "8", "--dropout", "0.1", "--target", "sm_90")
-    found = examined(capsys, *arguments)["plan"]
+    with use_plan(plan):
+        found = examined(capsys, *arguments)["plan"]
     assert found["call"] == (
         "x [4096, 2048], weight [1024, 2048], r 8, bfloat16, dropout 0.1, on sm_90"
     )
     assert found["backend"] == "triton, the default there"
-    assert found["plan"].startswith("in place forward, in place dx")
-    names = [text.partition(":")[0] for name, text in found.items() if name.endswith(tuple("123"))]
-    assert names[:3] == ["project", "gemm_lowrank", "torch.addmm"]
+    assert found["plan"] == f"{word} forward, {word} dx (docs/kernels.md)"
+    assert found["forward 1"].startswith("project: grid ")
     assert found["forward 1"].endswith("16.0 MiB in, 0.1 MiB out")  # x and lora_a; h
-    assert found["forward 3"] == "torch.addmm: [4096, 2048] @ [2048, 1024]"
+    assert found["forward 2"].startswith("gemm_lowrank: grid ")
+    assert found["backward 1"].startswith("weight_grad: grid ")
     products = [text for text in found.values() if text.startswith("torch.")]
-    assert products == [found["forward 3"], "torch.addmm: [4096, 1024] @ [1024, 2048]"]
+    expected = [
+        "torch.addmm: [4096, 2048] @ [2048, 1024]",
+        "torch.addmm: [4096, 1024] @ [1024, 2048]",
+    ]
+    assert products == (expected if plan == IN_PLACE else [])
 
 
 def test_a_call_that_the_kernels_do_not_cover(capsys):
