@@ -117,9 +117,12 @@ def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
     assert found["backend"] == "triton, the default there"
     assert found["plan"] == f"{word} forward, {word} dx (docs/kernels.md)"
     assert found["forward 1"].startswith("project: grid ")
-    assert found["forward 1"].endswith("16.0 MiB in, 0.1 MiB out")  # x and lora_a; h
-    assert found["forward 2"].startswith("gemm_lowrank: grid ")
-    assert found["backward 1"].startswith("weight_grad: grid ")
+    assert ", 16.0 MiB in, " in found["forward 1"]  # x and lora_a
+    launched = {
+        (name.split()[0], text.partition(":")[0]) for name, text in found.items() if "grid" in text
+    }
+    both = {(way, "gemm_lowrank") for way in ("forward", "backward")}
+    assert {("forward", "project"), ("backward", "weight_grad"), *both} <= launched
     products = [text for text in found.values() if text.startswith("torch.")]
     expected = [
         "torch.addmm: [4096, 2048] @ [2048, 1024]",
