@@ -91,7 +91,8 @@ class Coverage:
         if self.frozen:
             lines.append(
                 f"{len(self.frozen)} without an adapter: {some(self.frozen)}: in float32, a block "
-                "of the weight at a time, since this CPU multiplies 16 bits slowly"
+                "of the weight at a time, since this CPU multiplies 16 bits slowly; attention in 16 "
+                "bits stays slow, which a float32 model avoids"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
