@@ -90,9 +90,9 @@ class Coverage:
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
         if self.frozen:
             lines.append(
-                f"{len(self.frozen)} without an adapter: {some(self.frozen)}: in float32, a block "
-                "of the weight at a time, since this CPU multiplies 16 bits slowly; attention in 16 "
-                "bits stays slow, which a float32 model avoids"
+                f"{len(self.frozen)} without an adapter: {some(self.frozen)}: in float32, a "
+                "block of the weight at a time, since this CPU multiplies 16 bits slowly; "
+                "attention in 16 bits stays slow, which a float32 model avoids"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
