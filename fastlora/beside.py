@@ -36,7 +36,7 @@ def taken(model: nn.Module) -> list[str]:
     return [
         plain_name(name)
         for name, layer in model.named_modules()
-        if isinstance(layer, frozen.Linear) and frozen.takes(layer.weight)
+        if isinstance(layer, frozen.Linear) and frozen.slow_weight(layer) is not None
     ]
 
 
@@ -44,8 +44,8 @@ def _gains(layer: nn.Module) -> bool:
     """Whether it is a plain frozen layer, and this device multiplies its weight slowly."""
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if weight is None or why_not_tensor(weight, 2) or not frozen.takes(weight):
+    weight, bias = frozen.slow_weight(layer), layer.bias
+    if weight is None or why_not_tensor(weight, 2):
         return False
     if bias is not None and (why_not_tensor(bias, 1) or bias.dtype != weight.dtype):
         return False

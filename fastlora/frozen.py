@@ -23,16 +23,19 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # as torch names it
-        weight = self._parameters.get("weight")  # a parametrised one isn't there
-        if weight is not None and takes(weight) and not why_not_here() and fits(input, weight):
+        weight = slow_weight(self)
+        if weight is not None and not why_not_here() and fits(input, weight):
             output = Output(Base(weight, self.bias))
             return lora_linears(input, (output,), backend="torch")[0]
         return super().forward(input)
 
 
-def takes(weight: Tensor) -> bool:
-    """Whether a call with this weight is one that a CPU may multiply slowly."""
-    return weight.dtype in _HALF and weight.device.type == "cpu" and not weight.requires_grad
+def slow_weight(layer: nn.Linear) -> Tensor | None:
+    """The layer's weight, if it is frozen and a CPU may multiply it slowly."""
+    weight = layer._parameters.get("weight")  # where a parametrised one isn't
+    if weight is None or weight.dtype not in _HALF or weight.device.type != "cpu":
+        return None
+    return None if weight.requires_grad else weight
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:

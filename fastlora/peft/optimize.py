@@ -77,7 +77,7 @@ def optimize(model: nn.Module, *, strict: bool = False, frozen: bool = True) -> 
     from .swap import swap_all  # here, since it imports PEFT
 
     changed = swap_all(layer for _, layer in layers)
-    changed += take_frozen(inner) if frozen else []
+    changed += _take_frozen(inner) if frozen else []
     return Optimized(report.layers, report.notes, frozen_layers(inner), tuple(map(ref, changed)))
 
 
@@ -101,15 +101,12 @@ def why_nothing_changes() -> str:
     return why_never()
 
 
-def take_frozen(model: nn.Module) -> list[nn.Module]:
-    """Make the frozen layers fast that gain by it, all but adapters' own; return those changed."""
-    names = model.named_modules()
-    return take(layer for name, layer in names if not _is_of_adapter(name))
+def _take_frozen(model: nn.Module) -> list[nn.Module]:
+    """Make the frozen layers fast that gain by it, and return those that weren't before.
 
-
-def _is_of_adapter(name: str) -> bool:
-    """Whether it is a lora_A, a lora_B, or a part of one, which may train later."""
-    return any(part.startswith("lora_") for part in name.split("."))
+    Not those of adapters: one that isn't active is frozen, too, and its layer reads it itself.
+    """
+    return take(layer for name, layer in model.named_modules() if ".lora_" not in name)
 
 
 def _unswap(layers: list[nn.Module]) -> None:

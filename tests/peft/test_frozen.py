@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -9,6 +11,7 @@ import torch
 from frozen_calls import counted_calls, fast_layers
 from models import Mlp, assert_untouched, snapshot, tiny_llama
 from peft.tuners import lora
+from peft_llama import logits
 from peft_models import BATCH, adapted, assert_same
 from process import run_python
 from torch import nn
@@ -17,6 +20,7 @@ import fastlora
 from fastlora.backends import products
 
 BASE = "base_model.model."
+DOCS = Path(__file__).parents[2] / "docs" / "peft.md"
 HEAD, UP = f"{BASE}head", f"{BASE}up.base_layer"
 
 
@@ -200,6 +204,20 @@ def test_checkpointing_and_autocast():
         found.append({n: p.grad for n, p in copied.named_parameters() if p.grad is not None})
         assert len(calls) == 13 + 12 * checkpointing
     assert_same(found[1], found[0], 0.0)
+
+
+def test_the_attention_that_the_docs_write_down_is_closer_to_the_truth():
+    blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.S | re.M)
+    (code,) = [block for block in blocks if "AttentionInterface" in block]
+    model = adapted(tiny_llama(torch.bfloat16), target_modules=["q_proj"])
+    fastlora.optimize(model)
+    truth = logits(copy.deepcopy(model).double())
+    before = logits(model)
+    exec(code, {"model": model})
+    after = logits(model)
+    assert model.config._attn_implementation == "float32"
+    assert (after - truth).norm() <= 1.05 * (before - truth).norm()
+    assert not torch.equal(after, before)
 
 
 LISTED = (
