@@ -117,17 +117,16 @@ def gpu_cases() -> list[Case]:
     """In the order of importance, for the time of a visit may run out."""
     layers = (
         ("llama3-8b-q", 8192, 4096, (4096,)),
+        ("qwen3-0.6b-q", 8192, 1024, (2048,)),
+        ("llama3-8b-q", 512, 4096, (4096,)),
+        ("llama3-8b-up", 8192, 4096, (14336,)),
         ("llama3-8b-qkv", 8192, 4096, (4096, 1024, 1024)),
         ("llama3-8b-q", 16, 4096, (4096,)),
-        ("llama3-8b-gateup", 8192, 4096, (14336, 14336)),
-        ("llama3-8b-q", 1, 4096, (4096,)),
-        ("llama3-8b-q", 256, 4096, (4096,)),
         ("llama3-8b-down", 8192, 14336, (4096,)),
         ("llama3-8b-q", 8192, 4096, (4096,), 64),
-        ("gemma3-4b-qkv", 8192, 2560, (2048, 1024, 1024)),
-        ("llama3-8b-q", 8192, 4096, (4096,), 128),
     )
-    return [case for layer in layers for case in _gpu(*layer)]
+    found = [case for layer in layers for case in _gpu(*layer)]
+    return sorted(found, key=lambda case: case.dropout > 0)  # without dropout first
 
 
 def host_cases() -> list[Case]:

@@ -52,8 +52,8 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
-        ("The best tiles of each of a launcher's calls, and what they reach.", _tuned(rows)),
-        ("Tests on this device.", [("tests", "outcome"), *tests]),
+        ("What a launcher's calls reach: FLOPs of the base product, or bytes.", _called(rows)),
+        ("On this device.", [("what", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
@@ -82,12 +82,15 @@ def _times(rows: list[dict]) -> Table:
     return lines
 
 
-def _tuned(rows: list[dict]) -> Table:
-    lines = [("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")]
-    for row in (row for row in rows if "candidates" in row):
-        line = (row["id"], f"{row['tried']} of {row['candidates']}", row.get("best", "none ran"))
-        ratios = (_median(row, ratio) for ratio in ("default/best", "fused/in place"))
-        lines.append((*line, *ratios, *(str(row.get(rate, "–")) for rate in ("tflops", "gbs"))))
+def _called(rows: list[dict]) -> Table:
+    """A line for each call; of tuning the best ones, torch's product and the default."""
+    lines = [("", "call", "µs", "TFLOP/s or TB/s")]
+    for row in (row for row in rows if "rates" in row):
+        for name, rate in row["rates"].items():
+            seconds = row["seconds"].get(name)
+            mark = " (default)" if name == row.get("default") else ""
+            micros = f"{seconds * 1e6:.4g}" if seconds else ""
+            lines.append((f"{row['table']} {row['id']}", f"{name}{mark}", micros, f"{rate:.4g}"))
     return lines
 
 

@@ -1,20 +1,23 @@
 """Everything that a visit to a machine with a GPU should do, in ten minutes, a short table last.
 
-    python benchmarks/visit.py --out FOLDER                 tests, benchmark, tuning
-    python benchmarks/visit.py --out FOLDER --only tune     one of the three
-    python benchmarks/visit.py --out FOLDER --dry           tiny, on a CPU, interpreted
+    python benchmarks/visit.py --out FILE.json                  all of it
+    python benchmarks/visit.py --out FILE.json --only layers    parts of one kind
+    python benchmarks/visit.py --out FILE.json --dry            tiny, on a CPU, interpreted
 
-It needs a folder with the repository, torch and Triton; nothing has to be installed.  The work is
-done in another process, so that a crash costs one part alone and the next part has a new process.
-FOLDER/<device>/<date>.json is rewritten after every part, and whole at any moment.  A number from
-``--dry`` says only that the code runs.
+It needs a folder with the repository, torch and Triton; nothing has to be installed.  Parts come in
+the order of their worth.  The work is done in another process, so that a crash costs one part alone
+and the next part has a new process.  FILE is rewritten after every part, and whole at any moment.
+A number from ``--dry`` says only that the code runs.
 """
 
 import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,76 +28,66 @@ if __name__ == "__main__":  # else whoever imports it has seen to that
 
 import torch
 
-from benchmarks.cases import dry_cases, gpu_cases
+from benchmarks import calls
+from benchmarks.cases import Case, dry_cases, gpu_cases
+from benchmarks.contestants import make_tensors, makers_for
+from benchmarks.forms import Form
 from benchmarks.measure import Rounds, measure
 from benchmarks.report import text
-from benchmarks.results import FOLDER, describe_machine, results_path, write_results
+from benchmarks.results import FOLDER, describe_machine, write_results
 from benchmarks.tree import ROOT, Worker
-from benchmarks.tune import forms_of, tune
+from fastlora.kernels import target_of
+from fastlora.kernels.launch import Launch, intercept
+from fastlora.kernels.target import Target, use_target
 
-LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 60.0}  # seconds of a part
-_TESTS = ("kernel_mask", "weight_grad", "project", "lora_linear", "gemm_lowrank", "triton_backend")
-
-
-def parts(device: torch.device) -> dict[tuple[str, str], object]:
-    """What there is to do, by kind and name, in the order of importance, for time may run out."""
-    dry = device.type == "cpu"
-    cases = dry_cases() if dry else gpu_cases()
-    layers = [(("layers", case.id), case) for case in cases]
-    forms = [form for case in cases[: len(cases) // 3] for form in forms_of(case, device)]
-    tuned = [(("tune", form.id), form) for form in dict.fromkeys(forms)]
-    tests = [(("tests", name), name) for name in ("gpu", *(("config",) if dry else _TESTS))]
-    return dict([tests[0], *layers[:5], *tuned[:10], *layers[5:], *tuned[10:], *tests[1:]])
+# Seconds of a part, by kind.
+LIMITS = {"products": 45, "launches": 45, "compile": 60, "layers": 45, "tune": 45, "tests": 75}
+_KEPT_FOR_TESTS = 60.0
 
 
 class Visit:
     """The rows so far, in a file, and the process that makes the next ones."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.device = torch.device("cpu" if options.dry else "cuda")
-        self.machine = describe_machine(self.device) | ({"device": "dry"} if options.dry else {})
-        self.path = results_path(self.machine, options.out)
-        self.end = time.monotonic() + 60 * options.minutes
+    def __init__(self, options: argparse.Namespace, module: str = "benchmarks.visit") -> None:
+        self.options, self.end = options, time.monotonic() + 60 * options.minutes
+        device = torch.device("cpu" if options.dry else "cuda")
+        self.machine = describe_machine(device) | ({"device": "dry"} if options.dry else {})
         self.rows: list[dict] = []
-        where = (ROOT, "benchmarks.visit", str(self.device))
-        self.worker = Worker(*where, environment(options.dry))
+        self.worker = Worker(ROOT, module, str(device), environment(options.dry))
 
-    def run(self, kind: str, name: str) -> None:
-        """A row of this part, or one that says why not."""
-        row = {"table": kind, "id": name}
-        seconds = min(LIMITS[kind], self.end - time.monotonic())
-        if seconds < 5.0:
-            row["skipped"] = {"time": "none was left"}
-        else:
-            try:
-                row = self.worker.ask(kind, name, seconds=seconds)
-            except RuntimeError as reason:
-                row["failures"] = {"the process": str(reason)}
-            if kind == "tests":
-                self.worker.close()  # its settings are theirs
-        self.rows.append(row)
-        write_results(self.path, self.machine, sys.argv[1:], self.rows)
+    def run(self) -> None:
+        try:
+            for kind, name in self.worker.ask("names")["names"]:
+                if self.options.only in (None, kind):
+                    self.rows.append(self.row(kind, name))
+                    write_results(self.options.out, self.machine, sys.argv[1:], self.rows)
+        finally:
+            self.worker.close()
+
+    def row(self, kind: str, name: str) -> dict:
+        """What a part gave, or why it gave nothing."""
+        left = self.end - time.monotonic() - _KEPT_FOR_TESTS * (kind != "tests")
+        if left < 5.0:
+            return {"table": kind, "id": name, "skipped": {"time": "none was left"}}
+        try:
+            return self.worker.ask("part", kind, name, seconds=min(LIMITS[kind], left))
+        except RuntimeError as reason:
+            return {"table": kind, "id": name, "failures": {"the process": str(reason)}}
 
 
 def main() -> None:
-    options = parse()
-    visit = Visit(options)
-    try:
-        for kind, name in parts(visit.device):
-            if options.only in (None, kind):
-                visit.run(kind, name)
-    finally:
-        visit.worker.close()
+    visit = Visit(parse())
+    visit.run()
     plans = [f"{row['plan']}," for row in visit.rows if "plan" in row]
-    print(f"{visit.path}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
+    print(f"{visit.options.out}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, interpreted")
     parser.add_argument("--only", choices=LIMITS, help="parts of this kind alone")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of all parts together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.dry and options.out.is_relative_to(FOLDER):
@@ -116,21 +109,52 @@ class Served:
     """What the worker does: a row for each part."""
 
     def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        self.parts, self.dry = parts(self.device), device == "cpu"
-        count = max(2, min(14, (os.cpu_count() or 4) - 2))
-        self.pool = None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
+        self.device, self.dry = torch.device(device), device == "cpu"
+        self.parts = self.listed()
 
-    def layers(self, name: str) -> dict:
+    def names(self) -> dict:
+        return {"names": list(self.parts)}
+
+    def part(self, kind: str, name: str) -> dict:
+        subject = self.parts[kind, name]
+        if kind in ("products", "launches", "tune"):
+            return getattr(calls, kind)(subject, self.device, self.pool)
+        return getattr(self, kind)(subject)
+
+    def listed(self) -> dict[tuple[str, str], object]:
+        """What there is to do, by kind and name."""
+        if self.dry:
+            return parts(dry_cases(), 34, (48, 40, 64), ("config",))
+        return parts(gpu_cases(), 8192, (4096, 1024, 14336), ("gpu", "kernel_mask"))
+
+    @cached_property
+    def pool(self) -> Executor | None:
+        """For compilers; the interpreter has none."""
+        count = max(2, min(14, (os.cpu_count() or 4) - 2))
+        return None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
+
+    def compile(self, cases: list[Case]) -> dict:
+        """What the layers will launch, into Triton's cache on disk."""
+        asked = [(case, name) for case in cases for name in ("fused", "in place")]
+        target, run = target_of(self.device), compile_layer
+        futures = (
+            {self.pool.submit(run, *each, target): each for each in asked} if self.pool else {}
+        )
+        done, late = wait(futures, timeout=LIMITS["compile"] - 15)
+        for future in late:
+            future.cancel()
+        names = {each: f"{case.id}, {name}" for each, (case, name) in futures.items()}
+        failures = {names[each]: repr(each.exception()) for each in done if each.exception()}
+        outcome = f"{len(done)} of {len(futures)} compiled"
+        return {"table": "compile", "id": "layers", "outcome": outcome, "failures": failures}
+
+    def layers(self, case: Case) -> dict:
         def run(rounds: Rounds) -> None:
             for _ in range(1 if self.dry else rounds.count(seconds=3.0)):
                 rounds.run_others()
                 rounds.run_subject()
 
-        return measure(self.parts["layers", name], self.device, run)
-
-    def tune(self, name: str) -> dict:
-        return tune(self.parts["tune", name], self.device, self.pool)
+        return measure(case, self.device, run)
 
     def tests(self, name: str) -> dict:
         """The outcome of tests/**/test_NAME.py; what fails is told by the log."""
@@ -147,6 +171,33 @@ class Served:
         if status != 0:
             raise RuntimeError(f"pytest ended with {status}: {row['outcome']}")
         return row
+
+
+def parts(
+    cases: list[Case], rows: int, widths: tuple[int, int, int], tests: tuple[str, ...]
+) -> dict[tuple[str, str], object]:
+    """In the order of their worth, for time may run out; tests last."""
+    square, short, _ = widths
+    deep = {name: [Form(name, rows, square, (16,), (k,)) for k in widths] for name in ("y", "dx")}
+    thin = [Form("h", rows, columns, (16,)) for columns in (square, short)]
+    tuned = [form for pair in list(zip(*deep.values(), strict=True))[:2] for form in pair]
+    tuned += [replace(thin[0], name=name) for name in ("dA", "dB,dh", "h")]
+    found: dict[tuple[str, str], object] = {("products", "y"): deep["y"]}
+    found |= {("launches", form.id): form for form in thin} | {("compile", "layers"): cases}
+    found |= {("layers", case.id): case for case in cases}
+    found |= {("tune", form.id): form for form in tuned}
+    return found | {("tests", name): name for name in tests}
+
+
+def compile_layer(case: Case, name: str, target: Target) -> None:
+    """What a step of a contestant would launch; its tensors are meta tensors."""
+    tensors = make_tensors(case, torch.device("meta"))
+    contestant = makers_for(case)[name](case, tensors, case.dropout)
+    with use_target(target), intercept(Launch.compile), contestant.chosen():
+        with torch.no_grad() if case.decodes else nullcontext():
+            ys = contestant.module(tensors.x)
+        if not case.decodes:
+            torch.autograd.backward(ys, tensors.dys if len(tensors.dys) > 1 else tensors.dys[0])
 
 
 if __name__ == "__main__":
