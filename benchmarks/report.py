@@ -52,7 +52,7 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
-        ("What a launcher's calls reach: FLOPs of the base product, or bytes.", _called(rows)),
+        ("What a call reaches: FLOPs of the base product, else bytes.", _called(rows)),
         ("On this device.", [("what", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
@@ -83,14 +83,12 @@ def _times(rows: list[dict]) -> Table:
 
 
 def _called(rows: list[dict]) -> Table:
-    """A line for each call; of tuning the best ones, torch's product and the default."""
-    lines = [("", "call", "µs", "TFLOP/s or TB/s")]
+    """A line for each way of a call."""
+    lines = [("call", "by", "µs", "TFLOP/s or TB/s")]
     for row in (row for row in rows if "rates" in row):
         for name, rate in row["rates"].items():
-            seconds = row["seconds"].get(name)
-            mark = " (default)" if name == row.get("default") else ""
-            micros = f"{seconds * 1e6:.4g}" if seconds else ""
-            lines.append((f"{row['table']} {row['id']}", f"{name}{mark}", micros, f"{rate:.4g}"))
+            by = name + " (default)" * (name == row["default"])
+            lines.append((row["id"], by, f"{row['seconds'][name] * 1e6:.4g}", f"{rate:.4g}"))
     return lines
 
 

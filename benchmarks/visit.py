@@ -14,9 +14,8 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
-from contextlib import nullcontext
-from dataclasses import replace
+from collections import Counter
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +27,7 @@ if __name__ == "__main__":  # else whoever imports it has seen to that
 
 import torch
 
-from benchmarks import calls
+from benchmarks.calls import ahead, reached
 from benchmarks.cases import Case, dry_cases, gpu_cases
 from benchmarks.contestants import make_tensors, makers_for
 from benchmarks.forms import Form
@@ -41,7 +40,7 @@ from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import Target, use_target
 
 # Seconds of a part, by kind.
-LIMITS = {"products": 45, "launches": 45, "compile": 60, "layers": 45, "tune": 45, "tests": 75}
+LIMITS = {"calls": 30, "compile": 60, "layers": 45, "tune": 45, "tests": 75}
 _KEPT_FOR_TESTS = 60.0
 
 
@@ -78,7 +77,7 @@ class Visit:
 def main() -> None:
     visit = Visit(parse())
     visit.run()
-    plans = [f"{row['plan']}," for row in visit.rows if "plan" in row]
+    plans = dict.fromkeys(f"{row['plan']}," for row in visit.rows if "plan" in row)
     print(f"{visit.options.out}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
 
 
@@ -116,16 +115,21 @@ class Served:
         return {"names": list(self.parts)}
 
     def part(self, kind: str, name: str) -> dict:
-        subject = self.parts[kind, name]
-        if kind in ("products", "launches", "tune"):
-            return getattr(calls, kind)(subject, self.device, self.pool)
-        return getattr(self, kind)(subject)
+        return getattr(self, kind)(self.parts[kind, name])
 
     def listed(self) -> dict[tuple[str, str], object]:
-        """What there is to do, by kind and name."""
-        if self.dry:
-            return parts(dry_cases(), 34, (48, 40, 64), ("config",))
-        return parts(gpu_cases(), 8192, (4096, 1024, 14336), ("gpu", "kernel_mask"))
+        """What there is to do, by kind and name: the most decisive first, and tests last."""
+        cases, M = (dry_cases(), 34) if self.dry else (gpu_cases(), 8192)
+        widths = (48, 40, 64) if self.dry else (4096, 1024, 14336)
+        ys, dxs = ([Form(name, M, widths[0], (16,), (k,)) for k in widths] for name in ("y", "dx"))
+        thin = [Form(name, M, widths[0], (16,)) for name in ("h", "dA", "dB,dh", "y+")]
+        masked = [Form(name, M, widths[0], (16,), dropout=0.1) for name in ("h", "dA", "dx+")]
+        tests = ("config",) if self.dry else ("gpu", "kernel_mask")
+        found: dict[tuple[str, str], object] = {("calls", form.id): form for form in ys + thin}
+        found |= {("compile", "layers"): cases} | {("layers", case.id): case for case in cases}
+        found |= {("calls", form.id): form for form in masked}
+        found |= {("tune", form.id): form for form in (*ys[:2], *dxs[:2], *thin[:3])}
+        return found | {("tests", name): name for name in tests}
 
     @cached_property
     def pool(self) -> Executor | None:
@@ -133,19 +137,16 @@ class Served:
         count = max(2, min(14, (os.cpu_count() or 4) - 2))
         return None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
 
+    def calls(self, form: Form) -> dict:
+        return reached(form, self.device)
+
     def compile(self, cases: list[Case]) -> dict:
         """What the layers will launch, into Triton's cache on disk."""
-        asked = [(case, name) for case in cases for name in ("fused", "in place")]
-        target, run = target_of(self.device), compile_layer
-        futures = (
-            {self.pool.submit(run, *each, target): each for each in asked} if self.pool else {}
-        )
-        done, late = wait(futures, timeout=LIMITS["compile"] - 15)
-        for future in late:
-            future.cancel()
-        names = {each: f"{case.id}, {name}" for each, (case, name) in futures.items()}
-        failures = {names[each]: repr(each.exception()) for each in done if each.exception()}
-        outcome = f"{len(done)} of {len(futures)} compiled"
+        target = target_of(self.device)
+        asked = [(case, name, target) for case in cases for name in ("fused", "in place")]
+        ended = ahead(self.pool, 45.0, compile_layer, asked)
+        failures = {f"{case.id}, {name}": why for (case, name, _), why in ended.items() if why}
+        outcome = f"{len(ended)} of {len(asked)} ended in time"
         return {"table": "compile", "id": "layers", "outcome": outcome, "failures": failures}
 
     def layers(self, case: Case) -> dict:
@@ -156,37 +157,24 @@ class Served:
 
         return measure(case, self.device, run)
 
+    def tune(self, form: Form) -> dict:
+        return reached(form, self.device, 2 if self.dry else 400, self.pool) | {"table": "tune"}
+
     def tests(self, name: str) -> dict:
-        """The outcome of tests/**/test_NAME.py; what fails is told by the log."""
-        row = {"table": "tests", "id": name, "outcome": "not run"}
+        """The outcomes of tests/**/test_NAME.py; what fails is told by the log."""
         import pytest
 
-        class Summary:
-            def pytest_terminal_summary(self, terminalreporter) -> None:
-                stats = terminalreporter.stats.items()
-                row["outcome"] = ", ".join(f"{len(found)} {kind}" for kind, found in stats if kind)
+        class Outcomes(Counter):
+            def pytest_runtest_logreport(self, report) -> None:
+                self[report.outcome] += report.when == "call" or not report.passed
 
+        outcomes = Outcomes()
         files = map(str, sorted((ROOT / "tests").rglob(f"test_{name}.py")))
-        status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[Summary()])
+        status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[outcomes])
         if status != 0:
-            raise RuntimeError(f"pytest ended with {status}: {row['outcome']}")
-        return row
-
-
-def parts(
-    cases: list[Case], rows: int, widths: tuple[int, int, int], tests: tuple[str, ...]
-) -> dict[tuple[str, str], object]:
-    """In the order of their worth, for time may run out; tests last."""
-    square, short, _ = widths
-    deep = {name: [Form(name, rows, square, (16,), (k,)) for k in widths] for name in ("y", "dx")}
-    thin = [Form("h", rows, columns, (16,)) for columns in (square, short)]
-    tuned = [form for pair in list(zip(*deep.values(), strict=True))[:2] for form in pair]
-    tuned += [replace(thin[0], name=name) for name in ("dA", "dB,dh", "h")]
-    found: dict[tuple[str, str], object] = {("products", "y"): deep["y"]}
-    found |= {("launches", form.id): form for form in thin} | {("compile", "layers"): cases}
-    found |= {("layers", case.id): case for case in cases}
-    found |= {("tune", form.id): form for form in tuned}
-    return found | {("tests", name): name for name in tests}
+            raise RuntimeError(f"pytest ended with {status}: {dict(outcomes)}")
+        said = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        return {"table": "tests", "id": name, "outcome": said}
 
 
 def compile_layer(case: Case, name: str, target: Target) -> None:
@@ -194,7 +182,7 @@ def compile_layer(case: Case, name: str, target: Target) -> None:
     tensors = make_tensors(case, torch.device("meta"))
     contestant = makers_for(case)[name](case, tensors, case.dropout)
     with use_target(target), intercept(Launch.compile), contestant.chosen():
-        with torch.no_grad() if case.decodes else nullcontext():
+        with torch.set_grad_enabled(not case.decodes):
             ys = contestant.module(tensors.x)
         if not case.decodes:
             torch.autograd.backward(ys, tensors.dys if len(tensors.dys) > 1 else tensors.dys[0])
