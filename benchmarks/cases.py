@@ -125,8 +125,7 @@ def gpu_cases() -> list[Case]:
         ("llama3-8b-down", 8192, 14336, (4096,)),
         ("llama3-8b-q", 8192, 4096, (4096,), 64),
     )
-    found = [case for layer in layers for case in _gpu(*layer)]
-    return sorted(found, key=lambda case: case.dropout > 0)  # without dropout first
+    return sorted((case for each in layers for case in _gpu(*each)), key=lambda case: case.dropout)
 
 
 def host_cases() -> list[Case]:

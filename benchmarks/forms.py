@@ -118,8 +118,7 @@ class Operands:
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
         """The same of y and dx by torch's product, which comes on top of the adapter's part."""
-        form, us = self.form, self.us
-        shared = {"precision": form.precision}
+        form, us, shared = self.form, self.us, {"precision": self.form.precision}
         if self.a is not None:
             us = project(self.ps[0], [self.a], [FACTOR], **shared)
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "bias": self.bias}

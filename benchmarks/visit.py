@@ -4,10 +4,9 @@
     python benchmarks/visit.py --out FILE.json --only layers    parts of one kind
     python benchmarks/visit.py --out FILE.json --dry            tiny, on a CPU, interpreted
 
-It needs a folder with the repository, torch and Triton; nothing has to be installed.  Parts come in
-the order of their worth.  The work is done in another process, so that a crash costs one part alone
-and the next part has a new process.  FILE is rewritten after every part, and whole at any moment.
-A number from ``--dry`` says only that the code runs.
+It needs a folder with the repository, torch and Triton; nothing has to be installed.  The work is
+done in another process: a crash costs one part alone, and the next has a new process.  FILE is
+whole after every part.  A number from ``--dry`` says only that the code runs.
 """
 
 import argparse
@@ -124,11 +123,11 @@ class Served:
         ys, dxs = ([Form(name, M, widths[0], (16,), (k,)) for k in widths] for name in ("y", "dx"))
         thin = [Form(name, M, widths[0], (16,)) for name in ("h", "dA", "dB,dh", "y+")]
         masked = [Form(name, M, widths[0], (16,), dropout=0.1) for name in ("h", "dA", "dx+")]
-        tests = ("config",) if self.dry else ("gpu", "kernel_mask")
         found: dict[tuple[str, str], object] = {("calls", form.id): form for form in ys + thin}
         found |= {("compile", "layers"): cases} | {("layers", case.id): case for case in cases}
         found |= {("calls", form.id): form for form in masked}
         found |= {("tune", form.id): form for form in (*ys[:2], *dxs[:2], *thin[:3])}
+        tests = ("config",) if self.dry else ("gpu", "kernel_mask")
         return found | {("tests", name): name for name in tests}
 
     @cached_property
@@ -145,9 +144,9 @@ class Served:
         target = target_of(self.device)
         asked = [(case, name, target) for case in cases for name in ("fused", "in place")]
         ended = ahead(self.pool, 45.0, compile_layer, asked)
+        row = {"id": "layers", "outcome": f"{len(ended)} of {len(asked)} ended in time"}
         failures = {f"{case.id}, {name}": why for (case, name, _), why in ended.items() if why}
-        outcome = f"{len(ended)} of {len(asked)} ended in time"
-        return {"table": "compile", "id": "layers", "outcome": outcome, "failures": failures}
+        return row | {"table": "compile", "failures": failures}
 
     def layers(self, case: Case) -> dict:
         def run(rounds: Rounds) -> None:
