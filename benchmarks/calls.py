@@ -26,10 +26,8 @@ _SECONDS, _ROUNDS = 15.0, 9  # of compiling; of timing
 _KEPT = 5  # of the configs' times, and of failures
 
 
-def reached(
-    form: Form, device: torch.device, configs: int = 1, pool: Executor | None = None
-) -> dict:
-    """A row: the default tiles, or the best of so many; of a base product a row for the plans.
+def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | None = None) -> dict:
+    """A row: the default tiles, or the best of ``most``; of a base product a row for the plans.
 
     Beside a base product stand in place, by both orders, and torch's product, which writes (mm) or
     adds (addmm); beside all else a copy.  ``rates`` are FLOPs of the base product, else bytes, in
@@ -39,7 +37,7 @@ def reached(
     default = default_config(form.kernel, target, form.call)
     listed = candidates(form.kernel, target, form.call)
     listed.sort(key=lambda each: sum(map(ne, vars(each).values(), vars(default).values())))
-    found = {str(config): config for config in listed[:configs]}
+    found = {str(config): config for config in listed[:most]}
     if pool:
         ended = ahead(pool, _SECONDS, _compile, [(form, target, each) for each in found.values()])
         found = {str(config): config for (*_, config), why in ended.items() if not why}
@@ -58,7 +56,7 @@ def reached(
             operands.run(default, add=False)
         work = dict.fromkeys(ours, sum(each.loaded + each.stored for each in stated))
         work["copy"] = 2 * source.nbytes
-    seconds, failures = _timed(form, ours, theirs, operands.truth(), device)
+    seconds, failures = _timed(operands, ours, theirs)
     best = min(found.keys() & seconds, key=seconds.__getitem__, default="none ran")
     kept = {*sorted(seconds, key=seconds.__getitem__)[:_KEPT], best, str(default)}
     kept = [name for name in seconds if name in kept or name not in found]
@@ -77,11 +75,9 @@ def reached(
     return row
 
 
-def _timed(
-    form: Form, ours: dict[str, Callable], theirs: dict[str, Callable],
-    truth: list[torch.Tensor], device: torch.device,
-) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
+def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Callable]) -> tuple:
     """Medians of rounds, and why a call has none: it was wrong, or raised."""
+    form, device, truth = operands.form, operands.device, operands.truth()
     clock, calls, failures = clock_for(device), dict(theirs), {}
     for name, call in ours.items():
         print(f"{form.id}: {name}", file=sys.stderr)  # the last words of a process that dies
@@ -93,9 +89,10 @@ def _timed(
         except Exception:
             failures[name] = last_error()
             wait_for(device)  # if the device is lost, nobody else can run
-    laps = [{name: timed(clock, call) for name, call in calls.items()} for _ in range(_ROUNDS)]
-    medians = {name: statistics.median(lap[name] for lap in laps) for name in calls}
-    return {name: digits(median) for name, median in medians.items()}, failures
+    rounds = range(_ROUNDS if device.type == "cuda" else 1)
+    laps = [{name: timed(clock, call) for name, call in calls.items()} for _ in rounds]
+    medians = {name: digits(statistics.median(lap[name] for lap in laps)) for name in calls}
+    return medians, failures
 
 
 def _compile(form: Form, target: Target, config: Config) -> None:
@@ -104,9 +101,7 @@ def _compile(form: Form, target: Target, config: Config) -> None:
         Operands(form, "meta").run(config, add=False)
 
 
-def ahead(
-    pool: Executor | None, seconds: float, compiles: Callable, asked: Sequence[tuple]
-) -> dict[tuple, str]:
+def ahead(pool: Executor | None, seconds: float, compiles: Callable, asked: Sequence) -> dict:
     """Why each of the arguments failed, or "", as far as ``compiles`` ended in time."""
     futures = {pool.submit(compiles, *each): each for each in asked} if pool else {}
     done, late = wait(futures, timeout=seconds)

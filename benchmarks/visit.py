@@ -38,8 +38,7 @@ from fastlora.kernels import target_of
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import Target, use_target
 
-# Seconds of a part, by kind.
-LIMITS = {"calls": 30, "compile": 60, "layers": 45, "tune": 45, "tests": 75}
+LIMITS = {"calls": 30, "compile": 60, "layers": 45, "tune": 45, "tests": 75}  # seconds of a part
 _KEPT_FOR_TESTS = 60.0
 
 
@@ -127,8 +126,8 @@ class Served:
         found |= {("compile", "layers"): cases} | {("layers", case.id): case for case in cases}
         found |= {("calls", form.id): form for form in masked}
         found |= {("tune", form.id): form for form in (*ys[:2], *dxs[:2], *thin[:3])}
-        tests = ("config",) if self.dry else ("gpu", "kernel_mask")
-        return found | {("tests", name): name for name in tests}
+        names = "config" if self.dry else "gpu, kernel_mask"
+        return found | {("tests", names): names}
 
     @cached_property
     def pool(self) -> Executor | None:
@@ -159,7 +158,7 @@ class Served:
     def tune(self, form: Form) -> dict:
         return reached(form, self.device, 2 if self.dry else 400, self.pool) | {"table": "tune"}
 
-    def tests(self, name: str) -> dict:
+    def tests(self, names: str) -> dict:
         """The outcomes of tests/**/test_NAME.py; what fails is told by the log."""
         import pytest
 
@@ -168,12 +167,12 @@ class Served:
                 self[report.outcome] += report.when == "call" or not report.passed
 
         outcomes = Outcomes()
-        files = map(str, sorted((ROOT / "tests").rglob(f"test_{name}.py")))
+        files = [str(*(ROOT / "tests").rglob(f"test_{name}.py")) for name in names.split(", ")]
         status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[outcomes])
         if status != 0:
             raise RuntimeError(f"pytest ended with {status}: {dict(outcomes)}")
         said = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-        return {"table": "tests", "id": name, "outcome": said}
+        return {"table": "tests", "id": names, "outcome": said}
 
 
 def compile_layer(case: Case, name: str, target: Target) -> None:
@@ -184,7 +183,7 @@ def compile_layer(case: Case, name: str, target: Target) -> None:
         with torch.set_grad_enabled(not case.decodes):
             ys = contestant.module(tensors.x)
         if not case.decodes:
-            torch.autograd.backward(ys, tensors.dys if len(tensors.dys) > 1 else tensors.dys[0])
+            torch.autograd.backward(ys, tensors.dys)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from process import run_without_interpreter
+from process import run_python
 
 from benchmarks.judge import TOLERANCE
 from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.plan import Plan, Row
 
 ROOT = Path(__file__).parents[2]
-WHY_NOT = "import sys; sys.path.append('tests/support'); import cuda_standin; print(cuda_standin.why_not())"
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "visit.py")]
 
 
@@ -37,14 +36,16 @@ def dry(tmp_path_factory) -> tuple[str, dict]:
 @pytest.fixture(scope="module")
 def on_the_standin(tmp_path_factory) -> list[dict]:
     """The rows of a GPU's own parts, without its tests; everything above the driver is real."""
-    if reason := run_without_interpreter("-c", WHY_NOT):
-        pytest.skip(reason)
     from benchmarks import visit
 
     out = tmp_path_factory.mktemp("visit") / "visit.json"
     support, other_triton = ROOT / "tests" / "support", os.getenv("FASTLORA_COMPILE_TRITON", "")
+    path = os.pathsep.join(filter(None, (str(support), other_triton)))
+    why_not = "import cuda_standin; print(cuda_standin.why_not())"
+    if reason := run_python("-c", why_not, PYTHONPATH=path, TRITON_INTERPRET=None):
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{support}{os.pathsep}{other_triton}")
+        patch.setenv("PYTHONPATH", path)
         patch.setenv("FASTLORA_BACKEND", "triton")  # a GPU's default
         patch.setattr(sys, "argv", ["visit.py", "--dry", "--out", str(out)])
         visit.Visit(visit.parse(), "visit_standin").run()
