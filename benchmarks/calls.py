@@ -91,8 +91,7 @@ def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Call
             wait_for(device)  # if the device is lost, nobody else can run
     rounds = range(_ROUNDS if device.type == "cuda" else 1)
     laps = [{name: timed(clock, call) for name, call in calls.items()} for _ in rounds]
-    medians = {name: digits(statistics.median(lap[name] for lap in laps)) for name in calls}
-    return medians, failures
+    return {each: digits(statistics.median(lap[each] for lap in laps)) for each in calls}, failures
 
 
 def _compile(form: Form, target: Target, config: Config) -> None:

@@ -1,7 +1,6 @@
 """Everything that a visit to a machine with a GPU should do, in ten minutes, a short table last.
 
     python benchmarks/visit.py --out FILE.json                  all of it
-    python benchmarks/visit.py --out FILE.json --only layers    parts of one kind
     python benchmarks/visit.py --out FILE.json --dry            tiny, on a CPU, interpreted
 
 It needs a folder with the repository, torch and Triton; nothing has to be installed.  The work is
@@ -170,9 +169,9 @@ class Served:
         files = [str(*(ROOT / "tests").rglob(f"test_{name}.py")) for name in names.split(", ")]
         status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[outcomes])
         if status != 0:
-            raise RuntimeError(f"pytest ended with {status}: {dict(outcomes)}")
-        said = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-        return {"table": "tests", "id": names, "outcome": said}
+            raise RuntimeError(f"pytest ended with {status}: {outcomes}")
+        said = (f"{count} {outcome}" for outcome, count in outcomes.items())
+        return {"table": "tests", "id": names, "outcome": ", ".join(said)}
 
 
 def compile_layer(case: Case, name: str, target: Target) -> None:
