@@ -128,7 +128,7 @@ _ONE_PASS = {
         WeightGradConfig(64, 256, warps=8, stages=3),
         WeightGradConfig(64, 128, warps=8, stages=3),
         WeightGradConfig(64, 64, warps=4, stages=4),
-        WeightGradConfig(32, 32, warps=4, stages=4),
+        WeightGradConfig(32, 32, warps=4, stages=2),
     ),
     "tf32": (
         WeightGradConfig(32, 256, warps=8, stages=3),

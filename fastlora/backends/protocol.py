@@ -1,6 +1,6 @@
 """What a backend is: the contract that ``torch`` and ``triton`` keep, and the record of a call.
 
-A backend is a module with these four functions.  They mean the same on every backend; the formulas
+A backend is a module with these five functions.  They mean the same on every backend; the formulas
 are in :mod:`.torch`, the one to read.
 """
 
@@ -52,6 +52,9 @@ class Backend(Protocol):
 
     def dropout_mask(self, seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""
+
+    def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """That of every h, for x of this dtype on this device.  It runs nothing."""
 
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]

@@ -85,7 +85,9 @@ def _fake_lora_linears(x, tensors, biases, adapters, scales, dropout, seeds, bac
     outputs = unflatten(tensors, _layouts(biases, adapters, scales))
     tokens = math.prod(x.shape[:-1])
     ys = [x.new_empty(*x.shape[:-1], output.base.weight.shape[0]) for output in outputs]
-    return ys, [x.new_empty(tokens, a.lora_a.shape[0]) for o in outputs for a in o.adapters]
+    ranks = [adapter.lora_a.shape[0] for output in outputs for adapter in output.adapters]
+    dtype = find_backend(backend or None, x.device).h_dtype(x.dtype, x.device)
+    return ys, [x.new_empty(tokens, r, dtype=dtype) for r in ranks]
 
 
 @torch.library.register_fake("fastlora::lora_linears_backward", lib=LIBRARY)
