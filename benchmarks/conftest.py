@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from .cases import cpu_cases, gpu_cases
+from .cases import cpu_cases, gpu_cases, host_cases
 from .compare import Pair, check_ref, pair_with
 from .report import heading, text
 from .results import FOLDER, describe_machine, results_path, write_results
@@ -17,6 +17,7 @@ _ROWS = pytest.StashKey[list[dict]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("fastlora").addoption
     option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
+    option("--host", action="store_true", help="what a GPU costs the host, without one (host.py)")
     option("--base", metavar="REF", help="compare fastlora with this commit's")
     option("--save-results", action="store_true", help=f"write {FOLDER}/<device>/<date>.json")
 
@@ -28,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
+    if config.option.host:
+        if config.option.base is not None:
+            raise pytest.UsageError("--host has no --base: run it in each of the two commits")
+        import cuda_standin
+
+        cuda_standin.install()
     if config.option.base is not None:
         check_ref(config.option.base)
 
@@ -35,7 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The quick rows run only when asked for: their times mean nothing beside the others."""
     options = metafunc.config.option
-    cases = gpu_cases() if options.device == "cuda" else cpu_cases()
+    of_device = gpu_cases if options.device == "cuda" else cpu_cases
+    cases = (host_cases if options.host else of_device)()
     cases = [case for case in cases if not case.tiny or "quick" in options.keyword]
     metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
@@ -65,5 +73,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
     if config.option.save_results:
         path = results_path(machine)
+        path = path.with_name("host-" * config.option.host + path.name)
         write_results(path, machine, config.invocation_params.args, rows)
         terminalreporter.write_line(f"saved as {path}")

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 import fastlora
 
@@ -67,7 +66,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
     """By name; the frozen layer, which all are compared with, first, and fastlora last."""
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft_layer(), "fastlora": peft_layer(optimized=True)}
-    if case.table != "gpu":
+    if case.table not in ("gpu", "host"):
         same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
         return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
     return {
@@ -75,10 +74,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
         "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
         "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
-        "float32 adapter": fastlora_layer(torch.float32),
-        "addmm chain": fastlora_layer(kind=AddmmLinear),
         "peft": peft_layer(),
-        "peft, float32 adapter": peft_layer(torch.float32),
         "peft, optimized": peft_layer(optimized=True),
         **({"merged": merged} if case.decodes else {}),
         "fastlora": fastlora_layer(),
@@ -147,63 +143,29 @@ def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 def fastlora_layer(
     adapter_dtype: torch.dtype | None = None,
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
-    kind: type[fastlora.LoRALinear] = fastlora.LoRALinear,
 ) -> Maker:
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
         pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
         layers = []
         for base, pair in zip(_linears(tensors.weights), pairs, strict=True):
-            layers.append(kind.from_linear(base, **settings))
+            layers.append(fastlora.LoRALinear.from_linear(base, **settings))
             layers[-1].lora_A, layers[-1].lora_B = pair
-        other = kind is not fastlora.LoRALinear
-        group = Group if other else FusedGroup
-        return _contestant(layers, group, chosen=chosen, own_mask=other)
+        return _contestant(layers, FusedGroup, chosen=chosen)
 
     return make
 
 
-def peft_layer(adapter_dtype: torch.dtype | None = None, optimized: bool = False) -> Maker:
+def peft_layer(optimized: bool = False) -> Maker:
     """PEFT's layers, also after :func:`fastlora.optimize`."""
 
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        group = Group(_peft_layers(case, tensors, dropout, adapter_dtype or case.adapter_dtype))
+        group = Group(_peft_layers(case, tensors, dropout))
         if optimized:
             fastlora.optimize(group, strict=True)
         return _contestant(list(group.layers), own_mask=True)
 
     return make
-
-
-class AddmmLinear(fastlora.LoRALinear):
-    """A layer by :class:`AddmmChain`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pair = (self.lora_A, self.lora_B)
-        return AddmmChain.apply(x, self.weight, *pair, self.scaling, self.lora_dropout)
-
-
-class AddmmChain(torch.autograd.Function):
-    """Products by torch, added in place; saves h, and with dropout also what dropout made."""
-
-    @staticmethod
-    def forward(ctx, x, weight, a, b, scale, p):
-        dropped, mask = torch.native_dropout(x, p, True) if p > 0 else (x, None)
-        h = (dropped @ a.T).mul_(scale)
-        ctx.save_for_backward(dropped, mask, weight, a, b, h)
-        ctx.scale, ctx.p = scale, p
-        return linear(x, weight).addmm_(h, b.T)
-
-    @staticmethod
-    def backward(ctx, dy):
-        dropped, mask, weight, a, b, h = ctx.saved_tensors
-        dh = (dy @ b).mul_(ctx.scale)
-        dx = dy @ weight
-        if mask is None:
-            dx.addmm_(dh, a)
-        else:
-            dx.add_((dh @ a).mul_(mask), alpha=1.0 / (1.0 - ctx.p))
-        return dx, None, dh.T @ dropped, dy.T @ h, None, None
 
 
 def _contestant(layers: list, as_group: type[Group] = Group, **more: object) -> Contestant:
@@ -218,9 +180,7 @@ def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     return layers
 
 
-def _peft_layers(
-    case: Case, tensors: Tensors, dropout: float, dtype: torch.dtype
-) -> list[nn.Module]:
+def _peft_layers(case: Case, tensors: Tensors, dropout: float) -> list[nn.Module]:
     """PEFT's own, in training mode.  DoRA's magnitude isn't the norm, or it would do nothing."""
     import peft
 
@@ -236,12 +196,12 @@ def _peft_layers(
         model.add_adapter("other", config, autocast_adapter_dtype=False)
         model.base_model.set_adapter(names)
     layers = list(model.base_model.model.layers)
-    pairs = iter(tensors.adapters[dtype])
+    pairs = iter(tensors.adapters[case.adapter_dtype])
     for name in names:
         for layer in layers:
             layer.lora_A[name].weight, layer.lora_B[name].weight = next(pairs)
     for layer in layers:
-        for magnitude in layer.lora_magnitude_vector.to(dtype).values():
+        for magnitude in layer.lora_magnitude_vector.to(case.adapter_dtype).values():
             length = magnitude.weight.shape[-1]
             magnitude.weight.data *= torch.linspace(0.9, 1.1, length).to(magnitude.weight)
     return layers

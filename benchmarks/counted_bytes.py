@@ -20,7 +20,7 @@ from fastlora.backends.protocol import Settings
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
-from fastlora.projection import Adapter, Base, Output
+from fastlora.projection import Layout
 
 MIB = 2**20
 # Of torch's operations, those that move nothing.
@@ -132,14 +132,14 @@ def bytes_of_fastlora(
         lora_a = torch.empty(shape.r, shape.K, dtype=adapter_dtype)
         lora_b = torch.empty(shape.N, shape.r, dtype=adapter_dtype)
         seeds = torch.empty(projections, dtype=torch.int64) if dropout else None
-    outputs = [Output(Base(weight), (Adapter(lora_a, lora_b),))] * projections
-    needs = [Output(Base(False, False), (Adapter(True, True),))] * projections
-    settings = Settings(dropout, seeds, backend)
+    inputs = [x, *[weight, lora_a, lora_b] * projections]
+    needs = [True, *[False, True, True] * projections]
+    settings = Settings((Layout(False, (1.0,)),) * projections, dropout, backend)
     with use_target(TARGETS[target]), use_plan(plan):
         with _Counter() as forward, intercept(forward.add_launch):
-            ys, hs = backend.forward(x, outputs, settings)
+            ys, hs = backend.forward(inputs, seeds, settings)
         with _Counter() as backward, intercept(backward.add_launch):
-            backend.backward(ys, x, outputs, hs, True, needs, settings)
+            backend.backward(ys, inputs, hs, needs, seeds, settings)
     return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
 
 

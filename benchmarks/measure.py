@@ -58,15 +58,16 @@ class Rounds:
         return min(max(int(seconds / round_seconds), _LEAST), _MOST)
 
     def summary(self) -> dict:
-        """Median seconds of each contestant; quartiles of the ratios of each two that matter."""
+        """Seconds of each contestant, median and 10th percentile; quartiles of the ratios."""
         first, *others = self.times
         pairs = [(name, first) for name in others] + [(self.subject, name) for name in others[:-1]]
-        seconds, found = {}, {}
-        for quantity in self.times[self.subject][0]:
+        count, seconds, tenths, found = len(self.times[first]), {}, {}, {}
+        for quantity in self.times[first][0]:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
             seconds[quantity] = {name: digits(statistics.median(each)) for name, each in of.items()}
+            tenths[quantity] = {name: digits(sorted(of[name])[count // 10]) for name in of}
             found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
-        return {"rounds": len(self.times[self.subject]), "seconds": seconds, "ratios": found}
+        return {"rounds": count, "seconds": seconds, "tenths": tenths, "ratios": found}
 
 
 def measure(
@@ -126,7 +127,6 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
     """All that is timed of a contestant, one quantity after the other."""
     module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
-    dys = tensors.dys if len(tensors.dys) > 1 else tensors.dys[0]
 
     def inference() -> object:
         with torch.no_grad():
@@ -137,7 +137,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
         marks = [mark()]
         ys = module(x)
         marks.append(mark())
-        torch.autograd.backward(ys, dys)
+        torch.autograd.backward(ys, tensors.dys)
         del ys
         for leaf in leaves:
             leaf.grad = None
@@ -188,7 +188,7 @@ def digits(value: float) -> float:
 def threads_for(case: Case) -> Iterator[None]:
     """One thread where CPU time is the caller's, or where others would only be waited for."""
     before = torch.get_num_threads()
-    if case.tiny or case.table == "overhead":
+    if case.tiny or case.table in ("overhead", "host"):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -1,8 +1,8 @@
 """The tables that people read, as text and as Markdown.
 
 ``python benchmarks/report.py [--brief] RESULTS.json [PART ...]`` prints a committed file as
-Markdown: all rows, or those whose id has one of the parts; also the demo's loss.json.  It needs
-Python alone, so that the file can be read where torch is not installed.
+Markdown: all rows, or those whose id has one of the parts.  It needs Python alone, so that the file
+can be read where torch is not installed.
 """
 
 import json
@@ -17,6 +17,7 @@ _TITLES = {
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
     "base": "This tree's fastlora over the base's.",
@@ -51,8 +52,8 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
-        ("The best tiles of each of a launcher's calls, and what they reach.", _tuned(rows)),
-        ("Tests on this device.", [("tests", "outcome"), *tests]),
+        ("What a call reaches: FLOPs of the base product, else bytes.", _called(rows)),
+        ("On this device.", [("what", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
@@ -81,12 +82,13 @@ def _times(rows: list[dict]) -> Table:
     return lines
 
 
-def _tuned(rows: list[dict]) -> Table:
-    lines = [("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")]
-    for row in (row for row in rows if "candidates" in row):
-        line = (row["id"], f"{row['tried']} of {row['candidates']}", row.get("best", "none ran"))
-        ratios = (_median(row, ratio) for ratio in ("default/best", "fused/in place"))
-        lines.append((*line, *ratios, *(str(row.get(rate, "–")) for rate in ("tflops", "gbs"))))
+def _called(rows: list[dict]) -> Table:
+    """A line for each way of a call."""
+    lines = [("call", "by", "µs", "TFLOP/s or TB/s")]
+    for row in (row for row in rows if "rates" in row):
+        for name, rate in row["rates"].items():
+            by = name + " (default)" * (name == row["default"])
+            lines.append((row["id"], by, f"{row['seconds'][name] * 1e6:.4g}", f"{rate:.4g}"))
     return lines
 
 
@@ -134,42 +136,9 @@ def brief(rows: list[dict]) -> str:
     return pipes(lines)
 
 
-def demo(report: dict) -> str:
-    """The sides of ``make demo``, from its loss.json; each ratio is to PEFT."""
-    results, step_time = report["results"], report.get("step_time_over_peft")
-    names = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
-    rows = (
-        ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
-        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
-        ("tokens / s, median step", lambda side: side["tokens_per_second"], "{:.0f}"),
-        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"] / 2**20, "{:.0f}"),
-        ("kept for the backward, MiB", lambda side: side["kept_for_backward"] / 2**20, "{:.0f}"),
-    )
-    sides = [side for side in names if side in results]
-    others = [side for side in sides if side != "PEFT"]
-    lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]
-    for title, value, form in rows:
-        values = {side: value(results[side]) for side in sides}
-        cells = [form.format(values[side]) for side in sides]
-        by_pairs = step_time and title.startswith("tokens")  # its ratio is a row of its own
-        cells += ["" if by_pairs else f"{values[side] / values['PEFT']:.2f}" for side in others]
-        lines.append((title, *cells))
-    if step_time:
-        title = "step time / PEFT's, median of pairs (quartiles)"
-        cells = [""] * len(sides)
-        for side in others:
-            low, high = step_time[side]["quartiles"]
-            cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
-        lines.append((title, *cells))
-    return pipes(lines)
-
-
 def main() -> None:
     file, *parts = [argument for argument in sys.argv[1:] if argument != "--brief"]
     results = json.loads(Path(file).read_text(encoding="utf-8"))
-    if "rows" not in results:
-        print(demo(results))
-        return
     rows = [row for row in results["rows"] if any(part in row["id"] for part in parts or [""])]
     print(brief(rows) if "--brief" in sys.argv else markdown(rows, results["machine"]))
 

@@ -11,13 +11,18 @@ _BUDGET, _QUICK_BUDGET = 4.0, 0.2  # seconds of rounds
 
 
 def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, request) -> None:
-    device = torch.device(request.config.option.device)
-
     def run(rounds: Rounds) -> None:
         count = rounds.count(_QUICK_BUDGET if case.tiny else _BUDGET)
         benchmark.pedantic(rounds.run_subject, setup=rounds.run_others, rounds=count)
 
-    row = measure(case, device, run) if pair is None else pair.measure(case, run)
+    if case.table == "host":
+        from . import host  # not before: it sets up Triton for a GPU
+
+        row = host.measure(case, run)
+    elif pair is None:
+        row = measure(case, torch.device(request.config.option.device), run)
+    else:
+        row = pair.measure(case, run)
     rows.append(row)
     benchmark.extra_info.update(row)
     if row["failures"]:

@@ -1,5 +1,9 @@
-"""How many rows of a matrix are worked on at a time, where a whole one would leave the cache."""
+"""A matrix some rows at a time, where a whole one, or a wide copy of it, would leave the cache."""
 
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
 from torch import Tensor
 
 # Elements in one block of dropout, or of what is made float32 for a while.  On 2 cores with 1 MiB
@@ -11,3 +15,46 @@ _CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 def rows_at_a_time(x: Tensor) -> int:
     """How many rows of x make a block: it stays in cache, or on a device it pays its launches."""
     return max(1, (_CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK) // x.shape[-1])
+
+
+class Source(Protocol):
+    """A matrix that gives its rows in any dtype: a dense one, or what makes them (quantised)."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def read(self, first: int, out: Tensor) -> Tensor:
+        """``len(out)`` rows from ``first`` on, in out's dtype: written to ``out``, or as they lie.
+
+        Nobody writes to what comes back.
+        """
+
+
+class Dense(NamedTuple):
+    """The source that a plain tensor is."""
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.matrix.shape
+
+    def read(self, first: int, out: Tensor) -> Tensor:
+        rows = self.matrix[first : first + len(out)]
+        return rows if rows.dtype == out.dtype else out.copy_(rows)
+
+
+def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """All rows, as many at a time as the buffer has: which, and they in its dtype until the next.
+
+    The buffer is theirs meanwhile.
+    """
+    for first in range(0, source.shape[0], len(buffer)):
+        rows = slice(first, min(first + len(buffer), source.shape[0]))
+        yield rows, source.read(first, buffer[: rows.stop - first])
+
+
+def buffer_for(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """For :func:`widened`, as many rows as make a block."""
+    # In the matrix's order: to transpose takes much longer than to widen.
+    return torch.empty_like(matrix[: rows_at_a_time(matrix)], dtype=dtype)

@@ -1,5 +1,6 @@
 """A launch as a record: what runs, on which grid, and what work it states about itself."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,14 +73,30 @@ class Launch:
 
 # Not a context variable: a backward runs in a thread of autograd's own.
 _handler: Callable[[Launch], None] | None = None
+_here = threading.local()  # a recording is one thread's
 
 
 def launch(record: Launch) -> None:
-    """Run it, unless :func:`intercept` wants it."""
-    if _handler is None:
+    """Run it, unless :func:`recording` or :func:`intercept` wants it."""
+    handler = getattr(_here, "handler", None) or _handler
+    if handler is None:
         record.run()
     else:
-        _handler(record)
+        handler(record)
+
+
+@contextmanager
+def recording(handler: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand this thread's launches inside the block to ``handler``."""
+    _here.handler = handler
+    try:
+        yield
+    finally:
+        _here.handler = None
+
+
+def is_intercepted() -> bool:
+    return _handler is not None
 
 
 @contextmanager

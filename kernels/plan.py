@@ -1,8 +1,9 @@
-"""Who multiplies by the base weight: a fused Triton kernel, or torch with the adapter added after.
+"""Who multiplies by the base weight: a fused Triton kernel, or torch on top of the adapter's part.
 
-A row of a table decides: the nearest one of the target.  No GPU has measured these kernels yet, so
-the rows for real devices choose torch's product (cuBLAS, hipBLASLt), whose speed is known, and
-leave to Triton what torch has no kernel for: thin products, dropout masks, sums of low-rank terms.
+A row of a table decides: the nearest one of the target.  No GPU has measured these kernels yet.
+For sm_90 in 16 bits a model of time has set the rows (docs/kernels.md).  Elsewhere they choose
+torch's product (cuBLAS, hipBLASLt), whose speed is known, and leave to Triton what torch has no
+kernel for: thin products, dropout masks, sums of low-rank terms.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from torch import Tensor
 
@@ -39,14 +41,36 @@ class Row:
     masked: bool
     projections: int
     plan: Plan
+    backward: bool = False
 
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
-ROWS: tuple[Row, ...] = tuple(
+
+
+def _modelled(m: int, k: int, masked: bool, backward: bool) -> Plan:
+    """Few rows: a forward waits for the weight, and one launch is least; dx would walk alone.
+
+    Many: fused saves passes over the output, which count where the product is short.  A product in
+    Triton is some tenth slower than cuBLAS's, which counts where it is long.
+    """
+    if m <= 64:
+        return IN_PLACE if masked or backward else FUSED
+    return FUSED if m >= 2048 and k <= 2048 else IN_PLACE
+
+
+# The nearer row is taken, in doublings: so 64 rows are still few, 1500 are many, and a depth of
+# 3072 is long.
+_MODELLED = tuple(
+    Row("sm_90", m, 4096, k, 16, 2, masked, 1, _modelled(m, k, masked, backward), backward)
+    for m, k, masked, backward in product((32, 128, 1024, 2048), (2048, 4096), *[(False, True)] * 2)
+)
+_ASSUMED = tuple(
     Row(name, 4096, 4096, 4096, 16, size, False, 1, FUSED if target.kind == "cpu" else IN_PLACE)
     for name, target in TARGETS.items()
     for size in (2, 4)
+    if (name, size) != ("sm_90", 2)
 )
+ROWS: tuple[Row, ...] = _MODELLED + _ASSUMED
 
 _forced: Plan | None = None  # no context variable, since a backward runs in another thread
 
@@ -62,24 +86,35 @@ def use_plan(plan: Plan) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Plan | None:
+    return _forced
+
+
 def plan_for(
-    x: Tensor, n: int, k: int, ranks: Sequence[int], precision: str, masked: bool = False
+    x: Tensor,
+    n: int,
+    k: int,
+    ranks: Sequence[int],
+    precision: str,
+    *,
+    masked: bool = False,
+    backward: bool = False,
 ) -> Plan:
     """The plan of the nearest row, for an output [M, n] from a depth k, as deep as x or dy."""
     if _forced is not None:
         return _forced
     call = Call(len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked)
-    return _nearest(target_of(x.device), call, k)
+    return _nearest(target_of(x.device), call, k, backward)
 
 
 @lru_cache(maxsize=1024)
-def _nearest(target: Target, call: Call, k: int) -> Plan:
+def _nearest(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
     rows = [row for row in ROWS if row.target == target.name and row.itemsize == call.itemsize]
 
     def distance(row: Row) -> float:
         ours = call.m, call.n, k, call.r, call.projections
         theirs = row.m, row.n, row.k, row.r, row.projections
         doublings = sum(abs(math.log2(a / b)) for a, b in zip(ours, theirs, strict=True))
-        return doublings + (row.masked != call.masked)
+        return doublings + (row.masked != call.masked) + 99 * (row.backward != backward)
 
     return min(rows, key=distance).plan

@@ -49,6 +49,8 @@ TARGETS = {
     )
 }
 
+# What CPU tensors run on; tests put a GPU here whose driver launches nothing.
+_of_cpu: Target | None = TARGETS["interpreter"] if INTERPRETED.value else None
 _forced: Target | None = None  # no context variable, since a backward runs in another thread
 
 
@@ -63,12 +65,16 @@ def use_target(target: Target) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Target | None:
+    return _forced
+
+
 def target_of(device: torch.device) -> Target | None:
     """The target of a device, or None where these kernels can't run."""
     if _forced is not None:
         return _forced
     if device.type == "cpu":
-        return TARGETS["interpreter"] if INTERPRETED.value else None
+        return _of_cpu
     if device.type != "cuda" or INTERPRETED.value:
         return None
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)

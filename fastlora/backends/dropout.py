@@ -15,6 +15,8 @@ of about 0.001 show at distances of 8 columns or 2¹⁵ rows.  This makes masks;
 random numbers for anything else.
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -40,13 +42,20 @@ class DropoutMask:
         self.low, high = seed.view(torch.int32).unbind()
         pairs = torch.arange((columns + 1) // 2, dtype=torch.int32, device=seed.device)
         self.column_keys = pairs.mul_(_COLUMN_STEP).add_(high)
-        self.p, self.columns = p, columns
+        self.p, self.columns, self.start = p, columns, 0
         self.threshold = min(round(p * 2**16), 2**16 - 1) - 2**15
+
+    def from_row(self, start: int) -> "DropoutMask":
+        """The same mask without the rows before this one."""
+        rest = copy(self)
+        rest.start += start
+        return rest
 
     def rows(self, first: int, count: int) -> Tensor:
         """int16 [count, columns], from row ``first`` on: 1 where an element is kept, else 0."""
         if count == 0:  # an empty tensor of 32 bits can't always be viewed as 16 bits
             return torch.empty(0, self.columns, dtype=torch.int16, device=self.low.device)
+        first += self.start
         row_keys = torch.arange(first, first + count, dtype=torch.int32, device=self.low.device)
         word = row_keys.mul_(_ROW_STEP).add_(self.low).unsqueeze(1) ^ self.column_keys
         word.mul_(_FIRST_MIX)

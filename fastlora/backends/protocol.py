@@ -1,6 +1,6 @@
-"""What a backend is: the contract that ``torch`` and ``triton`` keep, and the settings of a call.
+"""What a backend is: the contract that ``torch`` and ``triton`` keep, and the record of a call.
 
-A backend is a module with these four functions.  They mean the same on every backend; the formulas
+A backend is a module with these five functions.  They mean the same on every backend; the formulas
 are in :mod:`.torch`, the one to read.
 """
 
@@ -10,43 +10,51 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..projection import Output
+from ..projection import Layout, Output
 
 
 class Settings(NamedTuple):
-    """What a call is besides x and its outputs."""
+    """What a call is besides its tensors."""
 
+    layouts: tuple[Layout, ...]  # of its outputs
     dropout: float  # the probability of dropping an input, in [0, 1); 0 while not training
-    seeds: Tensor | None  # int64 [number of adapters], on x's device; None without dropout
     backend: "Backend"
+    # What the backend found out for a forward with inputs of these shapes, strides, dtypes, devices
+    # and addresses modulo 16; None where they may differ from call to call.
+    kept: dict | None = None
 
 
 class Backend(Protocol):
-    """x is [M, K] throughout; ``outputs`` has one :class:`Output` for each y."""
+    """``inputs`` are x [M, K] and the tensors of the outputs, laid flat as the layouts say.
+
+    ``seeds`` are int64 [number of adapters], on x's device; None without dropout.
+    """
 
     def forward(
-        self, x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
+        self, inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
     ) -> tuple[list[Tensor], list[Tensor]]:
         """y [M, N] of every output, and h [M, r] of every adapter, laid end to end."""
 
     def backward(
         self,
         dys: Sequence[Tensor | None],
-        x: Tensor,
-        outputs: Sequence[Output[Tensor]],
+        inputs: Sequence[Tensor],
         hs: Sequence[Tensor],
-        needs_x: bool,
-        needs: Sequence[Output[bool]],
+        needs: Sequence[bool],
+        seeds: Tensor | None,
         settings: Settings,
-    ) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
-        """The gradient of x, and those of every output's tensors; None for one nobody needs.
+    ) -> list[Tensor | None]:
+        """The gradient of each input that needs one, else None.
 
         ``dys``: for each output [M, N], or None if the loss doesn't use it.  ``hs`` are the
-        forward's.  ``needs`` says for each tensor whether its gradient is needed.
+        forward's.
         """
 
     def dropout_mask(self, seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""
+
+    def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """That of every h, for x of this dtype on this device.  It runs nothing."""
 
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]

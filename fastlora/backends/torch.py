@@ -10,21 +10,40 @@ With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of 
 h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator,
 so that nothing of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows that stay in
 cache: no dropped copy of x exists.
+
+Where 16-bit products are slow (:mod:`.products`) the same formulas run in float32 over blocks of
+rows, and h stays float32.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..blocks import rows_at_a_time
-from ..projection import Adapter, Base, Output, per_adapter
+from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from .dropout import DropoutMask, dropout_mask, multiply_bits
+from .products import (
+    SCRATCH,
+    add_dy_weight,
+    add_product,
+    are_wide,
+    cast,
+    h_dtype,
+    product,
+    thin_gradient,
+    weight_gradient,
+    wide_rows,
+    write_linear,
+)
 from .protocol import Settings
 
-__all__ = ["backward", "dropout_mask", "forward", "why_not"]
+__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "why_not"]
+
+# For each output, what each of its adapters has.
+_Masks = Sequence[Sequence[DropoutMask | None]]
+_Gradients = list[list[Adapter[Tensor | None]]]
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
@@ -33,46 +52,138 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
 
 
 def forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, and h [M, r] of every adapter, laid end to end."""
-    ys, hs = [], []
-    for (base, adapters), masks in zip(outputs, _masks(x, outputs, settings), strict=True):
-        y = linear(x, base.weight, _cast(base.bias, x.dtype))
-        for adapter, mask in zip(adapters, masks, strict=True):
+    x, *tensors = inputs
+    outputs = unflatten(tensors, settings.layouts)
+    masks = _masks(x, outputs, seeds, settings)
+    if len(x) > 1 and are_wide(x):  # torch's product of one row is fast everywhere
+        return _wide_forward(x, outputs, masks)
+    kept, ys, hs = h_dtype(x.dtype, x.device), [], []
+    for (base, adapters), some in zip(outputs, masks, strict=True):
+        y = linear(x, base.weight, cast(base.bias, x.dtype))
+        for adapter, mask in zip(adapters, some, strict=True):
             h = _project(x, adapter, mask)
-            _add_product(y, h, _cast(adapter.lora_b, h.dtype).T)
-            hs.append(_cast(h, x.dtype))
+            add_product(y, h, cast(adapter.lora_b, h.dtype).T)
+            hs.append(cast(h, kept))
         ys.append(y)
     return ys, hs
 
 
+def _wide_forward(
+    x: Tensor, outputs: Sequence[Output[Tensor]], masks: _Masks
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same in float32, a block of rows after the other; each y is rounded once."""
+    outputs = [_in_float32(output) for output in outputs]
+    ys = [x.new_empty(len(x), len(output.base.weight)) for output in outputs]
+    parts = []
+    for rows in wide_rows(x):
+        x_rows = SCRATCH.widen("x", x[rows])
+        for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
+            pairs = zip(output.adapters, some, strict=True)
+            thin = [_project(x_rows, adapter, mask) for adapter, mask in pairs]
+            write_linear(y[rows], x_rows, output, thin)
+            parts += thin
+    count = sum(len(output.adapters) for output in outputs)
+    return ys, [torch.cat(parts[i::count]) for i in range(count)]
+
+
 def backward(
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    settings: Settings,
+) -> list[Tensor | None]:
+    """The gradient of each input that needs one, else None."""
+    x, *tensors = inputs
+    needs_x, *needs_flat = needs
+    outputs = unflatten(tensors, settings.layouts)
+    wanted = unflatten(needs_flat, settings.layouts)
+    masks = _masks(x, outputs, seeds, settings)
+    of_adapters = _wide_adapter_gradients if are_wide(x) else _gradients_of_adapters
+    thin = per_adapter(hs, outputs)
+    dx, found = of_adapters(dys, x, outputs, list(thin), wanted, masks, needs_x)
+    gradients = [
+        no_gradients(output)
+        if dy is None
+        else Output(base_gradients(dy, x, output.base, need.base), tuple(adapters))
+        for dy, output, need, adapters in zip(dys, outputs, wanted, found, strict=True)
+    ]
+    return [dx, *flatten(gradients, settings.layouts)]
+
+
+def _gradients_of_adapters(
     dys: Sequence[Tensor | None],
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Tensor],
+    hs: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Output[bool]],
+    masks: _Masks,
     needs_x: bool,
-    needs: Sequence[Output[bool]],
-    settings: Settings,
-) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
-    """The gradient of x, and those of every output's tensors; None for one nobody needs."""
-    dx = _base_dx(dys, x, outputs) if needs_x else None
-    gradients = []
-    per_output = zip(
-        dys, outputs, needs, per_adapter(hs, outputs), _masks(x, outputs, settings), strict=True
-    )
-    for dy, output, need, thin, masks in per_output:
-        if dy is None:
-            gradients.append(no_gradients(output))
-            continue
-        base = base_gradients(dy, x, output.base, need.base)
-        adapters = [
-            _adapter_gradients(dy, x, *of_one, dx)
-            for of_one in zip(output.adapters, need.adapters, thin, masks, strict=True)
+) -> tuple[Tensor | None, _Gradients]:
+    """dx, if it is needed, and for each output its adapters' gradients, none without a dy."""
+    dx, found = _base_dx(dys, x, outputs) if needs_x else None, []
+    for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
+        per_one = zip(output.adapters, need.adapters, thin, some, strict=True)
+        found.append([] if dy is None else [_adapter_gradients(dy, x, *one, dx) for one in per_one])
+    return dx, found
+
+
+def _wide_adapter_gradients(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Output[bool]],
+    masks: _Masks,
+    needs_x: bool,
+) -> tuple[Tensor | None, _Gradients]:
+    """The same in float32, summed over blocks of rows."""
+    dx = x.new_empty(x.shape) if needs_x else None
+    wide, total = [_in_float32(output) for output in outputs], None
+    reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
+    for rows in wide_rows(x):
+        x_rows = SCRATCH.widen("x", x[rows]) if reads_x else SCRATCH.take("x", *x[rows].shape)
+        part_dx, part = _gradients_of_adapters(
+            [_rows_of(dy, rows) for dy in dys],
+            x_rows,
+            wide,
+            [[_rows_of(h, rows) for h in thin] for thin in hs],
+            wanted,
+            _from_row(masks, rows.start),
+            needs_x,
+        )
+        if dx is not None and part_dx is not None:
+            dx[rows] = part_dx
+        total = part if total is None else _sum(total, part)
+    assert total is not None
+    return dx, [
+        [
+            Adapter(
+                cast(found.lora_a, adapter.lora_a.dtype), cast(found.lora_b, adapter.lora_b.dtype)
+            )
+            for found, adapter in zip(of_output, output.adapters, strict=False)
         ]
-        gradients.append(Output(base, tuple(adapters)))
-    return dx, gradients
+        for of_output, output in zip(total, outputs, strict=True)
+    ]
+
+
+def _rows_of(tensor, rows: slice):
+    """These rows; None stays None."""
+    return None if tensor is None else tensor[rows]
+
+
+def _sum(total: _Gradients, part: _Gradients) -> _Gradients:
+    """total + part, in place."""
+    for of_output, more in zip(total, part, strict=True):
+        for left, right in zip(of_output, more, strict=True):
+            for gradient, other in zip(left[:2], right[:2], strict=True):
+                if gradient is not None and other is not None:
+                    gradient.add_(other)
+    return total
 
 
 def no_gradients(output: Output) -> Output[Tensor | None]:
@@ -86,10 +197,10 @@ def base_gradients(
     """dyᵀ x, and Σ dy over the rows in float32 or wider: of a weight and a bias that train."""
     d_weight = d_bias = None
     if need.weight:
-        d_weight = torch.mm(dy.T, x)
+        d_weight = weight_gradient(dy, x)
     if need.bias and base.bias is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
-        d_bias = _cast(dy.sum(0, dtype=wide), base.bias.dtype)
+        d_bias = cast(dy.sum(0, dtype=wide), base.bias.dtype)
     return Base(d_weight, d_bias)
 
 
@@ -104,25 +215,54 @@ def _adapter_gradients(
 ) -> Adapter[Tensor | None]:
     """d lora_a and d lora_b, as needed; and the adapter's part of dx is added to it."""
     dtype = _adapter_dtype(x, adapter)
-    dy = _cast(dy, dtype)
-    d_lora_a = d_lora_b = None
-    if need.lora_a or dx is not None:
-        dh = _product(dy, _cast(adapter.lora_b, dtype), _factor(adapter, mask))
-        d_lora_a = _through_lora_a(_cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a)
-    if need.lora_b:
-        d_lora_b = _cast(_d_lora_b(dy, _cast(h, dtype)), adapter.lora_b.dtype)
-    return Adapter(d_lora_a, d_lora_b)
+    lora_b = cast(adapter.lora_b, dtype) if need.lora_a or dx is not None else None
+    own_h = cast(h, dtype) if need.lora_b else None
+    dh, d_lora_b = _through_lora_b(dy, lora_b, own_h, _factor(adapter, mask), dtype)
+    d_lora_a = None
+    if dh is not None:
+        d_lora_a = _through_lora_a(cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a)
+    return Adapter(d_lora_a, cast(d_lora_b, adapter.lora_b.dtype))
+
+
+def _through_lora_b(
+    dy: Tensor, lora_b: Tensor | None, h: Tensor | None, factor: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh = factor · dy lora_b and dyᵀ h, each if the other side of it is there, in ``dtype``."""
+    if dy.dtype != dtype and are_wide(dy):
+        parts = [
+            _through_lora_b(
+                SCRATCH.widen("part", dy[rows]), lora_b, _rows_of(h, rows), factor, dtype
+            )
+            for rows in wide_rows(dy, fewest=1)
+        ]
+        dhs, gradients = zip(*parts, strict=True)
+        return None if lora_b is None else torch.cat(dhs), None if h is None else sum(gradients)
+    dy = cast(dy, dtype)
+    dh = None if lora_b is None else product(dy, lora_b, factor)
+    return dh, None if h is None else thin_gradient(dy, h)
 
 
 def _masks(
-    x: Tensor, outputs: Sequence[Output], settings: Settings
-) -> Iterator[Sequence[DropoutMask | None]]:
+    x: Tensor, outputs: Sequence[Output], seeds: Tensor | None, settings: Settings
+) -> _Masks:
     """For each output its adapters' masks, or None for each without dropout."""
-    if settings.seeds is None:
-        return ([None] * len(output.adapters) for output in outputs)
-    seeds = settings.seeds.unbind()
-    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds]
-    return per_adapter(masks, outputs)
+    if seeds is None:
+        return [[None] * len(output.adapters) for output in outputs]
+    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds.unbind()]
+    return list(per_adapter(masks, outputs))
+
+
+def _from_row(masks: _Masks, first: int) -> _Masks:
+    return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
+
+
+def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
+    """With all that is small in float32; the weight is widened as it is read."""
+    base, adapters = output
+    return Output(
+        base._replace(bias=cast(base.bias, torch.float32)),
+        tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]),
+    )
 
 
 def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
@@ -145,13 +285,13 @@ def _factor(adapter: Adapter, mask: DropoutMask | None) -> float:
 
 def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
     """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in the dtype of the adapter's products."""
-    x = _cast(x, _adapter_dtype(x, adapter))
-    down, factor = _cast(adapter.lora_a, x.dtype).T, _factor(adapter, mask)
+    x = cast(x, _adapter_dtype(x, adapter))
+    down, factor = cast(adapter.lora_a, x.dtype).T, _factor(adapter, mask)
     if mask is None:
-        return _product(x, down, factor)
+        return product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
     for first, x_rows, h_rows in _blocks(x, h):
-        _product(multiply_bits(x_rows, mask.rows(first, len(x_rows))), down, factor, out=h_rows)
+        product(multiply_bits(x_rows, mask.rows(first, len(x_rows))), down, factor, out=h_rows)
     return h
 
 
@@ -160,8 +300,7 @@ def _base_dx(dys: Sequence[Tensor | None], x: Tensor, outputs: Sequence[Output[T
     dx = None
     for dy, output in zip(dys, outputs, strict=True):
         if dy is not None:
-            weight = output.base.weight
-            dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+            dx = add_dy_weight(dx, dy, output.base.weight, x.dtype)
     return x.new_zeros(x.shape) if dx is None else dx
 
 
@@ -174,11 +313,11 @@ def _through_lora_a(
     need_a: bool,
 ) -> Tensor | None:
     """Add mask ∘ (dh lora_a) onto dx, if there is one; return dhᵀ (mask ∘ x), if it is needed."""
-    up = _cast(lora_a, x.dtype)
+    up = cast(lora_a, x.dtype)
     if mask is None:
         if dx is not None:
-            _add_product(dx, dh, up)
-        return _cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
+            add_product(dx, dh, up)
+        return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
@@ -188,15 +327,7 @@ def _through_lora_a(
             d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
         if dx is not None:
             dx_rows.add_(multiply_bits(torch.mm(dh_rows, up), keep))
-    return _cast(d_lora_a, lora_a.dtype)
-
-
-def _d_lora_b(dy: Tensor, h: Tensor) -> Tensor:
-    """dyᵀ h, [N, r]."""
-    if len(h) >= 256 and h.dtype == torch.float32:
-        # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
-        return torch.mm(h.T, dy).T.contiguous()
-    return torch.mm(dy.T, h)
+    return cast(d_lora_a, lora_a.dtype)
 
 
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
@@ -208,25 +339,3 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     for first in range(0, len(x), step):
         rows = slice(first, first + step)
         yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
-
-
-def _product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
-    """factor · left right, scaled in the accumulator, before the product is rounded."""
-    if out is None:
-        out = left.new_empty(left.shape[0], right.shape[1])
-    return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left right, in place."""
-    if total.dtype == left.dtype:
-        return total.addmm_(left, right)
-    return total.add_(torch.mm(left, right))
-
-
-@overload
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
-@overload
-def _cast(tensor: None, dtype: torch.dtype) -> None: ...
-def _cast(tensor, dtype):
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

@@ -6,8 +6,8 @@ the kernels don't cover runs on the torch backend, and the reason is said once.
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..projection import Adapter, Output, named_tensors, per_adapter
+from ..projection import (
+    Adapter,
+    Layout,
+    Output,
+    flatten,
+    named_tensors,
+    per_adapter,
+    unflatten,
+)
 from . import torch as torch_backend
 from .dropout import dropout_mask
 from .protocol import Settings
@@ -28,91 +36,72 @@ except ImportError as error:
         "has no fastlora.kernels: run from another folder, or pip install --editable ."
     ) from error
 
-__all__ = ["backward", "dropout_mask", "forward", "why_not"]
+__all__ = [
+    "TARGETS",
+    "backward",
+    "dropout_mask",
+    "forward",
+    "h_dtype",
+    "why_not",
+    "without_launching",
+]
 
+# The GPUs that calls can be planned for, without one.
+TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
+_NOTHING = nullcontext()
 # z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
 _NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
 _said: set[str] = set()
-_INTERNAL = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_INTERNAL = tuple(
+    str(Path(file).parent) for file in (Path(__file__).parent, kernels.__file__, torch.__file__)
+)
 
 
 def forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
-    if not _covers(x, outputs):
-        return torch_backend.forward(x, outputs, settings)
+    x, count = inputs[0], len(settings.layouts)
     with _current(x.device):
-        plans = [_forward_plan(x, output) for output in outputs]
-        in_one_launch = settings.seeds is None and all(
-            plan.fused
-            and len(output.adapters) == 1
-            and kernels.one_launch_pays(x, len(output.adapters[0].lora_a))
-            for plan, output in zip(plans, outputs, strict=True)
-            if plan is not None
+        made = kernels.replayed(
+            _forward,
+            [seeds, *inputs],
+            (settings.layouts, settings.dropout, _precision(x)),
+            lambda: _covers(inputs, settings.layouts),
+            settings.kept,
         )
-        adapters = [adapter for output in outputs for adapter in output.adapters]
-        if in_one_launch:
-            hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
-        else:
-            hs = kernels.project(
-                x,
-                [adapter.lora_a.T for adapter in adapters],
-                [_factor(adapter, settings) for adapter in adapters],
-                precision=_precision(x),
-                dropout=settings.dropout,
-                seeds=settings.seeds,
-            )
-        ys = [
-            _y(x, output, thin, plan, in_one_launch)
-            for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
-        ]
-    return ys, hs
+    if made is None:
+        return torch_backend.forward(inputs, seeds, settings)
+    return made[:count], made[count:]
 
 
 def backward(
     dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
+    inputs: Sequence[Tensor],
     hs: Sequence[Tensor],
-    needs_x: bool,
-    needs: Sequence[Output[bool]],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
-    """As the torch backend's: the gradients of x and of each output's tensors."""
-    if all(dy is None for dy in dys) or not _covers(x, outputs, dys):
-        return torch_backend.backward(dys, x, outputs, hs, needs_x, needs, settings)
-    gradients: list[Output[Tensor | None]] = []
-    terms: list[_Term] = []
-    per_output = zip(
-        dys, outputs, needs, per_adapter(hs, outputs), _seeds(outputs, settings), strict=True
-    )
+) -> list[Tensor | None]:
+    """As the torch backend's: the gradient of each input that needs one, else None."""
+    x = inputs[0]
     with _current(x.device):
-        for dy, output, need, thin, seeds in per_output:
-            if dy is None:
-                gradients.append(torch_backend.no_gradients(output))
-                continue
-            base = torch_backend.base_gradients(dy, x, output.base, need.base)
-            adapters = []
-            for of_one in zip(output.adapters, need.adapters, thin, seeds, strict=True):
-                d_adapter, term = _through_lora_b(dy, *of_one, needs_x, settings)
-                adapters.append(d_adapter)
-                terms += [] if term is None else [term]
-            gradients.append(Output(base, tuple(adapters)))
-        dx = _dx(x, dys, outputs, terms, settings) if needs_x else None
-        trained = [term for term in terms if term.d_lora_a is not None]
-        if trained:
-            kernels.weight_grad(
-                x,
-                [term.dh for term in trained],
-                [term.d_lora_a.T for term in trained if term.d_lora_a is not None],
-                precision=_precision(x),
-                dropout=settings.dropout,
-                seeds=_join([term.seed for term in trained], settings),
-            )
-    return dx, gradients
+        made = kernels.replayed(
+            _backward,
+            [seeds, *inputs, *hs, *dys],
+            (settings.layouts, settings.dropout, _precision(x), tuple(needs)),
+            lambda: any(dy is not None for dy in dys) and _covers(inputs, settings.layouts, dys),
+        )
+    if made is None:
+        return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
+    return made
+
+
+def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """x's."""
+    return dtype
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
@@ -137,12 +126,26 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
 
 
+@contextmanager
+def without_launching(
+    handler: "Callable[[kernels.Launch], None]", where: str | torch.device
+) -> Iterator[None]:
+    """Calls inside, on meta tensors, hand ``handler`` what they would launch on a target or device.
+
+    Nothing is launched, and the device of a name in ``TARGETS`` need not be here.
+    """
+    target = kernels.TARGETS[where] if isinstance(where, str) else kernels.target_of(where)
+    with kernels.use_target(target), kernels.intercept(handler):
+        yield
+
+
 def _covers(
-    x: Tensor, outputs: Sequence[Output[Tensor]], dys: Sequence[Tensor | None] = ()
+    inputs: Sequence[Tensor], layouts: Sequence[Layout], dys: Sequence[Tensor | None] = ()
 ) -> bool:
+    x, *tensors = inputs
     if len(x) == 0:
         return False
-    reason = why_not(x.dtype, x.device, outputs)
+    reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
     if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
         reason = _NEGATED
     if not reason and len(x) > _LONGEST:
@@ -161,6 +164,94 @@ def _user_level() -> int:
     return level + 1
 
 
+class _Common(NamedTuple):
+    """What all kernels of a call take."""
+
+    dropout: float
+    precision: str
+    seeds: Tensor | None
+
+    def factor(self, adapter: Adapter[Tensor]) -> float:
+        return float(adapter.scale) / (1.0 - self.dropout)
+
+
+def _forward(
+    tensors: Sequence[Tensor], layouts: Sequence[Layout], dropout: float, precision: str
+) -> list[Tensor]:
+    """Every y, then every h."""
+    seeds, x, *flat = tensors
+    outputs, common = unflatten(flat, layouts), _Common(dropout, precision, seeds)
+    plans = [_forward_plan(x, output, common) for output in outputs]
+    in_one_launch = seeds is None and all(
+        plan.fused
+        and len(output.adapters) == 1
+        and kernels.one_launch_pays(x, len(output.adapters[0].lora_a))
+        for plan, output in zip(plans, outputs, strict=True)
+        if plan is not None
+    )
+    adapters = [adapter for output in outputs for adapter in output.adapters]
+    if in_one_launch:
+        hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
+    else:
+        hs = kernels.project(
+            x,
+            [adapter.lora_a.T for adapter in adapters],
+            [common.factor(adapter) for adapter in adapters],
+            precision=precision,
+            dropout=dropout,
+            seeds=seeds,
+        )
+    ys = [
+        _y(x, output, thin, plan, in_one_launch, precision)
+        for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
+    ]
+    return ys + hs
+
+
+def _backward(
+    tensors: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    dropout: float,
+    precision: str,
+    needs_flat: Sequence[bool],
+) -> list[Tensor | None]:
+    """dx, then the gradients of the outputs' tensors, laid flat."""
+    needs_x, *rest = needs_flat
+    seeds, x, *others = tensors
+    common, needs = _Common(dropout, precision, seeds), unflatten(rest, layouts)
+    flat, others = others[: len(rest)], others[len(rest) :]
+    hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    outputs = unflatten(flat, layouts)
+    gradients: list[Output[Tensor | None]] = []
+    terms: list[_Term] = []
+    per_output = zip(
+        dys, outputs, needs, per_adapter(hs, outputs), _seeds(outputs, seeds), strict=True
+    )
+    for dy, output, need, thin, own_seeds in per_output:
+        if dy is None:
+            gradients.append(torch_backend.no_gradients(output))
+            continue
+        base = torch_backend.base_gradients(dy, x, output.base, need.base)
+        adapters = []
+        for of_one in zip(output.adapters, need.adapters, thin, own_seeds, strict=True):
+            d_adapter, term = _through_lora_b(dy, *of_one, needs_x, common)
+            adapters.append(d_adapter)
+            terms += [] if term is None else [term]
+        gradients.append(Output(base, tuple(adapters)))
+    dx = _dx(x, dys, outputs, terms, common) if needs_x else None
+    trained = [term for term in terms if term.d_lora_a is not None]
+    if trained:
+        kernels.weight_grad(
+            x,
+            [term.dh for term in trained],
+            [term.d_lora_a.T for term in trained if term.d_lora_a is not None],
+            precision=precision,
+            dropout=dropout,
+            seeds=_join([term.seed for term in trained], seeds),
+        )
+    return [dx, *flatten(gradients, layouts)]
+
+
 class _Term(NamedTuple):
     """An adapter's dh, and what will be made with it: its part of dx, and d lora_a."""
 
@@ -170,12 +261,13 @@ class _Term(NamedTuple):
     seed: Tensor | None
 
 
-def _forward_plan(x: Tensor, output: Output[Tensor]) -> "kernels.Plan | None":
+def _forward_plan(x: Tensor, output: Output[Tensor], common: _Common) -> "kernels.Plan | None":
     """How to make this output; None for one without adapters, whose product is torch's."""
     if not output.adapters:
         return None
     ranks = [len(adapter.lora_a) for adapter in output.adapters]
-    return kernels.plan_for(x, len(output.base.weight), x.shape[1], ranks, _precision(x))
+    rows, masked = len(output.base.weight), common.seeds is not None
+    return kernels.plan_for(x, rows, x.shape[1], ranks, common.precision, masked=masked)
 
 
 def _y(
@@ -184,12 +276,15 @@ def _y(
     hs: list[Tensor],
     plan: "kernels.Plan | None",
     makes_h: bool,
+    precision: str,
 ) -> Tensor:
     """x weightᵀ + Σ h lora_bᵀ + bias, [M, N]; ``makes_h``: fill h [M, r] in the same launch."""
     (weight, bias), adapters = output
-    v, precision = [adapter.lora_b.T for adapter in adapters], _precision(x)
-    if plan is not None and plan.fused:
-        y, a, factor = x.new_empty(len(x), len(weight)), None, 1.0
+    if plan is None:
+        return linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y, v = x.new_empty(len(x), len(weight)), [adapter.lora_b.T for adapter in adapters]
+    if plan.fused:
+        a, factor = None, 1.0
         if makes_h:
             a, factor = adapters[0].lora_a.T, float(adapters[0].scale)
         kernels.gemm_lowrank(
@@ -197,10 +292,9 @@ def _y(
             a=a, factor=factor, preferred=plan.gemm,
         )  # fmt: skip
         return y
-    y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if adapters:
-        kernels.gemm_lowrank(y, [], [], hs, v, precision=precision, add=True)
-    return y
+    # The adapter first: torch's product adds to what it finds, behind its own loads.
+    kernels.gemm_lowrank(y, [], [], hs, v, precision=precision, bias=bias)
+    return torch.addmm(y, x, weight.T, out=y)
 
 
 def _through_lora_b(
@@ -210,13 +304,13 @@ def _through_lora_b(
     h: Tensor,
     seed: Tensor | None,
     needs_x: bool,
-    settings: Settings,
+    common: _Common,
 ) -> tuple[Adapter[Tensor | None], _Term | None]:
     """d lora_b = dyᵀ h, and dh = factor · dy lora_b: what is needed of both.
 
     The gradient of lora_a is there, but still empty.
     """
-    factor, precision, lora_b = _factor(adapter, settings), _precision(dy), adapter.lora_b
+    factor, precision, lora_b = common.factor(adapter), common.precision, adapter.lora_b
     d_lora_a = _empty_like(adapter.lora_a) if need.lora_a else None
     d_lora_b = _empty_like(lora_b) if need.lora_b else None
     need_dh, dh = needs_x or need.lora_a, None
@@ -236,53 +330,50 @@ def _dx(
     dys: Sequence[Tensor | None],
     outputs: Sequence[Output[Tensor]],
     terms: Sequence[_Term],
-    settings: Settings,
+    common: _Common,
 ) -> Tensor:
     """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]."""
-    dx, precision = torch.empty_like(x, memory_format=torch.contiguous_format), _precision(x)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
-    u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
-    seeds = _join([term.seed for term in terms], settings)
-    fused, plan = [], None
+    fused = []
     if terms:
+        u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
+        seeds = _join([term.seed for term in terms], common.seeds)
         depth = sum(len(output.base.weight) for _, output in used)
         ranks, masked = [dh.shape[1] for dh in u], seeds is not None
-        plan = kernels.plan_for(x, x.shape[1], depth, ranks, precision, masked=masked)
+        plan = kernels.plan_for(
+            x, x.shape[1], depth, ranks, common.precision, masked=masked, backward=True
+        )
         if plan.fused:
             fused = [(dy, output.base.weight) for dy, output in used if output.adapters]
+        kernels.gemm_lowrank(  # first, as in the forward
+            dx, [dy for dy, _ in fused], [weight for _, weight in fused], u, v,
+            precision=common.precision, dropout=common.dropout, seeds=seeds, preferred=plan.gemm,
+        )  # fmt: skip
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
-        torch.addmm(dx, dy, weight, beta=float(i > 0), out=dx)
-    if plan is not None:
-        kernels.gemm_lowrank(
-            dx, [dy for dy, _ in fused], [weight for _, weight in fused], u, v,
-            precision=precision, dropout=settings.dropout, seeds=seeds,
-            add=bool(by_torch), preferred=plan.gemm,
-        )  # fmt: skip
+        torch.addmm(dx, dy, weight, beta=float(bool(terms) or i > 0), out=dx)
     return dx
 
 
-def _factor(adapter: Adapter, settings: Settings) -> float:
-    return float(adapter.scale) / (1.0 - settings.dropout)
-
-
-def _seeds(outputs: Sequence[Output], settings: Settings) -> Iterator[list[Tensor | None]]:
+def _seeds(outputs: Sequence[Output], seeds: Tensor | None) -> Iterator[list[Tensor | None]]:
     """For each output its adapters' seeds, or None for each without dropout."""
-    if settings.seeds is None:
+    if seeds is None:
         return ([None] * len(output.adapters) for output in outputs)
-    return per_adapter(settings.seeds.split(1), outputs)
+    return per_adapter(seeds.split(1), outputs)
 
 
-def _join(seeds: Sequence[Tensor | None], settings: Settings) -> Tensor | None:
-    """These seeds as one tensor; no index is sent to the device for it."""
-    if settings.seeds is None or len(seeds) == len(settings.seeds):
-        return settings.seeds
-    return torch.cat([seed for seed in seeds if seed is not None])
+def _join(some: Sequence[Tensor | None], seeds: Tensor | None) -> Tensor | None:
+    """These of the call's seeds as one tensor; no index is sent to the device for it."""
+    if seeds is None or len(some) == len(seeds):
+        return seeds
+    return torch.cat([seed for seed in some if seed is not None])
 
 
 def _precision(x: Tensor) -> str:
     """How tensor cores may read float32; for the 16-bit dtypes it means nothing."""
-    if x.dtype != torch.float32 or not kernels.target_of(x.device).tf32:
+    target = kernels.target_of(x.device) if x.dtype == torch.float32 else None
+    if target is None or not target.tf32:
         return "ieee"
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         # Since torch 2.9: it follows the older switches, whose getters raise if this one was used.
@@ -292,7 +383,9 @@ def _precision(x: Tensor) -> str:
 
 def _current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

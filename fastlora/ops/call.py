@@ -1,20 +1,22 @@
 """One call of the op on a backend: what the autograd node and the registered op share."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..backends import Settings
-from ..projection import Output
+from ..projection import Layout, unflatten
 from .autocast import autocast_off
 
 
 def run_forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every output, with x's leading dimensions, and the h [M, r] of every adapter."""
-    ys, hs = settings.backend.forward(as_matrix(x), outputs, settings)
+    x, *tensors = inputs
+    ys, hs = settings.backend.forward([as_matrix(x), *tensors], seeds, settings)
     if x.dim() != 2:
         # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
         ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
@@ -23,39 +25,44 @@ def run_forward(
 
 def run_backward(
     dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
+    inputs: Sequence[Tensor],
     hs: Sequence[Tensor],
-    needs_x: bool,
-    needs: Sequence[Output[bool]],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
-    """The gradients of x and of the outputs' tensors, or None where nobody needs them."""
+) -> list[Tensor | None]:
+    """The gradient of each input that needs one, else None."""
+    x, *tensors = inputs
     dys = [None if dy is None else as_matrix(dy) for dy in dys]
     with autocast_off(x.device.type):
-        dx, gradients = settings.backend.backward(
-            dys, as_matrix(x), outputs, hs, needs_x, needs, settings
+        gradients = settings.backend.backward(
+            dys, [as_matrix(x), *tensors], hs, needs, seeds, settings
         )
+    dx = gradients[0]
     if dx is not None and x.dim() != 2:
-        dx = dx.view(x.shape)
-    return dx, gradients
+        gradients[0] = dx.view(x.shape)
+    return gradients
 
 
 def kept(
-    x: Tensor, hs: Sequence[Tensor], needs: Sequence[Output[bool]]
+    x: Tensor, hs: Sequence[Tensor], needs: Sequence[bool], layouts: tuple[Layout, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """What the backward will read of x and of every h, given which gradients are needed.
+    """What the backward will read of x and of every h, given which inputs need gradients."""
+    reads_x, reads_h = _is_read(tuple(needs), layouts)
+    read = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
+    return x if reads_x else None, read
 
-    The gradients of weight and lora_a are products with x, that of lora_b is one with h.
-    """
+
+@lru_cache(maxsize=1024)
+def _is_read(needs: tuple[bool, ...], layouts: tuple[Layout, ...]) -> tuple[bool, list[bool]]:
+    """The gradients of weight and lora_a are products with x, that of lora_b is one with h."""
     reads_x, reads_h = False, []
-    for base, adapters in needs:
+    for base, adapters in unflatten(needs[1:], layouts):
         reads_x = reads_x or base.weight
         for lora_a, lora_b, _ in adapters:
             reads_x = reads_x or lora_a
             reads_h.append(lora_b)
-    read = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
-    return x if reads_x else None, read
+    return reads_x, reads_h
 
 
 def stand_in(weight: Tensor, shape: torch.Size) -> Tensor:

@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..blocks import rows_at_a_time
+from ..projection import Base, Output
 from .call import are_batched
-from .functional import lora_linear
+from .functional import lora_linear, lora_linears
 from .norm import norm_of_rows, wide_dtype
 
 
@@ -54,7 +54,7 @@ def dora_linear(
         return GainFunction.apply(z, gain, bias)
     dropped = drop(x)
     y = GainFunction.apply(lora_linear(dropped, weight, lora_a, lora_b, scale=scale), gain, None)
-    return y + linear(x - dropped, weight, None if bias is None else bias.to(weight.dtype))
+    return y + lora_linears(x - dropped, [Output(Base(weight, bias))])[0]
 
 
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

@@ -7,118 +7,115 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Settings
-from ..projection import Layout, Output, flatten, per_adapter, unflatten
+from ..projection import Output, flatten, per_adapter, unflatten
 from .call import are_batched, kept, run_backward, run_forward, stand_in
 
-_ARGUMENTS = 3  # x, settings, layouts: before the tensors
+_ARGUMENTS = 2  # seeds and settings, before the inputs
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """One node for all outputs of one x.  It saves x, the outputs' tensors, the seeds and every h.
+    """One node for all outputs of one x.  It saves the inputs, the seeds and every h.
 
     x is left out if neither a lora_a nor a weight needs a gradient, an h if its lora_b needs none.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, settings: Settings, layouts: Sequence[Layout], *tensors: Tensor
+        ctx, seeds: Tensor | None, settings: Settings, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """``tensors`` are those of the outputs, laid flat: what autograd follows."""
-        ys, hs = run_forward(x, unflatten(tensors, layouts), settings)
-        kept_x, kept_hs = kept(x, hs, unflatten(ctx.needs_input_grad[_ARGUMENTS:], layouts))
-        ctx.save_for_backward(kept_x, settings.seeds, *tensors, *kept_hs)
-        ctx.call = layouts, settings.dropout, settings.backend, x.shape
+        """``inputs``: x, and the outputs' tensors, laid flat: what autograd follows."""
+        ys, hs = run_forward(inputs, seeds, settings)
+        x, *tensors = inputs
+        kept_x, kept_hs = kept(x, hs, ctx.needs_input_grad[_ARGUMENTS:], settings.layouts)
+        ctx.save_for_backward(seeds, kept_x, *tensors, *kept_hs)
+        ctx.settings, ctx.shape = settings, x.shape
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        layouts, dropout, backend, shape = ctx.call
-        x, seeds, *saved = ctx.saved_tensors
-        needs_x, _, _, *needs_flat = ctx.needs_input_grad
-        count = len(needs_flat)
-        outputs, hs = unflatten(saved, layouts), saved[count:]
-        needs, settings = unflatten(needs_flat, layouts), Settings(dropout, seeds, backend)
-        has_x = x is not None
+        settings, needs = ctx.settings, ctx.needs_input_grad[_ARGUMENTS:]
+        seeds, *saved = ctx.saved_tensors
+        inputs, hs = saved[: len(needs)], saved[len(needs) :]
+        has_x = inputs[0] is not None
         if not has_x:
             if all(dy is None for dy in dys):
-                return (None,) * (_ARGUMENTS + count)
-            x = stand_in(outputs[0].base.weight, shape)
+                return (None,) * (_ARGUMENTS + len(needs))
+            inputs[0] = stand_in(inputs[1], ctx.shape)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
-                x = torch.zeros_like(x, requires_grad=needs_x)
-            dx, gradients = _differentiable(dys, x, outputs, layouts, needs_x, needs, settings)
+                inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
+            gradients = _differentiable(dys, inputs, needs, seeds, settings)
             if not has_x:
-                gradients = _with_those_of_lora_b(gradients, dys, hs, outputs, needs)
+                gradients = _with_those_of_lora_b(gradients, dys, hs, inputs, needs, settings)
         else:
-            dx, gradients = run_backward(dys, x, outputs, hs, needs_x, needs, settings)
-        return dx, None, None, *flatten(gradients, layouts)
+            gradients = run_backward(dys, inputs, hs, needs, seeds, settings)
+        return None, None, *gradients
 
 
 def _differentiable(
     dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
-    layouts: Sequence[Layout],
-    needs_x: bool,
-    needs: Sequence[Output[bool]],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
+) -> list[Tensor | None]:
     """run_backward's gradients by torch's own operations: autograd's, of the textbook formula."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, since one tensor may be there twice, and each time has a gradient of its own.
-        x, *tensors = [t.view_as(t) for t in (x, *flatten(outputs, layouts))]
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
+        x, *tensors = inputs
         masks = None
-        if settings.seeds is not None:
+        if seeds is not None:
             shape = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
-            mask, p = settings.backend.dropout_mask, settings.dropout
-            masks = [mask(seed, shape, p) for seed in settings.seeds]
+            masks = [settings.backend.dropout_mask(seed, shape, settings.dropout) for seed in seeds]
         ys = reference.lora_linears(
             x,
-            unflatten([tensor.to(x.dtype) for tensor in tensors], layouts),
+            unflatten([tensor.to(x.dtype) for tensor in tensors], settings.layouts),
             dropout=settings.dropout,
             masks=masks,
         )
     used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
-    all_needs = [needs_x, *flatten(needs, layouts)]
-    leaves = [t for t, need in zip((x, *tensors), all_needs, strict=True) if need]
     if not used:
-        return None, unflatten([None] * len(tensors), layouts)
+        return [None] * len(inputs)
     asked = iter(
         torch.autograd.grad(
             [ys[i] for i in used],
-            leaves,
+            [tensor for tensor, need in zip(inputs, needs, strict=True) if need],
             [dys[i] for i in used],
             create_graph=create_graph,
             allow_unused=True,
         )
     )
-    dx, *gradients = [next(asked) if need else None for need in all_needs]
-    return dx, unflatten(gradients, layouts)
+    return [next(asked) if need else None for need in needs]
 
 
 def _with_those_of_lora_b(
-    gradients: Sequence[Output[Tensor | None]],
+    gradients: Sequence[Tensor | None],
     dys: Sequence[Tensor | None],
     hs: Sequence[Tensor | None],
-    outputs: Sequence[Output[Tensor]],
-    needs: Sequence[Output[bool]],
-) -> list[Output[Tensor | None]]:
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    settings: Settings,
+) -> list[Tensor | None]:
     """The gradients, with dyᵀ h for each lora_b, from the h that was kept where x wasn't.
 
     No gradient of theirs reaches x.
     """
-    found = []
-    per_output = zip(gradients, dys, per_adapter(hs, outputs), outputs, needs, strict=True)
+    dx, *flat = gradients
+    of_outputs = unflatten(flat, settings.layouts)
+    outputs = unflatten(inputs[1:], settings.layouts)
+    wanted, found = unflatten(needs[1:], settings.layouts), []
+    per_output = zip(of_outputs, dys, per_adapter(hs, outputs), outputs, wanted, strict=True)
     for (base, of_adapters), dy, thin, output, need in per_output:
         of_lora_b = [
-            _of_lora_b(dy, h, adapter.lora_b) if wanted.lora_b else None
-            for h, adapter, wanted in zip(thin, output.adapters, need.adapters, strict=True)
+            _of_lora_b(dy, h, adapter.lora_b) if wants.lora_b else None
+            for h, adapter, wants in zip(thin, output.adapters, need.adapters, strict=True)
         ]
         changed = [a._replace(lora_b=g) for a, g in zip(of_adapters, of_lora_b, strict=True)]
         found.append(Output(base, tuple(changed)))
-    return found
+    return [dx, *flatten(found, settings.layouts)]
 
 
 def _of_lora_b(dy: Tensor | None, h: Tensor | None, lora_b: Tensor) -> Tensor | None:

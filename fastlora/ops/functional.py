@@ -1,12 +1,13 @@
 """The functional API: checks, autocast, the seeds, and the way to the node or the op."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends import Settings, backend_name, find_backend
 from ..projection import (
+    Layout,
     Output,
     Projection,
     as_outputs,
@@ -21,6 +22,7 @@ from ..projection import (
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import run_forward
 from .function import LoRALinearFunction
+from .kinds import kind_of, known, remember
 from .library import call_registered
 from .textbook import needs_textbook, textbook
 
@@ -82,27 +84,40 @@ def lora_linears(
     may differ between the projections.  dx is summed in the order given.  A projection whose weight
     is None is one more adapter of the layer before it, and has no output of its own.
     """
-    if not is_plain(x):
-        check_tensor("x", x)
-    outputs: Sequence[Output[Tensor]] = as_outputs(projections)
-    device = x.device.type
-    autocast = autocast_is_on(device)
-    check_call(x, outputs, dropout, training, autocast)
+    kind, settings = None, None
+    inputs: list[Tensor] = []
+    if is_plain(x) and not torch.compiler.is_compiling():
+        kind, inputs = kind_of(x, projections, dropout, training, backend)
+        settings = known(kind)
     try:
+        if settings is not None:
+            return _run(inputs, settings)
+        outputs: Sequence[Output[Tensor]] = _checked(x, projections, dropout, training)
         if needs_textbook(x):
             return textbook(x, outputs, dropout if training else 0.0)
-        if not autocast:
-            return _call(x, outputs, dropout, training, backend)
+        device = x.device.type
+        if not autocast_is_on(device):
+            return _call(x, outputs, dropout, training, backend, kind)
         x, outputs = autocast_inputs(x, outputs)
         with autocast_off(device):
             return _call(x, outputs, dropout, training, backend)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
-        reason = _why_torch_refuses(x, outputs)
+        reason = _why_torch_refuses(x, as_outputs(projections))
         if reason:
             raise TypeError(reason) from error
         raise
+
+
+def _checked(
+    x: Tensor, projections: Sequence[Projection | Output], dropout: float, training: bool
+) -> list[Output[Tensor]]:
+    if not is_plain(x):
+        check_tensor("x", x)
+    outputs = as_outputs(projections)
+    check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
+    return outputs
 
 
 def _call(
@@ -111,11 +126,11 @@ def _call(
     dropout: float,
     training: bool,
     backend: str | None,
+    kind: Hashable = None,
 ) -> tuple[Tensor, ...]:
-    seeds, count = None, sum([len(output.adapters) for output in outputs])
-    if dropout and training and count:
-        seeds = draw_seed(count, x.device)
-    else:
+    """The outputs of a call that passed the checks, which is of this kind if it has one."""
+    layouts = layouts_of(outputs)
+    if not training or not any(layout.scales for layout in layouts):
         dropout = 0.0
     if (
         torch.compiler.is_compiling()
@@ -123,12 +138,26 @@ def _call(
         or torch._C._len_torch_dispatch_stack()  # selective checkpointing, a FLOP counter …
     ):  # these go through the dispatcher
         name = "" if backend is None else backend_name(backend)
+        seeds = _seeds(layouts, dropout, x.device)
         return call_registered(x, outputs, dropout, seeds, name)
-    settings = Settings(dropout, seeds, find_backend(backend, x.device))
+    settings = Settings(layouts, dropout, find_backend(backend, x.device), {})
+    if kind is not None:
+        remember(kind, settings)
+    return _run([x, *flatten(outputs, layouts)], settings)
+
+
+def _run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
+    seeds = _seeds(settings.layouts, settings.dropout, inputs[0].device)
     if torch.is_grad_enabled():
-        layouts = layouts_of(outputs)
-        return LoRALinearFunction.apply(x, settings, layouts, *flatten(outputs, layouts))
-    return tuple(run_forward(x, outputs, settings)[0])
+        return LoRALinearFunction.apply(seeds, settings, *inputs)
+    return tuple(run_forward(inputs, seeds, settings)[0])
+
+
+def _seeds(layouts: Sequence[Layout], dropout: float, device: torch.device) -> Tensor | None:
+    """One for each adapter of a call with dropout."""
+    if not dropout:
+        return None
+    return draw_seed(sum([len(layout.scales) for layout in layouts]), device)
 
 
 def draw_seed(count: int, device: torch.device) -> Tensor:
@@ -139,7 +168,10 @@ def draw_seed(count: int, device: torch.device) -> Tensor:
 def _why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
     """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
     if x.is_nested:
-        return f"torch.nn.functional.linear can't take this nested x, of {x.dim()} dimensions"
+        return (
+            f"x is nested and has {x.dim()} dimensions, and torch.nn.functional.linear takes 3, "
+            "[parts, rows, in_features]: make it contiguous, or jagged (layout=torch.jagged)"
+        )
     named = [pair for output in outputs for pair in named_tensors(output)]
     for name, tensor in (("x", x), *named):
         if tensor is None:

@@ -51,34 +51,33 @@ def call_registered(
 
 def _layouts(
     biases: Sequence[bool], adapters: Sequence[int], scales: Sequence[float]
-) -> list[Layout]:
+) -> tuple[Layout, ...]:
     left = iter(scales)
-    return [
-        Layout(has_bias, tuple([next(left) for _ in range(count)]))
-        for has_bias, count in zip(biases, adapters, strict=True)
-    ]
+    return tuple(
+        [
+            Layout(has_bias, tuple([next(left) for _ in range(count)]))
+            for has_bias, count in zip(biases, adapters, strict=True)
+        ]
+    )
 
 
 @torch.library.impl(LIBRARY, "lora_linears", "CompositeExplicitAutograd")
 def _lora_linears(x, tensors, biases, adapters, scales, dropout, seeds, backend):
-    outputs = unflatten(tensors, _layouts(biases, adapters, scales))
-    settings = Settings(dropout, seeds, find_backend(backend or None, x.device))
+    backend = find_backend(backend or None, x.device)
+    settings = Settings(_layouts(biases, adapters, scales), dropout, backend)
     with autocast_off(x.device.type):
-        return run_forward(x, outputs, settings)
+        return run_forward([x, *tensors], seeds, settings)
 
 
 @torch.library.impl(LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
 def _lora_linears_backward(
     dys, x, tensors, hs, needs, biases, adapters, scales, dropout, seeds, backend
 ):
-    layouts = _layouts(biases, adapters, scales)
-    outputs, (needs_x, *needs) = unflatten(tensors, layouts), needs
-    settings = Settings(dropout, seeds, find_backend(backend or None, x.device))
+    backend = find_backend(backend or None, x.device)
+    settings = Settings(_layouts(biases, adapters, scales), dropout, backend)
     with torch.no_grad():
-        dx, gradients = run_backward(
-            dys, x, outputs, hs, needs_x, unflatten(needs, layouts), settings
-        )
-    return [g for g in (dx, *flatten(gradients, layouts)) if g is not None]
+        gradients = run_backward(dys, [x, *tensors], hs, needs, seeds, settings)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @torch.library.register_fake("fastlora::lora_linears", lib=LIBRARY)
@@ -86,7 +85,9 @@ def _fake_lora_linears(x, tensors, biases, adapters, scales, dropout, seeds, bac
     outputs = unflatten(tensors, _layouts(biases, adapters, scales))
     tokens = math.prod(x.shape[:-1])
     ys = [x.new_empty(*x.shape[:-1], output.base.weight.shape[0]) for output in outputs]
-    return ys, [x.new_empty(tokens, a.lora_a.shape[0]) for o in outputs for a in o.adapters]
+    ranks = [adapter.lora_a.shape[0] for output in outputs for adapter in output.adapters]
+    dtype = find_backend(backend or None, x.device).h_dtype(x.dtype, x.device)
+    return ys, [x.new_empty(tokens, r, dtype=dtype) for r in ranks]
 
 
 @torch.library.register_fake("fastlora::lora_linears_backward", lib=LIBRARY)
@@ -102,8 +103,8 @@ def _fake_lora_linears_backward(
 
 def _setup_context(ctx, inputs, output):
     x, tensors, *layout, dropout, seeds, backend = inputs
-    needs = unflatten([tensor.requires_grad for tensor in tensors], _layouts(*layout))
-    kept_x, kept_hs = kept(x, output[1], needs)
+    needs = [tensor.requires_grad for tensor in (x, *tensors)]
+    kept_x, kept_hs = kept(x, output[1], needs, _layouts(*layout))
     ctx.save_for_backward(kept_x, seeds, *tensors, *kept_hs)
     ctx.layout, ctx.dropout, ctx.backend, ctx.shape = layout, dropout, backend, x.shape
     ctx.count = len(tensors)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..blocks import rows_at_a_time
+from ..blocks import Dense, buffer_for, widened
 from .autocast import autocast_off
 
 
@@ -18,8 +18,7 @@ def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -
         wide = wide_dtype(weight)
         down, up = lora_a.to(wide), lora_b.to(wide)
         norms, products = [], []
-        for rows in weight.split(rows_at_a_time(weight)):
-            rows = rows.to(wide)
+        for _, rows in widened(Dense(weight), buffer_for(weight, wide)):
             norms.append(torch.linalg.vector_norm(rows, dim=1))
             products.append(rows @ down.T)
         cross, own = torch.cat(products), up @ (down @ down.T)

@@ -1,33 +1,21 @@
-"""What the compiler makes of every kernel and config, for GPUs that nobody needs to have here.
-
-``FASTLORA_COMPILE_TRITON`` names a folder with another Triton, which then compiles.
-"""
+"""What the compiler makes of every kernel and config, for GPUs that nobody needs to have here."""
 
 import json
-import os
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 
 import pytest
-from process import run_python
+from process import run_without_interpreter
 
 from fastlora.kernels.config import DEFAULTS
-
-ROOT = Path(__file__).parents[2]
-
-
-def in_subprocess(*arguments: str) -> str:
-    """Python's output: this process may have imported the kernels to interpret them."""
-    other_triton = os.environ.get("FASTLORA_COMPILE_TRITON", "")
-    return run_python(*arguments, cwd=ROOT, TRITON_INTERPRET=None, PYTHONPATH=other_triton)
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
 def rows(request, tmp_path_factory):
     """The report on one target."""
     path = tmp_path_factory.mktemp("compile") / "report.json"
-    in_subprocess("-m", "tools.compile_report", "--target", request.param, "--json", str(path))
+    report = ("-m", "tools.compile_report", "--target", request.param, "--json", path)
+    run_without_interpreter(*report)
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
@@ -99,7 +87,7 @@ def launches_without_compiling(script: str) -> list[str]:
         "words = ('y bias', 'y,h M16', 'dx n2 mask', 'dx+', 'h M100 mask', 'dA', 'dB,dh')\n"
         "for launch in (each for w in words for each in launches(_case('sm_90', None, w))):\n"
     )
-    return in_subprocess("-c", calls + "    " + script).splitlines()
+    return run_without_interpreter("-c", calls + "    " + script).splitlines()
 
 
 def test_a_launch_compares_no_global_value():
@@ -134,7 +122,7 @@ def test_a_config_that_spills_is_seen_and_refused():
         "config._MOST_SUMS = 10**6  # or it would not be launched\n"
         "print(json.dumps([refused, *report.rows_of(case)]))\n"
     )
-    refused, row = json.loads(in_subprocess("-c", script))
+    refused, row = json.loads(run_without_interpreter("-c", script))
     assert row["compiled"]["spills"] > 0
     assert row["compiled"]["stack"] > 64
     assert "registers" in refused

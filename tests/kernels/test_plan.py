@@ -12,16 +12,16 @@ from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
 from fastlora.kernels.target import TARGETS, target_of, use_target
-from fastlora.projection import Projection, as_outputs
+from fastlora.projection import Layout
 
 CPU = torch.device("cpu")
 
 
-def planned(m=4096, n=4096, k=4096, r=16, ranks=None, masked=False, width=None):
+def planned(m=4096, n=4096, k=4096, r=16, ranks=None, masked=False, backward=False, width=None):
     """For x [m, width], as wide as the depth k unless that is a group's."""
     x = torch.empty(m, width or k, dtype=torch.bfloat16, device="meta")
     with use_target(TARGETS["sm_90"]):
-        return plan_for(x, n, k, ranks or [r], "ieee", masked)
+        return plan_for(x, n, k, ranks or [r], "ieee", masked=masked, backward=backward)
 
 
 @pytest.fixture
@@ -48,9 +48,11 @@ def launched(m, n, k, r, dtype=torch.bfloat16, name="sm_90") -> list[Launch]:
     x, weight, lora_a, lora_b = (
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (r, k), (n, r))
     )
-    outputs, records = as_outputs([Projection(weight, lora_a, lora_b)]), []
+    records: list[Launch] = []
     with use_target(TARGETS[name]), intercept(records.append):
-        triton.forward(x, outputs, Settings(0.0, None, triton))
+        triton.forward(
+            [x, weight, lora_a, lora_b], None, Settings((Layout(False, (1.0,)),), 0.0, triton)
+        )
     return records
 
 
@@ -60,11 +62,11 @@ def launched(m, n, k, r, dtype=torch.bfloat16, name="sm_90") -> list[Launch]:
     [
         (name, dtype)
         for name, dtype in product(TARGETS, [torch.bfloat16, torch.float16, torch.float32])
-        if (name, dtype) != ("gfx11", torch.float32)
+        if (name, dtype) != ("gfx11", torch.float32) and (name != "sm_90" or dtype == torch.float32)
     ],
     ids=str,
 )
-def test_a_target_that_nobody_measured_multiplies_with_torch(name, m, dtype):
+def test_a_target_that_nobody_measured_or_modelled_multiplies_with_torch(name, m, dtype):
     """And launches the sum with the adapter; the interpreter takes the fused kernel.
 
     gfx11's tensor cores have no float32, which runs on torch alone.
@@ -81,8 +83,29 @@ def test_a_shipped_row_is_the_plan_of_its_own_call_and_fits_it(shipped):
         shipped.m, shipped.n, shipped.r, shipped.itemsize, "ieee",
         shipped.projections, shipped.masked,
     )  # fmt: skip
-    assert plans._nearest(target, call, shipped.k) == shipped.plan
+    assert plans._nearest(target, call, shipped.k, shipped.backward) == shipped.plan
     assert shipped.plan.gemm is None or not shipped.plan.gemm.why_not(target, call)
+
+
+@pytest.mark.parametrize(
+    ("plan", "call"),
+    [
+        (FUSED, {"m": 1}),
+        (FUSED, {"m": 64, "k": 14336}),
+        (IN_PLACE, {"m": 64, "backward": True}),
+        (IN_PLACE, {"m": 16, "masked": True}),
+        (IN_PLACE, {"m": 65}),
+        (IN_PLACE, {"m": 512, "k": 1024}),
+        (FUSED, {"m": 2048, "k": 1024}),
+        (FUSED, {"m": 2048, "k": 2048, "n": 14336}),
+        (FUSED, {"m": 16384, "k": 2048, "masked": True, "backward": True}),
+        (IN_PLACE, {"m": 16384, "k": 3072}),
+        (IN_PLACE, {"m": 8192, "k": 6144, "ranks": [16] * 3, "width": 4096, "backward": True}),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
+)
+def test_an_h100_follows_the_model_of_time(plan, call):
+    assert planned(**call) == plan
 
 
 TUNED = Plan(fused=True, gemm=GemmConfig(16, 32, 64, warps=4, stages=3))

@@ -17,7 +17,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import LoRAConfig, LoRALinear, adapted
+from fastlora import LoRAConfig, LoRALinear, adapted, blocks
 from fastlora.modules import lora_layers
 
 MODELS = {"gpt2": gpt2, "falcon": falcon}
@@ -164,7 +164,7 @@ def is_target(make, name: str) -> bool:
 @pytest.mark.parametrize("rows", [7, 10**6])
 @every_model
 def test_merged_weights_are_peft_s(make, rows, monkeypatch):
-    monkeypatch.setattr(adapted, "rows_at_a_time", lambda _: rows)
+    monkeypatch.setattr(blocks, "rows_at_a_time", lambda _: rows)
     our, their = twins(make)
     before, y = snapshot(our), logits(our)
     fastlora.merge_lora(our)

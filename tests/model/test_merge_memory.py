@@ -78,10 +78,10 @@ def test_an_interruption_changes_nothing(monkeypatch, call):
 
 
 def test_blocks_give_the_sum_of_the_whole(monkeypatch):
-    from fastlora import adapted as layer_module
+    from fastlora import blocks
 
     model = adapted(torch.float32)
     whole = model[0].weight + model[0].scaling * model[0].lora_B @ model[0].lora_A
     for rows in (1000, 4096, 10**6):
-        monkeypatch.setattr(layer_module, "rows_at_a_time", lambda _, rows=rows: rows)
+        monkeypatch.setattr(blocks, "rows_at_a_time", lambda _, rows=rows: rows)
         torch.testing.assert_close(model[0].merged_weight(), whole, rtol=1e-6, atol=1e-6)

@@ -7,6 +7,7 @@ from memory import saved_bytes
 from torch import nn
 
 from fastlora import reference
+from fastlora.backends import find_backend
 from fastlora.ops import dora_linear, dora_norm
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
@@ -166,7 +167,8 @@ def test_it_keeps_x_h_and_one_output(drop):
     """
     tensors = make((64, 32), 48, 4, torch.bfloat16, torch.float32, True)
     storages = saved_bytes(lambda: dora_linear(**tensors, scale=0.5, drop=drop), tensors.values())
-    x_bytes, h_bytes, y_bytes, vectors = 64 * 32 * 2, 64 * 4 * 2, 64 * 48 * 2, 48 * 4
+    x_bytes, y_bytes, vectors = 64 * 32 * 2, 64 * 48 * 2, 48 * 4
+    h_bytes = 64 * 4 * find_backend().h_dtype(torch.bfloat16, torch.get_default_device()).itemsize
     dropped = [] if drop is None else [x_bytes, x_bytes]
     kept = sorted(size for size in storages.values() if size > vectors)
     assert kept == [h_bytes, *dropped, y_bytes]

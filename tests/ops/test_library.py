@@ -47,7 +47,7 @@ def test_the_op_and_the_eager_node_agree(p):
     ys, _ = torch.ops.fastlora.lora_linears(x, tensors, *layout, p, seeds, "")
     by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
     layouts = (Layout(True, (0.5,)), Layout(False, (0.25, 2.0)), Layout(False, ()))
-    ys = LoRALinearFunction.apply(x, Settings(p, seeds, find_backend()), layouts, *tensors)
+    ys = LoRALinearFunction.apply(seeds, Settings(layouts, p, find_backend()), x, *tensors)
     by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
     assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
 

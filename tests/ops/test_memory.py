@@ -6,6 +6,7 @@ from judge import make_projection
 from memory import saved_bytes
 
 import fastlora
+from fastlora.backends import find_backend
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -17,8 +18,8 @@ def test_saves_x_and_h_only(p, adapter_dtype):
     group = [make_projection(32, 128, r, torch.bfloat16, adapter_dtype, bias=True) for r in (4, 8)]
     given = [x, *(tensor for projection in group for tensor in projection[:4])]
     storages = saved_bytes(lambda: fastlora.lora_linears(x, group, dropout=p), apart_from=given)
-    seed = 2 * 8 if p else 0
-    assert sum(storages.values()) == 64 * (4 + 8) * 2 + seed
+    seed, of_h = 2 * 8 if p else 0, find_backend().h_dtype(x.dtype, x.device).itemsize
+    assert sum(storages.values()) == 64 * (4 + 8) * of_h + seed
 
 
 def test_saved_tensors_are_not_written_over():

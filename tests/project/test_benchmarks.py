@@ -1,5 +1,6 @@
 """The benchmarks: what is wrong gets no time, and another commit is really another commit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process import run_without_interpreter
 from torch import nn
 
 import fastlora
@@ -115,6 +117,25 @@ def test_a_results_file_is_what_was_measured(tmp_path):
     [line] = [line for line in printed.splitlines() if f"{CASE.id} | both" in line]
     assert f"| {median:.3f} |" in line
     assert machine["cpu"] in printed
+
+
+def test_the_time_of_the_host_is_taken_without_a_gpu(tmp_path):
+    file = tmp_path / "benchmark.json"
+    row_alone = ("--host", "-k", "layer-16x and p0.1", f"--benchmark-json={file}")
+    run_without_interpreter("-m", "pytest", "benchmarks", "-p", "no:cacheprovider", *row_alone)
+    [benchmark] = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    row = benchmark["extra_info"]
+    tiny, real = {"peft", "frozen"}, {"peft, optimized", "fused", "in place", "fastlora"}
+    assert set(row["seconds"]["both"]) == tiny | real | {"torch backend"}
+    assert row["kernels"].keys() == tiny | real
+    assert row["kernels"]["frozen"] == 2  # y and dx
+    for quantity, medians in row["seconds"].items():
+        for name, median in medians.items():
+            assert 0 < row["tenths"][quantity][name] <= median
+    assert [target["ratio"] for target in row["targets"]] == [
+        "fastlora/peft",
+        "peft, optimized/peft",
+    ]
 
 
 def test_every_case_has_an_id_of_its_own():

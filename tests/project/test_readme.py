@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TABLE = re.compile(r"<!-- (benchmarks/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S)
+TABLE = re.compile(r"<!-- ((?:benchmarks|examples)/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S)
 TABLES = [(page, *found) for page in PAGES for found in TABLE.findall(page.read_text())]
 # Fenced code is no prose: its links and its lines are not read.
 PROSE = {page: re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M) for page in PAGES}

@@ -23,3 +23,13 @@ def run_python(
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.strip()
+
+
+def run_without_interpreter(*arguments: str | Path) -> str:
+    """As :func:`run_python`, in the repository: for what may not interpret the kernels.
+
+    ``FASTLORA_COMPILE_TRITON`` names a folder with another Triton, which then takes part.
+    """
+    other_triton = os.environ.get("FASTLORA_COMPILE_TRITON", "")
+    root = Path(__file__).parents[2]
+    return run_python(*arguments, cwd=root, TRITON_INTERPRET=None, PYTHONPATH=other_triton)

@@ -68,9 +68,9 @@ _CHOSEN = (
 )  # fmt: skip
 
 
-def cases(target: str, quick: bool = False) -> list[Case]:
-    """Every row of the target's tables, in each form that it fits; ``quick``: the first forms."""
-    found = [] if quick else [_case(target, None, words) for words in _CHOSEN]
+def cases(target: str) -> list[Case]:
+    """Every row of the target's tables, in each form that it fits."""
+    found = [_case(target, None, words) for words in _CHOSEN]
     for kernel, product, rows in _tables(target):
         common, more = _FORMS[kernel]
         dtype = {"16-bit": "bf16", "tf32": "f32-tf32", "float32": "f32-ieee"}[product]
@@ -78,7 +78,7 @@ def cases(target: str, quick: bool = False) -> list[Case]:
             loaders = [config]
             if i == 0 and getattr(config, "descriptors", False):
                 loaders.append(replace(config, descriptors=False))
-            variants = common + more * (i < 2 and dtype == "bf16" and not quick)
+            variants = common + more * (i < 2 and dtype == "bf16")
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
     hardware, unique = TARGETS[target], dict.fromkeys(found)
     return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]

@@ -1,0 +1,56 @@
+"""What a forward and a backward on a GPU cost the host, without a GPU: ``make bench ARGS=host``.
+
+The Triton backend runs on tests/support/cuda_standin.py: layers of real sizes, for these decide
+launches, and every call down to the driver, which launches nothing.  All else is tiny, on one
+thread, so that only calls take time: PEFT's layer, base products, the others.
+
+To the measured ``both`` comes a modelled one: on a GPU each of torch's kernels costs the host some
+3 µs more (but three of dropout's are one there).  What nobody adds: the Triton backend's look-up of
+device and stream, the driver's part of a launch.  Nothing is judged, since nothing runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import cuda_standin
+import torch
+
+import fastlora
+
+from .cases import Case
+from .clock import HostClock
+from .contestants import make_tensors, makers_for
+from .measure import Rounds, Step, row_of, step_of, threads_for
+
+TINY = ("peft", "frozen", "torch backend")
+# The last is by the default plan.  Optimized layers of one x would really sum their large dx.
+REAL = ("peft, optimized", "fused", "in place", "fastlora")
+
+
+def measure(case: Case, run: Callable[[Rounds], None]) -> dict:
+    """A row.  ``kernels`` of a step: torch's, and Triton's."""
+    clock, steps, kernels = HostClock(torch.device("cpu")), {}, {}
+    small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4)
+    with fastlora.use_backend("triton"), threads_for(case):
+        for each, names in ((small, TINY), (case, REAL[len(case.outputs) > 1 :])):
+            tensors = make_tensors(each, clock.device)
+            for name in names:
+                contestant = makers_for(each)[name](each, tensors, case.dropout)
+                step = step_of(each, contestant, tensors, clock)
+                with cuda_standin.counted() as launches:
+                    step()
+                with cuda_standin.TorchKernels() as products:  # the torch backend's are one op
+                    step()
+                kernels[name] = [products.total, launches.total]
+                steps[name] = with_modelled(step, products.total)
+        rounds = Rounds(steps)
+        run(rounds)
+    return row_of(case, rounds.summary(), kernels=kernels, failures={})
+
+
+def with_modelled(step: Step, kernels: int) -> Step:
+    def run() -> dict[str, float]:
+        seconds = step()
+        return seconds | {"modelled": seconds["both"] + 3e-6 * kernels}
+
+    return run

@@ -1,0 +1,46 @@
+"""The results of a demo as Markdown, as in ``python examples/table.py out/loss.json``.
+
+It needs Python alone.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from report import pipes
+
+
+def table(report: dict) -> str:
+    """A column for each side, and its ratios to PEFT."""
+    results, step_time = report["results"], report.get("step_time_over_peft")
+    names = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
+    rows = (
+        ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
+        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
+        ("tokens / s, median step", lambda side: side["tokens_per_second"], "{:.0f}"),
+        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"] / 2**20, "{:.0f}"),
+        ("kept for the backward, MiB", lambda side: side["kept_for_backward"] / 2**20, "{:.0f}"),
+    )
+    sides = [side for side in names if side in results]
+    others = [side for side in sides if side != "PEFT"]
+    lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]
+    for title, value, form in rows:
+        values = {side: value(results[side]) for side in sides}
+        cells = [form.format(values[side]) for side in sides]
+        by_pairs = step_time and title.startswith("tokens")  # its ratio is a row of its own
+        cells += ["" if by_pairs else f"{values[side] / values['PEFT']:.2f}" for side in others]
+        lines.append((title, *cells))
+    if step_time:
+        title = "step time / PEFT's, median of pairs (quartiles)"
+        cells = [""] * len(sides)
+        for side in others:
+            low, high = step_time[side]["quartiles"]
+            cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
+        lines.append((title, *cells))
+    return pipes(lines)
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,215 @@
+"""The matrix products of the torch backend; in float32 where this CPU multiplies 16 bits slowly.
+
+Most CPUs have no 16-bit products (AVX512-BF16, AMX, Arm's bf16).  There torch multiplies bfloat16
+and float16 number by number, dy weight worst of all.  A call of these dtypes *runs wide* on such a
+CPU: x goes through in blocks of rows that are float32, and so are adapters, h and sums; the weight
+and dy, which are large, are widened a block at a time, here.  What comes out is rounded once, so it
+is closer to the truth than torch's own product.  Everywhere else each function is torch's product.
+
+Who runs wide is decided once for a process and dtype: not if torch says that oneDNN multiplies it;
+else by a measurement, at the first call that would.  Nothing is measured at import or while
+compiling.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..blocks import Dense, widened
+from ..projection import Output
+
+# For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
+FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
+
+_FLAGS = {  # torch's, of 16-bit dtypes
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+# A 16-bit product that takes longer than this many float32 ones is slow: where torch has none of
+# its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
+_SLOW = 4.0
+_SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
+# Elements of a widened block of the weight: 2 MiB.  Half of that took 0.95 to 1.05 of the time,
+# measured on a Xeon kept to AVX2 at 64 to 512 rows.
+_BLOCK = 2**19
+# Rows of x (4 MiB, but enough rows to pay for widening the weight) and of the weight in a block.
+_FEWEST_ROWS, _MOST_ROWS, _FEWEST_OF_WEIGHT = 256, 512, 64
+
+
+def are_wide(x: Tensor) -> bool:
+    """Whether products with x run in float32 in the place of its own dtype."""
+    if x.dtype not in _FLAGS or x.device.type != "cpu" or not len(x):
+        return False
+    return is_slow(x.dtype)
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether a CPU's calls of this 16-bit dtype run wide."""
+    return _is_slow(dtype) if FORCED is None else FORCED
+
+
+def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which h is kept, for x of this dtype and device.
+
+    float32 where calls may run wide.  It measures nothing, so it can be asked while compiling.
+    """
+    if dtype not in _FLAGS or device.type != "cpu":
+        return dtype
+    may_be_wide = not _torch_has(dtype) if FORCED is None else FORCED
+    return torch.float32 if may_be_wide else dtype
+
+
+@cache
+def _torch_has(dtype: torch.dtype) -> bool:
+    """Whether torch says that oneDNN multiplies this dtype on this CPU."""
+    flag = getattr(torch.ops.mkldnn, _FLAGS[dtype], None)
+    return flag is not None and flag()
+
+
+@cache
+def _is_slow(dtype: torch.dtype) -> bool:
+    return not _torch_has(dtype) and _time(dtype) > _SLOW * _time(torch.float32)
+
+
+def _time(dtype: torch.dtype) -> float:
+    """Seconds of a small dy weight, at best."""
+    m, n, k = _SHAPE
+    dy, weight = torch.ones(m, n, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    times = []
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        torch.mm(dy, weight)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class _Scratch(threading.local):
+    """Float32 buffers that a thread keeps between calls, one for each use.
+
+    Fresh pages would take longer than what is done in them.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, use: str, rows: int, columns: int) -> Tensor:
+        """A matrix with anything in it, its own until the next one for this use is taken."""
+        size, buffer = rows * columns, self.buffers.get(use)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):  # a buffer made inside could not be used outside
+                buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+            if size <= 2 * _BLOCK:
+                self.buffers[use] = buffer
+        return buffer[:size].view(rows, columns)
+
+    def take_like(self, use: str, matrix: Tensor, rows: int) -> Tensor:
+        """The same for so many rows of this matrix: another order would be 70 times as slow."""
+        columns = matrix.shape[1]
+        if matrix.stride(0) < matrix.stride(1):
+            return self.take(use, columns, rows).T
+        return self.take(use, rows, columns)
+
+    def widen(self, use: str, matrix: Tensor) -> Tensor:
+        """The matrix in float32, until the next one for this use is taken."""
+        return self.take_like(use, matrix, len(matrix)).copy_(matrix)
+
+
+SCRATCH = _Scratch()
+
+
+def wide_rows(x: Tensor, fewest: int | None = None) -> Iterable[slice]:
+    """The blocks of x's rows in which a wide call goes."""
+    fewest = _FEWEST_ROWS if fewest is None else fewest
+    step = max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1]))
+    return (slice(first, first + step) for first in range(0, len(x), step))
+
+
+def _rows_of_weight(columns: int) -> int:
+    """In a block; no more than make one of y with the most rows of x."""
+    return max(_FEWEST_OF_WEIGHT, _BLOCK // max(columns, 2 * _MOST_ROWS))
+
+
+def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of the weight, and they in float32."""
+    rows = min(len(weight), _rows_of_weight(weight.shape[1]))
+    buffer = SCRATCH.take_like("weight", weight, rows)
+    return widened(Dense(weight), buffer)
+
+
+def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Tensor]) -> None:
+    """x weightᵀ + bias + Σ h lora_bᵀ, rounded once to ``out``.
+
+    All are float32 but ``out`` and the weight.
+    """
+    (weight, bias), adapters = output
+    for rows, some in _wide_weight(weight):
+        y = SCRATCH.take("part", len(x), len(some))
+        if bias is None:
+            torch.mm(x, some.T, out=y)
+        else:
+            torch.addmm(bias[rows], x, some.T, out=y)
+        for h, adapter in zip(hs, adapters, strict=True):
+            y.addmm_(h, adapter.lora_b[rows].T)
+        out[:, rows] = y
+
+
+def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx + dy weight, in place if there is a dx, in ``dtype``."""
+    if weight.dtype == dtype:
+        return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+    beta = 0.0 if dx is None else 1.0
+    if dx is None:
+        dx = SCRATCH.take("dx", len(dy), weight.shape[1])
+    for rows, some in _wide_weight(weight):
+        part = SCRATCH.widen("part", dy[:, rows])
+        torch.addmm(dx, part, some, beta=beta, out=dx)
+        beta = 1.0
+    return dx
+
+
+def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """factor · left right, scaled in the accumulator, before the product is rounded."""
+    if out is None:
+        out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left right, in place."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left, right))
+
+
+def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
+    """dyᵀ h, [N, r]."""
+    if len(h) >= 256 and h.dtype == torch.float32:
+        # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
+        return torch.mm(h.T, dy).T.contiguous()
+    return torch.mm(dy.T, h)
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dyᵀ x, [N, K]."""
+    if not are_wide(x):
+        return torch.mm(dy.T, x)
+    out = x.new_empty(dy.shape[1], x.shape[1])
+    step = _rows_of_weight(x.shape[1])
+    for first in range(0, len(out), step):
+        some, total = slice(first, first + step), None
+        for rows in wide_rows(x):
+            left, right = SCRATCH.widen("part", dy[rows, some]).T, SCRATCH.widen("x", x[rows])
+            total = torch.mm(left, right) if total is None else total.addmm_(left, right)
+        assert total is not None  # a wide x has rows
+        out[some] = total
+    return out
+
+
+def cast(tensor, dtype):
+    """The tensor in this dtype; None stays None."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

@@ -1,0 +1,12 @@
+"""Dtypes by their names."""
+
+import torch
+
+from ..projection import DTYPES
+
+NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+HALF = (torch.bfloat16, torch.float16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

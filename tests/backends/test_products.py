@@ -1,0 +1,452 @@
+"""16-bit products that run in float32, forced on any CPU; and the decision who needs them."""
+
+import threading
+
+import pytest
+import torch
+from judge import check_against_oracle, make_outputs, make_projection, run_fastlora
+from memory import peak_bytes, saved_bytes
+from process import run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlora
+from fastlora import reference
+from fastlora.backends import Settings, products
+from fastlora.backends import torch as torch_backend
+from fastlora.ops import dora
+from fastlora.ops.functional import draw_seed
+from fastlora.projection import as_outputs, flatten, layouts_of
+
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32": (torch.bfloat16, torch.float32),
+    "f16": (torch.float16, torch.float16),
+    "f16-f32": (torch.float16, torch.float32),
+}
+dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
+half_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+dropouts = pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+
+
+@pytest.fixture(autouse=True)
+def torch_backend_only():
+    with fastlora.use_backend("torch"):
+        yield
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Every 16-bit call on a CPU runs in float32."""
+    monkeypatch.setattr(products, "FORCED", True)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch, wide):
+    """… in blocks of 8 rows of x and 4 of the weight."""
+    monkeypatch.setattr(products, "_BLOCK", 0)
+    monkeypatch.setattr(products, "_FEWEST_ROWS", 8)
+    monkeypatch.setattr(products, "_FEWEST_OF_WEIGHT", 4)
+
+
+def make_x(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@pytest.mark.usefixtures("wide", "poisoned_memory")
+@dtypes
+@dropouts
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(0, 5, 3), (1, 17, 33), (33, 1, 7), (5, 3, 1), (70, 67, 65)]
+)
+def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
+    projection = make_projection(n, k, 8, dtype, adapter_dtype, bias)
+    check_against_oracle(make_x(m, k, dtype=dtype), [projection], p)
+
+
+@pytest.mark.usefixtures("small_blocks", "poisoned_memory")
+@dropouts
+@pytest.mark.parametrize("m", [7, 8, 9, 17])
+@pytest.mark.parametrize("n", [3, 4, 5, 9])
+def test_blocks_at_their_edges(m, n, p):
+    projection = make_projection(n, 10, 3, torch.bfloat16, torch.float32, bias=True)
+    check_against_oracle(make_x(m, 10, dtype=torch.bfloat16), [projection], p)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@dtypes
+@dropouts
+def test_outputs_with_one_adapter_with_several_and_with_none(dtype, adapter_dtype, p):
+    x = make_x(3, 7, 16, dtype=dtype)
+    check_against_oracle(x, make_outputs(dtype, adapter_dtype), p)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_weight_that_trains():
+    projection = make_projection(9, 10, 3, torch.bfloat16, torch.float32, bias=True)
+    projection.weight.requires_grad_()
+    check_against_oracle(make_x(17, 10, dtype=torch.bfloat16), [projection])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@dropouts
+@pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
+def test_a_tensor_that_is_frozen(frozen, p):
+    x = make_x(17, 10, dtype=torch.bfloat16)
+    projection = make_projection(9, 10, 3, torch.bfloat16, torch.float32)
+    (x if frozen == "x" else getattr(projection, frozen)).requires_grad_(False)
+    check_against_oracle(x, [projection], p)
+
+
+STRIDES = {
+    "transposed": lambda: make_x(12, 20, dtype=torch.bfloat16).T,
+    "every-second-column": lambda: make_x(20, 24, dtype=torch.bfloat16)[:, ::2],
+    "expanded-rows": lambda: make_x(1, 12, dtype=torch.bfloat16).expand(20, 12),
+    "expanded-columns": lambda: make_x(20, 1, dtype=torch.bfloat16).expand(20, 12),
+}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@dropouts
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize("part", ["x", "weight"])
+def test_strided_operands(make, part, p):
+    strided = make().detach()
+    projection = make_projection(20, 12, 3, torch.bfloat16, torch.float32)
+    x = make_x(20, 12, dtype=torch.bfloat16)
+    if part == "x":
+        x = strided.requires_grad_()
+    else:
+        projection = projection._replace(weight=strided)
+    check_against_oracle(x, [projection], p)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_expanded_gradient():
+    x = make_x(20, 12, dtype=torch.bfloat16)
+    projection = make_projection(9, 12, 3, torch.bfloat16)
+    (y,) = fastlora.lora_linears(x, [projection])
+    (expanded,) = torch.autograd.grad(y, x, torch.ones(()).bfloat16().expand_as(y), True)
+    (plain,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(expanded, plain)
+
+
+def errors(x, projection, p):
+    """Of y and every gradient, as a share of its largest value."""
+    ys, dys, gradients, masks = run_fastlora(x, [projection], p)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, *projection[:3])]
+    (y,) = reference.lora_linears(
+        exact[0], [(*exact[1:], None, projection.scale)], dropout=p, masks=masks
+    )
+    leaves = [tensor for tensor in exact if tensor.requires_grad]
+    truth = [y, *torch.autograd.grad(y, leaves, dys[0].double())]
+    pairs = zip([ys[0], *gradients.values()], truth, strict=True)
+    return [((found - true).abs().max() / true.abs().max()).item() for found, true in pairs]
+
+
+@half_dtypes
+@dropouts
+def test_closer_to_the_truth_than_torch_s_own_product(monkeypatch, dtype, p):
+    """y and dx are rounded once, and float32 adapters' gradients are as good as float32's."""
+    x, projection = make_x(96, 64, dtype=dtype), make_projection(48, 64, 8, dtype, torch.float32)
+    found = {}
+    for forced in (False, True):
+        torch.manual_seed(1)
+        monkeypatch.setattr(products, "FORCED", forced)
+        found[forced] = errors(x, projection, p)
+    assert all(ours < theirs for ours, theirs in zip(found[True], found[False], strict=True))
+    once = 0.51 * torch.finfo(dtype).eps
+    assert all(
+        error <= most for error, most in zip(found[True], (once, once, 1e-6, 1e-6), strict=True)
+    )
+
+
+@half_dtypes
+def test_one_row_s_forward_is_torch_s(monkeypatch, dtype):
+    x, projection = make_x(1, 12, dtype=dtype), make_projection(9, 12, 3, dtype, torch.float32)
+    ys = []
+    for forced in (False, True):
+        monkeypatch.setattr(products, "FORCED", forced)
+        ys += fastlora.lora_linears(x, [projection])
+    assert torch.equal(*ys)
+
+
+@pytest.mark.usefixtures("wide")
+@dropouts
+def test_what_is_saved(p):
+    """x and h as elsewhere; h in float32."""
+    x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+    projection = make_projection(32, 128, 8, torch.bfloat16)
+    given = [x, *projection[:3]]
+    storages = saved_bytes(lambda: fastlora.lora_linears(x, [projection], dropout=p), given)
+    assert sum(storages.values()) == 64 * 8 * 4 + (8 if p else 0)
+
+
+def run_backend(x, outputs, p):
+    """Forward and backward of the backend itself, so that a mode sees what it does."""
+    layouts = layouts_of(outputs)
+    settings = Settings(layouts, p, torch_backend)
+    inputs = [tensor.detach() for tensor in (x, *flatten(outputs, layouts))]
+    count = sum(len(output.adapters) for output in outputs)
+    seeds = draw_seed(count, x.device) if p else None
+    ys, hs = torch_backend.forward(inputs, seeds, settings)
+    return torch_backend.backward(ys, inputs, hs, [True] * len(inputs), seeds, settings)
+
+
+def test_memory_is_bounded_by_the_blocks(monkeypatch, small_blocks):
+    """Beyond what torch's products need: h's other half, and what doesn't grow with the rows."""
+    x = make_x(1024, 64, dtype=torch.bfloat16)
+    outputs = as_outputs([make_projection(48, 64, 2, torch.bfloat16, torch.float32)])
+    products.SCRATCH.buffers.clear()
+    given, peaks = [x, *flatten(outputs, layouts_of(outputs))], {}
+    for forced in (False, True):
+        monkeypatch.setattr(products, "FORCED", forced)
+        before, peak, _ = peak_bytes(given, lambda: run_backend(x, outputs, 0.0))
+        peaks[forced] = peak - before
+    h, blocks = 1024 * 2 * 2, 2**14
+    assert peaks[True] <= peaks[False] + h + blocks
+
+
+class Narrow(TorchDispatchMode):
+    """Notes every matrix product in 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "linear", "matmul", "bmm", "mv"):
+            dtypes = {tensor.dtype for tensor in args if isinstance(tensor, torch.Tensor)}
+            if dtypes & {torch.bfloat16, torch.float16}:
+                self.found.append((name, dtypes))
+        return func(*args, **(kwargs or {}))
+
+
+@dtypes
+@dropouts
+@pytest.mark.parametrize("forced", [False, True])
+def test_no_product_is_left_in_16_bits(monkeypatch, dtype, adapter_dtype, p, forced):
+    """All gradients, those of the weights too."""
+    monkeypatch.setattr(products, "FORCED", forced)
+    x, outputs = make_x(17, 16, dtype=dtype), make_outputs(dtype, adapter_dtype)
+    with Narrow() as narrow:
+        run_backend(x, outputs, p)
+    assert bool(narrow.found) is not forced
+
+
+@pytest.mark.usefixtures("wide")
+def test_no_product_of_dora_is_left_in_16_bits():
+    x = make_x(17, 12, dtype=torch.bfloat16)
+    weight, lora_a, lora_b, *_ = make_projection(9, 12, 3, torch.bfloat16, torch.float32)
+    magnitude = torch.ones(9, requires_grad=True)
+    with Narrow() as narrow:
+        y = dora.dora_linear(x, weight, lora_a, lora_b, magnitude, drop=lambda x: x * 0.5)
+        y.sum().backward()
+    assert narrow.found == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_two_threads_at_once():
+    """Each has a scratch of its own."""
+    projection = make_projection(41, 64, 3, torch.bfloat16, torch.float32)
+    inputs = [make_x(40, 64, dtype=torch.bfloat16) for _ in range(2)]
+
+    def run(x):
+        (y,) = fastlora.lora_linears(x, [projection])
+        return y, *torch.autograd.grad(y.square().sum(), (x, *projection[1:3]))
+
+    alone, found = [run(x) for x in inputs], [[], []]
+    start = threading.Barrier(2)
+
+    def often(i):
+        start.wait()
+        with fastlora.use_backend("torch"):
+            found[i] = [run(inputs[i]) for _ in range(20)]
+
+    threads = [threading.Thread(target=often, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, runs in zip(alone, found, strict=True):
+        assert len(runs) == 20
+        assert all(torch.equal(*both) for got in runs for both in zip(expected, got, strict=True))
+
+
+@pytest.mark.usefixtures("wide")
+def test_training_after_inference_mode(monkeypatch):
+    """What was made there may not be written to outside."""
+    monkeypatch.setattr(products, "SCRATCH", products._Scratch())
+    x, projection = make_x(5, 12, dtype=torch.bfloat16), make_projection(9, 12, 3, torch.bfloat16)
+    with torch.inference_mode():
+        (first,) = fastlora.lora_linears(x, [projection])
+    (y,) = fastlora.lora_linears(x, [projection])
+    y.sum().backward()
+    assert torch.equal(first, y)
+
+
+@dropouts
+def test_dora(monkeypatch, p):
+    """Closer to the truth than with torch's products, as a whole."""
+    x = make_x(40, 24, dtype=torch.bfloat16)
+    weight, lora_a, lora_b, *_ = make_projection(20, 24, 4, torch.bfloat16, torch.float32)
+    magnitude = weight.float().norm(dim=1).mul_(1.1).requires_grad_()
+    tensors = (x, weight, lora_a, lora_b, magnitude)
+    keep = torch.rand(40, 24) >= p
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    truth = reference.dora_linear(*exact, dropped=exact[0] * keep / (1 - p))
+    dy = torch.randn(40, 20)
+    names = (0, 2, 3, 4)
+    true = [truth, *torch.autograd.grad(truth, [exact[i] for i in names], dy.double())]
+    worst = {}
+    for forced in (False, True):
+        monkeypatch.setattr(products, "FORCED", forced)
+        drop = None if p == 0.0 else lambda x: x * keep / (1 - p)
+        y = dora.dora_linear(*tensors, drop=drop)
+        found = [y, *torch.autograd.grad(y, [tensors[i] for i in names], dy.to(y.dtype))]
+        worst[forced] = [(a - b).norm() / b.norm() for a, b in zip(found, true, strict=True)]
+    assert all(ours < their for ours, their in zip(worst[True], worst[False], strict=True))
+
+
+@half_dtypes
+def test_merging_rounds_once(wide, dtype):
+    layer = fastlora.LoRALinear(24, 20, r=4, dtype=dtype)
+    torch.nn.init.normal_(layer.lora_B)
+    exact = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    error = (layer.merged_weight() - exact).abs()
+    assert (error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    """A process in which nothing is forced and nothing decided, and what it measures."""
+    measured = []
+    seconds = {torch.float32: 1.0, torch.bfloat16: 5.0, torch.float16: 3.0}
+    monkeypatch.setattr(products, "FORCED", None)
+    monkeypatch.setattr(products, "_time", lambda d: measured.append(d) or seconds[d])
+    decided = (products._torch_has, products._is_slow)
+    for function in decided:
+        function.cache_clear()
+    yield measured
+    for function in decided:
+        function.cache_clear()
+
+
+def has(monkeypatch, answer: bool) -> None:
+    monkeypatch.setattr(products, "_torch_has", lambda dtype: answer)
+
+
+def test_the_measurement_decides_once(monkeypatch, undecided):
+    has(monkeypatch, False)
+    x = {d: torch.ones(2, 3, dtype=d) for d in (torch.bfloat16, torch.float16, torch.float32)}
+    for _ in range(3):
+        assert products.are_wide(x[torch.bfloat16])
+        assert not products.are_wide(x[torch.float16])
+        assert not products.are_wide(x[torch.float32])
+    assert undecided == [torch.bfloat16, torch.float32, torch.float16, torch.float32]
+
+
+def test_nothing_is_measured_where_torch_has_the_product(monkeypatch, undecided):
+    has(monkeypatch, True)
+    assert not products.are_wide(torch.ones(2, 3, dtype=torch.bfloat16))
+    assert products.h_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+    assert undecided == []
+
+
+def test_nothing_is_decided_for_other_devices_and_no_rows(monkeypatch, undecided):
+    has(monkeypatch, False)
+    assert not products.are_wide(torch.ones(2, 3, dtype=torch.bfloat16, device="meta"))
+    assert not products.are_wide(torch.ones(0, 3, dtype=torch.bfloat16))
+    assert products.h_dtype(torch.bfloat16, torch.device("meta")) == torch.bfloat16
+    assert undecided == []
+
+
+def test_fake_tensors_measure_nothing_and_have_the_real_h(monkeypatch, undecided):
+    has(monkeypatch, False)
+    settings = ([False], [1], [1.0], 0.0, None, "torch")
+    shapes = ((5, 8), (6, 8), (2, 8), (6, 2))
+    with FakeTensorMode():
+        x, *tensors = (torch.ones(shape, dtype=torch.bfloat16) for shape in shapes)
+        _, fake = torch.ops.fastlora.lora_linears(x, tensors, *settings)
+    assert undecided == []
+    x, *tensors = (torch.ones(shape, dtype=torch.bfloat16) for shape in shapes)
+    _, real = torch.ops.fastlora.lora_linears(x, tensors, *settings)
+    assert undecided != []
+    assert [h.dtype for h in fake] == [h.dtype for h in real] == [torch.float32]
+
+
+def test_compiling_measures_nothing(monkeypatch, undecided):
+    has(monkeypatch, False)
+    seen = []
+
+    def compiler(graph, inputs):
+        def run(*args):
+            seen.append(list(undecided))
+            return graph(*args)
+
+        return run
+
+    x, projection = make_x(5, 12, dtype=torch.bfloat16), make_projection(9, 12, 3, torch.bfloat16)
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def call(x):
+        return fastlora.lora_linear(x, *projection[:3])
+
+    y = call(x)
+    assert seen == [[]]
+    assert undecided != []
+    assert torch.equal(y, fastlora.lora_linear(x, *projection[:3]))
+
+
+@pytest.mark.usefixtures("wide")
+@dropouts
+def test_compiled_calls_are_the_same(p):
+    x, projection = make_x(17, 12, dtype=torch.bfloat16), make_projection(9, 12, 3, torch.bfloat16)
+    leaves = (x, *projection[1:3])
+
+    def call(x):
+        torch.manual_seed(3)
+        return fastlora.lora_linear(x, *projection[:3], dropout=p)
+
+    results = []
+    for run in (call, torch.compile(call, backend="aot_eager")):
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y.float().sum(), leaves)))
+    assert all(map(torch.equal, *results))
+
+
+STATE = (
+    "import torch, fastlora; from fastlora.backends import products as p;"
+    "print(p._is_slow.cache_info().currsize, *(p.are_wide(torch.ones(2, 2, dtype=d))"
+    " for d in (torch.bfloat16, torch.float16, torch.float32)))"
+)
+
+
+def test_the_import_decides_nothing_and_the_environment_everything():
+    for value, answer in (("1", "True"), ("0", "False")):
+        printed = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=value)
+        assert printed == f"0 {answer} {answer} False"
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="a CPU without 16-bit products is emulated on x86 alone",
+)
+def test_a_cpu_without_16_bit_products_runs_wide():
+    """oneDNN and torch kept to AVX2; the flag says no, and the real measurement agrees."""
+    printed = run_python(
+        "-c", STATE, ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2",
+        FASTLORA_WIDE_PRODUCTS=None,
+    )  # fmt: skip
+    assert printed == "0 True True False"
+
+
+def test_here_torch_s_flag_is_heeded():
+    flags = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    )
+    *wide, _ = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=None).split()[1:]
+    assert not any(flag and answer == "True" for flag, answer in zip(flags, wide, strict=True))

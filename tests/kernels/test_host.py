@@ -1,0 +1,68 @@
+"""The host's side of launches on an H100, without one: a stand-in for its driver launches nothing.
+
+Everything above the driver runs for real: launchers, Triton's binder, tensor maps, C launcher.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from process import run_without_interpreter
+
+WORKER = Path(__file__).parents[1] / "support" / "host_worker.py"
+# project, gemm_lowrank, weight_grad, sum_planes; tensor maps: of a forward and a backward.
+LAUNCHES = {
+    "in-place": (1, 2, 2, 3, 0),
+    "in-place-long": (1, 2, 2, 3, 0),
+    "in-place-dropout": (1, 2, 2, 3, 0),
+    "fused-few-rows": (0, 2, 2, 1, 6),
+    "fused": (1, 2, 2, 3, 6),
+    "fused-dropout": (1, 2, 2, 3, 6),
+    "default": (1, 2, 2, 3, 6),
+    "qkv-in-place": (1, 4, 4, 5, 0),
+    "qkv-fused-dropout": (1, 4, 4, 5, 16),
+}
+MOST_VARIANTS = 8
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """What the worker prints, by the name of its functions."""
+    found = json.loads(run_without_interpreter(WORKER))
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    return found
+
+
+def test_random_layers_raise_nothing(found):
+    assert found["random_layers"]["launches"] > 2000
+    assert found["random_layers"]["failures"] == []
+
+
+@pytest.mark.parametrize("layer", LAUNCHES)
+def test_a_layer_launches_as_often_as_it_did(layer, found):
+    counts = found["standard_layers"][layer]
+    kernels = ("project", "gemm_lowrank", "weight_grad", "sum_planes")
+    launches = [counts.pop(f"{name}_kernel", 0) for name in kernels]
+    assert (*launches, counts.pop("tensor maps")) == LAUNCHES[layer]
+    assert not counts
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "reason"),
+    [
+        ("grid", "the grid's y or z is above 65535"),
+        ("address", "the address isn't a multiple of 16 bytes"),
+        ("rows", "a stride isn't a multiple of 16 bytes"),
+        ("overlap", "rows overlap"),
+        ("shared memory", "Hardware limit: 232448"),
+    ],
+)
+def test_what_cuda_refuses_raises(spoiled, reason, found):
+    assert reason in found["refusals"][spoiled]
+    assert "nothing" not in found["refusals"]
+
+
+@pytest.mark.parametrize("layer", ["IN_PLACE 0.0", "IN_PLACE 0.1", "FUSED 0.0", "FUSED 0.1"])
+def test_few_kernels_compile_over_batches_of_all_lengths(layer, found):
+    assert found["variants"][layer] <= MOST_VARIANTS

@@ -1,0 +1,218 @@
+"""Calls that are resolved once and replayed, against the same calls made step by step."""
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+import triton
+
+import fastlora
+from fastlora.kernels import kept
+from fastlora.kernels.launch import Launch, intercept, launch, recording
+from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.ops import kinds
+
+K = 40
+
+
+@contextmanager
+def resolved():
+    """The calls that are resolved inside the block."""
+    real, new = kept._resolve, []
+
+    def resolve(*call):
+        new.append(real(*call))
+        return new[-1]
+
+    kept._resolve = resolve
+    try:
+        yield new
+    finally:
+        kept._resolve = real
+
+
+def projection(out=24, r=4, dtype=torch.float32, **changes):
+    tensors = {
+        "weight": torch.randn(out, K, dtype=dtype),
+        "lora_a": torch.randn(r, K, requires_grad=True),
+        "lora_b": torch.randn(out, r, requires_grad=True),
+        "bias": torch.randn(out, requires_grad=True),
+        "scale": 0.5,
+    }
+    return fastlora.Projection(**tensors | changes)
+
+
+def frozen(out=24, r=4):
+    return projection(out, r, lora_a=torch.randn(r, K), lora_b=torch.randn(out, r), bias=None)
+
+
+CASES = {
+    "one": lambda: [projection()],
+    "wide-adapter": lambda: [projection(dtype=torch.bfloat16)],
+    "one-and-one-more": lambda: [projection(), projection(weight=None, bias=None)],
+    "one-frozen-of-three": lambda: [projection(), frozen(), projection(16, 20)],
+    "six": lambda: [projection(16 + i, 3) for i in range(6)],
+    "a-view": lambda: [projection(lora_a=torch.randn(K, 4).T.requires_grad_())],
+    "an-odd-address": lambda: [projection(weight=torch.randn(24 * K + 1)[1:].view(24, K))],
+}
+
+
+def step(x, projections, p=0.0):
+    """Outputs and gradients of one training step, all bits."""
+    torch.manual_seed(3)
+    leaves = [x] + [t for one in projections for t in one[:4] if t is not None and t.requires_grad]
+    ys = fastlora.lora_linears(x, projections, dropout=p, backend="triton")
+    return [*ys, *torch.autograd.grad(ys, leaves, [torch.sin(y.detach()) for y in ys])]
+
+
+@pytest.mark.parametrize(
+    ("plan", "p"), [(IN_PLACE, 0.3), (FUSED, 0.0)], ids=["in-place-dropout", "fused"]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_replay_is_the_call(case, p, plan):
+    torch.manual_seed(1)
+    projections = CASES[case]()
+    x = torch.randn(35, K, dtype=projections[0].weight.dtype, requires_grad=True)
+    with use_plan(plan):
+        with intercept(Launch.run):  # which has nothing kept
+            expected = step(x, projections, p)
+        first = step(x, projections, p)
+        with resolved() as new:
+            again = step(x, projections, p)
+    assert not new
+    for one, two, three in zip(expected, first, again, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_other_tensors_of_the_same_kind_are_the_same_call():
+    x, projections = torch.randn(33, K, requires_grad=True), [projection()]
+    step(x, projections)
+    others = [projection()]
+    with resolved() as new:
+        found = step(x, others)
+    assert not new
+    with intercept(Launch.run):
+        assert all(map(torch.equal, found, step(x, others)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, one: (x[:-1], one),
+        lambda x, one: (x.detach().T.contiguous().T.requires_grad_(), one),
+        lambda x, one: (torch.randn(33 * K + 1)[1:].view(33, K).requires_grad_(), one),
+        lambda x, one: (x, one._replace(scale=0.25)),
+        lambda x, one: (x, one._replace(lora_a=one.lora_a.detach())),
+        lambda x, one: (x.detach().bfloat16().requires_grad_(), projection(dtype=torch.bfloat16)),
+    ],
+    ids=["rows", "strides", "address", "scale", "needs", "dtype"],
+)
+def test_what_matters_makes_another_call(change):
+    x, one = torch.randn(33, K, requires_grad=True), projection()
+    step(x, [one])
+    x, one = change(x, one)
+    with resolved() as new:
+        found = step(x, [one])
+    assert new
+    with intercept(Launch.run):
+        assert all(map(torch.equal, found, step(x, [one])))
+
+
+def test_one_tensor_in_two_places_and_apart_again():
+    """What is kept knows places, not tensors: it doesn't take one for the other later on."""
+    square = torch.randn(K, K)
+    shared = fastlora.Projection(square, square, square)
+    apart = fastlora.Projection(*(torch.randn(K, K) for _ in range(3)))
+    for one in (shared, apart):
+        x = torch.randn(K, K)
+        (y,) = fastlora.lora_linears(x, [one], backend="triton")
+        with intercept(Launch.run):
+            assert torch.equal(y, fastlora.lora_linears(x, [one], backend="triton")[0])
+
+
+def test_inference_mode_and_training_share_what_is_kept():
+    x, one = torch.randn(9, K), frozen()
+    with torch.inference_mode():
+        (y,) = fastlora.lora_linears(x, [one], backend="triton")
+    (again,) = fastlora.lora_linears(x, [one], backend="triton")
+    assert y.is_inference()
+    assert not again.is_inference()
+    assert torch.equal(y, again)
+
+
+def test_nothing_of_the_callers_is_kept():
+    with resolved() as new:
+        step(torch.randn(51, K, requires_grad=True), [projection()])
+    assert len(new) == 2
+    for call in new:
+        assert not any(isinstance(value, torch.Tensor) for value in call.values)
+
+
+def test_a_buffer_goes_when_it_was_used_for_the_last_time():
+    """As it would in a call made step by step: a replay needs no more memory than that."""
+    with resolved() as new, use_plan(IN_PLACE):
+        step(torch.randn(99, K, requires_grad=True), [projection(), projection()], 0.1)
+    assert len(new) == 2
+    for call in new:
+        made = {step.place for step in call.steps if "new_empty" in str(step.function)}
+        done = [place for step in call.steps for place in step.done]
+        assert made - set(call.results) <= set(done)
+        assert len(done) == len(set(done))  # each once
+        assert not set(done) & set(call.results)
+        for i, one in enumerate(call.steps):  # and nothing that went is used again
+            for place in one.done:
+                later = call.steps[i + 1 :]
+                assert not any(place in picked(each, call.values) for each in later)
+
+
+def picked(one: "kept._Step", values: list) -> tuple:
+    """The places that a step takes its arguments from."""
+    return one.arguments(list(range(len(values))))
+
+
+def test_the_oldest_go_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(kept, "_calls", {})
+    monkeypatch.setattr(kept, "_MOST", 4)
+    monkeypatch.setattr(kinds, "_known", {})
+    monkeypatch.setattr(kinds, "_MOST", 4)
+    one = projection()
+    for rows in range(1, 8):
+        step(torch.randn(rows, K, requires_grad=True), [one])
+    assert len(kept._calls) == len(kinds._known) == 4
+    with resolved() as new:
+        step(torch.randn(7, K, requires_grad=True), [one])
+    assert not new
+
+
+def test_a_launch_hook_sees_every_launch(monkeypatch):
+    """Profilers set it; the call then runs step by step, by Triton's own launches."""
+    chain = triton.knobs.runtime.launch_enter_hook
+    x, one = torch.randn(61, K), frozen()
+    chain.add(print)
+    try:
+        with resolved() as new:
+            fastlora.lora_linears(x, [one], backend="triton")
+    finally:
+        chain.remove(print)
+    assert not new
+
+
+def test_a_recording_is_one_thread_s():
+    """Another thread's launch meanwhile is an ordinary one."""
+
+    class Fake:
+        ran = False
+
+        def run(self):
+            self.ran = True
+
+    fake, recorded = Fake(), []
+    with recording(recorded.append):
+        thread = threading.Thread(target=launch, args=(fake,))
+        thread.start()
+        thread.join()
+        assert fake.ran
+        launch(fake)
+    assert recorded == [fake]

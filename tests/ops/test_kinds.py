@@ -1,0 +1,142 @@
+"""Calls of a known kind aren't checked again; so whatever the checks look at is in the kind."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.ops import functional, kinds
+from fastlora.projection import Adapter, Base, Output
+
+M, K, N, R = 5, 8, 6, 2
+
+
+def tensors(**changes):
+    shapes = {"x": (M, K), "weight": (N, K), "lora_a": (R, K), "lora_b": (N, R)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | changes
+
+
+def call(x, weight, lora_a, lora_b, **settings):
+    return fastlora.lora_linear(x, weight, lora_a, lora_b, **settings)
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """How often calls are checked."""
+    seen, real = [], functional.check_call
+    monkeypatch.setattr(functional, "check_call", lambda *all: seen.append(real(*all)))
+    monkeypatch.setattr(kinds, "_known", {})
+    call(**tensors())
+    assert len(seen) == 1
+    return seen
+
+
+def test_a_second_call_is_not_checked(checks):
+    call(**tensors())
+    call(**tensors(weight=torch.randn(N, K)), scale=1.0, training=True)
+    assert len(checks) == 1
+
+
+# What has another answer from the checks, or other launches, than the call in ``checks``.
+OTHERS = {
+    "x of other features": ({"x": torch.randn(M, K + 1)}, {}),
+    "x of another dtype": ({"x": torch.randn(M, K).double()}, {}),
+    "x of integers": ({"x": torch.ones(M, K, dtype=torch.int32)}, {}),
+    "x without dimensions": ({"x": torch.tensor(1.0)}, {}),
+    "a weight of other rows": ({"weight": torch.randn(N + 1, K)}, {}),
+    "a weight on another device": ({"weight": torch.randn(N, K, device="meta")}, {}),
+    "a sparse weight": ({"weight": torch.randn(N, K).to_sparse()}, {}),
+    "no weight": ({"weight": None}, {}),
+    "a list for a weight": ({"weight": [1.0]}, {}),
+    "lora_a of another rank": ({"lora_a": torch.randn(R + 1, K)}, {}),
+    "lora_b transposed": ({"lora_b": torch.randn(R, N)}, {}),
+    "a bias that doesn't fit": ({}, {"bias": torch.randn(N + 1)}),
+    "a scale that is True": ({}, {"scale": True}),
+    "an infinite scale": ({}, {"scale": float("inf")}),
+    "numpy's scale": ({}, {"scale": np.float32(1.0)}),
+    "no scale": ({}, {"scale": None}),
+    "a dropout that is False": ({}, {"dropout": False}),
+    "a dropout of 1": ({}, {"dropout": 1.0}),
+    "training 1": ({}, {"training": 1}),
+    "training of no truth": ({}, {"training": [True]}),
+    "another backend": ({}, {"backend": "numpy"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_kind_is_checked(checks, name):
+    changes, settings = OTHERS[name]
+    with pytest.raises((ValueError, TypeError)) as raised:
+        call(**tensors(**changes), **settings)
+    kinds._known.clear()
+    with pytest.raises(type(raised.value)) as again:
+        call(**tensors(**changes), **settings)
+    assert str(raised.value) == str(again.value)
+
+
+def test_what_is_no_list_of_records_is_checked(checks):
+    each = tensors()
+    x, base = each["x"], Base(each["weight"])
+    adapters = (Adapter(each["lora_a"], each["lora_b"]),)
+    fastlora.lora_linears(x, [Output(base, adapters)])
+    for wrong in (
+        [(base, adapters)],
+        [Output((*base,), adapters)],
+        [Output(base, list(adapters))],
+        iter([Output(base, adapters)]),
+        {0: Output(base, adapters)},
+        [],
+        None,
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            fastlora.lora_linears(x, wrong)
+
+
+def test_a_base_with_two_adapters_is_not_two_bases(checks):
+    each = tensors(x=torch.randn(M, K))
+    one = fastlora.Projection(torch.randn(K, K), torch.randn(K, K), torch.randn(K, K))
+    (y,) = fastlora.lora_linears(each["x"], [one, one._replace(weight=None)])
+    first, second = fastlora.lora_linears(each["x"], [one, one])
+    base = each["x"] @ one.weight.T
+    torch.testing.assert_close(y - base, 2 * (first - base))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_training_and_evaluation_are_two_kinds(checks, p):
+    each, settings = tensors(), {"dropout": p}
+    dropped = call(**each, **settings)
+    kept = call(**each, **settings, training=False)
+    assert torch.equal(kept, call(**each))
+    assert torch.equal(dropped, kept) == (p == 0.0)
+    torch.manual_seed(0)
+    first = call(**each, **settings)
+    torch.manual_seed(0)
+    assert torch.equal(first, call(**each, **settings))
+
+
+def test_the_backend_of_the_moment_is_part_of_the_kind(checks):
+    each = tensors()
+    with fastlora.use_backend("triton"):
+        call(**each)
+    assert len(checks) == 2
+    with fastlora.use_backend("torch"):
+        call(**each)
+    assert len(checks) == 2
+
+
+def test_a_known_kind_knows_autocast_transforms_and_inference_tensors():
+    each = tensors()
+    plain = call(**each)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(**each).dtype == torch.bfloat16
+    jacobian = torch.func.jacrev(lambda x: call(**each | {"x": x}))(each["x"])
+    assert jacobian.shape == (M, N, M, K)
+    with torch.inference_mode():
+        made = tensors()
+        call(**made)
+    made["lora_a"] = nn.Parameter(torch.randn(R, K))
+    with pytest.raises(TypeError, match="inference mode"):
+        call(**made)
+    assert torch.equal(plain, call(**each))

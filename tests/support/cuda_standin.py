@@ -1,0 +1,220 @@
+"""A GPU that launches nothing: Triton's host side, down to the driver, for CPU tensors.
+
+    import cuda_standin  # before Triton is imported: it unsets TRITON_INTERPRET
+    cuda_standin.install()
+
+From then on the package's kernels take CPU tensors as those of an H100 (sm_90), and everything on
+the host's side runs for real: launchers, binders, cache keys, tensor maps, Triton's C launcher.
+Only libcuda.so.1 is another one, cuda_standin.c: it counts, and refuses what CUDA refuses.
+Results are what was in memory.  Base products, which are torch's, are made of tiny matrices: that
+takes the time of the call alone.
+
+It is for a process of its own.  There a launch costs the host what it costs on a GPU, but for the
+driver's part of it, and for torch's look-up of the current device and stream.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Both are read when Triton is imported, which this comes before; the second is the default, said.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_library: ctypes.CDLL
+
+
+class _Kernel(ctypes.Structure):
+    """cuda_standin.c's."""
+
+
+_Kernel._fields_ = [
+    ("name", ctypes.c_char_p),
+    ("launches", ctypes.c_long),
+    ("next", ctypes.POINTER(_Kernel)),
+]
+
+
+def why_not() -> str:
+    """Why it can't be built here; "" if it can."""
+    if _compiler() is None:
+        return "there is no C compiler"
+    if not _headers().joinpath("cuda.h").exists():
+        return "this Triton comes without cuda.h"
+    return ""
+
+
+def install() -> None:
+    """Make it the device of Triton's launches, and of the package's kernels on CPU tensors.
+
+    A RuntimeError with :func:`why_not`'s reason if it can't be built.
+    """
+    global _library
+    if reason := why_not():
+        raise RuntimeError(f"the stand-in for CUDA can't be built: {reason}")
+    folder = _built()
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # what it compiles would run nowhere
+    _library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+
+    import triton
+    from triton.backends.nvidia.driver import CudaDriver
+
+    from fastlora.kernels import target
+
+    driver = CudaDriver()
+    # torch's, which need a GPU
+    driver.get_device_capability = lambda device: (9, 0)
+    driver.get_current_device = lambda: 0
+    driver.set_current_device = driver.get_current_stream = int
+    triton.runtime.driver.set_active(driver)
+    target._of_cpu = target.TARGETS["sm_90"]
+    _compile_little()
+    _make_products_tiny()
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # large buffers from the heap: torch's are kept on a GPU
+    ctypes.CDLL(None).mallopt(-1, 2**30)
+
+
+@dataclass
+class Counts:
+    """Of a block: launches by the kernel's name, and tensor maps that were encoded."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    tensor_maps: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.launches.total()
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """Whole when the block is left."""
+    counts, before = Counts(), _so_far()
+    yield counts
+    after = _so_far()
+    counts.launches, counts.tensor_maps = after[0] - before[0], after[1] - before[1]
+
+
+class TorchKernels(TorchDispatchMode):
+    """Counts what torch would launch in a block: neither views nor empty tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        self.total += not (operation.is_view or "empty" in operation.__name__)
+        return operation(*arguments, **(named or {}))
+
+
+def _so_far() -> tuple[Counter[str], int]:
+    launches: Counter[str] = Counter()
+    kernel = ctypes.POINTER(_Kernel).in_dll(_library, "standin_kernels")
+    while kernel:
+        each = kernel.contents
+        launches[each.name.decode()] += each.launches
+        kernel = each.next
+    return launches, ctypes.c_long.in_dll(_library, "standin_tensor_maps").value
+
+
+def _built() -> Path:
+    """The folder of the library, which is built once."""
+    sources = [Path(__file__).read_bytes(), _SOURCE.read_bytes(), str(_headers()).encode()]
+    version = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"fastlora-cuda-standin-{os.getuid()}-{version}")
+    library = folder / "libcuda.so.1"
+    if not library.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        unfinished = folder / f"unfinished-{os.getpid()}"
+        options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", f"-I{_headers()}"]
+        subprocess.run([_compiler(), *options, _SOURCE, "-o", unfinished], check=True)
+        unfinished.replace(library)
+    return folder
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+
+
+def _headers() -> Path:
+    return Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
+
+
+def _compile_little() -> None:
+    """Only kernels with tensor maps are compiled, and those as far as a launch looks.
+
+    That is to the boxes of the maps and to shared memory.  The others are as if they had none.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
+
+    make_ir, add_stages = ASTSource.make_ir, CUDABackend.add_stages
+
+    def make_little_ir(self, *context) -> object:
+        return make_ir(self, *context) if "tensordesc" in str(self.signature) else self.name
+
+    def add_little_stages(self, stages: dict, *options) -> None:
+        add_stages(self, stages, *options)
+        compiled = {name: stages[name] for name in ("ttir", "ttgir", "llir")}
+        stages |= {name: partial(lowered, stage) for name, stage in compiled.items()}
+        stages |= {"ptx": named, "cubin": lambda ptx, metadata: b"no machine code"}
+
+    def lowered(stage: Callable, module: object, metadata: dict) -> object:
+        if not isinstance(module, str):
+            return stage(module, metadata)
+        metadata |= {"name": module, "shared": 0, "tmem_size": 0, "tensordesc_meta": []}
+        for scratch in ("global_scratch", "profile_scratch"):
+            metadata |= {f"{scratch}_size": 0, f"{scratch}_align": 1}
+        return module
+
+    def named(llir: str, metadata: dict) -> str:
+        if "name" not in metadata:
+            metadata["name"] = re.search(r"define .*ptx_kernel.* @(\w+)\(", llir)[1]
+        return llir
+
+    ASTSource.make_ir, CUDABackend.add_stages = make_little_ir, add_little_stages
+
+
+def _make_products_tiny() -> None:
+    """Of the modules that launch; the torch backend's stay."""
+    import fastlora.backends.triton
+
+    tiny, real_linear = torch.ones(2, 2), torch.nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        real_linear(tiny, tiny)
+        return x.new_empty(len(x), len(weight))
+
+    def made_tiny(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*operands: Tensor, out: Tensor | None = None, **factors: float) -> Tensor:
+            product(*[tiny] * len(operands), out=tiny, **factors)
+            left, right = operands[-2:]
+            return left.new_empty(len(left), right.shape[1]) if out is None else out
+
+        return call
+
+    products = {"addmm": made_tiny(torch.addmm), "mm": made_tiny(torch.mm)}
+    with_tiny = SimpleNamespace(**vars(torch) | products)
+    for name, module in list(sys.modules.items()):
+        if name == fastlora.backends.triton.__name__ or name.startswith("fastlora.kernels."):
+            replaced = {"torch": with_tiny, "linear": linear}
+            vars(module).update({key: replaced[key] for key in replaced.keys() & vars(module)})

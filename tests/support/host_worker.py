@@ -1,0 +1,171 @@
+"""What tests/kernels/test_host.py asks about the host's side of launches for sm_90.
+
+A process of its own: it prints JSON, "skipped" with a reason, or the result of each function below.
+"""
+
+import json
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import replace
+
+import cuda_standin
+import torch
+from random_layers import random_layer
+
+RANDOM_LAYERS = 150
+# Batches of a training run: powers of two, their neighbours, and what lies between.
+LENGTHS = sorted(
+    {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
+)
+# By name: rows, in_features, out_features of each projection, dropout, and the plan.
+STANDARD = {
+    "in-place": (512, 2048, (2048,), 0.0, "IN_PLACE"),
+    "in-place-long": (4096, 2048, (2048,), 0.0, "IN_PLACE"),
+    "in-place-dropout": (4096, 2048, (2048,), 0.1, "IN_PLACE"),
+    "fused-few-rows": (16, 2048, (2048,), 0.0, "FUSED"),
+    "fused": (4096, 2048, (2048,), 0.0, "FUSED"),
+    "fused-dropout": (4096, 2048, (2048,), 0.1, "FUSED"),
+    "default": (4096, 2048, (2048,), 0.0, None),
+    "qkv-in-place": (4096, 2048, (2048, 512, 512), 0.0, "IN_PLACE"),
+    "qkv-fused-dropout": (4096, 2048, (2048, 512, 512), 0.1, "FUSED"),
+}
+
+
+def by_plan(name: str | None) -> AbstractContextManager:
+    """Of that name in plan.py; None: the default."""
+    from fastlora.kernels import plan
+
+    return plan.use_plan(getattr(plan, name)) if name else nullcontext()
+
+
+def step(
+    M: int, K: int, outputs: tuple[int, ...], dropout: float, plan: str | None, device: str = "cpu"
+) -> None:
+    """Forward and backward of a group in bfloat16, with float32 adapters of rank 16."""
+    import fastlora
+
+    with torch.device(device):
+        x = torch.empty(M, K, dtype=torch.bfloat16, requires_grad=True)
+        group = [
+            fastlora.Projection(
+                torch.empty(N, K, dtype=torch.bfloat16),
+                torch.empty(16, K, requires_grad=True),
+                torch.empty(N, 16, requires_grad=True),
+            )
+            for N in outputs
+        ]
+    with by_plan(plan):
+        ys = fastlora.lora_linears(x, group, dropout=dropout, backend="triton")
+        torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+
+def variants() -> dict[str, int]:
+    """Kernels that Triton would compile for a layer over all LENGTHS, by plan and dropout."""
+    import triton
+
+    from fastlora.kernels.launch import Launch, intercept
+    from fastlora.kernels.target import TARGETS, use_target
+
+    found: set[tuple[str, str]] = set()
+
+    def instead_of_compiling(*, key: str, fn: object, **_) -> bool:
+        found.add((fn.name, key))
+        return True
+
+    counts = {}
+    triton.knobs.runtime.jit_cache_hook = instead_of_compiling
+    for plan in ("IN_PLACE", "FUSED"):
+        for dropout in (0.0, 0.1):
+            found.clear()
+            with use_target(TARGETS["sm_90"]), intercept(Launch.compile):
+                for M in LENGTHS:
+                    step(M, 4096, (4096,), dropout, plan, device="meta")
+            counts[f"{plan} {dropout}"] = len(found)
+    triton.knobs.runtime.jit_cache_hook = None
+    return counts
+
+
+def standard_layers() -> dict[str, dict]:
+    """Launches by kernel, and tensor maps."""
+    counts = {}
+    for name, layer in STANDARD.items():
+        with cuda_standin.counted() as counted:
+            step(*layer)
+        counts[name] = {"tensor maps": counted.tensor_maps, **counted.launches}
+    return counts
+
+
+def random_layers() -> dict:
+    """How many were launched, and what was raised."""
+    import fastlora
+
+    failures = []
+    with cuda_standin.counted() as counted:
+        for seed in (each for each in range(RANDOM_LAYERS) for _ in range(2)):
+            layer = random_layer(seed)  # in other memory, the second time
+            plan = ("IN_PLACE", "FUSED", None)[seed % 3]
+            torch.set_float32_matmul_precision(("highest", "high")[seed % 2])
+            try:
+                with by_plan(plan):
+                    ys = fastlora.lora_linears(
+                        layer.x, layer.outputs, dropout=layer.dropout, backend="triton"
+                    )
+                    if layer.leaves:
+                        torch.autograd.grad(ys, layer.leaves, layer.dys)
+            except Exception:
+                failures.append(f"seed {seed}, {plan}: {traceback.format_exc()}")
+    return {"launches": counted.total, "failures": failures}
+
+
+def refusals() -> dict[str, str]:
+    """What is raised where a launch is spoiled."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from fastlora.kernels.launch import intercept
+
+    records = []
+    with intercept(records.append):
+        step(*STANDARD["fused"])
+    fused = next(
+        each for each in records if isinstance(each.arguments.get("out"), TensorDescriptor)
+    )
+    descriptor = fused.arguments["out"]
+
+    def described(**changes) -> Callable[[], None]:
+        spoiled = copy(descriptor)
+        vars(spoiled).update(changes)
+        return replace(fused, arguments=fused.arguments | {"out": spoiled}).run
+
+    M, N = descriptor.shape
+    spoiled = {
+        "nothing": fused.run,
+        "grid": replace(fused, grid=(1, 2**16)).run,
+        "address": described(base=torch.empty(M * N + 1, dtype=torch.bfloat16)[1:]),
+        "rows": described(strides=[N + 1, 1]),
+        "overlap": described(strides=[N - 8, 1]),
+        "shared memory": replace(fused, stages=fused.stages + 1).run,
+    }
+    raised = {}
+    for name, run in spoiled.items():
+        try:
+            run()
+        except Exception as error:
+            raised[name] = f"{type(error).__name__}: {error}"
+    return raised
+
+
+def main() -> None:
+    reason = cuda_standin.why_not()
+    if reason:
+        print(json.dumps({"skipped": reason}))
+        return
+    cuda_standin.install()
+    # variants first, since it sees only what isn't compiled yet
+    asked = (variants, standard_layers, random_layers, refusals)
+    print(json.dumps({each.__name__: each() for each in asked}))
+
+
+if __name__ == "__main__":
+    main()
