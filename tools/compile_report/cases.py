@@ -50,13 +50,14 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
         ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
     ),
     "add": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
-    "add to a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
+    "add of a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
     "project": (
         ["h mask", "dh"], ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
     ),
     "weight_grad": (
-        ["dA mask", "dB"], ["dA M262144", "dA n3 mask", "dA r64 n2", "dB f16 r200"],
+        ["dA mask", "dB"], ["dA M262144", "dA r64 n2", "dB f16 r200"],
     ),
+    "weight_grad of a masked group": (["dA n3 mask"], ["dA r64 n4 mask"]),
     "one pass": (["dB,dh"], ["dB,dh r64"]),
 }  # fmt: skip
 # What a user's call launches: whatever the tables choose.
