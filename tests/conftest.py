@@ -22,6 +22,7 @@ import torch
 from device import DEVICE
 
 import fastlora
+from fastlora.backends import products
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,12 @@ def backend(request):
     place = nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
     with fastlora.use_backend(request.param), place:
         yield request.param
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """This CPU multiplies 16 bits slowly: every such call on it runs in float32."""
+    monkeypatch.setattr(products, "FORCED", True)
 
 
 @pytest.fixture
