@@ -17,7 +17,9 @@ def run_python(
     ``environment`` is beside this process's, None for what shall not be in it.  An AssertionError
     with all that it wrote if it fails.
     """
-    merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    # A pytest in it is no worker of this one's.
+    here = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST_")}
+    merged = {key: value for key, value in (here | environment).items() if value is not None}
     result = subprocess.run(
         [python, *arguments], capture_output=True, text=True, cwd=cwd, env=merged, check=False
     )
