@@ -11,6 +11,10 @@ from .ops import lora_linears
 from .ops.autocast import autocast_off
 from .projection import Projection
 
+# What a layer has while it has an adapter.
+_SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
+_ADDED = ("lora_A", "lora_B", *_SETTINGS, "merged", "_base_weight")
+
 
 class LoRALayer(nn.Module):
     """A base's class, which comes after this one, with an adapter: methods and no constructor.
@@ -48,9 +52,8 @@ class LoRALayer(nn.Module):
 
     def detach_adapter(self) -> None:
         """Become the plain layer again, in place, with the merged weight if it is merged."""
-        del self.lora_A, self.lora_B
-        del self.r, self.lora_alpha, self.use_rslora, self.lora_dropout, self.scaling
-        del self.merged, self._base_weight
+        for name in _ADDED:
+            delattr(self, name)
         object.__setattr__(self, "__class__", self.plain_class)
 
     def reset_lora_parameters(self) -> None:
@@ -175,3 +178,9 @@ def why_weight_is_fixed(layer: nn.Module) -> str:
     if "weight" in layer._parameters:
         return ""
     return "its weight is computed (weight_norm, pruning, a parametrisation): make that permanent"
+
+
+def own_name(layer: nn.Module) -> str:
+    """A name that this layer has for itself, and a LoRA layer for something else; "" if none."""
+    names = (*_ADDED, *vars(LoRALayer))
+    return next((n for n in names if hasattr(layer, n) and not hasattr(nn.Linear, n)), "")

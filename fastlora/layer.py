@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import LoRALayer, new_adapter, why_weight_is_fixed
+from .adapted import LoRALayer, new_adapter, own_name, why_weight_is_fixed
 from .base import is_conv1d, why_not_class, why_not_tensor
 from .projection import Projection, check_settings
 
@@ -140,6 +140,9 @@ def why_not_base(layer: nn.Module) -> str:
     reason = why_weight_is_fixed(layer)
     if reason:
         return reason
+    name = own_name(layer)
+    if name:
+        return f"it has a {name!r} of its own, which a LoRA layer has for itself: rename that"
     for name, ndim in (("weight", 2), ("bias", 1)):
         tensor = getattr(layer, name)
         is_part = type(tensor).__name__ in _KINDS

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .gather import is_sharded
+from .model.arguments import check_model
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, injection_of
 from .modules import unwrap
@@ -33,12 +34,13 @@ class AdapterTrainer(Trainer):
     run goes on to the last bit where Trainer's own does.  For another trainer, name both:
     ``class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer)``.
 
-    Raises ValueError for a PEFT model and one without adapters, which are transformers.Trainer's,
-    and under FSDP and DeepSpeed, whose checkpoints hold the whole model.
+    Raises TypeError for what is no model, and ValueError for a PEFT model and one without adapters,
+    which are transformers.Trainer's, and under FSDP and DeepSpeed, whose checkpoints hold the whole
+    model.
     """
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        if isinstance(model, nn.Module):  # before anything is made of it
+        if model is not None:  # before anything is made of it
             _check_model(model)
         super().__init__(model, *args, **kwargs)
         _check_model(self.model)  # which ``model_init`` may have made
@@ -70,7 +72,8 @@ class AdapterTrainer(Trainer):
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raise ValueError unless save_adapter and load_adapter will take it."""
+    """Raise ValueError or TypeError unless save_adapter and load_adapter will take it."""
+    check_model(model)
     injection = injection_of(model)
     if injection is None:
         raise ValueError(

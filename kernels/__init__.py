@@ -9,19 +9,24 @@ kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defa
 from . import defaults as defaults  # fills the tables that launchers choose from
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .kept import replayed
+from .launch import Launch, intercept
 from .plan import Plan, plan_for
 from .project import project
-from .target import target_of
+from .target import TARGETS, target_of, use_target
 from .weight_grad import one_pass_pays, weight_grad
 
 __all__ = [
+    "TARGETS",
+    "Launch",
     "Plan",
     "gemm_lowrank",
+    "intercept",
     "one_launch_pays",
     "one_pass_pays",
     "plan_for",
     "project",
     "replayed",
     "target_of",
+    "use_target",
     "weight_grad",
 ]

@@ -43,6 +43,22 @@ class Called(nn.Linear):
         return 2 * super().__call__(x)
 
 
+class Measured(nn.Linear):
+    @property
+    def r(self):
+        return len(self.weight)
+
+
+class Merging(nn.Linear):
+    def unmerge(self):
+        raise AssertionError("never called")
+
+
+def with_attribute(linear: nn.Linear) -> nn.Linear:
+    linear.scaling = 0.5
+    return linear
+
+
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -176,6 +192,23 @@ def test_a_layer_that_fsdp2_has_already():
     model[0].__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
     with refused(model, "0 can't take an adapter: fully_shard has it already"):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
+
+
+OWN_NAMES = {
+    "property": (lambda: Measured(6, 6), "r"),
+    "method": (lambda: Merging(6, 6), "unmerge"),
+    "attribute": (lambda: with_attribute(nn.Linear(6, 6)), "scaling"),
+}
+
+
+@pytest.mark.parametrize(("make", "name"), OWN_NAMES.values(), ids=OWN_NAMES)
+def test_a_layer_that_has_a_lora_layer_s_names_for_itself(make, name):
+    """They would be overwritten, and gone after remove_lora."""
+    linear = make()
+    model = nn.Sequential(nn.Linear(8, 6), linear)
+    with refused(model, f"1 can't take an adapter: it has a {name!r} of its own"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["0", "1"]))
+    assert hasattr(linear, name)
 
 
 def test_from_linear_takes_what_is_an_nn_linear():

@@ -168,7 +168,7 @@ def test_a_wide_bias_beside_16_bits_in_vmap(x):
 NESTED = {
     "features": ([torch.ones(3, 7)] * 2, ValueError, "but x has 7 features"),
     "ragged-features": ([torch.ones(3, 8), torch.ones(3, 7)], ValueError, "parts differ"),
-    "vectors": ([torch.ones(8)] * 2, TypeError, "can't take this nested x, of 2 dimensions"),
+    "vectors": ([torch.ones(8)] * 2, TypeError, "has 2 dimensions, .* contiguous, or jagged"),
     "none": ([], ValueError, "but x has 0 features"),
     "dtype": ([torch.ones(3, 8).double()], TypeError, "weight has dtype torch.float32"),
 }
@@ -178,6 +178,14 @@ NESTED = {
 def test_a_nested_tensor_that_does_not_fit(parts, error, message):
     with pytest.raises(error, match=message):
         fastlora.LoRALinear(8, 6)(torch.nested.nested_tensor(parts))
+
+
+def test_a_nested_tensor_that_is_not_contiguous():
+    x = torch.nested.nested_tensor([torch.ones(8, 3), torch.ones(8, 5)]).transpose(1, 2)
+    layer = fastlora.LoRALinear(8, 6)
+    with pytest.raises(TypeError, match=r"make it contiguous, or jagged"):
+        layer(x)
+    assert layer(x.contiguous()).is_nested
 
 
 def test_a_wrong_shape_in_a_transform():

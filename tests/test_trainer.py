@@ -224,6 +224,12 @@ def test_a_model_that_it_can_t_save_is_refused_at_once(make, message, tmp_path):
         trainer_for(None, tmp_path / "out", model_init=make)
 
 
+@pytest.mark.parametrize("model", ["gpt2", AdapterTrainer], ids=["name", "class"])
+def test_no_model(model, tmp_path):
+    with pytest.raises(TypeError, match=r"^model is .* but must be a torch\.nn\.Module"):
+        trainer_for(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_path):
     class Engine(AdapterTrainer):

@@ -19,7 +19,15 @@ import torch as pytorch  # here `torch` is the backend
 from ..projection import Output, shown
 from .protocol import Backend, Settings
 
-__all__ = ["Backend", "Settings", "backend_name", "find_backend", "planned_backend", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Settings",
+    "backend_name",
+    "find_backend",
+    "planned_backend",
+    "use_backend",
+]
 
 if TYPE_CHECKING:  # the type checker holds every backend to the contract
     from . import torch as _torch
@@ -27,7 +35,7 @@ if TYPE_CHECKING:  # the type checker holds every backend to the contract
 
     _HELD: tuple[Backend, ...] = (_torch, _triton)
 
-_BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton")
 _CHOSEN: ContextVar[str | None] = ContextVar("fastlora_backend", default=None)
 # Read once: a look-up costs as much as a small op.
 _ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")
@@ -67,11 +75,17 @@ def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> Back
     return _module(backend_name(name, device))
 
 
-def planned_backend(outputs: Sequence[Output]) -> tuple[str, str]:
-    """What a call of these, with x like their weights, runs on; and why not on another."""
+def planned_backend(
+    outputs: Sequence[Output], device: pytorch.device | None = None
+) -> tuple[str, str]:
+    """What a call of these, with x like their weights, runs on; and why not on another.
+
+    ``device``: as if they were there.
+    """
     weight = outputs[0].base.weight
-    name = backend_name(device=weight.device)
-    reason = _module(name).why_not(weight.dtype, weight.device, outputs)
+    device = device or weight.device
+    name = backend_name(device=device)
+    reason = _module(name).why_not(weight.dtype, device, outputs)
     return ("torch", reason) if reason else (name, "")
 
 
@@ -96,10 +110,10 @@ def _has_triton() -> bool:
 
 
 def _check_name(name: str, source: str) -> str:
-    if not isinstance(name, str) or name not in _BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(
             f"{source} asks for the backend {shown(name)}, but there is only "
-            + ", ".join(map(repr, _BACKENDS))
+            + ", ".join(map(repr, BACKENDS))
         )
     if name == "triton" and not _has_triton():
         raise ValueError(

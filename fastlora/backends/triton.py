@@ -6,8 +6,8 @@ the kernels don't cover runs on the torch backend, and the reason is said once.
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +36,18 @@ except ImportError as error:
         "has no fastlora.kernels: run from another folder, or pip install --editable ."
     ) from error
 
-__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "why_not"]
+__all__ = [
+    "TARGETS",
+    "backward",
+    "dropout_mask",
+    "forward",
+    "h_dtype",
+    "why_not",
+    "without_launching",
+]
 
+# The GPUs that calls can be planned for, without one.
+TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _NOTHING = nullcontext()
@@ -114,6 +124,19 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     if dtype == torch.float32 and not target.float32:
         return f"{target.name} multiplies no float32 in tensor cores"
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
+
+
+@contextmanager
+def without_launching(
+    handler: "Callable[[kernels.Launch], None]", where: str | torch.device
+) -> Iterator[None]:
+    """Calls inside, on meta tensors, hand ``handler`` what they would launch on a target or device.
+
+    Nothing is launched, and the device of a name in ``TARGETS`` need not be here.
+    """
+    target = kernels.TARGETS[where] if isinstance(where, str) else kernels.target_of(where)
+    with kernels.use_target(target), kernels.intercept(handler):
+        yield
 
 
 def _covers(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..projection import shown
 from .candidates import expert_modules
 from .config import LoRAConfig, weight_of
 from .targets import is_all_linear
@@ -181,7 +182,7 @@ def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, A
         if name not in _OURS | _SILENT and not _is_off(value)
     }
     if foreign:
-        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(foreign.items()))
+        settings = ", ".join(f"{name}={shown(value)}" for name, value in sorted(foreign.items()))
         raise ValueError(
             f"{source} has settings that fastlora doesn't support: {settings}. {what_else}"
         )

@@ -10,6 +10,7 @@ from torch import nn
 from ..base import is_conv1d, why_not_class
 from ..layer import why_not_base
 from ..modules import called
+from ..projection import shown
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
 from .config import LoRAConfig, compile_pattern, names_any
 
@@ -68,7 +69,7 @@ def _wish(config: LoRAConfig) -> str:
     fields += [
         name for name in ("target_parameters", "layers_to_transform") if getattr(config, name)
     ]
-    return ", ".join(f"{name}={getattr(config, name)!r}" for name in fields)
+    return ", ".join(f"{name}={shown(getattr(config, name))}" for name in fields)
 
 
 def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:

@@ -70,9 +70,17 @@ def read_fitting(
     untied = [
         key
         for key, tensor in here.items()
-        if not torch.equal(tensors[first.setdefault(id(tensor), key)], tensors[key])
+        if not _same_bits(tensors[first.setdefault(id(tensor), key)], tensors[key])
     ]
     return Found(wanted, brought, tensors, untied)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Of any dtype; a NaN is the same as itself."""
+    return one is other or (
+        one.dtype == other.dtype
+        and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+    )
 
 
 def name_of(key: str) -> str:

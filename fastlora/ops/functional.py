@@ -168,7 +168,10 @@ def draw_seed(count: int, device: torch.device) -> Tensor:
 def _why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
     """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
     if x.is_nested:
-        return f"torch.nn.functional.linear can't take this nested x, of {x.dim()} dimensions"
+        return (
+            f"x is nested and has {x.dim()} dimensions, and torch.nn.functional.linear takes 3, "
+            "[parts, rows, in_features]: make it contiguous, or jagged (layout=torch.jagged)"
+        )
     named = [pair for output in outputs for pair in named_tensors(output)]
     for name, tensor in (("x", x), *named):
         if tensor is None:

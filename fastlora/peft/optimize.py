@@ -60,7 +60,7 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
-    reason = _why_nothing_changes()
+    reason = why_nothing_changes()
     if reason and not is_disabled():
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
     report = cover(inner, layers, unreached=reason)
@@ -83,7 +83,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _why_nothing_changes() -> str:
+def why_nothing_changes() -> str:
     """Why optimize leaves every layer as it is, once an untested PEFT was tried out; or ""."""
     if wants_trial() and not is_disabled():
         from .trial import try_out

@@ -190,3 +190,25 @@ def test_what_a_running_process_writes_is_left_alone(folder, tmp_path_factory):
     fastlora.save_adapter(adapted(), folder)
     assert theirs.name not in scratch_folders(folder)
     assert (outside / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["plain", "adapted"])
+@pytest.mark.parametrize(
+    "change", [lambda t: t * torch.nan, lambda t: t.to(torch.float8_e4m3fn)], ids=["nan", "float8"]
+)
+def test_values_of_every_kind_are_loaded(folder, change, fresh):
+    """As PEFT loads them; a NaN, which equals nothing, is no sign of a weight of its own."""
+    tensors = load_file(folder / WEIGHTS)
+    tensors[A] = change(tensors[A])
+    save_file(tensors, folder / WEIGHTS)
+    model = fastlora.load_adapter(Mlp() if fresh else adapted(), folder)
+    torch.testing.assert_close(model.up.lora_A, tensors[A].float(), equal_nan=True)
+
+
+def test_a_long_value_is_cut_in_the_message(folder):
+    for setting in ({"target_modules": "up" * 10**5}, {"unknown": "up" * 10**5}):
+        fastlora.save_adapter(adapted(), folder)
+        edit_config(folder, **setting)
+        with pytest.raises(ValueError, match=next(iter(setting))) as caught:
+            fastlora.load_adapter(Mlp(), folder)
+        assert len(str(caught.value)) < 700

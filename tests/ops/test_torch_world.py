@@ -136,7 +136,7 @@ def test_one_layer_called_twice():
 def test_threads_keep_their_own_backend(monkeypatch):
     from fastlora import backends
 
-    monkeypatch.setattr(backends, "_BACKENDS", ("torch", "other"))
+    monkeypatch.setattr(backends, "BACKENDS", ("torch", "other"))
     names = []
     with fastlora.use_backend("other"):
         thread = threading.Thread(target=lambda: names.append(backends.backend_name()))

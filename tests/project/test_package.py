@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "base", "adapted",
-    "layer", "modules", "gather", "report", "model", "peft", "trainer", "moved", "__init__",
+    "layer", "modules", "gather", "report", "model", "peft", "trainer", "doctor",
+    "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -38,6 +39,7 @@ ORDER_INSIDE = {
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
         "layer", "swap", "sharding", "uncalled", "records", "trial", "check",
     ],
+    "doctor": ["dtypes", "call", "self_test", "report"],
 }  # fmt: skip
 # Imported inside of functions, when a model with PEFT's layers is met.
 LATE = {"peft": {"coverage": {"records", "sharding", "uncalled"}, "optimize": {"swap", "trial"}}}

@@ -1,13 +1,21 @@
 """Values of every kind, for arguments that are meant to be of another."""
 
 import math
+import re
+import traceback
+from collections.abc import Callable, Collection, Mapping
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+
+import fastlora
+
+PACKAGE = str(Path(fastlora.__file__).parent)
 
 
 class WithoutRepr:
@@ -66,6 +74,39 @@ def values() -> dict[str, object]:
         "tensor": torch.zeros(2),
         "meta-tensor": torch.tensor(0.5, device="meta"),
     }
+
+
+def unexpected(
+    call: Callable[[object], object],
+    message: str,
+    fine: Collection[str] = (),
+    *,
+    error: type[Exception] | tuple[type[Exception], ...] = (ValueError, TypeError),
+    kinds: Mapping[str, object] | None = None,
+) -> dict[str, str]:
+    """What the call does with each kind of value but take the fine ones and refuse the others.
+
+    To refuse is to raise this error with this message, in the package's own code, in a short line.
+    """
+    found = {}
+    for kind, value in (values() if kinds is None else kinds).items():
+        try:
+            call(value)
+            answer = "taken"
+        except Exception as raised:
+            place = traceback.extract_tb(raised.__traceback__)[-1].filename
+            answer = f"{type(raised).__name__} in {place}: {raised}"
+            if (
+                isinstance(raised, error)
+                and re.search(message, str(raised))
+                and place.startswith(PACKAGE)
+                and len(answer) < 400
+                and "\n" not in answer
+            ):
+                answer = "refused"
+        if answer != ("taken" if kind in fine else "refused"):
+            found[kind] = answer
+    return found
 
 
 class Subclass(Tensor):

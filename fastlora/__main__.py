@@ -1,0 +1,108 @@
+"""``python -m fastlora``: what a person runs."""
+
+import json
+import re
+import sys
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from .doctor.call import Call
+from .doctor.dtypes import NAMES
+from .doctor.report import examine
+
+
+class _Parser(ArgumentParser):
+    """Whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the status to exit with."""
+    parser, doctors = _parsers()
+    options = vars(parser.parse_args(arguments))
+    if not options.pop("command"):
+        parser.print_help()
+        return 0
+    as_json, shape = options.pop("json"), options.pop("shape")
+    details = {name: value for name, value in options.items() if value is not None}
+    if details and not shape:
+        doctors.error(f"--{next(iter(details))} is of a call: give its --shape too")
+    report = examine(Call(*shape, **details) if shape else None)
+    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else report)
+    return 1 if report.broken else 0
+
+
+def _parsers() -> tuple[_Parser, _Parser]:
+    """That of all commands, and the doctor's."""
+    parser = _Parser(prog="python -m fastlora", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    what = "what is here, what would run, and whether it works: the text for a bug report"
+    doctors = commands.add_parser(
+        "doctor",
+        help=what,
+        description=f"Prints {what}. Exits with 1 if something is broken.",
+        allow_abbrev=False,
+    )
+    add = doctors.add_argument
+    add("--json", action="store_true", help="print it for a program")
+    add("--shape", type=_shape, metavar="M,K,N", help="also tell how such a call would run")
+    add("--r", type=_rank, help="the rank of its adapter (16)")
+    add("--dtype", type=_dtype, help="of x and the weight (bfloat16)")
+    add("--dropout", type=_probability, metavar="P", help="of its adapter (0)")
+    add("--target", type=_target, help="a GPU that need not be here, such as sm_90")
+    return parser, doctors
+
+
+def _shape(text: str) -> list[int]:
+    sizes = [_whole(part) for part in text.split(",")]
+    if len(sizes) != 3 or 0 in sizes:
+        raise ArgumentTypeError(
+            f"{text!r} is no M,K,N: rows, in_features and out_features, such as 4096,2048,2048"
+        )
+    return sizes
+
+
+def _rank(text: str) -> int:
+    if not _whole(text):
+        raise ArgumentTypeError(f"{text!r} is no rank: a whole number of at least 1")
+    return _whole(text)
+
+
+def _whole(text: str) -> int:
+    """A number from 1 to 9,999,999; 0 for any other text."""
+    return int(text) if re.fullmatch("[0-9]{1,7}", text) else 0
+
+
+def _dtype(text: str) -> torch.dtype:
+    if text not in NAMES:
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(NAMES)}")
+    return NAMES[text]
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise ArgumentTypeError(f"{text!r} is no probability from 0 to below 1")
+    return value
+
+
+def _target(text: str) -> str:
+    try:
+        from .backends.triton import TARGETS  # here, since it imports the kernels
+    except ImportError as error:
+        raise ArgumentTypeError(f"the kernels can't be imported ({error})") from error
+    if text not in TARGETS:
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(TARGETS)}")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What a call of a given shape would run, and why: on meta tensors, so that nothing runs."""
+
+import os
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..backends import Settings, backend_name, find_backend, planned_backend, use_backend
+from ..projection import Layout, unflatten
+from .dtypes import HALF, is_fast, name_of
+
+
+class Call(NamedTuple):
+    """x [m, k] of a dtype, weight [n, k] and an adapter of rank r; on a target, else here."""
+
+    m: int
+    k: int
+    n: int
+    r: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    dropout: float = 0.0
+    target: str = ""  # a name in TARGETS of the Triton backend
+
+    def __str__(self) -> str:
+        return (
+            f"x [{self.m}, {self.k}], weight [{self.n}, {self.k}], r {self.r}, "
+            f"{name_of(self.dtype)}, dropout {self.dropout:g}"
+        )
+
+
+def plan(call: Call, device: torch.device) -> dict[str, str]:
+    """The backend and why; and on Triton's every launch, and torch's products, in order."""
+    inputs, seeds = _tensors(call)
+    layouts, noted = (Layout(False, (1.0,)),), _Noted()
+    with ExitStack() as stack:
+        if call.target:
+            stack.enter_context(use_backend("triton"))
+        asked = backend_name(device=device)
+        if asked == "triton":
+            from ..backends.triton import without_launching  # here, since it imports the kernels
+
+            stack.enter_context(without_launching(noted.add_launch, call.target or device))
+        name, reason = planned_backend(unflatten(inputs[1:], layouts), device)
+        why = f"not {asked}: {reason}" if reason else _why(call, device)
+        where = f"{call}, on {call.target or device.type}"
+        found = {"call": where, "backend": f"{name}, {why}"}
+        if name != "triton":  # whose blocks on meta tensors wouldn't be this device's
+            return found
+        backend = find_backend(name)
+        settings = Settings(layouts, call.dropout, backend)
+        stack.enter_context(noted)
+        ys, hs = backend.forward(inputs, seeds, settings)
+        forward, noted.steps = noted.steps, []
+        backend.backward(ys, inputs, hs, (True, False, True, True), seeds, settings)
+    found["plan"] = f"{_plan(forward)} forward, {_plan(noted.steps)} dx (docs/kernels.md)"
+    for title, steps in (("forward", forward), ("backward", noted.steps)):
+        found |= {f"{title} {i}": step for i, step in enumerate(steps, 1)}
+    return found
+
+
+def _tensors(call: Call) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """x, weight, lora_a, lora_b; and the seeds."""
+    m, k, n, r = call[:4]
+    with torch.device("meta"):
+        shapes = (m, k), (n, k), (r, k), (n, r)
+        seeds = torch.empty(1, dtype=torch.int64) if call.dropout else None
+        return [torch.empty(shape, dtype=call.dtype) for shape in shapes], seeds
+
+
+def _why(call: Call, device: torch.device) -> str:
+    """Why the backend that was asked for was."""
+    if call.target:
+        return "the default there"
+    if os.environ.get("FASTLORA_BACKEND"):
+        return "by FASTLORA_BACKEND"
+    if device.type == "cpu" and call.dtype in HALF and not is_fast(call.dtype):
+        return f"the default here; products in {name_of(call.dtype)} are slow"
+    return "the default here"
+
+
+def _plan(steps: list[str]) -> str:
+    """In the words of docs/kernels.md.  The weight is frozen: a product of torch's is with it."""
+    return "in place" if any(step.startswith("torch.") for step in steps) else "fused"
+
+
+class _Noted(TorchDispatchMode):
+    """Notes launches, and torch's products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[str] = []
+
+    def add_launch(self, launch: Any) -> None:
+        work, grid = launch.work(), "x".join(map(str, launch.grid))
+        tiles = [f"{k} {v}" for k, v in launch.arguments.items() if k.startswith("BLOCK_")]
+        facts = [f"grid {grid}", *tiles, f"{launch.warps} warps", f"{launch.stages} stages"]
+        facts += [f"{work.loaded / 2**20:.1f} MiB in", f"{work.stored / 2**20:.1f} MiB out"]
+        self.steps.append(f"{launch.name}: {', '.join(facts)}")
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        name = operation.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = (list(matrix.shape) for matrix in arguments[-2:])
+            self.steps.append(f"torch.{name}: {left} @ {right}")
+        return operation(*arguments, **(named or {}))

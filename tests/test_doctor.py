@@ -1,0 +1,289 @@
+"""``python -m fastlora doctor``: every line against the truth, and what is broken is said."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+import transformers
+import triton
+from process import run_python
+
+from fastlora import backends
+from fastlora.__main__ import main
+from fastlora.backends import torch as torch_backend
+from fastlora.doctor import report as doctor
+from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.peft import moment, versions
+from fastlora.version import __version__
+
+CPU = torch.device("cpu")
+DOCTOR = ("-m", "fastlora", "doctor")
+
+
+def examined(capsys, *arguments: str, status: int = 0) -> dict:
+    assert main(["doctor", "--json", *arguments]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def broken_by(capsys) -> str:
+    """The only thing that is."""
+    (text,) = examined(capsys, status=1)["broken"]
+    return text
+
+
+def test_versions_and_machine(capsys):
+    found = examined(capsys)
+    assert found["versions"] == {
+        "fastlora": __version__,
+        "Python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    assert found["fastlora.optimize"] == {"PEFT": "supported"}
+    assert found["machine"]["threads"] == str(torch.get_num_threads())
+    assert torch.backends.cpu.get_cpu_capability() in found["machine"]["processor"]
+    assert found["installation"].keys() == {"fastlora", "fastlora.kernels"}
+    assert found["broken"] == []
+
+
+def test_the_text_says_the_same_on_about_a_screen(capsys):
+    found = examined(capsys)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 40
+    assert lines[-1] == "nothing is broken"
+    for title, entries in found.items():
+        assert title == "broken" or title in lines
+        for name, text in dict(entries).items():
+            assert any(line.split() == [*name.split(), *text.split()] for line in lines), name
+
+
+NEEDS_INTERPRETER = "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the default is another one")
+@pytest.mark.parametrize(
+    ("interpret", "asked", "of_torch", "of_triton", "runs"),
+    [
+        (None, None, "runs by default", f"no: {NEEDS_INTERPRETER}", "torch, the default here"),
+        (
+            None, "triton", "possible, by FASTLORA_BACKEND=",
+            f"asked for, but calls run on torch: {NEEDS_INTERPRETER}",
+            f"torch, not triton: {NEEDS_INTERPRETER}",
+        ),
+        ("1", "triton", "possible, by", "runs by default", "triton, by FASTLORA_BACKEND"),
+    ],
+    ids=["default", "triton", "interpreted"],
+)  # fmt: skip
+def test_backends_as_the_settings_choose_them(interpret, asked, of_torch, of_triton, runs):
+    settings = {"TRITON_INTERPRET": interpret, "FASTLORA_BACKEND": asked}
+    shape = ("--shape", "32,32,32", "--dtype", "float32")
+    found = json.loads(run_python(*DOCTOR, "--json", *shape, **settings))
+    for name, value in settings.items():
+        assert found["settings"].get(name) == value
+    assert found["backends"]["torch on cpu"].startswith(of_torch)
+    assert found["backends"]["triton on cpu"].startswith(of_triton)
+    assert found["plan"]["backend"] == runs
+    assert ("forward 1" in found["plan"]) == runs.startswith("triton")
+    tested = ("torch on cpu", *["triton on cpu"] * bool(interpret))
+    assert tuple(found["self-test, relative errors"]) == tested
+
+
+@pytest.mark.parametrize(("flag", "word"), [(True, "fast"), (False, "slow")])
+def test_16_bit_products_are_those_that_torch_has(capsys, monkeypatch, flag, word):
+    flags = dict.fromkeys(("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"), lambda: flag)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**flags))
+    found = examined(capsys, "--shape", "8,8,8")
+    assert found["16-bit products"]["cpu"] == f"bfloat16 {word}, float16 {word}"
+    if not torch.cuda.is_available():
+        slow = "products in bfloat16 are slow"
+        assert (slow in found["plan"]["backend"]) == (word == "slow")
+
+
+@pytest.mark.parametrize(("plan", "word"), [(IN_PLACE, "in place"), (FUSED, "fused")])
+def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
+    """Its launches, and in place the two products that are torch's."""
+    arguments = ("--shape", "4096,2048,1024", "--r", "8", "--dropout", "0.1", "--target", "sm_90")
+    with use_plan(plan):
+        found = examined(capsys, *arguments)["plan"]
+    assert found["call"] == (
+        "x [4096, 2048], weight [1024, 2048], r 8, bfloat16, dropout 0.1, on sm_90"
+    )
+    assert found["backend"] == "triton, the default there"
+    assert found["plan"] == f"{word} forward, {word} dx (docs/kernels.md)"
+    assert found["forward 1"].startswith("project: grid ")
+    assert ", 16.0 MiB in, " in found["forward 1"]  # x and lora_a
+    launched = {
+        (name.split()[0], text.partition(":")[0]) for name, text in found.items() if "grid" in text
+    }
+    both = {(way, "gemm_lowrank") for way in ("forward", "backward")}
+    assert {("forward", "project"), ("backward", "weight_grad"), *both} <= launched
+    products = [text for text in found.values() if text.startswith("torch.")]
+    expected = [
+        "torch.addmm: [4096, 2048] @ [2048, 1024]",
+        "torch.addmm: [4096, 1024] @ [1024, 2048]",
+    ]
+    assert products == (expected if plan == IN_PLACE else [])
+
+
+def test_a_call_that_the_kernels_do_not_cover(capsys):
+    found = examined(capsys, "--shape", "8,8,8", "--dtype", "float64", "--target", "sm_90")["plan"]
+    assert found["backend"] == "torch, not triton: the Triton kernels don't have torch.float64"
+    assert found.keys() == {"call", "backend"}
+
+
+def test_nothing_stays_forced(capsys):
+    from fastlora.kernels import launch, target
+
+    examined(capsys, "--shape", "8,8,8", "--target", "sm_90")
+    assert target.forced() is None
+    assert not launch.is_intercepted()
+    assert backends.backend_name(device=CPU) == "torch"
+
+
+def test_a_wrong_op_is_broken(capsys, monkeypatch):
+    forward = torch_backend.forward
+
+    def wrong(*arguments):
+        ys, hs = forward(*arguments)
+        return [y * 1.05 for y in ys], hs
+
+    monkeypatch.setattr(torch_backend, "forward", wrong)
+    found = examined(capsys, status=1)["broken"]
+    expected = "self-test of torch on cpu in bfloat16: the output is wrong, its relative error is"
+    assert [text for text in found if text.startswith(expected)]
+    assert main(["doctor"]) == 1
+    assert f"BROKEN: {found[0]}" in capsys.readouterr().out
+
+
+def test_an_op_that_raises_or_gives_nan_is_broken(capsys, monkeypatch):
+    nan = {"dx": float("nan")}
+    monkeypatch.setattr(doctor, "relative_errors", lambda *_: nan)
+    assert "dx is wrong" in examined(capsys, status=1)["broken"][0]
+
+    def fail(*_):
+        raise RuntimeError("no\nmemory")
+
+    monkeypatch.setattr(doctor, "relative_errors", fail)
+    found = examined(capsys, status=1)
+    assert found["broken"][0].endswith("in float32: RuntimeError: no memory")
+    assert "float32 failed" in found["self-test, relative errors"]["torch on cpu"]
+
+
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        ("0.18.0", "not supported: PEFT 0.18.0 is not among the tested versions"),
+        ("0.99.0", "supported; PEFT 0.99.0 is newer than the tested versions"),
+    ],
+)
+def test_another_peft_is_a_note(capsys, monkeypatch, version, text):
+    monkeypatch.setattr(versions, "_verdicts", [])
+    monkeypatch.setattr(peft, "__version__", version)
+    try:
+        assert examined(capsys)["fastlora.optimize"]["PEFT"].startswith(text)
+    finally:
+        monkeypatch.undo()
+        with moment.on_trial():  # which asks for the version anew
+            pass
+
+
+def test_what_switches_optimize_off_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("FASTLORA_DISABLE", "1")
+    found = examined(capsys)
+    assert found["fastlora.optimize"]["PEFT"] == "not supported: FASTLORA_DISABLE is set"
+    assert found["settings"]["FASTLORA_DISABLE"] == "1"
+
+
+def test_without_triton_it_is_no_fault():
+    code = (
+        "import sys; sys.modules['triton'] = sys.modules['peft'] = None;"
+        "from fastlora.__main__ import main; sys.exit(main(['doctor', '--json']))"
+    )
+    found = json.loads(run_python("-c", code))
+    assert found["versions"]["triton"] == "not installed"
+    assert found["backends"]["triton on cpu"] == "no: the package triton isn't installed"
+
+
+def test_without_peft_it_is_no_fault(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    found = examined(capsys)
+    assert found["versions"]["peft"] == "not installed"
+    assert "fastlora.optimize" not in found
+
+
+def test_an_installed_package_that_can_not_be_imported_is_broken(capsys, monkeypatch):
+    def importing(name):
+        if name == "transformers":
+            raise ImportError("undefined symbol")
+        return sys.modules[name]
+
+    monkeypatch.setattr(doctor, "import_module", importing)
+    expected = "transformers is installed, but can't be imported: ImportError: undefined symbol"
+    assert broken_by(capsys) == expected
+
+
+def test_a_source_tree_without_kernels_is_broken(capsys, monkeypatch):
+    def find(name, device=CPU):
+        if name == "triton":
+            raise ImportError("has no fastlora.kernels")
+        return torch_backend
+
+    monkeypatch.setattr(doctor, "find_backend", find)
+    assert "the backend triton can't be imported: ImportError: has no" in broken_by(capsys)
+
+
+def test_a_section_that_fails_leaves_the_others(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_machine", lambda _: 1 / 0)
+    found = examined(capsys, status=1)
+    assert found["broken"] == ["machine: ZeroDivisionError: division by zero"]
+    assert found["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["nurse"], "invalid choice: 'nurse'"),
+        (["doctor", "--shape", "4,5"], "'4,5' is no M,K,N"),
+        (["doctor", "--shape", "4,0,5"], "'4,0,5' is no M,K,N"),
+        (["doctor", "--shape", "4,-1,5"], "'4,-1,5' is no M,K,N"),
+        (["doctor", "--shape", "4,²,5"], "'4,²,5' is no M,K,N"),
+        (["doctor", "--shape", "4,4,99999999999"], "is no M,K,N"),
+        (["doctor", "--shape", "8,8,8", "--r", "0"], "'0' is no rank"),
+        (["doctor", "--shape", "8,8,8", "--dtype", "int8"], "'int8' is none of float16, bfloat16"),
+        (["doctor", "--shape", "8,8,8", "--dropout", "1"], "'1' is no probability"),
+        (["doctor", "--shape", "8,8,8", "--dropout", "nan"], "'nan' is no probability"),
+        (["doctor", "--shape", "8,8,8", "--target", "sm_10"], "'sm_10' is none of sm_80"),
+        (["doctor", "--r", "8"], "--r is of a call: give its --shape too"),
+        (["doctor", "--dropout", "0"], "--dropout is of a call: give its --shape too"),
+    ],
+)
+def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("python -m fastlora")
+    assert error in line
+
+
+def test_alone_it_prints_usage():
+    assert run_python("-m", "fastlora").startswith("usage: python -m fastlora")
+
+
+def test_fastlora_does_not_import_it():
+    code = "import sys, fastlora; print([name for name in sys.modules if 'doctor' in name])"
+    assert run_python("-c", code) == "[]"
+
+
+def test_a_backend_that_does_not_exist_is_broken_and_the_process_exits_with_1():
+    text = r"BROKEN: no backend on cpu: .*FASTLORA_BACKEND asks for the backend 'metal'"
+    with pytest.raises(AssertionError, match=text):
+        run_python(*DOCTOR, FASTLORA_BACKEND="metal")
