@@ -9,7 +9,8 @@ With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of 
 
 h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator,
 so that nothing of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows that stay in
-cache: no dropped copy of x exists.
+cache: no dropped copy of x exists.  The products are of a block, and the mask is made and applied
+tile by tile, without waiting for other threads.
 
 Where 16-bit products are slow (:mod:`.products`) the same formulas run in float32 over blocks of
 rows, and h stays float32.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..blocks import rows_at_a_time
+from ..blocks import rows_at_a_time, rows_of_a_tile
 from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from .dropout import DropoutMask, dropout_mask, multiply_bits
 from .products import (
@@ -250,7 +251,7 @@ def _masks(
     """For each output its adapters' masks, or None for each without dropout."""
     if seeds is None:
         return [[None] * len(output.adapters) for output in outputs]
-    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds.unbind()]
+    masks = [DropoutMask(seed.view(1), x.shape, settings.dropout) for seed in seeds.unbind()]
     return list(per_adapter(masks, outputs))
 
 
@@ -293,7 +294,7 @@ def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> T
         return product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
     for first, x_rows, h_rows in _blocks(x, h):
-        product(multiply_bits(x_rows, mask.rows(first, len(x_rows))), down, factor, out=h_rows)
+        product(_drop(mask, first, x_rows), down, factor, out=h_rows)
     return h
 
 
@@ -323,12 +324,13 @@ def _through_lora_a(
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
-        keep = mask.rows(first, len(x_rows))
-        if need_a:
-            part = torch.mm(dh_rows.T, multiply_bits(x_rows, keep))
-            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
+        change = None
         if dx is not None:
-            dx_rows.add_(multiply_bits(torch.mm(dh_rows, up), keep))
+            change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
+        dropped = _drop(mask, first, x_rows, need_a, change, dx_rows)
+        if dropped is not None:
+            part = torch.mm(dh_rows.T, dropped)
+            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
     return cast(d_lora_a, lora_a.dtype)
 
 
@@ -341,3 +343,36 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     for first in range(0, len(x), step):
         rows = slice(first, first + step)
         yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
+
+
+def _drop(
+    mask: DropoutMask,
+    first: int,
+    x: Tensor,
+    need_x: bool = True,
+    change: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> Tensor | None:
+    """mask ∘ x of a block from row ``first`` on, until the next call; dx += mask ∘ change."""
+    step = rows_of_a_tile(x)
+    if len(x) <= step:
+        keep = mask.rows(first, len(x))
+        if dx is not None:
+            dx.add_(multiply_bits(change, keep))
+        return multiply_bits(x, keep) if need_x else None
+    dropped = _scratch("dropped", x) if need_x else None
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        keep = mask.rows(first + start, rows.stop - start)
+        if dx is not None:
+            dx[rows].add_(multiply_bits(change[rows], keep))
+        if dropped is not None:
+            multiply_bits(x[rows], keep, out=dropped[rows])
+    return dropped
+
+
+def _scratch(use: str, x: Tensor) -> Tensor | None:
+    """A buffer like x that the thread keeps, where fresh pages would cost more than the work."""
+    if len(x) <= rows_of_a_tile(x):
+        return None
+    return SCRATCH.take(use, *x.shape, x.dtype)

@@ -83,7 +83,7 @@ def test_ends_of_the_range(p, kept):
 @pytest.mark.parametrize("columns", [1, 2, 7, 8])
 def test_the_same_however_rows_are_cut(columns):
     whole = dropout_mask(seed_of(9), (20, columns), 0.3)
-    mask = DropoutMask(seed_of(9), columns, 0.3)
+    mask = DropoutMask(seed_of(9), (20, columns), 0.3)
     parts = [mask.rows(first, count) for first, count in ((0, 1), (1, 6), (7, 13))]
     assert torch.equal(torch.cat(parts).bool(), whole)
     assert torch.equal(dropout_mask(seed_of(9), (5, columns), 0.3), whole[:5])
