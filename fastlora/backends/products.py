@@ -202,6 +202,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
         for rows in wide_rows(x):
             left, right = SCRATCH.widen("part", dy[rows, some]).T, SCRATCH.widen("x", x[rows])
             total = torch.mm(left, right) if total is None else total.addmm_(left, right)
+        assert total is not None  # a wide x has rows
         out[some] = total
     return out
 

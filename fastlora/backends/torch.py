@@ -101,7 +101,8 @@ def backward(
     """The gradient of each input that needs one, else None."""
     x, *tensors = inputs
     needs_x, *needs_flat = needs
-    outputs, wanted = (unflatten(flat, settings.layouts) for flat in (tensors, needs_flat))
+    outputs = unflatten(tensors, settings.layouts)
+    wanted = unflatten(needs_flat, settings.layouts)
     masks = _masks(x, outputs, seeds, settings)
     of_adapters = _wide_adapter_gradients if are_wide(x) else _gradients_of_adapters
     thin = per_adapter(hs, outputs)
@@ -119,7 +120,7 @@ def _gradients_of_adapters(
     dys: Sequence[Tensor | None],
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Sequence[Tensor | None]],
+    hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
     masks: _Masks,
     needs_x: bool,
@@ -136,7 +137,7 @@ def _wide_adapter_gradients(
     dys: Sequence[Tensor | None],
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
-    hs: Sequence[Sequence[Tensor | None]],
+    hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
     masks: _Masks,
     needs_x: bool,
@@ -156,7 +157,7 @@ def _wide_adapter_gradients(
             _from_row(masks, rows.start),
             needs_x,
         )
-        if dx is not None:
+        if dx is not None and part_dx is not None:
             dx[rows] = part_dx
         total = part if total is None else _sum(total, part)
     assert total is not None
@@ -171,7 +172,8 @@ def _wide_adapter_gradients(
     ]
 
 
-def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+def _rows_of(tensor, rows: slice):
+    """These rows; None stays None."""
     return None if tensor is None else tensor[rows]
 
 
@@ -180,7 +182,7 @@ def _sum(total: _Gradients, part: _Gradients) -> _Gradients:
     for of_output, more in zip(total, part, strict=True):
         for left, right in zip(of_output, more, strict=True):
             for gradient, other in zip(left[:2], right[:2], strict=True):
-                if gradient is not None:
+                if gradient is not None and other is not None:
                     gradient.add_(other)
     return total
 
@@ -215,8 +217,8 @@ def _adapter_gradients(
     """d lora_a and d lora_b, as needed; and the adapter's part of dx is added to it."""
     dtype = _adapter_dtype(x, adapter)
     lora_b = cast(adapter.lora_b, dtype) if need.lora_a or dx is not None else None
-    h = cast(h, dtype) if need.lora_b else None
-    dh, d_lora_b = _through_lora_b(dy, lora_b, h, _factor(adapter, mask), dtype)
+    own_h = cast(h, dtype) if need.lora_b else None
+    dh, d_lora_b = _through_lora_b(dy, lora_b, own_h, _factor(adapter, mask), dtype)
     d_lora_a = None
     if dh is not None:
         d_lora_a = _through_lora_a(cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a)
@@ -230,11 +232,7 @@ def _through_lora_b(
     if dy.dtype != dtype and are_wide(dy):
         parts = [
             _through_lora_b(
-                SCRATCH.widen("part", dy[rows]),
-                lora_b,
-                None if h is None else h[rows],
-                factor,
-                dtype,
+                SCRATCH.widen("part", dy[rows]), lora_b, _rows_of(h, rows), factor, dtype
             )
             for rows in wide_rows(dy, fewest=1)
         ]
