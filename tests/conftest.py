@@ -38,6 +38,13 @@ def backend(request):
 
 
 @pytest.fixture
+def node(monkeypatch):
+    """A call of a few rows is a node too."""
+    monkeypatch.setattr("fastlora.backends.torch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+
+
+@pytest.fixture
 def poisoned_memory():
     """torch.empty gives NaN, so that an element which nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()

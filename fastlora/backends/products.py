@@ -92,9 +92,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(
-        self, use: str, rows: int, columns: int, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def take(self, use: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A matrix with anything in it, its own until the next one for this use is taken."""
         size, buffer = rows * columns, self.buffers.get((use, dtype))
         if buffer is None or buffer.numel() < size:

@@ -40,7 +40,10 @@ from .products import (
 )
 from .protocol import Settings
 
-__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "why_not"]
+__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "is_small", "why_not"]
+
+# Up to so many rows a node costs more than it saves (docs/performance.md).
+MOST_ROWS = 32
 
 # For each output, what each of its adapters has.
 _Masks = Sequence[Sequence[DropoutMask | None]]
@@ -50,6 +53,17 @@ _Gradients = list[list[Adapter[Tensor | None]]]
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
     """Why a call with x of this dtype and device isn't covered; it always is."""
     return ""
+
+
+def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
+    """Whether x has few rows on a CPU, and one output, and nothing is converted or rounded."""
+    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or len(outputs) > 1:
+        return False
+    ((_, bias), adapters) = outputs[0]
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.float64) or (bias is not None and bias.dtype != dtype):
+        return False
+    return all([lora_a.dtype == lora_b.dtype == dtype for lora_a, lora_b, _ in adapters])
 
 
 def forward(
