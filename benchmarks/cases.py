@@ -117,17 +117,16 @@ def gpu_cases() -> list[Case]:
     """In the order of importance, for the time of a visit may run out."""
     layers = (
         ("llama3-8b-q", 8192, 4096, (4096,)),
+        ("qwen3-0.6b-q", 8192, 1024, (2048,)),
+        ("llama3-8b-q", 512, 4096, (4096,)),
+        ("llama3-8b-up", 8192, 4096, (14336,)),
         ("llama3-8b-qkv", 8192, 4096, (4096, 1024, 1024)),
-        ("llama3-8b-q", 16, 4096, (4096,)),
-        ("llama3-8b-gateup", 8192, 4096, (14336, 14336)),
-        ("llama3-8b-q", 1, 4096, (4096,)),
-        ("llama3-8b-q", 256, 4096, (4096,)),
+        ("llama3-8b-q", DECODE, 4096, (4096,)),
         ("llama3-8b-down", 8192, 14336, (4096,)),
         ("llama3-8b-q", 8192, 4096, (4096,), 64),
-        ("gemma3-4b-qkv", 8192, 2560, (2048, 1024, 1024)),
-        ("llama3-8b-q", 8192, 4096, (4096,), 128),
     )
-    return [case for layer in layers for case in _gpu(*layer)]
+    cases = [Case(*sizes, dropout=p, name=n, table="gpu") for p in DROPOUTS for n, *sizes in layers]
+    return [case for case in cases if not (case.decodes and case.dropout)]
 
 
 def host_cases() -> list[Case]:
@@ -142,9 +141,9 @@ def host_cases() -> list[Case]:
 def dry_cases() -> list[Case]:
     """Those of a GPU, so small that the interpreter can run their kernels."""
     return [
-        _gpu("quick-gpu", 34, 40, (48,), r=8)[1],
-        _gpu("quick-gpu-qkv", 34, 40, (48, 24), r=8)[0],
-        *_gpu("quick-gpu-decode", 2, 40, (48,), r=8),
+        Case(34, 40, (48,), 8, dropout=0.1, name="quick-gpu", table="gpu"),
+        Case(34, 40, (48, 24), 8, name="quick-gpu-qkv", table="gpu"),
+        Case(2, 40, (48,), 8, name="quick-gpu-decode", table="gpu"),
     ]
 
 
@@ -170,8 +169,3 @@ def _optimized(dropout: float) -> Iterator[Case]:
     for kind in ("dora", "two-adapters"):
         for dtype in (F32, BF16):
             yield Case(1024, 1024, (1024,), 16, dtype, F32, name="layer", kind=kind, **shared)
-
-
-def _gpu(name: str, M: int, K: int, outputs: tuple[int, ...], r: int = 16) -> list[Case]:
-    dropouts = DROPOUTS if M > DECODE else (0.0,)
-    return [Case(M, K, outputs, r, dropout=dropout, name=name, table="gpu") for dropout in dropouts]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-_AHEAD = 2_000_000  # cycles, about a millisecond: what the host needs to issue a step
+_AHEAD = 4_000_000  # cycles, some two milliseconds: what the host needs to issue a step
 _CACHE = 256 * 2**20  # bytes, more than any L2
 
 
@@ -36,8 +36,8 @@ class CudaClock:
     gaps are not measured; the wall time of many steps is a quantity of its own (``measure.py``).
     """
 
-    def __init__(self) -> None:
-        self.cache = torch.empty(_CACHE, dtype=torch.int8, device="cuda")
+    def __init__(self, device: torch.device) -> None:
+        self.cache = torch.empty(_CACHE, dtype=torch.int8, device=device)
 
     def start(self) -> None:
         self.cache.zero_()
@@ -57,7 +57,7 @@ Clock = HostClock | CudaClock
 
 
 def clock_for(device: torch.device) -> Clock:
-    return CudaClock() if device.type == "cuda" else HostClock(device)
+    return CudaClock(device) if device.type == "cuda" else HostClock(device)
 
 
 def timed(clock: Clock, call: Callable[[], object], calls: int = 1) -> float:

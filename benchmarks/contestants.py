@@ -74,9 +74,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
         "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
         "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
-        "float32 adapter": fastlora_layer(torch.float32),
         "peft": peft_layer(),
-        "peft, float32 adapter": peft_layer(torch.float32),
         "peft, optimized": peft_layer(optimized=True),
         **({"merged": merged} if case.decodes else {}),
         "fastlora": fastlora_layer(),
@@ -158,11 +156,11 @@ def fastlora_layer(
     return make
 
 
-def peft_layer(adapter_dtype: torch.dtype | None = None, optimized: bool = False) -> Maker:
+def peft_layer(optimized: bool = False) -> Maker:
     """PEFT's layers, also after :func:`fastlora.optimize`."""
 
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        group = Group(_peft_layers(case, tensors, dropout, adapter_dtype or case.adapter_dtype))
+        group = Group(_peft_layers(case, tensors, dropout))
         if optimized:
             fastlora.optimize(group, strict=True)
         return _contestant(list(group.layers), own_mask=True)
@@ -182,9 +180,7 @@ def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     return layers
 
 
-def _peft_layers(
-    case: Case, tensors: Tensors, dropout: float, dtype: torch.dtype
-) -> list[nn.Module]:
+def _peft_layers(case: Case, tensors: Tensors, dropout: float) -> list[nn.Module]:
     """PEFT's own, in training mode.  DoRA's magnitude isn't the norm, or it would do nothing."""
     import peft
 
@@ -200,12 +196,12 @@ def _peft_layers(
         model.add_adapter("other", config, autocast_adapter_dtype=False)
         model.base_model.set_adapter(names)
     layers = list(model.base_model.model.layers)
-    pairs = iter(tensors.adapters[dtype])
+    pairs = iter(tensors.adapters[case.adapter_dtype])
     for name in names:
         for layer in layers:
             layer.lora_A[name].weight, layer.lora_B[name].weight = next(pairs)
     for layer in layers:
-        for magnitude in layer.lora_magnitude_vector.to(dtype).values():
+        for magnitude in layer.lora_magnitude_vector.to(case.adapter_dtype).values():
             length = magnitude.weight.shape[-1]
             magnitude.weight.data *= torch.linspace(0.9, 1.1, length).to(magnitude.weight)
     return layers

@@ -4,7 +4,7 @@
 y      x weightᵀ + h lora_bᵀ (+ bias)                    gemm_lowrank
 y,h    the same, and h, in one launch: for few rows
 dx     Σ dy weight + keep ∘ (dh lora_a)
-y+ dx+ the low-rank term alone, added to what is there
+y+ dx+ the low-rank term alone, added to what is there (or not: ``add``)
 h      factor · (keep ∘ x) lora_aᵀ                       project
 dh     factor · dy lora_b
 dA     dhᵀ (keep ∘ x)                                    weight_grad
@@ -16,6 +16,7 @@ Tuning, the compile report and the tests of stated work make their calls here.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,8 +101,8 @@ class Operands:
         lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
         return [each for found in lists for each in found if isinstance(each, Tensor)]
 
-    def run(self, config: Config | None = None) -> list[Tensor]:
-        """Launch it; what it gives."""
+    def run(self, config: Config | None = None, add: bool = True) -> list[Tensor]:
+        """Launch it; what it gives.  Without ``add``, y+ and dx+ don't read what is there."""
         form = self.form
         shared = {"precision": form.precision, "config": config}
         shared |= {"dropout": form.dropout, "seeds": self.seeds}
@@ -111,20 +112,24 @@ class Operands:
             product = weight_grad(self.v, self.us, self.adapters, b=self.b, factor=FACTOR, **shared)
             return [*self.adapters, *([] if product is None else [product])]
         operands = (self.out, self.ps, self.qs, self.us, self.vs)
-        added = {"bias": self.bias, "add": not self.ps, "a": self.a, "factor": FACTOR}
+        added = {"bias": self.bias, "add": add and not self.ps, "a": self.a, "factor": FACTOR}
         gemm_lowrank(*operands, **added, **shared)
         return [self.out, *(self.us if form.also else [])]
 
-    def run_in_place(self) -> Tensor:
-        """The same of y and dx by torch's product, the adapter added after."""
-        us, shared = self.us, {"precision": self.form.precision}
+    def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
+        """The same of y and dx by torch's product, which comes on top of the adapter's part."""
+        form, us, shared = self.form, self.us, {"precision": self.form.precision}
         if self.a is not None:
             us = project(self.ps[0], [self.a], [FACTOR], **shared)
+        shared |= {"dropout": form.dropout, "seeds": self.seeds, "bias": self.bias}
+        low_rank = partial(gemm_lowrank, self.out, [], [], us, self.vs, **shared)
+        if adapter_first:
+            low_rank()
         for i, (p, q) in enumerate(zip(self.ps, self.qs, strict=True)):
-            torch.addmm(self.out, p, q, beta=float(i > 0), out=self.out)
-        shared |= {"dropout": self.form.dropout, "seeds": self.seeds}
-        gemm_lowrank(self.out, [], [], us, self.vs, bias=self.bias, add=True, **shared)
-        return self.out
+            torch.addmm(self.out, p, q, beta=float(adapter_first or i > 0), out=self.out)
+        if not adapter_first:
+            low_rank(add=True)
+        return [self.out, *(us if form.also else [])]
 
     def truth(self) -> list[Tensor]:
         """What :meth:`run` must give, in float64; of y+ and dx+ without what is there already."""

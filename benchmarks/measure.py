@@ -127,7 +127,6 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
     """All that is timed of a contestant, one quantity after the other."""
     module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
-    dys = tensors.dys if len(tensors.dys) > 1 else tensors.dys[0]
 
     def inference() -> object:
         with torch.no_grad():
@@ -138,7 +137,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
         marks = [mark()]
         ys = module(x)
         marks.append(mark())
-        torch.autograd.backward(ys, dys)
+        torch.autograd.backward(ys, tensors.dys)
         del ys
         for leaf in leaves:
             leaf.grad = None

@@ -52,8 +52,8 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
-        ("The best tiles of each of a launcher's calls, and what they reach.", _tuned(rows)),
-        ("Tests on this device.", [("tests", "outcome"), *tests]),
+        ("What a call reaches: FLOPs of the base product, else bytes.", _called(rows)),
+        ("On this device.", [("what", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
     ]
     return [(title, table) for title, table in tables if len(table) > 1]
@@ -82,12 +82,13 @@ def _times(rows: list[dict]) -> Table:
     return lines
 
 
-def _tuned(rows: list[dict]) -> Table:
-    lines = [("call", "tried", "best", "default/best", "fused/in place", "TFLOP/s", "GB/s")]
-    for row in (row for row in rows if "candidates" in row):
-        line = (row["id"], f"{row['tried']} of {row['candidates']}", row.get("best", "none ran"))
-        ratios = (_median(row, ratio) for ratio in ("default/best", "fused/in place"))
-        lines.append((*line, *ratios, *(str(row.get(rate, "–")) for rate in ("tflops", "gbs"))))
+def _called(rows: list[dict]) -> Table:
+    """A line for each way of a call."""
+    lines = [("call", "by", "µs", "TFLOP/s or TB/s")]
+    for row in (row for row in rows if "rates" in row):
+        for name, rate in row["rates"].items():
+            by = name + " (default)" * (name == row["default"])
+            lines.append((row["id"], by, f"{row['seconds'][name] * 1e6:.4g}", f"{rate:.4g}"))
     return lines
 
 

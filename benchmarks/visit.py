@@ -1,20 +1,20 @@
 """Everything that a visit to a machine with a GPU should do, in ten minutes, a short table last.
 
-    python benchmarks/visit.py --out FOLDER                 tests, benchmark, tuning
-    python benchmarks/visit.py --out FOLDER --only tune     one of the three
-    python benchmarks/visit.py --out FOLDER --dry           tiny, on a CPU, interpreted
+    python benchmarks/visit.py --out FILE.json                  all of it
+    python benchmarks/visit.py --out FILE.json --dry            tiny, on a CPU, interpreted
 
 It needs a folder with the repository, torch and Triton; nothing has to be installed.  The work is
-done in another process, so that a crash costs one part alone and the next part has a new process.
-FOLDER/<device>/<date>.json is rewritten after every part, and whole at any moment.  A number from
-``--dry`` says only that the code runs.
+done in another process: a crash costs one part alone, and the next has a new process.  FILE is
+whole after every part.  A number from ``--dry`` says only that the code runs.
 """
 
 import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,76 +25,65 @@ if __name__ == "__main__":  # else whoever imports it has seen to that
 
 import torch
 
-from benchmarks.cases import dry_cases, gpu_cases
+from benchmarks.calls import ahead, reached
+from benchmarks.cases import Case, dry_cases, gpu_cases
+from benchmarks.contestants import make_tensors, makers_for
+from benchmarks.forms import Form
 from benchmarks.measure import Rounds, measure
 from benchmarks.report import text
-from benchmarks.results import FOLDER, describe_machine, results_path, write_results
+from benchmarks.results import FOLDER, describe_machine, write_results
 from benchmarks.tree import ROOT, Worker
-from benchmarks.tune import forms_of, tune
+from fastlora.kernels import target_of
+from fastlora.kernels.launch import Launch, intercept
+from fastlora.kernels.target import Target, use_target
 
-LIMITS = {"tests": 90.0, "layers": 60.0, "tune": 60.0}  # seconds of a part
-_TESTS = ("kernel_mask", "weight_grad", "project", "lora_linear", "gemm_lowrank", "triton_backend")
-
-
-def parts(device: torch.device) -> dict[tuple[str, str], object]:
-    """What there is to do, by kind and name, in the order of importance, for time may run out."""
-    dry = device.type == "cpu"
-    cases = dry_cases() if dry else gpu_cases()
-    layers = [(("layers", case.id), case) for case in cases]
-    forms = [form for case in cases[: len(cases) // 3] for form in forms_of(case, device)]
-    tuned = [(("tune", form.id), form) for form in dict.fromkeys(forms)]
-    tests = [(("tests", name), name) for name in ("gpu", *(("config",) if dry else _TESTS))]
-    return dict([tests[0], *layers[:5], *tuned[:10], *layers[5:], *tuned[10:], *tests[1:]])
+LIMITS = {"calls": 30, "compile": 60, "layers": 45, "tune": 45, "tests": 75}  # seconds of a part
+_KEPT_FOR_TESTS = 60.0
 
 
 class Visit:
     """The rows so far, in a file, and the process that makes the next ones."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.device = torch.device("cpu" if options.dry else "cuda")
-        self.machine = describe_machine(self.device) | ({"device": "dry"} if options.dry else {})
-        self.path = results_path(self.machine, options.out)
-        self.end = time.monotonic() + 60 * options.minutes
+    def __init__(self, options: argparse.Namespace, module: str = "benchmarks.visit") -> None:
+        self.options, self.end = options, time.monotonic() + 60 * options.minutes
+        device = torch.device("cpu" if options.dry else "cuda")
+        self.machine = describe_machine(device) | ({"device": "dry"} if options.dry else {})
         self.rows: list[dict] = []
-        where = (ROOT, "benchmarks.visit", str(self.device))
-        self.worker = Worker(*where, environment(options.dry))
+        self.worker = Worker(ROOT, module, str(device), environment(options.dry))
 
-    def run(self, kind: str, name: str) -> None:
-        """A row of this part, or one that says why not."""
-        row = {"table": kind, "id": name}
-        seconds = min(LIMITS[kind], self.end - time.monotonic())
-        if seconds < 5.0:
-            row["skipped"] = {"time": "none was left"}
-        else:
-            try:
-                row = self.worker.ask(kind, name, seconds=seconds)
-            except RuntimeError as reason:
-                row["failures"] = {"the process": str(reason)}
-            if kind == "tests":
-                self.worker.close()  # its settings are theirs
-        self.rows.append(row)
-        write_results(self.path, self.machine, sys.argv[1:], self.rows)
+    def run(self) -> None:
+        try:
+            for kind, name in self.worker.ask("names")["names"]:
+                if self.options.only in (None, kind):
+                    self.rows.append(self.row(kind, name))
+                    write_results(self.options.out, self.machine, sys.argv[1:], self.rows)
+        finally:
+            self.worker.close()
+
+    def row(self, kind: str, name: str) -> dict:
+        """What a part gave, or why it gave nothing."""
+        left = self.end - time.monotonic() - _KEPT_FOR_TESTS * (kind != "tests")
+        if left < 5.0:
+            return {"table": kind, "id": name, "skipped": {"time": "none was left"}}
+        try:
+            return self.worker.ask("part", kind, name, seconds=min(LIMITS[kind], left))
+        except RuntimeError as reason:
+            return {"table": kind, "id": name, "failures": {"the process": str(reason)}}
 
 
 def main() -> None:
-    options = parse()
-    visit = Visit(options)
-    try:
-        for kind, name in parts(visit.device):
-            if options.only in (None, kind):
-                visit.run(kind, name)
-    finally:
-        visit.worker.close()
-    plans = [f"{row['plan']}," for row in visit.rows if "plan" in row]
-    print(f"{visit.path}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
+    visit = Visit(parse())
+    visit.run()
+    plans = dict.fromkeys(f"{row['plan']}," for row in visit.rows if "plan" in row)
+    print(f"{visit.options.out}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, interpreted")
     parser.add_argument("--only", choices=LIMITS, help="parts of this kind alone")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of all parts together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
     options = parser.parse_args()
     options.out = options.out.resolve()
     if options.dry and options.out.is_relative_to(FOLDER):
@@ -116,37 +105,84 @@ class Served:
     """What the worker does: a row for each part."""
 
     def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        self.parts, self.dry = parts(self.device), device == "cpu"
-        count = max(2, min(14, (os.cpu_count() or 4) - 2))
-        self.pool = None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
+        self.device, self.dry = torch.device(device), device == "cpu"
+        self.parts = self.listed()
 
-    def layers(self, name: str) -> dict:
+    def names(self) -> dict:
+        return {"names": list(self.parts)}
+
+    def part(self, kind: str, name: str) -> dict:
+        return getattr(self, kind)(self.parts[kind, name])
+
+    def listed(self) -> dict[tuple[str, str], object]:
+        """What there is to do, by kind and name: the most decisive first, and tests last."""
+        cases, M = (dry_cases(), 34) if self.dry else (gpu_cases(), 8192)
+        widths = (48, 40, 64) if self.dry else (4096, 1024, 14336)
+        ys, dxs = ([Form(name, M, widths[0], (16,), (k,)) for k in widths] for name in ("y", "dx"))
+        thin = [Form(name, M, widths[0], (16,)) for name in ("h", "dA", "dB,dh", "y+")]
+        masked = [Form(name, M, widths[0], (16,), dropout=0.1) for name in ("h", "dA", "dx+")]
+        found: dict[tuple[str, str], object] = {("calls", form.id): form for form in ys + thin}
+        found |= {("compile", "layers"): cases} | {("layers", case.id): case for case in cases}
+        found |= {("calls", form.id): form for form in masked}
+        found |= {("tune", form.id): form for form in (*ys[:2], *dxs[:2], *thin[:3])}
+        names = "config" if self.dry else "gpu, kernel_mask"
+        return found | {("tests", names): names}
+
+    @cached_property
+    def pool(self) -> Executor | None:
+        """For compilers; the interpreter has none."""
+        count = max(2, min(14, (os.cpu_count() or 4) - 2))
+        return None if self.dry else ProcessPoolExecutor(count, get_context("spawn"))
+
+    def calls(self, form: Form) -> dict:
+        return reached(form, self.device)
+
+    def compile(self, cases: list[Case]) -> dict:
+        """What the layers will launch, into Triton's cache on disk."""
+        target = target_of(self.device)
+        asked = [(case, name, target) for case in cases for name in ("fused", "in place")]
+        ended = ahead(self.pool, 45.0, compile_layer, asked)
+        row = {"id": "layers", "outcome": f"{len(ended)} of {len(asked)} ended in time"}
+        failures = {f"{case.id}, {name}": why for (case, name, _), why in ended.items() if why}
+        return row | {"table": "compile", "failures": failures}
+
+    def layers(self, case: Case) -> dict:
         def run(rounds: Rounds) -> None:
             for _ in range(1 if self.dry else rounds.count(seconds=3.0)):
                 rounds.run_others()
                 rounds.run_subject()
 
-        return measure(self.parts["layers", name], self.device, run)
+        return measure(case, self.device, run)
 
-    def tune(self, name: str) -> dict:
-        return tune(self.parts["tune", name], self.device, self.pool)
+    def tune(self, form: Form) -> dict:
+        return reached(form, self.device, 2 if self.dry else 400, self.pool) | {"table": "tune"}
 
-    def tests(self, name: str) -> dict:
-        """The outcome of tests/**/test_NAME.py; what fails is told by the log."""
-        row = {"table": "tests", "id": name, "outcome": "not run"}
+    def tests(self, names: str) -> dict:
+        """The outcomes of tests/**/test_NAME.py; what fails is told by the log."""
         import pytest
 
-        class Summary:
-            def pytest_terminal_summary(self, terminalreporter) -> None:
-                stats = terminalreporter.stats.items()
-                row["outcome"] = ", ".join(f"{len(found)} {kind}" for kind, found in stats if kind)
+        class Outcomes(Counter):
+            def pytest_runtest_logreport(self, report) -> None:
+                self[report.outcome] += report.when == "call" or not report.passed
 
-        files = map(str, sorted((ROOT / "tests").rglob(f"test_{name}.py")))
-        status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[Summary()])
+        outcomes = Outcomes()
+        files = [str(*(ROOT / "tests").rglob(f"test_{name}.py")) for name in names.split(", ")]
+        status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[outcomes])
         if status != 0:
-            raise RuntimeError(f"pytest ended with {status}: {row['outcome']}")
-        return row
+            raise RuntimeError(f"pytest ended with {status}: {outcomes}")
+        said = (f"{count} {outcome}" for outcome, count in outcomes.items())
+        return {"table": "tests", "id": names, "outcome": ", ".join(said)}
+
+
+def compile_layer(case: Case, name: str, target: Target) -> None:
+    """What a step of a contestant would launch; its tensors are meta tensors."""
+    tensors = make_tensors(case, torch.device("meta"))
+    contestant = makers_for(case)[name](case, tensors, case.dropout)
+    with use_target(target), intercept(Launch.compile), contestant.chosen():
+        with torch.set_grad_enabled(not case.decodes):
+            ys = contestant.module(tensors.x)
+        if not case.decodes:
+            torch.autograd.backward(ys, tensors.dys)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from . import frozen
 from .projection import DTYPES, is_plain
 
-_LINEAR_FORWARD = nn.Linear.forward
+_LINEAR_FORWARDS = (nn.Linear.forward, frozen.Linear.forward)
 _MODULE_CALL = nn.Module.__call__
 # Classes with a forward of their own that computes the same: Conv1D's weight is [in, out], and
 # Falcon adds the bias last.
@@ -22,7 +23,7 @@ _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 def why_not_class(kind: type[nn.Module]) -> str:
     """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
     forward = getattr(kind, "forward", None)
-    known = forward is _LINEAR_FORWARD or is_conv1d(kind) or _is_of_transformers(kind, _FALCON)
+    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or _is_of_transformers(kind, _FALCON)
     if known and kind.__call__ is _MODULE_CALL:
         return ""
     return f"a {kind.__name__}, no torch.nn.Linear"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import frozen
 from .adapted import LoRALayer, new_adapter, own_name, why_weight_is_fixed
 from .base import is_conv1d, why_not_class, why_not_tensor
 from .projection import Projection, check_settings
@@ -103,7 +104,10 @@ class _LoRATransposed(LoRALayer):
         return self.lora_A.t(), self.lora_B.t()
 
 
-_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {nn.Linear: LoRALinear}
+_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
+    nn.Linear: LoRALinear,
+    frozen.Linear: LoRALinear,
+}
 
 
 def adapted_class(kind: type[nn.Module]) -> type[LoRALayer]:

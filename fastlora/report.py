@@ -41,10 +41,15 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """A record for each adapted layer; prints as a short report.  ``notes`` are on all of them."""
+    """A record for each adapted layer; prints as a short report.  ``notes`` are on all of them.
+
+    ``frozen`` names the layers without an adapter that are fast too, where this CPU multiplies
+    their 16-bit weights slowly.
+    """
 
     layers: tuple[LayerCoverage, ...]
     notes: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     @property
     def fast(self) -> tuple[LayerCoverage, ...]:
@@ -83,6 +88,12 @@ class Coverage:
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
+        if self.frozen:
+            lines.append(
+                f"{len(self.frozen)} without an adapter: {some(self.frozen)}: in float32, a "
+                "block of the weight at a time, since this CPU multiplies 16 bits slowly; "
+                "attention in 16 bits stays slow, which a float32 model avoids"
+            )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

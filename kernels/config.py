@@ -96,9 +96,11 @@ DEFAULTS: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {}
 def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
     """The target's configs for this kind of call."""
     if call.alone:
-        kernel = "add to a masked group" if call.masked and call.projections > 1 else "add"
+        kernel = "add"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
+    if call.masked and call.projections > 1 and kernel in ("add", "weight_grad"):
+        kernel += " of a masked group"
     return DEFAULTS[target.name, kernel][call.product]
 
 

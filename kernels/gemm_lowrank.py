@@ -72,11 +72,12 @@ class GemmConfig(Config):
         return cdiv(call.m, self.block_m) * cdiv(call.n, self.block_n)
 
     def sums(self, call: Call) -> int:
-        # A masked group has the product at hand beside the sum of those that are masked; ragged
-        # rows have an address for each element.
-        ragged = not call.alone and (call.pointers or call.n % 16 > 0)
-        outs = 1 + (call.masked and call.projections > 1)
-        outs += 2 * (ragged and not self.uses_descriptors(call))
+        # A masked group has products at hand beside its sum; from compilation, two for four.
+        outs = 1 + call.masked * call.projections // 2
+        if not call.alone and not self.uses_descriptors(call):
+            # Addresses take registers, too: of ragged rows as many as there are elements.
+            ragged = call.pointers or call.n % 16 > 0
+            outs = outs + 2 if ragged else max(outs, 2)
         return self.block_m * (outs * self.block_n + call.project * self.block_r(call))
 
     def shared_memory(self, target: Target, call: Call) -> int:

@@ -26,7 +26,7 @@ from . import plan, target
 from .common import INTERPRETED
 from .launch import Launch, is_intercepted, recording
 
-_MOST = 4096  # calls that are kept; some kB each
+_MOST = 1024  # calls that are kept; some 20 kB each, a group of three twice that
 _calls: dict[Hashable, "_Kept"] = {}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import peft
 import pytest
@@ -13,6 +12,7 @@ from process import run_python
 
 from fastlora import backends
 from fastlora.__main__ import main
+from fastlora.backends import products
 from fastlora.backends import torch as torch_backend
 from fastlora.doctor import report as doctor
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
@@ -94,15 +94,13 @@ def test_backends_as_the_settings_choose_them(interpret, asked, of_torch, of_tri
     assert tuple(found["self-test, relative errors"]) == tested
 
 
-@pytest.mark.parametrize(("flag", "word"), [(True, "fast"), (False, "slow")])
-def test_16_bit_products_are_those_that_torch_has(capsys, monkeypatch, flag, word):
-    flags = dict.fromkeys(("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"), lambda: flag)
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**flags))
+@pytest.mark.parametrize(("wide", "word"), [(False, "fast"), (True, "slow, so in float32")])
+def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide, word):
+    monkeypatch.setattr(products, "FORCED", wide)
     found = examined(capsys, "--shape", "8,8,8")
     assert found["16-bit products"]["cpu"] == f"bfloat16 {word}, float16 {word}"
     if not torch.cuda.is_available():
-        slow = "products in bfloat16 are slow"
-        assert (slow in found["plan"]["backend"]) == (word == "slow")
+        assert ("bfloat16 is slow here" in found["plan"]["backend"]) == wide
 
 
 @pytest.mark.parametrize(("plan", "word"), [(IN_PLACE, "in place"), (FUSED, "fused")])

@@ -26,7 +26,7 @@ from ..projection import Output
 # For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
 
-_FLAGS = {
+_FLAGS = {  # torch's, of 16-bit dtypes
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
 }
@@ -45,7 +45,12 @@ def are_wide(x: Tensor) -> bool:
     """Whether products with x run in float32 in the place of its own dtype."""
     if x.dtype not in _FLAGS or x.device.type != "cpu" or not len(x):
         return False
-    return _is_slow(x.dtype) if FORCED is None else FORCED
+    return is_slow(x.dtype)
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether a CPU's calls of this 16-bit dtype run wide."""
+    return _is_slow(dtype) if FORCED is None else FORCED
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

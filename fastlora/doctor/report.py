@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from ..backends import BACKENDS, backend_name, find_backend
+from ..backends.products import is_slow
 from ..peft.optimize import why_nothing_changes
 from ..peft.versions import notes, why_not_dora
 from ..version import __version__
 from .call import Call, plan
-from .dtypes import HALF, is_fast, name_of
+from .dtypes import HALF, name_of
 from .self_test import TOLERANCES, relative_errors
 
 _SETTINGS = re.compile(
@@ -174,7 +175,9 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
 
 def _products(devices: list[torch.device]) -> dict[str, str]:
     """Which 16-bit products a device has."""
-    words = [f"{name_of(dtype)} {'fast' if is_fast(dtype) else 'slow'}" for dtype in HALF]
+    words = [
+        f"{name_of(dtype)} {'slow, so in float32' if is_slow(dtype) else 'fast'}" for dtype in HALF
+    ]
     found = {"cpu": ", ".join(words)}
     if devices[-1].type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)

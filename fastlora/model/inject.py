@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .. import beside
 from ..adapted import LoRALayer, new_adapter
 from ..base import matrix_of
 from ..layer import adapted_class
@@ -41,7 +42,11 @@ class Untied(NamedTuple):
 
 
 def apply_lora(
-    model: nn.Module, config: LoRAConfig, *, autocast_adapter_dtype: bool = True
+    model: nn.Module,
+    config: LoRAConfig,
+    *,
+    autocast_adapter_dtype: bool = True,
+    frozen: bool = True,
 ) -> nn.Module:
     """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
 
@@ -55,6 +60,10 @@ def apply_lora(
     bfloat16 layer are float32, as PEFT makes them; ``autocast_adapter_dtype=False`` keeps the
     layer's dtype.
 
+    On a CPU that multiplies 16 bits slowly, every other frozen ``torch.nn.Linear`` of 16 bits (the
+    head …) becomes fast as well, with nothing else changed; ``frozen=False`` leaves them alone.
+    :func:`remove_lora` gives them back.
+
     Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
     target that matches nothing (the message lists what could), a target that can't be a base
     (docs/model.md), or a field of PEFT's config that fastlora hasn't; and TypeError for what is no
@@ -63,6 +72,7 @@ def apply_lora(
     """
     check_model(model)
     check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
+    check_switch("frozen", frozen)
     config, inner = as_config(config), unwrap(model)
     for name, module in inner.named_modules():
         if isinstance(module, LoRALayer):
@@ -74,12 +84,16 @@ def apply_lora(
                 f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
             )
     _inject(inner, config, every_name=True, wide_adapters=autocast_adapter_dtype)
+    if frozen:
+        beside.take(inner.modules())
     return model
 
 
 def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     """apply_lora for a config from a file, whose target names need not all occur in this model."""
-    return _inject(model, config, every_name=False, wide_adapters=True)
+    injection = _inject(model, config, every_name=False, wide_adapters=True)
+    beside.take(model.modules())
+    return injection
 
 
 def known_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -130,9 +144,10 @@ def remove_lora(model: nn.Module) -> nn.Module:
     """Make every LoRA layer plain again, of its old class, in place, and return the same model.
 
     A merged layer keeps its merged weight (merge, then remove, is PEFT's ``merge_and_unload``); the
-    others keep the base's.  What trained before apply_lora trains again.  Modules that trained in
-    full keep what they learned. A model without adapters comes back as it is.  Raises ValueError,
-    and changes nothing, where an adapted weight was parametrised (``torch.nn.utils``).
+    others keep the base's.  Frozen layers that were made fast are torch's again.  What trained
+    before apply_lora trains again.  Modules that trained in full keep what they learned.  A model
+    without adapters comes back as it is.  Raises ValueError, and changes nothing, where an adapted
+    weight was parametrised (``torch.nn.utils``).
     """
     check_model(model)
     inner = unwrap(model)
@@ -141,6 +156,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
         layer.check_weight(called(name))
     for _, layer in layers:
         layer.detach_adapter()
+    beside.give_back(inner.modules())
     for module in inner.modules():  # parts of a model may have been adapted one by one
         injection = module.__dict__.pop(_RECORD, None)
         if injection is not None:

@@ -13,7 +13,7 @@ from ..projection import Output, Projection
 from .autocast import autocast_is_on
 from .textbook import needs_textbook
 
-_MOST = 4096
+_MOST = 1024
 _known: dict[Hashable, Settings] = {}
 
 

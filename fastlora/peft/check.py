@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .. import beside
 from ..modules import plain_name, unwrap
 from ..projection import is_number, shown
 from ..report import Coverage
@@ -115,12 +116,13 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         with masks.shared_masks(inner):
             with _kept(inner):
                 fast = _run(model, batch)
-            swapped = swap.unswap_all(layer for _, layer in peft_layers(inner))
+            swapped, taken = swap.unswap_all(inner.modules()), beside.give_back(inner.modules())
             try:
                 with _kept(inner):
                     peft = _run(model, batch)
             finally:
                 swap.swap_all(swapped)
+                beside.take(taken)
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
     dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
     if tolerance is None:
@@ -133,7 +135,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         gradients,
         tuple(_per_layer(report, gradients)),
         tolerance,
-        Coverage(report.layers, report.notes),
+        Coverage(report.layers, report.notes, report.frozen),
         dtype,
     )
 

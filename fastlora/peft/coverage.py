@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..beside import taken
 from ..modules import plain_name, unwrap
 from ..report import Coverage, LayerCoverage, cover_lora_linears
 from .versions import notes, why_not_version
@@ -18,7 +19,8 @@ def coverage(model: nn.Module) -> Coverage:
     inner = checked(model)
     unreached = "not optimised yet: fastlora.optimize(model) does it"
     theirs = cover(inner, peft_layers(inner), unreached)
-    return Coverage((*cover_lora_linears(inner), *theirs.layers), theirs.notes)
+    layers = (*cover_lora_linears(inner), *theirs.layers)
+    return Coverage(layers, theirs.notes, frozen_layers(inner))
 
 
 def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
@@ -34,6 +36,11 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
 
     said = (*notes(), *wrapping_notes(layers), *encoder_notes(model))
     return Coverage(records(model, layers, unreached), said)
+
+
+def frozen_layers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers without an adapter that are fast; those of bases are PEFT layers'."""
+    return tuple(name for name in taken(model) if not name.endswith(".base_layer"))
 
 
 def _left_alone(name: str, layer: Any, reason: str) -> LayerCoverage:

@@ -4,11 +4,12 @@ from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 
+from ..frozen import fits
 from ..ops import dora_linear, dora_norm, lora_linears
 from ..ops.few import few_rows, has_few_rows
 from ..projection import Adapter
 from .moment import why_not_now
-from .reading import Reading, active_adapters, fits, read
+from .reading import Reading, active_adapters, read
 
 
 class Linear(PeftLinear):

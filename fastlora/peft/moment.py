@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from .. import frozen
 from . import versions
 
 # Kept: a look-up in every call costs as much as a small op.
@@ -20,18 +19,9 @@ def why_not_now() -> str:
 
 def why_not_here() -> str:
     """The same, but for the version of PEFT and the environment."""
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():  # the program should need PyTorch alone
-            return "the model is being exported"
-    elif torch.jit.is_tracing():
-        return "the model is being traced"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
     if nn_module._has_any_global_hook():
         return "a hook on all modules is registered"
-    return ""
+    return frozen.why_not_here()
 
 
 def why_not_dora() -> str:

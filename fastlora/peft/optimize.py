@@ -8,10 +8,11 @@ from weakref import ref
 
 from torch import nn
 
+from ..beside import give_back, take
 from ..modules import lora_layers
 from ..projection import check_switch
 from ..report import Coverage
-from .coverage import checked, cover, peft_layers
+from .coverage import checked, cover, frozen_layers, peft_layers
 from .versions import is_disabled, wants_trial, why_never
 
 
@@ -31,10 +32,10 @@ class Optimized(Coverage):
         _unswap([layer for changed in self._changed if (layer := changed()) is not None])
 
     def __reduce__(self):
-        return Coverage, (self.layers, self.notes)
+        return Coverage, (self.layers, self.notes, self.frozen)
 
 
-def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
+def optimize(model: nn.Module, *, strict: bool = False, frozen: bool = True) -> Optimized:
     """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and report on each.
 
     ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
@@ -42,6 +43,10 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     every call decides for itself whether it runs fast, and PEFT's forward takes all the others.
     Layers that were optimised before are left alone; layers that PEFT adds later need another call.
     :func:`restore` undoes it, and so does the end of ``with fastlora.optimize(model):``.
+
+    On a CPU that multiplies 16 bits slowly, so do the model's frozen ``torch.nn.Linear`` layers of
+    16 bits (the head, and what no adapter is on; a base, in calls without its adapter), which the
+    report lists apart; ``frozen=False`` leaves them alone.
 
     The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
 
@@ -51,12 +56,13 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     in the report says that they agree.
 
     Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, for
-    a ``strict`` that is no bool, or if ``FASTLORA_BACKEND`` names no backend.
+    a ``strict`` or ``frozen`` that is no bool, or if ``FASTLORA_BACKEND`` names no backend.
     With ``strict``, a layer that would not run fast is a ValueError too, with the report as its
     text.  After an error the model is as it was.
     """
     inner = checked(model)
     check_switch("strict", strict)
+    check_switch("frozen", frozen)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -67,19 +73,20 @@ def optimize(model: nn.Module, *, strict: bool = False) -> Optimized:
     if strict and report.eager:
         raise ValueError(f"not every layer would run fast: {report}")
     if reason:
-        return Optimized(report.layers, report.notes)
+        return Optimized(report.layers, report.notes, frozen_layers(inner))
     from .swap import swap_all  # here, since it imports PEFT
 
-    changed = tuple(map(ref, swap_all(layer for _, layer in layers)))
-    return Optimized(report.layers, report.notes, changed)
+    changed = swap_all(layer for _, layer in layers)
+    changed += _take_frozen(inner) if frozen else []
+    return Optimized(report.layers, report.notes, frozen_layers(inner), tuple(map(ref, changed)))
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo :func:`optimize`: every layer runs PEFT's forward again.  Returns the model.
+    """Undo :func:`optimize`: every layer runs PEFT's or torch's forward again.  Returns the model.
 
     A model that wasn't optimised stays as it is.  Raises TypeError for what is no module.
     """
-    _unswap([layer for _, layer in peft_layers(checked(model))])
+    _unswap(list(checked(model).modules()))
     return model
 
 
@@ -94,7 +101,16 @@ def why_nothing_changes() -> str:
     return why_never()
 
 
-def _unswap(layers: list[Any]) -> None:
+def _take_frozen(model: nn.Module) -> list[nn.Module]:
+    """Make the frozen layers fast that gain by it, and return those that weren't before.
+
+    Not those of adapters: one that isn't active is frozen, too, and its layer reads it itself.
+    """
+    return take(layer for name, layer in model.named_modules() if ".lora_" not in name)
+
+
+def _unswap(layers: list[nn.Module]) -> None:
+    give_back(layers)
     if "fastlora.peft.layer" in sys.modules:  # else no layer was ever made fast
         from .swap import unswap_all
 

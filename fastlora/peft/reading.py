@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from ..base import is_conv1d, why_not_class, why_not_tensor
 from ..gather import is_flattened
 from ..projection import (
-    AUTOCAST_DTYPES,
     LARGEST_SCALE,
     Adapter,
     Base,
@@ -98,24 +97,6 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
         return Reading(reason)
     output = Output(Base(weight, bias), tuple(adapters))
     return Reading("", output, p or 0.0, dropout, magnitude)
-
-
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fast path takes this x beside this base weight [out, in].
-
-    What it doesn't take, PEFT may convert or refuse.
-    """
-    if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
-        return False
-    if x.device != weight.device:
-        return False
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return False
-    return x.dtype == weight.dtype or (
-        x.dtype in AUTOCAST_DTYPES
-        and weight.dtype in AUTOCAST_DTYPES
-        and torch.is_autocast_enabled(x.device.type)
-    )
 
 
 def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any]:

@@ -36,12 +36,6 @@ def torch_backend_only():
 
 
 @pytest.fixture
-def wide(monkeypatch):
-    """Every 16-bit call on a CPU runs in float32."""
-    monkeypatch.setattr(products, "FORCED", True)
-
-
-@pytest.fixture
 def small_blocks(monkeypatch, wide):
     """… in blocks of 8 rows of x and 4 of the weight."""
     monkeypatch.setattr(products, "_BLOCK", 0)

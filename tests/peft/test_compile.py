@@ -66,7 +66,10 @@ def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
         got, ops = train_compiled(ours, ours, share=False)
     assert_same(got, expected, ROUNDING)
     layers = count * LAYERS // 2
-    assert ops.pop("lora_linears") == ops.pop("lora_linears_backward") == layers
+    # DoRA's dropped part of x is multiplied apart; the first q, k and v have an x without gradient.
+    apart = (layers, layers - 3) if name == "dora-dropout" else (0, 0)
+    assert ops.pop("lora_linears") == layers + apart[0]
+    assert ops.pop("lora_linears_backward") == layers + apart[1]
     assert ops == ({"dora_norm": layers} if settings.get("use_dora") else {})
 
 

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "base", "adapted",
-    "layer", "modules", "gather", "report", "model", "peft", "trainer", "doctor",
-    "__main__", "moved", "__init__",
+    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "frozen", "base",
+    "adapted", "layer", "modules", "gather", "classes", "beside", "report", "model", "peft",
+    "trainer", "doctor", "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {

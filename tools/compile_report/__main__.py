@@ -64,10 +64,9 @@ def table(rows: Sequence[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=NAMES, default=REPORTED, metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="fewer forms of each config")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
-    chosen = [case for name in arguments.target for case in cases(name, arguments.quick)]
+    chosen = [case for name in arguments.target for case in cases(name)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for found in pool.map(rows_of, chosen, chunksize=4) for row in found]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")

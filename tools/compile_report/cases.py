@@ -50,13 +50,14 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
         ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
     ),
     "add": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
-    "add to a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
+    "add of a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
     "project": (
         ["h mask", "dh"], ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
     ),
     "weight_grad": (
-        ["dA mask", "dB"], ["dA M262144", "dA n3 mask", "dA r64 n2", "dB f16 r200"],
+        ["dA mask", "dB"], ["dA M262144", "dA r64 n2", "dB f16 r200"],
     ),
+    "weight_grad of a masked group": (["dA n3 mask"], ["dA r64 n4 mask"]),
     "one pass": (["dB,dh"], ["dB,dh r64"]),
 }  # fmt: skip
 # What a user's call launches: whatever the tables choose.
@@ -67,9 +68,9 @@ _CHOSEN = (
 )  # fmt: skip
 
 
-def cases(target: str, quick: bool = False) -> list[Case]:
-    """Every row of the target's tables, in each form that it fits; ``quick``: the first forms."""
-    found = [] if quick else [_case(target, None, words) for words in _CHOSEN]
+def cases(target: str) -> list[Case]:
+    """Every row of the target's tables, in each form that it fits."""
+    found = [_case(target, None, words) for words in _CHOSEN]
     for kernel, product, rows in _tables(target):
         common, more = _FORMS[kernel]
         dtype = {"16-bit": "bf16", "tf32": "f32-tf32", "float32": "f32-ieee"}[product]
@@ -77,7 +78,7 @@ def cases(target: str, quick: bool = False) -> list[Case]:
             loaders = [config]
             if i == 0 and getattr(config, "descriptors", False):
                 loaders.append(replace(config, descriptors=False))
-            variants = common + more * (i < 2 and dtype == "bf16" and not quick)
+            variants = common + more * (i < 2 and dtype == "bf16")
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
     hardware, unique = TARGETS[target], dict.fromkeys(found)
     return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]

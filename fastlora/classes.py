@@ -1,0 +1,36 @@
+"""A layer becomes another kind of layer, and what it was again, by its class."""
+
+import sys
+from functools import cache
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+_FORWARDS = ("forward", "_old_forward")  # on an instance; the second is accelerate's
+
+
+def change_class(layer: nn.Module, old: Any, new: Any) -> None:
+    """Give a layer of class ``old``, or of one derived from it, ``new`` in its place."""
+    cls: Any = type(layer)
+    layer.__class__ = new if cls is old else _over(cls, old, new)
+    for name in _FORWARDS:
+        if getattr(layer.__dict__.get(name), "__func__", None) is old.forward:
+            layer.__dict__[name] = MethodType(new.forward, layer)
+
+
+def is_over(cls: type, base: type) -> bool:
+    """Whether ``cls`` is ``base``, or what FSDP2 makes of that."""
+    if cls is base:
+        return True
+    # Where FSDP2 isn't imported, no class is its.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    *kinds, last = cls.__bases__
+    return last is base and len(kinds) == 1 and issubclass(kinds[0], fsdp)
+
+
+@cache
+def _over(cls: type, old: type, new: type) -> type:
+    """``cls``, which FSDP2 or a parametrization derived from ``old``, over ``new``."""
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(new if b is old else b for b in cls.__bases__), members)

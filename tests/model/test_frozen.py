@@ -1,0 +1,133 @@
+"""apply_lora takes a model's other frozen layers in, where this CPU multiplies 16 bits slowly."""
+
+import copy
+import io
+
+import pytest
+import torch
+from frozen_calls import counted_calls, fast_layers
+from models import Mlp, Tied, assert_untouched, randomise, refused, snapshot, tiny_llama
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.backends import products
+
+pytestmark = pytest.mark.usefixtures("wide")
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def tied(**settings):
+    config = LoRAConfig(r=2, target_modules=["mix"])
+    return fastlora.apply_lora(Tied().bfloat16(), config, **settings)
+
+
+def gradients(model):
+    """The logits, and the gradients of what trains."""
+    y = model(IDS)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(y.square().mean(), list(trained.values()))
+    return {"y": y.detach()} | dict(zip(trained, found, strict=True))
+
+
+def distances(found, truth):
+    return {name: (found[name].double() - truth[name]).norm().item() for name in truth}
+
+
+def test_the_head_is_fast_tied_and_listed_apart():
+    model = tied()
+    assert fast_layers(model) == {"head"}
+    assert model.head.weight is model.embed.weight
+    report = fastlora.coverage(model)
+    assert report.frozen == ("head",)
+    assert str(report) == (
+        "1 of 1 layers fast (backend torch)\n"
+        "1 without an adapter: head: in float32, a block of the weight at a time, since this CPU "
+        "multiplies 16 bits slowly; attention in 16 bits stays slow, which a float32 model avoids"
+    )
+
+
+def test_results_are_closer_to_the_truth():
+    model = randomise(tied())
+    truth = gradients(copy.deepcopy(model).double())
+    theirs = copy.deepcopy(model)
+    theirs.head = nn.Linear(8, 20, bias=False).requires_grad_(False)
+    theirs.head.weight = theirs.embed.weight
+    with counted_calls() as calls:
+        ours = distances(gradients(model), truth)
+    assert len(calls) == 1
+    their = distances(gradients(theirs), truth)
+    assert ours["y"] <= their["y"]
+    assert sum(ours.values()) <= 1.1 * sum(their.values())
+
+
+def test_frozen_false_and_float32_and_a_fast_cpu_change_nothing(monkeypatch):
+    assert fast_layers(tied(frozen=False)) == set()
+    assert fast_layers(tied().float()) == {"head"}  # it stays, and calls are torch's
+    config = LoRAConfig(r=2, target_modules=["mix"])
+    assert fast_layers(fastlora.apply_lora(Tied(), config)) == set()
+    monkeypatch.setattr(products, "FORCED", False)
+    assert fast_layers(tied()) == set()
+
+
+def test_frozen_must_be_a_switch():
+    model = Tied().bfloat16()
+    with refused(model, "frozen is 1, but must be True or False"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["mix"]), frozen=1)
+
+
+def test_what_trains_in_full_is_left_alone():
+    config = LoRAConfig(r=2, target_modules=["up"], modules_to_save=["head"])
+    model = fastlora.apply_lora(Mlp().bfloat16(), config)
+    assert fast_layers(model) == {"down"}
+    report = fastlora.coverage(model)
+    assert report.frozen == ("down",)
+    assert len(report.layers) == 1
+
+
+def test_remove_lora_gives_them_back():
+    model = Tied().bfloat16()
+    before = snapshot(model)
+    fastlora.apply_lora(model, LoRAConfig(r=2, target_modules=["mix"]))
+    assert fastlora.remove_lora(model) is model
+    assert_untouched(model, before)
+    assert fastlora.coverage(model).frozen == ()
+
+
+def test_a_layer_that_was_merged_and_removed_can_take_an_adapter_again():
+    model = fastlora.merge_lora(tied())
+    fastlora.unmerge_lora(model)
+    fastlora.remove_lora(fastlora.merge_lora(model))
+    fastlora.apply_lora(model, LoRAConfig(r=2, target_modules=["head"]))
+    assert fast_layers(model) == {"mix"}
+    fastlora.remove_lora(model)
+    assert {type(model.mix), type(model.head)} == {nn.Linear}
+
+
+def test_files_load_and_take_them_in(tmp_path):
+    fastlora.save_adapter(randomise(tied()), tmp_path)
+    model = fastlora.load_adapter(Tied().bfloat16(), tmp_path)
+    assert fast_layers(model) == {"head"}
+    plain = tied(frozen=False)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert repr(model) == repr(plain)
+
+
+def test_a_saved_model_is_fast_and_tied_where_it_is_loaded():
+    model, file = tied(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert fast_layers(loaded) == {"head"}
+    assert loaded.head.weight is loaded.embed.weight
+    assert torch.equal(loaded(IDS), model(IDS))
+
+
+def test_a_transformers_model_keeps_its_tied_head():
+    llama = tiny_llama(torch.bfloat16, tie_word_embeddings=True)
+    model = fastlora.apply_lora(llama, LoRAConfig(target_modules="all-linear"))
+    assert fast_layers(model) == {"lm_head"}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with counted_calls() as calls:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert len(calls) == 1

@@ -1,0 +1,248 @@
+"""optimize takes a model's frozen layers in, where this CPU multiplies 16 bits slowly."""
+
+import copy
+import pickle
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from frozen_calls import counted_calls, fast_layers
+from models import Mlp, assert_untouched, snapshot, tiny_llama
+from peft.tuners import lora
+from peft_llama import logits
+from peft_models import BATCH, adapted, assert_same
+from process import run_python
+from torch import nn
+
+import fastlora
+from fastlora.backends import products
+
+BASE = "base_model.model."
+DOCS = Path(__file__).parents[2] / "docs" / "peft.md"
+HEAD, UP = f"{BASE}head", f"{BASE}up.base_layer"
+
+
+@pytest.fixture(autouse=True)
+def _wide(wide):
+    """All tests."""
+
+
+def mlp(**settings):
+    """With an adapter on up; down and head have none."""
+    return adapted(Mlp().bfloat16(), **{"target_modules": ["up"]} | settings)
+
+
+def optimized(**settings):
+    model = mlp(**settings)
+    fastlora.optimize(model, strict=True)
+    return model
+
+
+def x():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 5, 8, generator=generator).bfloat16()
+
+
+def test_the_report_lists_them_apart():
+    report = fastlora.optimize(mlp())
+    assert report.frozen == (f"{BASE}down", HEAD)
+    assert [layer.name for layer in report.layers] == [f"{BASE}up"]
+    assert str(report).splitlines()[0] == "1 of 1 layers fast (backend torch)"
+    assert f"2 without an adapter: {BASE}down, {HEAD}: in float32" in str(report)
+    assert pickle.loads(pickle.dumps(report)).frozen == report.frozen
+
+
+def test_coverage_says_the_same_and_nothing_before_it():
+    model = mlp()
+    assert fastlora.coverage(model).frozen == ()
+    report = fastlora.optimize(model)
+    assert fastlora.coverage(model) == fastlora.coverage(copy.deepcopy(model))
+    assert fastlora.coverage(model).frozen == report.frozen
+
+
+def test_bases_are_fast_in_calls_without_their_adapters():
+    model = optimized()
+    assert fast_layers(model) == {UP, f"{BASE}down", HEAD}
+    for calls_of, expected in ((model.disable_adapter, 3), (torch.no_grad, 2)):
+        with calls_of(), counted_calls() as calls:
+            model(x())
+        assert len(calls) == expected
+    model.merge_adapter()
+    with counted_calls() as calls:
+        model(x())
+    assert len(calls) == 3
+
+
+def test_restore_and_the_end_of_with_give_them_back():
+    model = mlp()
+    before = snapshot(model)
+    fastlora.optimize(model)
+    assert_untouched(fastlora.restore(model), dict(before))
+    with fastlora.optimize(model, frozen=False):
+        with fastlora.optimize(model) as report:
+            assert fast_layers(model)
+            assert report.frozen == (f"{BASE}down", HEAD)
+        assert not fast_layers(model)
+    assert_untouched(fastlora.restore(model), before)
+
+
+def test_frozen_false_leaves_them_alone_and_takes_none_back():
+    model = mlp()
+    report = fastlora.optimize(model, frozen=False)
+    assert fast_layers(model) == set()
+    assert report.frozen == ()
+    fastlora.optimize(model)
+    report = fastlora.optimize(model, frozen=False)
+    assert report.frozen == (f"{BASE}down", HEAD)
+
+
+def test_frozen_must_be_a_switch():
+    with pytest.raises(ValueError, match="frozen is None, but must be True or False"):
+        fastlora.optimize(mlp(), frozen=None)
+
+
+def test_nothing_changes_where_it_does_not_gain(monkeypatch):
+    assert fast_layers(mlp().float()) == set()
+    monkeypatch.setattr(products, "FORCED", False)
+    model = mlp()
+    report = fastlora.optimize(model)
+    assert fast_layers(model) == set()
+    assert report.frozen == ()
+    assert str(report) == "1 of 1 layers fast (backend torch)"
+
+
+def test_adapters_own_layers_are_none_of_them():
+    """An inactive adapter is frozen too, and trains when it is activated."""
+    model = mlp()
+    model.add_adapter("other", peft.LoraConfig(target_modules=["up"], r=2))
+    model.bfloat16()
+    fastlora.optimize(model)
+    assert fast_layers(model) == {UP, f"{BASE}down", HEAD}
+    for adapter in ("other", "default"):
+        model.set_adapter(adapter)
+        assert fastlora.coverage(model).counts == "1 of 1 layers fast"
+
+
+def test_modules_to_save_train_as_before():
+    model = optimized(modules_to_save=["head"])
+    assert f"{HEAD}.modules_to_save.default" not in fast_layers(model)
+    model(x()).sum().backward()
+    assert model.get_submodule(f"{HEAD}.modules_to_save.default").weight.grad is not None
+
+
+def test_an_adapter_that_peft_adds_later():
+    model = optimized()
+    model.add_adapter("late", peft.LoraConfig(target_modules=["head", "down"], r=2))
+    model.set_adapter("late")
+    assert type(model.get_submodule(HEAD)) is lora.Linear
+    report = fastlora.optimize(model, strict=True)
+    assert len(report.layers) == 3
+    assert report.frozen == ()
+    with counted_calls() as calls:
+        model(x()).sum().backward()
+    assert len(calls) == 1  # up has no adapter of this name: PEFT calls its base
+    assert model.get_submodule(HEAD).lora_B["late"].weight.grad is not None
+
+
+def test_merge_and_unload_is_peft_s_bit_for_bit():
+    theirs = mlp()
+    ours = copy.deepcopy(theirs)
+    fastlora.optimize(ours)
+    ours, theirs = ours.merge_and_unload(), theirs.merge_and_unload()
+    assert repr(ours) == repr(theirs)
+    assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
+    assert fast_layers(ours) == {"up", "down", "head"}
+    assert {type(m) for m in fastlora.restore(ours).modules()} == {type(m) for m in Mlp().modules()}
+
+
+def test_an_unloaded_model_takes_an_adapter_of_either_library():
+    model = optimized().unload()
+    ours = fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules=["up"], r=2))
+    assert type(ours.up) is fastlora.LoRALinear
+    assert type(fastlora.remove_lora(ours).up) is nn.Linear
+    again = adapted(optimized().unload(), target_modules=["up"])
+    assert fastlora.optimize(again, strict=True).frozen == (f"{BASE}down", HEAD)
+
+
+def test_files_and_copies():
+    model = optimized()
+    plain = mlp()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert repr(model) == repr(plain)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x()), model(x()))
+        assert not fast_layers(fastlora.restore(other))
+    assert fast_layers(model)
+
+
+def test_check_compares_with_torch_s_own():
+    model = mlp()
+    with counted_calls() as calls:
+        check = fastlora.check(model.train(), x())
+    assert check
+    assert len(calls) == 2  # in one of the two runs
+    assert check.coverage.frozen == (f"{BASE}down", HEAD)
+    assert not fast_layers(model)
+    fastlora.optimize(model)
+    before = fast_layers(model)
+    assert fastlora.check(model, x())
+    assert fast_layers(model) == before
+
+
+def test_checkpointing_and_autocast():
+    model = adapted(tiny_llama(torch.bfloat16), target_modules=["q_proj"]).train()
+    found = []
+    for checkpointing in (False, True):
+        copied = copy.deepcopy(model)
+        fastlora.optimize(copied)
+        if checkpointing:
+            copied.gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", torch.bfloat16), counted_calls() as calls:
+            copied(input_ids=BATCH, labels=BATCH).loss.backward()
+        found.append({n: p.grad for n, p in copied.named_parameters() if p.grad is not None})
+        assert len(calls) == 13 + 12 * checkpointing
+    assert_same(found[1], found[0], 0.0)
+
+
+def test_the_attention_that_the_docs_write_down_is_closer_to_the_truth():
+    blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.S | re.M)
+    (code,) = [block for block in blocks if "AttentionInterface" in block]
+    model = adapted(tiny_llama(torch.bfloat16), target_modules=["q_proj"])
+    fastlora.optimize(model)
+    truth = logits(copy.deepcopy(model).double())
+    before = logits(model)
+    exec(code, {"model": model})
+    after = logits(model)
+    assert model.config._attn_implementation == "float32"
+    assert (after - truth).norm() <= 1.05 * (before - truth).norm()
+    assert not torch.equal(after, before)
+
+
+LISTED = (
+    "import torch, peft, fastlora; from torch import nn\n"
+    "model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).to(torch.{})\n"
+    "model = peft.get_peft_model(model, peft.LoraConfig(target_modules=['0']))\n"
+    "print(*fastlora.optimize(model).frozen)"
+)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="a CPU without 16-bit products is emulated on x86 alone",
+)
+@pytest.mark.parametrize(("dtype", "names"), [("bfloat16", f"{BASE}1"), ("float32", "")])
+def test_a_cpu_without_16_bit_products(dtype, names):
+    printed = run_python(
+        "-c", LISTED.format(dtype), ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2",
+        FASTLORA_WIDE_PRODUCTS=None,
+    )  # fmt: skip
+    assert printed == names
+
+
+def test_fastlora_disable_changes_nothing():
+    printed = run_python(
+        "-c", LISTED.format("bfloat16"), FASTLORA_DISABLE="1", FASTLORA_WIDE_PRODUCTS="1"
+    )
+    assert printed == ""

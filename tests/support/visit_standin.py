@@ -1,0 +1,76 @@
+"""benchmarks/visit.py's worker on the stand-in for CUDA: a visit's own parts, a sixteenth as large.
+
+Compilers in their processes, launches, clocks and graphs are those of a GPU; torch's events are
+faked, and nothing is judged, for nothing is computed.
+"""
+
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from multiprocessing import get_context
+
+import cuda_standin
+import torch
+
+from benchmarks import calls, clock, judge, measure, visit
+from benchmarks.cases import Case
+from benchmarks.forms import Form
+
+
+class Event:
+    """torch's, of the host's time."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, after: "Event") -> float:
+        return 1e3 * (after.at - self.at)
+
+
+def small(part: object) -> object:
+    if isinstance(part, list):
+        return [small(each) for each in part]
+    if isinstance(part, Case):
+        outputs = tuple(N // 16 for N in part.outputs)
+        name = f"quick-{part.name}"
+        return replace(part, M=part.M // 16, K=part.K // 16, outputs=outputs, name=name)
+    if isinstance(part, Form):
+        depths = tuple(depth // 16 for depth in part.depths)
+        return replace(part, M=part.M // 16, columns=part.columns // 16, depths=depths)
+    raise TypeError(f"what is small of {part!r}?")
+
+
+class Served(visit.Served):
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.dry = False
+        listed = self.listed().items()
+        self.parts = {key: small(part) for key, part in listed if key[0] != "tests"}
+        self.dry = True  # one round, two configs
+
+    def part(self, kind: str, name: str) -> dict:
+        with cuda_standin.counted() as counts:
+            row = super().part(kind, name)
+        return row | {"launches": counts.total}
+
+    @cached_property
+    def pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(2, get_context("spawn"), initializer=in_the_pool)
+
+
+def in_the_pool() -> None:
+    """Who unpickles this imports this module, which installs the stand-in."""
+
+
+cuda_standin.install()
+torch.cuda.Event, torch.cuda._sleep, torch.cuda.synchronize = Event, int, lambda *_: None
+clock._CACHE = 2**10
+calls.clock_for = measure.clock_for = clock.CudaClock
+calls.checked = judge.checked = lambda *_: 0.0

@@ -1,0 +1,288 @@
+"""A frozen linear layer without an adapter, where this CPU multiplies 16 bits slowly."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from frozen_calls import counted_calls
+from peft_models import counted_ops
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from fastlora import beside, frozen
+from fastlora.backends import products
+
+pytestmark = pytest.mark.usefixtures("wide")
+HALF = [torch.bfloat16, torch.float16]
+
+
+def linear(dtype=torch.bfloat16, bias=True, **settings):
+    return nn.Linear(96, 40, bias=bias, dtype=dtype, **settings).requires_grad_(False)
+
+
+def taken(**settings):
+    layer = linear(**settings)
+    assert beside.take([layer]) == [layer]
+    return layer
+
+
+def x_of(*leading, dtype=torch.bfloat16):
+    return torch.randn(*leading, 96).to(dtype)
+
+
+def results(layer, x, dy=None):
+    """y and dx."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return y, torch.autograd.grad(y, x, dy)[0]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("leading", [(33,), (3, 7), (2,)], ids=str)
+def test_y_and_dx_are_closer_to_the_truth_than_torch_s(dtype, bias, leading):
+    layer = taken(dtype=dtype, bias=bias)
+    theirs, x = copy.deepcopy(layer), x_of(*leading, dtype=dtype)
+    beside.give_back([theirs])
+    dy = torch.randn(*leading, 40).to(dtype)
+    truth = results(copy.deepcopy(theirs).double(), x.double(), dy.double())
+    ours, their = results(layer, x, dy), results(theirs, x, dy)
+    for our, their_one, true in zip(ours, their, truth, strict=True):
+        assert our.dtype == dtype
+        assert our.shape == true.shape
+        best = (true.to(dtype).double() - true).norm()  # one rounding
+        assert (our.double() - true).norm() <= 1.05 * best
+        assert (our.double() - true).norm() <= (their_one.double() - true).norm()
+
+
+def test_without_gradients_it_is_fast_too():
+    layer, x = taken(), x_of(5)
+    with counted_calls() as calls:
+        first = layer(x)
+        with torch.no_grad():
+            second = layer(x)
+        with torch.inference_mode():
+            third = layer(x)
+    assert len(calls) == 3
+    assert not first.requires_grad
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 0)], ids=str)
+def test_one_row_or_none(leading):
+    layer, x = taken(), x_of(*leading)
+    y, dx = results(layer, x, torch.ones(*leading, 40, dtype=x.dtype))
+    assert y.shape == (*leading, 40)
+    assert dx.shape == x.shape
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+class Louder(nn.Linear):
+    """Another class, though with the same forward."""
+
+
+def replaced():
+    layer = linear()
+    layer.forward = lambda x: x
+    return layer
+
+
+def with_other_bias():
+    layer = linear()
+    layer.bias.data = layer.bias.data.float()
+    return layer
+
+
+def inferred():
+    with torch.inference_mode():
+        return linear()
+
+
+LEFT = {
+    "subclass": lambda: Louder(96, 40, dtype=torch.bfloat16).requires_grad_(False),
+    "float32": lambda: linear(torch.float32),
+    "float64": lambda: linear(torch.float64),
+    "trains": lambda: linear().requires_grad_(True),
+    "meta": lambda: linear(device="meta"),
+    "replaced-forward": replaced,
+    "parametrised": lambda: parametrizations.weight_norm(linear()),
+    "float32-bias": with_other_bias,
+    "inference": inferred,
+    "empty": lambda: nn.Linear(96, 0, dtype=torch.bfloat16).requires_grad_(False),
+    "sparse": lambda: linear_with(linear().weight.to_sparse()),
+    "no-linear": lambda: nn.LayerNorm(96, dtype=torch.bfloat16).requires_grad_(False),
+}
+
+
+def linear_with(weight):
+    layer = linear()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
+def test_what_is_left_alone(make):
+    layer = make()
+    kind, members = type(layer), dict(vars(layer))
+    assert beside.take([layer]) == []
+    assert type(layer) is kind
+    assert vars(layer) == members
+
+
+def test_nothing_changes_where_it_does_not_gain(monkeypatch):
+    monkeypatch.setattr(products, "FORCED", False)
+    layer = linear()
+    assert beside.take([layer]) == []
+    assert type(layer) is nn.Linear
+
+
+def test_a_weight_that_trains_is_torch_s_while_it_does():
+    layer, x = taken(), x_of(4)
+    model = nn.Sequential(layer)
+    with counted_calls() as calls:
+        layer.weight.requires_grad_(True)
+        layer(x).sum().backward()
+        assert calls == []
+        assert layer.weight.grad is not None
+        assert beside.taken(model) == []
+        layer.weight.requires_grad_(False)
+        layer(x)
+    assert len(calls) == 1
+    assert beside.taken(model) == ["0"]
+
+
+def test_a_bias_may_train():
+    layer, x = taken(), x_of(600)
+    layer.bias.requires_grad_(True)
+    with counted_calls() as calls:
+        layer(x).sum().backward()
+    assert len(calls) == 1
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 600))
+
+
+def test_another_dtype_is_torch_s():
+    layer = taken().float()
+    with counted_calls() as calls:
+        y = layer(x_of(4, dtype=torch.float32))
+    assert y.dtype == torch.float32
+    assert calls == []
+
+
+def test_what_torch_refuses_has_torch_s_error():
+    layer = taken()
+    for x in (x_of(4, dtype=torch.float32), torch.ones(4, 95, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError) as theirs:
+            nn.functional.linear(x, layer.weight, layer.bias)
+        with pytest.raises(RuntimeError) as ours:
+            layer(x)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_autocast():
+    layer, x = taken(), x_of(4, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), counted_calls() as calls:
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad.dtype == torch.float32
+    assert len(calls) == 1
+
+
+def test_transforms_traces_and_exports_are_torch_s():
+    layer, x = taken(), x_of(4)
+    theirs = copy.deepcopy(layer)
+    beside.give_back([theirs])
+    with counted_calls() as calls:
+        assert torch.equal(torch.func.vmap(layer)(x[None]), torch.func.vmap(theirs)(x[None]))
+        ours, their = (torch.func.jvp(f, (x,), (x,)) for f in (layer, theirs))
+        assert all(map(torch.equal, ours, their))
+        assert torch.equal(torch.jit.trace(layer, x, check_trace=False)(x), theirs(x))
+        graph = str(torch.export.export(layer, (x,)).graph)
+    assert calls == []
+    assert "fastlora" not in graph
+
+
+def test_compiled():
+    layer, x = taken(), x_of(9)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    expected, dy = results(layer, x, x[:, :40]), x[:, :40]
+    results(compiled, x, dy)
+    with counted_ops() as ops:
+        assert all(map(torch.equal, results(compiled, x, dy), expected))
+    assert ops == {"lora_linears": 1, "lora_linears_backward": 1}
+
+
+def test_gradients_of_gradients():
+    layer, x = taken(), x_of(4).requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (again,) = torch.autograd.grad(dx.sum(), x)
+    ones = torch.ones(4, 96)
+    expected = 2 * ones @ layer.weight.float().T @ layer.weight.float()
+    torch.testing.assert_close(again.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_hooks_run():
+    layer, seen = taken(), []
+    layer.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    results(layer, x_of(4), torch.ones(4, 40, dtype=torch.bfloat16))
+    assert seen == ["forward", "backward"]
+
+
+def saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), saved]
+)
+def test_copies_are_fast_and_can_be_given_back_alone(again):
+    layer = taken()
+    other = again(layer)
+    assert repr(other) == repr(linear())
+    assert list(other.state_dict()) == ["weight", "bias"]
+    assert torch.equal(other(x_of(4)[:0]), layer(x_of(4)[:0]))
+    assert beside.give_back([other]) == [other]
+    assert type(other) is nn.Linear
+    assert type(layer) is frozen.Linear
+
+
+def test_given_back_with_accelerate_s_hook_on_it():
+    layer, x = taken(), x_of(4)
+    add_hook_to_module(layer, ModelHook())
+    with counted_calls() as calls:
+        layer(x)
+        assert len(calls) == 1
+        beside.give_back([layer])
+        layer(x)
+    assert len(calls) == 1
+
+
+def test_given_back_with_a_parametrization_on_it():
+    layer, x = taken(), x_of(4)
+    parametrizations.weight_norm(layer)
+    with counted_calls() as calls:
+        expected = layer(x)
+        beside.give_back([layer])
+        assert torch.equal(layer(x), expected)
+    assert calls == []
+    assert parametrize.is_parametrized(layer)
+    assert not isinstance(layer, frozen.Linear)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.Linear
+
+
+def test_taking_and_giving_back_twice():
+    layer = taken()
+    parameters = dict(layer.named_parameters())
+    assert beside.take([layer]) == []
+    assert beside.give_back([layer]) == [layer]
+    assert beside.give_back([layer]) == []
+    assert all(layer.get_parameter(name) is one for name, one in parameters.items())
