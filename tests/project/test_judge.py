@@ -42,10 +42,10 @@ def test_no_mask_in_the_backward_fails(monkeypatch):
 
 @pytest.mark.parametrize("factor", [1.01, 0.9])
 def test_a_forgotten_share_of_the_scale_fails(monkeypatch, factor):
-    product = backend._product
+    product = backend.product
     monkeypatch.setattr(
         backend,
-        "_product",
+        "product",
         lambda left, right, scale, out=None: product(left, right, scale * factor, out),
     )
     with pytest.raises(AssertionError, match="y0"):
