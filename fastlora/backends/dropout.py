@@ -15,6 +15,7 @@ of about 0.001 show at distances of 8 columns or 2¹⁵ rows.  This makes masks;
 random numbers for anything else.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
 
@@ -38,14 +39,17 @@ _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class DropoutMask:
     """The keep mask [rows, columns] of one projection, made on demand for a range of rows."""
 
-    def __init__(self, seed: Tensor, shape: tuple[int, int], p: float) -> None:
+    def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
-        known = seed.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
-        unseeded = _unseeded if known else _unseeded.__wrapped__
-        row_steps, column_steps, self.threshold = unseeded(*shape, p, seed.device)
+        followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        plain = seed.device.type == "cpu" and not followed  # what was made may be kept
+        unseeded = _unseeded if plain else _unseeded.__wrapped__
+        rows, self.columns = shape
+        steps = unseeded(rows, self.columns, p, seed.device)
+        row_steps, column_steps, self.threshold = steps
         low, high = seed.view(torch.int32).unbind()
         self.row_keys, self.column_keys = row_steps + low, column_steps + high
-        self.p, self.columns = p, shape[1]
+        self.p = p
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""

@@ -339,8 +339,8 @@ def _through_lora_a(
         change = None
         if dx is not None:
             change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
-        dropped = _drop(mask, first, x_rows, need_a, change, dx_rows)
-        if dropped is not None:
+        dropped = _drop(mask, first, x_rows, change, dx_rows)
+        if need_a:
             part = torch.mm(dh_rows.T, dropped)
             d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
     return cast(d_lora_a, lora_a.dtype)
@@ -361,30 +361,26 @@ def _drop(
     mask: DropoutMask,
     first: int,
     x: Tensor,
-    need_x: bool = True,
     change: Tensor | None = None,
     dx: Tensor | None = None,
-) -> Tensor | None:
+) -> Tensor:
     """mask ∘ x of a block from row ``first`` on, until the next call; dx += mask ∘ change."""
     step = rows_of_a_tile(x)
-    if len(x) <= step:
-        keep = mask.rows(first, len(x))
-        if dx is not None:
-            dx.add_(multiply_bits(change, keep))
-        return multiply_bits(x, keep) if need_x else None
-    dropped = _scratch("dropped", x) if need_x else None
+    dropped = _scratch("dropped", x)
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         keep = mask.rows(first + start, rows.stop - start)
-        if dx is not None:
+        if change is not None and dx is not None:
             dx[rows].add_(multiply_bits(change[rows], keep))
-        if dropped is not None:
-            multiply_bits(x[rows], keep, out=dropped[rows])
-    return dropped
+        if dropped is None:
+            return multiply_bits(x, keep)
+        multiply_bits(x[rows], keep, out=dropped[rows])
+    return x if dropped is None else dropped
 
 
 def _scratch(use: str, x: Tensor) -> Tensor | None:
-    """A buffer like x that the thread keeps, where fresh pages would cost more than the work."""
+    """A buffer like a block x of several tiles: fresh pages would cost more than the work."""
     if len(x) <= rows_of_a_tile(x):
         return None
-    return SCRATCH.take(use, *x.shape, x.dtype)
+    rows, columns = x.shape
+    return SCRATCH.take(use, rows, columns, x.dtype)
