@@ -39,6 +39,13 @@ def backend(request):
 
 
 @pytest.fixture
+def node(monkeypatch):
+    """A call of a few rows is a node too."""
+    monkeypatch.setattr("fastlora.backends.torch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+
+
+@pytest.fixture
 def wide(monkeypatch):
     """This CPU multiplies 16 bits slowly: every such call on it runs in float32."""
     monkeypatch.setattr(products, "FORCED", True)

@@ -89,22 +89,22 @@ def _time(dtype: torch.dtype) -> float:
 
 
 class _Scratch(threading.local):
-    """Float32 buffers that a thread keeps between calls, one for each use.
+    """Buffers that a thread keeps between calls, one for each use and dtype.
 
     Fresh pages would take longer than what is done in them.
     """
 
     def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def take(self, use: str, rows: int, columns: int) -> Tensor:
+    def take(self, use: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A matrix with anything in it, its own until the next one for this use is taken."""
-        size, buffer = rows * columns, self.buffers.get(use)
+        size, buffer = rows * columns, self.buffers.get((use, dtype))
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # a buffer made inside could not be used outside
-                buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+                buffer = torch.empty(size, dtype=dtype, device="cpu")
             if size <= 2 * _BLOCK:
-                self.buffers[use] = buffer
+                self.buffers[use, dtype] = buffer
         return buffer[:size].view(rows, columns)
 
     def take_like(self, use: str, matrix: Tensor, rows: int) -> Tensor:

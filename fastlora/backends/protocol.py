@@ -22,6 +22,7 @@ class Settings(NamedTuple):
     # What the backend found out for a forward with inputs of these shapes, strides, dtypes, devices
     # and addresses modulo 16; None where they may differ from call to call.
     kept: dict | None = None
+    is_small: bool = False  # torch's autograd is to follow its operations, without a node of ours
 
 
 class Backend(Protocol):
@@ -55,6 +56,9 @@ class Backend(Protocol):
 
     def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """That of every h, for x of this dtype on this device.  It runs nothing."""
+
+    def is_small(self, x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
+        """Whether a call without dropout is the faster for having no node."""
 
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]

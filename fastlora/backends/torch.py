@@ -9,7 +9,8 @@ With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of 
 
 h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator,
 so that nothing of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows that stay in
-cache: no dropped copy of x exists.
+cache: no dropped copy of x exists.  The products are of a block, and the mask is made and applied
+tile by tile, without waiting for other threads.
 
 Where 16-bit products are slow (:mod:`.products`) the same formulas run in float32 over blocks of
 rows, and h stays float32.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..blocks import rows_at_a_time
+from ..blocks import rows_at_a_time, rows_of_a_tile
 from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from .dropout import DropoutMask, dropout_mask, multiply_bits
 from .products import (
@@ -39,7 +40,10 @@ from .products import (
 )
 from .protocol import Settings
 
-__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "why_not"]
+__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "is_small", "why_not"]
+
+# Up to so many rows a node costs more than it saves (docs/performance.md).
+MOST_ROWS = 32
 
 # For each output, what each of its adapters has.
 _Masks = Sequence[Sequence[DropoutMask | None]]
@@ -49,6 +53,17 @@ _Gradients = list[list[Adapter[Tensor | None]]]
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
     """Why a call with x of this dtype and device isn't covered; it always is."""
     return ""
+
+
+def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
+    """Whether x has few rows on a CPU, and one output, and nothing is converted or rounded."""
+    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or len(outputs) > 1:
+        return False
+    ((_, bias), adapters) = outputs[0]
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.float64) or (bias is not None and bias.dtype != dtype):
+        return False
+    return all([lora_a.dtype == lora_b.dtype == dtype for lora_a, lora_b, _ in adapters])
 
 
 def forward(
@@ -248,7 +263,7 @@ def _masks(
     """For each output its adapters' masks, or None for each without dropout."""
     if seeds is None:
         return [[None] * len(output.adapters) for output in outputs]
-    masks = [DropoutMask(seed.view(1), x.shape[1], settings.dropout) for seed in seeds.unbind()]
+    masks = [DropoutMask(seed.view(1), x.shape, settings.dropout) for seed in seeds.unbind()]
     return list(per_adapter(masks, outputs))
 
 
@@ -291,7 +306,7 @@ def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> T
         return product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
     for first, x_rows, h_rows in _blocks(x, h):
-        product(multiply_bits(x_rows, mask.rows(first, len(x_rows))), down, factor, out=h_rows)
+        product(_drop(mask, first, x_rows), down, factor, out=h_rows)
     return h
 
 
@@ -321,12 +336,13 @@ def _through_lora_a(
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
-        keep = mask.rows(first, len(x_rows))
-        if need_a:
-            part = torch.mm(dh_rows.T, multiply_bits(x_rows, keep))
-            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
+        change = None
         if dx is not None:
-            dx_rows.add_(multiply_bits(torch.mm(dh_rows, up), keep))
+            change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
+        dropped = _drop(mask, first, x_rows, change, dx_rows)
+        if need_a:
+            part = torch.mm(dh_rows.T, dropped)
+            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
     return cast(d_lora_a, lora_a.dtype)
 
 
@@ -339,3 +355,32 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     for first in range(0, len(x), step):
         rows = slice(first, first + step)
         yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
+
+
+def _drop(
+    mask: DropoutMask,
+    first: int,
+    x: Tensor,
+    change: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> Tensor:
+    """mask ∘ x of a block from row ``first`` on, until the next call; dx += mask ∘ change."""
+    step = rows_of_a_tile(x)
+    dropped = _scratch("dropped", x)
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        keep = mask.rows(first + start, rows.stop - start)
+        if change is not None and dx is not None:
+            dx[rows].add_(multiply_bits(change[rows], keep))
+        if dropped is None:
+            return multiply_bits(x, keep)
+        multiply_bits(x[rows], keep, out=dropped[rows])
+    return x if dropped is None else dropped
+
+
+def _scratch(use: str, x: Tensor) -> Tensor | None:
+    """A buffer like a block x of several tiles: fresh pages would cost more than the work."""
+    if len(x) <= rows_of_a_tile(x):
+        return None
+    rows, columns = x.shape
+    return SCRATCH.take(use, rows, columns, x.dtype)

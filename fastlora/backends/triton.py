@@ -42,6 +42,7 @@ __all__ = [
     "dropout_mask",
     "forward",
     "h_dtype",
+    "is_small",
     "why_not",
     "without_launching",
 ]
@@ -102,6 +103,11 @@ def backward(
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """x's."""
     return dtype
+
+
+def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
+    """Never: a GPU's calls are kernels."""
+    return False
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:

@@ -17,10 +17,12 @@ from ..projection import (
     is_plain,
     layouts_of,
     named_tensors,
+    unflatten,
     why_not_mixed,
 )
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import run_forward
+from .few import few_rows
 from .function import LoRALinearFunction
 from .kinds import kind_of, known, remember
 from .library import call_registered
@@ -140,13 +142,16 @@ def _call(
         name = "" if backend is None else backend_name(backend)
         seeds = _seeds(layouts, dropout, x.device)
         return call_registered(x, outputs, dropout, seeds, name)
-    settings = Settings(layouts, dropout, find_backend(backend, x.device), {})
+    chosen = find_backend(backend, x.device)
+    settings = Settings(layouts, dropout, chosen, {}, not dropout and chosen.is_small(x, outputs))
     if kind is not None:
         remember(kind, settings)
     return _run([x, *flatten(outputs, layouts)], settings)
 
 
 def _run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
+    if settings.is_small:
+        return few_rows(inputs[0], unflatten(inputs[1:], settings.layouts))
     seeds = _seeds(settings.layouts, settings.dropout, inputs[0].device)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(seeds, settings, *inputs)

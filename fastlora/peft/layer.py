@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..frozen import fits
 from ..ops import dora_linear, dora_norm, lora_linears
+from ..ops.few import few_rows, has_few_rows
 from ..projection import Adapter
 from .moment import why_not_now
 from .reading import Reading, active_adapters, read
@@ -32,6 +33,8 @@ def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
     """The output for x by fastlora's ops; ``name`` is that of the first active adapter."""
     assert reading.output is not None
     if reading.magnitude is None:
+        if not reading.p and has_few_rows(x, (reading.output,)):  # all else has been looked at
+            return few_rows(x, (reading.output,))[0]
         return lora_linears(x, (reading.output,), dropout=reading.p)[0]
     (weight, bias), (adapter,) = reading.output
     lora_a, lora_b, scale = adapter

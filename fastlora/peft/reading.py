@@ -220,7 +220,7 @@ def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
         return f"{name} is sharded (DTensor)" if sharded else f"the weight of {name} {reason}"
     if weight.is_meta:
         return f"{name} is on the meta device, without data"
-    if not torch.compiler.is_compiling() and weight.is_inference() and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and weight.is_inference():
         return f"{name} was made in inference mode"  # no backward can keep it
     return ""
 

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from judge import make_projection
+from judge import check_against_oracle, make_projection
 
 import fastlora
+from fastlora import blocks
 from fastlora.backends.dropout import DropoutMask, multiply_bits
 from fastlora.backends.torch import dropout_mask
 
@@ -83,7 +84,7 @@ def test_ends_of_the_range(p, kept):
 @pytest.mark.parametrize("columns", [1, 2, 7, 8])
 def test_the_same_however_rows_are_cut(columns):
     whole = dropout_mask(seed_of(9), (20, columns), 0.3)
-    mask = DropoutMask(seed_of(9), columns, 0.3)
+    mask = DropoutMask(seed_of(9), (20, columns), 0.3)
     parts = [mask.rows(first, count) for first, count in ((0, 1), (1, 6), (7, 13))]
     assert torch.equal(torch.cat(parts).bool(), whole)
     assert torch.equal(dropout_mask(seed_of(9), (5, columns), 0.3), whole[:5])
@@ -150,3 +151,29 @@ def test_dropout_keeps_the_mean():
     for values, mean in ((torch.stack(ys), plain), (torch.stack(dxs), plain_dx)):
         deviations = (values.mean(0) - mean) / (values.std(0) / math.sqrt(len(values)))
         assert deviations.abs().max().item() < 5
+
+
+def test_a_mask_waits_for_no_other_thread(monkeypatch):
+    """torch shares out operations of more than 2¹⁵ elements, and waits for all threads."""
+    sizes, rows = [], DropoutMask.rows
+
+    def watch(self, first, count):
+        sizes.append(count * self.columns)
+        return rows(self, first, count)
+
+    monkeypatch.setattr(DropoutMask, "rows", watch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.randn(300, 1000, requires_grad=True)
+    fastlora.lora_linear(
+        x, *make_projection(8, 1000, 4, torch.float32)[:3], dropout=0.5
+    ).sum().backward()
+    assert max(sizes) <= 2**15
+    assert sum(sizes) == 2 * x.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_within_blocks(dtype, monkeypatch):
+    monkeypatch.setattr(blocks, "_CPU_BLOCK", 24 * 16)
+    monkeypatch.setattr(blocks, "_GRAIN", 24 * 3)
+    x = torch.randn(37, 24).to(dtype).requires_grad_()
+    check_against_oracle(x, [make_projection(17, 24, 4, dtype, bias=True)], 0.3)

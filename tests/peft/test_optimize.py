@@ -321,6 +321,7 @@ def test_without_x_an_output_without_a_gradient_gives_none():
     assert layer.lora_B["default"].weight.grad is None
 
 
+@pytest.mark.usefixtures("node")  # torch's own operations have them
 def test_gradients_of_a_gradient_that_needs_x_say_so():
     model = adapted()
     fastlora.optimize(model)

@@ -28,7 +28,7 @@ def change_the_backward_s_mask(monkeypatch, change) -> None:
 
 
 def test_another_mask_in_the_backward_fails(monkeypatch):
-    another = DropoutMask(torch.tensor([99]), 24, 0.3)
+    another = DropoutMask(torch.tensor([99]), (1000, 24), 0.3)
     change_the_backward_s_mask(monkeypatch, lambda mask: another)
     with pytest.raises(AssertionError, match="d_x"):
         check()

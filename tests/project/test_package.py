@@ -28,7 +28,7 @@ ORDER_INSIDE = {
     "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "products", "torch", "triton"],
     "ops": [
-        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "functional",
+        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "few", "functional",
         "dora",
     ],
     "model": [

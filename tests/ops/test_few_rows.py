@@ -1,0 +1,76 @@
+"""Calls of a few rows: torch's operations in the place of our node, with the same numbers."""
+
+import pytest
+import torch
+from judge import check_against_oracle, make_projection
+
+import fastlora
+from fastlora.backends.torch import MOST_ROWS
+from fastlora.projection import Adapter, Base, Output
+
+K, N, RANK = 24, 17, 4
+
+
+def is_node(y: torch.Tensor) -> bool:
+    nodes = [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if "LoRALinearFunction" in node.name():
+            return True
+        nodes += [child for child, _ in node.next_functions if child is not None]
+    return False
+
+
+def call(x: torch.Tensor, dtype: torch.dtype = torch.float32, **more) -> torch.Tensor:
+    projection = make_projection(N, K, RANK, dtype, bias=True)
+    for tensor in projection[1:3]:
+        tensor.requires_grad_()
+    return fastlora.lora_linear(x, *projection[:3], bias=projection.bias, **more)
+
+
+def test_few_rows_have_no_node_of_ours():
+    assert not is_node(call(torch.randn(MOST_ROWS, K)))
+    assert is_node(call(torch.randn(MOST_ROWS + 1, K)))
+    assert is_node(call(torch.randn(MOST_ROWS, K), dropout=0.1))
+    assert is_node(call(torch.randn(MOST_ROWS, K, dtype=torch.bfloat16), torch.bfloat16))
+    with fastlora.use_backend("triton"):
+        assert is_node(call(torch.randn(1, K)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, K), (K,), (2, 3, K), (MOST_ROWS, K)])
+def test_the_oracle_s_numbers(shape, dtype):
+    x = torch.randn(shape, dtype=dtype).requires_grad_()
+    check_against_oracle(x, [make_projection(N, K, RANK, dtype, bias=True)])
+
+
+def test_it_keeps_x_and_h():
+    x, sizes = torch.randn(3, K), {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    projection = make_projection(N, K, RANK, torch.float32, bias=True)
+    parameters = [projection.weight, projection.lora_a, projection.lora_b]
+    for tensor in parameters[1:]:
+        tensor.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fastlora.lora_linear(x, *parameters, bias=projection.bias)
+    for tensor in parameters:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    assert sum(sizes.values()) == 3 * K * 4 + 3 * RANK * 4
+
+
+def test_several_adapters_and_none():
+    x = torch.randn(2, 5, K, requires_grad=True)
+    weight, adapters = torch.randn(N, K), []
+    for scale in (2, 0.5):
+        adapters.append(Adapter(torch.randn(RANK, K), torch.randn(N, RANK), scale))
+    for some in (tuple(adapters), ()):
+        (y,) = fastlora.lora_linears(x, [Output(Base(weight), some)])
+        merged = weight + sum(a.scale * a.lora_b @ a.lora_a for a in some)
+        torch.testing.assert_close(y, x @ merged.T, rtol=1e-4, atol=1e-3)
+        y.add_(1.0).sum().backward()  # what is returned may be changed in place
+        torch.testing.assert_close(x.grad, merged.sum(0).expand_as(x), rtol=1e-4, atol=1e-3)
+        x.grad = None
