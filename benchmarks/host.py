@@ -5,8 +5,7 @@ launches, and every call down to the driver, which launches nothing.  All else i
 thread, so that only calls take time: PEFT's layer, base products, the others.
 
 To the measured ``both`` comes a modelled one: on a GPU each of torch's kernels costs the host some
-3 µs more (but three of dropout's are one there).  What nobody adds: the Triton backend's look-up of
-device and stream, the driver's part of a launch.  Nothing is judged, since nothing runs.
+3 µs more.  What nobody adds: the look-up of device and stream, the driver's part of a launch.
 """
 
 from collections.abc import Callable
