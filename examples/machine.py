@@ -1,9 +1,6 @@
 """What this machine is, and what it is good at: the device and the dtype of a run."""
 
-import platform
-import re
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -12,6 +9,7 @@ from options import stop
 from torch.utils.benchmark import Timer
 
 import fastlora
+from fastlora.doctor.processor import processor_name
 
 SLOW = 4  # × float32's time; with 16-bit products it is 0.5 to 3, without them 35 and more
 ROUNDS = 20
@@ -24,11 +22,9 @@ def main(run: SimpleNamespace) -> dict:
     device = "cuda" if gpu and run.device != "cpu" else "cpu"
     choice = choose_dtype(run.dtype, device)
     print(f"{choice['dtype']} on {device}: {choice['why']}", flush=True)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     packages = ["torch", "transformers", *["peft"] * run.compare]
     machine = {
-        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "processor": processor_name(),
         "gpu": gpu if device == "cuda" else None,
         "threads": torch.get_num_threads(),
         "versions": {"fastlora": fastlora.__version__} | {name: version(name) for name in packages},

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .ops import lora_linears
-from .projection import AUTOCAST_DTYPES, Base, Output, is_plain
-
-_HALF = (torch.float16, torch.bfloat16)
+from .projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, is_plain
 
 
 class Linear(nn.Linear):
@@ -33,7 +31,7 @@ class Linear(nn.Linear):
 def slow_weight(layer: nn.Linear) -> Tensor | None:
     """The layer's weight, if it is frozen and a CPU may multiply it slowly."""
     weight = layer._parameters.get("weight")  # where a parametrised one isn't
-    if weight is None or weight.dtype not in _HALF or weight.device.type != "cpu":
+    if weight is None or weight.dtype not in HALF_DTYPES or weight.device.type != "cpu":
         return None
     return None if weight.requires_grad else weight
 

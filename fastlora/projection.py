@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # those that it casts
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 LARGEST_SCALE = torch.finfo(torch.float32).max

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import Settings, backend_name, find_backend, planned_backend, use_backend
 from ..backends.products import is_slow
-from ..projection import Layout, unflatten
-from .dtypes import HALF, name_of
+from ..projection import HALF_DTYPES, Layout, unflatten
+from .dtypes import name_of
 
 
 class Call(NamedTuple):
@@ -76,7 +76,7 @@ def _why(call: Call, device: torch.device) -> str:
         return "the default there"
     if os.environ.get("FASTLORA_BACKEND"):
         return "by FASTLORA_BACKEND"
-    if device.type == "cpu" and call.dtype in HALF and is_slow(call.dtype):
+    if device.type == "cpu" and call.dtype in HALF_DTYPES and is_slow(call.dtype):
         return f"the default here; {name_of(call.dtype)} is slow here: products run in float32"
     return "the default here"
 

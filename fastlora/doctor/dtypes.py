@@ -5,7 +5,6 @@ import torch
 from ..projection import DTYPES
 
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-HALF = (torch.bfloat16, torch.float16)
 
 
 def name_of(dtype: torch.dtype) -> str:

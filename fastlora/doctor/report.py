@@ -21,9 +21,11 @@ from ..backends import BACKENDS, backend_name, find_backend
 from ..backends.products import is_slow
 from ..peft.optimize import why_nothing_changes
 from ..peft.versions import notes, why_not_dora
+from ..projection import HALF_DTYPES
 from ..version import __version__
 from .call import Call, plan
-from .dtypes import HALF, name_of
+from .dtypes import name_of
+from .processor import processor_name
 from .self_test import TOLERANCES, relative_errors
 
 _SETTINGS = re.compile(
@@ -88,14 +90,12 @@ def _devices() -> list[torch.device]:
 
 
 def _machine(devices: list[torch.device]) -> dict[str, str]:
-    cpuinfo = Path("/proc/cpuinfo")  # only Linux has it
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    name = names[0] if names else platform.processor() or platform.machine()
     gpus = Counter(map(_gpu, range(torch.cuda.device_count())))
     accelerators = [f"{count} x {gpu}" for gpu, count in gpus.items()]
+    capability = torch.backends.cpu.get_cpu_capability()
     return {
         "system": platform.platform(),
-        "processor": f"{name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        "processor": f"{processor_name()}, {capability}, {os.cpu_count()} cores",
         "threads": str(torch.get_num_threads()),
         "accelerator": ", ".join(accelerators or [d.type for d in devices[1:]]) or "none",
     }
@@ -176,7 +176,8 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
 def _products(devices: list[torch.device]) -> dict[str, str]:
     """Which 16-bit products a device has."""
     words = [
-        f"{name_of(dtype)} {'slow, so in float32' if is_slow(dtype) else 'fast'}" for dtype in HALF
+        f"{name_of(dtype)} {'slow, so in float32' if is_slow(dtype) else 'fast'}"
+        for dtype in HALF_DTYPES
     ]
     found = {"cpu": ", ".join(words)}
     if devices[-1].type == "cuda":

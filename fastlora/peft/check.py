@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import beside
 from ..modules import plain_name, unwrap
-from ..projection import is_number, shown
+from ..projection import HALF_DTYPES, is_number, shown
 from ..report import Coverage
 from .optimize import optimize, peft_layers
 
@@ -24,7 +24,6 @@ from .optimize import optimize, peft_layers
 # bits it is that of two blocks, and grows as √(blocks - 1): over 40 random qwen3 models in bfloat16
 # the largest were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-_HALF = (torch.float16, torch.bfloat16)
 _SEED = 20240229  # of both runs, any number
 
 
@@ -68,7 +67,7 @@ class Check:
                 lines.append(f"  {len(found)} {kind}s: up to {worst.relative:.2g}, {worst.name}")
         for layer in sorted(self.layers, key=_size, reverse=True)[:5]:
             lines.append(f"    {layer.name}: {layer.relative:.2g}")
-        if self.dtype in _HALF:
+        if self.dtype in HALF_DTYPES:
             hint = (
                 "small differences hide in the rounding of 16 bits: compare in float32 to see them"
                 if self
@@ -126,7 +125,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
     dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
     if tolerance is None:
-        deeper = math.sqrt(max(1, _blocks(report) - 1)) if dtype in _HALF else 1.0
+        deeper = math.sqrt(max(1, _blocks(report) - 1)) if dtype in HALF_DTYPES else 1.0
         tolerance = _TOLERANCES[dtype] * deeper
     gradients = _differences(fast.gradients, peft.gradients)
     return Check(

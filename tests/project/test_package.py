@@ -39,7 +39,7 @@ ORDER_INSIDE = {
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
         "layer", "swap", "sharding", "uncalled", "records", "trial", "check",
     ],
-    "doctor": ["dtypes", "call", "self_test", "report"],
+    "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip
 # Imported inside of functions, when a model with PEFT's layers is met.
 LATE = {"peft": {"coverage": {"records", "sharding", "uncalled"}, "optimize": {"swap", "trial"}}}
