@@ -26,7 +26,7 @@ ORDER_INSIDE = {
         "weight_grad", "defaults", "plan", "kept",
     ],
     "reference": ["lora", "dora"],
-    "backends": ["protocol", "dropout", "products", "torch", "triton"],
+    "backends": ["protocol", "dropout", "products", "rows", "torch", "triton"],
     "ops": [
         "autocast", "call", "norm", "library", "function", "textbook", "kinds", "few", "functional",
         "dora",
