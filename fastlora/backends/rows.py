@@ -201,7 +201,7 @@ def _adapter_gradients(
     dtype = _adapter_dtype(x, adapter)
     lora_b = cast(adapter.lora_b, dtype) if need.lora_a or dx is not None else None
     own_h = cast(h, dtype) if need.lora_b else None
-    dh, d_lora_b = _through_lora_b(dy, lora_b, own_h, _factor(adapter, mask), dtype)
+    dh, d_lora_b = _through_lora_b(dy, lora_b, own_h, factor_of(adapter, mask), dtype)
     d_lora_a = None
     if dh is not None:
         d_lora_a = _through_lora_a(cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a)
@@ -252,7 +252,7 @@ def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
     return lora_a.dtype if wider else x.dtype
 
 
-def _factor(adapter: Adapter, mask: DropoutMask | None) -> float:
+def factor_of(adapter: Adapter, mask: DropoutMask | None) -> float:
     scale = float(adapter.scale)
     return scale if mask is None else scale / (1.0 - mask.p)
 
@@ -260,11 +260,11 @@ def _factor(adapter: Adapter, mask: DropoutMask | None) -> float:
 def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
     """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in the dtype of the adapter's products."""
     x = cast(x, _adapter_dtype(x, adapter))
-    down, factor = cast(adapter.lora_a, x.dtype).T, _factor(adapter, mask)
+    down, factor = cast(adapter.lora_a, x.dtype).T, factor_of(adapter, mask)
     if mask is None:
         return product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
-    for first, x_rows, h_rows in _blocks(x, h):
+    for first, x_rows, h_rows in blocks_of(x, h):
         product(_drop(mask, first, x_rows), down, factor, out=h_rows)
     return h
 
@@ -294,7 +294,7 @@ def _through_lora_a(
         return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
-    for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
+    for first, x_rows, dh_rows, dx_rows in blocks_of(x, dh, dx):
         change = None
         if dx is not None:
             change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
@@ -305,7 +305,7 @@ def _through_lora_a(
     return cast(d_lora_a, lora_a.dtype)
 
 
-def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+def blocks_of(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
     step = rows_at_a_time(x)
     if len(x) <= step:

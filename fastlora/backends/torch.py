@@ -23,15 +23,18 @@ from torch import Tensor
 
 from ..projection import Output, flatten, per_adapter, unflatten
 from .dropout import DropoutMask, dropout_mask
+from .grouped import backward_grouped, forward_grouped
 from .products import h_dtype
 from .protocol import Settings
 from .rows import Masks, backward_rows, base_gradients, forward_rows, no_gradients
 
 __all__ = [
     "backward",
+    "backward_grouped",
     "base_gradients",
     "dropout_mask",
     "forward",
+    "forward_grouped",
     "h_dtype",
     "is_small",
     "no_gradients",

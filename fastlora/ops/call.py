@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends import Settings
 from ..projection import Layout, unflatten
+from ..segments import Segments
 from .autocast import autocast_off
 
 
@@ -42,6 +43,32 @@ def run_backward(
     if dx is not None and x.dim() != 2:
         gradients[0] = dx.view(x.shape)
     return gradients
+
+
+def run_grouped(
+    inputs: Sequence[Tensor], segments: Segments, seeds: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """y [S, N] of experts, and the h [S, r]."""
+    x, *tensors = inputs
+    backend = settings.backend
+    return backend.forward_grouped([as_matrix(x), *tensors], segments, seeds, settings)
+
+
+def run_grouped_backward(
+    dy: Tensor,
+    inputs: Sequence[Tensor],
+    segments: Segments,
+    h: Tensor,
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    settings: Settings,
+) -> list[Tensor | None]:
+    """The gradient of each input that needs one, else None."""
+    x, *tensors = inputs
+    with autocast_off(x.device.type):
+        return settings.backend.backward_grouped(
+            as_matrix(dy), [as_matrix(x), *tensors], segments, h, needs, seeds, settings
+        )
 
 
 def kept(
