@@ -104,11 +104,8 @@ def _backward_in_turn(
                     gradient[e].zero_()
             continue
         masks, one = [[_from_row(mask, rows.start)]], [part_of(output, e)]
-        part_dx, found = backward_rows(
-            [dy[rows]], x[rows], one, [[h[rows]]], [wanted], masks, needs_x
-        )
-        if dx is not None and part_dx is not None:
-            dx[rows] = part_dx
+        thin, into = [[h[rows]]], None if dx is None else dx[rows]
+        _, found = backward_rows([dy[rows]], x[rows], one, thin, [wanted], masks, needs_x, into)
         for gradient, part in zip(gradients, flatten(found, layouts), strict=True):
             if gradient is not None and part is not None:
                 gradient[e] = part

@@ -87,10 +87,14 @@ def backward_rows(
     wanted: Sequence[Output[bool]],
     masks: Masks,
     needs_x: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
-    """dx, if it is needed, and the gradients of each output, as needed; ``hs`` for each output."""
+    """dx, if it is needed, new or written ``into`` this, and the gradients of each output.
+
+    ``hs`` are lists of each output's.
+    """
     of_adapters = _wide_adapter_gradients if are_wide(x) else _gradients_of_adapters
-    dx, found = of_adapters(dys, x, outputs, hs, wanted, masks, needs_x)
+    dx, found = of_adapters(dys, x, outputs, hs, wanted, masks, needs_x, into)
     return dx, [
         no_gradients(output)
         if dy is None
@@ -107,9 +111,10 @@ def _gradients_of_adapters(
     wanted: Sequence[Output[bool]],
     masks: Masks,
     needs_x: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, _Gradients]:
     """dx, if it is needed, and for each output its adapters' gradients, none without a dy."""
-    dx, found = _base_dx(dys, x, outputs) if needs_x else None, []
+    dx, found = _base_dx(dys, x, outputs, into) if needs_x else None, []
     for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
         per_one = zip(output.adapters, need.adapters, thin, some, strict=True)
         found.append([] if dy is None else [_adapter_gradients(dy, x, *one, dx) for one in per_one])
@@ -124,9 +129,12 @@ def _wide_adapter_gradients(
     wanted: Sequence[Output[bool]],
     masks: Masks,
     needs_x: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, _Gradients]:
     """The same in float32, summed over blocks of rows."""
-    dx = x.new_empty(x.shape) if needs_x else None
+    dx = into
+    if needs_x and dx is None:
+        dx = x.new_empty(x.shape)
     wide, total = [_in_float32(output) for output in outputs], None
     reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
     for rows in wide_rows(x):
@@ -269,11 +277,18 @@ def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> T
     return h
 
 
-def _base_dx(dys: Sequence[Tensor | None], x: Tensor, outputs: Sequence[Output[Tensor]]) -> Tensor:
+def _base_dx(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    into: Tensor | None,
+) -> Tensor:
     """Σ dy weight over the outputs, [M, K]."""
     dx = None
     for dy, output in zip(dys, outputs, strict=True):
-        if dy is not None:
+        if dy is not None and dx is None and into is not None:
+            dx = torch.mm(dy, output.base.weight, out=into)
+        elif dy is not None:
             dx = add_dy_weight(dx, dy, output.base.weight, x.dtype)
     return x.new_zeros(x.shape) if dx is None else dx
 
