@@ -120,9 +120,10 @@ def _check_shapes(features: int, output: Output[Tensor]) -> None:
 
 
 def _check_ends(x: Tensor, experts: int, ends: Tensor) -> None:
-    check_tensor("offsets", ends)
-    if is_plain(x) and type(ends).__name__ == "FakeTensor":
-        raise TypeError(why_not_mixed("offsets", ends, x))
+    if not is_plain(ends):
+        check_tensor("offsets", ends)
+        if type(ends).__name__ == "FakeTensor" and is_plain(x):
+            raise TypeError(why_not_mixed("offsets", ends, x))
     if ends.dtype != torch.int32 or ends.layout is not torch.strided or ends.is_nested:
         raise TypeError(
             f"offsets has dtype {ends.dtype} and layout {ends.layout}, but must be dense and "

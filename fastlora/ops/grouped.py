@@ -53,7 +53,8 @@ def lora_grouped(
     """
     output = Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
     segments = Segments(offsets)
-    check_tensor("x", x)
+    if not is_plain(x):
+        check_tensor("x", x)
     device = x.device.type
     check_grouped(x, output, segments, dropout, training, autocast_is_on(device))
     p = dropout if training else 0.0
