@@ -22,7 +22,7 @@ import torch
 from device import DEVICE
 
 import fastlora
-from fastlora.backends import products
+from fastlora.backends import grouped, products
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,16 @@ def backend(request):
     """The ops run on this backend, and tensors are made on the tests' device."""
     place = nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
     with fastlora.use_backend(request.param), place:
+        yield request.param
+
+
+@pytest.fixture(params=["in-turn", "at-once", "triton"])
+def way(request, monkeypatch):
+    """Experts run one after the other, all at once, or as the Triton backend runs them."""
+    at_once = {"in-turn": False, "at-once": True}.get(request.param)
+    monkeypatch.setattr(grouped, "FORCED", at_once)
+    place = nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
+    with fastlora.use_backend("torch" if request.param != "triton" else "triton"), place:
         yield request.param
 
 

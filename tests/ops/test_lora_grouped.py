@@ -1,21 +1,17 @@
 """lora_grouped: the output and every gradient against the oracle, by every way it can run."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from device import DEVICE
 from experts import call, check_against_oracle, ends_of, make_experts, make_rows
 from judge import USUAL_DTYPES
 from memory import saved_bytes
 
 import fastlora
 from fastlora import blocks
-from fastlora.backends import find_backend, grouped
+from fastlora.backends import find_backend
 
 pytestmark = pytest.mark.usefixtures("way", "poisoned_memory")
 
-WAYS = {"in-turn": ("torch", False), "at-once": ("torch", True), "triton": ("triton", None)}
 DTYPES = USUAL_DTYPES | {
     "f16": (torch.float16, torch.float16),
     "f32-bf16": (torch.float32, torch.bfloat16),
@@ -36,15 +32,6 @@ COUNTS = {
     "last": [0, 0, 0, 17],
 }
 counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    backend, at_once = WAYS[request.param]
-    monkeypatch.setattr(grouped, "FORCED", at_once)
-    place = nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
-    with fastlora.use_backend(backend), place:
-        yield request.param
 
 
 @pytest.mark.parametrize("name", ["f32", "bf16-f32"])
