@@ -110,7 +110,7 @@ def _with_those_of_lora_b(
     per_output = zip(of_outputs, dys, per_adapter(hs, outputs), outputs, wanted, strict=True)
     for (base, of_adapters), dy, thin, output, need in per_output:
         of_lora_b = [
-            of_lora_b(dy, h, adapter.lora_b)
+            gradient_of_lora_b(dy, h, adapter.lora_b)
             if wants.lora_b and dy is not None and h is not None
             else None
             for h, adapter, wants in zip(thin, output.adapters, need.adapters, strict=True)
@@ -120,7 +120,7 @@ def _with_those_of_lora_b(
     return [dx, *flatten(found, settings.layouts)]
 
 
-def of_lora_b(dy: Tensor, h: Tensor, lora_b: Tensor) -> Tensor:
+def gradient_of_lora_b(dy: Tensor, h: Tensor, lora_b: Tensor) -> Tensor:
     """dyᵀ h by torch's own operations, whose own gradient is refused."""
     gradient = (dy.reshape(-1, dy.shape[-1]).T @ h.to(dy.dtype)).to(lora_b.dtype)
     if gradient.requires_grad:

@@ -10,7 +10,7 @@ from ..backends import Settings
 from ..projection import Output, flatten, unflatten
 from ..segments import Segments
 from .call import are_batched, kept, run_grouped, run_grouped_backward, stand_in
-from .function import of_lora_b
+from .function import gradient_of_lora_b
 
 _ARGUMENTS = 3  # seeds, settings and offsets, before the inputs
 
@@ -48,7 +48,7 @@ class LoRAGroupedFunction(torch.autograd.Function):
                 x = torch.zeros_like(x, requires_grad=needs[0])
             gradients = _differentiable(dy, [x, *tensors], segments, needs, seeds, settings)
             if not has_x and h is not None:
-                of_lora_b = _gradient_of_lora_b(dy, tensors, segments, h, settings)
+                of_lora_b = _gradients_of_lora_b(dy, tensors, segments, h, settings)
                 gradients = _with_lora_b(gradients, of_lora_b, settings)
         else:
             h = x.new_empty(len(x), 0) if h is None else h
@@ -93,14 +93,14 @@ def _differentiable(
     return [next(asked) if need else None for need in needs]
 
 
-def _gradient_of_lora_b(
+def _gradients_of_lora_b(
     dy: Tensor, tensors: Sequence[Tensor], segments: Segments, h: Tensor, settings: Settings
 ) -> Tensor:
     """dyᵀ h of each expert, from the h that was kept where x wasn't.  None of it reaches x."""
     (output,) = unflatten(tensors, settings.layouts)
     lora_b = output.adapters[0].lora_b
     slices = enumerate(segments.slices(len(h)))
-    return torch.stack([of_lora_b(dy[rows], h[rows], lora_b[e]) for e, rows in slices])
+    return torch.stack([gradient_of_lora_b(dy[rows], h[rows], lora_b[e]) for e, rows in slices])
 
 
 def _with_lora_b(
