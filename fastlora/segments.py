@@ -48,7 +48,7 @@ class Segments(NamedTuple):
     def of_rows(self, rows: int) -> Tensor:
         """The segment of each of so many rows, int64, on the device; E for nobody's."""
         numbers = torch.arange(rows, dtype=torch.int32, device=self.ends.device)
-        return torch.searchsorted(self.ends, numbers, right=True)
+        return torch.searchsorted(self.ends.contiguous(), numbers, right=True)
 
 
 def part_of(output: Output[Tensor], e: int) -> Output[Tensor]:

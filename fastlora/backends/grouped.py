@@ -30,7 +30,8 @@ from .rows import backward_rows, blocks_of, factor_of, forward_rows
 # limits hold.
 FORCED: bool | None = None
 
-_ALIGNMENT = 16  # bytes, of every stride and address that grouped_mm takes
+# grouped_mm's limits: bytes of which every stride and address is a multiple, and experts.
+_ALIGNMENT, _MOST_EXPERTS = 16, 1023
 
 
 def forward_grouped(
@@ -133,6 +134,8 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether grouped_mm takes this weight, and x and dy too, if need be as contiguous copies."""
     if not hasattr(functional, "grouped_mm") or x.dtype == torch.float64:
         return False
+    if len(weight) > _MOST_EXPERTS:
+        return False
     unit, last = _ALIGNMENT // x.element_size(), weight.stride()[1:]
     if any(size % unit for size in weight.shape[1:]) or weight.data_ptr() % _ALIGNMENT:
         return False
@@ -153,7 +156,7 @@ def _forward_at_once(
     x: Tensor, output: Output[Tensor], segments: Segments, mask: DropoutMask | None
 ) -> tuple[Tensor, Tensor]:
     (weight, bias), (adapter,) = output
-    x, (ends,) = _aligned(x), segments
+    x, ends = _aligned(x), segments.ends.contiguous()
     down = _thin(adapter.lora_a, 1, x.dtype, factor_of(adapter, mask))
     h = functional.grouped_mm(_dropped(x, mask), down.mT, offs=ends)
     y = functional.grouped_mm(x, weight.mT, offs=ends)
@@ -178,8 +181,15 @@ def _backward_at_once(
 ) -> tuple[Tensor | None, Output[Tensor | None]]:
     (weight, bias), (adapter,) = output
     need_base, (need,) = wanted
-    dy, (ends,), rank = _aligned(dy), segments, adapter.lora_a.shape[1]
+    dy, ends, rank = _aligned(dy), segments.ends.contiguous(), adapter.lora_a.shape[1]
     dx = d_weight = d_bias = d_lora_a = d_lora_b = dh = None
+    # On some GPUs torch's kernel writes anything for an expert without rows.
+    empty = (ends.diff(prepend=ends.new_zeros(1)) == 0).view(-1, 1, 1)
+
+    def over_rows(left: Tensor, right: Tensor) -> Tensor:
+        """leftᵀ right of each expert's rows."""
+        return functional.grouped_mm(left.T, right, offs=ends).masked_fill_(empty, 0.0)
+
     if needs_x or need.lora_a:
         up = _thin(adapter.lora_b, 2, x.dtype, factor_of(adapter, mask))
         dh = functional.grouped_mm(dy, up, offs=ends)
@@ -188,16 +198,16 @@ def _backward_at_once(
         dx = functional.grouped_mm(dy, weight, offs=ends).add_(_dropped(change, mask, change))
         dx.masked_fill_((segments.of_rows(len(x)) == len(weight)).unsqueeze(1), 0.0)
     if dh is not None and need.lora_a:
-        d_lora_a = functional.grouped_mm(dh.T, _dropped(_aligned(x), mask), offs=ends)[:, :rank]
+        d_lora_a = over_rows(dh, _dropped(_aligned(x), mask))[:, :rank]
         d_lora_a = cast(d_lora_a, adapter.lora_a.dtype).contiguous()
     if need.lora_b:
-        d_lora_b = functional.grouped_mm(dy.T, _thin(h, 1, x.dtype), offs=ends)[..., :rank]
+        d_lora_b = over_rows(dy, _thin(h, 1, x.dtype))[..., :rank]
         d_lora_b = cast(d_lora_b, adapter.lora_b.dtype).contiguous()
     if need_base.weight:
-        d_weight = functional.grouped_mm(dy.T, _aligned(x), offs=ends)
+        d_weight = over_rows(dy, _aligned(x))
     if need_base.bias and bias is not None:
         ones = dy.new_ones(len(dy), _ALIGNMENT // dy.element_size())
-        d_bias = cast(functional.grouped_mm(dy.T, ones, offs=ends)[..., 0], bias.dtype).contiguous()
+        d_bias = cast(over_rows(dy, ones)[..., 0], bias.dtype).contiguous()
     return dx, Output(Base(d_weight, d_bias), (Adapter(d_lora_a, d_lora_b),))
 
 

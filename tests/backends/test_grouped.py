@@ -80,6 +80,7 @@ LIMITS = {
     "odd-stride": (weight_of(k=9)[..., :8], False),
     "odd-stride-between-experts": (torch.randn(3 * 129).as_strided((3, 16, 8), (129, 8, 1)), False),
     "odd-address": (torch.randn(3 * 128 + 1)[1:].view(3, 16, 8), False),
+    "1024-experts": (torch.randn(1024, 8, 8), False),
     "rows-that-overlap": (torch.randn(3, 16, 1).expand(3, 16, 8), False),
 }
 

@@ -130,6 +130,13 @@ def test_strides(changes, dtype, p):
     check_against_oracle(x, experts, ends_of([6, 0, 5, 3]), p)
 
 
+def test_strides_of_offsets():
+    experts = make_experts(3, 24, 16, 8, torch.float32, bias=True)
+    offsets = ends_of([4, 0, 5]).repeat_interleave(2)[::2]
+    assert not offsets.is_contiguous()
+    check_against_oracle(make_rows(11, 16, torch.float32), experts, offsets)
+
+
 DYS = {
     "expanded": lambda y: torch.randn((), dtype=y.dtype, device=y.device).expand(y.shape),
     "expanded-rows": lambda y: torch.randn_like(y[:1]).expand(y.shape),
