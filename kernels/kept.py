@@ -40,7 +40,8 @@ def replayed(
         return list(function(tensors, *settings)) if covers() else None
     key: Hashable = (function, settings, plan.forced(), target.forced())
     if calls is None:
-        key, calls = (key, *map(_facts, tensors)), _calls
+        here = next(tensor for tensor in tensors if tensor is not None).device
+        key, calls = (key, here, *map(_facts, tensors)), _calls
     kept = calls.get(key)
     if kept is None:
         if not covers():
@@ -53,14 +54,13 @@ def replayed(
 
 
 def _facts(tensor: Tensor | None) -> Hashable:
-    """What launchers and Triton look at, and ``covers``.
+    """What launchers and Triton look at, and ``covers``; all tensors are on one device.
 
     From aligned addresses, 16 bytes are loaded at once.
     """
     if tensor is None:
         return None
-    shape, address = tensor.shape, tensor.data_ptr() & 15
-    return shape, tensor.stride(), tensor.dtype, tensor.device, address, tensor.is_neg()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.is_neg()
 
 
 def _is_watched() -> bool:
