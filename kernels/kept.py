@@ -17,7 +17,7 @@ from .common import INTERPRETED
 from .launch import is_intercepted
 from .script import Script, script_of
 
-_MOST = 1024  # calls that are kept; some 20 kB each, a group of three twice that
+_MOST = 1024  # calls that are kept; some 15 kB each, a group of three twice that
 _calls: dict[Hashable, Script] = {}
 
 
