@@ -21,13 +21,15 @@ one allocation, the room, and where one lay that is needed no more the next one 
 
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from types import MethodDescriptorType
+from types import CellType, FunctionType, MethodDescriptorType
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -68,6 +70,16 @@ class _Line(NamedTuple):
 
 class _Code(str):
     """It stands for a value."""
+
+
+class _Addressed:
+    """The base of a tensor descriptor, of which Triton's launcher asks the address alone."""
+
+    def __init__(self, address: _Code) -> None:
+        self.address = address
+
+    def data_ptr(self) -> _Code:
+        return self.address
 
 
 class _Writer(TorchFunctionMode):
@@ -112,15 +124,21 @@ class _Writer(TorchFunctionMode):
     def add_launch(self, launch: Launch) -> None:
         """A launch of Triton's compiled kernel with addresses, or of its interpreter's."""
         operands = [launch.arguments[name] for name in launch.kernel.arg_names]
-        arguments: Sequence = [self._code(operand, address=True) for operand in operands]
         if INTERPRETED.value:
             run: Callable = partial(launch.kernel[launch.grid], **launch.options)
+            arguments: Sequence = [self._code(operand, address=True) for operand in operands]
         else:
             kernel = launch.compile()
             launcher = kernel.run  # which loads it
+            arguments = [
+                _describe(operand.__dict__, _Addressed(self._address(operand.base)))
+                if isinstance(operand, TensorDescriptor)
+                else self._code(operand, address=True)
+                for operand in operands
+            ]
             first = [*(*launch.grid, 1, 1)[:3], _Code("stream")]
             first += [kernel.function, kernel.packed_metadata, None, None, None]
-            run, arguments = _bare(launcher, [*first, *arguments])
+            run, arguments = self._bare(launcher, [*first, *arguments])
         self.lines.append(_Line("", f"{self._calling(run, arguments)}  # {launch.name}"))
 
     def script(self, results: Sequence[Tensor | None]) -> Script:
@@ -176,8 +194,11 @@ class _Writer(TorchFunctionMode):
         if isinstance(value, TensorDescriptor):
             describe = partial(_describe, value.__dict__ | {"base": None})
             return _Code(self._calling(describe, [value.base]))
+        if isinstance(value, _Addressed):
+            return value.data_ptr()
         if type(value) in (tuple, list) and (_is_literal(value) or _is_made(value)):
-            return _Code(f"({''.join([f'{self._code(each, address)}, ' for each in value])})")
+            codes = "".join([f"{self._code(each, address)}, " for each in value])
+            return _Code(f"({codes})" if type(value) is tuple else f"[{codes}]")
         return _Code(repr(value) if _is_literal(value) else self._name(value))
 
     def _address(self, tensor: Tensor) -> _Code:
@@ -208,6 +229,50 @@ class _Writer(TorchFunctionMode):
         self.names[id(value)] = name
         self.alive.append(value)
         return name
+
+    def _bare(self, launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
+        """The function in C behind Triton's launcher, and what it gets for these arguments.
+
+        The launcher itself, where there is more to it: scratch memory, a sanitizer.
+        """
+        fields = vars(launcher)
+        scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
+        if not callable(fields.get("launch")) or any(scratch) or fields.get("gsan_enabled"):
+            return launcher, arguments
+        handed: list[tuple] = []
+        watched, launch = copy(launcher), fields["launch"]
+        watched.launch = lambda *found: handed.append(found)
+        if "launcher" in getattr(getattr(launch, "__code__", None), "co_freevars", ()):
+            # What encodes tensor maps for the function in C, which it knows by this name.
+            cells = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))
+            launch = cells["launcher"].cell_contents
+            cells["launcher"] = CellType(watched.launch)
+            code, scope = fields["launch"].__code__, fields["launch"].__globals__
+            watched.launch = FunctionType(code, scope, closure=tuple(cells.values()))
+        with self._maps_written_down():
+            watched(*arguments)
+        return launch, handed[0]
+
+    @contextmanager
+    def _maps_written_down(self) -> Iterator[None]:
+        """Tensor maps of stand-ins become the code that encodes them: they hold an address."""
+        utils = triton.runtime.driver.active.utils
+        encoders = {
+            name: value for name, value in vars(utils).items() if name.startswith("fill_tma")
+        }
+
+        def written(encode: Callable, address: Any, *settings: Any) -> Any:
+            if isinstance(address, _Code):
+                return _Code(self._calling(encode, [address, *settings]))
+            return encode(address, *settings)  # another thread's
+
+        for name, encode in encoders.items():
+            setattr(utils, name, partial(written, encode))
+        try:
+            yield
+        finally:
+            for name, encode in encoders.items():
+                setattr(utils, name, encode)
 
     def _in_one_room(self, lines: Sequence[_Line]) -> list[_Line]:
         """The lines, with parts of one buffer in the place of those that launches alone know."""
@@ -298,27 +363,11 @@ def _is_made(value: Any) -> bool:
     """Whether it is, or has in it, what other calls don't share."""
     if type(value) in (tuple, list):
         return any(map(_is_made, value))
-    return isinstance(value, (Tensor, TensorDescriptor, _Code))
+    return isinstance(value, (Tensor, TensorDescriptor, _Code, _Addressed))
 
 
 def _words(code: str) -> set[str]:
     return set(re.findall(r"\w+", code))
-
-
-def _bare(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
-    """The function in C behind Triton's launcher, and what that hands to it for these arguments.
-
-    The launcher itself, where there is more to it: scratch memory, a sanitizer.
-    """
-    fields = vars(launcher)
-    scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
-    if not callable(fields.get("launch")) or any(scratch) or fields.get("gsan_enabled"):
-        return launcher, arguments
-    handed: list[tuple] = []
-    watched = copy(launcher)
-    watched.launch = lambda *found: handed.append(found)
-    watched(*arguments)
-    return fields["launch"], handed[0]
 
 
 def _base(tensor: Tensor) -> Tensor:
@@ -331,7 +380,7 @@ def _offset(tensor: Tensor) -> int:
     return elements * tensor.element_size()
 
 
-def _describe(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
+def _describe(fields: dict[str, Any], base: Any) -> TensorDescriptor:
     """The descriptor of these fields for another tensor; checked when the call was resolved."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.__dict__.update(fields)
