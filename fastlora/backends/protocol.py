@@ -1,6 +1,6 @@
 """What a backend is: the contract that ``torch`` and ``triton`` keep, and the record of a call.
 
-A backend is a module with these five functions.  They mean the same on every backend; the formulas
+A backend is a module with these functions.  They mean the same on every backend; the formulas
 are in :mod:`.torch`, the one to read.
 """
 
@@ -50,6 +50,18 @@ class Backend(Protocol):
         ``dys``: for each output [M, N], or None if the loss doesn't use it.  ``hs`` are the
         forward's.
         """
+
+    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """act(gate) ∘ up, [M, N], contiguous.
+
+        gate and up [M, N] have columns that lie end to end.  ``activation`` is one of
+        ``gated.ACTIVATIONS``.
+        """
+
+    def gated_backward(
+        self, dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+    ) -> None:
+        """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
 
     def dropout_mask(self, seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""

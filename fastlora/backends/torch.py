@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from ..blocks import rows_at_a_time, rows_of_a_tile
 from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from .dropout import DropoutMask, dropout_mask, multiply_bits
+from .gated import gated, gated_backward
 from .products import (
     SCRATCH,
     add_dy_weight,
@@ -40,7 +41,16 @@ from .products import (
 )
 from .protocol import Settings
 
-__all__ = ["backward", "dropout_mask", "forward", "h_dtype", "is_small", "why_not"]
+__all__ = [
+    "backward",
+    "dropout_mask",
+    "forward",
+    "gated",
+    "gated_backward",
+    "h_dtype",
+    "is_small",
+    "why_not",
+]
 
 # Up to so many rows a node costs more than it saves (docs/performance.md).
 MOST_ROWS = 32

@@ -2,5 +2,6 @@
 
 from .dora import dora_linear, dora_norm
 from .functional import lora_linear, lora_linears
+from .gated import gated_mlp
 
-__all__ = ["dora_linear", "dora_norm", "lora_linear", "lora_linears"]
+__all__ = ["dora_linear", "dora_norm", "gated_mlp", "lora_linear", "lora_linears"]

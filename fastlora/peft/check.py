@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import beside
+from .. import beside, mlp
 from ..modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..report import Coverage
@@ -106,7 +106,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
     with optimize(model) as report:
-        from . import masks, swap  # here, since they import PEFT
+        from . import block, masks, swap  # here, since they import PEFT
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(
@@ -115,6 +115,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         with masks.shared_masks(inner):
             with _kept(inner):
                 fast = _run(model, batch)
+            blocks = mlp.give_back(inner.modules())
             swapped, taken = swap.unswap_all(inner.modules()), beside.give_back(inner.modules())
             try:
                 with _kept(inner):
@@ -122,6 +123,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
             finally:
                 swap.swap_all(swapped)
                 beside.take(taken)
+                mlp.take(blocks, block.Block)
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
     dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
     if tolerance is None:
@@ -134,7 +136,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         gradients,
         tuple(_per_layer(report, gradients)),
         tolerance,
-        Coverage(report.layers, report.notes, report.frozen),
+        Coverage(report.layers, report.notes, report.frozen, report.blocks),
         dtype,
     )
 

@@ -5,6 +5,7 @@ little.
 """
 
 from .dora import dora_linear
+from .gated import gated_mlp
 from .lora import lora_linear, lora_linears
 
-__all__ = ["dora_linear", "lora_linear", "lora_linears"]
+__all__ = ["dora_linear", "gated_mlp", "lora_linear", "lora_linears"]
