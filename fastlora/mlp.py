@@ -7,6 +7,7 @@ at the module as it is: its own forward takes the calls that the nodes don't.
 
 from collections.abc import Iterable
 from functools import lru_cache
+from inspect import CO_VARARGS, CO_VARKEYWORDS
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -62,12 +63,12 @@ def _name_of_act(forward: Any) -> str:
     code = getattr(forward, "__code__", None)
     for known, act in _KNOWN.items():
         its = known.__code__
-        # Of one name of a module, one input, and no constant: the instructions say it all.
+        # These read no constant and nothing from outside: instructions and names say it all.
         if (
             code is not None
             and (code.co_code, code.co_names) == (its.co_code, its.co_names)
             and (code.co_argcount, code.co_kwonlyargcount) == (2, 0)
-            and (code.co_flags, code.co_freevars) == (its.co_flags, ())
+            and not code.co_flags & (CO_VARARGS | CO_VARKEYWORDS)
         ):
             return act
     return ""
@@ -133,8 +134,8 @@ class GatedMLP(nn.Module):
             return Reading("its activation is none that fastlora knows, or is hooked")
         parts = []
         for name in PARTS:
-            linear = self._modules.get(name)
-            if linear is None:
+            linear = getattr(self, name, None)
+            if not isinstance(linear, nn.Module):
                 return Reading(f"its {name} is no module")
             part = self.read_part(linear, gathers)
             if part.output is None:
