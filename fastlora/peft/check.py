@@ -216,15 +216,21 @@ def _fresh(value: Any) -> Any:
 
 @contextmanager
 def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's."""
+    """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's.
+
+    Or that blocks are, which a hook on one of their layers would send layer by layer.
+    """
     found = set()
+    blocks = [module for module in model.modules() if isinstance(module, mlp.GatedMLP)]
+    inside = {part for block in blocks for part in block.children()}
+    layers = [layer for _, layer in peft_layers(model) if layer not in inside]
 
     def note(_, args):
         device = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
         if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
             found.add(torch.get_autocast_dtype(device))
 
-    handles = [layer.register_forward_pre_hook(note) for _, layer in peft_layers(model)]
+    handles = [module.register_forward_pre_hook(note) for module in (*blocks, *layers)]
     try:
         yield found
     finally:
