@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..backends import Settings, find_backend
 from ..backends.gated import ACTIVATIONS
@@ -89,7 +90,8 @@ def _call(
     down_seeds = _seeds(x, (down,), down_dropout)
     first = Settings(layouts_of((gate, up)), dropout if seeds is not None else 0.0, backend)
     last = Settings(layouts_of((down,)), down_dropout if down_seeds is not None else 0.0, backend)
-    inputs = (x, *flatten((gate, up), first.layouts))
+    # It may be that some have outlived a transform of torch.func.
+    inputs = unwrap_dead_wrappers((x, *flatten((gate, up), first.layouts)))
     hidden = LoRALinearFunction.apply(seeds, first, *inputs)
     tensors = flatten((down,), last.layouts)
     return GatedLinearFunction.apply(activation, down_seeds, last, *hidden, *tensors)

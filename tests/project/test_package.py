@@ -24,7 +24,7 @@ ORDER = [
 ORDER_INSIDE = {
     "kernels": [
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
-        "weight_grad", "gated", "defaults", "plan", "kept",
+        "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
     "reference": ["lora", "dora", "gated"],
     "backends": ["protocol", "dropout", "products", "gated", "torch", "triton"],
