@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
 from ..activation import activation_of
@@ -34,11 +34,11 @@ class ExpertsReading(NamedTuple):
     activate: Activate = ""
 
 
-class Experts(ParamWrapper):
+class ParamWrapper(PeftParamWrapper):
     """PEFT's wrapper of an experts module's parameter; the outermost one's call is one node.
 
-    It has PEFT's name and no state of its own.  Calls that :func:`read_experts` doesn't allow, and
-    those of an inner one, are PEFT's.
+    It has PEFT's name, which PEFT asks for, and no state of its own.  Calls that
+    :func:`read_experts` doesn't allow, and those of an inner one, are PEFT's.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,14 +50,14 @@ class Experts(ParamWrapper):
         return super().forward(x, *args, **kwargs)
 
 
-def wrappers_in(layer: ParamWrapper) -> Iterator[ParamWrapper]:
+def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
     """This one and those inside of it."""
-    while isinstance(layer, ParamWrapper):
+    while isinstance(layer, PeftParamWrapper):
         yield layer
         layer = layer._modules["base_layer"]
 
 
-def read_experts(outermost: ParamWrapper, gathers: bool = False) -> ExpertsReading:
+def read_experts(outermost: PeftParamWrapper, gathers: bool = False) -> ExpertsReading:
     """Read the layers around an experts module, from the outermost one on.
 
     ``gathers``: the call will find plain tensors where FSDP has sharded ones between calls.
@@ -121,7 +121,7 @@ def _activation(base: Any) -> Activate:
     return gate
 
 
-def _why_not_wrapper(layer: ParamWrapper, is_outermost: bool) -> str:
+def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
     if not is_outermost and is_hooked(layer):
         return "a hook watches, or something replaces, its calls"
     if layer.disable_adapters or layer.merged:
@@ -135,7 +135,7 @@ def _why_not_wrapper(layer: ParamWrapper, is_outermost: bool) -> str:
     return ""
 
 
-def _read_output(layer: ParamWrapper, base: Any, gathers: bool) -> Output[Tensor] | str:
+def _read_output(layer: PeftParamWrapper, base: Any, gathers: bool) -> Output[Tensor] | str:
     """The layer's weights and adapters, stacked; or why they aren't covered."""
     name, (adapter,) = layer.parameter_name, active_adapters(layer)
     weight = base._parameters.get(name)

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import nn
 
 from ..classes import change_class, is_over
-from .experts import Experts
+from .experts import ParamWrapper
 from .layer import Linear
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: Linear, ParamWrapper: Experts}
+_FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: Linear, PeftParamWrapper: ParamWrapper}
 
 
 def is_swapped(layer: nn.Module) -> bool:
@@ -21,7 +21,7 @@ def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or isn't called when it has; "" if it can."""
     kinds = [pair for pair in _FAST.items() if any(is_over(type(layer), kind) for kind in pair)]
     if not kinds:
-        return f"only PEFT's lora.Linear and experts are sped up, not {type(layer).__name__}"
+        return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
     own = layer.__dict__.get("forward")
     if own is None or _is_ours(own):
         return ""
