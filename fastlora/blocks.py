@@ -14,7 +14,7 @@ _CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 # torch shares out what has more elements than this, and waits for all threads at the end: on a busy
 # machine for one that isn't scheduled, each time.  So a tile is what one thread takes; with many
 # threads it is what each of them takes, since then one alone would be too slow (that is modelled).
-_GRAIN, _MANY_THREADS = 2**15, 8
+GRAIN, _MANY_THREADS = 2**15, 8
 
 
 def rows_at_a_time(x: Tensor) -> int:
@@ -27,7 +27,7 @@ def rows_of_a_tile(x: Tensor) -> int:
     if x.device.type != "cpu":
         return rows_at_a_time(x)
     threads = torch.get_num_threads()
-    return max(1, _GRAIN * (1 if threads < _MANY_THREADS else threads) // x.shape[-1])
+    return max(1, GRAIN * (1 if threads < _MANY_THREADS else threads) // x.shape[-1])
 
 
 class Source(Protocol):

@@ -174,6 +174,6 @@ def test_a_mask_waits_for_no_other_thread(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_within_blocks(dtype, monkeypatch):
     monkeypatch.setattr(blocks, "_CPU_BLOCK", 24 * 16)
-    monkeypatch.setattr(blocks, "_GRAIN", 24 * 3)
+    monkeypatch.setattr(blocks, "GRAIN", 24 * 3)
     x = torch.randn(37, 24).to(dtype).requires_grad_()
     check_against_oracle(x, [make_projection(17, 24, 4, dtype, bias=True)], 0.3)
