@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..backends import Settings, backend_name, find_backend
 from ..projection import (
@@ -142,7 +143,8 @@ def _call(
         return call_registered(x, outputs, dropout, seeds, name)
     chosen = find_backend(backend, x.device)
     settings = Settings(layouts, dropout, chosen, {}, chosen.is_small(x, outputs))
-    inputs = [x, *flatten(outputs, layouts)]
+    # Some may have outlived a transform of torch.func, which no known kind has.
+    inputs = unwrap_dead_wrappers((x, *flatten(outputs, layouts)))
     if key is not None:
         remember(key, inputs, settings)
     return run(inputs, settings)

@@ -71,16 +71,17 @@ def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
     own, down, up = base._parameters, lora_a._parameters, lora_b._parameters
     try:
         weight, bias, thin, wide = own["weight"], own["bias"], down["weight"], up["weight"]
+        shape = wide.shape
         if base._modules or down["bias"] is not None or up["bias"] is not None:
             return None
-    except KeyError:  # FSDP's, or parametrised
+    except (KeyError, AttributeError):  # FSDP's, or parametrised, or None
         return None
     inputs = [x, weight, thin, wide] if bias is None else [x, weight, bias, thin, wide]
     kind, scale = type(base), layer.scaling[name]
     key = (
         (kind, kind.forward, kind.__call__, type(lora_a), type(lora_b), type(dropout)),
         (_rate(dropout), dropout.__dict__.get("inplace"), scale, type(scale), bias is None),
-        (asked_backend(), x.shape, wide.shape),
+        (asked_backend(), x.shape, shape),
     )
     return Glance(key, inputs)
 
