@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from ..projection import Adapter, Base, Output, flatten, layouts_of, unflatten
 from ..segments import Segments, part_of
-from .dropout import DropoutMask, multiply_bits
+from .dropout import DropoutMask
 from .products import cast, h_dtype
 from .protocol import Settings
-from .rows import backward_rows, blocks_of, factor_of, forward_rows
+from .rows import backward_rows, dropped, factor_of, forward_rows
 
 # For tests: True or False decides in the place of the device whether grouped_mm runs, but its
 # limits hold.
@@ -158,7 +158,7 @@ def _forward_at_once(
     (weight, bias), (adapter,) = output
     x, ends = _aligned(x), segments.ends.contiguous()
     down = _thin(adapter.lora_a, 1, x.dtype, factor_of(adapter, mask))
-    h = functional.grouped_mm(_dropped(x, mask), down.mT, offs=ends)
+    h = functional.grouped_mm(dropped(x, mask), down.mT, offs=ends)
     y = functional.grouped_mm(x, weight.mT, offs=ends)
     y.add_(functional.grouped_mm(h, _thin(adapter.lora_b, 2, x.dtype).mT, offs=ends))
     owners = segments.of_rows(len(x))
@@ -195,10 +195,10 @@ def _backward_at_once(
         dh = functional.grouped_mm(dy, up, offs=ends)
     if dh is not None and needs_x:
         change = functional.grouped_mm(dh, _thin(adapter.lora_a, 1, x.dtype), offs=ends)
-        dx = functional.grouped_mm(dy, weight, offs=ends).add_(_dropped(change, mask, change))
+        dx = functional.grouped_mm(dy, weight, offs=ends).add_(dropped(change, mask, change))
         dx.masked_fill_((segments.of_rows(len(x)) == len(weight)).unsqueeze(1), 0.0)
     if dh is not None and need.lora_a:
-        d_lora_a = over_rows(dh, _dropped(_aligned(x), mask))[:, :rank]
+        d_lora_a = over_rows(dh, dropped(_aligned(x), mask))[:, :rank]
         d_lora_a = cast(d_lora_a, adapter.lora_a.dtype).contiguous()
     if need.lora_b:
         d_lora_b = over_rows(dy, _thin(h, 1, x.dtype))[..., :rank]
@@ -233,13 +233,3 @@ def _thin(tensor: Tensor, dim: int, dtype: torch.dtype, factor: float | None = N
     filled = tensor.new_zeros(shape, dtype=dtype)
     filled.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     return filled
-
-
-def _dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> Tensor:
-    """mask ∘ x, [S, K]."""
-    if mask is None:
-        return x
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    for first, x_rows, out_rows in blocks_of(x, out):
-        multiply_bits(x_rows, mask.rows(first, len(x_rows)), out=out_rows)
-    return out

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..blocks import rows_at_a_time, rows_of_a_tile
-from ..projection import Adapter, Base, Output
+from ..projection import Adapter, Base, Output, per_adapter
 from .dropout import DropoutMask, multiply_bits
 from .products import (
     SCRATCH,
@@ -22,16 +22,17 @@ from .products import (
     wide_rows,
     write_linear,
 )
+from .protocol import Settings
 
 # For each output, what each of its adapters has.
-Masks = Sequence[Sequence[DropoutMask | None]]
+_Masks = Sequence[Sequence[DropoutMask | None]]
 _Gradients = list[list[Adapter[Tensor | None]]]
 
 
 def forward_rows(
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
-    masks: Masks,
+    masks: _Masks,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, new or written ``into`` these; the h [M, r] of every adapter."""
@@ -52,7 +53,7 @@ def forward_rows(
 
 
 def _wide_forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], masks: Masks, into: Sequence[Tensor] | None
+    x: Tensor, outputs: Sequence[Output[Tensor]], masks: _Masks, into: Sequence[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The same in float32, a block of rows after the other; each y is rounded once."""
     outputs = [_in_float32(output) for output in outputs]
@@ -85,7 +86,7 @@ def backward_rows(
     outputs: Sequence[Output[Tensor]],
     hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
-    masks: Masks,
+    masks: _Masks,
     needs_x: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
@@ -109,7 +110,7 @@ def _gradients_of_adapters(
     outputs: Sequence[Output[Tensor]],
     hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
-    masks: Masks,
+    masks: _Masks,
     needs_x: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, _Gradients]:
@@ -127,7 +128,7 @@ def _wide_adapter_gradients(
     outputs: Sequence[Output[Tensor]],
     hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
-    masks: Masks,
+    masks: _Masks,
     needs_x: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, _Gradients]:
@@ -234,7 +235,17 @@ def _through_lora_b(
     return dh, None if h is None else thin_gradient(dy, h)
 
 
-def _from_row(masks: Masks, first: int) -> Masks:
+def masks_of(
+    x: Tensor, outputs: Sequence[Output], seeds: Tensor | None, settings: Settings
+) -> _Masks:
+    """For each output its adapters' masks, or None for each without dropout."""
+    if seeds is None:
+        return [[None] * len(output.adapters) for output in outputs]
+    masks = [DropoutMask(seed.view(1), x.shape, settings.dropout) for seed in seeds.unbind()]
+    return list(per_adapter(masks, outputs))
+
+
+def _from_row(masks: _Masks, first: int) -> _Masks:
     return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
 
 
@@ -272,7 +283,7 @@ def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> T
     if mask is None:
         return product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
-    for first, x_rows, h_rows in blocks_of(x, h):
+    for first, x_rows, h_rows in _blocks(x, h):
         product(_drop(mask, first, x_rows), down, factor, out=h_rows)
     return h
 
@@ -309,7 +320,7 @@ def _through_lora_a(
         return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
-    for first, x_rows, dh_rows, dx_rows in blocks_of(x, dh, dx):
+    for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
         change = None
         if dx is not None:
             change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
@@ -320,7 +331,17 @@ def _through_lora_a(
     return cast(d_lora_a, lora_a.dtype)
 
 
-def blocks_of(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+def dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> Tensor:
+    """mask ∘ x, [S, K]."""
+    if mask is None:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    for first, x_rows, out_rows in _blocks(x, out):
+        multiply_bits(x_rows, mask.rows(first, len(x_rows)), out=out_rows)
+    return out
+
+
+def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
     step = rows_at_a_time(x)
     if len(x) <= step:
