@@ -1,6 +1,6 @@
 """What a backend is: the contract that ``torch`` and ``triton`` keep, and the record of a call.
 
-A backend is a module with these five functions.  They mean the same on every backend; the formulas
+A backend is a module with these functions.  They mean the same on every backend; the formulas
 are in :mod:`.torch`, the one to read.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..projection import Layout, Output
+from ..segments import Segments
 
 
 class Settings(NamedTuple):
@@ -50,6 +51,32 @@ class Backend(Protocol):
         ``dys``: for each output [M, N], or None if the loss doesn't use it.  ``hs`` are the
         forward's.
         """
+
+    def forward_grouped(
+        self,
+        inputs: Sequence[Tensor],
+        segments: Segments,
+        seeds: Tensor | None,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor]:
+        """y [S, N] and h [S, r] of experts: one output with one adapter, whose tensors are stacked.
+
+        ``inputs``: x [S, K], cut into segments; weight [E, N, K], bias [E, N] if any, lora_a
+        [E, r, K], lora_b [E, N, r].  Nobody's rows of y are zero, and nothing depends on those of
+        x.  Neither this nor the backward waits for a GPU where the kernels cover it.
+        """
+
+    def backward_grouped(
+        self,
+        dy: Tensor,
+        inputs: Sequence[Tensor],
+        segments: Segments,
+        h: Tensor,
+        needs: Sequence[bool],
+        seeds: Tensor | None,
+        settings: Settings,
+    ) -> list[Tensor | None]:
+        """The gradient of each input that needs one, else None; nobody's rows of dx are zero."""
 
     def dropout_mask(self, seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""

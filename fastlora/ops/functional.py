@@ -105,7 +105,7 @@ def lora_linears(
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
-        reason = _why_torch_refuses(x, as_outputs(projections))
+        reason = why_torch_refuses(x, as_outputs(projections))
         if reason:
             raise TypeError(reason) from error
         raise
@@ -172,7 +172,7 @@ def draw_seed(count: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
 
 
-def _why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
+def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
     """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
     if x.is_nested:
         return (

@@ -5,6 +5,7 @@ little.
 """
 
 from .dora import dora_linear
+from .grouped import lora_grouped
 from .lora import lora_linear, lora_linears
 
-__all__ = ["dora_linear", "lora_linear", "lora_linears"]
+__all__ = ["dora_linear", "lora_grouped", "lora_linear", "lora_linears"]

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "frozen", "base",
-    "adapted", "layer", "modules", "gather", "classes", "beside", "report", "model", "peft",
-    "trainer", "doctor", "__main__", "moved", "__init__",
+    "version", "kernels", "projection", "segments", "blocks", "reference", "backends", "ops",
+    "frozen", "base", "adapted", "layer", "modules", "gather", "classes", "beside", "report",
+    "model", "peft", "trainer", "doctor", "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -25,11 +25,11 @@ ORDER_INSIDE = {
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
         "weight_grad", "defaults", "plan", "script", "kept",
     ],
-    "reference": ["lora", "dora"],
-    "backends": ["protocol", "dropout", "products", "torch", "triton"],
+    "reference": ["lora", "dora", "grouped"],
+    "backends": ["protocol", "dropout", "products", "rows", "grouped", "torch", "triton"],
     "ops": [
-        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "few", "functional",
-        "dora",
+        "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
+        "textbook", "kinds", "few", "functional", "grouped", "dora",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",

@@ -146,7 +146,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-BLOCKS = [(page, i) for page in (README, ROOT / "docs/model.md") for i in range(9)]
+WITH_CODE = (README, ROOT / "docs/model.md", ROOT / "docs/blocks.md")
+BLOCKS = [(page, i) for page in WITH_CODE for i in range(9)]
 BLOCKS = [(page, i) for page, i in BLOCKS if i < len(python_blocks(page))]
 
 
