@@ -64,7 +64,8 @@ def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     for first in range(0, source.shape[0], len(buffer)):
         rows = slice(first, min(first + len(buffer), source.shape[0]))
-        yield rows, source.read(first, buffer[: rows.stop - first])
+        count = rows.stop - first
+        yield rows, source.read(first, buffer if count == len(buffer) else buffer[:count])
 
 
 def buffer_for(matrix: Tensor, dtype: torch.dtype) -> Tensor:

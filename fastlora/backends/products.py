@@ -34,11 +34,14 @@ _FLAGS = {  # torch's, of 16-bit dtypes
 # its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
 _SLOW = 4.0
 _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
-# Elements of a widened block of the weight: 2 MiB.  Half of that took 0.95 to 1.05 of the time,
-# measured on a Xeon kept to AVX2 at 64 to 512 rows.
-_BLOCK = 2**19
+# Elements of a widened block of the weight (2 MiB), and of y or of dy (1 MiB).  Half of that took
+# 0.95 to 1.05 of the time, measured on a Xeon kept to AVX2 at 64 to 512 rows.
+_BLOCK, _PART = 2**19, 2**18
 # Rows of x (4 MiB, but enough rows to pay for widening the weight) and of the weight in a block.
 _FEWEST_ROWS, _MOST_ROWS, _FEWEST_OF_WEIGHT = 256, 512, 64
+# Up to so many rows x weightᵀ is faster with x and y transposed, the copies included: 0.66 of the
+# time at 16 rows, 0.85 at 64, the same at 256 (MKL, on that Xeon).
+_FEW = 128
 
 
 def are_wide(x: Tensor) -> bool:
@@ -95,17 +98,21 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.matrices: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def take(self, use: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A matrix with anything in it, its own until the next one for this use is taken."""
-        size, buffer = rows * columns, self.buffers.get((use, dtype))
-        if buffer is None or buffer.numel() < size:
-            with torch.inference_mode(False):  # a buffer made inside could not be used outside
+        buffer, matrix = self.matrices.get((use, dtype), (None, None))
+        if matrix is not None and matrix.shape == (rows, columns):
+            return matrix
+        size = rows * columns
+        with torch.inference_mode(False):  # what is made inside could not be used outside
+            if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
-            if size <= 2 * _BLOCK:
-                self.buffers[use, dtype] = buffer
-        return buffer[:size].view(rows, columns)
+            matrix = buffer[:size].view(rows, columns)
+        if size <= 2 * _BLOCK:
+            self.matrices[use, dtype] = buffer, matrix
+        return matrix
 
     def take_like(self, use: str, matrix: Tensor, rows: int) -> Tensor:
         """The same for so many rows of this matrix: another order would be 70 times as slow."""
@@ -125,8 +132,18 @@ SCRATCH = _Scratch()
 def wide_rows(x: Tensor, fewest: int | None = None) -> Iterable[slice]:
     """The blocks of x's rows in which a wide call goes."""
     fewest = _FEWEST_ROWS if fewest is None else fewest
-    step = max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1]))
-    return (slice(first, first + step) for first in range(0, len(x), step))
+    return _slices(len(x), max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1])))
+
+
+def _slices(count: int, step: int) -> Iterable[slice]:
+    return (slice(first, first + step) for first in range(0, count, step))
+
+
+def rows_of(tensor, rows: slice):
+    """These rows; None stays None."""
+    if tensor is None or (rows.start == 0 and len(tensor) <= rows.stop):
+        return tensor
+    return tensor[rows]
 
 
 def _rows_of_weight(columns: int) -> int:
@@ -147,15 +164,30 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
     All are float32 but ``out`` and the weight.
     """
     (weight, bias), adapters = output
-    for rows, some in _wide_weight(weight):
-        y = SCRATCH.take("part", len(x), len(some))
-        if bias is None:
-            torch.mm(x, some.T, out=y)
-        else:
-            torch.addmm(bias[rows], x, some.T, out=y)
+    few = len(x) <= _FEW
+    if few:
+        x = SCRATCH.take("columns", *x.T.shape).copy_(x.T).T
+    for part in _slices(len(weight), max(_rows_of_weight(x.shape[1]), _PART // len(x))):
+        some = rows_of(weight, part)
+        y = (
+            SCRATCH.take("part", len(some), len(x)).T
+            if few
+            else SCRATCH.take("part", len(x), len(some))
+        )
+        for rows, wide in _wide_weight(some):
+            torch.mm(x, wide.T, out=y[:, rows])
+        if bias is not None:
+            y.add_(rows_of(bias, part))
         for h, adapter in zip(hs, adapters, strict=True):
-            y.addmm_(h, adapter.lora_b[rows].T)
-        out[:, rows] = y
+            y.addmm_(h, rows_of(adapter.lora_b, part).T)
+        out[:, part] = y
+
+
+def widen_small(dys: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """In float32 if together they are small, since each is read twice: else block by block."""
+    if sum([dy.numel() for dy in dys if dy is not None]) > _PART:
+        return dys
+    return [None if dy is None else SCRATCH.widen(f"dy{i}", dy) for i, dy in enumerate(dys)]
 
 
 def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,7 +198,9 @@ def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dt
     if dx is None:
         dx = SCRATCH.take("dx", len(dy), weight.shape[1])
     for rows, some in _wide_weight(weight):
-        part = SCRATCH.widen("part", dy[:, rows])
+        part = dy[:, rows]
+        if part.dtype != dtype:
+            part = SCRATCH.widen("part", part)
         torch.addmm(dx, part, some, beta=beta, out=dx)
         beta = 1.0
     return dx

@@ -33,9 +33,11 @@ from .products import (
     cast,
     h_dtype,
     product,
+    rows_of,
     thin_gradient,
     weight_gradient,
     wide_rows,
+    widen_small,
     write_linear,
 )
 from .protocol import Settings
@@ -94,14 +96,14 @@ def _wide_forward(
     ys = [x.new_empty(len(x), len(output.base.weight)) for output in outputs]
     parts = []
     for rows in wide_rows(x):
-        x_rows = SCRATCH.widen("x", x[rows])
+        x_rows = SCRATCH.widen("x", rows_of(x, rows))
         for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
             pairs = zip(output.adapters, some, strict=True)
             thin = [_project(x_rows, adapter, mask) for adapter, mask in pairs]
-            write_linear(y[rows], x_rows, output, thin)
+            write_linear(rows_of(y, rows), x_rows, output, thin)
             parts += thin
     count = sum(len(output.adapters) for output in outputs)
-    return ys, [torch.cat(parts[i::count]) for i in range(count)]
+    return ys, [_joined(parts[i::count]) for i in range(count)]
 
 
 def backward(
@@ -161,18 +163,19 @@ def _wide_adapter_gradients(
     wide, total = [_in_float32(output) for output in outputs], None
     reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
     for rows in wide_rows(x):
-        x_rows = SCRATCH.widen("x", x[rows]) if reads_x else SCRATCH.take("x", *x[rows].shape)
+        some = rows_of(x, rows)
+        x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
         part_dx, part = _gradients_of_adapters(
-            [_rows_of(dy, rows) for dy in dys],
+            widen_small([rows_of(dy, rows) for dy in dys]),
             x_rows,
             wide,
-            [[_rows_of(h, rows) for h in thin] for thin in hs],
+            [[rows_of(h, rows) for h in thin] for thin in hs],
             wanted,
             _from_row(masks, rows.start),
             needs_x,
         )
         if dx is not None and part_dx is not None:
-            dx[rows] = part_dx
+            rows_of(dx, rows).copy_(part_dx)
         total = part if total is None else _sum(total, part)
     assert total is not None
     return dx, [
@@ -186,9 +189,9 @@ def _wide_adapter_gradients(
     ]
 
 
-def _rows_of(tensor, rows: slice):
-    """These rows; None stays None."""
-    return None if tensor is None else tensor[rows]
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """All rows, one part after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sum(total: _Gradients, part: _Gradients) -> _Gradients:
@@ -246,12 +249,13 @@ def _through_lora_b(
     if dy.dtype != dtype and are_wide(dy):
         parts = [
             _through_lora_b(
-                SCRATCH.widen("part", dy[rows]), lora_b, _rows_of(h, rows), factor, dtype
+                SCRATCH.widen("part", rows_of(dy, rows)), lora_b, rows_of(h, rows), factor, dtype
             )
             for rows in wide_rows(dy, fewest=1)
         ]
         dhs, gradients = zip(*parts, strict=True)
-        return None if lora_b is None else torch.cat(dhs), None if h is None else sum(gradients)
+        dh = None if lora_b is None else _joined(dhs)
+        return dh, None if h is None else sum(gradients[1:], gradients[0])
     dy = cast(dy, dtype)
     dh = None if lora_b is None else product(dy, lora_b, factor)
     return dh, None if h is None else thin_gradient(dy, h)
@@ -268,6 +272,8 @@ def _masks(
 
 
 def _from_row(masks: _Masks, first: int) -> _Masks:
+    if first == 0:
+        return masks
     return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
 
 
