@@ -46,7 +46,7 @@ _FEW = 128
 
 def are_wide(x: Tensor) -> bool:
     """Whether products with x run in float32 in the place of its own dtype."""
-    if x.dtype not in _FLAGS or x.device.type != "cpu" or not len(x):
+    if x.dtype not in _FLAGS or x.device.type != "cpu" or not x.shape[0]:
         return False
     return is_slow(x.dtype)
 
@@ -123,7 +123,7 @@ class _Scratch(threading.local):
 
     def widen(self, use: str, matrix: Tensor) -> Tensor:
         """The matrix in float32, until the next one for this use is taken."""
-        return self.take_like(use, matrix, len(matrix)).copy_(matrix)
+        return self.take_like(use, matrix, matrix.shape[0]).copy_(matrix)
 
 
 SCRATCH = _Scratch()
@@ -132,7 +132,7 @@ SCRATCH = _Scratch()
 def wide_rows(x: Tensor, fewest: int | None = None) -> Iterable[slice]:
     """The blocks of x's rows in which a wide call goes."""
     fewest = _FEWEST_ROWS if fewest is None else fewest
-    return _slices(len(x), max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1])))
+    return _slices(x.shape[0], max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1])))
 
 
 def _slices(count: int, step: int) -> Iterable[slice]:
@@ -141,9 +141,15 @@ def _slices(count: int, step: int) -> Iterable[slice]:
 
 def rows_of(tensor, rows: slice):
     """These rows; None stays None."""
-    if tensor is None or (rows.start == 0 and len(tensor) <= rows.stop):
+    if tensor is None or (rows.start == 0 and tensor.shape[0] <= rows.stop):
         return tensor
     return tensor[rows]
+
+
+def _columns_of(matrix: Tensor, columns: slice) -> Tensor:
+    if columns.start == 0 and matrix.shape[1] <= columns.stop:
+        return matrix
+    return matrix[:, columns]
 
 
 def _rows_of_weight(columns: int) -> int:
@@ -153,7 +159,7 @@ def _rows_of_weight(columns: int) -> int:
 
 def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of the weight, and they in float32."""
-    rows = min(len(weight), _rows_of_weight(weight.shape[1]))
+    rows = min(weight.shape[0], _rows_of_weight(weight.shape[1]))
     buffer = SCRATCH.take_like("weight", weight, rows)
     return widened(Dense(weight), buffer)
 
@@ -164,23 +170,21 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
     All are float32 but ``out`` and the weight.
     """
     (weight, bias), adapters = output
-    few = len(x) <= _FEW
+    (n, k), m = weight.shape, x.shape[0]
+    few = m <= _FEW
     if few:
-        x = SCRATCH.take("columns", *x.T.shape).copy_(x.T).T
-    for part in _slices(len(weight), max(_rows_of_weight(x.shape[1]), _PART // len(x))):
+        x = SCRATCH.take("columns", k, m).copy_(x.T).T
+    for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
         some = rows_of(weight, part)
-        y = (
-            SCRATCH.take("part", len(some), len(x)).T
-            if few
-            else SCRATCH.take("part", len(x), len(some))
-        )
+        count = some.shape[0]
+        y = SCRATCH.take("part", count, m).T if few else SCRATCH.take("part", m, count)
         for rows, wide in _wide_weight(some):
-            torch.mm(x, wide.T, out=y[:, rows])
+            torch.mm(x, wide.T, out=_columns_of(y, rows))
         if bias is not None:
             y.add_(rows_of(bias, part))
         for h, adapter in zip(hs, adapters, strict=True):
             y.addmm_(h, rows_of(adapter.lora_b, part).T)
-        out[:, part] = y
+        _columns_of(out, part).copy_(y)
 
 
 def widen_small(dys: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -196,9 +200,9 @@ def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dt
         return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
     beta = 0.0 if dx is None else 1.0
     if dx is None:
-        dx = SCRATCH.take("dx", len(dy), weight.shape[1])
+        dx = SCRATCH.take("dx", dy.shape[0], weight.shape[1])
     for rows, some in _wide_weight(weight):
-        part = dy[:, rows]
+        part = _columns_of(dy, rows)
         if part.dtype != dtype:
             part = SCRATCH.widen("part", part)
         torch.addmm(dx, part, some, beta=beta, out=dx)
@@ -222,7 +226,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
     """dyᵀ h, [N, r]."""
-    if len(h) >= 256 and h.dtype == torch.float32:
+    if h.shape[0] >= 256 and h.dtype == torch.float32:
         # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
         return torch.mm(h.T, dy).T.contiguous()
     return torch.mm(dy.T, h)

@@ -75,7 +75,7 @@ def forward(
     x, *tensors = inputs
     outputs = unflatten(tensors, settings.layouts)
     masks = _masks(x, outputs, seeds, settings)
-    if len(x) > 1 and are_wide(x):  # torch's product of one row is fast everywhere
+    if are_wide(x) and x.shape[0] > 1:  # torch's product of one row is fast everywhere
         return _wide_forward(x, outputs, masks)
     kept, ys, hs = h_dtype(x.dtype, x.device), [], []
     for (base, adapters), some in zip(outputs, masks, strict=True):
@@ -93,7 +93,7 @@ def _wide_forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The same in float32, a block of rows after the other; each y is rounded once."""
     outputs = [_in_float32(output) for output in outputs]
-    ys = [x.new_empty(len(x), len(output.base.weight)) for output in outputs]
+    ys = [x.new_empty(x.shape[0], output.base.weight.shape[0]) for output in outputs]
     parts = []
     for rows in wide_rows(x):
         x_rows = SCRATCH.widen("x", rows_of(x, rows))
@@ -293,7 +293,7 @@ def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
     on 2 cores, a bfloat16 layer of 1024 x 1024 takes 0.8 of the time so at 1 row, as much at 16.
     """
     lora_a = adapter.lora_a
-    if lora_a.dtype == x.dtype or len(x) > len(lora_a):
+    if lora_a.dtype == x.dtype or x.shape[0] > lora_a.shape[0]:
         return x.dtype
     wider = lora_a.element_size() > x.element_size() and lora_a.dtype == adapter.lora_b.dtype
     return lora_a.dtype if wider else x.dtype
@@ -355,7 +355,7 @@ def _through_lora_a(
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
     step = rows_at_a_time(x)
-    if len(x) <= step:
+    if x.shape[0] <= step:
         yield 0, x, *others
         return
     for first in range(0, len(x), step):
