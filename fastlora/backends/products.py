@@ -14,7 +14,7 @@ compiling.
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -98,28 +98,34 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.matrices: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.matrices: dict[tuple[str, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
-    def take(self, use: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def take(
+        self,
+        use: str,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype = torch.float32,
+        by_columns: bool = False,
+    ) -> Tensor:
         """A matrix with anything in it, its own until the next one for this use is taken."""
-        buffer, matrix = self.matrices.get((use, dtype), (None, None))
+        buffer, matrix = self.matrices.get((use, dtype, by_columns), (None, None))
         if matrix is not None and matrix.shape == (rows, columns):
             return matrix
         size = rows * columns
         with torch.inference_mode(False):  # what is made inside could not be used outside
             if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
-            matrix = buffer[:size].view(rows, columns)
+            strides = (1, rows) if by_columns else (columns, 1)
+            matrix = buffer.as_strided((rows, columns), strides)
         if size <= 2 * _BLOCK:
-            self.matrices[use, dtype] = buffer, matrix
+            self.matrices[use, dtype, by_columns] = buffer, matrix
         return matrix
 
     def take_like(self, use: str, matrix: Tensor, rows: int) -> Tensor:
         """The same for so many rows of this matrix: another order would be 70 times as slow."""
-        columns = matrix.shape[1]
-        if matrix.stride(0) < matrix.stride(1):
-            return self.take(use, columns, rows).T
-        return self.take(use, rows, columns)
+        first, second = matrix.stride()
+        return self.take(use, rows, matrix.shape[1], by_columns=first < second)
 
     def widen(self, use: str, matrix: Tensor) -> Tensor:
         """The matrix in float32, until the next one for this use is taken."""
@@ -129,14 +135,14 @@ class _Scratch(threading.local):
 SCRATCH = _Scratch()
 
 
-def wide_rows(x: Tensor, fewest: int | None = None) -> Iterable[slice]:
+def wide_rows(x: Tensor, fewest: int | None = None) -> list[slice]:
     """The blocks of x's rows in which a wide call goes."""
     fewest = _FEWEST_ROWS if fewest is None else fewest
     return _slices(x.shape[0], max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1])))
 
 
-def _slices(count: int, step: int) -> Iterable[slice]:
-    return (slice(first, first + step) for first in range(0, count, step))
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, count, step)]
 
 
 def rows_of(tensor, rows: slice):
@@ -167,7 +173,7 @@ def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Tensor]) -> None:
     """x weightᵀ + bias + Σ h lora_bᵀ, rounded once to ``out``.
 
-    All are float32 but ``out`` and the weight.
+    x, every h and the adapters are float32.
     """
     (weight, bias), adapters = output
     (n, k), m = weight.shape, x.shape[0]
@@ -176,14 +182,15 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
         x = SCRATCH.take("columns", k, m).copy_(x.T).T
     for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
         some = rows_of(weight, part)
-        count = some.shape[0]
-        y = SCRATCH.take("part", count, m).T if few else SCRATCH.take("part", m, count)
+        y = SCRATCH.take("part", m, some.shape[0], by_columns=few)
         for rows, wide in _wide_weight(some):
             torch.mm(x, wide.T, out=_columns_of(y, rows))
         if bias is not None:
             y.add_(rows_of(bias, part))
         for h, adapter in zip(hs, adapters, strict=True):
             y.addmm_(h, rows_of(adapter.lora_b, part).T)
+        if few:  # torch transposes fast, and it rounds fast, but not both at once
+            y = SCRATCH.take("rounded", m, some.shape[0], out.dtype, by_columns=True).copy_(y)
         _columns_of(out, part).copy_(y)
 
 

@@ -189,7 +189,7 @@ def _wide_adapter_gradients(
     ]
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """All rows, one part after the other."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -278,12 +278,11 @@ def _from_row(masks: _Masks, first: int) -> _Masks:
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
-    """With all that is small in float32; the weight is widened as it is read."""
+    """With its adapters in float32; weight and bias are widened as they are read."""
     base, adapters = output
-    return Output(
-        base._replace(bias=cast(base.bias, torch.float32)),
-        tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]),
-    )
+    if all([a.dtype == b.dtype == torch.float32 for a, b, _ in adapters]):
+        return output
+    return Output(base, tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]))
 
 
 def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:

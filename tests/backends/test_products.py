@@ -192,7 +192,7 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, small_blocks):
     """Beyond what torch's products need: h's other half, and what doesn't grow with the rows."""
     x = make_x(1024, 64, dtype=torch.bfloat16)
     outputs = as_outputs([make_projection(48, 64, 2, torch.bfloat16, torch.float32)])
-    products.SCRATCH.buffers.clear()
+    products.SCRATCH.matrices.clear()
     given, peaks = [x, *flatten(outputs, layouts_of(outputs))], {}
     for forced in (False, True):
         monkeypatch.setattr(products, "FORCED", forced)
