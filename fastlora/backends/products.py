@@ -34,14 +34,18 @@ _FLAGS = {  # torch's, of 16-bit dtypes
 # its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
 _SLOW = 4.0
 _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
-# Elements of a widened block of the weight (2 MiB), and of y or of dy (1 MiB).  Half of that took
-# 0.95 to 1.05 of the time, measured on a Xeon kept to AVX2 at 64 to 512 rows.
-_BLOCK, _PART = 2**19, 2**18
-# Rows of x (4 MiB, but enough rows to pay for widening the weight) and of the weight in a block.
+# Elements of a block of the weight and one of x, widened (4 MiB each), and of y or dy (1 MiB).  For
+# the weight 2 MiB took 0.98 to 1.06 of the time and 8 MiB 0.95 to 1.04, on a Xeon kept to AVX2.
+_BLOCK, _ROWS, _PART = 2**20, 2**20, 2**18
+_KEPT = 2 * _BLOCK
+# Rows of x (enough to pay for widening the weight) and of the weight in a block.
 _FEWEST_ROWS, _MOST_ROWS, _FEWEST_OF_WEIGHT = 256, 512, 64
-# Up to so many rows x weightᵀ is faster with x and y transposed, the copies included: 0.66 of the
-# time at 16 rows, 0.85 at 64, the same at 256 (MKL, on that Xeon).
-_FEW = 128
+# Elements between the weight's rows: a power of 2 apart, few sets of the cache would hold them.
+# dy weight took 0.86 of the time so at 16 rows, 0.95 to 0.97 at 64.
+_GAP = 16
+# Up to so many rows x weightᵀ is faster with x and y transposed, copies apart: 0.66 of the time at
+# 16 rows, 0.83 at 64, 0.98 at 128 (MKL, on that Xeon).
+_FEW = 64
 
 
 def are_wide(x: Tensor) -> bool:
@@ -107,25 +111,30 @@ class _Scratch(threading.local):
         columns: int,
         dtype: torch.dtype = torch.float32,
         by_columns: bool = False,
+        gap: int = 0,
     ) -> Tensor:
-        """A matrix with anything in it, its own until the next one for this use is taken."""
+        """A matrix with anything in it, its own until the next one for this use is taken.
+
+        ``gap``: elements between its rows, or between its columns if they are dense.
+        """
         buffer, matrix = self.matrices.get((use, dtype, by_columns), (None, None))
         if matrix is not None and matrix.shape == (rows, columns):
             return matrix
-        size = rows * columns
+        lines, step = (columns, rows + gap) if by_columns else (rows, columns + gap)
+        size = lines * step
         with torch.inference_mode(False):  # what is made inside could not be used outside
             if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
-            strides = (1, rows) if by_columns else (columns, 1)
+            strides = (1, step) if by_columns else (step, 1)
             matrix = buffer.as_strided((rows, columns), strides)
-        if size <= 2 * _BLOCK:
+        if size <= _KEPT:
             self.matrices[use, dtype, by_columns] = buffer, matrix
         return matrix
 
-    def take_like(self, use: str, matrix: Tensor, rows: int) -> Tensor:
+    def take_like(self, use: str, matrix: Tensor, rows: int, gap: int = 0) -> Tensor:
         """The same for so many rows of this matrix: another order would be 70 times as slow."""
         first, second = matrix.stride()
-        return self.take(use, rows, matrix.shape[1], by_columns=first < second)
+        return self.take(use, rows, matrix.shape[1], by_columns=first < second, gap=gap)
 
     def widen(self, use: str, matrix: Tensor) -> Tensor:
         """The matrix in float32, until the next one for this use is taken."""
@@ -138,7 +147,7 @@ SCRATCH = _Scratch()
 def wide_rows(x: Tensor, fewest: int | None = None) -> list[slice]:
     """The blocks of x's rows in which a wide call goes."""
     fewest = _FEWEST_ROWS if fewest is None else fewest
-    return _slices(x.shape[0], max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1])))
+    return _slices(x.shape[0], max(fewest, min(_MOST_ROWS, _ROWS // x.shape[1])))
 
 
 def _slices(count: int, step: int) -> list[slice]:
@@ -166,7 +175,7 @@ def _rows_of_weight(columns: int) -> int:
 def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of the weight, and they in float32."""
     rows = min(weight.shape[0], _rows_of_weight(weight.shape[1]))
-    buffer = SCRATCH.take_like("weight", weight, rows)
+    buffer = SCRATCH.take_like("weight", weight, rows, _GAP)
     return widened(Dense(weight), buffer)
 
 
