@@ -75,11 +75,13 @@ def forward(
     x, *tensors = inputs
     outputs = unflatten(tensors, settings.layouts)
     masks = _masks(x, outputs, seeds, settings)
-    if are_wide(x) and x.shape[0] > 1:  # torch's product of one row is fast everywhere
+    dtype, ys, hs = x.dtype, [], []
+    kept = h_dtype(dtype, x.device)
+    # A wide call keeps a wide h; and torch's product of one row is fast everywhere.
+    if kept != dtype and x.shape[0] > 1 and are_wide(x):
         return _wide_forward(x, outputs, masks)
-    kept, ys, hs = h_dtype(x.dtype, x.device), [], []
     for (base, adapters), some in zip(outputs, masks, strict=True):
-        y = linear(x, base.weight, cast(base.bias, x.dtype))
+        y = linear(x, base.weight, cast(base.bias, dtype))
         for adapter, mask in zip(adapters, some, strict=True):
             h = _project(x, adapter, mask)
             add_product(y, h, cast(adapter.lora_b, h.dtype).T)
