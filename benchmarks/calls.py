@@ -41,7 +41,7 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
     if pool:
         ended = ahead(pool, _SECONDS, _compile, [(form, target, each) for each in found.values()])
         found = {str(config): config for (*_, config), why in ended.items() if not why}
-    ours = {name: partial(operands.run, config, add=False) for name, config in found.items()}
+    ours = {name: partial(operands.run, config) for name, config in found.items()}
     if form.depths:
         out, p, q = operands.out, operands.ps[0], operands.qs[0]
         ours["in place"] = operands.run_in_place
@@ -53,7 +53,7 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
         source = torch.randn(form.M, form.columns, device=device).to(form.dtype)
         theirs = {"copy": partial(torch.empty_like(source).copy_, source)}
         with intercept(lambda launch: stated.append(launch.work())):
-            operands.run(default, add=False)
+            operands.run(default)
         work = dict.fromkeys(ours, sum(each.loaded + each.stored for each in stated))
         work["copy"] = 2 * source.nbytes
     seconds, failures = _timed(operands, ours, theirs)
@@ -97,7 +97,7 @@ def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Call
 def _compile(form: Form, target: Target, config: Config) -> None:
     """What this call would launch is compiled and not launched: its tensors are meta tensors."""
     with use_target(target), intercept(Launch.compile):
-        Operands(form, "meta").run(config, add=False)
+        Operands(form, "meta").run(config)
 
 
 def ahead(pool: Executor | None, seconds: float, compiles: Callable, asked: Sequence) -> dict:

@@ -4,7 +4,7 @@
 y      x weightᵀ + h lora_bᵀ (+ bias)                    gemm_lowrank
 y,h    the same, and h, in one launch: for few rows
 dx     Σ dy weight + keep ∘ (dh lora_a)
-y+ dx+ the low-rank term alone, added to what is there (or not: ``add``)
+y+ dx+ the low-rank term alone, on which torch's product comes
 h      factor · (keep ∘ x) lora_aᵀ                       project
 dh     factor · dy lora_b
 dA     dhᵀ (keep ∘ x)                                    weight_grad
@@ -101,8 +101,8 @@ class Operands:
         lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
         return [each for found in lists for each in found if isinstance(each, Tensor)]
 
-    def run(self, config: Config | None = None, add: bool = True) -> list[Tensor]:
-        """Launch it; what it gives.  Without ``add``, y+ and dx+ don't read what is there."""
+    def run(self, config: Config | None = None) -> list[Tensor]:
+        """Launch it; what it gives."""
         form = self.form
         shared = {"precision": form.precision, "config": config}
         shared |= {"dropout": form.dropout, "seeds": self.seeds}
@@ -112,8 +112,7 @@ class Operands:
             product = weight_grad(self.v, self.us, self.adapters, b=self.b, factor=FACTOR, **shared)
             return [*self.adapters, *([] if product is None else [product])]
         operands = (self.out, self.ps, self.qs, self.us, self.vs)
-        added = {"bias": self.bias, "add": add and not self.ps, "a": self.a, "factor": FACTOR}
-        gemm_lowrank(*operands, **added, **shared)
+        gemm_lowrank(*operands, bias=self.bias, a=self.a, factor=FACTOR, **shared)
         return [self.out, *(self.us if form.also else [])]
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
@@ -132,7 +131,7 @@ class Operands:
         return [self.out, *(us if form.also else [])]
 
     def truth(self) -> list[Tensor]:
-        """What :meth:`run` must give, in float64; of y+ and dx+ without what is there already."""
+        """What :meth:`run` must give, in float64."""
         form, us = self.form, [u.double() for u in self.us]
         if form.kernel == "project":
             parts = enumerate(self.adapters)

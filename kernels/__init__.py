@@ -3,7 +3,7 @@
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
 order: on the device ``common``, ``sum_planes``, ``project``, ``gemm_lowrank`` (the forward
 kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defaults``, ``plan``,
-``kept``.
+``script``, ``kept``.
 """
 
 from . import defaults as defaults  # fills the tables that launchers choose from

@@ -19,6 +19,11 @@ class LoRALinearFunction(torch.autograd.Function):
     x is left out if neither a lora_a nor a weight needs a gradient, an h if its lora_b needs none.
     """
 
+    @classmethod
+    def apply(cls, *arguments):
+        """As torch's, but without a look for what outlived a transform of ``torch.func``."""
+        return super(torch.autograd.Function, cls).apply(*arguments)
+
     @staticmethod
     def forward(
         ctx, seeds: Tensor | None, settings: Settings, *inputs: Tensor

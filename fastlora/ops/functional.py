@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from ..backends import Settings, backend_name, find_backend
 from ..projection import (
@@ -144,9 +145,12 @@ def _call(
         return call_registered(x, outputs, dropout, seeds, name)
     chosen = find_backend(backend, x.device)
     settings = Settings(layouts, dropout, chosen, {}, not dropout and chosen.is_small(x, outputs))
-    if kind is not None:
+    inputs = (x, *flatten(outputs, layouts))
+    if kind is None:  # it may be that some have outlived a transform of torch.func
+        inputs = unwrap_dead_wrappers(inputs)
+    else:
         remember(kind, settings)
-    return _run([x, *flatten(outputs, layouts)], settings)
+    return _run(inputs, settings)
 
 
 def _run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:

@@ -19,17 +19,17 @@ K = 40
 @contextmanager
 def resolved():
     """The calls that are resolved inside the block."""
-    real, new = kept._resolve, []
+    real, new = kept.script_of, []
 
     def resolve(*call):
         new.append(real(*call))
         return new[-1]
 
-    kept._resolve = resolve
+    kept.script_of = resolve
     try:
         yield new
     finally:
-        kept._resolve = real
+        kept.script_of = real
 
 
 def projection(out=24, r=4, dtype=torch.float32, **changes):
@@ -146,30 +146,17 @@ def test_nothing_of_the_callers_is_kept():
     with resolved() as new:
         step(torch.randn(51, K, requires_grad=True), [projection()])
     assert len(new) == 2
-    for call in new:
-        assert not any(isinstance(value, torch.Tensor) for value in call.values)
+    for script in new:
+        assert not any(
+            isinstance(each, torch.Tensor) for each in script.replay.__globals__.values()
+        )
 
 
-def test_a_buffer_goes_when_it_was_used_for_the_last_time():
-    """As it would in a call made step by step: a replay needs no more memory than that."""
-    with resolved() as new, use_plan(IN_PLACE):
-        step(torch.randn(99, K, requires_grad=True), [projection(), projection()], 0.1)
-    assert len(new) == 2
-    for call in new:
-        made = {step.place for step in call.steps if "new_empty" in str(step.function)}
-        done = [place for step in call.steps for place in step.done]
-        assert made - set(call.results) <= set(done)
-        assert len(done) == len(set(done))  # each once
-        assert not set(done) & set(call.results)
-        for i, one in enumerate(call.steps):  # and nothing that went is used again
-            for place in one.done:
-                later = call.steps[i + 1 :]
-                assert not any(place in picked(each, call.values) for each in later)
-
-
-def picked(one: "kept._Step", values: list) -> tuple:
-    """The places that a step takes its arguments from."""
-    return one.arguments(list(range(len(values))))
+def test_the_stream_and_the_tensors_are_all_that_a_script_gets():
+    with resolved() as new:
+        step(torch.randn(47, K, requires_grad=True), [projection()], 0.1)
+    for script in new:
+        assert script.source.startswith("def replay(stream, t0, t1, ")
 
 
 def test_the_oldest_go_when_there_are_too_many(monkeypatch):

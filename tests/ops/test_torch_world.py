@@ -175,3 +175,23 @@ def test_selective_checkpointing_that_keeps_products(p):
         y = checkpoint(layer, x, use_reentrant=False, context_fn=context) if context else layer(x)
         found.append(torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]))
     assert all(map(torch.equal, *found))
+
+
+@on_both_backends
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_what_outlived_a_transform_is_a_tensor_like_others(name):
+    """torch.func.grad's own tensor, taken out of it: its memory is to be had by way of it alone."""
+    layer, x, leaked = make_layer(0.5), torch.randn(40, 12), []
+    tensors = {"x": x, "weight": layer.weight, "lora_a": layer.lora_A, "lora_b": layer.lora_B}
+
+    def leak(tensor):
+        leaked.append(tensor)
+        return tensor.sum()
+
+    torch.func.grad(leak)(tensors[name])
+    found = []
+    for value in (tensors[name], leaked[0]):
+        torch.manual_seed(1)
+        y = fastlora.lora_linear(**tensors | {name: value}, dropout=0.5)
+        found.append([y, *torch.autograd.grad(y.sum(), (layer.lora_A, layer.lora_B))])
+    assert all(map(torch.equal, *found))

@@ -23,7 +23,7 @@ ORDER = [
 ORDER_INSIDE = {
     "kernels": [
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
-        "weight_grad", "defaults", "plan", "kept",
+        "weight_grad", "defaults", "plan", "script", "kept",
     ],
     "reference": ["lora", "dora"],
     "backends": ["protocol", "dropout", "products", "torch", "triton"],

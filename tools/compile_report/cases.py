@@ -64,7 +64,7 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
 _CHOSEN = (
     "y r8 M1", "y bias M300 N1000", "y f16", "dx r64 n4 mask", "dx r200 n3 mask", "y+ r8",
     "dx+ r64 n4 mask", "h r256 n4 mask", "h n3 mask M16", "dh r256", "dA r256 n4 mask", "dB r128",
-    "dB,dh r128",
+    "dB,dh r128", "dx+ n5 mask",
 )  # fmt: skip
 
 
