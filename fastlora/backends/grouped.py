@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..projection import Adapter, Base, Output, flatten, layouts_of, unflatten
-from ..segments import Segments, part_of
+from ..segments import Segments, parts_of
 from .dropout import DropoutMask
 from .products import cast, h_dtype
 from .protocol import Settings
@@ -71,12 +71,15 @@ def _forward_in_turn(
     y = x.new_empty(len(x), output.base.weight.shape[1])
     h = x.new_empty(len(x), adapter.lora_a.shape[1], dtype=h_dtype(x.dtype, x.device))
     slices = segments.slices(len(x))
-    for e, rows in enumerate(slices):
+    (*ys, nobody), (*hs, nobody_s_h) = _cut(y, slices), _cut(h, slices)
+    per_expert = zip(slices, _cut(x, slices), ys, hs, parts_of(output), strict=False)
+    for rows, x_rows, y_rows, h_rows, part in per_expert:
         if rows.stop > rows.start:
             masks = [[_from_row(mask, rows.start)]]
-            _, (h[rows],) = forward_rows(x[rows], [part_of(output, e)], masks, [y[rows]])
-    for tensor in (y, h):
-        tensor[slices[-1].stop :].zero_()
+            _, (found,) = forward_rows(x_rows, [part], masks, [y_rows])
+            h_rows.copy_(found)
+    nobody.zero_()
+    nobody_s_h.zero_()
     return y, h
 
 
@@ -97,22 +100,32 @@ def _backward_in_turn(
         tensor.new_empty(tensor.shape) if need else None
         for tensor, need in zip(tensors, needs, strict=True)
     ]
-    slices = segments.slices(len(x))
-    for e, rows in enumerate(slices):
-        if rows.stop == rows.start:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient[e].zero_()
-            continue
-        masks, one = [[_from_row(mask, rows.start)]], [part_of(output, e)]
-        thin, into = [[h[rows]]], None if dx is None else dx[rows]
-        _, found = backward_rows([dy[rows]], x[rows], one, thin, [wanted], masks, needs_x, into)
-        for gradient, part in zip(gradients, flatten(found, layouts), strict=True):
-            if gradient is not None and part is not None:
-                gradient[e] = part
+    slices, parts = segments.slices(len(x)), parts_of(output)
+    places = [None if gradient is None else gradient.unbind() for gradient in gradients]
+    dxs = [None] * len(slices) if dx is None else _cut(dx, slices)
+    cut = [_cut(tensor, slices) for tensor in (dy, x, h)]
+    for e, (rows, dy_rows, x_rows, h_rows, into, part) in enumerate(
+        zip(slices, *cut, dxs, parts, strict=False)
+    ):
+        found: list[Tensor | None] = [None] * len(places)
+        if rows.stop > rows.start:
+            masks, thin = [[_from_row(mask, rows.start)]], [[h_rows]]
+            _, gradients_of_one = backward_rows(
+                [dy_rows], x_rows, [part], thin, [wanted], masks, needs_x, into
+            )
+            found = flatten(gradients_of_one, layouts)
+        for place, gradient in zip(places, found, strict=True):
+            if place is not None:
+                place[e].zero_() if gradient is None else place[e].copy_(gradient)
     if dx is not None:
         dx[slices[-1].stop :].zero_()
     return dx, unflatten(gradients, layouts)[0]
+
+
+def _cut(tensor: Tensor, slices: Sequence[slice]) -> Sequence[Tensor]:
+    """Each expert's rows, as views, and behind them nobody's."""
+    lengths = [rows.stop - rows.start for rows in slices]
+    return tensor.split([*lengths, len(tensor) - slices[-1].stop])
 
 
 def _mask(x: Tensor, seeds: Tensor | None, settings: Settings) -> DropoutMask | None:
