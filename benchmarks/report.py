@@ -38,8 +38,7 @@ def markdown(rows: list[dict], machine: dict) -> str:
 
 def heading(machine: dict) -> str:
     bf16 = "AMX" if machine["amx_bf16"] else "AVX512" if machine["avx512_bf16"] else "no"
-    if kept_to := machine.get("kept_to"):
-        bf16 = f"kept to {kept_to}: no"
+    bf16 = f"kept to {machine['kept_to']}: no" if machine.get("kept_to") else bf16
     cpu = f"{machine['cpu']}, {machine['threads']} threads, {bf16} bfloat16 instructions"
     versions = (f"{name} {machine[name]}" for name in ("torch", "peft", "python"))
     return f"{machine.get('gpu', cpu)}; {', '.join(versions)}; {machine['date']}"
