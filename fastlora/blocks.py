@@ -53,7 +53,7 @@ class Dense(NamedTuple):
         return self.matrix.shape
 
     def read(self, first: int, out: Tensor) -> Tensor:
-        rows = self.matrix[first : first + len(out)]
+        rows = self.matrix[first : first + out.shape[0]]
         return rows if rows.dtype == out.dtype else out.copy_(rows)
 
 
@@ -62,9 +62,11 @@ def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     The buffer is theirs meanwhile.
     """
-    for first in range(0, source.shape[0], len(buffer)):
-        rows = slice(first, min(first + len(buffer), source.shape[0]))
-        yield rows, source.read(first, buffer[: rows.stop - first])
+    total, step = source.shape[0], buffer.shape[0]
+    for first in range(0, total, step):
+        count = min(step, total - first)
+        rows = slice(first, first + count)
+        yield rows, source.read(first, buffer if count == step else buffer[:count])
 
 
 def buffer_for(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,9 +17,11 @@ from .products import (
     cast,
     h_dtype,
     product,
+    rows_of,
     thin_gradient,
     weight_gradient,
     wide_rows,
+    widen_small,
     write_linear,
 )
 from .protocol import Settings
@@ -36,12 +38,14 @@ def forward_rows(
     into: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, new or written ``into`` these; the h [M, r] of every adapter."""
-    if len(x) > 1 and are_wide(x):  # torch's product of one row is fast everywhere
+    dtype, ys, hs = x.dtype, [], []
+    kept = h_dtype(dtype, x.device)
+    # A wide call keeps a wide h; and torch's product of one row is fast everywhere.
+    if kept != dtype and x.shape[0] > 1 and are_wide(x):
         return _wide_forward(x, outputs, masks, into)
-    kept, ys, hs = h_dtype(x.dtype, x.device), [], []
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         if into is None:
-            y = linear(x, base.weight, cast(base.bias, x.dtype))
+            y = linear(x, base.weight, cast(base.bias, dtype))
         else:
             y = _write_base(into[i], x, base)
         for adapter, mask in zip(adapters, some, strict=True):
@@ -60,18 +64,18 @@ def _wide_forward(
     ys = _empty(x, outputs) if into is None else list(into)
     parts = []
     for rows in wide_rows(x):
-        x_rows = SCRATCH.widen("x", x[rows])
+        x_rows = SCRATCH.widen("x", rows_of(x, rows))
         for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
             pairs = zip(output.adapters, some, strict=True)
             thin = [_project(x_rows, adapter, mask) for adapter, mask in pairs]
-            write_linear(y[rows], x_rows, output, thin)
+            write_linear(rows_of(y, rows), x_rows, output, thin)
             parts += thin
     count = sum(len(output.adapters) for output in outputs)
-    return ys, [torch.cat(parts[i::count]) for i in range(count)]
+    return ys, [_joined(parts[i::count]) for i in range(count)]
 
 
 def _empty(x: Tensor, outputs: Sequence[Output[Tensor]]) -> list[Tensor]:
-    return [x.new_empty(len(x), len(output.base.weight)) for output in outputs]
+    return [x.new_empty(x.shape[0], output.base.weight.shape[0]) for output in outputs]
 
 
 def _write_base(y: Tensor, x: Tensor, base: Base[Tensor]) -> Tensor:
@@ -139,18 +143,19 @@ def _wide_adapter_gradients(
     wide, total = [_in_float32(output) for output in outputs], None
     reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
     for rows in wide_rows(x):
-        x_rows = SCRATCH.widen("x", x[rows]) if reads_x else SCRATCH.take("x", *x[rows].shape)
+        some = rows_of(x, rows)
+        x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
         part_dx, part = _gradients_of_adapters(
-            [_rows_of(dy, rows) for dy in dys],
+            widen_small([rows_of(dy, rows) for dy in dys]),
             x_rows,
             wide,
-            [[_rows_of(h, rows) for h in thin] for thin in hs],
+            [[rows_of(h, rows) for h in thin] for thin in hs],
             wanted,
             _from_row(masks, rows.start),
             needs_x,
         )
         if dx is not None and part_dx is not None:
-            dx[rows] = part_dx
+            rows_of(dx, rows).copy_(part_dx)
         total = part if total is None else _sum(total, part)
     assert total is not None
     return dx, [
@@ -164,9 +169,9 @@ def _wide_adapter_gradients(
     ]
 
 
-def _rows_of(tensor, rows: slice):
-    """These rows; None stays None."""
-    return None if tensor is None else tensor[rows]
+def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """All rows, one part after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sum(total: _Gradients, part: _Gradients) -> _Gradients:
@@ -224,12 +229,13 @@ def _through_lora_b(
     if dy.dtype != dtype and are_wide(dy):
         parts = [
             _through_lora_b(
-                SCRATCH.widen("part", dy[rows]), lora_b, _rows_of(h, rows), factor, dtype
+                SCRATCH.widen("part", rows_of(dy, rows)), lora_b, rows_of(h, rows), factor, dtype
             )
             for rows in wide_rows(dy, fewest=1)
         ]
         dhs, gradients = zip(*parts, strict=True)
-        return None if lora_b is None else torch.cat(dhs), None if h is None else sum(gradients)
+        dh = None if lora_b is None else _joined(dhs)
+        return dh, None if h is None else sum(gradients[1:], gradients[0])
     dy = cast(dy, dtype)
     dh = None if lora_b is None else product(dy, lora_b, factor)
     return dh, None if h is None else thin_gradient(dy, h)
@@ -246,16 +252,17 @@ def masks_of(
 
 
 def _from_row(masks: _Masks, first: int) -> _Masks:
+    if first == 0:
+        return masks
     return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
-    """With all that is small in float32; the weight is widened as it is read."""
+    """With its adapters in float32; weight and bias are widened as they are read."""
     base, adapters = output
-    return Output(
-        base._replace(bias=cast(base.bias, torch.float32)),
-        tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]),
-    )
+    if all([a.dtype == b.dtype == torch.float32 for a, b, _ in adapters]):
+        return output
+    return Output(base, tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]))
 
 
 def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
@@ -265,7 +272,7 @@ def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
     on 2 cores, a bfloat16 layer of 1024 x 1024 takes 0.8 of the time so at 1 row, as much at 16.
     """
     lora_a = adapter.lora_a
-    if lora_a.dtype == x.dtype or len(x) > len(lora_a):
+    if lora_a.dtype == x.dtype or x.shape[0] > lora_a.shape[0]:
         return x.dtype
     wider = lora_a.element_size() > x.element_size() and lora_a.dtype == adapter.lora_b.dtype
     return lora_a.dtype if wider else x.dtype
@@ -344,7 +351,7 @@ def dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> T
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
     step = rows_at_a_time(x)
-    if len(x) <= step:
+    if x.shape[0] <= step:
         yield 0, x, *others
         return
     for first in range(0, len(x), step):
