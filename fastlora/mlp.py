@@ -17,7 +17,7 @@ from .activation import activation_of
 from .adapted import LoRALayer
 from .base import why_not_class, why_not_tensor
 from .classes import change_class, under
-from .frozen import fits
+from .frozen import fits, why_not_here
 from .gather import is_sharded
 from .hooks import is_hooked
 from .modules import plain_name
@@ -28,6 +28,7 @@ from .projection import Base, Output, as_outputs
 from .report import BlockCoverage
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
+_UNKNOWN = "its forward is none that fastlora knows"
 
 
 # What a known forward does, as people write it: of Llama, Mistral, Gemma and most others, of Qwen,
@@ -119,7 +120,9 @@ class GatedMLP(nn.Module):
 
     def why_not_now(self) -> str:
         """Why no block's call is the nodes' at this moment; "" if it can be."""
-        return "a hook on all modules is registered" if nn_module._has_any_global_hook() else ""
+        if nn_module._has_any_global_hook():
+            return "a hook on all modules is registered"
+        return why_not_here()
 
     def read(self, gathers: bool = False) -> Reading:
         """Look at everything that a call would compute with.
@@ -199,9 +202,6 @@ def _why_not_fitting(outputs: tuple[Output[Tensor], ...], gathers: bool) -> str:
     if gate != up or down[1] != gate[0] or 0 in (*gate, *down):
         return f"its weights have shapes {tuple(gate)}, {tuple(up)} and {tuple(down)}"
     return ""
-
-
-_UNKNOWN = "its forward is none that fastlora knows"
 
 
 def why_not_block(module: nn.Module) -> str:
