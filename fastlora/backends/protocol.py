@@ -78,6 +78,18 @@ class Backend(Protocol):
     ) -> list[Tensor | None]:
         """The gradient of each input that needs one, else None; nobody's rows of dx are zero."""
 
+    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """act(gate) ∘ up, [M, N], contiguous.
+
+        gate and up [M, N] have columns that lie end to end.  ``activation`` is one of
+        ``gated.ACTIVATIONS``.
+        """
+
+    def gated_backward(
+        self, dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+    ) -> None:
+        """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
+
     def dropout_mask(self, seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""
 

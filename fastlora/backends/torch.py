@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..projection import Output, flatten, per_adapter, unflatten
 from .dropout import dropout_mask
+from .gated import gated, gated_backward
 from .grouped import backward_grouped, forward_grouped
 from .products import h_dtype
 from .protocol import Settings
@@ -35,6 +36,8 @@ __all__ = [
     "dropout_mask",
     "forward",
     "forward_grouped",
+    "gated",
+    "gated_backward",
     "h_dtype",
     "is_small",
     "no_gradients",

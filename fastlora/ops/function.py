@@ -50,7 +50,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
-            gradients = _differentiable(dys, inputs, needs, seeds, settings)
+            gradients = differentiable(dys, inputs, needs, seeds, settings)
             if not has_x:
                 gradients = _with_those_of_lora_b(gradients, dys, hs, inputs, needs, settings)
         else:
@@ -58,7 +58,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _differentiable(
+def differentiable(
     dys: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     needs: Sequence[bool],

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from ..backends import asked_backend
 from ..base import is_conv1d, why_not_class, why_not_tensor
 from ..gather import is_flattened
+from ..hooks import is_hooked
 from ..projection import (
     LARGEST_SCALE,
     Adapter,
@@ -185,36 +186,6 @@ def _read_variant(
     if not gathers:
         reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
     return reason, None if reason else magnitude
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something acts on a call of this module besides its class's forward."""
-    own = module.__dict__  # a look-up here takes half the time of an attribute
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or ("forward" in own and not _acts_as_its_class(module))
-    )
-
-
-def _acts_as_its_class(module: nn.Module) -> bool:
-    """Whether the forward on this instance does what its class's does.
-
-    It may be accelerate's, which moves inputs to the weight's device, where the fast path asks them
-    to be; or the class's own, which accelerate leaves there when its hook is removed.
-    """
-    own = module.__dict__["forward"]
-    if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
-        return True
-    hook: Any = module.__dict__.get("_hf_hook")
-    return (
-        type(hook).__name__ == "AlignDevicesHook"
-        and type(hook).__module__ == "accelerate.hooks"
-        and not hook.offload
-        and not hook.io_same_device
-    )
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
