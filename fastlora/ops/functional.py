@@ -144,7 +144,8 @@ def _call(
         seeds = _seeds(layouts, dropout, x.device)
         return call_registered(x, outputs, dropout, seeds, name)
     chosen = find_backend(backend, x.device)
-    settings = Settings(layouts, dropout, chosen, {}, not dropout and chosen.is_small(x, outputs))
+    is_small = not dropout and chosen.is_small(x, outputs)
+    settings = Settings(layouts, dropout, chosen, None if kind is None else {}, is_small)
     inputs = (x, *flatten(outputs, layouts))
     if kind is None:  # it may be that some have outlived a transform of torch.func
         inputs = unwrap_dead_wrappers(inputs)

@@ -4,6 +4,7 @@ A kind is everything that the checks, the choice of backend and the launches of 
 """
 
 from collections.abc import Hashable, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .textbook import needs_textbook
 
 _MOST = 1024
 _known: dict[Hashable, Settings] = {}
+_changes = Lock()  # to find the oldest, no other thread may change them
 
 
 def kind_of(
@@ -64,9 +66,10 @@ def known(kind: Hashable) -> Settings | None:
 
 def remember(kind: Hashable, settings: Settings) -> None:
     """The settings of a call of this kind that passed the checks; the oldest is forgotten."""
-    while len(_known) >= _MOST:
-        _known.pop(next(iter(_known)), None)
-    _known[kind] = settings
+    with _changes:
+        while len(_known) >= _MOST:
+            del _known[next(iter(_known))]
+        _known[kind] = settings
 
 
 def _facts(tensor: Tensor) -> Hashable:
