@@ -1,6 +1,7 @@
 """Calls that are resolved once and replayed, against the same calls made step by step."""
 
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -168,15 +169,32 @@ def test_a_saved_h_may_come_back_in_another_layout():
         assert all(map(torch.equal, expected, step(x, [one])))
 
 
+class Slow(dict):
+    """Other threads run while this one looks for the first key, and when it has gone."""
+
+    def __iter__(self):
+        keys = super().__iter__()
+        time.sleep(0.001)
+        return keys
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        time.sleep(0.001)
+
+    def pop(self, *key):
+        super().pop(*key)
+        time.sleep(0.001)
+
+
 def test_threads_may_keep_calls_at_one_time(monkeypatch):
     """Each makes room for its own, and takes the oldest out."""
     monkeypatch.setattr(kept, "_MOST", 2)
     monkeypatch.setattr(kept, "script_of", lambda *_: Script(lambda stream, x: [x], "", []))
-    calls, raised = {}, []
+    calls, raised = Slow(), []
 
     def call(first):
         try:
-            for i in range(first, 3000, 4):
+            for i in range(first, 40, 4):
                 kept.replayed(step, [torch.empty(1)], (i,), lambda: True, calls)
         except RuntimeError as error:
             raised.append(error)
