@@ -142,7 +142,9 @@ def _call(
         seeds = _seeds(layouts, dropout, x.device)
         return call_registered(x, outputs, dropout, seeds, name)
     chosen = find_backend(backend, x.device)
-    settings = Settings(layouts, dropout, chosen, {}, chosen.is_small(x, outputs))
+    settings = Settings(
+        layouts, dropout, chosen, None if key is None else {}, chosen.is_small(x, outputs)
+    )
     # Some may have outlived a transform of torch.func, which no known kind has.
     inputs = unwrap_dead_wrappers((x, *flatten(outputs, layouts)))
     if key is not None:

@@ -8,6 +8,7 @@ does.  The rest is the key of the kind.
 """
 
 from collections.abc import Hashable, Sequence
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from ..projection import Output, Projection, is_plain
 from .textbook import needs_textbook
 
 _MOST, _MOST_OF_A_KEY = 1024, 8
+_changes = Lock()  # to find the oldest, no other thread may change them
 
 
 class _Kind(NamedTuple):
@@ -91,15 +93,16 @@ def known(key: Hashable, inputs: Sequence[Tensor]) -> Settings | None:
 
 def remember(key: Hashable, inputs: Sequence[Tensor], settings: Settings) -> None:
     """The settings of a call that passed the checks; the oldest kinds are forgotten."""
-    while len(_known) >= _MOST and key not in _known:
-        _known.pop(next(iter(_known)), None)
     dims: Any = {  # torch's own annotations of this class know less than it takes
         "dynamic_dims_sizes": [[*tensor.shape] for tensor in inputs],
         "dynamic_dims_strides": [[*tensor.stride()] for tensor in inputs],
     }
     guard = TensorGuards(*inputs, **dims)
     kind = _Kind(guard, None if settings.is_small else _alignment(inputs), settings)
-    _known[key] = (kind, *_known.get(key, ())[: _MOST_OF_A_KEY - 1])
+    with _changes:
+        while len(_known) >= _MOST and key not in _known:
+            del _known[next(iter(_known))]
+        _known[key] = (kind, *_known.get(key, ())[: _MOST_OF_A_KEY - 1])
 
 
 def _alignment(inputs: Sequence[Tensor]) -> list[int]:
