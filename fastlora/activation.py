@@ -40,7 +40,8 @@ def _name_of_function(function: Any) -> str:
         return "gelu"
     if type(function) is partial:
         known = function.func is functional.gelu and not function.args
-        return _gelu(function.keywords["approximate"]) if known and function.keywords else ""
+        given = function.keywords
+        return _gelu(given.get("approximate", "")) if known and len(given) == 1 else ""
     try:
         return _FUNCTIONS.get(function, "")
     except TypeError:  # it isn't hashable

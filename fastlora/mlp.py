@@ -15,19 +15,20 @@ from torch.nn.modules import module as nn_module
 
 from .activation import activation_of
 from .adapted import LoRALayer
+from .backends import find_backend
 from .base import why_not_class, why_not_tensor
 from .classes import change_class, under
-from .frozen import fits
+from .frozen import fits, why_not_here
 from .gather import is_sharded
 from .hooks import is_hooked
 from .modules import plain_name
 from .ops import gated_mlp
-from .ops.few import has_few_rows
 from .ops.gated import follows
 from .projection import Base, Output, as_outputs
 from .report import BlockCoverage
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
+_UNKNOWN = "its forward is none that fastlora knows"
 
 
 # What a known forward does, as people write it: of Llama, Mistral, Gemma and most others, of Qwen,
@@ -104,22 +105,26 @@ class GatedMLP(nn.Module):
     def forward(self, *args, **named):
         if len(args) == 1 and not named and follows(args[0]) and not self.why_not_now():
             (x,), reading = args, self.read()
-            if reading.outputs and fits(x, reading.outputs[0].base.weight):
-                gate = reading.outputs[0]
+            if (
+                reading.outputs
+                and fits(x, reading.outputs[0].base.weight)
                 # Those are faster without a node, and keep next to nothing.
-                if reading.dropout or not has_few_rows(x, (gate,)):
-                    return gated_mlp(
-                        x,
-                        *reading.outputs,
-                        reading.activation,
-                        dropout=reading.dropout,
-                        down_dropout=reading.down_dropout,
-                    )
+                and not find_backend(device=x.device).is_small(x, reading.outputs[:1])
+            ):
+                return gated_mlp(
+                    x,
+                    *reading.outputs,
+                    reading.activation,
+                    dropout=reading.dropout,
+                    down_dropout=reading.down_dropout,
+                )
         return super().forward(*args, **named)
 
     def why_not_now(self) -> str:
         """Why no block's call is the nodes' at this moment; "" if it can be."""
-        return "a hook on all modules is registered" if nn_module._has_any_global_hook() else ""
+        if nn_module._has_any_global_hook():
+            return "a hook on all modules is registered"
+        return why_not_here()
 
     def read(self, gathers: bool = False) -> Reading:
         """Look at everything that a call would compute with.
@@ -199,9 +204,6 @@ def _why_not_fitting(outputs: tuple[Output[Tensor], ...], gathers: bool) -> str:
     if gate != up or down[1] != gate[0] or 0 in (*gate, *down):
         return f"its weights have shapes {tuple(gate)}, {tuple(up)} and {tuple(down)}"
     return ""
-
-
-_UNKNOWN = "its forward is none that fastlora knows"
 
 
 def why_not_block(module: nn.Module) -> str:

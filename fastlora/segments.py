@@ -51,13 +51,19 @@ class Segments(NamedTuple):
         return torch.searchsorted(self.ends.contiguous(), numbers, right=True)
 
 
-def part_of(output: Output[Tensor], e: int) -> Output[Tensor]:
-    """Expert e's own output, of one with stacked tensors: views, with a dimension less."""
+def parts_of(output: Output[Tensor]) -> list[Output[Tensor]]:
+    """Each segment's own output, of one whose tensors are stacked: views, with a dimension less."""
     (weight, bias), adapters = output
-    return Output(
-        Base(weight[e], None if bias is None else bias[e]),
-        tuple([Adapter(lora_a[e], lora_b[e], scale) for lora_a, lora_b, scale in adapters]),
-    )
+    weights = weight.unbind()
+    biases = [None] * len(weights) if bias is None else bias.unbind()
+    banks = [(lora_a.unbind(), lora_b.unbind(), scale) for lora_a, lora_b, scale in adapters]
+    return [
+        Output(
+            Base(weights[e], biases[e]),
+            tuple([Adapter(lora_a[e], lora_b[e], scale) for lora_a, lora_b, scale in banks]),
+        )
+        for e in range(len(weights))
+    ]
 
 
 def check_grouped(

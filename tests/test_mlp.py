@@ -245,6 +245,8 @@ ACTIVATIONS = {
         activations.LinearActivation(),
         partial(functional.silu, inplace=True),
         partial(functional.gelu, torch.ones(1)),
+        partial(functional.gelu, input=torch.ones(1)),
+        partial(functional.gelu),
         lambda gate: gate,
         [],
         None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlora.projection import Adapter, Base, Output
-from fastlora.segments import Segments, part_of
+from fastlora.segments import Segments, parts_of
 
 
 def segments(*ends: int) -> Segments:
@@ -35,14 +35,15 @@ def test_ends_that_can_t_be(ends):
         segments(*ends).slices(5)
 
 
-def test_a_part_is_views():
+def test_parts_are_views():
     weight, bias = torch.randn(3, 4, 5), torch.randn(3, 4)
     adapter = Adapter(torch.randn(3, 2, 5), torch.randn(3, 4, 2), 0.5)
-    for e in range(3):
-        part = part_of(Output(Base(weight, bias), (adapter,)), e)
+    parts = parts_of(Output(Base(weight, bias), (adapter,)))
+    assert len(parts) == 3
+    for e, part in enumerate(parts):
         assert torch.equal(part.base.weight, weight[e])
         assert torch.equal(part.base.bias, bias[e])
         assert part.adapters[0].scale == 0.5
         assert torch.equal(part.adapters[0].lora_b, adapter.lora_b[e])
         assert part.base.weight._base is weight
-    assert part_of(Output(Base(weight), (adapter,)), 0).base.bias is None
+    assert parts_of(Output(Base(weight), (adapter,)))[0].base.bias is None

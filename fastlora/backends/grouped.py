@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..projection import Adapter, Base, Output, flatten, layouts_of, unflatten
-from ..segments import Segments, part_of
-from .dropout import DropoutMask, multiply_bits
+from ..segments import Segments, parts_of
+from .dropout import DropoutMask
 from .products import cast, h_dtype
 from .protocol import Settings
-from .rows import backward_rows, blocks_of, factor_of, forward_rows
+from .rows import backward_rows, dropped, factor_of, forward_rows
 
 # For tests: True or False decides in the place of the device whether grouped_mm runs, but its
 # limits hold.
@@ -71,12 +71,15 @@ def _forward_in_turn(
     y = x.new_empty(len(x), output.base.weight.shape[1])
     h = x.new_empty(len(x), adapter.lora_a.shape[1], dtype=h_dtype(x.dtype, x.device))
     slices = segments.slices(len(x))
-    for e, rows in enumerate(slices):
+    (*ys, nobody), (*hs, nobody_s_h) = _cut(y, slices), _cut(h, slices)
+    per_expert = zip(slices, _cut(x, slices), ys, hs, parts_of(output), strict=False)
+    for rows, x_rows, y_rows, h_rows, part in per_expert:
         if rows.stop > rows.start:
             masks = [[_from_row(mask, rows.start)]]
-            _, (h[rows],) = forward_rows(x[rows], [part_of(output, e)], masks, [y[rows]])
-    for tensor in (y, h):
-        tensor[slices[-1].stop :].zero_()
+            _, (found,) = forward_rows(x_rows, [part], masks, [y_rows])
+            h_rows.copy_(found)
+    nobody.zero_()
+    nobody_s_h.zero_()
     return y, h
 
 
@@ -97,22 +100,32 @@ def _backward_in_turn(
         tensor.new_empty(tensor.shape) if need else None
         for tensor, need in zip(tensors, needs, strict=True)
     ]
-    slices = segments.slices(len(x))
-    for e, rows in enumerate(slices):
-        if rows.stop == rows.start:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient[e].zero_()
-            continue
-        masks, one = [[_from_row(mask, rows.start)]], [part_of(output, e)]
-        thin, into = [[h[rows]]], None if dx is None else dx[rows]
-        _, found = backward_rows([dy[rows]], x[rows], one, thin, [wanted], masks, needs_x, into)
-        for gradient, part in zip(gradients, flatten(found, layouts), strict=True):
-            if gradient is not None and part is not None:
-                gradient[e] = part
+    slices, parts = segments.slices(len(x)), parts_of(output)
+    places = [None if gradient is None else gradient.unbind() for gradient in gradients]
+    dxs = [None] * len(slices) if dx is None else _cut(dx, slices)
+    cut = [_cut(tensor, slices) for tensor in (dy, x, h)]
+    for e, (rows, dy_rows, x_rows, h_rows, into, part) in enumerate(
+        zip(slices, *cut, dxs, parts, strict=False)
+    ):
+        found: list[Tensor | None] = [None] * len(places)
+        if rows.stop > rows.start:
+            masks, thin = [[_from_row(mask, rows.start)]], [[h_rows]]
+            _, gradients_of_one = backward_rows(
+                [dy_rows], x_rows, [part], thin, [wanted], masks, needs_x, into
+            )
+            found = flatten(gradients_of_one, layouts)
+        for place, gradient in zip(places, found, strict=True):
+            if place is not None:
+                place[e].zero_() if gradient is None else place[e].copy_(gradient)
     if dx is not None:
         dx[slices[-1].stop :].zero_()
     return dx, unflatten(gradients, layouts)[0]
+
+
+def _cut(tensor: Tensor, slices: Sequence[slice]) -> Sequence[Tensor]:
+    """Each expert's rows, as views, and behind them nobody's."""
+    lengths = [rows.stop - rows.start for rows in slices]
+    return tensor.split([*lengths, len(tensor) - slices[-1].stop])
 
 
 def _mask(x: Tensor, seeds: Tensor | None, settings: Settings) -> DropoutMask | None:
@@ -158,7 +171,7 @@ def _forward_at_once(
     (weight, bias), (adapter,) = output
     x, ends = _aligned(x), segments.ends.contiguous()
     down = _thin(adapter.lora_a, 1, x.dtype, factor_of(adapter, mask))
-    h = functional.grouped_mm(_dropped(x, mask), down.mT, offs=ends)
+    h = functional.grouped_mm(dropped(x, mask), down.mT, offs=ends)
     y = functional.grouped_mm(x, weight.mT, offs=ends)
     y.add_(functional.grouped_mm(h, _thin(adapter.lora_b, 2, x.dtype).mT, offs=ends))
     owners = segments.of_rows(len(x))
@@ -195,10 +208,10 @@ def _backward_at_once(
         dh = functional.grouped_mm(dy, up, offs=ends)
     if dh is not None and needs_x:
         change = functional.grouped_mm(dh, _thin(adapter.lora_a, 1, x.dtype), offs=ends)
-        dx = functional.grouped_mm(dy, weight, offs=ends).add_(_dropped(change, mask, change))
+        dx = functional.grouped_mm(dy, weight, offs=ends).add_(dropped(change, mask, change))
         dx.masked_fill_((segments.of_rows(len(x)) == len(weight)).unsqueeze(1), 0.0)
     if dh is not None and need.lora_a:
-        d_lora_a = over_rows(dh, _dropped(_aligned(x), mask))[:, :rank]
+        d_lora_a = over_rows(dh, dropped(_aligned(x), mask))[:, :rank]
         d_lora_a = cast(d_lora_a, adapter.lora_a.dtype).contiguous()
     if need.lora_b:
         d_lora_b = over_rows(dy, _thin(h, 1, x.dtype))[..., :rank]
@@ -233,13 +246,3 @@ def _thin(tensor: Tensor, dim: int, dtype: torch.dtype, factor: float | None = N
     filled = tensor.new_zeros(shape, dtype=dtype)
     filled.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     return filled
-
-
-def _dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> Tensor:
-    """mask ∘ x, [S, K]."""
-    if mask is None:
-        return x
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    for first, x_rows, out_rows in blocks_of(x, out):
-        multiply_bits(x_rows, mask.rows(first, len(x_rows)), out=out_rows)
-    return out

@@ -90,14 +90,14 @@ class Backend(Protocol):
     ) -> None:
         """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
 
-    def dropout_mask(self, seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
+    def dropout_mask(self, seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""
 
     def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """That of every h, for x of this dtype on this device.  It runs nothing."""
 
     def is_small(self, x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
-        """Whether a call without dropout is the faster for having no node."""
+        """Whether a call is the faster for having no node."""
 
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]

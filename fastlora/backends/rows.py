@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..blocks import rows_at_a_time, rows_of_a_tile
-from ..projection import Adapter, Base, Output
+from ..projection import Adapter, Base, Output, per_adapter
 from .dropout import DropoutMask, multiply_bits
 from .products import (
     SCRATCH,
@@ -17,30 +17,35 @@ from .products import (
     cast,
     h_dtype,
     product,
+    rows_of,
     thin_gradient,
     weight_gradient,
     wide_rows,
+    widen_small,
     write_linear,
 )
+from .protocol import Settings
 
 # For each output, what each of its adapters has.
-Masks = Sequence[Sequence[DropoutMask | None]]
+_Masks = Sequence[Sequence[DropoutMask | None]]
 _Gradients = list[list[Adapter[Tensor | None]]]
 
 
 def forward_rows(
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
-    masks: Masks,
+    masks: _Masks,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """y [M, N] of every output, new or written ``into`` these; the h [M, r] of every adapter."""
-    if len(x) > 1 and are_wide(x):  # torch's product of one row is fast everywhere
+    dtype, ys, hs = x.dtype, [], []
+    kept = h_dtype(dtype, x.device)
+    # A wide call keeps a wide h; and torch's product of one row is fast everywhere.
+    if kept != dtype and x.shape[0] > 1 and are_wide(x):
         return _wide_forward(x, outputs, masks, into)
-    kept, ys, hs = h_dtype(x.dtype, x.device), [], []
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         if into is None:
-            y = linear(x, base.weight, cast(base.bias, x.dtype))
+            y = linear(x, base.weight, cast(base.bias, dtype))
         else:
             y = _write_base(into[i], x, base)
         for adapter, mask in zip(adapters, some, strict=True):
@@ -52,25 +57,25 @@ def forward_rows(
 
 
 def _wide_forward(
-    x: Tensor, outputs: Sequence[Output[Tensor]], masks: Masks, into: Sequence[Tensor] | None
+    x: Tensor, outputs: Sequence[Output[Tensor]], masks: _Masks, into: Sequence[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The same in float32, a block of rows after the other; each y is rounded once."""
     outputs = [_in_float32(output) for output in outputs]
     ys = _empty(x, outputs) if into is None else list(into)
     parts = []
     for rows in wide_rows(x):
-        x_rows = SCRATCH.widen("x", x[rows])
+        x_rows = SCRATCH.widen("x", rows_of(x, rows))
         for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
             pairs = zip(output.adapters, some, strict=True)
             thin = [_project(x_rows, adapter, mask) for adapter, mask in pairs]
-            write_linear(y[rows], x_rows, output, thin)
+            write_linear(rows_of(y, rows), x_rows, output, thin)
             parts += thin
     count = sum(len(output.adapters) for output in outputs)
-    return ys, [torch.cat(parts[i::count]) for i in range(count)]
+    return ys, [_joined(parts[i::count]) for i in range(count)]
 
 
 def _empty(x: Tensor, outputs: Sequence[Output[Tensor]]) -> list[Tensor]:
-    return [x.new_empty(len(x), len(output.base.weight)) for output in outputs]
+    return [x.new_empty(x.shape[0], output.base.weight.shape[0]) for output in outputs]
 
 
 def _write_base(y: Tensor, x: Tensor, base: Base[Tensor]) -> Tensor:
@@ -85,7 +90,7 @@ def backward_rows(
     outputs: Sequence[Output[Tensor]],
     hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
-    masks: Masks,
+    masks: _Masks,
     needs_x: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
@@ -109,7 +114,7 @@ def _gradients_of_adapters(
     outputs: Sequence[Output[Tensor]],
     hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
-    masks: Masks,
+    masks: _Masks,
     needs_x: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, _Gradients]:
@@ -127,7 +132,7 @@ def _wide_adapter_gradients(
     outputs: Sequence[Output[Tensor]],
     hs: Sequence[Sequence[Tensor]],
     wanted: Sequence[Output[bool]],
-    masks: Masks,
+    masks: _Masks,
     needs_x: bool,
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, _Gradients]:
@@ -138,18 +143,19 @@ def _wide_adapter_gradients(
     wide, total = [_in_float32(output) for output in outputs], None
     reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
     for rows in wide_rows(x):
-        x_rows = SCRATCH.widen("x", x[rows]) if reads_x else SCRATCH.take("x", *x[rows].shape)
+        some = rows_of(x, rows)
+        x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
         part_dx, part = _gradients_of_adapters(
-            [_rows_of(dy, rows) for dy in dys],
+            widen_small([rows_of(dy, rows) for dy in dys]),
             x_rows,
             wide,
-            [[_rows_of(h, rows) for h in thin] for thin in hs],
+            [[rows_of(h, rows) for h in thin] for thin in hs],
             wanted,
             _from_row(masks, rows.start),
             needs_x,
         )
         if dx is not None and part_dx is not None:
-            dx[rows] = part_dx
+            rows_of(dx, rows).copy_(part_dx)
         total = part if total is None else _sum(total, part)
     assert total is not None
     return dx, [
@@ -163,9 +169,9 @@ def _wide_adapter_gradients(
     ]
 
 
-def _rows_of(tensor, rows: slice):
-    """These rows; None stays None."""
-    return None if tensor is None else tensor[rows]
+def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """All rows, one part after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sum(total: _Gradients, part: _Gradients) -> _Gradients:
@@ -223,28 +229,40 @@ def _through_lora_b(
     if dy.dtype != dtype and are_wide(dy):
         parts = [
             _through_lora_b(
-                SCRATCH.widen("part", dy[rows]), lora_b, _rows_of(h, rows), factor, dtype
+                SCRATCH.widen("part", rows_of(dy, rows)), lora_b, rows_of(h, rows), factor, dtype
             )
             for rows in wide_rows(dy, fewest=1)
         ]
         dhs, gradients = zip(*parts, strict=True)
-        return None if lora_b is None else torch.cat(dhs), None if h is None else sum(gradients)
+        dh = None if lora_b is None else _joined(dhs)
+        return dh, None if h is None else sum(gradients[1:], gradients[0])
     dy = cast(dy, dtype)
     dh = None if lora_b is None else product(dy, lora_b, factor)
     return dh, None if h is None else thin_gradient(dy, h)
 
 
-def _from_row(masks: Masks, first: int) -> Masks:
+def masks_of(
+    x: Tensor, outputs: Sequence[Output], seeds: Tensor | None, settings: Settings
+) -> _Masks:
+    """For each output its adapters' masks, or None for each without dropout."""
+    if seeds is None:
+        return [[None] * len(output.adapters) for output in outputs]
+    masks = [DropoutMask(seed.view(1), x.shape, settings.dropout) for seed in seeds.unbind()]
+    return list(per_adapter(masks, outputs))
+
+
+def _from_row(masks: _Masks, first: int) -> _Masks:
+    if first == 0:
+        return masks
     return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
-    """With all that is small in float32; the weight is widened as it is read."""
+    """With its adapters in float32; weight and bias are widened as they are read."""
     base, adapters = output
-    return Output(
-        base._replace(bias=cast(base.bias, torch.float32)),
-        tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]),
-    )
+    if all([a.dtype == b.dtype == torch.float32 for a, b, _ in adapters]):
+        return output
+    return Output(base, tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]))
 
 
 def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
@@ -254,7 +272,7 @@ def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
     on 2 cores, a bfloat16 layer of 1024 x 1024 takes 0.8 of the time so at 1 row, as much at 16.
     """
     lora_a = adapter.lora_a
-    if lora_a.dtype == x.dtype or len(x) > len(lora_a):
+    if lora_a.dtype == x.dtype or x.shape[0] > lora_a.shape[0]:
         return x.dtype
     wider = lora_a.element_size() > x.element_size() and lora_a.dtype == adapter.lora_b.dtype
     return lora_a.dtype if wider else x.dtype
@@ -272,7 +290,7 @@ def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> T
     if mask is None:
         return product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
-    for first, x_rows, h_rows in blocks_of(x, h):
+    for first, x_rows, h_rows in _blocks(x, h):
         product(_drop(mask, first, x_rows), down, factor, out=h_rows)
     return h
 
@@ -309,7 +327,7 @@ def _through_lora_a(
         return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
-    for first, x_rows, dh_rows, dx_rows in blocks_of(x, dh, dx):
+    for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
         change = None
         if dx is not None:
             change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
@@ -320,10 +338,20 @@ def _through_lora_a(
     return cast(d_lora_a, lora_a.dtype)
 
 
-def blocks_of(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+def dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> Tensor:
+    """mask ∘ x, [S, K]."""
+    if mask is None:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    for first, x_rows, out_rows in _blocks(x, out):
+        multiply_bits(x_rows, mask.rows(first, len(x_rows)), out=out_rows)
+    return out
+
+
+def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
     step = rows_at_a_time(x)
-    if len(x) <= step:
+    if x.shape[0] <= step:
         yield 0, x, *others
         return
     for first in range(0, len(x), step):

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ..projection import Output, flatten, per_adapter, unflatten
-from .dropout import DropoutMask, dropout_mask
+from .dropout import dropout_mask
 from .gated import gated, gated_backward
 from .grouped import backward_grouped, forward_grouped
 from .products import h_dtype
 from .protocol import Settings
-from .rows import Masks, backward_rows, base_gradients, forward_rows, no_gradients
+from .rows import backward_rows, base_gradients, forward_rows, masks_of, no_gradients
 
 __all__ = [
     "backward",
@@ -70,7 +70,7 @@ def forward(
     """y [M, N] of every output, and h [M, r] of every adapter, laid end to end."""
     x, *tensors = inputs
     outputs = unflatten(tensors, settings.layouts)
-    return forward_rows(x, outputs, _masks(x, outputs, seeds, settings))
+    return forward_rows(x, outputs, masks_of(x, outputs, seeds, settings))
 
 
 def backward(
@@ -86,15 +86,7 @@ def backward(
     needs_x, *needs_flat = needs
     outputs = unflatten(tensors, settings.layouts)
     wanted = unflatten(needs_flat, settings.layouts)
-    masks = _masks(x, outputs, seeds, settings)
+    masks = masks_of(x, outputs, seeds, settings)
     thin = list(per_adapter(hs, outputs))
     dx, gradients = backward_rows(dys, x, outputs, thin, wanted, masks, needs_x)
     return [dx, *flatten(gradients, settings.layouts)]
-
-
-def _masks(x: Tensor, outputs: Sequence[Output], seeds: Tensor | None, settings: Settings) -> Masks:
-    """For each output its adapters' masks, or None for each without dropout."""
-    if seeds is None:
-        return [[None] * len(output.adapters) for output in outputs]
-    masks = [DropoutMask(seed.view(1), x.shape, settings.dropout) for seed in seeds.unbind()]
-    return list(per_adapter(masks, outputs))

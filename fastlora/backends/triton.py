@@ -270,6 +270,8 @@ def _backward(
     common, needs = _Common(dropout, precision, seeds), unflatten(rest, layouts)
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    # A hook on saved tensors may give them back in another layout.
+    hs = [h if h is None or h.is_contiguous() else h.contiguous() for h in hs]
     outputs = unflatten(flat, layouts)
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []

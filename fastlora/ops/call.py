@@ -98,8 +98,8 @@ def stand_in(weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], rows or columns dense: copied only if its strides need it."""
-    matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    """x [..., K] as [M, K], rows or columns dense: copied only if its strides or sign need it."""
+    matrix = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).resolve_neg()
     strides = matrix.stride()
     return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends import Settings, backend_name, find_backend
 from ..projection import Adapter, Base, Output, check_tensor, flatten, is_plain, layouts_of
-from ..segments import Segments, check_grouped, part_of
+from ..segments import Segments, check_grouped, parts_of
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import run_grouped
 from .functional import draw_seed, why_torch_refuses
@@ -101,6 +101,7 @@ def _call(
 def _textbook(x: Tensor, output: Output[Tensor], segments: Segments, p: float) -> Tensor:
     """By torch's own operations, which everything of torch's can follow."""
     slices = segments.slices(len(x))
-    ys = [textbook(x[rows], [part_of(output, e)], p)[0] for e, rows in enumerate(slices)]
+    pairs = zip(slices, parts_of(output), strict=True)
+    ys = [textbook(x[rows], [part], p)[0] for rows, part in pairs]
     nobody = len(x) - slices[-1].stop
     return torch.cat([*ys, x.new_zeros(nobody, output.base.weight.shape[1])])

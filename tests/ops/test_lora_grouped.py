@@ -103,6 +103,7 @@ STRIDES = {
     "x-transposed": {"x": lambda t: t.T.contiguous().T},
     "x-every-second-column": {"x": lambda t: t.repeat_interleave(2, 1)[:, ::2]},
     "x-from-an-odd-column": {"x": lambda t: torch.cat([t[:, :1], t], 1)[:, 1:]},
+    "x-negated": {"x": lambda t: torch._neg_view(t.repeat_interleave(2, 1)[:, ::2])},
     "x-expanded": {"x": lambda t: t[:1].expand(t.shape)},
     "weight-transposed": {"weight": lambda t: t.mT.contiguous().mT},
     "weight-every-second-column": {"weight": lambda t: t.repeat_interleave(2, 2)[..., ::2]},

@@ -169,7 +169,7 @@ def test_selective_checkpointing_that_keeps_products(p):
         return Policy.MUST_SAVE if kept else Policy.PREFER_RECOMPUTE
 
     layer = make_layer(p)
-    x, found = torch.randn(5, 12, requires_grad=True), []
+    x, found = torch.randn(40, 12, requires_grad=True), []
     for context in (None, lambda: create_selective_checkpoint_contexts(keep_products)):
         torch.manual_seed(1)
         y = checkpoint(layer, x, use_reentrant=False, context_fn=context) if context else layer(x)
