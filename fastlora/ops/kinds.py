@@ -8,6 +8,7 @@ does.  The rest is the key of the kind.
 """
 
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ..projection import Output, Projection, is_plain
 from .textbook import needs_textbook
 
 _MOST, _MOST_OF_A_KEY = 1024, 8
+_is_nested = attrgetter("is_nested")
 _changes = Lock()  # to find the oldest, no other thread may change them
 
 
@@ -83,9 +85,11 @@ def known(key: Hashable, inputs: Sequence[Tensor]) -> Settings | None:
     """The settings of a call with this key and these tensors, if one has passed the checks."""
     try:
         kinds = _known.get(key)
-    except TypeError:  # there is something in it that isn't hashable
+        if kinds is None or any(map(_is_nested, inputs)):  # these end the process in a guard
+            return None
+    except Exception:  # what isn't hashable, or no tensor: the checks say it better
         return None
-    for guard, alignment, settings in kinds or ():
+    for guard, alignment, settings in kinds:
         if guard.check(*inputs) and (alignment is None or alignment == _alignment(inputs)):
             return settings
     return None

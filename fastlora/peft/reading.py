@@ -82,7 +82,7 @@ def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
     key = (
         (kind, kind.forward, kind.__call__, type(lora_a), type(lora_b), type(dropout)),
         (_rate(dropout), dropout.__dict__.get("inplace"), scale, type(scale), bias is None),
-        (asked_backend(), x.shape, shape),
+        (asked_backend(), torch.is_grad_enabled(), x.shape, shape),
     )
     return Glance(key, inputs)
 

@@ -62,11 +62,15 @@ OTHERS = {
     "training of no truth": ({}, {"training": [True]}),
     "another backend": ({}, {"backend": "numpy"}),
 }
+NESTED = {
+    name: ({name: torch.nested.nested_tensor([torch.randn(3), torch.randn(2)])}, {})
+    for name in ("weight", "lora_a", "lora_b")
+}
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, *NESTED])
 def test_another_kind_is_checked(checks, name):
-    changes, settings = OTHERS[name]
+    changes, settings = (OTHERS | NESTED)[name]
     with pytest.raises((ValueError, TypeError)) as raised:
         call(**tensors(**changes), **settings)
     kinds._known.clear()

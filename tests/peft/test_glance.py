@@ -230,6 +230,24 @@ def test_training_and_evaluation_are_two_kinds(readings):
     assert [reading.p for reading in readings] == [0.25]
 
 
+@pytest.mark.parametrize("rows", [5, 64])
+def test_a_base_made_in_inference_mode_trains_after_an_evaluation(rows):
+    """As with PEFT: its product keeps no weight, where x needs no gradient; a node of ours does."""
+    layer, x = adapted(), torch.randn(rows, K)
+    with torch.inference_mode():
+        made = torch.randn(N, K)
+    layer.base_layer.weight = nn.Parameter(made, requires_grad=False)
+    theirs = copy.deepcopy(layer)
+    fastlora.optimize(layer)
+    found = []
+    for each in (layer, theirs):
+        with torch.no_grad():
+            each(x)
+        each(x).square().sum().backward()
+        found.append([tensor.grad for tensor in each.parameters()])
+    torch.testing.assert_close(*found)
+
+
 def test_layers_of_one_kind_are_judged_once(readings):
     for _ in range(3):
         layer = adapted()
