@@ -8,6 +8,7 @@ keeps them, for to make the mask again would cost more than a row is worth.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -30,4 +31,8 @@ def few_rows(
             mask = settings.backend.dropout_mask(seed, rows.shape, settings.dropout)
             dropped = rows * mask.to(rows.dtype)  # a mask of bool takes 1.4 times as long
         y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=float(scale) / keep)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], -1),)
+    if x.dim() == 2:
+        return (y,)
+    shape = *x.shape[:-1], y.shape[-1]
+    # No view: hooks on one are lost when it is changed in place, and one made in no_grad can't be.
+    return (torch.ops.aten._unsafe_view(y, shape) if y.requires_grad else y.resize_(shape),)

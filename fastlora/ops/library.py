@@ -18,6 +18,8 @@ from .autocast import autocast_off
 from .call import kept, run_backward, run_forward, stand_in
 from .norm import norm_of_rows, wide_dtype
 
+find_backend("torch")  # not first while compiling, when the constants that it makes would be fake
+
 LIBRARY = torch.library.Library("fastlora", "DEF")
 _SETTINGS = (
     "bool[] biases, int[] adapters, float[] scales, float dropout, Tensor? seeds, str backend"

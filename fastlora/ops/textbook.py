@@ -13,10 +13,13 @@ from ..projection import Output
 def needs_textbook(x: Tensor) -> bool:
     """Whether x, or what is done with the call, is nothing that the node can follow.
 
-    A nested tensor, a transform of ``torch.func``, forward-mode differentiation.
+    A nested tensor, a transform of ``torch.func``, forward-mode differentiation, ``jit.trace``.
     """
     return (
-        x.is_nested or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        x.is_nested
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )
 
 

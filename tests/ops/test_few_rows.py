@@ -102,3 +102,18 @@ def test_several_adapters_and_none():
         y.add_(1.0).sum().backward()  # what is returned may be changed in place
         torch.testing.assert_close(x.grad, merged.sum(0).expand_as(x), rtol=1e-4, atol=1e-3)
         x.grad = None
+
+
+@pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1])
+def test_what_is_returned_is_no_view(rows):
+    """Of a view that is changed in place, hooks are lost; one made in no_grad can't be changed."""
+    x, seen = torch.randn(1, rows, K, requires_grad=True), []
+    y = call(x)
+    y.register_hook(lambda dy: seen.append(dy) or 2 * dy)
+    y.mul_(3.0).sum().backward()
+    assert torch.equal(*seen, torch.full_like(y, 3.0))
+    assert y.shape == (1, rows, N)
+    assert not y._is_view()
+    with torch.no_grad():
+        y = call(x)
+    assert y.add_(torch.ones(N, requires_grad=True)).requires_grad

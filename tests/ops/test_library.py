@@ -3,6 +3,7 @@
 import pytest
 import torch
 from judge import make_outputs, make_projection
+from process import run_python
 from torch import nn
 
 import fastlora
@@ -141,3 +142,26 @@ def test_fake_tensors_pass_through():
 def test_meta_tensors_pass_through():
     layer = fastlora.LoRALinear(16, 24, r=4, lora_dropout=0.5, device="meta")
     assert layer(torch.randn(2, 3, 16, device="meta")).shape == (2, 3, 24)
+
+
+FIRST_CALL = """
+import torch, fastlora
+layer, x = fastlora.LoRALinear(7, 9, r=2, lora_dropout=0.5), torch.randn(5, 7)
+torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+torch.nn.init.ones_(layer.lora_B)
+y = layer(x)
+print(y.shape == (5, 9), type(y) is torch.Tensor)
+"""
+
+
+def test_the_first_call_of_a_process_may_be_compiled():
+    """A backend imported while compiling would make fake constants."""
+    assert run_python("-c", FIRST_CALL) == "True True"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("rows", [5, 64])
+def test_jit_trace(rows):
+    layer, (x, other) = fastlora.LoRALinear(7, 9, r=2), torch.randn(2, 1, rows, 7)
+    nn.init.normal_(layer.lora_B)
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(other), layer(other))
