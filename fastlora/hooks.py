@@ -7,12 +7,13 @@ from torch import nn
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something acts on a call of this module besides its class's forward."""
+    own = module.__dict__  # a look-up here takes half the time of an attribute
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not _acts_as_its_class(module))
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or ("forward" in own and not _acts_as_its_class(module))
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules import module as nn_module
 
 from .activation import activation_of
 from .adapted import LoRALayer
+from .backends import find_backend
 from .base import why_not_class, why_not_tensor
 from .classes import change_class, under
 from .frozen import fits, why_not_here
@@ -22,7 +23,6 @@ from .gather import is_sharded
 from .hooks import is_hooked
 from .modules import plain_name
 from .ops import gated_mlp
-from .ops.few import has_few_rows
 from .ops.gated import follows
 from .projection import Base, Output, as_outputs
 from .report import BlockCoverage
@@ -105,17 +105,19 @@ class GatedMLP(nn.Module):
     def forward(self, *args, **named):
         if len(args) == 1 and not named and follows(args[0]) and not self.why_not_now():
             (x,), reading = args, self.read()
-            if reading.outputs and fits(x, reading.outputs[0].base.weight):
-                gate = reading.outputs[0]
+            if (
+                reading.outputs
+                and fits(x, reading.outputs[0].base.weight)
                 # Those are faster without a node, and keep next to nothing.
-                if reading.dropout or not has_few_rows(x, (gate,)):
-                    return gated_mlp(
-                        x,
-                        *reading.outputs,
-                        reading.activation,
-                        dropout=reading.dropout,
-                        down_dropout=reading.down_dropout,
-                    )
+                and not find_backend(device=x.device).is_small(x, reading.outputs[:1])
+            ):
+                return gated_mlp(
+                    x,
+                    *reading.outputs,
+                    reading.activation,
+                    dropout=reading.dropout,
+                    down_dropout=reading.down_dropout,
+                )
         return super().forward(*args, **named)
 
     def why_not_now(self) -> str:

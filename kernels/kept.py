@@ -7,6 +7,7 @@ all later ones of its kind follow.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
 from typing import Any
 
 import triton
@@ -19,6 +20,7 @@ from .script import Script, script_of
 
 _MOST = 1024  # calls that are kept; some 15 kB each, a group of three twice that
 _calls: dict[Hashable, Script] = {}
+_changes = Lock()  # to find the oldest, no other thread may change them
 
 
 def replayed(
@@ -47,9 +49,10 @@ def replayed(
         if not covers():
             return None
         kept = script_of(function, tensors, settings)
-        while len(calls) >= _MOST:
-            calls.pop(next(iter(calls)), None)  # the oldest
-        calls[key] = kept
+        with _changes:
+            while len(calls) >= _MOST:
+                del calls[next(iter(calls))]  # the oldest
+            calls[key] = kept
     return kept.replay(_stream(), *tensors)
 
 
@@ -65,8 +68,9 @@ def _facts(tensor: Tensor | None) -> Hashable:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches; Triton tells it in ordinary ones."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
+    knobs = triton.knobs.runtime
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _stream() -> Any:

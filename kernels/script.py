@@ -25,13 +25,16 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
+from threading import Lock
 from types import CellType, FunctionType, MethodDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import INTERPRETED
@@ -40,11 +43,13 @@ from .launch import Launch, recording
 _NAME = re.compile(r"\b(?:at_)?([tv]\d+(?:_\d+)?)\b")  # of a tensor, or of its address
 _BUFFERS = (Tensor.new_empty, torch.empty_like)  # what makes them
 _ALIGNED = 512  # bytes, as torch's allocations on a GPU
+_encoders_are_ours = Lock()  # one thread's at a time, or another's would be put back
 
 
 class Script(NamedTuple):
     replay: Callable[..., list[Tensor | None]]  # of the stream, and of the tensors
     source: str
+    kernels: list[Any]  # Triton's, which unload their code when they go
 
 
 def script_of(
@@ -53,10 +58,12 @@ def script_of(
     settings: Sequence[Hashable],
 ) -> Script:
     """What ``function(tensors, *settings)`` does, for all tensors like these."""
-    writer = _Writer(tensors)
-    # Not in inference mode, where a view doesn't know its base.
-    with torch.inference_mode(False), torch.no_grad(), writer, recording(writer.add_launch):
-        results = function(writer.stand_ins, *settings)
+    # Modes of the caller's see what is replayed, and no stand-in.  A view that inference mode made,
+    # or of a tensor that it made, doesn't know its base, and so neither its address.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        writer = _Writer(tensors)
+        with writer, recording(writer.add_launch):
+            results = function(writer.stand_ins, *settings)
     return writer.script(results)
 
 
@@ -93,13 +100,15 @@ class _Writer(TorchFunctionMode):
         self.names: dict[int, str] = {}  # of tensors and constants, by id
         self.alive: list[Any] = []  # so that an id stays one object's
         self.buffers: dict[str, Tensor] = {}
+        self.kernels: list[Any] = []
         self.addresses: dict[str, int] = {}  # modulo 16, of what came
         self.stand_ins: list[Tensor | None] = [None] * len(tensors)
         for i, tensor in enumerate(tensors):
             if tensor is not None:
-                stand_in = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-                )
+                with DisableTorchFunction():
+                    stand_in = torch.empty_strided(
+                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+                    )
                 self.stand_ins[i] = stand_in
                 self.addresses[self._call(stand_in, f"t{i}")] = tensor.data_ptr() & 15
 
@@ -111,10 +120,11 @@ class _Writer(TorchFunctionMode):
             return 2**20 + self.addresses.get(base, 0) + _offset(arguments[0])
         if name == "__get__" and function.__self__ is Tensor.device:
             return self.device
-        if name == "__get__" and function.__self__ is Tensor._base:
-            return function(*arguments)
         out = keywords.get("out")
-        result = function(*arguments, **keywords) if out is None else out
+        with DisableTorchFunction():  # and with it the modes outside of this one
+            result = function(*arguments, **keywords) if out is None else out
+        if name == "__get__" and function.__self__ is Tensor._base:
+            return result
         if isinstance(result, Tensor) or (
             isinstance(result, tuple) and any(isinstance(each, Tensor) for each in result)
         ):
@@ -129,6 +139,7 @@ class _Writer(TorchFunctionMode):
             arguments: Sequence = [self._code(operand, address=True) for operand in operands]
         else:
             kernel = launch.compile()
+            self.kernels.append(kernel)
             launcher = kernel.run  # which loads it
             arguments = [
                 _describe(operand.__dict__, _Addressed(self._address(operand.base)))
@@ -149,7 +160,7 @@ class _Writer(TorchFunctionMode):
         source = "\n    ".join([head, *map(str, _letting_go(_needed(lines)))])
         scope = {word: self.constants[word] for word in _words(source) & self.constants.keys()}
         exec(compile(source, "<a kept call>", "exec"), scope)
-        return Script(scope["replay"], source)
+        return Script(scope["replay"], source, self.kernels)
 
     def _add_operation(
         self, function: Callable, arguments: tuple, keywords: dict, result: Any
@@ -256,23 +267,24 @@ class _Writer(TorchFunctionMode):
     @contextmanager
     def _maps_written_down(self) -> Iterator[None]:
         """Tensor maps of stand-ins become the code that encodes them: they hold an address."""
-        utils = triton.runtime.driver.active.utils
-        encoders = {
-            name: value for name, value in vars(utils).items() if name.startswith("fill_tma")
-        }
 
         def written(encode: Callable, address: Any, *settings: Any) -> Any:
             if isinstance(address, _Code):
                 return _Code(self._calling(encode, [address, *settings]))
-            return encode(address, *settings)  # another thread's
+            return encode(address, *settings)  # another thread's launch
 
-        for name, encode in encoders.items():
-            setattr(utils, name, partial(written, encode))
-        try:
-            yield
-        finally:
-            for name, encode in encoders.items():
-                setattr(utils, name, encode)
+        utils = triton.runtime.driver.active.utils
+        with _encoders_are_ours:
+            encoders = {
+                name: value for name, value in vars(utils).items() if name.startswith("fill_tma")
+            }
+            try:
+                for name, encode in encoders.items():
+                    setattr(utils, name, partial(written, encode))
+                yield
+            finally:
+                for name, encode in encoders.items():
+                    setattr(utils, name, encode)
 
     def _in_one_room(self, lines: Sequence[_Line]) -> list[_Line]:
         """The lines, with parts of one buffer in the place of those that launches alone know."""

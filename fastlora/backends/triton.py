@@ -24,6 +24,7 @@ from ..projection import (
     per_adapter,
     unflatten,
 )
+from ..segments import Segments
 from . import torch as torch_backend
 from .dropout import dropout_mask
 from .protocol import Settings
@@ -39,8 +40,10 @@ except ImportError as error:
 __all__ = [
     "TARGETS",
     "backward",
+    "backward_grouped",
     "dropout_mask",
     "forward",
+    "forward_grouped",
     "gated",
     "gated_backward",
     "h_dtype",
@@ -100,6 +103,26 @@ def backward(
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
     return made
+
+
+def forward_grouped(
+    inputs: Sequence[Tensor], segments: Segments, seeds: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The torch backend's: there are no kernels for it as yet."""
+    return torch_backend.forward_grouped(inputs, segments, seeds, settings)
+
+
+def backward_grouped(
+    dy: Tensor,
+    inputs: Sequence[Tensor],
+    segments: Segments,
+    h: Tensor,
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    settings: Settings,
+) -> list[Tensor | None]:
+    """The torch backend's: there are no kernels for it as yet."""
+    return torch_backend.backward_grouped(dy, inputs, segments, h, needs, seeds, settings)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -247,6 +270,8 @@ def _backward(
     common, needs = _Common(dropout, precision, seeds), unflatten(rest, layouts)
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
+    # A hook on saved tensors may give them back in another layout.
+    hs = [h if h is None or h.is_contiguous() else h.contiguous() for h in hs]
     outputs = unflatten(flat, layouts)
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []

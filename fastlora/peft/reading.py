@@ -4,10 +4,13 @@ The fast path reads the tensors of ``base_layer``, ``lora_A`` and ``lora_B`` and
 modules.  So whatever acts on such a call (a hook, another class, a replaced forward) sends the
 layer to PEFT's forward, which does call them.
 
-All of this is read anew in every call: adapters come and go, and so do hooks.  It is to take a few
-microseconds, so it looks submodules up where ``nn.Module`` keeps them.
+All of this is looked at anew in every call: adapters come and go, and so do hooks.  :func:`read`
+judges it, :func:`glance` only collects it, so that what was judged once is known again
+(:mod:`fastlora.ops.kinds`).  A glance is to take a few microseconds, so it looks submodules up
+where ``nn.Module`` keeps them.
 """
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..backends import asked_backend
 from ..base import is_conv1d, why_not_class, why_not_tensor
 from ..gather import is_flattened
 from ..hooks import is_hooked
@@ -42,10 +46,45 @@ class Reading(NamedTuple):
     magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
 
 
+class Glance(NamedTuple):
+    """A key with all that :func:`read` looks at but the tensors; and these, x first, laid flat."""
+
+    key: Hashable
+    inputs: list[Tensor]
+
+
 def active_adapters(layer: PeftLinear) -> list[str]:
     """The active adapters that this layer has, in PEFT's order."""
     own = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in own]
+
+
+def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
+    """The layer with one adapter, as a call with x finds it; None where that has to be read."""
+    modules, (name, *others) = layer._modules, names
+    if others or layer.lora_variant or not layer.cast_input_dtype_enabled:
+        return None
+    base = modules["base_layer"]
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    if is_hooked(base) or is_hooked(lora_a) or is_hooked(lora_b) or is_hooked(dropout):
+        return None
+    own, down, up = base._parameters, lora_a._parameters, lora_b._parameters
+    try:
+        weight, bias, thin, wide = own["weight"], own["bias"], down["weight"], up["weight"]
+        shape = wide.shape
+        if base._modules or down["bias"] is not None or up["bias"] is not None:
+            return None
+    except (KeyError, AttributeError):  # FSDP's, or parametrised, or None
+        return None
+    inputs = [x, weight, thin, wide] if bias is None else [x, weight, bias, thin, wide]
+    kind, scale = type(base), layer.scaling[name]
+    key = (
+        (kind, kind.forward, kind.__call__, type(lora_a), type(lora_b), type(dropout)),
+        (_rate(dropout), dropout.__dict__.get("inplace"), scale, type(scale), bias is None),
+        (asked_backend(), x.shape, shape),
+    )
+    return Glance(key, inputs)
 
 
 def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
@@ -73,13 +112,13 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
         shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
         dropout = modules["lora_dropout"]._modules[name]
         reason = (
-            _why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
-            or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
+            why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
+            or why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
             or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
             or _why_not_bias("its lora_B's", shift, gathers)
             or _why_not_fitting(shape, down, up, shift, gathers)
             or _why_not_dropout(dropout, p)
-            or _why_not_scale(scale)
+            or why_not_scale(scale)
         )
         if reason:
             return Reading(reason)
@@ -172,7 +211,7 @@ def _is_part(tensor: Tensor) -> bool:
     return ndim == 1 or (ndim == 2 and tensor.placements[0].is_replicate())
 
 
-def _why_not_adapter(
+def why_not_adapter(
     linear: nn.Module, name: str, weight: Tensor, base: Tensor, gathers: bool
 ) -> str:
     if weight.device != base.device:
@@ -252,7 +291,7 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
     return ""
 
 
-def _why_not_scale(scale: Any) -> str:
+def why_not_scale(scale: Any) -> str:
     if isinstance(scale, Tensor):
         return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
     finite = is_number(scale) and abs(scale) <= LARGEST_SCALE

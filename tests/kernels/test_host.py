@@ -39,6 +39,11 @@ def test_random_layers_raise_nothing(found):
     assert found["random_layers"]["failures"] == []
 
 
+def test_a_replay_hands_over_what_an_ordinary_launch_does(found):
+    assert found["replays"]["compared"] > 1000
+    assert found["replays"]["differences"] == []
+
+
 @pytest.mark.parametrize("layer", LAUNCHES)
 def test_a_layer_launches_as_often_as_it_did(layer, found):
     counts = found["standard_layers"][layer]

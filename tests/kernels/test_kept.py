@@ -1,6 +1,7 @@
 """Calls that are resolved once and replayed, against the same calls made step by step."""
 
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +12,7 @@ import fastlora
 from fastlora.kernels import kept
 from fastlora.kernels.launch import Launch, intercept, launch, recording
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.kernels.script import Script
 from fastlora.ops import kinds
 
 K = 40
@@ -142,6 +144,70 @@ def test_inference_mode_and_training_share_what_is_kept():
     assert torch.equal(y, again)
 
 
+def test_calls_under_autocast_share_what_is_kept():
+    x, one = torch.randn(29, K, requires_grad=True), projection()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = step(x, [one])
+        with resolved() as new:
+            again = step(x, [one])
+    assert not new
+    assert all(map(torch.equal, first, again))
+
+
+def test_a_saved_h_may_come_back_in_another_layout():
+    """It is what hooks on saved tensors give; kernels read rows that lie end to end."""
+    x, one = torch.randn(28, K, requires_grad=True), projection()
+    expected = step(x, [one])
+
+    def pack(tensor):
+        return torch.nn.functional.pad(tensor, (0, 3)) if tensor.dim() == 2 else tensor
+
+    def unpack(tensor):
+        return tensor[:, :-3] if tensor.dim() == 2 else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert all(map(torch.equal, expected, step(x, [one])))
+
+
+class Slow(dict):
+    """Other threads run while this one looks for the first key, and when it has gone."""
+
+    def __iter__(self):
+        keys = super().__iter__()
+        time.sleep(0.001)
+        return keys
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        time.sleep(0.001)
+
+    def pop(self, *key):
+        super().pop(*key)
+        time.sleep(0.001)
+
+
+def test_threads_may_keep_calls_at_one_time(monkeypatch):
+    """Each makes room for its own, and takes the oldest out."""
+    monkeypatch.setattr(kept, "_MOST", 2)
+    monkeypatch.setattr(kept, "script_of", lambda *_: Script(lambda stream, x: [x], "", []))
+    calls, raised = Slow(), []
+
+    def call(first):
+        try:
+            for i in range(first, 40, 4):
+                kept.replayed(step, [torch.empty(1)], (i,), lambda: True, calls)
+        except RuntimeError as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not raised
+    assert len(calls) == 2
+
+
 def test_nothing_of_the_callers_is_kept():
     with resolved() as new:
         step(torch.randn(51, K, requires_grad=True), [projection()])
@@ -173,9 +239,10 @@ def test_the_oldest_go_when_there_are_too_many(monkeypatch):
     assert not new
 
 
-def test_a_launch_hook_sees_every_launch(monkeypatch):
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_launch_hook_sees_every_launch(name):
     """Profilers set it; the call then runs step by step, by Triton's own launches."""
-    chain = triton.knobs.runtime.launch_enter_hook
+    chain = getattr(triton.knobs.runtime, name)
     x, one = torch.randn(61, K), frozen()
     chain.add(print)
     try:

@@ -1,11 +1,15 @@
 """Scripts of calls: what is in them, what isn't, and where buffers lie."""
 
 import re
+import threading
 from itertools import combinations
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.kernels import script
 from fastlora.kernels.script import script_of
@@ -56,6 +60,72 @@ def test_what_is_made_goes_behind_its_last_use():
     assert len(returned) == 2
     kept_to_the_end = set(re.findall(r"\bv\d+\b", lines[-2]))  # by the last line that works
     assert names - gone <= returned | kept_to_the_end
+
+
+def test_a_view_knows_its_address_in_inference_mode():
+    found = []
+
+    def look(tensors):
+        found.append(tensors[0].T[1:].data_ptr() % 16)
+        return []
+
+    with torch.inference_mode():
+        script_of(look, [torch.empty(7)[1:].view(2, 3)], ())
+    assert found == [8]
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        SEEN.add(function)
+        return function(*arguments, **keywords or {})
+
+
+class Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        SEEN.add(operation)
+        return operation(*arguments, **keywords or {})
+
+
+SEEN: set = set()
+
+
+@pytest.mark.parametrize("mode", [Functions, Operations])
+def test_modes_of_the_caller_s_do_not_see_stand_ins(mode):
+    """They count, log and check what is computed."""
+    tensors = [torch.randn(2, 3), torch.randn(3, 5)]
+    SEEN.clear()
+    with mode():
+        made = script_of(ordinary, tensors, (0.5,))
+        assert not SEEN & {torch.cat, torch.ops.aten.cat.default}
+        made.replay(None, *tensors)
+    assert SEEN & {torch.cat, torch.ops.aten.cat.default}
+
+
+def test_threads_may_write_tensor_maps_down_at_one_time(monkeypatch):
+    """Triton's encoders are its own again when the last has gone."""
+    utils = SimpleNamespace(fill_tma_descriptor=print)
+    active = SimpleNamespace(utils=utils)
+    driver = SimpleNamespace(driver=SimpleNamespace(active=active))
+    monkeypatch.setattr(script, "triton", SimpleNamespace(runtime=driver))
+    inside, go = threading.Event(), threading.Event()
+
+    def first():
+        with script._Writer([torch.empty(1)])._maps_written_down():
+            inside.set()
+            go.wait(10)
+
+    def second():
+        inside.wait(10)
+        threading.Timer(0.2, go.set).start()
+        with script._Writer([torch.empty(1)])._maps_written_down():
+            threads[0].join(0.5)
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert utils.fill_tma_descriptor is print
 
 
 def places(codes: list[str], **sizes: int) -> tuple[dict[str, int], int]:

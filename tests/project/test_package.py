@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "frozen", "base",
-    "hooks", "activation", "adapted", "layer", "modules", "gather", "classes", "beside", "report",
-    "mlp", "model", "peft",
-    "trainer", "doctor", "__main__", "moved", "__init__",
+    "version", "kernels", "projection", "segments", "blocks", "reference", "backends", "ops",
+    "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather", "classes",
+    "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
+    "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -26,11 +26,12 @@ ORDER_INSIDE = {
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
-    "reference": ["lora", "dora", "gated"],
-    "backends": ["protocol", "dropout", "products", "gated", "torch", "triton"],
+    "reference": ["lora", "dora", "gated", "grouped"],
+    "backends": ["protocol", "dropout", "products", "gated", "rows", "grouped", "torch", "triton"],
     "ops": [
-        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "few", "functional",
-        "dora", "gated",
+        "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
+        "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
+        "experts",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
@@ -38,7 +39,7 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
+        "layer", "experts", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
     ],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip

@@ -11,10 +11,12 @@ from copy import copy
 from dataclasses import replace
 
 import cuda_standin
+import handed_over
 import torch
 from random_layers import random_layer
 
 RANDOM_LAYERS = 150
+COMPARED_LAYERS = 200
 # Batches of a training run: powers of two, their neighbours, and what lies between.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
@@ -119,6 +121,47 @@ def random_layers() -> dict:
     return {"launches": counted.total, "failures": failures}
 
 
+def replays() -> dict:
+    """How many launches of random layers were compared, and where a replay differs from them."""
+    import fastlora
+    from fastlora.kernels.launch import Launch, intercept
+
+    compared, differences = 0, []
+    for seed in range(COMPARED_LAYERS):
+        layer = random_layer(seed)
+        plan = ("IN_PLACE", "FUSED", None)[seed % 3]
+
+        def call(layer=layer, plan=plan) -> list[torch.Tensor]:
+            torch.manual_seed(1)
+            with by_plan(plan):
+                ys = fastlora.lora_linears(
+                    layer.x, layer.outputs, dropout=layer.dropout, backend="triton"
+                )
+                if not layer.leaves:
+                    return list(ys)
+                return [*ys, *torch.autograd.grad(ys, layer.leaves, layer.dys)]
+
+        with handed_over.handed_over() as ordinary, intercept(Launch.run):
+            expected = call()
+        call()
+        with handed_over.handed_over() as replayed:
+            found = call()
+        inputs = [*layer.dys, layer.x, *(t for o in layer.outputs for t in tensors_of(o))]
+        pairs = [*((each, each) for each in inputs), *zip(expected, found, strict=True)]
+        compared += len(ordinary)
+        differences += [
+            f"seed {seed}, {plan}: {each}"
+            for each in handed_over.differences(ordinary, replayed, pairs)
+        ]
+    return {"compared": compared, "differences": differences}
+
+
+def tensors_of(output) -> list[torch.Tensor]:
+    (weight, bias), adapters = output
+    found = [weight] if bias is None else [weight, bias]
+    return [*found, *(tensor for adapter in adapters for tensor in adapter[:2])]
+
+
 def refusals() -> dict[str, str]:
     """What is raised where a launch is spoiled."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -162,8 +205,9 @@ def main() -> None:
         print(json.dumps({"skipped": reason}))
         return
     cuda_standin.install()
+    handed_over.watch()
     # variants first, since it sees only what isn't compiled yet
-    asked = (variants, standard_layers, random_layers, refusals)
+    asked = (variants, standard_layers, random_layers, replays, refusals)
     print(json.dumps({each.__name__: each() for each in asked}))
 
 
