@@ -20,6 +20,7 @@ _TITLES = {
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
+    "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
     "base": "This tree's fastlora over the base's.",
 }
 
@@ -37,6 +38,7 @@ def markdown(rows: list[dict], machine: dict) -> str:
 
 def heading(machine: dict) -> str:
     bf16 = "AMX" if machine["amx_bf16"] else "AVX512" if machine["avx512_bf16"] else "no"
+    bf16 = f"kept to {machine['kept_to']}: no" if machine.get("kept_to") else bf16
     cpu = f"{machine['cpu']}, {machine['threads']} threads, {bf16} bfloat16 instructions"
     versions = (f"{name} {machine[name]}" for name in ("torch", "peft", "python"))
     return f"{machine.get('gpu', cpu)}; {', '.join(versions)}; {machine['date']}"

@@ -14,21 +14,20 @@ from pathlib import Path
 import torch
 
 import fastlora
+from fastlora.doctor.processor import processor_flags, processor_name
 
 FOLDER = Path(__file__).parent / "results"
-_CPUINFO = Path("/proc/cpuinfo")  # only Linux has it
 _ASKED = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 _SMI = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
 
 
 def describe_machine(device: torch.device) -> dict:
     """What decides a time besides the code; ``device`` names the folder of the results."""
-    text = _CPUINFO.read_text() if _CPUINFO.exists() else ""
-    model = re.search(r"^model name\s*: (.*)", text, re.M)
-    cpu, threads = model[1] if model else platform.machine(), torch.get_num_threads()
+    cpu, flags, threads = processor_name(), processor_flags(), torch.get_num_threads()
     machine = {
         "device": f"cpu-{_slug(cpu)}-{threads}-cores", "cpu": cpu, "threads": threads,
-        "amx_bf16": "amx_bf16" in text, "avx512_bf16": "avx512_bf16" in text,
+        "amx_bf16": "amx_bf16" in flags, "avx512_bf16": "avx512_bf16" in flags,
+        "kept_to": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "fastlora": fastlora.__version__, "torch": torch.__version__, "peft": _version("peft"),
         "triton": _version("triton"), "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),

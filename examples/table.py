@@ -1,6 +1,6 @@
 """The results of a demo as Markdown, as in ``python examples/table.py out/loss.json``.
 
-It needs Python alone.
+And those of tools/slow_cpu.py.  It needs Python alone.
 """
 
 import json
@@ -42,5 +42,28 @@ def table(report: dict) -> str:
     return pipes(lines)
 
 
+def slow_cpu_table(results: dict) -> str:
+    """A line for each side of a step on a CPU without 16-bit products (tools/slow_cpu.py)."""
+    lines = [
+        ("model, its tokens, side", "seconds a step", "/ float32's (quartiles)", "PEFT's / it")
+    ]
+    titles = {
+        "fastlora, float32": "float32, optimized",
+        "fastlora": "bfloat16, optimized",
+        "float32 attention": "bfloat16, optimized, attention in float32",
+        "peft": "bfloat16, PEFT",
+    }
+    for row in results["rows"]:
+        seconds, found = row["seconds"]["step"], row["ratios"]["step"]
+        for name in (name for name in titles if name in seconds):
+            low, middle, high = found.get(f"{name}/fastlora, float32", (1, 1, 1))
+            ratio = f"{middle:.2f} ({low:.2f}–{high:.2f})" if low < high else "1"
+            over = f"{seconds['peft'] / seconds[name]:.0f}" if "peft" in seconds else "–"
+            title = f"{row['id'].removesuffix('-bf16')}, {titles[name]}"
+            lines.append((title, f"{seconds[name]:.2f}", ratio, over))
+    return pipes(lines)
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(slow_cpu_table(report) if "rows" in report else table(report))

@@ -15,7 +15,7 @@ from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
 from .moved import keep_old_places
-from .ops import lora_linear, lora_linears
+from .ops import lora_grouped, lora_linear, lora_linears
 from .peft.check import check
 from .peft.coverage import coverage
 from .peft.optimize import optimize, restore
@@ -35,6 +35,7 @@ __all__ = [
     "check",
     "coverage",
     "load_adapter",
+    "lora_grouped",
     "lora_linear",
     "lora_linears",
     "merge_lora",

@@ -23,7 +23,7 @@ _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 def why_not_class(kind: type[nn.Module]) -> str:
     """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
     forward = getattr(kind, "forward", None)
-    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or _is_of_transformers(kind, _FALCON)
+    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or is_of_transformers(kind, _FALCON)
     if known and kind.__call__ is _MODULE_CALL:
         return ""
     return f"a {kind.__name__}, no torch.nn.Linear"
@@ -31,7 +31,7 @@ def why_not_class(kind: type[nn.Module]) -> str:
 
 def is_conv1d(kind: type[nn.Module]) -> bool:
     """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
-    return _is_of_transformers(kind, _CONV1D)
+    return is_of_transformers(kind, _CONV1D)
 
 
 def matrix_of(linear: nn.Module) -> Tensor:
@@ -55,7 +55,7 @@ def why_not_tensor(tensor: Tensor, ndim: int, is_part: bool = False) -> str:
     return "" if tensor.dtype in DTYPES else f"has dtype {tensor.dtype}"
 
 
-def _is_of_transformers(kind: type, place: tuple[str, str]) -> bool:
+def is_of_transformers(kind: type, place: tuple[str, str]) -> bool:
     """Whether it is the class in this place, which is looked up where transformers is imported."""
     module, name = place
     return kind.__name__ == name and kind is getattr(sys.modules.get(module), name, None)

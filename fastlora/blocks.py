@@ -14,7 +14,7 @@ _CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 # torch shares out what has more elements than this, and waits for all threads at the end: on a busy
 # machine for one that isn't scheduled, each time.  So a tile is what one thread takes; with many
 # threads it is what each of them takes, since then one alone would be too slow (that is modelled).
-_GRAIN, _MANY_THREADS = 2**15, 8
+GRAIN, _MANY_THREADS = 2**15, 8
 
 
 def rows_at_a_time(x: Tensor) -> int:
@@ -27,7 +27,7 @@ def rows_of_a_tile(x: Tensor) -> int:
     if x.device.type != "cpu":
         return rows_at_a_time(x)
     threads = torch.get_num_threads()
-    return max(1, _GRAIN * (1 if threads < _MANY_THREADS else threads) // x.shape[-1])
+    return max(1, GRAIN * (1 if threads < _MANY_THREADS else threads) // x.shape[-1])
 
 
 class Source(Protocol):
@@ -53,7 +53,7 @@ class Dense(NamedTuple):
         return self.matrix.shape
 
     def read(self, first: int, out: Tensor) -> Tensor:
-        rows = self.matrix[first : first + len(out)]
+        rows = self.matrix[first : first + out.shape[0]]
         return rows if rows.dtype == out.dtype else out.copy_(rows)
 
 
@@ -62,9 +62,11 @@ def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     The buffer is theirs meanwhile.
     """
-    for first in range(0, source.shape[0], len(buffer)):
-        rows = slice(first, min(first + len(buffer), source.shape[0]))
-        yield rows, source.read(first, buffer[: rows.stop - first])
+    total, step = source.shape[0], buffer.shape[0]
+    for first in range(0, total, step):
+        count = min(step, total - first)
+        rows = slice(first, first + count)
+        yield rows, source.read(first, buffer if count == step else buffer[:count])
 
 
 def buffer_for(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,12 @@ def is_over(cls: type, base: type) -> bool:
     return last is base and len(kinds) == 1 and issubclass(kinds[0], fsdp)
 
 
+def under(cls: type) -> type:
+    """The class that FSDP2 made this one of, or itself."""
+    *_, last = cls.__bases__
+    return last if last is not object and is_over(cls, last) else cls
+
+
 @cache
 def _over(cls: type, old: type, new: type) -> type:
     """``cls``, which FSDP2 or a parametrization derived from ``old``, over ``new``."""

@@ -198,10 +198,7 @@ def check_call(
 
     ``autocast``: x and the weights will be cast, and needn't agree.  x may be nested.
     """
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
-    if x.layout is not torch.strided and not x.is_nested:
-        raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
+    check_x(x)
     if x.dim() == 0:
         raise ValueError(
             "x is a scalar, but must be [..., in_features]: give it at least one dimension"
@@ -214,10 +211,18 @@ def check_call(
     features = _features_of_nested(x) if x.is_nested else x.shape[-1]
     dtype, device = x.dtype, x.device
     for output in outputs:
-        _check_tensors(x, device, output)
+        check_tensors(x, device, output)
         _check_base(features, dtype, autocast, output)
         for adapter in output.adapters:
             _check_adapter(features, output.base.weight.shape[0], adapter)
+
+
+def check_x(x: Tensor) -> None:
+    """Raise TypeError for a dtype or a layout that x can't have; it may be nested."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
+    if x.layout is not torch.strided and not x.is_nested:
+        raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
 
 
 def check_dropout(dropout: float, name: str = "dropout") -> None:
@@ -268,12 +273,7 @@ def _features_of_nested(x: Tensor) -> int:
 
 def _check_base(features: int, dtype: torch.dtype, autocast: bool, output: Output) -> None:
     (weight, bias), adapters = output
-    cast = autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
-    if not cast and weight.dtype != dtype:
-        raise TypeError(
-            f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
-            "or use torch.autocast"
-        )
+    check_weight_dtype(weight, dtype, autocast)
     shape = weight.shape
     if len(shape) != 2 or shape[1] != features:
         raise ValueError(
@@ -286,6 +286,16 @@ def _check_base(features: int, dtype: torch.dtype, autocast: bool, output: Outpu
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, but weight has {shape[0]} rows: "
             f"bias must be [{shape[0]}]"
+        )
+
+
+def check_weight_dtype(weight: Tensor, dtype: torch.dtype, autocast: bool) -> None:
+    """Raise TypeError unless the weight has x's dtype, or autocast will give them one."""
+    cast = autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
+    if not cast and weight.dtype != dtype:
+        raise TypeError(
+            f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
+            "or use torch.autocast"
         )
 
 
@@ -308,6 +318,11 @@ def _check_adapter(features: int, out_features: int, adapter: Adapter) -> None:
             f"in_features {features}, out_features {out_features} and r {rank} must each be at "
             "least 1: for no adapter use torch.nn.functional.linear"
         )
+    check_scale(scale)
+
+
+def check_scale(scale: float) -> None:
+    """Raise ValueError for what is no finite float32."""
     if not is_number(scale) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
         raise ValueError(
             f"scale is {shown(scale)}, but must be a finite float32: alpha / r, or alpha / √r for "
@@ -315,7 +330,8 @@ def _check_adapter(features: int, out_features: int, adapter: Adapter) -> None:
         )
 
 
-def _check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
+def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
+    """Raise ValueError or TypeError unless an output's tensors are dense, of a dtype, with x."""
     for name, tensor in named_tensors(output):
         if tensor is None:
             if name != "bias":

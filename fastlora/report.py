@@ -40,16 +40,26 @@ class LayerCoverage:
 
 
 @dataclass(frozen=True)
+class BlockCoverage:
+    """One gated MLP: ``fast`` if a call in training is one block, ``reason`` why it isn't."""
+
+    name: str
+    fast: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Coverage:
     """A record for each adapted layer; prints as a short report.  ``notes`` are on all of them.
 
     ``frozen`` names the layers without an adapter that are fast too, where this CPU multiplies
-    their 16-bit weights slowly.
+    their 16-bit weights slowly.  ``blocks`` has a record for each gated MLP.
     """
 
     layers: tuple[LayerCoverage, ...]
     notes: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    blocks: tuple[BlockCoverage, ...] = ()
 
     @property
     def fast(self) -> tuple[LayerCoverage, ...]:
@@ -88,6 +98,7 @@ class Coverage:
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
+        lines += self._lines_of_blocks()
         if self.frozen:
             lines.append(
                 f"{len(self.frozen)} without an adapter: {some(self.frozen)}: in float32, a "
@@ -95,6 +106,19 @@ class Coverage:
                 "attention in 16 bits stays slow, which a float32 model avoids"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _lines_of_blocks(self) -> list[str]:
+        if not self.blocks:
+            return []
+        count = sum(block.fast for block in self.blocks)
+        lines = [f"{count} of {len(self.blocks)} gated MLPs as one block"]
+        reasons: dict[str, list[str]] = {}
+        for block in self.blocks:
+            if block.reason:
+                reasons.setdefault(block.reason, []).append(block.name)
+        for reason, names in reasons.items():
+            lines.append(f"{len(names)} layer by layer: {some(names)}: {reason}")
+        return lines
 
 
 def _percent(share: float) -> str:

@@ -2,11 +2,12 @@
 
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
 order: on the device ``common``, ``sum_planes``, ``project``, ``gemm_lowrank`` (the forward
-kernel), ``weight_grad``; on the host ``launch``, ``target``, ``config``, ``defaults``, ``plan``,
-``script``, ``kept``.
+kernel), ``weight_grad``, ``gated``; on the host ``launch``, ``target``, ``config``, ``defaults``,
+``plan``, ``script``, ``kept``.
 """
 
 from . import defaults as defaults  # fills the tables that launchers choose from
+from .gated import gated, gated_backward, why_not_gated
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .kept import replayed
 from .launch import Launch, intercept
@@ -19,6 +20,8 @@ __all__ = [
     "TARGETS",
     "Launch",
     "Plan",
+    "gated",
+    "gated_backward",
     "gemm_lowrank",
     "intercept",
     "one_launch_pays",
@@ -29,4 +32,5 @@ __all__ = [
     "target_of",
     "use_target",
     "weight_grad",
+    "why_not_gated",
 ]

@@ -52,3 +52,37 @@ def test_dropout_without_a_mask_is_an_error():
     tensors = [torch.randn(shape) for shape in ((2, 5), (4, 5), (2, 5), (4, 2))]
     with pytest.raises(ValueError, match="no mask came"):
         reference.lora_linear(*tensors, dropout=0.1)
+
+
+def test_experts_number_by_number():
+    """The second has no rows, and the last row is nobody's."""
+    shapes = ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2), (3, 4))
+    x, weight, lora_a, lora_b, bias = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    mask = torch.rand(6, 5) > 0.3
+    options = {"bias": bias, "scale": 0.7, "dropout": 0.3, "mask": mask}
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    y = reference.lora_grouped(x, weight, lora_a, lora_b, offsets, **options)
+    for m, e in enumerate([0, 0, 2, 2, 2]):
+        for n in range(4):
+            base = sum(x[m, k] * weight[e, n, k] for k in range(5)) + bias[e, n]
+            update = sum(
+                float(mask[m, k]) * x[m, k] / 0.7 * lora_a[e, i, k] * lora_b[e, n, i]
+                for k in range(5)
+                for i in range(2)
+            )
+            torch.testing.assert_close(y[m, n], base + 0.7 * update)
+    assert not y[5].any()
+
+
+def test_gradients_of_experts_are_the_formula_s():
+    shapes = ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2))
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(
+        lambda *t: reference.lora_grouped(*t, [2, 2, 5], scale=0.7), tensors
+    )
+
+
+def test_experts_with_dropout_but_no_mask_are_an_error():
+    tensors = [torch.randn(s) for s in ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2))]
+    with pytest.raises(ValueError, match="no mask came"):
+        reference.lora_grouped(*tensors, [2, 2, 5], dropout=0.1)

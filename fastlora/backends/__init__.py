@@ -23,6 +23,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Settings",
+    "asked_backend",
     "backend_name",
     "find_backend",
     "planned_backend",
@@ -68,6 +69,11 @@ def backend_name(argument: str | None = None, device: pytorch.device = _CPU) -> 
     if _ENVIRONMENT:
         return _check_name(_ENVIRONMENT, "FASTLORA_BACKEND")
     return "torch" if device.type != "cuda" else _gpu_default(device)
+
+
+def asked_backend(argument: str | None = None) -> str | None:
+    """Which backend is asked for now, by whatever name; None: the device's default."""
+    return argument if argument is not None else _CHOSEN.get() or _ENVIRONMENT
 
 
 def find_backend(name: str | None = None, device: pytorch.device = _CPU) -> Backend:

@@ -4,7 +4,8 @@ The low half of the seed and a row give a 32-bit row key, the high half and a pa
 32-bit column key. Their exclusive or goes through two rounds of multiply and shift, and the two
 16-bit halves of the result decide the two columns.  All of it is integer arithmetic that wraps, on
 whole tensors: it runs on any device, on all of its threads, and never reads the seed back to the
-host.
+host.  What one thread of a CPU takes at once is made by numpy, in the same words: a mask of a few
+rows is all overhead, and numpy's is a third of torch's.
 
 The upper bits come down by an addition, w + (w >> s), where other hashes have an exclusive or:
 torch's shift copies the sign, which would fold the upper half onto its positive values.
@@ -18,9 +19,12 @@ random numbers for anything else.
 from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..blocks import GRAIN
 
 
 def _constant(value: int) -> Tensor:
@@ -30,8 +34,10 @@ def _constant(value: int) -> Tensor:
 
 _ROW_STEP = _constant(0xC2B2AE35)  # a multiplier of MurmurHash3; 1 in its place shows in the tests
 _COLUMN_STEP = _constant(0x9E3779B1)  # 2³² / golden ratio
-_FIRST_MIX, _FIRST_SHIFT = _constant(0x7FEB352D), _constant(15)  # from Wellons' hash lowbias32
-_SECOND_MIX, _SECOND_SHIFT = _constant(0x846CA68B), _constant(16)
+# A multiplier and a shift of each round, from Wellons' hash lowbias32.
+_CONSTANTS = [_constant(value) for value in (0x7FEB352D, 15, 0x846CA68B, 16)]
+_ROUNDS = *_CONSTANTS, torch.int16
+_ARRAY_ROUNDS = *[each.numpy() for each in _CONSTANTS], "int16"
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,15 +47,16 @@ class DropoutMask:
 
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
-        followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        plain = seed.device.type == "cpu" and not followed  # what was made may be kept
-        unseeded = _unseeded if plain else _unseeded.__wrapped__
         rows, self.columns = shape
-        steps = unseeded(rows, self.columns, p, seed.device)
-        row_steps, column_steps, self.threshold = steps
-        low, high = seed.view(torch.int32).unbind()
-        self.row_keys, self.column_keys = row_steps + low, column_steps + high
-        self.p = p
+        self.p, self.device = p, seed.device
+        # Keys and threshold are arrays in the one case, tensors in the other: both have the
+        # operators that are used here.
+        self.by_numpy = _is_array_s(seed)
+        if self.by_numpy:
+            keys = _array_keys(seed, rows, self.columns, p)
+        else:
+            keys = _tensor_keys(seed, rows, self.columns, p)
+        self.row_keys, self.column_keys, self.threshold = keys
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""
@@ -58,19 +65,52 @@ class DropoutMask:
         return rest
 
     def rows(self, first: int, count: int) -> Tensor:
-        """int16 [count, columns], from row ``first`` on: 1 where an element is kept, else 0."""
+        """bool [count, columns], from row ``first`` on: true where an element is kept."""
         if count == 0:  # an empty tensor of 32 bits can't always be viewed as 16 bits
-            return torch.empty(0, self.columns, dtype=torch.int16, device=self.row_keys.device)
-        word = self.row_keys[first : first + count] ^ self.column_keys
-        word.mul_(_FIRST_MIX)
-        word.add_(word >> _FIRST_SHIFT)
-        word.mul_(_SECOND_MIX)
-        word.add_(word >> _SECOND_SHIFT)
-        lanes = word.view(torch.int16)
-        return (lanes if self.columns % 2 == 0 else lanes[:, :-1]).ge_(self.threshold)
+            return torch.empty(0, self.columns, dtype=torch.bool, device=self.device)
+        keys = (self.row_keys[first : first + count], self.column_keys, self.threshold)
+        if not self.by_numpy:
+            return _kept(*keys, self.columns, _ROUNDS)
+        if count * self.columns > GRAIN:
+            # torch shares it out to all threads.
+            row_keys, column_keys, threshold = map(torch.from_numpy, keys)
+            return _kept(row_keys, column_keys, threshold, self.columns, _ROUNDS)
+        return torch.from_numpy(_kept(*keys, self.columns, _ARRAY_ROUNDS))
 
 
-@lru_cache(maxsize=16)  # at most 4 bytes a row and 2 a column each
+def _is_array_s(seed: Tensor) -> bool:
+    """Whether numpy can make masks of this seed: on a CPU, where nothing follows operations."""
+    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return seed.is_cpu and not followed
+
+
+def _kept(row_keys: Any, column_keys: Any, threshold: Any, columns: int, rounds: Any) -> Any:
+    """The mask of these keys, [rows, 1] and [pairs]: tensors or arrays."""
+    first_mix, first_shift, second_mix, second_shift, int16 = rounds
+    word = row_keys ^ column_keys
+    word *= first_mix
+    word += word >> first_shift
+    word *= second_mix
+    word += word >> second_shift
+    lanes = word.view(int16)
+    return (lanes if columns % 2 == 0 else lanes[:, :-1]) >= threshold
+
+
+def _array_keys(seed: Tensor, rows: int, columns: int, p: float) -> tuple[Any, Any, Any]:
+    """The keys of rows [rows, 1] and of pairs of columns [pairs]; and the threshold."""
+    row_steps, column_steps, threshold = _arrays(rows, columns, p)
+    number: Any = seed.item()
+    low, high = ((number + 2**31) & (2**32 - 1)) - 2**31, number >> 32
+    return row_steps + low, column_steps + high, threshold
+
+
+def _tensor_keys(seed: Tensor, rows: int, columns: int, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as tensors, on the seed's device."""
+    row_steps, column_steps, threshold = _unseeded(rows, columns, p, seed.device)
+    low, high = seed.view(1).view(torch.int32)
+    return row_steps + low, column_steps + high, threshold
+
+
 def _unseeded(
     rows: int, columns: int, p: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,13 +125,23 @@ def _unseeded(
     return row_numbers.mul_(_ROW_STEP), pairs.mul_(_COLUMN_STEP), threshold
 
 
-def dropout_mask(seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
+@lru_cache(maxsize=16)  # at most 4 bytes a row and 2 a column each
+def _arrays(rows: int, columns: int, p: float) -> list[Any]:
+    """The same, as arrays, and kept."""
+    return [each.numpy() for each in _unseeded(rows, columns, p, torch.device("cpu"))]
+
+
+def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
-    return DropoutMask(seed.reshape(1), shape, p).rows(0, shape[0]).bool()
+    rows, columns = shape
+    if 0 < rows * columns <= GRAIN and _is_array_s(seed):  # at once: for few rows each call counts
+        keys = _array_keys(seed, rows, columns, p)
+        return torch.from_numpy(_kept(*keys, columns, _ARRAY_ROUNDS))
+    return DropoutMask(seed, shape, p).rows(0, rows)
 
 
 def multiply_bits(x: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
-    """x where ``keep`` is 1, +0 where it is 0, by integer arithmetic on the bits of x.
+    """x where ``keep`` is true or 1, +0 where it isn't, by integer arithmetic on the bits of x.
 
     Several times faster than multiplying or filling by a bool mask; what is dropped is gone, NaN
     and infinity too.

@@ -14,7 +14,7 @@ compiling.
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -34,16 +34,23 @@ _FLAGS = {  # torch's, of 16-bit dtypes
 # its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
 _SLOW = 4.0
 _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
-# Elements of a widened block of the weight: 2 MiB.  Half of that took 0.95 to 1.05 of the time,
-# measured on a Xeon kept to AVX2 at 64 to 512 rows.
-_BLOCK = 2**19
-# Rows of x (4 MiB, but enough rows to pay for widening the weight) and of the weight in a block.
+# Elements of a block of the weight and one of x, widened (4 MiB each), and of y or dy (1 MiB).  For
+# the weight 2 MiB took 0.98 to 1.06 of the time and 8 MiB 0.95 to 1.04, on a Xeon kept to AVX2.
+_BLOCK, _ROWS, _PART = 2**20, 2**20, 2**18
+_KEPT = 2 * _BLOCK
+# Rows of x (enough to pay for widening the weight) and of the weight in a block.
 _FEWEST_ROWS, _MOST_ROWS, _FEWEST_OF_WEIGHT = 256, 512, 64
+# Elements between the weight's rows: a power of 2 apart, few sets of the cache would hold them.
+# dy weight took 0.86 of the time so at 16 rows, 0.95 to 0.97 at 64.
+_GAP = 16
+# Up to so many rows x weightᵀ is faster with x and y transposed, copies apart: 0.66 of the time at
+# 16 rows, 0.83 at 64, 0.98 at 128 (MKL, on that Xeon).
+_FEW = 64
 
 
 def are_wide(x: Tensor) -> bool:
     """Whether products with x run in float32 in the place of its own dtype."""
-    if x.dtype not in _FLAGS or x.device.type != "cpu" or not len(x):
+    if x.dtype not in _FLAGS or x.device.type != "cpu" or not x.shape[0]:
         return False
     return is_slow(x.dtype)
 
@@ -95,38 +102,69 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.matrices: dict[tuple[str, torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
-    def take(self, use: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A matrix with anything in it, its own until the next one for this use is taken."""
-        size, buffer = rows * columns, self.buffers.get((use, dtype))
-        if buffer is None or buffer.numel() < size:
-            with torch.inference_mode(False):  # a buffer made inside could not be used outside
+    def take(
+        self,
+        use: str,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype = torch.float32,
+        by_columns: bool = False,
+        gap: int = 0,
+    ) -> Tensor:
+        """A matrix with anything in it, its own until the next one for this use is taken.
+
+        ``gap``: elements between its rows, or between its columns if they are dense.
+        """
+        buffer, matrix = self.matrices.get((use, dtype, by_columns), (None, None))
+        if matrix is not None and matrix.shape == (rows, columns):
+            return matrix
+        lines, step = (columns, rows + gap) if by_columns else (rows, columns + gap)
+        size = lines * step
+        with torch.inference_mode(False):  # what is made inside could not be used outside
+            if buffer is None or buffer.numel() < size:
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
-            if size <= 2 * _BLOCK:
-                self.buffers[use, dtype] = buffer
-        return buffer[:size].view(rows, columns)
+            strides = (1, step) if by_columns else (step, 1)
+            matrix = buffer.as_strided((rows, columns), strides)
+        if size <= _KEPT:
+            self.matrices[use, dtype, by_columns] = buffer, matrix
+        return matrix
 
-    def take_like(self, use: str, matrix: Tensor, rows: int) -> Tensor:
+    def take_like(self, use: str, matrix: Tensor, rows: int, gap: int = 0) -> Tensor:
         """The same for so many rows of this matrix: another order would be 70 times as slow."""
-        columns = matrix.shape[1]
-        if matrix.stride(0) < matrix.stride(1):
-            return self.take(use, columns, rows).T
-        return self.take(use, rows, columns)
+        first, second = matrix.stride()
+        return self.take(use, rows, matrix.shape[1], by_columns=first < second, gap=gap)
 
     def widen(self, use: str, matrix: Tensor) -> Tensor:
         """The matrix in float32, until the next one for this use is taken."""
-        return self.take_like(use, matrix, len(matrix)).copy_(matrix)
+        return self.take_like(use, matrix, matrix.shape[0]).copy_(matrix)
 
 
 SCRATCH = _Scratch()
 
 
-def wide_rows(x: Tensor, fewest: int | None = None) -> Iterable[slice]:
+def wide_rows(x: Tensor, fewest: int | None = None) -> list[slice]:
     """The blocks of x's rows in which a wide call goes."""
     fewest = _FEWEST_ROWS if fewest is None else fewest
-    step = max(fewest, min(_MOST_ROWS, 2 * _BLOCK // x.shape[1]))
-    return (slice(first, first + step) for first in range(0, len(x), step))
+    return _slices(x.shape[0], max(fewest, min(_MOST_ROWS, _ROWS // x.shape[1])))
+
+
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, count, step)]
+
+
+def rows_of(tensor, rows: slice):
+    """These rows; None stays None."""
+    if tensor is None or (rows.start == 0 and tensor.shape[0] <= rows.stop):
+        return tensor
+    return tensor[rows]
+
+
+def _columns_of(matrix: Tensor, columns: slice) -> Tensor:
+    if columns.start == 0 and matrix.shape[1] <= columns.stop:
+        return matrix
+    return matrix[:, columns]
 
 
 def _rows_of_weight(columns: int) -> int:
@@ -136,26 +174,40 @@ def _rows_of_weight(columns: int) -> int:
 
 def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of the weight, and they in float32."""
-    rows = min(len(weight), _rows_of_weight(weight.shape[1]))
-    buffer = SCRATCH.take_like("weight", weight, rows)
+    rows = min(weight.shape[0], _rows_of_weight(weight.shape[1]))
+    buffer = SCRATCH.take_like("weight", weight, rows, _GAP)
     return widened(Dense(weight), buffer)
 
 
 def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Tensor]) -> None:
     """x weightᵀ + bias + Σ h lora_bᵀ, rounded once to ``out``.
 
-    All are float32 but ``out`` and the weight.
+    x, every h and the adapters are float32.
     """
     (weight, bias), adapters = output
-    for rows, some in _wide_weight(weight):
-        y = SCRATCH.take("part", len(x), len(some))
-        if bias is None:
-            torch.mm(x, some.T, out=y)
-        else:
-            torch.addmm(bias[rows], x, some.T, out=y)
+    (n, k), m = weight.shape, x.shape[0]
+    few = m <= _FEW
+    if few:
+        x = SCRATCH.take("columns", k, m).copy_(x.T).T
+    for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
+        some = rows_of(weight, part)
+        y = SCRATCH.take("part", m, some.shape[0], by_columns=few)
+        for rows, wide in _wide_weight(some):
+            torch.mm(x, wide.T, out=_columns_of(y, rows))
+        if bias is not None:
+            y.add_(rows_of(bias, part))
         for h, adapter in zip(hs, adapters, strict=True):
-            y.addmm_(h, adapter.lora_b[rows].T)
-        out[:, rows] = y
+            y.addmm_(h, rows_of(adapter.lora_b, part).T)
+        if few:  # torch transposes fast, and it rounds fast, but not both at once
+            y = SCRATCH.take("rounded", m, some.shape[0], out.dtype, by_columns=True).copy_(y)
+        _columns_of(out, part).copy_(y)
+
+
+def widen_small(dys: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """In float32 if together they are small, since each is read twice: else block by block."""
+    if sum([dy.numel() for dy in dys if dy is not None]) > _PART:
+        return dys
+    return [None if dy is None else SCRATCH.widen(f"dy{i}", dy) for i, dy in enumerate(dys)]
 
 
 def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,9 +216,11 @@ def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dt
         return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
     beta = 0.0 if dx is None else 1.0
     if dx is None:
-        dx = SCRATCH.take("dx", len(dy), weight.shape[1])
+        dx = SCRATCH.take("dx", dy.shape[0], weight.shape[1])
     for rows, some in _wide_weight(weight):
-        part = SCRATCH.widen("part", dy[:, rows])
+        part = _columns_of(dy, rows)
+        if part.dtype != dtype:
+            part = SCRATCH.widen("part", part)
         torch.addmm(dx, part, some, beta=beta, out=dx)
         beta = 1.0
     return dx
@@ -188,7 +242,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
     """dyᵀ h, [N, r]."""
-    if len(h) >= 256 and h.dtype == torch.float32:
+    if h.shape[0] >= 256 and h.dtype == torch.float32:
         # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
         return torch.mm(h.T, dy).T.contiguous()
     return torch.mm(dy.T, h)

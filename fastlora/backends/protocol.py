@@ -1,6 +1,6 @@
 """What a backend is: the contract that ``torch`` and ``triton`` keep, and the record of a call.
 
-A backend is a module with these five functions.  They mean the same on every backend; the formulas
+A backend is a module with these functions.  They mean the same on every backend; the formulas
 are in :mod:`.torch`, the one to read.
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..projection import Layout, Output
+from ..segments import Segments
 
 
 class Settings(NamedTuple):
@@ -51,14 +52,52 @@ class Backend(Protocol):
         forward's.
         """
 
-    def dropout_mask(self, seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
+    def forward_grouped(
+        self,
+        inputs: Sequence[Tensor],
+        segments: Segments,
+        seeds: Tensor | None,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor]:
+        """y [S, N] and h [S, r] of experts: one output with one adapter, whose tensors are stacked.
+
+        ``inputs``: x [S, K], cut into segments; weight [E, N, K], bias [E, N] if any, lora_a
+        [E, r, K], lora_b [E, N, r].  Nobody's rows of y are zero, and nothing depends on those of
+        x.  Neither this nor the backward waits for a GPU where the kernels cover it.
+        """
+
+    def backward_grouped(
+        self,
+        dy: Tensor,
+        inputs: Sequence[Tensor],
+        segments: Segments,
+        h: Tensor,
+        needs: Sequence[bool],
+        seeds: Tensor | None,
+        settings: Settings,
+    ) -> list[Tensor | None]:
+        """The gradient of each input that needs one, else None; nobody's rows of dx are zero."""
+
+    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """act(gate) ∘ up, [M, N], contiguous.
+
+        gate and up [M, N] have columns that lie end to end.  ``activation`` is one of
+        ``gated.ACTIVATIONS``.
+        """
+
+    def gated_backward(
+        self, dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+    ) -> None:
+        """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
+
+    def dropout_mask(self, seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
         """The keep mask that a seed (int64, one element) makes: bool [rows, columns]."""
 
     def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """That of every h, for x of this dtype on this device.  It runs nothing."""
 
     def is_small(self, x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
-        """Whether a call without dropout is the faster for having no node."""
+        """Whether a call is the faster for having no node."""
 
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]

@@ -24,6 +24,7 @@ from ..projection import (
     per_adapter,
     unflatten,
 )
+from ..segments import Segments
 from . import torch as torch_backend
 from .dropout import dropout_mask
 from .protocol import Settings
@@ -39,8 +40,12 @@ except ImportError as error:
 __all__ = [
     "TARGETS",
     "backward",
+    "backward_grouped",
     "dropout_mask",
     "forward",
+    "forward_grouped",
+    "gated",
+    "gated_backward",
     "h_dtype",
     "is_small",
     "why_not",
@@ -98,6 +103,44 @@ def backward(
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
     return made
+
+
+def forward_grouped(
+    inputs: Sequence[Tensor], segments: Segments, seeds: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The torch backend's: there are no kernels for it as yet."""
+    return torch_backend.forward_grouped(inputs, segments, seeds, settings)
+
+
+def backward_grouped(
+    dy: Tensor,
+    inputs: Sequence[Tensor],
+    segments: Segments,
+    h: Tensor,
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    settings: Settings,
+) -> list[Tensor | None]:
+    """The torch backend's: there are no kernels for it as yet."""
+    return torch_backend.backward_grouped(dy, inputs, segments, h, needs, seeds, settings)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """As the torch backend's: act(gate) ∘ up, [M, N], rounded once."""
+    made = _of_gated(_gated, [gate, up], activation)
+    if made is None:
+        return torch_backend.gated(gate, up, activation)
+    (product,) = made
+    assert product is not None
+    return product
+
+
+def gated_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+) -> None:
+    """As the torch backend's: d_gate and d_up are filled, each rounded once."""
+    if _of_gated(_gated_backward, [dy, gate, up, d_gate, d_up], activation) is None:
+        torch_backend.gated_backward(dy, gate, up, activation, d_gate, d_up)
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -258,6 +301,34 @@ def _backward(
             seeds=_join([term.seed for term in trained], seeds),
         )
     return [dx, *flatten(gradients, layouts)]
+
+
+def _of_gated(
+    function: Callable[..., list[Tensor]], matrices: Sequence[Tensor], activation: str
+) -> list[Tensor | None] | None:
+    """What a call of these matrices comes to; None if the kernels don't cover it."""
+    x = matrices[0]
+    with _current(x.device):
+        return kernels.replayed(
+            function,
+            matrices,
+            (activation,),
+            lambda: (
+                not why_not(x.dtype, x.device, ())
+                and not any(kernels.why_not_gated(matrix) for matrix in matrices)
+            ),
+        )
+
+
+def _gated(matrices: Sequence[Tensor], activation: str) -> list[Tensor]:
+    gate, up = matrices
+    return [kernels.gated(gate, up, activation, _empty_like(gate))]
+
+
+def _gated_backward(matrices: Sequence[Tensor], activation: str) -> list[Tensor]:
+    dy, gate, up, d_gate, d_up = matrices
+    kernels.gated_backward(dy, gate, up, activation, d_gate, d_up)
+    return []
 
 
 class _Term(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .. import beside
+from .. import beside, mlp
 from ..adapted import LoRALayer, new_adapter
 from ..base import matrix_of
 from ..layer import adapted_class
@@ -47,6 +47,7 @@ def apply_lora(
     *,
     autocast_adapter_dtype: bool = True,
     frozen: bool = True,
+    blocks: bool = True,
 ) -> nn.Module:
     """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
 
@@ -64,6 +65,9 @@ def apply_lora(
     head …) becomes fast as well, with nothing else changed; ``frozen=False`` leaves them alone.
     :func:`remove_lora` gives them back.
 
+    Gated MLPs of transformers' models become blocks, which keep less for the backward
+    (docs/blocks.md); ``blocks=False`` leaves them alone.  :func:`remove_lora` gives them back.
+
     Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
     target that matches nothing (the message lists what could), a target that can't be a base
     (docs/model.md), or a field of PEFT's config that fastlora hasn't; and TypeError for what is no
@@ -73,6 +77,7 @@ def apply_lora(
     check_model(model)
     check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
     check_switch("frozen", frozen)
+    check_switch("blocks", blocks)
     config, inner = as_config(config), unwrap(model)
     for name, module in inner.named_modules():
         if isinstance(module, LoRALayer):
@@ -86,6 +91,8 @@ def apply_lora(
     _inject(inner, config, every_name=True, wide_adapters=autocast_adapter_dtype)
     if frozen:
         beside.take(inner.modules())
+    if blocks:
+        mlp.take(inner.modules(), mlp.GatedMLP)
     return model
 
 
@@ -93,6 +100,7 @@ def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     """apply_lora for a config from a file, whose target names need not all occur in this model."""
     injection = _inject(model, config, every_name=False, wide_adapters=True)
     beside.take(model.modules())
+    mlp.take(model.modules(), mlp.GatedMLP)
     return injection
 
 
@@ -157,6 +165,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
     for _, layer in layers:
         layer.detach_adapter()
     beside.give_back(inner.modules())
+    mlp.give_back(inner.modules())
     for module in inner.modules():  # parts of a model may have been adapted one by one
         injection = module.__dict__.pop(_RECORD, None)
         if injection is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends import Settings
 from ..projection import Layout, unflatten
+from ..segments import Segments
 from .autocast import autocast_off
 
 
@@ -44,6 +45,32 @@ def run_backward(
     return gradients
 
 
+def run_grouped(
+    inputs: Sequence[Tensor], segments: Segments, seeds: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """y [S, N] of experts, and the h [S, r]."""
+    x, *tensors = inputs
+    backend = settings.backend
+    return backend.forward_grouped([as_matrix(x), *tensors], segments, seeds, settings)
+
+
+def run_grouped_backward(
+    dy: Tensor,
+    inputs: Sequence[Tensor],
+    segments: Segments,
+    h: Tensor,
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    settings: Settings,
+) -> list[Tensor | None]:
+    """The gradient of each input that needs one, else None."""
+    x, *tensors = inputs
+    with autocast_off(x.device.type):
+        return settings.backend.backward_grouped(
+            as_matrix(dy), [as_matrix(x), *tensors], segments, h, needs, seeds, settings
+        )
+
+
 def kept(
     x: Tensor, hs: Sequence[Tensor], needs: Sequence[bool], layouts: tuple[Layout, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -71,8 +98,8 @@ def stand_in(weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], rows or columns dense: copied only if its strides need it."""
-    matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    """x [..., K] as [M, K], rows or columns dense: copied only if its strides or sign need it."""
+    matrix = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).resolve_neg()
     strides = matrix.stride()
     return matrix if 1 in strides and 0 not in strides else matrix.contiguous()
 

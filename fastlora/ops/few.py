@@ -1,37 +1,33 @@
 """Calls of a few rows: operations that torch's autograd follows, in the place of our node.
 
 There a call is all overhead, and a node of Python costs more than all of its products: 50 µs of a
-training step of 110, measured at one row of 256.  The formula and what is kept for the backward, x
-and h, are the node's.
+training step of 110, measured at one row of 256.  The formula is the node's, and so is the mask.
+What is kept for the backward is x and h; with dropout also the mask and the dropped x, as PEFT
+keeps them, for to make the mask again would cost more than a row is worth.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..backends import find_backend
-from ..projection import Output
-from .autocast import autocast_is_on
+from ..backends import Settings
 
 
-def has_few_rows(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
-    """Whether a call without dropout, whose tensors fit, is one of these now."""
-    return (
-        not torch.compiler.is_compiling()
-        and not autocast_is_on(x.device.type)
-        and find_backend(device=x.device).is_small(x, outputs)
-    )
-
-
-def few_rows(x: Tensor, outputs: Sequence[Output[Tensor]]) -> tuple[Tensor, ...]:
-    """Every output, with x's leading dimensions."""
+def few_rows(
+    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
+) -> tuple[Tensor, ...]:
+    """The only output, with x's leading dimensions."""
+    x, weight, *rest = inputs
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    ys = []
-    for (weight, bias), adapters in outputs:
-        y = linear(rows, weight, bias)
-        for lora_a, lora_b, scale in adapters:
-            y.addmm_(linear(rows, lora_a), lora_b.t(), alpha=float(scale))
-        ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], -1))
-    return tuple(ys)
+    ((has_bias, scales),), take = settings.layouts, iter(rest).__next__
+    y = linear(rows, weight, take() if has_bias else None)
+    dropped, keep = rows, 1.0 - settings.dropout
+    for i, scale in enumerate(scales):
+        lora_a, lora_b = take(), take()
+        if seeds is not None:
+            seed = seeds if len(scales) == 1 else seeds[i]
+            mask = settings.backend.dropout_mask(seed, rows.shape, settings.dropout)
+            dropped = rows * mask.to(rows.dtype)  # a mask of bool takes 1.4 times as long
+        y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=float(scale) / keep)
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], -1),)

@@ -50,7 +50,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
-            gradients = _differentiable(dys, inputs, needs, seeds, settings)
+            gradients = differentiable(dys, inputs, needs, seeds, settings)
             if not has_x:
                 gradients = _with_those_of_lora_b(gradients, dys, hs, inputs, needs, settings)
         else:
@@ -58,7 +58,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _differentiable(
+def differentiable(
     dys: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
@@ -115,7 +115,9 @@ def _with_those_of_lora_b(
     per_output = zip(of_outputs, dys, per_adapter(hs, outputs), outputs, wanted, strict=True)
     for (base, of_adapters), dy, thin, output, need in per_output:
         of_lora_b = [
-            _of_lora_b(dy, h, adapter.lora_b) if wants.lora_b else None
+            gradient_of_lora_b(dy, h, adapter.lora_b)
+            if wants.lora_b and dy is not None and h is not None
+            else None
             for h, adapter, wants in zip(thin, output.adapters, need.adapters, strict=True)
         ]
         changed = [a._replace(lora_b=g) for a, g in zip(of_adapters, of_lora_b, strict=True)]
@@ -123,10 +125,9 @@ def _with_those_of_lora_b(
     return [dx, *flatten(found, settings.layouts)]
 
 
-def _of_lora_b(dy: Tensor | None, h: Tensor | None, lora_b: Tensor) -> Tensor | None:
-    if dy is None or h is None:
-        return None
-    gradient = (dy.reshape(-1, dy.shape[-1]).T @ h).to(lora_b.dtype)
+def gradient_of_lora_b(dy: Tensor, h: Tensor, lora_b: Tensor) -> Tensor:
+    """dyᵀ h by torch's own operations, whose own gradient is refused."""
+    gradient = (dy.reshape(-1, dy.shape[-1]).T @ h.to(dy.dtype)).to(lora_b.dtype)
     if gradient.requires_grad:
         gradient.register_hook(_refuse)
     return gradient

@@ -18,14 +18,13 @@ from ..projection import (
     is_plain,
     layouts_of,
     named_tensors,
-    unflatten,
     why_not_mixed,
 )
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import run_forward
 from .few import few_rows
 from .function import LoRALinearFunction
-from .kinds import kind_of, known, remember
+from .kinds import key_of, known, may_be_known, remember
 from .library import call_registered
 from .textbook import needs_textbook, textbook
 
@@ -87,27 +86,26 @@ def lora_linears(
     may differ between the projections.  dx is summed in the order given.  A projection whose weight
     is None is one more adapter of the layer before it, and has no output of its own.
     """
-    kind, settings = None, None
-    inputs: list[Tensor] = []
-    if is_plain(x) and not torch.compiler.is_compiling():
-        kind, inputs = kind_of(x, projections, dropout, training, backend)
-        settings = known(kind)
+    key, settings = None, None
+    if may_be_known(x):
+        key, inputs = key_of(x, projections, dropout, training, backend)
+        settings = known(key, inputs)
     try:
         if settings is not None:
-            return _run(inputs, settings)
+            return run(inputs, settings)
         outputs: Sequence[Output[Tensor]] = _checked(x, projections, dropout, training)
         if needs_textbook(x):
             return textbook(x, outputs, dropout if training else 0.0)
         device = x.device.type
         if not autocast_is_on(device):
-            return _call(x, outputs, dropout, training, backend, kind)
+            return _call(x, outputs, dropout, training, backend, key)
         x, outputs = autocast_inputs(x, outputs)
         with autocast_off(device):
             return _call(x, outputs, dropout, training, backend)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
-        reason = _why_torch_refuses(x, as_outputs(projections))
+        reason = why_torch_refuses(x, as_outputs(projections))
         if reason:
             raise TypeError(reason) from error
         raise
@@ -129,9 +127,9 @@ def _call(
     dropout: float,
     training: bool,
     backend: str | None,
-    kind: Hashable = None,
+    key: Hashable = None,
 ) -> tuple[Tensor, ...]:
-    """The outputs of a call that passed the checks, which is of this kind if it has one."""
+    """The outputs of a call that passed the checks, which has this key if it may be known."""
     layouts = layouts_of(outputs)
     if not training or not any(layout.scales for layout in layouts):
         dropout = 0.0
@@ -144,20 +142,21 @@ def _call(
         seeds = _seeds(layouts, dropout, x.device)
         return call_registered(x, outputs, dropout, seeds, name)
     chosen = find_backend(backend, x.device)
-    is_small = not dropout and chosen.is_small(x, outputs)
-    settings = Settings(layouts, dropout, chosen, None if kind is None else {}, is_small)
-    inputs = (x, *flatten(outputs, layouts))
-    if kind is None:  # it may be that some have outlived a transform of torch.func
-        inputs = unwrap_dead_wrappers(inputs)
-    else:
-        remember(kind, settings)
-    return _run(inputs, settings)
+    settings = Settings(
+        layouts, dropout, chosen, None if key is None else {}, chosen.is_small(x, outputs)
+    )
+    # Some may have outlived a transform of torch.func, which no known kind has.
+    inputs = unwrap_dead_wrappers((x, *flatten(outputs, layouts)))
+    if key is not None:
+        remember(key, inputs, settings)
+    return run(inputs, settings)
 
 
-def _run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
-    if settings.is_small:
-        return few_rows(inputs[0], unflatten(inputs[1:], settings.layouts))
+def run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
+    """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
     seeds = _seeds(settings.layouts, settings.dropout, inputs[0].device)
+    if settings.is_small:
+        return few_rows(inputs, seeds, settings)
     if torch.is_grad_enabled():
         return LoRALinearFunction.apply(seeds, settings, *inputs)
     return tuple(run_forward(inputs, seeds, settings)[0])
@@ -175,7 +174,7 @@ def draw_seed(count: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
 
 
-def _why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
+def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
     """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
     if x.is_nested:
         return (

@@ -1,78 +1,109 @@
 """Kinds of calls that passed the checks: a call of a known kind needs no second look.
 
 A kind is everything that the checks, the choice of backend and the launches of a forward look at.
+What the tensors are is compared by the guard that torch.compile makes of them: their classes,
+dtypes, devices, shapes, strides and dispatch keys (layout, a minus that isn't in memory, inference
+mode), and whether autograd follows them.  It takes a tenth of what asking for each from Python
+does.  The rest is the key of the kind.
 """
 
 from collections.abc import Hashable, Sequence
 from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
-from ..backends import Settings, backend_name
-from ..projection import Output, Projection
-from .autocast import autocast_is_on
+from ..backends import Settings, asked_backend
+from ..projection import Output, Projection, is_plain
 from .textbook import needs_textbook
 
-_MOST = 1024
-_known: dict[Hashable, Settings] = {}
+_MOST, _MOST_OF_A_KEY = 1024, 8
 _changes = Lock()  # to find the oldest, no other thread may change them
 
 
-def kind_of(
+class _Kind(NamedTuple):
+    guard: TensorGuards
+    alignment: list[int] | None  # addresses modulo 16, where launches are kept
+    settings: Settings
+
+
+_known: dict[Hashable, tuple[_Kind, ...]] = {}
+
+
+def may_be_known(x: Tensor) -> bool:
+    """Whether a call made at this moment, with this x, can be of a known kind."""
+    return not (
+        torch.compiler.is_compiling()
+        or not is_plain(x)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_any_autocast_enabled()
+        or needs_textbook(x)
+    )
+
+
+def key_of(
     x: Tensor,
     projections: Sequence[Projection | Output],
     dropout: float,
     training: bool,
     backend: str | None,
 ) -> tuple[Hashable, list[Tensor]]:
-    """The kind of an eager call, and its tensors laid flat, x first; None: it has to be checked.
+    """The key of an eager call, and its tensors laid flat, x first; None: it has to be checked.
 
-    Two calls with the same kind are right or wrong both.
+    Two calls with the same key and tensors of the same kind are right or wrong both.
     """
-    if torch._C._len_torch_dispatch_stack() or type(projections) not in (list, tuple):
+    if type(projections) not in (list, tuple):
         return None, []
-    inputs, rest = [x], [dropout, type(dropout), training is True or training is False, training]
+    inputs, switch = [x], training is True or training is False
+    rest: list[Any] = [asked_backend(backend), dropout, type(dropout), switch, training]
     try:
-        if autocast_is_on(x.device.type) or needs_textbook(x):
-            return None, []
         for projection in projections:
+            rest.append(type(projection))
             if isinstance(projection, Projection):
-                rest.append(type(projection))
                 weight, lora_a, lora_b, bias, scale = projection
-                rest += weight is None, bias is None, scale, type(scale)
-                inputs += [each for each in (weight, bias, lora_a, lora_b) if each is not None]
+                rest += weight is None, bias is None, scale, type(scale), lora_b.shape
+                inputs += [each for each in (weight, bias) if each is not None]
+                inputs += lora_a, lora_b
             else:
                 base, adapters = projection
                 weight, bias = base
-                rest += type(projection), type(base), type(adapters), len(adapters), bias is None
+                rest += type(base), type(adapters), len(adapters), bias is None, weight.shape
                 inputs += (weight,) if bias is None else (weight, bias)
                 for lora_a, lora_b, scale in adapters:
-                    rest += scale, type(scale)
+                    rest += scale, type(scale), lora_b.shape
                     inputs += lora_a, lora_b
-        name = backend_name(backend, x.device)
-        return (name, *rest, *map(_facts, inputs)), inputs
+        return (x.shape, *rest), inputs
     except Exception:  # whatever it is, the checks say it better
         return None, []
 
 
-def known(kind: Hashable) -> Settings | None:
-    """The settings of a call of this kind, if one has passed the checks."""
+def known(key: Hashable, inputs: Sequence[Tensor]) -> Settings | None:
+    """The settings of a call with this key and these tensors, if one has passed the checks."""
     try:
-        return _known.get(kind)
+        kinds = _known.get(key)
     except TypeError:  # there is something in it that isn't hashable
         return None
+    for guard, alignment, settings in kinds or ():
+        if guard.check(*inputs) and (alignment is None or alignment == _alignment(inputs)):
+            return settings
+    return None
 
 
-def remember(kind: Hashable, settings: Settings) -> None:
-    """The settings of a call of this kind that passed the checks; the oldest is forgotten."""
+def remember(key: Hashable, inputs: Sequence[Tensor], settings: Settings) -> None:
+    """The settings of a call that passed the checks; the oldest kinds are forgotten."""
+    dims: Any = {  # torch's own annotations of this class know less than it takes
+        "dynamic_dims_sizes": [[*tensor.shape] for tensor in inputs],
+        "dynamic_dims_strides": [[*tensor.stride()] for tensor in inputs],
+    }
+    guard = TensorGuards(*inputs, **dims)
+    kind = _Kind(guard, None if settings.is_small else _alignment(inputs), settings)
     with _changes:
-        while len(_known) >= _MOST:
+        while len(_known) >= _MOST and key not in _known:
             del _known[next(iter(_known))]
-        _known[kind] = settings
+        _known[key] = (kind, *_known.get(key, ())[: _MOST_OF_A_KEY - 1])
 
 
-def _facts(tensor: Tensor) -> Hashable:
-    """Of a plain dense tensor; anything else raises, or has a kind that is never known."""
-    shape, strides, address = tensor.shape, tensor.stride(), tensor.data_ptr() & 15
-    return type(tensor), shape, strides, tensor.dtype, tensor.device, address, tensor.is_neg()
+def _alignment(inputs: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() & 15 for tensor in inputs]

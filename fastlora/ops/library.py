@@ -129,13 +129,13 @@ torch.library.register_autograd(
 )
 
 
-def _no_second_backward(ctx, *_):
+def no_second_backward(ctx, *_):
     raise NotImplementedError(
         "gradients of gradients need an eager call of a LoRA layer: here it was compiled or traced"
     )
 
 
-torch.library.register_autograd("fastlora::lora_linears_backward", _no_second_backward, lib=LIBRARY)
+torch.library.register_autograd("fastlora::lora_linears_backward", no_second_backward, lib=LIBRARY)
 
 
 @torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")

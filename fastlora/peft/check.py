@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import beside
+from .. import beside, mlp
 from ..modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..report import Coverage
@@ -106,7 +106,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
     with optimize(model) as report:
-        from . import masks, swap  # here, since they import PEFT
+        from . import block, masks, swap  # here, since they import PEFT
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(
@@ -115,6 +115,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         with masks.shared_masks(inner):
             with _kept(inner):
                 fast = _run(model, batch)
+            blocks = mlp.give_back(inner.modules())
             swapped, taken = swap.unswap_all(inner.modules()), beside.give_back(inner.modules())
             try:
                 with _kept(inner):
@@ -122,6 +123,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
             finally:
                 swap.swap_all(swapped)
                 beside.take(taken)
+                mlp.take(blocks, block.Block)
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
     dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
     if tolerance is None:
@@ -134,7 +136,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         gradients,
         tuple(_per_layer(report, gradients)),
         tolerance,
-        Coverage(report.layers, report.notes, report.frozen),
+        Coverage(report.layers, report.notes, report.frozen, report.blocks),
         dtype,
     )
 
@@ -214,15 +216,21 @@ def _fresh(value: Any) -> Any:
 
 @contextmanager
 def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's."""
+    """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's.
+
+    Or that blocks are, which a hook on one of their layers would send layer by layer.
+    """
     found = set()
+    blocks = [module for module in model.modules() if isinstance(module, mlp.GatedMLP)]
+    inside = {part for block in blocks for part in block.children()}
+    layers = [layer for _, layer in peft_layers(model) if layer not in inside]
 
     def note(_, args):
         device = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
         if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
             found.add(torch.get_autocast_dtype(device))
 
-    handles = [layer.register_forward_pre_hook(note) for _, layer in peft_layers(model)]
+    handles = [module.register_forward_pre_hook(note) for module in (*blocks, *layers)]
     try:
         yield found
     finally:

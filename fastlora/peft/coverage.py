@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..beside import taken
+from ..mlp import cover_blocks
 from ..modules import plain_name, unwrap
 from ..report import Coverage, LayerCoverage, cover_lora_linears
 from .versions import notes, why_not_version
@@ -20,7 +21,8 @@ def coverage(model: nn.Module) -> Coverage:
     unreached = "not optimised yet: fastlora.optimize(model) does it"
     theirs = cover(inner, peft_layers(inner), unreached)
     layers = (*cover_lora_linears(inner), *theirs.layers)
-    return Coverage(layers, theirs.notes, frozen_layers(inner))
+    blocks = cover_blocks(inner, unreached)
+    return Coverage(layers, theirs.notes, frozen_layers(inner), blocks)
 
 
 def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:

@@ -1,15 +1,19 @@
 """What an optimised PEFT layer becomes: the same layer with another forward."""
 
+from operator import is_
+
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 
+from ..backends import Settings
 from ..frozen import fits
 from ..ops import dora_linear, dora_norm, lora_linears
-from ..ops.few import few_rows, has_few_rows
-from ..projection import Adapter
+from ..ops.functional import run
+from ..ops.kinds import key_of, known, may_be_known, remember
+from ..projection import Adapter, Output, flatten, layouts_of
 from .moment import why_not_now
-from .reading import Reading, active_adapters, read
+from .reading import Glance, Reading, active_adapters, glance, read
 
 
 class Linear(PeftLinear):
@@ -23,19 +27,31 @@ class Linear(PeftLinear):
         names = active_adapters(self)
         alone = self.disable_adapters or self.merged or not names  # the base layer's call
         if not (alone or args or kwargs or why_not_now()):
+            seen = glance(self, names, x) if may_be_known(x) else None
+            settings = None if seen is None else known(*seen)
+            if settings is not None:
+                return fast_forward(x, names[0], settings, seen)
             reading = read(self, names)
             if reading.output is not None and fits(x, reading.output.base.weight):
-                return fast_forward(x, names[0], reading)
+                return fast_forward(x, names[0], reading, seen)
         return super().forward(x, *args, **kwargs)
 
 
-def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
-    """The output for x by fastlora's ops; ``name`` is that of the first active adapter."""
+def fast_forward(x: Tensor, name: str, found: Settings | Reading, seen: Glance | None) -> Tensor:
+    """The output for x by fastlora's ops; ``name`` is that of the first active adapter.
+
+    ``found``: what a call like this was known to be, or else the layer's reading.
+    """
+    if isinstance(found, Settings):
+        assert seen is not None
+        return run(seen.inputs, found)[0]
+    reading = found
     assert reading.output is not None
     if reading.magnitude is None:
-        if not reading.p and has_few_rows(x, (reading.output,)):  # all else has been looked at
-            return few_rows(x, (reading.output,))[0]
-        return lora_linears(x, (reading.output,), dropout=reading.p)[0]
+        y = lora_linears(x, (reading.output,), dropout=reading.p)[0]
+        if seen is not None:
+            _remember(seen, reading.output, reading.p)
+        return y
     (weight, bias), (adapter,) = reading.output
     lora_a, lora_b, scale = adapter
     y = dora_linear(
@@ -50,6 +66,16 @@ def fast_forward(x: Tensor, name: str, reading: Reading) -> Tensor:
         norm=_norm(reading.magnitude, weight, adapter, adapter_name=name),
     )
     return y if x.dim() > 1 else y.unsqueeze(0)  # PEFT's gain is [1, N], and so is this output
+
+
+def _remember(seen: Glance, output: Output[Tensor], p: float) -> None:
+    """That a call like this one was ``lora_linears`` of what the glance saw, if it was."""
+    tensors = flatten((output,), layouts_of((output,)))
+    x, *others = seen.inputs
+    if len(tensors) == len(others) and all(map(is_, tensors, others)):
+        settings = known(*key_of(x, (output,), p, True, None))
+        if settings is not None:
+            remember(*seen, settings)
 
 
 @dora.cache_decorator("weight-norm")  # kept as PEFT keeps it: in DoraCaching, in evaluation

@@ -8,7 +8,7 @@ from weakref import ref
 
 from torch import nn
 
-from ..beside import give_back, take
+from .. import beside, mlp
 from ..modules import lora_layers
 from ..projection import check_switch
 from ..report import Coverage
@@ -32,10 +32,12 @@ class Optimized(Coverage):
         _unswap([layer for changed in self._changed if (layer := changed()) is not None])
 
     def __reduce__(self):
-        return Coverage, (self.layers, self.notes, self.frozen)
+        return Coverage, (self.layers, self.notes, self.frozen, self.blocks)
 
 
-def optimize(model: nn.Module, *, strict: bool = False, frozen: bool = True) -> Optimized:
+def optimize(
+    model: nn.Module, *, strict: bool = False, frozen: bool = True, blocks: bool = True
+) -> Optimized:
     """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and report on each.
 
     ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
@@ -48,6 +50,10 @@ def optimize(model: nn.Module, *, strict: bool = False, frozen: bool = True) -> 
     16 bits (the head, and what no adapter is on; a base, in calls without its adapter), which the
     report lists apart; ``frozen=False`` leaves them alone.
 
+    Gated MLPs of transformers' models, down(act(gate(x)) · up(x)), become blocks: a call in
+    training keeps neither act(gate) nor the product for the backward (docs/blocks.md).  The report
+    lists them, too; ``blocks=False`` leaves them alone.
+
     The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
 
     ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does, with a warning, a
@@ -56,13 +62,14 @@ def optimize(model: nn.Module, *, strict: bool = False, frozen: bool = True) -> 
     in the report says that they agree.
 
     Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, for
-    a ``strict`` or ``frozen`` that is no bool, or if ``FASTLORA_BACKEND`` names no backend.
+    a switch that is no bool, or if ``FASTLORA_BACKEND`` names no backend.
     With ``strict``, a layer that would not run fast is a ValueError too, with the report as its
     text.  After an error the model is as it was.
     """
     inner = checked(model)
     check_switch("strict", strict)
     check_switch("frozen", frozen)
+    check_switch("blocks", blocks)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
@@ -73,12 +80,17 @@ def optimize(model: nn.Module, *, strict: bool = False, frozen: bool = True) -> 
     if strict and report.eager:
         raise ValueError(f"not every layer would run fast: {report}")
     if reason:
-        return Optimized(report.layers, report.notes, frozen_layers(inner))
-    from .swap import swap_all  # here, since it imports PEFT
+        found = mlp.cover_blocks(inner, reason)
+        return Optimized(report.layers, report.notes, frozen_layers(inner), found)
+    from .block import Block  # here, since it imports PEFT, as this does
+    from .swap import swap_all
 
     changed = swap_all(layer for _, layer in layers)
     changed += _take_frozen(inner) if frozen else []
-    return Optimized(report.layers, report.notes, frozen_layers(inner), tuple(map(ref, changed)))
+    changed += mlp.take(inner.modules(), Block) if blocks else []
+    found = mlp.cover_blocks(inner, "left alone (blocks=False)")
+    kept = tuple(map(ref, changed))
+    return Optimized(report.layers, report.notes, frozen_layers(inner), found, kept)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -106,11 +118,12 @@ def _take_frozen(model: nn.Module) -> list[nn.Module]:
 
     Not those of adapters: one that isn't active is frozen, too, and its layer reads it itself.
     """
-    return take(layer for name, layer in model.named_modules() if ".lora_" not in name)
+    return beside.take(layer for name, layer in model.named_modules() if ".lora_" not in name)
 
 
 def _unswap(layers: list[nn.Module]) -> None:
-    give_back(layers)
+    beside.give_back(layers)
+    mlp.give_back(layers)
     if "fastlora.peft.layer" in sys.modules:  # else no layer was ever made fast
         from .swap import unswap_all
 

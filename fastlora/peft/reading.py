@@ -4,10 +4,13 @@ The fast path reads the tensors of ``base_layer``, ``lora_A`` and ``lora_B`` and
 modules.  So whatever acts on such a call (a hook, another class, a replaced forward) sends the
 layer to PEFT's forward, which does call them.
 
-All of this is read anew in every call: adapters come and go, and so do hooks.  It is to take a few
-microseconds, so it looks submodules up where ``nn.Module`` keeps them.
+All of this is looked at anew in every call: adapters come and go, and so do hooks.  :func:`read`
+judges it, :func:`glance` only collects it, so that what was judged once is known again
+(:mod:`fastlora.ops.kinds`).  A glance is to take a few microseconds, so it looks submodules up
+where ``nn.Module`` keeps them.
 """
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +20,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..backends import asked_backend
 from ..base import is_conv1d, why_not_class, why_not_tensor
 from ..gather import is_flattened
+from ..hooks import is_hooked
 from ..projection import (
     LARGEST_SCALE,
     Adapter,
@@ -41,10 +46,45 @@ class Reading(NamedTuple):
     magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
 
 
+class Glance(NamedTuple):
+    """A key with all that :func:`read` looks at but the tensors; and these, x first, laid flat."""
+
+    key: Hashable
+    inputs: list[Tensor]
+
+
 def active_adapters(layer: PeftLinear) -> list[str]:
     """The active adapters that this layer has, in PEFT's order."""
     own = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in own]
+
+
+def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
+    """The layer with one adapter, as a call with x finds it; None where that has to be read."""
+    modules, (name, *others) = layer._modules, names
+    if others or layer.lora_variant or not layer.cast_input_dtype_enabled:
+        return None
+    base = modules["base_layer"]
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    if is_hooked(base) or is_hooked(lora_a) or is_hooked(lora_b) or is_hooked(dropout):
+        return None
+    own, down, up = base._parameters, lora_a._parameters, lora_b._parameters
+    try:
+        weight, bias, thin, wide = own["weight"], own["bias"], down["weight"], up["weight"]
+        shape = wide.shape
+        if base._modules or down["bias"] is not None or up["bias"] is not None:
+            return None
+    except (KeyError, AttributeError):  # FSDP's, or parametrised, or None
+        return None
+    inputs = [x, weight, thin, wide] if bias is None else [x, weight, bias, thin, wide]
+    kind, scale = type(base), layer.scaling[name]
+    key = (
+        (kind, kind.forward, kind.__call__, type(lora_a), type(lora_b), type(dropout)),
+        (_rate(dropout), dropout.__dict__.get("inplace"), scale, type(scale), bias is None),
+        (asked_backend(), x.shape, shape),
+    )
+    return Glance(key, inputs)
 
 
 def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
@@ -146,35 +186,6 @@ def _read_variant(
     if not gathers:
         reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
     return reason, None if reason else magnitude
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something acts on a call of this module besides its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not _acts_as_its_class(module))
-    )
-
-
-def _acts_as_its_class(module: nn.Module) -> bool:
-    """Whether the forward on this instance does what its class's does.
-
-    It may be accelerate's, which moves inputs to the weight's device, where the fast path asks them
-    to be; or the class's own, which accelerate leaves there when its hook is removed.
-    """
-    own = module.__dict__["forward"]
-    if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
-        return True
-    hook: Any = module.__dict__.get("_hf_hook")
-    return (
-        type(hook).__name__ == "AlignDevicesHook"
-        and type(hook).__module__ == "accelerate.hooks"
-        and not hook.offload
-        and not hook.io_same_device
-    )
 
 
 def _tensor(module: nn.Module, name: str) -> Any:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from judge import check_against_oracle, make_projection
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import blocks
@@ -88,6 +89,18 @@ def test_the_same_however_rows_are_cut(columns):
     parts = [mask.rows(first, count) for first, count in ((0, 1), (1, 6), (7, 13))]
     assert torch.equal(torch.cat(parts).bool(), whole)
     assert torch.equal(dropout_mask(seed_of(9), (5, columns), 0.3), whole[:5])
+
+
+@pytest.mark.parametrize("columns", [1, 511, 4096])
+@pytest.mark.parametrize("number", [0, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123])
+def test_numpy_s_masks_are_torch_s(number, columns):
+    """A dispatch mode sees torch's operations; without one, a few rows are numpy's."""
+    shape = (7, columns)
+    made = dropout_mask(seed_of(number), shape, 0.3)
+    with FlopCounterMode(display=False):
+        assert torch.equal(dropout_mask(seed_of(number), shape, 0.3), made)
+    many = DropoutMask(seed_of(number), (4096, columns), 0.3).rows(0, 4096)  # all threads'
+    assert torch.equal(many[:7], made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -174,6 +187,6 @@ def test_a_mask_waits_for_no_other_thread(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_within_blocks(dtype, monkeypatch):
     monkeypatch.setattr(blocks, "_CPU_BLOCK", 24 * 16)
-    monkeypatch.setattr(blocks, "_GRAIN", 24 * 3)
+    monkeypatch.setattr(blocks, "GRAIN", 24 * 3)
     x = torch.randn(37, 24).to(dtype).requires_grad_()
     check_against_oracle(x, [make_projection(17, 24, 4, dtype, bias=True)], 0.3)

@@ -38,7 +38,8 @@ def torch_backend_only():
 @pytest.fixture
 def small_blocks(monkeypatch, wide):
     """… in blocks of 8 rows of x and 4 of the weight."""
-    monkeypatch.setattr(products, "_BLOCK", 0)
+    for name in ("_BLOCK", "_ROWS", "_PART"):
+        monkeypatch.setattr(products, name, 0)
     monkeypatch.setattr(products, "_FEWEST_ROWS", 8)
     monkeypatch.setattr(products, "_FEWEST_OF_WEIGHT", 4)
 
@@ -63,7 +64,9 @@ def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
 @dropouts
 @pytest.mark.parametrize("m", [7, 8, 9, 17])
 @pytest.mark.parametrize("n", [3, 4, 5, 9])
-def test_blocks_at_their_edges(m, n, p):
+@pytest.mark.parametrize("few", [0, 64], ids=["by-rows", "by-columns"])
+def test_blocks_at_their_edges(monkeypatch, m, n, p, few):
+    monkeypatch.setattr(products, "_FEW", few)
     projection = make_projection(n, 10, 3, torch.bfloat16, torch.float32, bias=True)
     check_against_oracle(make_x(m, 10, dtype=torch.bfloat16), [projection], p)
 
@@ -192,7 +195,7 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, small_blocks):
     """Beyond what torch's products need: h's other half, and what doesn't grow with the rows."""
     x = make_x(1024, 64, dtype=torch.bfloat16)
     outputs = as_outputs([make_projection(48, 64, 2, torch.bfloat16, torch.float32)])
-    products.SCRATCH.buffers.clear()
+    products.SCRATCH.matrices.clear()
     given, peaks = [x, *flatten(outputs, layouts_of(outputs))], {}
     for forced in (False, True):
         monkeypatch.setattr(products, "FORCED", forced)
@@ -444,3 +447,16 @@ def test_here_torch_s_flag_is_heeded():
     )
     *wide, _ = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=None).split()[1:]
     assert not any(flag and answer == "True" for flag, answer in zip(flags, wide, strict=True))
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_gradient_that_can_have_one_where_x_is_not_kept():
+    """h is float32 there, and dy isn't."""
+    x = torch.randn(40, 9).bfloat16().requires_grad_()
+    weight, lora_a, lora_b, *_ = make_projection(6, 9, 3, torch.bfloat16, torch.float32)
+    y = fastlora.lora_linear(x, weight, lora_a.requires_grad_(False), lora_b)
+    dy, leaves = torch.randn(40, 6).bfloat16(), (x, lora_b)
+    plain = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, leaves, dy, create_graph=True), plain, rtol=2e-2, atol=0.1
+    )

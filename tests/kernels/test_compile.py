@@ -24,7 +24,7 @@ def every(row) -> bool:
 
 
 def has_config(row) -> bool:
-    return row["kernel"] != "sum_planes"
+    return bool(row["config"]) and row["kernel"] != "sum_planes"
 
 
 # By name: which kernels it is about, and what holds of them.
@@ -73,6 +73,14 @@ def test_a_config_with_descriptors_uses_them_but_for_adding(rows):
     assert meant == [row for row in rows if row["descriptors"]]
 
 
+def test_gated_kernels_use_no_shared_memory_and_spill_nothing(rows):
+    found = [row for row in rows if row["kernel"].startswith("gated")]
+    assert len(found) == 14
+    for row in found:
+        assert row["compiled"]["shared_memory"] == row["compiled"]["spills"] == 0, row["case"]
+        assert row["compiled"]["registers"] <= 64, row["case"]
+
+
 def test_every_default_config_is_compiled(rows):
     compiled = [row["config"] for row in rows]
     for (target, _), table in DEFAULTS.items():
@@ -83,9 +91,10 @@ def test_every_default_config_is_compiled(rows):
 def launches_without_compiling(script: str) -> list[str]:
     """What the script prints of each ``launch`` of some calls on sm_90, whose name is first."""
     calls = (
-        "from tools.compile_report.cases import _case, launches\n"
+        "from tools.compile_report.cases import _case, gated_cases, launches\n"
         "words = ('y bias', 'y,h M16', 'dx n2 mask', 'dx+', 'h M100 mask', 'dA', 'dB,dh')\n"
-        "for launch in (each for w in words for each in launches(_case('sm_90', None, w))):\n"
+        "cases = [_case('sm_90', None, w) for w in words] + gated_cases('sm_90')\n"
+        "for launch in (each for case in cases for each in launches(case)):\n"
     )
     return run_without_interpreter("-c", calls + "    " + script).splitlines()
 
@@ -95,7 +104,15 @@ def test_a_launch_compares_no_global_value():
     script = "print(launch.name, bool(launch.kernel.cache_key), launch.kernel.used_global_vals)"
     lines = launches_without_compiling(script)
     assert set(lines) == {
-        f"{name} True {{}}" for name in ("gemm_lowrank", "project", "weight_grad", "sum_planes")
+        f"{name} True {{}}"
+        for name in (
+            "gemm_lowrank",
+            "project",
+            "weight_grad",
+            "sum_planes",
+            "gated",
+            "gated_backward",
+        )
     }
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from judge import check_against_oracle, make_projection
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora.backends.torch import MOST_ROWS
@@ -31,21 +32,48 @@ def call(x: torch.Tensor, dtype: torch.dtype = torch.float32, **more) -> torch.T
 def test_few_rows_have_no_node_of_ours():
     assert not is_node(call(torch.randn(MOST_ROWS, K)))
     assert is_node(call(torch.randn(MOST_ROWS + 1, K)))
-    assert is_node(call(torch.randn(MOST_ROWS, K), dropout=0.1))
+    assert not is_node(call(torch.randn(MOST_ROWS, K), dropout=0.1))
     assert is_node(call(torch.randn(MOST_ROWS, K, dtype=torch.bfloat16), torch.bfloat16))
     with fastlora.use_backend("triton"):
         assert is_node(call(torch.randn(1, K)))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, K), (K,), (2, 3, K), (MOST_ROWS, K)])
-def test_the_oracle_s_numbers(shape, dtype):
+def test_the_oracle_s_numbers(shape, dtype, p):
+    """With dropout by the mask that the backend makes of the seed."""
     x = torch.randn(shape, dtype=dtype).requires_grad_()
-    check_against_oracle(x, [make_projection(N, K, RANK, dtype, bias=True)])
+    check_against_oracle(x, [make_projection(N, K, RANK, dtype, bias=True)], p)
 
 
-def test_it_keeps_x_and_h():
-    x, sizes = torch.randn(3, K), {}
+def test_each_adapter_has_a_mask_of_its_own():
+    x = torch.randn(MOST_ROWS, K, dtype=torch.float64)
+    first = make_projection(N, K, RANK, torch.float64)
+    check_against_oracle(x.requires_grad_(), [first, first._replace(weight=None)], 0.3)
+
+
+def test_the_node_and_the_registered_op_drop_the_same(monkeypatch):
+    torch.manual_seed(1)
+    x, projection = torch.randn(3, K), make_projection(N, K, RANK, torch.float32)
+    call = lambda: fastlora.lora_linear(x, *projection[:3], dropout=0.3)  # noqa: E731
+
+    def dropped():
+        torch.manual_seed(2)
+        return call()
+
+    y = dropped()
+    with FlopCounterMode(display=False):  # a dispatch mode sees the registered op
+        torch.testing.assert_close(dropped(), y)
+    monkeypatch.setattr("fastlora.backends.torch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    torch.testing.assert_close(dropped(), y)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_it_keeps(p):
+    """x and h; and with dropout the mask, as numbers, and the dropped x in x's place."""
+    x, sizes = torch.randn(3, K, requires_grad=True), {}
 
     def keep(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -56,10 +84,10 @@ def test_it_keeps_x_and_h():
     for tensor in parameters[1:]:
         tensor.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fastlora.lora_linear(x, *parameters, bias=projection.bias)
+        fastlora.lora_linear(x, *parameters, bias=projection.bias, dropout=p)
     for tensor in parameters:
         sizes.pop(tensor.untyped_storage().data_ptr(), None)
-    assert sum(sizes.values()) == 3 * K * 4 + 3 * RANK * 4
+    assert sum(sizes.values()) == (2 if p else 1) * 3 * K * 4 + 3 * RANK * 4
 
 
 def test_several_adapters_and_none():

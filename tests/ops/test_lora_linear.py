@@ -63,6 +63,7 @@ STRIDES = {
     "permuted-3d": lambda **kw: make_x(9, 4, 5, **kw).permute(1, 2, 0),
     "expanded-rows": lambda **kw: make_x(1, 9, **kw).expand(8, 9),
     "expanded-columns": lambda **kw: make_x(8, 1, **kw).expand(8, 9),
+    "negated": lambda **kw: torch._neg_view(make_x(8, 18, **kw)[:, ::2]),
     "every-second-feature-3d": lambda **kw: make_x(2, 3, 18, **kw)[..., 1::2],
 }
 

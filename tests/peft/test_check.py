@@ -46,22 +46,29 @@ def test_sixteen_bits_are_coarser(dtype):
     assert found.tolerance > 1e-3
 
 
+@pytest.fixture
+def read_anew(monkeypatch):
+    """No call is known: each layer is read, and its reading handed on."""
+    monkeypatch.setattr(fast_linear, "known", lambda *_: None)
+
+
 def broken(run, how):
     """The fast forward with an error in its output, or in lora_B's gradient alone."""
 
-    def wrong(x, name, reading):
+    def wrong(x, name, reading, seen):
         if how == "output":
-            return run(x, name, reading) * 1.01
+            return run(x, name, reading, None) * 1.01
         (adapter,) = reading.output.adapters
         up = adapter.lora_b
         faulty = adapter._replace(lora_b=up * 1.01 - 0.01 * up.detach())
-        return run(x, name, reading._replace(output=reading.output._replace(adapters=(faulty,))))
+        output = reading.output._replace(adapters=(faulty,))
+        return run(x, name, reading._replace(output=output), None)
 
     return wrong
 
 
 @pytest.mark.parametrize("how", ["output", "gradient"])
-def test_a_wrong_number_is_found(monkeypatch, how):
+def test_a_wrong_number_is_found(read_anew, monkeypatch, how):
     monkeypatch.setattr(fast_linear, "fast_forward", broken(fast_linear.fast_forward, how))
     found = fastlora.check(llama(), batch())
     assert not found
@@ -72,15 +79,15 @@ def test_a_wrong_number_is_found(monkeypatch, how):
         assert "lora_B" in found.largest.name
 
 
-def test_a_wrong_layer_is_named(monkeypatch):
+def test_a_wrong_layer_is_named(read_anew, monkeypatch):
     model = llama()
     culprit = model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight
     run = fast_linear.fast_forward
 
-    def wrong(x, name, reading):
+    def wrong(x, name, reading, seen):
         if reading.output.adapters[0].lora_b is culprit:
-            return broken(run, "gradient")(x, name, reading)
-        return run(x, name, reading)
+            return broken(run, "gradient")(x, name, reading, None)
+        return run(x, name, reading, None)
 
     monkeypatch.setattr(fast_linear, "fast_forward", wrong)
     found = fastlora.check(model, batch())
@@ -207,7 +214,7 @@ def test_the_batch_is_left_as_it_is():
     assert x.grad is None
 
 
-def test_a_gradient_that_does_not_reach_the_input_is_found(monkeypatch):
+def test_a_gradient_that_does_not_reach_the_input_is_found(read_anew, monkeypatch):
     run = fast_linear.fast_forward
     monkeypatch.setattr(fast_linear, "fast_forward", lambda x, *rest: run(x.detach(), *rest))
     x = torch.randn(5, 8, requires_grad=True)

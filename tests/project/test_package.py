@@ -15,21 +15,22 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "blocks", "reference", "backends", "ops", "frozen", "base",
-    "adapted", "layer", "modules", "gather", "classes", "beside", "report", "model", "peft",
-    "trainer", "doctor", "__main__", "moved", "__init__",
+    "version", "kernels", "projection", "segments", "blocks", "reference", "backends", "ops",
+    "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather", "classes",
+    "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
+    "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
-        "weight_grad", "defaults", "plan", "script", "kept",
+        "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
-    "reference": ["lora", "dora"],
-    "backends": ["protocol", "dropout", "products", "torch", "triton"],
+    "reference": ["lora", "dora", "gated", "grouped"],
+    "backends": ["protocol", "dropout", "products", "gated", "rows", "grouped", "torch", "triton"],
     "ops": [
-        "autocast", "call", "norm", "library", "function", "textbook", "kinds", "few", "functional",
-        "dora",
+        "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
+        "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
@@ -37,12 +38,17 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "swap", "sharding", "uncalled", "records", "trial", "check",
+        "layer", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
     ],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip
 # Imported inside of functions, when a model with PEFT's layers is met.
-LATE = {"peft": {"coverage": {"records", "sharding", "uncalled"}, "optimize": {"swap", "trial"}}}
+LATE = {
+    "peft": {
+        "coverage": {"records", "sharding", "uncalled"},
+        "optimize": {"block", "swap", "trial"},
+    }
+}
 
 
 def imports(path: Path) -> list[ast.ImportFrom | ast.Import]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from block_calls import noted_blocks
 from torch import Tensor, nn
 
 from fastlora import frozen
@@ -16,7 +17,10 @@ def fast_layers(model: nn.Module) -> set[str]:
 
 @contextmanager
 def counted_calls() -> Iterator[list[Tensor]]:
-    """The inputs of the eager calls of frozen layers that run fast inside."""
+    """The inputs of the eager calls of frozen layers that run fast inside.
+
+    A block's input counts for each of its layers that has no adapter.
+    """
     calls: list[Tensor] = []
     run = frozen.lora_linears
 
@@ -24,6 +28,9 @@ def counted_calls() -> Iterator[list[Tensor]]:
         calls.append(x)
         return run(x, *rest, **settings)
 
-    with pytest.MonkeyPatch.context() as patch:
+    def note(x, outputs):
+        calls.extend(x for output in outputs if not output.adapters)
+
+    with pytest.MonkeyPatch.context() as patch, noted_blocks(note):
         patch.setattr(frozen, "lora_linears", recorded)
         yield calls

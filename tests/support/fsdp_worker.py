@@ -43,7 +43,8 @@ def reports(kind: str) -> list[fastlora.Coverage]:
     with training.counted() as calls:
         step(model)
     assert len(calls) == training.LAYERS
-    return [fastlora.Coverage(first.layers, first.notes), fastlora.coverage(model)]
+    first = fastlora.Coverage(first.layers, first.notes, blocks=first.blocks)
+    return [first, fastlora.coverage(model)]
 
 
 def conv1d_report() -> str:

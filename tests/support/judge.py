@@ -81,10 +81,10 @@ def check_against_oracle(
 ) -> None:
     """Every output and gradient, no further from the truth than twice PyTorch's own error."""
     ys, dys, gradients, masks = run_fastlora(x, projections, p)
-    truth = _reference(x, projections, p, masks, dys, _to_float64)
+    truth = _reference(x, projections, p, masks, dys, to_float64)
     eager = _reference(x, projections, p, masks, dys, lambda tensor: tensor)
     sizes = [dy.abs() for dy in dys]
-    size = _reference(x, projections, p, masks, sizes, lambda t: _to_float64(t).abs())
+    size = _reference(x, projections, p, masks, sizes, lambda t: to_float64(t).abs())
     found = {f"y{i}": y for i, y in enumerate(ys)} | gradients
     assert found.keys() == truth.keys()
     for name, value in found.items():
@@ -113,7 +113,7 @@ def assert_close(
     assert error <= budget, f"{name}: {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
 
 
-def _to_float64(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
 

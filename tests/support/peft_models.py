@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from block_calls import noted_blocks
 from models import Mlp, randomise
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -125,7 +126,10 @@ def optimized(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def counted_calls() -> Iterator[list[Tensor]]:
-    """The inputs of the eager calls of LoRA layers that run fast inside."""
+    """The inputs of the eager calls of LoRA layers that run fast inside.
+
+    A block's input counts for each of its layers that has adapters.
+    """
     calls: list[Tensor] = []
     run: Callable = fast_linear.fast_forward
 
@@ -133,7 +137,10 @@ def counted_calls() -> Iterator[list[Tensor]]:
         calls.append(x)
         return run(x, *rest)
 
-    with pytest.MonkeyPatch.context() as patch:
+    def note(x, outputs):
+        calls.extend(x for output in outputs if output.adapters)
+
+    with pytest.MonkeyPatch.context() as patch, noted_blocks(note):
         patch.setattr(fast_linear, "fast_forward", recorded)
         yield calls
 

@@ -36,7 +36,7 @@ class Record:
     losses: list[float]
     gradients: dict[str, Tensor]  # of the first step
     adapter: dict[str, Tensor]  # after the last
-    fast: int  # how often the fast op ran
+    fast: int  # how many outputs of the fast op were made
     inside: fastlora.Coverage  # as the layers are in the forward of what contains them
     coverage: fastlora.Coverage  # afterwards, between calls
     external: frozenset[str] = frozenset()  # parameters that ZeRO-3 saw read outside of their calls
@@ -181,12 +181,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def counted() -> Iterator[list[None]]:
-    """One element more for each call of the fast op."""
+    """One element more for each output of a call of the fast op."""
     calls, backend = [], find_backend(device=CPU)
 
-    def forward(*arguments, **settings):
-        calls.append(None)
-        return original(*arguments, **settings)
+    def forward(inputs, seeds, settings):
+        calls.extend([None] * len(settings.layouts))
+        return original(inputs, seeds, settings)
 
     original = backend.forward
     with mock.patch.object(backend, "forward", forward):

@@ -25,7 +25,7 @@ from benchmarks.report import align
 from fastlora.kernels.config import default_config
 from fastlora.kernels.target import TARGETS
 
-from .cases import Case, cases, launches
+from .cases import Case, GatedCase, cases, gated_cases, launches
 from .machine_code import compile_launch
 
 NAMES = [name for name, target in TARGETS.items() if target.kind != "cpu"]
@@ -54,6 +54,23 @@ def rows_of(case: Case) -> list[dict]:
         raise RuntimeError(f"{case.name} doesn't compile") from error
 
 
+def rows_of_gated(case: GatedCase) -> list[dict]:
+    """The same of a call that has no config."""
+    target = TARGETS[case.target]
+    try:
+        return [
+            {
+                "case": case.name, "target": case.target, "kernel": launch.name, "form": "",
+                "config": {}, "ieee": False, "descriptors": False, "refused": "",
+                "estimated": 0, "limit": target.shared_memory,
+                "compiled": asdict(compile_launch(launch, target)),
+            }
+            for launch in launches(case)
+        ]  # fmt: skip
+    except Exception as error:
+        raise RuntimeError(f"{case.name} doesn't compile") from error
+
+
 def table(rows: Sequence[dict]) -> str:
     """A line for each row, a column for each number."""
     names = [name.replace("_", " ") for name in rows[0]["compiled"]]
@@ -67,8 +84,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     chosen = [case for name in arguments.target for case in cases(name)]
+    gated = [case for name in arguments.target for case in gated_cases(name)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for found in pool.map(rows_of, chosen, chunksize=4) for row in found]
+        found = [*pool.map(rows_of, chosen, chunksize=4), *pool.map(rows_of_gated, gated)]
+    rows = [row for each in found for row in each]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
     if arguments.json:
         text = json.dumps({"triton": triton.__version__, "rows": rows}, indent=1)

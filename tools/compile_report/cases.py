@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.forms import Form, Operands
 from fastlora.kernels.config import DEFAULTS, Config
+from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
@@ -24,6 +25,25 @@ class Case:
     form: Form
 
 
+@dataclass(frozen=True)
+class GatedCase:
+    """The middle of a gated MLP, forward and backward, on one target; it has no config."""
+
+    target: str
+    activation: str
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} gated {self.activation} {self.dtype}"
+
+    def run(self) -> None:
+        matrices = torch.empty(5, 8192, 3072, dtype=_DTYPES[self.dtype], device="meta")
+        dy, gate, up, d_gate, d_up = matrices
+        gated(gate, up, self.activation, d_gate)
+        gated_backward(dy, gate, up, self.activation, d_gate, d_up)
+
+
 def describe(config: Config | None) -> str:
     """``128x256x64-w8-s3-tma``."""
     if config is None:
@@ -34,11 +54,14 @@ def describe(config: Config | None) -> str:
     return f"{tile}-w{config.warps}-s{config.stages}{loader}"
 
 
-def launches(case: Case) -> list[Launch]:
+def launches(case: Case | GatedCase) -> list[Launch]:
     """What the call would launch, its tensors being meta tensors."""
     records: list[Launch] = []
     with use_target(TARGETS[case.target]), intercept(records.append):
-        Operands(case.form, "meta").run(case.config)
+        if isinstance(case, GatedCase):
+            case.run()
+        else:
+            Operands(case.form, "meta").run(case.config)
     return records
 
 
@@ -82,6 +105,12 @@ def cases(target: str) -> list[Case]:
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
     hardware, unique = TARGETS[target], dict.fromkeys(found)
     return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]
+
+
+def gated_cases(target: str) -> list[GatedCase]:
+    """Every activation, and every dtype."""
+    others = [GatedCase(target, "silu", dtype) for dtype in ("f16", "f32")]
+    return [GatedCase(target, activation) for activation in ACTIVATIONS] + others
 
 
 def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:

@@ -1,0 +1,388 @@
+"""The formulas of :mod:`.torch` over some rows: those of a whole call, or of one expert."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..blocks import rows_at_a_time, rows_of_a_tile
+from ..projection import Adapter, Base, Output, per_adapter
+from .dropout import DropoutMask, multiply_bits
+from .products import (
+    SCRATCH,
+    add_dy_weight,
+    add_product,
+    are_wide,
+    cast,
+    h_dtype,
+    product,
+    rows_of,
+    thin_gradient,
+    weight_gradient,
+    wide_rows,
+    widen_small,
+    write_linear,
+)
+from .protocol import Settings
+
+# For each output, what each of its adapters has.
+_Masks = Sequence[Sequence[DropoutMask | None]]
+_Gradients = list[list[Adapter[Tensor | None]]]
+
+
+def forward_rows(
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    masks: _Masks,
+    into: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [M, N] of every output, new or written ``into`` these; the h [M, r] of every adapter."""
+    dtype, ys, hs = x.dtype, [], []
+    kept = h_dtype(dtype, x.device)
+    # A wide call keeps a wide h; and torch's product of one row is fast everywhere.
+    if kept != dtype and x.shape[0] > 1 and are_wide(x):
+        return _wide_forward(x, outputs, masks, into)
+    for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
+        if into is None:
+            y = linear(x, base.weight, cast(base.bias, dtype))
+        else:
+            y = _write_base(into[i], x, base)
+        for adapter, mask in zip(adapters, some, strict=True):
+            h = _project(x, adapter, mask)
+            add_product(y, h, cast(adapter.lora_b, h.dtype).T)
+            hs.append(cast(h, kept))
+        ys.append(y)
+    return ys, hs
+
+
+def _wide_forward(
+    x: Tensor, outputs: Sequence[Output[Tensor]], masks: _Masks, into: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same in float32, a block of rows after the other; each y is rounded once."""
+    outputs = [_in_float32(output) for output in outputs]
+    ys = _empty(x, outputs) if into is None else list(into)
+    parts = []
+    for rows in wide_rows(x):
+        x_rows = SCRATCH.widen("x", rows_of(x, rows))
+        for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
+            pairs = zip(output.adapters, some, strict=True)
+            thin = [_project(x_rows, adapter, mask) for adapter, mask in pairs]
+            write_linear(rows_of(y, rows), x_rows, output, thin)
+            parts += thin
+    count = sum(len(output.adapters) for output in outputs)
+    return ys, [_joined(parts[i::count]) for i in range(count)]
+
+
+def _empty(x: Tensor, outputs: Sequence[Output[Tensor]]) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], output.base.weight.shape[0]) for output in outputs]
+
+
+def _write_base(y: Tensor, x: Tensor, base: Base[Tensor]) -> Tensor:
+    """x weightᵀ + bias, written to y."""
+    down, bias = base.weight.T, cast(base.bias, x.dtype)
+    return torch.mm(x, down, out=y) if bias is None else torch.addmm(bias, x, down, out=y)
+
+
+def backward_rows(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Output[bool]],
+    masks: _Masks,
+    needs_x: bool,
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, list[Output[Tensor | None]]]:
+    """dx, if it is needed, new or written ``into`` this, and the gradients of each output.
+
+    ``hs`` are lists of each output's.
+    """
+    of_adapters = _wide_adapter_gradients if are_wide(x) else _gradients_of_adapters
+    dx, found = of_adapters(dys, x, outputs, hs, wanted, masks, needs_x, into)
+    return dx, [
+        no_gradients(output)
+        if dy is None
+        else Output(base_gradients(dy, x, output.base, need.base), tuple(adapters))
+        for dy, output, need, adapters in zip(dys, outputs, wanted, found, strict=True)
+    ]
+
+
+def _gradients_of_adapters(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Output[bool]],
+    masks: _Masks,
+    needs_x: bool,
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, _Gradients]:
+    """dx, if it is needed, and for each output its adapters' gradients, none without a dy."""
+    dx, found = _base_dx(dys, x, outputs, into) if needs_x else None, []
+    for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
+        per_one = zip(output.adapters, need.adapters, thin, some, strict=True)
+        found.append([] if dy is None else [_adapter_gradients(dy, x, *one, dx) for one in per_one])
+    return dx, found
+
+
+def _wide_adapter_gradients(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Output[bool]],
+    masks: _Masks,
+    needs_x: bool,
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, _Gradients]:
+    """The same in float32, summed over blocks of rows."""
+    dx = into
+    if needs_x and dx is None:
+        dx = x.new_empty(x.shape)
+    wide, total = [_in_float32(output) for output in outputs], None
+    reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
+    for rows in wide_rows(x):
+        some = rows_of(x, rows)
+        x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
+        part_dx, part = _gradients_of_adapters(
+            widen_small([rows_of(dy, rows) for dy in dys]),
+            x_rows,
+            wide,
+            [[rows_of(h, rows) for h in thin] for thin in hs],
+            wanted,
+            _from_row(masks, rows.start),
+            needs_x,
+        )
+        if dx is not None and part_dx is not None:
+            rows_of(dx, rows).copy_(part_dx)
+        total = part if total is None else _sum(total, part)
+    assert total is not None
+    return dx, [
+        [
+            Adapter(
+                cast(found.lora_a, adapter.lora_a.dtype), cast(found.lora_b, adapter.lora_b.dtype)
+            )
+            for found, adapter in zip(of_output, output.adapters, strict=False)
+        ]
+        for of_output, output in zip(total, outputs, strict=True)
+    ]
+
+
+def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """All rows, one part after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sum(total: _Gradients, part: _Gradients) -> _Gradients:
+    """total + part, in place."""
+    for of_output, more in zip(total, part, strict=True):
+        for left, right in zip(of_output, more, strict=True):
+            for gradient, other in zip(left[:2], right[:2], strict=True):
+                if gradient is not None and other is not None:
+                    gradient.add_(other)
+    return total
+
+
+def no_gradients(output: Output) -> Output[Tensor | None]:
+    """Those of an output that the loss doesn't use."""
+    return Output(Base(None), tuple([Adapter(None, None)] * len(output.adapters)))
+
+
+def base_gradients(
+    dy: Tensor, x: Tensor, base: Base[Tensor], need: Base[bool]
+) -> Base[Tensor | None]:
+    """dyᵀ x, and Σ dy over the rows in float32 or wider: of a weight and a bias that train."""
+    d_weight = d_bias = None
+    if need.weight:
+        d_weight = weight_gradient(dy, x)
+    if need.bias and base.bias is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        d_bias = cast(dy.sum(0, dtype=wide), base.bias.dtype)
+    return Base(d_weight, d_bias)
+
+
+def _adapter_gradients(
+    dy: Tensor,
+    x: Tensor,
+    adapter: Adapter[Tensor],
+    need: Adapter[bool],
+    h: Tensor,
+    mask: DropoutMask | None,
+    dx: Tensor | None,
+) -> Adapter[Tensor | None]:
+    """d lora_a and d lora_b, as needed; and the adapter's part of dx is added to it."""
+    dtype = _adapter_dtype(x, adapter)
+    lora_b = cast(adapter.lora_b, dtype) if need.lora_a or dx is not None else None
+    own_h = cast(h, dtype) if need.lora_b else None
+    dh, d_lora_b = _through_lora_b(dy, lora_b, own_h, factor_of(adapter, mask), dtype)
+    d_lora_a = None
+    if dh is not None:
+        d_lora_a = _through_lora_a(cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a)
+    return Adapter(d_lora_a, cast(d_lora_b, adapter.lora_b.dtype))
+
+
+def _through_lora_b(
+    dy: Tensor, lora_b: Tensor | None, h: Tensor | None, factor: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh = factor · dy lora_b and dyᵀ h, each if the other side of it is there, in ``dtype``."""
+    if dy.dtype != dtype and are_wide(dy):
+        parts = [
+            _through_lora_b(
+                SCRATCH.widen("part", rows_of(dy, rows)), lora_b, rows_of(h, rows), factor, dtype
+            )
+            for rows in wide_rows(dy, fewest=1)
+        ]
+        dhs, gradients = zip(*parts, strict=True)
+        dh = None if lora_b is None else _joined(dhs)
+        return dh, None if h is None else sum(gradients[1:], gradients[0])
+    dy = cast(dy, dtype)
+    dh = None if lora_b is None else product(dy, lora_b, factor)
+    return dh, None if h is None else thin_gradient(dy, h)
+
+
+def masks_of(
+    x: Tensor, outputs: Sequence[Output], seeds: Tensor | None, settings: Settings
+) -> _Masks:
+    """For each output its adapters' masks, or None for each without dropout."""
+    if seeds is None:
+        return [[None] * len(output.adapters) for output in outputs]
+    masks = [DropoutMask(seed.view(1), x.shape, settings.dropout) for seed in seeds.unbind()]
+    return list(per_adapter(masks, outputs))
+
+
+def _from_row(masks: _Masks, first: int) -> _Masks:
+    if first == 0:
+        return masks
+    return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
+
+
+def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
+    """With its adapters in float32; weight and bias are widened as they are read."""
+    base, adapters = output
+    if all([a.dtype == b.dtype == torch.float32 for a, b, _ in adapters]):
+        return output
+    return Output(base, tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]))
+
+
+def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
+    """The dtype of the adapter's products: x's.
+
+    But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert:
+    on 2 cores, a bfloat16 layer of 1024 x 1024 takes 0.8 of the time so at 1 row, as much at 16.
+    """
+    lora_a = adapter.lora_a
+    if lora_a.dtype == x.dtype or x.shape[0] > lora_a.shape[0]:
+        return x.dtype
+    wider = lora_a.element_size() > x.element_size() and lora_a.dtype == adapter.lora_b.dtype
+    return lora_a.dtype if wider else x.dtype
+
+
+def factor_of(adapter: Adapter, mask: DropoutMask | None) -> float:
+    scale = float(adapter.scale)
+    return scale if mask is None else scale / (1.0 - mask.p)
+
+
+def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
+    """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in the dtype of the adapter's products."""
+    x = cast(x, _adapter_dtype(x, adapter))
+    down, factor = cast(adapter.lora_a, x.dtype).T, factor_of(adapter, mask)
+    if mask is None:
+        return product(x, down, factor)
+    h = x.new_empty(x.shape[0], down.shape[1])
+    for first, x_rows, h_rows in _blocks(x, h):
+        product(_drop(mask, first, x_rows), down, factor, out=h_rows)
+    return h
+
+
+def _base_dx(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    into: Tensor | None,
+) -> Tensor:
+    """Σ dy weight over the outputs, [M, K]."""
+    dx = None
+    for dy, output in zip(dys, outputs, strict=True):
+        if dy is not None and dx is None and into is not None:
+            dx = torch.mm(dy, output.base.weight, out=into)
+        elif dy is not None:
+            dx = add_dy_weight(dx, dy, output.base.weight, x.dtype)
+    return x.new_zeros(x.shape) if dx is None else dx
+
+
+def _through_lora_a(
+    x: Tensor,
+    dh: Tensor,
+    lora_a: Tensor,
+    mask: DropoutMask | None,
+    dx: Tensor | None,
+    need_a: bool,
+) -> Tensor | None:
+    """Add mask ∘ (dh lora_a) onto dx, if there is one; return dhᵀ (mask ∘ x), if it is needed."""
+    up = cast(lora_a, x.dtype)
+    if mask is None:
+        if dx is not None:
+            add_product(dx, dh, up)
+        return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
+    d_lora_a = None
+    wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
+    for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
+        change = None
+        if dx is not None:
+            change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
+        dropped = _drop(mask, first, x_rows, change, dx_rows)
+        if need_a:
+            part = torch.mm(dh_rows.T, dropped)
+            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
+    return cast(d_lora_a, lora_a.dtype)
+
+
+def dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> Tensor:
+    """mask ∘ x, [S, K]."""
+    if mask is None:
+        return x
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    for first, x_rows, out_rows in _blocks(x, out):
+        multiply_bits(x_rows, mask.rows(first, len(x_rows)), out=out_rows)
+    return out
+
+
+def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+    """The first row of each block of dropout, and that block's rows of every tensor."""
+    step = rows_at_a_time(x)
+    if x.shape[0] <= step:
+        yield 0, x, *others
+        return
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
+
+
+def _drop(
+    mask: DropoutMask,
+    first: int,
+    x: Tensor,
+    change: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> Tensor:
+    """mask ∘ x of a block from row ``first`` on, until the next call; dx += mask ∘ change."""
+    step = rows_of_a_tile(x)
+    dropped = _scratch("dropped", x)
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        keep = mask.rows(first + start, rows.stop - start)
+        if change is not None and dx is not None:
+            dx[rows].add_(multiply_bits(change[rows], keep))
+        if dropped is None:
+            return multiply_bits(x, keep)
+        multiply_bits(x[rows], keep, out=dropped[rows])
+    return x if dropped is None else dropped
+
+
+def _scratch(use: str, x: Tensor) -> Tensor | None:
+    """A buffer like a block x of several tiles: fresh pages would cost more than the work."""
+    if len(x) <= rows_of_a_tile(x):
+        return None
+    rows, columns = x.shape
+    return SCRATCH.take(use, rows, columns, x.dtype)

@@ -1,0 +1,296 @@
+"""A gated MLP, down(act(gate(x)) ∘ up(x)), whose call keeps less: a block's class, and its reading.
+
+A module becomes one, and ceases to be one, by its class, where its forward is one that is known:
+by what it does, compared instruction by instruction, and not by its class's name.  Every call looks
+at the module as it is: its own forward takes the calls that the nodes don't.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from inspect import CO_VARARGS, CO_VARKEYWORDS
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from .activation import activation_of
+from .adapted import LoRALayer
+from .backends import find_backend
+from .base import why_not_class, why_not_tensor
+from .classes import change_class, under
+from .frozen import fits, why_not_here
+from .gather import is_sharded
+from .hooks import is_hooked
+from .modules import plain_name
+from .ops import gated_mlp
+from .ops.gated import follows
+from .projection import Base, Output, as_outputs
+from .report import BlockCoverage
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+_UNKNOWN = "its forward is none that fastlora knows"
+
+
+# What a known forward does, as people write it: of Llama, Mistral, Gemma and most others, of Qwen,
+# RecurrentGemma, and Llama 4.
+def _of_llama(self, x):
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _of_qwen(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _of_recurrent_gemma(self, hidden_states):
+    gate = self.act_fn(self.gate_proj(hidden_states))
+    return self.down_proj(gate * self.up_proj(hidden_states))
+
+
+def _of_llama4(self, x):
+    down_proj = self.activation_fn(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(down_proj)
+
+
+_KNOWN = {
+    _of_llama: "act_fn", _of_qwen: "act_fn", _of_recurrent_gemma: "act_fn",
+    _of_llama4: "activation_fn",
+}  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _name_of_act(forward: Any) -> str:
+    """The name of the activation in a forward that is known; "" for any other."""
+    code = getattr(forward, "__code__", None)
+    for known, act in _KNOWN.items():
+        its = known.__code__
+        # These read no constant and nothing from outside: instructions and names say it all.
+        if (
+            code is not None
+            and (code.co_code, code.co_names) == (its.co_code, its.co_names)
+            and (code.co_argcount, code.co_kwonlyargcount) == (2, 0)
+            and not code.co_flags & (CO_VARARGS | CO_VARKEYWORDS)
+        ):
+            return act
+    return ""
+
+
+class Part(NamedTuple):
+    """gate, up or down as a call finds it; or ``reason``, why the call isn't the nodes'."""
+
+    reason: str
+    output: Output[Tensor] | None = None
+    p: float = 0.0  # the probability with which its adapters drop now
+
+
+class Reading(NamedTuple):
+    """A block as a call finds it; or ``reason``, why the call is the module's own."""
+
+    reason: str
+    outputs: tuple[Output[Tensor], ...] = ()  # gate, up, down
+    activation: str = ""
+    dropout: float = 0.0
+    down_dropout: float = 0.0
+
+
+class GatedMLP(nn.Module):
+    """A gated MLP's class, which comes after this one: methods and no constructor.
+
+    Its ordinary call in training is two nodes, which keep neither act(gate) nor its product with
+    up.  It is known by its class's forward, and what it doesn't take is that forward's.
+    """
+
+    plain_class: type[nn.Module]  # what it is elsewhere
+
+    def forward(self, *args, **named):
+        if len(args) == 1 and not named and follows(args[0]) and not self.why_not_now():
+            (x,), reading = args, self.read()
+            if (
+                reading.outputs
+                and fits(x, reading.outputs[0].base.weight)
+                # Those are faster without a node, and keep next to nothing.
+                and not find_backend(device=x.device).is_small(x, reading.outputs[:1])
+            ):
+                return gated_mlp(
+                    x,
+                    *reading.outputs,
+                    reading.activation,
+                    dropout=reading.dropout,
+                    down_dropout=reading.down_dropout,
+                )
+        return super().forward(*args, **named)
+
+    def why_not_now(self) -> str:
+        """Why no block's call is the nodes' at this moment; "" if it can be."""
+        if nn_module._has_any_global_hook():
+            return "a hook on all modules is registered"
+        return why_not_here()
+
+    def read(self, gathers: bool = False) -> Reading:
+        """Look at everything that a call would compute with.
+
+        ``gathers``: the call will find tensors whole that FSDP has sharded between calls.
+        """
+        act = _name_of_act(self.plain_class.forward)
+        if not act:
+            return Reading(_UNKNOWN)
+        activation = activation_of(getattr(self, act, None))
+        if not activation:
+            return Reading("its activation is none that fastlora knows, or is hooked")
+        parts = []
+        for name in PARTS:
+            linear = getattr(self, name, None)
+            if not isinstance(linear, nn.Module):
+                return Reading(f"its {name} is no module")
+            part = self.read_part(linear, gathers)
+            if part.output is None:
+                return Reading(f"its {name}: {part.reason}")
+            parts.append(part)
+        gate, up, down = parts
+        outputs = tuple([part.output for part in parts if part.output is not None])
+        reason = _why_not_together(gate, up) or _why_not_fitting(outputs, gathers)
+        if reason:
+            return Reading(reason)
+        return Reading("", outputs, activation, max(gate.p, up.p), down.p)
+
+    def read_part(self, linear: nn.Module, gathers: bool) -> Part:
+        """gate, up or down; the model is one of your own."""
+        if not isinstance(linear, LoRALayer):
+            return read_frozen(linear, gathers)
+        if is_hooked(linear) or type(linear).forward is not LoRALayer.forward:
+            return Part("a hook watches, or something replaces, its calls")
+        if linear.merged:
+            return Part("it is merged")
+        (output,) = as_outputs([linear.projection()])
+        return Part("", output, linear.lora_dropout if linear.training else 0.0)
+
+
+def read_frozen(linear: nn.Module, gathers: bool) -> Part:
+    """A part that has no adapter."""
+    reason = why_not_class(type(linear))
+    if reason:
+        return Part(f"it is {reason}")
+    if is_hooked(linear):
+        return Part("a hook watches, or something replaces, its calls")
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if weight is None:
+        return Part("its weight is computed (a parametrisation)")
+    for name, tensor, ndim in (("weight", weight, 2), ("bias", bias, 1)):
+        reason = "" if tensor is None else why_not_tensor(tensor, ndim, gathers)
+        if reason:
+            return Part(f"its {name} {reason}")
+    if weight.is_meta or weight.is_inference():
+        return Part("its weight has no data, or was made in inference mode")
+    return Part("", Output(Base(weight, bias)))
+
+
+def _why_not_together(gate: Part, up: Part) -> str:
+    """Why gate and up can't be a group."""
+    assert gate.output is not None
+    assert up.output is not None
+    if gate.output.adapters and up.output.adapters and gate.p != up.p:
+        return "its gate_proj and up_proj have different dropouts, and are training"
+    return ""
+
+
+def _why_not_fitting(outputs: tuple[Output[Tensor], ...], gathers: bool) -> str:
+    weights = [output.base.weight for output in outputs]
+    first = weights[0]
+    if any((w.dtype, w.device) != (first.dtype, first.device) for w in weights):
+        return "its layers have different dtypes, or are on different devices"
+    if gathers:
+        return ""
+    gate, up, down = (weight.shape for weight in weights)
+    if gate != up or down[1] != gate[0] or 0 in (*gate, *down):
+        return f"its weights have shapes {tuple(gate)}, {tuple(up)} and {tuple(down)}"
+    return ""
+
+
+def why_not_block(module: nn.Module) -> str:
+    """Why a module that has the parts of a gated MLP can't become a block; "" if it can."""
+    kind = plain_class_of(type(module))
+    if not _name_of_act(kind.forward) or kind.__call__ is not nn.Module.__call__:
+        return _UNKNOWN
+    own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    if own is not None and getattr(own, "__func__", None) not in (
+        kind.forward,
+        type(module).forward,
+    ):
+        return "its forward was replaced on the instance"
+    return ""
+
+
+def plain_class_of(kind: type[nn.Module]) -> type[nn.Module]:
+    """What a module of this class is without FSDP2, and without being a block."""
+    kind = under(kind)
+    return kind.plain_class if issubclass(kind, GatedMLP) else kind
+
+
+_classes: dict[Any, type[GatedMLP]] = {}
+
+
+def block_class(kind: type[nn.Module], mixin: type[GatedMLP]) -> type[GatedMLP]:
+    """The class of blocks that are otherwise of class ``kind``, whose name it has."""
+    found = _classes.get((kind, mixin))
+    if found is not None:
+        return found
+    members = {
+        "plain_class": kind,
+        "__reduce_ex__": _reduce_ex,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return _classes.setdefault((kind, mixin), type(kind.__name__, (mixin, kind), members))
+
+
+def _reduce_ex(block: Any, protocol: Any) -> tuple:
+    """As for any object, with the plain class in place of one that nobody can import."""
+    made: Any = block.plain_class.__reduce_ex__(block, protocol)
+    mixin = under(type(block)).__bases__[0]
+    return _blank, (block.plain_class, mixin), *made[2:]
+
+
+def _blank(kind: type[nn.Module], mixin: type[GatedMLP]) -> GatedMLP:
+    return object.__new__(block_class(kind, mixin))
+
+
+def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]:
+    """Make every gated MLP a block, and return those that weren't before."""
+    found = [m for m in modules if looks_gated(m) and not isinstance(m, GatedMLP)]
+    found = [module for module in found if not why_not_block(module)]
+    for module in found:
+        kind = plain_class_of(type(module))
+        change_class(module, kind, block_class(kind, mixin))
+    return found
+
+
+def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Give every block its own class again, and return those that were blocks."""
+    blocks = [module for module in modules if isinstance(module, GatedMLP)]
+    for block in blocks:
+        change_class(block, under(type(block)), block.plain_class)
+    return list[nn.Module](blocks)
+
+
+def looks_gated(module: nn.Module) -> bool:
+    """Whether it has the parts of a gated MLP, whatever its forward does."""
+    return all(name in module._modules for name in PARTS)
+
+
+def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
+    """How every gated MLP would run that is a block, or has adapters, if it were called now.
+
+    ``unreached`` is what is said of one that could be a block and isn't.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, GatedMLP):
+            gathers = any(map(is_sharded, module.parameters()))
+            reason = why_not_block(module) or module.why_not_now() or module.read(gathers).reason
+        elif looks_gated(module) and any(hasattr(module._modules[n], "lora_A") for n in PARTS):
+            reason = why_not_block(module) or unreached
+        else:
+            continue
+        found.append(BlockCoverage(plain_name(name), not reason, reason))
+    return tuple(found)

@@ -1,0 +1,197 @@
+"""A gated MLP, down(act(gate(x)) ∘ up(x)), whose product is made again in the backward.
+
+It is two nodes of autograd, one behind the other: gate and up are the group of :mod:`.function`,
+and the rest, from these two on, is the node of this file.  Besides the parameters they keep x and
+what the layers keep (every h, seeds), gate and up, and neither act(gate) nor the product.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+
+from ..backends import Settings, find_backend
+from ..backends.gated import ACTIVATIONS
+from ..projection import Output, check_call, flatten, is_plain, layouts_of
+from .autocast import autocast_inputs, autocast_is_on, autocast_off
+from .call import are_batched, as_matrix, kept, run_backward, run_forward, stand_in
+from .function import LoRALinearFunction, differentiable
+from .functional import draw_seed
+from .textbook import needs_textbook
+
+_ARGUMENTS = 3  # activation, seeds and settings, before the inputs
+
+
+def follows(x: object) -> bool:
+    """Whether a call with this x now is one for the nodes; the others go layer by layer.
+
+    Compiled ones do, in which the compiler decides what is kept, and calls without a backward.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)
+        and is_plain(x)
+        and not torch._C._len_torch_dispatch_stack()
+        and not needs_textbook(x)
+    )
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Output[Tensor],
+    up: Output[Tensor],
+    down: Output[Tensor],
+    activation: str,
+    *,
+    dropout: float = 0.0,
+    down_dropout: float = 0.0,
+) -> Tensor:
+    """y = down(act(gate(x)) ∘ up(x)) for an x that :func:`follows`, [..., N].
+
+    x is [..., K], gate and up are [I, K], down is [N, I]; dtypes are those of
+    :func:`fastlora.lora_linear`.  ``activation`` is silu, gelu, gelu_tanh, relu or relu2.
+    ``dropout`` is that of gate's and up's adapters, ``down_dropout`` that of down's.  The masks are
+    those of three calls of one layer each, gate, up, down.  Gradients of gradients are right, and
+    not fast.
+
+    Raises ValueError and TypeError as :func:`fastlora.lora_linear`, and ValueError for an unknown
+    activation, or if gate and up aren't of one size.
+    """
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation is {activation!r}, but must be one of {known}")
+    device = x.device.type
+    autocast = autocast_is_on(device)
+    check_call(x, (gate, up), dropout, True, autocast)
+    if gate.base.weight.shape != up.base.weight.shape:
+        shapes = [tuple(output.base.weight.shape) for output in (gate, up)]
+        raise ValueError(f"gate and up have weights of shapes {shapes[0]} and {shapes[1]}")
+    check_call(gate.base.weight.T, (down,), down_dropout, True, autocast)
+    if not autocast:
+        return _call(x, gate, up, down, activation, dropout, down_dropout)
+    x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
+    with autocast_off(device):
+        return _call(x, gate, up, down, activation, dropout, down_dropout)
+
+
+def _call(
+    x: Tensor,
+    gate: Output[Tensor],
+    up: Output[Tensor],
+    down: Output[Tensor],
+    activation: str,
+    dropout: float,
+    down_dropout: float,
+) -> Tensor:
+    backend = find_backend(device=x.device)
+    seeds = _seeds(x, (gate, up), dropout)
+    down_seeds = _seeds(x, (down,), down_dropout)
+    first = Settings(layouts_of((gate, up)), dropout if seeds is not None else 0.0, backend)
+    last = Settings(layouts_of((down,)), down_dropout if down_seeds is not None else 0.0, backend)
+    # It may be that some have outlived a transform of torch.func.
+    inputs = unwrap_dead_wrappers((x, *flatten((gate, up), first.layouts)))
+    hidden = LoRALinearFunction.apply(seeds, first, *inputs)
+    tensors = flatten((down,), last.layouts)
+    return GatedLinearFunction.apply(activation, down_seeds, last, *hidden, *tensors)
+
+
+def _seeds(x: Tensor, outputs: Sequence[Output[Tensor]], dropout: float) -> Tensor | None:
+    """As so many layers draw them: on a GPU one draw of two numbers isn't two draws of one."""
+    counts = [len(output.adapters) for output in outputs if output.adapters]
+    if not dropout or not counts:
+        return None
+    return torch.cat([draw_seed(count, x.device) for count in counts])
+
+
+class GatedLinearFunction(torch.autograd.Function):
+    """One output of act(gate) ∘ up, which isn't kept.  It saves gate, up, its tensors and every h.
+
+    An h is left out if its lora_b needs no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        activation: str,
+        seeds: Tensor | None,
+        settings: Settings,
+        gate: Tensor,
+        up: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        product = settings.backend.gated(as_matrix(gate), as_matrix(up), activation)
+        (y,), hs = run_forward([product.view(gate.shape), *tensors], seeds, settings)
+        needs = _needs(ctx)
+        read, kept_hs = kept(product, hs, needs, settings.layouts)
+        ctx.save_for_backward(seeds, gate, up, *tensors, *kept_hs)
+        ctx.activation, ctx.settings, ctx.reads_product = activation, settings, read is not None
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = _needs(ctx)
+        seeds, gate, up, *saved = ctx.saved_tensors
+        tensors, hs = saved[: len(needs) - 1], saved[len(needs) - 1 :]
+        if dy is None:
+            return (None,) * (_ARGUMENTS + 2 + len(tensors))
+        if torch.is_grad_enabled() or are_batched([dy]):
+            found = _differentiable(dy, gate, up, tensors, needs, seeds, ctx)
+        else:
+            found = _gradients(dy, gate, up, tensors, hs, needs, seeds, ctx)
+        return (None,) * _ARGUMENTS + tuple(found)
+
+
+def _needs(ctx) -> list[bool]:
+    """Whether gradients of the product, and of the output's tensors, are needed."""
+    gate, up, *tensors = ctx.needs_input_grad[_ARGUMENTS:]
+    return [gate or up, *tensors]
+
+
+def _gradients(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    tensors: Sequence[Tensor],
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    ctx,
+) -> list[Tensor | None]:
+    """Of gate, up and the tensors; in the memory of the product and of its gradient."""
+    backend, shape = ctx.settings.backend, gate.shape
+    gate, up = as_matrix(gate), as_matrix(up)
+    if ctx.reads_product:
+        product = backend.gated(gate, up, ctx.activation)
+    else:
+        product = stand_in(gate, gate.shape)
+    gradients = run_backward([as_matrix(dy)], [product, *tensors], hs, needs, seeds, ctx.settings)
+    d_gate, *rest = gradients
+    if d_gate is None:
+        return [None, None, *rest]
+    backend.gated_backward(d_gate, gate, up, ctx.activation, d_gate, product)
+    return [d_gate.view(shape), product.view(shape), *rest]
+
+
+def _differentiable(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    ctx,
+) -> list[Tensor | None]:
+    """The same by torch's own operations."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        gate, up = gate.view_as(gate), up.view_as(up)
+        product = ACTIVATIONS[ctx.activation].function(gate) * up
+    d_product, *rest = differentiable([dy], [product, *tensors], needs, seeds, ctx.settings)
+    if d_product is None:
+        return [None, None, *rest]
+    wanted = [matrix for matrix in (gate, up) if matrix.requires_grad]
+    found = iter(torch.autograd.grad(product, wanted, d_product, create_graph=create_graph))
+    return [next(found) if matrix.requires_grad else None for matrix in (gate, up)] + rest

@@ -1,0 +1,310 @@
+"""gated_mlp: the output and every gradient against the oracle, and beside three calls of layers."""
+
+import pytest
+import torch
+from device import DEVICE
+from judge import USUAL_DTYPES, assert_close, make_projection, masks_of, with_seed
+from memory import saved_bytes
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+import fastlora
+from fastlora import blocks, reference
+from fastlora.backends.gated import ACTIVATIONS
+from fastlora.ops import gated_mlp
+from fastlora.ops.gated import follows
+from fastlora.projection import Output, as_outputs, flatten, layouts_of, unflatten
+
+pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
+
+dtypes = pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), USUAL_DTYPES.values(), ids=USUAL_DTYPES
+)
+with_and_without_dropout = pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+K, HIDDEN, N = 24, 40, 20
+APPLIED = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda gate: functional.relu(gate).square(),
+}
+
+
+def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def make_mlp(dtype=torch.float32, adapter_dtype=None, bias=False, adapted="gud") -> list[Output]:
+    """gate, up and down, with numbers of usual sizes; those whose letters are named have adapters.
+
+    All that an adapter is made of trains, and biases do.
+    """
+    outputs = []
+    for letter, n, k, r in (("g", HIDDEN, K, 3), ("u", HIDDEN, K, 8), ("d", N, HIDDEN, 5)):
+        projection = make_projection(n, k, r, dtype, adapter_dtype, bias)
+        with torch.no_grad():
+            for tensor in projection[:3]:
+                tensor.mul_(tensor.shape[1] ** -0.5)
+        (output,) = as_outputs([projection])
+        outputs.append(output if letter in adapted else output._replace(adapters=()))
+    return outputs
+
+
+def leaves_of(x: Tensor, outputs: list[Output]) -> dict[str, Tensor]:
+    flat = flatten(outputs, layouts_of(outputs))
+    named = {"x": x} | {f"{i}": tensor for i, tensor in enumerate(flat)}
+    return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
+
+def layer_by_layer(x, gate, up, down, activation, p=0.0, linears=fastlora.lora_linears) -> Tensor:
+    hidden = [linears(x, [output], dropout=p)[0] for output in (gate, up)]
+    return linears(APPLIED[activation](hidden[0]) * hidden[1], [down], dropout=p)[0]
+
+
+def results(run, x: Tensor, outputs: list[Output], dy: Tensor) -> dict[str, Tensor]:
+    leaves = leaves_of(x, outputs)
+    y = run()
+    found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    return {"y": y.detach()} | dict(zip(leaves, found, strict=True))
+
+
+def check(x: Tensor, outputs: list[Output], activation: str = "silu", p: float = 0.0) -> None:
+    """No further from the oracle in float64 than twice torch's own operations in x's dtype."""
+    run = lambda: gated_mlp(x, *outputs, activation, dropout=p, down_dropout=p)  # noqa: E731
+    dy = torch.randn(*x.shape[:-1], N, dtype=torch.float64).to(x.dtype)
+    # The seeds that as many layers would draw.
+    count = sum(len(output.adapters) for output in outputs)
+    _, seeds = with_seed(lambda: None, count) if DEVICE == "cpu" else (None, None)
+    found = results(run, x, outputs, dy)
+    masks = None
+    if p:
+        hidden = x.new_empty(*x.shape[:-1], HIDDEN)
+        masks = [
+            masks_of(seed.reshape(1), hidden if output is outputs[2] else x, p)[0]
+            for seed, output in zip(seeds, [o for o in outputs for _ in o.adapters], strict=True)
+        ]
+
+    def reference_of(convert, activate=reference.gated.gated, size=None):
+        its_x, layouts = convert(x), layouts_of(outputs)
+        flat = [convert(tensor) for tensor in flatten(outputs, layouts)]
+        cast = unflatten([tensor.to(its_x.dtype) for tensor in flat], layouts)
+        run = lambda: reference.gated_mlp(  # noqa: E731
+            its_x, *cast, activation, dropout=p, masks=masks
+        )
+        return results(run, its_x, unflatten(flat, layouts), convert(dy))
+
+    def to_float64(tensor):
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    truth, eager = reference_of(to_float64), reference_of(lambda tensor: tensor)
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        # Of terms of mixed signs the sum of sizes is about √(their number) times the sum.
+        size = 8 * truth[name].abs()
+        assert_close(name, value, truth[name], eager[name], size, x.dtype)
+
+
+@dtypes
+@with_and_without_dropout
+def test_dtypes(dtype, adapter_dtype, p):
+    check(make_x(9, K, dtype=dtype), make_mlp(dtype, adapter_dtype), p=p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, dtype):
+    check(make_x(7, K, dtype=dtype), make_mlp(dtype), activation)
+
+
+@with_and_without_dropout
+@pytest.mark.parametrize("shape", [(K,), (2, 3, K), (0, K), (2, 0, K)], ids=str)
+def test_leading_dimensions(shape, p):
+    check(make_x(*shape), make_mlp(bias=True), p=p)
+
+
+@pytest.mark.parametrize("adapted", ["", "g", "u", "d", "gu", "ud"])
+def test_some_without_an_adapter(adapted):
+    check(make_x(5, K), make_mlp(adapted=adapted), p=0.3)
+
+
+@pytest.mark.parametrize("trains", ["x", "weights", "adapters-alone", "lora_b-alone", "down-alone"])
+def test_what_trains(trains):
+    x, outputs = make_x(5, K), make_mlp(bias=True)
+    x.requires_grad_(trains in ("x", "weights"))
+    for i, ((weight, bias), adapters) in enumerate(outputs):
+        weight.requires_grad_(trains == "weights")
+        bias.requires_grad_(trains == "weights")
+        for lora_a, lora_b, _ in adapters:
+            lora_a.requires_grad_(
+                trains not in ("x", "lora_b-alone") and (i == 2 or "down" not in trains)
+            )
+            lora_b.requires_grad_(trains != "x" and (i == 2 or "down" not in trains))
+    check(x, outputs, p=0.3)
+
+
+def test_several_adapters_of_a_layer():
+    outputs, more = make_mlp(), make_mlp()
+    both = [
+        o._replace(adapters=o.adapters + m.adapters) for o, m in zip(outputs, more, strict=True)
+    ]
+    check(make_x(5, K), both, p=0.3)
+
+
+def test_over_many_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr(blocks, "_CPU_BLOCK", 3 * HIDDEN)
+    check(make_x(10, K), make_mlp(), p=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.usefixtures("wide")
+def test_where_16_bit_products_are_slow(dtype):
+    check(make_x(9, K, dtype=dtype), make_mlp(dtype, torch.float32), p=0.3)
+
+
+@with_and_without_dropout
+@pytest.mark.usefixtures("node")
+def test_the_masks_and_the_numbers_are_those_of_three_layers(p):
+    x, outputs = make_x(2, 9, K), make_mlp()
+    dy = torch.randn(2, 9, N)
+    found = []
+    for run in (
+        lambda: gated_mlp(x, *outputs, "silu", dropout=p, down_dropout=p),
+        lambda: layer_by_layer(x, *outputs, "silu", p),
+    ):
+        torch.manual_seed(3)
+        found.append(results(run, x, outputs, dy))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_dropouts_of_their_own():
+    """gate and up have one, down another."""
+    x, outputs = make_x(9, K), make_mlp()
+    for dropout, down_dropout in ((0.0, 0.5), (0.5, 0.0)):
+        torch.manual_seed(3)
+        found = gated_mlp(x, *outputs, "silu", dropout=dropout, down_dropout=down_dropout)
+        torch.manual_seed(3)
+        gate, up = (fastlora.lora_linears(x, [o], dropout=dropout)[0] for o in outputs[:2])
+        product = functional.silu(gate) * up
+        (expected,) = fastlora.lora_linears(product, outputs[2:], dropout=down_dropout)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it looks at the CPU's generator")
+def test_without_an_adapter_nothing_is_drawn():
+    x, outputs = make_x(9, K), make_mlp(adapted="")
+    state = torch.get_rng_state()
+    gated_mlp(x, *outputs, "silu", dropout=0.5, down_dropout=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_gradients(activation):
+    x, outputs = make_x(3, K, dtype=torch.float64), make_mlp(torch.float64)
+    layouts = layouts_of(outputs)
+    flat = flatten(outputs, layouts)
+
+    def call(x, *tensors):
+        torch.manual_seed(3)
+        its = unflatten(tensors, layouts)
+        return gated_mlp(x, *its, activation, dropout=0.3, down_dropout=0.3)
+
+    assert torch.autograd.gradcheck(call, (x, *flat), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, *flat), fast_mode=True)
+
+
+def test_many_gradients_at_once():
+    x, outputs = make_x(3, K), make_mlp()
+    y = gated_mlp(x, *outputs, "silu")
+    dys = torch.randn(4, *y.shape)
+    wanted = list(leaves_of(x, outputs).values())
+    found = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        for many, one in zip(
+            found, torch.autograd.grad(y, wanted, dy, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(many[i], one, rtol=1e-4, atol=1e-4)
+
+
+def test_under_autocast():
+    x, outputs = make_x(7, K), make_mlp()
+    dy = torch.randn(7, N)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = results(lambda: gated_mlp(x, *outputs, "silu"), x, outputs, dy)
+        expected = results(lambda: layer_by_layer(x, *outputs, "silu"), x, outputs, dy)
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype
+        torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0.05)
+
+
+def test_nothing_is_written_over():
+    """A second backward finds all that the first one did."""
+    x, outputs = make_x(7, K), make_mlp()
+    y = gated_mlp(x, *outputs, "silu", dropout=0.3)
+    wanted = list(leaves_of(x, outputs).values())
+    first = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(y.sum(), wanted)))
+
+
+def test_an_output_without_a_gradient_gives_none():
+    x, outputs = make_x(7, K), make_mlp()
+    y = gated_mlp(x, *outputs, "silu")
+    torch.autograd.backward(y.detach().requires_grad_().sum() + 0 * y.sum())
+    assert not x.grad.count_nonzero()
+
+
+@with_and_without_dropout
+def test_what_it_keeps(p):
+    """x, gate, up and every h, and with dropout seeds; the three layers keep two more like up."""
+    rows, outputs = 64, make_mlp()
+    x = make_x(rows, K)
+    flat = flatten(outputs, layouts_of(outputs))
+    run = lambda: gated_mlp(x, *outputs, "silu", dropout=p, down_dropout=p)  # noqa: E731
+    found = sum(saved_bytes(run, flat).values())
+    hs, seeds = 4 * rows * (3 + 8 + 5), 24 if p else 0
+    assert found == 4 * rows * (K + 2 * HIDDEN) + hs + seeds
+    layers = sum(saved_bytes(lambda: layer_by_layer(x, *outputs, "silu", p), flat).values())
+    assert layers == found + 2 * 4 * rows * HIDDEN
+
+
+def test_a_frozen_one_keeps_gate_and_up_alone():
+    x, outputs = make_x(64, K), make_mlp(adapted="")
+    flat = flatten(outputs, layouts_of(outputs))
+    found = sum(saved_bytes(lambda: gated_mlp(x, *outputs, "silu"), flat).values())
+    assert found == 2 * 4 * 64 * HIDDEN
+
+
+def other_size() -> list[Output]:
+    gate, _, down = make_mlp()
+    return [gate, make_mlp(adapted="")[2], down]
+
+
+ERRORS = {
+    "activation": (lambda: (make_mlp(), "tanh"), ValueError, "activation is 'tanh', but must be"),
+    "sizes": (lambda: (other_size(), "silu"), ValueError, "weight has shape|gate and up have"),
+    "x": (lambda: (make_mlp(torch.float64), "silu"), TypeError, "weight has dtype torch.float64"),
+    "down": (lambda: (make_mlp()[:2] + make_mlp()[:1], "silu"), ValueError, f"x has {HIDDEN} feat"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_does_not_fit_is_refused(make, error, message):
+    outputs, activation = make()
+    with pytest.raises(error, match=message):
+        gated_mlp(make_x(5, K), *outputs, activation)
+
+
+def test_which_calls_follow():
+    x = make_x(5, K)
+    assert follows(x)
+    assert not follows((x,))
+    assert not follows(torch.nested.nested_tensor([x.detach()]))
+    with torch.no_grad():
+        assert not follows(x)
+    with forward_ad.dual_level():
+        assert not follows(x)
+    found = []
+    torch.func.vmap(lambda row: found.append(follows(row)) or row)(x)
+    assert found == [False]

@@ -1,0 +1,381 @@
+"""Gated MLPs of PEFT models as blocks: training, the report, and what acts on their layers."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+import transformers
+from block_calls import blocks, counted_blocks
+from models import assert_untouched, snapshot, tiny_llama
+from peft_llama import (
+    DATA,
+    NOT_REENTRANT,
+    REENTRANT,
+    ROUNDING,
+    adamw,
+    gradients,
+    logits,
+    result,
+    train,
+    trained,
+)
+from peft_models import BATCH, adapted, assert_same, gemma3, optimized, qwen3
+from torch import nn
+
+import fastlora
+
+MLPS = ["gate_proj", "up_proj", "down_proj"]
+
+
+def mistral() -> nn.Module:
+    sizes = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **heads))
+
+
+MODELS = {"llama": tiny_llama, "qwen3": qwen3, "gemma3": gemma3, "mistral": mistral}
+
+
+def model_of(name: str = "llama", dtype=torch.float64, **settings) -> peft.PeftModel:
+    settings = {"target_modules": "all-linear", "lora_dropout": 0.1} | settings
+    return adapted(MODELS[name](), **settings).to(dtype)
+
+
+def mlps(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith(".mlp")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_gradients_and_five_steps_are_peft_s(name, dtype):
+    theirs = model_of(name, dtype)
+    ours = optimized(theirs)
+    with counted_blocks() as calls:
+        found = gradients(ours)
+    assert len(calls) == 2
+    tolerance = {torch.float64: ROUNDING, torch.float32: 1e-4}[dtype]
+    assert_same(found, gradients(theirs), tolerance)
+    assert_same(train(ours, steps=5), train(theirs, steps=5), 10 * tolerance)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["gate_proj"], ["up_proj", "down_proj"]], ids=str)
+def test_some_layers_have_no_adapter(targets):
+    theirs = model_of(target_modules=targets)
+    ours = optimized(theirs)
+    with counted_blocks() as calls:
+        found = gradients(ours)
+    assert len(calls) == 2
+    assert_same(found, gradients(theirs), ROUNDING)
+
+
+def test_several_active_adapters():
+    theirs = model_of(adapters=("a", "b"))
+    ours = optimized(theirs)
+    with counted_blocks() as calls:
+        found = gradients(ours)
+    assert len(calls) == 2
+    assert_same(found, gradients(theirs), ROUNDING)
+
+
+@pytest.mark.parametrize("kind", [REENTRANT, NOT_REENTRANT], ids=["reentrant", "not"])
+def test_checkpointing(kind):
+    ours = optimized(model_of())
+    expected = gradients(ours)
+    ours.enable_input_require_grads()
+    ours.gradient_checkpointing_enable(kind)
+    with counted_blocks() as calls:
+        assert_same(gradients(ours), expected, ROUNDING)
+    assert len(calls) >= 2
+
+
+def test_generation():
+    theirs = model_of(dtype=torch.float32).eval()
+    ours = optimized(theirs)
+    settings = {"input_ids": BATCH, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with counted_blocks() as calls:
+        assert torch.equal(ours.generate(**settings), theirs.generate(**settings))
+    assert not calls
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_without_a_graph_break():
+    theirs = model_of(lora_dropout=0.0)
+    ours = optimized(theirs)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with counted_blocks() as calls:
+        loss = compiled(**DATA).loss
+        loss.backward()
+    assert not calls
+    found = {name: p.grad for name, p in trained(ours).items()}
+    theirs(**DATA).loss.backward()
+    assert_same(found, {name: p.grad for name, p in trained(theirs).items()}, ROUNDING)
+
+
+def test_under_autocast_and_in_16_bits_no_further_from_the_truth_than_layer_by_layer():
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        three = model_of(dtype=dtype)
+        node, truth = copy.deepcopy(three), copy.deepcopy(three).double()
+        fastlora.optimize(three, blocks=False)
+        fastlora.optimize(node)
+        expected = gradients(truth)
+        errors = []
+        for model in (node, three):
+            found = gradients(model, autocast)
+            errors.append(
+                sum((found[n].double() - t).square().sum() for n, t in expected.items()).sqrt()
+            )
+        assert errors[0] <= 1.2 * errors[1]
+
+
+def test_the_report():
+    model = model_of()
+    before = fastlora.coverage(model)
+    assert {block.reason for block in before.blocks} == {
+        "not optimised yet: fastlora.optimize(model) does it"
+    }
+    report = fastlora.optimize(model)
+    assert str(report) == ("14 of 14 layers fast (backend torch)\n2 of 2 gated MLPs as one block")
+    assert str(fastlora.coverage(model)) == str(report)
+    assert pickle.loads(pickle.dumps(report)).blocks == report.blocks
+    name = "base_model.model.model.layers.0.mlp"
+    assert report.blocks[0] == type(report.blocks[0])(name, True, "")
+
+
+def test_restore_and_the_end_of_with_give_them_back():
+    model = model_of()
+    before = snapshot(model)
+    fastlora.optimize(model)
+    assert len(blocks(model)) == 2
+    assert_untouched(fastlora.restore(model), dict(before))
+    with fastlora.optimize(model, blocks=False):
+        assert not blocks(model)
+        with fastlora.optimize(model):
+            assert len(blocks(model)) == 2
+        assert not blocks(model)
+    assert_untouched(model, before)
+
+
+def test_blocks_false_leaves_them_alone():
+    model = model_of()
+    report = fastlora.optimize(model, blocks=False)
+    assert not blocks(model)
+    assert "2 layer by layer" in str(report)
+    with pytest.raises(ValueError, match="blocks is None, but must be True or False"):
+        fastlora.optimize(model, blocks=None)
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+def one_merged(model):
+    mlps(model)[0].up_proj.merge()
+
+
+def hook_on_lora_a(model):
+    mlps(model)[0].down_proj.lora_A["default"].register_forward_hook(lambda *_: None)
+
+
+def hook_on_a_layer(model):
+    mlps(model)[0].gate_proj.register_forward_hook(lambda layer, x, y: y * 2)
+
+
+def hook_on_act(model):
+    mlps(model)[0].act_fn.register_forward_hook(lambda layer, x, y: y * 2)
+
+
+def two_dropouts(model):
+    mlps(model)[0].gate_proj.lora_dropout["default"].p = 0.3
+
+
+def other_adapter(model):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(11)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+
+
+def unloaded_layer(model):
+    mlp = mlps(model)[0]
+    mlp.gate_proj = nn.Sequential(mlp.gate_proj)
+
+
+LEFT = {  # what is done, how many blocks' calls are left, and the reason of the first
+    "disabled": (disabled, 0, "its gate_proj: its adapter is merged, disabled or not active"),
+    "merged": (merged, 0, "its gate_proj: its adapter is merged, disabled or not active"),
+    "one-merged": (one_merged, 1, "its up_proj: its adapter is merged, disabled or not active"),
+    "other-adapter": (other_adapter, 0, "its adapter is merged, disabled or not active"),
+    "hook-lora_A": (hook_on_lora_a, 1, "its down_proj: a hook watches, or something replaces"),
+    "hook-layer": (hook_on_a_layer, 1, "its gate_proj: a hook watches"),
+    "hook-act": (hook_on_act, 1, "its activation is none that fastlora knows, or is hooked"),
+    "two-dropouts": (two_dropouts, 1, "gate_proj and up_proj have different dropouts"),
+    "other-module": (unloaded_layer, 1, "its gate_proj: it is a Sequential, no torch.nn.Linear"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_call_goes_layer_by_layer(name):
+    change, left, reason = LEFT[name]
+    theirs = model_of()
+    ours = optimized(theirs)
+    change(theirs)
+    change(ours)
+    with counted_blocks() as calls:
+        found = [p.grad for p in _backward(ours)]
+    assert len(calls) == left
+    assert_same(found, [p.grad for p in _backward(theirs)], ROUNDING)
+    assert reason in fastlora.coverage(ours).blocks[0].reason
+
+
+def _backward(model: nn.Module) -> list[nn.Parameter]:
+    torch.manual_seed(7)
+    with fastlora.peft.masks.shared_masks(model.train()):
+        loss = model(**DATA).loss
+    if loss.requires_grad:
+        loss.backward()
+    return [p for p in model.parameters() if p.grad is not None]
+
+
+def test_dora_is_the_layers_own():
+    theirs = model_of(use_dora=True)
+    ours = optimized(theirs)
+    with counted_blocks() as calls:
+        found = gradients(ours)
+    assert not calls
+    assert_same(found, gradients(theirs), ROUNDING)
+    assert fastlora.coverage(ours).blocks[0].reason == "its gate_proj: it is DoRA"
+
+
+class Clamped(transformers.models.llama.modeling_llama.LlamaMLP):
+    def forward(self, x):
+        return super().forward(x).clamp(max=0.01)
+
+
+def test_a_subclass_with_a_forward_of_its_own():
+    base = tiny_llama()
+    base.model.layers[0].mlp.__class__ = Clamped
+    theirs = adapted(base, target_modules=MLPS).double()
+    ours = optimized(theirs)
+    with counted_blocks() as calls:
+        found = gradients(ours)
+    assert len(calls) == 1
+    assert_same(found, gradients(theirs), ROUNDING)
+    first, second = fastlora.coverage(ours).blocks
+    assert (first.reason, second.reason) == ("its forward is none that fastlora knows", "")
+
+
+def test_hooks_on_the_block_itself():
+    theirs, seen = model_of(), []
+    ours = optimized(theirs)
+    for model in (theirs, ours):
+        mlps(model)[0].register_forward_hook(lambda module, x, y: seen.append(len(x)) or y * 2)
+        mlps(model)[0].register_full_backward_hook(lambda *_: seen.append(0))
+    with counted_blocks() as calls:
+        found = gradients(ours)
+    assert len(calls) == 2
+    assert_same(found, gradients(theirs), ROUNDING)
+    assert seen == [1, 0, 1, 0]
+
+
+def test_copies_pickles_and_files(tmp_path):
+    model = optimized(model_of())
+    plain = model_of()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert repr(model) == repr(plain)
+    expected = gradients(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(blocks(other)) == 2
+        with counted_blocks() as calls:
+            assert_same(gradients(other), expected, 0.0)
+        assert len(calls) == 2
+        fastlora.restore(other)
+        assert {type(m) for m in other.modules()} == {type(m) for m in plain.modules()}
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(_base_of(model), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).unload()
+
+
+def test_merge_and_unload_is_peft_s_and_the_block_stays_one():
+    theirs = model_of()
+    ours = optimized(theirs).merge_and_unload()
+    theirs = theirs.merge_and_unload()
+    assert repr(ours) == repr(theirs)
+    assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
+    assert len(blocks(ours)) == 2
+    assert torch.equal(logits(ours), logits(theirs))
+    found = []
+    for model in (ours, theirs):
+        model.train().requires_grad_(True)
+        model(**DATA).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert_same(*found, ROUNDING)
+    fastlora.restore(ours)
+    assert not blocks(ours)
+
+
+def test_check_compares_and_puts_back():
+    model = model_of().train()
+    assert fastlora.check(model, DATA)
+    assert not blocks(model)
+    fastlora.optimize(model)
+    with counted_blocks() as calls:
+        check = fastlora.check(model, DATA)
+    assert check
+    assert len(calls) == 2  # in one of the two runs
+    assert len(blocks(model)) == 2
+    assert [block.fast for block in check.coverage.blocks] == [True, True]
+
+
+def test_check_sees_a_wrong_block(monkeypatch):
+    run = fastlora.mlp.gated_mlp
+    monkeypatch.setattr("fastlora.mlp.gated_mlp", lambda *a, **k: run(*a, **k) * 1.5)
+    assert not fastlora.check(model_of().train(), DATA)
+
+
+def test_a_block_under_fsdp2_s_class():
+    """FSDP2 derives a class; blocks come and go under it, in any order."""
+    kind = type(mlps(model_of())[0])
+    fsdp = torch.distributed.fsdp.FSDPModule
+    for before in (True, False):
+        model = model_of()
+        mlp = mlps(model)[0]
+        if before:
+            fastlora.optimize(model)
+        mlp.__class__ = type(f"FSDP{kind.__name__}", (fsdp, type(mlp)), {})
+        if not before:
+            fastlora.optimize(model)
+        assert len(blocks(model)) == 2
+        with counted_blocks() as calls:
+            gradients(model)
+        assert len(calls) == 2
+        fastlora.restore(model)
+        assert type(mlp).__bases__ == (fsdp, kind)
+
+
+def test_training_result_is_the_same_with_and_without_blocks():
+    """From one seed, with fastlora's own masks."""
+    first = model_of()
+    found = []
+    for settings in ({}, {"blocks": False}):
+        model = copy.deepcopy(first)
+        fastlora.optimize(model, **settings)
+        torch.manual_seed(3)
+        optimizer, losses = adamw(trained(model.train()).values()), []
+        for _ in range(3):
+            loss = model(**DATA).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(result(model, losses))
+    assert_same(*found, 1e-9)

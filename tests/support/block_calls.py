@@ -1,0 +1,36 @@
+"""Gated MLPs: which of their calls run as one block."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from torch import Tensor, nn
+
+from fastlora import mlp
+
+
+def blocks(model: nn.Module) -> set[str]:
+    """The names of the modules that are blocks now."""
+    return {name for name, m in model.named_modules() if isinstance(m, mlp.GatedMLP)}
+
+
+@contextmanager
+def noted_blocks(note: Callable) -> Iterator[None]:
+    """``note`` is told of the input and the outputs (gate, up, down) of every call of a block."""
+    run = mlp.gated_mlp
+
+    def noted(x, gate, up, down, *rest, **settings):
+        note(x, (gate, up, down))
+        return run(x, gate, up, down, *rest, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp, "gated_mlp", noted)
+        yield
+
+
+@contextmanager
+def counted_blocks() -> Iterator[list[Tensor]]:
+    """The inputs of the calls inside that run as one block."""
+    calls: list[Tensor] = []
+    with noted_blocks(lambda x, outputs: calls.append(x)):
+        yield calls
