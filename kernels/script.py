@@ -304,7 +304,8 @@ class _Writer(TorchFunctionMode):
     def _part(self, buffer: Tensor, offset: int) -> str:
         """The code for the address of this part of the room."""
         if INTERPRETED.value:
-            part = partial(_part, offset, buffer.dtype, buffer.shape, buffer.stride())
+            end = offset + buffer.untyped_storage().nbytes()
+            part = partial(_part, slice(offset, end), buffer.dtype, buffer.shape)
             return f"{self._name(part)}(room)"
         return f"at_room + {offset}" if buffer.numel() else "0"
 
@@ -337,8 +338,8 @@ def _places(lines: Sequence[_Line], buffers: Mapping[str, Tensor]) -> tuple[dict
     return offsets, max((end for _, end, _ in placed), default=0)
 
 
-def _part(offset: int, dtype: torch.dtype, shape: tuple, strides: tuple, room: Tensor) -> Tensor:
-    return room[offset:].view(dtype).as_strided(shape, strides)
+def _part(where: slice, dtype: torch.dtype, shape: Sequence[int], room: Tensor) -> Tensor:
+    return room[where].view(dtype).view(shape)
 
 
 def _needed(lines: Sequence[_Line]) -> list[_Line]:
