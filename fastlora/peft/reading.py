@@ -112,13 +112,13 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
         shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
         dropout = modules["lora_dropout"]._modules[name]
         reason = (
-            _why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
-            or _why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
+            why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
+            or why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
             or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
             or _why_not_bias("its lora_B's", shift, gathers)
             or _why_not_fitting(shape, down, up, shift, gathers)
             or _why_not_dropout(dropout, p)
-            or _why_not_scale(scale)
+            or why_not_scale(scale)
         )
         if reason:
             return Reading(reason)
@@ -211,7 +211,7 @@ def _is_part(tensor: Tensor) -> bool:
     return ndim == 1 or (ndim == 2 and tensor.placements[0].is_replicate())
 
 
-def _why_not_adapter(
+def why_not_adapter(
     linear: nn.Module, name: str, weight: Tensor, base: Tensor, gathers: bool
 ) -> str:
     if weight.device != base.device:
@@ -291,7 +291,7 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
     return ""
 
 
-def _why_not_scale(scale: Any) -> str:
+def why_not_scale(scale: Any) -> str:
     if isinstance(scale, Tensor):
         return "" if scale.dim() == 0 else f"its scaling is a tensor of shape {tuple(scale.shape)}"
     finite = is_number(scale) and abs(scale) <= LARGEST_SCALE

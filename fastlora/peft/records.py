@@ -2,11 +2,12 @@
 
 import math
 
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from ..backends import planned_backend
 from ..report import LayerCoverage
+from .experts import read_experts, wrappers_in
 from .moment import why_not_now
 from .reading import active_adapters, read
 from .sharding import Units
@@ -23,17 +24,26 @@ def records(
     the layer would run if it were.
     """
     units, uncalled = Units(model), why_uncalled(model)
+    outermost: dict[nn.Module, ParamWrapper] = {}  # of experts' layers
+    for _, layer in layers:  # an inner one comes behind its outer one
+        if isinstance(layer, ParamWrapper):
+            for each in wrappers_in(layer):
+                outermost.setdefault(each, layer)
     found = []
     for name, layer in layers:
         reason = uncalled.get(layer) or why_not_swapped(layer)
         reason = reason or ("" if is_swapped(layer) else unreached)
-        found.append(_cover(name, layer, reason, units.gather(name, layer)))
+        called = outermost.get(layer, layer)
+        found.append(_cover(name, layer, called, reason, units.gather(name, layer)))
     return tuple(found)
 
 
-def _cover(name: str, layer: LoraLayer, reason: str, gathers: bool) -> LayerCoverage:
+def _cover(
+    name: str, layer: LoraLayer, called: LoraLayer, reason: str, gathers: bool
+) -> LayerCoverage:
     """``reason``: why its fast forward isn't called.  ``gathers``: whether FSDP gathers the
-    layer's parameters before a call.
+    layer's parameters before a call.  ``called``: the layer itself, or the one around it whose call
+    is its own, too.
     """
     # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
@@ -45,6 +55,9 @@ def _cover(name: str, layer: LoraLayer, reason: str, gathers: bool) -> LayerCove
             plan = "disabled"
         elif layer.merged:
             plan = "merged"
+        elif isinstance(called, ParamWrapper):
+            reason = read_experts(called, gathers).reason
+            fast, plan = not reason, "eager" if reason else "torch"  # on every device
         else:
             reading = read(layer, names, gathers)
             fast, reason = reading.output is not None, reading.reason

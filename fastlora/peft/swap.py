@@ -3,24 +3,25 @@
 from collections.abc import Iterable
 
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import nn
 
 from ..classes import change_class, is_over
+from .experts import ParamWrapper
 from .layer import Linear
 
-# What users know PEFT's layers by, where it isn't the class's name.
-_WORDS = {"ParamWrapper": "expert parameters (target_parameters)"}
+_FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: Linear, PeftParamWrapper: ParamWrapper}
 
 
 def is_swapped(layer: nn.Module) -> bool:
-    return isinstance(layer, Linear)
+    return isinstance(layer, tuple(_FAST.values()))
 
 
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or isn't called when it has; "" if it can."""
-    if not any(is_over(type(layer), base) for base in (PeftLinear, Linear)):
-        kind = type(layer).__name__
-        return f"only PEFT's lora.Linear is sped up, not {_WORDS.get(kind, kind)}"
+    kinds = [pair for pair in _FAST.items() if any(is_over(type(layer), kind) for kind in pair)]
+    if not kinds:
+        return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
     own = layer.__dict__.get("forward")
     if own is None or _is_ours(own):
         return ""
@@ -33,7 +34,9 @@ def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Make every layer fast that can be, and return those that weren't before."""
     layers = [layer for layer in layers if not is_swapped(layer) and not why_not_swapped(layer)]
     for layer in layers:
-        change_class(layer, PeftLinear, Linear)
+        for kind, fast in _FAST.items():
+            if isinstance(layer, kind):
+                change_class(layer, kind, fast)
     return layers
 
 
@@ -41,9 +44,12 @@ def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Make every layer PEFT's again, and return those that were fast."""
     layers = [layer for layer in layers if is_swapped(layer)]
     for layer in layers:
-        change_class(layer, Linear, PeftLinear)
+        for kind, fast in _FAST.items():
+            if isinstance(layer, fast):
+                change_class(layer, fast, kind)
     return layers
 
 
 def _is_ours(forward: object) -> bool:
-    return getattr(forward, "__func__", None) in (PeftLinear.forward, Linear.forward)
+    known = [kind.forward for pair in _FAST.items() for kind in pair]
+    return getattr(forward, "__func__", None) in known

@@ -61,10 +61,15 @@ def notes() -> tuple[str, ...]:
     return (f"{_newer()}; a few small layers gave the same numbers in a self-check",)
 
 
-def wants_trial() -> bool:
-    """Whether the PEFT that is imported is a newer one that this process hasn't tried out."""
+def is_newer() -> bool:
+    """Whether the PEFT that is imported is newer than those that were tested."""
     numbers = _numbers()
-    return numbers is not None and numbers > _NEWEST and _verdict() is None
+    return numbers is not None and numbers > _NEWEST
+
+
+def wants_trial() -> bool:
+    """Whether it is a newer one, and this process hasn't tried it out."""
+    return is_newer() and _verdict() is None
 
 
 def pass_verdict(reason: str = "", dora: str = "") -> None:

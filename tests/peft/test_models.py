@@ -141,7 +141,7 @@ def test_a_tied_head_with_trained_tokens_stays_peft_s():
     assert head.reason == "its base is a TrainableTokensWrapper, no torch.nn.Linear"
 
 
-def test_a_layer_of_experts_stays_peft_s():
+def test_experts_with_one_of_two_parameters_adapted_stay_peft_s():
     """PEFT adapts parameters of stacked experts in layers of their own."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}

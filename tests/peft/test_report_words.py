@@ -31,7 +31,7 @@ def test_the_share_of_adapted_parameters_says_what_the_count_hides():
     assert report.share == 64 / (64 + 1024)
     first, *rest = str(report).splitlines()
     assert first == "1 of 2 layers fast, 6 % of the adapted parameters (backend torch)"
-    assert "not expert parameters (target_parameters)" in rest[0]
+    assert "its forward isn't that of transformers' use_experts_implementation" in rest[0]
     assert "ParamWrapper" not in str(report)
 
 

@@ -31,6 +31,7 @@ ORDER_INSIDE = {
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
+        "experts",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
@@ -38,7 +39,7 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
+        "layer", "experts", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
     ],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import fastlora
+from fastlora.peft import experts as fast_experts
 from fastlora.peft import layer as fast_linear
 
 VOCABULARY = 100
@@ -128,7 +129,7 @@ def optimized(model: nn.Module) -> nn.Module:
 def counted_calls() -> Iterator[list[Tensor]]:
     """The inputs of the eager calls of LoRA layers that run fast inside.
 
-    A block's input counts for each of its layers that has adapters.
+    A block's input counts for each of its layers that has adapters, that of experts twice.
     """
     calls: list[Tensor] = []
     run: Callable = fast_linear.fast_forward
@@ -137,11 +138,18 @@ def counted_calls() -> Iterator[list[Tensor]]:
         calls.append(x)
         return run(x, *rest)
 
+    run_experts: Callable = fast_experts.lora_experts
+
+    def recorded_experts(x, *rest):
+        calls.extend((x, x))
+        return run_experts(x, *rest)
+
     def note(x, outputs):
         calls.extend(x for output in outputs if output.adapters)
 
     with pytest.MonkeyPatch.context() as patch, noted_blocks(note):
         patch.setattr(fast_linear, "fast_forward", recorded)
+        patch.setattr(fast_experts, "lora_experts", recorded_experts)
         yield calls
 
 

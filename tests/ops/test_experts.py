@@ -1,0 +1,187 @@
+"""The experts' node against the formula, token by token."""
+
+import pytest
+import torch
+from memory import saved_bytes
+from torch import nn
+
+from fastlora.ops import experts
+from fastlora.ops.experts import lora_experts
+from fastlora.projection import Adapter, Base, Output
+
+E, K, INNER, N = 4, 8, 5, 6
+
+
+def stacked(out, features, r, dtype, bias=False, adapter_dtype=None):
+    adapter = Adapter(
+        torch.randn(E, r, features, dtype=adapter_dtype or dtype).requires_grad_(),
+        torch.randn(E, out, r, dtype=adapter_dtype or dtype).requires_grad_(),
+        0.5,
+    )
+    shift = torch.randn(E, out, dtype=dtype).requires_grad_() if bias else None
+    return Output(
+        Base(torch.randn(E, out, features, dtype=dtype) / features**0.5, shift), (adapter,)
+    )
+
+
+def leaves_of(*outputs):
+    tensors = []
+    for (weight, bias), ((lora_a, lora_b, _),) in outputs:
+        tensors += [t for t in (weight, bias, lora_a, lora_b) if t is not None and t.requires_grad]
+    return tensors
+
+
+def textbook(x, index, weights, up, down, activation):
+    """Each token's experts one after the other; a number from E on is nobody's."""
+    rows = []
+    for token, chosen, shares in zip(x, index.tolist(), weights, strict=True):
+        total = x.new_zeros(len(down.base.weight[0]))
+        for e, share in zip(chosen, shares, strict=True):
+            if e < E:
+                pre = one(token, up, e)
+                total = total + share * one(activation(pre[None])[0], down, e)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def one(token, output, e):
+    (weight, bias), ((lora_a, lora_b, scale),) = output
+    y = weight[e] @ token + scale * (lora_b[e] @ (lora_a[e] @ token))
+    return y if bias is None else y + bias[e]
+
+
+def silu_of_halves(pre):
+    gate, up = pre.chunk(2, dim=1)
+    return nn.functional.silu(gate) * up
+
+
+def square(pre):
+    return torch.relu(pre).square()
+
+
+# The activation that the node gets, the same as a function, and the columns of the first product.
+ACTIVATIONS = {
+    "named": ("silu", silu_of_halves, 2 * INNER),
+    "function": (silu_of_halves, silu_of_halves, 2 * INNER),
+    "no-gate": (square, square, INNER),
+}
+ROUTES = {
+    "spread": lambda: torch.stack([torch.randperm(E)[:2] for _ in range(9)]),
+    "nobody": lambda: torch.tensor([[0, E], [E, E + 3], [3, 0], [E, 2]]),
+    "one-has-all": lambda: torch.full((5, 1), 2),
+    "one-token": lambda: torch.tensor([[1, 0, 3]]),
+    "int32": lambda: torch.tensor([[1, 0], [3, 1]], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_outputs_and_gradients(route, activation, bias):
+    activate, function, columns = ACTIVATIONS[activation]
+    index = ROUTES[route]()
+    x = torch.randn(len(index), K, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(index.shape, dtype=torch.float64, requires_grad=True)
+    up, down = (
+        stacked(columns, K, 3, torch.float64, bias),
+        stacked(N, INNER, 2, torch.float64, bias),
+    )
+    leaves = [x, weights, *leaves_of(up, down)]
+    out = lora_experts(x, index, weights, up, down, activate)
+    expected = textbook(x, index, weights, up, down, function)
+    torch.testing.assert_close(out, expected)
+    dy = torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, leaves, dy, allow_unused=True, materialize_grads=True)
+    for create_graph in (False, True):
+        found = torch.autograd.grad(
+            lora_experts(x, index, weights, up, down, activate),
+            leaves,
+            dy,
+            create_graph=create_graph,
+        )
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("chosen", range(6))
+def test_only_what_is_needed_gets_a_gradient(chosen):
+    index = ROUTES["spread"]()
+    x, weights = torch.randn(9, K), torch.rand(9, 2)
+    up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
+    leaves = [x, weights, *leaves_of(up, down)]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i == chosen)
+    lora_experts(x, index, weights, up, down, "silu").sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [i == chosen for i in range(6)]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_in_16_bits_no_further_from_the_truth_than_rounding(weight_dtype):
+    index = ROUTES["spread"]()
+    x = torch.randn(9, K).bfloat16().requires_grad_()
+    weights = torch.rand(9, 2).to(weight_dtype).requires_grad_()
+    up = stacked(2 * INNER, K, 3, torch.bfloat16, adapter_dtype=torch.float32)
+    down = stacked(N, INNER, 2, torch.bfloat16, adapter_dtype=torch.float32)
+    out = lora_experts(x, index, weights, up, down, "silu")
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    wide = [t.detach().double().requires_grad_() for t in (x, weights, *leaves_of(up, down))]
+    adapted = [
+        Output(Base(each.base.weight.double(), None), (Adapter(*wide[i : i + 2], 0.5),))
+        for i, each in ((2, up), (4, down))
+    ]
+    expected = textbook(wide[0], index, wide[1], *adapted, silu_of_halves)
+    expected.sum().backward()
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < 0.02
+    for ours, theirs in zip((x, weights, *leaves_of(up, down)), wide, strict=True):
+        assert ours.grad.dtype == ours.dtype
+        assert (ours.grad.double() - theirs.grad).norm() < 0.03 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["frozen-router", "router"])
+def test_what_is_kept(routed):
+    """pre, both h, the routing, and y if the router trains; no rows of x, and no product."""
+    index = torch.stack([torch.randperm(E)[:2] for _ in range(64)])
+    x, weights = torch.randn(64, K, requires_grad=True), torch.rand(64, 2, requires_grad=routed)
+    up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
+    own = [x, weights, *leaves_of(up, down), up.base.weight, down.base.weight]
+    found = sum(
+        saved_bytes(lambda: lora_experts(x, index, weights, up, down, "silu"), own).values()
+    )
+    rows = 128
+    assert found == 4 * rows * (2 * INNER + 3 + 2 + N * routed) + 8 * rows + 4 * E
+
+
+def test_the_same_bits_again():
+    index = ROUTES["spread"]()
+    x, weights = torch.randn(9, K, requires_grad=True), torch.rand(9, 2, requires_grad=True)
+    up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
+    leaves = [x, weights, *leaves_of(up, down)]
+
+    def step():
+        out = lora_experts(x, index, weights, up, down, "silu")
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    assert all(map(torch.equal, step(), step()))
+
+
+def test_the_ends_are_those_of_sorted_rows():
+    routing = experts.routing_of(torch.tensor([[2, 0], [4, 2], [9, 0]]), 4)
+    assert routing.ends.tolist() == [2, 2, 4, 4]
+    assert routing.ends.dtype == torch.int32
+    assert routing.order.tolist() == [1, 5, 0, 3, 2, 4]
+    assert routing.tokens.tolist() == [0, 2, 0, 1, 1, 2]
+    rows = torch.arange(6.0)[:, None]
+    assert torch.equal(routing.back(rows[routing.order]).flatten(), rows.flatten())
+
+
+def test_without_gradients_there_is_no_node():
+    index = ROUTES["spread"]()
+    up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
+    x, weights = torch.randn(9, K), torch.rand(9, 2)
+    trained = lora_experts(x, index, weights, up, down, "silu")
+    with torch.no_grad():
+        out = lora_experts(x, index, weights, up, down, "silu")
+    assert out.grad_fn is None
+    assert torch.equal(out, trained)
