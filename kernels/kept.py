@@ -2,8 +2,8 @@
 
 To choose tiles, grids, splits and buffers, and to bind a kernel's arguments, costs the host more
 than a small layer costs the device.  All of that depends on shapes, strides, dtypes, alignment and
-settings alone.  So of a call with new ones a script is made (:mod:`.script`), which this call and
-all later ones of its kind follow.
+settings alone: these are the kind of a call.  The first call of a kind is written down as a script
+(:mod:`.script`); it and all later ones are replays of that.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -36,7 +36,8 @@ def replayed(
     on the settings, and on everything of the tensors but their elements.  They are on one device,
     which is the current one.  None if a call of a new kind isn't one that it ``covers``.
 
-    ``calls``: the caller's own, for tensors that agree in all but their elements.
+    ``calls``: where to keep this one instead of here, for a caller that comes with it only if the
+    tensors agree with those of its calls before in all but their elements: they aren't compared.
     """
     if is_intercepted() or _is_watched():
         return list(function(tensors, *settings)) if covers() else None

@@ -76,7 +76,7 @@ class _Line(NamedTuple):
 
 
 class _Code(str):
-    """It stands for a value."""
+    """Code in the place of the value that a replay has there."""
 
 
 class _Addressed:
@@ -116,12 +116,13 @@ class _Writer(TorchFunctionMode):
         keywords = keywords or {}
         name = getattr(function, "__name__", "")
         if name == "data_ptr":
+            # Only what it is modulo 16 is looked at, and that it isn't 0, which is no address.
             base = self.names[id(_base(arguments[0]))]
             return 2**20 + self.addresses.get(base, 0) + _offset(arguments[0])
         if name == "__get__" and function.__self__ is Tensor.device:
             return self.device
-        out = keywords.get("out")
-        with DisableTorchFunction():  # and with it the modes outside of this one
+        out = keywords.get("out")  # then it is the result, and nothing need be computed
+        with DisableTorchFunction():  # and with it the caller's modes
             result = function(*arguments, **keywords) if out is None else out
         if name == "__get__" and function.__self__ is Tensor._base:
             return result
@@ -132,7 +133,7 @@ class _Writer(TorchFunctionMode):
         return result
 
     def add_launch(self, launch: Launch) -> None:
-        """A launch of Triton's compiled kernel with addresses, or of its interpreter's."""
+        """A line that launches Triton's compiled kernel with addresses, or interprets it."""
         operands = [launch.arguments[name] for name in launch.kernel.arg_names]
         if INTERPRETED.value:
             run: Callable = partial(launch.kernel[launch.grid], **launch.options)
@@ -174,7 +175,7 @@ class _Writer(TorchFunctionMode):
         if any(id(tensor) in self.names for tensor in tensors):  # in place, or into ``out``
             self.lines.append(_Line("", code))
             return
-        name = f"v{len(self.alive)}"
+        name = f"v{len(self.alive)}"  # so that it is new
         self.lines.append(_Line(name, code))
         if isinstance(result, Tensor):
             self._call(result, name)
@@ -197,7 +198,10 @@ class _Writer(TorchFunctionMode):
         return f"{self._name(function)}({', '.join(codes)})"
 
     def _code(self, value: Any, address: bool = False) -> _Code:
-        """The code for this value; for a tensor, or what is in a tuple, that of its ``address``."""
+        """The code for this value; ``address``: for a tensor's address, also inside of tuples.
+
+        What is neither written as a literal nor made in each replay is a constant with a name.
+        """
         if isinstance(value, _Code):
             return value
         if isinstance(value, Tensor) and address:
@@ -304,7 +308,8 @@ class _Writer(TorchFunctionMode):
     def _part(self, buffer: Tensor, offset: int) -> str:
         """The code for the address of this part of the room."""
         if INTERPRETED.value:
-            part = partial(_part, offset, buffer.dtype, buffer.shape, buffer.stride())
+            end = offset + buffer.untyped_storage().nbytes()
+            part = partial(_part, slice(offset, end), buffer.dtype, buffer.shape)
             return f"{self._name(part)}(room)"
         return f"at_room + {offset}" if buffer.numel() else "0"
 
@@ -312,7 +317,8 @@ class _Writer(TorchFunctionMode):
 def _places(lines: Sequence[_Line], buffers: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
     """Where in one room the buffers lie of which lines need the address alone; and its size.
 
-    Each has the first place that is free between its first use and its last.
+    Each has the first place that is free from its first use to its last.  Lines of code say
+    ``at_v2`` where they need the address alone.
     """
     lives: dict[str, tuple[int, int]] = {}  # in the order of first uses
     whole: set[str] = set()
@@ -337,8 +343,8 @@ def _places(lines: Sequence[_Line], buffers: Mapping[str, Tensor]) -> tuple[dict
     return offsets, max((end for _, end, _ in placed), default=0)
 
 
-def _part(offset: int, dtype: torch.dtype, shape: tuple, strides: tuple, room: Tensor) -> Tensor:
-    return room[offset:].view(dtype).as_strided(shape, strides)
+def _part(where: slice, dtype: torch.dtype, shape: Sequence[int], room: Tensor) -> Tensor:
+    return room[where].view(dtype).view(shape)
 
 
 def _needed(lines: Sequence[_Line]) -> list[_Line]:
@@ -372,7 +378,7 @@ def _is_literal(value: Any) -> bool:
 
 
 def _is_made(value: Any) -> bool:
-    """Whether it is, or has in it, what other calls don't share."""
+    """Whether it is, or has in it, what each replay has of its own."""
     if type(value) in (tuple, list):
         return any(map(_is_made, value))
     return isinstance(value, (Tensor, TensorDescriptor, _Code, _Addressed))

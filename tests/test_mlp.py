@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import types
 from functools import partial
 
@@ -253,9 +254,10 @@ ACTIVATIONS = {
     ],
 }
 EVERY = [(name, act) for name, acts in ACTIVATIONS.items() for act in acts]
+IDS = [f"{name}-{re.sub(' at 0x.*', '', repr(act))}"[:40] for name, act in EVERY]
 
 
-@pytest.mark.parametrize(("name", "act"), EVERY, ids=[f"{n}-{a!r}"[:40] for n, a in EVERY])
+@pytest.mark.parametrize(("name", "act"), EVERY, ids=IDS)
 def test_activations_are_known_by_what_they_are(name, act):
     assert activation_of(act) == name
     if name:

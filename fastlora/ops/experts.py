@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from .. import reference
 from ..backends import Settings, find_backend
@@ -39,15 +40,21 @@ class Routing(NamedTuple):
     def tokens(self) -> Tensor:
         return self.order.div(self.k, rounding_mode="floor")
 
-    def sums(self, rows: Tensor) -> Tensor:
-        """The sum of each token's rows: [S, N] -> [T, N]."""
-        return self.back(rows).sum(1)
-
-    def back(self, rows: Tensor) -> Tensor:
-        """The rows by token: [S, …] -> [T, k, …]."""
+    @property
+    def places(self) -> Tensor:
+        """The rows of each token, [T, k]."""
         places = torch.empty_like(self.order)
         places[self.order] = torch.arange(len(places), device=places.device)
-        return rows[places].unflatten(0, (-1, self.k))
+        return places.view(-1, self.k)
+
+    def sums(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sum of each token's rows, times its weights [T, k] if any: [S, N] -> [T, N].
+
+        In the wider dtype of both.  torch's bag of embeddings is this, without a copy of the rows.
+        """
+        if weights is None or weights.dtype == rows.dtype:
+            return embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights)
+        return (rows[self.places] * weights.unsqueeze(-1)).sum(1)
 
 
 def routing_of(index: Tensor, experts: int) -> Routing:
@@ -135,14 +142,7 @@ def _forward(
     pre, h = run_grouped([x[routing.tokens], *first[1]], segments, None, first[0])
     product = _activated(pre, activate, settings)
     y, h_down = run_grouped([product, *second[1]], segments, None, second[0])
-    return _weighted(routing.back(y), weights).to(x.dtype), pre, h, h_down, y
-
-
-def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """Σ weights ∘ rows: [T, k, N] -> [T, N], in the wider dtype of both."""
-    if rows.dtype == weights.dtype:
-        return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
-    return (rows * weights.unsqueeze(-1)).sum(1)
+    return routing.sums(y, weights).to(x.dtype), pre, h, h_down, y
 
 
 def _gradients(
@@ -163,8 +163,8 @@ def _gradients(
     dy = d_out[routing.tokens]
     d_weights = None
     if needs_weights:
-        d_weights = routing.back((dy * y).sum(1)).to(weights.dtype)
-    dy = (dy * weights.reshape(-1)[routing.order].unsqueeze(1)).to(x.dtype)
+        d_weights = torch.linalg.vecdot(dy, y)[routing.places].to(weights.dtype)
+    dy.mul_(weights.reshape(-1)[routing.order].unsqueeze(1))
     product = _activated(pre, activate, settings)
     needs_pre = needs_x or any(others[:count])
     d_product, *of_down = run_grouped_backward(
@@ -238,7 +238,7 @@ def _differentiable(
             product = ACTIVATIONS[activate].function(gate) * other
         else:
             product = activate(pre)
-        y = routing.back(_textbook(product, down, routing))
+        y = _textbook(product, down, routing)[routing.places]
         out = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     found = iter(

@@ -44,6 +44,10 @@ def test_a_replay_hands_over_what_an_ordinary_launch_does(found):
     assert found["replays"]["differences"] == []
 
 
+def test_what_a_kept_call_launches_stays_loaded(found):
+    assert found["unloaded"] == []
+
+
 @pytest.mark.parametrize("layer", LAUNCHES)
 def test_a_layer_launches_as_often_as_it_did(layer, found):
     counts = found["standard_layers"][layer]

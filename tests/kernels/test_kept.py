@@ -1,5 +1,6 @@
 """Calls that are resolved once and replayed, against the same calls made step by step."""
 
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -86,6 +87,18 @@ def test_a_replay_is_the_call(case, p, plan):
     for one, two, three in zip(expected, first, again, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
+
+
+def test_a_room_may_be_of_an_odd_size():
+    """Sums in float32 lie before a dh of 30 bytes."""
+    x = torch.randn(5, K, dtype=torch.bfloat16, requires_grad=True)
+    one = projection(r=3, dtype=torch.bfloat16)
+    with resolved() as new:
+        found = step(x, [one])
+    rooms = [re.search(r"room = .*new_empty\(\((\d+),\)", each.source) for each in new]
+    assert any(int(room[1]) % 4 for room in rooms if room)
+    with intercept(Launch.run):
+        assert all(map(torch.equal, found, step(x, [one])))
 
 
 def test_other_tensors_of_the_same_kind_are_the_same_call():

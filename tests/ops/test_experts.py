@@ -173,7 +173,7 @@ def test_the_ends_are_those_of_sorted_rows():
     assert routing.order.tolist() == [1, 5, 0, 3, 2, 4]
     assert routing.tokens.tolist() == [0, 2, 0, 1, 1, 2]
     rows = torch.arange(6.0)[:, None]
-    assert torch.equal(routing.back(rows[routing.order]).flatten(), rows.flatten())
+    assert torch.equal(rows[routing.order][routing.places].flatten(), rows.flatten())
 
 
 def test_without_gradients_there_is_no_node():

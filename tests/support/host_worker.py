@@ -3,6 +3,7 @@
 A process of its own: it prints JSON, "skipped" with a reason, or the result of each function below.
 """
 
+import gc
 import json
 import traceback
 from collections.abc import Callable
@@ -199,6 +200,23 @@ def refusals() -> dict[str, str]:
     return raised
 
 
+def unloaded() -> list[str]:
+    """Which kernels of kept calls unload their code when Triton forgets them; it is the last."""
+    import triton
+
+    from fastlora.kernels.launch import intercept
+
+    kernels, gone = set(), []
+    with intercept(lambda launch: kernels.add(launch.kernel)):
+        step(*STANDARD["fused"])
+    step(*STANDARD["fused"])
+    triton.knobs.runtime.kernel_unload_hook = lambda *unloaded: gone.append(unloaded[2])
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    gc.collect()
+    return gone
+
+
 def main() -> None:
     reason = cuda_standin.why_not()
     if reason:
@@ -206,8 +224,8 @@ def main() -> None:
         return
     cuda_standin.install()
     handed_over.watch()
-    # variants first, since it sees only what isn't compiled yet
-    asked = (variants, standard_layers, random_layers, replays, refusals)
+    # variants first, since it sees only what isn't compiled yet; unloaded last
+    asked = (variants, standard_layers, random_layers, replays, refusals, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))
 
 
