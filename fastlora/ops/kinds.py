@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from ..backends import Settings, asked_backend
 from ..projection import Output, Projection, is_plain
 from .textbook import needs_textbook
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it isn't public; without it no call is known
+    TensorGuards = None  # type: ignore[assignment, misc]
 
 _MOST, _MOST_OF_A_KEY = 1024, 8
 _is_nested = attrgetter("is_nested")
@@ -26,7 +30,7 @@ _changes = Lock()  # to find the oldest, no other thread may change them
 
 
 class _Kind(NamedTuple):
-    guard: TensorGuards
+    guard: Any  # TensorGuards
     alignment: list[int] | None  # addresses modulo 16, where launches are kept
     settings: Settings
 
@@ -37,7 +41,8 @@ _known: dict[Hashable, tuple[_Kind, ...]] = {}
 def may_be_known(x: Tensor) -> bool:
     """Whether a call made at this moment, with this x, can be of a known kind."""
     return not (
-        torch.compiler.is_compiling()
+        TensorGuards is None
+        or torch.compiler.is_compiling()
         or not is_plain(x)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_any_autocast_enabled()
