@@ -141,7 +141,9 @@ def _forward(
 def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
     """Σ weights ∘ rows: [T, k, N] -> [T, N], in the wider dtype of both."""
     if rows.dtype == weights.dtype:
-        return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+        out = rows.new_empty(len(rows), rows.shape[2])  # no view: models add to it in place
+        torch.bmm(weights.unsqueeze(1), rows, out=out.unsqueeze(1))
+        return out
     return (rows * weights.unsqueeze(-1)).sum(1)
 
 
