@@ -219,6 +219,12 @@ def _read_output(layer: PeftParamWrapper, base: Any, gathers: bool) -> Output[Te
         shape = (experts, layer.out_features, layer.in_features)
     if weight.shape != shape or transposed != base.is_transposed:
         return f"its weight has shape {tuple(weight.shape)}"
+    if bias is not None and bias.shape != (experts, layer.out_features):
+        return f"its bias has shape {tuple(bias.shape)}"
+    ranks = len(down)  # of all experts together
+    fits = (down.shape[1], *up.shape) == (layer.in_features, layer.out_features, ranks)
+    if not fits or ranks % experts or not ranks:
+        return f"its adapter has shapes {tuple(down.shape)} and {tuple(up.shape)}"
     return Output(
         Base(weight.mT if transposed else weight, bias),
         (

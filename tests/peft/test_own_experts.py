@@ -10,6 +10,7 @@ from peft_models import counted_calls
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations import moe
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -80,7 +81,14 @@ class Layer(nn.Module):
 
 def layer_of(kind: type[nn.Module] = Qwen3MoeExperts, implementation: str = "eager") -> nn.Module:
     config = Qwen3MoeConfig(
-        hidden_size=HIDDEN, moe_intermediate_size=INNER, num_experts=EXPERTS, hidden_act="silu"
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INNER,
+        intermediate_size=INNER,
+        num_experts=EXPERTS,
+        num_local_experts=EXPERTS,
+        hidden_act="silu",
+        swiglu_alpha=1.7,
+        swiglu_limit=7.0,
     )
     config._experts_implementation = implementation
     layer = Layer(kind(config))
@@ -202,3 +210,22 @@ def test_the_result_may_be_changed_in_place():
     fastlora.optimize(ours)
     found, expected = (torch.autograd.grad(m(*call).mul_(2).sum(), call[0]) for m in (ours, model))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(HIDDEN, 2 * EXPERTS), (HIDDEN + 1, 3 * EXPERTS)])
+def test_an_adapter_that_doesn_t_fit(shape):
+    model = layer_of()
+    experts = model.base_model.model.experts
+    experts.lora_B["default"].weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    first, *_ = fastlora.optimize(model).eager
+    name = experts.parameter_name
+    assert first.reason == f"its {name}: its adapter has shapes (15, 12) and {shape}"
+    with pytest.raises(RuntimeError, match=r"Expected size|must match"):
+        model(*routing())
+
+
+def test_a_bias_that_is_broadcast():
+    model = layer_of(GptOssExperts)
+    experts = model.base_model.model.experts.get_base_layer()
+    experts.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, 1, dtype=torch.float64))
+    assert_peft_s(model, f"its down_proj: its bias has shape ({EXPERTS}, 1)")
