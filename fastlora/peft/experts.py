@@ -23,6 +23,11 @@ from .reading import active_adapters, why_not_adapter, why_not_scale
 from .versions import is_newer
 
 _INTERFACE = "transformers.integrations.moe"
+_SETTINGS = {
+    "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed",
+    "_is_expert_parallel",
+}  # fmt: skip
+_PARAMETERS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
 _UNTESTED = is_newer()  # asked once: it takes as long as a small op
 
 
@@ -74,7 +79,7 @@ def read_experts(outermost: PeftParamWrapper, gathers: bool = False) -> ExpertsR
         return ExpertsReading(f"its adapters are on {found}, and not on {expected}")
     activate = _activation(base)
     if not activate:
-        return ExpertsReading("its activation has parameters, or is hooked")
+        return ExpertsReading("its gate or activation is none that fastlora knows, or is hooked")
     outputs: list[Output[Tensor]] = []
     for name in names:
         layer = wrappers[name]
@@ -88,10 +93,14 @@ def read_experts(outermost: PeftParamWrapper, gathers: bool = False) -> ExpertsR
 
 def _why_not_experts(base: Any) -> str:
     """Why this module isn't one of those whose forward is known; "" if it is."""
-    forward = type(base).forward
+    forward: Any = type(base).forward
     decorated = getattr(forward, "__globals__", {}).get("__name__") == _INTERFACE
     if not (decorated and hasattr(forward, "__wrapped__")):
         return "its forward isn't that of transformers' use_experts_implementation"
+    if not base.__dict__.keys() >= _SETTINGS:
+        return "experts are PEFT's where this version of transformers isn't a tested one"
+    if not _is_transformers(_implementation(base)):
+        return "its forward, or its experts implementation, isn't one of transformers' own"
     if type(base).__call__ is not nn.Module.__call__ or is_hooked(base):
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
@@ -105,20 +114,61 @@ def _why_not_experts(base: Any) -> str:
     return ""
 
 
+def _implementation(base: Any) -> Any:
+    """The function that runs these experts: what the class says (eager), or a registered one."""
+    forward: Any = type(base).forward
+    name = getattr(base.config, "_experts_implementation", None)
+    if name in (None, "eager"):
+        return forward.__wrapped__
+    inside = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    cell = inside.get("experts_interface")
+    return None if cell is None else cell.cell_contents.get(name)
+
+
+def _is_transformers(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).startswith("transformers.")
+
+
 def _activation(base: Any) -> Activate:
-    """How these experts make the second product's input of the first's; "" if it isn't known."""
+    """How these experts make the second product's input of the first's; "" if it isn't known.
+
+    What isn't known by name is run again in the backward, and followed by autograd from the first
+    product's result on: so it mustn't draw numbers, write into its input, or have parameters.
+    """
     act: Any = getattr(base, "act_fn", None)
-    if isinstance(act, nn.Module) and (is_hooked(act) or any(True for _ in act.parameters())):
-        return ""
     if not base.has_gate:
-        return act
+        return act if _is_plain_function(act) else ""
     gate = base._apply_gate
-    function = getattr(gate, "__func__", None)
-    if function is None or "_apply_gate" in base.__dict__:
+    function: Any = getattr(gate, "__func__", None)
+    if "_apply_gate" in base.__dict__ or not _is_transformers(function):
         return ""
-    if getattr(function, "__module__", "") == _INTERFACE and activation_of(act):
+    is_default = function.__module__ == _INTERFACE
+    eager = _implementation(base) is type(base).forward.__wrapped__
+    if eager and not is_default and "_apply_gate" not in _names_in(type(base).forward.__wrapped__):
+        return ""  # its class's forward has another one
+    if is_default and activation_of(act):
         return activation_of(act)
-    return gate
+    others = base._parameters.keys() - _PARAMETERS
+    return gate if not others and (act is None or _is_plain_function(act)) else ""
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    return getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def _is_plain_function(act: Any) -> bool:
+    """Whether an activation is a function of its input alone, and leaves that as it is."""
+    if not isinstance(act, nn.Module):
+        return _is_transformers(act) or bool(activation_of(act))
+    known = _is_transformers(type(act)) or type(act).__module__ == nn.ReLU.__module__
+    return (
+        known
+        and type(act).__call__ is nn.Module.__call__
+        and type(act) is not nn.RReLU
+        and not getattr(act, "inplace", False)
+        and not any(map(is_hooked, act.modules()))
+        and not any(True for _ in act.parameters())
+    )
 
 
 def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
@@ -169,6 +219,12 @@ def _read_output(layer: PeftParamWrapper, base: Any, gathers: bool) -> Output[Te
         shape = (experts, layer.out_features, layer.in_features)
     if weight.shape != shape or transposed != base.is_transposed:
         return f"its weight has shape {tuple(weight.shape)}"
+    if bias is not None and bias.shape != (experts, layer.out_features):
+        return f"its bias has shape {tuple(bias.shape)}"
+    ranks = len(down)  # of all experts together
+    fits = (down.shape[1], *up.shape) == (layer.in_features, layer.out_features, ranks)
+    if not fits or ranks % experts or not ranks:
+        return f"its adapter has shapes {tuple(down.shape)} and {tuple(up.shape)}"
     return Output(
         Base(weight.mT if transposed else weight, bias),
         (
@@ -197,4 +253,13 @@ def _takes(x: Any, index: Any, weights: Any, weight: Tensor) -> bool:
         and not autocast_is_on(x.device.type)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
+        and _are_in(index, len(weight))
     )
+
+
+def _are_in(index: Tensor, experts: int) -> bool:
+    """Whether all are numbers of experts; on a GPU nobody looks, since that would wait for it."""
+    if index.device.type != "cpu":
+        return True
+    least, most = index.aminmax()
+    return bool(least >= 0) and bool(most < experts)

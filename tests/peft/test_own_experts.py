@@ -1,0 +1,231 @@
+"""Experts that are almost those of transformers: other numbers, so PEFT's forward."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from models import randomise
+from peft_models import counted_calls
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations import moe
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+import fastlora
+
+HIDDEN, INNER, EXPERTS, TOP = 16, 12, 5, 2
+
+
+class Scaled(Qwen3MoeExperts):
+    """Its gate trains."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.alpha = nn.Parameter(torch.ones(1))
+
+    def _apply_gate(self, pre: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, -1)
+        return torch.sigmoid(gate * self.alpha) * up
+
+
+class Dropping(Qwen3MoeExperts):
+    """Its gate draws numbers, which a second run of it would draw anew."""
+
+    def _apply_gate(self, pre: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, -1)
+        return functional.dropout(self.act_fn(gate) * up, 0.5, self.training)
+
+
+class Ignored(Qwen3MoeExperts):
+    """Its forward doesn't call its gate."""
+
+    def _apply_gate(self, pre: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, -1)
+        return torch.tanh(gate) * up
+
+
+@moe.use_experts_implementation
+class Before(nn.Module):
+    """Its forward applies the routing weights before the first product."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, 2 * INNER, HIDDEN))
+        self.down_proj = nn.Parameter(torch.empty(EXPERTS, HIDDEN, INNER))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        rows = []
+        for state, chosen, its in zip(x, index, weights, strict=True):
+            out = torch.zeros_like(state)
+            for expert, weight in zip(chosen, its, strict=True):
+                pre = functional.linear(weight * state, self.gate_up_proj[expert])
+                gate, up = pre.chunk(2)
+                out = out + functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            rows.append(out)
+        return torch.stack(rows)
+
+
+class Layer(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(x, index, weights)
+
+
+def layer_of(kind: type[nn.Module] = Qwen3MoeExperts, implementation: str = "eager") -> nn.Module:
+    config = Qwen3MoeConfig(
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INNER,
+        intermediate_size=INNER,
+        num_experts=EXPERTS,
+        num_local_experts=EXPERTS,
+        hidden_act="silu",
+        swiglu_alpha=1.7,
+        swiglu_limit=7.0,
+    )
+    config._experts_implementation = implementation
+    layer = Layer(kind(config))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = peft.get_peft_model(layer, peft.LoraConfig(r=3, target_parameters=targets)).double()
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.endswith("alpha"))
+    return model
+
+
+def routing(tokens: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights, index = torch.randn(tokens, EXPERTS, dtype=torch.float64).softmax(-1).topk(TOP)
+    return x, index, weights
+
+
+def results(model: nn.Module, call: tuple[Tensor, ...]) -> list[Tensor]:
+    torch.manual_seed(3)
+    out = model(*call)
+    wanted = [call[0], *[p for p in model.parameters() if p.requires_grad]]
+    return [out, *torch.autograd.grad(out.square().sum(), wanted)]
+
+
+def assert_peft_s(model: nn.Module, reason: str) -> None:
+    ours = copy.deepcopy(model)
+    assert {layer.reason for layer in fastlora.optimize(ours).eager} == {reason}
+    call = routing()
+    for found, expected in zip(results(ours, call), results(model, call), strict=True):
+        assert torch.equal(found, expected)
+
+
+UNKNOWN = "its gate or activation is none that fastlora knows, or is hooked"
+FOREIGN = "its forward, or its experts implementation, isn't one of transformers' own"
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation", "reason"),
+    [
+        (Scaled, "batched_mm", UNKNOWN),
+        (Dropping, "batched_mm", UNKNOWN),
+        (Ignored, "eager", UNKNOWN),
+        (Before, "eager", FOREIGN),
+    ],
+)
+def test_another_gate_or_forward(kind, implementation, reason):
+    assert_peft_s(layer_of(kind, implementation), reason)
+
+
+def test_a_registered_implementation(monkeypatch):
+    def doubled(self, *call):
+        return 2 * moe.batched_mm_experts_forward(self, *call)
+
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "doubled", doubled)
+    assert_peft_s(layer_of(implementation="doubled"), FOREIGN)
+
+
+def test_a_replaced_gate_of_the_class(monkeypatch):
+    plain = Qwen3MoeExperts._apply_gate
+    monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", lambda self, pre: 3 * plain(self, pre))
+    assert_peft_s(layer_of(implementation="batched_mm"), UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    "act", [nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), nn.RReLU(), nn.PReLU().double()]
+)
+def test_another_activation(act):
+    model = layer_of()
+    model.base_model.model.experts.get_base_layer().act_fn = act.train()
+    assert_peft_s(model, UNKNOWN)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.LeakyReLU(), nn.ReLU6()])
+def test_an_activation_without_a_name_here(act):
+    model = layer_of()
+    model.base_model.model.experts.get_base_layer().act_fn = act
+    ours, call = copy.deepcopy(model), routing()
+    assert not fastlora.optimize(ours).eager
+    with counted_calls() as calls:
+        found = results(ours, call)
+    assert len(calls) == 2  # its two products
+    for mine, expected in zip(found, results(model, call), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_a_module_of_another_transformers():
+    model = layer_of()
+    del model.base_model.model.experts.get_base_layer()._is_expert_parallel
+    (reason,) = {layer.reason for layer in fastlora.optimize(model).eager}
+    assert reason == "experts are PEFT's where this version of transformers isn't a tested one"
+
+
+@pytest.mark.parametrize("number", [-1, EXPERTS + 1])
+def test_numbers_of_no_expert_are_peft_s_error(number):
+    x, index, weights = routing()
+    index[2, 1] = number
+    model = layer_of()
+    fastlora.optimize(model)
+    with pytest.raises(RuntimeError, match="Class values must be"):
+        model(x, index, weights)
+
+
+def test_an_expert_twice_for_a_token():
+    x, index, weights = routing()
+    index[:, 1] = index[:, 0]
+    model = layer_of()
+    ours = copy.deepcopy(model)
+    fastlora.optimize(ours)
+    call = x, index, weights
+    for found, expected in zip(results(ours, call), results(model, call), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_result_may_be_changed_in_place():
+    model, call = layer_of(), routing()
+    ours = copy.deepcopy(model)
+    fastlora.optimize(ours)
+    found, expected = (torch.autograd.grad(m(*call).mul_(2).sum(), call[0]) for m in (ours, model))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(HIDDEN, 2 * EXPERTS), (HIDDEN + 1, 3 * EXPERTS)])
+def test_an_adapter_that_doesn_t_fit(shape):
+    model = layer_of()
+    experts = model.base_model.model.experts
+    experts.lora_B["default"].weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    first, *_ = fastlora.optimize(model).eager
+    name = experts.parameter_name
+    assert first.reason == f"its {name}: its adapter has shapes (15, 12) and {shape}"
+    with pytest.raises(RuntimeError, match=r"Expected size|must match"):
+        model(*routing())
+
+
+def test_a_bias_that_is_broadcast():
+    model = layer_of(GptOssExperts)
+    experts = model.base_model.model.experts.get_base_layer()
+    experts.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, 1, dtype=torch.float64))
+    assert_peft_s(model, f"its down_proj: its bias has shape ({EXPERTS}, 1)")
