@@ -17,7 +17,7 @@ import torch
 from random_layers import random_layer
 
 RANDOM_LAYERS = 150
-COMPARED_LAYERS = 200
+COMPARED_LAYERS = 60
 # Batches of a training run: powers of two, their neighbours, and what lies between.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
