@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import tensor_of
 from .blocks import Dense, buffer_for, widened
 from .ops import lora_linears
 from .ops.autocast import autocast_off
@@ -13,6 +14,7 @@ from .projection import Projection
 
 # What a layer has while it has an adapter.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
+_TENSORS = ("weight", "lora_A", "lora_B", "bias")
 _ADDED = ("lora_A", "lora_B", *_SETTINGS, "merged", "_base_weight")
 
 
@@ -73,7 +75,8 @@ class LoRALayer(nn.Module):
 
     def projection(self) -> Projection:
         """What the layer's call hands to :func:`fastlora.lora_linears`."""
-        return Projection(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling)
+        weight, lora_a, lora_b, bias = [tensor_of(self, name) for name in _TENSORS]
+        return Projection(weight, lora_a, lora_b, bias, self.scaling)
 
     def merged_weight(self) -> Tensor:
         """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider.

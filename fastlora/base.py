@@ -5,6 +5,7 @@ call (hooks, devices, what FSDP gathers), is asked where such a layer is met.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,12 @@ def matrix_of(linear: nn.Module) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.t() if is_conv1d(type(linear)) else weight
+
+
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, sooner; a parametrised weight or FSDP's is no parameter there."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def why_not_tensor(tensor: Tensor, ndim: int, is_part: bool = False) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..backends import asked_backend
-from ..base import is_conv1d, why_not_class, why_not_tensor
+from ..base import is_conv1d, tensor_of, why_not_class, why_not_tensor
 from ..gather import is_flattened
 from ..hooks import is_hooked
 from ..projection import (
@@ -108,13 +108,13 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
         if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
             part, other = ("lora_B", lora_b) if type(lora_a) is nn.Linear else ("lora_A", lora_a)
             return Reading(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
-        down, up = _tensor(lora_a, "weight"), _tensor(lora_b, "weight")
-        shift, scale = _tensor(lora_b, "bias"), layer.scaling[name]
+        down, up = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
+        shift, scale = tensor_of(lora_b, "bias"), layer.scaling[name]
         dropout = modules["lora_dropout"]._modules[name]
         reason = (
             why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
             or why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
-            or ("" if _tensor(lora_a, "bias") is None else "its lora_A has a bias")
+            or ("" if tensor_of(lora_a, "bias") is None else "its lora_A has a bias")
             or _why_not_bias("its lora_B's", shift, gathers)
             or _why_not_fitting(shape, down, up, shift, gathers)
             or _why_not_dropout(dropout, p)
@@ -149,7 +149,7 @@ def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any]:
         return f"its base is {reason}", None, None
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
         return "its base is parametrised", None, None
-    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
     if is_conv1d(kind) and weight.dim() == 2:
         weight = weight.T
     reason = _why_not_weight("its base layer", weight, gathers)
@@ -186,12 +186,6 @@ def _read_variant(
     if not gathers:
         reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
     return reason, None if reason else magnitude
-
-
-def _tensor(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)``, sooner; a parametrised weight or FSDP's is no parameter there."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _rate(dropout: nn.Module) -> float:
