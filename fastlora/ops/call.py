@@ -113,3 +113,16 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
         return True
     is_batched = torch._C._functorch.is_legacy_batchedtensor
     return any(dy is not None and is_batched(dy) for dy in dys)
+
+
+def gradients_of(
+    ys: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    dys: Sequence[Tensor | None],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Autograd's gradient of each input that needs one, else None."""
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]

@@ -22,7 +22,7 @@ from ..backends.gated import ACTIVATIONS
 from ..projection import Output, flatten, layouts_of, unflatten
 from ..segments import Segments
 from .autocast import autocast_off
-from .call import are_batched, run_grouped, run_grouped_backward
+from .call import are_batched, gradients_of, run_grouped, run_grouped_backward
 
 # silu(gate) ∘ up of [gate, up], say, by the name of its activation; or any function of pre.
 Activate = str | Callable[[Tensor], Tensor]
@@ -240,11 +240,7 @@ def _differentiable(
             product = activate(pre)
         y = _textbook(product, down, routing)[routing.places]
         out = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(out, wanted, d_out, create_graph=create_graph, allow_unused=True)
-    )
-    return [next(found) if need else None for need in needs]
+    return gradients_of([out], inputs, needs, [d_out], create_graph)
 
 
 def _textbook(x: Tensor, output: Output[Tensor], routing: Routing) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Settings
 from ..projection import Output, flatten, per_adapter, unflatten
-from .call import are_batched, kept, run_backward, run_forward, stand_in
+from .call import are_batched, gradients_of, kept, run_backward, run_forward, stand_in
 
 _ARGUMENTS = 2  # seeds and settings, before the inputs
 
@@ -84,16 +84,8 @@ def differentiable(
     used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
     if not used:
         return [None] * len(inputs)
-    asked = iter(
-        torch.autograd.grad(
-            [ys[i] for i in used],
-            [tensor for tensor, need in zip(inputs, needs, strict=True) if need],
-            [dys[i] for i in used],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [next(asked) if need else None for need in needs]
+    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
+    return gradients_of(used_ys, inputs, needs, used_dys, create_graph)
 
 
 def _with_those_of_lora_b(

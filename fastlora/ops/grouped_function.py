@@ -9,7 +9,7 @@ from .. import reference
 from ..backends import Settings
 from ..projection import Output, flatten, unflatten
 from ..segments import Segments
-from .call import are_batched, kept, run_grouped, run_grouped_backward, stand_in
+from .call import are_batched, gradients_of, kept, run_grouped, run_grouped_backward, stand_in
 from .function import gradient_of_lora_b
 
 _ARGUMENTS = 3  # seeds, settings and offsets, before the inputs
@@ -81,16 +81,7 @@ def _differentiable(
         )
     if not y.requires_grad:
         return [None] * len(inputs)
-    asked = iter(
-        torch.autograd.grad(
-            y,
-            [tensor for tensor, need in zip(inputs, needs, strict=True) if need],
-            dy,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [next(asked) if need else None for need in needs]
+    return gradients_of([y], inputs, needs, [dy], create_graph)
 
 
 def _gradients_of_lora_b(
