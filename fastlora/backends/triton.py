@@ -48,6 +48,7 @@ __all__ = [
     "gated_backward",
     "h_dtype",
     "is_small",
+    "takes_experts_in_turn",
     "why_not",
     "without_launching",
 ]
@@ -123,6 +124,11 @@ def backward_grouped(
 ) -> list[Tensor | None]:
     """The torch backend's: there are no kernels for it as yet."""
     return torch_backend.backward_grouped(dy, inputs, segments, h, needs, seeds, settings)
+
+
+def takes_experts_in_turn(device: torch.device) -> bool:
+    """No: a part would be a launch more, and its rows would be counted on the host."""
+    return False
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
