@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..formats.format import Quantised
 from ..projection import (
     Adapter,
     Layout,
@@ -161,6 +162,8 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
             return "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
+        if isinstance(output.base.weight, Quantised):
+            return "the Triton kernels have no packed weights"
         for _, tensor in named_tensors(output):
             if tensor is None:
                 continue

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "segments", "blocks", "reference", "backends", "ops",
-    "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather", "classes",
-    "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
+    "version", "kernels", "blocks", "formats", "projection", "segments", "reference", "backends",
+    "ops", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather",
+    "classes", "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
     "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
@@ -26,8 +26,11 @@ ORDER_INSIDE = {
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
+    "formats": ["format", "four_bit", "int8"],
     "reference": ["lora", "dora", "gated", "grouped"],
-    "backends": ["protocol", "dropout", "products", "gated", "rows", "grouped", "torch", "triton"],
+    "backends": [
+        "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
+    ],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
