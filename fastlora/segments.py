@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .formats.format import Quantised
 from .projection import (
     Adapter,
     Base,
@@ -89,6 +90,8 @@ def check_grouped(
         )
     check_dropout(dropout)
     check_switch("training", training)
+    if isinstance(output.base.weight, Quantised):
+        raise TypeError("weight is packed, but experts' must be plain tensors: dequantise it")
     check_tensors(x, x.device, output)
     check_weight_dtype(output.base.weight, x.dtype, autocast)
     _check_shapes(x.shape[1], output)
