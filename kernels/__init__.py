@@ -2,8 +2,8 @@
 
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
 order: on the device ``common``, ``sum_planes``, ``project``, ``packed``, ``gemm_lowrank`` (the
-forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host ``launch``, ``target``, ``config``, ``defaults``,
-``plan``, ``script``, ``kept``.
+forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host ``launch``, ``target``,
+``config``, ``defaults``, ``plan``, ``script``, ``kept``.
 """
 
 from . import defaults as defaults  # fills the tables that launchers choose from

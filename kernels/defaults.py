@@ -75,9 +75,7 @@ _PACKED_16 = (
     GemmConfig(16, 32, 64, warps=4, stages=2),
 )
 _PACKED_32 = (
-    GemmConfig(64, 64, 32, warps=8, stages=3),
     GemmConfig(64, 32, 32, warps=4, stages=3),
-    GemmConfig(16, 64, 32, warps=4, stages=3),
     GemmConfig(16, 32, 32, warps=4, stages=3),
 )
 _PACKED = {"16-bit": _PACKED_16, "tf32": _PACKED_32, "float32": _PACKED_32}

@@ -69,7 +69,8 @@ def dequant(packed: Packed, out: Tensor) -> Tensor:
     arguments = {
         "codes": packed.codes, "operands": packed.operands, "out": out,
         "rows": rows, "columns": columns, "width": packed.width,
-        "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "PACKING": packed.packing(target_of(out.device)),
+        "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns,
+        "PACKING": packed.packing(target_of(out.device)),
     }  # fmt: skip
     grid = (cdiv(rows, block_rows) * cdiv(columns, block_columns),)
     work = partial(_work, arguments)

@@ -207,7 +207,7 @@ def gemm_lowrank_kernel(
     "last"   loaded and multiplied behind it, in steps over the rank
     "made"   the same, of U_0 = factor · P_0 A from the main loop, which is stored; A [K_0, R_0]
 
-    PACKING, if it isn't None, says how to make a tile of Q_i from codes and ``q_operands`` (packed.py).
+    PACKING, unless None, says how to make a tile of Q_i from codes and ``q_operands`` (packed.py).
     """
     # Not tuples from outside: a launch finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
@@ -410,7 +410,8 @@ def _gemm_lowrank(
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k, "BLOCK_R": config.block_r(call), "GROUP": config.group,
         "PRECISION": precision, "DESCRIPTORS": descriptors, "PERSISTENT": persistent,
-        "Q_TRANSPOSED": q_transposed, "PACKING": None if packed is None else packed.packing(target), "LOW_RANK": config.low_rank(target, call), "ADD": add,
+        "Q_TRANSPOSED": q_transposed, "PACKING": packed and packed.packing(target),
+        "LOW_RANK": config.low_rank(target, call), "ADD": add,
         "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
         "V_COLUMNS_OF_8": all(v.stride(1) % 8 == 0 for v in vs),
     }  # fmt: skip

@@ -46,8 +46,7 @@ class Packed:
     factor: float = 1.0
     transposed: bool = False
 
-    @property
-    def T(self) -> "Packed":
+    def t(self) -> "Packed":
         return replace(self, transposed=not self.transposed)
 
     @property
@@ -76,21 +75,31 @@ class Packed:
         """The same elements as a matrix of one row, where ``block_rows`` is 1."""
         return replace(self, rows=1, columns=self.rows * self.columns)
 
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, *(each for each in self.operands if each is not None)]
+
     @property
     def operands(self) -> tuple:
         """What a kernel reads besides the codes."""
         return self.scales, *(self.outer or (None, None, None))
 
+    def is_like(self, other: "Packed") -> bool:
+        """Whether one kernel reads both."""
+        ours, theirs = (
+            (each.kind, each.block_rows, each.block_columns, each.table, each.outer_block)
+            + (each.factor, each.scales.dtype)
+            for each in (self, other)
+        )
+        return ours == theirs
+
     def packing(self, target: Target) -> tuple:
-        """What a kernel is compiled for: the kind, the blocks, the outer block, factor and table."""
+        """What a kernel is compiled for: kind, blocks, the outer block, factor and table."""
         kind = self.kind if self.kind != FLOAT8 or target.float8 else f"{FLOAT8} by bits"
         outer_block = self.outer_block if self.outer else 0
         return kind, self.block_rows, self.block_columns, outer_block, self.factor, self.table
 
 
-def scale_bytes(
-    operands: tuple, packing: tuple, rows: int, columns: int, tile_columns: int
-) -> int:
+def scale_bytes(operands: tuple, packing: tuple, rows: int, columns: int, tile_columns: int) -> int:
     """Bytes that are read of the scales if each tile of so many columns reads its own."""
     count = rows * cdiv(columns, min(tile_columns, packing[2] or columns))
     return count * (operands[0].element_size() + (8 if packing[3] else 0))
@@ -185,7 +194,7 @@ def packed_tile(
         )  # [ROWS, COLUMNS / 2]
         b_upper = scaled(looked_up(b_table, b_byte >> 4), b_scale)
         b_lower = scaled(looked_up(b_table, b_byte & 15), b_scale)
-        # Rounded behind the reshape: of one right before a product, Triton 3.9 fails to make another.
+        # Rounded behind the reshape: Triton 3.9 fails on one that a product reads as it is.
         return cast(tl.join(b_upper, b_lower).reshape(ROWS, COLUMNS), dtype)
     else:
         b_code = load_tile(codes, i_row, i_column, rows, width, width, 1, ROWS, COLUMNS)

@@ -23,15 +23,15 @@ ORDER = [
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
-        "weight_grad", "gated", "defaults", "plan", "script", "kept",
+        "common", "launch", "target", "config", "sum_planes", "project", "packed", "gemm_lowrank",
+        "weight_grad", "dequant", "gated", "defaults", "plan", "script", "kept",
     ],
     "formats": ["format", "four_bit", "int8"],
     "reference": ["lora", "dora", "gated", "grouped"],
     "backends": [
         "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
     ],
-    "triton": ["cover", "layer", "grouped", "gated"],
+    "triton": ["cover", "packed", "layer", "grouped", "gated"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
