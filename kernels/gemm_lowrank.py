@@ -124,6 +124,9 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     M, N, depths, ranks = (arguments[name] for name in ("M", "N", "K", "R"))
     segments, n_tiles = arguments["segments"], cdiv(N, arguments["BLOCK_N"])
     m_tiles = row_tiles(M, arguments["BLOCK_M"], segments)
+    # A descriptor's tile doesn't stop where the segment does.
+    whole = segments is not None and arguments["DESCRIPTORS"]
+    p_rows = m_tiles * arguments["BLOCK_M"] if whole else M
     made = 0 if a is None else 2 * M * depths[0] * ranks[0]
     rows = size_of(*p) + (size_of(*u) if a is None else 0)
     columns = size_of(*q, *v)
@@ -132,7 +135,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
         flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
         loaded=rows + columns + size_of(a, bias, seeds, arguments["ends"]) + again,
         stored=size_of(out) + (0 if a is None else size_of(*u)),
-        loaded_by_tiles=rows * n_tiles
+        loaded_by_tiles=(rows + size_of(*p) // M * (p_rows - M)) * n_tiles
         + (columns + size_of(bias)) // (segments or 1) * m_tiles
         + (size_of(a, seeds) + bytes_to_find(segments)) * m_tiles * n_tiles
         + again,

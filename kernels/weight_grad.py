@@ -102,14 +102,12 @@ def weight_grad_kernel(
     """
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
-    first = i_split * steps * BLOCK_M
-    last = min(first + steps * BLOCK_M, M)
     # What there is to store of MADE; and to load, which is nothing for nobody's rows.
     end, rows, columns = M, M, N
     if ends is not None:
         i_bank = i_split.to(tl.int64)
-        first, end = segment_rows(ends, segments, i_split, M)
-        last, is_one = end, i_split < segments
+        start, end = segment_rows(ends, segments, i_split, M)
+        is_one = i_split < segments
         rows, columns = tl.where(is_one, end, 0), tl.where(is_one, N, 0)
     if v is not None:
         if ends is not None:
@@ -125,6 +123,11 @@ def weight_grad_kernel(
             sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
             keys = keys + (tl.load(seeds + i),)
+    if ends is not None:
+        first, last = start, end
+    else:
+        first = i_split * steps * BLOCK_M
+        last = min(first + steps * BLOCK_M, M)
     for i_m in range(first, last, BLOCK_M):
         b_x = load_tile(x, i_m, i_n, rows, N, x_rows, x_columns, BLOCK_M, BLOCK_N)  # [BM, BN]
         new = ()
