@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...formats.format import Quantised
 from ...projection import Layout, Output, named_tensors, unflatten
 
 try:
@@ -40,6 +41,8 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
             return "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
+        if isinstance(output.base.weight, Quantised):
+            return "the Triton kernels have no packed weights"
         for _, tensor in named_tensors(output):
             if tensor is None:
                 continue
