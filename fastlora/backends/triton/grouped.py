@@ -24,6 +24,8 @@ def forward_grouped(
     inputs: Sequence[Tensor], segments: Segments, seeds: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """As the torch backend's: y [S, N] and h [S, r]; zeros in nobody's rows."""
+    if segments.first:  # whose masks begin elsewhere
+        return torch_backend.forward_grouped(inputs, segments, seeds, settings)
     x = inputs[0]
     with current(x.device):
         made = kernels.replayed(
@@ -50,6 +52,8 @@ def backward_grouped(
     settings: Settings,
 ) -> list[Tensor | None]:
     """As the torch backend's: the gradient of each input that needs one, else None."""
+    if segments.first:
+        return torch_backend.backward_grouped(dy, inputs, segments, h, needs, seeds, settings)
     x = inputs[0]
     by_torch, by_kernels = _shared_out(needs, settings.layouts)
     with current(x.device):
