@@ -13,7 +13,6 @@ from fastlora.projection import Base, Layout, Output
 from fastlora.segments import Segments
 
 COUNTS = [6, 0, 5, 3]
-DTYPES = {"bf16-f32": (torch.bfloat16, torch.float32), "f32": (torch.float32, torch.float32)}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +28,9 @@ def with_grouped_mm(monkeypatch):
 
     def careless(x, weight, *, offs):
         out = plain(x, weight, offs=offs)
-        nobody = torch.arange(len(out), device=out.device) >= offs[-1:]
+        if weight.dim() == 2:  # over the rows of each
+            return out
+        nobody = x.new_ones(len(x), dtype=torch.int32).cumsum(0) > offs[-1:]
         return out.masked_fill_(nobody.unsqueeze(1), torch.nan)
 
     monkeypatch.setattr(grouped, "FORCED", True)
@@ -64,13 +65,14 @@ def test_kernels_run_for_all_experts_at_once(p):
 
 @pytest.mark.usefixtures("with_grouped_mm")
 @pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
-def test_the_adapter_is_added_to_torch_s_product(dtype, adapter_dtype, p):
-    x = make_rows(20, 16, dtype)
-    experts = make_experts(4, 24, 16, 3, dtype, adapter_dtype, bias=True)
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_the_adapter_is_added_to_torch_s_product(adapter_dtype, p):
+    """In bfloat16, which is what its kernels have."""
+    x = make_rows(20, 16, torch.bfloat16)
+    experts = make_experts(4, 24, 16, 3, torch.bfloat16, adapter_dtype, bias=True)
     with use_plan(IN_PLACE):
         check_against_oracle(x, experts, ends_of(COUNTS), p)
-        assert names(lambda: step(dtype, p)).count("gemm_lowrank +") == 2
+        assert names(lambda: step(torch.bfloat16, p)).count("gemm_lowrank +") == 2
 
 
 def test_where_torch_has_no_kernel_an_in_place_plan_is_fused():
