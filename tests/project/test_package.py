@@ -35,7 +35,7 @@ ORDER_INSIDE = {
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
-        "experts",
+        "routing", "experts",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
