@@ -27,13 +27,17 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Gguf(Format):
-    """``kind``: one of :data:`KINDS`.  blocks: uint8 [rows, bytes of a row]."""
+    """Blocks uint8 [rows, bytes of a row], of a ``kind`` in :data:`KINDS`.
+
+    ``permuted``: column j of what they hold is the weight's column permutation[j], int64 [columns].
+    """
 
     kind: str
+    permuted: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("blocks",)
+        return ("blocks", "permutation") if self.permuted else ("blocks",)
 
     @property
     def label(self) -> str:
@@ -47,17 +51,21 @@ class Gguf(Format):
             raise ValueError(
                 f"in_features is {self.columns}, but a {self.kind} block has {weights} weights"
             )
-        check_shapes(
-            self.names,
-            tensors,
-            [((self.rows, self.columns // weights * size), (torch.uint8,))],
-        )
+        if tensors and tensors[0].storage_offset() % 4:  # float16 and int32 are read from them
+            raise ValueError("its blocks don't begin at a multiple of 4 bytes: clone them")
+        blocks = (self.rows, self.columns // weights * size), (torch.uint8,)
+        order = (self.columns,), (torch.int64,)
+        check_shapes(self.names, tensors, [blocks, order] if self.permuted else [blocks])
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         weights, size, write = KINDS[self.kind]
-        rows = tensors[0][first : first + len(out)]
-        write(rows.unflatten(1, (-1, size)), out.unflatten(1, (-1, weights)))
-        return out
+        rows = tensors[0][first : first + len(out)].unflatten(1, (-1, size))
+        if not self.permuted:
+            write(rows, out.unflatten(1, (-1, weights)))
+            return out
+        made = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        write(rows, made.unflatten(1, (-1, weights)))
+        return out.index_copy_(1, tensors[1], made)
 
 
 def _half(blocks: Tensor, at: int, dtype: torch.dtype) -> Tensor:

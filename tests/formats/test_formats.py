@@ -38,6 +38,7 @@ MAKERS = {
     "hqq-3": lambda: random_hqq(9, 32, 3, 8),
     "hqq-1-bf16": lambda: random_hqq(8, 32, 1, 16, torch.bfloat16),
     **{f"gguf-{kind}": functools.partial(random_gguf, 7, 512, kind) for kind in KINDS},
+    "gguf-permuted": lambda: random_gguf(7, 512, "Q4_0", permuted=True),
 }
 
 

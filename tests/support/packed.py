@@ -66,7 +66,7 @@ def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):
     return Quantised(Hqq(n, k, bits, group, str(dtype).removeprefix("torch.")), tensors)
 
 
-def random_gguf(n: int, k: int, kind: str):
+def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
     weights, size, _ = KINDS[kind]
     blocks = torch.randint(0, 256, (n, k // weights, size), dtype=torch.uint8)
     # Where a block's float16 numbers are, so that none is infinite.
@@ -75,7 +75,8 @@ def random_gguf(n: int, k: int, kind: str):
     for at in places.get(kind, (0,)):
         factors = torch.randn(n, k // weights, 1).mul(1e-2).half()
         blocks[:, :, at : at + 2] = factors.view(torch.uint8)
-    return Quantised(Gguf(n, k, kind), (blocks.flatten(1),))
+    order = (torch.randperm(k),) if permuted else ()
+    return Quantised(Gguf(n, k, kind, permuted), (blocks.flatten(1), *order))
 
 
 def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
@@ -98,7 +99,8 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         return (values * scale).view(format.rows, format.columns)
     if isinstance(format, Gguf):  # by transformers, in this dtype
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
-        return dequant.dequantize(tensors[0], number, dtype).view(format.rows, format.columns)
+        values = dequant.dequantize(tensors[0], number, dtype).view(format.rows, format.columns)
+        return values[:, tensors[1].argsort()] if format.permuted else values
     assert isinstance(format, FourBit)
     packed, absmax, *rest = tensors
     count = format.rows * format.columns
