@@ -82,7 +82,7 @@ def test_the_checks_say_what_is_wrong_with_any_tensor(weight, change):
         if change == "shape":
             wrong = torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])
         elif change == "dtype":
-            wrong = tensor.to(torch.int64)
+            wrong = tensor.to(torch.int16)
         else:
             wrong = torch.stack([tensor, tensor], -1)[..., 0]
         tensors = [*weight.tensors[:i], wrong, *weight.tensors[i + 1 :]]
