@@ -26,7 +26,7 @@ ORDER_INSIDE = {
         "common", "launch", "target", "config", "segments", "sum_planes", "project", "gemm_lowrank",
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
-    "formats": ["format", "four_bit", "int8"],
+    "formats": ["format", "scales", "four_bit", "int8", "affine", "float8", "gguf", "hqq"],
     "reference": ["lora", "dora", "gated", "grouped"],
     "backends": [
         "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
