@@ -21,7 +21,7 @@ from .memory import peak_of
 from .tree import last_error
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
-_LEAST, _MOST = 7, 300  # rounds
+_LEAST, _MOST = 5, 300  # rounds
 
 
 class Rounds:
