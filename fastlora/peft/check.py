@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import beside, mlp
 from ..modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
+from ..quant import PackedLayer, quantised_weight
 from ..report import Coverage
 from .optimize import optimize, peft_layers
 
@@ -45,7 +46,9 @@ class Check:
     layers: tuple[Difference, ...]  # of every LoRA layer with gradients: the largest of them
     tolerance: float
     coverage: Coverage  # of the fast run
-    dtype: torch.dtype = torch.float32  # the coarsest of the parameters and of autocast
+    dtype: torch.dtype = (
+        torch.float32
+    )  # the coarsest of the parameters, of autocast, of quantised layers
 
     @property
     def largest(self) -> Difference:
@@ -125,6 +128,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 beside.take(taken)
                 mlp.take(blocks, block.Block)
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
+    used |= _dtypes_of_quantised(inner)
     dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
     if tolerance is None:
         deeper = math.sqrt(max(1, _blocks(report) - 1)) if dtype in HALF_DTYPES else 1.0
@@ -293,6 +297,13 @@ def _kept_random_state() -> Iterator[None]:
         random.setstate(state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+
+def _dtypes_of_quantised(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes in which quantised layers compute, whatever x's is."""
+    found = [quantised_weight(module) for module in model.modules()]
+    dtypes = [layer.compute_dtype for layer in found if isinstance(layer, PackedLayer)]
+    return {dtype for dtype in dtypes if dtype is not None}
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:
