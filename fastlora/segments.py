@@ -27,10 +27,12 @@ class Segments(NamedTuple):
     """Sorted rows, cut into E segments, any of which may be empty.
 
     ``ends`` int32 [E], on the rows' device: the number of the row behind each segment's last, as in
-    ``torch.nn.functional.grouped_mm``.  Rows behind the last end are nobody's.
+    ``torch.nn.functional.grouped_mm``.  Rows behind the last end are nobody's.  ``first``: how many
+    rows of the call lie before these, for a mask of dropout.
     """
 
     ends: Tensor
+    first: int = 0
 
     def slices(self, rows: int) -> list[slice]:
         """Each segment's rows, of so many, on the host: on a GPU it waits for ``ends``.

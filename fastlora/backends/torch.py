@@ -25,7 +25,7 @@ from ..formats.format import Quantised
 from ..projection import Output, flatten, per_adapter, unflatten
 from .dropout import dropout_mask
 from .gated import gated, gated_backward
-from .grouped import backward_grouped, forward_grouped
+from .grouped import backward_grouped, forward_grouped, takes_experts_in_turn
 from .products import h_dtype
 from .protocol import Settings
 from .rows import backward_rows, base_gradients, forward_rows, masks_of, no_gradients
@@ -42,6 +42,7 @@ __all__ = [
     "h_dtype",
     "is_small",
     "no_gradients",
+    "takes_experts_in_turn",
     "why_not",
 ]
 

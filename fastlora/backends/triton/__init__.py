@@ -27,6 +27,7 @@ __all__ = [
     "gated_backward",
     "h_dtype",
     "is_small",
+    "takes_experts_in_turn",
     "why_not",
     "without_launching",
 ]
@@ -39,4 +40,9 @@ def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
     """Never: a GPU's calls are kernels."""
+    return False
+
+
+def takes_experts_in_turn(device: torch.device) -> bool:
+    """No: a part would be more launches, and its rows would be counted on the host."""
     return False
