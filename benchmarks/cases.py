@@ -169,7 +169,8 @@ def _blocks() -> Iterator[Block]:
     ):  # fmt: skip
         mlp = Block(M, K, (K,), 16, F32, F32, 0.1, name, "mlp", inner=inner, limits=of_mlp)
         yield from (mlp, replace(mlp, dropout=0.0))
-        yield replace(mlp, dropout=0.05, table="step", layers=layers, limits=of_step)
+        step = replace(mlp, table="step", layers=layers, limits=of_step)
+        yield from (replace(step, dropout=p) for p in (0.05, 0.0))
 
 
 def gpu_cases() -> list[Case]:
