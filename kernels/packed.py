@@ -61,7 +61,7 @@ class Packed:
 
     def stride(self, axis: int) -> int:
         """Of the codes, in bytes; along a row it is 1."""
-        return self.width if (axis == 1) == self.transposed else 1
+        return self.width if axis % 2 == self.transposed else 1
 
     @property
     def lies_in_rows(self) -> bool:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ...formats.float8 import Float8
 from ...formats.format import Format, Quantised
 from ...formats.four_bit import FourBit
 from ...formats.int8 import Int8Rows
@@ -17,6 +19,8 @@ def has_kernel(format: Format) -> bool:
         lies_in_rows = format.columns % format.block == 0
         count = format.columns if lies_in_rows else format.rows * format.columns
         return _is_power(format.block) and format.block > 1 and count <= LONGEST
+    if isinstance(format, Float8):
+        return format.code == "float8_e4m3fn" and all(map(_is_power, _blocks_of(format)))
     return isinstance(format, Int8Rows)
 
 
@@ -30,8 +34,13 @@ def packed_of(weight: Quantised) -> "kernels.Packed":
             kernels.FOUR_BIT, codes, scales, rows, columns, 1, format.block,
             table=format.code, outer=tuple(outer) or None, outer_block=format.nested,
         )  # fmt: skip
-    assert isinstance(format, Int8Rows)
     codes, scales = tensors
+    if isinstance(format, Float8):
+        if scales.dtype == torch.float8_e8m0fnu:  # few numbers, which no kernel reads
+            scales = scales.float()
+        bits = codes.view(torch.uint8)
+        return kernels.Packed(kernels.FLOAT8, bits, scales, rows, columns, *_blocks_of(format))
+    assert isinstance(format, Int8Rows)
     return kernels.Packed(
         kernels.INT8, codes, scales, rows, columns, 1, 0, factor=float(format.factor)
     )
@@ -93,6 +102,12 @@ def _dense(weight: Tensor | Quantised, x: Tensor) -> Tensor | Quantised:
     if isinstance(weight, Quantised) and not has_kernel(weight.format):
         return weight.dense(x.dtype)
     return weight
+
+
+def _blocks_of(format: Float8) -> tuple[int, int]:
+    """Of rows and of columns; 0 where there is one."""
+    height = 0 if format.block_rows >= format.rows else format.block_rows
+    return height, 0 if format.block_columns >= format.columns else format.block_columns
 
 
 def _is_power(number: int) -> bool:
