@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "segments", "blocks", "reference", "backends", "ops",
+    "version", "kernels", "projection", "segments", "mapping", "blocks", "reference", "backends", "ops",
     "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather", "classes",
     "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
     "__init__",
@@ -26,12 +26,12 @@ ORDER_INSIDE = {
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
-    "reference": ["lora", "dora", "gated", "grouped"],
-    "backends": ["protocol", "dropout", "products", "gated", "rows", "grouped", "torch", "triton"],
+    "reference": ["lora", "dora", "gated", "grouped", "multi"],
+    "backends": ["protocol", "dropout", "products", "gated", "rows", "grouped", "multi", "torch", "triton"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
-        "experts",
+        "experts", "multi_checks", "multi_function", "multi_library", "multi",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
