@@ -13,7 +13,6 @@ from ..projection import (
     check_call,
     check_dropout,
     check_scale,
-    check_tensor,
     check_tensors,
     is_number,
     shown,
@@ -94,19 +93,15 @@ def check_multi(
     check_call(x, [Output(base, (first,))], 0.0, True, autocast)
     out_features, features = base.weight.shape
     for i, adapter in enumerate(others, 1):
-        # One look where all is well; the whole check of this one says what isn't.
-        (lora_a, lora_b, _) = adapter
-        for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-            check_tensor(name, tensor)
-        rank = lora_a.shape[0] if lora_a.dim() else 0
-        fits = lora_a.shape == (rank, features) and lora_b.shape == (out_features, rank) and rank
-        if not fits:
-            raise ValueError(
-                f"adapter {i} has lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)}, "
-                f"but x has {features} features and weight {out_features} rows: they must be "
-                f"[r, {features}] and [{out_features}, r], r at least 1"
-            )
         check_tensors(x, x.device, Output(Base(base.weight), (adapter,)))
+        shape, other = tuple(adapter.lora_a.shape), tuple(adapter.lora_b.shape)
+        rank = shape[0] if shape else 0
+        if not rank or shape != (rank, features) or other != (out_features, rank):
+            raise ValueError(
+                f"adapter {i} has lora_a {shape} and lora_b {other}, but x has {features} features "
+                f"and weight {out_features} rows: they must be [r, {features}] and "
+                f"[{out_features}, r], r at least 1"
+            )
     _check_indices(x, len(output.adapters), indices)
 
 

@@ -134,7 +134,8 @@ def _differentiable(
             bias=output.base.bias,
             scales=mix.scales,
             ranks=mix.ranks,
-            dropouts=mix.dropouts,
+            # One without rows has no mask.
+            dropouts=[0.0 if m is None else p for m, p in zip(masks, mix.dropouts, strict=True)],
             masks=masks,
         )
     if not y.requires_grad:

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "segments", "mapping", "blocks", "reference", "backends", "ops",
-    "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather", "classes",
-    "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
+    "version", "kernels", "projection", "segments", "mapping", "blocks", "reference", "backends",
+    "ops", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather",
+    "classes", "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
     "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
@@ -27,7 +27,9 @@ ORDER_INSIDE = {
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
     "reference": ["lora", "dora", "gated", "grouped", "multi"],
-    "backends": ["protocol", "dropout", "products", "gated", "rows", "grouped", "multi", "torch", "triton"],
+    "backends": [
+        "protocol", "dropout", "products", "gated", "rows", "grouped", "multi", "torch", "triton",
+    ],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
