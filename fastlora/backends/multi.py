@@ -25,7 +25,7 @@ class _Part(NamedTuple):
     share: Share
     adapter: Adapter[Tensor]
     rank: int
-    count: int  # of rows
+    rows: int
     place: slice  # of h's rows
     mask: DropoutMask | None
 
@@ -70,7 +70,7 @@ def backward_multi(
         if dx is None and not (wants.lora_a or wants.lora_b):
             continue
         # Where lora_a needs no gradient, x is looked at for its shape and dtype alone.
-        x_rows = _take(x, part, items) if wants.lora_a else x[: part.count]
+        x_rows = _take(x, part, items) if wants.lora_a else x[: part.rows]
         dx_rows = None if dx is None else _take(dx, part, items)
         h_rows = h[part.place, : part.rank] if wants.lora_b else h[part.place]
         found = adapter_gradients(

@@ -40,8 +40,8 @@ ORDER_INSIDE = {
         "embeddings", "files", "tensors", "checkpoint",
     ],
     "peft": [
-        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "experts", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
+        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
+        "layer", "experts", "mixed_model", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
     ],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip
