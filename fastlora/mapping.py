@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .projection import is_plain, shown
 
@@ -35,7 +36,7 @@ class AdapterMapping:
         self.adapters, self.shape = adapters, tuple(indices.shape)
         self.order, self.ends = sort_items(indices, adapters)
         self._shares: dict[torch.device, list[Share]] = {}
-        if indices.device.type == "cpu" and is_plain(indices):
+        if indices.device.type == "cpu" and is_plain(indices) and not is_compiling():
             self.shares(indices.device)
 
     def shares(self, device: torch.device) -> list[Share]:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..frozen import fits
 from ..mapping import AdapterMapping
+from ..modules import some
 from ..ops import multi_lora_linear
 from ..projection import Adapter, Base
 from .reading import read_adapter, read_base
@@ -39,7 +41,8 @@ def mixed_forward(layer: PeftLinear, x: Tensor, names: Sequence[str]) -> Tensor 
     if not isinstance(x, Tensor) or x.dim() < 2 or x.is_nested or len(x) != len(names):
         return None
     own = layer._modules["lora_A"]._modules
-    used, mapping = _mapping(tuple(names), tuple(own))
+    run = _mapping if torch.compiler.is_compiling() else _kept_mapping
+    used, mapping = run(tuple(names), tuple(own))
     reading = read_mixed(layer, used) if used else MixedReading("it is the base layer's call")
     if reading.base is None or not fits(x, reading.base.weight):
         return None
@@ -69,7 +72,6 @@ def read_mixed(layer: PeftLinear, names: Sequence[str]) -> MixedReading:
     return MixedReading("", Base(weight, bias), tuple(adapters), tuple(dropouts))
 
 
-@lru_cache(maxsize=64)
 def _mapping(
     names: tuple[str, ...], own: tuple[str, ...]
 ) -> tuple[tuple[str, ...], AdapterMapping]:
@@ -81,3 +83,21 @@ def _mapping(
     used = tuple(dict.fromkeys(n for n in names if n != _NONE and n in known))
     numbers = {name: i for i, name in enumerate(used)}
     return used, AdapterMapping([numbers.get(name, -1) for name in names], max(1, len(used)))
+
+
+_kept_mapping = lru_cache(maxsize=64)(_mapping)
+
+
+def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """On layers whose mixed batches stay PEFT's, where a model has several adapters."""
+    reasons: dict[str, list[str]] = {}
+    for name, layer in layers:
+        if isinstance(layer, PeftLinear):
+            names = list(layer._modules["lora_A"]._modules)
+            reason = read_mixed(layer, names).reason if len(names) > 1 else ""
+            if reason:
+                reasons.setdefault(reason, []).append(name)
+    return tuple(
+        f"mixed batches (adapter_names) stay PEFT's in {len(found)}: {some(found)}: {reason}"
+        for reason, found in reasons.items()
+    )

@@ -41,14 +41,15 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
-        "layer", "experts", "mixed_model", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
+        "layer", "experts", "mixed_model", "swap", "block", "sharding", "uncalled", "records", "trial",
+        "check",
     ],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip
 # Imported inside of functions, when a model with PEFT's layers is met.
 LATE = {
     "peft": {
-        "coverage": {"records", "sharding", "uncalled"},
+        "coverage": {"mixed", "records", "sharding", "uncalled"},
         "optimize": {"block", "swap", "trial"},
     }
 }
