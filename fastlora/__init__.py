@@ -20,6 +20,7 @@ from .ops import lora_grouped, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
 from .peft.coverage import coverage
 from .peft.optimize import optimize, restore
+from .price.quote import plan
 from .projection import Projection
 from .report import Coverage
 from .version import __version__
@@ -43,6 +44,7 @@ __all__ = [
     "merge_lora",
     "multi_lora_linear",
     "optimize",
+    "plan",
     "print_trainable_parameters",
     "reference",
     "remove_lora",

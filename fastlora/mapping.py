@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .projection import is_plain, shown
+from .projection import Layout, is_plain, shown
 
 
 class Share(NamedTuple):
@@ -106,7 +106,7 @@ def shares_of(order: Tensor, ends: Tensor, device: torch.device) -> list[Share]:
 class Mix(NamedTuple):
     """What a call with many adapters is besides its tensors and its mapping."""
 
-    has_bias: bool
+    layout: Layout  # of its tensors; the scales there are 1, since they are data
     scales: tuple[float, ...]  # of each adapter
     ranks: tuple[int, ...]  # of each; what lies behind it in its tensors is never read
     dropouts: tuple[float, ...]  # of each; 0 while not training
