@@ -16,6 +16,7 @@ _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
