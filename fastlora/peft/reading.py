@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -32,6 +32,7 @@ from ..projection import (
     is_number,
     is_plain,
 )
+from ..quant import PackedLayer, quantised_weight
 from .dropout import DROPOUTS
 from .moment import why_not_dora
 
@@ -44,6 +45,7 @@ class Reading(NamedTuple):
     p: float = 0.0  # the probability with which the call drops
     dropout: nn.Module | None = None
     magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
+    compute_dtype: torch.dtype | None = None  # in which a quantised base computes, whatever x's
 
 
 class Glance(NamedTuple):
@@ -53,13 +55,13 @@ class Glance(NamedTuple):
     inputs: list[Tensor]
 
 
-def active_adapters(layer: PeftLinear) -> list[str]:
+def active_adapters(layer: LoraLayer) -> list[str]:
     """The active adapters that this layer has, in PEFT's order."""
     own = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in own]
 
 
-def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
+def glance(layer: LoraLayer, names: list[str], x: Tensor) -> Glance | None:
     """The layer with one adapter, as a call with x finds it; None where that has to be read."""
     modules, (name, *others) = layer._modules, names
     if others or layer.lora_variant or not layer.cast_input_dtype_enabled:
@@ -87,7 +89,7 @@ def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
     return Glance(key, inputs)
 
 
-def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
+def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     """Read the layer for a call with these adapters, of which there is one at least.
 
     ``gathers``: that call will find plain tensors where FSDP has sharded ones between calls.
@@ -95,7 +97,7 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    reason, weight, bias = _read_base(modules["base_layer"], gathers)
+    reason, weight, bias, compute_dtype = _read_base(modules["base_layer"], gathers)
     if reason:
         return Reading(reason)
     shape = weight.shape
@@ -136,31 +138,42 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if reason:
         return Reading(reason)
     output = Output(Base(weight, bias), tuple(adapters))
-    return Reading("", output, p or 0.0, dropout, magnitude)
+    return Reading("", output, p or 0.0, dropout, magnitude, compute_dtype)
 
 
-def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any]:
-    """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias."""
+def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any, torch.dtype | None]:
+    """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias.
+
+    Last, the dtype in which a quantised one computes, if that isn't x's.
+    """
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
-        return _why_hooked(base, "its base layer"), None, None
-    kind = type(base)
-    reason = why_not_class(kind)
+        return _why_hooked(base, "its base layer"), None, None, None
+    kind, compute_dtype = type(base), None
+    packed = quantised_weight(base)
+    reason = why_not_class(kind) if packed is None else ""
     if reason:
-        return f"its base is {reason}", None, None
+        return f"its base is {reason}", None, None, None
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
-        return "its base is parametrised", None, None
-    weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
-    if is_conv1d(kind) and weight.dim() == 2:
-        weight = weight.T
-    reason = _why_not_weight("its base layer", weight, gathers)
+        return "its base is parametrised", None, None, None
+    bias = tensor_of(base, "bias")
+    if isinstance(packed, PackedLayer):
+        weight, compute_dtype = packed
+        reason = "its quantised base is on the meta device" if weight.device.type == "meta" else ""
+    elif packed is not None:
+        return f"its base is a {kind.__name__}: {packed}", None, None, None
+    else:
+        weight = tensor_of(base, "weight")
+        if is_conv1d(kind) and weight.dim() == 2:
+            weight = weight.T
+        reason = _why_not_weight("its base layer", weight, gathers)
     reason = reason or _why_not_bias("its base's", bias, gathers)
     if not reason and bias is not None and bias.shape != weight.shape[:1]:
         reason = "" if gathers else _why_not_shape("its base's bias", bias, weight.shape[:1])
-    return reason, weight, bias
+    return reason, weight, bias, compute_dtype
 
 
 def _read_variant(
-    layer: PeftLinear, names: list[str], weight: Tensor, gathers: bool
+    layer: LoraLayer, names: list[str], weight: Tensor, gathers: bool
 ) -> tuple[str, DoraLinearLayer | None]:
     """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
     variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "blocks", "formats", "projection", "segments", "reference", "backends",
-    "ops", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather",
-    "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trainer", "doctor",
+    "ops", "quant", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules",
+    "gather", "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trainer",
+    "doctor",
     "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
@@ -32,6 +33,7 @@ ORDER_INSIDE = {
         "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
     ],
     "triton": ["cover", "layer", "grouped", "gated"],
+    "quant": ["vendor", "bitsandbytes"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
@@ -43,7 +45,8 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "experts", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
+        "layer", "bitsandbytes", "experts", "swap", "block", "sharding", "uncalled", "records",
+        "trial", "check",
     ],
     "price": ["record", "count", "measure", "quote", "load"],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],

@@ -1,0 +1,37 @@
+"""What a vendor's file is: the contract that each of them keeps, and what it reads from a layer."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+
+
+class PackedLayer(NamedTuple):
+    """A vendor's linear layer: its weight, and the dtype in which it computes; None: in x's."""
+
+    weight: Quantised
+    compute_dtype: torch.dtype | None = None
+
+
+class Vendor(Protocol):
+    """A module with these functions.  It never imports its vendor: who has such a layer did."""
+
+    def owns(self, layer: nn.Module, kind: type[nn.Module]) -> bool:
+        """Whether this layer, which by itself is of class ``kind``, is a linear one of theirs.
+
+        It computes x weightᵀ + bias, as far as its class can tell.
+        """
+
+    def read(self, layer: nn.Module) -> PackedLayer | str:
+        """The layer's weight as it is now, or why it can't be read."""
+
+    def pack(self, layer: nn.Module, weight: Tensor) -> nn.Parameter:
+        """A parameter of theirs, packed as the layer's own, for this weight [N, K]."""
+
+    def take(self, layer: nn.Module) -> nn.Parameter:
+        """The layer's own parameter, with all that belongs to it; the layer stays as it is."""
+
+    def put(self, layer: nn.Module, parameter: nn.Parameter) -> None:
+        """Make such a parameter the layer's own."""
