@@ -61,10 +61,9 @@ def fast_forward(x: Tensor, name: str, found: Settings | Reading, seen: Glance |
         return run(seen.inputs, found)[0]
     reading = found
     assert reading.output is not None
-    wide = reading.compute_dtype
-    if wide is not None and wide != x.dtype:
-        y = fast_forward(x.to(wide), name, reading._replace(compute_dtype=None), None)
-        return y.to(x.dtype)
+    if reading.packed is not None:
+        as_plain = reading._replace(packed=None)
+        return reading.packed.call(x, lambda x: fast_forward(x, name, as_plain, None))
     if reading.magnitude is None:
         y = lora_linears(x, (reading.output,), dropout=reading.p)[0]
         if seen is not None:

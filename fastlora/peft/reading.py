@@ -45,7 +45,7 @@ class Reading(NamedTuple):
     p: float = 0.0  # the probability with which the call drops
     dropout: nn.Module | None = None
     magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
-    compute_dtype: torch.dtype | None = None  # in which a quantised base computes, whatever x's
+    packed: PackedLayer | None = None  # of a quantised base
 
 
 class Glance(NamedTuple):
@@ -97,7 +97,7 @@ def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    reason, weight, bias, compute_dtype = _read_base(modules["base_layer"], gathers)
+    reason, weight, bias, packed = _read_base(modules["base_layer"], gathers)
     if reason:
         return Reading(reason)
     shape = weight.shape
@@ -138,29 +138,29 @@ def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     if reason:
         return Reading(reason)
     output = Output(Base(weight, bias), tuple(adapters))
-    return Reading("", output, p or 0.0, dropout, magnitude, compute_dtype)
+    return Reading("", output, p or 0.0, dropout, magnitude, packed)
 
 
-def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any, torch.dtype | None]:
+def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any, PackedLayer | None]:
     """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias.
 
-    Last, the dtype in which a quantised one computes, if that isn't x's.
+    Last, what else there is to know of a quantised one.
     """
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
         return _why_hooked(base, "its base layer"), None, None, None
-    kind, compute_dtype = type(base), None
-    packed = quantised_weight(base)
-    reason = why_not_class(kind) if packed is None else ""
+    kind, found = type(base), quantised_weight(base)
+    reason = why_not_class(kind) if found is None else ""
     if reason:
         return f"its base is {reason}", None, None, None
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
         return "its base is parametrised", None, None, None
     bias = tensor_of(base, "bias")
-    if isinstance(packed, PackedLayer):
-        weight, compute_dtype = packed
+    packed = found if isinstance(found, PackedLayer) else None
+    if packed is not None:
+        weight: Any = packed.weight
         reason = "its quantised base is on the meta device" if weight.device.type == "meta" else ""
-    elif packed is not None:
-        return f"its base is a {kind.__name__}: {packed}", None, None, None
+    elif found is not None:
+        return f"its base is a {kind.__name__}: {found}", None, None, None
     else:
         weight = tensor_of(base, "weight")
         if is_conv1d(kind) and weight.dim() == 2:
@@ -169,7 +169,7 @@ def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any, torch.dty
     reason = reason or _why_not_bias("its base's", bias, gathers)
     if not reason and bias is not None and bias.shape != weight.shape[:1]:
         reason = "" if gathers else _why_not_shape("its base's bias", bias, weight.shape[:1])
-    return reason, weight, bias, compute_dtype
+    return reason, weight, bias, packed
 
 
 def _read_variant(

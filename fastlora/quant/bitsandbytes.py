@@ -110,7 +110,7 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
         nested = outer.blocksize
         tensors = (*tensors, outer.absmax, outer.code, state.offset)
     format = FourBit(rows, columns, state.quant_type, state.blocksize, nested)
-    return PackedLayer(Quantised(format, tensors), layer.compute_dtype)
+    return PackedLayer(Quantised(format, tensors), layer.compute_dtype, restores=True)
 
 
 def _read_int8(layer: Any) -> PackedLayer | str:

@@ -1,5 +1,6 @@
 """What a vendor's file is: the contract that each of them keeps, and what it reads from a layer."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,10 +10,20 @@ from ..formats.format import Quantised
 
 
 class PackedLayer(NamedTuple):
-    """A vendor's linear layer: its weight, and the dtype in which it computes; None: in x's."""
+    """A vendor's linear layer: its weight, and which dtypes its calls go through.
+
+    ``compute_dtype``: that in which it computes; None: in x's.  ``restores``: whether y has x's
+    dtype nevertheless, and under autocast too.
+    """
 
     weight: Quantised
     compute_dtype: torch.dtype | None = None
+    restores: bool = False
+
+    def call(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``run`` makes of x in the layer's dtypes."""
+        y = run(x if self.compute_dtype is None else x.to(self.compute_dtype))
+        return y.to(x.dtype) if self.restores else y
 
 
 class Vendor(Protocol):
