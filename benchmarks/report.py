@@ -17,6 +17,8 @@ _TITLES = {
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
+    "busy": "With another process on each core; wall time.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",

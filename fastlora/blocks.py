@@ -19,7 +19,12 @@ GRAIN, _MANY_THREADS = 2**15, 8
 
 def rows_at_a_time(x: Tensor) -> int:
     """How many rows of x make a block: it stays in cache, or on a device it pays its launches."""
-    return max(1, (_CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK) // x.shape[-1])
+    return block_of_rows(x.device, x.shape[-1])
+
+
+def block_of_rows(device: torch.device, columns: int) -> int:
+    """How many rows of so many columns make a block there."""
+    return max(1, (_CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // columns)
 
 
 def rows_of_a_tile(x: Tensor) -> int:
@@ -35,6 +40,9 @@ class Source(Protocol):
 
     @property
     def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def read(self, first: int, out: Tensor) -> Tensor:
         """``len(out)`` rows from ``first`` on, in out's dtype: written to ``out``, or as they lie.
@@ -52,24 +60,40 @@ class Dense(NamedTuple):
     def shape(self) -> torch.Size:
         return self.matrix.shape
 
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
     def read(self, first: int, out: Tensor) -> Tensor:
         rows = self.matrix[first : first + out.shape[0]]
         return rows if rows.dtype == out.dtype else out.copy_(rows)
 
 
-def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def source_of(weight: "Tensor | Source") -> Source:
+    """What gives the rows of a weight that is plain, or a source itself."""
+    return Dense(weight) if isinstance(weight, Tensor) else weight
+
+
+def widened(
+    source: Source, buffer: Tensor, some: slice | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """All rows, as many at a time as the buffer has: which, and they in its dtype until the next.
 
-    The buffer is theirs meanwhile.
+    The buffer is theirs meanwhile.  ``some``: only these rows, counted from the first of them.
     """
-    total, step = source.shape[0], buffer.shape[0]
-    for first in range(0, total, step):
+    start, step = 0 if some is None else some.start, buffer.shape[0]
+    total = source.shape[0] if some is None else min(source.shape[0], some.stop)
+    for first in range(start, total, step):
         count = min(step, total - first)
-        rows = slice(first, first + count)
+        rows = slice(first - start, first - start + count)
         yield rows, source.read(first, buffer if count == step else buffer[:count])
 
 
-def buffer_for(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def buffer_for(matrix: Tensor | Source, dtype: torch.dtype) -> Tensor:
     """For :func:`widened`, as many rows as make a block."""
+    if not isinstance(matrix, Tensor):
+        rows, columns = matrix.shape
+        step = min(rows, block_of_rows(matrix.device, columns))
+        return torch.empty(step, columns, dtype=dtype, device=matrix.device)
     # In the matrix's order: to transpose takes much longer than to widen.
     return torch.empty_like(matrix[: rows_at_a_time(matrix)], dtype=dtype)

@@ -1,12 +1,14 @@
 """The records of a call: an output's base and its adapters.  Plain data, and the checks of it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
+
+from .formats.format import Format, Quantised
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -21,7 +23,10 @@ T = TypeVar("T")
 
 
 class Base(NamedTuple, Generic[T]):
-    """A frozen linear layer: ``weight`` [N, K], in the dtype of x, and ``bias`` [N] or None."""
+    """A frozen linear layer: ``weight`` [N, K], in the dtype of x, and ``bias`` [N] or None.
+
+    The weight may be packed (:class:`fastlora.formats.format.Quantised`), for an x of any dtype.
+    """
 
     weight: T
     bias: T | None = None
@@ -50,7 +55,7 @@ class Projection(NamedTuple):
 
     With in_features K, out_features N and rank r:
 
-    * ``weight`` [N, K], in the dtype of x;
+    * ``weight`` [N, K], in the dtype of x, or packed;
     * ``lora_a`` [r, K], ``lora_b`` [N, r] and ``bias`` [N] (or None), in any of the four floating
       dtypes: they are cast as they are read;
     * ``scale``, a finite number: alpha / r, or alpha / √r for rsLoRA.
@@ -73,20 +78,34 @@ class Layout(NamedTuple):
 
     has_bias: bool
     scales: tuple[float, ...]  # of its adapters
+    format: Format | None = None  # of a weight that is packed
 
 
 def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
     return tuple(
-        Layout(base.bias is not None, tuple([adapter.scale for adapter in adapters]))
+        Layout(
+            base.bias is not None,
+            tuple([adapter.scale for adapter in adapters]),
+            base.weight.format if isinstance(base.weight, Quantised) else None,
+        )
         for base, adapters in outputs
     )
 
 
 def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
-    """All tensors in one list: for each output weight, bias if any, then each lora_a and lora_b."""
+    """All tensors in one list: for each output weight, bias if any, then each lora_a and lora_b.
+
+    A packed weight is all of its tensors.
+    """
     flat: list = []
     for (base, adapters), layout in zip(outputs, layouts, strict=True):
-        flat += base if layout.has_bias else base[:1]
+        if layout.format is None:
+            flat += base if layout.has_bias else base[:1]
+        else:
+            weight: Any = base.weight
+            packed = isinstance(weight, Quantised)
+            flat += weight.tensors if packed else [weight] * len(layout.format.names)
+            flat += [base.bias] if layout.has_bias else []
         for adapter in adapters:
             flat += adapter[:2]
     return flat
@@ -97,11 +116,19 @@ def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
     take = iter(flat).__next__
     return [
         Output(
-            Base(take(), take() if has_bias else None),
+            Base(
+                take() if format is None else _packed(format, [take() for _ in format.names]),
+                take() if has_bias else None,
+            ),
             tuple([Adapter(take(), take(), scale) for scale in scales]),
         )
-        for has_bias, scales in layouts
+        for has_bias, scales, format in layouts
     ]
+
+
+def _packed(format: Format, parts: list) -> Any:
+    """A packed weight of its tensors.  What none of them needs or has, a gradient, is one thing."""
+    return Quantised(format, tuple(parts)) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> Iterator[list[T]]:
@@ -144,13 +171,21 @@ def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:
 
 
 def named_tensors(output: Output[T]) -> list[tuple[str, T | None]]:
-    """Every tensor of an output with its name; the bias may be None."""
+    """Every tensor of an output with its name, but a packed weight's; the bias may be None."""
     (weight, bias), adapters = output
-    named: list[tuple[str, T | None]] = [("weight", weight)]
+    named: list[tuple[str, T | None]] = []
+    if not isinstance(weight, Quantised):
+        named.append(("weight", weight))
     for lora_a, lora_b, _ in adapters:
         named += ("lora_a", lora_a), ("lora_b", lora_b)
     named.append(("bias", bias))
     return named
+
+
+def packed_of(output: Output[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of a weight that is packed."""
+    weight = output.base.weight
+    return weight.tensors if isinstance(weight, Quantised) else ()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -290,7 +325,12 @@ def _check_base(features: int, dtype: torch.dtype, autocast: bool, output: Outpu
 
 
 def check_weight_dtype(weight: Tensor, dtype: torch.dtype, autocast: bool) -> None:
-    """Raise TypeError unless the weight has x's dtype, or autocast will give them one."""
+    """Raise TypeError unless the weight has x's dtype, or autocast will give them one.
+
+    A packed weight is made in any.
+    """
+    if isinstance(weight, Quantised):
+        return
     cast = autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
     if not cast and weight.dtype != dtype:
         raise TypeError(
@@ -330,8 +370,29 @@ def check_scale(scale: float) -> None:
         )
 
 
+def check_packed(x: Tensor, device: torch.device, weight: Quantised) -> None:
+    """Raise ValueError or TypeError unless a packed weight's tensors are its format's, with x."""
+    if x.is_nested:
+        raise TypeError("x is nested, and a packed weight is not: call this for each part")
+    for tensor in weight.tensors:
+        check_tensor("a packed weight", tensor)
+        if tensor.device != device:
+            raise ValueError(
+                f"a packed weight is on {tensor.device}, but x is on {device}: move them to one "
+                "device"
+            )
+        if tensor.requires_grad:
+            raise ValueError("a packed weight requires a gradient, but gets none: freeze it")
+    try:
+        weight.format.check(weight.tensors)
+    except ValueError as error:
+        raise ValueError(f"weight is no {weight.format.label}: {error}") from error
+
+
 def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
     """Raise ValueError or TypeError unless an output's tensors are dense, of a dtype, with x."""
+    if isinstance(output.base.weight, Quantised):
+        check_packed(x, device, output.base.weight)
     for name, tensor in named_tensors(output):
         if tensor is None:
             if name != "bias":

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .formats.format import Quantised
 from .projection import (
     Adapter,
     Base,
@@ -26,10 +27,12 @@ class Segments(NamedTuple):
     """Sorted rows, cut into E segments, any of which may be empty.
 
     ``ends`` int32 [E], on the rows' device: the number of the row behind each segment's last, as in
-    ``torch.nn.functional.grouped_mm``.  Rows behind the last end are nobody's.
+    ``torch.nn.functional.grouped_mm``.  Rows behind the last end are nobody's.  ``first``: how many
+    rows of the call lie before these, for a mask of dropout.
     """
 
     ends: Tensor
+    first: int = 0
 
     def slices(self, rows: int) -> list[slice]:
         """Each segment's rows, of so many, on the host: on a GPU it waits for ``ends``.
@@ -87,6 +90,8 @@ def check_grouped(
         )
     check_dropout(dropout)
     check_switch("training", training)
+    if isinstance(output.base.weight, Quantised):
+        raise TypeError("weight is packed, but experts' must be plain tensors: dequantise it")
     check_tensors(x, x.device, output)
     check_weight_dtype(output.base.weight, x.dtype, autocast)
     _check_shapes(x.shape[1], output)

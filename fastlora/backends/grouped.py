@@ -41,7 +41,7 @@ def forward_grouped(
     x, *tensors = inputs
     (output,) = unflatten(tensors, settings.layouts)
     run = _forward_at_once if runs_at_once(x, output.base.weight) else _forward_in_turn
-    return run(x, output, segments, _mask(x, seeds, settings))
+    return run(x, output, segments, _mask(x, segments, seeds, settings))
 
 
 def backward_grouped(
@@ -59,7 +59,7 @@ def backward_grouped(
     (output,) = unflatten(tensors, settings.layouts)
     (wanted,) = unflatten(needs_flat, settings.layouts)
     run = _backward_at_once if runs_at_once(x, output.base.weight) else _backward_in_turn
-    mask = _mask(x, seeds, settings)
+    mask = _mask(x, segments, seeds, settings)
     dx, gradients = run(dy, x, output, segments, h, wanted, mask, needs_x)
     return [dx, *flatten([gradients], settings.layouts)]
 
@@ -128,12 +128,22 @@ def _cut(tensor: Tensor, slices: Sequence[slice]) -> Sequence[Tensor]:
     return tensor.split([*lengths, len(tensor) - slices[-1].stop])
 
 
-def _mask(x: Tensor, seeds: Tensor | None, settings: Settings) -> DropoutMask | None:
-    return None if seeds is None else DropoutMask(seeds, x.shape, settings.dropout)
+def _mask(
+    x: Tensor, segments: Segments, seeds: Tensor | None, settings: Settings
+) -> DropoutMask | None:
+    if seeds is None:
+        return None
+    shape = segments.first + len(x), x.shape[1]
+    return DropoutMask(seeds, shape, settings.dropout).from_row(segments.first)
 
 
 def _from_row(mask: DropoutMask | None, first: int) -> DropoutMask | None:
     return None if mask is None else mask.from_row(first)
+
+
+def takes_experts_in_turn(device: torch.device) -> bool:
+    """On a CPU, where nothing is won by more rows than those of an expert."""
+    return device.type == "cpu" and not FORCED
 
 
 def runs_at_once(x: Tensor, weight: Tensor) -> bool:

@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..blocks import Dense, widened
+from ..blocks import Dense, source_of, widened
 from ..projection import Output
 
 # For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
@@ -161,7 +161,7 @@ def rows_of(tensor, rows: slice):
     return tensor[rows]
 
 
-def _columns_of(matrix: Tensor, columns: slice) -> Tensor:
+def columns_of(matrix: Tensor, columns: slice) -> Tensor:
     if columns.start == 0 and matrix.shape[1] <= columns.stop:
         return matrix
     return matrix[:, columns]
@@ -172,11 +172,18 @@ def _rows_of_weight(columns: int) -> int:
     return max(_FEWEST_OF_WEIGHT, _BLOCK // max(columns, 2 * _MOST_ROWS))
 
 
-def _wide_weight(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows of the weight, and they in float32."""
-    rows = min(weight.shape[0], _rows_of_weight(weight.shape[1]))
-    buffer = SCRATCH.take_like("weight", weight, rows, _GAP)
-    return widened(Dense(weight), buffer)
+def weight_rows(
+    weight: Tensor, dtype: torch.dtype = torch.float32, some: slice | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of the weight, and they in ``dtype``, as :func:`widened` has them."""
+    total = weight.shape[0] if some is None else min(weight.shape[0], some.stop) - some.start
+    rows = min(total, _rows_of_weight(weight.shape[1]))
+    source = source_of(weight)
+    if isinstance(source, Dense):
+        buffer = SCRATCH.take_like("weight", weight, rows, _GAP)
+    else:  # it is made faster where nothing lies between the rows
+        buffer = SCRATCH.take("packed", rows, weight.shape[1], dtype)
+    return widened(source, buffer, some)
 
 
 def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Tensor]) -> None:
@@ -190,17 +197,17 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
     if few:
         x = SCRATCH.take("columns", k, m).copy_(x.T).T
     for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
-        some = rows_of(weight, part)
-        y = SCRATCH.take("part", m, some.shape[0], by_columns=few)
-        for rows, wide in _wide_weight(some):
-            torch.mm(x, wide.T, out=_columns_of(y, rows))
+        count = min(n, part.stop) - part.start
+        y = SCRATCH.take("part", m, count, by_columns=few)
+        for rows, wide in weight_rows(weight, some=part):
+            torch.mm(x, wide.T, out=columns_of(y, rows))
         if bias is not None:
             y.add_(rows_of(bias, part))
         for h, adapter in zip(hs, adapters, strict=True):
             y.addmm_(h, rows_of(adapter.lora_b, part).T)
         if few:  # torch transposes fast, and it rounds fast, but not both at once
-            y = SCRATCH.take("rounded", m, some.shape[0], out.dtype, by_columns=True).copy_(y)
-        _columns_of(out, part).copy_(y)
+            y = SCRATCH.take("rounded", m, count, out.dtype, by_columns=True).copy_(y)
+        columns_of(out, part).copy_(y)
 
 
 def widen_small(dys: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -208,22 +215,6 @@ def widen_small(dys: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     if sum([dy.numel() for dy in dys if dy is not None]) > _PART:
         return dys
     return [None if dy is None else SCRATCH.widen(f"dy{i}", dy) for i, dy in enumerate(dys)]
-
-
-def add_dy_weight(dx: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """dx + dy weight, in place if there is a dx, in ``dtype``."""
-    if weight.dtype == dtype:
-        return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
-    beta = 0.0 if dx is None else 1.0
-    if dx is None:
-        dx = SCRATCH.take("dx", dy.shape[0], weight.shape[1])
-    for rows, some in _wide_weight(weight):
-        part = _columns_of(dy, rows)
-        if part.dtype != dtype:
-            part = SCRATCH.widen("part", part)
-        torch.addmm(dx, part, some, beta=beta, out=dx)
-        beta = 1.0
-    return dx
 
 
 def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:

@@ -78,6 +78,12 @@ class Backend(Protocol):
     ) -> list[Tensor | None]:
         """The gradient of each input that needs one, else None; nobody's rows of dx are zero."""
 
+    def takes_experts_in_turn(self, device: torch.device) -> bool:
+        """Whether there is nothing to win with rows of many experts at once.
+
+        Then it may be given those of some experts, and of the next ones in another call.
+        """
+
     def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """act(gate) ∘ up, [M, N], contiguous.
 

@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..blocks import rows_at_a_time, rows_of_a_tile
 from ..projection import Adapter, Base, Output, per_adapter
+from .bases import add_dy_weight, base_linear
 from .dropout import DropoutMask, multiply_bits
 from .products import (
     SCRATCH,
-    add_dy_weight,
     add_product,
     are_wide,
     cast,
@@ -44,10 +43,7 @@ def forward_rows(
     if kept != dtype and x.shape[0] > 1 and are_wide(x):
         return _wide_forward(x, outputs, masks, into)
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
-        if into is None:
-            y = linear(x, base.weight, cast(base.bias, dtype))
-        else:
-            y = _write_base(into[i], x, base)
+        y = base_linear(x, base, None if into is None else into[i])
         for adapter, mask in zip(adapters, some, strict=True):
             h = _project(x, adapter, mask)
             add_product(y, h, cast(adapter.lora_b, h.dtype).T)
@@ -76,12 +72,6 @@ def _wide_forward(
 
 def _empty(x: Tensor, outputs: Sequence[Output[Tensor]]) -> list[Tensor]:
     return [x.new_empty(x.shape[0], output.base.weight.shape[0]) for output in outputs]
-
-
-def _write_base(y: Tensor, x: Tensor, base: Base[Tensor]) -> Tensor:
-    """x weightᵀ + bias, written to y."""
-    down, bias = base.weight.T, cast(base.bias, x.dtype)
-    return torch.mm(x, down, out=y) if bias is None else torch.addmm(bias, x, down, out=y)
 
 
 def backward_rows(
@@ -153,6 +143,7 @@ def _wide_adapter_gradients(
             wanted,
             _from_row(masks, rows.start),
             needs_x,
+            SCRATCH.take("dx", *some.shape) if needs_x else None,
         )
         if dx is not None and part_dx is not None:
             rows_of(dx, rows).copy_(part_dx)
@@ -302,13 +293,15 @@ def _base_dx(
     into: Tensor | None,
 ) -> Tensor:
     """Σ dy weight over the outputs, [M, K]."""
-    dx = None
-    for dy, output in zip(dys, outputs, strict=True):
-        if dy is not None and dx is None and into is not None:
-            dx = torch.mm(dy, output.base.weight, out=into)
-        elif dy is not None:
-            dx = add_dy_weight(dx, dy, output.base.weight, x.dtype)
-    return x.new_zeros(x.shape) if dx is None else dx
+    used = [
+        (dy, output.base.weight) for dy, output in zip(dys, outputs, strict=True) if dy is not None
+    ]
+    if not used:
+        return x.new_zeros(x.shape)
+    dx = x.new_empty(x.shape) if into is None else into
+    for i, (dy, weight) in enumerate(used):
+        add_dy_weight(dx, dy, weight, float(i > 0))
+    return dx
 
 
 def _through_lora_a(

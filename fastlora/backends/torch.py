@@ -21,10 +21,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..formats.format import Quantised
 from ..projection import Output, flatten, per_adapter, unflatten
 from .dropout import dropout_mask
 from .gated import gated, gated_backward
-from .grouped import backward_grouped, forward_grouped
+from .grouped import backward_grouped, forward_grouped, takes_experts_in_turn
 from .products import h_dtype
 from .protocol import Settings
 from .rows import backward_rows, base_gradients, forward_rows, masks_of, no_gradients
@@ -41,6 +42,7 @@ __all__ = [
     "h_dtype",
     "is_small",
     "no_gradients",
+    "takes_experts_in_turn",
     "why_not",
 ]
 
@@ -57,7 +59,9 @@ def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
     """Whether x has few rows on a CPU, and one output, and nothing is converted or rounded."""
     if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or len(outputs) > 1:
         return False
-    ((_, bias), adapters) = outputs[0]
+    ((weight, bias), adapters) = outputs[0]
+    if isinstance(weight, Quantised):
+        return False
     dtype = x.dtype
     if dtype not in (torch.float32, torch.float64) or (bias is not None and bias.dtype != dtype):
         return False

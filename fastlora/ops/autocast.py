@@ -27,14 +27,15 @@ def autocast_inputs(
 ) -> tuple[Tensor, Sequence[Output[Tensor]]]:
     """x and the weights in autocast's dtype.
 
-    float64 stays as it is; adapters and biases are cast later, as they are read.
+    float64 stays as it is, and so does a packed weight; adapters and biases are cast later, as they
+    are read.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype not in AUTOCAST_DTYPES:
         return x, outputs
     return x.to(dtype), [
         Output(base._replace(weight=base.weight.to(dtype)), adapters)
-        if base.weight.dtype in AUTOCAST_DTYPES
+        if isinstance(base.weight, Tensor) and base.weight.dtype in AUTOCAST_DTYPES
         else Output(base, adapters)
         for base, adapters in outputs
     ]

@@ -92,9 +92,9 @@ def _is_read(needs: tuple[bool, ...], layouts: tuple[Layout, ...]) -> tuple[bool
     return reads_x, reads_h
 
 
-def stand_in(weight: Tensor, shape: torch.Size) -> Tensor:
+def stand_in(weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A tensor of x's shape, dtype and device, for a backward that reads no element of x."""
-    return weight.new_empty(shape)
+    return weight.new_empty(shape, dtype=dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:

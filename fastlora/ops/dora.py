@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import rows_at_a_time
+from ..formats.format import Quantised
 from ..projection import Base, Output
 from .call import are_batched
 from .functional import lora_linear, lora_linears
@@ -60,8 +61,12 @@ def dora_linear(
 def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """n of the module's formulas, [N], in float32 or wider, without a gradient."""
     if torch.compiler.is_compiling():
-        tensors = (weight.detach(), lora_a.detach(), lora_b.detach())
-        return torch.ops.fastlora.dora_norm(*tensors, scale)
+        if isinstance(weight, Quantised):
+            tensors, text = list(weight.tensors), weight.format.text
+        else:
+            tensors, text = [weight.detach()], ""
+        op = torch.ops.fastlora.dora_norm
+        return op(tensors, lora_a.detach(), lora_b.detach(), scale, text)
     return norm_of_rows(weight, lora_a, lora_b, scale)
 
 

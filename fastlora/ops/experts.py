@@ -5,67 +5,33 @@ With T tokens, each sent to k of E experts, and S = T · k rows sorted by expert
     pre = up[e](x[token])                  y = down[e](activate(pre))
     out[token] = Σ weight · y              over the token's k rows
 
-Besides its arguments the node keeps pre [S, F], every h, the routing, and y where the router
-trains.  The gathered x and what the activation makes are made again in the backward.
+Besides its arguments the node keeps pre [S, F], every h, and the routing.  The gathered x and what
+the activation makes are made again in the backward.  y isn't needed there: with p = activate(pre),
+and dp its gradient as if every weight were 1,
+
+    d weight = d out[token] · y = dp · p + d out[token] · bias
+
+Where a backend takes experts in turn, on a CPU, rows come in parts, those of some experts each, so
+that besides pre and h nothing of S rows is ever made.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from .. import reference
 from ..backends import Settings, find_backend
 from ..backends.gated import ACTIVATIONS
+from ..blocks import rows_at_a_time
 from ..projection import Output, flatten, layouts_of, unflatten
-from ..segments import Segments
 from .autocast import autocast_off
 from .call import are_batched, gradients_of, run_grouped, run_grouped_backward
+from .routing import Part, Routing, Sums, routing_of
 
 # silu(gate) ∘ up of [gate, up], say, by the name of its activation; or any function of pre.
 Activate = str | Callable[[Tensor], Tensor]
 _ARGUMENTS = 5  # before x
-
-
-class Routing(NamedTuple):
-    """Which rows are whose.  ``order`` int64 [S]: row i is of token order[i] // k."""
-
-    order: Tensor
-    ends: Tensor  # of Segments
-    k: int
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.order.div(self.k, rounding_mode="floor")
-
-    @property
-    def places(self) -> Tensor:
-        """The rows of each token, [T, k]."""
-        places = torch.empty_like(self.order)
-        places[self.order] = torch.arange(len(places), device=places.device)
-        return places.view(-1, self.k)
-
-    def sums(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The sum of each token's rows, times its weights [T, k] if any: [S, N] -> [T, N].
-
-        In the wider dtype of both.  torch's bag of embeddings is this, without a copy of the rows.
-        """
-        if weights is None or weights.dtype == rows.dtype:
-            return embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights)
-        return (rows[self.places] * weights.unsqueeze(-1)).sum(1)
-
-
-def routing_of(index: Tensor, experts: int) -> Routing:
-    """Of the experts [T, k] of every token; a number from ``experts`` on is nobody's.
-
-    Nothing is read on the host.
-    """
-    sorted_index, order = index.reshape(-1).sort(stable=True)
-    numbers = torch.arange(experts, device=index.device, dtype=sorted_index.dtype)
-    ends = torch.searchsorted(sorted_index, numbers, right=True, out_int32=True)
-    return Routing(order, ends, index.shape[1])
 
 
 def lora_experts(
@@ -96,7 +62,7 @@ def lora_experts(
 
 
 class LoRAExpertsFunction(torch.autograd.Function):
-    """One node for all experts.  y is kept only where the routing weights need a gradient."""
+    """One node for all experts."""
 
     @staticmethod
     def forward(
@@ -109,9 +75,8 @@ class LoRAExpertsFunction(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         """``inputs``: x, the routing weights, and the tensors of both outputs, laid flat."""
-        out, *made, y = _forward(inputs, Routing(order, ends, k), settings, activate)
-        kept_y = y if ctx.needs_input_grad[_ARGUMENTS + 1] else None
-        ctx.save_for_backward(order, ends, *inputs, *made, kept_y)
+        out, made = _forward(inputs, Routing(order, ends, k), settings, activate)
+        ctx.save_for_backward(order, ends, *inputs, *made)
         ctx.settings, ctx.activate, ctx.k = settings, activate, k
         ctx.set_materialize_grads(False)
         return out
@@ -132,17 +97,30 @@ class LoRAExpertsFunction(torch.autograd.Function):
         return (*[None] * _ARGUMENTS, *gradients)
 
 
+def _parts(inputs: Sequence[Tensor], routing: Routing, settings: Settings) -> list[Part]:
+    """All experts at once, or some at a time, whose rows stay in cache."""
+    x, _, up_weight, *_ = inputs
+    if not settings.backend.takes_experts_in_turn(x.device):
+        return routing.whole()
+    return routing.parts(min(rows_at_a_time(x), rows_at_a_time(up_weight.mT)))
+
+
 def _forward(
     inputs: Sequence[Tensor], routing: Routing, settings: Settings, activate: Activate
-) -> tuple[Tensor, ...]:
-    """out, pre, the h of both products, and y."""
+) -> tuple[Tensor, list[Tensor]]:
+    """out, and what the backward needs of each part: pre, and the h of both products."""
     x, weights, *_ = inputs
-    first, second = _halves(inputs, settings)
-    segments = Segments(routing.ends)
-    pre, h = run_grouped([x[routing.tokens], *first[1]], segments, None, first[0])
-    product = _activated(pre, activate, settings)
-    y, h_down = run_grouped([product, *second[1]], segments, None, second[0])
-    return routing.sums(y, weights).to(x.dtype), pre, h, h_down, y
+    (up, first), (down, second) = _halves(inputs, settings)
+    parts, made = _parts(inputs, routing, settings), []
+    out, tokens = Sums(routing, parts), routing.tokens
+    for part in parts:
+        rows = [x[tokens[part.rows]], *part.cut(first)]
+        pre, h = run_grouped(rows, part.segments, None, up)
+        rows = [_activated(pre, activate, settings), *part.cut(second)]
+        y, h_down = run_grouped(rows, part.segments, None, down)
+        out.add(y, part, weights)
+        made += [pre, h, h_down]
+    return out.of(x.dtype), made
 
 
 def _gradients(
@@ -156,28 +134,81 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Of x, the routing weights and both outputs' tensors, where they need one."""
     x, weights, *_ = inputs
+    needs_x, needs_weights, *_ = needs
+    parts = _parts(inputs, routing, settings)
+    dx, d_weights, found = Sums(routing, parts), weights.new_zeros(routing.order.shape), []
+    for part, *kept in zip(parts, made[::3], made[1::3], made[2::3], strict=True):
+        d_rows, d_shares, *of_part = _gradients_of_part(
+            d_out, inputs, kept, needs, part, routing, settings, activate
+        )
+        if d_rows is not None:
+            dx.add(d_rows, part)
+        if d_shares is not None:
+            d_weights[routing.order[part.rows]] = d_shares.to(d_weights.dtype)
+        found.append(of_part)
+    return [
+        dx.of(x.dtype) if needs_x else None,
+        d_weights.view(weights.shape) if needs_weights else None,
+        *map(_joined, zip(*found, strict=True)),
+    ]
+
+
+def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """One of all experts, of those of each part's."""
+    some = [gradient for gradient in gradients if gradient is not None]
+    return torch.cat(some) if len(some) > 1 else gradients[0]
+
+
+def _gradients_of_part(
+    d_out: Tensor,
+    inputs: Sequence[Tensor],
+    made: Sequence[Tensor],
+    needs: Sequence[bool],
+    part: Part,
+    routing: Routing,
+    settings: Settings,
+    activate: Activate,
+) -> list[Tensor | None]:
+    """Of the part's rows of x, of their weights, and of its experts' tensors.
+
+    What belongs to y is multiplied by the weights where it is thinner: in the product and in h.
+    """
+    x, weights, *_ = inputs
     needs_x, needs_weights, *others = needs
-    pre, h, h_down, y = made
-    first, second = _halves(inputs, settings)
-    count, segments = len(first[1]), Segments(routing.ends)
-    dy = d_out[routing.tokens]
-    d_weights = None
-    if needs_weights:
-        d_weights = torch.linalg.vecdot(dy, y)[routing.places].to(weights.dtype)
-    dy.mul_(weights.reshape(-1)[routing.order].unsqueeze(1))
-    product = _activated(pre, activate, settings)
-    needs_pre = needs_x or any(others[:count])
+    pre, h, h_down = made
+    (up, first), (down, second) = _halves(inputs, settings)
+    first, second, segments = part.cut(first), part.cut(second), part.segments
+    needs_up, needs_down = others[: len(first)], others[len(first) :]
+    needs_pre = needs_x or any(needs_up)
+    tokens, shares = routing.tokens[part.rows], routing.shares(weights, part)
+    dy, product = d_out[tokens], _activated(pre, activate, settings)
+    call = segments, (h_down * shares).to(h_down.dtype)
+    shared = [(product * shares).to(product.dtype), *second]
+    has_bias = down.layouts[0].has_bias
+    but_bias = [need and not (has_bias and i == 1) for i, need in enumerate(needs_down)]
     d_product, *of_down = run_grouped_backward(
-        dy, [product, *second[1]], segments, h_down, [needs_pre, *others[count:]], None, second[0]
+        dy, shared, *call, [needs_pre or needs_weights, *but_bias], None, down
     )
-    if d_product is None:
-        return [None, d_weights, *[None] * count, *of_down]
-    d_pre = _through_activation(d_product, pre, activate, settings)
-    gathered = x[routing.tokens]
-    dx, *of_up = run_grouped_backward(
-        d_pre, [gathered, *first[1]], segments, h, [needs_x, *others[:count]], None, first[0]
+    d_shares = None
+    if needs_weights:
+        assert d_product is not None
+        d_shares = torch.linalg.vecdot(d_product, product)
+        if has_bias:
+            padded = torch.cat([second[1], second[1].new_zeros(1, dy.shape[1])])  # nobody's
+            d_shares += torch.linalg.vecdot(dy, padded[segments.of_rows(len(dy))].to(dy.dtype))
+    if but_bias != needs_down:
+        only = [False, False, True, False, False]
+        of_down[1] = run_grouped_backward(dy.mul_(shares), shared, *call, only, None, down)[2]
+    del dy, product, shared
+    if not needs_pre:
+        return [None, d_shares, *[None] * len(first), *of_down]
+    assert d_product is not None
+    d_pre = _through_activation(d_product.mul_(shares), pre, activate, settings)
+    del d_product
+    d_rows, *of_up = run_grouped_backward(
+        d_pre, [x[tokens], *first], segments, h, [needs_x, *needs_up], None, up
     )
-    return [None if dx is None else routing.sums(dx), d_weights, *of_up, *of_down]
+    return [d_rows, d_shares, *of_up, *of_down]
 
 
 def _halves(

@@ -21,7 +21,7 @@ def few_rows(
     """The only output, with x's leading dimensions."""
     x, weight, *rest = inputs
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    ((has_bias, scales),), take = settings.layouts, iter(rest).__next__
+    ((has_bias, scales, _),), take = settings.layouts, iter(rest).__next__
     y = linear(rows, weight, take() if has_bias else None)
     dropped, keep = rows, 1.0 - settings.dropout
     for i, scale in enumerate(scales):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Settings
-from ..projection import Output, flatten, per_adapter, unflatten
+from ..formats.format import Quantised
+from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from .call import are_batched, gradients_of, kept, run_backward, run_forward, stand_in
 
 _ARGUMENTS = 2  # seeds and settings, before the inputs
@@ -33,7 +34,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, *tensors = inputs
         kept_x, kept_hs = kept(x, hs, ctx.needs_input_grad[_ARGUMENTS:], settings.layouts)
         ctx.save_for_backward(seeds, kept_x, *tensors, *kept_hs)
-        ctx.settings, ctx.shape = settings, x.shape
+        ctx.settings, ctx.shape, ctx.dtype = settings, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -46,7 +47,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if not has_x:
             if all(dy is None for dy in dys):
                 return (None,) * (_ARGUMENTS + len(needs))
-            inputs[0] = stand_in(inputs[1], ctx.shape)
+            inputs[0] = stand_in(inputs[1], ctx.shape, ctx.dtype)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
@@ -77,7 +78,7 @@ def differentiable(
             masks = [settings.backend.dropout_mask(seed, shape, settings.dropout) for seed in seeds]
         ys = reference.lora_linears(
             x,
-            unflatten([tensor.to(x.dtype) for tensor in tensors], settings.layouts),
+            [_cast(output, x.dtype) for output in unflatten(tensors, settings.layouts)],
             dropout=settings.dropout,
             masks=masks,
         )
@@ -86,6 +87,16 @@ def differentiable(
         return [None] * len(inputs)
     used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
     return gradients_of(used_ys, inputs, needs, used_dys, create_graph)
+
+
+def _cast(output: Output[Tensor], dtype: torch.dtype) -> Output[Tensor]:
+    """With every tensor in this dtype, and a weight that is packed made dense."""
+    (weight, bias), adapters = output
+    dense = weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
+    return Output(
+        Base(dense, None if bias is None else bias.to(dtype)),
+        tuple([Adapter(a.to(dtype), b.to(dtype), scale) for a, b, scale in adapters]),
+    )
 
 
 def _with_those_of_lora_b(

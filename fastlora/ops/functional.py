@@ -18,6 +18,7 @@ from ..projection import (
     is_plain,
     layouts_of,
     named_tensors,
+    packed_of,
     unflatten,
     why_not_mixed,
 )
@@ -45,6 +46,9 @@ def lora_linear(
     """y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, as one autograd node.
 
     The formula is that of Hu et al., arXiv 2106.09685.
+
+    ``weight`` may be packed (docs/quantised.md): then it has no dtype to agree with x's, gets no
+    gradient, and no dense copy of it outlives the call.
 
     Shapes: x [..., K] with any leading dimensions, none and empty included, and any strides; weight
     [N, K]; lora_a [r, K]; lora_b [N, r]; bias [N]; the result is [..., N].
@@ -193,6 +197,7 @@ def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
             "[parts, rows, in_features]: make it contiguous, or jagged (layout=torch.jagged)"
         )
     named = [pair for output in outputs for pair in named_tensors(output)]
+    named += [("a packed weight", tensor) for output in outputs for tensor in packed_of(output)]
     for name, tensor in (("x", x), *named):
         if tensor is None:
             continue

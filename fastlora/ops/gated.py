@@ -68,7 +68,9 @@ def gated_mlp(
     if gate.base.weight.shape != up.base.weight.shape:
         shapes = [tuple(output.base.weight.shape) for output in (gate, up)]
         raise ValueError(f"gate and up have weights of shapes {shapes[0]} and {shapes[1]}")
-    check_call(gate.base.weight.T, (down,), down_dropout, True, autocast)
+    weight = gate.base.weight  # of no rows: what down would be called with
+    hidden = weight.T if isinstance(weight, Tensor) else x.new_empty(0, weight.shape[0])
+    check_call(hidden, (down,), down_dropout, True, autocast)
     if not autocast:
         return _call(x, gate, up, down, activation, dropout, down_dropout)
     x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
@@ -166,7 +168,7 @@ def _gradients(
     if ctx.reads_product:
         product = backend.gated(gate, up, ctx.activation)
     else:
-        product = stand_in(gate, gate.shape)
+        product = stand_in(gate, gate.shape, gate.dtype)
     gradients = run_backward([as_matrix(dy)], [product, *tensors], hs, needs, seeds, ctx.settings)
     d_gate, *rest = gradients
     if d_gate is None:

@@ -30,7 +30,7 @@ class LoRAGroupedFunction(torch.autograd.Function):
         x, *tensors = inputs
         kept_x, kept_h = kept(x, [h], ctx.needs_input_grad[_ARGUMENTS:], settings.layouts)
         ctx.save_for_backward(seeds, ends, kept_x, *tensors, *kept_h)
-        ctx.settings, ctx.shape = settings, x.shape
+        ctx.settings, ctx.shape, ctx.dtype = settings, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return y
 
@@ -42,7 +42,7 @@ class LoRAGroupedFunction(torch.autograd.Function):
         seeds, ends, x, *tensors, h = ctx.saved_tensors
         segments, has_x = Segments(ends), x is not None
         if not has_x:
-            x = stand_in(tensors[0], ctx.shape)
+            x = stand_in(tensors[0], ctx.shape, ctx.dtype)
         if torch.is_grad_enabled() or are_batched([dy]):
             if not has_x:
                 x = torch.zeros_like(x, requires_grad=needs[0])

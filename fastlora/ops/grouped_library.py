@@ -81,13 +81,14 @@ def _setup_context(ctx, inputs, output):
     needs = [tensor.requires_grad for tensor in (x, *tensors)]
     kept_x, kept_h = kept(x, [output[1]], needs, (Layout(has_bias, (scale,)),))
     ctx.save_for_backward(kept_x, seeds, offsets, *tensors, *kept_h)
-    ctx.settings, ctx.backend, ctx.shape = (has_bias, scale, *rest), backend, x.shape
+    ctx.settings, ctx.backend = (has_bias, scale, *rest), backend
+    ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
 def _backward(ctx, dy, _):
     x, seeds, offsets, *tensors, h = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    x = stand_in(tensors[0], ctx.shape) if x is None else x
+    x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
     h = x.new_empty(x.shape[0], 0) if h is None else h
     op = torch.ops.fastlora.lora_grouped_backward
     asked = iter(op(dy, x, tensors, h, needs, offsets, *ctx.settings, seeds, ctx.backend))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Settings, asked_backend
+from ..formats.format import Quantised
 from ..projection import Output, Projection, is_plain
 from .autocast import autocast_dtype
 from .textbook import needs_textbook
@@ -84,13 +85,21 @@ def key_of(
             if isinstance(projection, Projection):
                 weight, lora_a, lora_b, bias, scale = projection
                 rest += weight is None, bias is None, scale, type(scale), lora_b.shape
+                if isinstance(weight, Quantised):
+                    rest.append(weight.format)
+                    inputs += weight.tensors
+                    weight = None
                 inputs += [each for each in (weight, bias) if each is not None]
                 inputs += lora_a, lora_b
             else:
                 base, adapters = projection
                 weight, bias = base
                 rest += type(base), type(adapters), len(adapters), bias is None, weight.shape
-                inputs += (weight,) if bias is None else (weight, bias)
+                if isinstance(weight, Quantised):
+                    rest.append(weight.format)
+                    inputs += weight.tensors if bias is None else (*weight.tensors, bias)
+                else:
+                    inputs += (weight,) if bias is None else (weight, bias)
                 for lora_a, lora_b, scale in adapters:
                     rest += scale, type(scale), lora_b.shape
                     inputs += lora_a, lora_b

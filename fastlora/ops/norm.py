@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..blocks import Dense, buffer_for, widened
+from ..blocks import buffer_for, source_of, widened
+from ..formats.format import Format, Quantised
 from .autocast import autocast_off
 
 
@@ -18,7 +19,7 @@ def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -
         wide = wide_dtype(weight)
         down, up = lora_a.to(wide), lora_b.to(wide)
         norms, products = [], []
-        for _, rows in widened(Dense(weight), buffer_for(weight, wide)):
+        for _, rows in widened(source_of(weight), buffer_for(weight, wide)):
             norms.append(torch.linalg.vector_norm(rows, dim=1))
             products.append(rows @ down.T)
         cross, own = torch.cat(products), up @ (down @ down.T)
@@ -29,6 +30,6 @@ def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -
         return before.add_(change.div_(after.add_(before).clamp_min_(smallest))).clamp_min_(0.0)
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor | Quantised | Format) -> torch.dtype:
     """float32, or float64 for float64: where sums over rows and columns are made."""
     return torch.promote_types(tensor.dtype, torch.float32)

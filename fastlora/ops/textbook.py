@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import dropout, linear
 
+from ..formats.format import Quantised
 from ..projection import Output
 
 
@@ -27,6 +28,8 @@ def textbook(x: Tensor, outputs: Sequence[Output[Tensor]], p: float) -> tuple[Te
     """Every output of x, which may be nested; a mask of torch's own for each adapter."""
     ys = []
     for (weight, bias), adapters in outputs:
+        if isinstance(weight, Quantised):
+            weight = weight.dense(x.dtype)
         y = linear(x, weight, None if bias is None else bias.to(weight.dtype))
         for lora_a, lora_b, scale in adapters:
             dropped = dropout(x, p) if p else x

@@ -173,3 +173,16 @@ def test_few_rows_of_a_16_bit_x_beside_float32_adapters():
     y = call(x, experts, ends_of([2, 10]))
     for e, rows in enumerate((slice(0, 2), slice(2, 12))):
         assert torch.equal(y[rows], fastlora.lora_linear(x[rows], *[t[e] for t in experts[:3]]))
+
+
+def test_masks_go_on_from_one_part_to_the_next():
+    weight, lora_a, lora_b, _ = make_experts(2, 6, 8, 3, torch.float32)
+    settings, seeds = Settings((Layout(False, (0.5,)),), 0.3, find_backend()), torch.tensor([7])
+    x, backend = torch.randn(7, 8), settings.backend
+
+    def forward(rows, experts, segments):
+        inputs = [x[rows], *(t.detach()[experts] for t in (weight, lora_a, lora_b))]
+        return backend.forward_grouped(inputs, segments, seeds, settings)[0]
+
+    whole = forward(slice(0, 7), slice(0, 2), Segments(ends_of([4, 3])))
+    assert torch.equal(forward(slice(4, 7), slice(1, 2), Segments(ends_of([3]), 4)), whole[4:])

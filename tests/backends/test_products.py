@@ -362,7 +362,7 @@ def test_nothing_is_decided_for_other_devices_and_no_rows(monkeypatch, undecided
 
 def test_fake_tensors_measure_nothing_and_have_the_real_h(monkeypatch, undecided):
     has(monkeypatch, False)
-    settings = ([False], [1], [1.0], 0.0, None, "torch")
+    settings = ([False], [1], [1.0], "", 0.0, None, "torch")
     shapes = ((5, 8), (6, 8), (2, 8), (6, 2))
     with FakeTensorMode():
         x, *tensors = (torch.ones(shape, dtype=torch.bfloat16) for shape in shapes)

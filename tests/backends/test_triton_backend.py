@@ -10,7 +10,7 @@ from process import run_python
 from torch import nn
 
 import fastlora
-from fastlora.backends import triton as backend
+from fastlora.backends.triton import cover
 from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("on_triton")
 
 @pytest.fixture
 def on_triton(poisoned_memory, monkeypatch):
-    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(cover, "_said", set())
     with fastlora.use_backend("triton"), torch.device(DEVICE):
         yield
 
@@ -109,7 +109,7 @@ def test_no_rows_launch_nothing_and_say_nothing():
 
 
 def test_a_row_too_many_is_a_reason(monkeypatch):
-    monkeypatch.setattr(backend, "_LONGEST", 10)
+    monkeypatch.setattr(cover, "_LONGEST", 10)
     projection = make_projection(4, 6, 2, torch.float32)
     with pytest.warns(UserWarning, match="count to 10, but x has 11 rows"):
         check_against_oracle(make_x(11, 6), [projection])
@@ -158,9 +158,9 @@ def test_a_cpu_without_the_interpreter_runs_on_torch():
 def test_every_switch_of_float32_precision_is_followed(switch, precision):
     code = (
         f"import torch, fastlora; {switch}\n"
-        "from fastlora.backends.triton import _precision\n"
+        "from fastlora.backends.triton.cover import precision_of\n"
         "from fastlora.kernels.target import TARGETS, use_target\n"
-        "with use_target(TARGETS['sm_90']): print(_precision(torch.ones(1, device='meta')))"
+        "with use_target(TARGETS['sm_90']): print(precision_of(torch.ones(1, device='meta')))"
     )
     assert run_alone(code).split()[-1] == precision
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from memory import saved_bytes
+from memory import peak_bytes, saved_bytes
 from torch import nn
 
 from fastlora.ops import experts
@@ -74,10 +74,13 @@ ROUTES = {
 }
 
 
+@pytest.mark.parametrize("in_parts", [False, True], ids=["", "parts"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_outputs_and_gradients(route, activation, bias):
+def test_outputs_and_gradients(route, activation, bias, in_parts, monkeypatch):
+    if in_parts:
+        monkeypatch.setattr(experts, "rows_at_a_time", lambda x: 3)
     activate, function, columns = ACTIVATIONS[activation]
     index = ROUTES[route]()
     x = torch.randn(len(index), K, dtype=torch.float64, requires_grad=True)
@@ -141,7 +144,7 @@ def test_in_16_bits_no_further_from_the_truth_than_rounding(weight_dtype):
 
 @pytest.mark.parametrize("routed", [False, True], ids=["frozen-router", "router"])
 def test_what_is_kept(routed):
-    """pre, both h, the routing, and y if the router trains; no rows of x, and no product."""
+    """pre, both h and the routing, whether or not the router trains; no rows of x or y."""
     index = torch.stack([torch.randperm(E)[:2] for _ in range(64)])
     x, weights = torch.randn(64, K, requires_grad=True), torch.rand(64, 2, requires_grad=routed)
     up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
@@ -150,7 +153,22 @@ def test_what_is_kept(routed):
         saved_bytes(lambda: lora_experts(x, index, weights, up, down, "silu"), own).values()
     )
     rows = 128
-    assert found == 4 * rows * (2 * INNER + 3 + 2 + N * routed) + 8 * rows + 4 * E
+    assert found == 4 * rows * (2 * INNER + 3 + 2) + 8 * rows + 4 * E
+
+
+def test_of_all_rows_little_is_made(monkeypatch):
+    """Beside what is kept, on a CPU: some experts' rows at a time."""
+    monkeypatch.setattr(experts, "rows_at_a_time", lambda x: 64)
+    index = torch.stack([torch.randperm(E)[:2] for _ in range(512)])
+    x, weights = torch.randn(512, 64, requires_grad=True), torch.rand(512, 2, requires_grad=True)
+    up, down = stacked(32, 64, 2, torch.float32), stacked(64, 16, 2, torch.float32)
+
+    def step():
+        lora_experts(x, index, weights, up, down, "silu").sum().backward()
+
+    before, peak, _ = peak_bytes([x, weights, *leaves_of(up, down)], step)
+    kept = 4 * 1024 * (32 + 2 + 2)
+    assert peak - before < kept + 6 * x.nbytes  # by rows of x: 4 for each of both
 
 
 def test_the_same_bits_again():

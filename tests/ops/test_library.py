@@ -3,6 +3,7 @@
 import pytest
 import torch
 from judge import make_outputs, make_projection
+from packed import random_four_bit
 from process import run_python
 from torch import nn
 
@@ -14,6 +15,16 @@ from fastlora.projection import Layout, flatten, layouts_of
 pytestmark = pytest.mark.usefixtures("backend")
 
 
+def packed_arguments(p: float, requires_grad: bool = True):
+    """Two outputs: a packed weight with a bias and an adapter, and a plain one."""
+    x, (_, bias, lora_a, lora_b, weight, *_), *_ = op_arguments(p, requires_grad)
+    weight = weight.detach()
+    four = random_four_bit(6, 16, "nf4", 64, nested=2)
+    tensors = [*four.tensors, bias, lora_a, lora_b, weight]
+    seeds = torch.randint(-9, 9, (1,)) if p else None
+    return x, tensors, [True, False], [1, 0], [0.5], f"{four.format.text}\n", p, seeds, ""
+
+
 def op_arguments(p: float, requires_grad: bool = True):
     """Three outputs: with a bias and an adapter, with two adapters, and with none."""
     x = torch.randn(2, 5, 16, requires_grad=requires_grad)
@@ -21,12 +32,13 @@ def op_arguments(p: float, requires_grad: bool = True):
     layouts = layouts_of(outputs)
     tensors = [t.detach().requires_grad_(requires_grad) for t in flatten(outputs, layouts)]
     seeds = torch.randint(-9, 9, (3,)) if p else None
-    return x, tensors, [True, False, False], [1, 2, 0], [0.5, 0.25, 2.0], p, seeds, ""
+    return x, tensors, [True, False, False], [1, 2, 0], [0.5, 0.25, 2.0], "", p, seeds, ""
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_opcheck_forward(p):
     torch.library.opcheck(torch.ops.fastlora.lora_linears.default, op_arguments(p))
+    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, packed_arguments(p))
 
 
 ALL = [True] * 11  # x; weight, bias, a, b; weight, a, b, a, b; weight
@@ -38,6 +50,14 @@ SOME = [True, False, True, True, False, False, False, True, True, False, False]
 def test_opcheck_backward(p, needs):
     x, tensors, *settings = op_arguments(p, requires_grad=False)
     ys, hs = torch.ops.fastlora.lora_linears(x, tensors, *settings)
+    arguments = (ys, x, tensors, hs, needs, *settings)
+    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
+
+
+def test_opcheck_backward_of_a_packed_weight():
+    x, tensors, *settings = packed_arguments(0.2, requires_grad=False)
+    ys, hs = torch.ops.fastlora.lora_linears(x, tensors, *settings)
+    needs = [True] + [False] * 5 + [True] * 3 + [False]
     arguments = (ys, x, tensors, hs, needs, *settings)
     torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
 

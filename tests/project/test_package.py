@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "projection", "segments", "blocks", "reference", "backends", "ops",
-    "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather", "classes",
-    "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
+    "version", "kernels", "blocks", "formats", "projection", "segments", "reference", "backends",
+    "ops", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather",
+    "classes", "beside", "report", "mlp", "model", "peft", "trainer", "doctor", "__main__", "moved",
     "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
@@ -26,12 +26,16 @@ ORDER_INSIDE = {
         "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
+    "formats": ["format", "four_bit", "int8"],
     "reference": ["lora", "dora", "gated", "grouped"],
-    "backends": ["protocol", "dropout", "products", "gated", "rows", "grouped", "torch", "triton"],
+    "backends": [
+        "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
+    ],
+    "triton": ["cover", "layer", "grouped", "gated"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
-        "experts",
+        "routing", "experts",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
@@ -126,7 +130,7 @@ def test_no_module_shares_its_place_with_a_public_function():
 
 def test_one_file_imports_the_kernels():
     importers = [path for path in FILES if "kernels" in imported_parts(path)]
-    assert importers == [ROOT / "fastlora" / "backends" / "triton.py"]
+    assert importers == [ROOT / "fastlora" / "backends" / "triton" / "cover.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

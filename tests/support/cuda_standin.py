@@ -215,6 +215,6 @@ def _make_products_tiny() -> None:
     products = {"addmm": made_tiny(torch.addmm), "mm": made_tiny(torch.mm)}
     with_tiny = SimpleNamespace(**vars(torch) | products)
     for name, module in list(sys.modules.items()):
-        if name == fastlora.backends.triton.__name__ or name.startswith("fastlora.kernels."):
+        if name.startswith((fastlora.backends.triton.__name__, "fastlora.kernels.")):
             replaced = {"torch": with_tiny, "linear": linear}
             vars(module).update({key: replaced[key] for key in replaced.keys() & vars(module)})

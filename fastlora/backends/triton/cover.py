@@ -1,0 +1,117 @@
+"""Which calls the Triton kernels cover, and what calls share.  It alone imports the kernels."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...formats.format import Quantised
+from ...projection import Layout, Output, named_tensors, unflatten
+
+try:
+    from ... import kernels  # type: ignore[attr-defined]  # it lives in kernels/
+except ImportError as error:
+    raise ImportError(
+        f"{__package__.partition('.')[0]} was imported from a source tree, {__file__}, which "
+        "has no fastlora.kernels: run from another folder, or pip install --editable ."
+    ) from error
+
+# The GPUs that calls can be planned for, without one.
+TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
+_COVERED = (torch.float16, torch.bfloat16, torch.float32)
+_LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
+_NOTHING = nullcontext()
+# z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
+_NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
+_said: set[str] = set()
+_INTERNAL = tuple(
+    str(Path(file).parent) for file in (Path(__file__).parents[1], kernels.__file__, torch.__file__)
+)
+
+
+def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
+    """Why the kernels don't cover x of this dtype on this device, or "" if they do."""
+    target = kernels.target_of(device)
+    if target is None:
+        if device.type == "cpu":
+            return "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
+        return f"the Triton kernels don't run on {device}"
+    for output in outputs:
+        if isinstance(output.base.weight, Quantised):
+            return "the Triton kernels have no packed weights"
+        for _, tensor in named_tensors(output):
+            if tensor is None:
+                continue
+            if tensor.dtype not in _COVERED:
+                return f"the Triton kernels don't have {tensor.dtype}"
+            if tensor.is_neg():
+                return _NEGATED
+            if max(tensor.shape) > _LONGEST:
+                return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
+    if dtype == torch.float32 and not target.float32:
+        return f"{target.name} multiplies no float32 in tensor cores"
+    return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
+
+
+@contextmanager
+def without_launching(
+    handler: "Callable[[kernels.Launch], None]", where: str | torch.device
+) -> Iterator[None]:
+    """Calls inside, on meta tensors, hand ``handler`` what they would launch on a target or device.
+
+    Nothing is launched, and the device of a name in ``TARGETS`` need not be here.
+    """
+    target = kernels.TARGETS[where] if isinstance(where, str) else kernels.target_of(where)
+    with kernels.use_target(target), kernels.intercept(handler):
+        yield
+
+
+def covers(
+    inputs: Sequence[Tensor], layouts: Sequence[Layout], dys: Sequence[Tensor | None] = ()
+) -> bool:
+    x, *tensors = inputs
+    if len(x) == 0:
+        return False
+    reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
+    if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
+        reason = _NEGATED
+    if not reason and len(x) > _LONGEST:
+        reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
+    if reason and reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"this call runs on the torch backend: {reason}", stacklevel=user_level())
+    return not reason
+
+
+def user_level() -> int:
+    """The ``stacklevel``, for who calls this, of the first line outside of fastlora and torch."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        level, frame = level + 1, frame.f_back
+    return level + 1
+
+
+def precision_of(x: Tensor) -> str:
+    """How tensor cores may read float32; for the 16-bit dtypes it means nothing."""
+    target = kernels.target_of(x.device) if x.dtype == torch.float32 else None
+    if target is None or not target.tf32:
+        return "ieee"
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        # Since torch 2.9: it follows the older switches, whose getters raise if this one was used.
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,0 +1,136 @@
+"""A weight that is packed: its format, and its tensors.
+
+A format is a frozen record of numbers, one subclass each, in a file of its own.  It says which
+tensors it needs, checks them, and makes rows of the weight from them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
+
+from ..blocks import rows_at_a_time
+
+_KNOWN: dict[str, type["Format"]] = {}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What packed tensors stand for: a weight [``rows``, ``columns``].
+
+    Fields of a subclass are whole numbers, numbers, words and switches, so that a text can carry
+    them; :attr:`dtype` is the name of the one in which the vendor dequantises.
+    """
+
+    rows: int
+    columns: int
+
+    label: ClassVar[str]  # what people call it, for a report: "NF4"
+
+    def __init_subclass__(cls) -> None:
+        _KNOWN[cls.__name__] = cls
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the tensors are called, in their order."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight that was packed, as far as the format knows it."""
+        return torch.float32
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raise ValueError unless the tensors are this format's: what came, and what fits."""
+        raise NotImplementedError
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        """``len(out)`` rows from ``first`` on, written to ``out`` [rows, columns], and it.
+
+        Bit for bit what the vendor's own dequantisation gives in out's dtype, which is floating;
+        out's rows may lie apart, their elements don't.
+        """
+        raise NotImplementedError
+
+    @property
+    def text(self) -> str:
+        """The record as words, for :func:`from_text`."""
+        return " ".join([type(self).__name__, *[str(value) for value in vars(self).values()]])
+
+
+def from_text(text: str) -> Format:
+    """The format that :attr:`Format.text` tells of.  Raises ValueError for any other text."""
+    name, *words = text.split(" ")
+    kind = _KNOWN.get(name)
+    places = () if kind is None else fields(kind)
+    if kind is None or len(words) != len(places):
+        raise ValueError(f"{text!r} tells of no format; there are {', '.join(sorted(_KNOWN))}")
+    return kind(
+        *[_VALUES[str(place.type)](word) for place, word in zip(places, words, strict=True)]
+    )
+
+
+# By the annotation of a field, which is its type or that type's name.
+_VALUES: dict[str, Callable[[str], Any]] = {
+    "int": int, "<class 'int'>": int,
+    "float": float, "<class 'float'>": float,
+    "str": str, "<class 'str'>": str,
+    "bool": "True".__eq__, "<class 'bool'>": "True".__eq__,
+}  # fmt: skip
+
+
+class Quantised(NamedTuple):
+    """A weight [N, K] that is packed, a :class:`fastlora.blocks.Source`: none of it ever trains.
+
+    It stands where a :class:`fastlora.projection.Base` has a plain weight.
+    """
+
+    format: Format
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.format.rows, self.format.columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format's, not that of a call."""
+        return self.format.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def read(self, first: int, out: Tensor) -> Tensor:
+        return self.format.read(self.tensors, first, out)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight in this dtype, new."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        step = rows_at_a_time(out)
+        with torch.no_grad():
+            for first in range(0, len(out), step):
+                self.read(first, out[first : first + step])
+        return out
+
+
+def check_shapes(
+    names: Iterable[str],
+    tensors: Sequence[Tensor],
+    expected: Sequence[tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
+) -> None:
+    """Raise ValueError unless every tensor has its shape and one of its dtypes, and lies dense."""
+    names = tuple(names)
+    if len(tensors) != len(names):
+        raise ValueError(f"{len(tensors)} tensors came, but there must be {', '.join(names)}")
+    for name, tensor, (shape, dtypes) in zip(names, tensors, expected, strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"its {name} has shape {tuple(tensor.shape)}, but must be {shape}")
+        if tensor.dtype not in dtypes:
+            fits = " or ".join(map(str, dtypes))
+            raise ValueError(f"its {name} has dtype {tensor.dtype}, but must be {fits}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"its {name} has strides {tensor.stride()}: call .contiguous()")

@@ -1,0 +1,100 @@
+"""Formats: the numbers that their tensors stand for, in any dtype; and their checks."""
+
+import dataclasses
+
+import pytest
+import torch
+from packed import by_elements, random_four_bit, random_int8
+
+from fastlora.formats.format import Quantised, from_text
+from fastlora.formats.four_bit import FourBit
+from fastlora.formats.int8 import Int8Rows
+from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
+
+MAKERS = {
+    "nf4": lambda: random_four_bit(48, 64),
+    "fp4-nested": lambda: random_four_bit(48, 64, "fp4", 32, nested=16),
+    "nf4-blocks-over-rows": lambda: random_four_bit(9, 22, block=64, nested=2),
+    "nf4-odd": lambda: random_four_bit(11, 13, block=32, nested=3),
+    "nf4-many-parts": lambda: random_four_bit(300, 1024, nested=256),
+    "int8": lambda: random_int8(13, 21),
+}
+
+
+@pytest.fixture(params=MAKERS.values(), ids=MAKERS.keys())
+def weight(request) -> Quantised:
+    torch.manual_seed(0)
+    return request.param()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
+    assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
+
+
+def test_some_rows_in_memory_that_others_have_beside_them(weight):
+    n, k = weight.shape
+    memory = torch.full((n, k + 3), 7.0)
+    weight.read(3, memory[3 : n - 1, 1 : k + 1])
+    expected = torch.full((n, k + 3), 7.0)
+    expected[3 : n - 1, 1 : k + 1] = by_elements(weight)[3:-1]
+    assert torch.equal(memory, expected)
+
+
+def test_the_text_tells_the_format(weight):
+    assert from_text(weight.format.text) == weight.format
+
+
+@pytest.mark.parametrize("text", ["", "Elsewhere 1 2", "Int8Rows 3 4"])
+def test_another_text_tells_none(text):
+    with pytest.raises(ValueError, match="tells of no format"):
+        from_text(text)
+
+
+def test_the_checks_take_it(weight):
+    weight.format.check(weight.tensors)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "stride", "missing"])
+def test_the_checks_say_what_is_wrong_with_any_tensor(weight, change):
+    for i, (name, tensor) in enumerate(zip(weight.format.names, weight.tensors, strict=True)):
+        if change == "shape":
+            wrong = torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])
+        elif change == "dtype":
+            wrong = tensor.to(torch.int64)
+        else:
+            wrong = torch.stack([tensor, tensor], -1)[..., 0]
+        tensors = [*weight.tensors[:i], wrong, *weight.tensors[i + 1 :]]
+        words = {"shape": f"its {name} has shape", "dtype": f"its {name} has dtype"}
+        match = words.get(change, f"its {name} has strides")
+        if change == "missing":
+            tensors, match = tensors[:-1], "tensors came, but there must be"
+        if change == "stride" and wrong.is_contiguous():
+            continue
+        with pytest.raises(ValueError, match=match):
+            weight.format.check(tensors)
+
+
+@pytest.mark.parametrize("change", [{"kind": "nf5"}, {"block": 0}, {"nested": -1}], ids=str)
+def test_the_checks_say_what_is_wrong_with_numbers(change):
+    weight = random_four_bit(8, 16)
+    with pytest.raises(ValueError, match="must be"):
+        dataclasses.replace(weight.format, **change).check(weight.tensors)
+
+
+def test_a_packed_weight_is_flat_as_all_its_tensors():
+    four, eight = random_four_bit(6, 16, nested=2), random_int8(7, 16)
+    bias = torch.ones(6)
+    outputs = [Output(Base(four, bias)), Output(Base(eight))]
+    layouts = layouts_of(outputs)
+    flat = flatten(outputs, layouts)
+    assert flat == [*four.tensors, bias, *eight.tensors]
+    assert unflatten(flat, layouts) == outputs
+    needs = [False] * 5 + [True] + [False] * 2
+    assert unflatten(needs, layouts) == [Output(Base(False, True)), Output(Base(False))]
+    gradients = [Output(Base(None, bias)), Output(Base(None))]
+    assert flatten(gradients, layouts) == [None] * 5 + [bias] + [None] * 2
+
+
+def test_formats_are_hashable_and_compare_by_their_numbers():
+    assert len({FourBit(6, 16, "nf4", 64), FourBit(6, 16, "nf4", 64), Int8Rows(6, 16)}) == 2
