@@ -48,6 +48,12 @@ class Case:
         return self.table == "gpu" and self.M <= DECODE
 
     @property
+    def has_no_node(self) -> bool:
+        """A call of few rows on a CPU, which torch's own autograd follows."""
+        few = self.M <= 32 and len(self.outputs) == 1 and self.table not in ("gpu", "host")
+        return few and self.dtype == self.adapter_dtype == F32
+
+    @property
     def calls_in_a_row(self) -> int:
         """More than one where the caller's own CPU time is measured, on one thread."""
         return {"overhead": 200, "few": 5}.get(self.table, 1)

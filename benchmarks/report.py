@@ -23,6 +23,8 @@ _TITLES = {
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
     "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
+    "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
+    "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
     "base": "This tree's fastlora over the base's.",
 }
 
