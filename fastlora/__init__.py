@@ -19,6 +19,7 @@ from .ops import lora_grouped, lora_linear, lora_linears
 from .peft.check import check
 from .peft.coverage import coverage
 from .peft.optimize import optimize, restore
+from .price.quote import plan
 from .projection import Projection
 from .report import Coverage
 from .version import __version__
@@ -40,6 +41,7 @@ __all__ = [
     "lora_linears",
     "merge_lora",
     "optimize",
+    "plan",
     "print_trainable_parameters",
     "reference",
     "remove_lora",

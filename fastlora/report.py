@@ -8,8 +8,9 @@ from torch import nn
 
 from .adapted import LoRALayer
 from .backends import planned_backend
+from .formats.format import Quantised
 from .modules import lora_layers, some
-from .projection import as_outputs
+from .projection import Output, as_outputs
 
 _BASE_ALONE = ("merged", "disabled")
 
@@ -22,6 +23,7 @@ class LayerCoverage:
     ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
     ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
     ``parameters`` is how many of the base's are adapted: out · in, for each expert.
+    ``packed`` names the format of a quantised base that is read, as "NF4".
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerCoverage:
     reason: str = ""
     adapter: str = ""
     parameters: int = 0
+    packed: str = ""
 
     @property
     def runs_adapter(self) -> bool:
@@ -98,6 +101,7 @@ class Coverage:
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
+        lines += self._lines_of_packed()
         lines += self._lines_of_blocks()
         if self.frozen:
             lines.append(
@@ -106,6 +110,10 @@ class Coverage:
                 "attention in 16 bits stays slow, which a float32 model avoids"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _lines_of_packed(self) -> list[str]:
+        formats = Counter(layer.packed for layer in self.layers if layer.packed)
+        return [f"{count} quantised: {name}" for name, count in formats.items()]
 
     def _lines_of_blocks(self) -> list[str]:
         if not self.blocks:
@@ -119,6 +127,12 @@ class Coverage:
         for reason, names in reasons.items():
             lines.append(f"{len(names)} layer by layer: {some(names)}: {reason}")
         return lines
+
+
+def format_of(output: Output) -> str:
+    """What the format of its packed weight is called; "" for a plain weight."""
+    weight = output.base.weight
+    return weight.format.label if isinstance(weight, Quantised) else ""
 
 
 def _percent(share: float) -> str:

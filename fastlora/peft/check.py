@@ -2,8 +2,6 @@
 
 import copy
 import math
-import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import beside, mlp
+from ..batch import call, loss_and_outputs, seed_all, undisturbed
 from ..modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
+from ..quant import PackedLayer, quantised_weight
 from ..report import Coverage
 from .optimize import optimize, peft_layers
 
@@ -24,7 +24,6 @@ from .optimize import optimize, peft_layers
 # bits it is that of two blocks, and grows as √(blocks - 1): over 40 random qwen3 models in bfloat16
 # the largest were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with 32.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-_SEED = 20240229  # of both runs, any number
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,9 @@ class Check:
     layers: tuple[Difference, ...]  # of every LoRA layer with gradients: the largest of them
     tolerance: float
     coverage: Coverage  # of the fast run
-    dtype: torch.dtype = torch.float32  # the coarsest of the parameters and of autocast
+    dtype: torch.dtype = (
+        torch.float32
+    )  # the coarsest of the parameters, of autocast, of quantised layers
 
     @property
     def largest(self) -> Difference:
@@ -113,18 +114,19 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 f"there is nothing to compare, no layer runs its adapter fast: {report}"
             )
         with masks.shared_masks(inner):
-            with _kept(inner):
+            with undisturbed(inner):
                 fast = _run(model, batch)
             blocks = mlp.give_back(inner.modules())
             swapped, taken = swap.unswap_all(inner.modules()), beside.give_back(inner.modules())
             try:
-                with _kept(inner):
+                with undisturbed(inner):
                     peft = _run(model, batch)
             finally:
                 swap.swap_all(swapped)
                 beside.take(taken)
                 mlp.take(blocks, block.Block)
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
+    used |= _dtypes_of_quantised(inner)
     dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
     if tolerance is None:
         deeper = math.sqrt(max(1, _blocks(report) - 1)) if dtype in HALF_DTYPES else 1.0
@@ -161,30 +163,12 @@ class _Run:
 
 def _run(model: nn.Module, batch: Any) -> _Run:
     inner = unwrap(model)
-    _seed_all()
+    seed_all()
     inner.zero_grad()
     batch = tree_map(_fresh, dict(batch) if isinstance(batch, Mapping) else batch)
     with _noted_autocast(inner) as autocast:
-        if isinstance(batch, Mapping):
-            output = model(**batch)
-        else:
-            output = model(*batch) if isinstance(batch, Sequence) else model(batch)
-    outputs = _floating(output)
-    loss = outputs.pop("loss", None)
-    if loss is None:
-        if not outputs:
-            raise ValueError(
-                f"the model returned {type(output).__name__}, without a float tensor: let it "
-                "return the loss or the logits"
-            )
-        generator = torch.Generator().manual_seed(_SEED)
-        loss = torch.stack(
-            [
-                (value * torch.randn(value.shape, generator=generator).to(value)).sum()
-                for value in outputs.values()
-            ]
-        )
-    loss = loss.sum()
+        output = call(model, batch)
+    loss, outputs = loss_and_outputs(output)
     if loss.requires_grad:
         loss.backward()
     inputs = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
@@ -195,13 +179,6 @@ def _run(model: nn.Module, batch: Any) -> _Run:
         {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None},
         autocast,
     )
-
-
-def _seed_all() -> None:
-    torch.manual_seed(_SEED)
-    random.seed(_SEED)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(_SEED)
 
 
 def _fresh(value: Any) -> Any:
@@ -238,61 +215,11 @@ def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
             handle.remove()
 
 
-def _floating(output: Any) -> dict[str, Tensor]:
-    """The floating tensors of a model's output, by key or by number."""
-    items = output.items() if isinstance(output, Mapping) else {"output": output}.items()
-    found: dict[str, Tensor] = {}
-    for key, value in items:
-        leaves = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
-        found |= {key if len(leaves) == 1 else f"{key}[{i}]": v for i, v in enumerate(leaves)}
-    return found
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter has a gradient; afterwards all but the weights is as it was."""
-    parameters = list(model.parameters())
-    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
-        raise ValueError(
-            "a hook runs when a gradient is ready (an optimizer inside of backward?), and would "
-            "change the model: check it before that is set up"
-        )
-    # With their values, since those may be views of DDP's buckets, which the runs write to.
-    gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
-    # And buffers both as objects and by value: a forward may write to one, or put another there.
-    buffers = [
-        (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
-        for module in model.modules()
-    ]
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), _kept_random_state():
-        for parameter in parameters:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter.grad = None
-                for parameter, gradient, value in gradients:
-                    parameter.grad = gradient.copy_(value)
-                for module, before in buffers:
-                    module._buffers.clear()
-                    for name, kept in before.items():
-                        module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Of Python and numpy, which some models draw from too."""
-    numpy, state = sys.modules.get("numpy"), random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+def _dtypes_of_quantised(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes in which quantised layers compute, whatever x's is."""
+    found = [quantised_weight(module) for module in model.modules()]
+    dtypes = [layer.compute_dtype for layer in found if isinstance(layer, PackedLayer)]
+    return {dtype for dtype in dtypes if dtype is not None}
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:

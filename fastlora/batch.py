@@ -1,0 +1,109 @@
+"""A model's run on one batch: the call, its loss, and leaving no trace of it."""
+
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_SEED = 20240229  # of every run, any number
+
+
+def seed_all() -> None:
+    """Set torch's, Python's and numpy's random states, the same each time."""
+    torch.manual_seed(_SEED)
+    random.seed(_SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(_SEED)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a mapping (keyword arguments), a sequence (arguments), or a tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, Sequence) else model(batch)
+
+
+def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """A model's loss, and its other floating tensors by key or by number.
+
+    The loss is the output's ``loss``, summed, or else a fixed random combination of all outputs.
+    Raises ValueError for an output without a float tensor.
+    """
+    outputs = _floating(output)
+    loss = outputs.pop("loss", None)
+    if loss is None:
+        if not outputs:
+            raise ValueError(
+                f"the model returned {type(output).__name__}, without a float tensor: let it "
+                "return the loss or the logits"
+            )
+        generator = torch.Generator().manual_seed(_SEED)
+        loss = torch.stack(
+            [
+                (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+                for value in outputs.values()
+            ]
+        )
+    return loss.sum(), outputs
+
+
+def _floating(output: Any) -> dict[str, Tensor]:
+    """The floating tensors of a model's output, by key or by number."""
+    items = output.items() if isinstance(output, Mapping) else {"output": output}.items()
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        leaves = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
+        found |= {key if len(leaves) == 1 else f"{key}[{i}]": v for i, v in enumerate(leaves)}
+    return found
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter has a gradient; afterwards all but the weights is as it was."""
+    parameters = list(model.parameters())
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+        raise ValueError(
+            "a hook runs when a gradient is ready (an optimizer inside of backward?), and would "
+            "change the model: do this before that is set up"
+        )
+    # With their values, since those may be views of DDP's buckets, which the runs write to.
+    gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
+    # And buffers both as objects and by value: a forward may write to one, or put another there.
+    buffers = [
+        (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
+        for module in model.modules()
+    ]
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices), _kept_random_state():
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.grad = None
+                for parameter, gradient, value in gradients:
+                    parameter.grad = gradient.copy_(value)
+                for module, before in buffers:
+                    module._buffers.clear()
+                    for name, kept in before.items():
+                        module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Of Python and numpy, which some models draw from too."""
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

@@ -1,0 +1,1 @@
+"""What a rank costs before anything is trained: ``fastlora.plan``."""

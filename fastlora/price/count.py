@@ -1,0 +1,42 @@
+"""What can be counted from shapes alone, on meta tensors too: parameters, bytes, FLOPs."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..base import matrix_of, why_not_class
+from ..model.config import LoRAConfig
+from ..model.targets import find_targets, modules_to_save
+from .record import FrozenCosts, Price
+
+
+def count_frozen(model: nn.Module) -> FrozenCosts:
+    """The model's parameters, and the FLOPs of its linear layers."""
+    weights = sum(weight.numel() for weight in _matrices(model))
+    return FrozenCosts(sum(parameter.numel() for parameter in model.parameters()), 4 * weights)
+
+
+def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
+    """How many layers ``config`` targets, and the counted price of their adapters.
+
+    Raises what :func:`fastlora.apply_lora` raises for a config that doesn't fit the model.
+    """
+    parameters = size = flops = 0
+    saved = modules_to_save(model, config, every_name=True)
+    targets = find_targets(model, config, saved, every_name=True)
+    for name, layer in targets.items():
+        weight, r = matrix_of(layer), config.rank_of(name)
+        count = r * sum(weight.shape)
+        parameters += count
+        size += count * torch.promote_types(weight.dtype, torch.float32).itemsize
+        # A multiplication and an addition for each, in three products of either matrix: h and y;
+        # dh and the adapter's part of dx; both gradients.
+        flops += 2 * 3 * count
+    return len(targets), Price(config.r, parameters, size, flops)
+
+
+def _matrices(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        if not why_not_class(type(module)):
+            yield matrix_of(module)

@@ -1,0 +1,172 @@
+"""``fastlora.plan``: the price of each rank for a model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..adapted import LoRALayer
+from ..batch import undisturbed
+from ..model.arguments import as_config, check_model
+from ..model.config import LoRAConfig
+from ..model.inject import apply_lora, remove_lora
+from ..modules import called, unwrap
+from ..projection import shown
+from .count import count_adapter, count_frozen
+from .measure import Step, frozen, in_training
+from .record import FrozenCosts, Plan, Price
+
+RANKS = (8, 16, 64, 256)
+_ROWS, _TOKENS = 1, 256
+_QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+
+
+def plan(
+    model: nn.Module,
+    ranks: Sequence[int] = RANKS,
+    *,
+    config: LoRAConfig | None = None,
+    batch: Any = None,
+    rounds: int = 5,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """What LoRA of each rank would cost this model: counted, and measured where it is.
+
+    ``model`` has no adapters as yet.  ``config`` (every linear layer, if None) says what would be
+    adapted; its ``r`` stands for each of ``ranks`` in turn, and its patterns hold.  ``batch`` is
+    what the model is called with in training: a mapping, a sequence or a tensor, with labels if it
+    computes a loss; a causal language model of transformers gets random tokens, [1, 256], if None.
+
+    Each of ``rounds`` runs forward and backward of the frozen model, to its embeddings, and of the
+    model with each rank, in training mode, on the model's device; 0 measures nothing.
+    Everything is as it was afterwards: parameters, gradients, buffers, modes, random states.
+    ``progress`` is called with a line for each round.
+
+    Returns a :class:`fastlora.price.record.Plan`, which prints as a table.  Raises ValueError for a
+    rank below 1 or none, a model with adapters, a batch that is missing, a model on ``meta`` that
+    is to be measured, and what :func:`fastlora.apply_lora` and the model raise.
+    """
+    check_model(model)
+    inner = unwrap(model)
+    ranks = _checked_ranks(ranks)
+    if type(rounds) is not int or rounds < 0:
+        raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
+    _check_plain(inner)
+    config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
+    costs, layers, prices = counted(inner, ranks, config)
+    found = Plan(type(inner).__name__, layers, costs, prices)
+    return measured(found, inner, config, batch, rounds, progress) if rounds else found
+
+
+def counted(
+    model: nn.Module, ranks: Sequence[int], config: LoRAConfig
+) -> tuple[FrozenCosts, int, tuple[Price, ...]]:
+    """The frozen model's costs, how many layers are adapted, and each rank's price, by shapes."""
+    counts = [count_adapter(model, replace(config, r=r)) for r in ranks]
+    return count_frozen(model), counts[0][0], tuple(price for _, price in counts)
+
+
+def measured(
+    plan: Plan,
+    model: nn.Module,
+    config: LoRAConfig,
+    batch: Any,
+    rounds: int,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """The plan with this model's times and kept bytes."""
+    if batch is None:
+        batch = _random_tokens(model)
+    tokens, text = _size(batch)
+    step = Step(model, batch)
+    if step.device.type == "meta":
+        raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
+    sides: list[Price | None] = [None, *plan.prices]
+    kept, seconds = [], []
+    with undisturbed(model), in_training(model):
+        for i in range(rounds + 1):  # the first warms up
+            if progress is not None:
+                progress(f"round {i} of {rounds}" if i else "kept bytes")
+            times = []
+            for side in sides:
+                with _side(model, batch, config, side):
+                    if i == 0:
+                        kept.append(step.kept_bytes() / tokens)
+                    times.append(step.seconds())
+            if i:
+                seconds.append(times)
+    ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
+    prices = tuple(
+        replace(price, kept_bytes=kept[j], step=_quartiles(ratios[j]))
+        for j, price in enumerate(plan.prices, start=1)
+    )
+    costs = replace(
+        plan.frozen,
+        kept_bytes=kept[0],
+        seconds=_quartiles([times[0] for times in seconds])[1],
+    )
+    return replace(plan, frozen=costs, prices=prices, device=str(step.device), batch=text)
+
+
+@contextmanager
+def _side(model: nn.Module, batch: Any, config: LoRAConfig, price: Price | None) -> Iterator[None]:
+    """Inside, the model has an adapter of this price's rank; without a price it is frozen."""
+    with ExitStack() as stack:
+        if price is None:
+            stack.enter_context(frozen(model, batch))
+        else:
+            apply_lora(model, replace(config, r=price.r))
+            stack.callback(remove_lora, model)
+        yield
+        model.zero_grad()
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(_QUARTILES).tolist()
+    return low, middle, high
+
+
+def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str) else ()
+    if not found or any(type(r) is not int or r < 1 for r in found):
+        raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
+    return tuple(dict.fromkeys(found))
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) or hasattr(module, "lora_A"):
+            raise ValueError(
+                f"{called(name)} has an adapter already: a plan is made of the model without any"
+            )
+
+
+def _random_tokens(model: nn.Module) -> dict[str, Tensor]:
+    """Input and labels of a causal language model of transformers."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text, "vocab_size", None)
+    if not vocabulary:
+        raise ValueError(
+            f"batch is None, and {type(model).__name__} has no config.vocab_size to make one from: "
+            "give what the model is called with, such as batch={'input_ids': …, 'labels': …}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (_ROWS, _TOKENS), generator=generator)
+    tokens = tokens.to(next(model.parameters()).device)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _size(batch: Any) -> tuple[int, str]:
+    """How many tokens a batch has, and its shape: of its first tensor's first two dimensions."""
+    for leaf in tree_leaves(dict(batch) if hasattr(batch, "keys") else batch):
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.numel():
+            shape = leaf.shape[:2] if leaf.dim() > 1 else leaf.shape[:1]
+            if leaf.is_floating_point():  # the last dimension is of features
+                shape = leaf.shape[:-1] or leaf.shape
+            return shape.numel(), " x ".join(map(str, shape)) + " tokens"
+    raise ValueError(f"batch is {shown(batch)}, but must hold a tensor with elements")

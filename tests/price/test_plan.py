@@ -1,0 +1,196 @@
+"""The price list: what it counts against what apply_lora makes, and that nothing is left behind."""
+
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlora
+from fastlora.__main__ import main
+from fastlora.price.measure import Step, frozen
+
+
+class Net(nn.Module):
+    """Two layers with something in between that keeps its input."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.first, self.last = nn.Linear(24, 40, dtype=dtype), nn.Linear(40, 8, dtype=dtype)
+
+    def forward(self, x):
+        return self.last(self.first(x).sin())
+
+
+def tiny_config(layers: int = 4) -> transformers.PretrainedConfig:
+    return transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    tiny_config().save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_are_those_of_apply_lora(tmp_path, dtype):
+    net = Net(dtype)
+    for price in fastlora.plan(net, [3, 16], rounds=0).prices:
+        model = fastlora.apply_lora(
+            copy.deepcopy(net), fastlora.LoRAConfig(r=price.r, target_modules="all-linear")
+        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert price.parameters == sum(p.numel() for p in trained)
+        assert price.bytes == sum(p.numel() * p.element_size() for p in trained)
+        fastlora.save_adapter(model, tmp_path / str(price.r))
+        file = tmp_path / str(price.r) / "adapter_model.safetensors"
+        assert 0 <= file.stat().st_size - price.bytes < 1000  # the header
+
+
+def test_flops_are_those_that_torch_counts():
+    """Of the frozen layers, and of the textbook's products beside them."""
+    net, x = Net(), torch.randn(10, 24, requires_grad=True)
+    found = fastlora.plan(net, [4], rounds=0)
+
+    def counted(run: Callable) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run().sum().backward()
+        return counter.get_total_flops() // 10
+
+    def adapted() -> torch.Tensor:
+        y = x
+        for layer in (net.first, net.last):
+            a = torch.randn(4, layer.in_features, requires_grad=True)
+            b = torch.randn(layer.out_features, 4, requires_grad=True)
+            y = fastlora.reference.lora_linear(y, layer.weight, a, b)
+        return y
+
+    with frozen(net, x):
+        alone = counted(lambda: net(x))
+        assert found.frozen.flops == alone
+        assert found.prices[0].flops == counted(adapted) - alone
+
+
+def test_patterns_and_targets_hold():
+    config = fastlora.LoRAConfig(target_modules=["first"], rank_pattern={"first": 2})
+    found = fastlora.plan(Net(), [8, 64], config=config, rounds=0)
+    assert (found.layers, [price.parameters for price in found.prices]) == (1, [128, 128])
+
+
+def test_kept_bytes_of_an_adapter():
+    net, x = Net(), torch.randn(2, 5, 24)
+    found = fastlora.plan(net, [4], batch=x, rounds=1)
+    assert found.batch == "2 x 5 tokens"
+    # sin keeps its input, the loss its factors; the layers keep their inputs, and h.
+    assert found.frozen.kept_bytes == 4 * (40 + 8)
+    assert found.prices[0].kept_bytes == 4 * (24 + 4 + 40 + 40 + 4 + 8)
+    low, middle, high = found.prices[0].step
+    assert 0 < low <= middle <= high
+
+
+def test_everything_is_as_it_was():
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(1))
+    model.lm_head.weight.requires_grad_(False)
+    model.model.norm.eval()
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    torch.manual_seed(3)
+
+    def state() -> tuple:
+        return (
+            [type(m) for m in model.modules()],
+            [m.training for m in model.modules()],
+            [(n, p.requires_grad, id(p), p.grad is None) for n, p in model.named_parameters()],
+            [len(m._forward_hooks) for m in model.modules()],
+            torch.get_rng_state().tolist(),
+        )
+
+    before, values = state(), copy.deepcopy(model.state_dict())
+    lines = []
+    found = fastlora.plan(model, [2], rounds=2, progress=lines.append)
+    assert state() == before
+    torch.testing.assert_close(model.state_dict(), values, rtol=0, atol=0)
+    assert lines == ["kept bytes", "round 1 of 2", "round 2 of 2"]
+    assert found.batch == "1 x 256 tokens"
+    assert "step / frozen's" in str(found)
+
+    with pytest.raises(ValueError, match="input_ids"):
+        fastlora.plan(model, [2], batch={"no such": torch.ones(1, 2)}, rounds=1)
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": []}, "ranks is"),
+        ({"ranks": [0]}, "ranks is"),
+        ({"ranks": [True]}, "ranks is"),
+        ({"ranks": "8"}, "ranks is"),
+        ({"rounds": -1}, "rounds is"),
+        ({}, "batch is None, and Net has no config.vocab_size"),
+        ({"batch": torch.zeros(())}, "must hold a tensor"),
+        ({"batch": {"x": 3}}, "must hold a tensor"),
+    ],
+)
+def test_what_cannot_be_meant(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fastlora.plan(Net(), **arguments)
+
+
+def test_models_that_have_adapters_or_nothing_to_run_on():
+    with pytest.raises(ValueError, match="on meta"):
+        fastlora.plan(Net().to("meta"), [2], batch=torch.ones(2, 24, device="meta"))
+    with (
+        pytest.raises(ValueError, match="nothing to differentiate"),
+        frozen(Net(), torch.ones(1).long()),
+    ):
+        pass
+    net = fastlora.apply_lora(Net(), fastlora.LoRAConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="first has an adapter already"):
+        fastlora.plan(net)
+
+
+def test_a_step_has_new_gradients():
+    net, x = Net(), torch.randn(2, 24)
+    step = Step(net, x)
+    assert step.seconds() > 0
+    first = net.first.weight.grad.clone()
+    step.seconds()
+    assert torch.equal(net.first.weight.grad, first)
+
+
+def test_command_of_a_folder(folder, capsys):
+    assert main(["plan", folder, "--r", "2,4", "--rounds", "1", "--layers", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [price["r"] for price in found["prices"]] == [2, 4]
+    assert found["layers"] == 4 * 7
+    assert found["notes"] == ["the time and what is kept: of the first 2 of 4 layers, and the head"]
+    assert found["frozen"]["seconds"] > 0
+
+    assert main(["plan", f"{folder}/config.json", "--rounds", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing was measured" in text
+    assert [line.split()[0] for line in text.splitlines()[-4:]] == ["8", "16", "64", "256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/folder"], "neither a folder nor a file"),
+        (["{folder}", "--r", "8,x"], "'x' is no rank"),
+        (["{folder}", "--r", ""], "'' is no rank"),
+        ([__file__], "can't be made a causal language model"),
+    ],
+)
+def test_a_command_that_fails_says_so_in_a_line(folder, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *(argument.format(folder=folder) for argument in arguments)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
