@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "blocks", "formats", "projection", "segments", "mapping", "reference",
-    "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "adapted", "layer",
-    "modules", "gather", "classes", "beside", "report", "mlp", "batch", "model", "peft", "price",
-    "trainer", "doctor", "__main__", "moved", "__init__",
+    "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts", "adapted",
+    "layer", "expert_weight", "expert_layer", "modules", "gather", "classes", "beside", "report",
+    "mlp", "batch", "model", "peft", "price", "trainer", "doctor", "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -33,20 +33,20 @@ ORDER_INSIDE = {
         "triton",
     ],
     "triton": ["cover", "layer", "grouped", "gated"],
-    "quant": ["vendor", "bitsandbytes"],
+    "quant": ["vendor", "bitsandbytes", "torchao", "float8", "gguf", "hqq"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
         "routing", "experts", "multi_checks", "multi_function", "multi_library", "multi",
     ],
     "model": [
-        "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
-        "embeddings", "files", "tensors", "checkpoint",
+        "config", "experts", "candidates", "targets", "adapter_config", "arguments", "inject",
+        "merge", "embeddings", "files", "expert_files", "tensors", "checkpoint",
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
-        "layer", "bitsandbytes", "experts", "mixed_model", "swap", "block", "sharding", "uncalled",
-        "records", "trial", "check",
+        "layer", "bitsandbytes", "torchao", "hqq", "experts", "mixed_model", "swap", "block",
+        "sharding", "uncalled", "records", "trial", "check",
     ],
     "price": ["record", "count", "measure", "quote", "load"],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
