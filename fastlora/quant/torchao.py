@@ -117,8 +117,8 @@ def _is_zero(own: Any) -> bool:
     A tensor is looked at once: on a GPU that waits for it.
     """
     zero: Tensor | None = own.zero_point
-    if zero is None:
-        return True
+    if zero is None or torch.compiler.is_compiling():  # a graph holds no value of a tensor
+        return zero is None
     version = None if zero.is_inference() else zero._version
     seen = _ZEROS.get(zero)
     if seen is None or seen[0] != version:
