@@ -10,6 +10,7 @@ DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
 SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
 DECODE = 16
+ADAPTERS = 8  # of a mixed batch, a sequence each
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Case:
     """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
 
     ``table``: the row's place in the report, and who takes part (``contestants.py``).  ``kind`` of
-    PEFT's layers: lora, dora, or two-adapters, both active.
+    PEFT's layers: lora, dora, or two-adapters, both active.  In the table "mixed" x is a sequence
+    for each of ``ADAPTERS``.
     """
 
     M: int
@@ -53,6 +55,17 @@ class Case:
         return self.table == "gpu" and self.M <= DECODE
 
     @property
+    def has_no_node(self) -> bool:
+        """A call of few rows on a CPU, which torch's own autograd follows."""
+        few = self.M <= 32 and len(self.outputs) == 1 and self.table not in ("gpu", "host")
+        return few and self.dtype == self.adapter_dtype == F32
+
+    @property
+    def calls_in_a_row(self) -> int:
+        """More than one where the caller's own CPU time is measured, on one thread."""
+        return {"overhead": 200, "few": 5}.get(self.table, 1)
+
+    @property
     def tiny(self) -> bool:
         """For the question whether everything works: its times mean nothing."""
         return self.name.startswith("quick")
@@ -67,6 +80,9 @@ class Case:
         if self.table == "host":
             limit = 0.75 if len(self.outputs) == 1 else 0.6
             return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
+        if self.table == "mixed":
+            limits = {"frozen": 1.25, "peft": 1.0, "single calls": 1.0}
+            return [("both", f"fastlora/{name}", limit) for name, limit in limits.items()]
         if self.table == "gpu":
             targets = [("wall", "fastlora/peft", 0.75)]
             if self.M >= 4096 and self.r == 16:
@@ -74,8 +90,10 @@ class Case:
                 limit = 1.15 if square else 1.10 if group else 1.08
                 targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
             return targets
-        quantities = ("forward", "inference", "both") if self.table == "overhead" else ("both",)
+        quantities = ("forward", "inference", "both") if self.calls_in_a_row > 1 else ("both",)
         targets = [(quantity, "fastlora/peft", 1.0) for quantity in quantities]
+        if self.table == "few":
+            targets += [(quantity, "peft, optimized/peft", 1.0) for quantity in quantities]
         if self.table == "layers" and self.mixed:
             targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
         if self.id in _OVER_FROZEN:
@@ -136,14 +154,23 @@ def cpu_cases() -> list[Case]:
     cases += _layers("quick-qkv", 64, 48, (64, 32, 32), r=8)
     for M, size in _SQUARES:
         cases += _layers("", M, size, (size,), (F32, BF16))
+    layers: list[Case] = []
     for name, (M, hidden, query, _, mlp) in _MODELS.items():
-        cases += _layers(f"{name}-q", M, hidden, (query,))
-        cases += _layers(f"{name}-up", M, hidden, (mlp,))
-        cases += _layers(f"{name}-down", M, mlp, (hidden,))
-    cases += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
-    cases += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+        layers += _layers(f"{name}-q", M, hidden, (query,))
+        layers += _layers(f"{name}-up", M, hidden, (mlp,))
+        layers += _layers(f"{name}-down", M, mlp, (hidden,))
+    layers += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
+    layers += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+    # PEFT's adapters are float32; fastlora's of x's dtype are timed beside them.
+    cases += [case for case in layers if case.mixed]
     for dropout in DROPOUTS:
         cases += _optimized(dropout)
+        for K in (256, 1024, 2048):
+            for M in (1, 16):
+                cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
+    cases.append(Case(2048, 2048, (2048,), 16, F32, F32, 0.1, "busy", "busy"))
+    for name, M, size in (("quick-mixed", 32, 48), ("mixed", 512, 2048)):
+        cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
     return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks()]

@@ -16,16 +16,21 @@ _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
     "experts": "Experts, for one choice of a router that trains. Peak: what torch allocates at the "
     "worst moment of a step.",
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
     "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
     "backward leads to its embeddings.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
+    "busy": "With another process on each core; wall time.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
     "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
+    "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
+    "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
     "base": "This tree's fastlora over the base's.",
 }
 

@@ -6,15 +6,25 @@ from importlib import import_module
 
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.tuners.lora.model import LoraModel as PeftModel
 from torch import nn
 
 from ..classes import change_class, is_over
 from .experts import ParamWrapper
 from .layer import Linear
+from .mixed_model import LoraModel
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: Linear, PeftParamWrapper: ParamWrapper}
-# Of quantised bases: PEFT's modules, which import a vendor each, and the files of ours over them.
-_OVER = {"peft.tuners.lora.bnb": ".bitsandbytes"}
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    PeftLinear: Linear,
+    PeftParamWrapper: ParamWrapper,
+    PeftModel: LoraModel,  # around the layers
+}
+# Of quantised bases: where a module is imported, PEFT has the layer that a file of ours is over.
+_OVER = {
+    "peft.tuners.lora.bnb": ".bitsandbytes",
+    "peft.tuners.lora.torchao": ".torchao",
+    "hqq.core.quantize": ".hqq",
+}
 
 
 def _fast() -> dict[type[nn.Module], type[nn.Module]]:
@@ -46,7 +56,7 @@ def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     layers = [layer for layer in layers if not is_swapped(layer) and not why_not_swapped(layer)]
     for layer in layers:
         for kind, fast in _fast().items():
-            if isinstance(layer, kind):
+            if is_over(type(layer), kind):
                 change_class(layer, kind, fast)
     return layers
 

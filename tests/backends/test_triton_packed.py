@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from device import DEVICE
-from packed import random_four_bit, random_int8
+from packed import random_float8, random_four_bit, random_int8
 
 import fastlora
-from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Format, Quantised
 from fastlora.kernels.config import FEW_ROWS
 from fastlora.kernels.launch import recorded
@@ -34,12 +33,6 @@ class Another(Format):
 def without_kernel(n: int, k: int) -> Quantised:
     codes = torch.randint(-2, 3, (n, k), dtype=torch.int8)
     return Quantised(Another(n, k), (codes,))
-
-
-def random_float8(n: int, k: int, block: int, scale=torch.float32) -> Quantised:
-    codes = torch.randn(n, k).to(torch.float8_e4m3fn)
-    scales = (torch.rand(-(-n // block), -(-k // block)) + 0.5).to(scale)
-    return Quantised(Float8(n, k, "float8_e4m3fn", block, block), (codes, scales))
 
 
 def adapted(weights, dtype=torch.float32) -> list[Output]:
@@ -92,10 +85,12 @@ CASES = {
                    {"unpacking": 2, "dense": 2, "product": 1}),
     "beside-a-dense-one": ([lambda: random_int8(24, 40), lambda: torch.randn(9, 40)], 5, 0.0,
                            {"unpacking": 1, "dense": 1, "product": 2}),
-    "float8-few": ([lambda: random_float8(24, 40, 16)], 5, 0.0, {"unpacking": 2}),
-    "float8-many": ([lambda: random_float8(24, 40, 16, torch.float8_e8m0fnu)], 70, 0.0,
+    "float8-few": ([lambda: random_float8(24, 40, 16, 16, scale=torch.float32)], 5, 0.0,
+                    {"unpacking": 2}),
+    "float8-many": ([lambda: random_float8(24, 40, 16, 16)], 70, 0.0,
                     {"dense": 2, "product": 2}),
-    "float8-with-one-scale": ([lambda: random_float8(24, 40, 99)], 5, 0.0, {"unpacking": 2}),
+    "float8-with-one-scale": ([lambda: random_float8(24, 40, 24, 40, scale=torch.bfloat16)], 5, 0.0,
+                              {"unpacking": 2}),
     "without-a-kernel": ([lambda: without_kernel(24, 40), lambda: random_int8(9, 40)], 5, 0.0,
                          {"product": 2, "unpacking": 1, "dense": 1}),
 }  # fmt: skip
