@@ -148,14 +148,18 @@ def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
 
 
 def _cover(name: str, layer: LoRALayer) -> LayerCoverage:
-    fast, reason = True, ""
+    fast, reason, packed = True, "", ""
     if "forward" in layer.__dict__:
         fast, plan = False, "eager"
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
     elif layer.merged:
         plan = "merged"
     else:
-        plan, reason = planned_backend(as_outputs([layer.projection()]))
+        try:
+            outputs = as_outputs([layer.projection()])
+            (plan, reason), packed = planned_backend(outputs), format_of(outputs[0])
+        except ValueError as error:  # of a quantised layer that can't be read, and whose call fails
+            fast, plan, reason = False, "eager", str(error)
     return LayerCoverage(
         name,
         shape=layer.shape,
@@ -164,4 +168,5 @@ def _cover(name: str, layer: LoRALayer) -> LayerCoverage:
         plan=plan,
         reason=reason,
         parameters=math.prod(layer.shape),
+        packed=packed,
     )

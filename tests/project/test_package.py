@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "blocks", "formats", "projection", "segments", "reference", "backends",
-    "ops", "quant", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules",
+    "ops", "quant", "frozen", "base", "hooks", "activation", "adapted", "quantised", "layer",
+    "modules",
     "gather", "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trainer",
     "doctor",
     "__main__", "moved", "__init__",
