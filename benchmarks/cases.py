@@ -43,6 +43,11 @@ class Case:
         return self.adapter_dtype != self.dtype
 
     @property
+    def by_peft(self) -> bool:
+        """Whether all are PEFT's modules, or such optimised: in float64 they are the truth."""
+        return self.table == "optimized"
+
+    @property
     def decodes(self) -> bool:
         """On a GPU few rows are inference, without gradients and in a CUDA graph as well."""
         return self.table == "gpu" and self.M <= DECODE
@@ -78,6 +83,37 @@ class Case:
         return targets
 
 
+@dataclass(frozen=True)
+class Block(Case):
+    """More than a layer: ``table`` is experts, mlp (gated), or step (of a model's training).
+
+    x is [M, K], and an MLP, or an expert, is K -> ``inner`` -> K.  Each token has ``top`` of the
+    ``experts``.  A step is that of a model of so many ``layers``.
+    """
+
+    inner: int = 0
+    experts: int = 0
+    top: int = 0
+    layers: int = 0
+    limits: tuple[tuple[str, str, float], ...] = ()
+
+    @property
+    def id(self) -> str:
+        parts = [self.name] * bool(self.name) + [self.table, f"{self.M}x{self.K}x{self.inner}"]
+        parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
+        parts += [f"{self.layers}layers"] * (self.layers > 0)
+        return "-".join([*parts, DTYPE_NAMES[self.dtype], f"r{self.r}", f"p{self.dropout:g}"])
+
+    @property
+    def by_peft(self) -> bool:
+        return True
+
+    @property
+    def targets(self) -> list[tuple[str, str, float]]:
+        """Besides times, of "kept" and "peak" bytes."""
+        return [] if self.tiny else list(self.limits)
+
+
 _OVER_FROZEN = {
     "2048x2048x2048-f32-r16-p0": 1.08,
     "2048x2048x2048-f32-r16-p0.1": 1.25,
@@ -110,7 +146,31 @@ def cpu_cases() -> list[Case]:
         cases += _optimized(dropout)
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
-    return [*cases, tiny, replace(tiny, dropout=0.1)]
+    return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks()]
+
+
+def _blocks() -> Iterator[Block]:
+    """In float32, which every CPU multiplies fast."""
+    bytes_of_experts = ("kept", "fastlora/frozen", 1.0), ("peak", "fastlora/peft", 0.2)
+    for M, experts, inner, top, limit in (
+        (512, 32, 384, 4, 1.25), (2048, 32, 384, 4, 1.15), (512, 8, 2048, 2, 1.25),
+        (34, 4, 24, 2, 0.0),
+    ):  # fmt: skip
+        tiny, limits = M == 34, (("both", "fastlora/frozen", limit), *bytes_of_experts)
+        K, name = 48 if tiny else 1024, "quick" if tiny else ""
+        yield Block(
+            M, K, (K,), 8, F32, F32, name=name, table="experts", inner=inner, experts=experts,
+            top=top, limits=limits,
+        )  # fmt: skip
+    of_mlp = ("both", "fastlora/layer by layer", 1.0), ("kept", "fastlora/frozen", 0.8)
+    of_step = ("both", "fastlora/frozen", 1.07), ("kept", "fastlora/frozen", 1.0)
+    for name, M, K, inner, layers in (
+        ("quick", 34, 48, 64, 2), ("qwen3-0.6b", *(_MODELS["qwen3-0.6b"][i] for i in (0, 1, 4)), 4)
+    ):  # fmt: skip
+        mlp = Block(M, K, (K,), 16, F32, F32, 0.1, name, "mlp", inner=inner, limits=of_mlp)
+        yield from (mlp, replace(mlp, dropout=0.0))
+        step = replace(mlp, table="step", layers=layers, limits=of_step)
+        yield from (replace(step, dropout=p) for p in (0.05, 0.0))
 
 
 def gpu_cases() -> list[Case]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-from .cases import SAME_DTYPE, Case
+from .cases import SAME_DTYPE, Block, Case
 
 SCALE = 2.0
 
@@ -30,6 +30,7 @@ class Tensors:
     dys: tuple[Tensor, ...]
     weights: tuple[nn.Parameter, ...]
     adapters: dict[torch.dtype, list[tuple[nn.Parameter, nn.Parameter]]]  # lora_a, lora_b
+    base: nn.Module | None = None  # of a block, which has no weights or adapters here
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,24 @@ class Contestant:
     """``module`` maps x to y, or to several.
 
     ``own_mask``: its dropout mask is known to nobody, so that it is judged without dropout.
-    ``chosen`` stands around forward and backward: autograd's own threads follow it.
+    ``chosen`` stands around forward and backward: autograd's own threads follow it.  ``finish`` is
+    what a step does after them.  ``needs_dx``: x gets a gradient.
     """
 
     module: nn.Module
     own_mask: bool = False
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext
+    finish: Callable[[], None] = lambda: None
+    needs_dx: bool = True
 
     @property
     def adapter(self) -> list[nn.Parameter]:
         """What is trained: every lora_a before its lora_b, one projection after the other."""
         return [each for each in self.module.parameters() if each.requires_grad]
+
+    def leaves(self, x: Tensor) -> list[Tensor]:
+        """What gets a gradient."""
+        return [x] * self.needs_dx + self.adapter
 
 
 Maker = Callable[[Case, Tensors, float], Contestant]
@@ -64,6 +72,10 @@ def _by_plan(name: str) -> Iterator[None]:
 
 def makers_for(case: Case) -> dict[str, Maker]:
     """By name; the frozen layer, which all are compared with, first, and fastlora last."""
+    if isinstance(case, Block):
+        from . import blocks  # it needs transformers
+
+        return blocks.makers_for(case)
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft_layer(), "fastlora": peft_layer(optimized=True)}
     if case.table not in ("gpu", "host"):
@@ -82,6 +94,10 @@ def makers_for(case: Case) -> dict[str, Maker]:
 
 
 def make_tensors(case: Case, device: torch.device) -> Tensors:
+    if isinstance(case, Block):
+        from . import blocks
+
+        return blocks.make_tensors(case, device)
     torch.manual_seed(0)
 
     def random(*shape: int, std: float = 1.0) -> Tensor:

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import Block, Case
 from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
 from .contestants import Contestant, Maker, Tensors, make_tensors, makers_for
 from .judge import Judge, check_kept, kept_for_backward
+from .memory import peak_of
 from .tree import last_error
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
-_LEAST, _MOST = 7, 300  # rounds
+_LEAST, _MOST = 5, 300  # rounds
 
 
 class Rounds:
@@ -90,10 +91,12 @@ def measure(
                 contestant = make(case, tensors, case.dropout)
                 if not case.decodes:
                     known["saved"][name] = kept = kept_for_backward(contestant, tensors)
-                    if name == "fastlora" and case.table != "optimized":
+                    if name == "fastlora" and not case.by_peft:
                         check_kept(case, kept)
                 step = step_of(case, contestant, tensors, clock)
                 step()
+                if isinstance(case, Block):
+                    known.setdefault("peak", {})[name] = peak_of(step, device)
                 wait_for(device)
                 known["errors"][name], steps[name] = digits(worst), step
             except ModuleNotFoundError as reason:  # nothing is wrong
@@ -116,17 +119,27 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
     """
     row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
     row |= {**summary, "targets": []}
-    for quantity, ratio, limit in case.targets:
-        if ratio in row["ratios"].get(quantity, ()):
-            value = row["ratios"][quantity][ratio][1]
+    for quantity, ratio, limit in case.targets if summary else ():
+        value = _value(row, quantity, ratio)
+        if value is not None:
             target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
             row["targets"].append(target | {"met": value <= limit})
     return row
 
 
+def _value(row: dict, quantity: str, ratio: str) -> float | None:
+    """The median of a time's ratio, or a ratio of bytes; None if it wasn't measured."""
+    if quantity in row["ratios"]:
+        return row["ratios"][quantity].get(ratio, [None] * 3)[1]
+    sizes = {"kept": {n: sum(each.values()) for n, each in row.get("saved", {}).items()}}
+    sizes |= {"peak": row.get("peak", {})}
+    above, below = (sizes.get(quantity, {}).get(name) for name in ratio.split("/"))
+    return digits(above / below) if above and below else None
+
+
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
     """All that is timed of a contestant, one quantity after the other."""
-    module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
+    module, x, leaves = contestant.module, tensors.x, contestant.leaves(tensors.x)
 
     def inference() -> object:
         with torch.no_grad():
@@ -139,6 +152,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
         marks.append(mark())
         torch.autograd.backward(ys, tensors.dys)
         del ys
+        contestant.finish()
         for leaf in leaves:
             leaf.grad = None
         return [*marks, mark()]

@@ -51,8 +51,9 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
         return model
     set_seed(run.seed)
     config = fastlora.LoRAConfig(
-        r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout, target_modules=run.target
-    )
+        r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout, target_modules=run.target,
+        target_parameters=run.parameters,
+    )  # fmt: skip
     try:
         fastlora.apply_lora(model, config)
     except ValueError as error:

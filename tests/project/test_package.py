@@ -25,7 +25,7 @@ ORDER = [
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        "common", "launch", "target", "config", "sum_planes", "project", "gemm_lowrank",
+        "common", "launch", "target", "config", "segments", "sum_planes", "project", "gemm_lowrank",
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
     "formats": ["format", "scales", "four_bit", "int8", "affine", "float8", "gguf", "hqq"],
