@@ -53,6 +53,17 @@ class Case:
         return self.table == "gpu" and self.M <= DECODE
 
     @property
+    def has_no_node(self) -> bool:
+        """A call of few rows on a CPU, which torch's own autograd follows."""
+        few = self.M <= 32 and len(self.outputs) == 1 and self.table not in ("gpu", "host")
+        return few and self.dtype == self.adapter_dtype == F32
+
+    @property
+    def calls_in_a_row(self) -> int:
+        """More than one where the caller's own CPU time is measured, on one thread."""
+        return {"overhead": 200, "few": 5}.get(self.table, 1)
+
+    @property
     def tiny(self) -> bool:
         """For the question whether everything works: its times mean nothing."""
         return self.name.startswith("quick")
@@ -74,8 +85,10 @@ class Case:
                 limit = 1.15 if square else 1.10 if group else 1.08
                 targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
             return targets
-        quantities = ("forward", "inference", "both") if self.table == "overhead" else ("both",)
+        quantities = ("forward", "inference", "both") if self.calls_in_a_row > 1 else ("both",)
         targets = [(quantity, "fastlora/peft", 1.0) for quantity in quantities]
+        if self.table == "few":
+            targets += [(quantity, "peft, optimized/peft", 1.0) for quantity in quantities]
         if self.table == "layers" and self.mixed:
             targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
         if self.id in _OVER_FROZEN:
@@ -144,6 +157,10 @@ def cpu_cases() -> list[Case]:
     cases += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
     for dropout in DROPOUTS:
         cases += _optimized(dropout)
+        for K in (256, 1024, 2048):
+            for M in (1, 16):
+                cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
+    cases.append(Case(2048, 2048, (2048,), 16, F32, F32, 0.1, "busy", "busy"))
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
     return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks()]

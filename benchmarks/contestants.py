@@ -78,6 +78,9 @@ def makers_for(case: Case) -> dict[str, Maker]:
         return blocks.makers_for(case)
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft_layer(), "fastlora": peft_layer(optimized=True)}
+    if case.table == "few":
+        optimized = {"peft, optimized": peft_layer(optimized=True)}
+        return {"frozen": frozen, "peft": peft_layer(), **optimized, "fastlora": fastlora_layer()}
     if case.table not in ("gpu", "host"):
         same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
         return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}

@@ -141,8 +141,13 @@ def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int
 
 
 def check_kept(case: Case, kept: dict[str, int]) -> None:
-    """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed."""
+    """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed.
+
+    With dropout, few rows on a CPU have the mask and the dropped x in the seed's place.
+    """
     n = len(case.outputs)
-    allowed = n * case.M * case.r * case.dtype.itemsize + (8 * n if case.dropout else 0)
+    allowed = n * case.M * case.r * case.dtype.itemsize
+    if case.dropout:
+        allowed += 2 * case.M * case.K * case.dtype.itemsize if case.has_no_node else 8 * n
     if kept["added"] > allowed:
-        raise AssertionError(f"keeps {kept['added']} bytes beside x, but h and seeds are {allowed}")
+        raise AssertionError(f"keeps {kept['added']} bytes beside x, but {allowed} are allowed")

@@ -5,6 +5,7 @@ round runs all contestants in turn and gives one ratio of each two; reported are
 """
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,8 @@ class Rounds:
         """Seconds of each contestant, median and 10th percentile; quartiles of the ratios."""
         first, *others = self.times
         pairs = [(name, first) for name in others] + [(self.subject, name) for name in others[:-1]]
+        if {"peft", "peft, optimized"} <= set(others):
+            pairs.append(("peft, optimized", "peft"))
         count, seconds, tenths, found = len(self.times[first]), {}, {}, {}
         for quantity in self.times[first][0]:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
@@ -160,10 +163,11 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
     calls: list[tuple[str, Clock, Callable[[], object], int]] = []
     wall = HostClock(x.device)
-    if case.table == "overhead":
-        own = HostClock(x.device, time.process_time)
+    own_time = case.calls_in_a_row > 1
+    if own_time:
+        own, count = HostClock(x.device, time.process_time), case.calls_in_a_row
         named = {"forward": lambda: module(x), "inference": inference, "both": train}
-        calls += [(quantity, own, call, 200) for quantity, call in named.items()]
+        calls += [(quantity, own, call, count) for quantity, call in named.items()]
     elif case.decodes:
         with contestant.chosen():
             calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
@@ -174,7 +178,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     def step() -> dict[str, float]:
         seconds = {}
         with contestant.chosen():
-            if not case.decodes and case.table != "overhead":
+            if not case.decodes and not own_time:
                 clock.start()
                 start, middle, end = train(clock.mark)
                 seconds["forward"] = clock.seconds(start, middle)
@@ -200,9 +204,19 @@ def digits(value: float) -> float:
 
 @contextmanager
 def threads_for(case: Case) -> Iterator[None]:
-    """One thread where CPU time is the caller's, or where others would only be waited for."""
-    before = torch.get_num_threads()
-    if case.tiny or case.table in ("overhead", "host"):
+    """One thread where CPU time is the caller's, or where others would only be waited for.
+
+    A busy machine has, besides, a process for each thread that does nothing but run.
+    """
+    before, rivals = torch.get_num_threads(), []
+    if case.tiny or case.table == "host" or case.calls_in_a_row > 1:
         torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    if case.table == "busy":
+        rivals = [subprocess.Popen([sys.executable, "-c", "while True: 0"]) for _ in range(before)]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        for rival in rivals:
+            rival.kill()
+            rival.wait()

@@ -22,10 +22,14 @@ _TITLES = {
     "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
     "backward leads to its embeddings.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
+    "busy": "With another process on each core; wall time.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
     "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
+    "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
+    "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
     "base": "This tree's fastlora over the base's.",
 }
 

@@ -1,13 +1,14 @@
 """Which layers run fast, and why the others don't."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .adapted import LoRALayer
 from .backends import planned_backend
+from .expert_weight import ExpertsWeight
 from .formats.format import Quantised
 from .modules import lora_layers, some
 from .projection import Output, as_outputs
@@ -147,13 +148,17 @@ def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
     return [_cover(name, layer) for name, layer in lora_layers(model)]
 
 
-def _cover(name: str, layer: LoRALayer) -> LayerCoverage:
-    fast, reason, packed = True, "", ""
-    if "forward" in layer.__dict__:
+def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
+    fast, plan, reason, packed = True, "", "", ""
+    module: Any = layer.experts if isinstance(layer, ExpertsWeight) else layer
+    if "forward" in module.__dict__:
         fast, plan = False, "eager"
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
     elif layer.merged:
         plan = "merged"
+    elif isinstance(layer, ExpertsWeight):
+        reason = module.read().reason
+        fast, plan = not reason, "eager" if reason else "torch"  # on every device
     else:
         try:
             outputs = as_outputs([layer.projection()])
@@ -167,6 +172,6 @@ def _cover(name: str, layer: LoRALayer) -> LayerCoverage:
         fast=fast,
         plan=plan,
         reason=reason,
-        parameters=math.prod(layer.shape),
+        parameters=layer.adapted_parameters,
         packed=packed,
     )

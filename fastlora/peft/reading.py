@@ -24,6 +24,7 @@ from ..backends import asked_backend
 from ..base import is_conv1d, tensor_of, why_not_class, why_not_tensor
 from ..gather import is_flattened
 from ..hooks import is_hooked
+from ..ops.autocast import autocast_dtype
 from ..projection import (
     LARGEST_SCALE,
     Adapter,
@@ -84,7 +85,7 @@ def glance(layer: LoraLayer, names: list[str], x: Tensor) -> Glance | None:
     key = (
         (kind, kind.forward, kind.__call__, type(lora_a), type(lora_b), type(dropout)),
         (_rate(dropout), dropout.__dict__.get("inplace"), scale, type(scale), bias is None),
-        (asked_backend(), torch.is_grad_enabled(), x.shape, shape),
+        (asked_backend(), torch.is_grad_enabled(), autocast_dtype(x), x.shape, shape),
     )
     return Glance(key, inputs)
 

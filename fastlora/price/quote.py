@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..adapted import LoRALayer
 from ..batch import undisturbed
+from ..expert_layer import LoRAExperts
 from ..model.arguments import as_config, check_model
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, remove_lora
@@ -139,7 +140,7 @@ def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
 
 def _check_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, LoRALayer) or hasattr(module, "lora_A"):
+        if isinstance(module, LoRALayer | LoRAExperts) or hasattr(module, "lora_A"):
             raise ValueError(
                 f"{called(name)} has an adapter already: a plan is made of the model without any"
             )

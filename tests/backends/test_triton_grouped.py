@@ -9,7 +9,8 @@ import fastlora
 from fastlora.backends import Settings, find_backend, grouped
 from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
-from fastlora.projection import Base, Layout, Output
+from fastlora.ops.experts import lora_experts
+from fastlora.projection import Adapter, Base, Layout, Output
 from fastlora.segments import Segments
 
 COUNTS = [6, 0, 5, 3]
@@ -78,6 +79,26 @@ def test_the_adapter_is_added_to_torch_s_product(adapter_dtype, p):
 def test_where_torch_has_no_kernel_an_in_place_plan_is_fused():
     with use_plan(IN_PLACE):
         assert "gemm_lowrank +" not in names(lambda: step(torch.float32))
+
+
+def test_a_block_of_experts_is_kernels_throughout():
+    """The activation too; the numbers are the torch backend's."""
+    up, down = make_experts(4, 48, 16, 8, torch.float32), make_experts(4, 16, 24, 8, torch.float32)
+    halves = [Output(Base(e.weight), (Adapter(e.lora_a, e.lora_b, 0.5),)) for e in (up, down)]
+    x, index = make_rows(10, 16, torch.float32), torch.randint(4, (10, 2))
+    weights = torch.rand(10, 2, requires_grad=True)
+    leaves = [x, weights, up.lora_a, up.lora_b, down.lora_a, down.lora_b]
+
+    def run() -> list[torch.Tensor]:
+        out = lora_experts(x, index, weights, *halves, "silu")
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    found: list[torch.Tensor] = []
+    launched = names(lambda: found.extend(run()))
+    assert {"gated", "gated_backward", "project", "gemm_lowrank", "weight_grad"} <= {*launched}
+    with fastlora.use_backend("torch"):
+        for ours, theirs in zip(found, run(), strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_rows_in_the_middle_of_a_call_have_its_masks():

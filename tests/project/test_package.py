@@ -16,11 +16,9 @@ ROOT = Path(__file__).parents[2]
 # Each may import from those before it, never from those behind it.
 ORDER = [
     "version", "kernels", "blocks", "formats", "projection", "segments", "reference", "backends",
-    "ops", "quant", "frozen", "base", "hooks", "activation", "adapted", "quantised", "layer",
-    "modules",
-    "gather", "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trainer",
-    "doctor",
-    "__main__", "moved", "__init__",
+    "ops", "quant", "frozen", "base", "hooks", "activation", "experts", "adapted", "quantised",
+    "layer", "expert_weight", "expert_layer", "modules", "gather", "classes", "beside", "report",
+    "mlp", "batch", "model", "peft", "price", "trainer", "doctor", "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -41,8 +39,8 @@ ORDER_INSIDE = {
         "routing", "experts",
     ],
     "model": [
-        "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
-        "embeddings", "files", "tensors", "checkpoint",
+        "config", "experts", "candidates", "targets", "adapter_config", "arguments", "inject",
+        "merge", "embeddings", "files", "expert_files", "tensors", "checkpoint",
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
