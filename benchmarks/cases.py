@@ -149,12 +149,15 @@ def cpu_cases() -> list[Case]:
     cases += _layers("quick-qkv", 64, 48, (64, 32, 32), r=8)
     for M, size in _SQUARES:
         cases += _layers("", M, size, (size,), (F32, BF16))
+    layers: list[Case] = []
     for name, (M, hidden, query, _, mlp) in _MODELS.items():
-        cases += _layers(f"{name}-q", M, hidden, (query,))
-        cases += _layers(f"{name}-up", M, hidden, (mlp,))
-        cases += _layers(f"{name}-down", M, mlp, (hidden,))
-    cases += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
-    cases += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+        layers += _layers(f"{name}-q", M, hidden, (query,))
+        layers += _layers(f"{name}-up", M, hidden, (mlp,))
+        layers += _layers(f"{name}-down", M, mlp, (hidden,))
+    layers += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
+    layers += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+    # PEFT's adapters are float32; fastlora's of x's dtype are timed beside them.
+    cases += [case for case in layers if case.mixed]
     for dropout in DROPOUTS:
         cases += _optimized(dropout)
         for K in (256, 1024, 2048):

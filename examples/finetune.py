@@ -1,7 +1,7 @@
 """Fine-tune a language model with fastlora and, beside it, with PEFT from the same start.
 
     python examples/finetune.py          Gemma 3 270M on Python's documentation: 6 min on 2 cores
-    python examples/finetune.py --experts     a small mixture of experts: 2 min
+    python examples/finetune.py --experts     a small mixture of experts
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
 Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.

@@ -13,8 +13,12 @@ from .experts import ParamWrapper
 from .layer import Linear
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: Linear, PeftParamWrapper: ParamWrapper}
-# Of quantised bases: PEFT's modules, which import a vendor each, and the files of ours over them.
-_OVER = {"peft.tuners.lora.bnb": ".bitsandbytes"}
+# Of quantised bases: where a module is imported, PEFT has the layer that a file of ours is over.
+_OVER = {
+    "peft.tuners.lora.bnb": ".bitsandbytes",
+    "peft.tuners.lora.torchao": ".torchao",
+    "hqq.core.quantize": ".hqq",
+}
 
 
 def _fast() -> dict[type[nn.Module], type[nn.Module]]:
@@ -46,7 +50,7 @@ def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     layers = [layer for layer in layers if not is_swapped(layer) and not why_not_swapped(layer)]
     for layer in layers:
         for kind, fast in _fast().items():
-            if isinstance(layer, kind):
+            if is_over(type(layer), kind):
                 change_class(layer, kind, fast)
     return layers
 

@@ -32,7 +32,7 @@ ORDER_INSIDE = {
         "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
     ],
     "triton": ["cover", "layer", "grouped", "gated"],
-    "quant": ["vendor", "bitsandbytes"],
+    "quant": ["vendor", "bitsandbytes", "torchao", "float8", "gguf", "hqq"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
@@ -44,8 +44,8 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "bitsandbytes", "experts", "swap", "block", "sharding", "uncalled", "records",
-        "trial", "check",
+        "layer", "bitsandbytes", "torchao", "hqq", "experts", "swap", "block", "sharding",
+        "uncalled", "records", "trial", "check",
     ],
     "price": ["record", "count", "measure", "quote", "load"],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
