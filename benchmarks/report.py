@@ -16,6 +16,7 @@ _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
     "experts": "Experts, for one choice of a router that trains. Peak: what torch allocates at the "
     "worst moment of a step.",
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
