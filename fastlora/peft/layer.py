@@ -12,8 +12,11 @@ from ..ops import dora_linear, dora_norm, lora_linears
 from ..ops.functional import run
 from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
+from .mixed import mixed_forward
 from .moment import why_not_now
 from .reading import Glance, Reading, active_adapters, glance, read
+
+_MIXED = {"adapter_names"}
 
 
 class Linear(PeftLinear):
@@ -34,6 +37,10 @@ class Linear(PeftLinear):
             reading = read(self, names)
             if reading.output is not None and fits(x, reading.output.base.weight):
                 return fast_forward(x, names[0], reading, seen)
+        elif kwargs.keys() == _MIXED and not (args or why_not_now()):
+            y = mixed_forward(self, x, kwargs["adapter_names"])
+            if y is not None:
+                return y
         return super().forward(x, *args, **kwargs)
 
 

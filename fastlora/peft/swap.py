@@ -4,13 +4,19 @@ from collections.abc import Iterable
 
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.tuners.lora.model import LoraModel as PeftModel
 from torch import nn
 
 from ..classes import change_class, is_over
 from .experts import ParamWrapper
 from .layer import Linear
+from .mixed_model import LoraModel
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: Linear, PeftParamWrapper: ParamWrapper}
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    PeftLinear: Linear,
+    PeftParamWrapper: ParamWrapper,
+    PeftModel: LoraModel,  # around the layers
+}
 
 
 def is_swapped(layer: nn.Module) -> bool:

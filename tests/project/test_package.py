@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "blocks", "formats", "projection", "segments", "reference", "backends",
-    "ops", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules", "gather",
-    "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trainer", "doctor",
-    "__main__", "moved", "__init__",
+    "version", "kernels", "blocks", "formats", "projection", "segments", "mapping", "reference",
+    "backends", "ops", "frozen", "base", "hooks", "activation", "adapted", "layer", "modules",
+    "gather", "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trials",
+    "trainer", "doctor", "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -27,24 +27,27 @@ ORDER_INSIDE = {
         "weight_grad", "gated", "defaults", "plan", "script", "kept",
     ],
     "formats": ["format", "four_bit", "int8"],
-    "reference": ["lora", "dora", "gated", "grouped"],
+    "reference": ["lora", "dora", "gated", "grouped", "multi"],
     "backends": [
-        "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
+        "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "multi", "torch",
+        "triton",
     ],
     "triton": ["cover", "layer", "grouped", "gated"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
-        "routing", "experts",
+        "routing", "experts", "multi_checks", "multi_function", "multi_library", "multi",
     ],
     "model": [
         "config", "candidates", "targets", "adapter_config", "arguments", "inject", "merge",
         "embeddings", "files", "tensors", "checkpoint",
     ],
     "peft": [
-        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "experts", "swap", "block", "sharding", "uncalled", "records", "trial", "check",
+        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
+        "layer", "experts", "mixed_model", "swap", "block", "sharding", "uncalled", "records",
+        "trial", "check",
     ],
+    "trials": ["trial", "record", "batches", "layer", "state", "plot", "run"],
     "price": ["record", "count", "measure", "quote", "load"],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip
