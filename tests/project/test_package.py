@@ -47,7 +47,10 @@ ORDER_INSIDE = {
         "layer", "experts", "mixed_model", "swap", "block", "sharding", "uncalled", "records",
         "trial", "check",
     ],
-    "trials": ["trial", "record", "batches", "layer", "state", "plot", "run"],
+    "trials": [
+        "trial", "options", "record", "batches", "layer", "state", "plot", "progress", "training",
+        "search",
+    ],
     "price": ["record", "count", "measure", "quote", "load"],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
 }  # fmt: skip
