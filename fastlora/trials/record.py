@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .trial import Trial
 
@@ -33,7 +34,7 @@ class Sweep:
     """All trials; prints as a table, the best first.
 
     ``best`` is the trial with the lowest held-out loss of those that ran to the end, ``folder`` has
-    its adapter in ``best/``, everyone's in ``adapters/NAME/``, and ``losses.png``.
+    its adapter in ``best/``, everyone's in ``adapters/NAME/``, ``sweep.json`` and ``losses.png``.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -45,6 +46,28 @@ class Sweep:
     def best(self) -> Outcome:
         whole = [outcome for outcome in self.outcomes if outcome.steps == self.steps]
         return min(whole, key=_order)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a program: plain numbers and texts."""
+        outcomes = [
+            {
+                "name": outcome.trial.name,
+                "learning_rate": outcome.trial.learning_rate,
+                "config": {k: v for k, v in vars(outcome.trial.config).items() if v is not None},
+                "parameters": outcome.parameters,
+                "bytes": outcome.bytes,
+                "losses": outcome.losses,
+                "seconds": outcome.seconds,
+                "steps": outcome.steps,
+            }
+            for outcome in self.outcomes
+        ]
+        return {
+            "best": self.best.trial.name,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "trials": outcomes,
+        }
 
     def __str__(self) -> str:
         ranked = sorted(self.outcomes, key=lambda outcome: (-outcome.steps, _order(outcome)))

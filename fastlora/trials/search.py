@@ -1,5 +1,6 @@
 """``fastlora.sweep``: trains many LoRA configurations side by side, on one base, in one process."""
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..batch import in_mode
 from ..model.arguments import check_folder, check_model, check_plain
 from ..model.checkpoint import save_adapter
+from ..model.files import write_whole
 from ..model.inject import apply_lora, remove_lora
 from ..modules import unwrap
 from ..projection import check_switch
@@ -65,9 +67,10 @@ def sweep(
     ``warmup_steps``.  Initial adapters, the order of a shuffling loader and dropout follow
     ``seed``.
 
-    ``output_dir`` gets ``adapters/NAME`` and ``best``, PEFT's files each; ``losses.png``, where
-    matplotlib is installed; and ``state.pt`` at each evaluation and on Ctrl-C, which ends the
-    running step first: with ``resume`` the sweep goes on from there, to the same end.
+    ``output_dir`` gets ``adapters/NAME`` and ``best``, PEFT's files each; ``sweep.json``, all
+    numbers; ``losses.png``, where matplotlib is installed; and ``state.pt`` at each evaluation and
+    on Ctrl-C, which ends the running step first: with ``resume`` the sweep goes on from there, to
+    the same end.
 
     The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: a
     batch norm in training mixes trials.  Returns a :class:`fastlora.trials.record.Sweep`, which
@@ -103,6 +106,7 @@ def sweep(
     shutil.copytree(
         folder / "adapters" / found.best.trial.name, folder / "best", dirs_exist_ok=True
     )
+    write_whole(folder, {"sweep.json": (json.dumps(found.as_dict(), indent=2) + "\n").encode()})
     draw(found, folder / "losses.png")
     return found
 
