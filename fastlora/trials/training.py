@@ -83,7 +83,7 @@ class Training:
         with bar(self.options.steps, state.step, progress) as advance:
             while state.step < self.options.steps:
                 started = time.perf_counter()
-                found = self._step(state, feed)
+                found = self.step(state, feed)
                 elapsed = time.perf_counter() - started
                 for i in state.alive:
                     state.seconds[i] += elapsed / len(state.alive)
@@ -105,7 +105,7 @@ class Training:
                     )
         self._keep(state, feed, folder)
 
-    def _step(self, state: State, feed: Feed) -> list[float]:
+    def step(self, state: State, feed: Feed) -> list[float]:
         """One of every trial that is left; their losses."""
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
