@@ -10,6 +10,7 @@ DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
 SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
 DECODE = 16
+ADAPTERS = 8  # of a mixed batch, a sequence each
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Case:
     """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
 
     ``table``: the row's place in the report, and who takes part (``contestants.py``).  ``kind`` of
-    PEFT's layers: lora, dora, or two-adapters, both active.
+    PEFT's layers: lora, dora, or two-adapters, both active.  In the table "mixed" x is a sequence
+    for each of ``ADAPTERS``.
     """
 
     M: int
@@ -43,9 +45,25 @@ class Case:
         return self.adapter_dtype != self.dtype
 
     @property
+    def by_peft(self) -> bool:
+        """Whether all are PEFT's modules, or such optimised: in float64 they are the truth."""
+        return self.table == "optimized"
+
+    @property
     def decodes(self) -> bool:
         """On a GPU few rows are inference, without gradients and in a CUDA graph as well."""
         return self.table == "gpu" and self.M <= DECODE
+
+    @property
+    def has_no_node(self) -> bool:
+        """A call of few rows on a CPU, which torch's own autograd follows."""
+        few = self.M <= 32 and len(self.outputs) == 1 and self.table not in ("gpu", "host")
+        return few and self.dtype == self.adapter_dtype == F32
+
+    @property
+    def calls_in_a_row(self) -> int:
+        """More than one where the caller's own CPU time is measured, on one thread."""
+        return {"overhead": 200, "few": 5}.get(self.table, 1)
 
     @property
     def tiny(self) -> bool:
@@ -62,6 +80,9 @@ class Case:
         if self.table == "host":
             limit = 0.75 if len(self.outputs) == 1 else 0.6
             return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
+        if self.table == "mixed":
+            limits = {"frozen": 1.25, "peft": 1.0, "single calls": 1.0}
+            return [("both", f"fastlora/{name}", limit) for name, limit in limits.items()]
         if self.table == "gpu":
             targets = [("wall", "fastlora/peft", 0.75)]
             if self.M >= 4096 and self.r == 16:
@@ -69,13 +90,46 @@ class Case:
                 limit = 1.15 if square else 1.10 if group else 1.08
                 targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
             return targets
-        quantities = ("forward", "inference", "both") if self.table == "overhead" else ("both",)
+        quantities = ("forward", "inference", "both") if self.calls_in_a_row > 1 else ("both",)
         targets = [(quantity, "fastlora/peft", 1.0) for quantity in quantities]
+        if self.table == "few":
+            targets += [(quantity, "peft, optimized/peft", 1.0) for quantity in quantities]
         if self.table == "layers" and self.mixed:
             targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
         if self.id in _OVER_FROZEN:
             targets.append(("both", "fastlora/frozen", _OVER_FROZEN[self.id]))
         return targets
+
+
+@dataclass(frozen=True)
+class Block(Case):
+    """More than a layer: ``table`` is experts, mlp (gated), or step (of a model's training).
+
+    x is [M, K], and an MLP, or an expert, is K -> ``inner`` -> K.  Each token has ``top`` of the
+    ``experts``.  A step is that of a model of so many ``layers``.
+    """
+
+    inner: int = 0
+    experts: int = 0
+    top: int = 0
+    layers: int = 0
+    limits: tuple[tuple[str, str, float], ...] = ()
+
+    @property
+    def id(self) -> str:
+        parts = [self.name] * bool(self.name) + [self.table, f"{self.M}x{self.K}x{self.inner}"]
+        parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
+        parts += [f"{self.layers}layers"] * (self.layers > 0)
+        return "-".join([*parts, DTYPE_NAMES[self.dtype], f"r{self.r}", f"p{self.dropout:g}"])
+
+    @property
+    def by_peft(self) -> bool:
+        return True
+
+    @property
+    def targets(self) -> list[tuple[str, str, float]]:
+        """Besides times, of "kept" and "peak" bytes."""
+        return [] if self.tiny else list(self.limits)
 
 
 _OVER_FROZEN = {
@@ -100,17 +154,50 @@ def cpu_cases() -> list[Case]:
     cases += _layers("quick-qkv", 64, 48, (64, 32, 32), r=8)
     for M, size in _SQUARES:
         cases += _layers("", M, size, (size,), (F32, BF16))
+    layers: list[Case] = []
     for name, (M, hidden, query, _, mlp) in _MODELS.items():
-        cases += _layers(f"{name}-q", M, hidden, (query,))
-        cases += _layers(f"{name}-up", M, hidden, (mlp,))
-        cases += _layers(f"{name}-down", M, mlp, (hidden,))
-    cases += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
-    cases += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+        layers += _layers(f"{name}-q", M, hidden, (query,))
+        layers += _layers(f"{name}-up", M, hidden, (mlp,))
+        layers += _layers(f"{name}-down", M, mlp, (hidden,))
+    layers += _layers("llama3.2-1b-qkv", 512, 2048, (2048, 512, 512))
+    layers += _layers("gemma3-270m-gateup", 1024, 640, (2048, 2048))
+    # PEFT's adapters are float32; fastlora's of x's dtype are timed beside them.
+    cases += [case for case in layers if case.mixed]
     for dropout in DROPOUTS:
         cases += _optimized(dropout)
+        for K in (256, 1024, 2048):
+            for M in (1, 16):
+                cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
+    cases.append(Case(2048, 2048, (2048,), 16, F32, F32, 0.1, "busy", "busy"))
+    for name, M, size in (("quick-mixed", 32, 48), ("mixed", 512, 2048)):
+        cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
-    return [*cases, tiny, replace(tiny, dropout=0.1)]
+    return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks()]
+
+
+def _blocks() -> Iterator[Block]:
+    """In float32, which every CPU multiplies fast."""
+    bytes_of_experts = ("kept", "fastlora/frozen", 1.0), ("peak", "fastlora/peft", 0.2)
+    for M, experts, inner, top, limit in (
+        (512, 32, 384, 4, 1.25), (2048, 32, 384, 4, 1.15), (512, 8, 2048, 2, 1.25),
+        (34, 4, 24, 2, 0.0),
+    ):  # fmt: skip
+        tiny, limits = M == 34, (("both", "fastlora/frozen", limit), *bytes_of_experts)
+        K, name = 48 if tiny else 1024, "quick" if tiny else ""
+        yield Block(
+            M, K, (K,), 8, F32, F32, name=name, table="experts", inner=inner, experts=experts,
+            top=top, limits=limits,
+        )  # fmt: skip
+    of_mlp = ("both", "fastlora/layer by layer", 1.0), ("kept", "fastlora/frozen", 0.8)
+    of_step = ("both", "fastlora/frozen", 1.07), ("kept", "fastlora/frozen", 1.0)
+    for name, M, K, inner, layers in (
+        ("quick", 34, 48, 64, 2), ("qwen3-0.6b", *(_MODELS["qwen3-0.6b"][i] for i in (0, 1, 4)), 4)
+    ):  # fmt: skip
+        mlp = Block(M, K, (K,), 16, F32, F32, 0.1, name, "mlp", inner=inner, limits=of_mlp)
+        yield from (mlp, replace(mlp, dropout=0.0))
+        step = replace(mlp, table="step", layers=layers, limits=of_step)
+        yield from (replace(step, dropout=p) for p in (0.05, 0.0))
 
 
 def gpu_cases() -> list[Case]:

@@ -19,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
     option("--host", action="store_true", help="what a GPU costs the host, without one (host.py)")
     option("--base", metavar="REF", help="compare fastlora with this commit's")
-    option("--save-results", action="store_true", help=f"write {FOLDER}/<device>/<date>.json")
+    saves = f"write {FOLDER}/<device>/[NAME-]<date>.json"
+    option("--save-results", nargs="?", const="", metavar="NAME", help=saves)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -71,8 +72,11 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(text(rows))
     met = [all(each["met"] for each in row["targets"]) for row in rows if row["targets"]]
     terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
-    if config.option.save_results:
-        path = results_path(machine)
-        path = path.with_name("host-" * config.option.host + path.name)
+    if config.option.save_results is not None:
+        path, name = (
+            results_path(machine),
+            config.option.save_results or "host" * config.option.host,
+        )
+        path = path.with_name("-".join(filter(None, (name, path.name))))
         write_results(path, machine, config.invocation_params.args, rows)
         terminalreporter.write_line(f"saved as {path}")

@@ -21,6 +21,7 @@ from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
 from fastlora.projection import Layout
+from fastlora.segments import Segments
 
 MIB = 2**20
 # Of torch's operations, those that move nothing.
@@ -29,12 +30,13 @@ FREE = ("t", "permute", "transpose", "split", "empty", "new_empty", "empty_like"
 
 @dataclass(frozen=True)
 class Shape:
-    """x [M, K] in bfloat16, and weights [N, K] with adapters of rank r."""
+    """x [M, K] in bfloat16, and weights [N, K] with adapters of rank r; of each expert, if any."""
 
     M: int = 8192
     N: int = 4096
     K: int = 4096
     r: int = 16
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,23 @@ GROUP_ROWS: dict[str, tuple[str, str] | dict] = {
 }
 
 
+# Experts: 4096 tokens, each for 8 of 128, sorted by expert.
+EXPERTS = Shape(M=8 * 4096, N=1536, K=2048, experts=128)
+EXPERT_ROWS: dict[str, tuple[str, str] | dict] = {
+    "frozen experts": ROWS["frozen layer, no adapter"],
+    "floor of experts: all inputs and results once": ROWS["floor: all inputs and results once"],
+    "fastlora experts, fused": {"plan": FUSED},
+    "fastlora experts, fused, float32 adapters, dropout": {
+        "plan": FUSED, "dropout": 0.1, "adapter_dtype": torch.float32,
+    },
+}  # fmt: skip
+
+
 def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
     """A gradient has its tensor's shape."""
-    M, N, K, r = shape.M, shape.N, shape.K, shape.r
+    M, N, K, r, stacked = shape.M, shape.N, shape.K, shape.r, shape.experts or 1
     counts = {"x": M * K, "xd": M * K, "W": N * K, "A": r * K, "B": N * r, "h": M * r}
+    counts |= {name: counts[name] * stacked for name in "WAB"}
     counts |= {"l": M * N, "y": M * N}
 
     def matrix(name: str) -> int:
@@ -126,20 +141,28 @@ def bytes_of_fastlora(
     adapter_dtype: torch.dtype = torch.bfloat16, target: str = "sm_90",
 ) -> Bytes:  # fmt: skip
     """A forward and a backward with gradients of x and of the adapters, as launched there."""
+    banks = [shape.experts] if shape.experts else []
     with torch.device("meta"):
         x = torch.empty(shape.M, shape.K, dtype=torch.bfloat16)
-        weight = torch.empty(shape.N, shape.K, dtype=torch.bfloat16)
-        lora_a = torch.empty(shape.r, shape.K, dtype=adapter_dtype)
-        lora_b = torch.empty(shape.N, shape.r, dtype=adapter_dtype)
+        weight = torch.empty(*banks, shape.N, shape.K, dtype=torch.bfloat16)
+        lora_a = torch.empty(*banks, shape.r, shape.K, dtype=adapter_dtype)
+        lora_b = torch.empty(*banks, shape.N, shape.r, dtype=adapter_dtype)
+        segments = Segments(torch.empty(shape.experts, dtype=torch.int32))
         seeds = torch.empty(projections, dtype=torch.int64) if dropout else None
     inputs = [x, *[weight, lora_a, lora_b] * projections]
     needs = [True, *[False, True, True] * projections]
     settings = Settings((Layout(False, (1.0,)),) * projections, dropout, backend)
     with use_target(TARGETS[target]), use_plan(plan):
         with _Counter() as forward, intercept(forward.add_launch):
-            ys, hs = backend.forward(inputs, seeds, settings)
+            if shape.experts:
+                y, h = backend.forward_grouped(inputs, segments, seeds, settings)
+            else:
+                ys, hs = backend.forward(inputs, seeds, settings)
         with _Counter() as backward, intercept(backward.add_launch):
-            backend.backward(ys, inputs, hs, needs, seeds, settings)
+            if shape.experts:
+                backend.backward_grouped(y, inputs, segments, h, needs, seeds, settings)
+            else:
+                backend.backward(ys, inputs, hs, needs, seeds, settings)
     return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
 
 
@@ -177,8 +200,8 @@ def table() -> str:
         "| | forward, MiB | backward, MiB | of both, partial sums | both, × frozen |",
         "|---|---|---|---|---|",
     ]
-    for rows in (ROWS, GROUP_ROWS):
-        found = {name: counted(row, Shape()) for name, row in rows.items()}
+    for rows, shape in ((ROWS, Shape()), (GROUP_ROWS, Shape()), (EXPERT_ROWS, EXPERTS)):
+        found = {name: counted(row, shape) for name, row in rows.items()}
         frozen = next(iter(found.values()))
         for name, row in found.items():
             cells = [f"{count / MIB:.1f}" for count in (row.forward, row.backward)]

@@ -46,6 +46,7 @@ class Form:
     dropout: float = 0.0
     bias: bool = False
     precision: str = "ieee"
+    segments: int = 0  # that the rows are cut into, of about the same length; each has factors
 
     @property
     def kernel(self) -> str:
@@ -64,6 +65,7 @@ class Form:
             self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
             self.dropout > 0, project=self.also, alone=alone,
             pointers=alone or any(each * size % 16 for each in (self.columns, *self.depths)),
+            segments=self.segments,
         )  # fmt: skip
 
     @property
@@ -71,6 +73,7 @@ class Form:
         words = [self.name, f"m{self.M}", f"n{self.columns}"]
         words += [f"k{'+'.join(map(str, self.depths))}"] * bool(self.depths)
         words += [f"r{'+'.join(map(str, self.ranks))}", "masked" * (self.dropout > 0)]
+        words += [f"s{self.segments}"] * bool(self.segments)
         return " ".join(filter(None, words))
 
 
@@ -81,20 +84,25 @@ class Operands:
         self.form, self.device = form, device
         M, N, ranks = form.M, form.columns, form.ranks
         self.seeds = torch.arange(len(ranks), device=device) if form.dropout else None
-        self.bias = self._random(N) if form.bias else None
+        self.ends, self.banks = None, ()
+        if form.segments:
+            self.banks = (form.segments,)
+            ends = torch.arange(1, form.segments + 1, device=device) * M // form.segments
+            self.ends = ends.to(torch.int32)
+        self.bias = self._random(*self.banks, N) if form.bias else None
         self.us = [self._random(M, r) for r in ranks]  # h, or every dh
         if form.kernel == "gemm_lowrank":
             self.out = self._random(M, N)
             self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
             self.qs = [self._factor(depth, form.dtype) for depth in form.depths]
             self.vs = [self._factor(r, form.adapter_dtype) for r in ranks]
-            self.a = self._adapter(ranks[0], form.depths[0]).T if form.also else None
+            self.a = self._adapter(ranks[0], form.depths[0]).mT if form.also else None
             return
         self.v = self._random(M, N)  # x or dy
         self.b = self._adapter(N, ranks[0]) if form.also else None
         # [N, r]: factors of h and dh, results of the others.
         lies = form.name in ("h", "dA")
-        self.adapters = [self._adapter(r, N).T if lies else self._adapter(N, r) for r in ranks]
+        self.adapters = [self._adapter(r, N).mT if lies else self._adapter(N, r) for r in ranks]
 
     def tensors(self) -> list[Tensor]:
         """All that come in or are asked for."""
@@ -105,7 +113,7 @@ class Operands:
         """Launch it; what it gives."""
         form = self.form
         shared = {"precision": form.precision, "config": config}
-        shared |= {"dropout": form.dropout, "seeds": self.seeds}
+        shared |= {"dropout": form.dropout, "seeds": self.seeds, "ends": self.ends}
         if form.kernel == "project":
             return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared)
         if form.kernel == "weight_grad":
@@ -131,7 +139,7 @@ class Operands:
         return [self.out, *(us if form.also else [])]
 
     def truth(self) -> list[Tensor]:
-        """What :meth:`run` must give, in float64."""
+        """What :meth:`run` must give, in float64; of rows that aren't cut."""
         form, us = self.form, [u.double() for u in self.us]
         if form.kernel == "project":
             parts = enumerate(self.adapters)
@@ -158,10 +166,10 @@ class Operands:
         return random.mul_(shape[-1] ** -0.25).to(dtype or self.form.dtype)
 
     def _adapter(self, *shape: int) -> Tensor:
-        return self._random(*shape, dtype=self.form.adapter_dtype)
+        return self._random(*self.banks, *shape, dtype=self.form.adapter_dtype)
 
     def _factor(self, depth: int, dtype: torch.dtype) -> Tensor:
-        """[depth, columns]; the weights of y lie the other way round."""
+        """[depth, columns] of each segment; the weights of y lie the other way round."""
         if self.form.name.startswith("y"):
-            return self._random(self.form.columns, depth, dtype=dtype).T
-        return self._random(depth, self.form.columns, dtype=dtype)
+            return self._random(*self.banks, self.form.columns, depth, dtype=dtype).mT
+        return self._random(*self.banks, depth, self.form.columns, dtype=dtype)

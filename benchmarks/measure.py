@@ -5,6 +5,7 @@ round runs all contestants in turn and gives one ratio of each two; reported are
 """
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,15 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import Block, Case
 from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
 from .contestants import Contestant, Maker, Tensors, make_tensors, makers_for
 from .judge import Judge, check_kept, kept_for_backward
+from .memory import peak_of
 from .tree import last_error
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
-_LEAST, _MOST = 7, 300  # rounds
+_LEAST, _MOST = 5, 300  # rounds
 
 
 class Rounds:
@@ -61,6 +63,8 @@ class Rounds:
         """Seconds of each contestant, median and 10th percentile; quartiles of the ratios."""
         first, *others = self.times
         pairs = [(name, first) for name in others] + [(self.subject, name) for name in others[:-1]]
+        if {"peft", "peft, optimized"} <= set(others):
+            pairs.append(("peft, optimized", "peft"))
         count, seconds, tenths, found = len(self.times[first]), {}, {}, {}
         for quantity in self.times[first][0]:
             of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
@@ -90,10 +94,12 @@ def measure(
                 contestant = make(case, tensors, case.dropout)
                 if not case.decodes:
                     known["saved"][name] = kept = kept_for_backward(contestant, tensors)
-                    if name == "fastlora" and case.table != "optimized":
+                    if name == "fastlora" and not case.by_peft:
                         check_kept(case, kept)
                 step = step_of(case, contestant, tensors, clock)
                 step()
+                if isinstance(case, Block):
+                    known.setdefault("peak", {})[name] = peak_of(step, device)
                 wait_for(device)
                 known["errors"][name], steps[name] = digits(worst), step
             except ModuleNotFoundError as reason:  # nothing is wrong
@@ -116,17 +122,27 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
     """
     row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
     row |= {**summary, "targets": []}
-    for quantity, ratio, limit in case.targets:
-        if ratio in row["ratios"].get(quantity, ()):
-            value = row["ratios"][quantity][ratio][1]
+    for quantity, ratio, limit in case.targets if summary else ():
+        value = _value(row, quantity, ratio)
+        if value is not None:
             target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
             row["targets"].append(target | {"met": value <= limit})
     return row
 
 
+def _value(row: dict, quantity: str, ratio: str) -> float | None:
+    """The median of a time's ratio, or a ratio of bytes; None if it wasn't measured."""
+    if quantity in row["ratios"]:
+        return row["ratios"][quantity].get(ratio, [None] * 3)[1]
+    sizes = {"kept": {n: sum(each.values()) for n, each in row.get("saved", {}).items()}}
+    sizes |= {"peak": row.get("peak", {})}
+    above, below = (sizes.get(quantity, {}).get(name) for name in ratio.split("/"))
+    return digits(above / below) if above and below else None
+
+
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
     """All that is timed of a contestant, one quantity after the other."""
-    module, x, leaves = contestant.module, tensors.x, [tensors.x, *contestant.adapter]
+    module, x, leaves = contestant.module, tensors.x, contestant.leaves(tensors.x)
 
     def inference() -> object:
         with torch.no_grad():
@@ -139,6 +155,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
         marks.append(mark())
         torch.autograd.backward(ys, tensors.dys)
         del ys
+        contestant.finish()
         for leaf in leaves:
             leaf.grad = None
         return [*marks, mark()]
@@ -146,10 +163,11 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
     calls: list[tuple[str, Clock, Callable[[], object], int]] = []
     wall = HostClock(x.device)
-    if case.table == "overhead":
-        own = HostClock(x.device, time.process_time)
+    own_time = case.calls_in_a_row > 1
+    if own_time:
+        own, count = HostClock(x.device, time.process_time), case.calls_in_a_row
         named = {"forward": lambda: module(x), "inference": inference, "both": train}
-        calls += [(quantity, own, call, 200) for quantity, call in named.items()]
+        calls += [(quantity, own, call, count) for quantity, call in named.items()]
     elif case.decodes:
         with contestant.chosen():
             calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
@@ -160,7 +178,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     def step() -> dict[str, float]:
         seconds = {}
         with contestant.chosen():
-            if not case.decodes and case.table != "overhead":
+            if not case.decodes and not own_time:
                 clock.start()
                 start, middle, end = train(clock.mark)
                 seconds["forward"] = clock.seconds(start, middle)
@@ -186,9 +204,19 @@ def digits(value: float) -> float:
 
 @contextmanager
 def threads_for(case: Case) -> Iterator[None]:
-    """One thread where CPU time is the caller's, or where others would only be waited for."""
-    before = torch.get_num_threads()
-    if case.tiny or case.table in ("overhead", "host"):
+    """One thread where CPU time is the caller's, or where others would only be waited for.
+
+    A busy machine has, besides, a process for each thread that does nothing but run.
+    """
+    before, rivals = torch.get_num_threads(), []
+    if case.tiny or case.table == "host" or case.calls_in_a_row > 1:
         torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    if case.table == "busy":
+        rivals = [subprocess.Popen([sys.executable, "-c", "while True: 0"]) for _ in range(before)]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        for rival in rivals:
+            rival.kill()
+            rival.wait()

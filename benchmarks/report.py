@@ -16,11 +16,23 @@ _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
+    "experts": "Experts, for one choice of a router that trains. Peak: what torch allocates at the "
+    "worst moment of a step.",
+    "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
+    "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
+    "backward leads to its embeddings.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
+    "busy": "With another process on each core; wall time.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
     "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
+    "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
+    "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
+    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
+    "other, by tokens of each (tools/sweep_speed.py).",
     "base": "This tree's fastlora over the base's.",
 }
 
@@ -67,10 +79,14 @@ def _times(rows: list[dict]) -> Table:
     seconds = [row["seconds"][quantity] for row, quantity in timed]
     names = list(dict.fromkeys(name for each in seconds for name in list(each)[1:]))
     kept = [name for name in ("fastlora", "peft") if any(row.get("saved") for row in rows)]
+    peaks = list(dict.fromkeys(name for row in rows for name in row.get("peak", ())))
+    kept = peaks or kept
     head = ["M x K x N, dtype, r, dropout", "time", *{f"{next(iter(each))} µs" for each in seconds}]
     head += [*(_SHORT.get(name, name) for name in names), "quartiles"]
     head += ["over PEFT"] * ("peft" in names)
-    lines = [(*head, *(f"{_SHORT.get(name, name)} keeps" for name in kept), "target")]
+    head += [f"{_SHORT.get(name, name)} keeps" for name in kept]
+    head += [f"{_SHORT.get(name, name)} peak" for name in peaks]
+    lines = [(*head, "target")]
     for row, quantity in timed:
         first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
         low, _, high = found[f"fastlora/{first}"]
@@ -79,7 +95,9 @@ def _times(rows: list[dict]) -> Table:
         line += [_median(found, "fastlora/peft")] * ("peft" in names)
         for saved in (row["saved"].get(name) for name in kept):
             line.append(f"{_bytes(saved['x'])} + {_bytes(saved['added'])}" if saved else "–")
-        line.append(", ".join(_verdict(t) for t in row["targets"] if t["quantity"] == quantity))
+        line += [_bytes(row["peak"][name]) if name in row["peak"] else "–" for name in peaks]
+        its = (quantity, *("kept", "peak") * (quantity == "both"))
+        line.append(", ".join(_verdict(t) for t in row["targets"] if t["quantity"] in its))
         lines.append(tuple(line))
     return lines
 
@@ -109,7 +127,8 @@ def _verdict(target: dict) -> str:
     """``≤ 1.08 × frozen met``; a miss repeats the value, since rounding may hide by how little."""
     verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
     below = target["ratio"].split("/")[1]
-    return f"≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}"
+    what = f"{target['quantity']} " * (target["quantity"] in ("kept", "peak"))
+    return f"{what}≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}"
 
 
 def align(table: Sequence[tuple]) -> str:
@@ -128,6 +147,8 @@ def pipes(table: Sequence[Sequence[str]]) -> str:
 
 def brief(rows: list[dict]) -> str:
     """The few columns that a README shows: forward + backward, and what waits for the backward."""
+    if any("peak" in row for row in rows):
+        return _brief_of_blocks(rows)
     heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
     lines = [("M x K x N, dtype, r, dropout", *heads)]
     for row in rows:
@@ -135,6 +156,21 @@ def brief(rows: list[dict]) -> str:
         ratios = [f"{both[f'{side}/frozen'][1]:.2f}" for side in ("fastlora", "peft")]
         kept = [_bytes(saved[side]["x"] + saved[side]["added"]) for side in ("fastlora", "peft")]
         lines.append((row["id"], "1", *ratios, *kept))
+    return pipes(lines)
+
+
+def _brief_of_blocks(rows: list[dict]) -> str:
+    """Times over the frozen block's, and MiB: kept, and at the peak of a step."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peak"]))
+    shown = [_SHORT.get(name, name) for name in names]
+    lines = [("", *(f"{name}: time" for name in shown), *(f"kept, peak: {name}" for name in shown))]
+    for row in rows:
+        both, line = row["ratios"]["both"] | {"frozen/frozen": [1, 1, 1]}, [row["id"]]
+        line += [_median(both, f"{name}/frozen").removesuffix(".000") for name in names]
+        for name in names:
+            sizes = sum(row["saved"].get(name, {}).values()), row["peak"].get(name)
+            line.append(", ".join(f"{size / 2**20:.1f}" for size in sizes) if sizes[1] else "–")
+        lines.append(tuple(line))
     return pipes(lines)
 
 

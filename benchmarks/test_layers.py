@@ -7,7 +7,7 @@ from .cases import Case
 from .compare import Pair
 from .measure import Rounds, measure
 
-_BUDGET, _QUICK_BUDGET = 4.0, 0.2  # seconds of rounds
+_BUDGET, _QUICK_BUDGET = 2.0, 0.2  # seconds of rounds
 
 
 def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, request) -> None:

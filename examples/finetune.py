@@ -1,6 +1,7 @@
 """Fine-tune a language model with fastlora and, beside it, with PEFT from the same start.
 
     python examples/finetune.py          Gemma 3 270M on Python's documentation: 6 min on 2 cores
+    python examples/finetune.py --experts     a small mixture of experts
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
 Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.
@@ -29,18 +30,25 @@ def main() -> None:
     start = time.monotonic()
     options = parse_options(__doc__.partition("\n")[0])
     texts = read_texts(options.data)
-    check_packages(options.compare, convert=options.model is None and not GEMMA.is_dir())
+    is_gemma = options.model is None and not options.experts
+    check_packages(options.compare, convert=is_gemma and not GEMMA.is_dir())
     # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     # transformers' own call of its old name, once a run.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
     if options.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
+    if is_gemma:
         prepare_gemma()
     settings = vars(options) | {"model": options.model or str(GEMMA), "alpha": 2 * options.rank}
     machine = run("measuring the machine", "machine", settings)
     settings |= {"device": machine.pop("device"), "dtype": machine["dtype_choice"]["dtype"]}
     with scratch_in(options.out) as scratch:
+        if options.model is None and options.experts:
+            settings["model"] = str(scratch / "small-moe")
+            run(
+                "making the model", "small_moe", {"folder": settings["model"], "seed": options.seed}
+            )
         run_settings = settings | {"texts": texts, "scratch": scratch}
         results = train(run_settings, options.out)
         for side, result in results.items():

@@ -13,11 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 ATTENTION_AND_MLP = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+# Other defaults with --experts: the model starts from nothing, and PEFT drops no expert's input.
+OF_EXPERTS = {
+    "target": "q_proj,k_proj,v_proj,o_proj", "rank": 8, "dropout": 0.0, "lr": 3e-3,
+    "dtype": "float32",
+}  # fmt: skip
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
 def parse_options(description: str) -> Namespace:
-    parser = ArgumentParser(prog="finetune.py", description=description)
+    first = ArgumentParser(add_help=False)
+    helped = "adapt a mixture's experts, too: of --model, or of a small one with random weights"
+    first.add_argument("--experts", action="store_true", help=helped)
+    parser = ArgumentParser(prog="finetune.py", description=description, parents=[first])
     parser.error = lambda message: stop(f"{message} (--help lists the options)")
     add, count = parser.add_argument, number(int, 1)
     names = "layers to adapt: all-linear, or names with commas between (attention and MLP)"
@@ -37,7 +46,12 @@ def parse_options(description: str) -> Namespace:
     add("--seed", type=number(int, 0), default=0, help="adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
     add("--optimize", action="store_true", help="a third side: PEFT after fastlora.optimize(model)")
+    if first.parse_known_args()[0].experts:
+        parser.set_defaults(**OF_EXPERTS)
     options = parser.parse_args()
+    options.parameters = EXPERTS if options.experts else None
+    if options.experts and options.compare and options.dropout:
+        stop("--experts: PEFT can't drop experts' inputs: leave out --dropout, or --no-compare")
     if options.optimize and not options.compare:
         stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")
     return options

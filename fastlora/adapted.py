@@ -35,6 +35,11 @@ class LoRALayer(nn.Module):
         """out_features, in_features."""
         return self.out_features, self.in_features
 
+    @property
+    def adapted_parameters(self) -> int:
+        """How many parameters of the base the adapter changes."""
+        return math.prod(self.shape)
+
     def attach_adapter(
         self,
         adapter: tuple[nn.Parameter, nn.Parameter],
@@ -60,15 +65,11 @@ class LoRALayer(nn.Module):
 
     def reset_lora_parameters(self) -> None:
         """Make the adapter the identity change again."""
-        _initialise(self.lora_A, self.lora_B, True)
+        initialise(self.lora_A, self.lora_B, self.r, True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "this LoRA layer is merged, so its adapter would get no gradient: call "
-                    "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
-                )
+            refuse_training(self)
             return super().forward(x)
         group = (self.projection(),)
         return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
@@ -152,6 +153,15 @@ class LoRALayer(nn.Module):
     __repr__ = nn.Module.__repr__  # Conv1D has one of its own
 
 
+def refuse_training(merged: nn.Module) -> None:
+    """Raise RuntimeError in a call of a merged layer that trains."""
+    if merged.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "this LoRA layer is merged, so its adapter would get no gradient: call "
+            "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
+        )
+
+
 def new_adapter(
     weight: Tensor, r: int, init_lora_weights: bool | str = True, dtype: torch.dtype | None = None
 ) -> tuple[nn.Parameter, nn.Parameter]:
@@ -160,14 +170,14 @@ def new_adapter(
     dtype = weight.dtype if dtype is None else dtype
     lora_a = nn.Parameter(torch.empty(r, in_features, device=weight.device, dtype=dtype))
     lora_b = nn.Parameter(torch.empty(out_features, r, device=weight.device, dtype=dtype))
-    _initialise(lora_a, lora_b, init_lora_weights)
+    initialise(lora_a, lora_b, r, init_lora_weights)
     return lora_a, lora_b
 
 
-def _initialise(lora_a: Tensor, lora_b: Tensor, init_lora_weights: bool | str) -> None:
+def initialise(lora_a: Tensor, lora_b: Tensor, r: int, init_lora_weights: bool | str) -> None:
     """True: the identity change.  "gaussian": lora_A from N(0, 1/r²).  False: lora_B random too."""
     if init_lora_weights == "gaussian":
-        nn.init.normal_(lora_a, std=1 / len(lora_a))
+        nn.init.normal_(lora_a, std=1 / r)
     else:
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
     if init_lora_weights is False:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .formats.format import Quantised
 from .ops import lora_linears
-from .projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, is_plain
+from .projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
 
 
 class Linear(nn.Linear):
@@ -47,6 +48,8 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return False
+    if isinstance(weight, Quantised):
+        return x.dtype in DTYPES
     return x.dtype == weight.dtype or (
         x.dtype in AUTOCAST_DTYPES
         and weight.dtype in AUTOCAST_DTYPES

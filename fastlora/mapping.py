@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .projection import is_plain, shown
+from .projection import Layout, is_plain, shown
 
 
 class Share(NamedTuple):
@@ -35,7 +36,7 @@ class AdapterMapping:
         self.adapters, self.shape = adapters, tuple(indices.shape)
         self.order, self.ends = sort_items(indices, adapters)
         self._shares: dict[torch.device, list[Share]] = {}
-        if indices.device.type == "cpu" and is_plain(indices):
+        if indices.device.type == "cpu" and is_plain(indices) and not is_compiling():
             self.shares(indices.device)
 
     def shares(self, device: torch.device) -> list[Share]:
@@ -105,7 +106,7 @@ def shares_of(order: Tensor, ends: Tensor, device: torch.device) -> list[Share]:
 class Mix(NamedTuple):
     """What a call with many adapters is besides its tensors and its mapping."""
 
-    has_bias: bool
+    layout: Layout  # of its tensors; the scales there are 1, since they are data
     scales: tuple[float, ...]  # of each adapter
     ranks: tuple[int, ...]  # of each; what lies behind it in its tensors is never read
     dropouts: tuple[float, ...]  # of each; 0 while not training

@@ -8,18 +8,21 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .adapted import LoRALayer
+from .expert_layer import LoRAExperts
+from .expert_weight import ExpertsWeight
 
 # What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Every LoRA layer of the model, with its name."""
-    return (
-        (plain_name(name), module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALayer)
-    )
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer | ExpertsWeight]]:
+    """Everything of the model that has an adapter, with its name: layers, and experts' weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            yield plain_name(name), module
+        elif isinstance(module, LoRAExperts):
+            for weight in module.weights():
+                yield plain_name(f"{name}.{weight.name}" if name else weight.name), weight
 
 
 def plain_name(name: str) -> str:

@@ -375,7 +375,8 @@ def check_packed(x: Tensor, device: torch.device, weight: Quantised) -> None:
     if x.is_nested:
         raise TypeError("x is nested, and a packed weight is not: call this for each part")
     for tensor in weight.tensors:
-        check_tensor("a packed weight", tensor)
+        if type(tensor) not in _PLAIN:
+            check_tensor("a packed weight", tensor)
         if tensor.device != device:
             raise ValueError(
                 f"a packed weight is on {tensor.device}, but x is on {device}: move them to one "

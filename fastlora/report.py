@@ -1,15 +1,17 @@
 """Which layers run fast, and why the others don't."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .adapted import LoRALayer
 from .backends import planned_backend
+from .expert_weight import ExpertsWeight
+from .formats.format import Quantised
 from .modules import lora_layers, some
-from .projection import as_outputs
+from .projection import Output, as_outputs
 
 _BASE_ALONE = ("merged", "disabled")
 
@@ -22,6 +24,7 @@ class LayerCoverage:
     ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
     ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
     ``parameters`` is how many of the base's are adapted: out · in, for each expert.
+    ``packed`` names the format of a quantised base that is read, as "NF4".
     """
 
     name: str
@@ -32,6 +35,7 @@ class LayerCoverage:
     reason: str = ""
     adapter: str = ""
     parameters: int = 0
+    packed: str = ""
 
     @property
     def runs_adapter(self) -> bool:
@@ -98,6 +102,7 @@ class Coverage:
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
+        lines += self._lines_of_packed()
         lines += self._lines_of_blocks()
         if self.frozen:
             lines.append(
@@ -106,6 +111,10 @@ class Coverage:
                 "attention in 16 bits stays slow, which a float32 model avoids"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _lines_of_packed(self) -> list[str]:
+        formats = Counter(layer.packed for layer in self.layers if layer.packed)
+        return [f"{count} quantised: {name}" for name, count in formats.items()]
 
     def _lines_of_blocks(self) -> list[str]:
         if not self.blocks:
@@ -121,6 +130,12 @@ class Coverage:
         return lines
 
 
+def format_of(output: Output) -> str:
+    """What the format of its packed weight is called; "" for a plain weight."""
+    weight = output.base.weight
+    return weight.format.label if isinstance(weight, Quantised) else ""
+
+
 def _percent(share: float) -> str:
     """A whole number; what isn't all doesn't read as all, and what isn't nothing as nothing."""
     if 0.0 < share < 0.01:
@@ -133,13 +148,17 @@ def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
     return [_cover(name, layer) for name, layer in lora_layers(model)]
 
 
-def _cover(name: str, layer: LoRALayer) -> LayerCoverage:
-    fast, reason = True, ""
-    if "forward" in layer.__dict__:
+def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
+    fast, plan, reason = True, "", ""
+    module: Any = layer.experts if isinstance(layer, ExpertsWeight) else layer
+    if "forward" in module.__dict__:
         fast, plan = False, "eager"
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
     elif layer.merged:
         plan = "merged"
+    elif isinstance(layer, ExpertsWeight):
+        reason = module.read().reason
+        fast, plan = not reason, "eager" if reason else "torch"  # on every device
     else:
         plan, reason = planned_backend(as_outputs([layer.projection()]))
     return LayerCoverage(
@@ -149,5 +168,5 @@ def _cover(name: str, layer: LoRALayer) -> LayerCoverage:
         fast=fast,
         plan=plan,
         reason=reason,
-        parameters=math.prod(layer.shape),
+        parameters=layer.adapted_parameters,
     )

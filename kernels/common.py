@@ -46,12 +46,16 @@ def load_tile(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     DESCRIPTOR: tl.constexpr = False,
+    i_segment=None,
 ):
     """The tile of a matrix [rows, columns] at (i_row, i_column), zeros where it sticks out.
 
-    ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides.
+    ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides; or
+    one of a matrix for each segment.
     """
-    if DESCRIPTOR:
+    if DESCRIPTOR and i_segment is not None:
+        return source.load([i_segment, i_row, i_column]).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
+    elif DESCRIPTOR:
         return source.load([i_row, i_column])
     else:
         o_row = i_row + tl.arange(0, BLOCK_ROWS)

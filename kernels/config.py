@@ -29,6 +29,7 @@ class Call:
     project: bool = False  # weight_grad: with dh in the same pass; gemm_lowrank: with h
     alone: bool = False  # gemm_lowrank: the low-rank term alone, added to what is there
     pointers: bool = False  # gemm_lowrank: with operands that no descriptor fits
+    segments: int = 0  # that the rows are cut into; 0: into none
 
     @property
     def product(self) -> str:
@@ -36,6 +37,9 @@ class Call:
         if self.itemsize == 2:
             return "16-bit"
         return "tf32" if self.precision == "tf32" else "float32"
+
+    def row_tiles(self, block_m: int) -> int:
+        return row_tiles(self.m, block_m, self.segments)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def default_config(kernel: str, target: Target, call: Call) -> Config | None:
     fitting = [config for config in rows(kernel, target, call) if not config.why_not(target, call)]
     if kernel != "gemm_lowrank" or call.alone:
         return fitting[0] if fitting else None
-    few = call.m <= FEW_ROWS
+    few = call.m <= FEW_ROWS * max(1, call.segments)
     # 2048: the fused plan is meant for as many rows and more (plan.py).
     level = replace(call, m=FEW_ROWS if few else 2048)
     suited = [config for config in fitting if config.block_m <= FEW_ROWS] if few else fitting
@@ -172,6 +176,11 @@ def chunks(*groups: Sequence | None) -> Iterator[tuple]:
 
 def cdiv(length: int, step: int) -> int:
     return -(-length // step)
+
+
+def row_tiles(rows: int, block_m: int, segments: int | None) -> int:
+    """The tiles of rows; with segments as many as there may be (segments.py), nobody's too."""
+    return rows // block_m + segments + 1 if segments else cdiv(rows, block_m)
 
 
 def power_of_two(number: int) -> int:

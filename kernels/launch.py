@@ -14,7 +14,10 @@ from .common import INTERPRETED
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does.  Bytes count once for each launch, or as often as a tile asks."""
+    """What one launch does.  Bytes count once for each launch, or as often as a tile asks.
+
+    With segments, it is as if each had rows and no rows were nobody's; by tiles it is a bound.
+    """
 
     flops: int
     loaded: int  # bytes, each element once

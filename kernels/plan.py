@@ -15,7 +15,7 @@ from itertools import product
 
 from torch import Tensor
 
-from .config import Call
+from .config import Call, cdiv
 from .gemm_lowrank import GemmConfig
 from .target import TARGETS, Target, target_of
 
@@ -42,6 +42,7 @@ class Row:
     projections: int
     plan: Plan
     backward: bool = False
+    segments: bool = False  # then m is the rows of one
 
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
@@ -70,7 +71,22 @@ _ASSUMED = tuple(
     for size in (2, 4)
     if (name, size) != ("sm_90", 2)
 )
-ROWS: tuple[Row, ...] = _MODELLED + _ASSUMED
+
+
+def _of_segments(name: str, m: int, k: int) -> Plan:
+    """Rows for a few hundred rows of each: fused, since they wait for the weights' bytes.
+
+    For many and a long product torch's kernel, where there is one.
+    """
+    has_kernel = name in ("sm_90", "sm_100")
+    return IN_PLACE if has_kernel and m >= 4096 and k >= 4096 else FUSED
+
+
+_SEGMENTS = tuple(
+    Row(name, m, 4096, k, 16, size, False, 1, _of_segments(name, m, k), segments=True)
+    for name, m, k, size in product(TARGETS, (256, 4096), (1024, 4096), (2, 4))
+)
+ROWS: tuple[Row, ...] = _MODELLED + _ASSUMED + _SEGMENTS
 
 _forced: Plan | None = None  # no context variable, since a backward runs in another thread
 
@@ -99,20 +115,24 @@ def plan_for(
     *,
     masked: bool = False,
     backward: bool = False,
+    segments: int = 0,
 ) -> Plan:
     """The plan of the nearest row, for an output [M, n] from a depth k, as deep as x or dy."""
     if _forced is not None:
         return _forced
-    call = Call(len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked)
+    call = Call(
+        len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked, segments=segments
+    )
     return _nearest(target_of(x.device), call, k, backward)
 
 
 @lru_cache(maxsize=1024)
 def _nearest(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
-    rows = [row for row in ROWS if row.target == target.name and row.itemsize == call.itemsize]
+    here, m = (target.name, call.itemsize, call.segments > 0), cdiv(call.m, call.segments or 1)
+    rows = [row for row in ROWS if (row.target, row.itemsize, row.segments) == here]
 
     def distance(row: Row) -> float:
-        ours = call.m, call.n, k, call.r, call.projections
+        ours = m, call.n, k, call.r, call.projections
         theirs = row.m, row.n, row.k, row.r, row.projections
         doublings = sum(abs(math.log2(a / b)) for a, b in zip(ours, theirs, strict=True))
         return doublings + (row.masked != call.masked) + 99 * (row.backward != backward)

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, splits
+from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, row_tiles, splits
 from .launch import Launch, Work, launch, size_of, stated
+from .segments import banks_of, bytes_to_find, segment_arguments, segment_of_tile
 from .sum_planes import sum_planes
 from .target import Target, target_of
 
@@ -27,7 +28,7 @@ class ProjectConfig(Config):
     stages: int
 
     def tiles(self, call: Call) -> int:
-        return cdiv(call.m, self.block_m)
+        return call.row_tiles(self.block_m)
 
     def sums(self, call: Call) -> int:
         return call.projections * self.block_m * self.block_r(call)
@@ -43,14 +44,16 @@ class ProjectConfig(Config):
 def _work(arguments: Mapping[str, Any]) -> Work:
     x, v, planes, seeds = (arguments[name] for name in ("x", "v", "planes", "seeds"))
     (M, K), ranks, count = x.shape, arguments["R"], len(planes[0])
-    m_tiles, r_tiles = cdiv(M, arguments["BLOCK_M"]), arguments["R_TILES"]
+    segments, r_tiles = arguments["segments"], arguments["R_TILES"]
+    m_tiles = row_tiles(M, arguments["BLOCK_M"], segments)
+    programs = m_tiles * r_tiles * max(1, count)
     return Work(
         flops=2 * M * K * sum(ranks),
-        loaded=size_of(x, seeds, *v),
+        loaded=size_of(x, seeds, arguments["ends"], *v),
         stored=size_of(*planes) if count else size_of(*arguments["u"]),
         loaded_by_tiles=size_of(x) * r_tiles
-        + size_of(*v) * m_tiles
-        + size_of(seeds) * m_tiles * r_tiles * max(1, count),
+        + size_of(*v) // (segments or 1) * m_tiles
+        + (size_of(seeds) + bytes_to_find(segments)) * programs,
         partial=size_of(*planes),
     )
 
@@ -58,23 +61,30 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def project_kernel(
-    x, v, u, planes, seeds,
-    M, K, factors, threshold, steps,
-    x_rows, x_columns, v_rows, v_columns,
+    x, v, u, planes, seeds, ends,
+    M, K, factors, threshold, steps, segments,
+    x_rows, x_columns, v_rows, v_columns, v_banks,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     R_TILES: tl.constexpr,
     V_ROWS_OF_8: tl.constexpr,
+    SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U_i = factor_i · (keep_i ∘ X) V_i, or PLANES_i, whose sum that is.
 
     X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i]: plane s is of so many
-    ``steps`` over the columns, from s · steps on.
+    ``steps`` over the columns, from s · steps on.  With segments, V_i [segments, K, R_i]: a row's
+    factor is its segment's, and U is zero in nobody's rows.
     """
     i_r, i_m = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES * BLOCK_M
+    end, depth = M, K
+    if ends is not None:
+        i_tile = tl.program_id(0) // R_TILES
+        i_segment, i_m, end = segment_of_tile(ends, segments, i_tile, M, BLOCK_M, SEGMENT_BLOCK)
+        depth = tl.where((i_segment < segments) & (i_m < end), K, 0)
     i_split = tl.program_id(1)
     sums, keys = (), ()
     for i in tl.static_range(len(v)):
@@ -82,13 +92,16 @@ def project_kernel(
         if seeds is not None:
             keys = keys + (tl.load(seeds + i),)
     first = i_split * steps * BLOCK_K
-    for i_k in range(first, min(first + steps * BLOCK_K, K), BLOCK_K):
-        b_x = load_tile(x, i_m, i_k, M, K, x_rows, x_columns, BLOCK_M, BLOCK_K)  # [BM, BK]
+    for i_k in range(first, min(first + steps * BLOCK_K, depth), BLOCK_K):
+        b_x = load_tile(x, i_m, i_k, end, K, x_rows, x_columns, BLOCK_M, BLOCK_K)  # [BM, BK]
         new = ()
         for i in tl.static_range(len(v)):
             v_row = known_multiple(v_rows[i], V_ROWS_OF_8)
+            v_i = v[i]
+            if ends is not None:
+                v_i += i_segment.to(tl.int64) * v_banks[i]
             b_v = load_tile(
-                v[i], i_k, i_r, K, R[i], v_row, v_columns[i], BLOCK_K, BLOCK_R
+                v_i, i_k, i_r, K, R[i], v_row, v_columns[i], BLOCK_K, BLOCK_R
             )  # [BK, BR]
             b_kept = b_x
             if seeds is not None:
@@ -100,10 +113,10 @@ def project_kernel(
     for i in tl.static_range(len(v)):
         b_u = sums[i] * factors[i]  # [BM, BR]
         if tl.num_programs(1) == 1:
-            store_tile(u[i], b_u, i_m, i_r, M, R[i], R[i], 1)
+            store_tile(u[i], b_u, i_m, i_r, end, R[i], R[i], 1)
         else:
             plane = planes[i] + i_split.to(tl.int64) * M * R[i]
-            store_tile(plane, b_u, i_m, i_r, M, R[i], R[i], 1)
+            store_tile(plane, b_u, i_m, i_r, end, R[i], R[i], 1)
 
 
 def project(
@@ -114,17 +127,21 @@ def project(
     precision: str,
     dropout: float = 0.0,
     seeds: Tensor | None = None,
+    ends: Tensor | None = None,
     config: ProjectConfig | None = None,
 ) -> list[Tensor]:
     """factor_i · (keep_i ∘ x) v_i for every v_i of ``adapters``: [M, R_i], in x's dtype.
 
     x [M, K] and v_i [K, R_i] have any strides; v_i any floating dtype of at most 32 bits, cast as
     it is read.  ``seeds``: int64, one for each v_i, with ``dropout``.
+
+    ``ends``, int32 [E], dense: the rows are cut into segments, v_i is [E, K, R_i], and nobody's
+    rows give zero.
     """
     return [
         u
         for part in chunks(adapters, factors, seeds)
-        for u in _project(x, *part, precision, dropout, config)
+        for u in _project(x, *part, precision, dropout, ends, config)
     ]
 
 
@@ -135,12 +152,16 @@ def _project(
     seeds: Tensor | None,
     precision: str,
     dropout: float,
+    ends: Tensor | None,
     config: ProjectConfig | None,
 ) -> list[Tensor]:
     """As many as one launch takes."""
-    (M, K), ranks = x.shape, [v.shape[1] for v in vs]
+    (M, K), ranks = x.shape, [v.shape[-1] for v in vs]
     target = target_of(x.device)
-    call = Call(M, K, max(ranks), x.element_size(), precision, len(vs), seeds is not None)
+    call = Call(
+        M, K, max(ranks), x.element_size(), precision, len(vs), seeds is not None,
+        segments=0 if ends is None else len(ends),
+    )  # fmt: skip
     config = chosen_config("project", target, call, config)
     block_r = config.block_r(call)
     r_tiles = cdiv(max(ranks), block_r)
@@ -155,12 +176,13 @@ def _project(
         planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
     arguments = {
         "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": seeds,
+        **segment_arguments(ends), "v_banks": banks_of(ends, vs),
         "M": M, "K": K, "factors": tuple(factors), "threshold": dropout_threshold(dropout),
         "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
-        "v_rows": tuple(v.stride(0) for v in vs), "v_columns": tuple(v.stride(1) for v in vs),
+        "v_rows": tuple(v.stride(-2) for v in vs), "v_columns": tuple(v.stride(-1) for v in vs),
         "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_K": config.block_k,
         "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
-        "V_ROWS_OF_8": all(v.stride(0) % 8 == 0 for v in vs),
+        "V_ROWS_OF_8": all(v.stride(-2) % 8 == 0 for v in vs),
     }  # fmt: skip
     work = partial(_work, arguments)
     grid = (programs, count)

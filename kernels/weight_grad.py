@@ -13,6 +13,7 @@ from torch import Tensor
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
 from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, splits
 from .launch import Launch, Work, launch, size_of, stated
+from .segments import banks_of, bytes_to_find, segment_arguments, segment_rows
 from .sum_planes import sum_planes
 from .target import Target, target_of
 
@@ -30,7 +31,9 @@ class WeightGradConfig(Config):
         return cdiv(call.n, self.block_n)
 
     def splits(self, target: Target, call: Call) -> tuple[int, int]:
-        """(number of splits of the rows, steps in each)."""
+        """(number of splits of the rows, steps in each); none of a segment's."""
+        if call.segments:
+            return 1, 0
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
         # In 16 bits, 16 r rows are four times the bytes to write and read their plane.
         return splits(target, programs, call.m, self.block_m, least=16 * call.r)
@@ -60,15 +63,16 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     x, u, v, made, seeds = (arguments[name] for name in ("x", "u", "v", "made", "seeds"))
     (M, N), ranks, planes = x.shape, arguments["R"], arguments["planes"]
     n_tiles, r_tiles = cdiv(N, arguments["BLOCK_N"]), arguments["R_TILES"]
-    count = len(planes[0])
+    count, segments = len(planes[0]), arguments["segments"]
+    programs = n_tiles * r_tiles * (max(1, count) if segments is None else segments + 1)
     return Work(
         flops=2 * M * N * (sum(ranks) + (0 if v is None else ranks[0])),
-        loaded=size_of(x, v, seeds, *u),
+        loaded=size_of(x, v, seeds, arguments["ends"], *u),
         stored=size_of(made) + size_of(*(planes if count else arguments["out"])),
         loaded_by_tiles=size_of(x) * r_tiles
         + size_of(*u) * n_tiles
         + size_of(v) * max(1, count)
-        + size_of(seeds) * n_tiles * r_tiles * max(1, count),
+        + (size_of(seeds) + bytes_to_find(segments)) * programs,
         partial=size_of(*planes) + size_of(made) * (n_tiles > 1),
     )
 
@@ -76,14 +80,15 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def weight_grad_kernel(
-    x, u, out, planes, v, made, seeds,
-    M, N, factor, threshold, steps,
-    x_rows, x_columns, out_rows, out_columns, v_rows, v_columns,
+    x, u, out, planes, v, made, seeds, ends,
+    M, N, factor, threshold, steps, segments,
+    x_rows, x_columns, out_rows, out_columns, v_rows, v_columns, out_banks, v_bank,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     R_TILES: tl.constexpr,
+    SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT_i = (keep_i ∘ X)ᵀ U_i, or PLANES_i, whose sum that is; and MADE = factor · X V.
@@ -91,11 +96,23 @@ def weight_grad_kernel(
     X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i:
     plane s is of so many ``steps`` over the rows, from s · steps on.  V [N, R_0], if it is there,
     gives MADE [N / BLOCK_N, M, R_0], a plane for every tile of columns.
+
+    With segments, OUT_i [segments, N, R_i] is of each one's rows, and V [segments, N, R_0].  There
+    are no splits.
     """
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
+    # What there is to store of MADE; and to load, which is nothing for nobody's rows.
+    end, rows, columns = M, M, N
+    if ends is not None:
+        i_bank = i_split.to(tl.int64)
+        start, end = segment_rows(ends, segments, i_split, M)
+        is_one = i_split < segments
+        rows, columns = tl.where(is_one, end, 0), tl.where(is_one, N, 0)
     if v is not None:
-        b_v = load_tile(v, i_n, 0, N, R[0], v_rows, v_columns, BLOCK_N, BLOCK_R)  # [BN, BR]
+        if ends is not None:
+            v += i_bank * v_bank
+        b_v = load_tile(v, i_n, 0, columns, R[0], v_rows, v_columns, BLOCK_N, BLOCK_R)  # [BN, BR]
         made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
@@ -106,13 +123,17 @@ def weight_grad_kernel(
             sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
             keys = keys + (tl.load(seeds + i),)
-    first = i_split * steps * BLOCK_M
-    for i_m in range(first, min(first + steps * BLOCK_M, M), BLOCK_M):
-        b_x = load_tile(x, i_m, i_n, M, N, x_rows, x_columns, BLOCK_M, BLOCK_N)  # [BM, BN]
+    if ends is not None:
+        first, last = start, end
+    else:
+        first = i_split * steps * BLOCK_M
+        last = min(first + steps * BLOCK_M, M)
+    for i_m in range(first, last, BLOCK_M):
+        b_x = load_tile(x, i_m, i_n, rows, N, x_rows, x_columns, BLOCK_M, BLOCK_N)  # [BM, BN]
         new = ()
         for i in tl.static_range(len(u)):
             # Loaded as its transpose: else Triton loads one of the two tiles one step ahead alone.
-            b_u = load_tile(u[i], i_r, i_m, R[i], M, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
+            b_u = load_tile(u[i], i_r, i_m, R[i], rows, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
             b_kept = b_x
             if seeds is not None:
                 keep = keep_tile(keys[i], i_m, i_n, threshold, BLOCK_M, BLOCK_N)
@@ -126,10 +147,13 @@ def weight_grad_kernel(
             b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             # [BM, BR] = [BM, BN] @ [BN, BR]
             b_made = dot(b_x, cast(b_v, b_x.dtype), b_made, PRECISION)
-            store_tile(made_plane, b_made * factor, i_m, 0, M, R[0], R[0], 1)
+            store_tile(made_plane, b_made * factor, i_m, 0, end, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
         b_out = sums[i] if v is None else sums[i].T  # [BR, BN]
-        if tl.num_programs(1) == 1:
+        if ends is not None:
+            out_i = out[i] + i_bank * out_banks[i]
+            store_tile(out_i, b_out, i_r, i_n, R[i], columns, out_columns[i], out_rows[i])
+        elif tl.num_programs(1) == 1:
             store_tile(out[i], b_out, i_r, i_n, R[i], N, out_columns[i], out_rows[i])
         else:
             plane = planes[i] + i_split.to(tl.int64) * N * R[i]
@@ -146,6 +170,7 @@ def weight_grad(
     seeds: Tensor | None = None,
     b: Tensor | None = None,
     factor: float = 1.0,
+    ends: Tensor | None = None,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
     """out_i = (keep_i ∘ x)ᵀ u_i, into ``outs``; and, given ``b``, factor · x b in the same pass.
@@ -153,10 +178,12 @@ def weight_grad(
     x [M, N] has any strides, u_i [M, R_i] is contiguous and in x's dtype.  out_i [N, R_i] has any
     dtype, and is contiguous or the transpose of a contiguous tensor.  b [N, R_0] has any strides
     and dtype; the product [M, R_0] comes back in x's.  ``seeds`` as in :func:`project`.
+
+    ``ends`` as there: out_i is [E, N, R_i], zero for a segment without rows, and b [E, N, R_0].
     """
     made = None
     for part in chunks(us, outs, seeds):
-        made = _weight_grad(x, *part, precision, dropout, b, factor, config)
+        made = _weight_grad(x, *part, precision, dropout, b, factor, ends, config)
     return made
 
 
@@ -169,14 +196,16 @@ def _weight_grad(
     dropout: float,
     v: Tensor | None,
     factor: float,
+    ends: Tensor | None,
     config: WeightGradConfig | None,
 ) -> Tensor | None:
     """As many as one launch takes."""
     (M, N), ranks = x.shape, [u.shape[1] for u in us]
     target = target_of(x.device)
     call = Call(
-        M, N, max(ranks), x.element_size(), precision, len(us), seeds is not None, v is not None
-    )
+        M, N, max(ranks), x.element_size(), precision, len(us), seeds is not None, v is not None,
+        segments=0 if ends is None else len(ends),
+    )  # fmt: skip
     config = chosen_config("weight_grad", target, call, config)
     count, steps = config.splits(target, call)
     n_tiles, block_r = config.tiles(call), config.block_r(call)
@@ -193,17 +222,20 @@ def _weight_grad(
             made = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
     arguments = {
         "x": x, "u": tuple(us), "out": tuple(outs), "planes": tuple(planes), "v": v,
-        "made": made, "seeds": seeds,
+        "made": made, "seeds": seeds, **segment_arguments(ends),
+        "out_banks": banks_of(ends, outs),
+        "v_bank": None if ends is None or v is None else v.stride(0),
         "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
         "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
-        "out_rows": tuple(out.stride(0) for out in outs),
-        "out_columns": tuple(out.stride(1) for out in outs),
-        "v_rows": 0 if v is None else v.stride(0), "v_columns": 0 if v is None else v.stride(1),
+        "out_rows": tuple(out.stride(-2) for out in outs),
+        "out_columns": tuple(out.stride(-1) for out in outs),
+        "v_rows": 0 if v is None else v.stride(-2), "v_columns": 0 if v is None else v.stride(-1),
         "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
     }  # fmt: skip
     work = partial(_work, arguments)
-    grid = (n_tiles * r_tiles, count)
+    # Nobody's rows have a place in what is made alone.
+    grid = (n_tiles * r_tiles, count if ends is None else len(ends) + (v is not None))
     launch(Launch(weight_grad_kernel, grid, arguments, config.warps, config.stages, work))
     if made is not product:
         sum_planes([*planes, made], [*dense, product])
@@ -214,9 +246,10 @@ def _weight_grad(
 
 def one_pass_pays(x: Tensor, b: Tensor, precision: str) -> bool:
     """Whether the partial sums of one pass over x are fewer bytes than a second reading of it."""
-    (M, N), r = x.shape, b.shape[1]
+    (M, N), r = x.shape, b.shape[-1]
     target = target_of(x.device)
-    call = Call(M, N, r, x.element_size(), precision, project=True)
+    segments = len(b) if b.dim() == 3 else 0
+    call = Call(M, N, r, x.element_size(), precision, project=True, segments=segments)
     config = default_config("weight_grad", target, call)
     if config is None:
         return False

@@ -23,7 +23,7 @@ from fastlora.trials.options import Options
 from fastlora.trials.training import Training, causal_loss
 from fastlora.trials.trial import Trial, as_trials
 
-ROUNDS, SWEEP, RUNS = 5, "sweep", "eight runs"
+ROUNDS, SWEEP, RUNS = 5, "fastlora", "eight runs"
 CONFIGS = [{"r": r, "learning_rate": rate} for r in (2, 8, 32, 64) for rate in (1e-4, 5e-4)]
 LIMITS = {16: 0.6, 256: 1.0}  # of the sweep's time over the runs', by tokens a configuration
 
@@ -75,7 +75,7 @@ def measure(model: torch.nn.Module, tokens: int) -> dict:
     ids = torch.randint(0, 21760, (1, tokens), generator=torch.Generator().manual_seed(0))
     batch, trials = {"input_ids": ids, "labels": ids}, as_trials(CONFIGS)
     together = SweepSteps(model, trials, [batch])
-    times: dict[str, list[float]] = {SWEEP: [], RUNS: []}
+    times: dict[str, list[float]] = {RUNS: [], SWEEP: []}
     for each in range(ROUNDS + 1):
         found = {SWEEP: together.seconds()}
         found[RUNS] = sum(seconds_alone(model, trial, batch) for trial in trials)

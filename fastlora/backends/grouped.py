@@ -179,7 +179,7 @@ def _forward_at_once(
     x: Tensor, output: Output[Tensor], segments: Segments, mask: DropoutMask | None
 ) -> tuple[Tensor, Tensor]:
     (weight, bias), (adapter,) = output
-    x, ends = _aligned(x), segments.ends.contiguous()
+    x, ends = aligned(x), segments.ends.contiguous()
     down = _thin(adapter.lora_a, 1, x.dtype, factor_of(adapter, mask))
     h = functional.grouped_mm(dropped(x, mask), down.mT, offs=ends)
     y = functional.grouped_mm(x, weight.mT, offs=ends)
@@ -204,7 +204,7 @@ def _backward_at_once(
 ) -> tuple[Tensor | None, Output[Tensor | None]]:
     (weight, bias), (adapter,) = output
     need_base, (need,) = wanted
-    dy, ends, rank = _aligned(dy), segments.ends.contiguous(), adapter.lora_a.shape[1]
+    dy, ends, rank = aligned(dy), segments.ends.contiguous(), adapter.lora_a.shape[1]
     dx = d_weight = d_bias = d_lora_a = d_lora_b = dh = None
     # On some GPUs torch's kernel writes anything for an expert without rows.
     empty = (ends.diff(prepend=ends.new_zeros(1)) == 0).view(-1, 1, 1)
@@ -221,20 +221,20 @@ def _backward_at_once(
         dx = functional.grouped_mm(dy, weight, offs=ends).add_(dropped(change, mask, change))
         dx.masked_fill_((segments.of_rows(len(x)) == len(weight)).unsqueeze(1), 0.0)
     if dh is not None and need.lora_a:
-        d_lora_a = over_rows(dh, dropped(_aligned(x), mask))[:, :rank]
+        d_lora_a = over_rows(dh, dropped(aligned(x), mask))[:, :rank]
         d_lora_a = cast(d_lora_a, adapter.lora_a.dtype).contiguous()
     if need.lora_b:
         d_lora_b = over_rows(dy, _thin(h, 1, x.dtype))[..., :rank]
         d_lora_b = cast(d_lora_b, adapter.lora_b.dtype).contiguous()
     if need_base.weight:
-        d_weight = over_rows(dy, _aligned(x))
+        d_weight = over_rows(dy, aligned(x))
     if need_base.bias and bias is not None:
         ones = dy.new_ones(len(dy), _ALIGNMENT // dy.element_size())
         d_bias = cast(over_rows(dy, ones)[..., 0], bias.dtype).contiguous()
     return dx, Output(Base(d_weight, d_bias), (Adapter(d_lora_a, d_lora_b),))
 
 
-def _aligned(matrix: Tensor) -> Tensor:
+def aligned(matrix: Tensor) -> Tensor:
     """The matrix with dense rows, aligned as grouped_mm has it: a copy only if it needs one."""
     first, last = matrix.stride()
     size = matrix.element_size()

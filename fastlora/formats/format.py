@@ -6,7 +6,7 @@ tensors it needs, checks them, and makes rows of the weight from them.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +28,13 @@ class Format:
     rows: int
     columns: int
 
-    label: ClassVar[str]  # what people call it, for a report: "NF4"
-
     def __init_subclass__(cls) -> None:
         _KNOWN[cls.__name__] = cls
+
+    @property
+    def label(self) -> str:
+        """What people call it, for a report: "NF4"."""
+        raise NotImplementedError
 
     @property
     def names(self) -> tuple[str, ...]:

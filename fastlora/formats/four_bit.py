@@ -6,7 +6,6 @@ Dettmers et al., "QLoRA" (arXiv 2305.14314), as bitsandbytes stores them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +46,9 @@ class FourBit(Format):
     block: int
     nested: int = 0
 
-    label: ClassVar[str] = "4 bits"
+    @property
+    def label(self) -> str:
+        return self.kind.upper()
 
     @property
     def code(self) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,9 @@ class Int8Rows(Format):
 
     factor: float = 1.0
 
-    label: ClassVar[str] = "int8"
+    @property
+    def label(self) -> str:
+        return "int8"
 
     @property
     def names(self) -> tuple[str, ...]:

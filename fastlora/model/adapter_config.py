@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from enum import Enum
 from typing import Any, TypeVar
@@ -40,29 +40,33 @@ _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def spell_out(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> LoRAConfig:
+def spell_out(
+    model: nn.Module, config: LoRAConfig, layers: Iterable[str], experts: Collection[str]
+) -> LoRAConfig:
     """The same config with the layers' names in place of "all-linear" and the like.
+
+    ``experts``: which of these names are those of experts' weights.
 
     PEFT from 0.20 on rewrites a config for a mixture of experts as it loads it: targets of certain
     names become experts' parameters, other regular expressions lists of last parts.  There, layers
     of those names are spelled as ``target_parameters``, which it leaves alone.
     """
     rewritten = _has_experts(model)
-    targets = config.target_modules
+    targets, dense = config.target_modules, [name for name in layers if name not in experts]
     as_weights = {
         name
-        for name in layers
+        for name in dense
         if config.names_weight_of(name)
         or (rewritten and name.rpartition(".")[2] in _NAMES_OF_EXPERTS)
     }
     chosen_here = targets is None or is_all_linear(targets)
     if not (as_weights or chosen_here or (rewritten and isinstance(targets, str))):
         return config
-    modules = [name for name in layers if name not in as_weights]
+    modules = [name for name in dense if name not in as_weights]
     return replace(
         config,
         target_modules=short_targets(model, modules),
-        target_parameters=sorted(map(weight_of, as_weights)) or None,
+        target_parameters=sorted([*map(weight_of, as_weights), *experts]) or None,
         layers_to_transform=None,
         layers_pattern=None,
         rank_pattern=_with_weights(config.rank_pattern, config.rank_of, config.r, as_weights),

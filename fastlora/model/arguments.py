@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from ..adapted import LoRALayer
+from ..expert_layer import LoRAExperts
 from ..modules import called
 from .adapter_config import from_live_peft
 from .config import LoRAConfig
@@ -20,7 +21,7 @@ def check_model(model: nn.Module) -> None:
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError if a layer has an adapter, fastlora's or PEFT's."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
+        if isinstance(module, LoRALayer | LoRAExperts):
             raise ValueError(
                 f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
             )

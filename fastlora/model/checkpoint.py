@@ -29,6 +29,7 @@ from .tensors import (
     check_layers,
     check_planned,
     embedding_tensors,
+    experts_weights,
     name_of,
     read_fitting,
 )
@@ -60,7 +61,7 @@ def save_adapter(
             raise ValueError("this is a PEFT model, whose save_pretrained saves it")
         raise ValueError("fastlora.apply_lora or load_adapter gave this model no adapters to save")
     check_injection(model, injection)
-    config = spell_out(model, injection.config, injection.layers)
+    config = spell_out(model, injection.config, injection.layers, experts_weights(model))
     tensors = adapter_tensors(model, injection)
     if must_save_embeddings(model, save_embedding_layers) or (
         save_embedding_layers == AUTO and injection.has_embeddings
@@ -107,18 +108,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     if hasattr(model, "peft_config"):
         raise ValueError("this is a PEFT model, whose load_adapter loads it")
     check_files(path)
-    config = from_peft(read_json(path / CONFIG), str(path / CONFIG))
+    values = read_json(path / CONFIG)
+    config, version = from_peft(values, str(path / CONFIG)), values.get("peft_version")
     stored = read_header(path / WEIGHTS)
     injection = injection_of(model)
     fresh = injection is None
     if injection is None:
-        check_planned(model, config, stored, path / WEIGHTS)
+        check_planned(model, config, stored, path / WEIGHTS, version)
         injection = inject_known(model, config)
     else:
         check_injection(model, injection)
     try:
         check_layers(model, config)
-        found = read_fitting(model, injection, stored, path / WEIGHTS)
+        found = read_fitting(model, injection, stored, path / WEIGHTS, version)
         if found.untied and not (fresh and found.wanted.keys() >= set(found.untied)):
             raise ValueError(
                 f"{path / WEIGHTS} gives {some(found.untied)} values of their own, but the model "

@@ -26,10 +26,10 @@ class LoRAConfig:
     * ``layers_to_transform``: with a list of targets, only those inside of these layers, by their
       number, the first in the name (``model.layers.3.…``); ``layers_pattern`` names the list of
       layers (``"layers"``), where it isn't the first that has numbers.
-    * ``target_parameters``: PEFT's other way to name a layer, by its weight (``"up_proj.weight"``).
-      Experts' parameters, which are no layer's weight, are not fastlora's.
+    * ``target_parameters``: weights of a transformers model's experts, by their names or last parts
+      (``"experts.gate_up_proj"``); and PEFT's other way to name a layer (``"up_proj.weight"``).
     * ``rank_pattern``, ``alpha_pattern``: ranks and alphas of layers whose name ends with a match;
-      of a layer in ``target_parameters`` it is the weight's name.
+      of what is in ``target_parameters`` it is the weight's name.  A rank is that of each expert.
     * ``bias``: the base biases that train: "none", "all" of the model, or "lora_only", those of
       adapted layers.
     * ``modules_to_save``: modules that train in full and are saved too, by the end of their names;
@@ -161,6 +161,11 @@ def weight_of(name: str) -> str:
 def names_any(wanted: Iterable[str], name: str) -> bool:
     """Whether one of the wanted names is this one, or its last part."""
     return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def is_inside(name: str, outer: str) -> bool:
+    """Whether a name is that of a module, or of something in it."""
+    return name == outer or name.startswith(f"{outer}.")
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

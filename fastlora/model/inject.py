@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from .. import beside, mlp
 from ..adapted import LoRALayer, new_adapter
 from ..base import matrix_of
+from ..expert_layer import LoRAExperts
 from ..layer import adapted_class
 from ..modules import called, lora_layers, plain_name, some, unwrap
 from ..projection import check_switch
 from .arguments import as_config, check_model, check_plain
 from .config import LoRAConfig
-from .targets import find_targets, modules_to_save, warn_of_passed_over
+from .experts import new_adapters
+from .targets import Targets, find_targets, modules_to_save, warn_of_passed_over
 
 _RECORD = "_fastlora"
 
@@ -25,7 +27,7 @@ class Injection:
     """What apply_lora did to a model; kept in the model's ``__dict__`` as ``_fastlora``."""
 
     config: LoRAConfig
-    layers: tuple[str, ...]  # names of the adapted layers
+    layers: tuple[str, ...]  # names of the adapted layers, and of experts' weights
     saved_modules: tuple[str, ...]  # names of the modules that train in full
     trained_before: frozenset[str]  # names of the parameters that required gradients before
     untied: tuple["Untied", ...]
@@ -59,7 +61,8 @@ def apply_lora(
     keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
     ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
     bfloat16 layer are float32, as PEFT makes them; ``autocast_adapter_dtype=False`` keeps the
-    layer's dtype.
+    layer's dtype.  An experts module whose weights are in ``config.target_parameters`` becomes a
+    :class:`LoRAExperts` in the same way (docs/blocks.md).
 
     On a CPU that multiplies 16 bits slowly, every other frozen ``torch.nn.Linear`` of 16 bits (the
     head …) becomes fast as well, with nothing else changed; ``frozen=False`` leaves them alone.
@@ -96,8 +99,8 @@ def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     return injection
 
 
-def known_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The layers that inject_known would adapt."""
+def known_targets(model: nn.Module, config: LoRAConfig) -> Targets:
+    """What inject_known would adapt."""
     saved = modules_to_save(model, config, every_name=False)
     return find_targets(model, config, saved, every_name=False)
 
@@ -113,29 +116,34 @@ def _inject(
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
     trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
     adapters = {}
-    for name, layer in targets.items():
+    for name, layer in targets.layers.items():
         weight = matrix_of(layer)
         narrow = wide_adapters and weight.element_size() < 4
         dtype = torch.float32 if narrow else weight.dtype
         adapter = new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
         adapters[name] = (adapted_class(type(layer)), adapter, config.alpha_of(name))
+    of_experts = new_adapters(targets.experts, config, wide_adapters)
     untied = _copies_of_tied(model, saved)
     if every_name:
-        warn_of_passed_over(model, config, saved)
+        warn_of_passed_over(model, config, targets.experts, saved)
     # Nothing has changed so far, and nothing below can fail.
     for place in untied:
         setattr(place.module, place.name, place.copy)
     model.requires_grad_(False)
-    for name, layer in targets.items():
+    for name, layer in targets.layers.items():
         layer.__class__, adapter, alpha = adapters[name]
         cast(LoRALayer, layer).attach_adapter(
             adapter, alpha, config.lora_dropout, config.use_rslora
         )
+    for experts, kind, its_adapters in of_experts:
+        experts.__class__ = kind
+        cast(LoRAExperts, experts).attach_adapters(its_adapters, config.lora_dropout)
     for module in saved.values():
         module.requires_grad_(True)
     for name in trained_biases(model, config.bias):
         model.get_parameter(name).requires_grad_(True)
-    injection = Injection(config, tuple(targets), tuple(saved), trained_before, untied)
+    names = (*targets.layers, *targets.experts)
+    injection = Injection(config, names, tuple(saved), trained_before, untied)
     record_injection(model, injection)
     return injection
 
@@ -155,7 +163,10 @@ def remove_lora(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         layer.check_weight(called(name))
     for _, layer in layers:
-        layer.detach_adapter()
+        if isinstance(layer, LoRALayer):
+            layer.detach_adapter()
+    for experts in [m for m in inner.modules() if isinstance(m, LoRAExperts)]:
+        experts.detach_adapters()
     beside.give_back(inner.modules())
     mlp.give_back(inner.modules())
     for module in inner.modules():  # parts of a model may have been adapted one by one

@@ -2,26 +2,34 @@
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, cast
 
 from torch import nn
 
-from ..base import is_conv1d, why_not_class
+from ..base import why_not_class
 from ..layer import why_not_base
 from ..modules import called
 from ..projection import shown
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
-from .config import LoRAConfig, compile_pattern, names_any
+from .config import LoRAConfig, compile_pattern, is_inside, names_any
+from .experts import ExpertsTarget, find_experts
 
 ALL_LINEAR = "all-linear"
 _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 
 
+class Targets(NamedTuple):
+    """What gets an adapter, by name: linear layers, and weights of experts."""
+
+    layers: dict[str, nn.Module]
+    experts: dict[str, ExpertsTarget]
+
+
 def find_targets(
     model: nn.Module, config: LoRAConfig, saved: Collection[str], *, every_name: bool
-) -> dict[str, nn.Module]:
-    """The layers that ``config`` targets, by name; one with several names comes under the first.
+) -> Targets:
+    """What ``config`` targets; a layer with several names comes under the first.
 
     ``saved`` are the names of modules that train in full: nothing inside them is a target.
 
@@ -35,10 +43,10 @@ def find_targets(
         name: module
         for name, module in model.named_modules()
         if ((wanted(name) and not excluded(name)) or _weight_is_named(module, name, config))
-        and not any(_inside(name, outer) for outer in saved)
+        and not any(is_inside(name, outer) for outer in saved)
     }
-    _check_parameters(model, config, matched, every_name=every_name)
-    if not matched:
+    experts = find_experts(model, config, matched, saved, every_name=every_name)
+    if not (matched or experts):
         rest = " that isn't excluded or saved in full" if config.exclude_modules or saved else ""
         raise ValueError(f"{_wish(config)} matches no module{rest}. {could_match(model)}")
     if every_name and isinstance(config.target_modules, tuple):
@@ -60,7 +68,7 @@ def find_targets(
                 f"{name} can't take an adapter: the {around[name]} around it reads its weight "
                 "without calling it, so the adapter would be skipped in evaluation"
             )
-    return matched
+    return Targets(matched, experts)
 
 
 def _wish(config: LoRAConfig) -> str:
@@ -76,39 +84,20 @@ def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:
     return "weight" in module._parameters and config.names_weight_of(name)
 
 
-def _check_parameters(
-    model: nn.Module, config: LoRAConfig, matched: Mapping[str, nn.Module], *, every_name: bool
+def warn_of_passed_over(
+    model: nn.Module, config: LoRAConfig, experts: Collection[str], saved: Collection[str]
 ) -> None:
-    """Raise ValueError for ``target_parameters`` that are no linear layer's weight."""
-    wanted = config.target_parameters or ()
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if wanted else []
-    for name in names:
-        if not names_any(wanted, name):
-            continue
-        layer = matched.get(name.removesuffix(".weight"))
-        if layer is None:
-            raise ValueError(
-                f"target_parameters names {name}, which is no weight of a linear layer: fastlora "
-                "adapts layers alone. Adapt experts' parameters with PEFT"
-            )
-        if is_conv1d(type(layer)):
-            raise ValueError(
-                f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT takes "
-                "for [out, in]: name the layer in target_modules"
-            )
-    for one in wanted if every_name else ():
-        if not any(names_any((one,), name) for name in names):
-            raise ValueError(f"target_parameters has {one!r}, which matches no parameter")
+    """Warn if "all-linear" leaves out what PEFT's "all-linear" would adapt.
 
-
-def warn_of_passed_over(model: nn.Module, config: LoRAConfig, saved: Collection[str]) -> None:
-    """Warn if "all-linear" leaves out what PEFT's "all-linear" would adapt."""
+    ``experts``: names of weights that it doesn't leave out.
+    """
     if not is_all_linear(config.target_modules):
         return
     excluded = name_test(config.exclude_modules or ())
+    done = {*saved, *(name.rpartition(".")[0] for name in experts)}
     left_out = passed_over(
         model,
-        lambda name: not excluded(name) and not any(_inside(name, outer) for outer in saved),
+        lambda name: not excluded(name) and not any(is_inside(name, outer) for outer in done),
     )
     if left_out:
         warnings.warn(
@@ -190,8 +179,4 @@ def _attention_projections(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if name and "attention" in type(module).__name__.lower()
     ]
-    return {name for name in linear if any(_inside(name, outer) for outer in inside)}
-
-
-def _inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
+    return {name for name in linear if any(is_inside(name, outer) for outer in inside)}

@@ -1,17 +1,20 @@
 """An adapter's tensors under PEFT's keys: a model's, and the file's that fit them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..adapted import LoRALayer
 from ..base import matrix_of
+from ..expert_weight import ExpertsWeight
 from ..modules import called, lora_layers, some
 from .config import LoRAConfig
 from .embeddings import embeddings_of
+from .expert_files import Pair, nested_names, reversed_pairs, turn, turned_shapes
 from .files import Stored, read_tensors
 from .inject import Injection, known_targets, trained_biases
 
@@ -28,8 +31,12 @@ def adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]
     """Everything that belongs to the adapter, under PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
-        tensors[_key(name, "lora_A.weight")] = layer.lora_A
-        tensors[_key(name, "lora_B.weight")] = layer.lora_B
+        if isinstance(layer, LoRALayer):
+            tensors[_key(name, "lora_A.weight")] = layer.lora_A
+            tensors[_key(name, "lora_B.weight")] = layer.lora_B
+    experts = experts_weights(model)
+    for name, pair in _pairs(experts).items():
+        tensors[pair.lora_a], tensors[pair.lora_b] = experts[name].lora_a, experts[name].lora_b
     for name in trained_biases(model, injection.config.bias):
         owner, _, last = name.rpartition(".")
         key = _key(owner, "base_layer.bias") if owner in injection.layers else _key(owner, last)
@@ -38,6 +45,20 @@ def adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
             tensors[_key(name, key)] = tensor
     return tensors
+
+
+def experts_weights(model: nn.Module) -> dict[str, ExpertsWeight]:
+    """The weights of experts that have adapters, by name."""
+    return {n: layer for n, layer in lora_layers(model) if isinstance(layer, ExpertsWeight)}
+
+
+def _pairs(names: Iterable[str]) -> dict[str, Pair]:
+    """The keys of experts' weights, by the weights' names."""
+    keys = {
+        name: [_key(layer, f"lora_{part}.weight") for part in "AB"]
+        for name, layer in nested_names(names).items()
+    }
+    return {name: Pair(*both) for name, both in keys.items()}
 
 
 def embedding_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
@@ -55,10 +76,18 @@ class Found(NamedTuple):
 
 
 def read_fitting(
-    model: nn.Module, injection: Injection, stored: Mapping[str, Stored], path: Path
+    model: nn.Module,
+    injection: Injection,
+    stored: Mapping[str, Stored],
+    path: Path,
+    version: object,
 ) -> Found:
-    """The file's tensors; ValueError if they aren't the model's."""
+    """The file's tensors; ValueError if they aren't the model's.  ``version``: PEFT's."""
     wanted = adapter_tensors(model, injection)
+    experts = experts_weights(model)
+    features = {pair: experts[name].features for name, pair in _pairs(experts).items()}
+    turned = reversed_pairs(features, stored, version)
+    stored = turned_shapes(turned, stored)
     embeddings = embedding_tensors(model, injection)
     brought = {
         key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
@@ -66,6 +95,7 @@ def read_fitting(
     here = wanted | brought
     _check_keys(here, stored, path)
     tensors = read_tensors(path, here)
+    turn(turned, tensors)
     first: dict[int, str] = {}
     untied = [
         key
@@ -89,14 +119,25 @@ def name_of(key: str) -> str:
 
 
 def check_planned(
-    model: nn.Module, config: LoRAConfig, stored: Mapping[str, Stored], path: Path
+    model: nn.Module,
+    config: LoRAConfig,
+    stored: Mapping[str, Stored],
+    path: Path,
+    version: object,
 ) -> None:
     """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in known_targets(model, config).items():
+    layers, experts = known_targets(model, config)
+    for name, layer in layers.items():
         r, (out_features, in_features) = config.rank_of(name), matrix_of(layer).shape
         shapes[_key(name, "lora_A.weight")] = (r, in_features)
         shapes[_key(name, "lora_B.weight")] = (out_features, r)
+    pairs = _pairs(experts)
+    for name, pair in pairs.items():
+        both = experts[name].features.shapes(config.rank_of(name))
+        shapes[pair.lora_a], shapes[pair.lora_b] = both
+    features = {pair: experts[name].features for name, pair in pairs.items()}
+    stored = turned_shapes(reversed_pairs(features, stored, version), stored)
     extra = [key for key in stored if ".lora_" in key and key not in shapes]
     _check_stored(shapes, stored, path, extra)
 

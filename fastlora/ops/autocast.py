@@ -15,6 +15,13 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which dtype autocast now runs calls with this x; None where it is off."""
+    if not torch._C._is_any_autocast_enabled() or not autocast_is_on(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def autocast_inputs(
     x: Tensor, outputs: Sequence[Output[Tensor]]
 ) -> tuple[Tensor, Sequence[Output[Tensor]]]:

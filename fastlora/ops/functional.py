@@ -1,6 +1,6 @@
 """The functional API: checks, autocast, the seeds, and the way to the node or the op."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from ..projection import (
     layouts_of,
     named_tensors,
     packed_of,
+    unflatten,
     why_not_mixed,
 )
-from .autocast import autocast_inputs, autocast_is_on, autocast_off
+from .autocast import autocast_dtype, autocast_inputs, autocast_is_on, autocast_off
 from .call import run_forward
 from .few import few_rows
 from .function import LoRALinearFunction
@@ -104,10 +105,14 @@ def lora_linears(
             return textbook(x, outputs, dropout if training else 0.0)
         device = x.device.type
         if not autocast_is_on(device):
-            return _call(x, outputs, dropout, training, backend, key)
-        x, outputs = autocast_inputs(x, outputs)
-        with autocast_off(device):
-            return _call(x, outputs, dropout, training, backend)
+            ys, settings = _call(x, outputs, dropout, training, backend, key is not None)
+        else:
+            x, outputs = autocast_inputs(x, outputs)
+            with autocast_off(device):
+                ys, settings = _call(x, outputs, dropout, training, backend, key is not None)
+        if key is not None and settings is not None:
+            remember(key, unwrap_dead_wrappers((*inputs,)), settings)
+        return ys
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -133,9 +138,12 @@ def _call(
     dropout: float,
     training: bool,
     backend: str | None,
-    key: Hashable = None,
-) -> tuple[Tensor, ...]:
-    """The outputs of a call that passed the checks, which has this key if it may be known."""
+    keeps: bool,
+) -> tuple[tuple[Tensor, ...], Settings | None]:
+    """The outputs of a call that passed the checks; and what an eager one like it may run with.
+
+    ``keeps``: the settings are for calls of this kind alone.
+    """
     layouts = layouts_of(outputs)
     if not training or not any(layout.scales for layout in layouts):
         dropout = 0.0
@@ -146,20 +154,21 @@ def _call(
     ):  # these go through the dispatcher
         name = "" if backend is None else backend_name(backend)
         seeds = _seeds(layouts, dropout, x.device)
-        return call_registered(x, outputs, dropout, seeds, name)
+        return call_registered(x, outputs, dropout, seeds, name), None
     chosen = find_backend(backend, x.device)
-    settings = Settings(
-        layouts, dropout, chosen, None if key is None else {}, chosen.is_small(x, outputs)
-    )
+    kept: dict | None = {} if keeps else None
+    settings = Settings(layouts, dropout, chosen, kept, chosen.is_small(x, outputs))
     # Some may have outlived a transform of torch.func, which no known kind has.
-    inputs = unwrap_dead_wrappers((x, *flatten(outputs, layouts)))
-    if key is not None:
-        remember(key, inputs, settings)
-    return run(inputs, settings)
+    return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), settings), settings
 
 
 def run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
     """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
+    if autocast_dtype(inputs[0]) is not None:
+        x, *tensors = inputs
+        x, outputs = autocast_inputs(x, unflatten(tensors, settings.layouts))
+        with autocast_off(x.device.type):
+            return run((x, *flatten(outputs, settings.layouts)), settings)
     seeds = _seeds(settings.layouts, settings.dropout, inputs[0].device)
     if settings.is_small:
         return few_rows(inputs, seeds, settings)

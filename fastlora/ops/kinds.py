@@ -4,7 +4,8 @@ A kind is everything that the checks, the choice of backend and the launches of 
 What the tensors are is compared by the guard that torch.compile makes of them: their classes,
 dtypes, devices, shapes, strides and dispatch keys (layout, a minus that isn't in memory, inference
 mode), and whether autograd follows them.  It takes a tenth of what asking for each from Python
-does.  The rest is the key of the kind.
+does.  The rest is the key of the kind, autocast's dtype too.  The tensors are those that autocast
+hasn't cast yet.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..backends import Settings, asked_backend
 from ..formats.format import Quantised
 from ..projection import Output, Projection, is_plain
+from .autocast import autocast_dtype
 from .textbook import needs_textbook
 
 try:
@@ -25,15 +27,27 @@ try:
 except ImportError:  # it isn't public; without it no call is known
     TensorGuards = None  # type: ignore[assignment, misc]
 
-_MOST, _MOST_OF_A_KEY = 1024, 8
+_MOST, _MOST_OF_A_KEY, _MOST_ALIGNMENTS = 1024, 16, 256
 _is_nested = attrgetter("is_nested")
 _changes = Lock()  # to find the oldest, no other thread may change them
 
 
 class _Kind(NamedTuple):
     guard: Any  # TensorGuards
-    alignment: list[int] | None  # addresses modulo 16, where launches are kept
     settings: Settings
+    aligned: dict[bytes, Settings]  # by the addresses modulo 16, which decide what may be kept
+
+    def settings_for(self, inputs: Sequence[Tensor]) -> Settings:
+        """The checks don't look at addresses: others than before are no other kind."""
+        if self.settings.is_small:
+            return self.settings
+        addresses = _alignment(inputs)
+        found = self.aligned.get(addresses)
+        if found is None:
+            if len(self.aligned) >= _MOST_ALIGNMENTS:
+                self.aligned.clear()
+            found = self.aligned[addresses] = self.settings._replace(kept={})
+        return found
 
 
 _known: dict[Hashable, tuple[_Kind, ...]] = {}
@@ -46,7 +60,6 @@ def may_be_known(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or not is_plain(x)
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_any_autocast_enabled()
         or needs_textbook(x)
     )
 
@@ -90,7 +103,7 @@ def key_of(
                 for lora_a, lora_b, scale in adapters:
                     rest += scale, type(scale), lora_b.shape
                     inputs += lora_a, lora_b
-        return (x.shape, *rest), inputs
+        return (x.shape, autocast_dtype(x), *rest), inputs
     except Exception:  # whatever it is, the checks say it better
         return None, []
 
@@ -103,9 +116,9 @@ def known(key: Hashable, inputs: Sequence[Tensor]) -> Settings | None:
             return None
     except Exception:  # what isn't hashable, or no tensor: the checks say it better
         return None
-    for guard, alignment, settings in kinds:
-        if guard.check(*inputs) and (alignment is None or alignment == _alignment(inputs)):
-            return settings
+    for kind in kinds:
+        if kind.guard.check(*inputs):
+            return kind.settings_for(inputs)
     return None
 
 
@@ -116,12 +129,12 @@ def remember(key: Hashable, inputs: Sequence[Tensor], settings: Settings) -> Non
         "dynamic_dims_strides": [[*tensor.stride()] for tensor in inputs],
     }
     guard = TensorGuards(*inputs, **dims)
-    kind = _Kind(guard, None if settings.is_small else _alignment(inputs), settings)
+    kind = _Kind(guard, settings, {_alignment(inputs): settings})
     with _changes:
         while len(_known) >= _MOST and key not in _known:
             del _known[next(iter(_known))]
         _known[key] = (kind, *_known.get(key, ())[: _MOST_OF_A_KEY - 1])
 
 
-def _alignment(inputs: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() & 15 for tensor in inputs]
+def _alignment(inputs: Sequence[Tensor]) -> bytes:
+    return bytes([tensor.data_ptr() & 15 for tensor in inputs])

@@ -12,9 +12,9 @@ from ..projection import Adapter, Base, Output, check_switch, check_tensor, flat
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .functional import draw_seed, why_torch_refuses
 from .multi_checks import Numbers, check_adapters, check_multi, numbers_of
-from .multi_function import MultiCall, MultiLoRAFunction, layout_of, run_multi
+from .multi_function import MultiCall, MultiLoRAFunction, run_multi
 from .multi_library import call_registered
-from .textbook import needs_textbook
+from .textbook import needs_textbook, textbook
 
 
 def multi_lora_linear(
@@ -49,7 +49,7 @@ def multi_lora_linear(
 
     ``dropout``: a probability for all adapters, or one for each.  An adapter's mask is one of its
     own rows, in their order: [rows, K].  Dtypes, ``training``, autocast, gradients of gradients and
-    the errors are those of :func:`fastlora.lora_linear`.
+    the errors are those of :func:`fastlora.lora_linear`; the weight may be packed, as there.
 
     Gradients reach the adapters that have rows.  One of a list without rows gets none; a bank's are
     zero there.  Besides its arguments the call keeps h [M, the largest r], and 8 bytes of seed an
@@ -110,7 +110,7 @@ def _call(
     call = MultiCall(mix, len(mapping.order), mapping.shares(x.device))
     if any(mix.dropouts):
         seeds = draw_seed(count, x.device)
-    inputs = [x, *flatten([output], [layout_of(mix)])]
+    inputs = [x, *flatten([output], [mix.layout])]
     if torch.is_grad_enabled():
         return MultiLoRAFunction.apply(seeds, call, *inputs)
     return run_multi(inputs, seeds, call)[0]
@@ -130,13 +130,13 @@ def _textbook(
     numbers: Numbers,
 ) -> Tensor:
     """By torch's own operations, which everything of torch's can follow."""
-    (weight, bias), adapters = output
+    base, adapters = output
     order, ends = _sorted(indices, len(adapters))
     mix, dtype = numbers.as_mix(output), x.dtype
-    y = linear(x, weight, None if bias is None else bias.to(weight.dtype))
+    (y,) = textbook(x, [Output(base)], 0.0)
     if not y.numel():
         return y
-    items, changes = x.reshape(len(order), -1, x.shape[-1]), y.reshape(len(order), -1, len(weight))
+    items, changes = x.reshape(len(order), -1, x.shape[-1]), y.reshape(len(order), -1, y.shape[-1])
     for i, own, _ in shares_of(order, ends, x.device):
         lora_a, lora_b, _ = adapters[i]
         rank = mix.ranks[i]

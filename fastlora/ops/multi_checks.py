@@ -15,6 +15,7 @@ from ..projection import (
     check_scale,
     check_tensors,
     is_number,
+    layouts_of,
     shown,
 )
 
@@ -46,7 +47,8 @@ class Numbers(NamedTuple):
                     f"ranks[{i}] is {shown(rank)}, but must be a whole number from 1 to {most}, "
                     "the rows of its lora_a"
                 )
-        return Mix(output.base.bias is not None, tuple(scales), tuple(ranks), tuple(self.dropouts))
+        (layout,) = layouts_of([output])
+        return Mix(layout, tuple(scales), tuple(ranks), tuple(self.dropouts))
 
 
 def _on_host(numbers: Tensor | list) -> list:
@@ -93,7 +95,8 @@ def check_multi(
     check_call(x, [Output(base, (first,))], 0.0, True, autocast)
     out_features, features = base.weight.shape
     for i, adapter in enumerate(others, 1):
-        check_tensors(x, x.device, Output(Base(base.weight), (adapter,)))
+        # The base was looked at: lora_a has its place.
+        check_tensors(x, x.device, Output(Base(first.lora_a), (adapter,)))
         shape, other = tuple(adapter.lora_a.shape), tuple(adapter.lora_b.shape)
         rank = shape[0] if shape else 0
         if not rank or shape != (rank, features) or other != (out_features, rank):

@@ -13,6 +13,7 @@ from ..mapping import Mix, Share
 from ..projection import Layout, flatten, unflatten
 from .autocast import autocast_off
 from .call import are_batched, as_matrix, gradients_of, stand_in
+from .function import cast_output
 
 _ARGUMENTS = 2  # seeds and the call, before the inputs
 
@@ -25,17 +26,12 @@ class MultiCall(NamedTuple):
     shares: list[Share]
 
 
-def layout_of(mix: Mix) -> Layout:
-    """That of the flat list of a call's tensors; the scales are elsewhere, since they are data."""
-    return Layout(mix.has_bias, (1.0,) * len(mix.scales))
-
-
 def run_multi(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: MultiCall
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] and h [M, r].  ``inputs``: x [..., K], and the output's tensors, laid flat."""
     x, *tensors = inputs
-    (output,) = unflatten(tensors, [layout_of(call.mix)])
+    (output,) = unflatten(tensors, [call.mix.layout])
     y, h = forward_multi(as_matrix(x), output, call.items, call.shares, call.mix, seeds)
     # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
     return (y if x.dim() == 2 else y.resize_(*x.shape[:-1], y.shape[-1])), h
@@ -51,7 +47,7 @@ def run_multi_backward(
 ) -> list[Tensor | None]:
     """The gradient of each input that needs one; None for others, and an adapter without rows."""
     x, *tensors = inputs
-    layouts = [layout_of(call.mix)]
+    layouts = [call.mix.layout]
     (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
     with autocast_off(x.device.type):
         dx, gradients = backward_multi(
@@ -62,10 +58,10 @@ def run_multi_backward(
 
 
 def kept_multi(
-    x: Tensor, h: Tensor, needs: Sequence[bool], mix: Mix
+    x: Tensor, h: Tensor, needs: Sequence[bool], layout: Layout
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the backward will read of x and h: x if an adapter or the weight needs a gradient."""
-    (wanted,) = unflatten(needs[1:], [layout_of(mix)])
+    (wanted,) = unflatten(needs[1:], [layout])
     reads_h = any([adapter.lora_b for adapter in wanted.adapters])
     reads_x = reads_h or wanted.base.weight or any([a.lora_a for a in wanted.adapters])
     return x if reads_x else None, h if reads_h else None
@@ -79,9 +75,9 @@ class MultiLoRAFunction(torch.autograd.Function):
         """``inputs``: x, and the output's tensors, laid flat: what autograd follows."""
         y, h = run_multi(inputs, seeds, call)
         x, *tensors = inputs
-        kept_x, kept_h = kept_multi(x, h, ctx.needs_input_grad[_ARGUMENTS:], call.mix)
+        kept_x, kept_h = kept_multi(x, h, ctx.needs_input_grad[_ARGUMENTS:], call.mix.layout)
         ctx.save_for_backward(seeds, kept_x, *tensors, kept_h)
-        ctx.call, ctx.shape = call, x.shape
+        ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return y
 
@@ -91,7 +87,7 @@ class MultiLoRAFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * (_ARGUMENTS + len(needs))
         seeds, x, *tensors, h = ctx.saved_tensors
-        x = stand_in(tensors[0], ctx.shape) if x is None else x
+        x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
         if torch.is_grad_enabled() or are_batched([dy]):
             gradients = _differentiable(dy, [x, *tensors], needs, seeds, call)
         else:
@@ -116,7 +112,7 @@ def _differentiable(
         x, *tensors = inputs
         if not needs[0]:
             x = inputs[0] = x.detach()
-        (output,) = unflatten([tensor.to(x.dtype) for tensor in tensors], [layout_of(mix)])
+        output = cast_output(unflatten(tensors, [mix.layout])[0], x.dtype)
         indices = torch.full((call.items,), -1, device=x.device)
         masks: list[Tensor | None] = [None] * len(mix.scales)
         for adapter, items, place in call.shares:

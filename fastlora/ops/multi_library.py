@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from ..backends import find_backend
-from ..mapping import Mix, shares_of
-from ..projection import Output, flatten, unflatten
+from ..formats.format import from_text
+from ..mapping import shares_of
+from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from .autocast import autocast_off
 from .call import stand_in
 from .library import LIBRARY, no_second_backward
 from .multi_checks import Numbers
-from .multi_function import MultiCall, kept_multi, layout_of, run_multi, run_multi_backward
+from .multi_function import MultiCall, kept_multi, run_multi, run_multi_backward
 
 _SETTINGS = (
-    "Tensor order, Tensor ends, bool has_bias, Tensor scales, Tensor ranks, float[] dropouts, "
-    "Tensor? seeds"
+    "Tensor order, Tensor ends, bool has_bias, str format, Tensor scales, Tensor ranks, "
+    "float[] dropouts, Tensor? seeds"
 )
 LIBRARY.define(
     f"multi_lora_linear(Tensor x, Tensor[] tensors, {_SETTINGS}) -> (Tensor y, Tensor h)"
@@ -42,15 +43,20 @@ def call_registered(
     seeds: Tensor | None,
 ) -> Tensor:
     """y, by way of the dispatcher; scales float64 [n] and ranks int64 [n] are on the CPU."""
-    has_bias = output.base.bias is not None
-    layout = layout_of(Mix(has_bias, (1.0,) * len(dropouts), (), ()))
+    (layout,) = layouts_of([output])
+    format = "" if layout.format is None else layout.format.text
     op = torch.ops.fastlora.multi_lora_linear
-    settings = (order, ends, has_bias, scales, ranks, list(map(float, dropouts)), seeds)
+    numbers = (scales, ranks, list(map(float, dropouts)))
+    settings = (order, ends, layout.has_bias, format, *numbers, seeds)
     return op(x, flatten([output], [layout]), *settings)[0]
 
 
-def _call(x, tensors, order, ends, has_bias, scales, ranks, dropouts) -> MultiCall:
-    (output,) = unflatten(tensors, [layout_of(Mix(has_bias, (1.0,) * len(dropouts), (), ()))])
+def _layout(has_bias: bool, format: str, count: int) -> Layout:
+    return Layout(has_bias, (1.0,) * count, from_text(format) if format else None)
+
+
+def _call(x, tensors, order, ends, has_bias, format, scales, ranks, dropouts) -> MultiCall:
+    (output,) = unflatten(tensors, [_layout(has_bias, format, len(dropouts))])
     mix = Numbers(scales, ranks, dropouts).as_mix(output)
     return MultiCall(mix, len(order), shares_of(order, ends, x.device))
 
@@ -77,12 +83,13 @@ def _multi_lora_linear_backward(dy, x, tensors, h, needs, *settings):
 
 
 @torch.library.register_fake("fastlora::multi_lora_linear", lib=LIBRARY)
-def _fake_multi_lora_linear(x, tensors, *settings):
-    has_bias = settings[2]
-    first = 2 if has_bias else 1
-    width = max([lora_a.shape[0] for lora_a in tensors[first::2]])
+def _fake_multi_lora_linear(
+    x, tensors, order, ends, has_bias, format, scales, ranks, dropouts, seeds
+):
+    (output,) = unflatten(tensors, [_layout(has_bias, format, len(dropouts))])
+    width = max([adapter.lora_a.shape[0] for adapter in output.adapters])
     dtype = find_backend("torch").h_dtype(x.dtype, x.device)
-    y = x.new_empty(*x.shape[:-1], tensors[0].shape[0])
+    y = x.new_empty(*x.shape[:-1], output.base.weight.shape[0])
     return y, x.new_empty(math.prod(x.shape[:-1]), width, dtype=dtype)
 
 
@@ -96,24 +103,24 @@ def _fake_multi_lora_linear_backward(dy, x, tensors, h, needs, *settings):
 
 
 def _setup_context(ctx, inputs, output):
-    x, tensors, order, ends, has_bias, scales, ranks, dropouts, seeds = inputs
+    x, tensors, order, ends, has_bias, format, scales, ranks, dropouts, seeds = inputs
     needs = [tensor.requires_grad for tensor in (x, *tensors)]
-    mix = Mix(has_bias, (1.0,) * len(dropouts), (), ())
-    kept_x, kept_h = kept_multi(x, output[1], needs, mix)
+    kept_x, kept_h = kept_multi(x, output[1], needs, _layout(has_bias, format, len(dropouts)))
     ctx.save_for_backward(kept_x, kept_h, order, ends, scales, ranks, seeds, *tensors)
-    ctx.has_bias, ctx.dropouts, ctx.shape = has_bias, dropouts, x.shape
+    ctx.has_bias, ctx.format, ctx.dropouts = has_bias, format, dropouts
+    ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
 def _backward(ctx, dy, _):
     x, h, order, ends, scales, ranks, seeds, *tensors = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    x = stand_in(tensors[0], ctx.shape) if x is None else x
+    x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
     h = x.new_empty(math.prod(ctx.shape[:-1]), 0) if h is None else h
     op = torch.ops.fastlora.multi_lora_linear_backward
-    settings = (order, ends, ctx.has_bias, scales, ranks, ctx.dropouts, seeds)
+    settings = (order, ends, ctx.has_bias, ctx.format, scales, ranks, ctx.dropouts, seeds)
     asked = iter(op(dy, x, tensors, h, needs, *settings))
     dx, *gradients = [next(asked) if need else None for need in needs]
-    return dx, gradients, None, None, None, None, None, None, None
+    return dx, gradients, None, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd(

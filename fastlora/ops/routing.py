@@ -64,20 +64,28 @@ class Routing(NamedTuple):
                 first, start = e, end
         return found
 
-    def sums(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    def sums(self, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The sum of each token's rows, times its weights [T, k] if any: [S, N] -> [T, N].
 
-        In the wider dtype of both.  torch's bag of embeddings is this, without a copy of the rows.
+        Where all have one dtype, torch's bag of embeddings is this, without a copy of the rows.
         """
-        if weights is None or weights.dtype == rows.dtype:
+        if rows.dtype == dtype and (weights is None or weights.dtype == dtype):
             return embedding_bag(self.places, rows, mode="sum", per_sample_weights=weights)
-        return (rows[self.places] * weights.unsqueeze(-1)).sum(1)
+        return self.plain_sums(rows, weights, dtype)
+
+    def plain_sums(self, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The same by operations that everything of torch's can follow; rounded once, to dtype."""
+        chosen = rows[self.places]
+        if weights is not None:
+            chosen = chosen * weights.unsqueeze(-1)
+        return chosen.sum(1, dtype=torch.promote_types(chosen.dtype, dtype)).to(dtype)
 
 
 class Sums:
     """The sum of each token's rows as in :meth:`Routing.sums`, of rows that come part by part."""
 
-    def __init__(self, routing: Routing, parts: Sequence[Part]) -> None:
+    def __init__(self, routing: Routing, parts: Sequence[Part], dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.routing, self.is_whole = routing, parts[0].rows == slice(0, len(routing.order))
         self.total: Tensor | None = None
 
@@ -85,7 +93,7 @@ class Sums:
         """It may write over the rows.  Those of several parts are added in float32 at least."""
         routing = self.routing
         if self.is_whole:
-            self.total = routing.sums(rows, weights)
+            self.total = routing.sums(rows, weights, self.dtype)
             return
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if weights is not None:
@@ -95,10 +103,11 @@ class Sums:
         # On a CPU it adds row by row, in this order.
         self.total.index_add_(0, routing.tokens[part.rows], rows)
 
-    def of(self, dtype: torch.dtype) -> Tensor:
-        """What was added, in this dtype."""
+    @property
+    def sums(self) -> Tensor:
+        """What was added."""
         assert self.total is not None
-        return self.total.to(dtype)
+        return self.total.to(self.dtype)
 
 
 def routing_of(index: Tensor, experts: int) -> Routing:
@@ -110,3 +119,10 @@ def routing_of(index: Tensor, experts: int) -> Routing:
     numbers = torch.arange(experts, device=index.device, dtype=sorted_index.dtype)
     ends = torch.searchsorted(sorted_index, numbers, right=True, out_int32=True)
     return Routing(order, ends, index.shape[1])
+
+
+def even_routing(rows: int, experts: int, device: torch.device) -> Routing:
+    """Of rows that are sorted already, one a token; every expert has as many."""
+    each = rows // experts
+    ends = torch.arange(each, rows + 1, each, device=device, dtype=torch.int32)
+    return Routing(torch.arange(rows, device=device), ends, 1)

@@ -16,6 +16,7 @@ from .. import beside, mlp
 from ..batch import call, loss_and_outputs, seed_all, undisturbed
 from ..modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
+from ..quant import PackedLayer, quantised_weight
 from ..report import Coverage
 from .optimize import optimize, peft_layers
 
@@ -43,7 +44,9 @@ class Check:
     layers: tuple[Difference, ...]  # of every LoRA layer with gradients: the largest of them
     tolerance: float
     coverage: Coverage  # of the fast run
-    dtype: torch.dtype = torch.float32  # the coarsest of the parameters and of autocast
+    dtype: torch.dtype = (
+        torch.float32
+    )  # the coarsest of the parameters, of autocast, of quantised layers
 
     @property
     def largest(self) -> Difference:
@@ -123,6 +126,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 beside.take(taken)
                 mlp.take(blocks, block.Block)
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
+    used |= _dtypes_of_quantised(inner)
     dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
     if tolerance is None:
         deeper = math.sqrt(max(1, _blocks(report) - 1)) if dtype in HALF_DTYPES else 1.0
@@ -209,6 +213,13 @@ def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _dtypes_of_quantised(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes in which quantised layers compute, whatever x's is."""
+    found = [quantised_weight(module) for module in model.modules()]
+    dtypes = [layer.compute_dtype for layer in found if isinstance(layer, PackedLayer)]
+    return {dtype for dtype in dtypes if dtype is not None}
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:

@@ -1,9 +1,12 @@
 """What an optimised PEFT layer becomes: the same layer with another forward."""
 
+from collections.abc import Callable
 from operator import is_
+from typing import Any
 
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from ..backends import Settings
@@ -27,21 +30,32 @@ class Linear(PeftLinear):
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        names = active_adapters(self)
-        alone = self.disable_adapters or self.merged or not names  # the base layer's call
-        if not (alone or args or kwargs or why_not_now()):
-            seen = glance(self, names, x) if may_be_known(x) else None
-            settings = None if seen is None else known(*seen)
-            if settings is not None:
-                return fast_forward(x, names[0], settings, seen)
-            reading = read(self, names)
-            if reading.output is not None and fits(x, reading.output.base.weight):
-                return fast_forward(x, names[0], reading, seen)
-        elif kwargs.keys() == _MIXED and not (args or why_not_now()):
-            y = mixed_forward(self, x, kwargs["adapter_names"])
-            if y is not None:
-                return y
-        return super().forward(x, *args, **kwargs)
+        return call(self, super().forward, x, args, kwargs)
+
+
+def call(
+    layer: LoraLayer,
+    theirs: Callable[..., Tensor],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """A layer's forward: the fast one, or PEFT's, which is ``theirs``."""
+    names = active_adapters(layer)
+    alone = layer.disable_adapters or layer.merged or not names  # the base layer's call
+    if not (alone or args or kwargs or why_not_now()):
+        seen = glance(layer, names, x) if may_be_known(x) else None
+        settings = None if seen is None else known(*seen)
+        if settings is not None:
+            return fast_forward(x, names[0], settings, seen)
+        reading = read(layer, names)
+        if reading.output is not None and fits(x, reading.output.base.weight):
+            return fast_forward(x, names[0], reading, seen)
+    elif kwargs.keys() == _MIXED and not (args or why_not_now()):
+        y = mixed_forward(layer, x, kwargs["adapter_names"])
+        if y is not None:
+            return y
+    return theirs(x, *args, **kwargs)
 
 
 def fast_forward(x: Tensor, name: str, found: Settings | Reading, seen: Glance | None) -> Tensor:
@@ -54,6 +68,9 @@ def fast_forward(x: Tensor, name: str, found: Settings | Reading, seen: Glance |
         return run(seen.inputs, found)[0]
     reading = found
     assert reading.output is not None
+    if reading.packed is not None:
+        as_plain = reading._replace(packed=None)
+        return reading.packed.call(x, lambda x: fast_forward(x, name, as_plain, None))
     if reading.magnitude is None:
         y = lora_linears(x, (reading.output,), dropout=reading.p)[0]
         if seen is not None:

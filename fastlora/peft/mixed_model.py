@@ -21,12 +21,14 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers': how a module call
 class LoraModel(PeftModel):
     """PEFT's model around the layers.  It has PEFT's name, and no state of its own."""
 
+    training: bool  # nn.Module's
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         with ExitStack() as stack:
-            training = self.training
+            training: bool = self.training
             # All that PEFT asks it for; its layers and dropouts are asked themselves.
             self.training = training and names is None
             try:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +24,7 @@ from ..backends import asked_backend
 from ..base import is_conv1d, tensor_of, why_not_class, why_not_tensor
 from ..gather import is_flattened
 from ..hooks import is_hooked
+from ..ops.autocast import autocast_dtype
 from ..projection import (
     LARGEST_SCALE,
     Adapter,
@@ -32,6 +33,7 @@ from ..projection import (
     is_number,
     is_plain,
 )
+from ..quant import PackedLayer, quantised_weight
 from .dropout import DROPOUTS
 from .moment import why_not_dora
 
@@ -44,6 +46,7 @@ class Reading(NamedTuple):
     p: float = 0.0  # the probability with which the call drops
     dropout: nn.Module | None = None
     magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
+    packed: PackedLayer | None = None  # of a quantised base
 
 
 class OneAdapter(NamedTuple):
@@ -63,13 +66,13 @@ class Glance(NamedTuple):
     inputs: list[Tensor]
 
 
-def active_adapters(layer: PeftLinear) -> list[str]:
+def active_adapters(layer: LoraLayer) -> list[str]:
     """The active adapters that this layer has, in PEFT's order."""
     own = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in own]
 
 
-def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
+def glance(layer: LoraLayer, names: list[str], x: Tensor) -> Glance | None:
     """The layer with one adapter, as a call with x finds it; None where that has to be read."""
     modules, (name, *others) = layer._modules, names
     if others or layer.lora_variant or not layer.cast_input_dtype_enabled:
@@ -92,12 +95,12 @@ def glance(layer: PeftLinear, names: list[str], x: Tensor) -> Glance | None:
     key = (
         (kind, kind.forward, kind.__call__, type(lora_a), type(lora_b), type(dropout)),
         (_rate(dropout), dropout.__dict__.get("inplace"), scale, type(scale), bias is None),
-        (asked_backend(), torch.is_grad_enabled(), x.shape, shape),
+        (asked_backend(), torch.is_grad_enabled(), autocast_dtype(x), x.shape, shape),
     )
     return Glance(key, inputs)
 
 
-def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
+def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     """Read the layer for a call with these adapters, of which there is one at least.
 
     ``gathers``: that call will find plain tensors where FSDP has sharded ones between calls.
@@ -105,7 +108,7 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    reason, weight, bias = read_base(modules["base_layer"], gathers)
+    reason, weight, bias, packed = read_base(modules["base_layer"], gathers)
     if reason:
         return Reading(reason)
     shape = weight.shape
@@ -131,11 +134,11 @@ def read(layer: PeftLinear, names: list[str], gathers: bool = False) -> Reading:
     if reason:
         return Reading(reason)
     output = Output(Base(weight, bias), tuple(adapters))
-    return Reading("", output, p or 0.0, dropout, magnitude)
+    return Reading("", output, p or 0.0, dropout, magnitude, packed)
 
 
 def read_adapter(
-    layer: PeftLinear,
+    layer: LoraLayer,
     name: str,
     weight: Tensor,
     shape: tuple[int, ...],
@@ -168,28 +171,39 @@ def read_adapter(
     return OneAdapter("", Adapter(down, up, scale), shift, _rate(dropout), dropout)
 
 
-def read_base(base: nn.Module, gathers: bool = False) -> tuple[str, Any, Any]:
-    """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias."""
+def read_base(base: nn.Module, gathers: bool = False) -> tuple[str, Any, Any, PackedLayer | None]:
+    """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias.
+
+    Last, what else there is to know of a quantised one.
+    """
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
-        return _why_hooked(base, "its base layer"), None, None
-    kind = type(base)
-    reason = why_not_class(kind)
+        return _why_hooked(base, "its base layer"), None, None, None
+    kind, found = type(base), quantised_weight(base)
+    reason = why_not_class(kind) if found is None else ""
     if reason:
-        return f"its base is {reason}", None, None
+        return f"its base is {reason}", None, None, None
     if "parametrizations" in base._modules:  # to read such a weight is to compute it
-        return "its base is parametrised", None, None
-    weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
-    if is_conv1d(kind) and weight.dim() == 2:
-        weight = weight.T
-    reason = _why_not_weight("its base layer", weight, gathers)
+        return "its base is parametrised", None, None, None
+    bias = tensor_of(base, "bias")
+    packed = found if isinstance(found, PackedLayer) else None
+    if packed is not None:
+        weight: Any = packed.weight
+        reason = "its quantised base is on the meta device" if weight.device.type == "meta" else ""
+    elif found is not None:
+        return f"its base is a {kind.__name__}: {found}", None, None, None
+    else:
+        weight = tensor_of(base, "weight")
+        if is_conv1d(kind) and weight.dim() == 2:
+            weight = weight.T
+        reason = _why_not_weight("its base layer", weight, gathers)
     reason = reason or _why_not_bias("its base's", bias, gathers)
     if not reason and bias is not None and bias.shape != weight.shape[:1]:
         reason = "" if gathers else _why_not_shape("its base's bias", bias, weight.shape[:1])
-    return reason, weight, bias
+    return reason, weight, bias, packed
 
 
 def _read_variant(
-    layer: PeftLinear, names: list[str], weight: Tensor, gathers: bool
+    layer: LoraLayer, names: list[str], weight: Tensor, gathers: bool
 ) -> tuple[str, DoraLinearLayer | None]:
     """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
     variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}

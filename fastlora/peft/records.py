@@ -6,7 +6,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from ..backends import planned_backend
-from ..report import LayerCoverage
+from ..report import LayerCoverage, format_of
 from .experts import read_experts, wrappers_in
 from .moment import why_not_now
 from .reading import active_adapters, read
@@ -47,7 +47,7 @@ def _cover(
     """
     # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
-    plan, reason = "eager", reason or why_not_now()
+    plan, reason, packed = "eager", reason or why_not_now(), ""
     fast = not reason
     if fast:
         names = active_adapters(layer)
@@ -63,6 +63,7 @@ def _cover(
             fast, reason = reading.output is not None, reading.reason
             if reading.output is not None:
                 plan, reason = planned_backend([reading.output])
+                packed = format_of(reading.output)
     return LayerCoverage(
         name,
         shape=(layer.out_features, layer.in_features),
@@ -72,6 +73,7 @@ def _cover(
         reason=reason,
         adapter=", ".join(adapters),
         parameters=_adapted_parameters(layer),
+        packed=packed,
     )
 
 

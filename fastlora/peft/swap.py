@@ -1,6 +1,8 @@
 """A PEFT layer becomes a fast one, and PEFT's again, by its class."""
 
+import sys
 from collections.abc import Iterable
+from importlib import import_module
 
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
@@ -17,15 +19,28 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
     PeftParamWrapper: ParamWrapper,
     PeftModel: LoraModel,  # around the layers
 }
+# Of quantised bases: where a module is imported, PEFT has the layer that a file of ours is over.
+_OVER = {
+    "peft.tuners.lora.bnb": ".bitsandbytes",
+    "peft.tuners.lora.torchao": ".torchao",
+    "hqq.core.quantize": ".hqq",
+}
+
+
+def _fast() -> dict[type[nn.Module], type[nn.Module]]:
+    """The fast class for each of PEFT's that is here."""
+    for module in [module for module in _OVER if module in sys.modules]:
+        _FAST.update(import_module(_OVER.pop(module), __package__).FAST)
+    return _FAST
 
 
 def is_swapped(layer: nn.Module) -> bool:
-    return isinstance(layer, tuple(_FAST.values()))
+    return isinstance(layer, tuple(_fast().values()))
 
 
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or isn't called when it has; "" if it can."""
-    kinds = [pair for pair in _FAST.items() if any(is_over(type(layer), kind) for kind in pair)]
+    kinds = [pair for pair in _fast().items() if any(is_over(type(layer), kind) for kind in pair)]
     if not kinds:
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
     own = layer.__dict__.get("forward")
@@ -40,8 +55,8 @@ def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Make every layer fast that can be, and return those that weren't before."""
     layers = [layer for layer in layers if not is_swapped(layer) and not why_not_swapped(layer)]
     for layer in layers:
-        for kind, fast in _FAST.items():
-            if isinstance(layer, kind):
+        for kind, fast in _fast().items():
+            if is_over(type(layer), kind):
                 change_class(layer, kind, fast)
     return layers
 
@@ -50,12 +65,12 @@ def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Make every layer PEFT's again, and return those that were fast."""
     layers = [layer for layer in layers if is_swapped(layer)]
     for layer in layers:
-        for kind, fast in _FAST.items():
+        for kind, fast in _fast().items():
             if isinstance(layer, fast):
                 change_class(layer, fast, kind)
     return layers
 
 
 def _is_ours(forward: object) -> bool:
-    known = [kind.forward for pair in _FAST.items() for kind in pair]
+    known = [kind.forward for pair in _fast().items() for kind in pair]
     return getattr(forward, "__func__", None) in known

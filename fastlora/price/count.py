@@ -24,7 +24,12 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
     """
     parameters = size = flops = 0
     saved = modules_to_save(model, config, every_name=True)
-    targets = find_targets(model, config, saved, every_name=True)
+    targets, experts = find_targets(model, config, saved, every_name=True)
+    if experts:
+        raise ValueError(
+            f"a plan prices linear layers, and not experts such as {next(iter(experts))}: leave "
+            "them out of target_parameters"
+        )
     for name, layer in targets.items():
         weight, r = matrix_of(layer), config.rank_of(name)
         count = r * sum(weight.shape)

@@ -96,7 +96,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
     A trial's adapters are those that ``apply_lora`` would make after ``torch.manual_seed(seed)``.
     Raises what :func:`fastlora.apply_lora` raises for a target, and leaves the model as it was.
     """
-    targets = [find_targets(model, trial.config, (), every_name=True) for trial in trials]
+    targets = [find_targets(model, trial.config, (), every_name=True).layers for trial in trials]
     made: list[dict[str, tuple[nn.Parameter, nn.Parameter]]] = []
     for trial, layers in zip(trials, targets, strict=True):
         with torch.random.fork_rng():

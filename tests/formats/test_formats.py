@@ -1,13 +1,23 @@
 """Formats: the numbers that their tensors stand for, in any dtype; and their checks."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
-from packed import by_elements, random_four_bit, random_int8
+from packed import (
+    by_elements,
+    random_affine,
+    random_float8,
+    random_four_bit,
+    random_gguf,
+    random_hqq,
+    random_int8,
+)
 
 from fastlora.formats.format import Quantised, from_text
 from fastlora.formats.four_bit import FourBit
+from fastlora.formats.gguf import KINDS
 from fastlora.formats.int8 import Int8Rows
 from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
 
@@ -18,6 +28,17 @@ MAKERS = {
     "nf4-odd": lambda: random_four_bit(11, 13, block=32, nested=3),
     "nf4-many-parts": lambda: random_four_bit(300, 1024, nested=256),
     "int8": lambda: random_int8(13, 21),
+    "affine-groups": lambda: random_affine(12, 32, 1, 8),
+    "affine-blocks-bf16": lambda: random_affine(12, 32, 4, 16, scale=torch.bfloat16),
+    "affine-one-scale": lambda: random_affine(12, 32, 12, 32, shifted=False),
+    "float8-blocks": lambda: random_float8(50, 44, 16, 32, scale=torch.float32),
+    "float8-rows-odd": lambda: random_float8(9, 13, 1, 13, scale=torch.float16),
+    "float8-e5m2-powers": lambda: random_float8(9, 16, 4, 8, "float8_e5m2"),
+    "hqq-4": lambda: random_hqq(9, 32, 4, 16),
+    "hqq-3": lambda: random_hqq(9, 32, 3, 8),
+    "hqq-1-bf16": lambda: random_hqq(8, 32, 1, 16, torch.bfloat16),
+    **{f"gguf-{kind}": functools.partial(random_gguf, 7, 512, kind) for kind in KINDS},
+    "gguf-permuted": lambda: random_gguf(7, 512, "Q4_0", permuted=True),
 }
 
 
@@ -61,7 +82,7 @@ def test_the_checks_say_what_is_wrong_with_any_tensor(weight, change):
         if change == "shape":
             wrong = torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])
         elif change == "dtype":
-            wrong = tensor.to(torch.int64)
+            wrong = tensor.to(torch.int16)
         else:
             wrong = torch.stack([tensor, tensor], -1)[..., 0]
         tensors = [*weight.tensors[:i], wrong, *weight.tensors[i + 1 :]]

@@ -57,6 +57,17 @@ def test_a_layer_launches_as_often_as_it_did(layer, found):
     assert not counts
 
 
+@pytest.mark.parametrize("call", ["plain", "all"])
+def test_experts_launch_as_a_layer_does_and_replays_hand_over_the_same(call, found):
+    """Of a weight the map has three dimensions; y and dx, whose tiles end anywhere, have none."""
+    counts = found["experts"][call]["launches"]
+    names = ("project", "gemm_lowrank", "weight_grad", "sum_planes")
+    launches = [counts.pop(f"{name}_kernel", 0) for name in names]
+    assert (*launches, counts.pop("tensor maps")) == (1, 2, 2, 1, 4)
+    assert not counts
+    assert found["experts"][call]["differences"] == []
+
+
 @pytest.mark.parametrize(
     ("spoiled", "reason"),
     [
@@ -72,6 +83,8 @@ def test_what_cuda_refuses_raises(spoiled, reason, found):
     assert "nothing" not in found["refusals"]
 
 
-@pytest.mark.parametrize("layer", ["IN_PLACE 0.0", "IN_PLACE 0.1", "FUSED 0.0", "FUSED 0.1"])
+@pytest.mark.parametrize(
+    "layer", ["IN_PLACE 0.0", "IN_PLACE 0.1", "FUSED 0.0", "FUSED 0.1", "experts"]
+)
 def test_few_kernels_compile_over_batches_of_all_lengths(layer, found):
     assert found["variants"][layer] <= MOST_VARIANTS

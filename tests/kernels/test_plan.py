@@ -76,12 +76,16 @@ def test_a_target_that_nobody_measured_or_modelled_multiplies_with_torch(name, m
     assert bool(record.arguments["p_rows"]) == (name == "interpreter")
 
 
-@pytest.mark.parametrize("shipped", ROWS, ids=lambda row: f"{row.target}-{row.itemsize}-{row.m}")
+@pytest.mark.parametrize(
+    "shipped",
+    ROWS,
+    ids=lambda row: f"{row.target}-{row.itemsize}-{row.m}" + "-experts" * row.segments,
+)
 def test_a_shipped_row_is_the_plan_of_its_own_call_and_fits_it(shipped):
     target = TARGETS[shipped.target]
     call = Call(
-        shipped.m, shipped.n, shipped.r, shipped.itemsize, "ieee",
-        shipped.projections, shipped.masked,
+        shipped.m * (8 if shipped.segments else 1), shipped.n, shipped.r, shipped.itemsize, "ieee",
+        shipped.projections, shipped.masked, segments=8 * shipped.segments,
     )  # fmt: skip
     assert plans._nearest(target, call, shipped.k, shipped.backward) == shipped.plan
     assert shipped.plan.gemm is None or not shipped.plan.gemm.why_not(target, call)
@@ -106,6 +110,24 @@ def test_a_shipped_row_is_the_plan_of_its_own_call_and_fits_it(shipped):
 )
 def test_an_h100_follows_the_model_of_time(plan, call):
     assert planned(**call) == plan
+
+
+@pytest.mark.parametrize(
+    ("name", "rows_of_one", "k", "plan"),
+    [
+        ("sm_90", 256, 2048, FUSED),
+        ("sm_90", 256, 8192, FUSED),
+        ("sm_90", 8192, 2048, FUSED),
+        ("sm_90", 8192, 8192, IN_PLACE),
+        ("sm_80", 8192, 8192, FUSED),
+    ],
+)
+def test_experts_are_fused_unless_torch_has_a_kernel_for_their_long_products(
+    name, rows_of_one, k, plan
+):
+    x = torch.empty(8 * rows_of_one, k, dtype=torch.bfloat16, device="meta")
+    with use_target(TARGETS[name]):
+        assert plan_for(x, 4096, k, [16], "ieee", segments=8) == plan
 
 
 TUNED = Plan(fused=True, gemm=GemmConfig(16, 32, 64, warps=4, stages=3))

@@ -154,3 +154,17 @@ def test_every_launch_of_the_op_states_its_bytes(p, ranks, dtype):
     }
     for counted in launches:
         check_bytes(counted)
+
+
+@pytest.mark.parametrize("name", ["h", "y", "dx", "y+", "dA", "dB,dh"])
+def test_over_segments_that_all_have_rows_bytes_are_as_stated(name):
+    """But those by tiles, which depend on where segments end: they are at most as stated."""
+    depths = (40,) if name in ("y", "dx") else ()
+    p = 0.1 if name in ("h", "dx", "dA") else 0.0
+    form = Form(name, 100, 72, (3,), depths, dropout=p, bias=name == "y", segments=3)
+    with counted_launches() as launches:
+        Operands(form, DEVICE).run()
+    for counted in launches:
+        assert counted.stated.loaded == len(counted.loads.addresses())
+        assert counted.stated.stored == len(counted.stores.addresses()) == counted.stores.total
+        assert counted.loads.total <= counted.stated.loaded_by_tiles

@@ -10,7 +10,7 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora.layer import LoRALinear
 
-LAYERS, SIDE = 8, 1024  # a layer is larger than a block of rows in float32, which is 4 MiB
+LAYERS, SIDE = 4, 1024  # a layer is larger than a block of rows in float32, which is 4 MiB
 
 
 def adapted(dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -5,6 +5,8 @@ import torch
 from memory import peak_bytes, saved_bytes
 from torch import nn
 
+from fastlora import reference
+from fastlora.backends import find_backend
 from fastlora.ops import experts
 from fastlora.ops.experts import lora_experts
 from fastlora.projection import Adapter, Base, Output
@@ -104,6 +106,63 @@ def test_outputs_and_gradients(route, activation, bias, in_parts, monkeypatch):
         )
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_dropout_has_a_mask_for_each_projection(monkeypatch):
+    index, p, seeds = ROUTES["nobody"](), 0.4, torch.tensor([3, 4])
+    monkeypatch.setattr(experts, "draw_seed", lambda count, device: seeds[:count])
+    x = torch.randn(len(index), K, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(index.shape, dtype=torch.float64, requires_grad=True)
+    up, down = stacked(2 * INNER, K, 3, torch.float64), stacked(N, INNER, 2, torch.float64)
+    order, ends, k = experts.routing_of(index, E)
+    masks = [
+        find_backend().dropout_mask(seeds[i : i + 1], (len(order), width), p)
+        for i, width in enumerate((K, INNER))
+    ]
+
+    def one_product(rows, output, mask):
+        (weight, _), ((lora_a, lora_b, scale),) = output
+        return reference.lora_grouped(
+            rows, weight, lora_a, lora_b, ends, scale=scale, dropout=p, mask=mask
+        )
+
+    y = one_product(silu_of_halves(one_product(x[order // k], up, masks[0])), down, masks[1])
+    shares = weights.flatten()[order].unsqueeze(1)
+    expected = torch.zeros_like(x[:, :N]).index_add(0, order // k, y * shares)
+    leaves = [x, weights, *leaves_of(up, down)]
+    dy = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, dy)
+    for create_graph in (False, True):
+        out = lora_experts(x, index, weights, up, down, "silu", dropout=p)
+        torch.testing.assert_close(out, expected)
+        found = torch.autograd.grad(out, leaves, dy, create_graph=create_graph)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["", "second-alone"])
+def test_step_by_step_is_the_same(alone):
+    """With an activation that mustn't run twice; and without an index all have as many rows."""
+    up, down = stacked(2 * INNER, K, 3, torch.float64), stacked(N, INNER, 2, torch.float64)
+    if alone:
+        up = up._replace(adapters=())
+    x, calls = torch.randn(2 * E, K, dtype=torch.float64, requires_grad=True), []
+
+    def once(pre):
+        calls.append(pre)
+        return silu_of_halves(pre)
+
+    index = torch.arange(E).repeat_interleave(2).unsqueeze(1)
+    weights = torch.ones(2 * E, 1, dtype=torch.float64)
+    leaves = [x, *(t for t in (*up.adapters, *down.adapters) for t in t[:2])]
+    results = []
+    for routing, activate, one_node in (
+        ((None, None), "silu", True), ((index, weights), once, False), ((None, None), once, False),
+    ):  # fmt: skip
+        out = lora_experts(x, *routing, up, down, activate, one_node=one_node)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert len(calls) == 2
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
 
 
 @pytest.mark.parametrize("chosen", range(6))

@@ -5,6 +5,7 @@ import torch
 from judge import USUAL_DTYPES
 from memory import saved_bytes
 from multi import call, check_against_oracle, gradients, leaves_of, make_adapters, rows_of
+from packed import random_int8
 
 import fastlora
 from fastlora import AdapterMapping, mapping
@@ -113,6 +114,16 @@ def test_only_some_adapters_train(trains):
         check_against_oracle(
             make_x((8,)).detach(), adapters, int32(BATCHES["rows-mixed"][0]), [0.3, 0.0, 0.3]
         )
+
+
+def test_a_weight_that_is_packed():
+    packed = random_int8(10, 12)
+    x, adapters = make_x((8,), dtype=torch.float32), make_adapters([2, 5, 3], 10, 12, torch.float32)
+    indices, found = int32(BATCHES["rows-mixed"][0]), []
+    for weight in (packed, packed.dense(torch.float32)):
+        y = call(x, adapters._replace(weight=weight), indices)
+        found.append([y, *gradients(y, torch.ones_like(y), x, adapters).values()])
+    torch.testing.assert_close(*found)
 
 
 STRIDES = {

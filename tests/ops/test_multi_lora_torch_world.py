@@ -11,6 +11,7 @@ import fastlora
 from fastlora import AdapterMapping, reference
 from fastlora.mapping import Mix, shares_of
 from fastlora.ops.multi_function import MultiCall, MultiLoRAFunction
+from fastlora.projection import Layout
 
 RANKS = [2, 5, 3]
 INDICES = torch.tensor([2, 0, -1, 0, 2, -1], dtype=torch.int32)
@@ -29,7 +30,7 @@ def op_arguments(p: float, requires_grad: bool = True):
     tensors = [tensor.detach().requires_grad_(requires_grad) for tensor in tensors]
     seeds = torch.randint(-9, 9, (3,)) if p else None
     numbers = torch.tensor(adapters.scales, dtype=torch.float64), torch.tensor([2, 4, 3])
-    settings = (mapping.order, mapping.ends, True, *numbers, [p, 0.0, p], seeds)
+    settings = (mapping.order, mapping.ends, True, "", *numbers, [p, 0.0, p], seeds)
     return x.detach().requires_grad_(requires_grad), tensors, *settings
 
 
@@ -50,11 +51,13 @@ def test_opcheck_backward(needs):
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_the_op_and_the_eager_node_agree(p):
-    x, tensors, order, ends, _, scales, ranks, dropouts, seeds = op_arguments(p)
-    arguments = (order, ends, True, scales, ranks, dropouts, seeds)
+    x, tensors, *arguments = op_arguments(p)
+    order, ends, _, _, scales, ranks, dropouts, seeds = arguments
     y, _ = torch.ops.fastlora.multi_lora_linear(x, tensors, *arguments)
     by_op = torch.autograd.grad(y.square().sum(), [x, *tensors])
-    mix = Mix(True, tuple(scales.tolist()), tuple(ranks.tolist()), tuple(dropouts))
+    mix = Mix(
+        Layout(True, (1.0,) * 3), tuple(scales.tolist()), tuple(ranks.tolist()), tuple(dropouts)
+    )
     one = MultiCall(mix, len(order), shares_of(order, ends, x.device))
     y = MultiLoRAFunction.apply(seeds, one, x, *tensors)
     by_node = torch.autograd.grad(

@@ -6,75 +6,19 @@ import pickle
 import peft
 import pytest
 import torch
-import transformers
 from memory import saved_bytes
-from peft_models import VOCABULARY, adapted, assert_runs_the_same, counted_calls, optimized
+from moe_models import IDS, MODELS, base_model, experts_of, parameters_of, train
+from peft_models import adapted, assert_runs_the_same, counted_calls, optimized, run_both
 from torch import nn
 
 import fastlora
 
-_SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-}  # fmt: skip
-_GROUPS = {"n_group": 1, "topk_group": 1}
-_LATENT = {
-    "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "n_routed_experts": 4, "first_k_dense_replace": 0, "num_key_value_heads": 4,
-}  # fmt: skip
-_HYBRID = {
-    "layers_block_type": ["attention", "moe"], "n_routed_experts": 4,
-    "moe_shared_expert_intermediate_size": 24,
-}  # fmt: skip
-# The class of a model, what its config takes besides the sizes, and how it calls the first product.
-MODELS = {
-    "qwen3": ("Qwen3Moe", {"num_experts": 4, "decoder_sparse_step": 1}, "gate_up_proj"),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}, "gate_up_proj"),
-    "olmoe": ("Olmoe", {"num_experts": 4}, "gate_up_proj"),
-    "deepseek": ("DeepseekV3", _LATENT | _GROUPS, "gate_up_proj"),
-    "gpt-oss": ("GptOss", {"num_local_experts": 4}, "gate_up_proj"),  # transposed, bias, own gate
-    "nemotron": ("NemotronH", _HYBRID | _GROUPS, "up_proj"),  # without a gate
-}
 _TARGETS = ("target_modules", "target_parameters")
-IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
-
-
-def base_model(name: str, implementation: str = "eager", **changes) -> nn.Module:
-    family, more, _ = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**_SIZES | more | changes)
-    kind = getattr(transformers, f"{family}ForCausalLM")
-    return kind._from_config(config, experts_implementation=implementation)
 
 
 def model_of(name: str = "qwen3", implementation: str = "eager", **settings) -> nn.Module:
-    first = MODELS[name][2]
-    targets = {
-        "target_modules": ["q_proj"],
-        "target_parameters": [f"experts.{first}", "experts.down_proj"],
-    }
+    targets = {"target_modules": ["q_proj"], "target_parameters": parameters_of(name)}
     return adapted(base_model(name, implementation), **targets | settings)
-
-
-def experts_of(model: nn.Module) -> nn.Module:
-    """The outermost layer around the first experts."""
-    return next(m for n, m in model.named_modules() if n.endswith("experts"))
-
-
-def train(model: nn.Module, steps: int = 1) -> list[torch.Tensor]:
-    """Losses and the last gradients; router weights train as well."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(("mlp.gate.weight", "router.weight")):
-            parameter.requires_grad_()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, found = torch.optim.SGD(trained, lr=0.1), []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        found.append(loss.detach())
-    return [*found, *[p.grad for p in trained if p.grad is not None]]
 
 
 def fast_calls(model: nn.Module, run=train) -> int:
@@ -195,20 +139,48 @@ def test_what_peft_is_asked_for(change):
 
 
 @pytest.mark.parametrize("target", ["experts.down_proj", "experts.gate_up_proj"])
-def test_one_adapted_parameter_is_peft_s(target):
-    ours = optimized(model_of(target_parameters=[target]))
-    report = fastlora.coverage(ours)
-    (reason,) = {layer.reason for layer in report.eager}
-    assert reason == f"its adapters are on {target[8:]}, and not on gate_up_proj and down_proj"
+def test_one_adapted_parameter(target):
+    theirs = model_of(target_parameters=[target]).double()
+    assert_runs_the_same(train, theirs, fast=4, tolerance=1e-11)
 
 
-def test_autocast_is_peft_s():
-    theirs = model_of()
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_autocast(implementation):
+    """Each implementation has its own: eager casts to bfloat16, grouped_mm stays in float32."""
+    theirs = model_of("gpt-oss", implementation)
+    exact = copy.deepcopy(theirs)
+    exact.get_base_model().set_experts_implementation("eager")
+
+    def run(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return train(model)
+
+    got, expected, calls = run_both(run, theirs)
+    assert len(calls) == 6
+    for ours, their, truth in zip(got, expected, train(exact.double()), strict=True):
+        assert ours.dtype == their.dtype
+        assert (ours - truth).norm() < 2.5 * (their - truth).norm() + 1e-3 * truth.norm()
+
+
+def test_compiled_without_a_break():
+    """PEFT's own can't be, which parametrises in the call."""
+    theirs = model_of("gpt-oss", target_modules=[])
     ours = optimized(theirs)
-    with torch.autocast("cpu", dtype=torch.bfloat16), counted_calls() as calls:
-        found, expected = (model(input_ids=IDS).logits for model in (ours, theirs))
-    assert len(calls) == 2  # of q_proj
-    assert (found - expected).norm() < 0.02 * expected.norm()
+    experts = experts_of(ours)
+    index, weights = torch.tensor([[0, 1], [3, 1], [1, 0]]), torch.rand(3, 2)
+    call = torch.randn(3, 32, requires_grad=True), index, weights
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    found = compiled(*call)
+    expected = experts_of(theirs)(*call)
+    torch.testing.assert_close(found, expected)
+    wanted = [call[0], *[p for n, p in experts.named_parameters() if "lora_" in n]]
+    its = [call[0], *[p for n, p in experts_of(theirs).named_parameters() if "lora_" in n]]
+    for ours_, their in zip(
+        torch.autograd.grad(found.sum(), wanted),
+        torch.autograd.grad(expected.sum(), its),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours_, their, atol=1e-5, rtol=1e-4)
 
 
 def test_files_and_merging_are_peft_s(tmp_path):

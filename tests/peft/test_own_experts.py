@@ -180,7 +180,7 @@ def test_a_module_of_another_transformers():
     model = layer_of()
     del model.base_model.model.experts.get_base_layer()._is_expert_parallel
     (reason,) = {layer.reason for layer in fastlora.optimize(model).eager}
-    assert reason == "experts are PEFT's where this version of transformers isn't a tested one"
+    assert reason == "experts of this version of transformers are not among the tested ones"
 
 
 @pytest.mark.parametrize("number", [-1, EXPERTS + 1])

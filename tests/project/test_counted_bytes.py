@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from benchmarks.counted_bytes import (
+    EXPERT_ROWS,
+    EXPERTS,
     FUSED,
     GROUP_ROWS,
     IN_PLACE,
@@ -74,3 +76,22 @@ def test_unsloths_order_of_q_k_v():
     row = counted(GROUP_ROWS["Unsloth q, k, v, no dropout"], Shape())
     assert row.forward / MIB == pytest.approx(1056, rel=5e-3)
     assert row.backward / MIB == pytest.approx(1950, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERT_ROWS if "fastlora" in name])
+def test_experts_move_at_most_a_quarter_more_than_frozen_ones(name):
+    frozen, ours = (
+        counted(EXPERT_ROWS["frozen experts"], EXPERTS),
+        counted(EXPERT_ROWS[name], EXPERTS),
+    )
+    assert ours.both <= 1.25 * frozen.both
+
+
+def test_experts_read_and_write_what_a_layer_does():
+    """x twice, y, h twice, and every expert's weight and adapter once; the ends in each launch."""
+    plain = bytes_of_fastlora(EXPERTS, FUSED)
+    x, y = EXPERTS.M * EXPERTS.K * 2, EXPERTS.M * EXPERTS.N * 2
+    weight = EXPERTS.experts * EXPERTS.N * EXPERTS.K * 2
+    a, b = (EXPERTS.experts * EXPERTS.r * width * 2 for width in (EXPERTS.K, EXPERTS.N))
+    h, ends = EXPERTS.M * EXPERTS.r * 2, EXPERTS.experts * 4
+    assert plain.forward == 2 * x + y + weight + a + b + 2 * h + 2 * ends

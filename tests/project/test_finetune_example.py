@@ -1,4 +1,4 @@
-"""examples/finetune.py, run as a user runs it, on a tiny Llama and a text made here."""
+"""examples/finetune.py, run as a user runs it, on tiny models and a text made here."""
 
 import importlib
 import json
@@ -234,6 +234,28 @@ def test_auto_dtype_follows_what_is_slow(monkeypatch):
         assert machine.choose_dtype("auto", "cpu")["dtype"] == auto
         for asked in ("bfloat16", "float16"):
             assert machine.choose_dtype(asked, "cpu")["dtype"] == asked
+
+
+def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    small_moe = importlib.import_module("small_moe")
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    small_moe.make(tmp_path / "moe", 0, {"hidden_size": 32, "head_dim": 16} | layers | experts)
+    options = ["--experts", "--model", tmp_path / "moe", "--out", tmp_path / "out"]
+    code, printed, errors = finetune(*options, *inputs[2:], "--steps=2")
+    assert code == 0, errors
+    assert "saved and loaded by PEFT" in printed  # whose logits were compared
+    report = json.loads((tmp_path / "out" / "loss.json").read_text())
+    ours, theirs = (report["results"][side] for side in ("fastlora", "PEFT"))
+    assert numpy.array(ours["loss"]) == pytest.approx(numpy.array(theirs["loss"]), rel=1e-4)
+    assert report["results"]["fastlora"]["logits"]["base"] > 1e-3  # the adapter does something
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    names = {name.split(".")[-1] for name in config["target_parameters"]}
+    assert names == {"gate_up_proj", "down_proj"}
+    code, _, errors = finetune(*options, "--dropout=0.1")
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert "PEFT can't drop experts' inputs" in errors
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,29 @@ def step(
         torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
 
 
+def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") -> list:
+    """Forward and backward of eight experts, some without rows; the inputs and what came out."""
+    import fastlora
+
+    experts, K, N = 8, 2048, 1536
+    with torch.device(device):
+        x = torch.empty(S, K, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(experts, N, K, dtype=torch.bfloat16)
+        weight = weight.mT.contiguous().mT if transposed else weight
+        bias = torch.empty(experts, N, dtype=torch.bfloat16) if transposed else None
+        lora_a = torch.empty(experts, 16, K, requires_grad=True)
+        lora_b = torch.empty(experts, N, 16, requires_grad=True)
+        ends = torch.tensor([S * i // experts // 2 * 2 for i in (1, 1, 3, 4, 5, 5, 7, 8)]).int()
+        dy = torch.empty(S, N, dtype=torch.bfloat16)
+    leaves = [x, lora_a, lora_b]
+    torch.manual_seed(1)
+    y = fastlora.lora_grouped(
+        x, weight, lora_a, lora_b, ends, bias=bias, dropout=dropout, backend="triton"
+    )
+    found = [y, *torch.autograd.grad(y, leaves, dy)]
+    return [[*leaves, weight, ends, dy, *([] if bias is None else [bias])], found]
+
+
 def variants() -> dict[str, int]:
     """Kernels that Triton would compile for a layer over all LENGTHS, by plan and dropout."""
     import triton
@@ -86,6 +109,11 @@ def variants() -> dict[str, int]:
                 for M in LENGTHS:
                     step(M, 4096, (4096,), dropout, plan, device="meta")
             counts[f"{plan} {dropout}"] = len(found)
+    found.clear()
+    with use_target(TARGETS["sm_90"]), intercept(Launch.compile):
+        for S in LENGTHS:
+            step_experts(S, 0.0, transposed=False, device="meta")
+    counts["experts"] = len(found)
     triton.knobs.runtime.jit_cache_hook = None
     return counts
 
@@ -98,6 +126,27 @@ def standard_layers() -> dict[str, dict]:
             step(*layer)
         counts[name] = {"tensor maps": counted.tensor_maps, **counted.launches}
     return counts
+
+
+def experts() -> dict:
+    """Launches by kernel, tensor maps, and where a replay differs from ordinary launches."""
+    from fastlora.kernels.launch import Launch, intercept
+
+    found = {}
+    for name, call in {"plain": (4096, 0.0, False), "all": (4096, 0.1, True)}.items():
+        with handed_over.handed_over() as ordinary, intercept(Launch.run):
+            first = step_experts(*call)
+        step_experts(*call)
+        with handed_over.handed_over() as replayed, cuda_standin.counted() as counted:
+            second = step_experts(*call)
+        pairs = [
+            pair for each in zip(first, second, strict=True) for pair in zip(*each, strict=True)
+        ]
+        found[name] = {
+            "launches": {"tensor maps": counted.tensor_maps, **counted.launches},
+            "differences": handed_over.differences(ordinary, replayed, pairs),
+        }
+    return found
 
 
 def random_layers() -> dict:
@@ -225,7 +274,7 @@ def main() -> None:
     cuda_standin.install()
     handed_over.watch()
     # variants first, since it sees only what isn't compiled yet; unloaded last
-    asked = (variants, standard_layers, random_layers, replays, refusals, unloaded)
+    asked = (variants, standard_layers, experts, random_layers, replays, refusals, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))
 
 

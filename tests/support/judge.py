@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlora import Projection, lora_linears, reference
 from fastlora.backends import find_backend
+from fastlora.formats.format import Quantised
 from fastlora.ops.functional import draw_seed
 from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of, unflatten
 
@@ -119,7 +120,7 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
     """The oracle's outputs and gradients on converted inputs, adapters cast to x's dtype."""
-    x, outputs = convert(x), as_outputs(projections)
+    x, outputs = convert(x), [_plain(output, x.dtype) for output in as_outputs(projections)]
     layouts = layouts_of(outputs)
     leaves = [convert(tensor) for tensor in flatten(outputs, layouts)]
     cast = unflatten([leaf.to(x.dtype) for leaf in leaves], layouts)
@@ -128,10 +129,19 @@ def _reference(x, projections, p, masks, dys, convert) -> dict[str, Tensor]:
     return {f"y{i}": y for i, y in enumerate(ys)} | gradients
 
 
+def _plain(output: Output, dtype: torch.dtype) -> Output:
+    """With the weight that a packed one stands for in x's dtype."""
+    base, adapters = output
+    if isinstance(base.weight, Quantised):
+        base = base._replace(weight=base.weight.dense(dtype))
+    return Output(base, adapters)
+
+
 def _gradients(ys, dys, x, outputs) -> dict[str, Tensor]:
     leaves = {"d_x": x}
     for i, (base, adapters) in enumerate(outputs):
-        leaves |= {f"d_weight{i}": base.weight, f"d_bias{i}": base.bias}
+        weight = None if isinstance(base.weight, Quantised) else base.weight
+        leaves |= {f"d_weight{i}": weight, f"d_bias{i}": base.bias}
         for j, adapter in enumerate(adapters):
             leaves |= {f"d_lora_a{i}.{j}": adapter.lora_a, f"d_lora_b{i}.{j}": adapter.lora_b}
     leaves = {k: tensor for k, tensor in leaves.items() if tensor is not None}

@@ -2,9 +2,14 @@
 
 import torch
 from torch import Tensor
+from transformers.integrations.gguf import dequant
 
+from fastlora.formats.affine import Affine
+from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantised
 from fastlora.formats.four_bit import FourBit
+from fastlora.formats.gguf import KINDS, Gguf
+from fastlora.formats.hqq import Hqq
 from fastlora.formats.int8 import Int8Rows
 
 
@@ -29,14 +34,73 @@ def random_int8(n: int, k: int):
     return Quantised(Int8Rows(n, k, 1.0 / 127.0), (codes, torch.rand(n) + 0.5))
 
 
+def random_affine(n: int, k: int, rows: int, columns: int, shifted=True, scale=torch.float32):
+    """A scale for each block of so many rows and columns."""
+    blocks = n // rows, k // columns
+    tensors = (
+        torch.randint(-128, 128, (n, k), dtype=torch.int8),
+        (torch.rand(blocks) + 0.5).to(scale),
+        torch.randint(-128, 128, blocks, dtype=torch.int8),
+    )
+    format = Affine(n, k, 8, rows, columns, shifted)
+    return Quantised(format, tensors if shifted else tensors[:2])
+
+
+def random_float8(n: int, k: int, rows: int, columns: int, code="float8_e4m3fn", scale=None):
+    """``scale`` None: of powers of two, as in a float8_e8m0fnu."""
+    blocks = -(-n // rows), -(-k // columns)
+    codes = torch.randn(n, k).to(getattr(torch, code))
+    scales = torch.rand(blocks) + 0.5 if scale else torch.randint(100, 140, blocks).to(torch.uint8)
+    scales = scales.to(scale) if scale else scales.view(torch.float8_e8m0fnu)
+    return Quantised(Float8(n, k, code, rows, columns), (codes, scales))
+
+
+def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):
+    fields, groups = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits], n * k // group
+    shape, packed = (-(-groups // fields), group), torch.int32 if bits == 3 else torch.uint8
+    tensors = (
+        torch.randint(0, 2 ** (bits * fields), shape, dtype=packed),
+        torch.rand(groups, 1).to(dtype) + 0.5,
+        torch.rand(groups, 1).to(dtype) * 2**bits,
+    )
+    return Quantised(Hqq(n, k, bits, group, str(dtype).removeprefix("torch.")), tensors)
+
+
+def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
+    weights, size, _ = KINDS[kind]
+    blocks = torch.randint(0, 256, (n, k // weights, size), dtype=torch.uint8)
+    # Where a block's float16 numbers are, so that none is infinite.
+    places = {"Q4_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
+    places |= dict.fromkeys(["Q4_K", "Q5_K"], (0, 2))
+    for at in places.get(kind, (0,)):
+        factors = torch.randn(n, k // weights, 1).mul(1e-2).half()
+        blocks[:, :, at : at + 2] = factors.view(torch.uint8)
+    order = (torch.randperm(k),) if permuted else ()
+    return Quantised(Gguf(n, k, kind, permuted), (blocks.flatten(1), *order))
+
+
 def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
     """The weight by the definition of its format, not rounded to this dtype as yet."""
     format, tensors = weight
+    wide = torch.promote_types(dtype, torch.float32)
     if isinstance(format, Int8Rows):
-        return (
-            tensors[0].to(torch.promote_types(dtype, torch.float32))
-            * (tensors[1] * format.factor)[:, None]
-        )
+        return tensors[0].to(wide) * (tensors[1] * format.factor)[:, None]
+    if isinstance(format, Affine | Float8):
+        wide = torch.float32 if isinstance(format, Float8) else wide
+        codes, scale, *zero = (tensor.to(wide) for tensor in tensors)
+        row = (torch.arange(format.rows) // format.block_rows)[:, None]
+        column = torch.arange(format.columns) // format.block_columns
+        return (codes - zero[0][row, column] if zero else codes) * scale[row, column]
+    if isinstance(format, Hqq):
+        packed, scale, zero = tensors
+        fields = torch.arange({8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[format.bits]).flip(0)
+        numbers = (packed.int() >> format.bits * fields[:, None, None]) & (2**format.bits - 1)
+        values = numbers.flatten(0, 1)[: len(scale)].to(format.dtype) - zero
+        return (values * scale).view(format.rows, format.columns)
+    if isinstance(format, Gguf):  # by transformers, in this dtype
+        number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
+        values = dequant.dequantize(tensors[0], number, dtype).view(format.rows, format.columns)
+        return values[:, tensors[1].argsort()] if format.permuted else values
     assert isinstance(format, FourBit)
     packed, absmax, *rest = tensors
     count = format.rows * format.columns

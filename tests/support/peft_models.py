@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import fastlora
-from fastlora.peft import experts as fast_experts
+from fastlora import experts as fast_experts
 from fastlora.peft import layer as fast_linear
 
 VOCABULARY = 100
@@ -129,7 +129,7 @@ def optimized(model: nn.Module) -> nn.Module:
 def counted_calls() -> Iterator[list[Tensor]]:
     """The inputs of the eager calls of LoRA layers that run fast inside.
 
-    A block's input counts for each of its layers that has adapters, that of experts twice.
+    The input of a block, and of experts, counts for each of its layers that has adapters.
     """
     calls: list[Tensor] = []
     run: Callable = fast_linear.fast_forward
@@ -140,9 +140,9 @@ def counted_calls() -> Iterator[list[Tensor]]:
 
     run_experts: Callable = fast_experts.lora_experts
 
-    def recorded_experts(x, *rest):
-        calls.extend((x, x))
-        return run_experts(x, *rest)
+    def recorded_experts(x, index, weights, up, down, *rest, **named):
+        calls.extend(x for output in (up, down) if output.adapters)
+        return run_experts(x, index, weights, up, down, *rest, **named)
 
     def note(x, outputs):
         calls.extend(x for output in outputs if output.adapters)

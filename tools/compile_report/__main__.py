@@ -44,6 +44,7 @@ def rows_of(case: Case) -> list[dict]:
                 # float32 without tensor cores, where the target has none that are exact
                 "ieee": form.dtype == torch.float32 and form.precision == "ieee",
                 "descriptors": launch.arguments.get("DESCRIPTORS", False),
+                "segments": form.segments,
                 "refused": config.why_not(target, call),  # "" where it fits
                 "estimated": config.shared_memory(target, call), "limit": target.shared_memory,
                 "compiled": asdict(compile_launch(launch, target)),
@@ -61,7 +62,7 @@ def rows_of_gated(case: GatedCase) -> list[dict]:
         return [
             {
                 "case": case.name, "target": case.target, "kernel": launch.name, "form": "",
-                "config": {}, "ieee": False, "descriptors": False, "refused": "",
+                "config": {}, "ieee": False, "descriptors": False, "segments": 0, "refused": "",
                 "estimated": 0, "limit": target.shared_memory,
                 "compiled": asdict(compile_launch(launch, target)),
             }

@@ -88,6 +88,9 @@ _CHOSEN = (
     "y r8 M1", "y bias M300 N1000", "y f16", "dx r64 n4 mask", "dx r200 n3 mask", "y+ r8",
     "dx+ r64 n4 mask", "h r256 n4 mask", "h n3 mask M16", "dh r256", "dA r256 n4 mask", "dB r128",
     "dB,dh r128", "dx+ n5 mask",
+    # Experts: many rows of each, and few.
+    "y bias s128 M32768", "y s128 M512", "dx s128 mask M32768", "dx r200 s8", "y f32-tf32 s8",
+    "y+ s128", "h s128 mask", "dA s128 mask", "dB,dh s128",
 )  # fmt: skip
 
 
@@ -126,6 +129,7 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
         adapter_dtype=torch.bfloat16 if "bf16-adapter" in rest else torch.float32,
         dropout=0.1 * ("mask" in rest), bias="bias" in rest,
         precision=precision if precision and TARGETS[target].tf32 else "ieee",
+        segments=number.get("s", 0),
     )  # fmt: skip
     others = [word for word in rest if word != dtype]
     return Case(" ".join([target, name, describe(config), dtype, *others]), target, config, form)

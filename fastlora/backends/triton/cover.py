@@ -24,6 +24,7 @@ except ImportError as error:
 TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
+_MOST_EXPERTS = 2**16 - 2  # a grid's y counts to 2¹⁶ - 1, of which one is nobody's
 _NOTHING = nullcontext()
 # z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
 _NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
@@ -43,6 +44,8 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     for output in outputs:
         if isinstance(output.base.weight, Quantised):
             return "the Triton kernels have no packed weights"
+        if output.base.weight.dim() == 3 and len(output.base.weight) > _MOST_EXPERTS:
+            return f"the Triton kernels have no grid for more than {_MOST_EXPERTS} experts"
         for _, tensor in named_tensors(output):
             if tensor is None:
                 continue

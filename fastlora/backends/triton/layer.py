@@ -53,7 +53,7 @@ def backward(
     return made
 
 
-class _Common(NamedTuple):
+class Common(NamedTuple):
     """What all kernels of a call take."""
 
     dropout: float
@@ -69,7 +69,7 @@ def _forward(
 ) -> list[Tensor]:
     """Every y, then every h."""
     seeds, x, *flat = tensors
-    outputs, common = unflatten(flat, layouts), _Common(dropout, precision, seeds)
+    outputs, common = unflatten(flat, layouts), Common(dropout, precision, seeds)
     plans = [_forward_plan(x, output, common) for output in outputs]
     in_one_launch = seeds is None and all(
         plan.fused
@@ -107,7 +107,7 @@ def _backward(
     """dx, then the gradients of the outputs' tensors, laid flat."""
     needs_x, *rest = needs_flat
     seeds, x, *others = tensors
-    common, needs = _Common(dropout, precision, seeds), unflatten(rest, layouts)
+    common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
     # A hook on saved tensors may give them back in another layout.
@@ -152,7 +152,7 @@ class _Term(NamedTuple):
     seed: Tensor | None
 
 
-def _forward_plan(x: Tensor, output: Output[Tensor], common: _Common) -> "kernels.Plan | None":
+def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels.Plan | None":
     """How to make this output; None for one without adapters, whose product is torch's."""
     if not output.adapters:
         return None
@@ -195,7 +195,7 @@ def _through_lora_b(
     h: Tensor,
     seed: Tensor | None,
     needs_x: bool,
-    common: _Common,
+    common: Common,
 ) -> tuple[Adapter[Tensor | None], _Term | None]:
     """d lora_b = dyᵀ h, and dh = factor · dy lora_b: what is needed of both.
 
@@ -221,7 +221,7 @@ def _dx(
     dys: Sequence[Tensor | None],
     outputs: Sequence[Output[Tensor]],
     terms: Sequence[_Term],
-    common: _Common,
+    common: Common,
 ) -> Tensor:
     """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

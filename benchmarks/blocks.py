@@ -1,0 +1,157 @@
+"""The contestants of rows that are more than a layer: transformers' modules, with PEFT's layers.
+
+All have the same frozen tensors, and adapters of their own with equal values.
+"""
+
+import copy
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fastlora
+
+from .cases import Block
+from .contestants import SCALE, Contestant, Maker, Tensors
+
+_VOCABULARY = 21760  # of four layers what Qwen3's own is of its 28
+_TARGETS = {
+    "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "mlp": {"target_modules": r"mlp\.\w+_proj"},
+    "step": {"target_modules": r"model\..*_proj"},
+}
+
+
+def makers_for(case: Block) -> dict[str, Maker]:
+    """A step has no "layer by layer": one more model would take its time."""
+    apart = {"layer by layer": partial(_adapted, blocks=False)} if case.table == "mlp" else {}
+    adapted = {"peft": _adapted, **apart, "fastlora": partial(_adapted, blocks=True)}
+    return {"frozen": _frozen, **adapted}
+
+
+def make_tensors(case: Block, device: torch.device) -> Tensors:
+    torch.manual_seed(0)
+    base = {"experts": Routed, "mlp": GatedMLP, "step": Step}[case.table](case)
+    base.requires_grad_(False).to(device)
+    x, dy = (torch.randn(case.M, case.K, device=device) for _ in "xy")
+    if isinstance(base, Step):
+        x, dy = base.embedded(), torch.ones((), device=device)
+    return Tensors(x.requires_grad_(), (dy,), (), {torch.float32: []}, base)
+
+
+class Routed(nn.Module):
+    """Qwen3-MoE's experts, with the choice of a router that trains."""
+
+    def __init__(self, case: Block) -> None:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        super().__init__()
+        self.config = config = Qwen3MoeConfig(
+            hidden_size=case.K, moe_intermediate_size=case.inner, num_experts=case.experts
+        )
+        config._experts_implementation = "grouped_mm"  # transformers' default
+        self.experts = Qwen3MoeExperts(config)
+        for weight in self.experts.parameters():
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        weights, index = torch.randn(case.M, case.experts).softmax(-1).topk(case.top, -1)
+        self.register_buffer("index", index)
+        self.weights = nn.Parameter(weights / weights.sum(-1, keepdim=True))
+
+    def double(self) -> "Routed":
+        """For the truth; torch's grouped_mm has no float64."""
+        self.config._experts_implementation = "eager"
+        return super().double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.index, self.weights)
+
+
+class GatedMLP(nn.Module):
+    """Qwen3's."""
+
+    def __init__(self, case: Block) -> None:
+        from transformers import Qwen3Config
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+        super().__init__()
+        self.mlp = Qwen3MLP(Qwen3Config(hidden_size=case.K, intermediate_size=case.inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class Step(nn.Module):
+    """The loss of a Qwen3 for two rows of tokens, or of what these are embedded as."""
+
+    def __init__(self, case: Block) -> None:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        super().__init__()
+        config = Qwen3Config(
+            vocab_size=99 if case.tiny else _VOCABULARY, hidden_size=case.K,
+            intermediate_size=case.inner, num_hidden_layers=case.layers,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=8 if case.tiny else 128,
+            tie_word_embeddings=True, use_cache=False,
+        )  # fmt: skip
+        self.model = Qwen3ForCausalLM(config)
+        ids = torch.randint(0, config.vocab_size, (2, case.M // 2))
+        self.register_buffer("ids", ids)
+        self.from_x = True
+
+    def embedded(self) -> Tensor:
+        with torch.no_grad():
+            return self.model.get_input_embeddings()(self.ids)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = {"inputs_embeds": x} if self.from_x else {"input_ids": self.ids}
+        return self.model(**given, labels=self.ids).loss
+
+
+def _frozen(case: Block, tensors: Tensors, dropout: float) -> Contestant:
+    """Its backward leads to x; the choice of experts trains."""
+    module = _copy(tensors.base)
+    if isinstance(module, Routed):
+        module.weights.requires_grad_()
+    return Contestant(module)
+
+
+def _adapted(
+    case: Block, tensors: Tensors, dropout: float, blocks: bool | None = None
+) -> Contestant:
+    """PEFT's, optimised where ``blocks`` isn't None.  A step's backward ends at the first adapter.
+
+    A step trains, with the gradients' norm clipped; as the learning rate is 0, all start alike.
+    """
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, init_lora_weights=False,
+        **{"target_modules": [], **_TARGETS[case.table]},
+    )  # fmt: skip
+    with warnings.catch_warnings():  # of tied embeddings, which have no adapter
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=False)
+    module = model.train().base_model.model
+    if isinstance(module, Routed):
+        module.weights.requires_grad_()
+    if blocks is not None:
+        fastlora.optimize(module, strict=True, blocks=blocks)
+    if not isinstance(module, Step):
+        return Contestant(module)
+    module.from_x = False
+    adapter = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapter, lr=0.0)
+
+    def finish() -> None:
+        nn.utils.clip_grad_norm_(adapter, 1.0)
+        optimizer.step()
+
+    return Contestant(module, finish=finish, needs_dx=False)
+
+
+def _copy(base: nn.Module) -> nn.Module:
+    """Another module with the same parameters."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})

@@ -1,0 +1,258 @@
+"""What an experts module of transformers' computes: which weights, stored how, and its activation.
+
+A module is known by its class's forward: that of ``use_experts_implementation``, which runs one of
+transformers' own functions, or Llama 4's, which has no routing and is compared instruction by
+instruction.  Everything else about it is read anew for every call, since it may change.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .activation import activation_of
+from .base import is_of_transformers
+from .hooks import is_hooked
+from .ops.autocast import autocast_is_on
+from .ops.experts import Activate, lora_experts
+from .projection import AUTOCAST_DTYPES, Adapter, Output, is_plain
+
+_INTERFACE = "transformers.integrations.moe"
+_LLAMA4 = ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts")
+_SETTINGS = {
+    "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed",
+    "_is_expert_parallel",
+}  # fmt: skip
+_OTHER = "its gate or activation is none that fastlora knows, or is hooked"
+ADDED = "_lora_"  # in the names of parameters that aren't the module's own
+_PARAMETERS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
+_CAST_BY_AUTOCAST = (None, "eager", "batched_mm")
+
+
+class Experts(NamedTuple):
+    """How a call of an experts module computes; or ``reason``, why that isn't known."""
+
+    reason: str
+    names: tuple[str, str] = ("", "")  # of the first product's weight and of the second's
+    transposed: bool = False  # weights are [E, in, out]
+    has_bias: bool = False
+    routed: bool = True  # called with x, index, weights; else x alone, sorted, rows for all alike
+    activate: Activate = ""
+    repeats: bool = True  # the activation may run again in the backward
+    autocasts: bool = True  # autocast casts x and the weights; else x is cast to the weights' dtype
+
+
+def read_experts_module(base: Any, kind: Any) -> Experts:
+    """Read a module of this class, which is the one without adapters; hooks on it are its own."""
+    forward = kind.forward
+    if _is_llama4_s(kind, forward):
+        return _read_llama4(base)
+    decorated = getattr(forward, "__globals__", {}).get("__name__") == _INTERFACE
+    if not (decorated and hasattr(forward, "__wrapped__")):
+        return Experts("its forward isn't that of transformers' use_experts_implementation")
+    if not base.__dict__.keys() >= _SETTINGS:
+        return Experts("experts of this version of transformers are not among the tested ones")
+    name = getattr(base.config, "_experts_implementation", None)
+    eager = name in (None, "eager")
+    run = forward.__wrapped__ if eager else _registered(forward, name)
+    if not _is_transformers(run):
+        return Experts("its forward, or its experts implementation, isn't one of transformers' own")
+    if base.has_post_expert_norm:
+        return Experts("its experts have a norm behind them")
+    if base._is_expert_parallel:
+        return Experts("its experts are on several devices (expert parallel)")
+    gate = _gate_of(base, kind, run if eager else None)
+    if gate is None:
+        return Experts(_OTHER)
+    activate, repeats = gate
+    names = "gate_up_proj" if base.has_gate else "up_proj", "down_proj"
+    layout = base.is_transposed, base.has_bias, True
+    return Experts("", names, *layout, activate, repeats, name in _CAST_BY_AUTOCAST)
+
+
+def why_not_repeated(experts: Experts) -> str:
+    """Why a node, which runs the activation twice, can't be such a call; "" if it can."""
+    return experts.reason or ("" if experts.repeats else _OTHER)
+
+
+def _registered(forward: Any, name: Any) -> Any:
+    """The function that is registered for an implementation of this name, if there is one."""
+    inside = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    cell = inside.get("experts_interface")
+    return None if cell is None else cell.cell_contents.get(name)
+
+
+def _is_transformers(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).startswith("transformers.")
+
+
+def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
+    """How these experts make the second product's input of the first's, and whether it repeats.
+
+    ``eager``: the class's own forward, if that runs; None if it has a gate that isn't known.  What
+    isn't known by name may run again, followed by autograd from the first product's result on, if
+    it draws no numbers, doesn't write into its input, and has no parameters.
+    """
+    act: Any = getattr(base, "act_fn", None)
+    if not base.has_gate:
+        return None if act is None else (act, _is_plain_function(act))
+    gate, is_own = base._apply_gate, "_apply_gate" in base.__dict__
+    function = None if is_own else kind._apply_gate
+    is_default = not is_own and getattr(function, "__module__", "") == _INTERFACE
+    if eager and not is_default and "_apply_gate" not in _names_in(eager):
+        return None  # its class's forward has another one
+    if is_default and activation_of(act):
+        return activation_of(act), True
+    others = {n for n in base._parameters if n not in _PARAMETERS and ADDED not in n}
+    known = not is_own and _is_transformers(function) and not others
+    return gate, known and (act is None or _is_plain_function(act))
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    return getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def _is_plain_function(act: Any) -> bool:
+    """Whether an activation is a function of its input alone, and leaves that as it is."""
+    if not isinstance(act, nn.Module):
+        return _is_transformers(act) or bool(activation_of(act))
+    known = _is_transformers(type(act)) or type(act).__module__ == nn.ReLU.__module__
+    return (
+        known
+        and type(act).__call__ is nn.Module.__call__
+        and type(act) is not nn.RReLU
+        and not getattr(act, "inplace", False)
+        and not any(map(is_hooked, act.modules()))
+        and not any(True for _ in act.parameters())
+    )
+
+
+def _of_llama4(self, hidden_states):
+    """What Llama 4's forward does, as it is written there."""
+    hidden_states = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
+    gate_up = torch.bmm(hidden_states, self.gate_up_proj)
+    gate, up = gate_up.chunk(2, dim=-1)
+    next_states = torch.bmm((up * self.act_fn(gate)), self.down_proj)
+    next_states = next_states.view(-1, self.hidden_size)
+    return next_states
+
+
+def _is_llama4_s(kind: Any, forward: Any) -> bool:
+    return any(is_of_transformers(each, _LLAMA4) for each in kind.__mro__) and _is_as(
+        forward, _of_llama4
+    )
+
+
+@lru_cache(maxsize=256)
+def _is_as(forward: Any, known: Any) -> bool:
+    code, its = getattr(forward, "__code__", None), known.__code__
+    return code is not None and (
+        (code.co_code, code.co_names) == (its.co_code, its.co_names)
+        and [c for c in code.co_consts if not isinstance(c, str)]
+        == [c for c in its.co_consts if not isinstance(c, str)]
+    )
+
+
+def _read_llama4(base: Any) -> Experts:
+    act = base.act_fn
+    name = activation_of(act)
+    names = "gate_up_proj", "down_proj"
+    if name:
+        return Experts("", names, True, False, False, name)
+
+    def gate(pre: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, dim=-1)
+        return up * act(gate)
+
+    return Experts("", names, True, False, False, gate, _is_plain_function(act))
+
+
+def is_reversed(transposed: bool, swapped: bool) -> bool:
+    """Whether PEFT's lora_A is on the side of the results.
+
+    ``transposed``: the weight is [E, in, out] to the module.  ``swapped``: it is [E, out, in] to
+    PEFT, which goes by the module's ``is_transposed`` and its own version.
+    """
+    return transposed == swapped
+
+
+def stacked(
+    lora_A: Tensor, lora_B: Tensor, experts: int, scale: float, reverse: bool
+) -> Adapter[Tensor]:
+    """PEFT's lora_A [E · r, p] and lora_B [q, r · E], the expert its fastest index, as views.
+
+    lora_a [E, r, in] and lora_b [E, out, r]: in is p, and out is q, or with ``reverse`` the other
+    way round.
+    """
+    thin = lora_A.view(experts, -1, lora_A.shape[1])  # [E, r, p]
+    wide = lora_B.view(lora_B.shape[0], -1, experts).permute(2, 0, 1)  # [E, q, r]
+    return Adapter(wide.mT, thin.mT, scale) if reverse else Adapter(thin, wide, scale)
+
+
+def takes(args: tuple[Any, ...], experts: Experts, outputs: Sequence[Output[Tensor]]) -> bool:
+    """Whether these are what the module is ordinarily called with, and fit its two outputs."""
+    weight, other = (output.base.weight for output in outputs)
+    if len(args) != (3 if experts.routed else 1) or not all(map(is_plain, args)):
+        return False
+    x, *routing = args
+    on = autocast_is_on(x.device.type)
+    dtypes = (x.dtype, weight.dtype)
+    if x.dim() != 2 or x.shape[1] != weight.shape[2] or not x.shape[0]:
+        return False
+    if not x.device == weight.device == other.device or weight.dtype != other.dtype:
+        return False
+    if not (all(d in AUTOCAST_DTYPES for d in dtypes) if on else x.dtype == weight.dtype):
+        return False
+    if not experts.routed:
+        return x.shape[0] % len(weight) == 0
+    index, weights = routing
+    return (
+        index.dim() == weights.dim() == 2
+        and x.shape[0] == index.shape[0]
+        and index.shape == weights.shape
+        and x.device == index.device == weights.device
+        and weights.is_floating_point()
+        and index.dtype in (torch.int32, torch.int64)
+        and _are_in(index, len(weight))
+    )
+
+
+def run_experts(
+    args: tuple[Tensor, ...],
+    experts: Experts,
+    up: Output[Tensor],
+    down: Output[Tensor],
+    dropout: float = 0.0,
+) -> Tensor:
+    """The call with these arguments, which :func:`takes` them."""
+    x, *routing = args
+    index, weights = routing or (None, None)
+    return lora_experts(
+        x,
+        index,
+        weights,
+        up,
+        down,
+        experts.activate,
+        dropout=dropout,
+        one_node=experts.repeats and not _is_watched(),
+        autocasts=experts.autocasts,
+    )
+
+
+def _is_watched() -> bool:
+    """Whether something is to see the operations: a compiler, selective checkpointing …"""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _are_in(index: Tensor, experts: int) -> bool:
+    """Whether all are numbers of experts.
+
+    Nobody looks on a GPU, since that would wait for it, nor where something watches or compiles.
+    """
+    if index.device.type != "cpu" or _is_watched():
+        return True
+    least, most = index.aminmax()
+    return bool(least >= 0) and bool(most < experts)

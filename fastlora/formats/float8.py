@@ -1,0 +1,92 @@
+"""Numbers of 8 bits with a floating point, and a scale for each block of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .format import Format, check_shapes
+from .scales import of_rows
+
+_CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True)
+class Float8(Format):
+    """weight = code · scale of its block, the product float32's, rounded once to another dtype.
+
+    Codes [rows, columns] of the dtype ``code``, scale [⌈rows / block_rows⌉, ⌈columns /
+    block_columns⌉].  So torchao dequantises a Float8Tensor, and transformers a checkpoint.
+    """
+
+    code: str
+    block_rows: int
+    block_columns: int
+
+    label: ClassVar[str] = "float8"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return "weight", "scale"
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        if self.code not in _CODES:
+            raise ValueError(f"codes of {self.code} came, but must be of {', '.join(_CODES)}")
+        if min(self.block_rows, self.block_columns) < 1:
+            raise ValueError(f"blocks of {self.block_rows} × {self.block_columns} came: too small")
+        blocks = -(-self.rows // self.block_rows), -(-self.columns // self.block_columns)
+        code: torch.dtype = getattr(torch, self.code)
+        fits = [((self.rows, self.columns), (code,)), (blocks, _SCALES)]
+        check_shapes(self.names, tensors, fits)
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        codes, scale = tensors
+        codes = codes[first : first + len(out)]
+        wide = out
+        if out.dtype != torch.float32 or not out.is_contiguous():
+            wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        _widen(codes, wide)
+        scale = of_rows(scale, first, len(out), self.block_rows)
+        _multiply(wide, scale.float(), self.block_columns)
+        return out if wide is out else out.copy_(wide)
+
+
+def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
+    """Each ``width`` columns by their scale; the last ones may be fewer."""
+    whole = values.shape[1] // width
+    if whole:
+        values[:, : whole * width].unflatten(1, (whole, width)).mul_(scale[:, :whole, None])
+    if whole < scale.shape[1]:
+        values[:, whole * width :].mul_(scale[:, whole:])
+
+
+def _widen(codes: Tensor, out: Tensor) -> None:
+    """The codes in float32, which hold them exactly."""
+    if codes.device.type != "cpu":
+        out.copy_(codes)
+        return
+    # torch converts them one by one, and takes eight times as long as to look up two at once.
+    bits, table, places = codes.flatten().view(torch.uint8), _singles(codes.dtype), out.view(-1)
+    if len(bits) % 2 == 0 and bits.storage_offset() % 2 == 0:
+        bits, table = bits.view(torch.uint16), _pairs(codes.dtype)
+        places = places.view(torch.float64)
+    torch.index_select(table, 0, bits.int(), out=places)
+
+
+@cache
+def _singles(code: torch.dtype) -> Tensor:
+    """float32 of every code, [256]."""
+    with torch.inference_mode(False):  # what is made inside could not be used outside
+        return torch.arange(256).to(torch.uint8).view(code).float()
+
+
+@cache
+def _pairs(code: torch.dtype) -> Tensor:
+    """float32 of every two codes, each pair in a float64: [65536]."""
+    with torch.inference_mode(False):
+        both = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(code)
+        return both.float().view(torch.float64)

@@ -1,0 +1,31 @@
+"""Vendors' quantised layers, as packed weights.  A vendor's package is looked at, never imported.
+
+A vendor has a file here that keeps the contract of :mod:`.vendor`; naming it in ``VENDORS`` is all
+that your own models and PEFT's need.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from . import bitsandbytes, float8, gguf, hqq, torchao
+from .vendor import PackedLayer, Vendor
+
+__all__ = ["VENDORS", "PackedLayer", "Vendor", "quantised_weight", "vendor_of"]
+
+VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq)
+
+if TYPE_CHECKING:  # the type checker holds every vendor to the contract
+    _HELD: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq)
+
+
+def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor | None:
+    """Whose quantised linear layer this is; None: nobody's.  ``kind``: in its class's place."""
+    kind = type(layer) if kind is None else kind
+    return next((vendor for vendor in VENDORS if vendor.owns(layer, kind)), None)
+
+
+def quantised_weight(layer: nn.Module) -> PackedLayer | str | None:
+    """A vendor's layer as a packed weight, or why it can't be read; None: it is no vendor's."""
+    vendor = vendor_of(layer)
+    return None if vendor is None else vendor.read(layer)

@@ -1,0 +1,138 @@
+"""bitsandbytes' ``Linear4bit`` (NF4, FP4) and ``Linear8bitLt`` (LLM.int8)."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+from ..formats.four_bit import FourBit
+from ..formats.int8 import Int8Rows
+from .vendor import PackedLayer
+
+_MODULES = "bitsandbytes.nn.modules"
+# 1 / 127 is what the library multiplies SCB by, in float32.
+_FACTOR = 1.0 / 127.0
+
+
+def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    return _is_four_bit(kind) or _is_int8(kind)
+
+
+def read(layer: nn.Module) -> PackedLayer | str:
+    try:
+        found = _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
+        if not isinstance(found, str):
+            found.weight.format.check(found.weight.tensors)
+        return found
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        return f"its quantisation state is broken: {error}"
+
+
+def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+    own: Any = layer.weight
+    kind: Any = type(own)
+    device = own.device
+    if hasattr(layer, "state"):
+        return kind(weight.half().cpu(), requires_grad=False).to(device)
+    state = _state_of(layer)
+    made = kind(
+        weight.to(state.dtype).cpu(),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=own.dtype,
+    )
+    return made.to(device)
+
+
+def take(layer: nn.Module) -> nn.Parameter:
+    own: Any = layer.weight
+    if hasattr(layer, "state"):
+        own.CB, own.SCB = _codes_and_scale(layer)
+    else:
+        own.quant_state = _state_of(layer)
+    return own
+
+
+def put(layer: nn.Module, parameter: nn.Parameter) -> None:
+    layer.weight = parameter
+    target, own = (layer, parameter)  # type: Any, Any
+    if hasattr(layer, "state"):
+        target.state.CB = target.state.SCB = None  # the layer takes them from its weight, again
+    else:
+        target.quant_state = own.quant_state
+
+
+def _is_four_bit(kind: type[nn.Module]) -> bool:
+    theirs = getattr(sys.modules.get(_MODULES), "Linear4bit", None)
+    return theirs is not None and _acts_as(kind, theirs)
+
+
+def _is_int8(kind: type[nn.Module]) -> bool:
+    theirs = getattr(sys.modules.get(_MODULES), "Linear8bitLt", None)
+    return theirs is not None and _acts_as(kind, theirs)
+
+
+def _acts_as(kind: type[nn.Module], theirs: type[nn.Module]) -> bool:
+    """Whether it is their class, or one of the same forward: LinearNF4, LinearFP4."""
+    return (
+        issubclass(kind, theirs)
+        and kind.forward is theirs.forward
+        and kind.__call__ is nn.Module.__call__
+    )
+
+
+def _state_of(layer: Any) -> Any:
+    """The weight's state; FSDP may have made the weight anew, and then the layer still has it."""
+    state = getattr(layer.weight, "quant_state", None)
+    return state if state is not None else layer.quant_state
+
+
+def _read_four_bit(layer: Any) -> PackedLayer | str:
+    state, own = _state_of(layer), layer.weight
+    if state is None:
+        return "its weight isn't quantised as yet: .to(device) does that"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
+    if type(own).__name__ == "DTensor":
+        return "its weight is sharded (DTensor)"
+    rows, columns = state.shape
+    if (rows, columns) != (layer.out_features, layer.in_features):
+        return f"its quantisation state is of a weight of shape {tuple(state.shape)}"
+    packed = own.detach().view(torch.uint8).view(-1)
+    tensors: tuple[Tensor, ...] = (packed, state.absmax)
+    nested = 0
+    if state.nested:
+        outer = state.state2
+        nested = outer.blocksize
+        tensors = (*tensors, outer.absmax, outer.code, state.offset)
+    format = FourBit(rows, columns, state.quant_type, state.blocksize, nested)
+    return PackedLayer(Quantised(format, tensors), layer.compute_dtype, restores=True)
+
+
+def _read_int8(layer: Any) -> PackedLayer | str:
+    state = layer.state
+    if state.has_fp16_weights:
+        return "its weight has 16 bits, and is quantised in every call (has_fp16_weights)"
+    if state.threshold:
+        return (
+            f"its outlier threshold is {state.threshold}: which columns of x it rounds to 8 bits "
+            "depends on their values; 0 is read"
+        )
+    codes, scale = _codes_and_scale(layer)
+    if scale is None or codes.dtype != torch.int8:
+        return "its weight isn't quantised as yet: .to(device) does that"
+    rows, columns = codes.shape
+    return PackedLayer(Quantised(Int8Rows(rows, columns, _FACTOR), (codes, scale)))
+
+
+def _codes_and_scale(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """CB and SCB, which the layer's first call moves from the weight to its state."""
+    own, state = layer.weight, layer.state
+    codes = own.CB if own.CB is not None else state.CB
+    codes = own.detach() if codes is None else codes.detach()
+    scale = own.SCB if own.SCB is not None else state.SCB
+    return codes, scale

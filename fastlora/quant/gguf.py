@@ -1,0 +1,49 @@
+"""transformers' ``GgufLinear``, whose weight is the blocks of a GGUF file."""
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+from ..formats.gguf import Gguf
+from .vendor import PackedLayer
+
+_MODULE = "transformers.integrations.gguf.utils"
+# ggml's number of each type.
+_KINDS = {
+    2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    20: "IQ4_NL", 23: "IQ4_XS",
+}  # fmt: skip
+
+
+def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    return kind is getattr(sys.modules.get(_MODULE), "GgufLinear", None)
+
+
+def read(layer: nn.Module) -> PackedLayer | str:
+    own: Any = layer
+    kind = _KINDS.get(own.ggml_type)
+    if kind is None:
+        return f"its GGUF type has number {own.ggml_type}, which no format reads"
+    order = own.input_permutation
+    format = Gguf(own.out_features, own.in_features, kind, order is not None)
+    tensors = (own.weight.detach(),) if order is None else (own.weight.detach(), order)
+    try:
+        format.check(tensors)
+    except ValueError as error:
+        return f"its blocks are broken: {error}"
+    return PackedLayer(Quantised(format, tensors))
+
+
+def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+    raise ValueError("GGUF's blocks are read, and not made: leave the merged weight dense")
+
+
+def take(layer: nn.Module) -> nn.Parameter:
+    own: Any = layer.weight
+    return own
+
+
+def put(layer: nn.Module, parameter: nn.Parameter) -> None:
+    layer.weight = parameter

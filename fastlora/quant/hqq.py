@@ -1,0 +1,66 @@
+"""HQQ's ``HQQLinear``."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+from ..formats.hqq import Hqq
+from .vendor import PackedLayer
+
+_MODULE = "hqq.core.quantize"
+
+
+def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    return kind is getattr(sys.modules.get(_MODULE), "HQQLinear", None)
+
+
+def read(layer: nn.Module) -> PackedLayer | str:
+    own: Any = layer
+    if not own.ready:
+        return "its weight isn't quantised as yet"
+    meta = own.meta
+    if meta["axis"] != 1:
+        return f"its groups run down the columns (axis={meta['axis']}): only those in rows are read"
+    if not meta["packing"] or meta["nbits"] not in (1, 2, 3, 4, 8):
+        return f"its numbers aren't packed, or have {meta['nbits']} bits"
+    if meta.get("quant_zero") or meta.get("quant_scale") or "zero_scale" in meta:
+        return "its scales or zero points are packed, too"
+    try:
+        packed = own.W_q.detach()
+        if meta["view_as_float"]:
+            packed = packed.view(meta["unpack_view_dtype"])
+        rows, columns = meta["shape"]
+        compute = str(meta["scale"].dtype).removeprefix("torch.")
+        format = Hqq(rows, columns, meta["nbits"], meta["group_size"] or columns, compute)
+        tensors = tuple(map(_keepable, (packed, meta["scale"], meta["zero"])))
+        format.check(tensors)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        return f"its quantisation state is broken: {error}"
+    return PackedLayer(Quantised(format, tensors))
+
+
+def _keepable(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that a backward can keep: HQQ makes its own in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        blank = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        return blank.set_(*place)
+
+
+def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+    raise ValueError("HQQ's numbers are read, and not made: PEFT merges such layers itself")
+
+
+def take(layer: nn.Module) -> nn.Parameter:
+    own: Any = layer
+    return own.W_q
+
+
+def put(layer: nn.Module, parameter: nn.Parameter) -> None:
+    own: Any = layer
+    own.W_q = parameter

@@ -1,0 +1,135 @@
+"""torchao's weight-only tensors, as the weight of a ``torch.nn.Linear``: integers and float8."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..formats.affine import Affine
+from ..formats.float8 import Float8
+from ..formats.format import Quantised
+from ..formats.int8 import Int8Rows
+from .vendor import PackedLayer
+
+_TENSORS, _BASE = "torchao.quantization", "torchao.utils"
+# Whether a zero point is zero everywhere, and the version of it that was looked at.
+_ZEROS = WeakTensorKeyDictionary()
+
+
+def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    theirs = getattr(sys.modules.get(_BASE), "TorchAOBaseTensor", None)
+    if theirs is None or kind.forward is not nn.Linear.forward:
+        return False
+    return isinstance(layer._parameters.get("weight"), theirs)
+
+
+def read(layer: nn.Module) -> PackedLayer | str:
+    own: Any = layer.weight
+    name = type(own).__name__
+    kinds = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, "Float8Tensor": _float8}
+    if not _is(own, name) or name not in kinds:
+        return f"its weight is torchao's {name}, which no format reads"
+    if own.dim() != 2:
+        return f"its weight has shape {tuple(own.shape)}"
+    if getattr(own, "act_pre_scale", None) is not None:
+        return "its input is scaled before its weight is used (act_pre_scale)"
+    try:
+        found = kinds[name](own)
+        if not isinstance(found, str):
+            found.format.check(found.tensors)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        return f"its {name} is broken: {error}"
+    return found if isinstance(found, str) else PackedLayer(found)
+
+
+def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+    own: Any = layer.weight
+    kind, weight, rest = type(own), weight.to(own.dtype), {}
+    if kind.__name__ == "IntxUnpackedToInt8Tensor":
+        mapping = sys.modules["torchao.quantization.quant_primitives"].MappingType
+        rest["mapping_type"] = mapping.SYMMETRIC if _is_zero(own) else mapping.ASYMMETRIC
+        packed = kind.from_hp(weight, tuple(own.block_size), own.target_dtype, **rest)
+        return nn.Parameter(packed, requires_grad=False)
+    if kind.__name__ == "Float8Tensor":
+        rest = {"float8_dtype": own.qdata.dtype, "kernel_preference": own.kernel_preference}
+        rest["mm_config"] = own.mm_config
+    packed = kind.from_hp(weight, granularity=_granularity(own), **rest)
+    return nn.Parameter(packed, requires_grad=False)
+
+
+def take(layer: nn.Module) -> nn.Parameter:
+    own: Any = layer.weight
+    return own
+
+
+def put(layer: nn.Module, parameter: nn.Parameter) -> None:
+    layer.weight = parameter
+
+
+def _is(own: Tensor, name: str) -> bool:
+    return type(own) is getattr(sys.modules.get(_TENSORS), name, None)
+
+
+def _int8(own: Any) -> Quantised | str:
+    if own.act_quant_kwargs is not None:
+        return _why_rounding("8 bits")
+    return _whole_numbers(own, 8)
+
+
+def _intx(own: Any) -> Quantised | str:
+    if own.activation_quantization is not None:
+        return _why_rounding("8 bits")
+    return _whole_numbers(own, int(str(own.target_dtype).removeprefix("torch.int")))
+
+
+def _float8(own: Any) -> Quantised | str:
+    if own.act_quant_kwargs is not None:
+        return _why_rounding("float8")
+    rows, columns = own.shape
+    height, width = map(int, own.block_size or (rows, columns))
+    code = str(own.qdata.dtype).removeprefix("torch.")
+    format = Float8(rows, columns, code, height, width)
+    return Quantised(format, (own.qdata, own.scale.view(-(-rows // height), -1)))
+
+
+def _why_rounding(what: str) -> str:
+    return (
+        f"its input is rounded to {what} in every call, through which torchao gives no gradient: "
+        "what trains before it gets a wrong one"
+    )
+
+
+def _whole_numbers(own: Any, bits: int) -> Quantised:
+    rows, columns = own.shape
+    height, width = map(int, own.block_size)
+    shifted = own.zero_point is not None and not _is_zero(own)
+    if not shifted and (height, width) == (1, columns):
+        return Quantised(Int8Rows(rows, columns), (own.qdata, own.scale.view(rows)))
+    tensors = (own.qdata, own.scale, own.zero_point) if shifted else (own.qdata, own.scale)
+    return Quantised(Affine(rows, columns, bits, height, width, shifted), tensors)
+
+
+def _is_zero(own: Any) -> bool:
+    """Whether its zero point is 0 everywhere, as it is where a range is symmetric.
+
+    A tensor is looked at once: on a GPU that waits for it.
+    """
+    zero: Tensor | None = own.zero_point
+    if zero is None or torch.compiler.is_compiling():  # a graph holds no value of a tensor
+        return zero is None
+    version = None if zero.is_inference() else zero._version
+    seen = _ZEROS.get(zero)
+    if seen is None or seen[0] != version:
+        seen = _ZEROS[zero] = version, not bool(torch.any(zero))
+    return seen[1]
+
+
+def _granularity(own: Any) -> Any:
+    made = sys.modules["torchao.quantization.granularity"]
+    rows, columns = own.shape
+    block = tuple(own.block_size or (rows, columns))
+    if block == (rows, columns):
+        return made.PerTensor()
+    return made.PerRow() if block == (1, columns) else made.PerGroup(block[1])

@@ -1,0 +1,48 @@
+"""What a vendor's file is: the contract that each of them keeps, and what it reads from a layer."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+
+
+class PackedLayer(NamedTuple):
+    """A vendor's linear layer: its weight, and which dtypes its calls go through.
+
+    ``compute_dtype``: that in which it computes; None: in x's.  ``restores``: whether y has x's
+    dtype nevertheless, and under autocast too.
+    """
+
+    weight: Quantised
+    compute_dtype: torch.dtype | None = None
+    restores: bool = False
+
+    def call(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``run`` makes of x in the layer's dtypes."""
+        y = run(x if self.compute_dtype is None else x.to(self.compute_dtype))
+        return y.to(x.dtype) if self.restores else y
+
+
+class Vendor(Protocol):
+    """A module with these functions.  It never imports its vendor: who has such a layer did."""
+
+    def owns(self, layer: nn.Module, kind: type[nn.Module]) -> bool:
+        """Whether this layer, which by itself is of class ``kind``, is a linear one of theirs.
+
+        It computes x weightᵀ + bias, as far as its class can tell.
+        """
+
+    def read(self, layer: nn.Module) -> PackedLayer | str:
+        """The layer's weight as it is now, or why it can't be read."""
+
+    def pack(self, layer: nn.Module, weight: Tensor) -> nn.Parameter:
+        """A parameter of theirs, packed as the layer's own, for this weight [N, K]."""
+
+    def take(self, layer: nn.Module) -> nn.Parameter:
+        """The layer's own parameter, with all that belongs to it; the layer stays as it is."""
+
+    def put(self, layer: nn.Module, parameter: nn.Parameter) -> None:
+        """Make such a parameter the layer's own."""

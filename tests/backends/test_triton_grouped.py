@@ -1,0 +1,120 @@
+"""Experts on the Triton backend: what is launched, and torch's grouped_mm beside it."""
+
+import pytest
+import torch
+from device import DEVICE
+from experts import call, check_against_oracle, ends_of, make_experts, make_rows
+
+import fastlora
+from fastlora.backends import Settings, find_backend, grouped
+from fastlora.kernels.launch import recorded
+from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.ops.experts import lora_experts
+from fastlora.projection import Adapter, Base, Layout, Output
+from fastlora.segments import Segments
+
+COUNTS = [6, 0, 5, 3]
+
+
+@pytest.fixture(autouse=True)
+def on_triton(poisoned_memory):
+    with fastlora.use_backend("triton"), torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture
+def with_grouped_mm(monkeypatch):
+    """As where torch has a kernel of it; here it leaves NaN in nobody's rows, as there."""
+    plain = torch.nn.functional.grouped_mm
+
+    def careless(x, weight, *, offs):
+        out = plain(x, weight, offs=offs)
+        if weight.dim() == 2:  # over the rows of each
+            return out
+        nobody = x.new_ones(len(x), dtype=torch.int32).cumsum(0) > offs[-1:]
+        return out.masked_fill_(nobody.unsqueeze(1), torch.nan)
+
+    monkeypatch.setattr(grouped, "FORCED", True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", careless)
+
+
+def names(run) -> list[str]:
+    with recorded() as records:
+        run()
+    return [f"{each.name} +" if each.arguments.get("ADD") else each.name for each in records]
+
+
+def step(dtype, p=0.0):
+    x, experts = make_rows(20, 16, dtype), make_experts(4, 24, 16, 8, dtype, bias=True)
+    experts.bias.requires_grad_(False)
+    y = call(x, experts, ends_of(COUNTS), dropout=p)
+    torch.autograd.grad(y.sum(), [x, experts.lora_a, experts.lora_b])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+def test_kernels_run_for_all_experts_at_once(p):
+    with use_plan(FUSED):
+        found = names(lambda: step(torch.bfloat16, p))
+    forward = ["project", "gemm_lowrank"]
+    assert [name for name in found if name != "sum_planes"] == [
+        *forward,
+        *(["weight_grad"] if found.count("project") == 1 else ["weight_grad", "project"]),
+        "gemm_lowrank",
+        "weight_grad",
+    ]
+
+
+@pytest.mark.usefixtures("with_grouped_mm")
+@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_the_adapter_is_added_to_torch_s_product(adapter_dtype, p):
+    """In bfloat16, which is what its kernels have."""
+    x = make_rows(20, 16, torch.bfloat16)
+    experts = make_experts(4, 24, 16, 3, torch.bfloat16, adapter_dtype, bias=True)
+    with use_plan(IN_PLACE):
+        check_against_oracle(x, experts, ends_of(COUNTS), p)
+        assert names(lambda: step(torch.bfloat16, p)).count("gemm_lowrank +") == 2
+
+
+def test_where_torch_has_no_kernel_an_in_place_plan_is_fused():
+    with use_plan(IN_PLACE):
+        assert "gemm_lowrank +" not in names(lambda: step(torch.float32))
+
+
+def test_a_block_of_experts_is_kernels_throughout():
+    """The activation too; the numbers are the torch backend's."""
+    up, down = make_experts(4, 48, 16, 8, torch.float32), make_experts(4, 16, 24, 8, torch.float32)
+    halves = [Output(Base(e.weight), (Adapter(e.lora_a, e.lora_b, 0.5),)) for e in (up, down)]
+    x, index = make_rows(10, 16, torch.float32), torch.randint(4, (10, 2))
+    weights = torch.rand(10, 2, requires_grad=True)
+    leaves = [x, weights, up.lora_a, up.lora_b, down.lora_a, down.lora_b]
+
+    def run() -> list[torch.Tensor]:
+        out = lora_experts(x, index, weights, *halves, "silu")
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    found: list[torch.Tensor] = []
+    launched = names(lambda: found.extend(run()))
+    assert {"gated", "gated_backward", "project", "gemm_lowrank", "weight_grad"} <= {*launched}
+    with fastlora.use_backend("torch"):
+        for ours, theirs in zip(found, run(), strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_rows_in_the_middle_of_a_call_have_its_masks():
+    """A part of the rows, which say how many lie before them."""
+    experts = make_experts(3, 24, 16, 8, torch.float32)
+    tensors = [tensor.detach() for tensor in experts[:3]]
+    x, seeds = torch.randn(12, 16), torch.tensor([11])
+    backend = find_backend("triton")
+    settings = Settings((Layout(False, (1.0,)),), 0.3, backend)
+    whole, _ = backend.forward_grouped([x, *tensors], Segments(ends_of([4, 5, 3])), seeds, settings)
+    part = [x[4:], *(tensor[1:] for tensor in tensors)]
+    y, _ = backend.forward_grouped(part, Segments(ends_of([5, 3]), 4), seeds, settings)
+    torch.testing.assert_close(y, whole[4:])
+
+
+def test_more_experts_than_a_grid_has_room_for_run_on_torch():
+    outputs = [Output(Base(torch.empty(2**16 - 1, 1, 1), None))]
+    reason = find_backend("triton").why_not(torch.float32, torch.device(DEVICE), outputs)
+    assert "65534 experts" in reason

@@ -1,0 +1,203 @@
+"""The three contractions over segments: each row with its segment's factors, against float64."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from device import DEVICE
+from judge import assert_close
+from kernel_cases import BF16, F32, draw_seeds, keep_masks, processors, random
+from torch import Tensor
+
+from fastlora.kernels import gemm_lowrank, project, segments, weight_grad
+from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.launch import recorded
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DESCRIPTORS = GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descriptors=True)
+POINTERS = GemmConfig(32, 32, 16, warps=4, stages=2, group=2)
+# The ends of segments, of 100 rows: tiles have 16 or 32.
+ENDS = {
+    "one": [100],
+    "even": [32, 64, 100],
+    "ragged": [1, 34, 34, 50, 97, 98, 99],
+    "empty-at-both-ends": [0, 0, 70, 70],
+    "nobody-s": [0, 0, 0],
+}
+every_ends = pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+dropouts = pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
+M = 100
+
+
+def tensor_of(ends: Sequence[int]) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+
+
+def rows_of(ends: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def banks(ends: Sequence[int], rows: int, columns: int, dtype=F32, layout="contiguous") -> Tensor:
+    """A matrix for each segment."""
+    return (
+        torch.stack([random(rows, columns, dtype) for _ in ends])
+        if layout == "contiguous"
+        else (torch.stack([random(columns, rows, dtype) for _ in ends]).mT)
+    )
+
+
+def product(x: Tensor, factors: Tensor, ends: Sequence[int]) -> Tensor:
+    """Each row times its segment's factor; zeros in nobody's rows."""
+    out = x.new_zeros(len(x), factors.shape[-1])
+    for e, rows in enumerate(rows_of(ends)):
+        out[rows] = x[rows] @ factors[e]
+    return out
+
+
+def x_with_nobody_s(columns: int, ends: Sequence[int], dtype=BF16) -> tuple[Tensor, Tensor]:
+    """x whose rows of nobody are NaN, and the same with zeros there."""
+    x = random(M, columns, dtype)
+    x[ends[-1] :] = 0.0
+    poisoned = x.clone()
+    poisoned[ends[-1] :] = torch.nan
+    return poisoned, x
+
+
+@pytest.mark.parametrize("count", [1, 10**4], ids=["whole", "split"])
+@dropouts
+@every_ends
+def test_project(ends, p, count):
+    (x, clean), v = x_with_nobody_s(70, ends), banks(ends, 70, 5)
+    seeds = draw_seeds(1) if p else None
+    (mask,) = keep_masks(seeds, x.shape, p, 1)
+    with processors(count):
+        (found,) = project(
+            x, [v], [0.75], precision="ieee", dropout=p, seeds=seeds, ends=tensor_of(ends)
+        )
+    kept, v = torch.where(mask, clean, 0), v.to(x.dtype)
+    size = product(kept.double().abs(), v.double().abs(), ends)
+    truth, eager = 0.75 * product(kept.double(), v.double(), ends), product(kept, v, ends) * 0.75
+    assert_close("u", found, truth, eager, size, x.dtype)
+
+
+@pytest.mark.parametrize("config", [DESCRIPTORS, POINTERS], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize(("layout", "p"), [("contiguous", 0.3), ("transposed", 0.0)])
+@every_ends
+def test_gemm_lowrank(ends, p, layout, config):
+    """N and K are such that the last tile of a weight sticks out into the next one's, here NaN."""
+    (x, clean), n, k = x_with_nobody_s(24, ends), 40, 24
+    q = banks(ends, k, n, BF16, layout)
+    if len(ends) > 3 and ends[1] == ends[0]:
+        q[1] = torch.nan  # without rows
+    u, v, bias = random(M, 3, BF16), banks(ends, 3, n), banks(ends, 1, n)[:, 0]
+    u[ends[-1] :] = 0.0
+    seeds = draw_seeds(1) if p else None
+    (mask,) = keep_masks(seeds, (M, n), p, 1)
+    out = x.new_empty(M, n)
+    gemm_lowrank(
+        out, [x], [q], [u], [v], precision="ieee", bias=bias, dropout=p, seeds=seeds,
+        ends=tensor_of(ends), config=config,
+    )  # fmt: skip
+    ones = x.new_ones(M, 1)
+    ones[ends[-1] :] = 0.0
+
+    def formula(convert) -> Tensor:
+        low = product(convert(u), convert(v.to(BF16)), ends)
+        base = product(convert(clean), convert(q), ends)
+        return (
+            base
+            + torch.where(mask, low, 0)
+            + product(convert(ones), convert(bias.to(BF16))[:, None], ends)
+        )
+
+    found = formula(lambda t: t.double()), formula(lambda t: t), formula(lambda t: t.double().abs())
+    assert_close("out", out, *found, x.dtype)
+
+
+@every_ends
+def test_the_adapter_is_added_to_what_is_there_but_in_nobody_s_rows(ends):
+    u, v = random(M, 20, BF16), banks(ends, 20, 40)
+    out = before = random(M, 40, BF16)
+    before = before.clone()
+    out[ends[-1] :] = torch.nan
+    u[ends[-1] :] = 0.0
+    gemm_lowrank(out, [], [], [u], [v], precision="ieee", add=True, ends=tensor_of(ends))
+    before[ends[-1] :] = 0.0
+    low = product(u.double(), v.to(BF16).double(), ends)
+    torch.testing.assert_close(out, (before.double() + low).to(BF16))
+    assert not out[ends[-1] :].any()
+
+
+@dropouts
+@every_ends
+def test_weight_grad(ends, p):
+    x, clean = x_with_nobody_s(70, ends)
+    u = random(M, 5, BF16)
+    out = x.new_empty(len(ends), 5, 70).mT
+    seeds = draw_seeds(1) if p else None
+    (mask,) = keep_masks(seeds, x.shape, p, 1)
+    ends_there = tensor_of(ends)
+    weight_grad(x, [u], [out], precision="ieee", dropout=p, seeds=seeds, ends=ends_there)
+    kept = torch.where(mask, clean, 0)
+    for e, rows in enumerate(rows_of(ends)):
+        truth = kept[rows].double().T @ u[rows].double()
+        size = kept[rows].double().abs().T @ u[rows].double().abs()
+        assert_close(f"of segment {e}", out[e], truth, kept[rows].T @ u[rows], size, BF16)
+
+
+@pytest.mark.parametrize("n", [30, 200], ids=["one-tile", "planes"])
+@every_ends
+def test_one_pass(ends, n):
+    dy, clean = x_with_nobody_s(n, ends)
+    h, b, out = random(M, 5, BF16), banks(ends, n, 5), dy.new_empty(len(ends), n, 5)
+    dh = weight_grad(dy, [h], [out], precision="ieee", b=b, factor=0.5, ends=tensor_of(ends))
+    b = b.to(BF16)
+    truth = 0.5 * product(clean.double(), b.double(), ends)
+    size = product(clean.double().abs(), b.double().abs(), ends)
+    assert_close("dh", dh, truth, 0.5 * product(clean, b, ends), size, BF16)
+    for e, rows in enumerate(rows_of(ends)):
+        truth = clean[rows].double().T @ h[rows].double()
+        size = clean[rows].double().abs().T @ h[rows].double().abs()
+        assert_close(f"of segment {e}", out[e], truth, clean[rows].T @ h[rows], size, BF16)
+
+
+def test_more_segments_than_are_looked_at_at_once(monkeypatch):
+    monkeypatch.setattr(segments, "_MOST_AT_ONCE", 4)
+    ends = [3 * i for i in range(1, 31)]
+    x, v = random(M, 20), banks(ends, 20, 3)
+    (u,) = project(x, [v], [1.0], precision="ieee", ends=tensor_of(ends))
+    torch.testing.assert_close(u, product(x, v, ends))
+
+
+@pytest.mark.parametrize("ends", [[200, 300], [-5, -1], [60, 20, 90], [-300, 500, -9]], ids=str)
+def test_ends_that_are_none_give_anything_and_touch_no_other_memory(ends):
+    """Each launch's rows lie in the middle of larger matrices, of which nothing changes."""
+    around = random(3 * M, 40)
+    before, x = around.clone(), around[M : 2 * M]
+    u, v = random(3 * M, 4), banks(ends, 40, 4)
+    u_before = u.clone()
+    there = tensor_of(ends)
+    project(x, [v], [1.0], precision="ieee", ends=there)
+    weight_grad(x, [u[M : 2 * M]], [v.clone()], precision="ieee", b=v, ends=there)
+    for config in (DESCRIPTORS, POINTERS):
+        out = around[M : 2 * M]
+        gemm_lowrank(
+            out, [u[M : 2 * M]], [v.mT.contiguous()], [u[M : 2 * M]], [v.mT],
+            precision="ieee", ends=there, config=config,
+        )  # fmt: skip
+    assert torch.equal(around[:M], before[:M])
+    assert torch.equal(around[2 * M :], before[2 * M :])
+    assert torch.equal(u, u_before)
+
+
+def test_no_launch_depends_on_where_segments_end():
+    """So nothing is read on the host, and a CUDA graph may be replayed with other ends."""
+    grids = []
+    for ends in ENDS["ragged"], [0] * 7, [100] * 7:
+        with recorded() as records:
+            project(
+                random(M, 20), [banks(ends, 20, 3)], [1.0], precision="ieee", ends=tensor_of(ends)
+            )
+        grids.append([record.grid for record in records])
+    assert grids[0] == grids[1] == grids[2]

@@ -1,0 +1,352 @@
+"""Adapters on the experts of own models: PEFT's numbers and files, merging, ways to call."""
+
+import copy
+import json
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from models import assert_untouched, randomise, refused, snapshot
+from moe_models import IDS, MODELS, base_model, experts_of, parameters_of, train
+from peft_models import counted_calls
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.integrations import moe
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.model.inject import injection_of
+from fastlora.model.tensors import adapter_tensors
+
+# PEFT 0.21 says so of patterns for target_parameters, and uses them.
+IGNORED = "ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"
+pytestmark = pytest.mark.filterwarnings(IGNORED)
+
+
+def settings_of(name: str = "qwen3", **changes) -> dict:
+    targets = {"target_modules": ["q_proj"], "target_parameters": parameters_of(name)}
+    return {"r": 4, "lora_alpha": 6} | targets | changes
+
+
+def own_model(name: str = "qwen3", implementation: str = "eager", **changes) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoRAConfig(**settings_of(name, **changes))
+    return randomise(fastlora.apply_lora(base_model(name, implementation), config), 0.1).eval()
+
+
+def plain_model(name: str, like: nn.Module) -> nn.Module:
+    """One without adapters, of the same weights."""
+    base = base_model(name).to(next(like.parameters()).dtype).eval()
+    base.load_state_dict({k: v for k, v in like.state_dict().items() if "lora_" not in k})
+    return base
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def fast_calls(model: nn.Module) -> int:
+    """Of experts' weights that have adapters."""
+    with counted_calls() as calls:
+        logits(model)
+    return len(calls)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_and_files_are_peft_s(name, tmp_path):
+    ours = own_model(name).double()
+    base, expected = plain_model(name, ours), logits(ours)
+    weights = sum("experts" in layer.name for layer in fastlora.coverage(ours).fast)
+    assert fast_calls(ours) == weights == (2 if name == "nemotron" else 4)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(
+        copy.deepcopy(base), tmp_path / "ours", is_trainable=True, autocast_adapter_dtype=False
+    ).double()
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-6, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for side in ("ours", "theirs"):
+        again = fastlora.load_adapter(copy.deepcopy(base), tmp_path / side)
+        assert torch.equal(logits(again), expected)
+    losses = [train(model, 3)[:3] for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    parameters = dict(theirs.named_parameters())
+    for key, mine in adapter_tensors(ours, injection_of(ours)).items():
+        their = parameters[key.removesuffix("weight") + "default.weight"]
+        tolerance = 1e-4 if name == "nemotron" else 1e-8  # NemotronH's routing is in float32
+        torch.testing.assert_close(mine, their, rtol=tolerance, atol=tolerance)
+        assert mine.grad.norm() > 0
+
+
+def test_a_new_adapter_is_peft_s_identity():
+    """And ranks, alphas and scalings are PEFT's, of each parameter."""
+    settings = settings_of(
+        r=8, rank_pattern={"gate_up_proj": 2, r"layers\.1\.mlp\.experts\.down_proj": 3},
+        alpha_pattern={"experts.down_proj": 5}, use_rslora=True,
+    )  # fmt: skip
+    base = base_model().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    before = logits(base)
+    ours = fastlora.apply_lora(base, LoRAConfig(**settings))
+    torch.testing.assert_close(logits(ours), before)
+    for number in (0, 1):
+        outer = experts_of(theirs.base_model.model.model.layers[number])
+        own = ours.model.layers[number].mlp.experts
+        for layer in (outer, outer.base_layer):
+            mine = own.adaptations[layer.parameter_name]
+            assert (mine.r, mine.lora_alpha) == (layer.r["default"], layer.lora_alpha["default"])
+            assert mine.scaling == layer.scaling["default"]
+            its = own.get_parameter(f"{layer.parameter_name}_lora_A")
+            bound = 1 / its.shape[1] ** 0.5
+            assert 0.9 * bound < its.abs().max() <= bound  # kaiming-uniform, as PEFT's
+            assert own.get_parameter(f"{layer.parameter_name}_lora_B").count_nonzero() == 0
+            assert its.shape == layer.lora_A["default"].weight.shape
+
+
+def test_merging_and_removing():
+    model = own_model("gpt-oss").bfloat16()
+    before, expected, experts = snapshot(model), logits(model), experts_of(model)
+    layer = next(experts.weights())
+    thin, wide, scale = layer.adaptation.stacked(layer.lora_a, layer.lora_b, True)
+    exact = layer.weight.double() + scale * (wide.double() @ thin.double()).mT
+    fastlora.merge_lora(model)
+    assert torch.equal(experts.gate_up_proj, exact.float().bfloat16())
+    assert (logits(model) - expected).norm() < 0.05 * expected.norm()
+    assert {layer.plan for layer in fastlora.coverage(model).layers} == {"merged"}
+    assert fast_calls(model) == 0
+    with pytest.raises(RuntimeError, match="merged"):
+        model.train()(input_ids=IDS)
+    with pytest.raises(RuntimeError, match="gate_up_proj is merged: call"):
+        model.load_state_dict(model.state_dict())
+    fastlora.unmerge_lora(model.eval())
+    assert_untouched(model, before)
+    merged = logits(fastlora.merge_lora(model, keep_base=False))
+    fastlora.remove_lora(model)
+    assert torch.equal(logits(model), merged)
+    assert [type(m) for m in model.modules()] == [type(m) for m in base_model("gpt-oss").modules()]
+    assert not any("lora" in key for key in model.state_dict())
+
+
+def test_copies_and_checkpoints_of_the_base():
+    model = own_model()
+    plain = plain_model("qwen3", model)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+    expected = logits(model)
+    model.load_state_dict(plain.state_dict())
+    other = randomise(own_model())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), expected)
+    assert torch.equal(logits(fastlora.remove_lora(model)), logits(plain))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_dropout_is_replayed(reentrant):
+    """Both kinds of checkpointing give the gradients of none, with the same masks."""
+    model = own_model(lora_dropout=0.3).double().train()
+    model.enable_input_require_grads()
+    torch.manual_seed(2)
+    expected = train(copy.deepcopy(model))
+    other = copy.deepcopy(model)
+    if reentrant is not None:
+        settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        other.gradient_checkpointing_enable(**settings)
+    torch.manual_seed(2)
+    for found, wanted in zip(train(other), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert expected[0] != train(model.eval())[0]
+
+
+def test_generation():
+    model = own_model("mixtral")
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    found = model.generate(input_ids=IDS, **settings)
+    merged = fastlora.remove_lora(fastlora.merge_lora(model))
+    assert torch.equal(found, merged.generate(input_ids=IDS, **settings))
+
+
+def test_compiled_without_a_break():
+    experts = experts_of(own_model("llama4"))
+    call = torch.randn(4, 32, requires_grad=True)
+    wanted = [call, *[p for p in experts.parameters() if p.requires_grad]]
+    results = []
+    for run in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
+        out = run(call)
+        results.append([out, *torch.autograd.grad(out.sum(), wanted)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
+def test_autocast():
+    model = own_model("mixtral")
+    experts, exact = experts_of(model), experts_of(copy.deepcopy(model).double())
+    x, weights = torch.randn(6, 32), torch.rand(6, 2)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found = experts(x, index, weights)
+        merged = experts_of(fastlora.merge_lora(model))(x, index, weights)
+    truth = exact(x.double(), index, weights.double())
+    assert found.dtype == merged.dtype == torch.float32
+    assert 0 < (found - truth).norm() < 1.5 * (merged - truth).norm()
+
+
+def test_an_activation_with_a_hook_is_called():
+    model, calls = own_model(), []
+    expected = logits(model)
+    experts_of(model).act_fn.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(logits(model), expected)
+    assert len(calls) == 1
+
+
+def test_another_implementation_gets_the_sums(monkeypatch):
+    """One that isn't transformers' runs, with weight + scaling · lora_B lora_A; but can't drop."""
+    model = own_model(lora_dropout=0.1).double()
+    expected, called = train(copy.deepcopy(model)), []
+
+    def elsewhere(self, *args):
+        called.append(self)
+        return moe.batched_mm_experts_forward(self, *args)
+
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "elsewhere", elsewhere)
+    model.config._experts_implementation = "elsewhere"
+    before = snapshot(model)
+    torch.testing.assert_close(train(copy.deepcopy(model)), expected)
+    assert len(called) == 2
+    (reason,) = {layer.reason for layer in fastlora.coverage(model).eager}
+    assert reason == "its forward, or its experts implementation, isn't one of transformers' own"
+    with pytest.raises(RuntimeError, match=f"can't have lora_dropout: {reason}"):
+        model.train()(input_ids=IDS)
+    assert_untouched(model.eval(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "message"),
+    [
+        ("gpt-oss", ["gate_up_proj_bias"], "gate_up_proj_bias is no weight of its experts"),
+        ("qwen3", ["mlp.gate.weight"], "a Qwen3MoeTopKRouter, no torch.nn.Linear"),
+        ("qwen3", ["input_layernorm.weight"], "a Qwen3MoeRMSNorm, no torch.nn.Linear"),
+        ("gpt-oss", ["self_attn.sinks"], "as experts its forward isn't that of transformers'"),
+        ("qwen3", ["experts.gate_up"], "'experts.gate_up', which matches no parameter"),
+        ("qwen3", ["experts.down_proj", "mlp.experts"], "'mlp.experts', which matches no"),
+    ],
+)
+def test_what_is_no_weight_of_experts(name, targets, message):
+    model = base_model(name)
+    with refused(model, message):
+        fastlora.apply_lora(model, LoRAConfig(target_parameters=targets))
+
+
+def replace_the_forward(experts):
+    experts.forward = lambda *args: None
+
+
+def parametrise(experts):
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+
+
+def take_a_name(experts):
+    experts.lora_dropout = 0.1
+
+
+def leave_one(experts):
+    experts.down_proj = nn.Parameter(experts.down_proj[:1])
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[:1])
+
+
+CHANGES = {
+    replace_the_forward: "its forward was replaced on the instance",
+    parametrise: "its weights are parametrised",
+    take_a_name: "it has a 'lora_dropout' of its own",
+    leave_one: "it has one expert alone",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_experts_that_can_t_have_adapters(change):
+    model = base_model()
+    change(experts_of(model))
+    with refused(model, CHANGES[change]):
+        fastlora.apply_lora(model, LoRAConfig(target_parameters=["experts.gate_up_proj"]))
+
+
+@pytest.mark.parametrize("target", ["experts.gate_up_proj", "experts.down_proj"])
+def test_one_weight_alone(target, tmp_path):
+    ours = own_model(target_modules=None, target_parameters=[target]).double()
+    fastlora.save_adapter(ours, tmp_path)
+    assert fast_calls(ours) == 2
+    theirs = peft.PeftModel.from_pretrained(plain_model("qwen3", ours), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-6, atol=1e-6)
+
+
+def test_beside_all_linear_layers(tmp_path):
+    """Names are spelled out, dropout is left out with a warning, and nothing was passed over."""
+    settings = {"target_modules": "all-linear", "lora_dropout": 0.1, "exclude_modules": r".*gate"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = own_model(**settings)
+    with pytest.warns(UserWarning, match=r"lora_dropout 0 in place of 0\.1"):
+        fastlora.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain_model("qwen3", ours), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    again = fastlora.load_adapter(plain_model("qwen3", ours), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.19.0", "0.19.1", None])
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "llama4"])
+def test_files_of_every_peft(name, version, tmp_path):
+    """Whatever order of in and out: shapes tell it, or of square weights the version."""
+    changes = {"moe_intermediate_size": 32, "intermediate_size": 32}
+    torch.manual_seed(0)
+    base = base_model(name, **changes).eval()  # down_proj is square
+    ours = copy.deepcopy(base)
+    config = LoRAConfig(r=3, target_parameters=parameters_of(name))
+    ours = randomise(fastlora.apply_lora(ours, config), 0.1)
+    fastlora.save_adapter(ours, tmp_path)
+    is_transposed = name == "gpt-oss"
+    swaps = {"0.18.0": False, "0.19.0": is_transposed}.get(version, not is_transposed)
+    if swaps == is_transposed:
+        tensors = load_file(tmp_path / WEIGHTS)
+        for key in [key for key in tensors if "lora_A" in key]:
+            other = key.replace("lora_A", "lora_B")
+            a, b = tensors[key].view(4, 3, -1), tensors[other].view(-1, 3, 4)
+            tensors[key] = b.permute(2, 1, 0).reshape(12, -1).contiguous()
+            tensors[other] = a.permute(2, 1, 0).reshape(-1, 12).contiguous()
+        save_file(tensors, tmp_path / WEIGHTS)
+    values = json.loads((tmp_path / CONFIG).read_text()) | {"peft_version": version}
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    expected = logits(ours)
+    assert torch.equal(logits(fastlora.load_adapter(base, tmp_path)), expected)
+    fastlora.load_adapter(randomise(ours), tmp_path)
+    assert torch.equal(logits(ours), expected)
+
+
+def test_a_file_of_another_rank_is_refused(tmp_path):
+    fastlora.save_adapter(own_model(r=2), tmp_path)
+    model = own_model()
+    with refused(model, r"\(r, lora_alpha, use_rslora\) = \(4"):
+        fastlora.load_adapter(model, tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text()) | {"r": 3}
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    plain = base_model()
+    with refused(plain, "of shape"):
+        fastlora.load_adapter(plain, tmp_path)
+
+
+def test_selective_checkpointing():
+    from torch.utils import checkpoint as ckpt
+
+    experts = experts_of(own_model("mixtral").double())
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
+    call = torch.randn(6, 32, dtype=torch.float64, requires_grad=True), index, torch.rand(6, 2)
+    wanted = [call[0], *[p for p in experts.parameters() if p.requires_grad]]
+    context = lambda: ckpt.create_selective_checkpoint_contexts(  # noqa: E731
+        [torch.ops.fastlora.lora_grouped.default]
+    )
+    outs = [
+        experts(*call),
+        ckpt.checkpoint(experts, *call, use_reentrant=False, context_fn=context),
+    ]
+    torch.testing.assert_close(*[torch.autograd.grad(out.sum(), wanted) for out in outs])

@@ -1,0 +1,116 @@
+"""bitsandbytes' layers as packed weights: the very bits that it dequantises, or why not."""
+
+import re
+
+import pytest
+import torch
+from bnb_layers import bnb, dequantised, quantised
+from torch import nn
+
+from fastlora.quant import quantised_weight, vendor_of
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=["uint8", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_four_bits_are_the_vendors(kind, nested, storage, dtype):
+    layer = quantised(kind, 192, 70, compress_statistics=nested, quant_storage=storage)
+    layer.weight.quant_state.dtype = dtype
+    found = quantised_weight(layer)
+    assert found.compute_dtype == torch.float32
+    assert torch.equal(found.weight.dense(dtype), dequantised(layer))
+
+
+@pytest.mark.parametrize(("k", "block"), [(66, 64), (100, 128), (7, 32), (51, 256), (4096, 4096)])
+def test_blocks_of_any_size_over_rows_of_any_length(k, block):
+    weight = torch.randn(9, k)
+    layer = bnb.nn.Linear4bit(k, 9, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", blocksize=block).to("cpu")
+    assert torch.equal(quantised_weight(layer).weight.dense(torch.float32), dequantised(layer))
+
+
+def test_blocks_that_end_inside_a_row_of_whole_vectors():
+    """bitsandbytes 0.50's own kernel for AVX-512 takes another block's absmax here."""
+    weight = torch.randn(32, 96)
+    layer = bnb.nn.Linear4bit(96, 32, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4").to("cpu")
+    error = quantised_weight(layer).weight.dense(torch.float32) - weight
+    assert error.norm() < 0.11 * weight.norm()  # what 4 bits lose of normal numbers
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
+def test_int8_is_the_vendors(called):
+    layer = quantised("int8")
+    if called:
+        layer(torch.randn(3, 128))
+    weight, compute_dtype = quantised_weight(layer)
+    assert compute_dtype is None
+    for dtype in (torch.float32, torch.bfloat16):
+        # As its training multiplies: the library's own dequantisation rounds otherwise.
+        scale = (layer.weight.SCB if layer.state.SCB is None else layer.state.SCB).unsqueeze(1)
+        theirs = layer.weight.data.to(dtype).mul_(scale.mul(1.0 / 127.0))
+        assert torch.equal(weight.dense(dtype), theirs)
+    torch.testing.assert_close(weight.dense(torch.float32), dequantised(layer))
+
+
+def test_a_state_that_only_the_layer_has_left():
+    """As FSDP leaves it."""
+    layer = quantised("nf4")
+    expected = dequantised(layer)
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert torch.equal(quantised_weight(layer).weight.dense(torch.float32), expected)
+
+
+def not_quantised(kind: str) -> nn.Module:
+    if kind == "int8":
+        return bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
+    return bnb.nn.Linear4bit(128, 64, quant_type=kind)
+
+
+def repacked() -> nn.Module:
+    layer = quantised("nf4")
+    layer.weight.quant_state.packing_format_for_cpu = True
+    return layer
+
+
+def corrupt(**changes) -> nn.Module:
+    layer = quantised("nf4")
+    for name, value in changes.items():
+        setattr(layer.weight.quant_state, name, value)
+    return layer
+
+
+REASONS = {
+    "four-bits-to-come": (lambda: not_quantised("nf4"), "isn't quantised as yet"),
+    "int8-to-come": (lambda: not_quantised("int8"), "isn't quantised as yet"),
+    "in-every-call": (lambda: bnb.nn.Linear8bitLt(128, 64), "quantised in every call"),
+    "threshold": (lambda: quantised("int8", threshold=6.0), "its outlier threshold is 6.0"),
+    "repacked": (repacked, "repacked for bitsandbytes' own CPU kernel"),
+    "no-absmax": (lambda: corrupt(absmax=None), "its quantisation state is broken"),
+    "short-absmax": (
+        lambda: corrupt(absmax=torch.zeros(3, dtype=torch.uint8)),
+        r"is broken: its absmax has shape \(3,\), but must be \(128,\)",
+    ),
+    "kind": (lambda: corrupt(quant_type="nf5"), "its kind is 'nf5'"),
+    "shape": (lambda: corrupt(shape=torch.Size([64, 64])), r"is of a weight of shape \(64, 64\)"),
+    "no-shape": (lambda: corrupt(shape=None), "its quantisation state is broken"),
+}
+
+
+@pytest.mark.parametrize(("make", "match"), REASONS.values(), ids=REASONS.keys())
+def test_what_cant_be_read_says_why(make, match):
+    layer = make()
+    reason = quantised_weight(layer)
+    assert isinstance(reason, str)
+    assert re.search(match, reason), reason
+
+
+def test_a_class_with_a_forward_of_its_own_is_nobodys():
+    class Other(bnb.nn.Linear4bit):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    assert vendor_of(Other(4, 4)) is None
+    assert vendor_of(bnb.nn.LinearNF4(4, 4)) is not None
+    assert quantised_weight(nn.Linear(4, 4)) is None

@@ -1,0 +1,119 @@
+"""torchao's tensors as packed weights: the very numbers, or why not."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora.formats.affine import Affine
+from fastlora.formats.float8 import Float8
+from fastlora.formats.int8 import Int8Rows
+from fastlora.quant import torchao as vendor
+from fastlora.quant.vendor import PackedLayer
+
+quantization = pytest.importorskip("torchao.quantization", reason="torchao isn't installed")
+N, K = 96, 128
+
+
+def _config(name: str, **settings):
+    return getattr(quantization, f"{name}Config")(**settings)
+
+
+CONFIGS = {
+    "int8-rows": (lambda: _config("Int8WeightOnly"), Int8Rows),
+    "int8-one-scale": (
+        lambda: _config("Int8WeightOnly", granularity=quantization.PerTensor()),
+        Affine,
+    ),
+    "int8-groups": (
+        lambda: _config("Int8WeightOnly", granularity=quantization.PerGroup(32)),
+        Affine,
+    ),
+    "int4-groups": (
+        lambda: _config("IntxWeightOnly", weight_dtype=torch.int4, granularity=GROUPS),
+        Affine,
+    ),
+    "int3-zero-points": (
+        lambda: _config(
+            "IntxWeightOnly",
+            weight_dtype=torch.int3,
+            granularity=GROUPS,
+            mapping_type=quantization.MappingType.ASYMMETRIC,
+        ),
+        Affine,
+    ),
+    "float8": (lambda: _config("Float8WeightOnly"), Float8),
+}
+GROUPS = quantization.PerGroup(32)
+
+
+def quantised(config, dtype=torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N, dtype=dtype)
+    quantization.quantize_(linear, config)
+    return linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_numbers_are_torchao_s(config, dtype):
+    make, kind = CONFIGS[config]
+    linear = quantised(make(), dtype)
+    assert vendor.owns(linear, nn.Linear)
+    found = vendor.read(linear)
+    assert isinstance(found, PackedLayer)
+    assert isinstance(found.weight.format, kind)
+    assert torch.equal(found.weight.dense(dtype), linear.weight.dequantize())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_weight_is_packed_as_the_layer_s_own(config):
+    linear = quantised(CONFIGS[config][0]())
+    before = vendor.read(linear).weight
+    dense = before.dense(torch.float32)
+    kept = vendor.take(linear)
+    vendor.put(linear, vendor.pack(linear, dense))
+    after = vendor.read(linear).weight
+    assert after.format == before.format
+    step = (dense.amax() - dense.amin()) / (2 ** (3 if "int3" in config else 4) - 1)
+    assert (after.dense(torch.float32) - dense).abs().max() <= step
+    vendor.put(linear, kept)
+    assert torch.equal(vendor.read(linear).weight.dense(torch.float32), dense)
+
+
+ROUNDING = {
+    "int8": lambda: _config("Int8DynamicActivationInt8Weight"),
+    "int4": lambda: _config(
+        "Int8DynamicActivationIntxWeight", weight_dtype=torch.int4, weight_granularity=GROUPS
+    ),
+}
+
+
+@pytest.mark.parametrize("make", ROUNDING.values(), ids=ROUNDING.keys())
+def test_rounded_inputs_are_refused_since_torchao_gives_them_no_gradient(make):
+    linear = quantised(make())
+    assert "through which torchao gives no gradient" in vendor.read(linear)
+    x = torch.randn(4, K, requires_grad=True)
+    y = linear(x)
+    dx = torch.autograd.grad(y.sum(), x, allow_unused=True)[0] if y.requires_grad else None
+    assert dx is None or not dx.any()
+
+
+def test_what_no_format_reads_is_said():
+    linear = quantised(_config("Int8WeightOnly"))
+    linear.weight.act_pre_scale = torch.ones(K)
+    assert "act_pre_scale" in vendor.read(linear)
+    linear.weight.act_pre_scale = None
+    linear.weight.scale = linear.weight.scale[:-1]
+    assert vendor.read(linear).startswith("its Int8Tensor is broken")
+
+
+def test_zero_points_that_change_are_looked_at_again():
+    linear = quantised(_config("Int8WeightOnly"))
+    assert isinstance(vendor.read(linear).weight.format, Int8Rows)
+    linear.weight.zero_point.fill_(3)
+    assert isinstance(vendor.read(linear).weight.format, Affine)
+    assert torch.equal(vendor.read(linear).weight.dense(torch.float32), linear.weight.dequantize())
+
+
+def test_a_plain_linear_is_none_of_torchao_s():
+    assert not vendor.owns(nn.Linear(2, 2), nn.Linear)

@@ -1,0 +1,74 @@
+"""Tiny mixtures of experts of transformers', and a few steps of their training."""
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY = 100
+_SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}  # fmt: skip
+_GROUPS = {"n_group": 1, "topk_group": 1}
+_LATENT = {
+    "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4, "first_k_dense_replace": 0, "num_key_value_heads": 4,
+}  # fmt: skip
+_HYBRID = {
+    "layers_block_type": ["attention", "moe"], "n_routed_experts": 4,
+    "moe_shared_expert_intermediate_size": 24,
+}  # fmt: skip
+_LLAMA4 = {"num_local_experts": 4, "intermediate_size": 24, "intermediate_size_mlp": 48}
+_GEMMA4 = {
+    "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "global_head_dim": 8,
+    "hidden_size_per_layer_input": 0, "sliding_window": 16,
+}  # fmt: skip
+# The class of a model, what its config takes besides the sizes, and how it calls the first product.
+MODELS = {
+    "qwen3": ("Qwen3Moe", {"num_experts": 4, "decoder_sparse_step": 1}, "gate_up_proj"),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}, "gate_up_proj"),
+    "olmoe": ("Olmoe", {"num_experts": 4}, "gate_up_proj"),
+    "deepseek": ("DeepseekV3", _LATENT | _GROUPS, "gate_up_proj"),
+    "gpt-oss": ("GptOss", {"num_local_experts": 4}, "gate_up_proj"),  # transposed, bias, own gate
+    "nemotron": ("NemotronH", _HYBRID | _GROUPS, "up_proj"),  # without a gate
+    "llama4": ("Llama4", _LLAMA4, "gate_up_proj"),  # transposed, without routing
+    "gemma4": ("Gemma4", _GEMMA4, "gate_up_proj"),
+}
+_TEXT = ("Llama4", "Gemma4")  # whose config has other parts, too
+ROUTERS = ("mlp.gate.weight", "router.weight", "router.proj.weight")
+IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+def base_model(name: str = "qwen3", implementation: str = "eager", **changes) -> nn.Module:
+    family, more, _ = MODELS[name]
+    text = "Text" if family in _TEXT else ""
+    config = getattr(transformers, f"{family}{text}Config")(**_SIZES | more | changes)
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    return kind._from_config(config, experts_implementation=implementation)
+
+
+def parameters_of(name: str) -> list[str]:
+    """The last parts of the names of its experts' weights."""
+    return [f"experts.{MODELS[name][2]}", "experts.down_proj"]
+
+
+def experts_of(model: nn.Module) -> nn.Module:
+    """The outermost layer around the first experts."""
+    return next(m for n, m in model.named_modules() if n.endswith("experts"))
+
+
+def train(model: nn.Module, steps: int = 1) -> list[torch.Tensor]:
+    """Losses and the last gradients; router weights train as well."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(ROUTERS):
+            parameter.requires_grad_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, found = torch.optim.SGD(trained, lr=0.1), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    return [*found, *[p.grad for p in trained if p.grad is not None]]

@@ -1,0 +1,60 @@
+"""Quantised layers of several vendors, made on a CPU; a test of one that isn't here is skipped."""
+
+import pytest
+import torch
+from packed import random_gguf
+from torch import nn
+from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers.integrations.gguf.dequant import GGML_NAME
+from transformers.integrations.gguf.utils import GgufLinear
+
+
+def _torchao(k: int, n: int, dtype: torch.dtype, config: str, **settings) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao isn't installed")
+    if "group" in settings:
+        settings["granularity"] = quantization.PerGroup(settings.pop("group"))
+    linear = nn.Linear(k, n, dtype=dtype)
+    quantization.quantize_(linear, getattr(quantization, config)(**settings))
+    return linear
+
+
+def _float8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    linear = FP8Linear(k, n, block_size=(48, 64), has_bias=True)
+    linear.weight.data = torch.randn(n, k).to(torch.float8_e4m3fn)
+    linear.weight_scale_inv.data = torch.rand(linear.weight_scale_inv.shape) / 16 + 0.02
+    linear.bias.data = torch.randn(n, dtype=dtype)
+    return linear
+
+
+def _gguf(k: int, n: int, dtype: torch.dtype, kind: str) -> nn.Module:
+    number = {name: number for number, name in GGML_NAME.items()}[kind]
+    linear = GgufLinear(k, n, number, bias=True)
+    linear.weight.data = random_gguf(n, k, kind).tensors[0]
+    linear.bias.data = torch.randn(n, dtype=dtype)
+    return linear
+
+
+def _hqq(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    quantize = pytest.importorskip("hqq.core.quantize", reason="HQQ isn't installed")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
+    return quantize.HQQLinear(nn.Linear(k, n), config, compute_dtype=dtype, device="cpu")
+
+
+_MAKERS = {
+    "torchao-int8": lambda *args: _torchao(*args, "Int8WeightOnlyConfig"),
+    "torchao-int4": lambda *args: _torchao(
+        *args, "IntxWeightOnlyConfig", weight_dtype=torch.int4, group=32
+    ),
+    "torchao-float8": lambda *args: _torchao(*args, "Float8WeightOnlyConfig"),
+    "torchao-rounding": lambda *args: _torchao(*args, "Int8DynamicActivationInt8WeightConfig"),
+    "float8": _float8,
+    "gguf-q8_0": lambda *args: _gguf(*args, "Q8_0"),
+    "gguf-q4_k": lambda *args: _gguf(*args, "Q4_K"),
+    "hqq": _hqq,
+}
+KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
+
+
+def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32):
+    """A frozen layer of random weights, with a bias."""
+    return _MAKERS[kind](k, n, dtype).requires_grad_(False)

@@ -1,0 +1,81 @@
+"""A 16-bit layer's step on a CPU without 16-bit products, over the float32 layer's of its sizes.
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python -m tools.slow_layers MxKxN …
+
+Forward and backward of fastlora.lora_linear, rank 16, on one thread, in CPU time; the layers take
+turns.  Beside the benchmarks' results of the day it leaves slow-layers-DATE.json.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import fastlora
+from benchmarks.measure import digits, ratios
+from benchmarks.report import markdown
+from benchmarks.results import describe_machine, results_path, write_results
+
+SECONDS, LIMIT = 5.0, 1.15
+FLOAT32 = "fastlora, float32"
+# By name: the dtypes of x and weight, and of the adapter.
+KINDS = {
+    FLOAT32: (torch.float32, torch.float32),
+    "float16": (torch.float16, torch.float32),
+    "bfloat16, bfloat16 adapter": (torch.bfloat16, torch.bfloat16),
+    "fastlora": (torch.bfloat16, torch.float32),
+}
+
+
+def step_of(M: int, K: int, N: int, name: str) -> Callable[[], float]:
+    """Forward and backward; the CPU seconds of it."""
+    dtype, adapter_dtype = KINDS[name]
+    torch.manual_seed(0)
+    x, dy = torch.randn(M, K).to(dtype).requires_grad_(), torch.randn(M, N).to(dtype)
+    weight = torch.randn(N, K).mul_(K**-0.5).to(dtype)
+    lora_a = torch.randn(16, K).mul_(K**-0.5).to(adapter_dtype).requires_grad_()
+    lora_b = torch.randn(N, 16).mul_(0.25).to(adapter_dtype).requires_grad_()
+
+    def step() -> float:
+        start = time.process_time()
+        fastlora.lora_linear(x, weight, lora_a, lora_b, scale=2.0).backward(dy)
+        x.grad = lora_a.grad = lora_b.grad = None
+        return time.process_time() - start
+
+    return step
+
+
+def measure(M: int, K: int, N: int) -> dict:
+    steps = {name: step_of(M, K, N, name) for name in KINDS}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end or len(times[FLOAT32]) < 7:
+        for name, step in steps.items():
+            step()  # finds the caches and the heap as its own kind leaves them
+            times[name].append(step())
+    found = {f"{n}/{FLOAT32}": ratios(times[n], times[FLOAT32]) for n in KINDS if n != FLOAT32}
+    seconds = {name: digits(sorted(each)[len(each) // 2]) for name, each in times.items()}
+    targets = [
+        {"quantity": "both", "ratio": ratio, "limit": LIMIT, "value": value,
+         "met": value <= LIMIT}
+        for ratio, (_, value, _) in found.items()
+    ]  # fmt: skip
+    return {
+        "id": f"{M}x{K}x{N}-r16", "table": "slow layers", "rounds": len(times[FLOAT32]),
+        "seconds": {"both": seconds}, "ratios": {"both": found}, "saved": {}, "targets": targets,
+    }  # fmt: skip
+
+
+def main() -> None:
+    machine = describe_machine(torch.device("cpu")) | {"threads": 1}
+    torch.set_num_threads(machine["threads"])
+    rows = [measure(*map(int, shape.split("x"))) for shape in sys.argv[1:]]
+    path = results_path(machine)
+    write_results(path.with_name(f"slow-layers-{path.name}"), machine, [], rows)
+    print(markdown(rows, machine))
+
+
+if __name__ == "__main__":
+    main()
