@@ -56,7 +56,8 @@ def apply_lora(
     ``config`` may be a ``peft.LoraConfig``, too.
 
     ``torch.nn.Linear`` becomes :class:`fastlora.LoRALinear`; a subclass with the same forward, and
-    transformers' ``FalconLinear`` and ``Conv1D``, a class that is a LoRA layer and what it was.
+    transformers' ``FalconLinear`` and ``Conv1D``, a class that is a LoRA layer and what it was; so
+    do vendors' quantised layers (docs/quantised.md).
     The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
     keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
     ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
@@ -118,10 +119,11 @@ def _inject(
     adapters = {}
     for name, layer in targets.layers.items():
         weight = matrix_of(layer)
-        narrow = wide_adapters and weight.element_size() < 4
+        quantised = not isinstance(weight, Tensor)
+        narrow = quantised or (wide_adapters and weight.element_size() < 4)
         dtype = torch.float32 if narrow else weight.dtype
         adapter = new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
-        adapters[name] = (adapted_class(type(layer)), adapter, config.alpha_of(name))
+        adapters[name] = (adapted_class(type(layer), quantised), adapter, config.alpha_of(name))
     of_experts = new_adapters(targets.experts, config, wide_adapters)
     untied = _copies_of_tied(model, saved)
     if every_name:
