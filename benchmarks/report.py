@@ -31,6 +31,8 @@ _TITLES = {
     "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
     "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
     "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
+    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
+    "other, by tokens of each (tools/sweep_speed.py).",
     "base": "This tree's fastlora over the base's.",
 }
 

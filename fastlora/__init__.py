@@ -23,6 +23,7 @@ from .peft.optimize import optimize, restore
 from .price.quote import plan
 from .projection import Projection
 from .report import Coverage
+from .trials.search import sweep
 from .version import __version__
 
 keep_old_places()
@@ -50,6 +51,7 @@ __all__ = [
     "remove_lora",
     "restore",
     "save_adapter",
+    "sweep",
     "unmerge_lora",
     "use_backend",
 ]

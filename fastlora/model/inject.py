@@ -14,7 +14,7 @@ from ..expert_layer import LoRAExperts
 from ..layer import adapted_class
 from ..modules import called, lora_layers, plain_name, some, unwrap
 from ..projection import check_switch
-from .arguments import as_config, check_model
+from .arguments import as_config, check_model, check_plain
 from .config import LoRAConfig
 from .experts import new_adapters
 from .targets import Targets, find_targets, modules_to_save, warn_of_passed_over
@@ -83,15 +83,7 @@ def apply_lora(
     check_switch("frozen", frozen)
     check_switch("blocks", blocks)
     config, inner = as_config(config), unwrap(model)
-    for name, module in inner.named_modules():
-        if isinstance(module, LoRALayer | LoRAExperts):
-            raise ValueError(
-                f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
-            )
-        if hasattr(module, "lora_A"):
-            raise ValueError(
-                f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
-            )
+    check_plain(inner)
     _inject(inner, config, every_name=True, wide_adapters=autocast_adapter_dtype)
     if frozen:
         beside.take(inner.modules())

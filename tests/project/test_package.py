@@ -18,8 +18,8 @@ ORDER = [
     "version", "kernels", "blocks", "formats", "projection", "segments", "mapping", "reference",
     "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts", "adapted",
     "quantised", "layer", "expert_weight", "expert_layer", "modules", "gather", "classes", "beside",
-    "report", "mlp", "batch", "model", "peft", "price", "trainer", "doctor", "__main__", "moved",
-    "__init__",
+    "report", "mlp", "batch", "model", "peft", "price", "trials", "trainer", "doctor", "__main__",
+    "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
@@ -48,6 +48,10 @@ ORDER_INSIDE = {
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
         "layer", "bitsandbytes", "torchao", "hqq", "experts", "mixed_model", "swap", "block",
         "sharding", "uncalled", "records", "trial", "check",
+    ],
+    "trials": [
+        "trial", "options", "record", "batches", "layer", "state", "plot", "progress", "training",
+        "search",
     ],
     "price": ["record", "count", "measure", "quote", "load"],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
