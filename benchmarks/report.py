@@ -22,6 +22,8 @@ _TITLES = {
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
     "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
     "backward leads to its embeddings.",
+    "quantised": "A quantised base, over the frozen layer with the dequantised weight; dense base: "
+    "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
     "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
     "busy": "With another process on each core; wall time.",
@@ -127,8 +129,9 @@ def _verdict(target: dict) -> str:
     """``≤ 1.08 × frozen met``; a miss repeats the value, since rounding may hide by how little."""
     verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
     below = target["ratio"].split("/")[1]
+    times = "" if below == "MiB" else "× "
     what = f"{target['quantity']} " * (target["quantity"] in ("kept", "peak"))
-    return f"{what}≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}"
+    return f"{what}≤ {target['limit']:g} {times}{_SHORT.get(below, below)} {verdict}"
 
 
 def align(table: Sequence[tuple]) -> str:
