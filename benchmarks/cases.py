@@ -178,9 +178,16 @@ def cpu_cases() -> list[Case]:
         cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
-    from . import quantised  # which imports this file
+    from . import dequantise, quantised  # which import this file
 
-    return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks(), *quantised.cases()]
+    return [
+        *cases,
+        tiny,
+        replace(tiny, dropout=0.1),
+        *_blocks(),
+        *quantised.cases(),
+        *dequantise.cases(),
+    ]
 
 
 def _blocks() -> Iterator[Block]:

@@ -68,6 +68,7 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
+        ("What dequantising writes: GB of float32 a second, beside a copy.", _written(rows)),
         ("What a call reaches: FLOPs of the base product, else bytes.", _called(rows)),
         ("On this device.", [("what", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
@@ -114,6 +115,17 @@ def _called(rows: list[dict]) -> Table:
     return lines
 
 
+def _written(rows: list[dict]) -> Table:
+    """A line for each format."""
+    lines = [("format, N x K", "copy", "vendor", "fastlora", "time over the vendor's", "quartiles")]
+    for row in (row for row in rows if row.get("written") and row["seconds"]):
+        seconds, ratios = row["seconds"]["dequantise"], row["ratios"]["dequantise"]
+        rates = [f"{row['written'] / seconds[name] / 1e9:.2f}" for name in lines[0][1:4]]
+        low, middle, high = ratios["fastlora/vendor"]
+        lines.append((row["id"], *rates, f"{middle:.2f}", f"{low:.2f}–{high:.2f}"))
+    return lines
+
+
 def _median(found: dict, ratio: str) -> str:
     return f"{found[ratio][1]:.3f}" if ratio in found else "–"
 
@@ -150,6 +162,8 @@ def pipes(table: Sequence[Sequence[str]]) -> str:
 
 def brief(rows: list[dict]) -> str:
     """The few columns that a README shows: forward + backward, and what waits for the backward."""
+    if any("written" in row for row in rows):
+        return pipes(_written(rows))
     if any("peak" in row for row in rows):
         return _brief_of_blocks(rows)
     heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
