@@ -45,7 +45,7 @@ def cases() -> Iterator[Format]:
 def measure(case: Format, run: Callable[[Rounds], None]) -> dict:
     """A row, with the bytes of float32 that one call writes.
 
-    fastlora's numbers must be the vendor's, bit for bit.  A copy of float32 is the yardstick.
+    fastlora's numbers must be the vendor's.  A copy of float32 is the yardstick.
     """
     layer = layer_of(case.kind, case.K, *case.outputs, F32)
     weight, theirs = quantised_weight(layer).weight, vendor_call(case.kind, layer)
@@ -58,7 +58,7 @@ def measure(case: Format, run: Callable[[Rounds], None]) -> dict:
             pass
 
     calls = {"copy": lambda: target.copy_(source), "vendor": theirs, "fastlora": ours}
-    if all(torch.equal(some, expected[rows]) for rows, some in widened(weight, buffer)):
+    if all(_same(case, some, expected[rows]) for rows, some in widened(weight, buffer)):
         rounds = Rounds({name: _timed(call) for name, call in calls.items()})
         with torch.no_grad():
             run(rounds)
@@ -90,6 +90,17 @@ def vendor_call(kind: str, layer: nn.Module) -> Callable[[], Tensor]:
 
         return lambda: dequantize(weight, layer.ggml_type, F32)
     return weight.dequantize
+
+
+def _same(case: Format, ours: Tensor, theirs: Tensor) -> bool:
+    """Bit for bit, but for LLM.int8.
+
+    There fastlora multiplies as bitsandbytes' backward does: scale · 1/127 first.  Its call for the
+    whole weight has another order, and so another rounding.
+    """
+    if case.kind == "int8":
+        return torch.allclose(ours, theirs, rtol=2**-22, atol=0.0)
+    return torch.equal(ours, theirs)
 
 
 def _timed(call: Callable[[], object]) -> Step:
