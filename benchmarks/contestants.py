@@ -40,8 +40,7 @@ class Contestant:
 
     ``own_mask``: its dropout mask is known to nobody, so that it is judged without dropout.
     ``chosen`` stands around forward and backward: autograd's own threads follow it.  ``finish`` is
-    what a step does after them.  ``needs_dx``: x gets a gradient.  ``tolerance``: where it
-    is known to be less exact than its dtype.
+    what a step does after them.  ``needs_dx``: x gets a gradient.
     """
 
     module: nn.Module
@@ -49,7 +48,6 @@ class Contestant:
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext
     finish: Callable[[], None] = lambda: None
     needs_dx: bool = True
-    tolerance: float | None = None
 
     @property
     def adapter(self) -> list[nn.Parameter]:

@@ -47,8 +47,7 @@ class Judge:
         if key not in self._truths:
             self._truths[key] = self._truth(*key)
         # An inference has outputs alone, and the frozen layer no adapter.
-        pairs = zip(found, self._truths[key], strict=False)
-        return checked(pairs, self.case.dtype, contestant.tolerance)
+        return checked(zip(found, self._truths[key], strict=False), self.case.dtype)
 
     def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
         """Outputs, and gradients of x and of every adapter."""
@@ -116,20 +115,18 @@ def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> 
     return [*(y.detach() for y in ys), *gradients]
 
 
-def checked(
-    pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype, tolerance: float | None = None
-) -> float:
+def checked(pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> float:
     """The worst error of results and their truths; AssertionError beyond tolerance.
 
     Of each pair the worse of largest difference over largest value, and ratio of norms.
     """
-    worst, tolerance = 0.0, TOLERANCE[dtype] if tolerance is None else tolerance
+    worst = 0.0
     for got, want in pairs:
         difference = got.double() - want
         for each in (difference.abs().max() / want.abs().max(), difference.norm() / want.norm()):
             worst = each.item() if not each <= worst else worst  # also if it is NaN
-            if not worst <= tolerance:
-                raise AssertionError(f"{worst:.2g} from the oracle, beyond {tolerance:.2g}")
+            if not worst <= TOLERANCE[dtype]:
+                raise AssertionError(f"{worst:.2g} from the oracle, beyond {TOLERANCE[dtype]:.2g}")
     return worst
 
 

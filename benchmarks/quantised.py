@@ -20,7 +20,6 @@ from .contestants import SCALE, Contestant, Group, Maker, Tensors, fastlora_laye
 _OVER_DENSE = {"nf4": 1.2, "int8": 1.15, "torchao-int8": 1.2, "gguf-q8_0": 1.25, "gguf-q4_k": 1.4}
 _OVER_PEFT = {2048: 0.85, 64: 1.05}  # at so many rows
 _KEPT = 4.1  # MiB at 512 rows in float32, of which x is 4
-_INT8_ROUNDS_X = 3e-2  # bitsandbytes' own LLM.int8
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,7 @@ def _own(case: Packed, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def _peft(case: Packed, tensors: Tensors, dropout: float) -> Contestant:
-    layer = _peft_group(case, tensors, dropout).layers[0]
-    tolerance = _INT8_ROUNDS_X if case.kind == "int8" else None
-    return Contestant(layer, own_mask=True, tolerance=tolerance)
+    return Contestant(_peft_group(case, tensors, dropout).layers[0], own_mask=True)
 
 
 def _optimized(case: Packed, tensors: Tensors, dropout: float) -> Contestant:
