@@ -22,7 +22,9 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
     theirs = getattr(sys.modules.get(_BASE), "TorchAOBaseTensor", None)
     if theirs is None or kind.forward is not nn.Linear.forward:
         return False
-    return isinstance(layer._parameters.get("weight"), theirs)
+    # An adapted layer that is merged into a plain weight keeps its own aside.
+    kept = layer.__dict__.get("_base_weight")
+    return isinstance(layer._parameters.get("weight") if kept is None else kept, theirs)
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
