@@ -98,7 +98,8 @@ class LoRAQuantised(LoRALayer):
         return (total.sqrt() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
     def _apply(self, fn: Any, recurse: bool = True):
-        kept, self.__dict__["_base_weight"] = self._base_weight, None
+        kept: Any = self._base_weight
+        self.__dict__["_base_weight"] = None
         try:
             super()._apply(fn, recurse)
             if kept is not None:
