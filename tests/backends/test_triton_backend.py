@@ -6,6 +6,7 @@ import pytest
 import torch
 from device import DEVICE
 from judge import check_against_oracle, make_projection
+from pairs import pairwise
 from process import run_python
 from torch import nn
 
@@ -35,9 +36,7 @@ def make_x(*shape: int, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(shape).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("plan", [FUSED, IN_PLACE], ids=["fused", "in-place"])
-@pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
-@pytest.mark.parametrize("n", [1, 3, 6], ids="group-of-{}".format)
+@pairwise({"n": [1, 3, 6], "p": [0.0, 0.3], "plan": {"fused": FUSED, "in-place": IN_PLACE}})
 def test_both_plans_meet_the_oracle(plan, p, n):
     group = [
         make_projection(20 + 8 * i, 40, 3 + i, torch.bfloat16, torch.float32, bias=i % 2 == 0)

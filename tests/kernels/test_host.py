@@ -35,12 +35,12 @@ def found() -> dict:
 
 
 def test_random_layers_raise_nothing(found):
-    assert found["random_layers"]["launches"] > 2000
+    assert found["random_layers"]["launches"] > 800
     assert found["random_layers"]["failures"] == []
 
 
 def test_a_replay_hands_over_what_an_ordinary_launch_does(found):
-    assert found["replays"]["compared"] > 400
+    assert found["replays"]["compared"] > 160
     assert found["replays"]["differences"] == []
 
 
@@ -87,4 +87,4 @@ def test_what_cuda_refuses_raises(spoiled, reason, found):
     "layer", ["IN_PLACE 0.0", "IN_PLACE 0.1", "FUSED 0.0", "FUSED 0.1", "experts"]
 )
 def test_few_kernels_compile_over_batches_of_all_lengths(layer, found):
-    assert found["variants"][layer] <= MOST_VARIANTS
+    assert 0 < found["variants"][layer] <= MOST_VARIANTS

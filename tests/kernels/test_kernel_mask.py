@@ -58,7 +58,7 @@ def check(masks_of, seeds, shape, p, tile=(32, 32), dtype=F32):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_seed(masks_of, seed):
-    check(masks_of, [seed], (50, 70), 0.5)
+    check(masks_of, [seed], (33, 40), 0.5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 33), (33, 3), (65, 64), (40, 129)], ids=str)
@@ -73,10 +73,10 @@ def test_any_tile(masks_of, tile):
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.05, 0.5, 0.9999, 0.999999])
 def test_any_probability(masks_of, p):
-    check(masks_of, [3], (64, 200), p)
+    check(masks_of, [3], (40, 100), p)
 
 
-@pytest.mark.parametrize("count", [2, 4, 6])
+@pytest.mark.parametrize("count", [4, 6])
 def test_one_seed_for_each_of_a_group(masks_of, count):
     check(masks_of, SEEDS[:count], (20, 40), 0.5, dtype=BF16)
 

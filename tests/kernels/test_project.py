@@ -35,27 +35,29 @@ def check(x, adapters, p=0.0, seeds=None, config=None):
     return found
 
 
-@pytest.mark.parametrize("k", [1, 2, 17, 33, 100])
-@pytest.mark.parametrize("m", [1, 2, 17, 33, 100])
+@pytest.mark.parametrize("k", [1, 2, 33, 100])
+@pytest.mark.parametrize("m", [1, 2, 33, 100])
 def test_any_shape(m, k):
     check(random(m, k), [random(k, 3)])
 
 
-@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("r", [1, 16, 200])
 @dtypes
 def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     check(random(33, 70, dtype), [random(70, r, adapter_dtype)])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("count", [2, 4, 5])
 def test_a_group_of_any_size_and_ranks(count, dropout):
     adapters = [random(50, RANKS[i % 5], F32) for i in range(count)]
     check(random(40, 50, BF16), adapters, dropout, draw_seeds(count) if dropout else None)
 
 
-@pytest.mark.parametrize("a_layout", LAYOUTS)
-@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("x_layout", "a_layout"),
+    [*((each, "contiguous") for each in LAYOUTS), *(("contiguous", each) for each in LAYOUTS[1:])],
+)
 def test_any_strides(x_layout, a_layout):
     x = random(35, 45, BF16, x_layout)
     check(x, [random(45, 5, BF16, a_layout), random(45, 20, BF16)], 0.2, draw_seeds(2))
@@ -68,7 +70,7 @@ def test_an_expanded_x(stride):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("k", [33, 64, 100, 130])
+@pytest.mark.parametrize("k", [64, 100])
 def test_split_over_k(k, dropout):
     """Whether planes are summed afterwards depends on the device; the numbers don't."""
     x, adapters = random(4, k, BF16), [random(k, 3, F32), random(k, 70, F32)]
@@ -116,7 +118,7 @@ def test_what_is_kept_stays_nan():
 
 @pytest.mark.parametrize("count", [1, 10**4], ids=["whole", "split"])
 def test_same_inputs_same_bits(count):
-    x, adapters, seeds = random(50, 200, BF16), [random(200, 70), random(200, 3)], draw_seeds(2)
+    x, adapters, seeds = random(20, 70, BF16), [random(70, 40), random(70, 3)], draw_seeds(2)
     with processors(count):
         first, second = (
             run(x, adapters, [0.3, 1.0], dropout=0.1, seeds=seeds, config=SMALL) for _ in range(2)

@@ -7,6 +7,7 @@ import torch
 from device import DEVICE
 from judge import assert_close
 from kernel_cases import BF16, F32, draw_seeds, keep_masks, processors, random
+from pairs import pairwise
 from torch import Tensor
 
 from fastlora.kernels import gemm_lowrank, project, segments, weight_grad
@@ -64,9 +65,7 @@ def x_with_nobody_s(columns: int, ends: Sequence[int], dtype=BF16) -> tuple[Tens
     return poisoned, x
 
 
-@pytest.mark.parametrize("count", [1, 10**4], ids=["whole", "split"])
-@dropouts
-@every_ends
+@pairwise({"ends": ENDS, "p": [0.0, 0.3], "count": {"whole": 1, "split": 10**4}})
 def test_project(ends, p, count):
     (x, clean), v = x_with_nobody_s(70, ends), banks(ends, 70, 5)
     seeds = draw_seeds(1) if p else None
@@ -81,9 +80,13 @@ def test_project(ends, p, count):
     assert_close("u", found, truth, eager, size, x.dtype)
 
 
-@pytest.mark.parametrize("config", [DESCRIPTORS, POINTERS], ids=["descriptors", "pointers"])
-@pytest.mark.parametrize(("layout", "p"), [("contiguous", 0.3), ("transposed", 0.0)])
-@every_ends
+@pairwise(
+    {
+        "ends": ENDS,
+        "layout,p": {"contiguous-p0.3": ("contiguous", 0.3), "transposed": ("transposed", 0.0)},
+        "config": {"descriptors": DESCRIPTORS, "pointers": POINTERS},
+    }
+)
 def test_gemm_lowrank(ends, p, layout, config):
     """N and K are such that the last tile of a weight sticks out into the next one's, here NaN."""
     (x, clean), n, k = x_with_nobody_s(24, ends), 40, 24

@@ -5,7 +5,6 @@ import torch
 from judge import assert_close
 from kernel_cases import (
     BF16,
-    DTYPE_IDS,
     F16,
     F32,
     LAYOUTS,
@@ -16,6 +15,7 @@ from kernel_cases import (
     processors,
     random,
 )
+from pairs import pairwise
 
 from fastlora.kernels import one_pass_pays, project, weight_grad
 from fastlora.kernels.launch import intercept, recorded
@@ -53,14 +53,12 @@ def check(v, us, dtype=F32, orientation="d_lora_a", p=0.0, seeds=None, config=No
     return outs
 
 
-@pytest.mark.parametrize("orientation", ["d_lora_a", "d_lora_b"])
-@pytest.mark.parametrize("n", [1, 17, 33, 100])
-@pytest.mark.parametrize("m", [1, 2, 17, 100])
+@pairwise({"m": [1, 2, 17, 100], "n": [1, 17, 33, 100], "orientation": ["d_lora_a", "d_lora_b"]})
 def test_any_shape(m, n, orientation):
     check(random(m, n), [random(m, 3)], orientation=orientation)
 
 
-@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("r", [1, 16, 200])
 @dtypes
 def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     """The output is in the adapter's dtype."""
@@ -68,7 +66,7 @@ def test_any_dtype_and_rank(dtype, adapter_dtype, r):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("count", [2, 4, 5])
 def test_a_group_of_any_size_and_ranks(count, dropout):
     us = [random(40, RANKS[i % 5], BF16) for i in range(count)]
     check(random(40, 50, BF16), us, p=dropout, seeds=draw_seeds(count) if dropout else None)
@@ -85,9 +83,13 @@ def test_an_expanded_v(stride):
     check(torch.as_strided(random(1, 60), (33, 25), stride), [random(33, 4)])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("orientation", ["d_lora_a", "d_lora_b"])
-@pytest.mark.parametrize("m", [65, 96, 100])
+@pairwise(
+    {
+        "m": [65, 96, 100],
+        "orientation": ["d_lora_a", "d_lora_b"],
+        "dtype": {"f32": F32, "bf16": BF16},
+    }
+)
 def test_split_over_rows(m, orientation, dtype):
     """Whether planes are summed afterwards depends on the device; the numbers don't."""
     v, us, seeds = random(m, 40), [random(m, 3), random(m, 4), random(m, 1)], draw_seeds(3)
@@ -106,11 +108,13 @@ def test_any_tile(tile):
     check(random(70, 90, BF16), [random(70, 130, BF16)], p=0.3, seeds=draw_seeds(1), config=config)
 
 
-@pytest.mark.parametrize("processor_count", [1, 10**4], ids=["whole", "split"])
-@pytest.mark.parametrize("n", [20, 100], ids=["one tile of columns", "several"])
-@pytest.mark.parametrize("r", [1, 5, 70])
-@pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (F16, F16)], ids=lambda d: DTYPE_IDS[d]
+@pairwise(
+    {
+        "dtype,adapter_dtype": {"f32": (F32, F32), "bf16-f32": (BF16, F32), "f16": (F16, F16)},
+        "r": [1, 5, 70],
+        "n": {"one-tile-of-columns": 20, "several": 100},
+        "processor_count": {"whole": 1, "split": 10**4},
+    }
 )
 def test_one_pass_is_as_two_calls(dtype, adapter_dtype, r, n, processor_count):
     dy, h, b = random(100, n, dtype), random(100, r, dtype), random(n, r, adapter_dtype)

@@ -28,13 +28,13 @@ def layer_by_layer(model):
     return model
 
 
-def steps(model, count=5):
+def steps(model, count=3, ids=IDS):
     """The losses of a training, and what has trained."""
     torch.manual_seed(7)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(parameters, lr=5e-3), []
     for _ in range(count):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -53,7 +53,7 @@ def test_training_is_that_of_the_layers(p):
     plain = layer_by_layer(model)
     with counted_blocks() as calls:
         found = steps(model)
-    assert len(calls) == 10
+    assert len(calls) == 6
     assert_close(found, steps(plain), 1e-9)
 
 
@@ -63,8 +63,8 @@ def test_on_each_backend(backend):
     plain = layer_by_layer(model)
     with fastlora.use_backend(backend):
         assert find_backend().__name__.endswith(backend)
-        found = steps(model, 1)
-    assert_close(found, steps(plain, 1), 1e-3)
+        found = steps(model, 1, IDS[:1])
+    assert_close(found, steps(plain, 1, IDS[:1]), 1e-3)
 
 
 def test_the_report_and_a_pickle():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from judge import USUAL_DTYPES, assert_close
 from memory import saved_bytes
+from pairs import pairwise
 from torch import nn
 
 from fastlora import reference
@@ -52,11 +53,17 @@ def outputs(function, tensors, dy, keep, convert, cast=False):
     return {"y": y} | dict(zip(wanted, gradients, strict=True))
 
 
-@dtypes
-@pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize(
-    ("shape", "n", "r"), [((2, 3, 33), 17, 8), ((70, 70), 67, 16), ((0, 7), 9, 3)]
+@pairwise(
+    {
+        "dtype,adapter_dtype": USUAL_DTYPES,
+        "shape,n,r": {
+            "three-dimensions": ((2, 3, 33), 17, 8),
+            "several-tiles": ((70, 70), 67, 16),
+            "no-rows": ((0, 7), 9, 3),
+        },
+        "bias": {"": False, "bias": True},
+        "p": [0.0, 0.4],
+    }
 )
 def test_against_the_oracle(shape, n, r, dtype, adapter_dtype, bias, p):
     tensors = make(shape, n, r, dtype, adapter_dtype, bias)

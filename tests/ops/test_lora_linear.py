@@ -4,6 +4,7 @@ import pytest
 import torch
 from device import DEVICE
 from judge import USUAL_DTYPES, check_against_oracle, make_projection
+from pairs import pairwise
 
 import fastlora
 from fastlora import blocks
@@ -16,10 +17,10 @@ DTYPES = USUAL_DTYPES | {
     "f32-bf16": (torch.float32, torch.bfloat16),
     "f32-f64": (torch.float32, torch.float64),
 }
-dtypes = pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES.values(), ids=DTYPES)
 # A factor of 1 / 0.5 rounds nothing: 0.1 is the harder one.
-with_and_without_dropout = pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
-dropouts = pytest.mark.parametrize("p", [0.0, 0.1, 0.5], ids="p{}".format)
+DROPOUTS = [0.0, 0.1]
+dropouts = pytest.mark.parametrize("p", DROPOUTS, ids="p{}".format)
+BIAS = {"": False, "bias": True}
 # Several tiles, the last ones cut: the interpreter's have 32 rows, a GPU's up to 128.
 LARGE = (70, 67, 65) if DEVICE == "cpu" else (130, 67, 129)
 
@@ -28,20 +29,23 @@ def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
 
 
-@dtypes
-@with_and_without_dropout
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(1, 1, 1), (1, 17, 33), (33, 1, 7), (5, 3, 1), (64, 32, 48), LARGE]
+SHAPES = [(1, 1, 1), (1, 17, 33), (33, 1, 7), (5, 3, 1), (64, 32, 48), LARGE]
+
+
+@pairwise(
+    {
+        "m,n,k": {"-".join(map(str, shape)): shape for shape in SHAPES},
+        "dtype,adapter_dtype": DTYPES,
+        "p": DROPOUTS,
+        "bias": BIAS,
+    }
 )
 def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
     projection = make_projection(n, k, 8, dtype, adapter_dtype, bias)
     check_against_oracle(make_x(m, k, dtype=dtype), [projection], p)
 
 
-@dtypes
-@with_and_without_dropout
-@pytest.mark.parametrize("r", [1, 3, 8, 16, 64, 200])
+@pairwise({"r": [1, 3, 16, 64, 200], "dtype,adapter_dtype": DTYPES, "p": DROPOUTS})
 def test_ranks(r, dtype, adapter_dtype, p):
     projection = make_projection(29, 70, r, dtype, adapter_dtype)
     check_against_oracle(make_x(37, 70, dtype=dtype), [projection], p)
@@ -68,20 +72,19 @@ STRIDES = {
 }
 
 
-@dropouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@pairwise(
+    {"make": STRIDES, "dtype": {"f32": torch.float32, "bf16": torch.bfloat16}, "p": [0.0, 0.1]}
+)
 def test_strided_x(make, dtype, p):
     x = make(dtype=dtype).detach().requires_grad_()
     assert not x.is_contiguous()
     check_against_oracle(x, [make_projection(6, 9, 3, dtype, bias=True)], p)
 
 
-@dtypes
-@with_and_without_dropout
-@pytest.mark.parametrize(
-    "sizes", [((5, 3), (11, 8)), ((16, 4), (8, 4), (1, 70))], ids=["two", "three"]
-)
+GROUPS = {"two": ((5, 3), (11, 8)), "three": ((16, 4), (8, 4), (1, 70))}
+
+
+@pairwise({"dtype,adapter_dtype": DTYPES, "p": DROPOUTS, "sizes": GROUPS})
 def test_groups(sizes, dtype, adapter_dtype, p):
     group = [
         make_projection(n, 21, r, dtype, adapter_dtype, bias=i % 2 == 0)
@@ -211,9 +214,7 @@ def test_gradient_of_the_gradient_of_an_output_that_the_loss_does_not_use():
     assert group[1].lora_a.grad is not None
 
 
-@pytest.mark.parametrize("name", ["f64", "f32", "bf16-f32"])
-@with_and_without_dropout
-@pytest.mark.parametrize("adapters", [(3,), (2, 1, 4), (6,)], ids=str)
+@pairwise({"adapters": [(3,), (2, 1, 4), (6,)], "name": ["f64", "f32", "bf16-f32"], "p": DROPOUTS})
 def test_several_adapters_of_one_layer(adapters, name, p):
     """A layer with 3 adapters is one output; in a group each layer has some of its own."""
     dtype, adapter_dtype = DTYPES[name]

@@ -12,6 +12,7 @@ import torch
 from judge import USUAL_DTYPES
 from memory import saved_bytes
 from models import Mlp
+from pairs import pairwise
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls
 from process import run_python
@@ -276,9 +277,13 @@ def test_what_a_block_keeps_is_x_and_h(p):
     assert theirs - ours >= float32_copies - x_bytes  # PEFT doesn't keep x itself then
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
-@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "all"])
+@pairwise(
+    {
+        "settings": {"plain": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.1}},
+        "frozen": {name: name for name in ("lora_A", "lora_B", "all")},
+        "compiled": {"eager": False, "compiled": True},
+    }
+)
 def test_what_nothing_will_read_is_not_kept(frozen, settings, compiled):
     """x is for lora_A's gradient and h for lora_B's; PEFT keeps no more either (LoRA-FA)."""
     layer = nn.ModuleList([nn.Linear(64, 128)])

@@ -83,8 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=NAMES, default=REPORTED, metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--brief", action="store_true", help="most configs in one form alone")
     arguments = parser.parse_args()
-    chosen = [case for name in arguments.target for case in cases(name)]
+    chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
     others = [
         case for name in arguments.target for case in [*gated_cases(name), *dequant_cases(name)]
     ]

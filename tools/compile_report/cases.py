@@ -118,17 +118,26 @@ _CHOSEN = (
 )  # fmt: skip
 
 
-def cases(target: str) -> list[Case]:
-    """Every row of the target's tables, in each form that it fits."""
-    found = [_case(target, None, words) for words in _CHOSEN]
+def cases(target: str, brief: bool = False) -> list[Case]:
+    """Every row of the target's tables, in each form that it fits.
+
+    ``brief``: every row once, in one of its forms, and the first of each table in all of them;
+    of float32's tables the first row, and those with a config that no other has.
+    """
+    found, known = [_case(target, None, words) for words in _CHOSEN], set()
     for kernel, product, rows in _tables(target):
         common, more = _FORMS[kernel]
         dtype = {"16-bit": "bf16", "tf32": "f32-tf32", "float32": "f32-ieee"}[product]
         for i, config in enumerate(rows):
+            if brief and i and (kernel, config) in known:
+                continue
+            known.add((kernel, config))
             loaders = [config]
             if i == 0 and getattr(config, "descriptors", False):
                 loaders.append(replace(config, descriptors=False))
-            variants = common + more * (i < 2 and dtype == "bf16")
+            variants = common + more * (i < (1 if brief else 2) and dtype == "bf16")
+            if brief and (i or dtype != "bf16"):
+                variants = [common[i % len(common)]]
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
     hardware, unique = TARGETS[target], dict.fromkeys(found)
     return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]
