@@ -3,13 +3,16 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo test peft-suite bench compile-report lint clean
+.PHONY: help demo sweep test peft-suite bench compile-report lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/demo ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
 	.venv/bin/python examples/finetune.py $(ARGS)
+
+sweep: .venv/demo ## Train eight LoRA configurations at once, and keep the best (ARGS="--steps 200 …")
+	.venv/bin/python examples/sweep.py $(ARGS)
 
 test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS="-n 0 --pdb …" in one)
 	.venv/bin/pytest -n 2 --dist worksteal $(ARGS)

@@ -10,6 +10,7 @@ DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
 SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
 DECODE = 16
+ADAPTERS = 8  # of a mixed batch, a sequence each
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Case:
     """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
 
     ``table``: the row's place in the report, and who takes part (``contestants.py``).  ``kind`` of
-    PEFT's layers: lora, dora, or two-adapters, both active.
+    PEFT's layers: lora, dora, or two-adapters, both active.  In the table "mixed" x is a sequence
+    for each of ``ADAPTERS``.
     """
 
     M: int
@@ -78,6 +80,9 @@ class Case:
         if self.table == "host":
             limit = 0.75 if len(self.outputs) == 1 else 0.6
             return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
+        if self.table == "mixed":
+            limits = {"frozen": 1.25, "peft": 1.0, "single calls": 1.0}
+            return [("both", f"fastlora/{name}", limit) for name, limit in limits.items()]
         if self.table == "gpu":
             targets = [("wall", "fastlora/peft", 0.75)]
             if self.M >= 4096 and self.r == 16:
@@ -164,6 +169,8 @@ def cpu_cases() -> list[Case]:
             for M in (1, 16):
                 cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
     cases.append(Case(2048, 2048, (2048,), 16, F32, F32, 0.1, "busy", "busy"))
+    for name, M, size in (("quick-mixed", 32, 48), ("mixed", 512, 2048)):
+        cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
     return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-from .cases import SAME_DTYPE, Block, Case
+from .cases import ADAPTERS, SAME_DTYPE, Block, Case
 
 SCALE = 2.0
 
@@ -78,6 +78,10 @@ def makers_for(case: Case) -> dict[str, Maker]:
         return blocks.makers_for(case)
     if case.table == "optimized":
         return {"frozen": frozen, "peft": peft_layer(), "fastlora": peft_layer(optimized=True)}
+    if case.table == "mixed":
+        from . import mixed  # which imports this file
+
+        return mixed.makers()
     if case.table == "few":
         optimized = {"peft, optimized": peft_layer(optimized=True)}
         return {"frozen": frozen, "peft": peft_layer(), **optimized, "fastlora": fastlora_layer()}
@@ -107,7 +111,8 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
         return torch.randn(*shape, device=device).mul_(std).to(case.dtype)
 
     pairs = []
-    for N in case.outputs * (2 if case.kind == "two-adapters" else 1):
+    count = ADAPTERS if case.table == "mixed" else 2 if case.kind == "two-adapters" else 1
+    for N in case.outputs * count:
         a, b = random(case.r, case.K, std=case.K**-0.5), random(N, case.r, std=case.r**-0.5)
         pairs.append((nn.Parameter(a), nn.Parameter(b)))
     wide = [(nn.Parameter(a.float()), nn.Parameter(b.float())) for a, b in pairs]
@@ -143,12 +148,12 @@ class FusedGroup(Group):
         ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return fastlora.lora_linears(x, self.projections, dropout=self.dropout)
+        return fastlora.loralinears(x, self.projections, dropout=self.dropout)
 
 
 def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """``nn.Linear`` with no adapter: its forward and its dx."""
-    return _contestant(_linears(tensors.weights))
+    return _contestant(linears(tensors.weights))
 
 
 def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
@@ -156,7 +161,7 @@ def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     wholes = []
     for weight, (a, b) in zip(tensors.weights, tensors.adapters[torch.float32], strict=True):
         wholes.append(nn.Parameter((weight + SCALE * b @ a).to(case.dtype), requires_grad=False))
-    return _contestant(_linears(wholes))
+    return _contestant(linears(wholes))
 
 
 def fastlora_layer(
@@ -167,7 +172,7 @@ def fastlora_layer(
         settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
         pairs = tensors.adapters[adapter_dtype or case.adapter_dtype]
         layers = []
-        for base, pair in zip(_linears(tensors.weights), pairs, strict=True):
+        for base, pair in zip(linears(tensors.weights), pairs, strict=True):
             layers.append(fastlora.LoRALinear.from_linear(base, **settings))
             layers[-1].lora_A, layers[-1].lora_B = pair
         return _contestant(layers, FusedGroup, chosen=chosen)
@@ -192,7 +197,7 @@ def _contestant(layers: list, as_group: type[Group] = Group, **more: object) -> 
     return Contestant(layers[0] if len(layers) == 1 else as_group(layers), **more)
 
 
-def _linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
+def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     layers = [nn.Linear(*weight.shape[::-1], bias=False, device="meta") for weight in weights]
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight = weight
@@ -207,7 +212,7 @@ def _peft_layers(case: Case, tensors: Tensors, dropout: float) -> list[nn.Module
         r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, use_dora=case.kind == "dora",
         target_modules=r"layers\.\d+",
     )  # fmt: skip
-    base = Group(_linears(tensors.weights))
+    base = Group(linears(tensors.weights))
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
     names = ["default"]
     if case.kind == "two-adapters":

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from fastlora.backends.dropout import dropout_mask
-from fastlora.kernels import gemm_lowrank, project, weight_grad
+from fastlora.formats.four_bit import CODES
+from fastlora.kernels import (
+    FLOAT8,
+    FOUR_BIT,
+    INT8,
+    Packed,
+    dequant,
+    gemm_lowrank,
+    project,
+    weight_grad,
+)
 from fastlora.kernels.config import Call, Config
 
 FACTOR = 2.0
@@ -46,6 +56,7 @@ class Form:
     dropout: float = 0.0
     bias: bool = False
     precision: str = "ieee"
+    packed: str = ""  # what the weights are: one of PACKED; "": dense
     segments: int = 0  # that the rows are cut into, of about the same length; each has factors
 
     @property
@@ -64,15 +75,17 @@ class Form:
         return Call(
             self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
             self.dropout > 0, project=self.also, alone=alone,
-            pointers=alone or any(each * size % 16 for each in (self.columns, *self.depths)),
-            segments=self.segments,
+            pointers=alone
+            or bool(self.packed)
+            or any(each * size % 16 for each in (self.columns, *self.depths)),
+            packed=self.packed.partition(" ")[0], segments=self.segments,
         )  # fmt: skip
 
     @property
     def id(self) -> str:
         words = [self.name, f"m{self.M}", f"n{self.columns}"]
         words += [f"k{'+'.join(map(str, self.depths))}"] * bool(self.depths)
-        words += [f"r{'+'.join(map(str, self.ranks))}", "masked" * (self.dropout > 0)]
+        words += [f"r{'+'.join(map(str, self.ranks))}", "masked" * (self.dropout > 0), self.packed]
         words += [f"s{self.segments}"] * bool(self.segments)
         return " ".join(filter(None, words))
 
@@ -94,7 +107,10 @@ class Operands:
         if form.kernel == "gemm_lowrank":
             self.out = self._random(M, N)
             self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
-            self.qs = [self._factor(depth, form.dtype) for depth in form.depths]
+            if form.packed:
+                self.qs = [self._packed(depth) for depth in form.depths]
+            else:
+                self.qs = [self._factor(depth, form.dtype) for depth in form.depths]
             self.vs = [self._factor(r, form.adapter_dtype) for r in ranks]
             self.a = self._adapter(ranks[0], form.depths[0]).mT if form.also else None
             return
@@ -107,7 +123,9 @@ class Operands:
     def tensors(self) -> list[Tensor]:
         """All that come in or are asked for."""
         lists = [each if isinstance(each, list) else [each] for each in vars(self).values()]
-        return [each for found in lists for each in found if isinstance(each, Tensor)]
+        named = [each for found in lists for each in found]
+        packed = [t for each in named if isinstance(each, Packed) for t in each.tensors()]
+        return packed + [each for each in named if isinstance(each, Tensor)]
 
     def run(self, config: Config | None = None) -> list[Tensor]:
         """Launch it; what it gives."""
@@ -150,7 +168,7 @@ class Operands:
             return [self._kept(v, i).T @ u for i, u in enumerate(us)] + product
         if self.a is not None:
             us = [FACTOR * self.ps[0].double() @ self.a.double()]
-        base = [p.double() @ q.double() for p, q in zip(self.ps, self.qs, strict=True)]
+        base = [p.double() @ self._dense(q).double() for p, q in zip(self.ps, self.qs, strict=True)]
         pairs = enumerate(zip(us, self.vs, strict=True))
         low_rank = [self._kept(u @ v.double(), i) for i, (u, v) in pairs]
         out = sum(base + low_rank) + (0 if self.bias is None else self.bias.double())
@@ -168,8 +186,53 @@ class Operands:
     def _adapter(self, *shape: int) -> Tensor:
         return self._random(*self.banks, *shape, dtype=self.form.adapter_dtype)
 
+    def _packed(self, depth: int) -> Packed:
+        """[depth, columns], of codes for [columns, depth] for y."""
+        of_y = self.form.name.startswith("y")
+        shape = (self.form.columns, depth) if of_y else (depth, self.form.columns)
+        packed = random_packed(self.form.packed, *shape, self.device)
+        return packed.t() if of_y else packed
+
+    def _dense(self, q: Tensor | Packed) -> Tensor:
+        if isinstance(q, Tensor):
+            return q
+        made = dequant(q, self.ps[0].new_empty(q.rows, q.columns))
+        return made.T if q.transposed else made
+
     def _factor(self, depth: int, dtype: torch.dtype) -> Tensor:
         """[depth, columns] of each segment; the weights of y lie the other way round."""
         if self.form.name.startswith("y"):
             return self._random(*self.banks, self.form.columns, depth, dtype=dtype).mT
         return self._random(*self.banks, depth, self.form.columns, dtype=dtype)
+
+
+# "four-bit nested": as QLoRA's usual recipe has it.
+PACKED = (FOUR_BIT, f"{FOUR_BIT} nested", INT8, FLOAT8)
+
+
+def random_packed(
+    kind: str, rows: int, columns: int, device: torch.device | str, block: int = 64
+) -> Packed:
+    """A weight of random codes; each code of a nested scale is there, if there are 256."""
+    kind, _, nested = kind.partition(" ")
+    codes = partial(torch.randint, 0, 256, dtype=torch.uint8, device=device)
+    if kind == FOUR_BIT:
+        count, table = rows * columns, CODES["nf4"]
+        blocks, packed = -(-count // block), codes(((count + 1) // 2,))
+        if not nested:
+            scales = torch.rand(blocks, device=device) + 0.5
+            return Packed(kind, packed, scales, rows, columns, 1, block, table)
+        scales = torch.arange(blocks, device=device).to(torch.uint8)
+        outer = (
+            torch.rand(-(-blocks // 256), device=device) + 0.5,
+            torch.linspace(-1, 1, 256, device=device),
+            torch.full((), 1.75, device=device),
+        )
+        return Packed(kind, packed, scales, rows, columns, 1, block, table, outer, 256)
+    if kind == INT8:
+        numbers, scales = codes((rows, columns)).view(torch.int8), torch.rand(rows, device=device)
+        return Packed(kind, numbers, scales + 0.5, rows, columns, 1, 0, factor=1.0 / 127.0)
+    bits = codes((rows, columns))
+    bits = torch.where(bits & 0x7F == 0x7F, 1, bits)  # no NaN
+    scales = torch.rand(-(-rows // 128), -(-columns // 128), device=device) + 0.5
+    return Packed(kind, bits, scales, rows, columns, 128, 128)

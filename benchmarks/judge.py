@@ -58,6 +58,8 @@ class Judge:
             module = copy.deepcopy(contestant.module).double()
             with self.shared_masks(module):
                 return results(replace(contestant, module=module), wide)
+        if self.case.table == "mixed" and not frozen:
+            return _truth_of_a_mixed_batch(wide)
         pairs = wide.adapters[torch.float64][: len(wide.weights)]
         projections = [
             fastlora.Projection(weight, a, b, None, 0.0 if frozen else SCALE)
@@ -77,6 +79,17 @@ class Judge:
         torch.manual_seed(_SEED)
         seeds = draw_seed(len(self.case.outputs), x.device)
         return [dropout_mask(seed, tuple(x.shape), dropout) for seed in seeds]
+
+
+def _truth_of_a_mixed_batch(wide: Tensors) -> list[Tensor]:
+    """y, and gradients of x and of every adapter; a sequence each."""
+    pairs = wide.adapters[torch.float64]
+    indices = torch.arange(len(pairs)).repeat_interleave(len(wide.x) // len(pairs))
+    lora_a, lora_b = map(list, zip(*pairs, strict=True))
+    y = fastlora.reference.multi_lora_linear(
+        wide.x, wide.weights[0], lora_a, lora_b, indices, scales=[SCALE] * len(pairs)
+    )
+    return [y.detach(), *torch.autograd.grad(y, [wide.x, *chain(*pairs)], wide.dys)]
 
 
 def widened(tensors: Tensors) -> Tensors:

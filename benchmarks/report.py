@@ -16,6 +16,7 @@ _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
     "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
     "experts": "Experts, for one choice of a router that trains. Peak: what torch allocates at the "
     "worst moment of a step.",
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
@@ -30,6 +31,8 @@ _TITLES = {
     "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
     "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
     "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
+    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
+    "other, by tokens of each (tools/sweep_speed.py).",
     "base": "This tree's fastlora over the base's.",
 }
 

@@ -135,5 +135,5 @@ def text_of(line: str, where: str) -> str:
 
 def stop(message: str) -> None:
     """Leave with a one-line error."""
-    print(f"finetune.py: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)

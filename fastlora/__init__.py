@@ -10,23 +10,26 @@ kernel (``kernels``).  ``reference`` says what is true.  ``model`` is for models
 from . import reference
 from .backends import use_backend
 from .layer import LoRALinear
+from .mapping import AdapterMapping
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
 from .moved import keep_old_places
-from .ops import lora_grouped, lora_linear, lora_linears
+from .ops import lora_grouped, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
 from .peft.coverage import coverage
 from .peft.optimize import optimize, restore
 from .price.quote import plan
 from .projection import Projection
 from .report import Coverage
+from .trials.search import sweep
 from .version import __version__
 
 keep_old_places()
 
 __all__ = [
+    "AdapterMapping",
     "Coverage",
     "LoRAConfig",
     "LoRALinear",
@@ -40,6 +43,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "merge_lora",
+    "multi_lora_linear",
     "optimize",
     "plan",
     "print_trainable_parameters",
@@ -47,6 +51,7 @@ __all__ = [
     "remove_lora",
     "restore",
     "save_adapter",
+    "sweep",
     "unmerge_lora",
     "use_backend",
 ]

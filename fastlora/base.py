@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import frozen
 from .projection import DTYPES, is_plain
+from .quant import PackedLayer, quantised_weight
 
 _LINEAR_FORWARDS = (nn.Linear.forward, frozen.Linear.forward)
 _MODULE_CALL = nn.Module.__call__
@@ -36,7 +37,11 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
 
 
 def matrix_of(linear: nn.Module) -> Tensor:
-    """A base's weight as [out, in]."""
+    """A base's weight as [out, in]; packed, if it is a vendor's."""
+    found: Any = quantised_weight(linear)
+    if isinstance(found, PackedLayer):
+        found = found.weight
+        return found
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.t() if is_conv1d(type(linear)) else weight

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from . import frozen
 from .adapted import LoRALayer, new_adapter, own_name, why_weight_is_fixed
-from .base import is_conv1d, why_not_class, why_not_tensor
+from .base import is_conv1d, matrix_of, why_not_class, why_not_tensor
 from .projection import Projection, check_settings
+from .quant import quantised_weight, vendor_of
+from .quantised import LoRAQuantised
 
 # Of tensors: those of FSDP2, and of shapes without data, become plain tensors by themselves.
 _KINDS = ("DTensor", "FakeTensor")
@@ -63,16 +65,23 @@ class LoRALinear(LoRALayer, nn.Linear):
         lora_alpha: float,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
-    ) -> "LoRALinear":
+    ) -> Any:
         """A LoRALinear that shares, and freezes, ``linear``'s weight and bias.
 
-        The adapter has the weight's dtype.  Raises ValueError for what is no plain nn.Linear.
+        The adapter has the weight's dtype.  Of a vendor's quantised layer (docs/quantised.md) it is
+        a layer of the vendor's class, :class:`fastlora.quantised.LoRAQuantised`, with an adapter of
+        float32.  Raises ValueError for what is neither.
         """
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
         reason = why_not_base(linear)
         if reason or not isinstance(linear, nn.Linear):
             reason = reason or "it is no torch.nn.Linear: apply_lora adapts it in place"
             raise ValueError(f"the layer can't take an adapter: {reason}")
+        if vendor_of(linear) is not None:
+            adapter = new_adapter(matrix_of(linear), r)
+            quantised = _sharing(linear)
+            quantised.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
+            return quantised
         adapter = new_adapter(linear.weight, r)
         layer = cls(
             linear.in_features,
@@ -110,32 +119,51 @@ _CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
 }
 
 
-def adapted_class(kind: type[nn.Module]) -> type[LoRALayer]:
-    """The class of a base's layers that have an adapter; it is the base's class, too."""
-    if kind not in _CLASSES:
-        ours = _LoRATransposed if is_conv1d(kind) else LoRALinear
+_QUANTISED: dict[type[nn.Module], type[LoRALayer]] = {}
+
+
+def adapted_class(kind: type[nn.Module], quantised: bool = False) -> type[LoRALayer]:
+    """The class of a base's layers that have an adapter; it is the base's class, too.
+
+    ``quantised``: of a vendor's layers, which may be of torch's class.
+    """
+    classes = _QUANTISED if quantised else _CLASSES
+    if kind not in classes:
+        ours: type[LoRALayer] = _LoRATransposed if is_conv1d(kind) else LoRALinear
+        ours = LoRAQuantised if quantised else ours
         members = {"plain_class": kind, "__reduce_ex__": _reduce_ex}
-        _CLASSES[kind] = type(f"LoRA{kind.__name__}", (ours, kind), members)
-    return _CLASSES[kind]
+        classes[kind] = type(f"LoRA{kind.__name__}", (ours, kind), members)
+    return classes[kind]
+
+
+def _sharing(linear: nn.Module) -> LoRAQuantised:
+    """A layer of a vendor's, to be adapted, with all that this one has, but its dictionaries."""
+    layer: Any = object.__new__(adapted_class(type(linear), quantised=True))
+    for name, value in vars(linear).items():
+        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    return layer
 
 
 def _reduce_ex(layer: LoRALayer, protocol: Any) -> tuple:
     """As for any object, with the plain class in place of one that nobody can import."""
     made: Any = layer.plain_class.__reduce_ex__(layer, protocol)
-    return _blank, (layer.plain_class,), *made[2:]
+    return _blank, (layer.plain_class, isinstance(layer, LoRAQuantised)), *made[2:]
 
 
-def _blank(kind: type[nn.Module]) -> LoRALayer:
-    return object.__new__(adapted_class(kind))
+def _blank(kind: type[nn.Module], quantised: bool = False) -> LoRALayer:
+    return object.__new__(adapted_class(kind, quantised))
 
 
 def why_not_base(layer: nn.Module) -> str:
     """Why apply_lora can't give this module an adapter; "" if it can."""
     if isinstance(layer, LoRALayer):
         return "it already has one (fastlora.remove_lora takes it away)"
-    reason = why_not_class(type(layer))
+    found = quantised_weight(layer)
+    reason = why_not_class(type(layer)) if found is None else ""
     if reason:
         return f"it is {reason}"
+    if isinstance(found, str):
+        return f"it is a {type(layer).__name__}: {found}"
     # Where FSDP isn't imported, no layer has it; the import takes longer than all of fastlora's.
     if isinstance(layer, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())):
         return "fully_shard has it already, and would leave the adapter out: call apply_lora first"
@@ -150,7 +178,8 @@ def why_not_base(layer: nn.Module) -> str:
     for name, ndim in (("weight", 2), ("bias", 1)):
         tensor = getattr(layer, name)
         is_part = type(tensor).__name__ in _KINDS
-        reason = "" if tensor is None else why_not_tensor(tensor, ndim, is_part)
+        packed = found is not None and name == "weight"
+        reason = "" if tensor is None or packed else why_not_tensor(tensor, ndim, is_part)
         if reason:
             return f"its {name} {reason}: fastlora takes dense floating tensors"
     return ""

@@ -25,6 +25,7 @@ from .modules import plain_name
 from .ops import gated_mlp
 from .ops.gated import follows
 from .projection import Base, Output, as_outputs
+from .quantised import LoRAQuantised
 from .report import BlockCoverage
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -157,6 +158,8 @@ class GatedMLP(nn.Module):
         """gate, up or down; the model is one of your own."""
         if not isinstance(linear, LoRALayer):
             return read_frozen(linear, gathers)
+        if isinstance(linear, LoRAQuantised):
+            return Part("it is quantised")
         if is_hooked(linear) or type(linear).forward is not LoRALayer.forward:
             return Part("a hook watches, or something replaces, its calls")
         if linear.merged:

@@ -149,7 +149,7 @@ def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
 
 
 def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
-    fast, plan, reason = True, "", ""
+    fast, plan, reason, packed = True, "", "", ""
     module: Any = layer.experts if isinstance(layer, ExpertsWeight) else layer
     if "forward" in module.__dict__:
         fast, plan = False, "eager"
@@ -160,7 +160,11 @@ def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
         reason = module.read().reason
         fast, plan = not reason, "eager" if reason else "torch"  # on every device
     else:
-        plan, reason = planned_backend(as_outputs([layer.projection()]))
+        try:
+            outputs = as_outputs([layer.projection()])
+            (plan, reason), packed = planned_backend(outputs), format_of(outputs[0])
+        except ValueError as error:  # of a quantised layer that can't be read, and whose call fails
+            fast, plan, reason = False, "eager", str(error)
     return LayerCoverage(
         name,
         shape=layer.shape,
@@ -169,4 +173,5 @@ def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
         plan=plan,
         reason=reason,
         parameters=layer.adapted_parameters,
+        packed=packed,
     )

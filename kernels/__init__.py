@@ -1,25 +1,32 @@
 """Triton kernels and their launchers: tensors in, tensors out.  Installed as ``fastlora.kernels``.
 
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
-order: on the device ``common``, ``sum_planes``, ``project``, ``gemm_lowrank`` (the forward
-kernel), ``weight_grad``, ``gated``; on the host ``launch``, ``target``, ``config``, ``defaults``,
-``plan``, ``script``, ``kept``.
+order: on the device ``common``, ``sum_planes``, ``project``, ``packed``, ``gemm_lowrank`` (the
+forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host ``launch``, ``target``,
+``config``, ``defaults``, ``plan``, ``script``, ``kept``.
 """
 
 from . import defaults as defaults  # fills the tables that launchers choose from
+from .dequant import dequant
 from .gated import gated, gated_backward, why_not_gated
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .kept import replayed
 from .launch import Launch, intercept
+from .packed import FLOAT8, FOUR_BIT, INT8, Packed
 from .plan import Plan, plan_for
 from .project import project
 from .target import TARGETS, target_of, use_target
 from .weight_grad import one_pass_pays, weight_grad
 
 __all__ = [
+    "FLOAT8",
+    "FOUR_BIT",
+    "INT8",
     "TARGETS",
     "Launch",
+    "Packed",
     "Plan",
+    "dequant",
     "gated",
     "gated_backward",
     "gemm_lowrank",

@@ -29,6 +29,7 @@ class Call:
     project: bool = False  # weight_grad: with dh in the same pass; gemm_lowrank: with h
     alone: bool = False  # gemm_lowrank: the low-rank term alone, added to what is there
     pointers: bool = False  # gemm_lowrank: with operands that no descriptor fits
+    packed: str = ""  # gemm_lowrank: the kind of codes that q is made from
     segments: int = 0  # that the rows are cut into; 0: into none
 
     @property
@@ -101,6 +102,8 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
     """The target's configs for this kind of call."""
     if call.alone:
         kernel = "add"
+    elif call.packed:
+        kernel = "packed"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
     if call.masked and call.projections > 1 and kernel in ("add", "weight_grad"):
@@ -121,6 +124,10 @@ def default_config(kernel: str, target: Target, call: Call) -> Config | None:
     # 2048: the fused plan is meant for as many rows and more (plan.py).
     level = replace(call, m=FEW_ROWS if few else 2048)
     suited = [config for config in fitting if config.block_m <= FEW_ROWS] if few else fitting
+    if call.packed:  # one tile of rows, as small as can be: each unpacks the weight anew
+        held = [c.block_m for c in fitting if c.block_m >= min(call.m, FEW_ROWS)]
+        suited = [config for config in fitting if config.block_m == min(held, default=0)]
+        level = replace(call, m=1)
     for config in suited:
         if config.tiles(level) >= 0.9 * target.processors:
             return config

@@ -64,6 +64,30 @@ _AMD_GEMM = {
     ),
 }
 
+# Of those that hold all rows, up to FEW_ROWS, the first that fills the device.
+# From compilation for sm_90: with eight warps each has fewer codes to turn into numbers than with
+# four, and two are there for every scheduler.
+_PACKED_16 = (
+    GemmConfig(64, 64, 64, warps=8, stages=3),
+    GemmConfig(64, 32, 128, warps=8, stages=3),
+    GemmConfig(16, 64, 128, warps=8, stages=3),
+    GemmConfig(16, 32, 256, warps=8, stages=3),
+    GemmConfig(16, 32, 64, warps=4, stages=2),
+)
+_PACKED_32 = (
+    GemmConfig(64, 32, 32, warps=4, stages=3),
+    GemmConfig(16, 32, 32, warps=4, stages=3),
+)
+_PACKED = {"16-bit": _PACKED_16, "tf32": _PACKED_32, "float32": _PACKED_32}
+_AMD_PACKED = dict.fromkeys(
+    PRODUCTS,
+    (
+        GemmConfig(64, 32, 64, warps=4, stages=2),
+        GemmConfig(16, 32, 128, warps=4, stages=2),
+        GemmConfig(16, 32, 64, warps=4, stages=2),
+    ),
+)
+
 # The first that fits, of all the others: one for all numbers of rows.  An adding kernel has no main
 # loop and waits for memory, so it wants several small programs for each processor.
 _ADD = (
@@ -167,6 +191,7 @@ def _for_all(*rows: Config) -> dict[str, tuple[Config, ...]]:
 
 _AMPERE = {
     "gemm_lowrank": _AMPERE_GEMM,
+    "packed": _PACKED,
     "add": _for_all(*_ADD),
     "add of a masked group": _for_all(*_ADD_MASKED_GROUP),
     # Exact float32 has no tensor cores, and spills in the first.
@@ -178,6 +203,7 @@ _AMPERE = {
 _HOPPER = _AMPERE | {"gemm_lowrank": _HOPPER_GEMM}
 _AMD = _AMPERE | {
     "gemm_lowrank": _AMD_GEMM,
+    "packed": _AMD_PACKED,
     "project": _for_all(*_AMD_PROJECT),
     "weight_grad": _AMD_WEIGHT_GRAD,
     "weight_grad of a masked group": _AMD_WEIGHT_GRAD,
@@ -186,6 +212,7 @@ _AMD = _AMPERE | {
 _SMALL_GEMM = _for_all(GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descriptors=True))
 _INTERPRETED = {
     "gemm_lowrank": _SMALL_GEMM,
+    "packed": _SMALL_GEMM,
     "add": _SMALL_GEMM,
     "add of a masked group": _SMALL_GEMM,
     "project": _for_all(ProjectConfig(32, 32, warps=4, stages=2)),

@@ -33,6 +33,7 @@ from .config import (
     row_tiles,
 )
 from .launch import Launch, Work, launch, size_of, stated
+from .packed import Packed, packed_tile, scale_bytes, tables_of
 from .segments import banks_of, bytes_to_find, segment_arguments, segment_of_tile
 from .target import Target, target_of
 
@@ -96,6 +97,8 @@ class GemmConfig(Config):
             return copies * low_rank + store + MARGIN
         step = (self.block_m + self.block_n) * self.block_k * size
         step += call.project * self.block_k * r * 4
+        if call.packed:  # codes wait, and the numbers that they become are handed round
+            low_rank += self.block_n * self.block_k * (size + 4)
         if self.uses_descriptors(call) and not call.segments:
             # Half of the tile is stored from beside the main loop's buffers.
             return copies * step + low_rank + store // 2 + MARGIN
@@ -131,15 +134,34 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     rows = size_of(*p) + (size_of(*u) if a is None else 0)
     columns = size_of(*q, *v)
     again = size_of(out) if arguments["ADD"] else 0
+    packed = _packed_work(arguments)
     return Work(
         flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
-        loaded=rows + columns + size_of(a, bias, seeds, arguments["ends"]) + again,
+        loaded=rows + columns + size_of(a, bias, seeds, arguments["ends"]) + again + packed[0],
         stored=size_of(out) + (0 if a is None else size_of(*u)),
         loaded_by_tiles=(rows + size_of(*p) // M * (p_rows - M)) * n_tiles
         + (columns + size_of(bias)) // (segments or 1) * m_tiles
         + (size_of(a, seeds) + bytes_to_find(segments)) * m_tiles * n_tiles
-        + again,
+        + again
+        + packed[1],
     )
+
+
+def _packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """What packed weights have to be read besides their codes; the same again for every tile."""
+    packing, transposed = arguments["PACKING"], arguments["Q_TRANSPOSED"]
+    if packing is None:
+        return 0, 0
+    N, depths = arguments["N"], arguments["K"]
+    block_n, block_k = arguments["BLOCK_N"], arguments["BLOCK_K"]
+    m_tiles, n_tiles = cdiv(arguments["M"], arguments["BLOCK_M"]), cdiv(N, block_n)
+    once = by_tiles = 0
+    for operands, K in zip(arguments["q_operands"], depths, strict=True):
+        shape = (N, K, block_k) if transposed else (K, N, block_n)
+        once += size_of(*operands)
+        by_tiles += m_tiles * scale_bytes(operands, packing, *shape)
+        by_tiles += m_tiles * n_tiles * size_of(operands[3])
+    return once, by_tiles
 
 
 @triton.jit
@@ -162,7 +184,7 @@ def low_rank_tile(
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def gemm_lowrank_kernel(
-    p0, p1, p2, p3, q0, q1, q2, q3, a, u, v, bias, out, seeds, ends,
+    p0, p1, p2, p3, q0, q1, q2, q3, q_operands, a, u, v, bias, out, seeds, ends,
     M, N, K, R, factor, threshold, segments,
     p_rows, p_columns, q_rows, q_columns, a_rows, a_columns, v_rows, v_columns,
     bias_stride, out_rows, q_banks, v_banks, bias_bank,
@@ -175,6 +197,7 @@ def gemm_lowrank_kernel(
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
+    PACKING: tl.constexpr,
     LOW_RANK: tl.constexpr,
     RANKS_OF_8: tl.constexpr,
     V_COLUMNS_OF_8: tl.constexpr,
@@ -193,6 +216,8 @@ def gemm_lowrank_kernel(
     "early"  loaded before the main loop, which hides the wait, and multiplied behind it
     "last"   loaded and multiplied behind it, in steps over the rank
     "made"   the same, of U_0 = factor · P_0 A from the main loop, which is stored; A [K_0, R_0]
+
+    PACKING, unless None, says how to make a tile of Q_i from codes and ``q_operands`` (packed.py).
     """
     # Not tuples from outside: a launch finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
@@ -244,6 +269,8 @@ def gemm_lowrank_kernel(
                 depth = tl.where(has_rows, depth, 0)
                 if not DESCRIPTORS:
                     q_i += i_bank * q_banks[i]
+            if PACKING is not None:
+                tables = tables_of(q_operands[i], PACKING)
             for i_k in range(0, depth, BLOCK_K):
                 b_p = load_tile(
                     p[i],
@@ -257,7 +284,18 @@ def gemm_lowrank_kernel(
                     BLOCK_K,
                     DESCRIPTORS,
                 )  # [BM, BK]
-                if Q_TRANSPOSED:
+                if PACKING is not None:
+                    if Q_TRANSPOSED:
+                        b_q = packed_tile(
+                            q[i], q_operands[i], tables, i_n, i_k, N, K[i], q_columns[i],
+                            BLOCK_N, BLOCK_K, PACKING, b_p.dtype,
+                        ).T  # [BK, BN]  # fmt: skip
+                    else:
+                        b_q = packed_tile(
+                            q[i], q_operands[i], tables, i_k, i_n, K[i], N, q_rows[i],
+                            BLOCK_K, BLOCK_N, PACKING, b_p.dtype,
+                        )  # [BK, BN]  # fmt: skip
+                elif Q_TRANSPOSED:
                     b_q = load_tile(
                         q_i, i_n, i_k, N, K[i], q_columns[i], q_rows[i],
                         BLOCK_N, BLOCK_K, DESCRIPTORS, i_segment,
@@ -321,7 +359,7 @@ def gemm_lowrank_kernel(
 def gemm_lowrank(
     out: Tensor,
     ps: Sequence[Tensor],
-    qs: Sequence[Tensor],
+    qs: Sequence[Tensor] | Sequence[Packed],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     *,
@@ -340,6 +378,7 @@ def gemm_lowrank(
 
     out [M, N] and u_i [M, R_i] are contiguous; p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
     any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias are cast as they are read.
+    Or all q_i are packed alike, and lie in rows (``Packed.lies_in_rows``).
 
     Given ``a`` [K_0, R_0], a projection alone and without dropout also makes
     u_0 = factor · p_0 a, in the one launch: where :func:`one_launch_pays`.
@@ -360,7 +399,7 @@ def _gemm_lowrank(
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     ps: Sequence[Tensor],
-    qs: Sequence[Tensor],
+    qs: Sequence[Tensor] | Sequence[Packed],
     seeds: Tensor | None,
     precision: str,
     bias: Tensor | None,
@@ -375,20 +414,24 @@ def _gemm_lowrank(
     """As many as one launch takes."""
     (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
     target = target_of(out.device)
-    q_transposed = bool(qs) and all(q.stride(-2) == 1 for q in qs)
-    described = [*ps, *(q.mT if q_transposed else q for q in qs), out]
+    packed = qs[0] if qs and isinstance(qs[0], Packed) else None
+    if packed is not None:
+        q_transposed = packed.transposed
+    else:
+        q_transposed = bool(qs) and all(q.stride(-2) == 1 for q in qs)
+    described = [] if packed else [*ps, *(q.mT if q_transposed else q for q in qs), out]
     call = Call(
         M, N, max(ranks), out.element_size(), precision, len(us),
         masked=seeds is not None, project=a is not None, alone=not ps,
-        pointers=add or not all(map(_has_descriptor, described)),
-        segments=0 if ends is None else len(ends),
+        pointers=add or packed is not None or not all(map(_has_descriptor, described)),
+        packed="" if packed is None else packed.kind, segments=0 if ends is None else len(ends),
     )  # fmt: skip
     config = chosen_config("gemm_lowrank", target, call, config, preferred)
     descriptors = config.uses_descriptors(call)
     # The addresses of a group's low-rank operands, kept from tile to tile, are too many registers
     # beside its two accumulators.
     persistent = descriptors and ends is None and not (seeds is not None and len(us) > 1)
-    p, q, target_out = list(ps), list(qs), out
+    p, q, target_out = list(ps), [q.codes if packed else q for q in qs], out
     if descriptors:
         block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
         of_one = [] if ends is None else [1]
@@ -405,6 +448,7 @@ def _gemm_lowrank(
     arguments = {
         **{f"p{i}": operand for i, operand in enumerate(p + absent)},
         **{f"q{i}": operand for i, operand in enumerate(q + absent)},
+        "q_operands": () if packed is None else tuple(each.operands for each in qs),
         "a": a, "u": tuple(us), "v": tuple(vs), "bias": bias, "out": target_out, "seeds": seeds,
         **segment_arguments(ends), "q_banks": banks_of(ends, qs), "v_banks": banks_of(ends, vs),
         "bias_bank": None if ends is None or bias is None else bias.stride(0),
@@ -418,7 +462,8 @@ def _gemm_lowrank(
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k, "BLOCK_R": config.block_r(call), "GROUP": config.group,
         "PRECISION": precision, "DESCRIPTORS": descriptors, "PERSISTENT": persistent,
-        "Q_TRANSPOSED": q_transposed, "LOW_RANK": config.low_rank(target, call), "ADD": add,
+        "Q_TRANSPOSED": q_transposed, "PACKING": packed and packed.packing(target),
+        "LOW_RANK": config.low_rank(target, call), "ADD": add,
         "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
         "V_COLUMNS_OF_8": all(v.stride(-1) % 8 == 0 for v in vs),
     }  # fmt: skip

@@ -15,17 +15,21 @@ from itertools import product
 
 from torch import Tensor
 
-from .config import Call, cdiv
+from .config import FEW_ROWS, Call, cdiv
 from .gemm_lowrank import GemmConfig
 from .target import TARGETS, Target, target_of
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``fused``: base product and adapter in one kernel, with these tiles if they fit the call."""
+    """``fused``: base product and adapter in one kernel, with these tiles if they fit the call.
+
+    ``unpacks``: that kernel reads a packed weight's codes.  Else they are made dense before.
+    """
 
     fused: bool
     gemm: GemmConfig | None = None
+    unpacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Row:
 
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
+UNPACKING = Plan(fused=True, unpacks=True)
 
 
 def _modelled(m: int, k: int, masked: bool, backward: bool) -> Plan:
@@ -115,11 +120,18 @@ def plan_for(
     *,
     masked: bool = False,
     backward: bool = False,
+    packed: bool = False,
     segments: int = 0,
 ) -> Plan:
-    """The plan of the nearest row, for an output [M, n] from a depth k, as deep as x or dy."""
+    """The plan of the nearest row, for an output [M, n] from a depth k, as deep as x or dy.
+
+    ``packed``: of a weight that the kernel could unpack.  With few rows it should, since the launch
+    waits for the weight's bytes, of which the dense one has two to eight times as many.
+    """
     if _forced is not None:
         return _forced
+    if packed and len(x) <= FEW_ROWS:
+        return UNPACKING
     call = Call(
         len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked, segments=segments
     )

@@ -25,6 +25,11 @@ class Target:
     tf32: bool = True
     float32: bool = True  # has fast products in float32 of some precision
 
+    @property
+    def float8(self) -> bool:
+        """Whether it has an instruction that converts e4m3."""
+        return isinstance(self.arch, int) and self.arch >= 89
+
     def copies(self, stages: int) -> int:
         """The buffers in shared memory of a loop with so many pipeline stages.
 

@@ -45,11 +45,28 @@ def forward_rows(
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         y = base_linear(x, base, None if into is None else into[i])
         for adapter, mask in zip(adapters, some, strict=True):
-            h = _project(x, adapter, mask)
-            add_product(y, h, cast(adapter.lora_b, h.dtype).T)
-            hs.append(cast(h, kept))
+            hs.append(cast(_add_adapter(y, x, adapter, mask), kept))
         ys.append(y)
     return ys, hs
+
+
+def add_adapter(y: Tensor, x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
+    """Add what an adapter makes of x onto y [M, N]; the h [M, r]."""
+    if x.shape[0] == 1 or not are_wide(x):
+        return _add_adapter(y, x, adapter, mask)
+    wide, parts = _adapter_in_float32(adapter), []
+    for rows in wide_rows(x):
+        x_rows, rest = SCRATCH.widen("x", rows_of(x, rows)), _mask_from_row(mask, rows.start)
+        parts.append(_add_adapter(rows_of(y, rows), x_rows, wide, rest))
+    return _joined(parts)
+
+
+def _add_adapter(
+    y: Tensor, x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None
+) -> Tensor:
+    h = _project(x, adapter, mask)
+    add_product(y, h, cast(adapter.lora_b, h.dtype).T)
+    return h
 
 
 def _wide_forward(
@@ -151,9 +168,7 @@ def _wide_adapter_gradients(
     assert total is not None
     return dx, [
         [
-            Adapter(
-                cast(found.lora_a, adapter.lora_a.dtype), cast(found.lora_b, adapter.lora_b.dtype)
-            )
+            _in_own_dtype(found, adapter)
             for found, adapter in zip(of_output, output.adapters, strict=False)
         ]
         for of_output, output in zip(total, outputs, strict=True)
@@ -193,7 +208,7 @@ def base_gradients(
     return Base(d_weight, d_bias)
 
 
-def _adapter_gradients(
+def adapter_gradients(
     dy: Tensor,
     x: Tensor,
     adapter: Adapter[Tensor],
@@ -203,6 +218,38 @@ def _adapter_gradients(
     dx: Tensor | None,
 ) -> Adapter[Tensor | None]:
     """d lora_a and d lora_b, as needed; and the adapter's part of dx is added to it."""
+    if not are_wide(x):
+        return _adapter_gradients(dy, x, adapter, need, h, mask, dx)
+    wide, total = _adapter_in_float32(adapter), None
+    for rows in wide_rows(x):
+        some = rows_of(x, rows)
+        x_rows = SCRATCH.widen("x", some) if need.lora_a else SCRATCH.take("x", *some.shape)
+        (dy_rows,), rest = widen_small([rows_of(dy, rows)]), _mask_from_row(mask, rows.start)
+        h_rows, dx_rows = rows_of(h, rows), rows_of(dx, rows)
+        assert dy_rows is not None
+        part = [[_adapter_gradients(dy_rows, x_rows, wide, need, h_rows, rest, dx_rows)]]
+        total = part if total is None else _sum(total, part)
+    assert total is not None  # a wide x has rows
+    return _in_own_dtype(total[0][0], adapter)
+
+
+def _in_own_dtype(
+    found: Adapter[Tensor | None], adapter: Adapter[Tensor]
+) -> Adapter[Tensor | None]:
+    return Adapter(
+        cast(found.lora_a, adapter.lora_a.dtype), cast(found.lora_b, adapter.lora_b.dtype)
+    )
+
+
+def _adapter_gradients(
+    dy: Tensor,
+    x: Tensor,
+    adapter: Adapter[Tensor],
+    need: Adapter[bool],
+    h: Tensor,
+    mask: DropoutMask | None,
+    dx: Tensor | None,
+) -> Adapter[Tensor | None]:
     dtype = _adapter_dtype(x, adapter)
     lora_b = cast(adapter.lora_b, dtype) if need.lora_a or dx is not None else None
     own_h = cast(h, dtype) if need.lora_b else None
@@ -245,15 +292,23 @@ def masks_of(
 def _from_row(masks: _Masks, first: int) -> _Masks:
     if first == 0:
         return masks
-    return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
+    return [[_mask_from_row(mask, first) for mask in some] for some in masks]
+
+
+def _mask_from_row(mask: DropoutMask | None, first: int) -> DropoutMask | None:
+    return None if mask is None else mask.from_row(first)
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
     """With its adapters in float32; weight and bias are widened as they are read."""
-    base, adapters = output
-    if all([a.dtype == b.dtype == torch.float32 for a, b, _ in adapters]):
-        return output
-    return Output(base, tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]))
+    return Output(output.base, tuple([_adapter_in_float32(each) for each in output.adapters]))
+
+
+def _adapter_in_float32(adapter: Adapter[Tensor]) -> Adapter[Tensor]:
+    lora_a, lora_b, scale = adapter
+    if lora_a.dtype == lora_b.dtype == torch.float32:
+        return adapter
+    return Adapter(lora_a.float(), lora_b.float(), scale)
 
 
 def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:

@@ -58,6 +58,12 @@ class Format:
         """
         raise NotImplementedError
 
+    def make(
+        self, tensors: Sequence[Tensor], first: int, count: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The same rows as a new tensor, where that is faster than to fill one; else None."""
+        return None
+
     @property
     def text(self) -> str:
         """The record as words, for :func:`from_text`."""
@@ -108,15 +114,19 @@ class Quantised(NamedTuple):
         return self.tensors[0].device
 
     def read(self, first: int, out: Tensor) -> Tensor:
-        return self.format.read(self.tensors, first, out)
+        made = self.format.make(self.tensors, first, len(out), out.dtype)
+        return self.format.read(self.tensors, first, out) if made is None else made
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in this dtype, new."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        step = rows_at_a_time(out)
         with torch.no_grad():
+            made = self.format.make(self.tensors, 0, self.format.rows, dtype)
+            if made is not None:
+                return made
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+            step = rows_at_a_time(out)
             for first in range(0, len(out), step):
-                self.read(first, out[first : first + step])
+                self.format.read(self.tensors, first, out[first : first + step])
         return out
 
 

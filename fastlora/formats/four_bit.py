@@ -25,6 +25,9 @@ _FP4 = (
 )  # fmt: skip
 CODES = {"nf4": _NF4, "fp4": (*_FP4, *[-value for value in _FP4])}
 
+# What bitsandbytes' kernel makes, and from which size of block on it has another, slow one.
+_THEIRS, _TOO_LARGE = (torch.float32, torch.bfloat16, torch.float16), 2048
+
 # Elements that are made at once: what that needs stays in a core's cache.
 _AT_ONCE = 2**17
 
@@ -74,6 +77,25 @@ class FourBit(Format):
         if self.nested:
             expected += [((-(-blocks // self.nested),), wide), ((256,), wide), ((), wide)]
         check_shapes(self.names, tensors, expected)
+
+    def make(
+        self, tensors: Sequence[Tensor], first: int, count: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """By bitsandbytes' own kernel, where somebody has imported it and has its op on a CPU.
+
+        Not where a block ends inside a row: version 0.50 then takes another block's absmax, on CPUs
+        with AVX-512.
+        """
+        packed, block, columns = tensors[0], self.block, self.columns
+        if packed.device.type != "cpu" or columns % block or dtype not in _THEIRS:
+            return None
+        op = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
+        if op is None or block >= _TOO_LARGE:
+            return None
+        begin, end = first * columns, (first + count) * columns
+        absmax = self._absmax(tensors, begin // block, end // block)
+        some = packed[begin // 2 : end // 2]
+        return op(some, absmax, block, self.kind, (count, columns), dtype)
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         columns, at_once = self.columns, max(1, _AT_ONCE // self.columns)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .format import Format, check_shapes
 
+_HALF = (torch.bfloat16, torch.float16)
+# Elements of 16 bits that are multiplied at once: 2048² took 1.5 ms so, 11 ms with 2²⁰ (2 cores).
+_AT_ONCE = 2**17
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,4 +39,11 @@ class Int8Rows(Format):
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         codes, scale = (tensor[first : first + len(out)] for tensor in tensors)
         scale = scale.unsqueeze(1)
-        return out.copy_(codes).mul_(scale if self.factor == 1.0 else scale.mul(self.factor))
+        scale = scale if self.factor == 1.0 else scale.mul(self.factor)
+        step = len(out)
+        if out.dtype in _HALF and out.device.type == "cpu":
+            step = max(1, _AT_ONCE // self.columns)
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            out[rows].copy_(codes[rows]).mul_(scale[rows])
+        return out

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
+from ..adapted import LoRALayer
+from ..expert_layer import LoRAExperts
+from ..modules import called
 from .adapter_config import from_live_peft
 from .config import LoRAConfig
 
@@ -13,6 +16,19 @@ def check_model(model: nn.Module) -> None:
     """Raise TypeError unless this is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_kind(model)}, but must be a torch.nn.Module")
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError if a layer has an adapter, fastlora's or PEFT's."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer | LoRAExperts):
+            raise ValueError(
+                f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
+            )
+        if hasattr(module, "lora_A"):
+            raise ValueError(
+                f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
+            )
 
 
 def check_folder(folder: str | os.PathLike) -> Path:

@@ -14,7 +14,7 @@ from ..expert_layer import LoRAExperts
 from ..layer import adapted_class
 from ..modules import called, lora_layers, plain_name, some, unwrap
 from ..projection import check_switch
-from .arguments import as_config, check_model
+from .arguments import as_config, check_model, check_plain
 from .config import LoRAConfig
 from .experts import new_adapters
 from .targets import Targets, find_targets, modules_to_save, warn_of_passed_over
@@ -56,7 +56,8 @@ def apply_lora(
     ``config`` may be a ``peft.LoraConfig``, too.
 
     ``torch.nn.Linear`` becomes :class:`fastlora.LoRALinear`; a subclass with the same forward, and
-    transformers' ``FalconLinear`` and ``Conv1D``, a class that is a LoRA layer and what it was.
+    transformers' ``FalconLinear`` and ``Conv1D``, a class that is a LoRA layer and what it was; so
+    do vendors' quantised layers (docs/quantised.md).
     The layers change class in place: their identity, hooks, names and state-dict keys stay, and two
     keys are added to each, ``lora_A`` and ``lora_B``.  Only adapters, and what ``config.bias`` and
     ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
@@ -82,15 +83,7 @@ def apply_lora(
     check_switch("frozen", frozen)
     check_switch("blocks", blocks)
     config, inner = as_config(config), unwrap(model)
-    for name, module in inner.named_modules():
-        if isinstance(module, LoRALayer | LoRAExperts):
-            raise ValueError(
-                f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
-            )
-        if hasattr(module, "lora_A"):
-            raise ValueError(
-                f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
-            )
+    check_plain(inner)
     _inject(inner, config, every_name=True, wide_adapters=autocast_adapter_dtype)
     if frozen:
         beside.take(inner.modules())
@@ -126,10 +119,11 @@ def _inject(
     adapters = {}
     for name, layer in targets.layers.items():
         weight = matrix_of(layer)
-        narrow = wide_adapters and weight.element_size() < 4
+        quantised = not isinstance(weight, Tensor)
+        narrow = quantised or (wide_adapters and weight.element_size() < 4)
         dtype = torch.float32 if narrow else weight.dtype
         adapter = new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
-        adapters[name] = (adapted_class(type(layer)), adapter, config.alpha_of(name))
+        adapters[name] = (adapted_class(type(layer), quantised), adapter, config.alpha_of(name))
     of_experts = new_adapters(targets.experts, config, wide_adapters)
     untied = _copies_of_tied(model, saved)
     if every_name:

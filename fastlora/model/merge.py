@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from ..blocks import rows_at_a_time
 from ..modules import called, lora_layers, unwrap
 from ..projection import check_switch
+from ..quantised import LoRAQuantised
 from .arguments import check_model
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker
 
 
-def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
+def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = True) -> nn.Module:
     """Add scaling · lora_B lora_A to every adapted layer's weight, and return the same model.
 
     Computed in float32 (float64 for float64) and rounded once to the weight's dtype.  The original
@@ -23,12 +24,17 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
     ``remove_lora`` then leaves a plain model.  All layers are tried first, one after the other, so
     what is needed beside the model, and beside the originals if they are kept, is one layer.
 
+    A quantised layer's weight is dequantised, merged in float32 and quantised again, and a warning
+    says how far that took it; ``requantise=False`` leaves it a plain one of float32, and
+    ``remove_lora`` then makes the layer a ``torch.nn.Linear``.
+
     Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
     or its weight parametrised, or a merged weight would hold NaN or infinity.  Warns where a merged
     weight was tied to another module's, which it no longer is.
     """
     layers = _layers(model)
     check_switch("keep_base", keep_base)
+    check_switch("requantise", requantise)
     for name, layer in layers:
         layer.check_weight(called(name))
         if layer.merged:
@@ -43,13 +49,26 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> nn.Module:
             )
     _warn_of_ties(unwrap(model), layers)
     try:
-        for _, layer in _progress(layers, "merging"):
-            layer.use_merged(layer.merged_weight(), keep_base)
+        errors = {}
+        for name, layer in _progress(layers, "merging"):
+            if isinstance(layer, LoRAQuantised):
+                merged = layer.merged_weight()
+                errors[name] = layer.put_merged(merged, keep_base, requantise)
+            else:
+                layer.use_merged(layer.merged_weight(), keep_base)
     except BaseException:
         for _, layer in layers:
             if layer.can_unmerge:
                 layer.unmerge()
         raise
+    if errors and requantise:
+        worst = max(errors, key=errors.__getitem__)
+        warnings.warn(
+            f"{len(errors)} merged weights were quantised again, which changed them by up to "
+            f"{errors[worst]:.2g} of their size ({called(worst)}): requantise=False leaves them "
+            "in float32",
+            stacklevel=2,
+        )
     return model
 
 

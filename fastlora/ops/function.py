@@ -78,7 +78,7 @@ def differentiable(
             masks = [settings.backend.dropout_mask(seed, shape, settings.dropout) for seed in seeds]
         ys = reference.lora_linears(
             x,
-            [_cast(output, x.dtype) for output in unflatten(tensors, settings.layouts)],
+            [cast_output(output, x.dtype) for output in unflatten(tensors, settings.layouts)],
             dropout=settings.dropout,
             masks=masks,
         )
@@ -89,7 +89,7 @@ def differentiable(
     return gradients_of(used_ys, inputs, needs, used_dys, create_graph)
 
 
-def _cast(output: Output[Tensor], dtype: torch.dtype) -> Output[Tensor]:
+def cast_output(output: Output[Tensor], dtype: torch.dtype) -> Output[Tensor]:
     """With every tensor in this dtype, and a weight that is packed made dense."""
     (weight, bias), adapters = output
     dense = weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)

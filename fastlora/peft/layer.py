@@ -15,8 +15,11 @@ from ..ops import dora_linear, dora_norm, lora_linears
 from ..ops.functional import run
 from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
+from .mixed import mixed_forward
 from .moment import why_not_now
 from .reading import Glance, Reading, active_adapters, glance, read
+
+_MIXED = {"adapter_names"}
 
 
 class Linear(PeftLinear):
@@ -48,6 +51,10 @@ def call(
         reading = read(layer, names)
         if reading.output is not None and fits(x, reading.output.base.weight):
             return fast_forward(x, names[0], reading, seen)
+    elif kwargs.keys() == _MIXED and not (args or why_not_now()):
+        y = mixed_forward(layer, x, kwargs["adapter_names"])
+        if y is not None:
+            return y
     return theirs(x, *args, **kwargs)
 
 

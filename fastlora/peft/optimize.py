@@ -85,7 +85,7 @@ def optimize(
     from .block import Block  # here, since it imports PEFT, as this does
     from .swap import swap_all
 
-    changed = swap_all(layer for _, layer in layers)
+    changed = swap_all(inner.modules())
     changed += _take_frozen(inner) if frozen else []
     changed += mlp.take(inner.modules(), Block) if blocks else []
     found = mlp.cover_blocks(inner, "left alone (blocks=False)")

@@ -49,6 +49,16 @@ class Reading(NamedTuple):
     packed: PackedLayer | None = None  # of a quantised base
 
 
+class OneAdapter(NamedTuple):
+    """One adapter of a layer; or ``reason``, why calls with it are PEFT's."""
+
+    reason: str
+    adapter: Adapter[Tensor] | None = None
+    shift: Tensor | None = None  # its lora_B's bias, scaled
+    p: float = 0.0
+    dropout: nn.Module | None = None
+
+
 class Glance(NamedTuple):
     """A key with all that :func:`read` looks at but the tensors; and these, x first, laid flat."""
 
@@ -98,7 +108,7 @@ def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    reason, weight, bias, packed = _read_base(modules["base_layer"], gathers)
+    reason, weight, bias, packed = read_base(modules["base_layer"], gathers)
     if reason:
         return Reading(reason)
     shape = weight.shape
@@ -107,30 +117,15 @@ def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     adapters: list[Adapter[Tensor]] = []
     p, dropout = None, None
     for name in names:
-        lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-            part, other = ("lora_B", lora_b) if type(lora_a) is nn.Linear else ("lora_A", lora_a)
-            return Reading(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
-        down, up = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
-        shift, scale = tensor_of(lora_b, "bias"), layer.scaling[name]
-        dropout = modules["lora_dropout"]._modules[name]
-        reason = (
-            why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
-            or why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
-            or ("" if tensor_of(lora_a, "bias") is None else "its lora_A has a bias")
-            or _why_not_bias("its lora_B's", shift, gathers)
-            or _why_not_fitting(shape, down, up, shift, gathers)
-            or _why_not_dropout(dropout, p)
-            or why_not_scale(scale)
-        )
-        if reason:
-            return Reading(reason)
-        p = _rate(dropout)
-        if shift is not None and not (gathers and is_flattened(shift)):
-            bias = shift * scale if bias is None else bias + shift * scale
-        if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
-            up, scale = up * scale, 1.0
-        adapters.append(Adapter(down, up, scale))
+        one = read_adapter(layer, name, weight, shape, gathers)
+        if one.adapter is None:
+            return Reading(one.reason)
+        if p not in (None, one.p):
+            return Reading("its active adapters have different dropouts, and are training")
+        p, dropout, shift = one.p, one.dropout, one.shift
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        adapters.append(one.adapter)
     magnitude = None
     if layer.lora_variant:
         reason, magnitude = _read_variant(layer, names, weight, gathers)
@@ -142,7 +137,41 @@ def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     return Reading("", output, p or 0.0, dropout, magnitude, packed)
 
 
-def _read_base(base: nn.Module, gathers: bool) -> tuple[str, Any, Any, PackedLayer | None]:
+def read_adapter(
+    layer: LoraLayer,
+    name: str,
+    weight: Tensor,
+    shape: tuple[int, ...],
+    gathers: bool = False,
+) -> OneAdapter:
+    """Read one adapter that the layer has; ``weight`` is that of its base, and ``shape`` whole."""
+    modules = layer._modules
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        part, other = ("lora_B", lora_b) if type(lora_a) is nn.Linear else ("lora_A", lora_a)
+        return OneAdapter(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
+    down, up = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
+    shift, scale = tensor_of(lora_b, "bias"), layer.scaling[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    reason = (
+        why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
+        or why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
+        or ("" if tensor_of(lora_a, "bias") is None else "its lora_A has a bias")
+        or _why_not_bias("its lora_B's", shift, gathers)
+        or _why_not_fitting(shape, down, up, shift, gathers)
+        or _why_not_dropout(dropout)
+        or why_not_scale(scale)
+    )
+    if reason:
+        return OneAdapter(reason)
+    flat = shift is None or (gathers and is_flattened(shift))
+    shift = None if flat else shift * scale
+    if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
+        up, scale = up * scale, 1.0
+    return OneAdapter("", Adapter(down, up, scale), shift, _rate(dropout), dropout)
+
+
+def read_base(base: nn.Module, gathers: bool = False) -> tuple[str, Any, Any, PackedLayer | None]:
     """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias.
 
     Last, what else there is to know of a quantised one.
@@ -285,8 +314,7 @@ def _why_not_bias(whose: str, bias: Tensor | None, gathers: bool) -> str:
     return f"{whose} bias {reason}" if reason else ""
 
 
-def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
-    """``before``: the probability of the adapter before, if there is one."""
+def _why_not_dropout(dropout: nn.Module) -> str:
     if type(dropout) not in DROPOUTS or is_hooked(dropout):
         return "a hook watches, or something replaces, its dropout"
     p = _rate(dropout)
@@ -294,8 +322,6 @@ def _why_not_dropout(dropout: nn.Module, before: float | None) -> str:
         return "its dropout drops everything"
     if p > 0.0 and dropout.inplace:
         return "its dropout changes the input in place"
-    if before not in (None, p):
-        return "its active adapters have different dropouts, and are training"
     return ""
 
 

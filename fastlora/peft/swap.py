@@ -6,13 +6,19 @@ from importlib import import_module
 
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.tuners.lora.model import LoraModel as PeftModel
 from torch import nn
 
 from ..classes import change_class, is_over
 from .experts import ParamWrapper
 from .layer import Linear
+from .mixed_model import LoraModel
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: Linear, PeftParamWrapper: ParamWrapper}
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    PeftLinear: Linear,
+    PeftParamWrapper: ParamWrapper,
+    PeftModel: LoraModel,  # around the layers
+}
 # Of quantised bases: where a module is imported, PEFT has the layer that a file of ours is over.
 _OVER = {
     "peft.tuners.lora.bnb": ".bitsandbytes",

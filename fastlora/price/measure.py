@@ -100,15 +100,3 @@ def _embeddings(model: nn.Module) -> nn.Module | None:
     except NotImplementedError:  # a model that has none
         return None
     return found if isinstance(found, nn.Module) else None
-
-
-@contextmanager
-def in_training(model: nn.Module) -> Iterator[None]:
-    """Inside the model is in training mode; afterwards each module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..adapted import LoRALayer
-from ..batch import undisturbed
-from ..expert_layer import LoRAExperts
-from ..model.arguments import as_config, check_model
+from ..batch import in_mode, undisturbed
+from ..model.arguments import as_config, check_model, check_plain
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, remove_lora
-from ..modules import called, unwrap
+from ..modules import unwrap
 from ..projection import shown
 from .count import count_adapter, count_frozen
-from .measure import Step, frozen, in_training
+from .measure import Step, frozen
 from .record import FrozenCosts, Plan, Price
 
 RANKS = (8, 16, 64, 256)
@@ -56,7 +54,7 @@ def plan(
     ranks = _checked_ranks(ranks)
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
-    _check_plain(inner)
+    check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
     costs, layers, prices = counted(inner, ranks, config)
     found = Plan(type(inner).__name__, layers, costs, prices)
@@ -88,7 +86,7 @@ def measured(
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
     sides: list[Price | None] = [None, *plan.prices]
     kept, seconds = [], []
-    with undisturbed(model), in_training(model):
+    with undisturbed(model), in_mode(model, training=True):
         for i in range(rounds + 1):  # the first warms up
             if progress is not None:
                 progress(f"round {i} of {rounds}" if i else "kept bytes")
@@ -136,14 +134,6 @@ def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
     if not found or any(type(r) is not int or r < 1 for r in found):
         raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
     return tuple(dict.fromkeys(found))
-
-
-def _check_plain(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer | LoRAExperts) or hasattr(module, "lora_A"):
-            raise ValueError(
-                f"{called(name)} has an adapter already: a plan is made of the model without any"
-            )
 
 
 def _random_tokens(model: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,9 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
     theirs = getattr(sys.modules.get(_BASE), "TorchAOBaseTensor", None)
     if theirs is None or kind.forward is not nn.Linear.forward:
         return False
-    return isinstance(layer._parameters.get("weight"), theirs)
+    # An adapted layer that is merged into a plain weight keeps its own aside.
+    kept = layer.__dict__.get("_base_weight")
+    return isinstance(layer._parameters.get("weight") if kept is None else kept, theirs)
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
@@ -117,8 +119,8 @@ def _is_zero(own: Any) -> bool:
     A tensor is looked at once: on a GPU that waits for it.
     """
     zero: Tensor | None = own.zero_point
-    if zero is None:
-        return True
+    if zero is None or torch.compiler.is_compiling():  # a graph holds no value of a tensor
+        return zero is None
     version = None if zero.is_inference() else zero._version
     seen = _ZEROS.get(zero)
     if seen is None or seen[0] != version:

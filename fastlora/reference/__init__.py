@@ -8,5 +8,13 @@ from .dora import dora_linear
 from .gated import gated_mlp
 from .grouped import lora_grouped
 from .lora import lora_linear, lora_linears
+from .multi import multi_lora_linear
 
-__all__ = ["dora_linear", "gated_mlp", "lora_grouped", "lora_linear", "lora_linears"]
+__all__ = [
+    "dora_linear",
+    "gated_mlp",
+    "lora_grouped",
+    "lora_linear",
+    "lora_linears",
+    "multi_lora_linear",
+]

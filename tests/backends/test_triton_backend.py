@@ -108,7 +108,7 @@ def test_no_rows_launch_nothing_and_say_nothing():
 
 
 def test_a_row_too_many_is_a_reason(monkeypatch):
-    monkeypatch.setattr(cover, "_LONGEST", 10)
+    monkeypatch.setattr(cover, "LONGEST", 10)
     projection = make_projection(4, 6, 2, torch.float32)
     with pytest.warns(UserWarning, match="count to 10, but x has 11 rows"):
         check_against_oracle(make_x(11, 6), [projection])

@@ -56,10 +56,15 @@ def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
 def test_some_rows_in_memory_that_others_have_beside_them(weight):
     n, k = weight.shape
     memory = torch.full((n, k + 3), 7.0)
-    weight.read(3, memory[3 : n - 1, 1 : k + 1])
+    weight.format.read(weight.tensors, 3, memory[3 : n - 1, 1 : k + 1])
     expected = torch.full((n, k + 3), 7.0)
     expected[3 : n - 1, 1 : k + 1] = by_elements(weight)[3:-1]
     assert torch.equal(memory, expected)
+
+
+def test_a_source_gives_the_same_rows(weight):
+    rows = weight.read(2, torch.empty(5, weight.shape[1]))
+    assert torch.equal(rows, by_elements(weight)[2:7])
 
 
 def test_the_text_tells_the_format(weight):

@@ -123,3 +123,14 @@ def test_files_copies_and_the_way_back_stay_pefts(kind):
         assert torch.equal(copy.deepcopy(model)(x), model(x))
     fastlora.restore(model)
     assert [type(layer) for layer in model.modules()] == classes
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8", "float8", "gguf-q8_0"])
+def test_compiled_without_a_break(kind):
+    model, x = peft_model(kind), torch.randn(12, K, requires_grad=True)
+    fastlora.optimize(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ys = model(x), compiled(x)
+    torch.testing.assert_close(*ys)
+    for one, other in zip(*[torch.autograd.grad(y.sum(), x) for y in ys], strict=True):
+        torch.testing.assert_close(one, other)

@@ -15,37 +15,43 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "blocks", "formats", "projection", "segments", "reference", "backends",
-    "ops", "quant", "frozen", "base", "hooks", "activation", "experts", "adapted", "layer",
-    "expert_weight", "expert_layer", "modules", "gather", "classes", "beside", "report", "mlp",
-    "batch", "model", "peft", "price", "trainer", "doctor", "__main__", "moved", "__init__",
+    "version", "kernels", "blocks", "formats", "projection", "segments", "mapping", "reference",
+    "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts", "adapted",
+    "quantised", "layer", "expert_weight", "expert_layer", "modules", "gather", "classes", "beside",
+    "report", "mlp", "batch", "model", "peft", "price", "trials", "trainer", "doctor", "__main__",
+    "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
-        "common", "launch", "target", "config", "segments", "sum_planes", "project", "gemm_lowrank",
-        "weight_grad", "gated", "defaults", "plan", "script", "kept",
+        "common", "launch", "target", "config", "segments", "sum_planes", "project", "packed",
+        "gemm_lowrank", "weight_grad", "dequant", "gated", "defaults", "plan", "script", "kept",
     ],
     "formats": ["format", "scales", "four_bit", "int8", "affine", "float8", "gguf", "hqq"],
-    "reference": ["lora", "dora", "gated", "grouped"],
+    "reference": ["lora", "dora", "gated", "grouped", "multi"],
     "backends": [
-        "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "torch", "triton",
+        "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "multi", "torch",
+        "triton",
     ],
-    "triton": ["cover", "layer", "grouped", "gated"],
+    "triton": ["cover", "packed", "layer", "grouped", "gated"],
     "quant": ["vendor", "bitsandbytes", "torchao", "float8", "gguf", "hqq"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
-        "routing", "experts",
+        "routing", "experts", "multi_checks", "multi_function", "multi_library", "multi",
     ],
     "model": [
         "config", "experts", "candidates", "targets", "adapter_config", "arguments", "inject",
         "merge", "embeddings", "files", "expert_files", "tensors", "checkpoint",
     ],
     "peft": [
-        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading",
-        "layer", "bitsandbytes", "torchao", "hqq", "experts", "swap", "block", "sharding",
-        "uncalled", "records", "trial", "check",
+        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
+        "layer", "bitsandbytes", "torchao", "hqq", "experts", "mixed_model", "swap", "block",
+        "sharding", "uncalled", "records", "trial", "check",
+    ],
+    "trials": [
+        "trial", "options", "record", "batches", "layer", "state", "plot", "progress", "training",
+        "search",
     ],
     "price": ["record", "count", "measure", "quote", "load"],
     "doctor": ["dtypes", "processor", "call", "self_test", "report"],
@@ -53,7 +59,7 @@ ORDER_INSIDE = {
 # Imported inside of functions, when a model with PEFT's layers is met.
 LATE = {
     "peft": {
-        "coverage": {"records", "sharding", "uncalled"},
+        "coverage": {"mixed", "records", "sharding", "uncalled"},
         "optimize": {"block", "swap", "trial"},
     }
 }

@@ -25,7 +25,7 @@ from benchmarks.report import align
 from fastlora.kernels.config import default_config
 from fastlora.kernels.target import TARGETS
 
-from .cases import Case, GatedCase, cases, gated_cases, launches
+from .cases import Case, DequantCase, GatedCase, cases, dequant_cases, gated_cases, launches
 from .machine_code import compile_launch
 
 NAMES = [name for name, target in TARGETS.items() if target.kind != "cpu"]
@@ -55,7 +55,7 @@ def rows_of(case: Case) -> list[dict]:
         raise RuntimeError(f"{case.name} doesn't compile") from error
 
 
-def rows_of_gated(case: GatedCase) -> list[dict]:
+def rows_without_config(case: GatedCase | DequantCase) -> list[dict]:
     """The same of a call that has no config."""
     target = TARGETS[case.target]
     try:
@@ -86,9 +86,11 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="most configs in one form alone")
     arguments = parser.parse_args()
     chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
-    gated = [case for name in arguments.target for case in gated_cases(name)]
+    others = [
+        case for name in arguments.target for case in [*gated_cases(name), *dequant_cases(name)]
+    ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = [*pool.map(rows_of, chosen, chunksize=4), *pool.map(rows_of_gated, gated)]
+        found = [*pool.map(rows_of, chosen, chunksize=4), *pool.map(rows_without_config, others)]
     rows = [row for each in found for row in each]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
     if arguments.json:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.forms import Form, Operands
+from benchmarks.forms import PACKED, Form, Operands, random_packed
 from fastlora.kernels.config import DEFAULTS, Config
+from fastlora.kernels.dequant import dequant
 from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fastlora.kernels.gemm_lowrank import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
@@ -44,6 +45,24 @@ class GatedCase:
         gated_backward(dy, gate, up, self.activation, d_gate, d_up)
 
 
+@dataclass(frozen=True)
+class DequantCase:
+    """A packed weight made dense, on one target; it has no config."""
+
+    target: str
+    kind: str
+    columns: int = 4096
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} dequant {self.kind} K{self.columns} {self.dtype}"
+
+    def run(self) -> None:
+        packed = random_packed(self.kind, 4096, self.columns, "meta")
+        dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[self.dtype], device="meta"))
+
+
 def describe(config: Config | None) -> str:
     """``128x256x64-w8-s3-tma``."""
     if config is None:
@@ -54,23 +73,28 @@ def describe(config: Config | None) -> str:
     return f"{tile}-w{config.warps}-s{config.stages}{loader}"
 
 
-def launches(case: Case | GatedCase) -> list[Launch]:
+def launches(case: Case | GatedCase | DequantCase) -> list[Launch]:
     """What the call would launch, its tensors being meta tensors."""
     records: list[Launch] = []
     with use_target(TARGETS[case.target]), intercept(records.append):
-        if isinstance(case, GatedCase):
+        if isinstance(case, GatedCase | DequantCase):
             case.run()
         else:
             Operands(case.form, "meta").run(case.config)
     return records
 
 
+# A word for each kind of packed weight.
+_KINDS = dict(zip(("nf4", "nf4-nested", "int8", "float8"), PACKED, strict=True))
 # What the call computes, and what isn't the usual: rank, projections … (`_case`).
 # Every row of a table is compiled in the first list's forms, the first two in the second's too.
 _FORMS: dict[str, tuple[list[str], list[str]]] = {
     "gemm_lowrank": (
         ["y bias", "dx mask", "y,h M16"],
         ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
+    ),
+    "packed": (
+        ["y bias M64 nf4-nested"], ["dx M64 n3 mask nf4", "dx M64 int8", "y,h M16 float8"],
     ),
     "add": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
     "add of a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
@@ -119,6 +143,15 @@ def cases(target: str, brief: bool = False) -> list[Case]:
     return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]
 
 
+def dequant_cases(target: str) -> list[DequantCase]:
+    """Every kind, and blocks of scales across rows."""
+    others = [
+        DequantCase(target, PACKED[1], columns=1000),
+        DequantCase(target, PACKED[0], dtype="f32"),
+    ]
+    return [DequantCase(target, kind) for kind in PACKED] + others
+
+
 def gated_cases(target: str) -> list[GatedCase]:
     """Every activation, and every dtype."""
     others = [GatedCase(target, "silu", dtype) for dtype in ("f16", "f32")]
@@ -138,6 +171,7 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
         adapter_dtype=torch.bfloat16 if "bf16-adapter" in rest else torch.float32,
         dropout=0.1 * ("mask" in rest), bias="bias" in rest,
         precision=precision if precision and TARGETS[target].tf32 else "ieee",
+        packed=next((_KINDS[word] for word in rest if word in _KINDS), ""),
         segments=number.get("s", 0),
     )  # fmt: skip
     others = [word for word in rest if word != dtype]

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...formats.format import Quantised
 from ...projection import Layout, Output, named_tensors, unflatten
 
 try:
@@ -23,7 +22,7 @@ except ImportError as error:
 # The GPUs that calls can be planned for, without one.
 TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
-_LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
+LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _MOST_EXPERTS = 2**16 - 2  # a grid's y counts to 2¹⁶ - 1, of which one is nobody's
 _NOTHING = nullcontext()
 # z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
@@ -42,9 +41,8 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
             return "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
-        if isinstance(output.base.weight, Quantised):
-            return "the Triton kernels have no packed weights"
-        if output.base.weight.dim() == 3 and len(output.base.weight) > _MOST_EXPERTS:
+        weight = output.base.weight
+        if isinstance(weight, Tensor) and weight.dim() == 3 and len(weight) > _MOST_EXPERTS:
             return f"the Triton kernels have no grid for more than {_MOST_EXPERTS} experts"
         for _, tensor in named_tensors(output):
             if tensor is None:
@@ -53,8 +51,8 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
                 return f"the Triton kernels don't have {tensor.dtype}"
             if tensor.is_neg():
                 return _NEGATED
-            if max(tensor.shape) > _LONGEST:
-                return f"the Triton kernels count to {_LONGEST}, but a tensor is longer"
+            if max(tensor.shape) > LONGEST:
+                return f"the Triton kernels count to {LONGEST}, but a tensor is longer"
     if dtype == torch.float32 and not target.float32:
         return f"{target.name} multiplies no float32 in tensor cores"
     return "" if dtype in _COVERED else f"the Triton kernels don't have {dtype}"
@@ -82,8 +80,8 @@ def covers(
     reason = why_not(x.dtype, x.device, unflatten(tensors, layouts))
     if not reason and any(tensor is not None and tensor.is_neg() for tensor in (x, *dys)):
         reason = _NEGATED
-    if not reason and len(x) > _LONGEST:
-        reason = f"the Triton kernels count to {_LONGEST}, but x has {len(x)} rows"
+    if not reason and len(x) > LONGEST:
+        reason = f"the Triton kernels count to {LONGEST}, but x has {len(x)} rows"
     if reason and reason not in _said:
         _said.add(reason)
         warnings.warn(f"this call runs on the torch backend: {reason}", stacklevel=user_level())

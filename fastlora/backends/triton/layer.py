@@ -11,6 +11,7 @@ from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatt
 from .. import torch as torch_backend
 from ..protocol import Settings
 from .cover import covers, current, empty_like, kernels, precision_of
+from .packed import are_plain, is_unpackable, made_dense, needs_torch, read_by
 
 
 def forward(
@@ -18,6 +19,9 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
     x, count = inputs[0], len(settings.layouts)
+    if needs_torch(settings.layouts):
+        inputs, layouts = made_dense(inputs, settings.layouts)
+        settings = settings._replace(layouts=layouts)
     with current(x.device):
         made = kernels.replayed(
             _forward,
@@ -41,6 +45,8 @@ def backward(
 ) -> list[Tensor | None]:
     """As the torch backend's: the gradient of each input that needs one, else None."""
     x = inputs[0]
+    if needs_torch(settings.layouts):
+        return _backward_of_dense(dys, inputs, hs, needs, seeds, settings)
     with current(x.device):
         made = kernels.replayed(
             _backward,
@@ -51,6 +57,23 @@ def backward(
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
     return made
+
+
+def _backward_of_dense(
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    settings: Settings,
+) -> list[Tensor | None]:
+    """The same of weights in formats that no kernel reads."""
+    needs_x, *rest = needs
+    inputs, layouts = made_dense(inputs, settings.layouts)
+    needs = [needs_x, *flatten(unflatten(rest, settings.layouts), layouts)]
+    dense = settings._replace(layouts=layouts)
+    dx, *gradients = backward(dys, inputs, hs, needs, seeds, dense)
+    return [dx, *flatten(unflatten(gradients, layouts), settings.layouts)]
 
 
 class Common(NamedTuple):
@@ -157,8 +180,11 @@ def _forward_plan(x: Tensor, output: Output[Tensor], common: Common) -> "kernels
     if not output.adapters:
         return None
     ranks = [len(adapter.lora_a) for adapter in output.adapters]
-    rows, masked = len(output.base.weight), common.seeds is not None
-    return kernels.plan_for(x, rows, x.shape[1], ranks, common.precision, masked=masked)
+    rows, masked = output.base.weight.shape[0], common.seeds is not None
+    packed = is_unpackable([output.base.weight])
+    return kernels.plan_for(
+        x, rows, x.shape[1], ranks, common.precision, masked=masked, packed=packed
+    )
 
 
 def _y(
@@ -172,20 +198,21 @@ def _y(
     """x weightᵀ + Σ h lora_bᵀ + bias, [M, N]; ``makes_h``: fill h [M, r] in the same launch."""
     (weight, bias), adapters = output
     if plan is None:
-        return linear(x, weight, None if bias is None else bias.to(x.dtype))
-    y, v = x.new_empty(len(x), len(weight)), [adapter.lora_b.T for adapter in adapters]
+        return linear(x, read_by(weight, x), None if bias is None else bias.to(x.dtype))
+    y, v = x.new_empty(len(x), weight.shape[0]), [adapter.lora_b.T for adapter in adapters]
     if plan.fused:
+        unpacks = plan.unpacks and is_unpackable([weight])
         a, factor = None, 1.0
         if makes_h:
             a, factor = adapters[0].lora_a.T, float(adapters[0].scale)
         kernels.gemm_lowrank(
-            y, [x], [weight.T], hs, v, precision=precision, bias=bias,
+            y, [x], [read_by(weight, x, unpacks).t()], hs, v, precision=precision, bias=bias,
             a=a, factor=factor, preferred=plan.gemm,
         )  # fmt: skip
         return y
     # The adapter first: torch's product adds to what it finds, behind its own loads.
     kernels.gemm_lowrank(y, [], [], hs, v, precision=precision, bias=bias)
-    return torch.addmm(y, x, weight.T, out=y)
+    return torch.addmm(y, x, read_by(weight, x).t(), out=y)
 
 
 def _through_lora_b(
@@ -226,24 +253,30 @@ def _dx(
     """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
-    fused = []
+    fused: list = []
     if terms:
         u, v = [term.dh for term in terms], [term.adapter.lora_a for term in terms]
         seeds = _join([term.seed for term in terms], common.seeds)
-        depth = sum(len(output.base.weight) for _, output in used)
+        adapted = [(dy, output.base.weight) for dy, output in used if output.adapters]
+        weights = [weight for _, weight in adapted]
+        unpackable = is_unpackable(weights)
+        depth = sum(output.base.weight.shape[0] for _, output in used)
         ranks, masked = [dh.shape[1] for dh in u], seeds is not None
         plan = kernels.plan_for(
-            x, x.shape[1], depth, ranks, common.precision, masked=masked, backward=True
-        )
-        if plan.fused:
-            fused = [(dy, output.base.weight) for dy, output in used if output.adapters]
+            x, x.shape[1], depth, ranks, common.precision,
+            masked=masked, backward=True, packed=unpackable,
+        )  # fmt: skip
+        unpacks = plan.unpacks and unpackable
+        # Of weights that are made dense for it, one at a time is in memory.
+        if plan.fused and (unpacks or len(weights) == 1 or are_plain(weights)):
+            fused = adapted
         kernels.gemm_lowrank(  # first, as in the forward
-            dx, [dy for dy, _ in fused], [weight for _, weight in fused], u, v,
+            dx, [dy for dy, _ in fused], [read_by(weight, x, unpacks) for _, weight in fused], u, v,
             precision=common.precision, dropout=common.dropout, seeds=seeds, preferred=plan.gemm,
         )  # fmt: skip
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
-        torch.addmm(dx, dy, weight, beta=float(bool(terms) or i > 0), out=dx)
+        torch.addmm(dx, dy, read_by(weight, x), beta=float(bool(terms) or i > 0), out=dx)
     return dx
 
 

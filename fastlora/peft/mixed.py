@@ -1,0 +1,110 @@
+"""A mixed batch: ``model(…, adapter_names=[…])``, a name a sample, in training too.
+
+PEFT hands the names to every LoRA layer by hooks, which it removes when the call ends.  A layer
+reads its adapters by name (:mod:`.reading`), and runs them all as one node.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from ..frozen import fits
+from ..mapping import AdapterMapping
+from ..modules import some
+from ..ops import multi_lora_linear
+from ..projection import Adapter, Base
+from ..quant import PackedLayer
+from .reading import read_adapter, read_base
+
+_NONE = "__base__"  # PEFT's name for no adapter
+
+
+class MixedReading(NamedTuple):
+    """The layer with all adapters that a batch names; or ``reason``, why its call is PEFT's."""
+
+    reason: str
+    base: Base[Tensor] | None = None
+    adapters: tuple[Adapter[Tensor], ...] = ()
+    dropouts: tuple[float, ...] = ()  # of each
+    packed: PackedLayer | None = None  # of a quantised base
+
+
+def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor | None:
+    """The output for x, whose samples have these adapters; None where the call is PEFT's.
+
+    An adapter that this layer doesn't have is none, as in PEFT.
+    """
+    if layer.disable_adapters or layer.merged or not isinstance(names, list | tuple):
+        return None
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.is_nested or len(x) != len(names):
+        return None
+    own = layer._modules["lora_A"]._modules
+    find = _mapping if torch.compiler.is_compiling() else _kept_mapping
+    used, mapping = find(tuple(names), tuple(own))
+    reading = read_mixed(layer, used) if used else MixedReading("it is the base layer's call")
+    if reading.base is None or not fits(x, reading.base.weight):
+        return None
+    weight, bias = reading.base
+    lora_a, lora_b, scales = zip(*reading.adapters, strict=True)
+    p = reading.dropouts
+
+    def run(x: Tensor) -> Tensor:
+        return multi_lora_linear(
+            x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=p
+        )
+
+    return run(x) if reading.packed is None else reading.packed.call(x, run)
+
+
+def read_mixed(layer: LoraLayer, names: Sequence[str]) -> MixedReading:
+    """Read the layer for a batch that names these adapters, all of which it has."""
+    reason, weight, bias, packed = read_base(layer._modules["base_layer"])
+    if reason:
+        return MixedReading(reason)
+    adapters, dropouts = [], []
+    for name in names:
+        if layer.lora_variant and name in layer.lora_variant:
+            return MixedReading(f"its adapter {name} is no plain LoRA (DoRA, …)")
+        one = read_adapter(layer, name, weight, weight.shape)
+        if one.adapter is None:
+            return MixedReading(one.reason)
+        if one.shift is not None:
+            return MixedReading(f"its adapter {name} has a bias (lora_bias)")
+        adapters.append(one.adapter)
+        dropouts.append(one.p)
+    return MixedReading("", Base(weight, bias), tuple(adapters), tuple(dropouts), packed)
+
+
+def _mapping(
+    names: tuple[str, ...], own: tuple[str, ...]
+) -> tuple[tuple[str, ...], AdapterMapping]:
+    """Which of a layer's adapters are named, and which sample is whose: the same for all layers.
+
+    It depends on names alone, so that adapters may come and go.
+    """
+    known = set(own)
+    used = tuple(dict.fromkeys(n for n in names if n != _NONE and n in known))
+    numbers = {name: i for i, name in enumerate(used)}
+    return used, AdapterMapping([numbers.get(name, -1) for name in names], max(1, len(used)))
+
+
+_kept_mapping = lru_cache(maxsize=64)(_mapping)
+
+
+def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """On layers whose mixed batches stay PEFT's, where a model has several adapters."""
+    reasons: dict[str, list[str]] = {}
+    for name, layer in layers:
+        if isinstance(layer, LoraLayer):
+            names = list(layer._modules["lora_A"]._modules)
+            reason = read_mixed(layer, names).reason if len(names) > 1 else ""
+            if reason:
+                reasons.setdefault(reason, []).append(name)
+    return tuple(
+        f"mixed batches (adapter_names) stay PEFT's in {len(found)}: {some(found)}: {reason}"
+        for reason, found in reasons.items()
+    )

@@ -1,0 +1,107 @@
+"""LoRAQuantised: what a vendor's quantised linear layer does with an adapter beside its weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .adapted import LoRALayer
+from .blocks import buffer_for, widened
+from .ops import lora_linears
+from .ops.autocast import autocast_off
+from .projection import Projection
+from .quant import PackedLayer, Vendor, vendor_of
+
+
+class LoRAQuantised(LoRALayer):
+    """A vendor's class, which comes after this one, with an adapter.
+
+    Class, tensors and state dict stay the vendor's; the layer is read as it is in every call, which
+    raises ValueError with the reason if it can't be.
+    """
+
+    is_dense = False  # whether it is merged into a plain weight, which its class can't call
+
+    @property
+    def vendor(self) -> Vendor:
+        vendor = vendor_of(self, self.plain_class)
+        assert vendor is not None
+        return vendor
+
+    def packed(self) -> PackedLayer:
+        """The weight as it is now.  Raises ValueError if it can't be read."""
+        found = self.vendor.read(self)
+        if isinstance(found, str):
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
+        return found
+
+    def projection(self) -> Projection:
+        weight: Any = self.packed().weight
+        return Projection(weight, self.lora_A, self.lora_B, self.bias, self.scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            if self.is_dense and not (self.training and torch.is_grad_enabled()):
+                return linear(x, self.weight.to(x.dtype), self.bias)
+            return super().forward(x)
+        packed, group = self.packed(), (self.projection(),)
+
+        def run(x: Tensor) -> Tensor:
+            return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
+
+        return packed.call(x, run)
+
+    def merged_weight(self) -> Tensor:
+        """weight + scaling · lora_B lora_A in float32, block by block of rows."""
+        weight = self.packed().weight
+        merged = torch.empty(weight.shape, device=weight.device)
+        with torch.no_grad(), autocast_off(weight.device.type):
+            left, right = self.lora_B.float(), self.lora_A.float()
+            for rows, base in widened(weight, buffer_for(weight, torch.float32)):
+                torch.addmm(base, left[rows], right, alpha=self.scaling, out=merged[rows])
+        return merged
+
+    def put_merged(self, weight: Tensor, keep_base: bool, requantise: bool) -> float:
+        """Put the merged weight in the base's place, packed again or as it is.
+
+        Returns ‖packed - merged‖ / ‖merged‖, 0 without packing.
+        """
+        vendor = self.vendor
+        new = vendor.pack(self, weight) if requantise else nn.Parameter(weight, False)
+        self.__dict__["_base_weight"] = vendor.take(self) if keep_base else None
+        if requantise:
+            vendor.put(self, new)
+        else:
+            self.weight = new
+        self.is_dense, self.merged = not requantise, True
+        return self._distance(weight) if requantise else 0.0
+
+    def unmerge(self) -> None:
+        if not self.can_unmerge:
+            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
+        self.vendor.put(self, self.__dict__["_base_weight"])
+        self.__dict__["_base_weight"] = None
+        self.is_dense = self.merged = False
+
+    def detach_adapter(self) -> None:
+        """Become the vendor's layer again, or ``nn.Linear`` if it is merged into a plain weight."""
+        is_dense = self.__dict__.pop("is_dense", False)
+        super().detach_adapter()
+        if is_dense:
+            object.__setattr__(self, "__class__", nn.Linear)
+
+    def _distance(self, weight: Tensor) -> float:
+        packed, total = self.packed().weight, weight.new_zeros(())
+        for rows, some in widened(packed, buffer_for(packed, torch.float32)):
+            total += (some - weight[rows]).square().sum()
+        return (total.sqrt() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+
+    def _apply(self, fn: Any, recurse: bool = True):
+        kept, self.__dict__["_base_weight"] = self._base_weight, None
+        super()._apply(fn, recurse)
+        if kept is not None:
+            # A parameter of the vendor's moves with what belongs to it.
+            with torch.no_grad():
+                self.__dict__["_base_weight"] = fn(kept)
+        return self

@@ -1,0 +1,1 @@
+"""Many LoRA configurations on one base, side by side: ``fastlora.sweep``."""

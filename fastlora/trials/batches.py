@@ -1,0 +1,100 @@
+"""The batches of training: their order, which all trials share, and several of them as one."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..projection import shown
+
+Batch = dict[str, Tensor]
+_PADDING = {"labels": -100}
+
+
+class Feed:
+    """The batches of ``data``, over and over, in an order that the seed fixes.
+
+    ``skip`` of them were taken before.
+    """
+
+    def __init__(self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0) -> None:
+        self.data, self.seed, self.taken = data, seed, 0
+        self._batches = self._forever()
+        for _ in range(skip):
+            next(self._batches)
+        self.taken = skip
+
+    def take(self, count: int) -> Batch:
+        """The next batches, joined."""
+        self.taken += count
+        return joined([next(self._batches) for _ in range(count)])
+
+    def _forever(self) -> Iterator[Batch]:
+        epoch = 0
+        while True:
+            # A shuffling loader draws its order when its first batch is asked for.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed + epoch)
+                batches = iter(self.data)
+                first = next(batches, None)
+            if first is None:
+                what = "gives no batch" if epoch == 0 else "ends, and can't be read again"
+                raise ValueError(f"data {what}: give a list of batches or a DataLoader")
+            yield as_batch(first)
+            for batch in batches:
+                yield as_batch(batch)
+            epoch += 1
+
+
+def as_batch(batch: Any) -> Batch:
+    """Its tensors by name.
+
+    Raises ValueError unless it maps names to tensors with one number of examples, and has labels.
+    """
+    found = {k: v for k, v in batch.items() if isinstance(v, Tensor)} if _maps(batch) else {}
+    if "labels" not in found or any(tensor.dim() == 0 for tensor in found.values()):
+        raise ValueError(
+            f"a batch is {shown(batch)}, but must map names to tensors, [examples, …], with "
+            "'labels'"
+        )
+    if len({len(tensor) for tensor in found.values()}) > 1:
+        sizes = {name: len(tensor) for name, tensor in found.items()}
+        raise ValueError(f"a batch has tensors of different numbers of examples: {sizes}")
+    return found
+
+
+def _maps(batch: Any) -> bool:
+    return isinstance(batch, Mapping) or hasattr(batch, "items")
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of the examples of all, filled up on the right to the longest.
+
+    Raises ValueError for lengths that differ where no ``attention_mask`` says so to the model.
+    """
+    first, *others = batches
+    if not others:
+        return first
+    whole = {}
+    for name, tensor in first.items():
+        parts = [batch[name] for batch in batches]
+        length = max(part.shape[-1] for part in parts) if tensor.dim() > 1 else 0
+        if any(part.dim() > 1 and part.shape[-1] < length for part in parts):
+            if "attention_mask" not in first:
+                raise ValueError(
+                    "batches of different lengths can't be joined without an 'attention_mask'"
+                )
+            fill = _PADDING.get(name, 0)
+            parts = [pad(part, (0, length - part.shape[-1]), value=fill) for part in parts]
+        whole[name] = torch.cat(parts)
+    return whole
+
+
+def repeated(batch: Batch, times: int, device: torch.device) -> Batch:
+    """The whole batch once for each trial, one after the other, on the device."""
+    return {
+        name: tensor.to(device).repeat(times, *[1] * (tensor.dim() - 1))
+        for name, tensor in batch.items()
+    }

@@ -1,0 +1,163 @@
+"""Layers with an adapter for each trial, which the rows of a batch are shared out to."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..adapted import new_adapter
+from ..base import matrix_of
+from ..mapping import AdapterMapping
+from ..model.targets import find_targets
+from ..ops import multi_lora_linear
+from .trial import Trial
+
+_RECORD = "_fastlora_trials"
+
+
+class Rows:
+    """Which trial each sequence of the running batch belongs to; all layers look there.
+
+    Without a batch of the trials' the layers are the base's.
+    """
+
+    def __init__(self, trials: int) -> None:
+        self.trials = trials
+        self._owners: tuple[int, ...] = ()
+        self._mappings: dict[tuple[int, ...], AdapterMapping] = {}
+
+    def share_out(self, trials: Sequence[int], sequences: int) -> None:
+        """So many sequences to each of the trials, in this order."""
+        owners = tuple([trial for trial in trials for _ in range(sequences)])
+        if owners != self._owners:
+            self._owners, self._mappings = owners, {}
+
+    def mapping(self, members: tuple[int, ...]) -> AdapterMapping | None:
+        """For a layer that these trials adapt."""
+        if members not in self._mappings and self._owners:
+            places = {trial: place for place, trial in enumerate(members)}
+            indices = [places.get(owner, -1) for owner in self._owners]
+            self._mappings[members] = AdapterMapping(indices, len(members))
+        return self._mappings.get(members)
+
+
+class Adapters(NamedTuple):
+    """Those of one layer: of the trials that target it, in their order."""
+
+    members: tuple[int, ...]
+    lora_a: list[nn.Parameter]
+    lora_b: list[nn.Parameter]
+    scales: list[float]
+    dropouts: list[float]
+    rows: Rows
+
+
+class TrialsLayer(nn.Module):
+    """A linear layer's class, which comes after this one, with the adapters of several trials."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapters: Adapters = self.__dict__[_RECORD]
+        mapping = adapters.rows.mapping(adapters.members)
+        if mapping is None:
+            return super().forward(x)
+        return multi_lora_linear(
+            x,
+            matrix_of(self),
+            adapters.lora_a,
+            adapters.lora_b,
+            mapping,
+            bias=cast(Any, self).bias,
+            scales=adapters.scales,
+            dropout=adapters.dropouts,
+            training=self.training,
+        )
+
+
+@cache
+def _class_over(plain: Any) -> Any:
+    return type(plain.__name__, (TrialsLayer, plain), {})
+
+
+class Attached(NamedTuple):
+    """What a model has while trials train: the trials' parameters by name, and their rows."""
+
+    parameters: list[dict[str, nn.Parameter]]  # of each trial: "layer.lora_A" and so on
+    rows: Rows
+
+
+@contextmanager
+def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[Attached]:
+    """Inside, the model's layers have every trial's adapter, and nothing else of it trains.
+
+    A trial's adapters are those that ``apply_lora`` would make after ``torch.manual_seed(seed)``.
+    Raises what :func:`fastlora.apply_lora` raises for a target, and leaves the model as it was.
+    """
+    targets = [find_targets(model, trial.config, (), every_name=True).layers for trial in trials]
+    made: list[dict[str, tuple[nn.Parameter, nn.Parameter]]] = []
+    for trial, layers in zip(trials, targets, strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made.append({name: _adapter(trial, name, layer) for name, layer in layers.items()})
+    rows = Rows(len(trials))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for name, layer in model.named_modules():
+            members = tuple([i for i, adapters in enumerate(made) if name in adapters])
+            if members:
+                layer.__dict__[_RECORD] = _adapters_of(name, members, trials, made, rows)
+                changed.append((layer, type(layer)))
+                layer.__class__ = _class_over(cast(Any, type(layer)))
+        yield Attached([_named(adapters) for adapters in made], rows)
+    finally:
+        for layer, plain in changed:
+            layer.__class__ = plain
+            del layer.__dict__[_RECORD]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _adapter(trial: Trial, name: str, layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    weight = matrix_of(layer)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return new_adapter(weight, trial.config.rank_of(name), trial.config.init_lora_weights, dtype)
+
+
+def _adapters_of(
+    name: str,
+    members: tuple[int, ...],
+    trials: Sequence[Trial],
+    made: Sequence[dict[str, tuple[nn.Parameter, nn.Parameter]]],
+    rows: Rows,
+) -> Adapters:
+    configs = [trials[i].config for i in members]
+    ranks = [config.rank_of(name) for config in configs]
+    scales = [
+        config.alpha_of(name) / (math.sqrt(r) if config.use_rslora else r)
+        for config, r in zip(configs, ranks, strict=True)
+    ]
+    pairs = [made[i][name] for i in members]
+    return Adapters(
+        members,
+        [lora_a for lora_a, _ in pairs],
+        [lora_b for _, lora_b in pairs],
+        scales,
+        [config.lora_dropout for config in configs],
+        rows,
+    )
+
+
+def _named(
+    adapters: dict[str, tuple[nn.Parameter, nn.Parameter]],
+) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{which}" if name else which: parameter
+        for name, pair in adapters.items()
+        for which, parameter in zip(("lora_A", "lora_B"), pair, strict=True)
+    }

@@ -1,0 +1,106 @@
+"""What a sweep found: a line for each trial, the best first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .trial import Trial
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trial: how it went.
+
+    ``losses`` are held out: pairs of (step, loss).  ``seconds`` is its share of the steps it took
+    part in.  ``steps`` is fewer than the sweep's if it was stopped on the way.
+    """
+
+    trial: Trial
+    parameters: int
+    bytes: int  # of them, which is the size of the adapter's file
+    losses: tuple[tuple[int, float], ...]
+    seconds: float
+    steps: int
+
+    @property
+    def loss(self) -> float:
+        """The last held-out loss."""
+        return self.losses[-1][1]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All trials; prints as a table, the best first.
+
+    ``best`` is the trial with the lowest held-out loss of those that ran to the end, ``folder`` has
+    its adapter in ``best/``, everyone's in ``adapters/NAME/``, ``sweep.json`` and ``losses.png``.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    steps: int
+    seconds: float
+    folder: Path
+
+    @property
+    def best(self) -> Outcome:
+        whole = [outcome for outcome in self.outcomes if outcome.steps == self.steps]
+        return min(whole, key=_order)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a program: plain numbers and texts."""
+        outcomes = [
+            {
+                "name": outcome.trial.name,
+                "learning_rate": outcome.trial.learning_rate,
+                "config": {k: v for k, v in vars(outcome.trial.config).items() if v is not None},
+                "parameters": outcome.parameters,
+                "bytes": outcome.bytes,
+                "losses": outcome.losses,
+                "seconds": outcome.seconds,
+                "steps": outcome.steps,
+            }
+            for outcome in self.outcomes
+        ]
+        return {
+            "best": self.best.trial.name,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "trials": outcomes,
+        }
+
+    def __str__(self) -> str:
+        ranked = sorted(self.outcomes, key=lambda outcome: (-outcome.steps, _order(outcome)))
+        rows = [_TITLES, *map(_cells, ranked)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [_line(row, widths) for row in rows]
+        lines.append(f"{self.steps} steps, {self.seconds:.0f} s; best: {self.best.trial.name}")
+        return "\n".join(lines)
+
+
+_TITLES = ("trial", "r", "learning rate", "parameters", "MiB", "held-out loss", "steps", "seconds")
+
+
+def _cells(outcome: Outcome) -> tuple[str, ...]:
+    trial = outcome.trial
+    return (
+        trial.name,
+        f"{trial.config.r}",
+        f"{trial.learning_rate:g}",
+        f"{outcome.parameters:,}",
+        f"{outcome.bytes / 2**20:.1f}",
+        f"{outcome.loss:.4f}",
+        f"{outcome.steps}",
+        f"{outcome.seconds:.0f}",
+    )
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, *numbers = row
+    cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+    return "  ".join([name.ljust(widths[0]), *cells])
+
+
+def _order(outcome: Outcome) -> float:
+    """Its place in an order in which NaN is last."""
+    return outcome.loss if outcome.loss == outcome.loss else float("inf")

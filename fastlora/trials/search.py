@@ -1,0 +1,141 @@
+"""``fastlora.sweep``: trains many LoRA configurations side by side, on one base, in one process."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import in_mode
+from ..model.arguments import check_folder, check_model, check_plain
+from ..model.checkpoint import save_adapter
+from ..model.files import write_whole
+from ..model.inject import apply_lora, remove_lora
+from ..modules import unwrap
+from ..projection import check_switch
+from . import state as states
+from .batches import Feed, as_batch
+from .layer import attached
+from .options import Options
+from .plot import draw
+from .progress import interruption
+from .record import Sweep
+from .training import Loss, Training, causal_loss
+from .trial import Trial, as_trials
+
+
+def sweep(
+    model: nn.Module,
+    configs: Sequence[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]],
+    *,
+    eval_data: Iterable[Mapping[str, Any]],
+    steps: int,
+    output_dir: str | Path,
+    halving: bool = False,
+    eval_steps: int | None = None,
+    schedule: str = "linear",
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    loss: Loss = causal_loss,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+) -> Sweep:
+    """Train every configuration on this model at once, and say which one is best.
+
+    ``configs`` is a list of dicts: fields of :class:`fastlora.LoRAConfig` (``target_modules`` is
+    "all-linear" where it isn't given), ``learning_rate``, and a ``name`` if the differing fields
+    shall not make one.  ``data`` gives batches, over and over (a list, a DataLoader): mappings of
+    tensors [examples, …] with ``labels``, the rest being what ``model`` is called with.  In each of
+    ``steps`` every trial sees the same batch, as rows of one call; its gradients, AdamW's moments,
+    learning rate and the norm that is clipped at ``max_grad_norm`` are its own.  So what it learns
+    is, to rounding, what it would learn alone.  ``loss(logits, labels)`` is a trial's mean loss.
+
+    ``halving`` stops the worse half of the trials, by held-out loss, at equal intervals until one
+    is left; the others take over the rows of those that left: batches of two, four … times the
+    examples.
+
+    ``eval_data`` gives the batches of the held-out loss, every ``eval_steps`` (a quarter of the
+    steps) and in the end.  ``schedule``, "linear" to zero, "cosine" or "constant", comes behind
+    ``warmup_steps``.  Initial adapters, the order of a shuffling loader and dropout follow
+    ``seed``.
+
+    ``output_dir`` gets ``adapters/NAME`` and ``best``, PEFT's files each; ``sweep.json``, all
+    numbers; ``losses.png``, where matplotlib is installed; and ``state.pt`` at each evaluation and
+    on Ctrl-C, which ends the running step first: with ``resume`` the sweep goes on from there, to
+    the same end.
+
+    The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: a
+    batch norm in training mixes trials.  Returns a :class:`fastlora.trials.record.Sweep`, which
+    prints as a table.  Raises ValueError or TypeError for what doesn't fit, before anything
+    changes, and what the model raises.
+    """
+    check_model(model)
+    check_switch("halving", halving)
+    check_switch("resume", resume)
+    inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
+    check_plain(inner)
+    if eval_steps is None and type(steps) is int:
+        eval_steps = max(1, steps // 4)
+    options = Options(
+        steps, halving, eval_steps, schedule, warmup_steps, weight_decay, max_grad_norm, seed
+    )
+    options.check(len(trials))
+    held_out = [as_batch(batch) for batch in eval_data]
+    if not held_out:
+        raise ValueError("eval_data gives no batch: the held-out loss is what trials are judged by")
+    settings = {"trials": [_as_plain(trial) for trial in trials], **options._asdict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    state = states.load(folder, settings) if resume else None
+    with attached(inner, trials, seed) as parts:
+        run = Training(inner, trials, parts, options, loss, held_out)
+        state = run.restored(state) if state else run.begun(settings)
+        with _kept_random_state(), in_mode(inner, training=True), interruption() as interrupted:
+            states.set_random_state(state.random)
+            run.train(state, Feed(data, seed, state.batches), folder, interrupted, progress)
+    for adapters, trial in zip(state.adapters, trials, strict=True):
+        _write(inner, trial, adapters, folder / "adapters" / trial.name)
+    found = Sweep(run.outcomes(state), steps, sum(state.seconds), folder)
+    shutil.copytree(
+        folder / "adapters" / found.best.trial.name, folder / "best", dirs_exist_ok=True
+    )
+    write_whole(folder, {"sweep.json": (json.dumps(found.as_dict(), indent=2) + "\n").encode()})
+    draw(found, folder / "losses.png")
+    return found
+
+
+def _as_plain(trial: Trial) -> dict[str, Any]:
+    """What a file of plain values holds of it."""
+    return {"name": trial.name, "learning_rate": trial.learning_rate} | {
+        key: dict(value) if isinstance(value, Mapping) else value
+        for key, value in asdict(trial.config).items()
+    }
+
+
+def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> None:
+    """The adapter in PEFT's files."""
+    with torch.random.fork_rng():
+        apply_lora(model, trial.config, frozen=False, blocks=False)
+    try:
+        with torch.no_grad():
+            for name, value in adapters.items():
+                model.get_parameter(name).copy_(value)
+        save_adapter(model, folder)
+    finally:
+        remove_lora(model)
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    before = states.random_state()
+    try:
+        yield
+    finally:
+        states.set_random_state(before)

@@ -1,0 +1,186 @@
+"""The trials while they train: a step of all, the held-out losses, and what is kept of both."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..batch import in_mode
+from . import state as states
+from .batches import Batch, Feed, repeated
+from .layer import Attached
+from .options import Options
+from .progress import bar
+from .record import Outcome
+from .state import State
+from .trial import Trial
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of the next token, in float32, as transformers computes it; -100 is none."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+class Training:
+    """The trials while they train."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trials: Sequence[Trial],
+        parts: Attached,
+        options: Options,
+        loss: Loss,
+        held_out: Sequence[Batch],
+    ) -> None:
+        self.model, self.trials, self.parts, self.options = model, trials, parts, options
+        self.loss, self.held_out = loss, held_out
+        self.eval_steps = options.eval_steps or options.steps
+        self.device = next(model.parameters()).device
+        groups = [
+            {"params": list(parameters.values()), "lr": trial.learning_rate}
+            for trial, parameters in zip(trials, parts.parameters, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+
+    def begun(self, settings: dict[str, Any]) -> State:
+        count = len(self.trials)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options.seed)
+            random = states.random_state()
+        return State(
+            settings, alive=list(range(count)), losses=[[] for _ in self.trials],
+            seconds=[0.0] * count, steps=[0] * count, random=random,
+        )  # fmt: skip
+
+    def restored(self, state: State) -> State:
+        with torch.no_grad():
+            for own, saved in zip(self.parts.parameters, state.adapters, strict=True):
+                for name, parameter in own.items():
+                    parameter.copy_(saved[name])
+        self.optimizer.load_state_dict(state.optimizer)
+        return state
+
+    def train(
+        self,
+        state: State,
+        feed: Feed,
+        folder: Path,
+        interrupted: threading.Event,
+        progress: bool,
+    ) -> None:
+        stops = self.options.rungs(len(self.trials))
+        if not state.losses[0]:
+            self._evaluate(state)
+        with bar(self.options.steps, state.step, progress) as advance:
+            while state.step < self.options.steps:
+                started = time.perf_counter()
+                found = self.step(state, feed)
+                elapsed = time.perf_counter() - started
+                for i in state.alive:
+                    state.seconds[i] += elapsed / len(state.alive)
+                    state.steps[i] += 1
+                state.step += 1
+                advance(f"{len(state.alive)} trials, loss {min(found):.3f}")
+                at_end = state.step == self.options.steps
+                keep = stops.get(state.step)
+                if keep or at_end or state.step % self.eval_steps == 0:
+                    self._evaluate(state)
+                    if keep:
+                        state.alive = _best(state, keep)
+                    self._keep(state, feed, folder)
+                elif interrupted.is_set():
+                    self._keep(state, feed, folder)
+                if interrupted.is_set() and not at_end:
+                    raise KeyboardInterrupt(
+                        f"stopped after step {state.step}: resume=True goes on from there"
+                    )
+        self._keep(state, feed, folder)
+
+    def step(self, state: State, feed: Feed) -> list[float]:
+        """One of every trial that is left; their losses."""
+        factor = self.options.factor(state.step)
+        for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
+            group["lr"] = trial.learning_rate * factor
+        batch = feed.take(len(self.trials) // len(state.alive))
+        losses = self._losses(state.alive, batch)
+        self.optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        if self.options.max_grad_norm:
+            for i in state.alive:
+                own = list(self.parts.parameters[i].values())
+                nn.utils.clip_grad_norm_(own, self.options.max_grad_norm)
+        self.optimizer.step()
+        return torch.stack(losses).tolist()
+
+    def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
+        """Each trial's mean loss on the batch."""
+        count = len(batch["labels"])
+        self.parts.rows.share_out(alive, count)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        output = self.model(**repeated(inputs, len(alive), self.device))
+        logits, labels = _logits(output), batch["labels"].to(self.device)
+        return [self.loss(own, labels) for own in logits.split(count)]
+
+    @torch.no_grad()
+    def _evaluate(self, state: State) -> None:
+        """Add the held-out losses of all trials that are left."""
+        total, weight = torch.zeros(len(state.alive), device=self.device), 0
+        with in_mode(self.model, training=False):
+            for batch in self.held_out:
+                size = int((batch["labels"] != -100).sum())
+                total += size * torch.stack(self._losses(state.alive, batch)).float()
+                weight += size
+        for i, found in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
+            state.losses[i].append((state.step, found))
+
+    def _keep(self, state: State, feed: Feed, folder: Path) -> None:
+        """Put all that is needed to go on from here into the state, and the state on the disk."""
+        state.batches, state.random = feed.taken, states.random_state()
+        state.optimizer = self.optimizer.state_dict()
+        state.adapters = [
+            {name: parameter.detach() for name, parameter in own.items()}
+            for own in self.parts.parameters
+        ]
+        states.save(state, folder)
+
+    def outcomes(self, state: State) -> tuple[Outcome, ...]:
+        return tuple(
+            Outcome(
+                trial,
+                sum(tensor.numel() for tensor in state.adapters[i].values()),
+                sum(tensor.nbytes for tensor in state.adapters[i].values()),
+                tuple([(step, loss) for step, loss in state.losses[i]]),
+                state.seconds[i],
+                state.steps[i],
+            )
+            for i, trial in enumerate(self.trials)
+        )
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__}, but must return logits, as a tensor or "
+            "as the logits of an output"
+        )
+    return logits
+
+
+def _best(state: State, count: int) -> list[int]:
+    """So many of those that are left, by their last held-out loss; NaN is the worst."""
+
+    def order(i: int) -> float:
+        loss = state.losses[i][-1][1]
+        return math.inf if math.isnan(loss) else loss
+
+    return sorted(sorted(state.alive, key=order)[:count])

@@ -1,0 +1,82 @@
+"""One configuration of a sweep: what is adapted, and how fast it learns."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..model.config import LoRAConfig
+from ..projection import is_number, shown
+
+_RATE = "learning_rate"
+_SHORT = {"lora_alpha": "alpha", "lora_dropout": "dropout", _RATE: "lr", "target_modules": ""}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration with its learning rate, and a name that serves as a folder's."""
+
+    name: str
+    config: LoRAConfig
+    learning_rate: float
+
+
+def as_trials(configs: Sequence[Mapping[str, Any]]) -> tuple[Trial, ...]:
+    """The trials that a sweep's ``configs`` stand for.
+
+    Raises TypeError for what is no list of mappings, and ValueError for a field that a trial hasn't
+    or that doesn't fit, and for two trials of one name.
+    """
+    if not isinstance(configs, Sequence) or isinstance(configs, str) or not configs:
+        raise TypeError(f"configs is {shown(configs)}, but must be a list of dicts")
+    trials = []
+    for i, entry in enumerate(configs):
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"configs[{i}] is {shown(entry)}, but must be a dict")
+        trials.append(_as_trial(i, entry, _name(entry, configs)))
+    names = [trial.name for trial in trials]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two of configs are called {name!r}: give each a 'name' of its own")
+    return tuple(trials)
+
+
+def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
+    known = {field.name for field in fields(LoRAConfig)}
+    unknown = [key for key in entry if key not in known | {_RATE, "name"}]
+    if unknown:
+        raise ValueError(
+            f"configs[{number}] has {shown(unknown[0])}, but its fields are those of "
+            f"fastlora.LoRAConfig, {_RATE!r} and 'name'"
+        )
+    rate: Any = entry.get(_RATE)
+    if not is_number(rate) or not 0 < rate < float("inf"):
+        raise ValueError(f"configs[{number}] has {_RATE} {shown(rate)}, but it must be above 0")
+    settings = {key: value for key, value in entry.items() if key in known}
+    config = LoRAConfig(**({"target_modules": "all-linear"} | settings))
+    if config.bias != "none" or config.modules_to_save or config.target_parameters:
+        raise ValueError(
+            f"configs[{number}] trains more than adapters of linear layers (bias, modules_to_save, "
+            "target_parameters): trials share all else"
+        )
+    if not re.fullmatch(r"[\w.,=+-]+", name) or name.startswith("."):
+        raise ValueError(f"configs[{number}] is called {shown(name)}, which can't be a folder's")
+    return Trial(name, config, float(rate))
+
+
+def _name(entry: Mapping[str, Any], others: Sequence[Any]) -> str:
+    """The given one, or the fields in which the configurations differ."""
+    if "name" in entry:
+        return str(entry["name"])
+    keys = [
+        key
+        for key in entry
+        if any(not isinstance(e, Mapping) or e.get(key) != entry[key] for e in others)
+    ]
+    parts = [f"{_SHORT.get(key, key)}{_text(entry[key])}" for key in keys or ["r"] if key in entry]
+    return "-".join(parts) or "trial"
+
+
+def _text(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else f"{value}"
+    return re.sub(r"[^\w.,=+-]", "_", text)

@@ -1,0 +1,78 @@
+"""A packed weight as a dense one: codes, scales and tables in one launch."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import store_tile
+from .config import cdiv, power_of_two
+from .launch import Launch, Work, launch, size_of, stated
+from .packed import Packed, packed_tile, scale_bytes, tables_of
+from .target import target_of
+
+# Elements of a program, and how many of them a row may have: 16 bytes of codes for each thread.
+_TILE, _WIDEST, _WARPS = 4096, 512, 4
+
+
+def _work(arguments: Mapping[str, Any]) -> Work:
+    codes, operands, out, rows, columns, block_rows, block_columns, packing = (
+        arguments[name]
+        for name in (
+            "codes", "operands", "out", "rows", "columns", "BLOCK_ROWS", "BLOCK_COLUMNS", "PACKING",
+        )
+    )  # fmt: skip
+    programs = cdiv(rows, block_rows) * cdiv(columns, block_columns)
+    return Work(
+        flops=out.numel(),
+        loaded=size_of(codes, *operands),
+        stored=size_of(out),
+        loaded_by_tiles=size_of(codes)
+        + scale_bytes(operands, packing, rows, columns, block_columns)
+        + size_of(operands[3]) * programs,
+    )
+
+
+@triton.jit(launch_metadata=stated(_work))
+def dequant_kernel(
+    codes, operands, out,
+    rows, columns, width,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PACKING: tl.constexpr,
+):  # fmt: skip
+    """OUT [rows, columns] = the weight that is packed."""
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    i_row = tl.program_id(0) // column_tiles * BLOCK_ROWS
+    i_column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS
+    tables = tables_of(operands, PACKING)
+    b_out = packed_tile(
+        codes, operands, tables, i_row, i_column, rows, columns, width,
+        BLOCK_ROWS, BLOCK_COLUMNS, PACKING, out.dtype.element_ty,
+    )  # fmt: skip
+    store_tile(out, b_out, i_row, i_column, rows, columns, columns, 1)
+
+
+def dequant(packed: Packed, out: Tensor) -> Tensor:
+    """out [rows, columns], contiguous, of 16 or 32 bits: computed in float32 and rounded once.
+
+    The weight has fewer than 2³¹ elements, unless it lies in rows.
+    """
+    if not packed.lies_in_rows:
+        packed = packed.in_one_row
+    rows, columns = packed.rows, packed.columns
+    block_columns = min(_TILE if rows == 1 else _WIDEST, max(16, power_of_two(columns)))
+    block_rows = min(_TILE // block_columns, power_of_two(rows))
+    arguments = {
+        "codes": packed.codes, "operands": packed.operands, "out": out,
+        "rows": rows, "columns": columns, "width": packed.width,
+        "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns,
+        "PACKING": packed.packing(target_of(out.device)),
+    }  # fmt: skip
+    grid = (cdiv(rows, block_rows) * cdiv(columns, block_columns),)
+    work = partial(_work, arguments)
+    launch(Launch(dequant_kernel, grid, arguments, warps=_WARPS, stages=1, work=work))
+    return out

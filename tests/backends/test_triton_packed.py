@@ -1,0 +1,129 @@
+"""Packed weights on the Triton backend: the oracle's numbers, and who makes what dense, when."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from device import DEVICE
+from packed import random_float8, random_four_bit, random_int8
+
+import fastlora
+from fastlora.formats.format import Format, Quantised
+from fastlora.kernels.config import FEW_ROWS
+from fastlora.kernels.launch import recorded
+from fastlora.projection import Adapter, Base, Output
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="launches are those of the interpreter")
+
+
+@dataclass(frozen=True)
+class Another(Format):
+    """Whole numbers of 8 bits: a format without a kernel."""
+
+    names = ("codes",)
+    label = "another"
+
+    def check(self, tensors) -> None:
+        """Any will do."""
+
+    def read(self, tensors, first, out):
+        return out.copy_(tensors[0][first : first + len(out)])
+
+
+def without_kernel(n: int, k: int) -> Quantised:
+    codes = torch.randint(-2, 3, (n, k), dtype=torch.int8)
+    return Quantised(Another(n, k), (codes,))
+
+
+def adapted(weights, dtype=torch.float32) -> list[Output]:
+    """With a bias each, and an adapter."""
+    return [
+        Output(
+            Base(weight, torch.randn(weight.shape[0]).to(dtype)),
+            (
+                Adapter(
+                    torch.randn(3, weight.shape[1]).requires_grad_(),
+                    torch.randn(weight.shape[0], 3).requires_grad_(),
+                    0.75,
+                ),
+            ),
+        )
+        for weight in weights
+    ]
+
+
+def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0):
+    """All outputs and gradients on the Triton backend, and the launches: ``*`` if they unpack."""
+    torch.manual_seed(1)
+    x = torch.randn(m, outputs[0].base.weight.shape[1]).to(dtype).requires_grad_()
+    with fastlora.use_backend("triton"), recorded() as launches:
+        ys = fastlora.lora_linears(x, outputs, dropout=dropout)
+        dys = [torch.randn(y.shape).to(y.dtype) for y in ys]
+        leaves = [x, *(each for output in outputs for a in output.adapters for each in a[:2])]
+        gradients = torch.autograd.grad(ys, leaves, dys)
+    names = [each.name + "*" * bool(each.arguments.get("PACKING")) for each in launches]
+    return [*ys, *gradients], names
+
+
+def count_of(names: list[str]) -> dict[str, int]:
+    kinds = {"dequant*": "dense", "gemm_lowrank*": "unpacking", "gemm_lowrank": "product"}
+    return {kind: names.count(name) for name, kind in kinds.items() if name in names}
+
+
+CASES = {
+    # weights, rows, dropout; launches of a forward and a backward
+    "few-rows": ([lambda: random_four_bit(24, 64, nested=2)], 5, 0.0, {"unpacking": 2}),
+    "as-many-as-are-few": ([lambda: random_int8(24, 40)], FEW_ROWS, 0.3, {"unpacking": 2}),
+    "one-more": ([lambda: random_int8(24, 40)], FEW_ROWS + 1, 0.0, {"dense": 2, "product": 2}),
+    "blocks-over-rows": ([lambda: random_four_bit(24, 40)], 5, 0.3, {"dense": 2, "product": 2}),
+    "group-few": ([lambda: random_int8(24, 40), lambda: random_int8(9, 40)], 5, 0.3,
+                  {"unpacking": 3}),
+    # dx in place: there is memory for one dense weight at a time
+    "group-many": ([lambda: random_int8(24, 40), lambda: random_int8(9, 40)], 70, 0.3,
+                   {"dense": 4, "product": 3}),
+    "unlike-few": ([lambda: random_int8(24, 64), lambda: random_four_bit(9, 64)], 5, 0.0,
+                   {"unpacking": 2, "dense": 2, "product": 1}),
+    "beside-a-dense-one": ([lambda: random_int8(24, 40), lambda: torch.randn(9, 40)], 5, 0.0,
+                           {"unpacking": 1, "dense": 1, "product": 2}),
+    "float8-few": ([lambda: random_float8(24, 40, 16, 16, scale=torch.float32)], 5, 0.0,
+                    {"unpacking": 2}),
+    "float8-many": ([lambda: random_float8(24, 40, 16, 16)], 70, 0.0,
+                    {"dense": 2, "product": 2}),
+    "float8-with-one-scale": ([lambda: random_float8(24, 40, 24, 40, scale=torch.bfloat16)], 5, 0.0,
+                              {"unpacking": 2}),
+    "without-a-kernel": ([lambda: without_kernel(24, 40), lambda: random_int8(9, 40)], 5, 0.0,
+                         {"product": 2, "unpacking": 1, "dense": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_are_those_of_the_dense_weight(case):
+    makers, m, dropout, expected = CASES[case]
+    packed = adapted([make() for make in makers])
+    dense = [
+        replace_weight(output, output.base.weight.dense(torch.float32))
+        if isinstance(output.base.weight, Quantised)
+        else output
+        for output in packed
+    ]
+    found, names = run(packed, m, dropout=dropout)
+    kept, _ = run(packed, m, dropout=dropout)
+    truth, _ = run(dense, m, dropout=dropout)
+    assert count_of(names) == expected
+    for value, again, true in zip(found, kept, truth, strict=True):
+        assert torch.equal(value, again)
+        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-4)
+
+
+def replace_weight(output: Output, weight: torch.Tensor) -> Output:
+    return Output(Base(weight, output.base.bias), output.adapters)
+
+
+def test_a_frozen_packed_layer_in_16_bits():
+    """Without adapters, and with a backward of x alone."""
+    weight = random_four_bit(24, 64)
+    (y, dx), names = run([Output(Base(weight))], 5, torch.bfloat16)
+    (true_y, true_dx), _ = run([Output(Base(weight.dense(torch.bfloat16)))], 5, torch.bfloat16)
+    assert torch.equal(y, true_y)
+    assert torch.equal(dx, true_dx)
+    assert names == ["dequant*", "dequant*"]

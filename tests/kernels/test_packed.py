@@ -1,0 +1,104 @@
+"""Packed weights in kernels: made dense bit for bit, and unpacked inside of a product."""
+
+import pytest
+import torch
+from device import DEVICE
+from kernel_cases import BF16, F16, F32, draw_seeds, poisoned, random
+from packed import by_elements, random_four_bit, random_int8
+
+from benchmarks.forms import PACKED, random_packed
+from fastlora.backends.triton.packed import packed_of
+from fastlora.formats.format import Quantised
+from fastlora.kernels import FLOAT8, Packed, dequant, gemm_lowrank
+from fastlora.kernels.gemm_lowrank import GemmConfig
+
+FORMATS = {
+    "nf4": lambda: random_four_bit(20, 192),
+    "fp4-block-32": lambda: random_four_bit(33, 96, "fp4", 32),
+    "nf4-block-4096": lambda: random_four_bit(9, 1000, block=4096),
+    "nf4-nested": lambda: random_four_bit(70, 256, nested=256),
+    "nf4-nested-blocks-across-rows": lambda: random_four_bit(40, 100, nested=16),
+    "nf4-odd": lambda: random_four_bit(33, 77),
+    "one-element": lambda: random_four_bit(1, 1),
+    "int8": lambda: random_int8(70, 77),
+    "int8-one-column": lambda: random_int8(70, 1),
+}
+
+
+def here(weight: Quantised) -> Quantised:
+    return Quantised(weight.format, tuple([tensor.to(DEVICE) for tensor in weight.tensors]))
+
+
+def filled(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight; beside it in memory nothing is written."""
+    memory = poisoned(packed.rows + 2, packed.columns, dtype=dtype)
+    out = dequant(packed, memory[1:-1])
+    assert memory[0].isnan().all()
+    assert memory[-1].isnan().all()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_dense_weight_is_the_formats_bit_for_bit(name, dtype):
+    """And by the definition: the product of float32, rounded once."""
+    weight = FORMATS[name]()
+    made = filled(packed_of(here(weight)), dtype).cpu()
+    assert torch.equal(made, by_elements(weight).to(dtype))
+    assert torch.equal(made, weight.dense(dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+def test_a_scale_of_16_bits_is_multiplied_by_its_factor_in_16_bits(dtype):
+    weight = random_int8(20, 30)
+    weight = here(weight._replace(tensors=(weight.tensors[0], weight.tensors[1].to(dtype))))
+    assert torch.equal(filled(packed_of(weight), F32), weight.dense(F32))
+
+
+@pytest.mark.parametrize("blocks", [(0, 0), (1, 0), (128, 128), (32, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_every_number_of_float8_and_nan(dtype, blocks):
+    rows, columns = 130, 140
+    bits = torch.arange(rows * columns, device=DEVICE).to(torch.uint8).view(rows, columns)
+    height, width = blocks[0] or rows, blocks[1] or columns
+    scales = torch.rand(-(-rows // height), -(-columns // width), device=DEVICE) * 100
+    wide = scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+    truth = (bits.view(torch.float8_e4m3fn).float() * wide).to(dtype)
+    made = filled(Packed(FLOAT8, bits, scales, rows, columns, *blocks), dtype)
+    assert made.isnan().any()
+    torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("orientation", ["y", "dx"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_unpacking_in_a_product_gives_the_bits_of_the_dense_weight(kind, orientation):
+    """With ragged tiles, and blocks of scales narrower and wider than a tile."""
+    m, out_features, in_features = 18, 40, 128 if kind.startswith("four") else 77
+    packed = random_packed(kind, out_features, in_features, DEVICE)
+    dense = filled(packed, BF16)
+    if orientation == "y":
+        packed, dense = packed.t(), dense.t()
+    k, n = dense.shape
+    p, u, v, bias = random(m, k, BF16), random(m, 5, BF16), random(5, n, F32), random(1, n)[0]
+    for tile in ((16, 32, 32), (32, 16, 128)):
+        config = GemmConfig(*tile, warps=4, stages=2)
+        outs = [poisoned(m, n, dtype=BF16) for _ in range(2)]
+        for out, q in zip(outs, (packed, dense), strict=True):
+            gemm_lowrank(out, [p], [q], [u], [v], precision="ieee", bias=bias, config=config)
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("kind", ["four-bit nested", "float8"])
+def test_a_group_of_packed_weights(kind, count, dropout):
+    depths = [20 + 13 * i for i in range(count)]
+    packed = [random_packed(kind, depth, 64, DEVICE) for depth in depths]
+    ps = [random(20, depth, BF16) for depth in depths]
+    us, vs = [random(20, 4, BF16) for _ in depths], [random(4, 64, F32) for _ in depths]
+    shared = {"dropout": dropout, "seeds": draw_seeds(count) if dropout else None}
+    shared |= {"precision": "ieee", "config": GemmConfig(32, 32, 32, warps=4, stages=2)}
+    outs = [poisoned(20, 64, dtype=BF16) for _ in range(2)]
+    for out, qs in zip(outs, (packed, [filled(each, BF16) for each in packed]), strict=True):
+        gemm_lowrank(out, ps, qs, us, vs, **shared)
+    assert torch.equal(*outs)

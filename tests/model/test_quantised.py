@@ -1,0 +1,167 @@
+"""Your own models with bitsandbytes' layers: adapted in place, and theirs in all else."""
+
+import copy
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from bnb_layers import KINDS, bnb, dequantised, quantised
+from judge import assert_close
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig, reference
+from fastlora.model import merge as merging
+from fastlora.projection import Projection
+
+CONFIG = LoRAConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+
+
+def adapted(kind: str, dtype=torch.float32, **settings) -> nn.Sequential:
+    model = nn.Sequential(quantised(kind, 64, 128, dtype=dtype), quantised(kind, dtype=dtype))
+    return fastlora.apply_lora(model, LoRAConfig(**(vars(CONFIG) | settings)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_y_and_every_gradient_are_the_formulas(kind):
+    layer, x = adapted(kind)[0], torch.randn(5, 64, requires_grad=True)
+    found = layer(x)
+    leaves = [x, layer.lora_A, layer.lora_B]
+    ours = [found, *torch.autograd.grad(found.sum(), leaves)]
+    weight = layer.packed().weight.dense(torch.float32)
+    results = []
+    for wide in (torch.float64, torch.float32):
+        inputs = [t.detach().to(wide).requires_grad_() for t in leaves]
+        one = Projection(weight.to(wide), inputs[1], inputs[2], layer.bias.to(wide), layer.scaling)
+        (y,) = reference.lora_linears(inputs[0], [one])
+        results.append([y, *torch.autograd.grad(y.sum(), inputs)])
+    for our, truth, eager in zip(ours, *results, strict=True):
+        assert_close("", our, truth, eager, truth.abs(), torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_tensors_and_state_dict_are_theirs_with_an_adapter(kind):
+    plain = nn.Sequential(quantised(kind))
+    kept, before, kind_before = plain[0].weight, plain.state_dict(), type(plain[0])
+    fastlora.apply_lora(plain, LoRAConfig(target_modules=["0"]))
+    assert isinstance(plain[0], kind_before)
+    assert plain[0].weight is kept
+    after = plain.state_dict()
+    assert after.keys() - before.keys() == {"0.lora_A", "0.lora_B"}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert {name for name, p in plain.named_parameters() if p.requires_grad} == {
+        "0.lora_A", "0.lora_B"
+    }  # fmt: skip
+    assert plain[0].lora_A.dtype == torch.float32
+    fastlora.remove_lora(plain)
+    assert type(plain[0]) is kind_before
+
+
+def test_sixteen_bits_compute_and_x_keeps_its_dtype():
+    model, x = adapted("nf4", torch.bfloat16), torch.randn(3, 64)
+    layer, y = model[0], model[0](x)
+    assert y.dtype == torch.float32
+    expected = layer.merged_weight() @ x.T
+    torch.testing.assert_close(y, expected.T + layer.bias, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_linear_shares_all_and_leaves_the_layer(kind):
+    linear = quantised(kind)
+    layer = fastlora.LoRALinear.from_linear(linear, r=4, lora_alpha=8)
+    assert layer.weight is linear.weight
+    assert isinstance(layer, type(linear))
+    assert not hasattr(linear, "lora_A")
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, dequantised(linear), linear.bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(kind, copied):
+    model, x = adapted(kind), torch.randn(3, 64)
+    assert torch.equal(copied(model)(x), model(x))
+
+
+def test_files_of_adapters_and_of_the_model(tmp_path):
+    model, other, x = adapted("nf4"), adapted("nf4"), torch.randn(3, 64)
+    fastlora.save_adapter(model, tmp_path)
+    for mine, its in zip(other, model, strict=True):
+        mine.weight, mine.quant_state, mine.bias = its.weight, its.quant_state, its.bias
+    fastlora.load_adapter(fastlora.remove_lora(other), tmp_path)
+    assert torch.equal(other(x), model(x))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_it_is_quantised_again_and_the_way_back_is_exact(kind):
+    model, x = adapted(kind), torch.randn(3, 64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    y = model(x)
+    with pytest.warns(UserWarning, match=r"2 merged weights were quantised again.* up to 0\.\d+"):
+        fastlora.merge_lora(model)
+    assert isinstance(model[0], (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    with torch.no_grad():
+        distance = (model.train()(x) - y).norm() / y.norm()
+    assert 0 < distance < (0.05 if kind == "int8" else 0.4)
+    fastlora.unmerge_lora(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_merged_into_plain_weights(kind):
+    model, x = adapted(kind), torch.randn(3, 64)
+    y = model(x)
+    fastlora.merge_lora(model, requantise=False)
+    torch.testing.assert_close(model.eval()(x), y)
+    with pytest.raises(RuntimeError, match="its adapter would get no gradient"):
+        model.train()(x)
+    again = fastlora.remove_lora(copy.deepcopy(model.eval()))
+    assert [type(layer) for layer in again] == [nn.Linear, nn.Linear]
+    torch.testing.assert_close(again(x), y)
+    assert torch.equal(fastlora.unmerge_lora(model)(x), y)
+
+
+def test_a_merge_that_fails_leaves_everything(monkeypatch):
+    model, x = adapted("nf4"), torch.randn(3, 64)
+    y, put = model(x), merging.LoRAQuantised.put_merged
+
+    def fail(layer, *arguments):
+        if layer is model[1]:
+            raise MemoryError
+        return put(layer, *arguments)
+
+    monkeypatch.setattr(merging.LoRAQuantised, "put_merged", fail)
+    with pytest.raises(MemoryError):
+        fastlora.merge_lora(model)
+    assert torch.equal(model(x), y)
+
+
+def test_what_cant_be_read_is_no_base_and_later_an_error():
+    layer = quantised("int8", threshold=6.0)
+    with pytest.raises(ValueError, match="its outlier threshold is 6"):
+        fastlora.apply_lora(nn.Sequential(layer), LoRAConfig(target_modules=["0"]))
+    model = adapted("nf4")
+    assert "2 quantised: NF4" in str(fastlora.coverage(model))
+    model[0].weight.quant_state.absmax = model[0].weight.quant_state.absmax[:-1]
+    with pytest.raises(ValueError, match="can't be read: its quantisation state is broken"):
+        model(torch.randn(3, 64))
+    (eager,) = fastlora.coverage(model).eager
+    assert "its quantisation state is broken" in eager.reason
+
+
+def test_all_linear_takes_them():
+    model = nn.Sequential(quantised("nf4"), nn.ReLU(), nn.Linear(64, 8))
+    fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    assert len(fastlora.coverage(model).fast) == 2
+
+
+def test_a_layer_compiles_without_a_break():
+    layer, x = adapted("nf4")[0], torch.randn(3, 64, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))

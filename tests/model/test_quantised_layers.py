@@ -1,0 +1,74 @@
+"""apply_lora on quantised layers of several vendors: the formula on the dequantised weight."""
+
+import pytest
+import torch
+from torch import nn
+from vendor_layers import KINDS, quantised
+
+import fastlora
+from fastlora.quant import quantised_weight
+
+K = 256
+OWN = [kind for kind in KINDS if kind != "hqq"]
+
+
+def adapted(kind: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model of one layer, and its dequantised weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(quantised(kind, K))
+    weight = quantised_weight(model[0]).weight.dense(torch.float32).double()
+    fastlora.apply_lora(model, fastlora.LoRAConfig(r=4, target_modules=["0"]))
+    nn.init.normal_(model[0].lora_B)
+    return model, weight
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_outputs_and_gradients(kind):
+    model, weight = adapted(kind)
+    layer, x = model[0], torch.randn(5, K, requires_grad=True)
+    leaves = [x, layer.lora_A, layer.lora_B]
+    y = model(x)
+    found = [y, *torch.autograd.grad(y.square().sum(), leaves)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    z, a, b = wide
+    y = z @ weight.T + layer.bias.double() + layer.scaling * (z @ a.T @ b.T)
+    expected = [y, *torch.autograd.grad(y.square().sum(), wide)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_merged_without_packing_and_back(kind):
+    model, _ = adapted(kind)
+    plain, x = type(model[0]).plain_class, torch.randn(5, K)
+    y = model.eval()(x)
+    fastlora.merge_lora(model, requantise=False)
+    torch.testing.assert_close(model(x), y, atol=1e-4, rtol=1e-4)
+    fastlora.unmerge_lora(model)
+    assert torch.equal(model(x), y)
+    fastlora.remove_lora(model)
+    assert type(model[0]) is plain
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-float8"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that it isn't the same
+def test_merged_into_a_packed_weight_and_back(kind):
+    model, _ = adapted(kind)
+    x = torch.randn(5, K)
+    y = model.eval()(x)
+    fastlora.merge_lora(model)
+    assert (model(x) - y).norm() <= 0.05 * y.norm()
+    fastlora.unmerge_lora(model)
+    assert torch.equal(model(x), y)
+
+
+def test_what_can_t_be_merged_or_adapted_is_said_and_nothing_changes():
+    model, _ = adapted("gguf-q4_k")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="GGUF's blocks are read, and not made"):
+        fastlora.merge_lora(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model[0].merged
+    rounding = nn.Sequential(quantised("torchao-rounding", K))
+    with pytest.raises(ValueError, match="torchao gives no gradient"):
+        fastlora.apply_lora(rounding, fastlora.LoRAConfig(target_modules=["0"]))

@@ -1,0 +1,279 @@
+"""``model(…, adapter_names=[…])``: PEFT's numbers, and in training each adapter's own."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from models import Mlp, randomise
+from peft_models import BATCH, VOCABULARY, assert_same, gemma3, gpt2, optimized
+from torch import nn
+
+import fastlora
+from fastlora.peft import mixed
+
+NAMES = ["a", "__base__", "c", "b"]
+SETTINGS = {
+    "a": {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1},
+    "b": {"r": 8, "lora_alpha": 3, "use_rslora": True},
+    "c": {"r": 1, "lora_alpha": 2, "lora_dropout": 0.5},
+}
+
+
+def llama(**settings) -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings))
+
+
+def many(base: nn.Module, targets="all-linear", changes=None) -> nn.Module:
+    """The base with adapters a, b and c, in evaluation; all of them may train."""
+    model = None
+    for name, settings in SETTINGS.items():
+        settings = settings | (changes or {}).get(name, {})
+        config = peft.LoraConfig(**{"target_modules": targets} | settings)
+        if model is None:
+            model = peft.get_peft_model(base, config, name)
+        else:
+            model.add_adapter(name, config)
+    model.base_model.set_adapter(list(SETTINGS))
+    return randomise(model, std=0.1).eval()
+
+
+def mlp(**changes) -> nn.Module:
+    return many(Mlp(), ["up", "down"], changes).double()
+
+
+def rows(samples: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(samples, 5, 8, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def mixed_calls(monkeypatch):
+    """The names of each call of a layer that ran as one node."""
+    calls = []
+    run = mixed.multi_lora_linear
+
+    def noted(x, weight, lora_a, *rest, **options):
+        calls.append(len(lora_a))
+        return run(x, weight, lora_a, *rest, **options)
+
+    monkeypatch.setattr(mixed, "multi_lora_linear", noted)
+    return calls
+
+
+@pytest.mark.parametrize("make", [llama, gemma3, gpt2], ids=lambda make: make.__name__)
+def test_evaluation_and_generation_are_peft_s(make, mixed_calls):
+    theirs = many(make())
+    ours = optimized(theirs)
+    layers = sum(layer.fast for layer in fastlora.coverage(ours).layers)
+    with torch.no_grad():
+        logits = [model(BATCH, adapter_names=NAMES).logits for model in (theirs, ours)]
+        assert mixed_calls == [3] * layers
+        assert_same(*logits, 1e-5)
+        for beams in ({}, {"num_beams": 3}):
+            options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | beams
+            mask = torch.ones_like(BATCH)
+            tokens = [
+                model.generate(input_ids=BATCH, attention_mask=mask, adapter_names=NAMES, **options)
+                for model in (theirs, ours)
+            ]
+            assert torch.equal(*tokens)
+    assert len(mixed_calls) == layers * 9  # prefill and 3 steps, twice
+
+
+def gradients_of(model: nn.Module, x: torch.Tensor, names: list[str] | None) -> dict:
+    model.zero_grad()
+    options = {} if names is None else {"adapter_names": names}
+    model(x, **options).square().sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_reach_exactly_the_adapters_that_are_named(mixed_calls):
+    model = mlp(a={"lora_dropout": 0.0}, c={"lora_dropout": 0.0})
+    alone = copy.deepcopy(model)
+    fastlora.optimize(model)
+    found = gradients_of(model.train(), rows(), ["c", "__base__", "a", "c"])
+    assert mixed_calls == [2, 2]
+    assert {name.split(".")[-2] for name in found} == {"a", "c"}
+    for adapter, samples in (("a", [2]), ("c", [0, 3])):
+        alone.base_model.set_adapter(adapter)
+        expected = gradients_of(alone.train(), rows()[samples], None)
+        assert len(expected) == 4
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient)
+
+
+def test_each_adapter_trains_as_it_would_alone():
+    """20 steps of AdamW with a rate of each one's own."""
+    start = mlp(a={"lora_dropout": 0.0}, c={"lora_dropout": 0.0})
+    x, y = rows(6), torch.zeros(6, 5, 1, dtype=torch.float64)
+    names, rates = ["a", "b", "b", "c", "a", "__base__"], {"a": 1e-2, "b": 3e-3, "c": 1e-3}
+
+    def own(model, adapter):
+        return [p for n, p in model.named_parameters() if f".{adapter}." in n]
+
+    together = optimized(start).train()
+    groups = [{"params": own(together, name), "lr": rate} for name, rate in rates.items()]
+    optimizer = torch.optim.AdamW(groups)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (together(x, adapter_names=names) - y).square().sum().backward()
+        optimizer.step()
+    for name, rate in rates.items():
+        alone = copy.deepcopy(start).train()
+        alone.base_model.set_adapter(name)
+        optimizer = torch.optim.AdamW(own(alone, name), lr=rate)
+        samples = [i for i, each in enumerate(names) if each == name]
+        for _ in range(20):
+            optimizer.zero_grad()
+            (alone(x[samples]) - y[samples]).square().sum().backward()
+            optimizer.step()
+        for ours, theirs in zip(own(together, name), own(alone, name), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_dropouts_are_the_adapters_own():
+    """d lora_A of a layer with one row of ones and no other change is its mask, scaled."""
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4000, 1, bias=False)),
+        peft.LoraConfig(r=1, lora_alpha=1, lora_dropout=0.1, target_modules=["0"]),
+        "a",
+    )
+    config = peft.LoraConfig(r=1, lora_alpha=1, lora_dropout=0.5, target_modules=["0"])
+    model.add_adapter("b", config)
+    model.base_model.set_adapter(["a", "b"])
+    fastlora.optimize(model)
+    layer = model.base_model.model[0]
+    for name in ("a", "b"):
+        nn.init.ones_(layer.lora_B[name].weight)
+    model.train()(torch.ones(2, 4000), adapter_names=["b", "a"]).sum().backward()
+    for name, p in (("a", 0.1), ("b", 0.5)):
+        mask = layer.lora_A[name].weight.grad
+        assert mask.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+        assert (mask == 0).double().mean().item() == pytest.approx(p, abs=0.03)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_runs_blocks_again_with_their_names(use_reentrant, mixed_calls):
+    model = optimized(many(llama(num_hidden_layers=1)))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        model.zero_grad()
+        losses = [  # two calls before the backwards
+            model.train()(BATCH, labels=BATCH, adapter_names=names).loss
+            for names in (NAMES, ["b", "b", "a", "__base__"])
+        ]
+        for loss in losses:
+            loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert len(mixed_calls) == 14 * 3  # 7 layers, two calls: once, and then twice
+    assert_same(*found, 1e-5)
+
+
+def test_adapters_come_and_go_between_steps(tmp_path):
+    """Deleted while an optimizer holds its state, added with its name again, and loaded."""
+    model = optimized(mlp()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(names):
+        optimizer.zero_grad()
+        model(rows(len(names)), adapter_names=names).square().sum().backward()
+        optimizer.step()
+
+    step(["a", "b", "c", "a"])
+    model.save_pretrained(tmp_path, selected_adapters=["b"])
+    model.delete_adapter("b")
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        step(["a", "b"])
+    step(["a", "c", "c", "a"])
+    other = peft.LoraConfig(r=5, lora_alpha=7, target_modules=["up"])
+    model.add_adapter("b", other)
+    model.load_adapter(tmp_path / "b", "d", is_trainable=True)
+    fastlora.optimize(model)
+    names = ["b", "d", "c", "a"]
+    theirs = fastlora.restore(copy.deepcopy(model)).eval()
+    torch.testing.assert_close(
+        model.eval()(rows(), adapter_names=names), theirs(rows(), adapter_names=names)
+    )
+
+
+def test_a_call_that_fails_leaves_no_names_behind():
+    model = optimized(mlp())
+    expected = model(rows())
+    with pytest.raises(RuntimeError):
+        model(torch.randn(4, 5, 9, dtype=torch.float64), adapter_names=NAMES)
+    assert torch.equal(model(rows()), expected)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_peft_s_errors_are_the_same():
+    model = optimized(mlp()).train()
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        model(rows(3), adapter_names=NAMES)
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): x"):
+        model(rows(), adapter_names=["a", "x", "a", "a"])
+    model.merge_adapter(["a"])
+    with pytest.raises(ValueError, match="merged adapters"):
+        model(rows(), adapter_names=NAMES)
+    assert model.training
+
+
+UNUSUAL = {
+    "lora_bias": ({"lora_bias": True, "bias": "none"}, "has a bias"),
+    "hooked": ({}, "a hook watches"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_stays_peft_s_is_right_in_training_too_and_reported(name, mixed_calls):
+    settings, reason = UNUSUAL[name]
+    settings = settings | {"lora_dropout": 0.0}
+    theirs = mlp(**{adapter: settings for adapter in SETTINGS})
+    ours = optimized(theirs)
+    if name == "hooked":
+        for layer in (ours.base_model.model.up, ours.base_model.model.down):
+            layer.lora_A["c"].register_forward_hook(lambda *_: None)
+    y = ours.train()(rows(), adapter_names=NAMES)
+    assert not mixed_calls
+    torch.testing.assert_close(y, theirs(rows(), adapter_names=NAMES))
+    y.sum().backward()
+    (note,) = (note for note in fastlora.coverage(ours).notes if "adapter_names" in note)
+    assert reason in note
+    assert "up" in note
+
+
+def test_dora_stays_an_error_and_is_reported():
+    model = optimized(mlp(c={"use_dora": True}))
+    with pytest.raises(ValueError, match="DoRA"):
+        model(rows(), adapter_names=NAMES)
+    assert any("no plain LoRA" in note for note in fastlora.coverage(model).notes)
+
+
+def test_a_model_whose_mixed_batches_are_fast_has_no_note():
+    assert not fastlora.coverage(optimized(mlp())).notes
+
+
+def test_restore_gives_peft_s_model_back():
+    model = mlp()
+    kind = type(model.base_model)
+    fastlora.restore(fastlora.optimize(model) and model)
+    assert type(model.base_model) is kind
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(rows(), adapter_names=NAMES)
+
+
+def test_compiled_layers_take_the_names_of_each_call():
+    torch.compiler.reset()
+    model = optimized(many(Mlp(), ["up"]).double())
+    compiled = torch.compile(model, backend="aot_eager")
+    for names in (NAMES, ["c", "c", "a", "b"]):
+        torch.testing.assert_close(
+            compiled(rows(), adapter_names=names), model(rows(), adapter_names=names)
+        )

@@ -1,0 +1,281 @@
+"""Sweeps: every trial against its training alone, halving, interruption, files, bad input."""
+
+import copy
+import json
+import os
+import signal
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fastlora
+from fastlora.trials.batches import Feed, joined
+from fastlora.trials.options import Options
+from fastlora.trials.training import causal_loss
+
+STEPS, SEED = 6, 5
+CONFIGS = [
+    {"r": 2, "learning_rate": 1e-2},
+    {"r": 5, "lora_alpha": 20, "learning_rate": 3e-3, "use_rslora": True, "name": "large"},
+    {"r": 4, "learning_rate": 2e-2, "target_modules": ["q_proj", "down_proj"]},
+    {"r": 1, "learning_rate": 1e-3, "rank_pattern": {"v_proj": 3}},
+]
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def model(base):
+    return copy.deepcopy(base)
+
+
+def batches(count: int, examples: int = 2, length: int = 7) -> list[dict]:
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randint(0, 40, (count, examples, length), generator=generator)
+    return [{"input_ids": tokens, "labels": tokens} for tokens in rows]
+
+
+DATA, HELD_OUT = batches(5), batches(2, examples=3)
+
+
+def swept(model: nn.Module, folder, configs=CONFIGS, **options) -> fastlora.trials.record.Sweep:
+    settings = {"steps": STEPS, "seed": SEED, "progress": False} | options
+    return fastlora.sweep(model, configs, DATA, eval_data=HELD_OUT, output_dir=folder, **settings)
+
+
+def alone(model: nn.Module, config: dict, joins=(1,) * STEPS) -> dict[str, torch.Tensor]:
+    """The adapter that a plain loop trains, with so many batches joined in each step."""
+    fields = {k: v for k, v in config.items() if k not in ("learning_rate", "name")}
+    torch.manual_seed(SEED)
+    fastlora.apply_lora(
+        model, fastlora.LoRAConfig(**({"target_modules": "all-linear"} | fields)), blocks=False
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config["learning_rate"], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(joins))
+    feed = Feed(DATA, SEED)
+    for count in joins:
+        optimizer.zero_grad()
+        model(**feed.take(count)).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def saved(folder) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under fastlora's names."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): value
+        for name, value in tensors.items()
+    }
+
+
+def test_each_trial_is_what_it_would_be_alone(base, model, tmp_path):
+    found = swept(model, tmp_path)
+    assert [outcome.trial.name for outcome in found.outcomes] == [
+        "r2-lr0.01", "large", "r4-lr0.02-q_proj,down_proj", "r1-lr0.001-rank_pattern__v_proj___3_",
+    ]  # fmt: skip
+    for config, outcome in zip(CONFIGS, found.outcomes, strict=True):
+        own = copy.deepcopy(base)
+        expected = alone(own, config)
+        torch.testing.assert_close(
+            saved(tmp_path / "adapters" / outcome.trial.name), expected, rtol=1e-3, atol=1e-5
+        )
+        with torch.no_grad():
+            losses = [own.eval()(**batch).loss.item() for batch in HELD_OUT]
+        assert outcome.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+        assert outcome.parameters == sum(p.numel() for p in expected.values())
+        assert [step for step, _ in outcome.losses] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_is_a_folder_that_loads(base, model, tmp_path):
+    found = swept(model, tmp_path, eval_steps=3)
+    assert found.best.loss == min(outcome.loss for outcome in found.outcomes)
+    fastlora.load_adapter(model, tmp_path / "best")
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in HELD_OUT]
+    assert found.best.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+    config = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
+    assert config["r"] == found.best.trial.config.r
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    lines = str(found).splitlines()
+    assert lines[1].startswith(found.best.trial.name)
+    assert lines[-1].endswith(f"best: {found.best.trial.name}")
+
+
+def test_halving_gives_rows_to_those_that_are_left(base, model, tmp_path):
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append((module.training, len(kwargs["input_ids"]))),
+        with_kwargs=True,
+    )
+    found = swept(model, tmp_path, halving=True, eval_steps=STEPS)
+    assert {size for training, size in sizes if training} == {8}
+    assert sorted(outcome.steps for outcome in found.outcomes) == [2, 2, 4, 6]
+    first = {o.trial.name: dict(o.losses)[2] for o in found.outcomes}
+    kept = sorted(first, key=first.__getitem__)[:2]
+    assert {o.trial.name for o in found.outcomes if o.steps > 2} == set(kept)
+    number = found.outcomes.index(found.best)
+    expected = alone(copy.deepcopy(base), CONFIGS[number], joins=(1, 1, 2, 2, 4, 4))
+    torch.testing.assert_close(saved(tmp_path / "best"), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_diverging_trial_spoils_no_other(model, tmp_path):
+    wild = {"r": 2, "learning_rate": 1e30, "name": "wild"}
+    found = swept(model, tmp_path, [wild, *CONFIGS[:1]], max_grad_norm=0.0)
+    assert not found.outcomes[0].loss < 100
+    assert found.best is found.outcomes[1]
+    same = swept(model, tmp_path / "alone", CONFIGS[:1], max_grad_norm=0.0)
+    assert same.best.losses[-1] == pytest.approx(found.best.losses[-1], rel=1e-5)
+
+
+def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
+    """Dropout, a shuffling loader and the halving included."""
+    configs = [config | {"lora_dropout": 0.2} for config in CONFIGS]
+    loader = torch.utils.data.DataLoader(batches(9, 1), batch_size=None, shuffle=True)
+    calls = []
+
+    def loss(logits, labels):
+        calls.append(1)
+        if len(calls) == 27:  # in the third step
+            os.kill(os.getpid(), signal.SIGINT)
+        return causal_loss(logits, labels)
+
+    def run(folder, **options):
+        return fastlora.sweep(
+            model, configs, loader, eval_data=HELD_OUT, steps=STEPS, output_dir=tmp_path / folder,
+            halving=True, eval_steps=4, progress=False, **options,
+        )  # fmt: skip
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+        run("cut", loss=loss)
+    assert signal.getsignal(signal.SIGINT) is handler
+    torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
+    assert os.listdir(tmp_path / "cut") == ["state.pt"]
+    resumed, whole = run("cut", resume=True), run("whole")
+    for one, other in zip(resumed.outcomes, whole.outcomes, strict=True):
+        assert (one.losses, one.steps) == (other.losses, other.steps)
+    torch.testing.assert_close(saved(tmp_path / "cut/best"), saved(tmp_path / "whole/best"))
+
+    again = run("whole", resume=True)  # of a sweep that ended
+    assert [o.losses for o in again.outcomes] == [o.losses for o in whole.outcomes]
+    with pytest.raises(ValueError, match="with steps 6, not 9"):
+        fastlora.sweep(
+            model, configs, loader, eval_data=HELD_OUT, steps=9, output_dir=tmp_path / "whole",
+            halving=True, eval_steps=4, resume=True,
+        )  # fmt: skip
+    (tmp_path / "whole" / "state.pt").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match=r"state\.pt can't be read"):
+        run("whole", resume=True)
+
+
+def test_the_model_is_as_it_was(base, model, tmp_path):
+    model.lm_head.weight.requires_grad_(False)
+    model.model.norm.train()
+
+    def state():
+        return (
+            [type(m) for m in model.modules()],
+            [m.training for m in model.modules()],
+            [set(vars(m)) for m in model.modules()],
+            [(n, id(p), p.requires_grad, p.grad) for n, p in model.named_parameters()],
+            torch.get_rng_state().tolist(),
+        )
+
+    before = state()
+    swept(model, tmp_path)
+    assert state() == before
+    with pytest.raises(RuntimeError, match="no more"):
+        swept(model, tmp_path, loss=refuse)
+    assert state() == before
+    torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
+
+
+def refuse(logits, labels):
+    raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"configs": []}, TypeError, "configs is"),
+        ({"configs": {"r": 2}}, TypeError, "configs is"),
+        ({"configs": ["r2"]}, TypeError, r"configs\[0\] is 'r2'"),
+        ({"configs": [{"r": 2}]}, ValueError, "learning_rate None"),
+        ({"configs": [{"learning_rate": 0}]}, ValueError, "learning_rate 0"),
+        ({"configs": [{"rank": 2, "learning_rate": 1}]}, ValueError, "has 'rank'"),
+        ({"configs": [{"r": 0, "learning_rate": 1}]}, ValueError, "r is 0"),
+        ({"configs": [{"learning_rate": 1, "bias": "all"}]}, ValueError, "more than adapters"),
+        ({"configs": [{"learning_rate": 1, "name": "../x"}]}, ValueError, "can't be a folder's"),
+        ({"configs": [{"learning_rate": 1}] * 2}, ValueError, "two of configs"),
+        (
+            {"configs": [{"learning_rate": 1, "target_modules": ["no"]}]},
+            ValueError, "matches no module",
+        ),
+        ({"steps": 0}, ValueError, "steps is 0"),
+        ({"steps": 2, "halving": True}, ValueError, "too few to halve 4 trials"),
+        ({"schedule": "up"}, ValueError, "schedule is 'up'"),
+        ({"max_grad_norm": -1}, ValueError, "max_grad_norm is -1"),
+        ({"data": []}, ValueError, "data gives no batch"),
+        ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "with 'labels'"),
+        ({"eval_data": []}, ValueError, "eval_data gives no batch"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant(base, tmp_path, options, error, message):
+    settings = {"configs": CONFIGS, "data": DATA, "eval_data": HELD_OUT, "steps": STEPS} | options
+    with pytest.raises(error, match=message):
+        fastlora.sweep(base, output_dir=tmp_path, progress=False, **settings)
+    assert not any(hasattr(module, "_fastlora_trials") for module in base.modules())
+
+
+def test_an_adapted_model_is_refused(model, tmp_path):
+    fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="has an adapter already"):
+        swept(model, tmp_path)
+
+
+def test_batches_of_several_lengths():
+    short, long = batches(1, 2, 3)[0], batches(1, 1, 5)[0]
+    with pytest.raises(ValueError, match="without an 'attention_mask'"):
+        joined([short, long])
+    for batch in (short, long):
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    whole = joined([short, long])
+    assert whole["labels"][:2, 3:].tolist() == [[-100, -100]] * 2
+    assert whole["attention_mask"].sum().item() == 11
+    assert torch.equal(whole["input_ids"][2], long["input_ids"][0])
+
+
+def test_data_that_ends_is_an_error():
+    feed = Feed(iter(batches(2)), 0)
+    feed.take(2)
+    with pytest.raises(ValueError, match="can't be read again"):
+        feed.take(1)
+
+
+def test_schedules_and_rungs():
+    def options(**changes) -> Options:
+        return Options(8, True, 1, "linear", 0, 0.0, 1.0, 0)._replace(**changes)
+
+    assert options().rungs(8) == {2: 4, 4: 2, 6: 1}
+    assert options().rungs(5) == {2: 3, 4: 2, 6: 1}
+    assert options().rungs(1) == {} == options(halving=False).rungs(8)
+    assert [options(steps=4).factor(i) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [options(warmup_steps=3).factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert options(schedule="cosine", steps=2).factor(1) == pytest.approx(0.5)
+    assert options(schedule="constant").factor(7) == 1
