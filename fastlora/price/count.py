@@ -1,19 +1,21 @@
 """What can be counted from shapes alone, on meta tensors too: parameters, bytes, FLOPs."""
 
+import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
+from ..adapted import wide_dtype
 from ..base import matrix_of, why_not_class
 from ..model.config import LoRAConfig
 from ..model.targets import find_targets, modules_to_save
+from ..quant import vendor_of
 from .record import FrozenCosts, Price
 
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
     """The model's parameters, and the FLOPs of its linear layers."""
-    weights = sum(weight.numel() for weight in _matrices(model))
+    weights = sum(math.prod(weight.shape) for weight in _matrices(model))
     return FrozenCosts(sum(parameter.numel() for parameter in model.parameters()), 4 * weights)
 
 
@@ -34,7 +36,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
         weight, r = matrix_of(layer), config.rank_of(name)
         count = r * sum(weight.shape)
         parameters += count
-        size += count * torch.promote_types(weight.dtype, torch.float32).itemsize
+        size += count * wide_dtype(weight).itemsize
         # A multiplication and an addition for each, in three products of either matrix: h and y;
         # dh and the adapter's part of dx; both gradients.
         flops += 2 * 3 * count
@@ -43,5 +45,5 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
 
 def _matrices(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
-        if not why_not_class(type(module)):
+        if vendor_of(module) or not why_not_class(type(module)):
             yield matrix_of(module)

@@ -1,6 +1,5 @@
 """Layers with an adapter for each trial, which the rows of a batch are shared out to."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -9,11 +8,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapted import new_adapter
+from ..adapted import new_adapter, scaling_of, wide_dtype
 from ..base import matrix_of
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets
 from ..ops import multi_lora_linear
+from ..quant import PackedLayer, quantised_weight
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"
@@ -46,8 +46,12 @@ class Rows:
 
 
 class Adapters(NamedTuple):
-    """Those of one layer: of the trials that target it, in their order."""
+    """Those of one layer: of the trials that target it, in their order.
 
+    ``plain`` is the layer's class without them.
+    """
+
+    plain: type[nn.Module]
     members: tuple[int, ...]
     lora_a: list[nn.Parameter]
     lora_b: list[nn.Parameter]
@@ -64,17 +68,22 @@ class TrialsLayer(nn.Module):
         mapping = adapters.rows.mapping(adapters.members)
         if mapping is None:
             return super().forward(x)
-        return multi_lora_linear(
-            x,
-            matrix_of(self),
-            adapters.lora_a,
-            adapters.lora_b,
-            mapping,
-            bias=cast(Any, self).bias,
-            scales=adapters.scales,
-            dropout=adapters.dropouts,
-            training=self.training,
-        )
+
+        def run(x: Tensor) -> Tensor:
+            return multi_lora_linear(
+                x,
+                matrix_of(self, adapters.plain),
+                adapters.lora_a,
+                adapters.lora_b,
+                mapping,
+                bias=cast(Any, self).bias,
+                scales=adapters.scales,
+                dropout=adapters.dropouts,
+                training=self.training,
+            )
+
+        packed = quantised_weight(self, adapters.plain)
+        return packed.call(x, run) if isinstance(packed, PackedLayer) else run(x)
 
 
 @cache
@@ -111,7 +120,9 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         for name, layer in model.named_modules():
             members = tuple([i for i, adapters in enumerate(made) if name in adapters])
             if members:
-                layer.__dict__[_RECORD] = _adapters_of(name, members, trials, made, rows)
+                layer.__dict__[_RECORD] = _adapters_of(
+                    type(layer), name, members, trials, made, rows
+                )
                 changed.append((layer, type(layer)))
                 layer.__class__ = _class_over(cast(Any, type(layer)))
         yield Attached([_named(adapters) for adapters in made], rows)
@@ -125,11 +136,12 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
 
 def _adapter(trial: Trial, name: str, layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     weight = matrix_of(layer)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return new_adapter(weight, trial.config.rank_of(name), trial.config.init_lora_weights, dtype)
+    config, dtype = trial.config, wide_dtype(weight)
+    return new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
 
 
 def _adapters_of(
+    plain: type[nn.Module],
     name: str,
     members: tuple[int, ...],
     trials: Sequence[Trial],
@@ -137,13 +149,13 @@ def _adapters_of(
     rows: Rows,
 ) -> Adapters:
     configs = [trials[i].config for i in members]
-    ranks = [config.rank_of(name) for config in configs]
     scales = [
-        config.alpha_of(name) / (math.sqrt(r) if config.use_rslora else r)
-        for config, r in zip(configs, ranks, strict=True)
+        scaling_of(config.alpha_of(name), config.rank_of(name), config.use_rslora)
+        for config in configs
     ]
     pairs = [made[i][name] for i in members]
     return Adapters(
+        plain,
         members,
         [lora_a for lora_a, _ in pairs],
         [lora_b for _, lora_b in pairs],
