@@ -337,7 +337,8 @@ def test_data_that_draws_numbers_changes_no_resumed_dropout(model, tmp_path):
         with suppress(KeyboardInterrupt):
             run = swept(model, tmp_path / name, configs, loader, eval_steps=STEPS, **options)
             found.append(run.best.losses)
-    assert len(found) == 2 and found[0] == found[1]
+    assert len(found) == 2
+    assert found[0] == found[1]
 
 
 def test_data_that_ends_is_an_error():
