@@ -37,10 +37,7 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
 
 
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
-    """A base's weight as [out, in]; packed, if it is a vendor's.
-
-    ``kind``: in its class's place.
-    """
+    """A base's weight as [out, in]; packed, if it is a vendor's.  ``kind``: its class by itself."""
     kind = type(linear) if kind is None else kind
     found: Any = quantised_weight(linear, kind)
     if isinstance(found, PackedLayer):

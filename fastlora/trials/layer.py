@@ -13,7 +13,7 @@ from ..base import matrix_of
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets
 from ..ops import multi_lora_linear
-from ..quant import PackedLayer, quantised_weight
+from ..quant import quantised_weight
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"
@@ -46,12 +46,8 @@ class Rows:
 
 
 class Adapters(NamedTuple):
-    """Those of one layer: of the trials that target it, in their order.
+    """Those of one layer: of the trials that target it, in their order."""
 
-    ``plain`` is the layer's class without them.
-    """
-
-    plain: type[nn.Module]
     members: tuple[int, ...]
     lora_a: list[nn.Parameter]
     lora_b: list[nn.Parameter]
@@ -63,16 +59,22 @@ class Adapters(NamedTuple):
 class TrialsLayer(nn.Module):
     """A linear layer's class, which comes after this one, with the adapters of several trials."""
 
+    plain_class: type[nn.Module]  # what it is without them
+
     def forward(self, x: Tensor) -> Tensor:
         adapters: Adapters = self.__dict__[_RECORD]
         mapping = adapters.rows.mapping(adapters.members)
         if mapping is None:
             return super().forward(x)
+        found = quantised_weight(self, self.plain_class)
+        if isinstance(found, str):
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
+        weight: Any = matrix_of(self, self.plain_class) if found is None else found.weight
 
         def run(x: Tensor) -> Tensor:
             return multi_lora_linear(
                 x,
-                matrix_of(self, adapters.plain),
+                weight,
                 adapters.lora_a,
                 adapters.lora_b,
                 mapping,
@@ -82,13 +84,12 @@ class TrialsLayer(nn.Module):
                 training=self.training,
             )
 
-        packed = quantised_weight(self, adapters.plain)
-        return packed.call(x, run) if isinstance(packed, PackedLayer) else run(x)
+        return run(x) if found is None else found.call(x, run)
 
 
 @cache
 def _class_over(plain: Any) -> Any:
-    return type(plain.__name__, (TrialsLayer, plain), {})
+    return type(plain.__name__, (TrialsLayer, plain), {"plain_class": plain})
 
 
 class Attached(NamedTuple):
@@ -120,9 +121,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         for name, layer in model.named_modules():
             members = tuple([i for i, adapters in enumerate(made) if name in adapters])
             if members:
-                layer.__dict__[_RECORD] = _adapters_of(
-                    type(layer), name, members, trials, made, rows
-                )
+                layer.__dict__[_RECORD] = _adapters_of(name, members, trials, made, rows)
                 changed.append((layer, type(layer)))
                 layer.__class__ = _class_over(cast(Any, type(layer)))
         yield Attached([_named(adapters) for adapters in made], rows)
@@ -136,12 +135,11 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
 
 def _adapter(trial: Trial, name: str, layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     weight = matrix_of(layer)
-    config, dtype = trial.config, wide_dtype(weight)
-    return new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
+    dtype = wide_dtype(weight)
+    return new_adapter(weight, trial.config.rank_of(name), trial.config.init_lora_weights, dtype)
 
 
 def _adapters_of(
-    plain: type[nn.Module],
     name: str,
     members: tuple[int, ...],
     trials: Sequence[Trial],
@@ -155,7 +153,6 @@ def _adapters_of(
     ]
     pairs = [made[i][name] for i in members]
     return Adapters(
-        plain,
         members,
         [lora_a for lora_a, _ in pairs],
         [lora_b for _, lora_b in pairs],

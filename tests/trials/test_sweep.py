@@ -5,12 +5,12 @@ import json
 import os
 import signal
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from vendor_layers import quantised
 
 import fastlora
@@ -105,37 +105,6 @@ def test_each_trial_is_what_it_would_be_alone(base, model, tmp_path):
         assert outcome.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
         assert outcome.parameters == sum(p.numel() for p in expected.values())
         assert [step for step, _ in outcome.losses] == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_a_conv1d_has_its_weight_the_other_way_round(tmp_path):
-    config = transformers.GPT2Config(
-        vocab_size=40, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    check_beside_another(transformers.GPT2LMHeadModel(config), tmp_path)
-
-
-def test_a_base_that_is_packed(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.head = nn.Embedding(40, 256), quantised("gguf-q8_0", n=40)
-
-        def forward(self, input_ids, labels=None):
-            logits = self.head(self.embedding(input_ids))
-            loss = None if labels is None else causal_loss(logits, labels)
-            return SimpleNamespace(logits=logits, loss=loss)
-
-    torch.manual_seed(0)
-    check_beside_another(Net(), tmp_path)
-
-
-def check_beside_another(model: nn.Module, folder) -> None:
-    trial = {"r": 2, "learning_rate": 1e-2, "name": "one"}
-    swept(model, folder, [trial, trial | {"r": 3, "name": "other"}])
-    found = saved(folder / "adapters" / "one")
-    torch.testing.assert_close(found, alone(model, trial), rtol=1e-3, atol=1e-5)
 
 
 def test_the_best_is_a_folder_that_loads(base, model, tmp_path):
@@ -359,3 +328,33 @@ def test_schedules_and_rungs():
     assert [options(warmup_steps=3).factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1]
     assert options(schedule="cosine", steps=2).factor(1) == pytest.approx(0.5)
     assert options(schedule="constant").factor(7) == 1
+
+
+class Blocks(nn.Module):
+    """A causal model of square layers: Conv1D, and a quantised one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(40, 256), Conv1D(256, 256)
+        self.packed, self.head = quantised("gguf-q8_0", 256, 256), nn.Linear(256, 40)
+        self.head.requires_grad_(False)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.packed(self.conv(self.embed(input_ids)).tanh()))
+        loss = None if labels is None else causal_loss(logits, labels)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_layers_of_other_classes(tmp_path):
+    model, configs = (
+        Blocks(),
+        [{"r": r, "learning_rate": 1e-3, "target_modules": ["conv", "packed"]} for r in (2, 3)],
+    )
+    base = copy.deepcopy(model)
+    found = swept(model, tmp_path, configs)
+    for config, outcome in zip(configs, found.outcomes, strict=True):
+        expected = alone(copy.deepcopy(base), config)
+        torch.testing.assert_close(
+            saved(tmp_path / "adapters" / outcome.trial.name), expected, rtol=1e-3, atol=1e-5
+        )
+    assert [type(layer) for layer in model.modules()] == [type(layer) for layer in base.modules()]
