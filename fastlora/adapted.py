@@ -52,7 +52,7 @@ class LoRALayer(nn.Module):
         self.lora_A, self.lora_B = adapter
         self.r, self.lora_alpha, self.use_rslora = len(self.lora_A), lora_alpha, use_rslora
         self.lora_dropout = float(lora_dropout)
-        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
         self.merged = False
         # While merged, the original Parameter: in __dict__ it stays out of the state dict.
         self.__dict__["_base_weight"] = None
@@ -160,6 +160,17 @@ def refuse_training(merged: nn.Module) -> None:
             "this LoRA layer is merged, so its adapter would get no gradient: call "
             "fastlora.unmerge_lora(model) before training, or model.eval() for inference"
         )
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def wide_dtype(weight: Tensor) -> torch.dtype:
+    """Of an adapter that is not to be 16-bit beside this weight, which may be packed."""
+    if not isinstance(weight, Tensor) or weight.element_size() < 4:
+        return torch.float32
+    return weight.dtype
 
 
 def new_adapter(

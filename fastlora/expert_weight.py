@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapted import initialise
+from .adapted import initialise, scaling_of
 from .base import tensor_of
 from .experts import ADDED, is_reversed, stacked
 from .ops.autocast import autocast_off
@@ -46,7 +46,7 @@ class Adaptation:
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
     def stacked(self, lora_a: Tensor, lora_b: Tensor, transposed: bool) -> Adapter[Tensor]:
         """The two for ``ops.experts``; ``transposed``: the weight is [E, in, out]."""

@@ -27,12 +27,14 @@ class AdapterMapping:
 
     Where ``adapter_indices`` is on a GPU, the first call waits for it, and no other one does.
 
-    Raises TypeError for what is no such tensor, and ValueError for numbers beyond the adapters: on
-    a CPU at once, on a GPU in the first call.
+    Raises TypeError for what is no such tensor, and ValueError for ``adapters`` below 1 and for
+    numbers beyond them: on a CPU at once, on a GPU in the first call.
     """
 
     def __init__(self, adapter_indices: Tensor | Sequence[int], adapters: int) -> None:
         indices = as_indices(adapter_indices)
+        if type(adapters) is not int or adapters < 1:
+            raise ValueError(f"adapters is {shown(adapters)}, but must be a whole number from 1 on")
         self.adapters, self.shape = adapters, tuple(indices.shape)
         self.order, self.ends = sort_items(indices, adapters)
         self._shares: dict[torch.device, list[Share]] = {}
@@ -50,7 +52,10 @@ def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
     """A tensor of them.  Raises TypeError for what can't say which adapter an item belongs to."""
     if not isinstance(indices, Tensor):
         try:
-            return torch.tensor(indices, dtype=torch.int32, device="cpu")
+            found = torch.tensor(indices, device="cpu")
+            if found.numel() and found.dtype != torch.int64:
+                raise TypeError
+            return found.to(torch.int32)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"adapter_indices is {shown(indices)}, but must be an int32 tensor, a list of "

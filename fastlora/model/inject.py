@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from .. import beside, mlp
-from ..adapted import LoRALayer, new_adapter
+from ..adapted import LoRALayer, new_adapter, wide_dtype
 from ..base import matrix_of
 from ..expert_layer import LoRAExperts
 from ..layer import adapted_class
@@ -120,8 +119,7 @@ def _inject(
     for name, layer in targets.layers.items():
         weight = matrix_of(layer)
         quantised = not isinstance(weight, Tensor)
-        narrow = quantised or (wide_adapters and weight.element_size() < 4)
-        dtype = torch.float32 if narrow else weight.dtype
+        dtype = wide_dtype(weight) if quantised or wide_adapters else weight.dtype
         adapter = new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
         adapters[name] = (adapted_class(type(layer), quantised), adapter, config.alpha_of(name))
     of_experts = new_adapters(targets.experts, config, wide_adapters)

@@ -43,7 +43,9 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     if not isinstance(x, Tensor) or x.dim() < 2 or x.is_nested or len(x) != len(names):
         return None
     own = layer._modules["lora_A"]._modules
-    find = _mapping if torch.compiler.is_compiling() else _kept_mapping
+    # What a mode of torch's makes, such as fake tensors, isn't kept for calls without it.
+    in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    find = _mapping if in_mode else _kept_mapping
     used, mapping = find(tuple(names), tuple(own))
     reading = read_mixed(layer, used) if used else MixedReading("it is the base layer's call")
     if reading.base is None or not fits(x, reading.base.weight):

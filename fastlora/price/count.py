@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
+from ..adapted import wide_dtype
 from ..base import matrix_of, why_not_class
 from ..model.config import LoRAConfig
 from ..model.targets import find_targets, modules_to_save
@@ -43,7 +43,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
         weight, r = matrix_of(layer), config.rank_of(name)
         count = r * sum(weight.shape)
         parameters += count
-        size += count * torch.promote_types(weight.dtype, torch.float32).itemsize
+        size += count * wide_dtype(weight).itemsize
         # A multiplication and an addition for each, in three products of either matrix: h and y;
         # dh and the adapter's part of dx; both gradients.
         flops += 2 * 3 * count

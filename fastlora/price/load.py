@@ -69,6 +69,8 @@ def load(place: str, dtype: torch.dtype | None, layers: int | None) -> Loaded:
         raise ValueError(f"{place!r} is neither a folder nor a file: give a model's config.json")
     try:
         config = AutoConfig.from_pretrained(place)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("it has an encoder and a decoder")
         config.dtype = dtype or getattr(config, "dtype", None) or torch.float32
         whole = _build(AutoModelForCausalLM, config, "meta")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

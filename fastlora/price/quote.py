@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batch import in_mode, undisturbed
 from ..model.arguments import as_config, check_model, check_plain
@@ -80,6 +80,7 @@ def measured(
     """The plan with this model's times and kept bytes."""
     if batch is None:
         batch = _random_tokens(model)
+    batch = tree_map_only(Tensor, _unshared, batch)
     tokens, text = _size(batch)
     step = Step(model, batch)
     if step.device.type == "meta":
@@ -122,6 +123,11 @@ def _side(model: nn.Module, batch: Any, config: LoRAConfig, price: Price | None)
             stack.callback(remove_lora, model)
         yield
         model.zero_grad()
+
+
+def _unshared(tensor: Tensor) -> Tensor:
+    """The same values, with a gradient of its own."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:

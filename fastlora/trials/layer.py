@@ -1,6 +1,5 @@
 """Layers with an adapter for each trial, which the rows of a batch are shared out to."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapted import new_adapter
+from ..adapted import new_adapter, scaling_of, wide_dtype
 from ..base import matrix_of
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets
@@ -136,7 +135,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
 
 def _adapter(trial: Trial, name: str, layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     weight = matrix_of(layer)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = wide_dtype(weight)
     return new_adapter(weight, trial.config.rank_of(name), trial.config.init_lora_weights, dtype)
 
 
@@ -148,10 +147,9 @@ def _adapters_of(
     rows: Rows,
 ) -> Adapters:
     configs = [trials[i].config for i in members]
-    ranks = [config.rank_of(name) for config in configs]
     scales = [
-        config.alpha_of(name) / (math.sqrt(r) if config.use_rslora else r)
-        for config, r in zip(configs, ranks, strict=True)
+        scaling_of(config.alpha_of(name), config.rank_of(name), config.use_rslora)
+        for config in configs
     ]
     pairs = [made[i][name] for i in members]
     return Adapters(

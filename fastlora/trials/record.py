@@ -1,5 +1,6 @@
 """What a sweep found: a line for each trial, the best first."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ class Sweep:
                 "config": {k: v for k, v in vars(outcome.trial.config).items() if v is not None},
                 "parameters": outcome.parameters,
                 "bytes": outcome.bytes,
-                "losses": outcome.losses,
+                # JSON has no NaN.
+                "losses": [(s, x if math.isfinite(x) else None) for s, x in outcome.losses],
                 "seconds": outcome.seconds,
                 "steps": outcome.steps,
             }

@@ -1,7 +1,6 @@
 """``fastlora.sweep``: trains many LoRA configurations side by side, on one base, in one process."""
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -89,8 +88,10 @@ def sweep(
     )
     options.check(len(trials))
     held_out = [as_batch(batch) for batch in eval_data]
-    if not held_out:
-        raise ValueError("eval_data gives no batch: the held-out loss is what trials are judged by")
+    if not any(bool((batch["labels"] != -100).any()) for batch in held_out):
+        raise ValueError(
+            "eval_data gives no batch with labels: the held-out loss is what trials are judged by"
+        )
     settings = {"trials": [_as_plain(trial) for trial in trials], **options._asdict()}
     folder.mkdir(parents=True, exist_ok=True)
     state = states.load(folder, settings) if resume else None
@@ -98,14 +99,14 @@ def sweep(
         run = Training(inner, trials, parts, options, loss, held_out)
         state = run.restored(state) if state else run.begun(settings)
         with _kept_random_state(), in_mode(inner, training=True), interruption() as interrupted:
+            feed = Feed(data, seed, state.batches)  # it may draw numbers for what it skips
             states.set_random_state(state.random)
-            run.train(state, Feed(data, seed, state.batches), folder, interrupted, progress)
+            run.train(state, feed, folder, interrupted, progress)
     for adapters, trial in zip(state.adapters, trials, strict=True):
         _write(inner, trial, adapters, folder / "adapters" / trial.name)
     found = Sweep(run.outcomes(state), steps, sum(state.seconds), folder)
-    shutil.copytree(
-        folder / "adapters" / found.best.trial.name, folder / "best", dirs_exist_ok=True
-    )
+    best = found.outcomes.index(found.best)
+    _write(inner, trials[best], state.adapters[best], folder / "best")
     write_whole(folder, {"sweep.json": (json.dumps(found.as_dict(), indent=2) + "\n").encode()})
     draw(found, folder / "losses.png")
     return found

@@ -62,6 +62,13 @@ class Training:
         )  # fmt: skip
 
     def restored(self, state: State) -> State:
+        """Put a state's adapters in place.  Raises ValueError if they don't fit this model."""
+        for own, saved in zip(self.parts.parameters, state.adapters, strict=True):
+            if {n: p.shape for n, p in own.items()} != {n: a.shape for n, a in saved.items()}:
+                raise ValueError(
+                    "the sweep to resume is of another model: give that model, another output_dir, "
+                    "or resume=False"
+                )
         with torch.no_grad():
             for own, saved in zip(self.parts.parameters, state.adapters, strict=True):
                 for name, parameter in own.items():
@@ -103,7 +110,6 @@ class Training:
                     raise KeyboardInterrupt(
                         f"stopped after step {state.step}: resume=True goes on from there"
                     )
-        self._keep(state, feed, folder)
 
     def step(self, state: State, feed: Feed) -> list[float]:
         """One of every trial that is left; their losses."""
@@ -128,6 +134,11 @@ class Training:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         output = self.model(**repeated(inputs, len(alive), self.device))
         logits, labels = _logits(output), batch["labels"].to(self.device)
+        if len(logits) != count * len(alive):
+            raise ValueError(
+                f"the model returned logits {tuple(logits.shape)} for {count * len(alive)} "
+                "examples, but must return [examples, …]"
+            )
         return [self.loss(own, labels) for own in logits.split(count)]
 
     @torch.no_grad()
@@ -137,8 +148,9 @@ class Training:
         with in_mode(self.model, training=False):
             for batch in self.held_out:
                 size = int((batch["labels"] != -100).sum())
-                total += size * torch.stack(self._losses(state.alive, batch)).float()
-                weight += size
+                if size:  # else there is no loss
+                    total += size * torch.stack(self._losses(state.alive, batch)).float()
+                    weight += size
         for i, found in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
             state.losses[i].append((state.step, found))
 

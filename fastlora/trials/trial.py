@@ -9,6 +9,7 @@ from ..model.config import LoRAConfig
 from ..projection import is_number, shown
 
 _RATE = "learning_rate"
+_LONGEST = 200  # bytes; file systems take 255
 _SHORT = {"lora_alpha": "alpha", "lora_dropout": "dropout", _RATE: "lr", "target_modules": ""}
 
 
@@ -61,6 +62,11 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
         )
     if not re.fullmatch(r"[\w.,=+-]+", name) or name.startswith("."):
         raise ValueError(f"configs[{number}] is called {shown(name)}, which can't be a folder's")
+    if len(name.encode()) > _LONGEST:
+        raise ValueError(
+            f"configs[{number}] is called {shown(name)}, too long for a folder: give it a 'name' "
+            f"of at most {_LONGEST} bytes"
+        )
     return Trial(name, config, float(rate))
 
 

@@ -15,6 +15,7 @@ def arguments(**changes):
 
 
 TYPE_ERRORS = {
+    "indices-fractions": ({"adapter_indices": [0.7, 1.2, 0.0, 1.0]}, "a list of whole numbers"),
     "x-list": ({"x": [1.0]}, "x must be a tensor, not list"),
     "x-integer": ({"x": ones(4, 3, 8).int()}, "x has dtype torch.int32"),
     "x-nested": ({"x": torch.nested.nested_tensor([ones(6, 8)])}, "x is nested"),

@@ -9,6 +9,7 @@ import transformers
 from models import Mlp, randomise
 from peft_models import BATCH, VOCABULARY, assert_same, gemma3, gpt2, optimized
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlora
 from fastlora.peft import mixed
@@ -211,6 +212,14 @@ def test_a_call_that_fails_leaves_no_names_behind():
         model(torch.randn(4, 5, 9, dtype=torch.float64), adapter_names=NAMES)
     assert torch.equal(model(rows()), expected)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_call_with_fake_tensors_keeps_none_of_them():
+    model = optimized(mlp()).eval()
+    mixed._kept_mapping.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(rows()), adapter_names=NAMES)
+    assert model(rows(), adapter_names=NAMES).isfinite().all()
 
 
 def test_peft_s_errors_are_the_same():

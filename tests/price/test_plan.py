@@ -10,6 +10,7 @@ import transformers
 import vendor_layers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from vendor_layers import quantised
 
 import fastlora
 from fastlora.__main__ import main
@@ -156,6 +157,25 @@ def test_models_that_have_adapters_or_nothing_to_run_on():
     net = fastlora.apply_lora(Net(), fastlora.LoRAConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="first has an adapter already"):
         fastlora.plan(net)
+
+
+def test_a_packed_weight_counts_too():
+    found = fastlora.plan(nn.Sequential(quantised("gguf-q8_0", 256, 96)), [2], rounds=0)
+    assert found.frozen.flops == 4 * 256 * 96
+    assert found.prices[0].bytes == 4 * found.prices[0].parameters == 4 * 2 * (256 + 96)
+
+
+def test_the_batch_gets_no_gradient():
+    x = torch.randn(2, 24, requires_grad=True)
+    fastlora.plan(Net(), [2], batch=x, rounds=1)
+    assert x.grad is None
+
+
+def test_an_encoder_decoder_is_refused(tmp_path, capsys):
+    transformers.BartConfig(vocab_size=8).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path), "--rounds", "0"])
+    assert "it has an encoder and a decoder" in capsys.readouterr().err
 
 
 def test_a_step_has_new_gradients():

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+from contextlib import suppress
 
 import pytest
 import torch
@@ -50,9 +51,11 @@ def batches(count: int, examples: int = 2, length: int = 7) -> list[dict]:
 DATA, HELD_OUT = batches(5), batches(2, examples=3)
 
 
-def swept(model: nn.Module, folder, configs=CONFIGS, **options) -> fastlora.trials.record.Sweep:
-    settings = {"steps": STEPS, "seed": SEED, "progress": False} | options
-    return fastlora.sweep(model, configs, DATA, eval_data=HELD_OUT, output_dir=folder, **settings)
+def swept(
+    model: nn.Module, folder, configs=CONFIGS, data=DATA, **options
+) -> fastlora.trials.record.Sweep:
+    settings = {"steps": STEPS, "seed": SEED, "progress": False, "eval_data": HELD_OUT} | options
+    return fastlora.sweep(model, configs, data, output_dir=folder, **settings)
 
 
 def alone(model: nn.Module, config: dict, joins=(1,) * STEPS) -> dict[str, torch.Tensor]:
@@ -141,6 +144,7 @@ def test_a_diverging_trial_spoils_no_other(model, tmp_path):
     found = swept(model, tmp_path, [wild, *CONFIGS[:1]], max_grad_norm=0.0)
     assert not found.outcomes[0].loss < 100
     assert found.best is found.outcomes[1]
+    json.loads((tmp_path / "sweep.json").read_text(), parse_constant=pytest.fail)  # such as NaN
     same = swept(model, tmp_path / "alone", CONFIGS[:1], max_grad_norm=0.0)
     assert same.best.losses[-1] == pytest.approx(found.best.losses[-1], rel=1e-5)
 
@@ -179,6 +183,13 @@ def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
     with pytest.raises(ValueError, match="with steps 6, not 9"):
         fastlora.sweep(
             model, configs, loader, eval_data=HELD_OUT, steps=9, output_dir=tmp_path / "whole",
+            halving=True, eval_steps=4, resume=True,
+        )  # fmt: skip
+    other = copy.deepcopy(model)
+    other.model.layers = other.model.layers[:1]
+    with pytest.raises(ValueError, match="of another model"):
+        fastlora.sweep(
+            other, configs, loader, eval_data=HELD_OUT, steps=STEPS, output_dir=tmp_path / "whole",
             halving=True, eval_steps=4, resume=True,
         )  # fmt: skip
     (tmp_path / "whole" / "state.pt").write_bytes(b"no pickle")
@@ -236,6 +247,8 @@ def refuse(logits, labels):
         ({"data": []}, ValueError, "data gives no batch"),
         ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "with 'labels'"),
         ({"eval_data": []}, ValueError, "eval_data gives no batch"),
+        ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
+        ({"configs": [{"learning_rate": 1, "name": "x" * 201}]}, ValueError, "too long for a"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant(base, tmp_path, options, error, message):
@@ -261,6 +274,40 @@ def test_batches_of_several_lengths():
     assert whole["labels"][:2, 3:].tolist() == [[-100, -100]] * 2
     assert whole["attention_mask"].sum().item() == 11
     assert torch.equal(whole["input_ids"][2], long["input_ids"][0])
+
+
+def test_a_held_out_batch_without_labels_says_nothing(model, tmp_path):
+    found = swept(model, tmp_path / "1", CONFIGS[:1])
+    empty = HELD_OUT[0] | {"labels": torch.full_like(HELD_OUT[0]["labels"], -100)}
+    same = swept(model, tmp_path / "2", CONFIGS[:1], eval_data=[*HELD_OUT, empty])
+    assert same.best.losses == found.best.losses
+
+
+def test_data_that_draws_numbers_changes_no_resumed_dropout(model, tmp_path):
+    class Drawing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            torch.rand(1)
+            return {name: tokens[i % 2] for name, tokens in DATA[i // 2].items()}
+
+    calls, found = [], []
+
+    def loss(logits, labels):
+        calls.append(1)
+        if len(calls) == 5:  # in a step
+            os.kill(os.getpid(), signal.SIGINT)
+        return causal_loss(logits, labels)
+
+    loader = torch.utils.data.DataLoader(Drawing(), 2)
+    configs = [CONFIGS[0] | {"lora_dropout": 0.2}]
+    for name, options in (("whole", {}), ("cut", {"loss": loss}), ("cut", {"resume": True})):
+        with suppress(KeyboardInterrupt):
+            run = swept(model, tmp_path / name, configs, loader, eval_steps=STEPS, **options)
+            found.append(run.best.losses)
+    assert len(found) == 2
+    assert found[0] == found[1]
 
 
 def test_data_that_ends_is_an_error():
