@@ -110,9 +110,9 @@ def check_packages(compare: bool, convert: bool, quantised: bool) -> None:
     needed += ["bitsandbytes", "gguf"] * quantised
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
-        extras = "demo,demo-quantised" if quantised else "demo"
+        extra = "demo-quantised" if quantised else "demo"
         named = ", ".join(dict.fromkeys(missing))
-        stop(f"not installed: {named}. pip install '.[{extras}]' installs all it needs")
+        stop(f"not installed: {named}. pip install '.[{extra}]' installs all it needs")
 
 
 def read_texts(path: Path | None) -> list[str]:

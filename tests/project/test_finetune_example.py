@@ -262,7 +262,7 @@ def make_gemma_of_gguf(folder, words, gguf):
     """A tiny Gemma 3, and the GGUF file whose numbers its layers have."""
     import transformers
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 64}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "vocab_size": 64}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.Gemma3TextConfig(**sizes, **layers, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
