@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.backends import triton as backend
 from fastlora.backends.protocol import Settings
+from fastlora.formats.format import Quantised
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
@@ -139,8 +140,12 @@ def bytes_of_passes(passes: tuple[str, str], shape: Shape) -> Bytes:
 def bytes_of_fastlora(
     shape: Shape, plan: Plan, *, dropout: float = 0.0, projections: int = 1,
     adapter_dtype: torch.dtype = torch.bfloat16, target: str = "sm_90",
+    packed: Quantised | None = None,
 ) -> Bytes:  # fmt: skip
-    """A forward and a backward with gradients of x and of the adapters, as launched there."""
+    """A forward and a backward with gradients of x and of the adapters, as launched there.
+
+    ``packed``: of this weight, whose tensors have no data.
+    """
     banks = [shape.experts] if shape.experts else []
     with torch.device("meta"):
         x = torch.empty(shape.M, shape.K, dtype=torch.bfloat16)
@@ -149,9 +154,11 @@ def bytes_of_fastlora(
         lora_b = torch.empty(*banks, shape.N, shape.r, dtype=adapter_dtype)
         segments = Segments(torch.empty(shape.experts, dtype=torch.int32))
         seeds = torch.empty(projections, dtype=torch.int64) if dropout else None
-    inputs = [x, *[weight, lora_a, lora_b] * projections]
-    needs = [True, *[False, True, True] * projections]
-    settings = Settings((Layout(False, (1.0,)),) * projections, dropout, backend)
+    weights = [weight] if packed is None else [*packed.tensors]
+    inputs = [x, *[*weights, lora_a, lora_b] * projections]
+    needs = [True, *[*[False] * len(weights), True, True] * projections]
+    layout = Layout(False, (1.0,), None if packed is None else packed.format)
+    settings = Settings((layout,) * projections, dropout, backend)
     with use_target(TARGETS[target]), use_plan(plan):
         with _Counter() as forward, intercept(forward.add_launch):
             if shape.experts:

@@ -36,15 +36,16 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
     return is_of_transformers(kind, _CONV1D)
 
 
-def matrix_of(linear: nn.Module) -> Tensor:
-    """A base's weight as [out, in]; packed, if it is a vendor's."""
-    found: Any = quantised_weight(linear)
+def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
+    """A base's weight as [out, in]; packed, if it is a vendor's.  ``kind``: its class by itself."""
+    kind = type(linear) if kind is None else kind
+    found: Any = quantised_weight(linear, kind)
     if isinstance(found, PackedLayer):
         found = found.weight
         return found
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    return weight.t() if is_conv1d(type(linear)) else weight
+    return weight.t() if is_conv1d(kind) else weight
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:

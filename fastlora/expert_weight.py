@@ -11,7 +11,7 @@ from .adapted import initialise
 from .base import tensor_of
 from .experts import ADDED, is_reversed, stacked
 from .ops.autocast import autocast_off
-from .projection import Adapter
+from .projection import Adapter, Base, Output
 
 
 class Features(NamedTuple):
@@ -106,6 +106,11 @@ class ExpertsWeight:
     @property
     def use_rslora(self) -> bool:
         return self.adaptation.use_rslora
+
+    def output(self) -> Output[Tensor]:
+        """The weight and its adapter as they are kept: not stacked, sharded under FSDP."""
+        adapter = Adapter(self.lora_a, self.lora_b, self.adaptation.scaling)
+        return Output(Base(self.weight, None), (adapter,))
 
     def check_weight(self, name: str) -> None:
         """Raise ValueError unless the weight is a parameter, which can be replaced."""

@@ -98,10 +98,23 @@ class LoRAQuantised(LoRALayer):
         return (total.sqrt() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
     def _apply(self, fn: Any, recurse: bool = True):
-        kept, self.__dict__["_base_weight"] = self._base_weight, None
-        super()._apply(fn, recurse)
-        if kept is not None:
-            # A parameter of the vendor's moves with what belongs to it.
-            with torch.no_grad():
-                self.__dict__["_base_weight"] = fn(kept)
+        kept: Any = self._base_weight
+        self.__dict__["_base_weight"] = None
+        try:
+            super()._apply(fn, recurse)
+            if kept is not None:
+                with torch.no_grad():
+                    kept = _moved(kept, fn)
+        finally:
+            self.__dict__["_base_weight"] = kept
         return self
+
+
+def _moved(kept: nn.Parameter, fn: Any) -> nn.Parameter:
+    """A base's parameter and what belongs to it, which some of the vendors' classes move along."""
+    found = fn(kept)
+    moved = found if isinstance(found, nn.Parameter) else nn.Parameter(found, requires_grad=False)
+    for name in vars(kept).keys() - vars(moved).keys():
+        value = vars(kept)[name]
+        setattr(moved, name, _moved(value, fn) if isinstance(value, nn.Parameter) else value)
+    return moved

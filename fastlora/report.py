@@ -158,7 +158,9 @@ def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
         plan = "merged"
     elif isinstance(layer, ExpertsWeight):
         reason = module.read().reason
-        fast, plan = not reason, "eager" if reason else "torch"  # on every device
+        fast, plan = not reason, "eager"
+        if fast:
+            plan, reason = planned_backend([layer.output()])
     else:
         try:
             outputs = as_outputs([layer.projection()])

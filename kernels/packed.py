@@ -108,7 +108,7 @@ def scale_bytes(operands: tuple, packing: tuple, rows: int, columns: int, tile_c
 @triton.jit
 def tables_of(operands, PACKING: tl.constexpr):
     """What every tile needs: the numbers that codes of four bits stand for, and an offset."""
-    b_table, offset_of_scales = None, None
+    b_table, offset_of_scales = 0.0, 0.0  # Triton 3.6 hands on no None from here
     if PACKING[0] == "four-bit":
         b_table = tl.zeros((16,), tl.float32)
         for i in tl.static_range(16):

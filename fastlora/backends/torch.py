@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ..formats.format import Quantised
-from ..projection import Output, flatten, per_adapter, unflatten
+from ..projection import HALF_DTYPES, Output, flatten, per_adapter, unflatten
 from .dropout import dropout_mask
 from .gated import gated, gated_backward
 from .grouped import backward_grouped, forward_grouped, takes_experts_in_turn
-from .products import h_dtype
+from .products import h_dtype, is_slow
 from .protocol import Settings
 from .rows import backward_rows, base_gradients, forward_rows, masks_of, no_gradients
 
@@ -56,16 +56,22 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
 
 
 def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
-    """Whether x has few rows on a CPU, and one output, and nothing is converted or rounded."""
+    """Whether x has few rows on a CPU, and one output, and torch's own products are fast."""
     if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or len(outputs) > 1:
         return False
     ((weight, bias), adapters) = outputs[0]
-    if isinstance(weight, Quantised):
-        return False
     dtype = x.dtype
-    if dtype not in (torch.float32, torch.float64) or (bias is not None and bias.dtype != dtype):
+    if isinstance(weight, Quantised) or (bias is not None and bias.dtype != dtype):
         return False
-    return all([lora_a.dtype == lora_b.dtype == dtype for lora_a, lora_b, _ in adapters])
+    if dtype in HALF_DTYPES and is_slow(dtype):
+        return False
+    adapter_dtype = torch.promote_types(dtype, torch.float32)
+    return all(
+        [
+            lora_a.dtype == lora_b.dtype and lora_a.dtype in (dtype, adapter_dtype)
+            for lora_a, lora_b, _ in adapters
+        ]
+    )
 
 
 def forward(

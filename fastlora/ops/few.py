@@ -30,7 +30,11 @@ def few_rows(
             seed = seeds if len(scales) == 1 else seeds[i]
             mask = settings.backend.dropout_mask(seed, rows.shape, settings.dropout)
             dropped = rows * mask.to(rows.dtype)  # a mask of bool takes 1.4 times as long
-        y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=float(scale) / keep)
+        factor = float(scale) / keep
+        if lora_a.dtype == y.dtype:
+            y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=factor)
+        else:  # float32 beside 16 bits: its products in float32, as it lies, are faster than a cast
+            y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
     if x.dim() == 2:
         return (y,)
     shape = *x.shape[:-1], y.shape[-1]

@@ -86,7 +86,9 @@ class Sums:
 
     def __init__(self, routing: Routing, parts: Sequence[Part], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.routing, self.is_whole = routing, parts[0].rows == slice(0, len(routing.order))
+        # One expert alone may have every row beside others that have none.
+        self.is_whole = len(parts) == 1 and parts[0].rows == slice(0, len(routing.order))
+        self.routing = routing
         self.total: Tensor | None = None
 
     def add(self, rows: Tensor, part: Part, weights: Tensor | None = None) -> None:

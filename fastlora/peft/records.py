@@ -56,8 +56,11 @@ def _cover(
         elif layer.merged:
             plan = "merged"
         elif isinstance(called, ParamWrapper):
-            reason = read_experts(called, gathers).reason
-            fast, plan = not reason, "eager" if reason else "torch"  # on every device
+            experts = read_experts(called, gathers)
+            fast, reason = not experts.reason, experts.reason
+            if fast:
+                number = experts.experts.names.index(layer.parameter_name)
+                plan, reason = planned_backend([experts.outputs[number]])
         else:
             reading = read(layer, names, gathers)
             fast, reason = reading.output is not None, reading.reason

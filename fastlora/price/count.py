@@ -1,5 +1,6 @@
 """What can be counted from shapes alone, on meta tensors too: parameters, bytes, FLOPs."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -8,13 +9,21 @@ from torch import Tensor, nn
 from ..base import matrix_of, why_not_class
 from ..model.config import LoRAConfig
 from ..model.targets import find_targets, modules_to_save
+from ..quant import PackedLayer, quantised_weight
 from .record import FrozenCosts, Price
 
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
     """The model's parameters, and the FLOPs of its linear layers."""
-    weights = sum(weight.numel() for weight in _matrices(model))
-    return FrozenCosts(sum(parameter.numel() for parameter in model.parameters()), 4 * weights)
+    matrices = list(_matrices(model))
+    weights = sum(math.prod(weight.shape) for _, weight in matrices)
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for layer, weight in matrices:
+        if not isinstance(weight, Tensor):  # what it is packed in has other numbers of elements
+            for name in layer._parameters.keys() - {"bias"}:
+                sizes.pop(id(layer._parameters[name]), None)
+            sizes[id(layer)] = math.prod(weight.shape)
+    return FrozenCosts(sum(sizes.values()), 4 * weights)
 
 
 def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
@@ -41,7 +50,9 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
     return len(targets), Price(config.r, parameters, size, flops)
 
 
-def _matrices(model: nn.Module) -> Iterator[Tensor]:
+def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Every linear layer, and its weight, which may be packed."""
     for module in model.modules():
-        if not why_not_class(type(module)):
-            yield matrix_of(module)
+        packed = isinstance(quantised_weight(module), PackedLayer)
+        if packed or not why_not_class(type(module)):
+            yield module, matrix_of(module)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..batch import call, loss_and_outputs
@@ -34,15 +35,16 @@ class Step:
         Only what autograd knows of is counted: tensors, each memory once.
         """
         own = {
-            tensor.untyped_storage().data_ptr()
+            storage.data_ptr()
             for tensor in (*self.model.parameters(), *self.model.buffers())
+            for storage in _storages(tensor)
         }
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            for storage in _storages(tensor):
+                if storage.data_ptr() not in own:
+                    kept[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # the same memory; to keep the tensor itself would make a cycle
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -56,6 +58,14 @@ class Step:
     def _wait(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The memory of a tensor, or of all that one of a wrapping class (torchao's) is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.untyped_storage()]
+    names, _ = tensor.__tensor_flatten__()
+    return [storage for name in names for storage in _storages(getattr(tensor, name))]
 
 
 @contextmanager

@@ -25,7 +25,12 @@ def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor |
     return next((vendor for vendor in VENDORS if vendor.owns(layer, kind)), None)
 
 
-def quantised_weight(layer: nn.Module) -> PackedLayer | str | None:
-    """A vendor's layer as a packed weight, or why it can't be read; None: it is no vendor's."""
-    vendor = vendor_of(layer)
+def quantised_weight(
+    layer: nn.Module, kind: type[nn.Module] | None = None
+) -> PackedLayer | str | None:
+    """A vendor's layer as a packed weight, or why it can't be read; None: it is no vendor's.
+
+    ``kind``: in its class's place.
+    """
+    vendor = vendor_of(layer, kind)
     return None if vendor is None else vendor.read(layer)

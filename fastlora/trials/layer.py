@@ -14,6 +14,7 @@ from ..base import matrix_of
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets
 from ..ops import multi_lora_linear
+from ..quant import quantised_weight
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"
@@ -59,27 +60,37 @@ class Adapters(NamedTuple):
 class TrialsLayer(nn.Module):
     """A linear layer's class, which comes after this one, with the adapters of several trials."""
 
+    plain_class: type[nn.Module]  # what it is without them
+
     def forward(self, x: Tensor) -> Tensor:
         adapters: Adapters = self.__dict__[_RECORD]
         mapping = adapters.rows.mapping(adapters.members)
         if mapping is None:
             return super().forward(x)
-        return multi_lora_linear(
-            x,
-            matrix_of(self),
-            adapters.lora_a,
-            adapters.lora_b,
-            mapping,
-            bias=cast(Any, self).bias,
-            scales=adapters.scales,
-            dropout=adapters.dropouts,
-            training=self.training,
-        )
+        found = quantised_weight(self, self.plain_class)
+        if isinstance(found, str):
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
+        weight: Any = matrix_of(self, self.plain_class) if found is None else found.weight
+
+        def run(x: Tensor) -> Tensor:
+            return multi_lora_linear(
+                x,
+                weight,
+                adapters.lora_a,
+                adapters.lora_b,
+                mapping,
+                bias=cast(Any, self).bias,
+                scales=adapters.scales,
+                dropout=adapters.dropouts,
+                training=self.training,
+            )
+
+        return run(x) if found is None else found.call(x, run)
 
 
 @cache
 def _class_over(plain: Any) -> Any:
-    return type(plain.__name__, (TrialsLayer, plain), {})
+    return type(plain.__name__, (TrialsLayer, plain), {"plain_class": plain})
 
 
 class Attached(NamedTuple):

@@ -160,6 +160,16 @@ def test_dropout_is_replayed(reentrant):
     assert expected[0] != train(model.eval())[0]
 
 
+def test_the_report_says_what_experts_run_on():
+    model = own_model()
+    with fastlora.use_backend("triton"):
+        for dtype, plan in ((torch.float32, "triton"), (torch.float64, "torch")):
+            layers = fastlora.coverage(model.to(dtype)).layers
+            experts = [layer for layer in layers if "experts" in layer.name]
+            assert {(layer.fast, layer.plan) for layer in experts} == {(True, plan)}
+            assert all(layer.reason == "" for layer in experts) is (plan == "triton")
+
+
 def test_generation():
     model = own_model("mixtral")
     settings = {"max_new_tokens": 4, "do_sample": False}

@@ -71,6 +71,7 @@ ROUTES = {
     "spread": lambda: torch.stack([torch.randperm(E)[:2] for _ in range(9)]),
     "nobody": lambda: torch.tensor([[0, E], [E, E + 3], [3, 0], [E, 2]]),
     "one-has-all": lambda: torch.full((5, 1), 2),
+    "the-first-has-all": lambda: torch.full((5, 1), 0),
     "one-token": lambda: torch.tensor([[1, 0, 3]]),
     "int32": lambda: torch.tensor([[1, 0], [3, 1]], dtype=torch.int32),
 }

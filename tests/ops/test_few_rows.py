@@ -29,11 +29,16 @@ def call(x: torch.Tensor, dtype: torch.dtype = torch.float32, **more) -> torch.T
     return fastlora.lora_linear(x, *projection[:3], bias=projection.bias, **more)
 
 
-def test_few_rows_have_no_node_of_ours():
+def test_few_rows_have_no_node_of_ours(monkeypatch):
     assert not is_node(call(torch.randn(MOST_ROWS, K)))
     assert is_node(call(torch.randn(MOST_ROWS + 1, K)))
     assert not is_node(call(torch.randn(MOST_ROWS, K), dropout=0.1))
-    assert is_node(call(torch.randn(MOST_ROWS, K, dtype=torch.bfloat16), torch.bfloat16))
+    narrow = torch.randn(MOST_ROWS, K, dtype=torch.bfloat16)
+    monkeypatch.setattr("fastlora.backends.products.FORCED", False)
+    assert not is_node(call(narrow, torch.bfloat16))
+    monkeypatch.setattr("fastlora.backends.products.FORCED", True)  # 16-bit products are slow
+    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    assert is_node(call(narrow, torch.bfloat16))
     with fastlora.use_backend("triton"):
         assert is_node(call(torch.randn(1, K)))
 
@@ -45,6 +50,16 @@ def test_the_oracle_s_numbers(shape, dtype, p):
     """With dropout by the mask that the backend makes of the seed."""
     x = torch.randn(shape, dtype=dtype).requires_grad_()
     check_against_oracle(x, [make_projection(N, K, RANK, dtype, bias=True)], p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_the_oracle_s_numbers_in_16_bits(monkeypatch, adapter_dtype, p):
+    """Where 16-bit products are fast; float32 adapters multiply in float32."""
+    monkeypatch.setattr("fastlora.backends.products.FORCED", False)
+    x = torch.randn(2, 3, K, dtype=torch.bfloat16).requires_grad_()
+    projection = make_projection(N, K, RANK, torch.bfloat16, adapter_dtype, bias=True)
+    check_against_oracle(x, [projection], p)
 
 
 def test_each_adapter_has_a_mask_of_its_own():

@@ -67,6 +67,16 @@ def test_checkpointing(reentrant):
         torch.testing.assert_close(found, wanted)
 
 
+def test_the_report_says_what_experts_run_on():
+    model = optimized(model_of())
+    with fastlora.use_backend("triton"):
+        for dtype, plan in ((torch.float32, "triton"), (torch.float64, "torch")):
+            layers = fastlora.coverage(model.to(dtype)).layers
+            experts = [layer for layer in layers if "experts" in layer.name]
+            assert {(layer.fast, layer.plan) for layer in experts} == {(True, plan)}
+            assert all(layer.reason == "" for layer in experts) is (plan == "triton")
+
+
 def test_less_is_kept_than_peft_keeps():
     theirs = model_of()
     ours = optimized(theirs)

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from models import randomise
+from peft.tuners.lora import layer as peft_layer
 from peft_models import counted_calls
 from torch import Tensor, nn
 from torch.nn import functional
@@ -152,6 +153,16 @@ def test_a_replaced_gate_of_the_class(monkeypatch):
     plain = Qwen3MoeExperts._apply_gate
     monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", lambda self, pre: 3 * plain(self, pre))
     assert_peft_s(layer_of(implementation="batched_mm"), UNKNOWN)
+
+
+def test_a_watched_sum_of_weight_and_adapter(monkeypatch):
+    proxy = getattr(peft_layer, "_LoraFactorsProxy", peft_layer._LoraParameterProxy)
+    plain = proxy.forward
+    monkeypatch.setattr(proxy, "forward", lambda self, weight: plain(self, weight) + 1)
+    assert_peft_s(
+        layer_of(),
+        "something watches, or replaces, how PEFT adds an adapter to experts' weights",
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+import vendor_layers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -194,3 +195,17 @@ def test_a_command_that_fails_says_so_in_a_line(folder, arguments, message, caps
         main(["plan", *(argument.format(folder=folder) for argument in arguments)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gguf-q4_k", "torchao-int8"])
+def test_a_packed_weight_has_as_many_parameters_as_the_layer_has_weights(kind):
+    if kind == "nf4":
+        bnb_layers = pytest.importorskip("bnb_layers")
+        layer, weights = bnb_layers.quantised("nf4", 256, 96), 256 * 96
+    else:
+        layer, weights = vendor_layers.quantised(kind, 256, 96), 256 * 96
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(96, 8))
+    found = fastlora.plan(model, [4], batch=torch.randn(64, 256), rounds=1)
+    assert found.frozen.parameters == weights + 96 + 97 * 8
+    assert found.frozen.flops == 4 * (weights + 96 * 8)
+    assert (found.layers, found.prices[0].parameters) == (2, 4 * (256 + 96 + 96 + 8))

@@ -14,6 +14,9 @@ from benchmarks.counted_bytes import (
     bytes_of_fastlora,
     counted,
 )
+from fastlora.formats.format import Quantised
+from fastlora.formats.four_bit import FourBit
+from fastlora.kernels.plan import UNPACKING
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["p0", "p0.1"])
@@ -95,3 +98,24 @@ def test_experts_read_and_write_what_a_layer_does():
     a, b = (EXPERTS.experts * EXPERTS.r * width * 2 for width in (EXPERTS.K, EXPERTS.N))
     h, ends = EXPERTS.M * EXPERTS.r * 2, EXPERTS.experts * 4
     assert plain.forward == 2 * x + y + weight + a + b + 2 * h + 2 * ends
+
+
+@pytest.mark.parametrize(("M", "plan"), [(16, UNPACKING), (64, UNPACKING), (8192, FUSED)])
+def test_a_packed_weight_is_read_once_and_made_dense_only_for_many_rows(M, plan):
+    """In each direction; what was made dense is then read in the dense weight's place."""
+    shape = Shape(M=M)
+    count = shape.N * shape.K
+    tensors = (
+        torch.empty(count // 2, dtype=torch.uint8, device="meta"),
+        torch.empty(count // 64, dtype=torch.uint8, device="meta"),
+        *(torch.empty(size, device="meta") for size in ((count // 2**14,), (256,), ())),
+    )
+    packed = Quantised(FourBit(shape.N, shape.K, "nf4", 64, 256), tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    found, dense = (
+        bytes_of_fastlora(shape, p, packed=w) for p, w in ((plan, packed), (FUSED, None))
+    )
+    weight = 2 * count
+    more = size - weight if plan is UNPACKING else size + weight
+    assert found.forward - dense.forward == more
+    assert found.backward - dense.backward == more

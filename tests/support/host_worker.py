@@ -14,7 +14,7 @@ from dataclasses import replace
 import cuda_standin
 import handed_over
 import torch
-from random_layers import random_layer
+from random_layers import packed_layers, random_layer
 
 RANDOM_LAYERS = 150
 COMPARED_LAYERS = 60
@@ -177,9 +177,9 @@ def replays() -> dict:
     from fastlora.kernels.launch import Launch, intercept
 
     compared, differences = 0, []
-    for seed in range(COMPARED_LAYERS):
-        layer = random_layer(seed)
-        plan = ("IN_PLACE", "FUSED", None)[seed % 3]
+    layers = [random_layer(seed) for seed in range(COMPARED_LAYERS)]
+    for seed, layer in enumerate(layers + packed_layers()):
+        plan = ("IN_PLACE", "FUSED", None)[seed % 3] if seed < COMPARED_LAYERS else None
 
         def call(layer=layer, plan=plan) -> list[torch.Tensor]:
             torch.manual_seed(1)
@@ -208,7 +208,8 @@ def replays() -> dict:
 
 def tensors_of(output) -> list[torch.Tensor]:
     (weight, bias), adapters = output
-    found = [weight] if bias is None else [weight, bias]
+    found = [weight] if isinstance(weight, torch.Tensor) else [*weight.tensors]
+    found += [] if bias is None else [bias]
     return [*found, *(tensor for adapter in adapters for tensor in adapter[:2])]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
+from packed import random_float8, random_four_bit, random_int8
 from torch import Tensor
 
 from fastlora.projection import Adapter, Base, Output
@@ -70,3 +71,32 @@ def random_layer(seed: int) -> RandomLayer:
     outputs = [output(K) for _ in range(draw.choice((1, 1, 1, 2, 3, 5)))]
     dys = [matrix(M, len(each.base.weight)) for each in outputs]
     return RandomLayer(x, outputs, dys, draw.choice((0.0, 0.1)))
+
+
+def packed_layers() -> list[RandomLayer]:
+    """With packed weights: unpacked in a product and made dense; one, a group, blocks over rows."""
+    layers = []
+    for make, widths in (
+        (lambda n, k: random_four_bit(n, k, nested=256), (256,)),
+        (lambda n, k: random_four_bit(n, k, block=128), (256, 64)),
+        (random_int8, (256, 64)),
+        (lambda n, k: random_float8(n, k, 128, 128, scale=torch.float32), (256,)),
+    ):
+        for rows, columns in ((16, 512), (200, 512), (16, 200)):
+            x = torch.empty(rows, columns, dtype=torch.bfloat16, requires_grad=True)
+            outputs = [
+                Output(
+                    Base(make(width, columns)),
+                    (
+                        Adapter(
+                            torch.empty(8, columns, requires_grad=True),
+                            torch.empty(width, 8, requires_grad=True),
+                            2.0,
+                        ),
+                    ),
+                )
+                for width in widths
+            ]
+            dys = [torch.empty(rows, width, dtype=x.dtype) for width in widths]
+            layers.append(RandomLayer(x, outputs, dys, 0.1 * (len(widths) > 1)))
+    return layers

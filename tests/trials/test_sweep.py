@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+from vendor_layers import quantised
 
 import fastlora
 from fastlora.trials.batches import Feed, joined
@@ -279,3 +281,33 @@ def test_schedules_and_rungs():
     assert [options(warmup_steps=3).factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1]
     assert options(schedule="cosine", steps=2).factor(1) == pytest.approx(0.5)
     assert options(schedule="constant").factor(7) == 1
+
+
+class Blocks(nn.Module):
+    """A causal model of square layers: Conv1D, and a quantised one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(40, 256), Conv1D(256, 256)
+        self.packed, self.head = quantised("gguf-q8_0", 256, 256), nn.Linear(256, 40)
+        self.head.requires_grad_(False)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.packed(self.conv(self.embed(input_ids)).tanh()))
+        loss = None if labels is None else causal_loss(logits, labels)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_layers_of_other_classes(tmp_path):
+    model, configs = (
+        Blocks(),
+        [{"r": r, "learning_rate": 1e-3, "target_modules": ["conv", "packed"]} for r in (2, 3)],
+    )
+    base = copy.deepcopy(model)
+    found = swept(model, tmp_path, configs)
+    for config, outcome in zip(configs, found.outcomes, strict=True):
+        expected = alone(copy.deepcopy(base), config)
+        torch.testing.assert_close(
+            saved(tmp_path / "adapters" / outcome.trial.name), expected, rtol=1e-3, atol=1e-5
+        )
+    assert [type(layer) for layer in model.modules()] == [type(layer) for layer in base.modules()]
