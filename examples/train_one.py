@@ -42,7 +42,7 @@ def main(run: SimpleNamespace) -> dict:
 def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module:
     """Freeze the model and add an adapter.  PEFT loads fastlora's, so that both start the same."""
     initial = run.scratch / "initial"
-    if run.side != "fastlora":
+    if run.with_peft:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, initial, is_trainable=True)
@@ -104,7 +104,7 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
         label_names=["labels"],  # which Trainer can't read off a PeftModel's signature
         report_to="none",
     )
-    kind = AdapterTrainer if run.side == "fastlora" else Trainer
+    kind = Trainer if run.with_peft else AdapterTrainer
     trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out)
     trainer.remove_callback(ProgressCallback)  # finetune.py has one for all sides
     return trainer
@@ -129,7 +129,7 @@ def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleName
     else:
         fastlora.load_adapter(fresh, adapter)
     differences["loaded"] = difference(trained, logits(fresh, row))
-    fastlora.merge_lora(model)
+    fastlora.merge_lora(model, requantise=False)  # quantised again, it would be another model
     differences["merged"] = difference(trained, logits(model, row))
     print_sample("after training", tokenizer, continuation(model, prompt))
 
@@ -188,7 +188,16 @@ def make_rows(tokenizer, run: SimpleNamespace) -> tuple[list[dict], list[dict]]:
 
 
 def load_model(run: SimpleNamespace) -> torch.nn.Module:
-    return load(AutoModelForCausalLM, run, dtype=getattr(torch, run.dtype))
+    if run.base == "GGUF":
+        from quantised import model_of_gguf
+
+        return model_of_gguf(run)
+    model = load(AutoModelForCausalLM, run, dtype=getattr(torch, run.dtype))
+    if run.base == "NF4":
+        from quantised import quantise_to_nf4
+
+        quantise_to_nf4(model)
+    return model
 
 
 def load(kind: type, run: SimpleNamespace, **settings):

@@ -258,6 +258,52 @@ def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
     assert "PEFT can't drop experts' inputs" in errors
 
 
+def make_gemma_of_gguf(folder, words, gguf):
+    """A tiny Gemma 3, and the GGUF file whose numbers its layers have."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "vocab_size": 64}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Gemma3TextConfig(**sizes, **layers, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForCausalLM(config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 2)
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "gemma3")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            kind = gguf.GGMLQuantizationType["Q8_0" if "down" in name else "Q5_0"]
+            blocks = gguf.quantize(module.weight.detach().numpy(), kind)
+            writer.add_tensor(f"{names.get_name(name)}.weight", blocks, raw_dtype=kind)
+            module.weight.data = torch.from_numpy(gguf.dequantize(blocks, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(words).save_pretrained(folder)
+
+
+def test_quantised_trains_beside_dense(inputs, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the example reads a GGUF file")
+    pytest.importorskip("bitsandbytes", reason="the example quantises with it")
+    make_gemma_of_gguf(tmp_path, inputs[1], gguf)
+    options = ["--quantised", "--model", tmp_path, "--out", tmp_path / "out", "--steps=2"]
+    code, printed, errors = finetune(*options, *inputs[2:4], *FAST[1:], "--dropout=0")
+    assert code == 0, errors
+    assert "14 quantised: NF4" in printed
+    results = json.loads((tmp_path / "out" / "loss.json").read_text())["results"]
+    assert list(results) == ["fastlora", "PEFT", "dense", "GGUF"]
+    for side, other in (("fastlora", "PEFT"), ("GGUF", "dense")):  # the same numbers
+        for curve in ("loss", "held_out_loss"):
+            theirs = numpy.array(results[other][curve])
+            assert numpy.array(results[side][curve]) == pytest.approx(theirs, rel=1e-4)
+    assert results["fastlora"]["loss"] != results["dense"]["loss"]
+    weights = {side: result["weights_resident"] for side, result in results.items()}
+    assert weights["fastlora"] == weights["PEFT"] < weights["GGUF"] < weights["dense"]
+    code, _, errors = finetune("--quantised", "--experts")
+    assert (code, len(errors.splitlines())) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,101 @@
+"""A model whose linear layers, but the head, keep packed weights: NF4, or a GGUF's own blocks.
+
+The embeddings, and the head that shares their weight, stay dense.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType as Kind
+from options import stop
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations.gguf.dequant import GGML_BLOCK
+from transformers.integrations.gguf.utils import GgufLinear
+
+
+def quantise_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
+    """bitsandbytes' layers, with nested absmax, in place of a dense model's, one after another."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, linear in linear_layers(model).items():
+        layer = Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None,
+            compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        # Else some CPUs repack the weight in an evaluation, and it stays so.
+        layer.support_avx512bf16_for_cpu = False
+        kind = type(layer.weight)
+        layer.weight = kind(linear.weight.data, False, quant_type="nf4", module=layer)
+        layer.bias = linear.bias
+        model.set_submodule(name, layer.to(linear.weight.device))  # which quantises
+    model.is_loaded_in_4bit = True  # PEFT asks
+    return model
+
+
+def model_of_gguf(run: SimpleNamespace) -> PreTrainedModel:
+    """The blocks of the GGUF in the model's folder, and what is dense from the folder's model.
+
+    transformers' loader would dequantise them on a CPU.  No dense weight of these layers is made.
+    """
+    reader = gguf.GGUFReader(gguf_of(run.model))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    with no_init_weights():
+        config = AutoConfig.from_pretrained(run.model)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, run.dtype))
+    model.tie_weights()
+    names = names_in_gguf(reader, config.num_hidden_layers)
+    for name, linear in linear_layers(model).items():
+        tensor = tensors[names.get_name(name) + ".weight"]
+        model.set_submodule(name, packed_layer(linear, tensor.data, tensor.tensor_type))
+    dense = dict(model.named_parameters())
+    with safe_open(Path(run.model, "model.safetensors"), "pt") as file:
+        for name in dense.keys() - packed_names(model):
+            dense[name].data.copy_(file.get_tensor(name))
+    return model.eval()
+
+
+def packed_layer(linear: nn.Linear, blocks, kind: Kind) -> GgufLinear:
+    if kind == Kind.Q5_0:  # which transformers' layer can't hold
+        blocks, kind = as_q8_0(torch.from_numpy(blocks.copy())), Kind.Q8_0
+    if kind not in GGML_BLOCK:
+        stop(f"--quantised: transformers' GgufLinear can't hold {kind.name}")
+    layer = GgufLinear(linear.in_features, linear.out_features, int(kind), linear.bias is not None)
+    layer.weight.data = torch.as_tensor(blocks).clone()  # a reader's array is the file itself
+    layer.bias = linear.bias
+    return layer
+
+
+def as_q8_0(blocks: Tensor) -> Tensor:
+    """Q5_0's 32 numbers of 5 bits, a float16 scale before them, as bytes: the very same numbers."""
+    rows = blocks.shape[0]
+    scale, high, low = blocks.reshape(rows, -1, 22).split([2, 4, 16], dim=-1)
+    low = torch.cat([low & 15, low >> 4], dim=-1)
+    high = (high.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2)
+    numbers = (low | high << 4).view(torch.int8) - 16
+    return torch.cat([scale, numbers.view(torch.uint8)], dim=-1).reshape(rows, -1)
+
+
+def names_in_gguf(reader: gguf.GGUFReader, layers: int) -> gguf.TensorNameMap:
+    name = reader.fields["general.architecture"].contents()
+    [arch] = [arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name]
+    return gguf.get_tensor_name_map(arch, layers)
+
+
+def gguf_of(folder: str) -> Path | None:
+    return next(Path(folder).glob("*.gguf"), None)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    return {k: each for k, each in modules.items() if type(each) is nn.Linear and each is not head}
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    modules = model.named_modules()
+    return {f"{name}.weight" for name, each in modules if isinstance(each, GgufLinear)}
