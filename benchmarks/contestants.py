@@ -158,7 +158,7 @@ class FusedGroup(Group):
         ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return fastlora.loralinears(x, self.projections, dropout=self.dropout)
+        return fastlora.lora_linears(x, self.projections, dropout=self.dropout)
 
 
 def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:

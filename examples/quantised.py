@@ -60,12 +60,13 @@ def model_of_gguf(run: SimpleNamespace) -> PreTrainedModel:
 
 
 def packed_layer(linear: nn.Linear, blocks, kind: Kind) -> GgufLinear:
+    blocks = blocks.copy()  # a reader's array is the file itself
     if kind == Kind.Q5_0:  # which transformers' layer can't hold
-        blocks, kind = as_q8_0(torch.from_numpy(blocks.copy())), Kind.Q8_0
+        blocks, kind = as_q8_0(torch.from_numpy(blocks)), Kind.Q8_0
     if kind not in GGML_BLOCK:
         stop(f"--quantised: transformers' GgufLinear can't hold {kind.name}")
     layer = GgufLinear(linear.in_features, linear.out_features, int(kind), linear.bias is not None)
-    layer.weight.data = torch.as_tensor(blocks).clone()  # a reader's array is the file itself
+    layer.weight.data = torch.as_tensor(blocks)
     layer.bias = linear.bias
     return layer
 
