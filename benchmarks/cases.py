@@ -50,6 +50,11 @@ class Case:
         return self.table == "optimized"
 
     @property
+    def has_peak(self) -> bool:
+        """Whether the most memory of a step is measured, besides what is kept."""
+        return self.table in ("experts", "mlp", "step", "quantised")
+
+    @property
     def decodes(self) -> bool:
         """On a GPU few rows are inference, without gradients and in a CUDA graph as well."""
         return self.table == "gpu" and self.M <= DECODE
@@ -173,7 +178,16 @@ def cpu_cases() -> list[Case]:
         cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
-    return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks()]
+    from . import dequantise, quantised  # which import this file
+
+    return [
+        *cases,
+        tiny,
+        replace(tiny, dropout=0.1),
+        *_blocks(),
+        *quantised.cases(),
+        *dequantise.cases(),
+    ]
 
 
 def _blocks() -> Iterator[Block]:

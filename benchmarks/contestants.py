@@ -30,7 +30,8 @@ class Tensors:
     dys: tuple[Tensor, ...]
     weights: tuple[nn.Parameter, ...]
     adapters: dict[torch.dtype, list[tuple[nn.Parameter, nn.Parameter]]]  # lora_a, lora_b
-    base: nn.Module | None = None  # of a block, which has no weights or adapters here
+    # A block, which has no weights or adapters here; or a quantised layer, of this weight.
+    base: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ def makers_for(case: Case) -> dict[str, Maker]:
         from . import mixed  # which imports this file
 
         return mixed.makers()
+    if case.table == "quantised":
+        from . import quantised  # likewise
+
+        return quantised.makers_for(case)
     if case.table == "few":
         optimized = {"peft, optimized": peft_layer(optimized=True)}
         return {"frozen": frozen, "peft": peft_layer(), **optimized, "fastlora": fastlora_layer()}
@@ -117,12 +122,17 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
         pairs.append((nn.Parameter(a), nn.Parameter(b)))
     wide = [(nn.Parameter(a.float()), nn.Parameter(b.float())) for a, b in pairs]
     weights = [random(N, case.K, std=case.K**-0.5) for N in case.outputs]
-    return Tensors(
+    tensors = Tensors(
         x=random(case.M, case.K).requires_grad_(),
         dys=tuple(random(case.M, N) for N in case.outputs),
         weights=tuple(nn.Parameter(weight, requires_grad=False) for weight in weights),
         adapters={torch.float32: wide, case.dtype: pairs},
     )
+    if case.table != "quantised":
+        return tensors
+    from . import quantised
+
+    return quantised.with_base(case, tensors)
 
 
 class Group(nn.Module):
@@ -148,7 +158,7 @@ class FusedGroup(Group):
         ]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return fastlora.loralinears(x, self.projections, dropout=self.dropout)
+        return fastlora.lora_linears(x, self.projections, dropout=self.dropout)
 
 
 def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:

@@ -146,15 +146,25 @@ def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int
     with contestant.chosen(), hooks:
         ys = contestant.module(tensors.x)
     for parameter in contestant.module.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
+        for tensor in _plain(parameter):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
     x = kept.pop(tensors.x.untyped_storage().data_ptr(), None)
     added = sum(storage.nbytes() for storage in kept.values())
     del ys
     return {"x": 0 if x is None else x.nbytes(), "added": added}
 
 
-def check_kept(case: Case, kept: dict[str, int]) -> None:
+def _plain(parameter: Tensor) -> list[Tensor]:
+    """The tensors that a parameter of torchao's is made of; of any other, it."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+
+
+def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
     """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed.
+
+    And the scales of a quantised base, which are no parameters.
 
     With dropout, few rows on a CPU have the mask and the dropped x in the seed's place.
     """
@@ -162,5 +172,11 @@ def check_kept(case: Case, kept: dict[str, int]) -> None:
     allowed = n * case.M * case.r * case.dtype.itemsize
     if case.dropout:
         allowed += 2 * case.M * case.K * case.dtype.itemsize if case.has_no_node else 8 * n
+    if tensors.base is not None:
+        from fastlora.quant import quantised_weight
+
+        allowed += sum(
+            scales.nbytes for scales in quantised_weight(tensors.base).weight.tensors[1:]
+        )
     if kept["added"] > allowed:
         raise AssertionError(f"keeps {kept['added']} bytes beside x, but {allowed} are allowed")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .cases import Block, Case
+from .cases import Case
 from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
 from .contestants import Contestant, Maker, Tensors, make_tensors, makers_for
 from .judge import Judge, check_kept, kept_for_backward
@@ -95,10 +95,10 @@ def measure(
                 if not case.decodes:
                     known["saved"][name] = kept = kept_for_backward(contestant, tensors)
                     if name == "fastlora" and not case.by_peft:
-                        check_kept(case, kept)
+                        check_kept(case, kept, tensors)
                 step = step_of(case, contestant, tensors, clock)
                 step()
-                if isinstance(case, Block):
+                if case.has_peak:
                     known.setdefault("peak", {})[name] = peak_of(step, device)
                 wait_for(device)
                 known["errors"][name], steps[name] = digits(worst), step
@@ -131,11 +131,12 @@ def row_of(case: Case, summary: dict, **known: dict) -> dict:
 
 
 def _value(row: dict, quantity: str, ratio: str) -> float | None:
-    """The median of a time's ratio, or a ratio of bytes; None if it wasn't measured."""
+    """The median of a time's ratio, or a ratio of bytes, also to a MiB; None: not measured."""
     if quantity in row["ratios"]:
         return row["ratios"][quantity].get(ratio, [None] * 3)[1]
     sizes = {"kept": {n: sum(each.values()) for n, each in row.get("saved", {}).items()}}
     sizes |= {"peak": row.get("peak", {})}
+    sizes = {name: {**each, "MiB": 2**20} for name, each in sizes.items()}
     above, below = (sizes.get(quantity, {}).get(name) for name in ratio.split("/"))
     return digits(above / below) if above and below else None
 

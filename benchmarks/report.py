@@ -22,6 +22,8 @@ _TITLES = {
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
     "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
     "backward leads to its embeddings.",
+    "quantised": "A quantised base, over the frozen layer with the dequantised weight; dense base: "
+    "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
     "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
     "busy": "With another process on each core; wall time.",
@@ -66,6 +68,7 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
+        ("What dequantising writes: GB of float32 a second, beside a copy.", _written(rows)),
         ("What a call reaches: FLOPs of the base product, else bytes.", _called(rows)),
         ("On this device.", [("what", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
@@ -112,6 +115,17 @@ def _called(rows: list[dict]) -> Table:
     return lines
 
 
+def _written(rows: list[dict]) -> Table:
+    """A line for each format."""
+    lines = [("format, N x K", "copy", "vendor", "fastlora", "time over the vendor's", "quartiles")]
+    for row in (row for row in rows if row.get("written") and row["seconds"]):
+        seconds, ratios = row["seconds"]["dequantise"], row["ratios"]["dequantise"]
+        rates = [f"{row['written'] / seconds[name] / 1e9:.2f}" for name in lines[0][1:4]]
+        low, middle, high = ratios["fastlora/vendor"]
+        lines.append((row["id"], *rates, f"{middle:.2f}", f"{low:.2f}–{high:.2f}"))
+    return lines
+
+
 def _median(found: dict, ratio: str) -> str:
     return f"{found[ratio][1]:.3f}" if ratio in found else "–"
 
@@ -127,8 +141,9 @@ def _verdict(target: dict) -> str:
     """``≤ 1.08 × frozen met``; a miss repeats the value, since rounding may hide by how little."""
     verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
     below = target["ratio"].split("/")[1]
+    times = "" if below == "MiB" else "× "
     what = f"{target['quantity']} " * (target["quantity"] in ("kept", "peak"))
-    return f"{what}≤ {target['limit']:g} × {_SHORT.get(below, below)} {verdict}"
+    return f"{what}≤ {target['limit']:g} {times}{_SHORT.get(below, below)} {verdict}"
 
 
 def align(table: Sequence[tuple]) -> str:
@@ -147,6 +162,8 @@ def pipes(table: Sequence[Sequence[str]]) -> str:
 
 def brief(rows: list[dict]) -> str:
     """The few columns that a README shows: forward + backward, and what waits for the backward."""
+    if any("written" in row for row in rows):
+        return pipes(_written(rows))
     if any("peak" in row for row in rows):
         return _brief_of_blocks(rows)
     heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")

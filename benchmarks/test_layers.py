@@ -19,6 +19,12 @@ def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, requ
         from . import host  # not before: it sets up Triton for a GPU
 
         row = host.measure(case, run)
+    elif case.table == "dequantise":
+        from . import dequantise
+
+        if pair is not None:
+            pytest.skip("formats are not compared with another commit's")
+        row = dequantise.measure(case, run)
     elif pair is None:
         row = measure(case, torch.device(request.config.option.device), run)
     else:

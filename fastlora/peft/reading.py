@@ -256,7 +256,7 @@ def why_not_adapter(
     if is_hooked(linear):
         return _why_hooked(linear, name)
     # PEFT casts x to the adapter's dtype.  float32 beside 16 bits is the usual case, and covered.
-    if weight.dtype not in (base.dtype, torch.float32) and weight.itemsize >= base.itemsize:
+    if weight.dtype not in (base.dtype, torch.float32) and weight.itemsize >= base.dtype.itemsize:
         return f"{name} is {weight.dtype}, its base {base.dtype}"
     return _why_not_weight(name, weight, gathers)
 

@@ -125,6 +125,15 @@ def test_files_copies_and_the_way_back_stay_pefts(kind):
     assert [type(layer) for layer in model.modules()] == classes
 
 
+@pytest.mark.parametrize("kind", ["torchao-int8", "gguf-q8_0"])
+def test_an_adapter_of_16_bits_is_taken(kind):
+    model, x = peft_model(kind, torch.bfloat16).bfloat16(), torch.randn(12, K).bfloat16()
+    expected = model(x)
+    report = fastlora.optimize(model, strict=True)
+    assert "1 quantised" in str(report)
+    assert_close([model(x)], [expected], 2e-2)
+
+
 @pytest.mark.parametrize("kind", ["torchao-int8", "float8", "gguf-q8_0"])
 def test_compiled_without_a_break(kind):
     model, x = peft_model(kind), torch.randn(12, K, requires_grad=True)

@@ -14,10 +14,11 @@ from process import run_without_interpreter
 from torch import nn
 
 import fastlora
-from benchmarks import compare, measure, report
+from benchmarks import compare, dequantise, measure, report
 from benchmarks.cases import cpu_cases, gpu_cases
 from benchmarks.contestants import frozen, makers_for
 from benchmarks.results import describe_machine, results_path, write_results
+from fastlora.formats.gguf import Gguf
 
 ROOT = Path(__file__).parents[2]
 CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
@@ -92,6 +93,30 @@ def test_fastlora_may_keep_x_h_and_seeds_only():
     row = measure.measure(CASE, torch.device("cpu"), two_rounds, makers)
     allowed = CASE.M * CASE.r * CASE.dtype.itemsize + 8
     assert f"but {allowed} are allowed" in row["failures"]["fastlora"]
+
+
+def test_a_quantised_layer_may_keep_no_dense_weight():
+    case = next(case for case in cpu_cases() if case.id.startswith("quick-quantised-torchao"))
+    makers = makers_for(case)
+    row = measure.measure(
+        case, torch.device("cpu"), two_rounds, {"frozen": frozen, "fastlora": makers["peft"]}
+    )
+    assert "are allowed" in row["failures"]["fastlora"]  # PEFT's layer keeps it
+
+
+def test_dequantisation_that_differs_by_a_bit_has_no_time(monkeypatch):
+    case = next(case for case in cpu_cases() if case.id.startswith("quick-dequantise-gguf-q8_0"))
+    row = dequantise.measure(case, two_rounds)
+    printed = report.brief([row])
+    assert f"{row['written'] / row['seconds']['dequantise']['vendor'] / 1e9:.2f}" in printed
+
+    def nearly(self, tensors, first, out):
+        return read(self, tensors, first, out).mul_(1 + 2**-23)
+
+    read = Gguf.read
+    monkeypatch.setattr(Gguf, "read", nearly)
+    row = dequantise.measure(case, two_rounds)
+    assert (row["failures"].keys(), row["seconds"]) == ({"fastlora"}, {})
 
 
 def test_ratios_are_of_pairs():

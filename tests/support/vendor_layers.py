@@ -56,5 +56,7 @@ KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
 
 
 def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32):
-    """A frozen layer of random weights, with a bias."""
+    """A frozen layer of random weights, with a bias; any kind of GGUF by its name."""
+    if kind not in _MAKERS and kind.startswith("gguf-"):
+        return _gguf(k, n, dtype, kind.removeprefix("gguf-").upper()).requires_grad_(False)
     return _MAKERS[kind](k, n, dtype).requires_grad_(False)
