@@ -166,8 +166,10 @@ def test_only_the_gradients_asked_for_are_computed(trained, products, forced, mo
     assert found == (products if forced else in_turn)
 
 
-def test_few_rows_of_a_16_bit_x_beside_float32_adapters():
-    """An expert with no more rows than its adapter multiplies in float32, as a layer does."""
+def test_few_rows_of_a_16_bit_x_beside_float32_adapters(monkeypatch):
+    """An expert with no more rows than its adapter multiplies in float32, as a layer's node."""
+    monkeypatch.setattr("fastlora.backends.torch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.kinds._known", {})
     experts = make_experts(2, 16, 8, 4, torch.bfloat16, torch.float32)
     x = make_rows(12, 8, torch.bfloat16)
     y = call(x, experts, ends_of([2, 10]))

@@ -8,12 +8,10 @@ import copy
 
 import pytest
 import torch
-import transformers
 from models import tiny_llama
 from peft_llama import gradients, train, trained
 from peft_models import (
     BATCH,
-    VOCABULARY,
     adapted,
     bert,
     gemma3,
@@ -139,17 +137,6 @@ def test_a_tied_head_with_trained_tokens_stays_peft_s():
     theirs = adapted(qwen3(tie_word_embeddings=True), **settings)
     (head,) = assert_some_stay_peft_s(theirs, {"lm_head"}, fast=2).eager
     assert head.reason == "its base is a TrainableTokensWrapper, no torch.nn.Linear"
-
-
-def test_experts_with_one_of_two_parameters_adapted_stay_peft_s():
-    """PEFT adapts parameters of stacked experts in layers of their own."""
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    experts = {"num_local_experts": 4, "experts_implementation": "eager"}
-    config = transformers.MixtralConfig(**sizes, **heads, **experts)
-    settings = {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["experts.down_proj"]}
-    theirs = adapted(transformers.MixtralForCausalLM(config), **settings)
-    assert_some_stay_peft_s(theirs, {"experts"}, fast=2)
 
 
 NARROW = {  # dtypes of base and adapter, and whether autocast is on

@@ -368,7 +368,8 @@ def test_ctrl_c_while_it_loads(inputs, tmp_path):
     while not children(process):
         assert process.poll() is None
         time.sleep(0.02)
-    assert interrupted(process) == "\ninterrupted: nothing half-written is left\n"
+    # Behind a word of bitsandbytes', where that is installed and finds our folder of kernels.
+    assert interrupted(process).endswith("\ninterrupted: nothing half-written is left\n")
     assert not (tmp_path / "out").exists()
 
 
