@@ -33,7 +33,7 @@ def few_rows(
         factor = float(scale) / keep
         if lora_a.dtype == y.dtype:
             y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=factor)
-        else:  # float32 beside 16 bits: its products in float32, as it lies, are faster than a cast
+        else:  # float32 beside 16 bits: in float32, as in the node of few rows
             y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
     if x.dim() == 2:
         return (y,)
