@@ -11,6 +11,8 @@ import torch
 from train_one import load, make_trainer
 from transformers import AutoTokenizer, Trainer
 
+from fastlora.price.measure import Step
+
 STEPS = 2  # the second has all that any later one has: activations, gradients, AdamW's moments
 
 
@@ -63,16 +65,4 @@ def bytes_of_weights(model: torch.nn.Module) -> int:
 def bytes_kept_for_backward(trainer: Trainer) -> int:
     """What a forward of one training batch keeps until the backward, without the parameters."""
     model, batch = trainer.model.train(), next(iter(trainer.get_train_dataloader()))
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the same memory; to keep the tensor itself would make a cycle
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**batch).loss
-    del loss  # not before: it holds the graph, so that no address came twice
-    return sum(kept.values())
+    return Step(model, batch).kept_bytes()

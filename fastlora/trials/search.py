@@ -1,8 +1,7 @@
 """``fastlora.sweep``: trains many LoRA configurations side by side, on one base, in one process."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def sweep(
     with attached(inner, trials, seed) as parts:
         run = Training(inner, trials, parts, options, loss, held_out)
         state = run.restored(state) if state else run.begun(settings)
-        with _kept_random_state(), in_mode(inner, training=True), interruption() as interrupted:
+        with torch.random.fork_rng(), in_mode(inner, training=True), interruption() as interrupted:
             feed = Feed(data, seed, state.batches)  # it may draw numbers for what it skips
             states.set_random_state(state.random)
             run.train(state, feed, folder, interrupted, progress)
@@ -131,12 +130,3 @@ def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folde
         save_adapter(model, folder)
     finally:
         remove_lora(model)
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    before = states.random_state()
-    try:
-        yield
-    finally:
-        states.set_random_state(before)
