@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .base import is_of_transformers
+from .foreign import is_class
 from .hooks import is_hooked
 
 _FUNCTIONS = {functional.silu: "silu", functional.relu: "relu", torch.relu: "relu"}
@@ -26,11 +26,11 @@ def activation_of(act: Any) -> str:
         return "" if act.inplace else name
     if kind is nn.GELU:
         return _gelu(str(act.approximate))
-    if is_of_transformers(kind, (_TRANSFORMERS, "SiLUActivation")):
+    if is_class(kind, _TRANSFORMERS, "SiLUActivation"):
         return "silu"
-    if is_of_transformers(kind, (_TRANSFORMERS, "ReLUSquaredActivation")):
+    if is_class(kind, _TRANSFORMERS, "ReLUSquaredActivation"):
         return "relu2"
-    if any(is_of_transformers(kind, (_TRANSFORMERS, n)) for n in ("GELUActivation", "GELUTanh")):
+    if any(is_class(kind, _TRANSFORMERS, n) for n in ("GELUActivation", "GELUTanh")):
         return _name_of_function(act.__dict__.get("act"))  # their other forms are Python's
     return ""
 

@@ -4,13 +4,13 @@ Your own models and PEFT's are asked the same.  What is another matter, or chang
 call (hooks, devices, what FSDP gathers), is asked where such a layer is met.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import frozen
+from .foreign import is_class
 from .projection import DTYPES, is_plain
 from .quant import PackedLayer, quantised_weight
 
@@ -25,7 +25,7 @@ _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 def why_not_class(kind: type[nn.Module]) -> str:
     """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
     forward = getattr(kind, "forward", None)
-    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or is_of_transformers(kind, _FALCON)
+    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or is_class(kind, *_FALCON)
     if known and kind.__call__ is _MODULE_CALL:
         return ""
     return f"a {kind.__name__}, no torch.nn.Linear"
@@ -33,7 +33,7 @@ def why_not_class(kind: type[nn.Module]) -> str:
 
 def is_conv1d(kind: type[nn.Module]) -> bool:
     """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
-    return is_of_transformers(kind, _CONV1D)
+    return is_class(kind, *_CONV1D)
 
 
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
@@ -66,9 +66,3 @@ def why_not_tensor(tensor: Tensor, ndim: int, is_part: bool = False) -> str:
     if tensor.dim() != ndim and not is_part:
         return f"has shape {tuple(tensor.shape)} (sharded, and not gathered?)"
     return "" if tensor.dtype in DTYPES else f"has dtype {tensor.dtype}"
-
-
-def is_of_transformers(kind: type, place: tuple[str, str]) -> bool:
-    """Whether it is the class in this place, which is looked up where transformers is imported."""
-    module, name = place
-    return kind.__name__ == name and kind is getattr(sys.modules.get(module), name, None)

@@ -1,11 +1,12 @@
 """A layer becomes another kind of layer, and what it was again, by its class."""
 
-import sys
 from functools import cache
 from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from .foreign import FULLY_SHARDED, derived_from
 
 _FORWARDS = ("forward", "_old_forward")  # on an instance; the second is accelerate's
 
@@ -23,10 +24,8 @@ def is_over(cls: type, base: type) -> bool:
     """Whether ``cls`` is ``base``, or what FSDP2 makes of that."""
     if cls is base:
         return True
-    # Where FSDP2 isn't imported, no class is its.
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     *kinds, last = cls.__bases__
-    return last is base and len(kinds) == 1 and issubclass(kinds[0], fsdp)
+    return last is base and len(kinds) == 1 and bool(derived_from(kinds[0], *FULLY_SHARDED))
 
 
 def under(cls: type) -> type:

@@ -1,6 +1,5 @@
 """LoRAExperts: an experts module of a transformers model with adapters on its weights."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from .adapted import refuse_training
 from .base import tensor_of, why_not_tensor
 from .expert_weight import Adaptation, ExpertsWeight
 from .experts import ADDED, Experts, read_experts_module, run_experts, takes
+from .foreign import FULLY_SHARDED, derived_from
 from .ops.textbook import needs_textbook
 from .projection import Base, Output
 
@@ -169,8 +169,7 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     other = next((name for name in names if name not in experts.names), "")
     if other:
         return f"{other} is no weight of its experts ({', '.join(experts.names)})"
-    # Where FSDP isn't imported, no module has it; the import takes longer than all of fastlora's.
-    if isinstance(module, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())):
+    if derived_from(type(module), *FULLY_SHARDED):
         return "fully_shard has it already, and would leave the adapter out: call apply_lora first"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"

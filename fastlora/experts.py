@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import activation_of
-from .base import is_of_transformers
+from .foreign import derived_from
 from .hooks import is_hooked
 from .ops.autocast import autocast_is_on
 from .ops.experts import Activate, lora_experts
@@ -140,9 +140,7 @@ def _of_llama4(self, hidden_states):
 
 
 def _is_llama4_s(kind: Any, forward: Any) -> bool:
-    return any(is_of_transformers(each, _LLAMA4) for each in kind.__mro__) and _is_as(
-        forward, _of_llama4
-    )
+    return derived_from(kind, *_LLAMA4) is not None and _is_as(forward, _of_llama4)
 
 
 @lru_cache(maxsize=256)

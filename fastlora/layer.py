@@ -1,6 +1,5 @@
 """LoRALinear, and its like for other classes of linear layer."""
 
-import sys
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from . import frozen
 from .adapted import LoRALayer, new_adapter, own_name, why_weight_is_fixed
 from .base import is_conv1d, matrix_of, why_not_class, why_not_tensor
+from .foreign import FULLY_SHARDED, derived_from
 from .projection import Projection, check_settings
 from .quant import quantised_weight, vendor_of
 from .quantised import LoRAQuantised
@@ -164,8 +164,7 @@ def why_not_base(layer: nn.Module) -> str:
         return f"it is {reason}"
     if isinstance(found, str):
         return f"it is a {type(layer).__name__}: {found}"
-    # Where FSDP isn't imported, no layer has it; the import takes longer than all of fastlora's.
-    if isinstance(layer, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())):
+    if derived_from(type(layer), *FULLY_SHARDED):
         return "fully_shard has it already, and would leave the adapter out: call apply_lora first"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"

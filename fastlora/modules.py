@@ -1,6 +1,5 @@
 """Walking a model: its LoRA layers, what is wrapped around it, and names for messages."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -10,7 +9,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .adapted import LoRALayer
 from .expert_layer import LoRAExperts
 from .expert_weight import ExpertsWeight
+from .foreign import FSDP, derived_from
 
+_PARALLEL = (DataParallel, DistributedDataParallel)
 # What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
@@ -32,13 +33,10 @@ def plain_name(name: str) -> str:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model that apply_lora was called on, inside ``torch.compile``, DDP, FSDP and the like."""
-    # Where FSDP isn't imported, no model is in it; the import takes longer than all of fastlora's.
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    wrappers = (DataParallel, DistributedDataParallel, fsdp)
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile's
             model = cast(nn.Module, model._orig_mod)
-        elif isinstance(model, wrappers):
+        elif isinstance(model, _PARALLEL) or derived_from(type(model), *FSDP):
             model = cast(nn.Module, model.module)
         else:
             return model

@@ -1,11 +1,11 @@
 """bitsandbytes' ``Linear4bit`` (NF4, FP4) and ``Linear8bitLt`` (LLM.int8)."""
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..foreign import derived_from
 from ..formats.format import Quantised
 from ..formats.four_bit import FourBit
 from ..formats.int8 import Int8Rows
@@ -67,12 +67,12 @@ def put(layer: nn.Module, parameter: nn.Parameter) -> None:
 
 
 def _is_four_bit(kind: type[nn.Module]) -> bool:
-    theirs = getattr(sys.modules.get(_MODULES), "Linear4bit", None)
+    theirs = derived_from(kind, _MODULES, "Linear4bit")
     return theirs is not None and _acts_as(kind, theirs)
 
 
 def _is_int8(kind: type[nn.Module]) -> bool:
-    theirs = getattr(sys.modules.get(_MODULES), "Linear8bitLt", None)
+    theirs = derived_from(kind, _MODULES, "Linear8bitLt")
     return theirs is not None and _acts_as(kind, theirs)
 
 

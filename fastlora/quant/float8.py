@@ -1,11 +1,11 @@
 """transformers' ``FP8Linear``: float8 with a scale for a block, a row or all (DeepSeek's, …)."""
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..foreign import is_class
 from ..formats.float8 import Float8
 from ..formats.format import Quantised
 from .vendor import PackedLayer
@@ -14,7 +14,7 @@ _MODULE = "transformers.integrations.finegrained_fp8"
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    return kind is getattr(sys.modules.get(_MODULE), "FP8Linear", None)
+    return is_class(kind, _MODULE, "FP8Linear")
 
 
 def read(layer: nn.Module) -> PackedLayer | str:

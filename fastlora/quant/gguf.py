@@ -1,10 +1,10 @@
 """transformers' ``GgufLinear``, whose weight is the blocks of a GGUF file."""
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..foreign import is_class
 from ..formats.format import Quantised
 from ..formats.gguf import Gguf
 from .vendor import PackedLayer
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    return kind is getattr(sys.modules.get(_MODULE), "GgufLinear", None)
+    return is_class(kind, _MODULE, "GgufLinear")
 
 
 def read(layer: nn.Module) -> PackedLayer | str:

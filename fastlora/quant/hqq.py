@@ -1,11 +1,11 @@
 """HQQ's ``HQQLinear``."""
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..foreign import is_class
 from ..formats.format import Quantised
 from ..formats.hqq import Hqq
 from .vendor import PackedLayer
@@ -14,7 +14,7 @@ _MODULE = "hqq.core.quantize"
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    return kind is getattr(sys.modules.get(_MODULE), "HQQLinear", None)
+    return is_class(kind, _MODULE, "HQQLinear")
 
 
 def read(layer: nn.Module) -> PackedLayer | str:

@@ -7,24 +7,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..foreign import derived_from, is_class
 from ..formats.affine import Affine
 from ..formats.float8 import Float8
 from ..formats.format import Quantised
 from ..formats.int8 import Int8Rows
+from ..projection import is_plain
 from .vendor import PackedLayer
 
-_TENSORS, _BASE = "torchao.quantization", "torchao.utils"
 # Whether a zero point is zero everywhere, and the version of it that was looked at.
 _ZEROS = WeakTensorKeyDictionary()
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    theirs = getattr(sys.modules.get(_BASE), "TorchAOBaseTensor", None)
-    if theirs is None or kind.forward is not nn.Linear.forward:
+    if kind.forward is not nn.Linear.forward:
         return False
     # An adapted layer that is merged into a plain weight keeps its own aside.
     kept = layer.__dict__.get("_base_weight")
-    return isinstance(layer._parameters.get("weight") if kept is None else kept, theirs)
+    own = layer._parameters.get("weight") if kept is None else kept
+    if own is None or is_plain(own):  # whose class's bases torch.compile couldn't walk
+        return False
+    return derived_from(type(own), "torchao", "TorchAOBaseTensor") is not None
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
@@ -71,7 +74,7 @@ def put(layer: nn.Module, parameter: nn.Parameter) -> None:
 
 
 def _is(own: Tensor, name: str) -> bool:
-    return type(own) is getattr(sys.modules.get(_TENSORS), name, None)
+    return is_class(type(own), "torchao.quantization", name)
 
 
 def _int8(own: Any) -> Quantised | str:

@@ -1,6 +1,8 @@
 """torch.compile of optimised models, and of models that are optimised later."""
 
 import copy
+import sys
+import types
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -104,6 +106,16 @@ def test_checkpointed_blocks_of_a_compiled_model():
         gradients(compiled)
     assert LAYERS // 2 < ops["lora_linears"] <= LAYERS
     assert ops["lora_linears_backward"] == LAYERS // 2
+
+
+def test_an_import_compiles_nothing_again(monkeypatch):
+    """Dynamo guards how many modules there are, if code that it traces reads ``sys.modules``."""
+    ours = optimized(llama(blocks=1, lora_dropout=0.0))
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    gradients(compiled)
+    monkeypatch.setitem(sys.modules, "imported_later", types.ModuleType("imported_later"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        gradients(compiled)
 
 
 def test_a_block_compiled_by_inductor():

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 
 # Each may import from those before it, never from those behind it.
 ORDER = [
-    "version", "kernels", "blocks", "formats", "projection", "segments", "mapping", "reference",
-    "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts", "adapted",
-    "quantised", "layer", "expert_weight", "expert_layer", "modules", "gather", "classes", "beside",
-    "report", "mlp", "batch", "model", "peft", "price", "trials", "trainer", "doctor", "__main__",
-    "moved", "__init__",
+    "version", "foreign", "kernels", "blocks", "formats", "projection", "segments", "mapping",
+    "reference", "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts",
+    "adapted", "quantised", "layer", "expert_weight", "expert_layer", "modules", "gather",
+    "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trials", "trainer",
+    "doctor", "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {

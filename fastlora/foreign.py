@@ -1,0 +1,19 @@
+"""Classes of packages that fastlora never imports, known by their names.
+
+``sys.modules`` isn't asked: torch.compile would guard the number of its modules, and compile again
+after any import.
+"""
+
+# What FSDP2 and FSDP derive classes from.
+FULLY_SHARDED = ("torch.distributed.fsdp", "FSDPModule")
+FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def derived_from(kind: type, package: str, name: str) -> type | None:
+    """The class of this name in this package that ``kind`` is or inherits from; None: none is."""
+    return next((base for base in kind.__mro__ if is_class(base, package, name)), None)
+
+
+def is_class(kind: type, package: str, name: str) -> bool:
+    """Whether ``kind`` is the class of this name in this package, or in a module inside of it."""
+    return kind.__name__ == name and f"{kind.__module__}.".startswith(f"{package}.")
