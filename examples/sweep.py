@@ -32,12 +32,14 @@ def main() -> None:
     import fastlora
 
     if options.model is None:
-        prepare_gemma()
+        prepare_gemma(packed=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choice = choose_dtype("auto", device)
     print(f"{choice['dtype']} on {device}: {choice['why']}", flush=True)
     run = Namespace(
-        **vars(options) | {"model": options.model or str(GEMMA), "texts": texts} | choice
+        **vars(options)
+        | {"model": options.model or str(GEMMA), "texts": texts, "base": "dense"}
+        | choice
     )
     training, held_out = make_rows(load(AutoTokenizer, run), run)
     found = fastlora.sweep(
