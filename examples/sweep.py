@@ -20,7 +20,7 @@ RANKS, RATES = (2, 8, 32, 128), (1e-4, 5e-4)
 def main() -> None:
     options = parse_options()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    check_packages(compare=False, convert=options.model is None)
+    check_packages(False, options.model is None, quantised=False)
     texts = read_texts(options.data)
     # Behind the checks, which need none of these.
     import torch
