@@ -20,13 +20,14 @@ OWN = "qweight"
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    return derived_from(kind, _PACKAGE, "GPTQQuantLinear") is not None
+    theirs = _theirs(kind)
+    return theirs is not None and kind.forward is theirs.forward
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
     own: Any = layer
-    kind = next(base for base in type(layer).__mro__ if base.__module__.startswith(_PACKAGE))
-    if kind.__name__ not in _READ:
+    kind = _theirs(type(layer))
+    if kind is None or kind.__name__ not in _READ:
         return "its numbers lie as its kernel reads them: GPTQConfig(backend='auto_trainable')"
     if own.planar or own.pack_dtype != torch.int32:
         return "its numbers lie in planes, or in other words than int32"
@@ -57,6 +58,13 @@ def take(layer: nn.Module) -> nn.Parameter:
 
 def put(layer: nn.Module, parameter: nn.Parameter) -> None:
     raise ValueError("GPTQ-Model's layer has no place for another weight")
+
+
+def _theirs(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of GPTQ-Model's that this one is, or derives from."""
+    if derived_from(kind, _PACKAGE, "GPTQQuantLinear") is None:
+        return None
+    return next(base for base in kind.__mro__ if base.__module__.startswith(_PACKAGE))
 
 
 def _is_ordered(g_idx: Tensor, groups: int) -> bool:

@@ -137,7 +137,7 @@ def test_an_adapter_of_16_bits_is_taken(kind):
     assert_close([model(x)], [expected], 2e-2)
 
 
-@pytest.mark.parametrize("kind", ["torchao-int8", "float8", "gguf-q8_0"])
+@pytest.mark.parametrize("kind", ["torchao-int8", "float8", "gguf-q8_0", "gptq"])
 def test_compiled_without_a_break(kind):
     model, x = peft_model(kind), torch.randn(12, K, requires_grad=True)
     fastlora.optimize(model)

@@ -37,6 +37,14 @@ def test_groups_that_change_are_looked_at_again():
     assert torch.equal(found.dense(torch.float16), layer.dequantize_weight().T)
 
 
+def test_a_class_with_a_forward_of_its_own_is_none_of_theirs():
+    class Doubled(qlinear.TorchLinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert not vendor.owns(quantised("gptq", K, N), Doubled)
+
+
 def test_what_no_format_reads_is_said():
     layer = quantised("gptq", K, N)
     layer.online_full_had = True
