@@ -1,6 +1,7 @@
 """LoRALayer: what a linear layer of any class does with an adapter beside its frozen weight."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from .base import tensor_of
 from .blocks import Dense, buffer_for, widened
 from .ops import lora_linears
 from .ops.autocast import autocast_off
-from .projection import Projection
+from .projection import Projection, shown
 
 # What a layer has while it has an adapter.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
@@ -108,6 +109,15 @@ class LoRALayer(nn.Module):
         if reason:
             raise ValueError(f"{name} can't be merged or removed: {reason}")
 
+    def check_adapter(self, name: str) -> None:
+        """Raise ValueError unless lora_A and lora_B are what the layer's weight can be added to."""
+        out_features, in_features = self.shape
+        shapes = {"lora_A": (self.r, in_features), "lora_B": (out_features, self.r)}
+        check_adapter(name, self._device(), {k: (getattr(self, k), v) for k, v in shapes.items()})
+
+    def _device(self) -> torch.device:
+        return self.weight.device
+
     def use_merged(self, weight: Tensor, keep_base: bool = True) -> None:
         """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`."""
         self.__dict__["_base_weight"] = self.weight if keep_base else None
@@ -200,6 +210,27 @@ def initialise(lora_a: Tensor, lora_b: Tensor, r: int, init_lora_weights: bool |
         nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_b)
+
+
+def check_adapter(
+    name: str, device: torch.device, tensors: Mapping[str, tuple[Any, tuple[int, int]]]
+) -> None:
+    """Raise ValueError unless each tensor has its shape and is where the weight has its numbers.
+
+    torch adds a tensor without numbers (on meta) to any other, and says nothing.
+    """
+    if device.type == "meta":
+        raise ValueError(f"{name} can't be merged: its weight is on meta, without numbers: load it")
+    for label, (tensor, shape) in tensors.items():
+        if not isinstance(tensor, Tensor):
+            reason = f"is {shown(tensor)}, but must be a tensor {list(shape)}"
+        elif tensor.shape != shape:
+            reason = f"has shape {tuple(tensor.shape)}, but must be {list(shape)}"
+        elif tensor.device != device:
+            reason = f"is on {tensor.device}, but the weight is on {device}: move it there"
+        else:
+            continue
+        raise ValueError(f"{name} can't be merged: its {label} {reason}")
 
 
 def why_weight_is_fixed(layer: nn.Module, name: str = "weight") -> str:

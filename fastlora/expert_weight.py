@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapted import initialise, scaling_of
+from .adapted import check_adapter, initialise, scaling_of
 from .base import tensor_of
 from .experts import ADDED, is_reversed, stacked
 from .ops.autocast import autocast_off
@@ -120,6 +120,12 @@ class ExpertsWeight:
                 f"{name} can't be merged or removed: it is computed (a parametrisation): make that "
                 "permanent"
             )
+
+    def check_adapter(self, name: str) -> None:
+        """Raise ValueError unless lora_A and lora_B are what the weight can be added to."""
+        labels, pair = [f"{self.name}{ADDED}{part}" for part in "AB"], (self.lora_a, self.lora_b)
+        shaped = zip(pair, self.features.shapes(self.r), strict=True)
+        check_adapter(name, self.weight.device, dict(zip(labels, shaped, strict=True)))
 
     def _factors(self) -> tuple[Tensor, Tensor, float]:
         """The two, for each expert, whose product is the adapter's part of its weight."""

@@ -56,6 +56,9 @@ class LoRAQuantised(LoRALayer):
 
         return packed.call(x, run)
 
+    def _device(self) -> torch.device:
+        return self.packed().weight.device
+
     def merged_weight(self) -> Tensor:
         """weight + scaling · lora_B lora_A in float32, block by block of rows."""
         weight = self.packed().weight

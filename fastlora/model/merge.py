@@ -29,8 +29,9 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     ``remove_lora`` then makes the layer a ``torch.nn.Linear``.
 
     Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
-    or its weight parametrised, or a merged weight would hold NaN or infinity.  Warns where a merged
-    weight was tied to another module's, which it no longer is.
+    or its weight parametrised, its lora_A or lora_B is missing, of another shape or on another
+    device, or a merged weight would hold NaN or infinity.  Warns where a merged weight was tied to
+    another module's, which it no longer is.
     """
     layers = _layers(model)
     check_switch("keep_base", keep_base)
@@ -41,6 +42,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
             raise ValueError(
                 f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
             )
+        layer.check_adapter(called(name))
     for name, layer in _progress(layers, "checking"):
         _check_finite(name, layer.merged_weight())
     _warn_of_ties(unwrap(model), layers)

@@ -55,6 +55,33 @@ def test_a_parametrised_weight_is_refused(call):
         call(model)
 
 
+def _of(shape: tuple[int, ...], device: str = "cpu") -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(shape, device=device))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("lora_A", _of((3, 12), "meta"), "lora_A is on meta, but the weight is on cpu"),
+        ("lora_B", _of((8, 3), "meta"), "lora_B is on meta"),
+        ("lora_A", None, r"lora_A is None, but must be a tensor \[3, 12\]"),
+        ("lora_A", _of((3, 1)), r"lora_A has shape \(3, 1\), but must be \[3, 12\]"),
+        ("weight", _of((8, 12), "meta"), "its weight is on meta"),
+    ],
+)
+def test_an_adapter_that_its_weight_cannot_take_is_refused(name, tensor, message):
+    """The second layer's: nothing of the first one is merged, either."""
+    model = adapted_mlp()
+    setattr(model.down, name, tensor)
+    own = {key: (id(value), value._version) for key, value in model.named_parameters()}
+    with pytest.raises(
+        ValueError, match=f"^down can't be merged: its {message.removeprefix('its ')}"
+    ):
+        fastlora.merge_lora(model)
+    assert own == {key: (id(value), value._version) for key, value in model.named_parameters()}
+    assert not any(layer.merged for layer in (model.up, model.down))
+
+
 def test_a_merged_layer_is_one_product(monkeypatch):
     from fastlora import adapted as linear
 
