@@ -149,7 +149,7 @@ class Training:
             for batch in self.held_out:
                 size = _counted(batch["labels"], self.loss)
                 if size:  # else there is no loss
-                    total += size * torch.stack(self._losses(state.alive, batch)).cpu()
+                    total += size * torch.stack(self._losses(state.alive, batch)).cpu().double()
                     weight += size
         for i, found in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
             state.losses[i].append((state.step, found))
