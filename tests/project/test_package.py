@@ -28,14 +28,16 @@ ORDER_INSIDE = {
         "gemm_config", "gemm_lowrank", "weight_grad", "dequant", "gated", "defaults", "plan",
         "script", "kept",
     ],
-    "formats": ["format", "scales", "four_bit", "int8", "affine", "float8", "gguf", "hqq"],
+    "formats": [
+        "format", "scales", "four_bit", "int8", "int4", "affine", "float8", "gguf", "hqq", "gptq",
+    ],
     "reference": ["lora", "dora", "gated", "grouped", "multi"],
     "backends": [
         "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "multi", "torch",
         "triton",
     ],
     "triton": ["cover", "packed", "layer", "grouped", "multi", "gated"],
-    "quant": ["vendor", "bitsandbytes", "torchao", "float8", "gguf", "hqq"],
+    "quant": ["vendor", "once", "bitsandbytes", "torchao", "float8", "gguf", "hqq", "gptq"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
         "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
@@ -47,8 +49,8 @@ ORDER_INSIDE = {
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
-        "layer", "bitsandbytes", "torchao", "hqq", "experts", "mixed_model", "swap", "block",
-        "sharding", "uncalled", "records", "trial", "check",
+        "layer", "bitsandbytes", "torchao", "hqq", "gptq", "experts", "mixed_model", "swap",
+        "block", "sharding", "uncalled", "records", "trial", "check",
     ],
     "trials": [
         "trial", "options", "record", "batches", "layer", "state", "plot", "progress", "training",
