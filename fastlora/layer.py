@@ -178,7 +178,11 @@ def why_not_base(layer: nn.Module) -> str:
     for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
         tensor = getattr(layer, name)
         is_part = type(tensor).__name__ in _KINDS
+        if tensor is None and name == "weight":
+            return "it has no weight"
         reason = "" if tensor is None else why_not_tensor(tensor, ndim, is_part)
         if reason:
             return f"its {name} {reason}: fastlora takes dense floating tensors"
+        if tensor is not None and 0 in tensor.shape and not is_part:
+            return f"its {name} has shape {tuple(tensor.shape)}, and so no elements"
     return ""
