@@ -36,7 +36,8 @@ def plan(
     """What LoRA of each rank would cost this model: counted, and measured where it is.
 
     ``model`` has no adapters as yet.  ``config`` (every linear layer, if None) says what would be
-    adapted; its ``r`` stands for each of ``ranks`` in turn, and its patterns hold.  ``batch`` is
+    adapted, weights of experts too; its ``r`` stands for each of ``ranks`` in turn, and its
+    patterns hold.  ``batch`` is
     what the model is called with in training: a mapping, a sequence or a tensor, with labels if it
     computes a loss; a causal language model of transformers gets random tokens, [1, 256], if None.
 
@@ -54,6 +55,8 @@ def plan(
     ranks = _checked_ranks(ranks)
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
     costs, layers, prices = counted(inner, ranks, config)
@@ -136,7 +139,9 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str) else ()
+    found = (
+        tuple(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes) else ()
+    )
     if not found or any(type(r) is not int or r < 1 for r in found):
         raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
     return tuple(dict.fromkeys(found))
