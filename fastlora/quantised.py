@@ -36,8 +36,9 @@ class LoRAQuantised(LoRALayer):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
         return found
 
-    def projection(self) -> Projection:
-        weight: Any = self.packed().weight
+    def projection(self, packed: PackedLayer | None = None) -> Projection:
+        """As any layer's; ``packed``: its weight, where that is known already."""
+        weight: Any = (self.packed() if packed is None else packed).weight
         return Projection(weight, self.lora_A, self.lora_B, self.bias, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class LoRAQuantised(LoRALayer):
             if self.is_dense and not (self.training and torch.is_grad_enabled()):
                 return linear(x, self.weight.to(x.dtype), self.bias)
             return super().forward(x)
-        packed, group = self.packed(), (self.projection(),)
+        packed = self.packed()
+        group = (self.projection(packed),)
 
         def run(x: Tensor) -> Tensor:
             return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]

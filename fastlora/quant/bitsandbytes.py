@@ -126,7 +126,8 @@ def _read_int8(layer: Any) -> PackedLayer | str:
     if scale is None or codes.dtype != torch.int8:
         return "its weight isn't quantised as yet: .to(device) does that"
     rows, columns = codes.shape
-    return PackedLayer(Quantised(Int8Rows(rows, columns, _FACTOR), (codes, scale)))
+    weight = Quantised(Int8Rows(rows, columns, _FACTOR), (codes, scale))
+    return PackedLayer(weight, rounds_input=True)
 
 
 def _codes_and_scale(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -13,12 +13,14 @@ class PackedLayer(NamedTuple):
     """A vendor's linear layer: its weight, and which dtypes its calls go through.
 
     ``compute_dtype``: that in which it computes; None: in x's.  ``restores``: whether y has x's
-    dtype nevertheless, and under autocast too.
+    dtype nevertheless, and under autocast too.  ``rounds_input``: whether its own forward, without
+    an adapter, rounds x to fewer bits, which no call here does.
     """
 
     weight: Quantised
     compute_dtype: torch.dtype | None = None
     restores: bool = False
+    rounds_input: bool = False
 
     def call(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``run`` makes of x in the layer's dtypes."""
