@@ -27,7 +27,7 @@ from .ops import gated_mlp
 from .ops.autocast import autocast_dtype
 from .ops.gated import follows
 from .projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
-from .quant import PackedLayer, quantised_weight
+from .quant import SHARDED, PackedLayer, quantised_weight
 from .quantised import LoRAQuantised
 from .report import BlockCoverage
 
@@ -177,6 +177,8 @@ class GatedMLP(nn.Module):
             found = linear.vendor.read(linear)
             if isinstance(found, str):
                 return Part(found)
+            if not (found.is_whole or gathers):
+                return Part(SHARDED)
             packed, projection = found, linear.projection(found)
         else:
             projection = linear.projection()
@@ -210,6 +212,8 @@ def _read_frozen_quantised(linear: nn.Module, found: PackedLayer | str, gathers:
     kind = type(linear).__name__
     if isinstance(found, str):
         return Part(f"it is a {kind}: {found}")
+    if not (found.is_whole or gathers):
+        return Part(SHARDED)
     if found.rounds_input:
         return Part(f"it is a {kind} without an adapter, whose own forward rounds its input")
     if found.weight.device.type == "meta":

@@ -18,7 +18,8 @@ from fastlora import mlp, reference
 from fastlora.peft.masks import shared_masks
 from fastlora.projection import Base, flatten, layouts_of
 
-IN, HIDDEN, ROWS, R = 64, 96, 40, 3
+# bitsandbytes itself reads rows of whole blocks of 64 right on any CPU.
+IN, HIDDEN, ROWS, R = 64, 128, 40, 3
 # GGUF's wider blocks have no room here, and HQQ is PEFT's alone.
 KINDS = ["nf4", "int8", *[kind for kind in vendor_layers.KINDS if kind not in ("gguf-q4_k", "hqq")]]
 
@@ -182,7 +183,10 @@ def test_the_dtypes_of_a_layer_that_computes_in_one_of_its_own(compute, of_x, ca
     assert len(calls) == fast
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     assert found[0].dtype == of_x
-    assert_close(found, expected, 1e-6 if F32 in (compute, of_x) and cast is None else 0.01)
+    y, dx, *rest = zip(found, expected, strict=True)
+    assert_close(*zip(y, *rest, strict=True), 1e-6)
+    # The parts of gate and up are summed in the dtype in which they compute.
+    assert_close(*zip(dx, strict=True), 1e-6 if compute in (None, F32) and not cast else 0.01)
 
 
 def test_between_16_bit_layers_it_keeps_16_bits():
