@@ -20,7 +20,7 @@ RANKS, RATES = (2, 8, 32, 128), (1e-4, 5e-4)
 def main() -> None:
     options = parse_options()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    check_packages(compare=False, convert=options.model is None)
+    check_packages(False, options.model is None, quantised=False)
     texts = read_texts(options.data)
     # Behind the checks, which need none of these.
     import torch
@@ -32,12 +32,14 @@ def main() -> None:
     import fastlora
 
     if options.model is None:
-        prepare_gemma()
+        prepare_gemma(packed=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choice = choose_dtype("auto", device)
     print(f"{choice['dtype']} on {device}: {choice['why']}", flush=True)
     run = Namespace(
-        **vars(options) | {"model": options.model or str(GEMMA), "texts": texts} | choice
+        **vars(options)
+        | {"model": options.model or str(GEMMA), "texts": texts, "base": "dense"}
+        | choice
     )
     training, held_out = make_rows(load(AutoTokenizer, run), run)
     found = fastlora.sweep(

@@ -5,7 +5,7 @@ loop (`make compile-report`), with enough bytes under way to fill a device's mem
 """
 
 from .config import DEFAULTS, Config
-from .gemm_lowrank import GemmConfig
+from .gemm_config import GemmConfig
 from .project import ProjectConfig
 from .weight_grad import WeightGradConfig
 

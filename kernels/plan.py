@@ -16,7 +16,7 @@ from itertools import product
 from torch import Tensor
 
 from .config import FEW_ROWS, Call, cdiv
-from .gemm_lowrank import GemmConfig
+from .gemm_config import GemmConfig
 from .target import TARGETS, Target, target_of
 
 

@@ -22,6 +22,7 @@ from ..backends.products import is_slow
 from ..peft.optimize import why_nothing_changes
 from ..peft.versions import notes, why_not_dora
 from ..projection import HALF_DTYPES
+from ..table import columns
 from ..version import __version__
 from .call import Call, plan
 from .dtypes import name_of
@@ -47,8 +48,7 @@ class Report:
     def __str__(self) -> str:
         lines = []
         for title, entries in self.sections.items():
-            width = max(map(len, entries))
-            lines += [title, *(f"  {name:{width}}  {text}" for name, text in entries.items())]
+            lines += [title, *(f"  {line}" for line in columns(entries.items(), left=2))]
         lines += [f"BROKEN: {text}" for text in self.broken] or ["nothing is broken"]
         return "\n".join(lines)
 

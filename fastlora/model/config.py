@@ -39,7 +39,7 @@ class LoRAConfig:
     * ``base_model_name_or_path``: goes to the saved file.
 
     Raises ValueError for a number, a pattern or a word that can't be meant; names are looked up in
-    a model later.  DoRA, quantised layers and other PEFT methods are not fastlora's.
+    a model later.  DoRA and PEFT's other methods are not fastlora's.
     """
 
     r: int = 8

@@ -1,8 +1,9 @@
 """The price list: a line for each rank."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..table import columns
 
 _MIB = 2**20
 # A parameter, its gradient and AdamW's two moments are kept while training.
@@ -75,7 +76,7 @@ class Plan:
             f"{self.model}: {frozen.parameters:,} parameters, {self.layers} layers to adapt",
             *self._measured(),
             "",
-            *_columns([_TITLES, *map(self._cells, self.prices)]),
+            *columns([_TITLES, *map(self._cells, self.prices)], left=0),
             *self.notes,
         ]
         return "\n".join(lines)
@@ -117,12 +118,3 @@ _TITLES = (
     "kept a token, KiB",
     "step / frozen's",
 )
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The cells, each column flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]

@@ -1,11 +1,11 @@
 """What a sweep found: a line for each trial, the best first."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..table import columns
 from .trial import Trial
 
 
@@ -73,11 +73,8 @@ class Sweep:
 
     def __str__(self) -> str:
         ranked = sorted(self.outcomes, key=lambda outcome: (-outcome.steps, _order(outcome)))
-        rows = [_TITLES, *map(_cells, ranked)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [_line(row, widths) for row in rows]
-        lines.append(f"{self.steps} steps, {self.seconds:.0f} s; best: {self.best.trial.name}")
-        return "\n".join(lines)
+        last = f"{self.steps} steps, {self.seconds:.0f} s; best: {self.best.trial.name}"
+        return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
 
 
 _TITLES = ("trial", "r", "learning rate", "parameters", "MiB", "held-out loss", "steps", "seconds")
@@ -95,12 +92,6 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.steps}",
         f"{outcome.seconds:.0f}",
     )
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *numbers = row
-    cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
-    return "  ".join([name.ljust(widths[0]), *cells])
 
 
 def _order(outcome: Outcome) -> float:

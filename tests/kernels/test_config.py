@@ -16,7 +16,7 @@ from fastlora.kernels.config import (
     splits,
 )
 from fastlora.kernels.defaults import PRODUCTS
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.project import ProjectConfig
 from fastlora.kernels.target import TARGETS, target_of, use_target
 from fastlora.kernels.weight_grad import WeightGradConfig

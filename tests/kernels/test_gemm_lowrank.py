@@ -22,7 +22,7 @@ from pairs import pairwise
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import gemm_lowrank
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import recorded
 
 TILES = {"16x16x16": (16, 16, 16), "32x64x32": (32, 64, 32), "64x32x16": (64, 32, 16)}

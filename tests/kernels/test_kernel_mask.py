@@ -6,7 +6,7 @@ from kernel_cases import BF16, DEVICE, F32, poisoned
 
 from fastlora.backends.dropout import dropout_mask
 from fastlora.kernels import gemm_lowrank, project, weight_grad
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.project import ProjectConfig
 from fastlora.kernels.weight_grad import WeightGradConfig
 

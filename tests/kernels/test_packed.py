@@ -10,7 +10,7 @@ from benchmarks.forms import PACKED, random_packed
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantised
 from fastlora.kernels import FLOAT8, Packed, dequant, gemm_lowrank
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 
 FORMATS = {
     "nf4": lambda: random_four_bit(20, 192),

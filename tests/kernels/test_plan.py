@@ -8,7 +8,7 @@ import torch
 from fastlora.backends import Settings, triton
 from fastlora.kernels import plan as plans
 from fastlora.kernels.config import Call
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
 from fastlora.kernels.target import TARGETS, target_of, use_target

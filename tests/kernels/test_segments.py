@@ -11,7 +11,7 @@ from pairs import pairwise
 from torch import Tensor
 
 from fastlora.kernels import gemm_lowrank, project, segments, weight_grad
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import recorded
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from benchmarks.forms import Form, Operands
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.sum_planes import sum_planes
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="bytes are counted in the interpreter")

@@ -1,4 +1,4 @@
-"""examples/finetune.py, run as a user runs it, on tiny models and a text made here."""
+"""examples/finetune.py and sweep.py as a user runs them, on tiny models and a text made here."""
 
 import importlib
 import json
@@ -65,10 +65,10 @@ def compared(inputs, tmp_path_factory):
     return SimpleNamespace(printed="".join(lines), living=living, out=out, report=report)
 
 
-def start(*arguments, more=(), **settings):
+def start(*arguments, more=(), script=SCRIPT, **settings):
     # One thread: the tiny model gains nothing from more, and other tests may run beside it.
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
+        [sys.executable, script, *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | dict(more),
         text=True,
         start_new_session=True,
@@ -399,3 +399,17 @@ def test_full_disk_is_told(inputs, tmp_path):
     assert "File too large" in errors
     assert "fastlora ended with exit code 1" in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
+    model_and_data, out = inputs[:4], tmp_path / "sweep"
+    options = ("--steps", "4", "--batch", "2", "--seq-len", "32", "--out", out)
+    script = SCRIPT.with_name("sweep.py")
+    code, printed, errors = finetune(*model_and_data, *options, script=script)
+    assert code == 0, errors
+    trials = json.loads((out / "sweep.json").read_text())["trials"]
+    assert len(trials) == 8
+    assert (out / "losses.png").exists()
+    assert f"are in {out}" in printed
+    peft = pytest.importorskip("peft")
+    assert peft.PeftConfig.from_pretrained(out / "best").r in (2, 8, 32, 128)

@@ -18,14 +18,15 @@ ORDER = [
     "version", "foreign", "kernels", "blocks", "formats", "projection", "segments", "mapping",
     "reference", "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts",
     "adapted", "quantised", "layer", "expert_weight", "expert_layer", "modules", "gather",
-    "classes", "beside", "report", "mlp", "batch", "model", "peft", "price", "trials", "trainer",
-    "doctor", "__main__", "moved", "__init__",
+    "classes", "beside", "report", "mlp", "batch", "model", "peft", "table", "price", "trials",
+    "trainer", "doctor", "__main__", "moved", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
     "kernels": [
         "common", "launch", "target", "config", "segments", "sum_planes", "project", "packed",
-        "gemm_lowrank", "weight_grad", "dequant", "gated", "defaults", "plan", "script", "kept",
+        "gemm_config", "gemm_lowrank", "weight_grad", "dequant", "gated", "defaults", "plan",
+        "script", "kept",
     ],
     "formats": ["format", "scales", "four_bit", "int8", "affine", "float8", "gguf", "hqq"],
     "reference": ["lora", "dora", "gated", "grouped", "multi"],

@@ -12,7 +12,7 @@ import torch
 from process import run_python
 
 from benchmarks.judge import TOLERANCE
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.plan import Plan, Row
 
 ROOT = Path(__file__).parents[2]

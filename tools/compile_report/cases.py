@@ -9,7 +9,7 @@ from benchmarks.forms import PACKED, Form, Operands, random_packed
 from fastlora.kernels.config import DEFAULTS, Config
 from fastlora.kernels.dequant import dequant
 from fastlora.kernels.gated import ACTIVATIONS, gated, gated_backward
-from fastlora.kernels.gemm_lowrank import GemmConfig
+from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
