@@ -97,8 +97,9 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
         return "its weight isn't quantised as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
-    storage = getattr(layer, "quant_storage", own.dtype)
-    if own.dtype != storage:
+    # FSDP has made a weight anew that doesn't know, and bytes it doesn't cast.
+    storage = getattr(own, "quant_storage", None) or getattr(layer, "quant_storage", own.dtype)
+    if storage.is_floating_point and own.dtype != storage:
         return (
             f"its packed numbers, stored as {storage}, were cast to {own.dtype}: make "
             "bnb_4bit_quant_storage the dtype that FSDP's mixed precision casts to"
