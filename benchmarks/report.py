@@ -166,6 +166,8 @@ def brief(rows: list[dict]) -> str:
         return pipes(_written(rows))
     if any("peak" in row for row in rows):
         return _brief_of_blocks(rows)
+    if all(not row.get("saved") for row in rows):
+        return _brief_of_steps(rows)
     heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
     lines = [("M x K x N, dtype, r, dropout", *heads)]
     for row in rows:
@@ -188,6 +190,16 @@ def _brief_of_blocks(rows: list[dict]) -> str:
             sizes = sum(row["saved"].get(name, {}).values()), row["peak"].get(name)
             line.append(", ".join(f"{size / 2**20:.1f}" for size in sizes) if sizes[1] else "–")
         lines.append(tuple(line))
+    return pipes(lines)
+
+
+def _brief_of_steps(rows: list[dict]) -> str:
+    """Of each, the time of a step over another's, and the quartiles of that."""
+    lines = [("", "over", "time of a step (quartiles)")]
+    for row in rows:
+        for pair, (low, median, high) in row["ratios"]["step"].items():
+            name, over = pair.split("/")
+            lines.append((f"{row['id']}, {name}", over, f"{median:.2f} ({low:.2f}–{high:.2f})"))
     return pipes(lines)
 
 

@@ -1,6 +1,6 @@
 """The results of a demo as Markdown, as in ``python examples/table.py out/loss.json``.
 
-And those of tools/slow_cpu.py.  It needs Python alone.
+And those of a sweep (sweep.json) and of tools/slow_cpu.py.  It needs Python alone.
 """
 
 import json
@@ -70,6 +70,19 @@ def slow_cpu_table(results: dict) -> str:
     return pipes(lines)
 
 
+def sweep_table(report: dict) -> str:
+    """A line for each trial, the best first."""
+    lines = [("rank", "learning rate", "parameters", "MiB", "held-out loss", "steps")]
+    for trial in sorted(report["trials"], key=lambda trial: trial["losses"][-1][1]):
+        lines.append((
+            str(trial["config"]["r"]), f"{trial['learning_rate']:g}", f"{trial['parameters']:,}",
+            f"{trial['bytes'] / 2**20:.1f}", f"{trial['losses'][-1][1]:.3f}", str(trial["steps"]),
+        ))  # fmt: skip
+    return pipes(lines)
+
+
 if __name__ == "__main__":
     report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(slow_cpu_table(report) if "rows" in report else table(report))
+    kinds = {"rows": slow_cpu_table, "trials": sweep_table, "results": table}
+    (form,) = [kinds[name] for name in kinds if name in report]
+    print(form(report))
