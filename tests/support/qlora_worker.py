@@ -34,13 +34,15 @@ def step(model: nn.Module) -> Step:
     return Step([y.detach(), *gradients], len(calls), str(fastlora.coverage(model)))
 
 
-def adapted(kind: str, storage: torch.dtype = torch.uint8) -> nn.Module:
+def adapted(
+    kind: str, storage: torch.dtype = torch.uint8, compute: torch.dtype = torch.float32
+) -> nn.Module:
     """``kind``: own, peft, or optimized; with the same weights in every process."""
     torch.manual_seed(1)
     block = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=128))
     for name in PARTS:
         sizes = (128, 64) if name == "down_proj" else (64, 128)
-        setattr(block, name, quantised("nf4", *sizes, quant_storage=storage))
+        setattr(block, name, quantised("nf4", *sizes, compute, quant_storage=storage))
     settings = {"r": 3, "target_modules": list(PARTS), "init_lora_weights": False}
     model = nn.Sequential(block).requires_grad_(False)
     if kind == "own":
@@ -53,7 +55,7 @@ def adapted(kind: str, storage: torch.dtype = torch.uint8) -> nn.Module:
 
 def sharded(kind: str, storage: torch.dtype, units: str, cast: torch.dtype | None) -> Step:
     """``units``: what is sharded by itself, beside the model.  ``cast``: FSDP's param_dtype."""
-    model = adapted(kind, storage)
+    model = adapted(kind, storage, cast or torch.float32)
     (block,) = [module for module in model.modules() if isinstance(module, LlamaMLP)]
     of = {"model": [], "block": [block], "layers": [getattr(block, name) for name in PARTS]}
     for module in (*of[units], model):
