@@ -15,7 +15,7 @@ sweep: .venv/demo ## Train eight LoRA configurations at once, and keep the best 
 	.venv/bin/python examples/sweep.py $(ARGS)
 
 test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS="-n 0 --pdb …" in one)
-	.venv/bin/pytest -n 2 --dist worksteal $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
 	.venv/bin/python -m tools.peft_suite.run $(ARGS)

@@ -36,6 +36,11 @@ class LoRALayer(nn.Module):
         return self.out_features, self.in_features
 
     @property
+    def weight_name(self) -> str:
+        """What the layer calls the tensor that is its weight, packed or not."""
+        return "weight"
+
+    @property
     def adapted_parameters(self) -> int:
         """How many parameters of the base the adapter changes."""
         return math.prod(self.shape)
@@ -99,7 +104,7 @@ class LoRALayer(nn.Module):
 
     def check_weight(self, name: str) -> None:
         """Raise ValueError unless the weight is a parameter of the layer, which can be replaced."""
-        reason = why_weight_is_fixed(self)
+        reason = why_weight_is_fixed(self, self.weight_name)
         if reason:
             raise ValueError(f"{name} can't be merged or removed: {reason}")
 
@@ -197,9 +202,9 @@ def initialise(lora_a: Tensor, lora_b: Tensor, r: int, init_lora_weights: bool |
         nn.init.zeros_(lora_b)
 
 
-def why_weight_is_fixed(layer: nn.Module) -> str:
-    """Why the weight can't be replaced by another Parameter; "" if it can."""
-    if "weight" in layer._parameters:
+def why_weight_is_fixed(layer: nn.Module, name: str = "weight") -> str:
+    """Why the weight can't be replaced by another Parameter; "" if it can.  ``name``: its own."""
+    if name in layer._parameters or (name != "weight" and name in layer._buffers):
         return ""
     return "its weight is computed (weight_norm, pruning, a parametrisation): make that permanent"
 

@@ -60,6 +60,7 @@ class ExpertsWeight:
 
     experts: Any
     name: str
+    weight_name = "weight"
 
     @property
     def adaptation(self) -> Adaptation:

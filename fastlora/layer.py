@@ -168,17 +168,21 @@ def why_not_base(layer: nn.Module) -> str:
         return "fully_shard has it already, and would leave the adapter out: call apply_lora first"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
-    reason = why_weight_is_fixed(layer)
+    vendor = vendor_of(layer)
+    reason = why_weight_is_fixed(layer, "weight" if vendor is None else vendor.OWN)
     if reason:
         return reason
     name = own_name(layer)
     if name:
         return f"it has a {name!r} of its own, which a LoRA layer has for itself: rename that"
-    for name, ndim in (("weight", 2), ("bias", 1)):
+    for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
         tensor = getattr(layer, name)
         is_part = type(tensor).__name__ in _KINDS
-        packed = found is not None and name == "weight"
-        reason = "" if tensor is None or packed else why_not_tensor(tensor, ndim, is_part)
+        if tensor is None and name == "weight":
+            return "it has no weight"
+        reason = "" if tensor is None else why_not_tensor(tensor, ndim, is_part)
         if reason:
             return f"its {name} {reason}: fastlora takes dense floating tensors"
+        if tensor is not None and 0 in tensor.shape and not is_part:
+            return f"its {name} has shape {tuple(tensor.shape)}, and so no elements"
     return ""

@@ -33,8 +33,10 @@ class AdapterMapping:
 
     def __init__(self, adapter_indices: Tensor | Sequence[int], adapters: int) -> None:
         indices = as_indices(adapter_indices)
-        if type(adapters) is not int or adapters < 1:
-            raise ValueError(f"adapters is {shown(adapters)}, but must be a whole number from 1 on")
+        if type(adapters) is not int or not 1 <= adapters < 2**31:  # indices are int32
+            raise ValueError(
+                f"adapters is {shown(adapters)}, but must be a whole number from 1 on, below 2³¹"
+            )
         self.adapters, self.shape = adapters, tuple(indices.shape)
         self.order, self.ends = sort_items(indices, adapters)
         self._shares: dict[torch.device, list[Share]] = {}

@@ -24,6 +24,10 @@ class LoRAQuantised(LoRALayer):
     is_dense = False  # whether it is merged into a plain weight, which its class can't call
 
     @property
+    def weight_name(self) -> str:
+        return "weight" if self.is_dense else self.vendor.OWN
+
+    @property
     def vendor(self) -> Vendor:
         vendor = vendor_of(self, self.plain_class)
         assert vendor is not None
@@ -76,10 +80,12 @@ class LoRAQuantised(LoRALayer):
         """
         vendor = self.vendor
         new = vendor.pack(self, weight) if requantise else nn.Parameter(weight, False)
-        self.__dict__["_base_weight"] = vendor.take(self) if keep_base else None
+        own = vendor.take(self)
+        self.__dict__["_base_weight"] = own if keep_base else None
         if requantise:
             vendor.put(self, new)
         else:
+            setattr(self, vendor.OWN, None)
             self.weight = new
         self.is_dense, self.merged = not requantise, True
         return self._distance(weight) if requantise else 0.0
@@ -87,7 +93,10 @@ class LoRAQuantised(LoRALayer):
     def unmerge(self) -> None:
         if not self.can_unmerge:
             raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
-        self.vendor.put(self, self.__dict__["_base_weight"])
+        vendor = self.vendor
+        if self.is_dense and vendor.OWN != "weight":
+            del self.weight
+        vendor.put(self, self.__dict__["_base_weight"])
         self.__dict__["_base_weight"] = None
         self.is_dense = self.merged = False
 
@@ -97,6 +106,32 @@ class LoRAQuantised(LoRALayer):
         super().detach_adapter()
         if is_dense:
             object.__setattr__(self, "__class__", nn.Linear)
+            if isinstance(self.bias, Tensor) and "bias" not in self._parameters:
+                bias = self.__dict__.pop("bias")  # HQQ's, which is no parameter
+                self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the vendor's class (HQQ's) saves and loads what it knows alone: no adapter."""
+        return self.plain_class.state_dict is not nn.Module.state_dict
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().state_dict(*args, **kwargs)
+        if self.is_left_out:
+            into, prefix = kwargs.get("destination", found), kwargs.get("prefix", "")
+            for name, own in self._parameters.items():
+                if own is not None:
+                    kept = own if kwargs.get("keep_vars") else own.detach()
+                    into.setdefault(f"{prefix}{name}", kept)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        found = {name: state_dict.get(f"{prefix}{name}") for name in ("lora_A", "lora_B")}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.is_left_out and not self.merged:
+            for name, value in found.items():
+                if value is not None:
+                    getattr(self, name).data.copy_(value)
 
     def _distance(self, weight: Tensor) -> float:
         packed, total = self.packed().weight, weight.new_zeros(())

@@ -20,8 +20,8 @@ from fastlora.projection import Base, flatten, layouts_of
 
 # bitsandbytes itself reads rows of whole blocks of 64 right on any CPU.
 IN, HIDDEN, ROWS, R = 64, 128, 40, 3
-# GGUF's wider blocks have no room here, and HQQ is PEFT's alone.
-KINDS = ["nf4", "int8", *[kind for kind in vendor_layers.KINDS if kind not in ("gguf-q4_k", "hqq")]]
+# GGUF's wider blocks have no room here.
+KINDS = ["nf4", "int8", *[kind for kind in vendor_layers.KINDS if kind != "gguf-q4_k"]]
 
 
 def layer(kind: str, k: int, n: int, compute=torch.float32) -> nn.Module:
@@ -119,10 +119,8 @@ def assert_close(ours, theirs, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("make", [own, optimized], ids=["own", "peft"])
-@pytest.mark.parametrize("kinds", [*KINDS, ("nf4", "dense", "gguf-q8_0"), "hqq"], ids=str)
+@pytest.mark.parametrize("kinds", [*KINDS, ("nf4", "dense", "gguf-q8_0")], ids=str)
 def test_the_numbers_are_the_formula_s_and_the_layers(kinds, make):
-    if (kinds, make) == ("hqq", own):
-        pytest.skip("HQQ's layers are adapted by PEFT alone")
     model, x = make(frozen(kinds)), x_of()
     assert "1 of 1 gated MLPs as one block" in str(fastlora.coverage(model))
     with counted_blocks() as calls:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import beside, mlp
 from ..adapted import LoRALayer, new_adapter, wide_dtype
@@ -114,6 +115,9 @@ def _inject(
         for key, value in module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")
+    for name, parameter in _named(model):
+        if is_lazy(parameter):  # and torch can't freeze it
+            raise ValueError(f"{name} has no shape as yet: call the model once before")
     trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
     adapters = {}
     for name, layer in targets.layers.items():

@@ -42,11 +42,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
                 f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
             )
     for name, layer in _progress(layers, "checking"):
-        if not _is_finite(layer.merged_weight()):
-            raise ValueError(
-                f"merging {called(name)} gives NaN or infinity in {layer.weight.dtype}, and "
-                "nothing was merged: look for non-finite values in its weight, lora_A and lora_B"
-            )
+        _check_finite(name, layer.merged_weight())
     _warn_of_ties(unwrap(model), layers)
     try:
         errors = {}
@@ -103,16 +99,23 @@ def _layers(model: nn.Module) -> list:
     return layers
 
 
-def _is_finite(weight: Tensor) -> bool:
-    """Block by block, since the test makes several tensors of its size."""
-    return all(bool(rows.isfinite().all()) for rows in weight.split(rows_at_a_time(weight)))
+def _check_finite(name: str, merged: Tensor) -> None:
+    """Raise ValueError for NaN or infinity.
+
+    Block by block, since the test makes several tensors of its size.
+    """
+    if not all(bool(rows.isfinite().all()) for rows in merged.split(rows_at_a_time(merged))):
+        raise ValueError(
+            f"merging {called(name)} gives NaN or infinity in {merged.dtype}, and nothing was "
+            "merged: look for non-finite values in its weight, lora_A and lora_B"
+        )
 
 
 def _warn_of_ties(model: nn.Module, layers: list) -> None:
     owners = Counter(
         id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
     )
-    tied = [name for name, layer in layers if owners[id(layer.weight)] > 1]
+    tied = [name for name, layer in layers if owners[id(getattr(layer, layer.weight_name))] > 1]
     if tied:
         warnings.warn(
             f"the weights of {', '.join(tied)} were tied to other modules', which stay as they "

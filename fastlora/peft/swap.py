@@ -24,6 +24,7 @@ _OVER = {
     "peft.tuners.lora.bnb": ".bitsandbytes",
     "peft.tuners.lora.torchao": ".torchao",
     "hqq.core.quantize": ".hqq",
+    "peft.tuners.lora.gptq": ".gptq",
 }
 
 

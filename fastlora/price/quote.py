@@ -54,6 +54,8 @@ def plan(
     ranks = _checked_ranks(ranks)
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
     costs, layers, prices = counted(inner, ranks, config)
@@ -136,7 +138,9 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str) else ()
+    found = (
+        tuple(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes) else ()
+    )
     if not found or any(type(r) is not int or r < 1 for r in found):
         raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
     return tuple(dict.fromkeys(found))

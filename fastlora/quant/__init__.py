@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from . import bitsandbytes, float8, gguf, hqq, torchao
+from . import bitsandbytes, float8, gguf, gptq, hqq, torchao
 from .vendor import SHARDED, PackedLayer, Vendor
 
 __all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantised_weight", "vendor_of"]
 
-VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq)
+VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq)
 
 if TYPE_CHECKING:  # the type checker holds every vendor to the contract
-    _HELD: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq)
+    _HELD: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq)
 
 
 def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor | None:

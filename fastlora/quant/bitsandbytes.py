@@ -15,6 +15,8 @@ _MODULES = "bitsandbytes.nn.modules"
 # 1 / 127 is what the library multiplies SCB by, in float32.
 _FACTOR = 1.0 / 127.0
 
+OWN = "weight"
+
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return _is_four_bit(kind) or _is_int8(kind)

@@ -12,6 +12,8 @@ from .vendor import PackedLayer
 
 _MODULE = "transformers.integrations.finegrained_fp8"
 
+OWN = "weight"
+
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return is_class(kind, _MODULE, "FP8Linear")

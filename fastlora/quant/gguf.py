@@ -16,6 +16,8 @@ _KINDS = {
     20: "IQ4_NL", 23: "IQ4_XS",
 }  # fmt: skip
 
+OWN = "weight"
+
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return is_class(kind, _MODULE, "GgufLinear")

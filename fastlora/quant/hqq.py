@@ -1,5 +1,6 @@
 """HQQ's ``HQQLinear``."""
 
+import sys
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from ..formats.hqq import Hqq
 from .vendor import PackedLayer
 
 _MODULE = "hqq.core.quantize"
+
+OWN = "W_q"
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -53,14 +56,22 @@ def _keepable(tensor: Tensor) -> Tensor:
 
 
 def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
-    raise ValueError("HQQ's numbers are read, and not made: PEFT merges such layers itself")
+    own: Any = layer
+    settings = own.quant_config["weight_quant_params"]
+    place = {"device": own.device, "compute_dtype": own.compute_dtype}
+    packed, meta = sys.modules[_MODULE].Quantizer.quantize(weight, **place, **settings)
+    made: Any = nn.Parameter(packed, requires_grad=False)
+    kept = ("quant_scale", "quant_zero", "compute_dtype")
+    made.meta = meta | {name: own.meta[name] for name in kept if name in own.meta}
+    return made
 
 
 def take(layer: nn.Module) -> nn.Parameter:
     own: Any = layer
+    own.W_q.meta = own.meta
     return own.W_q
 
 
 def put(layer: nn.Module, parameter: nn.Parameter) -> None:
-    own: Any = layer
-    own.W_q = parameter
+    own, made = (layer, parameter)  # type: Any, Any
+    own.W_q, own.meta = made, made.meta

@@ -5,18 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..foreign import derived_from, is_class
 from ..formats.affine import Affine
 from ..formats.float8 import Float8
 from ..formats.format import Quantised
+from ..formats.int4 import Int4Groups
 from ..formats.int8 import Int8Rows
 from ..projection import is_plain
+from .once import Once
 from .vendor import PackedLayer
 
-# Whether a zero point is zero everywhere, and the version of it that was looked at.
-_ZEROS = WeakTensorKeyDictionary()
+_ZEROS = Once()
+
+OWN = "weight"
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -33,9 +35,15 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
 def read(layer: nn.Module) -> PackedLayer | str:
     own: Any = layer.weight
     name = type(own).__name__
-    kinds = {"Int8Tensor": _int8, "IntxUnpackedToInt8Tensor": _intx, "Float8Tensor": _float8}
+    kinds = {
+        "Int8Tensor": _int8,
+        "IntxUnpackedToInt8Tensor": _intx,
+        "Int4Tensor": _int4,
+        "Float8Tensor": _float8,
+    }
     if not _is(own, name) or name not in kinds:
-        return f"its weight is torchao's {name}, which no format reads"
+        laid = ": its numbers lie as one kernel reads them" if name.startswith("Int4") else ""
+        return f"its weight is torchao's {name}, which no format reads{laid}"
     if own.dim() != 2:
         return f"its weight has shape {tuple(own.shape)}"
     if getattr(own, "act_pre_scale", None) is not None:
@@ -52,6 +60,10 @@ def read(layer: nn.Module) -> PackedLayer | str:
 def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
     own: Any = layer.weight
     kind, weight, rest = type(own), weight.to(own.dtype), {}
+    if kind.__name__ == "Int4Tensor":
+        raise ValueError(
+            "torchao's Int4Tensor is read, and not made: leave the merged weight dense"
+        )
     if kind.__name__ == "IntxUnpackedToInt8Tensor":
         mapping = sys.modules["torchao.quantization.quant_primitives"].MappingType
         rest["mapping_type"] = mapping.SYMMETRIC if _is_zero(own) else mapping.ASYMMETRIC
@@ -89,6 +101,18 @@ def _intx(own: Any) -> Quantised | str:
     return _whole_numbers(own, int(str(own.target_dtype).removeprefix("torch.int")))
 
 
+def _int4(own: Any) -> Quantised | str:
+    if own.activation_dtype != torch.bfloat16:
+        return _why_rounding("float8")
+    rows, columns = own.shape
+    height, group = map(int, own.block_size)
+    if height != 1:
+        return f"its groups are blocks of {(height, group)}"
+    compute = str(own.scale.dtype).removeprefix("torch.")
+    tensors = (own.qdata, own.scale, own.zero_point)
+    return Quantised(Int4Groups(rows, columns, group, compute), tensors)
+
+
 def _float8(own: Any) -> Quantised | str:
     if own.act_quant_kwargs is not None:
         return _why_rounding("float8")
@@ -117,18 +141,9 @@ def _whole_numbers(own: Any, bits: int) -> Quantised:
 
 
 def _is_zero(own: Any) -> bool:
-    """Whether its zero point is 0 everywhere, as it is where a range is symmetric.
-
-    A tensor is looked at once: on a GPU that waits for it.
-    """
+    """Whether its zero point is 0 everywhere, as it is where a range is symmetric."""
     zero: Tensor | None = own.zero_point
-    if zero is None or torch.compiler.is_compiling():  # a graph holds no value of a tensor
-        return zero is None
-    version = None if zero.is_inference() else zero._version
-    seen = _ZEROS.get(zero)
-    if seen is None or seen[0] != version:
-        seen = _ZEROS[zero] = version, not bool(torch.any(zero))
-    return seen[1]
+    return zero is None or _ZEROS.ask(zero, lambda zero: not bool(torch.any(zero)))
 
 
 def _granularity(own: Any) -> Any:

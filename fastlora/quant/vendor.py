@@ -42,7 +42,12 @@ def is_part(tensor: Tensor) -> bool:
 
 
 class Vendor(Protocol):
-    """A module with these functions.  It never imports its vendor: who has such a layer did."""
+    """A module with these.  It never imports its vendor: who has such a layer did.
+
+    ``OWN`` names the tensor of the layer that is its packed weight.
+    """
+
+    OWN: str
 
     def owns(self, layer: nn.Module, kind: type[nn.Module]) -> bool:
         """Whether this layer, which by itself is of class ``kind``, is a linear one of theirs.
@@ -57,7 +62,10 @@ class Vendor(Protocol):
         """A parameter of theirs, packed as the layer's own, for this weight [N, K]."""
 
     def take(self, layer: nn.Module) -> nn.Parameter:
-        """The layer's own parameter, with all that belongs to it; the layer stays as it is."""
+        """The layer's own parameter, with all that belongs to it; the layer stays as it is.
+
+        Raises ValueError where no other weight can take its place.
+        """
 
     def put(self, layer: nn.Module, parameter: nn.Parameter) -> None:
         """Make such a parameter the layer's own."""

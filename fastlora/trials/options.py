@@ -24,9 +24,10 @@ class Options(NamedTuple):
         """Raise ValueError for a number or a word that can't be meant, with so many trials."""
         for name in ("steps", "eval_steps", "warmup_steps", "seed"):
             value, least = getattr(self, name), int(name in ("steps", "eval_steps"))
-            if type(value) is not int or value < least:
+            if type(value) is not int or not least <= value < 2**63:  # torch's limit of a seed
                 raise ValueError(
                     f"{name} is {shown(value)}, but must be a whole number from {least} on"
+                    " and below 2⁶³"
                 )
         if self.schedule not in _SCHEDULES:
             raise ValueError(f"schedule is {shown(self.schedule)}, but must be in {_SCHEDULES}")

@@ -15,7 +15,7 @@ from ..model.checkpoint import save_adapter
 from ..model.files import write_whole
 from ..model.inject import apply_lora, remove_lora
 from ..modules import unwrap
-from ..projection import check_switch
+from ..projection import check_switch, shown
 from . import state as states
 from .batches import Feed, as_batch
 from .layer import attached
@@ -78,6 +78,8 @@ def sweep(
     check_model(model)
     check_switch("halving", halving)
     check_switch("resume", resume)
+    check_switch("progress", progress)
+    _check_kinds(data, eval_data, loss)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
     check_plain(inner)
     if eval_steps is None and type(steps) is int:
@@ -109,6 +111,17 @@ def sweep(
     write_whole(folder, {"sweep.json": (json.dumps(found.as_dict(), indent=2) + "\n").encode()})
     draw(found, folder / "losses.png")
     return found
+
+
+def _check_kinds(data: object, eval_data: object, loss: object) -> None:
+    for name, batches in (("data", data), ("eval_data", eval_data)):
+        # No ``iter``: a loader would start its workers.
+        if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+            raise TypeError(
+                f"{name} is {shown(batches)}, but must give batches: a list or a DataLoader"
+            )
+    if not callable(loss):
+        raise TypeError(f"loss is {shown(loss)}, but must be a function of (logits, labels)")
 
 
 def _as_plain(trial: Trial) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from packed import (
     random_float8,
     random_four_bit,
     random_gguf,
+    random_gptq,
     random_hqq,
+    random_int4,
     random_int8,
 )
 
@@ -28,6 +30,8 @@ MAKERS = {
     "nf4-odd": lambda: random_four_bit(11, 13, block=32, nested=3),
     "nf4-many-parts": lambda: random_four_bit(300, 1024, nested=256),
     "int8": lambda: random_int8(13, 21),
+    "int4-groups": lambda: random_int4(12, 32, 8),
+    "int4-bf16": lambda: random_int4(9, 32, 16, torch.bfloat16),
     "affine-groups": lambda: random_affine(12, 32, 1, 8),
     "affine-blocks-bf16": lambda: random_affine(12, 32, 4, 16, scale=torch.bfloat16),
     "affine-one-scale": lambda: random_affine(12, 32, 12, 32, shifted=False),
@@ -37,6 +41,10 @@ MAKERS = {
     "hqq-4": lambda: random_hqq(9, 32, 4, 16),
     "hqq-3": lambda: random_hqq(9, 32, 3, 8),
     "hqq-1-bf16": lambda: random_hqq(8, 32, 1, 16, torch.bfloat16),
+    "gptq-4": lambda: random_gptq(16, 32, 4, 4),
+    "gptq-3-odd-bf16": lambda: random_gptq(9, 32, 3, 2, torch.bfloat16),
+    "gptq-8-float32": lambda: random_gptq(8, 32, 8, 1, torch.float32),
+    "gptq-2-disordered": lambda: random_gptq(16, 32, 2, 4, ordered=False),
     **{f"gguf-{kind}": functools.partial(random_gguf, 7, 512, kind) for kind in KINDS},
     "gguf-permuted": lambda: random_gguf(7, 512, "Q4_0", permuted=True),
 }

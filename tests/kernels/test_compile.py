@@ -1,6 +1,7 @@
 """What the compiler makes of every kernel and config, for GPUs that nobody needs to have here.
 
-Each config in a form or more; `make compile-report` has it in all of them.
+Each config in a form or more, and rare forms on two targets each; `make compile-report` has all of
+them everywhere.
 """
 
 import json

@@ -66,6 +66,37 @@ def test_what_was_taken_from_peft_s_config_is_saved(tmp_path):
     assert theirs.peft_config["default"].task_type == "CAUSAL_LM"
 
 
+def without_weight(layer: nn.Linear) -> nn.Linear:
+    layer.weight = None
+    return layer
+
+
+UNUSABLE = {
+    "no-weight": (without_weight(nn.Linear(8, 8)), "it has no weight"),
+    "empty": (nn.Linear(8, 0), r"its weight has shape \(0, 8\), and so no elements"),
+}
+
+
+@pytest.mark.parametrize(("layer", "reason"), UNUSABLE.values(), ids=UNUSABLE)
+def test_a_layer_without_numbers_takes_no_adapter(layer, reason):
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"1 can't take an adapter: {reason}"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["0", "1"]))
+    assert_untouched(model, before)
+    with pytest.warns(UserWarning, match=reason):
+        fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
+    assert list(names(model)) == ["0"]
+
+
+def test_a_lazy_module_beside_the_targets_leaves_all_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match=r"1\.weight has no shape as yet: call the model once"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
 FOREIGN = {
     "dora": (peft.LoraConfig(target_modules=["up"], use_dora=True), "use_dora=True"),
     "lora-bias": (peft.LoraConfig(target_modules=["up"], lora_bias=True), "lora_bias=True"),

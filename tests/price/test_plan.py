@@ -146,6 +146,11 @@ def test_what_cannot_be_meant(arguments, message):
         fastlora.plan(Net(), **arguments)
 
 
+def test_a_progress_that_is_no_function_is_refused_before_anything_runs():
+    with pytest.raises(TypeError, match="progress is True, but must be a function"):
+        fastlora.plan(Net(), [2], batch=torch.ones(2, 24), progress=True)
+
+
 def test_models_that_have_adapters_or_nothing_to_run_on():
     with pytest.raises(ValueError, match="on meta"):
         fastlora.plan(Net().to("meta"), [2], batch=torch.ones(2, 24, device="meta"))

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from peft_suite import compare, run, source
-from peft_suite.selection import is_about_lora
+from peft_suite import compare, packed, run, source
+from peft_suite.selection import is_about_lora, is_chosen
 
 FAST = {"fast": 3, "Linear: merged": 1}
 
@@ -75,8 +75,9 @@ def test_the_table_has_a_line_for_each_file_and_one_for_all(outcomes):
 
 def test_calls_that_were_not_fast_and_failures_of_both_are_listed(outcomes):
     before = outcomes(a=FAILED, b=FAILED, c=PASSED)
-    after = outcomes(a=FAILED, b=PASSED, c=PASSED | {"calls": FAST | {"Conv2d: merged": 2}})
-    assert compare.own_calls(after).split() == ["1", "merged"]
+    calls = FAST | {"Conv2d: merged": 2, "Linear4bit: disabled": 2}
+    after = outcomes(a=FAILED, b=PASSED, c=PASSED | {"calls": calls})
+    assert compare.own_calls(after).split() == ["2", "Linear4bit:", "disabled", "1", "merged"]
     assert compare.failed_in_both(before, after).split(maxsplit=1) == ["1", FAILED["reason"]]
 
 
@@ -95,6 +96,26 @@ def test_calls_that_were_not_fast_and_failures_of_both_are_listed(outcomes):
 )
 def test_lora_tests_are_picked_and_those_of_other_methods_are_not(test, picked):
     assert is_about_lora(f"tests/{test}") is picked
+
+
+@pytest.mark.parametrize(
+    ("test", "picked"),
+    [
+        ("test_common_gpu.py::PeftGPUCommonTests::test_4bit_merge_lora", True),
+        ("test_common_gpu.py::PeftGPUCommonTests::test_serialization_shared_tensors", False),
+        ("test_gpu_examples.py::PeftBnbGPUExampleTests::test_causal_lm_training_4bit_vera", False),
+        ("test_gpu_examples.py::TestFSDPWrap::test_bnb_4bit_wrap_fsdp", False),
+        ("test_other.py::test_scaling", True),
+    ],
+)
+def test_of_files_for_gpus_tests_of_packed_weights_are_picked(test, picked):
+    assert is_chosen(f"tests/{test}") is picked
+
+
+def test_a_mark_that_asks_for_one_gpu_is_taken_away():
+    reasons = {"test requires a hardware accelerator": True, "test requires multiple GPUs": False}
+    for reason, taken in reasons.items():
+        assert packed.asks_for_gpu(pytest.mark.skipif(True, reason=reason).mark) is taken
 
 
 def test_a_version_stands_before_the_installed_one(tmp_path, monkeypatch):

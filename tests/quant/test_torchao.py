@@ -1,7 +1,10 @@
 """torchao's tensors as packed weights: the very numbers, or why not."""
 
+import sys
+
 import pytest
 import torch
+import vendor_layers
 from torch import nn
 
 from fastlora.formats.affine import Affine
@@ -80,6 +83,19 @@ def test_a_weight_is_packed_as_the_layer_s_own(config):
     assert torch.equal(vendor.read(linear).weight.dense(torch.float32), dense)
 
 
+def test_packed_int4_as_torchao_s_library_makes_it(monkeypatch):
+    """Its own quantiser rounds to the nearest of 16 numbers, whose distance is the scale."""
+    shuffle = pytest.importorskip("mslk.quantize.shuffle", reason="needs mslk")
+    weight, module = torch.randn(N, K), sys.modules[quantization.Int4Tensor.from_hp.__module__]
+    for name in ("int4_row_quantize_zp", "pack_int4"):
+        monkeypatch.setattr(module, name, getattr(shuffle, name))
+    linear = nn.Linear(K, N)
+    linear.weight = nn.Parameter(quantization.Int4Tensor.from_hp(weight, [1, 32]), False)
+    dense = vendor.read(linear).weight.dense(torch.float32)
+    half = linear.weight.scale.T.repeat_interleave(32, 1) / 2
+    assert ((dense - weight).abs() <= half * 1.001).all()
+
+
 ROUNDING = {
     "int8": lambda: _config("Int8DynamicActivationInt8Weight"),
     "int4": lambda: _config(
@@ -99,6 +115,11 @@ def test_rounded_inputs_are_refused_since_torchao_gives_them_no_gradient(make):
 
 
 def test_what_no_format_reads_is_said():
+    packed = vendor_layers.quantised("torchao-int4-packed", K, N)
+    packed.weight.activation_dtype = torch.float8_e4m3fn
+    assert "rounded to float8" in vendor.read(packed)
+    with pytest.raises(ValueError, match="read, and not made"):
+        vendor.pack(packed, torch.randn(N, K))
     linear = quantised(_config("Int8WeightOnly"))
     linear.weight.act_pre_scale = torch.ones(K)
     assert "act_pre_scale" in vendor.read(linear)

@@ -9,7 +9,9 @@ from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantised
 from fastlora.formats.four_bit import FourBit
 from fastlora.formats.gguf import KINDS, Gguf
+from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
+from fastlora.formats.int4 import Int4Groups
 from fastlora.formats.int8 import Int8Rows
 
 
@@ -66,6 +68,31 @@ def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):
     return Quantised(Hqq(n, k, bits, group, str(dtype).removeprefix("torch.")), tensors)
 
 
+def random_int4(n: int, k: int, group: int, dtype=torch.float32):
+    each = k // group, n
+    tensors = (
+        torch.randint(-128, 128, (n, k // 2), dtype=torch.int8),
+        (torch.rand(each) + 0.5).to(dtype),
+        torch.randn(each).to(dtype),
+    )
+    return Quantised(Int4Groups(n, k, group, str(dtype).removeprefix("torch.")), tensors)
+
+
+def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ordered=True):
+    def words(count):
+        return -(-count * bits // 32)
+
+    g_idx = torch.arange(k, dtype=torch.int32) // -(-k // groups)
+    tensors = (
+        torch.randint(-(2**31), 2**31, (words(k), n)).int(),
+        torch.randint(-(2**31), 2**31, (groups, words(n))).int(),
+        (torch.rand(groups, n) + 0.5).to(dtype),
+        g_idx if ordered else g_idx[torch.randperm(k)],
+    )
+    compute = str(dtype).removeprefix("torch.")
+    return Quantised(Gptq(n, k, bits, groups, compute, ordered), tensors)
+
+
 def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
     weights, size, _ = KINDS[kind]
     blocks = torch.randint(0, 256, (n, k // weights, size), dtype=torch.uint8)
@@ -97,6 +124,18 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         numbers = (packed.int() >> format.bits * fields[:, None, None]) & (2**format.bits - 1)
         values = numbers.flatten(0, 1)[: len(scale)].to(format.dtype) - zero
         return (values * scale).view(format.rows, format.columns)
+    if isinstance(format, Int4Groups):
+        packed, scale, zero = tensors
+        halves = torch.stack([packed.int() & 15, (packed.int() >> 4) & 15], -1).flatten(1)
+        numbers = torch.where(halves > 7, halves - 16, halves).to(wide)
+        groups = torch.arange(format.columns) // format.group
+        return numbers * scale.T[:, groups].to(wide) + zero.T[:, groups].to(wide)
+    if isinstance(format, Gptq):
+        qweight, qzeros, scales, g_idx = tensors
+        numbers = _numbers_down(qweight, format.bits, format.columns).T
+        zeros = _numbers_down(qzeros.T, format.bits, format.rows)
+        shifted = (numbers - zeros[:, g_idx]).to(format.dtype)
+        return shifted * scales.T[:, g_idx]
     if isinstance(format, Gguf):  # by transformers, in this dtype
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
         values = dequant.dequantize(tensors[0], number, dtype).view(format.rows, format.columns)
@@ -111,3 +150,12 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         absmax = code2[absmax.int()] * absmax2[torch.arange(len(absmax)) // format.nested] + offset
     values = torch.tensor(format.code)[code] * absmax[element // format.block]
     return values.view(format.rows, format.columns)
+
+
+def _numbers_down(words: Tensor, bits: int, count: int) -> Tensor:
+    """Each column's words as one large number, from its lowest bits on: [count, columns]."""
+    columns = []
+    for column in words.T.tolist():
+        large = sum((word % 2**32) << (32 * i) for i, word in enumerate(column))
+        columns.append([(large >> (bits * i)) % 2**bits for i in range(count)])
+    return torch.tensor(columns).T

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed import random_gguf
+from packed import random_gguf, random_int4
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.integrations.gguf.dequant import GGML_NAME
@@ -40,6 +40,36 @@ def _hqq(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return quantize.HQQLinear(nn.Linear(k, n), config, compute_dtype=dtype, device="cpu")
 
 
+def _gptq(k: int, n: int, dtype: torch.dtype, bits: int = 4, disordered: bool = False) -> nn.Module:
+    """By GPTQ-Model's class, with packed numbers of no weight in particular."""
+    qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="needs gptqmodel")
+    sizes = {"in_features": k, "out_features": n, "bits": bits, "group_size": 32}
+    layer = qlinear.TorchLinear(
+        **sizes, sym=False, desc_act=disordered, bias=True, register_buffers=True
+    )
+    layer.optimized = True  # else it compiles its own dequantisation
+    layer.post_init()
+    for words in (layer.qweight, layer.qzeros):
+        words.copy_(torch.randint(-(2**31), 2**31, words.shape))
+    dtype = torch.float16 if dtype == torch.float32 else dtype
+    layer.scales = ((torch.rand(layer.scales.shape) + 0.5) / 2**bits / 8).to(dtype)
+    layer.bias = torch.randn(n, dtype=dtype)
+    if disordered:
+        layer.g_idx = layer.g_idx[torch.randperm(k)]
+    return layer
+
+
+def _int4(k: int, n: int, dtype: torch.dtype) -> nn.Module:
+    """torchao packs it on a GPU alone."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao isn't installed")
+    packed = random_int4(n, k, 32, dtype)
+    scale, zero = packed.tensors[1] / 16, packed.tensors[2] / 4
+    linear = nn.Linear(k, n, dtype=dtype)
+    tensor = quantization.Int4Tensor(packed.tensors[0], scale, zero, [1, 32], torch.Size((n, k)))
+    linear.weight = nn.Parameter(tensor, requires_grad=False)
+    return linear
+
+
 _MAKERS = {
     "torchao-int8": lambda *args: _torchao(*args, "Int8WeightOnlyConfig"),
     "torchao-int4": lambda *args: _torchao(
@@ -50,13 +80,15 @@ _MAKERS = {
     "float8": _float8,
     "gguf-q8_0": lambda *args: _gguf(*args, "Q8_0"),
     "gguf-q4_k": lambda *args: _gguf(*args, "Q4_K"),
+    "torchao-int4-packed": _int4,
     "hqq": _hqq,
+    "gptq": _gptq,
 }
 KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
 
 
-def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32):
+def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
     """A frozen layer of random weights, with a bias; any kind of GGUF by its name."""
     if kind not in _MAKERS and kind.startswith("gguf-"):
         return _gguf(k, n, dtype, kind.removeprefix("gguf-").upper()).requires_grad_(False)
-    return _MAKERS[kind](k, n, dtype).requires_grad_(False)
+    return _MAKERS[kind](k, n, dtype, **settings).requires_grad_(False)

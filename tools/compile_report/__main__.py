@@ -25,11 +25,19 @@ from benchmarks.report import align
 from fastlora.kernels.config import default_config
 from fastlora.kernels.target import TARGETS
 
-from .cases import Case, DequantCase, GatedCase, cases, dequant_cases, gated_cases, launches
+from .cases import (
+    REPORTED,
+    Case,
+    DequantCase,
+    GatedCase,
+    cases,
+    dequant_cases,
+    gated_cases,
+    launches,
+)
 from .machine_code import compile_launch
 
 NAMES = [name for name, target in TARGETS.items() if target.kind != "cpu"]
-REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def rows_of(case: Case) -> list[dict]:
@@ -83,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=NAMES, default=REPORTED, metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--brief", action="store_true", help="most configs in one form alone")
+    parser.add_argument(
+        "--brief", action="store_true", help="fewer forms: most configs in one alone"
+    )
     arguments = parser.parse_args()
     chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
     others = [

@@ -83,8 +83,9 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
     found = _SASS.findall(text)
     code = [Instruction(int(address, 16), bool(guard), *rest) for address, guard, *rest in found]
     names = Counter(each.name for each in code)
-    depth = depths(code)
-    spills = [depth[each.address] for each in code if each.name in ("LDL", "STL")]
+    spilling = [each.address for each in code if each.name in ("LDL", "STL")]
+    depth = depths(code) if spilling else {}  # most spill nothing, and to look takes time
+    spills = [depth[address] for address in spilling]
     return Compiled(
         registers=registers, stack=stack, spills=len(spills),
         inner_spills=sum(loops > tile_loops for loops in spills),

@@ -6,6 +6,7 @@ Calls inside torch.compile are not counted: a counter would change what is compi
 import functools
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -27,9 +28,11 @@ def optimize_and_count() -> Counter:
             "fastlora.optimize left a plain lora.Linear as it was: is the installed PEFT one that "
             "it supports? (make peft-suite runs with the packages of .venv)"
         )
+    fast = (fast_class, *packed_classes())
     for layer_class in classes_with_forward(lora.LoraLayer):
-        count(layer_class, lambda layer, arguments: own_call(counter, fast_class, layer, arguments))
-    count(fast_class, lambda layer, arguments: counter.update([FAST]))
+        count(layer_class, lambda layer, arguments: own_call(counter, fast, layer, arguments))
+    for fast_class in fast:
+        count(fast_class, lambda layer, arguments: counter.update([FAST]))
     count_blocks(counter)
     optimized_layer()(torch.ones(1, 4))
     if counter != {FAST: 1}:
@@ -48,6 +51,18 @@ def optimized_layer() -> nn.Module:
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
     fastlora.optimize(model)
     return model[0]
+
+
+def packed_classes() -> list[type]:
+    """The fast classes of layers over packed weights, where PEFT has such layers here."""
+    from fastlora.peft import gptq, torchao
+
+    files = [gptq, torchao]
+    if find_spec("bitsandbytes"):
+        from fastlora.peft import bitsandbytes
+
+        files.append(bitsandbytes)
+    return [fast for file in files for fast in file.FAST.values()]
 
 
 def optimize_after_injection() -> None:
@@ -105,9 +120,9 @@ def count_blocks(counter: Counter) -> None:
     mlp.gated_mlp = gated_mlp
 
 
-def own_call(counter: Counter, fast_class: type, layer: nn.Module, arguments: dict) -> None:
+def own_call(counter: Counter, fast: tuple[type, ...], layer: nn.Module, arguments: dict) -> None:
     """PEFT's own forward runs: in a call that came in as fast, it was handed over."""
-    if isinstance(layer, fast_class):
+    if isinstance(layer, fast):
         counter[FAST] -= 1
     counter[description(layer, arguments)] += 1
 

@@ -94,10 +94,14 @@ def row(name: str, before: Iterable, after: Iterable, differing: int) -> tuple[s
 
 
 def own_calls(optimized: dict[str, Outcome]) -> str:
-    """Which calls of linear layers PEFT's own forward took, by number."""
+    """Which calls of linear layers PEFT's own forward took, by number; packed ones by class."""
     counted = calls(optimized.values())
-    kind = "Linear: "
-    rows = [(str(n), k.removeprefix(kind)) for k, n in counted.most_common() if k.startswith(kind)]
+    names = [(n, name.partition(": ")) for name, n in counted.most_common()]
+    rows = [
+        (str(n), state if kind == "Linear" else f"{kind}: {state}")
+        for n, (kind, _, state) in names
+        if "Linear" in kind
+    ]
     return "\n".join(f"{n:>8}  {state}" for n, state in rows)
 
 

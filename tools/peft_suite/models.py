@@ -62,6 +62,7 @@ T5 = Model(
     "T5ForConditionalGeneration",
     dict(d_model=32, d_ff=37, d_kv=8, num_layers=5, num_heads=4, decoder_start_token_id=0),
 )
+BLOOM = {"hidden_size": 32, "n_layer": 5, "n_head": 4}
 BART = {"d_model": 16, "max_position_embeddings": 100} | {
     f"{half}_{size}": value
     for half in ("encoder", "decoder")
@@ -81,20 +82,35 @@ QWEN2_5_VL = {
 MAMBA = {"ssm_state_size": 4, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2}
 HYBRID = ["linear_attention", "full_attention", "mlp"]
 NEMOTRON_H = llama(head_dim=4, layers_block_type=HYBRID, **MAMBA)
-OPT_125M = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64, "num_hidden_layers": 12}
+# Large weights, so that probabilities differ: tests compare them to within a thousandth.
+OPT_SIZES = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64, "init_std": 0.1}
+OPT_125M = Model("OPTForCausalLM", opt(**OPT_SIZES, num_hidden_layers=12))
+OPT_LARGER = Model("OPTForCausalLM", opt(**OPT_SIZES))
+WHISPER = {"d_model": 64, "num_mel_bins": 8, "decoder_start_token_id": 0} | {
+    f"{half}_{size}": value
+    for half in ("encoder", "decoder")
+    for size, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
 
 PEFT, HUGGING_FACE, TRL = "peft-internal-testing/", "hf-internal-testing/", "trl-internal-testing/"
 
 MODELS = {
     "bert-base-uncased": BERT,
+    "bigscience/bloomz-560m": Model("BloomForCausalLM", BLOOM),
+    "facebook/opt-125m": OPT_125M,
+    "facebook/opt-350m": OPT_LARGER,
+    "facebook/opt-6.7b": OPT_LARGER,
+    "google/flan-t5-base": T5,
     "google/flan-t5-small": T5,
     "gpt2": GPT2,
+    "openai/whisper-large": Model("WhisperForConditionalGeneration", WHISPER),
+    "t5-small": T5,
     "tiiuae/falcon-mamba-tiny-dev": Model(
         "FalconMambaForCausalLM", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
     ),
     f"{HUGGING_FACE}Mixtral-tiny": Model("MixtralForCausalLM", experts()),
     f"{HUGGING_FACE}tiny-random-gpt2": GPT2,
-    f"{PEFT}opt-125m": Model("OPTForCausalLM", opt(**OPT_125M)),
+    f"{PEFT}opt-125m": OPT_125M,
     f"{PEFT}tiny-clip-text-2": Model("CLIPTextModelWithProjection", bert(projection_dim=16)),
     f"{PEFT}tiny-dummy-qwen2": Model(
         "Qwen2ForCausalLM", llama(hidden_size=8, intermediate_size=16)
@@ -108,6 +124,7 @@ MODELS = {
         "LlamaForSequenceClassification", llama()
     ),
     f"{TRL}tiny-NemotronHForCausalLM-nano": Model("NemotronHForCausalLM", NEMOTRON_H),
+    f"{TRL}tiny-Qwen2ForCausalLM-2.5": Model("Qwen2ForCausalLM", llama()),
     f"{TRL}tiny-random-LlamaForCausalLM": LLAMA,
     **named(
         {
@@ -122,7 +139,7 @@ MODELS = {
         {
             "BartForConditionalGeneration": BART,
             "BertForSequenceClassification": bert(),
-            "BloomForCausalLM": {"hidden_size": 32, "n_layer": 5, "n_head": 4},
+            "BloomForCausalLM": BLOOM,
             "DebertaModel": bert(),
             "DebertaV2Model": bert(),
             "GPT2LMHeadModel": GPT2.settings,
@@ -148,6 +165,7 @@ MODELS = {
 }
 
 ADAPTERS = {
+    "ybelkada/test-st-lora": Adapter("facebook/opt-350m"),
     f"{PEFT}opt-125m-dummy-lora": Adapter(f"{PEFT}opt-125m"),
     f"{PEFT}tiny-OPTForCausalLM-lora": Adapter(f"{PEFT}tiny-random-OPTForCausalLM"),
 }

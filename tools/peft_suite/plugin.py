@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from .selection import is_about_lora
+from . import packed
+from .selection import is_chosen
 
 
 def pytest_addoption(parser):
@@ -55,11 +56,13 @@ def pytest_collection():
     testing_utils._HUB_MODEL_ACCESSES = EveryModel()
     # transformers' own add_adapter refuses a PEFT that is older than this, though it works with it.
     peft.MIN_PEFT_VERSION = "0"
+    packed.prepare()
 
 
 def pytest_collection_modifyitems(config, items):
-    config.hook.pytest_deselected(items=[i for i in items if not is_about_lora(i.nodeid)])
-    items[:] = [item for item in items if is_about_lora(item.nodeid)]
+    config.hook.pytest_deselected(items=[i for i in items if not is_chosen(i.nodeid)])
+    items[:] = [item for item in items if is_chosen(item.nodeid)]
+    packed.need_no_gpu(items)
 
 
 def pytest_runtest_setup(item):

@@ -161,8 +161,8 @@ def main() -> int:
     optimized = run_tests("optimized", ["--suite-optimize", *options], folder, models, peft)
     code = report(peft, unpatched, optimized)
     if not (arguments.quick or arguments.file):
-        print("\nFiles left out:")
-        for name, reason in selection.LEFT_OUT.items():
+        print("\nFiles and tests left out:")
+        for name, reason in (selection.LEFT_OUT | selection.TESTS_LEFT_OUT).items():
             print(f"    {name}: {reason}")
         for name in unknown_files(folder / "tests"):
             print(f"    {name}: not looked at yet, may have LoRA tests (selection.py)")

@@ -36,18 +36,29 @@ FILES = [
     "test_token_classification_qa.py",
     "test_stablediffusion.py",
     "test_torch_compile.py",
+    "test_quantization.py",
+    "test_common_gpu.py",
+    "test_gpu_examples.py",
 ]
+
+# Files that ask for a GPU.  Of their tests, those of packed weights need none any more, but for
+# some that name it; and some only round dense weights.
+FOR_GPU = {"test_common_gpu.py", "test_gpu_examples.py"}
+PACKED = re.compile(r"bnb|[48]bit|quantized", re.IGNORECASE)
+NOT_ON_CPU = re.compile(r"multi_gpu|FSDP|LoftQ|PiSSA|bloomz|no_quantization")
 
 LEFT_OUT = {
     "test_auto.py": "loads adapters of many kinds from the hub, calls none",
-    "test_common_gpu.py": "needs a GPU",
     "test_config.py": "makes no layers",
-    "test_gptqmodel.py": "needs gptqmodel",
-    "test_gpu_examples.py": "needs a GPU",
+    "test_gptqmodel.py": "needs gptqmodel, and checkpoints that it made",
     "test_hub_features.py": "needs the hub",
     "test_lora_megatron.py": "needs megatron",
-    "test_quantization.py": "needs packages for quantised weights",
     "test_vision_models.py": "loads a picture from the hub; its only LoRA layers are convolutions",
+}
+
+TESTS_LEFT_OUT = {
+    "test_quantization_backend_is_set_and_repr": "LoRA's layers have no such field",
+    "test_4bit_dora_inference": "wants two models' logits equal to 1e-5 of each: rounding decides",
 }
 
 # A test is another method's if its class, its name or its parameters say so, and none says LoRA.
@@ -60,6 +71,20 @@ OTHERS = re.compile(
     r"|tinylora|unilora|vblora|vera|waveft",
     re.IGNORECASE,
 )
+
+
+def is_chosen(test: str) -> bool:
+    """Whether a test, by its id in pytest, is run."""
+    file = test.partition("::")[0].rpartition("/")[2]
+    name = test.partition("[")[0].rpartition("::")[2]
+    wanted = name not in TESTS_LEFT_OUT and (file not in FOR_GPU or is_packed(test))
+    return wanted and is_about_lora(test)
+
+
+def is_packed(test: str) -> bool:
+    """Whether a test, by its id in pytest, is one of packed weights, which run on a CPU."""
+    name = test.partition("::")[2]
+    return bool(PACKED.search(name)) and not NOT_ON_CPU.search(name)
 
 
 def is_about_lora(test: str) -> bool:

@@ -1,0 +1,85 @@
+"""GPTQ: columns of a weight in groups, and the numbers of a column packed across int32 words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .format import Format, check_shapes
+
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Gptq(Format):
+    """(numbers - zeros) · scales in the dtype ``compute``; input k belongs to group g_idx[k].
+
+    Numbers of 2, 3, 4 or 8 bits lie end to end in int32 words, from the lowest bit on: those of a
+    row of the weight down a column of qweight [columns · bits / 32, rows], and zeros along a row of
+    qzeros [groups, rows · bits / 32], as they are and not one less (version 2 of the format).
+    scales is [groups, rows].  ``ordered``: that every group is ``columns / groups`` inputs in their
+    order, so that g_idx needn't be looked at.
+    """
+
+    bits: int
+    groups: int
+    compute: str
+    ordered: bool
+
+    @property
+    def label(self) -> str:
+        return f"GPTQ {self.bits} bit"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return "qweight", "qzeros", "scales", "g_idx"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.compute)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"{self.bits} bits came, but GPTQ has 2, 3, 4 or 8")
+        if self.groups < 1 or (self.ordered and self.columns % self.groups):
+            raise ValueError(f"{self.groups} groups don't divide {self.columns} columns")
+        ints = (torch.int32,)
+        expected = [
+            ((self._words(self.columns), self.rows), ints),
+            ((self.groups, self._words(self.rows)), ints),
+            ((self.groups, self.rows), (self.dtype,) if self.dtype in _SCALES else ()),
+            ((self.columns,), (torch.int32, torch.int64)),
+        ]
+        check_shapes(self.names, tensors, expected)
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        qweight, qzeros, scales, g_idx = tensors
+        rows = slice(first, first + len(out))
+        values = out
+        if out.dtype != self.dtype:
+            values = torch.empty(out.shape, dtype=self.dtype, device=out.device)
+        values.copy_(self._numbers(qweight[:, rows], 0, self.columns).t())
+        zeros = self._numbers(qzeros.t(), first, len(out)).to(self.dtype)  # [rows, groups]
+        scale = scales[:, rows].t()
+        if self.ordered:
+            of_groups = values.unflatten(1, (self.groups, -1))
+            of_groups.sub_(zeros[..., None]).mul_(scale[..., None])
+        else:
+            values.sub_(zeros[:, g_idx]).mul_(scale[:, g_idx])
+        return out if values is out else out.copy_(values)
+
+    def _words(self, count: int) -> int:
+        return -(-count * self.bits // 32)
+
+    def _numbers(self, words: Tensor, first: int, count: int) -> Tensor:
+        """Some of the numbers that lie down the columns of words [words, n]: int32 [count, n]."""
+        start = torch.arange(first, first + count, device=words.device) * self.bits
+        word, shift = start // 32, (start % 32).to(torch.int32)[:, None]
+        numbers = words[word] >> shift
+        if 32 % self.bits:  # some begin in one word and end in the next
+            begun = (32 - shift).clamp(max=self.bits)  # bits
+            numbers &= (1 << begun) - 1  # what is above is the word's sign
+            rest = words[(word + 1).clamp(max=len(words) - 1)] << begun
+            numbers |= torch.where(begun < self.bits, rest, 0)
+        return numbers.bitwise_and_(2**self.bits - 1)

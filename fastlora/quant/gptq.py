@@ -1,0 +1,75 @@
+"""GPTQ-Model's ``TorchLinear`` and ``TritonV2Linear``: GPTQ's checkpoints, as they are trained."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..foreign import derived_from
+from ..formats.format import Quantised
+from ..formats.gptq import Gptq
+from .once import Once
+from .vendor import PackedLayer
+
+_PACKAGE = "gptqmodel.nn_modules.qlinear"
+# The others lay the numbers out for one kernel, or have other numbers.
+_READ = ("TorchLinear", "TritonV2Linear")
+_ORDERED = Once()
+
+OWN = "qweight"
+
+
+def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    theirs = _theirs(kind)
+    return theirs is not None and kind.forward is theirs.forward
+
+
+def read(layer: nn.Module) -> PackedLayer | str:
+    own: Any = layer
+    kind = _theirs(type(layer))
+    if kind is None or kind.__name__ not in _READ:
+        return "its numbers lie as its kernel reads them: GPTQConfig(backend='auto_trainable')"
+    if own.planar or own.pack_dtype != torch.int32:
+        return "its numbers lie in planes, or in other words than int32"
+    if own.adapter is not None:
+        return "it has an adapter of GPTQ-Model's"
+    if own.online_full_had or own.online_partial_had:
+        return "its input is rotated (Hadamard) before its weight is used"
+    try:
+        rows, columns, scales = own.out_features, own.in_features, own.scales
+        groups = len(scales)
+        compute = str(scales.dtype).removeprefix("torch.")
+        ordered = _ORDERED.ask(own.g_idx, lambda g_idx: _is_ordered(g_idx, groups))
+        format = Gptq(rows, columns, own.bits, groups, compute, ordered)
+        tensors = tuple(t.detach() for t in (own.qweight, own.qzeros, scales, own.g_idx))
+        format.check(tensors)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        return f"its quantisation state is broken: {error}"
+    return PackedLayer(Quantised(format, tensors))
+
+
+def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+    raise ValueError("GPTQ's numbers are read, and not made: its rounding needs data")
+
+
+def take(layer: nn.Module) -> nn.Parameter:
+    raise ValueError("GPTQ-Model's layer has no place for a merged weight")
+
+
+def put(layer: nn.Module, parameter: nn.Parameter) -> None:
+    raise ValueError("GPTQ-Model's layer has no place for another weight")
+
+
+def _theirs(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of GPTQ-Model's that this one is, or derives from."""
+    if derived_from(kind, _PACKAGE, "GPTQQuantLinear") is None:
+        return None
+    return next(base for base in kind.__mro__ if base.__module__.startswith(_PACKAGE))
+
+
+def _is_ordered(g_idx: Tensor, groups: int) -> bool:
+    """Whether the columns are groups of one size, one after another."""
+    if len(g_idx) % groups:
+        return False
+    expected = torch.arange(len(g_idx), device=g_idx.device) // (len(g_idx) // groups)
+    return torch.equal(g_idx, expected.to(g_idx.dtype))

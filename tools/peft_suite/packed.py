@@ -1,0 +1,48 @@
+"""PEFT's tests of packed weights: those that ask for a GPU run on a CPU, and LoRA is among all."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from .selection import is_packed
+
+
+def prepare() -> None:
+    """Before PEFT's tests are collected: have files for GPUs collected too, and add LoRA."""
+    from accelerate.test_utils import testing
+
+    # A file for GPUs skips itself where this says "cpu".
+    testing.get_backend = lambda: ("cpu:0", 1, lambda: 0)
+    if find_spec("bitsandbytes"):
+        from bitsandbytes.nn import modules
+
+        # On such a CPU a call in evaluation repacks a weight, which PEFT then misreads (DoRA).
+        modules.has_avx512bf16 = lambda: False
+    if Path("tests", "test_quantization.py").is_file():
+        add_lora(import_module("tests.test_quantization"))
+
+
+def add_lora(matrix) -> None:
+    """Their matrix of methods and packed weights is without LoRA."""
+    from peft import LoraConfig
+
+    settings = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
+    matrix.TEST_CASES += [(LoraConfig, settings), (LoraConfig, settings | {"use_dora": True})]
+
+
+def need_no_gpu(items: list[pytest.Item]) -> None:
+    """Take from tests of packed weights the marks that skip them where there is no GPU."""
+    for item in items:
+        if is_packed(item.nodeid):
+            for node in item.listchain():
+                node.own_markers[:] = [mark for mark in node.own_markers if not asks_for_gpu(mark)]
+
+
+def asks_for_gpu(mark: pytest.Mark) -> bool:
+    """Whether this mark skips a test where there is no GPU; one that asks for several stays."""
+    reason = mark.kwargs.get("reason", "")
+    return mark.name == "skipif" and any(
+        words in reason for words in ("requires GPU", "requires a GPU", "requires a hardware")
+    )
