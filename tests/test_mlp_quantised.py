@@ -20,8 +20,9 @@ from fastlora.projection import Base, flatten, layouts_of
 
 # bitsandbytes itself reads rows of whole blocks of 64 right on any CPU.
 IN, HIDDEN, ROWS, R = 64, 128, 40, 3
-# GGUF's wider blocks have no room here.
-KINDS = ["nf4", "int8", *[kind for kind in vendor_layers.KINDS if kind != "gguf-q4_k"]]
+# GGUF's wider blocks have no room here, and PEFT has no layer for torchao's packed pairs.
+LEFT_OUT = ("gguf-q4_k", "torchao-int4-packed")
+KINDS = ["nf4", "int8", *[kind for kind in vendor_layers.KINDS if kind not in LEFT_OUT]]
 
 
 def layer(kind: str, k: int, n: int, compute=torch.float32) -> nn.Module:
