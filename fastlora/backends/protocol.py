@@ -108,15 +108,23 @@ class Backend(Protocol):
         Then it may be given those of some experts, and of the next ones in another call.
         """
 
-    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def gated(self, gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
         """act(gate) ∘ up, [M, N], contiguous.
 
         gate and up [M, N] have columns that lie end to end.  ``activation`` is one of
-        ``gated.ACTIVATIONS``.
+        ``gated.ACTIVATIONS``.  ``wide``: matrices of 16 bits are to be computed with in float32,
+        and what comes out is rounded once; else a backend may round each step.
         """
 
     def gated_backward(
-        self, dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+        self,
+        dy: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        d_gate: Tensor,
+        d_up: Tensor,
+        wide: bool = False,
     ) -> None:
         """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
 
