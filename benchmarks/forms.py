@@ -27,8 +27,10 @@ from fastlora.kernels import (
     FLOAT8,
     FOUR_BIT,
     INT8,
+    Own,
     Packed,
     dequant,
+    dropout_threshold,
     gemm_lowrank,
     project,
     weight_grad,
@@ -58,6 +60,7 @@ class Form:
     precision: str = "ieee"
     packed: str = ""  # what the weights are: one of PACKED; "": dense
     segments: int = 0  # that the rows are cut into, of about the same length; each has factors
+    own: bool = False  # and scale and mask of its own, and its rows lie in no order: an adapter
 
     @property
     def kernel(self) -> str:
@@ -86,7 +89,7 @@ class Form:
         words = [self.name, f"m{self.M}", f"n{self.columns}"]
         words += [f"k{'+'.join(map(str, self.depths))}"] * bool(self.depths)
         words += [f"r{'+'.join(map(str, self.ranks))}", "masked" * (self.dropout > 0), self.packed]
-        words += [f"s{self.segments}"] * bool(self.segments)
+        words += [f"s{self.segments}"] * bool(self.segments) + ["own"] * self.own
         return " ".join(filter(None, words))
 
 
@@ -96,12 +99,18 @@ class Operands:
     def __init__(self, form: Form, device: torch.device | str) -> None:
         self.form, self.device = form, device
         M, N, ranks = form.M, form.columns, form.ranks
-        self.seeds = torch.arange(len(ranks), device=device) if form.dropout else None
-        self.ends, self.banks = None, ()
+        count = form.segments if form.own else len(ranks)
+        self.seeds = torch.arange(count, device=device) if form.dropout else None
+        self.ends, self.banks, self.order, self.own = None, (), None, None
         if form.segments:
             self.banks = (form.segments,)
             ends = torch.arange(1, form.segments + 1, device=device) * M // form.segments
             self.ends = ends.to(torch.int32)
+        if form.own:
+            self.order = torch.arange(M, dtype=torch.int32, device=device).flip(0)
+            factors = torch.full((form.segments,), FACTOR, device=device)
+            least = dropout_threshold(form.dropout)
+            self.own = Own(factors, torch.full_like(factors, least, dtype=torch.int32))
         self.bias = self._random(*self.banks, N) if form.bias else None
         self.us = [self._random(M, r) for r in ranks]  # h, or every dh
         if form.kernel == "gemm_lowrank":
@@ -132,13 +141,15 @@ class Operands:
         form = self.form
         shared = {"precision": form.precision, "config": config}
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "ends": self.ends}
+        shared |= {"order": self.order, "own": self.own}
         if form.kernel == "project":
             return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared)
         if form.kernel == "weight_grad":
             product = weight_grad(self.v, self.us, self.adapters, b=self.b, factor=FACTOR, **shared)
             return [*self.adapters, *([] if product is None else [product])]
         operands = (self.out, self.ps, self.qs, self.us, self.vs)
-        gemm_lowrank(*operands, bias=self.bias, a=self.a, factor=FACTOR, **shared)
+        options = {"bias": self.bias, "a": self.a, "factor": FACTOR, "add": form.own}
+        gemm_lowrank(*operands, **options, **shared)
         return [self.out, *(self.us if form.also else [])]
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:

@@ -76,6 +76,13 @@ def _add_plan(commands: Any) -> None:
     add("model", metavar="MODEL", help="a folder with a config.json, or that file")
     add("--r", type=_ranks, default=RANKS, metavar="R,R,…", help="the ranks (8,16,64,256)")
     add("--dropout", type=_probability, default=0.0, metavar="P", help="of the adapters (0)")
+    add(
+        "--target-parameters",
+        dest="parameters",
+        type=lambda text: text.split(","),
+        metavar="NAME,…",
+        help="experts' weights to adapt, too, such as experts.down_proj",
+    )
     add("--dtype", type=_dtype, help="of the model (its config's)")
     add("--rounds", type=_count, default=5, help="of measurement (5); 0 only counts")
     add("--layers", type=_rank, help="measure with so many (as many as memory allows)")

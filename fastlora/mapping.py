@@ -18,6 +18,14 @@ class Share(NamedTuple):
     place: slice  # in the sorted order
 
 
+class Sorted(NamedTuple):
+    """The items of a batch, sorted by adapter, as all layers on one device share them."""
+
+    order: Tensor  # int64 [items]: their numbers; behind those with an adapter come the others
+    shares: list[Share]  # of the adapters that have items, in order
+    kept: dict  # what a backend made of it
+
+
 class AdapterMapping:
     """Which adapter each item of a batch belongs to.  All layers, forward and backward, share it.
 
@@ -39,15 +47,15 @@ class AdapterMapping:
             )
         self.adapters, self.shape = adapters, tuple(indices.shape)
         self.order, self.ends = sort_items(indices, adapters)
-        self._shares: dict[torch.device, list[Share]] = {}
+        self._sorted: dict[torch.device, Sorted] = {}
         if indices.device.type == "cpu" and is_plain(indices) and not is_compiling():
-            self.shares(indices.device)
+            self.on(indices.device)
 
-    def shares(self, device: torch.device) -> list[Share]:
-        """Those of the adapters that have items, in order; their numbers are on this device."""
-        if device not in self._shares:
-            self._shares[device] = shares_of(self.order, self.ends, device)
-        return self._shares[device]
+    def on(self, device: torch.device) -> Sorted:
+        """For layers on this device."""
+        if device not in self._sorted:
+            self._sorted[device] = sorted_on(self.order, self.ends, device)
+        return self._sorted[device]
 
 
 def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
@@ -108,6 +116,11 @@ def shares_of(order: Tensor, ends: Tensor, device: torch.device) -> list[Share]:
         items = slice(first, final + 1) if together else order[place].to(device)
         shares.append(Share(adapter, items, place))
     return shares
+
+
+def sorted_on(order: Tensor, ends: Tensor, device: torch.device) -> Sorted:
+    """What :func:`sort_items` found, for layers on a device, read on the host."""
+    return Sorted(order, shares_of(order, ends, device), {})
 
 
 class Mix(NamedTuple):

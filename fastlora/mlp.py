@@ -10,21 +10,24 @@ from functools import lru_cache
 from inspect import CO_VARARGS, CO_VARKEYWORDS
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .activation import activation_of
 from .adapted import LoRALayer
 from .backends import find_backend
-from .base import why_not_class, why_not_tensor
+from .base import tensor_of, why_not_class, why_not_tensor
 from .classes import change_class, under
 from .frozen import fits, why_not_here
 from .gather import is_sharded
 from .hooks import is_hooked
 from .modules import plain_name
 from .ops import gated_mlp
+from .ops.autocast import autocast_dtype
 from .ops.gated import follows
-from .projection import Base, Output, as_outputs
+from .projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
+from .quant import SHARDED, PackedLayer, quantised_weight
 from .quantised import LoRAQuantised
 from .report import BlockCoverage
 
@@ -82,6 +85,7 @@ class Part(NamedTuple):
     reason: str
     output: Output[Tensor] | None = None
     p: float = 0.0  # the probability with which its adapters drop now
+    packed: PackedLayer | None = None  # what its base is, if it is quantised
 
 
 class Reading(NamedTuple):
@@ -89,6 +93,7 @@ class Reading(NamedTuple):
 
     reason: str
     outputs: tuple[Output[Tensor], ...] = ()  # gate, up, down
+    packed: tuple[PackedLayer | None, ...] = ()  # of each
     activation: str = ""
     dropout: float = 0.0
     down_dropout: float = 0.0
@@ -106,19 +111,22 @@ class GatedMLP(nn.Module):
     def forward(self, *args, **named):
         if len(args) == 1 and not named and follows(args[0]) and not self.why_not_now():
             (x,), reading = args, self.read()
+            dtypes = _dtypes_of_all(x, reading) if reading.outputs else None
             if (
-                reading.outputs
+                dtypes is not None
                 and fits(x, reading.outputs[0].base.weight)
                 # Those are faster without a node, and keep next to nothing.
                 and not find_backend(device=x.device).is_small(x, reading.outputs[:1])
             ):
-                return gated_mlp(
-                    x,
+                y = gated_mlp(
+                    x.to(dtypes.inside),
                     *reading.outputs,
                     reading.activation,
                     dropout=reading.dropout,
                     down_dropout=reading.down_dropout,
+                    wide=dtypes.inside != dtypes.outside,
                 )
+                return y.to(dtypes.outside)
         return super().forward(*args, **named)
 
     def why_not_now(self) -> str:
@@ -149,32 +157,45 @@ class GatedMLP(nn.Module):
             parts.append(part)
         gate, up, down = parts
         outputs = tuple([part.output for part in parts if part.output is not None])
-        reason = _why_not_together(gate, up) or _why_not_fitting(outputs, gathers)
+        packed = tuple([part.packed for part in parts])
+        reason = _why_not_together(gate, up) or _why_not_fitting(outputs, packed, gathers)
         if reason:
             return Reading(reason)
-        return Reading("", outputs, activation, max(gate.p, up.p), down.p)
+        return Reading("", outputs, packed, activation, max(gate.p, up.p), down.p)
 
     def read_part(self, linear: nn.Module, gathers: bool) -> Part:
         """gate, up or down; the model is one of your own."""
         if not isinstance(linear, LoRALayer):
             return read_frozen(linear, gathers)
-        if isinstance(linear, LoRAQuantised):
-            return Part("it is quantised")
-        if is_hooked(linear) or type(linear).forward is not LoRALayer.forward:
+        known = (LoRALayer.forward, LoRAQuantised.forward)
+        if is_hooked(linear) or type(linear).forward not in known:
             return Part("a hook watches, or something replaces, its calls")
         if linear.merged:
             return Part("it is merged")
-        (output,) = as_outputs([linear.projection()])
-        return Part("", output, linear.lora_dropout if linear.training else 0.0)
+        p, packed = linear.lora_dropout if linear.training else 0.0, None
+        if isinstance(linear, LoRAQuantised):
+            found = linear.vendor.read(linear)
+            if isinstance(found, str):
+                return Part(found)
+            if not (found.is_whole or gathers):
+                return Part(SHARDED)
+            packed, projection = found, linear.projection(found)
+        else:
+            projection = linear.projection()
+        (output,) = as_outputs([projection])
+        return Part("", output, p, packed)
 
 
 def read_frozen(linear: nn.Module, gathers: bool) -> Part:
     """A part that has no adapter."""
+    if is_hooked(linear):
+        return Part("a hook watches, or something replaces, its calls")
+    found = quantised_weight(linear)
+    if found is not None:
+        return _read_frozen_quantised(linear, found, gathers)
     reason = why_not_class(type(linear))
     if reason:
         return Part(f"it is {reason}")
-    if is_hooked(linear):
-        return Part("a hook watches, or something replaces, its calls")
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     if weight is None:
         return Part("its weight is computed (a parametrisation)")
@@ -187,6 +208,50 @@ def read_frozen(linear: nn.Module, gathers: bool) -> Part:
     return Part("", Output(Base(weight, bias)))
 
 
+def _read_frozen_quantised(linear: nn.Module, found: PackedLayer | str, gathers: bool) -> Part:
+    kind = type(linear).__name__
+    if isinstance(found, str):
+        return Part(f"it is a {kind}: {found}")
+    if not (found.is_whole or gathers):
+        return Part(SHARDED)
+    if found.rounds_input:
+        return Part(f"it is a {kind} without an adapter, whose own forward rounds its input")
+    if found.weight.device.type == "meta":
+        return Part("its weight has no data")
+    bias = tensor_of(linear, "bias")
+    reason = "" if bias is None else why_not_tensor(bias, 1, gathers)
+    if reason:
+        return Part(f"its bias {reason}")
+    weight: Any = found.weight
+    return Part("", Output(Base(weight, bias)), packed=found)
+
+
+class _Dtypes(NamedTuple):
+    inside: torch.dtype  # in which a layer computes
+    outside: torch.dtype  # in which it gives what it has computed
+
+
+def _dtypes_of_all(x: Tensor, reading: Reading) -> _Dtypes | None:
+    """Those of every layer of a block that is called with x; None where the nodes have others.
+
+    They round to one dtype for each product, and between products work in that, or in float32.
+    """
+    cast = autocast_dtype(x) if x.dtype in AUTOCAST_DTYPES else None
+    found = set()
+    for output, packed in zip(reading.outputs, reading.packed, strict=True):
+        own = output.base.weight.dtype if packed is None else packed.compute_dtype or x.dtype
+        inside = cast if cast is not None and own in AUTOCAST_DTYPES else own
+        if packed is not None and own not in (inside, x.dtype):
+            return None  # it rounds twice
+        restores = packed is not None and packed.restores
+        found.add(_Dtypes(inside, x.dtype if restores else inside))
+    if len(found) > 1:
+        return None
+    (dtypes,) = found
+    is_wide = dtypes.inside in HALF_DTYPES and dtypes.outside == torch.float32
+    return dtypes if is_wide or dtypes.inside == dtypes.outside else None
+
+
 def _why_not_together(gate: Part, up: Part) -> str:
     """Why gate and up can't be a group."""
     assert gate.output is not None
@@ -196,10 +261,16 @@ def _why_not_together(gate: Part, up: Part) -> str:
     return ""
 
 
-def _why_not_fitting(outputs: tuple[Output[Tensor], ...], gathers: bool) -> str:
+def _why_not_fitting(
+    outputs: tuple[Output[Tensor], ...], packed: tuple[PackedLayer | None, ...], gathers: bool
+) -> str:
     weights = [output.base.weight for output in outputs]
-    first = weights[0]
-    if any((w.dtype, w.device) != (first.dtype, first.device) for w in weights):
+    dtypes = {
+        weight.dtype if layer is None else layer.compute_dtype
+        for weight, layer in zip(weights, packed, strict=True)
+    }
+    # One without a dtype of its own computes in x's.
+    if len(dtypes - {None}) > 1 or any(w.device != weights[0].device for w in weights):
         return "its layers have different dtypes, or are on different devices"
     if gathers:
         return ""

@@ -11,7 +11,7 @@ from .blocks import buffer_for, widened
 from .ops import lora_linears
 from .ops.autocast import autocast_off
 from .projection import Projection
-from .quant import PackedLayer, Vendor, vendor_of
+from .quant import SHARDED, PackedLayer, Vendor, vendor_of
 
 
 class LoRAQuantised(LoRALayer):
@@ -33,15 +33,21 @@ class LoRAQuantised(LoRALayer):
         assert vendor is not None
         return vendor
 
-    def packed(self) -> PackedLayer:
-        """The weight as it is now.  Raises ValueError if it can't be read."""
+    def packed(self, gathers: bool = False) -> PackedLayer:
+        """The weight as it is now.  Raises ValueError if it can't be read.
+
+        ``gathers``: it may be sharded, since calls find it whole.
+        """
         found = self.vendor.read(self)
+        if not isinstance(found, str) and not (found.is_whole or gathers):
+            found = SHARDED
         if isinstance(found, str):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
         return found
 
-    def projection(self) -> Projection:
-        weight: Any = self.packed().weight
+    def projection(self, packed: PackedLayer | None = None) -> Projection:
+        """What a call hands on, for a report; or with its weight, ``packed``, for that call."""
+        weight: Any = (self.packed(gathers=True) if packed is None else packed).weight
         return Projection(weight, self.lora_A, self.lora_B, self.bias, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +55,8 @@ class LoRAQuantised(LoRALayer):
             if self.is_dense and not (self.training and torch.is_grad_enabled()):
                 return linear(x, self.weight.to(x.dtype), self.bias)
             return super().forward(x)
-        packed, group = self.packed(), (self.projection(),)
+        packed = self.packed()
+        group = (self.projection(packed),)
 
         def run(x: Tensor) -> Tensor:
             return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]

@@ -7,6 +7,7 @@ forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host ``launch``
 """
 
 from . import defaults as defaults  # fills the tables that launchers choose from
+from .common import dropout_threshold
 from .dequant import dequant
 from .gated import gated, gated_backward, why_not_gated
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
@@ -15,6 +16,7 @@ from .launch import Launch, intercept
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed
 from .plan import Plan, plan_for
 from .project import project
+from .segments import Own
 from .target import TARGETS, target_of, use_target
 from .weight_grad import one_pass_pays, weight_grad
 
@@ -24,9 +26,11 @@ __all__ = [
     "INT8",
     "TARGETS",
     "Launch",
+    "Own",
     "Packed",
     "Plan",
     "dequant",
+    "dropout_threshold",
     "gated",
     "gated_backward",
     "gemm_lowrank",

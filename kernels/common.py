@@ -47,11 +47,12 @@ def load_tile(
     BLOCK_COLUMNS: tl.constexpr,
     DESCRIPTOR: tl.constexpr = False,
     i_segment=None,
+    o_at=None,
 ):
     """The tile of a matrix [rows, columns] at (i_row, i_column), zeros where it sticks out.
 
     ``source`` is a pointer, or a tensor descriptor (TMA) that knows rows, columns and strides; or
-    one of a matrix for each segment.
+    one of a matrix for each segment.  ``o_at``: where the tile's rows lie, if not one by one.
     """
     if DESCRIPTOR and i_segment is not None:
         return source.load([i_segment, i_row, i_column]).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
@@ -61,6 +62,8 @@ def load_tile(
         o_row = i_row + tl.arange(0, BLOCK_ROWS)
         o_column = i_column + tl.arange(0, BLOCK_COLUMNS)
         inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+        if o_at is not None:
+            o_row = o_at
         pointers = tile_pointers(source, o_row, o_column, row_stride, column_stride)
         return tl.load(pointers, mask=inside, other=0.0)
 
@@ -75,11 +78,18 @@ def known_multiple(number, OF_8: tl.constexpr):
 
 
 @triton.jit
-def store_tile(target, b_tile, i_row, i_column, rows, columns, row_stride, column_stride):
-    """Store a tile at (i_row, i_column) of a matrix [rows, columns], but for what sticks out."""
+def store_tile(
+    target, b_tile, i_row, i_column, rows, columns, row_stride, column_stride, o_at=None
+):  # fmt: skip
+    """Store a tile at (i_row, i_column) of a matrix [rows, columns], but for what sticks out.
+
+    ``o_at`` as in :func:`load_tile`.
+    """
     o_row = i_row + tl.arange(0, b_tile.shape[0])
     o_column = i_column + tl.arange(0, b_tile.shape[1])
     inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    if o_at is not None:
+        o_row = o_at
     pointers = tile_pointers(target, o_row, o_column, row_stride, column_stride)
     tl.store(pointers, cast(b_tile, target.dtype.element_ty), mask=inside)
 

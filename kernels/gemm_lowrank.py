@@ -22,15 +22,22 @@ from .common import (
 from .config import FEW_ROWS, MAX_PROJECTIONS, Call, cdiv, chosen_config, chunks, row_tiles
 from .gemm_config import GemmConfig
 from .launch import Launch, Work, launch, size_of, stated
-from .packed import Packed, packed_tile, scale_bytes, tables_of
-from .segments import banks_of, bytes_to_find, segment_arguments, segment_of_tile
+from .packed import Packed, packed_tile, packed_work, tables_of
+from .segments import (
+    Own,
+    banks_of,
+    bytes_beside,
+    own_number,
+    row_numbers,
+    segment_arguments,
+    segment_of_tile,
+    sorted_rows,
+)
 from .target import target_of
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
-    a, u, v, bias, seeds, out = (
-        arguments[name] for name in ("a", "u", "v", "bias", "seeds", "out")
-    )
+    a, u, v, bias, out = (arguments[name] for name in ("a", "u", "v", "bias", "out"))
     p, q = ([arguments[f"{name}{i}"] for i in range(MAX_PROJECTIONS)] for name in "pq")
     M, N, depths, ranks = (arguments[name] for name in ("M", "N", "K", "R"))
     segments, n_tiles = arguments["segments"], cdiv(N, arguments["BLOCK_N"])
@@ -41,35 +48,21 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     made = 0 if a is None else 2 * M * depths[0] * ranks[0]
     rows = size_of(*p) + (size_of(*u) if a is None else 0)
     columns = size_of(*q, *v)
-    again = size_of(out) if arguments["ADD"] else 0
-    packed = _packed_work(arguments)
+    written = size_of(out) if arguments["order"] is None else M * N * out.element_size()
+    again = written if arguments["ADD"] else 0
+    packed = packed_work(arguments)
+    beside, beside_by_tiles = bytes_beside(arguments, m_tiles * n_tiles, n_tiles)
     return Work(
         flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
-        loaded=rows + columns + size_of(a, bias, seeds, arguments["ends"]) + again + packed[0],
-        stored=size_of(out) + (0 if a is None else size_of(*u)),
+        loaded=rows + columns + size_of(a, bias) + beside + again + packed[0],
+        stored=written + (0 if a is None else size_of(*u)),
         loaded_by_tiles=(rows + size_of(*p) // M * (p_rows - M)) * n_tiles
         + (columns + size_of(bias)) // (segments or 1) * m_tiles
-        + (size_of(a, seeds) + bytes_to_find(segments)) * m_tiles * n_tiles
+        + size_of(a) * m_tiles * n_tiles
+        + beside_by_tiles
         + again
         + packed[1],
     )
-
-
-def _packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """What packed weights have to be read besides their codes; the same again for every tile."""
-    packing, transposed = arguments["PACKING"], arguments["Q_TRANSPOSED"]
-    if packing is None:
-        return 0, 0
-    N, depths = arguments["N"], arguments["K"]
-    block_n, block_k = arguments["BLOCK_N"], arguments["BLOCK_K"]
-    m_tiles, n_tiles = cdiv(arguments["M"], arguments["BLOCK_M"]), cdiv(N, block_n)
-    once = by_tiles = 0
-    for operands, K in zip(arguments["q_operands"], depths, strict=True):
-        shape = (N, K, block_k) if transposed else (K, N, block_n)
-        once += size_of(*operands)
-        by_tiles += m_tiles * scale_bytes(operands, packing, *shape)
-        by_tiles += m_tiles * n_tiles * size_of(operands[3])
-    return once, by_tiles
 
 
 @triton.jit
@@ -92,8 +85,8 @@ def low_rank_tile(
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def gemm_lowrank_kernel(
-    p0, p1, p2, p3, q0, q1, q2, q3, q_operands, a, u, v, bias, out, seeds, ends,
-    M, N, K, R, factor, threshold, segments,
+    p0, p1, p2, p3, q0, q1, q2, q3, q_operands, a, u, v, bias, out, seeds, ends, order,
+    own_factors, own_thresholds, M, N, K, R, factor, threshold, segments,
     p_rows, p_columns, q_rows, q_columns, a_rows, a_columns, v_rows, v_columns,
     bias_stride, out_rows, q_banks, v_banks, bias_bank,
     BLOCK_M: tl.constexpr,
@@ -116,7 +109,7 @@ def gemm_lowrank_kernel(
 
     P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  With segments,
     Q_i, V_i and the bias have an axis more in front: a row's are its segment's, and OUT is zero in
-    nobody's rows.
+    nobody's rows.  Of an ``order``, which is OUT's, and of what is a segment's own, see project.py.
 
     LOW_RANK says where U_i V_i goes:
     "first"  before the main loop, since a mask is its alone; behind the loop it would need a
@@ -139,7 +132,9 @@ def gemm_lowrank_kernel(
         # What there is to store; and to load, which is nothing for nobody's rows.
         end, rows, columns, i_segment = M, M, N, None
         if ends is not None:
-            i_segment, i_m, end = segment_of_tile(ends, segments, i_m, M, BLOCK_M, SEGMENT_BLOCK)
+            i_segment, start, i_m, end = segment_of_tile(
+                ends, segments, i_m, M, BLOCK_M, SEGMENT_BLOCK
+            )
             has_rows = (i_segment < segments) & (i_m < end)
             rows, columns = tl.where(has_rows, end, 0), tl.where(has_rows, N, 0)
             i_bank = i_segment.to(tl.int64)
@@ -161,7 +156,10 @@ def gemm_lowrank_kernel(
                     tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
                     BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                 )  # fmt: skip
-                keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+                i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
+                i_mask = i_m if own_thresholds is None else i_m - start
+                least = own_number(own_thresholds, threshold, i_segment, segments)
+                keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
                 b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
             elif LOW_RANK == "early":
                 # [BM, BR], [BR, BN]
@@ -251,9 +249,12 @@ def gemm_lowrank_kernel(
             b_bias = tl.load(bias + o_bias, mask=o_n < columns, other=0.0)  # [BN]
             # Rounded as torch rounds it, which adds it in the dtype of x.
             b_out += cast(b_bias, u[0].dtype.element_ty).to(tl.float32)[None, :]
+        o_at = None
+        if order is not None:
+            o_at = row_numbers(order, i_m, end, BLOCK_M)
         if ADD:
-            b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N)  # [BM, BN]
-            b_out += b_before.to(tl.float32)
+            b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N, o_at=o_at)
+            b_out += b_before.to(tl.float32)  # [BM, BN]
 
         if DESCRIPTORS and ends is None:
             # In two halves: the store's buffer stays allocated, beside those of the main loop.
@@ -261,7 +262,7 @@ def gemm_lowrank_kernel(
             for i in tl.static_range(2):
                 out.store([i_m, i_n + i * (BLOCK_N // 2)], cast(halves[i], out.dtype))
         else:
-            store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1)
+            store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1, o_at)
 
 
 def gemm_lowrank(
@@ -279,6 +280,8 @@ def gemm_lowrank(
     a: Tensor | None = None,
     factor: float = 1.0,
     ends: Tensor | None = None,
+    order: Tensor | None = None,
+    own: Own | None = None,
     config: GemmConfig | None = None,
     preferred: GemmConfig | None = None,
 ) -> None:
@@ -292,13 +295,14 @@ def gemm_lowrank(
     u_0 = factor · p_0 a, in the one launch: where :func:`one_launch_pays`.
 
     ``ends`` as in :func:`project`, without ``a``: q_i [E, K_i, N], v_i [E, R_i, N], bias [E, N].
+    ``order`` and ``own``, too, without p: u's rows are added to these of out.
 
     ``config``, if given, must fit the call; ``preferred`` is taken if it does.
     """
     for i, part in enumerate(chunks(us, vs, ps, qs, seeds)):
         _gemm_lowrank(
             out, *part, precision, None if i else bias, dropout, add or i > 0, a, factor,
-            ends, config, preferred,
+            ends, order, own, config, preferred,
         )  # fmt: skip
 
 
@@ -316,11 +320,14 @@ def _gemm_lowrank(
     a: Tensor | None,
     factor: float,
     ends: Tensor | None,
+    order: Tensor | None,
+    own: Own | None,
     config: GemmConfig | None,
     preferred: GemmConfig | None,
 ) -> None:
     """As many as one launch takes."""
-    (M, N), depths, ranks = out.shape, [p.shape[1] for p in ps], [u.shape[1] for u in us]
+    depths, ranks = [p.shape[1] for p in ps], [u.shape[1] for u in us]
+    M, N = sorted_rows(out, order), out.shape[1]
     target = target_of(out.device)
     packed = qs[0] if qs and isinstance(qs[0], Packed) else None
     if packed is not None:
@@ -358,7 +365,8 @@ def _gemm_lowrank(
         **{f"q{i}": operand for i, operand in enumerate(q + absent)},
         "q_operands": () if packed is None else tuple(each.operands for each in qs),
         "a": a, "u": tuple(us), "v": tuple(vs), "bias": bias, "out": target_out, "seeds": seeds,
-        **segment_arguments(ends), "q_banks": banks_of(ends, qs), "v_banks": banks_of(ends, vs),
+        **segment_arguments(ends, order, own, masked=seeds is not None),
+        "q_banks": banks_of(ends, qs), "v_banks": banks_of(ends, vs),
         "bias_bank": None if ends is None or bias is None else bias.stride(0),
         "M": M, "N": N, "K": tuple(depths), "R": tuple(ranks), "factor": factor,
         "threshold": dropout_threshold(dropout),

@@ -1,6 +1,8 @@
 """Packed weights: codes and scales, and how a kernel makes a tile of the weight from them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from .common import cast, load_tile
 from .config import cdiv
+from .launch import size_of
 from .target import Target
 
 FOUR_BIT, INT8, FLOAT8 = "four-bit", "int8", "float8"
@@ -103,6 +106,23 @@ def scale_bytes(operands: tuple, packing: tuple, rows: int, columns: int, tile_c
     """Bytes that are read of the scales if each tile of so many columns reads its own."""
     count = rows * cdiv(columns, min(tile_columns, packing[2] or columns))
     return count * (operands[0].element_size() + (8 if packing[3] else 0))
+
+
+def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """What packed weights have to be read besides their codes; the same again for every tile."""
+    packing, transposed = arguments["PACKING"], arguments["Q_TRANSPOSED"]
+    if packing is None:
+        return 0, 0
+    N, depths = arguments["N"], arguments["K"]
+    block_n, block_k = arguments["BLOCK_N"], arguments["BLOCK_K"]
+    m_tiles, n_tiles = cdiv(arguments["M"], arguments["BLOCK_M"]), cdiv(N, block_n)
+    once = by_tiles = 0
+    for operands, K in zip(arguments["q_operands"], depths, strict=True):
+        shape = (N, K, block_k) if transposed else (K, N, block_n)
+        once += size_of(*operands)
+        by_tiles += m_tiles * scale_bytes(operands, packing, *shape)
+        by_tiles += m_tiles * n_tiles * size_of(operands[3])
+    return once, by_tiles
 
 
 @triton.jit

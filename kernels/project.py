@@ -13,7 +13,16 @@ from torch import Tensor
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
 from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, row_tiles, splits
 from .launch import Launch, Work, launch, size_of, stated
-from .segments import banks_of, bytes_to_find, segment_arguments, segment_of_tile
+from .segments import (
+    Own,
+    banks_of,
+    bytes_beside,
+    own_number,
+    row_numbers,
+    segment_arguments,
+    segment_of_tile,
+    sorted_rows,
+)
 from .sum_planes import sum_planes
 from .target import Target, target_of
 
@@ -42,18 +51,17 @@ class ProjectConfig(Config):
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
-    x, v, planes, seeds = (arguments[name] for name in ("x", "v", "planes", "seeds"))
-    (M, K), ranks, count = x.shape, arguments["R"], len(planes[0])
+    x, v, planes = (arguments[name] for name in ("x", "v", "planes"))
+    (M, K), ranks, count = (arguments["M"], arguments["K"]), arguments["R"], len(planes[0])
     segments, r_tiles = arguments["segments"], arguments["R_TILES"]
-    m_tiles = row_tiles(M, arguments["BLOCK_M"], segments)
-    programs = m_tiles * r_tiles * max(1, count)
+    m_tiles, passes = row_tiles(M, arguments["BLOCK_M"], segments), r_tiles * max(1, count)
+    beside, beside_by_tiles = bytes_beside(arguments, m_tiles * passes, passes)
+    rows = M * K * x.element_size()
     return Work(
         flops=2 * M * K * sum(ranks),
-        loaded=size_of(x, seeds, arguments["ends"], *v),
+        loaded=rows + size_of(*v) + beside,
         stored=size_of(*planes) if count else size_of(*arguments["u"]),
-        loaded_by_tiles=size_of(x) * r_tiles
-        + size_of(*v) // (segments or 1) * m_tiles
-        + (size_of(seeds) + bytes_to_find(segments)) * programs,
+        loaded_by_tiles=rows * r_tiles + size_of(*v) // (segments or 1) * m_tiles + beside_by_tiles,
         partial=size_of(*planes),
     )
 
@@ -61,7 +69,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def project_kernel(
-    x, v, u, planes, seeds, ends,
+    x, v, u, planes, seeds, ends, order, own_factors, own_thresholds,
     M, K, factors, threshold, steps, segments,
     x_rows, x_columns, v_rows, v_columns, v_banks,
     R: tl.constexpr,
@@ -77,23 +85,34 @@ def project_kernel(
 
     X [M, K], V_i [K, R_i], U_i [M, R_i], PLANES_i [splits, M, R_i]: plane s is of so many
     ``steps`` over the columns, from s · steps on.  With segments, V_i [segments, K, R_i]: a row's
-    factor is its segment's, and U is zero in nobody's rows.
+    factor is its segment's, and U is zero in nobody's rows; X has the rows of an ``order``, a
+    segment its own factor and mask, if these are there.
     """
     i_r, i_m = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES * BLOCK_M
-    end, depth = M, K
+    start, end, depth, i_segment = 0, M, K, 0
     if ends is not None:
         i_tile = tl.program_id(0) // R_TILES
-        i_segment, i_m, end = segment_of_tile(ends, segments, i_tile, M, BLOCK_M, SEGMENT_BLOCK)
+        i_segment, start, i_m, end = segment_of_tile(
+            ends, segments, i_tile, M, BLOCK_M, SEGMENT_BLOCK
+        )
         depth = tl.where((i_segment < segments) & (i_m < end), K, 0)
     i_split = tl.program_id(1)
     sums, keys = (), ()
     for i in tl.static_range(len(v)):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
         if seeds is not None:
-            keys = keys + (tl.load(seeds + i),)
+            i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
+            keys = keys + (tl.load(seeds + i_seed),)
+    threshold = own_number(own_thresholds, threshold, i_segment, segments)
+    i_mask = i_m if own_thresholds is None else i_m - start
+    o_at = None
+    if order is not None:
+        o_at = row_numbers(order, i_m, end, BLOCK_M)
     first = i_split * steps * BLOCK_K
     for i_k in range(first, min(first + steps * BLOCK_K, depth), BLOCK_K):
-        b_x = load_tile(x, i_m, i_k, end, K, x_rows, x_columns, BLOCK_M, BLOCK_K)  # [BM, BK]
+        b_x = load_tile(
+            x, i_m, i_k, end, K, x_rows, x_columns, BLOCK_M, BLOCK_K, o_at=o_at
+        )  # [BM, BK]
         new = ()
         for i in tl.static_range(len(v)):
             v_row = known_multiple(v_rows[i], V_ROWS_OF_8)
@@ -105,13 +124,13 @@ def project_kernel(
             )  # [BK, BR]
             b_kept = b_x
             if seeds is not None:
-                keep = keep_tile(keys[i], i_m, i_k, threshold, BLOCK_M, BLOCK_K)
+                keep = keep_tile(keys[i], i_mask, i_k, threshold, BLOCK_M, BLOCK_K)
                 b_kept = tl.where(keep, b_x, 0.0)
             # [BM, BR] += [BM, BK] @ [BK, BR]
             new = new + (dot(b_kept, cast(b_v, b_x.dtype), sums[i], PRECISION),)
         sums = new
     for i in tl.static_range(len(v)):
-        b_u = sums[i] * factors[i]  # [BM, BR]
+        b_u = sums[i] * own_number(own_factors, factors[i], i_segment, segments)  # [BM, BR]
         if tl.num_programs(1) == 1:
             store_tile(u[i], b_u, i_m, i_r, end, R[i], R[i], 1)
         else:
@@ -128,6 +147,8 @@ def project(
     dropout: float = 0.0,
     seeds: Tensor | None = None,
     ends: Tensor | None = None,
+    order: Tensor | None = None,
+    own: Own | None = None,
     config: ProjectConfig | None = None,
 ) -> list[Tensor]:
     """factor_i · (keep_i ∘ x) v_i for every v_i of ``adapters``: [M, R_i], in x's dtype.
@@ -136,12 +157,13 @@ def project(
     it is read.  ``seeds``: int64, one for each v_i, with ``dropout``.
 
     ``ends``, int32 [E], dense: the rows are cut into segments, v_i is [E, K, R_i], and nobody's
-    rows give zero.
+    rows give zero.  ``order``, int32 [rows]: they are these of x.  ``own``: what segments have
+    instead of a factor and of ``dropout``, for an adapter bank alone, with ``seeds`` [E].
     """
     return [
         u
         for part in chunks(adapters, factors, seeds)
-        for u in _project(x, *part, precision, dropout, ends, config)
+        for u in _project(x, *part, precision, dropout, ends, order, own, config)
     ]
 
 
@@ -153,10 +175,12 @@ def _project(
     precision: str,
     dropout: float,
     ends: Tensor | None,
+    order: Tensor | None,
+    own: Own | None,
     config: ProjectConfig | None,
 ) -> list[Tensor]:
     """As many as one launch takes."""
-    (M, K), ranks = x.shape, [v.shape[-1] for v in vs]
+    M, K, ranks = sorted_rows(x, order), x.shape[1], [v.shape[-1] for v in vs]
     target = target_of(x.device)
     call = Call(
         M, K, max(ranks), x.element_size(), precision, len(vs), seeds is not None,
@@ -176,7 +200,8 @@ def _project(
         planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
     arguments = {
         "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": seeds,
-        **segment_arguments(ends), "v_banks": banks_of(ends, vs),
+        **segment_arguments(ends, order, own, scaled=True, masked=seeds is not None),
+        "v_banks": banks_of(ends, vs),
         "M": M, "K": K, "factors": tuple(factors), "threshold": dropout_threshold(dropout),
         "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
         "v_rows": tuple(v.stride(-2) for v in vs), "v_columns": tuple(v.stride(-1) for v in vs),

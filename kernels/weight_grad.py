@@ -13,7 +13,16 @@ from torch import Tensor
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
 from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, splits
 from .launch import Launch, Work, launch, size_of, stated
-from .segments import banks_of, bytes_to_find, segment_arguments, segment_rows
+from .segments import (
+    Own,
+    banks_of,
+    bytes_beside,
+    own_number,
+    row_numbers,
+    segment_arguments,
+    segment_rows,
+    sorted_rows,
+)
 from .sum_planes import sum_planes
 from .target import Target, target_of
 
@@ -60,19 +69,21 @@ class WeightGradConfig(Config):
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
-    x, u, v, made, seeds = (arguments[name] for name in ("x", "u", "v", "made", "seeds"))
-    (M, N), ranks, planes = x.shape, arguments["R"], arguments["planes"]
+    x, u, v, made = (arguments[name] for name in ("x", "u", "v", "made"))
+    M, N, ranks, planes = (arguments[name] for name in ("M", "N", "R", "planes"))
     n_tiles, r_tiles = cdiv(N, arguments["BLOCK_N"]), arguments["R_TILES"]
     count, segments = len(planes[0]), arguments["segments"]
     programs = n_tiles * r_tiles * (max(1, count) if segments is None else segments + 1)
+    beside, beside_by_tiles = bytes_beside(arguments, programs, n_tiles * r_tiles)
+    rows = M * N * x.element_size()
     return Work(
         flops=2 * M * N * (sum(ranks) + (0 if v is None else ranks[0])),
-        loaded=size_of(x, v, seeds, arguments["ends"], *u),
+        loaded=rows + size_of(v, *u) + beside,
         stored=size_of(made) + size_of(*(planes if count else arguments["out"])),
-        loaded_by_tiles=size_of(x) * r_tiles
+        loaded_by_tiles=rows * r_tiles
         + size_of(*u) * n_tiles
         + size_of(v) * max(1, count)
-        + (size_of(seeds) + bytes_to_find(segments)) * programs,
+        + beside_by_tiles,
         partial=size_of(*planes) + size_of(made) * (n_tiles > 1),
     )
 
@@ -80,7 +91,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def weight_grad_kernel(
-    x, u, out, planes, v, made, seeds, ends,
+    x, u, out, planes, v, made, seeds, ends, order, own_factors, own_thresholds,
     M, N, factor, threshold, steps, segments,
     x_rows, x_columns, out_rows, out_columns, v_rows, v_columns, out_banks, v_bank,
     R: tl.constexpr,
@@ -98,12 +109,12 @@ def weight_grad_kernel(
     gives MADE [N / BLOCK_N, M, R_0], a plane for every tile of columns.
 
     With segments, OUT_i [segments, N, R_i] is of each one's rows, and V [segments, N, R_0].  There
-    are no splits.
+    are no splits.  Of an ``order``, and of what is a segment's own, see project.py.
     """
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
     # What there is to store of MADE; and to load, which is nothing for nobody's rows.
-    end, rows, columns = M, M, N
+    start, end, rows, columns = 0, M, M, N
     if ends is not None:
         i_bank = i_split.to(tl.int64)
         start, end = segment_rows(ends, segments, i_split, M)
@@ -122,21 +133,30 @@ def weight_grad_kernel(
         else:
             sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
         if seeds is not None:
-            keys = keys + (tl.load(seeds + i),)
+            i_seed = i if own_thresholds is None else min(i_split, segments - 1)
+            keys = keys + (tl.load(seeds + i_seed),)
+    threshold = own_number(own_thresholds, threshold, i_split, segments)
+    factor = own_number(own_factors, factor, i_split, segments)
     if ends is not None:
         first, last = start, end
     else:
         first = i_split * steps * BLOCK_M
         last = min(first + steps * BLOCK_M, M)
     for i_m in range(first, last, BLOCK_M):
-        b_x = load_tile(x, i_m, i_n, rows, N, x_rows, x_columns, BLOCK_M, BLOCK_N)  # [BM, BN]
+        o_at = None
+        if order is not None:
+            o_at = row_numbers(order, i_m, rows, BLOCK_M)
+        b_x = load_tile(
+            x, i_m, i_n, rows, N, x_rows, x_columns, BLOCK_M, BLOCK_N, o_at=o_at
+        )  # [BM, BN]
         new = ()
         for i in tl.static_range(len(u)):
             # Loaded as its transpose: else Triton loads one of the two tiles one step ahead alone.
             b_u = load_tile(u[i], i_r, i_m, R[i], rows, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
             b_kept = b_x
             if seeds is not None:
-                keep = keep_tile(keys[i], i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+                i_mask = i_m if own_thresholds is None else i_m - start
+                keep = keep_tile(keys[i], i_mask, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_kept = tl.where(keep, b_x, 0.0)
             if v is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
                 new = new + (dot(b_u, b_kept, sums[i], PRECISION),)
@@ -171,6 +191,8 @@ def weight_grad(
     b: Tensor | None = None,
     factor: float = 1.0,
     ends: Tensor | None = None,
+    order: Tensor | None = None,
+    own: Own | None = None,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
     """out_i = (keep_i ∘ x)ᵀ u_i, into ``outs``; and, given ``b``, factor · x b in the same pass.
@@ -180,10 +202,11 @@ def weight_grad(
     and dtype; the product [M, R_0] comes back in x's.  ``seeds`` as in :func:`project`.
 
     ``ends`` as there: out_i is [E, N, R_i], zero for a segment without rows, and b [E, N, R_0].
+    ``order`` and ``own``, too.
     """
     made = None
     for part in chunks(us, outs, seeds):
-        made = _weight_grad(x, *part, precision, dropout, b, factor, ends, config)
+        made = _weight_grad(x, *part, precision, dropout, b, factor, ends, order, own, config)
     return made
 
 
@@ -197,10 +220,12 @@ def _weight_grad(
     v: Tensor | None,
     factor: float,
     ends: Tensor | None,
+    order: Tensor | None,
+    own: Own | None,
     config: WeightGradConfig | None,
 ) -> Tensor | None:
     """As many as one launch takes."""
-    (M, N), ranks = x.shape, [u.shape[1] for u in us]
+    M, N, ranks = sorted_rows(x, order), x.shape[1], [u.shape[1] for u in us]
     target = target_of(x.device)
     call = Call(
         M, N, max(ranks), x.element_size(), precision, len(us), seeds is not None, v is not None,
@@ -222,7 +247,8 @@ def _weight_grad(
             made = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
     arguments = {
         "x": x, "u": tuple(us), "out": tuple(outs), "planes": tuple(planes), "v": v,
-        "made": made, "seeds": seeds, **segment_arguments(ends),
+        "made": made, "seeds": seeds,
+        **segment_arguments(ends, order, own, scaled=v is not None, masked=seeds is not None),
         "out_banks": banks_of(ends, outs),
         "v_bank": None if ends is None or v is None else v.stride(0),
         "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from ..formats.format import Quantised
 from ..projection import HALF_DTYPES, Base
-from .products import SCRATCH, cast, columns_of, weight_rows
+from .products import FEW, SCRATCH, by_columns, cast, columns_of, weight_rows
 
 # Elements of dx that are summed in float32 at once, where dy and the weight have 16 bits (8 MiB).
 _SUMMED = 2**21
@@ -22,9 +22,14 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     if isinstance(weight, Quantised):
         if x.device.type == "cpu":
             y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
+            few = 0 < x.shape[0] <= FEW and x.dtype == torch.float32
+            x, out = by_columns(x) if few else x, y
+            if few:
+                out = SCRATCH.take("part", x.shape[0], y.shape[1], x.dtype, by_columns=True)
             for rows, some in weight_rows(weight, x.dtype):
-                _write_linear(columns_of(y, rows), x, some, None if bias is None else bias[rows])
-            return y
+                own_bias = None if bias is None else bias[rows]
+                _write_linear(columns_of(out, rows), x, some, own_bias)
+            return y.copy_(out) if few else y
         weight = weight.dense(x.dtype)
     return linear(x, weight, bias) if into is None else _write_linear(into, x, weight, bias)
 

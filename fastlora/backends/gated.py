@@ -5,8 +5,9 @@ With gate, up and dy [M, N]:
     y      = act(gate) ∘ up
     d_gate = act'(gate) ∘ (dy ∘ up)         d_up = dy ∘ act(gate)
 
-Each step is rounded to the matrices' dtype, as torch's own module rounds it.  It goes over blocks
-of rows that stay in cache, so that no act(gate) of the whole size exists.
+Each step is rounded to the matrices' dtype, as torch's own module rounds it; or, of layers that
+compute in 16 bits and give float32, none but the last.  It goes over blocks of rows that stay in
+cache, so that no act(gate) of the whole size exists.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,28 +62,53 @@ ACTIVATIONS = {
 }
 
 
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) ∘ up, [M, N], contiguous."""
+def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
+    """act(gate) ∘ up, [M, N], contiguous.  ``wide``: in float32, and rounded once."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    apply = ACTIVATIONS[activation].apply
+    apply, act = ACTIVATIONS[activation].apply, _scratch(gate, wide) if wide else None
     for rows in _blocks(gate):
-        apply(gate[rows], y[rows])
-        y[rows].mul_(up[rows])
+        out = y[rows] if act is None else act[: rows.stop - rows.start]
+        apply(_in(out.dtype, gate[rows]), out)
+        out.mul_(up[rows])
+        if act is not None:
+            y[rows].copy_(out)
     return y
 
 
 def gated_backward(
-    dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    d_gate: Tensor,
+    d_up: Tensor,
+    wide: bool = False,
 ) -> None:
     """Fill d_gate and d_up; d_gate may be dy itself."""
     _, apply, differentiate = ACTIVATIONS[activation]
-    act = torch.empty_like(gate[: rows_at_a_time(gate)], memory_format=torch.contiguous_format)
+    act = _scratch(gate, wide)
     for rows in _blocks(gate):
         some = act[: rows.stop - rows.start]
-        apply(gate[rows], some)
-        torch.mul(dy[rows], some, out=d_up[rows])
-        torch.mul(dy[rows], up[rows], out=d_gate[rows])
-        differentiate(d_gate[rows], gate[rows])
+        its_gate, its_dy = _in(act.dtype, gate[rows]), _in(act.dtype, dy[rows])
+        apply(its_gate, some)
+        torch.mul(its_dy, some, out=some if wide else d_up[rows])
+        d_act = torch.mul(its_dy, up[rows], out=its_dy if wide else d_gate[rows])
+        differentiate(d_act, its_gate)
+        if wide:
+            d_up[rows].copy_(some)
+            d_gate[rows].copy_(d_act)
+
+
+def _scratch(gate: Tensor, wide: bool) -> Tensor:
+    """For an act(gate) of a block of rows."""
+    rows = gate[: rows_at_a_time(gate)]
+    dtype = torch.float32 if wide else gate.dtype
+    return torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _in(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    """The rows themselves; or a copy, if they have another dtype."""
+    return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..mapping import Mix, Share
+from ..mapping import Mix, Share, Sorted
 from ..projection import Adapter, Output
 from .dropout import DropoutMask
 from .products import h_dtype
@@ -31,17 +31,14 @@ class _Part(NamedTuple):
 
 
 def forward_multi(
-    x: Tensor, output: Output[Tensor], items: int, shares: list[Share], mix: Mix, seeds
+    x: Tensor, output: Output[Tensor], batch: Sorted, mix: Mix, seeds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] of x [M, K], and h [M, the largest r] in the sorted order.
-
-    ``items``: how many there are; each has as many rows of x.  ``output``'s adapters are all there
-    are, ``seeds`` int64 has one for each, or is None without dropout.
-    """
+    """y [M, N] of x [M, K], and h [M, the largest r] in the sorted order."""
+    items = len(batch.order)
     (y,), _ = forward_rows(x, [Output(output.base)], [[]])
     width = max([adapter.lora_a.shape[0] for adapter in output.adapters])
     h = x.new_zeros(len(x), width, dtype=h_dtype(x.dtype, x.device))
-    for part in _parts(x, output, items, shares, mix, seeds):
+    for part in _parts(x, output, batch, mix, seeds):
         y_rows = _take(y, part, items)
         found = add_adapter(y_rows, _take(x, part, items), part.adapter, part.mask)
         h[part.place, : part.rank] = found
@@ -53,8 +50,7 @@ def backward_multi(
     dy: Tensor,
     x: Tensor,
     output: Output[Tensor],
-    items: int,
-    shares: list[Share],
+    batch: Sorted,
     mix: Mix,
     h: Tensor,
     needs_x: bool,
@@ -62,10 +58,11 @@ def backward_multi(
     seeds: Tensor | None,
 ) -> tuple[Tensor | None, Output[Tensor | None]]:
     """dx, if it is needed, and the gradients as wanted; None for an adapter without rows."""
+    items = len(batch.order)
     alone, need = [Output(output.base)], [Output(wanted.base)]
     dx, (of_base,) = backward_rows([dy], x, alone, [[]], need, [[]], needs_x)
     gradients: list[Adapter[Tensor | None]] = [Adapter(None, None) for _ in output.adapters]
-    for part in _parts(x, output, items, shares, mix, seeds):
+    for part in _parts(x, output, batch, mix, seeds):
         wants = wanted.adapters[part.share.adapter]
         if dx is None and not (wants.lora_a or wants.lora_b):
             continue
@@ -83,17 +80,12 @@ def backward_multi(
 
 
 def _parts(
-    x: Tensor,
-    output: Output[Tensor],
-    items: int,
-    shares: list[Share],
-    mix: Mix,
-    seeds: Tensor | None,
+    x: Tensor, output: Output[Tensor], batch: Sorted, mix: Mix, seeds: Tensor | None
 ) -> Iterator[_Part]:
-    rows = len(x) // max(1, items)  # of an item
+    rows = len(x) // max(1, len(batch.order))  # of an item
     if not rows:
         return
-    for share in shares:
+    for share in batch.shares:
         i, place = share.adapter, slice(share.place.start * rows, share.place.stop * rows)
         lora_a, lora_b, _ = output.adapters[i]
         rank, p, count = mix.ranks[i], mix.dropouts[i], place.stop - place.start

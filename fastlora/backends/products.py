@@ -44,8 +44,9 @@ _FEWEST_ROWS, _MOST_ROWS, _FEWEST_OF_WEIGHT = 256, 512, 64
 # dy weight took 0.86 of the time so at 16 rows, 0.95 to 0.97 at 64.
 _GAP = 16
 # Up to so many rows x weightᵀ is faster with x and y transposed, copies apart: 0.66 of the time at
-# 16 rows, 0.83 at 64, 0.98 at 128 (MKL, on that Xeon).
-_FEW = 64
+# 16 rows, 0.83 at 64, 0.98 at 128 (MKL, on that Xeon); with int8 blocks made before each product
+# 0.65 at 64, 1.1 at 512 (on an AMD EPYC).
+FEW = 64
 
 
 def are_wide(x: Tensor) -> bool:
@@ -193,9 +194,9 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
     """
     (weight, bias), adapters = output
     (n, k), m = weight.shape, x.shape[0]
-    few = m <= _FEW
+    few = m <= FEW
     if few:
-        x = SCRATCH.take("columns", k, m).copy_(x.T).T
+        x = by_columns(x)
     for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
         count = min(n, part.stop) - part.start
         y = SCRATCH.take("part", m, count, by_columns=few)
@@ -208,6 +209,12 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
         if few:  # torch transposes fast, and it rounds fast, but not both at once
             y = SCRATCH.take("rounded", m, count, out.dtype, by_columns=True).copy_(y)
         columns_of(out, part).copy_(y)
+
+
+def by_columns(x: Tensor) -> Tensor:
+    """A copy of x whose columns are dense, until the next one is taken."""
+    rows, columns = x.shape
+    return SCRATCH.take("columns", columns, rows, x.dtype).copy_(x.T).T
 
 
 def widen_small(dys: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..mapping import Mix, Sorted
 from ..projection import Layout, Output
 from ..segments import Segments
 
@@ -78,21 +79,52 @@ class Backend(Protocol):
     ) -> list[Tensor | None]:
         """The gradient of each input that needs one, else None; nobody's rows of dx are zero."""
 
+    def forward_multi(
+        self, x: Tensor, output: Output[Tensor], batch: Sorted, mix: Mix, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """y [M, N] and h [M, the largest r] of many adapters: all those of one output.
+
+        Each item of the batch has as many rows of x [M, K].  h is in the sorted order.  ``seeds``
+        has one for each adapter, whose mask is of its own rows, in their order.
+        """
+
+    def backward_multi(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        output: Output[Tensor],
+        batch: Sorted,
+        mix: Mix,
+        h: Tensor,
+        needs_x: bool,
+        wanted: Output[bool],
+        seeds: Tensor | None,
+    ) -> tuple[Tensor | None, Output[Tensor | None]]:
+        """dx, if it is needed, and the gradients as wanted; None for an adapter without rows."""
+
     def takes_experts_in_turn(self, device: torch.device) -> bool:
         """Whether there is nothing to win with rows of many experts at once.
 
         Then it may be given those of some experts, and of the next ones in another call.
         """
 
-    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def gated(self, gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
         """act(gate) ∘ up, [M, N], contiguous.
 
         gate and up [M, N] have columns that lie end to end.  ``activation`` is one of
-        ``gated.ACTIVATIONS``.
+        ``gated.ACTIVATIONS``.  ``wide``: matrices of 16 bits are to be computed with in float32,
+        and what comes out is rounded once; else a backend may round each step.
         """
 
     def gated_backward(
-        self, dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+        self,
+        dy: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        d_gate: Tensor,
+        d_up: Tensor,
+        wide: bool = False,
     ) -> None:
         """Fill d_gate = act'(gate) ∘ dy ∘ up and d_up = dy ∘ act(gate); d_gate may be dy itself."""
 

@@ -1,6 +1,6 @@
 """The formulas of :mod:`.torch` over some rows: those of a whole call, or of one expert."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..blocks import rows_at_a_time, rows_of_a_tile
 from ..projection import Adapter, Base, Output, per_adapter
 from .bases import add_dy_weight, base_linear
-from .dropout import DropoutMask, multiply_bits
+from .dropout import DropoutMask, as_integers, multiply_bits
 from .products import (
     SCRATCH,
     add_product,
@@ -147,11 +147,9 @@ def _wide_adapter_gradients(
     dx = into
     if needs_x and dx is None:
         dx = x.new_empty(x.shape)
-    wide, total = [_in_float32(output) for output in outputs], None
-    reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
-    for rows in wide_rows(x):
-        some = rows_of(x, rows)
-        x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
+    wide = [_in_float32(output) for output in outputs]
+
+    def of_block(rows: slice, x_rows: Tensor) -> _Gradients:
         part_dx, part = _gradients_of_adapters(
             widen_small([rows_of(dy, rows) for dy in dys]),
             x_rows,
@@ -160,12 +158,14 @@ def _wide_adapter_gradients(
             wanted,
             _from_row(masks, rows.start),
             needs_x,
-            SCRATCH.take("dx", *some.shape) if needs_x else None,
+            SCRATCH.take("dx", *x_rows.shape) if needs_x else None,
         )
         if dx is not None and part_dx is not None:
             rows_of(dx, rows).copy_(part_dx)
-        total = part if total is None else _sum(total, part)
-    assert total is not None
+        return part
+
+    reads_x = any(adapter.lora_a for output in wanted for adapter in output.adapters)
+    total = _sum_over_blocks(x, reads_x, of_block)
     return dx, [
         [
             _in_own_dtype(found, adapter)
@@ -173,6 +173,21 @@ def _wide_adapter_gradients(
         ]
         for of_output, output in zip(total, outputs, strict=True)
     ]
+
+
+def _sum_over_blocks(
+    x: Tensor, reads_x: bool, of_block: Callable[[slice, Tensor], _Gradients]
+) -> _Gradients:
+    """The gradients by all blocks of a wide x: which rows, and they in float32 if they are read."""
+    total = None
+    for rows in wide_rows(x):
+        some = rows_of(x, rows)
+        part = of_block(
+            rows, SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
+        )
+        total = part if total is None else _sum(total, part)
+    assert total is not None  # a wide x has rows
+    return total
 
 
 def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
@@ -220,17 +235,16 @@ def adapter_gradients(
     """d lora_a and d lora_b, as needed; and the adapter's part of dx is added to it."""
     if not are_wide(x):
         return _adapter_gradients(dy, x, adapter, need, h, mask, dx)
-    wide, total = _adapter_in_float32(adapter), None
-    for rows in wide_rows(x):
-        some = rows_of(x, rows)
-        x_rows = SCRATCH.widen("x", some) if need.lora_a else SCRATCH.take("x", *some.shape)
+    wide = _adapter_in_float32(adapter)
+
+    def of_block(rows: slice, x_rows: Tensor) -> _Gradients:
         (dy_rows,), rest = widen_small([rows_of(dy, rows)]), _mask_from_row(mask, rows.start)
-        h_rows, dx_rows = rows_of(h, rows), rows_of(dx, rows)
         assert dy_rows is not None
-        part = [[_adapter_gradients(dy_rows, x_rows, wide, need, h_rows, rest, dx_rows)]]
-        total = part if total is None else _sum(total, part)
-    assert total is not None  # a wide x has rows
-    return _in_own_dtype(total[0][0], adapter)
+        some = rows_of(h, rows), rest, rows_of(dx, rows)
+        return [[_adapter_gradients(dy_rows, x_rows, wide, need, *some)]]
+
+    ((found,),) = _sum_over_blocks(x, need.lora_a, of_block)
+    return _in_own_dtype(found, adapter)
 
 
 def _in_own_dtype(
@@ -414,14 +428,19 @@ def _drop(
     change: Tensor | None = None,
     dx: Tensor | None = None,
 ) -> Tensor:
-    """mask ∘ x of a block from row ``first`` on, until the next call; dx += mask ∘ change."""
+    """mask ∘ x of a block from row ``first`` on, until the next call; dx += mask ∘ change.
+
+    ``change`` is written over.
+    """
     step = rows_of_a_tile(x)
     dropped = _scratch("dropped", x)
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         keep = mask.rows(first + start, rows.stop - start)
+        if dropped is not None:  # it lies where the result will
+            keep = as_integers(keep, dropped[rows])
         if change is not None and dx is not None:
-            dx[rows].add_(multiply_bits(change[rows], keep))
+            dx[rows].add_(multiply_bits(change[rows], keep, out=change[rows]))
         if dropped is None:
             return multiply_bits(x, keep)
         multiply_bits(x[rows], keep, out=dropped[rows])

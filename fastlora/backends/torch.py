@@ -26,6 +26,7 @@ from ..projection import HALF_DTYPES, Output, flatten, per_adapter, unflatten
 from .dropout import dropout_mask
 from .gated import gated, gated_backward
 from .grouped import backward_grouped, forward_grouped, takes_experts_in_turn
+from .multi import backward_multi, forward_multi
 from .products import h_dtype, is_slow
 from .protocol import Settings
 from .rows import backward_rows, base_gradients, forward_rows, masks_of, no_gradients
@@ -33,10 +34,12 @@ from .rows import backward_rows, base_gradients, forward_rows, masks_of, no_grad
 __all__ = [
     "backward",
     "backward_grouped",
+    "backward_multi",
     "base_gradients",
     "dropout_mask",
     "forward",
     "forward_grouped",
+    "forward_multi",
     "gated",
     "gated_backward",
     "h_dtype",

@@ -20,7 +20,7 @@ from .function import LoRALinearFunction, differentiable
 from .functional import draw_seed
 from .textbook import needs_textbook
 
-_ARGUMENTS = 3  # activation, seeds and settings, before the inputs
+_ARGUMENTS = 4  # activation, wide, seeds and settings, before the inputs
 
 
 def follows(x: object) -> bool:
@@ -47,6 +47,7 @@ def gated_mlp(
     *,
     dropout: float = 0.0,
     down_dropout: float = 0.0,
+    wide: bool = False,
 ) -> Tensor:
     """y = down(act(gate(x)) ∘ up(x)) for an x that :func:`follows`, [..., N].
 
@@ -55,6 +56,10 @@ def gated_mlp(
     ``dropout`` is that of gate's and up's adapters, ``down_dropout`` that of down's.  The masks are
     those of three calls of one layer each, gate, up, down.  Gradients of gradients are right, and
     not fast.
+
+    Weights may be packed, some or all: no dense copy of one outlives a product.  ``wide``: of an x
+    of 16 bits, for layers that give float32: the activation, the product and their gradients are
+    float32, of which only what is rounded for the next product is kept.
 
     Raises ValueError and TypeError as :func:`fastlora.lora_linear`, and ValueError for an unknown
     activation, or if gate and up aren't of one size.
@@ -72,10 +77,10 @@ def gated_mlp(
     hidden = weight.T if isinstance(weight, Tensor) else x.new_empty(0, weight.shape[0])
     check_call(hidden, (down,), down_dropout, True, autocast)
     if not autocast:
-        return _call(x, gate, up, down, activation, dropout, down_dropout)
+        return _call(x, gate, up, down, activation, dropout, down_dropout, wide)
     x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
     with autocast_off(device):
-        return _call(x, gate, up, down, activation, dropout, down_dropout)
+        return _call(x, gate, up, down, activation, dropout, down_dropout, wide)
 
 
 def _call(
@@ -86,6 +91,7 @@ def _call(
     activation: str,
     dropout: float,
     down_dropout: float,
+    wide: bool,
 ) -> Tensor:
     backend = find_backend(device=x.device)
     seeds = _seeds(x, (gate, up), dropout)
@@ -96,7 +102,7 @@ def _call(
     inputs = unwrap_dead_wrappers((x, *flatten((gate, up), first.layouts)))
     hidden = LoRALinearFunction.apply(seeds, first, *inputs)
     tensors = flatten((down,), last.layouts)
-    return GatedLinearFunction.apply(activation, down_seeds, last, *hidden, *tensors)
+    return GatedLinearFunction.apply(activation, wide, down_seeds, last, *hidden, *tensors)
 
 
 def _seeds(x: Tensor, outputs: Sequence[Output[Tensor]], dropout: float) -> Tensor | None:
@@ -117,18 +123,20 @@ class GatedLinearFunction(torch.autograd.Function):
     def forward(
         ctx,
         activation: str,
+        wide: bool,
         seeds: Tensor | None,
         settings: Settings,
         gate: Tensor,
         up: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        product = settings.backend.gated(as_matrix(gate), as_matrix(up), activation)
+        product = settings.backend.gated(as_matrix(gate), as_matrix(up), activation, wide)
         (y,), hs = run_forward([product.view(gate.shape), *tensors], seeds, settings)
         needs = _needs(ctx)
         read, kept_hs = kept(product, hs, needs, settings.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *kept_hs)
-        ctx.activation, ctx.settings, ctx.reads_product = activation, settings, read is not None
+        ctx.activation, ctx.wide, ctx.settings = activation, wide, settings
+        ctx.reads_product = read is not None
         ctx.set_materialize_grads(False)
         return y
 
@@ -166,14 +174,14 @@ def _gradients(
     backend, shape = ctx.settings.backend, gate.shape
     gate, up = as_matrix(gate), as_matrix(up)
     if ctx.reads_product:
-        product = backend.gated(gate, up, ctx.activation)
+        product = backend.gated(gate, up, ctx.activation, ctx.wide)
     else:
         product = stand_in(gate, gate.shape, gate.dtype)
     gradients = run_backward([as_matrix(dy)], [product, *tensors], hs, needs, seeds, ctx.settings)
     d_gate, *rest = gradients
     if d_gate is None:
         return [None, None, *rest]
-    backend.gated_backward(d_gate, gate, up, ctx.activation, d_gate, product)
+    backend.gated_backward(d_gate, gate, up, ctx.activation, d_gate, product, ctx.wide)
     return [d_gate.view(shape), product.view(shape), *rest]
 
 
@@ -190,7 +198,8 @@ def _differentiable(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         gate, up = gate.view_as(gate), up.view_as(up)
-        product = ACTIVATIONS[ctx.activation].function(gate) * up
+        its_gate, its_up = (gate.float(), up.float()) if ctx.wide else (gate, up)
+        product = (ACTIVATIONS[ctx.activation].function(its_gate) * its_up).to(gate.dtype)
     d_product, *rest = differentiable([dy], [product, *tensors], needs, seeds, ctx.settings)
     if d_product is None:
         return [None, None, *rest]

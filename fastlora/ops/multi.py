@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as torch_dropout
 from torch.nn.functional import linear
 
+from ..backends import find_backend
 from ..mapping import AdapterMapping, as_indices, shares_of, sort_items
 from ..projection import Adapter, Base, Output, check_switch, check_tensor, flatten, is_plain
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
@@ -54,9 +55,9 @@ def multi_lora_linear(
     Gradients reach the adapters that have rows.  One of a list without rows gets none; a bank's are
     zero there.  Besides its arguments the call keeps h [M, the largest r], and 8 bytes of seed an
     adapter with dropout.  The base product is one, of x as it lies.  An adapter whose rows lie
-    together reads a view of x; else its rows are copied while it runs.
+    together reads a view of x; else its rows are copied while it runs, or on a GPU looked up.
 
-    It runs by torch's operations on every device.  Transforms of ``torch.func`` and forward-mode
+    Transforms of ``torch.func`` and forward-mode
     differentiation run the textbook formula.  x can't be nested.
     """
     adapters = check_adapters(lora_a, lora_b)
@@ -107,7 +108,7 @@ def _call(
         return call_registered(x, output, order, ends, scales, ranks, numbers.dropouts, seeds)
     mapping = indices if isinstance(indices, AdapterMapping) else AdapterMapping(indices, count)
     mix = numbers.as_mix(output)
-    call = MultiCall(mix, len(mapping.order), mapping.shares(x.device))
+    call = MultiCall(mix, mapping.on(x.device), find_backend(device=x.device))
     if any(mix.dropouts):
         seeds = draw_seed(count, x.device)
     inputs = [x, *flatten([output], [mix.layout])]

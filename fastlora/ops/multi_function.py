@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends.dropout import dropout_mask
-from ..backends.multi import backward_multi, forward_multi
-from ..mapping import Mix, Share
+from ..backends import Backend
+from ..mapping import Mix, Sorted
 from ..projection import Layout, flatten, unflatten
 from .autocast import autocast_off
 from .call import are_batched, as_matrix, gradients_of, stand_in
@@ -22,8 +21,8 @@ class MultiCall(NamedTuple):
     """What a call is besides its tensors."""
 
     mix: Mix
-    items: int
-    shares: list[Share]
+    batch: Sorted
+    backend: Backend
 
 
 def run_multi(
@@ -32,7 +31,7 @@ def run_multi(
     """y [..., N] and h [M, r].  ``inputs``: x [..., K], and the output's tensors, laid flat."""
     x, *tensors = inputs
     (output,) = unflatten(tensors, [call.mix.layout])
-    y, h = forward_multi(as_matrix(x), output, call.items, call.shares, call.mix, seeds)
+    y, h = call.backend.forward_multi(as_matrix(x), output, call.batch, call.mix, seeds)
     # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
     return (y if x.dim() == 2 else y.resize_(*x.shape[:-1], y.shape[-1])), h
 
@@ -50,10 +49,9 @@ def run_multi_backward(
     layouts = [call.mix.layout]
     (output,), (wanted,) = unflatten(tensors, layouts), unflatten(needs[1:], layouts)
     with autocast_off(x.device.type):
-        dx, gradients = backward_multi(
-            as_matrix(dy), as_matrix(x), output, call.items, call.shares, call.mix, h, needs[0],
-            wanted, seeds,
-        )  # fmt: skip
+        dx, gradients = call.backend.backward_multi(
+            as_matrix(dy), as_matrix(x), output, call.batch, call.mix, h, needs[0], wanted, seeds
+        )
     return [None if dx is None else dx.view(x.shape), *flatten([gradients], layouts)]
 
 
@@ -113,14 +111,15 @@ def _differentiable(
         if not needs[0]:
             x = inputs[0] = x.detach()
         output = cast_output(unflatten(tensors, [mix.layout])[0], x.dtype)
-        indices = torch.full((call.items,), -1, device=x.device)
+        count = len(call.batch.order)
+        indices = torch.full((count,), -1, device=x.device)
         masks: list[Tensor | None] = [None] * len(mix.scales)
-        for adapter, items, place in call.shares:
+        for adapter, items, place in call.batch.shares:
             indices[items] = adapter
             if seeds is not None and mix.dropouts[adapter]:
-                rows = (place.stop - place.start) * (x.numel() // x.shape[-1] // call.items)
+                rows = (place.stop - place.start) * (x.numel() // x.shape[-1] // count)
                 shape, p = (rows, x.shape[-1]), mix.dropouts[adapter]
-                masks[adapter] = dropout_mask(seeds[adapter], shape, p)
+                masks[adapter] = call.backend.dropout_mask(seeds[adapter], shape, p)
         y = reference.multi_lora_linear(
             x,
             output.base.weight,

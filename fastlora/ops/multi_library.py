@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import find_backend
 from ..formats.format import from_text
-from ..mapping import shares_of
+from ..mapping import sorted_on
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from .autocast import autocast_off
 from .call import stand_in
@@ -58,7 +58,7 @@ def _layout(has_bias: bool, format: str, count: int) -> Layout:
 def _call(x, tensors, order, ends, has_bias, format, scales, ranks, dropouts) -> MultiCall:
     (output,) = unflatten(tensors, [_layout(has_bias, format, len(dropouts))])
     mix = Numbers(scales, ranks, dropouts).as_mix(output)
-    return MultiCall(mix, len(order), shares_of(order, ends, x.device))
+    return MultiCall(mix, sorted_on(order, ends, x.device), find_backend(device=x.device))
 
 
 @torch.library.impl(LIBRARY, "multi_lora_linear", "CompositeExplicitAutograd")
@@ -76,10 +76,16 @@ def _multi_lora_linear_backward(dy, x, tensors, h, needs, *settings):
     return [
         torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         if gradient is None
-        else gradient
+        else _alone(gradient)
         for gradient, tensor, need in zip(found, inputs, needs, strict=True)
         if need
     ]
+
+
+def _alone(gradient: Tensor) -> Tensor:
+    """In memory of its own: what an op returns may not lie in another's."""
+    shares = gradient.untyped_storage().nbytes() > gradient.nbytes
+    return gradient.clone() if shares else gradient
 
 
 @torch.library.register_fake("fastlora::multi_lora_linear", lib=LIBRARY)
@@ -88,7 +94,7 @@ def _fake_multi_lora_linear(
 ):
     (output,) = unflatten(tensors, [_layout(has_bias, format, len(dropouts))])
     width = max([adapter.lora_a.shape[0] for adapter in output.adapters])
-    dtype = find_backend("torch").h_dtype(x.dtype, x.device)
+    dtype = find_backend(device=x.device).h_dtype(x.dtype, x.device)
     y = x.new_empty(*x.shape[:-1], output.base.weight.shape[0])
     return y, x.new_empty(math.prod(x.shape[:-1]), width, dtype=dtype)
 

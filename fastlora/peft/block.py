@@ -3,7 +3,6 @@
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..formats.format import Quantised
 from ..hooks import is_hooked
 from ..mlp import GatedMLP, Part, read_frozen
 from .moment import why_not_now
@@ -30,8 +29,6 @@ class Block(GatedMLP):
         if linear.disable_adapters or linear.merged or not names:
             return Part("its adapter is merged, disabled or not active")
         reading = read(linear, names, gathers)
-        if reading.output is not None and isinstance(reading.output.base.weight, Quantised):
-            return Part("its base is quantised")
         if reading.magnitude is not None:
             return Part("it is DoRA")
-        return Part(reading.reason, reading.output, reading.p)
+        return Part(reading.reason, reading.output, reading.p, reading.packed)

@@ -33,7 +33,7 @@ from ..projection import (
     is_number,
     is_plain,
 )
-from ..quant import PackedLayer, quantised_weight
+from ..quant import SHARDED, PackedLayer, quantised_weight
 from .dropout import DROPOUTS
 from .moment import why_not_dora
 
@@ -188,7 +188,10 @@ def read_base(base: nn.Module, gathers: bool = False) -> tuple[str, Any, Any, Pa
     packed = found if isinstance(found, PackedLayer) else None
     if packed is not None:
         weight: Any = packed.weight
-        reason = "its quantised base is on the meta device" if weight.device.type == "meta" else ""
+        if not packed.is_whole and not gathers:
+            reason = f"its base is a {kind.__name__}: {SHARDED}"
+        elif weight.device.type == "meta":
+            reason = "its quantised base is on the meta device"
     elif found is not None:
         return f"its base is a {kind.__name__}: {found}", None, None, None
     else:

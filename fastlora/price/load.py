@@ -27,14 +27,20 @@ def plan_of(
     ranks: Sequence[int],
     dropout: float = 0.0,
     *,
+    parameters: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     layers: int | None = None,
     rounds: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """:func:`fastlora.plan` of the model of a folder; times are of as much of it as fits."""
+    """:func:`fastlora.plan` of the model of a folder; times are of as much of it as fits.
+
+    Every linear layer is adapted, and those of its experts' weights that ``parameters`` names.
+    """
     whole, part, depth, total = load(place, dtype, layers if rounds else 1)
-    config = LoRAConfig(target_modules="all-linear", lora_dropout=dropout)
+    config = LoRAConfig(
+        target_modules="all-linear", target_parameters=parameters, lora_dropout=dropout
+    )
     found = plan(whole, ranks, config=config, rounds=0)
     if not rounds:
         return found

@@ -36,7 +36,8 @@ def plan(
     """What LoRA of each rank would cost this model: counted, and measured where it is.
 
     ``model`` has no adapters as yet.  ``config`` (every linear layer, if None) says what would be
-    adapted; its ``r`` stands for each of ``ranks`` in turn, and its patterns hold.  ``batch`` is
+    adapted, weights of experts too; its ``r`` stands for each of ``ranks`` in turn, and its
+    patterns hold.  ``batch`` is
     what the model is called with in training: a mapping, a sequence or a tensor, with labels if it
     computes a loss; a causal language model of transformers gets random tokens, [1, 256], if None.
 

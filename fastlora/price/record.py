@@ -41,7 +41,8 @@ class Price:
 class FrozenCosts:
     """The same model without adapters: its ``parameters``, and what was measured of it.
 
-    ``flops`` are those of its linear layers for a token: forward, and backward to the input alone.
+    ``flops`` are those of its linear layers for a token, and of the experts that it goes to:
+    forward, and backward to the input alone.
     """
 
     parameters: int

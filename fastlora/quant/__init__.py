@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from . import bitsandbytes, float8, gguf, gptq, hqq, torchao
-from .vendor import PackedLayer, Vendor
+from .vendor import SHARDED, PackedLayer, Vendor
 
-__all__ = ["VENDORS", "PackedLayer", "Vendor", "quantised_weight", "vendor_of"]
+__all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantised_weight", "vendor_of"]
 
 VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq)
 

@@ -9,7 +9,7 @@ from ..foreign import derived_from
 from ..formats.format import Quantised
 from ..formats.four_bit import FourBit
 from ..formats.int8 import Int8Rows
-from .vendor import PackedLayer
+from .vendor import PackedLayer, is_part
 
 _MODULES = "bitsandbytes.nn.modules"
 # 1 / 127 is what the library multiplies SCB by, in float32.
@@ -25,7 +25,7 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
 def read(layer: nn.Module) -> PackedLayer | str:
     try:
         found = _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
-        if not isinstance(found, str):
+        if isinstance(found, PackedLayer) and found.is_whole:
             found.weight.format.check(found.weight.tensors)
         return found
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -99,12 +99,19 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
         return "its weight isn't quantised as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
-    if type(own).__name__ == "DTensor":
-        return "its weight is sharded (DTensor)"
+    # FSDP has made a weight anew that doesn't know, and bytes it doesn't cast.
+    storage = getattr(own, "quant_storage", None) or getattr(layer, "quant_storage", own.dtype)
+    if storage.is_floating_point and own.dtype != storage:
+        return (
+            f"its packed numbers, stored as {storage}, were cast to {own.dtype}: make "
+            "bnb_4bit_quant_storage the dtype that FSDP's mixed precision casts to"
+        )
     rows, columns = state.shape
     if (rows, columns) != (layer.out_features, layer.in_features):
         return f"its quantisation state is of a weight of shape {tuple(state.shape)}"
-    packed = own.detach().view(torch.uint8).view(-1)
+    packed = own.detach()
+    if not is_part(own):  # FSDP's between calls, for a report alone
+        packed = packed.view(torch.uint8).view(-1)
     tensors: tuple[Tensor, ...] = (packed, state.absmax)
     nested = 0
     if state.nested:
@@ -124,11 +131,14 @@ def _read_int8(layer: Any) -> PackedLayer | str:
             f"its outlier threshold is {state.threshold}: which columns of x it rounds to 8 bits "
             "depends on their values; 0 is read"
         )
+    if state.SCB is None and not hasattr(layer.weight, "SCB"):
+        return "its weight was made anew without its scales (FSDP2 does that)"
     codes, scale = _codes_and_scale(layer)
     if scale is None or codes.dtype != torch.int8:
         return "its weight isn't quantised as yet: .to(device) does that"
     rows, columns = codes.shape
-    return PackedLayer(Quantised(Int8Rows(rows, columns, _FACTOR), (codes, scale)))
+    weight = Quantised(Int8Rows(rows, columns, _FACTOR), (codes, scale))
+    return PackedLayer(weight, rounds_input=True)
 
 
 def _codes_and_scale(layer: Any) -> tuple[Tensor, Tensor | None]:

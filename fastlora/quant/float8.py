@@ -35,7 +35,7 @@ def read(layer: nn.Module) -> PackedLayer | str:
         format.check((own, scale))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"its float8 weight is broken: {error}"
-    return PackedLayer(Quantised(format, (own, scale)))
+    return PackedLayer(Quantised(format, (own, scale)), rounds_input=True)
 
 
 def _block(layer: Any) -> tuple[int, int]:

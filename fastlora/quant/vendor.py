@@ -6,24 +6,39 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..foreign import is_class
 from ..formats.format import Quantised
+
+SHARDED = "its weight is sharded (DTensor)"  # why a PackedLayer that isn't whole isn't called
 
 
 class PackedLayer(NamedTuple):
     """A vendor's linear layer: its weight, and which dtypes its calls go through.
 
     ``compute_dtype``: that in which it computes; None: in x's.  ``restores``: whether y has x's
-    dtype nevertheless, and under autocast too.
+    dtype nevertheless, and under autocast too.  ``rounds_input``: whether its own forward, without
+    an adapter, rounds x to fewer bits, which no call here does.
     """
 
     weight: Quantised
     compute_dtype: torch.dtype | None = None
     restores: bool = False
+    rounds_input: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a call can read it: FSDP has a part of a tensor between calls (a DTensor)."""
+        return not any(map(is_part, self.weight.tensors))
 
     def call(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``run`` makes of x in the layer's dtypes."""
         y = run(x if self.compute_dtype is None else x.to(self.compute_dtype))
         return y.to(x.dtype) if self.restores else y
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank has a part."""
+    return is_class(type(tensor), "torch.distributed.tensor", "DTensor")
 
 
 class Vendor(Protocol):

@@ -72,8 +72,8 @@ def sweep(
 
     The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: a
     batch norm in training mixes trials.  Returns a :class:`fastlora.trials.record.Sweep`, which
-    prints as a table.  Raises ValueError or TypeError for what doesn't fit, before anything
-    changes, and what the model raises.
+    prints as a table.  Raises ValueError or TypeError for what doesn't fit, and OSError for a
+    folder that can't be written to, before anything changes, and what the model raises.
     """
     check_model(model)
     check_switch("halving", halving)
@@ -95,6 +95,7 @@ def sweep(
         )
     settings = {"trials": [_as_plain(trial) for trial in trials], **options._asdict()}
     folder.mkdir(parents=True, exist_ok=True)
+    states.check_writable(folder)
     state = states.load(folder, settings) if resume else None
     with attached(inner, trials, seed) as parts:
         run = Training(inner, trials, parts, options, loss, held_out)

@@ -36,10 +36,20 @@ def save(state: State, folder: Path) -> None:
     """Write it under a temporary name, and put it in the place of an earlier one."""
     part = folder / f".{FILE}"
     try:
-        torch.save(vars(state), part)
+        with open(part, "wb") as file:
+            torch.save(vars(state), file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, folder / FILE)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError now, and not hours later, if no file can be written there."""
+    part = folder / f".{FILE}"
+    part.write_bytes(b"")
+    part.unlink()
 
 
 def load(folder: Path, settings: dict[str, Any]) -> State | None:

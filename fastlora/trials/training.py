@@ -144,12 +144,12 @@ class Training:
     @torch.no_grad()
     def _evaluate(self, state: State) -> None:
         """Add the held-out losses of all trials that are left."""
-        total, weight = torch.zeros(len(state.alive), device=self.device), 0
+        total, weight = torch.zeros(len(state.alive), dtype=torch.float64, device="cpu"), 0
         with in_mode(self.model, training=False):
             for batch in self.held_out:
-                size = int((batch["labels"] != -100).sum())
+                size = _counted(batch["labels"], self.loss)
                 if size:  # else there is no loss
-                    total += size * torch.stack(self._losses(state.alive, batch)).float()
+                    total += size * torch.stack(self._losses(state.alive, batch)).cpu().double()
                     weight += size
         for i, found in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
             state.losses[i].append((state.step, found))
@@ -176,6 +176,11 @@ class Training:
             )
             for i, trial in enumerate(self.trials)
         )
+
+
+def _counted(labels: Tensor, loss: Loss) -> int:
+    """Of how many labels the loss is the mean; the first token of a text has no prediction."""
+    return int(((labels[:, 1:] if loss is causal_loss else labels) != -100).sum())
 
 
 def _logits(output: Any) -> Tensor:

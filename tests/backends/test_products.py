@@ -66,7 +66,7 @@ def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
 @pytest.mark.parametrize("n", [3, 4, 5, 9])
 @pytest.mark.parametrize("few", [0, 64], ids=["by-rows", "by-columns"])
 def test_blocks_at_their_edges(monkeypatch, m, n, p, few):
-    monkeypatch.setattr(products, "_FEW", few)
+    monkeypatch.setattr(products, "FEW", few)
     projection = make_projection(n, 10, 3, torch.bfloat16, torch.float32, bias=True)
     check_against_oracle(make_x(m, 10, dtype=torch.bfloat16), [projection], p)
 

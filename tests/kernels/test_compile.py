@@ -89,7 +89,7 @@ def test_a_config_with_descriptors_uses_them_but_for_adding(rows):
 def test_experts_have_tiles_of_few_rows_and_of_many(rows):
     """Each form in one of the two, and no loop of any spills (above)."""
     found = {(row["form"], row["config"].get("block_m")) for row in rows if row["segments"]}
-    assert {form for form, _ in found} == {"y", "dx", "y+", "h", "dA", "dB,dh"}
+    assert {form for form, _ in found} == {"y", "dx", "y+", "dx+", "h", "dA", "dB,dh"}
     assert len({block_m for form, block_m in found if form == "y"}) == 2
 
 

@@ -166,12 +166,16 @@ def test_every_launch_of_the_op_states_its_bytes(p, ranks, dtype):
         check_bytes(counted)
 
 
-@pytest.mark.parametrize("name", ["h", "y", "dx", "y+", "dA", "dB,dh"])
-def test_over_segments_that_all_have_rows_bytes_are_as_stated(name):
+OVER_SEGMENTS = [(name, False) for name in ("h", "y", "dx", "y+", "dA", "dB,dh")]
+OVER_SEGMENTS += [(name, True) for name in ("h", "y+", "dx+", "dA", "dB,dh")]
+
+
+@pytest.mark.parametrize(("name", "own"), OVER_SEGMENTS)
+def test_over_segments_that_all_have_rows_bytes_are_as_stated(name, own):
     """But those by tiles, which depend on where segments end: they are at most as stated."""
     depths = (40,) if name in ("y", "dx") else ()
-    p = 0.1 if name in ("h", "dx", "dA") else 0.0
-    form = Form(name, 100, 72, (3,), depths, dropout=p, bias=name == "y", segments=3)
+    p = 0.1 if name in ("h", "dx", "dx+", "dA") else 0.0
+    form = Form(name, 100, 72, (3,), depths, dropout=p, bias=name == "y", segments=3, own=own)
     with counted_launches() as launches:
         Operands(form, DEVICE).run()
     for counted in launches:

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import AdapterMapping, reference
-from fastlora.mapping import Mix, shares_of
+from fastlora.backends import find_backend
+from fastlora.mapping import Mix, sorted_on
 from fastlora.ops.multi_function import MultiCall, MultiLoRAFunction
 from fastlora.projection import Layout
 
@@ -58,7 +59,7 @@ def test_the_op_and_the_eager_node_agree(p):
     mix = Mix(
         Layout(True, (1.0,) * 3), tuple(scales.tolist()), tuple(ranks.tolist()), tuple(dropouts)
     )
-    one = MultiCall(mix, len(order), shares_of(order, ends, x.device))
+    one = MultiCall(mix, sorted_on(order, ends, x.device), find_backend())
     y = MultiLoRAFunction.apply(seeds, one, x, *tensors)
     by_node = torch.autograd.grad(
         y.square().sum(), [x, *tensors], allow_unused=True, materialize_grads=True

@@ -9,6 +9,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import mixed_worker as mixed
 import peft_training as training
 import peft_worker as worker
 import pytest
@@ -238,3 +239,37 @@ def test_zero3_gathers_what_it_gathers_for_peft(two):
     """Looking whether a call can be fast reads no weight: that would gather it."""
     expected = two.run(worker.zero3, "never")[0].external
     assert {record.external for record in two.run(worker.zero3, "before")} == {expected}
+
+
+# Of many adapters, and of own models' experts: the same gradients as of the whole batch.
+TOGETHER = {
+    "peft": (mixed.mixed_peft, {"find_unused_parameters": True}),
+    # Each rank names every adapter that trains, but in other samples.
+    "peft-all-named": (mixed.mixed_peft, {"names": [*"pqsttspt" "qp"]}),
+    "peft-bucket-view": (
+        mixed.mixed_peft, {"find_unused_parameters": True, "gradient_as_bucket_view": True},
+    ),
+    "banks": (mixed.mixed_rows, {"banks": True}),
+    "lists": (mixed.mixed_rows, {"banks": False}),
+    "lists-find-unused": (mixed.mixed_rows, {"banks": False, "find_unused_parameters": True}),
+    "experts": (mixed.experts, {}),
+    "experts-fsdp2": (mixed.experts, {"engine": "fsdp2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "settings"), TOGETHER.values(), ids=TOGETHER)
+def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two):
+    """Also of an adapter without rows on a rank, or on both."""
+    of_one = {k: v for k, v in settings.items() if k in ("names", "banks")}
+    expected = run(1, **of_one)
+    assert any(gradient is not None and gradient.any() for gradient in expected.values())
+    for found in two.run(run, 2, **settings):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            pair = found[name], value
+            if any(
+                gradient is None for gradient in pair
+            ):  # DDP gives zeros where autograd has none
+                assert not any(gradient is not None and gradient.any() for gradient in pair), name
+            else:
+                torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=name)

@@ -1,6 +1,7 @@
 """The price list: what it counts against what apply_lora makes, and that nothing is left behind."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 import vendor_layers
+from moe_models import IDS, base_model, experts_of, parameters_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from vendor_layers import quantised
@@ -206,6 +208,17 @@ def test_command_of_a_folder(folder, capsys):
     assert [line.split()[0] for line in text.splitlines()[-4:]] == ["8", "16", "64", "256"]
 
 
+def test_command_with_experts(tmp_path, capsys):
+    base_model().config.save_pretrained(tmp_path)
+    names = "experts.gate_up_proj,experts.down_proj"
+    command = ["plan", str(tmp_path), "--r", "2", "--rounds", "0", "--json"]
+    layers = []
+    for more in ([], ["--target-parameters", names]):
+        main([*command, *more])
+        layers.append(json.loads(capsys.readouterr().out)["layers"])
+    assert layers[1] == layers[0] + 2 * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -220,6 +233,37 @@ def test_a_command_that_fails_says_so_in_a_line(folder, arguments, message, caps
         main(["plan", *(argument.format(folder=folder) for argument in arguments)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "llama4"])
+def test_experts_have_a_price(name):
+    """Llama 4 runs all experts for each token, and the others two of four."""
+    model, used = base_model(name), 4 if name == "llama4" else 2
+    config = fastlora.LoRAConfig(target_parameters=parameters_of(name))
+    classes = [type(module) for module in model.modules()]
+    batch = {"input_ids": IDS, "labels": IDS}
+    found = fastlora.plan(model, [3], config=config, batch=batch, rounds=1)
+    assert [type(module) for module in model.modules()] == classes
+    (price,) = found.prices
+    assert price.step[0] > 0
+    assert price.flops == 6 * price.parameters * used // 4
+    fastlora.apply_lora(model, dataclasses.replace(config, r=3))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert price.parameters == sum(p.numel() for p in trained)
+    assert price.bytes == sum(p.nbytes for p in trained)
+    assert found.layers == 2 * len([n for n, _ in model.named_modules() if n.endswith("experts")])
+
+
+def test_frozen_flops_of_experts_are_those_that_torch_counts():
+    experts, x = experts_of(base_model()), torch.randn(6, 32, requires_grad=True)
+    experts.requires_grad_(False)
+    index = torch.stack([torch.randperm(4)[:2] for _ in x])
+    found = fastlora.plan(
+        experts, [2], config=fastlora.LoRAConfig(target_parameters=["down_proj"]), rounds=0
+    )
+    with FlopCounterMode(display=False) as counter:
+        experts(x, index, torch.rand(6, 2)).sum().backward()
+    assert found.frozen.flops == counter.get_total_flops() // 6
 
 
 @pytest.mark.parametrize("kind", ["nf4", "gguf-q4_k", "torchao-int8"])

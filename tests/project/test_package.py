@@ -36,7 +36,7 @@ ORDER_INSIDE = {
         "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "multi", "torch",
         "triton",
     ],
-    "triton": ["cover", "packed", "layer", "grouped", "gated"],
+    "triton": ["cover", "packed", "layer", "grouped", "multi", "gated"],
     "quant": ["vendor", "once", "bitsandbytes", "torchao", "float8", "gguf", "hqq", "gptq"],
     "ops": [
         "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",

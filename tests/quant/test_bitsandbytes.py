@@ -44,8 +44,8 @@ def test_int8_is_the_vendors(called):
     layer = quantised("int8")
     if called:
         layer(torch.randn(3, 128))
-    weight, compute_dtype, restores = quantised_weight(layer)
-    assert (compute_dtype, restores) == (None, False)
+    weight, compute_dtype, restores, rounds_input = quantised_weight(layer)
+    assert (compute_dtype, restores, rounds_input) == (None, False, True)
     for dtype in (torch.float32, torch.bfloat16):
         # As its training multiplies: the library's own dequantisation rounds otherwise.
         scale = (layer.weight.SCB if layer.state.SCB is None else layer.state.SCB).unsqueeze(1)

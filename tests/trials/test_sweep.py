@@ -1,6 +1,7 @@
 """Sweeps: every trial against its training alone, halving, interruption, files, bad input."""
 
 import copy
+import errno
 import json
 import os
 import signal
@@ -195,6 +196,97 @@ def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
     (tmp_path / "whole" / "state.pt").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match=r"state\.pt can't be read"):
         run("whole", resume=True)
+
+
+def _second_ctrl_c(monkeypatch):
+    """In the third step, a second one right behind the first."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _killed(monkeypatch):
+    """In the middle of the next write of the state."""
+
+    def half(state, file):
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(torch, "save", half)
+
+
+def _disk_full(monkeypatch):
+    def half(state, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+
+
+ENDS = {
+    "second-ctrl-c": (_second_ctrl_c, KeyboardInterrupt),
+    "killed": (_killed, None),
+    "disk-full": (_disk_full, OSError),
+}
+
+
+@pytest.mark.parametrize(("end", "error"), ENDS.values(), ids=ENDS)
+def test_whatever_ends_it_files_are_whole_and_it_resumes(
+    base, model, tmp_path, monkeypatch, end, error
+):
+    configs, calls = CONFIGS[:2], []
+
+    def loss(logits, labels):
+        calls.append(1)
+        if len(calls) == 3 * 2 * 2 + 3 * 2 - 1:  # three evaluations and three steps of two trials
+            end(monkeypatch)
+        return causal_loss(logits, labels)
+
+    def run(**options):
+        return swept(model, tmp_path, configs, eval_steps=1, **options)
+
+    if error is None:
+        child = os.fork()
+        if child == 0:
+            run(loss=loss)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    else:
+        with pytest.raises(error):
+            run(loss=loss)
+        assert os.listdir(tmp_path) == ["state.pt"]
+        torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
+    monkeypatch.undo()
+    resumed = run(resume=True)
+    assert not (tmp_path / ".state.pt").exists()
+    whole = swept(model, tmp_path / "whole", configs, eval_steps=1)
+    assert [o.losses for o in resumed.outcomes] == [o.losses for o in whole.outcomes]
+    torch.testing.assert_close(saved(tmp_path / "best"), saved(tmp_path / "whole/best"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")
+def test_a_folder_that_takes_no_files_is_found_first(model):
+    with pytest.raises(OSError, match="/proc/self"):
+        swept(model, "/proc/self", loss=refuse)
+
+
+def test_the_held_out_loss_is_the_mean_of_all_its_labels(model, tmp_path):
+    """Whatever batches they are in: those of a text's first token have no prediction."""
+    held_out = [*batches(1, 3, 5), *batches(1, 1, 9)]
+    held_out[0]["labels"] = held_out[0]["labels"].clone()
+    held_out[0]["labels"][1:, :4] = -100
+    found = swept(model, tmp_path, CONFIGS[:1], eval_data=held_out)
+    fastlora.load_adapter(model, tmp_path / "best")
+    total, count = 0.0, 0
+    for batch in held_out:
+        with torch.no_grad():
+            probabilities = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+        for row, labels in zip(probabilities, batch["labels"].tolist(), strict=True):
+            for place, label in enumerate(labels[1:]):
+                if label != -100:
+                    total, count = total - row[place, label].item(), count + 1
+    assert count == 4 + 1 + 1 + 8
+    assert found.best.loss == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_model_is_as_it_was(base, model, tmp_path):

@@ -117,6 +117,8 @@ _CHOSEN = (
 _CHOSEN_BY_EXPERTS = (
     "y bias s128 M32768", "y s128 M512", "dx s128 mask M32768", "dx r200 s8", "y f32-tf32 s8",
     "y+ s128", "h s128 mask", "dA s128 mask", "dB,dh s128",
+    # Many adapters.
+    "h s8 own mask", "y+ s8 own", "dx+ s8 own mask", "dA s8 own mask", "dB,dh s8 own",
 )  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
         dropout=0.1 * ("mask" in rest), bias="bias" in rest,
         precision=precision if precision and TARGETS[target].tf32 else "ieee",
         packed=next((_KINDS[word] for word in rest if word in _KINDS), ""),
-        segments=number.get("s", 0),
+        segments=number.get("s", 0), own="own" in rest,
     )  # fmt: skip
     others = [word for word in rest if word != dtype]
     return Case(" ".join([target, name, describe(config), dtype, *others]), target, config, form)

@@ -15,14 +15,17 @@ from .cover import TARGETS, why_not, without_launching
 from .gated import gated, gated_backward
 from .grouped import backward_grouped, forward_grouped
 from .layer import backward, forward
+from .multi import backward_multi, forward_multi
 
 __all__ = [
     "TARGETS",
     "backward",
     "backward_grouped",
+    "backward_multi",
     "dropout_mask",
     "forward",
     "forward_grouped",
+    "forward_multi",
     "gated",
     "gated_backward",
     "h_dtype",

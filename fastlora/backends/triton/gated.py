@@ -8,22 +8,28 @@ from .. import torch as torch_backend
 from .cover import current, empty_like, kernels, why_not
 
 
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """As the torch backend's: act(gate) ∘ up, [M, N], rounded once."""
+def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
+    """As the torch backend's: act(gate) ∘ up, [M, N], rounded once, whether ``wide`` or not."""
     made = _of_gated(_gated, [gate, up], activation)
     if made is None:
-        return torch_backend.gated(gate, up, activation)
+        return torch_backend.gated(gate, up, activation, wide)
     (product,) = made
     assert product is not None
     return product
 
 
 def gated_backward(
-    dy: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor, d_up: Tensor
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    d_gate: Tensor,
+    d_up: Tensor,
+    wide: bool = False,
 ) -> None:
     """As the torch backend's: d_gate and d_up are filled, each rounded once."""
     if _of_gated(_gated_backward, [dy, gate, up, d_gate, d_up], activation) is None:
-        torch_backend.gated_backward(dy, gate, up, activation, d_gate, d_up)
+        torch_backend.gated_backward(dy, gate, up, activation, d_gate, d_up, wide)
 
 
 def _of_gated(

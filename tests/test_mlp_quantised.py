@@ -1,0 +1,270 @@
+"""Gated MLPs of quantised layers as blocks, in your own models and in PEFT's."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import vendor_layers
+from block_calls import blocks, counted_blocks
+from memory import saved_bytes
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.integrations.gguf.utils import GgufLinear
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import fastlora
+from fastlora import mlp, reference
+from fastlora.peft.masks import shared_masks
+from fastlora.projection import Base, flatten, layouts_of
+
+# bitsandbytes itself reads rows of whole blocks of 64 right on any CPU.
+IN, HIDDEN, ROWS, R = 64, 128, 40, 3
+# GGUF's wider blocks have no room here, and PEFT has no layer for torchao's packed pairs.
+LEFT_OUT = ("gguf-q4_k", "torchao-int4-packed")
+KINDS = ["nf4", "int8", *[kind for kind in vendor_layers.KINDS if kind not in LEFT_OUT]]
+
+
+def layer(kind: str, k: int, n: int, compute=torch.float32) -> nn.Module:
+    """A frozen one; "dense" is of torch's own class, in ``compute``."""
+    if kind == "dense":
+        return nn.Linear(k, n, dtype=compute).requires_grad_(False)
+    if kind in ("nf4", "int8"):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+        import bnb_layers
+
+        return bnb_layers.quantised(kind, k, n, compute).requires_grad_(False)
+    return vendor_layers.quantised(kind, k, n, compute)
+
+
+def frozen(kinds, compute=torch.float32) -> nn.Module:
+    """A Llama's MLP of such layers; one kind, or one for each of gate, up and down."""
+    kinds = (kinds,) * 3 if isinstance(kinds, str) else kinds
+    block = LlamaMLP(LlamaConfig(hidden_size=IN, intermediate_size=HIDDEN))
+    for name, kind in zip(mlp.PARTS, kinds, strict=True):
+        sizes = (HIDDEN, IN) if name == "down_proj" else (IN, HIDDEN)
+        setattr(block, name, layer(kind, *sizes, compute))
+    return nn.Sequential(block)
+
+
+def own(model: nn.Module, **settings) -> nn.Module:
+    settings = {"r": R, "target_modules": list(mlp.PARTS), "init_lora_weights": False} | settings
+    return fastlora.apply_lora(model, fastlora.LoRAConfig(**settings))
+
+
+def peft_s(model: nn.Module, **settings) -> nn.Module:
+    """Not optimised as yet."""
+    settings = {"r": R, "target_modules": list(mlp.PARTS), "init_lora_weights": False} | settings
+    config = peft.LoraConfig(**settings)
+    config._register_custom_module({GgufLinear: peft.tuners.lora.Linear})
+    return peft.get_peft_model(model, config)
+
+
+def optimized(model: nn.Module, **settings) -> nn.Module:
+    model = peft_s(model, **settings)
+    fastlora.optimize(model, strict=True)
+    return model
+
+
+def x_of(dtype=torch.float32) -> Tensor:
+    x = torch.randn(2, ROWS, IN, generator=torch.Generator().manual_seed(1))
+    return x.to(dtype).requires_grad_()
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def numbers(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of x and of all that trains, from one random state."""
+    torch.manual_seed(3)
+    y = model(x)
+    return [y, *torch.autograd.grad(y.float().square().sum(), [x, *trained(model)])]
+
+
+def by_layers(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The same of a model that has no blocks any more."""
+    assert len(mlp.give_back(model.modules())) == 1
+    return numbers(model, x)
+
+
+def oracle(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The formula in float64, with the weights dequantised."""
+    (block,) = [m for m in model.modules() if isinstance(m, mlp.GatedMLP)]
+    wide, outputs = {}, []
+    for name in mlp.PARTS:
+        output = block.read_part(getattr(block, name), False).output
+        ((weight, bias), adapters) = output
+        if not isinstance(weight, Tensor):
+            weight = weight.dense(torch.float32)
+        for adapter in adapters:
+            wide |= {id(t): t.detach().double().requires_grad_() for t in adapter[:2]}
+        outputs.append(
+            output._replace(
+                base=Base(weight.double(), None if bias is None else bias.double()),
+                adapters=tuple(
+                    a._replace(lora_a=wide[id(a.lora_a)], lora_b=wide[id(a.lora_b)])
+                    for a in adapters
+                ),
+            )
+        )
+    x = x.detach().double().requires_grad_()
+    y = reference.gated_mlp(x, *outputs, "silu")
+    wanted = [x, *[wide[id(p)] for p in trained(model)]]
+    return [y, *torch.autograd.grad(y.square().sum(), wanted)]
+
+
+def assert_close(ours, theirs, tolerance: float) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).double().norm() <= tolerance * other.double().norm()
+
+
+@pytest.mark.parametrize("make", [own, optimized], ids=["own", "peft"])
+@pytest.mark.parametrize("kinds", [*KINDS, ("nf4", "dense", "gguf-q8_0")], ids=str)
+def test_the_numbers_are_the_formula_s_and_the_layers(kinds, make):
+    model, x = make(frozen(kinds)), x_of()
+    assert "1 of 1 gated MLPs as one block" in str(fastlora.coverage(model))
+    with counted_blocks() as calls:
+        found = numbers(model, x)
+    assert len(calls) == 1
+    assert_close(found, oracle(model, x), 3e-6)
+    assert_close(found, by_layers(model, x), 3e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "float8", "gguf-q8_0"])  # by kernels, and made dense
+def test_the_triton_backend_takes_them(kind):
+    model, x = own(frozen(kind)), x_of()
+    with fastlora.use_backend("triton"), counted_blocks() as calls:
+        found = numbers(model, x)
+    assert len(calls) == 1
+    assert_close(found, oracle(model, x), 3e-6)
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Beside x and the tensors of its layers, packed ones too."""
+    (block,) = [m for m in model.modules() if isinstance(m, mlp.GatedMLP)]
+    outputs = [block.read_part(getattr(block, name), False).output for name in mlp.PARTS]
+    tensors = flatten(outputs, layouts_of(outputs))
+    return sum(saved_bytes(lambda: model(x), apart_from=[x, *tensors]).values())
+
+
+@pytest.mark.parametrize("make", [own, optimized], ids=["own", "peft"])
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8", "gguf-q8_0"])
+def test_it_keeps_gate_up_and_h_beside_the_packed_tensors(kind, make):
+    model, x = make(frozen(kind), lora_dropout=0.1), x_of()
+    kept = kept_bytes(model, x)
+    seeds = 3 * 8
+    assert kept == 4 * 2 * ROWS * (2 * HIDDEN + 3 * R) + seeds
+
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {  # compute_dtype, x's, autocast's; whether it is a block's call, and gives x's
+    "all-16-bits": (BF16, BF16, None, True),
+    "float32-between-16-bit-layers": (BF16, F32, None, True),
+    "under-autocast": (BF16, F32, BF16, True),
+    "16-bits-under-autocast": (BF16, BF16, BF16, True),
+    "float32-layers-under-autocast": (F32, F32, BF16, True),
+    "none-of-its-own": (None, F32, None, True),
+    "rounded-between-float32-layers": (F32, BF16, None, False),
+    "rounded-twice": (F16, F32, BF16, False),
+    "float64": (F32, torch.float64, None, False),
+}
+
+
+@pytest.mark.parametrize("make", [own, optimized], ids=["own", "peft"])
+@pytest.mark.parametrize(("compute", "of_x", "cast", "fast"), DTYPES.values(), ids=DTYPES)
+def test_the_dtypes_of_a_layer_that_computes_in_one_of_its_own(compute, of_x, cast, fast, make):
+    model, x = make(frozen("nf4", compute)), x_of(of_x)
+    with torch.autocast("cpu", cast or BF16, enabled=cast is not None):
+        with counted_blocks() as calls:
+            found = numbers(model, x)
+        expected = by_layers(model, x)
+    assert len(calls) == fast
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert found[0].dtype == of_x
+    y, dx, *rest = zip(found, expected, strict=True)
+    assert_close(*zip(y, *rest, strict=True), 1e-6)
+    # The parts of gate and up are summed in the dtype in which they compute.
+    assert_close(*zip(dx, strict=True), 1e-6 if compute in (None, F32) and not cast else 0.01)
+
+
+def test_between_16_bit_layers_it_keeps_16_bits():
+    model, x = own(frozen("nf4", BF16)), x_of()
+    kept = kept_bytes(model, x)
+    its_x = 2 * 2 * ROWS * IN
+    assert kept <= its_x + 2 * 2 * ROWS * 2 * HIDDEN + 4 * 2 * ROWS * 3 * R
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8", "torchao-int4", "gguf-q8_0"])
+@pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"]], ids=str)
+def test_some_layers_have_no_adapter(kind, targets):
+    model, x = optimized(frozen(kind), target_modules=targets), x_of()
+    with counted_blocks() as calls:
+        found = numbers(model, x)
+    assert len(calls) == 1
+    assert_close(found, oracle(model, x), 3e-6)
+
+
+def test_pefts_numbers_with_its_masks():
+    model, x = peft_s(frozen("nf4"), lora_dropout=0.3), x_of()
+    with shared_masks(model):
+        expected = numbers(model, x)
+        fastlora.optimize(model, strict=True)
+        with counted_blocks() as calls:
+            found = numbers(model, x)
+    assert len(calls) == 1
+    assert_close(found, expected, 3e-6)
+
+
+def computes_in_another(block):
+    block.up_proj.compute_dtype = torch.bfloat16
+
+
+def merged(block):
+    with pytest.warns(UserWarning, match="were quantised again"):
+        fastlora.merge_lora(block)
+    block.eval()
+
+
+def broken(block):
+    block.up_proj.weight.quant_state.absmax = torch.ones(1)
+
+
+LEFT = {
+    "compute": (computes_in_another, "its layers have different dtypes"),
+    "merged": (merged, "its gate_proj: it is merged"),
+    "broken": (broken, "its up_proj: its quantisation state is broken"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), LEFT.values(), ids=LEFT)
+def test_a_call_goes_layer_by_layer(change, reason):
+    model, x = own(frozen("nf4")), x_of()
+    change(model[0])
+    (block,) = fastlora.coverage(model).blocks
+    assert reason in block.reason
+    with counted_blocks() as calls:
+        if change is broken:
+            with pytest.raises(ValueError, match="can't be read: its quantisation state is broken"):
+                model(x)
+        else:
+            assert torch.isfinite(model(x)).all()
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_a_layer_without_an_adapter_that_rounds_its_input_stays_its_own(kind):
+    model = optimized(frozen(kind), target_modules=["up_proj"])
+    (block,) = fastlora.coverage(model).blocks
+    assert "without an adapter, whose own forward rounds its input" in block.reason
+
+
+def test_copies_and_the_way_back():
+    model, x = own(frozen("nf4")), x_of()
+    expected = numbers(model, x)
+    other = copy.deepcopy(model)
+    assert all(map(torch.equal, numbers(other, x), expected))
+    assert len(blocks(other)) == 1
+    fastlora.remove_lora(other)
+    assert not blocks(other)
+    assert type(other[0].gate_proj).__name__ == "Linear4bit"
