@@ -23,7 +23,7 @@ from .options import Options
 from .plot import draw
 from .progress import interruption
 from .record import Sweep
-from .training import Loss, Training, causal_loss
+from .training import Loss, Training, causal_loss, counted
 from .trial import Trial, as_trials
 
 
@@ -89,7 +89,7 @@ def sweep(
     )
     options.check(len(trials))
     held_out = [as_batch(batch) for batch in eval_data]
-    if not any(bool((batch["labels"] != -100).any()) for batch in held_out):
+    if not any(counted(batch["labels"], loss) for batch in held_out):
         raise ValueError(
             "eval_data gives no batch with labels: the held-out loss is what trials are judged by"
         )

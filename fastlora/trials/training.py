@@ -29,6 +29,11 @@ def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
+def counted(labels: Tensor, loss: Loss) -> int:
+    """Of how many labels the loss is the mean; the first token of a text has no prediction."""
+    return int(((labels[:, 1:] if loss is causal_loss else labels) != -100).sum())
+
+
 class Training:
     """The trials while they train."""
 
@@ -147,7 +152,7 @@ class Training:
         total, weight = torch.zeros(len(state.alive), dtype=torch.float64, device="cpu"), 0
         with in_mode(self.model, training=False):
             for batch in self.held_out:
-                size = _counted(batch["labels"], self.loss)
+                size = counted(batch["labels"], self.loss)
                 if size:  # else there is no loss
                     total += size * torch.stack(self._losses(state.alive, batch)).cpu().double()
                     weight += size
@@ -176,11 +181,6 @@ class Training:
             )
             for i, trial in enumerate(self.trials)
         )
-
-
-def _counted(labels: Tensor, loss: Loss) -> int:
-    """Of how many labels the loss is the mean; the first token of a text has no prediction."""
-    return int(((labels[:, 1:] if loss is causal_loss else labels) != -100).sum())
 
 
 def _logits(output: Any) -> Tensor:

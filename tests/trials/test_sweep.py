@@ -377,6 +377,9 @@ def test_a_held_out_batch_without_labels_says_nothing(model, tmp_path):
     empty = HELD_OUT[0] | {"labels": torch.full_like(HELD_OUT[0]["labels"], -100)}
     same = swept(model, tmp_path / "2", CONFIGS[:1], eval_data=[*HELD_OUT, empty])
     assert same.best.losses == found.best.losses
+    empty["labels"][:, 0] = 1  # which nothing predicts
+    with pytest.raises(ValueError, match="eval_data gives no batch with labels"):
+        swept(model, tmp_path / "3", CONFIGS[:1], eval_data=[empty])
 
 
 def test_data_that_draws_numbers_changes_no_resumed_dropout(model, tmp_path):
