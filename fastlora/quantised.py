@@ -1,5 +1,6 @@
 """LoRAQuantised: what a vendor's quantised linear layer does with an adapter beside its weight."""
 
+import math
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ class LoRAQuantised(LoRALayer):
     def put_merged(self, weight: Tensor, keep_base: bool, requantise: bool) -> float:
         """Put the merged weight in the base's place, packed again or as it is.
 
-        Returns ‖packed - merged‖ / ‖merged‖, 0 without packing.
+        Returns ‖packed - merged‖ / ‖merged‖, 0 without packing.  Raises ValueError, and leaves the
+        layer as it was, if it can't be packed, or holds NaN or infinity then.
         """
         vendor = self.vendor
         new = vendor.pack(self, weight) if requantise else nn.Parameter(weight, False)
@@ -91,7 +93,15 @@ class LoRAQuantised(LoRALayer):
             setattr(self, vendor.OWN, None)
             self.weight = new
         self.is_dense, self.merged = not requantise, True
-        return self._distance(weight) if requantise else 0.0
+        distance = self._distance(weight) if requantise else 0.0
+        if not math.isfinite(distance):  # packed by way of 16 bits, which have a smaller range
+            self.__dict__["_base_weight"] = own
+            self.unmerge()
+            raise ValueError(
+                f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed again it "
+                "holds NaN or infinity; requantise=False leaves it in float32"
+            )
+        return distance
 
     def unmerge(self) -> None:
         if not self.can_unmerge:

@@ -44,7 +44,11 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
             )
         layer.check_adapter(called(name))
     for name, layer in _progress(layers, "checking"):
-        _check_finite(name, layer.merged_weight())
+        merged = layer.merged_weight()
+        _check_finite(name, merged)
+        if isinstance(layer, LoRAQuantised) and requantise and not keep_base:
+            layer.put_merged(merged, True, True)  # while there is a way back
+            layer.unmerge()
     _warn_of_ties(unwrap(model), layers)
     try:
         errors = {}

@@ -142,6 +142,21 @@ def test_a_merge_that_fails_leaves_everything(monkeypatch):
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_a_merged_weight_that_packing_makes_infinite_is_refused(keep_base):
+    model, x = adapted("int8"), torch.randn(3, 64)  # packed by way of float16
+    with torch.no_grad():
+        model[1].lora_A.fill_(1.0)
+        model[1].lora_B[0] = 1e5
+    y = model(x)
+    with pytest.raises(ValueError, match="packed again it holds NaN or infinity"):
+        fastlora.merge_lora(model, keep_base=keep_base)
+    assert not any(layer.merged for layer in model)
+    assert torch.equal(model(x), y)
+    with pytest.raises(ValueError, match="not merged"):
+        fastlora.unmerge_lora(model)
+
+
 def test_what_cant_be_read_is_no_base_and_later_an_error():
     layer = quantised("int8", threshold=6.0)
     with pytest.raises(ValueError, match="its outlier threshold is 6"):
