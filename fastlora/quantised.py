@@ -95,8 +95,8 @@ class LoRAQuantised(LoRALayer):
             self.__dict__["_base_weight"] = own
             self.unmerge()
             raise ValueError(
-                f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed again it "
-                "holds NaN or infinity; requantise=False leaves it in float32"
+                f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed again "
+                "it holds NaN or infinity; requantise=False leaves it in float32"
             )
         return distance
 
