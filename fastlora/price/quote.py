@@ -39,7 +39,8 @@ def plan(
     adapted, weights of experts too; its ``r`` stands for each of ``ranks`` in turn, and its
     patterns hold.  ``batch`` is
     what the model is called with in training: a mapping, a sequence or a tensor, with labels if it
-    computes a loss; a causal language model of transformers gets random tokens, [1, 256], if None.
+    computes a loss; a causal language model of transformers gets random tokens, [1, 256] or as many
+    as it has positions, if None.
 
     Each of ``rounds`` runs forward and backward of the frozen model, to its embeddings, and of the
     model with each rank, in training mode, on the model's device; 0 measures nothing.
@@ -158,7 +159,9 @@ def _random_tokens(model: nn.Module) -> dict[str, Tensor]:
             "give what the model is called with, such as batch={'input_ids': …, 'labels': …}"
         )
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (_ROWS, _TOKENS), generator=generator)
+    # A model with learned positions has none behind its last.
+    length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
+    tokens = torch.randint(0, vocabulary, (_ROWS, length), generator=generator)
     tokens = tokens.to(next(model.parameters()).device)
     return {"input_ids": tokens, "labels": tokens}
 

@@ -112,7 +112,7 @@ class Plan:
 _TITLES = (
     "r",
     "trainable",
-    "% of all",
+    "% of base",
     "file, MiB",
     "+ gradient, AdamW, MiB",
     "extra FLOPs, %",

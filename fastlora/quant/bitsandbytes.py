@@ -98,6 +98,9 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     if state is None:
         return "its weight isn't quantised as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
+        # Its kernel knows no gradient.  A layer with an adapter of its own has no other call.
+        if torch.is_grad_enabled() or hasattr(layer, "lora_A"):
+            return _read_repacked(layer, state)
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
     # FSDP has made a weight anew that doesn't know, and bytes it doesn't cast.
     storage = getattr(own, "quant_storage", None) or getattr(layer, "quant_storage", own.dtype)
@@ -120,6 +123,22 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
         tensors = (*tensors, outer.absmax, outer.code, state.offset)
     format = FourBit(rows, columns, state.quant_type, state.blocksize, nested)
     return PackedLayer(Quantised(format, tensors), layer.compute_dtype, restores=True)
+
+
+def _read_repacked(layer: Any, state: Any) -> PackedLayer:
+    """The weight that a call in evaluation has laid as bitsandbytes' CPU kernel reads it.
+
+    A byte has, for 32 rows and two columns, the numbers of row b and row b + 16 in one column;
+    absmax is bfloat16 [blocks of a row, rows].  Copies of both are made.
+    """
+    rows, columns = state.shape
+    laid = layer.weight.detach().view(rows // 32, columns // 2, 1, 16, 2)
+    numbers = torch.cat([laid & 15, laid >> 4], 2)
+    pairs = numbers[..., 0] << 4 | numbers[..., 1]
+    packed = pairs.permute(0, 2, 3, 1).reshape(-1)
+    absmax = state.absmax.t().reshape(-1).float()
+    format = FourBit(rows, columns, state.quant_type, state.blocksize)
+    return PackedLayer(Quantised(format, (packed, absmax)), layer.compute_dtype, restores=True)
 
 
 def _read_int8(layer: Any) -> PackedLayer | str:

@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from bnb_layers import KINDS, bnb, dequantised, quantised
+from bnb_layers import KINDS, bnb, dequantised, quantised, repack
 from memory import saved_bytes
 from torch import nn
 
@@ -100,11 +100,24 @@ def test_coverage_says_what_is_quantised_and_why_not():
     text = str(fastlora.optimize(model))
     assert "2 of 2 layers fast" in text
     assert "2 quantised: NF4" in text
-    model.base_model.model[0].base_layer.weight.quant_state.packing_format_for_cpu = True
-    report = fastlora.coverage(model)
+    repack(model.base_model.model[0].base_layer)
+    with torch.no_grad():
+        report = fastlora.coverage(model)
     (eager,) = report.eager
     assert "repacked for bitsandbytes' own CPU kernel" in eager.reason
     assert [layer.packed for layer in report.layers] == ["", "NF4"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradients_over_a_weight_that_was_repacked_for_evaluation(mode):
+    """Whose kernel gives x no gradient, in bitsandbytes and so in PEFT."""
+    model, x = peft_model("nf4", bias="none"), torch.randn(3, 64, requires_grad=True)
+    fastlora.optimize(model)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    for layer in model.base_model.model:
+        repack(layer.base_layer)
+    (found,) = torch.autograd.grad(getattr(model, mode)()(x).square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", KINDS)

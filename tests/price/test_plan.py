@@ -178,6 +178,12 @@ def test_the_batch_gets_no_gradient():
     assert x.grad is None
 
 
+def test_a_model_of_few_positions_gets_as_many_tokens():
+    config = transformers.GPT2Config(vocab_size=8, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    found = fastlora.plan(transformers.GPT2LMHeadModel(config), [2], rounds=1)
+    assert found.batch == "1 x 16 tokens"
+
+
 def test_an_encoder_decoder_is_refused(tmp_path, capsys):
     transformers.BartConfig(vocab_size=8).save_pretrained(tmp_path)
     with pytest.raises(SystemExit):

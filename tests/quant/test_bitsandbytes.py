@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from bnb_layers import bnb, dequantised, quantised
+from bnb_layers import bnb, dequantised, quantised, repack
 from torch import nn
 
 from fastlora.quant import quantised_weight, vendor_of
@@ -68,12 +68,6 @@ def not_quantised(kind: str) -> nn.Module:
     return bnb.nn.Linear4bit(128, 64, quant_type=kind)
 
 
-def repacked() -> nn.Module:
-    layer = quantised("nf4")
-    layer.weight.quant_state.packing_format_for_cpu = True
-    return layer
-
-
 def corrupt(**changes) -> nn.Module:
     layer = quantised("nf4")
     for name, value in changes.items():
@@ -86,7 +80,6 @@ REASONS = {
     "int8-to-come": (lambda: not_quantised("int8"), "isn't quantised as yet"),
     "in-every-call": (lambda: bnb.nn.Linear8bitLt(128, 64), "quantised in every call"),
     "threshold": (lambda: quantised("int8", threshold=6.0), "its outlier threshold is 6.0"),
-    "repacked": (repacked, "repacked for bitsandbytes' own CPU kernel"),
     "no-absmax": (lambda: corrupt(absmax=None), "its quantisation state is broken"),
     "short-absmax": (
         lambda: corrupt(absmax=torch.zeros(3, dtype=torch.uint8)),
@@ -114,3 +107,15 @@ def test_a_class_with_a_forward_of_its_own_is_nobodys():
     assert vendor_of(Other(4, 4)) is None
     assert vendor_of(bnb.nn.LinearNF4(4, 4)) is not None
     assert quantised_weight(nn.Linear(4, 4)) is None
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_a_weight_that_a_call_in_evaluation_repacked(nested):
+    layer = quantised("nf4", compress_statistics=nested)
+    before = quantised_weight(layer).weight.dense(torch.float32)
+    repack(layer)
+    after = quantised_weight(layer).weight.dense(torch.float32)
+    assert torch.equal(after == 0, before == 0)
+    assert ((after - before).abs() <= before.abs() / 2**8).all()  # absmax is bfloat16 there
+    with torch.no_grad():
+        assert "repacked for bitsandbytes' own CPU kernel" in quantised_weight(layer)

@@ -28,3 +28,11 @@ def dequantised(layer: nn.Module) -> torch.Tensor:
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     scale = layer.state.SCB if weight.SCB is None else weight.SCB
     return bnb.functional.int8_vectorwise_dequant(weight.data, scale)
+
+
+def repack(layer: nn.Module) -> None:
+    """As a call in evaluation does on a CPU with AVX512-BF16: for a kernel without gradients."""
+    own = layer.weight
+    own.data, own.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+        own.data, own.quant_state
+    )
