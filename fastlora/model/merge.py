@@ -4,9 +4,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..adapted import LoRALayer
 from ..blocks import rows_at_a_time
+from ..expert_weight import ExpertsWeight
 from ..modules import called, lora_layers, unwrap
 from ..projection import check_switch
 from ..quantised import LoRAQuantised
@@ -44,18 +46,13 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
             )
         layer.check_adapter(called(name))
     for name, layer in _progress(layers, "checking"):
-        merged = layer.merged_weight()
-        _check_finite(name, merged)
-        if isinstance(layer, LoRAQuantised) and requantise and not keep_base:
-            layer.put_merged(merged, True, True)  # while there is a way back
-            layer.unmerge()
+        _check_merged(name, layer, packs=requantise and not keep_base)
     _warn_of_ties(unwrap(model), layers)
     try:
         errors = {}
         for name, layer in _progress(layers, "merging"):
             if isinstance(layer, LoRAQuantised):
-                merged = layer.merged_weight()
-                errors[name] = layer.put_merged(merged, keep_base, requantise)
+                errors[name] = layer.put_merged(layer.merged_weight(), keep_base, requantise)
             else:
                 layer.use_merged(layer.merged_weight(), keep_base)
     except BaseException:
@@ -105,16 +102,21 @@ def _layers(model: nn.Module) -> list:
     return layers
 
 
-def _check_finite(name: str, merged: Tensor) -> None:
-    """Raise ValueError for NaN or infinity.
+def _check_merged(name: str, layer: LoRALayer | ExpertsWeight, packs: bool) -> None:
+    """Raise ValueError if a merged weight would hold NaN or infinity; it is gone on return.
 
-    Block by block, since the test makes several tensors of its size.
+    ``packs``: a quantised layer's is packed, too, while there is a way back.
     """
+    merged = layer.merged_weight()
+    # Block by block, since the test makes several tensors of its size.
     if not all(bool(rows.isfinite().all()) for rows in merged.split(rows_at_a_time(merged))):
         raise ValueError(
             f"merging {called(name)} gives NaN or infinity in {merged.dtype}, and nothing was "
             "merged: look for non-finite values in its weight, lora_A and lora_B"
         )
+    if packs and isinstance(layer, LoRAQuantised):
+        layer.put_merged(merged, True, True)
+        layer.unmerge()
 
 
 def _warn_of_ties(model: nn.Module, layers: list) -> None:

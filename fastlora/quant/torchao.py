@@ -22,7 +22,7 @@ OWN = "weight"
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    if kind.forward is not nn.Linear.forward:
+    if getattr(kind, "forward", None) is not nn.Linear.forward:
         return False
     # An adapted layer that is merged into a plain weight keeps its own aside.
     kept = layer.__dict__.get("_base_weight")
