@@ -1,4 +1,4 @@
-"""Classes of packages that fastlora never imports, known by their names.
+"""Classes of what fastlora doesn't import, known by their names.
 
 ``sys.modules`` isn't asked: torch.compile would guard the number of its modules, and compile again
 after any import.
@@ -17,3 +17,8 @@ def derived_from(kind: type, package: str, name: str) -> type | None:
 def is_class(kind: type, package: str, name: str) -> bool:
     """Whether ``kind`` is the class of this name in this package, or in a module inside of it."""
     return kind.__name__ == name and f"{kind.__module__}.".startswith(f"{package}.")
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is torch's DTensor, of which each rank has a part."""
+    return is_class(type(tensor), "torch.distributed.tensor", "DTensor")

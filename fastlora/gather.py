@@ -1,11 +1,11 @@
 """Tensors of a model whole, where FSDP or FSDP2 keeps each rank's part of them."""
 
-import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .foreign import is_dtensor
 from .modules import plain_name, unwrap
 
 
@@ -22,8 +22,9 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     for key, tensor in tensors.items():
         if is_flattened(tensor):
             found[key] = state[names[id(tensor)]]
-        elif isinstance(tensor, _dtensor()):
-            found[key] = tensor.to(tensor.device_mesh.device_type).full_tensor()
+        elif is_dtensor(tensor):
+            part: Any = tensor
+            found[key] = part.to(part.device_mesh.device_type).full_tensor()
     return found
 
 
@@ -52,12 +53,7 @@ def _refuse_partitioned(tensors: dict[str, Tensor]) -> None:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is FSDP's, which has a part of it between calls."""
-    return is_flattened(tensor) or isinstance(tensor, _dtensor())
-
-
-def _dtensor() -> Any:
-    """The class DTensor; no class where nobody imported it."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    return is_flattened(tensor) or is_dtensor(tensor)
 
 
 def is_flattened(tensor: Tensor) -> bool:

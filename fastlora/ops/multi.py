@@ -57,8 +57,8 @@ def multi_lora_linear(
     adapter with dropout.  The base product is one, of x as it lies.  An adapter whose rows lie
     together reads a view of x; else its rows are copied while it runs, or on a GPU looked up.
 
-    Transforms of ``torch.func`` and forward-mode
-    differentiation run the textbook formula.  x can't be nested.
+    Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula.  x can't
+    be nested.
     """
     adapters = check_adapters(lora_a, lora_b)
     output = Output(Base(weight, bias), tuple([Adapter(*pair) for pair in adapters]))

@@ -37,10 +37,9 @@ def plan(
 
     ``model`` has no adapters as yet.  ``config`` (every linear layer, if None) says what would be
     adapted, weights of experts too; its ``r`` stands for each of ``ranks`` in turn, and its
-    patterns hold.  ``batch`` is
-    what the model is called with in training: a mapping, a sequence or a tensor, with labels if it
-    computes a loss; a causal language model of transformers gets random tokens, [1, 256] or as many
-    as it has positions, if None.
+    patterns hold.  ``batch`` is what the model is called with in training: a mapping, a sequence or
+    a tensor, with labels if it computes a loss; a causal language model of transformers gets random
+    tokens, [1, 256] or as many as it has positions, if None.
 
     Each of ``rounds`` runs forward and backward of the frozen model, to its embeddings, and of the
     model with each rank, in training mode, on the model's device; 0 measures nothing.

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..foreign import derived_from
+from ..foreign import derived_from, is_dtensor
 from ..formats.format import Quantised
 from ..formats.four_bit import FourBit
 from ..formats.int8 import Int8Rows
-from .vendor import PackedLayer, is_part
+from .vendor import PackedLayer
 
 _MODULES = "bitsandbytes.nn.modules"
 # 1 / 127 is what the library multiplies SCB by, in float32.
@@ -113,7 +113,7 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     if (rows, columns) != (layer.out_features, layer.in_features):
         return f"its quantisation state is of a weight of shape {tuple(state.shape)}"
     packed = own.detach()
-    if not is_part(own):  # FSDP's between calls, for a report alone
+    if not is_dtensor(own):  # FSDP's between calls, for a report alone
         packed = packed.view(torch.uint8).view(-1)
     tensors: tuple[Tensor, ...] = (packed, state.absmax)
     nested = 0

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..foreign import is_class
+from ..foreign import is_dtensor
 from ..formats.format import Quantised
 
 SHARDED = "its weight is sharded (DTensor)"  # why a PackedLayer that isn't whole isn't called
@@ -28,17 +28,12 @@ class PackedLayer(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether a call can read it: FSDP has a part of a tensor between calls (a DTensor)."""
-        return not any(map(is_part, self.weight.tensors))
+        return not any(map(is_dtensor, self.weight.tensors))
 
     def call(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``run`` makes of x in the layer's dtypes."""
         y = run(x if self.compute_dtype is None else x.to(self.compute_dtype))
         return y.to(x.dtype) if self.restores else y
-
-
-def is_part(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each rank has a part."""
-    return is_class(type(tensor), "torch.distributed.tensor", "DTensor")
 
 
 class Vendor(Protocol):
