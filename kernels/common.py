@@ -116,27 +116,28 @@ def keep_tile(
 ):
     """Which elements of a tile dropout keeps: a function of (seed, row, column) alone.
 
-    ``seed`` is an int64, ``i_column`` even, ``threshold`` from :func:`dropout_threshold`.  One
-    32-bit word decides two columns.  The hash is that of fastlora/backends/dropout.py, which
-    explains it; its constants are signed here.
+    ``seed`` is an int64, ``threshold`` from :func:`dropout_threshold`.  An element's word is the
+    product of a row's key and a column's: fastlora/backends/dropout.py explains it.
     """
-    ROW_STEP: tl.constexpr = 0xC2B2AE35 - 2**32
-    COLUMN_STEP: tl.constexpr = 0x9E3779B1 - 2**32
+    row_keys = _key(i_row + tl.arange(0, BLOCK_ROWS), seed.to(tl.int32))
+    column_keys = _key(~(i_column + tl.arange(0, BLOCK_COLUMNS)), (seed >> 32).to(tl.int32))
+    return row_keys[:, None] * column_keys[None, :] >= threshold  # [BLOCK_ROWS, BLOCK_COLUMNS]
+
+
+@triton.jit
+def _key(o_number, half):
+    """Wellons' hash lowbias32 of each int32, plus half of a seed; made odd."""
     FIRST_MIX: tl.constexpr = 0x7FEB352D
-    SECOND_MIX: tl.constexpr = 0x846CA68B - 2**32
-    o_row = i_row + tl.arange(0, BLOCK_ROWS)
-    o_pair = i_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
-    row_keys = o_row * ROW_STEP + seed.to(tl.int32)
-    column_keys = o_pair * COLUMN_STEP + (seed >> 32).to(tl.int32)
-    word = row_keys[:, None] ^ column_keys[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS / 2]
+    SECOND_MIX: tl.constexpr = 0x846CA68B
+    word = o_number.to(tl.uint32)
+    word ^= word >> 16
     word *= FIRST_MIX
-    word += word >> 15
+    word ^= word >> 15
     word *= SECOND_MIX
-    word += word >> 16
-    keep = tl.join((word << 16) >= threshold, word >= threshold)  # [.., .., 2]
-    return keep.reshape(BLOCK_ROWS, BLOCK_COLUMNS)
+    word ^= word >> 16
+    return (word.to(tl.int32) + half) * 2 + 1
 
 
 def dropout_threshold(p: float) -> int:
-    """A lane is kept from round(p · 2¹⁶) - 2¹⁵ on; here in the upper half of a word."""
+    """A word is kept from this one on: round(p · 2¹⁶) - 2¹⁵ in its upper half."""
     return (min(round(p * 2**16), 2**16 - 1) - 2**15) << 16

@@ -1,19 +1,21 @@
 """The dropout mask: a function of (seed, row, column), however the rows are cut into blocks.
 
-The low half of the seed and a row give a 32-bit row key, the high half and a pair of columns a
-32-bit column key. Their exclusive or goes through two rounds of multiply and shift, and the two
-16-bit halves of the result decide the two columns.  All of it is integer arithmetic that wraps, on
-whole tensors: it runs on any device, on all of its threads, and never reads the seed back to the
-host.  What one thread of a CPU takes at once is made by numpy, in the same words: a mask of a few
-rows is all overhead, and numpy's is a third of torch's.
+Every row and every column has a key of 32 bits: a hash of its number, plus the low half of the seed
+or the high one, made odd.  An element's word is the product of its two keys, and it is kept where
+the upper half of the word, as a number in [0, 2¹⁶), is at least round(p · 2¹⁶): so the probability
+is right to 2⁻¹⁶ (a p beyond 0.999 is coarse).  An element costs one multiplication; the hashes are
+those of a row and of a column.
 
-The upper bits come down by an addition, w + (w >> s), where other hashes have an exclusive or:
-torch's shift copies the sign, which would fold the upper half onto its positive values.
+Modulo 2³² a row's words are a permutation of the columns' keys, and those of two rows are as good
+as independent: i · word = j · word of the other holds throughout only if it holds for their keys,
+which for i and j up to n is so for about n² of 2³⁰ pairs.  The same goes for columns.  What isn't
+independent are the words at all four corners of a rectangle; the bits of a mask don't show it.
+This makes masks; it is not a source of random numbers for anything else.
 
-An element is kept where its half, as a number in [0, 2¹⁶), is at least round(p · 2¹⁶), so that the
-probability is right to 2⁻¹⁶ (a p beyond 0.999 is coarse).  Over a hundred masks, correlations
-of about 0.001 show at distances of 8 columns or 2¹⁵ rows.  This makes masks; it is not a source of
-random numbers for anything else.
+All of it is integer arithmetic that wraps, on whole tensors: it runs on any device and never reads
+the seed back to the host.  On a CPU an element is cleared by ``threshold_backward``, in one pass
+over integers of its size: several times faster than by a bool mask.  What is dropped is gone, NaN
+and infinity too.
 """
 
 from collections.abc import Sequence
@@ -25,21 +27,12 @@ import torch
 from torch import Tensor
 
 from ..blocks import GRAIN
+from .products import SCRATCH
 
-
-def _constant(value: int) -> Tensor:
-    """A 0-d int32: an operation takes it on any device, in half the time of a Python number."""
-    return torch.tensor(value if value < 2**31 else value - 2**32, dtype=torch.int32, device="cpu")
-
-
-_ROW_STEP = _constant(0xC2B2AE35)  # a multiplier of MurmurHash3; 1 in its place shows in the tests
-_COLUMN_STEP = _constant(0x9E3779B1)  # 2³² / golden ratio
-# A multiplier and a shift of each round, from Wellons' hash lowbias32.
-_CONSTANTS = [_constant(value) for value in (0x7FEB352D, 15, 0x846CA68B, 16)]
-_ROUNDS = *_CONSTANTS, torch.int16
-_ARRAY_ROUNDS = *[each.numpy() for each in _CONSTANTS], "int16"
-
+# Shifts and multipliers of Wellons' hash lowbias32; as an int32 the second one is negative.
+_ROUNDS = (16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_clear = torch.ops.aten.threshold_backward.grad_input
 
 
 class DropoutMask:
@@ -47,16 +40,11 @@ class DropoutMask:
 
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
+        low, high = seed.view(1).view(torch.int32) * 2 + 1
         rows, self.columns = shape
-        self.p, self.device = p, seed.device
-        # Keys and threshold are arrays in the one case, tensors in the other: both have the
-        # operators that are used here.
-        self.by_numpy = _is_array_s(seed)
-        if self.by_numpy:
-            keys = _array_keys(seed, rows, self.columns, p)
-        else:
-            keys = _tensor_keys(seed, rows, self.columns, p)
-        self.row_keys, self.column_keys, self.threshold = keys
+        self.p, self.least = p, _least(p)
+        self.row_keys = _row_keys(rows, seed).unsqueeze(1) + low
+        self.column_keys = _column_keys(self.columns, seed) + high
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""
@@ -66,97 +54,98 @@ class DropoutMask:
 
     def rows(self, first: int, count: int) -> Tensor:
         """bool [count, columns], from row ``first`` on: true where an element is kept."""
-        if count == 0:  # an empty tensor of 32 bits can't always be viewed as 16 bits
-            return torch.empty(0, self.columns, dtype=torch.bool, device=self.device)
-        row_keys, column_keys = self.row_keys[first : first + count], self.column_keys
-        if not self.by_numpy:
-            return _kept(row_keys ^ column_keys, self.threshold, self.columns, _ROUNDS)
-        # Numpy takes 5 µs for a tile's, row by row, and torch 2.
-        word = torch.from_numpy(row_keys) ^ torch.from_numpy(column_keys)
-        if count * self.columns > GRAIN:
-            # torch shares it out to all threads.
-            return _kept(word, torch.from_numpy(self.threshold), self.columns, _ROUNDS)
-        return torch.from_numpy(_kept(word.numpy(), self.threshold, self.columns, _ARRAY_ROUNDS))
+        return self.row_keys[first : first + count] * self.column_keys >= self.least << 16
+
+    def drop(self, first: int, *tensors: tuple[Tensor, Tensor]) -> None:
+        """For each (x, out): write mask ∘ x [count, columns] to ``out``, which x itself may be.
+
+        Their rows are those of the mask from ``first`` on; all have the same dtype.
+        """
+        x, _ = tensors[0]
+        if x.device.type != "cpu":
+            keep = self.rows(first, len(x))
+            for x, out in tensors:
+                multiply_bits(x, keep, out)
+            return
+        if self.least == -(2**15):  # nothing is dropped, and no threshold says so
+            for x, out in tensors:
+                out.copy_(x)
+            return
+        integer = _INTEGER_OF_SIZE[x.element_size()]
+        words, highest = self._words(first, len(x), integer)
+        for x, out in tensors:
+            _clear(x.view(integer), words, highest, grad_input=out.view(integer))
+
+    def _words(self, first: int, count: int, integer: torch.dtype) -> tuple[Tensor, int]:
+        """[count, columns] in this dtype, until the next call; the highest one that is dropped."""
+        words = SCRATCH.take("words", count, self.columns, torch.int32)
+        torch.mul(self.row_keys[first : first + count], self.column_keys, out=words)
+        if integer == torch.int32:
+            return words, (self.least << 16) - 1
+        upper = torch.bitwise_right_shift(words, 16, out=words)
+        return SCRATCH.take("lanes", count, self.columns, integer).copy_(upper), self.least - 1
 
 
-def _is_array_s(seed: Tensor) -> bool:
-    """Whether numpy can make masks of this seed: on a CPU, where nothing follows operations."""
+def _least(p: float) -> int:
+    """The least upper half of a word that is kept, as the int16 that it is."""
+    return min(round(p * 2**16), 2**16 - 1) - 2**15
+
+
+def _row_keys(rows: int, beside: Tensor) -> Tensor:
+    """int32 [rows] on the device of the tensor beside them: even, without the seed."""
+    if _is_array_s(beside):
+        return torch.from_numpy(_array_keys(rows)[0])
+    return _hash(torch.arange(rows, dtype=torch.int32, device=beside.device))
+
+
+def _column_keys(columns: int, beside: Tensor) -> Tensor:
+    """The same of columns, which have the numbers below 0."""
+    if _is_array_s(beside):
+        return torch.from_numpy(_array_keys(columns)[1])
+    return _hash(~torch.arange(columns, dtype=torch.int32, device=beside.device))
+
+
+@lru_cache(maxsize=32)
+def _array_keys(count: int) -> tuple[Any, Any]:
+    """As many row keys and column keys on a CPU."""
+    numbers = torch.arange(count, dtype=torch.int32, device="cpu")
+    columns = _hash(~numbers)
+    return _hash(numbers).numpy(), columns.numpy()
+
+
+def _hash(numbers: Tensor) -> Tensor:
+    """In the place of each int32, twice a hash of it."""
+    for shift, multiplier in _ROUNDS:
+        numbers ^= (numbers >> shift) & (2 ** (32 - shift) - 1)  # without copies of the sign
+        numbers *= multiplier
+    return numbers.mul_(2)
+
+
+def _is_array_s(tensor: Tensor) -> bool:
+    """Whether numpy can work beside this: on a CPU, where nothing follows operations."""
     followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return seed.is_cpu and not followed
-
-
-def _kept(word: Any, threshold: Any, columns: int, rounds: Any) -> Any:
-    """The mask of row keys ^ column keys, [rows, pairs], which is written over: tensor or array."""
-    first_mix, first_shift, second_mix, second_shift, int16 = rounds
-    word *= first_mix
-    word += word >> first_shift
-    word *= second_mix
-    word += word >> second_shift
-    lanes = word.view(int16)
-    return (lanes if columns % 2 == 0 else lanes[:, :-1]) >= threshold
-
-
-def _array_keys(seed: Tensor, rows: int, columns: int, p: float) -> tuple[Any, Any, Any]:
-    """The keys of rows [rows, 1] and of pairs of columns [pairs]; and the threshold."""
-    row_steps, column_steps, threshold = _arrays(rows, columns, p)
-    number: Any = seed.item()
-    low, high = ((number + 2**31) & (2**32 - 1)) - 2**31, number >> 32
-    return row_steps + low, column_steps + high, threshold
-
-
-def _tensor_keys(seed: Tensor, rows: int, columns: int, p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as tensors, on the seed's device."""
-    row_steps, column_steps, threshold = _unseeded(rows, columns, p, seed.device)
-    low, high = seed.view(1).view(torch.int32)
-    return row_steps + low, column_steps + high, threshold
-
-
-def _unseeded(
-    rows: int, columns: int, p: float, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What all masks of a shape share: their keys [rows, 1] and [pairs], less the seed's halves.
-
-    And the least 16-bit half that is kept, as the int16 with its bits turned to be signed.
-    """
-    row_numbers = torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
-    pairs = torch.arange((columns + 1) // 2, dtype=torch.int32, device=device)
-    least = min(round(p * 2**16), 2**16 - 1) - 2**15
-    threshold = torch.tensor(least, dtype=torch.int16, device="cpu")
-    return row_numbers.mul_(_ROW_STEP), pairs.mul_(_COLUMN_STEP), threshold
-
-
-@lru_cache(maxsize=16)  # at most 4 bytes a row and 2 a column each
-def _arrays(rows: int, columns: int, p: float) -> list[Any]:
-    """The same, as arrays, and kept."""
-    return [each.numpy() for each in _unseeded(rows, columns, p, torch.device("cpu"))]
+    return tensor.is_cpu and not followed
 
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
     rows, columns = shape
-    if 0 < rows * columns <= GRAIN and _is_array_s(seed):  # at once: for few rows each call counts
-        row_keys, column_keys, threshold = _array_keys(seed, rows, columns, p)
-        word = row_keys ^ column_keys
-        return torch.from_numpy(_kept(word, threshold, columns, _ARRAY_ROUNDS))
-    return DropoutMask(seed, shape, p).rows(0, rows)
+    if rows * columns > GRAIN or not _is_array_s(seed):
+        return DropoutMask(seed, shape, p).rows(0, rows)
+    # A few rows' mask is all overhead, and numpy has half of torch's.
+    number = seed.item()
+    row_keys = _array_keys(rows)[0][:, None] + _odd(number)
+    column_keys = _array_keys(columns)[1] + _odd(number >> 32)
+    return torch.from_numpy(row_keys * column_keys >= _least(p) << 16)
 
 
-def as_integers(keep: Tensor, out: Tensor) -> Tensor:
-    """The mask as integers, 1 and 0, of the size of out's elements and in the memory of ``out``.
-
-    From a bool mask torch would make such a tensor in each product, and a new one.
-    """
-    return out.view(_INTEGER_OF_SIZE[out.element_size()]).copy_(keep)
+def _odd(number: Any) -> int:
+    """2 · number + 1 as an int32."""
+    return ((2 * number + 1 + 2**31) & (2**32 - 1)) - 2**31
 
 
-def multiply_bits(x: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
-    """x where ``keep`` is true or 1, +0 where it isn't, by integer arithmetic on the bits of x.
-
-    Several times faster than multiplying or filling by a bool mask; what is dropped is gone, NaN
-    and infinity too.
-    """
+def multiply_bits(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
+    """Write x where ``keep`` is true, and +0 elsewhere, by integer arithmetic on the bits of x."""
     integer = _INTEGER_OF_SIZE[x.element_size()]
-    if out is None:
-        return torch.mul(x.view(integer), keep).view(x.dtype)
     torch.mul(x.view(integer), keep, out=out.view(integer))
     return out

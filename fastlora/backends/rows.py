@@ -8,7 +8,7 @@ from torch import Tensor
 from ..blocks import rows_at_a_time, rows_of_a_tile
 from ..projection import Adapter, Base, Output, per_adapter
 from .bases import add_dy_weight, base_linear
-from .dropout import DropoutMask, as_integers, multiply_bits
+from .dropout import DropoutMask
 from .products import (
     SCRATCH,
     add_product,
@@ -392,7 +392,7 @@ def _through_lora_a(
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
         change = None
         if dx is not None:
-            change = torch.mm(dh_rows, up, out=_scratch("change", x_rows))
+            change = torch.mm(dh_rows, up, out=SCRATCH.take("change", *x_rows.shape, x.dtype))
         dropped = _drop(mask, first, x_rows, change, dx_rows)
         if need_a:
             part = torch.mm(dh_rows.T, dropped)
@@ -406,7 +406,7 @@ def dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> T
         return x
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     for first, x_rows, out_rows in _blocks(x, out):
-        multiply_bits(x_rows, mask.rows(first, len(x_rows)), out=out_rows)
+        mask.drop(first, (x_rows, out_rows))
     return out
 
 
@@ -433,23 +433,14 @@ def _drop(
     ``change`` is written over.
     """
     step = rows_of_a_tile(x)
-    dropped = _scratch("dropped", x)
+    dropped = SCRATCH.take("dropped", *x.shape, x.dtype)
     for start in range(0, len(x), step):
-        rows = slice(start, min(start + step, len(x)))
-        keep = mask.rows(first + start, rows.stop - start)
-        if dropped is not None:  # it lies where the result will
-            keep = as_integers(keep, dropped[rows])
+        rows = slice(start, start + step)
+        pairs = [(rows_of(x, rows), rows_of(dropped, rows))]
+        if change is not None:
+            part = rows_of(change, rows)
+            pairs.append((part, part))
+        mask.drop(first + start, *pairs)
         if change is not None and dx is not None:
-            dx[rows].add_(multiply_bits(change[rows], keep, out=change[rows]))
-        if dropped is None:
-            return multiply_bits(x, keep)
-        multiply_bits(x[rows], keep, out=dropped[rows])
-    return x if dropped is None else dropped
-
-
-def _scratch(use: str, x: Tensor) -> Tensor | None:
-    """A buffer like a block x of several tiles: fresh pages would cost more than the work."""
-    if len(x) <= rows_of_a_tile(x):
-        return None
-    rows, columns = x.shape
-    return SCRATCH.take(use, rows, columns, x.dtype)
+            rows_of(dx, rows).add_(part)
+    return dropped

@@ -105,14 +105,29 @@ def test_numpy_s_masks_are_torch_s(number, columns):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_multiply_bits_keeps_or_clears(dtype):
+    """As a GPU does it."""
     x = torch.tensor([[1.5, -2.0, float("nan"), float("inf"), -0.0, float("nan")]]).to(dtype)
-    keep = torch.tensor([[1, 0, 0, 0, 0, 1]], dtype=torch.int16)
-    out = multiply_bits(x, keep)
-    assert out.dtype == dtype
+    keep = torch.tensor([[True, False, False, False, False, True]])
+    out = multiply_bits(x, keep, torch.empty_like(x))
     assert out[0, 0] == 1.5
     assert torch.equal(out[0, 1:5], torch.zeros(4, dtype=dtype))
     assert not out[0, 1:5].signbit().any()
     assert out[0, 5].isnan()
+
+
+@pytest.mark.parametrize("p", [0.0, 2**-17, 0.3, 0.999999])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_drop_is_the_mask(dtype, p):
+    """Rows from any on, with strides, to another tensor and in place; what is dropped is +0."""
+    mask, x = DropoutMask(seed_of(4), (70, 33), p), torch.randn(20, 40).to(dtype)[:, :33]
+    x[::3], x[1::3] = float("nan"), -float("inf")
+    other, out = x.clone(), torch.empty_like(x)
+    mask.drop(50, (x, out), (other, other))
+    kept = dropout_mask(seed_of(4), (70, 33), p)[50:]
+    expected = torch.where(kept, x, torch.zeros_like(x))
+    for found in (out, other):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert not found[~kept].signbit().any()
 
 
 @pytest.mark.usefixtures("backend")
@@ -168,13 +183,13 @@ def test_dropout_keeps_the_mean():
 
 def test_a_mask_waits_for_no_other_thread(monkeypatch):
     """torch shares out operations of more than 2¹⁵ elements, and waits for all threads."""
-    sizes, rows = [], DropoutMask.rows
+    sizes, drop = [], DropoutMask.drop
 
-    def watch(self, first, count):
-        sizes.append(count * self.columns)
-        return rows(self, first, count)
+    def watch(self, first, *tensors):
+        sizes.append(tensors[0][0].numel())
+        drop(self, first, *tensors)
 
-    monkeypatch.setattr(DropoutMask, "rows", watch)
+    monkeypatch.setattr(DropoutMask, "drop", watch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = torch.randn(300, 1000, requires_grad=True)
     fastlora.lora_linear(

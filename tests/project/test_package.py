@@ -33,7 +33,7 @@ ORDER_INSIDE = {
     ],
     "reference": ["lora", "dora", "gated", "grouped", "multi"],
     "backends": [
-        "protocol", "dropout", "products", "bases", "gated", "rows", "grouped", "multi", "torch",
+        "protocol", "products", "dropout", "bases", "gated", "rows", "grouped", "multi", "torch",
         "triton",
     ],
     "triton": ["cover", "packed", "layer", "grouped", "multi", "gated"],
