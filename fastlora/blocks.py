@@ -6,15 +6,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Elements in one block of dropout, or of what is made float32 for a while.  On 2 cores with 1 MiB
-# of L2 cache each, dropout with 2^20 took 0.84 ms for 4 Mi elements of bfloat16, 2^18 took 1.15 ms;
-# where a launch costs more than memory does, blocks are larger.
+# Elements in one block of dropout, or of what is made float32 for a while.  On a CPU fewer save no
+# time and are more often waited for by all threads (docs/performance.md); where a launch costs more
+# than memory does, blocks are larger.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
-
-# torch shares out what has more elements than this, and waits for all threads at the end: on a busy
-# machine for one that isn't scheduled, each time.  So a tile is what one thread takes; with many
-# threads it is what each of them takes, since then one alone would be too slow (that is modelled).
-GRAIN, _MANY_THREADS = 2**15, 8
 
 
 def rows_at_a_time(x: Tensor) -> int:
@@ -25,14 +20,6 @@ def rows_at_a_time(x: Tensor) -> int:
 def block_of_rows(device: torch.device, columns: int) -> int:
     """How many rows of so many columns make a block there."""
     return max(1, (_CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // columns)
-
-
-def rows_of_a_tile(x: Tensor) -> int:
-    """How many rows of x an elementwise operation should take at once, in a loop over a block."""
-    if x.device.type != "cpu":
-        return rows_at_a_time(x)
-    threads = torch.get_num_threads()
-    return max(1, GRAIN * (1 if threads < _MANY_THREADS else threads) // x.shape[-1])
 
 
 class Source(Protocol):

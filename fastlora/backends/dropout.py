@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import GRAIN
-from .products import SCRATCH
+from .products import matrix_like
 
 # Shifts and multipliers of Wellons' hash lowbias32; as an int32 the second one is negative.
 _ROUNDS = (16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FEW = 2**15  # elements of a mask that numpy makes faster than torch's threads
 _clear = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -41,10 +41,10 @@ class DropoutMask:
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
         low, high = seed.view(1).view(torch.int32) * 2 + 1
-        rows, self.columns = shape
+        rows, columns = shape
         self.p, self.least = p, _least(p)
-        self.row_keys = _row_keys(rows, seed).unsqueeze(1) + low
-        self.column_keys = _column_keys(self.columns, seed) + high
+        self.row_keys = _keys("rows", rows, seed).unsqueeze(1) + low
+        self.column_keys = _keys("columns", columns, seed) + high
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""
@@ -62,7 +62,7 @@ class DropoutMask:
         Their rows are those of the mask from ``first`` on; all have the same dtype.
         """
         x, _ = tensors[0]
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             keep = self.rows(first, len(x))
             for x, out in tensors:
                 multiply_bits(x, keep, out)
@@ -72,18 +72,13 @@ class DropoutMask:
                 out.copy_(x)
             return
         integer = _INTEGER_OF_SIZE[x.element_size()]
-        words, highest = self._words(first, len(x), integer)
+        words, highest = matrix_like("words", x, torch.int32), (self.least << 16) - 1
+        torch.mul(self.row_keys[first : first + len(x)], self.column_keys, out=words)
+        if integer != torch.int32:
+            words, highest = words.bitwise_right_shift_(16), self.least - 1
+            words = matrix_like("halves", x, integer).copy_(words)
         for x, out in tensors:
             _clear(x.view(integer), words, highest, grad_input=out.view(integer))
-
-    def _words(self, first: int, count: int, integer: torch.dtype) -> tuple[Tensor, int]:
-        """[count, columns] in this dtype, until the next call; the highest one that is dropped."""
-        words = SCRATCH.take("words", count, self.columns, torch.int32)
-        torch.mul(self.row_keys[first : first + count], self.column_keys, out=words)
-        if integer == torch.int32:
-            return words, (self.least << 16) - 1
-        upper = torch.bitwise_right_shift(words, 16, out=words)
-        return SCRATCH.take("lanes", count, self.columns, integer).copy_(upper), self.least - 1
 
 
 def _least(p: float) -> int:
@@ -91,26 +86,22 @@ def _least(p: float) -> int:
     return min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
-def _row_keys(rows: int, beside: Tensor) -> Tensor:
-    """int32 [rows] on the device of the tensor beside them: even, without the seed."""
-    if _is_array_s(beside):
-        return torch.from_numpy(_array_keys(rows)[0])
-    return _hash(torch.arange(rows, dtype=torch.int32, device=beside.device))
-
-
-def _column_keys(columns: int, beside: Tensor) -> Tensor:
-    """The same of columns, which have the numbers below 0."""
-    if _is_array_s(beside):
-        return torch.from_numpy(_array_keys(columns)[1])
-    return _hash(~torch.arange(columns, dtype=torch.int32, device=beside.device))
+def _keys(of: str, count: int, seed: Tensor) -> Tensor:
+    """int32 [count] of so many "rows" or "columns", even, where the seed is; not yet seeded."""
+    if _is_array_s(seed):
+        return torch.from_numpy(_array_keys(of, count))
+    return _new_keys(of, count, seed.device)
 
 
 @lru_cache(maxsize=32)
-def _array_keys(count: int) -> tuple[Any, Any]:
-    """As many row keys and column keys on a CPU."""
-    numbers = torch.arange(count, dtype=torch.int32, device="cpu")
-    columns = _hash(~numbers)
-    return _hash(numbers).numpy(), columns.numpy()
+def _array_keys(of: str, count: int) -> Any:
+    return _new_keys(of, count, torch.device("cpu")).numpy()
+
+
+def _new_keys(of: str, count: int, device: torch.device) -> Tensor:
+    """Columns have the numbers below 0."""
+    numbers = torch.arange(count, dtype=torch.int32, device=device)
+    return _hash(~numbers if of == "columns" else numbers)
 
 
 def _hash(numbers: Tensor) -> Tensor:
@@ -130,12 +121,12 @@ def _is_array_s(tensor: Tensor) -> bool:
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
     rows, columns = shape
-    if rows * columns > GRAIN or not _is_array_s(seed):
+    if rows * columns > _FEW or not _is_array_s(seed):
         return DropoutMask(seed, shape, p).rows(0, rows)
     # A few rows' mask is all overhead, and numpy has half of torch's.
     number = seed.item()
-    row_keys = _array_keys(rows)[0][:, None] + _odd(number)
-    column_keys = _array_keys(columns)[1] + _odd(number >> 32)
+    row_keys = _array_keys("rows", rows)[:, None] + _odd(number)
+    column_keys = _array_keys("columns", columns) + _odd(number >> 32)
     return torch.from_numpy(row_keys * column_keys >= _least(p) << 16)
 
 

@@ -145,6 +145,17 @@ class _Scratch(threading.local):
 SCRATCH = _Scratch()
 
 
+def matrix_like(use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A matrix of x's shape, with anything in it, until the next one for this use is taken.
+
+    On a CPU the thread's own, but for tensors that a mode follows: those may not be real.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    if x.is_cpu and not torch._C._len_torch_dispatch_stack():
+        return SCRATCH.take(use, *x.shape, dtype)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def wide_rows(x: Tensor, fewest: int | None = None) -> list[slice]:
     """The blocks of x's rows in which a wide call goes."""
     fewest = _FEWEST_ROWS if fewest is None else fewest

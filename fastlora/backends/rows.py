@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import rows_at_a_time, rows_of_a_tile
+from ..blocks import rows_at_a_time
 from ..projection import Adapter, Base, Output, per_adapter
 from .bases import add_dy_weight, base_linear
 from .dropout import DropoutMask
@@ -15,6 +15,7 @@ from .products import (
     are_wide,
     cast,
     h_dtype,
+    matrix_like,
     product,
     rows_of,
     thin_gradient,
@@ -392,7 +393,7 @@ def _through_lora_a(
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
         change = None
         if dx is not None:
-            change = torch.mm(dh_rows, up, out=SCRATCH.take("change", *x_rows.shape, x.dtype))
+            change = torch.mm(dh_rows, up, out=matrix_like("change", x_rows))
         dropped = _drop(mask, first, x_rows, change, dx_rows)
         if need_a:
             part = torch.mm(dh_rows.T, dropped)
@@ -432,15 +433,10 @@ def _drop(
 
     ``change`` is written over.
     """
-    step = rows_of_a_tile(x)
-    dropped = SCRATCH.take("dropped", *x.shape, x.dtype)
-    for start in range(0, len(x), step):
-        rows = slice(start, start + step)
-        pairs = [(rows_of(x, rows), rows_of(dropped, rows))]
-        if change is not None:
-            part = rows_of(change, rows)
-            pairs.append((part, part))
-        mask.drop(first + start, *pairs)
-        if change is not None and dx is not None:
-            rows_of(dx, rows).add_(part)
+    dropped = matrix_like("dropped", x)
+    if change is None or dx is None:
+        mask.drop(first, (x, dropped))
+    else:
+        mask.drop(first, (x, dropped), (change, change))
+        dx.add_(change)
     return dropped
