@@ -124,7 +124,7 @@ def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     if rows * columns > _FEW or not _is_array_s(seed):
         return DropoutMask(seed, shape, p).rows(0, rows)
     # A few rows' mask is all overhead, and numpy has half of torch's.
-    number = seed.item()
+    number: Any = seed.item()
     row_keys = _array_keys("rows", rows)[:, None] + _odd(number)
     column_keys = _array_keys("columns", columns) + _odd(number >> 32)
     return torch.from_numpy(row_keys * column_keys >= _least(p) << 16)

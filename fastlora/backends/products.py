@@ -152,7 +152,7 @@ def matrix_like(use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor
     """
     dtype = x.dtype if dtype is None else dtype
     if x.is_cpu and not torch._C._len_torch_dispatch_stack():
-        return SCRATCH.take(use, *x.shape, dtype)
+        return SCRATCH.take(use, x.shape[0], x.shape[1], dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
