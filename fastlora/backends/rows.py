@@ -127,10 +127,21 @@ def _gradients_of_adapters(
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, _Gradients]:
     """dx, if it is needed, and for each output its adapters' gradients, none without a dy."""
-    dx, found = _base_dx(dys, x, outputs, into) if needs_x else None, []
+    dx = None
+    if needs_x:
+        dx = x.new_empty(x.shape) if into is None else into
+    found: _Gradients = []
+    # The adapters' parts of dx first: what dropout leaves of one is then never added in a pass.
+    beta = 0.0
     for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
-        per_one = zip(output.adapters, need.adapters, thin, some, strict=True)
-        found.append([] if dy is None else [_adapter_gradients(dy, x, *one, dx) for one in per_one])
+        found.append([])
+        if dy is None:
+            continue
+        for one in zip(output.adapters, need.adapters, thin, some, strict=True):
+            found[-1].append(_adapter_gradients(dy, x, *one, dx, beta))
+            beta = 1.0
+    if dx is not None:
+        _add_base_dx(dx, dys, outputs, beta)
     return dx, found
 
 
@@ -264,14 +275,16 @@ def _adapter_gradients(
     h: Tensor,
     mask: DropoutMask | None,
     dx: Tensor | None,
+    beta: float = 1.0,
 ) -> Adapter[Tensor | None]:
+    """As :func:`adapter_gradients`; with ``beta`` 0 dx is written over, and not added to."""
     dtype = _adapter_dtype(x, adapter)
     lora_b = cast(adapter.lora_b, dtype) if need.lora_a or dx is not None else None
     own_h = cast(h, dtype) if need.lora_b else None
     dh, d_lora_b = _through_lora_b(dy, lora_b, own_h, factor_of(adapter, mask), dtype)
     d_lora_a = None
     if dh is not None:
-        d_lora_a = _through_lora_a(cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a)
+        d_lora_a = _through_lora_a(cast(x, dtype), dh, adapter.lora_a, mask, dx, need.lora_a, beta)
     return Adapter(d_lora_a, cast(d_lora_b, adapter.lora_b.dtype))
 
 
@@ -352,26 +365,22 @@ def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> T
         return product(x, down, factor)
     h = x.new_empty(x.shape[0], down.shape[1])
     for first, x_rows, h_rows in _blocks(x, h):
-        product(_drop(mask, first, x_rows), down, factor, out=h_rows)
+        dropped = matrix_like("dropped", x_rows)
+        mask.drop(first, (x_rows, dropped))
+        product(dropped, down, factor, out=h_rows)
     return h
 
 
-def _base_dx(
-    dys: Sequence[Tensor | None],
-    x: Tensor,
-    outputs: Sequence[Output[Tensor]],
-    into: Tensor | None,
-) -> Tensor:
-    """Σ dy weight over the outputs, [M, K]."""
-    used = [
-        (dy, output.base.weight) for dy, output in zip(dys, outputs, strict=True) if dy is not None
-    ]
-    if not used:
-        return x.new_zeros(x.shape)
-    dx = x.new_empty(x.shape) if into is None else into
-    for i, (dy, weight) in enumerate(used):
-        add_dy_weight(dx, dy, weight, float(i > 0))
-    return dx
+def _add_base_dx(
+    dx: Tensor, dys: Sequence[Tensor | None], outputs: Sequence[Output[Tensor]], beta: float
+) -> None:
+    """dx = beta · dx + Σ dy weight over the outputs."""
+    for dy, output in zip(dys, outputs, strict=True):
+        if dy is not None:
+            add_dy_weight(dx, dy, output.base.weight, beta)
+            beta = 1.0
+    if not beta:
+        dx.zero_()
 
 
 def _through_lora_a(
@@ -381,22 +390,33 @@ def _through_lora_a(
     mask: DropoutMask | None,
     dx: Tensor | None,
     need_a: bool,
+    beta: float,
 ) -> Tensor | None:
-    """Add mask ∘ (dh lora_a) onto dx, if there is one; return dhᵀ (mask ∘ x), if it is needed."""
+    """dx = beta · dx + mask ∘ (dh lora_a), if there is one; dhᵀ (mask ∘ x), if it is needed."""
     up = cast(lora_a, x.dtype)
+    if dx is not None and not beta and dx.dtype != x.dtype:
+        dx.zero_()
+        beta = 1.0
     if mask is None:
-        if dx is not None:
+        if dx is not None and beta:
             add_product(dx, dh, up)
+        elif dx is not None:
+            torch.mm(dh, up, out=dx)
         return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
-        change = None
+        pairs = []
         if dx is not None:
-            change = torch.mm(dh_rows, up, out=matrix_like("change", x_rows))
-        dropped = _drop(mask, first, x_rows, change, dx_rows)
+            change = matrix_like("change", x_rows) if beta else dx_rows
+            pairs.append((torch.mm(dh_rows, up, out=change), change))
         if need_a:
-            part = torch.mm(dh_rows.T, dropped)
+            pairs.append((x_rows, matrix_like("dropped", x_rows)))
+        mask.drop(first, *pairs)
+        if dx is not None and beta:
+            dx_rows.add_(change)
+        if need_a:
+            part = torch.mm(dh_rows.T, pairs[-1][1])
             d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
     return cast(d_lora_a, lora_a.dtype)
 
@@ -420,23 +440,3 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     for first in range(0, len(x), step):
         rows = slice(first, first + step)
         yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
-
-
-def _drop(
-    mask: DropoutMask,
-    first: int,
-    x: Tensor,
-    change: Tensor | None = None,
-    dx: Tensor | None = None,
-) -> Tensor:
-    """mask ∘ x of a block from row ``first`` on, until the next call; dx += mask ∘ change.
-
-    ``change`` is written over.
-    """
-    dropped = matrix_like("dropped", x)
-    if change is None or dx is None:
-        mask.drop(first, (x, dropped))
-    else:
-        mask.drop(first, (x, dropped), (change, change))
-        dx.add_(change)
-    return dropped

@@ -113,7 +113,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     """A first layer's x needs no dx, which is as dear as the forward."""
     from fastlora.backends import rows
 
-    monkeypatch.setattr(rows, "_base_dx", lambda *_: pytest.fail("nobody asked for dx"))
+    monkeypatch.setattr(rows, "_add_base_dx", lambda *_: pytest.fail("nobody asked for dx"))
     make_layer()(torch.randn(3, 12)).sum().backward()
 
 
