@@ -126,15 +126,14 @@ def keep_tile(
 
 @triton.jit
 def _key(o_number, half):
-    """Wellons' hash lowbias32 of each int32, plus half of a seed; made odd."""
+    """A hash of each int32, plus half of a seed; made odd."""
     FIRST_MIX: tl.constexpr = 0x7FEB352D
     SECOND_MIX: tl.constexpr = 0x846CA68B
     word = o_number.to(tl.uint32)
-    word ^= word >> 16
     word *= FIRST_MIX
-    word ^= word >> 15
-    word *= SECOND_MIX
     word ^= word >> 16
+    word *= SECOND_MIX
+    word ^= word >> 15
     return (word.to(tl.int32) + half) * 2 + 1
 
 

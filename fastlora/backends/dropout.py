@@ -28,8 +28,8 @@ from torch import Tensor
 
 from .products import matrix_like
 
-# Shifts and multipliers of Wellons' hash lowbias32; as an int32 the second one is negative.
-_ROUNDS = (16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)
+# Multipliers and shifts, from Wellons' hash lowbias32; as an int32 the second one is negative.
+_ROUNDS = (0x7FEB352D, 16), (0x846CA68B - 2**32, 15)
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FEW = 2**15  # elements of a mask that numpy makes faster than torch's threads
 _clear = torch.ops.aten.threshold_backward.grad_input
@@ -106,9 +106,9 @@ def _new_keys(of: str, count: int, device: torch.device) -> Tensor:
 
 def _hash(numbers: Tensor) -> Tensor:
     """In the place of each int32, twice a hash of it."""
-    for shift, multiplier in _ROUNDS:
-        numbers ^= (numbers >> shift) & (2 ** (32 - shift) - 1)  # without copies of the sign
+    for multiplier, shift in _ROUNDS:
         numbers *= multiplier
+        numbers ^= (numbers >> shift) & (2 ** (32 - shift) - 1)  # without copies of the sign
     return numbers.mul_(2)
 
 

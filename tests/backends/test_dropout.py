@@ -57,6 +57,18 @@ def test_no_correlation_between_drawn_seeds():
         assert abs(correlation(first[:, 2:], second[:, :-2])) < 4.5
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("number", [0, 1, 2**35 + 1, 123456789012345])
+def test_no_two_rows_and_no_two_columns_are_alike(number, p):
+    """All pairs: the correlations scatter as those of independent draws, and none stands out."""
+    mask = (dropout_mask(seed_of(number), (1024, 1024), p).double() - (1 - p)) / math.sqrt(p - p * p)
+    for each in (mask, mask.T):
+        pairs = (each @ each.T / math.sqrt(1024))[torch.triu(torch.ones(1024, 1024), 1).bool()]
+        assert abs(pairs.square().mean().item() - 1) < 0.02
+        assert pairs.abs().max().item() < 8
+        assert abs(pairs.mean().item()) < 4.5 / math.sqrt(pairs.numel())
+
+
 def test_squares_of_four_are_independent():
     """Parity of rectangles' corners, which row key + column key without mixing would fail."""
     mask = dropout_mask(seed_of(11), (1024, 1024), 0.5).int()
