@@ -116,5 +116,6 @@ def last_error() -> str:
 
 if __name__ in ("__main__", "__mp_main__"):  # python tree.py ROOT MODULE DEVICE; its processes
     import_from(Path(sys.argv[1]))
+    sys.path.append(str(ROOT / "tests" / "support"))  # as pytest has it: makers of vendors' layers
 if __name__ == "__main__":
     serve(import_module(sys.argv[2]).Served(sys.argv[3]))

@@ -116,17 +116,20 @@ def keep_tile(
 ):
     """Which elements of a tile dropout keeps: a function of (seed, row, column) alone.
 
-    ``seed`` is an int64, ``threshold`` from :func:`dropout_threshold`.  An element's word is the
-    product of a row's key and a column's: fastlora/backends/dropout.py explains it.
+    ``seed`` is an int64, ``i_column`` even, ``threshold`` from :func:`dropout_threshold`.  An
+    element's word is the product of two keys: fastlora/backends/dropout.py explains it.
     """
-    row_keys = _key(i_row + tl.arange(0, BLOCK_ROWS), seed.to(tl.int32))
-    column_keys = _key(~(i_column + tl.arange(0, BLOCK_COLUMNS)), (seed >> 32).to(tl.int32))
+    OF_THE_SECOND: tl.constexpr = 0x2C9277B5
+    row_keys = _hash(i_row + tl.arange(0, BLOCK_ROWS)) ^ (seed.to(tl.int32) * 2 + 1)
+    pairs = _hash(~(i_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)))
+    column_hashes = tl.join(pairs, pairs * OF_THE_SECOND).reshape(BLOCK_COLUMNS)
+    column_keys = column_hashes ^ ((seed >> 32).to(tl.int32) * 2 + 1)
     return row_keys[:, None] * column_keys[None, :] >= threshold  # [BLOCK_ROWS, BLOCK_COLUMNS]
 
 
 @triton.jit
-def _key(o_number, half):
-    """A hash of each int32, plus half of a seed; made odd."""
+def _hash(o_number):
+    """Twice a hash of each int32."""
     FIRST_MIX: tl.constexpr = 0x7FEB352D
     SECOND_MIX: tl.constexpr = 0x846CA68B
     word = o_number.to(tl.uint32)
@@ -134,7 +137,7 @@ def _key(o_number, half):
     word ^= word >> 16
     word *= SECOND_MIX
     word ^= word >> 15
-    return (word.to(tl.int32) + half) * 2 + 1
+    return word.to(tl.int32) * 2
 
 
 def dropout_threshold(p: float) -> int:

@@ -1,21 +1,19 @@
 """The dropout mask: a function of (seed, row, column), however the rows are cut into blocks.
 
-Every row and every column has a key of 32 bits: a hash of its number, plus the low half of the seed
-or the high one, made odd.  An element's word is the product of its two keys, and it is kept where
-the upper half of the word, as a number in [0, 2¹⁶), is at least round(p · 2¹⁶): so the probability
-is right to 2⁻¹⁶ (a p beyond 0.999 is coarse).  An element costs one multiplication; the hashes are
-those of a row and of a column.
+Every row and every column has an odd key of 32 bits, 2 · (hash of its number ^ half the seed) + 1:
+rows with the lower half, columns with the upper one.  An element's word is the product of its two
+keys, modulo 2³².  It is kept where the word's upper half, read as an int16, is at least
+round(p · 2¹⁶) - 2¹⁵: so the probability is right to 2⁻¹⁶ (a p beyond 0.999 is coarse).  An element
+costs one multiplication; the hashes are those of a row and of a pair of columns.
 
-Modulo 2³² a row's words are a permutation of the columns' keys, and those of two rows are as good
-as independent: i · word = j · word of the other holds throughout only if it holds for their keys,
-which for i and j up to n is so for about n² of 2³⁰ pairs.  The same goes for columns.  What isn't
-independent are the words at all four corners of a rectangle; the bits of a mask don't show it.
-This makes masks; it is not a source of random numbers for anything else.
+Two rows are correlated if the ratio of their keys, modulo 2³², is one of small numbers, and so are
+two columns: with about n² of 2³⁰ pairs it is one of numbers up to n, and some of 2³¹ have one key.
+This makes masks, from seeds whose 64 bits are all drawn; it is not a source of random numbers for
+anything else.
 
 All of it is integer arithmetic that wraps, on whole tensors: it runs on any device and never reads
-the seed back to the host.  On a CPU an element is cleared by ``threshold_backward``, in one pass
-over integers of its size: several times faster than by a bool mask.  What is dropped is gone, NaN
-and infinity too.
+the seed back to the host.  On a CPU elements are cleared by ``threshold_backward``, in one pass
+over integers of their size: several times faster than by a bool mask.
 """
 
 from collections.abc import Sequence
@@ -30,9 +28,12 @@ from .products import matrix_like
 
 # Multipliers and shifts, from Wellons' hash lowbias32; as an int32 the second one is negative.
 _ROUNDS = (0x7FEB352D, 16), (0x846CA68B - 2**32, 15)
+# Two columns beside each other share a hash; the second one's is multiplied by this, from PCG.
+_OF_THE_SECOND = 0x2C9277B5
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FEW = 2**15  # elements of a mask that numpy makes faster than torch's threads
-_clear = torch.ops.aten.threshold_backward.grad_input
+_FEW = 2**15  # elements of a mask that numpy makes in half of torch's time: it is all overhead
+# out = x where word > highest, else 0
+_keep_above = torch.ops.aten.threshold_backward.grad_input
 
 
 class DropoutMask:
@@ -40,11 +41,11 @@ class DropoutMask:
 
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
-        low, high = seed.view(1).view(torch.int32) * 2 + 1
-        rows, columns = shape
         self.p, self.least = p, _least(p)
-        self.row_keys = _keys("rows", rows, seed).unsqueeze(1) + low
-        self.column_keys = _keys("columns", columns, seed) + high
+        if _takes_numpy(seed):
+            self.row_keys, self.column_keys = map(torch.from_numpy, _array_keys(seed, shape))
+        else:
+            self.row_keys, self.column_keys = _tensor_keys(seed, shape)
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""
@@ -59,7 +60,8 @@ class DropoutMask:
     def drop(self, first: int, *tensors: tuple[Tensor, Tensor]) -> None:
         """For each (x, out): write mask ∘ x [count, columns] to ``out``, which x itself may be.
 
-        Their rows are those of the mask from ``first`` on; all have the same dtype.
+        Their rows are those of the mask from ``first`` on; all have the same dtype.  What is
+        dropped is gone, NaN and infinity too.
         """
         x, _ = tensors[0]
         if not x.is_cpu:
@@ -67,7 +69,7 @@ class DropoutMask:
             for x, out in tensors:
                 multiply_bits(x, keep, out)
             return
-        if self.least == -(2**15):  # nothing is dropped, and no threshold says so
+        if self.least == -(2**15):  # nothing is dropped, for no word is below that
             for x, out in tensors:
                 out.copy_(x)
             return
@@ -78,7 +80,7 @@ class DropoutMask:
             words, highest = words.bitwise_right_shift_(16), self.least - 1
             words = matrix_like("halves", x, integer).copy_(words)
         for x, out in tensors:
-            _clear(x.view(integer), words, highest, grad_input=out.view(integer))
+            _keep_above(x.view(integer), words, highest, grad_input=out.view(integer))
 
 
 def _least(p: float) -> int:
@@ -86,22 +88,40 @@ def _least(p: float) -> int:
     return min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
-def _keys(of: str, count: int, seed: Tensor) -> Tensor:
-    """int32 [count] of so many "rows" or "columns", even, where the seed is; not yet seeded."""
-    if _is_array_s(seed):
-        return torch.from_numpy(_array_keys(of, count))
-    return _new_keys(of, count, seed.device)
+def _tensor_keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """int32 [rows, 1] and [columns]: the keys, on the seed's device."""
+    rows, columns = shape
+    low, high = seed.view(1).view(torch.int32) * 2 + 1
+    row_hashes = _hashes("rows", rows, seed.device).unsqueeze(1)
+    return row_hashes ^ low, _hashes("columns", columns, seed.device) ^ high
 
 
-@lru_cache(maxsize=32)
-def _array_keys(of: str, count: int) -> Any:
-    return _new_keys(of, count, torch.device("cpu")).numpy()
+def _array_keys(seed: Tensor, shape: Sequence[int]) -> tuple[Any, Any]:
+    """The same as arrays, of a seed on a CPU."""
+    rows, columns = shape
+    number: Any = seed.item()
+    row_hashes = _array_hashes("rows", rows.bit_length())[:rows, None]
+    column_hashes = _array_hashes("columns", columns.bit_length())[:columns]
+    return row_hashes ^ _odd(number), column_hashes ^ _odd(number >> 32)
 
 
-def _new_keys(of: str, count: int, device: torch.device) -> Tensor:
-    """Columns have the numbers below 0."""
-    numbers = torch.arange(count, dtype=torch.int32, device=device)
-    return _hash(~numbers if of == "columns" else numbers)
+def _odd(half: int) -> int:
+    """2 · half + 1, as an int32."""
+    return ((2 * half + 1 + 2**31) & (2**32 - 1)) - 2**31
+
+
+@lru_cache(maxsize=64)
+def _array_hashes(of: str, bits: int) -> Any:
+    """Of all numbers with so many bits, of which any count takes the first."""
+    return _hashes(of, 2**bits, torch.device("cpu")).numpy()
+
+
+def _hashes(of: str, count: int, device: torch.device) -> Tensor:
+    """int32 [count] of so many "rows" or "columns": even."""
+    if of == "rows":
+        return _hash(torch.arange(count, dtype=torch.int32, device=device))
+    pairs = _hash(~torch.arange((count + 1) // 2, dtype=torch.int32, device=device))
+    return torch.stack([pairs, pairs * _OF_THE_SECOND], 1).flatten()[:count]
 
 
 def _hash(numbers: Tensor) -> Tensor:
@@ -112,7 +132,7 @@ def _hash(numbers: Tensor) -> Tensor:
     return numbers.mul_(2)
 
 
-def _is_array_s(tensor: Tensor) -> bool:
+def _takes_numpy(tensor: Tensor) -> bool:
     """Whether numpy can work beside this: on a CPU, where nothing follows operations."""
     followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return tensor.is_cpu and not followed
@@ -121,18 +141,10 @@ def _is_array_s(tensor: Tensor) -> bool:
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
     rows, columns = shape
-    if rows * columns > _FEW or not _is_array_s(seed):
+    if rows * columns > _FEW or not _takes_numpy(seed):
         return DropoutMask(seed, shape, p).rows(0, rows)
-    # A few rows' mask is all overhead, and numpy has half of torch's.
-    number: Any = seed.item()
-    row_keys = _array_keys("rows", rows)[:, None] + _odd(number)
-    column_keys = _array_keys("columns", columns) + _odd(number >> 32)
+    row_keys, column_keys = _array_keys(seed, shape)
     return torch.from_numpy(row_keys * column_keys >= _least(p) << 16)
-
-
-def _odd(number: Any) -> int:
-    """2 · number + 1 as an int32."""
-    return ((2 * number + 1 + 2**31) & (2**32 - 1)) - 2**31
 
 
 def multiply_bits(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ SCRATCH = _Scratch()
 def matrix_like(use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A matrix of x's shape, with anything in it, until the next one for this use is taken.
 
-    On a CPU the thread's own, but for tensors that a mode follows: those may not be real.
+    On a CPU it is the thread's own, but under a dispatch mode: there tensors may be fake.
     """
     dtype = x.dtype if dtype is None else dtype
     if x.is_cpu and not torch._C._len_torch_dispatch_stack():

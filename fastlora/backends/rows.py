@@ -131,7 +131,8 @@ def _gradients_of_adapters(
     if needs_x:
         dx = x.new_empty(x.shape) if into is None else into
     found: _Gradients = []
-    # The adapters' parts of dx first: what dropout leaves of one is then never added in a pass.
+    # The first adapter's part is written into dx as it is, and the base's product added on top, in
+    # its accumulator: a pass less than the other way round.
     beta = 0.0
     for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
         found.append([])
@@ -394,7 +395,7 @@ def _through_lora_a(
 ) -> Tensor | None:
     """dx = beta · dx + mask ∘ (dh lora_a), if there is one; dhᵀ (mask ∘ x), if it is needed."""
     up = cast(lora_a, x.dtype)
-    if dx is not None and not beta and dx.dtype != x.dtype:
+    if dx is not None and not beta and dx.dtype != x.dtype:  # a product can't be written into it
         dx.zero_()
         beta = 1.0
     if mask is None:
@@ -406,17 +407,18 @@ def _through_lora_a(
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
-        pairs = []
+        pairs, change, dropped = [], dx_rows, None
         if dx is not None:
             change = matrix_like("change", x_rows) if beta else dx_rows
             pairs.append((torch.mm(dh_rows, up, out=change), change))
         if need_a:
-            pairs.append((x_rows, matrix_like("dropped", x_rows)))
+            dropped = matrix_like("dropped", x_rows)
+            pairs.append((x_rows, dropped))
         mask.drop(first, *pairs)
-        if dx is not None and beta:
+        if change is not dx_rows:
             dx_rows.add_(change)
-        if need_a:
-            part = torch.mm(dh_rows.T, pairs[-1][1])
+        if dropped is not None:
+            part = torch.mm(dh_rows.T, dropped)
             d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
     return cast(d_lora_a, lora_a.dtype)
 

@@ -61,7 +61,9 @@ def test_no_correlation_between_drawn_seeds():
 @pytest.mark.parametrize("number", [0, 1, 2**35 + 1, 123456789012345])
 def test_no_two_rows_and_no_two_columns_are_alike(number, p):
     """All pairs: the correlations scatter as those of independent draws, and none stands out."""
-    mask = (dropout_mask(seed_of(number), (1024, 1024), p).double() - (1 - p)) / math.sqrt(p - p * p)
+    mask = (dropout_mask(seed_of(number), (1024, 1024), p).double() - (1 - p)) / math.sqrt(
+        p - p * p
+    )
     for each in (mask, mask.T):
         pairs = (each @ each.T / math.sqrt(1024))[torch.triu(torch.ones(1024, 1024), 1).bool()]
         assert abs(pairs.square().mean().item() - 1) < 0.02
@@ -70,7 +72,7 @@ def test_no_two_rows_and_no_two_columns_are_alike(number, p):
 
 
 def test_squares_of_four_are_independent():
-    """Parity of rectangles' corners, which row key + column key without mixing would fail."""
+    """Parity of rectangles' corners, which row key + column key would fail."""
     mask = dropout_mask(seed_of(11), (1024, 1024), 0.5).int()
     for rows, columns in ((1, 1), (1, 2), (2, 2), (16, 16), (511, 512)):
         pairs = mask[:-rows] ^ mask[rows:]
@@ -78,8 +80,24 @@ def test_squares_of_four_are_independent():
         assert abs(parity.double().mean().item() - 0.5) < 4.5 * 0.5 / math.sqrt(parity.numel())
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_the_same_places_are_independent_from_mask_to_mask(p):
+    """Elements, pairs and rectangles' corners over many drawn seeds: no bias that stays."""
+    seeds = torch.randint(-(2**63), 2**63 - 1, (2000,))
+    masks = torch.stack([dropout_mask(seed, (6, 40), p) for seed in seeds]).double()
+    masks = (masks - (1 - p)) / math.sqrt(p - p * p)
+    pairs = masks[:, :, :-1] * masks[:, :, 1:]
+    corners = torch.cat([pairs[:, :-1] * pairs[:, 1:], pairs[:, :-2] * pairs[:, 2:]], 1)
+    wide = masks[:, :, :20] * masks[:, :, 20:]
+    more = wide[:, :-1] * wide[:, 1:]
+    for each in (masks, pairs, masks[:, :-1] * masks[:, 1:], corners, more):
+        scores = each.mean(0) * math.sqrt(len(seeds))
+        count = scores.numel()
+        assert abs(scores.square().mean().item() - 1) < 6 * math.sqrt(2 / count) + 0.1
+
+
 def test_every_p_is_kept_alike():
-    """Chi-square of the lanes' upper six bits, read through the masks of 64 different p."""
+    """Chi-square of the words' upper six bits, read through the masks of 64 different p."""
     seed, shape = seed_of(3), (512, 2048)
     kept = torch.tensor([dropout_mask(seed, shape, i / 64).sum() for i in range(1, 64)]).double()
     counts = -torch.diff(kept)

@@ -54,7 +54,7 @@ def test_a_forgotten_share_of_the_scale_fails(monkeypatch, factor):
 
 def test_a_mask_that_depends_on_the_block_fails(monkeypatch):
     monkeypatch.setattr(blocks, "_CPU_BLOCK", 24 * 8)
-    rows = DropoutMask.rows
-    monkeypatch.setattr(DropoutMask, "rows", lambda self, first, count: rows(self, 0, count))
+    drop = DropoutMask.drop
+    monkeypatch.setattr(DropoutMask, "drop", lambda self, first, *pairs: drop(self, 0, *pairs))
     with pytest.raises(AssertionError, match="y0"):
         check()
