@@ -8,8 +8,8 @@ With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of 
     d lora_a = dhᵀ (mask ∘ x)                   d lora_b = dyᵀ h
 
 h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator,
-so that nothing of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows: no dropped copy
-of x exists.
+so that nothing of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows: no dropped
+copy of x exists.
 
 Where 16-bit products are slow (:mod:`.products`) the same formulas run in float32 over blocks of
 rows, and h stays float32.
