@@ -19,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
     option("--host", action="store_true", help="what a GPU costs the host, without one (host.py)")
     option("--base", metavar="REF", help="compare fastlora with this commit's")
+    seconds = "of a row's rounds: more where the machine is shared"
+    option("--seconds", type=float, default=2.0, help=seconds)
     saves = f"write {FOLDER}/<device>/[NAME-]<date>.json"
     option("--save-results", nargs="?", const="", metavar="NAME", help=saves)
 

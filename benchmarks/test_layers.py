@@ -7,12 +7,12 @@ from .cases import Case
 from .compare import Pair
 from .measure import Rounds, measure
 
-_BUDGET, _QUICK_BUDGET = 2.0, 0.2  # seconds of rounds
+_QUICK = 0.2  # seconds of the rounds of a tiny row
 
 
 def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, request) -> None:
     def run(rounds: Rounds) -> None:
-        count = rounds.count(_QUICK_BUDGET if case.tiny else _BUDGET)
+        count = rounds.count(_QUICK if case.tiny else request.config.option.seconds)
         benchmark.pedantic(rounds.run_subject, setup=rounds.run_others, rounds=count)
 
     if case.table == "host":
