@@ -40,7 +40,9 @@ THREE_MASKS = {
 
 
 def all_but_three_masks(row) -> bool:
-    return row["case"] not in THREE_MASKS
+    """And Triton 3.6 spills 72 bytes of one more, outside of loops."""
+    one = OTHER_TRITON and row["case"] == "sm_90 dx 128x256x64-w8-s3-tma bf16 mask"
+    return not one and row["case"] not in THREE_MASKS
 
 
 def all_but_one(row) -> bool:
