@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from ..formats.format import Quantised
 from ..projection import HALF_DTYPES, Base
-from .products import FEW, SCRATCH, by_columns, cast, columns_of, weight_rows
+from .products import FEW, SCRATCH, cast, columns_of, few_rows, weight_rows
 
 # Elements of dx that are summed in float32 at once, where dy and the weight have 16 bits (8 MiB).
 _SUMMED = 2**21
@@ -23,12 +23,13 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
         if x.device.type == "cpu":
             y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
             few = 0 < x.shape[0] <= FEW and x.dtype == torch.float32
-            x, out = by_columns(x) if few else x, y
+            x, out = few_rows(x) if few else x, y
             if few:
-                out = SCRATCH.take("part", x.shape[0], y.shape[1], x.dtype, by_columns=True)
+                out = SCRATCH.take("part", *y.shape, x.dtype, by_columns=True)
             for rows, some in weight_rows(weight, x.dtype):
                 own_bias = None if bias is None else bias[rows]
                 _write_linear(columns_of(out, rows), x, some, own_bias)
+                del some  # before the next block is made
             return y.copy_(out) if few else y
         weight = weight.dense(x.dtype)
     return linear(x, weight, bias) if into is None else _write_linear(into, x, weight, bias)
@@ -54,6 +55,7 @@ def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor, beta: float) -> None:
             if part.dtype != dx.dtype:
                 part = SCRATCH.widen("part", part)
             torch.addmm(dx, part, some, beta=beta, out=dx)
+            del some
             beta = 1.0
 
 
@@ -68,4 +70,5 @@ def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor, beta: float) -> N
         product = SCRATCH.take("product", len(some), columns, some.dtype)
         for rows, made in weight_rows(weight, dx.dtype):
             total.add_(torch.mm(columns_of(dy_rows, rows), made, out=product))
+            del made
         some.copy_(total)

@@ -34,18 +34,19 @@ _FLAGS = {  # torch's, of 16-bit dtypes
 # its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
 _SLOW = 4.0
 _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
-# Elements of a block of the weight and one of x, widened (4 MiB each), and of y or dy (1 MiB).  For
-# the weight 2 MiB took 0.98 to 1.06 of the time and 8 MiB 0.95 to 1.04, on a Xeon kept to AVX2.
-_BLOCK, _ROWS, _PART = 2**20, 2**20, 2**18
-_KEPT = 2 * _BLOCK
-# Rows of x (enough to pay for widening the weight) and of the weight in a block.
-_FEWEST_ROWS, _MOST_ROWS, _FEWEST_OF_WEIGHT = 256, 512, 64
+# Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x for each block anew: with
+# 512 rows of 2048 a product took up to 1.08 of the time with 1024, on a Xeon; 2048 save little more.
+_BLOCK, _FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT = 2**23, 64, 1024
+# Elements of a block of x, widened (4 MiB), and of y or dy (1 MiB).
+_ROWS, _PART = 2**20, 2**18
+_KEPT = _BLOCK + 2**20  # bytes of the largest buffer that stays
+# Rows of x in a block: enough to pay for widening the weight.
+_FEWEST_ROWS, _MOST_ROWS = 256, 512
 # Elements between the weight's rows: a power of 2 apart, few sets of the cache would hold them.
 # dy weight took 0.86 of the time so at 16 rows, 0.95 to 0.97 at 64.
 _GAP = 16
-# Up to so many rows x weightᵀ is faster with x and y transposed, copies apart: 0.66 of the time at
-# 16 rows, 0.83 at 64, 0.98 at 128 (MKL, on that Xeon); with int8 blocks made before each product
-# 0.65 at 64, 1.1 at 512 (on an AMD EPYC).
+# Up to so many rows x weightᵀ is faster with y transposed, its copy apart: 0.75 to 0.95 of the time
+# at 16 rows of an unpacked weight, 0.96 to 1.05 at 64 (MKL, a Xeon, with AVX2 and AVX-512).
 FEW = 64
 
 
@@ -128,7 +129,7 @@ class _Scratch(threading.local):
                 buffer = torch.empty(size, dtype=dtype, device="cpu")
             strides = (1, step) if by_columns else (step, 1)
             matrix = buffer.as_strided((rows, columns), strides)
-        if size <= _KEPT:
+        if size * matrix.element_size() <= _KEPT:
             self.matrices[use, dtype, by_columns] = buffer, matrix
         return matrix
 
@@ -179,9 +180,10 @@ def columns_of(matrix: Tensor, columns: slice) -> Tensor:
     return matrix[:, columns]
 
 
-def _rows_of_weight(columns: int) -> int:
-    """In a block; no more than make one of y with the most rows of x."""
-    return max(_FEWEST_OF_WEIGHT, _BLOCK // max(columns, 2 * _MOST_ROWS))
+def _rows_of_weight(columns: int, dtype: torch.dtype = torch.float32) -> int:
+    """In a block."""
+    rows = _BLOCK // dtype.itemsize // max(1, columns)
+    return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
 
 
 def weight_rows(
@@ -189,12 +191,12 @@ def weight_rows(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of the weight, and they in ``dtype``, as :func:`widened` has them."""
     total = weight.shape[0] if some is None else min(weight.shape[0], some.stop) - some.start
-    rows = min(total, _rows_of_weight(weight.shape[1]))
-    source = source_of(weight)
+    columns, source = weight.shape[1], source_of(weight)
+    rows = min(total, _rows_of_weight(columns, dtype))
     if isinstance(source, Dense):
         buffer = SCRATCH.take_like("weight", weight, rows, _GAP)
     else:  # it is made faster where nothing lies between the rows
-        buffer = SCRATCH.take("packed", rows, weight.shape[1], dtype)
+        buffer = SCRATCH.take("packed", rows, columns, dtype)
     return widened(source, buffer, some)
 
 
@@ -207,7 +209,7 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
     (n, k), m = weight.shape, x.shape[0]
     few = m <= FEW
     if few:
-        x = by_columns(x)
+        x = few_rows(x)
     for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
         count = min(n, part.stop) - part.start
         y = SCRATCH.take("part", m, count, by_columns=few)
@@ -222,8 +224,14 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
         columns_of(out, part).copy_(y)
 
 
-def by_columns(x: Tensor) -> Tensor:
-    """A copy of x whose columns are dense, until the next one is taken."""
+def few_rows(x: Tensor) -> Tensor:
+    """x as its product with a transposed y reads it fastest, until the next one is taken.
+
+    On one thread a copy whose columns are dense, for which MKL packs nothing: 0.93 of the time at
+    64 rows.  On two threads the copy costs more than it saves: 1.03.
+    """
+    if torch.get_num_threads() > 1:
+        return x
     rows, columns = x.shape
     return SCRATCH.take("columns", columns, rows, x.dtype).copy_(x.T).T
 

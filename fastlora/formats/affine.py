@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .format import Format, check_shapes
-from .scales import of_rows
+from .scales import of_rows, write_scaled
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,11 +43,13 @@ class Affine(Format):
         check_shapes(self.names, tensors, expected[: len(self.names)])
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        out.copy_(tensors[0][first : first + len(out)])
+        codes = tensors[0][first : first + len(out)].unflatten(1, (-1, self.block_columns))
         groups = out.unflatten(1, (-1, self.block_columns))
-        if self.shifted:
-            groups.sub_(
-                of_rows(tensors[2], first, len(out), self.block_rows).to(out.dtype)[..., None]
-            )
-        groups.mul_(of_rows(tensors[1], first, len(out), self.block_rows)[..., None])
+        scale, *zero_point = [
+            of_rows(values, first, len(out), self.block_rows)[..., None] for values in tensors[1:]
+        ]
+        if zero_point:
+            groups.copy_(codes).sub_(zero_point[0].to(out.dtype)).mul_(scale)
+        else:
+            write_scaled(groups, codes, scale)
         return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .format import Format, check_shapes
+from .scales import write_scaled
 
 # The 16 values of IQ4_NL and IQ4_XS.
 _LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -84,9 +85,8 @@ def _fields(packed: Tensor, bits: int, width: int) -> Tensor:
 
 def _scale(out: Tensor, codes: Tensor, factor: Tensor, less: Tensor | None = None) -> None:
     """out = factor · codes - less, of which each has one for as many weights after each other."""
-    out.copy_(codes)
-    groups = out.unflatten(2, (factor.shape[2], -1))
-    groups.mul_(factor[..., None])
+    groups, codes = (each.unflatten(2, (factor.shape[2], -1)) for each in (out, codes))
+    write_scaled(groups, codes, factor[..., None])
     if less is not None:
         groups.sub_(less[..., None])
 

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from .format import Format, check_shapes
+from .scales import write_scaled
 
-_HALF = (torch.bfloat16, torch.float16)
-# Elements of 16 bits that are multiplied at once: 2048² took 1.5 ms so, 11 ms with 2²⁰ (2 cores).
-_AT_ONCE = 2**17
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,10 +38,4 @@ class Int8Rows(Format):
         codes, scale = (tensor[first : first + len(out)] for tensor in tensors)
         scale = scale.unsqueeze(1)
         scale = scale if self.factor == 1.0 else scale.mul(self.factor)
-        step = len(out)
-        if out.dtype in _HALF and out.device.type == "cpu":
-            step = max(1, _AT_ONCE // self.columns)
-        for start in range(0, len(out), step):
-            rows = slice(start, start + step)
-            out[rows].copy_(codes[rows]).mul_(scale[rows])
-        return out
+        return write_scaled(out, codes, scale)

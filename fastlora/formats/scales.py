@@ -1,6 +1,27 @@
-"""Which scales belong to some rows, where a scale is for a block of rows and columns."""
+"""Which scales belong to some rows, where a scale is for a block of them; codes times scales."""
 
+import torch
 from torch import Tensor
+
+# Elements of 16 bits that are made at once.
+_AT_ONCE = 2**18
+
+
+def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """out = codes · scale, rounded once, and it.  All have as many dimensions; scale's may be 1.
+
+    The codes are whole numbers that out's dtype holds.
+    """
+    if out.device.type != "cpu" or out.element_size() != 2 or not out.numel():
+        return out.copy_(codes).mul_(scale)
+    # By way of float32: torch's product in 16 bits takes 1.6 to 3 times as long, 8 with wide scales.
+    step = max(1, _AT_ONCE // out[0].numel())
+    wide = torch.empty_like(out[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
+    for first in range(0, len(out), step):
+        rows = slice(first, first + step)
+        some = wide[: len(out) - first].copy_(codes[rows])
+        out[rows].copy_(some.mul_(scale if len(scale) == 1 else scale[rows]))
+    return out
 
 
 def of_rows(values: Tensor, first: int, count: int, block_rows: int) -> Tensor:

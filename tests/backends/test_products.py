@@ -64,9 +64,12 @@ def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
 @dropouts
 @pytest.mark.parametrize("m", [7, 8, 9, 17])
 @pytest.mark.parametrize("n", [3, 4, 5, 9])
-@pytest.mark.parametrize("few", [0, 64], ids=["by-rows", "by-columns"])
-def test_blocks_at_their_edges(monkeypatch, m, n, p, few):
+@pytest.mark.parametrize(
+    ("few", "threads"), [(0, 2), (64, 2), (64, 1)], ids=["by-rows", "y-by-columns", "by-columns"]
+)
+def test_blocks_at_their_edges(monkeypatch, m, n, p, few, threads):
     monkeypatch.setattr(products, "FEW", few)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     projection = make_projection(n, 10, 3, torch.bfloat16, torch.float32, bias=True)
     check_against_oracle(make_x(m, 10, dtype=torch.bfloat16), [projection], p)
 

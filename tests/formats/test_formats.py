@@ -17,6 +17,7 @@ from packed import (
     random_int8,
 )
 
+from fastlora.formats import scales
 from fastlora.formats.format import Quantised, from_text
 from fastlora.formats.four_bit import FourBit
 from fastlora.formats.gguf import KINDS
@@ -58,6 +59,12 @@ def weight(request) -> Quantised:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
+    assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_a_few_rows_at_a_time(weight, dtype, monkeypatch):
+    monkeypatch.setattr(scales, "_AT_ONCE", 3 * weight.shape[1])
     assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
 
 

@@ -46,8 +46,10 @@ def test_a_group_of_all_kinds(dtypes, p, backend, monkeypatch):
     check_against_oracle(torch.randn(2, 5, 24).to(dtype).requires_grad_(), outputs, p)
 
 
-@pytest.mark.parametrize("m", [0, 1, 300])
-def test_any_number_of_rows(m):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("m", [0, 1, 30, 300])
+def test_any_number_of_rows(m, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     outputs = [projection(70, 51, 4, torch.float32, bias=True)]
     check_against_oracle(torch.randn(m, 51, requires_grad=True), outputs, 0.1 if m else 0.0)
 
