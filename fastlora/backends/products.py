@@ -34,8 +34,8 @@ _FLAGS = {  # torch's, of 16-bit dtypes
 # its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
 _SLOW = 4.0
 _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
-# Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x for each block anew: with
-# 512 rows of 2048 a product took up to 1.08 of the time with 1024, on a Xeon; 2048 save little more.
+# Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x anew for each block:
+# with 512 rows a product took up to 1.08 of the time with 1024 on a Xeon; 2048 save little more.
 _BLOCK, _FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT = 2**23, 64, 1024
 # Elements of a block of x, widened (4 MiB), and of y or dy (1 MiB).
 _ROWS, _PART = 2**20, 2**18

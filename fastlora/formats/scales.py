@@ -14,7 +14,7 @@ def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """
     if out.device.type != "cpu" or out.element_size() != 2 or not out.numel():
         return out.copy_(codes).mul_(scale)
-    # By way of float32: torch's product in 16 bits takes 1.6 to 3 times as long, 8 with wide scales.
+    # By way of float32: torch's product in 16 bits takes up to 3 times as long, 8 with wide scales.
     step = max(1, _AT_ONCE // out[0].numel())
     wide = torch.empty_like(out[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
     for first in range(0, len(out), step):
