@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from ..formats.format import Quantised
 from ..projection import HALF_DTYPES, Base
-from .products import FEW, SCRATCH, cast, columns_of, few_rows, weight_rows
+from .products import FEW, SCRATCH, cast, columns_of, for_few_rows, weight_rows
 
 # Elements of dx that are summed in float32 at once, where dy and the weight have 16 bits (8 MiB).
 _SUMMED = 2**21
@@ -23,7 +23,7 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
         if x.device.type == "cpu":
             y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
             few = 0 < x.shape[0] <= FEW and x.dtype == torch.float32
-            x, out = few_rows(x) if few else x, y
+            x, out = for_few_rows(x) if few else x, y
             if few:
                 out = SCRATCH.take("part", *y.shape, x.dtype, by_columns=True)
             for rows, some in weight_rows(weight, x.dtype):

@@ -209,7 +209,7 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
     (n, k), m = weight.shape, x.shape[0]
     few = m <= FEW
     if few:
-        x = few_rows(x)
+        x = for_few_rows(x)
     for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
         count = min(n, part.stop) - part.start
         y = SCRATCH.take("part", m, count, by_columns=few)
@@ -224,7 +224,7 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
         columns_of(out, part).copy_(y)
 
 
-def few_rows(x: Tensor) -> Tensor:
+def for_few_rows(x: Tensor) -> Tensor:
     """x as its product with a transposed y reads it fastest, until the next one is taken.
 
     On one thread a copy whose columns are dense, for which MKL packs nothing: 0.93 of the time at
