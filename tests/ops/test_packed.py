@@ -1,5 +1,7 @@
 """Calls with packed weights: those of the dequantised one, and what is kept for them."""
 
+import weakref
+
 import pytest
 import torch
 from judge import USUAL_DTYPES, check_against_oracle, make_projection
@@ -9,6 +11,7 @@ from packed import random_four_bit, random_int8
 import fastlora
 from fastlora.backends import products
 from fastlora.formats.format import Quantised
+from fastlora.formats.four_bit import FourBit
 from fastlora.ops import dora_linear, dora_norm
 from fastlora.projection import Base, Output, Projection, as_outputs
 
@@ -122,6 +125,24 @@ def test_a_step_never_holds_the_dense_weight(monkeypatch):
 
     *_, peak = peak_bytes([x, one.lora_a, one.lora_b, *one.weight.tensors], step)
     assert peak < n * k  # a quarter of the dense weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_is_dropped_before_the_next_one_is_made(dtype, monkeypatch):
+    monkeypatch.setattr(products, "FORCED", False)
+    monkeypatch.setattr(products, "_MOST_OF_WEIGHT", 4)
+    made = []
+
+    def make(self, tensors, first, count, dtype):
+        assert all(block() is None for block in made)
+        block = self.read(tensors, first, torch.empty(count, self.columns, dtype=dtype))
+        made.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(FourBit, "make", make)
+    one, x = projection(12, 16, 2, dtype), torch.randn(70, 16, dtype=dtype, requires_grad=True)
+    fastlora.lora_linears(x, [one])[0].sum().backward()
+    assert len(made) == 2 * 3
 
 
 def test_compiled_without_a_break():
