@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.backends.products import h_dtype
 
 from .cases import Case
 from .contestants import SCALE, Contestant, Maker, Tensors, makers_for
@@ -166,12 +167,18 @@ def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
 
     And the scales of a quantised base, which are no parameters.
 
-    With dropout, few rows on a CPU have the mask and the dropped x in the seed's place.
+    Few rows on a CPU have x in the adapter's dtype beside, if that is another; with dropout they
+    have the mask and the dropped x in the seed's place.
     """
-    n = len(case.outputs)
-    allowed = n * case.M * case.r * case.dtype.itemsize
-    if case.dropout:
-        allowed += 2 * case.M * case.K * case.dtype.itemsize if case.has_no_node else 8 * n
+    M, K, n = case.M, case.K, len(case.outputs)
+    if case.has_no_node:
+        own, adapter = case.dtype.itemsize, case.adapter_dtype.itemsize
+        allowed = M * case.r * adapter
+        allowed += M * K * adapter if case.dropout or adapter != own else 0
+        allowed += M * K * own if case.dropout else 0
+    else:
+        allowed = n * M * case.r * h_dtype(case.dtype, tensors.x.device).itemsize
+        allowed += 8 * n if case.dropout else 0
     if tensors.base is not None:
         from fastlora.quant import quantised_weight
 

@@ -1,13 +1,14 @@
 """The tables that people read, as text and as Markdown.
 
 ``python benchmarks/report.py [--brief] RESULTS.json [PART ...]`` prints a committed file as
-Markdown: all rows, or those whose id has one of the parts.  It needs Python alone, so that the file
-can be read where torch is not installed.
+Markdown: all rows, or those whose id has one of the parts.  A part with * stands for a whole id.
+It needs Python alone, so that the file can be read where torch is not installed.
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 Table = list[tuple[str, ...]]  # the head, and then the lines
@@ -206,7 +207,10 @@ def _brief_of_steps(rows: list[dict]) -> str:
 def main() -> None:
     file, *parts = [argument for argument in sys.argv[1:] if argument != "--brief"]
     results = json.loads(Path(file).read_text(encoding="utf-8"))
-    rows = [row for row in results["rows"] if any(part in row["id"] for part in parts or [""])]
+    patterns = [part if "*" in part else f"*{part}*" for part in parts or ["*"]]
+    rows = [
+        row for row in results["rows"] if any(fnmatchcase(row["id"], each) for each in patterns)
+    ]
     print(brief(rows) if "--brief" in sys.argv else markdown(rows, results["machine"]))
 
 
