@@ -22,7 +22,7 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
     if isinstance(weight, Quantised):
         if x.device.type == "cpu":
             y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
-            few = 0 < x.shape[0] <= FEW and x.dtype == torch.float32
+            few = x.shape[0] in FEW and x.dtype == torch.float32
             x, out = for_few_rows(x) if few else x, y
             if few:
                 out = SCRATCH.take("part", *y.shape, x.dtype, by_columns=True)

@@ -37,17 +37,18 @@ _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other o
 # Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x anew for each block:
 # with 512 rows a product took up to 1.08 of the time with 1024 on a Xeon; 2048 save little more.
 _BLOCK, _FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT = 2**23, 64, 1024
-# Elements of a block of x, widened (4 MiB), and of y or dy (1 MiB).
+# Elements of a block of x, widened (4 MiB), and of y or dy (1 MiB).  y has at least as many columns
+# as the weight's block has rows: 2 MiB with the most rows of x.
 _ROWS, _PART = 2**20, 2**18
-_KEPT = _BLOCK + 2**20  # bytes of the largest buffer that stays
+_KEPT = 2 * _BLOCK  # bytes of the largest buffer that stays
 # Rows of x in a block: enough to pay for widening the weight.
 _FEWEST_ROWS, _MOST_ROWS = 256, 512
 # Elements between the weight's rows: a power of 2 apart, few sets of the cache would hold them.
 # dy weight took 0.86 of the time so at 16 rows, 0.95 to 0.97 at 64.
 _GAP = 16
-# Up to so many rows x weightᵀ is faster with y transposed, its copy apart: 0.75 to 0.95 of the time
-# at 16 rows of an unpacked weight, 0.96 to 1.05 at 64 (MKL, a Xeon, with AVX2 and AVX-512).
-FEW = 64
+# For so many rows x weightᵀ is faster with y transposed, its copy apart: 0.7 to 0.85 of the time at
+# 16 rows, 0.93 to 1.07 at 64; at 2 and 3 rows it takes up to twice as long (MKL, a Xeon).
+FEW = range(8, 65)
 
 
 def are_wide(x: Tensor) -> bool:
@@ -207,7 +208,7 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
     """
     (weight, bias), adapters = output
     (n, k), m = weight.shape, x.shape[0]
-    few = m <= FEW
+    few = m in FEW
     if few:
         x = for_few_rows(x)
     for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
@@ -215,6 +216,7 @@ def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Te
         y = SCRATCH.take("part", m, count, by_columns=few)
         for rows, wide in weight_rows(weight, some=part):
             torch.mm(x, wide.T, out=columns_of(y, rows))
+            del wide  # before the next block is made
         if bias is not None:
             y.add_(rows_of(bias, part))
         for h, adapter in zip(hs, adapters, strict=True):

@@ -12,9 +12,10 @@ def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
     The codes are whole numbers that out's dtype holds.
     """
-    if out.device.type != "cpu" or out.element_size() != 2 or not out.numel():
+    as_it_is = out.dtype == scale.dtype == torch.bfloat16 or out.element_size() != 2
+    if as_it_is or out.device.type != "cpu" or not out.numel():
         return out.copy_(codes).mul_(scale)
-    # By way of float32: torch's product in 16 bits takes up to 3 times as long, 8 with wide scales.
+    # By way of float32: torch's product takes 2 times as long in float16, 4 to 8 between dtypes.
     step = max(1, _AT_ONCE // out[0].numel())
     wide = torch.empty_like(out[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
     for first in range(0, len(out), step):

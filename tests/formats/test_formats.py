@@ -68,6 +68,12 @@ def test_sixteen_bits_a_few_rows_at_a_time(weight, dtype, monkeypatch):
     assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows(weight, dtype):
+    out = torch.empty(0, weight.shape[1], dtype=dtype)
+    assert weight.format.read(weight.tensors, 3, out) is out
+
+
 def test_some_rows_in_memory_that_others_have_beside_them(weight):
     n, k = weight.shape
     memory = torch.full((n, k + 3), 7.0)

@@ -1,13 +1,18 @@
 """What autograd keeps for a backward, and the most that lives at one time."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from fastlora.backends import Settings
+from fastlora.backends import torch as torch_backend
+from fastlora.ops.functional import draw_seed
+from fastlora.projection import Output, flatten, layouts_of
 
 
 def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> dict[int, int]:
@@ -64,3 +69,20 @@ def peak_bytes(tensors: Iterable[Tensor], run: Callable[[], object]) -> tuple[in
     with live:
         run()
     return before, live.peak, live.now
+
+
+def run_torch_backend(
+    x: Tensor, outputs: Sequence[Output], p: float, frozen: bool = False
+) -> list[Tensor | None]:
+    """Forward and backward of the backend itself, so that a mode sees what it does.
+
+    All gradients, or if the bases are ``frozen`` those of what needs one.
+    """
+    layouts = layouts_of(outputs)
+    settings = Settings(layouts, p, torch_backend)
+    given = x, *flatten(outputs, layouts)
+    inputs = [tensor.detach() for tensor in given]
+    needs = [tensor.requires_grad or not frozen for tensor in given]
+    seeds = draw_seed(sum(len(output.adapters) for output in outputs), x.device) if p else None
+    ys, hs = torch_backend.forward(inputs, seeds, settings)
+    return torch_backend.backward(ys, inputs, hs, needs, seeds, settings)
