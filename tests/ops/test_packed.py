@@ -124,7 +124,7 @@ def test_a_step_never_holds_the_dense_weight(dtype, monkeypatch):
     given = [x, one.lora_a, one.lora_b, *one.weight.tensors]
     outputs = as_outputs([one])
     before, peak, _ = peak_bytes(given, lambda: run_torch_backend(x, outputs, 0.0, frozen=True))
-    assert peak - before < n * k * dtype.itemsize / 2
+    assert peak - before < n * k  # a quarter of the dense weight in float32
 
 
 @pytest.mark.usefixtures("wide")
