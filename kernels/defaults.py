@@ -148,8 +148,7 @@ _AMD_WEIGHT_GRAD = {
     ),
 }
 _AMD_WEIGHT_GRAD["float32"] = _AMD_WEIGHT_GRAD["tf32"]
-# Wide, since every tile of columns leaves a plane of dh.  From compilation for sm_90: 32x512 is
-# loaded two steps ahead of its products; of 64x512 two stages fit, whose loads are awaited.
+# Wide, since every tile of columns leaves a plane of dh.
 _ONE_PASS = {
     "16-bit": (
         WeightGradConfig(32, 512, warps=8, stages=3),
@@ -168,6 +167,15 @@ _ONE_PASS = {
         WeightGradConfig(32, 64, warps=4, stages=3),
         WeightGradConfig(16, 32, warps=4, stages=3),
     ),
+}
+# Both products of a tile are Hopper's own (weight_grad.py), and two programs fit a processor.
+_HOPPER_ONE_PASS = {
+    "16-bit": _ONE_PASS["16-bit"][1:4],
+    "tf32": (
+        WeightGradConfig(64, 128, warps=8, stages=3),
+        WeightGradConfig(64, 64, warps=4, stages=3),
+    ),
+    "float32": _ONE_PASS["float32"],
 }
 _AMD_ONE_PASS = {
     "16-bit": (
@@ -200,7 +208,7 @@ _AMPERE = {
     "weight_grad of a masked group": _WEIGHT_GRAD_MASKED_GROUP,
     "one pass": _ONE_PASS,
 }
-_HOPPER = _AMPERE | {"gemm_lowrank": _HOPPER_GEMM}
+_HOPPER = _AMPERE | {"gemm_lowrank": _HOPPER_GEMM, "one pass": _HOPPER_ONE_PASS}
 _AMD = _AMPERE | {
     "gemm_lowrank": _AMD_GEMM,
     "packed": _AMD_PACKED,

@@ -61,6 +61,17 @@ class WeightGradConfig(Config):
         main = copies * (x + u) + call.masked * n * x + v
         return max(main, self.block_n * r * 4) + MARGIN
 
+    def why_not(self, target: Target, call: Call) -> str:
+        """One pass multiplies a tile of x twice, by its columns, then by its rows.
+
+        Hopper's products of 64 and more run while the loop goes on; smaller ones don't.  Triton
+        (3.6 to 3.9) counts on the second's: x's next tile overwrites what the first still reads.
+        """
+        races = self.block_m < 64 <= self.block_n and call.product != "float32"
+        if call.project and races and target.kind == "cuda" and target.descriptors:
+            return f"tiles of {self.block_m} rows in one pass, but Triton races under 64"
+        return super().why_not(target, call)
+
     def partial_sums(self, target: Target, call: Call) -> int:
         """The floats of one pass: a plane of dh a tile of columns, of d lora_b a split of rows."""
         n_planes, (m_planes, _) = self.tiles(call), self.splits(target, call)

@@ -126,10 +126,17 @@ def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, pr
         (WeightGradConfig(16, 256, 4, 2), "sm_80", call(r=128), "a thread"),
         (GemmConfig(128, 256, 32, 8, 2), "sm_100", call(projections=2), "tensor memory"),
         (WeightGradConfig(32, 32, 4, 2), "sm_90", call(r=129, project=True), "rank 129"),
+        (WeightGradConfig(32, 512, 8, 3), "sm_90", call(project=True), "races"),
+        (
+            WeightGradConfig(32, 64, 4, 2),
+            "sm_100",
+            call(itemsize=4, precision="tf32", project=True),
+            "races",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_too_big_is_refused_with_the_reason(config, name, one, reason):
+def test_what_cant_run_is_refused_with_the_reason(config, name, one, reason):
     assert reason in config.why_not(TARGETS[name], one)
 
 

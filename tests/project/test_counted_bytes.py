@@ -36,7 +36,7 @@ def test_two_launches_forward_three_backward(dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["p0", "p0.1"])
 def test_partial_sums_are_a_few_percent(dropout):
     found = bytes_of_fastlora(Shape(), FUSED, dropout=dropout)
-    assert 0 < found.partial <= 0.032 * (found.both - found.partial)
+    assert 0 < found.partial <= 0.04 * (found.both - found.partial)
 
 
 def test_at_rank_64_dy_is_read_twice_for_want_of_cheap_partial_sums():
