@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import chain
 
 import pytest
+from compile_report.machine_code import chained_products
 from process import run_without_interpreter
 
 from fastlora.kernels.config import DEFAULTS
@@ -75,6 +76,11 @@ CLAIMS = {
     "nothing-but-descriptors-uses-tma": (
         lambda row: not row["descriptors"],
         lambda row, code: code["tma_loads"] + code["tma_stores"] == 0,
+    ),
+    # Blackwell's tensor cores get them wrong, as Triton 3.6 to 3.8 compile them (triton#10821).
+    "no-product-of-a-loop-adds-to-another-of-its-pass": (
+        every,
+        lambda row, code: code["chained"] == 0,
     ),
     "the-config-is-allowed": (every, lambda row, code: row["refused"] == ""),
 }
@@ -166,6 +172,15 @@ def test_a_profiler_of_tritons_is_told_the_stated_work():
     lines = launches_without_compiling(script)
     assert len(lines) > 7
     assert set(lines) == {"True"}
+
+
+def test_a_product_that_adds_to_another_of_its_pass_is_seen():
+    """In one pass of a loop, and not in two loops after each other."""
+    loop = "%a = scf.for %i = %0 to %1 step %2 iter_args(%s = %z) -> (f32) : i32 {{\n{}}} loc(#1)\n"
+    one, two = "%p = tt.dot %x, %w, %s : f32 loc(#2)\n", "%q = tt.dot %h, %b, {} : f32\n"
+    assert chained_products(loop.format(one + two.format("%p"))) == 1
+    assert chained_products(loop.format(one + two.format("%t"))) == 0
+    assert chained_products(loop.format(one) + loop.format(two.format("%a"))) == 0
 
 
 def test_a_config_that_spills_is_seen_and_refused():

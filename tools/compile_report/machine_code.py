@@ -4,7 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +56,7 @@ class Compiled:
     tma_stores: int
     stores: int  # to global memory: none, where the compiler gave the kernel up
     instructions: int
+    chained: int = 0  # products of a loop that add to another one of the same pass
 
 
 def compile_launch(launch: Launch, target: Target) -> Compiled:
@@ -68,10 +69,30 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     )
     triton.runtime.driver.set_active(driver)
     kernel = launch.compile()
+    chained = chained_products(kernel.asm["ttir"])
     if target.kind == "hip":
-        return _read_amd(kernel)
+        return replace(_read_amd(kernel), chained=chained)
     # Around the loops over steps, a persistent program has one over tiles.
-    return _read_nvidia(kernel, tile_loops=int(launch.arguments.get("PERSISTENT", False)))
+    tile_loops = int(launch.arguments.get("PERSISTENT", False))
+    return replace(_read_nvidia(kernel, tile_loops), chained=chained)
+
+
+def chained_products(ttir: str) -> int:
+    """Products that add to another one of the same pass, of a sum that a loop carries on."""
+    scopes: list[tuple[set[str], set[str]]] = []  # what a loop carries on; products added to it
+    found = 0
+    for line in ttir.splitlines():
+        if line.lstrip().startswith("}"):
+            scopes.pop()
+        product = re.match(r"\s*(%\S+) = tt\.dot %\S+, %\S+, (%[^\s,]+)", line)
+        if product and scopes:
+            carried, sums = scopes[-1]
+            found += product[2] in sums
+            if product[2] in carried | sums:
+                sums.add(product[1])
+        if re.sub(r" loc\(.*", "", line).endswith("{"):
+            scopes.append((set(re.findall(r"(%\S+) = ", line.partition("iter_args")[2])), set()))
+    return found
 
 
 def _read_nvidia(kernel, tile_loops: int) -> Compiled:
