@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test peft-suite bench compile-report lint clean
+.PHONY: help demo sweep test peft-suite bench compile-report matrix-triton lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (
 
 compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here, and read the code (ARGS="--target sm_90 …")
 	.venv/bin/python -m tools.compile_report $(ARGS)
+
+matrix-triton: .venv/test ## Try the kernels under every Triton that people have (ARGS="--version 3.7.1 …")
+	.venv/bin/python -m tools.triton_matrix $(ARGS)
 
 lint: .venv/dev ## Check format, style and types
 	.venv/bin/ruff format --check .

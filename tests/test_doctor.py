@@ -191,6 +191,14 @@ def test_another_peft_is_a_note(capsys, monkeypatch, version, text):
             pass
 
 
+@pytest.mark.parametrize(
+    ("version", "has_hopper", "says"),
+    [("3.6.0", True, True), ("3.6.0", False, False), ("3.7.1", True, False)],
+)
+def test_a_triton_whose_products_lack_a_fence_is_named(version, has_hopper, says):
+    assert ("lack a fence" in doctor.note_of_triton(version, has_hopper)) == says
+
+
 def test_what_switches_optimize_off_is_said(capsys, monkeypatch):
     monkeypatch.setenv("FASTLORA_DISABLE", "1")
     found = examined(capsys)

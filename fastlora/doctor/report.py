@@ -119,7 +119,21 @@ def _versions(broken: list[str]) -> dict[str, str]:
             found[name] = "not installed" if missing else "can't be imported"
             if not missing:
                 broken.append(f"{name} is installed, but can't be imported: {_one_line(error)}")
+    has_hopper = any(
+        torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count())
+    )
+    found["triton"] += note_of_triton(found["triton"], has_hopper)
     return found
+
+
+def note_of_triton(version: str, has_hopper: bool) -> str:
+    """What is known of a version's code, whatever kernel it is of."""
+    if not has_hopper or not version.startswith(("3.4.", "3.5.", "3.6.")):
+        return ""
+    return (
+        ": before 3.7 its products on Hopper lack a fence between a copy and its reader. Nobody "
+        "has seen a wrong number of it; torch 2.13 comes with 3.7.1"
+    )
 
 
 def _optimize() -> dict[str, str]:
