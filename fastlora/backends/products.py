@@ -52,8 +52,8 @@ FEW = range(8, 65)
 
 
 def are_wide(x: Tensor) -> bool:
-    """Whether products with x run in float32 in the place of its own dtype."""
-    if x.dtype not in _FLAGS or x.device.type != "cpu" or not x.shape[0]:
+    """Whether products with x run in float32 in the place of its own dtype: not of a stand-in."""
+    if x.dtype not in _FLAGS or not x.is_cpu or not x.shape[0]:
         return False
     return is_slow(x.dtype)
 

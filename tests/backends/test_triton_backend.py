@@ -46,6 +46,14 @@ def test_both_plans_meet_the_oracle(plan, p, n):
         check_against_oracle(make_x(33, 40, dtype=torch.bfloat16), group, p)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("wide")
+def test_a_weight_that_trains_where_16_bits_are_slow(dtype):
+    projection = make_projection(20, 40, 3, dtype, torch.float32)
+    projection.weight.requires_grad_()
+    check_against_oracle(make_x(33, 40, dtype=dtype), [projection])
+
+
 def test_the_launches_of_the_fused_plan():
     """Two forward; backward one pass over dy (with its sums), dx, and one pass over x."""
     x, projection = make_x(256, 64), make_projection(64, 64, 3, torch.float32)
