@@ -128,13 +128,15 @@ def test_more_than_2_31_elements():
     y = fastlora.lora_linear(x, *projection[:3], scale=0.5)
     last = x.detach()[-200:].clone().requires_grad_()
     y_last = fastlora.lora_linear(last, *projection[:3], scale=0.5, backend="torch")
-    torch.testing.assert_close(y[-200:], y_last, rtol=2e-2, atol=2.0)
+    # Two results, each rounded once, are up to a unit apart, 2⁻⁷ of them; h's rounding adds up to
+    # 0.2 % of the largest.  What tensor cores cut off is far less (docs/maths.md).
+    torch.testing.assert_close(y[-200:], y_last, rtol=1e-2, atol=2.0)
     dy = torch.zeros_like(y)
     dy[-200:] = torch.randn(200, 4096, dtype=torch.bfloat16)
     y.backward(dy)
     found = [projection.lora_a.grad, projection.lora_b.grad]
     projection.lora_a.grad = projection.lora_b.grad = None
     y_last.backward(dy[-200:])
-    torch.testing.assert_close(x.grad[-200:], last.grad, rtol=2e-2, atol=2.0)
+    torch.testing.assert_close(x.grad[-200:], last.grad, rtol=1e-2, atol=2.0)
     for ours, theirs in zip(found, [projection.lora_a.grad, projection.lora_b.grad], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=theirs.abs().max().item() / 50)
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=theirs.abs().max().item() / 200)

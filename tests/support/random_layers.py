@@ -13,7 +13,7 @@ _ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 127, 300, 1000, 4097)
 _FEATURES = (1, 8, 24, 40, 100, 257, 640, 1000, 1024, 2048, 4096)
 _RANKS = (1, 3, 8, 8, 16, 16, 16, 20, 64, 96, 200)
 # A matrix [rows, columns] is cut from an empty one: its shape, and the cut.
-_LAYOUTS = {
+LAYOUTS = {
     "dense": lambda empty, rows, columns: empty(rows, columns),
     "transposed": lambda empty, rows, columns: empty(columns, rows).T,
     "columns": lambda empty, rows, columns: empty(rows, columns + 24)[:, 5:-19],
@@ -50,8 +50,8 @@ def random_layer(seed: int) -> RandomLayer:
     dtype = draw.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32))
 
     def matrix(rows: int, columns: int, of: torch.dtype = dtype, dense: float = 0.5) -> Tensor:
-        layout = "dense" if draw.random() < dense else draw.choice(list(_LAYOUTS))
-        return _LAYOUTS[layout](lambda *shape: torch.empty(shape, dtype=of), rows, columns)
+        layout = "dense" if draw.random() < dense else draw.choice(list(LAYOUTS))
+        return LAYOUTS[layout](lambda *shape: torch.empty(shape, dtype=of), rows, columns)
 
     def adapter(N: int, K: int) -> Adapter[Tensor]:
         pair = [matrix(r, K, of, dense=0.8), matrix(N, r, of, dense=0.8)]

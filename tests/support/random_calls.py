@@ -1,0 +1,539 @@
+"""Calls that nobody writes: of any kind, layout, dtype and world, each drawn from two numbers.
+
+:func:`check` runs one and judges it by the textbook in float64, with the very same masks.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod, sqrt
+from random import Random
+from typing import NamedTuple
+from unittest import mock
+
+import packed
+import torch
+from judge import assert_close
+from random_layers import LAYOUTS
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlora
+from fastlora import blocks, reference
+from fastlora.backends import grouped, products
+from fastlora.backends import torch as torch_backend
+from fastlora.backends.dropout import dropout_mask
+from fastlora.backends.gated import ACTIVATIONS
+from fastlora.formats.format import Quantised
+from fastlora.formats.gguf import KINDS as GGUF
+from fastlora.ops import dora_linear, gated_mlp, kinds
+from fastlora.ops.functional import draw_seed
+from fastlora.projection import Adapter, Base, Output
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+_SHORT = {F32: "f32", F64: "f64", BF16: "bf16", F16: "f16"}
+_WORLDS = ("eager",) * 5 + ("autocast", "no-grad", "inference", "checkpoint", "registered")
+# What divides K, and what packs [n, k].
+FORMATS: dict[str, tuple[int, Callable]] = {
+    "nf4": (1, lambda n, k, pick: packed.random_four_bit(n, k, "nf4", pick((16, 64)))),
+    "fp4": (1, lambda n, k, pick: packed.random_four_bit(n, k, "fp4", 32, pick((1, 3, 16)))),
+    "int8": (1, lambda n, k, pick: packed.random_int8(n, k)),
+    "int4": (8, lambda n, k, pick: packed.random_int4(n, k, 8, pick((F32, BF16)))),
+    "affine": (
+        8,
+        lambda n, k, pick: packed.random_affine(
+            n, k, pick((1, n)), pick((8, k)), pick((True, False)), pick((F32, BF16))
+        ),
+    ),
+    "float8": (
+        1,
+        lambda n, k, pick: packed.random_float8(
+            n, k, pick((1, 16, n)), pick((16, k)), pick(_FLOAT8), pick((F32, BF16, F16))
+        ),
+    ),
+    "hqq": (
+        8,
+        lambda n, k, pick: packed.random_hqq(n, k, pick((1, 2, 3, 4, 8)), 8, pick((F32, BF16))),
+    ),
+    "gptq": (
+        4,
+        lambda n, k, pick: packed.random_gptq(
+            n, k, pick((2, 3, 4, 8)), pick((1, 4)), pick((F32, F16)), pick((True, False))
+        ),
+    ),
+    "gguf": (
+        256,
+        lambda n, k, pick: packed.random_gguf(n, k, pick(list(GGUF)), pick((True, False))),
+    ),
+}
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
+
+
+class Made(NamedTuple):
+    """A call, and what it stands for: ``textbook`` of the case's leaves, converted.
+
+    ``change``: what was done to their sizes, and is to be done to a scale.
+    """
+
+    run: Callable[[], Sequence[Tensor]]
+    textbook: Callable[[dict[str, Tensor], list[Tensor | None], Callable], Sequence[Tensor]]
+    masks: list[tuple[tuple[int, int], float]]  # rows and columns for each seed, and p
+    widths: list[int]  # of the outputs
+
+
+class Case:
+    """What is drawn of a call before its tensors; ``words`` tell it."""
+
+    def __init__(self, seed: int, index: int, backend: str) -> None:
+        self.draw = Random(f"{seed} {index}")
+        self.backend, self.pick, self.random = backend, self.draw.choice, self.draw.random
+        pick, kernels = self.pick, backend != "torch"
+        self.kind = pick([kind for kind, (_, count) in KINDS.items() for _ in range(count)])
+        self.dtype = pick((F32, F32, BF16, BF16, F16, BF16 if kernels else F64))
+        self.adapter_dtype = pick((self.dtype, self.dtype, F32, F32, pick((BF16, F16))))
+        worlds = _WORLDS
+        if self.kind == "gated":  # which runs where a node can
+            worlds = tuple(w for w in worlds if w in ("eager", "autocast", "checkpoint"))
+        self.world, self.compute = pick(worlds), self.dtype
+        if self.world == "autocast" and self.dtype != F64:
+            self.compute = pick((BF16, F16))
+        self.p = pick((0.0, 0.0, 0.1, 0.5, 0.9))
+        packs = self.kind != "experts" and self.random() < 0.3
+        if self.kind == "dora" and self.dtype == F64:  # a packed weight's norm is float32
+            packs = False
+        self.format = pick(list(FORMATS)) if packs else ""
+        unit = FORMATS[self.format][0] if packs else 1
+        self.K, self.inner = (unit * max(1, self.size() // unit) for _ in range(2))
+        self.M = pick((0, 1, 1, *[self.size() for _ in range(8)]))
+        self.lead = self._lead()
+        # Where 16 bits are slow, and where not; small blocks; no shortcut for few rows; all experts
+        # at once, or in turn.
+        self.wide, self.small = pick((True, False)), self.random() < 0.3
+        self.node, self.at_once = self.random() < 0.3, pick((True, False))
+        self.plan = pick((None, "FUSED", "IN_PLACE", "UNPACKING")) if kernels else None
+        self.seed, self.processors = self.draw.getrandbits(60), pick((1, 4, 6, 100))
+        self.leaves: dict[str, Tensor] = {}  # the textbook's
+        self.given: list[Tensor] = []  # all that comes in
+        dtypes = [_SHORT[each] for each in (self.dtype, self.adapter_dtype)]
+        more = {"wide": self.wide, "blocks": self.small, "node": self.node, self.plan: self.plan}
+        self.words = " ".join(
+            [
+                *(self.kind, "-".join(dtypes), self.world, f"M{self.M} K{self.K} p{self.p}"),
+                *([self.format] if self.format else []),
+                *(word for word, holds in more.items() if holds),
+            ]
+        )
+
+    def size(self) -> int:
+        any_size = self.draw.randint(1, 150 if self.backend == "torch" else 80)
+        return self.pick((1, 2, 3, 5, 8, 16, 17, 33, 64, any_size | 1, any_size | 1, any_size))
+
+    def scale(self) -> float:
+        return self.pick((0.75, 0.75, 2, -1.5, 0.0))
+
+    def trains(self, tensor: Tensor, chance: float = 0.8) -> Tensor:
+        return tensor.requires_grad_(self.random() < chance)
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
+        """Random, of any layout; what lies around it in memory is NaN."""
+        layout = "dense" if not rows or self.random() < 0.5 else self.pick(list(LAYOUTS))
+        values = size * torch.randn(rows, columns, dtype=F64)
+        if self.random() < 0.1:
+            values[: rows // 2] = 0.0
+        nan = lambda *shape: torch.full(shape, torch.nan, dtype=dtype)  # noqa: E731
+        cut = LAYOUTS[layout](nan, rows, columns)
+        places = slice(0, 1 if layout == "expanded" else None)
+        cut[places].copy_(values[places])
+        return cut
+
+    def stack(self, *shape: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
+        """Matrices one behind the other: dense, each transposed, or with gaps."""
+        count, rows, columns = shape
+        whole = self.matrix(count * rows, columns, dtype, size).unflatten(0, (count, rows))
+        return whole.mT.contiguous().mT if self.random() < 0.3 else whole
+
+    def rows(self, columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
+        """[*lead, columns]"""
+        lead, flat = self.lead, self.matrix(self.M, columns, dtype, size)
+        if not lead:
+            return flat[0]
+        if len(lead) == 2 and self.random() < 0.3:
+            return flat.unflatten(0, lead[::-1]).transpose(0, 1)
+        return flat.unflatten(0, lead)
+
+    def weight(self, name: str, n: int, k: int) -> Tensor | Quantised:
+        if self.format and self.random() < 0.8:
+            weight = FORMATS[self.format][1](n, k, self.pick)
+            self.leaves[name] = packed.by_elements(weight, self.compute).to(self.compute)
+            self.given += weight.tensors
+            return weight
+        dtype = self.dtype
+        if self.compute != dtype:  # autocast makes them one
+            dtype = self.pick((F32, BF16, F16))
+        return self.leaf(name, self.trains(self.matrix(n, k, dtype, k**-0.5), 0.1))
+
+    def leaf(self, name: str, tensor: Tensor) -> Tensor:
+        self.leaves[name] = tensor
+        self.given.append(tensor)
+        return tensor
+
+    def output(self, i: int, n: int, k: int, adapters: int) -> Output:
+        """Output i of a group; every tensor of it is a leaf."""
+        weight, bias = self.weight(f"weight{i}", n, k), None
+        if self.random() < 0.4:
+            bias = torch.randn(n, dtype=F64).to(self.pick((self.dtype, F32)))
+            bias = self.leaf(f"bias{i}", self.trains(bias, 0.5))
+        size, records = k**-0.5 / self.size_of_x([i]), []
+        for j in range(adapters):
+            r = self.size()
+            a, b = self.matrix(r, k, self.adapter_dtype, size), None
+            b = self.matrix(n, r, self.adapter_dtype, r**-0.5)
+            self.leaf(f"lora_a{i}.{j}", self.trains(a))
+            self.leaf(f"lora_b{i}.{j}", self.trains(b))
+            records.append(Adapter(a, b, self.scale()))
+        return Output(Base(weight, bias), tuple(records))
+
+    def size_of_x(self, outputs: Sequence[int]) -> float:
+        """So that no product of a base overflows in float16."""
+        weights = [self.leaves[f"weight{i}"].detach().double() for i in outputs]
+        return 1 / max(1.0, *[float(w.norm() / w.shape[0] ** 0.5) for w in weights])
+
+    def texts(self, leaves: dict[str, Tensor], outputs: Sequence[Output], change: Callable) -> list:
+        """What the reference takes for these outputs."""
+        return [
+            (
+                (leaves[f"weight{i}"], leaves.get(f"bias{i}")),
+                [
+                    (leaves[f"lora_a{i}.{j}"], leaves[f"lora_b{i}.{j}"], change(scale))
+                    for j, (_, _, scale) in enumerate(adapters)
+                ],
+            )
+            for i, (_, adapters) in enumerate(outputs)
+        ]
+
+    @contextmanager
+    def world_of(self) -> Iterator[None]:
+        """What isn't an argument of the call."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        with ExitStack() as stack:
+            put = lambda *change: stack.enter_context(mock.patch.object(*change))  # noqa: E731
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            put(kinds, "_known", {})
+            put(products, "FORCED", self.wide)
+            put(grouped, "FORCED", self.at_once)
+            if self.node:
+                put(torch_backend, "MOST_ROWS", 0)
+            if self.small:
+                put(blocks, "_CPU_BLOCK", 5 * self.K)
+                for name, value in {"_BLOCK": 0, "_ROWS": 0, "_PART": 0, "_FEWEST_ROWS": 8}.items():
+                    put(products, name, value)
+                put(products, "_FEWEST_OF_WEIGHT", 4)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            stack.callback(torch.use_deterministic_algorithms, deterministic)
+            stack.enter_context(
+                fastlora.use_backend("torch" if self.backend == "torch" else "triton")
+            )
+            if self.backend == "interpreter":
+                from kernel_cases import processors
+
+                stack.enter_context(processors(self.processors))
+            if self.plan:
+                from fastlora.kernels import plan
+
+                stack.enter_context(plan.use_plan(getattr(plan, self.plan)))
+            yield
+
+    def _lead(self) -> tuple[int, ...]:
+        M, splits = self.M, [(self.M,), (self.M,), (1, self.M), (self.M, 1)]
+        if M == 1 and self.kind in ("layer", "gated", "dora"):
+            splits.append(())
+        splits += [(d, M // d) for d in (2, 3, 5) if M and M % d == 0]
+        return (M,) if self.kind == "experts" else self.pick(splits)
+
+
+def _layer(case: Case) -> Made:
+    """One output, or a group, of which some may be frozen, or have several adapters."""
+    outputs = []
+    for i in range(case.pick((1, 1, 1, 2, 3, 5))):
+        outputs.append(case.output(i, case.size(), case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
+    x = case.rows(case.K, case.dtype, case.size_of_x(range(len(outputs))))
+    case.leaf("x", case.trains(x))
+    counts = [len(output.adapters) for output in outputs]
+
+    def textbook(t, masks, change):
+        its = case.texts(t, outputs, change)
+        return reference.lora_linears(t["x"], its, dropout=case.p if masks else 0.0, masks=masks)
+
+    return Made(
+        lambda: fastlora.lora_linears(x, outputs, dropout=case.p),
+        textbook,
+        [((case.M, case.K), case.p)] * sum(counts),
+        [output.base.weight.shape[0] for output in outputs],
+    )
+
+
+def _gated(case: Case) -> Made:
+    """Two layers to ``inner``, and one from there."""
+    activation, n = case.pick(list(ACTIVATIONS)), case.size()
+    shapes = (case.inner, case.K), (case.inner, case.K), (n, case.inner)
+    outputs = [case.output(i, *shape, case.pick((0, 1, 1, 2))) for i, shape in enumerate(shapes)]
+    x = case.leaf("x", case.trains(case.rows(case.K, case.dtype, case.size_of_x((0, 1)))))
+
+    def textbook(t, masks, change):
+        its = case.texts(t, outputs, change)
+        p = case.p if masks else 0.0
+        return (reference.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks),)
+
+    counts = [len(output.adapters) for output in outputs]
+    masks = [
+        ((case.M, k), case.p) for c, (_, k) in zip(counts, shapes, strict=True) for _ in range(c)
+    ]
+    return Made(
+        lambda: (gated_mlp(x, *outputs, activation, dropout=case.p, down_dropout=case.p),),
+        textbook,
+        masks,
+        [n],
+    )
+
+
+def _experts(case: Case) -> Made:
+    """Some have no rows; behind the last end x is NaN."""
+    E, N, K, r = case.pick((1, 2, 3, 5, 9)), case.size(), case.K, case.size()
+    cuts = sorted(case.draw.randint(0, case.M) for _ in range(E))
+    ends = torch.tensor(cuts, dtype=torch.int32)
+    x = case.rows(K, case.dtype)
+    if x._is_zerotensor() or x.stride(0):
+        x[cuts[-1] :] = torch.nan
+    tensors = {
+        "x": case.trains(x),
+        "weight": case.trains(case.stack(E, N, K, dtype=case.dtype, size=K**-0.5), 0.1),
+        "lora_a": case.trains(case.stack(E, r, K, dtype=case.adapter_dtype, size=K**-0.5)),
+        "lora_b": case.trains(case.stack(E, N, r, dtype=case.adapter_dtype, size=r**-0.5)),
+    }
+    if case.random() < 0.4:
+        bias = torch.randn(E, N, dtype=F64).to(case.pick((case.dtype, F32)))
+        tensors["bias"] = case.trains(bias, 0.5)
+    scale, p = case.scale(), case.p
+    for name, tensor in tensors.items():
+        case.leaf(name, tensor)
+    case.given.append(ends)
+
+    def textbook(t, masks, change):
+        mask = masks[0] if masks else None
+        return (
+            reference.lora_grouped(**t, offsets=ends, scale=change(scale), dropout=p, mask=mask),
+        )
+
+    run = lambda: (fastlora.lora_grouped(**tensors, offsets=ends, scale=scale, dropout=p),)  # noqa: E731
+    return Made(run, textbook, [((case.M, K), p)], [N])
+
+
+def _many(case: Case) -> Made:
+    """Many adapters in a batch: banks, NaN behind each rank, or lists; -1 is for none."""
+    n, N, K = case.pick((1, 2, 3, 7)), case.size(), case.K
+    base = case.output(0, N, K, 0).base
+    size = case.size_of_x([0])
+    x = case.leaf("x", case.trains(case.rows(K, case.dtype, size)))
+    ranks, banks = [case.size() for _ in range(n)], case.random() < 0.5
+    scales = [case.scale() for _ in range(n)]
+    ps = [case.pick((case.p, 0.3)) if case.p else 0.0 for _ in range(n)]
+    down = [case.matrix(r, K, case.adapter_dtype, K**-0.5 / size) for r in ranks]
+    up = [case.matrix(N, r, case.adapter_dtype, r**-0.5) for r in ranks]
+    if banks:
+        lora_a = torch.full((n, max(ranks), K), torch.nan, dtype=case.adapter_dtype)
+        lora_b = torch.full((n, N, max(ranks)), torch.nan, dtype=case.adapter_dtype)
+        for i, r in enumerate(ranks):
+            lora_a[i, :r], lora_b[i, :, :r] = down[i], up[i]
+        case.leaf("lora_a", case.trains(lora_a)), case.leaf("lora_b", case.trains(lora_b))
+    else:
+        lora_a = [case.leaf(f"lora_a{i}", case.trains(each)) for i, each in enumerate(down)]
+        lora_b = [case.leaf(f"lora_b{i}", case.trains(each)) for i, each in enumerate(up)]
+    lead = case.lead[: case.draw.randint(1, len(case.lead))]
+    own = [case.draw.randint(-1, n - 1) for _ in range(prod(lead))]
+    own = sorted(own) if case.random() < 0.3 else own
+    indices = torch.tensor(own, dtype=torch.int32).reshape(lead)
+    given = indices if case.random() < 0.5 else fastlora.AdapterMapping(indices, n)
+    its_ranks = ranks if banks else None
+    case.given.append(indices)
+
+    def textbook(t, masks, change):
+        pairs = [t[each] if banks else [t[f"{each}{i}"] for i in range(n)] for each in _PAIR]
+        numbers = {"scales": [change(s) for s in scales], "ranks": its_ranks, "dropouts": ps}
+        weight, bias, masks = t["weight0"], t.get("bias0"), masks or [None] * n
+        return (
+            reference.multi_lora_linear(
+                t["x"], weight, *pairs, indices, bias=bias, masks=masks, **numbers
+            ),
+        )
+
+    numbers = {"scales": scales, "ranks": its_ranks, "dropout": ps}
+    repeats = case.M // max(1, len(own))
+    return Made(
+        lambda: (
+            fastlora.multi_lora_linear(
+                x, base.weight, lora_a, lora_b, given, bias=base.bias, **numbers
+            ),
+        ),
+        textbook,
+        [((own.count(i) * repeats, K), p) for i, p in enumerate(ps)],
+        [N],
+    )
+
+
+_PAIR = ("lora_a", "lora_b")
+
+
+def _dora(case: Case) -> Made:
+    N, K = case.size(), case.K
+    ((weight, bias), ((a, b, scale),)) = case.output(0, N, K, 1)
+    x = case.leaf("x", case.trains(case.rows(K, case.dtype, case.size_of_x([0]))))
+    parts = case.leaves["weight0"].double(), scale * (b.double() @ a.double())
+    norms = sum(parts).norm(dim=1).detach()
+    magnitude = (norms * (1 + 0.3 * torch.randn(N, dtype=F64)) + 0.1).to(F32)
+    case.leaf("magnitude", case.trains(magnitude))
+    keep = torch.rand(x.shape) >= case.p
+    drop = (lambda x: x * keep.to(x.dtype) / (1.0 - case.p)) if case.p else None
+    # Where the adapter takes from the weight what it has, n is the root of a small difference.
+    lost = (sum(part.norm(dim=1).detach() for part in parts) / norms).square() / 4
+
+    def textbook(t, masks, change):
+        tensors = weight, a, b, magnitude = [
+            t[name] for name in ("weight0", "lora_a0.0", "lora_b0.0", "magnitude")
+        ]
+        x, bias, its_scale = t["x"], t.get("bias0"), change(scale)
+        dropped = x if drop is None else drop(x)
+        if change is not abs:
+            return (
+                reference.dora_linear(x, *tensors, bias=bias, scale=its_scale, dropped=dropped),
+            )
+        # z has the bias, which is taken off again; a gain is that of the numbers themselves.
+        z = dropped @ weight.T + its_scale * (dropped @ a.T @ b.T) + (0 if bias is None else bias)
+        y = magnitude / norms * lost.clamp_min(1.0) * z + (0 if bias is None else bias)
+        return (y if drop is None else y + (x + dropped) @ weight.T,)
+
+    run = lambda: (  # noqa: E731
+        dora_linear(x, weight, a, b, magnitude, bias=bias, scale=scale, drop=drop),
+    )
+    return Made(run, textbook, [], [N])
+
+
+# How a kind is made, and how often it is drawn.
+KINDS: dict[str, tuple[Callable[[Case], Made], int]] = {
+    "layer": (_layer, 4),
+    "experts": (_experts, 2),
+    "many": (_many, 2),
+    "gated": (_gated, 1),
+    "dora": (_dora, 1),
+}
+
+
+def check(case: Case) -> None:
+    """AssertionError if the call gives other numbers than it should, or writes where it mustn't."""
+    torch.manual_seed(case.seed)
+    made = KINDS[case.kind][0](case)
+    dys = [case.rows(width, case.compute) for width in made.widths]
+    if len(dys) > 1 and case.random() < 0.2:
+        dys[case.draw.randrange(len(dys))] = None
+    given = [*case.given, *(dy for dy in dys if dy is not None)]
+    memory = [_bytes_of(tensor) for tensor in given]
+    with case.world_of():
+        found = _results(case, made, dys)
+        again = _results(case, made, dys)
+    for name, value in found.items():
+        assert _same_bits(value, again[name]), f"{name} has other bits when run again"
+    for tensor, before in zip(given, memory, strict=True):
+        assert torch.equal(_bytes_of(tensor), before), f"an input {tuple(tensor.shape)} was changed"
+    masks: list[Tensor | None] = []
+    if any(p for _, p in made.masks):
+        torch.manual_seed(case.seed)
+        seeds = draw_seed(len(made.masks), torch.device("cpu"))
+        pairs = zip(seeds, made.masks, strict=True)
+        masks = [dropout_mask(seed, shape, p) if p else None for seed, (shape, p) in pairs]
+    gated = case.kind == "gated"
+    longest = max(max(tensor.shape, default=1) for tensor in case.leaves.values())
+    truth = _textbook(case, made, masks, dys, Tensor.double)
+    eager = _textbook(case, made, masks, dys)
+    change = torch.square if gated else abs
+    size = _textbook(case, made, masks, dys, lambda tensor: change(tensor.double()), change)
+    for name, value in found.items():
+        if value is None:
+            assert not truth[name].count_nonzero(), f"{name} is None"
+        elif eager[name].isfinite().all():
+            # Three layers of absolute values say nothing: sums of mixed signs grow as their root.
+            its_size = 8 * size[name].sqrt() if gated else size[name]
+            if case.compute in (F32, F64):  # then each of so many additions rounds by as much
+                its_size = max(4.0, sqrt(longest)) * its_size
+            assert_close(name, value, truth[name], eager[name], its_size, case.compute)
+
+
+def _results(case: Case, made: Made, dys: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Outputs and gradients by name, from the case's seed on."""
+    torch.manual_seed(case.seed)
+    worlds = {
+        "autocast": lambda: torch.autocast("cpu", case.compute),
+        "no-grad": torch.no_grad,
+        "inference": torch.inference_mode,
+        "registered": lambda: FlopCounterMode(display=False),
+    }
+    run = made.run
+    if case.world == "checkpoint":
+        run = lambda: checkpoint(made.run, use_reentrant=False)  # noqa: E731
+    with ExitStack() as stack:
+        if case.world in worlds and not (case.world == "autocast" and case.dtype == F64):
+            stack.enter_context(worlds[case.world]())
+        ys = run()
+    named = {f"y{i}": y.detach() for i, y in enumerate(ys)}
+    if case.world in ("no-grad", "inference"):
+        return named
+    return named | _gradients(ys, dys, case.leaves)
+
+
+def _gradients(
+    ys: Sequence[Tensor], dys: Sequence[Tensor | None], leaves: dict[str, Tensor]
+) -> dict[str, Tensor | None]:
+    wanted = {f"d_{name}": leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None and y.requires_grad]
+    if not pairs or not wanted:
+        return dict.fromkeys(wanted)
+    used, its_dys = zip(*pairs, strict=True)
+    found = torch.autograd.grad(used, list(wanted.values()), its_dys, allow_unused=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _textbook(
+    case: Case,
+    made: Made,
+    masks: list[Tensor | None],
+    dys: Sequence[Tensor | None],
+    convert: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    change: Callable = lambda value: value,
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name, of converted tensors and changed numbers."""
+    leaves = {
+        name: convert(leaf.detach()).requires_grad_(leaf.requires_grad)
+        for name, leaf in case.leaves.items()
+    }
+    dtype = convert(torch.empty(0, dtype=case.compute)).dtype
+    cast = {name: leaf.to(dtype) for name, leaf in leaves.items()}
+    number = (lambda scale: scale * scale) if change is torch.square else change
+    ys = made.textbook(cast, masks or None, number)
+    its_dys = [None if dy is None else convert(dy) for dy in dys]
+    gradients = _gradients(ys, its_dys, leaves)
+    zeros = {f"d_{name}": leaf for name, leaf in leaves.items()}
+    return {f"y{i}": y.detach() for i, y in enumerate(ys)} | {
+        name: torch.zeros_like(zeros[name]) if value is None else value
+        for name, value in gradients.items()
+    }
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A copy of all that its memory holds."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
+
+
+def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, other)))
