@@ -74,9 +74,9 @@ def main() -> None:
                 rounded = max(error(each.to(dtype), truth) for each in sums.values())
                 errors = [error(each, truth) for each in sums.values()]
                 unit = torch.finfo(dtype).eps / 2
-                cells = [f"{each:.1e} ({each / unit:.3f})" for each in errors]
+                cells = [f"{each:.1e} ({each / unit:.2g})" for each in errors]
                 ends = [
-                    f"{each:.1e} ({each / unit:.2f})"
+                    f"{each:.1e} ({each / unit:.2g})"
                     for each in (rounded, error(left @ right, truth))
                 ]
                 print(

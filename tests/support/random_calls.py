@@ -6,6 +6,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod, sqrt
 from random import Random
 from typing import NamedTuple
@@ -32,42 +33,26 @@ from fastlora.ops.functional import draw_seed
 from fastlora.projection import Adapter, Base, Output
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+_PAIR = ("lora_a", "lora_b")
 _SHORT = {F32: "f32", F64: "f64", BF16: "bf16", F16: "f16"}
 _WORLDS = ("eager",) * 5 + ("autocast", "no-grad", "inference", "checkpoint", "registered")
-# What divides K, and what packs [n, k].
-FORMATS: dict[str, tuple[int, Callable]] = {
-    "nf4": (1, lambda n, k, pick: packed.random_four_bit(n, k, "nf4", pick((16, 64)))),
-    "fp4": (1, lambda n, k, pick: packed.random_four_bit(n, k, "fp4", 32, pick((1, 3, 16)))),
-    "int8": (1, lambda n, k, pick: packed.random_int8(n, k)),
-    "int4": (8, lambda n, k, pick: packed.random_int4(n, k, 8, pick((F32, BF16)))),
-    "affine": (
-        8,
-        lambda n, k, pick: packed.random_affine(
-            n, k, pick((1, n)), pick((8, k)), pick((True, False)), pick((F32, BF16))
-        ),
-    ),
-    "float8": (
-        1,
-        lambda n, k, pick: packed.random_float8(
-            n, k, pick((1, 16, n)), pick((16, k)), pick(_FLOAT8), pick((F32, BF16, F16))
-        ),
-    ),
-    "hqq": (
-        8,
-        lambda n, k, pick: packed.random_hqq(n, k, pick((1, 2, 3, 4, 8)), 8, pick((F32, BF16))),
-    ),
-    "gptq": (
-        4,
-        lambda n, k, pick: packed.random_gptq(
-            n, k, pick((2, 3, 4, 8)), pick((1, 4)), pick((F32, F16)), pick((True, False))
-        ),
-    ),
-    "gguf": (
-        256,
-        lambda n, k, pick: packed.random_gguf(n, k, pick(list(GGUF)), pick((True, False))),
-    ),
-}
-_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
+_EITHER, _FLOAT8 = (True, False), ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
+# What divides K, what packs [n, k], and what else is drawn for it.
+FORMATS: dict[str, tuple[int, Callable, Callable]] = {
+    "nf4": (1, packed.random_four_bit, lambda n, k, pick: ("nf4", pick((16, 64)))),
+    "fp4": (1, packed.random_four_bit, lambda n, k, pick: ("fp4", 32, pick((1, 3, 16)))),
+    "int8": (1, packed.random_int8, lambda n, k, pick: ()),
+    "int4": (8, packed.random_int4, lambda n, k, pick: (8, pick((F32, BF16)))),
+    "affine": (8, packed.random_affine, lambda n, k, pick: (
+        pick((1, n)), pick((8, k)), pick(_EITHER), pick((F32, BF16)))),
+    "float8": (1, packed.random_float8, lambda n, k, pick: (
+        pick((1, 16, n)), pick((16, k)), pick(_FLOAT8), pick((F32, BF16, F16)))),
+    "hqq": (8, packed.random_hqq, lambda n, k, pick: (
+        pick((1, 2, 3, 4, 8)), 8, pick((F32, BF16)))),
+    "gptq": (4, packed.random_gptq, lambda n, k, pick: (
+        pick((2, 3, 4, 8)), pick((1, 4)), pick((F32, F16)), pick(_EITHER))),
+    "gguf": (256, packed.random_gguf, lambda n, k, pick: (pick(list(GGUF)), pick(_EITHER))),
+}  # fmt: skip
 
 
 class Made(NamedTuple):
@@ -76,8 +61,8 @@ class Made(NamedTuple):
     ``change``: what was done to their sizes, and is to be done to a scale.
     """
 
-    run: Callable[[], Sequence[Tensor]]
-    textbook: Callable[[dict[str, Tensor], list[Tensor | None], Callable], Sequence[Tensor]]
+    run: Callable[[], Tensor | Sequence[Tensor]]
+    textbook: Callable[..., Tensor | Sequence[Tensor]]
     masks: list[tuple[tuple[int, int], float]]  # rows and columns for each seed, and p
     widths: list[int]  # of the outputs
 
@@ -89,7 +74,8 @@ class Case:
         self.draw = Random(f"{seed} {index}")
         self.backend, self.pick, self.random = backend, self.draw.choice, self.draw.random
         pick, kernels = self.pick, backend != "torch"
-        self.kind = pick([kind for kind, (_, count) in KINDS.items() for _ in range(count)])
+        self.make = pick([kind for kind, count in KINDS.items() for _ in range(count)])
+        self.kind = self.make.__name__[1:]
         self.dtype = pick((F32, F32, BF16, BF16, F16, BF16 if kernels else F64))
         self.adapter_dtype = pick((self.dtype, self.dtype, F32, F32, pick((BF16, F16))))
         worlds = _WORLDS
@@ -164,7 +150,8 @@ class Case:
 
     def weight(self, name: str, n: int, k: int) -> Tensor | Quantised:
         if self.format and self.random() < 0.8:
-            weight = FORMATS[self.format][1](n, k, self.pick)
+            _, make, drawn = FORMATS[self.format]
+            weight = make(n, k, *drawn(n, k, self.pick))
             self.leaves[name] = packed.by_elements(weight, self.compute).to(self.compute)
             self.given += weight.tensors
             return weight
@@ -184,15 +171,15 @@ class Case:
         if self.random() < 0.4:
             bias = torch.randn(n, dtype=F64).to(self.pick((self.dtype, F32)))
             bias = self.leaf(f"bias{i}", self.trains(bias, 0.5))
-        size, records = k**-0.5 / self.size_of_x([i]), []
-        for j in range(adapters):
-            r = self.size()
-            a, b = self.matrix(r, k, self.adapter_dtype, size), None
-            b = self.matrix(n, r, self.adapter_dtype, r**-0.5)
-            self.leaf(f"lora_a{i}.{j}", self.trains(a))
-            self.leaf(f"lora_b{i}.{j}", self.trains(b))
-            records.append(Adapter(a, b, self.scale()))
-        return Output(Base(weight, bias), tuple(records))
+        pairs = [self.pair(f"{i}.{j}", n, k, self.size_of_x([i])) for j in range(adapters)]
+        return Output(Base(weight, bias), tuple(Adapter(*ab, self.scale()) for ab in pairs))
+
+    def pair(self, place: str, n: int, k: int, size_of_x: float) -> tuple[Tensor, Tensor]:
+        """An adapter's tensors, for products of about 1."""
+        r, dtype = self.size(), self.adapter_dtype
+        a, b = self.matrix(r, k, dtype, k**-0.5 / size_of_x), self.matrix(n, r, dtype, r**-0.5)
+        pairs = zip(_PAIR, (a, b), strict=True)
+        return tuple(self.leaf(f"{name}{place}", self.trains(each)) for name, each in pairs)
 
     def size_of_x(self, outputs: Sequence[int]) -> float:
         """So that no product of a base overflows in float16."""
@@ -260,18 +247,14 @@ def _layer(case: Case) -> Made:
         outputs.append(case.output(i, case.size(), case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
     x = case.rows(case.K, case.dtype, case.size_of_x(range(len(outputs))))
     case.leaf("x", case.trains(x))
-    counts = [len(output.adapters) for output in outputs]
 
     def textbook(t, masks, change):
         its = case.texts(t, outputs, change)
         return reference.lora_linears(t["x"], its, dropout=case.p if masks else 0.0, masks=masks)
 
-    return Made(
-        lambda: fastlora.lora_linears(x, outputs, dropout=case.p),
-        textbook,
-        [((case.M, case.K), case.p)] * sum(counts),
-        [output.base.weight.shape[0] for output in outputs],
-    )
+    masks = [((case.M, case.K), case.p) for output in outputs for _ in output.adapters]
+    run = partial(fastlora.lora_linears, x, outputs, dropout=case.p)
+    return Made(run, textbook, masks, [output.base.weight.shape[0] for output in outputs])
 
 
 def _gated(case: Case) -> Made:
@@ -282,20 +265,13 @@ def _gated(case: Case) -> Made:
     x = case.leaf("x", case.trains(case.rows(case.K, case.dtype, case.size_of_x((0, 1)))))
 
     def textbook(t, masks, change):
-        its = case.texts(t, outputs, change)
-        p = case.p if masks else 0.0
-        return (reference.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks),)
+        its, p = case.texts(t, outputs, change), case.p if masks else 0.0
+        return reference.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks)
 
-    counts = [len(output.adapters) for output in outputs]
-    masks = [
-        ((case.M, k), case.p) for c, (_, k) in zip(counts, shapes, strict=True) for _ in range(c)
-    ]
-    return Made(
-        lambda: (gated_mlp(x, *outputs, activation, dropout=case.p, down_dropout=case.p),),
-        textbook,
-        masks,
-        [n],
-    )
+    run = partial(gated_mlp, x, *outputs, activation, dropout=case.p, down_dropout=case.p)
+    pairs = zip(outputs, shapes, strict=True)
+    masks = [((case.M, k), case.p) for output, (_, k) in pairs for _ in output.adapters]
+    return Made(run, textbook, masks, [n])
 
 
 def _experts(case: Case) -> Made:
@@ -304,7 +280,7 @@ def _experts(case: Case) -> Made:
     cuts = sorted(case.draw.randint(0, case.M) for _ in range(E))
     ends = torch.tensor(cuts, dtype=torch.int32)
     x = case.rows(K, case.dtype)
-    if x._is_zerotensor() or x.stride(0):
+    if x.stride(0):
         x[cuts[-1] :] = torch.nan
     tensors = {
         "x": case.trains(x),
@@ -322,11 +298,10 @@ def _experts(case: Case) -> Made:
 
     def textbook(t, masks, change):
         mask = masks[0] if masks else None
-        return (
-            reference.lora_grouped(**t, offsets=ends, scale=change(scale), dropout=p, mask=mask),
-        )
+        numbers = {"scale": change(scale), "dropout": p, "mask": mask}
+        return reference.lora_grouped(**t, offsets=ends, **numbers)
 
-    run = lambda: (fastlora.lora_grouped(**tensors, offsets=ends, scale=scale, dropout=p),)  # noqa: E731
+    run = partial(fastlora.lora_grouped, **tensors, offsets=ends, scale=scale, dropout=p)
     return Made(run, textbook, [((case.M, K), p)], [N])
 
 
@@ -336,20 +311,17 @@ def _many(case: Case) -> Made:
     base = case.output(0, N, K, 0).base
     size = case.size_of_x([0])
     x = case.leaf("x", case.trains(case.rows(K, case.dtype, size)))
-    ranks, banks = [case.size() for _ in range(n)], case.random() < 0.5
+    banks, ps = case.random() < 0.5, [case.pick((case.p, 0.3)) if case.p else 0.0 for _ in range(n)]
     scales = [case.scale() for _ in range(n)]
-    ps = [case.pick((case.p, 0.3)) if case.p else 0.0 for _ in range(n)]
-    down = [case.matrix(r, K, case.adapter_dtype, K**-0.5 / size) for r in ranks]
-    up = [case.matrix(N, r, case.adapter_dtype, r**-0.5) for r in ranks]
+    lora_a, lora_b = map(list, zip(*[case.pair(str(i), N, K, size) for i in range(n)], strict=True))
+    ranks = [len(each) for each in lora_a]
     if banks:
+        down, up = ([case.leaves.pop(f"{name}{i}") for i in range(n)] for name in _PAIR)
         lora_a = torch.full((n, max(ranks), K), torch.nan, dtype=case.adapter_dtype)
         lora_b = torch.full((n, N, max(ranks)), torch.nan, dtype=case.adapter_dtype)
         for i, r in enumerate(ranks):
-            lora_a[i, :r], lora_b[i, :, :r] = down[i], up[i]
+            lora_a[i, :r], lora_b[i, :, :r] = down[i].detach(), up[i].detach()
         case.leaf("lora_a", case.trains(lora_a)), case.leaf("lora_b", case.trains(lora_b))
-    else:
-        lora_a = [case.leaf(f"lora_a{i}", case.trains(each)) for i, each in enumerate(down)]
-        lora_b = [case.leaf(f"lora_b{i}", case.trains(each)) for i, each in enumerate(up)]
     lead = case.lead[: case.draw.randint(1, len(case.lead))]
     own = [case.draw.randint(-1, n - 1) for _ in range(prod(lead))]
     own = sorted(own) if case.random() < 0.3 else own
@@ -362,27 +334,14 @@ def _many(case: Case) -> Made:
         pairs = [t[each] if banks else [t[f"{each}{i}"] for i in range(n)] for each in _PAIR]
         numbers = {"scales": [change(s) for s in scales], "ranks": its_ranks, "dropouts": ps}
         weight, bias, masks = t["weight0"], t.get("bias0"), masks or [None] * n
-        return (
-            reference.multi_lora_linear(
-                t["x"], weight, *pairs, indices, bias=bias, masks=masks, **numbers
-            ),
-        )
+        tensors = t["x"], weight, *pairs, indices
+        return reference.multi_lora_linear(*tensors, bias=bias, masks=masks, **numbers)
 
-    numbers = {"scales": scales, "ranks": its_ranks, "dropout": ps}
+    tensors = x, base.weight, lora_a, lora_b, given
+    numbers = {"scales": scales, "ranks": its_ranks, "dropout": ps, "bias": base.bias}
     repeats = case.M // max(1, len(own))
-    return Made(
-        lambda: (
-            fastlora.multi_lora_linear(
-                x, base.weight, lora_a, lora_b, given, bias=base.bias, **numbers
-            ),
-        ),
-        textbook,
-        [((own.count(i) * repeats, K), p) for i, p in enumerate(ps)],
-        [N],
-    )
-
-
-_PAIR = ("lora_a", "lora_b")
+    masks = [((own.count(i) * repeats, K), p) for i, p in enumerate(ps)]
+    return Made(partial(fastlora.multi_lora_linear, *tensors, **numbers), textbook, masks, [N])
 
 
 def _dora(case: Case) -> Made:
@@ -405,34 +364,25 @@ def _dora(case: Case) -> Made:
         x, bias, its_scale = t["x"], t.get("bias0"), change(scale)
         dropped = x if drop is None else drop(x)
         if change is not abs:
-            return (
-                reference.dora_linear(x, *tensors, bias=bias, scale=its_scale, dropped=dropped),
-            )
+            more = {"scale": its_scale, "dropped": dropped}
+            return reference.dora_linear(x, *tensors, bias=bias, **more)
         # z has the bias, which is taken off again; a gain is that of the numbers themselves.
         z = dropped @ weight.T + its_scale * (dropped @ a.T @ b.T) + (0 if bias is None else bias)
         y = magnitude / norms * lost.clamp_min(1.0) * z + (0 if bias is None else bias)
-        return (y if drop is None else y + (x + dropped) @ weight.T,)
+        return y if drop is None else y + (x + dropped) @ weight.T
 
-    run = lambda: (  # noqa: E731
-        dora_linear(x, weight, a, b, magnitude, bias=bias, scale=scale, drop=drop),
-    )
-    return Made(run, textbook, [], [N])
+    tensors, more = (x, weight, a, b, magnitude), {"bias": bias, "scale": scale, "drop": drop}
+    return Made(partial(dora_linear, *tensors, **more), textbook, [], [N])
 
 
-# How a kind is made, and how often it is drawn.
-KINDS: dict[str, tuple[Callable[[Case], Made], int]] = {
-    "layer": (_layer, 4),
-    "experts": (_experts, 2),
-    "many": (_many, 2),
-    "gated": (_gated, 1),
-    "dora": (_dora, 1),
-}
+# How often a kind is drawn.
+KINDS: dict[Callable[[Case], Made], int] = {_layer: 4, _experts: 2, _many: 2, _gated: 1, _dora: 1}
 
 
 def check(case: Case) -> None:
     """AssertionError if the call gives other numbers than it should, or writes where it mustn't."""
     torch.manual_seed(case.seed)
-    made = KINDS[case.kind][0](case)
+    made = case.make(case)
     dys = [case.rows(width, case.compute) for width in made.widths]
     if len(dys) > 1 and case.random() < 0.2:
         dys[case.draw.randrange(len(dys))] = None
@@ -483,7 +433,7 @@ def _results(case: Case, made: Made, dys: Sequence[Tensor | None]) -> dict[str, 
     with ExitStack() as stack:
         if case.world in worlds and not (case.world == "autocast" and case.dtype == F64):
             stack.enter_context(worlds[case.world]())
-        ys = run()
+        ys = _as_tuple(run())
     named = {f"y{i}": y.detach() for i, y in enumerate(ys)}
     if case.world in ("no-grad", "inference"):
         return named
@@ -518,7 +468,7 @@ def _textbook(
     dtype = convert(torch.empty(0, dtype=case.compute)).dtype
     cast = {name: leaf.to(dtype) for name, leaf in leaves.items()}
     number = (lambda scale: scale * scale) if change is torch.square else change
-    ys = made.textbook(cast, masks or None, number)
+    ys = _as_tuple(made.textbook(cast, masks or None, number))
     its_dys = [None if dy is None else convert(dy) for dy in dys]
     gradients = _gradients(ys, its_dys, leaves)
     zeros = {f"d_{name}": leaf for name, leaf in leaves.items()}
@@ -526,6 +476,10 @@ def _textbook(
         name: torch.zeros_like(zeros[name]) if value is None else value
         for name, value in gradients.items()
     }
+
+
+def _as_tuple(ys: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (ys,) if isinstance(ys, Tensor) else ys
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
