@@ -4,7 +4,7 @@
     python -m tests.fuzz --seed S --case I
 
 ``--only``: cases whose words have all of these, such as "many bf16 autocast".  ``--backend``:
-torch; interpreter, Triton's; machine, the code that Triton compiles, on a machine of tools/.
+torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles).
 """
 
 import argparse
@@ -83,6 +83,8 @@ def prepared(backend: str) -> Iterator[tuple[Callable, Callable]]:
         sys.path.insert(0, str(TESTS / "support"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if backend == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"
     if backend != "machine":
         from random_calls import Case, check
 

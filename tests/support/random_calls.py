@@ -6,6 +6,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from math import prod, sqrt
 from random import Random
@@ -169,7 +170,7 @@ class Case:
         """Output i of a group; every tensor of it is a leaf."""
         weight, bias = self.weight(f"weight{i}", n, k), None
         if self.random() < 0.4:
-            bias = torch.randn(n, dtype=F64).to(self.pick((self.dtype, F32)))
+            bias = self.matrix(n, 1, self.pick((self.dtype, F32)))[:, 0]
             bias = self.leaf(f"bias{i}", self.trains(bias, 0.5))
         pairs = [self.pair(f"{i}.{j}", n, k, self.size_of_x([i])) for j in range(adapters)]
         return Output(Base(weight, bias), tuple(Adapter(*ab, self.scale()) for ab in pairs))
@@ -223,9 +224,10 @@ class Case:
                 fastlora.use_backend("torch" if self.backend == "torch" else "triton")
             )
             if self.backend == "interpreter":
-                from kernel_cases import processors
+                from fastlora.kernels.target import TARGETS, use_target
 
-                stack.enter_context(processors(self.processors))
+                its = replace(TARGETS["interpreter"], processors=self.processors)
+                stack.enter_context(use_target(its))
             if self.plan:
                 from fastlora.kernels import plan
 
@@ -289,7 +291,7 @@ def _experts(case: Case) -> Made:
         "lora_b": case.trains(case.stack(E, N, r, dtype=case.adapter_dtype, size=r**-0.5)),
     }
     if case.random() < 0.4:
-        bias = torch.randn(E, N, dtype=F64).to(case.pick((case.dtype, F32)))
+        bias = case.matrix(E, N, case.pick((case.dtype, F32)))
         tensors["bias"] = case.trains(bias, 0.5)
     scale, p = case.scale(), case.p
     for name, tensor in tensors.items():
@@ -407,10 +409,12 @@ def check(case: Case) -> None:
     eager = _textbook(case, made, masks, dys)
     change = torch.square if gated else abs
     size = _textbook(case, made, masks, dys, lambda tensor: change(tensor.double()), change)
+    # What overflows in PyTorch, or is a row of length 0 to DoRA, says nothing of the gradients.
+    is_whole = all(eager[name].isfinite().all() for name in eager if name.startswith("y"))
     for name, value in found.items():
         if value is None:
             assert not truth[name].count_nonzero(), f"{name} is None"
-        elif eager[name].isfinite().all():
+        elif eager[name].isfinite().all() and (is_whole or name.startswith("y")):
             # Three layers of absolute values say nothing: sums of mixed signs grow as their root.
             its_size = 8 * size[name].sqrt() if gated else size[name]
             if case.compute in (F32, F64):  # then each of so many additions rounds by as much
