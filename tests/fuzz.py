@@ -3,7 +3,7 @@
     python -m tests.fuzz --seed S [--count N] [--seconds T] [--backend torch] [--only WORDS]
     python -m tests.fuzz --seed S --case I
 
-``--only``: cases whose words have all of these, such as "many bf16 autocast".  ``--backend``:
+``--only``: cases whose words have all of these, such as "many bf16-f32 autocast".  ``--backend``:
 torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles).
 """
 
@@ -48,6 +48,10 @@ def run(options: argparse.Namespace, make: Callable, check: Callable) -> int:
                 line = f"python -m tests.fuzz --seed {options.seed} --case {index}{backend}"
                 print(f"{line}  # {case.words}: {why}", flush=True)
         index += 1
+        if index == 10_000 and not ran:
+            sys.exit(
+                f"none of {index} cases has the words {options.only!r}: see a miss's line for some"
+            )
         late = options.seconds and time.monotonic() - start > options.seconds
         if late or options.case is not None or ran.total() == most:
             break
