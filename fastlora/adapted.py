@@ -30,6 +30,7 @@ class LoRALayer(nn.Module):
     in_features: int
     out_features: int
     plain_class: type[nn.Module]  # what it is without its adapter
+    why_not_fast = ""  # why its calls are no node
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -36,6 +36,15 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
     return is_class(kind, *_CONV1D)
 
 
+def is_router(layer: nn.Module) -> bool:
+    """Whether it is a router of a transformers mixture: a class of its own, with weight [E, in]."""
+    kind = getattr(layer, "plain_class", type(layer))
+    theirs = kind.__module__.startswith("transformers.models.")
+    weight = layer._parameters.get("weight")
+    is_matrix = weight is not None and weight.dim() == 2
+    return theirs and is_matrix and "router" in kind.__name__.lower() and kind.__base__ is nn.Module
+
+
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
     """A base's weight as [out, in]; packed, if it is a vendor's.  ``kind``: its class by itself."""
     kind = type(linear) if kind is None else kind

@@ -1,14 +1,15 @@
 """LoRALinear, and its like for other classes of linear layer."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import frozen
-from .adapted import LoRALayer, new_adapter, own_name, why_weight_is_fixed
-from .base import is_conv1d, matrix_of, why_not_class, why_not_tensor
+from .adapted import LoRALayer, new_adapter, own_name, refuse_training, why_weight_is_fixed
+from .base import is_conv1d, is_router, matrix_of, why_not_class, why_not_tensor
 from .foreign import FULLY_SHARDED, derived_from
+from .ops.autocast import autocast_off
 from .projection import Projection, check_settings
 from .quant import quantised_weight, vendor_of
 from .quantised import LoRAQuantised
@@ -113,6 +114,36 @@ class _LoRATransposed(LoRALayer):
         return self.lora_A.t(), self.lora_B.t()
 
 
+class _LoRARouter(LoRALayer):
+    """Of a mixture's router, whose own forward runs with weight + scaling · lora_B lora_A.
+
+    It has no dropout, as in PEFT.
+    """
+
+    why_not_fast = "a router's own forward runs, with weight + scaling · lora_B lora_A"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        experts, features = self.weight.shape
+        return experts, features
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        run = super(LoRALayer, self).forward
+        if self.merged:
+            refuse_training(self)
+            return run(*args, **named)
+        weight = self._parameters["weight"]
+        assert weight is not None
+        with autocast_off(weight.device.type):
+            left, right = self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype)
+            total = torch.addmm(weight, left, right, alpha=self.scaling)
+        try:
+            self._parameters["weight"] = cast(nn.Parameter, total)
+            return run(*args, **named)
+        finally:
+            self._parameters["weight"] = weight
+
+
 _CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
     nn.Linear: LoRALinear,
     frozen.Linear: LoRALinear,
@@ -129,7 +160,8 @@ def adapted_class(kind: type[nn.Module], quantised: bool = False) -> type[LoRALa
     """
     classes = _QUANTISED if quantised else _CLASSES
     if kind not in classes:
-        ours: type[LoRALayer] = _LoRATransposed if is_conv1d(kind) else LoRALinear
+        ours: type[LoRALayer] = LoRALinear if not why_not_class(kind) else _LoRARouter
+        ours = _LoRATransposed if is_conv1d(kind) else ours
         ours = LoRAQuantised if quantised else ours
         members = {"plain_class": kind, "__reduce_ex__": _reduce_ex}
         classes[kind] = type(f"LoRA{kind.__name__}", (ours, kind), members)
@@ -159,7 +191,7 @@ def why_not_base(layer: nn.Module) -> str:
     if isinstance(layer, LoRALayer):
         return "it already has one (fastlora.remove_lora takes it away)"
     found = quantised_weight(layer)
-    reason = why_not_class(type(layer)) if found is None else ""
+    reason = why_not_class(type(layer)) if found is None and not is_router(layer) else ""
     if reason:
         return f"it is {reason}"
     if isinstance(found, str):
@@ -176,7 +208,7 @@ def why_not_base(layer: nn.Module) -> str:
     if name:
         return f"it has a {name!r} of its own, which a LoRA layer has for itself: rename that"
     for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
-        tensor = getattr(layer, name)
+        tensor = getattr(layer, name, None)
         is_part = type(tensor).__name__ in _KINDS
         if tensor is None and name == "weight":
             return "it has no weight"

@@ -11,7 +11,7 @@ from .adapted import LoRALayer
 from .blocks import buffer_for, widened
 from .ops import lora_linears
 from .ops.autocast import autocast_off
-from .projection import Projection
+from .projection import DTYPES, Projection
 from .quant import SHARDED, PackedLayer, Vendor, vendor_of
 
 
@@ -54,7 +54,9 @@ class LoRAQuantised(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             if self.is_dense and not (self.training and torch.is_grad_enabled()):
-                return linear(x, self.weight.to(x.dtype), self.bias)
+                # bitsandbytes' own call in evaluation casts the bias, in place.
+                bias = None if self.bias is None else self.bias.to(x.dtype)
+                return linear(x, self.weight.to(x.dtype), bias)
             return super().forward(x)
         packed = self.packed()
         group = (self.projection(packed),)
@@ -67,15 +69,21 @@ class LoRAQuantised(LoRALayer):
     def _device(self) -> torch.device:
         return self.packed().weight.device
 
-    def merged_weight(self) -> Tensor:
-        """weight + scaling · lora_B lora_A in float32, block by block of rows."""
+    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """weight + scaling · lora_B lora_A, computed in float32, block by block of rows."""
         weight = self.packed().weight
-        merged = torch.empty(weight.shape, device=weight.device)
+        merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         with torch.no_grad(), autocast_off(weight.device.type):
             left, right = self.lora_B.float(), self.lora_A.float()
             for rows, base in widened(weight, buffer_for(weight, torch.float32)):
-                torch.addmm(base, left[rows], right, alpha=self.scaling, out=merged[rows])
+                merged[rows] = torch.addmm(base, left[rows], right, alpha=self.scaling)
         return merged
+
+    def usual_dtype(self) -> torch.dtype:
+        """In which its calls compute, as far as the layer itself tells; else float32."""
+        own, bias = getattr(self, self.vendor.OWN), self.bias
+        said = self.packed().compute_dtype, own.dtype, None if bias is None else bias.dtype
+        return next((dtype for dtype in said if dtype in DTYPES), torch.float32)
 
     def put_merged(self, weight: Tensor, keep_base: bool, requantise: bool) -> float:
         """Put the merged weight in the base's place, packed again or as it is.
@@ -99,7 +107,7 @@ class LoRAQuantised(LoRALayer):
             self.unmerge()
             raise ValueError(
                 f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed again "
-                "it holds NaN or infinity; requantise=False leaves it in float32"
+                "it holds NaN or infinity; requantise=False leaves it plain"
             )
         return distance
 
@@ -119,9 +127,11 @@ class LoRAQuantised(LoRALayer):
         super().detach_adapter()
         if is_dense:
             object.__setattr__(self, "__class__", nn.Linear)
-            if isinstance(self.bias, Tensor) and "bias" not in self._parameters:
-                bias = self.__dict__.pop("bias")  # HQQ's, which is no parameter
-                self.bias = nn.Parameter(bias, requires_grad=False)
+            bias = self.__dict__.pop("bias", None)  # HQQ's, which is no parameter
+            bias = self._parameters.get("bias") if bias is None else bias
+            if bias is not None and (bias.dtype != self.weight.dtype or bias is not self.bias):
+                made = bias.detach().to(self.weight.dtype)
+                self.bias = nn.Parameter(made, bias.requires_grad)
 
     @property
     def is_left_out(self) -> bool:

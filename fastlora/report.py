@@ -163,6 +163,8 @@ def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
             plan, reason = planned_backend([layer.output()])
     else:
         try:
+            if layer.why_not_fast:
+                raise ValueError(layer.why_not_fast)
             outputs = as_outputs([layer.projection()])
             (plan, reason), packed = planned_backend(outputs), format_of(outputs[0])
         except ValueError as error:  # of a quantised layer that can't be read, and whose call fails

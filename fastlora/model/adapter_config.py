@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..base import is_router
 from ..projection import shown
 from .candidates import expert_modules
 from .config import LoRAConfig, weight_of
@@ -58,6 +59,7 @@ def spell_out(
         for name in dense
         if config.names_weight_of(name)
         or (rewritten and name.rpartition(".")[2] in _NAMES_OF_EXPERTS)
+        or is_router(model.get_submodule(name))
     }
     chosen_here = targets is None or is_all_linear(targets)
     if not (as_weights or chosen_here or (rewritten and isinstance(targets, str))):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..adapted import LoRALayer
+from ..base import is_router
 from ..layer import why_not_base
 from ..modules import called, some
 
@@ -13,12 +14,14 @@ USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimi
 
 
 def all_linear(model: nn.Module) -> set[str]:
-    """Every layer that can be a base, adapted ones included, but a transformers model's head."""
+    """Every linear layer that can be a base, adapted or not, but a transformers model's head."""
     head = _output_head(model)
     return {
         name
         for name, module in model.named_modules()
-        if module is not head and (isinstance(module, LoRALayer) or not why_not_base(module))
+        if module is not head
+        and not is_router(module)
+        and (isinstance(module, LoRALayer) or not why_not_base(module))
     } - bypassed(model).keys()
 
 

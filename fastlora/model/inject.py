@@ -11,13 +11,14 @@ from .. import beside, mlp
 from ..adapted import LoRALayer, new_adapter, wide_dtype
 from ..base import matrix_of
 from ..expert_layer import LoRAExperts
+from ..expert_weight import ExpertsWeight
 from ..layer import adapted_class
 from ..modules import called, lora_layers, plain_name, some, unwrap
 from ..projection import check_switch
 from .arguments import as_config, check_model, check_plain
 from .config import LoRAConfig
 from .experts import new_adapters
-from .targets import Targets, find_targets, modules_to_save, warn_of_passed_over
+from .targets import Targets, check_places, find_targets, modules_to_save, warn_of_passed_over
 
 _RECORD = "_fastlora"
 
@@ -129,7 +130,7 @@ def _inject(
     of_experts = new_adapters(targets.experts, config, wide_adapters)
     untied = _copies_of_tied(model, saved)
     if every_name:
-        warn_of_passed_over(model, config, targets.experts, saved)
+        warn_of_passed_over(model, config, targets, saved)
     # Nothing has changed so far, and nothing below can fail.
     for place in untied:
         setattr(place.module, place.name, place.copy)
@@ -244,14 +245,16 @@ def record_injection(model: nn.Module, injection: Injection) -> None:
 
 
 def check_injection(model: nn.Module, injection: Injection) -> None:
-    """Raise ValueError unless the model still has the very adapters that apply_lora made."""
-    now = {name for name, _ in lora_layers(model)}
-    if now != set(injection.layers):
-        changed = sorted(now ^ set(injection.layers))
+    """Raise ValueError unless the model has the very adapters that apply_lora made, once each."""
+    now = dict(lora_layers(model))
+    if now.keys() != set(injection.layers):
+        changed = sorted(now.keys() ^ set(injection.layers))
         raise ValueError(
             f"the model's adapters are not those that apply_lora made: {some(changed)} came or "
             "went since; call fastlora.remove_lora(model) and start again"
         )
+    modules = {n: one.experts if isinstance(one, ExpertsWeight) else one for n, one in now.items()}
+    check_places(model, modules, injection.saved_modules)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -4,13 +4,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..adapted import LoRALayer
 from ..blocks import rows_at_a_time
 from ..expert_weight import ExpertsWeight
 from ..modules import called, lora_layers, unwrap
-from ..projection import check_switch
+from ..projection import DTYPES, check_switch
+from ..quant import vendor_of
 from ..quantised import LoRAQuantised
 from .arguments import check_model
 
@@ -27,8 +29,9 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     what is needed beside the model, and beside the originals if they are kept, is one layer.
 
     A quantised layer's weight is dequantised, merged in float32 and quantised again, and a warning
-    says how far that took it; ``requantise=False`` leaves it a plain one of float32, and
-    ``remove_lora`` then makes the layer a ``torch.nn.Linear``.
+    says how far that took it; ``requantise=False`` leaves it a plain one of the dtype that most of
+    the model's parameters have beside the quantised layers (without any: of the layer's own), and
+    ``remove_lora`` then makes the layer a ``torch.nn.Linear`` of it.
 
     Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
     or its weight parametrised, its lora_A or lora_B is missing, of another shape or on another
@@ -45,16 +48,21 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
                 f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
             )
         layer.check_adapter(called(name))
+    around = None if requantise else _dtype_around(unwrap(model))
     for name, layer in _progress(layers, "checking"):
-        _check_merged(name, layer, packs=requantise and not keep_base)
+        merged = _merged(layer, requantise, around)
+        _check_merged(name, layer, merged, packs=requantise and not keep_base)
+        del merged
     _warn_of_ties(unwrap(model), layers)
     try:
         errors = {}
         for name, layer in _progress(layers, "merging"):
+            merged = _merged(layer, requantise, around)
             if isinstance(layer, LoRAQuantised):
-                errors[name] = layer.put_merged(layer.merged_weight(), keep_base, requantise)
+                errors[name] = layer.put_merged(merged, keep_base, requantise)
             else:
-                layer.use_merged(layer.merged_weight(), keep_base)
+                layer.use_merged(merged, keep_base)
+            del merged
     except BaseException:
         for _, layer in layers:
             if layer.can_unmerge:
@@ -65,7 +73,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
         warnings.warn(
             f"{len(errors)} merged weights were quantised again, which changed them by up to "
             f"{errors[worst]:.2g} of their size ({called(worst)}): requantise=False leaves them "
-            "in float32",
+            "plain",
             stacklevel=2,
         )
     return model
@@ -102,12 +110,31 @@ def _layers(model: nn.Module) -> list:
     return layers
 
 
-def _check_merged(name: str, layer: LoRALayer | ExpertsWeight, packs: bool) -> None:
-    """Raise ValueError if a merged weight would hold NaN or infinity; it is gone on return.
+def _merged(
+    layer: LoRALayer | ExpertsWeight, requantise: bool, around: torch.dtype | None
+) -> Tensor:
+    """The merged weight as it is put, or packed; ``around``: the dtype of the model around it."""
+    if requantise or not isinstance(layer, LoRAQuantised):
+        return layer.merged_weight()
+    return layer.merged_weight(around or layer.usual_dtype())
+
+
+def _dtype_around(model: nn.Module) -> torch.dtype | None:
+    """That of most parameters which are no adapters' and not in quantised layers; None without."""
+    count: Counter[torch.dtype] = Counter()
+    for module in model.modules():
+        if not isinstance(module, LoRAQuantised) and vendor_of(module) is None:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype in DTYPES and "lora_" not in name:
+                    count[parameter.dtype] += parameter.numel()
+    return max(count, key=count.__getitem__, default=None)
+
+
+def _check_merged(name: str, layer: LoRALayer | ExpertsWeight, merged: Tensor, packs: bool) -> None:
+    """Raise ValueError if a merged weight holds NaN or infinity.
 
     ``packs``: a quantised layer's is packed, too, while there is a way back.
     """
-    merged = layer.merged_weight()
     # Block by block, since the test makes several tensors of its size.
     if not all(bool(rows.isfinite().all()) for rows in merged.split(rows_at_a_time(merged))):
         raise ValueError(

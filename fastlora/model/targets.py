@@ -2,12 +2,12 @@
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, cast
 
 from torch import nn
 
-from ..base import why_not_class
+from ..base import is_router, why_not_class
 from ..layer import why_not_base
 from ..modules import called
 from ..projection import shown
@@ -33,9 +33,9 @@ def find_targets(
 
     ``saved`` are the names of modules that train in full: nothing inside them is a target.
 
-    Raises ValueError if nothing matches, if a target can't be a base, or, with
-    ``every_name``, if one of ``target_modules``' names matches nothing; each message lists what
-    could be meant.
+    Raises ValueError if nothing matches, if a target can't be a base or is at two places, or, with
+    ``every_name``, if one of ``target_modules``' names matches nothing; each message says what to
+    do.
     """
     wanted = _target_test(model, config)
     excluded = name_test(config.exclude_modules or ())
@@ -60,15 +60,56 @@ def find_targets(
     for name, module in matched.items():
         reason = why_not_base(module)
         if reason:
-            foreign = why_not_class(type(module)) and is_like_linear(module)
+            foreign = why_not_class(type(module)) and (
+                is_like_linear(module) or _weight_is_named(module, name, config)
+            )
             what_else = f". {USE_PEFT}" if foreign else ""
             raise ValueError(f"{called(name)} can't take an adapter: {reason}{what_else}")
+        if is_router(module) and config.lora_dropout:
+            raise ValueError(
+                f"{name} is a router ({type(module).__name__}), whose adapter has no dropout, in "
+                f"PEFT neither, and lora_dropout is {config.lora_dropout}: set it to 0, or leave "
+                "the router out"
+            )
         if name in around:
             raise ValueError(
                 f"{name} can't take an adapter: the {around[name]} around it reads its weight "
                 "without calling it, so the adapter would be skipped in evaluation"
             )
+    modules = matched | {name.rpartition(".")[0]: one.module for name, one in experts.items()}
+    check_places(model, modules, saved)
     return Targets(matched, experts)
+
+
+def check_places(
+    model: nn.Module, adapted: Mapping[str, nn.Module], saved: Collection[str]
+) -> None:
+    """Raise ValueError if a module that is adapted, or trains in full, is at two places.
+
+    PEFT puts another one in the first place alone, and that is what its files mean.  A block around
+    it may be at many places, as it is one there, too.  ``adapted``, ``saved``: by name, as in
+    :func:`find_targets`.
+    """
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for outer, parent in model.named_modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, f"{outer}.{key}" if outer else key))
+    whole = [model.get_submodule(name) for name in saved]
+    for top, inside in [
+        *((module, {module}) for module in adapted.values()),
+        *((module, set(module.modules())) for module in whole),
+    ]:
+        for module in inside:
+            names = [name for parent, name in places.get(module, ()) if parent not in inside]
+            if len(names) > (module is top) and any(True for _ in module.parameters()):
+                first = next(name for name, one in model.named_modules() if one is module)
+                others = ", ".join(name for name in names if name != first)
+                raise ValueError(
+                    f"{first} and {others} are one {type(module).__name__}, which PEFT would adapt "
+                    f"or train at the first place alone: its files can't mean more. Put a copy "
+                    f"(copy.deepcopy) at {others}, or leave the module out"
+                )
 
 
 def _wish(config: LoRAConfig) -> str:
@@ -85,16 +126,16 @@ def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:
 
 
 def warn_of_passed_over(
-    model: nn.Module, config: LoRAConfig, experts: Collection[str], saved: Collection[str]
+    model: nn.Module, config: LoRAConfig, targets: Targets, saved: Collection[str]
 ) -> None:
     """Warn if "all-linear" leaves out what PEFT's "all-linear" would adapt.
 
-    ``experts``: names of weights that it doesn't leave out.
+    ``targets``: what is adapted.
     """
     if not is_all_linear(config.target_modules):
         return
     excluded = name_test(config.exclude_modules or ())
-    done = {*saved, *(name.rpartition(".")[0] for name in experts)}
+    done = {*saved, *targets.layers, *(name.rpartition(".")[0] for name in targets.experts)}
     left_out = passed_over(
         model,
         lambda name: not excluded(name) and not any(is_inside(name, outer) for outer in done),

@@ -93,6 +93,13 @@ def read_fitting(
         key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
     }
     here = wanted | brought
+    # PEFT's bias="all" has a bias of a block at two places under both names.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    ours = set(map(id, here.values()))
+    again = {
+        key for key in stored if id(named.get(name_of(key).replace(".base_layer.", "."))) in ours
+    }
+    stored = {key: there for key, there in stored.items() if key in here or key not in again}
     _check_keys(here, stored, path)
     tensors = read_tensors(path, here)
     turn(turned, tensors)

@@ -60,7 +60,7 @@ def multi_lora_linear(
     Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula.  x can't
     be nested.
     """
-    adapters = check_adapters(lora_a, lora_b)
+    adapters, banks = check_adapters(lora_a, lora_b), isinstance(lora_a, Tensor)
     output = Output(Base(weight, bias), tuple([Adapter(*pair) for pair in adapters]))
     if not is_plain(x):
         check_tensor("x", x)
@@ -74,10 +74,10 @@ def multi_lora_linear(
         if needs_textbook(x):
             return _textbook(x, output, adapter_indices, numbers)
         if not autocast_is_on(device):
-            return _call(x, output, adapter_indices, numbers)
+            return _call(x, output, adapter_indices, numbers, banks)
         x, (output,) = autocast_inputs(x, [output])
         with autocast_off(device):
-            return _call(x, output, adapter_indices, numbers)
+            return _call(x, output, adapter_indices, numbers, banks)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError) as error:
@@ -92,6 +92,7 @@ def _call(
     output: Output[Tensor],
     indices: Tensor | Sequence[int] | AdapterMapping,
     numbers: Numbers,
+    banks: bool,
 ) -> Tensor:
     count = len(output.adapters)
     seeds = None
@@ -108,7 +109,7 @@ def _call(
         return call_registered(x, output, order, ends, scales, ranks, numbers.dropouts, seeds)
     mapping = indices if isinstance(indices, AdapterMapping) else AdapterMapping(indices, count)
     mix = numbers.as_mix(output)
-    call = MultiCall(mix, mapping.on(x.device), find_backend(device=x.device))
+    call = MultiCall(mix, mapping.on(x.device), find_backend(device=x.device), banks)
     if any(mix.dropouts):
         seeds = draw_seed(count, x.device)
     inputs = [x, *flatten([output], [mix.layout])]

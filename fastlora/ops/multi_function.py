@@ -23,6 +23,7 @@ class MultiCall(NamedTuple):
     mix: Mix
     batch: Sorted
     backend: Backend
+    banks: bool = False  # whether the adapters' tensors are views of two banks, by unbind
 
 
 def run_multi(
@@ -91,7 +92,20 @@ class MultiLoRAFunction(torch.autograd.Function):
         else:
             h = x.new_empty(x.numel() // x.shape[-1], 0) if h is None else h
             gradients = run_multi_backward(dy, [x, *tensors], h, needs, seeds, call)
+        if call.banks:
+            gradients = _with_zeros(gradients, [x, *tensors], needs)
         return None, None, *gradients
+
+
+def _with_zeros(
+    gradients: list[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Zeros for the last adapter if it has none: without any, unbind gives its bank no gradient."""
+    last = [
+        tensor.new_zeros(()).expand_as(tensor) if need and gradient is None else gradient
+        for gradient, tensor, need in zip(gradients[-2:], inputs[-2:], needs[-2:], strict=True)
+    ]
+    return [*gradients[:-2], *last]
 
 
 def _differentiable(

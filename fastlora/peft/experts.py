@@ -12,7 +12,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from ..base import why_not_tensor
+from ..base import is_router, why_not_tensor
 from ..experts import (
     Experts,
     is_reversed,
@@ -77,6 +77,9 @@ def read_experts(outermost: PeftParamWrapper, gathers: bool = False) -> ExpertsR
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
+    if getattr(base, innermost.parameter_name).dim() == 2:
+        what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
+        return ExpertsReading(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
     experts = read_experts_module(base, type(base))
     reason = why_not_repeated(experts) or _why_not_base(base)
     if reason:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapted import new_adapter, scaling_of, wide_dtype
-from ..base import matrix_of
+from ..base import is_router, matrix_of
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets
 from ..ops import multi_lora_linear
@@ -107,6 +107,11 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
     Raises what :func:`fastlora.apply_lora` raises for a target, and leaves the model as it was.
     """
     targets = [find_targets(model, trial.config, (), every_name=True).layers for trial in trials]
+    routers = sorted(n for layers in targets for n, layer in layers.items() if is_router(layer))
+    if routers:
+        raise ValueError(
+            f"{routers[0]} is a router, whose adapters can't share a batch: exclude it"
+        )
     made: list[dict[str, tuple[nn.Parameter, nn.Parameter]]] = []
     for trial, layers in zip(trials, targets, strict=True):
         with torch.random.fork_rng():

@@ -1,0 +1,112 @@
+"""Modules at two places of a model, where PEFT puts its own at the first one alone."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from models import Mlp, randomise, refused
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+
+
+class Places(nn.Module):
+    """A linear layer at two places, and a block at three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(8, 8)
+        self.other, self.own = self.one, nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([Mlp(), nn.Linear(4, 8)])
+        self.blocks.extend(self.blocks[:1])
+        self.last = self.blocks[0]
+
+    def forward(self, x):
+        x = self.other(torch.tanh(self.own(self.one(x))))
+        for block in self.blocks:
+            x = block(x)
+        return self.last(self.blocks[1](x))
+
+
+def places(seed: int = 0) -> Places:
+    torch.manual_seed(seed)
+    return Places()
+
+
+def theirs(model: nn.Module, **settings) -> peft.PeftModel:
+    return randomise(peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)))
+
+
+X = torch.randn(3, 8)
+REFUSED = {
+    "a-layer": ({"target_modules": ["one", "own"]}, "one and other are one Linear"),
+    "all": ({"target_modules": "all-linear"}, "one and other are one Linear"),
+    "a-weight": ({"target_modules": [], "target_parameters": ["one.weight"]}, "one and other"),
+    "in-full": ({"target_modules": ["own"], "modules_to_save": ["one"]}, "one and other"),
+    "a-block-in-full": (
+        {"target_modules": ["own"], "modules_to_save": ["blocks.0"]},
+        "blocks.0 and last, blocks.2 are one Mlp.*Put a copy .* at last, blocks.2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_would_not_mean_what_peft_means_is_refused(settings, message, tmp_path):
+    model = places()
+    with refused(model, message):
+        fastlora.apply_lora(model, LoRAConfig(**settings))
+    theirs(places(), **settings).save_pretrained(tmp_path)
+    with refused(model, message):
+        fastlora.load_adapter(model, tmp_path)
+
+
+def test_with_a_copy_at_the_other_place_peft_s_file_means_the_same(tmp_path):
+    model = theirs(places(), target_modules=["one", "own"])
+    model.save_pretrained(tmp_path)
+    ours = places()
+    ours.other = copy.deepcopy(ours.one)
+    torch.testing.assert_close(fastlora.load_adapter(ours, tmp_path)(X), model(X))
+
+
+def test_a_place_that_came_later_is_not_saved(tmp_path):
+    model = fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"]))
+    model.again = model.up
+    with refused(model, "up and again are one LoRALinear"):
+        fastlora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_sweep_refuses_it_too(tmp_path):
+    batches, model = [{"x": X, "labels": X}], places()
+    configs = [{"target_modules": ["one"], "learning_rate": 0.1}]
+    with refused(model, "one and other are one Linear"):
+        fastlora.sweep(
+            model, configs, batches, eval_data=batches, steps=1, output_dir=tmp_path,
+            loss=lambda y, labels: (y - labels).square().mean(),
+        )  # fmt: skip
+
+
+MEANT = {
+    "another-layer": {"target_modules": ["own"]},
+    "layers-of-a-block": {"target_modules": ["up", "down", "own"], "bias": "lora_only"},
+    "a-block-and-all-biases": {"target_modules": ["up"], "bias": "all"},
+    "in-full-in-a-block": {"target_modules": ["up"], "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("settings", MEANT.values(), ids=MEANT)
+def test_blocks_and_what_is_left_alone_are_as_in_peft(settings, tmp_path):
+    model = theirs(places(), **settings)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, y = fastlora.load_adapter(places(), tmp_path / "theirs"), model(X)
+    torch.testing.assert_close(ours(X), y)
+    randomise(ours)
+    y = ours(X)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(places(), tmp_path / "ours")
+    torch.testing.assert_close(back(X), y)
+    fastlora.merge_lora(ours.eval())
+    torch.testing.assert_close(ours(X), y, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fastlora.remove_lora(ours)(X), y, atol=1e-5, rtol=1e-5)

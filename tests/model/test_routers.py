@@ -1,0 +1,107 @@
+"""Routers of a mixture, which PEFT's "all-linear" adapts, too: files, calls and merging."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from models import randomise, refused
+from moe_models import IDS, base_model
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+
+ROUTERS = {"qwen3": "gate", "mixtral": "gate", "olmoe": "gate", "deepseek": "gate"}
+ROUTERS |= {"gpt-oss": "router"}  # with a bias; PEFT's "all-linear" leaves it alone
+IGNORED = "ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"
+pytestmark = pytest.mark.filterwarnings(IGNORED)
+
+
+def plain(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return base_model(name).to(dtype).eval()
+
+
+def adapted(name: str = "qwen3", **settings) -> nn.Module:
+    settings = {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["gate.weight"],
+    } | settings
+    return randomise(fastlora.apply_lora(plain(name), LoRAConfig(**settings))).eval()
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    """Of the routers' adapters, by their names."""
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    named = {
+        name.replace(".default.weight", "").removeprefix("base_model.model."): parameter.grad
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name and "expert" not in name
+    }
+    return [named[name] for name in sorted(named)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "router"), ROUTERS.items(), ids=ROUTERS)
+def test_peft_s_file_both_ways_and_merged(name, router, dtype, tmp_path):
+    settings = {"r": 2, "target_modules": "all-linear"}
+    if name == "gpt-oss":
+        settings["target_parameters"] = ["router.weight"]
+    theirs = randomise(peft.get_peft_model(plain(name, dtype), peft.LoraConfig(**settings))).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = fastlora.load_adapter(plain(name, dtype), tmp_path / "theirs").eval()
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    y = theirs(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, y, **close)
+    if dtype == torch.float32:
+        for our, their in zip(gradients(ours), gradients(theirs), strict=True):
+            torch.testing.assert_close(our, their, **close)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(plain(name, dtype), tmp_path / "ours")
+    torch.testing.assert_close(again(IDS).logits, y, **close)
+    layer = ours.model.layers[0].mlp.get_submodule(router)
+    before = layer.weight
+    fastlora.merge_lora(ours)
+    torch.testing.assert_close(ours(IDS).logits, y, **close)
+    assert fastlora.unmerge_lora(ours).model.layers[0].mlp.get_submodule(router).weight is before
+    fastlora.remove_lora(fastlora.merge_lora(ours))
+    assert type(layer) is type(plain(name).model.layers[0].mlp.get_submodule(router))
+    torch.testing.assert_close(ours(IDS).logits, y, **close)
+
+
+def test_it_lives_as_other_layers_do():
+    model = adapted()
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    y = model(IDS, output_router_logits=True)
+    assert all(torch.equal(copied(IDS).logits, y.logits) for copied in copies)
+    assert len(y.router_logits) == 2
+    compiled = torch.compile(model.model.layers[0].mlp.gate, backend="aot_eager")
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(compiled(x), model.model.layers[0].mlp.gate(x))
+    report = fastlora.coverage(model)
+    assert [layer.name for layer in report.eager] == [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
+    assert "2 eager: model.layers.0.mlp.gate, model.layers.1.mlp.gate: a router's own" in str(
+        report
+    )
+    with pytest.raises(RuntimeError, match="merged, so its adapter would get no gradient"):
+        fastlora.merge_lora(model).train()(IDS)
+
+
+def test_what_a_router_can_t_have(tmp_path):
+    model = plain("qwen3")
+    with refused(model, r"gate is a router \(Qwen3MoeTopKRouter\), whose adapter has no dropout"):
+        fastlora.apply_lora(model, LoRAConfig(target_modules=["gate"], lora_dropout=0.1))
+    batch = {"input_ids": IDS, "labels": IDS}
+    configs = [{"target_modules": ["gate"], "learning_rate": 0.1}]
+    with refused(model, "gate is a router, whose adapters can't share a batch"):
+        fastlora.sweep(model, configs, [batch], eval_data=[batch], steps=1, output_dir=tmp_path)
+
+
+def test_optimize_says_what_a_parameter_is_of():
+    config = peft.LoraConfig(target_modules=[], target_parameters=["gate.weight", "q_proj.weight"])
+    report = str(fastlora.optimize(peft.get_peft_model(plain("qwen3"), config)))
+    assert "mlp.gate: it is on a router, to whose weight PEFT adds lora_B lora_A" in report
+    assert "q_proj: it is on a matrix of a Linear, to whose weight" in report
