@@ -127,11 +127,11 @@ class LoRAQuantised(LoRALayer):
         super().detach_adapter()
         if is_dense:
             object.__setattr__(self, "__class__", nn.Linear)
-            bias = self.__dict__.pop("bias", None)  # HQQ's, which is no parameter
-            bias = self._parameters.get("bias") if bias is None else bias
-            if bias is not None and (bias.dtype != self.weight.dtype or bias is not self.bias):
-                made = bias.detach().to(self.weight.dtype)
-                self.bias = nn.Parameter(made, bias.requires_grad)
+            dtype = self.weight.dtype
+            bias = self.__dict__.pop("bias", self._parameters.get("bias"))  # HQQ's is no parameter
+            if bias is not None and not (isinstance(bias, nn.Parameter) and bias.dtype == dtype):
+                bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+            self.register_parameter("bias", bias)
 
     @property
     def is_left_out(self) -> bool:

@@ -8,6 +8,8 @@ import safetensors.torch
 import torch
 from bnb_layers import KINDS, bnb, dequantised, quantised
 from judge import assert_close
+from memory import peak_bytes
+from models import randomise
 from torch import nn
 
 import fastlora
@@ -125,6 +127,36 @@ def test_merged_into_plain_weights(kind):
     assert [type(layer) for layer in again] == [nn.Linear, nn.Linear]
     torch.testing.assert_close(again(x), y)
     assert torch.equal(fastlora.unmerge_lora(model)(x), y)
+
+
+@pytest.mark.parametrize("around", [torch.float32, torch.bfloat16, None], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_into_plain_weights_where_16_bits_compute(kind, around):
+    """Also where a call of bitsandbytes' own has cast the bias; the dtype is the model's around."""
+    layer, dtype = quantised(kind, dtype=torch.bfloat16), around or torch.bfloat16
+    x = torch.randn(3, 128, dtype=dtype)
+    with torch.no_grad():
+        layer.eval()(x)
+    before = nn.Identity() if around is None else nn.LayerNorm(128, dtype=dtype)
+    model = nn.Sequential(before, layer).eval()
+    adapter = LoRAConfig(r=4, target_modules=["1"], init_lora_weights=False)
+    y = fastlora.apply_lora(model, adapter)(x)
+    fastlora.merge_lora(model, requantise=False)
+    assert layer.weight.dtype == dtype
+    torch.testing.assert_close(model(x), y, atol=0.1, rtol=0.02)
+    fastlora.remove_lora(model)
+    torch.testing.assert_close(model(x), y, atol=0.1, rtol=0.02)
+
+
+def test_a_merge_into_plain_weights_makes_no_float32_model():
+    layers, size = [quantised("int8", 512, 4096) for _ in range(8)], 512 * 4096
+    model = nn.Sequential(nn.Embedding(1, 8, dtype=torch.bfloat16), *layers)
+    config = LoRAConfig(r=2, target_modules="all-linear")
+    randomise(fastlora.apply_lora(model, config), 0.01)
+    merge = lambda: fastlora.merge_lora(model, keep_base=False, requantise=False)  # noqa: E731
+    before, peak, after = peak_bytes(model.parameters(), merge)
+    assert after - before <= 8 * size  # two bytes a number for one
+    assert peak - before <= (8 + 2) * size + 3 * 4 * 2**20  # one layer more, and blocks of rows
 
 
 def test_a_merge_that_fails_leaves_everything(monkeypatch):

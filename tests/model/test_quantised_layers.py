@@ -50,6 +50,21 @@ def test_merged_without_packing_and_back(kind):
     assert type(model[0]) is plain
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gptq"])
+def test_merged_without_packing_it_has_the_model_s_dtype(kind, dtype):
+    model = nn.Sequential(nn.LayerNorm(K, dtype=dtype), quantised(kind, K, dtype=dtype))
+    fastlora.apply_lora(model, fastlora.LoRAConfig(r=4, target_modules=["1"])).eval()
+    nn.init.normal_(model[1].lora_B, std=0.1)
+    x, close = torch.randn(5, K, dtype=dtype), 0.02 if dtype == torch.bfloat16 else 0.003
+    y = model(x)
+    fastlora.merge_lora(model, requantise=False)
+    assert (model(x) - y).norm() <= close * y.norm()
+    fastlora.remove_lora(model)
+    assert (type(model[1]), model[1].weight.dtype) == (nn.Linear, dtype)
+    assert (model(x) - y).norm() <= close * y.norm()
+
+
 @pytest.mark.parametrize(
     ("kind", "error"), [("torchao-int8", 0.02), ("torchao-float8", 0.05), ("hqq", 0.12)]
 )
