@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     beside 16-bit weights.  A model with adapters must have just the file's layers, ranks and
     alphas, and keeps its own dropout.  Values are cast to the dtype that the adapter has.
     Embeddings in the file (of a resized vocabulary) replace the model's, as in PEFT; a base weight
-    of an adapted output head does so too, with a warning if it is another one.
+    of an adapted output head does so too, with a warning if it is another one.  Warns of NaN and
+    infinity, too.
 
     Raises FileNotFoundError for a folder without the two files, which says what the folder is;
     TypeError for what is no model or no path; and ValueError for a damaged file, a config of
@@ -130,6 +132,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             key for key, here in found.brought.items() if not _same(here, found.tensors[key])
         ]
         _warn_of_another_base(model, changed, path / WEIGHTS)
+        _warn_of_no_numbers(found.tensors, path / WEIGHTS)
     except BaseException:
         if fresh:
             undo_injection(model)
@@ -157,6 +160,25 @@ def _warn_of_another_base(model: nn.Module, changed: list[str], path: Path) -> N
             "the adapter was trained on? The file's values were loaded, as PEFT does",
             stacklevel=3,
         )
+
+
+def _warn_of_no_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
+    if bad:
+        warnings.warn(
+            f"{path} has NaN or infinity in {some(bad)}, which was loaded as it is: the adapter is "
+            "broken",
+            stacklevel=3,
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    ends = (
+        tensor.float() if tensor.itemsize == 1 else tensor
+    ).aminmax()  # no copy; float8 has none
+    return all(map(torch.isfinite, ends))
 
 
 def _base_name(model: nn.Module) -> str | None:

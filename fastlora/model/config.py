@@ -88,10 +88,10 @@ class LoRAConfig:
         if numbers is not None:
             numbers = (numbers,) if isinstance(numbers, int) else numbers
             is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str | bytes)
-            if not is_list or not all(type(n) is int for n in numbers):
+            if not is_list or not all(type(n) is int and n >= 0 for n in numbers):
                 raise ValueError(
                     f"layers_to_transform is {shown(self.layers_to_transform)}, "
-                    "but must be a whole number or a list of them"
+                    "but must be a whole number from 0 on or a list of them"
                 )
             object.__setattr__(self, "layers_to_transform", tuple(numbers) or None)
         object.__setattr__(
