@@ -94,7 +94,7 @@ class LoRAQuantised(LoRALayer):
         vendor = self.vendor
         new = vendor.pack(self, weight) if requantise else nn.Parameter(weight, False)
         own = vendor.take(self)
-        self.__dict__["_base_weight"] = own if keep_base else None
+        self._keep(own if keep_base else None)
         if requantise:
             vendor.put(self, new)
         else:
@@ -103,7 +103,7 @@ class LoRAQuantised(LoRALayer):
         self.is_dense, self.merged = not requantise, True
         distance = self._distance(weight) if requantise else 0.0
         if not math.isfinite(distance):  # packed by way of 16 bits, which have a smaller range
-            self.__dict__["_base_weight"] = own
+            self._keep(own)
             self.unmerge()
             raise ValueError(
                 f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed again "
@@ -117,13 +117,22 @@ class LoRAQuantised(LoRALayer):
         vendor = self.vendor
         if self.is_dense and vendor.OWN != "weight":
             del self.weight
-        vendor.put(self, self.__dict__["_base_weight"])
+        kept: Any = self._base_weight
+        for name, value in self.__dict__.pop("_base_rest").items():
+            setattr(kept, name, value)
+        vendor.put(self, kept)
         self.__dict__["_base_weight"] = None
         self.is_dense = self.merged = False
+
+    def _keep(self, own: nn.Parameter | None) -> None:
+        """Keep the base's parameter; and what belongs to it, which deepcopy leaves out."""
+        self.__dict__["_base_weight"] = own
+        self.__dict__["_base_rest"] = dict(vars(own)) if type(own) is nn.Parameter else {}
 
     def detach_adapter(self) -> None:
         """Become the vendor's layer again, or ``nn.Linear`` if it is merged into a plain weight."""
         is_dense = self.__dict__.pop("is_dense", False)
+        self.__dict__.pop("_base_rest", None)
         super().detach_adapter()
         if is_dense:
             object.__setattr__(self, "__class__", nn.Linear)
@@ -171,7 +180,7 @@ class LoRAQuantised(LoRALayer):
                 with torch.no_grad():
                     kept = _moved(kept, fn)
         finally:
-            self.__dict__["_base_weight"] = kept
+            self._keep(kept)
         return self
 
 

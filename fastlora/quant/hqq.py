@@ -63,6 +63,8 @@ def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
     made: Any = nn.Parameter(packed, requires_grad=False)
     kept = ("quant_scale", "quant_zero", "compute_dtype")
     made.meta = meta | {name: own.meta[name] for name in kept if name in own.meta}
+    for name in ("scale", "zero"):  # in the layer's dtype, in which HQQ computes
+        made.meta[name] = meta[name].to(own.meta[name].dtype)
     return made
 
 
