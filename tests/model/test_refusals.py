@@ -211,7 +211,7 @@ FINE = {
     "target_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
     "exclude_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
     "target_parameters": {"none", "empty-list"},
-    "layers_to_transform": {"none", "empty-list", "zero", "two", "negative", "huge"},
+    "layers_to_transform": {"none", "empty-list", "zero", "two", "huge"},
     "layers_pattern": {"none", "text", "empty-text", "long-text", "empty-list"},
     "rank_pattern": {"dict"},
     "alpha_pattern": {"dict"},
