@@ -10,6 +10,8 @@ whole after every part.  A number from ``--dry`` says only that the code runs.
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,7 +39,9 @@ from fastlora.kernels import target_of
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import Target, use_target
 
-LIMITS = {"calls": 30, "compile": 60, "layers": 45, "tune": 45, "tests": 75}  # seconds of a part
+LIMITS = {  # seconds of a part
+    "calls": 30, "compile": 60, "layers": 45, "tune": 45, "sanitizer": 60, "tests": 75,
+}  # fmt: skip
 _KEPT_FOR_TESTS = 60.0
 
 
@@ -126,6 +130,8 @@ class Served:
         found |= {("calls", form.id): form for form in masked}
         found |= {("tune", form.id): form for form in (*ys[:2], *dxs[:2], *thin[:3])}
         names = "config" if self.dry else "gpu, kernel_mask"
+        tools = () if self.dry else ("memcheck", "racecheck")
+        found |= {("sanitizer", tool): tool for tool in tools}
         return found | {("tests", names): names}
 
     @cached_property
@@ -157,6 +163,18 @@ class Served:
     def tune(self, form: Form) -> dict:
         return reached(form, self.device, 2 if self.dry else 400, self.pool) | {"table": "tune"}
 
+    def sanitizer(self, tool: str) -> dict:
+        """Steps of a layer and of experts under compute-sanitizer, where it is installed."""
+        row, program = {"table": "sanitizer", "id": tool}, sanitizer_program()
+        if program is None:
+            return row | {"skipped": {"compute-sanitizer": "it isn't installed"}}
+        tests = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_gpu.py"]
+        command = [program, "--tool", tool, "--error-exitcode", "9", *tests, "-k", "sanitizer"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"it ended with {done.returncode}: {done.stdout[-2000:]}")
+        return row | {"outcome": done.stdout.strip().splitlines()[-1]}
+
     def tests(self, names: str) -> dict:
         """The outcomes of tests/**/test_NAME.py; what fails is told by the log."""
         import pytest
@@ -172,6 +190,13 @@ class Served:
             raise RuntimeError(f"pytest ended with {status}: {outcomes}")
         said = (f"{count} {outcome}" for outcome, count in outcomes.items())
         return {"table": "tests", "id": names, "outcome": ", ".join(said)}
+
+
+def sanitizer_program() -> str | None:
+    """compute-sanitizer of the CUDA toolkit, or of the package nvidia-cuda-sanitizer-api."""
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    found = shutil.which("compute-sanitizer") or next(packages.rglob("compute-sanitizer"), None)
+    return None if found is None else str(found)
 
 
 def compile_layer(case: Case, name: str, target: Target) -> None:

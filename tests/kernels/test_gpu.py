@@ -39,6 +39,57 @@ def step(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), (x, layer.lora_A, layer.lora_B))]
 
 
+def experts_step() -> list[torch.Tensor]:
+    """Six experts, one of them without rows, and rows that are nobody's."""
+    shapes = (4000, 1024), (6, 16, 1024), (6, 1536, 16)
+    generator = torch.Generator("cuda").manual_seed(3)
+    x, lora_a, lora_b = leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.bfloat16, requires_grad=True)
+        for shape in shapes
+    ]
+    weight = torch.randn(6, 1536, 1024, generator=generator, dtype=torch.bfloat16)
+    ends = torch.tensor([700, 700, 1501, 1502, 2900, 3999], dtype=torch.int32)
+    y = fastlora.lora_grouped(x, weight, lora_a, lora_b, ends, dropout=0.1)
+    return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+def layer_step(dropout: float) -> list[torch.Tensor]:
+    layer = fastlora.LoRALinear(1024, 1536, r=16, lora_dropout=dropout, dtype=torch.bfloat16)
+    nn.init.normal_(layer.lora_B)
+    return step(layer, torch.randn(4096, 1024, dtype=torch.bfloat16, requires_grad=True))
+
+
+REPEATED = {
+    "layer": lambda: layer_step(0.0),
+    "layer-dropout": lambda: layer_step(0.1),
+    "experts": experts_step,
+}
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("run", REPEATED.values(), ids=REPEATED)
+def test_a_thousand_repeats_beside_a_busy_stream_have_the_same_bits(run):
+    def once() -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        return run()
+
+    expected, stream = once(), torch.cuda.Stream()
+    matrix, unlike = torch.randn(4096, 4096, dtype=torch.bfloat16), torch.zeros(len(expected))
+    for _ in range(1000):
+        with torch.cuda.stream(stream):
+            matrix @ matrix  # takes processors and memory from the kernels
+        found = once()
+        unlike += torch.stack([(a != b).sum() for a, b in zip(found, expected, strict=True)])
+    assert unlike.tolist() == [0.0] * len(expected)
+
+
+@pytest.mark.usefixtures("plan")
+@pytest.mark.parametrize("run", REPEATED.values(), ids=REPEATED)
+def test_a_step_for_the_sanitizer(run):
+    """The visit runs it under compute-sanitizer; here its numbers have to be numbers."""
+    assert all(tensor.isfinite().all() for tensor in run())
+
+
 def test_triton_is_the_default():
     assert backend_name(device=torch.device("cuda", 0)) == "triton"
 

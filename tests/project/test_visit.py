@@ -210,3 +210,21 @@ def test_the_interpreter_is_for_dry_visits_only(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     assert environment(dry=True)["TRITON_INTERPRET"] == "1"
     assert "TRITON_INTERPRET" not in os.environ
+
+
+def test_the_sanitizer_s_words_are_in_the_row(tmp_path, monkeypatch):
+    """What is found fails the part; where there is no such program, the row says so."""
+    from benchmarks import visit
+
+    served, program = visit.Served("cpu"), tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(visit, "sanitizer_program", lambda: str(program))
+    for status in (0, 9):
+        program.write_text(f"#!/bin/sh\necho $*\nexit {status}\n")
+        program.chmod(0o700)
+        if status == 0:
+            assert "--tool racecheck" in served.sanitizer("racecheck")["outcome"]
+        else:
+            with pytest.raises(RuntimeError, match="ended with 9: --tool racecheck"):
+                served.sanitizer("racecheck")
+    monkeypatch.setattr(visit, "sanitizer_program", lambda: None)
+    assert served.sanitizer("memcheck")["skipped"]
