@@ -1,0 +1,73 @@
+// Runs PTX on a CPU.  ptx.py decodes the text, and memory.py calls what is at the end here.
+#include "arithmetic.h"
+#include "control.h"
+
+std::unordered_map<std::string, Operation>& operations() {
+  static std::unordered_map<std::string, Operation> all;
+  return all;
+}
+
+// A list of numbers, each with its length before it.
+static std::vector<s64> next_list(const s64*& at) {
+  s64 size = *at++;
+  at += size;
+  return {at - size, at};
+}
+
+#pragma GCC visibility push(default)
+extern "C" {
+int knows(const char* name) { return operations().count(name); }
+
+// `code` has for each instruction its guard's slot and whether it is negated, its operands, and
+// the registers that it touches.
+Machine* new_machine(const char** names, s64 count, s64 slots, const s64* code) {
+  auto* m = new Machine;
+  m->slots = slots;
+  for (int pc = 0; pc < count; pc++) {
+    auto guard = next_list(code), operands = next_list(code), registers = next_list(code);
+    const Operation& operation = operations().at(names[pc]);
+    m->program.push_back({operation, guard[0], bool(guard[1]), pc, operands, registers});
+  }
+  auto constants = next_list(code), specials = next_list(code);
+  for (size_t n = 0; n < constants.size(); n += 3)
+    m->constants.push_back({constants[n], constants[n + 1], constants[n + 2]});
+  for (size_t n = 0; n < specials.size(); n += 2)
+    m->specials.push_back({specials[n], specials[n + 1]});
+  return m;
+}
+void free_machine(Machine* m) { delete m; }
+
+// What failed, or nothing.
+const char* run(Machine* m, const Launch* launch) {
+  m->launch = *launch;
+  m->findings.clear();
+  m->storages.clear();
+  m->steps = 0;
+  m->error = "";
+  for (s64 n = 0; n < launch->storage_count; n++)
+    m->storages.push_back({launch->starts[n], launch->ends[n], launch->allowed[n],
+                           launch->writers[n], launch->readers[n]});
+  try {
+    for (s64 n = 0; n < launch->cta_count; n++) {
+      m->cta = launch->ctas[n];
+      m->run_cta();
+    }
+  } catch (const Fault& fault) {
+    m->error = fault.what;
+  }
+  return m->error.c_str();
+}
+
+// Where it stands: steps, CTA, instruction.
+void where(const Machine* m, s64* out) {
+  out[0] = m->steps;
+  out[1] = m->cta;
+  out[2] = m->pc;
+}
+int findings(const Machine* m, Finding* out, int most) {
+  int count = 0;
+  for (auto& [_, finding] : m->findings)
+    if (count < most) out[count++] = finding;
+  return count;
+}
+}
