@@ -1,13 +1,8 @@
-// Runs PTX on a CPU.  ptx.py decodes the text, and memory.py calls what is at the end here.
+// Runs PTX on a CPU.  ptx.py decodes the text, and memory.py calls what is here.
 #include "arithmetic.h"
 #include "control.h"
 
-std::unordered_map<std::string, Operation>& operations() {
-  static std::unordered_map<std::string, Operation> all;
-  return all;
-}
-
-// A list of numbers, each with its length before it.
+// A list of numbers, with its length before it.
 static std::vector<s64> next_list(const s64*& at) {
   s64 size = *at++;
   at += size;
@@ -18,8 +13,8 @@ static std::vector<s64> next_list(const s64*& at) {
 extern "C" {
 int knows(const char* name) { return operations().count(name); }
 
-// `code` has for each instruction its guard's slot and whether it is negated, its operands, and
-// the registers that it touches.
+// `code` has three lists for each instruction, its guard's slot and whether it is negated, its
+// operands, and the registers that it touches; then constants and special registers.
 Machine* new_machine(const char** names, s64 count, s64 slots, const s64* code) {
   auto* m = new Machine;
   m->slots = slots;
@@ -50,7 +45,7 @@ const char* run(Machine* m, const Launch* launch) {
   try {
     for (s64 n = 0; n < launch->cta_count; n++) {
       m->cta = launch->ctas[n];
-      m->run_cta();
+      run_cta(*m);
     }
   } catch (const Fault& fault) {
     m->error = fault.what;

@@ -10,42 +10,37 @@
 
 #include "numbers.h"
 
-// Where the windows of parameters and of shared memory lie in the generic address space.
-const u64 PARAMETERS = 0x5000000000000000, SHARED = 0x6000000000000000;
-const u32 SHARED_START = 1024;  // below it are CUDA's own bytes
+const u64 PARAMETERS = 0x5000000000000000;  // where cvta.param puts them
+const u32 SHARED_START = 1024;              // below it are CUDA's own bytes
 
-struct Machine;
-struct Warp;
-struct Instruction;
-using Function = void (*)(Machine&, Warp&, const Instruction&, u32 active);
+struct Fault {
+  std::string what;
+};
+[[noreturn]] inline void fail(const std::string& what) { throw Fault{what}; }
 
+struct Step;
 struct Operation {
-  Function run;
+  void (*run)(Step&);
   bool together;  // the lanes of a warp meet here
 };
-// By the names that ptx.py gives them.
-std::unordered_map<std::string, Operation>& operations();
-
-struct Register {  // of an operation, when the library is loaded
-  template <class F> Register(F fill) { fill(); }
+inline std::unordered_map<std::string, Operation>& operations() {  // by ptx.py's names
+  static std::unordered_map<std::string, Operation> all;
+  return all;
+}
+inline void normal(const std::string& name, void (*run)(Step&)) { operations()[name] = {run, false}; }
+inline void together(const std::string& name, void (*run)(Step&)) { operations()[name] = {run, true}; }
+struct Table {  // filled when the library is loaded
+  template <class F> Table(F fill) { fill(); }
 };
-
-inline void normal(const std::string& name, Function run) { operations()[name] = {run, false}; }
-inline void together(const std::string& name, Function run) { operations()[name] = {run, true}; }
 
 struct Instruction {
   Operation operation;
   s64 guard;  // a predicate's slot, or -1
   bool negated;
   int pc;
-  std::vector<s64> a;          // its operands, slots and numbers, in the order of ptx.py's table
+  std::vector<s64> operands;   // slots and numbers, in the order of ptx.py's table
   std::vector<s64> registers;  // what it touches besides the sums of a wgmma
 };
-
-struct Fault {
-  std::string what;
-};
-[[noreturn]] inline void fail(const std::string& what) { throw Fault{what}; }
 
 // What a warp has begun, in the groups that it commits and waits for.
 template <class T> struct Groups {
@@ -58,26 +53,23 @@ template <class T> struct Groups {
     open.clear();
     committed++;
   }
-  template <class F> void wait(size_t keep, F finish) {
+  template <class F> u32 wait(size_t keep, F finish) {  // how many groups are over
     for (; running.size() > keep; running.pop_front())
       for (T& each : running.front()) finish(each);
+    return committed - running.size();
   }
-  template <class F> void each(F f) {
-    for (auto& group : running)
-      for (T& each : group) f(each);
-    for (T& each : open) f(each);
+  template <class F> void all(F f) {
+    for (auto& group : running) std::for_each(group.begin(), group.end(), f);
+    std::for_each(open.begin(), open.end(), f);
   }
-  u32 finished() const { return committed - running.size(); }
 };
 
-// cp.async: what it read, until it lands.
-struct Copy {
+struct Copy {  // a cp.async, and what it read
   u32 to, size;
   std::array<u8, 16> data;
   int pc;
 };
-// A tensor map as memory.py packs it; dimensions from the innermost on.
-struct TensorMap {
+struct TensorMap {  // as compiled.py packs it; dimensions from the innermost on
   u64 magic, base;
   u8 rank, size, swizzle, unused;
   u32 shape[5];
@@ -110,32 +102,32 @@ inline void join(Clock& into, const Clock& from) {
 }
 
 enum State { RUNS, AT_BARRIER, AT_MBARRIER, AT_PRODUCT, AT_PRODUCT_WAIT, DONE };
-
 struct Warp {
   int id;
   State state = RUNS;
   bool again = false;  // the instruction that it waits in runs once more
-  u32 alive, parked = 0, taken = 0;
+  bool met = false;    // its warp group is at the same wgmma
   bool uniform = true;  // all lanes are at `pc`, else each at its own
   int pc = 0, pcs[32];
+  u32 alive, parked = 0, taken = 0;
   std::vector<u32> registers;
   Clock clock, fenced;  // fenced: of what the async proxy sees as well
   u64 barrier = 0, barrier_threads = 0, parity = 0, keep = 0;  // what it waits for
-  bool met = false;  // its warp group is at the same wgmma
   Groups<Copy> copies;
   Groups<Product> products;
   Groups<BulkStore> stores;
-  std::vector<u8> busy;  // registers that a wgmma adds to
+  std::vector<u8> busy;  // registers that a running wgmma adds to
   bool any_busy = false;
 
-  u32* slot(s64 i) { return registers.data() + i * 32; }
-  u64* wide(s64 i) { return reinterpret_cast<u64*>(slot(i)); }
+  u32* slot(s64 n) { return registers.data() + n * 32; }
+  u64 raw(s64 n, s64 bits, int lane) {
+    return bits == 64 ? get<u64>(slot(n), lane) : slot(n)[lane];
+  }
 };
 
 struct Barrier {  // an mbarrier
-  bool valid = false;
+  bool valid = false, phase = false;
   s64 count = 0, pending = 0, bytes = 0;
-  bool phase = false;
   int agent = -1, made_by = 0;
   u32 made_at = 0;
   Clock clock, fenced;
@@ -146,37 +138,23 @@ struct Barrier {  // an mbarrier
   }
 };
 
-// A tensor's storage: which bytes may be touched, and who wrote and read each last.
-struct Storage {
+struct Storage {  // of tensors: which bytes may be touched, and who wrote and read each last
   u64 start, end;
   u8* allowed;
   u64 *writers, *readers;
 };
-const u64 SEVERAL = ~0ull;  // readers of several CTAs
-
-struct Written {  // of a granule of shared memory: its last write
+struct Written {  // a granule of shared memory: its last write
   u32 clock = 0;
   int pc = -1, agent = -1;
   bool in_flight = false, generic = false;
 };
 
-enum Kind {
-  RAW,
-  WAR,
-  WAW,
-  IN_FLIGHT,
-  NO_PROXY_FENCE,
-  UNINITIALISED,
-  STORED_TWICE,
-  GLOBAL_RACE,
-  EARLY_REGISTER
-};
+// As memory.py's KINDS.
+enum Kind { RAW, WAR, WAW, IN_FLIGHT, NO_FENCE, UNINITIALISED, TWICE, GLOBAL_RACE, EARLY_REGISTER };
 struct Finding {
   s64 kind, pc, other, address, cta, warp, count;
 };
-
-// What a launch is; memory.py has the same.
-struct Launch {
+struct Launch {  // as memory.py's
   s64 grid[3], threads, shared, granule, check, limit;
   const u8* parameters;
   const s64 *ctas, *warp_order;  // in the order in which they run
@@ -197,7 +175,6 @@ struct Machine {
   std::string error;
   s64 steps = 0, cta = 0;
   int pc = -1, warp_count = 0, group_count = 0;
-
   std::vector<Warp> warps;
   std::vector<u8> shared;
   std::map<u32, Barrier> barriers;
@@ -208,50 +185,42 @@ struct Machine {
   std::vector<u32> read_clock;
   std::vector<int> read_pc;
 
-  void find(Kind kind, int at, int other, s64 address, const Warp& w);
-  // memory.h
   u8* bytes(u32 address) { return &shared[address - SHARED_START]; }
-  void inside(u64 address, u64 size);
-  void note_read(const Warp& w, u32 address, u32 size, int at, int agent, u32 clock, bool async);
-  void note_read(const Warp& w, u32 address, u32 size);
-  void note_write(const Warp& w, u32 address, u32 size, bool in_flight, const u8* data = nullptr);
-  void land(u32 address, const u8* data, u32 size, int at, int agent, u32 clock, bool generic);
-  Storage* storage_of(u64 address, u32 size);
-  void global(const Warp& w, u64 address, u32 size, bool write, int at);
-  u64 tag(const Warp& w) const;
-  bool before(u64 tag, const Warp& w) const;
-  // products.h, copies.h
   int product_agent(const Warp& w) const { return warp_count + w.id / 4; }
   int store_agent(const Warp& w) const { return warp_count + group_count + w.id; }
-  void multiply(Warp& w, Product& product);
-  void mark_busy(Warp& w);
-  void finish_stores(Warp& w, size_t keep);
-  bool land_loads(u32 barrier);
-  // control.h
-  void start_warp(Warp& w);
-  void start_cta();
-  void run_cta();
-  bool run_warp(Warp& w);
-  bool release();
-  void meet(const std::vector<Warp*>& who);
-  void check_busy(Warp& w, const Instruction& i);
+  void find(Kind kind, int at, int other, s64 address, const Warp& w) {
+    Finding first{kind, at, other, address, cta, w.id, 0};
+    findings.try_emplace({kind, at, other}, first).first->second.count++;
+  }
 };
 
-// Lanes of a register of so many bits.
-inline u64 raw(Warp& w, s64 slot, s64 bits, int lane) {
-  return bits == 64 ? w.wide(slot)[lane] : w.slot(slot)[lane];
-}
-inline void put_raw(Warp& w, s64 slot, s64 bits, u32 active, const u64* values) {
-  auto value = [&](int lane) { return values[lane]; };
-  if (bits == 64)
-    keep_active<u64>(w.slot(slot), active, value);
-  else if (bits == 32)
-    keep_active<u32>(w.slot(slot), active, value);
-  else
-    keep_active<u16>(w.slot(slot), active, value);
-}
+// What an operation sees: a warp at an instruction, the lanes that take part, and its operands.
+struct Step {
+  Machine& m;
+  Warp& w;
+  const Instruction& i;
+  u32 active;
 
-// Rows of `span` bytes, whose pieces of 16 are mixed so that columns lie in different banks.
-inline u32 swizzled(u32 address, int span) {
-  return span ? address ^ (address >> 3 & (span - 16)) : address;
-}
+  size_t count() const { return i.operands.size(); }
+  s64 operator[](int n) const { return i.operands[n]; }
+  u32* slot(int n) { return w.slot(i.operands[n]); }
+  // An address is three operands: slot, bits of it, offset.
+  u64 address(int n, int lane) { return w.raw((*this)[n], (*this)[n + 1], lane) + (*this)[n + 2]; }
+  int only_lane() const {
+    if (active & (active - 1)) fail("more than one thread is here");
+    return std::countr_zero(active);
+  }
+  // Compute all lanes, then keep the active ones: such loops become vector instructions.
+  template <class T, class F> void set(int n, F value) {
+    T results[32];
+    u32* to = slot(n);
+    for (int lane = 0; lane < 32; lane++) results[lane] = value(lane);
+    for (int lane = 0; lane < 32; lane++)
+      if (active == ALL_LANES || in(active, lane)) put<T>(to, lane, results[lane]);
+  }
+  template <class F> void set_bits(int n, s64 bits, F value) {
+    if (bits == 64) set<u64>(n, value);
+    else if (bits == 32) set<u32>(n, value);
+    else set<u16>(n, value);
+  }
+};

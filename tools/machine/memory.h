@@ -2,247 +2,192 @@
 #pragma once
 #include "machine.h"
 
-inline void Machine::find(Kind kind, int at, int other, s64 address, const Warp& w) {
-  Finding first{kind, at, other, address, cta, w.id, 0};
-  findings.try_emplace({kind, at, other}, first).first->second.count++;
-}
-
-inline void Machine::inside(u64 address, u64 size) {
-  if (address >= SHARED_START && address + size <= u64(SHARED_START) + launch.shared) return;
+inline void inside(const Machine& m, u64 address, u64 size) {
+  if (address >= SHARED_START && address + size <= u64(SHARED_START) + m.launch.shared) return;
   fail("shared address " + std::to_string(s64(address - SHARED_START)) + " of " +
-       std::to_string(size) + " bytes is outside of " + std::to_string(launch.shared));
+       std::to_string(size) + " bytes is outside of " + std::to_string(m.launch.shared));
 }
-
-// The granules of an access: f(their index).
 template <class F> void granules(const Machine& m, u32 address, u32 size, F f) {
-  u32 first = (address - SHARED_START) / m.launch.granule;
   u32 last = (address + size - 1 - SHARED_START) / m.launch.granule;
-  for (u32 g = first; g <= last; g++) f(g);
+  for (u32 g = (address - SHARED_START) / m.launch.granule; g <= last; g++) f(g);
 }
 
 // `agent` reads at its time `clock`, on behalf of a warp; `async`: through the async proxy.
-inline void Machine::note_read(const Warp& w, u32 address, u32 size, int at, int agent, u32 clock,
-                               bool async) {
-  if (!launch.check) return;
-  granules(*this, address, size, [&](u32 g) {
-    const Written& last = written[g];
-    if (last.in_flight) find(IN_FLIGHT, at, last.pc, address, w);
+inline void note_read(Machine& m, const Warp& w, u32 address, u32 size, int agent, u32 clock,
+                      bool async) {
+  if (!m.launch.check) return;
+  granules(m, address, size, [&](u32 g) {
+    const Written& last = m.written[g];
+    if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, address, w);
     if (last.agent < 0)
-      find(UNINITIALISED, at, -1, address, w);
+      m.find(UNINITIALISED, m.pc, -1, address, w);
     else if (last.agent != w.id && w.clock[last.agent] < last.clock)
-      find(RAW, at, last.pc, address, w);
+      m.find(RAW, m.pc, last.pc, address, w);
     else if (async && last.generic && w.fenced[last.agent] < last.clock)
-      find(NO_PROXY_FENCE, at, last.pc, address, w);
-    read_clock[size_t(g) * readers + agent] = clock;
-    read_pc[size_t(g) * readers + agent] = at;
+      m.find(NO_FENCE, m.pc, last.pc, address, w);
+    m.read_clock[size_t(g) * m.readers + agent] = clock;
+    m.read_pc[size_t(g) * m.readers + agent] = m.pc;
   });
 }
-inline void Machine::note_read(const Warp& w, u32 address, u32 size) {
-  note_read(w, address, size, pc, w.id, w.clock[w.id], false);
+inline void note_read(Machine& m, const Warp& w, u32 address, u32 size) {
+  note_read(m, w, address, size, w.id, w.clock[w.id], false);
 }
 
-// A copy is in flight until `land`.  Warps that store what is there already don't race with it.
-inline void Machine::note_write(const Warp& w, u32 address, u32 size, bool in_flight,
-                                const u8* data) {
-  if (!launch.check) return;
-  bool same = data && !memcmp(bytes(address), data, size);
-  granules(*this, address, size, [&](u32 g) {
-    Written& last = written[g];
-    if (last.in_flight) find(IN_FLIGHT, pc, last.pc, address, w);
+// A copy is in flight until it lands.  Warps that store what is there already don't race.
+inline void note_write(Machine& m, const Warp& w, u32 address, u32 size, bool in_flight,
+                       const void* data = nullptr) {
+  if (!m.launch.check) return;
+  bool same = data && !memcmp(m.bytes(address), data, size);
+  granules(m, address, size, [&](u32 g) {
+    Written& last = m.written[g];
+    if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, address, w);
     bool unordered = last.agent >= 0 && last.agent != w.id && w.clock[last.agent] < last.clock;
-    if (unordered && !same) find(WAW, pc, last.pc, address, w);
-    const u32* reads = &read_clock[size_t(g) * readers];
+    if (unordered && !same) m.find(WAW, m.pc, last.pc, address, w);
+    const u32* reads = &m.read_clock[size_t(g) * m.readers];
     bool early = false;
-    for (int i = 0; i < readers; i++) early |= reads[i] > w.clock[i];
+    for (int n = 0; n < m.readers; n++) early |= reads[n] > w.clock[n];
     if (early) {
       int who = 0;
       while (reads[who] <= w.clock[who]) who++;
-      find(WAR, pc, read_pc[size_t(g) * readers + who], address, w);
+      m.find(WAR, m.pc, m.read_pc[size_t(g) * m.readers + who], address, w);
     }
-    if (!(unordered && same)) last = {w.clock[w.id], pc, w.id, in_flight, true};
+    if (!(unordered && same)) last = {w.clock[w.id], m.pc, w.id, in_flight, true};
   });
 }
 
-// The bytes of a copy arrive, as a write of `agent` at its time `clock`.
-inline void Machine::land(u32 address, const u8* data, u32 size, int at, int agent, u32 clock,
-                          bool generic) {
-  memcpy(bytes(address), data, size);
-  if (!launch.check) return;
-  granules(*this, address, size, [&](u32 g) { written[g] = {clock, at, agent, false, generic}; });
+// The bytes of a copy are NaN until they arrive, as a write of `agent` at its time `clock`.
+inline void begin_copy(Machine& m, const Warp& w, u32 to, u32 size) {
+  note_write(m, w, to, size, true);
+  memset(m.bytes(to), 0xff, size);
+}
+inline void land(Machine& m, u32 to, const u8* data, u32 size, int pc, int agent, u32 clock,
+                 bool generic) {
+  memcpy(m.bytes(to), data, size);
+  if (!m.launch.check) return;
+  granules(m, to, size, [&](u32 g) { m.written[g] = {clock, pc, agent, false, generic}; });
 }
 
-inline Storage* Machine::storage_of(u64 address, u32 size) {
-  auto after = [](u64 a, const Storage& s) { return a < s.start; };
-  auto next = std::upper_bound(storages.begin(), storages.end(), address, after);
-  if (next == storages.begin()) return nullptr;
-  Storage* found = &*--next;
-  if (address + size > found->end) return nullptr;
-  const u8* allowed = found->allowed + (address - found->start);
-  return std::all_of(allowed, allowed + size, [](u8 each) { return each; }) ? found : nullptr;
+inline Storage& storage_of(Machine& m, u64 address, u32 size, const char* what) {
+  s64 nearest = INT64_MAX;
+  for (Storage& s : m.storages) {
+    s64 offset = address - s.start;
+    const u8* allowed = s.allowed + offset;
+    if (address >= s.start && address + size <= s.end &&
+        std::all_of(allowed, allowed + size, [](u8 each) { return each; }))
+      return s;
+    if (std::abs(offset) < std::abs(nearest)) nearest = offset;
+  }
+  fail(std::string("global ") + what + " of " + std::to_string(size) + " bytes outside of every " +
+       "tensor: " + std::to_string(nearest) + " bytes from the start of the nearest");
 }
 
 // When a warp did something, among all CTAs; and whether that is before what `w` does now.
-inline u64 Machine::tag(const Warp& w) const {
-  return u64(cta + 1) << 40 | u64(w.id) << 32 | w.clock[w.id];
+inline u64 tag(const Machine& m, const Warp& w) {
+  return u64(m.cta + 1) << 40 | u64(w.id) << 32 | w.clock[w.id];
 }
-inline bool Machine::before(u64 tag, const Warp& w) const {
-  u32 other = tag >> 32 & 0xff;
-  return tag >> 40 == u64(cta + 1) && (other == u32(w.id) || w.clock[other] >= u32(tag));
+inline bool before(const Machine& m, u64 tag, const Warp& w) {
+  int other = tag >> 32 & 0xff;
+  return tag >> 40 == u64(m.cta + 1) && (other == w.id || w.clock[other] >= u32(tag));
 }
+const u64 SEVERAL = ~0ull;  // readers of several CTAs
 
-inline void Machine::global(const Warp& w, u64 address, u32 size, bool write, int at) {
-  Storage* s = storage_of(address, size);
-  if (!s) {
-    std::string what = write ? "global store of " : "global load of ";
-    s64 nearest = INT64_MAX;
-    for (auto& each : storages)
-      if (std::abs(s64(address - each.start)) < std::abs(nearest)) nearest = address - each.start;
-    fail(what + std::to_string(size) + " bytes outside of every tensor: " +
-         std::to_string(nearest) + " bytes from the start of the nearest");
-  }
-  if (!launch.check) return;
-  u64 now = tag(w), offset = address - s->start;
-  for (u64 i = offset; i < offset + size; i++) {
-    u64 &writer = s->writers[i], &reader = s->readers[i];
+inline void global(Machine& m, const Warp& w, u64 address, u32 size, bool write, int pc) {
+  Storage& s = storage_of(m, address, size, write ? "store" : "load");
+  if (!m.launch.check) return;
+  u64 now = tag(m, w), offset = address - s.start;
+  for (u64 n = offset; n < offset + size; n++) {
+    u64 &writer = s.writers[n], &reader = s.readers[n];
     if (write) {
-      if (writer) find(STORED_TWICE, at, -1, i, w);
-      if (reader && (reader == SEVERAL || !before(reader, w))) find(GLOBAL_RACE, at, -1, i, w);
+      if (writer) m.find(TWICE, pc, -1, n, w);
+      if (reader && (reader == SEVERAL || !before(m, reader, w))) m.find(GLOBAL_RACE, pc, -1, n, w);
       writer = now;
     } else {
-      if (writer && !before(writer, w)) find(GLOBAL_RACE, at, -1, i, w);
+      if (writer && !before(m, writer, w)) m.find(GLOBAL_RACE, pc, -1, n, w);
       reader = reader && reader >> 40 != now >> 40 ? SEVERAL : now;
     }
   }
 }
 
-// Loads and stores: a = [space, bytes of a part, whether it is signed, bits of a register, address,
-// parts ...], an address being [slot, bits of it, offset].
+// Loads and stores: [space, bytes of a part, whether it is signed, bits of a register, address,
+// parts ...].
 enum Space { PARAMETER_SPACE, GLOBAL_SPACE, SHARED_SPACE };
-const int ADDRESS = 4, PARTS = 7;
+const int PARTS = 7;
 
-inline u64 address_of(Warp& w, const Instruction& i, int at, int lane) {
-  return raw(w, i.a[at], i.a[at + 1], lane) + i.a[at + 2];
-}
-inline int only_lane(u32 active) {
-  if (active & (active - 1)) fail("more than one thread is here");
-  return std::countr_zero(active);
-}
-
-// Where an access goes; a generic address says so itself.
-inline Space space_of(const Instruction& i, u64& address, u32 size) {
-  Space space = Space(i.a[0]);
+// Where an access lies, if it is allowed.
+inline u8* place(Step& s, int lane, bool write, const u8* data) {
+  u32 size = s[1] * (s.count() - PARTS);
+  u64 address = s.address(4, lane);
   if (address % size) fail("misaligned access of " + std::to_string(size) + " bytes");
-  if (space != GLOBAL_SPACE || address < PARAMETERS) return space;
-  space = address >= SHARED ? SHARED_SPACE : PARAMETER_SPACE;
-  address -= space == SHARED_SPACE ? SHARED : PARAMETERS;
-  return space;
+  if (s[0] == GLOBAL_SPACE) {
+    global(s.m, s.w, address, size, write, s.m.pc);
+    return (u8*)address;
+  }
+  if (s[0] == PARAMETER_SPACE) {
+    if (write || address + size > u64(s.m.launch.parameter_bytes)) fail("no such parameter");
+    return (u8*)s.m.launch.parameters + address;
+  }
+  inside(s.m, address, size);
+  if (write) note_write(s.m, s.w, address, size, false, data);
+  else note_read(s.m, s.w, address, size);
+  return s.m.bytes(address);
+}
+inline void load(Step& s) {
+  each(s.active, [&](int lane) {
+    const u8* from = place(s, lane, false, nullptr);
+    for (size_t n = PARTS; n < s.count(); n++, from += s[1]) {
+      if (s[n] < 0) continue;
+      u64 value = 0;
+      memcpy(&value, from, s[1]);
+      value = extended(value, 8 * s[1], s[2]);
+      if (s[3] == 64) put<u64>(s.slot(n), lane, value);
+      else s.slot(n)[lane] = s[3] == 16 ? u16(value) : u32(value);
+    }
+  });
+}
+inline void store(Step& s) {
+  each(s.active, [&](int lane) {
+    u8 data[64];
+    for (size_t n = PARTS; n < s.count(); n++) {
+      u64 value = s.w.raw(s[n], s[3], lane);
+      memcpy(data + (n - PARTS) * s[1], &value, s[1]);
+    }
+    memcpy(place(s, lane, true, data), data, s[1] * (s.count() - PARTS));
+  });
 }
 
-inline void load_lane(Machine& m, Warp& w, const Instruction& i, int lane) {
-  u32 part = i.a[1], size = part * (i.a.size() - PARTS);
-  u64 address = address_of(w, i, ADDRESS, lane);
-  Space space = space_of(i, address, size);
-  const u8* from = reinterpret_cast<const u8*>(address);
-  if (space == GLOBAL_SPACE) {
-    m.global(w, address, size, false, m.pc);
-  } else if (space == SHARED_SPACE) {
-    m.inside(address, size);
-    m.note_read(w, address, size);
-    from = m.bytes(address);
-  } else {
-    if (address + size > u64(m.launch.parameter_bytes)) fail("no such parameter");
-    from = m.launch.parameters + address;
-  }
-  for (size_t n = PARTS; n < i.a.size(); n++, from += part) {
-    if (i.a[n] < 0) continue;
-    u64 value = 0;
-    memcpy(&value, from, part);
-    value = extended(value, 8 * part, i.a[2]);
-    if (i.a[3] == 64)
-      w.wide(i.a[n])[lane] = value;
-    else
-      w.slot(i.a[n])[lane] = i.a[3] == 16 ? u16(value) : u32(value);
-  }
-}
-
-inline void store_lane(Machine& m, Warp& w, const Instruction& i, int lane) {
-  u32 part = i.a[1], size = part * (i.a.size() - PARTS);
-  u64 address = address_of(w, i, ADDRESS, lane);
-  Space space = space_of(i, address, size);
-  u8 data[64];
-  for (size_t n = PARTS; n < i.a.size(); n++) {
-    u64 value = raw(w, i.a[n], i.a[3], lane);
-    memcpy(data + (n - PARTS) * part, &value, part);
-  }
-  if (space == GLOBAL_SPACE) {
-    m.global(w, address, size, true, m.pc);
-    memcpy(reinterpret_cast<void*>(address), data, size);
-  } else if (space == SHARED_SPACE) {
-    m.inside(address, size);
-    m.note_write(w, address, size, false, data);
-    memcpy(m.bytes(address), data, size);
-  } else {
-    fail("a store to a parameter");
-  }
-}
-
-// Matrices of 8 rows of 16 bytes: a = [whether they are transposed, address, registers ...].  The
+// Matrices of 8 rows of 16 bytes: [whether they are transposed, address, registers ...].  The
 // lanes give the addresses of rows, and each holds two halves of each matrix.
-const int MATRICES = 4;
-inline std::array<u32, 32> matrix_rows(Machine& m, Warp& w, const Instruction& i) {
-  std::array<u32, 32> rows;
-  for (size_t lane = 0; lane < 8 * (i.a.size() - MATRICES); lane++) {
-    u64 address = address_of(w, i, 1, lane);
-    if (address % 16) fail("misaligned row of a matrix");
-    m.inside(address, 16);
-    rows[lane] = address;
+template <bool LOADS> void matrices(Step& s) {
+  std::array<u64, 32> rows;
+  for (size_t lane = 0; lane < 8 * (s.count() - 4); lane++) {
+    rows.at(lane) = s.address(1, lane);
+    if (rows[lane] % 16) fail("misaligned row of a matrix");
+    inside(s.m, rows[lane], 16);
   }
-  return rows;
-}
-// The place of a lane's lower (0) or upper (1) half: row and column.
-inline std::pair<int, int> half_at(int lane, int half, bool transposed) {
-  int group = lane / 4, inner = 2 * (lane % 4) + half;
-  return transposed ? std::pair(inner, group) : std::pair(group, inner);
-}
-inline void ldmatrix(Machine& m, Warp& w, const Instruction& i, u32) {
-  auto rows = matrix_rows(m, w, i);
-  for (size_t n = 0; n < i.a.size() - MATRICES; n++) {
+  for (size_t n = 0; n < s.count() - 4; n++) {
     u16 matrix[8][8];
-    for (int row = 0; row < 8; row++) {
-      m.note_read(w, rows[8 * n + row], 16);
-      memcpy(matrix[row], m.bytes(rows[8 * n + row]), 16);
+    u32* slot = s.slot(4 + n);
+    for (int row = 0; row < 8 && LOADS; row++) {
+      note_read(s.m, s.w, rows[8 * n + row], 16);
+      memcpy(matrix[row], s.m.bytes(rows[8 * n + row]), 16);
     }
     for (int lane = 0; lane < 32; lane++) {
-      auto [r0, c0] = half_at(lane, 0, i.a[0]);
-      auto [r1, c1] = half_at(lane, 1, i.a[0]);
-      w.slot(i.a[MATRICES + n])[lane] = u32(matrix[r1][c1]) << 16 | matrix[r0][c0];
+      int a = lane / 4, b = 2 * (lane % 4);
+      u16& low = s[0] ? matrix[b][a] : matrix[a][b];
+      u16& high = s[0] ? matrix[b + 1][a] : matrix[a][b + 1];
+      if (LOADS) slot[lane] = u32(high) << 16 | low;
+      else low = slot[lane], high = slot[lane] >> 16;
     }
-  }
-}
-inline void stmatrix(Machine& m, Warp& w, const Instruction& i, u32) {
-  auto rows = matrix_rows(m, w, i);
-  for (size_t n = 0; n < i.a.size() - MATRICES; n++) {
-    u16 matrix[8][8];
-    for (int lane = 0; lane < 32; lane++)
-      for (int half = 0; half < 2; half++) {
-        auto [row, column] = half_at(lane, half, i.a[0]);
-        matrix[row][column] = w.slot(i.a[MATRICES + n])[lane] >> (16 * half);
-      }
-    for (int row = 0; row < 8; row++) {
-      const u8* data = reinterpret_cast<const u8*>(matrix[row]);
-      m.note_write(w, rows[8 * n + row], 16, false, data);
-      memcpy(m.bytes(rows[8 * n + row]), data, 16);
+    for (int row = 0; row < 8 && !LOADS; row++) {
+      note_write(s.m, s.w, rows[8 * n + row], 16, false, matrix[row]);
+      memcpy(s.m.bytes(rows[8 * n + row]), matrix[row], 16);
     }
   }
 }
 
-inline Register memory_operations([] {
-  normal("ld", [](Machine& m, Warp& w, const Instruction& i, u32 active) {
-    active_lanes(active, [&](int lane) { load_lane(m, w, i, lane); });
-  });
-  normal("st", [](Machine& m, Warp& w, const Instruction& i, u32 active) {
-    active_lanes(active, [&](int lane) { store_lane(m, w, i, lane); });
-  });
-  together("ldmatrix", ldmatrix);
-  together("stmatrix", stmatrix);
+inline Table memory_operations([] {
+  normal("ld", load);
+  normal("st", store);
+  together("ldmatrix", matrices<true>);
+  together("stmatrix", matrices<false>);
 });

@@ -96,7 +96,9 @@ def library() -> ctypes.CDLL:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    flags = re.search(r"^(flags|Features).*$", info.read_text(), re.MULTILINE) if info.exists() else ""
+    flags = (
+        re.search(r"^(flags|Features).*$", info.read_text(), re.MULTILINE) if info.exists() else ""
+    )
     return platform.machine() + (flags[0] if flags else "")
 
 

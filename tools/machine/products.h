@@ -4,195 +4,184 @@
 #include "memory.h"
 
 enum Type { F16, BF16, TF32 };
-inline int size_of(Type type) { return type == TF32 ? 4 : 2; }
-inline f32 number(Type type, u32 bits) {
-  if (type == TF32) return tf32(bits);
+inline int size_of(s64 type) { return type == TF32 ? 4 : 2; }
+inline f32 number(s64 type, u32 bits) {  // tensor cores ignore a float32's low bits
+  if (type == TF32) return std::bit_cast<f32>(bits & 0xffffe000u);
   return type == BF16 ? f32(std::bit_cast<bf16>(u16(bits))) : f32(std::bit_cast<f16>(u16(bits)));
 }
 
 // A warp's 16 rows of A [16, k], B [k, n], and sums [16, n].
-struct Tile {
-  f32 a[16][16], b[16][256], sums[16][256];
+inline f32 tile_a[16][16], tile_b[16][256], sums[16][256];
 
-  void multiply(int k_size, int n_size) {
-    for (int row = 0; row < 16; row++)
-      for (int k = 0; k < k_size; k++)
-        for (int n = 0; n < n_size; n++) sums[row][n] += a[row][k] * b[k][n];
-  }
-  // Register `r` of A's four: f(row, k, which half) for what a lane holds in it.
-  void read_a(Type type, const u32* slot, int r) {
-    for (int lane = 0; lane < 32; lane++) {
-      int row = lane / 4 + 8 * (r & 1), k = lane % 4;
-      if (type == TF32) {
-        a[row][k + 4 * (r >> 1)] = tf32(slot[lane]);
-        continue;
-      }
-      for (int half = 0; half < 2; half++)
-        a[row][2 * k + 8 * (r >> 1) + half] = number(type, slot[lane] >> (16 * half));
-    }
-  }
-  void read_b(Type type, const u32* slot, int r) {
-    for (int lane = 0; lane < 32; lane++) {
-      int n = lane / 4, k = lane % 4;
-      if (type == TF32) {
-        b[k + 4 * r][n] = tf32(slot[lane]);
-        continue;
-      }
-      for (int half = 0; half < 2; half++)
-        b[2 * k + 8 * r + half][n] = number(type, slot[lane] >> (16 * half));
-    }
-  }
-  // The sum that a lane holds in register `r`.
-  f32& sum(int lane, int r) {
-    return sums[lane / 4 + 8 * (r >> 1 & 1)][8 * (r >> 2) + 2 * (lane % 4) + (r & 1)];
-  }
-  void read_sum(const u32* slot, int r) {
-    for (int lane = 0; lane < 32; lane++) sum(lane, r) = get<f32>(slot, lane);
-  }
-  void write_sum(u32* slot, int r) {
-    for (int lane = 0; lane < 32; lane++) put(slot, lane, sum(lane, r));
-  }
-};
-inline Tile tile;
-
-// mma.m16n8: a = [type, k, 4 registers of the result, A's, B's, 4 of the sums].
-inline void mma(Machine&, Warp& w, const Instruction& i, u32) {
-  Type type = Type(i.a[0]);
-  int k_size = i.a[1], count_b = k_size * size_of(type) / 16, count_a = 2 * count_b;
-  const s64 *to = &i.a[2], *a = to + 4, *b = a + count_a, *sums = b + count_b;
-  for (int r = 0; r < count_a; r++) tile.read_a(type, w.slot(a[r]), r);
-  for (int r = 0; r < count_b; r++) tile.read_b(type, w.slot(b[r]), r);
-  for (int r = 0; r < 4; r++) tile.read_sum(w.slot(sums[r]), r);
-  tile.multiply(k_size, 8);
-  for (int r = 0; r < 4; r++) tile.write_sum(w.slot(to[r]), r);
+inline void multiply_tiles(int k_size, int n_size) {
+  for (int row = 0; row < 16; row++)
+    for (int k = 0; k < k_size; k++)
+      for (int n = 0; n < n_size; n++) sums[row][n] += tile_a[row][k] * tile_b[k][n];
+}
+// A register of an operand holds for each lane one float32, or two halves side by side along k:
+// f(row of eight, k, value).
+template <class F> void fragment(s64 type, const u32* slot, F f) {
+  for (int lane = 0; lane < 32; lane++)
+    for (int half = 0; half < 4 / size_of(type); half++)
+      f(lane / 4, lane % 4 * (4 / size_of(type)) + half, number(type, slot[lane] >> (16 * half)));
+}
+inline void read_a(s64 type, const u32* slot, int r) {
+  int k0 = 16 / size_of(type) * (r / 2);
+  fragment(type, slot, [&](int row, int k, f32 x) { tile_a[row + 8 * (r % 2)][k0 + k] = x; });
+}
+inline void read_b(s64 type, const u32* slot, int r) {
+  int k0 = 16 / size_of(type) * r;
+  fragment(type, slot, [&](int n, int k, f32 x) { tile_b[k0 + k][n] = x; });
+}
+inline f32& sum_at(int lane, int r) {  // what a lane holds in register r of the sums
+  return sums[lane / 4 + 8 * (r / 2 % 2)][8 * (r / 4) + 2 * (lane % 4) + r % 2];
+}
+inline void read_sums(Warp& w, const s64* slots, int count) {
+  for (int r = 0; r < count; r++)
+    for (int lane = 0; lane < 32; lane++) sum_at(lane, r) = get<f32>(w.slot(slots[r]), lane);
+}
+inline void write_sums(Warp& w, const s64* slots, int count) {
+  for (int r = 0; r < count; r++)
+    for (int lane = 0; lane < 32; lane++) put(w.slot(slots[r]), lane, sum_at(lane, r));
 }
 
-// wgmma: a = [type, n, k, -1 where A is negated, B, whether A's rows lie side by side and not its
-// depth, B's columns, whether A is in registers, whether to add, descriptor of A or its 4
-// registers, descriptor of B, n / 2 registers of sums].
-enum { N_SIZE = 1, K_SIZE, NEGATE_A, NEGATE_B, MAJOR_A, MAJOR_B, IN_REGISTERS, ADDS, A };
+// mma.m16n8: [type, k, 4 registers of the result, A's, B's, 4 of the sums].
+inline void mma(Step& s) {
+  int count_b = s[1] * size_of(s[0]) / 16, count_a = 2 * count_b;
+  for (int r = 0; r < count_a; r++) read_a(s[0], s.slot(6 + r), r);
+  for (int r = 0; r < count_b; r++) read_b(s[0], s.slot(6 + count_a + r), r);
+  read_sums(s.w, &s.i.operands[6 + count_a + count_b], 4);
+  multiply_tiles(s[1], 8);
+  write_sums(s.w, &s.i.operands[2], 4);
+}
+
+// wgmma: [type, n, k, whether A's rows lie side by side and not its depth, B's columns, whether A
+// is in registers, whether to add, descriptor of A or its 4 registers, of B, sums ...].
+enum { TYPE, N_SIZE, K_SIZE, ROWS_A, ROWS_B, IN_REGISTERS, ADDS, A };
 const int B = A + 4, SUMS = B + 1;
 
-// An operand in shared memory: `rows` (A's rows, B's columns) of `depth` elements.
+// Rows of `span` bytes have their pieces of 16 mixed, so that columns lie in different banks.
+inline u32 swizzled(u32 address, int span) {
+  return span ? address ^ (address >> 3 & (span - 16)) : address;
+}
+// An operand in shared memory: rows of A, or columns of B, of a depth.
 struct Operand {
   u64 descriptor;
-  int first_row, rows, depth, size;
+  s64 type;
+  int first_row, rows, depth;
   bool rows_lie_together;
 
   u32 address(int row, int k) const {
-    u32 start = (descriptor & 0x3fff) << 4, o;
-    u32 leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
     static const int spans[] = {0, 128, 64, 32};
-    int span = spans[descriptor >> 62], piece = 16 / size;
+    u32 start = (descriptor & 0x3fff) << 4, offset;
+    u32 leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    int span = spans[descriptor >> 62], size = size_of(type), piece = 16 / size, line = span / size;
     if (!rows_lie_together)
-      o = row / 8 * stride + (span ? row % 8 * span + k * size
-                                   : row % 8 * 16 + k / piece * leading + k % piece * size);
+      offset = row / 8 * stride + (span ? row % 8 * span + k * size
+                                        : row % 8 * 16 + k / piece * leading + k % piece * size);
     else if (span)
-      o = row % (span / size) * size + row / (span / size) * leading + k % 8 * span + k / 8 * stride;
+      offset = row % line * size + row / line * leading + k % 8 * span + k / 8 * stride;
     else
-      o = row % piece * size + row / piece * stride + k % 8 * 16 + k / 8 * leading;
-    return swizzled(start + o, span);
+      offset = row % piece * size + row / piece * stride + k % 8 * 16 + k / 8 * leading;
+    return swizzled(start + offset, span);
   }
-  // Pieces of 16 bytes, in which elements lie side by side: f(row, k, address).
+  // Pieces of 16 bytes, whose elements lie side by side: f(row from the first, k, address).
   template <class F> void pieces(F f) const {
-    int row_step = rows_lie_together ? 16 / size : 1, k_step = rows_lie_together ? 1 : 16 / size;
-    for (int row = first_row; row < first_row + rows; row += row_step)
-      for (int k = 0; k < depth; k += k_step) f(row, k, address(row, k));
+    int piece = 16 / size_of(type), k_step = rows_lie_together ? 1 : piece;
+    for (int row = 0; row < rows; row += rows_lie_together ? piece : 1)
+      for (int k = 0; k < depth; k += k_step) f(row, k, address(first_row + row, k));
   }
-  // Into a matrix with these strides.
-  void read(Machine& m, Type type, f32 sign, f32* to, int row_stride, int k_stride) const {
-    int step = rows_lie_together ? row_stride : k_stride;
-    pieces([&](int row, int k, u32 address) {
-      f32* at = to + (row - first_row) * row_stride + k * k_stride;
+  void note(Step& s) const {
+    pieces([&](int, int, u32 a) {
+      note_read(s.m, s.w, a, 16, s.m.product_agent(s.w), s.w.products.committed + 1, true);
+    });
+  }
+  void check(Step& s) const {
+    if (descriptor >> 49 & 7) fail("a descriptor with a base offset");
+    pieces([&](int, int, u32 a) { inside(s.m, a, 16); });
+  }
+  void read(Machine& m, f32* to, int row_stride, int k_stride) const {
+    int size = size_of(type), step = rows_lie_together ? row_stride : k_stride;
+    pieces([&](int row, int k, u32 a) {
       for (int n = 0; n < 16 / size; n++) {
         u32 bits = 0;
-        memcpy(&bits, m.bytes(address) + n * size, size);
-        at[n * step] = sign * number(type, bits);
+        memcpy(&bits, m.bytes(a) + n * size, size);
+        to[row * row_stride + k * k_stride + n * step] = number(type, bits);
       }
     });
   }
 };
-inline Operand operand_a(const Warp& w, const Instruction& i, u64 descriptor) {
-  int size = size_of(Type(i.a[0]));
-  return {descriptor, 16 * (w.id % 4), 16, int(i.a[K_SIZE]), size, bool(i.a[MAJOR_A])};
+inline Operand operand_a(const Warp& w, const std::vector<s64>& o, u64 descriptor) {
+  return {descriptor, o[TYPE], 16 * (w.id % 4), 16, int(o[K_SIZE]), bool(o[ROWS_A])};
 }
-inline Operand operand_b(const Instruction& i, u64 descriptor) {
-  int size = size_of(Type(i.a[0]));
-  return {descriptor, 0, int(i.a[N_SIZE]), int(i.a[K_SIZE]), size, bool(i.a[MAJOR_B])};
+inline Operand operand_b(const std::vector<s64>& o, u64 descriptor) {
+  return {descriptor, o[TYPE], 0, int(o[N_SIZE]), int(o[K_SIZE]), bool(o[ROWS_B])};
 }
 
-inline void note_operand(Machine& m, Warp& w, const Operand& operand, bool notes) {
-  if (operand.descriptor >> 49 & 7) fail("a descriptor with a base offset");
-  operand.pieces([&](int, int, u32 address) {
-    m.inside(address, 16);
-    if (notes)
-      m.note_read(w, address, 16, m.pc, m.product_agent(w), w.products.committed + 1, true);
+inline void mark_busy(Warp& w) {
+  std::fill(w.busy.begin(), w.busy.end(), 0);
+  w.any_busy = false;
+  w.products.all([&](Product& product) {
+    const auto& o = product.instruction->operands;
+    w.any_busy |= !product.done;
+    for (size_t n = SUMS; n < o.size() && !product.done; n++) w.busy[o[n]] = 1;
   });
 }
 
 // It begins: its reads are noted, and its sums are busy until somebody waits.
-inline void wgmma(Machine& m, Warp& w, const Instruction& i, u32) {
-  if (!w.met) {  // its group comes together here, as Triton counts on; the ISA doesn't say so
-    w.state = AT_PRODUCT;
-    w.again = true;
+inline void wgmma(Step& s) {
+  if (!s.w.met) {  // its group comes together here, as Triton counts on; the ISA doesn't say so
+    s.w.state = AT_PRODUCT;
+    s.w.again = true;
     return;
   }
-  w.met = false;
-  bool in_registers = i.a[IN_REGISTERS];
-  Product product{&i, in_registers ? 0 : w.wide(i.a[A])[0], w.wide(i.a[B])[0],
-                  w.slot(i.a[ADDS])[0] != 0, false, {}};
-  for (int r = 0; r < 4 && in_registers; r++) memcpy(product.registers[r], w.slot(i.a[A + r]), 128);
-  note_operand(m, w, operand_b(i, product.b), w.id % 4 == 0);
-  if (!in_registers) note_operand(m, w, operand_a(w, i, product.a), true);
-  w.products.open.push_back(product);
-  m.mark_busy(w);
+  s.w.met = false;
+  bool in_registers = s[IN_REGISTERS];
+  Product product{&s.i, in_registers ? 0 : get<u64>(s.slot(A), 0), get<u64>(s.slot(B), 0),
+                  s.slot(ADDS)[0] != 0, false, {}};
+  for (int r = 0; r < 4 && in_registers; r++) memcpy(product.registers[r], s.slot(A + r), 128);
+  Operand a = operand_a(s.w, s.i.operands, product.a), b = operand_b(s.i.operands, product.b);
+  b.check(s);
+  if (s.w.id % 4 == 0) b.note(s);
+  if (!in_registers) a.check(s), a.note(s);
+  s.w.products.open.push_back(product);
+  mark_busy(s.w);
 }
-
-inline void Machine::multiply(Warp& w, Product& product) {
+inline void multiply(Machine& m, Warp& w, Product& product) {
   if (product.done) return;
   product.done = true;
-  const Instruction& i = *product.instruction;
-  Type type = Type(i.a[0]);
-  int n_size = i.a[N_SIZE], k_size = i.a[K_SIZE];
-  for (int r = 0; r < 4 && i.a[IN_REGISTERS]; r++) tile.read_a(type, product.registers[r], r);
-  if (!i.a[IN_REGISTERS])
-    operand_a(w, i, product.a).read(*this, type, i.a[NEGATE_A], tile.a[0], 16, 1);
-  operand_b(i, product.b).read(*this, type, i.a[NEGATE_B], tile.b[0], 1, 256);
-  if (!product.adds) memset(tile.sums, 0, sizeof tile.sums);
-  for (int r = 0; r < n_size / 2 && product.adds; r++) tile.read_sum(w.slot(i.a[SUMS + r]), r);
-  tile.multiply(k_size, n_size);
-  for (int r = 0; r < n_size / 2; r++) tile.write_sum(w.slot(i.a[SUMS + r]), r);
+  const auto& o = product.instruction->operands;
+  for (int r = 0; r < 4 && o[IN_REGISTERS]; r++) read_a(o[TYPE], product.registers[r], r);
+  if (!o[IN_REGISTERS]) operand_a(w, o, product.a).read(m, tile_a[0], 16, 1);
+  operand_b(o, product.b).read(m, tile_b[0], 1, 256);
+  memset(sums, 0, sizeof sums);
+  if (product.adds) read_sums(w, &o[SUMS], o[N_SIZE] / 2);
+  multiply_tiles(o[K_SIZE], o[N_SIZE]);
+  write_sums(w, &o[SUMS], o[N_SIZE] / 2);
 }
-
-inline void Machine::mark_busy(Warp& w) {
-  std::fill(w.busy.begin(), w.busy.end(), 0);
-  w.any_busy = false;
-  w.products.each([&](Product& product) {
-    if (product.done) return;
-    w.any_busy = true;
-    const auto& a = product.instruction->a;
-    for (size_t n = SUMS; n < a.size(); n++) w.busy[a[n]] = 1;
-  });
+// The four warps of a group have waited.
+inline void finish_products(Machine& m, Warp& w) {
+  u32 over = w.products.wait(w.keep, [&](Product& product) { multiply(m, w, product); });
+  u32& seen = w.clock[m.product_agent(w)];
+  seen = std::max(seen, over);
+  mark_busy(w);
 }
-
-// Somebody reads or writes sums of a running wgmma: it is said, and they are computed at once.
-inline void Machine::check_busy(Warp& w, const Instruction& i) {
+// Somebody touches sums of a running wgmma: it is said, and they are computed at once.
+inline void check_busy(Machine& m, Warp& w, const Instruction& i) {
   auto busy = [&](s64 slot) { return w.busy[slot]; };
   if (!std::any_of(i.registers.begin(), i.registers.end(), busy)) return;
-  find(EARLY_REGISTER, pc, -1, 0, w);
-  w.products.each([&](Product& product) { multiply(w, product); });
+  m.find(EARLY_REGISTER, m.pc, -1, 0, w);
+  w.products.all([&](Product& product) { multiply(m, w, product); });
   mark_busy(w);
 }
 
-inline Register products([] {
+inline Table products([] {
   together("mma", mma);
   together("wgmma.mma_async", wgmma);
-  together("wgmma.fence", [](Machine&, Warp&, const Instruction&, u32) {});
-  together("wgmma.commit_group", [](Machine&, Warp& w, const Instruction&, u32) {
-    w.products.commit();
-  });
-  together("wgmma.wait_group", [](Machine&, Warp& w, const Instruction& i, u32) {
-    w.keep = i.a[0];
-    w.state = AT_PRODUCT_WAIT;
+  together("wgmma.fence", [](Step&) {});
+  together("wgmma.commit_group", [](Step& s) { s.w.products.commit(); });
+  together("wgmma.wait_group", [](Step& s) {
+    s.w.keep = s[0];
+    s.w.state = AT_PRODUCT_WAIT;
   });
 });

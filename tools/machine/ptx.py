@@ -21,6 +21,7 @@ SPECIAL = {
 SPECIAL |= {"%laneid": 12, "%warpid": 13, "%cluster_ctarank": 14}
 SPECIAL |= {f"%cluster_ctaid.{axis}": 14 for axis in "xyz"}
 
+SPACES = {"param": 0, "global": 1, "shared": 2, "shared::cta": 2}
 SHARED_START = 1024  # of the machine's addresses
 
 # Words of opcodes as numbers.  A comparison is what it is true for: less 1, equal 2, greater 4,
@@ -28,19 +29,18 @@ SHARED_START = 1024  # of the machine's addresses
 NUMBERS = {
     "lt": 1, "eq": 2, "le": 3, "gt": 4, "ne": 5, "ge": 6, "lo": 1, "ls": 3, "hi": 4, "hs": 6,
     "num": 7, "nan": 8, "ltu": 9, "equ": 10, "leu": 11, "gtu": 12, "neu": 13, "geu": 14,
-    "and": 0, "or": 1, "xor": 2, "rni": 0, "rzi": 1, "rmi": 2, "rpi": 3, ".sat": 1, ".trans": 1,
-    "idx": 0, "up": 1, "down": 2, "bfly": 3, "all": 0, "any": 1, "uni": 2, "ballot": 3,
-    "u": 0, "s": 1, "f16": 0, "bf16": 1, "tf32": 2,
+    "rni": 0, "rzi": 1, "rmi": 2, "rpi": 3, "": 0, ".trans": 1,
+    "idx": 0, "up": 1, "down": 2, "bfly": 3, "u": 0, "s": 1, "f16": 0, "bf16": 1, "tf32": 2,
 }  # fmt: skip
 
 # Opcode, operation ({1} is the pattern's first group), operands of the operation.  These are
 # words of a letter and the place of PTX's operand: d destination and s source (:64 bits, :1 those
-# of the type in the first group), p both of d|p, v a predicate and whether it is negated, D and S
+# of the type in the first group), p both of d|p, D and S
 # registers in braces, R a register and its bits, a [address], m and c the map and the coordinates
 # of [map, {coordinates}], n a number, l a label; # a group of the opcode as a number; - nothing,
 # which is -1, as is a word with ? whose operand isn't there.
 _SHARED = r"\.shared(?:::cta)?"
-_FLOAT_OR_INTEGER = r"([suf]\d+|bf16)"
+_NUMBER = r"([suf]\d+|bf16)"
 _MMA = r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(f16|bf16|tf32)\.\2\.f32"
 _BULK_LOAD = r"\.shared::(?:cta|cluster)\.global(?:\.tile)?\.mbarrier::complete_tx::bytes"
 TABLE = [
@@ -51,28 +51,25 @@ TABLE = [
     (r"(?:griddepcontrol|setmaxnreg|prefetchu?|nanosleep|fence|membar)\b.*", "nop", ""),
     (r"bar\.warp\.sync", "bar.warp.sync", ""),
     (r"(?:bar|barrier)(?:\.cta)?\.sync(?:\.aligned)?", "bar.sync", "n0 n1?"),
-    (r"shfl\.sync\.(idx|up|down|bfly)\.b32", "shfl", "p0 s1 s2 s3 #1"),
-    (r"vote\.sync\.(all|any|uni|ballot)\.(?:pred|b32)", "vote", "d0 v1 #1"),
+    (r"shfl\.sync\.(idx|up|down|bfly)\.b32", "shfl", "d0 s1 s2 s3 #1"),
     (r"elect\.sync", "elect", "p0"),
     (r"redux\.sync\.(add|and|or|xor)\.[usb]32", "redux.{1}", "d0 s1"),
     (r"redux\.sync\.(min|max)\.([us]32)", "redux.{1}.{2}", "d0 s1"),
-    (r"setp\.(\w+)(?:\.(and|or|xor))?\.(\w+)", "setp.{3}", "p0 s1:3 s2:3 s3? #1 #2"),
+    (r"setp\.(\w+)\.(\w+)", "setp.{2}", "d0 s1:2 s2:2 #1"),
     (r"cvt\.([us])(\d+)\.([us])(\d+)", "cvt.integer", "R0 R1 #4 #3 #2 #1"),
-    (r"cvt\.rz\.(bf16x2|bf16)\.f32", "cvt.rz.{1}.f32", "d0 s1 s2?"),
     (r"cvt\.rn\.(bf16x2|f16x2)\.f32", "cvt.{1}.f32", "d0 s1 s2"),
-    (r"cvt\.rn\.f16x2\.(e[45]m[23]x2)", "cvt.f16x2.{1}", "d0 s1"),
+    (r"cvt\.rn\.f16x2\.(e4m3x2)", "cvt.f16x2.{1}", "d0 s1"),
     (r"cvt\.rna\.tf32\.f32", "cvt.rna.tf32.f32", "d0 s1"),
-    (rf"cvt(?:\.(r[nzmp]i)|\.rn)?(\.sat)?\.{_FLOAT_OR_INTEGER}\.{_FLOAT_OR_INTEGER}",
-     "cvt.{3}.{4}", "d0:3 s1:4 #1? #2"),
+    (rf"cvt(?:\.(r[nzmp]i)|\.rn)?\.{_NUMBER}\.{_NUMBER}", "cvt.{2}.{3}", "d0:2 s1:3 #1?"),
     (r"cvta(?:\.to)?\.global\.u64", "mov.u64", "d0:64 s1:64"),
-    (r"cvta\.(param|shared)\.u64", "cvta.{1}", "d0:64 s1:64"),
+    (r"cvta\.(param)\.u64", "cvta.{1}", "d0:64 s1:64"),
     (rf"ldmatrix\.sync\.aligned\.m8n8\.x\d(\.trans)?{_SHARED}\.b16", "ldmatrix", "#1 a1 D0"),
     (rf"stmatrix\.sync\.aligned\.m8n8\.x\d(\.trans)?{_SHARED}\.b16", "stmatrix", "#1 a0 S1"),
     (_MMA, "mma", "#2 #1 D0 S1 S2 S3"),
     (r"wgmma\.(fence|commit_group)\.sync\.aligned", "wgmma.{1}", ""),
     (r"wgmma\.wait_group\.sync\.aligned", "wgmma.wait_group", "n0"),
     (rf"cp\.async\.c[ag]{_SHARED}\.global", "cp.async", "n2 s3? a0 a1"),
-    (r"cp\.async\.(commit_group|wait_all)", "cp.async.{1}", ""),
+    (r"cp\.async\.commit_group", "cp.async.commit_group", ""),
     (r"cp\.async\.wait_group", "cp.async.wait_group", "n0"),
     (rf"cp\.async\.bulk\.tensor\.\dd{_BULK_LOAD}", "bulk.load", "m1 a0 a2 c1"),
     (rf"cp\.async\.bulk\.tensor\.\dd\.global{_SHARED}\.bulk_group", "bulk.store", "m0 a1 c0"),
@@ -80,9 +77,8 @@ TABLE = [
     (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait_group", "n0"),
     (rf"mbarrier\.init{_SHARED}\.b64", "mbarrier.init", "s1 a0"),
     (rf"mbarrier\.inval{_SHARED}\.b64", "mbarrier.inval", "a0"),
-    (rf"mbarrier\.expect_tx\S*{_SHARED}\.b64", "mbarrier.expect_tx", "s1 a0"),
-    (rf"mbarrier\.arrive\.expect_tx{_SHARED}\.b64", "mbarrier.arrive", "s2 - a1"),
-    (rf"mbarrier\.arrive{_SHARED}\.b64", "mbarrier.arrive", "- s2? a1"),
+    (rf"mbarrier\.arrive\.expect_tx{_SHARED}\.b64", "mbarrier.arrive", "s2 a1"),
+    (rf"mbarrier\.arrive{_SHARED}\.b64", "mbarrier.arrive", "- a1"),
     (rf"mbarrier\.(?:try|test)_wait\.parity{_SHARED}\.b64", "mbarrier.wait", "d0 s2 a1"),
 ]  # fmt: skip
 _WGMMA = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(f16|bf16|tf32)\.\3"
@@ -138,9 +134,11 @@ def parse(source: str) -> Program:
 
 
 def _parameters(text: str) -> Iterator[Parameter]:
-    pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.\w+(?:\s+\d+)?)*\s+([\w$]+)(?:\[(\d+)\])?"
+    rest = r"(?:\s+\.\w+(?:\s+\d+)?)*\s+([\w$]+)(?:\[(\d+)\])?"
     end = 0
-    for align, kind, name, count in re.findall(pattern, text):
+    for align, kind, name, count in re.findall(
+        rf"\.param(?:\s+\.align\s+(\d+))?\s+\.(\w+){rest}", text
+    ):
         size = BITS[kind] // 8 * int(count or 1)
         start = -(-end // int(align or size)) * int(align or size)
         end = start + size
@@ -169,35 +167,29 @@ class _Decoder:
         self.touched: list[int] = []
 
     def decode(self, body: str) -> None:
-        statement = r"\s*(?:\.loc[^\n]*|\.pragma[^;]*;|([$\w%]+):|([{}])|([^;{}]+(?:\{[^}]*\}[^;{}]*)*);)"
+        text = r"([^;{}]+(?:\{[^}]*\}[^;{}]*)*);"
         end = 0
-        for found in re.finditer(statement, body):
+        for found in re.finditer(
+            rf"\s*(?:\.loc[^\n]*|\.pragma[^;]*;|([$\w]+):|([{{}}])|{text})", body
+        ):
             if body[end : found.start()].strip():
                 break
             end = found.end()
-            label, brace, text = found.groups()
+            label, brace, statement = found.groups()
             if label:
                 self.labels[label] = len(self.program.text)
             elif brace == "{":
                 self.registers, self.labels = self.registers.new_child(), self.labels.new_child()
             elif brace == "}":
                 self.registers, self.labels = self.registers.parents, self.labels.parents
-            elif text:
-                self.statement(text.strip())
+            elif statement and statement.strip().startswith(".reg"):
+                self.declare_registers(statement.strip())
+            elif statement and not self.declare_shared(statement):
+                self.instruction(statement.strip())
         if body[end:].strip():
             raise ValueError(f"not understood: {body[end:].strip()[:200]!r}")
         for pc, labels, label in self.jumps:
             self.program.operands[pc][0] = labels[label]
-
-    def statement(self, text: str) -> None:
-        if text.startswith(".reg"):
-            self.declare_registers(text)
-        elif text.startswith((".shared", ".extern")):
-            self.declare_shared(text)
-        elif text.startswith("."):
-            self.program.unknown.setdefault(text.split()[0], text)
-        else:
-            self.instruction(text)
 
     # Names
 
@@ -212,12 +204,11 @@ class _Decoder:
             for each in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
                 self.registers[each] = self.new_slot(BITS[kind]), BITS[kind]
 
-    def declare_shared(self, text: str) -> None:
+    def declare_shared(self, text: str) -> bool:
         """Triton has one array of it, without a size."""
-        for name, size in re.findall(r"\.shared\s[^;]*?([\w$]+)\[(\d*)\]", text):
-            if size:
-                raise ValueError(f"{name} is static shared memory")
-            self.symbols[name] = SHARED_START
+        found = re.findall(r"\.shared\s[^;]*?([\w$]+)\[\]", text)
+        self.symbols |= dict.fromkeys(found, SHARED_START)
+        return bool(found)
 
     def constant(self, value: int, wide: bool = False) -> int:
         key = value & (2**64 - 1 if wide else 2**32 - 1), wide
@@ -276,13 +267,12 @@ class _Decoder:
     def instruction(self, text: str) -> None:
         pattern = r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)"
         negated, guard, opcode, rest = re.fullmatch(pattern, text, re.DOTALL).groups()
-        self.touched = []
+        program, self.touched = self.program, []
         try:
             name, operands = self.operation(opcode, _split(rest))
         except Unknown as error:
-            self.program.unknown.setdefault(opcode, f"{text} ({error})")
+            program.unknown.setdefault(opcode, f"{text} ({error})")
             name, operands = "nop", []
-        program = self.program
         program.text.append(" ".join(text.split()))
         program.operations.append(name)
         program.operands.append(operands)
@@ -296,7 +286,7 @@ class _Decoder:
                 groups = [re.sub(r"^b(?=\d)", "u", group or "") for group in found.groups()]
                 numbers = [n for word in words.split() for n in self.word(word, operands, found)]
                 if name == "cp.async":
-                    self.accesses_shared(numbers[0])
+                    self.program.granule = min(self.program.granule, numbers[0])
                 return name.format(opcode, *groups), numbers
         found = re.fullmatch(_WGMMA, opcode)
         if found:
@@ -316,7 +306,7 @@ class _Decoder:
         if kind == "-" or (missing and optional):
             return [-1]
         if kind == "#":
-            group = found[index] or "and"  # which is 0
+            group = found[index] or ""
             return [int(group) if group.isdigit() else NUMBERS[group]]
         text = operands[index]
         size = int(bits or "32")
@@ -327,8 +317,7 @@ class _Decoder:
         return {
             "d": lambda: [self.destination(text, size)],
             "s": lambda: [self.source(text, size)],
-            "p": lambda: [self.destination(first), self.destination(second) if second else -1],
-            "v": lambda: [self.source(text.strip("!")), int("!" in text)],
+            "p": lambda: [self.destination(first), self.destination(second)],
             "D": lambda: [self.destination(each) for each in _in_braces(text)],
             "S": lambda: [self.source(each) for each in _in_braces(text)],
             "R": lambda: [self.register(text), self.registers[text][1]],
@@ -344,20 +333,15 @@ class _Decoder:
         self.jumps.append((len(self.program.text), self.labels, label))
         return [-1]
 
-    def accesses_shared(self, size: int) -> None:
-        self.program.granule = min(self.program.granule, size)
-
     def access(self, modifiers: list[str], operands: list[str], stores: bool) -> list[int]:
         """Of ld and st: memory.h says what the numbers are."""
         address, data = operands if stores else reversed(operands)
-        spaces = [n for n, s in enumerate(("param", "global", "shared")) if s in modifiers]
-        if "shared::cta" in modifiers:
-            spaces = [2]
-        if "local" in modifiers or BITS.get(modifiers[-1], 0) == 0:
+        space = SPACES.get(modifiers[0])
+        if space is None or modifiers[-1] not in BITS:
             raise Unknown("space or type")
         size = BITS[modifiers[-1]] // 8
-        if spaces == [2]:
-            self.accesses_shared(size)
+        if space == 2:
+            self.program.granule = min(self.program.granule, size)
         parts = _in_braces(data)
         known = [self.registers[part][1] for part in parts if part in self.registers]
         bits = known[0] if known else 8 * size
@@ -366,7 +350,7 @@ class _Decoder:
         else:
             slots = [-1 if part == "_" else self.destination(part, bits) for part in parts]
         is_signed = int(modifiers[-1][0] == "s")
-        return [spaces[0] if spaces else 1, size, is_signed, bits, *self.address(address), *slots]
+        return [space, size, is_signed, bits, *self.address(address), *slots]
 
     def move_parts(self, bits: int, to: str, of: str) -> tuple[str, list[int]]:
         whole, parts = (to, _in_braces(of)) if "{" in of else (of, _in_braces(to))
@@ -380,18 +364,15 @@ class _Decoder:
     def wgmma(self, found: re.Match, operands: list[str]) -> list[int]:
         """products.h says what the numbers are."""
         sums, a, b, adds, *rest = operands
-        negate_a, negate_b, *major = [self.number(each) for each in rest]
         in_registers = "{" in a
-        if in_registers:
-            major = [0, *major]
-        majors = (major + [0, 0])[:2]
-        slots = [self.source(each) for each in _in_braces(a)] if in_registers else []
-        slots = slots or [self.source(a, 64), 0, 0, 0]
-        self.accesses_shared(16)
-        numbers = [
-            NUMBERS[found[3]], int(found[1]), int(found[2]), negate_a, negate_b, *majors,
-            int(in_registers), self.source(adds), *slots, self.source(b, 64),
-        ]  # fmt: skip
+        sign_a, sign_b, *major = [self.number(each) for each in rest]
+        if (sign_a, sign_b) != (1, 1):
+            raise Unknown("a negative operand")
+        major = [*[0] * in_registers, *major, 0, 0][:2]
+        slots = [self.source(each, 32 if in_registers else 64) for each in _in_braces(a)]
+        sizes = NUMBERS[found[3]], int(found[1]), int(found[2])
+        numbers = [*sizes, *major, int(in_registers), self.source(adds), *(slots + [0] * 3)[:4]]
+        numbers += [self.source(b, 64)]
         touched = list(self.touched)
         numbers += [self.destination(each) for each in _in_braces(sums)]
         self.touched = touched
