@@ -141,14 +141,23 @@ inline Table floats([] {
   unary<f32>("lg2", [](auto a) { return std::log2(a); });
 });
 
-// setp: [d, x, y, of less 1, equal 2, greater 4 and unordered 8 those that are true].
+// setp: [d, that of a pair's higher half, x, y, of less 1, equal 2, greater 4 and unordered 8 those
+// that are true].
 template <class T> void compare(Step& s) {
-  const u32 *x = s.slot(1), *y = s.slot(2), true_for = s[3];
-  s.set<u32>(0, [&](int lane) {
-    T a = get<T>(x, lane), b = get<T>(y, lane);
-    u32 relation = u32(a < b) | u32(a == b) << 1 | u32(a > b) << 2;
-    return ((relation ? relation : 8) & true_for) != 0;
-  });
+  const u32 *x = s.slot(2), *y = s.slot(3), true_for = s[4];
+  auto compare_parts = [&](int to, auto part) {
+    s.set<u32>(to, [&](int lane) {
+      auto a = part(get<T>(x, lane)), b = part(get<T>(y, lane));
+      u32 relation = u32(a < b) | u32(a == b) << 1 | u32(a > b) << 2;
+      return ((relation ? relation : 8) & true_for) != 0;
+    });
+  };
+  if constexpr (is_pair<T>) {
+    compare_parts(0, [](T x) { return x.low; });
+    compare_parts(1, [](T x) { return x.high; });
+  } else {
+    compare_parts(0, [](T x) { return x; });
+  }
 }
 template <class... T> void comparisons() { (normal("setp" + suffix<T>, compare<T>), ...); }
 
@@ -169,8 +178,9 @@ template <class To, class From> void convert(Step& s) {
   s.set<To>(0, [&](int lane) {
     From x = get<From>(from, lane);
     if constexpr (std::is_integral_v<To>) {
-      f64 value = rounded(f64(f32(x)), how), low = std::numeric_limits<To>::min();
-      return value != value ? To(0) : To(std::clamp(value, low, f64(std::numeric_limits<To>::max())));
+      using Limits = std::numeric_limits<To>;
+      f64 value = rounded(f64(f32(x)), how);
+      return value != value ? To(0) : To(std::clamp(value, f64(Limits::min()), f64(Limits::max())));
     } else {
       return To(how < 0 ? f32(x) : f32(rounded(x, how)));
     }
@@ -181,7 +191,7 @@ template <class Float, class... T> void conversions() {
   (normal("cvt" + suffix<T> + suffix<Float>, convert<T, Float>), ...);
 }
 inline Table conversion([] {
-  comparisons<s16, u16, s32, u32, s64, u64, f16, bf16, f32>();
+  comparisons<s16, u16, s32, u32, s64, u64, f16, bf16, f32, f16x2, bf16x2>();
   conversions<f32, f16, bf16, f32, s16, u16, s32, u32>();
   conversions<f16, f16, bf16, s16, u16, s32, u32>();
   conversions<bf16, bf16, s16, u16, s32, u32>();

@@ -71,8 +71,8 @@ inline void advance(Warp& w, const Instruction& i, u32 lanes) {
 inline u32 guarded(Warp& w, const Instruction& i) {
   if (i.guard < 0) return ALL_LANES;
   u32 lanes = 0;
-  for (int lane = 0; lane < 32; lane++) lanes |= u32(w.slot(i.guard)[lane] != i.negated) << lane;
-  return lanes;
+  for (int lane = 0; lane < 32; lane++) lanes |= u32(w.slot(i.guard)[lane] != 0) << lane;
+  return i.negated ? ~lanes : lanes;
 }
 // Until it waits or is done; false where it doesn't run at all.
 inline bool run_warp(Machine& m, Warp& w) {

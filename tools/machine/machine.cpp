@@ -47,8 +47,8 @@ const char* run(Machine* m, const Launch* launch) {
       m->cta = launch->ctas[n];
       run_cta(*m);
     }
-  } catch (const Fault& fault) {
-    m->error = fault.what;
+  } catch (const std::exception& fault) {
+    m->error = fault.what();
   }
   return m->error.c_str();
 }

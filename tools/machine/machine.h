@@ -4,6 +4,7 @@
 #include <array>
 #include <deque>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -13,22 +14,20 @@
 const u64 PARAMETERS = 0x5000000000000000;  // where cvta.param puts them
 const u32 SHARED_START = 1024;              // below it are CUDA's own bytes
 
-struct Fault {
-  std::string what;
-};
-[[noreturn]] inline void fail(const std::string& what) { throw Fault{what}; }
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
 struct Step;
+using Run = void (*)(Step&);
 struct Operation {
-  void (*run)(Step&);
+  Run run;
   bool together;  // the lanes of a warp meet here
 };
 inline std::unordered_map<std::string, Operation>& operations() {  // by ptx.py's names
   static std::unordered_map<std::string, Operation> all;
   return all;
 }
-inline void normal(const std::string& name, void (*run)(Step&)) { operations()[name] = {run, false}; }
-inline void together(const std::string& name, void (*run)(Step&)) { operations()[name] = {run, true}; }
+inline void normal(const std::string& name, Run run) { operations()[name] = {run, false}; }
+inline void together(const std::string& name, Run run) { operations()[name] = {run, true}; }
 struct Table {  // filled when the library is loaded
   template <class F> Table(F fill) { fill(); }
 };

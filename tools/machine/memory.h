@@ -165,22 +165,22 @@ template <bool LOADS> void matrices(Step& s) {
     inside(s.m, rows[lane], 16);
   }
   for (size_t n = 0; n < s.count() - 4; n++) {
-    u16 matrix[8][8];
+    u16 matrix[64];
     u32* slot = s.slot(4 + n);
     for (int row = 0; row < 8 && LOADS; row++) {
       note_read(s.m, s.w, rows[8 * n + row], 16);
-      memcpy(matrix[row], s.m.bytes(rows[8 * n + row]), 16);
+      memcpy(matrix + 8 * row, s.m.bytes(rows[8 * n + row]), 16);
     }
     for (int lane = 0; lane < 32; lane++) {
-      int a = lane / 4, b = 2 * (lane % 4);
-      u16& low = s[0] ? matrix[b][a] : matrix[a][b];
-      u16& high = s[0] ? matrix[b + 1][a] : matrix[a][b + 1];
+      int across = lane / 4, along = 2 * (lane % 4), step = s[0] ? 8 : 1;
+      u16& low = matrix[s[0] ? 8 * along + across : 8 * across + along];
+      u16& high = (&low)[step];
       if (LOADS) slot[lane] = u32(high) << 16 | low;
       else low = slot[lane], high = slot[lane] >> 16;
     }
     for (int row = 0; row < 8 && !LOADS; row++) {
-      note_write(s.m, s.w, rows[8 * n + row], 16, false, matrix[row]);
-      memcpy(s.m.bytes(rows[8 * n + row]), matrix[row], 16);
+      note_write(s.m, s.w, rows[8 * n + row], 16, false, matrix + 8 * row);
+      memcpy(s.m.bytes(rows[8 * n + row]), matrix + 8 * row, 16);
     }
   }
 }

@@ -25,15 +25,15 @@ KINDS = ["RAW", "WAR", "WAW", "in flight", "no proxy fence", "uninitialised", "s
 RACES = {"RAW", "WAR", "WAW", "in flight", "no proxy fence", "global race"}
 _FLAGS = (
     "-O3 -march=native -std=c++20 -shared -fPIC -fvisibility=hidden -fwrapv -fno-math-errno "
-    "-fno-strict-aliasing -ffp-contract=off"
+    "-fno-strict-aliasing -ffp-contract=off -w"
 )
 
 
-class Fault(RuntimeError):
+class Fault(RuntimeError):  # noqa: N818
     """What a GPU would have trapped at, or might have."""
 
 
-class Unsupported(RuntimeError):
+class Unsupported(RuntimeError):  # noqa: N818
     """Instructions that the machine doesn't know."""
 
 
@@ -74,7 +74,7 @@ class _Launch(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The machine, built where this source has no build for this CPU."""
-    sources = sorted(HERE.glob("*.h")) + [HERE / "machine.cpp"]
+    sources = [*sorted(HERE.glob("*.h")), HERE / "machine.cpp"]
     known = [os.environ.get("CXX"), "g++", "c++", "clang++"]
     compiler = next((each for each in known if each and shutil.which(each)), None)
     if compiler is None:
@@ -199,7 +199,7 @@ class Kernel:
         library().where(self._machine, where)
         findings = self._findings()
         if error:
-            steps, cta, pc = where
+            _, cta, pc = where
             raise Fault(
                 f"{error}: `{self._line(pc)}` (CTA {cta}, instruction {pc})"
                 + "".join(f"; {each}" for each in findings[:3])

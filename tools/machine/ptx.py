@@ -55,7 +55,8 @@ TABLE = [
     (r"elect\.sync", "elect", "p0"),
     (r"redux\.sync\.(add|and|or|xor)\.[usb]32", "redux.{1}", "d0 s1"),
     (r"redux\.sync\.(min|max)\.([us]32)", "redux.{1}.{2}", "d0 s1"),
-    (r"setp\.(\w+)\.(\w+)", "setp.{2}", "d0 s1:2 s2:2 #1"),
+    (r"setp\.(\w+)\.(b?f16x2)", "setp.{2}", "p0 s1 s2 #1"),
+    (r"setp\.(\w+)\.(\w+)", "setp.{2}", "d0 - s1:2 s2:2 #1"),
     (r"cvt\.([us])(\d+)\.([us])(\d+)", "cvt.integer", "R0 R1 #4 #3 #2 #1"),
     (r"cvt\.rn\.(bf16x2|f16x2)\.f32", "cvt.{1}.f32", "d0 s1 s2"),
     (r"cvt\.rn\.f16x2\.(e4m3x2)", "cvt.f16x2.{1}", "d0 s1"),
@@ -118,7 +119,7 @@ class Program:
         return max((p.offset + p.size for p in self.parameters), default=0)
 
 
-class Unknown(Exception):
+class UnknownError(Exception):
     """An instruction or operand."""
 
 
@@ -225,7 +226,7 @@ class _Decoder:
             return -1
         slot, own = self.registers[name]
         if bits and (own == 64) != (bits == 64):
-            raise Unknown(f"{name} has {own} bits, not {bits}")
+            raise UnknownError(f"{name} has {own} bits, not {bits}")
         self.touched.append(slot)
         return slot
 
@@ -239,7 +240,7 @@ class _Decoder:
     def destination(self, text: str, bits: int = 32) -> int:
         slot = self.sinks[64 if bits == 64 else 32] if text == "_" else self.register(text, bits)
         if slot < 0:
-            raise Unknown(f"destination {text}")
+            raise UnknownError(f"destination {text}")
         return slot
 
     def number(self, text: str) -> int:
@@ -250,13 +251,13 @@ class _Decoder:
             return int(text.rstrip("U"), 0)
         if text in self.symbols:
             return self.symbols[text]
-        raise Unknown(f"operand {text}")
+        raise UnknownError(f"operand {text}")
 
     def address(self, text: str) -> list[int]:
         """[slot, bits of it, offset] of "[%r1+16]"."""
         found = re.fullmatch(r"\[\s*([\w$%.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if not found:
-            raise Unknown(f"address {text}")
+            raise UnknownError(f"address {text}")
         name, offset = found[1], int(found[2] or "0", 0)
         if name in self.registers:
             return [self.register(name), self.registers[name][1], offset]
@@ -270,7 +271,7 @@ class _Decoder:
         program, self.touched = self.program, []
         try:
             name, operands = self.operation(opcode, _split(rest))
-        except Unknown as error:
+        except UnknownError as error:
             program.unknown.setdefault(opcode, f"{text} ({error})")
             name, operands = "nop", []
         program.text.append(" ".join(text.split()))
@@ -338,7 +339,7 @@ class _Decoder:
         address, data = operands if stores else reversed(operands)
         space = SPACES.get(modifiers[0])
         if space is None or modifiers[-1] not in BITS:
-            raise Unknown("space or type")
+            raise UnknownError("space or type")
         size = BITS[modifiers[-1]] // 8
         if space == 2:
             self.program.granule = min(self.program.granule, size)
@@ -367,7 +368,7 @@ class _Decoder:
         in_registers = "{" in a
         sign_a, sign_b, *major = [self.number(each) for each in rest]
         if (sign_a, sign_b) != (1, 1):
-            raise Unknown("a negative operand")
+            raise UnknownError("a negative operand")
         major = [*[0] * in_registers, *major, 0, 0][:2]
         slots = [self.source(each, 32 if in_registers else 64) for each in _in_braces(a)]
         sizes = NUMBERS[found[3]], int(found[1]), int(found[2])
@@ -382,7 +383,7 @@ class _Decoder:
         """Operands all of the type at the end, but for a few."""
         *modifiers, type_name = modifiers or [""]
         if type_name not in BITS:
-            raise Unknown("instruction")
+            raise UnknownError("instruction")
         bits = BITS[type_name]
         kept = [each for each in modifiers if each not in ("rn", "approx", "full")]
         stem = ".".join([kind, *kept])
@@ -393,7 +394,7 @@ class _Decoder:
             operands = ["1" if each == "-1" else each for each in operands]
             if kind in ("and", "or", "xor"):
                 type_name = "u32"
-        elif type_name[0] == "b" and type_name[1:].isdigit() or kind in _MOVES:
+        elif re.fullmatch(r"b\d+", type_name) or kind in _MOVES:
             type_name = f"u{bits}"
         elif stem in _SIGNLESS:
             type_name = type_name.replace("s", "u")
