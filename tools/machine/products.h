@@ -21,9 +21,10 @@ inline void multiply_tiles(int k_size, int n_size) {
 // A register of an operand holds for each lane one float32, or two halves side by side along k:
 // f(row of eight, k, value).
 template <class F> void fragment(s64 type, const u32* slot, F f) {
+  int parts = type == TF32 ? 1 : 2;
   for (int lane = 0; lane < 32; lane++)
-    for (int half = 0; half < 4 / size_of(type); half++)
-      f(lane / 4, lane % 4 * (4 / size_of(type)) + half, number(type, slot[lane] >> (16 * half)));
+    for (int n = 0; n < parts; n++)
+      f(lane / 4, lane % 4 * parts + n, number(type, slot[lane] >> (16 * n)));
 }
 inline void read_a(s64 type, const u32* slot, int r) {
   int k0 = 16 / size_of(type) * (r / 2);
@@ -91,23 +92,22 @@ struct Operand {
     for (int row = 0; row < rows; row += rows_lie_together ? piece : 1)
       for (int k = 0; k < depth; k += k_step) f(row, k, address(first_row + row, k));
   }
-  void note(Step& s) const {
+  void check(Step& s, bool notes) const {
+    if (descriptor >> 49 & 7) fail("a descriptor with a base offset");
+    int agent = s.m.product_agent(s.w);
     pieces([&](int, int, u32 a) {
-      note_read(s.m, s.w, a, 16, s.m.product_agent(s.w), s.w.products.committed + 1, true);
+      inside(s.m, a, 16);
+      if (notes) note_read(s.m, s.w, a, 16, agent, s.w.products.committed + 1, true);
     });
   }
-  void check(Step& s) const {
-    if (descriptor >> 49 & 7) fail("a descriptor with a base offset");
-    pieces([&](int, int, u32 a) { inside(s.m, a, 16); });
-  }
   void read(Machine& m, f32* to, int row_stride, int k_stride) const {
-    int size = size_of(type), step = rows_lie_together ? row_stride : k_stride;
+    int count = type == TF32 ? 4 : 8, step = rows_lie_together ? row_stride : k_stride;
     pieces([&](int row, int k, u32 a) {
-      for (int n = 0; n < 16 / size; n++) {
-        u32 bits = 0;
-        memcpy(&bits, m.bytes(a) + n * size, size);
-        to[row * row_stride + k * k_stride + n * step] = number(type, bits);
-      }
+      f32* at = to + row * row_stride + k * k_stride;
+      u32 words[4];
+      memcpy(words, m.bytes(a), 16);
+      for (int n = 0; n < count; n++)
+        at[n * step] = number(type, count == 4 ? words[n] : words[n / 2] >> (n % 2 * 16));
     });
   }
 };
@@ -141,9 +141,8 @@ inline void wgmma(Step& s) {
                   s.slot(ADDS)[0] != 0, false, {}};
   for (int r = 0; r < 4 && in_registers; r++) memcpy(product.registers[r], s.slot(A + r), 128);
   Operand a = operand_a(s.w, s.i.operands, product.a), b = operand_b(s.i.operands, product.b);
-  b.check(s);
-  if (s.w.id % 4 == 0) b.note(s);
-  if (!in_registers) a.check(s), a.note(s);
+  b.check(s, s.w.id % 4 == 0);
+  if (!in_registers) a.check(s, true);
   s.w.products.open.push_back(product);
   mark_busy(s.w);
 }
