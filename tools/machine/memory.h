@@ -8,8 +8,9 @@ inline void inside(const Machine& m, u64 address, u64 size) {
        std::to_string(size) + " bytes is outside of " + std::to_string(m.launch.shared));
 }
 template <class F> void granules(const Machine& m, u32 address, u32 size, F f) {
-  u32 last = (address + size - 1 - SHARED_START) / m.launch.granule;
-  for (u32 g = (address - SHARED_START) / m.launch.granule; g <= last; g++) f(g);
+  int shift = std::countr_zero(u64(m.launch.granule));  // a power of two
+  u32 last = (address + size - 1 - SHARED_START) >> shift;
+  for (u32 g = (address - SHARED_START) >> shift; g <= last; g++) f(g);
 }
 
 // `agent` reads at its time `clock`, on behalf of a warp; `async`: through the async proxy.
