@@ -1,6 +1,6 @@
 """The judge of every op test: the float64 oracle, and a budget from what PyTorch loses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from device import DEVICE
@@ -69,19 +69,35 @@ def masks_of(seeds: Tensor, x: Tensor, p: float) -> list[Tensor] | None:
     return [mask(seed, (rows, x.shape[-1]), p).reshape(x.shape) for seed in seeds]
 
 
-def run_fastlora(x: Tensor, projections: Sequence[Projection | Output], p: float = 0.0):
+def random_like(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+
+
+def run_fastlora(
+    x: Tensor,
+    projections: Sequence[Projection | Output],
+    p: float = 0.0,
+    make_dy: Callable[[Tensor], Tensor] = random_like,
+):
     """(outputs, output gradients, gradients by name, masks) of one forward and backward."""
     count = sum(len(output.adapters) for output in as_outputs(projections))
     ys, seeds = with_seed(lambda: lora_linears(x, projections, dropout=p), count)
-    dys = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in ys]
+    dys = [make_dy(y.detach()) for y in ys]
     return ys, dys, _gradients(ys, dys, x, as_outputs(projections)), masks_of(seeds, x, p)
 
 
 def check_against_oracle(
-    x: Tensor, projections: Sequence[Projection | Output], p: float = 0.0
-) -> None:
-    """Every output and gradient, no further from the truth than twice PyTorch's own error."""
-    ys, dys, gradients, masks = run_fastlora(x, projections, p)
+    x: Tensor,
+    projections: Sequence[Projection | Output],
+    p: float = 0.0,
+    make_dy: Callable[[Tensor], Tensor] = random_like,
+    rounded: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Every output and gradient, no further from the truth than twice PyTorch's own error.
+
+    ``rounded``: the dtype with the precision of the products, if that isn't x's.
+    """
+    ys, dys, gradients, masks = run_fastlora(x, projections, p, make_dy)
     truth = _reference(x, projections, p, masks, dys, to_float64)
     eager = _reference(x, projections, p, masks, dys, lambda tensor: tensor)
     sizes = [dy.abs() for dy in dys]
@@ -89,7 +105,8 @@ def check_against_oracle(
     found = {f"y{i}": y for i, y in enumerate(ys)} | gradients
     assert found.keys() == truth.keys()
     for name, value in found.items():
-        assert_close(name, value, truth[name], eager[name], size[name], x.dtype)
+        assert_close(name, value, truth[name], eager[name], size[name], rounded or x.dtype)
+    return found
 
 
 def assert_close(

@@ -28,6 +28,7 @@ def random(rows: int, columns: int, dtype: torch.dtype = F32, layout: str = "con
         "contiguous": lambda: torch.empty(rows, columns, dtype=dtype, device=DEVICE),
         # Rows of 16 bytes stay rows of 16 bytes: a descriptor can still describe it.
         "window": lambda: poisoned(rows + 2, columns + 16, dtype=dtype)[1:-1, 8:-8],
+        "odd": lambda: poisoned(rows + 2, columns + 3, dtype=dtype)[1:-1, 1:-2],
         "column-major": lambda: poisoned(columns + 2, rows + 2, dtype=dtype)[1:-1, 1:-1].T,
         "every-second-column": lambda: poisoned(rows, 2 * columns, dtype=dtype)[:, ::2],
         "every-second-row": lambda: poisoned(2 * rows, columns, dtype=dtype)[::2],

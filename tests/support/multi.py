@@ -65,7 +65,7 @@ def rows_of(indices: Tensor, x: Tensor, count: int) -> list[int]:
 
 def check_against_oracle(
     x: Tensor, adapters: Adapters, indices: Tensor, dropouts: Sequence[float] | None = None
-) -> None:
+) -> dict[str, Tensor | None]:
     """y and every gradient, no further from the truth than twice PyTorch's own error."""
     count = len(adapters.scales)
     dropouts = [0.0] * count if dropouts is None else list(dropouts)
@@ -101,6 +101,7 @@ def check_against_oracle(
             assert not truth[name].any()
         else:
             assert_close(name, value, truth[name], eager[name], size[name], x.dtype)
+    return found
 
 
 def tensors(adapters: Adapters) -> list[tuple[str, Tensor | list[Tensor] | None]]:

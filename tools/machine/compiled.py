@@ -1,7 +1,7 @@
 """Triton's side: compile a kernel for a GPU that isn't here, and run its PTX on CPU tensors.
 
 Import it before Triton: it takes TRITON_INTERPRET away, and keeps a cache of its own, in which
-kernels have no machine code.
+kernels have PTX in the place of machine code.
 """
 
 import os
@@ -35,7 +35,7 @@ _kernels: dict[tuple[str, int], Kernel] = {}
 
 def _without_ptxas(self, stages, *options):
     _stages(self, stages, *options)
-    stages["cubin"] = lambda ptx, metadata: b"no machine code"
+    stages["cubin"] = lambda ptx, metadata: ptx.encode()  # which driver.py loads
 
 
 CUDABackend.add_stages = _without_ptxas
@@ -108,14 +108,19 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _parameters(kernel, arguments: dict[str, Any], program) -> bytes:
-    """The block of parameters; those that Triton adds at its end (scratch) are null."""
+    """The block of parameters, of arguments by their names."""
     maps = iter(getattr(kernel.metadata, "tensordesc_meta", None) or ())
     parts = [
         part
         for name, kind in kernel.src.signature.items()
         for part in _parts(kind, arguments.get(name), maps)
     ]
-    parts += [0] * (len(program.parameters) - len(parts))
+    return block_of(parts, program)
+
+
+def block_of(parts: Sequence[bytes | int], program) -> bytes:
+    """The block of parameters; those that Triton adds at its end (scratch) are null."""
+    parts = [*parts, *[0] * (len(program.parameters) - len(parts))]
     block = bytearray(program.parameter_bytes)
     for parameter, part in zip(program.parameters, parts, strict=True):
         if isinstance(part, int):  # as wide as its parameter

@@ -1,0 +1,298 @@
+"""Calls of fastlora whose kernels the machine runs: a name says all of a call.
+
+``layer fused bf16/f32 80x96+64x128 r8+4 p0.1 bias x:odd`` is a group of two by the plan "fused": x
+[80, 128] in bfloat16, with an odd stride, and adapters in float32 of rank 8 and 4.  The judges of
+the op tests make the tensors, and compare every output and gradient with the oracle in float64.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import experts
+import gated_mlps
+import judge
+import multi
+import packed
+import torch
+from kernel_cases import BF16, F16, F32, poisoned, random
+from torch import Tensor
+
+from fastlora import Projection, reference
+from fastlora.backends.gated import ACTIVATIONS
+from fastlora.backends.triton.packed import packed_of
+from fastlora.kernels import dequant
+from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
+from fastlora.kernels.sum_planes import sum_planes
+from fastlora.ops.experts import lora_experts, routing_of
+from fastlora.projection import Adapter, Base, Output
+
+DTYPES = {"bf16": BF16, "f16": F16, "f32": F32, "tf32": F32}
+PLANS = {"fused": FUSED, "in-place": IN_PLACE}
+FORMATS = {
+    "nf4": lambda n, k: packed.random_four_bit(n, k, "nf4", 64 if k % 64 == 0 else 16),
+    "fp4-nested": lambda n, k: packed.random_four_bit(n, k, "fp4", 32, 4),
+    "int8": packed.random_int8,
+    "float8-rows": lambda n, k: packed.random_float8(n, k, 1, k, scale=F32),
+    "float8-blocks": lambda n, k: packed.random_float8(n, k, 32, 64, scale=F32),
+    # No kernel reads these.
+    "float8-e5m2": lambda n, k: packed.random_float8(n, k, 32, 64, "float8_e5m2"),
+    "affine": lambda n, k: packed.random_affine(n, k, 1, 32),
+    "hqq": lambda n, k: packed.random_hqq(n, k, 4, 32),
+    "int4": lambda n, k: packed.random_int4(n, k, 32),
+    "gptq": lambda n, k: packed.random_gptq(n, k, 4, 2),
+    "gguf": lambda n, k: packed.random_gguf(n, k, "Q8_0"),
+}
+Results = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    plan: Plan | None = None  # None: the default
+    dtype: str = "bf16"
+    adapter: str = ""
+    sizes: tuple[int, int] = (0, 0)  # rows, and features of x
+    outputs: tuple[int, ...] = ()  # their features
+    ranks: tuple[int, ...] = ()  # 0: a frozen layer
+    p: float = 0.0
+    words: dict[str, str] = field(default_factory=dict)  # all others
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return DTYPES[self.dtype], DTYPES[self.adapter or self.dtype]
+
+    def run(self) -> Results:
+        """Every result of the call; an AssertionError if one is wrong."""
+        return _CHECKS[self.name.split()[0]](self)
+
+
+def case_of(name: str) -> Case:
+    """What a name says."""
+    said: dict[str, Any] = {}
+    words: dict[str, str] = {}
+    for word in name.split()[1:]:
+        if word in PLANS:
+            said["plan"] = PLANS[word]
+        elif word.split("/")[0] in DTYPES:
+            said["dtype"], _, said["adapter"] = word.partition("/")
+        elif match := re.fullmatch(r"(\d+)x([\d+]+)x(\d+)", word):
+            said["sizes"], said["outputs"] = (int(match[1]), int(match[3])), _numbers(match[2])
+        elif re.fullmatch(r"r[\d+]+", word):
+            said["ranks"] = _numbers(word[1:])
+        elif re.fullmatch(r"p0\.\d+", word):
+            said["p"] = float(word[1:])
+        else:
+            key, _, words[key] = word.partition(":")
+    return Case(name, words=words, **said)
+
+
+def _numbers(word: str) -> tuple[int, ...]:
+    return tuple(map(int, word.split("+")))
+
+
+def _layer(case: Case) -> Results:
+    """One, or a group, of dense weights or packed ones."""
+    (M, K), (dtype, adapter), words = case.sizes, case.dtypes, case.words
+    trains = words.get("only", "xab")
+
+    def matrix(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return random(rows, columns, dtype, words.get(name, "contiguous"))
+
+    x = matrix("x", M, K, dtype).requires_grad_("x" in trains)
+    group: list[Projection | Output] = []
+    for i, (n, r) in enumerate(zip(case.outputs, case.ranks, strict=True)):
+        make = FORMATS.get(words.get("weight", ""))
+        weight = make(n, K) if make else matrix("w", n, K, dtype)
+        bias = random(1, n, dtype)[0].requires_grad_() if "bias" in words else None
+        a, b = matrix("a", r, K, adapter), matrix("b", n, r, adapter)
+        a, b = a.requires_grad_("a" in trains), b.requires_grad_("b" in trains)
+        adapted = Projection(weight, a, b, bias, 0.75 + i / 2)
+        group.append(adapted if r else Output(Base(weight, bias)))
+    make_dy = {
+        "": judge.random_like,
+        "expanded": lambda y: torch.ones((), dtype=y.dtype).expand(y.shape),
+        "transposed": lambda y: judge.random_like(y.T).T,
+    }[words.get("dy", "")]
+    rounded = F16 if case.dtype == "tf32" else None  # which has as many bits
+    return judge.check_against_oracle(x, group, case.p, make_dy, rounded)
+
+
+def _experts(case: Case) -> Results:
+    (M, K), counts = case.sizes, _numbers(case.words["of"])
+    size = (case.outputs[0], K, case.ranks[0])
+    stacks = experts.make_experts(len(counts), *size, *case.dtypes, "bias" in case.words)
+    if "swapped" in case.words:
+        stacks = stacks._replace(weight=stacks.weight.mT.contiguous().mT)
+    x, ends = experts.make_rows(M, K, case.dtypes[0]), experts.ends_of(counts)
+    return experts.check_against_oracle(x, stacks, ends, case.p, judge.random_like)
+
+
+def _adapters(case: Case) -> Results:
+    """Of rows in no order and in their adapters', and of sequences; some rows are nobody's."""
+    (M, K), (n,), count = case.sizes, case.outputs, len(case.ranks)
+    indices = torch.randint(-1, count, (M,), dtype=torch.int32)
+    if "sorted" in case.words:
+        indices = indices.clamp(min=0).sort()[0]
+    shape = (M, int(case.words["items"]), K) if "items" in case.words else (M, K)
+    x = judge.random_like(torch.empty(shape, dtype=case.dtypes[0])).requires_grad_()
+    banks, bias = "lists" not in case.words, "bias" in case.words
+    made = multi.make_adapters(case.ranks, n, K, *case.dtypes, banks=banks, bias=bias)
+    dropouts = [case.p * i / count for i in range(count)]
+    return multi.check_against_oracle(x, made, indices, dropouts)
+
+
+def _mlp(case: Case) -> Results:
+    """A gated one: its backward writes over the gradient that it reads."""
+    (M, K), (hidden,), words = case.sizes, case.outputs, case.words
+    adapted = words.get("adapted", "gud")
+    mlp = gated_mlps.make_mlp(*case.dtypes, "bias" in words, adapted, (K, hidden, K))
+    x = gated_mlps.make_x(M, K, dtype=case.dtypes[0])
+    return gated_mlps.check(x, mlp, words["act"], case.p)
+
+
+def _block(case: Case) -> Results:
+    """A block of experts, whose gate and up are halves of one matrix; some tokens are nobody's."""
+    (M, K), (inner,), (r,), E, act = case.sizes, case.outputs, case.ranks, 4, case.words["act"]
+    index = torch.stack([torch.randperm(E + 1)[:2] for _ in range(M)])
+    dtype = case.dtypes[0]
+    x, shares = gated_mlps.make_x(M, K, dtype=dtype), gated_mlps.make_x(M, 2, dtype=dtype)
+    stacks = [
+        experts.make_experts(E, n, k, r, *case.dtypes) for n, k in ((2 * inner, K), (K, inner))
+    ]
+    stacks = [each._replace(weight=each.weight / each.weight.shape[2] ** 0.5) for each in stacks]
+    leaves = [x, shares, *(tensor for each in stacks for tensor in each[1:3])]
+    dy = judge.random_like(x.detach())
+
+    def results(y: Tensor, its_leaves: list[Tensor]) -> Results:
+        gradients = torch.autograd.grad(y, its_leaves, dy.to(y.dtype))
+        return {"y": y.detach()} | {f"d_{i}": each for i, each in enumerate(gradients)}
+
+    def by_oracle(convert: Callable[[Tensor], Tensor]) -> Results:
+        x, shares, *adapters = its_leaves = [convert(leaf) for leaf in leaves]
+        (order, ends, k), rows = routing_of(index, E), x.dtype
+        for i, (weight, *_) in enumerate(stacks):
+            tensors = [t.to(rows) for t in (weight, *adapters[2 * i : 2 * i + 2])]
+            y = reference.lora_grouped(y if i else x[order // k], *tensors, ends, scale=0.5)
+            y = y if i else reference.gated.gated(*y.chunk(2, dim=1), act)
+        total = torch.zeros_like(x)
+        return results(
+            total.index_add(0, order // k, y * shares.flatten()[order, None]), its_leaves
+        )
+
+    up, down = (Output(Base(e.weight), (Adapter(e.lora_a, e.lora_b, 0.5),)) for e in stacks)
+    found = results(lora_experts(x, index, shares, up, down, act), leaves)
+    truth, eager = by_oracle(judge.to_float64), by_oracle(lambda leaf: leaf)
+    for name, value in found.items():
+        size = 8 * truth[name].abs()
+        judge.assert_close(name, value, truth[name], eager[name], size, dtype)
+    return found
+
+
+def _dequant(case: Case) -> Results:
+    """Bit for bit what the format says."""
+    (n, k), dtype = case.sizes, case.dtypes[0]
+    weight = FORMATS[case.words["weight"]](n, k)
+    out = dequant(packed_of(weight), poisoned(n, k, dtype=dtype))
+    assert torch.equal(out, packed.by_elements(weight).to(dtype))
+    return {"weight": out}
+
+
+def _sums(case: Case) -> Results:
+    """Of four planes' sums in one launch, in unlike dtypes."""
+    dtypes = (BF16, F32, F16, F32)
+    planes = [random(count, n) for count, n in zip((3, 1, 5, 2), case.outputs, strict=False)]
+    outs = [poisoned(p.shape[1], dtype=dtype) for p, dtype in zip(planes, dtypes, strict=False)]
+    sum_planes(planes, outs)
+    for plane, out in zip(planes, outs, strict=True):
+        torch.testing.assert_close(out, plane.double().sum(0).to(out.dtype))
+    return {f"sum{i}": out for i, out in enumerate(outs)}
+
+
+_CHECKS = {
+    "layer": _layer, "experts": _experts, "adapters": _adapters, "mlp": _mlp, "block": _block,
+    "dequant": _dequant, "sums": _sums,
+}  # fmt: skip
+
+
+def names(quick: bool = False) -> Iterator[str]:
+    """All, or those that compile little and reach every kernel and every way through one."""
+    for plan, dtypes in product(PLANS, ("bf16", "bf16/f32", "f16", "f32", "f32/bf16")):
+        if quick and dtypes not in ("bf16/f32", "f32"):
+            continue
+        head = f"layer {plan} {dtypes}"
+        yield f"{head} 77x53x75 r3 bias"
+        yield f"{head} 96x128x160 r8 p0.25"
+        if quick and dtypes == "f32":
+            continue
+        yield f"{head} 96x160x128 r16"
+        yield f"{head} 70x40x72 r40 p0.5 bias"
+        yield f"{head} 65x136x200 r200"
+        yield f"{head} 80x96+64+32x128 r16+16+16"
+        yield f"{head} 80x50+64+33x120 r8+4+16 p0.1"
+    for plan in PLANS:
+        yield f"layer {plan} tf32 96x160x128 r16"
+        yield f"layer {plan} tf32 77x53x75 r3 p0.2 bias"
+        yield f"layer {plan} bf16 70x48+48+48+48+48x64 r8+8+8+8+8 p0.1"
+        yield f"layer {plan} bf16 70x48+48+48+48x64 r64+64+64+64 p0.1"
+        yield f"layer {plan} bf16 70x48+40+56x64 r8+0+4 bias"
+        yield f"layer {plan} tf32 70x48+48+48x64 r8+8+8 p0.1"
+    for M, dtype in product((1, 2, 16, 17, 33, 64), ("bf16", "f16", "f32")):
+        if not quick or (M in (1, 17) and dtype == "bf16"):
+            yield f"layer fused {dtype} {M}x96x200 r16 bias"
+    yield "layer fused bf16/f32 5x33x77 r5"
+    yield "layer fused bf16 16x80x96 r8 p0.1"
+    yield "layer fused tf32 9x64x96 r8"
+    for layouts in (
+        "x:column-major", "w:column-major", "x:window w:window a:window b:window",
+        "x:odd w:odd a:odd b:odd p0.1", "x:every-second-column a:every-second-column",
+        "x:every-second-row w:every-second-row a:column-major b:column-major",
+    ):  # fmt: skip
+        yield f"layer fused bf16/f32 70x48x80 r8 {layouts}"
+    yield "layer in-place bf16/f32 70x48x80 r8 p0.1 a:odd b:column-major"
+    for dy in ("expanded", "transposed"):
+        yield f"layer fused bf16 70x48x80 r8 dy:{dy}"
+    for trains in ("ab", "a", "b", "x", "xb"):
+        yield f"layer fused bf16 70x48x80 r8 p0.1 only:{trains}"
+    for r in (1, 17, 65) if quick else (1, 2, 5, 16, 17, 31, 32, 64, 65, 100, 128, 199):
+        yield f"layer fused bf16/f32 70x56x88 r{r}"
+        yield f"layer in-place bf16/f32 70x56x88 r{r} p0.1"
+    for shape in ("1x1x1", "3x1x5", "129x1x8", "1x300x8", "100x16x1", "200x7x9", "257x31x65"):
+        yield f"layer fused bf16 {shape} r4"
+        yield f"layer fused f32 {shape} r4 p0.3"
+    yield "layer fused bf16 600x40x72 r8 p0.1"
+    yield "layer fused bf16/f32 70x520x640 r16"
+    yield "layer bf16/f32 70x520x640 r16 p0.1"
+    for rows, of in ((90, "30+0+41+7"), (5, "0+0+5"), (128, "64+64"), (40, "1+2+3+4+5+0+6")):
+        for dtypes in ("bf16/f32",) if quick else ("bf16", "bf16/f32", "f16", "f32"):
+            yield f"experts fused {dtypes} {rows}x48x72 r8 of:{of}"
+            yield f"experts fused {dtypes} {rows}x50x75 r5 p0.2 bias of:{of}"
+            yield f"experts in-place {dtypes} {rows}x64x80 r64 swapped of:{of}"
+    for dtypes in ("bf16/f32",) if quick else ("bf16", "bf16/f32", "f32"):
+        yield f"adapters fused {dtypes} 84x48x72 r8+4+16"
+        yield f"adapters in-place {dtypes} 84x48x72 r8+8+8 p0.3 bias"
+        yield f"adapters fused {dtypes} 84x50x75 r8+3+16 p0.3 lists"
+        yield f"adapters fused {dtypes} 5x48x72 r8+40 items:23"
+        yield f"adapters fused {dtypes} 71x48x72 r8+8 p0.3 sorted"
+    for act, dtype in product(ACTIVATIONS, ("bf16/f32", "f16", "f32")):
+        if not quick or dtype == "bf16/f32":
+            yield f"mlp fused {dtype} 9x40x24 act:{act}"
+    yield "mlp fused bf16/f32 33x1101x40 p0.1 bias act:silu"
+    yield "mlp in-place f32 70x96x64 p0.1 adapted:gd act:gelu_tanh"
+    for dtypes in ("bf16/f32", "f32"):
+        yield f"block fused {dtypes} 21x40x24 r4 act:silu"
+    for weight, dtype in product(FORMATS, ("bf16", "f16", "f32")):
+        if quick and dtype != "bf16":
+            continue
+        head = f"layer {dtype}/f32"
+        yield f"{head} 80x64x128 r8 weight:{weight}"
+        if weight in list(FORMATS)[:5]:
+            yield f"{head} 33x96x128 r8 weight:{weight}"
+            yield f"{head} 7x64x192 r8 p0.2 bias weight:{weight}"
+            yield f"{head} 20x64+64x128 r8+8 weight:{weight}"
+            yield f"dequant {dtype} 37x128x128 weight:{weight}"
+            yield f"dequant {dtype} 13x51x51 weight:{weight}"
+    yield "sums 0x1000x0"
+    yield "sums 0x1000+64+2048+7x0"

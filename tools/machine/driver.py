@@ -1,0 +1,166 @@
+"""The machine as Triton's driver: what is launched for CPU tensors runs on it.
+
+All above is real: Triton's binder, its launcher, tensor maps, and the package's kept calls, whose
+replays hand over addresses.  What these may touch is what the replay holds at that moment; of an
+ordinary launch it is the tensors among its arguments.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from . import compiled  # before Triton
+
+import triton
+from torch import Tensor
+from triton.backends.nvidia import driver as of_triton
+
+from fastlora.kernels import target
+from fastlora.kernels.launch import Launch
+from fastlora.kernels.target import TARGETS
+
+from .memory import RACES, Kernel, Memory
+
+
+KEPT = "<a kept call>"  # the file that kernels/script.py says its scripts are in
+
+
+@dataclass
+class Session:
+    """What ran in a block, and how: ``order`` is a seed of that of CTAs and warps."""
+
+    order: int = 0
+    ran: list[compiled.Ran] = field(default_factory=list)
+
+    @property
+    def races(self) -> list[str]:
+        return [f"{r.name}: {f}" for r in self.ran for f in r.findings if f.kind in RACES]
+
+
+_session = Session()
+
+
+@contextmanager
+def use(session: Session) -> Iterator[Session]:
+    """Launches in the block are this one's."""
+    global _session
+    before, _session = _session, session
+    try:
+        yield session
+    finally:
+        _session = before
+
+
+def install(name: str) -> None:
+    """Launches on CPU tensors are those of a target, from now on."""
+    compiled.use(TARGETS[name].arch)
+    active = triton.runtime.driver.active
+    active.launcher_cls = of_triton.CudaLauncher
+    active.get_current_stream = lambda device: 0
+    active.utils = SimpleNamespace(
+        launch=_launch,
+        load_binary=lambda name, text, shared, device: (None, _Loaded(name, text, shared), 0, 0, 1024),
+        unload_module=lambda module: None,
+        build_signature_metadata=tuple,
+        fill_tma_descriptor_tiled=_Map,
+        get_device_properties=lambda device: {"max_shared_mem": TARGETS[name].shared_memory},
+    )
+    of_triton.PyKernelArg = SimpleNamespace
+    of_triton.ARG_CONSTEXPR, of_triton.ARG_KERNEL, of_triton.ARG_TUPLE = range(3)
+    target._of_cpu = TARGETS[name]
+
+
+class _Loaded(NamedTuple):
+    """A compiled kernel, as Triton's launcher knows it; the "binary" is its PTX."""
+
+    name: str
+    text: bytes
+    shared: int
+
+
+class _Map(NamedTuple):
+    """What CUDA encodes in a tensor map."""
+
+    address: int
+    swizzle: int
+    element_size: int
+    element_type: int
+    block: Sequence[int]
+    shape: Sequence[int]
+    strides: Sequence[int]
+    padding: int
+
+    def encoded(self) -> bytes:
+        base = SimpleNamespace(
+            data_ptr=lambda: self.address, element_size=lambda: self.element_size
+        )
+        descriptor = SimpleNamespace(base=base, shape=self.shape, strides=self.strides)
+        meta = {"swizzle": self.swizzle, "elem_size": self.element_size, "block_size": self.block}
+        return compiled._tensor_map(descriptor, meta)
+
+
+_machines: dict[_Loaded, Kernel] = {}
+
+
+def _launch(*handed: Any) -> None:
+    """What Triton's launcher hands to CUDA: the grid, the kernel, and at the end its operands."""
+    grid, loaded = handed[:3], handed[4]
+    annotations, signature, operands = handed[-3:]
+    machine = _machines.get(loaded)
+    if machine is None:
+        machine = _machines[loaded] = Kernel(loaded.text.decode(), loaded.shared)
+    values = [*_flat(annotations, operands)]
+    pairs = [*zip(signature, values, strict=True)]
+    block = compiled.block_of([_part(kind, value) for kind, value in pairs], machine.program)
+    touched = {_address(value) for kind, value in pairs if kind == "nvTmaDesc" or kind[0] == "*"}
+    memory = Memory([each for each in _held(values) if _holds(each, touched)])
+    start = time.perf_counter()
+    result = machine.launch(grid, block, memory, order=_session.order)
+    took, warps = time.perf_counter() - start, machine.threads // 32
+    of_launch = loaded.name, grid, warps, loaded.shared, result.steps, took, result.findings
+    _session.ran.append(compiled.Ran(*of_launch, machine))
+
+
+def _flat(annotations: Sequence[Any], operands: Sequence[Any]) -> Iterator[Any]:
+    for annotation, operand in zip(annotations, operands, strict=True):
+        if annotation.type == of_triton.ARG_TUPLE:
+            yield from _flat(annotation.nested_tuple, operand)
+        elif annotation.type == of_triton.ARG_KERNEL:
+            yield operand
+
+
+def _part(kind: str, value: Any) -> bytes | int:
+    if kind == "nvTmaDesc":
+        return value.encoded()
+    if kind.startswith("*"):
+        return _address(value)
+    return next(compiled._parts(kind, value, iter(())))
+
+
+def _address(value: Any) -> int:
+    if isinstance(value, _Map):
+        return value.address
+    return value.data_ptr() if isinstance(value, Tensor) else value or 0
+
+
+def _held(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors that may be meant: the replay's, the launch's, or those among the operands."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename == KEPT:
+            return [*compiled._tensors([*frame.f_locals.values()])]
+        launch = frame.f_locals.get("self") if frame.f_code is Launch.run.__code__ else None
+        if launch is not None:
+            return [*compiled._tensors([*launch.arguments.values()])]
+        frame = frame.f_back
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _holds(tensor: Tensor, addresses: set[int]) -> bool:
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr()
+    return any(start <= address < start + storage.nbytes() for address in addresses)

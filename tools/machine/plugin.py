@@ -1,0 +1,40 @@
+"""The tests' kernels on the machine, in the place of Triton's interpreter: for tests/conftest.py.
+
+    FASTLORA_MACHINE=sm_90 .venv/bin/pytest tests/kernels/test_project.py
+
+A launch that races fails its test.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from . import driver  # before Triton
+
+os.environ["TRITON_INTERPRET"] = "0"  # tests/support/device.py would set it
+driver.install(os.environ["FASTLORA_MACHINE"])
+
+# What a test's code names, and why it isn't for the machine.
+_OTHERS = {
+    "counted_launches": "it counts the interpreter's loads and stores",
+    "run_without_interpreter": "its process has another driver",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_races() -> Iterator[None]:
+    with driver.use(driver.Session()) as session:
+        yield
+    assert not session.races, session.races[:3]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    others = [item for item in items if _why_not(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
+def _why_not(item: pytest.Item) -> str:
+    names = item.function.__code__.co_names
+    return next((reason for name, reason in _OTHERS.items() if name in names), "")
