@@ -1,0 +1,48 @@
+"""What only the machine can show of kernels as Triton compiles them; it also runs whole calls.
+
+That is `make machine`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from process import run_without_interpreter
+
+WORKER = Path(__file__).parents[1] / "support" / "machine_worker.py"
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def found(request) -> dict:
+    """What the worker prints, by the name of its functions."""
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("the machine is built by a C++ compiler, and there is none")
+    return json.loads(run_without_interpreter(WORKER, request.param))
+
+
+def test_what_is_written_where_it_is_read_has_one_owner(found):
+    """The thread that loads an element is the only one that does, and stores it."""
+    owners = found["owners"]
+    assert owners.keys() == {"gated_backward", "gemm_lowrank"}
+    assert all(map(all, owners.values()))
+
+
+def test_a_result_beside_its_operand_would_be_a_race(found):
+    races = found["races"]
+    assert races["dy"] == races["add"] == []
+    assert races["one element further"] == races["a vector further"] == ["global race"]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "said"),
+    [
+        ("nothing", ""),
+        ("a grid", "other results"),
+        ("an address", "outside of every tensor"),
+        ("a buffer", "outside of every tensor"),
+    ],
+)
+def test_a_kept_call_runs_as_its_replay_hands_it_over(spoiled, said, found):
+    answer = found["replays"][spoiled]
+    assert said in answer if said else answer == ""
