@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test peft-suite bench compile-report matrix-triton lint clean
+.PHONY: help demo sweep test peft-suite bench compile-report matrix-triton machine lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here
 
 matrix-triton: .venv/test ## Try the kernels under every Triton that people have (ARGS="--version 3.7.1 …")
 	.venv/bin/python -m tools.triton_matrix $(ARGS)
+
+machine: .venv/test ## Run the kernels as compiled for sm_80 and sm_90 on the CPU, and look for races (ARGS="--quick …")
+	.venv/bin/python -m tools.machine $(ARGS)
 
 lint: .venv/dev ## Check format, style and types
 	.venv/bin/ruff format --check .

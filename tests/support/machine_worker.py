@@ -12,13 +12,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
-from machine import driver  # before Triton
-
 import torch
+from machine import driver  # before Triton
 
 import fastlora
 from fastlora.kernels import gated_backward, gemm_lowrank, kept
-from fastlora.kernels.launch import Launch, recorded
+from fastlora.kernels.launch import recorded
 from fastlora.kernels.script import Script
 
 BF16 = torch.bfloat16

@@ -19,3 +19,14 @@ shadow like that of shared memory; products that run on their own until their co
 an mbarrier, and operands as wgmma's, with scales; loads and stores of tensor memory that wait for
 themselves alone; and clusters of two CTAs, whose warps and shared memory are one machine's.
 """
+
+import os
+from pathlib import Path
+
+# All before Triton is imported: compile, don't interpret; the default, said; and a cache of its
+# own, in which kernels have PTX in the place of machine code.
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "machine"
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")

@@ -6,7 +6,7 @@ the op tests make the tensors, and compare every output and gradient with the or
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -21,7 +21,6 @@ from kernel_cases import BF16, F16, F32, poisoned, random
 from torch import Tensor
 
 from fastlora import Projection, reference
-from fastlora.backends.gated import ACTIVATIONS
 from fastlora.backends.triton.packed import packed_of
 from fastlora.kernels import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
@@ -172,10 +171,11 @@ def _block(case: Case) -> Results:
 
     def by_oracle(convert: Callable[[Tensor], Tensor]) -> Results:
         x, shares, *adapters = its_leaves = [convert(leaf) for leaf in leaves]
-        (order, ends, k), rows = routing_of(index, E), x.dtype
+        order, ends, k = routing_of(index, E)
+        y = x[order // k]
         for i, (weight, *_) in enumerate(stacks):
-            tensors = [t.to(rows) for t in (weight, *adapters[2 * i : 2 * i + 2])]
-            y = reference.lora_grouped(y if i else x[order // k], *tensors, ends, scale=0.5)
+            tensors = [t.to(x.dtype) for t in (weight, *adapters[2 * i : 2 * i + 2])]
+            y = reference.lora_grouped(y, *tensors, ends, scale=0.5)
             y = y if i else reference.gated.gated(*y.chunk(2, dim=1), act)
         total = torch.zeros_like(x)
         return results(
@@ -217,82 +217,76 @@ _CHECKS = {
 }  # fmt: skip
 
 
-def names(quick: bool = False) -> Iterator[str]:
-    """All, or those that compile little and reach every kernel and every way through one."""
-    for plan, dtypes in product(PLANS, ("bf16", "bf16/f32", "f16", "f32", "f32/bf16")):
-        if quick and dtypes not in ("bf16/f32", "f32"):
-            continue
-        head = f"layer {plan} {dtypes}"
-        yield f"{head} 77x53x75 r3 bias"
-        yield f"{head} 96x128x160 r8 p0.25"
-        if quick and dtypes == "f32":
-            continue
-        yield f"{head} 96x160x128 r16"
-        yield f"{head} 70x40x72 r40 p0.5 bias"
-        yield f"{head} 65x136x200 r200"
-        yield f"{head} 80x96+64+32x128 r16+16+16"
-        yield f"{head} 80x50+64+33x120 r8+4+16 p0.1"
-    for plan in PLANS:
-        yield f"layer {plan} tf32 96x160x128 r16"
-        yield f"layer {plan} tf32 77x53x75 r3 p0.2 bias"
-        yield f"layer {plan} bf16 70x48+48+48+48+48x64 r8+8+8+8+8 p0.1"
-        yield f"layer {plan} bf16 70x48+48+48+48x64 r64+64+64+64 p0.1"
-        yield f"layer {plan} bf16 70x48+40+56x64 r8+0+4 bias"
-        yield f"layer {plan} tf32 70x48+48+48x64 r8+8+8 p0.1"
-    for M, dtype in product((1, 2, 16, 17, 33, 64), ("bf16", "f16", "f32")):
-        if not quick or (M in (1, 17) and dtype == "bf16"):
-            yield f"layer fused {dtype} {M}x96x200 r16 bias"
-    yield "layer fused bf16/f32 5x33x77 r5"
-    yield "layer fused bf16 16x80x96 r8 p0.1"
-    yield "layer fused tf32 9x64x96 r8"
-    for layouts in (
-        "x:column-major", "w:column-major", "x:window w:window a:window b:window",
-        "x:odd w:odd a:odd b:odd p0.1", "x:every-second-column a:every-second-column",
-        "x:every-second-row w:every-second-row a:column-major b:column-major",
-    ):  # fmt: skip
-        yield f"layer fused bf16/f32 70x48x80 r8 {layouts}"
-    yield "layer in-place bf16/f32 70x48x80 r8 p0.1 a:odd b:column-major"
-    for dy in ("expanded", "transposed"):
-        yield f"layer fused bf16 70x48x80 r8 dy:{dy}"
-    for trains in ("ab", "a", "b", "x", "xb"):
-        yield f"layer fused bf16 70x48x80 r8 p0.1 only:{trains}"
-    for r in (1, 17, 65) if quick else (1, 2, 5, 16, 17, 31, 32, 64, 65, 100, 128, 199):
-        yield f"layer fused bf16/f32 70x56x88 r{r}"
-        yield f"layer in-place bf16/f32 70x56x88 r{r} p0.1"
-    for shape in ("1x1x1", "3x1x5", "129x1x8", "1x300x8", "100x16x1", "200x7x9", "257x31x65"):
-        yield f"layer fused bf16 {shape} r4"
-        yield f"layer fused f32 {shape} r4 p0.3"
-    yield "layer fused bf16 600x40x72 r8 p0.1"
-    yield "layer fused bf16/f32 70x520x640 r16"
-    yield "layer bf16/f32 70x520x640 r16 p0.1"
-    for rows, of in ((90, "30+0+41+7"), (5, "0+0+5"), (128, "64+64"), (40, "1+2+3+4+5+0+6")):
-        for dtypes in ("bf16/f32",) if quick else ("bf16", "bf16/f32", "f16", "f32"):
-            yield f"experts fused {dtypes} {rows}x48x72 r8 of:{of}"
-            yield f"experts fused {dtypes} {rows}x50x75 r5 p0.2 bias of:{of}"
-            yield f"experts in-place {dtypes} {rows}x64x80 r64 swapped of:{of}"
-    for dtypes in ("bf16/f32",) if quick else ("bf16", "bf16/f32", "f32"):
-        yield f"adapters fused {dtypes} 84x48x72 r8+4+16"
-        yield f"adapters in-place {dtypes} 84x48x72 r8+8+8 p0.3 bias"
-        yield f"adapters fused {dtypes} 84x50x75 r8+3+16 p0.3 lists"
-        yield f"adapters fused {dtypes} 5x48x72 r8+40 items:23"
-        yield f"adapters fused {dtypes} 71x48x72 r8+8 p0.3 sorted"
-    for act, dtype in product(ACTIVATIONS, ("bf16/f32", "f16", "f32")):
-        if not quick or dtype == "bf16/f32":
-            yield f"mlp fused {dtype} 9x40x24 act:{act}"
-    yield "mlp fused bf16/f32 33x1101x40 p0.1 bias act:silu"
-    yield "mlp in-place f32 70x96x64 p0.1 adapted:gd act:gelu_tanh"
-    for dtypes in ("bf16/f32", "f32"):
-        yield f"block fused {dtypes} 21x40x24 r4 act:silu"
-    for weight, dtype in product(FORMATS, ("bf16", "f16", "f32")):
-        if quick and dtype != "bf16":
-            continue
-        head = f"layer {dtype}/f32"
-        yield f"{head} 80x64x128 r8 weight:{weight}"
-        if weight in list(FORMATS)[:5]:
-            yield f"{head} 33x96x128 r8 weight:{weight}"
-            yield f"{head} 7x64x192 r8 p0.2 bias weight:{weight}"
-            yield f"{head} 20x64+64x128 r8+8 weight:{weight}"
-            yield f"dequant {dtype} 37x128x128 weight:{weight}"
-            yield f"dequant {dtype} 13x51x51 weight:{weight}"
-    yield "sums 0x1000x0"
-    yield "sums 0x1000+64+2048+7x0"
+# {a,b} stands for each; a star for quick cases, which reach every way through a kernel.
+_ALL = """
+* layer {fused,in-place} {bf16/f32,f32} {77x53x75 r3 bias,96x128x160 r8 p0.25}
+* layer {fused,in-place} bf16/f32 {96x160x128 r16,70x40x72 r40 p0.5 bias,65x136x200 r200}
+* layer {fused,in-place} bf16/f32 80x{96+64+32x128 r16+16+16,50+64+33x120 r8+4+16 p0.1}
+  layer {fused,in-place} {bf16,f16,f32/bf16} {77x53x75 r3 bias,96x128x160 r8 p0.25}
+  layer {fused,in-place} {bf16,f16,f32,f32/bf16} {96x160x128 r16,65x136x200 r200}
+  layer {fused,in-place} {bf16,f16,f32,f32/bf16} 70x40x72 r40 p0.5 bias
+  layer {fused,in-place} {bf16,f16,f32,f32/bf16} 80x96+64+32x128 r16+16+16
+  layer {fused,in-place} {bf16,f16,f32,f32/bf16} 80x50+64+33x120 r8+4+16 p0.1
+* layer {fused,in-place} tf32 {96x160x128 r16,77x53x75 r3 p0.2 bias,70x48+48+48x64 r8+8+8 p0.1}
+* layer {fused,in-place} bf16 70x48+48+48+48+48x64 r8+8+8+8+8 p0.1
+* layer {fused,in-place} bf16 70x48+48+48+48x64 r64+64+64+64 p0.1
+* layer {fused,in-place} bf16 70x48+40+56x64 r8+0+4 bias
+* layer fused bf16 {1,17}x96x200 r16 bias
+  layer fused bf16 {2,16,33,64}x96x200 r16 bias
+  layer fused {f16,f32} {1,2,16,17,33,64}x96x200 r16 bias
+* layer fused {bf16/f32 5x33x77 r5,bf16 16x80x96 r8 p0.1,tf32 9x64x96 r8}
+* layer fused bf16/f32 70x48x80 r8 {x,w}:column-major
+* layer fused bf16/f32 70x48x80 r8 x:window w:window a:window b:window
+* layer fused bf16/f32 70x48x80 r8 x:odd w:odd a:odd b:odd p0.1
+* layer fused bf16/f32 70x48x80 r8 x:every-second-column a:every-second-column
+* layer fused bf16/f32 70x48x80 r8 x:every-second-row w:every-second-row a:column-major
+* layer in-place bf16/f32 70x48x80 r8 p0.1 a:odd b:column-major
+* layer fused bf16 70x48x80 r8 dy:{expanded,transposed}
+* layer fused bf16 70x48x80 r8 p0.1 only:{ab,a,b,x,xb}
+* layer {fused,in-place} bf16/f32 70x56x88 r{1,17,65}
+  layer {fused,in-place} bf16/f32 70x56x88 r{2,5,16,31,32,64,100,128,199}
+  layer in-place bf16/f32 70x56x88 r{1,2,5,16,17,31,32,64,65,100,128,199} p0.1
+* layer fused bf16 {1x1x1,3x1x5,129x1x8,1x300x8,100x16x1,200x7x9,257x31x65} r4
+* layer fused f32 {1x1x1,129x1x8,257x31x65} r4 p0.3
+  layer fused f32 {3x1x5,1x300x8,100x16x1,200x7x9} r4 p0.3
+* layer fused bf16 600x40x72 r8 p0.1
+* layer {fused ,}bf16/f32 70x520x640 r16{, p0.1}
+* experts fused bf16/f32 {90x48x72 of:30+0+41+7,5x48x72 of:0+0+5,128x48x72 of:64+64} r8
+* experts fused bf16/f32 {90x50x75 of:30+0+41+7,40x50x75 of:1+2+3+4+5+0+6} r5 p0.2 bias
+* experts in-place bf16/f32 {90x64x80 of:30+0+41+7,5x64x80 of:0+0+5} r64 swapped
+  experts fused {bf16,f16,f32} {90x48x72 of:30+0+41+7,5x48x72 of:0+0+5} r8
+  experts fused {bf16,bf16/f32,f16,f32} {128x48x72 of:64+64,40x48x72 of:1+2+3+4+5+0+6} r8
+  experts fused {bf16,f16,f32} {90x50x75 of:30+0+41+7,5x50x75 of:0+0+5} r5 p0.2 bias
+  experts fused {bf16,bf16/f32,f16,f32} {128x50x75 of:64+64,40x50x75 of:1+2+3+0+6} r5 p0.2 bias
+  experts in-place {bf16,f16,f32} 90x64x80 r64 swapped of:{30+0+41+7,64+26,1+2+3+4+5+0+6}
+* adapters fused bf16/f32 84x{48x72 r8+4+16,50x75 r8+3+16 p0.3 lists}
+* adapters in-place bf16/f32 84x48x72 r8+8+8 p0.3 bias
+* adapters fused bf16/f32 {5x48x72 r8+40 items:23,71x48x72 r8+8 p0.3 sorted}
+  adapters fused {bf16,f32} 84x{48x72 r8+4+16,50x75 r8+3+16 p0.3 lists}
+  adapters in-place {bf16,f32} 84x48x72 r8+8+8 p0.3 bias
+  adapters fused {bf16,f32} {5x48x72 r8+40 items:23,71x48x72 r8+8 p0.3 sorted}
+* mlp fused bf16/f32 9x40x24 act:{silu,gelu,gelu_tanh,relu,relu2}
+* mlp {fused bf16/f32 33x1101x40 p0.1 bias act:silu,in-place f32 70x96x64 p0.1 adapted:gd act:relu}
+  mlp fused {f16,f32} 9x40x24 act:{silu,gelu,gelu_tanh,relu,relu2}
+* block fused {bf16/f32,f32} 21x40x24 r4 act:silu
+* layer bf16/f32 {80x64x128 r8,20x64+64x128 r8+8} weight:{nf4,fp4-nested,int8,float8-blocks}
+* layer bf16/f32 {33x96x128 r8,7x64x192 r8 p0.2 bias} weight:{nf4,int8,float8-rows}
+* layer bf16/f32 80x64x128 r8 weight:{float8-e5m2,affine,hqq,int4,gptq,gguf}
+  layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{nf4,fp4-nested,int8}
+  layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{float8-rows,float8-blocks}
+* dequant bf16 37x128x128 weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
+* dequant bf16 13x51x51 weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
+  dequant {f16,f32} {37x128x128,13x51x51} weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
+* sums 0x{1000,1000+64+2048+7}x0
+"""
+
+
+def names(quick: bool = False) -> list[str]:
+    """Of all cases, or of the quick ones."""
+    found: dict[str, None] = {}
+    for line in _ALL.strip().splitlines():
+        parts = re.split(r"\{(.*?)\}", line[2:])
+        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+        if line[0] == "*" or not quick:
+            found |= dict.fromkeys(map("".join, product(*choices)))
+    return list(found)

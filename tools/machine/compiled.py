@@ -1,10 +1,5 @@
-"""Triton's side: compile a kernel for a GPU that isn't here, and run its PTX on CPU tensors.
+"""Triton's side: compile a kernel for a GPU that isn't here, and run its PTX on CPU tensors."""
 
-Import it before Triton: it takes TRITON_INTERPRET away, and keeps a cache of its own, in which
-kernels have PTX in the place of machine code.
-"""
-
-import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +7,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from .memory import CACHE, RACES, Fault, Finding, Kernel, Memory, Unsupported
-
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
-os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .memory import RACES, Fault, Finding, Kernel, Memory, Unsupported
 
 __all__ = ["RACES", "Fault", "Finding", "Ran", "Unsupported", "run", "use"]
 

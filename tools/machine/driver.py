@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from . import compiled  # before Triton
-
 import triton
 from torch import Tensor
 from triton.backends.nvidia import driver as of_triton
@@ -23,8 +21,8 @@ from fastlora.kernels import target
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.target import TARGETS
 
+from . import compiled
 from .memory import RACES, Kernel, Memory
-
 
 KEPT = "<a kept call>"  # the file that kernels/script.py says its scripts are in
 
@@ -63,10 +61,10 @@ def install(name: str) -> None:
     active.get_current_stream = lambda device: 0
     active.utils = SimpleNamespace(
         launch=_launch,
-        load_binary=lambda name, text, shared, device: (None, _Loaded(name, text, shared), 0, 0, 1024),
+        load_binary=_load,
         unload_module=lambda module: None,
         build_signature_metadata=tuple,
-        fill_tma_descriptor_tiled=_Map,
+        fill_tma_descriptor_tiled=_encode,
         get_device_properties=lambda device: {"max_shared_mem": TARGETS[name].shared_memory},
     )
     of_triton.PyKernelArg = SimpleNamespace
@@ -75,7 +73,7 @@ def install(name: str) -> None:
 
 
 class _Loaded(NamedTuple):
-    """A compiled kernel, as Triton's launcher knows it; the "binary" is its PTX."""
+    """A compiled kernel, as Triton's launcher knows it; its "binary" is PTX."""
 
     name: str
     text: bytes
@@ -83,36 +81,33 @@ class _Loaded(NamedTuple):
 
 
 class _Map(NamedTuple):
-    """What CUDA encodes in a tensor map."""
-
     address: int
-    swizzle: int
-    element_size: int
-    element_type: int
-    block: Sequence[int]
-    shape: Sequence[int]
-    strides: Sequence[int]
-    padding: int
-
-    def encoded(self) -> bytes:
-        base = SimpleNamespace(
-            data_ptr=lambda: self.address, element_size=lambda: self.element_size
-        )
-        descriptor = SimpleNamespace(base=base, shape=self.shape, strides=self.strides)
-        meta = {"swizzle": self.swizzle, "elem_size": self.element_size, "block_size": self.block}
-        return compiled._tensor_map(descriptor, meta)
+    encoded: bytes
 
 
-_machines: dict[_Loaded, Kernel] = {}
+machines: dict[_Loaded, Kernel] = {}
+
+
+def _load(name: str, text: bytes, shared: int, device: int) -> tuple:
+    """(module, kernel, registers, spills, most threads)."""
+    return None, _Loaded(name, text, shared), 0, 0, 1024
+
+
+def _encode(address: int, swizzle: int, size: int, kind: int, box, shape, strides, padding) -> _Map:
+    """A tensor map of elements of so many bytes."""
+    base = SimpleNamespace(data_ptr=lambda: address, element_size=lambda: size)
+    described = SimpleNamespace(base=base, shape=shape, strides=strides)
+    meta = {"swizzle": swizzle, "block_size": box}
+    return _Map(address, compiled._tensor_map(described, meta))
 
 
 def _launch(*handed: Any) -> None:
     """What Triton's launcher hands to CUDA: the grid, the kernel, and at the end its operands."""
     grid, loaded = handed[:3], handed[4]
     annotations, signature, operands = handed[-3:]
-    machine = _machines.get(loaded)
+    machine = machines.get(loaded)
     if machine is None:
-        machine = _machines[loaded] = Kernel(loaded.text.decode(), loaded.shared)
+        machine = machines[loaded] = Kernel(loaded.text.decode(), loaded.shared)
     values = [*_flat(annotations, operands)]
     pairs = [*zip(signature, values, strict=True)]
     block = compiled.block_of([_part(kind, value) for kind, value in pairs], machine.program)
@@ -135,7 +130,7 @@ def _flat(annotations: Sequence[Any], operands: Sequence[Any]) -> Iterator[Any]:
 
 def _part(kind: str, value: Any) -> bytes | int:
     if kind == "nvTmaDesc":
-        return value.encoded()
+        return value.encoded
     if kind.startswith("*"):
         return _address(value)
     return next(compiled._parts(kind, value, iter(())))
@@ -152,12 +147,13 @@ def _held(values: Sequence[Any]) -> list[Tensor]:
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == KEPT:
-            return [*compiled._tensors([*frame.f_locals.values()])]
-        launch = frame.f_locals.get("self") if frame.f_code is Launch.run.__code__ else None
-        if launch is not None:
-            return [*compiled._tensors([*launch.arguments.values()])]
+            values = [*frame.f_locals.values()]
+            break
+        if frame.f_code is Launch.run.__code__:
+            values = [*frame.f_locals["self"].arguments.values()]
+            break
         frame = frame.f_back
-    return [value for value in values if isinstance(value, Tensor)]
+    return [*compiled._tensors(values)]
 
 
 def _holds(tensor: Tensor, addresses: set[int]) -> bool:

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import CACHE
 from .ptx import SHARED_START, Program, parse
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parents[1] / ".cache" / "machine"
 # As machine.h's Kind.
 KINDS = ["RAW", "WAR", "WAW", "in flight", "no proxy fence", "uninitialised", "stored twice",
          "global race", "early register"]  # fmt: skip
