@@ -26,12 +26,12 @@ import fastlora
 from fastlora.kernels import config, kept
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import use_plan
-from fastlora.kernels.target import TARGETS
 from fastlora.ops import kinds
 
 from . import driver, memory
 from .cases import Case, Results, case_of, names
 
+TARGETS = ("sm_80", "sm_90")
 MOST_ROWS = 5  # that a table has
 
 
@@ -138,8 +138,7 @@ def run(target: str, asked: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    kinds_of_target = [name for name in ("sm_80", "sm_90") if name in TARGETS]
-    parser.add_argument("--target", nargs="+", default=kinds_of_target, metavar="NAME")
+    parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS, metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="what reaches every way of a kernel")
     parser.add_argument("--rows", default="", help="the i-th configuration of each table, or all")
     parser.add_argument("--only", default="", help="cases whose names have all of these words")
