@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.backends.nvidia import driver as of_triton
 
-from fastlora.kernels import target
+from fastlora.kernels import kept, target
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.target import TARGETS
 
@@ -29,14 +29,19 @@ KEPT = "<a kept call>"  # the file that kernels/script.py says its scripts are i
 
 @dataclass
 class Session:
-    """What ran in a block, and how: ``order`` is a seed of that of CTAs and warps."""
+    """What ran in a block, and how: ``order`` is a seed of that of CTAs and warps.
+
+    ``allowed``: kinds of races that aren't told.
+    """
 
     order: int = 0
+    allowed: str = ""
     ran: list[compiled.Ran] = field(default_factory=list)
 
     @property
     def races(self) -> list[str]:
-        return [f"{r.name}: {f}" for r in self.ran for f in r.findings if f.kind in RACES]
+        told = RACES - {*self.allowed.split(",")}
+        return [f"{r.name}: {f}" for r in self.ran for f in r.findings if f.kind in told]
 
 
 _session = Session()
@@ -56,6 +61,11 @@ def use(session: Session) -> Iterator[Session]:
 def install(name: str) -> None:
     """Launches on CPU tensors are those of a target, from now on."""
     compiled.use(TARGETS[name].arch)
+    target._of_cpu = TARGETS[name]
+    if not hasattr(of_triton, "PyKernelArg"):
+        # Before 3.7 Triton makes a launcher in C for each kernel: calls run step by step alone.
+        Launch.run, kept._is_watched = _run, lambda: True
+        return
     active = triton.runtime.driver.active
     active.launcher_cls = of_triton.CudaLauncher
     active.get_current_stream = lambda device: 0
@@ -69,7 +79,11 @@ def install(name: str) -> None:
     )
     of_triton.PyKernelArg = SimpleNamespace
     of_triton.ARG_CONSTEXPR, of_triton.ARG_KERNEL, of_triton.ARG_TUPLE = range(3)
-    target._of_cpu = TARGETS[name]
+
+
+def _run(launch: Launch) -> None:
+    operands = launch.kernel, launch.grid, launch.arguments, launch.options
+    _session.ran.append(compiled.run(*operands, order=_session.order))
 
 
 class _Loaded(NamedTuple):
