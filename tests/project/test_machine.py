@@ -10,7 +10,6 @@ from process import run_without_interpreter
 PROGRAM = """
 import json, sys
 from tools.machine import compiled, proof
-from tools.machine.memory import Memory
 arch = int(sys.argv[1])
 compiled.use(arch)
 shape = 100, 72, 272, (64, 64, 64), 4

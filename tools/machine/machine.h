@@ -214,8 +214,10 @@ struct Step {
     T results[32];
     u32* to = slot(n);
     for (int lane = 0; lane < 32; lane++) results[lane] = value(lane);
-    for (int lane = 0; lane < 32; lane++)
-      if (active == ALL_LANES || in(active, lane)) put<T>(to, lane, results[lane]);
+    if (active == ALL_LANES)
+      for (int lane = 0; lane < 32; lane++) put<T>(to, lane, results[lane]);
+    else
+      each(active, [&](int lane) { put<T>(to, lane, results[lane]); });
   }
   template <class F> void set_bits(int n, s64 bits, F value) {
     if (bits == 64) set<u64>(n, value);
