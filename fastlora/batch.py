@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .quant import PackedLayer, quantised_weight
+
 _SEED = 20240229  # of every run, any number
 
 
@@ -73,13 +75,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         )
     # With their values, since those may be views of DDP's buckets, which the runs write to.
     gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
-    # And buffers both as objects and by value: a forward may write to one, or put another there.
-    buffers = [
-        (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
-        for module in model.modules()
-    ]
     devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), _kept_random_state():
+    with torch.random.fork_rng(devices), _kept_random_state(), kept_buffers(model):
         for parameter in parameters:
             parameter.grad = None
         try:
@@ -90,10 +87,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     parameter.grad = None
                 for parameter, gradient, value in gradients:
                     parameter.grad = gradient.copy_(value)
-                for module, before in buffers:
-                    module._buffers.clear()
-                    for name, kept in before.items():
-                        module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards each is as it was, as an object and by value: a forward may write to one, or put
+    another there.  Those of quantised layers, which hold the weight, no call changes.
+    """
+    buffers = [
+        (module, {name: b if b is None else (b, b.clone()) for name, b in module._buffers.items()})
+        for module in model.modules()
+        if module._buffers and not isinstance(quantised_weight(module), PackedLayer)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, before in buffers:
+                module._buffers.clear()
+                for name, kept in before.items():
+                    module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
 
 
 @contextmanager

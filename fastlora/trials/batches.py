@@ -1,6 +1,7 @@
 """The batches of training: their order, which all trials share, and several of them as one."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,20 +17,32 @@ _PADDING = {"labels": -100}
 class Feed:
     """The batches of ``data``, over and over, in an order that the seed fixes.
 
-    ``skip`` of them were taken before.
+    ``skip`` of them were taken before.  ``count`` is how many are taken in all (None: as many as
+    there are): of what can be read only once, these are read now.  Raises ValueError for a list
+    with what is no batch.
     """
 
-    def __init__(self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0) -> None:
+    def __init__(
+        self,
+        data: Iterable[Mapping[str, Any]],
+        seed: int,
+        skip: int = 0,
+        count: int | None = None,
+    ) -> None:
+        if isinstance(data, Iterator):  # a generator, for one
+            data = list(islice(data, count))
+        if isinstance(data, list | tuple):
+            data = [as_batch(batch) for batch in data]
         self.data, self.seed, self.taken = data, seed, 0
         self._batches = self._forever()
         for _ in range(skip):
             next(self._batches)
         self.taken = skip
 
-    def take(self, count: int) -> Batch:
-        """The next batches, joined."""
+    def take(self, count: int) -> list[Batch]:
+        """The next batches."""
         self.taken += count
-        return joined([next(self._batches) for _ in range(count)])
+        return [next(self._batches) for _ in range(count)]
 
     def _forever(self) -> Iterator[Batch]:
         epoch = 0
@@ -69,27 +82,27 @@ def _maps(batch: Any) -> bool:
     return isinstance(batch, Mapping) or hasattr(batch, "items")
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
+def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
     """One batch of the examples of all, filled up on the right to the longest.
 
-    Raises ValueError for lengths that differ where no ``attention_mask`` says so to the model.
+    They stay apart where their names or shapes differ otherwise, and where lengths differ and
+    neither an ``attention_mask`` tells the model nor what is ``causal`` needs none.
     """
-    first, *others = batches
-    if not others:
-        return first
+    apart, first = list(batches), batches[0]
+    like = "attention_mask" if "attention_mask" in first else "labels" if causal else ""
+    if any(batch.keys() != first.keys() for batch in apart):
+        return apart
     whole = {}
-    for name, tensor in first.items():
-        parts = [batch[name] for batch in batches]
-        length = max(part.shape[-1] for part in parts) if tensor.dim() > 1 else 0
-        if any(part.dim() > 1 and part.shape[-1] < length for part in parts):
-            if "attention_mask" not in first:
-                raise ValueError(
-                    "batches of different lengths can't be joined without an 'attention_mask'"
-                )
-            fill = _PADDING.get(name, 0)
-            parts = [pad(part, (0, length - part.shape[-1]), value=fill) for part in parts]
+    for name in first:
+        parts = [batch[name] for batch in apart]
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = [batch[like].shape for batch in apart if like]
+            if [part.shape for part in parts] != shapes or any(len(each) != 2 for each in shapes):
+                return apart
+            length, fill = max(each[1] for each in shapes), _PADDING.get(name, 0)
+            parts = [pad(part, (0, length - part.shape[1]), value=fill) for part in parts]
         whole[name] = torch.cat(parts)
-    return whole
+    return [whole]
 
 
 def repeated(batch: Batch, times: int, device: torch.device) -> Batch:

@@ -1,6 +1,6 @@
 """Layers with an adapter for each trial, which the rows of a batch are shared out to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -12,6 +12,7 @@ from ..adapted import new_adapter, scaling_of, wide_dtype
 from ..base import is_router, matrix_of
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets
+from ..modules import called
 from ..ops import multi_lora_linear
 from ..quant import quantised_weight
 from .trial import Trial
@@ -28,13 +29,31 @@ class Rows:
     def __init__(self, trials: int) -> None:
         self.trials = trials
         self._owners: tuple[int, ...] = ()
+        self._lengths: frozenset[int] = frozenset()
         self._mappings: dict[tuple[int, ...], AdapterMapping] = {}
 
-    def share_out(self, trials: Sequence[int], sequences: int) -> None:
-        """So many sequences to each of the trials, in this order."""
-        owners = tuple([trial for trial in trials for _ in range(sequences)])
+    def share_out(self, trials: Sequence[int], batch: Mapping[str, Tensor]) -> None:
+        """The batch's sequences to each of the trials, in this order."""
+        owners = tuple([trial for trial in trials for _ in batch["labels"]])
+        self._lengths = frozenset(each.shape[1] for each in batch.values() if each.dim() > 1)
         if owners != self._owners:
             self._owners, self._mappings = owners, {}
+
+    def by_sequence(self, x: Tensor, name: str) -> Tensor:
+        """x, whose first dimension is of sequences, or all their tokens as rows: then with both.
+
+        Raises ValueError where trials can't be told apart, such as among tokens that were routed.
+        """
+        count, shape = len(self._owners), tuple(x.shape)
+        if len(shape) > 1 and shape[0] == count:
+            return x
+        if len(shape) == 2 and any(shape[0] == count * length for length in self._lengths):
+            return x.unflatten(0, (count, -1))
+        raise ValueError(
+            f"{called(name)} is called with x {shape}, in which nothing says which trial a row is "
+            f"of: that needs the {count} sequences first, or all their tokens, sequence by "
+            f"sequence; a sweep without this layer has exclude_modules=[{name!r}]"
+        )
 
     def mapping(self, members: tuple[int, ...]) -> AdapterMapping | None:
         """For a layer that these trials adapt."""
@@ -48,6 +67,7 @@ class Rows:
 class Adapters(NamedTuple):
     """Those of one layer: of the trials that target it, in their order."""
 
+    name: str
     members: tuple[int, ...]
     lora_a: list[nn.Parameter]
     lora_b: list[nn.Parameter]
@@ -84,7 +104,9 @@ class TrialsLayer(nn.Module):
                 training=self.training,
             )
 
-        return run(x) if found is None else found.call(x, run)
+        items = adapters.rows.by_sequence(x, adapters.name)
+        y = run(items) if found is None else found.call(items, run)
+        return y if items is x else y.flatten(0, 1)
 
 
 @cache
@@ -158,6 +180,7 @@ def _adapters_of(
     ]
     pairs = [made[i][name] for i in members]
     return Adapters(
+        name,
         members,
         [lora_a for lora_a, _ in pairs],
         [lora_b for _, lora_b in pairs],

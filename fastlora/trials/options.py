@@ -46,6 +46,14 @@ class Options(NamedTuple):
             for i in range(halvings)
         }
 
+    def batches(self, trials: int) -> int:
+        """How many of ``data`` so many trials take in all: those that are left share the rows."""
+        stops, left, taken = self.rungs(trials), trials, 0
+        for step in range(self.steps):
+            taken += trials // left
+            left = stops.get(step + 1, left)
+        return taken
+
     def _halvings(self, trials: int) -> int:
         """Until one is left."""
         return (trials - 1).bit_length() if self.halving else 0

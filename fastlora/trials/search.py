@@ -1,6 +1,7 @@
 """``fastlora.sweep``: trains many LoRA configurations side by side, on one base, in one process."""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batch import in_mode
+from ..batch import in_mode, kept_buffers
 from ..model.arguments import check_folder, check_model, check_plain
 from ..model.checkpoint import save_adapter
 from ..model.files import write_whole
 from ..model.inject import apply_lora, remove_lora
-from ..modules import unwrap
+from ..modules import called, some, unwrap
 from ..projection import check_switch, shown
 from . import state as states
 from .batches import Feed, as_batch
@@ -50,15 +52,16 @@ def sweep(
 
     ``configs`` is a list of dicts: fields of :class:`fastlora.LoRAConfig` (``target_modules`` is
     "all-linear" where it isn't given), ``learning_rate``, and a ``name`` if the differing fields
-    shall not make one.  ``data`` gives batches, over and over (a list, a DataLoader): mappings of
-    tensors [examples, …] with ``labels``, the rest being what ``model`` is called with.  In each of
-    ``steps`` every trial sees the same batch, as rows of one call; its gradients, AdamW's moments,
-    learning rate and the norm that is clipped at ``max_grad_norm`` are its own.  So what it learns
-    is, to rounding, what it would learn alone.  ``loss(logits, labels)`` is a trial's mean loss.
+    shall not make one.  ``data`` gives batches, over and over (a list, a DataLoader; what can be
+    read only once is read before, as far as it is needed): mappings of tensors [examples, …] with
+    ``labels``, the rest being what ``model`` is called with.  In each of ``steps`` every trial sees
+    the same batch, as rows of one call; its gradients, AdamW's moments, learning rate and the norm
+    that is clipped at ``max_grad_norm`` are its own.  So what it learns is, to rounding, what it
+    would learn alone.  ``loss(logits, labels)`` is a trial's mean loss.
 
     ``halving`` stops the worse half of the trials, by held-out loss, at equal intervals until one
-    is left; the others take over the rows of those that left: batches of two, four … times the
-    examples.
+    is left; the others take over the rows of those that left: two, four … batches a step, as one
+    where their lengths differ with an ``attention_mask`` or without a ``loss`` of your own.
 
     ``eval_data`` gives the batches of the held-out loss, every ``eval_steps`` (a quarter of the
     steps) and in the end.  ``schedule``, "linear" to zero, "cosine" or "constant", comes behind
@@ -70,10 +73,11 @@ def sweep(
     on Ctrl-C, which ends the running step first: with ``resume`` the sweep goes on from there, to
     the same end.
 
-    The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: a
-    batch norm in training mixes trials.  Returns a :class:`fastlora.trials.record.Sweep`, which
-    prints as a table.  Raises ValueError or TypeError for what doesn't fit, and OSError for a
-    folder that can't be written to, before anything changes, and what the model raises.
+    The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: batch
+    norms stay in evaluation, with a warning.  Returns a :class:`fastlora.trials.record.Sweep`,
+    which prints as a table.  Raises ValueError or TypeError for what doesn't fit, and OSError for
+    a folder that can't be written to, before anything changes, and what the model raises; and
+    ValueError for a layer in whose x trials can't be told apart.
     """
     check_model(model)
     check_switch("halving", halving)
@@ -97,11 +101,15 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     states.check_writable(folder)
     state = states.load(folder, settings) if resume else None
-    with attached(inner, trials, seed) as parts:
+    norms = _batch_norms(inner)
+    with kept_buffers(inner), attached(inner, trials, seed) as parts:
         run = Training(inner, trials, parts, options, loss, held_out)
         state = run.restored(state) if state else run.begun(settings)
         with torch.random.fork_rng(), in_mode(inner, training=True), interruption() as interrupted:
-            feed = Feed(data, seed, state.batches)  # it may draw numbers for what it skips
+            for norm in norms.values():
+                norm.eval()
+            # It may draw numbers for what it skips.
+            feed = Feed(data, seed, state.batches, options.batches(len(trials)))
             states.set_random_state(state.random)
             run.train(state, feed, folder, interrupted, progress)
     for adapters, trial in zip(state.adapters, trials, strict=True):
@@ -123,6 +131,27 @@ def _check_kinds(data: object, eval_data: object, loss: object) -> None:
             )
     if not callable(loss):
         raise TypeError(f"loss is {shown(loss)}, but must be a function of (logits, labels)")
+
+
+def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Those that stay in evaluation, since they would mix trials in training; it warns of them.
+
+    Raises ValueError for one that has no running statistics, and mixes in evaluation too.
+    """
+    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    mixing = [called(name) for name, norm in found.items() if norm.running_mean is None]
+    if mixing:
+        raise ValueError(
+            f"{some(mixing)} would mix trials, for it normalises by the statistics of the batch: "
+            "give it running ones (track_running_stats=True), or train each configuration alone"
+        )
+    if found:
+        warnings.warn(
+            f"{some(list(map(called, found)))} stays in evaluation: a batch norm in training would "
+            "mix trials",
+            stacklevel=3,
+        )
+    return found
 
 
 def _as_plain(trial: Trial) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..batch import in_mode
 from . import state as states
-from .batches import Batch, Feed, repeated
+from .batches import Batch, Feed, joined, repeated
 from .layer import Attached
 from .options import Options
 from .progress import bar
@@ -121,21 +121,28 @@ class Training:
         factor = self.options.factor(state.step)
         for group, trial in zip(self.optimizer.param_groups, self.trials, strict=True):
             group["lr"] = trial.learning_rate * factor
-        batch = feed.take(len(self.trials) // len(state.alive))
-        losses = self._losses(state.alive, batch)
+        batches = feed.take(len(self.trials) // len(state.alive))
+        batches = joined(batches, self.loss is causal_loss)
+        sizes = [counted(batch["labels"], self.loss) for batch in batches]
+        found = torch.zeros(len(state.alive), device=self.device)
         self.optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
+        for batch, size in zip(batches, sizes, strict=True):
+            if size or not batches[1:]:
+                share = size / sum(sizes) if batches[1:] else 1.0  # of the mean over all labels
+                losses = share * torch.stack(self._losses(state.alive, batch))
+                losses.sum().backward()
+                found += losses.detach()
         if self.options.max_grad_norm:
             for i in state.alive:
                 own = list(self.parts.parameters[i].values())
                 nn.utils.clip_grad_norm_(own, self.options.max_grad_norm)
         self.optimizer.step()
-        return torch.stack(losses).tolist()
+        return found.tolist()
 
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
         """Each trial's mean loss on the batch."""
         count = len(batch["labels"])
-        self.parts.rows.share_out(alive, count)
+        self.parts.rows.share_out(alive, batch)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         output = self.model(**repeated(inputs, len(alive), self.device))
         logits, labels = _logits(output), batch["labels"].to(self.device)

@@ -5,11 +5,13 @@ import errno
 import json
 import os
 import signal
+import warnings
 from contextlib import suppress
 
 import pytest
 import torch
 import transformers
+from moe_models import base_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from vendor_layers import quantised
@@ -59,7 +61,9 @@ def swept(
     return fastlora.sweep(model, configs, data, output_dir=folder, **settings)
 
 
-def alone(model: nn.Module, config: dict, joins=(1,) * STEPS) -> dict[str, torch.Tensor]:
+def alone(
+    model: nn.Module, config: dict, joins=(1,) * STEPS, data=DATA, loss=causal_loss
+) -> dict[str, torch.Tensor]:
     """The adapter that a plain loop trains, with so many batches joined in each step."""
     fields = {k: v for k, v in config.items() if k not in ("learning_rate", "name")}
     torch.manual_seed(SEED)
@@ -69,10 +73,12 @@ def alone(model: nn.Module, config: dict, joins=(1,) * STEPS) -> dict[str, torch
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config["learning_rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(joins))
-    feed = Feed(DATA, SEED)
+    feed = Feed(data, SEED)
     for count in joins:
         optimizer.zero_grad()
-        model(**feed.take(count)).loss.backward()
+        (batch,) = joined(feed.take(count), causal=True)
+        output = model(**batch)
+        loss(output.logits, batch["labels"]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -362,14 +368,108 @@ def test_an_adapted_model_is_refused(model, tmp_path):
 
 def test_batches_of_several_lengths():
     short, long = batches(1, 2, 3)[0], batches(1, 1, 5)[0]
-    with pytest.raises(ValueError, match="without an 'attention_mask'"):
-        joined([short, long])
+    assert joined([short, long], causal=False) == [short, long]
+    (whole,) = joined([short, long], causal=True)
+    assert whole["input_ids"].shape == (3, 5)
     for batch in (short, long):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    whole = joined([short, long])
+    (whole,) = joined([short, long], causal=False)
     assert whole["labels"][:2, 3:].tolist() == [[-100, -100]] * 2
     assert whole["attention_mask"].sum().item() == 11
     assert torch.equal(whole["input_ids"][2], long["input_ids"][0])
+
+    assert len(joined([short, long | {"more": torch.ones(1)}], causal=True)) == 2
+
+
+def own_loss(logits, labels):
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("loss", [causal_loss, own_loss])
+def test_halving_takes_batches_of_several_lengths(base, model, tmp_path, loss):
+    data = [batches(1, 2, length)[0] for length in (7, 4, 9, 5, 6)]
+    found = swept(model, tmp_path, data=data, halving=True, eval_steps=STEPS, loss=loss)
+    config = CONFIGS[found.outcomes.index(found.best)]
+    expected = alone(copy.deepcopy(base), config, (1, 1, 2, 2, 4, 4), data, loss)
+    torch.testing.assert_close(saved(tmp_path / "best"), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_what_is_read_once_is_read_before_and_kept(model, tmp_path, endless):
+    def generator():
+        while True:
+            yield from DATA
+            if not endless:
+                return
+
+    read = [swept(model, tmp_path, data=data, halving=True) for data in (DATA, generator())]
+    assert read[0].best.losses == read[1].best.losses
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama4"])
+def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path, name):
+    """A shared expert's."""
+    if name == "qwen2":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+        shared = {"shared_expert_intermediate_size": 24, "num_experts": 4}
+        config = transformers.Qwen2MoeConfig(vocab_size=40, **sizes, **heads, **shared)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    else:
+        model = base_model(name, num_hidden_layers=1)
+    base, configs = copy.deepcopy(model), [{"r": 2, "learning_rate": 1e-2}, *CONFIGS[1:2]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # experts that "all-linear" leaves out
+        found = swept(model, tmp_path, configs)
+        for config, outcome in zip(configs, found.outcomes, strict=True):
+            expected = alone(copy.deepcopy(base), config)
+            own = saved(tmp_path / "adapters" / outcome.trial.name)
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)
+
+
+class Routed(nn.Module):
+    """A causal model with a batch norm, one of whose layers sees every other token alone."""
+
+    def __init__(self, tracked: bool = True):
+        super().__init__()
+        self.embed, self.first = nn.Embedding(40, 8), nn.Linear(8, 8)
+        self.norm, self.expert = nn.BatchNorm1d(8, track_running_stats=tracked), nn.Linear(8, 8)
+
+    def forward(self, input_ids, labels=None):
+        x = self.first(self.embed(input_ids))
+        x = self.norm(x.flatten(0, 1))
+        x[::2] = self.expert(x[::2])
+        logits = x.view(*input_ids.shape, 8) @ self.embed.weight.T
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+@pytest.mark.filterwarnings("ignore:norm stays in evaluation")
+def test_rows_that_may_be_anyone_s_are_an_error_that_names_the_layer(tmp_path):
+    with pytest.raises(ValueError, match=r"^expert is called with .*exclude_modules=\['expert'\]"):
+        swept(Routed().eval(), tmp_path, [{"r": 2, "learning_rate": 1e-2}])
+
+
+def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
+    model, config = Routed(), {"r": 2, "learning_rate": 1e-2, "exclude_modules": ["expert"]}
+    nn.init.uniform_(model.norm.running_var)
+    base = copy.deepcopy(model.eval())
+    base.train = lambda mode: base  # so that its batch norm stays, too
+    with pytest.warns(UserWarning, match="norm stays in evaluation"):
+        found = swept(model, tmp_path, [config, config | {"r": 3}])
+    torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
+    expected = alone(base, config)
+    own = saved(tmp_path / "adapters" / found.outcomes[0].trial.name)
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="norm would mix trials"):
+        swept(Routed(tracked=False), tmp_path, [config])
+
+
+def test_buffers_are_as_they_were(tmp_path):
+    model = Blocks()
+    nn.utils.parametrizations.spectral_norm(model.head)  # whose calls in training change a buffer
+    before = copy.deepcopy(model.state_dict())
+    swept(model, tmp_path, [{"r": 2, "learning_rate": 1e-2, "target_modules": ["conv"]}])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_held_out_batch_without_labels_says_nothing(model, tmp_path):
@@ -410,7 +510,14 @@ def test_data_that_draws_numbers_changes_no_resumed_dropout(model, tmp_path):
 
 
 def test_data_that_ends_is_an_error():
-    feed = Feed(iter(batches(2)), 0)
+    class Once:
+        def __init__(self):
+            self.batches = iter(batches(2))
+
+        def __iter__(self):
+            return self.batches
+
+    feed = Feed(Once(), 0)
     feed.take(2)
     with pytest.raises(ValueError, match="can't be read again"):
         feed.take(1)
