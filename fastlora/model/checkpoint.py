@@ -67,7 +67,7 @@ def save_adapter(
     if must_save_embeddings(model, save_embedding_layers) or (
         save_embedding_layers == AUTO and injection.has_embeddings
     ):
-        tensors |= embedding_tensors(model, injection)
+        tensors |= embedding_tensors(model, injection.saved_modules, injection.layers)
     sharded = any(map(is_sharded, tensors.values()))
     tensors = whole_tensors(outer, tensors)
     if sharded and not writes_files():

@@ -5,18 +5,19 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from ..adapted import LoRALayer
 from ..modules import plain_name
 from ..projection import shown
 
 AUTO = "auto"
 
 
-def embeddings_of(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]:
+def embeddings_of(
+    model: nn.Module, saved: Collection[str], layers: Collection[str]
+) -> dict[str, Tensor]:
     """What the input and output embeddings hold, under PEFT's keys without their prefix.
 
-    Not those inside of ``saved``, modules that train in full.  An adapted output head has its
-    weight under ``base_layer``.
+    Not those inside of ``saved``, modules that train in full.  An output head that is among the
+    adapted ``layers`` has its weight under ``base_layer``.
     """
     tensors = {}
     for module in _embeddings(model):
@@ -24,7 +25,7 @@ def embeddings_of(model: nn.Module, saved: Collection[str]) -> dict[str, Tensor]
         name = plain_name(names[0]) if names else None
         if name is None or any(name == one or name.startswith(f"{one}.") for one in saved):
             continue
-        prefix = f"{name}.base_layer" if isinstance(module, LoRALayer) else name
+        prefix = f"{name}.base_layer" if name in layers else name
         for key, tensor in module.state_dict(keep_vars=True).items():
             if isinstance(tensor, Tensor) and key not in ("lora_A", "lora_B"):
                 tensors[f"{prefix}.{key}"] = tensor

@@ -1,6 +1,7 @@
 """An adapter's two files: what is in them before anything is loaded, and writing them whole."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -20,12 +22,28 @@ _SCRATCH = ".fastlora-"
 _ABANDONED_AFTER = 24 * 60 * 60  # seconds, for a scratch folder of another machine
 
 
+# In the order in which safetensors puts them.
+_DTYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32",
+    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.uint16: "U16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
 class Stored(NamedTuple):
     """A tensor in a file, before it is loaded."""
 
     shape: tuple[int, ...]
     dtype: str  # torch's name for it
     is_floating: bool
+
+
+class Planned(NamedTuple):
+    """A tensor of a file, before it is made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def check_files(folder: Path) -> None:
@@ -87,11 +105,21 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
 
 
-def _stored(shape: tuple[int, ...], dtype: str) -> Stored:
-    """From the names of the file format, such as BF16 and I64."""
-    kinds = {"F": "torch.float", "BF": "torch.bfloat", "I": "torch.int", "U": "torch.uint"}
-    kind, bits = re.fullmatch(r"([A-Z]*)(.*)", dtype).groups()  # type: ignore[union-attr]
-    return Stored(shape, kinds.get(kind, kind) + bits.lower(), kind in ("F", "BF"))
+def _stored(shape: tuple[int, ...], name: str) -> Stored:
+    dtype = next((dtype for dtype, other in _DTYPES.items() if other == name), None)
+    return Stored(shape, str(dtype or name), dtype is not None and dtype.is_floating_point)
+
+
+def size_of(tensors: Mapping[str, Planned]) -> int:
+    """Bytes of the adapter's file that holds these, by key: its header, and what is in it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = list(_DTYPES), 0
+    for key in sorted(tensors, key=lambda key: (places.index(tensors[key].dtype), key)):
+        shape, dtype = tensors[key]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + (len(text) + 7) // 8 * 8 + end
 
 
 def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:

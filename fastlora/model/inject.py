@@ -1,6 +1,6 @@
 """Model surgery: linear layers take adapters in place, and are plain again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -145,9 +145,9 @@ def _inject(
         cast(LoRAExperts, experts).attach_adapters(its_adapters, config.lora_dropout)
     for module in saved.values():
         module.requires_grad_(True)
-    for name in trained_biases(model, config.bias):
-        model.get_parameter(name).requires_grad_(True)
     names = (*targets.layers, *targets.experts)
+    for name in trained_biases(model, config.bias, names):
+        model.get_parameter(name).requires_grad_(True)
     injection = Injection(config, names, tuple(saved), trained_before, untied)
     record_injection(model, injection)
     return injection
@@ -182,12 +182,12 @@ def remove_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def trained_biases(model: nn.Module, bias: str) -> list[str]:
-    """The names of the biases that train under ``LoRAConfig.bias``."""
+def trained_biases(model: nn.Module, bias: str, layers: Iterable[str]) -> list[str]:
+    """The names of the biases that train under ``LoRAConfig.bias`` if these are adapted."""
     names = [plain_name(name) for name, _ in model.named_parameters()]
     names = [name for name in names if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
-        adapted = {f"{name}.bias" if name else "bias" for name, _ in lora_layers(model)}
+        adapted = {f"{name}.bias" if name else "bias" for name in layers}
         return [name for name in names if name in adapted]
     return names if bias == "all" else []
 

@@ -1,22 +1,23 @@
 """An adapter's tensors under PEFT's keys: a model's, and the file's that fit them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adapted import LoRALayer
+from ..adapted import LoRALayer, wide_dtype
 from ..base import matrix_of
 from ..expert_weight import ExpertsWeight
 from ..modules import called, lora_layers, some
 from .config import LoRAConfig
 from .embeddings import embeddings_of
 from .expert_files import Pair, nested_names, reversed_pairs, turn, turned_shapes
-from .files import Stored, read_tensors
+from .files import Planned, Stored, read_tensors
 from .inject import Injection, known_targets, trained_biases
+from .targets import Targets
 
 _PREFIX = "base_model.model."
 # With modules_to_save, PEFT writes its wrapper's two copies of biases (bias="all") and embeddings.
@@ -37,11 +38,23 @@ def adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]
     experts = experts_weights(model)
     for name, pair in _pairs(experts).items():
         tensors[pair.lora_a], tensors[pair.lora_b] = experts[name].lora_a, experts[name].lora_b
-    for name in trained_biases(model, injection.config.bias):
+    saved, layers = injection.saved_modules, injection.layers
+    return tensors | full_tensors(model, injection.config.bias, saved, layers)
+
+
+def full_tensors(
+    model: nn.Module, bias: str, saved: Iterable[str], layers: Collection[str]
+) -> dict[str, Tensor]:
+    """The biases that train, and all that modules hold which train in full, under PEFT's keys.
+
+    ``layers``: the names of those that have an adapter, or are to get one.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in trained_biases(model, bias, layers):
         owner, _, last = name.rpartition(".")
-        key = _key(owner, "base_layer.bias") if owner in injection.layers else _key(owner, last)
+        key = _key(owner, "base_layer.bias") if owner in layers else _key(owner, last)
         tensors[key] = model.get_parameter(name)
-    for name in injection.saved_modules:
+    for name in saved:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
             tensors[_key(name, key)] = tensor
     return tensors
@@ -61,9 +74,10 @@ def _pairs(names: Iterable[str]) -> dict[str, Pair]:
     return {name: Pair(*both) for name, both in keys.items()}
 
 
-def embedding_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
-    found = embeddings_of(model, injection.saved_modules)
-    return {_PREFIX + key: tensor for key, tensor in found.items()}
+def embedding_tensors(
+    model: nn.Module, saved: Collection[str], layers: Collection[str]
+) -> dict[str, Tensor]:
+    return {_PREFIX + key: tensor for key, tensor in embeddings_of(model, saved, layers).items()}
 
 
 class Found(NamedTuple):
@@ -88,7 +102,7 @@ def read_fitting(
     features = {pair: experts[name].features for name, pair in _pairs(experts).items()}
     turned = reversed_pairs(features, stored, version)
     stored = turned_shapes(turned, stored)
-    embeddings = embedding_tensors(model, injection)
+    embeddings = embedding_tensors(model, injection.saved_modules, injection.layers)
     brought = {
         key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
     }
@@ -133,20 +147,29 @@ def check_planned(
     version: object,
 ) -> None:
     """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    layers, experts = known_targets(model, config)
-    for name, layer in layers.items():
-        r, (out_features, in_features) = config.rank_of(name), matrix_of(layer).shape
-        shapes[_key(name, "lora_A.weight")] = (r, in_features)
-        shapes[_key(name, "lora_B.weight")] = (out_features, r)
-    pairs = _pairs(experts)
-    for name, pair in pairs.items():
-        both = experts[name].features.shapes(config.rank_of(name))
-        shapes[pair.lora_a], shapes[pair.lora_b] = both
-    features = {pair: experts[name].features for name, pair in pairs.items()}
+    targets = known_targets(model, config)
+    shapes = {key: shape for key, (shape, _) in planned_adapters(targets, config).items()}
+    features = {
+        pair: targets.experts[name].features for name, pair in _pairs(targets.experts).items()
+    }
     stored = turned_shapes(reversed_pairs(features, stored, version), stored)
     extra = [key for key in stored if ".lora_" in key and key not in shapes]
     _check_stored(shapes, stored, path, extra)
+
+
+def planned_adapters(targets: Targets, config: LoRAConfig) -> dict[str, Planned]:
+    """Every lora_A and lora_B that the config would make of these targets, under PEFT's keys."""
+    planned: dict[str, Planned] = {}
+    for name, layer in targets.layers.items():
+        weight, r = matrix_of(layer), config.rank_of(name)
+        (out_features, in_features), dtype = weight.shape, wide_dtype(weight)
+        planned[_key(name, "lora_A.weight")] = Planned((r, in_features), dtype)
+        planned[_key(name, "lora_B.weight")] = Planned((out_features, r), dtype)
+    for name, pair in _pairs(targets.experts).items():
+        target = targets.experts[name]
+        for key, shape in zip(pair, target.features.shapes(config.rank_of(name)), strict=True):
+            planned[key] = Planned(shape, wide_dtype(target.weight))
+    return planned
 
 
 def check_layers(model: nn.Module, config: LoRAConfig) -> None:

@@ -1,15 +1,17 @@
 """What can be counted from shapes alone, on meta tensors too: parameters, bytes, FLOPs."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from ..adapted import wide_dtype
 from ..base import matrix_of, tensor_of, why_not_class
 from ..experts import Experts, read_experts_module
 from ..model.config import LoRAConfig
+from ..model.embeddings import AUTO, must_save_embeddings
+from ..model.files import Planned, size_of
 from ..model.targets import find_targets, modules_to_save
+from ..model.tensors import embedding_tensors, full_tensors, planned_adapters
 from ..quant import PackedLayer, quantised_weight
 from .record import FrozenCosts, Price
 
@@ -19,40 +21,34 @@ _PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
     """The model's parameters, and the FLOPs of its linear layers, and of a token's experts."""
-    matrices = list(_matrices(model))
-    weights = sum(math.prod(weight.shape) for _, weight in matrices)
-    for module in model.modules():
-        read = read_experts_module(module, type(module))
-        used = 0 if read.reason else _experts_of_a_token(module, read)
-        for name in read.names if used else ():
-            weights += used * math.prod(tensor_of(module, name).shape[1:])
     sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    for layer, weight in matrices:
+    for layer, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):  # what it is packed in has other numbers of elements
             for name in layer._parameters.keys() - {"bias"}:
                 sizes.pop(id(layer._parameters[name]), None)
             sizes[id(layer)] = math.prod(weight.shape)
-    return FrozenCosts(sum(sizes.values()), 4 * weights)
+    return FrozenCosts(sum(sizes.values()), 4 * _of_a_token(set(model.modules())))
 
 
 def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
-    """How many layers and experts' weights ``config`` targets, and their adapters' counted price.
+    """How many layers and experts' weights ``config`` targets, and what it trains, counted.
 
     Raises what :func:`fastlora.apply_lora` raises for a config that doesn't fit the model, and
     ValueError for experts of whom nothing says how many a token goes to.
     """
-    parameters = size = flops = 0
     saved = modules_to_save(model, config, every_name=True)
-    targets, experts = find_targets(model, config, saved, every_name=True)
-    for name, layer in targets.items():
-        weight, r = matrix_of(layer), config.rank_of(name)
-        count = r * sum(weight.shape)
-        parameters += count
-        size += count * wide_dtype(weight).itemsize
-        # A multiplication and an addition for each, in three products of either matrix: h and y;
-        # dh and the adapter's part of dx; both gradients.
-        flops += 2 * 3 * count
-    for name, target in experts.items():
+    targets = find_targets(model, config, saved, every_name=True)
+    names = {*targets.layers, *targets.experts}
+    adapters, full = (
+        planned_adapters(targets, config),
+        full_tensors(model, config.bias, saved, names),
+    )
+    # A multiplication and an addition for each element, in three products of either matrix: h and
+    # y; dh and the adapter's part of dx; both gradients.  What trains in full has its gradient.
+    flops = 2 * _of_a_token({part for module in saved.values() for part in module.modules()})
+    for name, layer in targets.layers.items():
+        flops += 2 * 3 * config.rank_of(name) * sum(matrix_of(layer).shape)
+    for name, target in targets.experts.items():
         used = _experts_of_a_token(
             target.module, read_experts_module(target.module, type(target.module))
         )
@@ -61,13 +57,31 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
                 f"{name} has no price: its config doesn't say how many experts a token goes to "
                 f"({_PER_TOKEN[0]})"
             )
-        _, p, q, _ = target.features
-        own = config.rank_of(name) * (p + q)  # an expert's
-        count = own * target.features.experts
-        parameters += count
-        size += count * wide_dtype(target.weight).itemsize
-        flops += 2 * 3 * used * own
-    return len(targets) + len(experts), Price(config.r, parameters, size, flops)
+        flops += 2 * 3 * used * config.rank_of(name) * (target.features.p + target.features.q)
+    trained = {id(each): each for each in full.values() if isinstance(each, nn.Parameter)}
+    parts = [*adapters.values(), *map(_planned, trained.values())]
+    kept = full
+    if must_save_embeddings(model, AUTO):
+        kept = full | embedding_tensors(model, saved, names)
+    file = adapters | {key: _planned(tensor) for key, tensor in kept.items()}
+    counts = [math.prod(part.shape) for part in parts]
+    size = sum(part.dtype.itemsize * count for part, count in zip(parts, counts, strict=True))
+    return len(names), Price(config.r, sum(counts), size, flops, size_of(file))
+
+
+def _planned(tensor: Tensor) -> Planned:
+    return Planned(tuple(tensor.shape), tensor.dtype)
+
+
+def _of_a_token(modules: Collection[nn.Module]) -> int:
+    """The weights of linear layers that a token is multiplied with, and those of its experts."""
+    weights = sum(math.prod(weight.shape) for _, weight in _matrices(modules))
+    for module in modules:
+        read = read_experts_module(module, type(module))
+        used = 0 if read.reason else _experts_of_a_token(module, read)
+        for name in read.names if used else ():
+            weights += used * math.prod(tensor_of(module, name).shape[1:])
+    return weights
 
 
 def _experts_of_a_token(module: nn.Module, read: Experts) -> int:
@@ -78,9 +92,9 @@ def _experts_of_a_token(module: nn.Module, read: Experts) -> int:
     return next((number for number in found if type(number) is int), 0)
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+def _matrices(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
     """Every linear layer, and its weight, which may be packed."""
-    for module in model.modules():
+    for module in modules:
         packed = isinstance(quantised_weight(module), PackedLayer)
         if packed or not why_not_class(type(module)):
             yield module, matrix_of(module)

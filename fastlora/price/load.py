@@ -46,7 +46,7 @@ def plan_of(
         return found
     if depth < total:
         note = f"the time and what is kept: of the first {depth} of {total} layers, and the head"
-        found = replace(found, notes=(note,))
+        found = replace(found, notes=(*found.notes, note))
     return measured(found, part, config, None, rounds, progress)
 
 

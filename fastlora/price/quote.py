@@ -1,8 +1,9 @@
 """``fastlora.plan``: the price of each rank for a model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..batch import in_mode, undisturbed
 from ..model.arguments import as_config, check_model, check_plain
 from ..model.config import LoRAConfig
-from ..model.inject import apply_lora, remove_lora
+from ..model.inject import apply_lora, undo_injection
 from ..modules import unwrap
 from ..projection import shown
+from ..quant import PackedLayer, quantised_weight
 from .count import count_adapter, count_frozen
 from .measure import Step, frozen
 from .record import FrozenCosts, Plan, Price
@@ -60,8 +62,21 @@ def plan(
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
     costs, layers, prices = counted(inner, ranks, config)
-    found = Plan(type(inner).__name__, layers, costs, prices)
+    found = Plan(type(inner).__name__, layers, costs, prices, notes=_notes(inner))
     return measured(found, inner, config, batch, rounds, progress) if rounds else found
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    """That the model is dense, where its config says that it is quantised."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    packed = any(isinstance(quantised_weight(each), PackedLayer) for each in model.modules())
+    if config is None or packed:
+        return ()
+    read = config.get if isinstance(config, Mapping) else partial(getattr, config)
+    return (
+        f"its config says that it is quantised ({read('quant_method', None)}), and it is dense "
+        "here: so are the time and what is kept; what trains and the file are the same",
+    )
 
 
 def counted(
@@ -123,7 +138,7 @@ def _side(model: nn.Module, batch: Any, config: LoRAConfig, price: Price | None)
             stack.enter_context(frozen(model, batch))
         else:
             apply_lora(model, replace(config, r=price.r))
-            stack.callback(remove_lora, model)
+            stack.callback(undo_injection, model)
         yield
         model.zero_grad()
 

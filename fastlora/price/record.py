@@ -12,11 +12,12 @@ _COPIES_IN_TRAINING = 4
 
 @dataclass(frozen=True)
 class Price:
-    """What an adapter of rank ``r`` costs.
+    """What an adapter of rank ``r`` costs, with the biases and modules that train in full.
 
     * ``parameters``: how many train;
-    * ``bytes``: of these parameters, which is the size of an adapter's file;
+    * ``bytes``: of these parameters;
     * ``flops``: for a token, forward and backward, beside the frozen model's;
+    * ``file_bytes``: the size of ``adapter_model.safetensors``;
     * ``kept_bytes``: for a token, what a forward keeps until the backward, without parameters;
     * ``step``: the time of forward and backward over the frozen model's, lower quartile, median
       and upper quartile of measurements in pairs.
@@ -28,6 +29,7 @@ class Price:
     parameters: int
     bytes: int
     flops: int
+    file_bytes: int
     kept_bytes: float | None = None
     step: tuple[float, float, float] | None = None
 
@@ -101,7 +103,7 @@ class Plan:
             f"{price.r}",
             f"{price.parameters:,}",
             f"{100 * price.parameters / self.frozen.parameters:.2f}",
-            f"{price.bytes / _MIB:.1f}",
+            f"{price.file_bytes / _MIB:.1f}",
             f"{price.training_bytes / _MIB:.1f}",
             f"{100 * price.flops / self.frozen.flops:.1f}",
             kept,

@@ -16,6 +16,7 @@ from vendor_layers import quantised
 
 import fastlora
 from fastlora.__main__ import main
+from fastlora.price.load import plan_of
 from fastlora.price.measure import Step, frozen
 
 
@@ -56,7 +57,67 @@ def test_counts_are_those_of_apply_lora(tmp_path, dtype):
         assert price.bytes == sum(p.numel() * p.element_size() for p in trained)
         fastlora.save_adapter(model, tmp_path / str(price.r))
         file = tmp_path / str(price.r) / "adapter_model.safetensors"
-        assert 0 <= file.stat().st_size - price.bytes < 1000  # the header
+        assert file.stat().st_size == price.file_bytes
+
+
+TRAINED = {
+    "modules": {"modules_to_save": ["lm_head", "ln_f"]},
+    "biases": {"bias": "all"},
+    "own biases": {"bias": "lora_only", "target_modules": ["c_attn"], "rank_pattern": {"0": 3}},
+    "both": {"bias": "all", "modules_to_save": ["wte", "ln_1"], "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_trains_in_full_is_counted(name, dtype, tmp_path):
+    sizes = {"vocab_size": 65, "n_positions": 16, "n_embd": 24, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(dtype)
+    config = fastlora.LoRAConfig(**{"target_modules": "all-linear", "r": 5} | TRAINED[name])
+    (price,) = fastlora.plan(model, [5], config=config, rounds=0).prices
+    fastlora.apply_lora(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert price.parameters == sum(p.numel() for p in trained)
+    ids = torch.arange(12)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [each[key] for each in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    tensors = [*trained, *(p.grad for p in trained), *moments]
+    assert price.training_bytes == sum(tensor.nbytes for tensor in tensors)
+    fastlora.save_adapter(model, tmp_path)
+    assert price.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+
+
+def test_flops_of_what_trains_in_full_are_those_of_its_gradient():
+    plain, full = (
+        fastlora.plan(
+            Net(),
+            [4],
+            config=fastlora.LoRAConfig(target_modules=["first"], modules_to_save=saved),
+            rounds=0,
+        ).prices[0]
+        for saved in (None, ["last"])
+    )
+    assert full.flops - plain.flops == 2 * 40 * 8
+
+
+def test_a_tied_head_that_trains_is_tied_again():
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(1))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    config = fastlora.LoRAConfig(target_modules="all-linear", modules_to_save=["lm_head"])
+    fastlora.plan(model, [2], config=config, rounds=1)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_dense_model_of_a_quantised_config_says_so(tmp_path):
+    config = tiny_config(1)
+    config.save_pretrained(tmp_path / "dense")
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    found = plan_of(str(tmp_path), [2], rounds=0)
+    assert "quantised (bitsandbytes), and it is dense here" in str(found)
+    assert found.prices == plan_of(str(tmp_path / "dense"), [2], rounds=0).prices
 
 
 def test_flops_are_those_that_torch_counts():
