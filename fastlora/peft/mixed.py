@@ -12,15 +12,31 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from ..backends.products import are_wide
 from ..frozen import fits
 from ..mapping import AdapterMapping
 from ..modules import some
 from ..ops import multi_lora_linear
-from ..projection import Adapter, Base
+from ..projection import Adapter, Base, is_plain
 from ..quant import PackedLayer
 from .reading import read_adapter, read_base
 
 _NONE = "__base__"  # PEFT's name for no adapter
+
+
+_FEW = 64  # rows in all; up to here PEFT's loop is the fastest on a CPU
+
+
+def is_peft_s(layer: LoraLayer, x: Tensor) -> bool:
+    """Whether few rows of a mixed batch on a CPU, as in generation, are PEFT's at first sight.
+
+    To read n adapters costs more there than PEFT's loop, but for a weight that is packed, or whose
+    16 bits the CPU multiplies slowly.
+    """
+    if layer.training or not is_plain(x) or not x.is_cpu or x.numel() > _FEW * layer.in_features:
+        return False
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    return is_plain(weight) and weight.dtype == x.dtype and not are_wide(x)
 
 
 class MixedReading(NamedTuple):

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel as PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -36,7 +37,7 @@ class LoraModel(PeftModel):
             finally:
                 self.training = training
             stack.callback(hooks.__exit__, None, None, None)  # an error or not
-            if names is not None:
+            if names is not None and torch.is_grad_enabled():  # else there is no backward
                 stack.enter_context(_carried(self, list(names)))
             yield
 

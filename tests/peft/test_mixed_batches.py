@@ -66,7 +66,8 @@ def mixed_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [llama, gemma3, gpt2], ids=lambda make: make.__name__)
-def test_evaluation_and_generation_are_peft_s(make, mixed_calls):
+def test_evaluation_and_generation_are_peft_s(make, mixed_calls, monkeypatch):
+    monkeypatch.setattr(mixed, "_FEW", 0)
     theirs = many(make())
     ours = optimized(theirs)
     layers = sum(layer.fast for layer in fastlora.coverage(ours).layers)
@@ -83,6 +84,18 @@ def test_evaluation_and_generation_are_peft_s(make, mixed_calls):
             ]
             assert torch.equal(*tokens)
     assert len(mixed_calls) == layers * 9  # prefill and 3 steps, twice
+
+
+def test_few_rows_in_evaluation_are_peft_s(mixed_calls):
+    theirs = mlp()
+    ours = optimized(theirs)
+    for samples, nodes in ((12, 0), (13, 2)):  # of 5 rows
+        names = (NAMES * 4)[:samples]
+        y = ours(rows(samples), adapter_names=names)
+        torch.testing.assert_close(y, theirs(rows(samples), adapter_names=names))
+        assert mixed_calls == [3] * nodes
+    ours.train()(rows(), adapter_names=NAMES)
+    assert mixed_calls == [3] * 4
 
 
 def gradients_of(model: nn.Module, x: torch.Tensor, names: list[str] | None) -> dict:
