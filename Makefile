@@ -42,7 +42,7 @@ clean: ## Remove the virtual environment, the converted model and everything tha
 
 # A stamp for each set of extras, made anew when the package's description changes.
 .venv/%: pyproject.toml setup.py | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --editable '.[$*]'
+	.venv/bin/python -m pip install --quiet --no-compile --editable '.[$*]'
 	@touch $@
 
 .venv/bin/python:

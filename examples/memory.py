@@ -1,51 +1,35 @@
-"""What one side's training needs of memory, in a process of its own, when no other runs."""
+"""What one side's training needs of memory: of its own process, or on the GPU."""
 
-import contextlib
-import io
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from train_one import load, make_trainer
-from transformers import AutoTokenizer, Trainer
+from transformers import Trainer
 
 from fastlora.price.measure import Step
 
-STEPS = 2  # the second has all that any later one has: activations, gradients, AdamW's moments
 
+class Growth:
+    """What is added from here on, at its peak: to a GPU's allocations, or to what this process has
+    resident.  Only Linux tells the latter: there the kernel's high-water mark can be reset."""
 
-def main(run: SimpleNamespace) -> dict:
-    run.steps = STEPS
-    with contextlib.redirect_stdout(io.StringIO()):  # the training has said it all
-        trainer = make_trainer(load(AutoTokenizer, run), run)
-    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
-    trainer.evaluate()  # reads the weights from the disk, which are not to count
-    return {
-        "weights_resident": bytes_of_weights(trainer.model),
-        "peak_memory_growth": peak_memory_growth(trainer.train, run.device),
-        "kept_for_backward": bytes_kept_for_backward(trainer),
-    }
+    def __init__(self, device: str) -> None:
+        self.on_gpu, self.known = device == "cuda", True
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = of_process("VmRSS")
+        except OSError:
+            self.known = False
 
-
-def peak_memory_growth(train: Callable, device: str) -> int | None:
-    """How much it adds at its peak: to a GPU's allocations, or to what this process has resident.
-
-    Only Linux tells the latter: there the kernel's high-water mark can be reset.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = of_process("VmRSS")
-    train()
-    return of_process("VmHWM") - before
+    def bytes(self) -> int | None:
+        if not self.known:
+            return None
+        peak = torch.cuda.max_memory_allocated() if self.on_gpu else of_process("VmHWM")
+        return peak - self.before
 
 
 def of_process(name: str) -> int:

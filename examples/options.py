@@ -17,7 +17,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # Other defaults with --experts: the model starts from nothing, and PEFT drops no expert's input.
 OF_EXPERTS = {
     "target": "q_proj,k_proj,v_proj,o_proj", "rank": 8, "dropout": 0.0, "lr": 3e-3,
-    "dtype": "float32",
+    "dtype": "float32", "steps": 16,
 }  # fmt: skip
 # Four models train in turn: fewer steps.
 OF_QUANTISED = {"steps": 6}
@@ -41,7 +41,7 @@ def parse_options(description: str) -> Namespace:
     add("--target", type=target, default=ATTENTION_AND_MLP, metavar="NAMES", help=names)
     add("--rank", type=count, default=16, help="r; lora_alpha is twice that (%(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.05, help="adapter's input (%(default)s)")
-    add("--steps", type=count, default=16, help="optimizer steps (%(default)s)")
+    add("--steps", type=count, default=8, help="optimizer steps (%(default)s)")
     add("--batch", type=count, default=4, help="rows a step (%(default)s)")
     add("--seq-len", type=number(int, 8), default=256, help="tokens a row (%(default)s)")
     add("--lr", type=number(float, 0), default=3e-4, help="AdamW's learning rate (%(default)s)")
