@@ -15,7 +15,7 @@ from ..ops import dora_linear, dora_norm, lora_linears
 from ..ops.functional import run
 from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
-from .mixed import is_peft_s, mixed_forward
+from .mixed import mixed_forward
 from .moment import why_not_now
 from .reading import Glance, Reading, active_adapters, glance, read
 
@@ -41,8 +41,6 @@ def call(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """A layer's forward: the fast one, or PEFT's, which is ``theirs``."""
-    if kwargs.keys() == _MIXED and is_peft_s(layer, x):
-        return theirs(x, *args, **kwargs)
     names = active_adapters(layer)
     alone = layer.disable_adapters or layer.merged or not names  # the base layer's call
     if not (alone or args or kwargs or why_not_now()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.products import are_wide
 from ..frozen import fits
-from ..mapping import AdapterMapping
+from ..mapping import AdapterMapping, Share
 from ..modules import some
 from ..ops import multi_lora_linear
 from ..projection import Adapter, Base, is_plain
@@ -24,19 +24,7 @@ from .reading import read_adapter, read_base
 _NONE = "__base__"  # PEFT's name for no adapter
 
 
-_FEW = 64  # rows in all; up to here PEFT's loop is the fastest on a CPU
-
-
-def is_peft_s(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether few rows of a mixed batch on a CPU, as in generation, are PEFT's at first sight.
-
-    To read n adapters costs more there than PEFT's loop, but for a weight that is packed, or whose
-    16 bits the CPU multiplies slowly.
-    """
-    if layer.training or not is_plain(x) or not x.is_cpu or x.numel() > _FEW * layer.in_features:
-        return False
-    weight = layer._modules["base_layer"]._parameters.get("weight")
-    return is_plain(weight) and weight.dtype == x.dtype and not are_wide(x)
+_FEW = 64  # rows in all
 
 
 class MixedReading(NamedTuple):
@@ -63,6 +51,8 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     find = _mapping if in_mode else _kept_mapping
     used, mapping = find(tuple(names), tuple(own))
+    if _are_few(layer, x) and not in_mode:
+        return _few_rows(layer, x, used, mapping.on(x.device).shares)
     reading = read_mixed(layer, used) if used else MixedReading("it is the base layer's call")
     if reading.base is None or not fits(x, reading.base.weight):
         return None
@@ -76,6 +66,45 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
         )
 
     return run(x) if reading.packed is None else reading.packed.call(x, run)
+
+
+def _are_few(layer: LoraLayer, x: Tensor) -> bool:
+    """Whether these are few rows in evaluation on a CPU, as in generation.
+
+    To read n adapters costs more there than their products.  But a packed weight, or one whose 16
+    bits the CPU multiplies slowly, the node multiplies faster.
+    """
+    if layer.training or not is_plain(x) or not x.is_cpu or x.numel() > _FEW * layer.in_features:
+        return False
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    return is_plain(weight) and weight.dtype == x.dtype and not are_wide(x)
+
+
+def _few_rows(
+    layer: LoraLayer, x: Tensor, names: Sequence[str], shares: Sequence[Share]
+) -> Tensor | None:
+    """PEFT's loop, which calls all modules, with rows that were sorted once a batch."""
+    if any([name in layer.lora_variant for name in names]):
+        return None
+    modules = layer._modules
+    lora_a, lora_b, dropouts, y = (
+        modules["lora_A"]._modules,
+        modules["lora_B"]._modules,
+        modules["lora_dropout"]._modules,
+        modules["base_layer"](x),
+    )
+    for adapter, items, _ in shares:
+        name, scale = names[adapter], layer.scaling[names[adapter]]
+        own = x[items] if isinstance(items, slice) else x.index_select(0, items)
+        own = own.to(lora_a[name].weight.dtype)
+        change = lora_b[name](lora_a[name](dropouts[name](own)))
+        if change.dtype != y.dtype or isinstance(scale, Tensor):
+            change, scale = (change * scale).to(y.dtype), 1.0
+        if isinstance(items, slice):
+            y[items].add_(change, alpha=scale)
+        else:
+            y.index_add_(0, items, change, alpha=scale)
+    return y
 
 
 def read_mixed(layer: LoraLayer, names: Sequence[str]) -> MixedReading:

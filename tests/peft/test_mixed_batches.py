@@ -86,16 +86,22 @@ def test_evaluation_and_generation_are_peft_s(make, mixed_calls, monkeypatch):
     assert len(mixed_calls) == layers * 9  # prefill and 3 steps, twice
 
 
-def test_few_rows_in_evaluation_are_peft_s(mixed_calls):
-    theirs = mlp()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_few_rows_in_evaluation_are_no_node(dtype, mixed_calls):
+    """Also of adapters in another dtype, with a bias, a hook, and a scaling that is a tensor."""
+    theirs = mlp(b={"lora_bias": True})
+    for name, parameter in theirs.named_parameters():
+        parameter.data = parameter.data.to(dtype if ".lora_" in name else parameter.dtype)
     ours = optimized(theirs)
-    for samples, nodes in ((12, 0), (13, 2)):  # of 5 rows
-        names = (NAMES * 4)[:samples]
-        y = ours(rows(samples), adapter_names=names)
-        torch.testing.assert_close(y, theirs(rows(samples), adapter_names=names))
-        assert mixed_calls == [3] * nodes
-    ours.train()(rows(), adapter_names=NAMES)
-    assert mixed_calls == [3] * 4
+    for layer in (model.base_model.model.up for model in (theirs, ours)):
+        layer.scaling["a"] = torch.tensor(0.75)  # as PEFT's hotswapping makes it
+        layer.lora_B["c"].register_forward_hook(lambda *call: 2 * call[-1])
+    for names in (NAMES * 3, sorted(NAMES * 3)):  # 60 rows
+        y = ours(rows(12), adapter_names=names)
+        torch.testing.assert_close(y, theirs(rows(12), adapter_names=names))
+    assert not mixed_calls
+    optimized(mlp())(rows(13), adapter_names=(NAMES * 4)[:13])
+    assert mixed_calls == [3, 3]
 
 
 def gradients_of(model: nn.Module, x: torch.Tensor, names: list[str] | None) -> dict:
