@@ -90,7 +90,9 @@ def test_no_further_from_the_truth_than_peft(settings, dtype, adapter_dtype, fas
         assert our.dtype == their.dtype, name
         assert our.shape == their.shape, name
         error, their_error = ((t.double() - truth[name]).norm() / size for t in (our, their))
-        assert error <= 2 * their_error + 2 * torch.finfo(our.dtype).eps, (name, error, their_error)
+        units = 4 if our.dtype == torch.float64 else 2  # of which the truth itself has two
+        allowed = 2 * their_error + units * torch.finfo(our.dtype).eps
+        assert error <= allowed, (name, error, their_error)
 
 
 def test_the_report_before_and_after():
