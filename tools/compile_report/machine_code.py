@@ -90,7 +90,7 @@ def chained_products(ttir: str) -> int:
             found += product[2] in sums
             if product[2] in carried | sums:
                 sums.add(product[1])
-        if re.sub(r" loc\(.*", "", line).endswith("{"):
+        if line.endswith("{"):
             scopes.append((set(re.findall(r"(%\S+) = ", line.partition("iter_args")[2])), set()))
     return found
 
