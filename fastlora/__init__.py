@@ -15,7 +15,6 @@ from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
-from .moved import keep_old_places
 from .ops import lora_grouped, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
 from .peft.coverage import coverage
@@ -25,8 +24,6 @@ from .projection import Projection
 from .report import Coverage
 from .trials.search import sweep
 from .version import __version__
-
-keep_old_places()
 
 __all__ = [
     "AdapterMapping",

@@ -25,7 +25,7 @@ import torch
 from device import DEVICE
 
 import fastlora
-from fastlora.backends import grouped, products
+from fastlora.backends import products
 
 
 @pytest.fixture(autouse=True)
@@ -41,25 +41,11 @@ def backend(request):
         yield request.param
 
 
-GROUPED_MM = getattr(torch.nn.functional, "grouped_mm", None)
-
-
-def careless_grouped_mm(left, right, *, offs):
-    """torch's, that leaves anything where its kernels write nothing, or anything."""
-    out = GROUPED_MM(left, right, offs=offs)
-    if right.dim() == 3:
-        return out.masked_fill_((torch.arange(len(out)) >= offs[-1]).unsqueeze(1), torch.nan)
-    return out.masked_fill_((offs.diff(prepend=offs[:1] * 0) == 0).view(-1, 1, 1), torch.nan)
-
-
-@pytest.fixture(params=["in-turn", "at-once", "triton"])
-def way(request, monkeypatch):
-    """Experts run one after the other, all at once, or as the Triton backend runs them."""
-    at_once = {"in-turn": False, "at-once": True}.get(request.param)
-    monkeypatch.setattr(grouped, "FORCED", at_once)
-    monkeypatch.setattr(torch.nn.functional, "grouped_mm", careless_grouped_mm)
+@pytest.fixture(params=["torch", "triton"])
+def way(request):
+    """Experts run on this backend."""
     place = nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
-    with fastlora.use_backend("torch" if request.param != "triton" else "triton"), place:
+    with fastlora.use_backend(request.param), place:
         yield request.param
 
 

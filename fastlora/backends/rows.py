@@ -423,16 +423,6 @@ def _through_lora_a(
     return cast(d_lora_a, lora_a.dtype)
 
 
-def dropped(x: Tensor, mask: DropoutMask | None, out: Tensor | None = None) -> Tensor:
-    """mask ∘ x, [S, K]."""
-    if mask is None:
-        return x
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    for first, x_rows, out_rows in _blocks(x, out):
-        mask.drop(first, (x_rows, out_rows))
-    return out
-
-
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
     step = rows_at_a_time(x)

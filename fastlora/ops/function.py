@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Settings
 from ..formats.format import Quantised
-from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
+from ..projection import Adapter, Base, Output, unflatten
 from .call import are_batched, gradients_of, kept, run_backward, run_forward, stand_in
 
 _ARGUMENTS = 2  # seeds and settings, before the inputs
@@ -50,10 +50,8 @@ class LoRALinearFunction(torch.autograd.Function):
             inputs[0] = stand_in(inputs[1], ctx.shape, ctx.dtype)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
-                inputs[0] = torch.zeros_like(inputs[0], requires_grad=needs[0])
+                inputs[0] = unread(inputs[0], needs[0], hs)
             gradients = differentiable(dys, inputs, needs, seeds, settings)
-            if not has_x:
-                gradients = _with_those_of_lora_b(gradients, dys, hs, inputs, needs, settings)
         else:
             gradients = run_backward(dys, inputs, hs, needs, seeds, settings)
         return None, None, *gradients
@@ -99,45 +97,11 @@ def cast_output(output: Output[Tensor], dtype: torch.dtype) -> Output[Tensor]:
     )
 
 
-def _with_those_of_lora_b(
-    gradients: Sequence[Tensor | None],
-    dys: Sequence[Tensor | None],
-    hs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    settings: Settings,
-) -> list[Tensor | None]:
-    """The gradients, with dyᵀ h for each lora_b, from the h that was kept where x wasn't.
-
-    No gradient of theirs reaches x.
-    """
-    dx, *flat = gradients
-    of_outputs = unflatten(flat, settings.layouts)
-    outputs = unflatten(inputs[1:], settings.layouts)
-    wanted, found = unflatten(needs[1:], settings.layouts), []
-    per_output = zip(of_outputs, dys, per_adapter(hs, outputs), outputs, wanted, strict=True)
-    for (base, of_adapters), dy, thin, output, need in per_output:
-        of_lora_b = [
-            gradient_of_lora_b(dy, h, adapter.lora_b)
-            if wants.lora_b and dy is not None and h is not None
-            else None
-            for h, adapter, wants in zip(thin, output.adapters, need.adapters, strict=True)
-        ]
-        changed = [a._replace(lora_b=g) for a, g in zip(of_adapters, of_lora_b, strict=True)]
-        found.append(Output(base, tuple(changed)))
-    return [dx, *flatten(found, settings.layouts)]
-
-
-def gradient_of_lora_b(dy: Tensor, h: Tensor, lora_b: Tensor) -> Tensor:
-    """dyᵀ h by torch's own operations, whose own gradient is refused."""
-    gradient = (dy.reshape(-1, dy.shape[-1]).T @ h.to(dy.dtype)).to(lora_b.dtype)
-    if gradient.requires_grad:
-        gradient.register_hook(_refuse)
-    return gradient
-
-
-def _refuse(_) -> None:
-    raise NotImplementedError(
-        "gradients of lora_b's gradient need x, which isn't kept where lora_a and weight are "
-        "frozen: let lora_a require gradients"
-    )
+def unread(x: Tensor, needs_x: bool, hs: Sequence[Tensor | None]) -> Tensor:
+    """Zeros of x's shape, for a textbook backward without the gradients that read x."""
+    if any(h is not None for h in hs):
+        raise NotImplementedError(
+            "gradients of gradients, and for many dys at once, need x, which isn't kept where "
+            "lora_a and weight are frozen: let lora_a require gradients"
+        )
+    return torch.zeros_like(x, requires_grad=needs_x)

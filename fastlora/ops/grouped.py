@@ -45,9 +45,8 @@ def lora_grouped(
 
     Beside its arguments the call keeps only h [S, r], and 8 bytes of seed with dropout.  Neither
     lora_b lora_a nor a gradient of a frozen weight is ever formed.  On a GPU nothing is read
-    on the host; but where the weight or the bias trains, or the backend is ``torch``, and torch has
-    no kernel for ``grouped_mm`` (it has one for bfloat16 on Hopper and Blackwell, K and N multiples
-    of 8), the offsets are, once in a forward and once in a backward.
+    on the host; but where the weight or the bias trains, or the backend is ``torch``, the offsets
+    are, once in a forward and once in a backward.
 
     Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula, which
     reads the offsets on the host.  x can't be nested.

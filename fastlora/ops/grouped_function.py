@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Settings
-from ..projection import Output, flatten, unflatten
+from ..projection import unflatten
 from ..segments import Segments
 from .call import are_batched, gradients_of, kept, run_grouped, run_grouped_backward, stand_in
-from .function import gradient_of_lora_b
+from .function import unread
 
 _ARGUMENTS = 3  # seeds, settings and offsets, before the inputs
 
@@ -45,11 +45,8 @@ class LoRAGroupedFunction(torch.autograd.Function):
             x = stand_in(tensors[0], ctx.shape, ctx.dtype)
         if torch.is_grad_enabled() or are_batched([dy]):
             if not has_x:
-                x = torch.zeros_like(x, requires_grad=needs[0])
+                x = unread(x, needs[0], [h])
             gradients = _differentiable(dy, [x, *tensors], segments, needs, seeds, settings)
-            if not has_x and h is not None:
-                of_lora_b = _gradients_of_lora_b(dy, tensors, segments, h, settings)
-                gradients = _with_lora_b(gradients, of_lora_b, settings)
         else:
             h = x.new_empty(len(x), 0) if h is None else h
             gradients = run_grouped_backward(dy, [x, *tensors], segments, h, needs, seeds, settings)
@@ -82,22 +79,3 @@ def _differentiable(
     if not y.requires_grad:
         return [None] * len(inputs)
     return gradients_of([y], inputs, needs, [dy], create_graph)
-
-
-def _gradients_of_lora_b(
-    dy: Tensor, tensors: Sequence[Tensor], segments: Segments, h: Tensor, settings: Settings
-) -> Tensor:
-    """dyᵀ h of each expert, from the h that was kept where x wasn't.  None of it reaches x."""
-    (output,) = unflatten(tensors, settings.layouts)
-    lora_b = output.adapters[0].lora_b
-    slices = enumerate(segments.slices(len(h)))
-    return torch.stack([gradient_of_lora_b(dy[rows], h[rows], lora_b[e]) for e, rows in slices])
-
-
-def _with_lora_b(
-    gradients: Sequence[Tensor | None], of_lora_b: Tensor, settings: Settings
-) -> list[Tensor | None]:
-    dx, *flat = gradients
-    ((base, (of_adapter,)),) = unflatten(flat, settings.layouts)
-    changed = Output(base, (of_adapter._replace(lora_b=of_lora_b),))
-    return [dx, *flatten([changed], settings.layouts)]

@@ -4,9 +4,11 @@ import pytest
 import torch
 from device import DEVICE
 from experts import call, check_against_oracle, ends_of, make_experts, make_rows
+from torch.nn import functional
 
 import fastlora
-from fastlora.backends import Settings, find_backend, grouped
+from fastlora.backends import Settings, find_backend
+from fastlora.backends.triton import grouped
 from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.ops.experts import lora_experts
@@ -34,7 +36,7 @@ def with_grouped_mm(monkeypatch):
         nobody = x.new_ones(len(x), dtype=torch.int32).cumsum(0) > offs[-1:]
         return out.masked_fill_(nobody.unsqueeze(1), torch.nan)
 
-    monkeypatch.setattr(grouped, "FORCED", True)
+    monkeypatch.setattr(grouped, "_has_kernel", lambda device: True)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", careless)
 
 
@@ -118,3 +120,46 @@ def test_more_experts_than_a_grid_has_room_for_run_on_torch():
     outputs = [Output(Base(torch.empty(2**16 - 1, 1, 1), None))]
     reason = find_backend("triton").why_not(torch.float32, torch.device(DEVICE), outputs)
     assert "65534 experts" in reason
+
+
+def weight_of(n: int = 16, k: int = 8, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(3, n, k).to(dtype)
+
+
+LIMITS = {
+    "float32": (weight_of(), True),
+    "bfloat16": (weight_of(dtype=torch.bfloat16), True),
+    "float16": (weight_of(dtype=torch.float16), True),
+    "float64": (weight_of(dtype=torch.float64), False),
+    "transposed": (weight_of().mT.contiguous().mT, True),
+    "one-for-all": (weight_of()[:1].expand(3, 16, 8), True),
+    "odd-n": (weight_of(n=15), False),
+    "odd-k": (weight_of(k=7), False),
+    "4-features-of-16-bits": (weight_of(k=4, dtype=torch.bfloat16), False),
+    "every-second-feature": (weight_of(k=16)[..., ::2], False),
+    "odd-stride": (weight_of(k=9)[..., :8], False),
+    "odd-stride-between-experts": (torch.randn(3 * 129).as_strided((3, 16, 8), (129, 8, 1)), False),
+    "odd-address": (torch.randn(3 * 128 + 1)[1:].view(3, 16, 8), False),
+    "1024-experts": (torch.randn(1024, 8, 8), False),
+    "rows-that-overlap": (torch.randn(3, 16, 1).expand(3, 16, 8), False),
+}
+
+
+@pytest.mark.parametrize(("weight", "fits"), LIMITS.values(), ids=LIMITS)
+def test_limits_of_grouped_mm(weight, fits):
+    """What we take, torch takes: the products that a call makes of the weight, and no error."""
+    x = torch.randn(5, weight.shape[2], dtype=weight.dtype)
+    assert grouped._takes(x, weight) is fits
+    if fits:
+        functional.grouped_mm(x, weight.mT, offs=ends_of([1, 1, 3]))
+        functional.grouped_mm(x @ weight[0].T, weight, offs=ends_of([1, 1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("version", "hip", "has"), [((8, 0), None, False), ((9, 0), None, True), ((10, 0), None, True),
+                                ((12, 0), None, False), ((9, 4), "7.0", False)],
+)  # fmt: skip
+def test_which_gpus_have_a_kernel(version, hip, has, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert grouped._has_kernel.__wrapped__(torch.device("cuda", 0)) is has

@@ -215,22 +215,13 @@ def test_gradients_for_many_dys_at_once(p):
         torch.testing.assert_close(gradient, torch.stack([each[i] for each in single]))
 
 
-def test_gradient_of_dx_where_x_is_not_kept():
-    """With lora_a and weight frozen: dx and d lora_b are right, and x is asked for in words."""
-    x, experts = make_rows(10, 8, torch.float64), make_experts(3, 8, 8, 2, torch.float64)
+def test_a_gradient_of_dx_where_x_is_not_kept_is_an_error():
+    """It is not where lora_a and weight are frozen, and the gradient of lora_b reads it."""
+    x, experts = make_rows(10, 8, torch.float32), make_experts(3, 8, 8, 2, torch.float32)
     experts.lora_a.requires_grad_(False)
-    offsets, dy = ends_of([4, 0, 5]), torch.randn(10, 8, dtype=torch.float64)
-    found = []
-    for run in (fastlora.lora_grouped, fastlora.reference.lora_grouped):
-        y = run(x, *experts[:3], offsets, scale=0.5)
-        dx, d_lora_b = torch.autograd.grad(y, [x, experts.lora_b], dy, create_graph=True)
-        found.append([dx, d_lora_b, torch.autograd.grad(dx.square().sum(), experts.lora_b)[0]])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    y = fastlora.lora_grouped(x, *experts[:3], offsets)
-    (d_lora_b,) = torch.autograd.grad(y.square().sum(), experts.lora_b, create_graph=True)
+    y = call(x, experts, ends_of([4, 0, 5]))
     with pytest.raises(NotImplementedError, match="let lora_a require gradients"):
-        d_lora_b.sum().backward()
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
 @dropouts
