@@ -56,8 +56,18 @@ def test_a_table_is_what_its_command_prints(page, command, table):
 
 def test_there_are_tables():
     pages = [page.name for page, _, _ in TABLES]
-    assert pages.count("README.md") == 3
-    assert {"results.md", "kernels.md"} <= set(pages)
+    assert pages.count("README.md") == 1
+    assert {"results.md", "kernels.md", "blocks.md", "quantised.md", "sweep.md"} <= set(pages)
+
+
+def test_they_are_short():
+    """The README's first screen has its picture; README and docs/ keep to their budgets."""
+    text = README.read_text()
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 1000
+    assert re.findall(r"^!\[.*\]\((.*)\)$", text, re.M) == ["docs/demo.png"]
+    docs = [page.read_text() for page in PAGES if page.parent.name == "docs"]
+    assert sum(len(page.split()) for page in docs) <= 17000
 
 
 def test_the_line_of_result_is_in_the_table():
