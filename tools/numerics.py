@@ -4,7 +4,7 @@
     .venv/bin/python -m tools.numerics
 
 mmasim (arXiv 2511.10909) computes what mma.sync, wgmma and MFMA do, in which bits are cut off when
-terms are aligned.  docs/maths.md has the rows of h and y.  It takes some minutes.
+terms are aligned.  It takes some minutes.
 """
 
 from importlib.metadata import version
