@@ -1,8 +1,8 @@
 """Bytes that a forward and a backward of a layer move: fastlora and its peers, without a GPU.
 
-``python benchmarks/counted_bytes.py`` prints the README's table.  Each kernel reads or writes a
-matrix once, as if the caches held a tile until its last use and nothing from one kernel to the
-next.  A real kernel moves more: what a GPU does has to be measured there.
+``python benchmarks/counted_bytes.py`` prints the table of docs/kernels.md.  Each kernel reads or
+writes a matrix once, as if the caches held a tile until its last use and nothing from one kernel to
+the next.  A real kernel moves more: what a GPU does has to be measured there.
 
 fastlora's rows add up what its launches state about themselves, on tensors without data; tests
 compare these statements with every load and store of the kernels.  torch's own products count as

@@ -156,7 +156,8 @@ def names(tmp_path, monkeypatch):
     }
 
 
-WITH_CODE = (README, ROOT / "docs/model.md", ROOT / "docs/blocks.md")
+NAMES = ("model", "blocks", "adapters", "sweep")
+WITH_CODE = (README, *(ROOT / f"docs/{name}.md" for name in NAMES))
 BLOCKS = [(page, i) for page in WITH_CODE for i in range(9)]
 BLOCKS = [(page, i) for page, i in BLOCKS if i < len(python_blocks(page))]
 
