@@ -19,7 +19,7 @@ ORDER = [
     "reference", "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts",
     "adapted", "quantised", "layer", "expert_weight", "expert_layer", "modules", "gather",
     "classes", "beside", "report", "mlp", "batch", "model", "peft", "table", "price", "trials",
-    "trainer", "doctor", "__main__", "moved", "__init__",
+    "trainer", "doctor", "__main__", "__init__",
 ]  # fmt: skip
 # And so inside of a folder.
 ORDER_INSIDE = {
