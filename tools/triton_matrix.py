@@ -78,11 +78,13 @@ def write(rows: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--version", nargs="+", default=[*VERSIONS], metavar="X.Y.Z")
-    found = {version: row(version) for version in parser.parse_args().version}
-    rows = {version: line for version, (_, line) in found.items()}
-    print("\n".join(rows.values()))
-    write(rows)
-    sys.exit(not all(good for good, _ in found.values()))
+    good = True
+    for version in parser.parse_args().version:
+        passed, line = row(version)
+        good &= passed
+        print(line, flush=True)
+        write({version: line})
+    sys.exit(not good)
 
 
 if __name__ == "__main__":
