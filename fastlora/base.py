@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import frozen
-from .foreign import is_class
+from .foreign import is_class, is_dtensor
 from .projection import DTYPES, is_plain
 from .quant import PackedLayer, quantised_weight
 
@@ -69,7 +69,8 @@ def why_not_tensor(tensor: Tensor, ndim: int, is_part: bool = False) -> str:
     ``is_part``: it is FSDP's part between calls, which find it whole, and of torch's own class.
     """
     if not (is_plain(tensor) or is_part):
-        return f"is of class {type(tensor).__name__} (quantised?)"
+        hint = "sharded" if is_dtensor(tensor) else "quantised"
+        return f"is of class {type(tensor).__name__} ({hint}?)"
     if tensor.layout is not torch.strided:
         return f"has layout {tensor.layout}"
     if tensor.dim() != ndim and not is_part:

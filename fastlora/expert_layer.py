@@ -9,7 +9,6 @@ from .adapted import refuse_training
 from .base import tensor_of, why_not_tensor
 from .expert_weight import Adaptation, ExpertsWeight
 from .experts import ADDED, Experts, read_experts_module, run_experts, takes
-from .foreign import FULLY_SHARDED, derived_from
 from .ops.textbook import needs_textbook
 from .projection import Base, Output
 
@@ -169,8 +168,6 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     other = next((name for name in names if name not in experts.names), "")
     if other:
         return f"{other} is no weight of its experts ({', '.join(experts.names)})"
-    if derived_from(type(module), *FULLY_SHARDED):
-        return "fully_shard has it already, and would leave the adapter out: call apply_lora first"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:

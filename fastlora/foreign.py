@@ -7,6 +7,7 @@ after any import.
 # What FSDP2 and FSDP derive classes from.
 FULLY_SHARDED = ("torch.distributed.fsdp", "FSDPModule")
 FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
+DDP = ("torch.nn.parallel", "DistributedDataParallel")
 
 
 def derived_from(kind: type, package: str, name: str) -> type | None:

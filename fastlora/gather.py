@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .foreign import is_dtensor
+from .foreign import FULLY_SHARDED, derived_from, is_dtensor
 from .modules import plain_name, unwrap
 
 
@@ -26,6 +26,24 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
             part: Any = tensor
             found[key] = part.to(part.device_mesh.device_type).full_tensor()
     return found
+
+
+def copy_whole(value: Tensor, parameter: Tensor) -> None:
+    """Copy a tensor into a parameter, of which FSDP2 may have this rank's part."""
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        part: Any = parameter
+        # Every rank has the whole: none sends it to the others.
+        value = distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 give up the whole parameters that a call has left, which it would not keep."""
+    for module in model.modules():
+        if derived_from(type(module), *FULLY_SHARDED):
+            cast(Any, module).reshard()
 
 
 def _whole_state(model: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from . import frozen
 from .adapted import LoRALayer, new_adapter, own_name, refuse_training, why_weight_is_fixed
 from .base import is_conv1d, is_router, matrix_of, why_not_class, why_not_tensor
-from .foreign import FULLY_SHARDED, derived_from
 from .ops.autocast import autocast_off
 from .projection import Projection, check_settings
 from .quant import quantised_weight, vendor_of
@@ -196,8 +195,6 @@ def why_not_base(layer: nn.Module) -> str:
         return f"it is {reason}"
     if isinstance(found, str):
         return f"it is a {type(layer).__name__}: {found}"
-    if derived_from(type(layer), *FULLY_SHARDED):
-        return "fully_shard has it already, and would leave the adapter out: call apply_lora first"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     vendor = vendor_of(layer)

@@ -42,6 +42,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def inside_of(model: nn.Module, *kinds: tuple[str, str]) -> set[nn.Module]:
+    """The modules inside of FSDP's and the like, which know the parameters that they found there.
+
+    A parameter that comes later, or takes the place of another, is left out.
+    """
+    outer = (m for m in model.modules() if any(derived_from(type(m), *kind) for kind in kinds))
+    return {inner for module in outer for inner in module.modules()}
+
+
 def some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are, for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

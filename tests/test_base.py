@@ -190,7 +190,7 @@ def test_a_layer_that_fsdp2_has_already():
 
     model = nn.Sequential(nn.Linear(8, 6))
     model[0].__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
-    with refused(model, "0 can't take an adapter: fully_shard has it already"):
+    with refused(model, "0 can't take an adapter: FSDP or DDP has it already"):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
 
 

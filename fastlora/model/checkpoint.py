@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import is_conv1d
-from ..gather import is_sharded, whole_tensors, writes_files
+from ..gather import copy_whole, is_sharded, reshard, whole_tensors, writes_files
 from ..modules import lora_layers, some, unwrap
 from .adapter_config import from_peft, spell_out, to_peft
 from .arguments import check_folder, check_model
@@ -110,6 +110,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     if hasattr(model, "peft_config"):
         raise ValueError("this is a PEFT model, whose load_adapter loads it")
     check_files(path)
+    reshard(outer)
     values = read_json(path / CONFIG)
     config, version = from_peft(values, str(path / CONFIG)), values.get("peft_version")
     stored = read_header(path / WEIGHTS)
@@ -117,7 +118,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     fresh = injection is None
     if injection is None:
         check_planned(model, config, stored, path / WEIGHTS, version)
-        injection = inject_known(model, config)
+        injection = inject_known(outer, config)
     else:
         check_injection(model, injection)
     try:
@@ -128,9 +129,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
                 f"{path / WEIGHTS} gives {some(found.untied)} values of their own, but the model "
                 "shares these weights with other modules: untie them first"
             )
-        changed = [
-            key for key, here in found.brought.items() if not _same(here, found.tensors[key])
-        ]
+        brought = whole_tensors(outer, found.brought).items()
+        changed = [key for key, here in brought if not _same(here, found.tensors[key])]
         _warn_of_another_base(model, changed, path / WEIGHTS)
         _warn_of_no_numbers(found.tensors, path / WEIGHTS)
     except BaseException:
@@ -141,7 +141,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         untie(model, name_of(key))
     with torch.no_grad():
         for key, parameter in (adapter_tensors(model, injection) | found.brought).items():
-            parameter.copy_(found.tensors[key])
+            copy_whole(found.tensors[key], parameter)
     if changed:
         record_injection(model, replace(injection, has_embeddings=True))
     return outer

@@ -12,8 +12,9 @@ from ..adapted import LoRALayer, new_adapter, wide_dtype
 from ..base import matrix_of
 from ..expert_layer import LoRAExperts
 from ..expert_weight import ExpertsWeight
+from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..layer import adapted_class
-from ..modules import called, lora_layers, plain_name, some, unwrap
+from ..modules import called, inside_of, lora_layers, plain_name, some, unwrap
 from ..projection import check_switch
 from .arguments import as_config, check_model, check_plain
 from .config import LoRAConfig
@@ -85,7 +86,7 @@ def apply_lora(
     check_switch("blocks", blocks)
     config, inner = as_config(config), unwrap(model)
     check_plain(inner)
-    _inject(inner, config, every_name=True, wide_adapters=autocast_adapter_dtype)
+    _inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype)
     if frozen:
         beside.take(inner.modules())
     if blocks:
@@ -110,8 +111,15 @@ def known_targets(model: nn.Module, config: LoRAConfig) -> Targets:
 def _inject(
     model: nn.Module, config: LoRAConfig, *, every_name: bool, wide_adapters: bool
 ) -> Injection:
+    held, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
     saved = modules_to_save(model, config, every_name=every_name)
     targets = find_targets(model, config, saved, every_name=every_name)
+    for name, layer in (targets.layers | {n: e.module for n, e in targets.experts.items()}).items():
+        if layer in held:
+            raise ValueError(
+                f"{called(name)} can't take an adapter: FSDP or DDP has it already, and would "
+                "leave the adapter out: call apply_lora first"
+            )
     for name, module in saved.items():
         for key, value in module.state_dict().items():
             if not isinstance(value, Tensor):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..adapted import LoRALayer
 from ..blocks import rows_at_a_time
 from ..expert_weight import ExpertsWeight
-from ..modules import called, lora_layers, unwrap
+from ..foreign import FSDP, FULLY_SHARDED
+from ..modules import called, inside_of, lora_layers, unwrap
 from ..projection import DTYPES, check_switch
 from ..quant import vendor_of
 from ..quantised import LoRAQuantised
@@ -107,6 +108,13 @@ def _layers(model: nn.Module) -> list:
         raise ValueError(
             "the model has no LoRA layers: call fastlora.apply_lora or load_adapter first"
         )
+    held = inside_of(model, FULLY_SHARDED, FSDP)
+    for name, layer in layers:
+        if (layer.experts if isinstance(layer, ExpertsWeight) else layer) in held:
+            raise ValueError(
+                f"{called(name)} is under FSDP, which goes on with the weight that it has: merge "
+                "in a model that isn't, which fastlora.load_adapter gives what save_adapter wrote"
+            )
     return layers
 
 

@@ -55,6 +55,24 @@ def test_a_sharded_model_s_adapter_is_saved_whole(two, kind, what, tmp_path):
     assert configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("what", ["biases", "modules-to-save", "embeddings"])
+def test_a_model_that_fsdp2_shards_loads_what_was_saved(two, what, tmp_path):
+    folders, has_embeddings = [tmp_path / "alone", tmp_path / "again"], what == "embeddings"
+    fastlora.save_adapter(worker.own_model(what), folders[0], save_embedding_layers=has_embeddings)
+    two.run(worker.load_and_save, *map(str, folders), what)
+    alone, again = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert again.keys() == alone.keys()
+    assert all(again[key].equal(alone[key]) for key in alone)
+
+
+def test_what_fsdp2_and_ddp_would_leave_out_is_refused(two):
+    for merging, *applying in two.run(worker.refusals):
+        assert "q_proj is under FSDP, which goes on with the weight that it has" in merging
+        assert len(applying) == 2
+        for message in applying:
+            assert "can't take an adapter: FSDP or DDP has it already" in message
+
+
 def test_zero3_s_empty_parameters_are_refused(two, tmp_path):
     for message in two.run(worker.save_under_zero3, str(tmp_path)):
         assert "ZeRO-3 has parts of" in message

@@ -1,6 +1,7 @@
 """What a rank does in the tests of reports and files under FSDP."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -105,3 +106,36 @@ def save_under_zero3(folder: str) -> str:
     except ValueError as error:
         return str(error)
     return "saved"
+
+
+def load_and_save(folder: str, to: str, what: str) -> None:
+    """An FSDP2 model, some of whose parameters a call has left whole, loads and saves."""
+    model = own_model(what)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    fsdp2(model).eval()
+    with torch.no_grad():
+        model(input_ids=training.batch())
+    fastlora.load_adapter(model, folder)
+    model.reshard()
+    fastlora.save_adapter(model, to, save_embedding_layers=what == "embeddings")
+    torch.distributed.barrier()
+
+
+def refusals() -> list[str]:
+    """Of what FSDP2 and DDP would not notice: new adapters, and other weights."""
+    config = fastlora.LoRAConfig(target_modules=["q_proj", "lm_head"])
+    adapted, *plain = fsdp2(own_model("adapters")), fsdp2(tiny_llama()), tiny_llama()
+    plain[1] = nn.parallel.DistributedDataParallel(plain[1])
+    found = []
+    with torch.no_grad():
+        for model in (adapted, *plain):
+            model(input_ids=training.batch())
+    calls = [partial(fastlora.apply_lora, model, config) for model in plain]
+    for call in (partial(fastlora.merge_lora, adapted), *calls):
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    assert not any("lora" in name for m in plain for name, _ in m.named_parameters())
+    return found
