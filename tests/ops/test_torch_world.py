@@ -43,6 +43,7 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_as_nn_linear(dtype, dropout):
     layer, x = make_layer(dropout), torch.randn(3, 12, requires_grad=True)
+    layer.bias.data = layer.bias.to(dtype).float()  # which is added as it is where calls run wide
     with torch.autocast(DEVICE, dtype=dtype):
         y = layer(x)
         plain = nn.Linear(12, 7)(x)
