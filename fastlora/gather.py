@@ -74,6 +74,10 @@ def is_sharded(tensor: Tensor) -> bool:
     return is_flattened(tensor) or is_dtensor(tensor)
 
 
+def has_sharded(module: nn.Module) -> bool:
+    return any(map(is_sharded, module.parameters()))
+
+
 def is_flattened(tensor: Tensor) -> bool:
     """Whether it is a part of one of FSDP1's flat parameters, of whatever shape between calls."""
     return getattr(tensor, "_fsdp_flattened", False)

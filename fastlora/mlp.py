@@ -20,7 +20,7 @@ from .backends import find_backend
 from .base import tensor_of, why_not_class, why_not_tensor
 from .classes import change_class, under
 from .frozen import fits, why_not_here
-from .gather import is_sharded
+from .gather import has_sharded
 from .hooks import is_hooked
 from .modules import plain_name
 from .ops import gated_mlp
@@ -29,7 +29,7 @@ from .ops.gated import follows
 from .projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
 from .quant import SHARDED, PackedLayer, quantised_weight
 from .quantised import LoRAQuantised
-from .report import BlockCoverage
+from .report import IN_THE_CALL, BlockCoverage
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _UNKNOWN = "its forward is none that fastlora knows"
@@ -135,11 +135,8 @@ class GatedMLP(nn.Module):
             return "a hook on all modules is registered"
         return why_not_here()
 
-    def read(self, gathers: bool = False) -> Reading:
-        """Look at everything that a call would compute with.
-
-        ``gathers``: the call will find tensors whole that FSDP has sharded between calls.
-        """
+    def read(self) -> Reading:
+        """Look at everything that a call would compute with."""
         act = _name_of_act(self.plain_class.forward)
         if not act:
             return Reading(_UNKNOWN)
@@ -151,22 +148,22 @@ class GatedMLP(nn.Module):
             linear = getattr(self, name, None)
             if not isinstance(linear, nn.Module):
                 return Reading(f"its {name} is no module")
-            part = self.read_part(linear, gathers)
+            part = self.read_part(linear)
             if part.output is None:
                 return Reading(f"its {name}: {part.reason}")
             parts.append(part)
         gate, up, down = parts
         outputs = tuple([part.output for part in parts if part.output is not None])
         packed = tuple([part.packed for part in parts])
-        reason = _why_not_together(gate, up) or _why_not_fitting(outputs, packed, gathers)
+        reason = _why_not_together(gate, up) or _why_not_fitting(outputs, packed)
         if reason:
             return Reading(reason)
         return Reading("", outputs, packed, activation, max(gate.p, up.p), down.p)
 
-    def read_part(self, linear: nn.Module, gathers: bool) -> Part:
+    def read_part(self, linear: nn.Module) -> Part:
         """gate, up or down; the model is one of your own."""
         if not isinstance(linear, LoRALayer):
-            return read_frozen(linear, gathers)
+            return read_frozen(linear)
         known = (LoRALayer.forward, LoRAQuantised.forward)
         if is_hooked(linear) or type(linear).forward not in known:
             return Part("a hook watches, or something replaces, its calls")
@@ -177,7 +174,7 @@ class GatedMLP(nn.Module):
             found = linear.vendor.read(linear)
             if isinstance(found, str):
                 return Part(found)
-            if not (found.is_whole or gathers):
+            if not found.is_whole:
                 return Part(SHARDED)
             packed, projection = found, linear.projection(found)
         else:
@@ -186,13 +183,13 @@ class GatedMLP(nn.Module):
         return Part("", output, p, packed)
 
 
-def read_frozen(linear: nn.Module, gathers: bool) -> Part:
+def read_frozen(linear: nn.Module) -> Part:
     """A part that has no adapter."""
     if is_hooked(linear):
         return Part("a hook watches, or something replaces, its calls")
     found = quantised_weight(linear)
     if found is not None:
-        return _read_frozen_quantised(linear, found, gathers)
+        return _read_frozen_quantised(linear, found)
     reason = why_not_class(type(linear))
     if reason:
         return Part(f"it is {reason}")
@@ -200,7 +197,7 @@ def read_frozen(linear: nn.Module, gathers: bool) -> Part:
     if weight is None:
         return Part("its weight is computed (a parametrisation)")
     for name, tensor, ndim in (("weight", weight, 2), ("bias", bias, 1)):
-        reason = "" if tensor is None else why_not_tensor(tensor, ndim, gathers)
+        reason = "" if tensor is None else why_not_tensor(tensor, ndim)
         if reason:
             return Part(f"its {name} {reason}")
     if weight.is_meta or weight.is_inference():
@@ -208,18 +205,18 @@ def read_frozen(linear: nn.Module, gathers: bool) -> Part:
     return Part("", Output(Base(weight, bias)))
 
 
-def _read_frozen_quantised(linear: nn.Module, found: PackedLayer | str, gathers: bool) -> Part:
+def _read_frozen_quantised(linear: nn.Module, found: PackedLayer | str) -> Part:
     kind = type(linear).__name__
     if isinstance(found, str):
         return Part(f"it is a {kind}: {found}")
-    if not (found.is_whole or gathers):
+    if not found.is_whole:
         return Part(SHARDED)
     if found.rounds_input:
         return Part(f"it is a {kind} without an adapter, whose own forward rounds its input")
     if found.weight.device.type == "meta":
         return Part("its weight has no data")
     bias = tensor_of(linear, "bias")
-    reason = "" if bias is None else why_not_tensor(bias, 1, gathers)
+    reason = "" if bias is None else why_not_tensor(bias, 1)
     if reason:
         return Part(f"its bias {reason}")
     weight: Any = found.weight
@@ -262,7 +259,7 @@ def _why_not_together(gate: Part, up: Part) -> str:
 
 
 def _why_not_fitting(
-    outputs: tuple[Output[Tensor], ...], packed: tuple[PackedLayer | None, ...], gathers: bool
+    outputs: tuple[Output[Tensor], ...], packed: tuple[PackedLayer | None, ...]
 ) -> str:
     weights = [output.base.weight for output in outputs]
     dtypes = {
@@ -272,8 +269,6 @@ def _why_not_fitting(
     # One without a dtype of its own computes in x's.
     if len(dtypes - {None}) > 1 or any(w.device != weights[0].device for w in weights):
         return "its layers have different dtypes, or are on different devices"
-    if gathers:
-        return ""
     gate, up, down = (weight.shape for weight in weights)
     if gate != up or down[1] != gate[0] or 0 in (*gate, *down):
         return f"its weights have shapes {tuple(gate)}, {tuple(up)} and {tuple(down)}"
@@ -360,8 +355,9 @@ def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, GatedMLP):
-            gathers = any(map(is_sharded, module.parameters()))
-            reason = why_not_block(module) or module.why_not_now() or module.read(gathers).reason
+            reason = why_not_block(module) or module.why_not_now()
+            if not reason:
+                reason = IN_THE_CALL if has_sharded(module) else module.read().reason
         elif looks_gated(module) and any(hasattr(module._modules[n], "lora_A") for n in PARTS):
             reason = why_not_block(module) or unreached
         else:

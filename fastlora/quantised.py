@@ -34,13 +34,10 @@ class LoRAQuantised(LoRALayer):
         assert vendor is not None
         return vendor
 
-    def packed(self, gathers: bool = False) -> PackedLayer:
-        """The weight as it is now.  Raises ValueError if it can't be read.
-
-        ``gathers``: it may be sharded, since calls find it whole.
-        """
+    def packed(self) -> PackedLayer:
+        """The weight as it is now.  Raises ValueError if it can't be read."""
         found = self.vendor.read(self)
-        if not isinstance(found, str) and not (found.is_whole or gathers):
+        if not isinstance(found, str) and not found.is_whole:
             found = SHARDED
         if isinstance(found, str):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
@@ -48,7 +45,7 @@ class LoRAQuantised(LoRALayer):
 
     def projection(self, packed: PackedLayer | None = None) -> Projection:
         """What a call hands on, for a report; or with its weight, ``packed``, for that call."""
-        weight: Any = (self.packed(gathers=True) if packed is None else packed).weight
+        weight: Any = (self.packed() if packed is None else packed).weight
         return Projection(weight, self.lora_A, self.lora_B, self.bias, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,17 +10,20 @@ from .adapted import LoRALayer
 from .backends import planned_backend
 from .expert_weight import ExpertsWeight
 from .formats.format import Quantised
+from .gather import has_sharded
 from .modules import lora_layers, some
 from .projection import Output, as_outputs
 
 _BASE_ALONE = ("merged", "disabled")
+SHARDED, IN_THE_CALL = "sharded", "decided in the call"  # a plan, and its reason
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
     """One adapted layer: ``plan`` is what its next call runs on.
 
-    It is a backend's name, ``merged`` or ``disabled`` for the base layer alone, or ``eager``.
+    It is a backend's name, ``merged`` or ``disabled`` for the base layer alone, ``eager``, or
+    ``sharded`` where FSDP has a part of each tensor: the call, which finds them whole, decides.
     ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
     ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
     ``parameters`` is how many of the base's are adapted: out · in, for each expert.
@@ -39,8 +42,8 @@ class LayerCoverage:
 
     @property
     def runs_adapter(self) -> bool:
-        """Whether the call runs an adapter fast, and not the base layer alone."""
-        return self.fast and self.plan not in _BASE_ALONE
+        """Whether the call runs an adapter fast, or may, and not the base layer alone."""
+        return self.plan == SHARDED or (self.fast and self.plan not in _BASE_ALONE)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Coverage:
 
     @property
     def eager(self) -> tuple[LayerCoverage, ...]:
-        return tuple(layer for layer in self.layers if not layer.fast)
+        return tuple(layer for layer in self.layers if not (layer.fast or layer.plan == SHARDED))
 
     @property
     def share(self) -> float:
@@ -83,6 +86,9 @@ class Coverage:
     def counts(self) -> str:
         """How many layers are fast; where only some are, their share of the parameters too."""
         text = f"{len(self.fast)} of {len(self.layers)} layers fast"
+        sharded = len(self.layers) - len(self.fast) - len(self.eager)
+        if sharded:
+            text += f", {sharded} sharded"
         if self.fast and self.eager and any(layer.parameters for layer in self.layers):
             text += f", {_percent(self.share)} of the adapted parameters"
         return text
@@ -98,7 +104,7 @@ class Coverage:
         reasons: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.reason:
-                where = f"on {layer.plan}" if layer.fast else "eager"
+                where = f"on {layer.plan}" if layer.fast else layer.plan
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
@@ -126,7 +132,8 @@ class Coverage:
             if block.reason:
                 reasons.setdefault(block.reason, []).append(block.name)
         for reason, names in reasons.items():
-            lines.append(f"{len(names)} layer by layer: {some(names)}: {reason}")
+            where = SHARDED if reason == IN_THE_CALL else "layer by layer"
+            lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
         return lines
 
 
@@ -156,6 +163,8 @@ def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
     elif layer.merged:
         plan = "merged"
+    elif has_sharded(module):
+        fast, plan, reason = False, SHARDED, IN_THE_CALL
     elif isinstance(layer, ExpertsWeight):
         reason = module.read().reason
         fast, plan = not reason, "eager"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .gather import is_sharded
+from .gather import has_sharded
 from .model.arguments import check_model
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, injection_of
@@ -87,7 +87,7 @@ def _check_model(model: nn.Module) -> None:
 def _check_engine(trainer: Trainer) -> None:
     """Raise ValueError where checkpoints are the engine's, and hold the whole model."""
     engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-    sharded = trainer.is_fsdp_enabled or any(map(is_sharded, trainer.model.parameters()))
+    sharded = trainer.is_fsdp_enabled or has_sharded(trainer.model)
     if trainer.is_deepspeed_enabled or sharded:
         raise ValueError(
             f"AdapterTrainer can't save adapters alone under {engine}, whose checkpoints hold the "

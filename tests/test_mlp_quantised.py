@@ -93,7 +93,7 @@ def oracle(model: nn.Module, x: Tensor) -> list[Tensor]:
     (block,) = [m for m in model.modules() if isinstance(m, mlp.GatedMLP)]
     wide, outputs = {}, []
     for name in mlp.PARTS:
-        output = block.read_part(getattr(block, name), False).output
+        output = block.read_part(getattr(block, name)).output
         ((weight, bias), adapters) = output
         if not isinstance(weight, Tensor):
             weight = weight.dense(torch.float32)
@@ -143,7 +143,7 @@ def test_the_triton_backend_takes_them(kind):
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """Beside x and the tensors of its layers, packed ones too."""
     (block,) = [m for m in model.modules() if isinstance(m, mlp.GatedMLP)]
-    outputs = [block.read_part(getattr(block, name), False).output for name in mlp.PARTS]
+    outputs = [block.read_part(getattr(block, name)).output for name in mlp.PARTS]
     tensors = flatten(outputs, layouts_of(outputs))
     return sum(saved_bytes(lambda: model(x), apart_from=[x, *tensors]).values())
 

@@ -16,10 +16,10 @@ class Block(GatedMLP):
     def why_not_now(self) -> str:
         return why_not_now()
 
-    def read_part(self, linear: nn.Module, gathers: bool) -> Part:
+    def read_part(self, linear: nn.Module) -> Part:
         """gate, up or down, where the layer's own call would be fast."""
         if not isinstance(linear, LoraLayer):
-            return read_frozen(linear, gathers)
+            return read_frozen(linear)
         reason = why_not_swapped(linear) or ("" if is_swapped(linear) else "it isn't optimised")
         if not reason and is_hooked(linear):
             reason = "a hook watches, or something replaces, its calls"
@@ -28,7 +28,7 @@ class Block(GatedMLP):
         names = active_adapters(linear)
         if linear.disable_adapters or linear.merged or not names:
             return Part("its adapter is merged, disabled or not active")
-        reading = read(linear, names, gathers)
+        reading = read(linear, names)
         if reading.magnitude is not None:
             return Part("it is DoRA")
         return Part(reading.reason, reading.output, reading.p, reading.packed)

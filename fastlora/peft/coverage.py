@@ -33,11 +33,9 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     if version:
         return Coverage(tuple(_left_alone(name, layer, version) for name, layer in layers))
     from .mixed import mixed_notes
-    from .records import records
-    from .sharding import wrapping_notes
-    from .uncalled import encoder_notes
+    from .records import records, wrapping_notes
 
-    said = (*notes(), *wrapping_notes(layers), *encoder_notes(model), *mixed_notes(layers))
+    said = (*notes(), *wrapping_notes(layers), *mixed_notes(layers))
     return Coverage(records(model, layers, unreached), said)
 
 

@@ -69,11 +69,8 @@ def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
         layer = layer._modules["base_layer"]
 
 
-def read_experts(outermost: PeftParamWrapper, gathers: bool = False) -> ExpertsReading:
-    """Read the layers around an experts module, from the outermost one on.
-
-    ``gathers``: the call will find plain tensors where FSDP has sharded ones between calls.
-    """
+def read_experts(outermost: PeftParamWrapper) -> ExpertsReading:
+    """Read the layers around an experts module, from the outermost one on."""
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
@@ -91,7 +88,7 @@ def read_experts(outermost: PeftParamWrapper, gathers: bool = False) -> ExpertsR
     for name in experts.names:
         layer = wrappers.get(name)
         reason = "" if layer is None else _why_not_wrapper(layer, layer is outermost)
-        output = reason or _read_output(name, layer, base, experts, gathers)
+        output = reason or _read_output(name, layer, base, experts)
         if isinstance(output, str):
             return ExpertsReading(f"its {name}: {output}")
         outputs.append(output)
@@ -130,7 +127,7 @@ def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
 
 
 def _read_output(
-    name: str, layer: PeftParamWrapper | None, base: Any, experts: Experts, gathers: bool
+    name: str, layer: PeftParamWrapper | None, base: Any, experts: Experts
 ) -> Output[Tensor] | str:
     """A weight with its adapter, if it has one, stacked; or why they aren't covered."""
     weight = base._parameters.get(name)
@@ -138,21 +135,21 @@ def _read_output(
     if weight is None or (experts.has_bias and bias is None):
         return "its weight or bias is no parameter"
     for tensor, ndim in ((weight, 3), (bias, 2)):
-        reason = "" if tensor is None else why_not_tensor(tensor, ndim, gathers)
+        reason = "" if tensor is None else why_not_tensor(tensor, ndim)
         if reason:
             return f"one of its tensors {reason}"
-    if not gathers and experts.transposed:
+    if experts.transposed:
         weight = weight.mT
-    if not gathers and bias is not None and bias.shape != weight.shape[:2]:
+    if bias is not None and bias.shape != weight.shape[:2]:
         return f"its bias has shape {tuple(bias.shape)}"
-    adapter = None if layer is None else _read_adapter(layer, weight, experts, gathers)
+    adapter = None if layer is None else _read_adapter(layer, weight, experts)
     if isinstance(adapter, str):
         return adapter
     return Output(Base(weight, bias), () if adapter is None else (adapter,))
 
 
 def _read_adapter(
-    layer: PeftParamWrapper, weight: Tensor, experts: Experts, gathers: bool
+    layer: PeftParamWrapper, weight: Tensor, experts: Experts
 ) -> Adapter[Tensor] | str:
     """The layer's adapter for weight [E, out, in], stacked; or why it isn't covered."""
     (name,) = active_adapters(layer)
@@ -163,18 +160,16 @@ def _read_adapter(
         return "its lora_A or lora_B has a bias"
     down, up = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     for linear, part in ((lora_a, down), (lora_b, up)):
-        reason = "" if part is None else why_not_tensor(part, 2, gathers)
+        reason = "" if part is None else why_not_tensor(part, 2)
         if part is None or reason:
             return f"one of its tensors {reason or 'is no parameter'}"
-        reason = why_not_adapter(linear, "its adapter", part, weight, gathers)
+        reason = why_not_adapter(linear, "its adapter", part, weight)
         if reason:
             return reason
     scale = layer.scaling[name]
     reason = why_not_scale(scale)
     if reason or isinstance(scale, Tensor):
         return reason or "its scaling is a tensor"
-    if gathers:
-        return Adapter(down, up, scale)
     reverse = is_reversed(experts.transposed, layer._did_swap_in_out_features)
     count, columns, rows = layer.num_experts, layer.in_features, layer.out_features
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.products import are_wide
 from ..frozen import fits
+from ..gather import has_sharded
 from ..mapping import AdapterMapping, Share
 from ..modules import some
 from ..ops import multi_lora_linear
@@ -116,7 +117,7 @@ def read_mixed(layer: LoraLayer, names: Sequence[str]) -> MixedReading:
     for name in names:
         if layer.lora_variant and name in layer.lora_variant:
             return MixedReading(f"its adapter {name} is no plain LoRA (DoRA, …)")
-        one = read_adapter(layer, name, weight, weight.shape)
+        one = read_adapter(layer, name, weight)
         if one.adapter is None:
             return MixedReading(one.reason)
         if one.shift is not None:
@@ -146,7 +147,7 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
     """On layers whose mixed batches stay PEFT's, where a model has several adapters."""
     reasons: dict[str, list[str]] = {}
     for name, layer in layers:
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and not has_sharded(layer):
             names = list(layer._modules["lora_A"]._modules)
             reason = read_mixed(layer, names).reason if len(names) > 1 else ""
             if reason:

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 
 from ..backends import asked_backend
 from ..base import is_conv1d, tensor_of, why_not_class, why_not_tensor
-from ..gather import is_flattened
 from ..hooks import is_hooked
 from ..ops.autocast import autocast_dtype
 from ..projection import (
@@ -100,24 +99,18 @@ def glance(layer: LoraLayer, names: list[str], x: Tensor) -> Glance | None:
     return Glance(key, inputs)
 
 
-def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
-    """Read the layer for a call with these adapters, of which there is one at least.
-
-    ``gathers``: that call will find plain tensors where FSDP has sharded ones between calls.
-    """
+def read(layer: LoraLayer, names: list[str]) -> Reading:
+    """Read the layer for a call with these adapters, of which there is one at least."""
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
     modules = layer._modules
-    reason, weight, bias, packed = read_base(modules["base_layer"], gathers)
+    reason, weight, bias, packed = read_base(modules["base_layer"])
     if reason:
         return Reading(reason)
-    shape = weight.shape
-    if len(shape) != 2:  # between FSDP1's calls
-        shape = (layer.out_features, layer.in_features)
     adapters: list[Adapter[Tensor]] = []
     p, dropout = None, None
     for name in names:
-        one = read_adapter(layer, name, weight, shape, gathers)
+        one = read_adapter(layer, name, weight)
         if one.adapter is None:
             return Reading(one.reason)
         if p not in (None, one.p):
@@ -128,7 +121,7 @@ def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
         adapters.append(one.adapter)
     magnitude = None
     if layer.lora_variant:
-        reason, magnitude = _read_variant(layer, names, weight, gathers)
+        reason, magnitude = _read_variant(layer, names, weight)
         if magnitude is not None and not layer.training:
             p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
     if reason:
@@ -137,14 +130,8 @@ def read(layer: LoraLayer, names: list[str], gathers: bool = False) -> Reading:
     return Reading("", output, p or 0.0, dropout, magnitude, packed)
 
 
-def read_adapter(
-    layer: LoraLayer,
-    name: str,
-    weight: Tensor,
-    shape: tuple[int, ...],
-    gathers: bool = False,
-) -> OneAdapter:
-    """Read one adapter that the layer has; ``weight`` is that of its base, and ``shape`` whole."""
+def read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> OneAdapter:
+    """Read one adapter that the layer has; ``weight`` [out, in] is that of its base."""
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
@@ -154,24 +141,23 @@ def read_adapter(
     shift, scale = tensor_of(lora_b, "bias"), layer.scaling[name]
     dropout = modules["lora_dropout"]._modules[name]
     reason = (
-        why_not_adapter(lora_a, "its lora_A", down, weight, gathers)
-        or why_not_adapter(lora_b, "its lora_B", up, weight, gathers)
+        why_not_adapter(lora_a, "its lora_A", down, weight)
+        or why_not_adapter(lora_b, "its lora_B", up, weight)
         or ("" if tensor_of(lora_a, "bias") is None else "its lora_A has a bias")
-        or _why_not_bias("its lora_B's", shift, gathers)
-        or _why_not_fitting(shape, down, up, shift, gathers)
+        or _why_not_bias("its lora_B's", shift)
+        or _why_not_fitting(weight, down, up, shift)
         or _why_not_dropout(dropout)
         or why_not_scale(scale)
     )
     if reason:
         return OneAdapter(reason)
-    flat = shift is None or (gathers and is_flattened(shift))
-    shift = None if flat else shift * scale
+    shift = None if shift is None else shift * scale
     if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
         up, scale = up * scale, 1.0
     return OneAdapter("", Adapter(down, up, scale), shift, _rate(dropout), dropout)
 
 
-def read_base(base: nn.Module, gathers: bool = False) -> tuple[str, Any, Any, PackedLayer | None]:
+def read_base(base: nn.Module) -> tuple[str, Any, Any, PackedLayer | None]:
     """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias.
 
     Last, what else there is to know of a quantised one.
@@ -188,7 +174,7 @@ def read_base(base: nn.Module, gathers: bool = False) -> tuple[str, Any, Any, Pa
     packed = found if isinstance(found, PackedLayer) else None
     if packed is not None:
         weight: Any = packed.weight
-        if not packed.is_whole and not gathers:
+        if not packed.is_whole:
             reason = f"its base is a {kind.__name__}: {SHARDED}"
         elif weight.device.type == "meta":
             reason = "its quantised base is on the meta device"
@@ -196,17 +182,17 @@ def read_base(base: nn.Module, gathers: bool = False) -> tuple[str, Any, Any, Pa
         return f"its base is a {kind.__name__}: {found}", None, None, None
     else:
         weight = tensor_of(base, "weight")
-        if is_conv1d(kind) and weight.dim() == 2:
+        reason = _why_not_weight("its base layer", weight)
+        if is_conv1d(kind) and not reason:
             weight = weight.T
-        reason = _why_not_weight("its base layer", weight, gathers)
-    reason = reason or _why_not_bias("its base's", bias, gathers)
+    reason = reason or _why_not_bias("its base's", bias)
     if not reason and bias is not None and bias.shape != weight.shape[:1]:
-        reason = "" if gathers else _why_not_shape("its base's bias", bias, weight.shape[:1])
+        reason = _why_not_shape("its base's bias", bias, weight.shape[:1])
     return reason, weight, bias, packed
 
 
 def _read_variant(
-    layer: LoraLayer, names: list[str], weight: Tensor, gathers: bool
+    layer: LoraLayer, names: list[str], weight: Tensor
 ) -> tuple[str, DoraLinearLayer | None]:
     """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
     variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}
@@ -225,12 +211,9 @@ def _read_variant(
         return "DoRA with lora_bias", None
     if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
         return "a hook watches, or something replaces, its DoRA magnitude", None
-    plain = is_plain(magnitude.weight) or (gathers and _is_part(magnitude.weight))
-    if not plain or magnitude.weight.device != weight.device:
+    if not is_plain(magnitude.weight) or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
-    reason = ""
-    if not gathers:
-        reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
+    reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
     return reason, None if reason else magnitude
 
 
@@ -239,21 +222,7 @@ def _rate(dropout: nn.Module) -> float:
     return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def _is_part(tensor: Tensor) -> bool:
-    """Whether FSDP has a part of it, where its calls find a plain tensor."""
-    if is_flattened(tensor):
-        return True
-    if not isinstance(tensor, DTensor):
-        return False
-    # With a second dimension in its mesh, it stays sharded over that: tensor parallel.  But where
-    # the first one replicates, both are FSDP's (HSDP).
-    ndim = tensor.device_mesh.ndim
-    return ndim == 1 or (ndim == 2 and tensor.placements[0].is_replicate())
-
-
-def why_not_adapter(
-    linear: nn.Module, name: str, weight: Tensor, base: Tensor, gathers: bool
-) -> str:
+def why_not_adapter(linear: nn.Module, name: str, weight: Tensor, base: Tensor) -> str:
     if weight.device != base.device:
         return f"{name} is on {weight.device}, its base on {base.device}"
     if is_hooked(linear):
@@ -261,14 +230,13 @@ def why_not_adapter(
     # PEFT casts x to the adapter's dtype.  float32 beside 16 bits is the usual case, and covered.
     if weight.dtype not in (base.dtype, torch.float32) and weight.itemsize >= base.dtype.itemsize:
         return f"{name} is {weight.dtype}, its base {base.dtype}"
-    return _why_not_weight(name, weight, gathers)
+    return _why_not_weight(name, weight)
 
 
-def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
-    reason = why_not_tensor(weight, 2, gathers and _is_part(weight))
+def _why_not_weight(name: str, weight: Tensor) -> str:
+    reason = why_not_tensor(weight, 2)
     if reason:
-        sharded = isinstance(weight, DTensor)
-        return f"{name} is sharded (DTensor)" if sharded else f"the weight of {name} {reason}"
+        return f"the weight of {name} {reason}"
     if weight.is_meta:
         return f"{name} is on the meta device, without data"
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and weight.is_inference():
@@ -276,18 +244,16 @@ def _why_not_weight(name: str, weight: Tensor, gathers: bool) -> str:
     return ""
 
 
-def _why_not_fitting(
-    shape: tuple[int, ...], down: Tensor, up: Tensor, shift: Tensor | None, gathers: bool
-) -> str:
-    """Why these aren't an adapter of a base of this shape, [out, in]."""
-    rows, columns = shape
+def _why_not_fitting(weight: Tensor, down: Tensor, up: Tensor, shift: Tensor | None) -> str:
+    """Why these aren't an adapter of a base with weight [out, in]."""
+    rows, columns = weight.shape
     r = down.shape[0]
     if (
         down.shape == (r, columns)
         and up.shape == (rows, r)
         and (shift is None or shift.shape == (rows,))
         and rows * columns * r
-    ) or (gathers and any(map(is_flattened, (down, up)))):
+    ):
         return ""
     return (
         _why_not_shape("its lora_A", down, (r, columns))
@@ -312,8 +278,8 @@ def _why_hooked(module: nn.Module, name: str) -> str:
     return f"a hook watches, or something replaces, the calls of {name}"
 
 
-def _why_not_bias(whose: str, bias: Tensor | None, gathers: bool) -> str:
-    reason = "" if bias is None else why_not_tensor(bias, 1, gathers and _is_part(bias))
+def _why_not_bias(whose: str, bias: Tensor | None) -> str:
+    reason = "" if bias is None else why_not_tensor(bias, 1)
     return f"{whose} bias {reason}" if reason else ""
 
 

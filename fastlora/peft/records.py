@@ -1,18 +1,26 @@
 """The report on PEFT's LoRA layers."""
 
 import math
+from collections.abc import Sequence
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..backends import planned_backend
-from ..report import LayerCoverage, format_of
+from ..gather import has_sharded
+from ..hooks import is_hooked
+from ..modules import some
+from ..report import IN_THE_CALL, SHARDED, LayerCoverage, format_of
 from .experts import read_experts, wrappers_in
 from .moment import why_not_now
 from .reading import active_adapters, read
-from .sharding import Units
 from .swap import is_swapped, why_not_swapped
-from .uncalled import why_uncalled
+
+_UNCALLED = (
+    "nothing calls it: torch.nn.MultiheadAttention reads its weight, with the adapter only where "
+    "PEFT adapts all of it"
+)
 
 
 def records(
@@ -23,7 +31,8 @@ def records(
     ``unreached`` is what is said of a layer that isn't optimised; if it is empty, the answer is how
     the layer would run if it were.
     """
-    units, uncalled = Units(model), why_uncalled(model)
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    uncalled = {attention.out_proj for attention in attentions}
     outermost: dict[nn.Module, ParamWrapper] = {}  # of experts' layers
     for _, layer in layers:  # an inner one comes behind its outer one
         if isinstance(layer, ParamWrapper):
@@ -31,19 +40,15 @@ def records(
                 outermost.setdefault(each, layer)
     found = []
     for name, layer in layers:
-        reason = uncalled.get(layer) or why_not_swapped(layer)
+        reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
         reason = reason or ("" if is_swapped(layer) else unreached)
-        called = outermost.get(layer, layer)
-        found.append(_cover(name, layer, called, reason, units.gather(name, layer)))
+        found.append(_cover(name, layer, outermost.get(layer, layer), reason))
     return tuple(found)
 
 
-def _cover(
-    name: str, layer: LoraLayer, called: LoraLayer, reason: str, gathers: bool
-) -> LayerCoverage:
-    """``reason``: why its fast forward isn't called.  ``gathers``: whether FSDP gathers the
-    layer's parameters before a call.  ``called``: the layer itself, or the one around it whose call
-    is its own, too.
+def _cover(name: str, layer: LoraLayer, called: LoraLayer, reason: str) -> LayerCoverage:
+    """``reason``: why its fast forward isn't called.  ``called``: the layer itself, or the one
+    around it whose call is its own, too.
     """
     # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
@@ -55,14 +60,16 @@ def _cover(
             plan = "disabled"
         elif layer.merged:
             plan = "merged"
+        elif has_sharded(called) and not is_hooked(layer.get_base_layer()):
+            fast, plan, reason = False, SHARDED, IN_THE_CALL
         elif isinstance(called, ParamWrapper):
-            experts = read_experts(called, gathers)
+            experts = read_experts(called)
             fast, reason = not experts.reason, experts.reason
             if fast:
                 number = experts.experts.names.index(layer.parameter_name)
                 plan, reason = planned_backend([experts.outputs[number]])
         else:
-            reading = read(layer, names, gathers)
+            reading = read(layer, names)
             fast, reason = reading.output is not None, reading.reason
             if reading.output is not None:
                 plan, reason = planned_backend([reading.output])
@@ -77,6 +84,22 @@ def _cover(
         adapter=", ".join(adapters),
         parameters=_adapted_parameters(layer),
         packed=packed,
+    )
+
+
+def wrapping_notes(layers: Sequence[tuple[str, LoraLayer]]) -> tuple[str, ...]:
+    """On layers whose adapters FSDP1 wraps one by one, as PEFT's policy for it does."""
+    names = [
+        name
+        for name, layer in layers
+        if any(isinstance(part, FullyShardedDataParallel) for part in layer.lora_A.values())
+    ]
+    if not names:
+        return ()
+    return (
+        f"{some(names)}: FSDP wraps lora_A and lora_B by themselves: PEFT's fsdp_auto_wrap_policy "
+        "does, and transformers' Trainer takes it for every PEFT model.  FSDP2 (in fsdp_config "
+        '"version": 2) doesn\'t, nor does a policy of whole blocks with use_orig_params=True',
     )
 
 

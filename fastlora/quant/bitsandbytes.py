@@ -113,7 +113,7 @@ def _read_four_bit(layer: Any) -> PackedLayer | str:
     if (rows, columns) != (layer.out_features, layer.in_features):
         return f"its quantisation state is of a weight of shape {tuple(state.shape)}"
     packed = own.detach()
-    if not is_dtensor(own):  # FSDP's between calls, for a report alone
+    if not is_dtensor(own):  # FSDP's between calls, which nothing reads
         packed = packed.view(torch.uint8).view(-1)
     tensors: tuple[Tensor, ...] = (packed, state.absmax)
     nested = 0

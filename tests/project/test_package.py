@@ -50,7 +50,7 @@ ORDER_INSIDE = {
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
         "layer", "bitsandbytes", "torchao", "hqq", "gptq", "experts", "mixed_model", "swap",
-        "block", "sharding", "uncalled", "records", "trial", "check",
+        "block", "records", "trial", "check",
     ],
     "trials": [
         "trial", "options", "record", "batches", "layer", "state", "plot", "progress", "training",
@@ -62,7 +62,7 @@ ORDER_INSIDE = {
 # Imported inside of functions, when a model with PEFT's layers is met.
 LATE = {
     "peft": {
-        "coverage": {"mixed", "records", "sharding", "uncalled"},
+        "coverage": {"mixed", "records"},
         "optimize": {"block", "swap", "trial"},
     }
 }

@@ -4,7 +4,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import peft
 import peft_training as training
 import torch
 from models import randomise, tiny_llama
@@ -38,7 +37,7 @@ def step(model: nn.Module) -> None:
 
 
 def reports(kind: str) -> list[fastlora.Coverage]:
-    """Of a PEFT model under FSDP1: as optimize says it, strictly, and after a step."""
+    """Of a PEFT model under FSDP1: as optimize says it, strictly, and after a fast step."""
     model = fsdp1(training.peft_model(kind))
     first = fastlora.optimize(model, strict=True)
     with training.counted() as calls:
@@ -46,19 +45,6 @@ def reports(kind: str) -> list[fastlora.Coverage]:
     assert len(calls) == training.LAYERS
     first = fastlora.Coverage(first.layers, first.notes, blocks=first.blocks)
     return [first, fastlora.coverage(model)]
-
-
-def conv1d_report() -> str:
-    """GPT-2's layers, whose weights are [in, out]."""
-    from peft_models import gpt2
-
-    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
-    model = peft.get_peft_model(gpt2(), config)
-    policy = ModuleWrapPolicy({type(model.base_model.model.transformer.h[0])})
-    model = FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-    )
-    return str(fastlora.optimize(model))
 
 
 def report_by_peft_s_policy() -> str:
