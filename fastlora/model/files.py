@@ -4,10 +4,7 @@ import json
 import math
 import os
 import re
-import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +15,6 @@ from torch import Tensor
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 _WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
-_SCRATCH = ".fastlora-"
-_ABANDONED_AFTER = 24 * 60 * 60  # seconds, for a scratch folder of another machine
 
 
 # In the order in which safetensors puts them.
@@ -134,14 +129,9 @@ def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
 
 
 def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files so that each is the old or the new one, whole, if the process dies.
-
-    What an earlier process left when it died is removed.
-    """
+    """Write the files so that each is the old or the new one, whole, if the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    mine = f"{_SCRATCH}{socket.gethostname()}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=mine, dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".fastlora-", dir=folder) as scratch:
         for name, content in files.items():
             with open(Path(scratch) / name, "wb") as file:
                 file.write(content)
@@ -149,31 +139,3 @@ def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         for name in files:
             os.replace(Path(scratch) / name, folder / name)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the scratch folders of processes that are gone, never one that may be in use."""
-    for scratch in folder.glob(f"{_SCRATCH}*"):
-        if scratch.is_dir() and not scratch.is_symlink() and _is_abandoned(scratch):
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _is_abandoned(scratch: Path) -> bool:
-    """Its process is gone; of another machine's process that can't be known, so it must be old."""
-    host, _, number = scratch.name.removeprefix(_SCRATCH).rpartition("-")[0].rpartition("-")
-    if host == socket.gethostname() and number.isdecimal() and os.name == "posix":
-        return not _is_running(int(number))
-    try:
-        return time.time() - scratch.stat().st_mtime > _ABANDONED_AFTER
-    except OSError:  # gone meanwhile
-        return False
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

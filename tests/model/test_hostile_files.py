@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 
 import pytest
@@ -156,42 +155,15 @@ fastlora.save_adapter(model, {folder!r})
 """
 
 
-def scratch_folders(folder) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name.startswith(".fastlora-")]
-
-
-def test_what_a_killed_save_left_is_swept_by_the_next(folder):
+def test_a_save_that_is_killed_leaves_the_old_files_whole(folder):
     support = os.path.dirname(sys.modules["models"].__file__)
+    before = (folder / WEIGHTS).read_bytes()
     code = KILLED.format(support=support, folder=str(folder))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
-    assert len(scratch_folders(folder)) == 1
-    load_file(folder / WEIGHTS)
+    assert (folder / WEIGHTS).read_bytes() == before
     fastlora.save_adapter(adapted(), folder)
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
-
-
-def test_what_a_running_process_writes_is_left_alone(folder, tmp_path_factory):
-    import socket
-
-    running = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    theirs = folder / f".fastlora-{socket.gethostname()}-{running.pid}-abc"
-    another_machine_s = folder / ".fastlora-elsewhere-1-abc"
-    long_ago, outside = folder / ".fastlora-elsewhere-1-old", tmp_path_factory.mktemp("outside")
-    for path in (theirs, another_machine_s, long_ago):
-        path.mkdir()
-    (outside / "mine").write_text("mine")
-    (folder / ".fastlora-link").symlink_to(outside)
-    os.utime(long_ago, (time.time() - 10**6,) * 2)
-    try:
-        fastlora.save_adapter(adapted(), folder)
-        left = {".fastlora-link", theirs.name, another_machine_s.name}
-        assert set(scratch_folders(folder)) == left
-    finally:
-        running.communicate(b"\n")
-    fastlora.save_adapter(adapted(), folder)
-    assert theirs.name not in scratch_folders(folder)
-    assert (outside / "mine").read_text() == "mine"
+    fastlora.load_adapter(Mlp(), folder)
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["plain", "adapted"])
