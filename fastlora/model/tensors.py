@@ -14,7 +14,6 @@ from ..expert_weight import ExpertsWeight
 from ..modules import called, lora_layers, some
 from .config import LoRAConfig
 from .embeddings import embeddings_of
-from .expert_files import Pair, nested_names, reversed_pairs, turn, turned_shapes
 from .files import Planned, Stored, read_tensors
 from .inject import Injection, known_targets, trained_biases
 from .targets import Targets
@@ -65,13 +64,37 @@ def experts_weights(model: nn.Module) -> dict[str, ExpertsWeight]:
     return {n: layer for n, layer in lora_layers(model) if isinstance(layer, ExpertsWeight)}
 
 
-def _pairs(names: Iterable[str]) -> dict[str, Pair]:
-    """The keys of experts' weights, by the weights' names."""
-    keys = {
-        name: [_key(layer, f"lora_{part}.weight") for part in "AB"]
-        for name, layer in nested_names(names).items()
-    }
-    return {name: Pair(*both) for name, both in keys.items()}
+class _Pair(NamedTuple):
+    """The keys of one weight's lora_A and lora_B in a file."""
+
+    lora_a: str
+    lora_b: str
+
+
+def _pairs(names: Iterable[str]) -> dict[str, _Pair]:
+    """The keys of experts' weights, by the weights' names.
+
+    PEFT nests a layer for each weight of an experts module, the last one outermost.
+    """
+    by_module: dict[str, list[str]] = {}
+    for name in names:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    pairs = {}
+    for module, own in by_module.items():
+        for outside, name in enumerate(reversed(own)):
+            layer = ".".join(filter(None, (module, *["base_layer"] * outside)))
+            pairs[name] = _Pair(_key(layer, "lora_A.weight"), _key(layer, "lora_B.weight"))
+    return pairs
+
+
+def _refuse_older(version: object, path: Path) -> None:
+    """Raise ValueError for a file with experts whose PEFT had in and out of them swapped."""
+    numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", version if isinstance(version, str) else "")
+    if numbers and tuple(int(number or 0) for number in numbers.groups()) < (0, 19, 1):
+        raise ValueError(
+            f"{path} has adapters of experts that PEFT {version} saved, which had in and out "
+            "swapped: fastlora reads those of PEFT 0.19.1 and newer"
+        )
 
 
 def embedding_tensors(
@@ -99,9 +122,8 @@ def read_fitting(
     """The file's tensors; ValueError if they aren't the model's.  ``version``: PEFT's."""
     wanted = adapter_tensors(model, injection)
     experts = experts_weights(model)
-    features = {pair: experts[name].features for name, pair in _pairs(experts).items()}
-    turned = reversed_pairs(features, stored, version)
-    stored = turned_shapes(turned, stored)
+    if experts:
+        _refuse_older(version, path)
     embeddings = embedding_tensors(model, injection.saved_modules, injection.layers)
     brought = {
         key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
@@ -116,7 +138,6 @@ def read_fitting(
     stored = {key: there for key, there in stored.items() if key in here or key not in again}
     _check_keys(here, stored, path)
     tensors = read_tensors(path, here)
-    turn(turned, tensors)
     first: dict[int, str] = {}
     untied = [
         key
@@ -148,11 +169,9 @@ def check_planned(
 ) -> None:
     """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
     targets = known_targets(model, config)
+    if targets.experts:
+        _refuse_older(version, path)
     shapes = {key: shape for key, (shape, _) in planned_adapters(targets, config).items()}
-    features = {
-        pair: targets.experts[name].features for name, pair in _pairs(targets.experts).items()
-    }
-    stored = turned_shapes(reversed_pairs(features, stored, version), stored)
     extra = [key for key in stored if ".lora_" in key and key not in shapes]
     _check_stored(shapes, stored, path, extra)
 

@@ -11,13 +11,12 @@ import torch
 from models import assert_untouched, randomise, refused, snapshot
 from moe_models import IDS, MODELS, base_model, experts_of, parameters_of, train
 from peft_models import counted_calls
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import moe
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.model.files import CONFIG
 from fastlora.model.inject import injection_of
 from fastlora.model.tensors import adapter_tensors
 
@@ -316,33 +315,19 @@ def test_beside_all_linear_layers(tmp_path):
     assert torch.equal(logits(again), logits(ours))
 
 
-@pytest.mark.parametrize("version", ["0.18.0", "0.19.0", "0.19.1", None])
-@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "llama4"])
-def test_files_of_every_peft(name, version, tmp_path):
-    """Whatever order of in and out: shapes tell it, or of square weights the version."""
-    changes = {"moe_intermediate_size": 32, "intermediate_size": 32}
-    torch.manual_seed(0)
-    base = base_model(name, **changes).eval()  # down_proj is square
-    ours = copy.deepcopy(base)
-    config = LoRAConfig(r=3, target_parameters=parameters_of(name))
-    ours = randomise(fastlora.apply_lora(ours, config), 0.1)
+def test_files_of_a_peft_that_swapped_in_and_out_are_refused(tmp_path):
+    ours = own_model()
     fastlora.save_adapter(ours, tmp_path)
-    is_transposed = name == "gpt-oss"
-    swaps = {"0.18.0": False, "0.19.0": is_transposed}.get(version, not is_transposed)
-    if swaps == is_transposed:
-        tensors = load_file(tmp_path / WEIGHTS)
-        for key in [key for key in tensors if "lora_A" in key]:
-            other = key.replace("lora_A", "lora_B")
-            a, b = tensors[key].view(4, 3, -1), tensors[other].view(-1, 3, 4)
-            tensors[key] = b.permute(2, 1, 0).reshape(12, -1).contiguous()
-            tensors[other] = a.permute(2, 1, 0).reshape(-1, 12).contiguous()
-        save_file(tensors, tmp_path / WEIGHTS)
-    values = json.loads((tmp_path / CONFIG).read_text()) | {"peft_version": version}
-    (tmp_path / CONFIG).write_text(json.dumps(values))
-    expected = logits(ours)
-    assert torch.equal(logits(fastlora.load_adapter(base, tmp_path)), expected)
-    fastlora.load_adapter(randomise(ours), tmp_path)
-    assert torch.equal(logits(ours), expected)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    for version in ("0.18.0", "0.19.0"):
+        (tmp_path / CONFIG).write_text(json.dumps(values | {"peft_version": version}))
+        for model in (base_model(), ours):
+            with refused(
+                model, rf"PEFT {version} saved, .* reads those of PEFT 0\.19\.1"
+            ):
+                fastlora.load_adapter(model, tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(values | {"peft_version": "0.19.1"}))
+    fastlora.load_adapter(base_model(), tmp_path)
 
 
 def test_a_file_of_another_rank_is_refused(tmp_path):

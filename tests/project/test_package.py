@@ -45,7 +45,7 @@ ORDER_INSIDE = {
     ],
     "model": [
         "config", "experts", "candidates", "targets", "adapter_config", "arguments", "inject",
-        "merge", "embeddings", "files", "expert_files", "tensors", "checkpoint",
+        "merge", "embeddings", "files", "tensors", "checkpoint",
     ],
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
