@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 import triton
+from peft.tuners.lora.layer import Linear as PeftLinear
 from process import run_python
 
 from fastlora import backends
@@ -16,7 +17,6 @@ from fastlora.backends import products
 from fastlora.backends import torch as torch_backend
 from fastlora.doctor import report as doctor
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
-from fastlora.peft import moment, versions
 from fastlora.version import __version__
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def test_backends_as_the_settings_choose_them(interpret, asked, of_torch, of_tri
     assert found["backends"]["triton on cpu"].startswith(of_triton)
     assert found["plan"]["backend"] == runs
     assert ("forward 1" in found["plan"]) == runs.startswith("triton")
-    tested = ("torch on cpu", *["triton on cpu"] * bool(interpret))
+    tested = ("torch on cpu", *["triton on cpu"] * bool(interpret), "PEFT optimised")
     assert tuple(found["self-test, relative errors"]) == tested
 
 
@@ -177,18 +177,36 @@ def test_an_op_that_raises_or_gives_nan_is_broken(capsys, monkeypatch):
     ("version", "text"),
     [
         ("0.18.0", "not supported: PEFT 0.18.0 is not among the tested versions"),
-        ("0.99.0", "supported; PEFT 0.99.0 is newer than the tested versions"),
+        ("0.99.0", "PEFT 0.99.0 is newer than the tested versions"),
     ],
 )
 def test_another_peft_is_a_note(capsys, monkeypatch, version, text):
-    monkeypatch.setattr(versions, "_verdicts", [])
     monkeypatch.setattr(peft, "__version__", version)
-    try:
-        assert examined(capsys)["fastlora.optimize"]["PEFT"].startswith(text)
-    finally:
-        monkeypatch.undo()
-        with moment.on_trial():  # which asks for the version anew
-            pass
+    found = examined(capsys)
+    assert found["fastlora.optimize"]["PEFT"].startswith(text)
+    assert ("PEFT optimised" in found["self-test, relative errors"]) == (version == "0.99.0")
+
+
+def doubled(self, x, *args, **named):
+    """The adapter's part counts twice."""
+    return 2 * PEFT_FORWARD(self, x, *args, **named) - self.base_layer(x)
+
+
+def with_another_gradient(self, x, *args, **named):
+    """The right output, and a gradient that lacks the adapter's."""
+    y, base = PEFT_FORWARD(self, x, *args, **named), self.base_layer(x)
+    return base + (y - base).detach()
+
+
+PEFT_FORWARD = PeftLinear.forward
+
+
+@pytest.mark.parametrize("forward", [doubled, with_another_gradient])
+def test_a_peft_that_means_something_else_is_broken(capsys, monkeypatch, forward):
+    monkeypatch.setattr(PeftLinear, "forward", forward)
+    broken = examined(capsys, status=1)["broken"]
+    assert broken[0].startswith("self-test of fastlora.optimize, LoRA: fastlora (1 of 1 layers")
+    assert "NOT the same" in broken[0]
 
 
 @pytest.mark.parametrize(

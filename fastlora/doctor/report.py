@@ -19,15 +19,15 @@ import torch
 
 from ..backends import BACKENDS, backend_name, find_backend
 from ..backends.products import is_slow
+from ..peft.coverage import untested
 from ..peft.optimize import why_nothing_changes
-from ..peft.versions import notes, why_not_dora
 from ..projection import HALF_DTYPES
 from ..table import columns
 from ..version import __version__
 from .call import Call, plan
 from .dtypes import name_of
 from .processor import processor_name
-from .self_test import TOLERANCES, relative_errors
+from .self_test import TOLERANCES, peft_checks, relative_errors
 
 _SETTINGS = re.compile(
     "(FASTLORA|TRITON)_.+|(OMP|MKL)_NUM_THREADS|ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_MAX_CPU_ISA"
@@ -137,12 +137,11 @@ def note_of_triton(version: str, has_hopper: bool) -> str:
 
 
 def _optimize() -> dict[str, str]:
-    """Whether it takes the PEFT that is imported; one that the tests don't know is tried out."""
+    """Whether it takes the PEFT that is imported."""
     if not sys.modules.get("peft"):
         return {}
     reason = why_nothing_changes()
-    taken = ["supported", *notes(), *filter(None, [why_not_dora()])]
-    return {"PEFT": f"not supported: {reason}" if reason else "; ".join(taken)}
+    return {"PEFT": f"not supported: {reason}" if reason else untested() or "supported"}
 
 
 def _installation() -> dict[str, str]:
@@ -208,6 +207,13 @@ def _self_tests(devices: list[torch.device], broken: list[str]) -> dict[str, str
             dtypes = [dtype for dtype in TOLERANCES if _covers(name, device, dtype)]
             words = [f"{name_of(d)} {_self_test(name, device, d, broken)}" for d in dtypes]
             found |= {f"{name} on {device.type}": ", ".join(words)} if words else {}
+    if sys.modules.get("peft") and not why_nothing_changes():
+        checks = peft_checks()
+        words = [f"{what} {check.largest.relative:.1g}" for what, check in checks.items()]
+        found["PEFT optimised"] = ", ".join(words)
+        for what, check in checks.items():
+            if not check:
+                broken.append(f"self-test of fastlora.optimize, {what}: {check}")
     return found
 
 

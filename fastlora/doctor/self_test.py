@@ -1,15 +1,25 @@
-"""A small layer, forward and backward, against the oracle."""
+"""Small layers, forward and backward, against the oracle; and PEFT's own against optimised ones."""
+
+import sys
+from typing import Any
 
 import torch
 
 from .. import reference
 from ..backends import use_backend
 from ..layer import LoRALinear
+from ..peft.check import Check, check
 
 # The relative error that is taken for rounding: four times the dtype's epsilon, and for float32
 # that of TF32, in which a GPU may multiply it.
 TOLERANCES = {torch.float32: 2**-8, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 _M, _K, _N, _R = 33, 40, 24, 4
+_SMALL: dict[str, dict[str, Any]] = {  # what PEFT may come to mean otherwise, by its settings
+    "LoRA": {},
+    "with dropout and rsLoRA": {"lora_dropout": 0.5, "use_rslora": True},
+    "with biases": {"bias": "all", "lora_bias": True},
+    "DoRA": {"use_dora": True},
+}
 
 
 def relative_errors(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -32,6 +42,21 @@ def relative_errors(backend: str, device: torch.device, dtype: torch.dtype) -> d
         name: float((_exact(our) - true).norm().detach() / true.norm().detach())
         for name, our, true in zip(names, ours, truth, strict=True)
     }
+
+
+def peft_checks() -> dict[str, Check]:
+    """What :func:`fastlora.check` says of small layers of the PEFT that is imported."""
+    peft, found = sys.modules["peft"], {}
+    for what, settings in _SMALL.items():
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(0)
+            config = peft.LoraConfig(
+                r=_R, lora_alpha=5, target_modules=["0"], init_lora_weights=False, **settings
+            )
+            layer = torch.nn.Sequential(torch.nn.Linear(_K, _N))
+            model = peft.get_peft_model(layer, config).train()
+            found[what] = check(model, torch.randn(_M, _K, requires_grad=True))
+    return found
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,10 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
-    with optimize(model) as report:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PEFT .* is newer")  # which asks for this
+        optimized = optimize(model)
+    with optimized as report:
         from . import block, masks, swap  # here, since they import PEFT
 
         if not any(layer.runs_adapter for layer in report.layers):

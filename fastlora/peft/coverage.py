@@ -1,6 +1,7 @@
 """The report on any model with LoRA layers, fastlora's or PEFT's."""
 
 import sys
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from ..beside import taken
 from ..mlp import cover_blocks
 from ..modules import plain_name, unwrap
 from ..report import Coverage, LayerCoverage, cover_lora_linears
-from .versions import notes, why_not_version
+from .versions import newer, why_not_version
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -29,14 +30,34 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     """The report on PEFT layers; ``unreached`` is what stops one that isn't optimised, if any."""
     if not layers:
         return Coverage(())
-    version = why_not_version()
+    version = why_not_peft()
     if version:
         return Coverage(tuple(_left_alone(name, layer, version) for name, layer in layers))
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
-    said = (*notes(), *wrapping_notes(layers), *mixed_notes(layers))
+    said = (*filter(None, [untested()]), *wrapping_notes(layers), *mixed_notes(layers))
     return Coverage(records(model, layers, unreached), said)
+
+
+def why_not_peft() -> str:
+    """Why no layer of the PEFT that is imported can be looked at; "" if they can."""
+    reason = why_not_version()
+    if not reason and newer():
+        try:
+            for name in ("mixed", "records", "swap", "block"):
+                import_module(f".{name}", __package__)
+        except ImportError as error:
+            return f"{newer()}, and has moved what fastlora reads ({error})"
+    return reason
+
+
+def untested() -> str:
+    """What to do about a PEFT that is newer than the tested versions; "" if it isn't."""
+    return newer() and (
+        f"{newer()}: fastlora.check(model, batch) compares your model's numbers with PEFT's own, "
+        "and python -m fastlora doctor those of small layers"
+    )
 
 
 def frozen_layers(model: nn.Module) -> tuple[str, ...]:

@@ -26,9 +26,9 @@ from ..hooks import is_hooked
 from ..projection import Adapter, Base, Output
 from .moment import why_not_now
 from .reading import active_adapters, why_not_adapter, why_not_scale
-from .versions import is_newer
+from .versions import newer
 
-_UNTESTED = is_newer()  # asked once: it takes as long as a small op
+_UNTESTED = bool(newer())  # asked once: it takes as long as a small op
 # What PEFT adds an adapter to a weight by, in its versions.
 _PROXIES = [
     getattr(peft_layer, name)

@@ -12,8 +12,8 @@ from .. import beside, mlp
 from ..modules import lora_layers
 from ..projection import check_switch
 from ..report import Coverage
-from .coverage import checked, cover, frozen_layers, peft_layers
-from .versions import is_disabled, wants_trial, why_never
+from .coverage import checked, cover, frozen_layers, peft_layers, untested, why_not_peft
+from .versions import is_disabled
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ def optimize(
     The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
 
     ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does, with a warning, a
-    PEFT that is older than the tested versions, or a newer one whose forward gives other numbers
-    than the fast one: the first call in a process compares them on a few small layers, and a note
-    in the report says that they agree.
+    PEFT that is older than the tested versions.  A newer one is sped up, with a warning and a note
+    in the report: :func:`fastlora.check` says whether the numbers are the same.
 
     Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, for
     a switch that is no bool, or if ``FASTLORA_BACKEND`` names no backend.
@@ -76,6 +75,8 @@ def optimize(
     reason = why_nothing_changes()
     if reason and not is_disabled():
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
+    elif untested() and not reason:
+        warnings.warn(untested(), stacklevel=2)
     report = cover(inner, layers, unreached=reason)
     if strict and report.eager:
         raise ValueError(f"not every layer would run fast: {report}")
@@ -103,14 +104,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def why_nothing_changes() -> str:
-    """Why optimize leaves every layer as it is, once an untested PEFT was tried out; or ""."""
-    if wants_trial() and not is_disabled():
-        from .trial import try_out
-
-        reason = try_out()
-        if reason:
-            return reason
-    return why_never()
+    """Why optimize leaves every layer as it is; or ""."""
+    return "FASTLORA_DISABLE is set" if is_disabled() else why_not_peft()
 
 
 def _take_frozen(model: nn.Module) -> list[nn.Module]:

@@ -34,7 +34,6 @@ from ..projection import (
 )
 from ..quant import SHARDED, PackedLayer, quantised_weight
 from .dropout import DROPOUTS
-from .moment import why_not_dora
 
 
 class Reading(NamedTuple):
@@ -202,8 +201,6 @@ def _read_variant(
     if type(variant) is not DoraLinearVariant:
         kind = variant if isinstance(variant, type) else type(variant)
         return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
-    if why_not_dora():
-        return why_not_dora(), None
     magnitude = layer.lora_magnitude_vector[name]
     if len(names) > 1:
         return "DoRA beside another active adapter", None

@@ -1,27 +1,13 @@
 """Which PEFT is imported, and whether fastlora may speed it up; this file imports nothing of PEFT.
 
-Versions that the tests were run with are trusted.  A newer one is tried out (:mod:`.trial`), once a
-process and by ``fastlora.optimize`` alone; an older one is left as it is.
+An older one than the tests were run with is left as it is; a newer one is sped up, and named.
 """
 
 import os
 import re
 import sys
-from dataclasses import dataclass
 
 _OLDEST, _NEWEST = (0, 19), (0, 21)  # of PEFT: those that the tests were run with
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a trial of an untested PEFT found: why no layer runs fast, or why DoRA's alone don't."""
-
-    version: str
-    reason: str = ""
-    dora: str = ""
-
-
-_verdicts: list[Verdict] = []  # one at most, once there was a trial in this process
 
 
 def why_never() -> str:
@@ -37,48 +23,17 @@ def is_disabled() -> bool:
 def why_not_version() -> str:
     """Why the PEFT that is imported isn't sped up; "" if it is, or if none is."""
     numbers = _numbers()
-    if numbers is None or _OLDEST <= numbers <= _NEWEST:
+    if numbers is None or numbers >= _OLDEST:
         return ""
-    if numbers < _OLDEST:
-        return f"PEFT {_version()} is not among the tested versions, {_tested()}"
-    verdict = _verdict()
-    if verdict is None:
-        return f"{_newer()}: fastlora.optimize(model) tries it out first"
-    return verdict.reason and f"{_newer()}, and {verdict.reason}"
+    return f"PEFT {_version()} is not among the tested versions, {_tested()}"
 
 
-def why_not_dora() -> str:
-    """Why DoRA layers stay PEFT's where others don't; "" if they needn't."""
-    verdict = _verdict()
-    return f"{_newer()}, and {verdict.dora}" if verdict and verdict.dora else ""
-
-
-def notes() -> tuple[str, ...]:
-    """What a report says besides of a newer PEFT that agreed with fastlora."""
-    verdict = _verdict()
-    if verdict is None or verdict.reason:
-        return ()
-    return (f"{_newer()}; a few small layers gave the same numbers in a self-check",)
-
-
-def is_newer() -> bool:
-    """Whether the PEFT that is imported is newer than those that were tested."""
+def newer() -> str:
+    """What to say of a PEFT that is newer than those that were tested; "" of any other."""
     numbers = _numbers()
-    return numbers is not None and numbers > _NEWEST
-
-
-def wants_trial() -> bool:
-    """Whether it is a newer one, and this process hasn't tried it out."""
-    return is_newer() and _verdict() is None
-
-
-def pass_verdict(reason: str = "", dora: str = "") -> None:
-    """Keep what a trial of the PEFT that is imported found."""
-    _verdicts[:] = [Verdict(_version(), reason, dora)]
-
-
-def _verdict() -> Verdict | None:
-    return next((verdict for verdict in _verdicts if verdict.version == _version()), None)
+    if numbers is None or numbers <= _NEWEST:
+        return ""
+    return f"PEFT {_version()} is newer than the tested versions, {_tested()}"
 
 
 def _version() -> str:
@@ -91,10 +46,6 @@ def _numbers() -> tuple[int, ...] | None:
         return None
     numbers = re.match(r"(\d+)\.(\d+)", _version())
     return tuple(map(int, numbers.groups())) if numbers else (0, 0)
-
-
-def _newer() -> str:
-    return f"PEFT {_version()} is newer than the tested versions, {_tested()}"
 
 
 def _tested() -> str:

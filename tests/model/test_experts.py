@@ -322,9 +322,7 @@ def test_files_of_a_peft_that_swapped_in_and_out_are_refused(tmp_path):
     for version in ("0.18.0", "0.19.0"):
         (tmp_path / CONFIG).write_text(json.dumps(values | {"peft_version": version}))
         for model in (base_model(), ours):
-            with refused(
-                model, rf"PEFT {version} saved, .* reads those of PEFT 0\.19\.1"
-            ):
+            with refused(model, rf"PEFT {version} saved, .* reads those of PEFT 0\.19\.1"):
                 fastlora.load_adapter(model, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(values | {"peft_version": "0.19.1"}))
     fastlora.load_adapter(base_model(), tmp_path)

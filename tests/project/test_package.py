@@ -50,7 +50,7 @@ ORDER_INSIDE = {
     "peft": [
         "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
         "layer", "bitsandbytes", "torchao", "hqq", "gptq", "experts", "mixed_model", "swap",
-        "block", "records", "trial", "check",
+        "block", "records", "check",
     ],
     "trials": [
         "trial", "options", "record", "batches", "layer", "state", "plot", "progress", "training",
@@ -63,7 +63,7 @@ ORDER_INSIDE = {
 LATE = {
     "peft": {
         "coverage": {"mixed", "records"},
-        "optimize": {"block", "swap", "trial"},
+        "optimize": {"block", "swap"},
     }
 }
 
