@@ -70,10 +70,6 @@ class LoRALayer(nn.Module):
             delattr(self, name)
         object.__setattr__(self, "__class__", self.plain_class)
 
-    def reset_lora_parameters(self) -> None:
-        """Make the adapter the identity change again."""
-        initialise(self.lora_A, self.lora_B, self.r, True)
-
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             refuse_training(self)

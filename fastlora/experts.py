@@ -6,14 +6,13 @@ instruction.  Everything else about it is read anew for every call, since it may
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .activation import activation_of
-from .foreign import derived_from
+from .foreign import derived_from, is_same_code
 from .hooks import is_hooked
 from .ops.autocast import autocast_is_on
 from .ops.experts import Activate, lora_experts
@@ -47,7 +46,7 @@ class Experts(NamedTuple):
 def read_experts_module(base: Any, kind: Any) -> Experts:
     """Read a module of this class, which is the one without adapters; hooks on it are its own."""
     forward = kind.forward
-    if _is_llama4_s(kind, forward):
+    if derived_from(kind, *_LLAMA4) is not None and is_same_code(forward, _llama4_experts):
         return _read_llama4(base)
     decorated = getattr(forward, "__globals__", {}).get("__name__") == _INTERFACE
     if not (decorated and hasattr(forward, "__wrapped__")):
@@ -101,17 +100,14 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
     gate, is_own = base._apply_gate, "_apply_gate" in base.__dict__
     function = None if is_own else kind._apply_gate
     is_default = not is_own and getattr(function, "__module__", "") == _INTERFACE
-    if eager and not is_default and "_apply_gate" not in _names_in(eager):
+    names = getattr(getattr(eager, "__code__", None), "co_names", ())
+    if eager and not is_default and "_apply_gate" not in names:
         return None  # its class's forward has another one
     if is_default and activation_of(act):
         return activation_of(act), True
     others = {n for n in base._parameters if n not in _PARAMETERS and ADDED not in n}
     known = not is_own and _is_transformers(function) and not others
     return gate, known and (act is None or _is_plain_function(act))
-
-
-def _names_in(function: Any) -> tuple[str, ...]:
-    return getattr(getattr(function, "__code__", None), "co_names", ())
 
 
 def _is_plain_function(act: Any) -> bool:
@@ -129,7 +125,7 @@ def _is_plain_function(act: Any) -> bool:
     )
 
 
-def _of_llama4(self, hidden_states):
+def _llama4_experts(self, hidden_states):
     """What Llama 4's forward does, as it is written there."""
     hidden_states = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
     gate_up = torch.bmm(hidden_states, self.gate_up_proj)
@@ -137,20 +133,6 @@ def _of_llama4(self, hidden_states):
     next_states = torch.bmm((up * self.act_fn(gate)), self.down_proj)
     next_states = next_states.view(-1, self.hidden_size)
     return next_states
-
-
-def _is_llama4_s(kind: Any, forward: Any) -> bool:
-    return derived_from(kind, *_LLAMA4) is not None and _is_as(forward, _of_llama4)
-
-
-@lru_cache(maxsize=256)
-def _is_as(forward: Any, known: Any) -> bool:
-    code, its = getattr(forward, "__code__", None), known.__code__
-    return code is not None and (
-        (code.co_code, code.co_names) == (its.co_code, its.co_names)
-        and [c for c in code.co_consts if not isinstance(c, str)]
-        == [c for c in its.co_consts if not isinstance(c, str)]
-    )
 
 
 def _read_llama4(base: Any) -> Experts:

@@ -6,8 +6,6 @@ at the module as it is: its own forward takes the calls that the nodes don't.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
-from inspect import CO_VARARGS, CO_VARKEYWORDS
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from .adapted import LoRALayer
 from .backends import find_backend
 from .base import tensor_of, why_not_class, why_not_tensor
 from .classes import change_class, under
+from .foreign import is_same_code
 from .frozen import fits, why_not_here
 from .gather import has_sharded
 from .hooks import is_hooked
@@ -62,21 +61,9 @@ _KNOWN = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=256)
 def _name_of_act(forward: Any) -> str:
     """The name of the activation in a forward that is known; "" for any other."""
-    code = getattr(forward, "__code__", None)
-    for known, act in _KNOWN.items():
-        its = known.__code__
-        # These read no constant and nothing from outside: instructions and names say it all.
-        if (
-            code is not None
-            and (code.co_code, code.co_names) == (its.co_code, its.co_names)
-            and (code.co_argcount, code.co_kwonlyargcount) == (2, 0)
-            and not code.co_flags & (CO_VARARGS | CO_VARKEYWORDS)
-        ):
-            return act
-    return ""
+    return next((act for known, act in _KNOWN.items() if is_same_code(forward, known)), "")
 
 
 class Part(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..base import is_conv1d
 from ..expert_layer import LoRAExperts, adapted_experts_class, why_not_experts
 from ..expert_weight import Adaptation, Features, features_of, new_experts_adapter
-from ..modules import called, plain_name
+from ..modules import called
 from .config import LoRAConfig, is_inside, names_any
 
 
@@ -92,8 +92,3 @@ def new_adapters(
         numbers = targets[name].features, r, config.alpha_of(name), config.use_rslora
         made.setdefault(module, {})[parameter] = (*adapter, Adaptation(*numbers))
     return [(m, adapted_experts_class(type(m)), adapters) for m, adapters in made.items()]
-
-
-def experts_of(model: nn.Module) -> set[str]:
-    """The names of the experts modules that have adapters."""
-    return {plain_name(n) for n, module in model.named_modules() if isinstance(module, LoRAExperts)}

@@ -19,8 +19,6 @@ from .mixed import mixed_forward
 from .moment import why_not_now
 from .reading import Glance, Reading, active_adapters, glance, read
 
-_MIXED = {"adapter_names"}
-
 
 class Linear(PeftLinear):
     """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
@@ -51,7 +49,7 @@ def call(
         reading = read(layer, names)
         if reading.output is not None and fits(x, reading.output.base.weight):
             return fast_forward(x, names[0], reading, seen)
-    elif kwargs.keys() == _MIXED and not (args or why_not_now()):
+    elif kwargs.keys() == {"adapter_names"} and not (args or why_not_now()):
         y = mixed_forward(layer, x, kwargs["adapter_names"])
         if y is not None:
             return y

@@ -13,7 +13,7 @@ from ..modules import lora_layers
 from ..projection import check_switch
 from ..report import Coverage
 from .coverage import checked, cover, frozen_layers, peft_layers, untested, why_not_peft
-from .versions import is_disabled
+from .versions import is_disabled, why_never
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 def why_nothing_changes() -> str:
     """Why optimize leaves every layer as it is; or ""."""
-    return "FASTLORA_DISABLE is set" if is_disabled() else why_not_peft()
+    return why_never() or why_not_peft()
 
 
 def _take_frozen(model: nn.Module) -> list[nn.Module]:
