@@ -41,14 +41,6 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture(params=["torch", "triton"])
-def way(request):
-    """Experts run on this backend."""
-    place = nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
-    with fastlora.use_backend(request.param), place:
-        yield request.param
-
-
 @pytest.fixture
 def node(monkeypatch):
     """A call of a few rows is a node too."""

@@ -10,7 +10,7 @@ from fastlora.backends import Settings, find_backend
 from fastlora.ops.grouped_function import LoRAGroupedFunction
 from fastlora.projection import Layout
 
-pytestmark = pytest.mark.usefixtures("way")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def op_arguments(p: float, requires_grad: bool = True):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import reference
 
-pytestmark = pytest.mark.usefixtures("way")
+pytestmark = pytest.mark.usefixtures("backend")
 COUNTS = [4, 0, 3]
 
 

@@ -11,7 +11,7 @@ import fastlora
 from fastlora import blocks
 from fastlora.backends import find_backend
 
-pytestmark = pytest.mark.usefixtures("way", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 
 DTYPES = USUAL_DTYPES | {
     "f16": (torch.float16, torch.float16),

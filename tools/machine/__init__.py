@@ -8,7 +8,8 @@ It checks, beside the numbers:
 * Races in shared memory, by vector clocks over warps, wgmma's reads, bulk copies and mbarriers.
   A copy lands, and a wgmma reads its operands, only when somebody waits for it.
 * What a warp writes and wgmma or a bulk store reads has a proxy fence on its way.
-* No element of global memory is written by one thread and touched by another in the same launch.
+* No element of global memory is written by one warp and read by another, or written with another
+  value, in the same launch without an order between the two.
 
 It differs from a GPU: sums of products are float32, rounded to nearest after each, in the order of
 k.  What ptxas may do (fuse, reorder) isn't seen.  The four warps of a group meet at each wgmma, as
@@ -17,7 +18,7 @@ Triton counts on and the ISA doesn't promise.  Lanes of a warp don't race with e
 tcgen05 (sm_100) would need: tensor memory of 128 lanes by 512 columns with its allocator and a
 shadow like that of shared memory; products that run on their own until their commit arrives at
 an mbarrier, and operands as wgmma's, with scales; loads and stores of tensor memory that wait for
-themselves alone; and clusters of two CTAs, whose warps and shared memory are one machine's.
+themselves only; and clusters of two CTAs, whose warps and shared memory are one machine's.
 """
 
 import os

@@ -108,7 +108,7 @@ inline bool meet(Machine& m, const std::vector<Warp*>& who) {
   }
   return true;
 }
-// Let go on who has waited long enough; whether there is any.
+// Lets warps go on whose wait is over; whether there is any.
 inline bool release(Machine& m) {
   bool any = false;
   auto waiting = [&](State state, auto which) {

@@ -12,7 +12,7 @@ inline void cp_async(Step& s) {
     if (read > size) fail("a copy reads more than it writes");
     inside(s.m, to, size);
     Copy copy{u32(to), size, {}, s.m.pc};
-    if (read) global(s.m, s.w, from, read, false, s.m.pc);
+    if (read) global(s.m, s.w, from, read, nullptr, s.m.pc);
     memcpy(copy.data.data(), (void*)from, read);
     begin_copy(s.m, s.w, to, size);
     s.w.copies.open.push_back(copy);
@@ -122,7 +122,7 @@ inline void bulk_load(Step& s) {
   if (to % 128 || (map.swizzle && map.box[0] * map.size > map.swizzle)) fail("alignment or box");
   BulkLoad load{barrier, to, std::vector<u8>(size), s.m.pc};
   elements(map, corner, to, [&](u32 shared, u64 address) {
-    global(s.m, s.w, address, map.size, false, s.m.pc);
+    global(s.m, s.w, address, map.size, nullptr, s.m.pc);
     memcpy(&load.data[shared - to], (void*)address, map.size);
   });
   begin_copy(s.m, s.w, to, size);
@@ -153,7 +153,7 @@ inline void bulk_store(Step& s) {
 inline void finish_stores(Machine& m, Warp& w, size_t keep) {
   u32 over = w.stores.wait(keep, [&](BulkStore& store) {
     elements(store.map, store.corner, store.from, [&](u32 shared, u64 address) {
-      global(m, w, address, store.map.size, true, store.pc);
+      global(m, w, address, store.map.size, m.bytes(shared), store.pc);
       memcpy((void*)address, m.bytes(shared), store.map.size);
     });
   });

@@ -29,7 +29,9 @@ KEPT = "<a kept call>"  # the file that kernels/script.py says its scripts are i
 
 @dataclass
 class Session:
-    """What ran in a block, and how: ``order`` is a seed of that of CTAs and warps.
+    """What ran in a block, and how.
+
+    ``order``: 0, or a seed that shuffles CTAs and warps.
 
     ``allowed``: kinds of races that aren't told.
     """
@@ -63,7 +65,7 @@ def install(name: str) -> None:
     compiled.use(TARGETS[name].arch)
     target._of_cpu = TARGETS[name]
     if not hasattr(of_triton, "PyKernelArg"):
-        # Before 3.7 Triton makes a launcher in C for each kernel: calls run step by step alone.
+        # Before 3.7 Triton makes a launcher in C for each kernel: calls only run step by step.
         Launch.run, kept._is_watched = _run, lambda: True
         return
     active = triton.runtime.driver.active

@@ -92,14 +92,17 @@ inline bool before(const Machine& m, u64 tag, const Warp& w) {
 }
 const u64 SEVERAL = ~0ull;  // readers of several CTAs
 
-inline void global(Machine& m, const Warp& w, u64 address, u32 size, bool write, int pc) {
+// `data`: what a store writes; stores of the same bytes by unordered warps are no race.
+inline void global(Machine& m, const Warp& w, u64 address, u32 size, const u8* data, int pc) {
+  bool write = data != nullptr;
   Storage& s = storage_of(m, address, size, write ? "store" : "load");
   if (!m.launch.check) return;
   u64 now = tag(m, w), offset = address - s.start;
   for (u64 n = offset; n < offset + size; n++) {
     u64 &writer = s.writers[n], &reader = s.readers[n];
     if (write) {
-      if (writer) m.find(TWICE, pc, -1, n, w);
+      bool other = writer && !before(m, writer, w) && *(u8*)(s.start + n) != data[n - offset];
+      if (writer) m.find(other ? GLOBAL_RACE : TWICE, pc, -1, n, w);
       if (reader && (reader == SEVERAL || !before(m, reader, w))) m.find(GLOBAL_RACE, pc, -1, n, w);
       writer = now;
     } else {
@@ -120,7 +123,7 @@ inline u8* place(Step& s, int lane, bool write, const u8* data) {
   u64 address = s.address(4, lane);
   if (address % size) fail("misaligned access of " + std::to_string(size) + " bytes");
   if (s[0] == GLOBAL_SPACE) {
-    global(s.m, s.w, address, size, write, s.m.pc);
+    global(s.m, s.w, address, size, data, s.m.pc);
     return (u8*)address;
   }
   if (s[0] == PARAMETER_SPACE) {
@@ -157,7 +160,7 @@ inline void store(Step& s) {
 }
 
 // Matrices of 8 rows of 16 bytes: [whether they are transposed, address, registers ...].  The
-// lanes give the addresses of rows, and each holds two halves of each matrix.
+// lanes give the addresses of rows, and each holds two elements of each matrix.
 template <bool LOADS> void matrices(Step& s) {
   std::array<u64, 32> rows;
   for (size_t lane = 0; lane < 8 * (s.count() - 4); lane++) {

@@ -1,14 +1,17 @@
-"""Calls of fastlora on the machine code that Triton compiles for them: ``make machine``.
+"""Calls of fastlora on the PTX that Triton compiles for them: ``make machine``.
 
-    python -m tools.machine [--target sm_80 sm_90] [--quick] [--only "few f32"] [--rows all]
+    python -m tools.machine [--target sm_80 sm_90] [--quick] [--only "layer f32"] [--rows all]
 
-A line a case: ok, or MISS with the error, the fault, the races.  Each runs twice: launch by launch,
-and as a replay of the kept call with its CTAs and warps in another order.  The bits must be equal.
+A line a case: ok, or MISS with the error, the fault, the races; skip where no tile fits the target;
+unsupported where the PTX has what the machine doesn't know.  Each runs twice: launch by launch, and
+as a replay of the kept call (before Triton 3.7: launch by launch, too) with its CTAs and warps in
+another order.  The bits must be equal.
 """
 
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import time
 import traceback
@@ -32,7 +35,7 @@ from . import driver, memory
 from .cases import Case, Results, case_of, names
 
 TARGETS = ("sm_80", "sm_90")
-MOST_ROWS = 5  # that a table has
+MOST_ROWS = max(len(rows) for table in config.DEFAULTS.values() for rows in table.values())
 
 
 @contextmanager
@@ -123,7 +126,7 @@ def run(target: str, asked: argparse.Namespace) -> list[dict]:
     for i in rows:
         with nullcontext() if i is None else only_row(target, i):
             for name in names(asked.quick):
-                if not all(word in name for word in asked.only.split()):
+                if not {*asked.only.split()} <= {*re.split("[ /]", name)}:
                     continue
                 one = judged(case_of(name), asked) | {"target": target, "row": i}
                 found.append(one)
@@ -157,6 +160,8 @@ def main() -> None:
     if asked.json:
         text = json.dumps({"triton": triton.__version__, "cases": found}, indent=1)
         asked.json.write_text(f"{text}\n", encoding="utf-8")
+    if not found:
+        parser.error(f"no case has all the words of {asked.only!r}")
     sums = []
     for name in asked.target:
         counts = Counter(one["result"] for one in found if one["target"] == name)
