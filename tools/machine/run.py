@@ -126,7 +126,7 @@ def run(target: str, asked: argparse.Namespace) -> list[dict]:
     for i in rows:
         with nullcontext() if i is None else only_row(target, i):
             for name in names(asked.quick):
-                if not {*asked.only.split()} <= {*re.split("[ /]", name)}:
+                if not {*asked.only.split()} <= {*re.split("[ /]", name), *name.split()}:
                     continue
                 one = judged(case_of(name), asked) | {"target": target, "row": i}
                 found.append(one)
