@@ -4,7 +4,7 @@
     python -m tests.fuzz --seed S --case I
 
 ``--only``: cases whose words have all of these, such as "many bf16-f32 autocast".  ``--backend``:
-torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles).
+torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles for sm_90).
 """
 
 import argparse

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import blocks, reference
-from fastlora.backends import grouped, products
+from fastlora.backends import products
 from fastlora.backends import torch as torch_backend
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
@@ -94,10 +94,9 @@ class Case:
         self.K, self.inner = (unit * max(1, self.size() // unit) for _ in range(2))
         self.M = pick((0, 1, 1, *[self.size() for _ in range(8)]))
         self.lead = self._lead()
-        # Where 16 bits are slow, and where not; small blocks; no shortcut for few rows; all experts
-        # at once, or in turn.
+        # Where 16 bits are slow, and where not; small blocks; no shortcut for few rows.
         self.wide, self.small = pick((True, False)), self.random() < 0.3
-        self.node, self.at_once = self.random() < 0.3, pick((True, False))
+        self.node = self.random() < 0.3
         self.plan = pick((None, "FUSED", "IN_PLACE", "UNPACKING")) if kernels else None
         self.seed, self.processors = self.draw.getrandbits(60), pick((1, 4, 6, 100))
         self.leaves: dict[str, Tensor] = {}  # the textbook's
@@ -210,7 +209,6 @@ class Case:
             warnings.simplefilter("ignore")
             put(kinds, "_known", {})
             put(products, "FORCED", self.wide)
-            put(grouped, "FORCED", self.at_once)
             if self.node:
                 put(torch_backend, "MOST_ROWS", 0)
             if self.small:
