@@ -14,6 +14,9 @@ from .foreign import is_class, is_dtensor
 from .projection import DTYPES, is_plain
 from .quant import PackedLayer, quantised_weight
 
+# As they are at import: others may replace them, as make_fx does while it traces.
+_LINEAR_FORWARDS = (nn.Linear.forward, frozen.Linear.forward)
+_MODULE_CALL = nn.Module.__call__
 # Classes with a forward of their own that computes the same: Conv1D's weight is [in, out], and
 # Falcon adds the bias last.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -23,9 +26,8 @@ _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 def why_not_class(kind: type[nn.Module]) -> str:
     """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
     forward = getattr(kind, "forward", None)
-    ours = forward in (nn.Linear.forward, frozen.Linear.forward)
-    known = ours or is_conv1d(kind) or is_class(kind, *_FALCON)
-    if known and kind.__call__ is nn.Module.__call__:
+    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or is_class(kind, *_FALCON)
+    if known and kind.__call__ is _MODULE_CALL:
         return ""
     return f"a {kind.__name__}, no torch.nn.Linear"
 
@@ -37,6 +39,8 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
 
 def is_router(layer: nn.Module) -> bool:
     """Whether it is a router of a transformers mixture: a class of its own, with weight [E, in]."""
+    if not isinstance(layer, nn.Module):
+        return False
     kind = getattr(layer, "plain_class", type(layer))
     theirs = kind.__module__.startswith("transformers.models.")
     weight = layer._parameters.get("weight")
