@@ -9,7 +9,7 @@ kernel (``kernels``).  ``reference`` says what is true.  ``model`` is for models
 
 from . import reference
 from .backends import use_backend
-from .layer import LoRALinear
+from .layers.linear import LoRALinear
 from .mapping import AdapterMapping
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig

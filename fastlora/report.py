@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from .adapted import LoRALayer
 from .backends import planned_backend
-from .expert_weight import ExpertsWeight
 from .formats.format import Quantised
-from .gather import has_sharded
-from .modules import lora_layers, some
+from .layers.adapted import LoRALayer
+from .layers.expert_weight import ExpertsWeight
+from .layers.gather import has_sharded
+from .layers.modules import lora_layers, some
 from .projection import Output, as_outputs
 
 _BASE_ALONE = ("merged", "disabled")

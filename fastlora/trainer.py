@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .gather import has_sharded
+from .layers.gather import has_sharded
+from .layers.modules import unwrap
 from .model.arguments import check_model
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, injection_of
-from .modules import unwrap
 
 try:
     from transformers import Trainer

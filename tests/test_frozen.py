@@ -12,8 +12,8 @@ from peft_models import counted_ops
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from fastlora import beside, frozen
 from fastlora.backends import products
+from fastlora.layers import beside, frozen
 
 pytestmark = pytest.mark.usefixtures("wide")
 HALF = [torch.bfloat16, torch.float16]

@@ -19,8 +19,8 @@ from torch.nn.utils import parametrize
 from transformers import activations
 
 import fastlora
-from fastlora import mlp
-from fastlora.activation import activation_of
+from fastlora.layers import mlp
+from fastlora.layers.activation import activation_of
 
 IN, HIDDEN, ROWS = 8, 12, 40  # more rows than go without a node
 

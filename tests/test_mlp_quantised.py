@@ -14,7 +14,8 @@ from transformers.integrations.gguf.utils import GgufLinear
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastlora
-from fastlora import mlp, reference
+from fastlora import reference
+from fastlora.layers import mlp
 from fastlora.peft.masks import shared_masks
 from fastlora.projection import Base, flatten, layouts_of
 

@@ -7,7 +7,7 @@ import torch
 
 from .. import reference
 from ..backends import use_backend
-from ..layer import LoRALinear
+from ..layers.linear import LoRALinear
 from ..peft.check import Check, check
 
 # The relative error that is taken for rounding: four times the dtype's epsilon, and for float32

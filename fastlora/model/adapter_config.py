@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..base import is_router
+from ..layers.base import is_router
 from ..projection import shown
 from .candidates import expert_modules
 from .config import LoRAConfig, weight_of

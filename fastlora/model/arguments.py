@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..adapted import LoRALayer
-from ..expert_layer import LoRAExperts
-from ..modules import called
+from ..layers.adapted import LoRALayer
+from ..layers.expert_layer import LoRAExperts
+from ..layers.modules import called
 from .adapter_config import from_live_peft
 from .config import LoRAConfig
 

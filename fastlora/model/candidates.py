@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..adapted import LoRALayer
-from ..base import is_router
-from ..layer import why_not_base
-from ..modules import called, some
+from ..layers.adapted import LoRALayer
+from ..layers.base import is_router
+from ..layers.linear import why_not_base
+from ..layers.modules import called, some
 
 USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimize on its model."
 

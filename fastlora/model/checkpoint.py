@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..base import is_conv1d
-from ..gather import copy_whole, is_sharded, reshard, whole_tensors, writes_files
-from ..modules import lora_layers, some, unwrap
+from ..layers.base import is_conv1d
+from ..layers.gather import copy_whole, is_sharded, reshard, whole_tensors, writes_files
+from ..layers.modules import lora_layers, some, unwrap
 from .adapter_config import from_peft, spell_out, to_peft
 from .arguments import check_folder, check_model
 from .embeddings import AUTO, must_save_embeddings

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from ..modules import plain_name
+from ..layers.modules import plain_name
 from ..projection import shown
 
 AUTO = "auto"

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base import is_conv1d
-from ..expert_layer import LoRAExperts, adapted_experts_class, why_not_experts
-from ..expert_weight import Adaptation, Features, features_of, new_experts_adapter
-from ..modules import called
+from ..layers.base import is_conv1d
+from ..layers.expert_layer import LoRAExperts, adapted_experts_class, why_not_experts
+from ..layers.expert_weight import Adaptation, Features, features_of, new_experts_adapter
+from ..layers.modules import called
 from .config import LoRAConfig, is_inside, names_any
 
 

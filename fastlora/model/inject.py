@@ -7,14 +7,14 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .. import beside, mlp
-from ..adapted import LoRALayer, new_adapter, wide_dtype
-from ..base import matrix_of
-from ..expert_layer import LoRAExperts
-from ..expert_weight import ExpertsWeight
 from ..foreign import DDP, FSDP, FULLY_SHARDED
-from ..layer import adapted_class
-from ..modules import called, inside_of, lora_layers, plain_name, some, unwrap
+from ..layers import beside, mlp
+from ..layers.adapted import LoRALayer, new_adapter, wide_dtype
+from ..layers.base import matrix_of
+from ..layers.expert_layer import LoRAExperts
+from ..layers.expert_weight import ExpertsWeight
+from ..layers.linear import adapted_class
+from ..layers.modules import called, inside_of, lora_layers, plain_name, some, unwrap
 from ..projection import check_switch
 from .arguments import as_config, check_model, check_plain
 from .config import LoRAConfig

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..adapted import LoRALayer
 from ..blocks import rows_at_a_time
-from ..expert_weight import ExpertsWeight
 from ..foreign import FSDP, FULLY_SHARDED
-from ..modules import called, inside_of, lora_layers, unwrap
+from ..layers.adapted import LoRALayer
+from ..layers.expert_weight import ExpertsWeight
+from ..layers.modules import called, inside_of, lora_layers, unwrap
+from ..layers.quantised import LoRAQuantised
 from ..projection import DTYPES, check_switch
 from ..quant import vendor_of
-from ..quantised import LoRAQuantised
 from .arguments import check_model
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker

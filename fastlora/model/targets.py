@@ -7,9 +7,9 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
-from ..base import is_router, why_not_class
-from ..layer import why_not_base
-from ..modules import called
+from ..layers.base import is_router, why_not_class
+from ..layers.linear import why_not_base
+from ..layers.modules import called
 from ..projection import shown
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
 from .config import LoRAConfig, compile_pattern, is_inside, names_any

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapted import LoRALayer, wide_dtype
-from ..base import matrix_of
-from ..expert_weight import ExpertsWeight
-from ..modules import called, lora_layers, some
+from ..layers.adapted import LoRALayer, wide_dtype
+from ..layers.base import matrix_of
+from ..layers.expert_weight import ExpertsWeight
+from ..layers.modules import called, lora_layers, some
 from .config import LoRAConfig
 from .embeddings import embeddings_of
 from .files import Planned, Stored, read_tensors

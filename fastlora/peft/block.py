@@ -3,8 +3,8 @@
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..hooks import is_hooked
-from ..mlp import GatedMLP, Part, read_frozen
+from ..layers.hooks import is_hooked
+from ..layers.mlp import GatedMLP, Part, read_frozen
 from .moment import why_not_now
 from .reading import active_adapters, read
 from .swap import is_swapped, why_not_swapped

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import beside, mlp
-from ..batch import call, loss_and_outputs, seed_all, undisturbed
-from ..modules import plain_name, unwrap
+from ..layers import beside, mlp
+from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
+from ..layers.modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..quant import PackedLayer, quantised_weight
 from ..report import Coverage

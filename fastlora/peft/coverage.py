@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..beside import taken
-from ..mlp import cover_blocks
-from ..modules import plain_name, unwrap
+from ..layers.beside import taken
+from ..layers.mlp import cover_blocks
+from ..layers.modules import plain_name, unwrap
 from ..report import Coverage, LayerCoverage, cover_lora_linears
 from .versions import newer, why_not_version
 

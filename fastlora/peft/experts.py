@@ -12,8 +12,8 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from ..base import is_router, why_not_tensor
-from ..experts import (
+from ..layers.base import is_router, why_not_tensor
+from ..layers.experts import (
     Experts,
     is_reversed,
     read_experts_module,
@@ -22,7 +22,7 @@ from ..experts import (
     takes,
     why_not_repeated,
 )
-from ..hooks import is_hooked
+from ..layers.hooks import is_hooked
 from ..projection import Adapter, Base, Output
 from .moment import why_not_now
 from .reading import active_adapters, why_not_adapter, why_not_scale

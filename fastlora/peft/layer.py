@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from ..backends import Settings
-from ..frozen import fits
+from ..layers.frozen import fits
 from ..ops import dora_linear, dora_norm, lora_linears
 from ..ops.functional import run
 from ..ops.kinds import key_of, known, may_be_known, remember

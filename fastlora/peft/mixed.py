@@ -13,10 +13,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ..backends.products import are_wide
-from ..frozen import fits
-from ..gather import has_sharded
+from ..layers.frozen import fits
+from ..layers.gather import has_sharded
+from ..layers.modules import some
 from ..mapping import AdapterMapping, Share
-from ..modules import some
 from ..ops import multi_lora_linear
 from ..projection import Adapter, Base, is_plain
 from ..quant import PackedLayer

@@ -2,7 +2,7 @@
 
 from torch.nn.modules import module as nn_module
 
-from .. import frozen
+from ..layers import frozen
 from . import versions
 
 _never = versions.why_never()  # kept: a look-up in every call costs as much as a small op

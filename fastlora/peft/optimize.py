@@ -8,8 +8,8 @@ from weakref import ref
 
 from torch import nn
 
-from .. import beside, mlp
-from ..modules import lora_layers
+from ..layers import beside, mlp
+from ..layers.modules import lora_layers
 from ..projection import check_switch
 from ..report import Coverage
 from .coverage import checked, cover, frozen_layers, peft_layers, untested, why_not_peft

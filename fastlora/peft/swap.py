@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.model import LoraModel as PeftModel
 from torch import nn
 
-from ..classes import change_class, is_over
+from ..layers.classes import change_class, is_over
 from .experts import ParamWrapper
 from .layer import Linear
 from .mixed_model import LoraModel

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from ..base import matrix_of, tensor_of, why_not_class
-from ..experts import Experts, read_experts_module
+from ..layers.base import matrix_of, tensor_of, why_not_class
+from ..layers.experts import Experts, read_experts_module
 from ..model.config import LoRAConfig
 from ..model.embeddings import AUTO, must_save_embeddings
 from ..model.files import Planned, size_of

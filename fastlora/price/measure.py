@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from ..batch import call, loss_and_outputs
+from ..layers.batch import call, loss_and_outputs
 
 
 class Step:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..batch import in_mode, undisturbed
+from ..layers.batch import in_mode, undisturbed
+from ..layers.modules import unwrap
 from ..model.arguments import as_config, check_model, check_plain
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, undo_injection
-from ..modules import unwrap
 from ..projection import shown
 from ..quant import PackedLayer, quantised_weight
 from .count import count_adapter, count_frozen

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapted import new_adapter, scaling_of, wide_dtype
-from ..base import is_router, matrix_of
+from ..layers.adapted import new_adapter, scaling_of, wide_dtype
+from ..layers.base import is_router, matrix_of
+from ..layers.modules import called
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets
-from ..modules import called
 from ..ops import multi_lora_linear
 from ..quant import quantised_weight
 from .trial import Trial

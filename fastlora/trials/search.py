@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batch import in_mode, kept_buffers
+from ..layers.batch import in_mode, kept_buffers
+from ..layers.modules import called, some, unwrap
 from ..model.arguments import check_folder, check_model, check_plain
 from ..model.checkpoint import save_adapter
 from ..model.files import write_whole
 from ..model.inject import apply_lora, remove_lora
-from ..modules import called, some, unwrap
 from ..projection import check_switch, shown
 from . import state as states
 from .batches import Feed, as_batch

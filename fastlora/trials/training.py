@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..batch import in_mode
+from ..layers.batch import in_mode
 from . import state as states
 from .batches import Batch, Feed, joined, repeated
 from .layer import Attached

@@ -24,7 +24,7 @@ def llama(dtype=torch.float64, **settings):
 
 def layer_by_layer(model):
     model = copy.deepcopy(model)
-    fastlora.mlp.give_back(model.modules())
+    fastlora.layers.mlp.give_back(model.modules())
     return model
 
 

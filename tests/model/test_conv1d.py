@@ -17,8 +17,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import LoRAConfig, LoRALinear, adapted, blocks
-from fastlora.modules import lora_layers
+from fastlora import LoRAConfig, LoRALinear, blocks
+from fastlora.layers import adapted
+from fastlora.layers.modules import lora_layers
 
 MODELS = {"gpt2": gpt2, "falcon": falcon}
 TARGETS = {

@@ -83,7 +83,7 @@ def test_an_adapter_that_its_weight_cannot_take_is_refused(name, tensor, message
 
 
 def test_a_merged_layer_is_one_product(monkeypatch):
-    from fastlora import adapted as linear
+    from fastlora.layers import adapted as linear
 
     model = fastlora.merge_lora(adapted_mlp())
     monkeypatch.setattr(linear, "lora_linears", lambda *_, **__: pytest.fail("the adapter ran"))

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.layer import LoRALinear
+from fastlora.layers.linear import LoRALinear
 
 LAYERS, SIDE = 4, 1024  # a layer is larger than a block of rows in float32, which is 4 MiB
 

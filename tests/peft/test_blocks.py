@@ -340,8 +340,8 @@ def test_check_compares_and_puts_back():
 
 
 def test_check_sees_a_wrong_block(monkeypatch):
-    run = fastlora.mlp.gated_mlp
-    monkeypatch.setattr("fastlora.mlp.gated_mlp", lambda *a, **k: run(*a, **k) * 1.5)
+    run = fastlora.layers.mlp.gated_mlp
+    monkeypatch.setattr("fastlora.layers.mlp.gated_mlp", lambda *a, **k: run(*a, **k) * 1.5)
     assert not fastlora.check(model_of().train(), DATA)
 
 

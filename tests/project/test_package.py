@@ -13,59 +13,19 @@ from process import run_python
 
 ROOT = Path(__file__).parents[2]
 
-# Each may import from those before it, never from those behind it.
-ORDER = [
-    "version", "foreign", "kernels", "blocks", "formats", "projection", "segments", "mapping",
-    "reference", "backends", "ops", "quant", "frozen", "base", "hooks", "activation", "experts",
-    "adapted", "quantised", "layer", "expert_weight", "expert_layer", "modules", "gather",
-    "classes", "beside", "report", "mlp", "batch", "model", "peft", "table", "price", "trials",
-    "trainer", "doctor", "__main__", "__init__",
-]  # fmt: skip
-# And so inside of a folder.
-ORDER_INSIDE = {
-    "kernels": [
-        "common", "launch", "target", "config", "segments", "sum_planes", "project", "packed",
-        "gemm_config", "gemm_lowrank", "weight_grad", "dequant", "gated", "defaults", "plan",
-        "script", "kept",
-    ],
-    "formats": [
-        "format", "scales", "four_bit", "int8", "int4", "affine", "float8", "gguf", "hqq", "gptq",
-    ],
-    "reference": ["lora", "dora", "gated", "grouped", "multi"],
-    "backends": [
-        "protocol", "products", "dropout", "bases", "gated", "rows", "grouped", "multi", "torch",
-        "triton",
-    ],
-    "triton": ["cover", "packed", "layer", "grouped", "multi", "gated"],
-    "quant": ["vendor", "once", "bitsandbytes", "torchao", "float8", "gguf", "hqq", "gptq"],
-    "ops": [
-        "autocast", "call", "norm", "library", "grouped_library", "function", "grouped_function",
-        "textbook", "kinds", "few", "functional", "grouped", "dora", "gated",
-        "routing", "experts", "multi_checks", "multi_function", "multi_library", "multi",
-    ],
-    "model": [
-        "config", "experts", "candidates", "targets", "adapter_config", "arguments", "inject",
-        "merge", "embeddings", "files", "tensors", "checkpoint",
-    ],
-    "peft": [
-        "versions", "coverage", "optimize", "dropout", "masks", "moment", "reading", "mixed",
-        "layer", "bitsandbytes", "torchao", "hqq", "gptq", "experts", "mixed_model", "swap",
-        "block", "records", "check",
-    ],
-    "trials": [
-        "trial", "options", "record", "batches", "layer", "state", "plot", "progress", "training",
-        "search",
-    ],
-    "price": ["record", "count", "measure", "quote", "load"],
-    "doctor": ["dtypes", "processor", "call", "self_test", "report"],
-}  # fmt: skip
-# Imported inside of functions, when a model with PEFT's layers is met.
-LATE = {
-    "peft": {
-        "coverage": {"mixed", "records"},
-        "optimize": {"block", "swap"},
-    }
-}
+# A file imports from its own floor and those below, and no circle of files is closed.
+FLOORS = (
+    {"kernels"},
+    {"version", "foreign", "table", "blocks", "formats", "projection", "segments", "mapping"}
+    | {"reference"},
+    {"backends"},
+    {"ops"},
+    {"quant", "layers", "report"},
+    {"model", "peft"},
+    {"price", "trials", "trainer", "doctor", "__main__"},
+    {"__init__"},
+)  # fmt: skip
+LONGEST_CHAIN = 29  # of files, each of which imports the next
 
 
 def imports(path: Path) -> list[ast.ImportFrom | ast.Import]:
@@ -100,19 +60,42 @@ def imported_parts(path: Path) -> set[str]:
 
 FILES = sorted((ROOT / "fastlora").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-INSIDE = [p for p in (*KERNELS, *FILES) if p.parent.name in ORDER_INSIDE]
 
 
-@pytest.mark.parametrize("path", INSIDE, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_in_a_folder_a_file_imports_from_those_below(path):
-    folder = path.parent.name
-    order = [*ORDER_INSIDE[folder], "__init__"]
-    late = LATE.get(folder, {}).get(path.stem, set())
-    for node in imports(path):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            below = {*order[: order.index(path.stem)], *late}
-            assert set(names) <= below, f"{folder}/{path.stem} imports {names}"
+def floor_of(part: str) -> int:
+    found = [number for number, parts in enumerate(FLOORS) if part in parts]
+    assert found, f"{part} is on no floor"
+    return found[0]
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The files of its own package that a file imports when it is imported itself."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.Try))]
+    for node in [node for body in bodies for node in body if isinstance(node, ast.ImportFrom)]:
+        if node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for name in [alias.name for alias in node.names]:
+                tried = (folder / f"{name}.py", folder.with_suffix(".py"), folder / "__init__.py")
+                found |= set([place for place in tried if place.exists()][:1])
+    return found - {path, ROOT / "fastlora" / "__init__.py"}  # that is for the kernels
+
+
+def chain_from(path: Path, known: dict[Path, list[Path]], above: tuple[Path, ...] = ()) -> list:
+    """The longest chain of files, each of which imports the next."""
+    assert path not in above, f"a circle: {[p.stem for p in (*above, path)]}"
+    if path not in known:
+        chains = [chain_from(other, known, (*above, path)) for other in imported_files(path)]
+        known[path] = [path, *max(chains, key=len, default=[])]
+    return known[path]
+
+
+def test_no_circle_and_no_long_chain_of_imports():
+    known: dict = {}
+    chains = [chain_from(path, known) for path in (*FILES, *KERNELS)]
+    longest = max(chains, key=len)
+    assert len(longest) <= LONGEST_CHAIN, [str(path.relative_to(ROOT)) for path in longest]
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
@@ -146,12 +129,10 @@ def test_one_file_imports_the_kernels():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_from_layers_below(path):
+def test_a_file_imports_from_its_floor_and_those_below(path):
     own = path.relative_to(ROOT / "fastlora").with_suffix("").parts[0]
-    assert own in ORDER, f"{own} has no place in the order of layers"
-    for part in imported_parts(path) - {own}:
-        assert part in ORDER, f"{path}: fastlora.{part} has no place in the order of layers"
-        assert ORDER.index(part) < ORDER.index(own), f"{own} imports {part}, which is above it"
+    above = [p for p in imported_parts(path) if floor_of(p) > floor_of(own)]
+    assert not above, f"{own} imports {above} from a floor above its own"
 
 
 def test_the_oracle_shares_no_code():

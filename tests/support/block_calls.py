@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 from torch import Tensor, nn
 
-from fastlora import mlp
+from fastlora.layers import mlp
 
 
 def blocks(model: nn.Module) -> set[str]:

@@ -7,7 +7,7 @@ import pytest
 from block_calls import noted_blocks
 from torch import Tensor, nn
 
-from fastlora import frozen
+from fastlora.layers import frozen
 
 
 def fast_layers(model: nn.Module) -> set[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import fastlora
-from fastlora import experts as fast_experts
+from fastlora.layers import experts as fast_experts
 from fastlora.peft import layer as fast_linear
 
 VOCABULARY = 100

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastlora
-from fastlora.mlp import PARTS
+from fastlora.layers.mlp import PARTS
 
 
 class Step(NamedTuple):

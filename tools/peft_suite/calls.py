@@ -108,7 +108,7 @@ def count(layer_class: type, note: Callable[[nn.Module, dict], None]) -> None:
 
 def count_blocks(counter: Counter) -> None:
     """A call of a gated MLP that is one block is a fast one of each of its LoRA layers."""
-    from fastlora import mlp
+    from fastlora.layers import mlp
 
     original = mlp.gated_mlp
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .formats.format import Quantised
-from .ops import lora_linears
-from .projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
+from ..formats.format import Quantised
+from ..ops import lora_linears
+from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
 
 
 class Linear(nn.Linear):

@@ -6,10 +6,10 @@ from typing import cast
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..foreign import FSDP, derived_from
 from .adapted import LoRALayer
 from .expert_layer import LoRAExperts
 from .expert_weight import ExpertsWeight
-from .foreign import FSDP, derived_from
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 # What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_off
+from ..projection import Adapter, Base, Output
 from .adapted import check_adapter, initialise, scaling_of
 from .base import tensor_of
 from .experts import ADDED, is_reversed, stacked
-from .ops.autocast import autocast_off
-from .projection import Adapter, Base, Output
 
 
 class Features(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Dense, buffer_for, widened
+from ..ops import lora_linears
+from ..ops.autocast import autocast_off
+from ..projection import Projection, shown
 from .base import tensor_of
-from .blocks import Dense, buffer_for, widened
-from .ops import lora_linears
-from .ops.autocast import autocast_off
-from .projection import Projection, shown
 
 # What a layer has while it has an adapter.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")

@@ -5,12 +5,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_off
+from ..projection import Projection, check_settings
+from ..quant import quantised_weight, vendor_of
 from . import frozen
 from .adapted import LoRALayer, new_adapter, own_name, refuse_training, why_weight_is_fixed
 from .base import is_conv1d, is_router, matrix_of, why_not_class, why_not_tensor
-from .ops.autocast import autocast_off
-from .projection import Projection, check_settings
-from .quant import quantised_weight, vendor_of
 from .quantised import LoRAQuantised
 
 # Of tensors: those of FSDP2, and of shapes without data, become plain tensors by themselves.
@@ -69,8 +69,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         """A LoRALinear that shares, and freezes, ``linear``'s weight and bias.
 
         The adapter has the weight's dtype.  Of a vendor's quantised layer (docs/quantised.md) it is
-        a layer of the vendor's class, :class:`fastlora.quantised.LoRAQuantised`, with an adapter of
-        float32.  Raises ValueError for what is neither.
+        a layer of the vendor's class, with an adapter of float32.  Raises ValueError for what is
+        neither.
         """
         check_settings(r, lora_alpha, lora_dropout, use_rslora)
         reason = why_not_base(linear)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..backends.products import are_wide
 from . import frozen
-from .backends.products import are_wide
 from .base import why_not_tensor
 from .classes import change_class
 from .modules import plain_name

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .foreign import FULLY_SHARDED, derived_from
+from ..foreign import FULLY_SHARDED, derived_from
 
 _FORWARDS = ("forward", "_old_forward")  # on an instance; the second is accelerate's
 

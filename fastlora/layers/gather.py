@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .foreign import FULLY_SHARDED, derived_from, is_dtensor
+from ..foreign import FULLY_SHARDED, derived_from, is_dtensor
 from .modules import plain_name, unwrap
 
 

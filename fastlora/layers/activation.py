@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .foreign import is_class
+from ..foreign import is_class
 from .hooks import is_hooked
 
 _FUNCTIONS = {functional.silu: "silu", functional.relu: "relu", torch.relu: "relu"}

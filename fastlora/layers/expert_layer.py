@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.textbook import needs_textbook
+from ..projection import Base, Output
 from .adapted import refuse_training
 from .base import tensor_of, why_not_tensor
 from .expert_weight import Adaptation, ExpertsWeight
 from .experts import ADDED, Experts, read_experts_module, run_experts, takes
-from .ops.textbook import needs_textbook
-from .projection import Base, Output
 
 _ADDED = ("adaptations", "lora_dropout", "_base_weights")
 

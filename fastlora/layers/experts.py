@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..foreign import derived_from, is_same_code
+from ..ops.autocast import autocast_is_on
+from ..ops.experts import Activate, lora_experts
+from ..projection import AUTOCAST_DTYPES, Adapter, Output, is_plain
 from .activation import activation_of
-from .foreign import derived_from, is_same_code
 from .hooks import is_hooked
-from .ops.autocast import autocast_is_on
-from .ops.experts import Activate, lora_experts
-from .projection import AUTOCAST_DTYPES, Adapter, Output, is_plain
 
 _INTERFACE = "transformers.integrations.moe"
 _LLAMA4 = ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts")

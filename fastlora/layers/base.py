@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..foreign import is_class, is_dtensor
+from ..projection import DTYPES, is_plain
+from ..quant import PackedLayer, quantised_weight
 from . import frozen
-from .foreign import is_class, is_dtensor
-from .projection import DTYPES, is_plain
-from .quant import PackedLayer, quantised_weight
 
 # As they are at import: others may replace them, as make_fx does while it traces.
 _LINEAR_FORWARDS = (nn.Linear.forward, frozen.Linear.forward)

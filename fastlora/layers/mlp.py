@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..backends import find_backend
+from ..foreign import is_same_code
+from ..ops import gated_mlp
+from ..ops.autocast import autocast_dtype
+from ..ops.gated import follows
+from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
+from ..quant import SHARDED, PackedLayer, quantised_weight
+from ..report import IN_THE_CALL, BlockCoverage
 from .activation import activation_of
 from .adapted import LoRALayer
-from .backends import find_backend
 from .base import tensor_of, why_not_class, why_not_tensor
 from .classes import change_class, under
-from .foreign import is_same_code
 from .frozen import fits, why_not_here
 from .gather import has_sharded
 from .hooks import is_hooked
 from .modules import plain_name
-from .ops import gated_mlp
-from .ops.autocast import autocast_dtype
-from .ops.gated import follows
-from .projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
-from .quant import SHARDED, PackedLayer, quantised_weight
 from .quantised import LoRAQuantised
-from .report import IN_THE_CALL, BlockCoverage
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 _UNKNOWN = "its forward is none that fastlora knows"

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..blocks import buffer_for, widened
+from ..ops import lora_linears
+from ..ops.autocast import autocast_off
+from ..projection import DTYPES, Projection
+from ..quant import SHARDED, PackedLayer, Vendor, vendor_of
 from .adapted import LoRALayer
-from .blocks import buffer_for, widened
-from .ops import lora_linears
-from .ops.autocast import autocast_off
-from .projection import DTYPES, Projection
-from .quant import SHARDED, PackedLayer, Vendor, vendor_of
 
 
 class LoRAQuantised(LoRALayer):

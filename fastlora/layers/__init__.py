@@ -1,0 +1,1 @@
+"""What a module becomes: a linear layer with an adapter, experts, a gated MLP; and which may."""
