@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora.doctor.processor import processor_flags, processor_name
+from fastlora.doctor.machine import processor_flags, processor_name
 
 FOLDER = Path(__file__).parent / "results"
 _ASKED = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"

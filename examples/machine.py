@@ -8,7 +8,7 @@ from options import stop
 
 import fastlora
 from fastlora.backends.products import is_slow
-from fastlora.doctor.processor import processor_name
+from fastlora.doctor.machine import processor_name
 
 
 def main(run: SimpleNamespace) -> dict:

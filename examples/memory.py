@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from fastlora.price.measure import Step
+from fastlora.price.quote import kept_bytes
 
 
 class Growth:
@@ -49,4 +49,4 @@ def bytes_of_weights(model: torch.nn.Module) -> int:
 def bytes_kept_for_backward(trainer: Trainer) -> int:
     """What a forward of one training batch keeps until the backward, without the parameters."""
     model, batch = trainer.model.train(), next(iter(trainer.get_train_dataloader()))
-    return Step(model, batch).kept_bytes()
+    return kept_bytes(model, batch)

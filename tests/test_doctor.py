@@ -15,6 +15,7 @@ from fastlora import backends
 from fastlora.__main__ import main
 from fastlora.backends import products
 from fastlora.backends import torch as torch_backend
+from fastlora.doctor import machine
 from fastlora.doctor import report as doctor
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.version import __version__
@@ -214,7 +215,7 @@ def test_a_peft_that_means_something_else_is_broken(capsys, monkeypatch, forward
     [("3.6.0", True, True), ("3.6.0", False, False), ("3.7.1", True, False)],
 )
 def test_a_triton_whose_products_lack_a_fence_is_named(version, has_hopper, says):
-    assert ("lack a fence" in doctor.note_of_triton(version, has_hopper)) == says
+    assert ("lack a fence" in machine.note_of_triton(version, has_hopper)) == says
 
 
 def test_what_switches_optimize_off_is_said(capsys, monkeypatch):
@@ -247,7 +248,7 @@ def test_an_installed_package_that_can_not_be_imported_is_broken(capsys, monkeyp
             raise ImportError("undefined symbol")
         return sys.modules[name]
 
-    monkeypatch.setattr(doctor, "import_module", importing)
+    monkeypatch.setattr(machine, "import_module", importing)
     expected = "transformers is installed, but can't be imported: ImportError: undefined symbol"
     assert broken_by(capsys) == expected
 
@@ -263,7 +264,7 @@ def test_a_source_tree_without_kernels_is_broken(capsys, monkeypatch):
 
 
 def test_a_section_that_fails_leaves_the_others(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_machine", lambda _: 1 / 0)
+    monkeypatch.setattr(doctor, "machine", lambda _: 1 / 0)
     found = examined(capsys, status=1)
     assert found["broken"] == ["machine: ZeroDivisionError: division by zero"]
     assert found["versions"]["torch"] == torch.__version__

@@ -19,9 +19,8 @@ from benchmarks.report import markdown
 from benchmarks.results import describe_machine, results_path, write_results
 from fastlora.trials.batches import Feed
 from fastlora.trials.layer import attached
-from fastlora.trials.options import Options
 from fastlora.trials.training import Training, causal_loss
-from fastlora.trials.trial import Trial, as_trials
+from fastlora.trials.trial import Options, Trial, as_trials
 
 ROUNDS, SWEEP, RUNS = 5, "fastlora", "eight runs"
 CONFIGS = [{"r": r, "learning_rate": rate} for r in (2, 8, 32, 64) for rate in (1e-4, 5e-4)]

@@ -1,38 +1,34 @@
-"""The report: the text that a bug report needs.
+"""The report: the text that a bug report needs, with self-tests against the oracle and PEFT."""
 
-Packages are imported to see whether they can be, by their names; nothing of theirs is used here.
-"""
-
-import os
-import platform
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..backends import BACKENDS, backend_name, find_backend
+from .. import reference
+from ..backends import BACKENDS, backend_name, find_backend, use_backend
 from ..backends.products import is_slow
+from ..layers.linear import LoRALinear
+from ..peft.check import Check, check
 from ..peft.coverage import untested
 from ..peft.optimize import why_nothing_changes
 from ..projection import HALF_DTYPES
 from ..table import columns
-from ..version import __version__
-from .call import Call, plan
-from .dtypes import name_of
-from .processor import processor_name
-from .self_test import TOLERANCES, peft_checks, relative_errors
+from .launches import Asked, name_of, would_run
+from .machine import devices_here, installation, machine, one_line, settings, versions
 
-_SETTINGS = re.compile(
-    "(FASTLORA|TRITON)_.+|(OMP|MKL)_NUM_THREADS|ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_MAX_CPU_ISA"
-    "|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
-)
+# The relative error that is taken for rounding: four times the dtype's epsilon, and for float32
+# that of TF32, in which a GPU may multiply it.
+TOLERANCES = {torch.float32: 2**-8, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+_M, _K, _N, _R = 33, 40, 24, 4
+_SMALL: dict[str, dict[str, Any]] = {  # what PEFT may come to mean otherwise, by its settings
+    "LoRA": {},
+    "with dropout and rsLoRA": {"lora_dropout": 0.5, "use_rslora": True},
+    "with biases": {"bias": "all", "lora_bias": True},
+    "DoRA": {"use_dora": True},
+}
 
 
 @dataclass
@@ -53,87 +49,29 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(call: Call | None = None) -> Report:
+def examine(asked: Asked | None = None) -> Report:
     """Look at everything; what fails on the way is in ``broken``, and the rest goes on."""
-    report, devices = Report(), _devices()
+    report, devices = Report(), devices_here()
     broken = report.broken
     sections: dict[str, Callable[[], dict[str, str]]] = {
-        "machine": lambda: _machine(devices),
-        "versions": lambda: _versions(broken),
+        "machine": lambda: machine(devices),
+        "versions": lambda: versions(broken),
         "fastlora.optimize": _optimize,
-        "installation": _installation,
-        "settings": _settings,
+        "installation": installation,
+        "settings": settings,
         "backends": lambda: _backends(devices, broken),
         "16-bit products": lambda: _products(devices),
-        "plan": lambda: plan(call, devices[-1]) if call else {},
+        "plan": lambda: would_run(asked, devices[-1]) if asked else {},
         "self-test, relative errors": lambda: _self_tests(devices, broken),
     }
     for title, section in sections.items():
         try:
             entries = section()
         except Exception as error:
-            broken.append(f"{title}: {_one_line(error)}")
+            broken.append(f"{title}: {one_line(error)}")
         else:
             report.sections |= {title: entries} if entries else {}
     return report
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _devices() -> list[torch.device]:
-    """The CPU, and the first accelerator if there is one."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    others = [] if accelerator is None else [torch.device(accelerator.type, 0)]
-    return [torch.device("cpu"), *others]
-
-
-def _machine(devices: list[torch.device]) -> dict[str, str]:
-    gpus = Counter(map(_gpu, range(torch.cuda.device_count())))
-    accelerators = [f"{count} x {gpu}" for gpu, count in gpus.items()]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "system": platform.platform(),
-        "processor": f"{processor_name()}, {capability}, {os.cpu_count()} cores",
-        "threads": str(torch.get_num_threads()),
-        "accelerator": ", ".join(accelerators or [d.type for d in devices[1:]]) or "none",
-    }
-
-
-def _gpu(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    arch = f"sm_{properties.major}{properties.minor}"
-    arch = properties.gcnArchName if torch.version.hip else arch
-    return f"{properties.name}, {arch}, {properties.total_memory / 2**30:.0f} GiB"
-
-
-def _versions(broken: list[str]) -> dict[str, str]:
-    found = {"fastlora": __version__, "Python": platform.python_version()}
-    found["torch"] = torch.__version__
-    for name in ("triton", "transformers", "peft"):
-        try:
-            found[name] = str(getattr(import_module(name), "__version__", "unknown"))
-        except Exception as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == name
-            found[name] = "not installed" if missing else "can't be imported"
-            if not missing:
-                broken.append(f"{name} is installed, but can't be imported: {_one_line(error)}")
-    has_hopper = any(
-        torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count())
-    )
-    found["triton"] += note_of_triton(found["triton"], has_hopper)
-    return found
-
-
-def note_of_triton(version: str, has_hopper: bool) -> str:
-    """What is known of a version's code, whatever kernel it is of."""
-    if not has_hopper or not version.startswith(("3.4.", "3.5.", "3.6.")):
-        return ""
-    return (
-        ": before 3.7 its products on Hopper lack a fence between a copy and its reader. Nobody "
-        "has seen a wrong number of it; torch 2.13 comes with 3.7.1"
-    )
 
 
 def _optimize() -> dict[str, str]:
@@ -144,20 +82,6 @@ def _optimize() -> dict[str, str]:
     return {"PEFT": f"not supported: {reason}" if reason else untested() or "supported"}
 
 
-def _installation() -> dict[str, str]:
-    package = __package__.partition(".")[0]
-    specs = {name: find_spec(name) for name in (package, f"{package}.kernels")}
-    return {
-        name: str(Path(spec.origin).parent) if spec and spec.origin else "missing"
-        for name, spec in specs.items()
-    }
-
-
-def _settings() -> dict[str, str]:
-    found = {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.fullmatch(name)}
-    return found or {"environment": "nothing is set that changes what runs"}
-
-
 def _backends(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     """What each device runs by default, and why not on the others."""
     found = {}
@@ -166,7 +90,7 @@ def _backends(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
         try:
             default = backend_name(device=device)
         except Exception as error:
-            broken.append(f"no backend on {device.type}: {_one_line(error)}")
+            broken.append(f"no backend on {device.type}: {one_line(error)}")
         for name in BACKENDS:
             found[f"{name} on {device.type}"] = _backend(name, device, name == default, broken)
     return found
@@ -178,7 +102,7 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
     except ValueError:
         return f"no: the package {name} isn't installed"
     except Exception as error:
-        broken.append(f"the backend {name} can't be imported: {_one_line(error)}")
+        broken.append(f"the backend {name} can't be imported: {one_line(error)}")
         return "broken"
     if reason:
         return f"asked for, but calls run on torch: {reason}" if is_default else f"no: {reason}"
@@ -230,9 +154,51 @@ def _self_test(name: str, device: torch.device, dtype: torch.dtype, broken: list
     try:
         errors = relative_errors(name, device, dtype)
     except Exception as error:
-        broken.append(f"{where}: {_one_line(error)}")
+        broken.append(f"{where}: {one_line(error)}")
         return "failed"
     for what, size in errors.items():
         if not size <= TOLERANCES[dtype]:  # true for NaN
             broken.append(f"{where}: {what} is wrong, its relative error is {size:.2g}")
     return f"{max(errors.values()):.1g}"
+
+
+def relative_errors(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """‖ours - oracle's‖ / ‖oracle's‖ of the output and of every gradient, by name."""
+    draw = torch.Generator().manual_seed(0)
+    layer = LoRALinear(_K, _N, r=_R, device=device, dtype=dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    x, dy = (torch.randn(_M, size, generator=draw).to(device, dtype) for size in (_K, _N))
+    leaves = [x.requires_grad_(), layer.lora_A, layer.lora_B]
+    with use_backend(backend):
+        y = layer(x)
+        ours = [y, *torch.autograd.grad(y, leaves, dy)]
+    x, lora_a, lora_b, weight, bias, dy = map(_exact, (*leaves, layer.weight, layer.bias, dy))
+    y = reference.lora_linear(x, weight, lora_a, lora_b, bias=bias, scale=layer.scaling)
+    truth = [y, *torch.autograd.grad(y, (x, lora_a, lora_b), dy)]
+    names = ("the output", "dx", "d lora_A", "d lora_B")
+    return {
+        name: float((_exact(our) - true).norm().detach() / true.norm().detach())
+        for name, our, true in zip(names, ours, truth, strict=True)
+    }
+
+
+def peft_checks() -> dict[str, Check]:
+    """What :func:`fastlora.check` says of small layers of the PEFT that is imported."""
+    peft, found = sys.modules["peft"], {}
+    for what, fields in _SMALL.items():
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(0)
+            config = peft.LoraConfig(
+                r=_R, lora_alpha=5, target_modules=["0"], init_lora_weights=False, **fields
+            )
+            layer = torch.nn.Sequential(torch.nn.Linear(_K, _N))
+            model = peft.get_peft_model(layer, config).train()
+            found[what] = check(model, torch.randn(_M, _K, requires_grad=True))
+    return found
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf with the same numbers, in float64 on the CPU, where all have it."""
+    return tensor.detach().cpu().double().requires_grad_()

@@ -1,7 +1,9 @@
-"""What can be counted from shapes alone, on meta tensors too: parameters, bytes, FLOPs."""
+"""The price list, a line for each rank; and what of it is counted, from shapes alone."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,10 +15,116 @@ from ..model.files import Planned, size_of
 from ..model.targets import find_targets, modules_to_save
 from ..model.tensors import embedding_tensors, full_tensors, planned_adapters
 from ..quant import PackedLayer, quantised_weight
-from .record import FrozenCosts, Price
+from ..table import columns
 
+_MIB = 2**20
+# A parameter, its gradient and AdamW's two moments are kept while training.
+_COPIES_IN_TRAINING = 4
 # What configs of transformers' call the number of experts that a token goes to.
 _PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an adapter of rank ``r`` costs, with the biases and modules that train in full.
+
+    * ``parameters``: how many train;
+    * ``bytes``: of these parameters;
+    * ``flops``: for a token, forward and backward, beside the frozen model's;
+    * ``file_bytes``: the size of ``adapter_model.safetensors``;
+    * ``kept_bytes``: for a token, what a forward keeps until the backward, without parameters;
+    * ``step``: the time of forward and backward over the frozen model's, lower quartile, median
+      and upper quartile of measurements in pairs.
+
+    ``kept_bytes`` and ``step`` are None where nothing was measured.
+    """
+
+    r: int
+    parameters: int
+    bytes: int
+    flops: int
+    file_bytes: int
+    kept_bytes: float | None = None
+    step: tuple[float, float, float] | None = None
+
+    @property
+    def training_bytes(self) -> int:
+        """Of the parameters, their gradients and AdamW's two moments."""
+        return _COPIES_IN_TRAINING * self.bytes
+
+
+@dataclass(frozen=True)
+class FrozenCosts:
+    """The same model without adapters: its ``parameters``, and what was measured of it.
+
+    ``flops`` are those of its linear layers for a token, and of the experts that it goes to:
+    forward, and backward to the input alone.
+    """
+
+    parameters: int
+    flops: int
+    kept_bytes: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The price of each rank for one model.  Prints as a table.
+
+    ``layers`` is how many would be adapted, ``batch`` the shape of what was measured, ``notes``
+    what a reader should know of the numbers.
+    """
+
+    model: str
+    layers: int
+    frozen: FrozenCosts
+    prices: tuple[Price, ...]
+    device: str = ""
+    batch: str = ""
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a program: plain numbers and texts."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        frozen, measured = self.frozen, "nothing was measured"
+        if frozen.seconds is not None and frozen.kept_bytes is not None:
+            measured = (
+                f"frozen, {self.batch} on {self.device}: forward and backward "
+                f"{frozen.seconds:.3g} s, keeps {frozen.kept_bytes / 1024:.0f} KiB a token"
+            )
+        lines = [
+            f"{self.model}: {frozen.parameters:,} parameters, {self.layers} layers to adapt",
+            measured,
+            "",
+            *columns([_TITLES, *map(self._cells, self.prices)], left=0),
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+    def _cells(self, price: Price) -> tuple[str, ...]:
+        kept = "–" if price.kept_bytes is None else f"{price.kept_bytes / 1024:.0f}"
+        step = "–"
+        if price.step is not None:
+            low, middle, high = price.step
+            step = f"{middle:.2f} ({low:.2f}–{high:.2f})"
+        return (
+            f"{price.r}",
+            f"{price.parameters:,}",
+            f"{100 * price.parameters / self.frozen.parameters:.2f}",
+            f"{price.file_bytes / _MIB:.1f}",
+            f"{price.training_bytes / _MIB:.1f}",
+            f"{100 * price.flops / self.frozen.flops:.1f}",
+            kept,
+            step,
+        )
+
+
+_TITLES = (
+    "r", "trainable", "% of base", "file, MiB", "+ gradient, AdamW, MiB", "extra FLOPs, %",
+    "kept a token, KiB", "step / frozen's",
+)  # fmt: skip
 
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
@@ -39,10 +147,8 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
     saved = modules_to_save(model, config, every_name=True)
     targets = find_targets(model, config, saved, every_name=True)
     names = {*targets.layers, *targets.experts}
-    adapters, full = (
-        planned_adapters(targets, config),
-        full_tensors(model, config.bias, saved, names),
-    )
+    adapters = planned_adapters(targets, config)
+    full = full_tensors(model, config.bias, saved, names)
     # A multiplication and an addition for each element, in three products of either matrix: h and
     # y; dh and the adapter's part of dx; both gradients.  What trains in full has its gradient.
     flops = 2 * _of_a_token({part for module in saved.values() for part in module.modules()})

@@ -1,5 +1,6 @@
-"""``fastlora.plan``: the price of each rank for a model."""
+"""``fastlora.plan``: the price of each rank for a model, counted, and measured where it is."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -8,18 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..layers.batch import in_mode, undisturbed
+from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.modules import unwrap
 from ..model.arguments import as_config, check_model, check_plain
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, undo_injection
 from ..projection import shown
 from ..quant import PackedLayer, quantised_weight
-from .count import count_adapter, count_frozen
-from .measure import Step, frozen
-from .record import FrozenCosts, Plan, Price
+from .count import Plan, count_adapter, count_frozen
 
 RANKS = (8, 16, 64, 256)
 _ROWS, _TOKENS = 1, 256
@@ -48,22 +48,23 @@ def plan(
     Everything is as it was afterwards: parameters, gradients, buffers, modes, random states.
     ``progress`` is called with a line for each round.
 
-    Returns a :class:`fastlora.price.record.Plan`, which prints as a table.  Raises ValueError for a
+    Returns a :class:`fastlora.price.count.Plan`, which prints as a table.  Raises ValueError for a
     rank below 1 or none, a model with adapters, a batch that is missing, a model on ``meta`` that
     is to be measured, and what :func:`fastlora.apply_lora` and the model raise.
     """
     check_model(model)
-    inner = unwrap(model)
-    ranks = _checked_ranks(ranks)
+    inner, ranks = unwrap(model), _checked_ranks(ranks)
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
     check_plain(inner)
     config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
-    costs, layers, prices = counted(inner, ranks, config)
-    found = Plan(type(inner).__name__, layers, costs, prices, notes=_notes(inner))
-    return measured(found, inner, config, batch, rounds, progress) if rounds else found
+    counts = [count_adapter(inner, replace(config, r=r)) for r in ranks]
+    prices = tuple(price for _, price in counts)
+    name, layers = type(inner).__name__, counts[0][0]
+    found = Plan(name, layers, count_frozen(inner), prices, notes=_notes(inner))
+    return _measured(found, inner, config, batch, rounds, progress) if rounds else found
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:
@@ -79,31 +80,24 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def counted(
-    model: nn.Module, ranks: Sequence[int], config: LoRAConfig
-) -> tuple[FrozenCosts, int, tuple[Price, ...]]:
-    """The frozen model's costs, how many layers are adapted, and each rank's price, by shapes."""
-    counts = [count_adapter(model, replace(config, r=r)) for r in ranks]
-    return count_frozen(model), counts[0][0], tuple(price for _, price in counts)
-
-
-def measured(
+def _measured(
     plan: Plan,
     model: nn.Module,
     config: LoRAConfig,
     batch: Any,
     rounds: int,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None,
 ) -> Plan:
     """The plan with this model's times and kept bytes."""
     if batch is None:
         batch = _random_tokens(model)
     batch = tree_map_only(Tensor, _unshared, batch)
     tokens, text = _size(batch)
-    step = Step(model, batch)
-    if step.device.type == "meta":
+    device = next(model.parameters()).device
+    if device.type == "meta":
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
-    sides: list[Price | None] = [None, *plan.prices]
+    sides = [partial(frozen, model, batch)]
+    sides += [partial(_adapted, model, replace(config, r=price.r)) for price in plan.prices]
     kept, seconds = [], []
     with undisturbed(model), in_mode(model, training=True):
         for i in range(rounds + 1):  # the first warms up
@@ -111,10 +105,11 @@ def measured(
                 progress(f"round {i} of {rounds}" if i else "kept bytes")
             times = []
             for side in sides:
-                with _side(model, batch, config, side):
+                with side():
                     if i == 0:
-                        kept.append(step.kept_bytes() / tokens)
-                    times.append(step.seconds())
+                        kept.append(kept_bytes(model, batch) / tokens)
+                    times.append(step_seconds(model, batch))
+                    model.zero_grad()
             if i:
                 seconds.append(times)
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
@@ -122,25 +117,107 @@ def measured(
         replace(price, kept_bytes=kept[j], step=_quartiles(ratios[j]))
         for j, price in enumerate(plan.prices, start=1)
     )
-    costs = replace(
-        plan.frozen,
-        kept_bytes=kept[0],
-        seconds=_quartiles([times[0] for times in seconds])[1],
-    )
-    return replace(plan, frozen=costs, prices=prices, device=str(step.device), batch=text)
+    middle = _quartiles([times[0] for times in seconds])[1]
+    costs = replace(plan.frozen, kept_bytes=kept[0], seconds=middle)
+    return replace(plan, frozen=costs, prices=prices, device=str(device), batch=text)
 
 
 @contextmanager
-def _side(model: nn.Module, batch: Any, config: LoRAConfig, price: Price | None) -> Iterator[None]:
-    """Inside, the model has an adapter of this price's rank; without a price it is frozen."""
-    with ExitStack() as stack:
-        if price is None:
-            stack.enter_context(frozen(model, batch))
-        else:
-            apply_lora(model, replace(config, r=price.r))
-            stack.callback(undo_injection, model)
+def _adapted(model: nn.Module, config: LoRAConfig) -> Iterator[None]:
+    apply_lora(model, config)
+    try:
         yield
-        model.zero_grad()
+    finally:
+        undo_injection(model)
+
+
+@contextmanager
+def frozen(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Inside, no parameter trains, and a backward goes to the embeddings or the batch's floats.
+
+    That is what a backward through frozen layers costs.  Raises ValueError where neither is there.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()]
+    embeddings = _embeddings(model)
+    if embeddings is None and not inputs:
+        raise ValueError(
+            "the frozen model has nothing to differentiate: batch has no float tensor, and the "
+            "model no get_input_embeddings()"
+        )
+    inputs = [x for x in inputs if not x.requires_grad]
+    with ExitStack() as stack:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_, True)
+        for x in inputs:
+            x.requires_grad_(True)
+            stack.callback(_forget_gradient, x)
+        if embeddings is not None:
+            hook = embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+            stack.callback(hook.remove)
+        yield
+
+
+def _forget_gradient(x: Tensor) -> None:
+    x.requires_grad_(False)
+    x.grad = None
+
+
+def _embeddings(model: nn.Module) -> nn.Module | None:
+    """What transformers' models say their embeddings are."""
+    get: Callable[[], Any] | None = getattr(model, "get_input_embeddings", None)
+    try:
+        found = None if get is None else get()
+    except NotImplementedError:  # a model that has none
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def step_seconds(model: nn.Module, batch: Any) -> float:
+    """Of forward and backward; gradients are new, as after ``zero_grad``."""
+    device = next(model.parameters()).device
+    wait = (
+        (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    )
+    model.zero_grad()
+    wait()
+    start = time.perf_counter()
+    loss_and_outputs(call(model, batch))[0].backward()
+    wait()
+    return time.perf_counter() - start
+
+
+def kept_bytes(model: nn.Module, batch: Any) -> int:
+    """What a forward keeps until the backward, without parameters and buffers.
+
+    Only what autograd knows of is counted: tensors, each memory once.
+    """
+    own = {
+        storage.data_ptr()
+        for tensor in (*model.parameters(), *model.buffers())
+        for storage in _storages(tensor)
+    }
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the same memory; to keep the tensor itself would make a cycle
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_and_outputs(call(model, batch))[0]
+    del loss  # not before: it holds the graph, so that no address came twice
+    return sum(kept.values())
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The memory of a tensor, or of all that one of a wrapping class (torchao's) is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.untyped_storage()]
+    names, _ = tensor.__tensor_flatten__()
+    return [storage for name in names for storage in _storages(getattr(tensor, name))]
 
 
 def _unshared(tensor: Tensor) -> Tensor:
@@ -154,12 +231,10 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    found = (
-        tuple(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes) else ()
-    )
-    if not found or any(type(r) is not int or r < 1 for r in found):
+    is_list = isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes)
+    if not is_list or not ranks or any(type(r) is not int or r < 1 for r in ranks):
         raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(ranks))
 
 
 def _random_tokens(model: nn.Module) -> dict[str, Tensor]:

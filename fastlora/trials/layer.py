@@ -1,7 +1,7 @@
 """Layers with an adapter for each trial, which the rows of a batch are shared out to."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +18,7 @@ from ..quant import quantised_weight
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"
+Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 
 
 class Rows:
@@ -134,67 +135,53 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         raise ValueError(
             f"{routers[0]} is a router, whose adapters can't share a batch: exclude it"
         )
-    made: list[dict[str, tuple[nn.Parameter, nn.Parameter]]] = []
-    for trial, layers in zip(trials, targets, strict=True):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            made.append({name: _adapter(trial, name, layer) for name, layer in layers.items()})
+    made = [
+        _new_adapters(trial, layers, seed) for trial, layers in zip(trials, targets, strict=True)
+    ]
     rows = Rows(len(trials))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
-    try:
-        for parameter in trained:
+    with ExitStack() as stack:
+        for parameter in [each for each in model.parameters() if each.requires_grad]:
             parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_, True)
         for name, layer in model.named_modules():
-            members = tuple([i for i, adapters in enumerate(made) if name in adapters])
-            if members:
-                layer.__dict__[_RECORD] = _adapters_of(name, members, trials, made, rows)
-                changed.append((layer, type(layer)))
+            adapters = _adapters_of(name, trials, made, rows)
+            if adapters.members:
+                stack.callback(_detach, layer, type(layer))
+                layer.__dict__[_RECORD] = adapters
                 layer.__class__ = _class_over(cast(Any, type(layer)))
-        yield Attached([_named(adapters) for adapters in made], rows)
-    finally:
-        for layer, plain in changed:
-            layer.__class__ = plain
-            del layer.__dict__[_RECORD]
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        named = [
+            {
+                f"{name}.{which}" if name else which: parameter
+                for name, pair in adapters.items()
+                for which, parameter in zip(("lora_A", "lora_B"), pair, strict=True)
+            }
+            for adapters in made
+        ]
+        yield Attached(named, rows)
 
 
-def _adapter(trial: Trial, name: str, layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    weight = matrix_of(layer)
-    dtype = wide_dtype(weight)
-    return new_adapter(weight, trial.config.rank_of(name), trial.config.init_lora_weights, dtype)
+def _detach(layer: nn.Module, plain: type[nn.Module]) -> None:
+    layer.__class__ = plain
+    layer.__dict__.pop(_RECORD, None)
+
+
+def _new_adapters(trial: Trial, layers: Mapping[str, nn.Module], seed: int) -> dict[str, Pair]:
+    config, made = trial.config, {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, layer in layers.items():
+            weight, r = matrix_of(layer), config.rank_of(name)
+            made[name] = new_adapter(weight, r, config.init_lora_weights, wide_dtype(weight))
+    return made
 
 
 def _adapters_of(
-    name: str,
-    members: tuple[int, ...],
-    trials: Sequence[Trial],
-    made: Sequence[dict[str, tuple[nn.Parameter, nn.Parameter]]],
-    rows: Rows,
+    name: str, trials: Sequence[Trial], made: Sequence[dict[str, Pair]], rows: Rows
 ) -> Adapters:
+    """A layer's, of the trials that target it."""
+    members = tuple([i for i, adapters in enumerate(made) if name in adapters])
     configs = [trials[i].config for i in members]
-    scales = [
-        scaling_of(config.alpha_of(name), config.rank_of(name), config.use_rslora)
-        for config in configs
-    ]
-    pairs = [made[i][name] for i in members]
-    return Adapters(
-        name,
-        members,
-        [lora_a for lora_a, _ in pairs],
-        [lora_b for _, lora_b in pairs],
-        scales,
-        [config.lora_dropout for config in configs],
-        rows,
-    )
-
-
-def _named(
-    adapters: dict[str, tuple[nn.Parameter, nn.Parameter]],
-) -> dict[str, nn.Parameter]:
-    return {
-        f"{name}.{which}" if name else which: parameter
-        for name, pair in adapters.items()
-        for which, parameter in zip(("lora_A", "lora_B"), pair, strict=True)
-    }
+    scales = [scaling_of(c.alpha_of(name), c.rank_of(name), c.use_rslora) for c in configs]
+    lora_a, lora_b = ([made[i][name][which] for i in members] for which in (0, 1))
+    dropouts = [config.lora_dropout for config in configs]
+    return Adapters(name, members, lora_a, lora_b, scales, dropouts, rows)

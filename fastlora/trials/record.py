@@ -1,6 +1,7 @@
-"""What a sweep found: a line for each trial, the best first."""
+"""What a sweep found: a line for each trial, the best first, and their curves."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,25 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
 def _order(outcome: Outcome) -> float:
     """Its place in an order in which NaN is last."""
     return outcome.loss if outcome.loss == outcome.loss else float("inf")
+
+
+def draw(sweep: Sweep, path: Path) -> bool:
+    """Write the held-out losses as a PNG, whole or not at all; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for outcome in sweep.outcomes:
+        steps, losses = zip(*outcome.losses, strict=True)
+        best = outcome is sweep.best
+        label = f"{outcome.trial.name}: {outcome.loss:.3f}"
+        axes.plot(steps, losses, marker="o", markersize=3, lw=2.5 if best else 1.2, label=label)
+    axes.set(xlabel="step", ylabel="held-out loss", xlim=(0, None))
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, format="png", dpi=120)
+    os.replace(part, path)
+    return True

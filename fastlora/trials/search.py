@@ -18,15 +18,12 @@ from ..model.checkpoint import save_adapter
 from ..model.files import write_whole
 from ..model.inject import apply_lora, remove_lora
 from ..projection import check_switch, shown
-from . import state as states
 from .batches import Feed, as_batch
 from .layer import attached
-from .options import Options
-from .plot import draw
-from .progress import interruption
-from .record import Sweep
+from .record import Sweep, draw
+from .state import check_writable, interruption, load, set_random_state
 from .training import Loss, Training, causal_loss, counted
-from .trial import Trial, as_trials
+from .trial import Options, Trial, as_trials
 
 
 def sweep(
@@ -99,8 +96,8 @@ def sweep(
         )
     settings = {"trials": [_as_plain(trial) for trial in trials], **options._asdict()}
     folder.mkdir(parents=True, exist_ok=True)
-    states.check_writable(folder)
-    state = states.load(folder, settings) if resume else None
+    check_writable(folder)
+    state = load(folder, settings) if resume else None
     norms = _batch_norms(inner)
     with kept_buffers(inner), attached(inner, trials, seed) as parts:
         run = Training(inner, trials, parts, options, loss, held_out)
@@ -110,7 +107,7 @@ def sweep(
                 norm.eval()
             # It may draw numbers for what it skips.
             feed = Feed(data, seed, state.batches, options.batches(len(trials)))
-            states.set_random_state(state.random)
+            set_random_state(state.random)
             run.train(state, feed, folder, interrupted, progress)
     for adapters, trial in zip(state.adapters, trials, strict=True):
         _write(inner, trial, adapters, folder / "adapters" / trial.name)

@@ -1,7 +1,13 @@
-"""How far a sweep is, in one file that is whole at any time."""
+"""How far a sweep is: in a file that is whole at any time, on the screen, and at a Ctrl-C."""
 
 import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +88,44 @@ def set_random_state(states: list[Tensor]) -> None:
     torch.set_rng_state(cpu)
     if len(gpus) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(gpus)
+
+
+@contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """Set by a first Ctrl-C, while a second one is Python's own; in the main thread alone."""
+    event, mine = threading.Event(), threading.current_thread() is threading.main_thread()
+    if not mine:
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def bar(total: int, start: int, visible: bool) -> Iterator[Callable[[str], None]]:
+    """A function to call after each step; tqdm's bar, where that is installed, else lines."""
+    if not visible:
+        yield lambda text: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        steps = count(start + 1)
+        yield lambda text: print(f"step {next(steps)} of {total}: {text}", file=sys.stderr)
+        return
+    with tqdm(total=total, initial=start, desc="sweep") as shown_bar:
+
+        def advance(text: str) -> None:
+            shown_bar.set_postfix_str(text, refresh=False)
+            shown_bar.update()
+
+        yield advance

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..layers.batch import in_mode
-from . import state as states
 from .batches import Batch, Feed, joined, repeated
 from .layer import Attached
-from .options import Options
-from .progress import bar
 from .record import Outcome
-from .state import State
-from .trial import Trial
+from .state import State, bar, random_state, save
+from .trial import Options, Trial
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,7 +57,7 @@ class Training:
         count = len(self.trials)
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
-            random = states.random_state()
+            random = random_state()
         return State(
             settings, alive=list(range(count)), losses=[[] for _ in self.trials],
             seconds=[0.0] * count, steps=[0] * count, random=random,
@@ -168,13 +165,13 @@ class Training:
 
     def _keep(self, state: State, feed: Feed, folder: Path) -> None:
         """Put all that is needed to go on from here into the state, and the state on the disk."""
-        state.batches, state.random = feed.taken, states.random_state()
+        state.batches, state.random = feed.taken, random_state()
         state.optimizer = self.optimizer.state_dict()
         state.adapters = [
             {name: parameter.detach() for name, parameter in own.items()}
             for own in self.parts.parameters
         ]
-        states.save(state, folder)
+        save(state, folder)
 
     def outcomes(self, state: State) -> tuple[Outcome, ...]:
         return tuple(

@@ -140,14 +140,14 @@ def test_the_oracle_shares_no_code():
         assert imported_parts(path) <= {"reference"}
 
 
-def test_one_folder_imports_peft_two_files_transformers_and_none_bitsandbytes():
+def test_one_folder_imports_peft_one_file_transformers_and_none_bitsandbytes():
     importers = {"peft": set(), "transformers": set(), "bitsandbytes": set()}
     for path in FILES:
         for name in {name.split(".")[0] for name in outside_modules(path)} & importers.keys():
             importers[name].add(path)
     assert {path.parent.name for path in importers["peft"]} == {"peft"}
     places = {path.relative_to(ROOT / "fastlora").as_posix() for path in importers["transformers"]}
-    assert places == {"trainer.py", "price/load.py"}
+    assert places == {"trainer.py"}
     assert not importers["bitsandbytes"]
 
 

@@ -18,8 +18,8 @@ from vendor_layers import quantised
 
 import fastlora
 from fastlora.trials.batches import Feed, joined
-from fastlora.trials.options import Options
 from fastlora.trials.training import causal_loss
+from fastlora.trials.trial import Options
 
 STEPS, SEED = 6, 5
 CONFIGS = [

@@ -9,11 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import Settings, backend_name, find_backend, planned_backend, use_backend
 from ..backends.products import is_slow
-from ..projection import HALF_DTYPES, Layout, unflatten
-from .dtypes import name_of
+from ..projection import DTYPES, HALF_DTYPES, Layout, unflatten
+
+NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-class Call(NamedTuple):
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Asked(NamedTuple):
     """x [m, k] of a dtype, weight [n, k] and an adapter of rank r; on a target, else here."""
 
     m: int
@@ -31,26 +36,26 @@ class Call(NamedTuple):
         )
 
 
-def plan(call: Call, device: torch.device) -> dict[str, str]:
+def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
     """The backend and why; and on Triton's every launch, and torch's products, in order."""
-    inputs, seeds = _tensors(call)
+    inputs, seeds = _tensors(asked)
     layouts, noted = (Layout(False, (1.0,)),), _Noted()
     with ExitStack() as stack:
-        if call.target:
+        if asked.target:
             stack.enter_context(use_backend("triton"))
-        asked = backend_name(device=device)
-        if asked == "triton":
+        default = backend_name(device=device)
+        if default == "triton":
             from ..backends.triton import without_launching  # here, since it imports the kernels
 
-            stack.enter_context(without_launching(noted.add_launch, call.target or device))
+            stack.enter_context(without_launching(noted.add_launch, asked.target or device))
         name, reason = planned_backend(unflatten(inputs[1:], layouts), device)
-        why = f"not {asked}: {reason}" if reason else _why(call, device)
-        where = f"{call}, on {call.target or device.type}"
+        why = f"not {default}: {reason}" if reason else _why(asked, device)
+        where = f"{asked}, on {asked.target or device.type}"
         found = {"call": where, "backend": f"{name}, {why}"}
         if name != "triton":  # whose blocks on meta tensors wouldn't be this device's
             return found
         backend = find_backend(name)
-        settings = Settings(layouts, call.dropout, backend)
+        settings = Settings(layouts, asked.dropout, backend)
         stack.enter_context(noted)
         ys, hs = backend.forward(inputs, seeds, settings)
         forward, noted.steps = noted.steps, []
@@ -61,23 +66,23 @@ def plan(call: Call, device: torch.device) -> dict[str, str]:
     return found
 
 
-def _tensors(call: Call) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def _tensors(asked: Asked) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """x, weight, lora_a, lora_b; and the seeds."""
-    m, k, n, r = call[:4]
+    m, k, n, r = asked[:4]
     with torch.device("meta"):
         shapes = (m, k), (n, k), (r, k), (n, r)
-        seeds = torch.empty(1, dtype=torch.int64) if call.dropout else None
-        return [torch.empty(shape, dtype=call.dtype) for shape in shapes], seeds
+        seeds = torch.empty(1, dtype=torch.int64) if asked.dropout else None
+        return [torch.empty(shape, dtype=asked.dtype) for shape in shapes], seeds
 
 
-def _why(call: Call, device: torch.device) -> str:
+def _why(asked: Asked, device: torch.device) -> str:
     """Why the backend that was asked for was."""
-    if call.target:
+    if asked.target:
         return "the default there"
     if os.environ.get("FASTLORA_BACKEND"):
         return "by FASTLORA_BACKEND"
-    if device.type == "cpu" and call.dtype in HALF_DTYPES and is_slow(call.dtype):
-        return f"the default here; {name_of(call.dtype)} is slow here: products run in float32"
+    if device.type == "cpu" and asked.dtype in HALF_DTYPES and is_slow(asked.dtype):
+        return f"the default here; {name_of(asked.dtype)} is slow here: products run in float32"
     return "the default here"
 
 

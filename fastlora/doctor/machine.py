@@ -1,0 +1,113 @@
+"""What is here: the machine, the versions of packages, where fastlora is, and its settings.
+
+Packages are imported to see whether they can be, by their names; nothing of theirs is used here.
+"""
+
+import os
+import platform
+import re
+from collections import Counter
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..version import __version__
+
+_SETTINGS = re.compile(
+    "(FASTLORA|TRITON)_.+|(OMP|MKL)_NUM_THREADS|ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_MAX_CPU_ISA"
+    "|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+)
+
+
+def devices_here() -> list[torch.device]:
+    """The CPU, and the first accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    others = [] if accelerator is None else [torch.device(accelerator.type, 0)]
+    return [torch.device("cpu"), *others]
+
+
+def machine(devices: list[torch.device]) -> dict[str, str]:
+    gpus = Counter(map(_gpu, range(torch.cuda.device_count())))
+    accelerators = [f"{count} x {gpu}" for gpu, count in gpus.items()]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "system": platform.platform(),
+        "processor": f"{processor_name()}, {capability}, {os.cpu_count()} cores",
+        "threads": str(torch.get_num_threads()),
+        "accelerator": ", ".join(accelerators or [d.type for d in devices[1:]]) or "none",
+    }
+
+
+def _gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    arch = f"sm_{properties.major}{properties.minor}"
+    arch = properties.gcnArchName if torch.version.hip else arch
+    return f"{properties.name}, {arch}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def processor_name() -> str:
+    """Its model on Linux; elsewhere what Python knows."""
+    return _first("model name") or platform.processor() or platform.machine()
+
+
+def processor_flags() -> list[str]:
+    """Names of its instructions (avx512_bf16, amx_bf16 …), on Linux; elsewhere none."""
+    return (_first("flags") or _first("Features")).split()
+
+
+@cache
+def _first(entry: str) -> str:
+    """What the first core has under this name, or ""."""
+    cpuinfo = Path("/proc/cpuinfo")  # only Linux has it
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(rf"^{entry}\s*: (.+)", text, re.M)
+    return found[1] if found else ""
+
+
+def versions(broken: list[str]) -> dict[str, str]:
+    found = {"fastlora": __version__, "Python": platform.python_version()}
+    found["torch"] = torch.__version__
+    for name in ("triton", "transformers", "peft"):
+        try:
+            found[name] = str(getattr(import_module(name), "__version__", "unknown"))
+        except Exception as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            found[name] = "not installed" if missing else "can't be imported"
+            if not missing:
+                broken.append(f"{name} is installed, but can't be imported: {one_line(error)}")
+    has_hopper = any(
+        torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count())
+    )
+    found["triton"] += note_of_triton(found["triton"], has_hopper)
+    return found
+
+
+def note_of_triton(version: str, has_hopper: bool) -> str:
+    """What is known of a version's code, whatever kernel it is of."""
+    if not has_hopper or not version.startswith(("3.4.", "3.5.", "3.6.")):
+        return ""
+    return (
+        ": before 3.7 its products on Hopper lack a fence between a copy and its reader. Nobody "
+        "has seen a wrong number of it; torch 2.13 comes with 3.7.1"
+    )
+
+
+def installation() -> dict[str, str]:
+    package = __package__.partition(".")[0]
+    specs = {name: find_spec(name) for name in (package, f"{package}.kernels")}
+    return {
+        name: str(Path(spec.origin).parent) if spec and spec.origin else "missing"
+        for name, spec in specs.items()
+    }
+
+
+def settings() -> dict[str, str]:
+    found = {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.fullmatch(name)}
+    return found or {"environment": "nothing is set that changes what runs"}
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
