@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .format import Format, check_shapes
-from .scales import of_rows
+from .format import Format, check_shapes, of_rows, place_for
 
 _CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -28,10 +27,7 @@ class Float8(Format):
     block_columns: int
 
     label: ClassVar[str] = "float8"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return "weight", "scale"
+    names: ClassVar[tuple[str, ...]] = ("weight", "scale")
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         if self.code not in _CODES:
@@ -46,9 +42,7 @@ class Float8(Format):
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         codes, scale = tensors
         codes = codes[first : first + len(out)]
-        wide = out
-        if out.dtype != torch.float32 or not out.is_contiguous():
-            wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        wide = place_for(out, torch.float32, dense=True)
         _widen(codes, wide)
         scale = of_rows(scale, first, len(out), self.block_rows)
         _multiply(wide, scale.float(), self.block_columns)

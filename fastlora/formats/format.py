@@ -1,7 +1,7 @@
 """A weight that is packed: its format, and its tensors.
 
-A format is a frozen record of numbers, one subclass each, in a file of its own.  It says which
-tensors it needs, checks them, and makes rows of the weight from them.
+A format is a frozen record of numbers, a subclass each.  It says which tensors it needs, checks
+them, and makes rows of the weight from them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,10 @@ from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 from ..blocks import rows_at_a_time
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what scales may be
 _KNOWN: dict[str, type["Format"]] = {}
+# Elements of 16 bits that are made at once.
+_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Format:
     """What packed tensors stand for: a weight [``rows``, ``columns``].
 
     Fields of a subclass are whole numbers, numbers, words and switches, so that a text can carry
-    them; :attr:`dtype` is the name of the one in which the vendor dequantises.
+    them; one called ``compute`` names the dtype in which the vendor dequantises.
     """
 
     rows: int
@@ -44,7 +47,7 @@ class Format:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weight that was packed, as far as the format knows it."""
-        return torch.float32
+        return getattr(torch, getattr(self, "compute", "float32"))
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raise ValueError unless the tensors are this format's: what came, and what fits."""
@@ -147,3 +150,39 @@ def check_shapes(
             raise ValueError(f"its {name} has dtype {tensor.dtype}, but must be {fits}")
         if not tensor.is_contiguous():
             raise ValueError(f"its {name} has strides {tensor.stride()}: call .contiguous()")
+
+
+def place_for(out: Tensor, dtype: torch.dtype, dense: bool = False) -> Tensor:
+    """``out``, if it has this dtype, and if asked lies ``dense``; else a new tensor like it."""
+    fits = out.dtype == dtype and (out.is_contiguous() or not dense)
+    return out if fits else torch.empty(out.shape, dtype=dtype, device=out.device)
+
+
+def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """out = codes · scale, rounded once, and it.  All have as many dimensions; scale's may be 1.
+
+    The codes are whole numbers that out's dtype holds.
+    """
+    as_it_is = out.dtype == scale.dtype == torch.bfloat16 or out.element_size() != 2
+    if as_it_is or out.device.type != "cpu" or not out.numel():
+        return out.copy_(codes).mul_(scale)
+    # By way of float32: torch's product takes 2 times as long in float16, 4 to 8 between dtypes.
+    step = max(1, _AT_ONCE // out[0].numel())
+    wide = torch.empty_like(out[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
+    for first in range(0, len(out), step):
+        rows = slice(first, first + step)
+        some = wide[: len(out) - first].copy_(codes[rows])
+        out[rows].copy_(some.mul_(scale if len(scale) == 1 else scale[rows]))
+    return out
+
+
+def of_rows(values: Tensor, first: int, count: int, block_rows: int) -> Tensor:
+    """Those of ``count`` rows from ``first`` on: [count, n], or [1, n] if they are in one block.
+
+    ``values``: [blocks of rows, n].
+    """
+    some = values[first // block_rows : (first + count - 1) // block_rows + 1]
+    if block_rows == 1 or len(some) == 1:
+        return some
+    ahead = first % block_rows
+    return some.repeat_interleave(block_rows, 0)[ahead : ahead + count]

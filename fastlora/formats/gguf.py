@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .format import Format, check_shapes
-from .scales import write_scaled
+from .format import Format, check_shapes, write_scaled
 
 # The 16 values of IQ4_NL and IQ4_XS.
 _LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .format import Format, check_shapes
-
-_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+from .format import FLOATS, Format, check_shapes, place_for
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,11 @@ class Gptq(Format):
     compute: str
     ordered: bool
 
+    names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+
     @property
     def label(self) -> str:
         return f"GPTQ {self.bits} bit"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return "qweight", "qzeros", "scales", "g_idx"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.compute)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -48,7 +41,7 @@ class Gptq(Format):
         expected = [
             ((self._words(self.columns), self.rows), ints),
             ((self.groups, self._words(self.rows)), ints),
-            ((self.groups, self.rows), (self.dtype,) if self.dtype in _SCALES else ()),
+            ((self.groups, self.rows), (self.dtype,) if self.dtype in FLOATS else ()),
             ((self.columns,), (torch.int32, torch.int64)),
         ]
         check_shapes(self.names, tensors, expected)
@@ -56,9 +49,7 @@ class Gptq(Format):
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         qweight, qzeros, scales, g_idx = tensors
         rows = slice(first, first + len(out))
-        values = out
-        if out.dtype != self.dtype:
-            values = torch.empty(out.shape, dtype=self.dtype, device=out.device)
+        values = place_for(out, self.dtype)
         values.copy_(self._numbers(qweight[:, rows], 0, self.columns).t())
         zeros = self._numbers(qzeros.t(), first, len(out)).to(self.dtype)  # [rows, groups]
         scale = scales[:, rows].t()

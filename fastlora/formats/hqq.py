@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .format import Format, check_shapes
+from .format import Format, check_shapes, place_for
 
 # By the bits of a number: how many an element of W_q holds, and its dtype.
 _PACKED = {
@@ -30,17 +31,11 @@ class Hqq(Format):
     group: int
     compute: str
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return "W_q", "scale", "zero"
+    names: ClassVar[tuple[str, ...]] = ("W_q", "scale", "zero")
 
     @property
     def label(self) -> str:
         return f"HQQ {self.bits} bit"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.compute)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         if self.bits not in _PACKED:
@@ -56,9 +51,7 @@ class Hqq(Format):
         packed, scale, zero = tensors
         per_row = self.columns // self.group
         groups = slice(first * per_row, (first + len(out)) * per_row)
-        values = out
-        if out.dtype != self.dtype or not out.is_contiguous():
-            values = torch.empty(out.shape, dtype=self.dtype, device=out.device)
+        values = place_for(out, self.dtype, dense=True)
         of_groups = values.view(-1, self.group)
         self._unpack(packed, groups, of_groups)
         of_groups.sub_(zero[groups]).mul_(scale[groups])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..foreign import derived_from, is_dtensor
 from ..formats.format import Quantised
 from ..formats.four_bit import FourBit
-from ..formats.int8 import Int8Rows
+from ..formats.integers import Int8Rows
 from .vendor import PackedLayer
 
 _MODULES = "bitsandbytes.nn.modules"

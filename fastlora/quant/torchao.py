@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from, is_class
-from ..formats.affine import Affine
 from ..formats.float8 import Float8
 from ..formats.format import Quantised
-from ..formats.int4 import Int4Groups
-from ..formats.int8 import Int8Rows
+from ..formats.integers import Affine, Int4Groups, Int8Rows
 from ..projection import is_plain
 from .once import Once
 from .vendor import PackedLayer

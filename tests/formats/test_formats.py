@@ -17,11 +17,11 @@ from packed import (
     random_int8,
 )
 
-from fastlora.formats import scales
+from fastlora.formats import format as formats
 from fastlora.formats.format import Quantised, from_text
 from fastlora.formats.four_bit import FourBit
 from fastlora.formats.gguf import KINDS
-from fastlora.formats.int8 import Int8Rows
+from fastlora.formats.integers import Int8Rows
 from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
 
 MAKERS = {
@@ -64,7 +64,7 @@ def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_a_few_rows_at_a_time(weight, dtype, monkeypatch):
-    monkeypatch.setattr(scales, "_AT_ONCE", 3 * weight.shape[1])
+    monkeypatch.setattr(formats, "_AT_ONCE", 3 * weight.shape[1])
     assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
 
 

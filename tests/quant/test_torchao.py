@@ -7,9 +7,8 @@ import torch
 import vendor_layers
 from torch import nn
 
-from fastlora.formats.affine import Affine
 from fastlora.formats.float8 import Float8
-from fastlora.formats.int8 import Int8Rows
+from fastlora.formats.integers import Affine, Int8Rows
 from fastlora.quant import torchao as vendor
 from fastlora.quant.vendor import PackedLayer
 

@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 from transformers.integrations.gguf import dequant
 
-from fastlora.formats.affine import Affine
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantised
 from fastlora.formats.four_bit import FourBit
 from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
-from fastlora.formats.int4 import Int4Groups
-from fastlora.formats.int8 import Int8Rows
+from fastlora.formats.integers import Affine, Int4Groups, Int8Rows
 
 
 def random_four_bit(n: int, k: int, kind: str = "nf4", block: int = 64, nested: int = 0):

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...formats.float8 import Float8
 from ...formats.format import Format, Quantised
 from ...formats.four_bit import FourBit
-from ...formats.int8 import Int8Rows
+from ...formats.integers import Int8Rows
 from ...projection import Base, Layout, Output, flatten, unflatten
 from .cover import LONGEST, kernels
 
