@@ -9,9 +9,9 @@ from torch import nn
 from .backends import planned_backend
 from .formats.format import Quantised
 from .layers.adapted import LoRALayer
-from .layers.expert_weight import ExpertsWeight
-from .layers.gather import has_sharded
-from .layers.modules import lora_layers, some
+from .layers.expert_layer import ExpertsWeight
+from .layers.frozen import Linear, slow_weight
+from .layers.modules import has_sharded, lora_layers, plain_name, some
 from .projection import Output, as_outputs
 
 _BASE_ALONE = ("merged", "disabled")
@@ -153,6 +153,15 @@ def _percent(share: float) -> str:
 def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
     """How every LoRA layer of the model would run if it were called now."""
     return [_cover(name, layer) for name, layer in lora_layers(model)]
+
+
+def cover_frozen(model: nn.Module) -> list[str]:
+    """The names of the layers without an adapter whose calls are fast now."""
+    return [
+        plain_name(name)
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear) and slow_weight(layer) is not None
+    ]
 
 
 def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:

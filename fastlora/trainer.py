@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers.gather import has_sharded
-from .layers.modules import unwrap
-from .model.arguments import check_model
+from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
-from .model.inject import check_injection, injection_of
+from .model.inject import check_injection, check_model, injection_of
 
 try:
     from transformers import Trainer

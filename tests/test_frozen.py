@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from fastlora.backends import products
-from fastlora.layers import beside, frozen
+from fastlora.layers import frozen
+from fastlora.report import cover_frozen
 
 pytestmark = pytest.mark.usefixtures("wide")
 HALF = [torch.bfloat16, torch.float16]
@@ -25,7 +26,7 @@ def linear(dtype=torch.bfloat16, bias=True, **settings):
 
 def taken(**settings):
     layer = linear(**settings)
-    assert beside.take([layer]) == [layer]
+    assert frozen.take_frozen([layer]) == [layer]
     return layer
 
 
@@ -46,7 +47,7 @@ def results(layer, x, dy=None):
 def test_y_and_dx_are_closer_to_the_truth_than_torch_s(dtype, bias, leading):
     layer = taken(dtype=dtype, bias=bias)
     theirs, x = copy.deepcopy(layer), x_of(*leading, dtype=dtype)
-    beside.give_back([theirs])
+    frozen.give_back_frozen([theirs])
     dy = torch.randn(*leading, 40).to(dtype)
     truth = results(copy.deepcopy(theirs).double(), x.double(), dy.double())
     ours, their = results(layer, x, dy), results(theirs, x, dy)
@@ -128,7 +129,7 @@ def linear_with(weight):
 def test_what_is_left_alone(make):
     layer = make()
     kind, members = type(layer), dict(vars(layer))
-    assert beside.take([layer]) == []
+    assert frozen.take_frozen([layer]) == []
     assert type(layer) is kind
     assert vars(layer) == members
 
@@ -136,7 +137,7 @@ def test_what_is_left_alone(make):
 def test_nothing_changes_where_it_does_not_gain(monkeypatch):
     monkeypatch.setattr(products, "FORCED", False)
     layer = linear()
-    assert beside.take([layer]) == []
+    assert frozen.take_frozen([layer]) == []
     assert type(layer) is nn.Linear
 
 
@@ -148,11 +149,11 @@ def test_a_weight_that_trains_is_torch_s_while_it_does():
         layer(x).sum().backward()
         assert calls == []
         assert layer.weight.grad is not None
-        assert beside.taken(model) == []
+        assert cover_frozen(model) == []
         layer.weight.requires_grad_(False)
         layer(x)
     assert len(calls) == 1
-    assert beside.taken(model) == ["0"]
+    assert cover_frozen(model) == ["0"]
 
 
 def test_a_bias_may_train():
@@ -195,7 +196,7 @@ def test_autocast():
 def test_transforms_traces_and_exports_are_torch_s():
     layer, x = taken(), x_of(4)
     theirs = copy.deepcopy(layer)
-    beside.give_back([theirs])
+    frozen.give_back_frozen([theirs])
     with counted_calls() as calls:
         assert torch.equal(torch.func.vmap(layer)(x[None]), torch.func.vmap(theirs)(x[None]))
         ours, their = (torch.func.jvp(f, (x,), (x,)) for f in (layer, theirs))
@@ -249,7 +250,7 @@ def test_copies_are_fast_and_can_be_given_back_alone(again):
     assert repr(other) == repr(linear())
     assert list(other.state_dict()) == ["weight", "bias"]
     assert torch.equal(other(x_of(4)[:0]), layer(x_of(4)[:0]))
-    assert beside.give_back([other]) == [other]
+    assert frozen.give_back_frozen([other]) == [other]
     assert type(other) is nn.Linear
     assert type(layer) is frozen.Linear
 
@@ -260,7 +261,7 @@ def test_given_back_with_accelerate_s_hook_on_it():
     with counted_calls() as calls:
         layer(x)
         assert len(calls) == 1
-        beside.give_back([layer])
+        frozen.give_back_frozen([layer])
         layer(x)
     assert len(calls) == 1
 
@@ -270,7 +271,7 @@ def test_given_back_with_a_parametrization_on_it():
     parametrizations.weight_norm(layer)
     with counted_calls() as calls:
         expected = layer(x)
-        beside.give_back([layer])
+        frozen.give_back_frozen([layer])
         assert torch.equal(layer(x), expected)
     assert calls == []
     assert parametrize.is_parametrized(layer)
@@ -282,7 +283,7 @@ def test_given_back_with_a_parametrization_on_it():
 def test_taking_and_giving_back_twice():
     layer = taken()
     parameters = dict(layer.named_parameters())
-    assert beside.take([layer]) == []
-    assert beside.give_back([layer]) == [layer]
-    assert beside.give_back([layer]) == []
+    assert frozen.take_frozen([layer]) == []
+    assert frozen.give_back_frozen([layer]) == [layer]
+    assert frozen.give_back_frozen([layer]) == []
     assert all(layer.get_parameter(name) is one for name, one in parameters.items())

@@ -20,7 +20,7 @@ from transformers import activations
 
 import fastlora
 from fastlora.layers import mlp
-from fastlora.layers.activation import activation_of
+from fastlora.layers.members import activation_of
 
 IN, HIDDEN, ROWS = 8, 12, 40  # more rows than go without a node
 
@@ -97,7 +97,6 @@ FAMILIES = {
     "gemma2": ("Gemma2", "Gemma2MLP"),
     "gemma3": ("Gemma3Text", "Gemma3MLP"),
     "recurrent_gemma": ("RecurrentGemma", "RecurrentGemmaMlp"),
-    "llama4": ("Llama4Text", "Llama4TextMLP"),
 }
 
 

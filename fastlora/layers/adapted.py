@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Dense, buffer_for, widened
+from ..blocks import buffer_for, source_of, widened
 from ..ops import lora_linears
 from ..ops.autocast import autocast_off
 from ..projection import Projection, shown
-from .base import tensor_of
+from .classes import twin
+from .members import tensor_of
 
 # What a layer has while it has an adapter.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
 _TENSORS = ("weight", "lora_A", "lora_B", "bias")
-_ADDED = ("lora_A", "lora_B", *_SETTINGS, "merged", "_base_weight")
+_ADDED = ("lora_A", "lora_B", *_SETTINGS, "merged", "_base")
 
 
 class LoRALayer(nn.Module):
@@ -27,6 +28,7 @@ class LoRALayer(nn.Module):
 
     weight: Tensor
     bias: Any  # a tensor or None
+    _base: Any  # while merged: a layer that has the original weight, or None if it wasn't kept
     in_features: int
     out_features: int
     plain_class: type[nn.Module]  # what it is without its adapter
@@ -38,9 +40,9 @@ class LoRALayer(nn.Module):
         return self.out_features, self.in_features
 
     @property
-    def weight_name(self) -> str:
-        """What the layer calls the tensor that is its weight, packed or not."""
-        return "weight"
+    def weight_parts(self) -> tuple[str, ...]:
+        """What the layer calls the tensors that are its weight, and the main one first."""
+        return ("weight",)
 
     @property
     def adapted_parameters(self) -> int:
@@ -61,8 +63,7 @@ class LoRALayer(nn.Module):
         self.lora_dropout = float(lora_dropout)
         self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
         self.merged = False
-        # While merged, the original Parameter: in __dict__ it stays out of the state dict.
-        self.__dict__["_base_weight"] = None
+        self.__dict__["_base"] = None  # here it stays out of the state dict
 
     def detach_adapter(self) -> None:
         """Become the plain layer again, in place, with the merged weight if it is merged."""
@@ -82,19 +83,23 @@ class LoRALayer(nn.Module):
         weight, lora_a, lora_b, bias = [tensor_of(self, name) for name in _TENSORS]
         return Projection(weight, lora_a, lora_b, bias, self.scaling)
 
-    def merged_weight(self) -> Tensor:
-        """weight + scaling · lora_B lora_A in weight's dtype, computed in float32 or wider.
+    def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
+        """weight + scaling · lora_B lora_A, computed in float32 or wider, and rounded once.
 
-        Block by block of rows, so that no wide copy of the whole weight is made.
+        Block by block of rows, so that no wide copy of the whole weight is made.  ``around``: the
+        dtype for a weight that is packed, where the model has one.
         """
-        merged = torch.empty_like(self.weight, requires_grad=False)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.no_grad(), autocast_off(self.weight.device.type):
-            left, right = self._factors()
-            right, buffer = right.to(wide), buffer_for(self.weight, wide)
-            for rows, base in widened(Dense(self.weight), buffer):
-                merged[rows] = torch.addmm(base, left[rows].to(wide), right, alpha=self.scaling)
+        source, merged = self._base_and_place(around)
+        wide = torch.promote_types(source.dtype, torch.float32)
+        with torch.no_grad(), autocast_off(merged.device.type):
+            left, right = (factor.to(wide) for factor in self._factors())
+            for rows, base in widened(source_of(source), buffer_for(source, wide)):
+                merged[rows] = torch.addmm(base, left[rows], right, alpha=self.scaling)
         return merged
+
+    def _base_and_place(self, around: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """The base's weight, and an empty tensor for the merged one."""
+        return self.weight, torch.empty_like(self.weight, requires_grad=False)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The two whose product is the adapter's part of the weight, as the layer stores that."""
@@ -102,7 +107,7 @@ class LoRALayer(nn.Module):
 
     def check_weight(self, name: str) -> None:
         """Raise ValueError unless the weight is a parameter of the layer, which can be replaced."""
-        reason = why_weight_is_fixed(self, self.weight_name)
+        reason = why_weight_is_fixed(self, self.weight_parts[0])
         if reason:
             raise ValueError(f"{name} can't be merged or removed: {reason}")
 
@@ -115,28 +120,44 @@ class LoRALayer(nn.Module):
     def _device(self) -> torch.device:
         return self.weight.device
 
-    def use_merged(self, weight: Tensor, keep_base: bool = True) -> None:
-        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`."""
-        self.__dict__["_base_weight"] = self.weight if keep_base else None
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.merged = True
+    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
+        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
+
+        Returns how far a weight that is packed again is from it, in parts of its size.
+        ``requantise``: a packed one is packed again.
+        """
+        self._keep_base()
+        self.weight, self.merged = nn.Parameter(weight, requires_grad=False), True
+        if not keep_base:
+            self.__dict__["_base"] = None
+        return 0.0
+
+    def _keep_base(self) -> None:
+        """Keep the layer's weight in a layer of its own, as its class keeps it."""
+        kept = twin(self, self.plain_class)
+        for members in (kept._parameters, kept._buffers):
+            for name in members.keys() - set(self.weight_parts):
+                del members[name]
+        self.__dict__["_base"] = kept
 
     def unmerge(self) -> None:
-        """Put the original Parameter back: the same bits, and tied again if it was tied."""
+        """Put the original weight back: the same bits, and tied again if it was tied."""
         if not self.can_unmerge:
             raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
-        self.weight, self.__dict__["_base_weight"] = self.__dict__["_base_weight"], None
-        self.merged = False
+        kept, names = self._base, self.weight_parts
+        self.__dict__["_base"], self.merged = None, False
+        for name in [name for name in names if hasattr(kept, name)]:
+            setattr(self, name, getattr(kept, name))
 
     @property
     def can_unmerge(self) -> bool:
         """Whether the layer is merged and its base was kept."""
-        return self._base_weight is not None
+        return self._base is not None
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        if self._base_weight is not None:  # .to(), .cuda() and .half() reach what is kept aside
-            self._base_weight.data = fn(self._base_weight.data)
+        if self._base is not None:  # .to(), .cuda() and .half() reach what is kept aside
+            self._base._apply(fn)
         return self
 
     def _load_from_state_dict(

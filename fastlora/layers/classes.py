@@ -1,4 +1,4 @@
-"""A layer becomes another kind of layer, and what it was again, by its class."""
+"""A module becomes another kind of module, and what it was again, by its class."""
 
 from functools import cache
 from types import MethodType
@@ -9,6 +9,42 @@ from torch import nn
 from ..foreign import FULLY_SHARDED, derived_from
 
 _FORWARDS = ("forward", "_old_forward")  # on an instance; the second is accelerate's
+
+
+_made: dict[Any, Any] = {}  # by what they were made of
+
+
+def class_over(mixin: Any, kind: Any, prefix: str = "LoRA") -> Any:
+    """The class of modules that are ``mixin`` first, and else what ``plain_class``, ``kind``, is.
+
+    It has the name of ``kind`` behind the prefix; without one it looks the same.  Copies and
+    pickles of its modules name the two classes, since nobody can import this one.
+    """
+    key = mixin, kind, prefix
+    if key not in _made:
+        members = {"plain_class": kind, "__reduce_ex__": _reduce_ex, "_made_of": key}
+        same = () if prefix else ("__module__", "__qualname__", "__doc__")
+        members |= {name: getattr(kind, name) for name in same}
+        _made.setdefault(key, type(prefix + kind.__name__, (mixin, kind), members))
+    return _made[key]
+
+
+def _reduce_ex(module: Any, protocol: Any) -> tuple:
+    """As for any object, but that it is made anew by :func:`class_over`."""
+    made: Any = module.plain_class.__reduce_ex__(module, protocol)
+    return _blank, module._made_of, *made[2:]
+
+
+def _blank(mixin: Any, kind: Any, prefix: str) -> Any:
+    return object.__new__(class_over(mixin, kind, prefix))
+
+
+def twin(module: nn.Module, kind: Any) -> Any:
+    """A module of class ``kind`` with all that this one has, in dictionaries of its own."""
+    other = object.__new__(kind)
+    for name, value in vars(module).items():
+        other.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    return other
 
 
 def change_class(layer: nn.Module, old: Any, new: Any) -> None:

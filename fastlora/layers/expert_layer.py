@@ -1,18 +1,175 @@
-"""LoRAExperts: an experts module of a transformers model with adapters on its weights."""
+"""LoRAExperts: an experts module of a transformers model with adapters on its weights.
 
+PEFT's files hold the adapter of a weight in two matrices, and so do these modules.
+"""
+
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_off
 from ..ops.textbook import needs_textbook
-from ..projection import Base, Output
-from .adapted import refuse_training
-from .base import tensor_of, why_not_tensor
-from .expert_weight import Adaptation, ExpertsWeight
-from .experts import ADDED, Experts, read_experts_module, run_experts, takes
+from ..projection import Adapter, Base, Output
+from .adapted import check_adapter, initialise, refuse_training, scaling_of
+from .experts import ADDED, Experts, is_reversed, read_experts_module, run_experts, stacked, takes
+from .members import tensor_of, why_not_tensor
 
 _ADDED = ("adaptations", "lora_dropout", "_base_weights")
+
+
+class Features(NamedTuple):
+    """A weight of experts as PEFT sees it: it has lora_A [E · r, p] and lora_B [q, r · E]."""
+
+    experts: int
+    p: int
+    q: int
+    is_transposed: bool  # what the module says, or False where it says nothing
+
+    def shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of lora_A and lora_B; the expert is the slowest index of one, the fastest of the other"""
+        return (self.experts * r, self.p), (self.q, r * self.experts)
+
+
+def features_of(module: nn.Module, name: str) -> Features:
+    """Of the weight of this name: [E, q, p], or [E, p, q] where the module says is_transposed."""
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    experts, *sizes = tensor_of(module, name).shape
+    p, q = sizes if is_transposed else sizes[::-1]
+    return Features(experts, p, q, is_transposed)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The numbers of one weight's adapter; r is that of each expert."""
+
+    features: Features
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+
+    @property
+    def scaling(self) -> float:
+        return scaling_of(self.lora_alpha, self.r, self.use_rslora)
+
+    def stacked(self, lora_a: Tensor, lora_b: Tensor, transposed: bool) -> Adapter[Tensor]:
+        """The two for ``ops.experts``; ``transposed``: the weight is [E, in, out]."""
+        reverse = is_reversed(transposed, not self.features.is_transposed)
+        return stacked(lora_a, lora_b, self.features.experts, self.scaling, reverse)
+
+
+@dataclass(frozen=True)
+class ExpertsWeight(Adaptation):
+    """One adapted weight of an experts module, to those that walk a model's layers."""
+
+    experts: Any
+    name: str
+    weight_parts = ("weight",)
+
+    @property
+    def weight(self) -> Tensor:
+        return tensor_of(self.experts, self.name)
+
+    @property
+    def lora_a(self) -> Tensor:
+        return tensor_of(self.experts, f"{self.name}{ADDED}A")
+
+    @property
+    def lora_b(self) -> Tensor:
+        return tensor_of(self.experts, f"{self.name}{ADDED}B")
+
+    @property
+    def plain_class(self) -> type[nn.Module]:
+        return self.experts.plain_class
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """PEFT's out_features and in_features."""
+        return self.features.q, self.features.p
+
+    @property
+    def adapted_parameters(self) -> int:
+        """How many parameters of the base the adapter changes, in all experts."""
+        return math.prod(self.features[:3])
+
+    def output(self) -> Output[Tensor]:
+        """The weight and its adapter as they are kept: not stacked, sharded under FSDP."""
+        adapter = Adapter(self.lora_a, self.lora_b, self.scaling)
+        return Output(Base(self.weight, None), (adapter,))
+
+    def check_weight(self, name: str) -> None:
+        """Raise ValueError unless the weight is a parameter, which can be replaced."""
+        if self.name not in self.experts._parameters:
+            raise ValueError(
+                f"{name} can't be merged or removed: it is computed (a parametrisation): make that "
+                "permanent"
+            )
+
+    def check_adapter(self, name: str) -> None:
+        """Raise ValueError unless lora_A and lora_B are what the weight can be added to."""
+        labels, pair = [f"{self.name}{ADDED}{part}" for part in "AB"], (self.lora_a, self.lora_b)
+        shaped = zip(pair, self.features.shapes(self.r), strict=True)
+        check_adapter(name, self.weight.device, dict(zip(labels, shaped, strict=True)))
+
+    def _factors(self) -> tuple[Tensor, Tensor, float]:
+        """The two, for each expert, whose product is the adapter's part of its weight."""
+        is_transposed = self.features.is_transposed
+        thin, wide, scale = self.stacked(self.lora_a, self.lora_b, is_transposed)
+        return (thin.mT, wide.mT, scale) if is_transposed else (wide, thin, scale)
+
+    def sum(self) -> Tensor:
+        """weight + scaling · lora_B lora_A of every expert, which autograd follows."""
+        left, right, scale = self._factors()
+        weight = self.weight
+        with autocast_off(weight.device.type):
+            return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scale)
+
+    def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
+        """The sum in the weight's dtype, computed in float32 or wider, an expert at a time."""
+        weight = self.weight
+        merged = torch.empty_like(weight, requires_grad=False)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        with torch.no_grad(), autocast_off(weight.device.type):
+            left, right, scale = self._factors()
+            for into, base, one, other in zip(merged, weight, left, right, strict=True):
+                into.copy_(torch.addmm(base.to(wide), one.to(wide), other.to(wide), alpha=scale))
+        return merged
+
+    @property
+    def merged(self) -> bool:
+        return self.name in self.experts._base_weights
+
+    @property
+    def can_unmerge(self) -> bool:
+        """Whether it is merged and its base was kept."""
+        return self.experts._base_weights.get(self.name) is not None
+
+    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
+        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
+
+        Returns 0, how far it is from what was to be put.
+        """
+        base = self.experts._parameters[self.name]
+        self.experts._base_weights[self.name] = base if keep_base else None
+        setattr(self.experts, self.name, nn.Parameter(weight, requires_grad=False))
+        return 0.0
+
+    def unmerge(self) -> None:
+        """Put the original Parameter back: the same bits, and tied again if it was tied."""
+        setattr(self.experts, self.name, self.experts._base_weights.pop(self.name))
+
+
+def new_experts_adapter(
+    module: nn.Module, name: str, r: int, init_lora_weights: bool | str, dtype: torch.dtype
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Fresh lora_A [E · r, p] and lora_B [q, r · E] for the weight of this name."""
+    device, shapes = tensor_of(module, name).device, features_of(module, name).shapes(r)
+    lora_a, lora_b = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in shapes)
+    initialise(lora_a, lora_b, r, init_lora_weights)
+    return lora_a, lora_b
 
 
 class LoRAExperts(nn.Module):
@@ -54,7 +211,10 @@ class LoRAExperts(nn.Module):
 
     def weights(self) -> Iterator[ExpertsWeight]:
         """Each adapted weight as a layer."""
-        return (ExpertsWeight(self, name) for name in self.adaptations)
+        return (self.weight_of(name) for name in self.adaptations)
+
+    def weight_of(self, name: str) -> "ExpertsWeight":
+        return ExpertsWeight(**vars(self.adaptations[name]), experts=self, name=name)
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
         if len(self._base_weights) == len(self.adaptations):
@@ -66,7 +226,7 @@ class LoRAExperts(nn.Module):
             reason = reason or "a transform, tracing or forward-mode differentiation is active"
         if not (reason or named):
             up, down = (self._output(name, experts) for name in experts.names)
-            if takes(args, experts, (up, down)):
+            if takes(args, (up, down)):
                 dropout = self.lora_dropout if self.training else 0.0
                 return run_experts(args, experts, up, down, dropout)
         return self._by_its_own_forward(reason or "its arguments are others", args, named)
@@ -96,7 +256,7 @@ class LoRAExperts(nn.Module):
         if not self._parameters.keys() >= names:
             raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
         kept = {name: self._parameters[name] for name in names}
-        sums = {name: ExpertsWeight(self, name).sum() for name in names}
+        sums = {name: self.weight_of(name).sum() for name in names}
         try:
             self._parameters.update(sums)  # type: ignore[arg-type]
             return super().forward(*args, **named)
@@ -137,27 +297,6 @@ class LoRAExperts(nn.Module):
         return "; ".join([*adapters, f"lora_dropout={self.lora_dropout}"])
 
 
-_CLASSES: dict[type[nn.Module], type[LoRAExperts]] = {}
-
-
-def adapted_experts_class(kind: type[nn.Module]) -> type[LoRAExperts]:
-    """The class of an experts module that has adapters; it is the module's class, too."""
-    if kind not in _CLASSES:
-        members = {"plain_class": kind, "__reduce_ex__": _reduce_ex}
-        _CLASSES[kind] = type(f"LoRA{kind.__name__}", (LoRAExperts, kind), members)
-    return _CLASSES[kind]
-
-
-def _reduce_ex(module: LoRAExperts, protocol: Any) -> tuple:
-    """As for any object, with the plain class in place of one that nobody can import."""
-    made: Any = module.plain_class.__reduce_ex__(module, protocol)
-    return _blank, (module.plain_class,), *made[2:]
-
-
-def _blank(kind: type[nn.Module]) -> LoRAExperts:
-    return object.__new__(adapted_experts_class(kind))
-
-
 def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     """Why apply_lora can't give these parameters of a module adapters as experts; "" if it can."""
     if isinstance(module, LoRAExperts):
@@ -172,14 +311,21 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:
         return "its weights are parametrised: make that permanent"
-    added = (*_ADDED, "weights", "read", *(f"{n}{ADDED}{part}" for n in names for part in "AB"))
+    added = (
+        *_ADDED,
+        "weights",
+        "weight_of",
+        "read",
+        *(f"{n}{ADDED}{part}" for n in names for part in "AB"),
+    )
     taken = next((name for name in added if hasattr(module, name)), "")
     if taken:
         return f"it has a {taken!r} of its own, which LoRA experts have for themselves: rename that"
     ends = ("", "_bias") if experts.has_bias else ("",)
     for name in [name + end for name in experts.names for end in ends]:
         tensor = module._parameters.get(name)
-        reason = "is none" if tensor is None else why_not_tensor(tensor, 2 if "bias" in name else 3)
+        ndim = 2 if name.endswith("_bias") else 3
+        reason = "is none" if tensor is None else why_not_tensor(tensor, ndim)
         if reason:
             return f"its {name} {reason}: fastlora takes dense floating tensors"
     if len(tensor_of(module, experts.names[0])) < 2:

@@ -1,8 +1,7 @@
 """What an experts module of transformers' computes: which weights, stored how, and its activation.
 
 A module is known by its class's forward: that of ``use_experts_implementation``, which runs one of
-transformers' own functions, or Llama 4's, which has no routing and is compared instruction by
-instruction.  Everything else about it is read anew for every call, since it may change.
+transformers' own functions.  All else about it is read once for every call, since it may change.
 """
 
 from collections.abc import Sequence
@@ -11,15 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..foreign import derived_from, is_same_code
 from ..ops.autocast import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, Adapter, Output, is_plain
-from .activation import activation_of
-from .hooks import is_hooked
+from .members import activation_of, is_hooked
 
 _INTERFACE = "transformers.integrations.moe"
-_LLAMA4 = ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts")
 _SETTINGS = {
     "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed",
     "_is_expert_parallel",
@@ -37,7 +33,6 @@ class Experts(NamedTuple):
     names: tuple[str, str] = ("", "")  # of the first product's weight and of the second's
     transposed: bool = False  # weights are [E, in, out]
     has_bias: bool = False
-    routed: bool = True  # called with x, index, weights; else x alone, sorted, rows for all alike
     activate: Activate = ""
     repeats: bool = True  # the activation may run again in the backward
     autocasts: bool = True  # autocast casts x and the weights; else x is cast to the weights' dtype
@@ -46,8 +41,6 @@ class Experts(NamedTuple):
 def read_experts_module(base: Any, kind: Any) -> Experts:
     """Read a module of this class, which is the one without adapters; hooks on it are its own."""
     forward = kind.forward
-    if derived_from(kind, *_LLAMA4) is not None and is_same_code(forward, _llama4_experts):
-        return _read_llama4(base)
     decorated = getattr(forward, "__globals__", {}).get("__name__") == _INTERFACE
     if not (decorated and hasattr(forward, "__wrapped__")):
         return Experts("its forward isn't that of transformers' use_experts_implementation")
@@ -67,7 +60,7 @@ def read_experts_module(base: Any, kind: Any) -> Experts:
         return Experts(_OTHER)
     activate, repeats = gate
     names = "gate_up_proj" if base.has_gate else "up_proj", "down_proj"
-    layout = base.is_transposed, base.has_bias, True
+    layout = base.is_transposed, base.has_bias
     return Experts("", names, *layout, activate, repeats, name in _CAST_BY_AUTOCAST)
 
 
@@ -125,30 +118,6 @@ def _is_plain_function(act: Any) -> bool:
     )
 
 
-def _llama4_experts(self, hidden_states):
-    """What Llama 4's forward does, as it is written there."""
-    hidden_states = hidden_states.view(self.gate_up_proj.shape[0], -1, self.hidden_size)
-    gate_up = torch.bmm(hidden_states, self.gate_up_proj)
-    gate, up = gate_up.chunk(2, dim=-1)
-    next_states = torch.bmm((up * self.act_fn(gate)), self.down_proj)
-    next_states = next_states.view(-1, self.hidden_size)
-    return next_states
-
-
-def _read_llama4(base: Any) -> Experts:
-    act = base.act_fn
-    name = activation_of(act)
-    names = "gate_up_proj", "down_proj"
-    if name:
-        return Experts("", names, True, False, False, name)
-
-    def gate(pre: Tensor) -> Tensor:
-        gate, up = pre.chunk(2, dim=-1)
-        return up * act(gate)
-
-    return Experts("", names, True, False, False, gate, _is_plain_function(act))
-
-
 def is_reversed(transposed: bool, swapped: bool) -> bool:
     """Whether PEFT's lora_A is on the side of the results.
 
@@ -171,28 +140,27 @@ def stacked(
     return Adapter(wide.mT, thin.mT, scale) if reverse else Adapter(thin, wide, scale)
 
 
-def takes(args: tuple[Any, ...], experts: Experts, outputs: Sequence[Output[Tensor]]) -> bool:
-    """Whether these are what the module is ordinarily called with, and fit its two outputs."""
+def takes(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
+    """Whether these are x, index and weights as the module is ordinarily called with them.
+
+    They fit its two outputs, and torch would compute with them in one dtype.
+    """
     weight, other = (output.base.weight for output in outputs)
-    if len(args) != (3 if experts.routed else 1) or not all(map(is_plain, args)):
+    if len(args) != 3 or not all(map(is_plain, args)):
         return False
-    x, *routing = args
-    on = autocast_is_on(x.device.type)
-    dtypes = (x.dtype, weight.dtype)
-    if x.dim() != 2 or x.shape[1] != weight.shape[2] or not x.shape[0]:
-        return False
-    if not x.device == weight.device == other.device or weight.dtype != other.dtype:
-        return False
-    if not (all(d in AUTOCAST_DTYPES for d in dtypes) if on else x.dtype == weight.dtype):
-        return False
-    if not experts.routed:
-        return x.shape[0] % len(weight) == 0
-    index, weights = routing
+    x, index, weights = args
+    if autocast_is_on(x.device.type):
+        one_dtype = x.dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
+    else:
+        one_dtype = x.dtype == weight.dtype
     return (
-        index.dim() == weights.dim() == 2
-        and x.shape[0] == index.shape[0]
+        one_dtype
+        and weight.dtype == other.dtype
+        and x.device == index.device == weights.device == weight.device == other.device
+        and x.dim() == index.dim() == 2
+        and x.shape[1] == weight.shape[2]
+        and 0 < x.shape[0] == index.shape[0]
         and index.shape == weights.shape
-        and x.device == index.device == weights.device
         and weights.is_floating_point()
         and index.dtype in (torch.int32, torch.int64)
         and _are_in(index, len(weight))
@@ -207,8 +175,7 @@ def run_experts(
     dropout: float = 0.0,
 ) -> Tensor:
     """The call with these arguments, which :func:`takes` them."""
-    x, *routing = args
-    index, weights = routing or (None, None)
+    x, index, weights = args
     return lora_experts(
         x,
         index,

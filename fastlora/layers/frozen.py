@@ -1,16 +1,27 @@
-"""A frozen ``nn.Linear`` without an adapter, as fastlora runs it, and which calls it takes.
+"""Frozen linear layers: which classes are such, and torch's own made fast without an adapter.
 
-Where a CPU multiplies 16 bits slowly, such layers (the head, projections that nobody adapts) cost
-as much as the adapted ones do.  :mod:`.beside` says which layers become one.
+Your own models and PEFT's are asked the same.  What is another matter, or changes from call to
+call (hooks, devices, what FSDP gathers), is asked where such a layer is met.
+
+Where a CPU multiplies 16 bits slowly, layers that nobody adapts (the head …) cost as much as the
+adapted ones do: there they become :class:`Linear`.  Elsewhere nothing changes.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..backends.products import are_wide
+from ..foreign import is_class
 from ..formats.format import Quantised
 from ..ops import lora_linears
 from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
+from ..quant import PackedLayer, quantised_weight
+from .classes import change_class
+from .members import why_not_tensor
 
 
 class Linear(nn.Linear):
@@ -27,6 +38,52 @@ class Linear(nn.Linear):
             output = Output(Base(weight, self.bias))
             return lora_linears(input, (output,), backend="torch")[0]
         return super().forward(input)
+
+
+# As they are at import: others may replace them, as make_fx does while it traces.
+_LINEAR_FORWARDS = (nn.Linear.forward, Linear.forward)
+_MODULE_CALL = nn.Module.__call__
+# Classes with a forward of their own that computes the same: Conv1D's weight is [in, out], and
+# Falcon adds the bias last.
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+
+
+def why_not_class(kind: type[nn.Module]) -> str:
+    """What layers of this class are instead, if they don't compute x weightᵀ + bias; or ""."""
+    forward = getattr(kind, "forward", None)
+    known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or is_class(kind, *_FALCON)
+    if known and kind.__call__ is _MODULE_CALL:
+        return ""
+    return f"a {kind.__name__}, no torch.nn.Linear"
+
+
+def is_conv1d(kind: type[nn.Module]) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    return is_class(kind, *_CONV1D)
+
+
+def is_router(layer: nn.Module) -> bool:
+    """Whether it is a router of a transformers mixture: a class of its own, with weight [E, in]."""
+    if not isinstance(layer, nn.Module):
+        return False
+    kind = getattr(layer, "plain_class", type(layer))
+    theirs = kind.__module__.startswith("transformers.models.")
+    weight = layer._parameters.get("weight")
+    is_matrix = weight is not None and weight.dim() == 2
+    return theirs and is_matrix and "router" in kind.__name__.lower() and kind.__base__ is nn.Module
+
+
+def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
+    """A base's weight as [out, in]; packed, if it is a vendor's.  ``kind``: its class by itself."""
+    kind = type(linear) if kind is None else kind
+    found: Any = quantised_weight(linear, kind)
+    if isinstance(found, PackedLayer):
+        found = found.weight
+        return found
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if is_conv1d(kind) else weight
 
 
 def slow_weight(layer: nn.Linear) -> Tensor | None:
@@ -69,3 +126,30 @@ def why_not_here() -> str:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return ""
+
+
+def take_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Make every layer fast that gains by it, and return those that weren't before."""
+    layers = [layer for layer in layers if _gains(layer)]
+    for layer in layers:
+        change_class(layer, nn.Linear, Linear)
+    return layers
+
+
+def give_back_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Make every layer torch's again, and return those that were fast."""
+    layers = [layer for layer in layers if isinstance(layer, Linear)]
+    for layer in layers:
+        change_class(layer, Linear, nn.Linear)
+    return layers
+
+
+def _gains(layer: nn.Module) -> bool:
+    """Whether it is a plain frozen layer, and this device multiplies its weight slowly."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    weight, bias = slow_weight(layer), layer.bias
+    if weight is None or why_not_tensor(weight, 2) or why_not_tensor(bias, 1):
+        return False
+    same = bias is None or bias.dtype == weight.dtype
+    return same and weight.numel() > 0 and not weight.is_inference() and are_wide(weight)

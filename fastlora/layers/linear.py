@@ -10,7 +10,9 @@ from ..projection import Projection, check_settings
 from ..quant import quantised_weight, vendor_of
 from . import frozen
 from .adapted import LoRALayer, new_adapter, own_name, refuse_training, why_weight_is_fixed
-from .base import is_conv1d, is_router, matrix_of, why_not_class, why_not_tensor
+from .classes import class_over, twin
+from .frozen import is_conv1d, is_router, matrix_of, why_not_class
+from .members import why_not_tensor
 from .quantised import LoRAQuantised
 
 # Of tensors: those of FSDP2, and of shapes without data, become plain tensors by themselves.
@@ -79,7 +81,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             raise ValueError(f"the layer can't take an adapter: {reason}")
         if vendor_of(linear) is not None:
             adapter = new_adapter(matrix_of(linear), r)
-            quantised = _sharing(linear)
+            quantised = twin(linear, adapted_class(type(linear), quantised=True))
             quantised.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
             return quantised
         adapter = new_adapter(linear.weight, r)
@@ -143,46 +145,18 @@ class _LoRARouter(LoRALayer):
             self._parameters["weight"] = weight
 
 
-_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {
-    nn.Linear: LoRALinear,
-    frozen.Linear: LoRALinear,
-}
-
-
-_QUANTISED: dict[type[nn.Module], type[LoRALayer]] = {}
-
-
 def adapted_class(kind: type[nn.Module], quantised: bool = False) -> type[LoRALayer]:
     """The class of a base's layers that have an adapter; it is the base's class, too.
 
     ``quantised``: of a vendor's layers, which may be of torch's class.
     """
-    classes = _QUANTISED if quantised else _CLASSES
-    if kind not in classes:
-        ours: type[LoRALayer] = LoRALinear if not why_not_class(kind) else _LoRARouter
-        ours = _LoRATransposed if is_conv1d(kind) else ours
-        ours = LoRAQuantised if quantised else ours
-        members = {"plain_class": kind, "__reduce_ex__": _reduce_ex}
-        classes[kind] = type(f"LoRA{kind.__name__}", (ours, kind), members)
-    return classes[kind]
-
-
-def _sharing(linear: nn.Module) -> LoRAQuantised:
-    """A layer of a vendor's, to be adapted, with all that this one has, but its dictionaries."""
-    layer: Any = object.__new__(adapted_class(type(linear), quantised=True))
-    for name, value in vars(linear).items():
-        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    return layer
-
-
-def _reduce_ex(layer: LoRALayer, protocol: Any) -> tuple:
-    """As for any object, with the plain class in place of one that nobody can import."""
-    made: Any = layer.plain_class.__reduce_ex__(layer, protocol)
-    return _blank, (layer.plain_class, isinstance(layer, LoRAQuantised)), *made[2:]
-
-
-def _blank(kind: type[nn.Module], quantised: bool = False) -> LoRALayer:
-    return object.__new__(adapted_class(kind, quantised))
+    if quantised:
+        return class_over(LoRAQuantised, kind)
+    if kind in (nn.Linear, frozen.Linear):
+        return LoRALinear
+    if is_conv1d(kind):
+        return class_over(_LoRATransposed, kind)
+    return class_over(_LoRARouter if why_not_class(kind) else LoRALinear, kind)
 
 
 def why_not_base(layer: nn.Module) -> str:
@@ -198,7 +172,7 @@ def why_not_base(layer: nn.Module) -> str:
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     vendor = vendor_of(layer)
-    reason = why_weight_is_fixed(layer, "weight" if vendor is None else vendor.OWN)
+    reason = why_weight_is_fixed(layer, "weight" if vendor is None else vendor.PARTS[0])
     if reason:
         return reason
     name = own_name(layer)
@@ -209,7 +183,7 @@ def why_not_base(layer: nn.Module) -> str:
         is_part = type(tensor).__name__ in _KINDS
         if tensor is None and name == "weight":
             return "it has no weight"
-        reason = "" if tensor is None else why_not_tensor(tensor, ndim, is_part)
+        reason = why_not_tensor(tensor, ndim, is_part)
         if reason:
             return f"its {name} {reason}: fastlora takes dense floating tensors"
         if tensor is not None and 0 in tensor.shape and not is_part:

@@ -20,14 +20,11 @@ from ..ops.gated import follows
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
 from ..quant import SHARDED, PackedLayer, quantised_weight
 from ..report import IN_THE_CALL, BlockCoverage
-from .activation import activation_of
 from .adapted import LoRALayer
-from .base import tensor_of, why_not_class, why_not_tensor
-from .classes import change_class, under
-from .frozen import fits, why_not_here
-from .gather import has_sharded
-from .hooks import is_hooked
-from .modules import plain_name
+from .classes import change_class, class_over, under
+from .frozen import fits, why_not_class, why_not_here
+from .members import activation_of, is_hooked, tensor_of, why_not_tensor
+from .modules import has_sharded, plain_name
 from .quantised import LoRAQuantised
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -35,7 +32,7 @@ _UNKNOWN = "its forward is none that fastlora knows"
 
 
 # What a known forward does, as people write it: of Llama, Mistral, Gemma and most others, of Qwen,
-# RecurrentGemma, and Llama 4.
+# and of RecurrentGemma.
 def _of_llama(self, x):
     down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     return down_proj
@@ -50,20 +47,9 @@ def _of_recurrent_gemma(self, hidden_states):
     return self.down_proj(gate * self.up_proj(hidden_states))
 
 
-def _of_llama4(self, x):
-    down_proj = self.activation_fn(self.gate_proj(x)) * self.up_proj(x)
-    return self.down_proj(down_proj)
-
-
-_KNOWN = {
-    _of_llama: "act_fn", _of_qwen: "act_fn", _of_recurrent_gemma: "act_fn",
-    _of_llama4: "activation_fn",
-}  # fmt: skip
-
-
-def _name_of_act(forward: Any) -> str:
-    """The name of the activation in a forward that is known; "" for any other."""
-    return next((act for known, act in _KNOWN.items() if is_same_code(forward, known)), "")
+def _is_known(forward: Any) -> bool:
+    known = (_of_llama, _of_qwen, _of_recurrent_gemma)
+    return any(is_same_code(forward, one) for one in known)
 
 
 class Part(NamedTuple):
@@ -124,10 +110,9 @@ class GatedMLP(nn.Module):
 
     def read(self) -> Reading:
         """Look at everything that a call would compute with."""
-        act = _name_of_act(self.plain_class.forward)
-        if not act:
+        if not _is_known(self.plain_class.forward):
             return Reading(_UNKNOWN)
-        activation = activation_of(getattr(self, act, None))
+        activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
             return Reading("its activation is none that fastlora knows, or is hooked")
         parts = []
@@ -139,13 +124,16 @@ class GatedMLP(nn.Module):
             if part.output is None:
                 return Reading(f"its {name}: {part.reason}")
             parts.append(part)
-        gate, up, down = parts
         outputs = tuple([part.output for part in parts if part.output is not None])
         packed = tuple([part.packed for part in parts])
-        reason = _why_not_together(gate, up) or _why_not_fitting(outputs, packed)
-        if reason:
-            return Reading(reason)
-        return Reading("", outputs, packed, activation, max(gate.p, up.p), down.p)
+        reason, p = _why_not_fitting(outputs, packed), [part.p for part in parts]
+        if not reason and outputs[0].adapters and outputs[1].adapters and p[0] != p[1]:
+            reason = "its gate_proj and up_proj have different dropouts, and are training"
+        return (
+            Reading(reason)
+            if reason
+            else Reading("", outputs, packed, activation, max(p[:2]), p[2])
+        )
 
     def read_part(self, linear: nn.Module) -> Part:
         """gate, up or down; the model is one of your own."""
@@ -184,7 +172,7 @@ def read_frozen(linear: nn.Module) -> Part:
     if weight is None:
         return Part("its weight is computed (a parametrisation)")
     for name, tensor, ndim in (("weight", weight, 2), ("bias", bias, 1)):
-        reason = "" if tensor is None else why_not_tensor(tensor, ndim)
+        reason = why_not_tensor(tensor, ndim)
         if reason:
             return Part(f"its {name} {reason}")
     if weight.is_meta or weight.is_inference():
@@ -203,7 +191,7 @@ def _read_frozen_quantised(linear: nn.Module, found: PackedLayer | str) -> Part:
     if found.weight.device.type == "meta":
         return Part("its weight has no data")
     bias = tensor_of(linear, "bias")
-    reason = "" if bias is None else why_not_tensor(bias, 1)
+    reason = why_not_tensor(bias, 1)
     if reason:
         return Part(f"its bias {reason}")
     weight: Any = found.weight
@@ -236,15 +224,6 @@ def _dtypes_of_all(x: Tensor, reading: Reading) -> _Dtypes | None:
     return dtypes if is_wide or dtypes.inside == dtypes.outside else None
 
 
-def _why_not_together(gate: Part, up: Part) -> str:
-    """Why gate and up can't be a group."""
-    assert gate.output is not None
-    assert up.output is not None
-    if gate.output.adapters and up.output.adapters and gate.p != up.p:
-        return "its gate_proj and up_proj have different dropouts, and are training"
-    return ""
-
-
 def _why_not_fitting(
     outputs: tuple[Output[Tensor], ...], packed: tuple[PackedLayer | None, ...]
 ) -> str:
@@ -265,7 +244,7 @@ def _why_not_fitting(
 def why_not_block(module: nn.Module) -> str:
     """Why a module that has the parts of a gated MLP can't become a block; "" if it can."""
     kind = plain_class_of(type(module))
-    if not _name_of_act(kind.forward) or kind.__call__ is not nn.Module.__call__:
+    if not _is_known(kind.forward) or kind.__call__ is not nn.Module.__call__:
         return _UNKNOWN
     own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
     if own is not None and getattr(own, "__func__", None) not in (
@@ -282,42 +261,13 @@ def plain_class_of(kind: type[nn.Module]) -> type[nn.Module]:
     return kind.plain_class if issubclass(kind, GatedMLP) else kind
 
 
-_classes: dict[Any, type[GatedMLP]] = {}
-
-
-def block_class(kind: type[nn.Module], mixin: type[GatedMLP]) -> type[GatedMLP]:
-    """The class of blocks that are otherwise of class ``kind``, whose name it has."""
-    found = _classes.get((kind, mixin))
-    if found is not None:
-        return found
-    members = {
-        "plain_class": kind,
-        "__reduce_ex__": _reduce_ex,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    return _classes.setdefault((kind, mixin), type(kind.__name__, (mixin, kind), members))
-
-
-def _reduce_ex(block: Any, protocol: Any) -> tuple:
-    """As for any object, with the plain class in place of one that nobody can import."""
-    made: Any = block.plain_class.__reduce_ex__(block, protocol)
-    mixin = under(type(block)).__bases__[0]
-    return _blank, (block.plain_class, mixin), *made[2:]
-
-
-def _blank(kind: type[nn.Module], mixin: type[GatedMLP]) -> GatedMLP:
-    return object.__new__(block_class(kind, mixin))
-
-
 def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]:
     """Make every gated MLP a block, and return those that weren't before."""
     found = [m for m in modules if looks_gated(m) and not isinstance(m, GatedMLP)]
     found = [module for module in found if not why_not_block(module)]
     for module in found:
         kind = plain_class_of(type(module))
-        change_class(module, kind, block_class(kind, mixin))
+        change_class(module, kind, class_over(mixin, kind, ""))
     return found
 
 

@@ -9,7 +9,6 @@ from torch.nn.functional import linear
 
 from ..blocks import buffer_for, widened
 from ..ops import lora_linears
-from ..ops.autocast import autocast_off
 from ..projection import DTYPES, Projection
 from ..quant import SHARDED, PackedLayer, Vendor, vendor_of
 from .adapted import LoRALayer
@@ -25,14 +24,14 @@ class LoRAQuantised(LoRALayer):
     is_dense = False  # whether it is merged into a plain weight, which its class can't call
 
     @property
-    def weight_name(self) -> str:
-        return "weight" if self.is_dense else self.vendor.OWN
-
-    @property
     def vendor(self) -> Vendor:
-        vendor = vendor_of(self, self.plain_class)
+        vendor = vendor_of(self._base or self, self.plain_class)
         assert vendor is not None
         return vendor
+
+    @property
+    def weight_parts(self) -> tuple[str, ...]:
+        return ("weight",) if self.is_dense else self.vendor.PARTS
 
     def packed(self) -> PackedLayer:
         """The weight as it is now.  Raises ValueError if it can't be read."""
@@ -66,72 +65,68 @@ class LoRAQuantised(LoRALayer):
     def _device(self) -> torch.device:
         return self.packed().weight.device
 
-    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """weight + scaling · lora_B lora_A, computed in float32, block by block of rows."""
-        weight = self.packed().weight
-        merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        with torch.no_grad(), autocast_off(weight.device.type):
-            left, right = self.lora_B.float(), self.lora_A.float()
-            for rows, base in widened(weight, buffer_for(weight, torch.float32)):
-                merged[rows] = torch.addmm(base, left[rows], right, alpha=self.scaling)
-        return merged
+    def _base_and_place(self, around: torch.dtype | None) -> tuple[Any, Tensor]:
+        packed, own = self.packed(), getattr(self, self.vendor.PARTS[0])
+        said = (
+            around,
+            packed.compute_dtype,
+            own.dtype,
+            None if self.bias is None else self.bias.dtype,
+        )
+        dtype = next((dtype for dtype in said if dtype in DTYPES), torch.float32)
+        weight = packed.weight
+        return weight, torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
-    def usual_dtype(self) -> torch.dtype:
-        """In which its calls compute, as far as the layer itself tells; else float32."""
-        own, bias = getattr(self, self.vendor.OWN), self.bias
-        said = self.packed().compute_dtype, own.dtype, None if bias is None else bias.dtype
-        return next((dtype for dtype in said if dtype in DTYPES), torch.float32)
-
-    def put_merged(self, weight: Tensor, keep_base: bool, requantise: bool) -> float:
-        """Put the merged weight in the base's place, packed again or as it is.
-
-        Returns ‖packed - merged‖ / ‖merged‖, 0 without packing.  Raises ValueError, and leaves the
-        layer as it was, if it can't be packed, or holds NaN or infinity then.
+    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
+        """Raises ValueError, and leaves the layer as it was, where it can't be packed, or where
+        it holds NaN or infinity then.
         """
-        vendor = self.vendor
-        new = vendor.pack(self, weight) if requantise else nn.Parameter(weight, False)
-        own = vendor.take(self)
-        self._keep(own if keep_base else None)
-        if requantise:
-            vendor.put(self, new)
-        else:
-            setattr(self, vendor.OWN, None)
-            self.weight = new
-        self.is_dense, self.merged = not requantise, True
-        distance = self._distance(weight) if requantise else 0.0
-        if not math.isfinite(distance):  # packed by way of 16 bits, which have a smaller range
-            self._keep(own)
+        vendor, distance = self.vendor, 0.0
+        if not requantise and hasattr(self.plain_class, "weight"):  # a property
+            raise ValueError("GPTQ-Model's layer has no place for a merged weight")
+        self._keep_base()
+        try:
+            if requantise:
+                vendor.pack(self, weight)
+                distance = self._distance(weight)
+            else:
+                setattr(self, vendor.PARTS[0], None)
+                self.weight = nn.Parameter(weight, requires_grad=False)
+            if not math.isfinite(distance):  # packed by way of 16 bits, which have a smaller range
+                raise ValueError(
+                    f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed "
+                    "again it holds NaN or infinity; requantise=False leaves it plain"
+                )
+        except BaseException:
             self.unmerge()
-            raise ValueError(
-                f"the merged weight doesn't fit into a {self.plain_class.__name__}: packed again "
-                "it holds NaN or infinity; requantise=False leaves it plain"
-            )
+            raise
+        self.is_dense, self.merged = not requantise, True
+        if not keep_base:
+            self.__dict__["_base"] = None
         return distance
 
-    def unmerge(self) -> None:
-        if not self.can_unmerge:
-            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
-        vendor = self.vendor
-        if self.is_dense and vendor.OWN != "weight":
-            del self.weight
-        kept: Any = self._base_weight
-        for name, value in self.__dict__.pop("_base_rest").items():
-            setattr(kept, name, value)
-        vendor.put(self, kept)
-        self.__dict__["_base_weight"] = None
-        self.is_dense = self.merged = False
+    def _distance(self, weight: Tensor) -> float:
+        """‖packed - weight‖ / ‖weight‖."""
+        packed, total = self.packed().weight, weight.new_zeros(())
+        for rows, some in widened(packed, buffer_for(packed, torch.float32)):
+            total += (some - weight[rows]).square().sum()
+        return (total.sqrt() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
-    def _keep(self, own: nn.Parameter | None) -> None:
-        """Keep the base's parameter; and what belongs to it, which deepcopy leaves out."""
-        self.__dict__["_base_weight"] = own
-        self.__dict__["_base_rest"] = dict(vars(own)) if type(own) is nn.Parameter else {}
+    def unmerge(self) -> None:
+        self.__dict__.pop("is_dense", None)
+        super().unmerge()
+        if "weight" not in self.weight_parts:
+            self._parameters.pop("weight", None)
 
     def detach_adapter(self) -> None:
         """Become the vendor's layer again, or ``nn.Linear`` if it is merged into a plain weight."""
         is_dense = self.__dict__.pop("is_dense", False)
-        self.__dict__.pop("_base_rest", None)
+        vendor = vendor_of(self._base or self, self.plain_class)
         super().detach_adapter()
         if is_dense:
+            for name in () if vendor is None else vendor.PARTS:
+                if name != "weight" and hasattr(self, name):
+                    delattr(self, name)
             object.__setattr__(self, "__class__", nn.Linear)
             dtype = self.weight.dtype
             bias = self.__dict__.pop("bias", self._parameters.get("bias"))  # HQQ's is no parameter
@@ -161,31 +156,3 @@ class LoRAQuantised(LoRALayer):
             for name, value in found.items():
                 if value is not None:
                     getattr(self, name).data.copy_(value)
-
-    def _distance(self, weight: Tensor) -> float:
-        packed, total = self.packed().weight, weight.new_zeros(())
-        for rows, some in widened(packed, buffer_for(packed, torch.float32)):
-            total += (some - weight[rows]).square().sum()
-        return (total.sqrt() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-
-    def _apply(self, fn: Any, recurse: bool = True):
-        kept: Any = self._base_weight
-        self.__dict__["_base_weight"] = None
-        try:
-            super()._apply(fn, recurse)
-            if kept is not None:
-                with torch.no_grad():
-                    kept = _moved(kept, fn)
-        finally:
-            self._keep(kept)
-        return self
-
-
-def _moved(kept: nn.Parameter, fn: Any) -> nn.Parameter:
-    """A base's parameter and what belongs to it, which some of the vendors' classes move along."""
-    found = fn(kept)
-    moved = found if isinstance(found, nn.Parameter) else nn.Parameter(found, requires_grad=False)
-    for name in vars(kept).keys() - vars(moved).keys():
-        value = vars(kept)[name]
-        setattr(moved, name, _moved(value, fn) if isinstance(value, nn.Parameter) else value)
-    return moved

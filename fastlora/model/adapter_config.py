@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layers.base import is_router
+from ..layers.frozen import is_router
 from ..projection import shown
 from .candidates import expert_modules
-from .config import LoRAConfig, weight_of
+from .config import LoRAConfig, kind_of, weight_of
 from .targets import is_all_linear
 
 _Number = TypeVar("_Number", int, float)
@@ -141,6 +141,14 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     empty).
     """
     ours = _ours(values, source, "Load it with PEFT")
+    version = values.get("peft_version")
+    numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", version if isinstance(version, str) else "")
+    is_older = numbers and tuple(int(number or 0) for number in numbers.groups()) < (0, 19, 1)
+    if is_older and ours.get("target_parameters"):
+        raise ValueError(
+            f"{source} has adapters of experts that PEFT {version} saved, which had in and out "
+            "swapped: fastlora reads those of PEFT 0.19.1 and newer"
+        )
     init = ours.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGING_THE_BASE):
         raise ValueError(
@@ -157,7 +165,23 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
     return _config(ours, source)
 
 
-def from_live_peft(config: Any) -> LoRAConfig:
+def as_config(config: object) -> LoRAConfig:
+    """A LoRAConfig, of ``peft.LoraConfig`` too, which is known by its ``peft_type``.
+
+    Raises ValueError for PEFT's fields that fastlora hasn't, and TypeError for anything else.
+    """
+    if isinstance(config, LoRAConfig):
+        return config
+    if not isinstance(config, type) and hasattr(config, "peft_type"):
+        return _from_live_peft(config)
+    hint = "; write fastlora.LoRAConfig(**config)" if isinstance(config, dict) else ""
+    raise TypeError(
+        f"config is {kind_of(config)}, but must be a fastlora.LoRAConfig or a peft.LoraConfig, "
+        f'such as fastlora.LoRAConfig(r=16, target_modules="all-linear"){hint}'
+    )
+
+
+def _from_live_peft(config: Any) -> LoRAConfig:
     """The LoRAConfig of a ``peft.LoraConfig``; ValueError as from_peft, where it means more."""
     source = f"the peft.{type(config).__name__}"
     values = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..layers.adapted import LoRALayer
-from ..layers.base import is_router
+from ..layers.frozen import is_router
 from ..layers.linear import why_not_base
 from ..layers.modules import called, some
 

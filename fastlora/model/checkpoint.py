@@ -10,15 +10,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..layers.base import is_conv1d
-from ..layers.gather import copy_whole, is_sharded, reshard, whole_tensors, writes_files
-from ..layers.modules import lora_layers, some, unwrap
+from ..layers.frozen import is_conv1d
+from ..layers.modules import (
+    copy_whole,
+    is_sharded,
+    lora_layers,
+    reshard,
+    some,
+    unwrap,
+    whole_tensors,
+    writes_files,
+)
 from .adapter_config import from_peft, spell_out, to_peft
-from .arguments import check_folder, check_model
-from .embeddings import AUTO, must_save_embeddings
-from .files import CONFIG, WEIGHTS, check_files, read_header, read_json, write_whole
+from .files import (
+    CONFIG,
+    WEIGHTS,
+    check_files,
+    check_folder,
+    read_header,
+    read_json,
+    write_whole,
+)
 from .inject import (
     check_injection,
+    check_model,
     inject_known,
     injection_of,
     record_injection,
@@ -26,11 +41,13 @@ from .inject import (
     untie,
 )
 from .tensors import (
+    AUTO,
     adapter_tensors,
     check_layers,
     check_planned,
     embedding_tensors,
     experts_weights,
+    must_save_embeddings,
     name_of,
     read_fitting,
 )
@@ -111,19 +128,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         raise ValueError("this is a PEFT model, whose load_adapter loads it")
     check_files(path)
     reshard(outer)
-    values = read_json(path / CONFIG)
-    config, version = from_peft(values, str(path / CONFIG)), values.get("peft_version")
+    config = from_peft(read_json(path / CONFIG), str(path / CONFIG))
     stored = read_header(path / WEIGHTS)
     injection = injection_of(model)
     fresh = injection is None
     if injection is None:
-        check_planned(model, config, stored, path / WEIGHTS, version)
+        check_planned(model, config, stored, path / WEIGHTS)
         injection = inject_known(outer, config)
     else:
         check_injection(model, injection)
     try:
         check_layers(model, config)
-        found = read_fitting(model, injection, stored, path / WEIGHTS, version)
+        found = read_fitting(model, injection, stored, path / WEIGHTS)
         if found.untied and not (fresh and found.wanted.keys() >= set(found.untied)):
             raise ValueError(
                 f"{path / WEIGHTS} gives {some(found.untied)} values of their own, but the model "

@@ -153,6 +153,15 @@ class LoRAConfig:
         return weight_of(name) if self.names_weight_of(name) else name
 
 
+def kind_of(value: object) -> str:
+    """What a value is that is something else than wanted, for a message."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    return f"of type {type(value).__name__}"
+
+
 def weight_of(name: str) -> str:
     """The name of this layer's weight."""
     return f"{name}.weight" if name else "weight"

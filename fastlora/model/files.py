@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .config import kind_of
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 _WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
@@ -39,6 +41,13 @@ class Planned(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def check_folder(folder: str | os.PathLike) -> Path:
+    """The path; a TypeError if it is none."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder is {kind_of(folder)}, but must be a path: a str or a pathlib.Path")
+    return Path(folder)
 
 
 def check_files(folder: Path) -> None:

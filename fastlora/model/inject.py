@@ -8,17 +8,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
-from ..layers import beside, mlp
+from ..layers import mlp
 from ..layers.adapted import LoRALayer, new_adapter, wide_dtype
-from ..layers.base import matrix_of
-from ..layers.expert_layer import LoRAExperts
-from ..layers.expert_weight import ExpertsWeight
+from ..layers.classes import class_over
+from ..layers.expert_layer import Adaptation, ExpertsWeight, LoRAExperts, new_experts_adapter
+from ..layers.frozen import give_back_frozen, matrix_of, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.modules import called, inside_of, lora_layers, plain_name, some, unwrap
 from ..projection import check_switch
-from .arguments import as_config, check_model, check_plain
-from .config import LoRAConfig
-from .experts import new_adapters
+from .adapter_config import as_config
+from .config import LoRAConfig, kind_of
 from .targets import Targets, check_places, find_targets, modules_to_save, warn_of_passed_over
 
 _RECORD = "_fastlora"
@@ -88,16 +87,35 @@ def apply_lora(
     check_plain(inner)
     _inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype)
     if frozen:
-        beside.take(inner.modules())
+        take_frozen(inner.modules())
     if blocks:
         mlp.take(inner.modules(), mlp.GatedMLP)
     return model
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError unless this is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {kind_of(model)}, but must be a torch.nn.Module")
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError if a layer has an adapter, fastlora's or PEFT's."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer | LoRAExperts):
+            raise ValueError(
+                f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
+            )
+        if hasattr(module, "lora_A"):
+            raise ValueError(
+                f"{called(name)} has a PEFT adapter: merge it or unload it with PEFT first"
+            )
+
+
 def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     """apply_lora for a config from a file, whose target names need not all occur in this model."""
     injection = _inject(model, config, every_name=False, wide_adapters=True)
-    beside.take(model.modules())
+    take_frozen(model.modules())
     mlp.take(model.modules(), mlp.GatedMLP)
     return injection
 
@@ -135,7 +153,7 @@ def _inject(
         dtype = wide_dtype(weight) if quantised or wide_adapters else weight.dtype
         adapter = new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
         adapters[name] = (adapted_class(type(layer), quantised), adapter, config.alpha_of(name))
-    of_experts = new_adapters(targets.experts, config, wide_adapters)
+    of_experts = _experts_adapters(targets, config, wide_adapters)
     untied = _copies_of_tied(model, saved)
     if every_name:
         warn_of_passed_over(model, config, targets, saved)
@@ -161,6 +179,23 @@ def _inject(
     return injection
 
 
+_Adapters = dict[str, tuple[nn.Parameter, nn.Parameter, Adaptation]]
+
+
+def _experts_adapters(
+    targets: Targets, config: LoRAConfig, wide: bool
+) -> list[tuple[nn.Module, type[LoRAExperts], _Adapters]]:
+    """Of each experts module its class with adapters, and the adapters of its weights."""
+    made: dict[nn.Module, _Adapters] = {}
+    for name, target in targets.experts.items():
+        module, parameter = target
+        dtype, r = wide_dtype(target.weight) if wide else target.weight.dtype, config.rank_of(name)
+        adapter = new_experts_adapter(module, parameter, r, config.init_lora_weights, dtype)
+        numbers = target.features, r, config.alpha_of(name), config.use_rslora
+        made.setdefault(module, {})[parameter] = (*adapter, Adaptation(*numbers))
+    return [(m, class_over(LoRAExperts, type(m)), adapters) for m, adapters in made.items()]
+
+
 def remove_lora(model: nn.Module) -> nn.Module:
     """Make every LoRA layer plain again, of its old class, in place, and return the same model.
 
@@ -180,7 +215,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
             layer.detach_adapter()
     for experts in [m for m in inner.modules() if isinstance(m, LoRAExperts)]:
         experts.detach_adapters()
-    beside.give_back(inner.modules())
+    give_back_frozen(inner.modules())
     mlp.give_back(inner.modules())
     for module in inner.modules():  # parts of a model may have been adapted one by one
         injection = module.__dict__.pop(_RECORD, None)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..blocks import rows_at_a_time
 from ..foreign import FSDP, FULLY_SHARDED
 from ..layers.adapted import LoRALayer
-from ..layers.expert_weight import ExpertsWeight
+from ..layers.expert_layer import ExpertsWeight
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantised import LoRAQuantised
 from ..projection import DTYPES, check_switch
 from ..quant import vendor_of
-from .arguments import check_model
+from .inject import check_model
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker
 
@@ -49,27 +49,26 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
                 f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
             )
         layer.check_adapter(called(name))
-    around = None if requantise else _dtype_around(unwrap(model))
+    around = torch.float32 if requantise else _dtype_around(unwrap(model))
     for name, layer in _progress(layers, "checking"):
-        merged = _merged(layer, requantise, around)
+        merged = layer.merged_weight(around)
         _check_merged(name, layer, merged, packs=requantise and not keep_base)
         del merged
     _warn_of_ties(unwrap(model), layers)
+    errors = {}
     try:
-        errors = {}
         for name, layer in _progress(layers, "merging"):
-            merged = _merged(layer, requantise, around)
-            if isinstance(layer, LoRAQuantised):
-                errors[name] = layer.put_merged(merged, keep_base, requantise)
-            else:
-                layer.use_merged(merged, keep_base)
+            merged = layer.merged_weight(around)
+            error = layer.use_merged(merged, keep_base, requantise)
+            if isinstance(layer, LoRAQuantised) and requantise:
+                errors[name] = error
             del merged
     except BaseException:
         for _, layer in layers:
             if layer.can_unmerge:
                 layer.unmerge()
         raise
-    if errors and requantise:
+    if errors:
         worst = max(errors, key=errors.__getitem__)
         warnings.warn(
             f"{len(errors)} merged weights were quantised again, which changed them by up to "
@@ -118,15 +117,6 @@ def _layers(model: nn.Module) -> list:
     return layers
 
 
-def _merged(
-    layer: LoRALayer | ExpertsWeight, requantise: bool, around: torch.dtype | None
-) -> Tensor:
-    """The merged weight as it is put, or packed; ``around``: the dtype of the model around it."""
-    if requantise or not isinstance(layer, LoRAQuantised):
-        return layer.merged_weight()
-    return layer.merged_weight(around or layer.usual_dtype())
-
-
 def _dtype_around(model: nn.Module) -> torch.dtype | None:
     """That of most parameters which are no adapters' and not in quantised layers; None without."""
     count: Counter[torch.dtype] = Counter()
@@ -150,7 +140,7 @@ def _check_merged(name: str, layer: LoRALayer | ExpertsWeight, merged: Tensor, p
             "merged: look for non-finite values in its weight, lora_A and lora_B"
         )
     if packs and isinstance(layer, LoRAQuantised):
-        layer.put_merged(merged, True, True)
+        layer.use_merged(merged)
         layer.unmerge()
 
 
@@ -158,7 +148,7 @@ def _warn_of_ties(model: nn.Module, layers: list) -> None:
     owners = Counter(
         id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
     )
-    tied = [name for name, layer in layers if owners[id(getattr(layer, layer.weight_name))] > 1]
+    tied = [name for name, layer in layers if owners[id(getattr(layer, layer.weight_parts[0]))] > 1]
     if tied:
         warnings.warn(
             f"the weights of {', '.join(tied)} were tied to other modules', which stay as they "

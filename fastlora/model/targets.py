@@ -5,18 +5,33 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..layers.base import is_router, why_not_class
+from ..layers.expert_layer import Features, features_of, why_not_experts
+from ..layers.frozen import is_conv1d, is_router, why_not_class
 from ..layers.linear import why_not_base
 from ..layers.modules import called
 from ..projection import shown
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
 from .config import LoRAConfig, compile_pattern, is_inside, names_any
-from .experts import ExpertsTarget, find_experts
 
 ALL_LINEAR = "all-linear"
 _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+
+
+class ExpertsTarget(NamedTuple):
+    """A weight of an experts module."""
+
+    module: nn.Module
+    parameter: str
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.get_parameter(self.parameter)
+
+    @property
+    def features(self) -> Features:
+        return features_of(self.module, self.parameter)
 
 
 class Targets(NamedTuple):
@@ -45,7 +60,7 @@ def find_targets(
         if ((wanted(name) and not excluded(name)) or _weight_is_named(module, name, config))
         and not any(is_inside(name, outer) for outer in saved)
     }
-    experts = find_experts(model, config, matched, saved, every_name=every_name)
+    experts = _find_experts(model, config, matched, saved, every_name=every_name)
     if not (matched or experts):
         rest = " that isn't excluded or saved in full" if config.exclude_modules or saved else ""
         raise ValueError(f"{_wish(config)} matches no module{rest}. {could_match(model)}")
@@ -79,6 +94,54 @@ def find_targets(
     modules = matched | {name.rpartition(".")[0]: one.module for name, one in experts.items()}
     check_places(model, modules, saved)
     return Targets(matched, experts)
+
+
+def _find_experts(
+    model: nn.Module,
+    config: LoRAConfig,
+    layers: Mapping[str, nn.Module],
+    saved: Collection[str],
+    *,
+    every_name: bool,
+) -> dict[str, ExpertsTarget]:
+    """The experts' weights that ``target_parameters`` names, by name, in the model's order.
+
+    ``layers``: the linear layers that ``config`` targets, whose weights it may name, too.
+    ``saved``: modules that train in full.  Raises ValueError for a parameter that is the weight of
+    neither, for experts that can't have adapters, and, with ``every_name``, for a name that matches
+    nothing.
+    """
+    wanted = config.target_parameters or ()
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if wanted else []
+    for one in wanted if every_name else ():
+        if not any(names_any((one,), name) for name in names):
+            raise ValueError(f"target_parameters has {one!r}, which matches no parameter")
+    by_module: dict[str, list[str]] = {}
+    for owner, module in model.named_modules() if wanted else ():
+        for parameter in module._parameters:
+            name = f"{owner}.{parameter}" if owner else parameter
+            if not names_any(wanted, name) or any(is_inside(name, outer) for outer in saved):
+                continue
+            layer = layers.get(owner) if parameter == "weight" else None
+            if layer is None:
+                by_module.setdefault(owner, []).append(parameter)
+            elif is_conv1d(type(layer)):
+                raise ValueError(
+                    f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT "
+                    "takes for [out, in]: name the layer in target_modules"
+                )
+    found = {}
+    for owner, parameters in by_module.items():
+        module = model.get_submodule(owner)
+        reason = why_not_experts(module, parameters)
+        if reason:
+            raise ValueError(
+                f"target_parameters names {parameters[0]} of {called(owner)}, which can't take an "
+                f"adapter: it is no linear layer's weight, and as experts {reason}"
+            )
+        for parameter in parameters:
+            found[f"{owner}.{parameter}" if owner else parameter] = ExpertsTarget(module, parameter)
+    return found
 
 
 def check_places(

@@ -1,6 +1,7 @@
 """An adapter's tensors under PEFT's keys: a model's, and the file's that fit them."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import LoRALayer, wide_dtype
-from ..layers.base import matrix_of
-from ..layers.expert_weight import ExpertsWeight
-from ..layers.modules import called, lora_layers, some
-from .config import LoRAConfig
-from .embeddings import embeddings_of
+from ..layers.expert_layer import ExpertsWeight
+from ..layers.frozen import matrix_of
+from ..layers.modules import called, lora_layers, plain_name, some
+from ..projection import shown
+from .config import LoRAConfig, is_inside
 from .files import Planned, Stored, read_tensors
 from .inject import Injection, known_targets, trained_biases
 from .targets import Targets
 
+AUTO = "auto"
 _PREFIX = "base_model.model."
 # With modules_to_save, PEFT writes its wrapper's two copies of biases (bias="all") and embeddings.
 _PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.([^.]*bias|weight)$")
@@ -87,20 +89,73 @@ def _pairs(names: Iterable[str]) -> dict[str, _Pair]:
     return pairs
 
 
-def _refuse_older(version: object, path: Path) -> None:
-    """Raise ValueError for a file with experts whose PEFT had in and out of them swapped."""
-    numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", version if isinstance(version, str) else "")
-    if numbers and tuple(int(number or 0) for number in numbers.groups()) < (0, 19, 1):
-        raise ValueError(
-            f"{path} has adapters of experts that PEFT {version} saved, which had in and out "
-            "swapped: fastlora reads those of PEFT 0.19.1 and newer"
-        )
-
-
 def embedding_tensors(
     model: nn.Module, saved: Collection[str], layers: Collection[str]
 ) -> dict[str, Tensor]:
-    return {_PREFIX + key: tensor for key, tensor in embeddings_of(model, saved, layers).items()}
+    """What a transformers model's input and output embeddings hold, under PEFT's keys.
+
+    Not those inside of ``saved``, modules that train in full.  An output head that is among the
+    adapted ``layers`` has its weight under ``base_layer``.
+    """
+    tensors = {}
+    for module in _embeddings(model):
+        names = [name for name, other in model.named_modules() if other is module]
+        name = plain_name(names[0]) if names else None
+        if name is None or any(is_inside(name, one) for one in saved):
+            continue
+        prefix = f"{name}.base_layer" if name in layers else name
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and key not in ("lora_A", "lora_B"):
+                tensors[_key(prefix, key)] = tensor
+    return tensors
+
+
+def must_save_embeddings(model: nn.Module, choice: bool | str) -> bool:
+    """Whether ``save_embedding_layers`` means so; "auto" compares with the base model's config."""
+    if isinstance(choice, bool):
+        return choice
+    if not isinstance(choice, str) or choice != AUTO:
+        raise ValueError(
+            f"save_embedding_layers is {shown(choice)}, but must be True, False or 'auto'"
+        )
+    return _was_resized(model)
+
+
+def _was_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary has another size than in the config that the model came with."""
+    config, source = getattr(model, "config", None), getattr(model, "name_or_path", None)
+    read = getattr(type(config), "from_pretrained", None)
+    if not source or read is None:
+        return False
+    try:
+        base = read(source, local_files_only=True)
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"can't read the config in {source} ({type(error).__name__}): if the vocabulary was "
+            "resized, call save_adapter with save_embedding_layers=True",
+            stacklevel=4,
+        )
+        return False
+    return _vocabulary(config) != _vocabulary(base)
+
+
+def _vocabulary(config) -> int | None:
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "vocab_size", None)
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The input and output embeddings of a transformers model."""
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, method, lambda: None)()
+        except NotImplementedError:
+            continue
+        if isinstance(module, nn.Module):
+            found.append(module)
+    return found
 
 
 class Found(NamedTuple):
@@ -113,17 +168,10 @@ class Found(NamedTuple):
 
 
 def read_fitting(
-    model: nn.Module,
-    injection: Injection,
-    stored: Mapping[str, Stored],
-    path: Path,
-    version: object,
+    model: nn.Module, injection: Injection, stored: Mapping[str, Stored], path: Path
 ) -> Found:
-    """The file's tensors; ValueError if they aren't the model's.  ``version``: PEFT's."""
+    """The file's tensors; ValueError if they aren't the model's."""
     wanted = adapter_tensors(model, injection)
-    experts = experts_weights(model)
-    if experts:
-        _refuse_older(version, path)
     embeddings = embedding_tensors(model, injection.saved_modules, injection.layers)
     brought = {
         key: tensor for key, tensor in embeddings.items() if key in stored and key not in wanted
@@ -161,17 +209,11 @@ def name_of(key: str) -> str:
 
 
 def check_planned(
-    model: nn.Module,
-    config: LoRAConfig,
-    stored: Mapping[str, Stored],
-    path: Path,
-    version: object,
+    model: nn.Module, config: LoRAConfig, stored: Mapping[str, Stored], path: Path
 ) -> None:
     """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
-    targets = known_targets(model, config)
-    if targets.experts:
-        _refuse_older(version, path)
-    shapes = {key: shape for key, (shape, _) in planned_adapters(targets, config).items()}
+    planned = planned_adapters(known_targets(model, config), config)
+    shapes = {key: shape for key, (shape, _) in planned.items()}
     extra = [key for key in stored if ".lora_" in key and key not in shapes]
     _check_stored(shapes, stored, path, extra)
 

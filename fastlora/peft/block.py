@@ -3,7 +3,7 @@
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..layers.hooks import is_hooked
+from ..layers.members import is_hooked
 from ..layers.mlp import GatedMLP, Part, read_frozen
 from .moment import why_not_now
 from .reading import active_adapters, read

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..layers import beside, mlp
+from ..layers import mlp
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
+from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..quant import PackedLayer, quantised_weight
@@ -121,13 +122,13 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
             with undisturbed(inner):
                 fast = _run(model, batch)
             blocks = mlp.give_back(inner.modules())
-            swapped, taken = swap.unswap_all(inner.modules()), beside.give_back(inner.modules())
+            swapped, taken = swap.unswap_all(inner.modules()), give_back_frozen(inner.modules())
             try:
                 with undisturbed(inner):
                     peft = _run(model, batch)
             finally:
                 swap.swap_all(swapped)
-                beside.take(taken)
+                take_frozen(taken)
                 mlp.take(blocks, block.Block)
     used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
     used |= _dtypes_of_quantised(inner)

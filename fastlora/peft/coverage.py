@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.beside import taken
 from ..layers.mlp import cover_blocks
 from ..layers.modules import plain_name, unwrap
-from ..report import Coverage, LayerCoverage, cover_lora_linears
+from ..report import Coverage, LayerCoverage, cover_frozen, cover_lora_linears
 from .versions import newer, why_not_version
 
 
@@ -62,7 +61,7 @@ def untested() -> str:
 
 def frozen_layers(model: nn.Module) -> tuple[str, ...]:
     """The names of the layers without an adapter that are fast; those of bases are PEFT layers'."""
-    return tuple(name for name in taken(model) if not name.endswith(".base_layer"))
+    return tuple(name for name in cover_frozen(model) if not name.endswith(".base_layer"))
 
 
 def _left_alone(name: str, layer: Any, reason: str) -> LayerCoverage:

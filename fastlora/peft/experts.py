@@ -12,7 +12,6 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from ..layers.base import is_router, why_not_tensor
 from ..layers.experts import (
     Experts,
     is_reversed,
@@ -22,7 +21,8 @@ from ..layers.experts import (
     takes,
     why_not_repeated,
 )
-from ..layers.hooks import is_hooked
+from ..layers.frozen import is_router
+from ..layers.members import is_hooked, why_not_tensor
 from ..projection import Adapter, Base, Output
 from .moment import why_not_now
 from .reading import active_adapters, why_not_adapter, why_not_scale
@@ -57,7 +57,7 @@ class ParamWrapper(PeftParamWrapper):
             reading = read_experts(self)
             if reading.outputs:
                 (up, down), experts = reading.outputs, reading.experts
-                if takes((x, *args), experts, (up, down)):
+                if takes((x, *args), (up, down)):
                     return run_experts((x, *args), experts, up, down)
         return super().forward(x, *args, **kwargs)
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.products import are_wide
 from ..layers.frozen import fits
-from ..layers.gather import has_sharded
-from ..layers.modules import some
+from ..layers.modules import has_sharded, some
 from ..mapping import AdapterMapping, Share
 from ..ops import multi_lora_linear
 from ..projection import Adapter, Base, is_plain

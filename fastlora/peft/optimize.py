@@ -8,7 +8,8 @@ from weakref import ref
 
 from torch import nn
 
-from ..layers import beside, mlp
+from ..layers import mlp
+from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import lora_layers
 from ..projection import check_switch
 from ..report import Coverage
@@ -113,11 +114,11 @@ def _take_frozen(model: nn.Module) -> list[nn.Module]:
 
     Not those of adapters: one that isn't active is frozen, too, and its layer reads it itself.
     """
-    return beside.take(layer for name, layer in model.named_modules() if ".lora_" not in name)
+    return take_frozen(layer for name, layer in model.named_modules() if ".lora_" not in name)
 
 
 def _unswap(layers: list[nn.Module]) -> None:
-    beside.give_back(layers)
+    give_back_frozen(layers)
     mlp.give_back(layers)
     if "fastlora.peft.layer" in sys.modules:  # else no layer was ever made fast
         from .swap import unswap_all

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..backends import asked_backend
-from ..layers.base import is_conv1d, tensor_of, why_not_class, why_not_tensor
-from ..layers.hooks import is_hooked
+from ..layers.frozen import is_conv1d, why_not_class
+from ..layers.members import is_hooked, tensor_of, why_not_tensor
 from ..ops.autocast import autocast_dtype
 from ..projection import (
     LARGEST_SCALE,

@@ -8,9 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..backends import planned_backend
-from ..layers.gather import has_sharded
-from ..layers.hooks import is_hooked
-from ..layers.modules import some
+from ..layers.members import is_hooked
+from ..layers.modules import has_sharded, some
 from ..report import IN_THE_CALL, SHARDED, LayerCoverage, format_of
 from .experts import read_experts, wrappers_in
 from .moment import why_not_now

@@ -7,13 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.base import matrix_of, tensor_of, why_not_class
 from ..layers.experts import Experts, read_experts_module
+from ..layers.frozen import matrix_of, why_not_class
+from ..layers.members import tensor_of
 from ..model.config import LoRAConfig
-from ..model.embeddings import AUTO, must_save_embeddings
 from ..model.files import Planned, size_of
 from ..model.targets import find_targets, modules_to_save
-from ..model.tensors import embedding_tensors, full_tensors, planned_adapters
+from ..model.tensors import (
+    AUTO,
+    embedding_tensors,
+    full_tensors,
+    must_save_embeddings,
+    planned_adapters,
+)
 from ..quant import PackedLayer, quantised_weight
 from ..table import columns
 
@@ -192,8 +198,6 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
 
 def _experts_of_a_token(module: nn.Module, read: Experts) -> int:
     """How many run for each token; 0 where nothing says so."""
-    if not read.routed:
-        return len(tensor_of(module, read.names[0]))
     found = [getattr(module.config, name, None) for name in _PER_TOKEN]
     return next((number for number in found if type(number) is int), 0)
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.modules import unwrap
-from ..model.arguments import as_config, check_model, check_plain
+from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
-from ..model.inject import apply_lora, undo_injection
+from ..model.inject import apply_lora, check_model, check_plain, undo_injection
 from ..projection import shown
 from ..quant import PackedLayer, quantised_weight
 from .count import Plan, count_adapter, count_frozen

@@ -1,5 +1,6 @@
 """bitsandbytes' ``Linear4bit`` (NF4, FP4) and ``Linear8bitLt`` (LLM.int8)."""
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _MODULES = "bitsandbytes.nn.modules"
 # 1 / 127 is what the library multiplies SCB by, in float32.
 _FACTOR = 1.0 / 127.0
 
-OWN = "weight"
+PARTS: tuple[str, ...] = ("weight", "quant_state", "state")  # the one or the other
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -32,12 +33,14 @@ def read(layer: nn.Module) -> PackedLayer | str:
         return f"its quantisation state is broken: {error}"
 
 
-def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
-    own: Any = layer.weight
-    kind: Any = type(own)
-    device = own.device
+def pack(layer: nn.Module, weight: Tensor) -> None:
+    own: Any = layer
+    kind, device = type(own.weight), own.weight.device
     if hasattr(layer, "state"):
-        return kind(weight.half().cpu(), requires_grad=False).to(device)
+        own.weight = kind(weight.half().cpu(), requires_grad=False).to(device)
+        own.state = copy(own.state)
+        own.state.CB = own.state.SCB = None  # the layer takes them from its weight, again
+        return
     state = _state_of(layer)
     made = kind(
         weight.to(state.dtype).cpu(),
@@ -45,27 +48,10 @@ def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
-        quant_storage=own.dtype,
+        quant_storage=own.weight.dtype,
     )
-    return made.to(device)
-
-
-def take(layer: nn.Module) -> nn.Parameter:
-    own: Any = layer.weight
-    if hasattr(layer, "state"):
-        own.CB, own.SCB = _codes_and_scale(layer)
-    else:
-        own.quant_state = _state_of(layer)
-    return own
-
-
-def put(layer: nn.Module, parameter: nn.Parameter) -> None:
-    layer.weight = parameter
-    target, own = (layer, parameter)  # type: Any, Any
-    if hasattr(layer, "state"):
-        target.state.CB = target.state.SCB = None  # the layer takes them from its weight, again
-    else:
-        target.quant_state = own.quant_state
+    own.weight = made.to(device)
+    own.quant_state = own.weight.quant_state
 
 
 def _is_four_bit(kind: type[nn.Module]) -> bool:

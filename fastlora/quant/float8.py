@@ -1,5 +1,7 @@
 """transformers' ``FP8Linear``: float8 with a scale for a block, a row or all (DeepSeek's, …)."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from .vendor import PackedLayer
 
 _MODULE = "transformers.integrations.finegrained_fp8"
 
-OWN = "weight"
+PARTS: tuple[str, ...] = ("weight", "weight_scale_inv")
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -50,30 +52,18 @@ def _block(layer: Any) -> tuple[int, int]:
     return int(block_rows), int(block_columns)
 
 
-def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
-    own: Any = layer.weight
-    (n, k), (rows, columns) = weight.shape, _block(layer)
-    blocks = -(-n // rows), -(-k // columns)
-    padded = weight.new_zeros(blocks[0] * rows, blocks[1] * columns, dtype=torch.float32)
-    padded[:n, :k] = weight
-    tiles = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
-    scale = tiles.abs().amax((1, 3)).div_(torch.finfo(own.dtype).max)
-    scale = torch.where(scale > 0, scale, 1.0)
-    kept: Any = layer.weight_scale_inv
-    if kept.dtype == torch.float8_e8m0fnu:  # powers of two, none too small
-        scale = torch.exp2(scale.log2().ceil())
-    codes = (tiles / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:n, :k]
-    made: Any = nn.Parameter(codes.to(own.dtype).contiguous(), requires_grad=False)
-    made.scale = nn.Parameter(scale.view(kept.shape).to(kept.dtype), requires_grad=False)
-    return made
-
-
-def take(layer: nn.Module) -> nn.Parameter:
-    own: Any = layer.weight
-    own.scale = layer.weight_scale_inv
-    return own
-
-
-def put(layer: nn.Module, parameter: nn.Parameter) -> None:
-    made: Any = parameter
-    layer.weight, layer.weight_scale_inv = made, made.scale
+def pack(layer: nn.Module, weight: Tensor) -> None:
+    own, theirs = layer, sys.modules[_MODULE]  # type: Any, Any
+    codes, scale = own.weight, own.weight_scale_inv
+    rounds = "ue8m0" if scale.dtype == torch.float8_e8m0fnu else "float"
+    config = SimpleNamespace(weight_block_size=_block(layer), scale_fmt=rounds)
+    quantise = theirs.Fp8Quantize(SimpleNamespace(quantization_config=config)).convert
+    made = quantise({"weight": weight})
+    if made["weight"].dtype != codes.dtype:
+        raise ValueError(
+            f"transformers makes no {codes.dtype} of a weight {tuple(weight.shape)} in blocks of "
+            f"{_block(layer)}: leave the merged weight dense"
+        )
+    own.weight = nn.Parameter(made["weight"], requires_grad=False)
+    found = made["weight_scale_inv"].view(scale.shape).to(scale.dtype)
+    own.weight_scale_inv = nn.Parameter(found, requires_grad=False)

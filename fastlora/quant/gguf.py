@@ -16,7 +16,7 @@ _KINDS = {
     20: "IQ4_NL", 23: "IQ4_XS",
 }  # fmt: skip
 
-OWN = "weight"
+PARTS: tuple[str, ...] = ("weight",)
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -38,14 +38,5 @@ def read(layer: nn.Module) -> PackedLayer | str:
     return PackedLayer(Quantised(format, tensors))
 
 
-def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+def pack(layer: nn.Module, weight: Tensor) -> None:
     raise ValueError("GGUF's blocks are read, and not made: leave the merged weight dense")
-
-
-def take(layer: nn.Module) -> nn.Parameter:
-    own: Any = layer.weight
-    return own
-
-
-def put(layer: nn.Module, parameter: nn.Parameter) -> None:
-    layer.weight = parameter

@@ -16,7 +16,7 @@ _PACKAGE = "gptqmodel.nn_modules.qlinear"
 _READ = ("TorchLinear", "TritonV2Linear")
 _ORDERED = Once()
 
-OWN = "qweight"
+PARTS: tuple[str, ...] = ("qweight",)
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -48,16 +48,8 @@ def read(layer: nn.Module) -> PackedLayer | str:
     return PackedLayer(Quantised(format, tensors))
 
 
-def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+def pack(layer: nn.Module, weight: Tensor) -> None:
     raise ValueError("GPTQ's numbers are read, and not made: its rounding needs data")
-
-
-def take(layer: nn.Module) -> nn.Parameter:
-    raise ValueError("GPTQ-Model's layer has no place for a merged weight")
-
-
-def put(layer: nn.Module, parameter: nn.Parameter) -> None:
-    raise ValueError("GPTQ-Model's layer has no place for another weight")
 
 
 def _theirs(kind: type[nn.Module]) -> type[nn.Module] | None:

@@ -13,7 +13,7 @@ from .vendor import PackedLayer
 
 _MODULE = "hqq.core.quantize"
 
-OWN = "W_q"
+PARTS: tuple[str, ...] = ("W_q", "meta")
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -55,25 +55,13 @@ def _keepable(tensor: Tensor) -> Tensor:
         return blank.set_(*place)
 
 
-def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+def pack(layer: nn.Module, weight: Tensor) -> None:
     own: Any = layer
     settings = own.quant_config["weight_quant_params"]
     place = {"device": own.device, "compute_dtype": own.compute_dtype}
     packed, meta = sys.modules[_MODULE].Quantizer.quantize(weight, **place, **settings)
-    made: Any = nn.Parameter(packed, requires_grad=False)
     kept = ("quant_scale", "quant_zero", "compute_dtype")
-    made.meta = meta | {name: own.meta[name] for name in kept if name in own.meta}
+    meta |= {name: own.meta[name] for name in kept if name in own.meta}
     for name in ("scale", "zero"):  # in the layer's dtype, in which HQQ computes
-        made.meta[name] = meta[name].to(own.meta[name].dtype)
-    return made
-
-
-def take(layer: nn.Module) -> nn.Parameter:
-    own: Any = layer
-    own.W_q.meta = own.meta
-    return own.W_q
-
-
-def put(layer: nn.Module, parameter: nn.Parameter) -> None:
-    own, made = (layer, parameter)  # type: Any, Any
-    own.W_q, own.meta = made, made.meta
+        meta[name] = meta[name].to(own.meta[name].dtype)
+    own.W_q, own.meta = nn.Parameter(packed, requires_grad=False), meta

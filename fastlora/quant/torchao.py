@@ -16,15 +16,13 @@ from .vendor import PackedLayer
 
 _ZEROS = Once()
 
-OWN = "weight"
+PARTS: tuple[str, ...] = ("weight",)
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
     if getattr(kind, "forward", None) is not nn.Linear.forward:
         return False
-    # An adapted layer that is merged into a plain weight keeps its own aside.
-    kept = layer.__dict__.get("_base_weight")
-    own = layer._parameters.get("weight") if kept is None else kept
+    own = layer._parameters.get("weight")
     if own is None or is_plain(own):  # whose class's bases torch.compile couldn't walk
         return False
     return derived_from(type(own), "torchao", "TorchAOBaseTensor") is not None
@@ -55,32 +53,25 @@ def read(layer: nn.Module) -> PackedLayer | str:
     return found if isinstance(found, str) else PackedLayer(found)
 
 
-def pack(layer: nn.Module, weight: Tensor) -> nn.Parameter:
+def pack(layer: nn.Module, weight: Tensor) -> None:
     own: Any = layer.weight
-    kind, weight, rest = type(own), weight.to(own.dtype), {}
+    kind: Any = type(own)
+    settings: dict[str, Any] = {}
     if kind.__name__ == "Int4Tensor":
         raise ValueError(
             "torchao's Int4Tensor is read, and not made: leave the merged weight dense"
         )
     if kind.__name__ == "IntxUnpackedToInt8Tensor":
         mapping = sys.modules["torchao.quantization.quant_primitives"].MappingType
-        rest["mapping_type"] = mapping.SYMMETRIC if _is_zero(own) else mapping.ASYMMETRIC
-        packed = kind.from_hp(weight, tuple(own.block_size), own.target_dtype, **rest)
-        return nn.Parameter(packed, requires_grad=False)
+        settings["mapping_type"] = mapping.SYMMETRIC if _is_zero(own) else mapping.ASYMMETRIC
+        settings |= {"block_size": tuple(own.block_size), "target_dtype": own.target_dtype}
+    else:
+        settings["granularity"] = _granularity(own)
     if kind.__name__ == "Float8Tensor":
-        rest = {"float8_dtype": own.qdata.dtype, "kernel_preference": own.kernel_preference}
-        rest["mm_config"] = own.mm_config
-    packed = kind.from_hp(weight, granularity=_granularity(own), **rest)
-    return nn.Parameter(packed, requires_grad=False)
-
-
-def take(layer: nn.Module) -> nn.Parameter:
-    own: Any = layer.weight
-    return own
-
-
-def put(layer: nn.Module, parameter: nn.Parameter) -> None:
-    layer.weight = parameter
+        settings |= {"float8_dtype": own.qdata.dtype, "mm_config": own.mm_config}
+        settings["kernel_preference"] = own.kernel_preference
+    packed = kind.from_hp(weight.to(own.dtype), **settings)
+    layer.weight = nn.Parameter(packed, requires_grad=False)
 
 
 def _is(own: Tensor, name: str) -> bool:

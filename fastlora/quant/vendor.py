@@ -39,10 +39,10 @@ class PackedLayer(NamedTuple):
 class Vendor(Protocol):
     """A module with these.  It never imports its vendor: who has such a layer did.
 
-    ``OWN`` names the tensor of the layer that is its packed weight.
+    ``PARTS`` names the attributes of a layer that are its weight: the packed tensor, then others.
     """
 
-    OWN: str
+    PARTS: tuple[str, ...]
 
     def owns(self, layer: nn.Module, kind: type[nn.Module]) -> bool:
         """Whether this layer, which by itself is of class ``kind``, is a linear one of theirs.
@@ -53,14 +53,8 @@ class Vendor(Protocol):
     def read(self, layer: nn.Module) -> PackedLayer | str:
         """The layer's weight as it is now, or why it can't be read."""
 
-    def pack(self, layer: nn.Module, weight: Tensor) -> nn.Parameter:
-        """A parameter of theirs, packed as the layer's own, for this weight [N, K]."""
+    def pack(self, layer: nn.Module, weight: Tensor) -> None:
+        """Make weight [N, K] the layer's own, packed as the layer's is by the vendor's quantiser.
 
-    def take(self, layer: nn.Module) -> nn.Parameter:
-        """The layer's own parameter, with all that belongs to it; the layer stays as it is.
-
-        Raises ValueError where no other weight can take its place.
+        What was there stays as it is, in no place.  Raises ValueError where there is no such.
         """
-
-    def put(self, layer: nn.Module, parameter: nn.Parameter) -> None:
-        """Make such a parameter the layer's own."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import new_adapter, scaling_of, wide_dtype
-from ..layers.base import is_router, matrix_of
+from ..layers.frozen import is_router, matrix_of
 from ..layers.modules import called
 from ..mapping import AdapterMapping
 from ..model.targets import find_targets

@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.batch import in_mode, kept_buffers
 from ..layers.modules import called, some, unwrap
-from ..model.arguments import check_folder, check_model, check_plain
 from ..model.checkpoint import save_adapter
-from ..model.files import write_whole
-from ..model.inject import apply_lora, remove_lora
+from ..model.files import check_folder, write_whole
+from ..model.inject import apply_lora, check_model, check_plain, remove_lora
 from ..projection import check_switch, shown
 from .batches import Feed, as_batch
 from .layer import attached

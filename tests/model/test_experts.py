@@ -109,7 +109,7 @@ def test_merging_and_removing():
     model = own_model("gpt-oss").bfloat16()
     before, expected, experts = snapshot(model), logits(model), experts_of(model)
     layer = next(experts.weights())
-    thin, wide, scale = layer.adaptation.stacked(layer.lora_a, layer.lora_b, True)
+    thin, wide, scale = layer.stacked(layer.lora_a, layer.lora_b, True)
     exact = layer.weight.double() + scale * (wide.double() @ thin.double()).mT
     fastlora.merge_lora(model)
     assert torch.equal(experts.gate_up_proj, exact.float().bfloat16())
@@ -184,17 +184,6 @@ def test_generation():
     found = model.generate(input_ids=IDS, **settings)
     merged = fastlora.remove_lora(fastlora.merge_lora(model))
     assert torch.equal(found, merged.generate(input_ids=IDS, **settings))
-
-
-def test_compiled_without_a_break():
-    experts = experts_of(own_model("llama4"))
-    call = torch.randn(4, 32, requires_grad=True)
-    wanted = [call, *[p for p in experts.parameters() if p.requires_grad]]
-    results = []
-    for run in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
-        out = run(call)
-        results.append([out, *torch.autograd.grad(out.sum(), wanted)])
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
 def test_autocast():

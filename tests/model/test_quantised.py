@@ -64,7 +64,7 @@ def test_sixteen_bits_compute_and_x_keeps_its_dtype():
     model, x = adapted("nf4", torch.bfloat16), torch.randn(3, 64)
     layer, y = model[0], model[0](x)
     assert y.dtype == torch.float32
-    expected = layer.merged_weight() @ x.T
+    expected = layer.merged_weight(torch.float32) @ x.T
     torch.testing.assert_close(y, expected.T + layer.bias, atol=0.05, rtol=0.05)
 
 
@@ -161,14 +161,14 @@ def test_a_merge_into_plain_weights_makes_no_float32_model():
 
 def test_a_merge_that_fails_leaves_everything(monkeypatch):
     model, x = adapted("nf4"), torch.randn(3, 64)
-    y, put = model(x), merging.LoRAQuantised.put_merged
+    y, put = model(x), merging.LoRAQuantised.use_merged
 
     def fail(layer, *arguments):
         if layer is model[1]:
             raise MemoryError
         return put(layer, *arguments)
 
-    monkeypatch.setattr(merging.LoRAQuantised, "put_merged", fail)
+    monkeypatch.setattr(merging.LoRAQuantised, "use_merged", fail)
     with pytest.raises(MemoryError):
         fastlora.merge_lora(model)
     assert torch.equal(model(x), y)

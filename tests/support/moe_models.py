@@ -19,7 +19,6 @@ _HYBRID = {
     "layers_block_type": ["attention", "moe"], "n_routed_experts": 4,
     "moe_shared_expert_intermediate_size": 24,
 }  # fmt: skip
-_LLAMA4 = {"num_local_experts": 4, "intermediate_size": 24, "intermediate_size_mlp": 48}
 _GEMMA4 = {
     "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "global_head_dim": 8,
     "hidden_size_per_layer_input": 0, "sliding_window": 16,
@@ -32,10 +31,9 @@ MODELS = {
     "deepseek": ("DeepseekV3", _LATENT | _GROUPS, "gate_up_proj"),
     "gpt-oss": ("GptOss", {"num_local_experts": 4}, "gate_up_proj"),  # transposed, bias, own gate
     "nemotron": ("NemotronH", _HYBRID | _GROUPS, "up_proj"),  # without a gate
-    "llama4": ("Llama4", _LLAMA4, "gate_up_proj"),  # transposed, without routing
     "gemma4": ("Gemma4", _GEMMA4, "gate_up_proj"),
 }
-_TEXT = ("Llama4", "Gemma4")  # whose config has other parts, too
+_TEXT = ("Gemma4",)  # whose config has other parts, too
 ROUTERS = ("mlp.gate.weight", "router.weight", "router.proj.weight")
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
 

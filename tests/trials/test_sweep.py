@@ -11,7 +11,6 @@ from contextlib import suppress
 import pytest
 import torch
 import transformers
-from moe_models import base_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from vendor_layers import quantised
@@ -406,17 +405,13 @@ def test_what_is_read_once_is_read_before_and_kept(model, tmp_path, endless):
     assert read[0].best.losses == read[1].best.losses
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama4"])
-def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path, name):
+def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
     """A shared expert's."""
-    if name == "qwen2":
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-        shared = {"shared_expert_intermediate_size": 24, "num_experts": 4}
-        config = transformers.Qwen2MoeConfig(vocab_size=40, **sizes, **heads, **shared)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    else:
-        model = base_model(name, num_hidden_layers=1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    shared = {"shared_expert_intermediate_size": 24, "num_experts": 4}
+    config = transformers.Qwen2MoeConfig(vocab_size=40, **sizes, **heads, **shared)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     base, configs = copy.deepcopy(model), [{"r": 2, "learning_rate": 1e-2}, *CONFIGS[1:2]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # experts that "all-linear" leaves out

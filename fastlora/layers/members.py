@@ -1,0 +1,105 @@
+"""What is in a module of another library: its tensors, its activation, and hooks on its calls."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..foreign import is_class, is_dtensor
+from ..projection import DTYPES, is_plain
+
+_FUNCTIONS = {functional.silu: "silu", functional.relu: "relu", torch.relu: "relu"}
+_TRANSFORMERS = "transformers.activations"
+
+
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, sooner; a parametrised weight or FSDP's is no parameter there."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> str:
+    """What is wrong with a weight (2 dimensions) or a bias (1), as "has dtype torch.int8"; or "".
+
+    ``is_part``: it is FSDP's part between calls, which find it whole, and of torch's own class.
+    None is as good as any.
+    """
+    if tensor is None:
+        return ""
+    if not (is_plain(tensor) or is_part):
+        hint = "sharded" if is_dtensor(tensor) else "quantised"
+        return f"is of class {type(tensor).__name__} ({hint}?)"
+    if tensor.layout is not torch.strided:
+        return f"has layout {tensor.layout}"
+    if tensor.dim() != ndim and not is_part:
+        return f"has shape {tuple(tensor.shape)} (sharded, and not gathered?)"
+    return "" if tensor.dtype in DTYPES else f"has dtype {tensor.dtype}"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something acts on a call of this module besides its class's forward."""
+    own = module.__dict__  # a look-up here takes half the time of an attribute
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or ("forward" in own and not _acts_as_its_class(module))
+    )
+
+
+def _acts_as_its_class(module: nn.Module) -> bool:
+    """Whether the forward on this instance does what its class's does.
+
+    It may be accelerate's, which moves inputs to the weight's device, where the fast path asks them
+    to be; or the class's own, which accelerate leaves there when its hook is removed.
+    """
+    own = module.__dict__["forward"]
+    if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+        return True
+    hook: Any = module.__dict__.get("_hf_hook")
+    return (
+        is_class(type(hook), "accelerate.hooks", "AlignDevicesHook")
+        and not hook.offload
+        and not hook.io_same_device
+    )
+
+
+def activation_of(act: Any) -> str:
+    """silu, gelu, gelu_tanh, relu or relu2; "" for any other, or if something acts on its calls."""
+    if not isinstance(act, nn.Module):
+        return _name_of_function(act)
+    if is_hooked(act) or type(act).__call__ is not nn.Module.__call__:
+        return ""
+    kind = type(act)
+    if kind in (nn.SiLU, nn.ReLU):
+        name = "silu" if kind is nn.SiLU else "relu"
+        return "" if act.inplace else name
+    if kind is nn.GELU:
+        return _gelu(str(act.approximate))
+    if is_class(kind, _TRANSFORMERS, "SiLUActivation"):
+        return "silu"
+    if is_class(kind, _TRANSFORMERS, "ReLUSquaredActivation"):
+        return "relu2"
+    if any(is_class(kind, _TRANSFORMERS, n) for n in ("GELUActivation", "GELUTanh")):
+        return _name_of_function(act.__dict__.get("act"))  # their other forms are Python's
+    return ""
+
+
+def _name_of_function(function: Any) -> str:
+    if function is functional.gelu:
+        return "gelu"
+    if type(function) is partial:
+        known = function.func is functional.gelu and not function.args
+        given = function.keywords
+        return _gelu(given.get("approximate", "")) if known and len(given) == 1 else ""
+    try:
+        return _FUNCTIONS.get(function, "")
+    except TypeError:  # it isn't hashable
+        return ""
+
+
+def _gelu(approximate: str) -> str:
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate, "")
