@@ -186,6 +186,18 @@ def test_generation():
     assert torch.equal(found, merged.generate(input_ids=IDS, **settings))
 
 
+def test_compiled_without_a_break():
+    experts = experts_of(own_model("mixtral"))
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
+    call = torch.randn(6, 32, requires_grad=True), index, torch.rand(6, 2)
+    wanted = [call[0], *[p for p in experts.parameters() if p.requires_grad]]
+    results = []
+    for run in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
+        out = run(*call)
+        results.append([out, *torch.autograd.grad(out.sum(), wanted)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
 def test_autocast():
     model = own_model("mixtral")
     experts, exact = experts_of(model), experts_of(copy.deepcopy(model).double())
