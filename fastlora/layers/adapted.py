@@ -1,7 +1,10 @@
-"""LoRALayer: what a linear layer of any class does with an adapter beside its frozen weight."""
+"""LoRALayer: what a linear layer of any class does with an adapter beside its frozen weight.
+
+And what other modules with adapters do as well (:class:`Adapted`).
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +23,37 @@ _TENSORS = ("weight", "lora_A", "lora_B", "bias")
 _ADDED = ("lora_A", "lora_B", *_SETTINGS, "merged", "_base")
 
 
-class LoRALayer(nn.Module):
+class Adapted(nn.Module):
+    """A module with adapters, whose state dict has what its base's has, and the adapters."""
+
+    def merged_names(self) -> Iterable[str]:
+        """What it calls its merged weights."""
+        raise NotImplementedError
+
+    def adapter_names(self) -> Iterable[str]:
+        """What it calls each lora_A and lora_B."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        merged = [f"{prefix}{name}" for name in self.merged_names()]
+        merged = [name.removesuffix(".weight") for name in merged if name in state_dict]
+        if merged:
+            errors.append(
+                f"{merged[0]} is merged: call fastlora.unmerge_lora(model) before loading weights"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+        adapters = {f"{prefix}{name}" for name in self.adapter_names()}
+        if adapters <= set(missing):
+            # A checkpoint of the base, which knows no adapter.
+            missing[:] = [key for key in missing if key not in adapters]
+
+
+class LoRALayer(Adapted):
     """A base's class, which comes after this one, with an adapter: methods and no constructor.
 
     A layer becomes one, and ceases to be one, by its ``__class__``; it keeps all it had.
@@ -84,22 +117,11 @@ class LoRALayer(nn.Module):
         return Projection(weight, lora_a, lora_b, bias, self.scaling)
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        """weight + scaling · lora_B lora_A, computed in float32 or wider, and rounded once.
+        """weight + scaling · lora_B lora_A, rounded once.
 
-        Block by block of rows, so that no wide copy of the whole weight is made.  ``around``: the
-        dtype for a weight that is packed, where the model has one.
+        ``around``: the dtype for a weight that is packed, where the model has one.
         """
-        source, merged = self._base_and_place(around)
-        wide = torch.promote_types(source.dtype, torch.float32)
-        with torch.no_grad(), autocast_off(merged.device.type):
-            left, right = (factor.to(wide) for factor in self._factors())
-            for rows, base in widened(source_of(source), buffer_for(source, wide)):
-                merged[rows] = torch.addmm(base, left[rows], right, alpha=self.scaling)
-        return merged
-
-    def _base_and_place(self, around: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """The base's weight, and an empty tensor for the merged one."""
-        return self.weight, torch.empty_like(self.weight, requires_grad=False)
+        return add_product(self.weight, *self._factors(), self.scaling)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The two whose product is the adapter's part of the weight, as the layer stores that."""
@@ -160,21 +182,11 @@ class LoRALayer(nn.Module):
             self._base._apply(fn)
         return self
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-    ) -> None:
-        if self.merged and f"{prefix}weight" in state_dict:
-            errors.append(
-                f"{prefix[:-1]} is merged: call fastlora.unmerge_lora(model) before loading weights"
-            )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-        )
-        adapter = [f"{prefix}lora_A", f"{prefix}lora_B"]
-        if all(key in missing for key in adapter):
-            # A checkpoint of the base, which knows no adapter.
-            missing[:] = [key for key in missing if key not in adapter]
+    def merged_names(self) -> Iterable[str]:
+        return ("weight",) if self.merged else ()
+
+    def adapter_names(self) -> Iterable[str]:
+        return "lora_A", "lora_B"
 
     def extra_repr(self) -> str:
         out_features, in_features = self.shape
@@ -211,15 +223,22 @@ def new_adapter(
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Fresh lora_A [r, in] and lora_B [out, r] for weight [out, in], in its dtype or ``dtype``."""
     out_features, in_features = weight.shape
-    dtype = weight.dtype if dtype is None else dtype
-    lora_a = nn.Parameter(torch.empty(r, in_features, device=weight.device, dtype=dtype))
-    lora_b = nn.Parameter(torch.empty(out_features, r, device=weight.device, dtype=dtype))
-    initialise(lora_a, lora_b, r, init_lora_weights)
-    return lora_a, lora_b
+    shapes = (r, in_features), (out_features, r)
+    return new_pair(shapes, weight.device, dtype or weight.dtype, r, init_lora_weights)
 
 
-def initialise(lora_a: Tensor, lora_b: Tensor, r: int, init_lora_weights: bool | str) -> None:
-    """True: the identity change.  "gaussian": lora_A from N(0, 1/r²).  False: lora_B random too."""
+def new_pair(
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    r: int,
+    init_lora_weights: bool | str,
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A fresh lora_A and lora_B of these shapes.
+
+    True: the identity change.  "gaussian": lora_A from N(0, 1/r²).  False: lora_B random too.
+    """
+    lora_a, lora_b = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in shapes)
     if init_lora_weights == "gaussian":
         nn.init.normal_(lora_a, std=1 / r)
     else:
@@ -228,6 +247,41 @@ def initialise(lora_a: Tensor, lora_b: Tensor, r: int, init_lora_weights: bool |
         nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_b)
+    return lora_a, lora_b
+
+
+def run_with(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    named: dict[str, Any],
+) -> Any:
+    """What ``run`` returns with these tensors in the place of the module's parameters."""
+    parameters: Any = module._parameters
+    kept = {name: parameters[name] for name in weights}
+    try:
+        parameters.update(weights)
+        return run(*args, **named)
+    finally:
+        parameters.update(kept)
+
+
+def add_product(
+    base: Any, left: Tensor, right: Tensor, scale: float, merged: Tensor | None = None
+) -> Tensor:
+    """base + scale · left right, computed in float32 or wider, and rounded once.
+
+    To ``merged``, or a new tensor like the base.  Block by block of rows, so that no wide copy of
+    the whole base is made, which may be packed.
+    """
+    merged = torch.empty_like(base, requires_grad=False) if merged is None else merged
+    wide = torch.promote_types(base.dtype, torch.float32)
+    with torch.no_grad(), autocast_off(merged.device.type):
+        left, right = left.to(wide), right.to(wide)
+        for rows, some in widened(source_of(base), buffer_for(base, wide)):
+            merged[rows] = torch.addmm(some, left[rows], right, alpha=scale)
+    return merged
 
 
 def check_adapter(
@@ -260,5 +314,5 @@ def why_weight_is_fixed(layer: nn.Module, name: str = "weight") -> str:
 
 def own_name(layer: nn.Module) -> str:
     """A name that this layer has for itself, and a LoRA layer for something else; "" if none."""
-    names = (*_ADDED, *vars(LoRALayer))
+    names = (*_ADDED, *vars(LoRALayer), *vars(Adapted))
     return next((n for n in names if hasattr(layer, n) and not hasattr(nn.Linear, n)), "")

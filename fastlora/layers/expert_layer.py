@@ -4,7 +4,7 @@ PEFT's files hold the adapter of a weight in two matrices, and so do these modul
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from ..ops.autocast import autocast_off
 from ..ops.textbook import needs_textbook
 from ..projection import Adapter, Base, Output
-from .adapted import check_adapter, initialise, refuse_training, scaling_of
+from .adapted import (
+    Adapted,
+    add_product,
+    check_adapter,
+    new_pair,
+    refuse_training,
+    run_with,
+    scaling_of,
+)
 from .experts import ADDED, Experts, is_reversed, read_experts_module, run_experts, stacked, takes
 from .members import tensor_of, why_not_tensor
 
@@ -55,11 +63,6 @@ class Adaptation:
     def scaling(self) -> float:
         return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
-    def stacked(self, lora_a: Tensor, lora_b: Tensor, transposed: bool) -> Adapter[Tensor]:
-        """The two for ``ops.experts``; ``transposed``: the weight is [E, in, out]."""
-        reverse = is_reversed(transposed, not self.features.is_transposed)
-        return stacked(lora_a, lora_b, self.features.experts, self.scaling, reverse)
-
 
 @dataclass(frozen=True)
 class ExpertsWeight(Adaptation):
@@ -74,12 +77,15 @@ class ExpertsWeight(Adaptation):
         return tensor_of(self.experts, self.name)
 
     @property
-    def lora_a(self) -> Tensor:
-        return tensor_of(self.experts, f"{self.name}{ADDED}A")
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B."""
+        lora_a, lora_b = names_of_pair(self.name)
+        return tensor_of(self.experts, lora_a), tensor_of(self.experts, lora_b)
 
-    @property
-    def lora_b(self) -> Tensor:
-        return tensor_of(self.experts, f"{self.name}{ADDED}B")
+    def adapter(self, transposed: bool) -> Adapter[Tensor]:
+        """The two for ``ops.experts``; ``transposed``: the weight is [E, in, out]."""
+        reverse = is_reversed(transposed, not self.features.is_transposed)
+        return stacked(*self.pair, self.features.experts, self.scaling, reverse)
 
     @property
     def plain_class(self) -> type[nn.Module]:
@@ -97,8 +103,7 @@ class ExpertsWeight(Adaptation):
 
     def output(self) -> Output[Tensor]:
         """The weight and its adapter as they are kept: not stacked, sharded under FSDP."""
-        adapter = Adapter(self.lora_a, self.lora_b, self.scaling)
-        return Output(Base(self.weight, None), (adapter,))
+        return Output(Base(self.weight, None), (Adapter(*self.pair, self.scaling),))
 
     def check_weight(self, name: str) -> None:
         """Raise ValueError unless the weight is a parameter, which can be replaced."""
@@ -110,32 +115,28 @@ class ExpertsWeight(Adaptation):
 
     def check_adapter(self, name: str) -> None:
         """Raise ValueError unless lora_A and lora_B are what the weight can be added to."""
-        labels, pair = [f"{self.name}{ADDED}{part}" for part in "AB"], (self.lora_a, self.lora_b)
-        shaped = zip(pair, self.features.shapes(self.r), strict=True)
-        check_adapter(name, self.weight.device, dict(zip(labels, shaped, strict=True)))
+        shaped = zip(self.pair, self.features.shapes(self.r), strict=True)
+        labelled = dict(zip(names_of_pair(self.name), shaped, strict=True))
+        check_adapter(name, self.weight.device, labelled)
 
-    def _factors(self) -> tuple[Tensor, Tensor, float]:
+    def _factors(self) -> tuple[Tensor, Tensor]:
         """The two, for each expert, whose product is the adapter's part of its weight."""
         is_transposed = self.features.is_transposed
-        thin, wide, scale = self.stacked(self.lora_a, self.lora_b, is_transposed)
-        return (thin.mT, wide.mT, scale) if is_transposed else (wide, thin, scale)
+        thin, wide, _ = self.adapter(is_transposed)
+        return (thin.mT, wide.mT) if is_transposed else (wide, thin)
 
     def sum(self) -> Tensor:
         """weight + scaling · lora_B lora_A of every expert, which autograd follows."""
-        left, right, scale = self._factors()
         weight = self.weight
+        left, right = (factor.to(weight.dtype) for factor in self._factors())
         with autocast_off(weight.device.type):
-            return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scale)
+            return torch.baddbmm(weight, left, right, alpha=self.scaling)
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        """The sum in the weight's dtype, computed in float32 or wider, an expert at a time."""
-        weight = self.weight
-        merged = torch.empty_like(weight, requires_grad=False)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        with torch.no_grad(), autocast_off(weight.device.type):
-            left, right, scale = self._factors()
-            for into, base, one, other in zip(merged, weight, left, right, strict=True):
-                into.copy_(torch.addmm(base.to(wide), one.to(wide), other.to(wide), alpha=scale))
+        """The sum in the weight's dtype, rounded once, an expert at a time."""
+        merged = torch.empty_like(self.weight, requires_grad=False)
+        for into, base, left, right in zip(merged, self.weight, *self._factors(), strict=True):
+            add_product(base, left, right, self.scaling, into)
         return merged
 
     @property
@@ -166,13 +167,16 @@ def new_experts_adapter(
     module: nn.Module, name: str, r: int, init_lora_weights: bool | str, dtype: torch.dtype
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Fresh lora_A [E · r, p] and lora_B [q, r · E] for the weight of this name."""
-    device, shapes = tensor_of(module, name).device, features_of(module, name).shapes(r)
-    lora_a, lora_b = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in shapes)
-    initialise(lora_a, lora_b, r, init_lora_weights)
-    return lora_a, lora_b
+    shapes, device = features_of(module, name).shapes(r), tensor_of(module, name).device
+    return new_pair(shapes, device, dtype, r, init_lora_weights)
 
 
-class LoRAExperts(nn.Module):
+def names_of_pair(name: str) -> tuple[str, str]:
+    """What a module calls lora_A and lora_B of its weight of this name."""
+    return f"{name}{ADDED}A", f"{name}{ADDED}B"
+
+
+class LoRAExperts(Adapted):
     """An experts module's class, which comes after this one: methods and no constructor.
 
     A weight NAME that is adapted has ``NAME_lora_A`` [E · r, p] and ``NAME_lora_B`` [q, r · E]
@@ -195,17 +199,14 @@ class LoRAExperts(nn.Module):
         self.requires_grad_(False)
         self.adaptations, self._base_weights = {}, {}
         self.lora_dropout = float(lora_dropout)
-        for name, (lora_a, lora_b, adaptation) in adapters.items():
-            setattr(self, f"{name}{ADDED}A", lora_a)
-            setattr(self, f"{name}{ADDED}B", lora_b)
+        for name, (*pair, adaptation) in adapters.items():
+            for own, tensor in zip(names_of_pair(name), pair, strict=True):
+                setattr(self, own, tensor)
             self.adaptations[name] = adaptation
 
     def detach_adapters(self) -> None:
         """Become the plain module again, in place, with merged weights where they are merged."""
-        for name in self.adaptations:
-            delattr(self, f"{name}{ADDED}A")
-            delattr(self, f"{name}{ADDED}B")
-        for name in _ADDED:
+        for name in (*self.adapter_names(), *_ADDED):
             delattr(self, name)
         object.__setattr__(self, "__class__", self.plain_class)
 
@@ -244,9 +245,7 @@ class LoRAExperts(nn.Module):
         base = Base(weight.mT if experts.transposed else weight, bias)
         if name not in self.adaptations or name in self._base_weights:
             return Output(base, ())
-        lora_a, lora_b = (tensor_of(self, f"{name}{ADDED}{part}") for part in "AB")
-        adapter = self.adaptations[name].stacked(lora_a, lora_b, experts.transposed)
-        return Output(base, (adapter,))
+        return Output(base, (self.weight_of(name).adapter(experts.transposed),))
 
     def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
         """The class's forward with the sums in place of the weights."""
@@ -255,13 +254,8 @@ class LoRAExperts(nn.Module):
             raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
         if not self._parameters.keys() >= names:
             raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
-        kept = {name: self._parameters[name] for name in names}
         sums = {name: self.weight_of(name).sum() for name in names}
-        try:
-            self._parameters.update(sums)  # type: ignore[arg-type]
-            return super().forward(*args, **named)
-        finally:
-            self._parameters.update(kept)
+        return run_with(self, sums, super().forward, args, named)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -270,23 +264,11 @@ class LoRAExperts(nn.Module):
                 weight.data = fn(weight.data)
         return self
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-    ) -> None:
-        merged = [name for name in self._base_weights if f"{prefix}{name}" in state_dict]
-        if merged:
-            errors.append(
-                f"{prefix}{merged[0]} is merged: call fastlora.unmerge_lora(model) before loading "
-                "weights"
-            )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-        )
-        adapters = {f"{prefix}{name}{ADDED}{part}" for name in self.adaptations for part in "AB"}
-        if adapters <= set(missing):
-            # A checkpoint of the base, which knows no adapters.
-            missing[:] = [key for key in missing if key not in adapters]
+    def merged_names(self) -> Iterable[str]:
+        return self._base_weights
+
+    def adapter_names(self) -> Iterable[str]:
+        return [own for name in self.adaptations for own in names_of_pair(name)]
 
     def extra_repr(self) -> str:
         adapters = [
@@ -311,14 +293,8 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:
         return "its weights are parametrised: make that permanent"
-    added = (
-        *_ADDED,
-        "weights",
-        "weight_of",
-        "read",
-        *(f"{n}{ADDED}{part}" for n in names for part in "AB"),
-    )
-    taken = next((name for name in added if hasattr(module, name)), "")
+    added = [*_ADDED, *vars(LoRAExperts), *(own for name in names for own in names_of_pair(name))]
+    taken = next((n for n in added if hasattr(module, n) and not hasattr(nn.Module, n)), "")
     if taken:
         return f"it has a {taken!r} of its own, which LoRA experts have for themselves: rename that"
     ends = ("", "_bias") if experts.has_bias else ("",)

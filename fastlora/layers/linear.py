@@ -1,6 +1,6 @@
 """LoRALinear, and its like for other classes of linear layer."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,14 @@ from ..ops.autocast import autocast_off
 from ..projection import Projection, check_settings
 from ..quant import quantised_weight, vendor_of
 from . import frozen
-from .adapted import LoRALayer, new_adapter, own_name, refuse_training, why_weight_is_fixed
+from .adapted import (
+    LoRALayer,
+    new_adapter,
+    own_name,
+    refuse_training,
+    run_with,
+    why_weight_is_fixed,
+)
 from .classes import class_over, twin
 from .frozen import is_conv1d, is_router, matrix_of, why_not_class
 from .members import why_not_tensor
@@ -138,11 +145,7 @@ class _LoRARouter(LoRALayer):
         with autocast_off(weight.device.type):
             left, right = self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype)
             total = torch.addmm(weight, left, right, alpha=self.scaling)
-        try:
-            self._parameters["weight"] = cast(nn.Parameter, total)
-            return run(*args, **named)
-        finally:
-            self._parameters["weight"] = weight
+        return run_with(self, {"weight": total}, run, args, named)
 
 
 def adapted_class(kind: type[nn.Module], quantised: bool = False) -> type[LoRALayer]:

@@ -11,7 +11,7 @@ from ..blocks import buffer_for, widened
 from ..ops import lora_linears
 from ..projection import DTYPES, Projection
 from ..quant import SHARDED, PackedLayer, Vendor, vendor_of
-from .adapted import LoRALayer
+from .adapted import LoRALayer, add_product
 
 
 class LoRAQuantised(LoRALayer):
@@ -65,17 +65,15 @@ class LoRAQuantised(LoRALayer):
     def _device(self) -> torch.device:
         return self.packed().weight.device
 
-    def _base_and_place(self, around: torch.dtype | None) -> tuple[Any, Tensor]:
-        packed, own = self.packed(), getattr(self, self.vendor.PARTS[0])
-        said = (
-            around,
-            packed.compute_dtype,
-            own.dtype,
-            None if self.bias is None else self.bias.dtype,
-        )
+    def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
+        """Without a dtype around it, in that in which the layer computes, as far as it tells."""
+        packed = self.packed()
+        weight: Any = packed.weight
+        own = [t.dtype for t in (getattr(self, self.vendor.PARTS[0]), self.bias) if t is not None]
+        said = (around, packed.compute_dtype, *own)
         dtype = next((dtype for dtype in said if dtype in DTYPES), torch.float32)
-        weight = packed.weight
-        return weight, torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        return add_product(weight, *self._factors(), self.scaling, merged)
 
     def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
         """Raises ValueError, and leaves the layer as it was, where it can't be packed, or where

@@ -38,7 +38,7 @@ def adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]
             tensors[_key(name, "lora_B.weight")] = layer.lora_B
     experts = experts_weights(model)
     for name, pair in _pairs(experts).items():
-        tensors[pair.lora_a], tensors[pair.lora_b] = experts[name].lora_a, experts[name].lora_b
+        tensors |= dict(zip(pair, experts[name].pair, strict=True))
     saved, layers = injection.saved_modules, injection.layers
     return tensors | full_tensors(model, injection.config.bias, saved, layers)
 
