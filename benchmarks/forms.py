@@ -4,7 +4,7 @@
 y      x weightᵀ + h lora_bᵀ (+ bias)                    gemm_lowrank
 y,h    the same, and h, in one launch: for few rows
 dx     Σ dy weight + keep ∘ (dh lora_a)
-y+ dx+ the low-rank term alone, on which torch's product comes
+y+ dx+ the low-rank term alone, beside torch's product      lowrank
 h      factor · (keep ∘ x) lora_aᵀ                       project
 dh     factor · dy lora_b
 dA     dhᵀ (keep ∘ x)                                    weight_grad
@@ -32,13 +32,17 @@ from fastlora.kernels import (
     dequant,
     dropout_threshold,
     gemm_lowrank,
+    lowrank,
     project,
     weight_grad,
 )
 from fastlora.kernels.config import Call, Config
 
 FACTOR = 2.0
-_KERNELS = {"y": "gemm_lowrank", "dx": "gemm_lowrank", "h": "project", "dh": "project"}
+_KERNELS = {
+    "y": "gemm_lowrank", "dx": "gemm_lowrank", "y+": "lowrank", "dx+": "lowrank",
+    "h": "project", "dh": "project",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Form:
 
     @property
     def kernel(self) -> str:
-        return _KERNELS.get(self.name.split(",")[0].rstrip("+"), "weight_grad")
+        return _KERNELS.get(self.name.split(",")[0], "weight_grad")
 
     @property
     def also(self) -> bool:
@@ -74,12 +78,11 @@ class Form:
     @property
     def call(self) -> Call:
         """What a choice of tiles depends on, as the launcher would say it."""
-        alone, size = self.name.endswith("+"), self.dtype.itemsize
+        size = self.dtype.itemsize
         return Call(
             self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
-            self.dropout > 0, project=self.also, alone=alone,
-            pointers=alone
-            or bool(self.packed)
+            self.dropout > 0, project=self.also,
+            pointers=bool(self.packed)
             or any(each * size % 16 for each in (self.columns, *self.depths)),
             packed=self.packed.partition(" ")[0], segments=self.segments,
         )  # fmt: skip
@@ -113,7 +116,7 @@ class Operands:
             self.own = Own(factors, torch.full_like(factors, least, dtype=torch.int32))
         self.bias = self._random(*self.banks, N) if form.bias else None
         self.us = [self._random(M, r) for r in ranks]  # h, or every dh
-        if form.kernel == "gemm_lowrank":
+        if form.kernel.endswith("lowrank"):
             self.out = self._random(M, N)
             self.ps = [self._random(M, depth) for depth in form.depths]  # x, or every dy
             if form.packed:
@@ -141,15 +144,18 @@ class Operands:
         form = self.form
         shared = {"precision": form.precision, "config": config}
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "ends": self.ends}
-        shared |= {"order": self.order, "own": self.own}
+        sorted_ = {"order": self.order, "own": self.own}
         if form.kernel == "project":
-            return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared)
+            return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared, **sorted_)
         if form.kernel == "weight_grad":
-            product = weight_grad(self.v, self.us, self.adapters, b=self.b, factor=FACTOR, **shared)
+            options = {"b": self.b, "factor": FACTOR, **shared, **sorted_}
+            product = weight_grad(self.v, self.us, self.adapters, **options)
             return [*self.adapters, *([] if product is None else [product])]
+        if form.kernel == "lowrank":
+            lowrank(self.out, self.us, self.vs, bias=self.bias, add=form.own, **shared, **sorted_)
+            return [self.out]
         operands = (self.out, self.ps, self.qs, self.us, self.vs)
-        options = {"bias": self.bias, "a": self.a, "factor": FACTOR, "add": form.own}
-        gemm_lowrank(*operands, **options, **shared)
+        gemm_lowrank(*operands, bias=self.bias, a=self.a, factor=FACTOR, **shared)
         return [self.out, *(self.us if form.also else [])]
 
     def run_in_place(self, adapter_first: bool = True) -> list[Tensor]:
@@ -158,7 +164,7 @@ class Operands:
         if self.a is not None:
             us = project(self.ps[0], [self.a], [FACTOR], **shared)
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "bias": self.bias}
-        low_rank = partial(gemm_lowrank, self.out, [], [], us, self.vs, **shared)
+        low_rank = partial(lowrank, self.out, us, self.vs, **shared)
         if adapter_first:
             low_rank()
         for i, (p, q) in enumerate(zip(self.ps, self.qs, strict=True)):

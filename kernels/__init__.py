@@ -1,9 +1,9 @@
 """Triton kernels and their launchers: tensors in, tensors out.  Installed as ``fastlora.kernels``.
 
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
-order: on the device ``common``, ``sum_planes``, ``project``, ``packed``, ``gemm_lowrank`` (the
-forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host ``launch``, ``target``,
-``config``, ``defaults``, ``plan``, ``script``, ``kept``.
+order: on the device ``common``, ``sum_planes``, ``project``, ``lowrank``, ``packed``,
+``gemm_lowrank`` (the forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host
+``launch``, ``target``, ``config``, ``defaults``, ``plan``, ``script``, ``kept``.
 """
 
 from . import defaults as defaults  # fills the tables that launchers choose from
@@ -13,6 +13,7 @@ from .gated import gated, gated_backward, why_not_gated
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .kept import replayed
 from .launch import Launch, intercept
+from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed
 from .plan import Plan, plan_for
 from .project import project
@@ -35,6 +36,7 @@ __all__ = [
     "gated_backward",
     "gemm_lowrank",
     "intercept",
+    "lowrank",
     "one_launch_pays",
     "one_pass_pays",
     "plan_for",

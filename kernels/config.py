@@ -27,7 +27,6 @@ class Call:
     projections: int = 1
     masked: bool = False
     project: bool = False  # weight_grad: with dh in the same pass; gemm_lowrank: with h
-    alone: bool = False  # gemm_lowrank: the low-rank term alone, added to what is there
     pointers: bool = False  # gemm_lowrank: with operands that no descriptor fits
     packed: str = ""  # gemm_lowrank: the kind of codes that q is made from
     segments: int = 0  # that the rows are cut into; 0: into none
@@ -100,13 +99,11 @@ DEFAULTS: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {}
 
 def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
     """The target's configs for this kind of call."""
-    if call.alone:
-        kernel = "add"
-    elif call.packed:
+    if call.packed:
         kernel = "packed"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
-    if call.masked and call.projections > 1 and kernel in ("add", "weight_grad"):
+    if call.masked and call.projections > 1 and kernel in ("lowrank", "weight_grad"):
         kernel += " of a masked group"
     return DEFAULTS[target.name, kernel][call.product]
 
@@ -118,7 +115,7 @@ def default_config(kernel: str, target: Target, call: Call) -> Config | None:
     training.  None, if none fits.
     """
     fitting = [config for config in rows(kernel, target, call) if not config.why_not(target, call)]
-    if kernel != "gemm_lowrank" or call.alone:
+    if kernel != "gemm_lowrank":
         return fitting[0] if fitting else None
     few = call.m <= FEW_ROWS * max(1, call.segments)
     # 2048: the fused plan is meant for as many rows and more (plan.py).

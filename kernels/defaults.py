@@ -6,6 +6,7 @@ loop (`make compile-report`), with enough bytes under way to fill a device's mem
 
 from .config import DEFAULTS, Config
 from .gemm_config import GemmConfig
+from .lowrank import LowRankConfig
 from .project import ProjectConfig
 from .weight_grad import WeightGradConfig
 
@@ -88,18 +89,18 @@ _AMD_PACKED = dict.fromkeys(
     ),
 )
 
-# The first that fits, of all the others: one for all numbers of rows.  An adding kernel has no main
-# loop and waits for memory, so it wants several small programs for each processor.
-_ADD = (
-    GemmConfig(64, 128, 32, warps=8, stages=1),
-    GemmConfig(64, 64, 32, warps=8, stages=1),
-    GemmConfig(32, 64, 32, warps=4, stages=1),
-    GemmConfig(16, 64, 32, warps=4, stages=1),
-    GemmConfig(16, 32, 32, warps=4, stages=1),
+# The first that fits, of all the others: one for all numbers of rows.  The low-rank term alone has
+# no main loop and waits for memory, so it wants several small programs for each processor.
+_LOWRANK = (
+    LowRankConfig(64, 128, warps=8),
+    LowRankConfig(64, 64, warps=8),
+    LowRankConfig(32, 64, warps=4),
+    LowRankConfig(16, 64, warps=4),
+    LowRankConfig(16, 32, warps=4),
 )
 # From compilation: the masks of three projections take 131 registers of 64x128's eight warps, which
 # leaves room for one program a processor, and for three of these.
-_ADD_MASKED_GROUP = (GemmConfig(64, 64, 32, warps=4, stages=1), *_ADD[2:])
+_LOWRANK_MASKED_GROUP = (LowRankConfig(64, 64, warps=4), *_LOWRANK[2:])
 # Eight warps, or two programs a processor: from compilation, four warps' barriers and casts of a
 # 64x64 step take about as long as memory does.
 _PROJECT = (
@@ -200,8 +201,8 @@ def _for_all(*rows: Config) -> dict[str, tuple[Config, ...]]:
 _AMPERE = {
     "gemm_lowrank": _AMPERE_GEMM,
     "packed": _PACKED,
-    "add": _for_all(*_ADD),
-    "add of a masked group": _for_all(*_ADD_MASKED_GROUP),
+    "lowrank": _for_all(*_LOWRANK),
+    "lowrank of a masked group": _for_all(*_LOWRANK_MASKED_GROUP),
     # Exact float32 has no tensor cores, and spills in the first.
     "project": _for_all(*_PROJECT) | {"float32": _PROJECT[1:]},
     "weight_grad": _WEIGHT_GRAD,
@@ -221,8 +222,8 @@ _SMALL_GEMM = _for_all(GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descri
 _INTERPRETED = {
     "gemm_lowrank": _SMALL_GEMM,
     "packed": _SMALL_GEMM,
-    "add": _SMALL_GEMM,
-    "add of a masked group": _SMALL_GEMM,
+    "lowrank": _for_all(LowRankConfig(32, 32, warps=4, group=2)),
+    "lowrank of a masked group": _for_all(LowRankConfig(32, 32, warps=4, group=2)),
     "project": _for_all(ProjectConfig(32, 32, warps=4, stages=2)),
     "weight_grad": _for_all(WeightGradConfig(32, 32, warps=4, stages=2)),
     "weight_grad of a masked group": _for_all(WeightGradConfig(32, 32, warps=4, stages=2)),

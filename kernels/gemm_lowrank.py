@@ -9,30 +9,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import (
-    cast,
-    dot,
-    dropout_threshold,
-    keep_tile,
-    known_multiple,
-    load_tile,
-    store_tile,
-    tile_of,
-)
+from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
 from .config import FEW_ROWS, MAX_PROJECTIONS, Call, cdiv, chosen_config, chunks, row_tiles
 from .gemm_config import GemmConfig
 from .launch import Launch, Work, launch, size_of, stated
+from .lowrank import bias_row, bias_strides, low_rank_tile, multiples_of_8, u_v_tiles, v_tile
 from .packed import Packed, packed_tile, packed_work, tables_of
-from .segments import (
-    Own,
-    banks_of,
-    bytes_beside,
-    own_number,
-    row_numbers,
-    segment_arguments,
-    segment_of_tile,
-    sorted_rows,
-)
+from .segments import bytes_beside, segment_arguments, segment_of_tile, strides_of
 from .target import target_of
 
 
@@ -47,15 +30,13 @@ def _work(arguments: Mapping[str, Any]) -> Work:
     p_rows = m_tiles * arguments["BLOCK_M"] if whole else M
     made = 0 if a is None else 2 * M * depths[0] * ranks[0]
     rows = size_of(*p) + (size_of(*u) if a is None else 0)
-    columns = size_of(*q, *v)
-    written = size_of(out) if arguments["order"] is None else M * N * out.element_size()
-    again = written if arguments["ADD"] else 0
+    columns, again = size_of(*q, *v), size_of(out) if arguments["ADD"] else 0
     packed = packed_work(arguments)
     beside, beside_by_tiles = bytes_beside(arguments, m_tiles * n_tiles, n_tiles)
     return Work(
         flops=2 * M * N * (sum(depths) + sum(ranks)) + made,
         loaded=rows + columns + size_of(a, bias) + beside + again + packed[0],
-        stored=written + (0 if a is None else size_of(*u)),
+        stored=size_of(out) + (0 if a is None else size_of(*u)),
         loaded_by_tiles=(rows + size_of(*p) // M * (p_rows - M)) * n_tiles
         + (columns + size_of(bias)) // (segments or 1) * m_tiles
         + size_of(a) * m_tiles * n_tiles
@@ -66,50 +47,82 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 
 
 @triton.jit
-def low_rank_tile(
-    u, v, i_m, i_n, M, N, R, v_rows, v_columns, b_sum,
-    BLOCK_M: tl.constexpr,
+def q_tile(
+    q, operands, tables, i_k, i_n, i_segment, K, N, strides,
+    BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PACKING: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
-    """b_sum + U V at (i_m, i_n), in steps of BLOCK_R."""
-    # Not pipelined: a few steps, whose buffers would lie beside those of the main loop.
-    for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        b_u = load_tile(u, i_m, i_r, M, R, R, 1, BLOCK_M, BLOCK_R)  # [BM, BR]
-        b_v = load_tile(v, i_r, i_n, R, N, v_rows, v_columns, BLOCK_R, BLOCK_N)  # [BR, BN]
-        b_sum = dot(b_u, cast(b_v, b_u.dtype), b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
-    return b_sum
+    """The tile [BK, BN] of Q [K, N] at (i_k, i_n); TRANSPOSED: from where Qᵀ lies in rows."""
+    if TRANSPOSED:
+        return stored_tile(
+            q, operands, tables, i_n, i_k, i_segment, N, K, strides[0], strides[2], strides[1],
+            BLOCK_N, BLOCK_K, DESCRIPTOR, PACKING, dtype,
+        ).T  # fmt: skip
+    else:
+        return stored_tile(
+            q, operands, tables, i_k, i_n, i_segment, K, N, strides[0], strides[1], strides[2],
+            BLOCK_K, BLOCK_N, DESCRIPTOR, PACKING, dtype,
+        )  # fmt: skip
+
+
+@triton.jit
+def stored_tile(
+    q, operands, tables, i_row, i_column, i_segment, rows, columns, bank, row_stride, column_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PACKING: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """The tile of a matrix, or of its segment's, as it is stored: packed or not."""
+    if PACKING is not None:
+        return packed_tile(
+            q, operands, tables, i_row, i_column, rows, columns, row_stride,
+            ROWS, COLUMNS, PACKING, dtype,
+        )  # fmt: skip
+    elif DESCRIPTOR:
+        if bank is None:
+            return q.load([i_row, i_column])
+        else:
+            return q.load([i_segment, i_row, i_column]).reshape(ROWS, COLUMNS)
+    else:
+        if bank is not None:
+            q += i_segment.to(tl.int64) * bank
+        return load_tile(
+            q, i_row, i_column, rows, columns, row_stride, column_stride, ROWS, COLUMNS
+        )
 
 
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def gemm_lowrank_kernel(
-    p0, p1, p2, p3, q0, q1, q2, q3, q_operands, a, u, v, bias, out, seeds, ends, order,
-    own_factors, own_thresholds, M, N, K, R, factor, threshold, segments,
-    p_rows, p_columns, q_rows, q_columns, a_rows, a_columns, v_rows, v_columns,
-    bias_stride, out_rows, q_banks, v_banks, bias_bank,
+    p0, p1, p2, p3, q0, q1, q2, q3, q_operands, a, u, v, bias, out, seeds, ends,
+    M, N, K, R, factor, threshold, segments,
+    p_strides, q_strides, a_strides, v_strides, bias_strides, out_rows,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     PACKING: tl.constexpr,
     LOW_RANK: tl.constexpr,
-    RANKS_OF_8: tl.constexpr,
-    V_COLUMNS_OF_8: tl.constexpr,
+    MULTIPLES_OF_8: tl.constexpr,
     ADD: tl.constexpr,
     SEGMENT_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT = Σ_i P_i Q_i + Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
 
     P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  With segments,
     Q_i, V_i and the bias have an axis more in front: a row's are its segment's, and OUT is zero in
-    nobody's rows.  Of an ``order``, which is OUT's, and of what is a segment's own, see project.py.
+    nobody's rows.
 
     LOW_RANK says where U_i V_i goes:
     "first"  before the main loop, since a mask is its alone; behind the loop it would need a
@@ -122,138 +135,80 @@ def gemm_lowrank_kernel(
     """
     # Not tuples from outside: a launch finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
-    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    if ends is not None:
-        m_tiles = M // BLOCK_M + segments + 1
-    i_first = tl.program_id(0)
-    end = m_tiles * n_tiles if PERSISTENT else i_first + 1
-    for i_tile in range(i_first, end, tl.num_programs(0) if PERSISTENT else 1):
+    dtype: tl.constexpr = u[0].dtype.element_ty
+    m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    first = tl.program_id(0)
+    last = m_tiles * n_tiles if PERSISTENT else first + 1
+    for i_tile in range(first, last, tl.num_programs(0) if PERSISTENT else 1):
         i_m, i_n = tile_of(i_tile, m_tiles, n_tiles, GROUP)
-        # What there is to store; and to load, which is nothing for nobody's rows.
-        end, rows, columns, i_segment = M, M, N, None
-        if ends is not None:
-            i_segment, start, i_m, end = segment_of_tile(
-                ends, segments, i_m, M, BLOCK_M, SEGMENT_BLOCK
-            )
-            has_rows = (i_segment < segments) & (i_m < end)
-            rows, columns = tl.where(has_rows, end, 0), tl.where(has_rows, N, 0)
-            i_bank = i_segment.to(tl.int64)
-            i_n = i_n * BLOCK_N
-        else:
-            i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
+        i_n = i_n * BLOCK_N
+        i_segment, _, i_m, end, rows, columns = segment_of_tile(
+            ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
+        )
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-
-        early_u, early_v = (), ()
+        b_us, b_vs = (), ()
         for i in tl.static_range(len(u)):
-            r = known_multiple(R[i], RANKS_OF_8)
-            v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
-            v_i = v[i]
-            if ends is not None:
-                v_i += i_bank * v_banks[i]
             if LOW_RANK == "first":
                 b_low = low_rank_tile(
-                    u[i], v_i, i_m, i_n, rows, columns, r, v_rows[i], v_column,
+                    u[i], v[i], i_m, i_n, i_segment, rows, R[i], columns, v_strides[i],
                     tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                    BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+                    BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8, PRECISION,
                 )  # fmt: skip
-                i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
-                i_mask = i_m if own_thresholds is None else i_m - start
-                least = own_number(own_thresholds, threshold, i_segment, segments)
-                keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
+                keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
             elif LOW_RANK == "early":
-                # [BM, BR], [BR, BN]
-                b_u = load_tile(u[i], i_m, 0, rows, r, r, 1, BLOCK_M, BLOCK_R)
-                b_v = load_tile(v_i, 0, i_n, r, columns, v_rows[i], v_column, BLOCK_R, BLOCK_N)
-                early_u, early_v = early_u + (b_u,), early_v + (cast(b_v, b_u.dtype),)
+                b_u, b_v = u_v_tiles(
+                    u[i], v[i], i_m, 0, i_n, i_segment, rows, R[i], columns, v_strides[i],
+                    BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8,
+                )  # fmt: skip
+                b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
 
         if LOW_RANK == "made":
             b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for i in tl.static_range(len(K)):
-            depth, q_i = K[i], q[i]
+            depth, operands, tables = K[i], None, None
             if ends is not None:
-                depth = tl.where(has_rows, depth, 0)
-                if not DESCRIPTORS:
-                    q_i += i_bank * q_banks[i]
+                depth = tl.where(rows > 0, depth, 0)
             if PACKING is not None:
-                tables = tables_of(q_operands[i], PACKING)
+                operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
             for i_k in range(0, depth, BLOCK_K):
                 b_p = load_tile(
-                    p[i],
-                    i_m,
-                    i_k,
-                    rows,
-                    K[i],
-                    p_rows[i],
-                    p_columns[i],
-                    BLOCK_M,
-                    BLOCK_K,
-                    DESCRIPTORS,
-                )  # [BM, BK]
-                if PACKING is not None:
-                    if Q_TRANSPOSED:
-                        b_q = packed_tile(
-                            q[i], q_operands[i], tables, i_n, i_k, N, K[i], q_columns[i],
-                            BLOCK_N, BLOCK_K, PACKING, b_p.dtype,
-                        ).T  # [BK, BN]  # fmt: skip
-                    else:
-                        b_q = packed_tile(
-                            q[i], q_operands[i], tables, i_k, i_n, K[i], N, q_rows[i],
-                            BLOCK_K, BLOCK_N, PACKING, b_p.dtype,
-                        )  # [BK, BN]  # fmt: skip
-                elif Q_TRANSPOSED:
-                    b_q = load_tile(
-                        q_i, i_n, i_k, N, K[i], q_columns[i], q_rows[i],
-                        BLOCK_N, BLOCK_K, DESCRIPTORS, i_segment,
-                    ).T  # [BK, BN]  # fmt: skip
-                else:
-                    b_q = load_tile(
-                        q_i, i_k, i_n, K[i], N, q_rows[i], q_columns[i],
-                        BLOCK_K, BLOCK_N, DESCRIPTORS, i_segment,
-                    )  # [BK, BN]  # fmt: skip
+                    p[i], i_m, i_k, rows, K[i], p_strides[i][0], p_strides[i][1],
+                    BLOCK_M, BLOCK_K, DESCRIPTORS,
+                )  # [BM, BK]  # fmt: skip
+                b_q = q_tile(
+                    q[i], operands, tables, i_k, i_n, i_segment, K[i], N, q_strides[i],
+                    BLOCK_K, BLOCK_N, Q_TRANSPOSED, DESCRIPTORS, PACKING, dtype,
+                )  # [BK, BN]  # fmt: skip
                 b_out = dot(b_p, b_q, b_out, PRECISION)  # [BM, BN] += [BM, BK] @ [BK, BN]
                 if LOW_RANK == "made":
                     b_a = load_tile(
-                        a, i_k, 0, K[0], R[0], a_rows, a_columns, BLOCK_K, BLOCK_R
+                        a, i_k, 0, K[0], R[0], a_strides[0], a_strides[1], BLOCK_K, BLOCK_R
                     )  # [BK, BR]
                     # [BM, BR] += [BM, BK] @ [BK, BR]
-                    b_made = dot(b_p, cast(b_a, b_p.dtype), b_made, PRECISION)
+                    b_made = dot(b_p, cast(b_a, dtype), b_made, PRECISION)
 
         for i in tl.static_range(len(u)):
-            r = known_multiple(R[i], RANKS_OF_8)
-            v_column = known_multiple(v_columns[i], V_COLUMNS_OF_8)
             if LOW_RANK == "early":
-                # [BM, BN] += [BM, BR] @ [BR, BN]
-                b_out = dot(early_u[i], early_v[i], b_out, PRECISION)
+                b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
             elif LOW_RANK == "last":
-                v_i = v[i]
-                if ends is not None:
-                    v_i += i_bank * v_banks[i]
                 b_out = low_rank_tile(
-                    u[i], v_i, i_m, i_n, rows, columns, r, v_rows[i], v_column, b_out,
-                    BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+                    u[i], v[i], i_m, i_n, i_segment, rows, R[i], columns, v_strides[i], b_out,
+                    BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8, PRECISION,
                 )  # fmt: skip
             elif LOW_RANK == "made":
-                b_u = cast(b_made * factor, u[i].dtype.element_ty)  # [BM, BR]
+                b_u = cast(b_made * factor, dtype)  # [BM, BR]
                 if i_n == 0:
-                    store_tile(u[i], b_u, i_m, 0, M, r, r, 1)
-                # [BR, BN]
-                b_v = load_tile(v[i], 0, i_n, r, N, v_rows[i], v_column, BLOCK_R, BLOCK_N)
-                # [BM, BN] += [BM, BR] @ [BR, BN]
-                b_out = dot(b_u, cast(b_v, b_u.dtype), b_out, PRECISION)
+                    store_tile(u[0], b_u, i_m, 0, M, R[0], R[0], 1)
+                b_v = v_tile(
+                    v[0], 0, i_n, 0, R[0], N, v_strides[0], BLOCK_R, BLOCK_N, MULTIPLES_OF_8
+                )  # [BR, BN]
+                b_out = dot(b_u, cast(b_v, dtype), b_out, PRECISION)
         if bias is not None:
-            o_n = i_n + tl.arange(0, BLOCK_N)
-            o_bias = o_n.to(tl.int64) * bias_stride
-            if ends is not None:
-                o_bias += i_bank * bias_bank
-            b_bias = tl.load(bias + o_bias, mask=o_n < columns, other=0.0)  # [BN]
-            # Rounded as torch rounds it, which adds it in the dtype of x.
-            b_out += cast(b_bias, u[0].dtype.element_ty).to(tl.float32)[None, :]
-        o_at = None
-        if order is not None:
-            o_at = row_numbers(order, i_m, end, BLOCK_M)
+            b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
         if ADD:
-            b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N, o_at=o_at)
+            b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N)
             b_out += b_before.to(tl.float32)  # [BM, BN]
 
         if DESCRIPTORS and ends is None:
@@ -262,7 +217,7 @@ def gemm_lowrank_kernel(
             for i in tl.static_range(2):
                 out.store([i_m, i_n + i * (BLOCK_N // 2)], cast(halves[i], out.dtype))
         else:
-            store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1, o_at)
+            store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1)
 
 
 def gemm_lowrank(
@@ -280,8 +235,6 @@ def gemm_lowrank(
     a: Tensor | None = None,
     factor: float = 1.0,
     ends: Tensor | None = None,
-    order: Tensor | None = None,
-    own: Own | None = None,
     config: GemmConfig | None = None,
     preferred: GemmConfig | None = None,
 ) -> None:
@@ -295,97 +248,74 @@ def gemm_lowrank(
     u_0 = factor · p_0 a, in the one launch: where :func:`one_launch_pays`.
 
     ``ends`` as in :func:`project`, without ``a``: q_i [E, K_i, N], v_i [E, R_i, N], bias [E, N].
-    ``order`` and ``own``, too, without p: u's rows are added to these of out.
 
     ``config``, if given, must fit the call; ``preferred`` is taken if it does.
     """
-    for i, part in enumerate(chunks(us, vs, ps, qs, seeds)):
-        _gemm_lowrank(
-            out, *part, precision, None if i else bias, dropout, add or i > 0, a, factor,
-            ends, order, own, config, preferred,
+    target, (M, N) = target_of(out.device), out.shape
+    for i, (u, v, p, q, keys) in enumerate(chunks(us, vs, ps, qs, seeds)):
+        bias, ranks = None if i else bias, [each.shape[1] for each in u]
+        packed = q[0] if isinstance(q[0], Packed) else None
+        transposed = packed.transposed if packed else all(each.stride(-2) == 1 for each in q)
+        described = [] if packed else [*p, *(each.mT if transposed else each for each in q), out]
+        adds = add or i > 0
+        call = Call(
+            M, N, max(ranks), out.element_size(), precision, len(u),
+            masked=keys is not None, project=a is not None,
+            pointers=adds or packed is not None or not all(map(_has_descriptor, described)),
+            packed="" if packed is None else packed.kind, segments=0 if ends is None else len(ends),
         )  # fmt: skip
+        tiles = chosen_config("gemm_lowrank", target, call, config, preferred)
+        descriptors = tiles.uses_descriptors(call)
+        # The addresses of a group's low-rank operands, kept from tile to tile, are too many
+        # registers beside its two accumulators.
+        persistent = descriptors and ends is None and not (keys is not None and len(u) > 1)
+        operands = (
+            _described(p, q, out, tiles, transposed, ends)
+            if descriptors
+            else (p, [each.codes if packed else each for each in q], out)
+        )
+        absent = [None] * (MAX_PROJECTIONS - len(p))
+        arguments = {
+            **{f"p{i}": operand for i, operand in enumerate([*operands[0], *absent])},
+            **{f"q{i}": operand for i, operand in enumerate([*operands[1], *absent])},
+            "q_operands": () if packed is None else tuple(each.operands for each in q),
+            "a": a, "u": tuple(u), "v": tuple(v), "bias": bias, "out": operands[2],
+            "seeds": keys, **segment_arguments(ends),
+            "M": M, "N": N, "K": tuple(each.shape[1] for each in p), "R": tuple(ranks),
+            "factor": factor, "threshold": dropout_threshold(dropout),
+            "p_strides": tuple(each.stride() for each in p), "q_strides": strides_of(q, ends),
+            "a_strides": None if a is None else a.stride(), "v_strides": strides_of(v, ends),
+            "bias_strides": bias_strides(bias, ends), "out_rows": out.stride(0),
+            "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
+            "BLOCK_R": tiles.block_r(call), "GROUP": tiles.group, "DESCRIPTORS": descriptors,
+            "PERSISTENT": persistent, "Q_TRANSPOSED": transposed,
+            "PACKING": packed and packed.packing(target),
+            "LOW_RANK": tiles.low_rank(target, call), "MULTIPLES_OF_8": multiples_of_8(u, v),
+            "ADD": adds, "PRECISION": precision,
+        }  # fmt: skip
+        count, work = tiles.tiles(call), partial(_work, arguments)
+        grid = (min(count, target.processors) if persistent else count,)
+        launch(Launch(gemm_lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, work))
 
 
-def _gemm_lowrank(
-    out: Tensor,
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
+def _described(
     ps: Sequence[Tensor],
-    qs: Sequence[Tensor] | Sequence[Packed],
-    seeds: Tensor | None,
-    precision: str,
-    bias: Tensor | None,
-    dropout: float,
-    add: bool,
-    a: Tensor | None,
-    factor: float,
+    qs: Sequence[Tensor],
+    out: Tensor,
+    config: GemmConfig,
+    transposed: bool,
     ends: Tensor | None,
-    order: Tensor | None,
-    own: Own | None,
-    config: GemmConfig | None,
-    preferred: GemmConfig | None,
-) -> None:
-    """As many as one launch takes."""
-    depths, ranks = [p.shape[1] for p in ps], [u.shape[1] for u in us]
-    M, N = sorted_rows(out, order), out.shape[1]
-    target = target_of(out.device)
-    packed = qs[0] if qs and isinstance(qs[0], Packed) else None
-    if packed is not None:
-        q_transposed = packed.transposed
-    else:
-        q_transposed = bool(qs) and all(q.stride(-2) == 1 for q in qs)
-    described = [] if packed else [*ps, *(q.mT if q_transposed else q for q in qs), out]
-    call = Call(
-        M, N, max(ranks), out.element_size(), precision, len(us),
-        masked=seeds is not None, project=a is not None, alone=not ps,
-        pointers=add or packed is not None or not all(map(_has_descriptor, described)),
-        packed="" if packed is None else packed.kind, segments=0 if ends is None else len(ends),
-    )  # fmt: skip
-    config = chosen_config("gemm_lowrank", target, call, config, preferred)
-    descriptors = config.uses_descriptors(call)
-    # The addresses of a group's low-rank operands, kept from tile to tile, are too many registers
-    # beside its two accumulators.
-    persistent = descriptors and ends is None and not (seeds is not None and len(us) > 1)
-    p, q, target_out = list(ps), [q.codes if packed else q for q in qs], out
-    if descriptors:
-        block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-        of_one = [] if ends is None else [1]
-        p = [TensorDescriptor.from_tensor(matrix, [block_m, block_k]) for matrix in ps]
-        q = [
-            TensorDescriptor.from_tensor(matrix.mT, [*of_one, block_n, block_k])
-            if q_transposed
-            else TensorDescriptor.from_tensor(matrix, [*of_one, block_k, block_n])
-            for matrix in qs
-        ]
-        if ends is None:  # a tile's last rows may be another segment's
-            target_out = TensorDescriptor.from_tensor(out, [block_m, block_n // 2])
-    absent = [None] * (MAX_PROJECTIONS - len(ps))
-    arguments = {
-        **{f"p{i}": operand for i, operand in enumerate(p + absent)},
-        **{f"q{i}": operand for i, operand in enumerate(q + absent)},
-        "q_operands": () if packed is None else tuple(each.operands for each in qs),
-        "a": a, "u": tuple(us), "v": tuple(vs), "bias": bias, "out": target_out, "seeds": seeds,
-        **segment_arguments(ends, order, own, masked=seeds is not None),
-        "q_banks": banks_of(ends, qs), "v_banks": banks_of(ends, vs),
-        "bias_bank": None if ends is None or bias is None else bias.stride(0),
-        "M": M, "N": N, "K": tuple(depths), "R": tuple(ranks), "factor": factor,
-        "threshold": dropout_threshold(dropout),
-        "p_rows": tuple(p.stride(0) for p in ps), "p_columns": tuple(p.stride(1) for p in ps),
-        "q_rows": tuple(q.stride(-2) for q in qs), "q_columns": tuple(q.stride(-1) for q in qs),
-        "a_rows": 0 if a is None else a.stride(0), "a_columns": 0 if a is None else a.stride(1),
-        "v_rows": tuple(v.stride(-2) for v in vs), "v_columns": tuple(v.stride(-1) for v in vs),
-        "bias_stride": 0 if bias is None else bias.stride(-1), "out_rows": out.stride(0),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k, "BLOCK_R": config.block_r(call), "GROUP": config.group,
-        "PRECISION": precision, "DESCRIPTORS": descriptors, "PERSISTENT": persistent,
-        "Q_TRANSPOSED": q_transposed, "PACKING": packed and packed.packing(target),
-        "LOW_RANK": config.low_rank(target, call), "ADD": add,
-        "RANKS_OF_8": all(r % 8 == 0 for r in ranks),
-        "V_COLUMNS_OF_8": all(v.stride(-1) % 8 == 0 for v in vs),
-    }  # fmt: skip
-    count, work = config.tiles(call), partial(_work, arguments)
-    grid = (min(count, target.processors) if persistent else count,)
-    launch(Launch(gemm_lowrank_kernel, grid, arguments, config.warps, config.stages, work))
+) -> tuple[list[TensorDescriptor], list[TensorDescriptor], TensorDescriptor | Tensor]:
+    """The operands by descriptor, but for the output of segments: a tile may have two's rows."""
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    shape = [block_n, block_k] if transposed else [block_k, block_n]
+    shape = shape if ends is None else [1, *shape]
+    describe = TensorDescriptor.from_tensor
+    return (
+        [describe(p, [block_m, block_k]) for p in ps],
+        [describe(q.mT if transposed else q, shape) for q in qs],
+        describe(out, [block_m, block_n // 2]) if ends is None else out,
+    )
 
 
 def one_launch_pays(x: Tensor, r: int) -> bool:

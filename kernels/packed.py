@@ -62,9 +62,9 @@ class Packed:
         """The codes of a row, in bytes."""
         return cdiv(self.columns, 2) if self.kind == FOUR_BIT else self.columns
 
-    def stride(self, axis: int) -> int:
-        """Of the codes, in bytes; along a row it is 1."""
-        return self.width if axis % 2 == self.transposed else 1
+    def stride(self) -> tuple[int, int]:
+        """Of the codes, in bytes."""
+        return (1, self.width) if self.transposed else (self.width, 1)
 
     @property
     def lies_in_rows(self) -> bool:

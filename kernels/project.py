@@ -15,13 +15,13 @@ from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, row_tiles
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     Own,
-    banks_of,
     bytes_beside,
     own_number,
     row_numbers,
     segment_arguments,
     segment_of_tile,
     sorted_rows,
+    strides_of,
 )
 from .sum_planes import sum_planes
 from .target import Target, target_of
@@ -71,7 +71,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 def project_kernel(
     x, v, u, planes, seeds, ends, order, own_factors, own_thresholds,
     M, K, factors, threshold, steps, segments,
-    x_rows, x_columns, v_rows, v_columns, v_banks,
+    x_rows, x_columns, v_strides,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -88,14 +88,10 @@ def project_kernel(
     factor is its segment's, and U is zero in nobody's rows; X has the rows of an ``order``, a
     segment its own factor and mask, if these are there.
     """
-    i_r, i_m = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES * BLOCK_M
-    start, end, depth, i_segment = 0, M, K, 0
-    if ends is not None:
-        i_tile = tl.program_id(0) // R_TILES
-        i_segment, start, i_m, end = segment_of_tile(
-            ends, segments, i_tile, M, BLOCK_M, SEGMENT_BLOCK
-        )
-        depth = tl.where((i_segment < segments) & (i_m < end), K, 0)
+    i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
+    i_segment, start, i_m, end, _, depth = segment_of_tile(
+        ends, segments, i_tile, M, K, BLOCK_M, SEGMENT_BLOCK
+    )
     i_split = tl.program_id(1)
     sums, keys = (), ()
     for i in tl.static_range(len(v)):
@@ -115,12 +111,11 @@ def project_kernel(
         )  # [BM, BK]
         new = ()
         for i in tl.static_range(len(v)):
-            v_row = known_multiple(v_rows[i], V_ROWS_OF_8)
-            v_i = v[i]
+            v_i, v_row = v[i], known_multiple(v_strides[i][1], V_ROWS_OF_8)
             if ends is not None:
-                v_i += i_segment.to(tl.int64) * v_banks[i]
+                v_i += i_segment.to(tl.int64) * v_strides[i][0]
             b_v = load_tile(
-                v_i, i_k, i_r, K, R[i], v_row, v_columns[i], BLOCK_K, BLOCK_R
+                v_i, i_k, i_r, K, R[i], v_row, v_strides[i][2], BLOCK_K, BLOCK_R
             )  # [BK, BR]
             b_kept = b_x
             if seeds is not None:
@@ -200,11 +195,12 @@ def _project(
         planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
     arguments = {
         "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": seeds,
-        **segment_arguments(ends, order, own, scaled=True, masked=seeds is not None),
-        "v_banks": banks_of(ends, vs),
+        **segment_arguments(ends), "order": order,
+        "own_factors": None if own is None else own.factors,
+        "own_thresholds": None if own is None or seeds is None else own.thresholds,
         "M": M, "K": K, "factors": tuple(factors), "threshold": dropout_threshold(dropout),
         "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
-        "v_rows": tuple(v.stride(-2) for v in vs), "v_columns": tuple(v.stride(-1) for v in vs),
+        "v_strides": strides_of(vs, ends),
         "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_K": config.block_k,
         "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
         "V_ROWS_OF_8": all(v.stride(-2) % 8 == 0 for v in vs),

@@ -35,27 +35,12 @@ class Own(NamedTuple):
     thresholds: Tensor  # int32 [segments], each of ``dropout_threshold``
 
 
-def segment_arguments(
-    ends: Tensor | None,
-    order: Tensor | None,
-    own: Own | None,
-    *,
-    scaled: bool = False,
-    masked: bool = False,
-) -> dict[str, Any]:
-    """What the kernels take: ``ends`` int32 [segments], dense; None of all, if no rows are cut.
-
-    Of ``own``, what a launch reads that is ``scaled`` or ``masked``.
-    """
-    more = {
-        "order": order,
-        "own_factors": own.factors if own is not None and scaled else None,
-        "own_thresholds": own.thresholds if own is not None and masked else None,
-    }
+def segment_arguments(ends: Tensor | None) -> dict[str, Any]:
+    """What the kernels take: ``ends`` int32 [segments], dense; None of all, if no rows are cut."""
     if ends is None:
-        return {"ends": None, "segments": None, "SEGMENT_BLOCK": None, **more}
+        return {"ends": None, "segments": None, "SEGMENT_BLOCK": None}
     block = min(_MOST_AT_ONCE, power_of_two(len(ends) + 1))
-    return {"ends": ends, "segments": len(ends), "SEGMENT_BLOCK": block, **more}
+    return {"ends": ends, "segments": len(ends), "SEGMENT_BLOCK": block}
 
 
 def sorted_rows(matrix: Tensor, order: Tensor | None) -> int:
@@ -63,9 +48,9 @@ def sorted_rows(matrix: Tensor, order: Tensor | None) -> int:
     return len(matrix) if order is None else len(order)
 
 
-def banks_of(ends: Tensor | None, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """The strides of stacked tensors from segment to segment."""
-    return None if ends is None else tuple(tensor.stride(0) for tensor in tensors)
+def strides_of(tensors: Sequence[Any], ends: Tensor | None) -> tuple[tuple, ...]:
+    """The strides of each, from segment to segment first: None, if no rows are cut."""
+    return tuple([t.stride() if ends is not None else (None, *t.stride()) for t in tensors])
 
 
 def bytes_to_find(segments: int | None) -> int:
@@ -79,7 +64,7 @@ def bytes_beside(arguments: Mapping[str, Any], programs: int, passes: int) -> tu
     ``passes``: how often all rows are gone over.
     """
     names = ("seeds", "ends", "order", "own_factors", "own_thresholds")
-    operands = [arguments[name] for name in names]
+    operands = [arguments.get(name) for name in names]
     seeds, _, order, factors, thresholds = operands
     each = bytes_to_find(arguments["segments"])
     each += size_of(seeds) if thresholds is None else seeds.element_size() + 4
@@ -116,18 +101,25 @@ def segment_rows(ends, segments, i_segment, M):
 
 @triton.jit
 def segment_of_tile(
-    ends, segments, i_tile, M, BLOCK_M: tl.constexpr, SEGMENT_BLOCK: tl.constexpr
+    ends, segments, i_tile, M, N, BLOCK_M: tl.constexpr, SEGMENT_BLOCK: tl.constexpr
 ):  # fmt: skip
-    """(segment, its first row, the tile's, row behind the segment's last) of a tile.
+    """(segment, its first row, the tile's, row behind the segment's last, rows, columns) of a tile.
 
-    It has no rows, if none is left.
+    Rows up to ``rows`` and columns up to ``columns`` are to be loaded, of N: of nobody's none are.
+    Where no rows are cut, all are of one segment.
     """
-    i_segment = -1
-    for i_first in tl.range(0, segments + 1, SEGMENT_BLOCK, num_stages=1):
-        o_segment = i_first + tl.arange(0, SEGMENT_BLOCK)
-        inside = (o_segment > 0) & (o_segment <= segments)
-        starts = tl.load(ends + o_segment - 1, mask=inside, other=0)  # [SEGMENT_BLOCK]
-        is_before = (starts // BLOCK_M + o_segment <= i_tile) & (o_segment <= segments)
-        i_segment += tl.sum(is_before.to(tl.int32), 0)
-    start, end = segment_rows(ends, segments, i_segment, M)
-    return i_segment, start, start + max(i_tile - start // BLOCK_M - i_segment, 0) * BLOCK_M, end
+    if ends is None:
+        return 0, 0, i_tile * BLOCK_M, M, M, N
+    else:
+        i_segment = -1
+        for i_first in tl.range(0, segments + 1, SEGMENT_BLOCK, num_stages=1):
+            o_segment = i_first + tl.arange(0, SEGMENT_BLOCK)
+            inside = (o_segment > 0) & (o_segment <= segments)
+            starts = tl.load(ends + o_segment - 1, mask=inside, other=0)  # [SEGMENT_BLOCK]
+            is_before = (starts // BLOCK_M + o_segment <= i_tile) & (o_segment <= segments)
+            i_segment += tl.sum(is_before.to(tl.int32), 0)
+        start, end = segment_rows(ends, segments, i_segment, M)
+        i_m = start + max(i_tile - start // BLOCK_M - i_segment, 0) * BLOCK_M
+        has_rows = (i_segment < segments) & (i_m < end)
+        rows, columns = tl.where(has_rows, end, 0), tl.where(has_rows, N, 0)
+        return i_segment, start, i_m, end, rows, columns

@@ -15,13 +15,13 @@ from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_c
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     Own,
-    banks_of,
     bytes_beside,
     own_number,
     row_numbers,
     segment_arguments,
     segment_rows,
     sorted_rows,
+    strides_of,
 )
 from .sum_planes import sum_planes
 from .target import Target, target_of
@@ -104,7 +104,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 def weight_grad_kernel(
     x, u, out, planes, v, made, seeds, ends, order, own_factors, own_thresholds,
     M, N, factor, threshold, steps, segments,
-    x_rows, x_columns, out_rows, out_columns, v_rows, v_columns, out_banks, v_bank,
+    x_rows, x_columns, out_strides, v_strides,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -133,8 +133,10 @@ def weight_grad_kernel(
         rows, columns = tl.where(is_one, end, 0), tl.where(is_one, N, 0)
     if v is not None:
         if ends is not None:
-            v += i_bank * v_bank
-        b_v = load_tile(v, i_n, 0, columns, R[0], v_rows, v_columns, BLOCK_N, BLOCK_R)  # [BN, BR]
+            v += i_bank * v_strides[0]
+        b_v = load_tile(
+            v, i_n, 0, columns, R[0], v_strides[1], v_strides[2], BLOCK_N, BLOCK_R
+        )  # [BN, BR]
         made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
@@ -181,14 +183,14 @@ def weight_grad_kernel(
             store_tile(made_plane, b_made * factor, i_m, 0, end, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
         b_out = sums[i] if v is None else sums[i].T  # [BR, BN]
+        bank, row, column = out_strides[i]
         if ends is not None:
-            out_i = out[i] + i_bank * out_banks[i]
-            store_tile(out_i, b_out, i_r, i_n, R[i], columns, out_columns[i], out_rows[i])
+            store_tile(out[i] + i_bank * bank, b_out, i_r, i_n, R[i], columns, column, row)
         elif tl.num_programs(1) == 1:
-            store_tile(out[i], b_out, i_r, i_n, R[i], N, out_columns[i], out_rows[i])
+            store_tile(out[i], b_out, i_r, i_n, R[i], N, column, row)
         else:
             plane = planes[i] + i_split.to(tl.int64) * N * R[i]
-            store_tile(plane, b_out, i_r, i_n, R[i], N, out_columns[i], out_rows[i])
+            store_tile(plane, b_out, i_r, i_n, R[i], N, column, row)
 
 
 def weight_grad(
@@ -259,14 +261,13 @@ def _weight_grad(
     arguments = {
         "x": x, "u": tuple(us), "out": tuple(outs), "planes": tuple(planes), "v": v,
         "made": made, "seeds": seeds,
-        **segment_arguments(ends, order, own, scaled=v is not None, masked=seeds is not None),
-        "out_banks": banks_of(ends, outs),
-        "v_bank": None if ends is None or v is None else v.stride(0),
+        **segment_arguments(ends), "order": order,
+        "own_factors": None if own is None or v is None else own.factors,
+        "own_thresholds": None if own is None or seeds is None else own.thresholds,
+        "out_strides": strides_of(outs, ends),
+        "v_strides": None if v is None else strides_of([v], ends)[0],
         "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
         "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
-        "out_rows": tuple(out.stride(-2) for out in outs),
-        "out_columns": tuple(out.stride(-1) for out in outs),
-        "v_rows": 0 if v is None else v.stride(-2), "v_columns": 0 if v is None else v.stride(-1),
         "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
     }  # fmt: skip

@@ -120,7 +120,8 @@ def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
     launched = {
         (name.split()[0], text.partition(":")[0]) for name, text in found.items() if "grid" in text
     }
-    both = {(way, "gemm_lowrank") for way in ("forward", "backward")}
+    name = "gemm_lowrank" if plan == FUSED else "lowrank"
+    both = {(way, name) for way in ("forward", "backward")}
     assert {("forward", "project"), ("backward", "weight_grad"), *both} <= launched
     products = [text for text in found.values() if text.startswith("torch.")]
     expected = [

@@ -21,7 +21,7 @@ from kernel_cases import (
 from pairs import pairwise
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels import gemm_lowrank
+from fastlora.kernels import gemm_lowrank, lowrank
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import recorded
 
@@ -55,10 +55,11 @@ def check(ps, qs, us, vs, *, bias=None, p=0.0, seeds=None, add=False, config=Non
     before = random(m, n, dtype) if add else torch.zeros(m, n, dtype=dtype, device=DEVICE)
     if add:
         out.copy_(before)
-    gemm_lowrank(
-        out, ps, qs, us, vs,
-        precision="ieee", bias=bias, dropout=p, seeds=seeds, add=add, config=config,
-    )  # fmt: skip
+    options = {"bias": bias, "dropout": p, "seeds": seeds, "add": add, "config": config}
+    if ps:
+        gemm_lowrank(out, ps, qs, us, vs, precision="ieee", **options)
+    else:
+        lowrank(out, us, vs, precision="ieee", **options)
     assert memory[:2].isnan().all()
     assert memory[-2:].isnan().all()
 
@@ -239,7 +240,7 @@ def test_nothing_is_rounded_between_steps_over_the_rank(masked):
     us, vs = [torch.ones(16, 128, dtype=F16, device=DEVICE)], [random(128, 32, F16)]
     vs[0][:64], vs[0][64:127], vs[0][127] = 16384, -16384, -16288
     seeds, out = draw_seeds(1) if masked else None, poisoned(16, 32, dtype=F16)
-    gemm_lowrank(out, [], [], us, vs, precision="ieee", dropout=0.5, seeds=seeds)
+    lowrank(out, us, vs, precision="ieee", dropout=0.5, seeds=seeds)
     (mask,) = keep_masks(seeds, (16, 32), 0.5, 1)
     assert torch.equal(out, 96 * mask.to(F16))
 
@@ -265,7 +266,7 @@ def test_one_bias_for_a_group_of_many():
     """Groups that take several launches get it from the first alone."""
     us, vs = [random(8, 2) for _ in range(6)], [torch.zeros(2, 16, device=DEVICE)] * 6
     bias, out = random(1, 16)[0], poisoned(8, 16)
-    gemm_lowrank(out, [], [], us, vs, precision="ieee", bias=bias)
+    lowrank(out, us, vs, precision="ieee", bias=bias)
     assert torch.equal(out, bias.expand(8, 16))
 
 

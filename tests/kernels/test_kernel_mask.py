@@ -5,8 +5,8 @@ import torch
 from kernel_cases import BF16, DEVICE, F32, poisoned
 
 from fastlora.backends.dropout import dropout_mask
-from fastlora.kernels import gemm_lowrank, project, weight_grad
-from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels import lowrank, project, weight_grad
+from fastlora.kernels.lowrank import LowRankConfig
 from fastlora.kernels.project import ProjectConfig
 from fastlora.kernels.weight_grad import WeightGradConfig
 
@@ -21,16 +21,16 @@ def mask_of_project(seeds, shape, p, tile, dtype):
     return project(x, adapters, factors, precision="ieee", dropout=p, seeds=seeds, config=config)
 
 
-def mask_of_gemm_lowrank(seeds, shape, p, tile, dtype):
+def mask_of_lowrank(seeds, shape, p, tile, dtype):
     """Each is keep ∘ (1 1); the others of the group are zero."""
     rows, columns = shape
-    config, found = GemmConfig(*tile, 16, warps=8, stages=2, descriptors=True), []
+    config, found = LowRankConfig(*tile, warps=8), []
     for i in range(len(seeds)):
         us = [torch.zeros(rows, 1, dtype=dtype, device=DEVICE) for _ in seeds]
         us[i].fill_(1)
         vs = [torch.ones(1, columns, device=DEVICE)] * len(seeds)
         out = poisoned(rows, columns, dtype=dtype)
-        gemm_lowrank(out, [], [], us, vs, precision="ieee", dropout=p, seeds=seeds, config=config)
+        lowrank(out, us, vs, precision="ieee", dropout=p, seeds=seeds, config=config)
         found.append(out)
     return found
 
@@ -45,7 +45,7 @@ def mask_of_weight_grad(seeds, shape, p, tile, dtype):
     return outs
 
 
-@pytest.fixture(params=[mask_of_project, mask_of_gemm_lowrank, mask_of_weight_grad])
+@pytest.fixture(params=[mask_of_project, mask_of_lowrank, mask_of_weight_grad])
 def masks_of(request):
     return request.param
 

@@ -24,7 +24,7 @@ def found(request) -> dict:
 def test_what_is_written_where_it_is_read_has_one_owner(found):
     """The thread that loads an element is the only one that does, and stores it."""
     owners = found["owners"]
-    assert owners.keys() == {"gated_backward", "gemm_lowrank"}
+    assert owners.keys() == {"gated_backward", "lowrank"}
     assert all(map(all, owners.values()))
 
 

@@ -10,7 +10,7 @@ from kernel_cases import BF16, F32, draw_seeds, keep_masks, processors, random
 from pairs import pairwise
 from torch import Tensor
 
-from fastlora.kernels import gemm_lowrank, project, segments, weight_grad
+from fastlora.kernels import gemm_lowrank, lowrank, project, segments, weight_grad
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import recorded
 
@@ -125,7 +125,7 @@ def test_the_adapter_is_added_to_what_is_there_but_in_nobody_s_rows(ends):
     before = before.clone()
     out[ends[-1] :] = torch.nan
     u[ends[-1] :] = 0.0
-    gemm_lowrank(out, [], [], [u], [v], precision="ieee", add=True, ends=tensor_of(ends))
+    lowrank(out, [u], [v], precision="ieee", add=True, ends=tensor_of(ends))
     before[ends[-1] :] = 0.0
     low = product(u.double(), v.to(BF16).double(), ends)
     torch.testing.assert_close(out, (before.double() + low).to(BF16))

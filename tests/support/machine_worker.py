@@ -16,7 +16,7 @@ import torch
 from machine import driver  # before Triton
 
 import fastlora
-from fastlora.kernels import gated_backward, gemm_lowrank, kept
+from fastlora.kernels import gated_backward, kept, lowrank
 from fastlora.kernels.launch import recorded
 from fastlora.kernels.script import Script
 
@@ -44,8 +44,7 @@ def added_in_place() -> None:
     for rows, columns in ((128, 128), (70, 75)):
         out, u, v = torch.randn(rows, columns), torch.randn(rows, 8), torch.randn(8, columns)
         for dtype in (BF16, torch.float32):
-            operands = [out.to(dtype)], [], [], [u.to(dtype)], [v]
-            gemm_lowrank(operands[0][0], *operands[1:], precision="ieee", add=True)
+            lowrank(out.to(dtype), [u.to(dtype)], [v], precision="ieee", add=True)
 
 
 def races() -> dict[str, list[str]]:

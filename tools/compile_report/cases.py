@@ -97,8 +97,8 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
     "packed": (
         ["y bias M64 nf4-nested"], ["dx M64 n3 mask nf4", "dx M64 int8", "y,h M16 float8"],
     ),
-    "add": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
-    "add of a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
+    "lowrank": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
+    "lowrank of a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
     "project": (
         ["h mask", "dh"], ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
     ),

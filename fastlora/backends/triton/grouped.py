@@ -193,7 +193,7 @@ def _product(
         return out
     # torch's product comes first, not the adapter as in a layer: it can't add to what it finds.
     out = functional.grouped_mm(aligned(x), weight, offs=call.ends)
-    kernels.gemm_lowrank(out, [], [], [u], [v], add=True, **options)
+    kernels.lowrank(out, [u], [v], add=True, **options)
     return out
 
 

@@ -211,7 +211,7 @@ def _y(
         )  # fmt: skip
         return y
     # The adapter first: torch's product adds to what it finds, behind its own loads.
-    kernels.gemm_lowrank(y, [], [], hs, v, precision=precision, bias=bias)
+    kernels.lowrank(y, hs, v, precision=precision, bias=bias)
     return torch.addmm(y, x, read_by(weight, x).t(), out=y)
 
 
@@ -270,10 +270,12 @@ def _dx(
         # Of weights that are made dense for it, one at a time is in memory.
         if plan.fused and (unpacks or len(weights) == 1 or are_plain(weights)):
             fused = adapted
-        kernels.gemm_lowrank(  # first, as in the forward
-            dx, [dy for dy, _ in fused], [read_by(weight, x, unpacks) for _, weight in fused], u, v,
-            precision=common.precision, dropout=common.dropout, seeds=seeds, preferred=plan.gemm,
-        )  # fmt: skip
+        options = {"precision": common.precision, "dropout": common.dropout, "seeds": seeds}
+        if fused:
+            ps, qs = [dy for dy, _ in fused], [read_by(w, x, unpacks) for _, w in fused]
+            kernels.gemm_lowrank(dx, ps, qs, u, v, preferred=plan.gemm, **options)
+        else:  # first, as in the forward
+            kernels.lowrank(dx, u, v, **options)
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
         torch.addmm(dx, dy, read_by(weight, x), beta=float(bool(terms) or i > 0), out=dx)

@@ -92,7 +92,7 @@ def _forward(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
     seeds, ends, order, *own, x, y, lora_a, lora_b = tensors
     shared = {"precision": precision, "ends": ends, "order": order, "own": kernels.Own(*own)}
     (h,) = kernels.project(x, [lora_a.mT], [1.0], seeds=seeds, **shared)
-    kernels.gemm_lowrank(y, [], [], [h], [lora_b.mT], add=True, **shared)
+    kernels.lowrank(y, [h], [lora_b.mT], add=True, **shared)
     return [h]
 
 
@@ -113,7 +113,7 @@ def _backward(
     if needs_dh and dh is None:
         (dh,) = kernels.project(dy, [lora_b], [1.0], **shared)
     if dh is not None and dx is not None:
-        kernels.gemm_lowrank(dx, [], [], [dh], [lora_a], add=True, seeds=seeds, **shared)
+        kernels.lowrank(dx, [dh], [lora_a], add=True, seeds=seeds, **shared)
     if dh is not None and d_lora_a is not None:
         kernels.weight_grad(x, [dh], [d_lora_a.mT], seeds=seeds, **shared)
     return [d_lora_a, d_lora_b]

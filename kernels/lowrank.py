@@ -1,0 +1,287 @@
+"""The low-rank term alone: written before torch's product comes on top, or added to one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    cast,
+    dot,
+    dropout_threshold,
+    keep_tile,
+    known_multiple,
+    load_tile,
+    store_tile,
+    tile_of,
+)
+from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, power_of_two, row_tiles
+from .launch import Launch, Work, launch, size_of, stated
+from .segments import (
+    Own,
+    bytes_beside,
+    own_number,
+    row_numbers,
+    segment_arguments,
+    segment_of_tile,
+    sorted_rows,
+    strides_of,
+)
+from .target import Target, target_of
+
+
+@dataclass(frozen=True)
+class LowRankConfig(Config):
+    """Tiles of :func:`lowrank`: OUT in block_m x block_n.  No loop is pipelined."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int = 1
+    group: int = 8  # rows of tiles that go together, for the L2 cache
+
+    def block_r(self, call: Call) -> int:
+        return rank_step(call.r)
+
+    def tiles(self, call: Call) -> int:
+        return call.row_tiles(self.block_m) * cdiv(call.n, self.block_n)
+
+    def sums(self, call: Call) -> int:
+        # A masked group has products at hand beside its sum; from compilation, two for four.
+        return self.block_m * self.block_n * (1 + call.masked * call.projections // 2)
+
+    def shared_memory(self, target: Target, call: Call) -> int:
+        operands = self.block_m * call.itemsize + self.block_n * 4
+        store = self.block_m * self.block_n * call.itemsize
+        return call.projections * operands * rank_step(call.r) + store + MARGIN
+
+    def tensor_memory(self, target: Target, call: Call) -> int:
+        return accumulators(target, call, self.block_n)
+
+    def neighbours(self) -> Iterator["LowRankConfig"]:
+        return (replace(self, warps=warps) for warps in (self.warps, 4, 8))
+
+
+def rank_step(r: int) -> int:
+    """The columns of a step over the rank, beside a tile of OUT."""
+    # Of a rank that 16 doesn't divide, Triton may load every element by itself, with a pointer.
+    return min(max(16, power_of_two(r)), 64 if r <= 64 else 32 if r % 16 == 0 else 16)
+
+
+def loads_at_once(target: Target, call: Call) -> bool:
+    """Whether tiles of all U and V are loaded before the first is multiplied.
+
+    They wait in shared memory on Hopper and newer, elsewhere in registers, which few fit into.
+    """
+    one_step = call.r <= rank_step(call.r)
+    return one_step and (target.descriptors or call.r * call.projections <= 16)
+
+
+def accumulators(target: Target, call: Call, block_n: int) -> int:
+    """Columns of tensor memory: for every product two sums, before and after a step."""
+    return block_n * power_of_two(2 * call.projections) if target.tensor_memory else 0
+
+
+def _work(arguments: Mapping[str, Any]) -> Work:
+    u, v, bias, out = (arguments[name] for name in ("u", "v", "bias", "out"))
+    M, N, segments = (arguments[name] for name in ("M", "N", "segments"))
+    m_tiles = row_tiles(M, arguments["BLOCK_M"], segments)
+    n_tiles = cdiv(N, arguments["BLOCK_N"])
+    rows, columns, written = size_of(*u), size_of(*v, bias), M * N * out.element_size()
+    again = written if arguments["ADD"] else 0
+    beside, beside_by_tiles = bytes_beside(arguments, m_tiles * n_tiles, n_tiles)
+    return Work(
+        flops=2 * M * N * sum(arguments["R"]),
+        loaded=rows + columns + beside + again,
+        stored=written,
+        loaded_by_tiles=rows * n_tiles
+        + columns // (segments or 1) * m_tiles
+        + beside_by_tiles
+        + again,
+    )
+
+
+@triton.jit
+def u_v_tiles(
+    u, v, i_m, i_r, i_n, i_bank, M, R, N, v_strides,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MULTIPLES_OF_8: tl.constexpr,
+):  # fmt: skip
+    """The tiles of U [M, R] and V [R, N] for one step over the rank: [BM, BR], [BR, BN]."""
+    r = known_multiple(R, MULTIPLES_OF_8[0])
+    b_u = load_tile(u, i_m, i_r, M, r, r, 1, BLOCK_M, BLOCK_R)
+    b_v = v_tile(v, i_r, i_n, i_bank, r, N, v_strides, BLOCK_R, BLOCK_N, MULTIPLES_OF_8)
+    return b_u, cast(b_v, b_u.dtype)
+
+
+@triton.jit
+def v_tile(
+    v, i_r, i_n, i_bank, R, N, v_strides,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MULTIPLES_OF_8: tl.constexpr,
+):  # fmt: skip
+    """The tile of V [R, N], or of its segment's, at (i_r, i_n)."""
+    if v_strides[0] is not None:
+        v += i_bank.to(tl.int64) * v_strides[0]
+    column = known_multiple(v_strides[2], MULTIPLES_OF_8[1])
+    return load_tile(v, i_r, i_n, R, N, v_strides[1], column, BLOCK_R, BLOCK_N)
+
+
+@triton.jit
+def low_rank_tile(
+    u, v, i_m, i_n, i_bank, M, R, N, v_strides, b_sum,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MULTIPLES_OF_8: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b_sum + U V at (i_m, i_n), in steps of BLOCK_R."""
+    # Not pipelined: a few steps, whose buffers would lie beside those of a main loop.
+    for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
+        b_u, b_v = u_v_tiles(
+            u, v, i_m, i_r, i_n, i_bank, M, R, N, v_strides,
+            BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8,
+        )  # fmt: skip
+        b_sum = dot(b_u, b_v, b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
+    return b_sum
+
+
+@triton.jit
+def bias_row(bias, i_n, i_bank, N, strides, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
+    """[1, BN] of a bias [N], or of its segment's: rounded to x's dtype, as torch rounds it."""
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    o_bias = o_n.to(tl.int64) * strides[1]
+    if strides[0] is not None:
+        o_bias += i_bank.to(tl.int64) * strides[0]
+    b_bias = tl.load(bias + o_bias, mask=o_n < N, other=0.0)  # [BN]
+    return cast(b_bias, dtype).to(tl.float32)[None, :]
+
+
+# What batches and sequences of all lengths change.
+@triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
+def lowrank_kernel(
+    u, v, bias, out, seeds, ends, order, own_thresholds,
+    M, N, R, threshold, segments, v_strides, bias_strides, out_rows,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    MULTIPLES_OF_8: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    ADD: tl.constexpr,
+    SEGMENT_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """OUT = Σ_i keep_i ∘ (U_i V_i) (+ bias) (+ OUT, if ADD).
+
+    U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  With segments, V_i and the bias have an axis
+    more in front: a row's are its segment's, and OUT is zero in nobody's rows.  Of an ``order``,
+    which is OUT's, and of what is a segment's own, see project.py.  AT_ONCE: all U_i and V_i are
+    loaded, and then multiplied.
+    """
+    m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
+    i_m, i_n = tile_of(tl.program_id(0), m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+    i_n = i_n * BLOCK_N
+    i_segment, start, i_m, end, rows, columns = segment_of_tile(
+        ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
+    )
+    b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_us, b_vs = (), ()
+    for i in tl.static_range(len(u)):
+        if AT_ONCE:
+            b_u, b_v = u_v_tiles(
+                u[i], v[i], i_m, 0, i_n, i_segment, rows, R[i], columns, v_strides[i],
+                BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8,
+            )  # fmt: skip
+            b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
+        else:
+            b_sum = b_out
+            if seeds is not None:
+                b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            b_sum = low_rank_tile(
+                u[i], v[i], i_m, i_n, i_segment, rows, R[i], columns, v_strides[i], b_sum,
+                BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8, PRECISION,
+            )  # fmt: skip
+            if seeds is not None:
+                i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
+                i_mask = i_m if own_thresholds is None else i_m - start
+                least = own_number(own_thresholds, threshold, i_segment, segments)
+                keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
+                b_sum = b_out + tl.where(keep, b_sum, 0.0)
+            b_out = b_sum  # [BM, BN]
+    for i in tl.static_range(len(b_us)):
+        b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
+    if bias is not None:
+        dtype: tl.constexpr = u[0].dtype.element_ty
+        b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
+    o_at = None
+    if order is not None:
+        o_at = row_numbers(order, i_m, end, BLOCK_M)
+    if ADD:
+        b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N, o_at=o_at)
+        b_out += b_before.to(tl.float32)
+    store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1, o_at)
+
+
+def lowrank(
+    out: Tensor,
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *,
+    precision: str,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seeds: Tensor | None = None,
+    add: bool = False,
+    ends: Tensor | None = None,
+    order: Tensor | None = None,
+    own: Own | None = None,
+    config: LowRankConfig | None = None,
+) -> None:
+    """out = Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
+
+    out [M, N] and u_i [M, R_i] are contiguous and have one dtype; v_i [R_i, N] has any strides; it
+    and bias [N] are cast as they are read.  ``ends``, ``order`` and ``own`` as in :func:`project`:
+    v_i [E, R_i, N], bias [E, N]; u's rows are added to these of out.  ``config`` must fit the call.
+    """
+    M, N, target = sorted_rows(out, order), out.shape[1], target_of(out.device)
+    segments = segment_arguments(ends)
+    for i, (u, v, keys) in enumerate(chunks(us, vs, seeds)):
+        bias, ranks = None if i else bias, [each.shape[1] for each in u]
+        call = Call(
+            M, N, max(ranks), out.element_size(), precision, len(u), keys is not None,
+            segments=segments["segments"] or 0,
+        )  # fmt: skip
+        tiles = chosen_config("lowrank", target, call, config)
+        arguments = {
+            "u": tuple(u), "v": tuple(v), "bias": bias, "out": out,
+            "seeds": keys, **segments, "order": order,
+            "own_thresholds": None if own is None or keys is None else own.thresholds,
+            "M": M, "N": N, "R": tuple(ranks), "threshold": dropout_threshold(dropout),
+            "v_strides": strides_of(v, ends), "bias_strides": bias_strides(bias, ends),
+            "out_rows": out.stride(0), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+            "BLOCK_R": tiles.block_r(call), "GROUP": tiles.group,
+            "MULTIPLES_OF_8": multiples_of_8(u, v),
+            "AT_ONCE": keys is None and loads_at_once(target, call),
+            "ADD": add or i > 0, "PRECISION": precision,
+        }  # fmt: skip
+        work = partial(_work, arguments)
+        grid = (tiles.tiles(call),)
+        launch(Launch(lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, work))
+
+
+def bias_strides(bias: Tensor | None, ends: Tensor | None) -> tuple | None:
+    return None if bias is None else strides_of([bias], ends)[0]
+
+
+def multiples_of_8(us: Sequence[Tensor], vs: Sequence[Tensor]) -> tuple[bool, bool]:
+    """Whether 8 divides all ranks, and all of v's strides from column to column."""
+    return all(u.shape[1] % 8 == 0 for u in us), all(v.stride(-1) % 8 == 0 for v in vs)
