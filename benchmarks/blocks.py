@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-from .cases import Block
+from .cases import Case
 from .contestants import SCALE, Contestant, Maker, Tensors
 
 _VOCABULARY = 21760  # of four layers what Qwen3's own is of its 28
@@ -23,14 +23,14 @@ _TARGETS = {
 }
 
 
-def makers_for(case: Block) -> dict[str, Maker]:
+def makers_for(case: Case) -> dict[str, Maker]:
     """A step has no "layer by layer": one more model would take its time."""
     apart = {"layer by layer": partial(_adapted, blocks=False)} if case.table == "mlp" else {}
     adapted = {"peft": _adapted, **apart, "fastlora": partial(_adapted, blocks=True)}
     return {"frozen": _frozen, **adapted}
 
 
-def make_tensors(case: Block, device: torch.device) -> Tensors:
+def make_tensors(case: Case, device: torch.device) -> Tensors:
     torch.manual_seed(0)
     base = {"experts": Routed, "mlp": GatedMLP, "step": Step}[case.table](case)
     base.requires_grad_(False).to(device)
@@ -43,7 +43,7 @@ def make_tensors(case: Block, device: torch.device) -> Tensors:
 class Routed(nn.Module):
     """Qwen3-MoE's experts, with the choice of a router that trains."""
 
-    def __init__(self, case: Block) -> None:
+    def __init__(self, case: Case) -> None:
         from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -71,7 +71,7 @@ class Routed(nn.Module):
 class GatedMLP(nn.Module):
     """Qwen3's."""
 
-    def __init__(self, case: Block) -> None:
+    def __init__(self, case: Case) -> None:
         from transformers import Qwen3Config
         from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
@@ -85,7 +85,7 @@ class GatedMLP(nn.Module):
 class Step(nn.Module):
     """The loss of a Qwen3 for two rows of tokens, or of what these are embedded as."""
 
-    def __init__(self, case: Block) -> None:
+    def __init__(self, case: Case) -> None:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
         super().__init__()
@@ -109,7 +109,7 @@ class Step(nn.Module):
         return self.model(**given, labels=self.ids).loss
 
 
-def _frozen(case: Block, tensors: Tensors, dropout: float) -> Contestant:
+def _frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """Its backward leads to x; the choice of experts trains."""
     module = _copy(tensors.base)
     if isinstance(module, Routed):
@@ -118,7 +118,7 @@ def _frozen(case: Block, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def _adapted(
-    case: Block, tensors: Tensors, dropout: float, blocks: bool | None = None
+    case: Case, tensors: Tensors, dropout: float, blocks: bool | None = None
 ) -> Contestant:
     """PEFT's, optimised where ``blocks`` isn't None.  A step's backward ends at the first adapter.
 

@@ -11,15 +11,20 @@ DROPOUTS = (0.0, 0.1)
 SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
 DECODE = 16
 ADAPTERS = 8  # of a mixed batch, a sequence each
+BLOCKS = ("experts", "mlp", "step")
 
 
 @dataclass(frozen=True)
 class Case:
     """One row: x [M, K], a weight [N, K] for each N of ``outputs``, and their adapters.
 
-    ``table``: the row's place in the report, and who takes part (``contestants.py``).  ``kind`` of
-    PEFT's layers: lora, dora, or two-adapters, both active.  In the table "mixed" x is a sequence
-    for each of ``ADAPTERS``.
+    ``table``: the row's place in the report, and who takes part (``lineup.py``).  ``kind``: of
+    PEFT's layers lora, dora, or two-adapters, both active; in the table "quantised" that of
+    the makers in ``tests/support``.  In the table "mixed" x is a sequence for each of ``ADAPTERS``.
+
+    The tables of ``BLOCKS`` are more than a layer: experts, mlp (gated), or step (of a model's
+    training).  An MLP, or an expert, is K -> ``inner`` -> K.  Each token has ``top`` of the
+    ``experts``.  A step is that of a model of so many ``layers``.
     """
 
     M: int
@@ -32,11 +37,19 @@ class Case:
     name: str = ""
     table: str = "layers"
     kind: str = "lora"
+    limits: tuple[tuple[str, str, float], ...] = ()  # more targets
+    inner: int = 0
+    experts: int = 0
+    top: int = 0
+    layers: int = 0
 
     @property
     def id(self) -> str:
-        parts = [self.name] * bool(self.name) + [self.kind] * (self.table == "optimized")
-        parts += [f"{self.M}x{self.K}x{'+'.join(map(str, self.outputs))}", DTYPE_NAMES[self.dtype]]
+        parts = [self.name] * bool(self.name) + [self.table] * self.is_block
+        parts += [self.kind] * (self.table in ("optimized", "quantised"))
+        parts += [f"{self.M}x{self.K}x{self.inner or '+'.join(map(str, self.outputs))}"]
+        parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
+        parts += [f"{self.layers}layers"] * (self.layers > 0) + [DTYPE_NAMES[self.dtype]]
         parts += ["f32adapter"] * self.mixed + [f"r{self.r}", f"p{self.dropout:g}"]
         return "-".join(parts)
 
@@ -45,14 +58,18 @@ class Case:
         return self.adapter_dtype != self.dtype
 
     @property
+    def is_block(self) -> bool:
+        return self.table in BLOCKS
+
+    @property
     def by_peft(self) -> bool:
         """Whether all are PEFT's modules, or such optimised: in float64 they are the truth."""
-        return self.table == "optimized"
+        return self.table == "optimized" or self.is_block
 
     @property
     def has_peak(self) -> bool:
         """Whether the most memory of a step is measured, besides what is kept."""
-        return self.table in ("experts", "mlp", "step", "quantised")
+        return self.table == "quantised" or self.is_block
 
     @property
     def decodes(self) -> bool:
@@ -79,11 +96,14 @@ class Case:
 
     @property
     def targets(self) -> list[tuple[str, str, float]]:
-        """Upper limits for medians: quantity ("forward", "both" …), ratio, limit."""
-        if self.tiny:
-            return []
+        """Upper limits: of a time's median or of bytes ("kept", "peak"); quantity, ratio, limit."""
+        return [] if self.tiny else [*self._usual_targets(), *self.limits]
+
+    def _usual_targets(self) -> list[tuple[str, str, float]]:
         if self.decodes:
             return [("graph", "fastlora/merged", 1.03)]
+        if self.has_peak:
+            return []
         if self.table == "host":
             limit = 0.75 if len(self.outputs) == 1 else 0.6
             return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
@@ -108,37 +128,6 @@ class Case:
         return targets
 
 
-@dataclass(frozen=True)
-class Block(Case):
-    """More than a layer: ``table`` is experts, mlp (gated), or step (of a model's training).
-
-    x is [M, K], and an MLP, or an expert, is K -> ``inner`` -> K.  Each token has ``top`` of the
-    ``experts``.  A step is that of a model of so many ``layers``.
-    """
-
-    inner: int = 0
-    experts: int = 0
-    top: int = 0
-    layers: int = 0
-    limits: tuple[tuple[str, str, float], ...] = ()
-
-    @property
-    def id(self) -> str:
-        parts = [self.name] * bool(self.name) + [self.table, f"{self.M}x{self.K}x{self.inner}"]
-        parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
-        parts += [f"{self.layers}layers"] * (self.layers > 0)
-        return "-".join([*parts, DTYPE_NAMES[self.dtype], f"r{self.r}", f"p{self.dropout:g}"])
-
-    @property
-    def by_peft(self) -> bool:
-        return True
-
-    @property
-    def targets(self) -> list[tuple[str, str, float]]:
-        """Besides times, of "kept" and "peak" bytes."""
-        return [] if self.tiny else list(self.limits)
-
-
 _OVER_FROZEN = {
     "2048x2048x2048-f32-r16-p0": 1.08,
     "2048x2048x2048-f32-r16-p0.1": 1.25,
@@ -147,6 +136,10 @@ _OVER_FROZEN = {
     "4096x1024x1024-bf16-r16-p0": 1.45,
     "4096x1024x1024-bf16-r16-p0.1": 2.4,
 }
+# Of quantised bases: limits of forward + backward over the frozen dense layer's at 512 rows in
+# float32, and what may be kept there, in MiB, of which x is 4.
+_OVER_DENSE = {"nf4": 1.2, "int8": 1.15, "torchao-int8": 1.2, "gguf-q8_0": 1.25, "gguf-q4_k": 1.4}
+_KEPT = 4.1
 _SQUARES = (2048, 2048), (4096, 1024), (512, 4096), (1, 1024), (1, 2048), (16, 1024), (16, 2048)
 # From the models' config.json: tokens of a step; sizes of hidden, query, key (or value) and mlp.
 _MODELS = {
@@ -176,24 +169,26 @@ def cpu_cases() -> list[Case]:
         for K in (256, 1024, 2048):
             for M in (1, 16):
                 cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
-    cases.append(Case(2048, 2048, (2048,), 16, F32, F32, 0.1, "busy", "busy"))
     for name, M, size in (("quick-mixed", 32, 48), ("mixed", 512, 2048)):
         cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
     # A layer so small that only the cost of the call is left.
     tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
-    from . import dequantise, quantised  # which import this file
-
-    return [
-        *cases,
-        tiny,
-        replace(tiny, dropout=0.1),
-        *_blocks(),
-        *quantised.cases(),
-        *dequantise.cases(),
-    ]
+    return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks(), *_quantised()]
 
 
-def _blocks() -> Iterator[Block]:
+def _quantised() -> Iterator[Case]:
+    for kind, over_dense in _OVER_DENSE.items():
+        yield Case(34, 256, (96,), 8, F32, F32, 0.1, "quick-quantised", "quantised", kind)
+        peak = ("peak", "fastlora/peft", 0.6)
+        dense, kept = ("both", "fastlora/frozen", over_dense), ("kept", "fastlora/MiB", _KEPT)
+        case = Case(512, 2048, (2048,), 16, F32, F32, 0.1, "quantised", "quantised", kind)
+        yield replace(case, limits=(peak, dense, kept))
+        for M, limit in ((64, 1.05), (2048, 0.85)):
+            yield replace(case, M=M, limits=(peak, ("both", "fastlora/peft", limit)))
+        yield replace(case, dtype=BF16, adapter_dtype=BF16, limits=(peak,))
+
+
+def _blocks() -> Iterator[Case]:
     """In float32, which every CPU multiplies fast."""
     bytes_of_experts = ("kept", "fastlora/frozen", 1.0), ("peak", "fastlora/peft", 0.2)
     for M, experts, inner, top, limit in (
@@ -202,7 +197,7 @@ def _blocks() -> Iterator[Block]:
     ):  # fmt: skip
         tiny, limits = M == 34, (("both", "fastlora/frozen", limit), *bytes_of_experts)
         K, name = 48 if tiny else 1024, "quick" if tiny else ""
-        yield Block(
+        yield Case(
             M, K, (K,), 8, F32, F32, name=name, table="experts", inner=inner, experts=experts,
             top=top, limits=limits,
         )  # fmt: skip
@@ -211,7 +206,7 @@ def _blocks() -> Iterator[Block]:
     for name, M, K, inner, layers in (
         ("quick", 34, 48, 64, 2), ("qwen3-0.6b", *(_MODELS["qwen3-0.6b"][i] for i in (0, 1, 4)), 4)
     ):  # fmt: skip
-        mlp = Block(M, K, (K,), 16, F32, F32, 0.1, name, "mlp", inner=inner, limits=of_mlp)
+        mlp = Case(M, K, (K,), 16, F32, F32, 0.1, name, "mlp", limits=of_mlp, inner=inner)
         yield from (mlp, replace(mlp, dropout=0.0))
         step = replace(mlp, table="step", layers=layers, limits=of_step)
         yield from (replace(step, dropout=p) for p in (0.05, 0.0))

@@ -5,8 +5,10 @@ that whatever disturbs the machine disturbs both alike; one ratio a round is rep
 judged before, without dropout: the masks of another commit are not known here.
 """
 
+import io
 import subprocess
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +20,9 @@ import torch
 
 from .cases import Case, cpu_cases, gpu_cases
 from .clock import clock_for
-from .contestants import make_tensors, makers_for
 from .judge import Judge
-from .measure import Rounds, row_of, step_of, threads_for
+from .lineup import make_tensors, makers_for
+from .measure import in_turn, row_of, step_of, threads_for
 from .tree import ROOT, Worker
 
 
@@ -30,7 +32,8 @@ class UnknownRefError(pytest.UsageError):
 
 def check_ref(ref: str) -> None:
     """Raise UnknownRefError with what git says, unless ``ref`` names a commit."""
-    found = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if found.returncode != 0:
         raise UnknownRefError(f"{ref!r} is no commit of {ROOT}. {found.stderr.strip()}".strip())
 
@@ -42,7 +45,7 @@ class Pair:
     ref: str
     workers: dict[str, Worker]
 
-    def measure(self, case: Case, run: Callable[[Rounds], None]) -> dict:
+    def measure(self, case: Case, seconds: float = 0.0, rounds: int = 0) -> dict:
         """A row, as of ``measure.measure``, in which "base" is the other commit's fastlora."""
         errors, failures, summary = {}, {}, {}
         for name, worker in self.workers.items():
@@ -52,23 +55,20 @@ class Pair:
                 failures[name] = str(reason)
         if not failures:
             steps = {name: partial(each.ask, "step") for name, each in self.workers.items()}
-            rounds = Rounds(steps)
-            run(rounds)
-            summary = rounds.summary()
+            summary = in_turn(steps, seconds, rounds)
         row = row_of(case, summary, errors=errors, failures=failures)
         return row | {"table": "base", "base": self.ref}
 
 
 @contextmanager
 def pair_with(ref: str, device: str) -> Iterator[Pair]:
-    """REF is checked out beside this tree for a while; afterwards nothing of it is left."""
+    """REF's two packages lie in a temporary folder for a while."""
     with ExitStack() as stack:
-        stack.callback(_git, "worktree", "prune")
-        folder = stack.enter_context(TemporaryDirectory(prefix="fastlora-base-"))
-        base = Path(folder) / "tree"
-        added = _git("worktree", "add", "--detach", str(base), ref)
-        if added.returncode != 0:
-            raise RuntimeError(added.stderr)
+        base = Path(stack.enter_context(TemporaryDirectory(prefix="fastlora-base-")))
+        command = ["git", "archive", ref, "fastlora", "kernels"]
+        archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as packed:
+            packed.extractall(base, filter="data")
         workers = {}
         for name, root in (("base", base), ("fastlora", ROOT)):
             workers[name] = Worker(root, "benchmarks.compare", device)
@@ -100,7 +100,3 @@ class Served:
     def step(self) -> dict[str, float]:
         with threads_for(self.case):
             return self.timed()
-
-
-def _git(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)

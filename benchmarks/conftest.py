@@ -28,8 +28,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
-    # pytest-benchmark's table repeats ours in absolute times: --benchmark-verbose shows it.
-    config.option.benchmark_quiet = True
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
     if config.option.host:
@@ -75,10 +73,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     met = [all(each["met"] for each in row["targets"]) for row in rows if row["targets"]]
     terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
     if config.option.save_results is not None:
-        path, name = (
-            results_path(machine),
-            config.option.save_results or "host" * config.option.host,
-        )
-        path = path.with_name("-".join(filter(None, (name, path.name))))
+        name = config.option.save_results or "host" * config.option.host
+        path = results_path(machine, name=name)
         write_results(path, machine, config.invocation_params.args, rows)
         terminalreporter.write_line(f"saved as {path}")

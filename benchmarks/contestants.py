@@ -1,20 +1,20 @@
-"""Who takes part: the frozen layer, fastlora by each of its ways, PEFT, and what else one can do.
+"""The contestants of layers: the frozen layer, fastlora's ways, PEFT's, and what else one can do.
 
 A maker builds a contestant on the tensors of a case, which all contestants share.  Only public
 names of fastlora are used, so that another commit's can take part (``compare.py``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import fastlora
 
-from .cases import ADAPTERS, SAME_DTYPE, Block, Case
+from .cases import ADAPTERS, Case
 
 SCALE = 2.0
 
@@ -60,79 +60,6 @@ class Contestant:
 
 
 Maker = Callable[[Case, Tensors, float], Contestant]
-
-
-@contextmanager
-def _by_plan(name: str) -> Iterator[None]:
-    """The triton backend with one plan, "FUSED" or "IN_PLACE"."""
-    from fastlora.kernels import plan
-
-    with fastlora.use_backend("triton"), plan.use_plan(getattr(plan, name)):
-        yield
-
-
-def makers_for(case: Case) -> dict[str, Maker]:
-    """By name; the frozen layer, which all are compared with, first, and fastlora last."""
-    if isinstance(case, Block):
-        from . import blocks  # it needs transformers
-
-        return blocks.makers_for(case)
-    if case.table == "optimized":
-        return {"frozen": frozen, "peft": peft_layer(), "fastlora": peft_layer(optimized=True)}
-    if case.table == "mixed":
-        from . import mixed  # which imports this file
-
-        return mixed.makers()
-    if case.table == "quantised":
-        from . import quantised  # likewise
-
-        return quantised.makers_for(case)
-    if case.table == "few":
-        optimized = {"peft, optimized": peft_layer(optimized=True)}
-        return {"frozen": frozen, "peft": peft_layer(), **optimized, "fastlora": fastlora_layer()}
-    if case.table not in ("gpu", "host"):
-        same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
-        return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
-    return {
-        "frozen": frozen,
-        "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
-        "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
-        "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
-        "peft": peft_layer(),
-        "peft, optimized": peft_layer(optimized=True),
-        **({"merged": merged} if case.decodes else {}),
-        "fastlora": fastlora_layer(),
-    }
-
-
-def make_tensors(case: Case, device: torch.device) -> Tensors:
-    if isinstance(case, Block):
-        from . import blocks
-
-        return blocks.make_tensors(case, device)
-    torch.manual_seed(0)
-
-    def random(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, device=device).mul_(std).to(case.dtype)
-
-    pairs = []
-    count = ADAPTERS if case.table == "mixed" else 2 if case.kind == "two-adapters" else 1
-    for N in case.outputs * count:
-        a, b = random(case.r, case.K, std=case.K**-0.5), random(N, case.r, std=case.r**-0.5)
-        pairs.append((nn.Parameter(a), nn.Parameter(b)))
-    wide = [(nn.Parameter(a.float()), nn.Parameter(b.float())) for a, b in pairs]
-    weights = [random(N, case.K, std=case.K**-0.5) for N in case.outputs]
-    tensors = Tensors(
-        x=random(case.M, case.K).requires_grad_(),
-        dys=tuple(random(case.M, N) for N in case.outputs),
-        weights=tuple(nn.Parameter(weight, requires_grad=False) for weight in weights),
-        adapters={torch.float32: wide, case.dtype: pairs},
-    )
-    if case.table != "quantised":
-        return tensors
-    from . import quantised
-
-    return quantised.with_base(case, tensors)
 
 
 class Group(nn.Module):
@@ -194,9 +121,7 @@ def peft_layer(optimized: bool = False) -> Maker:
     """PEFT's layers, also after :func:`fastlora.optimize`."""
 
     def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-        group = Group(_peft_layers(case, tensors, dropout))
-        if optimized:
-            fastlora.optimize(group, strict=True)
+        group = peft_group(case, tensors, dropout, optimized)
         return _contestant(list(group.layers), own_mask=True)
 
     return make
@@ -214,28 +139,98 @@ def linears(weights: Sequence[nn.Parameter]) -> list[nn.Linear]:
     return layers
 
 
-def _peft_layers(case: Case, tensors: Tensors, dropout: float) -> list[nn.Module]:
-    """PEFT's own, in training mode.  DoRA's magnitude isn't the norm, or it would do nothing."""
+def peft_group(
+    case: Case, tensors: Tensors, dropout: float, optimized: bool,
+    base: Group | None = None, known: dict | None = None,
+) -> Group:  # fmt: skip
+    """PEFT's own layers, in training mode, on these weights or a ``base``; perhaps optimised.
+
+    ``known``: layers of PEFT's for classes that it doesn't know.  DoRA's magnitude isn't the norm,
+    or it would do nothing.
+    """
     import peft
 
+    names = [f"adapter{i}" for i in range(ADAPTERS if case.table == "mixed" else 1)]
+    names += ["other"] * (case.kind == "two-adapters")
     config = peft.LoraConfig(
         r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, use_dora=case.kind == "dora",
         target_modules=r"layers\.\d+",
     )  # fmt: skip
-    base = Group(linears(tensors.weights))
-    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
-    names = ["default"]
-    if case.kind == "two-adapters":
-        names.append("other")
-        model.add_adapter("other", config, autocast_adapter_dtype=False)
-        model.base_model.set_adapter(names)
-    layers = list(model.base_model.model.layers)
-    pairs = iter(tensors.adapters[case.adapter_dtype])
+    config._register_custom_module(known or {})
+    base = base or Group(linears(tensors.weights))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base, config, names[0], autocast_adapter_dtype=False).train()
+        for name in names[1:]:
+            model.add_adapter(name, config, autocast_adapter_dtype=False)
+    model.base_model.set_adapter(names)
+    group, pairs = model.base_model.model, iter(tensors.adapters[case.adapter_dtype])
     for name in names:
-        for layer in layers:
+        for layer in group.layers:
             layer.lora_A[name].weight, layer.lora_B[name].weight = next(pairs)
-    for layer in layers:
+    for layer in group.layers if case.kind == "dora" else ():
         for magnitude in layer.lora_magnitude_vector.to(case.adapter_dtype).values():
             length = magnitude.weight.shape[-1]
             magnitude.weight.data *= torch.linspace(0.9, 1.1, length).to(magnitude.weight)
-    return layers
+    if optimized:
+        fastlora.optimize(group, strict=True)
+    return group
+
+
+class Mixed(nn.Module):
+    """What ``run`` makes of x, cut into a sequence for each adapter, and of these parameters."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], case: Case, tensors: Tensors) -> None:
+        super().__init__()
+        self.run, (self.weight,) = run, tensors.weights
+        pairs = tensors.adapters[case.adapter_dtype]
+        self.adapters = nn.ParameterList([each for pair in pairs for each in pair])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x.view(ADAPTERS, -1, x.shape[-1])).flatten(0, 1)
+
+
+def at_once(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """``multi_lora_linear``."""
+    pairs, scales = tensors.adapters[case.adapter_dtype], [SCALE] * ADAPTERS
+    lora_a, lora_b = map(list, zip(*pairs, strict=True))
+    mapping = fastlora.AdapterMapping(list(range(ADAPTERS)), ADAPTERS)
+
+    def run(x: Tensor) -> Tensor:
+        return fastlora.multi_lora_linear(
+            x, tensors.weights[0], lora_a, lora_b, mapping, scales=scales, dropout=dropout
+        )
+
+    return Contestant(Mixed(run, case, tensors))
+
+
+def single_calls(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """A call of ``lora_linear`` for each adapter."""
+    pairs = tensors.adapters[case.adapter_dtype]
+
+    def run(x: Tensor) -> Tensor:
+        ys = [
+            fastlora.lora_linear(rows, tensors.weights[0], *pair, scale=SCALE, dropout=dropout)
+            for rows, pair in zip(x.unbind(), pairs, strict=True)
+        ]
+        return torch.stack(ys)
+
+    return Contestant(Mixed(run, case, tensors), own_mask=True)
+
+
+def peft_batch(optimized: bool = False) -> Maker:
+    """PEFT's layer, called with ``adapter_names``; it loops over them.
+
+    The layer itself may be called in training, where PEFT's model refuses.
+    """
+
+    def make(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+        (layer,) = peft_group(case, tensors, dropout, optimized).layers
+        names = list(layer.lora_A)
+
+        def run(x: Tensor) -> Tensor:
+            return layer(x, adapter_names=names)
+
+        return Contestant(Mixed(run, case, tensors), own_mask=True)
+
+    return make

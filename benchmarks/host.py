@@ -8,7 +8,6 @@ To the measured ``both`` comes a modelled one: on a GPU each of torch's kernels 
 3 µs more.  What nobody adds: the look-up of device and stream, the driver's part of a launch.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import cuda_standin
@@ -18,15 +17,15 @@ import fastlora
 
 from .cases import Case
 from .clock import HostClock
-from .contestants import make_tensors, makers_for
-from .measure import Rounds, Step, row_of, step_of, threads_for
+from .lineup import make_tensors, makers_for
+from .measure import Step, in_turn, row_of, step_of, threads_for
 
 TINY = ("peft", "frozen", "torch backend")
 # The last is by the default plan.  Optimized layers of one x would really sum their large dx.
 REAL = ("peft, optimized", "fused", "in place", "fastlora")
 
 
-def measure(case: Case, run: Callable[[Rounds], None]) -> dict:
+def measure(case: Case, seconds: float) -> dict:
     """A row.  ``kernels`` of a step: torch's, and Triton's."""
     clock, steps, kernels = HostClock(torch.device("cpu")), {}, {}
     small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4)
@@ -42,9 +41,8 @@ def measure(case: Case, run: Callable[[Rounds], None]) -> dict:
                     step()
                 kernels[name] = [products.total, launches.total]
                 steps[name] = with_modelled(step, products.total)
-        rounds = Rounds(steps)
-        run(rounds)
-    return row_of(case, rounds.summary(), kernels=kernels, failures={})
+        summary = in_turn(steps, seconds)
+    return row_of(case, summary, kernels=kernels, failures={})
 
 
 def with_modelled(step: Step, kernels: int) -> Step:

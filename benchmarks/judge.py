@@ -13,7 +13,8 @@ import fastlora
 from fastlora.backends.products import h_dtype
 
 from .cases import Case
-from .contestants import SCALE, Contestant, Maker, Tensors, makers_for
+from .contestants import SCALE, Contestant, Maker, Tensors
+from .lineup import makers_for
 
 # Of the largest error over the largest value, and of the norms.  bfloat16: of four roundings, at
 # most 2⁻⁸ each (h, the base product, the sum, a group's next); tensor cores' sums add 3e-5, and to

@@ -5,7 +5,6 @@ round runs all contestants in turn and gives one ratio of each two; reported are
 """
 
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,70 +14,61 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .clock import Clock, HostClock, clock_for, graph_of, timed, wait_for
-from .contestants import Contestant, Maker, Tensors, make_tensors, makers_for
+from .clock import Clock, HostClock, clock_for, graph_of, peak_of, timed, wait_for
+from .contestants import Contestant, Maker, Tensors
 from .judge import Judge, check_kept, kept_for_backward
-from .memory import peak_of
+from .lineup import make_tensors, makers_for
 from .tree import last_error
 
 Step = Callable[[], dict[str, float]]  # runs once, and returns the seconds of each quantity
 _LEAST, _MOST = 5, 300  # rounds
 
 
-class Rounds:
-    """Runs a turn of every contestant a round, and keeps the times.
+def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> dict:
+    """So many rounds, or as many as fit into the seconds, of a turn of each.
 
     A turn is a step that is not timed and then one that is, so that every timed step finds the
     caches and the heap as its own kind leaves them.  Without that, whoever comes after PEFT pays
     for what PEFT left: of two equal frozen layers the second took 0.85 of the first one's time
     (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
 
-    The last contestant is the subject: its timed step stands alone, for pytest-benchmark to watch.
+    Seconds of each, median and 10th percentile; quartiles of ratios: over the first's, the last's
+    over each, and PEFT's optimised over its own.
     """
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for _ in range(rounds or _fitting(steps, seconds)):
+        for name, step in steps.items():
+            step()
+            times[name].append(step())
+    first, *others = times
+    pairs = [(name, first) for name in others] + [(others[-1], name) for name in others[:-1]]
+    if {"peft", "peft, optimized"} <= set(others):
+        pairs.append(("peft, optimized", "peft"))
+    count = len(times[first])
+    found: dict = {"rounds": count, "seconds": {}, "tenths": {}, "ratios": {}}
+    for quantity in times[first][0]:
+        of = {name: [each[quantity] for each in its] for name, its in times.items()}
+        found["seconds"][quantity] = {name: digits(statistics.median(of[name])) for name in of}
+        found["tenths"][quantity] = {name: digits(sorted(of[name])[count // 10]) for name in of}
+        found["ratios"][quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
+    return found
 
-    def __init__(self, steps: dict[str, Step]) -> None:
-        self.steps = steps
-        self.times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-        *self.before, self.subject = steps
 
-    def run_others(self) -> None:
-        for name in self.before:
-            self.steps[name]()
-            self.times[name].append(self.steps[name]())
-        self.steps[self.subject]()
-
-    def run_subject(self) -> None:
-        self.times[self.subject].append(self.steps[self.subject]())
-
-    def count(self, seconds: float) -> int:
-        """How many rounds fit, after a warm-up."""
-        for _ in range(2):
-            start = time.perf_counter()
-            for step in self.steps.values():
-                step()
-            round_seconds = 2 * (time.perf_counter() - start)
-        return min(max(int(seconds / round_seconds), _LEAST), _MOST)
-
-    def summary(self) -> dict:
-        """Seconds of each contestant, median and 10th percentile; quartiles of the ratios."""
-        first, *others = self.times
-        pairs = [(name, first) for name in others] + [(self.subject, name) for name in others[:-1]]
-        if {"peft", "peft, optimized"} <= set(others):
-            pairs.append(("peft, optimized", "peft"))
-        count, seconds, tenths, found = len(self.times[first]), {}, {}, {}
-        for quantity in self.times[first][0]:
-            of = {name: [each[quantity] for each in times] for name, times in self.times.items()}
-            seconds[quantity] = {name: digits(statistics.median(each)) for name, each in of.items()}
-            tenths[quantity] = {name: digits(sorted(of[name])[count // 10]) for name in of}
-            found[quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
-        return {"rounds": count, "seconds": seconds, "tenths": tenths, "ratios": found}
+def _fitting(steps: dict[str, Step], seconds: float) -> int:
+    """How many rounds fit, after a warm-up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        for step in steps.values():
+            step()
+        round_seconds = 2 * (time.perf_counter() - start)
+    return min(max(int(seconds / round_seconds), _LEAST), _MOST)
 
 
 def measure(
-    case: Case, device: torch.device, run: Callable[[Rounds], None],
+    case: Case, device: torch.device, seconds: float = 0.0, rounds: int = 0,
     makers: dict[str, Maker] | None = None,
 ) -> dict:  # fmt: skip
-    """A row.  ``run`` runs the rounds.
+    """A row, of so many rounds or seconds of them.
 
     A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
     """
@@ -107,11 +97,8 @@ def measure(
             except Exception:
                 known["failures"][name] = last_error()
                 wait_for(device)  # if the device is lost, nobody else can run
-        summary = {}
-        if {"frozen", "fastlora"} <= set(steps):
-            rounds = Rounds(steps)
-            run(rounds)
-            summary = rounds.summary()
+        both = {"frozen", "fastlora"} <= set(steps)
+        summary = in_turn(steps, seconds, rounds) if both else {}
     return row_of(case, summary, **known)
 
 
@@ -205,19 +192,11 @@ def digits(value: float) -> float:
 
 @contextmanager
 def threads_for(case: Case) -> Iterator[None]:
-    """One thread where CPU time is the caller's, or where others would only be waited for.
-
-    A busy machine has, besides, a process for each thread that does nothing but run.
-    """
-    before, rivals = torch.get_num_threads(), []
+    """One thread where CPU time is the caller's, or where others would only be waited for."""
+    before = torch.get_num_threads()
     if case.tiny or case.table == "host" or case.calls_in_a_row > 1:
         torch.set_num_threads(1)
-    if case.table == "busy":
-        rivals = [subprocess.Popen([sys.executable, "-c", "while True: 0"]) for _ in range(before)]
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        for rival in rivals:
-            rival.kill()
-            rival.wait()

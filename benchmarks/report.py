@@ -27,11 +27,9 @@ _TITLES = {
     "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
     "overhead": "CPU time of one eager call of a tiny layer, one thread.",
     "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
-    "busy": "With another process on each core; wall time.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
-    "slow cpu": "A step of the demo's model in bfloat16, over a float32 one (tools/slow_cpu.py).",
     "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
     "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
     "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
@@ -69,7 +67,6 @@ def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
         for name, why in (row.get("failures", {}) | row.get("skipped", {})).items()
     ]
     tables += [
-        ("What dequantising writes: GB of float32 a second, beside a copy.", _written(rows)),
         ("What a call reaches: FLOPs of the base product, else bytes.", _called(rows)),
         ("On this device.", [("what", "outcome"), *tests]),
         ("What failed, or could not run.", [("what", "why"), *failures]),
@@ -116,17 +113,6 @@ def _called(rows: list[dict]) -> Table:
     return lines
 
 
-def _written(rows: list[dict]) -> Table:
-    """A line for each format."""
-    lines = [("format, N x K", "copy", "vendor", "fastlora", "time over the vendor's", "quartiles")]
-    for row in (row for row in rows if row.get("written") and row["seconds"]):
-        seconds, ratios = row["seconds"]["dequantise"], row["ratios"]["dequantise"]
-        rates = [f"{row['written'] / seconds[name] / 1e9:.2f}" for name in lines[0][1:4]]
-        low, middle, high = ratios["fastlora/vendor"]
-        lines.append((row["id"], *rates, f"{middle:.2f}", f"{low:.2f}–{high:.2f}"))
-    return lines
-
-
 def _median(found: dict, ratio: str) -> str:
     return f"{found[ratio][1]:.3f}" if ratio in found else "–"
 
@@ -163,8 +149,6 @@ def pipes(table: Sequence[Sequence[str]]) -> str:
 
 def brief(rows: list[dict]) -> str:
     """The few columns that a README shows: forward + backward, and what waits for the backward."""
-    if any("written" in row for row in rows):
-        return pipes(_written(rows))
     if any("peak" in row for row in rows):
         return _brief_of_blocks(rows)
     if all(not row.get("saved") for row in rows):

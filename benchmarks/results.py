@@ -41,9 +41,9 @@ def describe_machine(device: torch.device) -> dict:
     return machine
 
 
-def results_path(machine: dict, folder: Path = FOLDER) -> Path:
+def results_path(machine: dict, folder: Path = FOLDER, name: str = "") -> Path:
     """A later run of the same day has the same one."""
-    return folder / machine["device"] / f"{machine['date']}.json"
+    return folder / machine["device"] / f"{name}{'-' * bool(name)}{machine['date']}.json"
 
 
 def write_results(path: Path, machine: dict, arguments: Sequence[str], rows: list[dict]) -> None:

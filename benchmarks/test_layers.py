@@ -5,31 +5,20 @@ import torch
 
 from .cases import Case
 from .compare import Pair
-from .measure import Rounds, measure
-
-_QUICK = 0.2  # seconds of the rounds of a tiny row
+from .measure import measure
 
 
-def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, request) -> None:
-    def run(rounds: Rounds) -> None:
-        count = rounds.count(_QUICK if case.tiny else request.config.option.seconds)
-        benchmark.pedantic(rounds.run_subject, setup=rounds.run_others, rounds=count)
-
+def test_layers(case: Case, pair: Pair | None, rows: list[dict], request) -> None:
+    options = request.config.option
+    seconds = 0.2 if case.tiny else options.seconds
     if case.table == "host":
         from . import host  # not before: it sets up Triton for a GPU
 
-        row = host.measure(case, run)
-    elif case.table == "dequantise":
-        from . import dequantise
-
-        if pair is not None:
-            pytest.skip("formats are not compared with another commit's")
-        row = dequantise.measure(case, run)
+        row = host.measure(case, seconds)
     elif pair is None:
-        row = measure(case, torch.device(request.config.option.device), run)
+        row = measure(case, torch.device(options.device), seconds)
     else:
-        row = pair.measure(case, run)
+        row = pair.measure(case, seconds)
     rows.append(row)
-    benchmark.extra_info.update(row)
     if row["failures"]:
         pytest.fail("; ".join(f"{name}: {why}" for name, why in row["failures"].items()), False)

@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.calls import ahead, reached
 from benchmarks.cases import Case, dry_cases, gpu_cases
-from benchmarks.contestants import make_tensors, makers_for
 from benchmarks.forms import Form
-from benchmarks.measure import Rounds, measure
+from benchmarks.lineup import make_tensors, makers_for
+from benchmarks.measure import measure
 from benchmarks.report import text
 from benchmarks.results import FOLDER, describe_machine, write_results
 from benchmarks.tree import ROOT, Worker
@@ -153,12 +153,7 @@ class Served:
         return row | {"table": "compile", "failures": failures}
 
     def layers(self, case: Case) -> dict:
-        def run(rounds: Rounds) -> None:
-            for _ in range(1 if self.dry else rounds.count(seconds=3.0)):
-                rounds.run_others()
-                rounds.run_subject()
-
-        return measure(case, self.device, run)
+        return measure(case, self.device, seconds=3.0, rounds=int(self.dry))
 
     def tune(self, form: Form) -> dict:
         return reached(form, self.device, 2 if self.dry else 400, self.pool) | {"table": "tune"}

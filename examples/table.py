@@ -1,6 +1,6 @@
 """The results of a demo as Markdown, as in ``python examples/table.py out/loss.json``.
 
-And those of a sweep (sweep.json) and of tools/slow_cpu.py.  It needs Python alone.
+And those of a sweep (sweep.json).  It needs Python alone.
 """
 
 import json
@@ -48,28 +48,6 @@ def table(report: dict) -> str:
     return pipes(lines)
 
 
-def slow_cpu_table(results: dict) -> str:
-    """A line for each side of a step on a CPU without 16-bit products (tools/slow_cpu.py)."""
-    lines = [
-        ("model, its tokens, side", "seconds a step", "/ float32's (quartiles)", "PEFT's / it")
-    ]
-    titles = {
-        "fastlora, float32": "float32, optimized",
-        "fastlora": "bfloat16, optimized",
-        "float32 attention": "bfloat16, optimized, attention in float32",
-        "peft": "bfloat16, PEFT",
-    }
-    for row in results["rows"]:
-        seconds, found = row["seconds"]["step"], row["ratios"]["step"]
-        for name in (name for name in titles if name in seconds):
-            low, middle, high = found.get(f"{name}/fastlora, float32", (1, 1, 1))
-            ratio = f"{middle:.2f} ({low:.2f}–{high:.2f})" if low < high else "1"
-            over = f"{seconds['peft'] / seconds[name]:.0f}" if "peft" in seconds else "–"
-            title = f"{row['id'].removesuffix('-bf16')}, {titles[name]}"
-            lines.append((title, f"{seconds[name]:.2f}", ratio, over))
-    return pipes(lines)
-
-
 def sweep_table(report: dict) -> str:
     """A line for each trial, the best first."""
     lines = [("rank", "learning rate", "parameters", "MiB", "held-out loss", "steps")]
@@ -83,6 +61,4 @@ def sweep_table(report: dict) -> str:
 
 if __name__ == "__main__":
     report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    kinds = {"rows": slow_cpu_table, "trials": sweep_table, "results": table}
-    (form,) = [kinds[name] for name in kinds if name in report]
-    print(form(report))
+    print(sweep_table(report) if "trials" in report else table(report))

@@ -10,14 +10,14 @@ the day it leaves slow-layers-DATE.json.
 
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks.measure import digits, ratios
+from benchmarks.measure import Step, in_turn, row_of
 from benchmarks.report import markdown
 from benchmarks.results import describe_machine, results_path, write_results
 
@@ -28,13 +28,12 @@ KINDS = {
     FLOAT32: (torch.float32, torch.float32),
     "float16": (torch.float16, torch.float32),
     "bfloat16, bfloat16 adapter": (torch.bfloat16, torch.bfloat16),
+    **({NF4: (torch.bfloat16, torch.float32)} if find_spec("bitsandbytes") else {}),
     "fastlora": (torch.bfloat16, torch.float32),
 }
-if find_spec("bitsandbytes"):
-    KINDS[NF4] = torch.bfloat16, torch.float32
 
 
-def step_of(M: int, K: int, N: int, name: str) -> Callable[[], float]:
+def step_of(M: int, K: int, N: int, name: str) -> Step:
     """Forward and backward; the CPU seconds of it."""
     dtype, adapter_dtype = KINDS[name]
     torch.manual_seed(0)
@@ -49,11 +48,11 @@ def step_of(M: int, K: int, N: int, name: str) -> Callable[[], float]:
             return packed(x)
         return fastlora.lora_linear(x, weight, lora_a, lora_b, scale=2.0)
 
-    def step() -> float:
+    def step() -> dict[str, float]:
         start = time.process_time()
         call().backward(dy)
         x.grad = lora_a.grad = lora_b.grad = None
-        return time.process_time() - start
+        return {"both": time.process_time() - start}
 
     return step
 
@@ -72,32 +71,17 @@ def _packed(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> fastlora.LoRALine
 
 def measure(M: int, K: int, N: int) -> dict:
     steps = {name: step_of(M, K, N, name) for name in KINDS}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end or len(times[FLOAT32]) < 7:
-        for name, step in steps.items():
-            step()  # finds the caches and the heap as its own kind leaves them
-            times[name].append(step())
-    found = {f"{n}/{FLOAT32}": ratios(times[n], times[FLOAT32]) for n in KINDS if n != FLOAT32}
-    seconds = {name: digits(sorted(each)[len(each) // 2]) for name, each in times.items()}
-    targets = [
-        {"quantity": "both", "ratio": ratio, "limit": limit, "value": value,
-         "met": value <= limit}
-        for ratio, (_, value, _) in found.items()
-        for limit in [NF4_LIMIT if ratio.startswith(NF4) else LIMIT]
-    ]  # fmt: skip
-    return {
-        "id": f"{M}x{K}x{N}-r16", "table": "slow layers", "rounds": len(times[FLOAT32]),
-        "seconds": {"both": seconds}, "ratios": {"both": found}, "saved": {}, "targets": targets,
-    }  # fmt: skip
+    limits = {name: NF4_LIMIT if name == NF4 else LIMIT for name in KINDS if name != FLOAT32}
+    targets = [("both", f"{name}/{FLOAT32}", limit) for name, limit in limits.items()]
+    case = SimpleNamespace(id=f"{M}x{K}x{N}-r16", table="slow layers", targets=targets)
+    return row_of(case, in_turn(steps, SECONDS), saved={})
 
 
 def main() -> None:
     machine = describe_machine(torch.device("cpu")) | {"threads": 1}
     torch.set_num_threads(machine["threads"])
     rows = [measure(*map(int, shape.split("x"))) for shape in sys.argv[1:]]
-    path = results_path(machine)
-    write_results(path.with_name(f"slow-layers-{path.name}"), machine, [], rows)
+    write_results(results_path(machine, name="slow-layers"), machine, [], rows)
     print(markdown(rows, machine))
 
 

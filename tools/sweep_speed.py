@@ -9,12 +9,13 @@ benchmarks' results of the day it leaves sweep-DATE.json.
 
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fastlora
-from benchmarks.measure import digits, ratios
+from benchmarks.measure import in_turn, row_of
 from benchmarks.report import markdown
 from benchmarks.results import describe_machine, results_path, write_results
 from fastlora.trials.batches import Feed
@@ -36,21 +37,16 @@ def make_model() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-class SweepSteps:
-    """Seconds of a step of all trials: forward, backward, clipping, AdamW."""
-
-    def __init__(self, model: torch.nn.Module, trials: tuple[Trial, ...], data: list) -> None:
-        self.model, self.trials, self.data = model, trials, data
-        self.options = Options(100, False, None, "constant", 0, 0.0, 1.0, 0)
-
-    def seconds(self) -> float:
-        with attached(self.model, self.trials, 0) as parts:
-            training = Training(self.model, self.trials, parts, self.options, causal_loss, [])
-            state, feed = training.begun({}), Feed(self.data, 0)
-            training.step(state, feed)  # makes AdamW's moments
-            start = time.perf_counter()
-            training.step(state, feed)
-            return time.perf_counter() - start
+def seconds_together(model: torch.nn.Module, trials: tuple[Trial, ...], batch: dict) -> float:
+    """Of a step of all trials: forward, backward, clipping, AdamW."""
+    options = Options(100, False, None, "constant", 0, 0.0, 1.0, 0)
+    with attached(model, trials, 0) as parts:
+        training = Training(model, trials, parts, options, causal_loss, [])
+        state, feed = training.begun({}), Feed([batch], 0)
+        training.step(state, feed)  # makes AdamW's moments
+        start = time.perf_counter()
+        training.step(state, feed)
+        return time.perf_counter() - start
 
 
 def seconds_alone(model: torch.nn.Module, trial: Trial, batch: dict) -> float:
@@ -73,33 +69,22 @@ def seconds_alone(model: torch.nn.Module, trial: Trial, batch: dict) -> float:
 def measure(model: torch.nn.Module, tokens: int) -> dict:
     ids = torch.randint(0, 21760, (1, tokens), generator=torch.Generator().manual_seed(0))
     batch, trials = {"input_ids": ids, "labels": ids}, as_trials(CONFIGS)
-    together = SweepSteps(model, trials, [batch])
-    times: dict[str, list[float]] = {RUNS: [], SWEEP: []}
-    for each in range(ROUNDS + 1):
-        found = {SWEEP: together.seconds()}
-        found[RUNS] = sum(seconds_alone(model, trial, batch) for trial in trials)
-        print(tokens, found, file=sys.stderr)
-        for name in times if each else ():  # the first warms up
-            times[name].append(found[name])
-    found = {f"{SWEEP}/{RUNS}": ratios(times[SWEEP], times[RUNS])}
-    seconds = {name: digits(sorted(each)[len(each) // 2]) for name, each in times.items()}
-    value = found[f"{SWEEP}/{RUNS}"][1]
-    limit = LIMITS.get(tokens, 1.0)
-    target = {"quantity": "step", "ratio": f"{SWEEP}/{RUNS}", "limit": limit, "value": value,
-              "met": value <= limit}  # fmt: skip
-    return {
-        "id": f"qwen3-4-layers-8x{tokens}-fp32", "table": "sweep", "rounds": ROUNDS,
-        "seconds": {"step": seconds}, "ratios": {"step": found}, "saved": {}, "targets": [target],
-    }  # fmt: skip
+
+    def runs() -> dict[str, float]:
+        return {"step": sum(seconds_alone(model, trial, batch) for trial in trials)}
+
+    def sweep() -> dict[str, float]:
+        return {"step": seconds_together(model, trials, batch)}
+
+    targets = [("step", f"{SWEEP}/{RUNS}", LIMITS.get(tokens, 1.0))]
+    case = SimpleNamespace(id=f"qwen3-4-layers-8x{tokens}-fp32", table="sweep", targets=targets)
+    return row_of(case, in_turn({RUNS: runs, SWEEP: sweep}, rounds=ROUNDS), saved={})
 
 
 def main() -> None:
-    machine = describe_machine(torch.device("cpu"))
-    model = make_model().train()
+    machine, model = describe_machine(torch.device("cpu")), make_model().train()
     rows = [measure(model, tokens) for tokens in map(int, sys.argv[1:] or ["16", "256"])]
-    path = results_path(machine)
-    path = path.with_name(f"sweep-{path.name}")
-    write_results(path, machine, [], rows)
+    write_results(results_path(machine, name="sweep"), machine, [], rows)
     print(markdown(rows, machine))
 
 

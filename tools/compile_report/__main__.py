@@ -25,54 +25,33 @@ from benchmarks.report import align
 from fastlora.kernels.config import default_config
 from fastlora.kernels.target import TARGETS
 
-from .cases import (
-    REPORTED,
-    Case,
-    DequantCase,
-    GatedCase,
-    cases,
-    dequant_cases,
-    gated_cases,
-    launches,
-)
+from .cases import REPORTED, Case, cases, launches, other_cases
 from .machine_code import compile_launch
 
+_WITHOUT_FORM = {
+    "form": "", "config": {}, "segments": 0, "ieee": False, "refused": "", "estimated": 0,
+}  # fmt: skip
 NAMES = [name for name, target in TARGETS.items() if target.kind != "cpu"]
 
 
 def rows_of(case: Case) -> list[dict]:
     """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
-    target, form, call = TARGETS[case.target], case.form, case.form.call
-    config = case.config or default_config(form.kernel, target, call)
+    target, form, config, facts = TARGETS[case.target], case.form, case.config, _WITHOUT_FORM
+    if form:
+        config = config or default_config(form.kernel, target, form.call)
+        facts = {
+            "form": form.name, "config": asdict(config), "segments": form.segments,
+            # float32 without tensor cores, where the target has none that are exact
+            "ieee": form.dtype == torch.float32 and form.precision == "ieee",
+            "refused": config.why_not(target, form.call),  # "" where it fits
+            "estimated": config.shared_memory(target, form.call),
+        }  # fmt: skip
     try:
         return [
             {
-                "case": case.name, "target": case.target, "kernel": launch.name, "form": form.name,
-                "config": asdict(config),
-                # float32 without tensor cores, where the target has none that are exact
-                "ieee": form.dtype == torch.float32 and form.precision == "ieee",
+                "case": case.name, "target": case.target, "kernel": launch.name, **facts,
                 "descriptors": launch.arguments.get("DESCRIPTORS", False),
-                "segments": form.segments,
-                "refused": config.why_not(target, call),  # "" where it fits
-                "estimated": config.shared_memory(target, call), "limit": target.shared_memory,
-                "compiled": asdict(compile_launch(launch, target)),
-            }
-            for launch in launches(case)
-        ]  # fmt: skip
-    except Exception as error:
-        raise RuntimeError(f"{case.name} doesn't compile") from error
-
-
-def rows_without_config(case: GatedCase | DequantCase) -> list[dict]:
-    """The same of a call that has no config."""
-    target = TARGETS[case.target]
-    try:
-        return [
-            {
-                "case": case.name, "target": case.target, "kernel": launch.name, "form": "",
-                "config": {}, "ieee": False, "descriptors": False, "segments": 0, "refused": "",
-                "estimated": 0, "limit": target.shared_memory,
-                "compiled": asdict(compile_launch(launch, target)),
+                "limit": target.shared_memory, "compiled": asdict(compile_launch(launch, target)),
             }
             for launch in launches(case)
         ]  # fmt: skip
@@ -96,11 +75,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
-    others = [
-        case for name in arguments.target for case in [*gated_cases(name), *dequant_cases(name)]
-    ]
+    chosen += [case for name in arguments.target for case in other_cases(name)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = [*pool.map(rows_of, chosen, chunksize=4), *pool.map(rows_without_config, others)]
+        found = [*pool.map(rows_of, chosen, chunksize=4)]
     rows = [row for each in found for row in each]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
     if arguments.json:

@@ -1,7 +1,8 @@
 """The calls that the compile report looks at: every default config, in the forms of its use."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -19,49 +20,27 @@ _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher on one target; without a config, the default."""
+    """One call on one target: of a launcher, by form and config (None: the default); or other."""
 
     name: str
     target: str
-    config: Config | None
-    form: Form
+    config: Config | None = None
+    form: Form | None = None
+    other: Callable[[], None] | None = None  # what has no form and no config
 
 
-@dataclass(frozen=True)
-class GatedCase:
-    """The middle of a gated MLP, forward and backward, on one target; it has no config."""
-
-    target: str
-    activation: str
-    dtype: str = "bf16"
-
-    @property
-    def name(self) -> str:
-        return f"{self.target} gated {self.activation} {self.dtype}"
-
-    def run(self) -> None:
-        matrices = torch.empty(5, 8192, 3072, dtype=_DTYPES[self.dtype], device="meta")
-        dy, gate, up, d_gate, d_up = matrices
-        gated(gate, up, self.activation, d_gate)
-        gated_backward(dy, gate, up, self.activation, d_gate, d_up)
+def run_gated(activation: str, dtype: str) -> None:
+    """The middle of a gated MLP, forward and backward."""
+    matrices = torch.empty(5, 8192, 3072, dtype=_DTYPES[dtype], device="meta")
+    dy, gate, up, d_gate, d_up = matrices
+    gated(gate, up, activation, d_gate)
+    gated_backward(dy, gate, up, activation, d_gate, d_up)
 
 
-@dataclass(frozen=True)
-class DequantCase:
-    """A packed weight made dense, on one target; it has no config."""
-
-    target: str
-    kind: str
-    columns: int = 4096
-    dtype: str = "bf16"
-
-    @property
-    def name(self) -> str:
-        return f"{self.target} dequant {self.kind} K{self.columns} {self.dtype}"
-
-    def run(self) -> None:
-        packed = random_packed(self.kind, 4096, self.columns, "meta")
-        dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[self.dtype], device="meta"))
+def run_dequant(kind: str, columns: int, dtype: str) -> None:
+    """A packed weight made dense."""
+    packed = random_packed(kind, 4096, columns, "meta")
+    dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[dtype], device="meta"))
 
 
 def describe(config: Config | None) -> str:
@@ -74,14 +53,14 @@ def describe(config: Config | None) -> str:
     return f"{tile}-w{config.warps}-s{config.stages}{loader}"
 
 
-def launches(case: Case | GatedCase | DequantCase) -> list[Launch]:
+def launches(case: Case) -> list[Launch]:
     """What the call would launch, its tensors being meta tensors."""
     records: list[Launch] = []
     with use_target(TARGETS[case.target]), intercept(records.append):
-        if isinstance(case, GatedCase | DequantCase):
-            case.run()
-        else:
+        if case.form:
             Operands(case.form, "meta").run(case.config)
+        else:
+            case.other()
     return records
 
 
@@ -152,19 +131,18 @@ def cases(target: str, brief: bool = False) -> list[Case]:
     return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]
 
 
-def dequant_cases(target: str) -> list[DequantCase]:
-    """Every kind, and blocks of scales across rows."""
-    others = [
-        DequantCase(target, PACKED[1], columns=1000),
-        DequantCase(target, PACKED[0], dtype="f32"),
+def other_cases(target: str) -> list[Case]:
+    """Every activation of a gated MLP and every dtype; every kind of packed weight and dtype."""
+    gates = [(name, "bf16") for name in ACTIVATIONS] + [("silu", "f16"), ("silu", "f32")]
+    packed = [(kind, 4096, "bf16") for kind in PACKED]
+    packed += [(PACKED[1], 1000, "bf16"), (PACKED[0], 4096, "f32")]  # blocks of scales across rows
+    found = [
+        Case(f"{target} gated {' '.join(g)}", target, other=partial(run_gated, *g)) for g in gates
     ]
-    return [DequantCase(target, kind) for kind in PACKED] + others
-
-
-def gated_cases(target: str) -> list[GatedCase]:
-    """Every activation, and every dtype."""
-    others = [GatedCase(target, "silu", dtype) for dtype in ("f16", "f32")]
-    return [GatedCase(target, activation) for activation in ACTIVATIONS] + others
+    for kind, columns, dtype in packed:
+        name = f"{target} dequant {kind} K{columns} {dtype}"
+        found.append(Case(name, target, other=partial(run_dequant, kind, columns, dtype)))
+    return found
 
 
 def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:

@@ -1,0 +1,85 @@
+"""Who takes part in a row, and on which tensors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import fastlora
+
+from . import blocks, quantised
+from .cases import ADAPTERS, SAME_DTYPE, Case
+from .contestants import (
+    Maker,
+    Tensors,
+    at_once,
+    fastlora_layer,
+    frozen,
+    merged,
+    peft_batch,
+    peft_layer,
+    single_calls,
+)
+
+
+@contextmanager
+def _by_plan(name: str) -> Iterator[None]:
+    """The triton backend with one plan, "FUSED" or "IN_PLACE"."""
+    from fastlora.kernels import plan
+
+    with fastlora.use_backend("triton"), plan.use_plan(getattr(plan, name)):
+        yield
+
+
+def makers_for(case: Case) -> dict[str, Maker]:
+    """By name; the frozen layer, which all are compared with, first, and fastlora last."""
+    peft = {"peft": peft_layer(), "peft, optimized": peft_layer(optimized=True)}
+    if case.is_block:
+        return blocks.makers_for(case)
+    if case.table == "quantised":
+        return quantised.makers()
+    if case.table == "optimized":
+        return {"frozen": frozen, "peft": peft["peft"], "fastlora": peft["peft, optimized"]}
+    if case.table == "mixed":
+        of_peft = {"peft": peft_batch(), "peft, optimized": peft_batch(optimized=True)}
+        return {"frozen": frozen, "single calls": single_calls, **of_peft, "fastlora": at_once}
+    if case.table == "few":
+        return {"frozen": frozen, **peft, "fastlora": fastlora_layer()}
+    if case.table not in ("gpu", "host"):
+        same_dtype = {SAME_DTYPE: fastlora_layer(case.dtype)} if case.mixed else {}
+        return {"frozen": frozen, **same_dtype, "peft": peft_layer(), "fastlora": fastlora_layer()}
+    return {
+        "frozen": frozen,
+        "fused": fastlora_layer(chosen=partial(_by_plan, "FUSED")),
+        "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
+        "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
+        **peft,
+        **({"merged": merged} if case.decodes else {}),
+        "fastlora": fastlora_layer(),
+    }
+
+
+def make_tensors(case: Case, device: torch.device) -> Tensors:
+    if case.is_block:
+        return blocks.make_tensors(case, device)
+    torch.manual_seed(0)
+
+    def random(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=device).mul_(std).to(case.dtype)
+
+    pairs = []
+    count = ADAPTERS if case.table == "mixed" else 2 if case.kind == "two-adapters" else 1
+    for N in case.outputs * count:
+        a, b = random(case.r, case.K, std=case.K**-0.5), random(N, case.r, std=case.r**-0.5)
+        pairs.append((nn.Parameter(a), nn.Parameter(b)))
+    wide = [(nn.Parameter(a.float()), nn.Parameter(b.float())) for a, b in pairs]
+    weights = [random(N, case.K, std=case.K**-0.5) for N in case.outputs]
+    tensors = Tensors(
+        x=random(case.M, case.K).requires_grad_(),
+        dys=tuple(random(case.M, N) for N in case.outputs),
+        weights=tuple(nn.Parameter(weight, requires_grad=False) for weight in weights),
+        adapters={torch.float32: wide, case.dtype: pairs},
+    )
+    return quantised.with_base(case, tensors) if case.table == "quantised" else tensors
