@@ -1,6 +1,7 @@
 """``python -m fastlora doctor``: every line against the truth, and what is broken is said."""
 
 import json
+import os
 import sys
 
 import peft
@@ -29,13 +30,7 @@ def examined(capsys, *arguments: str, status: int = 0) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def broken_by(capsys) -> str:
-    """The only thing that is."""
-    (text,) = examined(capsys, status=1)["broken"]
-    return text
-
-
-def test_versions_and_machine(capsys):
+def test_versions_machine_and_the_text_on_about_a_screen(capsys):
     found = examined(capsys)
     assert found["versions"] == {
         "fastlora": __version__,
@@ -50,10 +45,6 @@ def test_versions_and_machine(capsys):
     assert torch.backends.cpu.get_cpu_capability() in found["machine"]["processor"]
     assert found["installation"].keys() == {"fastlora", "fastlora.kernels"}
     assert found["broken"] == []
-
-
-def test_the_text_says_the_same_on_about_a_screen(capsys):
-    found = examined(capsys)
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 40
@@ -69,20 +60,19 @@ NEEDS_INTERPRETER = "on a CPU the Triton kernels run only under TRITON_INTERPRET
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the default is another one")
 @pytest.mark.parametrize(
-    ("interpret", "asked", "of_torch", "of_triton", "runs"),
+    ("interpret", "of_torch", "of_triton", "runs"),
     [
-        (None, None, "runs by default", f"no: {NEEDS_INTERPRETER}", "torch, the default here"),
         (
-            None, "triton", "possible, by FASTLORA_BACKEND=",
+            None, "possible, by FASTLORA_BACKEND=",
             f"asked for, but calls run on torch: {NEEDS_INTERPRETER}",
             f"torch, not triton: {NEEDS_INTERPRETER}",
         ),
-        ("1", "triton", "possible, by", "runs by default", "triton, by FASTLORA_BACKEND"),
+        ("1", "possible, by", "runs by default", "triton, by FASTLORA_BACKEND"),
     ],
-    ids=["default", "triton", "interpreted"],
+    ids=["compiled", "interpreted"],
 )  # fmt: skip
-def test_backends_as_the_settings_choose_them(interpret, asked, of_torch, of_triton, runs):
-    settings = {"TRITON_INTERPRET": interpret, "FASTLORA_BACKEND": asked}
+def test_backends_as_the_settings_choose_them(interpret, of_torch, of_triton, runs):
+    settings = {"TRITON_INTERPRET": interpret, "FASTLORA_BACKEND": "triton"}
     shape = ("--shape", "32,32,32", "--dtype", "float32")
     found = json.loads(run_python(*DOCTOR, "--json", *shape, **settings))
     for name, value in settings.items():
@@ -93,6 +83,13 @@ def test_backends_as_the_settings_choose_them(interpret, asked, of_torch, of_tri
     assert ("forward 1" in found["plan"]) == runs.startswith("triton")
     tested = ("torch on cpu", *["triton on cpu"] * bool(interpret), "PEFT optimised")
     assert tuple(found["self-test, relative errors"]) == tested
+
+
+def test_a_backend_that_does_not_exist_is_broken_and_the_process_exits_with_1():
+    text = r"BROKEN: no backend on cpu: .*FASTLORA_BACKEND asks for the backend 'metal'"
+    not_this = rf"triton on cpu +no: {NEEDS_INTERPRETER}"
+    with pytest.raises(AssertionError, match=rf"(?s){not_this}.*{text}"):
+        run_python(*DOCTOR, FASTLORA_BACKEND="metal", TRITON_INTERPRET=None)
 
 
 @pytest.mark.parametrize(("wide", "word"), [(False, "fast"), (True, "slow, so in float32")])
@@ -106,7 +103,9 @@ def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide,
 
 @pytest.mark.parametrize(("plan", "word"), [(IN_PLACE, "in place"), (FUSED, "fused")])
 def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
-    """Its launches, and in place the two products that are torch's."""
+    """Its launches, and in place the two products that are torch's; nothing stays forced."""
+    from fastlora.kernels import launch, target
+
     arguments = ("--shape", "4096,2048,1024", "--r", "8", "--dropout", "0.1", "--target", "sm_90")
     with use_plan(plan):
         found = examined(capsys, *arguments)["plan"]
@@ -129,6 +128,9 @@ def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
         "torch.addmm: [4096, 1024] @ [1024, 2048]",
     ]
     assert products == (expected if plan == IN_PLACE else [])
+    assert target.forced() is None
+    assert not launch.is_intercepted()
+    assert backends.backend_name(device=CPU) == "torch"
 
 
 def test_a_call_that_the_kernels_do_not_cover(capsys):
@@ -137,42 +139,91 @@ def test_a_call_that_the_kernels_do_not_cover(capsys):
     assert found.keys() == {"call", "backend"}
 
 
-def test_nothing_stays_forced(capsys):
-    from fastlora.kernels import launch, target
-
-    examined(capsys, "--shape", "8,8,8", "--target", "sm_90")
-    assert target.forced() is None
-    assert not launch.is_intercepted()
-    assert backends.backend_name(device=CPU) == "torch"
-
-
-def test_a_wrong_op_is_broken(capsys, monkeypatch):
+def wrong_op(patch):
     forward = torch_backend.forward
 
     def wrong(*arguments):
         ys, hs = forward(*arguments)
         return [y * 1.05 for y in ys], hs
 
-    monkeypatch.setattr(torch_backend, "forward", wrong)
-    found = examined(capsys, status=1)["broken"]
-    expected = "self-test of torch on cpu in bfloat16: the output is wrong, its relative error is"
-    assert [text for text in found if text.startswith(expected)]
-    assert main(["doctor"]) == 1
-    assert f"BROKEN: {found[0]}" in capsys.readouterr().out
+    patch.setattr(torch_backend, "forward", wrong)
 
 
-def test_an_op_that_raises_or_gives_nan_is_broken(capsys, monkeypatch):
-    nan = {"dx": float("nan")}
-    monkeypatch.setattr(doctor, "relative_errors", lambda *_: nan)
-    assert "dx is wrong" in examined(capsys, status=1)["broken"][0]
+def nan(patch):
+    patch.setattr(doctor, "relative_errors", lambda *_: {"dx": float("nan")})
 
+
+def raising(patch):
     def fail(*_):
         raise RuntimeError("no\nmemory")
 
-    monkeypatch.setattr(doctor, "relative_errors", fail)
+    patch.setattr(doctor, "relative_errors", fail)
+
+
+def broken_package(patch):
+    def importing(name):
+        if name == "transformers":
+            raise ImportError("undefined symbol")
+        return sys.modules[name]
+
+    patch.setattr(machine, "import_module", importing)
+
+
+def no_kernels(patch):
+    def find(name, device=CPU):
+        if name == "triton":
+            raise ImportError("has no fastlora.kernels")
+        return torch_backend
+
+    patch.setattr(doctor, "find_backend", find)
+
+
+def no_machine(patch):
+    patch.setattr(doctor, "machine", lambda _: 1 / 0)
+
+
+PEFT_FORWARD = PeftLinear.forward
+
+
+def doubled(patch):
+    """PEFT's adapter counts twice."""
+    patch.setattr(
+        PeftLinear,
+        "forward",
+        lambda self, x, *more: 2 * PEFT_FORWARD(self, x, *more) - self.base_layer(x),
+    )
+
+
+def another_gradient(patch):
+    """PEFT's output is right, and its gradient lacks the adapter's."""
+
+    def forward(self, x, *more):
+        y, base = PEFT_FORWARD(self, x, *more), self.base_layer(x)
+        return base + (y - base).detach()
+
+    patch.setattr(PeftLinear, "forward", forward)
+
+
+FAULTS = {
+    wrong_op: "self-test of torch on cpu in bfloat16: the output is wrong, its relative error is",
+    nan: "self-test of torch on cpu in float32: dx is wrong, its relative error is nan",
+    raising: "self-test of torch on cpu in float32: RuntimeError: no memory",
+    doubled: "self-test of fastlora.optimize, LoRA: fastlora (1 of 1 layers",
+    another_gradient: "self-test of fastlora.optimize, LoRA: fastlora (1 of 1 layers",
+    broken_package: "transformers is installed, but can't be imported: ImportError: undefined symb",
+    no_kernels: "the backend triton can't be imported: ImportError: has no fastlora.kernels",
+    no_machine: "machine: ZeroDivisionError: division by zero",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_what_is_broken_is_said_and_the_rest_goes_on(capsys, monkeypatch, fault):
+    fault(monkeypatch)
     found = examined(capsys, status=1)
-    assert found["broken"][0].endswith("in float32: RuntimeError: no memory")
-    assert "float32 failed" in found["self-test, relative errors"]["torch on cpu"]
+    said = [text for text in found["broken"] if text.startswith(FAULTS[fault])]
+    assert said, found["broken"]
+    assert fault is not another_gradient or "NOT the same" in said[0]
+    assert found["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(
@@ -180,35 +231,18 @@ def test_an_op_that_raises_or_gives_nan_is_broken(capsys, monkeypatch):
     [
         ("0.18.0", "not supported: PEFT 0.18.0 is not among the tested versions"),
         ("0.99.0", "PEFT 0.99.0 is newer than the tested versions"),
+        ("", "not supported: FASTLORA_DISABLE is set"),
     ],
 )
-def test_another_peft_is_a_note(capsys, monkeypatch, version, text):
-    monkeypatch.setattr(peft, "__version__", version)
+def test_another_peft_or_a_switch_is_a_note(capsys, monkeypatch, version, text):
+    if version:
+        monkeypatch.setattr(peft, "__version__", version)
+    else:
+        monkeypatch.setenv("FASTLORA_DISABLE", "1")
     found = examined(capsys)
     assert found["fastlora.optimize"]["PEFT"].startswith(text)
     assert ("PEFT optimised" in found["self-test, relative errors"]) == (version == "0.99.0")
-
-
-def doubled(self, x, *args, **named):
-    """The adapter's part counts twice."""
-    return 2 * PEFT_FORWARD(self, x, *args, **named) - self.base_layer(x)
-
-
-def with_another_gradient(self, x, *args, **named):
-    """The right output, and a gradient that lacks the adapter's."""
-    y, base = PEFT_FORWARD(self, x, *args, **named), self.base_layer(x)
-    return base + (y - base).detach()
-
-
-PEFT_FORWARD = PeftLinear.forward
-
-
-@pytest.mark.parametrize("forward", [doubled, with_another_gradient])
-def test_a_peft_that_means_something_else_is_broken(capsys, monkeypatch, forward):
-    monkeypatch.setattr(PeftLinear, "forward", forward)
-    broken = examined(capsys, status=1)["broken"]
-    assert broken[0].startswith("self-test of fastlora.optimize, LoRA: fastlora (1 of 1 layers")
-    assert "NOT the same" in broken[0]
+    assert found["settings"].get("FASTLORA_DISABLE") == os.environ.get("FASTLORA_DISABLE")
 
 
 @pytest.mark.parametrize(
@@ -219,56 +253,16 @@ def test_a_triton_whose_products_lack_a_fence_is_named(version, has_hopper, says
     assert ("lack a fence" in machine.note_of_triton(version, has_hopper)) == says
 
 
-def test_what_switches_optimize_off_is_said(capsys, monkeypatch):
-    monkeypatch.setenv("FASTLORA_DISABLE", "1")
-    found = examined(capsys)
-    assert found["fastlora.optimize"]["PEFT"] == "not supported: FASTLORA_DISABLE is set"
-    assert found["settings"]["FASTLORA_DISABLE"] == "1"
-
-
-def test_without_triton_it_is_no_fault():
+def test_without_triton_and_peft_it_is_no_fault_and_an_import_brings_no_doctor():
     code = (
-        "import sys; sys.modules['triton'] = sys.modules['peft'] = None;"
+        "import sys; sys.modules['triton'] = sys.modules['peft'] = None; import fastlora;"
+        "assert not [name for name in sys.modules if 'doctor' in name];"
         "from fastlora.__main__ import main; sys.exit(main(['doctor', '--json']))"
     )
     found = json.loads(run_python("-c", code))
-    assert found["versions"]["triton"] == "not installed"
+    assert found["versions"]["triton"] == found["versions"]["peft"] == "not installed"
     assert found["backends"]["triton on cpu"] == "no: the package triton isn't installed"
-
-
-def test_without_peft_it_is_no_fault(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    found = examined(capsys)
-    assert found["versions"]["peft"] == "not installed"
     assert "fastlora.optimize" not in found
-
-
-def test_an_installed_package_that_can_not_be_imported_is_broken(capsys, monkeypatch):
-    def importing(name):
-        if name == "transformers":
-            raise ImportError("undefined symbol")
-        return sys.modules[name]
-
-    monkeypatch.setattr(machine, "import_module", importing)
-    expected = "transformers is installed, but can't be imported: ImportError: undefined symbol"
-    assert broken_by(capsys) == expected
-
-
-def test_a_source_tree_without_kernels_is_broken(capsys, monkeypatch):
-    def find(name, device=CPU):
-        if name == "triton":
-            raise ImportError("has no fastlora.kernels")
-        return torch_backend
-
-    monkeypatch.setattr(doctor, "find_backend", find)
-    assert "the backend triton can't be imported: ImportError: has no" in broken_by(capsys)
-
-
-def test_a_section_that_fails_leaves_the_others(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "machine", lambda _: 1 / 0)
-    found = examined(capsys, status=1)
-    assert found["broken"] == ["machine: ZeroDivisionError: division by zero"]
-    assert found["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(
@@ -301,15 +295,6 @@ def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):
 
 
 def test_alone_it_prints_usage():
-    assert run_python("-m", "fastlora").startswith("usage: python -m fastlora")
-
-
-def test_fastlora_does_not_import_it():
-    code = "import sys, fastlora; print([name for name in sys.modules if 'doctor' in name])"
-    assert run_python("-c", code) == "[]"
-
-
-def test_a_backend_that_does_not_exist_is_broken_and_the_process_exits_with_1():
-    text = r"BROKEN: no backend on cpu: .*FASTLORA_BACKEND asks for the backend 'metal'"
-    with pytest.raises(AssertionError, match=text):
-        run_python(*DOCTOR, FASTLORA_BACKEND="metal")
+    printed = run_python("-m", "fastlora")
+    assert printed.startswith("usage: python -m fastlora")
+    assert "fastlora.plan(model)" in printed

@@ -56,20 +56,20 @@ def test_every_part_gives_a_row_and_no_failure(dry):
     rows = dry[1]["rows"]
     assert {row["table"] for row in rows} == {"calls", "compile", "gpu", "tune", "tests"}
     assert [row for row in rows if row.get("failures") or row.get("skipped")] == []
+    outcomes = {row["id"]: row["outcome"] for row in rows if row["table"] == "tests"}
+    assert outcomes["config"].endswith(" passed")
 
 
 def test_a_gpu_s_own_parts_raise_nothing_on_the_standin(on_the_standin):
+    """And what the layers launch is compiled ahead."""
     assert [row for row in on_the_standin if row.get("failures") or row.get("skipped")] == []
     tables = [row["table"] for row in on_the_standin]
     assert set(tables) == {"calls", "compile", "gpu", "tune"}
     assert tables[:3] == ["calls"] * 3  # what decides most, at the start
     for row in on_the_standin:
         assert (row["launches"] > 0) == (row["table"] != "compile")
-
-
-def test_compiling_ahead_is_done_for_all_layers(on_the_standin):
     [row] = [row for row in on_the_standin if row["table"] == "compile"]
-    layers = sum(row["table"] == "gpu" for row in on_the_standin)
+    layers = tables.count("gpu")
     assert row["outcome"] == f"{2 * layers} of {2 * layers} ended in time"
 
 
@@ -81,11 +81,6 @@ def test_who_is_timed_was_judged(dry):
         assert max(row["errors"].values()) <= TOLERANCE[torch.bfloat16]
         for seconds in row["seconds"].values():
             assert set(seconds) == set(row["errors"])
-
-
-def test_tests_run(dry):
-    outcomes = {row["id"]: row["outcome"] for row in dry[1]["rows"] if row["table"] == "tests"}
-    assert outcomes["config"].endswith(" passed")
 
 
 def test_products_stand_beside_torch_s_and_thin_launches_beside_a_copy(dry):
@@ -103,13 +98,21 @@ def test_products_stand_beside_torch_s_and_thin_launches_beside_a_copy(dry):
         assert row["rates"]["copy"] == pytest.approx(tera, rel=1e-3)
 
 
-def test_tuning_chooses_among_what_it_tried(dry):
-    rows = [row for row in dry[1]["rows"] if row["table"] == "tune"]
+def test_tuning_chooses_among_what_it_tried_and_prints_rows_as_python(dry):
+    printed, results = dry
+    rows = [row for row in results["rows"] if row["table"] == "tune"]
     assert {row["id"].split()[0] for row in rows} == {"y", "dx", "h", "dA", "dB,dh"}
     for row in rows:
         assert row["tried"] == 2
         times = {name: t for name, t in row["seconds"].items() if "Config(" in name}
         assert row["best"] == min(times, key=times.get)
+    plans = [row["plan"] for row in results["rows"] if "plan" in row]
+    assert {"backward=True" in text for text in plans} == {False, True}
+    for text in plans:
+        row = eval(text, {"Row": Row, "Plan": Plan, "GemmConfig": GemmConfig})
+        assert isinstance(row, Row)
+        assert repr(row) == text
+        assert f"{text}," in printed.splitlines()
 
 
 def test_a_call_that_is_wrong_or_raises_has_no_time(monkeypatch):
@@ -129,82 +132,50 @@ def test_a_call_that_is_wrong_or_raises_has_no_time(monkeypatch):
     assert set(row["seconds"]) == {row["default"], "mm", "addmm"}
 
 
-def test_plan_rows_are_printed_as_python(dry):
-    printed, results = dry
-    plans = [row["plan"] for row in results["rows"] if "plan" in row]
-    assert {"backward=True" in text for text in plans} == {False, True}
-    for text in plans:
-        row = eval(text, {"Row": Row, "Plan": Plan, "GemmConfig": GemmConfig})
-        assert isinstance(row, Row)
-        assert repr(row) == text
-        assert f"{text}," in printed.splitlines()
+def test_a_part_that_ends_its_process_or_has_no_time_costs_only_itself(tmp_path, monkeypatch):
+    """The tests have a minute of their own, whatever else took too long; the file is whole."""
+    from benchmarks import visit
 
-
-def test_a_visit_that_is_killed_leaves_a_whole_file(tmp_path):
     out = tmp_path / "visit.json"
-    command = [*COMMAND, "--dry", "--only", "tune", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not out.exists() and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert json.loads(out.read_text(encoding="utf-8"))["rows"]
+    monkeypatch.setattr(sys, "argv", ["visit.py", "--dry", "--out", str(out)])
+    a_visit = visit.Visit(visit.parse())
+    parts = a_visit.worker.ask("names")["names"]
+    assert [kind for kind, _ in parts][-1] == "tests"
+    case = next(name for kind, name in parts if kind == "layers")
+    ask, seconds = a_visit.worker.ask, iter([0.0, 60.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(a_visit.worker, "ask", lambda *part, **_: ask(*part, seconds=next(seconds)))
+        died, judged = a_visit.row("layers", case), a_visit.row("layers", case)
+    assert died["id"] == judged["id"] == case
+    assert "the process ended with -9" in died["failures"]["the process"]
+    assert (judged["failures"], judged["rounds"]) == ({}, 1)
+    a_visit.end = time.monotonic() + 30
+    assert a_visit.row("tune", "h m34 n48 r16")["skipped"] == {"time": "none was left"}
+    assert "passed" in a_visit.row("tests", "config")["outcome"]
 
+    a_visit.end = 0.0
+    write, files = visit.write_results, []
 
-def test_what_there_is_no_time_for_is_said(tmp_path):
-    out = tmp_path / "visit.json"
-    command = [*COMMAND, "--dry", "--minutes", "0", "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    def noted(path, *rest):
+        write(path, *rest)
+        files.append(len(json.loads(out.read_text(encoding="utf-8"))["rows"]))
+
+    monkeypatch.setattr(visit, "write_results", noted)
+    a_visit.run()
+    assert files == [*range(1, len(parts) + 1)]
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert {row["table"] for row in rows} == {"calls", "compile", "layers", "tune", "tests"}
     assert all(row["skipped"] == {"time": "none was left"} for row in rows)
 
 
-def test_tests_have_a_time_of_their_own(tmp_path, monkeypatch):
-    """Whatever else took too long."""
-    a_visit = visit_of(tmp_path, monkeypatch, "--minutes", "0.5")
-    assert a_visit.row("tune", "h m34 n48 r16")["skipped"]
-    assert "passed" in a_visit.row("tests", "config")["outcome"]
-    a_visit.worker.close()
+def test_a_dry_visit_s_numbers_and_interpreter_are_its_own(monkeypatch, capsys):
+    from benchmarks.visit import environment, parse
 
-
-def test_a_part_that_ends_its_process_costs_only_itself(tmp_path, monkeypatch):
-    a_visit = visit_of(tmp_path, monkeypatch)
-    names = a_visit.worker.ask("names")["names"]
-    case = next(name for kind, name in names if kind == "layers")
-    ask, seconds = a_visit.worker.ask, iter([0.0, 60.0])
-    monkeypatch.setattr(a_visit.worker, "ask", lambda *part, **_: ask(*part, seconds=next(seconds)))
-    died, judged = a_visit.row("layers", case), a_visit.row("layers", case)
-    a_visit.worker.close()
-    assert died["id"] == judged["id"] == case
-    assert "the process ended with -9" in died["failures"]["the process"]
-    assert judged["failures"] == {}
-    assert judged["rounds"] == 1
-
-
-def visit_of(folder, monkeypatch, *options):
-    """A dry one, that has not begun."""
-    from benchmarks import visit
-
-    out = str(folder / "visit.json")
-    monkeypatch.setattr(sys, "argv", ["visit.py", "--dry", "--out", out, *options])
-    return visit.Visit(visit.parse())
-
-
-def test_dry_numbers_stay_out_of_the_results():
     out = ROOT / "benchmarks" / "results" / "some-device.json"
-    command = [*COMMAND, "--dry", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert "don't belong in benchmarks/results" in done.stderr
-    assert not out.exists()
-
-
-def test_the_interpreter_is_for_dry_visits_only(monkeypatch):
-    from benchmarks.visit import environment
-
+    monkeypatch.setattr(sys, "argv", ["visit.py", "--dry", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        parse()
+    assert "don't belong in benchmarks/results" in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "TRITON_INTERPRET" not in environment(dry=False)
     monkeypatch.delenv("TRITON_INTERPRET")
