@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from ..foreign import derived_from
 from ..formats.format import Quantised
 from ..formats.gptq import Gptq
-from .once import Once
-from .vendor import PackedLayer
+from .vendor import Once, PackedLayer
 
 _PACKAGE = "gptqmodel.nn_modules.qlinear"
 # The others lay the numbers out for one kernel, or have other numbers.

@@ -11,8 +11,7 @@ from ..formats.float8 import Float8
 from ..formats.format import Quantised
 from ..formats.integers import Affine, Int4Groups, Int8Rows
 from ..projection import is_plain
-from .once import Once
-from .vendor import PackedLayer
+from .vendor import Once, PackedLayer
 
 _ZEROS = Once()
 

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..foreign import is_dtensor
 from ..formats.format import Quantised
@@ -58,3 +59,23 @@ class Vendor(Protocol):
 
         What was there stays as it is, in no place.  Raises ValueError where there is no such.
         """
+
+
+class Once:
+    """A question about a tensor's values, asked once: on a GPU the answer waits for it.
+
+    A tensor that changed is looked at again.
+    """
+
+    def __init__(self) -> None:
+        self._seen = WeakTensorKeyDictionary()  # of each tensor: its version, and the answer
+
+    def ask(self, tensor: Tensor, question: Callable[[Tensor], bool]) -> bool:
+        """False in a graph of torch.compile's, which holds no value of a tensor."""
+        if torch.compiler.is_compiling():
+            return False
+        version = None if tensor.is_inference() else tensor._version
+        seen = self._seen.get(tensor)
+        if seen is None or seen[0] != version:
+            seen = self._seen[tensor] = version, question(tensor)
+        return seen[1]

@@ -1,0 +1,88 @@
+"""HQQ's and GPTQ-Model's layers as packed weights: the very numbers, or why not."""
+
+import pytest
+import torch
+from vendor_layers import quantised
+
+from fastlora.quant import gptq, hqq
+
+K, N = 128, 96
+GROUPS = {  # bits, group and dtype
+    "8": (8, None, torch.float32),
+    "4-bf16": (4, 64, torch.bfloat16),
+    "3-fp16": (3, 32, torch.float16),
+    "2": (2, 32, torch.float32),
+    "1": (1, 32, torch.float32),
+}
+
+
+def hqq_linear(bits=4, group=32, dtype=torch.float32, axis=1):
+    quantize = pytest.importorskip("hqq.core.quantize", reason="HQQ isn't installed")
+    torch.manual_seed(0)
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis)
+    linear = torch.nn.Linear(K, N)
+    return quantize.HQQLinear(linear, config, compute_dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_the_numbers_are_hqq_s(case):
+    linear = hqq_linear(*GROUPS[case])
+    assert hqq.owns(linear, type(linear))
+    found = hqq.read(linear)
+    for dtype in (linear.compute_dtype, torch.float64):
+        assert torch.equal(found.weight.dense(dtype), linear.dequantize().to(dtype))
+
+
+def test_what_no_format_of_hqq_reads_is_said():
+    assert "axis=0" in hqq.read(hqq_linear(axis=0))
+    linear = hqq_linear()
+    linear.meta["quant_zero"] = True
+    assert "packed, too" in hqq.read(linear)
+    linear.meta["quant_zero"] = False
+    linear.meta["scale"] = linear.meta["scale"][:-1]
+    assert hqq.read(linear).startswith("its quantisation state is broken")
+    linear.ready = False
+    assert "isn't quantised as yet" in hqq.read(linear)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("order", ["in-order", "disordered"])
+def test_the_numbers_are_gptq_model_s(bits, order):
+    layer = quantised("gptq", K, N, torch.float16, bits=bits, disordered=order != "in-order")
+    assert gptq.owns(layer, type(layer))
+    found = gptq.read(layer)
+    assert found.weight.format.ordered is (order == "in-order")
+    theirs = layer.dequantize_weight().T
+    for dtype in (torch.float16, torch.float32):
+        assert torch.equal(found.weight.dense(dtype), theirs.to(dtype))
+    x = torch.randn(3, K)
+    torch.testing.assert_close(
+        layer(x), torch.nn.functional.linear(x, theirs.float(), layer.bias.float())
+    )
+
+
+def test_groups_that_change_are_looked_at_again():
+    layer = quantised("gptq", K, N)
+    assert gptq.read(layer).weight.format.ordered
+    layer.g_idx.copy_(layer.g_idx.flip(0))
+    found = gptq.read(layer).weight
+    assert not found.format.ordered
+    assert torch.equal(found.dense(torch.float16), layer.dequantize_weight().T)
+
+
+def test_what_no_format_of_gptq_reads_is_said():
+    layer = quantised("gptq", K, N)
+
+    class Doubled(type(layer)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert not gptq.owns(layer, Doubled)
+    layer.online_full_had = True
+    assert "rotated" in gptq.read(layer)
+    layer.online_full_had = False
+    layer.planar = True
+    assert "planes" in gptq.read(layer)
+    layer.planar = False
+    layer.scales = layer.scales[:-1]
+    assert gptq.read(layer).startswith("its quantisation state is broken")
