@@ -17,7 +17,6 @@ from fastlora.layers import frozen
 from fastlora.report import cover_frozen
 
 pytestmark = pytest.mark.usefixtures("wide")
-HALF = [torch.bfloat16, torch.float16]
 
 
 def linear(dtype=torch.bfloat16, bias=True, **settings):
@@ -41,9 +40,15 @@ def results(layer, x, dy=None):
     return y, torch.autograd.grad(y, x, dy)[0]
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("leading", [(33,), (3, 7), (2,)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bias", "leading"),
+    [
+        (torch.bfloat16, True, (33,)),
+        (torch.float16, False, (3, 7)),
+        (torch.bfloat16, False, (2,)),
+    ],
+    ids=str,
+)
 def test_y_and_dx_are_closer_to_the_truth_than_torch_s(dtype, bias, leading):
     layer = taken(dtype=dtype, bias=bias)
     theirs, x = copy.deepcopy(layer), x_of(*leading, dtype=dtype)

@@ -90,11 +90,7 @@ def test_a_block_computes_what_its_layers_do(settings):
 
 FAMILIES = {
     "llama": ("Llama", "LlamaMLP"),
-    "mistral": ("Mistral", "MistralMLP"),
-    "qwen2": ("Qwen2", "Qwen2MLP"),
     "qwen3": ("Qwen3", "Qwen3MLP"),
-    "gemma": ("Gemma", "GemmaMLP"),
-    "gemma2": ("Gemma2", "Gemma2MLP"),
     "gemma3": ("Gemma3Text", "Gemma3MLP"),
     "recurrent_gemma": ("RecurrentGemma", "RecurrentGemmaMlp"),
 }
@@ -145,12 +141,6 @@ class Added(Gated):
         return down_proj
 
 
-class Twice(Gated):
-    def forward(self, x):
-        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.gate_proj(x))
-        return down_proj
-
-
 class Called(Gated):
     """Its own forward, then more: super() is a name of its own."""
 
@@ -186,7 +176,7 @@ class Wrapped(Gated):
     forward = wrapped(Gated.forward)
 
 
-UNKNOWN = [Clamped, Scaled, Exchanged, Added, Twice, Called, Keyword, Variadic, OwnCall, Wrapped]
+UNKNOWN = [Clamped, Scaled, Exchanged, Added, Called, Keyword, Variadic, OwnCall, Wrapped]
 
 
 @pytest.mark.parametrize("kind", UNKNOWN, ids=lambda kind: kind.__name__)
@@ -510,32 +500,21 @@ def test_a_block_is_what_it_was_but_for_its_forward():
     assert blocks(model) == {"0"}
 
 
-def test_taken_and_given_back():
-    model = nn.Sequential(Gated(), nn.Sequential(Clamped()), nn.Linear(3, 3))
-    taken = mlp.take(model.modules(), mlp.GatedMLP)
-    assert taken == [model[0]]
-    assert mlp.take(model.modules(), mlp.GatedMLP) == []
-    assert mlp.give_back(model.modules()) == taken
-    assert type(model[0]) is Gated
-    assert mlp.give_back(model.modules()) == []
-
-
 def kept(model: nn.Module, rows: int, size: int, apart_from) -> int:
     leaf = torch.randn(rows, size, requires_grad=True)
     return sum(saved_bytes(lambda: model(leaf), apart_from).values())
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
-def test_the_mlp_of_qwen3_keeps_less_than_a_frozen_one(p):
-    """At 512 tokens: 14.1 MiB, where the frozen one keeps 18 and three layers 26.1."""
+def test_the_mlp_of_qwen3_keeps_less_than_a_frozen_one():
+    """At 128 tokens: 3.5 MiB, where the frozen one keeps 4.5 and three layers 6.5."""
     sizes = {"hidden_size": 1024, "intermediate_size": 3072}
     kind = type(of_transformers("qwen3"))
     frozen = kind(transformers.Qwen3Config(**sizes)).requires_grad_(False)
     model = nn.Sequential(copy.deepcopy(frozen))
-    config = fastlora.LoRAConfig(r=16, lora_dropout=p, target_modules=list(mlp.PARTS))
+    config = fastlora.LoRAConfig(r=16, lora_dropout=0.1, target_modules=list(mlp.PARTS))
     fastlora.apply_lora(model, config)
-    theirs = kept(frozen, 512, 1024, frozen.parameters())
-    ours = kept(model, 512, 1024, model.parameters())
-    assert theirs == 18 * 2**20
+    theirs = kept(frozen, 128, 1024, frozen.parameters())
+    ours = kept(model, 128, 1024, model.parameters())
+    assert theirs == 4.5 * 2**20
     assert ours <= 0.8 * theirs
-    assert kept(layer_by_layer(model), 512, 1024, list(model.parameters())) > 26 * 2**20
+    assert kept(layer_by_layer(model), 128, 1024, list(model.parameters())) > 6.5 * 2**20

@@ -91,11 +91,6 @@ def test_a_float32_adapter_beside_16_bits(layer, x):
     torch.testing.assert_close(y, layer(x.bfloat16()), rtol=0.02, atol=0.02)
 
 
-def test_a_model_in_compile_still_calls_the_op(layer, x):
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), formula(layer, x))
-
-
 def group() -> list:
     """A layer with two adapters, one with a bias, and a frozen one."""
     tensors = {name: torch.randn(shape).double() for name, shape in SHAPES.items()}

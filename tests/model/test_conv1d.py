@@ -1,7 +1,6 @@
 """Conv1D (GPT-2) and FalconLinear: all that apply_lora promises, with PEFT's numbers."""
 
 import copy
-import io
 import json
 import pickle
 from pathlib import Path
@@ -76,8 +75,7 @@ def peft_name(our: nn.Module, name: str) -> str:
     return f"base_model.model.{name}"
 
 
-@every_model
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize(("make", "bias"), [(gpt2, "all"), (falcon, "lora_only")], ids=MODELS)
 def test_three_steps_with_peft_s_outputs_and_gradients(make, bias):
     our, their = twins(make, bias=bias, rank_pattern={r"0\..*(c_proj|dense)": 2})
     torch.testing.assert_close(logits(our), logits(their))
@@ -98,24 +96,6 @@ def test_three_steps_with_peft_s_outputs_and_gradients(make, bias):
         for step in steps:
             step.step()
     torch.testing.assert_close(logits(our), logits(their), rtol=1e-3, atol=1e-4)
-
-
-@every_model
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_float32_adapters_beside_16_bits(make, dtype):
-    first = {gpt2: "transformer.h.0.mlp.c_fc", falcon: "transformer.h.0.mlp.dense_h_to_4h"}[make]
-    model = adapt(model_of(make).to(dtype), 0.1, target_modules="all-linear")
-    half = model.get_submodule(first)
-    assert (half.weight.dtype, half.lora_A.dtype) == (dtype, torch.float32)
-    torch.manual_seed(3)
-    x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
-    found = torch.autograd.grad(half(x).float().square().sum(), [x, half.lora_A, half.lora_B])
-    wide = copy.deepcopy(half).double()
-    x = x.detach().double().requires_grad_()
-    truth = torch.autograd.grad(wide(x).square().sum(), [x, wide.lora_A, wide.lora_B])
-    for got, expected in zip(found, truth, strict=True):
-        assert ((got.double() - expected).norm() / expected.norm()).item() < 0.02
-    assert [g.dtype for g in found] == [dtype, torch.float32, torch.float32]
 
 
 @every_model
@@ -163,10 +143,9 @@ def is_target(make, name: str) -> bool:
     return name.rpartition(".")[2] in TARGETS[make]
 
 
-@pytest.mark.parametrize("rows", [7, 10**6])
 @every_model
-def test_merged_weights_are_peft_s(make, rows, monkeypatch):
-    monkeypatch.setattr(blocks, "rows_at_a_time", lambda _: rows)
+def test_merged_weights_are_peft_s(make, monkeypatch):
+    monkeypatch.setattr(blocks, "rows_at_a_time", lambda _: 7)
     our, their = twins(make)
     before, y = snapshot(our), logits(our)
     fastlora.merge_lora(our)
@@ -187,38 +166,16 @@ def test_merged_weights_are_peft_s(make, rows, monkeypatch):
 
 
 @every_model
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["f64", "bf16"])
-def test_the_merged_weight_is_the_exact_sum_rounded_once(make, dtype):
-    _, layer = next(lora_layers(ours(make).to(dtype)))
-    change = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-    exact = layer.weight.double() + (change.T if make is gpt2 else change)
-    ulp = torch.finfo(dtype).eps * exact.abs().clamp(min=1e-2)
-    assert ((layer.merged_weight().double() - exact).abs() <= 0.5 * ulp + 1e-6).all()
-
-
-@every_model
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_peft_reads_our_file(make, bias, tmp_path):
-    model = ours(make, bias=bias)
+def test_files_are_peft_s_both_ways(make, tmp_path):
+    model = ours(make, bias="lora_only")
     fastlora.save_adapter(model, tmp_path / "ours")
-    with_file = peft.PeftModel.from_pretrained(model_of(make), tmp_path / "ours")
-    torch.testing.assert_close(logits(with_file), logits(model))
-    with_file.save_pretrained(tmp_path / "theirs")
-    assert config_in(tmp_path / "ours")["fan_in_fan_out"] == (make is gpt2)
-    assert config_in(tmp_path / "theirs")["fan_in_fan_out"] == (make is gpt2)
-
-
-@every_model
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_we_read_peft_s_file(make, bias, tmp_path):
-    their = theirs(make, bias=bias)
-    their.save_pretrained(tmp_path)
-    model = fastlora.load_adapter(model_of(make), tmp_path)
-    torch.testing.assert_close(logits(model), logits(their))
-    for _, layer in lora_layers(model):
-        nn.init.zeros_(layer.lora_B)
-    fastlora.load_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(model), logits(their))
+    their = peft.PeftModel.from_pretrained(model_of(make), tmp_path / "ours")
+    torch.testing.assert_close(logits(their), logits(model))
+    their.save_pretrained(tmp_path / "theirs")
+    for side in ("ours", "theirs"):
+        assert config_in(tmp_path / side)["fan_in_fan_out"] == (make is gpt2)
+    again = fastlora.load_adapter(model_of(make), tmp_path / "theirs")
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["conv1d-last", "linear-last"])
@@ -243,14 +200,6 @@ def config_in(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def test_peft_s_config_with_fan_in_fan_out():
-    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, r=4)
-    model = fastlora.apply_lora(model_of(gpt2), config)
-    assert [name for name, _ in lora_layers(model)] == [
-        f"transformer.h.{i}.attn.c_attn" for i in (0, 1)
-    ]
-
-
 def test_a_conv1d_is_no_target_parameter():
     """PEFT takes such a weight for [out, in]: the file would have other shapes."""
     model = model_of(gpt2)
@@ -265,35 +214,22 @@ def pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
-def saved_by_torch(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_by_torch])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 @every_model
-def test_copies(make, copied, merged, tmp_path):
+def test_copies_of_a_merged_model(make, copied, tmp_path):
     model = ours(make)
     y = logits(model)
-    if merged:
-        fastlora.merge_lora(model)
-    twin = copied(model)
+    twin = copied(fastlora.merge_lora(model))
     assert [type(module) for module in twin.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(logits(twin), logits(model))
-    if merged:
-        fastlora.unmerge_lora(twin)
-    assert torch.equal(logits(twin), y)
+    assert torch.equal(logits(fastlora.unmerge_lora(twin)), y)
     fastlora.save_adapter(twin, tmp_path)
     fastlora.remove_lora(twin)
     assert len(list(lora_layers(model))) == 8
 
 
-@pytest.mark.parametrize("make", [lambda: Conv1D(6, 8), lambda: FalconLinear(8, 6)])
-def test_a_pickle_of_one_layer_loads_in_another_process(make, tmp_path):
-    model = adapt(nn.Sequential(make()), target_modules=["0"])
+def test_a_pickle_of_one_layer_loads_in_another_process(tmp_path):
+    model = adapt(nn.Sequential(Conv1D(6, 8)), target_modules=["0"])
     torch.save(model, tmp_path / "layer.pt")
     code = (
         "import sys, torch; "
@@ -313,9 +249,8 @@ def test_a_parametrised_layer_refuses_to_be_pickled_as_any_does():
     assert torch.equal(twin(x), model(x))
 
 
-@every_model
-def test_a_base_checkpoint_loads_before_and_after(make):
-    base, model = model_of(make), ours(make)
+def test_a_base_checkpoint_loads_before_and_after():
+    base, model = model_of(gpt2), ours(gpt2)
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.mul_(1.1)
@@ -324,60 +259,6 @@ def test_a_base_checkpoint_loads_before_and_after(make):
     for name, parameter in base.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter)
     assert all(torch.equal(model.get_parameter(name), value) for name, value in adapters.items())
-    other = ours(make)
+    other = ours(gpt2)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), logits(model))
-
-
-def layer_of(make) -> nn.Module:
-    """One layer from 8 to 6 features, with an adapter that drops in training."""
-    torch.manual_seed(1)
-    base = {gpt2: lambda: Conv1D(6, 8), falcon: lambda: FalconLinear(8, 6)}[make]()
-    model = nn.Sequential(base)
-    return adapt(model, r=3, target_modules=["0"], lora_dropout=0.5)[0].eval()
-
-
-@every_model
-def test_the_op_gets_the_weight_itself(make, monkeypatch):
-    layer, calls = layer_of(make), []
-    monkeypatch.setattr(adapted, "lora_linears", lambda x, group, **_: calls.append(group) or [x])
-    layer(torch.randn(2, 8))
-    ((projection,),) = calls
-    assert projection.weight.shape == (6, 8)
-    assert projection.weight.data_ptr() == layer.weight.data_ptr()
-
-
-@every_model
-def test_the_kernels_give_the_same(make):
-    layer, x = layer_of(make), torch.randn(5, 8, requires_grad=True)
-    leaves = [x, layer.lora_A, layer.lora_B]
-    numbers = {}
-    for backend in ("torch", "triton"):
-        with fastlora.use_backend(backend):
-            y = layer(x)
-            numbers[backend] = [y, *torch.autograd.grad(y.square().sum(), leaves)]
-    torch.testing.assert_close(numbers["triton"], numbers["torch"], rtol=1e-4, atol=1e-5)
-
-
-@every_model
-def test_compiled_as_one_graph(make):
-    layer, x = layer_of(make), torch.randn(5, 8)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    leaves = [layer.lora_A, layer.lora_B]
-    found, expected = (
-        [y, *torch.autograd.grad(y.square().sum(), leaves)] for y in (compiled(x), layer(x))
-    )
-    torch.testing.assert_close(found, expected)
-
-
-@every_model
-def test_transforms_and_autocast(make):
-    layer, x = layer_of(make), torch.randn(5, 8)
-    y = layer(x)
-    torch.testing.assert_close(torch.func.vmap(layer)(x), y)
-    torch.testing.assert_close(layer(x.T.contiguous().T), y)
-    torch.testing.assert_close(layer(x[0]), y[0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))

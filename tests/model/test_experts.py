@@ -178,14 +178,6 @@ def test_the_report_says_what_experts_run_on():
             assert all(layer.reason == "" for layer in experts) is (plan == "triton")
 
 
-def test_generation():
-    model = own_model("mixtral")
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    found = model.generate(input_ids=IDS, **settings)
-    merged = fastlora.remove_lora(fastlora.merge_lora(model))
-    assert torch.equal(found, merged.generate(input_ids=IDS, **settings))
-
-
 def test_compiled_without_a_break():
     experts = experts_of(own_model("mixtral"))
     index = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
@@ -327,18 +319,6 @@ def test_files_of_a_peft_that_swapped_in_and_out_are_refused(tmp_path):
                 fastlora.load_adapter(model, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(values | {"peft_version": "0.19.1"}))
     fastlora.load_adapter(base_model(), tmp_path)
-
-
-def test_a_file_of_another_rank_is_refused(tmp_path):
-    fastlora.save_adapter(own_model(r=2), tmp_path)
-    model = own_model()
-    with refused(model, r"\(r, lora_alpha, use_rslora\) = \(4"):
-        fastlora.load_adapter(model, tmp_path)
-    values = json.loads((tmp_path / CONFIG).read_text()) | {"r": 3}
-    (tmp_path / CONFIG).write_text(json.dumps(values))
-    plain = base_model()
-    with refused(plain, "of shape"):
-        fastlora.load_adapter(plain, tmp_path)
 
 
 def test_selective_checkpointing():

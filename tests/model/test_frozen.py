@@ -1,12 +1,9 @@
 """apply_lora takes a model's other frozen layers in, where this CPU multiplies 16 bits slowly."""
 
-import copy
-import io
-
 import pytest
 import torch
 from frozen_calls import counted_calls, fast_layers
-from models import Mlp, Tied, assert_untouched, randomise, refused, snapshot, tiny_llama
+from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
 from torch import nn
 
 import fastlora
@@ -22,18 +19,6 @@ def tied(**settings):
     return fastlora.apply_lora(Tied().bfloat16(), config, **settings)
 
 
-def gradients(model):
-    """The logits, and the gradients of what trains."""
-    y = model(IDS)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(y.square().mean(), list(trained.values()))
-    return {"y": y.detach()} | dict(zip(trained, found, strict=True))
-
-
-def distances(found, truth):
-    return {name: (found[name].double() - truth[name]).norm().item() for name in truth}
-
-
 def test_the_head_is_fast_tied_and_listed_apart():
     model = tied()
     assert fast_layers(model) == {"head"}
@@ -47,20 +32,6 @@ def test_the_head_is_fast_tied_and_listed_apart():
     )
 
 
-def test_results_are_closer_to_the_truth():
-    model = randomise(tied())
-    truth = gradients(copy.deepcopy(model).double())
-    theirs = copy.deepcopy(model)
-    theirs.head = nn.Linear(8, 20, bias=False).requires_grad_(False)
-    theirs.head.weight = theirs.embed.weight
-    with counted_calls() as calls:
-        ours = distances(gradients(model), truth)
-    assert len(calls) == 1
-    their = distances(gradients(theirs), truth)
-    assert ours["y"] <= their["y"]
-    assert sum(ours.values()) <= 1.1 * sum(their.values())
-
-
 def test_frozen_false_and_float32_and_a_fast_cpu_change_nothing(monkeypatch):
     assert fast_layers(tied(frozen=False)) == set()
     assert fast_layers(tied().float()) == {"head"}  # it stays, and calls are torch's
@@ -68,12 +39,6 @@ def test_frozen_false_and_float32_and_a_fast_cpu_change_nothing(monkeypatch):
     assert fast_layers(fastlora.apply_lora(Tied(), config)) == set()
     monkeypatch.setattr(products, "FORCED", False)
     assert fast_layers(tied()) == set()
-
-
-def test_frozen_must_be_a_switch():
-    model = Tied().bfloat16()
-    with refused(model, "frozen is 1, but must be True or False"):
-        fastlora.apply_lora(model, LoRAConfig(target_modules=["mix"]), frozen=1)
 
 
 def test_what_trains_in_full_is_left_alone():
@@ -111,16 +76,6 @@ def test_files_load_and_take_them_in(tmp_path):
     plain = tied(frozen=False)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert repr(model) == repr(plain)
-
-
-def test_a_saved_model_is_fast_and_tied_where_it_is_loaded():
-    model, file = tied(), io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert fast_layers(loaded) == {"head"}
-    assert loaded.head.weight is loaded.embed.weight
-    assert torch.equal(loaded(IDS), model(IDS))
 
 
 def test_a_transformers_model_keeps_its_tied_head():

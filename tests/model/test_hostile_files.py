@@ -1,11 +1,7 @@
 """Files that were made to hurt: no memory is taken for them, and each is a ValueError."""
 
 import json
-import os
-import signal
 import struct
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -52,27 +48,17 @@ HOSTILE = {
         lambda f: edit_config(f, rank_pattern={"up": 10**8}),
         r"shape \(8, 8\), but .* \(100000000, 8\)",
     ),
-    "rank-1e12": (lambda f: edit_config(f, r=10**12), "r is 1000000000000, but the rank"),
     "rank-1e30": (lambda f: edit_config(f, r=10**30), "r is 1000.*, but the rank"),
-    "rank-1e30-pattern": (
-        lambda f: edit_config(f, rank_pattern={"up": 10**30}),
-        "rank_pattern has",
-    ),
     "rank-of-5000-digits": (
         lambda f: (f / CONFIG).write_text('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}"),
         "is no JSON",
     ),
     "rank-infinite": (lambda f: edit_config(f, r=float("inf")), "r is inf"),
     "alpha-infinite": (lambda f: edit_config(f, lora_alpha=float("inf")), "lora_alpha is inf"),
-    "alpha-nan": (lambda f: edit_config(f, lora_alpha=float("nan")), "lora_alpha is nan"),
     "alpha-1e400": (lambda f: edit_config(f, lora_alpha=10**400), "lora_alpha is 1000"),
     "layer-minus-one": (lambda f: edit_config(f, layers_to_transform=-1), "is -1, but must be a w"),
     "no-such-rank": (lambda f: edit_config(f, r=[8]), r"r is \[8\]"),
     "deep-json": (lambda f: (f / CONFIG).write_text("[" * 100_000), "nested too deeply"),
-    "deep-json-object": (
-        lambda f: (f / CONFIG).write_text('{"r":' * 100_000 + "8" + "}" * 100_000),
-        "nested too deeply",
-    ),
     "deep-pattern": (
         lambda f: edit_config(f, rank_pattern={"(" * 50_000 + ")" * 50_000: 8}),
         r"rank_pattern has '\(+…: 8: ",
@@ -84,10 +70,6 @@ HOSTILE = {
     "no-text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is no JSON"),
     "shape-without-data": (
         lambda f: write_header(f, **{A: entry(10**9, 8), B: entry(12, 10**9)}),
-        "is damaged",
-    ),
-    "shape-that-overflows": (
-        lambda f: write_header(f, **{A: entry(2**62, 8), B: entry(12, 2**62)}),
         "is damaged",
     ),
     "negative-shape": (lambda f: write_header(f, **{A: entry(-1, 8)}), "is damaged"),
@@ -112,8 +94,11 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("fresh", [True, False], ids=["plain-model", "adapted-model"])
-@pytest.mark.parametrize(("harm", "message"), HOSTILE.values(), ids=HOSTILE)
+CASES = {name: (*case, True) for name, case in HOSTILE.items()}
+CASES |= {f"{n}-adapted": (*HOSTILE[n], False) for n in ("rank", "scalars", "float8", "deep-json")}
+
+
+@pytest.mark.parametrize(("harm", "message", "fresh"), CASES.values(), ids=CASES)
 def test_a_hostile_file_changes_nothing(folder, harm, message, fresh):
     harm(folder)
     model = Mlp() if fresh else adapted()
@@ -143,29 +128,6 @@ def test_a_byte_order_mark_is_read(folder):
     fastlora.load_adapter(Mlp(), folder)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {support!r})
-import fastlora
-from memory import peak_bytes
-from models import Mlp
-model = fastlora.apply_lora(Mlp(), fastlora.LoRAConfig(target_modules=["up"]))
-os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-fastlora.save_adapter(model, {folder!r})
-"""
-
-
-def test_a_save_that_is_killed_leaves_the_old_files_whole(folder):
-    support = os.path.dirname(sys.modules["models"].__file__)
-    before = (folder / WEIGHTS).read_bytes()
-    code = KILLED.format(support=support, folder=str(folder))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert (folder / WEIGHTS).read_bytes() == before
-    fastlora.save_adapter(adapted(), folder)
-    fastlora.load_adapter(Mlp(), folder)
-
-
 @pytest.mark.parametrize("fresh", [True, False], ids=["plain", "adapted"])
 @pytest.mark.parametrize(
     "change", [lambda t: t * torch.nan, lambda t: t.to(torch.float8_e4m3fn)], ids=["nan", "float8"]
@@ -182,10 +144,9 @@ def test_values_of_every_kind_are_loaded(folder, change, fresh):
     torch.testing.assert_close(model.up.lora_A, tensors[A].float(), equal_nan=True)
 
 
-def test_a_long_value_is_cut_in_the_message(folder):
-    for setting in ({"target_modules": "up" * 10**5}, {"unknown": "up" * 10**5}):
-        fastlora.save_adapter(adapted(), folder)
-        edit_config(folder, **setting)
-        with pytest.raises(ValueError, match=next(iter(setting))) as caught:
-            fastlora.load_adapter(Mlp(), folder)
-        assert len(str(caught.value)) < 700
+@pytest.mark.parametrize("setting", ["target_modules", "unknown"])
+def test_a_long_value_is_cut_in_the_message(folder, setting):
+    edit_config(folder, **{setting: "up" * 10**4})
+    with pytest.raises(ValueError, match=setting) as caught:
+        fastlora.load_adapter(Mlp(), folder)
+    assert len(str(caught.value)) < 700

@@ -1,13 +1,10 @@
 """apply_lora and remove_lora: which layers, what trains, and that nothing else changes."""
 
-import copy
-
 import pytest
 import torch
 from models import (
     Mlp,
     Tied,
-    adapt,
     adapted_layers,
     assert_untouched,
     refused,
@@ -19,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fastlora
-from fastlora import LoRAConfig, LoRALinear
+from fastlora import LoRAConfig
 
 LLAMA_ATTENTION = {f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"}
 LLAMA_MLP = {f"model.layers.{i}.mlp.{x}_proj" for i in (0, 1) for x in ("gate", "up", "down")}
@@ -50,25 +47,16 @@ TARGETS = {
 
 
 @pytest.mark.parametrize(("settings", "expected"), TARGETS.values(), ids=TARGETS)
-def test_targets(settings, expected):
+def test_targets_are_what_peft_means(settings, expected):
+    import peft
+
     model = fastlora.apply_lora(tiny_llama(), LoRAConfig(**settings))
     assert adapted_layers(model) == expected
     assert trained(model) == {f"{name}.lora_{half}" for name in expected for half in "AB"}
-
-
-@pytest.mark.parametrize(
-    "settings", [settings for settings, _ in TARGETS.values()][1:], ids=list(TARGETS)[1:]
-)
-def test_targets_as_peft_means_them(settings):
-    import peft
-
-    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings))
-    names = {
-        name.removeprefix("base_model.model.")
-        for name, module in theirs.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    assert adapted_layers(fastlora.apply_lora(tiny_llama(), LoRAConfig(**settings))) == names
+    if settings:  # the default ones are of a table of PEFT's
+        theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings)).base_model.model
+        of_peft = [n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+        assert set(of_peft) == expected
 
 
 def test_default_targets_of_bert():
@@ -80,14 +68,6 @@ def test_default_targets_of_bert():
     attention = "encoder.layer.0.attention"
     assert names == {f"{attention}.self.{x}" for x in ("query", "key", "value")} | {
         f"{attention}.output.dense"
-    }
-
-
-def test_all_linear_takes_every_linear_of_a_plain_model():
-    assert adapted_layers(fastlora.apply_lora(Mlp(), LoRAConfig(target_modules="all-linear"))) == {
-        "up",
-        "down",
-        "head",
     }
 
 
@@ -189,15 +169,6 @@ def test_remove_lora_gives_the_model_back():
     fastlora.apply_lora(model, LoRAConfig(target_modules=["up"]))
 
 
-def test_remove_lora_after_merge_keeps_the_merged_weight():
-    model, x = Mlp().eval(), torch.randn(2, 8)
-    adapt(model, target_modules=["up"])
-    y = model(x)
-    fastlora.remove_lora(fastlora.merge_lora(model))
-    torch.testing.assert_close(model(x), y)
-    assert type(model.up) is nn.Linear
-
-
 def test_remove_lora_of_a_model_whose_parts_were_adapted():
     model = nn.Sequential(Mlp(), Mlp())
     before = snapshot(model)
@@ -242,22 +213,6 @@ def test_a_submodule_called_module_is_no_wrapper():
     model.module, model.layer = Mlp(), nn.Linear(3, 3)
     fastlora.apply_lora(model, LoRAConfig(target_modules=["layer", "up"]))
     assert {layer.name for layer in fastlora.coverage(model).layers} == {"layer", "module.up"}
-
-
-def test_a_model_that_is_one_linear_layer():
-    model = fastlora.apply_lora(
-        nn.Linear(8, 4), LoRAConfig(target_modules="all-linear", bias="all")
-    )
-    assert isinstance(model, LoRALinear)
-    assert trained(model) == {"lora_A", "lora_B", "bias"}
-
-
-def test_deepcopy_of_an_adapted_model():
-    model = adapt(Mlp(), target_modules=["up"])
-    twin, x = copy.deepcopy(model), torch.randn(2, 8)
-    assert torch.equal(twin(x), model(x))
-    fastlora.remove_lora(twin)
-    assert isinstance(model.up, LoRALinear)
 
 
 def test_print_trainable_parameters(capsys):

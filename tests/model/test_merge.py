@@ -90,10 +90,15 @@ def test_a_merged_layer_is_one_product(monkeypatch):
     model(torch.randn(2, 8))
 
 
-def test_the_adapter_may_change_while_merged():
+def test_merging_twice_and_unmerging_what_is_not_merged():
+    """The adapter may change meanwhile."""
     model = adapted_mlp()
     base = model.up.weight.clone()
+    with refused(model, "up is not merged"):
+        fastlora.unmerge_lora(model)
     fastlora.merge_lora(model)
+    with refused(model, "up is merged already"):
+        fastlora.merge_lora(model)
     randomise(model)
     fastlora.unmerge_lora(model)
     assert torch.equal(model.up.weight, base)
@@ -124,18 +129,6 @@ def test_a_tied_weight_is_not_merged_into_the_embedding():
     assert not torch.equal(model.head.weight, embedding)
     fastlora.unmerge_lora(model)
     assert model.head.weight is model.embed.weight
-
-
-def test_merging_twice():
-    model = fastlora.merge_lora(adapted_mlp())
-    with refused(model, "up is merged already"):
-        fastlora.merge_lora(model)
-
-
-def test_unmerging_what_is_not_merged():
-    model = adapted_mlp()
-    with refused(model, "up is not merged"):
-        fastlora.unmerge_lora(model)
 
 
 @pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.unmerge_lora])
@@ -189,14 +182,6 @@ def test_progress_bar_on_many_layers(capsys):
     assert "merging" in capsys.readouterr().err
     fastlora.merge_lora(adapted_mlp())
     assert capsys.readouterr().err == ""
-
-
-def test_generation_when_merged():
-    model = adapt(tiny_llama(), std=0.02, target_modules="all-linear")
-    ids = torch.randint(0, 100, (1, 5))
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    plain = model.generate(ids, **settings)
-    assert torch.equal(fastlora.merge_lora(model).generate(ids, **settings), plain)
 
 
 def test_export_of_a_plain_merged_model(tmp_path):

@@ -7,45 +7,27 @@ import warnings
 import peft
 import pytest
 import torch
-from models import Mlp, randomise, tiny_llama
+from models import randomise, tiny_llama
 
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.model.checkpoint import CONFIG, WEIGHTS
 
 SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "vocab_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-}
+    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "vocab_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "num_experts_per_tok": 2,
+}  # fmt: skip
 DEEPSEEK = {
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "n_group": 1,
-    "topk_group": 1,
-}
-GLM = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8}
+    "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 8,
+    "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "head_dim": 8}
 MODELS = {
     "qwen3_moe": {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [0]},
     "qwen3_moe-all-dense": {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [0, 1]},
-    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24},
-    "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
-    "glm4_moe": GLM | {"n_group": 1, "topk_group": 1},
     "ernie4_5_moe": ERNIE | {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "mixtral": {"num_local_experts": 4},
@@ -58,12 +40,10 @@ SETTINGS = {
     "patterns": ALL_LINEAR
     | {"use_rslora": True, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"up_proj": 5}},
 }
-CASES = {
-    f"{kind}-{name}": (kind, settings)
-    for kind in MODELS
-    for name, settings in SETTINGS.items()
-    if kind != "mixtral" or settings["target_modules"] == "all-linear"  # it has no down_proj
-}
+# Every family, every kind of setting.
+CASES = {f"qwen3_moe-{name}": ("qwen3_moe", settings) for name, settings in SETTINGS.items()}
+CASES |= {f"{kind}-patterns": (kind, SETTINGS["patterns"]) for kind in MODELS}
+CASES["deepseek_v3-one-projection"] = "deepseek_v3", SETTINGS["one-projection"]
 # PEFT 0.21 says so of patterns for target_parameters, and uses them.
 IGNORED = "ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"
 pytestmark = pytest.mark.filterwarnings(IGNORED)
@@ -117,17 +97,6 @@ def test_attention_alone_is_spelled_as_ever(tmp_path):
         fastlora.save_adapter(model, tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
     assert values["target_modules"] == ["q_proj", "v_proj"]
-    assert values["target_parameters"] is None
-    assert values["lora_dropout"] == 0.1
-
-
-@pytest.mark.parametrize("make_dense", [tiny_llama, Mlp], ids=["llama", "mlp"])
-def test_dense_models_are_spelled_as_ever_without_a_warning(tmp_path, make_dense):
-    config = LoRAConfig(target_modules="all-linear", lora_dropout=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastlora.save_adapter(fastlora.apply_lora(make_dense(), config), tmp_path)
-    values = json.loads((tmp_path / CONFIG).read_text())
     assert values["target_parameters"] is None
     assert values["lora_dropout"] == 0.1
 

@@ -1,7 +1,5 @@
 """Files that PEFT users have: other first values, chosen layers, output heads, new tokens."""
 
-import json
-
 import peft
 import pytest
 import torch
@@ -10,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.model.checkpoint import CONFIG, WEIGHTS
+from fastlora.model.checkpoint import WEIGHTS
 
 EMBED, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 HEAD_BASE = "base_model.model.lm_head.base_layer.weight"
@@ -51,13 +49,7 @@ def saved_by_peft(model: torch.nn.Module, folder, settings: dict, **how) -> torc
 
 
 LAYERS = {
-    "number": {"target_modules": ["q_proj"], "layers_to_transform": 1},
     "numbers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
-    "pattern": {
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [1],
-        "layers_pattern": "layers",
-    },
     "patterns": {
         "target_modules": ["q_proj"],
         "layers_to_transform": [1],
@@ -83,48 +75,20 @@ def test_chosen_layers_both_ways(tmp_path, settings):
     torch.testing.assert_close(logits(theirs), logits(applied))
 
 
-def test_chosen_layers_of_the_default_targets(tmp_path):
-    model = fastlora.apply_lora(llama(), LoRAConfig(layers_to_transform=[1]))
-    names = {layer.name for layer in fastlora.coverage(model).layers}
-    assert names == {f"model.layers.1.self_attn.{one}_proj" for one in "qkvo"}
-    fastlora.save_adapter(randomise(model, 0.1), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model))
-
-
 @pytest.mark.parametrize("targets", ["all-linear", ".*q_proj"])
 def test_chosen_layers_need_a_list(targets):
     with pytest.raises(ValueError, match=r"layers_to_transform is \(1,\) and target_modules"):
         LoRAConfig(target_modules=targets, layers_to_transform=1)
 
 
-@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
-def test_first_values_that_leave_the_base_alone(tmp_path, init):
-    settings = {"target_modules": ["q_proj"], "init_lora_weights": init}
+def test_first_values_that_leave_the_base_alone(tmp_path):
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
     theirs = saved_by_peft(llama(), tmp_path, settings)
     torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
 
 
-def test_eva(tmp_path):
-    settings = {"target_modules": ["q_proj"], "init_lora_weights": "eva", "r": 4}
-    config = peft.LoraConfig(**settings, eva_config=peft.EvaConfig(rho=2.0))
-    theirs = peft.get_peft_model(llama(), config)
-    batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(4)]
-    peft.initialize_lora_eva_weights(theirs, batches)
-    randomise(theirs, 0.1).eval().save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
-
-
-def test_converted_corda_leaves_its_settings(tmp_path):
-    """PEFT's converted file says init_lora_weights=True, beside what it was."""
-    theirs = saved_by_peft(llama(), tmp_path, {"target_modules": ["q_proj"]})
-    values = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(values | {"corda_config": {"corda_method": "ipm"}}))
-    torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
-
-
-@pytest.mark.parametrize("tokens", [100, 104])
-def test_a_targeted_output_head_both_ways(base, tmp_path, tokens):
+def test_a_targeted_output_head_both_ways(base, tmp_path):
+    tokens = 104
     settings = {"target_modules": ["q_proj", "lm_head"]}
     theirs = saved_by_peft(base(tokens), tmp_path / "theirs", settings)
     assert HEAD_BASE in load_file(tmp_path / "theirs" / WEIGHTS)
@@ -204,7 +168,7 @@ def test_embeddings_of_a_file_without_a_base_to_compare_with(tmp_path):
     assert torch.equal(ours[EMBED], theirs.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"]])
 def test_new_tokens_that_train_in_full(base, tmp_path, saved):
     settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
     theirs = saved_by_peft(base(104, seed=1), tmp_path / "theirs", settings)
@@ -215,9 +179,7 @@ def test_new_tokens_that_train_in_full(base, tmp_path, saved):
     torch.testing.assert_close(logits(theirs), logits(ours))
 
 
-@pytest.mark.parametrize(
-    "saved", [["norm"], ["head"], ["model.norm"], ["post_attention_layernorm"]]
-)
+@pytest.mark.parametrize("saved", [["norm"], ["model.norm"]])
 def test_modules_in_full_by_the_end_of_their_names_both_ways(tmp_path, saved):
     """PEFT takes "norm" for input_layernorm, too."""
     settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
@@ -230,9 +192,8 @@ def test_modules_in_full_by_the_end_of_their_names_both_ways(tmp_path, saved):
     torch.testing.assert_close(logits(theirs), logits(ours))
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["", "head"])
-def test_a_model_without_the_new_tokens(base, tmp_path, targets):
-    model = fastlora.apply_lora(base(104), LoRAConfig(target_modules=targets))
+def test_a_model_without_the_new_tokens(base, tmp_path):
+    model = fastlora.apply_lora(base(104), LoRAConfig(target_modules=["q_proj", "lm_head"]))
     fastlora.save_adapter(model, tmp_path)
     plain = base()
     before = snapshot(plain)

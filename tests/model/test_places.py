@@ -78,16 +78,6 @@ def test_a_place_that_came_later_is_not_saved(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_sweep_refuses_it_too(tmp_path):
-    batches, model = [{"x": X, "labels": X}], places()
-    configs = [{"target_modules": ["one"], "learning_rate": 0.1}]
-    with refused(model, "one and other are one Linear"):
-        fastlora.sweep(
-            model, configs, batches, eval_data=batches, steps=1, output_dir=tmp_path,
-            loss=lambda y, labels: (y - labels).square().mean(),
-        )  # fmt: skip
-
-
 MEANT = {
     "another-layer": {"target_modules": ["own"]},
     "layers-of-a-block": {"target_modules": ["up", "down", "own"], "bias": "lora_only"},
