@@ -177,14 +177,6 @@ def test_neither_takes_the_tensor(change, message):
     assert re.search(message, layer.reason)
 
 
-def test_a_sparse_base_has_peft_s_numbers():
-    model, x = with_peft(nn.Linear(8, 6)), torch.randn(3, 8)
-    sparse(base_of(model))
-    y = model(x)
-    fastlora.optimize(model)
-    assert torch.equal(model(x), y)
-
-
 def test_a_layer_that_fsdp2_has_already():
     from torch.distributed.fsdp import FSDPModule
 

@@ -201,19 +201,6 @@ def test_a_forward_is_known_by_what_it_does():
     assert blocks(adapted(Named())) == {"0"}
 
 
-class Property(Gated):
-    """gate_proj isn't the module of this name."""
-
-    @property
-    def gate_proj(self):
-        gate = self._modules["gate_proj"]
-        return lambda x: gate(x).clamp(max=0.1)
-
-    @gate_proj.setter
-    def gate_proj(self, module):
-        self._modules["gate_proj"] = module
-
-
 ACTIVATIONS = {
     "silu": [nn.SiLU(), activations.SiLUActivation(), functional.silu],
     "gelu": [nn.GELU(), activations.GELUActivation(), functional.gelu],
@@ -355,14 +342,6 @@ def test_a_call_goes_layer_by_layer(name):
     assert blocks(model) == {"0"}
     (block,) = fastlora.coverage(model).blocks
     assert reason in block.reason
-
-
-def test_a_property_in_the_place_of_a_layer():
-    model = adapted(Property())
-    with counted_blocks() as calls:
-        found = results(model)
-    assert not calls
-    assert_same(found, results(layer_by_layer(model)))
 
 
 def test_hooks_are_called_and_once_they_are_gone_the_call_is_a_block_s():

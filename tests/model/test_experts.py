@@ -285,9 +285,8 @@ def test_experts_that_can_t_have_adapters(change):
         fastlora.apply_lora(model, LoRAConfig(target_parameters=["experts.gate_up_proj"]))
 
 
-@pytest.mark.parametrize("target", ["experts.gate_up_proj", "experts.down_proj"])
-def test_one_weight_alone(target, tmp_path):
-    ours = own_model(target_modules=None, target_parameters=[target]).double()
+def test_one_weight_alone(tmp_path):
+    ours = own_model(target_modules=None, target_parameters=["experts.down_proj"]).double()
     fastlora.save_adapter(ours, tmp_path)
     assert fast_calls(ours) == 2
     theirs = peft.PeftModel.from_pretrained(plain_model("qwen3", ours), tmp_path)

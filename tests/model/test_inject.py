@@ -179,13 +179,6 @@ def test_remove_lora_of_a_model_whose_parts_were_adapted():
     assert all("_fastlora" not in part.__dict__ for part in model)
 
 
-def test_remove_lora_of_a_plain_model_is_nothing():
-    model = Mlp()
-    before = snapshot(model)
-    assert fastlora.remove_lora(model) is model
-    assert_untouched(model, before)
-
-
 def test_all_linear_passes_over_what_a_fused_module_reads_itself():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 4))
     around = r"2 layers \(0.linear1, 0.linear2\): the TransformerEncoderLayer around"
@@ -315,12 +308,6 @@ def test_errors_leave_the_model_alone(make, settings, message):
     settings = settings if isinstance(settings, dict) else {"target_modules": settings}
     with refused(model, message):
         fastlora.apply_lora(model, LoRAConfig(**settings))
-
-
-def test_applying_twice_is_an_error():
-    model = fastlora.apply_lora(Mlp(), LoRAConfig(target_modules=["up"]))
-    with refused(model, "up has an adapter already"):
-        fastlora.apply_lora(model, LoRAConfig(target_modules=["down"]))
 
 
 def test_running_out_of_memory_leaves_the_model_alone(monkeypatch):

@@ -131,10 +131,13 @@ def test_a_tied_weight_is_not_merged_into_the_embedding():
     assert model.head.weight is model.embed.weight
 
 
-@pytest.mark.parametrize("call", [fastlora.merge_lora, fastlora.unmerge_lora])
-def test_a_plain_model(call):
-    with pytest.raises(ValueError, match="no LoRA layers"):
-        call(Mlp())
+def test_a_plain_model(tmp_path):
+    for call in (fastlora.merge_lora, fastlora.unmerge_lora):
+        with pytest.raises(ValueError, match="no LoRA layers"):
+            call(Mlp())
+    with pytest.raises(ValueError, match="no adapters to save"):
+        fastlora.save_adapter(Mlp(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -165,12 +168,14 @@ def test_training_while_merged_is_an_error():
     model.eval()(torch.randn(2, 8))
 
 
-def test_loading_weights_while_merged_is_an_error():
+def test_loading_weights_while_merged_is_an_error(tmp_path):
     model = adapted_mlp()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fastlora.merge_lora(model)
+    fastlora.save_adapter(fastlora.merge_lora(model), tmp_path)
     with pytest.raises(RuntimeError, match="up is merged"):
         model.load_state_dict(state)
+    with refused(model, "up is merged"):
+        fastlora.load_adapter(model, tmp_path)
     fastlora.unmerge_lora(model)
     model.load_state_dict(state)
 

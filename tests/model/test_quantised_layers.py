@@ -5,12 +5,22 @@ import copy
 import pytest
 import torch
 from torch import nn
-from vendor_layers import KINDS, quantised
+from vendor_layers import KINDS
+from vendor_layers import quantised as of_vendors
 
 import fastlora
 from fastlora.quant import quantised_weight
 
 K = 256
+
+
+def quantised(kind: str, *sizes, **settings) -> nn.Module:
+    if kind not in ("nf4", "int8"):
+        return of_vendors(kind, *sizes, **settings)
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+    import bnb_layers
+
+    return bnb_layers.quantised(kind, *sizes, **settings)
 
 
 def adapted(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor]:
@@ -23,7 +33,7 @@ def adapted(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, t
     return model, weight
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", "int8", *KINDS])
 def test_outputs_and_gradients(kind):
     model, weight = adapted(kind)
     layer, x = model[0], torch.randn(5, K, requires_grad=True)
