@@ -66,7 +66,8 @@ def as_batch(batch: Any) -> Batch:
 
     Raises ValueError unless it maps names to tensors with one number of examples, and has labels.
     """
-    found = {k: v for k, v in batch.items() if isinstance(v, Tensor)} if _maps(batch) else {}
+    items = batch.items() if hasattr(batch, "items") else ()
+    found = {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
     if "labels" not in found or any(tensor.dim() == 0 for tensor in found.values()):
         raise ValueError(
             f"a batch is {shown(batch)}, but must map names to tensors, [examples, …], with "
@@ -76,10 +77,6 @@ def as_batch(batch: Any) -> Batch:
         sizes = {name: len(tensor) for name, tensor in found.items()}
         raise ValueError(f"a batch has tensors of different numbers of examples: {sizes}")
     return found
-
-
-def _maps(batch: Any) -> bool:
-    return isinstance(batch, Mapping) or hasattr(batch, "items")
 
 
 def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
@@ -103,11 +100,3 @@ def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
             parts = [pad(part, (0, length - part.shape[1]), value=fill) for part in parts]
         whole[name] = torch.cat(parts)
     return [whole]
-
-
-def repeated(batch: Batch, times: int, device: torch.device) -> Batch:
-    """The whole batch once for each trial, one after the other, on the device."""
-    return {
-        name: tensor.to(device).repeat(times, *[1] * (tensor.dim() - 1))
-        for name, tensor in batch.items()
-    }

@@ -47,7 +47,7 @@ class Sweep:
     @property
     def best(self) -> Outcome:
         whole = [outcome for outcome in self.outcomes if outcome.steps == self.steps]
-        return min(whole, key=_order)
+        return min(whole, key=lambda outcome: nan_last(outcome.loss))
 
     def as_dict(self) -> dict[str, Any]:
         """For a program: plain numbers and texts."""
@@ -73,7 +73,7 @@ class Sweep:
         }
 
     def __str__(self) -> str:
-        ranked = sorted(self.outcomes, key=lambda outcome: (-outcome.steps, _order(outcome)))
+        ranked = sorted(self.outcomes, key=lambda each: (-each.steps, nan_last(each.loss)))
         last = f"{self.steps} steps, {self.seconds:.0f} s; best: {self.best.trial.name}"
         return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
 
@@ -95,9 +95,9 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     )
 
 
-def _order(outcome: Outcome) -> float:
-    """Its place in an order in which NaN is last."""
-    return outcome.loss if outcome.loss == outcome.loss else float("inf")
+def nan_last(loss: float) -> float:
+    """A loss's place in an order in which NaN is last."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def draw(sweep: Sweep, path: Path) -> bool:

@@ -1,13 +1,11 @@
-"""How far a sweep is: in a file that is whole at any time, on the screen, and at a Ctrl-C."""
+"""How far a sweep is, in a file that is whole at any time; and the Ctrl-C that stops it."""
 
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +106,3 @@ def interruption() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def bar(total: int, start: int, visible: bool) -> Iterator[Callable[[str], None]]:
-    """A function to call after each step; tqdm's bar, where that is installed, else lines."""
-    if not visible:
-        yield lambda text: None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        steps = count(start + 1)
-        yield lambda text: print(f"step {next(steps)} of {total}: {text}", file=sys.stderr)
-        return
-    with tqdm(total=total, initial=start, desc="sweep") as shown_bar:
-
-        def advance(text: str) -> None:
-            shown_bar.set_postfix_str(text, refresh=False)
-            shown_bar.update()
-
-        yield advance

@@ -1,6 +1,6 @@
 """The trials while they train: a step of all, the held-out losses, and what is kept of both."""
 
-import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..layers.batch import in_mode
-from .batches import Batch, Feed, joined, repeated
+from .batches import Batch, Feed, joined
 from .layer import Attached
-from .record import Outcome
-from .state import State, bar, random_state, save
+from .record import Outcome, nan_last
+from .state import State, random_state, save
 from .trial import Options, Trial
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -89,29 +89,31 @@ class Training:
         stops = self.options.rungs(len(self.trials))
         if not state.losses[0]:
             self._evaluate(state)
-        with bar(self.options.steps, state.step, progress) as advance:
-            while state.step < self.options.steps:
-                started = time.perf_counter()
-                found = self.step(state, feed)
-                elapsed = time.perf_counter() - started
-                for i in state.alive:
-                    state.seconds[i] += elapsed / len(state.alive)
-                    state.steps[i] += 1
-                state.step += 1
-                advance(f"{len(state.alive)} trials, loss {min(found):.3f}")
-                at_end = state.step == self.options.steps
-                keep = stops.get(state.step)
-                if keep or at_end or state.step % self.eval_steps == 0:
-                    self._evaluate(state)
-                    if keep:
-                        state.alive = _best(state, keep)
-                    self._keep(state, feed, folder)
-                elif interrupted.is_set():
-                    self._keep(state, feed, folder)
-                if interrupted.is_set() and not at_end:
-                    raise KeyboardInterrupt(
-                        f"stopped after step {state.step}: resume=True goes on from there"
-                    )
+        while (left := self.options.steps - state.step) > 0:
+            started = time.perf_counter()
+            found = self.step(state, feed)
+            elapsed = time.perf_counter() - started
+            for i in state.alive:
+                state.seconds[i] += elapsed / len(state.alive)
+                state.steps[i] += 1
+            state.step, left = state.step + 1, left - 1
+            if progress:  # on the one line that the next step takes
+                said = f"step {state.step} of {self.options.steps}, {elapsed * left:.0f} s left: "
+                said += f"{len(state.alive)} trials, loss {min(found):.3f}"
+                print(f"\r{said:70}", end="" if left else "\n", file=sys.stderr, flush=True)
+            keep = stops.get(state.step)
+            if keep or not left or state.step % self.eval_steps == 0:
+                self._evaluate(state)
+                if keep:
+                    by_loss = sorted(state.alive, key=lambda i: nan_last(state.losses[i][-1][1]))
+                    state.alive = sorted(by_loss[:keep])
+                self._keep(state, feed, folder)
+            elif interrupted.is_set():
+                self._keep(state, feed, folder)
+            if interrupted.is_set() and left:
+                raise KeyboardInterrupt(
+                    f"stopped after step {state.step}: resume=True goes on from there"
+                )
 
     def step(self, state: State, feed: Feed) -> list[float]:
         """One of every trial that is left; their losses."""
@@ -140,9 +142,10 @@ class Training:
         """Each trial's mean loss on the batch."""
         count = len(batch["labels"])
         self.parts.rows.share_out(alive, batch)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        output = self.model(**repeated(inputs, len(alive), self.device))
-        logits, labels = _logits(output), batch["labels"].to(self.device)
+        whole = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        labels = whole.pop("labels")  # and all else once for each trial, one after the other
+        inputs = {k: x.repeat(len(alive), *[1] * (x.dim() - 1)) for k, x in whole.items()}
+        logits = _logits(self.model(**inputs))
         if len(logits) != count * len(alive):
             raise ValueError(
                 f"the model returned logits {tuple(logits.shape)} for {count * len(alive)} "
@@ -195,13 +198,3 @@ def _logits(output: Any) -> Tensor:
             "as the logits of an output"
         )
     return logits
-
-
-def _best(state: State, count: int) -> list[int]:
-    """So many of those that are left, by their last held-out loss; NaN is the worst."""
-
-    def order(i: int) -> float:
-        loss = state.losses[i][-1][1]
-        return math.inf if math.isnan(loss) else loss
-
-    return sorted(sorted(state.alive, key=order)[:count])

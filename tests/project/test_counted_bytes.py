@@ -31,11 +31,6 @@ def test_two_launches_forward_three_backward(dropout):
     # lora_b, h, d lora_b, dh; dh, lora_a; dh, d lora_a
     backward = 4 * whole + weight + 4 * small + 4 * h + 2 * seeds
     assert found.backward - found.partial == backward
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["p0", "p0.1"])
-def test_partial_sums_are_a_few_percent(dropout):
-    found = bytes_of_fastlora(Shape(), FUSED, dropout=dropout)
     assert 0 < found.partial <= 0.04 * (found.both - found.partial)
 
 
@@ -48,31 +43,21 @@ def test_at_rank_64_dy_is_read_twice_for_want_of_cheap_partial_sums():
     assert (found.partial, found.backward) == (0, one_pass + whole)
 
 
-def test_float32_adapters_cost_their_own_bytes_only():
-    shape = Shape()
-    same = bytes_of_fastlora(shape, FUSED)
+def test_other_ways_beside_a_fused_layer():
+    """float32 adapters: their own bytes; in place: y and dx twice; a group: x and dx once."""
+    shape, n = Shape(), 3
+    fused = bytes_of_fastlora(shape, FUSED)
     wider = bytes_of_fastlora(shape, FUSED, adapter_dtype=torch.float32)
     adapters = shape.r * (shape.N + shape.K) * 2
     # d lora_b comes from float32 partial sums either way.
-    assert wider.forward - same.forward == adapters
-    assert wider.backward - same.backward == 2 * adapters
-
-
-def test_in_place_reads_and_writes_y_and_dx_once_more():
-    shape = Shape()
-    fused = bytes_of_fastlora(shape, FUSED)
+    assert wider.forward - fused.forward == adapters
+    assert wider.backward - fused.backward == 2 * adapters
     in_place = bytes_of_fastlora(shape, IN_PLACE)
     assert in_place.forward - fused.forward == 2 * shape.M * shape.N * 2
     assert in_place.backward - fused.backward == 2 * shape.M * shape.K * 2
-
-
-def test_a_group_reads_x_once_and_writes_dx_once():
-    shape, n = Shape(), 3
-    group = bytes_of_fastlora(shape, FUSED, projections=n)
-    one = bytes_of_fastlora(shape, FUSED)
-    whole = shape.M * shape.K * 2
-    assert n * one.forward - group.forward == (n - 1) * whole
-    assert n * one.backward - group.backward == (n - 1) * 2 * whole
+    group, whole = bytes_of_fastlora(shape, FUSED, projections=n), shape.M * shape.K * 2
+    assert n * fused.forward - group.forward == (n - 1) * whole
+    assert n * fused.backward - group.backward == (n - 1) * 2 * whole
 
 
 def test_unsloths_order_of_q_k_v():

@@ -142,14 +142,14 @@ def test_a_part_that_ends_its_process_or_has_no_time_costs_only_itself(tmp_path,
     parts = a_visit.worker.ask("names")["names"]
     assert [kind for kind, _ in parts][-1] == "tests"
     case = next(name for kind, name in parts if kind == "layers")
-    ask, seconds = a_visit.worker.ask, iter([0.0, 60.0])
+    ask, seconds = a_visit.worker.ask, iter([0.0, 240.0])
     with monkeypatch.context() as patch:
         patch.setattr(a_visit.worker, "ask", lambda *part, **_: ask(*part, seconds=next(seconds)))
         died, judged = a_visit.row("layers", case), a_visit.row("layers", case)
     assert died["id"] == judged["id"] == case
     assert "the process ended with -9" in died["failures"]["the process"]
     assert (judged["failures"], judged["rounds"]) == ({}, 1)
-    a_visit.end = time.monotonic() + 30
+    a_visit.end = time.monotonic() + 63
     assert a_visit.row("tune", "h m34 n48 r16")["skipped"] == {"time": "none was left"}
     assert "passed" in a_visit.row("tests", "config")["outcome"]
 
