@@ -20,7 +20,12 @@ PARTS: tuple[str, ...] = ("weight", "quant_state", "state")  # the one or the ot
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    return _is_four_bit(kind) or _is_int8(kind)
+    """Theirs, or one of the same forward: LinearNF4, LinearFP4."""
+    four_bit, int8 = (derived_from(kind, _MODULES, n) for n in ("Linear4bit", "Linear8bitLt"))
+    theirs: Any = four_bit or int8
+    if theirs is None or kind.forward is not theirs.forward:
+        return False
+    return kind.__call__ is nn.Module.__call__
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
@@ -52,25 +57,6 @@ def pack(layer: nn.Module, weight: Tensor) -> None:
     )
     own.weight = made.to(device)
     own.quant_state = own.weight.quant_state
-
-
-def _is_four_bit(kind: type[nn.Module]) -> bool:
-    theirs = derived_from(kind, _MODULES, "Linear4bit")
-    return theirs is not None and _acts_as(kind, theirs)
-
-
-def _is_int8(kind: type[nn.Module]) -> bool:
-    theirs = derived_from(kind, _MODULES, "Linear8bitLt")
-    return theirs is not None and _acts_as(kind, theirs)
-
-
-def _acts_as(kind: type[nn.Module], theirs: type[nn.Module]) -> bool:
-    """Whether it is their class, or one of the same forward: LinearNF4, LinearFP4."""
-    return (
-        issubclass(kind, theirs)
-        and kind.forward is theirs.forward
-        and kind.__call__ is nn.Module.__call__
-    )
 
 
 def _state_of(layer: Any) -> Any:
