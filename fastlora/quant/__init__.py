@@ -4,8 +4,6 @@ A vendor has a file here that keeps the contract of :mod:`.vendor`; naming it in
 that your own models and PEFT's need.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from . import bitsandbytes, float8, gguf, gptq, hqq, torchao
@@ -13,10 +11,8 @@ from .vendor import SHARDED, PackedLayer, Vendor
 
 __all__ = ["SHARDED", "VENDORS", "PackedLayer", "Vendor", "quantised_weight", "vendor_of"]
 
+# The type checker holds every vendor to the contract.
 VENDORS: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq)
-
-if TYPE_CHECKING:  # the type checker holds every vendor to the contract
-    _HELD: tuple[Vendor, ...] = (bitsandbytes, torchao, float8, gguf, hqq, gptq)
 
 
 def vendor_of(layer: nn.Module, kind: type[nn.Module] | None = None) -> Vendor | None:
