@@ -16,13 +16,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.backends import triton as backend
-from fastlora.backends.protocol import Settings
+from fastlora.backends.protocol import Call
 from fastlora.formats.format import Quantised
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, use_plan
 from fastlora.kernels.target import TARGETS, use_target
 from fastlora.projection import Layout
-from fastlora.segments import Segments
+from fastlora.rows import Rows
 
 MIB = 2**20
 # Of torch's operations, those that move nothing.
@@ -152,24 +152,18 @@ def bytes_of_fastlora(
         weight = torch.empty(*banks, shape.N, shape.K, dtype=torch.bfloat16)
         lora_a = torch.empty(*banks, shape.r, shape.K, dtype=adapter_dtype)
         lora_b = torch.empty(*banks, shape.N, shape.r, dtype=adapter_dtype)
-        segments = Segments(torch.empty(shape.experts, dtype=torch.int32))
+        rows = Rows(torch.empty(shape.experts, dtype=torch.int32)) if shape.experts else None
         seeds = torch.empty(projections, dtype=torch.int64) if dropout else None
     weights = [weight] if packed is None else [*packed.tensors]
     inputs = [x, *[*weights, lora_a, lora_b] * projections]
     needs = [True, *[*[False] * len(weights), True, True] * projections]
     layout = Layout(False, (1.0,), None if packed is None else packed.format)
-    settings = Settings((layout,) * projections, dropout, backend)
+    call = Call((layout,) * projections, dropout, backend, rows)
     with use_target(TARGETS[target]), use_plan(plan):
         with _Counter() as forward, intercept(forward.add_launch):
-            if shape.experts:
-                y, h = backend.forward_grouped(inputs, segments, seeds, settings)
-            else:
-                ys, hs = backend.forward(inputs, seeds, settings)
+            ys, hs = backend.forward(inputs, seeds, call)
         with _Counter() as backward, intercept(backward.add_launch):
-            if shape.experts:
-                backend.backward_grouped(y, inputs, segments, h, needs, seeds, settings)
-            else:
-                backend.backward(ys, inputs, hs, needs, seeds, settings)
+            backend.backward(ys, inputs, hs, needs, seeds, call)
     return Bytes(forward.moved, backward.moved, forward.partial + backward.partial)
 
 

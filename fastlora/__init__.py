@@ -10,7 +10,6 @@ kernel (``kernels``).  ``reference`` says what is true.  ``model`` is for models
 from . import reference
 from .backends import use_backend
 from .layers.linear import LoRALinear
-from .mapping import AdapterMapping
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
@@ -22,6 +21,7 @@ from .peft.optimize import optimize, restore
 from .price.quote import plan
 from .projection import Projection
 from .report import Coverage
+from .rows import AdapterMapping
 from .trials.search import sweep
 from .version import __version__
 

@@ -1,11 +1,10 @@
-"""The records of a call: an output's base and its adapters.  Plain data, and the checks of it."""
+"""The records of a call: an output's base and its adapters, and what an argument may be."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
 from .formats.format import Format, Quantised
@@ -13,7 +12,6 @@ from .formats.format import Format, Quantised
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # those that it casts
-_DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 LARGEST_SCALE = torch.finfo(torch.float32).max
 LARGEST_RANK = 2**31 - 1
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -202,64 +200,6 @@ def shown(value: object) -> str:
     return text if len(text) < 100 else f"{text[:80]}…"
 
 
-def check_tensor(name: str, tensor: object) -> None:
-    """Raise TypeError for what is no tensor, ValueError for one without values as yet."""
-    if not isinstance(tensor, Tensor):
-        expected = "a tensor or None" if name == "bias" else "a tensor"
-        raise TypeError(f"{name} must be {expected}, not {type(tensor).__name__}")
-    if is_lazy(tensor):
-        raise ValueError(f"{name} has no shape as yet: call the lazy module that it is of once")
-
-
-def why_not_mixed(name: str, tensor: Tensor, x: Tensor) -> str:
-    """Why torch can't work with this tensor and x at once; "" if it isn't for their classes."""
-    if _dispatches(tensor) == _dispatches(x):
-        return ""
-    return (
-        f"{name} is a {type(tensor).__name__}, but x is a {type(x).__name__}, and torch doesn't "
-        "mix them: make both the same"
-    )
-
-
-def _dispatches(tensor: Tensor) -> bool:
-    """Whether it is of a class that runs torch's operations itself: a FakeTensor, a DTensor …"""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def check_call(
-    x: Tensor, outputs: Sequence[Output], dropout: float, training: bool, autocast: bool
-) -> None:
-    """Raise ValueError or TypeError unless every output's tensors fit x, a tensor.
-
-    ``autocast``: x and the weights will be cast, and needn't agree.  x may be nested.
-    """
-    check_x(x)
-    if x.dim() == 0:
-        raise ValueError(
-            "x is a scalar, but must be [..., in_features]: give it at least one dimension"
-        )
-    check_dropout(dropout)
-    if training is not True:
-        check_switch("training", training)
-    if not outputs:
-        raise ValueError("no projections came: give at least one fastlora.Projection")
-    features = _features_of_nested(x) if x.is_nested else x.shape[-1]
-    dtype, device = x.dtype, x.device
-    for output in outputs:
-        check_tensors(x, device, output)
-        _check_base(features, dtype, autocast, output)
-        for adapter in output.adapters:
-            _check_adapter(features, output.base.weight.shape[0], adapter)
-
-
-def check_x(x: Tensor) -> None:
-    """Raise TypeError for a dtype or a layout that x can't have; it may be nested."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
-    if x.layout is not torch.strided and not x.is_nested:
-        raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
-
-
 def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Raise ValueError for what is no probability below 1."""
     if not is_number(dropout) or not 0.0 <= dropout < 1.0:
@@ -297,70 +237,6 @@ def is_number(value: object) -> bool:
     return type(value) is float or (isinstance(value, int | float) and type(value) is not bool)
 
 
-def _features_of_nested(x: Tensor) -> int:
-    try:
-        return x.size(-1)
-    except RuntimeError:
-        raise ValueError(
-            "x is nested, and its parts differ in in_features, their last size"
-        ) from None
-
-
-def _check_base(features: int, dtype: torch.dtype, autocast: bool, output: Output) -> None:
-    (weight, bias), adapters = output
-    check_weight_dtype(weight, dtype, autocast)
-    shape = weight.shape
-    if len(shape) != 2 or shape[1] != features:
-        raise ValueError(
-            f"weight has shape {tuple(shape)}, but x has {features} features: "
-            f"weight must be [out_features, {features}]"
-        )
-    if not adapters and 0 in shape:
-        raise ValueError(f"weight has shape {tuple(shape)}, but each must be at least 1")
-    if bias is not None and bias.shape != shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}, but weight has {shape[0]} rows: "
-            f"bias must be [{shape[0]}]"
-        )
-
-
-def check_weight_dtype(weight: Tensor, dtype: torch.dtype, autocast: bool) -> None:
-    """Raise TypeError unless the weight has x's dtype, or autocast will give them one.
-
-    A packed weight is made in any.
-    """
-    if isinstance(weight, Quantised):
-        return
-    cast = autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
-    if not cast and weight.dtype != dtype:
-        raise TypeError(
-            f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
-            "or use torch.autocast"
-        )
-
-
-def _check_adapter(features: int, out_features: int, adapter: Adapter) -> None:
-    lora_a, lora_b, scale = adapter
-    shape = lora_a.shape
-    if len(shape) != 2 or shape[1] != features:
-        raise ValueError(
-            f"lora_a has shape {tuple(shape)}, but x has {features} features: "
-            f"lora_a must be [r, {features}]"
-        )
-    rank = shape[0]
-    if lora_b.shape != (out_features, rank):
-        raise ValueError(
-            f"lora_b has shape {tuple(lora_b.shape)}, but weight has {out_features} rows and "
-            f"lora_a {rank}: lora_b must be [{out_features}, {rank}]"
-        )
-    if features == 0 or out_features == 0 or rank == 0:
-        raise ValueError(
-            f"in_features {features}, out_features {out_features} and r {rank} must each be at "
-            "least 1: for no adapter use torch.nn.functional.linear"
-        )
-    check_scale(scale)
-
-
 def check_scale(scale: float) -> None:
     """Raise ValueError for what is no finite float32."""
     if not is_number(scale) or not abs(scale) <= LARGEST_SCALE:  # false for NaN
@@ -368,53 +244,3 @@ def check_scale(scale: float) -> None:
             f"scale is {shown(scale)}, but must be a finite float32: alpha / r, or alpha / √r for "
             "rsLoRA"
         )
-
-
-def check_packed(x: Tensor, device: torch.device, weight: Quantised) -> None:
-    """Raise ValueError or TypeError unless a packed weight's tensors are its format's, with x."""
-    if x.is_nested:
-        raise TypeError("x is nested, and a packed weight is not: call this for each part")
-    for tensor in weight.tensors:
-        if type(tensor) not in _PLAIN:
-            check_tensor("a packed weight", tensor)
-        if tensor.device != device:
-            raise ValueError(
-                f"a packed weight is on {tensor.device}, but x is on {device}: move them to one "
-                "device"
-            )
-        if tensor.requires_grad:
-            raise ValueError("a packed weight requires a gradient, but gets none: freeze it")
-    try:
-        weight.format.check(weight.tensors)
-    except ValueError as error:
-        raise ValueError(f"weight is no {weight.format.label}: {error}") from error
-
-
-def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
-    """Raise ValueError or TypeError unless an output's tensors are dense, of a dtype, with x."""
-    if isinstance(output.base.weight, Quantised):
-        check_packed(x, device, output.base.weight)
-    for name, tensor in named_tensors(output):
-        if tensor is None:
-            if name != "bias":
-                check_tensor(name, tensor)
-            continue
-        if type(tensor) not in _PLAIN:
-            check_tensor(name, tensor)
-            # Other classes torch may take, but the memory of this one is a null pointer to kernels.
-            if type(tensor).__name__ == "FakeTensor" and is_plain(x):
-                raise TypeError(why_not_mixed(name, tensor, x))
-        if tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
-            )
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            if tensor.is_nested:
-                raise TypeError(f"{name} is nested, which x alone may be: call this for each part")
-            raise TypeError(
-                f"{name} has layout {tensor.layout}, but must be dense: call {name}.to_dense()"
-            )
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}: convert it"
-            )

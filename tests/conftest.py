@@ -44,7 +44,7 @@ def backend(request):
 @pytest.fixture
 def node(monkeypatch):
     """A call of a few rows is a node too."""
-    monkeypatch.setattr("fastlora.backends.torch.MOST_ROWS", 0)
+    monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", 0)
     monkeypatch.setattr("fastlora.ops.kinds._known", {})
 
 

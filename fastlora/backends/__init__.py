@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, cast
 import torch as pytorch  # here `torch` is the backend
 
 from ..projection import Output, shown
-from .protocol import Backend, Settings
+from .protocol import Backend, Call
 
 __all__ = [
     "BACKENDS",
     "Backend",
-    "Settings",
+    "Call",
     "asked_backend",
     "backend_name",
     "find_backend",

@@ -18,8 +18,6 @@ over integers of their size: several times faster than by a bool mask.
 
 from collections.abc import Sequence
 from copy import copy
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +29,6 @@ _ROUNDS = (0x7FEB352D, 16), (0x846CA68B - 2**32, 15)
 # Two columns beside each other share a hash; the second one's is multiplied by this, from PCG.
 _OF_THE_SECOND = 0x2C9277B5
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FEW = 2**15  # elements of a mask that numpy makes in half of torch's time: it is all overhead
 # out = x where word > highest, else 0
 _keep_above = torch.ops.aten.threshold_backward.grad_input
 
@@ -42,10 +39,10 @@ class DropoutMask:
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
         self.p, self.least = p, _least(p)
-        if _takes_numpy(seed):
-            self.row_keys, self.column_keys = map(torch.from_numpy, _array_keys(seed, shape))
-        else:
-            self.row_keys, self.column_keys = _tensor_keys(seed, shape)
+        rows, columns = shape
+        low, high = seed.view(1).view(torch.int32) * 2 + 1
+        self.row_keys = _hashes("rows", rows, seed.device).unsqueeze(1) ^ low
+        self.column_keys = _hashes("columns", columns, seed.device) ^ high
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""
@@ -88,34 +85,6 @@ def _least(p: float) -> int:
     return min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
-def _tensor_keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """int32 [rows, 1] and [columns]: the keys, on the seed's device."""
-    rows, columns = shape
-    low, high = seed.view(1).view(torch.int32) * 2 + 1
-    row_hashes = _hashes("rows", rows, seed.device).unsqueeze(1)
-    return row_hashes ^ low, _hashes("columns", columns, seed.device) ^ high
-
-
-def _array_keys(seed: Tensor, shape: Sequence[int]) -> tuple[Any, Any]:
-    """The same as arrays, of a seed on a CPU."""
-    rows, columns = shape
-    number: Any = seed.item()
-    row_hashes = _array_hashes("rows", rows.bit_length())[:rows, None]
-    column_hashes = _array_hashes("columns", columns.bit_length())[:columns]
-    return row_hashes ^ _odd(number), column_hashes ^ _odd(number >> 32)
-
-
-def _odd(half: int) -> int:
-    """2 · half + 1, as an int32."""
-    return ((2 * half + 1 + 2**31) & (2**32 - 1)) - 2**31
-
-
-@lru_cache(maxsize=64)
-def _array_hashes(of: str, bits: int) -> Any:
-    """Of all numbers with so many bits, of which any count takes the first."""
-    return _hashes(of, 2**bits, torch.device("cpu")).numpy()
-
-
 def _hashes(of: str, count: int, device: torch.device) -> Tensor:
     """int32 [count] of so many "rows" or "columns": even."""
     if of == "rows":
@@ -132,19 +101,9 @@ def _hash(numbers: Tensor) -> Tensor:
     return numbers.mul_(2)
 
 
-def _takes_numpy(tensor: Tensor) -> bool:
-    """Whether numpy can work beside this: on a CPU, where nothing follows operations."""
-    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return tensor.is_cpu and not followed
-
-
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
-    rows, columns = shape
-    if rows * columns > _FEW or not _takes_numpy(seed):
-        return DropoutMask(seed, shape, p).rows(0, rows)
-    row_keys, column_keys = _array_keys(seed, shape)
-    return torch.from_numpy(row_keys * column_keys >= _least(p) << 16)
+    return DropoutMask(seed, shape, p).rows(0, shape[0])
 
 
 def multiply_bits(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:

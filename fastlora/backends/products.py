@@ -2,9 +2,9 @@
 
 Most CPUs have no 16-bit products (AVX512-BF16, AMX, Arm's bf16).  There torch multiplies bfloat16
 and float16 number by number, dy weight worst of all.  A call of these dtypes *runs wide* on such a
-CPU: x goes through in blocks of rows that are float32, and so are adapters, h and sums; the weight
-and dy, which are large, are widened a block at a time, here.  What comes out is rounded once, so it
-is closer to the truth than torch's own product.  Everywhere else each function is torch's product.
+CPU (:mod:`.formula`): rows of x, y and dy are float32, and so are adapters, h and sums.  The weight
+is widened a block of rows at a time, here, as a packed one is made.  What comes out is rounded
+once, so it is closer to the truth than torch's own product.
 
 Who runs wide is decided once for a process and dtype: not if torch says that oneDNN multiplies it;
 else by a measurement, at the first call that would.  Nothing is measured at import or while
@@ -19,9 +19,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from ..blocks import Dense, source_of, widened
-from ..projection import Output
+from ..blocks import Dense, Source, source_of, widened
+from ..formats.format import Quantised
+from ..projection import HALF_DTYPES, Base, Output
 
 # For tests and measurements: True or False decides in the place of this CPU, for all 16-bit calls.
 FORCED = {"0": False, "1": True}.get(os.environ.get("FASTLORA_WIDE_PRODUCTS", ""))
@@ -37,18 +39,15 @@ _SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other o
 # Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x anew for each block:
 # with 512 rows a product took up to 1.08 of the time with 1024 on a Xeon; 2048 save little more.
 _BLOCK, _FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT = 2**23, 64, 1024
-# Elements of a block of x, widened (4 MiB), and of y or dy (1 MiB).  y has at least as many columns
-# as the weight's block has rows: 2 MiB with the most rows of x.
-_ROWS, _PART = 2**20, 2**18
+_ROWS = 2**20  # elements of a block of x, y or dy, widened (4 MiB)
 _KEPT = 2 * _BLOCK  # bytes of the largest buffer that stays
 # Rows of x in a block: enough to pay for widening the weight.
 _FEWEST_ROWS, _MOST_ROWS = 256, 512
 # Elements between the weight's rows: a power of 2 apart, few sets of the cache would hold them.
 # dy weight took 0.86 of the time so at 16 rows, 0.95 to 0.97 at 64.
 _GAP = 16
-# For so many rows x weightᵀ is faster with y transposed, its copy apart: 0.7 to 0.85 of the time at
-# 16 rows, 0.93 to 1.07 at 64; at 2 and 3 rows it takes up to twice as long (MKL, a Xeon).
-FEW = range(8, 65)
+# Elements of dx that are summed in float32 at once, where dy and a packed weight have 16 bits.
+_SUMMED = 2**21
 
 
 def are_wide(x: Tensor) -> bool:
@@ -158,14 +157,11 @@ def matrix_like(use: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def wide_rows(x: Tensor, fewest: int | None = None) -> list[slice]:
-    """The blocks of x's rows in which a wide call goes."""
-    fewest = _FEWEST_ROWS if fewest is None else fewest
-    return _slices(x.shape[0], max(fewest, min(_MOST_ROWS, _ROWS // x.shape[1])))
-
-
-def _slices(count: int, step: int) -> list[slice]:
-    return [slice(first, first + step) for first in range(0, count, step)]
+def wide_rows(x: Tensor, outputs: Sequence[Output]) -> list[slice]:
+    """The blocks of x's rows in which a wide call of these outputs goes."""
+    widths = [base.weight.shape[0] for base, _ in outputs if base.weight is not None]
+    step = max(_FEWEST_ROWS, min(_MOST_ROWS, _ROWS // max(x.shape[1], *widths, 1)))
+    return [slice(first, first + step) for first in range(0, x.shape[0], step)]
 
 
 def rows_of(tensor, rows: slice):
@@ -187,62 +183,72 @@ def _rows_of_weight(columns: int, dtype: torch.dtype = torch.float32) -> int:
     return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))
 
 
-def weight_rows(
-    weight: Tensor, dtype: torch.dtype = torch.float32, some: slice | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def weight_rows(weight: Tensor | Source, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Which rows of the weight, and they in ``dtype``, as :func:`widened` has them."""
-    total = weight.shape[0] if some is None else min(weight.shape[0], some.stop) - some.start
-    columns, source = weight.shape[1], source_of(weight)
+    (total, columns), source = weight.shape, source_of(weight)
     rows = min(total, _rows_of_weight(columns, dtype))
     if isinstance(source, Dense):
-        buffer = SCRATCH.take_like("weight", weight, rows, _GAP)
+        buffer = SCRATCH.take_like("weight", source.matrix, rows, _GAP)
     else:  # it is made faster where nothing lies between the rows
         buffer = SCRATCH.take("packed", rows, columns, dtype)
-    return widened(source, buffer, some)
+    return widened(source, buffer)
 
 
-def write_linear(out: Tensor, x: Tensor, output: Output[Tensor], hs: Sequence[Tensor]) -> None:
-    """x weightᵀ + bias + Σ h lora_bᵀ, rounded once to ``out``.
+def _comes_in_blocks(weight: Tensor | Quantised, x: Tensor) -> bool:
+    """Whether it is made for a product with x on a CPU: unpacked, or widened for a wide x."""
+    return x.is_cpu and (isinstance(weight, Quantised) or weight.dtype != x.dtype)
 
-    x, every h and the adapters are float32.
+
+def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias [M, N], new or written ``into`` this; of a plain weight or a packed one.
+
+    On a GPU a packed weight is made as a whole, for this one product.
     """
-    (weight, bias), adapters = output
-    (n, k), m = weight.shape, x.shape[0]
-    few = m in FEW
-    if few:
-        x = for_few_rows(x)
-    for part in _slices(n, max(_rows_of_weight(k), _PART // m)):
-        count = min(n, part.stop) - part.start
-        y = SCRATCH.take("part", m, count, by_columns=few)
-        for rows, wide in weight_rows(weight, some=part):
-            torch.mm(x, wide.T, out=columns_of(y, rows))
-            del wide  # before the next block is made
-        if bias is not None:
-            y.add_(rows_of(bias, part))
-        for h, adapter in zip(hs, adapters, strict=True):
-            y.addmm_(h, rows_of(adapter.lora_b, part).T)
-        if few:  # torch transposes fast, and it rounds fast, but not both at once
-            y = SCRATCH.take("rounded", m, count, out.dtype, by_columns=True).copy_(y)
-        columns_of(out, part).copy_(y)
+    weight, bias = base.weight, cast(base.bias, x.dtype)
+    if _comes_in_blocks(weight, x):
+        y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
+        for rows, some in weight_rows(weight, x.dtype):
+            _write_linear(columns_of(y, rows), x, some, None if bias is None else bias[rows])
+            del some  # before the next block is made
+        return y
+    if isinstance(weight, Quantised):
+        weight = weight.dense(x.dtype)
+    return linear(x, weight, bias) if into is None else _write_linear(into, x, weight, bias)
 
 
-def for_few_rows(x: Tensor) -> Tensor:
-    """x as its product with a transposed y reads it fastest, until the next one is taken.
-
-    On one thread a copy whose columns are dense, for which MKL packs nothing: 0.93 of the time at
-    64 rows.  On two threads the copy costs more than it saves: 1.03.
-    """
-    if torch.get_num_threads() > 1:
-        return x
-    rows, columns = x.shape
-    return SCRATCH.take("columns", columns, rows, x.dtype).copy_(x.T).T
+def _write_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.T, out=y)
+    return torch.addmm(bias, x, weight.T, out=y)
 
 
-def widen_small(dys: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """In float32 if together they are small, since each is read twice: else block by block."""
-    if sum([dy.numel() for dy in dys if dy is not None]) > _PART:
-        return dys
-    return [None if dy is None else SCRATCH.widen(f"dy{i}", dy) for i, dy in enumerate(dys)]
+def add_dy_weight(dx: Tensor, dy: Tensor, weight: Tensor | Quantised, beta: float) -> None:
+    """dx = beta · dx + dy weight, in dx's dtype."""
+    if not _comes_in_blocks(weight, dx):
+        dense = weight.dense(dx.dtype) if isinstance(weight, Quantised) else weight
+        torch.addmm(dx, dy, dense, beta=beta, out=dx)
+    elif dx.dtype in HALF_DTYPES:
+        _add_rounding_once(dx, dy, weight, beta)
+    else:
+        for rows, some in weight_rows(weight, dx.dtype):
+            torch.addmm(dx, columns_of(dy, rows), some, beta=beta, out=dx)
+            del some
+            beta = 1.0
+
+
+def _add_rounding_once(dx: Tensor, dy: Tensor, weight: Tensor | Quantised, beta: float) -> None:
+    """The same in 16 bits: the products of blocks are summed in float32."""
+    columns = dx.shape[1]
+    step = max(1, _SUMMED // columns)
+    for first in range(0, dx.shape[0], step):
+        some, dy_rows = dx[first : first + step], dy[first : first + step]
+        total = SCRATCH.take("total", len(some), columns)
+        total.copy_(some) if beta else total.zero_()
+        product = SCRATCH.take("product", len(some), columns, some.dtype)
+        for rows, made in weight_rows(weight, dx.dtype):
+            total.add_(torch.mm(columns_of(dy_rows, rows), made, out=product))
+            del made
+        some.copy_(total)
 
 
 def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
@@ -252,35 +258,12 @@ def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = Non
     return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left right, in place."""
-    if total.dtype == left.dtype:
-        return total.addmm_(left, right)
-    return total.add_(torch.mm(left, right))
-
-
 def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
     """dyᵀ h, [N, r]."""
     if h.shape[0] >= 256 and h.dtype == torch.float32:
         # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
         return torch.mm(h.T, dy).T.contiguous()
     return torch.mm(dy.T, h)
-
-
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x, [N, K]."""
-    if not are_wide(x):
-        return torch.mm(dy.T, x)
-    out = x.new_empty(dy.shape[1], x.shape[1])
-    step = _rows_of_weight(x.shape[1])
-    for first in range(0, len(out), step):
-        some, total = slice(first, first + step), None
-        for rows in wide_rows(x):
-            left, right = SCRATCH.widen("part", dy[rows, some]).T, SCRATCH.widen("x", x[rows])
-            total = torch.mm(left, right) if total is None else total.addmm_(left, right)
-        assert total is not None  # a wide x has rows
-        out[some] = total
-    return out
 
 
 def cast(tensor, dtype):

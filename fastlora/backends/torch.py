@@ -8,48 +8,40 @@ With x [M, K], weight [N, K], lora_a [r, K], lora_b [N, r] and the keep mask of 
     d lora_a = dhᵀ (mask ∘ x)                   d lora_b = dyᵀ h
 
 h and dh [M, r] carry the whole factor, multiplied in while the product is still in the accumulator,
-so that nothing of size M·K or M·N is ever scaled.  Dropout runs over blocks of rows: no dropped
-copy of x exists.
+so that nothing of size M·K or M·N is ever scaled.  The formulas over some rows are in
+:mod:`.formula`.
 
-Where 16-bit products are slow (:mod:`.products`) the same formulas run in float32 over blocks of
-rows, and h stays float32.
+A call whose rows are cut into segments is a loop over the parts that have rows.  Where segments
+share a base, that is the first part, of all rows as they lie; the others add to what it made.  A
+part's rows are a view where they lie together, else copies that live until the next part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..formats.format import Quantised
-from ..projection import HALF_DTYPES, Output, flatten, per_adapter, unflatten
-from .dropout import dropout_mask
+from ..projection import Adapter, Base, Layout, Output, flatten, per_adapter, unflatten
+from ..rows import Share, put, take
+from .dropout import DropoutMask, dropout_mask
+from .formula import Masks, backward_rows, base_gradients, forward_rows, no_gradients
 from .gated import gated, gated_backward
-from .grouped import backward_grouped, forward_grouped, takes_experts_in_turn
-from .multi import backward_multi, forward_multi
-from .products import h_dtype, is_slow
-from .protocol import Settings
-from .rows import backward_rows, base_gradients, forward_rows, masks_of, no_gradients
+from .products import h_dtype
+from .protocol import Call
 
 __all__ = [
     "backward",
-    "backward_grouped",
-    "backward_multi",
     "base_gradients",
     "dropout_mask",
     "forward",
-    "forward_grouped",
-    "forward_multi",
     "gated",
     "gated_backward",
     "h_dtype",
-    "is_small",
     "no_gradients",
     "takes_experts_in_turn",
     "why_not",
 ]
-
-# Up to so many rows a node costs more than it saves (docs/performance.md).
-MOST_ROWS = 32
 
 
 def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]) -> str:
@@ -57,44 +49,208 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
     return ""
 
 
-def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
-    """Whether x has few rows on a CPU, and one output, and torch's own products are fast."""
-    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.device.type != "cpu" or len(outputs) > 1:
-        return False
-    ((weight, bias), adapters) = outputs[0]
-    dtype = x.dtype
-    if isinstance(weight, Quantised) or (bias is not None and bias.dtype != dtype):
-        return False
-    if dtype in HALF_DTYPES and is_slow(dtype):
-        return False
-    # 16-bit adapters aren't: torch would round h before it is scaled.
-    adapter_dtype = torch.promote_types(dtype, torch.float32)
-    return all([a.dtype == b.dtype == adapter_dtype for a, b, _ in adapters])
+def takes_experts_in_turn(device: torch.device) -> bool:
+    """On a CPU, where nothing is won by more rows than those of an expert."""
+    return device.type == "cpu"
 
 
 def forward(
-    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """y [M, N] of every output, and h [M, r] of every adapter, laid end to end."""
+    """y [M, N] of every output, and every h [M, r], laid end to end."""
     x, *tensors = inputs
-    outputs = unflatten(tensors, settings.layouts)
-    return forward_rows(x, outputs, masks_of(x, outputs, seeds, settings))
+    outputs, rows = unflatten(tensors, call.layouts), call.rows
+    if rows is None:
+        return forward_rows(x, outputs, _masks(x, outputs, seeds, call.dropout))
+    ys = [x.new_empty(len(x), output.base.weight.shape[-2]) for output in outputs]
+    dtype = h_dtype(x.dtype, x.device)
+    hs = [
+        x.new_zeros(len(x), width, dtype=dtype) for width in widths_of_h(outputs, rows.shares_base)
+    ]
+    items, last = rows.items(len(x)), 0
+    for part in _parts(x, outputs, seeds, call):
+        into = [part.take(y, items) for y in ys]
+        _, found = forward_rows(part.take(x, items), part.outputs, part.masks, into)
+        for h, of_part in zip(hs, found, strict=False):
+            h[part.place, : of_part.shape[1]] = of_part
+        for y, y_rows in zip(ys, into, strict=True):
+            part.put(y, y_rows, items)
+        last = max(last, part.place.stop)
+    for y in ys:
+        y[last:].zero_()
+    return ys, hs
 
 
 def backward(
     dys: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
-    hs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
     needs: Sequence[bool],
     seeds: Tensor | None,
-    settings: Settings,
+    call: Call,
 ) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None."""
     x, *tensors = inputs
-    needs_x, *needs_flat = needs
-    outputs = unflatten(tensors, settings.layouts)
-    wanted = unflatten(needs_flat, settings.layouts)
-    masks = masks_of(x, outputs, seeds, settings)
-    thin = list(per_adapter(hs, outputs))
-    dx, gradients = backward_rows(dys, x, outputs, thin, wanted, masks, needs_x)
-    return [dx, *flatten(gradients, settings.layouts)]
+    outputs, wanted = unflatten(tensors, call.layouts), unflatten(needs[1:], call.layouts)
+    dx, rows = x.new_empty(x.shape) if needs[0] else None, call.rows
+    if rows is None:
+        masks, thin = _masks(x, outputs, seeds, call.dropout), list(per_adapter(hs, outputs))
+        gradients = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
+        return [dx, *flatten(gradients, call.layouts)]
+    gradients = _empty_gradients(outputs, wanted, call)
+    items, last = rows.items(len(x)), 0
+    for part in _parts(x, outputs, seeds, call):
+        wants = [part.of(each) for each in wanted]
+        last = max(last, part.place.stop)
+        if dx is None and not any(map(_wants, wants)):
+            continue
+        # Where nothing reads x, it is looked at for its shape and dtype alone.
+        reads_x = any(base.weight or any([a.lora_a for a in own]) for base, own in wants)
+        count = part.place.stop - part.place.start
+        dx_rows = None if dx is None else part.take(dx, items)
+        found = backward_rows(
+            [None if dy is None else part.take(dy, items) for dy in dys],
+            part.take(x, items) if reads_x else x[:count],
+            part.outputs,
+            part.thin(hs),
+            wants,
+            part.masks,
+            dx_rows,
+        )
+        if dx is not None and dx_rows is not None:
+            part.put(dx, dx_rows, items)
+        part.store(found, gradients, outputs, call.layouts)
+    if dx is not None:
+        dx[last:].zero_()
+    return [dx, *flatten(gradients, call.layouts)]
+
+
+class _Part(NamedTuple):
+    """Some rows, and what they go through; a base of None adds to what is there already."""
+
+    share: Share | None  # None: all rows as they lie, through the base that all segments share
+    place: slice  # of the rows of h
+    outputs: list[Output[Tensor]]
+    masks: Masks
+    shares_base: bool
+
+    def take(self, matrix: Tensor, items: int) -> Tensor:
+        return matrix if self.share is None else take(matrix, self.share, items)
+
+    def put(self, matrix: Tensor, rows: Tensor, items: int) -> None:
+        if self.share is not None:
+            put(matrix, rows, self.share, items)
+
+    def of(self, whole: Output) -> Output:
+        """What this part has of an output that stands for all tensors: for what is wanted."""
+        if not self.shares_base:
+            return whole
+        if self.share is None:
+            return Output(whole.base)
+        return Output(Base(None), whole.adapters[self.share.segment :][:1])
+
+    def thin(self, hs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+        """The part's rows of every h, for each output."""
+        left = iter(hs)
+        return [
+            [
+                None if h is None else h[self.place, : len(adapter.lora_a)]
+                for adapter, h in zip(output.adapters, left, strict=False)
+            ]
+            for output in self.outputs
+        ]
+
+    def store(
+        self,
+        found: Sequence[Output[Tensor | None]],
+        gradients: list[Output[Tensor | None]],
+        outputs: Sequence[Output[Tensor]],
+        layouts: Sequence[Layout],
+    ) -> None:
+        """Put the part's gradients where those of all tensors are."""
+        for i, own in enumerate(found):
+            if self.share is None:
+                gradients[i] = gradients[i]._replace(base=own.base)
+            elif self.shares_base:
+                adapters, at = list(gradients[i].adapters), self.share.segment
+                adapters[at] = _widened(own.adapters[0], outputs[i].adapters[at])
+                gradients[i] = gradients[i]._replace(adapters=tuple(adapters))
+            else:
+                pairs = zip(
+                    *(flatten([g], layouts[i : i + 1]) for g in (gradients[i], own)), strict=True
+                )
+                for stacked, gradient in pairs:
+                    if stacked is not None:
+                        place = stacked[self.share.segment]
+                        place.zero_() if gradient is None else place.copy_(gradient)
+
+
+def _parts(
+    x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, call: Call
+) -> Iterator[_Part]:
+    """Those that have rows; the shared base first."""
+    rows, p = call.rows, call.dropout
+    assert rows is not None
+    if rows.shares_base:
+        alone = [Output(output.base) for output in outputs]
+        yield _Part(None, slice(0, len(x)), alone, [[]] * len(alone), True)
+    each = len(x) // max(1, rows.items(len(x)))  # rows of an item
+    for share in rows.found(len(x)) if each else ():
+        at, place = share.segment, slice(share.place.start * each, share.place.stop * each)
+        parts = [rows.part(output, at) for output in outputs]
+        masks: Masks = [[None] * len(part.adapters) for part in parts]
+        if seeds is not None and rows.own is not None:
+            own, shape = rows.own.dropouts[at], (place.stop - place.start, x.shape[1])
+            if own:
+                masks = [[DropoutMask(seeds[at : at + 1], shape, own)] for _ in parts]
+        elif seeds is not None:
+            first = rows.first + place.start
+            shape = rows.first + len(x), x.shape[1]
+            made = [DropoutMask(s.view(1), shape, p).from_row(first) for s in seeds.unbind()]
+            masks = list(per_adapter(made, parts))
+        yield _Part(share, place, parts, masks, rows.shares_base)
+
+
+def widths_of_h(outputs: Sequence[Output[Tensor]], one_each: bool) -> list[int]:
+    """The columns of every h: many adapters of an output share one, as wide as the widest."""
+    ranks = [[a.lora_a.shape[-2] for a in output.adapters] for output in outputs]
+    return [max(of_one) for of_one in ranks] if one_each else [r for some in ranks for r in some]
+
+
+def _empty_gradients(
+    outputs: Sequence[Output[Tensor]], wanted: Sequence[Output[bool]], call: Call
+) -> list[Output[Tensor | None]]:
+    """To be filled: None for each of many adapters, zeros for experts without rows."""
+    assert call.rows is not None
+    if call.rows.shares_base:
+        return [no_gradients(output) for output in outputs]
+    pairs = zip(flatten(outputs, call.layouts), flatten(wanted, call.layouts), strict=True)
+    made = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
+    return unflatten(made, call.layouts)
+
+
+def _widened(found: Adapter[Tensor | None], adapter: Adapter[Tensor]) -> Adapter[Tensor | None]:
+    """The gradients in the shapes of the adapter's tensors: zeros behind its rank."""
+    made = []
+    for gradient, tensor in zip(found[:2], adapter[:2], strict=True):
+        if gradient is not None and gradient.shape != tensor.shape:
+            rows, columns = gradient.shape
+            whole = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            whole[:rows, :columns] = gradient
+            gradient = whole
+        made.append(gradient)
+    d_lora_a, d_lora_b = made
+    return Adapter(d_lora_a, d_lora_b)
+
+
+def _masks(x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float) -> Masks:
+    """For each output its adapters' masks, or None for each without dropout."""
+    if seeds is None:
+        return [[None] * len(output.adapters) for output in outputs]
+    made = [DropoutMask(seed.view(1), x.shape, p) for seed in seeds.unbind()]
+    return list(per_adapter(made, outputs))
+
+
+def _wants(wanted: Output[bool]) -> bool:
+    (weight, bias), adapters = wanted
+    return bool(weight or bias or any([a.lora_a or a.lora_b for a in adapters]))

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backends import Settings, backend_name, find_backend, planned_backend, use_backend
+from ..backends import Call as BackendCall
+from ..backends import backend_name, find_backend, planned_backend, use_backend
 from ..backends.products import is_slow
 from ..projection import DTYPES, HALF_DTYPES, Layout, unflatten
 
@@ -55,7 +56,7 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
         if name != "triton":  # whose blocks on meta tensors wouldn't be this device's
             return found
         backend = find_backend(name)
-        settings = Settings(layouts, asked.dropout, backend)
+        settings = Call(layouts, asked.dropout, backend)
         stack.enter_context(noted)
         ys, hs = backend.forward(inputs, seeds, settings)
         forward, noted.steps = noted.steps, []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.autocast import autocast_off
-from ..ops.textbook import needs_textbook
+from ..ops.way import why_textbook
 from ..projection import Adapter, Base, Output
 from .adapted import (
     Adapted,
@@ -223,7 +223,7 @@ class LoRAExperts(Adapted):
             return super().forward(*args, **named)
         experts = self.read()
         reason = experts.reason
-        if args and isinstance(args[0], Tensor) and needs_textbook(args[0]):
+        if args and isinstance(args[0], Tensor) and why_textbook(args[0]):
             reason = reason or "a transform, tracing or forward-mode differentiation is active"
         if not (reason or named):
             up, down = (self._output(name, experts) for name in experts.names)

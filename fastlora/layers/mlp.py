@@ -16,7 +16,7 @@ from ..backends import find_backend
 from ..foreign import is_same_code
 from ..ops import gated_mlp
 from ..ops.autocast import autocast_dtype
-from ..ops.gated import follows
+from ..ops.way import follows
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
 from ..quant import SHARDED, PackedLayer, quantised_weight
 from ..report import IN_THE_CALL, BlockCoverage

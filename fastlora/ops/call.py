@@ -1,23 +1,25 @@
-"""One call of the op on a backend: what the autograd node and the registered op share."""
+"""One call on a backend: what the autograd node and the registered op share."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..backends import Settings
+from ..backends import Call
 from ..projection import Layout, unflatten
-from ..segments import Segments
+from ..rows import Share
 from .autocast import autocast_off
+from .textbook import textbook
 
 
 def run_forward(
-    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Every output, with x's leading dimensions, and the h [M, r] of every adapter."""
+    """Every output, with x's leading dimensions, and every h [M, r]."""
     x, *tensors = inputs
-    ys, hs = settings.backend.forward([as_matrix(x), *tensors], seeds, settings)
+    ys, hs = call.backend.forward([as_matrix(x), *tensors], seeds, call)
     if x.dim() != 2:
         # Resized, not viewed: autograd forbids in-place changes of a view that a Function returns.
         ys = [y.resize_(*x.shape[:-1], y.shape[-1]) for y in ys]
@@ -27,68 +29,48 @@ def run_forward(
 def run_backward(
     dys: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
-    hs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
     needs: Sequence[bool],
     seeds: Tensor | None,
-    settings: Settings,
+    call: Call,
 ) -> list[Tensor | None]:
-    """The gradient of each input that needs one, else None."""
+    """The gradient of each input that needs one, else None; and of an adapter without rows."""
     x, *tensors = inputs
     dys = [None if dy is None else as_matrix(dy) for dy in dys]
     with autocast_off(x.device.type):
-        gradients = settings.backend.backward(
-            dys, [as_matrix(x), *tensors], hs, needs, seeds, settings
-        )
+        gradients = call.backend.backward(dys, [as_matrix(x), *tensors], hs, needs, seeds, call)
     dx = gradients[0]
     if dx is not None and x.dim() != 2:
         gradients[0] = dx.view(x.shape)
     return gradients
 
 
-def run_grouped(
-    inputs: Sequence[Tensor], segments: Segments, seeds: Tensor | None, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """y [S, N] of experts, and the h [S, r]."""
-    x, *tensors = inputs
-    backend = settings.backend
-    return backend.forward_grouped([as_matrix(x), *tensors], segments, seeds, settings)
-
-
-def run_grouped_backward(
-    dy: Tensor,
-    inputs: Sequence[Tensor],
-    segments: Segments,
-    h: Tensor,
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    settings: Settings,
-) -> list[Tensor | None]:
-    """The gradient of each input that needs one, else None."""
-    x, *tensors = inputs
-    with autocast_off(x.device.type):
-        return settings.backend.backward_grouped(
-            as_matrix(dy), [as_matrix(x), *tensors], segments, h, needs, seeds, settings
-        )
-
-
 def kept(
-    x: Tensor, hs: Sequence[Tensor], needs: Sequence[bool], layouts: tuple[Layout, ...]
+    x: Tensor,
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+    layouts: tuple[Layout, ...],
+    one_h: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """What the backward will read of x and of every h, given which inputs need gradients."""
-    reads_x, reads_h = _is_read(tuple(needs), layouts)
+    """What the backward will read of x and of every h, given which inputs need gradients.
+
+    ``one_h``: all adapters of an output share one.
+    """
+    reads_x, reads_h = _is_read(tuple(needs), layouts, one_h)
     read = [h if reads else None for h, reads in zip(hs, reads_h, strict=True)]
     return x if reads_x else None, read
 
 
 @lru_cache(maxsize=1024)
-def _is_read(needs: tuple[bool, ...], layouts: tuple[Layout, ...]) -> tuple[bool, list[bool]]:
+def _is_read(
+    needs: tuple[bool, ...], layouts: tuple[Layout, ...], one_h: bool
+) -> tuple[bool, list[bool]]:
     """The gradients of weight and lora_a are products with x, that of lora_b is one with h."""
     reads_x, reads_h = False, []
     for base, adapters in unflatten(needs[1:], layouts):
-        reads_x = reads_x or base.weight
-        for lora_a, lora_b, _ in adapters:
-            reads_x = reads_x or lora_a
-            reads_h.append(lora_b)
+        reads_x = reads_x or base.weight or any([adapter.lora_a for adapter in adapters])
+        of_each = [adapter.lora_b for adapter in adapters]
+        reads_h += [any(of_each)] if one_h else of_each
     return reads_x, reads_h
 
 
@@ -113,6 +95,46 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
         return True
     is_batched = torch._C._functorch.is_legacy_batchedtensor
     return any(dy is not None and is_batched(dy) for dy in dys)
+
+
+def followed(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+    """Every output by the textbook formula, with the masks that the seeds make."""
+    x, *tensors = inputs
+    rows = call.rows
+
+    def drop(number: int, own: Tensor, share: Share | None) -> Tensor:
+        p, before, at = call.dropout, 0, number
+        if share is not None and rows is not None and rows.own is not None:
+            p, at = rows.own.dropouts[share.segment], share.segment
+        elif share is not None and rows is not None:
+            before = rows.first + share.place.start
+        if seeds is None or not p:
+            return own
+        shape = before + math.prod(own.shape[:-1]), own.shape[-1]
+        mask = call.backend.dropout_mask(seeds[at], shape, p)[before:].view(own.shape)
+        return torch.where(mask, own / (1.0 - p), 0.0)
+
+    return textbook(x, unflatten(tensors, call.layouts), drop, rows)
+
+
+def differentiable(
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    call: Call,
+) -> list[Tensor | None]:
+    """run_backward's gradients by torch's own operations: autograd's, of the textbook formula."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, since one tensor may be there twice, and each time has a gradient of its own.
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
+        ys = followed(inputs, seeds, call)
+    used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
+    if not used:
+        return [None] * len(inputs)
+    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
+    return gradients_of(used_ys, inputs, needs, used_dys, create_graph)
 
 
 def gradients_of(

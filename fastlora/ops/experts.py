@@ -15,29 +15,28 @@ Where a backend takes experts in turn, on a CPU, rows come in parts, those of so
 that besides pre and h nothing of S rows is ever made.
 
 What a node can't be (compiled calls, an activation that mustn't run twice) is the same formula step
-by step, each product the op of :mod:`.grouped`.
+by step, each product a call of experts.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import Settings, find_backend
+from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
-from ..blocks import rows_at_a_time
-from ..projection import Adapter, Output, flatten, is_plain, layouts_of, unflatten
+from ..blocks import block_of_rows, rows_at_a_time
+from ..projection import Base, Output, flatten, layouts_of, unflatten
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
-from .call import are_batched, gradients_of, run_grouped, run_grouped_backward
-from .functional import draw_seed
-from .grouped import lora_grouped
+from .call import are_batched, followed, gradients_of, run_backward, run_forward
+from .door import draw_seed, through
 from .routing import Part, Routing, Sums, even_routing, routing_of
-from .textbook import needs_textbook
+from .way import is_eager
 
 # silu(gate) ∘ up of [gate, up], say, by the name of its activation; or any function of pre.
 Activate = str | Callable[[Tensor], Tensor]
-_ARGUMENTS = 7  # before x
+_ARGUMENTS = 4  # before x
 
 
 def lora_experts(
@@ -56,7 +55,7 @@ def lora_experts(
 
     index [T, k], an integer dtype, has each token's experts, and weights [T, k] their weights, of
     any floating dtype.  Without both, x is sorted by expert, every expert has as many rows, and
-    nothing is summed.  ``up`` and ``down`` are outputs with one adapter each or none, whose tensors
+    nothing is summed.  ``up`` and ``down`` are outputs with any adapters or none, whose tensors
     are stacked as those of :func:`fastlora.lora_grouped`: up [E, F, K], down [E, N, I].
     ``activate`` makes [S, I] of [S, F]: a function that autograd follows, or the name of an
     activation (silu, gelu, gelu_tanh, relu, relu2), which is that of the first half, times the
@@ -76,39 +75,20 @@ def lora_experts(
     elif on:
         x = x.to(up.base.weight.dtype)
     with autocast_off(device.type):
-        experts = len(up.base.weight)
+        experts = up.base.weight.shape[0]
         if index is None or weights is None:
             routing, weights = even_routing(len(x), experts, device), x.new_ones(len(x), 1)
         else:
             routing = routing_of(index, experts)
-        up, down = _with_adapter(up), _with_adapter(down)
-        if not (one_node and _follows(x)):
+        if not (one_node and is_eager(x)):
             return _step_by_step(x, weights, routing, up, down, activate, dropout, dtype)
-        layouts = (*layouts_of([up]), *layouts_of([down]))
-        settings = Settings(layouts, dropout, find_backend(None, device))
+        layouts, backend = layouts_of([up, down]), find_backend(None, device)
         seeds = draw_seed(2, device) if dropout else None
+        node = _Node(Call(layouts, dropout, backend), activate, dtype, routing.k)
         inputs = [x, weights, *flatten([up, down], layouts)]
         if torch.is_grad_enabled():
-            order, ends, k = routing
-            return LoRAExpertsFunction.apply(
-                settings, activate, dtype, seeds, order, ends, k, *inputs
-            )
-        return _forward(inputs, routing, seeds, settings, activate, dtype)[0]
-
-
-def _follows(x: Tensor) -> bool:
-    """Whether a call with this x now can be one node."""
-    return not torch.compiler.is_compiling() and is_plain(x) and not needs_textbook(x)
-
-
-def _with_adapter(output: Output[Tensor]) -> Output[Tensor]:
-    """The same; where there is no adapter, with one that changes nothing."""
-    if output.adapters:
-        return output
-    weight = output.base.weight
-    experts, rows, columns = weight.shape
-    nothing = Adapter(weight.new_zeros(experts, 1, columns), weight.new_zeros(experts, rows, 1))
-    return output._replace(adapters=(nothing,))
+            return LoRAExpertsFunction.apply(node, seeds, routing.order, routing.ends, *inputs)
+        return _forward(inputs, routing, seeds, node)[0]
 
 
 def _step_by_step(
@@ -121,16 +101,59 @@ def _step_by_step(
     dropout: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    pre = _multiplied(x[routing.tokens], up, routing, dropout)
-    product = _differentiably_activated(pre, activate)
-    y = _multiplied(product, down, routing, dropout)
+    rows = routing.rows
+    (pre,), _ = through(x[routing.tokens], [up], dropout, rows=rows)
+    (y,), _ = through(_followed_activation(pre, activate), [down], dropout, rows=rows)
     return routing.plain_sums(y, weights, dtype)
 
 
-def _multiplied(rows: Tensor, output: Output[Tensor], routing: Routing, dropout: float) -> Tensor:
-    (weight, bias), ((lora_a, lora_b, scale),) = output
-    stacked = weight, lora_a, lora_b, routing.ends
-    return lora_grouped(rows, *stacked, bias=bias, scale=scale, dropout=dropout)
+class _Node(NamedTuple):
+    """What a node is besides its tensors."""
+
+    call: Call  # of both products, for rows that are cut later
+    activate: Activate
+    dtype: torch.dtype  # of what comes out
+    k: int
+
+    def products(
+        self, inputs: Sequence[Tensor], part: Part, seeds: Tensor | None
+    ) -> list[tuple[list[Tensor], Tensor | None, Call]]:
+        """Of each product: its tensors of a part's experts, laid flat, its seed, and its call."""
+        found, layouts = [], self.call.layouts
+        for i, output in enumerate(unflatten(inputs[2:], layouts)):
+            own = layouts[i : i + 1]
+            tensors = [tensor[part.experts] for tensor in flatten([output], own)]
+            seed = None if seeds is None or not output.adapters else seeds[i : i + 1]
+            found.append((tensors, seed, self.call._replace(layouts=own, rows=part.segments)))
+        return found
+
+    def parts(self, inputs: Sequence[Tensor], routing: Routing) -> list[Part]:
+        """All experts at once, or some at a time, whose rows stay in cache."""
+        x, _, *tensors = inputs
+        if not self.call.backend.takes_experts_in_turn(x.device):
+            return routing.whole()
+        hidden = unflatten(tensors, self.call.layouts)[0].base.weight.shape[1]
+        return routing.parts(min(rows_at_a_time(x), block_of_rows(x.device, hidden)))
+
+    def activated(self, pre: Tensor) -> Tensor:
+        if isinstance(self.activate, str):
+            gate, up = pre.chunk(2, dim=1)
+            return self.call.backend.gated(gate, up, self.activate)
+        with torch.no_grad():
+            return self.activate(pre)
+
+    def through_activation(self, d_product: Tensor, pre: Tensor) -> Tensor:
+        """The gradient of pre."""
+        if isinstance(self.activate, str):
+            d_pre = torch.empty_like(pre)
+            (gate, up), (d_gate, d_up) = pre.chunk(2, dim=1), d_pre.chunk(2, dim=1)
+            self.call.backend.gated_backward(d_product, gate, up, self.activate, d_gate, d_up)
+            return d_pre
+        with torch.enable_grad():
+            pre = pre.detach().requires_grad_()
+            product = self.activate(pre)
+        (d_pre,) = torch.autograd.grad(product, pre, d_product)
+        return d_pre
 
 
 class LoRAExpertsFunction(torch.autograd.Function):
@@ -138,75 +161,45 @@ class LoRAExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        settings: Settings,
-        activate: Activate,
-        dtype: torch.dtype,
-        seeds: Tensor | None,
-        order: Tensor,
-        ends: Tensor,
-        k: int,
-        *inputs: Tensor,
+        ctx, node: _Node, seeds: Tensor | None, order: Tensor, ends: Tensor, *inputs: Tensor
     ) -> Tensor:
         """``inputs``: x, the routing weights, and the tensors of both outputs, laid flat."""
-        routing = Routing(order, ends, k)
-        out, made = _forward(inputs, routing, seeds, settings, activate, dtype)
+        out, made = _forward(inputs, Routing(order, ends, node.k), seeds, node)
         ctx.save_for_backward(seeds, order, ends, *inputs, *made)
-        ctx.settings, ctx.activate, ctx.k = settings, activate, k
+        ctx.node = node
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[_ARGUMENTS:]
+        needs, node = ctx.needs_input_grad[_ARGUMENTS:], ctx.node
         if d_out is None:
             return (None,) * (_ARGUMENTS + len(needs))
         seeds, order, ends, *saved = ctx.saved_tensors
         inputs, made = saved[: len(needs)], saved[len(needs) :]
-        call = Routing(order, ends, ctx.k), seeds, ctx.settings, ctx.activate
+        routing = Routing(order, ends, node.k)
         if torch.is_grad_enabled() or are_batched([d_out]):
-            gradients = _differentiable(d_out, inputs, needs, *call)
+            gradients = _differentiable(d_out, inputs, needs, routing, seeds, node)
         else:
             with autocast_off(d_out.device.type):
-                gradients = _gradients(d_out, inputs, made, needs, *call)
+                gradients = _gradients(d_out, inputs, made, needs, routing, seeds, node)
         return (*[None] * _ARGUMENTS, *gradients)
 
 
-def _parts(inputs: Sequence[Tensor], routing: Routing, settings: Settings) -> list[Part]:
-    """All experts at once, or some at a time, whose rows stay in cache."""
-    x, _, up_weight, *_ = inputs
-    if not settings.backend.takes_experts_in_turn(x.device):
-        return routing.whole()
-    return routing.parts(min(rows_at_a_time(x), rows_at_a_time(up_weight.mT)))
-
-
 def _forward(
-    inputs: Sequence[Tensor],
-    routing: Routing,
-    seeds: Tensor | None,
-    settings: Settings,
-    activate: Activate,
-    dtype: torch.dtype,
+    inputs: Sequence[Tensor], routing: Routing, seeds: Tensor | None, node: _Node
 ) -> tuple[Tensor, list[Tensor]]:
-    """out, and what the backward needs of each part: pre, and the h of both products."""
+    """out, and what the backward needs of each part: pre, and the h of both products, if any."""
     x, weights, *_ = inputs
-    (up, first), (down, second) = _halves(inputs, settings)
-    parts, made = _parts(inputs, routing, settings), []
-    of_first, of_second = _of_each(seeds)
-    out, tokens = Sums(routing, parts, dtype), routing.tokens
+    parts, made = node.parts(inputs, routing), []
+    out, tokens = Sums(routing, parts, node.dtype), routing.tokens
     for part in parts:
-        rows = [x[tokens[part.rows]], *part.cut(first)]
-        pre, h = run_grouped(rows, part.segments, of_first, up)
-        rows = [_activated(pre, activate, settings), *part.cut(second)]
-        y, h_down = run_grouped(rows, part.segments, of_second, down)
+        (up, up_seed, up_call), (down, down_seed, down_call) = node.products(inputs, part, seeds)
+        (pre,), hs = run_forward([x[tokens[part.rows]], *up], up_seed, up_call)
+        (y,), down_hs = run_forward([node.activated(pre), *down], down_seed, down_call)
         out.add(y, part, weights)
-        made += [pre, h, h_down]
+        made += [pre, *hs, *down_hs]
     return out.sums, made
-
-
-def _of_each(seeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """That of the first product's mask, and of the second's."""
-    return (None, None) if seeds is None else (seeds[:1], seeds[1:])
 
 
 def _gradients(
@@ -216,17 +209,17 @@ def _gradients(
     needs: Sequence[bool],
     routing: Routing,
     seeds: Tensor | None,
-    settings: Settings,
-    activate: Activate,
+    node: _Node,
 ) -> list[Tensor | None]:
     """Of x, the routing weights and both outputs' tensors, where they need one."""
     x, weights, *_ = inputs
     needs_x, needs_weights, *_ = needs
-    parts, d_out = _parts(inputs, routing, settings), d_out.to(x.dtype)
+    parts, d_out, left = node.parts(inputs, routing), d_out.to(x.dtype), iter(made)
     dx, d_weights, found = Sums(routing, parts, x.dtype), weights.new_zeros(routing.order.shape), []
-    for part, *kept in zip(parts, made[::3], made[1::3], made[2::3], strict=True):
+    for part in parts:
+        kept = [next(left) for _ in range(len(made) // len(parts))]
         d_rows, d_shares, *of_part = _gradients_of_part(
-            d_out, inputs, kept, needs, part, routing, seeds, settings, activate
+            d_out, inputs, kept, needs, part, routing, seeds, node
         )
         if d_rows is not None:
             dx.add(d_rows, part)
@@ -254,8 +247,7 @@ def _gradients_of_part(
     part: Part,
     routing: Routing,
     seeds: Tensor | None,
-    settings: Settings,
-    activate: Activate,
+    node: _Node,
 ) -> list[Tensor | None]:
     """Of the part's rows of x, of their weights, and of its experts' tensors.
 
@@ -263,82 +255,68 @@ def _gradients_of_part(
     """
     x, weights, *_ = inputs
     needs_x, needs_weights, *others = needs
-    pre, h, h_down = made
-    of_first, of_second = _of_each(seeds)
-    (up, first), (down, second) = _halves(inputs, settings)
-    first, second, segments = part.cut(first), part.cut(second), part.segments
-    needs_up, needs_down = others[: len(first)], others[len(first) :]
+    pre, *hs = made
+    up, down = node.products(inputs, part, seeds)
+    needs_up, needs_down = others[: len(up[0])], others[len(up[0]) :]
     needs_pre = needs_x or any(needs_up)
     tokens, shares = routing.tokens[part.rows], routing.shares(weights, part)
-    dy, product = d_out[tokens], _activated(pre, activate, settings)
-    call = segments, (h_down * shares).to(h_down.dtype)
-    shared = [(product * shares).to(product.dtype), *second]
-    has_bias = down.layouts[0].has_bias
-    but_bias = [need and not (has_bias and i == 1) for i, need in enumerate(needs_down)]
-    d_product, *of_down = run_grouped_backward(
-        dy, shared, *call, [needs_pre or needs_weights, *but_bias], of_second, down
+    dy, product = d_out[tokens], node.activated(pre)
+    count = len(up[2].layouts[0].scales)
+    down_hs = [(h * shares).to(h.dtype) for h in hs[count:]]
+    d_product, d_shares, of_down = _through_down(
+        dy, product, shares, down, down_hs, needs_down, needs_pre, needs_weights
     )
-    d_shares = None
-    if needs_weights:
-        assert d_product is not None
-        d_shares = torch.linalg.vecdot(d_product, product)
-        if has_bias:
-            padded = torch.cat([second[1], second[1].new_zeros(1, dy.shape[1])])  # nobody's
-            d_shares += torch.linalg.vecdot(dy, padded[segments.of_rows(len(dy))].to(dy.dtype))
-    if but_bias != needs_down:
-        only = [False, False, True, False, False]
-        of_down[1] = run_grouped_backward(dy.mul_(shares), shared, *call, only, of_second, down)[2]
-    del dy, product, shared
+    del dy, product
     if not needs_pre:
-        return [None, d_shares, *[None] * len(first), *of_down]
+        return [None, d_shares, *[None] * len(needs_up), *of_down]
     assert d_product is not None
-    d_pre = _through_activation(d_product.mul_(shares), pre, activate, settings)
+    d_pre = node.through_activation(d_product.mul_(shares), pre)
     del d_product
-    d_rows, *of_up = run_grouped_backward(
-        d_pre, [x[tokens], *first], segments, h, [needs_x, *needs_up], of_first, up
+    tensors, seed, call = up
+    d_rows, *of_up = run_backward(
+        [d_pre], [x[tokens], *tensors], hs[:count], [needs_x, *needs_up], seed, call
     )
     return [d_rows, d_shares, *of_up, *of_down]
 
 
-def _halves(
-    inputs: Sequence[Tensor], settings: Settings
-) -> list[tuple[Settings, Sequence[Tensor]]]:
-    """Of each product its settings and its tensors."""
-    up, down = settings.layouts
-    count = len(flatten(unflatten(inputs[2:], settings.layouts)[:1], (up,)))
-    tensors = inputs[2:]
-    return [
-        (settings._replace(layouts=(up,)), tensors[:count]),
-        (settings._replace(layouts=(down,)), tensors[count:]),
-    ]
+def _through_down(
+    dy: Tensor,
+    product: Tensor,
+    shares: Tensor,
+    down: tuple[list[Tensor], Tensor | None, Call],
+    hs: Sequence[Tensor],
+    needs: Sequence[bool],
+    needs_pre: bool,
+    needs_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The gradients of the second product's input, as if every weight were 1, of its rows' weights,
+    and of its tensors."""
+    tensors, seed, call = down
+    shared = [(product * shares).to(product.dtype), *tensors]
+    (wanted,), (output,) = unflatten(needs, call.layouts), unflatten(tensors, call.layouts)
+    # dy isn't multiplied by the weights, and the bias has nothing else that could be.
+    others = flatten([wanted._replace(base=wanted.base._replace(bias=False))], call.layouts)
+    d_product, *found = run_backward(
+        [dy], shared, hs, [needs_pre or needs_weights, *others], seed, call
+    )
+    d_shares, bias, rows = None, output.base.bias, call.rows
+    assert rows is not None
+    if needs_weights:
+        assert d_product is not None
+        d_shares = torch.linalg.vecdot(d_product, product)
+        if bias is not None:
+            padded = torch.cat([bias, bias.new_zeros(1, dy.shape[1])])  # nobody's
+            d_shares += torch.linalg.vecdot(dy, padded[rows.of_rows(len(dy))].to(dy.dtype))
+    if wanted.base.bias:
+        nothing = unflatten([False] * len(needs), call.layouts)[0]
+        only = flatten([nothing._replace(base=Base(False, True))], call.layouts)
+        _, *also = run_backward([dy.mul_(shares)], shared, hs, [False, *only], seed, call)
+        found = [one if other is None else other for one, other in zip(found, also, strict=True)]
+    return d_product, d_shares, found
 
 
-def _activated(pre: Tensor, activate: Activate, settings: Settings) -> Tensor:
-    if isinstance(activate, str):
-        gate, up = pre.chunk(2, dim=1)
-        return settings.backend.gated(gate, up, activate)
-    with torch.no_grad():
-        return activate(pre)
-
-
-def _through_activation(
-    d_product: Tensor, pre: Tensor, activate: Activate, settings: Settings
-) -> Tensor:
-    """The gradient of pre."""
-    if isinstance(activate, str):
-        d_pre = torch.empty_like(pre)
-        (gate, up), (d_gate, d_up) = pre.chunk(2, dim=1), d_pre.chunk(2, dim=1)
-        settings.backend.gated_backward(d_product, gate, up, activate, d_gate, d_up)
-        return d_pre
-    with torch.enable_grad():
-        pre = pre.detach().requires_grad_()
-        product = activate(pre)
-    (d_pre,) = torch.autograd.grad(product, pre, d_product)
-    return d_pre
-
-
-def _differentiably_activated(pre: Tensor, activate: Activate) -> Tensor:
-    """The same, where autograd follows."""
+def _followed_activation(pre: Tensor, activate: Activate) -> Tensor:
+    """The activation, where autograd follows."""
     if not isinstance(activate, str):
         return activate(pre)
     gate, up = pre.chunk(2, dim=1)
@@ -351,36 +329,18 @@ def _differentiable(
     needs: Sequence[bool],
     routing: Routing,
     seeds: Tensor | None,
-    settings: Settings,
-    activate: Activate,
+    node: _Node,
 ) -> list[Tensor | None]:
     """The gradients by torch's own operations: autograd's, of the textbook formula."""
     create_graph = torch.is_grad_enabled()
-    of_first, of_second = _of_each(seeds)
     with torch.enable_grad():
         # Views, since one tensor may be there twice, and each time has a gradient of its own.
         inputs = [tensor.view_as(tensor) for tensor in inputs]
-        x, weights, *tensors = inputs
-        up, down = unflatten([tensor.to(x.dtype) for tensor in tensors], settings.layouts)
-        pre = _textbook(x[routing.tokens], up, routing, of_first, settings)
-        product = _differentiably_activated(pre, activate)
-        y = _textbook(product, down, routing, of_second, settings)
+        x, weights, *_ = inputs
+        (part,) = routing.whole()
+        (up, up_seed, up_call), (down, down_seed, down_call) = node.products(inputs, part, seeds)
+        (pre,) = followed([x[routing.tokens], *up], up_seed, up_call)
+        product = _followed_activation(pre, node.activate)
+        (y,) = followed([product, *down], down_seed, down_call)
         out = routing.plain_sums(y, weights, d_out.dtype)
     return gradients_of([out], inputs, needs, [d_out], create_graph)
-
-
-def _textbook(
-    x: Tensor,
-    output: Output[Tensor],
-    routing: Routing,
-    seed: Tensor | None,
-    settings: Settings,
-) -> Tensor:
-    (weight, bias), ((lora_a, lora_b, scale),) = output
-    mask, p = None, settings.dropout
-    if seed is not None:
-        mask = settings.backend.dropout_mask(seed, (x.shape[0], x.shape[1]), p)
-    return reference.lora_grouped(
-        x, weight, lora_a, lora_b, routing.ends.tolist(),
-        bias=bias, scale=scale, dropout=p, mask=mask,
-    )  # fmt: skip

@@ -5,13 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import Settings
-from ..formats.format import Quantised
-from ..projection import Adapter, Base, Output, unflatten
-from .call import are_batched, gradients_of, kept, run_backward, run_forward, stand_in
+from ..backends import Call
+from .call import are_batched, differentiable, kept, run_backward, run_forward, stand_in
 
-_ARGUMENTS = 2  # seeds and settings, before the inputs
+_ARGUMENTS = 3  # seeds, ends and call, before the inputs
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -27,74 +24,53 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, seeds: Tensor | None, settings: Settings, *inputs: Tensor
+        ctx, seeds: Tensor | None, ends: Tensor | None, call: Call, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """``inputs``: x, and the outputs' tensors, laid flat: what autograd follows."""
-        ys, hs = run_forward(inputs, seeds, settings)
+        """``inputs``: x, and the outputs' tensors, laid flat: what autograd follows.
+
+        ``ends``: of experts, so that a later change of them is an error.
+        """
+        ys, hs = run_forward(inputs, seeds, call)
         x, *tensors = inputs
-        kept_x, kept_hs = kept(x, hs, ctx.needs_input_grad[_ARGUMENTS:], settings.layouts)
-        ctx.save_for_backward(seeds, kept_x, *tensors, *kept_hs)
-        ctx.settings, ctx.shape, ctx.dtype = settings, x.shape, x.dtype
+        one_h = call.rows is not None and call.rows.shares_base
+        kept_x, kept_hs = kept(x, hs, ctx.needs_input_grad[_ARGUMENTS:], call.layouts, one_h)
+        ctx.save_for_backward(seeds, ends, kept_x, *tensors, *kept_hs)
+        ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        settings, needs = ctx.settings, ctx.needs_input_grad[_ARGUMENTS:]
-        seeds, *saved = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad[_ARGUMENTS:]
+        seeds, _, *saved = ctx.saved_tensors
         inputs, hs = saved[: len(needs)], saved[len(needs) :]
+        nothing = (None,) * _ARGUMENTS
+        if all(dy is None for dy in dys):
+            return (*nothing, *[None] * len(needs))
         has_x = inputs[0] is not None
         if not has_x:
-            if all(dy is None for dy in dys):
-                return (None,) * (_ARGUMENTS + len(needs))
             inputs[0] = stand_in(inputs[1], ctx.shape, ctx.dtype)
         if torch.is_grad_enabled() or are_batched(dys):
             if not has_x:
                 inputs[0] = unread(inputs[0], needs[0], hs)
-            gradients = differentiable(dys, inputs, needs, seeds, settings)
+            gradients = differentiable(dys, inputs, needs, seeds, call)
         else:
-            gradients = run_backward(dys, inputs, hs, needs, seeds, settings)
-        return None, None, *gradients
+            gradients = run_backward(dys, inputs, hs, needs, seeds, call)
+        if call.rows is not None and call.rows.of_banks:
+            gradients = _with_zeros(gradients, inputs, needs)
+        return (*nothing, *gradients)
 
 
-def differentiable(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    settings: Settings,
+def _with_zeros(
+    gradients: list[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """run_backward's gradients by torch's own operations: autograd's, of the textbook formula."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, since one tensor may be there twice, and each time has a gradient of its own.
-        inputs = [tensor.view_as(tensor) for tensor in inputs]
-        x, *tensors = inputs
-        masks = None
-        if seeds is not None:
-            shape = (x.numel() // max(1, x.shape[-1]), x.shape[-1])
-            masks = [settings.backend.dropout_mask(seed, shape, settings.dropout) for seed in seeds]
-        ys = reference.lora_linears(
-            x,
-            [cast_output(output, x.dtype) for output in unflatten(tensors, settings.layouts)],
-            dropout=settings.dropout,
-            masks=masks,
-        )
-    used = [i for i, dy in enumerate(dys) if dy is not None and ys[i].requires_grad]
-    if not used:
-        return [None] * len(inputs)
-    used_ys, used_dys = [ys[i] for i in used], [dys[i] for i in used]
-    return gradients_of(used_ys, inputs, needs, used_dys, create_graph)
-
-
-def cast_output(output: Output[Tensor], dtype: torch.dtype) -> Output[Tensor]:
-    """With every tensor in this dtype, and a weight that is packed made dense."""
-    (weight, bias), adapters = output
-    dense = weight.dense(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
-    return Output(
-        Base(dense, None if bias is None else bias.to(dtype)),
-        tuple([Adapter(a.to(dtype), b.to(dtype), scale) for a, b, scale in adapters]),
-    )
+    """Zeros for the last adapter if it has none: without any, unbind gives its bank no gradient."""
+    last = zip(gradients[-2:], inputs[-2:], needs[-2:], strict=True)
+    filled = [
+        tensor.new_zeros(()).expand_as(tensor) if need and gradient is None else gradient
+        for gradient, tensor, need in last
+    ]
+    return [*gradients[:-2], *filled]
 
 
 def unread(x: Tensor, needs_x: bool, hs: Sequence[Tensor | None]) -> Tensor:

@@ -1,34 +1,16 @@
-"""The functional API: checks, autocast, the seeds, and the way to the node or the op."""
+"""The functional API: thin doors that check a call, in the caller's words, and build its record."""
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ..backends import Settings, backend_name, find_backend
-from ..projection import (
-    Layout,
-    Output,
-    Projection,
-    as_outputs,
-    check_call,
-    check_tensor,
-    flatten,
-    is_plain,
-    layouts_of,
-    named_tensors,
-    packed_of,
-    unflatten,
-    why_not_mixed,
-)
-from .autocast import autocast_dtype, autocast_inputs, autocast_is_on, autocast_off
-from .call import run_forward
-from .few import few_rows
-from .function import LoRALinearFunction
+from ..checks import adapters_of, check_call, check_many, check_tensor, numbers_of
+from ..projection import Adapter, Base, Output, Projection, as_outputs, is_plain
+from ..rows import AdapterMapping, Many, Rows
+from .autocast import autocast_is_on
+from .door import run, through
 from .kinds import key_of, known, may_be_known, remember
-from .library import call_registered
-from .textbook import needs_textbook, textbook
 
 
 def lora_linear(
@@ -93,120 +75,115 @@ def lora_linears(
     may differ between the projections.  dx is summed in the order given.  A projection whose weight
     is None is one more adapter of the layer before it, and has no output of its own.
     """
-    key, settings = None, None
+    key, call = None, None
     if may_be_known(x):
         key, inputs = key_of(x, projections, dropout, training, backend)
-        settings = known(key, inputs)
-    try:
-        if settings is not None:
-            return run(inputs, settings)
-        outputs: Sequence[Output[Tensor]] = _checked(x, projections, dropout, training)
-        if needs_textbook(x):
-            return textbook(x, outputs, dropout if training else 0.0)
-        device = x.device.type
-        if not autocast_is_on(device):
-            ys, settings = _call(x, outputs, dropout, training, backend, key is not None)
-        else:
-            x, outputs = autocast_inputs(x, outputs)
-            with autocast_off(device):
-                ys, settings = _call(x, outputs, dropout, training, backend, key is not None)
-        if key is not None and settings is not None:
-            remember(key, unwrap_dead_wrappers((*inputs,)), settings)
-        return ys
-    except torch.OutOfMemoryError:
-        raise
-    except (AssertionError, RuntimeError) as error:
-        reason = why_torch_refuses(x, as_outputs(projections))
-        if reason:
-            raise TypeError(reason) from error
-        raise
-
-
-def _checked(
-    x: Tensor, projections: Sequence[Projection | Output], dropout: float, training: bool
-) -> list[Output[Tensor]]:
+        call = known(key, inputs)
+    if call is not None:
+        return run(inputs, call)
     if not is_plain(x):
         check_tensor("x", x)
     outputs = as_outputs(projections)
     check_call(x, outputs, dropout, training, autocast_is_on(x.device.type))
-    return outputs
+    p = dropout if training and any([output.adapters for output in outputs]) else 0.0
+    ys, call = through(x, outputs, p, backend, keeps=key is not None)
+    if key is not None and call is not None:
+        remember(key, unwrap_dead_wrappers((*inputs,)), call)
+    return ys
 
 
-def _call(
+def lora_grouped(
     x: Tensor,
-    outputs: Sequence[Output[Tensor]],
-    dropout: float,
-    training: bool,
-    backend: str | None,
-    keeps: bool,
-) -> tuple[tuple[Tensor, ...], Settings | None]:
-    """The outputs of a call that passed the checks; and what an eager one like it may run with.
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Rows sorted by expert, each through its expert's LoRA layer, as one autograd node.
 
-    ``keeps``: the settings are for calls of this kind alone.
+    y = x weight[e]ᵀ + scale · drop(x) lora_a[e]ᵀ lora_b[e]ᵀ + bias[e], in the rows of expert e
+
+    Shapes: x [S, K], any strides; weight [E, N, K], any strides, the transpose of a contiguous
+    [E, K, N] too; lora_a [E, r, K]; lora_b [E, N, r]; bias [E, N]; the result is [S, N].
+
+    ``offsets``, int32 [E], has the end of each expert's rows, as in
+    ``torch.nn.functional.grouped_mm``: expert e has rows offsets[e - 1] to offsets[e], the first
+    one from row 0 on.  An expert may have no rows.  Rows behind the last end are nobody's: y is
+    zero there, and so is dx, whatever x holds.  Offsets that decrease or lie beyond S are a
+    ValueError on a CPU.  On a GPU they aren't looked at, and give anything.
+
+    Dtypes, ``scale``, ``dropout`` (one mask [S, K]), ``training``, ``backend``, autocast, gradients
+    of gradients and the errors are those of :func:`fastlora.lora_linear`.
+
+    Beside its arguments the call keeps only h [S, r], and 8 bytes of seed with dropout.  Neither
+    lora_b lora_a nor a gradient of a frozen weight is ever formed.  On a GPU nothing is read
+    on the host; but where the weight or the bias trains, or the backend is ``torch``, the offsets
+    are, once in a forward and once in a backward.
+
+    Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula, which
+    reads the offsets on the host.  x can't be nested.
     """
-    layouts = layouts_of(outputs)
-    if not training or not any(layout.scales for layout in layouts):
-        dropout = 0.0
-    if (
-        torch.compiler.is_compiling()
-        or not is_plain(x)
-        or torch._C._len_torch_dispatch_stack()  # selective checkpointing, a FLOP counter …
-    ):  # these go through the dispatcher
-        name = "" if backend is None else backend_name(backend)
-        seeds = _seeds(layouts, dropout, x.device)
-        return call_registered(x, outputs, dropout, seeds, name), None
-    chosen = find_backend(backend, x.device)
-    kept: dict | None = {} if keeps else None
-    settings = Settings(layouts, dropout, chosen, kept, chosen.is_small(x, outputs))
-    # Some may have outlived a transform of torch.func, which no known kind has.
-    return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), settings), settings
+    if not is_plain(x):
+        check_tensor("x", x)
+    output = Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
+    check_call(x, [output], dropout, training, autocast_is_on(x.device.type), offsets)
+    return through(x, [output], dropout if training else 0.0, backend, Rows(offsets))[0][0]
 
 
-def run(inputs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
-    """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
-    if autocast_dtype(inputs[0]) is not None:
-        x, *tensors = inputs
-        x, outputs = autocast_inputs(x, unflatten(tensors, settings.layouts))
-        with autocast_off(x.device.type):
-            return run((x, *flatten(outputs, settings.layouts)), settings)
-    seeds = _seeds(settings.layouts, settings.dropout, inputs[0].device)
-    if settings.is_small:
-        return few_rows(inputs, seeds, settings)
-    if torch.is_grad_enabled():
-        return LoRALinearFunction.apply(seeds, settings, *inputs)
-    return tuple(run_forward(inputs, seeds, settings)[0])
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    adapter_indices: Tensor | Sequence[int] | AdapterMapping,
+    *,
+    bias: Tensor | None = None,
+    scales: Tensor | Sequence[float],
+    ranks: Tensor | Sequence[int] | None = None,
+    dropout: float | Sequence[float] = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Rows of one x, each through the LoRA layer of its own adapter, as one autograd node.
 
+    y = x weightᵀ + scales[i] · drop_i(x) lora_a[i]ᵀ lora_b[i]ᵀ + bias, in the rows of adapter i
 
-def _seeds(layouts: Sequence[Layout], dropout: float, device: torch.device) -> Tensor | None:
-    """One for each adapter of a call with dropout."""
-    if not dropout:
-        return None
-    return draw_seed(sum([len(layout.scales) for layout in layouts]), device)
+    Shapes: x [..., K] with any leading dimensions and strides; weight [N, K]; bias [N]; the result
+    is [..., N].  The n adapters are banks, lora_a [n, r, K] and lora_b [n, N, r], or lists of n
+    tensors, [r_i, K] and [N, r_i], whose ranks may differ.
 
+    ``adapter_indices``, int32, has the shape of x's first dimensions: an index a row, or one a
+    sequence.  -1 is for no adapter: the base layer alone.  Layers that share a batch should share
+    one :class:`fastlora.AdapterMapping`, which sorts the rows once.
 
-def draw_seed(count: int, device: torch.device) -> Tensor:
-    """One seed an adapter, from torch's generator, which checkpointing and users replay."""
-    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+    ``scales`` [n] are alpha / r, or alpha / sqrt(r) for rsLoRA.  ``ranks`` [n]: of adapter i only
+    the first ranks[i] rows of lora_a and columns of lora_b are read; the gradients behind are zero.
+    Both are tensors or lists.  As tensors they recompile nothing when their numbers change; they
+    are read on the host, so keep them on the CPU.
 
+    ``dropout``: a probability for all adapters, or one for each.  An adapter's mask is one of its
+    own rows, in their order: [rows, K].  Dtypes, ``training``, autocast, gradients of gradients and
+    the errors are those of :func:`fastlora.lora_linear`; the weight may be packed, as there.
 
-def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
-    """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
-    if x.is_nested:
-        return (
-            f"x is nested and has {x.dim()} dimensions, and torch.nn.functional.linear takes 3, "
-            "[parts, rows, in_features]: make it contiguous, or jagged (layout=torch.jagged)"
-        )
-    named = [pair for output in outputs for pair in named_tensors(output)]
-    named += [("a packed weight", tensor) for output in outputs for tensor in packed_of(output)]
-    for name, tensor in (("x", x), *named):
-        if tensor is None:
-            continue
-        reason = why_not_mixed(name, tensor, x)
-        if reason:
-            return reason
-        if tensor.is_inference() and torch.is_grad_enabled():
-            return (
-                f"{name} was made in inference mode, and no backward can keep it: clone it, or "
-                "call this in torch.no_grad()"
-            )
-    return ""
+    Gradients reach the adapters that have rows.  One of a list without rows gets none; a bank's are
+    zero there.  Besides its arguments the call keeps h [M, the largest r], and 8 bytes of seed an
+    adapter with dropout.  The base product is one, of x as it lies.  An adapter whose rows lie
+    together reads a view of x; else its rows are copied while it runs, or on a GPU looked up.
+
+    Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula.  x can't
+    be nested.
+    """
+    output = Output(Base(weight, bias), adapters_of(lora_a, lora_b))
+    if not is_plain(x):
+        check_tensor("x", x)
+    check_many(x, output, adapter_indices, training, autocast_is_on(x.device.type))
+    numbers = numbers_of(scales, ranks, dropout, output.adapters)
+    if not training:
+        numbers = numbers._replace(dropouts=[0.0] * len(output.adapters))
+    rows = Many(adapter_indices, numbers, isinstance(lora_a, Tensor))
+    return through(x, [output], 0.0, rows=rows)[0][0]

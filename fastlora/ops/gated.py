@@ -11,31 +11,25 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ..backends import Settings, find_backend
+from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
-from ..projection import Output, check_call, flatten, is_plain, layouts_of
+from ..checks import check_call
+from ..projection import Output, flatten, layouts_of
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
-from .call import are_batched, as_matrix, kept, run_backward, run_forward, stand_in
-from .function import LoRALinearFunction, differentiable
-from .functional import draw_seed
-from .textbook import needs_textbook
+from .call import (
+    are_batched,
+    as_matrix,
+    followed,
+    gradients_of,
+    kept,
+    run_backward,
+    run_forward,
+    stand_in,
+)
+from .door import draw_seed
+from .function import LoRALinearFunction
 
-_ARGUMENTS = 4  # activation, wide, seeds and settings, before the inputs
-
-
-def follows(x: object) -> bool:
-    """Whether a call with this x now is one for the nodes; the others go layer by layer.
-
-    Compiled ones do, in which the compiler decides what is kept, and calls without a backward.
-    """
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and isinstance(x, Tensor)
-        and is_plain(x)
-        and not torch._C._len_torch_dispatch_stack()
-        and not needs_textbook(x)
-    )
+_ARGUMENTS = 4  # activation, wide, seeds and call, before the inputs
 
 
 def gated_mlp(
@@ -49,7 +43,7 @@ def gated_mlp(
     down_dropout: float = 0.0,
     wide: bool = False,
 ) -> Tensor:
-    """y = down(act(gate(x)) ∘ up(x)) for an x that :func:`follows`, [..., N].
+    """y = down(act(gate(x)) ∘ up(x)) for an x that :func:`fastlora.ops.way.follows`, [..., N].
 
     x is [..., K], gate and up are [I, K], down is [N, I]; dtypes are those of
     :func:`fastlora.lora_linear`.  ``activation`` is silu, gelu, gelu_tanh, relu or relu2.
@@ -96,11 +90,11 @@ def _call(
     backend = find_backend(device=x.device)
     seeds = _seeds(x, (gate, up), dropout)
     down_seeds = _seeds(x, (down,), down_dropout)
-    first = Settings(layouts_of((gate, up)), dropout if seeds is not None else 0.0, backend)
-    last = Settings(layouts_of((down,)), down_dropout if down_seeds is not None else 0.0, backend)
+    first = Call(layouts_of((gate, up)), dropout if seeds is not None else 0.0, backend)
+    last = Call(layouts_of((down,)), down_dropout if down_seeds is not None else 0.0, backend)
     # It may be that some have outlived a transform of torch.func.
     inputs = unwrap_dead_wrappers((x, *flatten((gate, up), first.layouts)))
-    hidden = LoRALinearFunction.apply(seeds, first, *inputs)
+    hidden = LoRALinearFunction.apply(seeds, None, first, *inputs)
     tensors = flatten((down,), last.layouts)
     return GatedLinearFunction.apply(activation, wide, down_seeds, last, *hidden, *tensors)
 
@@ -125,17 +119,17 @@ class GatedLinearFunction(torch.autograd.Function):
         activation: str,
         wide: bool,
         seeds: Tensor | None,
-        settings: Settings,
+        call: Call,
         gate: Tensor,
         up: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        product = settings.backend.gated(as_matrix(gate), as_matrix(up), activation, wide)
-        (y,), hs = run_forward([product.view(gate.shape), *tensors], seeds, settings)
+        product = call.backend.gated(as_matrix(gate), as_matrix(up), activation, wide)
+        (y,), hs = run_forward([product.view(gate.shape), *tensors], seeds, call)
         needs = _needs(ctx)
-        read, kept_hs = kept(product, hs, needs, settings.layouts)
+        read, kept_hs = kept(product, hs, needs, call.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *kept_hs)
-        ctx.activation, ctx.wide, ctx.settings = activation, wide, settings
+        ctx.activation, ctx.wide, ctx.call = activation, wide, call
         ctx.reads_product = read is not None
         ctx.set_materialize_grads(False)
         return y
@@ -148,7 +142,7 @@ class GatedLinearFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * (_ARGUMENTS + 2 + len(tensors))
         if torch.is_grad_enabled() or are_batched([dy]):
-            found = _differentiable(dy, gate, up, tensors, needs, seeds, ctx)
+            found = _differentiable(dy, gate, up, tensors, seeds, ctx)
         else:
             found = _gradients(dy, gate, up, tensors, hs, needs, seeds, ctx)
         return (None,) * _ARGUMENTS + tuple(found)
@@ -171,13 +165,13 @@ def _gradients(
     ctx,
 ) -> list[Tensor | None]:
     """Of gate, up and the tensors; in the memory of the product and of its gradient."""
-    backend, shape = ctx.settings.backend, gate.shape
+    backend, shape = ctx.call.backend, gate.shape
     gate, up = as_matrix(gate), as_matrix(up)
     if ctx.reads_product:
         product = backend.gated(gate, up, ctx.activation, ctx.wide)
     else:
         product = stand_in(gate, gate.shape, gate.dtype)
-    gradients = run_backward([as_matrix(dy)], [product, *tensors], hs, needs, seeds, ctx.settings)
+    gradients = run_backward([as_matrix(dy)], [product, *tensors], hs, needs, seeds, ctx.call)
     d_gate, *rest = gradients
     if d_gate is None:
         return [None, None, *rest]
@@ -190,19 +184,16 @@ def _differentiable(
     gate: Tensor,
     up: Tensor,
     tensors: Sequence[Tensor],
-    needs: Sequence[bool],
     seeds: Tensor | None,
     ctx,
 ) -> list[Tensor | None]:
     """The same by torch's own operations."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        gate, up = gate.view_as(gate), up.view_as(up)
-        its_gate, its_up = (gate.float(), up.float()) if ctx.wide else (gate, up)
-        product = (ACTIVATIONS[ctx.activation].function(its_gate) * its_up).to(gate.dtype)
-    d_product, *rest = differentiable([dy], [product, *tensors], needs, seeds, ctx.settings)
-    if d_product is None:
-        return [None, None, *rest]
-    wanted = [matrix for matrix in (gate, up) if matrix.requires_grad]
-    found = iter(torch.autograd.grad(product, wanted, d_product, create_graph=create_graph))
-    return [next(found) if matrix.requires_grad else None for matrix in (gate, up)] + rest
+        # Views, since one tensor may be there twice, and each time has a gradient of its own.
+        inputs = [tensor.view_as(tensor) for tensor in (gate, up, *tensors)]
+        gate, up = [matrix.float() if ctx.wide else matrix for matrix in inputs[:2]]
+        product = (ACTIVATIONS[ctx.activation].function(gate) * up).to(inputs[0].dtype)
+        ys = followed([product, *inputs[2:]], seeds, ctx.call)
+    needs = ctx.needs_input_grad[_ARGUMENTS:]
+    return gradients_of(ys, inputs, needs, [dy], create_graph)

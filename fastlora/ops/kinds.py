@@ -13,14 +13,13 @@ from operator import attrgetter
 from threading import Lock
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..backends import Settings, asked_backend
+from ..backends import Call, asked_backend
 from ..formats.format import Quantised
 from ..projection import Output, Projection, is_plain
 from .autocast import autocast_dtype
-from .textbook import needs_textbook
+from .way import NODE, way_of
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -34,19 +33,19 @@ _changes = Lock()  # to find the oldest, no other thread may change them
 
 class _Kind(NamedTuple):
     guard: Any  # TensorGuards
-    settings: Settings
-    aligned: dict[bytes, Settings]  # by the addresses modulo 16, which decide what may be kept
+    call: Call
+    aligned: dict[bytes, Call]  # by the addresses modulo 16, which decide what may be kept
 
-    def settings_for(self, inputs: Sequence[Tensor]) -> Settings:
+    def call_for(self, inputs: Sequence[Tensor]) -> Call:
         """The checks don't look at addresses: others than before are no other kind."""
-        if self.settings.is_small:
-            return self.settings
+        if self.call.is_few:
+            return self.call
         addresses = _alignment(inputs)
         found = self.aligned.get(addresses)
         if found is None:
             if len(self.aligned) >= _MOST_ALIGNMENTS:
                 self.aligned.clear()
-            found = self.aligned[addresses] = self.settings._replace(kept={})
+            found = self.aligned[addresses] = self.call._replace(kept={})
         return found
 
 
@@ -55,13 +54,7 @@ _known: dict[Hashable, tuple[_Kind, ...]] = {}
 
 def may_be_known(x: Tensor) -> bool:
     """Whether a call made at this moment, with this x, can be of a known kind."""
-    return not (
-        TensorGuards is None
-        or torch.compiler.is_compiling()
-        or not is_plain(x)
-        or torch._C._len_torch_dispatch_stack()
-        or needs_textbook(x)
-    )
+    return TensorGuards is not None and is_plain(x) and way_of(x)[0] == NODE
 
 
 def key_of(
@@ -108,8 +101,8 @@ def key_of(
         return None, []
 
 
-def known(key: Hashable, inputs: Sequence[Tensor]) -> Settings | None:
-    """The settings of a call with this key and these tensors, if one has passed the checks."""
+def known(key: Hashable, inputs: Sequence[Tensor]) -> Call | None:
+    """The record of a call with this key and these tensors, if one has passed the checks."""
     try:
         kinds = _known.get(key)
         if kinds is None or any(map(_is_nested, inputs)):  # these end the process in a guard
@@ -118,18 +111,18 @@ def known(key: Hashable, inputs: Sequence[Tensor]) -> Settings | None:
         return None
     for kind in kinds:
         if kind.guard.check(*inputs):
-            return kind.settings_for(inputs)
+            return kind.call_for(inputs)
     return None
 
 
-def remember(key: Hashable, inputs: Sequence[Tensor], settings: Settings) -> None:
-    """The settings of a call that passed the checks; the oldest kinds are forgotten."""
+def remember(key: Hashable, inputs: Sequence[Tensor], call: Call) -> None:
+    """The record of a call that passed the checks; the oldest kinds are forgotten."""
     dims: Any = {  # torch's own annotations of this class know less than it takes
         "dynamic_dims_sizes": [[*tensor.shape] for tensor in inputs],
         "dynamic_dims_strides": [[*tensor.stride()] for tensor in inputs],
     }
     guard = TensorGuards(*inputs, **dims)
-    kind = _Kind(guard, settings, {_alignment(inputs): settings})
+    kind = _Kind(guard, call, {_alignment(inputs): call})
     with _changes:
         while len(_known) >= _MOST and key not in _known:
             del _known[next(iter(_known))]

@@ -1,21 +1,27 @@
 """The ops as ``torch.library`` has them: ``torch.compile`` and export see these.
 
 A plain eager call runs the same implementations directly (:mod:`fastlora.ops.function`): a call
-through torch's dispatcher takes longer than a small layer.  The schemas carry the outputs flat,
+through torch's dispatcher takes longer than a small layer.  The schema carries the outputs flat,
 with their layouts: for each output, whether it has a bias and how many adapters, and for each
 adapter its scale; ``formats`` has a line for each output, empty where its weight is plain, and none
 at all if all are.  An empty ``backend`` leaves the choice to the moment at which the op runs.
+
+Rows that are cut have ``ends``; those of many adapters ``order`` too, and numbers of each one's
+own, of which scales and ranks are tensors on the CPU: others in them recompile nothing.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import Settings, find_backend
+from ..backends import Call, find_backend
+from ..backends.torch import widths_of_h
 from ..formats.format import Quantised, from_text
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
+from ..rows import Many, Numbers, Rows, rows_on
 from .autocast import autocast_off
 from .call import kept, run_backward, run_forward, stand_in
 from .norm import norm_of_rows, wide_dtype
@@ -25,7 +31,8 @@ find_backend("torch")  # not first while compiling, when the constants that it m
 LIBRARY = torch.library.Library("fastlora", "DEF")
 _SETTINGS = (
     "bool[] biases, int[] adapters, float[] scales, str formats, float dropout, Tensor? seeds, "
-    "str backend"
+    "str backend, Tensor? ends=None, Tensor? order=None, Tensor? own_scales=None, "
+    "Tensor? own_ranks=None, float[]? own_dropouts=None"
 )
 LIBRARY.define(
     f"lora_linears(Tensor x, Tensor[] tensors, {_SETTINGS}) -> (Tensor[] ys, Tensor[] hs)"
@@ -39,76 +46,120 @@ LIBRARY.define(
 )
 
 
+class _Settings(NamedTuple):
+    """What the schema has behind the tensors."""
+
+    biases: Sequence[bool]
+    adapters: Sequence[int]
+    scales: Sequence[float]
+    formats: str
+    dropout: float
+    seeds: Tensor | None
+    backend: str
+    ends: Tensor | None = None
+    order: Tensor | None = None
+    own_scales: Tensor | None = None
+    own_ranks: Tensor | None = None
+    own_dropouts: Sequence[float] | None = None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        left = iter(self.scales)
+        lines = self.formats.split("\n") if self.formats else [""] * len(self.biases)
+        return tuple(
+            [
+                Layout(bias, tuple([next(left) for _ in range(n)]), from_text(s) if s else None)
+                for bias, n, s in zip(self.biases, self.adapters, lines, strict=True)
+            ]
+        )
+
+    def call(self, x: Tensor, tensors: Sequence[Tensor]) -> Call:
+        layouts, rows = self.layouts, None
+        if self.order is not None and self.ends is not None:
+            (output,) = unflatten(tensors, layouts)
+            numbers: Any = self.own_scales, self.own_ranks, self.own_dropouts
+            own = Numbers(*numbers).on_host(output.adapters)
+            rows = rows_on(self.order, self.ends, x.device)._replace(own=own)
+        elif self.ends is not None:
+            rows = Rows(self.ends)
+        backend = find_backend(self.backend or None, x.device)
+        return Call(layouts, self.dropout, backend, rows)
+
+
 def call_registered(
     x: Tensor,
     outputs: Sequence[Output[Tensor]],
     dropout: float,
     seeds: Tensor | None,
     backend: str,
+    rows: Rows | Many | None,
 ) -> tuple[Tensor, ...]:
     """Every output's y, by way of the dispatcher."""
     layouts = layouts_of(outputs)
-    tensors = flatten(outputs, layouts)
-    biases = [layout.has_bias for layout in layouts]
-    adapters = [len(layout.scales) for layout in layouts]
-    scales = [float(scale) for layout in layouts for scale in layout.scales]
     formats = ""
     if any([layout.format is not None for layout in layouts]):
         formats = "\n".join(["" if one.format is None else one.format.text for one in layouts])
-    op = torch.ops.fastlora.lora_linears
-    rest = biases, adapters, scales, formats, float(dropout), seeds, backend
-    return tuple(op(x, tensors, *rest)[0])
-
-
-def _layouts(
-    biases: Sequence[bool], adapters: Sequence[int], scales: Sequence[float], formats: str
-) -> tuple[Layout, ...]:
-    left, lines = iter(scales), formats.split("\n") if formats else [""] * len(biases)
-    return tuple(
-        [
-            Layout(
-                has_bias,
-                tuple([next(left) for _ in range(count)]),
-                from_text(line) if line else None,
-            )
-            for has_bias, count, line in zip(biases, adapters, lines, strict=True)
-        ]
+    settings = _Settings(
+        [layout.has_bias for layout in layouts],
+        [len(layout.scales) for layout in layouts],
+        [float(scale) for layout in layouts for scale in layout.scales],
+        formats,
+        float(dropout),
+        seeds,
+        backend,
     )
+    if isinstance(rows, Many):
+        order, ends = rows.sorted(len(outputs[0].adapters))
+        numbers = *rows.numbers.as_tensors(), list(map(float, rows.numbers.dropouts))
+        settings = _Settings(*settings[:7], ends, order, *numbers)
+    elif rows is not None:
+        settings = settings._replace(ends=rows.ends)
+    op = torch.ops.fastlora.lora_linears
+    return tuple(op(x, flatten(outputs, layouts), *settings)[0])
 
 
 @torch.library.impl(LIBRARY, "lora_linears", "CompositeExplicitAutograd")
-def _lora_linears(x, tensors, biases, adapters, scales, formats, dropout, seeds, backend):
-    backend = find_backend(backend or None, x.device)
-    settings = Settings(_layouts(biases, adapters, scales, formats), dropout, backend)
+def _lora_linears(x, tensors, *settings):
+    settings = _Settings(*settings)
     with autocast_off(x.device.type):
-        return run_forward([x, *tensors], seeds, settings)
+        return run_forward([x, *tensors], settings.seeds, settings.call(x, tensors))
 
 
 @torch.library.impl(LIBRARY, "lora_linears_backward", "CompositeExplicitAutograd")
-def _lora_linears_backward(
-    dys, x, tensors, hs, needs, biases, adapters, scales, formats, dropout, seeds, backend
-):
-    backend = find_backend(backend or None, x.device)
-    settings = Settings(_layouts(biases, adapters, scales, formats), dropout, backend)
+def _lora_linears_backward(dys, x, tensors, hs, needs, *settings):
+    settings, inputs = _Settings(*settings), [x, *tensors]
+    hs = [h if h.dim() == 2 else None for h in hs]
     with torch.no_grad():
-        gradients = run_backward(dys, [x, *tensors], hs, needs, seeds, settings)
-    return [gradient for gradient in gradients if gradient is not None]
+        call = settings.call(x, tensors)
+        found = run_backward(dys, inputs, hs, needs, settings.seeds, call)
+        return [
+            # An adapter without rows has none.
+            torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            if gradient is None
+            else _alone(gradient)
+            for gradient, tensor, need in zip(found, inputs, needs, strict=True)
+            if need
+        ]
+
+
+def _alone(gradient: Tensor) -> Tensor:
+    """In memory of its own: what an op returns may not lie in another's."""
+    shares = gradient.untyped_storage().nbytes() > gradient.nbytes
+    return gradient.clone() if shares else gradient
 
 
 @torch.library.register_fake("fastlora::lora_linears", lib=LIBRARY)
-def _fake_lora_linears(x, tensors, biases, adapters, scales, formats, dropout, seeds, backend):
-    outputs = unflatten(tensors, _layouts(biases, adapters, scales, formats))
-    tokens = math.prod(x.shape[:-1])
-    ys = [x.new_empty(*x.shape[:-1], output.base.weight.shape[0]) for output in outputs]
-    ranks = [adapter.lora_a.shape[0] for output in outputs for adapter in output.adapters]
-    dtype = find_backend(backend or None, x.device).h_dtype(x.dtype, x.device)
-    return ys, [x.new_empty(tokens, r, dtype=dtype) for r in ranks]
+def _fake_lora_linears(x, tensors, *settings):
+    settings = _Settings(*settings)
+    outputs, tokens = unflatten(tensors, settings.layouts), math.prod(x.shape[:-1])
+    ys = [x.new_empty(*x.shape[:-1], output.base.weight.shape[-2]) for output in outputs]
+    dtype = find_backend(settings.backend or None, x.device).h_dtype(x.dtype, x.device)
+    widths = widths_of_h(outputs, settings.order is not None)
+    return ys, [x.new_empty(tokens, r, dtype=dtype) for r in widths]
 
 
 @torch.library.register_fake("fastlora::lora_linears_backward", lib=LIBRARY)
-def _fake_lora_linears_backward(
-    dys, x, tensors, hs, needs, biases, adapters, scales, formats, dropout, seeds, backend
-):
+def _fake_lora_linears_backward(dys, x, tensors, hs, needs, *settings):
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor, need in zip([x, *tensors], needs, strict=True)
@@ -116,28 +167,36 @@ def _fake_lora_linears_backward(
     ]
 
 
+_OF_TENSORS = ("seeds", "ends", "order", "own_scales", "own_ranks")
+
+
 def _setup_context(ctx, inputs, output):
-    x, tensors, *layout, dropout, seeds, backend = inputs
+    x, tensors, *rest = inputs
+    settings = _Settings(*rest)
     needs = [tensor.requires_grad for tensor in (x, *tensors)]
-    kept_x, kept_hs = kept(x, output[1], needs, _layouts(*layout))
-    ctx.save_for_backward(kept_x, seeds, *tensors, *kept_hs)
-    ctx.layout, ctx.dropout, ctx.backend = layout, dropout, backend
-    ctx.shape, ctx.dtype = x.shape, x.dtype
-    ctx.count = len(tensors)
+    one_h = settings.order is not None
+    kept_x, kept_hs = kept(x, output[1], needs, settings.layouts, one_h)
+    own = [getattr(settings, name) for name in _OF_TENSORS]
+    ctx.save_for_backward(kept_x, *own, *tensors, *kept_hs)
+    ctx.settings = settings._replace(**dict.fromkeys(_OF_TENSORS))
+    ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, len(tensors)
 
 
 def _backward(ctx, dys, _):
-    x, seeds, *rest = ctx.saved_tensors
+    x, *rest = ctx.saved_tensors
+    own, rest = rest[: len(_OF_TENSORS)], rest[len(_OF_TENSORS) :]
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
+    settings = ctx.settings._replace(**dict(zip(_OF_TENSORS, own, strict=True)))
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
     hs = [x.new_empty(0) if h is None else h for h in hs]
     op = torch.ops.fastlora.lora_linears_backward
-    asked = iter(op(dys, x, tensors, hs, needs, *ctx.layout, ctx.dropout, seeds, ctx.backend))
+    asked = iter(op(dys, x, tensors, hs, needs, *settings))
     dx, *gradients = [next(asked) if need else None for need in needs]
     # Without an adapter ``scales`` is empty, which torch takes for a list of tensors.
-    _, _, scales, _ = ctx.layout
-    return dx, gradients, None, None, None if scales else [], None, None, None, None
+    # And torch leaves the last ones out, where they are as the schema has them.
+    given = 7 + max([i for i, each in enumerate(settings[6:]) if each is not None])
+    return dx, gradients, None, None, None if settings.scales else [], *[None] * (given - 3)
 
 
 torch.library.register_autograd(
@@ -145,13 +204,13 @@ torch.library.register_autograd(
 )
 
 
-def no_second_backward(ctx, *_):
+def _no_second_backward(ctx, *_):
     raise NotImplementedError(
         "gradients of gradients need an eager call of a LoRA layer: here it was compiled or traced"
     )
 
 
-torch.library.register_autograd("fastlora::lora_linears_backward", no_second_backward, lib=LIBRARY)
+torch.library.register_autograd("fastlora::lora_linears_backward", _no_second_backward, lib=LIBRARY)
 
 
 @torch.library.impl(LIBRARY, "dora_norm", "CompositeExplicitAutograd")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ..segments import Segments
+from ..rows import Rows
 
 
 class Part(NamedTuple):
@@ -15,19 +15,19 @@ class Part(NamedTuple):
 
     experts: slice
     rows: slice
-    segments: Segments
-
-    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of stacked tensors those of these experts."""
-        return [tensor[self.experts] for tensor in tensors]
+    segments: Rows
 
 
 class Routing(NamedTuple):
     """Which rows are whose.  ``order`` int64 [S]: row i is of token order[i] // k."""
 
     order: Tensor
-    ends: Tensor  # of Segments
+    ends: Tensor  # of Rows
     k: int
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.ends)
 
     @property
     def tokens(self) -> Tensor:
@@ -47,7 +47,7 @@ class Routing(NamedTuple):
     def whole(self) -> list[Part]:
         """All experts at once."""
         experts, rows = len(self.ends), len(self.order)
-        return [Part(slice(0, experts), slice(0, rows), Segments(self.ends))]
+        return [Part(slice(0, experts), slice(0, rows), Rows(self.ends))]
 
     def parts(self, most: int) -> list[Part]:
         """All experts, some at a time, of at most so many rows or one alone.
@@ -59,7 +59,7 @@ class Routing(NamedTuple):
         ends, found, first, start = self.ends.tolist(), [], 0, 0
         for e, end in enumerate(ends, 1):
             if e == len(ends) or ends[e] - start > most:
-                segments = Segments(self.ends[first:e] - start, start)
+                segments = Rows(self.ends[first:e] - start, first=start)
                 found.append(Part(slice(first, e), slice(start, end), segments))
                 first, start = e, end
         return found

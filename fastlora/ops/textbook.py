@@ -1,40 +1,81 @@
 """The formula by torch's own operations, which everything of torch's can follow."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import dropout, linear
 
 from ..formats.format import Quantised
-from ..projection import Output
+from ..projection import Adapter, Output
+from ..rows import Rows, Share, take
+
+# Makes drop(x) of what number of adapter, x's rows, and whose they are.
+Drop = Callable[[int, Tensor, Share | None], Tensor]
 
 
-def needs_textbook(x: Tensor) -> bool:
-    """Whether x, or what is done with the call, is nothing that the node can follow.
+def textbook(
+    x: Tensor, outputs: Sequence[Output[Tensor]], drop: Drop, rows: Rows | None = None
+) -> tuple[Tensor, ...]:
+    """Every output of x, which may be nested where its rows aren't cut."""
+    if rows is None:
+        return _of_rows(x, outputs, drop, None)
+    matrix = x.reshape(-1, x.shape[-1])
+    items = rows.items(len(matrix))
+    shapes = [output.base.weight.shape[-2] for output in outputs]
+    if rows.shares_base:
+        ys = list(_of_rows(matrix, [Output(output.base) for output in outputs], drop, None))
+    else:
+        ys = [matrix.new_zeros(len(matrix), width) for width in shapes]
+    numbers = torch.arange(len(matrix), device=x.device)
+    for share in rows.found(len(matrix)) if len(matrix) else ():
+        at = take(numbers.unsqueeze(1), share, items).flatten()
+        parts = [rows.part(output, share.segment) for output in outputs]
+        found = _of_rows(matrix[at], parts, drop, share)
+        ys = [y.index_add(0, at, more) for y, more in zip(ys, found, strict=True)]
+    return tuple([y.reshape(*x.shape[:-1], n) for y, n in zip(ys, shapes, strict=True)])
 
-    A nested tensor, a transform of ``torch.func``, forward-mode differentiation, ``jit.trace``.
-    """
-    return (
-        x.is_nested
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
-
-def textbook(x: Tensor, outputs: Sequence[Output[Tensor]], p: float) -> tuple[Tensor, ...]:
-    """Every output of x, which may be nested; a mask of torch's own for each adapter."""
-    ys = []
+def _of_rows(
+    x: Tensor, outputs: Sequence[Output[Tensor]], drop: Drop, share: Share | None
+) -> tuple[Tensor, ...]:
+    ys, number = [], 0
     for (weight, bias), adapters in outputs:
         if isinstance(weight, Quantised):
             weight = weight.dense(x.dtype)
-        y = linear(x, weight, None if bias is None else bias.to(weight.dtype))
-        for lora_a, lora_b, scale in adapters:
-            dropped = dropout(x, p) if p else x
-            lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-            # lora_a is scaled, since that is never nested.
-            y = y + linear(linear(dropped, scale * lora_a), lora_b)
+        y = None
+        if weight is not None:
+            y = linear(x, weight, None if bias is None else bias.to(weight.dtype))
+        for adapter in adapters:
+            y = _with_adapter(y, drop(number, x, share), adapter)
+            number += 1
+        assert y is not None
         ys.append(y)
     return tuple(ys)
+
+
+def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tensor:
+    """y + scale · x lora_aᵀ lora_bᵀ, in the wider of their dtypes, and rounded to x's."""
+    lora_a, lora_b, scale = adapter
+    dtype = x.dtype
+    if x.is_nested and y is not None:  # which lora_a never is
+        thin = linear(x, scale * lora_a.to(dtype))
+        return y + linear(thin, lora_b.to(dtype))
+    wide = torch.promote_types(dtype, torch.promote_types(lora_a.dtype, lora_b.dtype))
+    thin = linear(x.to(wide), lora_a.to(wide))
+    if y is None:
+        return (linear(thin, lora_b.to(wide)) * scale).to(dtype)
+    if y.dim() == 2 and y.dtype == wide:
+        return torch.addmm(y, thin, lora_b.to(wide).t(), alpha=scale)
+    return torch.add(y, linear(thin, lora_b.to(wide)), alpha=scale).to(y.dtype)
+
+
+def torch_s_dropout(p: float, rows: Rows | None = None) -> Drop:
+    """torch's own, with this probability, or each adapter's."""
+    own = None if rows is None or rows.own is None else rows.own.dropouts
+
+    def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
+        its_p = p if own is None or share is None else own[share.segment]
+        return dropout(x, its_p) if its_p else x
+
+    return drop

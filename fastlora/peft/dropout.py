@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.dropout import dropout_mask
-from ..ops.functional import draw_seed
+from ..ops.door import draw_seed
 
 
 class Seeds:

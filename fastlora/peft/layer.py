@@ -9,10 +9,10 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from ..backends import Settings
+from ..backends import Call
 from ..layers.frozen import fits
 from ..ops import dora_linear, dora_norm, lora_linears
-from ..ops.functional import run
+from ..ops.door import run
 from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
 from .mixed import mixed_forward
@@ -56,12 +56,12 @@ def call(
     return theirs(x, *args, **kwargs)
 
 
-def fast_forward(x: Tensor, name: str, found: Settings | Reading, seen: Glance | None) -> Tensor:
+def fast_forward(x: Tensor, name: str, found: Call | Reading, seen: Glance | None) -> Tensor:
     """The output for x by fastlora's ops; ``name`` is that of the first active adapter.
 
     ``found``: what a call like this was known to be, or else the layer's reading.
     """
-    if isinstance(found, Settings):
+    if isinstance(found, Call):
         assert seen is not None
         return run(seen.inputs, found)[0]
     reading = found

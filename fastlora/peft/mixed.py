@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..backends.products import are_wide
 from ..layers.frozen import fits
 from ..layers.modules import has_sharded, some
-from ..mapping import AdapterMapping, Share
 from ..ops import multi_lora_linear
 from ..projection import Adapter, Base, is_plain
 from ..quant import PackedLayer
+from ..rows import AdapterMapping, Share
 from .reading import read_adapter, read_base
 
 _NONE = "__base__"  # PEFT's name for no adapter
@@ -52,7 +52,7 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     find = _mapping if in_mode else _kept_mapping
     used, mapping = find(tuple(names), tuple(own))
     if _are_few(layer, x) and not in_mode:
-        return _few_rows(layer, x, used, mapping.on(x.device).shares)
+        return _few_rows(layer, x, used, mapping.on(x.device).found(len(x)))
     reading = read_mixed(layer, used) if used else MixedReading("it is the base layer's call")
     if reading.base is None or not fits(x, reading.base.weight):
         return None

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..layers.adapted import new_adapter, scaling_of, wide_dtype
 from ..layers.frozen import is_router, matrix_of
 from ..layers.modules import called
-from ..mapping import AdapterMapping
 from ..model.targets import find_targets
 from ..ops import multi_lora_linear
 from ..quant import quantised_weight
+from ..rows import AdapterMapping
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from experts import call, ends_of, make_experts, make_rows
+from experts import ends_of, make_experts, make_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastlora
-from fastlora.backends import Settings, find_backend
+from fastlora.backends import Call, find_backend
 from fastlora.projection import Layout
-from fastlora.segments import Segments
+from fastlora.rows import Rows
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +40,15 @@ def run(x, experts, offsets, p=0.0):
     weight, lora_a, lora_b, bias = experts
     given = [t for t in (x, weight, bias, lora_a, lora_b) if t is not None]
     tensors, needs = [t.detach() for t in given], [t.requires_grad for t in given]
-    settings = Settings((Layout(bias is not None, (0.5,)),), p, find_backend())
+    one = Call((Layout(bias is not None, (0.5,)),), p, find_backend(), Rows(offsets))
     seeds = torch.tensor([7]) if p else None
-    segments = Segments(offsets)
-    y, h = settings.backend.forward_grouped(tensors, segments, seeds, settings)
+    ys, hs = one.backend.forward(tensors, seeds, one)
     forward = Seen()
     with forward:
-        settings.backend.forward_grouped(tensors, segments, seeds, settings)
+        one.backend.forward(tensors, seeds, one)
     backward = Seen()
     with backward:
-        settings.backend.backward_grouped(y, tensors, segments, h, needs, seeds, settings)
+        one.backend.backward(ys, tensors, hs, needs, seeds, one)
     return forward, backward
 
 
@@ -80,25 +79,14 @@ def test_only_the_gradients_asked_for_are_computed(trained, products):
     assert found == products * 2  # of two experts
 
 
-def test_few_rows_of_a_16_bit_x_beside_float32_adapters(monkeypatch):
-    """An expert with no more rows than its adapter multiplies in float32, as a layer's node."""
-    monkeypatch.setattr("fastlora.backends.torch.MOST_ROWS", 0)
-    monkeypatch.setattr("fastlora.ops.kinds._known", {})
-    experts = make_experts(2, 16, 8, 4, torch.bfloat16, torch.float32)
-    x = make_rows(12, 8, torch.bfloat16)
-    y = call(x, experts, ends_of([2, 10]))
-    for e, rows in enumerate((slice(0, 2), slice(2, 12))):
-        assert torch.equal(y[rows], fastlora.lora_linear(x[rows], *[t[e] for t in experts[:3]]))
-
-
 def test_masks_go_on_from_one_part_to_the_next():
     weight, lora_a, lora_b, _ = make_experts(2, 6, 8, 3, torch.float32)
-    settings, seeds = Settings((Layout(False, (0.5,)),), 0.3, find_backend()), torch.tensor([7])
-    x, backend = torch.randn(7, 8), settings.backend
+    one, seeds = Call((Layout(False, (0.5,)),), 0.3, find_backend()), torch.tensor([7])
+    x = torch.randn(7, 8)
 
     def forward(rows, experts, segments):
         inputs = [x[rows], *(t.detach()[experts] for t in (weight, lora_a, lora_b))]
-        return backend.forward_grouped(inputs, segments, seeds, settings)[0]
+        return one.backend.forward(inputs, seeds, one._replace(rows=segments))[0][0]
 
-    whole = forward(slice(0, 7), slice(0, 2), Segments(ends_of([4, 3])))
-    assert torch.equal(forward(slice(4, 7), slice(1, 2), Segments(ends_of([3]), 4)), whole[4:])
+    whole = forward(slice(0, 7), slice(0, 2), Rows(ends_of([4, 3])))
+    assert torch.equal(forward(slice(4, 7), slice(1, 2), Rows(ends_of([3]), first=4)), whole[4:])

@@ -7,13 +7,13 @@ from experts import call, check_against_oracle, ends_of, make_experts, make_rows
 from torch.nn import functional
 
 import fastlora
-from fastlora.backends import Settings, find_backend
+from fastlora.backends import Call, find_backend
 from fastlora.backends.triton import grouped
 from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.ops.experts import lora_experts
 from fastlora.projection import Adapter, Base, Layout, Output
-from fastlora.segments import Segments
+from fastlora.rows import Rows
 
 COUNTS = [6, 0, 5, 3]
 
@@ -109,10 +109,11 @@ def test_rows_in_the_middle_of_a_call_have_its_masks():
     tensors = [tensor.detach() for tensor in experts[:3]]
     x, seeds = torch.randn(12, 16), torch.tensor([11])
     backend = find_backend("triton")
-    settings = Settings((Layout(False, (1.0,)),), 0.3, backend)
-    whole, _ = backend.forward_grouped([x, *tensors], Segments(ends_of([4, 5, 3])), seeds, settings)
+    one = Call((Layout(False, (1.0,)),), 0.3, backend, Rows(ends_of([4, 5, 3])))
+    (whole,), _ = backend.forward([x, *tensors], seeds, one)
     part = [x[4:], *(tensor[1:] for tensor in tensors)]
-    y, _ = backend.forward_grouped(part, Segments(ends_of([5, 3]), 4), seeds, settings)
+    one = one._replace(rows=Rows(ends_of([5, 3]), first=4))
+    (y,), _ = backend.forward(part, seeds, one)
     torch.testing.assert_close(y, whole[4:])
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from fastlora.backends import Settings, triton
+from fastlora.backends import protocol, triton
 from fastlora.kernels import plan as plans
 from fastlora.kernels.config import Call
 from fastlora.kernels.gemm_config import GemmConfig
@@ -51,7 +51,7 @@ def launched(m, n, k, r, dtype=torch.bfloat16, name="sm_90") -> list[Launch]:
     records: list[Launch] = []
     with use_target(TARGETS[name]), intercept(records.append):
         triton.forward(
-            [x, weight, lora_a, lora_b], None, Settings((Layout(False, (1.0,)),), 0.0, triton)
+            [x, weight, lora_a, lora_b], None, protocol.Call((Layout(False, (1.0,)),), 0.0, triton)
         )
     return records
 

@@ -328,7 +328,7 @@ def test_selective_checkpointing():
     call = torch.randn(6, 32, dtype=torch.float64, requires_grad=True), index, torch.rand(6, 2)
     wanted = [call[0], *[p for p in experts.parameters() if p.requires_grad]]
     context = lambda: ckpt.create_selective_checkpoint_contexts(  # noqa: E731
-        [torch.ops.fastlora.lora_grouped.default]
+        [torch.ops.fastlora.lora_linears.default]
     )
     outs = [
         experts(*call),

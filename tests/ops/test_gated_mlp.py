@@ -14,7 +14,7 @@ import fastlora
 from fastlora import blocks
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.ops import gated_mlp
-from fastlora.ops.gated import follows
+from fastlora.ops.way import follows
 from fastlora.projection import Output, flatten, layouts_of, unflatten
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")

@@ -6,9 +6,10 @@ from experts import call, ends_of, make_experts, make_rows
 from torch.nn.functional import silu
 
 import fastlora
-from fastlora.backends import Settings, find_backend
-from fastlora.ops.grouped_function import LoRAGroupedFunction
+from fastlora.backends import Call, find_backend
+from fastlora.ops.function import LoRALinearFunction
 from fastlora.projection import Layout
+from fastlora.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -18,12 +19,13 @@ def op_arguments(p: float, requires_grad: bool = True):
     weight, lora_a, lora_b, bias = (t.detach().requires_grad_(requires_grad) for t in experts)
     x = make_rows(13, 8, torch.float32).detach().requires_grad_(requires_grad)
     seeds = torch.randint(-9, 9, (1,)) if p else None
-    return x, [weight, bias, lora_a, lora_b], ends_of([5, 0, 2, 4]), True, 0.5, p, seeds, ""
+    tensors, ends = [weight, bias, lora_a, lora_b], ends_of([5, 0, 2, 4])
+    return x, tensors, [True], [1], [0.5], "", p, seeds, "", ends
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_opcheck_forward(p):
-    torch.library.opcheck(torch.ops.fastlora.lora_grouped.default, op_arguments(p))
+    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, op_arguments(p))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -32,18 +34,18 @@ def test_opcheck_forward(p):
 )
 def test_opcheck_backward(p, needs):
     x, tensors, *settings = op_arguments(p, requires_grad=False)
-    y, h = torch.ops.fastlora.lora_grouped(x, tensors, *settings)
-    arguments = (y, x, tensors, h, needs, *settings)
-    torch.library.opcheck(torch.ops.fastlora.lora_grouped_backward.default, arguments)
+    ys, hs = torch.ops.fastlora.lora_linears(x, tensors, *settings)
+    arguments = (ys, x, tensors, hs, needs, *settings)
+    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_the_op_and_the_eager_node_agree(p):
-    x, tensors, offsets, *rest, seeds, name = op_arguments(p)
-    y, _ = torch.ops.fastlora.lora_grouped(x, tensors, offsets, *rest, seeds, name)
+    x, tensors, *rest, seeds, name, offsets = op_arguments(p)
+    (y,), _ = torch.ops.fastlora.lora_linears(x, tensors, *rest, seeds, name, offsets)
     by_op = torch.autograd.grad(y.square().sum(), [x, *tensors])
-    settings = Settings((Layout(True, (0.5,)),), p, find_backend())
-    y = LoRAGroupedFunction.apply(seeds, settings, offsets, x, *tensors)
+    one = Call((Layout(True, (0.5,)),), p, find_backend(), Rows(offsets))
+    (y,) = LoRALinearFunction.apply(seeds, offsets, one, x, *tensors)
     by_node = torch.autograd.grad(y.square().sum(), [x, *tensors])
     assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
 

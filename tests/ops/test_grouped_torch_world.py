@@ -130,4 +130,4 @@ def test_functional_call_is_the_node():
     layer.weight = torch.nn.Parameter(experts.lora_b.detach())
     layer.forward = lambda x: call(x, experts._replace(lora_b=layer.weight), offsets)
     y = functional_call(layer, {"weight": experts.lora_b}, (x,))
-    assert type(y.grad_fn).__name__ == "LoRAGroupedFunctionBackward"
+    assert type(y.grad_fn).__name__ == "LoRALinearFunctionBackward"

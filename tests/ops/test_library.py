@@ -8,7 +8,7 @@ from process import run_python
 from torch import nn
 
 import fastlora
-from fastlora.backends import Settings, find_backend
+from fastlora.backends import Call, find_backend
 from fastlora.ops.function import LoRALinearFunction
 from fastlora.projection import Layout, flatten, layouts_of
 
@@ -68,7 +68,7 @@ def test_the_op_and_the_eager_node_agree(p):
     ys, _ = torch.ops.fastlora.lora_linears(x, tensors, *layout, p, seeds, "")
     by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
     layouts = (Layout(True, (0.5,)), Layout(False, (0.25, 2.0)), Layout(False, ()))
-    ys = LoRALinearFunction.apply(seeds, Settings(layouts, p, find_backend()), x, *tensors)
+    ys = LoRALinearFunction.apply(seeds, None, Call(layouts, p, find_backend()), x, *tensors)
     by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
     assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
 

@@ -8,7 +8,8 @@ from multi import call, check_against_oracle, gradients, leaves_of, make_adapter
 from packed import random_int8
 
 import fastlora
-from fastlora import AdapterMapping, mapping
+from fastlora import AdapterMapping
+from fastlora import rows as cut_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -216,13 +217,13 @@ def test_it_keeps_x_and_h_and_seeds():
 
 def test_layers_share_what_was_sorted_once(monkeypatch):
     sorted_times = []
-    sort = mapping.sort_items
+    sort = cut_rows.sort_items
 
     def counted(*arguments):
         sorted_times.append(arguments)
         return sort(*arguments)
 
-    monkeypatch.setattr(mapping, "sort_items", counted)
+    monkeypatch.setattr(cut_rows, "sort_items", counted)
     adapters = make_adapters([2, 5, 3], 12, 12, torch.float32)
     indices = int32([2, 0, -1, 0])
     shared, x = AdapterMapping(indices, 3), make_x((4, 2), dtype=torch.float32)
@@ -236,21 +237,21 @@ def test_layers_share_what_was_sorted_once(monkeypatch):
 
 
 def test_rows_that_lie_together_are_not_copied(monkeypatch):
-    from fastlora.backends import multi
+    from fastlora.backends import torch as backend
 
     places = []
-    add = multi.add_adapter
+    run = backend.forward_rows
 
-    def noted(y, x, *rest):
-        places.append((y.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()))
-        return add(y, x, *rest)
+    def noted(x, outputs, masks, into):
+        places.append((into[0].untyped_storage().data_ptr(), x.untyped_storage().data_ptr()))
+        return run(x, outputs, masks, into)
 
-    monkeypatch.setattr(multi, "add_adapter", noted)
+    monkeypatch.setattr(backend, "forward_rows", noted)
     adapters = make_adapters([2, 5, 3], 10, 12, torch.float32)
     x = make_x((5, 2), dtype=torch.float32)
     y = call(x, adapters, int32([1, 1, 0, 2, 2]))
     own = (y.untyped_storage().data_ptr(), x.untyped_storage().data_ptr())
-    assert places == [own] * 3
+    assert places == [own] * 4  # the base, and three adapters
 
 
 def test_evaluation_drops_nothing():

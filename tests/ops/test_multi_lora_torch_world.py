@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import AdapterMapping, reference
-from fastlora.backends import find_backend
-from fastlora.mapping import Mix, sorted_on
-from fastlora.ops.multi_function import MultiCall, MultiLoRAFunction
+from fastlora.backends import Call, find_backend
+from fastlora.ops.function import LoRALinearFunction
 from fastlora.projection import Layout
+from fastlora.rows import Own, rows_on
 
 RANKS = [2, 5, 3]
 INDICES = torch.tensor([2, 0, -1, 0, 2, -1], dtype=torch.int32)
@@ -31,13 +31,14 @@ def op_arguments(p: float, requires_grad: bool = True):
     tensors = [tensor.detach().requires_grad_(requires_grad) for tensor in tensors]
     seeds = torch.randint(-9, 9, (3,)) if p else None
     numbers = torch.tensor(adapters.scales, dtype=torch.float64), torch.tensor([2, 4, 3])
-    settings = (mapping.order, mapping.ends, True, "", *numbers, [p, 0.0, p], seeds)
+    layout = [True], [3], [1.0] * 3, "", 0.0
+    settings = *layout, seeds, "", mapping.ends, mapping.order, *numbers, [p, 0.0, p]
     return x.detach().requires_grad_(requires_grad), tensors, *settings
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_opcheck_forward(p):
-    torch.library.opcheck(torch.ops.fastlora.multi_lora_linear.default, op_arguments(p))
+    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, op_arguments(p))
 
 
 @pytest.mark.parametrize(
@@ -45,22 +46,21 @@ def test_opcheck_forward(p):
 )
 def test_opcheck_backward(needs):
     x, tensors, *settings = op_arguments(0.2, requires_grad=False)
-    y, h = torch.ops.fastlora.multi_lora_linear(x, tensors, *settings)
-    arguments = (y, x, tensors, h, needs, *settings)
-    torch.library.opcheck(torch.ops.fastlora.multi_lora_linear_backward.default, arguments)
+    ys, hs = torch.ops.fastlora.lora_linears(x, tensors, *settings)
+    arguments = (ys, x, tensors, hs, needs, *settings)
+    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_the_op_and_the_eager_node_agree(p):
     x, tensors, *arguments = op_arguments(p)
-    order, ends, _, _, scales, ranks, dropouts, seeds = arguments
-    y, _ = torch.ops.fastlora.multi_lora_linear(x, tensors, *arguments)
+    *_, seeds, _, ends, order, scales, ranks, dropouts = arguments
+    (y,), _ = torch.ops.fastlora.lora_linears(x, tensors, *arguments)
     by_op = torch.autograd.grad(y.square().sum(), [x, *tensors])
-    mix = Mix(
-        Layout(True, (1.0,) * 3), tuple(scales.tolist()), tuple(ranks.tolist()), tuple(dropouts)
-    )
-    one = MultiCall(mix, sorted_on(order, ends, x.device), find_backend())
-    y = MultiLoRAFunction.apply(seeds, one, x, *tensors)
+    own = Own(tuple(scales.tolist()), tuple(ranks.tolist()), tuple(dropouts))
+    rows = rows_on(order, ends, x.device)._replace(own=own)
+    one = Call((Layout(True, (1.0,) * 3),), 0.0, find_backend(), rows)
+    (y,) = LoRALinearFunction.apply(seeds, None, one, x, *tensors)
     by_node = torch.autograd.grad(
         y.square().sum(), [x, *tensors], allow_unused=True, materialize_grads=True
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlora import Projection, lora_linears, reference
 from fastlora.backends import find_backend
 from fastlora.formats.format import Quantised
-from fastlora.ops.functional import draw_seed
+from fastlora.ops.door import draw_seed
 from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of, unflatten
 
 # Of a layer and of its adapter.

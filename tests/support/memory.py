@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastlora.backends import Settings
+from fastlora.backends import Call
 from fastlora.backends import torch as torch_backend
-from fastlora.ops.functional import draw_seed
+from fastlora.ops.door import draw_seed
 from fastlora.projection import Output, flatten, layouts_of
 
 
@@ -79,7 +79,7 @@ def run_torch_backend(
     All gradients, or if the bases are ``frozen`` those of what needs one.
     """
     layouts = layouts_of(outputs)
-    settings = Settings(layouts, p, torch_backend)
+    settings = Call(layouts, p, torch_backend)
     given = x, *flatten(outputs, layouts)
     inputs = [tensor.detach() for tensor in given]
     needs = [tensor.requires_grad or not frozen for tensor in given]

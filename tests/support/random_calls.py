@@ -24,13 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastlora
 from fastlora import blocks, reference
 from fastlora.backends import products
-from fastlora.backends import torch as torch_backend
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.formats.format import Quantised
 from fastlora.formats.gguf import KINDS as GGUF
-from fastlora.ops import dora_linear, gated_mlp, kinds
-from fastlora.ops.functional import draw_seed
+from fastlora.ops import dora_linear, gated_mlp, kinds, way
+from fastlora.ops.door import draw_seed
 from fastlora.projection import Adapter, Base, Output
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -210,10 +209,10 @@ class Case:
             put(kinds, "_known", {})
             put(products, "FORCED", self.wide)
             if self.node:
-                put(torch_backend, "MOST_ROWS", 0)
+                put(way, "MOST_ROWS", 0)
             if self.small:
                 put(blocks, "_CPU_BLOCK", 5 * self.K)
-                for name, value in {"_BLOCK": 0, "_ROWS": 0, "_PART": 0, "_FEWEST_ROWS": 8}.items():
+                for name, value in {"_BLOCK": 0, "_ROWS": 0, "_FEWEST_ROWS": 8}.items():
                     put(products, name, value)
                 put(products, "_FEWEST_OF_WEIGHT", 4)
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -80,9 +80,9 @@ class Ranks:
 
 
 def _join(store: str, rank: int, size: int) -> None:
-    from fastlora.backends import torch as backend
+    from fastlora.ops import way
 
-    backend.MOST_ROWS = 0  # the node is what is tested, and small models have few rows
+    way.MOST_ROWS = 0  # the node is what is tested, and small models have few rows
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 
 

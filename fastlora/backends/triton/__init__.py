@@ -9,41 +9,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...projection import Output
 from ..dropout import dropout_mask
+from ..protocol import Call
+from . import layer, segments
 from .cover import TARGETS, why_not, without_launching
 from .gated import gated, gated_backward
-from .grouped import backward_grouped, forward_grouped
-from .layer import backward, forward
-from .multi import backward_multi, forward_multi
 
 __all__ = [
     "TARGETS",
     "backward",
-    "backward_grouped",
-    "backward_multi",
     "dropout_mask",
     "forward",
-    "forward_grouped",
-    "forward_multi",
     "gated",
     "gated_backward",
     "h_dtype",
-    "is_small",
     "takes_experts_in_turn",
     "why_not",
     "without_launching",
 ]
 
 
+def forward(
+    inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the torch backend's."""
+    run = layer.forward if call.rows is None else segments.forward
+    return run(inputs, seeds, call)
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    call: Call,
+) -> list[Tensor | None]:
+    """As the torch backend's."""
+    run = layer.backward if call.rows is None else segments.backward
+    return run(dys, inputs, hs, needs, seeds, call)
+
+
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """x's."""
     return dtype
-
-
-def is_small(x: Tensor, outputs: Sequence[Output[Tensor]]) -> bool:
-    """Never: a GPU's calls are kernels."""
-    return False
 
 
 def takes_experts_in_turn(device: torch.device) -> bool:

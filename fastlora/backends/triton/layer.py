@@ -9,71 +9,71 @@ from torch.nn.functional import linear
 
 from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatten
 from .. import torch as torch_backend
-from ..protocol import Settings
+from ..protocol import Call
 from .cover import covers, current, empty_like, kernels, precision_of
 from .packed import are_plain, is_unpackable, made_dense, needs_torch, read_by
 
 
 def forward(
-    inputs: Sequence[Tensor], seeds: Tensor | None, settings: Settings
+    inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
-    x, count = inputs[0], len(settings.layouts)
-    if needs_torch(settings.layouts):
-        inputs, layouts = made_dense(inputs, settings.layouts)
-        settings = settings._replace(layouts=layouts)
+    x, count = inputs[0], len(call.layouts)
+    if needs_torch(call.layouts):
+        inputs, layouts = made_dense(inputs, call.layouts)
+        call = call._replace(layouts=layouts)
     with current(x.device):
         made = kernels.replayed(
             _forward,
             [seeds, *inputs],
-            (settings.layouts, settings.dropout, precision_of(x)),
-            lambda: covers(inputs, settings.layouts),
-            settings.kept,
+            (call.layouts, call.dropout, precision_of(x)),
+            lambda: covers(inputs, call.layouts),
+            call.kept,
         )
     if made is None:
-        return torch_backend.forward(inputs, seeds, settings)
+        return torch_backend.forward(inputs, seeds, call)
     return made[:count], made[count:]
 
 
 def backward(
     dys: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
-    hs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
     needs: Sequence[bool],
     seeds: Tensor | None,
-    settings: Settings,
+    call: Call,
 ) -> list[Tensor | None]:
     """As the torch backend's: the gradient of each input that needs one, else None."""
     x = inputs[0]
-    if needs_torch(settings.layouts):
-        return _backward_of_dense(dys, inputs, hs, needs, seeds, settings)
+    if needs_torch(call.layouts):
+        return _backward_of_dense(dys, inputs, hs, needs, seeds, call)
     with current(x.device):
         made = kernels.replayed(
             _backward,
             [seeds, *inputs, *hs, *dys],
-            (settings.layouts, settings.dropout, precision_of(x), tuple(needs)),
-            lambda: any(dy is not None for dy in dys) and covers(inputs, settings.layouts, dys),
+            (call.layouts, call.dropout, precision_of(x), tuple(needs)),
+            lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
         )
     if made is None:
-        return torch_backend.backward(dys, inputs, hs, needs, seeds, settings)
+        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
     return made
 
 
 def _backward_of_dense(
     dys: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
-    hs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
     needs: Sequence[bool],
     seeds: Tensor | None,
-    settings: Settings,
+    call: Call,
 ) -> list[Tensor | None]:
     """The same of weights in formats that no kernel reads."""
     needs_x, *rest = needs
-    inputs, layouts = made_dense(inputs, settings.layouts)
-    needs = [needs_x, *flatten(unflatten(rest, settings.layouts), layouts)]
-    dense = settings._replace(layouts=layouts)
+    inputs, layouts = made_dense(inputs, call.layouts)
+    needs = [needs_x, *flatten(unflatten(rest, call.layouts), layouts)]
+    dense = call._replace(layouts=layouts)
     dx, *gradients = backward(dys, inputs, hs, needs, seeds, dense)
-    return [dx, *flatten(unflatten(gradients, layouts), settings.layouts)]
+    return [dx, *flatten(unflatten(gradients, layouts), call.layouts)]
 
 
 class Common(NamedTuple):

@@ -1,0 +1,315 @@
+"""The formulas of :mod:`.torch` over some rows: those of a whole call, or of one segment.
+
+Where 16-bit products are slow (:mod:`.products`) the same formulas run in float32: an outer loop
+widens a block of rows, and what comes out is rounded once.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..blocks import rows_at_a_time
+from ..projection import Adapter, Base, Output
+from .dropout import DropoutMask
+from .products import (
+    SCRATCH,
+    add_dy_weight,
+    are_wide,
+    base_linear,
+    cast,
+    h_dtype,
+    matrix_like,
+    product,
+    rows_of,
+    thin_gradient,
+    wide_rows,
+)
+
+# For each output, what each of its adapters has.
+Masks = Sequence[Sequence[DropoutMask | None]]
+
+
+def forward_rows(
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    masks: Masks,
+    into: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y [M, N] of every output, new or written ``into`` these; the h [M, r] of every adapter.
+
+    An output without a base is added to what it is written into.
+    """
+    # torch's product of one row is fast everywhere.
+    if x.shape[0] > 1 and are_wide(x):
+        return _wide_forward(x, outputs, masks, into)
+    ys, hs = [], []
+    for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
+        y = None if into is None else into[i]
+        if base.weight is not None:
+            y = base_linear(x, base, y)
+        assert y is not None
+        for adapter, mask in zip(adapters, some, strict=True):
+            h = _project(x, adapter, mask)
+            y.addmm_(h, cast(adapter.lora_b, h.dtype).T)
+            hs.append(cast(h, h_dtype(x.dtype, x.device)))
+        ys.append(y)
+    return ys, hs
+
+
+def _wide_forward(
+    x: Tensor, outputs: Sequence[Output[Tensor]], masks: Masks, into: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same in float32, a block of rows after the other."""
+    outputs, parts = [_in_float32(output) for output in outputs], []
+    ys = list(into or [x.new_empty(len(x), base.weight.shape[0]) for base, _ in outputs])
+    for rows in wide_rows(x, outputs):
+        x_rows = SCRATCH.widen("x", rows_of(x, rows))
+        for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
+            y_rows = rows_of(y, rows)
+            wide = SCRATCH.take("y", *y_rows.shape)
+            if output.base.weight is None:
+                wide.copy_(y_rows)
+            parts += forward_rows(x_rows, [output], [some], [wide])[1]
+            y_rows.copy_(wide)
+    count = sum(len(output.adapters) for output in outputs)
+    return ys, [_joined(parts[i::count]) for i in range(count)]
+
+
+def backward_rows(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Sequence[Tensor | None]],
+    wanted: Sequence[Output[bool]],
+    masks: Masks,
+    dx: Tensor | None,
+) -> list[Output[Tensor | None]]:
+    """The gradients of each output; dx is written, if it is there.
+
+    Outputs without a base are added to what dx has.  ``hs`` are lists of each output's.
+    """
+    beta = float(all([output.base.weight is None for output in outputs]))
+    run = _wide_backward if are_wide(x) else _backward
+    return run(dys, x, outputs, hs, wanted, masks, dx, beta)
+
+
+def _backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Sequence[Tensor | None]],
+    wanted: Sequence[Output[bool]],
+    masks: Masks,
+    dx: Tensor | None,
+    beta: float,
+) -> list[Output[Tensor | None]]:
+    """The same; dx = beta · dx + its parts."""
+    found: list[Output[Tensor | None]] = []
+    # The first adapter's part is written into dx as it is, and the base's product added on top, in
+    # its accumulator: a pass less than the other way round.
+    for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
+        if dy is None:
+            found.append(no_gradients(output))
+            continue
+        adapters = []
+        for one in zip(output.adapters, need.adapters, thin, some, strict=True):
+            adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
+            beta = 1.0
+        found.append(Output(base_gradients(dy, x, output.base, need.base), tuple(adapters)))
+    if dx is not None:
+        for dy, output in zip(dys, outputs, strict=True):
+            if dy is not None and output.base.weight is not None:
+                add_dy_weight(dx, dy, output.base.weight, beta)
+                beta = 1.0
+        if not beta:
+            dx.zero_()
+    return found
+
+
+def _wide_backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    hs: Sequence[Sequence[Tensor | None]],
+    wanted: Sequence[Output[bool]],
+    masks: Masks,
+    dx: Tensor | None,
+    beta: float,
+) -> list[Output[Tensor | None]]:
+    """The same in float32, summed over blocks of rows."""
+    wide, total = [_in_float32(output) for output in outputs], [no_gradients(o) for o in outputs]
+    reads_x = any(base.weight or any([a.lora_a for a in own]) for base, own in wanted)
+    for rows in wide_rows(x, outputs):
+        some = rows_of(x, rows)
+        x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
+        dx_rows, of_block = None, beta
+        if dx is not None:
+            dx_rows = SCRATCH.take("dx", *some.shape)
+            if beta:
+                dx_rows.copy_(rows_of(dx, rows))
+        thin = [[rows_of(h, rows) for h in each] for each in hs]
+        own_masks = _from_row(masks, rows.start)
+        for i, one in enumerate(zip(dys, wide, thin, wanted, own_masks, strict=True)):
+            dy, output, its_h, need, mask = one
+            if dy is None:
+                continue
+            dy_rows, given = SCRATCH.widen("dy", rows_of(dy, rows)), ([its_h], [need], [mask])
+            (found,) = _backward([dy_rows], x_rows, [output], *given, dx_rows, of_block)
+            total[i] = _sum(total[i], found)
+            of_block = 1.0
+        if dx is not None and dx_rows is not None:
+            rows_of(dx, rows).copy_(dx_rows if of_block else dx_rows.zero_())
+    return [_in_dtypes_of(output, sums) for output, sums in zip(outputs, total, strict=True)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All rows, one part after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sum(total: Output[Tensor | None], part: Output[Tensor | None]) -> Output[Tensor | None]:
+    """total + part, in place of the former."""
+
+    def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+        return right if left is None or right is None else left.add_(right)
+
+    pairs = zip(total.adapters, part.adapters, strict=True)
+    return Output(
+        Base(*map(added, total.base, part.base)),
+        tuple([_pair(*map(added, left[:2], right[:2])) for left, right in pairs]),
+    )
+
+
+def _in_dtypes_of(output: Output[Tensor], found: Output[Tensor | None]) -> Output[Tensor | None]:
+    """The gradients, each in its own tensor's dtype."""
+
+    def rounded(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+        return gradient if gradient is None or tensor is None else gradient.to(tensor.dtype)
+
+    pairs = zip(found.adapters, output.adapters, strict=True)
+    return Output(
+        Base(*map(rounded, found.base, output.base)),
+        tuple([_pair(*map(rounded, own[:2], adapter[:2])) for own, adapter in pairs]),
+    )
+
+
+def _pair(lora_a: Tensor | None, lora_b: Tensor | None) -> Adapter[Tensor | None]:
+    return Adapter(lora_a, lora_b)
+
+
+def no_gradients(output: Output) -> Output[Tensor | None]:
+    """Those of an output that the loss doesn't use."""
+    return Output(Base(None), tuple([Adapter(None, None)] * len(output.adapters)))
+
+
+def base_gradients(
+    dy: Tensor, x: Tensor, base: Base[Tensor], need: Base[bool]
+) -> Base[Tensor | None]:
+    """dyᵀ x, and Σ dy over the rows in float32 or wider: of a weight and a bias that train."""
+    d_weight = torch.mm(dy.T, x) if need.weight else None
+    d_bias = None
+    if need.bias and base.bias is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        d_bias = cast(dy.sum(0, dtype=wide), base.bias.dtype)
+    return Base(d_weight, d_bias)
+
+
+def _adapter_gradients(
+    dy: Tensor,
+    x: Tensor,
+    adapter: Adapter[Tensor],
+    need: Adapter[bool],
+    h: Tensor | None,
+    mask: DropoutMask | None,
+    dx: Tensor | None,
+    beta: float,
+) -> Adapter[Tensor | None]:
+    """d lora_a and d lora_b, as needed; and dx = beta · dx + the adapter's part of it."""
+    lora_a, lora_b, _ = adapter
+    d_lora_a = d_lora_b = None
+    if need.lora_b:
+        assert h is not None
+        d_lora_b = cast(thin_gradient(dy, cast(h, x.dtype)), lora_b.dtype)
+    if need.lora_a or dx is not None:
+        dh = product(dy, cast(lora_b, x.dtype), factor_of(adapter, mask))
+        d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
+    return Adapter(d_lora_a, d_lora_b)
+
+
+def factor_of(adapter: Adapter, mask: DropoutMask | None) -> float:
+    scale = float(adapter.scale)
+    return scale if mask is None else scale / (1.0 - mask.p)
+
+
+def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
+    """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in x's dtype."""
+    down, factor = cast(adapter.lora_a, x.dtype).T, factor_of(adapter, mask)
+    if mask is None:
+        return product(x, down, factor)
+    h = x.new_empty(x.shape[0], down.shape[1])
+    for first, x_rows, h_rows in _blocks(x, h):
+        dropped = matrix_like("dropped", x_rows)
+        mask.drop(first, (x_rows, dropped))
+        product(dropped, down, factor, out=h_rows)
+    return h
+
+
+def _through_lora_a(
+    x: Tensor,
+    dh: Tensor,
+    lora_a: Tensor,
+    mask: DropoutMask | None,
+    dx: Tensor | None,
+    need_a: bool,
+    beta: float,
+) -> Tensor | None:
+    """dx = beta · dx + mask ∘ (dh lora_a), if there is one; dhᵀ (mask ∘ x), if it is needed."""
+    up = cast(lora_a, x.dtype)
+    if mask is None:
+        if dx is not None and beta:
+            dx.addmm_(dh, up)
+        elif dx is not None:
+            torch.mm(dh, up, out=dx)
+        return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
+    d_lora_a = None
+    wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
+    for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
+        pairs, change, dropped = [], dx_rows, None
+        if dx is not None:
+            change = matrix_like("change", x_rows) if beta else dx_rows
+            pairs.append((torch.mm(dh_rows, up, out=change), change))
+        if need_a:
+            dropped = matrix_like("dropped", x_rows)
+            pairs.append((x_rows, dropped))
+        mask.drop(first, *pairs)
+        if change is not dx_rows:
+            dx_rows.add_(change)
+        if dropped is not None:
+            part = torch.mm(dh_rows.T, dropped)
+            d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
+    return cast(d_lora_a, lora_a.dtype)
+
+
+def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+    """The first row of each block of dropout, and that block's rows of every tensor."""
+    step = rows_at_a_time(x)
+    if x.shape[0] <= step:
+        yield 0, x, *others
+        return
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
+
+
+def _from_row(masks: Masks, first: int) -> Masks:
+    if first == 0:
+        return masks
+    return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]
+
+
+def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
+    """With its adapters in float32; weight and bias are widened as they are read."""
+    return Output(
+        output.base, tuple([Adapter(a.float(), b.float(), s) for a, b, s in output.adapters])
+    )

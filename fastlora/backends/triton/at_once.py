@@ -1,0 +1,49 @@
+"""torch's grouped_mm, which multiplies the rows of all experts at once, where it is a kernel."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Limits of torch's grouped_mm: bytes of which strides and addresses are multiples, and experts.
+_ALIGNMENT, _MOST_EXPERTS = 16, 1023
+
+
+def runs_at_once(x: Tensor, weight: Tensor) -> bool:
+    """Whether grouped_mm multiplies for all experts, with no reading of offsets on the host."""
+    if not (len(x) and _takes(x, weight)):
+        return False
+    return x.dtype == torch.bfloat16 and _has_kernel(x.device)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether grouped_mm takes this weight, and x and dy too, if need be as contiguous copies."""
+    if not hasattr(functional, "grouped_mm") or x.dtype == torch.float64:
+        return False
+    if len(weight) > _MOST_EXPERTS:
+        return False
+    unit, last = _ALIGNMENT // x.element_size(), weight.stride()[1:]
+    if any(size % unit for size in weight.shape[1:]) or weight.data_ptr() % _ALIGNMENT:
+        return False
+    rows, columns = weight.shape[1:]
+    dense = last[0] >= columns if last[1] == 1 else last[0] == 1 and last[1] >= rows
+    return dense and not max(last) % unit and not weight.stride(0) % unit
+
+
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """Whether torch's grouped_mm of bfloat16 is a kernel; elsewhere it reads its offsets itself."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """The matrix with dense rows, aligned as grouped_mm has it: a copy only if it needs one."""
+    first, last = matrix.stride()
+    size = matrix.element_size()
+    fits = last == 1 and first >= matrix.shape[1] and not first * size % _ALIGNMENT
+    if fits and not matrix.data_ptr() % _ALIGNMENT:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,345 @@
+"""The checks of a call at its door: one set for layers, experts and many adapters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .formats.format import Quantised
+from .projection import (
+    AUTOCAST_DTYPES,
+    DTYPES,
+    Adapter,
+    Base,
+    Output,
+    check_dropout,
+    check_scale,
+    check_switch,
+    is_number,
+    is_plain,
+    named_tensors,
+    shown,
+)
+from .rows import AdapterMapping, Numbers, as_indices, as_list
+
+_DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+def check_call(
+    x: Tensor,
+    outputs: Sequence[Output],
+    dropout: float,
+    training: bool,
+    autocast: bool,
+    offsets: Tensor | None = None,
+) -> None:
+    """Raise ValueError or TypeError unless every output's tensors fit x, a tensor.
+
+    ``autocast``: x and the weights will be cast, and needn't agree.  x may be nested.  With
+    ``offsets`` it is the rows of experts, whose tensors are stacked.
+    """
+    check_x(x)
+    if offsets is not None and x.is_nested:
+        raise TypeError("x is nested, but must be [rows, in_features]: give it as one matrix")
+    if offsets is not None and x.dim() != 2:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but must be [rows, in_features], sorted by expert"
+        )
+    if x.dim() == 0:
+        raise ValueError(
+            "x is a scalar, but must be [..., in_features]: give it at least one dimension"
+        )
+    check_dropout(dropout)
+    if training is not True:
+        check_switch("training", training)
+    if not outputs:
+        raise ValueError("no projections came: give at least one fastlora.Projection")
+    features = _features_of_nested(x) if x.is_nested else x.shape[-1]
+    dtype, device, stacked = x.dtype, x.device, offsets is not None
+    for output in outputs:
+        check_tensors(x, device, output)
+        weight = output.base.weight
+        _check_base(features, dtype, autocast, output, stacked)
+        for adapter in output.adapters:
+            _check_adapter(features, weight.shape, adapter)
+            check_scale(adapter.scale)
+        if offsets is not None:
+            _check_ends(x, weight.shape[0], offsets)
+
+
+def check_x(x: Tensor) -> None:
+    """Raise TypeError for a dtype or a layout that x can't have; it may be nested."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}, but must have one of {_DTYPE_NAMES}: convert it")
+    if x.layout is not torch.strided and not x.is_nested:
+        raise TypeError(f"x has layout {x.layout}, but must be dense: call x.to_dense()")
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise TypeError for what is no tensor, ValueError for one without values as yet."""
+    if not isinstance(tensor, Tensor):
+        expected = "a tensor or None" if name == "bias" else "a tensor"
+        raise TypeError(f"{name} must be {expected}, not {type(tensor).__name__}")
+    if is_lazy(tensor):
+        raise ValueError(f"{name} has no shape as yet: call the lazy module that it is of once")
+
+
+def why_not_mixed(name: str, tensor: Tensor, x: Tensor) -> str:
+    """Why torch can't work with this tensor and x at once; "" if it isn't for their classes."""
+    if _dispatches(tensor) == _dispatches(x):
+        return ""
+    return (
+        f"{name} is a {type(tensor).__name__}, but x is a {type(x).__name__}, and torch doesn't "
+        "mix them: make both the same"
+    )
+
+
+def _dispatches(tensor: Tensor) -> bool:
+    """Whether it is of a class that runs torch's operations itself: a FakeTensor, a DTensor …"""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_tensors(x: Tensor, device: torch.device, output: Output) -> None:
+    """Raise ValueError or TypeError unless an output's tensors are dense, of a dtype, with x."""
+    if isinstance(output.base.weight, Quantised):
+        _check_packed(x, device, output.base.weight)
+    for name, tensor in named_tensors(output):
+        if tensor is None:
+            if name != "bias":
+                check_tensor(name, tensor)
+            continue
+        if not is_plain(tensor):
+            check_tensor(name, tensor)
+            # Other classes torch may take, but the memory of this one is a null pointer to kernels.
+            if type(tensor).__name__ == "FakeTensor" and is_plain(x):
+                raise TypeError(why_not_mixed(name, tensor, x))
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but x is on {device}: move them to one device"
+            )
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            if tensor.is_nested:
+                raise TypeError(f"{name} is nested, which x alone may be: call this for each part")
+            raise TypeError(
+                f"{name} has layout {tensor.layout}, but must be dense: call {name}.to_dense()"
+            )
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, but must have one of {_DTYPE_NAMES}: convert it"
+            )
+
+
+def _check_packed(x: Tensor, device: torch.device, weight: Quantised) -> None:
+    """Raise ValueError or TypeError unless a packed weight's tensors are its format's, with x."""
+    if x.is_nested:
+        raise TypeError("x is nested, and a packed weight is not: call this for each part")
+    for tensor in weight.tensors:
+        if not is_plain(tensor):
+            check_tensor("a packed weight", tensor)
+        if tensor.device != device:
+            raise ValueError(
+                f"a packed weight is on {tensor.device}, but x is on {device}: move them to one "
+                "device"
+            )
+        if tensor.requires_grad:
+            raise ValueError("a packed weight requires a gradient, but gets none: freeze it")
+    try:
+        weight.format.check(weight.tensors)
+    except ValueError as error:
+        raise ValueError(f"weight is no {weight.format.label}: {error}") from error
+
+
+def _features_of_nested(x: Tensor) -> int:
+    try:
+        return x.size(-1)
+    except RuntimeError:
+        raise ValueError(
+            "x is nested, and its parts differ in in_features, their last size"
+        ) from None
+
+
+def _check_base(
+    features: int, dtype: torch.dtype, autocast: bool, output: Output, stacked: bool
+) -> None:
+    (weight, bias), adapters = output
+    if isinstance(weight, Quantised):  # it is made in any dtype
+        if stacked:
+            raise TypeError("weight is packed, but experts' must be plain tensors: dequantise it")
+    elif weight.dtype != dtype and not (
+        autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
+    ):
+        raise TypeError(
+            f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
+            "or use torch.autocast"
+        )
+    shape = weight.shape
+    if len(shape) != 2 + stacked or shape[-1] != features or (stacked and 0 in shape):
+        lead, rest = ("experts, ", ", each at least 1") if stacked else ("", "")
+        raise ValueError(
+            f"weight has shape {tuple(shape)}, but x has {features} features: "
+            f"weight must be [{lead}out_features, {features}]{rest}"
+        )
+    if not adapters and 0 in shape:
+        raise ValueError(f"weight has shape {tuple(shape)}, but each must be at least 1")
+    if bias is not None and bias.shape != shape[:-1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, but weight has shape {tuple(shape)}: "
+            f"bias must be {list(shape[:-1])}"
+        )
+
+
+def _check_adapter(features: int, weight: Sequence[int], adapter: Adapter, name: str = "") -> None:
+    """``weight``: its shape.  ``name``: of the adapter among many, with a blank behind it."""
+    lora_a, lora_b, _ = adapter
+    *lead, out_features, _ = weight
+    shape = tuple(lora_a.shape)
+    rank = shape[-2] if len(shape) > 1 else 0
+    if shape != (*lead, rank, features):
+        raise ValueError(
+            f"{name}lora_a has shape {shape}, but x has {features} features: lora_a must be "
+            f"[{', '.join([*map(str, lead), 'r', str(features)])}]"
+        )
+    expected = [*lead, out_features, rank]
+    if list(lora_b.shape) != expected:
+        raise ValueError(
+            f"{name}lora_b has shape {tuple(lora_b.shape)}, but weight has {out_features} rows and "
+            f"lora_a {rank}: lora_b must be {expected}"
+        )
+    if features == 0 or out_features == 0 or rank == 0:
+        raise ValueError(
+            f"{name}in_features {features}, out_features {out_features} and r {rank} must each be "
+            "at least 1: for no adapter use torch.nn.functional.linear"
+        )
+
+
+def _check_ends(x: Tensor, experts: int, ends: Tensor) -> None:
+    if not is_plain(ends):
+        check_tensor("offsets", ends)
+        if type(ends).__name__ == "FakeTensor" and is_plain(x):
+            raise TypeError(why_not_mixed("offsets", ends, x))
+    if ends.dtype != torch.int32 or ends.layout is not torch.strided or ends.is_nested:
+        raise TypeError(
+            f"offsets has dtype {ends.dtype} and layout {ends.layout}, but must be dense and "
+            "int32, as for torch.nn.functional.grouped_mm: call offsets.to(torch.int32)"
+        )
+    if ends.shape != (experts,):
+        raise ValueError(
+            f"offsets has shape {tuple(ends.shape)}, but there are {experts} experts: offsets must "
+            f"be [{experts}], the end of each one's rows"
+        )
+    if ends.device != x.device:
+        raise ValueError(
+            f"offsets is on {ends.device}, but x is on {x.device}: move them to one device"
+        )
+
+
+def check_many(
+    x: Tensor,
+    output: Output[Tensor],
+    indices: Tensor | Sequence[int] | AdapterMapping,
+    training: bool,
+    autocast: bool,
+) -> None:
+    """Raise ValueError or TypeError unless the tensors of all adapters, and the indices, fit x."""
+    if x.is_nested:
+        raise TypeError("x is nested, but must be one tensor: give each part by itself")
+    base, adapters = output
+    check_call(x, [Output(base, adapters[:1])], 0.0, training, autocast)
+    for i, adapter in enumerate(adapters[1:], 1):
+        # The base was looked at: lora_a has its place.
+        check_tensors(x, x.device, Output(Base(adapter.lora_a), (adapter,)))
+        _check_adapter(x.shape[-1], base.weight.shape, adapter, f"adapter {i}: ")
+    _check_indices(x, len(adapters), indices)
+
+
+def _check_indices(
+    x: Tensor, adapters: int, indices: Tensor | Sequence[int] | AdapterMapping
+) -> None:
+    if isinstance(indices, AdapterMapping):
+        shape = indices.shape
+        if indices.adapters != adapters:
+            raise ValueError(
+                f"adapter_indices is a mapping of {indices.adapters} adapters, but there are "
+                f"{adapters} in lora_a"
+            )
+    else:
+        tensor = as_indices(indices)
+        shape = tuple(tensor.shape)
+        if isinstance(indices, Tensor) and tensor.device != x.device:
+            raise ValueError(
+                f"adapter_indices is on {tensor.device}, but x is on {x.device}: move them to one "
+                "device, or share a fastlora.AdapterMapping"
+            )
+    if (not shape and x.dim() > 1) or shape != x.shape[:-1][: len(shape)]:
+        raise ValueError(
+            f"adapter_indices has shape {shape}, but x has {tuple(x.shape)}: it must have the "
+            f"shape of x's first dimensions, {tuple(x.shape[:1])} (a sequence each) to "
+            f"{tuple(x.shape[:-1])} (a row each)"
+        )
+
+
+def adapters_of(lora_a: Any, lora_b: Any) -> tuple[Adapter[Tensor], ...]:
+    """Every adapter's tensors; banks are cut into views.
+
+    Raises TypeError for what is neither banks nor lists, and ValueError for unlike numbers.
+    """
+    if isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor):
+        for name, bank, own in (("lora_a", lora_a, "r, K"), ("lora_b", lora_b, "N, r")):
+            if bank.is_nested or bank.layout is not torch.strided or bank.dim() != 3:
+                raise ValueError(
+                    f"{name} has shape {tuple(bank.shape) if not bank.is_nested else 'nested'}, "
+                    f"but a bank must be dense, [adapters, {own}]; or give a list of matrices"
+                )
+        lora_a, lora_b = lora_a.unbind(), lora_b.unbind()
+    elif not (isinstance(lora_a, list | tuple) and isinstance(lora_b, list | tuple)):
+        kinds = f"{type(lora_a).__name__} and {type(lora_b).__name__}"
+        raise TypeError(
+            f"lora_a and lora_b are {kinds}, but must both be banks, [adapters, r, K] and "
+            "[adapters, N, r], or both lists of matrices"
+        )
+    if len(lora_a) != len(lora_b) or not lora_a:
+        raise ValueError(
+            f"lora_a has {len(lora_a)} adapters and lora_b {len(lora_b)}, but both must have the "
+            "same number, at least 1"
+        )
+    return tuple([Adapter(a, b) for a, b in zip(lora_a, lora_b, strict=True)])
+
+
+def numbers_of(
+    scales: Any, ranks: Any, dropout: Any, adapters: Sequence[Adapter[Tensor]]
+) -> Numbers:
+    """Raises TypeError and ValueError unless there is one of each for each adapter."""
+    count = len(adapters)
+    scales = _numbers("scales", scales, count, "alpha / r of each adapter")
+    if isinstance(scales, Tensor) and scales.requires_grad:
+        raise ValueError(
+            "scales require a gradient, but are data: multiply lora_b by what you train"
+        )
+    if ranks is None:
+        ranks = [adapter.lora_a.shape[0] for adapter in adapters]
+    ranks = _numbers("ranks", ranks, count, "the rank of each adapter")
+    if is_number(dropout):
+        dropout = [dropout] * count
+    dropouts = as_list(_numbers("dropout", dropout, count, "a probability, or one each"))
+    for p in dropouts:
+        check_dropout(p)
+    return Numbers(scales, ranks, dropouts)
+
+
+def _numbers(name: str, values: Any, count: int, what: str) -> Tensor | list:
+    if isinstance(values, Tensor):
+        shape: Any = tuple(values.shape)
+        fits, dense = shape == (count,), values.layout is torch.strided
+        if fits and dense and not values.is_complex():
+            return values
+    elif isinstance(values, list | tuple):
+        shape, fits = f"({len(values)},)", len(values) == count
+        if fits:
+            return list(values)
+    else:
+        raise TypeError(f"{name} must be a list or a tensor, {what}, not {shown(values)}")
+    raise ValueError(
+        f"{name} has shape {shape}, but there are {count} adapters: it must be [{count}], {what}"
+    )

@@ -1,0 +1,131 @@
+"""Behind the doors of the functional API: autocast, the seeds, and the way that a call goes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+
+from ..backends import Call, backend_name, find_backend
+from ..checks import why_not_mixed
+from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
+from ..rows import Many, Rows
+from .autocast import autocast_dtype, autocast_inputs, autocast_is_on, autocast_off
+from .call import followed, run_forward
+from .function import LoRALinearFunction
+from .library import call_registered
+from .textbook import textbook, torch_s_dropout
+from .way import OP, TEXTBOOK, is_few, way_of
+
+
+def through(
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    dropout: float,
+    backend: str | None = None,
+    rows: Rows | Many | None = None,
+    keeps: bool = False,
+) -> tuple[tuple[Tensor, ...], Call | None]:
+    """The outputs of a call that passed the checks; and what an eager one like it may run with.
+
+    ``keeps``: that is for calls of this kind alone.
+    """
+    try:
+        way, _ = way_of(x, rows is not None)
+        if way == TEXTBOOK:
+            cut = rows.on(x.device, outputs[0].adapters) if isinstance(rows, Many) else rows
+            return textbook(x, outputs, torch_s_dropout(dropout, cut), cut), None
+        device = x.device.type
+        if not autocast_is_on(device):
+            return _through(way, x, outputs, dropout, backend, rows, keeps)
+        x, outputs = autocast_inputs(x, outputs)
+        with autocast_off(device):
+            return _through(way, x, outputs, dropout, backend, rows, keeps)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:
+        reason = why_torch_refuses(x, outputs)
+        if reason:
+            raise TypeError(reason) from error
+        raise
+
+
+def _through(
+    way: str,
+    x: Tensor,
+    outputs: Sequence[Output[Tensor]],
+    dropout: float,
+    backend: str | None,
+    rows: Rows | Many | None,
+    keeps: bool,
+) -> tuple[tuple[Tensor, ...], Call | None]:
+    layouts = layouts_of(outputs)
+    if way == OP:
+        name = "" if backend is None else backend_name(backend)
+        seeds = _seeds(layouts, dropout, rows, x.device)
+        return call_registered(x, outputs, dropout, seeds, name, rows), None
+    if isinstance(rows, Many):
+        rows = rows.on(x.device, outputs[0].adapters)
+    elif rows is not None and x.device.type == "cpu":
+        rows.found(len(x))  # raises before anything is drawn
+    name = backend_name(backend, x.device)
+    few = rows is None and is_few(x, outputs, name)
+    kept: dict | None = {} if keeps and not few else None
+    call = Call(layouts, dropout, find_backend(name), rows, kept, few)
+    # Some may have outlived a transform of torch.func, which no known kind has.
+    return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call), call
+
+
+def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
+    """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
+    x, *tensors = inputs
+    if autocast_dtype(x) is not None:
+        x, outputs = autocast_inputs(x, unflatten(tensors, call.layouts))
+        with autocast_off(x.device.type):
+            return run((x, *flatten(outputs, call.layouts)), call)
+    rows = call.rows
+    seeds = _seeds(call.layouts, call.dropout, rows, x.device)
+    if call.is_few:
+        return followed(inputs, seeds, call)
+    if torch.is_grad_enabled():
+        ends = None if rows is None or rows.shares_base else rows.ends
+        return LoRALinearFunction.apply(seeds, ends, call, *inputs)
+    return tuple(run_forward(inputs, seeds, call)[0])
+
+
+def _seeds(
+    layouts: Sequence[Layout], dropout: float, rows: Rows | Many | None, device: torch.device
+) -> Tensor | None:
+    """One for each adapter of a call with dropout."""
+    own = rows.numbers if isinstance(rows, Many) else None if rows is None else rows.own
+    count = sum([len(layout.scales) for layout in layouts])
+    drops = bool(dropout) if own is None else any(own.dropouts)
+    return draw_seed(count, device) if drops and count else None
+
+
+def draw_seed(count: int, device: torch.device) -> Tensor:
+    """One seed an adapter, from torch's generator, which checkpointing and users replay."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+
+
+def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:
+    """Why torch can't work with these tensors, each right by itself; "" if that isn't known."""
+    if x.is_nested:
+        return (
+            f"x is nested and has {x.dim()} dimensions, and torch.nn.functional.linear takes 3, "
+            "[parts, rows, in_features]: make it contiguous, or jagged (layout=torch.jagged)"
+        )
+    named = [pair for output in outputs for pair in named_tensors(output)]
+    named += [("a packed weight", tensor) for output in outputs for tensor in packed_of(output)]
+    for name, tensor in (("x", x), *named):
+        if tensor is None:
+            continue
+        reason = why_not_mixed(name, tensor, x)
+        if reason:
+            return reason
+        if tensor.is_inference() and torch.is_grad_enabled():
+            return (
+                f"{name} was made in inference mode, and no backward can keep it: clone it, or "
+                "call this in torch.no_grad()"
+            )
+    return ""

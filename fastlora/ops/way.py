@@ -1,0 +1,72 @@
+"""Which way a call goes: the autograd node, the registered op, or the textbook formula; and why."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..backends.products import is_slow
+from ..formats.format import Quantised
+from ..projection import HALF_DTYPES, Output, is_plain
+
+NODE, OP, TEXTBOOK = "node", "op", "textbook"
+# Up to so many rows a node costs more than it saves (docs/performance.md).
+MOST_ROWS = 32
+
+
+def way_of(x: Tensor, is_sorted: bool = False) -> tuple[str, str]:
+    """The way of a call with this x at this moment, and why it isn't the node; "" if it is.
+
+    ``is_sorted``: its rows are cut by numbers in a tensor, which only a real one has.
+    """
+    reason = why_textbook(x)
+    if reason:
+        return TEXTBOOK, reason
+    if torch.compiler.is_compiling():
+        return OP, "it is compiled"
+    if not is_plain(x):
+        return OP, f"x is a {type(x).__name__}"
+    if torch._C._len_torch_dispatch_stack():  # selective checkpointing, a FLOP counter …
+        return OP, "a dispatch mode follows torch's operations"
+    if is_sorted and x.is_meta:
+        return OP, "on meta the ends of segments hold nothing"
+    return NODE, ""
+
+
+def why_textbook(x: Tensor) -> str:
+    """Why a node can't follow x, or what is done with the call; "" if it can."""
+    if x.is_nested:
+        return "x is nested"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return "the call is being traced" if torch._C._get_tracing_state() is not None else ""
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether a node of several calls can follow x; it may run under a dispatch mode."""
+    return not (why_textbook(x) or torch.compiler.is_compiling()) and is_plain(x)
+
+
+def follows(x: object) -> bool:
+    """Whether a composition of calls with this x now can be nodes that keep less than its steps."""
+    return torch.is_grad_enabled() and isinstance(x, Tensor) and way_of(x)[0] == NODE
+
+
+def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
+    """Whether x has few rows on a CPU, and one output, so that a node would be the slower way.
+
+    There a call is all overhead, and a node of Python costs more than all of its products.
+    """
+    if backend != "torch" or len(outputs) > 1 or x.device.type != "cpu":
+        return False
+    ((weight, _), adapters), dtype = outputs[0], x.dtype
+    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or isinstance(weight, Quantised):
+        return False
+    if dtype in HALF_DTYPES and is_slow(dtype):
+        return False
+    # 16-bit adapters aren't: torch would round h before it is scaled.
+    wide = torch.promote_types(dtype, torch.float32)
+    return all([a.dtype == b.dtype == wide for a, b, _ in adapters])
