@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import fastlora
 from fastlora.backends import Call, find_backend
-from fastlora.backends.triton import grouped
+from fastlora.backends.triton import at_once
 from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.ops.experts import lora_experts
@@ -36,7 +36,7 @@ def with_grouped_mm(monkeypatch):
         nobody = x.new_ones(len(x), dtype=torch.int32).cumsum(0) > offs[-1:]
         return out.masked_fill_(nobody.unsqueeze(1), torch.nan)
 
-    monkeypatch.setattr(grouped, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(at_once, "_has_kernel", lambda device: True)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", careless)
 
 
@@ -150,7 +150,7 @@ LIMITS = {
 def test_limits_of_grouped_mm(weight, fits):
     """What we take, torch takes: the products that a call makes of the weight, and no error."""
     x = torch.randn(5, weight.shape[2], dtype=weight.dtype)
-    assert grouped._takes(x, weight) is fits
+    assert at_once._takes(x, weight) is fits
     if fits:
         functional.grouped_mm(x, weight.mT, offs=ends_of([1, 1, 3]))
         functional.grouped_mm(x @ weight[0].T, weight, offs=ends_of([1, 1, 3]))
@@ -163,4 +163,4 @@ def test_limits_of_grouped_mm(weight, fits):
 def test_which_gpus_have_a_kernel(version, hip, has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert grouped._has_kernel.__wrapped__(torch.device("cuda", 0)) is has
+    assert at_once._has_kernel.__wrapped__(torch.device("cuda", 0)) is has
