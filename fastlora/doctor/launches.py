@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..backends import Call, backend_name, find_backend, planned_backend, use_backend
 from ..backends.products import is_slow
 from ..projection import DTYPES, HALF_DTYPES, Layout, unflatten
 
