@@ -249,7 +249,7 @@ def check_many(
     check_call(x, [Output(base, adapters[:1])], 0.0, training, autocast)
     for i, adapter in enumerate(adapters[1:], 1):
         # The base was looked at: lora_a has its place.
-        check_tensors(x, x.device, Output(Base(adapter.lora_a), (adapter,)))
+        check_tensors(x, x.device, Output(Base(adapters[0].lora_a), (adapter,)))
         _check_adapter(x.shape[-1], base.weight.shape, adapter, f"adapter {i}: ")
     _check_indices(x, len(adapters), indices)
 

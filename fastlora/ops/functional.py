@@ -129,8 +129,9 @@ def lora_grouped(
     Transforms of ``torch.func`` and forward-mode differentiation run the textbook formula, which
     reads the offsets on the host.  x can't be nested.
     """
-    if not is_plain(x):
-        check_tensor("x", x)
+    for name, tensor in (("x", x), ("offsets", offsets)):
+        if not is_plain(tensor):
+            check_tensor(name, tensor)
     output = Output(Base(weight, bias), (Adapter(lora_a, lora_b, scale),))
     check_call(x, [output], dropout, training, autocast_is_on(x.device.type), offsets)
     return through(x, [output], dropout if training else 0.0, backend, Rows(offsets))[0][0]

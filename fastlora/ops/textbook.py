@@ -56,8 +56,8 @@ def _of_rows(
 
 def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tensor:
     """y + scale · x lora_aᵀ lora_bᵀ, in the wider of their dtypes, and rounded to x's."""
-    lora_a, lora_b, scale = adapter
-    dtype = x.dtype
+    lora_a, lora_b, dtype = adapter.lora_a, adapter.lora_b, x.dtype
+    scale = float(adapter.scale)
     if x.is_nested and y is not None:  # which lora_a never is
         thin = linear(x, scale * lora_a.to(dtype))
         return y + linear(thin, lora_b.to(dtype))

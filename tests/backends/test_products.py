@@ -36,7 +36,7 @@ def torch_backend_only():
 @pytest.fixture
 def small_blocks(monkeypatch, wide):
     """… in blocks of 8 rows of x and 4 of the weight."""
-    for name in ("_BLOCK", "_ROWS", "_PART"):
+    for name in ("_BLOCK", "_ROWS"):
         monkeypatch.setattr(products, name, 0)
     monkeypatch.setattr(products, "_FEWEST_ROWS", 8)
     monkeypatch.setattr(products, "_FEWEST_OF_WEIGHT", 4)
@@ -62,12 +62,7 @@ def test_shapes(m, n, k, dtype, adapter_dtype, p, bias):
 @dropouts
 @pytest.mark.parametrize("m", [7, 8, 9, 17])
 @pytest.mark.parametrize("n", [3, 4, 5, 9])
-@pytest.mark.parametrize(
-    ("few", "threads"), [(0, 2), (65, 2), (65, 1)], ids=["by-rows", "y-by-columns", "by-columns"]
-)
-def test_blocks_at_their_edges(monkeypatch, m, n, p, few, threads):
-    monkeypatch.setattr(products, "FEW", range(few))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_blocks_at_their_edges(m, n, p):
     projection = make_projection(n, 10, 3, torch.bfloat16, torch.float32, bias=True)
     check_against_oracle(make_x(m, 10, dtype=torch.bfloat16), [projection], p)
 
@@ -189,7 +184,7 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, small_blocks):
     given, peaks = [x, *flatten(outputs, layouts_of(outputs))], {}
     for forced in (False, True):
         monkeypatch.setattr(products, "FORCED", forced)
-        before, peak, _ = peak_bytes(given, lambda: run_torch_backend(x, outputs, 0.0))
+        before, peak, _ = peak_bytes(given, lambda: run_torch_backend(x, outputs, 0.0, frozen=True))
         peaks[forced] = peak - before
     h, blocks = 1024 * 2 * 2, 2**14
     assert peaks[True] <= peaks[False] + h + blocks

@@ -50,7 +50,7 @@ VALUE_ERRORS = {
     "lora_a-2d": ({"lora_a": ones(6, 8)}, r"lora_a must be \[3, r, 8\]"),
     "lora_a-experts": ({"lora_a": ones(2, 2, 8)}, r"lora_a must be \[3, r, 8\]"),
     "lora_a-transposed": ({"lora_a": ones(3, 8, 2)}, r"lora_a must be \[3, r, 8\]"),
-    "rank-0": ({"lora_a": ones(3, 0, 8), "lora_b": ones(3, 5, 0)}, "r at least 1"),
+    "rank-0": ({"lora_a": ones(3, 0, 8), "lora_b": ones(3, 5, 0)}, "r 0 must each be at least 1"),
     "lora_b-rank": ({"lora_b": ones(3, 5, 3)}, r"lora_b must be \[3, 5, 2\]"),
     "lora_b-peft": ({"lora_b": ones(5, 6)}, r"lora_b must be \[3, 5, 2\]"),
     "lora_b-transposed": ({"lora_b": ones(3, 2, 5)}, r"lora_b must be \[3, 5, 2\]"),
