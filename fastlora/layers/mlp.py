@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..backends import find_backend
+from ..backends import backend_name
 from ..foreign import is_same_code
 from ..ops import gated_mlp
 from ..ops.autocast import autocast_dtype
-from ..ops.way import follows
+from ..ops.way import follows, is_few
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
 from ..quant import SHARDED, PackedLayer, quantised_weight
 from ..report import IN_THE_CALL, BlockCoverage
@@ -89,7 +89,7 @@ class GatedMLP(nn.Module):
                 dtypes is not None
                 and fits(x, reading.outputs[0].base.weight)
                 # Those are faster without a node, and keep next to nothing.
-                and not find_backend(device=x.device).is_small(x, reading.outputs[:1])
+                and not is_few(x, reading.outputs[:1], backend_name(device=x.device))
             ):
                 y = gated_mlp(
                     x.to(dtypes.inside),
