@@ -146,7 +146,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
                 "shares these weights with other modules: untie them first"
             )
         brought = whole_tensors(outer, found.brought).items()
-        changed = [key for key, here in brought if not _same(here, found.tensors[key])]
+        changed = [k for k, one in brought if not torch.equal(one, found.tensors[k].to(one))]
         _warn_of_another_base(model, changed, path / WEIGHTS)
         _warn_of_no_numbers(found.tensors, path / WEIGHTS)
     except BaseException:
@@ -163,10 +163,6 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     return outer
 
 
-def _same(here: Tensor, there: Tensor) -> bool:
-    return torch.equal(here, there.to(here))
-
-
 def _warn_of_another_base(model: nn.Module, changed: list[str], path: Path) -> None:
     """Warn if the file changes the base weight of an adapted layer, and not for new tokens."""
     bases = [key for key in changed if ".base_layer." in key]
@@ -179,22 +175,18 @@ def _warn_of_another_base(model: nn.Module, changed: list[str], path: Path) -> N
 
 
 def _warn_of_no_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    bad = [
+        key
+        for key, tensor in floating.items()
+        if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all()
+    ]
     if bad:
         warnings.warn(
             f"{path} has NaN or infinity in {some(bad)}, which was loaded as it is: the adapter is "
             "broken",
             stacklevel=3,
         )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    ends = (
-        tensor.float() if tensor.itemsize == 1 else tensor
-    ).aminmax()  # no copy; float8 has none
-    return all(map(torch.isfinite, ends))
 
 
 def _base_name(model: nn.Module) -> str | None:

@@ -26,21 +26,14 @@ _DTYPES = {
     torch.uint16: "U16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, before it is loaded."""
-
-    shape: tuple[int, ...]
-    dtype: str  # torch's name for it
-    is_floating: bool
+_TORCH_S = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class Planned(NamedTuple):
-    """A tensor of a file, before it is made."""
+    """A tensor of a file, before it is made or loaded."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Any  # torch's; or the file's name for one that torch hasn't
 
 
 def check_folder(folder: str | os.PathLike) -> Path:
@@ -94,24 +87,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is nested too deeply to be a config") from None
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, Planned]:
     """What the safetensors file says that it holds; nothing is loaded.  ValueError if damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
             return {
-                key: _stored(tuple(part.get_shape()), str(part.get_dtype()))
-                for key, part in slices.items()
+                k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in found.items()
             }
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
-
-
-def _stored(shape: tuple[int, ...], name: str) -> Stored:
-    dtype = next((dtype for dtype, other in _DTYPES.items() if other == name), None)
-    return Stored(shape, str(dtype or name), dtype is not None and dtype.is_floating_point)
 
 
 def size_of(tensors: Mapping[str, Planned]) -> int:

@@ -304,10 +304,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, of how many, in PEFT's words."""
     check_model(model)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    total, trained = (
-        sum(count for count, _ in counts),
-        sum(count for count, trains in counts if trains),
-    )
+    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
     print(
         f"trainable params: {trained:,d} || all params: {total:,d} "
         f"|| trainable%: {100 * trained / max(total, 1):.4f}"

@@ -15,7 +15,7 @@ from ..layers.frozen import matrix_of
 from ..layers.modules import called, lora_layers, plain_name, some
 from ..projection import shown
 from .config import LoRAConfig, is_inside
-from .files import Planned, Stored, read_tensors
+from .files import Planned, read_tensors
 from .inject import Injection, known_targets, trained_biases
 from .targets import Targets
 
@@ -168,7 +168,7 @@ class Found(NamedTuple):
 
 
 def read_fitting(
-    model: nn.Module, injection: Injection, stored: Mapping[str, Stored], path: Path
+    model: nn.Module, injection: Injection, stored: Mapping[str, Planned], path: Path
 ) -> Found:
     """The file's tensors; ValueError if they aren't the model's."""
     wanted = adapter_tensors(model, injection)
@@ -209,7 +209,7 @@ def name_of(key: str) -> str:
 
 
 def check_planned(
-    model: nn.Module, config: LoRAConfig, stored: Mapping[str, Stored], path: Path
+    model: nn.Module, config: LoRAConfig, stored: Mapping[str, Planned], path: Path
 ) -> None:
     """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
     planned = planned_adapters(known_targets(model, config), config)
@@ -249,23 +249,22 @@ def check_layers(model: nn.Module, config: LoRAConfig) -> None:
             )
 
 
-def _check_keys(wanted: Mapping[str, Tensor], stored: Mapping[str, Stored], path: Path) -> None:
+def _check_keys(wanted: Mapping[str, Tensor], stored: Mapping[str, Planned], path: Path) -> None:
     """Raise ValueError unless the file has just the wanted keys, of the wanted kind."""
     extra = [key for key in stored if key not in wanted and not _PEFT_COPIES.search(key)]
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
     _check_stored(shapes, stored, path, extra)
     for key, tensor in wanted.items():
-        if stored[key].is_floating != tensor.is_floating_point():
-            raise ValueError(
-                f"{path} has {key} of {stored[key].dtype}, the model of {tensor.dtype}"
-            )
+        dtype = stored[key].dtype
+        if tensor.is_floating_point() != getattr(dtype, "is_floating_point", False):
+            raise ValueError(f"{path} has {key} of {dtype}, the model of {tensor.dtype}")
         if tensor.is_meta:
             raise ValueError(f"{key} is on the meta device: load the base model's weights first")
 
 
 def _check_stored(
     wanted: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, Planned],
     path: Path,
     extra: list[str],
 ) -> None:
