@@ -14,7 +14,6 @@ from ..blocks import buffer_for, source_of, widened
 from ..ops import lora_linears
 from ..ops.autocast import autocast_off
 from ..projection import Projection, shown
-from .classes import twin
 from .members import tensor_of
 
 # What a layer has while it has an adapter.
@@ -155,11 +154,12 @@ class LoRALayer(Adapted):
         return 0.0
 
     def _keep_base(self) -> None:
-        """Keep the layer's weight in a layer of its own, as its class keeps it."""
-        kept = twin(self, self.plain_class)
-        for members in (kept._parameters, kept._buffers):
-            for name in members.keys() - set(self.weight_parts):
-                del members[name]
+        """Keep the layer's weight, and no more, in a layer of its class."""
+        kept: Any = object.__new__(self.plain_class)
+        nn.Module.__init__(kept)
+        for name in self.weight_parts:
+            if hasattr(self, name):
+                setattr(kept, name, getattr(self, name))
         self.__dict__["_base"] = kept
 
     def unmerge(self) -> None:
@@ -168,8 +168,9 @@ class LoRALayer(Adapted):
             raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
         kept, names = self._base, self.weight_parts
         self.__dict__["_base"], self.merged = None, False
-        for name in [name for name in names if hasattr(kept, name)]:
-            setattr(self, name, getattr(kept, name))
+        for name in names:
+            if hasattr(kept, name):
+                setattr(self, name, getattr(kept, name))
 
     @property
     def can_unmerge(self) -> bool:

@@ -23,7 +23,7 @@ from .adapted import (
     run_with,
     scaling_of,
 )
-from .experts import ADDED, Experts, is_reversed, read_experts_module, run_experts, stacked, takes
+from .experts import ADDED, Experts, read_experts_module, run_experts, stacked, takes
 from .members import tensor_of, why_not_tensor
 
 _ADDED = ("adaptations", "lora_dropout", "_base_weights")
@@ -82,10 +82,9 @@ class ExpertsWeight(Adaptation):
         lora_a, lora_b = names_of_pair(self.name)
         return tensor_of(self.experts, lora_a), tensor_of(self.experts, lora_b)
 
-    def adapter(self, transposed: bool) -> Adapter[Tensor]:
-        """The two for ``ops.experts``; ``transposed``: the weight is [E, in, out]."""
-        reverse = is_reversed(transposed, not self.features.is_transposed)
-        return stacked(*self.pair, self.features.experts, self.scaling, reverse)
+    def adapter(self) -> Adapter[Tensor]:
+        """The two for ``ops.experts``: lora_a [E, r, in] and lora_b [E, out, r]."""
+        return stacked(*self.pair, self.features.experts, self.scaling)
 
     @property
     def plain_class(self) -> type[nn.Module]:
@@ -121,9 +120,8 @@ class ExpertsWeight(Adaptation):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The two, for each expert, whose product is the adapter's part of its weight."""
-        is_transposed = self.features.is_transposed
-        thin, wide, _ = self.adapter(is_transposed)
-        return (thin.mT, wide.mT) if is_transposed else (wide, thin)
+        lora_a, lora_b, _ = self.adapter()
+        return (lora_a.mT, lora_b.mT) if self.features.is_transposed else (lora_b, lora_a)
 
     def sum(self) -> Tensor:
         """weight + scaling · lora_B lora_A of every expert, which autograd follows."""
@@ -245,7 +243,7 @@ class LoRAExperts(Adapted):
         base = Base(weight.mT if experts.transposed else weight, bias)
         if name not in self.adaptations or name in self._base_weights:
             return Output(base, ())
-        return Output(base, (self.weight_of(name).adapter(experts.transposed),))
+        return Output(base, (self.weight_of(name).adapter(),))
 
     def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
         """The class's forward with the sums in place of the weights."""

@@ -128,7 +128,7 @@ def is_reversed(transposed: bool, swapped: bool) -> bool:
 
 
 def stacked(
-    lora_A: Tensor, lora_B: Tensor, experts: int, scale: float, reverse: bool
+    lora_A: Tensor, lora_B: Tensor, experts: int, scale: float, reverse: bool = False
 ) -> Adapter[Tensor]:
     """PEFT's lora_A [E · r, p] and lora_B [q, r · E], the expert its fastest index, as views.
 

@@ -133,9 +133,12 @@ def _read_int8(layer: Any) -> PackedLayer | str:
 
 
 def _codes_and_scale(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """CB and SCB, which the layer's first call moves from the weight to its state."""
+    """CB and SCB, which the layer's first call moves from the weight to its state.
+
+    A model's move to another device leaves the state's behind.
+    """
     own, state = layer.weight, layer.state
     codes = own.CB if own.CB is not None else state.CB
     codes = own.detach() if codes is None else codes.detach()
     scale = own.SCB if own.SCB is not None else state.SCB
-    return codes, scale
+    return codes.to(own.device), None if scale is None else scale.to(own.device)
