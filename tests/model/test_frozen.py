@@ -4,7 +4,6 @@ import pytest
 import torch
 from frozen_calls import counted_calls, fast_layers
 from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
-from torch import nn
 
 import fastlora
 from fastlora import LoRAConfig
@@ -57,16 +56,6 @@ def test_remove_lora_gives_them_back():
     assert fastlora.remove_lora(model) is model
     assert_untouched(model, before)
     assert fastlora.coverage(model).frozen == ()
-
-
-def test_a_layer_that_was_merged_and_removed_can_take_an_adapter_again():
-    model = fastlora.merge_lora(tied())
-    fastlora.unmerge_lora(model)
-    fastlora.remove_lora(fastlora.merge_lora(model))
-    fastlora.apply_lora(model, LoRAConfig(r=2, target_modules=["head"]))
-    assert fast_layers(model) == {"mix"}
-    fastlora.remove_lora(model)
-    assert {type(model.mix), type(model.head)} == {nn.Linear}
 
 
 def test_files_load_and_take_them_in(tmp_path):

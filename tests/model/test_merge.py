@@ -140,23 +140,17 @@ def test_a_plain_model(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_results_are_refused(value):
-    model = adapted_mlp()
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(float("nan"), torch.float32), (6e4, torch.float16)], ids=str
+)
+def test_non_finite_results_are_refused(value, dtype):
+    model = adapted_mlp(dtype)
     with torch.no_grad():
-        model.down.lora_B[0, 0] = value  # the second layer: the first must not stay merged
-    with pytest.raises(ValueError, match="merging down gives NaN or infinity"):
+        model.down.lora_B[:] = value  # the second layer: the first must not stay merged
+    with pytest.raises(ValueError, match=f"merging down gives NaN or infinity in {dtype}"):
         fastlora.merge_lora(model)
     assert not model.up.merged
     assert not model.down.merged
-
-
-def test_overflow_of_float16_is_refused():
-    model = adapted_mlp(torch.float16)
-    with torch.no_grad():
-        model.up.lora_B.fill_(6e4)
-    with pytest.raises(ValueError, match=r"in torch.float16"):
-        fastlora.merge_lora(model)
 
 
 def test_training_while_merged_is_an_error():

@@ -154,20 +154,6 @@ def test_new_tokens_stay_out_if_asked(base, tmp_path):
         fastlora.save_adapter(model, tmp_path, save_embedding_layers="yes")
 
 
-def test_embeddings_of_a_file_without_a_base_to_compare_with(tmp_path):
-    """A model from a config has no files: what the file brought is what is saved."""
-    theirs = saved_by_peft(
-        tiny_llama(num_hidden_layers=3),
-        tmp_path / "theirs",
-        {"target_modules": ["q_proj"]},
-        save_embedding_layers=True,
-    )
-    fastlora.save_adapter(fastlora.load_adapter(llama(), tmp_path / "theirs"), tmp_path / "ours")
-    ours, their = (load_file(tmp_path / side / WEIGHTS) for side in ("ours", "theirs"))
-    assert ours.keys() == their.keys()
-    assert torch.equal(ours[EMBED], theirs.get_input_embeddings().weight)
-
-
 @pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"]])
 def test_new_tokens_that_train_in_full(base, tmp_path, saved):
     settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
