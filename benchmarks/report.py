@@ -30,8 +30,6 @@ _TITLES = {
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
-    "slow layers": "A 16-bit layer's step over the float32 layer's (tools/slow_layers.py); "
-    "fastlora: bfloat16 with a float32 adapter, and so is float16's.",
     "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
     "other, by tokens of each (tools/sweep_speed.py).",
     "base": "This tree's fastlora over the base's.",
