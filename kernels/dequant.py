@@ -1,7 +1,6 @@
 """A packed weight as a dense one: codes, scales and tables in one launch."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import triton
@@ -73,6 +72,5 @@ def dequant(packed: Packed, out: Tensor) -> Tensor:
         "PACKING": packed.packing(target_of(out.device)),
     }  # fmt: skip
     grid = (cdiv(rows, block_rows) * cdiv(columns, block_columns),)
-    work = partial(_work, arguments)
-    launch(Launch(dequant_kernel, grid, arguments, warps=_WARPS, stages=1, work=work))
+    launch(Launch(dequant_kernel, grid, arguments, warps=_WARPS, stages=1, work_of=_work))
     return out

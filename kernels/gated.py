@@ -1,7 +1,6 @@
 """The middle of a gated MLP: an activation times another matrix, and its gradients."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import triton
@@ -131,8 +130,7 @@ def _launch(kernel: Any, activation: str, **matrices: Tensor) -> None:
         "BLOCK": _BLOCK,
     }
     grid = (M * cdiv(N, _BLOCK),)
-    work = partial(_work, arguments)
-    launch(Launch(kernel, grid, arguments, warps=_WARPS, stages=1, work=work))
+    launch(Launch(kernel, grid, arguments, warps=_WARPS, stages=1, work_of=_work))
 
 
 def why_not_gated(matrix: Tensor) -> str:

@@ -1,7 +1,6 @@
 """y and dx: a matrix product with a low-rank product in the same accumulator."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import triton
@@ -293,9 +292,9 @@ def gemm_lowrank(
             "LOW_RANK": tiles.low_rank(target, call), "MULTIPLES_OF_8": multiples_of_8(u, v),
             "ADD": adds, "PRECISION": precision,
         }  # fmt: skip
-        count, work = tiles.tiles(call), partial(_work, arguments)
+        count = tiles.tiles(call)
         grid = (min(count, target.processors) if persistent else count,)
-        launch(Launch(gemm_lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, work))
+        launch(Launch(gemm_lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, _work))
 
 
 def _described(

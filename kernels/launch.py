@@ -52,11 +52,14 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
-    work: Callable[[], Work]
+    work_of: Callable[[Mapping[str, Any]], Work]
 
     @property
     def name(self) -> str:
         return self.kernel.__name__.removesuffix("_kernel")
+
+    def work(self) -> Work:
+        return self.work_of(self.arguments)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import triton
@@ -273,9 +272,8 @@ def lowrank(
             "AT_ONCE": keys is None and loads_at_once(target, call),
             "ADD": add or i > 0, "PRECISION": precision,
         }  # fmt: skip
-        work = partial(_work, arguments)
         grid = (tiles.tiles(call),)
-        launch(Launch(lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, work))
+        launch(Launch(lowrank_kernel, grid, arguments, tiles.warps, tiles.stages, _work))
 
 
 def bias_strides(bias: Tensor | None, ends: Tensor | None) -> tuple | None:

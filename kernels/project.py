@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     Own,
     bytes_beside,
+    own_arguments,
     own_number,
     row_numbers,
     segment_arguments,
@@ -70,8 +70,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def project_kernel(
     x, v, u, planes, seeds, ends, order, own_factors, own_thresholds,
-    M, K, factors, threshold, steps, segments,
-    x_rows, x_columns, v_strides,
+    M, K, factors, threshold, steps, segments, x_strides, v_strides,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,7 +106,7 @@ def project_kernel(
     first = i_split * steps * BLOCK_K
     for i_k in range(first, min(first + steps * BLOCK_K, depth), BLOCK_K):
         b_x = load_tile(
-            x, i_m, i_k, end, K, x_rows, x_columns, BLOCK_M, BLOCK_K, o_at=o_at
+            x, i_m, i_k, end, K, x_strides[0], x_strides[1], BLOCK_M, BLOCK_K, o_at=o_at
         )  # [BM, BK]
         new = ()
         for i in tl.static_range(len(v)):
@@ -155,59 +154,40 @@ def project(
     rows give zero.  ``order``, int32 [rows]: they are these of x.  ``own``: what segments have
     instead of a factor and of ``dropout``, for an adapter bank alone, with ``seeds`` [E].
     """
-    return [
-        u
-        for part in chunks(adapters, factors, seeds)
-        for u in _project(x, *part, precision, dropout, ends, order, own, config)
-    ]
-
-
-def _project(
-    x: Tensor,
-    vs: Sequence[Tensor],
-    factors: Sequence[float],
-    seeds: Tensor | None,
-    precision: str,
-    dropout: float,
-    ends: Tensor | None,
-    order: Tensor | None,
-    own: Own | None,
-    config: ProjectConfig | None,
-) -> list[Tensor]:
-    """As many as one launch takes."""
-    M, K, ranks = sorted_rows(x, order), x.shape[1], [v.shape[-1] for v in vs]
-    target = target_of(x.device)
-    call = Call(
-        M, K, max(ranks), x.element_size(), precision, len(vs), seeds is not None,
-        segments=0 if ends is None else len(ends),
-    )  # fmt: skip
-    config = chosen_config("project", target, call, config)
-    block_r = config.block_r(call)
-    r_tiles = cdiv(max(ranks), block_r)
-    programs = config.tiles(call) * r_tiles
-    # In 16 bits, 16 r columns of x, or 8 M of the adapters in 32, are four times the bytes to write
-    # and read their plane.
-    count, steps = splits(target, programs, K, config.block_k, least=min(16 * call.r, 8 * M))
-    us = [x.new_empty(M, r) for r in ranks]
-    if count > 1:
-        planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
-    else:  # none; but the kernel is the same
-        planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
-    arguments = {
-        "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": seeds,
-        **segment_arguments(ends), "order": order,
-        "own_factors": None if own is None else own.factors,
-        "own_thresholds": None if own is None or seeds is None else own.thresholds,
-        "M": M, "K": K, "factors": tuple(factors), "threshold": dropout_threshold(dropout),
-        "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
-        "v_strides": strides_of(vs, ends),
-        "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_K": config.block_k,
-        "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
-        "V_ROWS_OF_8": all(v.stride(-2) % 8 == 0 for v in vs),
-    }  # fmt: skip
-    work = partial(_work, arguments)
-    grid = (programs, count)
-    launch(Launch(project_kernel, grid, arguments, config.warps, config.stages, work))
-    if count > 1:
-        sum_planes(planes, us, beside=vs[0].dtype)
-    return us
+    M, K, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
+    made: list[Tensor] = []
+    for vs, numbers, keys in chunks(adapters, factors, seeds):
+        ranks = [v.shape[-1] for v in vs]
+        call = Call(
+            M, K, max(ranks), x.element_size(), precision, len(vs), keys is not None,
+            segments=0 if ends is None else len(ends),
+        )  # fmt: skip
+        tiles = chosen_config("project", target, call, config)
+        block_r = tiles.block_r(call)
+        r_tiles = cdiv(max(ranks), block_r)
+        programs = tiles.tiles(call) * r_tiles
+        # In 16 bits, 16 r columns of x, or 8 M of the adapters in 32, are four times the bytes to
+        # write and read their plane.
+        least = min(16 * call.r, 8 * M)
+        count, steps = splits(target, programs, K, tiles.block_k, least)
+        us = [x.new_empty(M, r) for r in ranks]
+        if count > 1:
+            planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]
+        else:  # none; but the kernel is the same
+            planes = [x.new_empty(0, dtype=torch.float32)] * len(vs)
+        arguments = {
+            "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": keys,
+            **segment_arguments(ends),
+            **own_arguments(order, own, scaled=True, masked=keys is not None),
+            "M": M, "K": K, "factors": tuple(numbers), "threshold": dropout_threshold(dropout),
+            "steps": steps, "x_strides": x.stride(), "v_strides": strides_of(vs, ends),
+            "R": tuple(ranks), "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k,
+            "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
+            "V_ROWS_OF_8": all(v.stride(-2) % 8 == 0 for v in vs),
+        }  # fmt: skip
+        grid = (programs, count)
+        launch(Launch(project_kernel, grid, arguments, tiles.warps, tiles.stages, _work))
+        if count > 1:
+            sum_planes(planes, us, beside=vs[0].dtype)
+        made += us
+    return made

@@ -43,6 +43,18 @@ def segment_arguments(ends: Tensor | None) -> dict[str, Any]:
     return {"ends": ends, "segments": len(ends), "SEGMENT_BLOCK": block}
 
 
+def own_arguments(
+    order: Tensor | None, own: Own | None, *, scaled: bool, masked: bool
+) -> dict[str, Tensor | None]:
+    """Of ``own``, what a launch reads that is ``scaled`` or ``masked``."""
+    factors, thresholds = (None, None) if own is None else own
+    return {
+        "order": order,
+        "own_factors": factors if scaled else None,
+        "own_thresholds": thresholds if masked else None,
+    }
+
+
 def sorted_rows(matrix: Tensor, order: Tensor | None) -> int:
     """How many rows a launch is about: those of a matrix, or as many of them as are sorted."""
     return len(matrix) if order is None else len(order)

@@ -1,7 +1,6 @@
 """Sums of planes: what splits over rows or columns left, added in a fixed order."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -80,5 +79,4 @@ def sum_planes(
         "SIZES_OF_8": all(total.shape[-1] % 8 == 0 for _, total in sums), "BLOCK": _BLOCK,
     }  # fmt: skip
     grid = (sum(cdiv(size, _BLOCK) for size in sizes),)
-    work = partial(_work, arguments)
-    launch(Launch(sum_planes_kernel, grid, arguments, warps=4, stages=2, work=work))
+    launch(Launch(sum_planes_kernel, grid, arguments, warps=4, stages=2, work_of=_work))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     Own,
     bytes_beside,
+    own_arguments,
     own_number,
     row_numbers,
     segment_arguments,
@@ -103,8 +103,7 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def weight_grad_kernel(
     x, u, out, planes, v, made, seeds, ends, order, own_factors, own_thresholds,
-    M, N, factor, threshold, steps, segments,
-    x_rows, x_columns, out_strides, v_strides,
+    M, N, factor, threshold, steps, segments, x_strides, out_strides, v_strides,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -160,7 +159,7 @@ def weight_grad_kernel(
         if order is not None:
             o_at = row_numbers(order, i_m, rows, BLOCK_M)
         b_x = load_tile(
-            x, i_m, i_n, rows, N, x_rows, x_columns, BLOCK_M, BLOCK_N, o_at=o_at
+            x, i_m, i_n, rows, N, x_strides[0], x_strides[1], BLOCK_M, BLOCK_N, o_at=o_at
         )  # [BM, BN]
         new = ()
         for i in tl.static_range(len(u)):
@@ -217,68 +216,44 @@ def weight_grad(
     ``ends`` as there: out_i is [E, N, R_i], zero for a segment without rows, and b [E, N, R_0].
     ``order`` and ``own``, too.
     """
-    made = None
-    for part in chunks(us, outs, seeds):
-        made = _weight_grad(x, *part, precision, dropout, b, factor, ends, order, own, config)
-    return made
-
-
-def _weight_grad(
-    x: Tensor,
-    us: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    seeds: Tensor | None,
-    precision: str,
-    dropout: float,
-    v: Tensor | None,
-    factor: float,
-    ends: Tensor | None,
-    order: Tensor | None,
-    own: Own | None,
-    config: WeightGradConfig | None,
-) -> Tensor | None:
-    """As many as one launch takes."""
-    M, N, ranks = sorted_rows(x, order), x.shape[1], [u.shape[1] for u in us]
-    target = target_of(x.device)
-    call = Call(
-        M, N, max(ranks), x.element_size(), precision, len(us), seeds is not None, v is not None,
-        segments=0 if ends is None else len(ends),
-    )  # fmt: skip
-    config = chosen_config("weight_grad", target, call, config)
-    count, steps = config.splits(target, call)
-    n_tiles, block_r = config.tiles(call), config.block_r(call)
-    r_tiles = cdiv(max(ranks), block_r)
-    dense = [_dense(out) for out in outs]
-    if count > 1:  # planes, that lie in memory as their sums do
-        planes = [x.new_empty(count, *each.shape, dtype=torch.float32) for each in dense]
-    else:  # none; but the kernel is the same
-        planes = [x.new_empty(0, dtype=torch.float32)] * len(us)
-    product = made = None
-    if v is not None:
-        product = made = x.new_empty(M, ranks[0])
-        if n_tiles > 1:
-            made = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
-    arguments = {
-        "x": x, "u": tuple(us), "out": tuple(outs), "planes": tuple(planes), "v": v,
-        "made": made, "seeds": seeds,
-        **segment_arguments(ends), "order": order,
-        "own_factors": None if own is None or v is None else own.factors,
-        "own_thresholds": None if own is None or seeds is None else own.thresholds,
-        "out_strides": strides_of(outs, ends),
-        "v_strides": None if v is None else strides_of([v], ends)[0],
-        "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
-        "steps": steps, "x_rows": x.stride(0), "x_columns": x.stride(1),
-        "R": tuple(ranks), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
-    }  # fmt: skip
-    work = partial(_work, arguments)
-    # Nobody's rows have a place in what is made alone.
-    grid = (n_tiles * r_tiles, count if ends is None else len(ends) + (v is not None))
-    launch(Launch(weight_grad_kernel, grid, arguments, config.warps, config.stages, work))
-    if made is not product:
-        sum_planes([*planes, made], [*dense, product])
-    elif count > 1:
-        sum_planes(planes, dense, beside=x.dtype)
+    M, N, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
+    made = product = None
+    for u, out, keys in chunks(us, outs, seeds):
+        ranks = [each.shape[1] for each in u]
+        call = Call(
+            M, N, max(ranks), x.element_size(), precision, len(u), keys is not None, b is not None,
+            segments=0 if ends is None else len(ends),
+        )  # fmt: skip
+        tiles = chosen_config("weight_grad", target, call, config)
+        count, steps = tiles.splits(target, call)
+        n_tiles, block_r = tiles.tiles(call), tiles.block_r(call)
+        r_tiles = cdiv(max(ranks), block_r)
+        dense = [_dense(each) for each in out]
+        if count > 1:  # planes, that lie in memory as their sums do
+            planes = [x.new_empty(count, *each.shape, dtype=torch.float32) for each in dense]
+        else:  # none; but the kernel is the same
+            planes = [x.new_empty(0, dtype=torch.float32)] * len(u)
+        if b is not None:
+            product = made = x.new_empty(M, ranks[0])
+            if n_tiles > 1:
+                made = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
+        arguments = {
+            "x": x, "u": tuple(u), "out": tuple(out), "planes": tuple(planes), "v": b,
+            "made": made, "seeds": keys, **segment_arguments(ends),
+            **own_arguments(order, own, scaled=b is not None, masked=keys is not None),
+            "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
+            "steps": steps, "x_strides": x.stride(), "out_strides": strides_of(out, ends),
+            "v_strides": None if b is None else strides_of([b], ends)[0],
+            "R": tuple(ranks), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+            "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
+        }  # fmt: skip
+        # Nobody's rows have a place in what is made alone.
+        grid = (n_tiles * r_tiles, count if ends is None else len(ends) + (b is not None))
+        launch(Launch(weight_grad_kernel, grid, arguments, tiles.warps, tiles.stages, _work))
+        if made is not product:
+            sum_planes([*planes, made], [*dense, product])
+        elif count > 1:
+            sum_planes(planes, dense, beside=x.dtype)
     return product
 
 
