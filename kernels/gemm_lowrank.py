@@ -12,7 +12,7 @@ from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_ti
 from .config import FEW_ROWS, MAX_PROJECTIONS, Call, cdiv, chosen_config, chunks, row_tiles
 from .gemm_config import GemmConfig
 from .launch import Launch, Work, launch, size_of, stated
-from .lowrank import bias_row, bias_strides, low_rank_tile, multiples_of_8, u_v_tiles, v_tile
+from .lowrank import bias_row, bias_strides, low_rank_tile, multiples_of_8, u_v_tiles, v_operand
 from .packed import Packed, packed_tile, packed_work, tables_of
 from .segments import bytes_beside, segment_arguments, segment_of_tile, strides_of
 from .target import target_of
@@ -96,6 +96,14 @@ def stored_tile(
         )
 
 
+@triton.jit
+def store_in_halves(out, b_out, i_m, i_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """By descriptor: the store's buffer stays allocated, beside those of the main loop."""
+    halves = b_out.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    for i in tl.static_range(2):
+        out.store([i_m, i_n + i * (BLOCK_N // 2)], cast(halves[i], out.dtype))
+
+
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M"], launch_metadata=stated(_work))
 def gemm_lowrank_kernel(
@@ -121,7 +129,7 @@ def gemm_lowrank_kernel(
 
     P_i [M, K_i], Q_i [K_i, N], U_i [M, R_i], V_i [R_i, N], bias [N], OUT [M, N].  With segments,
     Q_i, V_i and the bias have an axis more in front: a row's are its segment's, and OUT is zero in
-    nobody's rows.
+    nobody's rows.  PACKING, unless None, says how to make Q_i of ``q_operands`` (packed.py).
 
     LOW_RANK says where U_i V_i goes:
     "first"  before the main loop, since a mask is its alone; behind the loop it would need a
@@ -129,8 +137,6 @@ def gemm_lowrank_kernel(
     "early"  loaded before the main loop, which hides the wait, and multiplied behind it
     "last"   loaded and multiplied behind it, in steps over the rank
     "made"   the same, of U_0 = factor · P_0 A from the main loop, which is stored; A [K_0, R_0]
-
-    PACKING, unless None, says how to make a tile of Q_i from codes and ``q_operands`` (packed.py).
     """
     # Not tuples from outside: a launch finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
@@ -148,27 +154,24 @@ def gemm_lowrank_kernel(
         b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         b_us, b_vs = (), ()
         for i in tl.static_range(len(u)):
+            v_i = v_operand(v[i], i_segment, R[i], v_strides[i], MULTIPLES_OF_8)
             if LOW_RANK == "first":
+                b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 b_low = low_rank_tile(
-                    u[i], v[i], i_m, i_n, i_segment, rows, R[i], columns, v_strides[i],
-                    tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                    BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8, PRECISION,
-                )  # fmt: skip
+                    u[i], v_i, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+                )
                 keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
             elif LOW_RANK == "early":
                 b_u, b_v = u_v_tiles(
-                    u[i], v[i], i_m, 0, i_n, i_segment, rows, R[i], columns, v_strides[i],
-                    BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8,
-                )  # fmt: skip
+                    u[i], v_i, i_m, 0, i_n, rows, columns, BLOCK_M, BLOCK_R, BLOCK_N
+                )
                 b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
 
-        if LOW_RANK == "made":
-            b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for i in tl.static_range(len(K)):
-            depth, operands, tables = K[i], None, None
-            if ends is not None:
-                depth = tl.where(rows > 0, depth, 0)
+            depth = K[i] if ends is None else tl.where(rows > 0, K[i], 0)
+            operands, tables = None, None
             if PACKING is not None:
                 operands, tables = q_operands[i], tables_of(q_operands[i], PACKING)
             for i_k in range(0, depth, BLOCK_K):
@@ -185,24 +188,22 @@ def gemm_lowrank_kernel(
                     b_a = load_tile(
                         a, i_k, 0, K[0], R[0], a_strides[0], a_strides[1], BLOCK_K, BLOCK_R
                     )  # [BK, BR]
-                    # [BM, BR] += [BM, BK] @ [BK, BR]
-                    b_made = dot(b_p, cast(b_a, dtype), b_made, PRECISION)
+                    b_made = dot(b_p, cast(b_a, dtype), b_made, PRECISION)  # [BM, BR]
 
         for i in tl.static_range(len(u)):
+            v_i = v_operand(v[i], i_segment, R[i], v_strides[i], MULTIPLES_OF_8)
             if LOW_RANK == "early":
                 b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
             elif LOW_RANK == "last":
                 b_out = low_rank_tile(
-                    u[i], v[i], i_m, i_n, i_segment, rows, R[i], columns, v_strides[i], b_out,
-                    BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8, PRECISION,
-                )  # fmt: skip
+                    u[i], v_i, i_m, i_n, rows, columns, b_out, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+                )
             elif LOW_RANK == "made":
                 b_u = cast(b_made * factor, dtype)  # [BM, BR]
+                v_0, r, row, column = v_i
                 if i_n == 0:
-                    store_tile(u[0], b_u, i_m, 0, M, R[0], R[0], 1)
-                b_v = v_tile(
-                    v[0], 0, i_n, 0, R[0], N, v_strides[0], BLOCK_R, BLOCK_N, MULTIPLES_OF_8
-                )  # [BR, BN]
+                    store_tile(u[i], b_u, i_m, 0, M, r, r, 1)
+                b_v = load_tile(v_0, 0, i_n, r, N, row, column, BLOCK_R, BLOCK_N)  # [BR, BN]
                 b_out = dot(b_u, cast(b_v, dtype), b_out, PRECISION)
         if bias is not None:
             b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
@@ -211,10 +212,7 @@ def gemm_lowrank_kernel(
             b_out += b_before.to(tl.float32)  # [BM, BN]
 
         if DESCRIPTORS and ends is None:
-            # In two halves: the store's buffer stays allocated, beside those of the main loop.
-            halves = b_out.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            for i in tl.static_range(2):
-                out.store([i_m, i_n + i * (BLOCK_N // 2)], cast(halves[i], out.dtype))
+            store_in_halves(out, b_out, i_m, i_n, BLOCK_M, BLOCK_N)
         else:
             store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1)
 

@@ -105,50 +105,40 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 
 
 @triton.jit
+def v_operand(v, i_bank, R, strides, MULTIPLES_OF_8: tl.constexpr):
+    """(V [R, N] or its segment's, R, and its two strides), with what the compiler may count on."""
+    if strides[0] is not None:
+        v += i_bank.to(tl.int64) * strides[0]
+    r = known_multiple(R, MULTIPLES_OF_8[0])
+    return v, r, strides[1], known_multiple(strides[2], MULTIPLES_OF_8[1])
+
+
+@triton.jit
 def u_v_tiles(
-    u, v, i_m, i_r, i_n, i_bank, M, R, N, v_strides,
+    u, v, i_m, i_r, i_n, M, N,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of U [M, R] and V [R, N] for one step over the rank: [BM, BR], [BR, BN]."""
-    r = known_multiple(R, MULTIPLES_OF_8[0])
+    """The tiles of U and V, a :func:`v_operand`, at one step over the rank: [BM, BR], [BR, BN]."""
+    v, r, row, column = v
     b_u = load_tile(u, i_m, i_r, M, r, r, 1, BLOCK_M, BLOCK_R)
-    b_v = v_tile(v, i_r, i_n, i_bank, r, N, v_strides, BLOCK_R, BLOCK_N, MULTIPLES_OF_8)
+    b_v = load_tile(v, i_r, i_n, r, N, row, column, BLOCK_R, BLOCK_N)
     return b_u, cast(b_v, b_u.dtype)
 
 
 @triton.jit
-def v_tile(
-    v, i_r, i_n, i_bank, R, N, v_strides,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
-):  # fmt: skip
-    """The tile of V [R, N], or of its segment's, at (i_r, i_n)."""
-    if v_strides[0] is not None:
-        v += i_bank.to(tl.int64) * v_strides[0]
-    column = known_multiple(v_strides[2], MULTIPLES_OF_8[1])
-    return load_tile(v, i_r, i_n, R, N, v_strides[1], column, BLOCK_R, BLOCK_N)
-
-
-@triton.jit
 def low_rank_tile(
-    u, v, i_m, i_n, i_bank, M, R, N, v_strides, b_sum,
+    u, v, i_m, i_n, M, N, b_sum,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MULTIPLES_OF_8: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_sum + U V at (i_m, i_n), in steps of BLOCK_R."""
     # Not pipelined: a few steps, whose buffers would lie beside those of a main loop.
-    for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        b_u, b_v = u_v_tiles(
-            u, v, i_m, i_r, i_n, i_bank, M, R, N, v_strides,
-            BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8,
-        )  # fmt: skip
+    for i_r in tl.range(0, v[1], BLOCK_R, num_stages=1):
+        b_u, b_v = u_v_tiles(u, v, i_m, i_r, i_n, M, N, BLOCK_M, BLOCK_R, BLOCK_N)
         b_sum = dot(b_u, b_v, b_sum, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
     return b_sum
 
@@ -187,47 +177,49 @@ def lowrank_kernel(
     loaded, and then multiplied.
     """
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
-    i_m, i_n = tile_of(tl.program_id(0), m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    i_n = i_n * BLOCK_N
-    i_segment, start, i_m, end, rows, columns = segment_of_tile(
-        ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
-    )
-    b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    b_us, b_vs = (), ()
-    for i in tl.static_range(len(u)):
-        if AT_ONCE:
-            b_u, b_v = u_v_tiles(
-                u[i], v[i], i_m, 0, i_n, i_segment, rows, R[i], columns, v_strides[i],
-                BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8,
-            )  # fmt: skip
-            b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
-        else:
-            b_sum = b_out
-            if seeds is not None:
-                b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            b_sum = low_rank_tile(
-                u[i], v[i], i_m, i_n, i_segment, rows, R[i], columns, v_strides[i], b_sum,
-                BLOCK_M, BLOCK_R, BLOCK_N, MULTIPLES_OF_8, PRECISION,
-            )  # fmt: skip
-            if seeds is not None:
-                i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
-                i_mask = i_m if own_thresholds is None else i_m - start
-                least = own_number(own_thresholds, threshold, i_segment, segments)
-                keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
-                b_sum = b_out + tl.where(keep, b_sum, 0.0)
-            b_out = b_sum  # [BM, BN]
-    for i in tl.static_range(len(b_us)):
-        b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
-    if bias is not None:
-        dtype: tl.constexpr = u[0].dtype.element_ty
-        b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
-    o_at = None
-    if order is not None:
-        o_at = row_numbers(order, i_m, end, BLOCK_M)
-    if ADD:
-        b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N, o_at=o_at)
-        b_out += b_before.to(tl.float32)
-    store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1, o_at)
+    first = tl.program_id(0)
+    # One tile: outside of a loop, ptxas takes up to a tenth more registers for a group's masks.
+    for i_tile in range(first, first + 1):
+        i_m, i_n = tile_of(i_tile, m_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+        i_n = i_n * BLOCK_N
+        i_segment, start, i_m, end, rows, columns = segment_of_tile(
+            ends, segments, i_m, M, N, BLOCK_M, SEGMENT_BLOCK
+        )
+        b_out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        b_us, b_vs = (), ()
+        for i in tl.static_range(len(u)):
+            v_i = v_operand(v[i], i_segment, R[i], v_strides[i], MULTIPLES_OF_8)
+            if AT_ONCE:
+                b_u, b_v = u_v_tiles(
+                    u[i], v_i, i_m, 0, i_n, rows, columns, BLOCK_M, BLOCK_R, BLOCK_N
+                )
+                b_us, b_vs = b_us + (b_u,), b_vs + (b_v,)
+            else:
+                b_sum = b_out
+                if seeds is not None:
+                    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                b_sum = low_rank_tile(
+                    u[i], v_i, i_m, i_n, rows, columns, b_sum, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
+                )
+                if seeds is not None:
+                    i_seed = i if own_thresholds is None else min(i_segment, segments - 1)
+                    i_mask = i_m if own_thresholds is None else i_m - start
+                    least = own_number(own_thresholds, threshold, i_segment, segments)
+                    keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
+                    b_sum = b_out + tl.where(keep, b_sum, 0.0)
+                b_out = b_sum  # [BM, BN]
+        for i in tl.static_range(len(b_us)):
+            b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
+        if bias is not None:
+            dtype: tl.constexpr = u[0].dtype.element_ty
+            b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
+        o_at = None
+        if order is not None:
+            o_at = row_numbers(order, i_m, end, BLOCK_M)
+        if ADD:
+            b_before = load_tile(out, i_m, i_n, rows, N, out_rows, 1, BLOCK_M, BLOCK_N, o_at=o_at)
+            b_out += b_before.to(tl.float32)
+        store_tile(out, b_out, i_m, i_n, end, N, out_rows, 1, o_at)
 
 
 def lowrank(
