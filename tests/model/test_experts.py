@@ -203,6 +203,17 @@ def test_autocast():
     assert 0 < (found - truth).norm() < 1.5 * (merged - truth).norm()
 
 
+def test_a_number_that_no_expert_has_is_the_module_s_own():
+    model = own_model("mixtral").double()
+    experts, index = experts_of(model), torch.tensor([[0, 4], [1, 2]])
+    x, weights = torch.randn(2, 32).double(), torch.rand(2, 2).double()
+    with counted_calls() as calls, torch.no_grad():
+        found = experts(x, index, weights)
+        merged = experts_of(fastlora.merge_lora(model))(x, index, weights)
+    assert not calls
+    torch.testing.assert_close(found, merged)
+
+
 def test_an_activation_with_a_hook_is_called():
     model, calls = own_model(), []
     expected = logits(model)
