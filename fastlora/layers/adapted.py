@@ -19,15 +19,33 @@ from .members import tensor_of
 # What a layer has while it has an adapter.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
 _TENSORS = ("weight", "lora_A", "lora_B", "bias")
-_ADDED = ("lora_A", "lora_B", *_SETTINGS, "merged", "_base")
+_ADDED = ("lora_A", "lora_B", *_SETTINGS, "_bases")
 
 
 class Adapted(nn.Module):
     """A module with adapters, whose state dict has what its base's has, and the adapters."""
 
-    def merged_names(self) -> Iterable[str]:
-        """What it calls its merged weights."""
-        raise NotImplementedError
+    # Of merged weights, by name, what was there before: a parameter, or a layer of the base's class
+    # that holds a packed weight; None if it wasn't kept.  It is in no state dict.
+    _bases: dict[str, Any]
+
+    def put_merged(self, name: str, weight: Tensor, keep_base: bool) -> None:
+        """Put a merged weight in the place of the parameter of this name."""
+        self._bases[name] = self._parameters[name] if keep_base else None
+        setattr(self, name, nn.Parameter(weight, requires_grad=False))
+
+    def put_back(self, name: str) -> None:
+        """Put the original Parameter back: the same bits, and tied again if it was tied."""
+        setattr(self, name, self._bases.pop(name))
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for kept in self._bases.values():  # .to(), .cuda() and .half() reach what is kept aside
+            if isinstance(kept, nn.Module):
+                kept._apply(fn)
+            elif kept is not None:
+                kept.data = fn(kept.data)
+        return self
 
     def adapter_names(self) -> Iterable[str]:
         """What it calls each lora_A and lora_B."""
@@ -36,7 +54,7 @@ class Adapted(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
-        merged = [f"{prefix}{name}" for name in self.merged_names()]
+        merged = [f"{prefix}{name}" for name in self._bases]
         merged = [name.removesuffix(".weight") for name in merged if name in state_dict]
         if merged:
             errors.append(
@@ -60,7 +78,6 @@ class LoRALayer(Adapted):
 
     weight: Tensor
     bias: Any  # a tensor or None
-    _base: Any  # while merged: a layer that has the original weight, or None if it wasn't kept
     in_features: int
     out_features: int
     plain_class: type[nn.Module]  # what it is without its adapter
@@ -72,9 +89,9 @@ class LoRALayer(Adapted):
         return self.out_features, self.in_features
 
     @property
-    def weight_parts(self) -> tuple[str, ...]:
-        """What the layer calls the tensors that are its weight, and the main one first."""
-        return ("weight",)
+    def weight_name(self) -> str:
+        """What the layer calls the tensor that is its weight, packed or not."""
+        return "weight"
 
     @property
     def adapted_parameters(self) -> int:
@@ -94,8 +111,7 @@ class LoRALayer(Adapted):
         self.r, self.lora_alpha, self.use_rslora = len(self.lora_A), lora_alpha, use_rslora
         self.lora_dropout = float(lora_dropout)
         self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
-        self.merged = False
-        self.__dict__["_base"] = None  # here it stays out of the state dict
+        self._bases = {}
 
     def detach_adapter(self) -> None:
         """Become the plain layer again, in place, with the merged weight if it is merged."""
@@ -128,7 +144,7 @@ class LoRALayer(Adapted):
 
     def check_weight(self, name: str) -> None:
         """Raise ValueError unless the weight is a parameter of the layer, which can be replaced."""
-        reason = why_weight_is_fixed(self, self.weight_parts[0])
+        reason = why_weight_is_fixed(self, self.weight_name)
         if reason:
             raise ValueError(f"{name} can't be merged or removed: {reason}")
 
@@ -147,44 +163,23 @@ class LoRALayer(Adapted):
         Returns how far a weight that is packed again is from it, in parts of its size.
         ``requantise``: a packed one is packed again.
         """
-        self._keep_base()
-        self.weight, self.merged = nn.Parameter(weight, requires_grad=False), True
-        if not keep_base:
-            self.__dict__["_base"] = None
+        self.put_merged("weight", weight, keep_base)
         return 0.0
-
-    def _keep_base(self) -> None:
-        """Keep the layer's weight, and no more, in a layer of its class."""
-        kept: Any = object.__new__(self.plain_class)
-        nn.Module.__init__(kept)
-        for name in self.weight_parts:
-            if hasattr(self, name):
-                setattr(kept, name, getattr(self, name))
-        self.__dict__["_base"] = kept
 
     def unmerge(self) -> None:
         """Put the original weight back: the same bits, and tied again if it was tied."""
         if not self.can_unmerge:
             raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
-        kept, names = self._base, self.weight_parts
-        self.__dict__["_base"], self.merged = None, False
-        for name in names:
-            if hasattr(kept, name):
-                setattr(self, name, getattr(kept, name))
+        self.put_back("weight")
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._bases)
 
     @property
     def can_unmerge(self) -> bool:
         """Whether the layer is merged and its base was kept."""
-        return self._base is not None
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        if self._base is not None:  # .to(), .cuda() and .half() reach what is kept aside
-            self._base._apply(fn)
-        return self
-
-    def merged_names(self) -> Iterable[str]:
-        return ("weight",) if self.merged else ()
+        return self._bases.get("weight") is not None
 
     def adapter_names(self) -> Iterable[str]:
         return "lora_A", "lora_B"

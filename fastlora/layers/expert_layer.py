@@ -26,7 +26,7 @@ from .adapted import (
 from .experts import ADDED, Experts, read_experts_module, run_experts, stacked, takes
 from .members import tensor_of, why_not_tensor
 
-_ADDED = ("adaptations", "lora_dropout", "_base_weights")
+_ADDED = ("adaptations", "lora_dropout", "_bases")
 
 
 class Features(NamedTuple):
@@ -70,7 +70,7 @@ class ExpertsWeight(Adaptation):
 
     experts: Any
     name: str
-    weight_parts = ("weight",)
+    weight_name = "weight"
 
     @property
     def weight(self) -> Tensor:
@@ -139,26 +139,24 @@ class ExpertsWeight(Adaptation):
 
     @property
     def merged(self) -> bool:
-        return self.name in self.experts._base_weights
+        return self.name in self.experts._bases
 
     @property
     def can_unmerge(self) -> bool:
         """Whether it is merged and its base was kept."""
-        return self.experts._base_weights.get(self.name) is not None
+        return self.experts._bases.get(self.name) is not None
 
     def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
         """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
 
         Returns 0, how far it is from what was to be put.
         """
-        base = self.experts._parameters[self.name]
-        self.experts._base_weights[self.name] = base if keep_base else None
-        setattr(self.experts, self.name, nn.Parameter(weight, requires_grad=False))
+        self.experts.put_merged(self.name, weight, keep_base)
         return 0.0
 
     def unmerge(self) -> None:
         """Put the original Parameter back: the same bits, and tied again if it was tied."""
-        setattr(self.experts, self.name, self.experts._base_weights.pop(self.name))
+        self.experts.put_back(self.name)
 
 
 def new_experts_adapter(
@@ -186,7 +184,6 @@ class LoRAExperts(Adapted):
     plain_class: type[nn.Module]  # what it is without its adapters
     adaptations: dict[str, Adaptation]  # in the order of the module's parameters
     lora_dropout: float
-    _base_weights: dict[str, nn.Parameter | None]  # of merged weights; None if it wasn't kept
 
     def attach_adapters(
         self,
@@ -195,7 +192,7 @@ class LoRAExperts(Adapted):
     ) -> None:
         """Take lora_A and lora_B of each weight, and freeze all else.  Checks nothing."""
         self.requires_grad_(False)
-        self.adaptations, self._base_weights = {}, {}
+        self.adaptations, self._bases = {}, {}
         self.lora_dropout = float(lora_dropout)
         for name, (*pair, adaptation) in adapters.items():
             for own, tensor in zip(names_of_pair(name), pair, strict=True):
@@ -216,7 +213,7 @@ class LoRAExperts(Adapted):
         return ExpertsWeight(**vars(self.adaptations[name]), experts=self, name=name)
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
-        if len(self._base_weights) == len(self.adaptations):
+        if len(self._bases) == len(self.adaptations):
             refuse_training(self)
             return super().forward(*args, **named)
         experts = self.read()
@@ -241,13 +238,13 @@ class LoRAExperts(Adapted):
         weight = tensor_of(self, name)
         bias = tensor_of(self, f"{name}_bias") if experts.has_bias else None
         base = Base(weight.mT if experts.transposed else weight, bias)
-        if name not in self.adaptations or name in self._base_weights:
+        if name not in self.adaptations or name in self._bases:
             return Output(base, ())
         return Output(base, (self.weight_of(name).adapter(),))
 
     def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
         """The class's forward with the sums in place of the weights."""
-        names = self.adaptations.keys() - self._base_weights.keys()
+        names = self.adaptations.keys() - self._bases.keys()
         if self.lora_dropout and self.training:
             raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
         if not self._parameters.keys() >= names:
@@ -255,23 +252,13 @@ class LoRAExperts(Adapted):
         sums = {name: self.weight_of(name).sum() for name in names}
         return run_with(self, sums, super().forward, args, named)
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        for weight in self._base_weights.values():
-            if weight is not None:  # .to(), .cuda() and .half() reach what is kept aside
-                weight.data = fn(weight.data)
-        return self
-
-    def merged_names(self) -> Iterable[str]:
-        return self._base_weights
-
     def adapter_names(self) -> Iterable[str]:
         return [own for name in self.adaptations for own in names_of_pair(name)]
 
     def extra_repr(self) -> str:
         adapters = [
             f"{name}: r={how.r}, lora_alpha={how.lora_alpha}"
-            + (", merged" if name in self._base_weights else "")
+            + (", merged" if name in self._bases else "")
             for name, how in self.adaptations.items()
         ]
         return "; ".join([*adapters, f"lora_dropout={self.lora_dropout}"])

@@ -25,13 +25,13 @@ class LoRAQuantised(LoRALayer):
 
     @property
     def vendor(self) -> Vendor:
-        vendor = vendor_of(self._base or self, self.plain_class)
+        vendor = vendor_of(self._bases.get("weight") or self, self.plain_class)
         assert vendor is not None
         return vendor
 
     @property
-    def weight_parts(self) -> tuple[str, ...]:
-        return ("weight",) if self.is_dense else self.vendor.PARTS
+    def weight_name(self) -> str:
+        return "weight" if self.is_dense else self.vendor.PARTS[0]
 
     def packed(self) -> PackedLayer:
         """The weight as it is now.  Raises ValueError if it can't be read."""
@@ -69,7 +69,7 @@ class LoRAQuantised(LoRALayer):
         """Without a dtype around it, in that in which the layer computes, as far as it tells."""
         packed = self.packed()
         weight: Any = packed.weight
-        own = [t.dtype for t in (getattr(self, self.vendor.PARTS[0]), self.bias) if t is not None]
+        own = [t.dtype for t in (getattr(self, self.weight_name), self.bias) if t is not None]
         said = (around, packed.compute_dtype, *own)
         dtype = next((dtype for dtype in said if dtype in DTYPES), torch.float32)
         merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -82,7 +82,7 @@ class LoRAQuantised(LoRALayer):
         vendor, distance = self.vendor, 0.0
         if not requantise and hasattr(self.plain_class, "weight"):  # a property
             raise ValueError("GPTQ-Model's layer has no place for a merged weight")
-        self._keep_base()
+        kept = self._kept()
         try:
             if requantise:
                 vendor.pack(self, weight)
@@ -96,12 +96,31 @@ class LoRAQuantised(LoRALayer):
                     "again it holds NaN or infinity; requantise=False leaves it plain"
                 )
         except BaseException:
-            self.unmerge()
+            self._restore(kept)
             raise
-        self.is_dense, self.merged = not requantise, True
-        if not keep_base:
-            self.__dict__["_base"] = None
+        self.is_dense, self._bases["weight"] = not requantise, kept if keep_base else None
         return distance
+
+    def _kept(self) -> Any:
+        """The layer's weight, and no more, in a layer of its class."""
+        kept: Any = object.__new__(self.plain_class)
+        nn.Module.__init__(kept)
+        for name in self.vendor.PARTS:
+            if hasattr(self, name):
+                setattr(kept, name, getattr(self, name))
+        return kept
+
+    def put_back(self, name: str) -> None:
+        self.__dict__.pop("is_dense", None)
+        self._restore(self._bases.pop(name))
+
+    def _restore(self, kept: nn.Module) -> None:
+        if "weight" not in kept._parameters:
+            self._parameters.pop("weight", None)
+        vendor = vendor_of(kept, self.plain_class)
+        for name in () if vendor is None else vendor.PARTS:
+            if hasattr(kept, name):
+                setattr(self, name, getattr(kept, name))
 
     def _distance(self, weight: Tensor) -> float:
         """‖packed - weight‖ / ‖weight‖."""
@@ -110,16 +129,10 @@ class LoRAQuantised(LoRALayer):
             total += (some - weight[rows]).square().sum()
         return (total.sqrt() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
-    def unmerge(self) -> None:
-        self.__dict__.pop("is_dense", None)
-        super().unmerge()
-        if "weight" not in self.weight_parts:
-            self._parameters.pop("weight", None)
-
     def detach_adapter(self) -> None:
         """Become the vendor's layer again, or ``nn.Linear`` if it is merged into a plain weight."""
         is_dense = self.__dict__.pop("is_dense", False)
-        vendor = vendor_of(self._base or self, self.plain_class)
+        vendor = vendor_of(self._bases.get("weight") or self, self.plain_class)
         super().detach_adapter()
         if is_dense:
             for name in () if vendor is None else vendor.PARTS:

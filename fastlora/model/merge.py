@@ -148,7 +148,7 @@ def _warn_of_ties(model: nn.Module, layers: list) -> None:
     owners = Counter(
         id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
     )
-    tied = [name for name, layer in layers if owners[id(getattr(layer, layer.weight_parts[0]))] > 1]
+    tied = [name for name, layer in layers if owners[id(getattr(layer, layer.weight_name))] > 1]
     if tied:
         warnings.warn(
             f"the weights of {', '.join(tied)} were tied to other modules', which stay as they "
