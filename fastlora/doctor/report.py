@@ -12,8 +12,8 @@ from ..backends import BACKENDS, backend_name, find_backend, use_backend
 from ..backends.products import is_slow
 from ..layers.linear import LoRALinear
 from ..peft.check import Check, check
-from ..peft.coverage import untested
 from ..peft.optimize import why_nothing_changes
+from ..peft.versions import untested
 from ..projection import HALF_DTYPES
 from ..table import columns
 from .launches import Asked, name_of, would_run

@@ -4,10 +4,10 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..layers import mlp
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
-from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import plain_name, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..quant import PackedLayer, quantised_weight
@@ -112,27 +111,22 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         warnings.filterwarnings("ignore", "PEFT .* is newer")  # which asks for this
         optimized = optimize(model)
     with optimized as report:
-        from . import block, masks, swap  # here, since they import PEFT
+        from .masks import shared_masks  # here, since they import PEFT
+        from .swap import swapped_back
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(
                 f"there is nothing to compare, no layer runs its adapter fast: {report}"
             )
-        with masks.shared_masks(inner):
+        with shared_masks(inner):
             with undisturbed(inner):
                 fast = _run(model, batch)
-            blocks = mlp.give_back(inner.modules())
-            swapped, taken = swap.unswap_all(inner.modules()), give_back_frozen(inner.modules())
-            try:
-                with undisturbed(inner):
-                    peft = _run(model, batch)
-            finally:
-                swap.swap_all(swapped)
-                take_frozen(taken)
-                mlp.take(blocks, block.Block)
-    used = {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
-    used |= _dtypes_of_quantised(inner)
-    dtype = max(used & _TOLERANCES.keys(), key=_TOLERANCES.__getitem__)
+            with swapped_back(inner), undisturbed(inner):
+                peft = _run(model, batch)
+    packed = [quantised_weight(module) for module in inner.modules()]
+    used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
+    used |= {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
+    dtype = max((dtype for dtype in _TOLERANCES if dtype in used), key=_TOLERANCES.__getitem__)
     if tolerance is None:
         deeper = math.sqrt(max(1, _blocks(report) - 1)) if dtype in HALF_DTYPES else 1.0
         tolerance = _TOLERANCES[dtype] * deeper
@@ -156,8 +150,7 @@ def _blocks(report: Coverage) -> int:
     return 1 + max(numbers, default=0)
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     """What one run computed, by name; and the dtypes of autocast where LoRA layers were called."""
 
     loss: dict[str, Tensor]
@@ -178,12 +171,8 @@ def _run(model: nn.Module, batch: Any) -> _Run:
         loss.backward()
     inputs = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
     named = chain(inner.named_parameters(), ((f"input {i}", x) for i, x in enumerate(inputs)))
-    return _Run(
-        {"loss": loss.detach()},
-        {name: value.detach() for name, value in outputs.items()},
-        {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None},
-        autocast,
-    )
+    gradients = {name: tensor.grad.clone() for name, tensor in named if tensor.grad is not None}
+    return _Run({"loss": loss.detach()}, outputs, gradients, autocast)
 
 
 def _fresh(value: Any) -> Any:
@@ -200,7 +189,7 @@ def _fresh(value: Any) -> Any:
 def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
     """The dtypes of the autocast that LoRA layers are called under, inside; e.g. accelerate's.
 
-    Or that blocks are, which a hook on one of their layers would send layer by layer.
+    Of a block the block is asked: a hook on one of its layers would send it layer by layer.
     """
     found = set()
     blocks = [module for module in model.modules() if isinstance(module, mlp.GatedMLP)]
@@ -212,19 +201,10 @@ def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
         if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
             found.add(torch.get_autocast_dtype(device))
 
-    handles = [module.register_forward_pre_hook(note) for module in (*blocks, *layers)]
-    try:
+    with ExitStack() as handles:
+        for module in (*blocks, *layers):
+            handles.callback(module.register_forward_pre_hook(note).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _dtypes_of_quantised(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes in which quantised layers compute, whatever x's is."""
-    found = [quantised_weight(module) for module in model.modules()]
-    dtypes = [layer.compute_dtype for layer in found if isinstance(layer, PackedLayer)]
-    return {dtype for dtype in dtypes if dtype is not None}
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:

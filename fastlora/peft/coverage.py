@@ -1,7 +1,6 @@
 """The report on any model with LoRA layers, fastlora's or PEFT's."""
 
 import sys
-from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -9,7 +8,7 @@ from torch import nn
 from ..layers.mlp import cover_blocks
 from ..layers.modules import plain_name, unwrap
 from ..report import Coverage, LayerCoverage, cover_frozen, cover_lora_linears
-from .versions import newer, why_not_version
+from .versions import untested, why_not_peft
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -37,26 +36,6 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
 
     said = (*filter(None, [untested()]), *wrapping_notes(layers), *mixed_notes(layers))
     return Coverage(records(model, layers, unreached), said)
-
-
-def why_not_peft() -> str:
-    """Why no layer of the PEFT that is imported can be looked at; "" if they can."""
-    reason = why_not_version()
-    if not reason and newer():
-        try:
-            for name in ("mixed", "records", "swap", "block"):
-                import_module(f".{name}", __package__)
-        except ImportError as error:
-            return f"{newer()}, and has moved what fastlora reads ({error})"
-    return reason
-
-
-def untested() -> str:
-    """What to do about a PEFT that is newer than the tested versions; "" if it isn't."""
-    return newer() and (
-        f"{newer()}: fastlora.check(model, batch) compares your model's numbers with PEFT's own, "
-        "and python -m fastlora doctor those of small layers"
-    )
 
 
 def frozen_layers(model: nn.Module) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ ordinary call is one node (``ops.experts``) that never makes that product.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
@@ -24,17 +23,11 @@ from ..layers.experts import (
 from ..layers.frozen import is_router
 from ..layers.members import is_hooked, why_not_tensor
 from ..projection import Adapter, Base, Output
-from .moment import why_not_now
-from .reading import active_adapters, why_not_adapter, why_not_scale
+from .moment import adapters_now, why_not_now
+from .reading import why_not_pair, why_not_scale
 from .versions import newer
 
 _UNTESTED = bool(newer())  # asked once: it takes as long as a small op
-# What PEFT adds an adapter to a weight by, in its versions.
-_PROXIES = [
-    getattr(peft_layer, name)
-    for name in ("_LoraFactorsProxy", "_LoraParameterProxy")
-    if hasattr(peft_layer, name)
-]
 
 
 class ExpertsReading(NamedTuple):
@@ -101,15 +94,9 @@ def _why_not_base(base: Any) -> str:
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
         return "its experts are parametrised"
-    if not all(map(_has_its_own_forward, _PROXIES)):
-        return "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     if _UNTESTED:
         return "experts are PEFT's where this version of PEFT isn't a tested one"
     return ""
-
-
-def _has_its_own_forward(proxy: Any) -> bool:
-    return getattr(proxy.forward, "__globals__", {}).get("__name__") == peft_layer.__name__
 
 
 def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
@@ -117,7 +104,7 @@ def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
         return "a hook watches, or something replaces, its calls"
     if layer.disable_adapters or layer.merged:
         return "its adapter is merged or disabled"
-    if len(active_adapters(layer)) != 1:
+    if len(adapters_now(layer)) != 1:
         return "it has no active adapter, or several"
     if layer.lora_variant:
         return "its adapter is no plain LoRA"
@@ -134,10 +121,9 @@ def _read_output(
     bias = base._parameters.get(f"{name}_bias") if experts.has_bias else None
     if weight is None or (experts.has_bias and bias is None):
         return "its weight or bias is no parameter"
-    for tensor, ndim in ((weight, 3), (bias, 2)):
-        reason = "" if tensor is None else why_not_tensor(tensor, ndim)
-        if reason:
-            return f"one of its tensors {reason}"
+    reason = why_not_tensor(weight, 3) or why_not_tensor(bias, 2)
+    if reason:
+        return f"one of its tensors {reason}"
     if experts.transposed:
         weight = weight.mT
     if bias is not None and bias.shape != weight.shape[:2]:
@@ -152,30 +138,15 @@ def _read_adapter(
     layer: PeftParamWrapper, weight: Tensor, experts: Experts
 ) -> Adapter[Tensor] | str:
     """The layer's adapter for weight [E, out, in], stacked; or why it isn't covered."""
-    (name,) = active_adapters(layer)
-    lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return "its lora_A or lora_B is no torch.nn.Linear"
-    if lora_a.bias is not None or lora_b.bias is not None:
-        return "its lora_A or lora_B has a bias"
-    down, up = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
-    for linear, part in ((lora_a, down), (lora_b, up)):
-        reason = "" if part is None else why_not_tensor(part, 2)
-        if part is None or reason:
-            return f"one of its tensors {reason or 'is no parameter'}"
-        reason = why_not_adapter(linear, "its adapter", part, weight)
-        if reason:
-            return reason
-    scale = layer.scaling[name]
-    reason = why_not_scale(scale)
-    if reason or isinstance(scale, Tensor):
-        return reason or "its scaling is a tensor"
-    reverse = is_reversed(experts.transposed, layer._did_swap_in_out_features)
+    (name,) = adapters_now(layer)
+    lora_a, lora_b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     count, columns, rows = layer.num_experts, layer.in_features, layer.out_features
+    reason = why_not_pair(lora_a, lora_b, weight, (rows, columns)) or why_not_scale(scale)
+    if reason or lora_b.bias is not None or isinstance(scale, Tensor):
+        return reason or "its lora_B has a bias, or its scaling is a tensor"
+    reverse = is_reversed(experts.transposed, layer._did_swap_in_out_features)
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):
         return f"its weight has shape {tuple(weight.shape)}"
-    ranks = len(down)  # of all experts together
-    fits = (down.shape[1], *up.shape) == (columns, rows, ranks)
-    if not fits or ranks % count or not ranks:
-        return f"its adapter has shapes {tuple(down.shape)} and {tuple(up.shape)}"
-    return stacked(down, up, count, scale, reverse)
+    if len(lora_a.weight) % count:  # the ranks of all experts together
+        return f"its adapter has rank {len(lora_a.weight)}, for {count} experts"
+    return stacked(lora_a.weight, lora_b.weight, count, scale, reverse)

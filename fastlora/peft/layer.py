@@ -1,13 +1,15 @@
 """What an optimised PEFT layer becomes: the same layer with another forward."""
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from operator import is_
 from typing import Any
 
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import Call
 from ..layers.frozen import fits
@@ -16,8 +18,8 @@ from ..ops.door import run
 from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
 from .mixed import mixed_forward
-from .moment import why_not_now
-from .reading import Glance, Reading, active_adapters, glance, read
+from .moment import adapters_now, is_peft_s_few, why_not_now
+from .reading import Glance, Reading, glance, read
 
 
 class Linear(PeftLinear):
@@ -28,10 +30,49 @@ class Linear(PeftLinear):
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return call(self, super().forward, x, args, kwargs)
+        return _call(self, super().forward, x, args, kwargs)
 
 
-def call(
+# PEFT's layers of quantised bases, in the module where PEFT has them; by the module with which they
+# may come.  None is imported before that was.
+PACKED = {
+    "peft.tuners.lora.bnb": ("peft.tuners.lora.bnb", "Linear4bit", "Linear8bitLt"),
+    "peft.tuners.lora.torchao": ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
+    "hqq.core.quantize": ("peft.tuners.lora.hqq", "HqqLoraLinear"),
+    "peft.tuners.lora.gptq": ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+}
+
+
+@cache
+def packed_classes(came: str) -> dict[type[nn.Module], type[nn.Module]]:
+    """PEFT's classes that came with this module, and what their layers become."""
+    place, *names = PACKED[came]
+    module = import_module(place)
+    found = {getattr(module, name): _fast(getattr(module, name)) for name in names}
+    globals().update({fast.__name__: fast for fast in found.values()})
+    return found
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """A class of a pickled layer, in a process that has made none."""
+    for came, (_, *names) in PACKED.items():
+        if name in names:
+            packed_classes(came)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _fast(kind: Any) -> type[nn.Module]:
+    class Fast(kind):
+        def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+            return _call(self, super().forward, x, args, kwargs)
+
+    Fast.__doc__ = f"As :class:`Linear`: PEFT's ``{kind.__name__}``."
+    Fast.__name__ = Fast.__qualname__ = kind.__name__
+    return Fast
+
+
+def _call(
     layer: LoraLayer,
     theirs: Callable[..., Tensor],
     x: Tensor,
@@ -39,21 +80,28 @@ def call(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """A layer's forward: the fast one, or PEFT's, which is ``theirs``."""
-    names = active_adapters(layer)
-    alone = layer.disable_adapters or layer.merged or not names  # the base layer's call
-    if not (alone or args or kwargs or why_not_now()):
-        seen = glance(layer, names, x) if may_be_known(x) else None
-        settings = None if seen is None else known(*seen)
-        if settings is not None:
-            return fast_forward(x, names[0], settings, seen)
-        reading = read(layer, names)
-        if reading.output is not None and fits(x, reading.output.base.weight):
-            return fast_forward(x, names[0], reading, seen)
-    elif kwargs.keys() == {"adapter_names"} and not (args or why_not_now()):
-        y = mixed_forward(layer, x, kwargs["adapter_names"])
-        if y is not None:
-            return y
-    return theirs(x, *args, **kwargs)
+    y = None
+    if not args and not why_not_now():
+        if not kwargs:
+            y = _ordinary_forward(layer, x)
+        elif kwargs.keys() == {"adapter_names"}:
+            y = mixed_forward(layer, x, kwargs["adapter_names"])
+    return theirs(x, *args, **kwargs) if y is None else y
+
+
+def _ordinary_forward(layer: LoraLayer, x: Tensor) -> Tensor | None:
+    """The output for x with the active adapters; None where the call is PEFT's."""
+    names = adapters_now(layer)
+    if not names or is_peft_s_few(layer, x):
+        return None
+    seen = glance(layer, names, x) if may_be_known(x) else None
+    found = None if seen is None else known(*seen)
+    if found is not None:
+        return fast_forward(x, names[0], found, seen)
+    reading = read(layer, names)
+    if reading.output is None or not fits(x, reading.output.base.weight):
+        return None
+    return fast_forward(x, names[0], reading, seen)
 
 
 def fast_forward(x: Tensor, name: str, found: Call | Reading, seen: Glance | None) -> Tensor:
@@ -64,28 +112,28 @@ def fast_forward(x: Tensor, name: str, found: Call | Reading, seen: Glance | Non
     if isinstance(found, Call):
         assert seen is not None
         return run(seen.inputs, found)[0]
-    reading = found
-    assert reading.output is not None
-    if reading.packed is not None:
-        as_plain = reading._replace(packed=None)
-        return reading.packed.call(x, lambda x: fast_forward(x, name, as_plain, None))
-    if reading.magnitude is None:
-        y = lora_linears(x, (reading.output,), dropout=reading.p)[0]
+    output, p = found.output, max(found.dropouts)
+    assert output is not None
+    if found.packed is not None:
+        as_plain = found._replace(packed=None)
+        return found.packed.call(x, lambda x: fast_forward(x, name, as_plain, None))
+    if found.magnitude is None:
+        y = lora_linears(x, (output,), dropout=p)[0]
         if seen is not None:
-            _remember(seen, reading.output, reading.p)
+            _remember(seen, output, p)
         return y
-    (weight, bias), (adapter,) = reading.output
+    (weight, bias), (adapter,) = output
     lora_a, lora_b, scale = adapter
     y = dora_linear(
         x,
         weight,
         lora_a,
         lora_b,
-        reading.magnitude.weight,
+        found.magnitude.weight,
         bias=bias,
         scale=scale,
-        drop=reading.dropout if reading.p > 0.0 else None,
-        norm=_norm(reading.magnitude, weight, adapter, adapter_name=name),
+        drop=found.drop if p > 0.0 else None,
+        norm=_norm(found.magnitude, weight, adapter, adapter_name=name),
     )
     return y if x.dim() > 1 else y.unsqueeze(0)  # PEFT's gain is [1, N], and so is this output
 
@@ -95,9 +143,9 @@ def _remember(seen: Glance, output: Output[Tensor], p: float) -> None:
     tensors = flatten((output,), layouts_of((output,)))
     x, *others = seen.inputs
     if len(tensors) == len(others) and all(map(is_, tensors, others)):
-        settings = known(*key_of(x, (output,), p, True, None))
-        if settings is not None:
-            remember(*seen, settings)
+        call = known(*key_of(x, (output,), p, True, None))
+        if call is not None:
+            remember(*seen, call)
 
 
 @dora.cache_decorator("weight-norm")  # kept as PEFT keeps it: in DoraCaching, in evaluation

@@ -2,39 +2,33 @@
 
 PEFT hands the names to every LoRA layer by hooks, which it removes when the call ends.  A layer
 reads its adapters by name (:mod:`.reading`), and runs them all as one node.
+
+PEFT refuses names in training, where its own code would be right, with two exceptions: activation
+checkpointing runs layers again in the backward, when PEFT's hooks are gone and with them the names;
+and the hooks stay for ever where a call fails.  :class:`LoraModel` sees to both.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel as PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..backends.products import are_wide
 from ..layers.frozen import fits
 from ..layers.modules import has_sharded, some
 from ..ops import multi_lora_linear
-from ..projection import Adapter, Base, is_plain
-from ..quant import PackedLayer
 from ..rows import AdapterMapping, Share
-from .reading import read_adapter, read_base
+from .moment import is_few
+from .reading import read
 
 _NONE = "__base__"  # PEFT's name for no adapter
-
-
 _FEW = 64  # rows in all
-
-
-class MixedReading(NamedTuple):
-    """The layer with all adapters that a batch names; or ``reason``, why its call is PEFT's."""
-
-    reason: str
-    base: Base[Tensor] | None = None
-    adapters: tuple[Adapter[Tensor], ...] = ()
-    dropouts: tuple[float, ...] = ()  # of each
-    packed: PackedLayer | None = None  # of a quantised base
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers': how a module calls its blocks
 
 
 def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor | None:
@@ -46,95 +40,54 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
         return None
     if not isinstance(x, Tensor) or x.dim() < 2 or x.is_nested or len(x) != len(names):
         return None
-    own = layer._modules["lora_A"]._modules
     # What a mode of torch's makes, such as fake tensors, isn't kept for calls without it.
     in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     find = _mapping if in_mode else _kept_mapping
-    used, mapping = find(tuple(names), tuple(own))
-    if _are_few(layer, x) and not in_mode:
+    used, mapping = find(tuple(names), tuple(layer._modules["lora_A"]._modules))
+    if not used:
+        return None  # it is the base layer's call
+    if not layer.training and not in_mode and is_few(layer, x, _FEW):
         return _few_rows(layer, x, used, mapping.on(x.device).found(len(x)))
-    reading = read_mixed(layer, used) if used else MixedReading("it is the base layer's call")
-    if reading.base is None or not fits(x, reading.base.weight):
+    reading = read(layer, used, mixed=True)
+    if reading.output is None or not fits(x, reading.output.base.weight):
         return None
-    weight, bias = reading.base
-    lora_a, lora_b, scales = zip(*reading.adapters, strict=True)
-    p = reading.dropouts
+    (weight, bias), adapters = reading.output
+    lora_a, lora_b, scales = zip(*adapters, strict=True)
 
     def run(x: Tensor) -> Tensor:
         return multi_lora_linear(
-            x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=p
+            x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=reading.dropouts
         )
 
     return run(x) if reading.packed is None else reading.packed.call(x, run)
 
 
-def _are_few(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether these are few rows in evaluation on a CPU, as in generation.
-
-    To read n adapters costs more there than their products.  But a packed weight, or one whose 16
-    bits the CPU multiplies slowly, the node multiplies faster.
-    """
-    if layer.training or not is_plain(x) or not x.is_cpu or x.numel() > _FEW * layer.in_features:
-        return False
-    weight = layer._modules["base_layer"]._parameters.get("weight")
-    return is_plain(weight) and weight.dtype == x.dtype and not are_wide(x)
-
-
 def _few_rows(
     layer: LoraLayer, x: Tensor, names: Sequence[str], shares: Sequence[Share]
 ) -> Tensor | None:
-    """PEFT's loop, which calls all modules, with rows that were sorted once a batch."""
+    """PEFT's loop, which calls all modules, with rows that were sorted once a batch.
+
+    To read n adapters costs more there than their products.
+    """
     if any([name in layer.lora_variant for name in names]):
         return None
-    modules = layer._modules
-    lora_a, lora_b, dropouts, y = (
-        modules["lora_A"]._modules,
-        modules["lora_B"]._modules,
-        modules["lora_dropout"]._modules,
-        modules["base_layer"](x),
-    )
+    y = layer.base_layer(x)
     for adapter, items, _ in shares:
-        name, scale = names[adapter], layer.scaling[names[adapter]]
-        own = x[items] if isinstance(items, slice) else x.index_select(0, items)
-        own = own.to(lora_a[name].weight.dtype)
-        change = lora_b[name](lora_a[name](dropouts[name](own)))
-        if change.dtype != y.dtype or isinstance(scale, Tensor):
-            change, scale = (change * scale).to(y.dtype), 1.0
-        if isinstance(items, slice):
-            y[items].add_(change, alpha=scale)
-        else:
-            y.index_add_(0, items, change, alpha=scale)
+        name = names[adapter]
+        lora_a, lora_b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        own = x[items].to(lora_a.weight.dtype)
+        change = lora_b(lora_a(layer.lora_dropout[name](own))) * scale
+        y[items] += change.to(y.dtype)
     return y
 
 
-def read_mixed(layer: LoraLayer, names: Sequence[str]) -> MixedReading:
-    """Read the layer for a batch that names these adapters, all of which it has."""
-    reason, weight, bias, packed = read_base(layer._modules["base_layer"])
-    if reason:
-        return MixedReading(reason)
-    adapters, dropouts = [], []
-    for name in names:
-        if layer.lora_variant and name in layer.lora_variant:
-            return MixedReading(f"its adapter {name} is no plain LoRA (DoRA, …)")
-        one = read_adapter(layer, name, weight)
-        if one.adapter is None:
-            return MixedReading(one.reason)
-        if one.shift is not None:
-            return MixedReading(f"its adapter {name} has a bias (lora_bias)")
-        adapters.append(one.adapter)
-        dropouts.append(one.p)
-    return MixedReading("", Base(weight, bias), tuple(adapters), tuple(dropouts), packed)
-
-
-def _mapping(
-    names: tuple[str, ...], own: tuple[str, ...]
-) -> tuple[tuple[str, ...], AdapterMapping]:
+def _mapping(names: tuple[str, ...], own: tuple[str, ...]) -> tuple[list[str], AdapterMapping]:
     """Which of a layer's adapters are named, and which sample is whose: the same for all layers.
 
     It depends on names alone, so that adapters may come and go.
     """
     known = set(own)
-    used = tuple(dict.fromkeys(n for n in names if n != _NONE and n in known))
+    used = list(dict.fromkeys(n for n in names if n != _NONE and n in known))
     numbers = {name: i for i, name in enumerate(used)}
     return used, AdapterMapping([numbers.get(name, -1) for name in names], max(1, len(used)))
 
@@ -148,10 +101,72 @@ def mixed_notes(layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
     for name, layer in layers:
         if isinstance(layer, LoraLayer) and not has_sharded(layer):
             names = list(layer._modules["lora_A"]._modules)
-            reason = read_mixed(layer, names).reason if len(names) > 1 else ""
+            reason = read(layer, names, mixed=True).reason if len(names) > 1 else ""
             if reason:
                 reasons.setdefault(reason, []).append(name)
     return tuple(
         f"mixed batches (adapter_names) stay PEFT's in {len(found)}: {some(found)}: {reason}"
         for reason, found in reasons.items()
     )
+
+
+class LoraModel(PeftModel):
+    """PEFT's model around the layers.  It has PEFT's name, and no state of its own."""
+
+    training: bool  # nn.Module's
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        with ExitStack() as stack:
+            training: bool = self.training
+            # All that PEFT asks it for; its layers and dropouts are asked themselves.
+            self.training = training and names is None
+            try:
+                hooks.__enter__()
+            finally:
+                self.training = training
+            stack.callback(hooks.__exit__, None, None, None)  # an error or not
+            if names is not None and torch.is_grad_enabled():  # else there is no backward
+                stack.enter_context(_carried(self, list(names)))
+            yield
+
+
+@contextmanager
+def _carried(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, what checkpointing runs again in the backward has these names again."""
+    before = {m: m.__dict__[_CHECKPOINT] for m in model.modules() if _CHECKPOINT in m.__dict__}
+    for module, checkpoint in before.items():
+        module.__dict__[_CHECKPOINT] = partial(
+            _checkpointed, checkpoint, partial(_named, module, names)
+        )
+    try:
+        yield
+    finally:
+        for module, checkpoint in before.items():
+            module.__dict__[_CHECKPOINT] = checkpoint
+
+
+def _checkpointed(checkpoint: Callable, run: Callable, function: Callable, *rest, **named) -> Any:
+    return checkpoint(partial(run, function), *rest, **named)
+
+
+def _named(
+    module: nn.Module, names: Sequence[str], function: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    """function(…), in which the layers of the module have these names."""
+
+    def give(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"adapter_names": names}
+
+    handles = [
+        layer.register_forward_pre_hook(give, with_kwargs=True)
+        for layer in module.modules()
+        if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper)
+    ]
+    try:
+        return function(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -13,8 +13,8 @@ from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import lora_layers
 from ..projection import check_switch
 from ..report import Coverage
-from .coverage import checked, cover, frozen_layers, peft_layers, untested, why_not_peft
-from .versions import is_disabled, why_never
+from .coverage import checked, cover, frozen_layers, peft_layers
+from .versions import is_disabled, untested, why_never, why_not_peft
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def optimize(
     if reason:
         found = mlp.cover_blocks(inner, reason)
         return Optimized(report.layers, report.notes, frozen_layers(inner), found)
-    from .block import Block  # here, since it imports PEFT, as this does
-    from .swap import swap_all
+    from .swap import Block, swap_all  # here, since it imports PEFT
 
     changed = swap_all(inner.modules())
     changed += _take_frozen(inner) if frozen else []

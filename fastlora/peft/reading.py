@@ -18,43 +18,26 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..backends import asked_backend
+from ..foreign import is_dtensor
 from ..layers.frozen import is_conv1d, why_not_class
 from ..layers.members import is_hooked, tensor_of, why_not_tensor
 from ..ops.autocast import autocast_dtype
-from ..projection import (
-    LARGEST_SCALE,
-    Adapter,
-    Base,
-    Output,
-    is_number,
-    is_plain,
-)
+from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
 from ..quant import SHARDED, PackedLayer, quantised_weight
-from .dropout import DROPOUTS
+from .masks import DROPOUTS
 
 
 class Reading(NamedTuple):
-    """The layer with its active adapters as one output; or ``reason``, why its call is PEFT's."""
+    """The layer with some adapters as one output; or ``reason``, why its call is PEFT's."""
 
     reason: str
     output: Output[Tensor] | None = None
-    p: float = 0.0  # the probability with which the call drops
-    dropout: nn.Module | None = None
-    magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
+    dropouts: tuple[float, ...] = ()  # with which each adapter drops now
     packed: PackedLayer | None = None  # of a quantised base
-
-
-class OneAdapter(NamedTuple):
-    """One adapter of a layer; or ``reason``, why calls with it are PEFT's."""
-
-    reason: str
-    adapter: Adapter[Tensor] | None = None
-    shift: Tensor | None = None  # its lora_B's bias, scaled
-    p: float = 0.0
-    dropout: nn.Module | None = None
+    magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
+    drop: nn.Module | None = None  # the dropout of the last adapter
 
 
 class Glance(NamedTuple):
@@ -62,12 +45,6 @@ class Glance(NamedTuple):
 
     key: Hashable
     inputs: list[Tensor]
-
-
-def active_adapters(layer: LoraLayer) -> list[str]:
-    """The active adapters that this layer has, in PEFT's order."""
-    own = layer._modules["lora_A"]._modules
-    return [name for name in layer.active_adapters if name in own]
 
 
 def glance(layer: LoraLayer, names: list[str], x: Tensor) -> Glance | None:
@@ -98,65 +75,65 @@ def glance(layer: LoraLayer, names: list[str], x: Tensor) -> Glance | None:
     return Glance(key, inputs)
 
 
-def read(layer: LoraLayer, names: list[str]) -> Reading:
-    """Read the layer for a call with these adapters, of which there is one at least."""
+def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Reading:
+    """Read the layer for a call with these adapters, of which there is one at least.
+
+    ``mixed``: each sample of the call has one of them, or none; else every row has all.
+    """
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
-    modules = layer._modules
-    reason, weight, bias, packed = read_base(modules["base_layer"])
+    reason, weight, bias, packed = _read_base(layer._modules["base_layer"])
     if reason:
         return Reading(reason)
-    adapters: list[Adapter[Tensor]] = []
-    p, dropout = None, None
+    adapters, dropouts, drop, magnitude = [], [], None, None
     for name in names:
-        one = read_adapter(layer, name, weight)
-        if one.adapter is None:
-            return Reading(one.reason)
-        if p not in (None, one.p):
-            return Reading("its active adapters have different dropouts, and are training")
-        p, dropout, shift = one.p, one.dropout, one.shift
+        reason, adapter, shift, drop = _read_adapter(layer, name, weight)
+        if adapter is None:
+            return Reading(reason)
+        if mixed and (name in layer.lora_variant or shift is not None):
+            what = "is no plain LoRA (DoRA, …)" if shift is None else "has a bias (lora_bias)"
+            return Reading(f"its adapter {name} {what}")
         if shift is not None:
             bias = shift if bias is None else bias + shift
-        adapters.append(one.adapter)
-    magnitude = None
-    if layer.lora_variant:
+        adapters.append(adapter)
+        dropouts.append(_rate(drop))
+    if not mixed and len(set(dropouts)) > 1:
+        return Reading("its active adapters have different dropouts, and are training")
+    if layer.lora_variant and not mixed:
         reason, magnitude = _read_variant(layer, names, weight)
+        if reason:
+            return Reading(reason)
         if magnitude is not None and not layer.training:
-            p = 0.0  # PEFT's DoRA asks the layer, not its dropout, whether it trains
-    if reason:
-        return Reading(reason)
+            dropouts = [0.0]  # PEFT's DoRA asks the layer, not its dropout, whether it trains
     output = Output(Base(weight, bias), tuple(adapters))
-    return Reading("", output, p or 0.0, dropout, magnitude, packed)
+    return Reading("", output, tuple(dropouts), packed, magnitude, drop)
 
 
-def read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> OneAdapter:
-    """Read one adapter that the layer has; ``weight`` [out, in] is that of its base."""
+def _read_adapter(
+    layer: LoraLayer, name: str, weight: Tensor
+) -> tuple[str, Adapter[Tensor] | None, Tensor | None, Any]:
+    """One adapter that the layer has, its lora_B's bias, scaled, and its dropout; or a reason.
+
+    ``weight`` [out, in] is that of its base.
+    """
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        part, other = ("lora_B", lora_b) if type(lora_a) is nn.Linear else ("lora_A", lora_a)
-        return OneAdapter(f"its {part} is a {type(other).__name__}, no torch.nn.Linear")
-    down, up = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
-    shift, scale = tensor_of(lora_b, "bias"), layer.scaling[name]
-    dropout = modules["lora_dropout"]._modules[name]
-    reason = (
-        why_not_adapter(lora_a, "its lora_A", down, weight)
-        or why_not_adapter(lora_b, "its lora_B", up, weight)
-        or ("" if tensor_of(lora_a, "bias") is None else "its lora_A has a bias")
-        or _why_not_bias("its lora_B's", shift)
-        or _why_not_fitting(weight, down, up, shift)
-        or _why_not_dropout(dropout)
-        or why_not_scale(scale)
-    )
+    drop, scale = modules["lora_dropout"]._modules[name], layer.scaling[name]
+    reason = why_not_pair(lora_a, lora_b, weight, weight.shape)
+    if not reason:
+        down, up = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
+        shift = tensor_of(lora_b, "bias")
+        reason = _why_not("its lora_B's bias", shift, weight.shape[:1]) if shift is not None else ""
+    reason = reason or _why_not_dropout(drop) or why_not_scale(scale)
     if reason:
-        return OneAdapter(reason)
+        return reason, None, None, None
     shift = None if shift is None else shift * scale
     if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
         up, scale = up * scale, 1.0
-    return OneAdapter("", Adapter(down, up, scale), shift, _rate(dropout), dropout)
+    return "", Adapter(down, up, scale), shift, drop
 
 
-def read_base(base: nn.Module) -> tuple[str, Any, Any, PackedLayer | None]:
+def _read_base(base: nn.Module) -> tuple[str, Any, Any, PackedLayer | None]:
     """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias.
 
     Last, what else there is to know of a quantised one.
@@ -164,29 +141,27 @@ def read_base(base: nn.Module) -> tuple[str, Any, Any, PackedLayer | None]:
     if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
         return _why_hooked(base, "its base layer"), None, None, None
     kind, found = type(base), quantised_weight(base)
+    packed = found if isinstance(found, PackedLayer) else None
     reason = why_not_class(kind) if found is None else ""
+    if isinstance(found, str):
+        reason = f"a {kind.__name__}: {found}"
+    elif not reason and "parametrizations" in base._modules:  # to read it is to compute it
+        reason = "parametrised"
+    elif packed is not None and not packed.is_whole:
+        reason = f"a {kind.__name__}: {SHARDED}"
     if reason:
         return f"its base is {reason}", None, None, None
-    if "parametrizations" in base._modules:  # to read such a weight is to compute it
-        return "its base is parametrised", None, None, None
-    bias = tensor_of(base, "bias")
-    packed = found if isinstance(found, PackedLayer) else None
     if packed is not None:
         weight: Any = packed.weight
-        if not packed.is_whole:
-            reason = f"its base is a {kind.__name__}: {SHARDED}"
-        elif weight.device.type == "meta":
-            reason = "its quantised base is on the meta device"
-    elif found is not None:
-        return f"its base is a {kind.__name__}: {found}", None, None, None
+        reason = "its quantised base is on the meta device" if weight.device.type == "meta" else ""
     else:
         weight = tensor_of(base, "weight")
-        reason = _why_not_weight("its base layer", weight)
+        reason = _why_not("its base layer", weight, weight.shape if weight.dim() == 2 else (0, 0))
         if is_conv1d(kind) and not reason:
             weight = weight.T
-    reason = reason or _why_not_bias("its base's", bias)
-    if not reason and bias is not None and bias.shape != weight.shape[:1]:
-        reason = _why_not_shape("its base's bias", bias, weight.shape[:1])
+    bias = tensor_of(base, "bias")
+    if bias is not None and not reason:
+        reason = _why_not("its base's bias", bias, weight.shape[:1])
     return reason, weight, bias, packed
 
 
@@ -194,10 +169,10 @@ def _read_variant(
     layer: LoraLayer, names: list[str], weight: Tensor
 ) -> tuple[str, DoraLinearLayer | None]:
     """Why the active adapters' variant of LoRA isn't covered; or a DoRA adapter's magnitude."""
-    variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}
-    if not variants:
+    name = next((name for name in names if name in layer.lora_variant), None)
+    if name is None:
         return "", None
-    name, variant = next(iter(variants.items()))
+    variant = layer.lora_variant[name]
     if type(variant) is not DoraLinearVariant:
         kind = variant if isinstance(variant, type) else type(variant)
         return f"its adapter {name} is {kind.__name__.removesuffix('LinearVariant')}", None
@@ -210,8 +185,7 @@ def _read_variant(
         return "a hook watches, or something replaces, its DoRA magnitude", None
     if not is_plain(magnitude.weight) or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
-    reason = _why_not_shape("its DoRA magnitude", magnitude.weight, weight.shape[:1])
-    return reason, None if reason else magnitude
+    return _why_not("its DoRA magnitude", magnitude.weight, weight.shape[:1]), magnitude
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -219,65 +193,59 @@ def _rate(dropout: nn.Module) -> float:
     return float(dropout.p) if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def why_not_adapter(linear: nn.Module, name: str, weight: Tensor, base: Tensor) -> str:
-    if weight.device != base.device:
-        return f"{name} is on {weight.device}, its base on {base.device}"
-    if is_hooked(linear):
-        return _why_hooked(linear, name)
-    # PEFT casts x to the adapter's dtype.  float32 beside 16 bits is the usual case, and covered.
-    if weight.dtype not in (base.dtype, torch.float32) and weight.itemsize >= base.dtype.itemsize:
-        return f"{name} is {weight.dtype}, its base {base.dtype}"
-    return _why_not_weight(name, weight)
+def why_not_pair(lora_a: nn.Module, lora_b: nn.Module, base: Tensor, shape: tuple[int, ...]) -> str:
+    """Why the weights of these can't be read in the place of calling them.
+
+    ``base`` is the weight that they belong to, ``shape`` [out, in] that of their product.
+    """
+    r = -1
+    for name, linear in (("its lora_A", lora_a), ("its lora_B", lora_b)):
+        if type(linear) is not nn.Linear:
+            return f"{name} is a {type(linear).__name__}, no torch.nn.Linear"
+        weight = tensor_of(linear, "weight")
+        dtype, narrower = weight.dtype, weight.itemsize < base.dtype.itemsize
+        if weight.device != base.device:
+            return f"{name} is on {weight.device}, its base on {base.device}"
+        if is_hooked(linear):
+            return _why_hooked(linear, name)
+        # PEFT casts x to the adapter's dtype.  float32 beside 16 bits is the usual case.
+        if dtype not in (base.dtype, torch.float32) and not narrower:
+            return f"{name} is {dtype}, its base {base.dtype}"
+        if linear is lora_a:
+            r = len(weight)
+        reason = _why_not(name, weight, (r, shape[1]) if linear is lora_a else (shape[0], r))
+        if reason:
+            return reason
+    if not r * shape[0] * shape[1]:
+        return f"its base has shape {tuple(shape)}, and its rank is {r}"
+    return "" if tensor_of(lora_a, "bias") is None else "its lora_A has a bias"
 
 
-def _why_not_weight(name: str, weight: Tensor) -> str:
-    reason = why_not_tensor(weight, 2)
+def _why_not(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    """Why this weight (of two dimensions) or bias (of one) isn't covered.
+
+    PEFT may broadcast one of another shape, and where it can't, the error is its own.
+    """
+    reason, is_weight = why_not_tensor(tensor, len(shape)), len(shape) == 2
     if reason:
-        return f"the weight of {name} {reason}"
-    if weight.is_meta:
+        return f"the weight of {name} {reason}" if is_weight else f"{name} {reason}"
+    if is_weight and tensor.is_meta:
         return f"{name} is on the meta device, without data"
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and weight.is_inference():
+    records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if is_weight and records and tensor.is_inference():
         return f"{name} was made in inference mode"  # no backward can keep it
-    return ""
-
-
-def _why_not_fitting(weight: Tensor, down: Tensor, up: Tensor, shift: Tensor | None) -> str:
-    """Why these aren't an adapter of a base with weight [out, in]."""
-    rows, columns = weight.shape
-    r = down.shape[0]
-    if (
-        down.shape == (r, columns)
-        and up.shape == (rows, r)
-        and (shift is None or shift.shape == (rows,))
-        and rows * columns * r
-    ):
+    if tensor.shape == shape:
         return ""
-    return (
-        _why_not_shape("its lora_A", down, (r, columns))
-        or _why_not_shape("its lora_B", up, (rows, r))
-        or ("" if shift is None else _why_not_shape("its lora_B's bias", shift, (rows,)))
-        or f"its base has shape {(rows, columns)}, and its rank is {r}"
-    )
-
-
-def _why_not_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> str:
-    """PEFT may broadcast what doesn't fit, and where it can't, the error is its own."""
-    if tensor.shape == expected:
-        return ""
-    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected)}"
+    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
 
 
 def _why_hooked(module: nn.Module, name: str) -> str:
     if hasattr(module, "ds_id"):
         return f"DeepSpeed ZeRO-3 gathers {name} when it is called"
-    if isinstance(module._parameters.get("weight"), DTensor):
+    weight = module._parameters.get("weight")
+    if weight is not None and is_dtensor(weight):
         return f"{name} is sharded, and gathers or splits what it is called with (DTensor)"
     return f"a hook watches, or something replaces, the calls of {name}"
-
-
-def _why_not_bias(whose: str, bias: Tensor | None) -> str:
-    reason = "" if bias is None else why_not_tensor(bias, 1)
-    return f"{whose} bias {reason}" if reason else ""
 
 
 def _why_not_dropout(dropout: nn.Module) -> str:

@@ -4,16 +4,17 @@ import math
 from collections.abc import Sequence
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..backends import planned_backend
 from ..layers.members import is_hooked
 from ..layers.modules import has_sharded, some
+from ..projection import Output
 from ..report import IN_THE_CALL, SHARDED, LayerCoverage, format_of
 from .experts import read_experts, wrappers_in
-from .moment import why_not_now
-from .reading import active_adapters, read
+from .moment import adapters_now, why_not_now
+from .reading import read
 from .swap import is_swapped, why_not_swapped
 
 _UNCALLED = (
@@ -40,66 +41,70 @@ def records(
     found = []
     for name, layer in layers:
         reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
-        reason = reason or ("" if is_swapped(layer) else unreached)
-        found.append(_cover(name, layer, outermost.get(layer, layer), reason))
+        reason = reason or ("" if is_swapped(layer) else unreached) or why_not_now()
+        called = outermost.get(layer, layer)  # whose call is its own, too
+        fast, plan, reason, output = _plan(layer, called, reason)
+        # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
+        adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
+        found.append(
+            LayerCoverage(
+                name,
+                shape=(layer.out_features, layer.in_features),
+                r=sum(layer.r[adapter] for adapter in adapters),
+                fast=fast,
+                plan=plan,
+                reason=reason,
+                adapter=", ".join(adapters),
+                parameters=_adapted_parameters(layer),
+                packed="" if output is None else format_of(output),
+            )
+        )
     return tuple(found)
 
 
-def _cover(name: str, layer: LoraLayer, called: LoraLayer, reason: str) -> LayerCoverage:
-    """``reason``: why its fast forward isn't called.  ``called``: the layer itself, or the one
-    around it whose call is its own, too.
+def _plan(
+    layer: LoraLayer, called: LoraLayer, reason: str
+) -> tuple[bool, str, str, Output[Tensor] | None]:
+    """Whether it is fast, its plan, a reason, and what it computes with.
+
+    ``reason``: why its fast forward isn't called.
     """
-    # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
-    adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
-    plan, reason, packed = "eager", reason or why_not_now(), ""
-    fast = not reason
-    if fast:
-        names = active_adapters(layer)
-        if layer.disable_adapters or not names:
-            plan = "disabled"
-        elif layer.merged:
-            plan = "merged"
-        elif has_sharded(called) and not is_hooked(layer.get_base_layer()):
-            fast, plan, reason = False, SHARDED, IN_THE_CALL
-        elif isinstance(called, ParamWrapper):
-            experts = read_experts(called)
-            fast, reason = not experts.reason, experts.reason
-            if fast:
-                number = experts.experts.names.index(layer.parameter_name)
-                plan, reason = planned_backend([experts.outputs[number]])
-        else:
-            reading = read(layer, names)
-            fast, reason = reading.output is not None, reading.reason
-            if reading.output is not None:
-                plan, reason = planned_backend([reading.output])
-                packed = format_of(reading.output)
-    return LayerCoverage(
-        name,
-        shape=(layer.out_features, layer.in_features),
-        r=sum(layer.r[adapter] for adapter in adapters),
-        fast=fast,
-        plan=plan,
-        reason=reason,
-        adapter=", ".join(adapters),
-        parameters=_adapted_parameters(layer),
-        packed=packed,
-    )
+    if reason:
+        return False, "eager", reason, None
+    names = adapters_now(layer)
+    if not names:
+        return (
+            True,
+            "merged" if layer.merged and not layer.disable_adapters else "disabled",
+            "",
+            None,
+        )
+    if has_sharded(called) and not is_hooked(layer.get_base_layer()):
+        return False, SHARDED, IN_THE_CALL, None
+    if isinstance(called, ParamWrapper):
+        experts = read_experts(called)
+        reason = experts.reason
+        output = (
+            None if reason else experts.outputs[experts.experts.names.index(layer.parameter_name)]
+        )
+    else:
+        reading = read(layer, names)
+        reason, output = reading.reason, reading.output
+    if output is None:
+        return False, "eager", reason, None
+    return True, *planned_backend([output]), output
 
 
 def wrapping_notes(layers: Sequence[tuple[str, LoraLayer]]) -> tuple[str, ...]:
     """On layers whose adapters FSDP1 wraps one by one, as PEFT's policy for it does."""
-    names = [
-        name
-        for name, layer in layers
-        if any(isinstance(part, FullyShardedDataParallel) for part in layer.lora_A.values())
-    ]
-    if not names:
-        return ()
-    return (
+    kind = FullyShardedDataParallel
+    names = [n for n, layer in layers if any(isinstance(a, kind) for a in layer.lora_A.values())]
+    note = (
         f"{some(names)}: FSDP wraps lora_A and lora_B by themselves: PEFT's fsdp_auto_wrap_policy "
         "does, and transformers' Trainer takes it for every PEFT model.  FSDP2 (in fsdp_config "
-        '"version": 2) doesn\'t, nor does a policy of whole blocks with use_orig_params=True',
+        '"version": 2) doesn\'t, nor does a policy of whole blocks with use_orig_params=True'
     )
+    return (note,) if names else ()
 
 
 def _adapted_parameters(layer: LoraLayer) -> int:

@@ -1,37 +1,37 @@
-"""A PEFT layer becomes a fast one, and PEFT's again, by its class."""
+"""PEFT's layers become fast ones, and PEFT's again, by their class; so do gated MLPs."""
 
 import sys
-from collections.abc import Iterable
-from importlib import import_module
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.model import LoraModel as PeftModel
 from torch import nn
 
+from ..layers import mlp
 from ..layers.classes import change_class, is_over
+from ..layers.frozen import give_back_frozen, take_frozen
+from ..layers.members import is_hooked
 from .experts import ParamWrapper
-from .layer import Linear
-from .mixed_model import LoraModel
+from .layer import PACKED, Linear, packed_classes
+from .mixed import LoraModel
+from .moment import adapters_now, is_peft_s_few, why_not_now
+from .reading import read
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     PeftLinear: Linear,
     PeftParamWrapper: ParamWrapper,
     PeftModel: LoraModel,  # around the layers
 }
-# Of quantised bases: where a module is imported, PEFT has the layer that a file of ours is over.
-_OVER = {
-    "peft.tuners.lora.bnb": ".bitsandbytes",
-    "peft.tuners.lora.torchao": ".torchao",
-    "hqq.core.quantize": ".hqq",
-    "peft.tuners.lora.gptq": ".gptq",
-}
 
 
 def _fast() -> dict[type[nn.Module], type[nn.Module]]:
     """The fast class for each of PEFT's that is here."""
-    for module in [module for module in _OVER if module in sys.modules]:
-        _FAST.update(import_module(_OVER.pop(module), __package__).FAST)
+    for came in PACKED:
+        if came in sys.modules:
+            _FAST.update(packed_classes(came))
     return _FAST
 
 
@@ -44,10 +44,8 @@ def why_not_swapped(layer: nn.Module) -> str:
     kinds = [pair for pair in _fast().items() if any(is_over(type(layer), kind) for kind in pair)]
     if not kinds:
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
-    own = layer.__dict__.get("forward")
+    own = layer.__dict__.get("_old_forward" if "_hf_hook" in layer.__dict__ else "forward")
     if own is None or _is_ours(own):
-        return ""
-    if "_hf_hook" in layer.__dict__ and _is_ours(layer.__dict__.get("_old_forward")):
         return ""
     return "its forward was replaced on the instance"
 
@@ -72,6 +70,50 @@ def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     return layers
 
 
+@contextmanager
+def swapped_back(model: nn.Module) -> Iterator[None]:
+    """Inside, all of an optimised model runs PEFT's and torch's own forwards."""
+    modules = list(model.modules())
+    blocks, layers, frozen = mlp.give_back(modules), unswap_all(modules), give_back_frozen(modules)
+    try:
+        yield
+    finally:
+        swap_all(layers)
+        take_frozen(frozen)
+        mlp.take(blocks, Block)
+
+
 def _is_ours(forward: object) -> bool:
     known = [kind.forward for pair in _fast().items() for kind in pair]
     return getattr(forward, "__func__", None) in known
+
+
+class Block(mlp.GatedMLP):
+    """What an optimised gated MLP becomes, whose layers are PEFT's, or have no adapter."""
+
+    def forward(self, *args, **named):
+        if args and any(
+            isinstance(m, LoraLayer) and is_peft_s_few(m, args[0]) for m in self.children()
+        ):
+            return super(mlp.GatedMLP, self).forward(*args, **named)
+        return super().forward(*args, **named)
+
+    def why_not_now(self) -> str:
+        return why_not_now()
+
+    def read_part(self, linear: nn.Module) -> mlp.Part:
+        """gate, up or down, where the layer's own call would be fast."""
+        if not isinstance(linear, LoraLayer):
+            return mlp.read_frozen(linear)
+        reason = why_not_swapped(linear) or ("" if is_swapped(linear) else "it isn't optimised")
+        if not reason and is_hooked(linear):
+            reason = "a hook watches, or something replaces, its calls"
+        if reason:
+            return mlp.Part(reason)
+        names = adapters_now(linear)
+        if not names:
+            return mlp.Part("its adapter is merged, disabled or not active")
+        reading = read(linear, names)
+        if reading.output is None or reading.magnitude is not None:
+            return mlp.Part(reading.reason or "it is DoRA")
+        return mlp.Part("", reading.output, max(reading.dropouts), reading.packed)

@@ -6,13 +6,10 @@ An older one than the tests were run with is left as it is; a newer one is sped 
 import os
 import re
 import sys
+from importlib import import_module
 
 _OLDEST, _NEWEST = (0, 19), (0, 21)  # of PEFT: those that the tests were run with
-
-
-def why_never() -> str:
-    """Why no layer of PEFT's runs fast in this process; "" if layers can."""
-    return "FASTLORA_DISABLE is set" if is_disabled() else why_not_version()
+_TESTED = "the tested versions, 0.19 to 0.21"
 
 
 def is_disabled() -> bool:
@@ -20,33 +17,46 @@ def is_disabled() -> bool:
     return os.environ.get("FASTLORA_DISABLE", "") not in ("", "0")
 
 
-def why_not_version() -> str:
-    """Why the PEFT that is imported isn't sped up; "" if it is, or if none is."""
-    numbers = _numbers()
-    if numbers is None or numbers >= _OLDEST:
-        return ""
-    return f"PEFT {_version()} is not among the tested versions, {_tested()}"
+def why_never() -> str:
+    """Why no layer of PEFT's runs fast in this process; "" if layers can."""
+    return "FASTLORA_DISABLE is set" if is_disabled() else _why_not_version()
+
+
+def why_not_peft() -> str:
+    """Why no layer of the PEFT that is imported can be looked at; "" if they can."""
+    if newer():
+        try:
+            for name in ("records", "swap"):
+                import_module(f".{name}", __package__)
+        except ImportError as error:
+            return f"{newer()}, and has moved what fastlora reads ({error})"
+    return _why_not_version()
+
+
+def untested() -> str:
+    """What to do about a PEFT that is newer than the tested versions; "" if it isn't."""
+    return newer() and (
+        f"{newer()}: fastlora.check(model, batch) compares your model's numbers with PEFT's own, "
+        "and python -m fastlora doctor those of small layers"
+    )
 
 
 def newer() -> str:
     """What to say of a PEFT that is newer than those that were tested; "" of any other."""
-    numbers = _numbers()
-    if numbers is None or numbers <= _NEWEST:
-        return ""
-    return f"PEFT {_version()} is newer than the tested versions, {_tested()}"
+    version, numbers = _version()
+    return f"PEFT {version} is newer than {_TESTED}" if numbers > _NEWEST else ""
 
 
-def _version() -> str:
-    return str(getattr(sys.modules.get("peft"), "__version__", ""))
+def _why_not_version() -> str:
+    """Why the PEFT that is imported isn't sped up; "" if it is, or if none is."""
+    version, numbers = _version()
+    return f"PEFT {version} is not among {_TESTED}" if numbers < _OLDEST else ""
 
 
-def _numbers() -> tuple[int, ...] | None:
-    """Major and minor of PEFT's version; (0, 0) if it can't be read, None if no PEFT is there."""
+def _version() -> tuple[str, tuple[int, ...]]:
+    """Of the PEFT that is imported: as it says it, and major and minor, 0 if they can't be read."""
     if "peft" not in sys.modules:
-        return None
-    numbers = re.match(r"(\d+)\.(\d+)", _version())
-    return tuple(map(int, numbers.groups())) if numbers else (0, 0)
-
-
-def _tested() -> str:
-    return " to ".join(".".join(map(str, version)) for version in (_OLDEST, _NEWEST))
+        return "", _NEWEST
+    version = str(getattr(sys.modules["peft"], "__version__", ""))
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return version, tuple(map(int, numbers.groups())) if numbers else (0, 0)

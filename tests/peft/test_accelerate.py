@@ -5,7 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from peft_llama import (
     DATA,
@@ -20,13 +20,12 @@ from peft_llama import (
     result,
     trained,
 )
-from peft_models import KINDS, assert_runs_the_same, assert_same, optimized, run_both
+from peft_models import assert_runs_the_same, optimized, run_both
 from torch import Tensor, nn
 
 import fastlora
 from fastlora.peft.masks import shared_masks
 
-kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 before_and_after = pytest.mark.parametrize("when", ["before", "after"])
 
 
@@ -61,10 +60,9 @@ def prepared(accelerator, when: str, model: nn.Module, *others):
     return found
 
 
-@kinds
 @before_and_after
-def test_accelerate_prepares_before_or_after(when, kind):
-    theirs = llama(**kind)
+def test_accelerate_prepares_before_or_after(when):
+    theirs = llama()
     ours = copy.deepcopy(theirs)
 
     def train(model):
@@ -74,11 +72,10 @@ def test_accelerate_prepares_before_or_after(when, kind):
     assert_runs_the_same(train, theirs, ours, fast=LAYERS * STEPS, tolerance=ROUNDING)
 
 
-@kinds
 @before_and_after
-def test_accelerate_in_bf16_is_no_further_from_the_truth(when, kind):
+def test_accelerate_in_bf16_is_no_further_from_the_truth(when):
     """accelerate replaces the model's forward by one under autocast."""
-    theirs = llama(**kind).float()
+    theirs = llama().float()
     expected, ours = gradients(copy.deepcopy(theirs).double()), copy.deepcopy(theirs)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
 
@@ -91,23 +88,6 @@ def test_accelerate_in_bf16_is_no_further_from_the_truth(when, kind):
     assert len(calls) == LAYERS
     assert our_error <= 2 * their_error
     assert their_error > 1e-4  # it was bf16
-
-
-def test_accelerate_saves_and_loads_its_state(tmp_path):
-    theirs = llama()
-    ours = optimized(theirs)
-    expected = gradients(ours)
-    accelerator = accelerate.Accelerator(cpu=True)
-    ours = accelerator.prepare(ours)
-    accelerator.save_state(tmp_path)
-    with torch.no_grad():
-        for parameter in trained(ours).values():
-            parameter.zero_()
-    accelerator.load_state(tmp_path)
-    assert_same(gradients(ours), expected, 0.0)
-    unwrapped = accelerator.unwrap_model(ours, keep_fp32_wrapper=False)
-    assert list(accelerator.get_state_dict(ours)) == list(theirs.state_dict())
-    assert not fastlora.coverage(unwrapped).eager
 
 
 def base_layers(model: nn.Module) -> list[nn.Module]:
@@ -131,29 +111,6 @@ def test_hooks_of_accelerate_on_base_layers(moved, both):
     fastlora.optimize(ours)
     fast = LAYERS * (moved == "inputs")
     assert_runs_the_same(gradients, theirs, ours, fast=fast, tolerance=ROUNDING)
-
-
-def test_once_accelerate_s_hooks_are_gone_layers_are_fast_again():
-    ours = optimized(llama())
-    for layer in base_layers(ours):
-        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
-        remove_hook_from_module(layer)
-    assert not fastlora.coverage(ours).eager
-
-
-def test_offloaded_layers_are_peft_s(both):
-    theirs, ours = both
-    accelerate.cpu_offload(ours, "cpu")
-    assert len(fastlora.optimize(ours).eager) == LAYERS
-    assert_runs_the_same(logits, theirs, ours, fast=0, tolerance=0.0)
-
-
-def test_an_offloaded_dora_model_fails_as_peft_s():
-    theirs = llama(use_dora=True)
-    for model in (optimized(theirs), theirs):
-        accelerate.cpu_offload(model, "cpu")
-        with pytest.raises(NotImplementedError, match="meta tensor"):
-            logits(model)
 
 
 def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(both, tmp_path):

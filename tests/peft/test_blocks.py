@@ -18,11 +18,9 @@ from peft_llama import (
     adamw,
     gradients,
     logits,
-    result,
     train,
-    trained,
 )
-from peft_models import BATCH, adapted, assert_same, gemma3, optimized, qwen3
+from peft_models import adapted, assert_same, gemma3, optimized, qwen3
 from torch import nn
 
 import fastlora
@@ -48,33 +46,30 @@ def mlps(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name.endswith(".mlp")]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_gradients_and_five_steps_are_peft_s(name, dtype):
-    theirs = model_of(name, dtype)
-    ours = optimized(theirs)
-    with counted_blocks() as calls:
-        found = gradients(ours)
-    assert len(calls) == 2
-    tolerance = {torch.float64: ROUNDING, torch.float32: 1e-4}[dtype]
-    assert_same(found, gradients(theirs), tolerance)
-    # With its own eps AdamW makes steps of one size even of gradients that are all rounding.
-    make = functools.partial(adamw, eps=1e-5)
-    assert_same(train(ours, make, steps=5), train(theirs, make, steps=5), 10 * tolerance)
-
-
-@pytest.mark.parametrize("targets", [["q_proj"], ["gate_proj"], ["up_proj", "down_proj"]], ids=str)
-def test_some_layers_have_no_adapter(targets):
-    theirs = model_of(target_modules=targets)
+def test_losses_gradients_and_five_steps_are_peft_s(name):
+    theirs = model_of(name)
     ours = optimized(theirs)
     with counted_blocks() as calls:
         found = gradients(ours)
     assert len(calls) == 2
     assert_same(found, gradients(theirs), ROUNDING)
+    # With its own eps AdamW makes steps of one size even of gradients that are all rounding.
+    make = functools.partial(adamw, eps=1e-5)
+    assert_same(train(ours, make, steps=5), train(theirs, make, steps=5), 10 * ROUNDING)
 
 
-def test_several_active_adapters():
-    theirs = model_of(adapters=("a", "b"))
+ADAPTERS = {
+    "none": {"target_modules": ["q_proj"]},
+    "gate": {"target_modules": ["gate_proj"]},
+    "up-down": {"target_modules": ["up_proj", "down_proj"]},
+    "two-each": {"adapters": ("a", "b")},
+}
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_layers_without_an_adapter_and_with_several(settings):
+    theirs = model_of(**settings)
     ours = optimized(theirs)
     with counted_blocks() as calls:
         found = gradients(ours)
@@ -91,45 +86,6 @@ def test_checkpointing(kind):
     with counted_blocks() as calls:
         assert_same(gradients(ours), expected, ROUNDING)
     assert len(calls) >= 2
-
-
-def test_generation():
-    theirs = model_of(dtype=torch.float32).eval()
-    ours = optimized(theirs)
-    settings = {"input_ids": BATCH, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    with counted_blocks() as calls:
-        assert torch.equal(ours.generate(**settings), theirs.generate(**settings))
-    assert not calls
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_without_a_graph_break():
-    theirs = model_of(lora_dropout=0.0)
-    ours = optimized(theirs)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    with counted_blocks() as calls:
-        loss = compiled(**DATA).loss
-        loss.backward()
-    assert not calls
-    found = {name: p.grad for name, p in trained(ours).items()}
-    theirs(**DATA).loss.backward()
-    assert_same(found, {name: p.grad for name, p in trained(theirs).items()}, ROUNDING)
-
-
-def test_under_autocast_and_in_16_bits_no_further_from_the_truth_than_layer_by_layer():
-    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
-        three = model_of(dtype=dtype)
-        node, truth = copy.deepcopy(three), copy.deepcopy(three).double()
-        fastlora.optimize(three, blocks=False)
-        fastlora.optimize(node)
-        expected = gradients(truth)
-        errors = []
-        for model in (node, three):
-            found = gradients(model, autocast)
-            errors.append(
-                sum((found[n].double() - t).square().sum() for n, t in expected.items()).sqrt()
-            )
-        assert errors[0] <= 1.2 * errors[1]
 
 
 def test_the_report():
@@ -209,11 +165,18 @@ def unloaded_layer(model):
     mlp.gate_proj = nn.Sequential(mlp.gate_proj)
 
 
+def dora(model):
+    config = peft.LoraConfig(use_dora=True, target_modules=["gate_proj"])
+    model.add_adapter("dora", config)
+    model.double().set_adapter("dora")
+
+
 LEFT = {  # what is done, how many blocks' calls are left, and the reason of the first
     "disabled": (disabled, 0, "its gate_proj: its adapter is merged, disabled or not active"),
     "merged": (merged, 0, "its gate_proj: its adapter is merged, disabled or not active"),
     "one-merged": (one_merged, 1, "its up_proj: its adapter is merged, disabled or not active"),
     "other-adapter": (other_adapter, 0, "its adapter is merged, disabled or not active"),
+    "dora": (dora, 0, "its gate_proj: it is DoRA"),
     "hook-lora_A": (hook_on_lora_a, 1, "its down_proj: a hook watches, or something replaces"),
     "hook-layer": (hook_on_a_layer, 1, "its gate_proj: a hook watches"),
     "hook-act": (hook_on_act, 1, "its activation is none that fastlora knows, or is hooked"),
@@ -245,16 +208,6 @@ def _backward(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.grad is not None]
 
 
-def test_dora_is_the_layers_own():
-    theirs = model_of(use_dora=True)
-    ours = optimized(theirs)
-    with counted_blocks() as calls:
-        found = gradients(ours)
-    assert not calls
-    assert_same(found, gradients(theirs), ROUNDING)
-    assert fastlora.coverage(ours).blocks[0].reason == "its gate_proj: it is DoRA"
-
-
 class Clamped(transformers.models.llama.modeling_llama.LlamaMLP):
     def forward(self, x):
         return super().forward(x).clamp(max=0.01)
@@ -271,19 +224,6 @@ def test_a_subclass_with_a_forward_of_its_own():
     assert_same(found, gradients(theirs), ROUNDING)
     first, second = fastlora.coverage(ours).blocks
     assert (first.reason, second.reason) == ("its forward is none that fastlora knows", "")
-
-
-def test_hooks_on_the_block_itself():
-    theirs, seen = model_of(), []
-    ours = optimized(theirs)
-    for model in (theirs, ours):
-        mlps(model)[0].register_forward_hook(lambda module, x, y: seen.append(len(x)) or y * 2)
-        mlps(model)[0].register_full_backward_hook(lambda *_: seen.append(0))
-    with counted_blocks() as calls:
-        found = gradients(ours)
-    assert len(calls) == 2
-    assert_same(found, gradients(theirs), ROUNDING)
-    assert seen == [1, 0, 1, 0]
 
 
 def test_copies_pickles_and_files(tmp_path):
@@ -308,24 +248,6 @@ def _base_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).unload()
 
 
-def test_merge_and_unload_is_peft_s_and_the_block_stays_one():
-    theirs = model_of()
-    ours = optimized(theirs).merge_and_unload()
-    theirs = theirs.merge_and_unload()
-    assert repr(ours) == repr(theirs)
-    assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
-    assert len(blocks(ours)) == 2
-    assert torch.equal(logits(ours), logits(theirs))
-    found = []
-    for model in (ours, theirs):
-        model.train().requires_grad_(True)
-        model(**DATA).loss.backward()
-        found.append([p.grad for p in model.parameters()])
-    assert_same(*found, ROUNDING)
-    fastlora.restore(ours)
-    assert not blocks(ours)
-
-
 def test_check_compares_and_puts_back():
     model = model_of().train()
     assert fastlora.check(model, DATA)
@@ -337,12 +259,6 @@ def test_check_compares_and_puts_back():
     assert len(calls) == 2  # in one of the two runs
     assert len(blocks(model)) == 2
     assert [block.fast for block in check.coverage.blocks] == [True, True]
-
-
-def test_check_sees_a_wrong_block(monkeypatch):
-    run = fastlora.layers.mlp.gated_mlp
-    monkeypatch.setattr("fastlora.layers.mlp.gated_mlp", lambda *a, **k: run(*a, **k) * 1.5)
-    assert not fastlora.check(model_of().train(), DATA)
 
 
 def test_a_block_under_fsdp2_s_class():
@@ -363,22 +279,3 @@ def test_a_block_under_fsdp2_s_class():
         assert len(calls) == 2
         fastlora.restore(model)
         assert type(mlp).__bases__ == (fsdp, kind)
-
-
-def test_training_result_is_the_same_with_and_without_blocks():
-    """From one seed, with fastlora's own masks."""
-    first = model_of()
-    found = []
-    for settings in ({}, {"blocks": False}):
-        model = copy.deepcopy(first)
-        fastlora.optimize(model, **settings)
-        torch.manual_seed(3)
-        optimizer, losses = adamw(trained(model.train()).values()), []
-        for _ in range(3):
-            loss = model(**DATA).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        found.append(result(model, losses))
-    assert_same(*found, 1e-9)

@@ -1,6 +1,8 @@
 """check(model, batch): PEFT's forward and the fast one on the user's own batch."""
 
+import math
 import random
+from dataclasses import replace
 
 import numpy
 import peft
@@ -8,14 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from models import Mlp, tiny_llama
-from peft.tuners.lora.layer import Linear as PeftLinear
-from peft_models import adapted
+from peft_models import BATCH, adapted, qwen3
 from torch import nn
 
 import fastlora
 from fastlora.ops import functional
-from fastlora.peft import dropout
 from fastlora.peft import layer as fast_linear
+from fastlora.peft import masks
+from fastlora.peft.check import Check, Difference
 
 
 def llama(dtype=torch.float32, **settings) -> peft.PeftModel:
@@ -37,13 +39,6 @@ def test_a_model_passes(settings):
     text = str(found)
     assert text.startswith("fastlora (14 of 14 layers fast) and PEFT: the same within rounding")
     assert found.layers[0].name in text or len(found.layers) > 5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits_are_coarser(dtype):
-    found = fastlora.check(llama(dtype), batch())
-    assert found
-    assert found.tolerance > 1e-3
 
 
 @pytest.fixture
@@ -81,7 +76,7 @@ def test_a_wrong_number_is_found(read_anew, monkeypatch, how):
 
 def test_a_wrong_layer_is_named(read_anew, monkeypatch):
     model = llama()
-    culprit = model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight
+    culprit = model.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight
     run = fast_linear.fast_forward
 
     def wrong(x, name, reading, seen):
@@ -92,7 +87,7 @@ def test_a_wrong_layer_is_named(read_anew, monkeypatch):
     monkeypatch.setattr(fast_linear, "fast_forward", wrong)
     found = fastlora.check(model, batch())
     (wrong_layer,) = (d.name for d in found.layers if d.relative > 1e-3)
-    assert wrong_layer.endswith("layers.1.mlp.up_proj")
+    assert wrong_layer.endswith("layers.1.self_attn.v_proj")
 
 
 def test_not_a_number_is_a_failure(monkeypatch):
@@ -101,117 +96,47 @@ def test_not_a_number_is_a_failure(monkeypatch):
     assert not fastlora.check(llama(), batch())
 
 
-@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
-def test_it_changes_nothing(optimized):
-    model = llama(lora_dropout=0.2)
-    if optimized:
-        fastlora.optimize(model)
-    model.base_model.model.extra = nn.BatchNorm1d(3)
-    model.base_model.model.extra(torch.randn(4, 3))
-    weight = model.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight
-    weight.grad = torch.ones_like(weight)
-    classes = [type(module) for module in model.modules()]
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    state = torch.get_rng_state()
-    fastlora.check(model, batch())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [type(module) for module in model.modules()] == classes
-    assert all(map(torch.equal, model.buffers(), buffers))
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert [name.rsplit(".", 4)[1] for name in gradients] == ["down_proj"]
-    assert (gradients.popitem()[1] == 1).all()
-
-
-def test_an_error_in_the_model_leaves_it_as_it_was():
-    model = llama()
-    with pytest.raises((TypeError, ValueError)):
-        fastlora.check(model, {"no_such_argument": 3})
-    assert type(model.base_model.model.model.layers[0].mlp.up_proj) is PeftLinear
-
-
-def mlp(**settings) -> peft.PeftModel:
-    return adapted(Mlp(), target_modules=["up"], **settings).train()
-
-
-@pytest.mark.parametrize(
-    "make", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "mapping"]
-)
-def test_forms_of_a_batch_and_an_output_without_a_loss(make):
-    found = fastlora.check(mlp().base_model.model, make(torch.randn(5, 8)))
-    assert found
-    assert [d.name for d in found.outputs] == ["output"]
-
-
-class Counting(nn.Module):
-    """Multiplies by the number of its calls, which it keeps in a buffer."""
+class Disturbing(nn.Module):
+    """It writes to its input and its buffers, replaces one, and draws by Python and numpy."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return x * self.calls
-
-
-class Averaging(nn.Module):
-    """Divides by a running mean, a new tensor each time."""
-
-    def __init__(self):
-        super().__init__()
         self.register_buffer("mean", torch.ones(()))
 
     def forward(self, x):
+        self.calls += 1
         self.mean = 0.9 * self.mean + x.detach().abs().mean()
-        self.register_buffer("last", self.mean)
-        return x / self.mean
-
-
-BUFFERS = {"in-place": Counting(), "replaced": Averaging(), "batch-norm": nn.BatchNorm1d(4)}
-
-
-@pytest.mark.parametrize("module", BUFFERS.values(), ids=BUFFERS)
-def test_both_runs_start_from_the_same_buffers(module):
-    model = nn.Sequential(mlp(), module)
-    before = {name: (b, b.clone()) for name, b in module.named_buffers()}
-    assert fastlora.check(model, torch.randn(5, 8))
-    after = dict(module.named_buffers())
-    assert after.keys() == before.keys()
-    for name, (buffer, value) in before.items():
-        assert after[name] is buffer
-        assert torch.equal(buffer, value)
-
-
-class Dropping(nn.Module):
-    """Drops columns as Python's and numpy's generators say."""
-
-    def forward(self, x):
         keep = [random.random() < 0.5 and numpy.random.rand() < 0.8 for _ in range(x.shape[-1])]
-        return x * torch.tensor(keep)
+        return x.mul_(self.calls) * torch.tensor(keep) / self.mean
 
 
-def test_random_states_outside_of_torch_are_shared_and_put_back():
-    model = nn.Sequential(mlp(), Dropping())
-    states = random.getstate(), numpy.random.get_state()[1].tolist()
-    assert fastlora.check(model, torch.randn(5, 8))
-    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == states
-
-
-class Overwriting(nn.Module):
-    def forward(self, x):
-        return x.mul_(2)
-
-
-def test_the_batch_is_left_as_it_is():
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
+def test_it_changes_nothing(optimized):
+    model = nn.Sequential(Disturbing(), mlp(lora_dropout=0.2), nn.BatchNorm1d(4))
+    if optimized:
+        fastlora.optimize(model)
+    up = model[1].base_model.model.up
+    up.lora_A["default"].weight.grad = torch.ones(4, 8)
     x = torch.randn(5, 8)
-    before = x.clone()
-    assert fastlora.check(nn.Sequential(Overwriting(), mlp()), x)
-    assert torch.equal(x, before)
-    x.requires_grad_()
-    found = fastlora.check(mlp(), x * 2)  # with a history
-    assert found
-    assert "input 0" in {gradient.name for gradient in found.gradients}
-    assert x.grad is None
+
+    def state():
+        buffers = {name: (id(b), b.tolist()) for name, b in model.named_buffers()}
+        random_states = random.getstate(), numpy.random.get_state()[1].tolist()
+        gradients = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+        kinds = [type(module) for module in model.modules()]
+        return buffers, random_states, torch.get_rng_state().tolist(), gradients, kinds, x.tolist()
+
+    before = state()
+    assert fastlora.check(model, x)
+    assert state() == before
+    with pytest.raises(RuntimeError):
+        fastlora.check(model, torch.randn(5, 9))
+    assert state() == before
+
+
+def mlp(**settings) -> peft.PeftModel:
+    return adapted(Mlp(), target_modules=["up"], **settings).train()
 
 
 def test_a_gradient_that_does_not_reach_the_input_is_found(read_anew, monkeypatch):
@@ -221,29 +146,21 @@ def test_a_gradient_that_does_not_reach_the_input_is_found(read_anew, monkeypatc
     assert not fastlora.check(mlp(), x)
 
 
-class LossOfEach(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mlp = mlp()
-
-    def forward(self, x):
-        return {"loss": self.mlp(x).square().mean(-1)}
-
-
-def test_a_loss_for_each_row_is_summed():
-    assert fastlora.check(LossOfEach(), torch.randn(5, 8)).loss.relative < 1e-5
+@pytest.mark.parametrize(
+    "make", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "mapping"]
+)
+def test_forms_of_a_batch_and_an_output_without_a_loss(make):
+    x = torch.randn(5, 8).requires_grad_() * 2  # with a history
+    found = fastlora.check(mlp().base_model.model, make(x), tolerance=1e-5)
+    assert found
+    assert found.tolerance == 1e-5
+    assert [d.name for d in found.outputs] == ["output"]
+    assert "input 0" in {gradient.name for gradient in found.gradients}
 
 
 def test_autocast_inside_of_the_model_is_noticed():
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare(llama())
     assert fastlora.check(model, batch()).tolerance == 0.1
-
-
-def test_autocast_is_as_coarse_as_its_dtype():
-    with torch.autocast("cpu", torch.bfloat16):
-        found = fastlora.check(llama(), batch())
-    assert found
-    assert found.tolerance == fastlora.check(llama(torch.bfloat16), batch()).tolerance
 
 
 def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(monkeypatch):
@@ -253,8 +170,8 @@ def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(mon
         return torch.randint(0, 2**60, (count,), device=device).add_(count)
 
     monkeypatch.setattr(functional, "draw_seed", draw)
-    monkeypatch.setattr(dropout, "draw_seed", draw)
-    model = llama(lora_dropout=0.3)
+    monkeypatch.setattr(masks, "draw_seed", draw)
+    model = adapted(tiny_llama(), target_modules=["q_proj", "o_proj"], lora_dropout=0.3).train()
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
     assert fastlora.check(model, batch())
@@ -276,5 +193,40 @@ def test_an_optimizer_inside_of_backward_is_refused():
         fastlora.check(model, torch.randn(5, 8))
 
 
-def test_the_tolerance_can_be_given():
-    assert not fastlora.check(llama(), batch(), tolerance=1e-12)
+# What is taken for rounding, by dtype and depth
+
+
+def checked(blocks: int, dtype: torch.dtype) -> Check:
+    torch.manual_seed(0)
+    model = adapted(qwen3(num_hidden_layers=blocks), target_modules="all-linear").to(dtype)
+    return fastlora.check(model.train(), {"input_ids": BATCH, "labels": BATCH})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_two"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=["bf16", "f16"]
+)
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_in_16_bits_the_tolerance_grows_with_depth(dtype, of_two, blocks):
+    found = checked(blocks, dtype)
+    assert found.tolerance == pytest.approx(of_two * math.sqrt(max(1, blocks - 1)))
+    assert found, str(found)
+    assert "compare in float32 to see them (model.float(), without autocast)" in str(found)
+
+
+def test_in_float32_it_does_not_and_nothing_is_said():
+    found = checked(8, torch.float32)
+    assert found.tolerance == 1e-3
+    assert "compare" not in str(found)
+
+
+def test_a_deep_bfloat16_model_is_no_false_alarm():
+    """The largest difference is 0.12 to 0.42, by the seed: rounding, in PEFT's run as in this."""
+    assert checked(32, torch.bfloat16)
+
+
+def test_what_is_not_the_same_in_16_bits_says_what_to_do():
+    found = checked(1, torch.bfloat16)
+    wrong = replace(found, loss=Difference("loss", 0.5))
+    assert not wrong
+    assert "NOT the same" in str(wrong)
+    assert "can do that: compare in float32 before you take it for a defect" in str(wrong)

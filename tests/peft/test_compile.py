@@ -41,12 +41,11 @@ def train_compiled(
 
 
 COMPILED = {
-    "lora": {"lora_dropout": 0.0},
     "dropout": {},
     "dora": {"use_dora": True, "lora_dropout": 0.0},
     "dora-dropout": {"use_dora": True},
 }
-PLACES = {"model": ["lora", "dropout", "dora-dropout"], "blocks": ["dropout", "dora"]}
+PLACES = {"model": ["dropout", "dora-dropout"], "blocks": ["dora"]}
 
 
 @pytest.mark.parametrize(("what", "name"), [(w, name) for w in PLACES for name in PLACES[w]])
@@ -89,8 +88,8 @@ def test_optimized_after_compiling_is_compiled_again():
 
 
 def test_check_of_a_compiled_model_that_drops():
-    compiled = torch.compile(llama(blocks=1).train(), backend="aot_eager", fullgraph=True)
-    assert fastlora.check(compiled, DATA)
+    compiled = torch.compile(mlp(lora_dropout=0.3).train(), backend="aot_eager", fullgraph=True)
+    assert fastlora.check(compiled, inputs())
 
 
 def test_checkpointed_blocks_of_a_compiled_model():
@@ -116,17 +115,6 @@ def test_an_import_compiles_nothing_again(monkeypatch):
     monkeypatch.setitem(sys.modules, "imported_later", types.ModuleType("imported_later"))
     with torch._dynamo.config.patch(error_on_recompile=True):
         gradients(compiled)
-
-
-def test_a_block_compiled_by_inductor():
-    theirs = llama(lora_dropout=0.0)
-    ours = optimized(theirs)
-    ours.base_model.model.model.layers[0].compile(backend="inductor", fullgraph=True)
-    # The float32 norms' sums are in another order.
-    assert_same(gradients(ours), gradients(theirs), 1e-5)
-    with counted_ops() as ops:
-        gradients(ours)
-    assert ops == {"lora_linears": LAYERS // 2, "lora_linears_backward": LAYERS // 2}
 
 
 def test_an_adapter_is_swapped_in_a_compiled_model_without_compiling_again(tmp_path):

@@ -6,7 +6,6 @@ import pickle
 import peft
 import pytest
 import torch
-from memory import saved_bytes
 from moe_models import IDS, MODELS, base_model, experts_of, parameters_of, train
 from peft_models import adapted, assert_runs_the_same, counted_calls, optimized, run_both
 from torch import nn
@@ -39,27 +38,10 @@ def test_every_gradient_is_peft_s(name):
     assert_runs_the_same(train, theirs, ours, fast=fast, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_ten_steps(implementation):
-    theirs = model_of("qwen3", implementation)
-    run = lambda model: train(model, 10)  # noqa: E731
-    assert_runs_the_same(run, theirs, fast=60, tolerance=2e-4)
-
-
-def test_generation():
-    theirs = model_of("mixtral")
-
-    def generate(model):
-        return model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
-
-    assert torch.equal(generate(theirs), generate(optimized(theirs)))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant):
+def test_checkpointing():
     theirs = model_of().double().train()
     theirs.enable_input_require_grads()
-    settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    settings = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
     ours = optimized(theirs)
     expected = train(theirs)
     ours.gradient_checkpointing_enable(**settings)
@@ -75,16 +57,6 @@ def test_the_report_says_what_experts_run_on():
             experts = [layer for layer in layers if "experts" in layer.name]
             assert {(layer.fast, layer.plan) for layer in experts} == {(True, plan)}
             assert all(layer.reason == "" for layer in experts) is (plan == "triton")
-
-
-def test_less_is_kept_than_peft_keeps():
-    theirs = model_of()
-    ours = optimized(theirs)
-    ours_kept, theirs_kept = (
-        sum(saved_bytes(lambda m=m: m(input_ids=IDS).logits, m.parameters()).values())
-        for m in (ours, theirs)
-    )
-    assert ours_kept < 0.7 * theirs_kept
 
 
 def merge(model):
@@ -105,17 +77,12 @@ def hook_the_experts(model):
     experts_of(model).get_base_layer().register_forward_hook(lambda *_: None)
 
 
-def hook_an_inner_layer(model):
-    experts_of(model).base_layer.register_forward_pre_hook(lambda *_: None)
-
-
 def hook_lora_a(model):
     experts_of(model).lora_A["default"].register_forward_hook(lambda *_: None)
 
 
 def replace_the_forward(model):
     experts = experts_of(model).get_base_layer()
-    experts.forward = type(experts).forward.__get__(experts)
     experts.forward = lambda *args: type(experts).forward(experts, *args)
 
 
@@ -125,7 +92,7 @@ def replace_the_gate(model):
 
 
 CHANGES = [
-    merge, disable, add_another, hook_the_experts, hook_an_inner_layer, hook_lora_a,
+    merge, disable, add_another, hook_the_experts, hook_lora_a,
     replace_the_forward, replace_the_gate,
 ]  # fmt: skip
 
@@ -148,9 +115,8 @@ def test_what_peft_is_asked_for(change):
         assert all(reasons)
 
 
-@pytest.mark.parametrize("target", ["experts.down_proj", "experts.gate_up_proj"])
-def test_one_adapted_parameter(target):
-    theirs = model_of(target_parameters=[target]).double()
+def test_one_adapted_parameter():
+    theirs = model_of(target_parameters=["experts.down_proj"]).double()
     assert_runs_the_same(train, theirs, fast=4, tolerance=1e-11)
 
 
@@ -176,21 +142,14 @@ def test_compiled_without_a_break():
     """PEFT's own can't be, which parametrises in the call."""
     theirs = model_of("gpt-oss", target_modules=[])
     ours = optimized(theirs)
-    experts = experts_of(ours)
     index, weights = torch.tensor([[0, 1], [3, 1], [1, 0]]), torch.rand(3, 2)
-    call = torch.randn(3, 32, requires_grad=True), index, weights
-    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
-    found = compiled(*call)
-    expected = experts_of(theirs)(*call)
-    torch.testing.assert_close(found, expected)
-    wanted = [call[0], *[p for n, p in experts.named_parameters() if "lora_" in n]]
-    its = [call[0], *[p for n, p in experts_of(theirs).named_parameters() if "lora_" in n]]
-    for ours_, their in zip(
-        torch.autograd.grad(found.sum(), wanted),
-        torch.autograd.grad(expected.sum(), its),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours_, their, atol=1e-5, rtol=1e-4)
+    x, found = torch.randn(3, 32, requires_grad=True), []
+    compiled = torch.compile(experts_of(ours), fullgraph=True, backend="aot_eager")
+    for model, run in ((ours, compiled), (theirs, experts_of(theirs))):
+        y = run(x, index, weights)
+        wanted = [x, *[p for p in model.parameters() if p.requires_grad]]
+        found.append([y, *torch.autograd.grad(y.sum(), wanted)])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 def test_files_and_merging_are_peft_s(tmp_path):

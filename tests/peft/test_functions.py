@@ -11,7 +11,6 @@ import pytest
 import torch
 from models import tiny_llama
 from peft.helpers import rescale_adapter_scale
-from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import (
     KINDS,
@@ -37,13 +36,6 @@ def disable(model):
     return disabled, model(inputs())
 
 
-def enable_and_disable_layers(model):
-    model.base_model.disable_adapter_layers()
-    disabled = model(inputs())
-    model.base_model.enable_adapter_layers()
-    return disabled, model(inputs())
-
-
 def add_set_delete(model):
     """A second adapter beside the first, in its place, both at once, and alone."""
     model.add_adapter("b", other_config(init_lora_weights="gaussian"))
@@ -54,12 +46,6 @@ def add_set_delete(model):
     outputs += [model(inputs()), gradients(model)]
     model.delete_adapter("default")
     return [*outputs, model(inputs()), model.active_adapters, list(model.state_dict())]
-
-
-def delete_the_last(model):
-    model(inputs())
-    model.delete_adapter("default")
-    return up(model)(inputs())
 
 
 def merge_and_unmerge(model):
@@ -120,32 +106,6 @@ def convert(model):
     return [*outputs, narrow.dtype, model.double()(inputs())]
 
 
-def freeze(model):
-    """Each adapter's tensor alone, then none."""
-    found = []
-    for kept in ("lora_A", "lora_B", "base_layer.bias", "base_layer.weight"):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(kept in name)
-        found.append(gradients(model))
-    model.requires_grad_(False)
-    return found, model(inputs()).requires_grad
-
-
-def step(optimizer, model):
-    model(inputs()).sum().backward()
-    optimizer.step()
-    return model(inputs())
-
-
-def step_lora_plus(model):
-    options = {"lr": 0.1, "loraplus_lr_ratio": 4}
-    return step(create_loraplus_optimizer(model, torch.optim.SGD, **options), model)
-
-
-def step_lora_fa(model):
-    return step(create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=0.1), model)
-
-
 def make_copies(model):
     """Copies by all means, each used once; the original is used last."""
     file = io.BytesIO()
@@ -162,11 +122,6 @@ def make_copies(model):
     return [gradients(each) for each in copies]
 
 
-def functional_call(model):
-    tensors = {name: value.detach() * 1.5 for name, value in model.state_dict().items()}
-    return torch.func.functional_call(model, tensors, (inputs(),))
-
-
 def change_in_place(model):
     """A layer's output is changed in place by what follows, and so is its input's source."""
     x = inputs().requires_grad_()
@@ -176,13 +131,6 @@ def change_in_place(model):
     return y, x.grad, up(model).lora_A["default"].weight.grad
 
 
-def backward_twice(model):
-    loss = model(inputs()).sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    return up(model).lora_A["default"].weight.grad
-
-
 def gradient_penalty(model):
     x = inputs().requires_grad_()
     (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -190,29 +138,8 @@ def gradient_penalty(model):
     return [p.grad for p in model.parameters() if p.requires_grad]
 
 
-def jacobian(model, vectorize=False):
-    return torch.autograd.functional.jacobian(model, inputs()[0], vectorize=vectorize)
-
-
-def jacobian_vectorized(model):
-    return jacobian(model, vectorize=True)
-
-
-def tensor_hooks(model):
-    seen = []
-    weight = up(model).lora_A["default"].weight
-    weight.register_hook(lambda gradient: seen.append(gradient.clone()) or gradient * 2)
-    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
-    model(inputs()).sum().backward()
-    return seen
-
-
-def hooks_on_the_layer(model):
-    seen = []
-    up(model).register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
-    up(model).register_forward_hook(lambda layer, args, y: seen.append(y) or y + 1)
-    up(model).register_full_backward_hook(lambda layer, dx, dy: seen.extend([*dx, *dy]))
-    return gradients(model), seen
+def jacobian(model):
+    return torch.autograd.functional.jacobian(model, inputs()[0], vectorize=True)
 
 
 def odd_inputs(model):
@@ -247,14 +174,14 @@ def hotswap(model):
 
 
 FUNCTIONS = [
-    disable, enable_and_disable_layers, add_set_delete, delete_the_last, merge_and_unmerge,
-    disable_while_merged, add_weighted_adapter, rescale, read_and_set_state, convert, freeze,
-    step_lora_plus, step_lora_fa, make_copies, functional_call, change_in_place, backward_twice,
-    gradient_penalty, jacobian, jacobian_vectorized, tensor_hooks, hooks_on_the_layer, odd_inputs,
+    disable, add_set_delete, merge_and_unmerge,
+    disable_while_merged, add_weighted_adapter, rescale, read_and_set_state, convert,
+    make_copies, change_in_place,
+    gradient_penalty, jacobian, odd_inputs,
     load_again, hotswap,
 ]  # fmt: skip
 # PEFT doesn't do these with DoRA; odd-inputs has a test of its own.
-NOT_WITH_DORA = {add_weighted_adapter, hotswap, step_lora_fa, odd_inputs}
+NOT_WITH_DORA = {add_weighted_adapter, hotswap, odd_inputs}
 
 
 @pytest.mark.parametrize(

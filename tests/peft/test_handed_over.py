@@ -1,11 +1,19 @@
-"""Calls that an optimised layer leaves to PEFT's own forward, which does what it always did."""
+"""What acts on a layer, or changes it, the next call sees, and is PEFT's where it has to be.
+
+Every change comes behind a call that was known, so that nothing of it is stale.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy
+import peft
 import pytest
 import torch
 from models import tiny_llama
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners import lora
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import config as lora_config
 from peft_models import (
     ROUNDING,
@@ -15,60 +23,54 @@ from peft_models import (
     assert_same,
     counted_calls,
     gradients,
-    inputs,
     mlp,
     optimized,
-    other_config,
-    run_both,
     up,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 import fastlora
+from fastlora.peft import layer as fast_layer
 
-# Each of these makes PEFT's forward take over; the reason is in coverage where the layer shows it.
-
-
-def hook(part, register, *, result=None):
-    """Count the calls of a hook on a part of the layer, and of the same after its removal."""
-
-    def call(model):
-        module, calls = part(up(model)), []
-
-        def seen(*args):
-            calls.append(len(args))
-            return result
-
-        handle = getattr(module, register)(seen)
-        found = gradients(model), len(calls)
-        handle.remove()
-        return found
-
-    return call
+K, N = 8, 6
 
 
-def global_hook(register):
-    def call(model):
-        calls = []
-        seen = lambda module, *_: calls.append(type(module).__name__)  # noqa: E731
-        handle = getattr(nn_module, register)(seen)
-        found = gradients(model), calls
-        handle.remove()
-        return found
-
-    return call
+def layer_of(**settings) -> nn.Module:
+    """One with two adapters, of which the first is active."""
+    torch.manual_seed(0)
+    settings = {"target_modules": ["0"], "init_lora_weights": False} | settings
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), peft.LoraConfig(r=4, **settings))
+    model.add_adapter("other", peft.LoraConfig(r=3, **settings))
+    return model.base_model.model[0]
 
 
-def replaced_forward(part):
-    def call(model):
-        module = part(up(model))
-        run = module.forward
-        module.forward = lambda *args, **named: run(*args, **named) * 2
-        return gradients(model)
+def inputs() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(5, K, requires_grad=True)
 
-    return call
+
+def step(layer: nn.Module) -> list:
+    """Its output and gradients, or what it raises."""
+    x = inputs()
+    try:
+        y = layer(x)
+        y.square().sum().backward()
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    found = [y, x.grad, x, *(each.grad for each in layer.parameters())]
+    layer.zero_grad()
+    return found
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """How often a layer is read."""
+    seen, read = [], fast_layer.read
+    monkeypatch.setattr(fast_layer, "read", lambda *all: seen.append(read(*all)) or seen[-1])
+    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    return seen
 
 
 class Doubled(nn.Linear):
@@ -81,33 +83,9 @@ class DoubledCall(nn.Linear):
         return super().__call__(x) * 2
 
 
-def other_class(part, cls):
-    def call(model):
-        part(up(model)).__class__ = cls
-        return gradients(model)
-
-    return call
-
-
-def base(layer):
-    return layer.base_layer
-
-
-def lora_a(layer):
-    return layer.lora_A["default"]
-
-
-def lora_b(layer):
-    return layer.lora_B["default"]
-
-
-def dropout(layer):
-    return layer.lora_dropout["default"]
-
-
-def bias_on_lora_a(model):
-    lora_a(up(model)).bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
-    return gradients(model)
+class Fives(nn.Dropout):
+    def forward(self, x):
+        return x * 5
 
 
 class Negated(nn.Module):
@@ -115,159 +93,319 @@ class Negated(nn.Module):
         return -weight
 
 
-def parametrized(part):
-    def call(model):
-        parametrize.register_parametrization(part(up(model)), "weight", Negated())
-        return gradients(model)
-
-    return call
-
-
-def base_inside_another(model):
-    """A base layer without a weight of its own, like PEFT's wrapper of trained tokens."""
-    up(model).base_layer = nn.Sequential(up(model).base_layer)
-    return gradients(model)
-
-
-def compiled_with_a_global_hook(model):
-    handle = nn_module.register_module_forward_hook(
-        lambda module, _, y: y * 2 if type(module) is nn.Linear else None
-    )
-    torch._dynamo.reset()
-    y = torch.compile(model, backend="eager")(inputs())
-    handle.remove()
-    return y
-
-
-class Fives(nn.Dropout):
-    def forward(self, x):
-        return x * 5
-
-
-def with_dropout(module):
-    def call(model):
-        up(model).lora_dropout["default"] = module
-        return gradients(model.train())
-
-    return call
-
-
-def dropout_in_place(model):
-    """It changes the layer's input, which others may read."""
-    up(model).lora_dropout["default"] = nn.Dropout(0.5, inplace=True)
-    torch.manual_seed(0)
-    x = inputs()
-    y = up(model.train())(x)
-    return y, x
-
-
-def casting_switched_off(model):
-    with disable_input_dtype_casting(model):
-        return gradients(model)
-
-
-def scaling_of(value):
-    def call(model):
-        up(model).scaling["default"] = value
-        return up(model)(inputs())
-
-    return call
-
-
-def mixed_batch(model):
-    model.add_adapter("b", other_config(init_lora_weights="gaussian"))
-    return model(inputs(), adapter_names=["b", "default", "__base__"])
-
-
-HANDED_OVER = {
-    "hook-base": hook(base, "register_forward_hook"),
-    "hook-lora_A": hook(lora_a, "register_forward_hook"),
-    "hook-lora_B": hook(lora_b, "register_forward_hook"),
-    "hook-dropout": hook(dropout, "register_forward_hook"),
-    "pre-hook-base": hook(base, "register_forward_pre_hook"),
-    "pre-hook-lora_A": hook(lora_a, "register_forward_pre_hook"),
-    "backward-hook-base": hook(base, "register_full_backward_hook"),
-    "backward-hook-lora_B": hook(lora_b, "register_full_backward_hook"),
-    "backward-pre-hook-lora_A": hook(lora_a, "register_full_backward_pre_hook"),
-    "old-backward-hook-lora_A": hook(lora_a, "register_backward_hook"),
-    "hook-that-changes": hook(
-        dropout, "register_forward_hook", result=torch.ones(3, 5, 8).double()
-    ),
-    "global-hook": global_hook("register_module_forward_hook"),
-    "global-pre-hook": global_hook("register_module_forward_pre_hook"),
-    "global-backward-hook": global_hook("register_module_full_backward_hook"),
-    "global-backward-pre-hook": global_hook("register_module_full_backward_pre_hook"),
-    "forward-base": replaced_forward(base),
-    "forward-lora_A": replaced_forward(lora_a),
-    "forward-lora_B": replaced_forward(lora_b),
-    "forward-dropout": replaced_forward(dropout),
-    "class-base": other_class(base, Doubled),
-    "class-lora_A": other_class(lora_a, Doubled),
-    "class-lora_B": other_class(lora_b, Doubled),
-    "call-base": other_class(base, DoubledCall),
-    "bias-lora_A": bias_on_lora_a,
-    "parametrized-lora_A": parametrized(lora_a),
-    "parametrized-base": parametrized(base),
-    "base-inside-another": base_inside_another,
-    "compiled-global-hook": compiled_with_a_global_hook,
-    "dropout-class": with_dropout(Fives(0.5)),
-    "dropout-one": with_dropout(nn.Dropout(1.0)),
-    "dropout-in-place": dropout_in_place,
-    "casting-off": casting_switched_off,
-    "scaling-numpy-f32": scaling_of(numpy.float32(1.5)),
-    "scaling-nan": scaling_of(float("nan")),
-    "scaling-infinite": scaling_of(float("inf")),
-    "scaling-large": scaling_of(1e39),
-    "scaling-per-row": scaling_of(torch.arange(12, dtype=torch.float64)),
-    "mixed-batch": mixed_batch,
+PARTS = {
+    "base": lambda layer: layer.base_layer,
+    "lora_A": lambda layer: layer.lora_A["default"],
+    "lora_B": lambda layer: layer.lora_B["default"],
+    "dropout": lambda layer: layer.lora_dropout["default"],
+    "magnitude": lambda layer: layer.lora_magnitude_vector["default"],
 }
 
 
-@pytest.mark.parametrize("name", HANDED_OVER)
-def test_leaves_the_call_to_peft(name):
-    got, expected, calls = run_both(HANDED_OVER[name], mlp())
-    assert_same(got, expected, ROUNDING)  # `down` is fast in most of them
-    assert not [x for x in calls if x.shape[-1] == 8]  # those of `up`
+def with_forward(module):
+    run = module.forward
+    module.forward = lambda x: run(x) * 3
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    {
-        "hook-base": "its base layer",
-        "forward-lora_A": "its lora_A",
-        "class-base": "Doubled",
-        "class-lora_B": "Doubled",
-        "parametrized-lora_A": "its lora_A",
-        "dropout-class": "its dropout",
-        "dropout-one": "drops everything",
-    }.items(),
-)
-def test_coverage_says_why(name, reason):
-    model = optimized(mlp())
-    hooked = up(model)
-    if name == "hook-base":
-        hooked.base_layer.register_forward_hook(lambda *_: None)
+def hook(register, result=lambda _, args, *__: (args[0] * 2,)):
+    return lambda module: getattr(module, register)(result)
+
+
+def of(part: str, change: Callable) -> Callable:
+    return lambda layer: change(PARTS[part](layer))
+
+
+def weight(part: str, *shape: int, name: str = "weight", **how) -> Callable:
+    """Another parameter of this shape."""
+    return of(part, lambda m: setattr(m, name, nn.Parameter(torch.randn(shape).to(**how))))
+
+
+def to(part: str, cls: type) -> Callable:
+    return of(part, lambda module: setattr(module, "__class__", cls))
+
+
+def dropout(module: nn.Module) -> Callable:
+    return lambda layer: layer.lora_dropout.update({"default": module})
+
+
+def scaling(value: Any) -> Callable:
+    return lambda layer: layer.scaling.update(default=value)
+
+
+def casting_off(layer):
+    layer.cast_input_dtype_enabled = False
+
+
+ACTING = {
+    "pre-hook": hook("register_forward_pre_hook"),
+    "hook": hook("register_forward_hook", lambda _, __, y: y * 2),
+    "backward-hook": hook("register_full_backward_hook", lambda _, dx, __: (dx[0] * 2,)),
+    "backward-pre-hook": hook("register_full_backward_pre_hook", lambda _, dy: (dy[0] * 2,)),
+    "forward": with_forward,
+}
+NAMES = {"base": "base layer", "lora_A": "lora_A", "lora_B": "lora_B", "dropout": "dropout"}
+FAST = {
+    "another-adapter": lambda layer: layer.set_adapter("other"),
+    "two-adapters": lambda layer: layer.set_adapter(["default", "other"]),
+    "scaling": lambda layer: layer.scale_layer(3.0),
+    "scaling-tensor": scaling(torch.tensor(0.25)),
+    "weight": weight("base", N, K),
+    "lora_A": weight("lora_A", 4, K),
+    "lora_B": weight("lora_B", N, 4),
+    "data": of("lora_A", lambda m: setattr(m.weight, "data", torch.ones(4, K))),
+    "transposed": of("base", lambda m: setattr(m.weight, "data", torch.randn(K, N).t())),
+    "no-bias": of("base", lambda m: setattr(m, "bias", None)),
+    "bias-lora_B": weight("lora_B", N, name="bias"),
+    "base-layer": lambda layer: setattr(layer, "base_layer", nn.Linear(K, N, bias=False)),
+    "frozen-lora_A": lambda layer: layer.lora_A.requires_grad_(False),
+}
+PEFT_S = {  # with what the report says of it; "" where it is the call's x that doesn't fit
+    "no-adapters": (lambda layer: layer.enable_adapters(False), ""),
+    "merged": (lambda layer: layer.merge(), ""),
+    "base-float64": (of("base", lambda m: m.double()), ""),
+    "layer-float64": (lambda layer: layer.double(), ""),
+    "scaling-numpy-f32": (scaling(numpy.float32(1.5)), "no finite float32"),
+    "scaling-nan": (scaling(float("nan")), "no finite float32"),
+    "scaling-infinite": (scaling(float("inf")), "no finite float32"),
+    "scaling-large": (scaling(1e39), "no finite float32"),
+    "scaling-per-row": (scaling(torch.arange(N)), "its scaling is a tensor of shape (6,)"),
+    "lora-float64": (weight("lora_A", 4, K, dtype=torch.float64), "its lora_A is torch.float64"),
+    "bias-lora_A": (weight("lora_A", 4, name="bias"), "its lora_A has a bias"),
+    "class-base": (to("base", Doubled), "its base is a Doubled, no torch.nn.Linear"),
+    "call-base": (to("base", DoubledCall), "its base is a DoubledCall"),
+    "class-lora_A": (to("lora_A", Doubled), "its lora_A is a Doubled, no torch.nn.Linear"),
+    "class-lora_B": (to("lora_B", Doubled), "its lora_B is a Doubled, no torch.nn.Linear"),
+    "inside-another": (
+        lambda layer: setattr(layer, "base_layer", nn.Sequential(layer.base_layer)),
+        "its base is a Sequential",
+    ),
+    "parametrised-base": (
+        of("base", lambda m: parametrize.register_parametrization(m, "bias", Negated())),
+        "its base is parametrised",
+    ),
+    "parametrised-lora_B": (
+        of("lora_B", lambda m: parametrize.register_parametrization(m, "weight", Negated())),
+        "its lora_B is a ParametrizedLinear",
+    ),
+    "dropout-class": (dropout(Fives()), "something replaces, its dropout"),
+    "dropout-of-all": (dropout(nn.Dropout(1.0)), "its dropout drops everything"),
+    "dropout-in-place": (dropout(nn.Dropout(0.5, inplace=True)), "changes the input in place"),
+    "casting-off": (casting_off, "disable_input_dtype_casting"),
+    **{
+        f"{name}-{part}": (
+            of(part, act),
+            f"something replaces, {'' if part == 'dropout' else 'the calls of '}its {called}",
+        )
+        for name, act in ACTING.items()
+        for part, called in NAMES.items()
+    },
+    # Of other shapes: PEFT broadcasts, or raises its own error.
+    "a-other-in": (weight("lora_A", 4, 7), "its lora_A has shape (4, 7), not (4, 8)"),
+    "a-other-rank": (weight("lora_A", 2, K), "its lora_B has shape (6, 4), not (6, 2)"),
+    "a-no-rank": (weight("lora_A", 0, K), "its lora_B has shape"),
+    "a-vector": (weight("lora_A", K), "the weight of its lora_A has shape (8,)"),
+    "b-other-out": (weight("lora_B", 5, 4), "its lora_B has shape (5, 4)"),
+    "b-broadcast": (weight("lora_B", 1, 4), "its lora_B has shape (1, 4), not (6, 4)"),
+    "base-other-out": (weight("base", 1, K), "its base's bias has shape (6,), not (1,)"),
+    "base-vector": (weight("base", K), "the weight of its base layer has shape (8,)"),
+    "bias-broadcast": (weight("base", 1, name="bias"), "its base's bias has shape (1,)"),
+    "bias-row": (weight("base", 1, N, name="bias"), "its base's bias has shape (1, 6)"),
+    "lora-bias-broadcast": (weight("lora_B", 1, name="bias"), "its lora_B's bias has shape"),
+}
+DORA = {
+    "hook-magnitude": (of("magnitude", ACTING["hook"]), "its DoRA magnitude"),
+    "magnitude-broadcast": (weight("magnitude", 1), "its DoRA magnitude has shape (1,)"),
+    "magnitude-row": (weight("magnitude", 1, N), "its DoRA magnitude has shape (1, 6)"),
+    "b-broadcast-dora": PEFT_S["b-broadcast"],
+    "bias-broadcast-dora": PEFT_S["bias-broadcast"],
+}  # fmt: skip
+
+
+def assert_seen(change: Callable, readings: list, **settings) -> tuple[bool, str]:
+    """Whether a changed layer's call is fast, which gives what PEFT's gives; and its reason."""
+    ours, theirs = layer_of(**settings).train(), layer_of(**settings).train()
+    fastlora.optimize(ours)
+    readings.clear()
+    for _ in range(2):
+        torch.testing.assert_close(step(ours), step(theirs))
+    assert len(readings) == (1 if not settings else 2)  # the second call is known
+    for each in (ours, theirs):
+        torch.manual_seed(2)
+        change(each)
+    with counted_calls() as calls:
+        found = step(ours)
+    expected = step(theirs)
+    if isinstance(expected[0], str):
+        assert found == expected
     else:
-        HANDED_OVER[name](model)
-    report = {layer.name: layer for layer in fastlora.coverage(model).layers}
-    assert reason in report["base_model.model.up"].reason
-    assert report["base_model.model.down"].fast
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    (report,) = fastlora.coverage(ours).layers
+    return bool(calls), report.reason
 
 
-def test_hooks_on_a_dora_magnitude_are_called():
-    magnitude = lambda layer: layer.lora_magnitude_vector["default"]  # noqa: E731
-    got, expected, _ = run_both(hook(magnitude, "register_forward_hook"), mlp(use_dora=True))
-    assert got[1] == 1
-    assert_same(got, expected, ROUNDING)
+@pytest.mark.parametrize("name", FAST)
+def test_a_change_is_seen_by_a_fast_call(name, readings):
+    assert assert_seen(FAST[name], readings) == (True, "")
 
 
-def test_coverage_tells_of_a_hook_on_all_modules():
-    model = optimized(mlp())
-    handle = nn_module.register_module_forward_hook(lambda *_: None)
-    report = fastlora.coverage(model)
+@pytest.mark.parametrize("name", [*PEFT_S, *DORA])
+def test_a_change_makes_the_call_peft_s(name, readings):
+    change, reason = (PEFT_S | DORA)[name]
+    is_fast, said = assert_seen(change, readings, **{"use_dora": True} if name in DORA else {})
+    assert not is_fast
+    assert reason in said
+
+
+def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
+    layer, x = layer_of(), inputs()
+    theirs = copy.deepcopy(layer)
+    fastlora.optimize(layer)
+    for _ in range(2):
+        plain = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
+        seen = []
+        note = lambda module, *_: seen.append(type(module))  # noqa: B023, E731
+        handle = getattr(nn_module, f"register_module_{register}")(note)
+        assert "a hook on all modules" in str(fastlora.coverage(layer))
+        torch.testing.assert_close(layer(x), plain)
+        layer(x).sum().backward()
+        handle.remove()
+        assert seen.count(nn.Linear) >= 3  # PEFT's forward called them
+    with fastlora.use_backend("triton"):
+        torch.testing.assert_close(layer(x), plain)
+    readings.clear()
+    with disable_input_dtype_casting(layer):
+        layer(x)
+    assert "disable_input_dtype_casting" in readings[-1].reason
+    run = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda *all: run(*all) * 2)  # of torch's own class
+    torch.testing.assert_close(layer(x), theirs(x))
+    assert "no torch.nn.Linear" in readings[-1].reason
+
+
+def test_training_and_evaluation_are_two_kinds(readings):
+    layer, x = layer_of(lora_dropout=0.5), inputs()
+    theirs = copy.deepcopy(layer).eval()
+    fastlora.optimize(layer)
+    for _ in range(2):
+        assert not torch.equal(layer.train()(x), layer(x))
+        torch.testing.assert_close(layer.eval()(x), theirs(x))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), theirs(x))
+    readings.clear()
+    layer.train()(x), layer.eval()(x)
+    assert not readings
+    layer.lora_dropout["default"].p = 0.25
+    layer.train()(x)
+    assert [reading.dropouts for reading in readings] == [(0.25,)]
+
+
+def test_layers_of_one_kind_are_judged_once(readings):
+    for _ in range(3):
+        layer = layer_of()
+        fastlora.optimize(layer)
+        assert type(layer) is not PeftLinear
+        readings.clear()
+        layer(inputs())
+    assert not readings
+
+
+@pytest.mark.parametrize("made", ["base", "model"])
+def test_what_was_made_in_inference_mode(made):
+    """PEFT's product keeps no weight where x needs no gradient; a node of ours does."""
+    layer, x = layer_of(), torch.randn(64, K)
+    with torch.inference_mode():
+        if made == "model":
+            layer = layer_of()
+        else:
+            layer.base_layer.weight = nn.Parameter(torch.randn(N, K), requires_grad=False)
+    found = []
+    for optimize in (lambda _: None, fastlora.optimize):  # the same layer: a copy can't be one
+        optimize(layer)
+        with torch.no_grad():
+            layer(x)
+        y = layer(x)
+        if y.requires_grad:
+            y.square().sum().backward()
+        found.append([y, *[tensor.grad for tensor in layer.parameters()]])
+        layer.zero_grad()
+    torch.testing.assert_close(*found)
+
+
+def under_autocast(x: Tensor) -> Callable:
+    def call(layer):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    return call
+
+
+CALLS = {
+    "too-few": lambda layer: layer(torch.randn(4, 7)),
+    "one": lambda layer: layer(torch.randn(4, 1)),
+    "number": lambda layer: layer(torch.tensor(1.0)),
+    "whole-numbers": lambda layer: layer(torch.ones(4, K, dtype=torch.long)),
+    "no-rows": lambda layer: layer(torch.randn(0, K)),
+    "a-vector": lambda layer: layer(torch.randn(K)),
+    "a-list": lambda layer: layer([1.0] * K),
+    "nothing": lambda layer: layer(None),
+    "no-input": lambda layer: layer(),
+    "other-dtype": lambda layer: layer(inputs().double()),
+    "other-device": lambda layer: layer(inputs().to("meta")),
+    "argument": lambda layer: layer(inputs(), 1),
+    "keyword": lambda layer: layer(inputs(), scale=1),
+    "autocast-whole-numbers": under_autocast(torch.ones(2, K, dtype=torch.long)),
+    "autocast-other-dtype": under_autocast(torch.ones(2, K).double()),
+    "autocast-complex": under_autocast(torch.ones(2, K, dtype=torch.complex64)),
+    "nested": lambda layer: layer(
+        torch.nested.nested_tensor([torch.ones(n, K) for n in (3, 5)], layout=torch.jagged)
+    ).to_padded_tensor(0.0),
+    "nested-strided": lambda layer: layer(
+        torch.nested.nested_tensor([torch.ones(n, K) for n in (3, 5)])
+    ).to_padded_tensor(0.0),
+    "names-too-few": lambda layer: layer(inputs(), adapter_names=["default"]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_input_that_does_not_fit_is_peft_s(settings, name):
+    found, layer = [], layer_of(**settings)
+    for each in (layer, optimized(layer)):
+        torch.manual_seed(0)
+        try:
+            found.append(CALLS[name](each).detach())
+        except Exception as error:
+            found.append((type(error), str(error)))
+    theirs, ours = found
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_the_input_of_a_saved_call_must_not_change_before_backward():
+    """As in PEFT's: an error, not a wrong gradient."""
+    for layer in (theirs := layer_of(), optimized(theirs)):
+        x = inputs() * 1
+        y = layer(x)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_compiled_with_a_global_hook():
+    theirs = layer_of()
+    ours = optimized(theirs)
+    double = lambda module, _, y: y * 2 if type(module) is nn.Linear else None  # noqa: E731
+    handle = nn_module.register_module_forward_hook(double)
+    torch._dynamo.reset()
+    found = torch.compile(ours, backend="eager")(inputs()), theirs(inputs())
     handle.remove()
-    assert not report.fast
-    assert "a hook on all modules" in str(report)
+    torch.testing.assert_close(*found)
 
 
 def test_a_report_computes_no_parametrised_weight():
@@ -280,12 +418,12 @@ def test_a_report_computes_no_parametrised_weight():
 
 
 def test_once_a_hook_is_gone_the_layer_is_fast_again():
-    model = optimized(mlp())
-    handle = lora_a(up(model)).register_forward_hook(lambda *_: None)
-    assert not fastlora.coverage(model).layers[0].fast
+    layer = optimized(layer_of())
+    handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    assert not fastlora.coverage(layer).fast
     handle.remove()
     with counted_calls() as calls:
-        up(model)(inputs())
+        layer(inputs())
     assert len(calls) == 1
 
 
@@ -303,22 +441,14 @@ def test_variants_are_peft_s(settings):
     theirs = mlp(**settings)
     ours = optimized(theirs)
     assert not any(layer.fast for layer in fastlora.coverage(ours).layers)
-
-    def run(model):
-        return gradients(model.train()), model.eval()(inputs())
-
+    run = lambda model: gradients(model.train())  # noqa: E731
     assert_runs_the_same(run, theirs, ours, fast=0, tolerance=0.0)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "gaussian", "eva"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_other_initial_values_are_fast(init):
     """These change what the tensors hold, not what is computed."""
-    theirs = mlp(init_lora_weights=init)
-    assert_runs_the_same(gradients, theirs, fast=2, tolerance=ROUNDING)
-
-
-def logits_of(ids):
-    return lambda model: model(input_ids=ids).logits
+    assert_runs_the_same(gradients, mlp(init_lora_weights=init), fast=2, tolerance=ROUNDING)
 
 
 def test_alora_is_peft_s():
@@ -327,24 +457,6 @@ def test_alora_is_peft_s():
     ours = optimized(theirs)
     ids = torch.randint(9, VOCABULARY, (2, 10))
     ids[0, 4:6] = torch.tensor([7, 8])  # the second row isn't adapted
-    assert_runs_the_same(logits_of(ids), theirs, ours, fast=0, tolerance=0.0)
+    assert_same(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, 0.0)
     assert "ALora" in str(fastlora.coverage(ours))
-
-
-def test_arrow_is_peft_s(tmp_path):
-    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4}
-    folders = [str(tmp_path / name) for name in ("a", "b")]
-    for folder in folders:
-        adapted(tiny_llama(torch.float64), **settings).save_pretrained(folder)
-    theirs = lora.arrow.create_arrow_model(
-        tiny_llama(torch.float64),
-        task_specific_adapter_paths=folders,
-        arrow_config=lora_config.ArrowConfig(top_k=1, rng_seed=42),
-    ).eval()
-    ours = optimized(theirs)
-    ids = torch.randint(0, VOCABULARY, (2, 10))
-    assert_runs_the_same(logits_of(ids), theirs, ours, fast=0, tolerance=0.0)
-    ours.set_adapter("task_0")
-    with counted_calls() as calls:
-        ours(input_ids=ids)
-    assert len(calls) == 4
+    assert not fastlora.coverage(ours).fast

@@ -65,7 +65,7 @@ def mixed_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("make", [llama, gemma3, gpt2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [gemma3, gpt2], ids=lambda make: make.__name__)
 def test_evaluation_and_generation_are_peft_s(make, mixed_calls, monkeypatch):
     monkeypatch.setattr(mixed, "_FEW", 0)
     theirs = many(make())
@@ -75,15 +75,11 @@ def test_evaluation_and_generation_are_peft_s(make, mixed_calls, monkeypatch):
         logits = [model(BATCH, adapter_names=NAMES).logits for model in (theirs, ours)]
         assert mixed_calls == [3] * layers
         assert_same(*logits, 1e-5)
-        for beams in ({}, {"num_beams": 3}):
-            options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | beams
-            mask = torch.ones_like(BATCH)
-            tokens = [
-                model.generate(input_ids=BATCH, attention_mask=mask, adapter_names=NAMES, **options)
-                for model in (theirs, ours)
-            ]
-            assert torch.equal(*tokens)
-    assert len(mixed_calls) == layers * 9  # prefill and 3 steps, twice
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": 3}
+        options |= {"attention_mask": torch.ones_like(BATCH), "adapter_names": NAMES}
+        tokens = [model.generate(input_ids=BATCH, **options) for model in (theirs, ours)]
+        assert torch.equal(*tokens)
+    assert len(mixed_calls) == layers * 5  # prefill and 3 steps
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -104,76 +100,34 @@ def test_few_rows_in_evaluation_are_no_node(dtype, mixed_calls):
     assert mixed_calls == [3, 3]
 
 
-def gradients_of(model: nn.Module, x: torch.Tensor, names: list[str] | None) -> dict:
-    model.zero_grad()
-    options = {} if names is None else {"adapter_names": names}
-    model(x, **options).square().sum().backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def test_gradients_reach_exactly_the_adapters_that_are_named(mixed_calls):
-    model = mlp(a={"lora_dropout": 0.0}, c={"lora_dropout": 0.0})
-    alone = copy.deepcopy(model)
-    fastlora.optimize(model)
-    found = gradients_of(model.train(), rows(), ["c", "__base__", "a", "c"])
-    assert mixed_calls == [2, 2]
-    assert {name.split(".")[-2] for name in found} == {"a", "c"}
-    for adapter, samples in (("a", [2]), ("c", [0, 3])):
-        alone.base_model.set_adapter(adapter)
-        expected = gradients_of(alone.train(), rows()[samples], None)
-        assert len(expected) == 4
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient)
-
-
-def test_each_adapter_trains_as_it_would_alone():
-    """20 steps of AdamW with a rate of each one's own."""
+def test_each_adapter_trains_as_it_would_alone(mixed_calls):
+    """5 steps of AdamW with a rate of each one's own; one that isn't named has no gradient."""
     start = mlp(a={"lora_dropout": 0.0}, c={"lora_dropout": 0.0})
     x, y = rows(6), torch.zeros(6, 5, 1, dtype=torch.float64)
-    names, rates = ["a", "b", "b", "c", "a", "__base__"], {"a": 1e-2, "b": 3e-3, "c": 1e-3}
+    names, rates = ["a", "b", "b", "b", "a", "__base__"], {"a": 1e-2, "b": 3e-3}
 
     def own(model, adapter):
         return [p for n, p in model.named_parameters() if f".{adapter}." in n]
 
-    together = optimized(start).train()
-    groups = [{"params": own(together, name), "lr": rate} for name, rate in rates.items()]
-    optimizer = torch.optim.AdamW(groups)
-    for _ in range(20):
-        optimizer.zero_grad()
-        (together(x, adapter_names=names) - y).square().sum().backward()
-        optimizer.step()
-    for name, rate in rates.items():
-        alone = copy.deepcopy(start).train()
-        alone.base_model.set_adapter(name)
-        optimizer = torch.optim.AdamW(own(alone, name), lr=rate)
-        samples = [i for i, each in enumerate(names) if each == name]
-        for _ in range(20):
+    def train(model, groups, samples, **named):
+        optimizer = torch.optim.AdamW(groups)
+        for _ in range(5):
             optimizer.zero_grad()
-            (alone(x[samples]) - y[samples]).square().sum().backward()
+            (model.train()(x[samples], **named) - y[samples]).square().sum().backward()
             optimizer.step()
+
+    together = optimized(start)
+    groups = [{"params": own(together, name), "lr": rate} for name, rate in rates.items()]
+    train(together, groups, list(range(6)), adapter_names=names)
+    assert mixed_calls == [2, 2] * 5
+    assert all(parameter.grad is None for parameter in own(together, "c"))
+    for name, rate in rates.items():
+        alone = copy.deepcopy(start)
+        alone.base_model.set_adapter(name)
+        samples = [i for i, each in enumerate(names) if each == name]
+        train(alone, [{"params": own(alone, name), "lr": rate}], samples)
         for ours, theirs in zip(own(together, name), own(alone, name), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-def test_dropouts_are_the_adapters_own():
-    """d lora_A of a layer with one row of ones and no other change is its mask, scaled."""
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Linear(4000, 1, bias=False)),
-        peft.LoraConfig(r=1, lora_alpha=1, lora_dropout=0.1, target_modules=["0"]),
-        "a",
-    )
-    config = peft.LoraConfig(r=1, lora_alpha=1, lora_dropout=0.5, target_modules=["0"])
-    model.add_adapter("b", config)
-    model.base_model.set_adapter(["a", "b"])
-    fastlora.optimize(model)
-    layer = model.base_model.model[0]
-    for name in ("a", "b"):
-        nn.init.ones_(layer.lora_B[name].weight)
-    model.train()(torch.ones(2, 4000), adapter_names=["b", "a"]).sum().backward()
-    for name, p in (("a", 0.1), ("b", 0.5)):
-        mask = layer.lora_A[name].weight.grad
-        assert mask.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
-        assert (mask == 0).double().mean().item() == pytest.approx(p, abs=0.03)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -251,21 +205,16 @@ def test_peft_s_errors_are_the_same():
     with pytest.raises(ValueError, match="merged adapters"):
         model(rows(), adapter_names=NAMES)
     assert model.training
+    assert model.base_model.training
 
 
-UNUSUAL = {
-    "lora_bias": ({"lora_bias": True, "bias": "none"}, "has a bias"),
-    "hooked": ({}, "a hook watches"),
-}
-
-
-@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("name", ["lora_bias", "hooked"])
 def test_what_stays_peft_s_is_right_in_training_too_and_reported(name, mixed_calls):
-    settings, reason = UNUSUAL[name]
-    settings = settings | {"lora_dropout": 0.0}
+    settings = {"lora_dropout": 0.0, "lora_bias": name == "lora_bias"}
     theirs = mlp(**{adapter: settings for adapter in SETTINGS})
     ours = optimized(theirs)
     if name == "hooked":
+        assert not fastlora.coverage(ours).notes
         for layer in (ours.base_model.model.up, ours.base_model.model.down):
             layer.lora_A["c"].register_forward_hook(lambda *_: None)
     y = ours.train()(rows(), adapter_names=NAMES)
@@ -273,19 +222,8 @@ def test_what_stays_peft_s_is_right_in_training_too_and_reported(name, mixed_cal
     torch.testing.assert_close(y, theirs(rows(), adapter_names=NAMES))
     y.sum().backward()
     (note,) = (note for note in fastlora.coverage(ours).notes if "adapter_names" in note)
-    assert reason in note
+    assert ("has a bias" if name == "lora_bias" else "a hook watches") in note
     assert "up" in note
-
-
-def test_dora_stays_an_error_and_is_reported():
-    model = optimized(mlp(c={"use_dora": True}))
-    with pytest.raises(ValueError, match="DoRA"):
-        model(rows(), adapter_names=NAMES)
-    assert any("no plain LoRA" in note for note in fastlora.coverage(model).notes)
-
-
-def test_a_model_whose_mixed_batches_are_fast_has_no_note():
-    assert not fastlora.coverage(optimized(mlp())).notes
 
 
 def test_restore_gives_peft_s_model_back():

@@ -9,11 +9,12 @@ import copy
 import pytest
 import torch
 from models import tiny_llama
-from peft_llama import gradients, train, trained
+from peft_llama import error, gradients, train
 from peft_models import (
     BATCH,
     adapted,
     bert,
+    falcon,
     gemma3,
     gpt2,
     opt,
@@ -29,6 +30,7 @@ MODELS = {
     "llama": (tiny_llama, {}),
     "qwen3": (qwen3, {}),
     "gemma3": (gemma3, {}),
+    "falcon": (falcon, {}),
     "gpt2": (gpt2, {"fan_in_fan_out": True}),
     "opt": (opt, {}),
     "bert": (bert, {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}),
@@ -44,8 +46,8 @@ def difference(first: Tensor, second: Tensor) -> float:
     return ((first.double() - second.double()).norm() / second.double().norm()).item()
 
 
-def thirty_steps(model: nn.Module) -> dict[str, Tensor]:
-    return train(model, steps=30, data=data_for(model))
+def twelve_steps(model: nn.Module) -> dict[str, Tensor]:
+    return train(model, steps=12, data=data_for(model))
 
 
 def assert_trains_the_same(theirs: nn.Module, tolerance: float, at_the_end: float) -> None:
@@ -53,18 +55,18 @@ def assert_trains_the_same(theirs: nn.Module, tolerance: float, at_the_end: floa
     ours = optimized(theirs)
     report = fastlora.coverage(ours)
     assert not report.eager, report
-    got, expected, calls = run_both(thirty_steps, theirs, ours)
-    assert len(calls) == 30 * len(report.fast)
+    got, expected, calls = run_both(twelve_steps, theirs, ours)
+    assert len(calls) == 12 * len(report.fast)
     assert got.keys() == expected.keys()
     losses, expected_losses = got.pop("losses"), expected.pop("losses")
-    assert losses[-5:].mean() < losses[:5].mean() - 0.2  # they start at 4.6, or at 1.1 for 3 labels
+    assert losses[-3:].mean() < losses[:3].mean() - 0.1  # they start at 4.6, or at 1.1 for 3 labels
     assert ((losses - expected_losses) / expected_losses).abs().max() < tolerance
     for name, tensor in got.items():
         assert difference(tensor, expected[name]) < at_the_end, name
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_thirty_steps_in_float32(name):
+def test_twelve_steps_in_float32(name):
     """From four seeds losses differed by up to 4e-6 and adapters by 8e-5.
 
     It is rounding, which AdamW blows up where a gradient is next to nothing.
@@ -75,28 +77,23 @@ def test_thirty_steps_in_float32(name):
 
 
 VARIANTS = {
-    "no-dropout": {"lora_dropout": 0.0},
     "patterns": {
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 12},
         "alpha_pattern": {"v_proj": 1, "up_proj": 32},
     },
     "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True, "lora_dropout": 0.0},
     "dora-dropout": {"use_dora": True},
-    "two": {"adapters": ("one", "two"), "lora_dropout": 0.0},
     "two-dropout": {"adapters": ("one", "two")},
     "frozen-lora_A": {},
 }
 WITH_BIAS = {
-    "lora_bias": {"lora_bias": True},
-    "trained-bias": {"bias": "lora_only"},
     "two-lora_bias": {"adapters": ("one", "two"), "lora_bias": True},
     "dora-trained-bias": {"use_dora": True, "bias": "lora_only"},
 }
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, *WITH_BIAS])
-def test_thirty_steps_of_a_variant_in_float64(name):
+def test_twelve_steps_of_a_variant_in_float64(name):
     """Losses differed by 1e-14, tensors by 1e-12: in float64 all that isn't rounding shows.
 
     But the bias of a k_proj by 1e-11: softmax leaves it no gradient, and AdamW blows up what
@@ -111,76 +108,43 @@ def test_thirty_steps_of_a_variant_in_float64(name):
     assert_trains_the_same(model, tolerance=1e-12, at_the_end=1e-9)
 
 
-def assert_some_stay_peft_s(theirs: nn.Module, eager: set[str], fast: int) -> fastlora.Coverage:
-    """Layers of these names, beside so many that run fast: they end up the same after training."""
-    theirs = theirs.double()
-    ours = optimized(theirs)
-    report = fastlora.coverage(ours)
-    assert {layer.name.split(".")[-1] for layer in report.eager} == eager
-    assert len(report.fast) == fast
-    got, expected, _ = run_both(thirty_steps, theirs, ours)
-    assert got.keys() == expected.keys()
-    assert all(difference(got[name], expected[name]) < 1e-9 for name in expected)
-    return report
-
-
-def test_an_adapted_embedding_stays_peft_s():
-    targets = ["embed_tokens", "q_proj", "down_proj"]
-    theirs = adapted(tiny_llama(), target_modules=targets, lora_dropout=0.1)
-    report = assert_some_stay_peft_s(theirs, {"embed_tokens"}, fast=4)
-    assert len(report.eager) == 1
-
-
-def test_a_tied_head_with_trained_tokens_stays_peft_s():
-    """PEFT wraps the base layer of such an lm_head in a layer without weight and bias."""
+def test_what_isn_t_covered_stays_peft_s_beside_the_rest():
+    """An embedding; and a tied head with trained tokens, whose base PEFT wraps."""
     settings = {"trainable_token_indices": [5, 6], "target_modules": ["q_proj", "lm_head"]}
-    theirs = adapted(qwen3(tie_word_embeddings=True), **settings)
-    (head,) = assert_some_stay_peft_s(theirs, {"lm_head"}, fast=2).eager
-    assert head.reason == "its base is a TrainableTokensWrapper, no torch.nn.Linear"
+    report = fastlora.optimize(adapted(qwen3(tie_word_embeddings=True), **settings))
+    assert (len(report.fast), [layer.reason for layer in report.eager]) == (
+        2,
+        ["its base is a TrainableTokensWrapper, no torch.nn.Linear"],
+    )
+    theirs = adapted(tiny_llama(), target_modules=["embed_tokens", "q_proj"]).double()
+    got, expected, _ = run_both(twelve_steps, theirs)
+    assert all(difference(got[name], expected[name]) < 1e-9 for name in expected)
 
 
-NARROW = {  # dtypes of base and adapter, and whether autocast is on
-    "bf16": (torch.bfloat16, torch.bfloat16, False),
-    "bf16-f32": (torch.bfloat16, torch.float32, False),
-    "f16-f32": (torch.float16, torch.float32, False),
-    "f32-autocast": (torch.float32, torch.float32, True),
-    "bf16-f32-autocast": (torch.bfloat16, torch.float32, True),
+NARROW = {  # dtypes of base and adapter, whether autocast is on, and the adapters
+    "bf16": (torch.bfloat16, torch.bfloat16, False, {}),
+    "bf16-f32": (torch.bfloat16, torch.float32, False, {"use_dora": True}),
+    "f16-f32": (torch.float16, torch.float32, False, {"adapters": ("one", "two")}),
+    "f32-autocast": (torch.float32, torch.float32, True, {}),
+    "bf16-f32-autocast": (torch.bfloat16, torch.float32, True, {"use_dora": True}),
 }
-NARROW_VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "two": {"adapters": ("one", "two")}}
 
 
-@pytest.mark.parametrize("variant", NARROW_VARIANTS)
 @pytest.mark.parametrize("name", NARROW)
-def test_in_16_bits_no_further_from_the_truth_than_peft(name, variant):
-    """The truth is the same training in float64, of the same weights with the same masks.
+def test_in_16_bits_no_further_from_the_truth_than_peft(name):
+    """The truth is the same step in float64, of the same weights with the same masks.
 
     error(ours) ≤ 2 · error(PEFT).  From four seeds PEFT's gradients were off by 0.7 to 1.8 eps, and
-    ours by 0.7 to 1.7 times that.  Losses are off by 0.01 to 0.07 eps, and a small error may be
-    luck: hence eps / 16 more.
+    ours by 0.7 to 1.7 times that.
     """
-    dtype, adapter_dtype, autocast = NARROW[name]
-    base = tiny_llama().to(dtype)
-    settings = {"target_modules": "all-linear", "r": 8, "lora_dropout": 0.1}
-    theirs = adapted(base, **settings, **NARROW_VARIANTS[variant])
+    dtype, adapter_dtype, autocast, settings = NARROW[name]
+    settings = settings | {"target_modules": "all-linear", "r": 8, "lora_dropout": 0.1}
+    theirs = adapted(tiny_llama().to(dtype), **settings)
     if adapter_dtype is dtype:
         theirs.to(dtype)
     assert {p.dtype for p in theirs.parameters() if p.requires_grad} == {adapter_dtype}
     truth, ours = copy.deepcopy(theirs).double(), optimized(theirs)
     assert not fastlora.coverage(ours).eager
-    eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
-    for measure, more in ((first_gradients, 0.0), (losses, eps / 16)):
-        expected = measure(truth)
-        their_error = difference(measure(theirs, autocast), expected)
-        our_error = difference(measure(ours, autocast), expected)
-        assert our_error <= 2 * their_error + more, (our_error, their_error)
-
-
-def first_gradients(model: nn.Module, autocast: bool = False) -> Tensor:
-    """Of the untrained model, all adapters' gradients end to end."""
-    found = gradients(model, autocast)
-    return torch.cat([found[name].double().flatten() for name in trained(model)])
-
-
-def losses(model: nn.Module, autocast: bool = False) -> Tensor:
-    """Of few steps: in 16 bits they are slow on some CPUs."""
-    return train(model, steps=10, autocast=autocast)["losses"]
+    expected = gradients(truth)
+    their_error, our_error = (error(gradients(m, autocast), expected) for m in (theirs, ours))
+    assert our_error <= 2 * their_error, (our_error, their_error)

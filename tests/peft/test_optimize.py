@@ -12,7 +12,6 @@ import torch
 from judge import USUAL_DTYPES
 from memory import saved_bytes
 from models import Mlp
-from pairs import pairwise
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls
 from process import run_python
@@ -52,13 +51,10 @@ def results(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, to
 
 LAYERS = {
     "plain": {},
-    "dropout": {"lora_dropout": 0.3},
-    "rslora": {"use_rslora": True},
-    "lora-bias": {"lora_bias": True},
-    "trained-bias": {"bias": "all"},
+    "dropout": {"lora_dropout": 0.3, "use_rslora": True},
+    "biases": {"lora_bias": True, "bias": "all"},
     "dora": {"use_dora": True},
-    "dora-dropout": {"use_dora": True, "lora_dropout": 0.3},
-    "two": {"adapters": ("a", "b")},
+    "dora-dropout": {"use_dora": True, "lora_dropout": 0.3, "bias": "all"},
     "two-dropout": {"adapters": ("a", "b"), "lora_dropout": 0.3},
 }
 
@@ -107,6 +103,9 @@ def test_the_report_before_and_after():
     first = report.layers[0]
     assert (first.name, first.shape, first.adapter) == ("base_model.model.up", (12, 8), "default")
     assert (first.r, first.fast, first.plan) == (4, True, "torch")
+    assert pickle.loads(pickle.dumps(report)) == fastlora.Coverage(report.layers)
+    del model
+    assert all(changed() is None for changed in report._changed)
 
 
 class Mixed(nn.Module):
@@ -166,14 +165,6 @@ def test_as_a_context_manager_it_undoes_its_own_call_alone(fast_calls):
     assert type(model.base_model.model.down) is PeftLinear
 
 
-def test_the_report_holds_no_layer():
-    model = adapted()
-    report = fastlora.optimize(model)
-    assert pickle.loads(pickle.dumps(report)) == fastlora.Coverage(report.layers)
-    del model
-    assert all(changed() is None for changed in report._changed)
-
-
 IA3 = peft.IA3Config(target_modules=["up"], feedforward_modules=[])
 OWN = fastlora.LoRAConfig(target_modules=["up"])
 REFUSED = {
@@ -190,44 +181,14 @@ def test_what_is_no_peft_lora_model_is_refused(make, error, message):
         fastlora.optimize(make())
 
 
-def test_an_old_peft_is_left_alone_with_a_warning(monkeypatch):
-    model = adapted()
-    monkeypatch.setattr(peft, "__version__", "0.18.1")
-    with pytest.warns(UserWarning, match=r"changed nothing: PEFT 0.18.1 is not among the tested"):
-        report = fastlora.optimize(model)
-    assert type(model.base_model.model.up) is PeftLinear
-    assert len(report.eager) == 2
-    assert "0.18.1" in str(fastlora.coverage(model))
-    fastlora.restore(model)
-    with pytest.warns(UserWarning, match="nothing"), pytest.raises(ValueError, match=r"0\.18\.1"):
-        fastlora.optimize(model, strict=True)
-
-
-def test_the_way_back_is_open_under_an_unknown_version_too(monkeypatch):
-    model = adapted()
-    fastlora.optimize(model)
-    monkeypatch.setattr(peft, "__version__", "0.18.1")
-    fastlora.restore(model)
-    assert type(model.base_model.model.up) is PeftLinear
-
-
-def test_the_environment_switches_it_off(monkeypatch):
-    model = adapted()
-    monkeypatch.setenv("FASTLORA_DISABLE", "1")
-    assert "FASTLORA_DISABLE is set" in str(fastlora.optimize(model))
-    assert type(model.base_model.model.up) is PeftLinear
-    monkeypatch.setenv("FASTLORA_DISABLE", "0")
-    assert fastlora.optimize(model).eager == ()
-
-
 def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
-    model = adapted()
+    model = adapted().eval()
     fastlora.optimize(model)
     torch.save(model, tmp_path / "model.pt")
     code = (
         "import os, sys, torch, peft; _, folder, file, *versions = sys.argv\n"
         "sys.path.insert(0, folder)\n"
-        "for disabled, peft.__version__ in zip(('1', '', ''), versions):\n"
+        "for disabled, peft.__version__ in zip(('1', ''), versions):\n"
         "    if os.fork(): os.wait(); continue\n"  # the first import of fastlora decides
         "    os.environ['FASTLORA_DISABLE'] = disabled\n"
         "    model = torch.load(file, weights_only=False)\n"
@@ -238,10 +199,10 @@ def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
         "    sys.exit()\n"
     )
     folder, known = os.path.dirname(models.__file__), peft.__version__
-    output = run_python("-c", code, folder, tmp_path / "model.pt", known, "0.18", known)
+    output = run_python("-c", code, folder, tmp_path / "model.pt", known, known)
     lines = [line for line in output.splitlines() if "eager:" not in line]
     off = ["0 of 2 layers fast", "torch.Size([1, 4])"]
-    assert lines == [*off, *off, "2 of 2 layers fast (backend torch)", "fast"]
+    assert lines == [*off, "2 of 2 layers fast (backend torch)", "fast"]
 
 
 def test_importing_fastlora_changes_nothing_and_optimize_needs_no_order():
@@ -279,12 +240,15 @@ def test_what_a_block_keeps_is_x_and_h(p):
     assert theirs - ours >= float32_copies - x_bytes  # PEFT doesn't keep x itself then
 
 
-@pairwise(
-    {
-        "settings": {"plain": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.1}},
-        "frozen": {name: name for name in ("lora_A", "lora_B", "all")},
-        "compiled": {"eager": False, "compiled": True},
-    }
+@pytest.mark.parametrize(
+    ("frozen", "settings", "compiled"),
+    [
+        ("lora_A", {"lora_dropout": 0.1}, False),
+        ("lora_A", {}, True),
+        ("lora_B", {"use_dora": True}, False),
+        ("all", {}, False),
+    ],
+    ids=str,
 )
 def test_what_nothing_will_read_is_not_kept(frozen, settings, compiled):
     """x is for lora_A's gradient and h for lora_B's; PEFT keeps no more either (LoRA-FA)."""
@@ -306,37 +270,6 @@ def test_what_nothing_will_read_is_not_kept(frozen, settings, compiled):
     ours = kept(model, x)
     assert ours <= needed + rest
     assert ours <= theirs + rest
-
-
-class Undefined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y):
-        return y * 2
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None
-
-
-def test_without_x_an_output_without_a_gradient_gives_none():
-    layer = adapted().base_model.model.up
-    fastlora.optimize(layer)
-    layer.lora_A.requires_grad_(False)
-    x = torch.randn(3, 8, requires_grad=True)
-    Undefined.apply(layer(x)).sum().backward()
-    assert x.grad is None
-    assert layer.lora_B["default"].weight.grad is None
-
-
-@pytest.mark.usefixtures("node")  # torch's own operations have them
-def test_gradients_of_a_gradient_that_needs_x_say_so():
-    model = adapted()
-    fastlora.optimize(model)
-    layer = model.base_model.model.up
-    layer.lora_A.requires_grad_(False)
-    x = torch.randn(3, 8, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="which isn't kept"):
-        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
 
 
 def test_accelerate_s_instance_forward_is_reached(fast_calls):

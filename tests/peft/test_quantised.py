@@ -1,27 +1,38 @@
-"""PEFT's layers over quantised layers of several vendors, with fastlora: their formula, no copy."""
+"""PEFT's layers over vendors' quantised layers, with fastlora: PEFT's numbers, no copy."""
 
 import copy
+import pickle
+from importlib.util import find_spec
 
 import peft
 import pytest
 import torch
+import vendor_layers
 from memory import saved_bytes
 from torch import nn
 from transformers.integrations.gguf.utils import GgufLinear
-from vendor_layers import KINDS as ALL_KINDS
-from vendor_layers import quantised
 
 import fastlora
 from fastlora.peft.masks import shared_masks
 from fastlora.quant import quantised_weight
 
 K, N, R = 256, 96, 4
-KINDS = [kind for kind in ALL_KINDS if kind != "torchao-int4-packed"]  # which PEFT refuses
+BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
+KINDS = [kind for kind in vendor_layers.KINDS if kind != "torchao-int4-packed"]  # PEFT refuses it
+KINDS += BITSANDBYTES
+needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")
 
 
 def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings) -> nn.Module:
-    model = nn.Sequential(quantised(kind, K, N, dtype))
-    model.hf_device_map = {"": "cpu"}  # PEFT asks a parameter else, and GPTQ's layers have none
+    """Of one layer, with adapters that are no identity change."""
+    if kind in BITSANDBYTES:
+        from bnb_layers import quantised
+
+        model = nn.Sequential(quantised(kind, K, N, dtype=dtype))
+        model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"
+    else:
+        model = nn.Sequential(vendor_layers.quantised(kind, K, N, dtype))
+        model.hf_device_map = {"": "cpu"}  # PEFT asks a parameter else, and GPTQ's layers have none
     settings = {"r": R, "target_modules": ["0"], "init_lora_weights": False} | settings
     config = peft.LoraConfig(**settings)
     # PEFT knows transformers' GGUF layer no more than any custom one, and is told of it.
@@ -33,30 +44,17 @@ def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings
     return model
 
 
-def numbers(call, x: torch.Tensor, trained) -> list[torch.Tensor]:
+def numbers(call, x: torch.Tensor, trained, autocast: bool = False) -> list[torch.Tensor]:
     """The output, and the gradients of x and of all that trains."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
-    y = call(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = call(x)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *trained])]
 
 
-def oracle(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The formula in float64, on the dequantised weight."""
-    layer = model.base_model.model[0]
-    base, trained = layer.base_layer, [p for p in model.parameters() if p.requires_grad]
-    weight = quantised_weight(base).weight.dense(torch.float32).double()
-    wide = [p.detach().double().requires_grad_() for p in trained]
-    found = dict(zip(map(id, trained), wide, strict=True))
-
-    def call(x):
-        y = x @ weight.T + base.bias.double()
-        for name in layer.active_adapters:
-            a, b = (found[id(part[name].weight)] for part in (layer.lora_A, layer.lora_B))
-            y = y + layer.scaling[name] * (x @ a.T @ b.T)
-        return y
-
-    return numbers(call, x.double(), wide)
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def assert_close(ours, theirs, tolerance):
@@ -64,85 +62,161 @@ def assert_close(ours, theirs, tolerance):
         assert (one - other).double().norm() <= tolerance * other.double().norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("adapters", [("default",), ("default", "other")], ids=["", "two"])
-def test_the_numbers_are_the_formula_s(kind, adapters):
-    model, x = peft_model(kind, adapters=adapters), torch.randn(3, 5, K)
-    report = fastlora.optimize(model, strict=True)
+def assert_peft_s(model: nn.Module, x: torch.Tensor, tolerance: float, autocast=False) -> None:
+    """PEFT's numbers and the fast ones, of a layer whose quantised base is read."""
+    with shared_masks(model):
+        theirs = numbers(model, x, trained(model), autocast)
+        report = fastlora.optimize(model, strict=True)
+        ours = numbers(model, x, trained(model), autocast)
     assert report.layers[0].packed
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert_close(numbers(model, x, trained), oracle(model, x), 2e-6)
+    assert [one.dtype for one in ours] == [one.dtype for one in theirs]
+    assert_close(ours, theirs, tolerance)
+
+
+def oracle(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The formula in float64, on the dequantised weight."""
+    layer = model.base_model.model[0]
+    weight = quantised_weight(layer.base_layer).weight.dense(torch.float32).double()
+    lora_a, lora_b = (p.detach().double().requires_grad_() for p in trained(model))
+
+    def call(x):
+        y = x @ weight.T + layer.base_layer.bias.double()
+        return y + layer.scaling["default"] * (x @ lora_a.T @ lora_b.T)
+
+    return numbers(call, x.double(), [lora_a, lora_b])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float8"])  # PEFT's needs a GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 def test_the_numbers_are_pefts(kind, dtype):
-    model, x = peft_model(kind, dtype, lora_dropout=0.3), torch.randn(3, 5, K).to(dtype)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with shared_masks(model):
-        theirs = numbers(model, x, trained)
-        fastlora.optimize(model, strict=True)
-        ours = numbers(model, x, trained)
-    assert [one.dtype for one in ours] == [one.dtype for one in theirs]
-    assert_close(ours, theirs, 2e-6 if dtype == torch.float32 else 0.02)
+    tolerance = 2e-6 if dtype == torch.float32 else 0.02
+    assert_peft_s(
+        peft_model(kind, dtype, lora_dropout=0.3), torch.randn(3, 5, K).to(dtype), tolerance
+    )
+
+
+@pytest.mark.parametrize("kind", ["float8", "gguf-q8_0"])
+def test_the_numbers_are_the_formula_s(kind):
+    model, x = peft_model(kind), torch.randn(3, 5, K)
+    fastlora.optimize(model, strict=True)
+    assert_close(numbers(model, x, trained(model)), oracle(model, x), 2e-6)
+
+
+CASES = {
+    "dora-dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "bias": {"bias": "all", "lora_bias": True},
+    "two": {"adapters": ("default", "other")},
+}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_kinds_of_adapters(settings):
+    assert_peft_s(peft_model("nf4", **settings), torch.randn(3, 5, K), 2e-6)
+
+
+@needs_bitsandbytes
+def test_dtypes_of_x_and_autocast():
+    assert_peft_s(peft_model("nf4", torch.bfloat16), torch.randn(3, 5, K), 0.02)
+    for kind in ("nf4", "int8"):
+        assert_peft_s(peft_model(kind), torch.randn(3, 5, K), 0.03, autocast=True)
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8", "gguf-q8_0"])
+def test_an_adapter_of_16_bits_is_taken(kind):
+    model = peft_model(kind, torch.bfloat16).bfloat16()
+    assert_peft_s(model, torch.randn(12, K).bfloat16(), 2e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_dequantised_weight_is_kept(kind):
+def test_what_is_kept_is_x_and_h(kind):
+    """No dequantised weight, and no dropped x, which PEFT keeps beside."""
     model = peft_model(kind, lora_dropout=0.1)
     fastlora.optimize(model)
     layer = model.base_model.model[0]
     packed = quantised_weight(layer.base_layer).weight.tensors
     x = torch.randn(64, K, requires_grad=True)
-    given = [x, *packed, *[p for p in layer.parameters() if p.requires_grad], layer.base_layer.bias]
-    kept = saved_bytes(lambda: layer(x), apart_from=given)
+    kept = saved_bytes(lambda: layer(x), [x, *packed, *trained(layer), layer.base_layer.bias])
     assert sum(kept.values()) <= 4 * 64 * R + 8
-
-
-@pytest.mark.parametrize("kind", ["gguf-q8_0", "gguf-q4_k"])
-def test_few_rows_of_gguf_need_no_kernel(kind):
-    model = peft_model(kind)
-    with pytest.raises(AttributeError):
-        model(torch.randn(1, K))  # transformers' own
-    fastlora.optimize(model)
-    x = torch.randn(1, K)
-    assert_close([model(x)], oracle(model, x)[:1], 1e-6)
-
-
-def test_inputs_that_torchao_rounds_are_left_to_peft_and_the_report_says_why():
-    model = peft_model("torchao-rounding")
-    (layer,) = fastlora.optimize(model).eager
-    assert "torchao gives no gradient" in layer.reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_copies_and_the_way_back_stay_pefts(kind):
-    model = peft_model(kind)
+    model, x = peft_model(kind), torch.randn(3, K)
     before, classes = model.state_dict().keys(), [type(layer) for layer in model.modules()]
     fastlora.optimize(model)
     assert model.state_dict().keys() == before
-    x = torch.randn(3, K)
     if kind != "hqq":  # made in inference mode, and torch copies no such tensor
         assert torch.equal(copy.deepcopy(model)(x), model(x))
     fastlora.restore(model)
     assert [type(layer) for layer in model.modules()] == classes
 
 
-@pytest.mark.parametrize("kind", ["torchao-int8", "gguf-q8_0"])
-def test_an_adapter_of_16_bits_is_taken(kind):
-    model, x = peft_model(kind, torch.bfloat16).bfloat16(), torch.randn(12, K).bfloat16()
-    expected = model(x)
-    report = fastlora.optimize(model, strict=True)
-    assert "1 quantised" in str(report)
-    assert_close([model(x)], [expected], 2e-2)
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_pickles_disabling_and_merging(kind):
+    from bnb_layers import bnb, dequantised
+
+    model, x = peft_model(kind), torch.randn(3, K, requires_grad=True)
+    fastlora.optimize(model)
+    if kind == "int8":
+        other = pickle.loads(pickle.dumps(model))
+        assert not fastlora.coverage(other).eager
+        assert torch.equal(other(x), model(x))
+    base = model.base_model.model[0].base_layer
+    with model.disable_adapter():
+        expected = nn.functional.linear(x, dequantised(base), base.bias)
+        torch.testing.assert_close(model(x), expected)
+    model.merge_adapter()
+    assert torch.isfinite(model(x)).all()
+    model.unmerge_adapter()
+    assert not fastlora.coverage(model).eager
+    assert type(model.unload()[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
-@pytest.mark.parametrize("kind", ["torchao-int8", "float8", "gguf-q8_0", "gptq"])
+@needs_bitsandbytes
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_weight_that_was_repacked_for_evaluation(mode):
+    """Whose kernel gives x no gradient, in bitsandbytes and so in PEFT."""
+    from bnb_layers import repack
+
+    model, x = peft_model("nf4"), torch.randn(3, K, requires_grad=True)
+    assert "1 quantised: NF4" in str(fastlora.optimize(model))
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    repack(model.base_model.model[0].base_layer)
+    with torch.no_grad():
+        (eager,) = fastlora.coverage(model).eager
+    assert "repacked for bitsandbytes' own CPU kernel" in eager.reason
+    (found,) = torch.autograd.grad(getattr(model, mode)()(x).square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@needs_bitsandbytes
+def test_check_compares_them():
+    report = fastlora.check(peft_model("nf4", torch.bfloat16), torch.randn(4, K))
+    assert report
+    assert report.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["gguf-q8_0", "gguf-q4_k"])
+def test_few_rows_of_gguf_need_no_kernel(kind):
+    model, x = peft_model(kind), torch.randn(1, K)
+    with pytest.raises(AttributeError):
+        model(x)  # transformers' own
+    fastlora.optimize(model)
+    assert_close([model(x)], oracle(model, x)[:1], 1e-6)
+
+
+def test_inputs_that_torchao_rounds_are_left_to_peft_and_the_report_says_why():
+    (layer,) = fastlora.optimize(peft_model("torchao-rounding")).eager
+    assert "torchao gives no gradient" in layer.reason
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8", "gptq", *BITSANDBYTES[:1]])
 def test_compiled_without_a_break(kind):
     model, x = peft_model(kind), torch.randn(12, K, requires_grad=True)
     fastlora.optimize(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.base_model.model[0], fullgraph=True, backend="aot_eager")
     ys = model(x), compiled(x)
     torch.testing.assert_close(*ys)
-    for one, other in zip(*[torch.autograd.grad(y.sum(), x) for y in ys], strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*[torch.autograd.grad(y.sum(), x) for y in ys])

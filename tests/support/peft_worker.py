@@ -1,6 +1,5 @@
 """What a rank does in the tests on several devices."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -37,12 +36,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
-from transformers import LlamaForCausalLM
-from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from zero3 import Zero3
 
@@ -154,15 +151,6 @@ def fsdp2_from_meta(when: str) -> Record:
     return train(model, [own_part()])
 
 
-def fsdp2_compiled(when: str) -> Record:
-    def wrap(model: nn.Module) -> nn.Module:
-        for block in blocks(model):
-            block.compile(backend="aot_eager")
-        return shard(model)
-
-    return train(adapted(when, wrap), [own_part()])
-
-
 def fsdp2_restored(when: str) -> tuple[int, Record, list[type]]:
     """With every LoRA layer sharded: fast calls before ``restore``, a training after it, the bases
     of a layer's class then.
@@ -192,26 +180,6 @@ def fsdp2_checked() -> str:
         return str(error)
 
 
-def hsdp(when: str) -> Record:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return fsdp2(when, mesh=mesh)
-
-
-def replicated_and_restored() -> tuple[list[str], list[str]]:
-    """The classes behind a LoRA layer under replicate, never optimised; and when restored."""
-    from torch.distributed._composable.replicate_with_fsdp import replicate  # newer than torch 2.8
-
-    def wrap(model: nn.Module) -> nn.Module:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for module in (*lora_layers(model), *blocks(model), model):
-            replicate(module, mesh=mesh)
-        return model
-
-    models = adapted("never", wrap), fastlora.restore(adapted("before", wrap))
-    never, restored = ([str(c) for c in type(lora_layers(m)[0]).__mro__[1:]] for m in models)
-    return never, restored
-
-
 def fsdp1(when: str, units: str = "blocks", dropout: float = 0.0) -> Record:
     def wrap(model: nn.Module) -> nn.Module:
         own = ModuleWrapPolicy({LlamaDecoderLayer})
@@ -235,13 +203,6 @@ def torch_tensor_parallel(when: str) -> Record:
     return train(adapted(when, partial(split, mesh=mesh)), [batch()])
 
 
-def tensor_parallel_and_fsdp2(when: str) -> Record:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    data = mesh["data"]
-    model = adapted(when, lambda model: shard(split(model, mesh["tensor"]), mesh=data))
-    return train(model, [batch().chunk(2)[data.get_local_rank()]])
-
-
 def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """The projections by columns or rows, and with each that half of its adapter that can be."""
     plan = {}
@@ -250,28 +211,6 @@ def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         layer = f"base_model.model.model.layers.*.{parent}.{name}"
         plan |= {f"{layer}.base_layer": style(), f"{layer}.lora_{half}.default": style()}
     return parallelize_module(model, mesh, plan)
-
-
-def transformers_tensor_parallel(when: str, folder: str) -> Record:
-    """``folder`` has the base model's files."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    with mock.patch.dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size):
-        config = DistributedConfig(tp_size=int(size), tp_plan="auto")
-        base = LlamaForCausalLM.from_pretrained(folder, distributed_config=config)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS))
-    model = peft.get_peft_model(base, config).train()
-    for module in adapter_modules(model):
-        # PEFT 0.21 states a rank's widths, where transformers 5.24 reads all ranks' widths.
-        module.out_features, module.in_features = module.weight.shape
-    with torch.no_grad():
-        for (name, ours), (same, value) in zip(trained(model), trained(peft_model()), strict=True):
-            assert name == same
-            if isinstance(ours, DTensor):
-                value = distribute_tensor(value, ours.device_mesh, ours.placements)
-            ours.copy_(value)
-    if when == "after":
-        fastlora.optimize(model)
-    return train(model, [batch()])
 
 
 def distributed_tensors(when: str) -> tuple[int, float]:

@@ -55,14 +55,11 @@ def optimized_layer() -> nn.Module:
 
 def packed_classes() -> list[type]:
     """The fast classes of layers over packed weights, where PEFT has such layers here."""
-    from fastlora.peft import gptq, torchao
+    from fastlora.peft import layer
 
-    files = [gptq, torchao]
-    if find_spec("bitsandbytes"):
-        from fastlora.peft import bitsandbytes
-
-        files.append(bitsandbytes)
-    return [fast for file in files for fast in file.FAST.values()]
+    names = ["GPTQLoraLinear", "TorchaoLoraLinear"]
+    names += ["Linear4bit", "Linear8bitLt"] if find_spec("bitsandbytes") else []
+    return [getattr(layer, name) for name in names]
 
 
 def optimize_after_injection() -> None:
