@@ -166,6 +166,7 @@ def unloaded_layer(model):
 
 
 def dora(model):
+    torch.manual_seed(11)
     config = peft.LoraConfig(use_dora=True, target_modules=["gate_proj"])
     model.add_adapter("dora", config)
     model.double().set_adapter("dora")

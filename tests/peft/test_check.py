@@ -118,7 +118,7 @@ def test_it_changes_nothing(optimized):
         fastlora.optimize(model)
     up = model[1].base_model.model.up
     up.lora_A["default"].weight.grad = torch.ones(4, 8)
-    x = torch.randn(5, 8)
+    x, wrong = torch.randn(5, 8), torch.randn(5, 9)
 
     def state():
         buffers = {name: (id(b), b.tolist()) for name, b in model.named_buffers()}
@@ -131,7 +131,7 @@ def test_it_changes_nothing(optimized):
     assert fastlora.check(model, x)
     assert state() == before
     with pytest.raises(RuntimeError):
-        fastlora.check(model, torch.randn(5, 9))
+        fastlora.check(model, wrong)
     assert state() == before
 
 
