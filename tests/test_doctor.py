@@ -12,16 +12,15 @@ import triton
 from peft.tuners.lora.layer import Linear as PeftLinear
 from process import run_python
 
-from fastlora import backends
+from fastlora import backends, reference
 from fastlora.__main__ import main
 from fastlora.backends import products
-from fastlora.backends import torch as torch_backend
 from fastlora.doctor import machine
 from fastlora.doctor import report as doctor
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.version import __version__
 
-CPU = torch.device("cpu")
+CPU, ORACLE = torch.device("cpu"), reference.lora_linear
 DOCTOR = ("-m", "fastlora", "doctor")
 
 
@@ -139,90 +138,62 @@ def test_a_call_that_the_kernels_do_not_cover(capsys):
     assert found.keys() == {"call", "backend"}
 
 
-def wrong_op(patch):
-    forward = torch_backend.forward
+def raising(error: Exception):
+    def fail(*_, **__):
+        raise error
 
-    def wrong(*arguments):
-        ys, hs = forward(*arguments)
-        return [y * 1.05 for y in ys], hs
-
-    patch.setattr(torch_backend, "forward", wrong)
+    return fail
 
 
-def nan(patch):
-    patch.setattr(doctor, "relative_errors", lambda *_: {"dx": float("nan")})
+def with_another_gradient(self, x, *more):
+    """The right output, and a gradient that lacks the adapter's."""
+    y, base = PEFT_FORWARD(self, x, *more), self.base_layer(x)
+    return base + (y - base).detach()
 
 
-def raising(patch):
-    def fail(*_):
-        raise RuntimeError("no\nmemory")
-
-    patch.setattr(doctor, "relative_errors", fail)
-
-
-def broken_package(patch):
-    def importing(name):
-        if name == "transformers":
-            raise ImportError("undefined symbol")
-        return sys.modules[name]
-
-    patch.setattr(machine, "import_module", importing)
-
-
-def no_kernels(patch):
-    def find(name, device=CPU):
-        if name == "triton":
-            raise ImportError("has no fastlora.kernels")
-        return torch_backend
-
-    patch.setattr(doctor, "find_backend", find)
-
-
-def no_machine(patch):
-    patch.setattr(doctor, "machine", lambda _: 1 / 0)
-
-
-PEFT_FORWARD = PeftLinear.forward
-
-
-def doubled(patch):
-    """PEFT's adapter counts twice."""
-    patch.setattr(
-        PeftLinear,
-        "forward",
-        lambda self, x, *more: 2 * PEFT_FORWARD(self, x, *more) - self.base_layer(x),
-    )
+PEFT_FORWARD, OPTIMIZED = PeftLinear.forward, "self-test of fastlora.optimize, LoRA: fastlora (1 of"
+FAULTS = {  # what is replaced by what, and what is said then
+    "wrong-op": (
+        reference, "lora_linear", lambda *args, **more: 1.05 * ORACLE(*args, **more),
+        "self-test of torch on cpu in bfloat16: the output is wrong, its relative error is",
+    ),
+    "nan": (
+        doctor, "relative_errors", lambda *_: {"dx": float("nan")},
+        "self-test of torch on cpu in float32: dx is wrong, its relative error is nan",
+    ),
+    "raising": (
+        doctor, "relative_errors", raising(RuntimeError("no\nmemory")),
+        "self-test of torch on cpu in float32: RuntimeError: no memory",
+    ),
+    "doubled": (
+        PeftLinear, "forward",
+        lambda self, x, *more: 2 * PEFT_FORWARD(self, x, *more) - self.base_layer(x), OPTIMIZED,
+    ),
+    "another-gradient": (PeftLinear, "forward", with_another_gradient, OPTIMIZED),
+    "package": (
+        machine, "import_module", raising(ImportError("undefined symbol")),
+        "transformers is installed, but can't be imported: ImportError: undefined symbol",
+    ),
+    "no-kernels": (
+        doctor, "find_backend", raising(ImportError("has no fastlora.kernels")),
+        "the backend triton can't be imported: ImportError: has no fastlora.kernels",
+    ),
+    "section": (
+        doctor, "machine", raising(ZeroDivisionError("by zero")),
+        "machine: ZeroDivisionError: by zero",
+    ),
+}  # fmt: skip
 
 
-def another_gradient(patch):
-    """PEFT's output is right, and its gradient lacks the adapter's."""
-
-    def forward(self, x, *more):
-        y, base = PEFT_FORWARD(self, x, *more), self.base_layer(x)
-        return base + (y - base).detach()
-
-    patch.setattr(PeftLinear, "forward", forward)
-
-
-FAULTS = {
-    wrong_op: "self-test of torch on cpu in bfloat16: the output is wrong, its relative error is",
-    nan: "self-test of torch on cpu in float32: dx is wrong, its relative error is nan",
-    raising: "self-test of torch on cpu in float32: RuntimeError: no memory",
-    doubled: "self-test of fastlora.optimize, LoRA: fastlora (1 of 1 layers",
-    another_gradient: "self-test of fastlora.optimize, LoRA: fastlora (1 of 1 layers",
-    broken_package: "transformers is installed, but can't be imported: ImportError: undefined symb",
-    no_kernels: "the backend triton can't be imported: ImportError: has no fastlora.kernels",
-    no_machine: "machine: ZeroDivisionError: division by zero",
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_what_is_broken_is_said_and_the_rest_goes_on(capsys, monkeypatch, fault):
-    fault(monkeypatch)
+@pytest.mark.parametrize(("place", "name", "other", "words"), FAULTS.values(), ids=FAULTS)
+def test_what_is_broken_is_said_and_the_rest_goes_on(
+    capsys, monkeypatch, place, name, other, words
+):
+    monkeypatch.setattr(place, name, other)
     found = examined(capsys, status=1)
-    said = [text for text in found["broken"] if text.startswith(FAULTS[fault])]
+    said = [text for text in found["broken"] if text.startswith(words)]
     assert said, found["broken"]
-    assert fault is not another_gradient or "NOT the same" in said[0]
+    assert words != OPTIMIZED or "NOT the same" in said[0]
     assert found["versions"]["torch"] == torch.__version__
 
 
