@@ -9,13 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import Call, backend_name, find_backend, planned_backend, use_backend
 from ..backends.products import is_slow
+from ..formats.format import name_of
 from ..projection import DTYPES, HALF_DTYPES, Layout, unflatten
 
-NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+NAMES = {name_of(dtype): dtype for dtype in DTYPES}
 
 
 class Asked(NamedTuple):

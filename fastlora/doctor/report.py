@@ -10,13 +10,14 @@ import torch
 from .. import reference
 from ..backends import BACKENDS, backend_name, find_backend, use_backend
 from ..backends.products import is_slow
+from ..formats.format import name_of
 from ..layers.linear import LoRALinear
 from ..peft.check import Check, check
 from ..peft.optimize import why_nothing_changes
 from ..peft.versions import untested
 from ..projection import HALF_DTYPES
 from ..table import columns
-from .launches import Asked, name_of, would_run
+from .launches import Asked, would_run
 from .machine import devices_here, installation, machine, one_line, settings, versions
 
 # The relative error that is taken for rounding: four times the dtype's epsilon, and for float32

@@ -152,6 +152,11 @@ def check_shapes(
             raise ValueError(f"its {name} has strides {tensor.stride()}: call .contiguous()")
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As a text and a record hold it: float16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def place_for(out: Tensor, dtype: torch.dtype, dense: bool = False) -> Tensor:
     """``out``, if it has this dtype, and if asked lies ``dense``; else a new tensor like it."""
     fits = out.dtype == dtype and (out.is_contiguous() or not dense)

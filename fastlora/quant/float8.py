@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..foreign import is_class
 from ..formats.float8 import Float8
-from ..formats.format import Quantised
+from ..formats.format import Quantised, name_of
 from .vendor import PackedLayer
 
 _MODULE = "transformers.integrations.finegrained_fp8"
@@ -33,7 +33,7 @@ def read(layer: nn.Module) -> PackedLayer | str:
         blocks = -(-n // rows), -(-k // columns)
         if scale.numel() == blocks[0] * blocks[1]:
             scale = scale.view(blocks)
-        format = Float8(n, k, str(own.dtype).removeprefix("torch."), rows, columns)
+        format = Float8(n, k, name_of(own.dtype), rows, columns)
         format.check((own, scale))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"its float8 weight is broken: {error}"

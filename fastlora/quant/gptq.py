@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import derived_from
-from ..formats.format import Quantised
+from ..formats.format import Quantised, name_of
 from ..formats.gptq import Gptq
 from .vendor import Once, PackedLayer
 
@@ -37,7 +37,7 @@ def read(layer: nn.Module) -> PackedLayer | str:
     try:
         rows, columns, scales = own.out_features, own.in_features, own.scales
         groups = len(scales)
-        compute = str(scales.dtype).removeprefix("torch.")
+        compute = name_of(scales.dtype)
         ordered = _ORDERED.ask(own.g_idx, lambda g_idx: _is_ordered(g_idx, groups))
         format = Gptq(rows, columns, own.bits, groups, compute, ordered)
         tensors = tuple(t.detach() for t in (own.qweight, own.qzeros, scales, own.g_idx))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import is_class
-from ..formats.format import Quantised
+from ..formats.format import Quantised, name_of
 from ..formats.hqq import Hqq
 from .vendor import PackedLayer
 
@@ -36,7 +36,7 @@ def read(layer: nn.Module) -> PackedLayer | str:
         if meta["view_as_float"]:
             packed = packed.view(meta["unpack_view_dtype"])
         rows, columns = meta["shape"]
-        compute = str(meta["scale"].dtype).removeprefix("torch.")
+        compute = name_of(meta["scale"].dtype)
         format = Hqq(rows, columns, meta["nbits"], meta["group_size"] or columns, compute)
         tensors = tuple(map(_keepable, (packed, meta["scale"], meta["zero"])))
         format.check(tensors)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..foreign import derived_from, is_class
 from ..formats.float8 import Float8
-from ..formats.format import Quantised
+from ..formats.format import Quantised, name_of
 from ..formats.integers import Affine, Int4Groups, Int8Rows
 from ..projection import is_plain
 from .vendor import Once, PackedLayer
@@ -96,7 +96,7 @@ def _int4(own: Any) -> Quantised | str:
     height, group = map(int, own.block_size)
     if height != 1:
         return f"its groups are blocks of {(height, group)}"
-    compute = str(own.scale.dtype).removeprefix("torch.")
+    compute = name_of(own.scale.dtype)
     tensors = (own.qdata, own.scale, own.zero_point)
     return Quantised(Int4Groups(rows, columns, group, compute), tensors)
 
@@ -106,7 +106,7 @@ def _float8(own: Any) -> Quantised | str:
         return _why_rounding("float8")
     rows, columns = own.shape
     height, width = map(int, own.block_size or (rows, columns))
-    code = str(own.qdata.dtype).removeprefix("torch.")
+    code = name_of(own.qdata.dtype)
     format = Float8(rows, columns, code, height, width)
     return Quantised(format, (own.qdata, own.scale.view(-(-rows // height), -1)))
 

@@ -1,7 +1,7 @@
 """What a sweep found: a line for each trial, the best first, and their curves."""
 
+import io
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,13 @@ def nan_last(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def draw(sweep: Sweep, path: Path) -> bool:
-    """Write the held-out losses as a PNG, whole or not at all; False without matplotlib."""
+def curves(sweep: Sweep) -> dict[str, bytes]:
+    """The held-out losses as ``losses.png``; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+        return {}
+    figure, content = Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
     axes = figure.add_subplot()
     for outcome in sweep.outcomes:
         steps, losses = zip(*outcome.losses, strict=True)
@@ -116,7 +116,5 @@ def draw(sweep: Sweep, path: Path) -> bool:
     axes.set(xlabel="step", ylabel="held-out loss", xlim=(0, None))
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
-    return True
+    figure.savefig(content, format="png", dpi=120)
+    return {"losses.png": content.getvalue()}

@@ -19,8 +19,8 @@ from ..model.inject import apply_lora, check_model, check_plain, remove_lora
 from ..projection import check_switch, shown
 from .batches import Feed, as_batch
 from .layer import attached
-from .record import Sweep, draw
-from .state import check_writable, interruption, load, set_random_state
+from .record import Sweep, curves
+from .state import interruption, load, set_random_state
 from .training import Loss, Training, causal_loss, counted
 from .trial import Options, Trial, as_trials
 
@@ -94,8 +94,7 @@ def sweep(
             "eval_data gives no batch with labels: the held-out loss is what trials are judged by"
         )
     settings = {"trials": [_as_plain(trial) for trial in trials], **options._asdict()}
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder)
+    write_whole(folder, {})  # raises now, and not hours later, if no file can be written there
     state = load(folder, settings) if resume else None
     norms = _batch_norms(inner)
     with kept_buffers(inner), attached(inner, trials, seed) as parts:
@@ -113,8 +112,8 @@ def sweep(
     found = Sweep(run.outcomes(state), steps, sum(state.seconds), folder)
     best = found.outcomes.index(found.best)
     _write(inner, trials[best], state.adapters[best], folder / "best")
-    write_whole(folder, {"sweep.json": (json.dumps(found.as_dict(), indent=2) + "\n").encode()})
-    draw(found, folder / "losses.png")
+    numbers = (json.dumps(found.as_dict(), indent=2) + "\n").encode()
+    write_whole(folder, {"sweep.json": numbers} | curves(found))
     return found
 
 

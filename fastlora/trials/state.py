@@ -1,6 +1,6 @@
 """How far a sweep is, in a file that is whole at any time; and the Ctrl-C that stops it."""
 
-import os
+import io
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.files import write_whole
 from ..projection import shown
 
 FILE = "state.pt"
@@ -37,23 +38,9 @@ class State:
 
 
 def save(state: State, folder: Path) -> None:
-    """Write it under a temporary name, and put it in the place of an earlier one."""
-    part = folder / f".{FILE}"
-    try:
-        with open(part, "wb") as file:
-            torch.save(vars(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, folder / FILE)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise OSError now, and not hours later, if no file can be written there."""
-    part = folder / f".{FILE}"
-    part.write_bytes(b"")
-    part.unlink()
+    content = io.BytesIO()
+    torch.save(vars(state), content)
+    write_whole(folder, {FILE: content.getvalue()})
 
 
 def load(folder: Path, settings: dict[str, Any]) -> State | None:
