@@ -184,7 +184,7 @@ def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def of_rows(values: Tensor, first: int, count: int, block_rows: int) -> Tensor:
     """Those of ``count`` rows from ``first`` on: [count, n], or [1, n] if they are in one block.
 
-    ``values``: [blocks of rows, n].
+    ``values``: [blocks of rows, n], or without columns.
     """
     some = values[first // block_rows : (first + count - 1) // block_rows + 1]
     if block_rows == 1 or len(some) == 1:

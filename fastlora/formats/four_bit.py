@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .format import Format, check_shapes
+from .format import Format, check_shapes, of_rows
 
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -107,31 +107,24 @@ class FourBit(Format):
 
     def _make(self, tensors: Sequence[Tensor], begin: int, end: int, out: Tensor) -> None:
         """The elements from ``begin`` to ``end`` of the weight, in a row."""
-        head, tail = begin % 2, end % 2  # of a byte, that others have
+        block, head, tail = self.block, begin % 2, end % 2  # of a byte, that others have
         odd = head or tail or out.storage_offset() % 2
         if odd or out.dtype != torch.float32 or not out.is_contiguous():
             made = torch.empty(end - begin + head + tail, dtype=torch.float32, device=out.device)
         else:
             made = out.view(-1)
         packed = tensors[0][begin // 2 : (end + 1) // 2]
-        pairs = made.view(torch.float64)
-        table = _pairs(self.kind, out.device)
+        table, pairs = _pairs(self.kind, out.device), made.view(torch.float64)
         torch.index_select(table, 0, packed.int(), out=pairs)
         made = made[head : head + end - begin]
-        self._multiply(made, tensors, begin, end)
-        if made.data_ptr() != out.data_ptr():
-            out.copy_(made.view(out.shape))
-
-    def _multiply(self, made: Tensor, tensors: Sequence[Tensor], begin: int, end: int) -> None:
-        """By the absmax of each."""
-        block = self.block
         first, last = begin // block, -(-end // block)
         absmax = self._absmax(tensors, first, last)
         if begin % block == 0 and end % block == 0:
             made.view(-1, block).mul_(absmax.unsqueeze(1))
         else:
-            each = absmax.repeat_interleave(block)
-            made.mul_(each[begin - first * block : end - first * block])
+            made.mul_(of_rows(absmax, begin - first * block, end - begin, block))
+        if made.data_ptr() != out.data_ptr():
+            out.copy_(made.view(out.shape))
 
     def _absmax(self, tensors: Sequence[Tensor], first: int, last: int) -> Tensor:
         """Of the blocks from ``first`` to ``last``."""
@@ -139,9 +132,7 @@ class FourBit(Format):
         if not self.nested:
             return own
         _, _, absmax2, code2, offset = tensors
-        begin, end = first // self.nested, -(-last // self.nested)
-        each = absmax2[begin:end].repeat_interleave(self.nested)
-        each = each[first - begin * self.nested : last - begin * self.nested]
+        each = of_rows(absmax2, first, last - first, self.nested)
         return code2.index_select(0, own.int()).mul_(each).add_(offset)
 
 
