@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from models import assert_untouched, randomise, snapshot, tiny_llama
+from models import randomise, refused, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import fastlora
@@ -182,10 +182,8 @@ def test_a_model_without_the_new_tokens(base, tmp_path):
     model = fastlora.apply_lora(base(104), LoRAConfig(target_modules=["q_proj", "lm_head"]))
     fastlora.save_adapter(model, tmp_path)
     plain = base()
-    before = snapshot(plain)
-    with pytest.raises(ValueError, match=r"resize_token_embeddings\(104\) first"):
+    with refused(plain, r"resize_token_embeddings\(104\) first"):
         fastlora.load_adapter(plain, tmp_path)
-    assert_untouched(plain, before)
 
 
 def test_a_base_that_is_gone_is_said(tmp_path):

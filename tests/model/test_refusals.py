@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import wrong_kinds
-from models import Mlp, assert_untouched, randomise, snapshot, tiny_llama
+from models import Mlp, assert_untouched, randomise, refused, snapshot, tiny_llama
 from torch import nn
 from wrong_kinds import unexpected
 
@@ -79,10 +79,8 @@ UNUSABLE = {
 @pytest.mark.parametrize(("layer", "reason"), UNUSABLE.values(), ids=UNUSABLE)
 def test_a_layer_without_numbers_takes_no_adapter(layer, reason):
     model = nn.Sequential(nn.Linear(8, 8), layer)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"1 can't take an adapter: {reason}"):
+    with refused(model, f"1 can't take an adapter: {reason}"):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["0", "1"]))
-    assert_untouched(model, before)
     with pytest.warns(UserWarning, match=reason):
         fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
     assert list(names(model)) == ["0"]
@@ -123,10 +121,8 @@ FOREIGN = {
 @pytest.mark.parametrize(("config", "message"), FOREIGN.values(), ids=FOREIGN)
 def test_what_peft_s_config_has_and_fastlora_hasn_t_is_named(config, message):
     model = Mlp()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
+    with refused(model, message):
         fastlora.apply_lora(model, config)
-    assert_untouched(model, before)
 
 
 WRONG_CONFIGS = {
@@ -338,10 +334,8 @@ def test_a_folder_that_holds_something_else(tmp_path, monkeypatch, fill, message
     (tmp_path / "adapter").mkdir()
     fill(tmp_path / "adapter")
     model = Mlp()
-    before = snapshot(model)
-    with pytest.raises(FileNotFoundError, match=message):
+    with refused(model, message, FileNotFoundError):
         fastlora.load_adapter(model, os.fspath(tmp_path / "adapter"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"snapshot_download\('owner/some-lora'\)"):
         fastlora.load_adapter(model, "owner/some-lora")
-    assert_untouched(model, before)
