@@ -1,8 +1,11 @@
 """``fastlora.sweep``: trains many LoRA configurations side by side, on one base, in one process."""
 
 import json
+import signal
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,7 @@ from ..model.inject import apply_lora, check_model, check_plain, remove_lora
 from ..projection import check_switch, shown
 from .batches import Feed, as_batch
 from .layer import attached
-from .record import Sweep, curves
-from .state import interruption, load, set_random_state
+from .record import Sweep, curves, load, set_random_state
 from .training import Loss, Training, causal_loss, counted
 from .trial import Options, Trial, as_trials
 
@@ -100,7 +102,7 @@ def sweep(
     with kept_buffers(inner), attached(inner, trials, seed) as parts:
         run = Training(inner, trials, parts, options, loss, held_out)
         state = run.restored(state) if state else run.begun(settings)
-        with torch.random.fork_rng(), in_mode(inner, training=True), interruption() as interrupted:
+        with torch.random.fork_rng(), in_mode(inner, training=True), _interruption() as interrupted:
             for norm in norms.values():
                 norm.eval()
             # It may draw numbers for what it skips.
@@ -115,6 +117,26 @@ def sweep(
     numbers = (json.dumps(found.as_dict(), indent=2) + "\n").encode()
     write_whole(folder, {"sweep.json": numbers} | curves(found))
     return found
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Set by a first Ctrl-C, while a second one is Python's own; in the main thread alone."""
+    event, mine = threading.Event(), threading.current_thread() is threading.main_thread()
+    if not mine:
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check_kinds(data: object, eval_data: object, loss: object) -> None:

@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..layers.batch import in_mode
 from .batches import Batch, Feed, joined
 from .layer import Attached
-from .record import Outcome, nan_last
-from .state import State, random_state, save
+from .record import Outcome, State, nan_last, random_state, save
 from .trial import Options, Trial
 
 Loss = Callable[[Tensor, Tensor], Tensor]
