@@ -47,6 +47,10 @@ class Adapted(nn.Module):
                 kept.data = fn(kept.data)
         return self
 
+    def adapted_weights(self) -> Iterable[tuple[str, Any]]:
+        """Each adapted weight as a layer, by its name in this module; a layer's own is ""."""
+        raise NotImplementedError
+
     def adapter_names(self) -> Iterable[str]:
         """What it calls each lora_A and lora_B."""
         raise NotImplementedError
@@ -180,6 +184,9 @@ class LoRALayer(Adapted):
     def can_unmerge(self) -> bool:
         """Whether the layer is merged and its base was kept."""
         return self._bases.get("weight") is not None
+
+    def adapted_weights(self) -> Iterable[tuple[str, Any]]:
+        return [("", self)]
 
     def adapter_names(self) -> Iterable[str]:
         return "lora_A", "lora_B"

@@ -4,7 +4,7 @@ PEFT's files hold the adapter of a weight in two matrices, and so do these modul
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -205,9 +205,8 @@ class LoRAExperts(Adapted):
             delattr(self, name)
         object.__setattr__(self, "__class__", self.plain_class)
 
-    def weights(self) -> Iterator[ExpertsWeight]:
-        """Each adapted weight as a layer."""
-        return (self.weight_of(name) for name in self.adaptations)
+    def adapted_weights(self) -> Iterable[tuple[str, ExpertsWeight]]:
+        return [(name, self.weight_of(name)) for name in self.adaptations]
 
     def weight_of(self, name: str) -> "ExpertsWeight":
         return ExpertsWeight(**vars(self.adaptations[name]), experts=self, name=name)

@@ -1,29 +1,28 @@
 """Walking a model: its LoRA layers, what is around and inside of it, and its tensors, whole."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
-from .adapted import LoRALayer
-from .expert_layer import ExpertsWeight, LoRAExperts
+from .adapted import Adapted, LoRALayer
+
+if TYPE_CHECKING:
+    from .expert_layer import ExpertsWeight
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 # What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer | ExpertsWeight]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, "LoRALayer | ExpertsWeight"]]:
     """Everything of the model that has an adapter, with its name: layers, and experts' weights."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield plain_name(name), module
-        elif isinstance(module, LoRAExperts):
-            for weight in module.weights():
-                yield plain_name(f"{name}.{weight.name}" if name else weight.name), weight
+        for own, layer in module.adapted_weights() if isinstance(module, Adapted) else ():
+            yield plain_name(".".join(filter(None, (name, own)))), layer
 
 
 def plain_name(name: str) -> str:

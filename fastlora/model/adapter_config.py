@@ -12,8 +12,7 @@ from torch import nn
 from ..layers.frozen import is_router
 from ..projection import shown
 from .candidates import expert_modules
-from .config import LoRAConfig, kind_of, weight_of
-from .targets import is_all_linear
+from .config import LoRAConfig, is_all_linear, kind_of, weight_of
 
 _Number = TypeVar("_Number", int, float)
 _OURS = {field.name for field in fields(LoRAConfig)}

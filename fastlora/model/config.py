@@ -9,6 +9,7 @@ from ..projection import check_settings, shown
 
 _Number = TypeVar("_Number", int, float)
 _BIAS = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,11 @@ def kind_of(value: object) -> str:
 def weight_of(name: str) -> str:
     """The name of this layer's weight."""
     return f"{name}.weight" if name else "weight"
+
+
+def is_all_linear(target_modules: object) -> bool:
+    """Whether these targets are the word "all-linear", in any case."""
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def names_any(wanted: Iterable[str], name: str) -> bool:

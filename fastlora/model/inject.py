@@ -1,6 +1,6 @@
 """Model surgery: linear layers take adapters in place, and are plain again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -14,11 +14,18 @@ from ..layers.classes import class_over
 from ..layers.expert_layer import Adaptation, ExpertsWeight, LoRAExperts, new_experts_adapter
 from ..layers.frozen import give_back_frozen, matrix_of, take_frozen
 from ..layers.linear import adapted_class
-from ..layers.modules import called, inside_of, lora_layers, plain_name, some, unwrap
+from ..layers.modules import called, inside_of, lora_layers, some, unwrap
 from ..projection import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
-from .targets import Targets, check_places, find_targets, modules_to_save, warn_of_passed_over
+from .targets import (
+    Targets,
+    check_places,
+    find_targets,
+    modules_to_save,
+    trained_biases,
+    warn_of_passed_over,
+)
 
 _RECORD = "_fastlora"
 
@@ -120,12 +127,6 @@ def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
     return injection
 
 
-def known_targets(model: nn.Module, config: LoRAConfig) -> Targets:
-    """What inject_known would adapt."""
-    saved = modules_to_save(model, config, every_name=False)
-    return find_targets(model, config, saved, every_name=False)
-
-
 def _inject(
     model: nn.Module, config: LoRAConfig, *, every_name: bool, wide_adapters: bool
 ) -> Injection:
@@ -223,16 +224,6 @@ def remove_lora(model: nn.Module) -> nn.Module:
             for name, parameter in _named(module):
                 parameter.requires_grad_(name in injection.trained_before)
     return model
-
-
-def trained_biases(model: nn.Module, bias: str, layers: Iterable[str]) -> list[str]:
-    """The names of the biases that train under ``LoRAConfig.bias`` if these are adapted."""
-    names = [plain_name(name) for name, _ in model.named_parameters()]
-    names = [name for name in names if name.rpartition(".")[2] == "bias"]
-    if bias == "lora_only":
-        adapted = {f"{name}.bias" if name else "bias" for name in layers}
-        return [name for name in names if name in adapted]
-    return names if bias == "all" else []
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from ..layers.expert_layer import Features, features_of, why_not_experts
 from ..layers.frozen import is_conv1d, is_router, why_not_class
 from ..layers.linear import why_not_base
-from ..layers.modules import called
+from ..layers.modules import called, plain_name
 from ..projection import shown
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
-from .config import LoRAConfig, compile_pattern, is_inside, names_any
+from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 
-ALL_LINEAR = "all-linear"
 _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 
 
@@ -39,6 +38,12 @@ class Targets(NamedTuple):
 
     layers: dict[str, nn.Module]
     experts: dict[str, ExpertsTarget]
+
+
+def known_targets(model: nn.Module, config: LoRAConfig) -> Targets:
+    """What the config of a file targets, whose names need not all occur in this model."""
+    saved = modules_to_save(model, config, every_name=False)
+    return find_targets(model, config, saved, every_name=False)
 
 
 def find_targets(
@@ -231,17 +236,22 @@ def modules_to_save(
     return found
 
 
+def trained_biases(model: nn.Module, bias: str, layers: Iterable[str]) -> list[str]:
+    """The names of the biases that train under ``LoRAConfig.bias`` if these are adapted."""
+    names = [plain_name(name) for name, _ in model.named_parameters()]
+    names = [name for name in names if name.rpartition(".")[2] == "bias"]
+    if bias == "lora_only":
+        adapted = {f"{name}.bias" if name else "bias" for name in layers}
+        return [name for name in names if name in adapted]
+    return names if bias == "all" else []
+
+
 def name_test(names: str | Sequence[str]) -> Callable[[str], bool]:
     """A test of names: a regular expression for the whole, or a list of names or last parts."""
     if isinstance(names, str):
         pattern = compile_pattern(names)
         return lambda name: pattern.fullmatch(name) is not None
     return lambda name: names_any(names, name)
-
-
-def is_all_linear(target_modules: object) -> bool:
-    """Whether these targets are the word "all-linear", in any case."""
-    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
 def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:

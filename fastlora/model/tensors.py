@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from ..layers.modules import called, lora_layers, plain_name, some
 from ..projection import shown
 from .config import LoRAConfig, is_inside
 from .files import Planned, read_tensors
-from .inject import Injection, known_targets, trained_biases
-from .targets import Targets
+from .targets import Targets, known_targets, trained_biases
+
+if TYPE_CHECKING:
+    from .inject import Injection
 
 AUTO = "auto"
 _PREFIX = "base_model.model."
@@ -29,7 +31,7 @@ def _key(module: str, parameter: str) -> str:
     return _PREFIX + (f"{module}.{parameter}" if module else parameter)
 
 
-def adapter_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, injection: "Injection") -> dict[str, Tensor]:
     """Everything that belongs to the adapter, under PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
@@ -168,7 +170,7 @@ class Found(NamedTuple):
 
 
 def read_fitting(
-    model: nn.Module, injection: Injection, stored: Mapping[str, Planned], path: Path
+    model: nn.Module, injection: "Injection", stored: Mapping[str, Planned], path: Path
 ) -> Found:
     """The file's tensors; ValueError if they aren't the model's."""
     wanted = adapter_tensors(model, injection)

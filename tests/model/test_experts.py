@@ -108,7 +108,7 @@ def test_a_new_adapter_is_peft_s_identity():
 def test_merging_and_removing():
     model = own_model("gpt-oss").bfloat16()
     before, expected, experts = snapshot(model), logits(model), experts_of(model)
-    layer = next(experts.weights())
+    _, layer = next(iter(experts.adapted_weights()))
     thin, wide, scale = layer.adapter()
     exact = layer.weight.double() + scale * (wide.double() @ thin.double()).mT
     fastlora.merge_lora(model)
@@ -135,7 +135,7 @@ def test_an_adapter_without_numbers_is_not_merged():
     experts.down_proj_lora_B = nn.Parameter(experts.down_proj_lora_B.to("meta"))
     with pytest.raises(ValueError, match="down_proj can't be merged: its down_proj_lora_B is on"):
         fastlora.merge_lora(model)
-    assert not any(layer.merged for layer in experts.weights())
+    assert not any(layer.merged for _, layer in experts.adapted_weights())
 
 
 def test_copies_and_checkpoints_of_the_base():
