@@ -11,7 +11,7 @@ from ..backends import Call
 from ..projection import Layout, unflatten
 from ..rows import Share
 from .autocast import autocast_off
-from .textbook import textbook
+from .textbook import Drop, textbook
 
 
 def run_forward(
@@ -100,6 +100,13 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
 def followed(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:
     """Every output by the textbook formula, with the masks that the seeds make."""
     x, *tensors = inputs
+    return textbook(x, unflatten(tensors, call.layouts), drop_by(seeds, call), call.rows)
+
+
+def drop_by(seeds: Tensor | None, call: Call) -> Drop | None:
+    """What drops as the backend does, by torch's own operations; None without dropout."""
+    if seeds is None:
+        return None
     rows = call.rows
 
     def drop(number: int, own: Tensor, share: Share | None) -> Tensor:
@@ -108,13 +115,13 @@ def followed(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tupl
             p, at = rows.own.dropouts[share.segment], share.segment
         elif share is not None and rows is not None:
             before = rows.first + share.place.start
-        if seeds is None or not p:
+        if not p:
             return own
         shape = before + math.prod(own.shape[:-1]), own.shape[-1]
         mask = call.backend.dropout_mask(seeds[at], shape, p)[before:].view(own.shape)
         return torch.where(mask, own / (1.0 - p), 0.0)
 
-    return textbook(x, unflatten(tensors, call.layouts), drop, rows)
+    return drop
 
 
 def differentiable(

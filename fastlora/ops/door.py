@@ -11,10 +11,10 @@ from ..checks import why_not_mixed
 from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
 from .autocast import autocast_dtype, autocast_inputs, autocast_is_on, autocast_off
-from .call import followed, run_forward
+from .call import drop_by, run_forward
 from .function import LoRALinearFunction
 from .library import call_registered
-from .textbook import textbook, torch_s_dropout
+from .textbook import of_few_rows, textbook, torch_s_dropout
 from .way import OP, TEXTBOOK, is_few, way_of
 
 
@@ -78,15 +78,15 @@ def _through(
 
 def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
     """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
-    x, *tensors = inputs
+    x = inputs[0]
     if autocast_dtype(x) is not None:
-        x, outputs = autocast_inputs(x, unflatten(tensors, call.layouts))
+        x, outputs = autocast_inputs(x, unflatten(inputs[1:], call.layouts))
         with autocast_off(x.device.type):
             return run((x, *flatten(outputs, call.layouts)), call)
     rows = call.rows
     seeds = _seeds(call.layouts, call.dropout, rows, x.device)
     if call.is_few:
-        return followed(inputs, seeds, call)
+        return (of_few_rows(inputs, call.layouts[0], drop_by(seeds, call)),)
     if torch.is_grad_enabled():
         ends = None if rows is None or rows.shares_base else rows.ends
         return LoRALinearFunction.apply(seeds, ends, call, *inputs)
