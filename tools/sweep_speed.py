@@ -9,6 +9,7 @@ benchmarks' results of the day it leaves sweep-DATE.json.
 
 import sys
 import time
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
@@ -18,12 +19,8 @@ import fastlora
 from benchmarks.measure import in_turn, row_of
 from benchmarks.report import markdown
 from benchmarks.results import describe_machine, results_path, write_results
-from fastlora.trials.batches import Feed
-from fastlora.trials.layer import attached
-from fastlora.trials.training import Training, causal_loss
-from fastlora.trials.trial import Options, Trial, as_trials
 
-ROUNDS, SWEEP, RUNS = 5, "fastlora", "eight runs"
+ROUNDS, STEPS, SWEEP, RUNS = 5, 2, "fastlora", "eight runs"
 CONFIGS = [{"r": r, "learning_rate": rate} for r in (2, 8, 32, 64) for rate in (1e-4, 5e-4)]
 LIMITS = {16: 0.6, 256: 1.0}  # of the sweep's time over the runs', by tokens a configuration
 
@@ -37,44 +34,34 @@ def make_model() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def seconds_together(model: torch.nn.Module, trials: tuple[Trial, ...], batch: dict) -> float:
-    """Of a step of all trials: forward, backward, clipping, AdamW."""
-    options = Options(100, False, None, "constant", 0, 0.0, 1.0, 0)
-    with attached(model, trials, 0) as parts:
-        training = Training(model, trials, parts, options, causal_loss, [])
-        state, feed = training.begun({}), Feed([batch], 0)
-        training.step(state, feed)  # makes AdamW's moments
-        start = time.perf_counter()
-        training.step(state, feed)
-        return time.perf_counter() - start
-
-
-def seconds_alone(model: torch.nn.Module, trial: Trial, batch: dict) -> float:
-    """The same of one configuration."""
-    fastlora.apply_lora(model, trial.config)
-    try:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=trial.learning_rate, weight_decay=0.0)
-        for _ in range(2):
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-        return time.perf_counter() - start
-    finally:
-        fastlora.remove_lora(model)
+def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: dict) -> float:
+    """Of a step of one configuration: forward, backward, clipping, AdamW."""
+    fastlora.apply_lora(model, fastlora.LoRAConfig(r=r, target_modules="all-linear"))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    seconds = time.perf_counter() - start
+    fastlora.remove_lora(model)
+    return seconds / STEPS
 
 
 def measure(model: torch.nn.Module, tokens: int) -> dict:
     ids = torch.randint(0, 21760, (1, tokens), generator=torch.Generator().manual_seed(0))
-    batch, trials = {"input_ids": ids, "labels": ids}, as_trials(CONFIGS)
+    batch = {"input_ids": ids, "labels": ids}
 
     def runs() -> dict[str, float]:
-        return {"step": sum(seconds_alone(model, trial, batch) for trial in trials)}
+        return {"step": sum(seconds_alone(model, **config, batch=batch) for config in CONFIGS)}
 
     def sweep() -> dict[str, float]:
-        return {"step": seconds_together(model, trials, batch)}
+        settings = {"steps": STEPS, "eval_steps": STEPS, "progress": False, "eval_data": [batch]}
+        with TemporaryDirectory() as folder:
+            found = fastlora.sweep(model, CONFIGS, [batch], output_dir=folder, **settings)
+        return {"step": found.seconds / STEPS}
 
     targets = [("step", f"{SWEEP}/{RUNS}", LIMITS.get(tokens, 1.0))]
     case = SimpleNamespace(id=f"qwen3-4-layers-8x{tokens}-fp32", table="sweep", targets=targets)
