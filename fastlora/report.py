@@ -2,17 +2,19 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .backends import planned_backend
 from .formats.format import Quantised
 from .layers.adapted import LoRALayer
-from .layers.expert_layer import ExpertsWeight
 from .layers.frozen import Linear, slow_weight
 from .layers.modules import has_sharded, lora_layers, plain_name, some
 from .projection import Output, as_outputs
+
+if TYPE_CHECKING:
+    from .layers.expert_layer import ExpertsWeight
 
 _BASE_ALONE = ("merged", "disabled")
 SHARDED, IN_THE_CALL = "sharded", "decided in the call"  # a plan, and its reason
@@ -164,9 +166,9 @@ def cover_frozen(model: nn.Module) -> list[str]:
     ]
 
 
-def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
+def _cover(name: str, layer: "LoRALayer | ExpertsWeight") -> LayerCoverage:
     fast, plan, reason, packed = True, "", "", ""
-    module: Any = layer.experts if isinstance(layer, ExpertsWeight) else layer
+    module: Any = layer if isinstance(layer, LoRALayer) else layer.experts
     if "forward" in module.__dict__:
         fast, plan = False, "eager"
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
@@ -174,7 +176,7 @@ def _cover(name: str, layer: LoRALayer | ExpertsWeight) -> LayerCoverage:
         plan = "merged"
     elif has_sharded(module):
         fast, plan, reason = False, SHARDED, IN_THE_CALL
-    elif isinstance(layer, ExpertsWeight):
+    elif not isinstance(layer, LoRALayer):
         reason = module.read().reason
         fast, plan = not reason, "eager"
         if fast:

@@ -1,4 +1,4 @@
-"""Frozen linear layers: which classes are such, and torch's own made fast without an adapter.
+"""Frozen linear layers: which can be a base, and torch's own made fast without an adapter.
 
 Your own models and PEFT's are asked the same.  What is another matter, or changes from call to
 call (hooks, devices, what FSDP gathers), is asked where such a layer is met.
@@ -19,7 +19,8 @@ from ..foreign import is_class
 from ..formats.format import Quantised
 from ..ops import lora_linears
 from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
-from ..quant import PackedLayer, quantised_weight
+from ..quant import PackedLayer, quantised_weight, vendor_of
+from .adapted import LoRALayer, own_name, why_weight_is_fixed
 from .classes import change_class
 from .members import why_not_tensor
 
@@ -47,6 +48,8 @@ _MODULE_CALL = nn.Module.__call__
 # Falcon adds the bias last.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+# Of tensors: those of FSDP2, and of shapes without data, become plain tensors by themselves.
+_KINDS = ("DTensor", "FakeTensor")
 
 
 def why_not_class(kind: type[nn.Module]) -> str:
@@ -72,6 +75,38 @@ def is_router(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     is_matrix = weight is not None and weight.dim() == 2
     return theirs and is_matrix and "router" in kind.__name__.lower() and kind.__base__ is nn.Module
+
+
+def why_not_base(layer: nn.Module) -> str:
+    """Why apply_lora can't give this module an adapter; "" if it can."""
+    if isinstance(layer, LoRALayer):
+        return "it already has one (fastlora.remove_lora takes it away)"
+    found = quantised_weight(layer)
+    reason = why_not_class(type(layer)) if found is None and not is_router(layer) else ""
+    if reason:
+        return f"it is {reason}"
+    if isinstance(found, str):
+        return f"it is a {type(layer).__name__}: {found}"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (an accelerate hook?): remove that first"
+    vendor = vendor_of(layer)
+    reason = why_weight_is_fixed(layer, "weight" if vendor is None else vendor.PARTS[0])
+    if reason:
+        return reason
+    name = own_name(layer)
+    if name:
+        return f"it has a {name!r} of its own, which a LoRA layer has for itself: rename that"
+    for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
+        tensor = getattr(layer, name, None)
+        is_part = type(tensor).__name__ in _KINDS
+        if tensor is None and name == "weight":
+            return "it has no weight"
+        reason = why_not_tensor(tensor, ndim, is_part)
+        if reason:
+            return f"its {name} {reason}: fastlora takes dense floating tensors"
+        if tensor is not None and 0 in tensor.shape and not is_part:
+            return f"its {name} has shape {tuple(tensor.shape)}, and so no elements"
+    return ""
 
 
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:

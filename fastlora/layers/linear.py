@@ -7,23 +7,12 @@ from torch import Tensor, nn
 
 from ..ops.autocast import autocast_off
 from ..projection import Projection, check_settings
-from ..quant import quantised_weight, vendor_of
+from ..quant import vendor_of
 from . import frozen
-from .adapted import (
-    LoRALayer,
-    new_adapter,
-    own_name,
-    refuse_training,
-    run_with,
-    why_weight_is_fixed,
-)
+from .adapted import LoRALayer, new_adapter, refuse_training, run_with
 from .classes import class_over, twin
-from .frozen import is_conv1d, is_router, matrix_of, why_not_class
-from .members import why_not_tensor
+from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
 from .quantised import LoRAQuantised
-
-# Of tensors: those of FSDP2, and of shapes without data, become plain tensors by themselves.
-_KINDS = ("DTensor", "FakeTensor")
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -160,35 +149,3 @@ def adapted_class(kind: type[nn.Module], quantised: bool = False) -> type[LoRALa
     if is_conv1d(kind):
         return class_over(_LoRATransposed, kind)
     return class_over(_LoRARouter if why_not_class(kind) else LoRALinear, kind)
-
-
-def why_not_base(layer: nn.Module) -> str:
-    """Why apply_lora can't give this module an adapter; "" if it can."""
-    if isinstance(layer, LoRALayer):
-        return "it already has one (fastlora.remove_lora takes it away)"
-    found = quantised_weight(layer)
-    reason = why_not_class(type(layer)) if found is None and not is_router(layer) else ""
-    if reason:
-        return f"it is {reason}"
-    if isinstance(found, str):
-        return f"it is a {type(layer).__name__}: {found}"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance (an accelerate hook?): remove that first"
-    vendor = vendor_of(layer)
-    reason = why_weight_is_fixed(layer, "weight" if vendor is None else vendor.PARTS[0])
-    if reason:
-        return reason
-    name = own_name(layer)
-    if name:
-        return f"it has a {name!r} of its own, which a LoRA layer has for itself: rename that"
-    for name, ndim in (("bias", 1),) if vendor else (("weight", 2), ("bias", 1)):
-        tensor = getattr(layer, name, None)
-        is_part = type(tensor).__name__ in _KINDS
-        if tensor is None and name == "weight":
-            return "it has no weight"
-        reason = why_not_tensor(tensor, ndim, is_part)
-        if reason:
-            return f"its {name} {reason}: fastlora takes dense floating tensors"
-        if tensor is not None and 0 in tensor.shape and not is_part:
-            return f"its {name} has shape {tuple(tensor.shape)}, and so no elements"
-    return ""

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..layers.adapted import LoRALayer
-from ..layers.frozen import is_router
-from ..layers.linear import why_not_base
+from ..layers.frozen import is_router, why_not_base
 from ..layers.modules import called, some
 
 USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimize on its model."

@@ -8,8 +8,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from ..layers.expert_layer import Features, features_of, why_not_experts
-from ..layers.frozen import is_conv1d, is_router, why_not_class
-from ..layers.linear import why_not_base
+from ..layers.frozen import is_conv1d, is_router, why_not_base, why_not_class
 from ..layers.modules import called, plain_name
 from ..projection import shown
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
