@@ -35,7 +35,11 @@ class Asked(NamedTuple):
 
 def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
     """The backend and why; and on Triton's every launch, and torch's products, in order."""
-    inputs, seeds = _tensors(asked)
+    m, k, n, r = asked[:4]
+    with torch.device("meta"):
+        seeds = torch.empty(1, dtype=torch.int64) if asked.dropout else None
+        shapes = (m, k), (n, k), (r, k), (n, r)  # x, weight, lora_a, lora_b
+        inputs = [torch.empty(shape, dtype=asked.dtype) for shape in shapes]
     layouts, noted = (Layout(False, (1.0,)),), _Noted()
     with ExitStack() as stack:
         if asked.target:
@@ -52,24 +56,18 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
         if name != "triton":  # whose blocks on meta tensors wouldn't be this device's
             return found
         backend = find_backend(name)
-        settings = Call(layouts, asked.dropout, backend)
+        call = Call(layouts, asked.dropout, backend)
         stack.enter_context(noted)
-        ys, hs = backend.forward(inputs, seeds, settings)
+        ys, hs = backend.forward(inputs, seeds, call)
         forward, noted.steps = noted.steps, []
-        backend.backward(ys, inputs, hs, (True, False, True, True), seeds, settings)
-    found["plan"] = f"{_plan(forward)} forward, {_plan(noted.steps)} dx (docs/kernels.md)"
-    for title, steps in (("forward", forward), ("backward", noted.steps)):
+        backend.backward(ys, inputs, hs, (True, False, True, True), seeds, call)
+    ways = {"forward": forward, "backward": noted.steps}
+    # The weight is frozen: a product of torch's is with it.
+    words = ["in place" if "torch." in "".join(steps) else "fused" for steps in ways.values()]
+    found["plan"] = "{} forward, {} dx (docs/kernels.md)".format(*words)
+    for title, steps in ways.items():
         found |= {f"{title} {i}": step for i, step in enumerate(steps, 1)}
     return found
-
-
-def _tensors(asked: Asked) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """x, weight, lora_a, lora_b; and the seeds."""
-    m, k, n, r = asked[:4]
-    with torch.device("meta"):
-        shapes = (m, k), (n, k), (r, k), (n, r)
-        seeds = torch.empty(1, dtype=torch.int64) if asked.dropout else None
-        return [torch.empty(shape, dtype=asked.dtype) for shape in shapes], seeds
 
 
 def _why(asked: Asked, device: torch.device) -> str:
@@ -81,11 +79,6 @@ def _why(asked: Asked, device: torch.device) -> str:
     if device.type == "cpu" and asked.dtype in HALF_DTYPES and is_slow(asked.dtype):
         return f"the default here; {name_of(asked.dtype)} is slow here: products run in float32"
     return "the default here"
-
-
-def _plan(steps: list[str]) -> str:
-    """In the words of docs/kernels.md.  The weight is frozen: a product of torch's is with it."""
-    return "in place" if any(step.startswith("torch.") for step in steps) else "fused"
 
 
 class _Noted(TorchDispatchMode):
