@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel and config, for GPUs that nobody needs to have here.
 
-Each config in a form or more, and rare forms on two targets each; `make compile-report` has all of
-them everywhere.
+Each config in a form or more, experts' forms on two targets each, and rare forms on one; `make
+compile-report` has all of them everywhere.
 """
 
 import json
@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import triton
+from compile_report.cases import REPORTED, cases
 from compile_report.machine_code import chained_products
 from process import run_without_interpreter
 
-from fastlora.kernels.config import DEFAULTS
+from fastlora.kernels.config import DEFAULTS, default_config
+from fastlora.kernels.target import TARGETS
 
 OTHER_TRITON = os.environ.get("FASTLORA_COMPILE_TRITON")
 _SOURCE = Path(OTHER_TRITON, "triton", "__init__.py") if OTHER_TRITON else Path(triton.__file__)
@@ -116,11 +118,20 @@ def test_a_config_with_descriptors_uses_them_but_for_adding(rows):
     assert meant == [row for row in rows if row["descriptors"]]
 
 
-def test_experts_have_tiles_of_few_rows_and_of_many(rows):
-    """Each form in one of the two, and no loop of any spills (above)."""
-    found = {(row["form"], row["config"].get("block_m")) for row in rows if row["segments"]}
-    assert {form for form, _ in found} == {"y", "dx", "y+", "dx+", "h", "dA", "dB,dh"}
-    assert len({block_m for form, block_m in found if form == "y"}) == 2
+@pytest.mark.parametrize("hopper", [False, True], ids=["sm_80-gfx942", "sm_90-sm_100"])
+def test_experts_are_compiled_in_every_form_and_with_tiles_of_few_rows_and_of_many(hopper):
+    """On two targets together; no loop of any spills (above)."""
+    pair = REPORTED[1:3] if hopper else REPORTED[::3]
+    found = [each for name in pair for each in cases(name, brief=True) if each.form.segments]
+    assert {each.form.name for each in found} == {"y", "dx", "y+", "dx+", "h", "dA", "dB,dh"}
+    assert {each.form.own for each in found} == {False, True}
+    tiles = {
+        (name, default_config("gemm_lowrank", TARGETS[name], each.form.call).block_m)
+        for name in pair
+        for each in found
+        if each.form.name == "y"
+    }
+    assert len(tiles) > len(pair)
 
 
 def test_gated_kernels_use_no_shared_memory_and_spill_nothing(rows):
@@ -138,46 +149,50 @@ def test_every_default_config_is_compiled(rows):
             assert not [each for each in chain(*table.values()) if asdict(each) not in compiled]
 
 
-def launches_without_compiling(script: str) -> list[str]:
-    """What the script prints of each ``launch`` of some calls on sm_90, whose name is first."""
-    calls = (
-        "from tools.compile_report.cases import _case, launches, other_cases\n"
-        "words = ('y bias', 'y,h M16', 'dx n2 mask', 'dx+', 'h M100 mask', 'dA', 'dB,dh')\n"
-        "cases = [_case('sm_90', None, w) for w in words] \n"
-        "cases += [each for each in other_cases('sm_90') if ' gated ' in each.name]\n"
-        "for launch in (each for case in cases for each in launches(case)):\n"
-    )
-    return run_without_interpreter("-c", calls + "    " + script).splitlines()
+ASKED = """
+import json
+from tools.compile_report import __main__ as report, cases
+from fastlora.kernels import config
+words = ("y bias", "y,h M16", "dx n2 mask", "dx+", "h M100 mask", "dA", "dB,dh")
+asked = [cases._case("sm_90", None, each) for each in words] + cases.other_cases("sm_90")
+launched = []
+for launch in (each for case in asked for each in cases.launches(case)):
+    kernel, work = launch.kernel, launch.work()
+    given = kernel.signature.bind(**launch.arguments).arguments
+    told = kernel.launch_metadata(launch.grid, None, given)
+    stated = {"flops": work.flops, "bytes": work.loaded + work.stored}
+    launched.append([launch.name, bool(kernel.cache_key), kernel.used_global_vals, told == stated])
+case, target = cases.SPILLING, report.TARGETS[cases.SPILLING.target]
+refused = case.config.why_not(target, case.form.call)
+config._MOST_SUMS = 10**6  # or it would not be launched
+print(json.dumps([launched, refused, report.rows_of(case)[0]]))
+"""
 
 
-def test_a_launch_compares_no_global_value():
+@pytest.fixture(scope="module")
+def asked() -> list:
+    """Of launches on sm_90 that aren't compiled, and of a config that spills."""
+    return json.loads(run_without_interpreter("-c", ASKED))
+
+
+def test_a_launch_compares_no_global_value(asked):
     """Triton would, for each that a kernel reads, at every launch: some 5 µs."""
-    script = "print(launch.name, bool(launch.kernel.cache_key), launch.kernel.used_global_vals)"
-    lines = launches_without_compiling(script)
-    assert set(lines) == {
-        f"{name} True {{}}"
-        for name in (
-            "gemm_lowrank",
-            "project",
-            "weight_grad",
-            "sum_planes",
-            "gated",
-            "gated_backward",
-        )
-    }
+    names = {"gemm_lowrank", "lowrank", "project", "weight_grad", "sum_planes", "gated"}
+    assert {name for name, *_ in asked[0]} == {*names, "gated_backward", "dequant"}
+    assert all(key and compared == {} for _, key, compared, _ in asked[0])
 
 
-def test_a_profiler_of_tritons_is_told_the_stated_work():
+def test_a_profiler_of_tritons_is_told_the_stated_work(asked):
     """As ``launch_metadata``, which Triton calls with the arguments by name."""
-    script = (
-        "k, work = launch.kernel, launch.work(); "
-        "given = k.signature.bind(**launch.arguments).arguments; "
-        "told = k.launch_metadata(launch.grid, None, given); "
-        "print(told == {'flops': work.flops, 'bytes': work.loaded + work.stored})"
-    )
-    lines = launches_without_compiling(script)
-    assert len(lines) > 7
-    assert set(lines) == {"True"}
+    assert len(asked[0]) > 7
+    assert all(told for *_, told in asked[0])
+
+
+def test_a_config_that_spills_is_seen_and_refused(asked):
+    _, refused, row = asked
+    assert row["compiled"]["spills"] > 0
+    assert row["compiled"]["stack"] > 64
+    assert "registers" in refused
 
 
 def test_a_product_that_adds_to_another_of_its_pass_is_seen():
@@ -187,19 +202,3 @@ def test_a_product_that_adds_to_another_of_its_pass_is_seen():
     assert chained_products(loop.format(one + two.format("%p"))) == 1
     assert chained_products(loop.format(one + two.format("%t"))) == 0
     assert chained_products(loop.format(one) + loop.format(two.format("%a"))) == 0
-
-
-def test_a_config_that_spills_is_seen_and_refused():
-    script = (
-        "import json\n"
-        "from tools.compile_report import __main__ as report, cases\n"
-        "from fastlora.kernels import config\n"
-        "case, target = cases.SPILLING, report.TARGETS[cases.SPILLING.target]\n"
-        "refused = case.config.why_not(target, case.form.call)\n"
-        "config._MOST_SUMS = 10**6  # or it would not be launched\n"
-        "print(json.dumps([refused, *report.rows_of(case)]))\n"
-    )
-    refused, row = json.loads(run_without_interpreter("-c", script))
-    assert row["compiled"]["spills"] > 0
-    assert row["compiled"]["stack"] > 64
-    assert "registers" in refused

@@ -18,12 +18,12 @@ from fastlora.kernels.config import (
 from fastlora.kernels.defaults import PRODUCTS
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.project import ProjectConfig
-from fastlora.kernels.target import TARGETS, target_of, use_target
+from fastlora.kernels.target import TARGETS
 from fastlora.kernels.weight_grad import WeightGradConfig
 
 KERNELS = ["gemm_lowrank", "lowrank", "project", "weight_grad"]
-SIZES = [1, 2, 17, 128, 4096, 10**6]
-RANKS = [1, 16, 17, 64, 65, 128, 129, 512]
+SIZES = [1, 17, 4096, 10**6]
+RANKS = [1, 16, 17, 64, 65, 129, 512]
 ELEMENTS = [(2, "ieee"), (4, "ieee"), (4, "tf32")]
 GROUPS = range(1, MAX_PROJECTIONS + 1)
 
@@ -80,13 +80,6 @@ def test_candidates_fit_and_hold_the_default_and_its_neighbours(target, kernel):
         assert kernel == "lowrank" or {config.stages for config in found} > {default.stages}
 
 
-def test_large_tiles_for_many_rows_and_small_for_few():
-    target = TARGETS["sm_90"]
-    large, small = (default_config("gemm_lowrank", target, call(m=m)) for m in (8192, 1))
-    assert (large.block_m, large.block_n) == (128, 256)
-    assert (small.block_m, small.block_n) == (64, 32)
-
-
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("projections", GROUPS)
 @pytest.mark.parametrize(
@@ -103,11 +96,10 @@ def test_large_tiles_for_many_rows_and_small_for_few():
 @every_target
 def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, projections, masked):
     """Each of them compiles in the middle of training."""
-    for n in (640, 1024, 4096, 14336):
+    for n in (640, 14336):
         one = call(n=n, projections=projections, masked=masked, **options)
         found = {
-            default_config(kernel, target, replace(one, m=m))
-            for m in (1, 16, 63, 64, 65, 100, 1000, 4096, 10**5)
+            default_config(kernel, target, replace(one, m=m)) for m in (1, 63, 64, 65, 1000, 10**5)
         }
         assert len(found) <= most
 
@@ -140,18 +132,6 @@ def test_what_cant_run_is_refused_with_the_reason(config, name, one, reason):
     assert reason in config.why_not(TARGETS[name], one)
 
 
-@pytest.mark.parametrize("projections", GROUPS)
-@pytest.mark.parametrize(
-    "config", [GemmConfig(32, 32, 16, 4, 2), ProjectConfig(32, 32, 4, 2)], ids=["gemm", "project"]
-)
-def test_a_step_over_the_rank_is_a_power_of_two_no_longer_than_it_needs(config, projections):
-    for r in range(1, 600):
-        step = config.block_r(call(r=r, projections=projections))
-        assert step & (step - 1) == 0
-        assert 16 <= step <= 128
-        assert step < 2 * max(r, 16)
-
-
 @pytest.mark.parametrize("least", [1, 256])
 @pytest.mark.parametrize("programs", [1, 5, 100, 1000])
 def test_splits_cover_the_axis_once_in_whole_steps(programs, least):
@@ -160,14 +140,6 @@ def test_splits_cover_the_axis_once_in_whole_steps(programs, least):
         count, steps = splits(target, programs, length, step, least)
         assert count >= 1
         assert (count - 1) * steps * step < length <= count * steps * step
-
-
-def test_splits_fill_the_device_but_no_more():
-    target = TARGETS["sm_90"]
-    for programs in (1, 10, 100, 1000):
-        count, _ = splits(target, programs, 10**5, 64, least=128)
-        assert count * programs <= max(target.processors, programs)
-    assert splits(target, 1, 10**5, 64, least=128)[0] > 100
 
 
 @pytest.mark.parametrize(
@@ -194,10 +166,3 @@ def test_tables_have_every_product_and_run_from_large_tiles_to_small(target, ker
     for table in tables.values():
         areas = [config.block_m * getattr(config, "block_n", 1) for config in table]
         assert areas == sorted(areas, reverse=True)
-
-
-def test_no_target_without_memory_to_launch_on_but_a_forced_one():
-    meta = torch.device("meta")
-    assert target_of(meta) is None
-    with use_target(TARGETS["sm_90"]):
-        assert target_of(meta) is TARGETS["sm_90"]

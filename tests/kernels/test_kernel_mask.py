@@ -56,30 +56,21 @@ def check(masks_of, seeds, shape, p, tile=(32, 32), dtype=F32):
         assert torch.equal(mask, dropout_mask(seed, shape, p).to(mask.dtype))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_any_seed(masks_of, seed):
-    check(masks_of, [seed], (33, 40), 0.5)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 33), (33, 3), (65, 64), (40, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 3), (40, 129)], ids=str)
 def test_any_shape(masks_of, shape):
     check(masks_of, [77], shape, 0.3)
 
 
-@pytest.mark.parametrize("tile", [(16, 16), (16, 64), (64, 16), (32, 128)], ids=str)
+@pytest.mark.parametrize("tile", [(16, 64), (64, 16)], ids=str)
 def test_any_tile(masks_of, tile):
     check(masks_of, [-5], (70, 101), 0.3, tile)
 
 
-@pytest.mark.parametrize("p", [0.0, 1e-6, 0.05, 0.5, 0.9999, 0.999999])
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.05, 0.999999])
 def test_any_probability(masks_of, p):
     check(masks_of, [3], (40, 100), p)
 
 
-@pytest.mark.parametrize("count", [4, 6])
-def test_one_seed_for_each_of_a_group(masks_of, count):
-    check(masks_of, SEEDS[:count], (20, 40), 0.5, dtype=BF16)
-
-
-def test_seeds_may_be_a_part_of_others(masks_of):
-    check(masks_of, torch.tensor(SEEDS, device=DEVICE)[3:5], (20, 40), 0.5)
+def test_any_seed_and_one_for_each_of_a_group(masks_of):
+    """In two launches; the seeds may be a part of others."""
+    check(masks_of, torch.tensor([5, *SEEDS], device=DEVICE)[1:], (20, 40), 0.5, dtype=BF16)

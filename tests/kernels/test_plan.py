@@ -142,36 +142,11 @@ def test_the_nearest_row_wins(table, name, near, far):
     assert planned(**{name: far}) == IN_PLACE
 
 
-def test_distances_are_ratios(table):
-    table(row(m=64, plan=TUNED), row(m=4096))
-    assert planned(m=500) == TUNED
-    assert planned(m=530) == IN_PLACE
-
-
-@pytest.mark.parametrize(
-    "other", [{"target": "sm_80"}, {"itemsize": 4}], ids=["target", "itemsize"]
-)
-def test_rows_of_another_kind_are_never_near(table, other):
-    table(row(m=1), row(**other, plan=TUNED))
-    assert planned() == IN_PLACE
-
-
 def test_the_depth_of_a_group_is_the_sum(table):
     """It is an argument of its own, since x has the depth of one projection."""
     table(row(k=1024), row(k=3 * 4096, plan=TUNED))
     assert planned(k=3 * 4096, width=1024, ranks=[16] * 3) == TUNED
     assert planned(k=1024, ranks=[16] * 3) == IN_PLACE
-
-
-def test_a_group_is_nearest_to_a_group(table):
-    table(row(), row(projections=3, plan=TUNED))
-    assert planned(ranks=[16] * 3) == TUNED
-    assert planned(ranks=[16]) == IN_PLACE
-
-
-def test_the_largest_rank_of_a_group_counts(table):
-    table(row(r=8), row(r=64, plan=TUNED))
-    assert planned(ranks=[8, 64]) == TUNED
 
 
 def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):

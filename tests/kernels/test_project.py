@@ -4,6 +4,7 @@ import pytest
 import torch
 from judge import assert_close
 from kernel_cases import BF16, F16, F32, LAYOUTS, draw_seeds, dtypes, keep_masks, processors, random
+from pairs import pairwise
 
 from fastlora.kernels import project
 from fastlora.kernels.launch import recorded
@@ -35,13 +36,12 @@ def check(x, adapters, p=0.0, seeds=None, config=None):
     return found
 
 
-@pytest.mark.parametrize("k", [1, 2, 33, 100])
-@pytest.mark.parametrize("m", [1, 2, 33, 100])
+@pairwise({"k": [1, 2, 33, 100], "m": [1, 2, 33]})
 def test_any_shape(m, k):
     check(random(m, k), [random(k, 3)])
 
 
-@pytest.mark.parametrize("r", [1, 16, 200])
+@pytest.mark.parametrize("r", [1, 200])
 @dtypes
 def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     check(random(33, 70, dtype), [random(70, r, adapter_dtype)])
@@ -114,20 +114,3 @@ def test_what_is_kept_stays_nan():
     (product,) = run(x, [random(40, 3)], [1.0])
     assert product[3].isnan().all()
     assert product[torch.arange(20, device=x.device) != 3].isfinite().all()
-
-
-@pytest.mark.parametrize("count", [1, 10**4], ids=["whole", "split"])
-def test_same_inputs_same_bits(count):
-    x, adapters, seeds = random(20, 70, BF16), [random(70, 40), random(70, 3)], draw_seeds(2)
-    with processors(count):
-        first, second = (
-            run(x, adapters, [0.3, 1.0], dropout=0.1, seeds=seeds, config=SMALL) for _ in range(2)
-        )
-    assert all(map(torch.equal, first, second))
-
-
-def test_a_factor_is_a_number_of_any_kind():
-    x, a = random(4, 16), random(16, 2)
-    for factor in (0, 1, -2, 0.0, 1e-30, 1e30):
-        (product,) = run(x, [a], [factor])
-        torch.testing.assert_close(product, factor * (x @ a))

@@ -134,20 +134,12 @@ def places(codes: list[str], **sizes: int) -> tuple[dict[str, int], int]:
     return script._places([script._Line("", code) for code in codes], buffers)
 
 
-def test_a_buffer_takes_the_place_of_one_that_is_needed_no_more():
-    codes = ["run(at_v1)", "run(at_v1, at_v2)", "run(at_v2, at_v3)", "run(at_v4)"]
-    offsets, size = places(codes, v1=600, v2=100, v3=1100, v4=5)
-    assert offsets == {"v1": 0, "v2": 1024, "v3": 1536, "v4": 0}  # v3 is too large for v1's place
-    assert size == 2636
-    assert places(codes, v1=600, v2=100, v3=600, v4=5)[0]["v3"] == 0
-
-
 def test_a_buffer_that_is_needed_as_a_tensor_has_its_own_memory():
     codes = ["run(at_v1, at_v2)", "add(v1, t0)", "run((at_v3, ), at_v2)", "return [v3]"]
     assert places(codes, v1=8, v2=8, v3=8) == ({"v2": 0}, 8)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_two_buffers_are_in_one_place_at_one_time(seed):
     random = Random(seed)
     sizes = {f"v{i}": random.choice([0, 1, 500, 512, 513, 9000]) for i in range(12)}

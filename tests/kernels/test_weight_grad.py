@@ -58,7 +58,7 @@ def test_any_shape(m, n, orientation):
     check(random(m, n), [random(m, 3)], orientation=orientation)
 
 
-@pytest.mark.parametrize("r", [1, 16, 200])
+@pytest.mark.parametrize("r", [1, 200])
 @dtypes
 def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     """The output is in the adapter's dtype."""
@@ -102,7 +102,7 @@ def test_split_over_rows(m, orientation, dtype):
         torch.testing.assert_close(whole, split)
 
 
-@pytest.mark.parametrize("tile", [(16, 16), (64, 16), (16, 128), (32, 64)], ids=str)
+@pytest.mark.parametrize("tile", [(64, 16), (16, 128)], ids=str)
 def test_any_tile(tile):
     config = WeightGradConfig(*tile, warps=8, stages=2)
     check(random(70, 90, BF16), [random(70, 130, BF16)], p=0.3, seeds=draw_seeds(1), config=config)
@@ -153,20 +153,8 @@ def test_what_is_dropped_is_gone(value):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("processor_count", [1, 10**4], ids=["whole", "split"])
-def test_same_inputs_same_bits(processor_count):
-    v, u, b = random(100, 70, BF16), random(100, 5, BF16), random(70, 5)
-    found = []
-    with processors(processor_count):
-        for _ in range(2):
-            out = poisoned(70, 5)
-            found.append((out, weight_grad(v, [u], [out], precision="ieee", b=b, config=SMALL)))
-    assert all(map(torch.equal, *found))
-
-
-@pytest.mark.parametrize("r", [8, 16, 64, 128])
-@pytest.mark.parametrize(
-    ("m", "n"), [(1, 4096), (64, 4096), (4096, 1024), (8192, 14336)], ids=lambda size: str(size)
+@pairwise(
+    {"r": [8, 64, 128], "m,n": {"1": (1, 4096), "narrow": (4096, 1024), "wide": (8192, 14336)}}
 )
 @pytest.mark.parametrize(
     "target", [t for t in TARGETS.values() if t.kind != "cpu"], ids=lambda t: t.name
@@ -192,8 +180,3 @@ def test_one_pass_pays_where_it_moves_fewer_bytes(target, m, n, r):
         apart += moved(lambda: project(dy, [b], [1.0], precision="ieee"))
         pays = one_pass_pays(dy, b, "ieee")
     assert together < apart if pays else together > 0.75 * apart
-
-
-def test_one_pass_never_pays_for_a_rank_of_several_steps():
-    dy, b = random(64, 64, BF16), random(64, 129, BF16)
-    assert not one_pass_pays(dy, b, "ieee")

@@ -105,19 +105,20 @@ def cases(target: str, brief: bool = False) -> list[Case]:
     """Every row of the target's tables, in each form that it fits.
 
     ``brief``: every row once, in one of its forms, and the first of each table in more of them;
-    of float32's tables the first row, and those with a config that no other has.  Forms that are
-    rare come in turn, on every other target.
+    of float32's tables those with a config that no other has, and the first, if that has one, on
+    every other target.  Forms that are rare come in turn, and those of experts on every other one.
     """
     turn = REPORTED.index(target) if brief and target in REPORTED else 0
-    step = 2 if brief else 1
-    chosen, known = (*_CHOSEN[turn % step :: step], *_CHOSEN_BY_EXPERTS), set()
+    step = len(REPORTED) if brief else 1
+    by_experts = _CHOSEN_BY_EXPERTS[turn % 2 :: 2] if brief else _CHOSEN_BY_EXPERTS
+    chosen, known = (*_CHOSEN[turn % step :: step], *by_experts), set()
     found = [_case(target, None, words) for words in chosen]
     for number, (kernel, product, rows) in enumerate(_tables(target)):
         common, more = _FORMS[kernel]
         more = more[(turn + number) % step :: step]
         dtype = {"16-bit": "bf16", "tf32": "f32-tf32", "float32": "f32-ieee"}[product]
         for i, config in enumerate(rows):
-            if brief and i and (kernel, config) in known:
+            if brief and (kernel, config) in known and (i or (turn + number) % 2):
                 continue
             known.add((kernel, config))
             loaders = [config]
