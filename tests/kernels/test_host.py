@@ -10,17 +10,18 @@ import pytest
 from process import run_without_interpreter
 
 WORKER = Path(__file__).parents[1] / "support" / "host_worker.py"
-# project, gemm_lowrank, weight_grad, sum_planes; tensor maps: of a forward and a backward.
+KERNELS = ("project", "gemm_lowrank", "lowrank", "weight_grad", "sum_planes")
+# Of each, and tensor maps: of a forward and a backward.
 LAUNCHES = {
-    "in-place": (1, 2, 2, 3, 0),
-    "in-place-long": (1, 2, 2, 3, 0),
-    "in-place-dropout": (1, 2, 2, 3, 0),
-    "fused-few-rows": (0, 2, 2, 1, 6),
-    "fused": (1, 2, 2, 3, 6),
-    "fused-dropout": (1, 2, 2, 3, 6),
-    "default": (1, 2, 2, 3, 6),
-    "qkv-in-place": (1, 4, 4, 5, 0),
-    "qkv-fused-dropout": (1, 4, 4, 5, 16),
+    "in-place": (1, 0, 2, 2, 3, 0),
+    "in-place-long": (1, 0, 2, 2, 3, 0),
+    "in-place-dropout": (1, 0, 2, 2, 3, 0),
+    "fused-few-rows": (0, 2, 0, 2, 1, 6),
+    "fused": (1, 2, 0, 2, 3, 6),
+    "fused-dropout": (1, 2, 0, 2, 3, 6),
+    "default": (1, 2, 0, 2, 3, 6),
+    "qkv-in-place": (1, 0, 4, 4, 5, 0),
+    "qkv-fused-dropout": (1, 4, 0, 4, 5, 16),
 }
 MOST_VARIANTS = 8
 
@@ -35,12 +36,12 @@ def found() -> dict:
 
 
 def test_random_layers_raise_nothing(found):
-    assert found["random_layers"]["launches"] > 800
+    assert found["random_layers"]["launches"] > 400
     assert found["random_layers"]["failures"] == []
 
 
 def test_a_replay_hands_over_what_an_ordinary_launch_does(found):
-    assert found["replays"]["compared"] > 160
+    assert found["replays"]["compared"] > 100
     assert found["replays"]["differences"] == []
 
 
@@ -48,23 +49,22 @@ def test_what_a_kept_call_launches_stays_loaded(found):
     assert found["unloaded"] == []
 
 
+def launched(counts: dict) -> tuple[int, ...]:
+    found = [counts.pop(f"{name}_kernel", 0) for name in KERNELS]
+    found.append(counts.pop("tensor maps"))
+    assert not counts
+    return tuple(found)
+
+
 @pytest.mark.parametrize("layer", LAUNCHES)
 def test_a_layer_launches_as_often_as_it_did(layer, found):
-    counts = found["standard_layers"][layer]
-    kernels = ("project", "gemm_lowrank", "weight_grad", "sum_planes")
-    launches = [counts.pop(f"{name}_kernel", 0) for name in kernels]
-    assert (*launches, counts.pop("tensor maps")) == LAUNCHES[layer]
-    assert not counts
+    assert launched(found["standard_layers"][layer]) == LAUNCHES[layer]
 
 
 @pytest.mark.parametrize("call", ["plain", "all"])
 def test_experts_launch_as_a_layer_does_and_replays_hand_over_the_same(call, found):
     """Of a weight the map has three dimensions; y and dx, whose tiles end anywhere, have none."""
-    counts = found["experts"][call]["launches"]
-    names = ("project", "gemm_lowrank", "weight_grad", "sum_planes")
-    launches = [counts.pop(f"{name}_kernel", 0) for name in names]
-    assert (*launches, counts.pop("tensor maps")) == (1, 2, 2, 1, 4)
-    assert not counts
+    assert launched(found["experts"][call]["launches"]) == (1, 2, 0, 2, 1, 4)
     assert found["experts"][call]["differences"] == []
 
 

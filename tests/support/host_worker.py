@@ -16,8 +16,8 @@ import handed_over
 import torch
 from random_layers import packed_layers, random_layer
 
-RANDOM_LAYERS = 60
-COMPARED_LAYERS = 24
+RANDOM_LAYERS = 30
+COMPARED_LAYERS = 15
 # Batches of a training run: powers of two, their neighbours, and what lies between.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
