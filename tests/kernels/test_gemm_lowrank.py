@@ -92,7 +92,7 @@ def test_any_dtype_and_rank(dtype, adapter_dtype, r):
     check(*case(33, 40, [50], [r], dtype, adapter_dtype))
 
 
-@pairwise({"count": [2, 4, 5, 9], "add": {"write": False, "add": True}, "dropout": [0.0, 0.4]})
+@pairwise({"count": [2, 5, 9], "add": {"write": False, "add": True}, "dropout": [0.0, 0.4]})
 def test_a_group_of_any_size_depths_and_ranks(count, add, dropout):
     depths = [20 + 7 * i for i in range(count)]
     ranks = [(1, 16, 70, 3)[i % 4] for i in range(count)]
@@ -146,9 +146,9 @@ def test_a_bias_of_any_dtype_and_stride(dtype, stride):
 )
 def test_any_tile(tile, group, aligned, masked):
     config = GemmConfig(*tile, warps=4, stages=2, group=group, descriptors=True)
-    n, k = (72, 24) if aligned else (69, 23)
+    n, k = (72, 24) if aligned else (37, 23)
     seeds = draw_seeds(2) if masked else None
-    check(*case(70, n, [k, k], [5, 20], BF16, F32), p=0.4, seeds=seeds, config=config)
+    check(*case(40, n, [k, k], [5, 20], BF16, F32), p=0.4, seeds=seeds, config=config)
 
 
 @pairwise(

@@ -73,4 +73,4 @@ def test_any_probability(masks_of, p):
 
 def test_any_seed_and_one_for_each_of_a_group(masks_of):
     """In two launches; the seeds may be a part of others."""
-    check(masks_of, torch.tensor([5, *SEEDS], device=DEVICE)[1:], (20, 40), 0.5, dtype=BF16)
+    check(masks_of, torch.tensor([5, *SEEDS], device=DEVICE)[1:], (9, 20), 0.5, dtype=BF16)
