@@ -247,6 +247,14 @@ def test_u_of_a_rank_of_several_steps_is_refused(config):
         )  # fmt: skip
 
 
+def test_a_bias_is_rounded_before_it_is_added():
+    """To x's dtype, as torch rounds it: of 1.005 bfloat16 has 1.0078125."""
+    u, v = torch.ones(4, 1, dtype=BF16, device=DEVICE), torch.full((1, 16), -1.0, device=DEVICE)
+    out, bias = poisoned(4, 16, dtype=BF16), torch.full((16,), 1.005, device=DEVICE)
+    lowrank(out, [u], [v], precision="ieee", bias=bias)
+    assert (out == 0.0078125).all()
+
+
 def test_one_bias_for_a_group_of_many():
     """Groups that take several launches get it from the first alone."""
     us, vs = [random(8, 2) for _ in range(6)], [torch.zeros(2, 16, device=DEVICE)] * 6
