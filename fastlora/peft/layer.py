@@ -1,5 +1,6 @@
 """What an optimised PEFT layer becomes: the same layer with another forward."""
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -33,43 +34,39 @@ class Linear(PeftLinear):
         return _call(self, super().forward, x, args, kwargs)
 
 
-# PEFT's layers of quantised bases, in the module where PEFT has them; by the module with which they
-# may come.  None is imported before that was.
-PACKED = {
-    "peft.tuners.lora.bnb": ("peft.tuners.lora.bnb", "Linear4bit", "Linear8bitLt"),
-    "peft.tuners.lora.torchao": ("peft.tuners.lora.torchao", "TorchaoLoraLinear"),
-    "hqq.core.quantize": ("peft.tuners.lora.hqq", "HqqLoraLinear"),
-    "peft.tuners.lora.gptq": ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+# PEFT's layers of quantised bases, where PEFT has them: some only where the vendor's package is.
+_PACKED = {
+    "peft.tuners.lora.bnb": ("Linear4bit", "Linear8bitLt"),
+    "peft.tuners.lora.torchao": ("TorchaoLoraLinear",),
+    "peft.tuners.lora.hqq": ("HqqLoraLinear",),
+    "peft.tuners.lora.gptq": ("GPTQLoraLinear",),
 }
 
 
-@cache
-def packed_classes(came: str) -> dict[type[nn.Module], type[nn.Module]]:
-    """PEFT's classes that came with this module, and what their layers become."""
-    place, *names = PACKED[came]
-    module = import_module(place)
-    found = {getattr(module, name): _fast(getattr(module, name)) for name in names}
-    globals().update({fast.__name__: fast for fast in found.values()})
-    return found
+def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """What layers of quantised bases become, by PEFT's classes of them that are imported."""
+    places = [(sys.modules.get(place), names) for place, names in _PACKED.items()]
+    found = [getattr(module, name, None) for module, names in places for name in names]
+    return {kind: _packed_class(kind) for kind in found if kind is not None}
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """A class of a pickled layer, in a process that has made none."""
-    for came, (_, *names) in PACKED.items():
+    """The class of a pickled layer, in a process that has made none."""
+    for place, names in _PACKED.items():
         if name in names:
-            packed_classes(came)
-            return globals()[name]
+            return _packed_class(getattr(import_module(place), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _fast(kind: Any) -> type[nn.Module]:
-    class Fast(kind):
+@cache
+def _packed_class(kind: Any) -> type[nn.Module]:
+    class Packed(kind):
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
             return _call(self, super().forward, x, args, kwargs)
 
-    Fast.__doc__ = f"As :class:`Linear`: PEFT's ``{kind.__name__}``."
-    Fast.__name__ = Fast.__qualname__ = kind.__name__
-    return Fast
+    Packed.__doc__ = f"As :class:`Linear`: PEFT's ``{kind.__name__}``."
+    Packed.__name__ = Packed.__qualname__ = kind.__name__
+    return Packed
 
 
 def _call(

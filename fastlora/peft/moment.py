@@ -29,7 +29,7 @@ def why_not_now() -> str:
 def adapters_now(layer: Any) -> list[str]:
     """The adapters that a call of this layer computes with, in PEFT's order.
 
-    None where it is the base layer's call: they are disabled, merged, or none is active.
+    An empty list where it is the base layer's call: they are disabled, merged, or not active.
     """
     if layer.disable_adapters or layer.merged:
         return []
@@ -50,11 +50,14 @@ def is_few(layer: Any, x: Any, most_rows: int) -> bool:
 
     There PEFT's operations take less than a node does.  Compiled and under autocast they don't.
     """
-    if torch.compiler.is_compiling() or not is_plain(x) or not x.is_cpu:
-        return False
-    if x.is_nested or not x.dim():
+    if torch.compiler.is_compiling() or not is_plain(x) or not x.is_cpu or x.is_nested:
         return False
     weight = layer._modules["base_layer"]._parameters.get("weight")
-    if x.numel() > most_rows * x.shape[-1] or not is_plain(weight) or weight.dtype != x.dtype:
+    if (
+        not x.dim()
+        or x.numel() > most_rows * x.shape[-1]
+        or not is_plain(weight)
+        or weight.dtype != x.dtype
+    ):
         return False
     return not (are_wide(x) or autocast_is_on("cpu") or asked_backend() == "triton")

@@ -1,6 +1,5 @@
 """PEFT's layers become fast ones, and PEFT's again, by their class; so do gated MLPs."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from ..layers.classes import change_class, is_over
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.members import is_hooked
 from .experts import ParamWrapper
-from .layer import PACKED, Linear, packed_classes
+from .layer import Linear, packed_classes
 from .mixed import LoraModel
 from .moment import adapters_now, is_peft_s_few, why_not_now
 from .reading import read
@@ -29,10 +28,7 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 def _fast() -> dict[type[nn.Module], type[nn.Module]]:
     """The fast class for each of PEFT's that is here."""
-    for came in PACKED:
-        if came in sys.modules:
-            _FAST.update(packed_classes(came))
-    return _FAST
+    return _FAST | packed_classes()
 
 
 def is_swapped(layer: nn.Module) -> bool:

@@ -195,14 +195,14 @@ def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
         "    import fastlora; print(fastlora.coverage(model))\n"
         "    from fastlora.peft import layer; layer.fast_forward = None\n"
         "    try: print(model(torch.ones(1, 8)).shape)\n"
-        "    except TypeError: print('fast')\n"
+        "    except TypeError: print('fast', layer.GPTQLoraLinear.__base__.__module__)\n"
         "    sys.exit()\n"
     )
     folder, known = os.path.dirname(models.__file__), peft.__version__
     output = run_python("-c", code, folder, tmp_path / "model.pt", known, known)
     lines = [line for line in output.splitlines() if "eager:" not in line]
     off = ["0 of 2 layers fast", "torch.Size([1, 4])"]
-    assert lines == [*off, "2 of 2 layers fast (backend torch)", "fast"]
+    assert lines == [*off, "2 of 2 layers fast (backend torch)", "fast peft.tuners.lora.gptq"]
 
 
 def test_importing_fastlora_changes_nothing_and_optimize_needs_no_order():
