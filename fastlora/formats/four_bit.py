@@ -109,7 +109,8 @@ class FourBit(Format):
         """The elements from ``begin`` to ``end`` of the weight, in a row."""
         block, head, tail = self.block, begin % 2, end % 2  # of a byte, that others have
         odd = head or tail or out.storage_offset() % 2
-        if odd or out.dtype != torch.float32 or not out.is_contiguous():
+        apart = odd or out.dtype != torch.float32 or not out.is_contiguous()
+        if apart:
             made = torch.empty(end - begin + head + tail, dtype=torch.float32, device=out.device)
         else:
             made = out.view(-1)
@@ -123,7 +124,7 @@ class FourBit(Format):
             made.view(-1, block).mul_(absmax.unsqueeze(1))
         else:
             made.mul_(of_rows(absmax, begin - first * block, end - begin, block))
-        if made.data_ptr() != out.data_ptr():
+        if apart:
             out.copy_(made.view(out.shape))
 
     def _absmax(self, tensors: Sequence[Tensor], first: int, last: int) -> Tensor:

@@ -2,75 +2,12 @@
 
 import pytest
 import torch
-from judge import make_outputs, make_projection
-from packed import random_four_bit
 from process import run_python
 from torch import nn
 
 import fastlora
-from fastlora.backends import Call, find_backend
-from fastlora.ops.function import LoRALinearFunction
-from fastlora.projection import Layout, flatten, layouts_of
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-def packed_arguments(p: float, requires_grad: bool = True):
-    """Two outputs: a packed weight with a bias and an adapter, and a plain one."""
-    x, (_, bias, lora_a, lora_b, weight, *_), *_ = op_arguments(p, requires_grad)
-    weight = weight.detach()
-    four = random_four_bit(6, 16, "nf4", 64, nested=2)
-    tensors = [*four.tensors, bias, lora_a, lora_b, weight]
-    seeds = torch.randint(-9, 9, (1,)) if p else None
-    return x, tensors, [True, False], [1, 0], [0.5], f"{four.format.text}\n", p, seeds, ""
-
-
-def op_arguments(p: float, requires_grad: bool = True):
-    """Three outputs: with a bias and an adapter, with two adapters, and with none."""
-    x = torch.randn(2, 5, 16, requires_grad=requires_grad)
-    outputs = make_outputs(torch.float32)
-    layouts = layouts_of(outputs)
-    tensors = [t.detach().requires_grad_(requires_grad) for t in flatten(outputs, layouts)]
-    seeds = torch.randint(-9, 9, (3,)) if p else None
-    return x, tensors, [True, False, False], [1, 2, 0], [0.5, 0.25, 2.0], "", p, seeds, ""
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_opcheck_forward(p):
-    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, op_arguments(p))
-    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, packed_arguments(p))
-
-
-ALL = [True] * 11  # x; weight, bias, a, b; weight, a, b, a, b; weight
-SOME = [True, False, True, True, False, False, False, True, True, False, False]
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize("needs", [ALL, SOME], ids=["all", "some"])
-def test_opcheck_backward(p, needs):
-    x, tensors, *settings = op_arguments(p, requires_grad=False)
-    ys, hs = torch.ops.fastlora.lora_linears(x, tensors, *settings)
-    arguments = (ys, x, tensors, hs, needs, *settings)
-    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
-
-
-def test_opcheck_backward_of_a_packed_weight():
-    x, tensors, *settings = packed_arguments(0.2, requires_grad=False)
-    ys, hs = torch.ops.fastlora.lora_linears(x, tensors, *settings)
-    needs = [True] + [False] * 5 + [True] * 3 + [False]
-    arguments = (ys, x, tensors, hs, needs, *settings)
-    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, arguments)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_the_op_and_the_eager_node_agree(p):
-    x, tensors, *layout, p, seeds, _ = op_arguments(p)
-    ys, _ = torch.ops.fastlora.lora_linears(x, tensors, *layout, p, seeds, "")
-    by_op = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
-    layouts = (Layout(True, (0.5,)), Layout(False, (0.25, 2.0)), Layout(False, ()))
-    ys = LoRALinearFunction.apply(seeds, None, Call(layouts, p, find_backend()), x, *tensors)
-    by_node = torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *tensors])
-    assert all(torch.equal(a, b) for a, b in zip(by_op, by_node, strict=True))
 
 
 class Block(nn.Module):
@@ -132,36 +69,6 @@ def test_a_changed_scale_is_seen_by_the_compiled_layer():
     compiled(x)
     block.up.scaling *= 2
     torch.testing.assert_close(compiled(x), block(x))
-
-
-def test_an_unknown_backend_is_an_error_when_compiled():
-    torch.compiler.reset()
-    projection = make_projection(6, 8, 3, torch.float32)
-    compiled = torch.compile(
-        lambda x: fastlora.lora_linear(x, *projection[:3], backend="metal"), backend="aot_eager"
-    )
-    with pytest.raises(ValueError, match="backend 'metal'"):
-        compiled(torch.randn(2, 8))
-
-
-def test_export():
-    block = Block(0.1).eval()
-    x = torch.randn(3, 16)
-    exported = torch.export.export(block, (x,))
-    torch.testing.assert_close(exported.module()(x), block(x))
-
-
-def test_fake_tensors_pass_through():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        layer = fastlora.LoRALinear(16, 24, r=4, lora_dropout=0.5)
-        assert layer(torch.randn(2, 3, 16)).shape == (2, 3, 24)
-
-
-def test_meta_tensors_pass_through():
-    layer = fastlora.LoRALinear(16, 24, r=4, lora_dropout=0.5, device="meta")
-    assert layer(torch.randn(2, 3, 16, device="meta")).shape == (2, 3, 24)
 
 
 FIRST_CALL = """

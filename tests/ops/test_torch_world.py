@@ -1,20 +1,15 @@
 """What surrounds a layer in training: autocast, checkpointing, accumulation, processes."""
 
-import copy
 import threading
 
 import ddp_worker
 import pytest
 import torch
 import torch.multiprocessing as mp
-from device import DEVICE
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy as Policy
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastlora
 from fastlora import LoRALinear
-from fastlora.ops.way import MOST_ROWS
 
 on_both_backends = pytest.mark.usefixtures("backend")
 
@@ -36,57 +31,6 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
     assert first
     for name in first:
         torch.testing.assert_close(first[name], second[name], **tolerance)
-
-
-@on_both_backends
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_as_nn_linear(dtype, dropout):
-    layer, x = make_layer(dropout), torch.randn(3, 12, requires_grad=True)
-    layer.bias.data = layer.bias.to(dtype).float()  # which is added as it is where calls run wide
-    with torch.autocast(DEVICE, dtype=dtype):
-        y = layer(x)
-        plain = nn.Linear(12, 7)(x)
-    assert y.dtype == plain.dtype == dtype
-    found = gradients(layer, y)
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert x.grad.dtype == torch.float32
-    torch.manual_seed(1)
-    with torch.autocast(DEVICE, dtype=dtype):
-        under = layer(x)
-    torch.manual_seed(1)
-    by_hand = copy.deepcopy(layer)
-    by_hand.weight.data, by_hand.bias.data = layer.weight.to(dtype), layer.bias.to(dtype)
-    assert torch.equal(under, by_hand(x.to(dtype)))
-
-
-@on_both_backends
-def test_backward_inside_autocast_of_a_call_outside():
-    layer, x = make_layer(), torch.randn(MOST_ROWS + 1, 12)
-    outside = gradients(layer, layer(x))
-    y = layer(x)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        inside = gradients(layer, y)
-    assert_same(outside, inside)
-
-
-def test_autocast_leaves_float64_alone():
-    layer = make_layer(dtype=torch.float64)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert layer(torch.randn(3, 12, dtype=torch.float64)).dtype == torch.float64
-
-
-@on_both_backends
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_replays_the_mask(use_reentrant):
-    layer, x = make_layer(0.5), torch.randn(16, 12, requires_grad=True)
-    torch.manual_seed(3)
-    plain = gradients(layer, layer(x))
-    plain["x"], x.grad = x.grad, None
-    torch.manual_seed(3)
-    recomputed = gradients(layer, checkpoint(layer, x, use_reentrant=use_reentrant))
-    recomputed["x"] = x.grad
-    assert_same(plain, recomputed, rtol=0, atol=0)
 
 
 @on_both_backends
@@ -160,23 +104,6 @@ def test_ddp_in_two_processes(tmp_path):
         model(x).square().mean().backward()
     assert_same(first, ddp_worker.gradients(model))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2], ids="p{}".format)
-def test_selective_checkpointing_that_keeps_products(p):
-    """Its dispatch mode would see in-place sums of products that it keeps."""
-
-    def keep_products(context, op, *args, **kwargs):
-        kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return Policy.MUST_SAVE if kept else Policy.PREFER_RECOMPUTE
-
-    layer = make_layer(p)
-    x, found = torch.randn(40, 12, requires_grad=True), []
-    for context in (None, lambda: create_selective_checkpoint_contexts(keep_products)):
-        torch.manual_seed(1)
-        y = checkpoint(layer, x, use_reentrant=False, context_fn=context) if context else layer(x)
-        found.append(torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]))
-    assert all(map(torch.equal, *found))
 
 
 @on_both_backends

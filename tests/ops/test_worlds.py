@@ -1,0 +1,349 @@
+"""Every kind of call in every world of torch's: autocast, checkpoints, compilers, transforms …
+
+Numbers are proven in the files of each kind; here it is what surrounds a call.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from call_kinds import ENDS, KINDS, ROWS, K, made
+from device import DEVICE
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy as Policy
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlora
+
+pytestmark = pytest.mark.usefixtures("backend")
+every_kind = pytest.mark.parametrize("name", KINDS)
+dropouts = pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
+
+
+def leaves_of(kind) -> list[torch.Tensor]:
+    return [tensor for tensor in kind.tensors.values() if tensor.requires_grad]
+
+
+def run(kind, p: float = 0.0, seed: int = 3, around=lambda call, *tensors: call(*tensors)):
+    """y, and the gradient of each tensor that trains."""
+    torch.manual_seed(seed)
+    y = around(lambda *tensors: kind.call(*tensors, dropout=p), *kind.tensors.values())
+    found = torch.autograd.grad(y.float().square().sum(), leaves_of(kind), allow_unused=True)
+    return [y, *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
+
+
+def assert_same(first, second) -> None:
+    assert all(map(torch.equal, first, second))
+
+
+@every_kind
+@dropouts
+def test_the_same_bits_again(name, p):
+    kind = made(name)
+    assert_same(run(kind, p), run(kind, p))
+
+
+@every_kind
+@dropouts
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_x_and_the_weight(name, p, dtype):
+    kind = made(name)
+    with torch.autocast(DEVICE, dtype=dtype):
+        under = run(kind, p)
+    assert under[0].dtype == dtype
+    assert {gradient.dtype for gradient in under[1:]} == {torch.float32}
+    cast = {n: t.to(dtype) if n in kind.cast else t for n, t in kind.tensors.items()}
+    torch.manual_seed(3)
+    y = kind.call(*cast.values(), dropout=p)
+    by_hand = torch.autograd.grad(y.float().square().sum(), leaves_of(kind), allow_unused=True)
+    assert torch.equal(under[0], y)
+    assert_same(under[1:], [torch.zeros(()) if g is None else g for g in by_hand])
+
+
+@every_kind
+def test_autocast_leaves_float64_alone_and_a_backward_of_what_was_outside(name):
+    wide, kind = made(name, torch.float64), made(name)
+    outside, y = run(kind), kind.call(*kind.tensors.values())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert wide.call(*wide.tensors.values()).dtype == torch.float64
+        found = torch.autograd.grad(y.square().sum(), leaves_of(kind), allow_unused=True)
+    pairs = zip(outside[1:], found, strict=True)
+    assert all(after is None or torch.equal(before, after) for before, after in pairs)
+
+
+def keep_products(context, op, *args, **kwargs):
+    kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return Policy.MUST_SAVE if kept else Policy.PREFER_RECOMPUTE
+
+
+CHECKPOINTS = {
+    "reentrant": {"use_reentrant": True},
+    "plain": {"use_reentrant": False},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": lambda: create_selective_checkpoint_contexts(keep_products),
+    },
+}
+
+
+@every_kind
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_checkpointing_replays_the_mask(name, how):
+    kind, settings = made(name), CHECKPOINTS[how]
+    found = []
+    for around in (lambda call, *t: call(*t), lambda call, *t: checkpoint(call, *t, **settings)):
+        torch.manual_seed(3)
+        for leaf in leaves_of(kind):
+            leaf.grad = None
+        around(
+            lambda *t: kind.call(*t, dropout=0.4), *kind.tensors.values()
+        ).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves_of(kind)])
+    assert_same(*found)
+
+
+class Seen(TorchDispatchMode):
+    """The arguments of our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward, self.backward = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.fastlora.lora_linears.default:
+            self.forward.append(args)
+        if func is torch.ops.fastlora.lora_linears_backward.default:
+            self.backward.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@every_kind
+@dropouts
+def test_the_registered_op(name, p):
+    """A dispatch mode sees it; its bits are the node's, and torch's own check finds it right."""
+    kind = made(name)
+    with Seen() as seen:
+        by_op = run(kind, p)
+    assert_same(run(kind, p), by_op)
+    ((x, tensors, *rest),), (backward,) = seen.forward, seen.backward
+    follow = lambda t: t.detach().requires_grad_(t.is_floating_point())  # noqa: E731
+    packed = name == "packed"
+    arguments = follow(x), [t.detach() if packed else follow(t) for t in tensors], *rest
+    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, arguments)
+    backward = tree_map_only(torch.Tensor, torch.Tensor.detach, backward)
+    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, backward)
+
+
+@every_kind
+def test_under_a_counter_of_flops(name):
+    kind = made(name)
+    with FlopCounterMode(display=False):
+        counted = run(kind)
+    assert_same(run(kind), counted)
+
+
+@every_kind
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_whole(name, compiler):
+    if compiler == "inductor" and name not in ("group", "experts", "bank"):
+        pytest.skip("the others have the same op")
+    torch.compiler.reset()
+    kind = made(name, torch.bfloat16, torch.float32)
+    compiled = torch.compile(kind.call, fullgraph=True, backend=compiler)
+    ours, theirs = (run(kind._replace(call=call)) for call in (compiled, kind.call))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@every_kind
+def test_a_compiled_call_has_one_mask_for_both_directions(name):
+    torch.compiler.reset()
+    kind = made(name)
+    compiled = torch.compile(kind.call, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(5)
+    y = compiled(*kind.tensors.values(), dropout=0.4)
+    thin = {n: t for n, t in kind.tensors.items() if n[0] == "a"}
+    found = torch.autograd.grad(y.sum(), list(thin.values()), retain_graph=True)
+    changes = sum((g * t).sum() for g, t in zip(found, thin.values(), strict=True))
+    without = {n: torch.zeros_like(t) if n[0] == "b" and n != "bias" else t
+               for n, t in kind.tensors.items()}  # fmt: skip
+    base = kind.call(*without.values())
+    # What the adapters add is linear in each lora_a, whose gradient has the backward's mask.
+    torch.testing.assert_close(changes, (y - base).sum(), rtol=1e-4, atol=1e-3)
+    assert not torch.equal(compiled(*kind.tensors.values(), dropout=0.4), y)
+
+
+def test_one_graph_for_all_numbers_of_rows():
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    kind = made("experts")
+    _, *others = kind.tensors.values()
+    compiled = torch.compile(kind.call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for ends in ([4, 4, 10], [9, 14, 16], [0, 1, 21]):
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        x = torch.randn(ends[-1] + 1, K)
+        torch.testing.assert_close(*(c(x, *others, offsets=offsets) for c in (compiled, kind.call)))
+    assert graphs["unique_graphs"] == 1
+
+
+@every_kind
+@dropouts
+def test_gradients_of_gradients(name, p):
+    kind = made(name, torch.float64)
+    leaves = {n: t for n, t in kind.tensors.items() if t.requires_grad and n != "x"}
+    names, x = list(leaves), kind.tensors["x"].detach()[..., :].requires_grad_()
+
+    def call(x, *own):
+        torch.manual_seed(4)
+        return kind.call(*(kind.tensors | {"x": x} | dict(zip(names, own, strict=True))).values(),
+                         dropout=p)  # fmt: skip
+
+    y = call(x, *leaves.values())
+    v = [torch.randn_like(t) for t in (x, *leaves.values())]
+    first = torch.autograd.grad(y.square().sum(), (x, *leaves.values()), create_graph=True)
+    dot = sum((g * each).sum() for g, each in zip(first, v, strict=True))
+    second = torch.autograd.grad(dot, (x, *leaves.values()), allow_unused=True)
+    step = 1e-5  # the same by differences of first gradients
+    moved = []
+    for sign in (1, -1):
+        at = [(t + sign * step * each).detach().requires_grad_() for t, each in
+              zip((x, *leaves.values()), v, strict=True)]  # fmt: skip
+        moved.append(torch.autograd.grad(call(*at).square().sum(), at))
+    for found, plus, minus in zip(second, *moved, strict=True):
+        expected = (plus - minus) / (2 * step)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+@every_kind
+def test_many_gradients_at_once(name):
+    kind = made(name)
+    y, leaves = kind.call(*kind.tensors.values()), leaves_of(kind)
+    dys = torch.randn(3, *y.shape)
+    options = {"retain_graph": True, "allow_unused": True}
+    at_once = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, **options)
+    for i, dy in enumerate(dys):
+        for many, one in zip(at_once, torch.autograd.grad(y, leaves, dy, **options), strict=True):
+            torch.testing.assert_close(many[i], torch.zeros_like(many[i]) if one is None else one)
+
+
+def transforms(kind):
+    tensors = [tensor.detach() for tensor in kind.tensors.values()]
+    x, *others = tensors
+    last = others[-1]
+
+    def loss(run):
+        return lambda *t: run(*t).square().sum()
+
+    return {
+        "grad": lambda run: grad(loss(run), argnums=tuple(range(len(tensors))))(*tensors),
+        "grad-of-grad": lambda run: grad(lambda x: grad(loss(run))(x, *others).square().sum())(x),
+        "jvp": lambda run: jvp(run, tuple(tensors), tuple(tensors)),
+        "vmap-of-x": lambda run: vmap(lambda x: run(x, *others))(torch.stack([x, 2 * x])),
+        "vmap-of-a-tensor": lambda run: vmap(lambda t: grad(loss(run))(x, *others[:-1], t))(
+            torch.stack([last, 2 * last])
+        ),
+    }
+
+
+@every_kind
+@pytest.mark.parametrize("transform", transforms(made("layer")))
+def test_transforms_of_torch_func(name, transform):
+    kind = made(name, torch.float64)
+    apply = transforms(kind)[transform]
+    torch.testing.assert_close(apply(kind.call), apply(kind.truth))
+
+
+@every_kind
+def test_forward_mode(name):
+    kind = made(name, torch.float64)
+    x, *others = [tensor.detach() for tensor in kind.tensors.values()]
+    tangent, found = torch.randn_like(x), []
+    for call in (kind.call, kind.truth):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent)
+            found.append(forward_ad.unpack_dual(call(dual, *others)).tangent)
+    torch.testing.assert_close(*found)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.call = kind.call
+        _, *others = kind.tensors.items()
+        for name, tensor in others:
+            self.register_parameter(name, torch.nn.Parameter(tensor.detach()))
+
+    def forward(self, x):
+        return self.call(x, *self._parameters.values())
+
+
+@every_kind
+def test_export(name):
+    kind = made(name)
+    module, x = Module(kind), kind.tensors["x"].detach()
+    exported = torch.export.export(module, (x,)).module()
+    torch.testing.assert_close(exported(2 * x), module(2 * x))
+
+
+@every_kind
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_tensors_without_numbers_pass_through(name, where):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if where == "meta" and name in ("bank", "adapters", "packed"):
+        pytest.skip("their indices, or packed tensors, are on a device")
+    kind = made(name)
+    shape = kind.call(*kind.tensors.values()).shape
+    with FakeTensorMode(allow_non_fake_inputs=True) if where == "fake" else nullcontext():
+        tensors = [torch.empty_like(t, device="meta" if where == "meta" else None)
+                   for t in kind.tensors.values()]  # fmt: skip
+        options = {"offsets": ENDS.to("meta")} if where == "meta" and name == "experts" else {}
+        assert kind.call(*tensors, dropout=0.4, **options).shape == shape
+
+
+@every_kind
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_is_the_same(name, mode):
+    kind = made(name)
+    y = kind.call(*kind.tensors.values())
+    with mode():
+        assert torch.equal(kind.call(*kind.tensors.values()), y)
+
+
+def test_an_unknown_backend_is_an_error_when_compiled():
+    torch.compiler.reset()
+    for name in ("layer", "experts"):
+        kind = made(name)
+        compiled = torch.compile(lambda *t: kind.call(*t, backend="metal"), backend="aot_eager")  # noqa: B023
+        with pytest.raises(ValueError, match="backend 'metal'"):
+            compiled(*kind.tensors.values())
+
+
+def test_other_scales_ranks_and_indices_recompile_nothing():
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    _, weight, a, b, bias = (tensor.detach() for tensor in made("bank").tensors.values())
+
+    def call(x, indices, scales, ranks):
+        options = {"bias": bias, "scales": scales, "ranks": ranks}
+        return fastlora.multi_lora_linear(x, weight, a, b, indices, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        indices = torch.randint(-1, 3, (ROWS,)).to(torch.int32)
+        arguments = (
+            torch.randn(ROWS, K),
+            indices,
+            torch.rand(3),
+            torch.tensor([2, 4 + i % 2, 1 + i]),
+        )
+        torch.testing.assert_close(compiled(*arguments), call(*arguments))
+    assert graphs["unique_graphs"] == 1
+    with pytest.raises(ValueError, match="beyond the adapters"):
+        compiled(arguments[0], torch.full((ROWS,), 3, dtype=torch.int32), *arguments[2:])
