@@ -61,19 +61,18 @@ def source_of(weight: "Tensor | Source") -> Source:
     return Dense(weight) if isinstance(weight, Tensor) else weight
 
 
-def widened(
-    source: Source, buffer: Tensor, some: slice | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """All rows, as many at a time as the buffer has: which, and they in its dtype until the next.
 
-    The buffer is theirs meanwhile.  ``some``: only these rows, counted from the first of them.
+    The buffer is theirs meanwhile.
     """
-    start, step = 0 if some is None else some.start, buffer.shape[0]
-    total = source.shape[0] if some is None else min(source.shape[0], some.stop)
-    for first in range(start, total, step):
+    step, total = buffer.shape[0], source.shape[0]
+    for first in range(0, total, step):
         count = min(step, total - first)
-        rows = slice(first - start, first - start + count)
-        yield rows, source.read(first, buffer if count == step else buffer[:count])
+        yield (
+            slice(first, first + count),
+            source.read(first, buffer if count == step else buffer[:count]),
+        )
 
 
 def buffer_for(matrix: Tensor | Source, dtype: torch.dtype) -> Tensor:

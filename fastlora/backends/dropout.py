@@ -64,7 +64,9 @@ class DropoutMask:
         if not x.is_cpu:
             keep = self.rows(first, len(x))
             for x, out in tensors:
-                multiply_bits(x, keep, out)
+                # By integer arithmetic on the bits of x: what is dropped becomes +0.
+                integer = _INTEGER_OF_SIZE[x.element_size()]
+                torch.mul(x.view(integer), keep, out=out.view(integer))
             return
         if self.least == -(2**15):  # nothing is dropped, for no word is below that
             for x, out in tensors:
@@ -104,10 +106,3 @@ def _hash(numbers: Tensor) -> Tensor:
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
     return DropoutMask(seed, shape, p).rows(0, shape[0])
-
-
-def multiply_bits(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
-    """Write x where ``keep`` is true, and +0 elsewhere, by integer arithmetic on the bits of x."""
-    integer = _INTEGER_OF_SIZE[x.element_size()]
-    torch.mul(x.view(integer), keep, out=out.view(integer))
-    return out

@@ -31,7 +31,7 @@ from ..projection import Base, Output, flatten, layouts_of, unflatten
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import are_batched, followed, gradients_of, run_backward, run_forward
 from .door import draw_seed, through
-from .routing import Part, Routing, Sums, even_routing, routing_of
+from .routing import Part, Routing, Sums, routing_of
 from .way import is_eager
 
 # silu(gate) ∘ up of [gate, up], say, by the name of its activation; or any function of pre.
@@ -41,8 +41,8 @@ _ARGUMENTS = 4  # before x
 
 def lora_experts(
     x: Tensor,
-    index: Tensor | None,
-    weights: Tensor | None,
+    index: Tensor,
+    weights: Tensor,
     up: Output[Tensor],
     down: Output[Tensor],
     activate: Activate,
@@ -54,8 +54,7 @@ def lora_experts(
     """out [T, N]: what the experts make of x [T, K], summed with these weights.
 
     index [T, k], an integer dtype, has each token's experts, and weights [T, k] their weights, of
-    any floating dtype.  Without both, x is sorted by expert, every expert has as many rows, and
-    nothing is summed.  ``up`` and ``down`` are outputs with any adapters or none, whose tensors
+    any floating dtype.  ``up`` and ``down`` are outputs with any adapters or none, whose tensors
     are stacked as those of :func:`fastlora.lora_grouped`: up [E, F, K], down [E, N, I].
     ``activate`` makes [S, I] of [S, F]: a function that autograd follows, or the name of an
     activation (silu, gelu, gelu_tanh, relu, relu2), which is that of the first half, times the
@@ -75,11 +74,7 @@ def lora_experts(
     elif on:
         x = x.to(up.base.weight.dtype)
     with autocast_off(device.type):
-        experts = up.base.weight.shape[0]
-        if index is None or weights is None:
-            routing, weights = even_routing(len(x), experts, device), x.new_ones(len(x), 1)
-        else:
-            routing = routing_of(index, experts)
+        routing = routing_of(index, up.base.weight.shape[0])
         if not (one_node and is_eager(x)):
             return _step_by_step(x, weights, routing, up, down, activate, dropout, dtype)
         layouts, backend = layouts_of([up, down]), find_backend(None, device)

@@ -121,10 +121,3 @@ def routing_of(index: Tensor, experts: int) -> Routing:
     numbers = torch.arange(experts, device=index.device, dtype=sorted_index.dtype)
     ends = torch.searchsorted(sorted_index, numbers, right=True, out_int32=True)
     return Routing(order, ends, index.shape[1])
-
-
-def even_routing(rows: int, experts: int, device: torch.device) -> Routing:
-    """Of rows that are sorted already, one a token; every expert has as many."""
-    each = rows // experts
-    ends = torch.arange(each, rows + 1, each, device=device, dtype=torch.int32)
-    return Routing(torch.arange(rows, device=device), ends, 1)

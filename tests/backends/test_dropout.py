@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import blocks
-from fastlora.backends.dropout import DropoutMask, multiply_bits
+from fastlora.backends.dropout import DropoutMask
 from fastlora.backends.torch import dropout_mask
 
 
@@ -131,18 +131,6 @@ def test_numpy_s_masks_are_torch_s(number, columns):
         assert torch.equal(dropout_mask(seed_of(number), shape, 0.3), made)
     many = DropoutMask(seed_of(number), (4096, columns), 0.3).rows(0, 4096)  # all threads'
     assert torch.equal(many[:7], made)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_multiply_bits_keeps_or_clears(dtype):
-    """As a GPU does it."""
-    x = torch.tensor([[1.5, -2.0, float("nan"), float("inf"), -0.0, float("nan")]]).to(dtype)
-    keep = torch.tensor([[True, False, False, False, False, True]])
-    out = multiply_bits(x, keep, torch.empty_like(x))
-    assert out[0, 0] == 1.5
-    assert torch.equal(out[0, 1:5], torch.zeros(4, dtype=dtype))
-    assert not out[0, 1:5].signbit().any()
-    assert out[0, 5].isnan()
 
 
 @pytest.mark.parametrize("p", [0.0, 2**-17, 0.3, 0.999999])
