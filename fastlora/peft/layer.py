@@ -77,6 +77,8 @@ def _call(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """A layer's forward: the fast one, or PEFT's, which is ``theirs``."""
+    if not (args or kwargs) and is_peft_s_few(layer, x):
+        return theirs(x)
     y = None
     if not args and not why_not_now():
         if not kwargs:
@@ -89,7 +91,7 @@ def _call(
 def _ordinary_forward(layer: LoraLayer, x: Tensor) -> Tensor | None:
     """The output for x with the active adapters; None where the call is PEFT's."""
     names = adapters_now(layer)
-    if not names or is_peft_s_few(layer, x):
+    if not names:
         return None
     seen = glance(layer, names, x) if may_be_known(x) else None
     found = None if seen is None else known(*seen)
