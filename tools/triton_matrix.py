@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 PAGE, MARK = ROOT / "docs" / "kernels.md", "<!-- make matrix-triton -->"
 # The version, and the torch that pins it.
 VERSIONS = {
-    "3.5.1": "2.9",
     "3.6.0": "2.10, 2.11",
     "3.7.1": "2.13",
     "3.8.0": "2.14",
@@ -24,7 +23,7 @@ VERSIONS = {
 }
 TESTS = ("tests/kernels/test_compile.py", "tests/kernels/test_host.py")
 # What a version does to its own plain products as well, and no kernel of ours can mend.
-KNOWN = {"3.5.1": "no proxy fence", "3.6.0": "no proxy fence"}
+KNOWN = {"3.6.0": "no proxy fence"}
 
 
 def installed(version: str) -> Path:

@@ -87,7 +87,7 @@ def versions(broken: list[str]) -> dict[str, str]:
 
 def note_of_triton(version: str, has_hopper: bool) -> str:
     """What is known of a version's code, whatever kernel it is of."""
-    if not has_hopper or not version.startswith(("3.4.", "3.5.", "3.6.")):
+    if not has_hopper or not version.startswith("3.6."):
         return ""
     return (
         ": before 3.7 its products on Hopper lack a fence between a copy and its reader. Nobody "
