@@ -18,6 +18,8 @@ over integers of their size: several times faster than by a bool mask.
 
 from collections.abc import Sequence
 from copy import copy
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +42,17 @@ class DropoutMask:
         """``seed``: int64, one element, on the device of the mask."""
         self.p, self.least = p, _least(p)
         rows, columns = shape
-        low, high = seed.view(1).view(torch.int32) * 2 + 1
-        self.row_keys = _hashes("rows", rows, seed.device).unsqueeze(1) ^ low
-        self.column_keys = _hashes("columns", columns, seed.device) ^ high
+        low: Any
+        high: Any
+        if _is_here(seed):
+            number = int(seed.item())
+            low, high = _odd(number), _odd(number >> 32)
+            row_hashes, column_hashes = _kept_hashes("rows", rows), _kept_hashes("columns", columns)
+        else:
+            low, high = seed.view(1).view(torch.int32) * 2 + 1
+            row_hashes = _hashes("rows", rows, seed.device)
+            column_hashes = _hashes("columns", columns, seed.device)
+        self.row_keys, self.column_keys = row_hashes.unsqueeze(1) ^ low, column_hashes ^ high
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""
@@ -85,6 +95,28 @@ class DropoutMask:
 def _least(p: float) -> int:
     """The least upper half of a word that is kept, as the int16 that it is."""
     return min(round(p * 2**16), 2**16 - 1) - 2**15
+
+
+def _is_here(seed: Tensor) -> bool:
+    """Whether its number can be read: on a CPU, where nothing follows operations."""
+    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return seed.is_cpu and not followed and not torch._C._are_functorch_transforms_active()
+
+
+def _odd(half: int) -> int:
+    """2 · half + 1, as an int32."""
+    return ((2 * half + 1 + 2**31) & (2**32 - 1)) - 2**31
+
+
+def _kept_hashes(of: str, count: int) -> Tensor:
+    return _first_hashes(of, count.bit_length())[:count]
+
+
+@lru_cache(maxsize=64)
+def _first_hashes(of: str, bits: int) -> Tensor:
+    """Of all numbers with so many bits, of which any count takes the first."""
+    with torch.inference_mode(False):  # what is made inside could not be used outside
+        return _hashes(of, 2**bits, torch.device("cpu"))
 
 
 def _hashes(of: str, count: int, device: torch.device) -> Tensor:

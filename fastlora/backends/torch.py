@@ -195,19 +195,25 @@ def _parts(
         alone = [Output(output.base) for output in outputs]
         yield _Part(None, slice(0, len(x)), alone, [[]] * len(alone), True)
     each = len(x) // max(1, rows.items(len(x)))  # rows of an item
+    whole, stacks = None, []
+    if rows.own is None:  # what is stacked is taken apart at once, and all rows have one mask
+        stacks = [tensor.unbind() for tensor in flatten(outputs, call.layouts)]
+        shape = rows.first + len(x), x.shape[1]
+        if seeds is not None:
+            whole = [DropoutMask(seed.view(1), shape, p) for seed in seeds.unbind()]
     for share in rows.found(len(x)) if each else ():
         at, place = share.segment, slice(share.place.start * each, share.place.stop * each)
-        parts = [rows.part(output, at) for output in outputs]
+        if rows.own is None:
+            parts = unflatten([stack[at] for stack in stacks], call.layouts)
+        else:
+            parts = [rows.part(output, at) for output in outputs]
         masks: Masks = [[None] * len(part.adapters) for part in parts]
-        if seeds is not None and rows.own is not None:
-            own, shape = rows.own.dropouts[at], (place.stop - place.start, x.shape[1])
-            if own:
-                masks = [[DropoutMask(seeds[at : at + 1], shape, own)] for _ in parts]
-        elif seeds is not None:
-            first = rows.first + place.start
-            shape = rows.first + len(x), x.shape[1]
-            made = [DropoutMask(s.view(1), shape, p).from_row(first) for s in seeds.unbind()]
-            masks = list(per_adapter(made, parts))
+        if whole is not None:
+            masks = list(per_adapter([m.from_row(rows.first + place.start) for m in whole], parts))
+        elif seeds is not None and rows.own is not None and rows.own.dropouts[at]:
+            own_shape = place.stop - place.start, x.shape[1]
+            mask = DropoutMask(seeds[at : at + 1], own_shape, rows.own.dropouts[at])
+            masks = [[mask] for _ in parts]
         yield _Part(share, place, parts, masks, rows.shares_base)
 
 
