@@ -95,7 +95,7 @@ class Rows(NamedTuple):
 def take(matrix: Tensor, share: Share, items: int) -> Tensor:
     """A segment's rows of a matrix of so many items: a view, where they lie together."""
     if isinstance(share.items, slice):
-        rows = len(matrix) // items
+        rows = matrix.shape[0] // items
         return matrix[share.items.start * rows : share.items.stop * rows]
     return matrix.unflatten(0, (items, -1)).index_select(0, share.items).flatten(0, 1)
 

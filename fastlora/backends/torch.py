@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..projection import Adapter, Base, Layout, Output, flatten, per_adapter, unflatten
+from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
 from ..rows import Share, put, take
 from .dropout import DropoutMask, dropout_mask
 from .formula import Masks, backward_rows, base_gradients, forward_rows, no_gradients
@@ -97,7 +97,7 @@ def backward(
         masks, thin = _masks(x, outputs, seeds, call.dropout), list(per_adapter(hs, outputs))
         gradients = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
         return [dx, *flatten(gradients, call.layouts)]
-    gradients = _empty_gradients(outputs, wanted, call)
+    total = _Gradients(outputs, wanted, call)
     items, last = rows.items(len(x)), 0
     for part in _parts(x, outputs, seeds, call):
         wants = [part.of(each) for each in wanted]
@@ -119,10 +119,10 @@ def backward(
         )
         if dx is not None and dx_rows is not None:
             part.put(dx, dx_rows, items)
-        part.store(found, gradients, outputs, call.layouts)
+        total.add(part, found)
     if dx is not None:
         dx[last:].zero_()
-    return [dx, *flatten(gradients, call.layouts)]
+    return [dx, *total.flat(rows.shares_base)]
 
 
 class _Part(NamedTuple):
@@ -154,35 +154,45 @@ class _Part(NamedTuple):
         left = iter(hs)
         return [
             [
-                None if h is None else h[self.place, : len(adapter.lora_a)]
+                None if h is None else h[self.place, : adapter.lora_a.shape[0]]
                 for adapter, h in zip(output.adapters, left, strict=False)
             ]
             for output in self.outputs
         ]
 
-    def store(
-        self,
-        found: Sequence[Output[Tensor | None]],
-        gradients: list[Output[Tensor | None]],
-        outputs: Sequence[Output[Tensor]],
-        layouts: Sequence[Layout],
+
+class _Gradients:
+    """Of all tensors, from each part's: None for one of many adapters that has no rows."""
+
+    def __init__(
+        self, outputs: Sequence[Output[Tensor]], wanted: Sequence[Output[bool]], call: Call
     ) -> None:
-        """Put the part's gradients where those of all tensors are."""
-        for i, own in enumerate(found):
-            if self.share is None:
-                gradients[i] = gradients[i]._replace(base=own.base)
-            elif self.shares_base:
-                adapters, at = list(gradients[i].adapters), self.share.segment
-                adapters[at] = _widened(own.adapters[0], outputs[i].adapters[at])
-                gradients[i] = gradients[i]._replace(adapters=tuple(adapters))
-            else:
-                pairs = zip(
-                    *(flatten([g], layouts[i : i + 1]) for g in (gradients[i], own)), strict=True
-                )
-                for stacked, gradient in pairs:
-                    if stacked is not None:
-                        place = stacked[self.share.segment]
-                        place.zero_() if gradient is None else place.copy_(gradient)
+        self.outputs, self.layouts = outputs, call.layouts
+        self.bases = [no_gradients(output).base for output in outputs]
+        self.adapters = [[*no_gradients(output).adapters] for output in outputs]
+        pairs = zip(flatten(outputs, call.layouts), flatten(wanted, call.layouts), strict=True)
+        # Zeros, for experts without rows.
+        are_stacked = call.rows is not None and not call.rows.shares_base
+        self.stacked = [t.new_zeros(t.shape) if need and are_stacked else None for t, need in pairs]
+        self.places = [None if stack is None else stack.unbind() for stack in self.stacked]
+
+    def add(self, part: _Part, found: Sequence[Output[Tensor | None]]) -> None:
+        if part.share is None:
+            self.bases = [own.base for own in found]
+        elif part.shares_base:
+            at = part.share.segment
+            for of_one, own, output in zip(self.adapters, found, self.outputs, strict=True):
+                of_one[at] = _widened(own.adapters[0], output.adapters[at])
+        else:
+            for places, gradient in zip(self.places, flatten(found, self.layouts), strict=True):
+                if places is not None and gradient is not None:
+                    places[part.share.segment].copy_(gradient)
+
+    def flat(self, shares_base: bool) -> list[Tensor | None]:
+        if not shares_base:
+            return self.stacked
+        pairs = zip(self.bases, self.adapters, strict=True)
+        return flatten([Output(base, tuple(own)) for base, own in pairs], self.layouts)
 
 
 def _parts(
@@ -221,18 +231,6 @@ def widths_of_h(outputs: Sequence[Output[Tensor]], one_each: bool) -> list[int]:
     """The columns of every h: many adapters of an output share one, as wide as the widest."""
     ranks = [[a.lora_a.shape[-2] for a in output.adapters] for output in outputs]
     return [max(of_one) for of_one in ranks] if one_each else [r for some in ranks for r in some]
-
-
-def _empty_gradients(
-    outputs: Sequence[Output[Tensor]], wanted: Sequence[Output[bool]], call: Call
-) -> list[Output[Tensor | None]]:
-    """To be filled: None for each of many adapters, zeros for experts without rows."""
-    assert call.rows is not None
-    if call.rows.shares_base:
-        return [no_gradients(output) for output in outputs]
-    pairs = zip(flatten(outputs, call.layouts), flatten(wanted, call.layouts), strict=True)
-    made = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
-    return unflatten(made, call.layouts)
 
 
 def _widened(found: Adapter[Tensor | None], adapter: Adapter[Tensor]) -> Adapter[Tensor | None]:
