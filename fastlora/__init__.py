@@ -14,7 +14,7 @@ from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
-from .ops import lora_grouped, lora_linear, lora_linears, multi_lora_linear
+from .ops.functional import lora_grouped, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
 from .peft.coverage import coverage
 from .peft.optimize import optimize, restore

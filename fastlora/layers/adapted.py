@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import buffer_for, source_of, widened
-from ..ops import lora_linears
 from ..ops.autocast import autocast_off
+from ..ops.functional import lora_linears
 from ..projection import Projection, shown
 from .members import tensor_of
 

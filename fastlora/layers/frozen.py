@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from ..backends.products import are_wide
 from ..foreign import is_class
 from ..formats.format import Quantised
-from ..ops import lora_linears
+from ..ops.functional import lora_linears
 from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
 from ..quant import PackedLayer, quantised_weight, vendor_of
 from .adapted import LoRALayer, own_name, why_weight_is_fixed

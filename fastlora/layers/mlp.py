@@ -14,8 +14,8 @@ from torch.nn.modules import module as nn_module
 
 from ..backends import backend_name
 from ..foreign import is_same_code
-from ..ops import gated_mlp
 from ..ops.autocast import autocast_dtype
+from ..ops.gated import gated_mlp
 from ..ops.way import follows, is_few
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
 from ..quant import SHARDED, PackedLayer, quantised_weight

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..blocks import buffer_for, widened
-from ..ops import lora_linears
+from ..ops.functional import lora_linears
 from ..projection import DTYPES, Projection
 from ..quant import SHARDED, PackedLayer, Vendor, vendor_of
 from .adapted import LoRALayer, add_product

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..backends import Call
 from ..layers.frozen import fits
-from ..ops import dora_linear, dora_norm, lora_linears
 from ..ops.door import run
+from ..ops.dora import dora_linear, dora_norm
+from ..ops.functional import lora_linears
 from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
 from .mixed import mixed_forward

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..layers.frozen import fits
 from ..layers.modules import has_sharded, some
-from ..ops import multi_lora_linear
+from ..ops.functional import multi_lora_linear
 from ..rows import AdapterMapping, Share
 from .moment import is_few
 from .reading import read

@@ -12,7 +12,7 @@ from ..layers.adapted import new_adapter, scaling_of, wide_dtype
 from ..layers.frozen import is_router, matrix_of
 from ..layers.modules import called
 from ..model.targets import find_targets
-from ..ops import multi_lora_linear
+from ..ops.functional import multi_lora_linear
 from ..quant import quantised_weight
 from ..rows import AdapterMapping
 from .trial import Trial

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastlora import reference
 from fastlora.backends import find_backend
-from fastlora.ops import dora_linear, dora_norm
+from fastlora.ops.dora import dora_linear, dora_norm
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 

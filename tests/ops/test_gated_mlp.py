@@ -13,7 +13,7 @@ from torch.nn import functional
 import fastlora
 from fastlora import blocks
 from fastlora.backends.gated import ACTIVATIONS
-from fastlora.ops import gated_mlp
+from fastlora.ops.gated import gated_mlp
 from fastlora.ops.way import follows
 from fastlora.projection import Output, flatten, layouts_of, unflatten
 

@@ -12,7 +12,7 @@ import fastlora
 from fastlora.backends import products
 from fastlora.formats.format import Quantised
 from fastlora.formats.four_bit import FourBit
-from fastlora.ops import dora_linear, dora_norm
+from fastlora.ops.dora import dora_linear, dora_norm
 from fastlora.projection import Base, Output, Projection, as_outputs
 
 

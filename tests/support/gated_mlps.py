@@ -6,7 +6,7 @@ from judge import assert_close, make_projection, masks_of, to_float64, with_seed
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.ops import gated_mlp
+from fastlora.ops.gated import gated_mlp
 from fastlora.projection import Output, as_outputs, flatten, layouts_of, unflatten
 
 K, HIDDEN, N = 24, 40, 20

@@ -28,8 +28,10 @@ from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.formats.format import Quantised
 from fastlora.formats.gguf import KINDS as GGUF
-from fastlora.ops import dora_linear, gated_mlp, kinds, way
+from fastlora.ops import kinds, way
 from fastlora.ops.door import draw_seed
+from fastlora.ops.dora import dora_linear
+from fastlora.ops.gated import gated_mlp
 from fastlora.projection import Adapter, Base, Output
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
