@@ -309,7 +309,9 @@ def _from_row(masks: Masks, first: int) -> Masks:
 
 
 def _in_float32(output: Output[Tensor]) -> Output[Tensor]:
-    """With its adapters in float32; weight and bias are widened as they are read."""
+    """With bias and adapters in float32; the weight is widened as it is read."""
+    (weight, bias), adapters = output
     return Output(
-        output.base, tuple([Adapter(a.float(), b.float(), s) for a, b, s in output.adapters])
+        Base(weight, None if bias is None else bias.float()),
+        tuple([Adapter(a.float(), b.float(), scale) for a, b, scale in adapters]),
     )

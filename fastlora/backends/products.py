@@ -177,7 +177,7 @@ def columns_of(matrix: Tensor, columns: slice) -> Tensor:
     return matrix[:, columns]
 
 
-def _rows_of_weight(columns: int, dtype: torch.dtype = torch.float32) -> int:
+def _rows_of_weight(columns: int, dtype: torch.dtype) -> int:
     """In a block."""
     rows = _BLOCK // dtype.itemsize // max(1, columns)
     return min(_MOST_OF_WEIGHT, max(_FEWEST_OF_WEIGHT, rows))

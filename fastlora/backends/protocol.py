@@ -1,7 +1,7 @@
 """What a backend is: the contract that ``torch`` and ``triton`` keep, and the record of a call.
 
 A backend is a module with these functions.  They mean the same on every backend; the formulas
-are in :mod:`.torch`, the one to read.
+are told in :mod:`.torch` and written in :mod:`.formula`.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Backend(Protocol):
 
         Many adapters have one h, [M, the largest r], in the sorted order.  Nobody's rows of experts
         are zero, and nothing depends on those of x.  Neither this nor the backward waits for a GPU
-        where the kernels cover it.
+        where the kernels cover it, and no expert's weight or bias trains.
         """
 
     def backward(

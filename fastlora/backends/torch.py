@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
-from ..rows import Share, put, take
+from ..projection import Adapter, Output, flatten, per_adapter, unflatten
+from ..rows import NO_BASE, Share, put, take
 from .dropout import DropoutMask, dropout_mask
 from .formula import Masks, backward_rows, base_gradients, forward_rows, no_gradients
 from .gated import gated, gated_backward
@@ -147,7 +147,7 @@ class _Part(NamedTuple):
             return whole
         if self.share is None:
             return Output(whole.base)
-        return Output(Base(None), whole.adapters[self.share.segment :][:1])
+        return Output(NO_BASE, whole.adapters[self.share.segment :][:1])
 
     def thin(self, hs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """The part's rows of every h, for each output."""

@@ -133,7 +133,7 @@ def differentiable(
 ) -> list[Tensor | None]:
     """run_backward's gradients by torch's own operations: autograd's, of the textbook formula."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), autocast_off(inputs[0].device.type):
         # Views, since one tensor may be there twice, and each time has a gradient of its own.
         inputs = [tensor.view_as(tensor) for tensor in inputs]
         ys = followed(inputs, seeds, call)
@@ -153,5 +153,7 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """Autograd's gradient of each input that needs one, else None."""
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=create_graph, allow_unused=True))
+    options = {"create_graph": create_graph, "allow_unused": True}
+    with autocast_off(ys[0].device.type):
+        found = iter(torch.autograd.grad(ys, wanted, dys, **options))
     return [next(found) if need else None for need in needs]

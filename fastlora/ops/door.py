@@ -32,9 +32,8 @@ def through(
     """
     try:
         way, _ = way_of(x, rows is not None)
-        if way == TEXTBOOK:
-            cut = rows.on(x.device, outputs[0].adapters) if isinstance(rows, Many) else rows
-            return textbook(x, outputs, torch_s_dropout(dropout, cut), cut), None
+        if way == TEXTBOOK and rows is None:  # which autocast's own operations follow
+            return textbook(x, outputs, torch_s_dropout(dropout)), None
         device = x.device.type
         if not autocast_is_on(device):
             return _through(way, x, outputs, dropout, backend, rows, keeps)
@@ -60,6 +59,9 @@ def _through(
     keeps: bool,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
     layouts = layouts_of(outputs)
+    if way == TEXTBOOK:
+        cut = rows.on(x.device, outputs[0].adapters) if isinstance(rows, Many) else rows
+        return textbook(x, outputs, torch_s_dropout(dropout, cut), cut), None
     if way == OP:
         name = "" if backend is None else backend_name(backend)
         seeds = _seeds(layouts, dropout, rows, x.device)
@@ -67,7 +69,7 @@ def _through(
     if isinstance(rows, Many):
         rows = rows.on(x.device, outputs[0].adapters)
     elif rows is not None and x.device.type == "cpu":
-        rows.found(len(x))  # raises before anything is drawn
+        rows = rows._replace(shares=rows.found(len(x)))  # it raises before anything is drawn
     name = backend_name(backend, x.device)
     few = rows is None and is_few(x, outputs, name)
     kept: dict | None = {} if keeps and not few else None

@@ -54,8 +54,8 @@ def lora_experts(
     """out [T, N]: what the experts make of x [T, K], summed with these weights.
 
     index [T, k], an integer dtype, has each token's experts, and weights [T, k] their weights, of
-    any floating dtype.  ``up`` and ``down`` are outputs with any adapters or none, whose tensors
-    are stacked as those of :func:`fastlora.lora_grouped`: up [E, F, K], down [E, N, I].
+    any floating dtype.  ``up`` and ``down`` are outputs with one adapter each or none, whose
+    tensors are stacked as those of :func:`fastlora.lora_grouped`: up [E, F, K], down [E, N, I].
     ``activate`` makes [S, I] of [S, F]: a function that autograd follows, or the name of an
     activation (silu, gelu, gelu_tanh, relu, relu2), which is that of the first half, times the
     second.  ``one_node``: the function may run again in the backward.  ``dropout`` acts on the
@@ -328,7 +328,7 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients by torch's own operations: autograd's, of the textbook formula."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), autocast_off(d_out.device.type):
         # Views, since one tensor may be there twice, and each time has a gradient of its own.
         inputs = [tensor.view_as(tensor) for tensor in inputs]
         x, weights, *_ = inputs

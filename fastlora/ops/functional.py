@@ -47,8 +47,8 @@ def lora_linear(
     Gradients flow to x, lora_a, lora_b, and to weight and bias where they require them.  Gradients
     of gradients (``create_graph=True``) are right, but not fast: they go through the textbook
     formula.  Besides its arguments the call keeps only h [M, r], and 8 bytes of seed with dropout.
-    (Up to 32 rows of float32 on a CPU, time is all that counts: with dropout such a call keeps the
-    mask and the dropped x.)
+    (Up to 32 rows on a CPU, time is all that counts: with dropout such a call keeps the mask and
+    the dropped x.)
 
     Nested tensors, the transforms of ``torch.func`` and forward-mode differentiation work as with
     ``torch.nn.functional.linear``: these calls run the textbook formula, with torch's own dropout.
@@ -116,7 +116,7 @@ def lora_grouped(
     ``torch.nn.functional.grouped_mm``: expert e has rows offsets[e - 1] to offsets[e], the first
     one from row 0 on.  An expert may have no rows.  Rows behind the last end are nobody's: y is
     zero there, and so is dx, whatever x holds.  Offsets that decrease or lie beyond S are a
-    ValueError on a CPU.  On a GPU they aren't looked at, and give anything.
+    ValueError on a CPU.  On a GPU the kernels don't look, and give anything.
 
     Dtypes, ``scale``, ``dropout`` (one mask [S, K]), ``training``, ``backend``, autocast, gradients
     of gradients and the errors are those of :func:`fastlora.lora_linear`.

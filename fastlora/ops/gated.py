@@ -189,7 +189,7 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The same by torch's own operations."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), autocast_off(dy.device.type):
         # Views, since one tensor may be there twice, and each time has a gradient of its own.
         inputs = [tensor.view_as(tensor) for tensor in (gate, up, *tensors)]
         gate, up = [matrix.float() if ctx.wide else matrix for matrix in inputs[:2]]

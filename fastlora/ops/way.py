@@ -15,10 +15,10 @@ NODE, OP, TEXTBOOK = "node", "op", "textbook"
 MOST_ROWS = 32
 
 
-def way_of(x: Tensor, is_sorted: bool = False) -> tuple[str, str]:
+def way_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
     """The way of a call with this x at this moment, and why it isn't the node; "" if it is.
 
-    ``is_sorted``: its rows are cut by numbers in a tensor, which only a real one has.
+    ``is_cut``: its rows are cut by numbers in a tensor, which only a real one has.
     """
     reason = why_textbook(x)
     if reason:
@@ -29,7 +29,7 @@ def way_of(x: Tensor, is_sorted: bool = False) -> tuple[str, str]:
         return OP, f"x is a {type(x).__name__}"
     if torch._C._len_torch_dispatch_stack():  # selective checkpointing, a FLOP counter …
         return OP, "a dispatch mode follows torch's operations"
-    if is_sorted and x.is_meta:
+    if is_cut and x.is_meta:
         return OP, "on meta the ends of segments hold nothing"
     return NODE, ""
 

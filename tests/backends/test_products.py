@@ -83,6 +83,18 @@ def test_a_weight_that_trains():
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_bias_that_trains_is_summed_in_float32():
+    """Over many blocks: one rounding, at the end."""
+    x = make_x(4096, 10, dtype=torch.bfloat16)
+    projection = make_projection(9, 10, 3, torch.bfloat16, torch.float32, bias=True)
+    bias = projection.bias.detach().requires_grad_()
+    y = fastlora.lora_linear(x, *projection[:3], bias=bias)
+    dy = torch.rand_like(y) + 1.0
+    (found,) = torch.autograd.grad(y, bias, dy)
+    assert torch.equal(found, dy.float().sum(0).bfloat16())
+
+
+@pytest.mark.usefixtures("small_blocks")
 @dropouts
 @pytest.mark.parametrize("frozen", ["x", "lora_a", "lora_b"])
 def test_a_tensor_that_is_frozen(frozen, p):

@@ -150,9 +150,6 @@ def test_a_cpu_without_the_interpreter_runs_on_torch():
     assert "on a CPU the Triton kernels run only under TRITON_INTERPRET=1" in output
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one switch alone"
-)
 @pytest.mark.parametrize(
     ("switch", "precision"),
     [

@@ -148,7 +148,7 @@ def _built() -> Path:
         options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", f"-I{_headers()}"]
         subprocess.run([_compiler(), *options, _SOURCE, "-o", unfinished], check=True)
         unfinished.replace(library)
-        folder.joinpath("libcuda.so").symlink_to(library.name)  # what Triton 3.4 and 3.5 link
+        folder.joinpath("libcuda.so").symlink_to(library.name)  # what old Tritons link
     return folder
 
 

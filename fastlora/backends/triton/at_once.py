@@ -4,7 +4,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 # Limits of torch's grouped_mm: bytes of which strides and addresses are multiples, and experts.
 _ALIGNMENT, _MOST_EXPERTS = 16, 1023
@@ -19,9 +18,7 @@ def runs_at_once(x: Tensor, weight: Tensor) -> bool:
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether grouped_mm takes this weight, and x and dy too, if need be as contiguous copies."""
-    if not hasattr(functional, "grouped_mm") or x.dtype == torch.float64:
-        return False
-    if len(weight) > _MOST_EXPERTS:
+    if x.dtype == torch.float64 or len(weight) > _MOST_EXPERTS:
         return False
     unit, last = _ALIGNMENT // x.element_size(), weight.stride()[1:]
     if any(size % unit for size in weight.shape[1:]) or weight.data_ptr() % _ALIGNMENT:

@@ -101,10 +101,8 @@ def precision_of(x: Tensor) -> str:
     target = kernels.target_of(x.device) if x.dtype == torch.float32 else None
     if target is None or not target.tf32:
         return "ieee"
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        # Since torch 2.9: it follows the older switches, whose getters raise if this one was used.
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # It follows the older switches, whose getters raise if this one was used.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def current(device: torch.device) -> AbstractContextManager:

@@ -164,7 +164,8 @@ def _through_lora_b(
 ) -> Tensor | None:
     """d lora_b is filled, if it is there; dh, if it is needed: both from one reading of dy."""
     dh = None
-    if d_lora_b is not None and h is not None:
+    if d_lora_b is not None:
+        assert h is not None
         also: dict[str, Any] = {}
         rows = dy if options.get("order") is None else dy[: len(h)]
         if needs_dh and kernels.one_pass_pays(rows, lora_b, options["precision"]):
