@@ -12,7 +12,15 @@ from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_ti
 from .config import FEW_ROWS, MAX_PROJECTIONS, Call, cdiv, chosen_config, chunks, row_tiles
 from .gemm_config import GemmConfig
 from .launch import Launch, Work, launch, size_of, stated
-from .lowrank import bias_row, bias_strides, low_rank_tile, multiples_of_8, u_v_tiles, v_operand
+from .lowrank import (
+    bias_row,
+    bias_strides,
+    low_rank_tile,
+    lowrank,
+    multiples_of_8,
+    u_v_tiles,
+    v_operand,
+)
 from .packed import Packed, packed_tile, packed_work, tables_of
 from .segments import bytes_beside, segment_arguments, segment_of_tile, strides_of
 from .target import target_of
@@ -250,6 +258,10 @@ def gemm_lowrank(
     """
     target, (M, N) = target_of(out.device), out.shape
     for i, (u, v, p, q, keys) in enumerate(chunks(us, vs, ps, qs, seeds)):
+        if not p:  # more adapters than products
+            options = {"precision": precision, "dropout": dropout, "seeds": keys, "ends": ends}
+            lowrank(out, u, v, add=True, **options)
+            continue
         bias, ranks = None if i else bias, [each.shape[1] for each in u]
         packed = q[0] if isinstance(q[0], Packed) else None
         transposed = packed.transposed if packed else all(each.stride(-2) == 1 for each in q)

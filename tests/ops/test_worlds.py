@@ -232,7 +232,8 @@ def test_many_gradients_at_once(name):
     at_once = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, **options)
     for i, dy in enumerate(dys):
         for many, one in zip(at_once, torch.autograd.grad(y, leaves, dy, **options), strict=True):
-            torch.testing.assert_close(many[i], torch.zeros_like(many[i]) if one is None else one)
+            expected = torch.zeros_like(many[i]) if one is None else one
+            torch.testing.assert_close(many[i], expected, rtol=1e-4, atol=1e-4)
 
 
 def transforms(kind):

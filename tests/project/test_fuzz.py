@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from fastlora.backends import rows
+from fastlora.backends import formula
 
 main = runpy.run_path(str(Path(__file__).parents[1] / "fuzz.py"))["main"]
 
@@ -16,8 +16,8 @@ def test_forty_cases_pass(capsys):
 
 
 def test_a_miss_is_a_line_that_finds_it_again(monkeypatch, capsys):
-    right = rows.thin_gradient
-    monkeypatch.setattr(rows, "thin_gradient", lambda dy, h: -right(dy, h))
+    right = formula.thin_gradient
+    monkeypatch.setattr(formula, "thin_gradient", lambda dy, h: -right(dy, h))
     assert main(["--seed", "11", "--count", "6", "--only", "layer f32-f32 eager"]) == 1
     line = capsys.readouterr().out.splitlines()[0]
     command, said = line.split("  # ")

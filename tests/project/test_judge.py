@@ -5,7 +5,7 @@ import torch
 from judge import check_against_oracle, make_projection
 
 from fastlora import blocks
-from fastlora.backends import rows
+from fastlora.backends import formula
 from fastlora.backends.dropout import DropoutMask
 
 
@@ -19,9 +19,9 @@ def test_the_right_backend_passes():
 
 
 def change_the_backward_s_mask(monkeypatch, change) -> None:
-    through = rows._through_lora_a
+    through = formula._through_lora_a
     monkeypatch.setattr(
-        rows,
+        formula,
         "_through_lora_a",
         lambda x, dh, a, mask, *rest: through(x, dh, a, change(mask), *rest),
     )
@@ -42,9 +42,9 @@ def test_no_mask_in_the_backward_fails(monkeypatch):
 
 @pytest.mark.parametrize("factor", [1.01, 0.9])
 def test_a_forgotten_share_of_the_scale_fails(monkeypatch, factor):
-    product = rows.product
+    product = formula.product
     monkeypatch.setattr(
-        rows,
+        formula,
         "product",
         lambda left, right, scale, out=None: product(left, right, scale * factor, out),
     )
