@@ -196,16 +196,17 @@ def _check_adapter(features: int, weight: Sequence[int], adapter: Adapter, name:
     *lead, out_features, _ = weight
     shape = tuple(lora_a.shape)
     rank = shape[-2] if len(shape) > 1 else 0
+    owners = f"there are {lead[0]} experts, and " if lead else ""
     if shape != (*lead, rank, features):
         raise ValueError(
-            f"{name}lora_a has shape {shape}, but x has {features} features: lora_a must be "
-            f"[{', '.join([*map(str, lead), 'r', str(features)])}]"
+            f"{name}lora_a has shape {shape}, but {owners}x has {features} features: lora_a must "
+            f"be [{', '.join([*map(str, lead), 'r', str(features)])}]"
         )
     expected = [*lead, out_features, rank]
     if list(lora_b.shape) != expected:
         raise ValueError(
-            f"{name}lora_b has shape {tuple(lora_b.shape)}, but weight has {out_features} rows and "
-            f"lora_a {rank}: lora_b must be {expected}"
+            f"{name}lora_b has shape {tuple(lora_b.shape)}, but {owners}weight has {out_features} "
+            f"rows and lora_a {rank}: lora_b must be {expected}"
         )
     if features == 0 or out_features == 0 or rank == 0:
         raise ValueError(

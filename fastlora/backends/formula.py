@@ -15,6 +15,7 @@ from .dropout import DropoutMask
 from .products import (
     SCRATCH,
     add_dy_weight,
+    add_product,
     are_wide,
     base_linear,
     cast,
@@ -51,7 +52,7 @@ def forward_rows(
         assert y is not None
         for adapter, mask in zip(adapters, some, strict=True):
             h = _project(x, adapter, mask)
-            y.addmm_(h, cast(adapter.lora_b, h.dtype).T)
+            add_product(y, h, cast(adapter.lora_b, h.dtype).T)
             hs.append(cast(h, h_dtype(x.dtype, x.device)))
         ys.append(y)
     return ys, hs
@@ -228,13 +229,26 @@ def _adapter_gradients(
     """d lora_a and d lora_b, as needed; and dx = beta · dx + the adapter's part of it."""
     lora_a, lora_b, _ = adapter
     d_lora_a = d_lora_b = None
+    dtype = _adapter_dtype(x, adapter)
+    x, dy = cast(x, dtype), cast(dy, dtype)
     if need.lora_b:
         assert h is not None
-        d_lora_b = cast(thin_gradient(dy, cast(h, x.dtype)), lora_b.dtype)
+        d_lora_b = cast(thin_gradient(dy, cast(h, dtype)), lora_b.dtype)
     if need.lora_a or dx is not None:
-        dh = product(dy, cast(lora_b, x.dtype), factor_of(adapter, mask))
+        dh = product(dy, cast(lora_b, dtype), factor_of(adapter, mask))
         d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
     return Adapter(d_lora_a, d_lora_b)
+
+
+def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
+    """The dtype of the adapter's products: x's.
+
+    But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert.
+    """
+    lora_a, lora_b, _ = adapter
+    if lora_a.dtype == x.dtype or x.shape[0] > lora_a.shape[0] or lora_a.dtype != lora_b.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, lora_a.dtype)
 
 
 def factor_of(adapter: Adapter, mask: DropoutMask | None) -> float:
@@ -243,7 +257,8 @@ def factor_of(adapter: Adapter, mask: DropoutMask | None) -> float:
 
 
 def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
-    """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in x's dtype."""
+    """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in the dtype of the adapter's products."""
+    x = cast(x, _adapter_dtype(x, adapter))
     down, factor = cast(adapter.lora_a, x.dtype).T, factor_of(adapter, mask)
     if mask is None:
         return product(x, down, factor)
@@ -266,9 +281,12 @@ def _through_lora_a(
 ) -> Tensor | None:
     """dx = beta · dx + mask ∘ (dh lora_a), if there is one; dhᵀ (mask ∘ x), if it is needed."""
     up = cast(lora_a, x.dtype)
+    if dx is not None and not beta and dx.dtype != x.dtype:  # a product can't be written into it
+        dx.zero_()
+        beta = 1.0
     if mask is None:
         if dx is not None and beta:
-            dx.addmm_(dh, up)
+            add_product(dx, dh, up)
         elif dx is not None:
             torch.mm(dh, up, out=dx)
         return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None

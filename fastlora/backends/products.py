@@ -258,6 +258,13 @@ def product(left: Tensor, right: Tensor, factor: float, out: Tensor | None = Non
     return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left right, in place."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left, right))
+
+
 def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
     """dyᵀ h, [N, r]."""
     if h.shape[0] >= 256 and h.dtype == torch.float32:

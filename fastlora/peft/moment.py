@@ -6,6 +6,7 @@ What the layer computes with is another question, :mod:`.reading`'s.
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ..backends import asked_backend
@@ -38,11 +39,16 @@ def adapters_now(layer: Any) -> list[str]:
 
 
 def is_peft_s_few(layer: Any, x: Any) -> bool:
-    """Whether this is a call of few rows in training, in which PEFT's own forward takes less time.
+    """Whether this is a call of few rows that drops: PEFT's own forward takes less time.
 
     Autograd isn't asked: reentrant checkpointing runs a call without it first, with the same mask.
     """
-    return layer.training and not layer.lora_variant and is_few(layer, x, way.MOST_ROWS)
+    if not layer.training or layer.lora_variant:
+        return False
+    drops = layer._modules["lora_dropout"]._modules.values()
+    return any([type(drop) is not nn.Identity for drop in drops]) and is_few(
+        layer, x, way.MOST_ROWS
+    )
 
 
 def is_few(layer: Any, x: Any, most_rows: int) -> bool:
