@@ -76,7 +76,7 @@ def test_autocast_leaves_float64_alone_and_a_backward_of_what_was_outside(name):
             found = torch.autograd.grad(y, leaves_of(kind), dy, **options, **more)
             for before, after in zip(outside[1:], found, strict=True):
                 if after is not None:
-                    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-3)
 
 
 def keep_products(context, op, *args, **kwargs):
