@@ -8,6 +8,7 @@ ordinary call is one node (``ops.experts``) that never makes that product.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
@@ -28,6 +29,12 @@ from .reading import why_not_pair, why_not_scale
 from .versions import newer
 
 _UNTESTED = bool(newer())  # asked once: it takes as long as a small op
+# What PEFT adds an adapter to a weight by, in its versions.
+_PROXIES = [
+    getattr(peft_layer, name)
+    for name in ("_LoraFactorsProxy", "_LoraParameterProxy")
+    if hasattr(peft_layer, name)
+]
 
 
 class ExpertsReading(NamedTuple):
@@ -94,9 +101,15 @@ def _why_not_base(base: Any) -> str:
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
         return "its experts are parametrised"
+    if not all(map(_has_its_own_forward, _PROXIES)):
+        return "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     if _UNTESTED:
         return "experts are PEFT's where this version of PEFT isn't a tested one"
     return ""
+
+
+def _has_its_own_forward(proxy: Any) -> bool:
+    return getattr(proxy.forward, "__globals__", {}).get("__name__") == peft_layer.__name__
 
 
 def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from models import randomise
+from peft.tuners.lora import layer as peft_layer
 from peft_models import counted_calls
 from torch import Tensor, nn
 from torch.nn import functional
@@ -198,3 +199,13 @@ def test_a_bias_that_is_broadcast():
     experts = model.base_model.model.experts.get_base_layer()
     experts.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, 1, dtype=torch.float64))
     assert_peft_s(model, f"its down_proj: its bias has shape ({EXPERTS}, 1)")
+
+
+def test_a_watched_sum_of_weight_and_adapter(monkeypatch):
+    proxy = getattr(peft_layer, "_LoraFactorsProxy", peft_layer._LoraParameterProxy)
+    plain = proxy.forward
+    monkeypatch.setattr(proxy, "forward", lambda self, weight: plain(self, weight) + 1)
+    assert_peft_s(
+        layer_of(),
+        "something watches, or replaces, how PEFT adds an adapter to experts' weights",
+    )
