@@ -1,10 +1,9 @@
 """Gated MLPs of one's own model as blocks: apply_lora takes them, remove_lora gives them back."""
 
-import copy
 import pickle
 
 import torch
-from block_calls import blocks, counted_blocks
+from block_calls import blocks
 from models import adapt, assert_untouched, refused, snapshot, tiny_llama
 
 import fastlora
@@ -18,40 +17,6 @@ CONFIG = LoRAConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
 def llama(dtype=torch.float64, **settings):
     torch.manual_seed(1)
     return adapt(tiny_llama(dtype), target_modules="all-linear", **settings).train()
-
-
-def layer_by_layer(model):
-    model = copy.deepcopy(model)
-    fastlora.layers.mlp.give_back(model.modules())
-    return model
-
-
-def steps(model, count=3):
-    """The losses of a training, and what has trained."""
-    torch.manual_seed(7)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=5e-3), []
-    for _ in range(count):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return [torch.stack(losses), *parameters]
-
-
-def assert_close(found, expected, tolerance):
-    for our, their in zip(found, expected, strict=True):
-        torch.testing.assert_close(our, their, rtol=tolerance, atol=tolerance)
-
-
-def test_training_is_that_of_the_layers():
-    model = llama(lora_dropout=0.1)
-    plain = layer_by_layer(model)
-    with counted_blocks() as calls:
-        found = steps(model)
-    assert len(calls) == 6
-    assert_close(found, steps(plain), 1e-9)
 
 
 def test_the_report_a_pickle_and_files(tmp_path):
@@ -82,17 +47,3 @@ def test_blocks_false_leaves_them_alone():
     plain = tiny_llama()
     with refused(plain, "blocks is 1, but must be True or False"):
         fastlora.apply_lora(plain, CONFIG, blocks=1)
-
-
-def test_merged_layers_are_called_one_by_one():
-    model = llama().eval()
-    before = model(IDS).logits
-    fastlora.merge_lora(model)
-    with counted_blocks() as calls:
-        assert_close([model(IDS).logits], [before], 1e-9)
-    assert not calls
-    assert "its gate_proj: it is merged" in str(fastlora.coverage(model))
-    fastlora.unmerge_lora(model)
-    with counted_blocks() as calls:
-        model(IDS)
-    assert len(calls) == 2

@@ -11,11 +11,8 @@ from peft_llama import (
     NOT_REENTRANT,
     REENTRANT,
     ROUNDING,
-    STEPS,
-    adamw,
     gradients,
     llama,
-    train,
     trained,
 )
 from peft_models import assert_runs_the_same, assert_same, optimized
@@ -52,21 +49,6 @@ def test_checkpointed_blocks_run_fast_twice_and_keep_less(how):
     assert_same(got, gradients(plain), 0.0)  # the same masks again
     assert kept(ours) < 0.5 * kept(plain)
     assert kept(ours) == kept(theirs)
-
-
-OPTIMIZERS = {
-    "fused": (partial(adamw, fused=True), {"parts": 2, "max_norm": 0.1, "scale": True}),
-    "adafactor": (partial(torch.optim.Adafactor, lr=1e-2), {}),
-}
-
-
-@pytest.mark.parametrize(("make", "around"), OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_optimizers_of_torch(make, around):
-    theirs, fast = llama(), LAYERS * STEPS * around.get("parts", 1)
-    start = {name: p.clone() for name, p in trained(theirs).items()}
-    run = partial(train, make=make, **around)
-    got = assert_runs_the_same(run, theirs, fast=fast, tolerance=ROUNDING)
-    assert not any(torch.equal(p, got[name]) for name, p in start.items())
 
 
 def test_an_optimizer_s_step_inside_of_backward():

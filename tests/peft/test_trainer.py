@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from models import tiny_llama
-from peft_llama import LAYERS, NOT_REENTRANT, REENTRANT, ROUNDING, STEPS, llama, result
+from peft_llama import LAYERS, ROUNDING, STEPS, llama, result
 from peft_models import (
     BATCH,
     VOCABULARY,
@@ -76,41 +76,6 @@ def test_trainer_whenever_the_model_is_optimised(when, tmp_path):
     got = assert_runs_the_same(train, theirs, ours, fast=LAYERS * STEPS, tolerance=ROUNDING)
     assert got["losses"].shape == (STEPS,)
     assert got["losses"][-1] < got["losses"][0] - 0.05
-
-
-def checkpointing(**how) -> dict:
-    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": how}
-
-
-TRAINER_SETTINGS = {  # and how many forwards it makes in a step
-    "accumulation": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, 2),
-    "evaluation": ({"eval_strategy": "steps", "eval_steps": 1}, 2),
-    "reentrant": (checkpointing(**REENTRANT), 2),
-    "every-block-but-one": (checkpointing(**NOT_REENTRANT, every_n_layers=2), 1.5),
-}
-
-
-@pytest.mark.parametrize(("settings", "forwards"), TRAINER_SETTINGS.values(), ids=TRAINER_SETTINGS)
-def test_trainer_with(settings, forwards, tmp_path):
-    def train(model):
-        return run(trainer_for(model, tmp_path, **settings))
-
-    assert_runs_the_same(train, llama(), fast=LAYERS * STEPS * forwards, tolerance=ROUNDING)
-
-
-def test_trainer_resumes_from_a_checkpoint(tmp_path):
-    """Half of the steps of one side, then the other half: as the other side without a stop."""
-    start = llama()
-    theirs, first, second = (copy.deepcopy(start) for _ in range(3))
-    expected = run(trainer_for(theirs, tmp_path / "whole"))
-    saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
-    run(trainer_for(first, tmp_path / "half", "never", **saving))
-    trainer = trainer_for(second, tmp_path / "half", "before")
-    checkpoint = str(tmp_path / "half" / f"checkpoint-{STEPS // 2}")
-    with counted_calls() as calls:
-        got = run(trainer, resume_from_checkpoint=checkpoint)
-    assert len(calls) == LAYERS * STEPS // 2
-    assert_same(got, expected, ROUNDING)
 
 
 @pytest.fixture

@@ -68,35 +68,17 @@ def train(
     *,
     steps: int = STEPS,
     data: dict[str, Tensor] = DATA,
-    parts: int = 1,
-    max_norm: float = 0.0,
-    scale: bool = False,
-    autocast: bool = False,
-    after_step: Callable[[nn.Module], None] = lambda model: None,
 ) -> dict[str, Tensor]:
-    """Losses (and norms) of all steps, and what has trained.
-
-    ``parts``: of a batch, whose gradients are accumulated.  ``scale``: the GradScaler is on.
-    """
+    """The losses of all steps, and what has trained."""
     torch.manual_seed(7)
-    parameters = list(trained(model.train()).values())
-    optimizer, scaler = make(parameters), torch.amp.GradScaler("cpu", enabled=scale)
-    chunks = [{name: t.chunk(parts)[i] for name, t in data.items()} for i in range(parts)]
-    losses = []
+    optimizer, losses = make(list(trained(model.train()).values())), []
     with shared_masks(model):
         for _ in range(steps):
-            for chunk in chunks:
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    loss = model(**chunk).loss / parts
-                scaler.scale(loss).backward()
-                losses.append(loss.item())
-            if max_norm:
-                scaler.unscale_(optimizer)
-                losses.append(nn.utils.clip_grad_norm_(parameters, max_norm).item())
-            scaler.step(optimizer)
-            scaler.update()
+            loss = model(**data).loss
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
             optimizer.zero_grad()
-            after_step(model)
     return result(model, losses)
 
 
