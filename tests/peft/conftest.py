@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +25,23 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """A group of two, started when first asked for, and anew after a failure."""
+    started: list[Ranks] = []
+
+    def get() -> Ranks:
+        if not started or not started[-1].usable:
+            started.append(Ranks(2, tmp_path_factory.mktemp("ranks")))
+        return started[-1]
+
+    yield get
+    for each in started:
+        each.close()
+
+
+@pytest.fixture
+def two(ranks) -> Ranks:
+    return ranks()

@@ -3,17 +3,9 @@
 import fsdp_worker as worker
 import pytest
 from peft_training import LAYERS
-from ranks import Ranks
 from safetensors.torch import load_file
 
 import fastlora
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("kind", ["lora", "two-adapters"])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ranks import Ranks
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
 
@@ -14,13 +13,6 @@ CASES = {
     "16-bits": (torch.bfloat16, torch.bfloat16, "block"),
     "each-layer": (torch.bfloat16, None, "layers"),
 }
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("kind", ["own", "optimized"])

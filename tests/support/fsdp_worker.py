@@ -7,28 +7,11 @@ from pathlib import Path
 import peft_training as training
 import torch
 from models import randomise, tiny_llama
-from peft.utils.other import fsdp_auto_wrap_policy
+from peft_worker import flat, shard
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from zero3 import Zero3
 
 import fastlora
-
-
-def fsdp1(model: nn.Module, by_peft_s_policy: bool = False) -> nn.Module:
-    blocks = ModuleWrapPolicy({LlamaDecoderLayer})
-    policy = fsdp_auto_wrap_policy(model) if by_peft_s_policy else blocks
-    return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-    )
-
-
-def fsdp2(model: nn.Module) -> nn.Module:
-    for block in [m for m in model.modules() if isinstance(m, LlamaDecoderLayer)]:
-        fully_shard(block)
-    return fully_shard(model)
 
 
 def step(model: nn.Module) -> None:
@@ -38,7 +21,7 @@ def step(model: nn.Module) -> None:
 
 def reports(kind: str) -> list[fastlora.Coverage]:
     """Of a PEFT model under FSDP1: as optimize says it, strictly, and after a fast step."""
-    model = fsdp1(training.peft_model(kind))
+    model = flat(training.peft_model(kind))
     first = fastlora.optimize(model, strict=True)
     with training.counted() as calls:
         step(model)
@@ -48,7 +31,7 @@ def reports(kind: str) -> list[fastlora.Coverage]:
 
 
 def report_by_peft_s_policy() -> str:
-    return str(fastlora.optimize(fsdp1(training.peft_model(), by_peft_s_policy=True)))
+    return str(fastlora.optimize(flat(training.peft_model(), "adapters")))
 
 
 OWN = {
@@ -75,7 +58,7 @@ def own_model(what: str) -> nn.Module:
 
 def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
     """Save a sharded model of fastlora's own after a step; its report, and the layers' names."""
-    model = (fsdp1 if kind == "fsdp1" else fsdp2)(own_model(what))
+    model = (flat if kind == "fsdp1" else shard)(own_model(what))
     step(model)
     fastlora.save_adapter(model, folder, save_embedding_layers=what == "embeddings")
     torch.distributed.barrier()
@@ -99,7 +82,7 @@ def load_and_save(folder: str, to: str, what: str) -> None:
     model = own_model(what)
     for parameter in model.parameters():
         parameter.data.mul_(2)
-    fsdp2(model).eval()
+    shard(model).eval()
     with torch.no_grad():
         model(input_ids=training.batch())
     fastlora.load_adapter(model, folder)
@@ -111,7 +94,7 @@ def load_and_save(folder: str, to: str, what: str) -> None:
 def refusals() -> list[str]:
     """Of what FSDP2 and DDP would not notice: new adapters, and other weights."""
     config = fastlora.LoRAConfig(target_modules=["q_proj", "lm_head"])
-    adapted, *plain = fsdp2(own_model("adapters")), fsdp2(tiny_llama()), tiny_llama()
+    adapted, *plain = shard(own_model("adapters")), shard(tiny_llama()), tiny_llama()
     plain[1] = nn.parallel.DistributedDataParallel(plain[1])
     found = []
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -60,19 +60,15 @@ def peft_model(kind: str = "lora", dropout: float = 0.0) -> nn.Module:
     kinds = {"use_dora": kind == "dora", "lora_bias": kind == "lora-bias"}
     config = peft.LoraConfig(r=4, lora_alpha=8, **kinds, **settings)
     model = peft.get_peft_model(base, config)
-    if kind in ("two-adapters", "unused-adapter"):
+    if kind == "two-adapters":
         model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=3, **settings))
         model.base_model.set_adapter(["default", "second"])
-    randomise(model)
-    if kind == "unused-adapter":  # one that trains, and that no call uses
-        model.base_model.set_adapter("default")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    return model.train()
+    return randomise(model).train()
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    return model.base_model.model.model.layers
+    """The decoder's, of a PEFT model or a plain one."""
+    return model.get_decoder().layers
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:
@@ -139,25 +135,18 @@ class Zero3Engine(Engine):
 
 
 def train(
-    model: nn.Module,
-    parts: list[Tensor],
-    without_sync: Callable[[], AbstractContextManager] = nullcontext,
-    engine: Callable[[nn.Module], Engine] = Engine,
+    model: nn.Module, parts: list[Tensor], engine: Callable[[nn.Module], Engine] = Engine
 ) -> Record:
-    """A few steps on the mean over ``parts``, each of which sees the same random state.
-
-    ``without_sync`` is around all parts but the last.
-    """
+    """A few steps on the mean over ``parts``, each of which sees the same random state."""
     engine = engine(model)
     losses, gradients = [], {}
     with counted() as calls, covered(model) as inside:
         for _ in range(STEPS):
             total = 0.0
-            for i, ids in enumerate(parts):
+            for ids in parts:
                 torch.manual_seed(100)
-                with nullcontext() if i == len(parts) - 1 else without_sync():
-                    loss = model(input_ids=ids, labels=ids).loss / len(parts)
-                    loss.backward()
+                loss = model(input_ids=ids, labels=ids).loss / len(parts)
+                loss.backward()
                 total += loss.item()
             losses.append(total)
             gradients = gradients or engine.gradients()

@@ -1,14 +1,12 @@
 """What a rank does in the tests on several devices."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
-import peft
 import torch
 import torch.distributed as dist
-from models import Mlp
 from peft.utils.other import fsdp_auto_wrap_policy
 from peft_training import (
     CPU,
@@ -26,9 +24,8 @@ from peft_training import (
     peft_model,
     train,
     trained,
-    whole,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
@@ -36,7 +33,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -63,11 +59,6 @@ def adapted(when: str, wrap: Wrap, kind: str = "lora", dropout: float = 0.0) -> 
 def ddp(when: str, kind: str = "lora", dropout: float = 0.0, **settings) -> Record:
     model = adapted(when, lambda model: DistributedDataParallel(model, **settings), kind, dropout)
     return train(model, [own_part()])
-
-
-def ddp_accumulated(when: str) -> Record:
-    model = adapted(when, DistributedDataParallel)
-    return train(model, list(own_part().chunk(2)), model.no_sync)
 
 
 def ddp_checked(broken: bool) -> tuple[bool, float]:
@@ -113,18 +104,6 @@ def fsdp2(
     return train(model, [own_part()])
 
 
-def fsdp2_accumulated(when: str) -> Record:
-    model = adapted(when, shard)
-
-    @contextmanager
-    def without_sync() -> Iterator[None]:
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-
-    return train(model, list(own_part().chunk(2)), without_sync)
-
-
 def fsdp2_checkpointed(when: str, how: str, dropout: float = 0.0) -> Record:
     def wrap(model: nn.Module) -> nn.Module:
         if how == "wrapper":
@@ -163,14 +142,6 @@ def fsdp2_restored(when: str) -> tuple[int, Record, list[type]]:
     return len(calls), train(model, [own_part()]), list(type(lora_layers(model)[0]).__bases__)
 
 
-def fsdp2_evaluated(when: str) -> tuple[int, float]:
-    """Fast calls, and the error of the logits, in evaluation."""
-    expected, model = peft_model().eval(), adapted(when, shard).eval()
-    with torch.no_grad(), counted() as calls:
-        y, expected_y = (m(input_ids=own_part()).logits for m in (model, expected))
-    return len(calls), ((y - expected_y).norm() / expected_y.norm()).item()
-
-
 def fsdp2_checked() -> str:
     """What ``check`` says, or its error."""
     ids = own_part()
@@ -180,15 +151,17 @@ def fsdp2_checked() -> str:
         return str(error)
 
 
-def fsdp1(when: str, units: str = "blocks", dropout: float = 0.0) -> Record:
-    def wrap(model: nn.Module) -> nn.Module:
-        own = ModuleWrapPolicy({LlamaDecoderLayer})
-        policy = own if units == "blocks" else fsdp_auto_wrap_policy(model)
-        return FullyShardedDataParallel(
-            model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU
-        )
+def flat(model: nn.Module, units: str = "blocks") -> nn.Module:
+    """Under FSDP1, its units by themselves, or by PEFT's policy what is in them, too."""
+    own = ModuleWrapPolicy({LlamaDecoderLayer})
+    policy = own if units == "blocks" else fsdp_auto_wrap_policy(model)
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU
+    )
 
-    return train(adapted(when, wrap, "lora", dropout), [own_part()], engine=FlatEngine)
+
+def fsdp1(when: str, units: str = "blocks") -> Record:
+    return train(adapted(when, partial(flat, units=units)), [own_part()], engine=FlatEngine)
 
 
 def zero3(when: str, leaves: bool = False, persists: int = 0) -> Record:
@@ -211,28 +184,3 @@ def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         layer = f"base_model.model.model.layers.*.{parent}.{name}"
         plan |= {f"{layer}.base_layer": style(), f"{layer}.lora_{half}.default": style()}
     return parallelize_module(model, mesh, plan)
-
-
-def distributed_tensors(when: str) -> tuple[int, float]:
-    """All parameters are DTensors, and so is x: fast calls, and the error of y and of gradients."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
-    model, x = peft.get_peft_model(Mlp(), config), torch.randn(6, 8)
-
-    def run(x: Tensor) -> Tensor:
-        model.zero_grad()
-        y = model(x)
-        y.square().sum().backward()
-        found = [y, *(p.grad for _, p in trained(model))]
-        return torch.cat([whole(tensor).flatten() for tensor in found])
-
-    expected = run(x)
-    if when == "before":
-        fastlora.optimize(model)
-    distribute_module(model, mesh)
-    if when == "after":
-        fastlora.optimize(model)
-    with counted() as calls:
-        found = run(distribute_tensor(x, mesh, [Shard(0)]))
-    return len(calls), ((found - expected).norm() / expected.norm()).item()
