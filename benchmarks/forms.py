@@ -208,7 +208,7 @@ class Operands:
         of_y = self.form.name.startswith("y")
         shape = (self.form.columns, depth) if of_y else (depth, self.form.columns)
         packed = random_packed(self.form.packed, *shape, self.device)
-        return packed.t() if of_y else packed
+        return packed.mT if of_y else packed
 
     def _dense(self, q: Tensor | Packed) -> Tensor:
         if isinstance(q, Tensor):

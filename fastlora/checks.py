@@ -146,7 +146,7 @@ def _check_packed(x: Tensor, device: torch.device, weight: Quantised) -> None:
         if tensor.requires_grad:
             raise ValueError("a packed weight requires a gradient, but gets none: freeze it")
     try:
-        weight.format.check(weight.tensors)
+        weight.check()
     except ValueError as error:
         raise ValueError(f"weight is no {weight.format.label}: {error}") from error
 
@@ -164,12 +164,8 @@ def _check_base(
     features: int, dtype: torch.dtype, autocast: bool, output: Output, stacked: bool
 ) -> None:
     (weight, bias), adapters = output
-    if isinstance(weight, Quantised):  # it is made in any dtype
-        if stacked:
-            raise TypeError("weight is packed, but experts' must be plain tensors: dequantise it")
-    elif weight.dtype != dtype and not (
-        autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
-    ):
+    fits = isinstance(weight, Quantised) or weight.dtype == dtype  # packed: made in any dtype
+    if not fits and not (autocast and dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES):
         raise TypeError(
             f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
             "or use torch.autocast"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .formats.format import Quantised
 from .projection import Adapter, Base, Output, check_scale, is_plain, shown
 
 # What stands in the place of a base that was done already: what comes is added to it.
@@ -88,7 +89,8 @@ class Rows(NamedTuple):
             rank = self.own.ranks[segment]
             cut = Adapter(lora_a[:rank], lora_b[:, :rank], self.own.scales[segment])
             return Output(NO_BASE, (cut,))
-        base = Base(weight[segment], None if bias is None else bias[segment])
+        own = weight.one(segment) if isinstance(weight, Quantised) else weight[segment]
+        base = Base(own, None if bias is None else bias[segment])
         return Output(base, tuple([Adapter(a[segment], b[segment], s) for a, b, s in adapters]))
 
 

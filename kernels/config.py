@@ -122,7 +122,8 @@ def default_config(kernel: str, target: Target, call: Call) -> Config | None:
     level = replace(call, m=FEW_ROWS if few else 2048)
     suited = [config for config in fitting if config.block_m <= FEW_ROWS] if few else fitting
     if call.packed:  # one tile of rows, as small as can be: each unpacks the weight anew
-        held = [c.block_m for c in fitting if c.block_m >= min(call.m, FEW_ROWS)]
+        m = cdiv(call.m, call.segments or 1)
+        held = [c.block_m for c in fitting if c.block_m >= min(m, FEW_ROWS)]
         suited = [config for config in fitting if config.block_m == min(held, default=0)]
         level = replace(call, m=1)
     for config in suited:

@@ -58,8 +58,10 @@ def dequant_kernel(
 def dequant(packed: Packed, out: Tensor) -> Tensor:
     """out [rows, columns], contiguous, of 16 or 32 bits: computed in float32 and rounded once.
 
-    The weight has fewer than 2³¹ elements, unless it lies in rows.
+    Or out [experts, rows, columns].  The weight has fewer than 2³¹ elements, unless it lies in
+    rows.
     """
+    packed = packed.of_all_experts
     if not packed.lies_in_rows:
         packed = packed.in_one_row
     rows, columns = packed.rows, packed.columns

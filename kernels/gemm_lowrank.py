@@ -87,6 +87,9 @@ def stored_tile(
 ):  # fmt: skip
     """The tile of a matrix, or of its segment's, as it is stored: packed or not."""
     if PACKING is not None:
+        if bank is not None:  # the experts' weights are one matrix, below each other
+            i_row += i_segment * rows
+            rows *= i_segment + 1
         return packed_tile(
             q, operands, tables, i_row, i_column, rows, columns, row_stride,
             ROWS, COLUMNS, PACKING, dtype,
@@ -247,7 +250,7 @@ def gemm_lowrank(
 
     out [M, N] and u_i [M, R_i] are contiguous; p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
     any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias are cast as they are read.
-    Or all q_i are packed alike, and lie in rows (``Packed.lies_in_rows``).
+    Or all q_i are packed alike, and lie in rows (``Packed.lies_in_rows``); with ``ends`` experts'.
 
     Given ``a`` [K_0, R_0], a projection alone and without dropout also makes
     u_0 = factor · p_0 a, in the one launch: where :func:`one_launch_pays`.

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, load_tile
-from .config import cdiv
+from .config import cdiv, row_tiles
 from .launch import size_of
 from .target import Target
 
@@ -33,7 +33,8 @@ class Packed:
     ``outer`` has a scale for every ``outer_block`` of them, a table [256], and what is added to
     all: float32, as is the sum.
 
-    Codes and scales lie end to end.  ``transposed``: columns and rows change places.
+    Codes and scales lie end to end, also those of ``experts`` weights, if there are several: then
+    ``block_rows`` divides the rows.  ``transposed``: columns and rows change places.
     """
 
     kind: str
@@ -48,23 +49,26 @@ class Packed:
     outer_block: int = 0
     factor: float = 1.0
     transposed: bool = False
+    experts: int = 0
 
-    def t(self) -> "Packed":
+    @property
+    def mT(self) -> "Packed":  # noqa: N802  # as tensors have it
         return replace(self, transposed=not self.transposed)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        shape = self.rows, self.columns
-        return shape[::-1] if self.transposed else shape
+    def shape(self) -> tuple[int, ...]:
+        shape = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        return (self.experts, *shape) if self.experts else shape
 
     @property
     def width(self) -> int:
         """The codes of a row, in bytes."""
         return cdiv(self.columns, 2) if self.kind == FOUR_BIT else self.columns
 
-    def stride(self) -> tuple[int, int]:
+    def stride(self) -> tuple[int, ...]:
         """Of the codes, in bytes."""
-        return (1, self.width) if self.transposed else (self.width, 1)
+        strides = (1, self.width) if self.transposed else (self.width, 1)
+        return (self.rows * self.width, *strides) if self.experts else strides
 
     @property
     def lies_in_rows(self) -> bool:
@@ -77,6 +81,11 @@ class Packed:
     def in_one_row(self) -> "Packed":
         """The same elements as a matrix of one row, where ``block_rows`` is 1."""
         return replace(self, rows=1, columns=self.rows * self.columns)
+
+    @property
+    def of_all_experts(self) -> "Packed":
+        """Their weights as one matrix, below each other."""
+        return replace(self, rows=max(1, self.experts) * self.rows, experts=0)
 
     def tensors(self) -> list[Tensor]:
         return [self.codes, *(each for each in self.operands if each is not None)]
@@ -115,7 +124,8 @@ def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
         return 0, 0
     N, depths = arguments["N"], arguments["K"]
     block_n, block_k = arguments["BLOCK_N"], arguments["BLOCK_K"]
-    m_tiles, n_tiles = cdiv(arguments["M"], arguments["BLOCK_M"]), cdiv(N, block_n)
+    m_tiles = row_tiles(arguments["M"], arguments["BLOCK_M"], arguments["segments"])
+    n_tiles = cdiv(N, block_n)
     once = by_tiles = 0
     for operands, K in zip(arguments["q_operands"], depths, strict=True):
         shape = (N, K, block_k) if transposed else (K, N, block_n)

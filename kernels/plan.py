@@ -126,11 +126,12 @@ def plan_for(
     """The plan of the nearest row, for an output [M, n] from a depth k, as deep as x or dy.
 
     ``packed``: of a weight that the kernel could unpack.  With few rows it should, since the launch
-    waits for the weight's bytes, of which the dense one has two to eight times as many.
+    waits for the weight's bytes, of which the dense one has two to eight times as many.  Of
+    segments with few rows each, a weight is unpacked for one tile of rows, or two.
     """
     if _forced is not None:
         return _forced
-    if packed and len(x) <= FEW_ROWS:
+    if packed and len(x) <= FEW_ROWS * max(1, segments):
         return UNPACKING
     call = Call(
         len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked, segments=segments

@@ -6,7 +6,7 @@ them, and makes rows of the weight from them.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Format:
 
     rows: int
     columns: int
+    # Dimensions of the first tensor; a stack's has more.
+    dims: ClassVar[int] = 2
 
     def __init_subclass__(cls) -> None:
         _KNOWN[cls.__name__] = cls
@@ -97,7 +99,8 @@ _VALUES: dict[str, Callable[[str], Any]] = {
 class Quantised(NamedTuple):
     """A weight [N, K] that is packed, a :class:`fastlora.blocks.Source`: none of it ever trains.
 
-    It stands where a :class:`fastlora.projection.Base` has a plain weight.
+    It stands where a :class:`fastlora.projection.Base` has a plain weight.  A stack [E, N, K], of
+    experts, has the format of one of them, and each tensor E of them.
     """
 
     format: Format
@@ -105,7 +108,9 @@ class Quantised(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.format.rows, self.format.columns))
+        codes = self.tensors[0].shape
+        lead = codes[: len(codes) - self.format.dims]
+        return torch.Size((*lead, self.format.rows, self.format.columns))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,9 +125,34 @@ class Quantised(NamedTuple):
         made = self.format.make(self.tensors, first, len(out), out.dtype)
         return self.format.read(self.tensors, first, out) if made is None else made
 
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def check(self) -> None:
+        """Raise ValueError unless the tensors are the format's: what came, and what fits."""
+        if self.dim() != 3:
+            self.format.check(self.tensors)
+            return
+        experts = {len(tensor) if tensor.dim() else 0 for tensor in self.tensors}
+        if len(experts) > 1 or 0 in experts:
+            raise ValueError(f"its tensors are of {experts} experts, but must be of the same")
+        for tensor in self.tensors:
+            if not tensor.is_contiguous():
+                raise ValueError(f"a tensor has strides {tensor.stride()}: call .contiguous()")
+        self.format.check(self.one(0).tensors)
+
+    def one(self, expert: int) -> "Quantised":
+        """The weight of one of a stack, as views."""
+        return Quantised(self.format, tuple([tensor[expert] for tensor in self.tensors]))
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in this dtype, new."""
         with torch.no_grad():
+            if self.dim() == 3:
+                out = torch.empty(self.shape, dtype=dtype, device=self.device)
+                for i, place in enumerate(out):
+                    place.copy_(self.one(i).dense(dtype))
+                return out
             made = self.format.make(self.tensors, 0, self.format.rows, dtype)
             if made is not None:
                 return made

@@ -6,6 +6,7 @@ Dettmers et al., "QLoRA" (arXiv 2305.14314), as bitsandbytes stores them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class FourBit(Format):
     kind: str  # "nf4" or "fp4"
     block: int
     nested: int = 0
+    dims: ClassVar[int] = 1
 
     @property
     def label(self) -> str:

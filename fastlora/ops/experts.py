@@ -71,7 +71,7 @@ def lora_experts(
     on = autocast_is_on(device.type)
     if on and autocasts:
         x, (up, down) = autocast_inputs(x, [up, down])
-    elif on:
+    elif on and isinstance(up.base.weight, Tensor):
         x = x.to(up.base.weight.dtype)
     with autocast_off(device.type):
         routing = routing_of(index, up.base.weight.shape[0])

@@ -91,7 +91,7 @@ def test_unpacking_in_a_product_gives_the_bits_of_the_dense_weight(kind, orienta
     packed = random_packed(kind, out_features, in_features, DEVICE)
     dense = filled(packed, BF16)
     if orientation == "y":
-        packed, dense = packed.t(), dense.t()
+        packed, dense = packed.mT, dense.mT
     k, n = dense.shape
     p, u, v, bias = random(m, k, BF16), random(m, 5, BF16), random(5, n, F32), random(1, n)[0]
     for tile in ((16, 32, 32), (32, 16, 128)):

@@ -180,13 +180,8 @@ def test_wrong_tensors_raise_at_the_door(change, error, match):
         fastlora.lora_linears(torch.randn(3, 8), [one._replace(weight=wrong)])
 
 
-def test_experts_and_nested_tensors_have_no_packed_weights():
+def test_nested_tensors_have_no_packed_weights():
     one = projection(6, 8, 2, torch.float32)
     nested = torch.nested.nested_tensor([torch.randn(3, 8)], layout=torch.jagged)
     with pytest.raises(TypeError, match="x is nested, and a packed weight is not"):
         fastlora.lora_linears(nested, [one])
-    ends = torch.tensor([3], dtype=torch.int32)
-    with pytest.raises(TypeError, match="experts' must be plain tensors"):
-        fastlora.lora_grouped(
-            torch.randn(3, 8), one.weight, one.lora_a[None], one.lora_b[None], ends
-        )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from experts import ends_of
-from packed import random_four_bit
+from packed import random_four_bit, random_int8, stack
 from torch import Tensor
 
 import fastlora
@@ -145,7 +145,24 @@ def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
     return Kind(_make(shapes, dtype, own), call, truth, ("x",))
 
 
-KINDS = {make.__name__: make for make in (layer, group, experts, bank, adapters, packed)}
+def packed_experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
+    """The experts over int8 with a scale for each row."""
+    weight = stack([random_int8(N, K) for _ in range(3)])
+    shapes = {"x": (ROWS, K), "a": (3, 4, K), "b": (3, N, 4), "bias": (3, N)}
+
+    def call(x, a, b, bias, offsets=ENDS, **options):
+        return fastlora.lora_grouped(x, weight, a, b, offsets, bias=bias, scale=0.5, **options)
+
+    def truth(x, a, b, bias):
+        dense = weight.dense(x.dtype)
+        return reference.lora_grouped(x, dense, a, b, ENDS, bias=bias, scale=0.5)
+
+    return Kind(_make(shapes, dtype, own), call, truth, ("x",))
+
+
+KINDS = {
+    make.__name__: make for make in (layer, group, experts, bank, adapters, packed, packed_experts)
+}
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, own: torch.dtype | None = None) -> Kind:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 import fastlora
 from fastlora import reference
+from fastlora.formats.format import Quantised
 
 
 class Experts(NamedTuple):
     """The tensors of a call, but x."""
 
-    weight: Tensor
+    weight: Tensor | Quantised
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None = None
@@ -68,7 +69,11 @@ def check_against_oracle(
 
     def run(convert: Callable[[Tensor], Tensor], dy: Tensor) -> dict[str, Tensor]:
         own_x = convert(x)
-        leaves = Experts(*[None if t is None else convert(t) for t in experts])
+        weight = experts.weight
+        if isinstance(weight, Quantised):
+            weight = weight.dense(x.dtype)
+        plain = experts._replace(weight=weight)
+        leaves = Experts(*[None if t is None else convert(t) for t in plain])
         cast = [None if t is None else t.to(own_x.dtype) for t in leaves]
         *tensors, bias = cast
         y = reference.lora_grouped(
@@ -86,6 +91,6 @@ def check_against_oracle(
 
 def _gradients(y: Tensor, dy: Tensor, x: Tensor, experts: Experts) -> dict[str, Tensor]:
     leaves = {"x": x} | experts._asdict()
-    leaves = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
+    leaves = {name: t for name, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     return {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}

@@ -13,6 +13,12 @@ from fastlora.formats.hqq import Hqq
 from fastlora.formats.integers import Affine, Int4Groups, Int8Rows
 
 
+def stack(weights: list[Quantised]) -> Quantised:
+    """Of experts: every tensor with one axis more in front."""
+    tensors = zip(*[weight.tensors for weight in weights], strict=True)
+    return Quantised(weights[0].format, tuple(map(torch.stack, tensors)))
+
+
 def random_four_bit(n: int, k: int, kind: str = "nf4", block: int = 64, nested: int = 0):
     count = n * k
     blocks = -(-count // block)

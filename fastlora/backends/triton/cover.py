@@ -42,7 +42,7 @@ def why_not(dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[T
         return f"the Triton kernels don't run on {device}"
     for output in outputs:
         weight = output.base.weight
-        if isinstance(weight, Tensor) and weight.dim() == 3 and len(weight) > _MOST_EXPERTS:
+        if weight.dim() == 3 and weight.shape[0] > _MOST_EXPERTS:
             return f"the Triton kernels have no grid for more than {_MOST_EXPERTS} experts"
         for _, tensor in named_tensors(output):
             if tensor is None:

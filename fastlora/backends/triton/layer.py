@@ -11,7 +11,7 @@ from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatt
 from .. import torch as torch_backend
 from ..protocol import Call
 from .cover import covers, current, empty_like, kernels, precision_of
-from .packed import are_plain, is_unpackable, made_dense, needs_torch, read_by
+from .packed import are_plain, is_unpackable, made_dense, needs_torch, of_dense, read_by
 
 
 def forward(
@@ -19,9 +19,8 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
     x, count = inputs[0], len(call.layouts)
-    if needs_torch(call.layouts):
-        inputs, layouts = made_dense(inputs, call.layouts)
-        call = call._replace(layouts=layouts)
+    if needs_torch(call):
+        inputs, call = made_dense(inputs, call)
     with current(x.device):
         made = kernels.replayed(
             _forward,
@@ -45,8 +44,8 @@ def backward(
 ) -> list[Tensor | None]:
     """As the torch backend's: the gradient of each input that needs one, else None."""
     x = inputs[0]
-    if needs_torch(call.layouts):
-        return _backward_of_dense(dys, inputs, hs, needs, seeds, call)
+    if needs_torch(call):
+        return of_dense(backward, dys, inputs, hs, needs, seeds, call)
     with current(x.device):
         made = kernels.replayed(
             _backward,
@@ -57,23 +56,6 @@ def backward(
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
     return made
-
-
-def _backward_of_dense(
-    dys: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    seeds: Tensor | None,
-    call: Call,
-) -> list[Tensor | None]:
-    """The same of weights in formats that no kernel reads."""
-    needs_x, *rest = needs
-    inputs, layouts = made_dense(inputs, call.layouts)
-    needs = [needs_x, *flatten(unflatten(rest, call.layouts), layouts)]
-    dense = call._replace(layouts=layouts)
-    dx, *gradients = backward(dys, inputs, hs, needs, seeds, dense)
-    return [dx, *flatten(unflatten(gradients, layouts), call.layouts)]
 
 
 class Common(NamedTuple):
@@ -206,13 +188,13 @@ def _y(
         if makes_h:
             a, factor = adapters[0].lora_a.T, float(adapters[0].scale)
         kernels.gemm_lowrank(
-            y, [x], [read_by(weight, x, unpacks).t()], hs, v, precision=precision, bias=bias,
+            y, [x], [read_by(weight, x, unpacks).mT], hs, v, precision=precision, bias=bias,
             a=a, factor=factor, preferred=plan.gemm,
         )  # fmt: skip
         return y
     # The adapter first: torch's product adds to what it finds, behind its own loads.
     kernels.lowrank(y, hs, v, precision=precision, bias=bias)
-    return torch.addmm(y, x, read_by(weight, x).t(), out=y)
+    return torch.addmm(y, x, read_by(weight, x).mT, out=y)
 
 
 def _through_lora_b(

@@ -1,6 +1,7 @@
 """Packed weights for the Triton kernels: what they read themselves, and dense ones of the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,24 +11,36 @@ from ...formats.format import Format, Quantised
 from ...formats.four_bit import FourBit
 from ...formats.integers import Int8Rows
 from ...projection import Base, Layout, Output, flatten, unflatten
+from ..protocol import Call
 from .cover import LONGEST, kernels
 
 
-def has_kernel(format: Format) -> bool:
-    """Whether kernels make this format's weights.  What they don't, torch's operations do."""
+def has_kernel(format: Format, of_experts: bool = False) -> bool:
+    """Whether kernels make this format's weights.  What they don't, torch's operations do.
+
+    ``of_experts``: those of all experts at once.
+    """
     if isinstance(format, FourBit):
-        lies_in_rows = format.columns % format.block == 0
+        lies_in_rows = format.columns % max(2, format.block) == 0
         count = format.columns if lies_in_rows else format.rows * format.columns
-        return _is_power(format.block) and format.block > 1 and count <= LONGEST
+        fits = (lies_in_rows and not format.nested) or not of_experts
+        return _is_power(format.block) and format.block > 1 and count <= LONGEST and fits
     if isinstance(format, Float8):
-        return format.code == "float8_e4m3fn" and all(map(_is_power, _blocks_of(format)))
+        fits = not of_experts or format.rows % min(format.rows, format.block_rows) == 0
+        return format.code == "float8_e4m3fn" and all(map(_is_power, _blocks_of(format))) and fits
     return isinstance(format, Int8Rows)
 
 
 def packed_of(weight: Quantised) -> "kernels.Packed":
     """The weight as kernels read it, of a format that has one."""
-    format, tensors = weight
-    rows, columns = weight.shape
+    (format, tensors), (*lead, rows, columns) = weight, weight.shape
+    one = _packed(format, tensors, rows, columns)
+    if not lead:
+        return one
+    return replace(one, experts=lead[0], block_rows=one.block_rows or rows)
+
+
+def _packed(format: Format, tensors: Sequence[Tensor], rows: int, columns: int) -> "kernels.Packed":
     if isinstance(format, FourBit):
         codes, scales, *outer = tensors
         return kernels.Packed(
@@ -63,7 +76,7 @@ def read_by(
 ) -> "Tensor | kernels.Packed":
     """What a product with x reads: the weight; or its codes, if it ``unpacks``; or a dense one.
 
-    That is new memory, one weight's, in x's dtype.
+    That is new memory, one weight's or that of all experts, in x's dtype.
     """
     if not isinstance(weight, Quantised):
         return weight
@@ -71,37 +84,43 @@ def read_by(
     return packed if unpacks else kernels.dequant(packed, x.new_empty(weight.shape))
 
 
-def needs_torch(layouts: Sequence[Layout]) -> bool:
+def needs_torch(call: Call) -> bool:
     """Whether a weight is of a format that no kernel reads."""
-    return any([layout.format is not None and not has_kernel(layout.format) for layout in layouts])
+    return any([_is_torch_s(layout, call) for layout in call.layouts])
 
 
-def made_dense(
-    inputs: Sequence[Tensor], layouts: Sequence[Layout]
-) -> tuple[list[Tensor], tuple[Layout, ...]]:
-    """The inputs and layouts of a call, with weights of such formats made dense in x's dtype."""
+def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call]:
+    """The inputs of a call, with weights of such formats made dense in x's dtype, and the call."""
     x, *flat = inputs
-    outputs = [
-        Output(Base(_dense(base.weight, x), base.bias), adapters)
-        for base, adapters in unflatten(flat, layouts)
-    ]
-    dense = dense_layouts(layouts)
-    return [x, *flatten(outputs, dense)], dense
+    outputs, layouts = [], []
+    for (base, adapters), layout in zip(unflatten(flat, call.layouts), call.layouts, strict=True):
+        if _is_torch_s(layout, call) and isinstance(base.weight, Quantised):
+            base, layout = Base(base.weight.dense(x.dtype), base.bias), layout._replace(format=None)
+        outputs.append(Output(base, adapters))
+        layouts.append(layout)
+    return [x, *flatten(outputs, layouts)], call._replace(layouts=tuple(layouts))
 
 
-def dense_layouts(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
-    return tuple(
-        layout
-        if layout.format is None or has_kernel(layout.format)
-        else layout._replace(format=None)
-        for layout in layouts
-    )
+def of_dense(
+    run: Callable[..., list[Tensor | None]],
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    call: Call,
+) -> list[Tensor | None]:
+    """What this backward makes where weights have formats that no kernel reads."""
+    needs_x, *rest = needs
+    inputs, dense = made_dense(inputs, call)
+    needs = [needs_x, *flatten(unflatten(rest, call.layouts), dense.layouts)]
+    dx, *gradients = run(dys, inputs, hs, needs, seeds, dense)
+    return [dx, *flatten(unflatten(gradients, dense.layouts), call.layouts)]
 
 
-def _dense(weight: Tensor | Quantised, x: Tensor) -> Tensor | Quantised:
-    if isinstance(weight, Quantised) and not has_kernel(weight.format):
-        return weight.dense(x.dtype)
-    return weight
+def _is_torch_s(layout: Layout, call: Call) -> bool:
+    of_experts = call.rows is not None and not call.rows.shares_base
+    return layout.format is not None and not has_kernel(layout.format, of_experts)
 
 
 def _blocks_of(format: Float8) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...formats.format import Quantised
 from ...projection import Adapter, Base, Layout, Output, flatten, layouts_of, unflatten
 from ...rows import Rows
 from .. import torch as torch_backend
@@ -23,6 +24,10 @@ from ..protocol import Call
 from . import layer
 from .at_once import aligned, runs_at_once
 from .cover import covers, current, empty_like, kernels, precision_of
+from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
+
+# Bytes of the largest dense weight of all experts that is made of a packed one, for one product.
+_LARGEST = 2**32
 
 
 def forward(
@@ -31,6 +36,8 @@ def forward(
     """As the torch backend's."""
     rows, x = call.rows, inputs[0]
     assert rows is not None
+    if not rows.shares_base and needs_torch(call):
+        inputs, call = made_dense(inputs, call)
     with current(x.device):
         if not _takes(call, rows):
             return torch_backend.forward(inputs, seeds, call)
@@ -38,7 +45,7 @@ def forward(
             return _forward_many(inputs, seeds, call, rows)
         made = None
         if not rows.shares_base:
-            facts = call.layouts, call.dropout, precision_of(x), runs_at_once(x, inputs[1])
+            facts = call.layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call)
             tensors = [seeds, rows.ends, *inputs]
             made = kernels.replayed(_experts, tensors, facts, lambda: covers(inputs, call.layouts))
     if made is None:
@@ -57,6 +64,8 @@ def backward(
     """As the torch backend's: the gradient of each input that needs one, else None."""
     rows, x = call.rows, inputs[0]
     assert rows is not None
+    if not rows.shares_base and needs_torch(call):
+        return of_dense(backward, dys, inputs, hs, needs, seeds, call)
     with current(x.device):
         if dys[0] is None or not _takes(call, rows):
             return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
@@ -65,7 +74,7 @@ def backward(
                 return _backward_many(dys[0], inputs, hs[0], needs, seeds, call, rows)
             return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
         by_torch, by_kernels = _shared_out(needs, call.layouts)
-        facts = call.layouts, call.dropout, precision_of(x), runs_at_once(x, inputs[1]), by_kernels
+        facts = call.layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
         tensors = [seeds, rows.ends, *inputs, *hs, dys[0]]
         made = kernels.replayed(
             _experts_backward, tensors, facts, lambda: covers(inputs, call.layouts, dys)
@@ -112,7 +121,7 @@ def _experts(
     plain = {"precision": precision, "ends": _contiguous(ends)}
     masked = plain | {"dropout": dropout, "seeds": seeds}
     (h,) = kernels.project(x, [adapter.lora_a.mT], [adapter.scale / (1.0 - dropout)], **masked)
-    y = _product(x, weight.mT, h, adapter.lora_b.mT, at_once, plain | {"bias": bias})
+    y = _product(x, weight, h, adapter.lora_b.mT, at_once, plain | {"bias": bias})
     return [y, h] if layouts[0].scales else [y]
 
 
@@ -196,27 +205,44 @@ def _stacked(
     return base, Adapter(lora_a, lora_b, float(adapters[0].scale))
 
 
+def _runs_at_once(inputs: Sequence[Tensor], call: Call) -> bool:
+    """Whether torch's grouped_mm takes a plain weight as it lies."""
+    return call.layouts[0].format is None and runs_at_once(inputs[0], inputs[1])
+
+
 def _product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantised,
     u: Tensor,
     v: Tensor,
     at_once: bool,
     options: dict[str, Any],
     backward: bool = False,
 ) -> Tensor:
-    """x weight[e] + u v[e] (+ bias[e]), of x or dy [S, K] and weight [E, K, N]."""
-    experts, k, n = weight.shape
+    """x weight[e]ᵀ + u v[e] (+ bias[e]), of x [S, K] and weight [E, N, K].
+
+    ``backward``: dy weight[e] + u v[e], of dy [S, N] in the place of x.
+    """
+    experts, n, k = weight.shape
+    if backward:
+        n, k = k, n
     masked, precision = options.get("seeds") is not None, options["precision"]
+    packed = is_unpackable([weight])
     plan = kernels.plan_for(
-        x, n, k, [u.shape[1]], precision, masked=masked, backward=backward, segments=experts
-    )
-    if plan.fused or not at_once:
+        x, n, k, [u.shape[1]], precision,
+        masked=masked, backward=backward, packed=packed, segments=experts,
+    )  # fmt: skip
+    # A dense one that is too large for memory isn't made: tiles are unpacked as they are read.
+    unpacks = packed and (plan.unpacks or experts * n * k * x.element_size() > _LARGEST)
+    q = read_by(weight, x, unpacks)
+    at_once = at_once or (packed and not unpacks and runs_at_once(x, q))
+    q = q if backward else q.mT
+    if plan.fused or unpacks or not at_once:
         out = x.new_empty(len(x), n)
-        kernels.gemm_lowrank(out, [x], [weight], [u], [v], preferred=plan.gemm, **options)
+        kernels.gemm_lowrank(out, [x], [q], [u], [v], preferred=plan.gemm, **options)
         return out
     # torch's product comes first, not the adapter as in a layer: it can't add to what it finds.
-    out = functional.grouped_mm(aligned(x), weight, offs=options["ends"])
+    out = functional.grouped_mm(aligned(x), q, offs=options["ends"])
     kernels.lowrank(out, [u], [v], add=True, **options)
     return out
 
