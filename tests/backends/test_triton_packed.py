@@ -5,12 +5,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from device import DEVICE
-from packed import random_float8, random_four_bit, random_int8
+from experts import ends_of
+from packed import random_float8, random_four_bit, random_int8, stack
 
 import fastlora
+from fastlora.backends.triton import at_once, segments
 from fastlora.formats.format import Format, Quantised
 from fastlora.kernels.config import FEW_ROWS
 from fastlora.kernels.launch import recorded
+from fastlora.kernels.plan import IN_PLACE, use_plan
 from fastlora.projection import Adapter, Base, Output
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="launches are those of the interpreter")
@@ -52,12 +55,17 @@ def adapted(weights, dtype=torch.float32) -> list[Output]:
     ]
 
 
-def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0):
+def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None):
     """All outputs and gradients on the Triton backend, and the launches: ``*`` if they unpack."""
     torch.manual_seed(1)
-    x = torch.randn(m, outputs[0].base.weight.shape[1]).to(dtype).requires_grad_()
+    x = torch.randn(m, outputs[0].base.weight.shape[-1]).to(dtype).requires_grad_()
     with fastlora.use_backend("triton"), recorded() as launches:
-        ys = fastlora.lora_linears(x, outputs, dropout=dropout)
+        if ends is None:
+            ys = fastlora.lora_linears(x, outputs, dropout=dropout)
+        else:
+            ((weight, bias), ((lora_a, lora_b, scale),)) = outputs[0]
+            options = {"bias": bias, "scale": scale, "dropout": dropout}
+            ys = [fastlora.lora_grouped(x, weight, lora_a, lora_b, ends, **options)]
         dys = [torch.randn(y.shape).to(y.dtype) for y in ys]
         leaves = [x, *(each for output in outputs for a in output.adapters for each in a[:2])]
         gradients = torch.autograd.grad(ys, leaves, dys)
@@ -114,6 +122,58 @@ def test_the_numbers_are_those_of_the_dense_weight(case):
     for value, again, true in zip(found, kept, truth, strict=True):
         assert torch.equal(value, again)
         torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-4)
+
+
+EXPERTS = {
+    # the weight of one, rows of each, dropout; launches of a forward and a backward
+    "few rows": (lambda: random_four_bit(24, 64), [5, 0, 9], 0.0, {"unpacking": 2}),
+    "few rows of blocks": (lambda: random_float8(24, 40, 8, 8), [5, 0, 9], 0.3, {"unpacking": 2}),
+    "few rows of one scale": (lambda: random_float8(24, 40, 24, 40), [5, 0, 9], 0.0,
+                              {"unpacking": 2}),
+    "many rows": (lambda: random_int8(24, 40), [150, 3, 40], 0.3, {"dense": 2, "product": 2}),
+    "many rows of one scale": (lambda: random_float8(24, 40, 24, 40), [150, 3, 40], 0.0,
+                               {"dense": 2, "product": 2}),
+    "too large": (lambda: random_four_bit(24, 64), [150, 3, 40], 0.0, {"unpacking": 2}),
+    "ragged blocks": (lambda: random_float8(24, 40, 16, 8), [5, 0, 9], 0.0, {"product": 2}),
+    "nested": (lambda: random_four_bit(24, 64, nested=2), [5, 0, 9], 0.0, {"product": 2}),
+    "without a kernel": (lambda: without_kernel(24, 40), [5, 0, 9], 0.3, {"product": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_have_the_numbers_of_dense_ones(case, monkeypatch):
+    make, counts, p, expected = EXPERTS[case]
+    if case == "too large":
+        monkeypatch.setattr(segments, "_LARGEST", 3 * 24 * 64)
+    weight = stack([make() for _ in counts])
+    n, k = weight.shape[1:]
+    lora_a, lora_b = torch.randn(3, 4, k).requires_grad_(), torch.randn(3, n, 4).requires_grad_()
+    packed = Output(Base(weight, torch.randn(3, n)), (Adapter(lora_a, lora_b, 0.75),))
+    rows = {"m": sum(counts) + 2, "ends": ends_of(counts), "dropout": p}
+    found, names = run([packed], **rows)
+    kept, _ = run([packed], **rows)
+    truth, _ = run([replace_weight(packed, weight.dense(torch.float32))], **rows)
+    assert count_of(names) == expected
+    for value, again, true in zip(found, kept, truth, strict=True):
+        assert torch.equal(value, again)
+        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-4)
+
+
+def test_experts_of_torch_s_own_product(monkeypatch):
+    """Where grouped_mm is a kernel it takes what was made dense."""
+    monkeypatch.setattr(at_once, "_has_kernel", lambda device: True)
+    weight = stack([random_int8(24, 40) for _ in range(3)])
+    adapter = Adapter(
+        torch.randn(3, 4, 40).requires_grad_(), torch.randn(3, 24, 4).requires_grad_()
+    )
+    rows = {"m": 200, "dtype": torch.bfloat16, "ends": ends_of([150, 3, 47])}
+    dense = weight.dense(torch.bfloat16)
+    with use_plan(IN_PLACE):
+        found, names = run([Output(Base(weight), (adapter,))], **rows)
+        truth, _ = run([Output(Base(dense), (adapter,))], **rows)
+    assert count_of(names) == {"dense": 2, "in-place": 2}
+    for value, true in zip(found, truth, strict=True):
+        assert torch.equal(value, true)
 
 
 def replace_weight(output: Output, weight: torch.Tensor) -> Output:
