@@ -15,7 +15,7 @@ dB,dh  the same, and dh, in one pass over dy
 Tuning, the compile report and the tests of stated work make their calls here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -206,8 +206,10 @@ class Operands:
     def _packed(self, depth: int) -> Packed:
         """[depth, columns], of codes for [columns, depth] for y."""
         of_y = self.form.name.startswith("y")
-        shape = (self.form.columns, depth) if of_y else (depth, self.form.columns)
-        packed = random_packed(self.form.packed, *shape, self.device)
+        rows, columns = (self.form.columns, depth) if of_y else (depth, self.form.columns)
+        experts = self.form.segments
+        packed = random_packed(self.form.packed, max(1, experts) * rows, columns, self.device)
+        packed = replace(packed, rows=rows, experts=experts)
         return packed.mT if of_y else packed
 
     def _dense(self, q: Tensor | Packed) -> Tensor:

@@ -96,6 +96,7 @@ _CHOSEN = (
 _CHOSEN_BY_EXPERTS = (
     "y bias s128 M32768", "y s128 M512", "dx s128 mask M32768", "dx r200 s8", "y f32-tf32 s8",
     "y+ s128", "h s128 mask", "dA s128 mask", "dB,dh s128",
+    "y bias s128 M512 nf4", "dx mask s8 M512 float8",
     # Many adapters.
     "h s8 own mask", "y+ s8 own", "dx+ s8 own mask", "dA s8 own mask", "dB,dh s8 own",
 )  # fmt: skip

@@ -125,6 +125,9 @@ def _experts(case: Case) -> Results:
     stacks = experts.make_experts(len(counts), *size, *case.dtypes, "bias" in case.words)
     if "swapped" in case.words:
         stacks = stacks._replace(weight=stacks.weight.mT.contiguous().mT)
+    if "weight" in case.words:
+        make = FORMATS[case.words["weight"]]
+        stacks = stacks._replace(weight=packed.stack([make(size[0], K) for _ in counts]))
     x, ends = experts.make_rows(M, K, case.dtypes[0]), experts.ends_of(counts)
     return experts.check_against_oracle(x, stacks, ends, case.p, judge.random_like)
 
@@ -259,6 +262,9 @@ _ALL = """
   experts fused {bf16,f16,f32} {90x50x75 of:30+0+41+7,5x50x75 of:0+0+5} r5 p0.2 bias
   experts fused {bf16,bf16/f32,f16,f32} {128x50x75 of:64+64,40x50x75 of:1+2+3+0+6} r5 p0.2 bias
   experts in-place {bf16,f16,f32} 90x64x80 r64 swapped of:{30+0+41+7,64+26,1+2+3+4+5+0+6}
+* experts bf16/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 bias weight:{nf4,float8-blocks}
+  experts {bf16,f32}/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 p0.1 weight:{nf4,int8}
+  experts {bf16,f32}/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 weight:float8-{rows,blocks}
 * adapters fused bf16/f32 84x{48x72 r8+4+16,50x75 r8+3+16 p0.3 lists}
 * adapters in-place bf16/f32 84x48x72 r8+8+8 p0.3 bias
 * adapters fused bf16/f32 {5x48x72 r8+40 items:23,71x48x72 r8+8 p0.3 sorted}
