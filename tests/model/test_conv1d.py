@@ -1,9 +1,7 @@
 """Conv1D (GPT-2), whose weight is [in, out]: all that apply_lora promises, with PEFT's numbers."""
 
 import copy
-import json
 import pickle
-from pathlib import Path
 
 import peft
 import pytest
@@ -136,40 +134,6 @@ def test_merged_weights_are_peft_s(monkeypatch):
     assert state.keys() == whole.state_dict().keys()
     for name, expected in whole.state_dict().items():
         torch.testing.assert_close(state[name], expected)
-
-
-def test_files_are_peft_s_both_ways(tmp_path):
-    model = ours(bias="lora_only")
-    fastlora.save_adapter(model, tmp_path / "ours")
-    their = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
-    torch.testing.assert_close(logits(their), logits(model))
-    their.save_pretrained(tmp_path / "theirs")
-    for side in ("ours", "theirs"):
-        assert config_in(tmp_path / side)["fan_in_fan_out"] is True
-    again = fastlora.load_adapter(plain(), tmp_path / "theirs")
-    assert torch.equal(logits(again), logits(model))
-
-
-@pytest.mark.parametrize("order", [1, -1], ids=["conv1d-last", "linear-last"])
-def test_fan_in_fan_out_of_a_mixed_model_is_peft_s(order, tmp_path):
-    def mixed() -> nn.Module:
-        torch.manual_seed(2)
-        return nn.Sequential(*[nn.Linear(4, 4), Conv1D(4, 4)][::order])
-
-    settings = {"target_modules": ["0", "1"], "r": 2}
-    their = randomise(peft.get_peft_model(mixed(), peft.LoraConfig(**settings)))
-    their.save_pretrained(tmp_path / "theirs")
-    model = fastlora.load_adapter(mixed(), tmp_path / "theirs")
-    fastlora.save_adapter(model, tmp_path / "ours")
-    for folder in ("theirs", "ours"):
-        assert config_in(tmp_path / folder)["fan_in_fan_out"] == (order == 1)
-    again, x = peft.PeftModel.from_pretrained(mixed(), tmp_path / "ours"), torch.randn(3, 4)
-    torch.testing.assert_close(again(x), their(x))
-    torch.testing.assert_close(model(x), their(x))
-
-
-def config_in(folder: Path) -> dict:
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 def test_a_conv1d_is_no_target_parameter():

@@ -48,33 +48,6 @@ def saved_by_peft(model: torch.nn.Module, folder, settings: dict, **how) -> torc
     return theirs
 
 
-LAYERS = {
-    "numbers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
-    "patterns": {
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [1],
-        "layers_pattern": ["h", "layers"],
-    },
-    "a-whole-name-too": {
-        "target_modules": ["q_proj", "model.layers.2.mlp.up_proj"],
-        "layers_to_transform": [0],
-    },
-}
-
-
-@pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
-def test_chosen_layers_both_ways(tmp_path, settings):
-    theirs = saved_by_peft(llama(), tmp_path / "theirs", settings)
-    ours = fastlora.load_adapter(llama(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs))
-    applied = randomise(fastlora.apply_lora(llama(), LoRAConfig(**settings)), 0.1)
-    names = {layer.name for layer in fastlora.coverage(applied).layers}
-    assert names == {layer.name for layer in fastlora.coverage(ours).layers}
-    fastlora.save_adapter(applied, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
-    torch.testing.assert_close(logits(theirs), logits(applied))
-
-
 @pytest.mark.parametrize("targets", ["all-linear", ".*q_proj"])
 def test_chosen_layers_need_a_list(targets):
     with pytest.raises(ValueError, match=r"layers_to_transform is \(1,\) and target_modules"):
@@ -85,19 +58,6 @@ def test_first_values_that_leave_the_base_alone(tmp_path):
     settings = {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
     theirs = saved_by_peft(llama(), tmp_path, settings)
     torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
-
-
-def test_a_targeted_output_head_both_ways(base, tmp_path):
-    tokens = 104
-    settings = {"target_modules": ["q_proj", "lm_head"]}
-    theirs = saved_by_peft(base(tokens), tmp_path / "theirs", settings)
-    assert HEAD_BASE in load_file(tmp_path / "theirs" / WEIGHTS)
-    ours = fastlora.load_adapter(base(tokens), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs))
-    fastlora.save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(base(tokens), tmp_path / "ours")
-    torch.testing.assert_close(logits(theirs), logits(ours))
-    assert torch.equal(logits(fastlora.load_adapter(base(tokens), tmp_path / "ours")), logits(ours))
 
 
 def test_another_output_head_in_the_file_is_warned_of(tmp_path):
@@ -127,17 +87,6 @@ def test_new_tokens_from_peft(base, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(ours))
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["", "head"])
-def test_new_tokens_to_peft(base, tmp_path, targets):
-    model = base(104, seed=1)
-    randomise(fastlora.apply_lora(model, LoRAConfig(target_modules=targets)), 0.1)
-    fastlora.save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(base(104, seed=2), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model))
-    loaded = fastlora.load_adapter(base(104, seed=3), tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-
-
 def test_a_vocabulary_of_the_same_size_is_not_saved(base, tmp_path):
     model = fastlora.apply_lora(base(), LoRAConfig(target_modules=["q_proj"]))
     fastlora.save_adapter(model, tmp_path / "auto")
@@ -152,30 +101,6 @@ def test_new_tokens_stay_out_if_asked(base, tmp_path):
     assert not {EMBED, HEAD} & load_file(tmp_path / WEIGHTS).keys()
     with pytest.raises(ValueError, match="save_embedding_layers is 'yes'"):
         fastlora.save_adapter(model, tmp_path, save_embedding_layers="yes")
-
-
-@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"]])
-def test_new_tokens_that_train_in_full(base, tmp_path, saved):
-    settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
-    theirs = saved_by_peft(base(104, seed=1), tmp_path / "theirs", settings)
-    ours = fastlora.load_adapter(base(104, seed=2), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs))
-    fastlora.save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(base(104, seed=3), tmp_path / "ours")
-    torch.testing.assert_close(logits(theirs), logits(ours))
-
-
-@pytest.mark.parametrize("saved", [["norm"], ["model.norm"]])
-def test_modules_in_full_by_the_end_of_their_names_both_ways(tmp_path, saved):
-    """PEFT takes "norm" for input_layernorm, too."""
-    settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
-    theirs = saved_by_peft(llama(), tmp_path / "theirs", settings)
-    ours = fastlora.load_adapter(llama(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs))
-    ours = randomise(fastlora.apply_lora(llama(), LoRAConfig(**settings)), 0.1)
-    fastlora.save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
-    torch.testing.assert_close(logits(theirs), logits(ours))
 
 
 def test_a_model_without_the_new_tokens(base, tmp_path):

@@ -6,28 +6,11 @@ import peft
 import pytest
 import torch
 from models import Mlp, randomise, refused
+from places import Places
 from torch import nn
 
 import fastlora
 from fastlora import LoRAConfig
-
-
-class Places(nn.Module):
-    """A linear layer at two places, and a block at three."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Linear(8, 8)
-        self.other, self.own = self.one, nn.Linear(8, 8)
-        self.blocks = nn.ModuleList([Mlp(), nn.Linear(4, 8)])
-        self.blocks.extend(self.blocks[:1])
-        self.last = self.blocks[0]
-
-    def forward(self, x):
-        x = self.other(torch.tanh(self.own(self.one(x))))
-        for block in self.blocks:
-            x = block(x)
-        return self.last(self.blocks[1](x))
 
 
 def places(seed: int = 0) -> Places:
@@ -76,27 +59,3 @@ def test_a_place_that_came_later_is_not_saved(tmp_path):
     with refused(model, "up and again are one LoRALinear"):
         fastlora.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-MEANT = {
-    "another-layer": {"target_modules": ["own"]},
-    "layers-of-a-block": {"target_modules": ["up", "down", "own"], "bias": "lora_only"},
-    "a-block-and-all-biases": {"target_modules": ["up"], "bias": "all"},
-    "in-full-in-a-block": {"target_modules": ["up"], "modules_to_save": ["norm"]},
-}
-
-
-@pytest.mark.parametrize("settings", MEANT.values(), ids=MEANT)
-def test_blocks_and_what_is_left_alone_are_as_in_peft(settings, tmp_path):
-    model = theirs(places(), **settings)
-    model.save_pretrained(tmp_path / "theirs")
-    ours, y = fastlora.load_adapter(places(), tmp_path / "theirs"), model(X)
-    torch.testing.assert_close(ours(X), y)
-    randomise(ours)
-    y = ours(X)
-    fastlora.save_adapter(ours, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(places(), tmp_path / "ours")
-    torch.testing.assert_close(back(X), y)
-    fastlora.merge_lora(ours.eval())
-    torch.testing.assert_close(ours(X), y, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(fastlora.remove_lora(ours)(X), y, atol=1e-5, rtol=1e-5)

@@ -133,10 +133,8 @@ def test_frozen_flops_of_experts_are_those_that_torch_counts():
 
 @pytest.mark.parametrize("kind", ["nf4", "gguf-q4_k", "torchao-int8"])
 def test_a_packed_weight_has_as_many_parameters_as_the_layer_has_weights(kind):
-    make, weights = quantised, 256 * 96
-    if kind == "nf4":
-        make = pytest.importorskip("bnb_layers").quantised
-    model = nn.Sequential(make(kind, 256, 96), nn.Tanh(), nn.Linear(96, 8))
+    weights = 256 * 96
+    model = nn.Sequential(quantised(kind, 256, 96), nn.Tanh(), nn.Linear(96, 8))
     found = fastlora.plan(model, [4], rounds=0)
     assert found.frozen.parameters == weights + 96 + 97 * 8
     assert found.frozen.flops == 4 * (weights + 96 * 8)

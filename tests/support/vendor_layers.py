@@ -1,5 +1,7 @@
 """Quantised layers of several vendors, made on a CPU; a test of one that isn't here is skipped."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from packed import random_gguf, random_int4
@@ -87,8 +89,15 @@ _MAKERS = {
 KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
 
 
+BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
+
+
 def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
     """A frozen layer of random weights, with a bias; any kind of GGUF by its name."""
+    if kind in ("nf4", "fp4", "int8"):
+        import bnb_layers
+
+        return bnb_layers.quantised(kind, k, n, dtype, **settings).requires_grad_(False)
     if kind not in _MAKERS and kind.startswith("gguf-"):
         return _gguf(k, n, dtype, kind.removeprefix("gguf-").upper()).requires_grad_(False)
     return _MAKERS[kind](k, n, dtype, **settings).requires_grad_(False)
