@@ -43,7 +43,7 @@ class Float8(Format):
         codes, scale = tensors
         codes = codes[first : first + len(out)]
         wide = place_for(out, torch.float32, dense=True)
-        _widen(codes, wide)
+        widen(codes, wide)
         scale = of_rows(scale, first, len(out), self.block_rows)
         _multiply(wide, scale.float(), self.block_columns)
         return out if wide is out else out.copy_(wide)
@@ -58,8 +58,8 @@ def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
         values[:, whole * width :].mul_(scale[:, whole:])
 
 
-def _widen(codes: Tensor, out: Tensor) -> None:
-    """The codes in float32, which hold them exactly."""
+def widen(codes: Tensor, out: Tensor) -> None:
+    """The codes as float32, which holds them exactly, to ``out``, which lies dense."""
     if codes.device.type != "cpu":
         out.copy_(codes)
         return

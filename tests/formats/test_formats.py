@@ -15,6 +15,8 @@ from packed import (
     random_hqq,
     random_int4,
     random_int8,
+    random_mxfp4,
+    random_nvfp4,
 )
 
 from fastlora.formats import format as formats
@@ -39,6 +41,10 @@ MAKERS = {
     "float8-blocks": lambda: random_float8(50, 44, 16, 32, scale=torch.float32),
     "float8-rows-odd": lambda: random_float8(9, 13, 1, 13, scale=torch.float16),
     "float8-e5m2-powers": lambda: random_float8(9, 16, 4, 8, "float8_e5m2"),
+    "mxfp4": lambda: random_mxfp4(9, 96),
+    "mxfp4-many-parts": lambda: random_mxfp4(1100, 1024, torch.float8_e8m0fnu),
+    "mxfp4-float32": lambda: random_mxfp4(8, 64, torch.float32),
+    "nvfp4": lambda: random_nvfp4(9, 48),
     "hqq-4": lambda: random_hqq(9, 32, 4, 16),
     "hqq-3": lambda: random_hqq(9, 32, 3, 8),
     "hqq-1-bf16": lambda: random_hqq(8, 32, 1, 16, torch.bfloat16),

@@ -11,6 +11,7 @@ from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
 from fastlora.formats.integers import Affine, Int4Groups, Int8Rows
+from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
 
 
 def stack(weights: list[Quantised]) -> Quantised:
@@ -59,6 +60,19 @@ def random_float8(n: int, k: int, rows: int, columns: int, code="float8_e4m3fn",
     scales = torch.rand(blocks) + 0.5 if scale else torch.randint(100, 140, blocks).to(torch.uint8)
     scales = scales.to(scale) if scale else scales.view(torch.float8_e8m0fnu)
     return Quantised(Float8(n, k, code, rows, columns), (codes, scales))
+
+
+def random_mxfp4(n: int, k: int, scale=torch.uint8):
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    powers = torch.randint(115, 135, (n, k // 32)).to(torch.uint8)
+    scales = powers.view(torch.float8_e8m0fnu).float() if scale == torch.float32 else powers
+    return Quantised(MXFP4(n, k), (packed, scales.view(scale)))
+
+
+def random_nvfp4(n: int, k: int):
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    scales = torch.rand(n, k // 16).mul(400).to(torch.float8_e4m3fn)
+    return Quantised(NVFP4(n, k), (packed, scales, torch.tensor(0.0173)))
 
 
 def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):
@@ -122,6 +136,13 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         row = (torch.arange(format.rows) // format.block_rows)[:, None]
         column = torch.arange(format.columns) // format.block_columns
         return (codes - zero[0][row, column] if zero else codes) * scale[row, column]
+    if isinstance(format, MXFP4 | NVFP4):
+        packed, scale, *of_tensor = tensors
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).int()
+        if scale.dtype == torch.uint8:
+            scale = torch.pow(2.0, scale.int() - 127)
+        scale = scale.float() * of_tensor[0] if of_tensor else scale.float()
+        return torch.tensor(E2M1)[codes] * scale.repeat_interleave(format.block, 1)
     if isinstance(format, Hqq):
         packed, scale, zero = tensors
         fields = torch.arange({8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[format.bits]).flip(0)
