@@ -3,7 +3,6 @@
 The models are tiny Llamas with dropout in the adapters.  "The same" is the same bits.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from trainer_runs import (
     trainer_for,
     weights,
 )
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Trainer
 
 import fastlora
 from fastlora.trainer import AdapterTrainer
@@ -147,38 +146,6 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     resumed = trainer_for(adapted(), tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert len(losses(resumed)) == STEPS
-
-
-def test_another_trainer_by_inheritance_and_a_named_checkpoint(tmp_path):
-    class AdapterSeq2SeqTrainer(AdapterTrainer, Seq2SeqTrainer):
-        pass
-
-    whole = trainer_for(adapted(), tmp_path, AdapterSeq2SeqTrainer, save_only_model=True)
-    whole.train()
-    names = {path.name for path in (tmp_path / f"checkpoint-{STEPS}").iterdir()}
-    assert "adapter_model.safetensors" in names
-    assert "optimizer.pt" not in names
-    whole = trainer_for(adapted(), tmp_path, AdapterSeq2SeqTrainer)
-    whole.train()
-    resumed = trainer_for(adapted(seed=3), tmp_path / "other", AdapterSeq2SeqTrainer)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
-    assert_same(result(resumed), result(whole))
-
-
-def test_a_module_that_is_no_transformers_model_trains(tmp_path):
-    class Classifier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
-
-        def forward(self, input_ids, labels):
-            logits = self.head(self.embed(input_ids))
-            return {"loss": nn.functional.cross_entropy(logits.mT, labels), "logits": logits}
-
-    model = fastlora.apply_lora(Classifier(), fastlora.LoRAConfig(target_modules=["head"]))
-    trainer_for(model, tmp_path, max_steps=3).train()
-    config = json.loads((tmp_path / "checkpoint-3/adapter_config.json").read_text())
-    assert config["target_modules"] == ["head"]
 
 
 NO_ADAPTERS = "has no adapters .* call fastlora.apply_lora.* is transformers.Trainer's"

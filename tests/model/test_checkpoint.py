@@ -2,10 +2,13 @@
 
 import json
 import os
+import struct
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
+from memory import peak_bytes
 from models import Mlp, Tied, adapt, adapted_layers, randomise, refused
 from safetensors.torch import load_file, save_file
 
@@ -132,69 +135,167 @@ def edit_tensors(folder, change) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
-A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
+def with_config(**changes):
+    return lambda folder: edit_config(folder, **changes)
 
-TENSORS = {  # a change of the tensors, and what the error says
-    "missing-key": (lambda t: t.pop(B), f"missing {B}"),
-    "extra-key": (lambda t: t.update(other=torch.zeros(1)), "not known other"),
+
+def with_tensors(change):
+    return lambda folder: edit_tensors(folder, change)
+
+
+def with_bytes(file: str, change):
+    """A file with other contents, made of those that it has."""
+    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes()))
+
+
+def with_header(**tensors):
+    """A safetensors file of a header alone, whatever it says."""
+    header = json.dumps(tensors).encode()
+    return with_bytes(WEIGHTS, lambda _: struct.pack("<Q", len(header)) + header)
+
+
+def entry(*shape: int, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [0, 0]}
+
+
+A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
+HUGE_RANK = r"shape \(8, 8\), but .* \(100000000, 8\)"
+OF_TENSORS = {  # what is done to the folder, and what the error says
+    "missing-key": (with_tensors(lambda t: t.pop(B)), f"missing {B}"),
+    "extra-key": (with_tensors(lambda t: t.update(other=torch.zeros(1))), "not known other"),
     "wrong-shape": (
-        lambda t: t.update({A: torch.zeros(3, 8)}),
+        with_tensors(lambda t: t.update({A: torch.zeros(3, 8)})),
         r"shape \(3, 8\), but .* \(8, 8\)",
     ),
-    "integers": (lambda t: t.update({A: t[A].to(torch.int64)}), "lora_A.weight of torch.int64"),
+    "scalars": (
+        with_tensors(lambda t: t.update({A: torch.zeros(()), B: torch.zeros(())})),
+        r"of shape \(\)",
+    ),
+    "integers": (
+        with_tensors(lambda t: t.update({A: t[A].to(torch.int64)})),
+        "lora_A.weight of torch.int64",
+    ),
+    "complex": (
+        with_tensors(lambda t: t.update({A: t[A].to(torch.complex64)})),
+        "lora_A.weight of C64",
+    ),
     "another-model": (
-        lambda t: t.update({A.replace("up", "dawn"): t.pop(A)}),
+        with_tensors(lambda t: t.update({A.replace("up", "dawn"): t.pop(A)})),
         "missing .*up.lora_A.* not known .*dawn",
     ),
+    "truncated": (with_bytes(WEIGHTS, lambda held: held[:-40]), "damaged"),
+    "deep-json": (with_bytes(CONFIG, lambda _: b"[" * 100_000), "nested too deeply"),
+    "dora": (with_config(use_dora=True), "doesn't support: use_dora=True"),
 }
-SETTINGS_THAT_FAIL = {
-    "another-method": ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-    "dora": ({"use_dora": True}, "doesn't support: use_dora=True"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
-    "unknown-setting": ({"warp_factor": 9}, "warp_factor=9"),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-    "rank-list": ({"rank_pattern": ["up"]}, "rank_pattern is"),
-    "bad-pattern": ({"alpha_pattern": {"*up": 4}}, "alpha_pattern has"),
-    "bad-task": ({"task_type": ["x"]}, "task_type is"),
-    "bad-rank": ({"r": 0}, "rank must be a whole number"),
-    "bad-dropout": ({"lora_dropout": 1.5}, "dropout is 1.5"),
-    "null-alpha": ({"lora_alpha": None}, "lora_alpha is None"),
+DAMAGED = OF_TENSORS | {
+    "another-method": (with_config(peft_type="IA3"), "peft_type 'IA3'"),
+    "lora_bias": (with_config(lora_bias=True), "lora_bias=True"),
+    "unknown-setting": (with_config(warp_factor=9), "warp_factor=9"),
+    "pissa": (with_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "rank-list": (with_config(rank_pattern=["up"]), "rank_pattern is"),
+    "bad-pattern": (with_config(alpha_pattern={"*up": 4}), "alpha_pattern has"),
+    "bad-task": (with_config(task_type=["x"]), "task_type is"),
+    "bad-rank": (with_config(r=0), "rank must be a whole number"),
+    "bad-dropout": (with_config(lora_dropout=1.5), "dropout is 1.5"),
+    "null-alpha": (with_config(lora_alpha=None), "lora_alpha is None"),
+    "huge-rank": (with_config(r=10**8), HUGE_RANK),
+    "huge-rank-pattern": (with_config(rank_pattern={"up": 10**8}), HUGE_RANK),
+    "rank-1e30": (with_config(r=10**30), "r is 1000.*, but the rank"),
+    "rank-infinite": (with_config(r=float("inf")), "r is inf"),
+    "alpha-infinite": (with_config(lora_alpha=float("inf")), "lora_alpha is inf"),
+    "alpha-1e400": (with_config(lora_alpha=10**400), "lora_alpha is 1000"),
+    "layer-minus-one": (with_config(layers_to_transform=-1), "is -1, but must be a w"),
+    "deep-pattern": (
+        with_config(rank_pattern={"(" * 50_000 + ")" * 50_000: 8}),
+        r"rank_pattern has '\(+…: 8: ",
+    ),
+    "long-repetition": (
+        with_config(target_modules="up{99999999999}"),
+        "is no regular expression",
+    ),
+    "rank-of-5000-digits": (
+        with_bytes(CONFIG, lambda _: b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}"),
+        "is no JSON",
+    ),
+    "no-text": (with_bytes(CONFIG, lambda _: b"\xff\xfe{}"), "is no JSON"),
+    "no-json": (with_bytes(CONFIG, lambda _: b"{"), "is no JSON"),
+    "json-list": (with_bytes(CONFIG, lambda _: b"[]"), "no PEFT config"),
+    "no-peft_type": (with_bytes(CONFIG, lambda _: b'{"r": 8}'), "no PEFT config"),
+    "empty": (with_bytes(WEIGHTS, lambda _: b""), "damaged"),
+    "no-safetensors": (with_bytes(WEIGHTS, lambda _: b"PK\x03\x04 a pickle of old" * 9), "damaged"),
+    "shape-without-data": (
+        with_header(**{A: entry(10**9, 8), B: entry(12, 10**9)}),
+        "is damaged",
+    ),
+    "negative-shape": (with_header(**{A: entry(-1, 8)}), "is damaged"),
+    "header-longer-than-the-file": (
+        with_bytes(WEIGHTS, lambda _: struct.pack("<Q", 2**60) + b"{}"),
+        "is damaged",
+    ),
+    "no-bytes-a-number": (
+        with_header(**{A: entry(8, 0, dtype="F4"), B: entry(12, 0)}),
+        "doesn't fit|is damaged|of shape",
+    ),
 }
-FILES = {  # a file, what it holds (of what it held), and what the error says
-    "truncated": (WEIGHTS, lambda held: held[:-40], "damaged"),
-    "empty": (WEIGHTS, lambda held: b"", "damaged"),
-    "no-safetensors": (WEIGHTS, lambda held: b"PK\x03\x04 a pickle of old" * 9, "damaged"),
-    "no-json": (CONFIG, lambda held: b"{", "is no JSON"),
-    "json-list": (CONFIG, lambda held: b"[]", "no PEFT config"),
-    "no-peft_type": (CONFIG, lambda held: b'{"r": 8}', "no PEFT config"),
-}
+CASES = [(name, True) for name in DAMAGED] + [(name, False) for name in OF_TENSORS]
 
 
-def damage(folder, name) -> str:
-    """What the error is to say."""
-    if name in TENSORS:
-        edit_tensors(folder, TENSORS[name][0])
-        return TENSORS[name][1]
-    if name in SETTINGS_THAT_FAIL:
-        edit_config(folder, **SETTINGS_THAT_FAIL[name][0])
-        return SETTINGS_THAT_FAIL[name][1]
-    file, change, message = FILES[name]
-    (folder / file).write_bytes(change((folder / file).read_bytes()))
-    return message
-
-
-CASES = [*[(name, True) for name in (*TENSORS, *SETTINGS_THAT_FAIL, *FILES)]]
-CASES += [(name, False) for name in (*TENSORS, "dora", "truncated")]
+@pytest.fixture
+def folder(tmp_path):
+    """With an adapter's files."""
+    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize(("name", "fresh"), CASES)
-def test_a_damaged_adapter_changes_nothing(tmp_path, name, fresh):
-    fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
-    message = damage(tmp_path, name)
+def test_a_damaged_adapter_changes_nothing(folder, name, fresh):
+    harm, message = DAMAGED[name]
+    harm(folder)
     model = same_mlp() if fresh else adapted(target_modules=["up"])
     with refused(model, message):
-        fastlora.load_adapter(model, tmp_path)
+        fastlora.load_adapter(model, folder)
     assert ("_fastlora" in model.__dict__) != fresh
+
+
+def test_nothing_is_allocated_for_a_rank_that_the_file_hasn_t(folder):
+    edit_config(folder, r=1_000_000)  # 80 MB
+    model = Mlp()
+
+    def load() -> None:
+        with pytest.raises(ValueError, match=r"\(1000000, 8\)"):
+            fastlora.load_adapter(model, folder)
+
+    before, peak, _ = peak_bytes(model.parameters(), load)
+    assert peak - before < 2**20
+
+
+def test_a_byte_order_mark_is_read(folder):
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text, encoding="utf-8-sig")
+    fastlora.load_adapter(Mlp(), folder)
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["plain", "adapted"])
+@pytest.mark.parametrize(
+    "change", [lambda t: t * torch.nan, lambda t: t.to(torch.float8_e4m3fn)], ids=["nan", "float8"]
+)
+def test_values_of_every_kind_are_loaded(folder, change, fresh):
+    """As PEFT loads them; a NaN, which equals nothing, is no sign of a weight of its own."""
+    edit_tensors(folder, lambda t: t.update({A: change(t[A])}))
+    value = load_file(folder / WEIGHTS)[A]
+    broken = not value.float().isfinite().all()
+    said = pytest.warns(UserWarning, match=rf"NaN or infinity in {A}") if broken else nullcontext()
+    with said:
+        model = fastlora.load_adapter(Mlp() if fresh else adapted(target_modules=["up"]), folder)
+    torch.testing.assert_close(model.up.lora_A, value.float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "unknown"])
+def test_a_long_value_is_cut_in_the_message(folder, setting):
+    edit_config(folder, **{setting: "up" * 10**4})
+    with pytest.raises(ValueError, match=setting) as caught:
+        fastlora.load_adapter(Mlp(), folder)
+    assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize(

@@ -329,20 +329,3 @@ def test_files_of_a_peft_that_swapped_in_and_out_are_refused(tmp_path):
                 fastlora.load_adapter(model, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(values | {"peft_version": "0.19.1"}))
     fastlora.load_adapter(base_model(), tmp_path)
-
-
-def test_selective_checkpointing():
-    from torch.utils import checkpoint as ckpt
-
-    experts = experts_of(own_model("mixtral").double())
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
-    call = torch.randn(6, 32, dtype=torch.float64, requires_grad=True), index, torch.rand(6, 2)
-    wanted = [call[0], *[p for p in experts.parameters() if p.requires_grad]]
-    context = lambda: ckpt.create_selective_checkpoint_contexts(  # noqa: E731
-        [torch.ops.fastlora.lora_linears.default]
-    )
-    outs = [
-        experts(*call),
-        ckpt.checkpoint(experts, *call, use_reentrant=False, context_fn=context),
-    ]
-    torch.testing.assert_close(*[torch.autograd.grad(out.sum(), wanted) for out in outs])

@@ -217,11 +217,6 @@ def test_print_trainable_parameters(capsys):
     )
 
 
-class Half(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) / 2
-
-
 def replaced_forward() -> nn.Module:
     model = Mlp()
     model.up.forward = model.up.forward
@@ -251,12 +246,6 @@ def with_extra_state() -> nn.Module:
     return model
 
 
-def subclass() -> nn.Module:
-    model = Mlp()
-    model.up = Half(8, 12)
-    return model
-
-
 ERRORS = {  # a model, the targets or all settings, and what the error says
     "nothing-matches": (Mlp, ["qproj"], r"matches no module. It could match: up \(1\)"),
     "one-name-matches-nothing": (Mlp, ["up", "gate"], "has 'gate', which matches no module"),
@@ -270,7 +259,6 @@ ERRORS = {  # a model, the targets or all settings, and what the error says
     "no-target-and-no-transformer": (Mlp, None, "target_modules is None"),
     "no-linear": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
     "no-linear-at-all": (nn.ReLU, ["up"], "no linear layer that could be adapted"),
-    "subclass": (subclass, ["up"], "it is a Half, no torch.nn.Linear"),
     "replaced-forward": (replaced_forward, ["up"], "its forward was replaced"),
     "encoder-layer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16),

@@ -38,17 +38,6 @@ def test_every_gradient_is_peft_s(name):
     assert_runs_the_same(train, theirs, ours, fast=fast, tolerance=tolerance)
 
 
-def test_checkpointing():
-    theirs = model_of().double().train()
-    theirs.enable_input_require_grads()
-    settings = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    ours = optimized(theirs)
-    expected = train(theirs)
-    ours.gradient_checkpointing_enable(**settings)
-    for found, wanted in zip(train(ours), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
 def test_the_report_says_what_experts_run_on():
     model = optimized(model_of())
     with fastlora.use_backend("triton"):
@@ -174,17 +163,3 @@ def test_restore_and_copies():
     fastlora.restore(ours)
     assert [type(module) for module in ours.modules()] == classes
     assert fast_calls(ours) == 0
-
-
-def test_adapters_of_float32_beside_16_bits():
-    """As PEFT's, which rounds the factors to the weight's dtype first."""
-    theirs = model_of().bfloat16()
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-    ours = optimized(theirs)
-    with counted_calls() as calls:
-        found = ours(input_ids=IDS).logits
-    assert len(calls) == 6
-    expected = theirs(input_ids=IDS).logits
-    assert (found - expected).norm() < 0.03 * expected.norm()

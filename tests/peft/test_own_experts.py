@@ -32,14 +32,6 @@ class Scaled(Qwen3MoeExperts):
         return torch.sigmoid(gate * self.alpha) * up
 
 
-class Dropping(Qwen3MoeExperts):
-    """Its gate draws numbers, which a second run of it would draw anew."""
-
-    def _apply_gate(self, pre: Tensor) -> Tensor:
-        gate, up = pre.chunk(2, -1)
-        return functional.dropout(self.act_fn(gate) * up, 0.5, self.training)
-
-
 class Ignored(Qwen3MoeExperts):
     """Its forward doesn't call its gate."""
 
@@ -132,7 +124,6 @@ FOREIGN = "its forward, or its experts implementation, isn't one of transformers
     ("kind", "implementation", "reason"),
     [
         (Scaled, "batched_mm", UNKNOWN),
-        (Dropping, "batched_mm", UNKNOWN),
         (Ignored, "eager", UNKNOWN),
         (Before, "eager", FOREIGN),
     ],

@@ -2,36 +2,30 @@
 
 import copy
 import pickle
-from importlib.util import find_spec
 
 import peft
 import pytest
 import torch
-import vendor_layers
-from memory import saved_bytes
 from torch import nn
 from transformers.integrations.gguf.utils import GgufLinear
+from vendor_layers import BITSANDBYTES, KINDS, quantised
 
 import fastlora
 from fastlora.peft.masks import shared_masks
 from fastlora.quant import quantised_weight
 
 K, N, R = 256, 96, 4
-BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
-KINDS = [kind for kind in vendor_layers.KINDS if kind != "torchao-int4-packed"]  # PEFT refuses it
-KINDS += BITSANDBYTES
+# PEFT refuses torchao's packed pairs.
+KINDS = [kind for kind in (*KINDS, *BITSANDBYTES) if kind != "torchao-int4-packed"]
 needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")
 
 
 def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings) -> nn.Module:
     """Of one layer, with adapters that are no identity change."""
+    model = nn.Sequential(quantised(kind, K, N, dtype))
     if kind in BITSANDBYTES:
-        from bnb_layers import quantised
-
-        model = nn.Sequential(quantised(kind, K, N, dtype=dtype))
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"
     else:
-        model = nn.Sequential(vendor_layers.quantised(kind, K, N, dtype))
         model.hf_device_map = {"": "cpu"}  # PEFT asks a parameter else, and GPTQ's layers have none
     settings = {"r": R, "target_modules": ["0"], "init_lora_weights": False} | settings
     config = peft.LoraConfig(**settings)
@@ -73,19 +67,6 @@ def assert_peft_s(model: nn.Module, x: torch.Tensor, tolerance: float, autocast=
     assert_close(ours, theirs, tolerance)
 
 
-def oracle(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The formula in float64, on the dequantised weight."""
-    layer = model.base_model.model[0]
-    weight = quantised_weight(layer.base_layer).weight.dense(torch.float32).double()
-    lora_a, lora_b = (p.detach().double().requires_grad_() for p in trained(model))
-
-    def call(x):
-        y = x @ weight.T + layer.base_layer.bias.double()
-        return y + layer.scaling["default"] * (x @ lora_a.T @ lora_b.T)
-
-    return numbers(call, x.double(), [lora_a, lora_b])
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float8"])  # PEFT's needs a GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 def test_the_numbers_are_pefts(kind, dtype):
@@ -93,13 +74,6 @@ def test_the_numbers_are_pefts(kind, dtype):
     assert_peft_s(
         peft_model(kind, dtype, lora_dropout=0.3), torch.randn(3, 5, K).to(dtype), tolerance
     )
-
-
-@pytest.mark.parametrize("kind", ["float8", "gguf-q8_0"])
-def test_the_numbers_are_the_formula_s(kind):
-    model, x = peft_model(kind), torch.randn(3, 5, K)
-    fastlora.optimize(model, strict=True)
-    assert_close(numbers(model, x, trained(model)), oracle(model, x), 2e-6)
 
 
 CASES = {
@@ -120,24 +94,6 @@ def test_dtypes_of_x_and_autocast():
     assert_peft_s(peft_model("nf4", torch.bfloat16), torch.randn(3, 5, K), 0.02)
     for kind in ("nf4", "int8"):
         assert_peft_s(peft_model(kind), torch.randn(3, 5, K), 0.03, autocast=True)
-
-
-@pytest.mark.parametrize("kind", ["torchao-int8", "gguf-q8_0"])
-def test_an_adapter_of_16_bits_is_taken(kind):
-    model = peft_model(kind, torch.bfloat16).bfloat16()
-    assert_peft_s(model, torch.randn(12, K).bfloat16(), 2e-2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_kept_is_x_and_h(kind):
-    """No dequantised weight, and no dropped x, which PEFT keeps beside."""
-    model = peft_model(kind, lora_dropout=0.1)
-    fastlora.optimize(model)
-    layer = model.base_model.model[0]
-    packed = quantised_weight(layer.base_layer).weight.tensors
-    x = torch.randn(64, K, requires_grad=True)
-    kept = saved_bytes(lambda: layer(x), [x, *packed, *trained(layer), layer.base_layer.bias])
-    assert sum(kept.values()) <= 4 * 64 * R + 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,13 +154,17 @@ def test_check_compares_them():
     assert report.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["gguf-q8_0", "gguf-q4_k"])
-def test_few_rows_of_gguf_need_no_kernel(kind):
+@pytest.mark.parametrize("kind", ["gguf-q8_0", "gguf-q4_k", "float8"])
+def test_the_formula_s_numbers_where_the_vendor_needs_a_kernel(kind):
     model, x = peft_model(kind), torch.randn(1, K)
-    with pytest.raises(AttributeError):
-        model(x)  # transformers' own
-    fastlora.optimize(model)
-    assert_close([model(x)], oracle(model, x)[:1], 1e-6)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        model(x)  # the vendor's own
+    fastlora.optimize(model, strict=True)
+    layer = model.base_model.model[0]
+    weight = quantised_weight(layer.base_layer).weight.dense(torch.float32)
+    a, b = (p.detach() for p in trained(model))
+    y = x @ weight.T + layer.base_layer.bias + layer.scaling["default"] * (x @ a.T @ b.T)
+    assert_close([model(x)], [y], 2e-6)
 
 
 def test_inputs_that_torchao_rounds_are_left_to_peft_and_the_report_says_why():

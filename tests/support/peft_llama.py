@@ -37,25 +37,15 @@ def result(model: nn.Module, losses: Iterable[float]) -> dict[str, Tensor]:
     return found | {name: p.detach() for name, p in trained(model).items()}
 
 
-def gradients(
-    model: nn.Module, autocast: bool = False, data: dict[str, Tensor] = DATA
-) -> dict[str, Tensor]:
+def gradients(model: nn.Module, data: dict[str, Tensor] = DATA) -> dict[str, Tensor]:
     """Of the loss in training, from the same random state and with the same masks each time."""
     torch.manual_seed(7)
     with shared_masks(model.train()):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**data).loss
+        loss = model(**data).loss
         loss.backward()
     found = {name: p.grad.clone() for name, p in trained(model).items()}
     model.zero_grad()
     return {"loss": loss.detach()} | found
-
-
-def error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Of all tensors end to end, ‖found - truth‖ / ‖truth‖."""
-    assert found.keys() == truth.keys()
-    first, second = (torch.cat([t.double().flatten() for t in d.values()]) for d in (found, truth))
-    return ((first - second).norm() / second.norm()).item()
 
 
 def adamw(parameters: Iterable[Tensor], **settings) -> torch.optim.Optimizer:

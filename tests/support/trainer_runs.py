@@ -11,7 +11,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from models import randomise, tiny_llama
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import fastlora
 from fastlora.trainer import AdapterTrainer
@@ -51,8 +51,7 @@ def trainer_for(
     model: nn.Module | None, folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
 ) -> Trainer:
     others = {k: settings.pop(k) for k in ("processing_class", "model_init") if k in settings}
-    arguments = Seq2SeqTrainingArguments if issubclass(kind, Seq2SeqTrainer) else TrainingArguments
-    arguments = arguments(**ARGUMENTS | {"output_dir": str(folder)} | settings)
+    arguments = TrainingArguments(**ARGUMENTS | {"output_dir": str(folder)} | settings)
     return kind(model, arguments, train_dataset=rows(), eval_dataset=rows(), **others)
 
 
