@@ -37,12 +37,12 @@ class MXFP4(Format):
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         scales = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
-        check_shapes(self.names, tensors, _expected(self, self.block, scales))
+        check_shapes(self.names, tensors, _expected(self, scales))
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         packed, scale = (tensor[first : first + len(out)] for tensor in tensors)
         wide = torch.promote_types(out.dtype, torch.float32)
-        return _write(packed, _powers(scale), self.block, out, wide)
+        return _write(packed, powers_of(scale), self.block, out, wide)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class NVFP4(Format):
     names: ClassVar[tuple[str, ...]] = ("packed", "scale", "tensor_scale")
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        expected = _expected(self, self.block, (torch.float8_e4m3fn,))
+        expected = _expected(self, (torch.float8_e4m3fn,))
         check_shapes(self.names, tensors, [*expected, ((), (torch.float32,))])
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
@@ -68,14 +68,20 @@ class NVFP4(Format):
         return _write(packed, scale.mul_(tensors[2]), self.block, out, torch.float32)
 
 
-def _expected(format: Format, block: int, scales: tuple[torch.dtype, ...]) -> list:
-    """Shapes and dtypes of the codes and of the blocks' scales."""
-    rows, columns = format.rows, format.columns
-    if columns % block:
+def blocks_of(format: MXFP4 | NVFP4) -> int:
+    """How many blocks a row has.  Raises ValueError where they don't fill it."""
+    if format.columns % format.block:
         raise ValueError(
-            f"in_features is {columns}, but a block of {format.label} has {block} weights in a row"
+            f"a row of the weight has {format.columns} numbers, but a block of {format.label} has "
+            f"{format.block}: they don't fill it"
         )
-    return [((rows, columns // 2), _BYTES), ((rows, columns // block), scales)]
+    return format.columns // format.block
+
+
+def _expected(format: MXFP4 | NVFP4, scales: tuple[torch.dtype, ...]) -> list:
+    """Shapes and dtypes of the codes and of the blocks' scales."""
+    blocks = (format.rows, blocks_of(format)), scales
+    return [((format.rows, format.columns // 2), _BYTES), blocks]
 
 
 def _write(packed: Tensor, scale: Tensor, block: int, out: Tensor, wide: torch.dtype) -> Tensor:
@@ -104,7 +110,7 @@ def _halves(packed: Tensor) -> Tensor:
     return halves.view(torch.float16).mul_(2.0**14)
 
 
-def _powers(scale: Tensor) -> Tensor:
+def powers_of(scale: Tensor) -> Tensor:
     """float32 of an MXFP4's scales."""
     if scale.dtype == torch.float32:
         return scale

@@ -88,5 +88,5 @@ def test_nvfp4_is_torchaos(dtype, tensor_scale):
 )
 def test_rows_that_no_blocks_fill_are_refused(weight, wrong):
     format = type(weight.format)(4, wrong)
-    with pytest.raises(ValueError, match=f"in_features is {wrong}, but a block of"):
+    with pytest.raises(ValueError, match=f"a row of the weight has {wrong} numbers, but a block"):
         format.check(weight.tensors)

@@ -1,0 +1,157 @@
+"""Dense weights packed: NF4, MXFP4, NVFP4 and float8, a matrix or a stack of experts' matrices."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..blocks import rows_at_a_time
+from ..formats.float8 import Float8
+from ..formats.format import Quantised
+from ..formats.four_bit import FourBit
+from ..formats.microscaled import MXFP4, NVFP4, blocks_of, powers_of
+
+# Of e4m3 its largest number and its smallest normal one, and the largest of e2m1.
+_LARGEST, _SMALLEST, _LARGEST_E2M1 = 448.0, 2.0**-6, 6.0
+_NF4_BLOCK, _FLOAT8_BLOCK = 64, 128
+# What is smaller counts as nothing in a scale whose reciprocal would be infinite.
+_NOTHING = 2.0**-100
+# Where each of e2m1's magnitudes ends.  What is halfway goes to the even code: where that is the
+# next one, the bound is the number before.
+_BOUNDS = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
+
+
+def pack_weight(weight: Tensor, kind: str) -> Quantised:
+    """weight [N, K] or [E, N, K], of any floating dtype, packed as one of :data:`KINDS`.
+
+    * "nf4": bitsandbytes' quantiser, blocks of 64 with float32 scales;
+    * "mxfp4": as torchao's ``to_mx`` in ``ScaleCalculationMode.EVEN``, which errs least: 4 times a
+      block's scale is its largest magnitude, rounded to e2m1's two digits, without its mantissa;
+    * "nvfp4": as torchao's ``to_nvfp4`` with ``per_tensor_amax_to_scale``;
+    * "fp8": e4m3fn with a float32 scale for each 128 × 128, as transformers' ``Fp8Quantize``; the
+      last blocks may have fewer rows and columns.
+
+    A number goes to the nearest code, of two to the even one.  One matrix is packed at a time.
+    Raises ValueError for another kind or shape, for infinities and NaN, and where blocks don't fill
+    a row; ImportError where bitsandbytes is needed and not there.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+    if not weight.is_floating_point() or weight.dim() not in (2, 3) or not weight.numel():
+        raise ValueError(
+            f"the weight is {weight.dtype} of shape {tuple(weight.shape)}, but must be floating, "
+            "[N, K] or [E, N, K], and not empty"
+        )
+    stack: list[Tensor] = []
+    with torch.no_grad():
+        for i, matrix in enumerate(_matrices(weight)):
+            if not bool(torch.linalg.vector_norm(matrix, torch.inf).float().isfinite()):
+                raise ValueError("the weight has infinities or NaN, which can't be packed")
+            packed = KINDS[kind](matrix)
+            if weight.dim() == 2:
+                return packed
+            stack = stack or [one.new_empty(len(weight), *one.shape) for one in packed.tensors]
+            for all_of_them, one in zip(stack, packed.tensors, strict=True):
+                all_of_them[i] = one
+    return Quantised(packed.format, tuple(stack))
+
+
+def packing_error(weight: Tensor, packed: Quantised) -> float:
+    """‖packed - weight‖ / ‖weight‖, a block of rows at a time; 0 for a weight of zeros."""
+    if weight.shape != packed.shape:
+        raise ValueError(f"the weight is {tuple(weight.shape)}, the packed {tuple(packed.shape)}")
+    error = size = 0.0
+    with torch.no_grad():
+        for i, matrix in enumerate(_matrices(weight)):
+            source = packed if weight.dim() == 2 else packed.one(i)
+            step = rows_at_a_time(matrix)
+            for first in range(0, len(matrix), step):
+                own = matrix[first : first + step].double()
+                made = source.read(first, torch.empty_like(own, dtype=torch.float32))
+                error += float((made - own).square_().sum())
+                size += float(own.square_().sum())
+    return (error / size) ** 0.5 if size else 0.0
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 3 else weight[None]
+
+
+def _by_rows(weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What ``pack`` makes of the weight in float32, a block of rows at a time."""
+    step = max(1, rows_at_a_time(weight) // _FLOAT8_BLOCK) * _FLOAT8_BLOCK
+    some = [weight[first : first + step] for first in range(0, len(weight), step)]
+    parts = [pack(rows.float().contiguous()) for rows in some]
+    return tuple([torch.cat(each) for each in zip(*parts, strict=True)])
+
+
+def _e2m1(values: Tensor) -> Tensor:
+    """Codes of values [n, blocks, block], two in a byte: [n, columns / 2]."""
+    bounds = torch.tensor(_BOUNDS, device=values.device)
+    codes = torch.bucketize(values.abs(), bounds, out_int32=True).byte()
+    codes = codes.bitwise_or_(values.signbit().byte() << 3).flatten(1)
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def _mxfp4(weight: Tensor) -> Quantised:
+    format = MXFP4(*weight.shape)
+    shape = blocks_of(format), format.block
+
+    def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = rows.unflatten(1, shape)
+        largest = blocks.abs().amax(-1)
+        # Half of e2m1's last digit is added to float32's bits, and may carry into the exponent.
+        # With a scale above 2¹²⁵ the largest codes would be infinite.
+        scale = ((largest.view(torch.int32) + 2**21) >> 23).sub_(2).clamp_(0, 252).byte()
+        return _e2m1(blocks * powers_of(254 - scale)[..., None]), scale
+
+    return Quantised(format, _by_rows(weight, pack))
+
+
+def _nvfp4(weight: Tensor) -> Quantised:
+    format = NVFP4(*weight.shape)
+    shape = blocks_of(format), format.block
+    largest = torch.linalg.vector_norm(weight, torch.inf).float()
+    tensor_scale = (largest / (_LARGEST * _LARGEST_E2M1)).clamp_(min=_NOTHING)
+
+    def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = rows.unflatten(1, shape)
+        scale = blocks.abs().amax(-1) / _LARGEST_E2M1 / tensor_scale
+        scale = scale.clamp_(_SMALLEST, _LARGEST).to(torch.float8_e4m3fn)
+        return _e2m1(blocks * (1.0 / tensor_scale / scale.float())[..., None]), scale
+
+    return Quantised(format, (*_by_rows(weight, pack), tensor_scale))
+
+
+def _fp8(weight: Tensor) -> Quantised:
+    (N, K), side = weight.shape, _FLOAT8_BLOCK
+
+    def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = pad(rows, (0, -K % side, 0, -len(rows) % side))
+        blocks = blocks.unflatten(1, (-1, side)).unflatten(0, (-1, side))
+        largest = blocks.abs().amax((1, 3))
+        factor = torch.where(largest > _NOTHING, _LARGEST / largest, 1.0)
+        codes = (blocks * factor[:, None, :, None]).clamp_(-_LARGEST, _LARGEST)
+        codes = codes.to(torch.float8_e4m3fn).flatten(0, 1).flatten(1)
+        return codes[: len(rows), :K].contiguous(), 1.0 / factor
+
+    format = Float8(N, K, "float8_e4m3fn", side, side)
+    return Quantised(format, _by_rows(weight, pack))
+
+
+def _nf4(weight: Tensor) -> Quantised:
+    try:
+        quantise = import_module("bitsandbytes.functional").quantize_4bit
+    except ImportError as error:
+        raise ImportError('"nf4" needs bitsandbytes\' quantiser: install bitsandbytes') from error
+    (N, K), block = weight.shape, _NF4_BLOCK
+    weight = weight.float() if weight.element_size() > 4 else weight.contiguous()
+    packed, state = quantise(weight, blocksize=block, quant_type="nf4")
+    return Quantised(FourBit(N, K, "nf4", block), (packed.view(-1), state.absmax))
+
+
+KINDS: dict[str, Callable[[Tensor], Quantised]] = {
+    "nf4": _nf4, "mxfp4": _mxfp4, "nvfp4": _nvfp4, "fp8": _fp8,
+}  # fmt: skip
