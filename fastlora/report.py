@@ -176,16 +176,14 @@ def _cover(name: str, layer: "LoRALayer | ExpertsWeight") -> LayerCoverage:
         plan = "merged"
     elif has_sharded(module):
         fast, plan, reason = False, SHARDED, IN_THE_CALL
-    elif not isinstance(layer, LoRALayer):
-        reason = module.read().reason
-        fast, plan = not reason, "eager"
-        if fast:
-            plan, reason = planned_backend([layer.output()])
     else:
         try:
-            if layer.why_not_fast:
-                raise ValueError(layer.why_not_fast)
-            outputs = as_outputs([layer.projection()])
+            own = layer.why_not_fast if isinstance(layer, LoRALayer) else module.read().reason
+            if own:
+                raise ValueError(own)
+            outputs = as_outputs(
+                [layer.projection() if isinstance(layer, LoRALayer) else layer.output()]
+            )
             (plan, reason), packed = planned_backend(outputs), format_of(outputs[0])
         except ValueError as error:  # of a quantised layer that can't be read, and whose call fails
             fast, plan, reason = False, "eager", str(error)

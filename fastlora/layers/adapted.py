@@ -31,12 +31,15 @@ class Adapted(nn.Module):
 
     def put_merged(self, name: str, weight: Tensor, keep_base: bool) -> None:
         """Put a merged weight in the place of the parameter of this name."""
-        self._bases[name] = self._parameters[name] if keep_base else None
+        self._bases[name] = getattr(self, name) if keep_base else None
         setattr(self, name, nn.Parameter(weight, requires_grad=False))
 
     def put_back(self, name: str) -> None:
         """Put the original Parameter back: the same bits, and tied again if it was tied."""
-        setattr(self, name, self._bases.pop(name))
+        base = self._bases.pop(name)
+        if isinstance(base, nn.Module):  # a packed weight, which torch puts in no parameter's place
+            delattr(self, name)
+        setattr(self, name, base)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -260,13 +263,18 @@ def run_with(
     args: tuple[Any, ...],
     named: dict[str, Any],
 ) -> Any:
-    """What ``run`` returns with these tensors in the place of the module's parameters."""
+    """What ``run`` returns with these tensors in the place of the module's parameters.
+
+    Or, while it runs, of what hasn't one: of a packed weight.
+    """
     parameters: Any = module._parameters
-    kept = {name: parameters[name] for name in weights}
+    kept = {name: parameters[name] for name in weights if name in parameters}
     try:
         parameters.update(weights)
         return run(*args, **named)
     finally:
+        for name in weights.keys() - kept.keys():
+            del parameters[name]
         parameters.update(kept)
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..foreign import is_class
 from ..ops.autocast import autocast_off
-from ..ops.way import why_textbook
 from ..projection import Adapter, Base, Output
 from .adapted import (
     Adapted,
@@ -20,13 +20,22 @@ from .adapted import (
     check_adapter,
     new_pair,
     refuse_training,
-    run_with,
     scaling_of,
 )
-from .experts import ADDED, Experts, read_experts_module, run_experts, stacked, takes
+from .experts import ADDED, stacked
 from .members import tensor_of, why_not_tensor
+from .packed import (
+    PackedExperts,
+    dense_weight,
+    needs_class,
+    packed_names,
+    read_module,
+    settle,
+    weight_in,
+)
 
 _ADDED = ("adaptations", "lora_dropout", "_bases")
+_SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 
 
 class Features(NamedTuple):
@@ -45,8 +54,10 @@ class Features(NamedTuple):
 def features_of(module: nn.Module, name: str) -> Features:
     """Of the weight of this name: [E, q, p], or [E, p, q] where the module says is_transposed."""
     is_transposed = bool(getattr(module, "is_transposed", False))
-    experts, *sizes = tensor_of(module, name).shape
-    p, q = sizes if is_transposed else sizes[::-1]
+    weight = weight_in(module, name)
+    experts, *sizes = weight.shape
+    # A packed one is [E, out, in] in any module.
+    p, q = sizes if is_transposed and isinstance(weight, Tensor) else sizes[::-1]
     return Features(experts, p, q, is_transposed)
 
 
@@ -73,8 +84,9 @@ class ExpertsWeight(Adaptation):
     weight_name = "weight"
 
     @property
-    def weight(self) -> Tensor:
-        return tensor_of(self.experts, self.name)
+    def weight(self) -> Any:
+        """A tensor, or packed."""
+        return weight_in(self.experts, self.name)
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -106,7 +118,7 @@ class ExpertsWeight(Adaptation):
 
     def check_weight(self, name: str) -> None:
         """Raise ValueError unless the weight is a parameter, which can be replaced."""
-        if self.name not in self.experts._parameters:
+        if self.name not in (*self.experts._parameters, *packed_names(self.experts)):
             raise ValueError(
                 f"{name} can't be merged or removed: it is computed (a parametrisation): make that "
                 "permanent"
@@ -123,18 +135,36 @@ class ExpertsWeight(Adaptation):
         lora_a, lora_b, _ = self.adapter()
         return (lora_a.mT, lora_b.mT) if self.features.is_transposed else (lora_b, lora_a)
 
-    def sum(self) -> Tensor:
-        """weight + scaling · lora_B lora_A of every expert, which autograd follows."""
+    def sum(self, dtype: torch.dtype) -> Tensor:
+        """weight + scaling · lora_B lora_A of every expert, which autograd follows.
+
+        In the weight's dtype, or in this one if that is packed.
+        """
         weight = self.weight
+        if not isinstance(weight, Tensor):
+            weight = dense_weight(self.experts, self.name, dtype)
         left, right = (factor.to(weight.dtype) for factor in self._factors())
         with autocast_off(weight.device.type):
             return torch.baddbmm(weight, left, right, alpha=self.scaling)
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        """The sum in the weight's dtype, rounded once, an expert at a time."""
-        merged = torch.empty_like(self.weight, requires_grad=False)
-        for into, base, left, right in zip(merged, self.weight, *self._factors(), strict=True):
-            add_product(base, left, right, self.scaling, into)
+        """The sum in the weight's dtype, rounded once, an expert at a time.
+
+        A packed weight's is dense, of the dtype ``around``, and lies as the module's class has it.
+        """
+        weight, (left, right) = self.weight, self._factors()
+        if isinstance(weight, Tensor):
+            merged = torch.empty_like(weight, requires_grad=False)
+        else:
+            sizes = left.shape[0], left.shape[1], right.shape[2]
+            merged = torch.empty(sizes, dtype=around or weight.dtype, device=weight.device)
+        for i, into in enumerate(merged):
+            if isinstance(weight, Tensor):
+                add_product(weight[i], left[i], right[i], self.scaling, into)
+            elif self.features.is_transposed:
+                add_product(weight.one(i), right[i].mT, left[i].mT, self.scaling, into.mT)
+            else:
+                add_product(weight.one(i), left[i], right[i], self.scaling, into)
         return merged
 
     @property
@@ -163,7 +193,7 @@ def new_experts_adapter(
     module: nn.Module, name: str, r: int, init_lora_weights: bool | str, dtype: torch.dtype
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Fresh lora_A [E · r, p] and lora_B [q, r · E] for the weight of this name."""
-    shapes, device = features_of(module, name).shapes(r), tensor_of(module, name).device
+    shapes, device = features_of(module, name).shapes(r), weight_in(module, name).device
     return new_pair(shapes, device, dtype, r, init_lora_weights)
 
 
@@ -172,7 +202,7 @@ def names_of_pair(name: str) -> tuple[str, str]:
     return f"{name}{ADDED}A", f"{name}{ADDED}B"
 
 
-class LoRAExperts(Adapted):
+class LoRAExperts(Adapted, PackedExperts):
     """An experts module's class, which comes after this one: methods and no constructor.
 
     A weight NAME that is adapted has ``NAME_lora_A`` [E · r, p] and ``NAME_lora_B`` [q, r · E]
@@ -181,7 +211,6 @@ class LoRAExperts(Adapted):
     slow, and has no dropout: where dropout would act, it is a RuntimeError.
     """
 
-    plain_class: type[nn.Module]  # what it is without its adapters
     adaptations: dict[str, Adaptation]  # in the order of the module's parameters
     lora_dropout: float
 
@@ -203,7 +232,7 @@ class LoRAExperts(Adapted):
         """Become the plain module again, in place, with merged weights where they are merged."""
         for name in (*self.adapter_names(), *_ADDED):
             delattr(self, name)
-        object.__setattr__(self, "__class__", self.plain_class)
+        settle(self)
 
     def adapted_weights(self) -> Iterable[tuple[str, ExpertsWeight]]:
         return [(name, self.weight_of(name)) for name in self.adaptations]
@@ -214,42 +243,18 @@ class LoRAExperts(Adapted):
     def forward(self, *args: Any, **named: Any) -> Tensor:
         if len(self._bases) == len(self.adaptations):
             refuse_training(self)
-            return super().forward(*args, **named)
-        experts = self.read()
-        reason = experts.reason
-        if args and isinstance(args[0], Tensor) and why_textbook(args[0]):
-            reason = reason or "a transform, tracing or forward-mode differentiation is active"
-        if not (reason or named):
-            up, down = (self._output(name, experts) for name in experts.names)
-            if takes(args, (up, down)):
-                dropout = self.lora_dropout if self.training else 0.0
-                return run_experts(args, experts, up, down, dropout)
-        return self._by_its_own_forward(reason or "its arguments are others", args, named)
+            if not needs_class(self):
+                forward: Any = self.plain_class.forward
+                return forward(self, *args, **named)
+        return super().forward(*args, **named)
 
-    def read(self) -> Experts:
-        """How a call computes, or why it is the module's own forward's."""
-        experts = read_experts_module(self, self.plain_class)
-        if "parametrizations" in self._modules:
-            return Experts("its weights are parametrised")
-        return experts
-
-    def _output(self, name: str, experts: Experts) -> Output[Tensor]:
-        weight = tensor_of(self, name)
-        bias = tensor_of(self, f"{name}_bias") if experts.has_bias else None
-        base = Base(weight.mT if experts.transposed else weight, bias)
+    def adapters_of(self, name: str) -> tuple[Adapter[Tensor], ...]:
         if name not in self.adaptations or name in self._bases:
-            return Output(base, ())
-        return Output(base, (self.weight_of(name).adapter(),))
+            return ()
+        return (self.weight_of(name).adapter(),)
 
-    def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
-        """The class's forward with the sums in place of the weights."""
-        names = self.adaptations.keys() - self._bases.keys()
-        if self.lora_dropout and self.training:
-            raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
-        if not self._parameters.keys() >= names:
-            raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
-        sums = {name: self.weight_of(name).sum() for name in names}
-        return run_with(self, sums, super().forward, args, named)
+    def sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.weight_of(name).sum(dtype)
 
     def adapter_names(self) -> Iterable[str]:
         return [own for name in self.adaptations for own in names_of_pair(name)]
@@ -267,7 +272,12 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     """Why apply_lora can't give these parameters of a module adapters as experts; "" if it can."""
     if isinstance(module, LoRAExperts):
         return "it already has adapters (fastlora.remove_lora takes them away)"
-    experts = read_experts_module(module, type(module))
+    if is_class(type(module), *_SWIZZLED):
+        return (
+            "its MXFP4 numbers lie as a GPU kernel reads them: fastlora.load_packed(model, folder) "
+            "reads the checkpoint into a model that isn't quantised"
+        )
+    experts = read_module(module)
     if experts.reason:
         return experts.reason
     other = next((name for name in names if name not in experts.names), "")
@@ -277,17 +287,26 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:
         return "its weights are parametrised: make that permanent"
-    added = [*_ADDED, *vars(LoRAExperts), *(own for name in names for own in names_of_pair(name))]
-    taken = next((n for n in added if hasattr(module, n) and not hasattr(nn.Module, n)), "")
+    ours = [*vars(LoRAExperts), *vars(PackedExperts)]
+    added = [*_ADDED, *ours, *(own for name in names for own in names_of_pair(name))]
+    known = PackedExperts if isinstance(module, PackedExperts) else nn.Module
+    taken = next((n for n in added if hasattr(module, n) and not hasattr(known, n)), "")
     if taken:
         return f"it has a {taken!r} of its own, which LoRA experts have for themselves: rename that"
     ends = ("", "_bias") if experts.has_bias else ("",)
+    packed = packed_names(module)
     for name in [name + end for name in experts.names for end in ends]:
+        if name in packed:
+            try:
+                weight_in(module, name)
+            except ValueError as error:
+                return str(error)
+            continue
         tensor = module._parameters.get(name)
         ndim = 2 if name.endswith("_bias") else 3
         reason = "is none" if tensor is None else why_not_tensor(tensor, ndim)
         if reason:
             return f"its {name} {reason}: fastlora takes dense floating tensors"
-    if len(tensor_of(module, experts.names[0])) < 2:
+    if weight_in(module, experts.names[0]).shape[0] < 2:
         return "it has one expert alone"
     return ""

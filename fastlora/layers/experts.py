@@ -4,15 +4,17 @@ A module is known by its class's forward: that of ``use_experts_implementation``
 transformers' own functions.  All else about it is read once for every call, since it may change.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..foreign import is_class
 from ..ops.autocast import autocast_is_on
 from ..ops.experts import Activate, lora_experts
-from ..projection import AUTOCAST_DTYPES, Adapter, Output, is_plain
+from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
 from .members import activation_of, is_hooked
 
 _INTERFACE = "transformers.integrations.moe"
@@ -22,7 +24,9 @@ _SETTINGS = {
 }  # fmt: skip
 _OTHER = "its gate or activation is none that fastlora knows, or is hooked"
 ADDED = "_lora_"  # in the names of parameters that aren't the module's own
-_PARAMETERS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
+_WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
+_FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
+_OTHER_GATES = ("gate_softcap", "swiglu_alpha", "limit")  # what its gate depends on
 _CAST_BY_AUTOCAST = (None, "eager", "batched_mm")
 
 
@@ -48,7 +52,7 @@ def read_experts_module(base: Any, kind: Any) -> Experts:
         return Experts("experts of this version of transformers are not among the tested ones")
     name = getattr(base.config, "_experts_implementation", None)
     eager = name in (None, "eager")
-    run = forward.__wrapped__ if eager else _registered(forward, name)
+    run = _innermost(forward) if eager else _registered(forward, name)
     if not _is_transformers(run):
         return Experts("its forward, or its experts implementation, isn't one of transformers' own")
     if base.has_post_expert_norm:
@@ -67,6 +71,13 @@ def read_experts_module(base: Any, kind: Any) -> Experts:
 def why_not_repeated(experts: Experts) -> str:
     """Why a node, which runs the activation twice, can't be such a call; "" if it can."""
     return experts.reason or ("" if experts.repeats else _OTHER)
+
+
+def _innermost(forward: Any) -> Any:
+    """The class's own; FP8Experts' is decorated anew for every layer."""
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return forward
 
 
 def _registered(forward: Any, name: Any) -> Any:
@@ -92,13 +103,19 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
         return None if act is None else (act, _is_plain_function(act))
     gate, is_own = base._apply_gate, "_apply_gate" in base.__dict__
     function = None if is_own else kind._apply_gate
-    is_default = not is_own and getattr(function, "__module__", "") == _INTERFACE
+    is_default = not is_own and (
+        getattr(function, "__module__", "") == _INTERFACE
+        or (
+            is_class(kind, *_FP8)
+            and all(getattr(base, name, None) is None for name in _OTHER_GATES)
+        )
+    )
     names = getattr(getattr(eager, "__code__", None), "co_names", ())
     if eager and not is_default and "_apply_gate" not in names:
         return None  # its class's forward has another one
     if is_default and activation_of(act):
         return activation_of(act), True
-    others = {n for n in base._parameters if n not in _PARAMETERS and ADDED not in n}
+    others = {n for n in base._parameters if not _WEIGHT.fullmatch(n) and ADDED not in n}
     known = not is_own and _is_transformers(function) and not others
     return gate, known and (act is None or _is_plain_function(act))
 
@@ -149,13 +166,13 @@ def takes(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
     if len(args) != 3 or not all(map(is_plain, args)):
         return False
     x, index, weights = args
+    dense = {each.dtype for each in (weight, other) if isinstance(each, Tensor)}
     if autocast_is_on(x.device.type):
-        one_dtype = x.dtype in AUTOCAST_DTYPES and weight.dtype in AUTOCAST_DTYPES
+        one_dtype = len(dense) < 2 and dense | {x.dtype} <= set(AUTOCAST_DTYPES)
     else:
-        one_dtype = x.dtype == weight.dtype
+        one_dtype = dense <= {x.dtype} and x.dtype in DTYPES
     return (
         one_dtype
-        and weight.dtype == other.dtype
         and x.device == index.device == weights.device == weight.device == other.device
         and x.dim() == index.dim() == 2
         and x.shape[1] == weight.shape[2]
@@ -163,7 +180,7 @@ def takes(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
         and index.shape == weights.shape
         and weights.is_floating_point()
         and index.dtype in (torch.int32, torch.int64)
-        and _are_in(index, len(weight))
+        and _are_in(index, weight.shape[0])
     )
 
 

@@ -15,6 +15,7 @@ from ..layers.expert_layer import Adaptation, ExpertsWeight, LoRAExperts, new_ex
 from ..layers.frozen import give_back_frozen, matrix_of, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
+from ..layers.packed import plain_class_of
 from ..projection import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
@@ -190,11 +191,17 @@ def _experts_adapters(
     made: dict[nn.Module, _Adapters] = {}
     for name, target in targets.experts.items():
         module, parameter = target
-        dtype, r = wide_dtype(target.weight) if wide else target.weight.dtype, config.rank_of(name)
+        wide_here = wide or not isinstance(target.weight, Tensor)
+        dtype, r = (
+            wide_dtype(target.weight) if wide_here else target.weight.dtype,
+            config.rank_of(name),
+        )
         adapter = new_experts_adapter(module, parameter, r, config.init_lora_weights, dtype)
         numbers = target.features, r, config.alpha_of(name), config.use_rslora
         made.setdefault(module, {})[parameter] = (*adapter, Adaptation(*numbers))
-    return [(m, class_over(LoRAExperts, type(m)), adapters) for m, adapters in made.items()]
+    return [
+        (m, class_over(LoRAExperts, plain_class_of(m)), adapters) for m, adapters in made.items()
+    ]
 
 
 def remove_lora(model: nn.Module) -> nn.Module:

@@ -32,7 +32,9 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     A quantised layer's weight is dequantised, merged in float32 and quantised again, and a warning
     says how far that took it; ``requantise=False`` leaves it a plain one of the dtype that most of
     the model's parameters have beside the quantised layers (without any: of the layer's own), and
-    ``remove_lora`` then makes the layer a ``torch.nn.Linear`` of it.
+    ``remove_lora`` then makes the layer a ``torch.nn.Linear`` of it.  Packed weights of experts
+    become dense, of that dtype, in either case: after ``remove_lora``, ``fastlora.pack`` packs them
+    again, and says how far that takes them.
 
     Raises ValueError, and changes nothing, if the model has no adapters, a layer is merged already
     or its weight parametrised, its lora_A or lora_B is missing, of another shape or on another
@@ -49,16 +51,17 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
                 f"{called(name)} is merged already: call fastlora.unmerge_lora(model) first"
             )
         layer.check_adapter(called(name))
-    around = torch.float32 if requantise else _dtype_around(unwrap(model))
+    dense = _dtype_around(unwrap(model))
+    around = torch.float32 if requantise else dense
     for name, layer in _progress(layers, "checking"):
-        merged = layer.merged_weight(around)
+        merged = layer.merged_weight(dense if isinstance(layer, ExpertsWeight) else around)
         _check_merged(name, layer, merged, packs=requantise and not keep_base)
         del merged
     _warn_of_ties(unwrap(model), layers)
     errors = {}
     try:
         for name, layer in _progress(layers, "merging"):
-            merged = layer.merged_weight(around)
+            merged = layer.merged_weight(dense if isinstance(layer, ExpertsWeight) else around)
             error = layer.use_merged(merged, keep_base, requantise)
             if isinstance(layer, LoRAQuantised) and requantise:
                 errors[name] = error

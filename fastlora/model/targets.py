@@ -3,13 +3,14 @@
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers.expert_layer import Features, features_of, why_not_experts
 from ..layers.frozen import is_conv1d, is_router, why_not_base, why_not_class
 from ..layers.modules import called, plain_name
+from ..layers.packed import parameter_names, weight_in
 from ..projection import shown
 from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
@@ -24,8 +25,9 @@ class ExpertsTarget(NamedTuple):
     parameter: str
 
     @property
-    def weight(self) -> Tensor:
-        return self.module.get_parameter(self.parameter)
+    def weight(self) -> Any:
+        """A tensor, or packed."""
+        return weight_in(self.module, self.parameter)
 
     @property
     def features(self) -> Features:
@@ -116,24 +118,26 @@ def _find_experts(
     nothing.
     """
     wanted = config.target_parameters or ()
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if wanted else []
+    places = [
+        (f"{owner}.{parameter}" if owner else parameter, owner, parameter)
+        for owner, module in (model.named_modules() if wanted else ())
+        for parameter in parameter_names(module)
+    ]
     for one in wanted if every_name else ():
-        if not any(names_any((one,), name) for name in names):
+        if not any(names_any((one,), name) for name, *_ in places):
             raise ValueError(f"target_parameters has {one!r}, which matches no parameter")
     by_module: dict[str, list[str]] = {}
-    for owner, module in model.named_modules() if wanted else ():
-        for parameter in module._parameters:
-            name = f"{owner}.{parameter}" if owner else parameter
-            if not names_any(wanted, name) or any(is_inside(name, outer) for outer in saved):
-                continue
-            layer = layers.get(owner) if parameter == "weight" else None
-            if layer is None:
-                by_module.setdefault(owner, []).append(parameter)
-            elif is_conv1d(type(layer)):
-                raise ValueError(
-                    f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT "
-                    "takes for [out, in]: name the layer in target_modules"
-                )
+    for name, owner, parameter in places:
+        if not names_any(wanted, name) or any(is_inside(name, outer) for outer in saved):
+            continue
+        layer = layers.get(owner) if parameter == "weight" else None
+        if layer is None:
+            by_module.setdefault(owner, []).append(parameter)
+        elif is_conv1d(type(layer)):
+            raise ValueError(
+                f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT "
+                "takes for [out, in]: name the layer in target_modules"
+            )
     found = {}
     for owner, parameters in by_module.items():
         module = model.get_submodule(owner)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.experts import Experts, read_experts_module
+from ..layers.experts import Experts
 from ..layers.frozen import matrix_of, why_not_class
-from ..layers.members import tensor_of
+from ..layers.packed import packed_names, read_module, weight_in
 from ..model.config import LoRAConfig
 from ..model.files import Planned, size_of
 from ..model.targets import find_targets, modules_to_save
@@ -21,6 +21,7 @@ from ..model.tensors import (
     planned_adapters,
 )
 from ..quant import PackedLayer, quantised_weight
+from ..quant.float8 import SCALE
 from ..table import columns
 
 _MIB = 2**20
@@ -135,12 +136,17 @@ _TITLES = (
 
 def count_frozen(model: nn.Module) -> FrozenCosts:
     """The model's parameters, and the FLOPs of its linear layers, and of a token's experts."""
-    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    sizes: dict[Any, int] = {id(each): each.numel() for each in model.parameters()}
     for layer, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):  # what it is packed in has other numbers of elements
             for name in layer._parameters.keys() - {"bias"}:
                 sizes.pop(id(layer._parameters[name]), None)
             sizes[id(layer)] = math.prod(weight.shape)
+    for module in model.modules():
+        for name in packed_names(module):
+            for own in (name, f"{name}{SCALE}"):
+                sizes.pop(id(module._parameters.get(own)), None)
+            sizes[id(module), name] = math.prod(weight_in(module, name).shape)
     return FrozenCosts(sum(sizes.values()), 4 * _of_a_token(set(model.modules())))
 
 
@@ -161,9 +167,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
     for name, layer in targets.layers.items():
         flops += 2 * 3 * config.rank_of(name) * sum(matrix_of(layer).shape)
     for name, target in targets.experts.items():
-        used = _experts_of_a_token(
-            target.module, read_experts_module(target.module, type(target.module))
-        )
+        used = _experts_of_a_token(target.module, read_module(target.module))
         if not used:
             raise ValueError(
                 f"{name} has no price: its config doesn't say how many experts a token goes to "
@@ -189,10 +193,10 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
     """The weights of linear layers that a token is multiplied with, and those of its experts."""
     weights = sum(math.prod(weight.shape) for _, weight in _matrices(modules))
     for module in modules:
-        read = read_experts_module(module, type(module))
+        read = read_module(module)
         used = 0 if read.reason else _experts_of_a_token(module, read)
         for name in read.names if used else ():
-            weights += used * math.prod(tensor_of(module, name).shape[1:])
+            weights += used * math.prod(weight_in(module, name).shape[1:])
     return weights
 
 

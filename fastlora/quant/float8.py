@@ -1,4 +1,7 @@
-"""transformers' ``FP8Linear``: float8 with a scale for a block, a row or all (DeepSeek's, …)."""
+"""transformers' ``FP8Linear``: float8 with a scale for a block, a row or all (DeepSeek's, …).
+
+And its ``FP8Experts``.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -10,11 +13,13 @@ from torch import Tensor, nn
 from ..foreign import is_class
 from ..formats.float8 import Float8
 from ..formats.format import Quantised, name_of
+from ..formats.microscaled import MXFP4
 from .vendor import PackedLayer
 
 _MODULE = "transformers.integrations.finegrained_fp8"
 
 PARTS: tuple[str, ...] = ("weight", "weight_scale_inv")
+SCALE = "_scale_inv"  # behind a weight's name
 
 
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -38,6 +43,28 @@ def read(layer: nn.Module) -> PackedLayer | str:
     except (TypeError, ValueError, RuntimeError) as error:
         return f"its float8 weight is broken: {error}"
     return PackedLayer(Quantised(format, (own, scale)), rounds_input=True)
+
+
+def experts_weight(experts: nn.Module, name: str) -> Quantised | str:
+    """A weight of ``FP8Experts`` as a stack [E, N, K], of its own memory; or why it can't be read.
+
+    With blocks each scale is that of one, as their own dequantisation has it.  Without, there is a
+    scale for all of an expert, for each half of its rows (gate and up), or for each row.
+    """
+    theirs: Any = experts
+    own, scale = getattr(theirs, name).detach(), getattr(theirs, f"{name}{SCALE}").detach()
+    try:
+        _, n, k = own.shape
+        if own.dtype == torch.int8:
+            weight = Quantised(MXFP4(n, 2 * k), (own, scale))
+        else:
+            count = scale.shape[1]
+            rows, columns = theirs.block_size or (n // count if count in (1, 2, n) else 0, k)
+            weight = Quantised(Float8(n, k, name_of(own.dtype), rows, columns), (own, scale))
+        weight.check()
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return f"its {name} is broken: {error}"
+    return weight
 
 
 def _block(layer: Any) -> tuple[int, int]:

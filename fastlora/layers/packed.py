@@ -1,0 +1,199 @@
+"""Experts' weights that are packed: where a module keeps them, and how it runs with them."""
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+from ..ops.way import why_textbook
+from ..projection import Adapter, Base, Output
+from ..quant.float8 import SCALE, experts_weight
+from .adapted import run_with
+from .classes import class_over
+from .experts import Experts, read_experts_module, run_experts, takes
+from .members import tensor_of
+
+_DOWN = "down_proj"  # the last of the weights in every class of experts
+
+
+class PackedWeight(nn.Module):
+    """A stack [E, N, K] in the place of an experts module's parameter: packed, and never trained.
+
+    Its buffers are named as the format's tensors are, and hold their bits as uint8: casts of the
+    model leave them alone.
+    """
+
+    def __init__(self, weight: Quantised) -> None:
+        super().__init__()
+        self.format = weight.format
+        self._dtypes = tuple(tensor.dtype for tensor in weight.tensors)
+        for name, tensor in zip(weight.format.names, weight.tensors, strict=True):
+            self.register_buffer(name, tensor.detach().contiguous().view(torch.uint8))
+
+    @property
+    def quantised(self) -> Quantised:
+        """The stack, of the same memory."""
+        bits = [self._buffers[name] for name in self.format.names]
+        tensors = [b.view(d) for b, d in zip(bits, self._dtypes, strict=True) if b is not None]
+        return Quantised(self.format, tuple(tensors))
+
+    @property
+    def shape(self) -> torch.Size:
+        """[E, N, K], whichever way a dense weight would lie in this module."""
+        return self.quantised.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quantised.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantised.device
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}, {self.format.label}"
+
+
+class PackedExperts(nn.Module):
+    """An experts module's class, which comes after this one, whose weights may be packed.
+
+    Methods and no constructor.  A packed weight NAME is a :class:`PackedWeight` of that name, or,
+    in transformers' ``FP8Experts``, two parameters.  A call is one node (``ops.experts``).  What
+    that can't be is the module's own forward with dense weights, made for that call.
+    """
+
+    plain_class: type[nn.Module]  # what it is with dense weights, and without adapters
+    # Without adapters it has none of these.
+    adaptations: Mapping[str, Any] = MappingProxyType({})
+    _bases: Any = MappingProxyType({})
+    lora_dropout = 0.0
+
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        experts = self.read()
+        reason = experts.reason
+        if args and isinstance(args[0], Tensor) and why_textbook(args[0]):
+            reason = reason or "a transform, tracing or forward-mode differentiation is active"
+        if not (reason or named):
+            up, down = (self._output(name, experts) for name in experts.names)
+            if takes(args, (up, down)):
+                dropout = self.lora_dropout if self.training else 0.0
+                return run_experts(args, experts, up, down, dropout)
+        return self._by_its_own_forward(reason or "its arguments are others", args, named)
+
+    def read(self) -> Experts:
+        """How a call computes, or why it is the module's own forward's."""
+        experts = read_experts_module(self, self.plain_class)
+        if "parametrizations" in self._modules:
+            return Experts("its weights are parametrised")
+        return experts
+
+    def _output(self, name: str, experts: Experts) -> Output[Any]:
+        weight = weight_in(self, name)
+        bias = tensor_of(self, f"{name}_bias") if experts.has_bias else None
+        if experts.transposed and isinstance(weight, Tensor):
+            weight = weight.mT
+        return Output(Base(weight, bias), self.adapters_of(name))
+
+    def adapters_of(self, name: str) -> tuple[Adapter[Tensor], ...]:
+        """Those that a call adds to the weight of this name."""
+        return ()
+
+    def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
+        """The class's forward with the sums in place of the weights, and dense packed ones."""
+        adapted, packed = self.adaptations.keys() - self._bases.keys(), set(packed_names(self))
+        if self.lora_dropout and self.training and adapted:
+            raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
+        if not self._parameters.keys() | packed >= adapted:
+            raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
+        given = [x.dtype for x in (*args, *named.values()) if isinstance(x, Tensor)]
+        dtype = next((d for d in given if d.is_floating_point), torch.float32)
+        weights = {name: self.sum_of(name, dtype) for name in adapted}
+        weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}
+        forward: Any = self.plain_class.forward
+        while any(n.endswith(SCALE) for n in self._parameters) and hasattr(forward, "__wrapped__"):
+            forward = forward.__wrapped__  # FP8Experts', where weights may be dense
+        return run_with(self, weights, partial(forward, self), args, named)
+
+    def sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The weight of this name with its adapter; in this dtype, if it is packed."""
+        raise NotImplementedError
+
+
+def plain_class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that an experts module has with dense weights, and without adapters."""
+    return module.plain_class if isinstance(module, PackedExperts) else type(module)
+
+
+def read_module(module: nn.Module) -> Experts:
+    """How a module's experts compute, packed, adapted or neither; or why that isn't known."""
+    return read_experts_module(module, plain_class_of(module))
+
+
+def take_packed(module: Any, weights: Mapping[str, Quantised]) -> None:
+    """Let an experts module have these packed weights in the place of its parameters."""
+    for name, weight in weights.items():
+        delattr(module, name)
+        setattr(module, name, PackedWeight(weight))
+    settle(module)
+
+
+def settle(module: Any) -> None:
+    """Give a module without adapters the class that runs the weights that it has now."""
+    kind = plain_class_of(module)
+    own = class_over(PackedExperts, kind, "Packed") if needs_class(module) else kind
+    object.__setattr__(module, "__class__", own)
+
+
+def needs_class(module: nn.Module) -> bool:
+    """Whether the plain class couldn't run it: a weight is a :class:`PackedWeight`, or a dense one
+    in a class for float8."""
+    scaled = _scaled(module)
+    return any(isinstance(held, PackedWeight) for held in module._modules.values()) or any(
+        name not in packed_names(module) for name in scaled
+    )
+
+
+def packed_names(module: nn.Module) -> list[str]:
+    """Of the module's weights that are packed."""
+    held = [n for n, each in module._modules.items() if isinstance(each, PackedWeight)]
+    return held + [n for n in _scaled(module) if tensor_of(module, n).element_size() == 1]
+
+
+def _scaled(module: nn.Module) -> list[str]:
+    """Of the weights that came with scales of FP8Experts'."""
+    ends = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
+    return [name for name in ends if isinstance(getattr(module, name, None), Tensor)]
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """What a module has for parameters, packed ones among them; weights of experts in the order of
+    their class."""
+    held = [n for n, each in module._modules.items() if isinstance(each, PackedWeight)]
+    return sorted([*held, *module._parameters], key=_DOWN.__eq__)
+
+
+def weight_in(module: nn.Module, name: str) -> Any:
+    """A weight as it lies: a tensor, or packed [E, N, K].
+
+    Raises ValueError for a packed one that can't be read.
+    """
+    held = module._modules.get(name)
+    if isinstance(held, PackedWeight):
+        return held.quantised
+    weight = tensor_of(module, name)
+    if f"{name}{SCALE}" not in module._parameters or weight.element_size() > 1:
+        return weight
+    found = experts_weight(module, name)
+    if isinstance(found, str):
+        raise ValueError(f"the {plain_class_of(module).__name__} can't be read: {found}")
+    return found
+
+
+def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """A packed weight in this dtype, new, as it would lie in this module."""
+    made = weight_in(module, name).dense(dtype)
+    return made.mT if getattr(module, "is_transposed", False) else made
