@@ -1,0 +1,274 @@
+"""Adapters on experts whose weights are packed: PEFT over the dense weights is the judge."""
+
+import copy
+import io
+import pickle
+
+import peft
+import pytest
+import torch
+from models import assert_untouched, snapshot
+from moe_models import IDS, base_model, experts_of, parameters_of, train
+from packed_experts import (
+    SIZES,
+    bits_of,
+    dense_model,
+    fp8_model,
+    packed_model,
+)
+from peft_models import counted_calls
+from torch import nn
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.layers.packed import PackedWeight, weight_in
+from fastlora.model.inject import injection_of
+from fastlora.model.tensors import adapter_tensors
+from fastlora.price.quote import kept_bytes
+
+
+def adapted(model: nn.Module, name: str = "qwen3", **changes) -> nn.Module:
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    settings |= {"target_parameters": parameters_of(name)} | changes
+    fastlora.apply_lora(model, LoRAConfig(**settings))
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def calls_of(model: nn.Module) -> int:
+    with counted_calls() as calls:
+        logits(model)
+    return len(calls)
+
+
+def close(found, expected, tolerance=1e-6):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+# Which model, and what makes it.
+CASES = {
+    "qwen3, mxfp4": ("qwen3", lambda: packed_model("qwen3", "mxfp4")),
+    "gpt-oss, mxfp4": ("gpt-oss", lambda: packed_model("gpt-oss", "mxfp4")),
+    "gpt-oss, nf4": ("gpt-oss", lambda: packed_model("gpt-oss", "nf4", "grouped_mm")),
+    "mixtral, nvfp4": ("mixtral", lambda: packed_model("mixtral", "nvfp4")),
+    "deepseek, float8": ("deepseek", lambda: packed_model("deepseek", "float8")),
+    "nemotron, mxfp4": ("nemotron", lambda: packed_model("nemotron", "mxfp4")),
+    "blocks of fp8": ("qwen3", fp8_model),
+    "e8m0 of fp8": ("qwen3", lambda: fp8_model("qwen3", (16, 16), "grouped_mm", scale_fmt="ue8m0")),
+    "halves of fp8": ("deepseek", lambda: fp8_model("deepseek", None, "batched_mm")),
+    "fp4": ("qwen3", lambda: fp8_model(scale_fmt="ue8m0", expert_dtype="fp4")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
+    name, make = CASES[case]
+    ours = make()
+    base, keys, bits = dense_model(ours, name), set(ours.state_dict()), bits_of(ours)
+    weights = len(bits) // len(weight_in(experts_of(ours), "down_proj").tensors)
+    adapted(ours, name)
+    assert keys < set(ours.state_dict())  # nothing was renamed
+    assert bits
+    report = fastlora.coverage(ours)
+    assert calls_of(ours) == weights == sum(bool(layer.packed) for layer in report.fast)
+    assert not report.eager
+    assert "quantised: " in str(report)
+    expected = logits(ours)
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(
+        copy.deepcopy(base), tmp_path / "ours", is_trainable=True
+    )
+    close(logits(theirs), expected)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for side in ("ours", "theirs"):
+        again = fastlora.load_adapter(make(), tmp_path / side)
+        assert torch.equal(logits(again), expected)
+    for one, other in zip(train(ours, 3), train(theirs, 3), strict=True):
+        close(one, other, 1e-5)
+    parameters = dict(theirs.named_parameters())
+    for key, mine in adapter_tensors(ours, injection_of(ours)).items():
+        close(mine, parameters[key.removesuffix("weight") + "default.weight"], 1e-5)
+        assert mine.grad.norm() > 0
+    assert all(torch.equal(one, bits[key]) for key, one in bits_of(ours).items())
+
+
+@pytest.mark.parametrize("case", ["gpt-oss, mxfp4", "blocks of fp8"])
+def test_merged_weights_are_dense_and_packed_again_when_unmerged(case):
+    name, make = CASES[case]
+    model = make()
+    keys, bits = list(model.state_dict()), bits_of(model)
+    kind = type(experts_of(model))
+    adapted(model, name, target_parameters=["experts.down_proj"])
+    down, up = weight_in(experts_of(model), "down_proj"), parameters_of(name)[0].split(".")[1]
+    expected = logits(model)
+    (_, weight), *_ = experts_of(model).adapted_weights()
+    dense = dict(dense_model(model, name).named_modules())
+    fastlora.merge_lora(model)
+    close(logits(model), expected)
+    merged = experts_of(model).down_proj
+    lora_a, lora_b, scale = weight.adapter()
+    added = scale * (lora_b @ lora_a)
+    base = next(m for n, m in dense.items() if n.endswith("experts")).down_proj
+    close(merged, base + (added.mT if model.config.model_type == "gpt_oss" else added))
+    with pytest.raises(RuntimeError, match="is merged"):
+        model.train()(input_ids=IDS)
+    copied = copy.deepcopy(model.eval())
+    fastlora.unmerge_lora(model)
+    assert torch.equal(logits(model), expected)
+    assert all(torch.equal(one, bits[key]) for key, one in bits_of(model).items())
+    back = weight_in(experts_of(model), "down_proj")
+    assert back.tensors[0].data_ptr() == down.tensors[0].data_ptr()
+    fastlora.remove_lora(copied)
+    close(logits(copied), expected)
+    # The other weight is as it was; so no plain class could run it.
+    assert not isinstance(weight_in(experts_of(copied), up), torch.Tensor)
+    again = adapted(copied, name)
+    assert calls_of(again) == 4
+    fastlora.remove_lora(model)
+    assert type(experts_of(model)) is kind
+    assert list(model.state_dict()) == keys
+
+
+def test_what_is_merged_whole_is_the_plain_class_again():
+    model = adapted(packed_model("gpt-oss", "nf4"), "gpt-oss").bfloat16()
+    expected = logits(model)
+    fastlora.remove_lora(fastlora.merge_lora(model, keep_base=False))
+    plain = base_model("gpt-oss", **SIZES).bfloat16().eval()
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits(plain), logits(model))
+    close(logits(model), expected, 0.03)
+
+
+def test_casts_copies_and_state_dicts_keep_every_bit():
+    model = adapted(packed_model("gpt-oss", "nvfp4"), "gpt-oss")
+    bits, expected = bits_of(model), logits(model)
+    assert len(bits) == 12
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = adapted(packed_model("gpt-oss", "nvfp4"), "gpt-oss")
+    for module in other.modules():
+        if isinstance(module, PackedWeight):
+            for buffer in module.buffers():
+                buffer.zero_()
+    assert not torch.equal(logits(other), expected)
+    assert not any(other.load_state_dict(torch.load(file)))
+    same = [other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(torch.equal(logits(one), expected) for one in same)
+    for one in (*same, model.half(), model.to(torch.bfloat16)):
+        assert bits_of(one).keys() == bits.keys()
+        assert all(torch.equal(found, bits[key]) for key, found in bits_of(one).items())
+    assert "NVFP4" in repr(model)
+    assert "gate_up_proj: r=4" in repr(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_frozen_packed_experts_run_and_give_x_its_gradient(dtype):
+    packed = packed_model("gpt-oss", "mxfp4").to(dtype)
+    dense = dense_model(packed, "gpt-oss").to(dtype)
+    ours, theirs = experts_of(packed), experts_of(dense)
+    x, index = torch.randn(7, 32, dtype=dtype), torch.randint(0, 4, (7, 2))
+    share, found = torch.rand(7, 2, dtype=dtype), []
+    for experts in (ours, theirs):
+        own = x.clone().requires_grad_()
+        y = experts(own, index, share)
+        y.sum().backward()
+        found.append((y, own.grad))
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip(*found, strict=True):
+        close(one, other, tolerance)
+
+
+@pytest.mark.parametrize("case", ["gpt-oss, mxfp4", "e8m0 of fp8"])
+def test_what_is_no_node_has_dense_weights_for_that_call(case):
+    name, make = CASES[case]
+    model = adapted(make(), name)
+    experts, x, index = experts_of(model), torch.randn(7, 32), torch.randint(0, 4, (7, 2))
+    share, keys = torch.rand(7, 2), list(experts.state_dict())
+
+    def total(x):
+        return experts(x, index, share).square().sum()
+
+    own = x.clone().requires_grad_()
+    total(own).backward()
+    own_forward = torch.func.grad(total)
+    if name == "gpt-oss":  # FP8Experts' own loop draws its experts' numbers, as transforms can't
+        close(own_forward(x), own.grad, 1e-4)
+    of_gpt = "router_indices", "routing_weights"
+    names = "hidden_states", *(of_gpt if name == "gpt-oss" else ("top_k_index", "top_k_weights"))
+    named = dict(zip(names, (x, index, share), strict=True))
+    close(experts(**named), experts(x, index, share), 1e-5)
+    assert list(experts.state_dict()) == keys
+    experts.lora_dropout = 0.5
+    with pytest.raises(RuntimeError, match="can't have lora_dropout"):
+        experts.train()(**named)
+
+
+def test_checkpointing_and_training_keep_nothing_dense():
+    packed = adapted(packed_model("qwen3", "nf4"))
+    dense = adapted(dense_model(packed, "qwen3"))
+    for key, own in dense.named_parameters():
+        if "lora_" in key:
+            own.data.copy_(packed.get_parameter(key))
+    batch = {"input_ids": IDS, "labels": IDS}
+    kept = [kept_bytes(model.train(), batch) for model in (packed, dense)]
+    assert kept[0] == kept[1]
+    expected = train(copy.deepcopy(packed))
+    packed.gradient_checkpointing_enable({"use_reentrant": False})
+    assert kept_bytes(packed, batch) < kept[0] / 2
+    for one, other in zip(train(packed), expected, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("case", ["gpt-oss, mxfp4", "fp4"])
+def test_the_plan_of_a_packed_model_is_the_dense_one_s(case):
+    name, make = CASES[case]
+    model = make()
+    config = LoRAConfig(target_modules=[], target_parameters=parameters_of(name))
+    dense, packed = (
+        fastlora.plan(one, [8], config=config, rounds=0)
+        for one in (dense_model(model, name), model.to("meta"))
+    )
+    assert dense.prices == packed.prices
+    assert dense.frozen == packed.frozen
+
+
+def test_broken_or_foreign_packed_experts_are_refused():
+    model = fp8_model()
+    experts = experts_of(model)
+    config = LoRAConfig(target_parameters=["experts.gate_up_proj"])
+    good = experts.gate_up_proj_scale_inv
+    for scale in (good[:, :3], good.half().double(), good[:2]):
+        experts.gate_up_proj_scale_inv = nn.Parameter(scale.contiguous())
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="gate_up_proj is broken: "):
+            fastlora.apply_lora(model, config)
+        assert_untouched(model, before)
+    experts.gate_up_proj_scale_inv = good
+    fastlora.apply_lora(model, config)
+    experts.gate_up_proj_scale_inv = nn.Parameter(good[:, :3].contiguous())
+    (broken, *_) = fastlora.coverage(model).eager
+    assert "is broken" in broken.reason
+    with pytest.raises(ValueError, match="FP8Experts can't be read: its gate_up_proj is broken"):
+        logits(model)
+    swizzled = base_model("gpt-oss", **SIZES)
+    swizzled.model.layers[1].mlp.experts = Mxfp4GptOssExperts(swizzled.config)
+    before = snapshot(swizzled)
+    with pytest.raises(ValueError, match=r"as a GPU kernel reads them: fastlora\.load_packed"):
+        fastlora.apply_lora(swizzled, config)
+    assert_untouched(swizzled, before)
+    twice = adapted(packed_model("qwen3", "mxfp4"))
+    with pytest.raises(ValueError, match="has an adapter already"):
+        fastlora.apply_lora(twice, config)
+    by_name = LoRAConfig(target_modules=["gate_up_proj"])
+    with pytest.raises(ValueError, match=r"PackedWeight, no torch\.nn\.Linear"):
+        fastlora.apply_lora(packed_model("qwen3", "mxfp4"), by_name)

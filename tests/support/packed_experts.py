@@ -1,0 +1,106 @@
+"""Tiny mixtures whose experts are packed, and the same ones dense."""
+
+import torch
+from moe_models import base_model
+from packed import random_float8, random_four_bit, random_mxfp4, random_nvfp4, stack
+from torch import nn
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+from fastlora.formats.format import Quantised
+from fastlora.layers.packed import dense_weight, packed_names, read_module, take_packed, weight_in
+
+SIZES = {"moe_intermediate_size": 32, "intermediate_size": 64}  # whole blocks of every format
+
+
+def _float8(n: int, k: int) -> Quantised:
+    weight = random_float8(n, k, 16, 16, scale=torch.float32)
+    weight.tensors[1].mul_(0.1)
+    return weight
+
+
+def _mxfp4(n: int, k: int) -> Quantised:
+    format, (packed, scale) = random_mxfp4(n, k)
+    return Quantised(format, (packed, torch.randint(121, 125, scale.shape, dtype=torch.uint8)))
+
+
+def _nvfp4(n: int, k: int) -> Quantised:
+    format, (packed, scale, whole) = random_nvfp4(n, k)
+    return Quantised(format, (packed, scale, torch.full_like(whole, 0.03)))
+
+
+def _nf4(n: int, k: int) -> Quantised:
+    weight = random_four_bit(n, k, block=32)
+    weight.tensors[1].mul_(0.2)
+    return weight
+
+
+FORMATS = {"float8": _float8, "mxfp4": _mxfp4, "nvfp4": _nvfp4, "nf4": _nf4}
+
+
+def experts_modules(model: nn.Module) -> list[nn.Module]:
+    """Those that hold the weights of experts."""
+    return [module for module in model.modules() if not read_module(module).reason]
+
+
+def packed_model(name: str, format: str, implementation: str = "eager", **changes) -> nn.Module:
+    """A frozen one, all of whose experts' weights are packed."""
+    torch.manual_seed(0)
+    model = base_model(name, implementation, **SIZES | changes)
+    for experts in experts_modules(model):
+        weights = {}
+        for own in read_module(experts).names:
+            count, *shape = getattr(experts, own).shape
+            shape = shape[::-1] if experts.is_transposed else shape
+            weights[own] = stack([FORMATS[format](*shape) for _ in range(count)])
+        take_packed(experts, weights)
+    return model
+
+
+def fp8_model(
+    name: str = "qwen3", block=(16, 16), implementation: str = "eager", **how
+) -> nn.Module:
+    """One whose experts are transformers' FP8Experts.  ``how``: scale_fmt, expert_dtype."""
+    torch.manual_seed(0)
+    model = base_model(name, implementation, **SIZES)
+    config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=how.get("scale_fmt", "float"))
+    config.expert_dtype = how.get("expert_dtype", "fp8")
+    linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+    model = replace_with_fp8_linear(model, linear, config)
+    for module in model.modules():
+        for key, own in list(module._parameters.items()):
+            if own is not None and own.is_meta:
+                trains = own.is_floating_point()
+                module._parameters[key] = nn.Parameter(_numbers(own.shape, own.dtype), trains)
+    return model
+
+
+def _numbers(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-128, 128, shape, dtype=dtype)
+    if dtype == torch.float8_e8m0fnu:
+        return torch.randint(120, 124, shape).to(torch.uint8).view(dtype)
+    return torch.rand(shape) * 0.05 if dtype == torch.float32 else torch.randn(shape).to(dtype)
+
+
+def dense_model(packed: nn.Module, name: str, implementation: str = "eager") -> nn.Module:
+    """The same one, float32 and plain: the packed weights as their formats mean them."""
+    model = base_model(name, implementation, **SIZES)
+    there, own = dict(packed.named_modules()), packed.state_dict()
+    same = {key: own[key] for key in model.state_dict() if key in own}
+    model.load_state_dict({k: v for k, v in same.items() if v.is_floating_point()}, strict=False)
+    for key, module in model.named_modules():
+        for name_ in packed_names(there[key]):
+            dense = dense_weight(there[key], name_, torch.float32)
+            getattr(module, name_).data = dense.contiguous()
+    return model
+
+
+def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of every packed weight, as bytes."""
+    return {
+        f"{key}.{name}.{i}": tensor.flatten().view(torch.uint8).clone()
+        for key, module in model.named_modules()
+        for name in packed_names(module)
+        for i, tensor in enumerate(weight_in(module, name).tensors)
+    }
