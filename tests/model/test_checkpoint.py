@@ -189,9 +189,7 @@ OF_TENSORS = {  # what is done to the folder, and what the error says
 }
 DAMAGED = OF_TENSORS | {
     "another-method": (with_config(peft_type="IA3"), "peft_type 'IA3'"),
-    "lora_bias": (with_config(lora_bias=True), "lora_bias=True"),
     "unknown-setting": (with_config(warp_factor=9), "warp_factor=9"),
-    "pissa": (with_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "rank-list": (with_config(rank_pattern=["up"]), "rank_pattern is"),
     "bad-pattern": (with_config(alpha_pattern={"*up": 4}), "alpha_pattern has"),
     "bad-task": (with_config(task_type=["x"]), "task_type is"),

@@ -329,3 +329,26 @@ def test_files_of_a_peft_that_swapped_in_and_out_are_refused(tmp_path):
                 fastlora.load_adapter(model, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(values | {"peft_version": "0.19.1"}))
     fastlora.load_adapter(base_model(), tmp_path)
+
+
+def test_attention_alone_is_spelled_as_ever(tmp_path):
+    config = LoRAConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    model = fastlora.apply_lora(base_model(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastlora.save_adapter(model, tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    assert values["target_modules"] == ["q_proj", "v_proj"]
+    assert values["target_parameters"] is None
+    assert values["lora_dropout"] == 0.1
+
+
+def test_all_linear_says_that_it_passed_over_experts():
+    with pytest.warns(
+        UserWarning, match="passed over the parameters of experts and routers"
+    ) as found:
+        fastlora.apply_lora(base_model(), LoRAConfig(target_modules="all-linear"))
+    (message,) = [str(one.message) for one in found if "passed over" in str(one.message)]
+    assert "model.layers.1.mlp.experts" in message
+    assert "PEFT" in message
+    assert found[0].filename == __file__

@@ -5,6 +5,7 @@ import torch
 from models import (
     Mlp,
     Tied,
+    adapt,
     adapted_layers,
     assert_untouched,
     refused,
@@ -12,8 +13,10 @@ from models import (
     tiny_llama,
     trained,
 )
+from process import run_python
 from torch import nn
 from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora import LoRAConfig
@@ -260,6 +263,11 @@ ERRORS = {  # a model, the targets or all settings, and what the error says
     "no-linear": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
     "no-linear-at-all": (nn.ReLU, ["up"], "no linear layer that could be adapted"),
     "replaced-forward": (replaced_forward, ["up"], "its forward was replaced"),
+    "conv1d-by-its-weight": (  # PEFT takes it for [out, in]: the file would have other shapes
+        lambda: nn.ModuleDict({"c_attn": Conv1D(6, 8)}),
+        {"target_parameters": ["c_attn.weight"]},
+        "c_attn.weight, a Conv1D's .* in target_modules",
+    ),
     "encoder-layer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16),
         ["linear1"],
@@ -316,3 +324,15 @@ def test_running_out_of_memory_leaves_the_model_alone(monkeypatch):
         fastlora.apply_lora(
             model, LoRAConfig(target_modules="all-linear", modules_to_save=["embed"])
         )
+
+
+def test_a_pickle_of_one_layer_loads_in_another_process(tmp_path):
+    model = adapt(nn.Sequential(Conv1D(6, 8)), target_modules=["0"])
+    torch.save(model, tmp_path / "layer.pt")
+    code = (
+        "import sys, torch; "
+        f"model = torch.load({str(tmp_path / 'layer.pt')!r}, weights_only=False); "
+        "print(type(model[0]).__name__, model(torch.ones(1, 8)).tolist())"
+    )
+    kind = type(model[0]).__name__
+    assert run_python("-c", code) == f"{kind} {model(torch.ones(1, 8)).tolist()}"

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from models import Mlp, Tied, adapt, assert_untouched, randomise, refused, snapshot, tiny_llama
+from peft_models import BATCH, gpt2
 
 import fastlora
-from fastlora import LoRAConfig
+from fastlora import LoRAConfig, blocks
 
 
 def adapted_mlp(dtype: torch.dtype = torch.float32):
@@ -36,6 +37,19 @@ def test_outputs_agree_and_bits_come_back(dtype):
     assert fastlora.unmerge_lora(model) is model
     assert_untouched(model, before)
     assert torch.equal(model(x), y)
+
+
+def test_conv1ds_are_merged_by_blocks_of_rows_and_back(monkeypatch):
+    monkeypatch.setattr(blocks, "rows_at_a_time", lambda _: 7)
+    """Their weight is [in, out]."""
+    model = adapt(gpt2().eval(), 0.1, r=4, target_modules="all-linear")
+    before, y = snapshot(model), model(BATCH).logits
+    fastlora.merge_lora(model)
+    torch.testing.assert_close(model(BATCH).logits, y, rtol=1e-4, atol=1e-5)
+    assert str(fastlora.coverage(model)) == "8 of 8 layers fast (8 merged)"
+    fastlora.unmerge_lora(model)
+    assert_untouched(model, before)
+    assert torch.equal(model(BATCH).logits, y)
 
 
 def test_autocast_does_not_round_the_sum():

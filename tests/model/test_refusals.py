@@ -95,12 +95,6 @@ def test_a_lazy_module_beside_the_targets_leaves_all_as_it_was():
 
 
 FOREIGN = {
-    "dora": (peft.LoraConfig(target_modules=["up"], use_dora=True), "use_dora=True"),
-    "lora-bias": (peft.LoraConfig(target_modules=["up"], lora_bias=True), "lora_bias=True"),
-    "tokens": (
-        peft.LoraConfig(target_modules=["up"], trainable_token_indices=[1]),
-        r"trainable_token_indices=\[1\]",
-    ),
     "pissa": (
         peft.LoraConfig(target_modules=["up"], init_lora_weights="pissa"),
         "init_lora_weights is 'pissa', but must be True, False or 'gaussian'",

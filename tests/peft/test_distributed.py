@@ -175,8 +175,6 @@ TOGETHER = {
     "peft-all-named": (
         mixed.mixed_peft, {"names": [*"pqsttspt" "qp"], "gradient_as_bucket_view": True},
     ),
-    "banks": (mixed.mixed_rows, {"banks": True}),
-    "lists": (mixed.mixed_rows, {"banks": False, "find_unused_parameters": True}),
     "experts-fsdp2": (mixed.experts, {"engine": "fsdp2"}),
 }  # fmt: skip
 
@@ -184,7 +182,7 @@ TOGETHER = {
 @pytest.mark.parametrize(("run", "settings"), TOGETHER.values(), ids=TOGETHER)
 def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two):
     """Also of an adapter without rows on a rank, or on both."""
-    of_one = {k: v for k, v in settings.items() if k in ("names", "banks")}
+    of_one = {k: v for k, v in settings.items() if k == "names"}
     expected = run(1, **of_one)
     assert any(gradient is not None and gradient.any() for gradient in expected.values())
     for found in two.run(run, 2, **settings):

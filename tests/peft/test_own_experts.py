@@ -9,7 +9,6 @@ from models import randomise
 from peft.tuners.lora import layer as peft_layer
 from peft_models import counted_calls
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -41,26 +40,11 @@ class Ignored(Qwen3MoeExperts):
 
 
 @moe.use_experts_implementation
-class Before(nn.Module):
-    """Its forward applies the routing weights before the first product."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(EXPERTS, 2 * INNER, HIDDEN))
-        self.down_proj = nn.Parameter(torch.empty(EXPERTS, HIDDEN, INNER))
-        self.act_fn = nn.SiLU()
+class Before(Qwen3MoeExperts):
+    """Its forward doubles what goes into the first product."""
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        rows = []
-        for state, chosen, its in zip(x, index, weights, strict=True):
-            out = torch.zeros_like(state)
-            for expert, weight in zip(chosen, its, strict=True):
-                pre = functional.linear(weight * state, self.gate_up_proj[expert])
-                gate, up = pre.chunk(2)
-                out = out + functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            rows.append(out)
-        return torch.stack(rows)
+        return Qwen3MoeExperts.forward(self, 2 * x, index, weights)
 
 
 class Layer(nn.Module):

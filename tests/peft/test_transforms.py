@@ -36,24 +36,10 @@ def batched_gradients(model):
     return torch.autograd.grad(*call_and_unit_gradients(model), is_grads_batched=True)
 
 
-def vmapped_gradients(model):
-    """torch.func.vmap around torch's older autograd.grad."""
-    y, wanted, dys = call_and_unit_gradients(model)
-    return torch.func.vmap(lambda dy: torch.autograd.grad(y, wanted, dy, retain_graph=True))(dys)
-
-
 def export(model):
     program = torch.export.export(model, (inputs(),))
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     return program.module()(inputs() * 2), names
-
-
-def make_fx_of_gradients(model):
-    def gradient(x):
-        return torch.autograd.grad(model(x).square().sum(), x)[0]
-
-    graph = make_fx(gradient)(inputs().requires_grad_())
-    return graph(inputs().requires_grad_() * 2)
 
 
 def compiled(transform):
@@ -72,17 +58,14 @@ TRANSFORMS = {
     "grad": lambda model: torch.func.grad(loss_of(model))(trained(model), inputs()),
     "jvp": lambda model: torch.func.jvp(model, (inputs(),), (inputs(),)),
     "vmap": lambda model: torch.func.vmap(model)(inputs()),
-    "hessian": lambda model: torch.func.hessian(lambda x: model(x).square().sum())(inputs()[0]),
     "per-sample-gradients": lambda model: torch.func.vmap(
         torch.func.grad(loss_of(model)), in_dims=(None, 0)
     )(trained(model), inputs()),
     "forward-mode": forward_mode,
     "batched-gradients": batched_gradients,
-    "vmapped-gradients": vmapped_gradients,
     "jit.trace": lambda model: torch.jit.trace(model, inputs())(inputs() * 2),
     "export": export,
     "make_fx": lambda model: make_fx(model)(inputs())(inputs() * 2),
-    "make_fx-gradients": make_fx_of_gradients,
     "compiled-inside": compiled(lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x[0])),
 }
 

@@ -18,7 +18,6 @@ import fastlora
 Found = dict[str, Tensor | None]
 # A rank's half has no sample of "s", and the other's none of "q"; nobody has "t".
 NAMES = ["p", "q", "__base__", "p", "s", "p", "s", "s"]
-INDICES = [0, 1, -1, 0, 2, 0, 2, 2]
 ALL = ["p", "q", "s", "t"]
 
 
@@ -65,36 +64,6 @@ def mixed_peft(ranks: int, names: Sequence[str] = NAMES, **settings) -> Found:
     fastlora.optimize(randomise(model))
     x = torch.randn(len(names), 5, 8)
     return train(model, ranks, settings, own(x, ranks), adapter_names=own(list(names), ranks))
-
-
-class Many(nn.Module):
-    """A layer of one's own, over many adapters: banks, or lists."""
-
-    def __init__(self, banks: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 8), requires_grad=False)
-        down, up = torch.randn(4, 3, 8), torch.randn(4, 6, 3)
-        if banks:
-            self.lora_a, self.lora_b = nn.Parameter(down), nn.Parameter(up)
-        else:
-            self.lora_a = nn.ParameterList([nn.Parameter(each) for each in down])
-            self.lora_b = nn.ParameterList([nn.Parameter(each) for each in up])
-
-    def forward(self, x: Tensor, indices: Tensor) -> Tensor:
-        lora_a, lora_b = (
-            bank if isinstance(bank, nn.Parameter) else list(bank)
-            for bank in (self.lora_a, self.lora_b)
-        )
-        return fastlora.multi_lora_linear(
-            x, self.weight, lora_a, lora_b, indices, scales=[1.0, 0.5, 2.0, 1.0]
-        )
-
-
-def mixed_rows(ranks: int, banks: bool, **settings) -> Found:
-    torch.manual_seed(0)
-    model, x = Many(banks), torch.randn(len(INDICES), 5, 8)
-    indices = torch.tensor(INDICES, dtype=torch.int32)
-    return train(model, ranks, settings, own(x, ranks), own(indices, ranks))
 
 
 class Logits(nn.Module):

@@ -164,9 +164,9 @@ def fsdp1(when: str, units: str = "blocks") -> Record:
     return train(adapted(when, partial(flat, units=units)), [own_part()], engine=FlatEngine)
 
 
-def zero3(when: str, leaves: bool = False, persists: int = 0) -> Record:
+def zero3(when: str, leaves: bool = False) -> Record:
     def wrap(model: nn.Module) -> nn.Module:
-        return Zero3(model, blocks(model) if leaves else (), persists)
+        return Zero3(model, blocks(model) if leaves else ())
 
     return train(adapted(when, wrap), [own_part()], engine=Zero3Engine)
 

@@ -19,20 +19,14 @@ from torch import Tensor, nn
 
 
 class Zero3(nn.Module):
-    """The engine around a model.  ``step`` is plain SGD.
+    """The engine around a model.  ``step`` is plain SGD."""
 
-    ``persists``: parameters of so many elements stay whole, as DeepSpeed leaves small ones.
-    """
-
-    def __init__(
-        self, model: nn.Module, leaves: Iterable[nn.Module] = (), persists: int = 0
-    ) -> None:
+    def __init__(self, model: nn.Module, leaves: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.module = model
         self.external: set[str] = set()  # names of parameters that were read outside of their calls
         self.reads = False  # whether reading gathers: in forward
         self.called: list[nn.Module] = []
-        self.persists = persists
         self._gradients: dict[nn.Parameter, Tensor] = {}
         for number, (name, parameter) in enumerate(model.named_parameters()):
             parameter.ds_id, parameter.ds_shape, parameter.ds_name = number, parameter.shape, name
@@ -118,8 +112,7 @@ class Zero3(nn.Module):
             parameter.data = self.whole(parameter)
 
     def _release(self, parameter: nn.Parameter) -> None:
-        if parameter.ds_shape.numel() > self.persists:
-            parameter.data = torch.empty(0)
+        parameter.data = torch.empty(0)
 
     def _reduce(self, parameter: nn.Parameter) -> None:
         dist.all_reduce(parameter.grad)

@@ -1,7 +1,6 @@
 """Sweeps: every trial against its training alone, halving, interruption, files, bad input."""
 
 import copy
-import errno
 import json
 import os
 import signal
@@ -228,18 +227,9 @@ def _killed(monkeypatch):
     monkeypatch.setattr(torch, "save", half)
 
 
-def _disk_full(monkeypatch):
-    def half(state, file):
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-
-
 ENDS = {
     "second-ctrl-c": (_second_ctrl_c, KeyboardInterrupt),
     "killed": (_killed, None),
-    "disk-full": (_disk_full, OSError),
 }
 
 
