@@ -8,7 +8,7 @@ ARGS ?=
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/demo$(if $(findstring --quantised,$(ARGS)),-quantised) ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
+demo: .venv/demo$(if $(filter --quantised --experts,$(ARGS)),-quantised) ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
 	.venv/bin/python examples/finetune.py $(ARGS)
 
 sweep: .venv/demo ## Train eight LoRA configurations at once, and keep the best (ARGS="--steps 200 …")

@@ -2,7 +2,7 @@
 
     python examples/finetune.py          Gemma 3 270M on Python's documentation: 3 min on 2 cores
     python examples/finetune.py --steps 40    the same for longer
-    python examples/finetune.py --experts     a small mixture of experts
+    python examples/finetune.py --experts     a small mixture of experts, dense and packed
     python examples/finetune.py --quantised   over NF4 and over GGUF's blocks, and dense
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
@@ -25,6 +25,7 @@ from statistics import quantiles
 from options import check_packages, parse_options, read_texts
 from worker import Worker, end_all, run
 
+PACKED_EXPERTS = ["MXFP4 experts", "NF4 experts"]
 GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     texts = read_texts(options.data)
     is_gemma = options.model is None and not options.experts
     convert = is_gemma and (options.quantised or not GEMMA.is_dir())
-    check_packages(options.compare, convert, options.quantised)
+    check_packages(options.compare, convert, options.quantised, options.experts)
     # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     # transformers' own call of its old name, once a run.
@@ -119,12 +120,13 @@ def sides_of(settings: dict) -> list[str]:
     names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
     if settings["quantised"]:
         names += ["dense", *["GGUF"] * any(Path(settings["model"]).glob("*.gguf"))]
-    return names
+    return names + PACKED_EXPERTS * settings["experts"]
 
 
 def side_settings(name: str, settings: dict) -> dict:
-    """With --quantised the base is NF4, but for the sides dense and GGUF, which are fastlora's."""
-    base = name if name in ("dense", "GGUF") else "NF4" if settings["quantised"] else "dense"
+    """The sides named for their base are fastlora's; with --quantised the others' is NF4."""
+    named = "dense", "GGUF", *PACKED_EXPERTS
+    base = name if name in named else "NF4" if settings["quantised"] else "dense"
     return {"side": name, "base": base, "with_peft": name in ("PEFT", "optimized")}
 
 
@@ -174,7 +176,7 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
         ("kept for backward, MiB", lambda side: side["kept_for_backward"], 2**20, "12.0f"),
     )
     heads = [*results, *["over PEFT"] * len(step_time)]
-    print(f"\n{'':26}", *(f"{head:>12}" for head in heads), sep="")
+    print(f"\n{'':26}", *(f"{head.removesuffix(' experts'):>12}" for head in heads), sep="")
     for title, value, unit, form in rows:
         values = {side: value(result) for side, result in results.items()}
         cells = ["   not known"]
@@ -185,6 +187,8 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
     print("\nweights resident: of the base, counted, with the embeddings")
     if "dense" in results:
         print("fastlora, PEFT: over NF4; dense, GGUF: fastlora's, over such weights")
+    if PACKED_EXPERTS[0] in results:
+        print(f"{', '.join(PACKED_EXPERTS)}: fastlora's, over experts that are packed so")
     print("peak memory growth: in training; on a CPU, of what the side's process has resident")
     print("kept for backward: by one forward of a batch, without the parameters\n")
     for side, result in results.items():

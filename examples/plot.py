@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy
 from matplotlib.figure import Figure
+from table import name_of
 
 STYLES = {  # all sides show where they agree
     "fastlora": {"color": "C0", "linestyle": "-", "marker": "o"},
@@ -13,11 +14,9 @@ STYLES = {  # all sides show where they agree
     "optimized": {"color": "C2", "linestyle": ":", "marker": "+"},
     "dense": {"color": "C3", "linestyle": "-.", "marker": "s"},
     "GGUF": {"color": "C4", "linestyle": (0, (1, 3)), "marker": "^"},
+    "MXFP4 experts": {"color": "C3", "linestyle": "-.", "marker": "s"},
+    "NF4 experts": {"color": "C4", "linestyle": (0, (1, 3)), "marker": "^"},
 }
-NAMES = {
-    "fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized",
-    "dense": "fastlora, dense", "GGUF": "fastlora, GGUF",
-}  # fmt: skip
 
 
 def plot(results_file: Path, picture: Path) -> None:
@@ -39,7 +38,9 @@ def draw_losses(axes, results: dict, tokens_per_step: int) -> None:
     for side, result in results.items():
         steps, losses = numpy.transpose(result["held_out_loss"])
         tokens = steps * tokens_per_step / 1000
-        axes.plot(tokens, losses, **STYLES[side], label=NAMES[side], fillstyle="none", markersize=8)
+        axes.plot(
+            tokens, losses, **STYLES[side], label=name_of(side), fillstyle="none", markersize=8
+        )
     axes.set(title="held-out loss, nats per token", xlabel="thousand tokens trained on")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -60,13 +61,13 @@ def draw_times(axes, results: dict, over_peft: dict[str, dict]) -> None:
         axes.fill_between(ends, low, high, color=color, alpha=0.2, linewidth=0)
         axes.plot(ends, [middle, middle], color=color)
         axes.annotate(f"{middle:.2f}", (place + 0.32, middle), va="center")
-    axes.set_xticks(range(len(points)), [NAMES[side] for side in points])
+    axes.set_xticks(range(len(points)), [name_of(side) for side in points])
     axes.set(xlim=(-0.6, len(points) - 0.4), ylim=(0, None))
 
 
 def draw_memory(axes, results: dict) -> None:
     """Bars of the growth to the peak; empty where the system doesn't tell it."""
-    names, colors = [NAMES[side] for side in results], [STYLES[side]["color"] for side in results]
+    names, colors = [name_of(side) for side in results], [STYLES[side]["color"] for side in results]
     growth = [(result["peak_memory_growth"] or 0) / 2**30 for result in results.values()]
     axes.bar_label(axes.bar(names, growth, 0.6, color=colors, alpha=0.7), fmt="%.2f")
     axes.margins(y=0.1)  # for the label of the tallest

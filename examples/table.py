@@ -15,10 +15,6 @@ from report import pipes
 def table(report: dict) -> str:
     """A column for each side, and its ratios to PEFT."""
     results, step_time = report["results"], report.get("step_time_over_peft")
-    names = {
-        "fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized",
-        "dense": "fastlora, dense", "GGUF": "fastlora, GGUF",
-    }  # fmt: skip
     rows = (
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
         ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
@@ -29,7 +25,7 @@ def table(report: dict) -> str:
     )
     # Results of before it was counted have no weights.
     rows = [row for row in rows if "weights" not in row[0] or "weights_resident" in results["PEFT"]]
-    sides = [side for side in names if side in results]
+    names, sides = {side: name_of(side) for side in results}, list(results)
     others = [side for side in sides if side != "PEFT"]
     lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]
     for title, value, form in rows:
@@ -46,6 +42,12 @@ def table(report: dict) -> str:
             cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
         lines.append((title, *cells))
     return pipes(lines)
+
+
+def name_of(side: str) -> str:
+    """Those that are called after their base are fastlora's."""
+    known = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
+    return known.get(side, f"fastlora, {side}")
 
 
 def sweep_table(report: dict) -> str:

@@ -202,6 +202,8 @@ def load_model(run: SimpleNamespace) -> torch.nn.Module:
         from quantised import quantise_to_nf4
 
         quantise_to_nf4(model)
+    elif run.base.endswith("experts"):
+        print(fastlora.pack(model, run.base.split()[0].lower()), flush=True)
     return model
 
 

@@ -233,7 +233,7 @@ BAD_INPUT = [
     (["--model", "."], "the folder has no config.json"),
     (["--out", "binary.txt"], "--out"),
     (["--no-compare", "--optimize"], "--no-compare leaves PEFT out"),
-    (["--quantised", "--experts"], "no quantiser here packs experts"),
+    (["--quantised", "--experts"], "choose one"),
     (["--experts", "--dropout=0.1"], "PEFT can't drop experts' inputs"),
 ]
 
