@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-from .cases import Case
+from .cases import PACKS, Case
 from .contestants import SCALE, Contestant, Maker, Tensors
 
 _VOCABULARY = 21760  # of four layers what Qwen3's own is of its 28
@@ -26,7 +26,8 @@ _TARGETS = {
 def makers_for(case: Case) -> dict[str, Maker]:
     """A step has no "layer by layer": one more model would take its time."""
     apart = {"layer by layer": partial(_adapted, blocks=False)} if case.table == "mlp" else {}
-    adapted = {"peft": _adapted, **apart, "fastlora": partial(_adapted, blocks=True)}
+    fast = _over_packed if case.kind in PACKS else partial(_adapted, blocks=True)
+    adapted = {"peft": _adapted, **apart, "fastlora": fast}
     return {"frozen": _frozen, **adapted}
 
 
@@ -34,6 +35,11 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
     torch.manual_seed(0)
     base = {"experts": Routed, "mlp": GatedMLP, "step": Step}[case.table](case)
     base.requires_grad_(False).to(device)
+    if case.kind in PACKS:
+        from fastlora.quant.packing import pack_weight
+
+        for weight in base.experts.parameters():
+            weight.copy_(pack_weight(weight, case.kind).dense(weight.dtype))
     x, dy = (torch.randn(case.M, case.K, device=device) for _ in "xy")
     if isinstance(base, Step):
         x, dy = base.embedded(), torch.ones((), device=device)
@@ -150,6 +156,19 @@ def _adapted(
         optimizer.step()
 
     return Contestant(module, finish=finish, needs_dx=False)
+
+
+def _over_packed(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """A model of one's own, whose experts are packed again, to the same numbers."""
+    module = _copy(tensors.base)
+    fastlora.pack(module, case.kind, modules=["experts"])
+    settings = {"r": case.r, "lora_alpha": SCALE * case.r, "lora_dropout": dropout}
+    fastlora.apply_lora(module, fastlora.LoRAConfig(**settings, **_TARGETS["experts"]))
+    module.weights.requires_grad_()
+    theirs = _adapted(case, tensors, dropout).adapter
+    for own, parameter in zip(Contestant(module).adapter, theirs, strict=True):
+        own.data.copy_(parameter)
+    return Contestant(module.train())
 
 
 def _copy(base: nn.Module) -> nn.Module:

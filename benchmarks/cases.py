@@ -12,6 +12,7 @@ SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with ad
 DECODE = 16
 ADAPTERS = 8  # of a mixed batch, a sequence each
 BLOCKS = ("experts", "mlp", "step")
+PACKS = ("mxfp4", "nvfp4", "nf4", "fp8")  # those of fastlora.pack
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Case:
 
     The tables of ``BLOCKS`` are more than a layer: experts, mlp (gated), or step (of a model's
     training).  An MLP, or an expert, is K -> ``inner`` -> K.  Each token has ``top`` of the
-    ``experts``.  A step is that of a model of so many ``layers``.
+    ``experts``, which are packed if the kind is one of ``PACKS``; then the others have the weights
+    that these stand for.  A step is that of a model of so many ``layers``.
     """
 
     M: int
@@ -46,7 +48,7 @@ class Case:
     @property
     def id(self) -> str:
         parts = [self.name] * bool(self.name) + [self.table] * self.is_block
-        parts += [self.kind] * (self.table in ("optimized", "quantised"))
+        parts += [self.kind] * (self.table in ("optimized", "quantised") or self.kind in PACKS)
         parts += [f"{self.M}x{self.K}x{self.inner or '+'.join(map(str, self.outputs))}"]
         parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
         parts += [f"{self.layers}layers"] * (self.layers > 0) + [DTYPE_NAMES[self.dtype]]
@@ -201,6 +203,12 @@ def _blocks() -> Iterator[Case]:
             M, K, (K,), 8, F32, F32, name=name, table="experts", inner=inner, experts=experts,
             top=top, limits=limits,
         )  # fmt: skip
+    packed = ("both", "fastlora/frozen", 1.45), ("both", "fastlora/peft", 1.0), *bytes_of_experts
+    for kind in PACKS:
+        case = Case(512, 1024, (1024,), 8, F32, F32, 0.0, "", "experts", kind, packed, 384, 32, 4)
+        yield case
+        if kind == "mxfp4":
+            yield replace(case, M=34, K=64, outputs=(64,), name="quick", inner=32, experts=4, top=2)
     of_mlp = ("both", "fastlora/layer by layer", 1.0), ("kept", "fastlora/frozen", 0.8)
     of_step = ("both", "fastlora/frozen", 1.07), ("kept", "fastlora/frozen", 1.0)
     for name, M, K, inner, layers in (

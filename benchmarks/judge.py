@@ -149,8 +149,8 @@ def kept_for_backward(contestant: Contestant, tensors: Tensors) -> dict[str, int
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with contestant.chosen(), hooks:
         ys = contestant.module(tensors.x)
-    for parameter in contestant.module.parameters():
-        for tensor in _plain(parameter):
+    for own in (*contestant.module.parameters(), *contestant.module.buffers()):
+        for tensor in _plain(own):
             kept.pop(tensor.untyped_storage().data_ptr(), None)
     x = kept.pop(tensors.x.untyped_storage().data_ptr(), None)
     added = sum(storage.nbytes() for storage in kept.values())
