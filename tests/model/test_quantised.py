@@ -76,8 +76,16 @@ def test_sixteen_bits_compute_and_x_keeps_its_dtype():
     layer, x = adapted("nf4", BF16)[0], torch.randn(3, K)
     y = layer(x)
     assert y.dtype == F32
+    assert torch.equal(y, layer(x.to(BF16)).float())
     expected = layer.merged_weight(F32) @ x.T
     torch.testing.assert_close(y, expected.T + layer.bias, atol=0.1, rtol=0.05)
+
+
+def test_adapters_drop_in_training_alone():
+    layer, x = adapted("float8")[0], torch.randn(3, K)
+    y, layer.lora_dropout = layer(x), 0.5
+    assert torch.equal(layer(x), y)
+    assert not torch.equal(layer.train()(x), y)
 
 
 @pytest.mark.parametrize("kind", [*BITSANDBYTES[1:], "gguf-q8_0"])

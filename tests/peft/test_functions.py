@@ -9,14 +9,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from models import tiny_llama
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import (
     KINDS,
     ROUNDING,
-    VOCABULARY,
-    adapted,
     assert_same,
     gradients,
     inputs,
@@ -194,19 +191,3 @@ def test_gives_what_it_gives_on_peft_s(kind, run, tmp_path):
     got, expected, calls = run_both(run, theirs)
     assert calls
     assert_same(got, expected, ROUNDING)
-
-
-@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_generates_peft_s_tokens_with_a_cache(settings):
-    settings = settings | {"target_modules": "all-linear", "r": 8, "task_type": "CAUSAL_LM"}
-    theirs = adapted(tiny_llama(), **settings)
-    ids = torch.randint(3, VOCABULARY, (2, 7))
-    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
-    options |= {"use_cache": True, "pad_token_id": 0}
-    got, expected, calls = run_both(lambda model: model.generate(input_ids=ids, **options), theirs)
-    assert torch.equal(got, expected)
-    assert got.shape == (2, 27)
-    assert len(calls) == 20 * 14  # a call for the prompt and one for each token but the last
-    assert {x.shape[1] for x in calls} == {7, 1}
-    with theirs.disable_adapter():
-        assert not torch.equal(theirs.generate(input_ids=ids, **options), expected)

@@ -5,9 +5,8 @@ import copy
 import peft
 import pytest
 import torch
-import transformers
-from models import Mlp, randomise
-from peft_models import BATCH, VOCABULARY, assert_same, gemma3, gpt2, optimized
+from models import Mlp, randomise, tiny_llama
+from peft_models import BATCH, assert_same, gemma3, gpt2, optimized
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,12 +19,6 @@ SETTINGS = {
     "b": {"r": 8, "lora_alpha": 3, "use_rslora": True},
     "c": {"r": 1, "lora_alpha": 2, "lora_dropout": 0.5},
 }
-
-
-def llama(**settings) -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings))
 
 
 def many(base: nn.Module, targets="all-linear", changes=None) -> nn.Module:
@@ -132,7 +125,7 @@ def test_each_adapter_trains_as_it_would_alone(mixed_calls):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_runs_blocks_again_with_their_names(use_reentrant, mixed_calls):
-    model = optimized(many(llama(num_hidden_layers=1)))
+    model = optimized(many(tiny_llama(num_hidden_layers=1)))
     found = []
     for checkpointed in (False, True):
         if checkpointed:
