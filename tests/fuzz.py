@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, make: Callable, check: Callable) -> int:
     most = options.count or (None if options.seconds else 100)
     start, ran, missed, index = time.monotonic(), Counter(), Counter(), options.case or 0
     while True:
-        case = make(options.seed, index, options.backend)
+        case = make(options.seed, index, "torch" if options.backend == "torch" else "triton")
         if set(options.only.split()) <= set(case.words.split()):
             ran[case.kind] += 1
             if why := what_misses(check, case):

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from judge import USUAL_DTYPES, assert_close
+from judge import USUAL_DTYPES
 from memory import saved_bytes
-from pairs import pairwise
 from torch import nn
 
-from fastlora import reference
 from fastlora.backends import find_backend
 from fastlora.ops.dora import dora_linear, dora_norm
 
@@ -39,50 +37,6 @@ def make(shape, n, r, dtype, adapter_dtype, bias):
         norm = (weight + 0.5 * lora_b @ lora_a).norm(dim=1)
         tensors["magnitude"].copy_(norm * (1 + 0.3 * torch.randn(n, dtype=torch.float64)))
     return tensors
-
-
-def outputs(function, tensors, dy, keep, convert, cast=False):
-    """The output and the gradients of all leaves, by name; ``keep`` is a mask times 1 / (1 - p)."""
-    leaves = {
-        name: convert(t.detach()).requires_grad_(t.requires_grad) for name, t in tensors.items()
-    }
-    given = {n: t.to(leaves["x"].dtype) for n, t in leaves.items()} if cast else leaves
-    y = function(**given, scale=0.5, **keep(given["x"]))
-    wanted = {f"d_{name}": t for name, t in leaves.items() if t.requires_grad}
-    gradients = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
-    return {"y": y} | dict(zip(wanted, gradients, strict=True))
-
-
-@pairwise(
-    {
-        "dtype,adapter_dtype": USUAL_DTYPES,
-        "shape,n,r": {
-            "three-dimensions": ((2, 3, 33), 17, 8),
-            "several-tiles": ((70, 70), 67, 16),
-            "no-rows": ((0, 7), 9, 3),
-        },
-        "bias": {"": False, "bias": True},
-        "p": [0.0, 0.4],
-    }
-)
-def test_against_the_oracle(shape, n, r, dtype, adapter_dtype, bias, p):
-    tensors = make(shape, n, r, dtype, adapter_dtype, bias)
-    dy = torch.randn(*shape[:-1], n, dtype=torch.float64)
-    mask = torch.rand(shape) >= p
-
-    def drop(x):
-        return x * mask.to(x.dtype) / (1.0 - p)
-
-    def as_reference(x):
-        return {"dropped": drop(x)} if p else {}
-
-    found = outputs(dora_linear, tensors, dy, lambda x: {"drop": drop if p else None}, lambda t: t)
-    oracle = reference.dora_linear
-    truth = outputs(oracle, tensors, dy, as_reference, torch.Tensor.double)
-    eager = outputs(oracle, tensors, dy, as_reference, lambda t: t, cast=True)
-    size = outputs(oracle, tensors, dy.abs(), as_reference, lambda t: t.double().abs())
-    for name, value in found.items():
-        assert_close(name, value, truth[name], eager[name], size[name], dtype)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)

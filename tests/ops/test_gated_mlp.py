@@ -1,27 +1,22 @@
-"""gated_mlp: the output and every gradient against the oracle, and beside three calls of layers."""
+"""gated_mlp beside three calls of layers, and what it keeps; numbers are in test_numbers.py."""
 
 import pytest
 import torch
 from device import DEVICE
-from gated_mlps import HIDDEN, K, N, check, leaves_of, make_mlp, make_x, results
-from judge import USUAL_DTYPES
+from judge import make_projection
 from memory import saved_bytes
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
 import fastlora
-from fastlora import blocks
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.ops.gated import gated_mlp
 from fastlora.ops.way import follows
-from fastlora.projection import Output, flatten, layouts_of, unflatten
+from fastlora.projection import Output, as_outputs, flatten, layouts_of, unflatten
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
-
-dtypes = pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), USUAL_DTYPES.values(), ids=USUAL_DTYPES
-)
+K, HIDDEN, N = 24, 40, 20
 with_and_without_dropout = pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
 APPLIED = {
     "silu": functional.silu,
@@ -32,66 +27,45 @@ APPLIED = {
 }
 
 
+def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def make_mlp(
+    dtype=torch.float32, adapter_dtype=None, bias=False, adapted="gud", sizes=(K, HIDDEN, N)
+) -> list[Output]:
+    """gate, up and down, with numbers of usual sizes; those whose letters are named have adapters.
+
+    All that an adapter is made of trains, and biases do.
+    """
+    k, hidden, n = sizes
+    outputs = []
+    for letter, rows, columns, r in (("g", hidden, k, 3), ("u", hidden, k, 8), ("d", n, hidden, 5)):
+        projection = make_projection(rows, columns, r, dtype, adapter_dtype, bias)
+        with torch.no_grad():
+            for tensor in projection[:3]:
+                tensor.mul_(tensor.shape[1] ** -0.5)
+        (output,) = as_outputs([projection])
+        outputs.append(output if letter in adapted else output._replace(adapters=()))
+    return outputs
+
+
+def leaves_of(x: Tensor, outputs: list[Output]) -> dict[str, Tensor]:
+    flat = flatten(outputs, layouts_of(outputs))
+    named = {"x": x} | {f"{i}": tensor for i, tensor in enumerate(flat)}
+    return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
+
+def results(run, x: Tensor, outputs: list[Output], dy: Tensor) -> dict[str, Tensor]:
+    leaves = leaves_of(x, outputs)
+    y = run()
+    found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    return {"y": y.detach()} | dict(zip(leaves, found, strict=True))
+
+
 def layer_by_layer(x, gate, up, down, activation, p=0.0, linears=fastlora.lora_linears) -> Tensor:
     hidden = [linears(x, [output], dropout=p)[0] for output in (gate, up)]
     return linears(APPLIED[activation](hidden[0]) * hidden[1], [down], dropout=p)[0]
-
-
-@dtypes
-@with_and_without_dropout
-def test_dtypes(dtype, adapter_dtype, p):
-    check(make_x(9, K, dtype=dtype), make_mlp(dtype, adapter_dtype), p=p)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation, dtype):
-    check(make_x(7, K, dtype=dtype), make_mlp(dtype), activation)
-
-
-@with_and_without_dropout
-@pytest.mark.parametrize("shape", [(K,), (2, 3, K), (0, K), (2, 0, K)], ids=str)
-def test_leading_dimensions(shape, p):
-    check(make_x(*shape), make_mlp(bias=True), p=p)
-
-
-@pytest.mark.parametrize("adapted", ["", "g", "u", "d", "gu", "ud"])
-def test_some_without_an_adapter(adapted):
-    check(make_x(5, K), make_mlp(adapted=adapted), p=0.3)
-
-
-@pytest.mark.parametrize("trains", ["x", "weights", "adapters-alone", "lora_b-alone", "down-alone"])
-def test_what_trains(trains):
-    x, outputs = make_x(5, K), make_mlp(bias=True)
-    x.requires_grad_(trains in ("x", "weights"))
-    for i, ((weight, bias), adapters) in enumerate(outputs):
-        weight.requires_grad_(trains == "weights")
-        bias.requires_grad_(trains == "weights")
-        for lora_a, lora_b, _ in adapters:
-            lora_a.requires_grad_(
-                trains not in ("x", "lora_b-alone") and (i == 2 or "down" not in trains)
-            )
-            lora_b.requires_grad_(trains != "x" and (i == 2 or "down" not in trains))
-    check(x, outputs, p=0.3)
-
-
-def test_several_adapters_of_a_layer():
-    outputs, more = make_mlp(), make_mlp()
-    both = [
-        o._replace(adapters=o.adapters + m.adapters) for o, m in zip(outputs, more, strict=True)
-    ]
-    check(make_x(5, K), both, p=0.3)
-
-
-def test_over_many_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(blocks, "_CPU_BLOCK", 3 * HIDDEN)
-    check(make_x(10, K), make_mlp(), p=0.3)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-@pytest.mark.usefixtures("wide")
-def test_where_16_bit_products_are_slow(dtype):
-    check(make_x(9, K, dtype=dtype), make_mlp(dtype, torch.float32), p=0.3)
 
 
 @with_and_without_dropout

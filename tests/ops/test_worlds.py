@@ -9,6 +9,7 @@ import pytest
 import torch
 from call_kinds import ENDS, KINDS, ROWS, K, made
 from device import DEVICE
+from memory import saved_bytes
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
+from fastlora.backends import find_backend
 
 pytestmark = pytest.mark.usefixtures("backend")
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -327,7 +329,63 @@ def test_without_gradients_it_is_the_same(name, mode):
     kind = made(name)
     y = kind.call(*kind.tensors.values())
     with mode():
-        assert torch.equal(kind.call(*kind.tensors.values()), y)
+        again = kind.call(*kind.tensors.values())
+    assert torch.equal(again, y)
+    assert not again.requires_grad
+    assert again.is_inference() is (mode is torch.inference_mode)
+
+
+@every_kind
+def test_evaluation_drops_and_draws_nothing(name):
+    kind = made(name)
+    state = torch.get_rng_state()
+    y = kind.call(*kind.tensors.values(), dropout=0.5, training=False)
+    assert torch.equal(y, kind.call(*kind.tensors.values()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(kind.call(*kind.tensors.values(), dropout=0.5), y)
+
+
+@every_kind
+@dropouts
+def test_a_second_backward_finds_what_the_first_did(name, p):
+    """And what came out may be changed in place."""
+    kind = made(name)
+    y, leaves = kind.call(*kind.tensors.values(), dropout=p), leaves_of(kind)
+    options = {"retain_graph": True, "allow_unused": True}
+    first, second = (torch.autograd.grad(y.sum(), leaves, **options) for _ in range(2))
+    y += 1
+    third = torch.autograd.grad(y.mul_(2).sum(), leaves, **options)
+    for one, other, twice in zip(first, second, third, strict=True):
+        if one is not None:
+            assert torch.equal(one, other)
+            torch.testing.assert_close(2 * one, twice)
+
+
+@every_kind
+@dropouts
+def test_x_every_h_and_seeds_are_kept_where_the_backward_reads_them(name, p):
+    kind = made(name, torch.bfloat16, torch.float32)
+    dtype = find_backend().h_dtype(torch.bfloat16, kind.tensors["x"].device)
+    h = ROWS * sum(kind.ranks) * dtype.itemsize
+    parameters = [*list(kind.tensors.values())[1:], *kind.others]
+    expected = {"": kind.tensors["x"].nbytes + h, "a": h, "b": 0}
+    for frozen, size in expected.items():
+        for n, tensor in kind.tensors.items():
+            if frozen and n.startswith(frozen) and n != "bias":
+                tensor.requires_grad_(False)
+        kept = saved_bytes(lambda: kind.call(*kind.tensors.values(), dropout=p), parameters)
+        assert sum(kept.values()) == size + (8 * kind.seeds if p else 0), frozen
+
+
+@every_kind
+def test_a_gradient_of_dx_where_x_is_not_kept_is_an_error(name):
+    """It is not where lora_a and weight are frozen, and the gradient of lora_b reads it."""
+    kind = made(name)
+    for n, tensor in kind.tensors.items():
+        tensor.requires_grad_(tensor.requires_grad and not n.startswith("a"))
+    y = kind.call(*kind.tensors.values())
+    with pytest.raises(NotImplementedError, match="let lora_a require gradients"):
+        torch.autograd.grad(y.square().sum(), kind.tensors["x"], create_graph=True)
 
 
 def test_an_unknown_backend_is_an_error_when_compiled():

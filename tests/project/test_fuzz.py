@@ -1,9 +1,14 @@
-"""The fuzz passes; it finds a planted fault, and its line finds that again."""
+"""The fuzz passes; it finds planted faults, and its line finds one again."""
 
 import runpy
 from pathlib import Path
 
+import pytest
+import torch
+from random_calls import Case, check
+
 from fastlora.backends import formula
+from fastlora.backends.dropout import DropoutMask
 
 main = runpy.run_path(str(Path(__file__).parents[1] / "fuzz.py"))["main"]
 
@@ -13,6 +18,39 @@ def test_forty_cases_pass(capsys):
     *misses, sums = capsys.readouterr().out.splitlines()
     assert not failed, misses
     assert sums.startswith("40 cases (dora ")
+
+
+through, product, drop = formula._through_lora_a, formula.product, DropoutMask.drop
+ANOTHER = DropoutMask(torch.tensor([99]), (1000, 24), 0.3)
+FAULTS = {
+    "another-mask-in-the-backward": (
+        formula, "_through_lora_a", "d_x",
+        lambda x, dh, a, mask, *rest: through(x, dh, a, mask and ANOTHER, *rest),
+    ),
+    "no-mask-in-the-backward": (
+        formula, "_through_lora_a", "d_x",
+        lambda x, dh, a, mask, *rest: through(x, dh, a, None, *rest),
+    ),
+    "a-hundredth-of-the-scale": (
+        formula, "product", "y0",
+        lambda left, right, scale, out=None: product(left, right, scale * 1.01, out),
+    ),
+    "a-mask-that-depends-on-the-block": (
+        DropoutMask, "drop", "y0", lambda self, first, *pairs: drop(self, 0, *pairs),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_mistakes_that_kernels_were_shipped_with_are_misses(name, monkeypatch):
+    """Each in a call that passes without it."""
+    place, attribute, said, wrong = FAULTS[name]
+    fixed = {"kind": "layer", "p": 0.3, "world": "eager", "format": "", "M": 40, "K": 24}
+    case = lambda: Case(0, 1, "torch", small=True, node=True, dtype=torch.float32, **fixed)  # noqa: E731
+    check(case())
+    monkeypatch.setattr(place, attribute, wrong)
+    with pytest.raises(AssertionError, match=said):
+        check(case())
 
 
 def test_a_miss_is_a_line_that_finds_it_again(monkeypatch, capsys):

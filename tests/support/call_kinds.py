@@ -26,6 +26,9 @@ class Kind(NamedTuple):
     call: Callable[..., Tensor]
     truth: Callable[..., Tensor]
     cast: tuple[str, ...]  # those that autocast casts
+    ranks: tuple[int, ...]  # the columns of each h
+    seeds: int
+    others: tuple[Tensor, ...] = ()  # what else a call takes, of all of which nothing is copied
 
 
 def _make(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, own: torch.dtype) -> dict:
@@ -47,7 +50,7 @@ def layer(dtype: torch.dtype, own: torch.dtype) -> Kind:
     def truth(x, weight, a, b, bias):
         return reference.lora_linear(x, weight, a, b, bias=bias, scale=0.5)
 
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"))
+    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (4,), 1)
 
 
 def group(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -78,7 +81,7 @@ def group(dtype: torch.dtype, own: torch.dtype) -> Kind:
         return torch.cat(reference.lora_linears(x, outputs(*tensors)), -1)
 
     cast = ("x", "weight", "weight1", "weight2")
-    return Kind(_make(shapes, dtype, own), call, truth, cast)
+    return Kind(_make(shapes, dtype, own), call, truth, cast, (4, 2, 3), 3)
 
 
 def experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -92,7 +95,7 @@ def experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
     def truth(x, weight, a, b, bias):
         return reference.lora_grouped(x, weight, a, b, ENDS, bias=bias, scale=0.5)
 
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"))
+    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (4,), 1, (ENDS,))
 
 
 def bank(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -102,13 +105,14 @@ def bank(dtype: torch.dtype, own: torch.dtype) -> Kind:
     }  # fmt: skip
     numbers = {"scales": [0.5, 1.0, -2.0], "ranks": list(RANKS)}
 
-    def call(x, weight, a, b, bias, **options):
-        return fastlora.multi_lora_linear(x, weight, a, b, INDICES, bias=bias, **numbers, **options)
+    def call(x, weight, a, b, bias, indices=INDICES, **options):
+        options = numbers | options
+        return fastlora.multi_lora_linear(x, weight, a, b, indices, bias=bias, **options)
 
     def truth(x, weight, a, b, bias):
         return reference.multi_lora_linear(x, weight, a, b, INDICES, bias=bias, **numbers)
 
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"))
+    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (5,), 3)
 
 
 def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -118,17 +122,15 @@ def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
     shapes |= {f"b{i}": (N, r) for i, r in enumerate(RANKS)}
     numbers = {"scales": [0.5, 1.0, -2.0]}
 
-    def call(x, weight, bias, *ab, **options):
-        pairs = list(ab[:3]), list(ab[3:])
-        return fastlora.multi_lora_linear(
-            x, weight, *pairs, INDICES, bias=bias, **numbers, **options
-        )
+    def call(x, weight, bias, *ab, indices=INDICES, **options):
+        pairs, options = (list(ab[:3]), list(ab[3:])), numbers | options
+        return fastlora.multi_lora_linear(x, weight, *pairs, indices, bias=bias, **options)
 
     def truth(x, weight, bias, *ab):
         pairs = list(ab[:3]), list(ab[3:])
         return reference.multi_lora_linear(x, weight, *pairs, INDICES, bias=bias, **numbers)
 
-    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"))
+    return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (5,), 3)
 
 
 def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
@@ -142,7 +144,7 @@ def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
     def truth(x, a, b, bias):
         return reference.lora_linear(x, weight.dense(x.dtype), a, b, bias=bias, scale=0.5)
 
-    return Kind(_make(shapes, dtype, own), call, truth, ("x",))
+    return Kind(_make(shapes, dtype, own), call, truth, ("x",), (4,), 1, weight.tensors)
 
 
 def packed_experts(dtype: torch.dtype, own: torch.dtype) -> Kind:

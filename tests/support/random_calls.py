@@ -5,7 +5,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod, sqrt
@@ -15,8 +15,9 @@ from unittest import mock
 
 import packed
 import torch
+from device import DEVICE
 from judge import assert_close
-from random_layers import LAYOUTS
+from random_layers import LAYOUTS as USUAL_LAYOUTS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +40,13 @@ _PAIR = ("lora_a", "lora_b")
 _SHORT = {F32: "f32", F64: "f64", BF16: "bf16", F16: "f16"}
 _WORLDS = ("eager",) * 5 + ("autocast", "no-grad", "inference", "checkpoint", "registered")
 _EITHER, _FLOAT8 = (True, False), ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
+# Beside those that a launch has to tell apart.
+LAYOUTS = USUAL_LAYOUTS | {
+    "every-second-column": lambda empty, rows, columns: empty(rows, 2 * columns)[:, ::2],
+    "expanded-columns": lambda empty, rows, columns: empty(rows, 1).expand(rows, columns),
+    "one-number": lambda empty, rows, columns: empty(1, 1).expand(rows, columns),
+    "negated": lambda empty, rows, columns: torch._neg_view(empty(rows, columns)),
+}
 # What divides K, what packs [n, k], and what else is drawn for it.
 FORMATS: dict[str, tuple[int, Callable, Callable]] = {
     "nf4": (1, packed.random_four_bit, lambda n, k, pick: ("nf4", pick((16, 64)))),
@@ -67,38 +75,47 @@ class Made(NamedTuple):
     textbook: Callable[..., Tensor | Sequence[Tensor]]
     masks: list[tuple[tuple[int, int], float]]  # rows and columns for each seed, and p
     widths: list[int]  # of the outputs
+    last: int | None = None  # behind this row is nobody's
 
 
 class Case:
-    """What is drawn of a call before its tensors; ``words`` tell it."""
+    """What is drawn of a call before its tensors; ``words`` tell it.
 
-    def __init__(self, seed: int, index: int, backend: str) -> None:
-        self.draw = Random(f"{seed} {index}")
+    ``fixed`` has what isn't drawn: kind, dtype, adapter_dtype, world, p, format, K, M, wide, small,
+    node, plan; and ``alone``, with which the names of the only tensors that train begin.
+    """
+
+    def __init__(self, seed: int, index: int, backend: str, **fixed: object) -> None:
+        self.draw, self.alone = Random(f"{seed} {index}"), fixed.get("alone")
         self.backend, self.pick, self.random = backend, self.draw.choice, self.draw.random
-        pick, kernels = self.pick, backend != "torch"
-        self.make = pick([kind for kind, count in KINDS.items() for _ in range(count)])
-        self.kind = self.make.__name__[1:]
-        self.dtype = pick((F32, F32, BF16, BF16, F16, BF16 if kernels else F64))
-        self.adapter_dtype = pick((self.dtype, self.dtype, F32, F32, pick((BF16, F16))))
+        pick, kernels, of = self.pick, backend != "torch", fixed.get
+        kind = pick([kind for kind, (_, count) in KINDS.items() for _ in range(count)])
+        self.kind = of("kind", kind)
+        self.make, _ = KINDS[self.kind]
+        self.dtype = of("dtype", pick((F32, F32, BF16, BF16, F16, BF16 if kernels else F64)))
+        adapter_dtype = pick((self.dtype, self.dtype, F32, F32, pick((BF16, F16, F64))))
+        self.adapter_dtype = of("adapter_dtype", adapter_dtype)
         worlds = _WORLDS
         if self.kind == "gated":  # which runs where a node can
             worlds = tuple(w for w in worlds if w in ("eager", "autocast", "checkpoint"))
-        self.world, self.compute = pick(worlds), self.dtype
+        self.world, self.compute = of("world", pick(worlds)), self.dtype
         if self.world == "autocast" and self.dtype != F64:
             self.compute = pick((BF16, F16))
-        self.p = pick((0.0, 0.0, 0.1, 0.5, 0.9))
+        self.p = of("p", pick((0.0, 0.0, 0.1, 0.5, 0.9)))
         packs = self.kind != "experts" and self.random() < 0.3
         if self.kind == "dora" and self.dtype == F64:  # a packed weight's norm is float32
             packs = False
-        self.format = pick(list(FORMATS)) if packs else ""
-        unit = FORMATS[self.format][0] if packs else 1
+        self.format = of("format", pick(list(FORMATS)) if packs else "")
+        unit = FORMATS[self.format][0] if self.format else 1
         self.K, self.inner = (unit * max(1, self.size() // unit) for _ in range(2))
-        self.M = pick((0, 1, 1, *[self.size() for _ in range(8)]))
+        self.K = of("K", self.K)
+        self.M = of("M", pick((0, 1, 1, *[self.size() for _ in range(8)])))
         self.lead = self._lead()
         # Where 16 bits are slow, and where not; small blocks; no shortcut for few rows.
-        self.wide, self.small = pick((True, False)), self.random() < 0.3
-        self.node = self.random() < 0.3
-        self.plan = pick((None, "FUSED", "IN_PLACE", "UNPACKING")) if kernels else None
+        self.wide, self.small = of("wide", pick((True, False))), of("small", self.random() < 0.3)
+        self.node = of("node", self.random() < 0.3)
+        plan = pick((None, "FUSED", "IN_PLACE", "UNPACKING")) if kernels else None
+        self.plan = of("plan", plan)
         self.seed, self.processors = self.draw.getrandbits(60), pick((1, 4, 6, 100))
         self.leaves: dict[str, Tensor] = {}  # the textbook's
         self.given: list[Tensor] = []  # all that comes in
@@ -119,18 +136,17 @@ class Case:
     def scale(self) -> float:
         return self.pick((0.75, 0.75, 2, -1.5, 0.0))
 
-    def trains(self, tensor: Tensor, chance: float = 0.8) -> Tensor:
-        return tensor.requires_grad_(self.random() < chance)
-
     def matrix(self, rows: int, columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
         """Random, of any layout; what lies around it in memory is NaN."""
         layout = "dense" if not rows or self.random() < 0.5 else self.pick(list(LAYOUTS))
+        if layout == "negated" and dtype == F16:  # of which torch's copy_ to float32 loses the sign
+            layout = "dense"
         values = size * torch.randn(rows, columns, dtype=F64)
         if self.random() < 0.1:
             values[: rows // 2] = 0.0
         nan = lambda *shape: torch.full(shape, torch.nan, dtype=dtype)  # noqa: E731
         cut = LAYOUTS[layout](nan, rows, columns)
-        places = slice(0, 1 if layout == "expanded" else None)
+        places = tuple([slice(0, None if stride else 1) for stride in cut.stride()])
         cut[places].copy_(values[places])
         return cut
 
@@ -159,10 +175,14 @@ class Case:
         dtype = self.dtype
         if self.compute != dtype:  # autocast makes them one
             dtype = self.pick((F32, BF16, F16))
-        return self.leaf(name, self.trains(self.matrix(n, k, dtype, k**-0.5), 0.1))
+        return self.leaf(name, self.matrix(n, k, dtype, k**-0.5), 0.1)
 
-    def leaf(self, name: str, tensor: Tensor) -> Tensor:
-        self.leaves[name] = tensor
+    def leaf(self, name: str, tensor: Tensor, chance: float = 0.8) -> Tensor:
+        """One that may train."""
+        drawn = self.random() < chance
+        self.leaves[name] = tensor.requires_grad_(
+            drawn if self.alone is None else name.startswith(self.alone)
+        )
         self.given.append(tensor)
         return tensor
 
@@ -171,7 +191,7 @@ class Case:
         weight, bias = self.weight(f"weight{i}", n, k), None
         if self.random() < 0.4:
             bias = self.matrix(n, 1, self.pick((self.dtype, F32)))[:, 0]
-            bias = self.leaf(f"bias{i}", self.trains(bias, 0.5))
+            bias = self.leaf(f"bias{i}", bias, 0.5)
         pairs = [self.pair(f"{i}.{j}", n, k, self.size_of_x([i])) for j in range(adapters)]
         return Output(Base(weight, bias), tuple(Adapter(*ab, self.scale()) for ab in pairs))
 
@@ -180,7 +200,7 @@ class Case:
         r, dtype = self.size(), self.adapter_dtype
         a, b = self.matrix(r, k, dtype, k**-0.5 / size_of_x), self.matrix(n, r, dtype, r**-0.5)
         pairs = zip(_PAIR, (a, b), strict=True)
-        return tuple(self.leaf(f"{name}{place}", self.trains(each)) for name, each in pairs)
+        return tuple(self.leaf(f"{name}{place}", each) for name, each in pairs)
 
     def size_of_x(self, outputs: Sequence[int]) -> float:
         """So that no product of a base overflows in float16."""
@@ -219,14 +239,12 @@ class Case:
                 put(products, "_FEWEST_OF_WEIGHT", 4)
             torch.use_deterministic_algorithms(True, warn_only=True)
             stack.callback(torch.use_deterministic_algorithms, deterministic)
-            stack.enter_context(
-                fastlora.use_backend("torch" if self.backend == "torch" else "triton")
-            )
-            if self.backend == "interpreter":
-                from fastlora.kernels.target import TARGETS, use_target
+            stack.enter_context(fastlora.use_backend(self.backend))
+            if self.backend == "triton":
+                from fastlora.kernels.target import target_of, use_target
 
-                its = replace(TARGETS["interpreter"], processors=self.processors)
-                stack.enter_context(use_target(its))
+                its = target_of(torch.device(DEVICE))
+                stack.enter_context(use_target(replace(its, processors=self.processors)))
             if self.plan:
                 from fastlora.kernels import plan
 
@@ -237,7 +255,8 @@ class Case:
         M, splits = self.M, [(self.M,), (self.M,), (1, self.M), (self.M, 1)]
         if M == 1 and self.kind in ("layer", "gated", "dora"):
             splits.append(())
-        splits += [(d, M // d) for d in (2, 3, 5) if M and M % d == 0]
+        splits += [(d, M // d) for d in (2, 3, 5) if M % d == 0]
+        splits += [(2, 1, M // 6, 3)] if M % 6 == 0 else []
         return (M,) if self.kind == "experts" else self.pick(splits)
 
 
@@ -247,7 +266,7 @@ def _layer(case: Case) -> Made:
     for i in range(case.pick((1, 1, 1, 2, 3, 5))):
         outputs.append(case.output(i, case.size(), case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
     x = case.rows(case.K, case.dtype, case.size_of_x(range(len(outputs))))
-    case.leaf("x", case.trains(x))
+    case.leaf("x", x)
 
     def textbook(t, masks, change):
         its = case.texts(t, outputs, change)
@@ -263,7 +282,7 @@ def _gated(case: Case) -> Made:
     activation, n = case.pick(list(ACTIVATIONS)), case.size()
     shapes = (case.inner, case.K), (case.inner, case.K), (n, case.inner)
     outputs = [case.output(i, *shape, case.pick((0, 1, 1, 2))) for i, shape in enumerate(shapes)]
-    x = case.leaf("x", case.trains(case.rows(case.K, case.dtype, case.size_of_x((0, 1)))))
+    x = case.leaf("x", case.rows(case.K, case.dtype, case.size_of_x((0, 1))))
 
     def textbook(t, masks, change):
         its, p = case.texts(t, outputs, change), case.p if masks else 0.0
@@ -283,20 +302,16 @@ def _experts(case: Case) -> Made:
     cuts = sorted(case.draw.randint(0, case.M) for _ in range(E))
     ends = torch.tensor(cuts, dtype=torch.int32)
     x = case.rows(K, case.dtype)
-    if x.stride(0):
+    if 0 not in x.stride():
         x[cuts[-1] :] = torch.nan
-    tensors = {
-        "x": case.trains(x),
-        "weight": case.trains(case.stack(E, N, K, dtype=case.dtype, size=K**-0.5), 0.1),
-        "lora_a": case.trains(case.stack(E, r, K, dtype=case.adapter_dtype, size=K**-0.5)),
-        "lora_b": case.trains(case.stack(E, N, r, dtype=case.adapter_dtype, size=r**-0.5)),
-    }
+    tensors, own = {"x": case.leaf("x", x)}, {"dtype": case.adapter_dtype}
+    weight = case.stack(E, N, K, dtype=case.dtype, size=K**-0.5)
+    tensors["weight"] = case.leaf("weight", weight, 0.1)
+    tensors["lora_a"] = case.leaf("lora_a", case.stack(E, r, K, size=K**-0.5, **own))
+    tensors["lora_b"] = case.leaf("lora_b", case.stack(E, N, r, size=r**-0.5, **own))
     if case.random() < 0.4:
-        bias = case.matrix(E, N, case.pick((case.dtype, F32)))
-        tensors["bias"] = case.trains(bias, 0.5)
+        tensors["bias"] = case.leaf("bias", case.matrix(E, N, case.pick((case.dtype, F32))), 0.5)
     scale, p = case.scale(), case.p
-    for name, tensor in tensors.items():
-        case.leaf(name, tensor)
     case.given.append(ends)
 
     def textbook(t, masks, change):
@@ -305,7 +320,7 @@ def _experts(case: Case) -> Made:
         return reference.lora_grouped(**t, offsets=ends, **numbers)
 
     run = partial(fastlora.lora_grouped, **tensors, offsets=ends, scale=scale, dropout=p)
-    return Made(run, textbook, [((case.M, K), p)], [N])
+    return Made(run, textbook, [((case.M, K), p)], [N], cuts[-1])
 
 
 def _many(case: Case) -> Made:
@@ -313,7 +328,7 @@ def _many(case: Case) -> Made:
     n, N, K = case.pick((1, 2, 3, 7)), case.size(), case.K
     base = case.output(0, N, K, 0).base
     size = case.size_of_x([0])
-    x = case.leaf("x", case.trains(case.rows(K, case.dtype, size)))
+    x = case.leaf("x", case.rows(K, case.dtype, size))
     banks, ps = case.random() < 0.5, [case.pick((case.p, 0.3)) if case.p else 0.0 for _ in range(n)]
     scales = [case.scale() for _ in range(n)]
     lora_a, lora_b = map(list, zip(*[case.pair(str(i), N, K, size) for i in range(n)], strict=True))
@@ -324,7 +339,7 @@ def _many(case: Case) -> Made:
         lora_b = torch.full((n, N, max(ranks)), torch.nan, dtype=case.adapter_dtype)
         for i, r in enumerate(ranks):
             lora_a[i, :r], lora_b[i, :, :r] = down[i].detach(), up[i].detach()
-        case.leaf("lora_a", case.trains(lora_a)), case.leaf("lora_b", case.trains(lora_b))
+        case.leaf("lora_a", lora_a), case.leaf("lora_b", lora_b)
     lead = case.lead[: case.draw.randint(1, len(case.lead))]
     own = [case.draw.randint(-1, n - 1) for _ in range(prod(lead))]
     own = sorted(own) if case.random() < 0.3 else own
@@ -350,11 +365,11 @@ def _many(case: Case) -> Made:
 def _dora(case: Case) -> Made:
     N, K = case.size(), case.K
     ((weight, bias), ((a, b, scale),)) = case.output(0, N, K, 1)
-    x = case.leaf("x", case.trains(case.rows(K, case.dtype, case.size_of_x([0]))))
+    x = case.leaf("x", case.rows(K, case.dtype, case.size_of_x([0])))
     parts = case.leaves["weight0"].double(), scale * (b.double() @ a.double())
     norms = sum(parts).norm(dim=1).detach()
     magnitude = (norms * (1 + 0.3 * torch.randn(N, dtype=F64)) + 0.1).to(F32)
-    case.leaf("magnitude", case.trains(magnitude))
+    case.leaf("magnitude", magnitude)
     keep = torch.rand(x.shape) >= case.p
     drop = (lambda x: x * keep.to(x.dtype) / (1.0 - case.p)) if case.p else None
     # Where the adapter takes from the weight what it has, n is the root of a small difference.
@@ -378,12 +393,20 @@ def _dora(case: Case) -> Made:
     return Made(partial(dora_linear, *tensors, **more), textbook, [], [N])
 
 
-# How often a kind is drawn.
-KINDS: dict[Callable[[Case], Made], int] = {_layer: 4, _experts: 2, _many: 2, _gated: 1, _dora: 1}
+# What makes a kind, and how often it is drawn.
+KINDS: dict[str, tuple[Callable[[Case], Made], int]] = {
+    "layer": (_layer, 4), "experts": (_experts, 2), "many": (_many, 2), "gated": (_gated, 1),
+    "dora": (_dora, 1),
+}  # fmt: skip
 
 
 def check(case: Case) -> None:
     """AssertionError if the call gives other numbers than it should, or writes where it mustn't."""
+    with nullcontext() if DEVICE == "cpu" else torch.device(DEVICE):
+        _check(case)
+
+
+def _check(case: Case) -> None:
     torch.manual_seed(case.seed)
     made = case.make(case)
     gated = case.kind == "gated"
@@ -391,6 +414,9 @@ def check(case: Case) -> None:
     dys = [case.rows(width, case.compute, size) for width in made.widths]
     if len(dys) > 1 and case.random() < 0.2:
         dys[case.draw.randrange(len(dys))] = None
+    for dy in dys:
+        if made.last is not None and dy is not None and 0 not in dy.stride():
+            dy[made.last :] = torch.nan
     given = [*case.given, *(dy for dy in dys if dy is not None)]
     memory = [_bytes_of(tensor) for tensor in given]
     with case.world_of():
@@ -403,7 +429,7 @@ def check(case: Case) -> None:
     masks: list[Tensor | None] = []
     if any(p for _, p in made.masks):
         torch.manual_seed(case.seed)
-        seeds = draw_seed(len(made.masks), torch.device("cpu"))
+        seeds = draw_seed(len(made.masks), torch.device(DEVICE))
         pairs = zip(seeds, made.masks, strict=True)
         masks = [dropout_mask(seed, shape, p) if p else None for seed, (shape, p) in pairs]
     longest = max(max(tensor.shape, default=1) for tensor in case.leaves.values())
@@ -428,7 +454,7 @@ def _results(case: Case, made: Made, dys: Sequence[Tensor | None]) -> dict[str, 
     """Outputs and gradients by name, from the case's seed on."""
     torch.manual_seed(case.seed)
     worlds = {
-        "autocast": lambda: torch.autocast("cpu", case.compute),
+        "autocast": lambda: torch.autocast(DEVICE, case.compute),
         "no-grad": torch.no_grad,
         "inference": torch.inference_mode,
         "registered": lambda: FlopCounterMode(display=False),

@@ -1,0 +1,88 @@
+"""Every kind of call on both backends: y and every gradient against the textbook in float64.
+
+Calls are drawn: sizes, layouts, dtypes, packed weights, who trains, and the world around.  The
+tables below have what a draw meets too seldom.
+"""
+
+import pytest
+import torch
+from pairs import pairwise
+from random_calls import FORMATS, KINDS, Case, check
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+kinds = pytest.mark.parametrize("kind", KINDS)
+DROPOUTS = [0.0, 0.1]
+
+
+@kinds
+@pytest.mark.parametrize("index", range(60))
+def test_drawn_calls(kind, index):
+    check(Case(1, index, "torch", kind=kind))
+
+
+@kinds
+@pytest.mark.parametrize("index", range(10))
+def test_drawn_calls_of_the_kernels(kind, index):
+    check(Case(2, index, "triton", kind=kind, world="eager"))
+
+
+EDGES = {
+    "no-rows": {"M": 0},
+    "a-row": {"M": 1},
+    "few-rows": {"M": 6, "node": False, "wide": False},
+    "a-feature": {"K": 1, "format": ""},
+    "x-alone": {"alone": "x", "M": 37, "format": ""},
+    "weight-alone": {"alone": "weight", "M": 37, "format": ""},
+    "bias-alone": {"alone": "bias", "M": 37},
+    "lora_a-alone": {"alone": "lora_a", "M": 37},
+    "lora_b-alone": {"alone": "lora_b", "M": 37},
+}
+
+
+@pairwise({"kind": [*KINDS], "edge": EDGES, "p": DROPOUTS, "name": ["torch", "triton"]})
+def test_edges(kind, edge, p, name):
+    check(Case(3, 1, name, **{"kind": kind, "p": p, "world": "eager", "node": True} | edge))
+
+
+DTYPES = {
+    "f64": (F64, F64),
+    "f32": (F32, F32),
+    "f32-bf16": (F32, BF16),
+    "f32-f64": (F32, F64),
+    "bf16": (BF16, BF16),
+    "bf16-f32": (BF16, F32),
+    "bf16-f16": (BF16, F16),
+    "f16": (F16, F16),
+    "f16-f32": (F16, F32),
+}
+
+
+@pairwise(
+    {
+        "kind": [*KINDS],
+        "dtype,adapter_dtype": DTYPES,
+        "p": DROPOUTS,
+        "wide": {"wide": True, "native": False},
+        "small": {"blocks": True, "": False},
+        "M": [8, 9, 70],
+    }
+)
+def test_dtypes(kind, dtype, adapter_dtype, p, wide, small, M):
+    """16 bits that a CPU multiplies slowly, and fast; in blocks of rows, at their edges too."""
+    fixed = {"kind": kind, "p": p, "M": M, "world": "eager", "node": True, "format": ""}
+    dtypes = {"dtype": dtype, "adapter_dtype": adapter_dtype}
+    check(Case(4, 0, "torch", wide=wide, small=small, **dtypes, **fixed))
+
+
+@pairwise(
+    {
+        "kind": [kind for kind in KINDS if kind != "experts"],
+        "format": [*FORMATS],
+        "dtype": {"f32": F32, "bf16": BF16},
+        "wide": {"wide": True, "native": False},
+        "p": DROPOUTS,
+    }
+)
+def test_packed_weights(kind, format, dtype, wide, p):
+    fixed = {"kind": kind, "format": format, "p": p, "world": "eager", "M": 30, "node": True}
+    check(Case(5, 0, "torch", dtype=dtype, wide=wide, small=True, **fixed))
