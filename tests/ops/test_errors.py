@@ -1,4 +1,7 @@
-"""Bad input to an op or a layer: an error at the door that says what came and what fits."""
+"""Bad input to any call or to a layer: an error at the door, of what came and what fits.
+
+What is no tensor, number or list at all is in test_door.py, for lora_linear.
+"""
 
 import math
 
@@ -7,82 +10,248 @@ import torch
 from torch import nn, ones
 
 import fastlora
+from fastlora import AdapterMapping
 
 
-def arguments(**changes):
-    good = {"x": ones(2, 8), "weight": ones(6, 8), "lora_a": ones(3, 8), "lora_b": ones(6, 3)}
-    return good | {"bias": ones(6), "scale": 1.0, "dropout": 0.0} | changes
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
+BIAS = {"bias": ones(5)}
+GOOD = {
+    "linear": {"x": ones(6, 8), "weight": ones(5, 8), "lora_a": ones(2, 8), "lora_b": ones(5, 2)}
+    | BIAS,
+    "grouped": {"x": ones(6, 8), "weight": ones(3, 5, 8), "lora_a": ones(3, 2, 8)}
+    | {"lora_b": ones(3, 5, 2), "offsets": int32(2, 2, 5), "bias": ones(3, 5)},
+    "multi": {"x": ones(4, 3, 8), "weight": ones(5, 8), "lora_a": ones(3, 2, 8)}
+    | {"lora_b": ones(3, 5, 2), "adapter_indices": int32(0, -1, 2, 1)}
+    | {"scales": [1.0, 2.0, 0.5]}
+    | BIAS,
+}
+DOORS = {
+    "linear": fastlora.lora_linear,
+    "grouped": fastlora.lora_grouped,
+    "multi": fastlora.multi_lora_linear,
+}
+# By door: what differs from a good call, and the error's words.
 TYPE_ERRORS = {
-    "x-list": ({"x": [1.0]}, "x must be a tensor, not list"),
-    "x-float8": ({"x": ones(2, 8).to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
-    "x-integer": ({"x": ones(2, 8, dtype=torch.int64)}, "torch.int64"),
-    "x-complex": ({"x": ones(2, 8, dtype=torch.complex64)}, "complex64"),
-    "x-sparse": ({"x": ones(2, 8).to_sparse()}, "layout torch.sparse_coo, but must be dense"),
-    "weight-list": ({"weight": [[1.0] * 8]}, "weight must be a tensor, not list"),
-    "weight-dtype": ({"weight": ones(6, 8).half()}, "weight has dtype torch.float16"),
-    "lora_a-none": ({"lora_a": None}, "lora_a must be a tensor, not NoneType"),
-    "lora_a-integer": ({"lora_a": ones(3, 8).to(torch.int8)}, "lora_a has dtype torch.int8"),
+    "linear": {
+        "weight-dtype": ({"weight": ones(5, 8).half()}, "weight has dtype torch.float16"),
+        "lora_a-integer": ({"lora_a": ones(2, 8).to(torch.int8)}, "lora_a has dtype torch.int8"),
+    },
+    "grouped": {
+        "x-list": ({"x": [1.0]}, "x must be a tensor, not list"),
+        "x-integer": ({"x": ones(6, 8, dtype=torch.int64)}, "x has dtype torch.int64"),
+        "x-sparse": ({"x": ones(6, 8).to_sparse()}, "x has layout torch.sparse_coo"),
+        "x-nested": ({"x": torch.nested.nested_tensor([ones(6, 8)])}, "x is nested"),
+        "weight-none": ({"weight": None}, "weight must be a tensor, not NoneType"),
+        "weight-dtype": ({"weight": ones(3, 5, 8).half()}, "weight has dtype torch.float16"),
+        "lora_a-list": ({"lora_a": [ones(2, 8)] * 3}, "lora_a must be a tensor, not list"),
+        "lora_a-integer": ({"lora_a": ones(3, 2, 8).to(torch.int8)}, "lora_a has dtype torch.int8"),
+        "lora_b-sparse": ({"lora_b": ones(3, 5, 2).to_sparse()}, "lora_b has layout"),
+        "bias-list": ({"bias": [0.0]}, "bias must be a tensor or None, not list"),
+        "offsets-list": ({"offsets": [2, 2, 5]}, "offsets must be a tensor, not list"),
+        "offsets-none": ({"offsets": None}, "offsets must be a tensor, not NoneType"),
+        "offsets-int64": ({"offsets": int32(2, 2, 5).long()}, r"int64.*offsets.to\(torch.int32\)"),
+        "offsets-float": ({"offsets": ones(3)}, "offsets has dtype torch.float32"),
+        "offsets-bool": ({"offsets": ones(3).bool()}, "offsets has dtype torch.bool"),
+        "offsets-sparse": ({"offsets": int32(2, 2, 5).to_sparse()}, "layout torch.sparse_coo"),
+    },
+    "multi": {
+        "indices-fractions": ({"adapter_indices": [0.7, 1.2, 0.0, 1.0]}, "a list of whole numbers"),
+        "x-list": ({"x": [1.0]}, "x must be a tensor, not list"),
+        "x-integer": ({"x": ones(4, 3, 8).int()}, "x has dtype torch.int32"),
+        "x-nested": ({"x": torch.nested.nested_tensor([ones(6, 8)])}, "x is nested"),
+        "weight-dtype": ({"weight": ones(5, 8).half()}, "weight has dtype torch.float16"),
+        "a-bank-and-a-list": (
+            {"lora_a": [ones(2, 8)] * 3},
+            "list and Tensor, but must both be banks",
+        ),
+        "lists-of-lists": ({"lora_a": [[1.0]], "lora_b": [[1.0]]}, "lora_a must be a tensor"),
+        "no-adapters": ({"lora_a": None, "lora_b": None}, "must both be banks"),
+        "lora_a-integer": ({"lora_a": ones(3, 2, 8).int()}, "lora_a has dtype torch.int32"),
+        "indices-none": (
+            {"adapter_indices": None},
+            "adapter_indices is None, but must be an int32",
+        ),
+        "indices-names": ({"adapter_indices": ["a"]}, "a list of whole numbers"),
+        "indices-float": ({"adapter_indices": ones(4)}, "adapter_indices has dtype torch.float32"),
+        "indices-bool": (
+            {"adapter_indices": ones(4).bool()},
+            "adapter_indices has dtype torch.bool",
+        ),
+        "scales-number": ({"scales": 1.0}, r"scales must be a list or a tensor, .* not 1.0"),
+        "dropout-none": ({"dropout": None}, "dropout must be a list"),
+    },
 }
 VALUE_ERRORS = {
-    "x-scalar": ({"x": torch.tensor(1.0)}, "x is a scalar"),
-    "x-features": ({"x": ones(2, 9)}, r"weight has shape \(6, 8\), but x has 9 features"),
-    "weight-1d": ({"weight": ones(8)}, r"weight has shape \(8,\)"),
-    "lora_a-features": ({"lora_a": ones(3, 7)}, r"lora_a must be \[r, 8\]"),
-    "lora_a-transposed": ({"lora_a": ones(8, 3)}, r"lora_a must be \[r, 8\]"),
-    "lora_b-rank": ({"lora_b": ones(6, 4)}, r"lora_b must be \[6, 3\]"),
-    "lora_b-transposed": ({"lora_b": ones(3, 6)}, r"lora_b must be \[6, 3\]"),
-    "bias-length": ({"bias": ones(5)}, r"bias must be \[6\]"),
-    "rank-0": ({"lora_a": ones(0, 8), "lora_b": ones(6, 0)}, "at least 1"),
-    "scale-nan": ({"scale": math.nan}, "scale is nan"),
-    "scale-inf": ({"scale": math.inf}, "scale is inf"),
-    "scale-large": ({"scale": 1e39}, r"scale is 1e\+39"),
-    "scale-text": ({"scale": "2"}, "scale is '2'"),
-    "dropout-text": ({"dropout": "0.1"}, "dropout is '0.1'"),
-    "dropout-1": ({"dropout": 1.0}, r"\[0, 1\)"),
-    "dropout-negative": ({"dropout": -0.1}, r"\[0, 1\)"),
-    "dropout-nan": ({"dropout": math.nan}, r"\[0, 1\)"),
-    "weight-device": ({"weight": ones(6, 8, device="meta")}, "weight is on meta, but x is on cpu"),
-    "lora_b-device": ({"lora_b": ones(6, 3, device="meta")}, "lora_b is on meta"),
-    "bias-device": ({"bias": ones(6, device="meta")}, "bias is on meta"),
-    "backend": ({"backend": "cuda"}, "backend 'cuda', but there is only 'torch'"),
+    "linear": {
+        "x-features": ({"x": ones(2, 9)}, r"weight has shape \(5, 8\), but x has 9 features"),
+        "weight-1d": ({"weight": ones(8)}, r"weight has shape \(8,\)"),
+        "lora_a-features": ({"lora_a": ones(2, 7)}, r"lora_a must be \[r, 8\]"),
+        "lora_a-transposed": ({"lora_a": ones(8, 2)}, r"lora_a must be \[r, 8\]"),
+        "lora_b-rank": ({"lora_b": ones(5, 4)}, r"lora_b must be \[5, 2\]"),
+        "lora_b-transposed": ({"lora_b": ones(2, 5)}, r"lora_b must be \[5, 2\]"),
+        "bias-length": ({"bias": ones(4)}, r"bias must be \[5\]"),
+        "rank-0": ({"lora_a": ones(0, 8), "lora_b": ones(5, 0)}, "at least 1"),
+        "scale-large": ({"scale": 1e39}, r"scale is 1e\+39"),
+        "weight-device": (
+            {"weight": ones(5, 8, device="meta")},
+            "weight is on meta, but x is on cpu",
+        ),
+        "lora_b-device": ({"lora_b": ones(5, 2, device="meta")}, "lora_b is on meta"),
+        "bias-device": ({"bias": ones(5, device="meta")}, "bias is on meta"),
+    },
+    "grouped": {
+        "x-1d": ({"x": ones(8)}, r"x has shape \(8,\), but must be \[rows, in_features\]"),
+        "x-3d": ({"x": ones(2, 3, 8)}, r"x has shape \(2, 3, 8\)"),
+        "x-scalar": ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
+        "x-features": ({"x": ones(6, 9)}, r"weight must be \[experts, out_features, 9\]"),
+        "weight-2d": ({"weight": ones(5, 8)}, r"weight has shape \(5, 8\)"),
+        "weight-transposed": ({"weight": ones(3, 8, 5)}, r"weight has shape \(3, 8, 5\)"),
+        "no-experts": ({"weight": ones(0, 5, 8)}, "each at least 1"),
+        "no-features": ({"x": ones(6, 0), "weight": ones(3, 5, 0)}, "each at least 1"),
+        "lora_a-2d": ({"lora_a": ones(6, 8)}, r"lora_a must be \[3, r, 8\]"),
+        "lora_a-experts": ({"lora_a": ones(2, 2, 8)}, r"lora_a must be \[3, r, 8\]"),
+        "lora_a-transposed": ({"lora_a": ones(3, 8, 2)}, r"lora_a must be \[3, r, 8\]"),
+        "rank-0": (
+            {"lora_a": ones(3, 0, 8), "lora_b": ones(3, 5, 0)},
+            "r 0 must each be at least 1",
+        ),
+        "lora_b-rank": ({"lora_b": ones(3, 5, 3)}, r"lora_b must be \[3, 5, 2\]"),
+        "lora_b-peft": ({"lora_b": ones(5, 6)}, r"lora_b must be \[3, 5, 2\]"),
+        "lora_b-transposed": ({"lora_b": ones(3, 2, 5)}, r"lora_b must be \[3, 5, 2\]"),
+        "bias-of-one": ({"bias": ones(5)}, r"bias must be \[3, 5\]"),
+        "bias-experts": ({"bias": ones(2, 5)}, r"bias must be \[3, 5\]"),
+        "offsets-short": ({"offsets": int32(2, 5)}, r"offsets must be \[3\]"),
+        "offsets-from-0": ({"offsets": int32(0, 2, 2, 5)}, r"offsets must be \[3\]"),
+        "offsets-2d": ({"offsets": int32(2, 2, 5)[None]}, r"offsets must be \[3\]"),
+        "offsets-decreasing": ({"offsets": int32(3, 2, 5)}, r"offsets are \[3, 2, 5\]"),
+        "offsets-negative": ({"offsets": int32(-1, 2, 5)}, r"offsets are \[-1, 2, 5\]"),
+        "offsets-too-large": ({"offsets": int32(2, 2, 7)}, "none above 6, the rows of x"),
+        "offsets-device": ({"offsets": int32(2, 2, 5).to("meta")}, "offsets is on meta"),
+        "weight-device": ({"weight": ones(3, 5, 8, device="meta")}, "weight is on meta"),
+        "lora_b-device": ({"lora_b": ones(3, 5, 2, device="meta")}, "lora_b is on meta"),
+        "scale-nan": ({"scale": math.nan}, "scale is nan"),
+        "scale-text": ({"scale": "2"}, "scale is '2'"),
+        "scale-bool": ({"scale": True}, "scale is True"),
+        "dropout-1": ({"dropout": 1.0}, r"\[0, 1\)"),
+        "dropout-nan": ({"dropout": math.nan}, r"\[0, 1\)"),
+        "training": ({"training": 1}, "training is 1, but must be True or False"),
+        "backend": ({"backend": "cuda"}, "backend 'cuda', but there is only 'torch'"),
+    },
+    "multi": {
+        "x-features": ({"x": ones(4, 9)}, r"weight must be \[out_features, 9\]"),
+        "x-scalar": ({"x": torch.tensor(1.0)}, "x is a scalar"),
+        "bank-2d": ({"lora_a": ones(6, 8)}, r"a bank must be dense, \[adapters, r, K\]"),
+        "banks-unlike": ({"lora_a": ones(2, 2, 8)}, "2 adapters and lora_b 3"),
+        "empty-lists": ({"lora_a": [], "lora_b": []}, "at least 1"),
+        "bank-features": ({"lora_a": ones(3, 2, 9)}, r"lora_a must be \[r, 8\]"),
+        "bank-rank": ({"lora_b": ones(3, 5, 3)}, r"lora_b must be \[5, 2\]"),
+        "a-later-adapter": (
+            {"lora_a": [ones(2, 8)] * 3, "lora_b": [ones(5, 2)] * 2 + [ones(5, 3)]},
+            r"adapter 2: lora_b has shape \(5, 3\)",
+        ),
+        "a-later-device": (
+            {"lora_a": [ones(2, 8), ones(2, 8, device="meta"), ones(2, 8)]}
+            | {"lora_b": [ones(5, 2)] * 3},
+            "lora_a is on meta, but x is on cpu",
+        ),
+        "bias": ({"bias": ones(4)}, r"bias must be \[5\]"),
+        "indices-few": ({"adapter_indices": [0, 1]}, r"adapter_indices has shape \(2,\)"),
+        "indices-rows-and-features": (
+            {"adapter_indices": torch.zeros(4, 3, 8).int()},
+            r"\(4,\) \(a sequence each\) to \(4, 3\)",
+        ),
+        "indices-scalar": ({"adapter_indices": torch.tensor(0)}, r"adapter_indices has shape \(\)"),
+        "indices-too-large": ({"adapter_indices": [0, 1, 2, 3]}, r"must be -1 \(none\) or 0 to 2"),
+        "indices-too-small": ({"adapter_indices": [0, 1, -2, 2]}, "numbers beyond the adapters"),
+        "indices-meta": ({"adapter_indices": torch.zeros(4, device="meta").int()}, "is on meta"),
+        "mapping-of-others": (
+            {"adapter_indices": AdapterMapping([0, 1, -1, 0], 2)},
+            "a mapping of 2 adapters, but there are 3",
+        ),
+        "scales-few": ({"scales": [1.0]}, r"scales has shape \(1,\), but there are 3 adapters"),
+        "scales-2d": ({"scales": ones(3, 1)}, r"scales has shape \(3, 1\)"),
+        "scales-trained": ({"scales": ones(3, requires_grad=True)}, "require a gradient"),
+        "scales-nan": ({"scales": [1.0, float("nan"), 1.0]}, "scale is nan"),
+        "scales-infinite": ({"scales": ones(3) * torch.inf}, "scale is inf"),
+        "scales-bool": ({"scales": [1.0, True, 1.0]}, "scale is True"),
+        "ranks-zero": ({"ranks": [1, 0, 2]}, r"ranks\[1\] is 0, but must be a whole number from 1"),
+        "ranks-large": ({"ranks": torch.tensor([1, 2, 3])}, r"ranks\[2\] is 3"),
+        "ranks-float": ({"ranks": torch.tensor([1.0, 2.0, 2.0])}, r"ranks\[0\] is 1.0"),
+        "dropout-one": ({"dropout": 1.0}, r"dropout is 1.0, but must lie in \[0, 1\)"),
+        "dropout-few": ({"dropout": [0.1]}, r"dropout has shape \(1,\)"),
+        "dropout-negative": ({"dropout": [0.1, -0.1, 0.0]}, "dropout is -0.1"),
+        "training": ({"training": None}, "training is None, but must be True or False"),
+    },
+}
+CASES = {
+    f"{door}-{name}": (door, error, *case)
+    for error, doors in ((TypeError, TYPE_ERRORS), (ValueError, VALUE_ERRORS))
+    for door, cases in doors.items()
+    for name, case in cases.items()
 }
 
 
-@pytest.mark.parametrize("name", [*TYPE_ERRORS, *VALUE_ERRORS])
-def test_op(name):
-    changes, message = (TYPE_ERRORS | VALUE_ERRORS)[name]
-    error = TypeError if name in TYPE_ERRORS else ValueError
+@pytest.mark.parametrize(("door", "error", "changes", "message"), CASES.values(), ids=CASES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_what_does_not_fit(door, error, changes, message):
     with pytest.raises(error, match=message):
-        fastlora.lora_linear(**arguments(**changes))
+        DOORS[door](**GOOD[door] | changes)
 
 
-def test_op_without_changes_is_fine():
-    assert fastlora.lora_linear(**arguments()).shape == (2, 6)
+@pytest.mark.parametrize("name", ["x-list", "weight-none", "offsets-int64", "offsets-decreasing"])
+def test_under_autocast(name):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        test_what_does_not_fit(*CASES[f"grouped-{name}"])
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_the_others_change_is_right(door):
+    good = GOOD[door]
+    assert DOORS[door](**good).shape == (*good["x"].shape[:-1], 5)
 
 
 def test_a_huge_whole_number_is_a_scale():
-    assert fastlora.lora_linear(**arguments(scale=2**70)).isfinite().all()
+    assert fastlora.lora_linear(**GOOD["linear"], scale=2**70).isfinite().all()
 
 
-def test_empty_group():
-    with pytest.raises(ValueError, match="no projections"):
-        fastlora.lora_linears(torch.randn(2, 8), [])
+def test_a_failed_call_draws_nothing():
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="offsets are"):
+        fastlora.lora_grouped(**GOOD["grouped"] | {"offsets": int32(3, 2, 5)}, dropout=0.5)
+    assert torch.equal(before, torch.get_rng_state())
 
 
-PROJECTION = fastlora.Projection(ones(6, 8), ones(3, 8), ones(6, 3))
+def test_wrong_offsets_of_a_compiled_call():
+    compiled = torch.compile(fastlora.lora_grouped, backend="aot_eager", fullgraph=True)
+    good = GOOD["grouped"]
+    assert compiled(**good).shape == (6, 5)
+    with pytest.raises(ValueError, match=r"offsets are \[3, 2, 5\]"):
+        compiled(**good | {"offsets": int32(3, 2, 5)})
 
 
-@pytest.mark.parametrize("projections", [PROJECTION, [tuple(PROJECTION)]], ids=["one", "tuples"])
-def test_group_of_something_else(projections):
-    with pytest.raises(TypeError, match=r"must be a list of fastlora\.Projection"):
-        fastlora.lora_linears(ones(2, 8), projections)
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "bias"])
+def test_no_backward_keeps_an_inference_tensor(name):
+    with torch.inference_mode():
+        made = GOOD["grouped"][name].clone()
+    trained = "lora_a" if name != "lora_a" else "lora_b"
+    good = GOOD["grouped"] | {
+        name: made,
+        trained: GOOD["grouped"][trained].clone().requires_grad_(),
+    }
+    with pytest.raises(TypeError, match=f"{name} was made in inference mode.*clone it"):
+        fastlora.lora_grouped(**good)
 
 
-def test_unknown_backend_in_the_context_manager():
-    with pytest.raises(ValueError, match="use_backend asks for the backend 'metal'"):
-        fastlora.use_backend("metal").__enter__()
+def test_offsets_of_another_class():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(int32(2, 2, 5))
+    with pytest.raises(TypeError, match="offsets is a FakeTensor, but x is a Tensor"):
+        fastlora.lora_grouped(**GOOD["grouped"] | {"offsets": fake})
 
 
 @pytest.mark.parametrize("r", [0, -1, 2.0, True, None])
@@ -103,18 +272,6 @@ def test_layer_dropout(p):
         fastlora.LoRALinear(8, 6, lora_dropout=p)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         fastlora.LoRAConfig(lora_dropout=p)
-
-
-@pytest.mark.parametrize("projections", [5, None, iter(())])
-def test_group_that_is_no_list(projections):
-    with pytest.raises(TypeError, match="projections must be a list"):
-        fastlora.lora_linears(torch.randn(2, 8), projections)
-
-
-@pytest.mark.parametrize("name", ["x-list", "weight-list", "lora_a-none", "x-integer"])
-def test_op_under_autocast(name):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        test_op(name)
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, 10**400, "16", None])
