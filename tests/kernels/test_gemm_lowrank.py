@@ -10,7 +10,6 @@ from kernel_cases import (
     F32,
     LAYOUTS,
     draw_seeds,
-    dtypes,
     keep_masks,
     poisoned,
     processors,
@@ -85,13 +84,6 @@ def test_any_shape(m, n, k, orientation):
     check(ps, transposed(qs) if orientation == "y" else qs, us, vs)
 
 
-@pytest.mark.parametrize("r", [1, 200])
-@dtypes
-def test_any_dtype_and_rank(dtype, adapter_dtype, r):
-    """Large ranks take several steps."""
-    check(*case(33, 40, [50], [r], dtype, adapter_dtype))
-
-
 @pairwise({"count": [2, 5, 9], "add": {"write": False, "add": True}, "dropout": [0.0, 0.4]})
 def test_a_group_of_any_size_depths_and_ranks(count, add, dropout):
     depths = [20 + 7 * i for i in range(count)]
@@ -110,13 +102,6 @@ def test_a_group_of_any_size_depths_and_ranks(count, add, dropout):
 )
 def test_any_strides(p_layout, q_layout):
     check(*case(20, 24, [24], [20], BF16, BF16, (p_layout, q_layout, p_layout)), config=SMALL)
-
-
-@pytest.mark.parametrize("stride", [(0, 1), (0, 0), (1, 0), (8, 1)], ids=str)
-def test_an_expanded_p(stride):
-    """Gradients of a sum come with strides of zero; windows of a signal overlap."""
-    _, qs, us, vs = case(33, 40, [24], [4])
-    check([torch.as_strided(random(1, 300), (33, 24), stride)], qs, us, vs)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])

@@ -35,13 +35,8 @@ def found() -> dict:
     return found
 
 
-def test_random_layers_raise_nothing(found):
-    assert found["random_layers"]["launches"] > 400
-    assert found["random_layers"]["failures"] == []
-
-
 def test_a_replay_hands_over_what_an_ordinary_launch_does(found):
-    assert found["replays"]["compared"] > 100
+    assert found["replays"]["compared"] > 200
     assert found["replays"]["differences"] == []
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from device import DEVICE
 from judge import assert_close
-from kernel_cases import BF16, F32, draw_seeds, keep_masks, processors, random
+from kernel_cases import BF16, F32, draw_seeds, keep_masks, random
 from pairs import pairwise
 from torch import Tensor
 
-from fastlora.kernels import gemm_lowrank, lowrank, project, segments, weight_grad
+from fastlora.kernels import gemm_lowrank, project, segments, weight_grad
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import recorded
 
@@ -65,21 +65,6 @@ def x_with_nobody_s(columns: int, ends: Sequence[int], dtype=BF16) -> tuple[Tens
     return poisoned, x
 
 
-@pairwise({"ends": ENDS, "p": [0.0, 0.3], "count": {"whole": 1, "split": 10**4}})
-def test_project(ends, p, count):
-    (x, clean), v = x_with_nobody_s(70, ends), banks(ends, 70, 5)
-    seeds = draw_seeds(1) if p else None
-    (mask,) = keep_masks(seeds, x.shape, p, 1)
-    with processors(count):
-        (found,) = project(
-            x, [v], [0.75], precision="ieee", dropout=p, seeds=seeds, ends=tensor_of(ends)
-        )
-    kept, v = torch.where(mask, clean, 0), v.to(x.dtype)
-    size = product(kept.double().abs(), v.double().abs(), ends)
-    truth, eager = 0.75 * product(kept.double(), v.double(), ends), product(kept, v, ends) * 0.75
-    assert_close("u", found, truth, eager, size, x.dtype)
-
-
 @pairwise(
     {
         "ends": ENDS,
@@ -116,53 +101,6 @@ def test_gemm_lowrank(ends, p, layout, config):
 
     found = formula(lambda t: t.double()), formula(lambda t: t), formula(lambda t: t.double().abs())
     assert_close("out", out, *found, x.dtype)
-
-
-@every_ends
-def test_the_adapter_is_added_to_what_is_there_but_in_nobody_s_rows(ends):
-    u, v = random(M, 20, BF16), banks(ends, 20, 40)
-    out = before = random(M, 40, BF16)
-    before = before.clone()
-    out[ends[-1] :] = torch.nan
-    u[ends[-1] :] = 0.0
-    lowrank(out, [u], [v], precision="ieee", add=True, ends=tensor_of(ends))
-    before[ends[-1] :] = 0.0
-    low = product(u.double(), v.to(BF16).double(), ends)
-    torch.testing.assert_close(out, (before.double() + low).to(BF16))
-    assert not out[ends[-1] :].any()
-
-
-@dropouts
-@every_ends
-def test_weight_grad(ends, p):
-    x, clean = x_with_nobody_s(70, ends)
-    u = random(M, 5, BF16)
-    out = x.new_empty(len(ends), 5, 70).mT
-    seeds = draw_seeds(1) if p else None
-    (mask,) = keep_masks(seeds, x.shape, p, 1)
-    ends_there = tensor_of(ends)
-    weight_grad(x, [u], [out], precision="ieee", dropout=p, seeds=seeds, ends=ends_there)
-    kept = torch.where(mask, clean, 0)
-    for e, rows in enumerate(rows_of(ends)):
-        truth = kept[rows].double().T @ u[rows].double()
-        size = kept[rows].double().abs().T @ u[rows].double().abs()
-        assert_close(f"of segment {e}", out[e], truth, kept[rows].T @ u[rows], size, BF16)
-
-
-@pytest.mark.parametrize("n", [30, 200], ids=["one-tile", "planes"])
-@every_ends
-def test_one_pass(ends, n):
-    dy, clean = x_with_nobody_s(n, ends)
-    h, b, out = random(M, 5, BF16), banks(ends, n, 5), dy.new_empty(len(ends), n, 5)
-    dh = weight_grad(dy, [h], [out], precision="ieee", b=b, factor=0.5, ends=tensor_of(ends))
-    b = b.to(BF16)
-    truth = 0.5 * product(clean.double(), b.double(), ends)
-    size = product(clean.double().abs(), b.double().abs(), ends)
-    assert_close("dh", dh, truth, 0.5 * product(clean, b, ends), size, BF16)
-    for e, rows in enumerate(rows_of(ends)):
-        truth = clean[rows].double().T @ h[rows].double()
-        size = clean[rows].double().abs().T @ h[rows].double().abs()
-        assert_close(f"of segment {e}", out[e], truth, clean[rows].T @ h[rows], size, BF16)
 
 
 def test_more_segments_than_are_looked_at_at_once(monkeypatch):

@@ -228,19 +228,6 @@ def test_of_all_rows_little_is_made(monkeypatch):
     assert peak - before < kept + 6 * x.nbytes  # by rows of x: 4 for each of both
 
 
-def test_the_same_bits_again():
-    index = ROUTES["spread"]()
-    x, weights = torch.randn(9, K, requires_grad=True), torch.rand(9, 2, requires_grad=True)
-    up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
-    leaves = [x, weights, *leaves_of(up, down)]
-
-    def step():
-        out = lora_experts(x, index, weights, up, down, "silu")
-        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
-
-    assert all(map(torch.equal, step(), step()))
-
-
 def test_the_ends_are_those_of_sorted_rows():
     routing = experts.routing_of(torch.tensor([[2, 0], [4, 2], [9, 0]]), 4)
     assert routing.ends.tolist() == [2, 2, 4, 4]

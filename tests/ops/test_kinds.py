@@ -107,19 +107,6 @@ def test_a_base_with_two_adapters_is_not_two_bases(checks):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_training_and_evaluation_are_two_kinds(checks, p):
-    each, settings = tensors(), {"dropout": p}
-    dropped = call(**each, **settings)
-    kept = call(**each, **settings, training=False)
-    assert torch.equal(kept, call(**each))
-    assert torch.equal(dropped, kept) == (p == 0.0)
-    torch.manual_seed(0)
-    first = call(**each, **settings)
-    torch.manual_seed(0)
-    assert torch.equal(first, call(**each, **settings))
-
-
 def test_the_backend_of_the_moment_is_part_of_the_kind(checks):
     each = tensors()
     with fastlora.use_backend("triton"):

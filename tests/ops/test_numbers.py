@@ -21,7 +21,7 @@ def test_drawn_calls(kind, index):
 
 
 @kinds
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(14))
 def test_drawn_calls_of_the_kernels(kind, index):
     check(Case(2, index, "triton", kind=kind, world="eager"))
 

@@ -5,7 +5,6 @@ A process of its own: it prints JSON, "skipped" with a reason, or the result of 
 
 import gc
 import json
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -17,7 +16,6 @@ import torch
 from random_layers import packed_layers, random_layer
 
 RANDOM_LAYERS = 30
-COMPARED_LAYERS = 15
 # Batches of a training run: powers of two, their neighbours, and what lies between.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
@@ -149,37 +147,17 @@ def experts() -> dict:
     return found
 
 
-def random_layers() -> dict:
-    """How many were launched, and what was raised."""
-    import fastlora
-
-    failures = []
-    with cuda_standin.counted() as counted:
-        for seed in (each for each in range(RANDOM_LAYERS) for _ in range(2)):
-            layer = random_layer(seed)  # in other memory, the second time
-            plan = ("IN_PLACE", "FUSED", None)[seed % 3]
-            torch.set_float32_matmul_precision(("highest", "high")[seed % 2])
-            try:
-                with by_plan(plan):
-                    ys = fastlora.lora_linears(
-                        layer.x, layer.outputs, dropout=layer.dropout, backend="triton"
-                    )
-                    if layer.leaves:
-                        torch.autograd.grad(ys, layer.leaves, layer.dys)
-            except Exception:
-                failures.append(f"seed {seed}, {plan}: {traceback.format_exc()}")
-    return {"launches": counted.total, "failures": failures}
-
-
 def replays() -> dict:
     """How many launches of random layers were compared, and where a replay differs from them."""
     import fastlora
     from fastlora.kernels.launch import Launch, intercept
 
     compared, differences = 0, []
-    layers = [random_layer(seed) for seed in range(COMPARED_LAYERS)]
+    layers = [random_layer(seed) for seed in range(RANDOM_LAYERS)]
     for seed, layer in enumerate(layers + packed_layers()):
-        plan = ("IN_PLACE", "FUSED", None)[seed % 3] if seed < COMPARED_LAYERS else None
+        plan = ("IN_PLACE", "FUSED", None)[seed % 3] if seed < RANDOM_LAYERS else None
+
+        torch.set_float32_matmul_precision(("highest", "high")[seed % 2])
 
         def call(layer=layer, plan=plan) -> list[torch.Tensor]:
             torch.manual_seed(1)
@@ -275,7 +253,7 @@ def main() -> None:
     cuda_standin.install()
     handed_over.watch()
     # variants first, since it sees only what isn't compiled yet; unloaded last
-    asked = (variants, standard_layers, experts, random_layers, replays, refusals, unloaded)
+    asked = (variants, standard_layers, experts, replays, refusals, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))
 
 
