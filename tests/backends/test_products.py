@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlora
 from fastlora import reference
 from fastlora.backends import products
-from fastlora.ops import dora
 from fastlora.projection import as_outputs, flatten, layouts_of
 
 DTYPES = {
@@ -140,17 +139,6 @@ def test_no_product_is_left_in_16_bits(monkeypatch, dtype, adapter_dtype, p, for
     assert bool(narrow.found) is not forced
 
 
-@pytest.mark.usefixtures("wide")
-def test_no_product_of_dora_is_left_in_16_bits():
-    x = make_x(17, 12, dtype=torch.bfloat16)
-    weight, lora_a, lora_b, *_ = make_projection(9, 12, 3, torch.bfloat16, torch.float32)
-    magnitude = torch.ones(9, requires_grad=True)
-    with Narrow() as narrow:
-        y = dora.dora_linear(x, weight, lora_a, lora_b, magnitude, drop=lambda x: x * 0.5)
-        y.sum().backward()
-    assert narrow.found == []
-
-
 @pytest.mark.usefixtures("small_blocks")
 def test_two_threads_at_once():
     """Each has a scratch of its own."""
@@ -229,18 +217,18 @@ def test_the_measurement_decides_once(monkeypatch, undecided):
     assert undecided == [torch.bfloat16, torch.float32, torch.float16, torch.float32]
 
 
-def test_nothing_is_measured_where_torch_has_the_product(monkeypatch, undecided):
-    has(monkeypatch, True)
-    assert not products.are_wide(torch.ones(2, 3, dtype=torch.bfloat16))
-    assert products.h_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
-    assert undecided == []
-
-
-def test_nothing_is_decided_for_other_devices_and_no_rows(monkeypatch, undecided):
-    has(monkeypatch, False)
-    assert not products.are_wide(torch.ones(2, 3, dtype=torch.bfloat16, device="meta"))
-    assert not products.are_wide(torch.ones(0, 3, dtype=torch.bfloat16))
-    assert products.h_dtype(torch.bfloat16, torch.device("meta")) == torch.bfloat16
+@pytest.mark.parametrize(
+    ("torch_has", "shape", "device"),
+    [(True, (2, 3), "cpu"), (False, (2, 3), "meta"), (False, (0, 3), "cpu")],
+    ids=["torch-has-the-product", "another-device", "no-rows"],
+)
+def test_nothing_is_measured_where_nothing_is_to_decide(
+    monkeypatch, undecided, torch_has, shape, device
+):
+    has(monkeypatch, torch_has)
+    assert not products.are_wide(torch.ones(shape, dtype=torch.bfloat16, device=device))
+    if 0 not in shape:
+        assert products.h_dtype(torch.bfloat16, torch.device(device)) == torch.bfloat16
     assert undecided == []
 
 
