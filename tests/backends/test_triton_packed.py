@@ -6,6 +6,7 @@ import pytest
 import torch
 from device import DEVICE
 from experts import ends_of
+from judge import make_projection
 from packed import random_float8, random_four_bit, random_int8, stack
 
 import fastlora
@@ -14,7 +15,7 @@ from fastlora.formats.format import Format, Quantised
 from fastlora.kernels.config import FEW_ROWS
 from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import IN_PLACE, use_plan
-from fastlora.projection import Adapter, Base, Output
+from fastlora.projection import Adapter, Base, Output, as_outputs
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="launches are those of the interpreter")
 
@@ -38,21 +39,13 @@ def without_kernel(n: int, k: int) -> Quantised:
     return Quantised(Another(n, k), (codes,))
 
 
-def adapted(weights, dtype=torch.float32) -> list[Output]:
+def adapted(weights) -> list[Output]:
     """With a bias each, and an adapter."""
-    return [
-        Output(
-            Base(weight, torch.randn(weight.shape[0]).to(dtype)),
-            (
-                Adapter(
-                    torch.randn(3, weight.shape[1]).requires_grad_(),
-                    torch.randn(weight.shape[0], 3).requires_grad_(),
-                    0.75,
-                ),
-            ),
-        )
-        for weight in weights
-    ]
+    layers = []
+    for weight in weights:
+        layer = make_projection(*weight.shape, 3, torch.float32, bias=True)
+        layers.append(layer._replace(weight=weight, bias=layer.bias.detach()))
+    return as_outputs(layers)
 
 
 def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None):

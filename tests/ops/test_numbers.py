@@ -76,7 +76,7 @@ def test_dtypes(kind, dtype, adapter_dtype, p, wide, small, M):
 
 @pairwise(
     {
-        "kind": [kind for kind in KINDS if kind != "experts"],
+        "kind": [*KINDS],
         "format": [*FORMATS],
         "dtype": {"f32": F32, "bf16": BF16},
         "wide": {"wide": True, "native": False},

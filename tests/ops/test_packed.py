@@ -4,9 +4,10 @@ import weakref
 
 import pytest
 import torch
+from experts import call, ends_of, make_experts
 from judge import make_projection
 from memory import peak_bytes, run_torch_backend
-from packed import random_four_bit
+from packed import random_four_bit, random_int8, stack
 
 import fastlora
 from fastlora.backends import products
@@ -82,3 +83,19 @@ def test_nested_tensors_have_no_packed_weights():
     nested = torch.nested.nested_tensor([torch.randn(3, 8)], layout=torch.jagged)
     with pytest.raises(TypeError, match="x is nested, and a packed weight is not"):
         fastlora.lora_linears(nested, [one])
+
+
+def test_a_stack_of_one_expert_less():
+    experts = make_experts(4, 24, 32, 3, torch.float32, bias=True)
+    codes, scales = (weight := stack([random_int8(24, 32) for _ in range(4)])).tensors
+    x, ends = torch.randn(9, 32), ends_of([3, 3, 3, 0])
+    for tensors, words in (
+        ((codes, scales[:3]), "of .* experts"),
+        ((codes[:, :-1], scales), "weight is no int8"),
+        ((codes.mT.contiguous().mT, scales), "call .contiguous"),
+        ((codes[0], scales[0]), "weight has shape"),
+        ((codes[None], scales[None]), "weight"),
+    ):
+        wrong = experts._replace(weight=Quantised(weight.format, tensors))
+        with pytest.raises(ValueError, match=words):
+            call(x, wrong, ends)

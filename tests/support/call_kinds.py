@@ -159,7 +159,8 @@ def packed_experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
         dense = weight.dense(x.dtype)
         return reference.lora_grouped(x, dense, a, b, ENDS, bias=bias, scale=0.5)
 
-    return Kind(_make(shapes, dtype, own), call, truth, ("x",))
+    others = (*weight.tensors, ENDS)
+    return Kind(_make(shapes, dtype, own), call, truth, ("x",), (4,), 1, others)
 
 
 KINDS = {

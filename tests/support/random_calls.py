@@ -61,6 +61,8 @@ FORMATS: dict[str, tuple[int, Callable, Callable]] = {
         pick((1, 2, 3, 4, 8)), 8, pick((F32, BF16)))),
     "gptq": (4, packed.random_gptq, lambda n, k, pick: (
         pick((2, 3, 4, 8)), pick((1, 4)), pick((F32, F16)), pick(_EITHER))),
+    "mxfp4": (32, packed.random_mxfp4, lambda n, k, pick: ()),
+    "nvfp4": (16, packed.random_nvfp4, lambda n, k, pick: ()),
     "gguf": (256, packed.random_gguf, lambda n, k, pick: (pick(list(GGUF)), pick(_EITHER))),
 }  # fmt: skip
 
@@ -102,7 +104,7 @@ class Case:
         if self.world == "autocast" and self.dtype != F64:
             self.compute = pick((BF16, F16))
         self.p = of("p", pick((0.0, 0.0, 0.1, 0.5, 0.9)))
-        packs = self.kind != "experts" and self.random() < 0.3
+        packs = self.random() < 0.3
         if self.kind == "dora" and self.dtype == F64:  # a packed weight's norm is float32
             packs = False
         self.format = of("format", pick(list(FORMATS)) if packs else "")
@@ -305,8 +307,16 @@ def _experts(case: Case) -> Made:
     if 0 not in x.stride():
         x[cuts[-1] :] = torch.nan
     tensors, own = {"x": case.leaf("x", x)}, {"dtype": case.adapter_dtype}
-    weight = case.stack(E, N, K, dtype=case.dtype, size=K**-0.5)
-    tensors["weight"] = case.leaf("weight", weight, 0.1)
+    if case.format:
+        _, make, drawn = FORMATS[case.format]
+        numbers = drawn(N, K, case.pick)
+        tensors["weight"] = weight = packed.stack([make(N, K, *numbers) for _ in range(E)])
+        each = [Quantised(weight.format, own) for own in zip(*weight.tensors, strict=True)]
+        dense = [packed.by_elements(one, case.compute).to(case.compute) for one in each]
+        case.leaves["weight"], case.given = torch.stack(dense), [*case.given, *weight.tensors]
+    else:
+        weight = case.stack(E, N, K, dtype=case.dtype, size=K**-0.5)
+        tensors["weight"] = case.leaf("weight", weight, 0.1)
     tensors["lora_a"] = case.leaf("lora_a", case.stack(E, r, K, size=K**-0.5, **own))
     tensors["lora_b"] = case.leaf("lora_b", case.stack(E, N, r, size=r**-0.5, **own))
     if case.random() < 0.4:
