@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from block_calls import counted_blocks
+from memory import saved_bytes
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.integrations.gguf.utils import GgufLinear
@@ -13,6 +14,7 @@ from vendor_layers import BITSANDBYTES, KINDS, quantised
 import fastlora
 from fastlora.layers import mlp
 from fastlora.peft.masks import shared_masks
+from fastlora.projection import flatten, layouts_of
 
 # bitsandbytes itself reads rows of whole blocks of 64 right on any CPU.
 IN, HIDDEN, ROWS, R = 64, 128, 40, 3
@@ -95,6 +97,16 @@ def test_the_numbers_are_those_of_the_layers(kinds, make):
         found = numbers(model, x)
     assert len(calls) == 1
     assert_close(found, by_layers(model, x), 3e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8", "gguf-q8_0"])
+def test_it_keeps_gate_up_and_h_beside_the_packed_tensors(kind):
+    model, x = own(frozen(kind), lora_dropout=0.1), x_of()
+    outputs = [model[0].read_part(getattr(model[0], name)).output for name in mlp.PARTS]
+    tensors = flatten(outputs, layouts_of(outputs))
+    kept = sum(saved_bytes(lambda: model(x), apart_from=[x, *tensors]).values())
+    seeds = 3 * 8
+    assert kept == 4 * 2 * ROWS * (2 * HIDDEN + 3 * R) + seeds
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

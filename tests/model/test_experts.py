@@ -331,6 +331,17 @@ def test_files_of_a_peft_that_swapped_in_and_out_are_refused(tmp_path):
     fastlora.load_adapter(base_model(), tmp_path)
 
 
+def test_a_dropout_that_peft_can_t_have_beside_dense_layers_of_a_mixture(tmp_path):
+    base = base_model(mlp_only_layers=[0, 1])
+    config = LoRAConfig(target_modules=["up_proj"], lora_dropout=0.1)
+    model = randomise(fastlora.apply_lora(base, config)).eval()
+    with pytest.warns(UserWarning, match=r"lora_dropout 0 in place of 0\.1: PEFT"):
+        fastlora.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0
+    assert fastlora.load_adapter(model, tmp_path).config is model.config
+    assert model.model.layers[0].mlp.up_proj.lora_dropout == 0.1
+
+
 def test_attention_alone_is_spelled_as_ever(tmp_path):
     config = LoRAConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
     model = fastlora.apply_lora(base_model(), config)

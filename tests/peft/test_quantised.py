@@ -6,6 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
+from memory import saved_bytes
 from torch import nn
 from transformers.integrations.gguf.utils import GgufLinear
 from vendor_layers import BITSANDBYTES, KINDS, quantised
@@ -94,6 +95,17 @@ def test_dtypes_of_x_and_autocast():
     assert_peft_s(peft_model("nf4", torch.bfloat16), torch.randn(3, 5, K), 0.02)
     for kind in ("nf4", "int8"):
         assert_peft_s(peft_model(kind), torch.randn(3, 5, K), 0.03, autocast=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_is_x_and_h(kind):
+    """No dequantised weight, and no dropped x, which PEFT keeps beside."""
+    model = peft_model(kind, lora_dropout=0.1)
+    fastlora.optimize(model)
+    layer, x = model.base_model.model[0], torch.randn(64, K, requires_grad=True)
+    packed = quantised_weight(layer.base_layer).weight.tensors
+    kept = saved_bytes(lambda: layer(x), [x, *packed, *trained(layer), layer.base_layer.bias])
+    assert sum(kept.values()) <= 4 * 64 * R + 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
