@@ -16,13 +16,12 @@ from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
 from .ops.functional import lora_grouped, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
-from .peft.coverage import coverage
-from .peft.optimize import optimize, restore
-from .price.quote import plan
+from .peft.optimize import coverage, optimize, restore
+from .price import plan
 from .projection import Projection
 from .report import Coverage
 from .rows import AdapterMapping
-from .trials.search import sweep
+from .trials import sweep
 from .version import __version__
 
 __all__ = [

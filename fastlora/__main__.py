@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import torch
 
+from .doctor import examine
 from .doctor.launches import NAMES, Asked
-from .doctor.report import examine
 
 
 class _Parser(ArgumentParser):

@@ -1,23 +1,30 @@
-"""Which layers run fast, and why the others don't."""
+"""Which layers run fast, and why the others don't; and text in columns."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .backends import planned_backend
 from .formats.format import Quantised
-from .layers.adapted import LoRALayer
+from .layers.adapted import AdaptedWeight
 from .layers.frozen import Linear, slow_weight
 from .layers.modules import has_sharded, lora_layers, plain_name, some
-from .projection import Output, as_outputs
+from .projection import Output
 
-if TYPE_CHECKING:
-    from .layers.expert_layer import ExpertsWeight
+
+def columns(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
+    """A line for each row of cells: the first ``left`` columns flush left, the others right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
+
 
 _BASE_ALONE = ("merged", "disabled")
-SHARDED, IN_THE_CALL = "sharded", "decided in the call"  # a plan, and its reason
+EAGER, SHARDED, IN_THE_CALL = "eager", "sharded", "decided in the call"  # the last is a reason
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,8 @@ class Coverage:
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
-        lines += self._lines_of_packed()
+        formats = Counter(layer.packed for layer in self.layers if layer.packed)
+        lines += [f"{count} quantised: {name}" for name, count in formats.items()]
         lines += self._lines_of_blocks()
         if self.frozen:
             lines.append(
@@ -119,10 +127,6 @@ class Coverage:
                 "attention in 16 bits stays slow, which a float32 model avoids"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-    def _lines_of_packed(self) -> list[str]:
-        formats = Counter(layer.packed for layer in self.layers if layer.packed)
-        return [f"{count} quantised: {name}" for name, count in formats.items()]
 
     def _lines_of_blocks(self) -> list[str]:
         if not self.blocks:
@@ -137,6 +141,11 @@ class Coverage:
             where = SHARDED if reason == IN_THE_CALL else "layer by layer"
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
         return lines
+
+
+def is_fast(plan: str) -> bool:
+    """Whether a layer of this plan is."""
+    return plan not in (EAGER, SHARDED)
 
 
 def format_of(output: Output) -> str:
@@ -157,43 +166,30 @@ def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:
     return [_cover(name, layer) for name, layer in lora_layers(model)]
 
 
-def cover_frozen(model: nn.Module) -> list[str]:
-    """The names of the layers without an adapter whose calls are fast now."""
-    return [
-        plain_name(name)
-        for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and slow_weight(layer) is not None
-    ]
+def cover_frozen(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers without an adapter whose calls are fast now; bases are PEFT's."""
+    linear = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, Linear)]
+    names = [plain_name(name) for name, layer in linear if slow_weight(layer) is not None]
+    return tuple(name for name in names if not name.endswith(".base_layer"))
 
 
-def _cover(name: str, layer: "LoRALayer | ExpertsWeight") -> LayerCoverage:
-    fast, plan, reason, packed = True, "", "", ""
-    module: Any = layer if isinstance(layer, LoRALayer) else layer.experts
+def _cover(name: str, layer: AdaptedWeight) -> LayerCoverage:
+    plan, reason, packed, module = EAGER, "", "", layer.adapted_module
     if "forward" in module.__dict__:
-        fast, plan = False, "eager"
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
     elif layer.merged:
         plan = "merged"
     elif has_sharded(module):
-        fast, plan, reason = False, SHARDED, IN_THE_CALL
+        plan, reason = SHARDED, IN_THE_CALL
     else:
         try:
-            own = layer.why_not_fast if isinstance(layer, LoRALayer) else module.read().reason
-            if own:
-                raise ValueError(own)
-            outputs = as_outputs(
-                [layer.projection() if isinstance(layer, LoRALayer) else layer.output()]
-            )
-            (plan, reason), packed = planned_backend(outputs), format_of(outputs[0])
+            if layer.why_not_fast:
+                raise ValueError(layer.why_not_fast)
+            output = layer.adapted_output()
+            (plan, reason), packed = planned_backend([output]), format_of(output)
         except ValueError as error:  # of a quantised layer that can't be read, and whose call fails
-            fast, plan, reason = False, "eager", str(error)
+            reason = str(error)
+    size = layer.adapted_parameters
     return LayerCoverage(
-        name,
-        shape=layer.shape,
-        r=layer.r,
-        fast=fast,
-        plan=plan,
-        reason=reason,
-        parameters=layer.adapted_parameters,
-        packed=packed,
+        name, layer.shape, layer.r, is_fast(plan), plan, reason, parameters=size, packed=packed
     )

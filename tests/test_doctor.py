@@ -12,11 +12,11 @@ import triton
 from peft.tuners.lora.layer import Linear as PeftLinear
 from process import run_python
 
+import fastlora.doctor as doctor
 from fastlora import backends, reference
 from fastlora.__main__ import main
 from fastlora.backends import products
 from fastlora.doctor import machine
-from fastlora.doctor import report as doctor
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.version import __version__
 
@@ -179,7 +179,7 @@ FAULTS = {  # what is replaced by what, and what is said then
         "the backend triton can't be imported: ImportError: has no fastlora.kernels",
     ),
     "section": (
-        doctor, "machine", raising(ZeroDivisionError("by zero")),
+        doctor, "hardware", raising(ZeroDivisionError("by zero")),
         "machine: ZeroDivisionError: by zero",
     ),
 }  # fmt: skip

@@ -142,11 +142,11 @@ def test_a_weight_that_trains_is_torch_s_while_it_does():
         layer(x).sum().backward()
         assert calls == []
         assert layer.weight.grad is not None
-        assert cover_frozen(model) == []
+        assert cover_frozen(model) == ()
         layer.weight.requires_grad_(False)
         layer(x)
     assert len(calls) == 1
-    assert cover_frozen(model) == ["0"]
+    assert cover_frozen(model) == ("0",)
 
 
 def test_what_torch_refuses_has_torch_s_error():

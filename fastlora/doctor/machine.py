@@ -29,7 +29,7 @@ def devices_here() -> list[torch.device]:
     return [torch.device("cpu"), *others]
 
 
-def machine(devices: list[torch.device]) -> dict[str, str]:
+def hardware(devices: list[torch.device]) -> dict[str, str]:
     gpus = Counter(map(_gpu, range(torch.cuda.device_count())))
     accelerators = [f"{count} x {gpu}" for gpu, count in gpus.items()]
     capability = torch.backends.cpu.get_cpu_capability()

@@ -4,8 +4,8 @@ And what other modules with adapters do as well (:class:`Adapted`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +13,20 @@ from torch import Tensor, nn
 from ..blocks import buffer_for, source_of, widened
 from ..ops.autocast import autocast_off
 from ..ops.functional import lora_linears
-from ..projection import Projection, shown
+from ..projection import Output, Projection, as_outputs, shown
 from .members import tensor_of
 
-# What a layer has while it has an adapter.
-_SETTINGS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
 _TENSORS = ("weight", "lora_A", "lora_B", "bias")
-_ADDED = ("lora_A", "lora_B", *_SETTINGS, "_bases")
 
 
 class Adapted(nn.Module):
     """A module with adapters, whose state dict has what its base's has, and the adapters."""
 
+    plain_class: type[nn.Module]  # what it is without its adapters
+    lora_settings: tuple[str, ...]  # what it has while it has adapters, beside these
     # Of merged weights, by name, what was there before: a parameter, or a layer of the base's class
     # that holds a packed weight; None if it wasn't kept.  It is in no state dict.
     _bases: dict[str, Any]
-
-    def put_merged(self, name: str, weight: Tensor, keep_base: bool) -> None:
-        """Put a merged weight in the place of the parameter of this name."""
-        self._bases[name] = getattr(self, name) if keep_base else None
-        setattr(self, name, nn.Parameter(weight, requires_grad=False))
 
     def put_back(self, name: str) -> None:
         """Put the original Parameter back: the same bits, and tied again if it was tied."""
@@ -50,13 +44,19 @@ class Adapted(nn.Module):
                 kept.data = fn(kept.data)
         return self
 
-    def adapted_weights(self) -> Iterable[tuple[str, Any]]:
+    def adapted_weights(self) -> Iterable[tuple[str, "AdaptedWeight"]]:
         """Each adapted weight as a layer, by its name in this module; a layer's own is ""."""
         raise NotImplementedError
 
-    def adapter_names(self) -> Iterable[str]:
+    def adapter_names(self) -> list[str]:
         """What it calls each lora_A and lora_B."""
-        raise NotImplementedError
+        return [own for _, weight in self.adapted_weights() for own in weight.pair_names()]
+
+    def detach_adapter(self) -> None:
+        """Become the plain module again, in place, with merged weights where they are merged."""
+        for name in (*self.adapter_names(), *self.lora_settings, "_bases"):
+            delattr(self, name)
+        object.__setattr__(self, "__class__", self.plain_class)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
@@ -77,33 +77,167 @@ class Adapted(nn.Module):
             missing[:] = [key for key in missing if key not in adapters]
 
 
-class LoRALayer(Adapted):
-    """A base's class, which comes after this one, with an adapter: methods and no constructor.
+class Features(NamedTuple):
+    """A weight as PEFT sees it: it has lora_A [experts · r, p] and lora_B [q, r · experts].
 
-    A layer becomes one, and ceases to be one, by its ``__class__``; it keeps all it had.
+    A linear layer is one expert, with p = in_features and q = out_features.
     """
+
+    experts: int
+    p: int
+    q: int
+    is_transposed: bool = False  # what an experts module says, or False where it says nothing
+
+    def shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of lora_A and lora_B; the expert is the slowest index of one, the fastest of the other"""
+        return (self.experts * r, self.p), (self.q, r * self.experts)
+
+
+class AdaptedWeight:
+    """A frozen weight and its adapter, as those see them that walk a model's layers."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    scaling: float
+    weight: Any
+    plain_class: type[nn.Module]  # what its module is without adapters
+    why_not_fast: Any = ""  # why its calls are no node
+    adapted_name = "weight"  # of the parameter in its module
+
+    @property
+    def adapted_module(self) -> Any:
+        """That it is a weight of; a layer is itself."""
+        return self
+
+    @property
+    def weight_name(self) -> str:
+        """What it calls the tensor that is its weight, packed or not."""
+        return "weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out_features, in_features."""
+        raise NotImplementedError
+
+    def adapted_output(self) -> Output:
+        """What a call computes with, for a report.  Raises ValueError if it can't be read."""
+        raise NotImplementedError
+
+    def check_weight(self, name: str) -> None:
+        """Raise ValueError unless the weight is a parameter, which can be replaced."""
+        raise NotImplementedError
+
+    def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
+        """weight + scaling · lora_B lora_A, rounded once, an expert at a time.
+
+        ``around``: the dtype for a weight that is packed, where the model has one.
+        """
+        return add_product(self.weight, *self._factors(), self.scaling)
+
+    @property
+    def adapted_features(self) -> Features:
+        return Features(1, *self.shape[::-1])
+
+    @property
+    def adapted_parameters(self) -> int:
+        """How many parameters of the base the adapter changes, in all experts."""
+        return math.prod(self.adapted_features[:3])
+
+    @property
+    def adapter_pair(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B."""
+        lora_a, lora_b = self.pair_names()
+        return tensor_of(self.adapted_module, lora_a), tensor_of(self.adapted_module, lora_b)
+
+    def pair_names(self) -> tuple[str, str]:
+        """What the module calls lora_A and lora_B."""
+        return "lora_A", "lora_B"
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The two whose product is the adapter's part of the weight, as the module stores that."""
+        return self.adapter_pair[1], self.adapter_pair[0]
+
+    def adapted_sum(self, dtype: torch.dtype | None = None) -> Tensor:
+        """weight + scaling · lora_B lora_A, of every expert, which autograd follows.
+
+        In the weight's dtype, or in this one if that is packed.
+        """
+        weight = self._dense(dtype)
+        left, right = (factor.to(weight.dtype) for factor in self._factors())
+        with autocast_off(weight.device.type):
+            add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+            return add(weight, left, right, alpha=self.scaling)
+
+    def _dense(self, dtype: torch.dtype | None) -> Tensor:
+        return self.weight
+
+    def _device(self) -> torch.device:
+        return self.weight.device
+
+    def check_adapter(self, name: str) -> None:
+        """Raise ValueError unless lora_A and lora_B fit the weight, and are where its numbers are.
+
+        torch adds a tensor without numbers (on meta) to any other, and says nothing.
+        """
+        device = self._device()
+        if device.type == "meta":
+            raise ValueError(
+                f"{name} can't be merged: its weight is on meta, without numbers: load it"
+            )
+        labels, shapes = self.pair_names(), self.adapted_features.shapes(self.r)
+        for label, shape in zip(labels, shapes, strict=True):
+            tensor: Any = getattr(self.adapted_module, label)
+            if not isinstance(tensor, Tensor):
+                reason = f"is {shown(tensor)}, but must be a tensor {list(shape)}"
+            elif tensor.shape != shape:
+                reason = f"has shape {tuple(tensor.shape)}, but must be {list(shape)}"
+            elif tensor.device != device:
+                reason = f"is on {tensor.device}, but the weight is on {device}: move it there"
+            else:
+                continue
+            raise ValueError(f"{name} can't be merged: its {label} {reason}")
+
+    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
+        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
+
+        Returns how far a weight that is packed again is from it, in parts of its size.
+        ``requantise``: a packed one is packed again.
+        """
+        module, name = self.adapted_module, self.adapted_name
+        module._bases[name] = getattr(module, name) if keep_base else None
+        setattr(module, name, nn.Parameter(weight, requires_grad=False))
+        return 0.0
+
+    def unmerge(self) -> None:
+        """Put the original weight back: the same bits, and tied again if it was tied."""
+        if not self.can_unmerge:
+            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
+        self.adapted_module.put_back(self.adapted_name)
+
+    @property
+    def merged(self) -> bool:
+        return self.adapted_name in self.adapted_module._bases
+
+    @property
+    def can_unmerge(self) -> bool:
+        """Whether it is merged and its base was kept."""
+        return self.adapted_module._bases.get(self.adapted_name) is not None
+
+
+class LoRALayer(AdaptedWeight, Adapted):
+    """A base's class, which comes after this one, with an adapter: it has methods alone."""
 
     weight: Tensor
     bias: Any  # a tensor or None
     in_features: int
     out_features: int
-    plain_class: type[nn.Module]  # what it is without its adapter
-    why_not_fast = ""  # why its calls are no node
+    lora_settings = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
 
     @property
     def shape(self) -> tuple[int, int]:
         """out_features, in_features."""
         return self.out_features, self.in_features
-
-    @property
-    def weight_name(self) -> str:
-        """What the layer calls the tensor that is its weight, packed or not."""
-        return "weight"
-
-    @property
-    def adapted_parameters(self) -> int:
-        """How many parameters of the base the adapter changes."""
-        return math.prod(self.shape)
 
     def attach_adapter(
         self,
@@ -120,12 +254,6 @@ class LoRALayer(Adapted):
         self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
         self._bases = {}
 
-    def detach_adapter(self) -> None:
-        """Become the plain layer again, in place, with the merged weight if it is merged."""
-        for name in _ADDED:
-            delattr(self, name)
-        object.__setattr__(self, "__class__", self.plain_class)
-
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             refuse_training(self)
@@ -138,61 +266,20 @@ class LoRALayer(Adapted):
         weight, lora_a, lora_b, bias = [tensor_of(self, name) for name in _TENSORS]
         return Projection(weight, lora_a, lora_b, bias, self.scaling)
 
-    def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        """weight + scaling · lora_B lora_A, rounded once.
-
-        ``around``: the dtype for a weight that is packed, where the model has one.
-        """
-        return add_product(self.weight, *self._factors(), self.scaling)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """The two whose product is the adapter's part of the weight, as the layer stores that."""
-        return self.lora_B, self.lora_A
+    def adapted_output(self) -> Output:
+        return as_outputs([self.projection()])[0]
 
     def check_weight(self, name: str) -> None:
-        """Raise ValueError unless the weight is a parameter of the layer, which can be replaced."""
         reason = why_weight_is_fixed(self, self.weight_name)
         if reason:
             raise ValueError(f"{name} can't be merged or removed: {reason}")
 
-    def check_adapter(self, name: str) -> None:
-        """Raise ValueError unless lora_A and lora_B are what the layer's weight can be added to."""
-        out_features, in_features = self.shape
-        shapes = {"lora_A": (self.r, in_features), "lora_B": (out_features, self.r)}
-        check_adapter(name, self._device(), {k: (getattr(self, k), v) for k, v in shapes.items()})
-
-    def _device(self) -> torch.device:
-        return self.weight.device
-
-    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
-        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
-
-        Returns how far a weight that is packed again is from it, in parts of its size.
-        ``requantise``: a packed one is packed again.
-        """
-        self.put_merged("weight", weight, keep_base)
-        return 0.0
-
-    def unmerge(self) -> None:
-        """Put the original weight back: the same bits, and tied again if it was tied."""
-        if not self.can_unmerge:
-            raise ValueError("the layer isn't merged, or its base wasn't kept: nothing to restore")
-        self.put_back("weight")
-
     @property
     def merged(self) -> bool:
-        return bool(self._bases)
+        return bool(self._bases)  # sooner than by name, which each call would ask for
 
-    @property
-    def can_unmerge(self) -> bool:
-        """Whether the layer is merged and its base was kept."""
-        return self._bases.get("weight") is not None
-
-    def adapted_weights(self) -> Iterable[tuple[str, Any]]:
+    def adapted_weights(self) -> Iterable[tuple[str, AdaptedWeight]]:
         return [("", self)]
-
-    def adapter_names(self) -> Iterable[str]:
-        return "lora_A", "lora_B"
 
     def extra_repr(self) -> str:
         out_features, in_features = self.shape
@@ -225,26 +312,20 @@ def wide_dtype(weight: Tensor) -> torch.dtype:
 
 
 def new_adapter(
-    weight: Tensor, r: int, init_lora_weights: bool | str = True, dtype: torch.dtype | None = None
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """Fresh lora_A [r, in] and lora_B [out, r] for weight [out, in], in its dtype or ``dtype``."""
-    out_features, in_features = weight.shape
-    shapes = (r, in_features), (out_features, r)
-    return new_pair(shapes, weight.device, dtype or weight.dtype, r, init_lora_weights)
-
-
-def new_pair(
-    shapes: Sequence[tuple[int, int]],
-    device: torch.device,
-    dtype: torch.dtype,
+    weight: Tensor,
     r: int,
-    init_lora_weights: bool | str,
+    init_lora_weights: bool | str = True,
+    dtype: torch.dtype | None = None,
+    features: Features | None = None,
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """A fresh lora_A and lora_B of these shapes.
+    """Fresh lora_A and lora_B for weight [out, in], or of other ``features``.
 
-    True: the identity change.  "gaussian": lora_A from N(0, 1/r²).  False: lora_B random too.
+    They have its dtype or ``dtype``.  ``init_lora_weights`` True: the identity change.  "gaussian":
+    lora_A from N(0, 1/r²).  False: lora_B random too.
     """
-    lora_a, lora_b = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in shapes)
+    shapes = (features or Features(1, *weight.shape[::-1])).shapes(r)
+    how: Any = {"device": weight.device, "dtype": dtype or weight.dtype}
+    lora_a, lora_b = (nn.Parameter(torch.empty(shape, **how)) for shape in shapes)
     if init_lora_weights == "gaussian":
         nn.init.normal_(lora_a, std=1 / r)
     else:
@@ -257,11 +338,7 @@ def new_pair(
 
 
 def run_with(
-    module: nn.Module,
-    weights: Mapping[str, Tensor],
-    run: Callable[..., Any],
-    args: tuple[Any, ...],
-    named: dict[str, Any],
+    module: nn.Module, weights: Mapping[str, Tensor], run: Callable, args: tuple, named: dict
 ) -> Any:
     """What ``run`` returns with these tensors in the place of the module's parameters.
 
@@ -295,27 +372,6 @@ def add_product(
     return merged
 
 
-def check_adapter(
-    name: str, device: torch.device, tensors: Mapping[str, tuple[Any, tuple[int, int]]]
-) -> None:
-    """Raise ValueError unless each tensor has its shape and is where the weight has its numbers.
-
-    torch adds a tensor without numbers (on meta) to any other, and says nothing.
-    """
-    if device.type == "meta":
-        raise ValueError(f"{name} can't be merged: its weight is on meta, without numbers: load it")
-    for label, (tensor, shape) in tensors.items():
-        if not isinstance(tensor, Tensor):
-            reason = f"is {shown(tensor)}, but must be a tensor {list(shape)}"
-        elif tensor.shape != shape:
-            reason = f"has shape {tuple(tensor.shape)}, but must be {list(shape)}"
-        elif tensor.device != device:
-            reason = f"is on {tensor.device}, but the weight is on {device}: move it there"
-        else:
-            continue
-        raise ValueError(f"{name} can't be merged: its {label} {reason}")
-
-
 def why_weight_is_fixed(layer: nn.Module, name: str = "weight") -> str:
     """Why the weight can't be replaced by another Parameter; "" if it can.  ``name``: its own."""
     if name in layer._parameters or (name != "weight" and name in layer._buffers):
@@ -325,5 +381,6 @@ def why_weight_is_fixed(layer: nn.Module, name: str = "weight") -> str:
 
 def own_name(layer: nn.Module) -> str:
     """A name that this layer has for itself, and a LoRA layer for something else; "" if none."""
-    names = (*_ADDED, *vars(LoRALayer), *vars(Adapted))
+    added = ("lora_A", "lora_B", *LoRALayer.lora_settings, "_bases")
+    names = (*added, *vars(LoRALayer), *vars(AdaptedWeight), *vars(Adapted))
     return next((n for n in names if hasattr(layer, n) and not hasattr(nn.Linear, n)), "")

@@ -36,7 +36,11 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
     The loss is the output's ``loss``, summed, or else a fixed random combination of all outputs.
     Raises ValueError for an output without a float tensor.
     """
-    outputs = _floating(output)
+    items = output.items() if isinstance(output, Mapping) else {"output": output}.items()
+    outputs: dict[str, Tensor] = {}
+    for key, value in items:
+        leaves = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
+        outputs |= {key if len(leaves) == 1 else f"{key}[{i}]": v for i, v in enumerate(leaves)}
     loss = outputs.pop("loss", None)
     if loss is None:
         if not outputs:
@@ -54,16 +58,6 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.sum(), outputs
 
 
-def _floating(output: Any) -> dict[str, Tensor]:
-    """The floating tensors of a model's output, by key or by number."""
-    items = output.items() if isinstance(output, Mapping) else {"output": output}.items()
-    found: dict[str, Tensor] = {}
-    for key, value in items:
-        leaves = [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
-        found |= {key if len(leaves) == 1 else f"{key}[{i}]": v for i, v in enumerate(leaves)}
-    return found
-
-
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter has a gradient; afterwards all but the weights is as it was."""
@@ -76,12 +70,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     # With their values, since those may be views of DDP's buckets, which the runs write to.
     gradients = [(p, p.grad, p.grad.clone()) for p in parameters if p.grad is not None]
     devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), _kept_random_state(), kept_buffers(model):
+    numpy, state = sys.modules.get("numpy"), random.getstate()  # some models draw from them too
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices), kept_buffers(model):
         for parameter in parameters:
             parameter.grad = None
         try:
             yield
         finally:
+            random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
             with torch.no_grad():
                 for parameter in parameters:
                     parameter.grad = None
@@ -107,19 +106,6 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 for name, kept in before.items():
                     module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Of Python and numpy, which some models draw from too."""
-    numpy, state = sys.modules.get("numpy"), random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -3,27 +3,25 @@
 PEFT's files hold the adapter of a weight in two matrices, and so do these modules.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..foreign import is_class
-from ..ops.autocast import autocast_off
 from ..projection import Adapter, Base, Output
 from .adapted import (
     Adapted,
+    AdaptedWeight,
+    Features,
     add_product,
-    check_adapter,
-    new_pair,
     refuse_training,
     scaling_of,
 )
 from .experts import ADDED, stacked
-from .members import tensor_of, why_not_tensor
+from .members import why_not_tensor
 from .packed import (
     PackedExperts,
     dense_weight,
@@ -34,21 +32,7 @@ from .packed import (
     weight_in,
 )
 
-_ADDED = ("adaptations", "lora_dropout", "_bases")
 _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
-
-
-class Features(NamedTuple):
-    """A weight of experts as PEFT sees it: it has lora_A [E · r, p] and lora_B [q, r · E]."""
-
-    experts: int
-    p: int
-    q: int
-    is_transposed: bool  # what the module says, or False where it says nothing
-
-    def shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of lora_A and lora_B; the expert is the slowest index of one, the fastest of the other"""
-        return (self.experts * r, self.p), (self.q, r * self.experts)
 
 
 def features_of(module: nn.Module, name: str) -> Features:
@@ -70,88 +54,57 @@ class Adaptation:
     lora_alpha: float
     use_rslora: bool
 
-    @property
-    def scaling(self) -> float:
-        return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
+class ExpertsWeight(AdaptedWeight):
+    """One adapted weight of an experts module."""
 
-@dataclass(frozen=True)
-class ExpertsWeight(Adaptation):
-    """One adapted weight of an experts module, to those that walk a model's layers."""
+    def __init__(self, experts: "LoRAExperts", name: str, how: Adaptation) -> None:
+        self.experts, self.name, self.features = experts, name, how.features
+        self.r, self.lora_alpha, self.use_rslora = how.r, how.lora_alpha, how.use_rslora
+        self.scaling = scaling_of(how.lora_alpha, how.r, how.use_rslora)
 
-    experts: Any
-    name: str
-    weight_name = "weight"
-
-    @property
-    def weight(self) -> Any:
-        """A tensor, or packed."""
-        return weight_in(self.experts, self.name)
-
-    @property
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B."""
-        lora_a, lora_b = names_of_pair(self.name)
-        return tensor_of(self.experts, lora_a), tensor_of(self.experts, lora_b)
-
-    def adapter(self) -> Adapter[Tensor]:
-        """The two for ``ops.experts``: lora_a [E, r, in] and lora_b [E, out, r]."""
-        return stacked(*self.pair, self.features.experts, self.scaling)
-
-    @property
-    def plain_class(self) -> type[nn.Module]:
-        return self.experts.plain_class
+    adapted_module = property(lambda self: self.experts)
+    adapted_name = property(lambda self: self.name)
+    adapted_features = property(lambda self: self.features)
+    weight = property(lambda self: weight_in(self.experts, self.name))  # a tensor, or packed
+    plain_class = property(lambda self: self.experts.plain_class)
+    why_not_fast = property(lambda self: self.experts.read().reason)
 
     @property
     def shape(self) -> tuple[int, int]:
         """PEFT's out_features and in_features."""
         return self.features.q, self.features.p
 
-    @property
-    def adapted_parameters(self) -> int:
-        """How many parameters of the base the adapter changes, in all experts."""
-        return math.prod(self.features[:3])
+    def pair_names(self) -> tuple[str, str]:
+        return names_of_pair(self.name)
 
-    def output(self) -> Output[Tensor]:
+    def adapter(self) -> Adapter[Tensor]:
+        """The two for ``ops.experts``: lora_a [E, r, in] and lora_b [E, out, r]."""
+        return stacked(*self.adapter_pair, self.features.experts, self.scaling)
+
+    def adapted_output(self) -> Output[Tensor]:
         """The weight and its adapter as they are kept: not stacked, sharded under FSDP."""
-        return Output(Base(self.weight, None), (Adapter(*self.pair, self.scaling),))
+        return Output(Base(self.weight, None), (Adapter(*self.adapter_pair, self.scaling),))
 
     def check_weight(self, name: str) -> None:
-        """Raise ValueError unless the weight is a parameter, which can be replaced."""
         if self.name not in (*self.experts._parameters, *packed_names(self.experts)):
             raise ValueError(
                 f"{name} can't be merged or removed: it is computed (a parametrisation): make that "
                 "permanent"
             )
 
-    def check_adapter(self, name: str) -> None:
-        """Raise ValueError unless lora_A and lora_B are what the weight can be added to."""
-        shaped = zip(self.pair, self.features.shapes(self.r), strict=True)
-        labelled = dict(zip(names_of_pair(self.name), shaped, strict=True))
-        check_adapter(name, self.weight.device, labelled)
-
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """The two, for each expert, whose product is the adapter's part of its weight."""
         lora_a, lora_b, _ = self.adapter()
         return (lora_a.mT, lora_b.mT) if self.features.is_transposed else (lora_b, lora_a)
 
-    def sum(self, dtype: torch.dtype) -> Tensor:
-        """weight + scaling · lora_B lora_A of every expert, which autograd follows.
-
-        In the weight's dtype, or in this one if that is packed.
-        """
+    def _dense(self, dtype: torch.dtype | None) -> Tensor:
         weight = self.weight
-        if not isinstance(weight, Tensor):
-            weight = dense_weight(self.experts, self.name, dtype)
-        left, right = (factor.to(weight.dtype) for factor in self._factors())
-        with autocast_off(weight.device.type):
-            return torch.baddbmm(weight, left, right, alpha=self.scaling)
+        if isinstance(weight, Tensor) or dtype is None:
+            return weight
+        return dense_weight(self.experts, self.name, dtype)
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
-        """The sum in the weight's dtype, rounded once, an expert at a time.
-
-        A packed weight's is dense, of the dtype ``around``, and lies as the module's class has it.
-        """
+        # A packed weight's is dense, of the dtype around, and lies as the module's class has it.
         weight, (left, right) = self.weight, self._factors()
         if isinstance(weight, Tensor):
             merged = torch.empty_like(weight, requires_grad=False)
@@ -166,35 +119,6 @@ class ExpertsWeight(Adaptation):
             else:
                 add_product(weight.one(i), left[i], right[i], self.scaling, into)
         return merged
-
-    @property
-    def merged(self) -> bool:
-        return self.name in self.experts._bases
-
-    @property
-    def can_unmerge(self) -> bool:
-        """Whether it is merged and its base was kept."""
-        return self.experts._bases.get(self.name) is not None
-
-    def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
-        """Put the merged weight in the base's place, and keep that aside for :meth:`unmerge`.
-
-        Returns 0, how far it is from what was to be put.
-        """
-        self.experts.put_merged(self.name, weight, keep_base)
-        return 0.0
-
-    def unmerge(self) -> None:
-        """Put the original Parameter back: the same bits, and tied again if it was tied."""
-        self.experts.put_back(self.name)
-
-
-def new_experts_adapter(
-    module: nn.Module, name: str, r: int, init_lora_weights: bool | str, dtype: torch.dtype
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """Fresh lora_A [E · r, p] and lora_B [q, r · E] for the weight of this name."""
-    shapes, device = features_of(module, name).shapes(r), weight_in(module, name).device
-    return new_pair(shapes, device, dtype, r, init_lora_weights)
 
 
 def names_of_pair(name: str) -> tuple[str, str]:
@@ -211,34 +135,38 @@ class LoRAExperts(Adapted, PackedExperts):
     slow, and has no dropout: where dropout would act, it is a RuntimeError.
     """
 
+    lora_settings = ("adaptations", "lora_dropout")
     adaptations: dict[str, Adaptation]  # in the order of the module's parameters
     lora_dropout: float
 
-    def attach_adapters(
+    def attach_adapter(
         self,
-        adapters: Mapping[str, tuple[nn.Parameter, nn.Parameter, Adaptation]],
+        adapter: tuple[nn.Parameter, nn.Parameter],
+        lora_alpha: float,
         lora_dropout: float,
+        use_rslora: bool,
+        name: str,
     ) -> None:
-        """Take lora_A and lora_B of each weight, and freeze all else.  Checks nothing."""
-        self.requires_grad_(False)
-        self.adaptations, self._bases = {}, {}
-        self.lora_dropout = float(lora_dropout)
-        for name, (*pair, adaptation) in adapters.items():
-            for own, tensor in zip(names_of_pair(name), pair, strict=True):
-                setattr(self, own, tensor)
-            self.adaptations[name] = adaptation
+        """Take lora_A and lora_B of this weight; the first freezes all else.  Checks nothing."""
+        if "adaptations" not in self.__dict__:
+            self.requires_grad_(False)
+            self.adaptations, self._bases = {}, {}
+            self.lora_dropout = float(lora_dropout)
+        features = features_of(self, name)
+        r = len(adapter[0]) // features.experts
+        self.adaptations[name] = Adaptation(features, r, lora_alpha, use_rslora)
+        for own, tensor in zip(names_of_pair(name), adapter, strict=True):
+            setattr(self, own, tensor)
 
-    def detach_adapters(self) -> None:
-        """Become the plain module again, in place, with merged weights where they are merged."""
-        for name in (*self.adapter_names(), *_ADDED):
-            delattr(self, name)
+    def detach_adapter(self) -> None:
+        super().detach_adapter()
         settle(self)
 
     def adapted_weights(self) -> Iterable[tuple[str, ExpertsWeight]]:
         return [(name, self.weight_of(name)) for name in self.adaptations]
 
     def weight_of(self, name: str) -> "ExpertsWeight":
-        return ExpertsWeight(**vars(self.adaptations[name]), experts=self, name=name)
+        return ExpertsWeight(self, name, self.adaptations[name])
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
         if len(self._bases) == len(self.adaptations):
@@ -254,10 +182,7 @@ class LoRAExperts(Adapted, PackedExperts):
         return (self.weight_of(name).adapter(),)
 
     def sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.weight_of(name).sum(dtype)
-
-    def adapter_names(self) -> Iterable[str]:
-        return [own for name in self.adaptations for own in names_of_pair(name)]
+        return self.weight_of(name).adapted_sum(dtype)
 
     def extra_repr(self) -> str:
         adapters = [
@@ -287,8 +212,8 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:
         return "its weights are parametrised: make that permanent"
-    ours = [*vars(LoRAExperts), *vars(PackedExperts)]
-    added = [*_ADDED, *ours, *(own for name in names for own in names_of_pair(name))]
+    ours = [*LoRAExperts.lora_settings, "_bases", *vars(LoRAExperts), *vars(PackedExperts)]
+    added = [*ours, *(own for name in names for own in names_of_pair(name))]
     known = PackedExperts if isinstance(module, PackedExperts) else nn.Module
     taken = next((n for n in added if hasattr(module, n) and not hasattr(known, n)), "")
     if taken:

@@ -22,7 +22,7 @@ _SETTINGS = {
     "config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed",
     "_is_expert_parallel",
 }  # fmt: skip
-_OTHER = "its gate or activation is none that fastlora knows, or is hooked"
+OTHER = "its gate or activation is none that fastlora knows, or is hooked"
 ADDED = "_lora_"  # in the names of parameters that aren't the module's own
 _WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
@@ -52,7 +52,13 @@ def read_experts_module(base: Any, kind: Any) -> Experts:
         return Experts("experts of this version of transformers are not among the tested ones")
     name = getattr(base.config, "_experts_implementation", None)
     eager = name in (None, "eager")
-    run = _innermost(forward) if eager else _registered(forward, name)
+    run = forward
+    while eager and hasattr(run, "__wrapped__"):  # FP8Experts' is decorated anew for every layer
+        run = run.__wrapped__
+    if not eager:  # what is registered for an implementation of this name
+        inside = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+        cell = inside.get("experts_interface")
+        run = None if cell is None else cell.cell_contents.get(name)
     if not _is_transformers(run):
         return Experts("its forward, or its experts implementation, isn't one of transformers' own")
     if base.has_post_expert_norm:
@@ -61,30 +67,11 @@ def read_experts_module(base: Any, kind: Any) -> Experts:
         return Experts("its experts are on several devices (expert parallel)")
     gate = _gate_of(base, kind, run if eager else None)
     if gate is None:
-        return Experts(_OTHER)
+        return Experts(OTHER)
     activate, repeats = gate
     names = "gate_up_proj" if base.has_gate else "up_proj", "down_proj"
     layout = base.is_transposed, base.has_bias
     return Experts("", names, *layout, activate, repeats, name in _CAST_BY_AUTOCAST)
-
-
-def why_not_repeated(experts: Experts) -> str:
-    """Why a node, which runs the activation twice, can't be such a call; "" if it can."""
-    return experts.reason or ("" if experts.repeats else _OTHER)
-
-
-def _innermost(forward: Any) -> Any:
-    """The class's own; FP8Experts' is decorated anew for every layer."""
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    return forward
-
-
-def _registered(forward: Any, name: Any) -> Any:
-    """The function that is registered for an implementation of this name, if there is one."""
-    inside = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
-    cell = inside.get("experts_interface")
-    return None if cell is None else cell.cell_contents.get(name)
 
 
 def _is_transformers(thing: Any) -> bool:
@@ -135,15 +122,6 @@ def _is_plain_function(act: Any) -> bool:
     )
 
 
-def is_reversed(transposed: bool, swapped: bool) -> bool:
-    """Whether PEFT's lora_A is on the side of the results.
-
-    ``transposed``: the weight is [E, in, out] to the module.  ``swapped``: it is [E, out, in] to
-    PEFT, which goes by the module's ``is_transposed`` and its own version.
-    """
-    return transposed == swapped
-
-
 def stacked(
     lora_A: Tensor, lora_B: Tensor, experts: int, scale: float, reverse: bool = False
 ) -> Adapter[Tensor]:
@@ -158,10 +136,7 @@ def stacked(
 
 
 def takes(args: tuple[Any, ...], outputs: Sequence[Output[Tensor]]) -> bool:
-    """Whether these are x, index and weights as the module is ordinarily called with them.
-
-    They fit its two outputs, and torch would compute with them in one dtype.
-    """
+    """Whether these are x, index and weights that fit the two outputs, all in one dtype."""
     weight, other = (output.base.weight for output in outputs)
     if len(args) != 3 or not all(map(is_plain, args)):
         return False
@@ -212,10 +187,7 @@ def _is_watched() -> bool:
 
 
 def _are_in(index: Tensor, experts: int) -> bool:
-    """Whether all are numbers of experts.
-
-    Nobody looks on a GPU, since that would wait for it, nor where something watches or compiles.
-    """
+    """Whether all are numbers of experts; on a GPU, or watched or compiled, nobody looks."""
     if index.device.type != "cpu" or _is_watched():
         return True
     least, most = index.aminmax()

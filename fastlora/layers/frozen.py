@@ -8,7 +8,7 @@ adapted ones do: there they become :class:`Linear`.  Elsewhere nothing changes.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,9 @@ from ..foreign import is_class
 from ..formats.format import Quantised
 from ..ops.functional import lora_linears
 from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
-from ..quant import PackedLayer, quantised_weight, vendor_of
+from ..quant import SHARDED, PackedLayer, quantised_weight, vendor_of
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
-from .classes import change_class
-from .members import why_not_tensor
+from .members import change_class, tensor_of, why_not_tensor
 
 
 class Linear(nn.Linear):
@@ -121,6 +120,71 @@ def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
     return weight.t() if is_conv1d(kind) else weight
 
 
+class Reading(NamedTuple):
+    """A linear layer as a call finds it: one output; or ``reason``, why its call isn't a node's."""
+
+    reason: str
+    output: Output[Tensor] | None = None
+    dropouts: tuple[float, ...] = (0.0,)  # with which each adapter drops now
+    packed: PackedLayer | None = None  # of a quantised base
+    magnitude: Any = None  # of a DoRA adapter, which is alone
+    drop: nn.Module | None = None  # the dropout of the last adapter
+
+
+def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLayer | None]:
+    """Why a linear layer isn't covered, "" if it is; its weight as [out, in], and its bias.
+
+    Last, what else there is to know of a quantised one.  ``adapted``: it is the base of an adapter,
+    and called so.  What watches its calls is another matter.
+    """
+    it, name, of = "it", "its weight", ""
+    if adapted:
+        it, name, of = "its base", "its base layer", "the weight of "
+    kind, found = type(base), quantised_weight(base)
+    packed = found if isinstance(found, PackedLayer) else None
+    reason = why_not_class(kind) if found is None else ""
+    if isinstance(found, str):
+        reason = f"a {kind.__name__}: {found}"
+    elif not reason and "parametrizations" in base._modules:  # to read it is to compute it
+        reason = "parametrised"
+    elif not (adapted or reason or packed is not None or "weight" in base._parameters):
+        reason = "without a weight, or that is computed"
+    elif packed is not None and not packed.is_whole:
+        reason = f"a {kind.__name__}: {SHARDED}"
+    if reason:
+        return f"{it} is {reason}", None, None, None
+    if packed is not None:
+        weight: Any = packed.weight
+        reason = f"{name} is on the meta device" if weight.device.type == "meta" else ""
+    else:
+        weight = tensor_of(base, "weight")
+        shape = weight.shape if weight.dim() == 2 else (0, 0)
+        reason = why_not_part(name, weight, shape, of)
+        if is_conv1d(kind) and not reason:
+            weight = weight.T
+    bias = tensor_of(base, "bias")
+    if bias is not None and not reason:
+        reason = why_not_part("its base's bias" if adapted else "its bias", bias, weight.shape[:1])
+    return reason, weight, bias, packed
+
+
+def why_not_part(
+    name: str, tensor: Tensor, shape: tuple[int, ...], of: str = "the weight of "
+) -> str:
+    """Why this weight (of two dimensions) or bias (of one) isn't covered, if it is not; or ""."""
+    reason, is_weight = why_not_tensor(tensor, len(shape)), len(shape) == 2
+    if reason:
+        return f"{of}{name} {reason}" if is_weight else f"{name} {reason}"
+    if is_weight and tensor.is_meta:
+        return f"{name} is on the meta device, without data"
+    records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if is_weight and records and tensor.is_inference():
+        return f"{name} was made in inference mode"  # no backward can keep it
+    if tensor.shape == shape:
+        return ""
+    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
+
+
 def slow_weight(layer: nn.Linear) -> Tensor | None:
     """The layer's weight, if it is frozen and a CPU may multiply it slowly."""
     weight = layer._parameters.get("weight")  # where a parametrised one isn't
@@ -130,10 +194,7 @@ def slow_weight(layer: nn.Linear) -> Tensor | None:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fast path takes this x beside this base weight [out, in].
-
-    What it doesn't take, PEFT or torch may convert or refuse.
-    """
+    """Whether the fast path takes this x beside this base weight [out, in]; else it is others'."""
     if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
         return False
     if x.device != weight.device:

@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.autocast import autocast_off
 from ..projection import Projection, check_settings
 from ..quant import vendor_of
 from . import frozen
 from .adapted import LoRALayer, new_adapter, refuse_training, run_with
-from .classes import class_over, twin
 from .frozen import is_conv1d, matrix_of, why_not_base, why_not_class
+from .members import class_over, twin
 from .quantised import LoRAQuantised
 
 
@@ -81,14 +80,8 @@ class LoRALinear(LoRALayer, nn.Linear):
             quantised.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
             return quantised
         adapter = new_adapter(linear.weight, r)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            False,
-            r=1,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
+        sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+        layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
         return layer.train(linear.training)
@@ -112,10 +105,7 @@ class _LoRATransposed(LoRALayer):
 
 
 class _LoRARouter(LoRALayer):
-    """Of a mixture's router, whose own forward runs with weight + scaling · lora_B lora_A.
-
-    It has no dropout, as in PEFT.
-    """
+    """Of a mixture's router, whose own forward runs with the sum; without dropout, as in PEFT."""
 
     why_not_fast = "a router's own forward runs, with weight + scaling · lora_B lora_A"
 
@@ -129,19 +119,11 @@ class _LoRARouter(LoRALayer):
         if self.merged:
             refuse_training(self)
             return run(*args, **named)
-        weight = self._parameters["weight"]
-        assert weight is not None
-        with autocast_off(weight.device.type):
-            left, right = self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype)
-            total = torch.addmm(weight, left, right, alpha=self.scaling)
-        return run_with(self, {"weight": total}, run, args, named)
+        return run_with(self, {"weight": self.adapted_sum()}, run, args, named)
 
 
 def adapted_class(kind: type[nn.Module], quantised: bool = False) -> type[LoRALayer]:
-    """The class of a base's layers that have an adapter; it is the base's class, too.
-
-    ``quantised``: of a vendor's layers, which may be of torch's class.
-    """
+    """What a base's class becomes; ``quantised``: a vendor's layer, which may be of torch's."""
     if quantised:
         return class_over(LoRAQuantised, kind)
     if kind in (nn.Linear, frozen.Linear):

@@ -18,16 +18,14 @@ from ..ops.autocast import autocast_dtype
 from ..ops.gated import gated_mlp
 from ..ops.way import follows, is_few
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
-from ..quant import SHARDED, PackedLayer, quantised_weight
-from ..report import IN_THE_CALL, BlockCoverage
+from ..quant import PackedLayer
 from .adapted import LoRALayer
-from .classes import change_class, class_over, under
-from .frozen import fits, why_not_class, why_not_here
-from .members import activation_of, is_hooked, tensor_of, why_not_tensor
-from .modules import has_sharded, plain_name
+from .frozen import Reading, fits, read_base, why_not_here
+from .members import activation_of, change_class, class_over, is_hooked, under
 from .quantised import LoRAQuantised
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
+WATCHED = "a hook watches, or something replaces, its calls"
 _UNKNOWN = "its forward is none that fastlora knows"
 
 
@@ -52,16 +50,7 @@ def _is_known(forward: Any) -> bool:
     return any(is_same_code(forward, one) for one in known)
 
 
-class Part(NamedTuple):
-    """gate, up or down as a call finds it; or ``reason``, why the call isn't the nodes'."""
-
-    reason: str
-    output: Output[Tensor] | None = None
-    p: float = 0.0  # the probability with which its adapters drop now
-    packed: PackedLayer | None = None  # what its base is, if it is quantised
-
-
-class Reading(NamedTuple):
+class BlockReading(NamedTuple):
     """A block as a call finds it; or ``reason``, why the call is the module's own."""
 
     reason: str
@@ -91,14 +80,10 @@ class GatedMLP(nn.Module):
                 # Those are faster without a node, and keep next to nothing.
                 and not is_few(x, reading.outputs[:1], backend_name(device=x.device))
             ):
-                y = gated_mlp(
-                    x.to(dtypes.inside),
-                    *reading.outputs,
-                    reading.activation,
-                    dropout=reading.dropout,
-                    down_dropout=reading.down_dropout,
-                    wide=dtypes.inside != dtypes.outside,
-                )
+                p, of_down = reading.dropout, reading.down_dropout
+                parts = (*reading.outputs, reading.activation)
+                wide, x = dtypes.inside != dtypes.outside, x.to(dtypes.inside)
+                y = gated_mlp(x, *parts, dropout=p, down_dropout=of_down, wide=wide)
                 return y.to(dtypes.outside)
         return super().forward(*args, **named)
 
@@ -108,94 +93,63 @@ class GatedMLP(nn.Module):
             return "a hook on all modules is registered"
         return why_not_here()
 
-    def read(self) -> Reading:
+    def read(self) -> BlockReading:
         """Look at everything that a call would compute with."""
         if not _is_known(self.plain_class.forward):
-            return Reading(_UNKNOWN)
+            return BlockReading(_UNKNOWN)
         activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
-            return Reading("its activation is none that fastlora knows, or is hooked")
+            return BlockReading("its activation is none that fastlora knows, or is hooked")
         parts = []
         for name in PARTS:
             linear = getattr(self, name, None)
             if not isinstance(linear, nn.Module):
-                return Reading(f"its {name} is no module")
+                return BlockReading(f"its {name} is no module")
             part = self.read_part(linear)
             if part.output is None:
-                return Reading(f"its {name}: {part.reason}")
+                return BlockReading(f"its {name}: {part.reason}")
             parts.append(part)
         outputs = tuple([part.output for part in parts if part.output is not None])
         packed = tuple([part.packed for part in parts])
-        reason, p = _why_not_fitting(outputs, packed), [part.p for part in parts]
+        reason, p = _why_not_fitting(outputs, packed), [max(part.dropouts) for part in parts]
         if not reason and outputs[0].adapters and outputs[1].adapters and p[0] != p[1]:
             reason = "its gate_proj and up_proj have different dropouts, and are training"
-        return (
-            Reading(reason)
-            if reason
-            else Reading("", outputs, packed, activation, max(p[:2]), p[2])
-        )
+        if reason:
+            return BlockReading(reason)
+        return BlockReading("", outputs, packed, activation, max(p[:2]), p[2])
 
-    def read_part(self, linear: nn.Module) -> Part:
+    def read_part(self, linear: nn.Module) -> Reading:
         """gate, up or down; the model is one of your own."""
         if not isinstance(linear, LoRALayer):
             return read_frozen(linear)
         known = (LoRALayer.forward, LoRAQuantised.forward)
         if is_hooked(linear) or type(linear).forward not in known:
-            return Part("a hook watches, or something replaces, its calls")
+            return Reading(WATCHED)
         if linear.merged:
-            return Part("it is merged")
+            return Reading("it is merged")
         p, packed = linear.lora_dropout if linear.training else 0.0, None
         if isinstance(linear, LoRAQuantised):
-            found = linear.vendor.read(linear)
+            found = linear.read_packed()
             if isinstance(found, str):
-                return Part(found)
-            if not found.is_whole:
-                return Part(SHARDED)
+                return Reading(found)
             packed, projection = found, linear.projection(found)
         else:
             projection = linear.projection()
         (output,) = as_outputs([projection])
-        return Part("", output, p, packed)
+        return Reading("", output, (p,), packed)
 
 
-def read_frozen(linear: nn.Module) -> Part:
+def read_frozen(linear: nn.Module) -> Reading:
     """A part that has no adapter."""
     if is_hooked(linear):
-        return Part("a hook watches, or something replaces, its calls")
-    found = quantised_weight(linear)
-    if found is not None:
-        return _read_frozen_quantised(linear, found)
-    reason = why_not_class(type(linear))
-    if reason:
-        return Part(f"it is {reason}")
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    if weight is None:
-        return Part("its weight is computed (a parametrisation)")
-    for name, tensor, ndim in (("weight", weight, 2), ("bias", bias, 1)):
-        reason = why_not_tensor(tensor, ndim)
-        if reason:
-            return Part(f"its {name} {reason}")
-    if weight.is_meta or weight.is_inference():
-        return Part("its weight has no data, or was made in inference mode")
-    return Part("", Output(Base(weight, bias)))
-
-
-def _read_frozen_quantised(linear: nn.Module, found: PackedLayer | str) -> Part:
-    kind = type(linear).__name__
-    if isinstance(found, str):
-        return Part(f"it is a {kind}: {found}")
-    if not found.is_whole:
-        return Part(SHARDED)
-    if found.rounds_input:
-        return Part(f"it is a {kind} without an adapter, whose own forward rounds its input")
-    if found.weight.device.type == "meta":
-        return Part("its weight has no data")
-    bias = tensor_of(linear, "bias")
-    reason = why_not_tensor(bias, 1)
-    if reason:
-        return Part(f"its bias {reason}")
-    weight: Any = found.weight
-    return Part("", Output(Base(weight, bias)), packed=found)
+        return Reading(WATCHED)
+    if "parametrizations" in linear._modules:
+        return Reading("its weight is computed (a parametrisation)")
+    reason, weight, bias, packed = read_base(linear, adapted=False)
+    if packed is not None and packed.rounds_input:
+        kind = type(linear).__name__
+        reason = f"it is a {kind} without an adapter, whose own forward rounds its input"
+    return Reading(reason) if reason else Reading("", Output(Base(weight, bias)), packed=packed)
 
 
 class _Dtypes(NamedTuple):
@@ -203,11 +157,8 @@ class _Dtypes(NamedTuple):
     outside: torch.dtype  # in which it gives what it has computed
 
 
-def _dtypes_of_all(x: Tensor, reading: Reading) -> _Dtypes | None:
-    """Those of every layer of a block that is called with x; None where the nodes have others.
-
-    They round to one dtype for each product, and between products work in that, or in float32.
-    """
+def _dtypes_of_all(x: Tensor, reading: BlockReading) -> _Dtypes | None:
+    """Those of every layer of a block that is called with x; None where the nodes have others."""
     cast = autocast_dtype(x) if x.dtype in AUTOCAST_DTYPES else None
     found = set()
     for output, packed in zip(reading.outputs, reading.packed, strict=True):
@@ -282,22 +233,3 @@ def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def looks_gated(module: nn.Module) -> bool:
     """Whether it has the parts of a gated MLP, whatever its forward does."""
     return all(name in module._modules for name in PARTS)
-
-
-def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
-    """How every gated MLP would run that is a block, or has adapters, if it were called now.
-
-    ``unreached`` is what is said of one that could be a block and isn't.
-    """
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, GatedMLP):
-            reason = why_not_block(module) or module.why_not_now()
-            if not reason:
-                reason = IN_THE_CALL if has_sharded(module) else module.read().reason
-        elif looks_gated(module) and any(hasattr(module._modules[n], "lora_A") for n in PARTS):
-            reason = why_not_block(module) or unreached
-        else:
-            continue
-        found.append(BlockCoverage(plain_name(name), not reason, reason))
-    return tuple(found)

@@ -1,24 +1,20 @@
 """Walking a model: its LoRA layers, what is around and inside of it, and its tensors, whole."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
-from .adapted import Adapted, LoRALayer
-
-if TYPE_CHECKING:
-    from .expert_layer import ExpertsWeight
+from .adapted import Adapted, AdaptedWeight
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 # What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, "LoRALayer | ExpertsWeight"]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
     """Everything of the model that has an adapter, with its name: layers, and experts' weights."""
     for name, module in model.named_modules():
         for own, layer in module.adapted_weights() if isinstance(module, Adapted) else ():
@@ -42,10 +38,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def inside_of(model: nn.Module, *kinds: tuple[str, str]) -> set[nn.Module]:
-    """The modules inside of FSDP's and the like, which know the parameters that they found there.
-
-    A parameter that comes later, or takes the place of another, is left out.
-    """
+    """The modules inside of FSDP's and the like, which leave out parameters that come later."""
     outer = (m for m in model.modules() if any(derived_from(type(m), *kind) for kind in kinds))
     return {inner for module in outer for inner in module.modules()}
 
@@ -67,8 +60,21 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     The model is given in all its wrappers, and every rank must call it.  Raises ValueError for
     tensors of DeepSpeed's ZeRO-3.
     """
-    _refuse_partitioned(tensors)
-    state = _whole_state(model, [t for t in tensors.values() if is_flattened(t)])
+    for key, tensor in tensors.items():
+        if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:  # empty between calls
+            raise ValueError(
+                f"DeepSpeed ZeRO-3 has parts of {key} on all ranks: call this inside of "
+                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+    flat, state = [tensor for tensor in tensors.values() if is_flattened(tensor)], {}
+    if flat:  # FSDP1's
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        # Without cpu_offload: on a CPU torch 2.13 ends the process in it, under FSDP1.
+        options = StateDictOptions(
+            full_state_dict=True, ignore_frozen_params=all(t.requires_grad for t in flat)
+        )
+        state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
     names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
     found = dict(tensors)
     for key, tensor in tensors.items():
@@ -98,29 +104,6 @@ def reshard(model: nn.Module) -> None:
             cast(Any, module).reshard()
 
 
-def _whole_state(model: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """The state dict with these tensors, of FSDP1's flat parameters, if there are any."""
-    if not tensors:
-        return {}
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    # Without cpu_offload: on a CPU torch 2.13 ends the process in it, under FSDP1.
-    options = StateDictOptions(
-        full_state_dict=True, ignore_frozen_params=all(t.requires_grad for t in tensors)
-    )
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
-
-
-def _refuse_partitioned(tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for a parameter that is ZeRO-3's, and empty between calls."""
-    for key, tensor in tensors.items():
-        if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:
-            raise ValueError(
-                f"DeepSpeed ZeRO-3 has parts of {key} on all ranks: call this inside of "
-                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
-            )
-
-
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is FSDP's, which has a part of it between calls."""
     return is_flattened(tensor) or is_dtensor(tensor)
@@ -133,8 +116,3 @@ def has_sharded(module: nn.Module) -> bool:
 def is_flattened(tensor: Tensor) -> bool:
     """Whether it is a part of one of FSDP1's flat parameters, of whatever shape between calls."""
     return getattr(tensor, "_fsdp_flattened", False)
-
-
-def writes_files() -> bool:
-    """Whether this rank writes what all ranks have gathered: the first one does."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -13,9 +13,8 @@ from ..ops.way import why_textbook
 from ..projection import Adapter, Base, Output
 from ..quant.float8 import SCALE, experts_weight
 from .adapted import run_with
-from .classes import class_over
 from .experts import Experts, read_experts_module, run_experts, takes
-from .members import tensor_of
+from .members import class_over, tensor_of
 
 _DOWN = "down_proj"  # the last of the weights in every class of experts
 

@@ -33,11 +33,14 @@ class LoRAQuantised(LoRALayer):
     def weight_name(self) -> str:
         return "weight" if self.is_dense else self.vendor.PARTS[0]
 
+    def read_packed(self) -> PackedLayer | str:
+        """The weight as it is now, or why a call can't read it."""
+        found = self.vendor.read(self)
+        return SHARDED if not isinstance(found, str) and not found.is_whole else found
+
     def packed(self) -> PackedLayer:
         """The weight as it is now.  Raises ValueError if it can't be read."""
-        found = self.vendor.read(self)
-        if not isinstance(found, str) and not found.is_whole:
-            found = SHARDED
+        found = self.read_packed()
         if isinstance(found, str):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
         return found
@@ -76,9 +79,7 @@ class LoRAQuantised(LoRALayer):
         return add_product(weight, *self._factors(), self.scaling, merged)
 
     def use_merged(self, weight: Tensor, keep_base: bool = True, requantise: bool = True) -> float:
-        """Raises ValueError, and leaves the layer as it was, where it can't be packed, or where
-        it holds NaN or infinity then.
-        """
+        """Raises ValueError, and leaves the layer as it was, where it can't be packed."""
         vendor, distance = self.vendor, 0.0
         if not requantise and hasattr(self.plain_class, "weight"):  # a property
             raise ValueError("GPTQ-Model's layer has no place for a merged weight")

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.frozen import is_conv1d
+from ..layers.frozen import is_conv1d, is_router
 from ..layers.modules import (
     copy_whole,
     is_sharded,
@@ -19,27 +21,20 @@ from ..layers.modules import (
     some,
     unwrap,
     whole_tensors,
-    writes_files,
 )
-from .adapter_config import from_peft, spell_out, to_peft
-from .files import (
-    CONFIG,
-    WEIGHTS,
-    check_files,
-    check_folder,
-    read_header,
-    read_json,
-    write_whole,
-)
+from .adapter_config import from_peft, to_peft
+from .config import LoRAConfig, is_all_linear, weight_of
+from .files import CONFIG, WEIGHTS, check_files, check_folder, read_header, read_json, write_whole
 from .inject import (
+    RECORD,
     check_injection,
     check_model,
-    inject_known,
+    inject,
     injection_of,
-    record_injection,
     undo_injection,
     untie,
 )
+from .targets import expert_modules
 from .tensors import (
     AUTO,
     adapter_tensors,
@@ -51,6 +46,11 @@ from .tensors import (
     name_of,
     read_fitting,
 )
+
+_Number = TypeVar("_Number", int, float)
+# Names of linear layers that PEFT takes for experts', in a model that has experts.
+_NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def save_adapter(
@@ -87,23 +87,20 @@ def save_adapter(
         tensors |= embedding_tensors(model, injection.saved_modules, injection.layers)
     sharded = any(map(is_sharded, tensors.values()))
     tensors = whole_tensors(outer, tensors)
-    if sharded and not writes_files():
+    # What all ranks have gathered the first one writes.
+    if sharded and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     *_, (_, last) = lora_layers(model)
+    source = getattr(model, "name_or_path", None) or None  # of a transformers model
     # In a model of both kinds PEFT has what it found last.
-    settings = to_peft(config, _base_name(model), fan_in_fan_out=is_conv1d(last.plain_class))
+    settings = to_peft(config, source, fan_in_fan_out=is_conv1d(last.plain_class))
     # Cloned, since the file format takes no two keys (of tied parameters) with one memory.
     values = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    write_whole(
-        path,
-        {
-            WEIGHTS: save(values, metadata={"format": "pt"}),
-            CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
-        },
-    )
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(path, {WEIGHTS: save(values, metadata={"format": "pt"}), CONFIG: text.encode()})
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
@@ -134,7 +131,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     fresh = injection is None
     if injection is None:
         check_planned(model, config, stored, path / WEIGHTS)
-        injection = inject_known(outer, config)
+        injection = inject(outer, config)
     else:
         check_injection(model, injection)
     try:
@@ -147,8 +144,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             )
         brought = whole_tensors(outer, found.brought).items()
         changed = [k for k, one in brought if not torch.equal(one, found.tensors[k].to(one))]
-        _warn_of_another_base(model, changed, path / WEIGHTS)
-        _warn_of_no_numbers(found.tensors, path / WEIGHTS)
+        _warn(model, changed, found.tensors, path / WEIGHTS)
     except BaseException:
         if fresh:
             undo_injection(model)
@@ -159,12 +155,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         for key, parameter in (adapter_tensors(model, injection) | found.brought).items():
             copy_whole(found.tensors[key], parameter)
     if changed:
-        record_injection(model, replace(injection, has_embeddings=True))
+        model.__dict__[RECORD] = replace(injection, has_embeddings=True)
     return outer
 
 
-def _warn_of_another_base(model: nn.Module, changed: list[str], path: Path) -> None:
-    """Warn if the file changes the base weight of an adapted layer, and not for new tokens."""
+def _warn(model: nn.Module, changed: list[str], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Warn of NaN, and if the file changes an adapted layer's base weight, not for new tokens."""
     bases = [key for key in changed if ".base_layer." in key]
     if bases and not must_save_embeddings(model, AUTO):
         warnings.warn(
@@ -172,15 +168,9 @@ def _warn_of_another_base(model: nn.Module, changed: list[str], path: Path) -> N
             "the adapter was trained on? The file's values were loaded, as PEFT does",
             stacklevel=3,
         )
-
-
-def _warn_of_no_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-    bad = [
-        key
-        for key, tensor in floating.items()
-        if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all()
-    ]
+    wide = {key: one.float() if one.itemsize == 1 else one for key, one in floating.items()}
+    bad = [key for key, tensor in wide.items() if not tensor.isfinite().all()]
     if bad:
         warnings.warn(
             f"{path} has NaN or infinity in {some(bad)}, which was loaded as it is: the adapter is "
@@ -189,6 +179,67 @@ def _warn_of_no_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _base_name(model: nn.Module) -> str | None:
-    """Where a transformers model was loaded from."""
-    return getattr(model, "name_or_path", None) or None
+def spell_out(
+    model: nn.Module, config: LoRAConfig, layers: Iterable[str], experts: Collection[str]
+) -> LoRAConfig:
+    """The same config with the layers' names in place of "all-linear" and the like.
+
+    ``experts``: which of these names are those of experts' weights.
+
+    PEFT from 0.20 on rewrites a config for a mixture of experts as it loads it: targets of certain
+    names become experts' parameters, other regular expressions lists of last parts.  There, layers
+    of those names are spelled as ``target_parameters``, which it leaves alone.
+    """
+    # PEFT may take a transformers model for a mixture of experts.
+    about = getattr(model, "config", None)
+    rewritten = hasattr(about, "model_type") and (
+        bool(expert_modules(model)) or any(getattr(about, name, None) for name in _EXPERT_COUNTS)
+    )
+    targets, dense = config.target_modules, [name for name in layers if name not in experts]
+    as_weights = {
+        name
+        for name in dense
+        if config.names_weight_of(name)
+        or (rewritten and name.rpartition(".")[2] in _NAMES_OF_EXPERTS)
+        or is_router(model.get_submodule(name))
+    }
+    chosen_here = targets is None or is_all_linear(targets)
+    if not (as_weights or chosen_here or (rewritten and isinstance(targets, str))):
+        return config
+    modules = [name for name in dense if name not in as_weights]
+    return replace(
+        config,
+        target_modules=short_targets(model, modules),
+        target_parameters=sorted([*map(weight_of, as_weights), *experts]) or None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=_with_weights(config.rank_pattern, config.rank_of, config.r, as_weights),
+        alpha_pattern=_with_weights(
+            config.alpha_pattern, config.alpha_of, config.lora_alpha, as_weights
+        ),
+    )
+
+
+def _with_weights(
+    patterns: Mapping[str, _Number],
+    value_of: Callable[[str], _Number],
+    default: _Number,
+    layers: Iterable[str],
+) -> dict[str, _Number]:
+    """The patterns, and a new one for the weight of each layer whose value isn't the default."""
+    own = {
+        ".".join(map(re.escape, weight_of(name).split("."))): value_of(name)
+        for name in sorted(layers)
+        if value_of(name) != default
+    }
+    return {**patterns, **own}
+
+
+def short_targets(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The last parts of the layers' names if they mean no other module, else the whole names."""
+    layers = set(layers)
+    last_parts = {name.rpartition(".")[2] for name in layers}
+    same_ending = {
+        name for name, _ in model.named_modules() if name.rpartition(".")[2] in last_parts
+    }
+    return sorted(last_parts if same_ending == layers else layers)

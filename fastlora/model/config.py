@@ -77,10 +77,8 @@ class LoRAConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} is {shown(value)}, but must be a word like {example!r}")
-        self._check_names("target_modules", or_pattern=True)
-        self._check_names("exclude_modules", or_pattern=True)
-        self._check_names("modules_to_save", or_pattern=False)
-        self._check_names("target_parameters", or_pattern=False)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            self._check_names(name, or_pattern=name in ("target_modules", "exclude_modules"))
         self._check_layers()
 
     def _check_layers(self) -> None:

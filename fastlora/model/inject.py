@@ -2,25 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..layers import mlp
-from ..layers.adapted import LoRALayer, new_adapter, wide_dtype
-from ..layers.classes import class_over
-from ..layers.expert_layer import Adaptation, ExpertsWeight, LoRAExperts, new_experts_adapter
-from ..layers.frozen import give_back_frozen, matrix_of, take_frozen
+from ..layers.adapted import Adapted
+from ..layers.expert_layer import LoRAExperts
+from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
+from ..layers.members import class_over
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
 from ..layers.packed import plain_class_of
 from ..projection import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
 from .targets import (
-    Targets,
     check_places,
     find_targets,
     modules_to_save,
@@ -28,7 +27,7 @@ from .targets import (
     warn_of_passed_over,
 )
 
-_RECORD = "_fastlora"
+RECORD = "_fastlora"
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,10 @@ def apply_lora(
     check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
     check_switch("frozen", frozen)
     check_switch("blocks", blocks)
-    config, inner = as_config(config), unwrap(model)
-    check_plain(inner)
-    _inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype)
-    if frozen:
-        take_frozen(inner.modules())
-    if blocks:
-        mlp.take(inner.modules(), mlp.GatedMLP)
+    config = as_config(config)
+    check_plain(unwrap(model))
+    fast: Any = {"frozen": frozen, "blocks": blocks}
+    inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype, **fast)
     return model
 
 
@@ -110,7 +106,7 @@ def check_model(model: nn.Module) -> None:
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError if a layer has an adapter, fastlora's or PEFT's."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALayer | LoRAExperts):
+        if isinstance(module, Adapted):
             raise ValueError(
                 f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
             )
@@ -120,22 +116,21 @@ def check_plain(model: nn.Module) -> None:
             )
 
 
-def inject_known(model: nn.Module, config: LoRAConfig) -> Injection:
-    """apply_lora for a config from a file, whose target names need not all occur in this model."""
-    injection = _inject(model, config, every_name=False, wide_adapters=True)
-    take_frozen(model.modules())
-    mlp.take(model.modules(), mlp.GatedMLP)
-    return injection
-
-
-def _inject(
-    model: nn.Module, config: LoRAConfig, *, every_name: bool, wide_adapters: bool
+def inject(
+    model: nn.Module,
+    config: LoRAConfig,
+    *,
+    every_name: bool = False,
+    wide_adapters: bool = True,
+    frozen: bool = True,
+    blocks: bool = True,
 ) -> Injection:
+    """apply_lora, for a config from a file too, whose names need not all occur in this model."""
     held, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
     saved = modules_to_save(model, config, every_name=every_name)
     targets = find_targets(model, config, saved, every_name=every_name)
-    for name, layer in (targets.layers | {n: e.module for n, e in targets.experts.items()}).items():
-        if layer in held:
+    for name, target in targets.items():
+        if target.module in held:
             raise ValueError(
                 f"{called(name)} can't take an adapter: FSDP or DDP has it already, and would "
                 "leave the adapter out: call apply_lora first"
@@ -148,14 +143,15 @@ def _inject(
         if is_lazy(parameter):  # and torch can't freeze it
             raise ValueError(f"{name} has no shape as yet: call the model once before")
     trained_before = frozenset(name for name, parameter in _named(model) if parameter.requires_grad)
-    adapters = {}
-    for name, layer in targets.layers.items():
-        weight = matrix_of(layer)
-        quantised = not isinstance(weight, Tensor)
-        dtype = wide_dtype(weight) if quantised or wide_adapters else weight.dtype
-        adapter = new_adapter(weight, config.rank_of(name), config.init_lora_weights, dtype)
-        adapters[name] = (adapted_class(type(layer), quantised), adapter, config.alpha_of(name))
-    of_experts = _experts_adapters(targets, config, wide_adapters)
+    made = {}
+    for name, target in targets.items():
+        kind, quantised = type(target.module), not isinstance(target.weight, Tensor)
+        if target.parameter:
+            over: Any = class_over(LoRAExperts, plain_class_of(target.module))
+        else:
+            over = adapted_class(kind, quantised)
+        adapter = target.new_adapter(name, config, wide_adapters)
+        made[name] = over, adapter, config.alpha_of(name)
     untied = _copies_of_tied(model, saved)
     if every_name:
         warn_of_passed_over(model, config, targets, saved)
@@ -163,45 +159,22 @@ def _inject(
     for place in untied:
         setattr(place.module, place.name, place.copy)
     model.requires_grad_(False)
-    for name, layer in targets.layers.items():
-        layer.__class__, adapter, alpha = adapters[name]
-        cast(LoRALayer, layer).attach_adapter(
-            adapter, alpha, config.lora_dropout, config.use_rslora
-        )
-    for experts, kind, its_adapters in of_experts:
-        experts.__class__ = kind
-        cast(LoRAExperts, experts).attach_adapters(its_adapters, config.lora_dropout)
+    for name, target in targets.items():
+        target.module.__class__, adapter, alpha = made[name]
+        settings = alpha, config.lora_dropout, config.use_rslora
+        own = [target.parameter] if target.parameter else []
+        cast(Any, target.module).attach_adapter(adapter, *settings, *own)
     for module in saved.values():
         module.requires_grad_(True)
-    names = (*targets.layers, *targets.experts)
-    for name in trained_biases(model, config.bias, names):
+    for name in trained_biases(model, config.bias, targets):
         model.get_parameter(name).requires_grad_(True)
-    injection = Injection(config, names, tuple(saved), trained_before, untied)
-    record_injection(model, injection)
+    injection = Injection(config, tuple(targets), tuple(saved), trained_before, untied)
+    model.__dict__[RECORD] = injection
+    if frozen:
+        take_frozen(model.modules())
+    if blocks:
+        mlp.take(model.modules(), mlp.GatedMLP)
     return injection
-
-
-_Adapters = dict[str, tuple[nn.Parameter, nn.Parameter, Adaptation]]
-
-
-def _experts_adapters(
-    targets: Targets, config: LoRAConfig, wide: bool
-) -> list[tuple[nn.Module, type[LoRAExperts], _Adapters]]:
-    """Of each experts module its class with adapters, and the adapters of its weights."""
-    made: dict[nn.Module, _Adapters] = {}
-    for name, target in targets.experts.items():
-        module, parameter = target
-        wide_here = wide or not isinstance(target.weight, Tensor)
-        dtype, r = (
-            wide_dtype(target.weight) if wide_here else target.weight.dtype,
-            config.rank_of(name),
-        )
-        adapter = new_experts_adapter(module, parameter, r, config.init_lora_weights, dtype)
-        numbers = target.features, r, config.alpha_of(name), config.use_rslora
-        made.setdefault(module, {})[parameter] = (*adapter, Adaptation(*numbers))
-    return [
-        (m, class_over(LoRAExperts, plain_class_of(m)), adapters) for m, adapters in made.items()
-    ]
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
@@ -218,15 +191,12 @@ def remove_lora(model: nn.Module) -> nn.Module:
     layers = list(lora_layers(inner))
     for name, layer in layers:
         layer.check_weight(called(name))
-    for _, layer in layers:
-        if isinstance(layer, LoRALayer):
-            layer.detach_adapter()
-    for experts in [m for m in inner.modules() if isinstance(m, LoRAExperts)]:
-        experts.detach_adapters()
+    for module in {layer.adapted_module: None for _, layer in layers}:
+        module.detach_adapter()
     give_back_frozen(inner.modules())
     mlp.give_back(inner.modules())
     for module in inner.modules():  # parts of a model may have been adapted one by one
-        injection = module.__dict__.pop(_RECORD, None)
+        injection = module.__dict__.pop(RECORD, None)
         if injection is not None:
             for name, parameter in _named(module):
                 parameter.requires_grad_(name in injection.trained_before)
@@ -270,19 +240,14 @@ def untie(model: nn.Module, name: str) -> None:
 
 def undo_injection(model: nn.Module) -> None:
     """Take back what apply_lora did just now: what it untied is tied again, too."""
-    for place in model.__dict__[_RECORD].untied:
+    for place in model.__dict__[RECORD].untied:
         setattr(place.module, place.name, place.original)
     remove_lora(model)
 
 
 def injection_of(model: nn.Module) -> Injection | None:
     """What apply_lora did to this model, if it did."""
-    return unwrap(model).__dict__.get(_RECORD)
-
-
-def record_injection(model: nn.Module, injection: Injection) -> None:
-    """Keep what was done to this model, with the model."""
-    model.__dict__[_RECORD] = injection
+    return unwrap(model).__dict__.get(RECORD)
 
 
 def check_injection(model: nn.Module, injection: Injection) -> None:
@@ -294,8 +259,7 @@ def check_injection(model: nn.Module, injection: Injection) -> None:
             f"the model's adapters are not those that apply_lora made: {some(changed)} came or "
             "went since; call fastlora.remove_lora(model) and start again"
         )
-    modules = {n: one.experts if isinstance(one, ExpertsWeight) else one for n, one in now.items()}
-    check_places(model, modules, injection.saved_modules)
+    check_places(model, [one.adapted_module for one in now.values()], injection.saved_modules)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import rows_at_a_time
 from ..foreign import FSDP, FULLY_SHARDED
-from ..layers.adapted import LoRALayer
-from ..layers.expert_layer import ExpertsWeight
+from ..layers.adapted import AdaptedWeight
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantised import LoRAQuantised
 from ..projection import DTYPES, check_switch
@@ -54,14 +53,14 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     dense = _dtype_around(unwrap(model))
     around = torch.float32 if requantise else dense
     for name, layer in _progress(layers, "checking"):
-        merged = layer.merged_weight(dense if isinstance(layer, ExpertsWeight) else around)
+        merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
         _check_merged(name, layer, merged, packs=requantise and not keep_base)
         del merged
     _warn_of_ties(unwrap(model), layers)
     errors = {}
     try:
         for name, layer in _progress(layers, "merging"):
-            merged = layer.merged_weight(dense if isinstance(layer, ExpertsWeight) else around)
+            merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
             error = layer.use_merged(merged, keep_base, requantise)
             if isinstance(layer, LoRAQuantised) and requantise:
                 errors[name] = error
@@ -112,7 +111,7 @@ def _layers(model: nn.Module) -> list:
         )
     held = inside_of(model, FULLY_SHARDED, FSDP)
     for name, layer in layers:
-        if (layer.experts if isinstance(layer, ExpertsWeight) else layer) in held:
+        if layer.adapted_module in held:
             raise ValueError(
                 f"{called(name)} is under FSDP, which goes on with the weight that it has: merge "
                 "in a model that isn't, which fastlora.load_adapter gives what save_adapter wrote"
@@ -131,11 +130,8 @@ def _dtype_around(model: nn.Module) -> torch.dtype | None:
     return max(count, key=count.__getitem__, default=None)
 
 
-def _check_merged(name: str, layer: LoRALayer | ExpertsWeight, merged: Tensor, packs: bool) -> None:
-    """Raise ValueError if a merged weight holds NaN or infinity.
-
-    ``packs``: a quantised layer's is packed, too, while there is a way back.
-    """
+def _check_merged(name: str, layer: AdaptedWeight, merged: Tensor, packs: bool) -> None:
+    """Raise ValueError for NaN or infinity; ``packs``: try to pack it while there is a way back."""
     # Block by block, since the test makes several tensors of its size.
     if not all(bool(rows.isfinite().all()) for rows in merged.split(rows_at_a_time(merged))):
         raise ValueError(

@@ -1,50 +1,58 @@
-"""Which modules of a model a LoRAConfig means.  It reads names and classes; it changes nothing."""
+"""Which modules of a model a LoRAConfig means, and what else could be meant, or can't be and why.
+
+It reads names and classes; it changes nothing.
+"""
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..layers.expert_layer import Features, features_of, why_not_experts
-from ..layers.frozen import is_conv1d, is_router, why_not_base, why_not_class
-from ..layers.modules import called, plain_name
+from ..layers.adapted import Features, LoRALayer, new_adapter, wide_dtype
+from ..layers.expert_layer import features_of, why_not_experts
+from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
+from ..layers.modules import called, plain_name, some
 from ..layers.packed import parameter_names, weight_in
 from ..projection import shown
-from .candidates import USE_PEFT, all_linear, bypassed, could_match, is_like_linear, passed_over
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 
+Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 _HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 
 
-class ExpertsTarget(NamedTuple):
-    """A weight of an experts module."""
+class Target(NamedTuple):
+    """What gets an adapter: a linear layer, or a weight of an experts module."""
 
     module: nn.Module
-    parameter: str
+    parameter: str = ""  # of experts
 
     @property
     def weight(self) -> Any:
-        """A tensor, or packed."""
-        return weight_in(self.module, self.parameter)
+        """[out, in], or that of all experts; it may be packed."""
+        return weight_in(self.module, self.parameter) if self.parameter else matrix_of(self.module)
 
     @property
     def features(self) -> Features:
-        return features_of(self.module, self.parameter)
+        if self.parameter:
+            return features_of(self.module, self.parameter)
+        return Features(1, *self.weight.shape[::-1])
+
+    def dtype(self, wide: bool = True) -> torch.dtype:
+        """Of its adapter: not of 16 bits where it is ``wide``, nor beside a packed weight."""
+        weight = self.weight
+        return wide_dtype(weight) if wide or not isinstance(weight, Tensor) else weight.dtype
+
+    def new_adapter(self, name: str, config: LoRAConfig, wide: bool = True) -> Pair:
+        """Fresh lora_A and lora_B for the target of this name."""
+        numbers = config.rank_of(name), config.init_lora_weights, self.dtype(wide)
+        return new_adapter(self.weight, *numbers, self.features)
 
 
-class Targets(NamedTuple):
-    """What gets an adapter, by name: linear layers, and weights of experts."""
-
-    layers: dict[str, nn.Module]
-    experts: dict[str, ExpertsTarget]
-
-
-def known_targets(model: nn.Module, config: LoRAConfig) -> Targets:
-    """What the config of a file targets, whose names need not all occur in this model."""
-    saved = modules_to_save(model, config, every_name=False)
-    return find_targets(model, config, saved, every_name=False)
+Targets = dict[str, Target]  # by name: linear layers, and then weights of experts
 
 
 def find_targets(
@@ -69,7 +77,9 @@ def find_targets(
     experts = _find_experts(model, config, matched, saved, every_name=every_name)
     if not (matched or experts):
         rest = " that isn't excluded or saved in full" if config.exclude_modules or saved else ""
-        raise ValueError(f"{_wish(config)} matches no module{rest}. {could_match(model)}")
+        chosen = [n for n in ("target_parameters", "layers_to_transform") if getattr(config, n)]
+        wish = [f"{name}={shown(getattr(config, name))}" for name in ("target_modules", *chosen)]
+        raise ValueError(f"{', '.join(wish)} matches no module{rest}. {could_match(model)}")
     if every_name and isinstance(config.target_modules, tuple):
         names = [name for name, _ in model.named_modules()]
         for target in config.target_modules:
@@ -97,9 +107,9 @@ def find_targets(
                 f"{name} can't take an adapter: the {around[name]} around it reads its weight "
                 "without calling it, so the adapter would be skipped in evaluation"
             )
-    modules = matched | {name.rpartition(".")[0]: one.module for name, one in experts.items()}
-    check_places(model, modules, saved)
-    return Targets(matched, experts)
+    found = {name: Target(module) for name, module in matched.items()} | experts
+    check_places(model, [target.module for target in found.values()], saved)
+    return found
 
 
 def _find_experts(
@@ -109,7 +119,7 @@ def _find_experts(
     saved: Collection[str],
     *,
     every_name: bool,
-) -> dict[str, ExpertsTarget]:
+) -> Targets:
     """The experts' weights that ``target_parameters`` names, by name, in the model's order.
 
     ``layers``: the linear layers that ``config`` targets, whose weights it may name, too.
@@ -148,17 +158,15 @@ def _find_experts(
                 f"adapter: it is no linear layer's weight, and as experts {reason}"
             )
         for parameter in parameters:
-            found[f"{owner}.{parameter}" if owner else parameter] = ExpertsTarget(module, parameter)
+            found[f"{owner}.{parameter}" if owner else parameter] = Target(module, parameter)
     return found
 
 
-def check_places(
-    model: nn.Module, adapted: Mapping[str, nn.Module], saved: Collection[str]
-) -> None:
+def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collection[str]) -> None:
     """Raise ValueError if a module that is adapted, or trains in full, is at two places.
 
     PEFT puts another one in the first place alone, and that is what its files mean.  A block around
-    it may be at many places, as it is one there, too.  ``adapted``, ``saved``: by name, as in
+    it may be at many places, as it is one there, too.  ``saved``: by name, as in
     :func:`find_targets`.
     """
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
@@ -168,7 +176,7 @@ def check_places(
                 places.setdefault(child, []).append((parent, f"{outer}.{key}" if outer else key))
     whole = [model.get_submodule(name) for name in saved]
     for top, inside in [
-        *((module, {module}) for module in adapted.values()),
+        *((module, {module}) for module in adapted),
         *((module, set(module.modules())) for module in whole),
     ]:
         for module in inside:
@@ -183,15 +191,6 @@ def check_places(
                 )
 
 
-def _wish(config: LoRAConfig) -> str:
-    """The fields that choose the targets, for a message."""
-    fields = ["target_modules"]
-    fields += [
-        name for name in ("target_parameters", "layers_to_transform") if getattr(config, name)
-    ]
-    return ", ".join(f"{name}={shown(getattr(config, name))}" for name in fields)
-
-
 def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:
     return "weight" in module._parameters and config.names_weight_of(name)
 
@@ -199,17 +198,14 @@ def _weight_is_named(module: nn.Module, name: str, config: LoRAConfig) -> bool:
 def warn_of_passed_over(
     model: nn.Module, config: LoRAConfig, targets: Targets, saved: Collection[str]
 ) -> None:
-    """Warn if "all-linear" leaves out what PEFT's "all-linear" would adapt.
-
-    ``targets``: what is adapted.
-    """
+    """Warn if "all-linear" leaves out of the targets what PEFT's "all-linear" would adapt."""
     if not is_all_linear(config.target_modules):
         return
     excluded = name_test(config.exclude_modules or ())
-    done = {*saved, *targets.layers, *(name.rpartition(".")[0] for name in targets.experts)}
+    done = {*saved}
+    done |= {name.rpartition(".")[0] if one.parameter else name for name, one in targets.items()}
     left_out = passed_over(
-        model,
-        lambda name: not excluded(name) and not any(is_inside(name, outer) for outer in done),
+        model, lambda name: not excluded(name) and not any(is_inside(name, outer) for outer in done)
     )
     if left_out:
         warnings.warn(
@@ -264,23 +260,21 @@ def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:
     if targets is None and config.target_parameters:
         return lambda name: False
     numbers = cast(Sequence[int] | None, config.layers_to_transform)
+    # The number of a layer is the first in a name, as PEFT counts.
+    forms = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in config.layers_pattern or ()]
+    forms = forms or [r".*?\.[^.]*\.(\d+)\."]
 
     def in_layers(name: str) -> bool:
-        return numbers is None or _layer_number(config, name) in numbers
+        if numbers is None:
+            return True
+        found = next(filter(None, (re.match(form, name) for form in forms)), None)
+        return found is not None and int(found.group(1)) in numbers
 
     if targets is None:
         attention = _attention_projections(model)
         return lambda name: name in attention and in_layers(name)
     # A whole name counts in any layer, as in PEFT.
     return lambda name: name in targets or (names_any(targets, name) and in_layers(name))
-
-
-def _layer_number(config: LoRAConfig, name: str) -> int | None:
-    """The number of the layer that a module is in, as PEFT counts: the first in its name."""
-    patterns = config.layers_pattern
-    forms = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
-    found = next(filter(None, (re.match(form, name) for form in forms)), None)
-    return int(found.group(1)) if found else None
 
 
 def _attention_projections(model: nn.Module) -> set[str]:
@@ -297,3 +291,106 @@ def _attention_projections(model: nn.Module) -> set[str]:
         if name and "attention" in type(module).__name__.lower()
     ]
     return {name for name in linear if any(is_inside(name, outer) for outer in inside)}
+
+
+USE_PEFT = "For such layers, make the adapter with PEFT and call fastlora.optimize on its model."
+
+
+def all_linear(model: nn.Module) -> set[str]:
+    """Every linear layer that can be a base, adapted or not, but a transformers model's head."""
+    head = embeddings_of(model, "output")
+    return {
+        name
+        for name, module in model.named_modules()
+        if module is not head
+        and not is_router(module)
+        and (isinstance(module, LoRALayer) or not why_not_base(module))
+    } - bypassed(model).keys()
+
+
+def bypassed(model: nn.Module) -> dict[str, str]:
+    """The modules whose weights a fused torch.nn module reads itself, and that module's class."""
+    return {
+        f"{outer}.{name}" if outer else name: type(module).__name__
+        for outer, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention)
+        for name, _ in module.named_modules()
+        if name
+    }
+
+
+def could_match(model: nn.Module) -> str:
+    """The last parts of all names that could be targets, with their counts, and what can't be."""
+    names = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if not why_not_base(module)
+    )
+    in_the_way = "; ".join(_obstacles(model))
+    why = f" In the way: {in_the_way}. {USE_PEFT}" if in_the_way else ""
+    if not names:
+        return f"The model has no linear layer that could be adapted.{why}"
+    listed = ", ".join(f"{name} ({count})" for name, count in names.most_common(20))
+    return f"It could match: {listed}.{why}"
+
+
+def passed_over(model: nn.Module, is_meant: Callable[[str], bool]) -> str:
+    """What "all-linear" leaves out of the names that are meant, though PEFT's takes it; or ""."""
+    parts = _obstacles(model, is_meant)
+    experts = {name: module for name, module in expert_modules(model).items() if is_meant(name)}
+    if experts:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        held = sum(p.numel() for module in experts.values() for p in module.parameters())
+        parts.append(
+            f"the parameters of experts and routers ({some(list(experts))}), which are "
+            f"{held / total:.0%} of the model's"
+        )
+    return "; ".join(parts)
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of a mixture of experts with weights of their own, which no linear layer holds."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        and any(word in type(module).__name__.lower() for word in ("expert", "router"))
+        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    }
+
+
+def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """The linear layers that can't be adapted, by reason."""
+    head, around = embeddings_of(model, "output"), bypassed(model)
+    reasons: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if module is head or isinstance(module, LoRALayer) or not is_meant(name):
+            continue
+        if is_like_linear(module) and (reason := why_not_base(module)):
+            reasons.setdefault(reason, []).append(called(name))
+        elif name in around and isinstance(module, nn.Linear):
+            reason = f"the {around[name]} around it reads its weight without calling it"
+            reasons.setdefault(reason, []).append(name)
+    return [
+        f"{len(names)} {'layer' if len(names) == 1 else 'layers'} ({some(names)}): {reason}"
+        for reason, names in reasons.items()
+    ]
+
+
+def is_like_linear(module: nn.Module) -> bool:
+    """A linear layer of any library's, by its class or its name."""
+    if isinstance(module, nn.Linear):
+        return True
+    kind = type(module)
+    is_named = kind.__name__ == "Conv1D" or "linear" in kind.__name__.lower()
+    return is_named and not kind.__module__.startswith("torch.nn.") and not any(module.children())
+
+
+def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
+    """The "input" or "output" embeddings of a transformers model; None where it has none."""
+    get = getattr(model, f"get_{which}_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -4,19 +4,17 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import LoRALayer, wide_dtype
 from ..layers.expert_layer import ExpertsWeight
-from ..layers.frozen import matrix_of
 from ..layers.modules import called, lora_layers, plain_name, some
 from ..projection import shown
 from .config import LoRAConfig, is_inside
 from .files import Planned, read_tensors
-from .targets import Targets, known_targets, trained_biases
+from .targets import Targets, embeddings_of, find_targets, modules_to_save, trained_biases
 
 if TYPE_CHECKING:
     from .inject import Injection
@@ -33,14 +31,10 @@ def _key(module: str, parameter: str) -> str:
 
 def adapter_tensors(model: nn.Module, injection: "Injection") -> dict[str, Tensor]:
     """Everything that belongs to the adapter, under PEFT's keys."""
+    adapted = dict(lora_layers(model))
     tensors: dict[str, Tensor] = {}
-    for name, layer in lora_layers(model):
-        if isinstance(layer, LoRALayer):
-            tensors[_key(name, "lora_A.weight")] = layer.lora_A
-            tensors[_key(name, "lora_B.weight")] = layer.lora_B
-    experts = experts_weights(model)
-    for name, pair in _pairs(experts).items():
-        tensors |= dict(zip(pair, experts[name].pair, strict=True))
+    for name, keys in _pairs(adapted, experts_weights(model)).items():
+        tensors |= dict(zip(keys, adapted[name].adapter_pair, strict=True))
     saved, layers = injection.saved_modules, injection.layers
     return tensors | full_tensors(model, injection.config.bias, saved, layers)
 
@@ -63,31 +57,25 @@ def full_tensors(
     return tensors
 
 
-def experts_weights(model: nn.Module) -> dict[str, ExpertsWeight]:
-    """The weights of experts that have adapters, by name."""
-    return {n: layer for n, layer in lora_layers(model) if isinstance(layer, ExpertsWeight)}
+def experts_weights(model: nn.Module) -> set[str]:
+    """The names of the weights of experts that have adapters."""
+    return {n for n, layer in lora_layers(model) if isinstance(layer, ExpertsWeight)}
 
 
-class _Pair(NamedTuple):
-    """The keys of one weight's lora_A and lora_B in a file."""
-
-    lora_a: str
-    lora_b: str
-
-
-def _pairs(names: Iterable[str]) -> dict[str, _Pair]:
-    """The keys of experts' weights, by the weights' names.
+def _pairs(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The keys of lora_A and lora_B in a file, by the names of layers and of ``experts``' weights.
 
     PEFT nests a layer for each weight of an experts module, the last one outermost.
     """
     by_module: dict[str, list[str]] = {}
     for name in names:
-        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        module = name.rpartition(".")[0] if name in experts else name
+        by_module.setdefault(module, []).append(name)
     pairs = {}
     for module, own in by_module.items():
         for outside, name in enumerate(reversed(own)):
             layer = ".".join(filter(None, (module, *["base_layer"] * outside)))
-            pairs[name] = _Pair(_key(layer, "lora_A.weight"), _key(layer, "lora_B.weight"))
+            pairs[name] = _key(layer, "lora_A.weight"), _key(layer, "lora_B.weight")
     return pairs
 
 
@@ -100,10 +88,10 @@ def embedding_tensors(
     adapted ``layers`` has its weight under ``base_layer``.
     """
     tensors = {}
-    for module in _embeddings(model):
+    for module in (embeddings_of(model, which) for which in ("input", "output")):
         names = [name for name, other in model.named_modules() if other is module]
         name = plain_name(names[0]) if names else None
-        if name is None or any(is_inside(name, one) for one in saved):
+        if module is None or name is None or any(is_inside(name, one) for one in saved):
             continue
         prefix = f"{name}.base_layer" if name in layers else name
         for key, tensor in module.state_dict(keep_vars=True).items():
@@ -113,18 +101,16 @@ def embedding_tensors(
 
 
 def must_save_embeddings(model: nn.Module, choice: bool | str) -> bool:
-    """Whether ``save_embedding_layers`` means so; "auto" compares with the base model's config."""
+    """Whether ``save_embedding_layers`` means so.
+
+    "auto": whether the vocabulary has another size than in the config that the model came with.
+    """
     if isinstance(choice, bool):
         return choice
     if not isinstance(choice, str) or choice != AUTO:
         raise ValueError(
             f"save_embedding_layers is {shown(choice)}, but must be True, False or 'auto'"
         )
-    return _was_resized(model)
-
-
-def _was_resized(model: nn.Module) -> bool:
-    """Whether the vocabulary has another size than in the config that the model came with."""
     config, source = getattr(model, "config", None), getattr(model, "name_or_path", None)
     read = getattr(type(config), "from_pretrained", None)
     if not source or read is None:
@@ -138,26 +124,13 @@ def _was_resized(model: nn.Module) -> bool:
             stacklevel=4,
         )
         return False
-    return _vocabulary(config) != _vocabulary(base)
+    now, before = (getattr(text_config(each), "vocab_size", None) for each in (config, base))
+    return now != before
 
 
-def _vocabulary(config) -> int | None:
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "vocab_size", None)
-
-
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """The input and output embeddings of a transformers model."""
-    found = []
-    for method in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, method, lambda: None)()
-        except NotImplementedError:
-            continue
-        if isinstance(module, nn.Module):
-            found.append(module)
-    return found
+def text_config(config: Any) -> Any:
+    """Of the language model in one that may have others beside it."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 class Found(NamedTuple):
@@ -213,8 +186,9 @@ def name_of(key: str) -> str:
 def check_planned(
     model: nn.Module, config: LoRAConfig, stored: Mapping[str, Planned], path: Path
 ) -> None:
-    """Raise ValueError unless the file has lora_A and lora_B as the config would make them."""
-    planned = planned_adapters(known_targets(model, config), config)
+    """Raise ValueError unless the file has lora_A and lora_B as its config would make them."""
+    saved = modules_to_save(model, config, every_name=False)
+    planned = planned_adapters(find_targets(model, config, saved, every_name=False), config)
     shapes = {key: shape for key, (shape, _) in planned.items()}
     extra = [key for key in stored if ".lora_" in key and key not in shapes]
     _check_stored(shapes, stored, path, extra)
@@ -222,17 +196,14 @@ def check_planned(
 
 def planned_adapters(targets: Targets, config: LoRAConfig) -> dict[str, Planned]:
     """Every lora_A and lora_B that the config would make of these targets, under PEFT's keys."""
-    planned: dict[str, Planned] = {}
-    for name, layer in targets.layers.items():
-        weight, r = matrix_of(layer), config.rank_of(name)
-        (out_features, in_features), dtype = weight.shape, wide_dtype(weight)
-        planned[_key(name, "lora_A.weight")] = Planned((r, in_features), dtype)
-        planned[_key(name, "lora_B.weight")] = Planned((out_features, r), dtype)
-    for name, pair in _pairs(targets.experts).items():
-        target = targets.experts[name]
-        for key, shape in zip(pair, target.features.shapes(config.rank_of(name)), strict=True):
-            planned[key] = Planned(shape, wide_dtype(target.weight))
-    return planned
+    experts = [name for name, target in targets.items() if target.parameter]
+    return {
+        key: Planned(shape, targets[name].dtype())
+        for name, keys in _pairs(targets, experts).items()
+        for key, shape in zip(
+            keys, targets[name].features.shapes(config.rank_of(name)), strict=True
+        )
+    }
 
 
 def check_layers(model: nn.Module, config: LoRAConfig) -> None:

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -111,8 +111,8 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         warnings.filterwarnings("ignore", "PEFT .* is newer")  # which asks for this
         optimized = optimize(model)
     with optimized as report:
+        from .layer import swapped_back
         from .masks import shared_masks  # here, since they import PEFT
-        from .swap import swapped_back
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(
@@ -128,26 +128,25 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     used |= {p.dtype for p in inner.parameters()} | fast.autocast | peft.autocast
     dtype = max((dtype for dtype in _TOLERANCES if dtype in used), key=_TOLERANCES.__getitem__)
     if tolerance is None:
-        deeper = math.sqrt(max(1, _blocks(report) - 1)) if dtype in HALF_DTYPES else 1.0
+        # Blocks are counted by the numbers in layers' names.
+        parts = [part for layer in report.layers for part in layer.name.split(".")]
+        last = max([int(part) for part in parts if part.isdigit()], default=0)
+        deeper = math.sqrt(max(1, last)) if dtype in HALF_DTYPES else 1.0
         tolerance = _TOLERANCES[dtype] * deeper
-    gradients = _differences(fast.gradients, peft.gradients)
+    gradients, layers = _differences(fast.gradients, peft.gradients), []
+    for layer in report.layers:
+        own = [g for g in gradients if plain_name(g.name).startswith(f"{layer.name}.")]
+        if own:
+            layers.append(Difference(layer.name, max(own, key=_size).relative))
     return Check(
         _differences(fast.loss, peft.loss)[0],
         _differences(fast.outputs, peft.outputs),
         gradients,
-        tuple(_per_layer(report, gradients)),
+        tuple(layers),
         tolerance,
         Coverage(report.layers, report.notes, report.frozen, report.blocks),
         dtype,
     )
-
-
-def _blocks(report: Coverage) -> int:
-    """How many blocks the model has, by the numbers in its layers' names."""
-    numbers = [
-        int(part) for layer in report.layers for part in layer.name.split(".") if part.isdigit()
-    ]
-    return 1 + max(numbers, default=0)
 
 
 class _Run(NamedTuple):
@@ -208,24 +207,14 @@ def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:
-    return tuple(Difference(n, _relative(fast.get(n), peft.get(n))) for n in {**peft, **fast})
-
-
-def _relative(fast: Tensor | None, peft: Tensor | None) -> float:
-    if fast is None or peft is None or fast.shape != peft.shape:
-        return float("inf")
-    size, distance = peft.double().norm().item(), (fast.double() - peft.double()).norm().item()
-    if distance == 0.0:
-        return 0.0
-    return distance / size if size else float("inf")
-
-
-def _per_layer(report: Coverage, gradients: Sequence[Difference]) -> Iterator[Difference]:
-    """For each layer of the report the largest difference among its own gradients."""
-    for layer in report.layers:
-        own = [g for g in gradients if plain_name(g.name).startswith(f"{layer.name}.")]
-        if own:
-            yield Difference(layer.name, max(own, key=_size).relative)
+    found = []
+    for name in {**peft, **fast}:
+        one, other, relative = fast.get(name), peft.get(name), float("inf")
+        if one is not None and other is not None and one.shape == other.shape:
+            size, distance = other.double().norm(), (one.double() - other.double()).norm()
+            relative = (distance / size).item() if distance else 0.0
+        found.append(Difference(name, relative))
+    return tuple(found)
 
 
 def _size(difference: Difference) -> float:

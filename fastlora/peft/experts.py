@@ -12,21 +12,12 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from ..layers.experts import (
-    Experts,
-    is_reversed,
-    read_experts_module,
-    run_experts,
-    stacked,
-    takes,
-    why_not_repeated,
-)
+from ..layers.experts import OTHER, Experts, read_experts_module, run_experts, stacked, takes
 from ..layers.frozen import is_router
 from ..layers.members import is_hooked, why_not_tensor
 from ..projection import Adapter, Base, Output
-from .moment import adapters_now, why_not_now
-from .reading import why_not_pair, why_not_scale
-from .versions import newer
+from . import newer
+from .reading import adapters_now, why_not_now, why_not_pair, why_not_scale
 
 _UNTESTED = bool(newer())  # asked once: it takes as long as a small op
 # What PEFT adds an adapter to a weight by, in its versions.
@@ -78,7 +69,8 @@ def read_experts(outermost: PeftParamWrapper) -> ExpertsReading:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
         return ExpertsReading(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
     experts = read_experts_module(base, type(base))
-    reason = why_not_repeated(experts) or _why_not_base(base)
+    # A node runs the activation twice.
+    reason = experts.reason or ("" if experts.repeats else OTHER) or _why_not_base(base)
     if reason:
         return ExpertsReading(reason)
     if not wrappers.keys() <= set(experts.names):
@@ -101,15 +93,12 @@ def _why_not_base(base: Any) -> str:
         return "a hook watches, or something replaces, the calls of its experts"
     if "parametrizations" in base._modules:
         return "its experts are parametrised"
-    if not all(map(_has_its_own_forward, _PROXIES)):
+    places = [getattr(proxy.forward, "__globals__", {}).get("__name__") for proxy in _PROXIES]
+    if any(place != peft_layer.__name__ for place in places):
         return "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     if _UNTESTED:
         return "experts are PEFT's where this version of PEFT isn't a tested one"
     return ""
-
-
-def _has_its_own_forward(proxy: Any) -> bool:
-    return getattr(proxy.forward, "__globals__", {}).get("__name__") == peft_layer.__name__
 
 
 def _why_not_wrapper(layer: PeftParamWrapper, is_outermost: bool) -> str:
@@ -157,7 +146,9 @@ def _read_adapter(
     reason = why_not_pair(lora_a, lora_b, weight, (rows, columns)) or why_not_scale(scale)
     if reason or lora_b.bias is not None or isinstance(scale, Tensor):
         return reason or "its lora_B has a bias, or its scaling is a tensor"
-    reverse = is_reversed(experts.transposed, layer._did_swap_in_out_features)
+    # PEFT's lora_A is on the side of the results where the weight is [E, in, out] to the module and
+    # [E, out, in] to PEFT, which goes by the module's is_transposed and its own version.
+    reverse = experts.transposed == layer._did_swap_in_out_features
     if weight.shape != (count, *((columns, rows) if reverse else (rows, columns))):
         return f"its weight has shape {tuple(weight.shape)}"
     if len(lora_a.weight) % count:  # the ranks of all experts together

@@ -1,35 +1,48 @@
-"""What an optimised PEFT layer becomes: the same layer with another forward."""
+"""What an optimised PEFT layer becomes: the same layer with another forward, by its class.
+
+So do gated MLPs, whose layers those are.
+"""
 
 import sys
-from collections.abc import Callable
-from functools import cache
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.tuners.lora.model import LoraModel as PeftModel
 from torch import Tensor, nn
 
 from ..backends import Call
-from ..layers.frozen import fits
+from ..layers import mlp
+from ..layers.frozen import fits, give_back_frozen, take_frozen
+from ..layers.members import change_class, class_over, is_hooked, is_over
 from ..ops.door import run
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import lora_linears
 from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
-from .mixed import mixed_forward
-from .moment import adapters_now, is_peft_s_few, why_not_now
-from .reading import Glance, Reading, glance, read
+from .experts import ParamWrapper
+from .mixed import LoraModel, mixed_forward
+from .reading import Glance, Reading, adapters_now, glance, is_peft_s_few, read, why_not_now
 
 
 class Linear(PeftLinear):
     """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
 
     It has PEFT's name and no state of its own: a PEFT layer becomes one, and ceases to be one, by
-    its ``__class__``.  Calls that :mod:`.moment` and :mod:`.reading` don't allow are PEFT's.
+    its ``__class__``.  Calls that :mod:`.reading` doesn't allow are PEFT's.
     """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return _call(self, super().forward, x, args, kwargs)
+
+
+class PackedLinear(nn.Module):
+    """As :class:`Linear`, of PEFT's layers of quantised bases: their class comes after this one."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         return _call(self, super().forward, x, args, kwargs)
@@ -48,35 +61,10 @@ def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """What layers of quantised bases become, by PEFT's classes of them that are imported."""
     places = [(sys.modules.get(place), names) for place, names in _PACKED.items()]
     found = [getattr(module, name, None) for module, names in places for name in names]
-    return {kind: _packed_class(kind) for kind in found if kind is not None}
+    return {kind: class_over(PackedLinear, kind, "") for kind in found if kind is not None}
 
 
-def __getattr__(name: str) -> type[nn.Module]:
-    """The class of a pickled layer, in a process that has made none."""
-    for place, names in _PACKED.items():
-        if name in names:
-            return _packed_class(getattr(import_module(place), name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-@cache
-def _packed_class(kind: Any) -> type[nn.Module]:
-    class Packed(kind):
-        def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-            return _call(self, super().forward, x, args, kwargs)
-
-    Packed.__doc__ = f"As :class:`Linear`: PEFT's ``{kind.__name__}``."
-    Packed.__name__ = Packed.__qualname__ = kind.__name__
-    return Packed
-
-
-def _call(
-    layer: LoraLayer,
-    theirs: Callable[..., Tensor],
-    x: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Tensor:
+def _call(layer: Any, theirs: Callable, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     """A layer's forward: the fast one, or PEFT's, which is ``theirs``."""
     if not (args or kwargs) and is_peft_s_few(layer, x):
         return theirs(x)
@@ -154,3 +142,92 @@ def _norm(
 ) -> Tensor:
     """The norms of the rows of a DoRA layer's weight."""
     return dora_norm(weight, *adapter)
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    PeftLinear: Linear,
+    PeftParamWrapper: ParamWrapper,
+    PeftModel: LoraModel,  # around the layers
+}
+
+
+def _fast() -> dict[type[nn.Module], type[nn.Module]]:
+    """The fast class for each of PEFT's that is here."""
+    return _FAST | packed_classes()
+
+
+def is_swapped(layer: nn.Module) -> bool:
+    return isinstance(layer, tuple(_fast().values()))
+
+
+def why_not_swapped(layer: nn.Module) -> str:
+    """Why this layer can't become fast, or isn't called when it has; "" if it can."""
+    kinds = [pair for pair in _fast().items() if any(is_over(type(layer), kind) for kind in pair)]
+    if not kinds:
+        return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
+    own = layer.__dict__.get("_old_forward" if "_hf_hook" in layer.__dict__ else "forward")
+    ours = [kind.forward for pair in _fast().items() for kind in pair]
+    if own is None or getattr(own, "__func__", None) in ours:
+        return ""
+    return "its forward was replaced on the instance"
+
+
+def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Make every layer fast that can be, and return those that weren't before."""
+    layers = [layer for layer in layers if not is_swapped(layer) and not why_not_swapped(layer)]
+    for layer in layers:
+        kind = next(kind for kind in _fast() if is_over(type(layer), kind))
+        change_class(layer, kind, _fast()[kind])
+    return layers
+
+
+def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Make every layer PEFT's again, and return those that were fast."""
+    layers = [layer for layer in layers if is_swapped(layer)]
+    for layer in layers:
+        for kind, fast in _fast().items():
+            if isinstance(layer, fast):
+                change_class(layer, fast, kind)
+    return layers
+
+
+@contextmanager
+def swapped_back(model: nn.Module) -> Iterator[None]:
+    """Inside, all of an optimised model runs PEFT's and torch's own forwards."""
+    modules = list(model.modules())
+    blocks, layers, frozen = mlp.give_back(modules), unswap_all(modules), give_back_frozen(modules)
+    try:
+        yield
+    finally:
+        swap_all(layers)
+        take_frozen(frozen)
+        mlp.take(blocks, Block)
+
+
+class Block(mlp.GatedMLP):
+    """What an optimised gated MLP becomes, whose layers are PEFT's, or have no adapter."""
+
+    def forward(self, *args, **named):
+        if args and any(
+            isinstance(m, LoraLayer) and is_peft_s_few(m, args[0]) for m in self.children()
+        ):
+            return super(mlp.GatedMLP, self).forward(*args, **named)
+        return super().forward(*args, **named)
+
+    def why_not_now(self) -> str:
+        return why_not_now()
+
+    def read_part(self, linear: nn.Module) -> Reading:
+        """gate, up or down, where the layer's own call would be fast."""
+        if not isinstance(linear, LoraLayer):
+            return mlp.read_frozen(linear)
+        reason = why_not_swapped(linear) or ("" if is_swapped(linear) else "it isn't optimised")
+        if not reason and is_hooked(linear):
+            reason = mlp.WATCHED
+        if reason:
+            return Reading(reason)
+        names = adapters_now(linear)
+        if not names:
+            return Reading("its adapter is merged, disabled or not active")
+        reading = read(linear, names)
+        return reading if reading.magnitude is None else Reading("it is DoRA")

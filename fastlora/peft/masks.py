@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -11,36 +10,26 @@ from ..backends.dropout import dropout_mask
 from ..ops.door import draw_seed
 
 
-class Seeds:
-    """A layer's seeds, drawn at once for all its active adapters, as ``lora_linears`` does.
+class SeededDropout(nn.Dropout):
+    """``nn.Dropout`` with the mask that fastlora's ops would make of the same random state.
 
-    On a GPU one draw of two numbers isn't two draws of one.
+    A layer's seeds are drawn at once for all its active adapters, as ``lora_linears`` does: on a
+    GPU one draw of two numbers isn't two draws of one.
     """
 
-    def __init__(self, layer: LoraLayer) -> None:
-        self._layer = layer
-        self._left: list[Tensor] = []
-
-    def next(self, device: torch.device) -> Tensor:
-        if not self._left:
-            dropouts = self._layer.lora_dropout
-            active = [dropouts[name] for name in self._layer.active_adapters if name in dropouts]
-            count = sum(isinstance(d, SeededDropout) and d.drops() for d in active)
-            self._left = list(draw_seed(max(1, count), device).split(1))
-        return self._left.pop(0)
-
-
-class SeededDropout(nn.Dropout):
-    """``nn.Dropout`` with the mask that fastlora's ops would make of the same random state."""
-
-    seeds: Seeds
+    layer: LoraLayer
+    seeds: list[Tensor]  # the layer's, drawn and not taken as yet
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.drops():
             return x
-        seed = self.seeds.next(x.device)
+        if not self.seeds:
+            dropouts = self.layer.lora_dropout
+            active = [dropouts[name] for name in self.layer.active_adapters if name in dropouts]
+            count = sum(isinstance(d, SeededDropout) and d.drops() for d in active)
+            self.seeds += draw_seed(max(1, count), x.device).split(1)
         rows = x.numel() // x.shape[-1]
-        mask = dropout_mask(seed, (rows, x.shape[-1]), self.p)
+        mask = dropout_mask(self.seeds.pop(0), (rows, x.shape[-1]), self.p)
         return x * mask.reshape(x.shape).to(x.dtype) / (1.0 - self.p)
 
     def drops(self) -> bool:
@@ -55,18 +44,16 @@ DROPOUTS = (nn.Dropout, nn.Identity, SeededDropout)
 def shared_masks(model: nn.Module) -> Iterator[None]:
     """Inside, PEFT's own forward drops what the fast path would drop after the same manual_seed."""
     swapped = []
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        seeds = Seeds(layer)
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        seeds: list[Tensor] = []
         for dropout in layer.lora_dropout.values():
             if type(dropout) is nn.Dropout:
                 dropout.__class__ = SeededDropout
-                dropout.__dict__["seeds"] = seeds
+                dropout.__dict__ |= {"layer": layer, "seeds": seeds}
                 swapped.append(dropout)
     try:
         yield
     finally:
         for dropout in swapped:
             dropout.__class__ = nn.Dropout
-            del dropout.seeds
+            del dropout.__dict__["layer"], dropout.__dict__["seeds"]

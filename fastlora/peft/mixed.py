@@ -23,8 +23,7 @@ from ..layers.frozen import fits
 from ..layers.modules import has_sharded, some
 from ..ops.functional import multi_lora_linear
 from ..rows import AdapterMapping, Share
-from .moment import is_few
-from .reading import read
+from .reading import is_few, read
 
 _NONE = "__base__"  # PEFT's name for no adapter
 _FEW = 64  # rows in all
@@ -32,10 +31,7 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers': how a module call
 
 
 def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor | None:
-    """The output for x, whose samples have these adapters; None where the call is PEFT's.
-
-    An adapter that this layer doesn't have is none, as in PEFT.
-    """
+    """The output for x, whose samples have these adapters, or none; None: the call is PEFT's."""
     if layer.disable_adapters or layer.merged or not isinstance(names, list | tuple):
         return None
     if not isinstance(x, Tensor) or x.dim() < 2 or x.is_nested or len(x) != len(names):

@@ -1,4 +1,7 @@
-"""PEFT models sped up in place, and back: optimize and restore."""
+"""PEFT models sped up in place, and back; the report on any model.
+
+This file imports nothing of PEFT.
+"""
 
 import sys
 import warnings
@@ -10,11 +13,81 @@ from torch import nn
 
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
-from ..layers.modules import lora_layers
+from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
 from ..projection import check_switch
-from ..report import Coverage
-from .coverage import checked, cover, frozen_layers, peft_layers
-from .versions import is_disabled, untested, why_never, why_not_peft
+from ..report import (
+    IN_THE_CALL,
+    BlockCoverage,
+    Coverage,
+    LayerCoverage,
+    cover_frozen,
+    cover_lora_linears,
+)
+from . import is_disabled, untested, why_not_peft, why_nothing_changes
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """How every LoRA layer of the model, fastlora's or PEFT's, would run now; nothing is called.
+
+    Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
+    """
+    inner = checked(model)
+    unreached = "not optimised yet: fastlora.optimize(model) does it"
+    theirs = cover(inner, peft_layers(inner), unreached)
+    layers = (*cover_lora_linears(inner), *theirs.layers)
+    blocks = cover_blocks(inner, unreached)
+    return Coverage(layers, theirs.notes, cover_frozen(inner), blocks)
+
+
+def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
+    """The report on PEFT layers; ``unreached`` is what stops one that isn't optimised, if any."""
+    if not layers:
+        return Coverage(())
+    version = why_not_peft()
+    if version:
+        sizes = [[getattr(one, f"{n}_features", 0) for n in ("out", "in")] for _, one in layers]
+        named = zip(layers, sizes, strict=True)  # as little is read as can be
+        return Coverage(
+            tuple(LayerCoverage(n, (q, p), 0, False, "eager", version) for (n, _), (q, p) in named)
+        )
+    from .mixed import mixed_notes
+    from .records import records, wrapping_notes
+
+    said = (*filter(None, [untested()]), *wrapping_notes(layers), *mixed_notes(layers))
+    return Coverage(records(model, layers, unreached), said)
+
+
+def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every LoRA layer of PEFT's, with its name.  Where PEFT isn't imported, there are none."""
+    lora = sys.modules.get("peft.tuners.lora")
+    kind = getattr(lora, "LoraLayer", ())
+    return [(plain_name(name), m) for name, m in model.named_modules() if isinstance(m, kind)]
+
+
+def checked(model: nn.Module) -> nn.Module:
+    """What is inside the wrappers of a model; a TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    return unwrap(model)
+
+
+def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
+    """How every gated MLP would run that is a block, or has adapters, if it were called now.
+
+    ``unreached`` is what is said of one that could be a block and isn't.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, mlp.GatedMLP):
+            reason = mlp.why_not_block(module) or module.why_not_now()
+            if not reason:
+                reason = IN_THE_CALL if has_sharded(module) else module.read().reason
+        elif mlp.looks_gated(module) and any(hasattr(m, "lora_A") for m in module.children()):
+            reason = mlp.why_not_block(module) or unreached
+        else:
+            continue
+        found.append(BlockCoverage(plain_name(name), not reason, reason))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -81,17 +154,18 @@ def optimize(
     report = cover(inner, layers, unreached=reason)
     if strict and report.eager:
         raise ValueError(f"not every layer would run fast: {report}")
-    if reason:
-        found = mlp.cover_blocks(inner, reason)
-        return Optimized(report.layers, report.notes, frozen_layers(inner), found)
-    from .swap import Block, swap_all  # here, since it imports PEFT
+    changed: list[nn.Module] = []
+    if not reason:
+        from .layer import Block, swap_all  # here, since it imports PEFT
 
-    changed = swap_all(inner.modules())
-    changed += _take_frozen(inner) if frozen else []
-    changed += mlp.take(inner.modules(), Block) if blocks else []
-    found = mlp.cover_blocks(inner, "left alone (blocks=False)")
+        changed += swap_all(inner.modules())
+        # Not those of adapters: one that isn't active is frozen, too, and its layer reads it.
+        named = inner.named_modules() if frozen else ()
+        changed += take_frozen(layer for name, layer in named if ".lora_" not in name)
+        changed += mlp.take(inner.modules(), Block) if blocks else []
+    found = cover_blocks(inner, reason or "left alone (blocks=False)")
     kept = tuple(map(ref, changed))
-    return Optimized(report.layers, report.notes, frozen_layers(inner), found, kept)
+    return Optimized(report.layers, report.notes, cover_frozen(inner), found, kept)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -103,24 +177,11 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def why_nothing_changes() -> str:
-    """Why optimize leaves every layer as it is; or ""."""
-    return why_never() or why_not_peft()
-
-
-def _take_frozen(model: nn.Module) -> list[nn.Module]:
-    """Make the frozen layers fast that gain by it, and return those that weren't before.
-
-    Not those of adapters: one that isn't active is frozen, too, and its layer reads it itself.
-    """
-    return take_frozen(layer for name, layer in model.named_modules() if ".lora_" not in name)
-
-
 def _unswap(layers: list[nn.Module]) -> None:
     give_back_frozen(layers)
     mlp.give_back(layers)
     if "fastlora.peft.layer" in sys.modules:  # else no layer was ever made fast
-        from .swap import unswap_all
+        from .layer import unswap_all
 
         unswap_all(layers)
 

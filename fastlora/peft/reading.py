@@ -4,10 +4,10 @@ The fast path reads the tensors of ``base_layer``, ``lora_A`` and ``lora_B`` and
 modules.  So whatever acts on such a call (a hook, another class, a replaced forward) sends the
 layer to PEFT's forward, which does call them.
 
-All of this is looked at anew in every call: adapters come and go, and so do hooks.  :func:`read`
-judges it, :func:`glance` only collects it, so that what was judged once is known again
-(:mod:`fastlora.ops.kinds`).  A glance is to take a few microseconds, so it looks submodules up
-where ``nn.Module`` keeps them.
+All of this is looked at anew in every call: adapters come and go, and so do hooks.
+:func:`why_not_now` asks what isn't the layer's own, :func:`read` judges the layer, :func:`glance`
+only collects it, so that what was judged once is known again (:mod:`fastlora.ops.kinds`).  A glance
+is to take a few microseconds, so it looks submodules up where ``nn.Module`` keeps them.
 """
 
 from collections.abc import Hashable
@@ -18,26 +18,66 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from ..backends import asked_backend
+from ..backends.products import are_wide
 from ..foreign import is_dtensor
-from ..layers.frozen import is_conv1d, why_not_class
-from ..layers.members import is_hooked, tensor_of, why_not_tensor
-from ..ops.autocast import autocast_dtype
+from ..layers.frozen import Reading, read_base, why_not_here, why_not_part
+from ..layers.members import is_hooked, tensor_of
+from ..ops import way
+from ..ops.autocast import autocast_dtype, autocast_is_on
 from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
-from ..quant import SHARDED, PackedLayer, quantised_weight
+from . import why_never
 from .masks import DROPOUTS
 
+_never = why_never()  # kept: a look-up in every call costs as much as a small op
 
-class Reading(NamedTuple):
-    """The layer with some adapters as one output; or ``reason``, why its call is PEFT's."""
 
-    reason: str
-    output: Output[Tensor] | None = None
-    dropouts: tuple[float, ...] = ()  # with which each adapter drops now
-    packed: PackedLayer | None = None  # of a quantised base
-    magnitude: DoraLinearLayer | None = None  # of a DoRA adapter, which is alone
-    drop: nn.Module | None = None  # the dropout of the last adapter
+def why_not_now() -> str:
+    """Why no call is fast now, whatever the layer; "" if calls can be."""
+    if _never or nn_module._has_any_global_hook():
+        return _never or "a hook on all modules is registered"
+    return why_not_here()
+
+
+def adapters_now(layer: Any) -> list[str]:
+    """The adapters that a call of this layer computes with; none where it is the base's call."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    own = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in own]
+
+
+def is_peft_s_few(layer: Any, x: Any) -> bool:
+    """Whether this is a call of few rows that drops: PEFT's own forward takes less time.
+
+    Autograd isn't asked: reentrant checkpointing runs a call without it first, with the same mask.
+    """
+    if not layer.training or layer.lora_variant:
+        return False
+    drops = layer._modules["lora_dropout"]._modules.values()
+    return any([type(drop) is not nn.Identity for drop in drops]) and is_few(
+        layer, x, way.MOST_ROWS
+    )
+
+
+def is_few(layer: Any, x: Any, most_rows: int) -> bool:
+    """Whether x has few rows, on a CPU and beside a plain weight that it multiplies fast.
+
+    There PEFT's operations take less than a node does.  Compiled and under autocast they don't.
+    """
+    if torch.compiler.is_compiling() or not is_plain(x) or not x.is_cpu or x.is_nested:
+        return False
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    if (
+        not x.dim()
+        or x.numel() > most_rows * x.shape[-1]
+        or not is_plain(weight)
+        or weight.dtype != x.dtype
+    ):
+        return False
+    return not (are_wide(x) or autocast_is_on("cpu") or asked_backend() == "triton")
 
 
 class Glance(NamedTuple):
@@ -82,7 +122,10 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Reading:
     """
     if not layer.cast_input_dtype_enabled:
         return Reading("PEFT's casting of inputs is switched off (disable_input_dtype_casting)")
-    reason, weight, bias, packed = _read_base(layer._modules["base_layer"])
+    base = layer._modules["base_layer"]
+    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
+        return Reading(_why_hooked(base, "its base layer"))
+    reason, weight, bias, packed = read_base(base, adapted=True)
     if reason:
         return Reading(reason)
     adapters, dropouts, drop, magnitude = [], [], None, None
@@ -112,10 +155,7 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Reading:
 def _read_adapter(
     layer: LoraLayer, name: str, weight: Tensor
 ) -> tuple[str, Adapter[Tensor] | None, Tensor | None, Any]:
-    """One adapter that the layer has, its lora_B's bias, scaled, and its dropout; or a reason.
-
-    ``weight`` [out, in] is that of its base.
-    """
+    """An adapter, its lora_B's bias, scaled, and its dropout, for a base's weight; or a reason."""
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     drop, scale = modules["lora_dropout"]._modules[name], layer.scaling[name]
@@ -123,7 +163,8 @@ def _read_adapter(
     if not reason:
         down, up = tensor_of(lora_a, "weight"), tensor_of(lora_b, "weight")
         shift = tensor_of(lora_b, "bias")
-        reason = _why_not("its lora_B's bias", shift, weight.shape[:1]) if shift is not None else ""
+        if shift is not None:
+            reason = why_not_part("its lora_B's bias", shift, weight.shape[:1])
     reason = reason or _why_not_dropout(drop) or why_not_scale(scale)
     if reason:
         return reason, None, None, None
@@ -131,38 +172,6 @@ def _read_adapter(
     if isinstance(scale, Tensor):  # as PEFT's hotswapping makes it; never read back to the host
         up, scale = up * scale, 1.0
     return "", Adapter(down, up, scale), shift, drop
-
-
-def _read_base(base: nn.Module) -> tuple[str, Any, Any, PackedLayer | None]:
-    """Why the base layer isn't covered, "" if it is; its weight as [out, in], and its bias.
-
-    Last, what else there is to know of a quantised one.
-    """
-    if is_hooked(base):  # before anything is read: with ZeRO-3, to read a weight is to gather it
-        return _why_hooked(base, "its base layer"), None, None, None
-    kind, found = type(base), quantised_weight(base)
-    packed = found if isinstance(found, PackedLayer) else None
-    reason = why_not_class(kind) if found is None else ""
-    if isinstance(found, str):
-        reason = f"a {kind.__name__}: {found}"
-    elif not reason and "parametrizations" in base._modules:  # to read it is to compute it
-        reason = "parametrised"
-    elif packed is not None and not packed.is_whole:
-        reason = f"a {kind.__name__}: {SHARDED}"
-    if reason:
-        return f"its base is {reason}", None, None, None
-    if packed is not None:
-        weight: Any = packed.weight
-        reason = "its quantised base is on the meta device" if weight.device.type == "meta" else ""
-    else:
-        weight = tensor_of(base, "weight")
-        reason = _why_not("its base layer", weight, weight.shape if weight.dim() == 2 else (0, 0))
-        if is_conv1d(kind) and not reason:
-            weight = weight.T
-    bias = tensor_of(base, "bias")
-    if bias is not None and not reason:
-        reason = _why_not("its base's bias", bias, weight.shape[:1])
-    return reason, weight, bias, packed
 
 
 def _read_variant(
@@ -185,7 +194,7 @@ def _read_variant(
         return "a hook watches, or something replaces, its DoRA magnitude", None
     if not is_plain(magnitude.weight) or magnitude.weight.device != weight.device:
         return "its DoRA magnitude is sharded or on another device", None
-    return _why_not("its DoRA magnitude", magnitude.weight, weight.shape[:1]), magnitude
+    return why_not_part("its DoRA magnitude", magnitude.weight, weight.shape[:1]), magnitude
 
 
 def _rate(dropout: nn.Module) -> float:
@@ -213,30 +222,12 @@ def why_not_pair(lora_a: nn.Module, lora_b: nn.Module, base: Tensor, shape: tupl
             return f"{name} is {dtype}, its base {base.dtype}"
         if linear is lora_a:
             r = len(weight)
-        reason = _why_not(name, weight, (r, shape[1]) if linear is lora_a else (shape[0], r))
+        reason = why_not_part(name, weight, (r, shape[1]) if linear is lora_a else (shape[0], r))
         if reason:
             return reason
     if not r * shape[0] * shape[1]:
         return f"its base has shape {tuple(shape)}, and its rank is {r}"
     return "" if tensor_of(lora_a, "bias") is None else "its lora_A has a bias"
-
-
-def _why_not(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
-    """Why this weight (of two dimensions) or bias (of one) isn't covered.
-
-    PEFT may broadcast one of another shape, and where it can't, the error is its own.
-    """
-    reason, is_weight = why_not_tensor(tensor, len(shape)), len(shape) == 2
-    if reason:
-        return f"the weight of {name} {reason}" if is_weight else f"{name} {reason}"
-    if is_weight and tensor.is_meta:
-        return f"{name} is on the meta device, without data"
-    records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_weight and records and tensor.is_inference():
-        return f"{name} was made in inference mode"  # no backward can keep it
-    if tensor.shape == shape:
-        return ""
-    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
 
 
 def _why_hooked(module: nn.Module, name: str) -> str:

@@ -4,18 +4,17 @@ import math
 from collections.abc import Sequence
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..backends import planned_backend
 from ..layers.members import is_hooked
 from ..layers.modules import has_sharded, some
 from ..projection import Output
-from ..report import IN_THE_CALL, SHARDED, LayerCoverage, format_of
+from ..report import EAGER, IN_THE_CALL, SHARDED, LayerCoverage, format_of, is_fast
 from .experts import read_experts, wrappers_in
-from .moment import adapters_now, why_not_now
-from .reading import read
-from .swap import is_swapped, why_not_swapped
+from .layer import is_swapped, why_not_swapped
+from .reading import adapters_now, read, why_not_now
 
 _UNCALLED = (
     "nothing calls it: torch.nn.MultiheadAttention reads its weight, with the adapter only where "
@@ -43,56 +42,47 @@ def records(
         reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
         reason = reason or ("" if is_swapped(layer) else unreached) or why_not_now()
         called = outermost.get(layer, layer)  # whose call is its own, too
-        fast, plan, reason, output = _plan(layer, called, reason)
+        plan, reason, output = _plan(layer, called, reason)
         # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
+        # Of the base, sharded and quantised ones too; a custom layer may have None for both sizes.
+        kernel = getattr(layer.get_base_layer(), "kernel_size", ())  # a convolution's
+        size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
+        size *= (layer.out_features or 0) * (layer.in_features or 0)
         found.append(
             LayerCoverage(
                 name,
-                shape=(layer.out_features, layer.in_features),
-                r=sum(layer.r[adapter] for adapter in adapters),
-                fast=fast,
-                plan=plan,
-                reason=reason,
-                adapter=", ".join(adapters),
-                parameters=_adapted_parameters(layer),
-                packed="" if output is None else format_of(output),
+                (layer.out_features, layer.in_features),
+                sum(layer.r[adapter] for adapter in adapters),
+                is_fast(plan),
+                plan,
+                reason,
+                ", ".join(adapters),
+                size * getattr(layer, "num_experts", 1),
+                "" if output is None else format_of(output),
             )
         )
     return tuple(found)
 
 
-def _plan(
-    layer: LoraLayer, called: LoraLayer, reason: str
-) -> tuple[bool, str, str, Output[Tensor] | None]:
-    """Whether it is fast, its plan, a reason, and what it computes with.
-
-    ``reason``: why its fast forward isn't called.
-    """
+def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, Output | None]:
+    """Its plan, a reason, and what it computes with; ``reason``: why it isn't called."""
     if reason:
-        return False, "eager", reason, None
+        return EAGER, reason, None
     names = adapters_now(layer)
     if not names:
-        return (
-            True,
-            "merged" if layer.merged and not layer.disable_adapters else "disabled",
-            "",
-            None,
-        )
+        plan = "merged" if layer.merged and not layer.disable_adapters else "disabled"
+        return plan, "", None
     if has_sharded(called) and not is_hooked(layer.get_base_layer()):
-        return False, SHARDED, IN_THE_CALL, None
+        return SHARDED, IN_THE_CALL, None
     if isinstance(called, ParamWrapper):
-        experts = read_experts(called)
-        reason = experts.reason
-        output = (
-            None if reason else experts.outputs[experts.experts.names.index(layer.parameter_name)]
-        )
+        reason, outputs, experts = read_experts(called)
+        output = outputs[experts.names.index(layer.parameter_name)] if outputs else None
     else:
-        reading = read(layer, names)
-        reason, output = reading.reason, reading.output
+        reason, output, *_ = read(layer, names)
     if output is None:
-        return False, "eager", reason, None
-    return True, *planned_backend([output]), output
+        return EAGER, reason, None
+    return *planned_backend([output]), output
 
 
 def wrapping_notes(layers: Sequence[tuple[str, LoraLayer]]) -> tuple[str, ...]:
@@ -105,12 +95,3 @@ def wrapping_notes(layers: Sequence[tuple[str, LoraLayer]]) -> tuple[str, ...]:
         '"version": 2) doesn\'t, nor does a policy of whole blocks with use_orig_params=True'
     )
     return (note,) if names else ()
-
-
-def _adapted_parameters(layer: LoraLayer) -> int:
-    """How many parameters the base has that the layer adapts, sharded and quantised ones too."""
-    kernel = getattr(layer.get_base_layer(), "kernel_size", ())  # a convolution's
-    size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
-    # A custom layer may have neither: PEFT then has None for both.
-    shape = (layer.out_features or 0) * (layer.in_features or 0)
-    return shape * size * getattr(layer, "num_experts", 1)

@@ -1,1 +1,239 @@
 """What a rank costs before anything is trained: ``fastlora.plan``."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
+from ..layers.modules import unwrap
+from ..model.adapter_config import as_config
+from ..model.config import LoRAConfig
+from ..model.inject import apply_lora, check_model, check_plain, undo_injection
+from ..model.targets import embeddings_of
+from ..model.tensors import text_config
+from ..projection import shown
+from ..quant import PackedLayer, quantised_weight
+from .count import Plan, count_adapter, count_frozen
+
+RANKS = (8, 16, 64, 256)
+_ROWS, _TOKENS = 1, 256
+_QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+
+
+def plan(
+    model: nn.Module,
+    ranks: Sequence[int] = RANKS,
+    *,
+    config: LoRAConfig | None = None,
+    batch: Any = None,
+    rounds: int = 5,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """What LoRA of each rank would cost this model: counted, and measured where it is.
+
+    ``model`` has no adapters as yet.  ``config`` (every linear layer, if None) says what would be
+    adapted, weights of experts too; its ``r`` stands for each of ``ranks`` in turn, and its
+    patterns hold.  ``batch`` is what the model is called with in training: a mapping, a sequence or
+    a tensor, with labels if it computes a loss; a causal language model of transformers gets random
+    tokens, [1, 256] or as many as it has positions, if None.
+
+    Each of ``rounds`` runs forward and backward of the frozen model, to its embeddings, and of the
+    model with each rank, in training mode, on the model's device; 0 measures nothing.
+    Everything is as it was afterwards: parameters, gradients, buffers, modes, random states.
+    ``progress`` is called with a line for each round.
+
+    Returns a :class:`fastlora.price.count.Plan`, which prints as a table.  Raises ValueError for a
+    rank below 1 or none, a model with adapters, a batch that is missing, a model on ``meta`` that
+    is to be measured, and what :func:`fastlora.apply_lora` and the model raise.
+    """
+    check_model(model)
+    inner = unwrap(model)
+    is_list = isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes)
+    if not is_list or not ranks or any(type(r) is not int or r < 1 for r in ranks):
+        raise ValueError(f"ranks is {shown(ranks)}, but must be a list of whole numbers from 1 on")
+    if type(rounds) is not int or rounds < 0:
+        raise ValueError(f"rounds is {shown(rounds)}, but must be a whole number of at least 0")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {shown(progress)}, but must be a function of a line of text")
+    check_plain(inner)
+    config = LoRAConfig(target_modules="all-linear") if config is None else as_config(config)
+    counts = [count_adapter(inner, replace(config, r=r)) for r in dict.fromkeys(ranks)]
+    prices = tuple(price for _, price in counts)
+    name, layers = type(inner).__name__, counts[0][0]
+    about = getattr(getattr(inner, "config", None), "quantization_config", None)
+    notes: tuple[str, ...] = ()
+    if about is not None and not any(
+        isinstance(quantised_weight(each), PackedLayer) for each in inner.modules()
+    ):
+        read = about.get if isinstance(about, Mapping) else partial(getattr, about)
+        notes = (
+            f"its config says that it is quantised ({read('quant_method', None)}), and it is dense "
+            "here: so are the time and what is kept; what trains and the file are the same",
+        )
+    found = Plan(name, layers, count_frozen(inner), prices, notes=notes)
+    return _measured(found, inner, config, batch, rounds, progress) if rounds else found
+
+
+def _measured(
+    plan: Plan,
+    model: nn.Module,
+    config: LoRAConfig,
+    batch: Any,
+    rounds: int,
+    progress: Callable[[str], None] | None,
+) -> Plan:
+    """The plan with this model's times and kept bytes."""
+    if batch is None:
+        batch = _random_tokens(model)
+    # The same values, with gradients of their own.
+    batch = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), batch)
+    tokens, text = _size(batch)
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
+    sides = [partial(frozen, model, batch)]
+    sides += [partial(_adapted, model, replace(config, r=price.r)) for price in plan.prices]
+    kept, seconds = [], []
+    with undisturbed(model), in_mode(model, training=True):
+        for i in range(rounds + 1):  # the first warms up
+            if progress is not None:
+                progress(f"round {i} of {rounds}" if i else "kept bytes")
+            times = []
+            for side in sides:
+                with side():
+                    if i == 0:
+                        kept.append(kept_bytes(model, batch) / tokens)
+                    times.append(step_seconds(model, batch))
+                    model.zero_grad()
+            if i:
+                seconds.append(times)
+    ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
+    prices = tuple(
+        replace(price, kept_bytes=kept[j], step=_quartiles(ratios[j]))
+        for j, price in enumerate(plan.prices, start=1)
+    )
+    middle = _quartiles([times[0] for times in seconds])[1]
+    costs = replace(plan.frozen, kept_bytes=kept[0], seconds=middle)
+    return replace(plan, frozen=costs, prices=prices, device=str(device), batch=text)
+
+
+@contextmanager
+def _adapted(model: nn.Module, config: LoRAConfig) -> Iterator[None]:
+    apply_lora(model, config)
+    try:
+        yield
+    finally:
+        undo_injection(model)
+
+
+@contextmanager
+def frozen(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Inside, no parameter trains, and a backward goes to the embeddings or the batch's floats.
+
+    That is what a backward through frozen layers costs.  Raises ValueError where neither is there.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()]
+    embeddings = embeddings_of(model, "input")
+    if embeddings is None and not inputs:
+        raise ValueError(
+            "the frozen model has nothing to differentiate: batch has no float tensor, and the "
+            "model no get_input_embeddings()"
+        )
+    inputs = [x for x in inputs if not x.requires_grad]
+    with ExitStack() as stack:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_, True)
+        for x in inputs:
+            x.requires_grad_(True)
+            stack.callback(setattr, x, "grad", None)
+            stack.callback(x.requires_grad_, False)
+        if embeddings is not None:
+            hook = embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+            stack.callback(hook.remove)
+        yield
+
+
+def step_seconds(model: nn.Module, batch: Any) -> float:
+    """Of forward and backward; gradients are new, as after ``zero_grad``."""
+    device = next(model.parameters()).device
+    wait = (
+        (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    )
+    model.zero_grad()
+    wait()
+    start = time.perf_counter()
+    loss_and_outputs(call(model, batch))[0].backward()
+    wait()
+    return time.perf_counter() - start
+
+
+def kept_bytes(model: nn.Module, batch: Any) -> int:
+    """What autograd keeps of a forward until the backward, without parameters and buffers."""
+    own = {
+        storage.data_ptr()
+        for tensor in (*model.parameters(), *model.buffers())
+        for storage in _storages(tensor)
+    }
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the same memory; to keep the tensor itself would make a cycle
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_and_outputs(call(model, batch))[0]
+    del loss  # not before: it holds the graph, so that no address came twice
+    return sum(kept.values())
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The memory of a tensor, or of all that one of a wrapping class (torchao's) is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.untyped_storage()]
+    names, _ = tensor.__tensor_flatten__()
+    return [storage for name in names for storage in _storages(getattr(tensor, name))]
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(_QUARTILES).tolist()
+    return low, middle, high
+
+
+def _random_tokens(model: nn.Module) -> dict[str, Tensor]:
+    """Input and labels of a causal language model of transformers."""
+    text = text_config(getattr(model, "config", None))
+    vocabulary = getattr(text, "vocab_size", None)
+    if not vocabulary:
+        raise ValueError(
+            f"batch is None, and {type(model).__name__} has no config.vocab_size to make one from: "
+            "give what the model is called with, such as batch={'input_ids': …, 'labels': …}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    # A model with learned positions has none behind its last.
+    length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
+    tokens = torch.randint(0, vocabulary, (_ROWS, length), generator=generator)
+    tokens = tokens.to(next(model.parameters()).device)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _size(batch: Any) -> tuple[int, str]:
+    """How many tokens a batch has, and its shape: of its first tensor's first two dimensions."""
+    for leaf in tree_leaves(dict(batch) if hasattr(batch, "keys") else batch):
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.numel():
+            shape = leaf.shape[:2] if leaf.dim() > 1 else leaf.shape[:1]
+            if leaf.is_floating_point():  # the last dimension is of features
+                shape = leaf.shape[:-1] or leaf.shape
+            return shape.numel(), " x ".join(map(str, shape)) + " tokens"
+    raise ValueError(f"batch is {shown(batch)}, but must hold a tensor with elements")

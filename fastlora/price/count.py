@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.experts import Experts
 from ..layers.frozen import matrix_of, why_not_class
 from ..layers.packed import packed_names, read_module, weight_in
 from ..model.config import LoRAConfig
@@ -22,7 +21,7 @@ from ..model.tensors import (
 )
 from ..quant import PackedLayer, quantised_weight
 from ..quant.float8 import SCALE
-from ..table import columns
+from ..report import columns
 
 _MIB = 2**20
 # A parameter, its gradient and AdamW's two moments are kept while training.
@@ -158,16 +157,14 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
     """
     saved = modules_to_save(model, config, every_name=True)
     targets = find_targets(model, config, saved, every_name=True)
-    names = {*targets.layers, *targets.experts}
+    names = targets.keys()
     adapters = planned_adapters(targets, config)
     full = full_tensors(model, config.bias, saved, names)
     # A multiplication and an addition for each element, in three products of either matrix: h and
     # y; dh and the adapter's part of dx; both gradients.  What trains in full has its gradient.
     flops = 2 * _of_a_token({part for module in saved.values() for part in module.modules()})
-    for name, layer in targets.layers.items():
-        flops += 2 * 3 * config.rank_of(name) * sum(matrix_of(layer).shape)
-    for name, target in targets.experts.items():
-        used = _experts_of_a_token(target.module, read_module(target.module))
+    for name, target in targets.items():
+        used = _experts_of_a_token(target.module) if target.parameter else 1
         if not used:
             raise ValueError(
                 f"{name} has no price: its config doesn't say how many experts a token goes to "
@@ -194,13 +191,13 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
     weights = sum(math.prod(weight.shape) for _, weight in _matrices(modules))
     for module in modules:
         read = read_module(module)
-        used = 0 if read.reason else _experts_of_a_token(module, read)
+        used = 0 if read.reason else _experts_of_a_token(module)
         for name in read.names if used else ():
             weights += used * math.prod(weight_in(module, name).shape[1:])
     return weights
 
 
-def _experts_of_a_token(module: nn.Module, read: Experts) -> int:
+def _experts_of_a_token(module: Any) -> int:
     """How many run for each token; 0 where nothing says so."""
     found = [getattr(module.config, name, None) for name in _PER_TOKEN]
     return next((number for number in found if type(number) is int), 0)

@@ -1,1 +1,184 @@
 """Many LoRA configurations on one base, side by side: ``fastlora.sweep``."""
+
+import json
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.batch import in_mode, kept_buffers
+from ..layers.modules import called, some, unwrap
+from ..model.checkpoint import save_adapter
+from ..model.files import check_folder, write_whole
+from ..model.inject import apply_lora, check_model, check_plain, remove_lora
+from ..projection import check_switch, shown
+from .layer import attached
+from .record import Sweep, curves, load, set_random_state
+from .training import Feed, Loss, Training, as_batch, causal_loss, counted
+from .trial import Options, Trial, as_trials
+
+
+def sweep(
+    model: nn.Module,
+    configs: Sequence[Mapping[str, Any]],
+    data: Iterable[Mapping[str, Any]],
+    *,
+    eval_data: Iterable[Mapping[str, Any]],
+    steps: int,
+    output_dir: str | Path,
+    halving: bool = False,
+    eval_steps: int | None = None,
+    schedule: str = "linear",
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    loss: Loss = causal_loss,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+) -> Sweep:
+    """Train every configuration on this model at once, and say which one is best.
+
+    ``configs`` is a list of dicts: fields of :class:`fastlora.LoRAConfig` (``target_modules`` is
+    "all-linear" where it isn't given), ``learning_rate``, and a ``name`` if the differing fields
+    shall not make one.  ``data`` gives batches, over and over (a list, a DataLoader; what can be
+    read only once is read before, as far as it is needed): mappings of tensors [examples, …] with
+    ``labels``, the rest being what ``model`` is called with.  In each of ``steps`` every trial sees
+    the same batch, as rows of one call; its gradients, AdamW's moments, learning rate and the norm
+    that is clipped at ``max_grad_norm`` are its own.  So what it learns is, to rounding, what it
+    would learn alone.  ``loss(logits, labels)`` is a trial's mean loss.
+
+    ``halving`` stops the worse half of the trials, by held-out loss, at equal intervals until one
+    is left; the others take over the rows of those that left: two, four … batches a step, as one
+    where their lengths differ with an ``attention_mask`` or without a ``loss`` of your own.
+
+    ``eval_data`` gives the batches of the held-out loss, every ``eval_steps`` (a quarter of the
+    steps) and in the end.  ``schedule``, "linear" to zero, "cosine" or "constant", comes behind
+    ``warmup_steps``.  Initial adapters, the order of a shuffling loader and dropout follow
+    ``seed``.
+
+    ``output_dir`` gets ``adapters/NAME`` and ``best``, PEFT's files each; ``sweep.json``, all
+    numbers; ``losses.png``, where matplotlib is installed; and ``state.pt`` at each evaluation and
+    on Ctrl-C, which ends the running step first: with ``resume`` the sweep goes on from there, to
+    the same end.
+
+    The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: batch
+    norms stay in evaluation, with a warning.  Returns a :class:`fastlora.trials.record.Sweep`,
+    which prints as a table.  Raises ValueError or TypeError for what doesn't fit, and OSError for
+    a folder that can't be written to, before anything changes, and what the model raises; and
+    ValueError for a layer in whose x trials can't be told apart.
+    """
+    check_model(model)
+    check_switch("halving", halving)
+    check_switch("resume", resume)
+    check_switch("progress", progress)
+    for name, batches in (("data", data), ("eval_data", eval_data)):
+        # No ``iter``: a loader would start its workers.
+        if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+            raise TypeError(
+                f"{name} is {shown(batches)}, but must give batches: a list or a DataLoader"
+            )
+    if not callable(loss):
+        raise TypeError(f"loss is {shown(loss)}, but must be a function of (logits, labels)")
+    inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
+    check_plain(inner)
+    if eval_steps is None and type(steps) is int:
+        eval_steps = max(1, steps // 4)
+    options = Options(
+        steps, halving, eval_steps, schedule, warmup_steps, weight_decay, max_grad_norm, seed
+    )
+    options.check(len(trials))
+    held_out = [as_batch(batch) for batch in eval_data]
+    if not any(counted(batch["labels"], loss) for batch in held_out):
+        raise ValueError(
+            "eval_data gives no batch with labels: the held-out loss is what trials are judged by"
+        )
+    plain = [
+        {"name": trial.name, "learning_rate": trial.learning_rate}
+        | {k: dict(v) if isinstance(v, Mapping) else v for k, v in asdict(trial.config).items()}
+        for trial in trials
+    ]
+    settings = {"trials": plain, **options._asdict()}
+    write_whole(folder, {})  # raises now, and not hours later, if no file can be written there
+    state = load(folder, settings) if resume else None
+    norms = _batch_norms(inner)
+    with kept_buffers(inner), attached(inner, trials, seed) as parts:
+        run = Training(inner, trials, parts, options, loss, held_out)
+        state = run.restored(state) if state else run.begun(settings)
+        with torch.random.fork_rng(), in_mode(inner, training=True), _interruption() as interrupted:
+            for norm in norms.values():
+                norm.eval()
+            # It may draw numbers for what it skips.
+            feed = Feed(data, seed, state.batches, options.batches(len(trials)))
+            set_random_state(state.random)
+            run.train(state, feed, folder, interrupted, progress)
+    for adapters, trial in zip(state.adapters, trials, strict=True):
+        _write(inner, trial, adapters, folder / "adapters" / trial.name)
+    found = Sweep(run.outcomes(state), steps, sum(state.seconds), folder)
+    best = found.outcomes.index(found.best)
+    _write(inner, trials[best], state.adapters[best], folder / "best")
+    numbers = (json.dumps(found.as_dict(), indent=2) + "\n").encode()
+    write_whole(folder, {"sweep.json": numbers} | curves(found))
+    return found
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Set by a first Ctrl-C, while a second one is Python's own; in the main thread alone."""
+    event, mine = threading.Event(), threading.current_thread() is threading.main_thread()
+    if not mine:
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Those that stay in evaluation, since they would mix trials in training; it warns of them.
+
+    Raises ValueError for one that has no running statistics, and mixes in evaluation too.
+    """
+    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    mixing = [called(name) for name, norm in found.items() if norm.running_mean is None]
+    if mixing:
+        raise ValueError(
+            f"{some(mixing)} would mix trials, for it normalises by the statistics of the batch: "
+            "give it running ones (track_running_stats=True), or train each configuration alone"
+        )
+    if found:
+        warnings.warn(
+            f"{some(list(map(called, found)))} stays in evaluation: a batch norm in training would "
+            "mix trials",
+            stacklevel=3,
+        )
+    return found
+
+
+def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> None:
+    """The adapter in PEFT's files."""
+    with torch.random.fork_rng():
+        apply_lora(model, trial.config, frozen=False, blocks=False)
+    try:
+        with torch.no_grad():
+            for name, value in adapters.items():
+                model.get_parameter(name).copy_(value)
+        save_adapter(model, folder)
+    finally:
+        remove_lora(model)

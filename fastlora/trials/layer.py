@@ -2,23 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapted import new_adapter, scaling_of, wide_dtype
+from ..layers.adapted import scaling_of
 from ..layers.frozen import is_router, matrix_of
+from ..layers.members import class_over
 from ..layers.modules import called
-from ..model.targets import find_targets
+from ..model.targets import Pair, find_targets
 from ..ops.functional import multi_lora_linear
 from ..quant import quantised_weight
 from ..rows import AdapterMapping
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"
-Pair = tuple[nn.Parameter, nn.Parameter]  # lora_A, lora_B
 
 
 class Rows:
@@ -70,10 +69,8 @@ class Adapters(NamedTuple):
 
     name: str
     members: tuple[int, ...]
-    lora_a: list[nn.Parameter]
-    lora_b: list[nn.Parameter]
-    scales: list[float]
-    dropouts: list[float]
+    pairs: list[Pair]
+    numbers: dict[str, list[float]]  # "scales" and "dropout"
     rows: Rows
 
 
@@ -92,27 +89,15 @@ class TrialsLayer(nn.Module):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
         weight: Any = matrix_of(self, self.plain_class) if found is None else found.weight
 
+        lora_a, lora_b = map(list, zip(*adapters.pairs, strict=True))
+        how: Any = {"bias": cast(Any, self).bias, "training": self.training, **adapters.numbers}
+
         def run(x: Tensor) -> Tensor:
-            return multi_lora_linear(
-                x,
-                weight,
-                adapters.lora_a,
-                adapters.lora_b,
-                mapping,
-                bias=cast(Any, self).bias,
-                scales=adapters.scales,
-                dropout=adapters.dropouts,
-                training=self.training,
-            )
+            return multi_lora_linear(x, weight, lora_a, lora_b, mapping, **how)
 
         items = adapters.rows.by_sequence(x, adapters.name)
         y = run(items) if found is None else found.call(items, run)
         return y if items is x else y.flatten(0, 1)
-
-
-@cache
-def _class_over(plain: Any) -> Any:
-    return type(plain.__name__, (TrialsLayer, plain), {"plain_class": plain})
 
 
 class Attached(NamedTuple):
@@ -129,15 +114,17 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
     A trial's adapters are those that ``apply_lora`` would make after ``torch.manual_seed(seed)``.
     Raises what :func:`fastlora.apply_lora` raises for a target, and leaves the model as it was.
     """
-    targets = [find_targets(model, trial.config, (), every_name=True).layers for trial in trials]
-    routers = sorted(n for layers in targets for n, layer in layers.items() if is_router(layer))
+    targets = [find_targets(model, trial.config, (), every_name=True) for trial in trials]
+    routers = sorted(n for found in targets for n, one in found.items() if is_router(one.module))
     if routers:
         raise ValueError(
             f"{routers[0]} is a router, whose adapters can't share a batch: exclude it"
         )
-    made = [
-        _new_adapters(trial, layers, seed) for trial, layers in zip(trials, targets, strict=True)
-    ]
+    made = []
+    for trial, found in zip(trials, targets, strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made.append({n: one.new_adapter(n, trial.config) for n, one in found.items()})
     rows = Rows(len(trials))
     with ExitStack() as stack:
         for parameter in [each for each in model.parameters() if each.requires_grad]:
@@ -146,9 +133,10 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         for name, layer in model.named_modules():
             adapters = _adapters_of(name, trials, made, rows)
             if adapters.members:
-                stack.callback(_detach, layer, type(layer))
+                stack.callback(layer.__dict__.pop, _RECORD)
+                stack.callback(setattr, layer, "__class__", type(layer))
                 layer.__dict__[_RECORD] = adapters
-                layer.__class__ = _class_over(cast(Any, type(layer)))
+                layer.__class__ = class_over(TrialsLayer, type(layer), "")
         named = [
             {
                 f"{name}.{which}" if name else which: parameter
@@ -160,21 +148,6 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         yield Attached(named, rows)
 
 
-def _detach(layer: nn.Module, plain: type[nn.Module]) -> None:
-    layer.__class__ = plain
-    layer.__dict__.pop(_RECORD, None)
-
-
-def _new_adapters(trial: Trial, layers: Mapping[str, nn.Module], seed: int) -> dict[str, Pair]:
-    config, made = trial.config, {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for name, layer in layers.items():
-            weight, r = matrix_of(layer), config.rank_of(name)
-            made[name] = new_adapter(weight, r, config.init_lora_weights, wide_dtype(weight))
-    return made
-
-
 def _adapters_of(
     name: str, trials: Sequence[Trial], made: Sequence[dict[str, Pair]], rows: Rows
 ) -> Adapters:
@@ -182,6 +155,5 @@ def _adapters_of(
     members = tuple([i for i, adapters in enumerate(made) if name in adapters])
     configs = [trials[i].config for i in members]
     scales = [scaling_of(c.alpha_of(name), c.rank_of(name), c.use_rslora) for c in configs]
-    lora_a, lora_b = ([made[i][name][which] for i in members] for which in (0, 1))
-    dropouts = [config.lora_dropout for config in configs]
-    return Adapters(name, members, lora_a, lora_b, scales, dropouts, rows)
+    numbers = {"scales": scales, "dropout": [config.lora_dropout for config in configs]}
+    return Adapters(name, members, [made[i][name] for i in members], numbers, rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.files import write_whole
 from ..projection import shown
-from ..table import columns
+from ..report import columns
 from .trial import Trial
 
 FILE = "state.pt"
@@ -19,10 +19,7 @@ FILE = "state.pt"
 
 @dataclass
 class State:
-    """Of a sweep between two steps.
-
-    ``settings`` are those that a later run must have, too, to go on.
-    """
+    """Of a sweep between two steps; a run that goes on must have the same ``settings``."""
 
     settings: dict[str, Any]
     step: int = 0
@@ -43,10 +40,7 @@ def save(state: State, folder: Path) -> None:
 
 
 def load(folder: Path, settings: dict[str, Any]) -> State | None:
-    """What an earlier run left, or None.
-
-    Raises ValueError if it is another sweep's, or can't be read.
-    """
+    """What an earlier run left, or None; ValueError if it is another sweep's, or can't be read."""
     path = folder / FILE
     if not path.exists():
         return None

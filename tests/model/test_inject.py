@@ -307,7 +307,7 @@ def test_errors_leave_the_model_alone(make, settings, message):
 
 
 def test_running_out_of_memory_leaves_the_model_alone(monkeypatch):
-    from fastlora.model import inject
+    from fastlora.model import targets
 
     calls = []
 
@@ -317,8 +317,8 @@ def test_running_out_of_memory_leaves_the_model_alone(monkeypatch):
             raise RuntimeError("out of memory")
         return real(*arguments)
 
-    real = inject.new_adapter
-    monkeypatch.setattr(inject, "new_adapter", fail_second)
+    real = targets.new_adapter
+    monkeypatch.setattr(targets, "new_adapter", fail_second)
     model = Tied()
     with refused(model, "out of memory", RuntimeError):
         fastlora.apply_lora(

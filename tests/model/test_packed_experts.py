@@ -25,7 +25,7 @@ from fastlora import LoRAConfig
 from fastlora.layers.packed import PackedWeight, weight_in
 from fastlora.model.inject import injection_of
 from fastlora.model.tensors import adapter_tensors
-from fastlora.price.quote import kept_bytes
+from fastlora.price import kept_bytes
 
 
 def adapted(model: nn.Module, name: str = "qwen3", **changes) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vendor_layers import quantised
 
 import fastlora
-from fastlora.price.quote import frozen
+from fastlora.price import frozen
 
 
 class Net(nn.Module):

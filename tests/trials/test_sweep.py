@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from vendor_layers import quantised
 
 import fastlora
-from fastlora.trials.batches import Feed, joined
-from fastlora.trials.training import causal_loss
+from fastlora.trials.training import Feed, causal_loss, joined
 from fastlora.trials.trial import Options
 
 STEPS, SEED = 6, 5
