@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from ..foreign import is_class
 from ..projection import Adapter, Base, Output
-from .adapted import (
-    Adapted,
-    AdaptedWeight,
-    Features,
-    add_product,
-    refuse_training,
-    scaling_of,
-)
+from .adapted import Adapted, AdaptedWeight, Features, add_product, refuse_training, scaling_of
 from .experts import ADDED, stacked
 from .members import why_not_tensor
 from .packed import (
