@@ -26,7 +26,7 @@ FLOORS = (
     {"price", "trials", "trainer", "doctor", "__main__"},
     {"__init__"},
 )  # fmt: skip
-LONGEST_CHAIN = 17  # of files, each of which imports the next
+LONGEST_CHAIN = 18  # of files, each of which imports the next
 
 
 def imports(path: Path) -> list[ast.ImportFrom | ast.Import]:
