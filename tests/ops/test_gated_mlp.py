@@ -3,7 +3,7 @@
 import pytest
 import torch
 from device import DEVICE
-from judge import make_projection
+from gated_mlps import HIDDEN, K, N, make_mlp, make_x
 from memory import saved_bytes
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,10 +13,9 @@ import fastlora
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.ops.gated import gated_mlp
 from fastlora.ops.way import follows
-from fastlora.projection import Output, as_outputs, flatten, layouts_of, unflatten
+from fastlora.projection import Output, flatten, layouts_of, unflatten
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
-K, HIDDEN, N = 24, 40, 20
 with_and_without_dropout = pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
 APPLIED = {
     "silu": functional.silu,
@@ -25,29 +24,6 @@ APPLIED = {
     "relu": functional.relu,
     "relu2": lambda gate: functional.relu(gate).square(),
 }
-
-
-def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def make_mlp(
-    dtype=torch.float32, adapter_dtype=None, bias=False, adapted="gud", sizes=(K, HIDDEN, N)
-) -> list[Output]:
-    """gate, up and down, with numbers of usual sizes; those whose letters are named have adapters.
-
-    All that an adapter is made of trains, and biases do.
-    """
-    k, hidden, n = sizes
-    outputs = []
-    for letter, rows, columns, r in (("g", hidden, k, 3), ("u", hidden, k, 8), ("d", n, hidden, 5)):
-        projection = make_projection(rows, columns, r, dtype, adapter_dtype, bias)
-        with torch.no_grad():
-            for tensor in projection[:3]:
-                tensor.mul_(tensor.shape[1] ** -0.5)
-        (output,) = as_outputs([projection])
-        outputs.append(output if letter in adapted else output._replace(adapters=()))
-    return outputs
 
 
 def leaves_of(x: Tensor, outputs: list[Output]) -> dict[str, Tensor]:

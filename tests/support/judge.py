@@ -1,5 +1,7 @@
 """The judge of every op test: the float64 oracle, and a budget from what PyTorch loses."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,49 @@ def assert_close(
     error, eager_error = ((t.detach().double() - truth).abs().max() for t in (value, eager))
     budget = 2 * eager_error + eps * (2 * truth.abs().max() + share * size.detach().abs().max())
     assert error <= budget, f"{name}: {error:.3g}, budget {budget:.3g}, eager {eager_error:.3g}"
+
+
+def random_like(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+
+
+def check(
+    run: Callable[[], Tensor | Sequence[Tensor]],
+    textbook: Callable[[dict[str, Tensor]], Tensor | Sequence[Tensor]],
+    leaves: dict[str, Tensor],
+    make_dy: Callable[[Tensor], Tensor] = random_like,
+    rounded: torch.dtype | None = None,
+    mixed: bool = False,
+) -> dict[str, Tensor]:
+    """Every output and gradient of ``run``, no further from the truth than PyTorch's own error is.
+
+    ``textbook``: the same of ``leaves``, x among them, in another dtype.  ``rounded``: the dtype
+    with the precision of the products, if that isn't x's.  ``mixed``: of terms of mixed signs the
+    sum of sizes is about the root of their number times the sum.
+    """
+    dtype = leaves["x"].dtype
+
+    def results(ys, its_leaves: dict[str, Tensor], dys=None) -> tuple[dict, list[Tensor]]:
+        ys = (ys,) if isinstance(ys, Tensor) else ys
+        dys = [make_dy(y.detach()) for y in ys] if dys is None else dys
+        wanted = {f"d_{name}": t for name, t in its_leaves.items() if t.requires_grad}
+        its_dys = [dy.to(y.dtype) for y, dy in zip(ys, dys, strict=True)]
+        found = torch.autograd.grad(ys, list(wanted.values()), its_dys, allow_unused=True)
+        named = {f"y{i}": y.detach() for i, y in enumerate(ys)}
+        return named | dict(zip(wanted, found, strict=True)), dys
+
+    def by_textbook(convert: Callable[[Tensor], Tensor], its_dys: list[Tensor]) -> dict:
+        own = {n: convert(t.detach()).requires_grad_(t.requires_grad) for n, t in leaves.items()}
+        cast = {name: tensor.to(own["x"].dtype) for name, tensor in own.items()}
+        return results(textbook(cast), own, its_dys)[0]
+
+    found, dys = results(run(), leaves)
+    truth, eager = by_textbook(Tensor.double, dys), by_textbook(lambda tensor: tensor, dys)
+    size = by_textbook(lambda tensor: tensor.double().abs(), [dy.abs() for dy in dys])
+    for name, value in found.items():
+        if value is None:  # an adapter of a list without rows
+            assert truth[name] is None or not truth[name].any(), name
+        else:
+            its_size = 8 * truth[name].abs() if mixed else size[name]
+            assert_close(name, value, truth[name], eager[name], its_size, rounded or dtype)
+    return found

@@ -14,19 +14,22 @@ from typing import Any
 import experts
 import gated_mlps
 import judge
-import multi
 import packed
 import torch
 from kernel_cases import BF16, F16, F32, poisoned, random
 from torch import Tensor
 
-from fastlora import Projection, reference
+from fastlora import Projection, lora_linears, multi_lora_linear, reference
+from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.triton.packed import packed_of
+from fastlora.formats.format import Quantised
 from fastlora.kernels import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
+from fastlora.ops.door import draw_seed
 from fastlora.ops.experts import lora_experts, routing_of
-from fastlora.projection import Adapter, Base, Output
+from fastlora.ops.gated import gated_mlp
+from fastlora.projection import Adapter, Base, Output, as_outputs, flatten, layouts_of, unflatten
 
 DTYPES = {"bf16": BF16, "f16": F16, "f32": F32, "tf32": F32}
 PLANS = {"fused": FUSED, "in-place": IN_PLACE}
@@ -116,7 +119,46 @@ def _layer(case: Case) -> Results:
         "transposed": lambda y: judge.random_like(y.T).T,
     }[words.get("dy", "")]
     rounded = F16 if case.dtype == "tf32" else None  # which has as many bits
-    return judge.check_against_oracle(x, group, case.p, make_dy, rounded)
+    outputs = as_outputs(group)
+    dense = [Output(output.base._replace(weight=_dense(output.base.weight, dtype)),
+                    output.adapters) for output in outputs]  # fmt: skip
+    layouts = layouts_of(dense)
+    leaves = {"x": x} | {f"{i}": each for i, each in enumerate(flatten(dense, layouts))}
+    masks = _masks([((M, K), case.p) for output in outputs for _ in output.adapters])
+
+    def textbook(t: dict[str, Tensor]) -> Any:
+        x, *flat = t.values()
+        return reference.lora_linears(x, unflatten(flat, layouts), dropout=case.p, masks=masks)
+
+    run = _seeded(lambda: lora_linears(x, group, dropout=case.p))
+    return judge.check(run, textbook, leaves, make_dy, rounded)
+
+
+def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    return weight.dense(dtype) if isinstance(weight, Quantised) else weight
+
+
+_SEED = 5  # of torch's generator, when a call begins
+
+
+def _seeded(run: Callable[[], Any]) -> Callable[[], Any]:
+    def seeded() -> Any:
+        torch.manual_seed(_SEED)
+        return run()
+
+    return seeded
+
+
+def _masks(shapes: list[tuple[tuple[int, int], float]]) -> list[Tensor | None] | None:
+    """Those that a call of so many adapters will draw, each of its rows and p."""
+    if not any(p for _, p in shapes):
+        return None
+    state = torch.get_rng_state()
+    torch.manual_seed(_SEED)
+    seeds = draw_seed(len(shapes), torch.device("cpu"))
+    torch.set_rng_state(state)
+    pairs = zip(seeds, shapes, strict=True)
+    return [dropout_mask(seed, shape, p) if p else None for seed, (shape, p) in pairs]
 
 
 def _experts(case: Case) -> Results:
@@ -129,7 +171,16 @@ def _experts(case: Case) -> Results:
         make = FORMATS[case.words["weight"]]
         stacks = stacks._replace(weight=packed.stack([make(size[0], K) for _ in counts]))
     x, ends = experts.make_rows(M, K, case.dtypes[0]), experts.ends_of(counts)
-    return experts.check_against_oracle(x, stacks, ends, case.p, judge.random_like)
+    weight, lora_a, lora_b, bias = stacks
+    leaves = {"x": x, "weight": _dense(weight, x.dtype), "lora_a": lora_a, "lora_b": lora_b}
+    leaves |= {} if bias is None else {"bias": bias}
+    (mask,) = _masks([((M, K), case.p)]) or [None]
+    options = {"scale": 0.75, "dropout": case.p}
+    return judge.check(
+        _seeded(lambda: experts.call(x, stacks, ends, **options)),
+        lambda t: reference.lora_grouped(**t, offsets=ends, mask=mask, **options),
+        leaves,
+    )
 
 
 def _adapters(case: Case) -> Results:
@@ -141,9 +192,37 @@ def _adapters(case: Case) -> Results:
     shape = (M, int(case.words["items"]), K) if "items" in case.words else (M, K)
     x = judge.random_like(torch.empty(shape, dtype=case.dtypes[0])).requires_grad_()
     banks, bias = "lists" not in case.words, "bias" in case.words
-    made = multi.make_adapters(case.ranks, n, K, *case.dtypes, banks=banks, bias=bias)
+    own, pairs = case.dtypes[1], []
+    for r in case.ranks:
+        pairs.append((random(r, K, own).requires_grad_(), random(n, r, own).requires_grad_()))
+    leaves = {"x": x, "weight": random(n, K, x.dtype)}
+    leaves |= {"bias": random(1, n, x.dtype)[0].requires_grad_()} if bias else {}
+    ranks = None
+    if banks:  # NaN behind each rank
+        ranks, most = list(case.ranks), max(case.ranks)
+        lora_a, lora_b = poisoned(count, most, K, dtype=own), poisoned(count, n, most, dtype=own)
+        for i, (a, b) in enumerate(pairs):
+            lora_a[i, : a.shape[0]], lora_b[i, :, : a.shape[0]] = a.detach(), b.detach()
+        leaves |= {"lora_a": lora_a.requires_grad_(), "lora_b": lora_b.requires_grad_()}
+    else:
+        leaves |= {f"{name}{i}": t for i, ab in enumerate(pairs)
+                   for name, t in zip(("lora_a", "lora_b"), ab, strict=True)}  # fmt: skip
     dropouts = [case.p * i / count for i in range(count)]
-    return multi.check_against_oracle(x, made, indices, dropouts)
+    numbers = {"scales": [0.5 + 0.25 * i for i in range(count)], "ranks": ranks}
+    each = M and x.numel() // K // M
+    masks = _masks([((int((indices == i).sum()) * each, K), p) for i, p in enumerate(dropouts)])
+
+    def of(t: dict[str, Tensor], function: Callable, **options: Any) -> Tensor:
+        a, b = ([t[f"{name}{i}"] for i in range(count)] if not banks else t[name]
+                for name in ("lora_a", "lora_b"))  # fmt: skip
+        return function(t["x"], t["weight"], a, b, indices, bias=t.get("bias"), **options)
+
+    return judge.check(
+        _seeded(lambda: of(leaves, multi_lora_linear, dropout=dropouts, **numbers)),
+        lambda t: of(t, reference.multi_lora_linear, dropouts=dropouts,
+                     masks=masks or [None] * count, **numbers),
+        leaves,
+    )  # fmt: skip
 
 
 def _mlp(case: Case) -> Results:
@@ -152,7 +231,20 @@ def _mlp(case: Case) -> Results:
     adapted = words.get("adapted", "gud")
     mlp = gated_mlps.make_mlp(*case.dtypes, "bias" in words, adapted, (K, hidden, K))
     x = gated_mlps.make_x(M, K, dtype=case.dtypes[0])
-    return gated_mlps.check(x, mlp, words["act"], case.p)
+    layouts = layouts_of(mlp)
+    leaves = {"x": x} | {f"{i}": each for i, each in enumerate(flatten(mlp, layouts))}
+    shapes = [(M, K), (M, K), (M, hidden)]
+    pairs = zip(mlp, shapes, strict=True)
+    masks = _masks([(shape, case.p) for output, shape in pairs for _ in output.adapters])
+
+    def textbook(t: dict[str, Tensor]) -> Tensor:
+        x, *flat = t.values()
+        its = unflatten(flat, layouts)
+        return reference.gated_mlp(x, *its, words["act"], dropout=case.p, masks=masks)
+
+    options = {"dropout": case.p, "down_dropout": case.p}
+    run = _seeded(lambda: gated_mlp(x, *mlp, words["act"], **options))
+    return judge.check(run, textbook, leaves, mixed=True)
 
 
 def _block(case: Case) -> Results:
@@ -187,7 +279,10 @@ def _block(case: Case) -> Results:
 
     up, down = (Output(Base(e.weight), (Adapter(e.lora_a, e.lora_b, 0.5),)) for e in stacks)
     found = results(lora_experts(x, index, shares, up, down, act), leaves)
-    truth, eager = by_oracle(judge.to_float64), by_oracle(lambda leaf: leaf)
+    truth, eager = (
+        by_oracle(lambda leaf: leaf.detach().double().requires_grad_()),
+        by_oracle(lambda leaf: leaf),
+    )
     for name, value in found.items():
         size = 8 * truth[name].abs()
         judge.assert_close(name, value, truth[name], eager[name], size, dtype)
