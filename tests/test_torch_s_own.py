@@ -44,6 +44,18 @@ def test_a_nested_tensor_is_each_of_its_parts(layer, layout):
     torch.testing.assert_close(nested, (layer.lora_A.grad, layer.lora_B.grad))
 
 
+def test_a_wide_adapter_beside_a_nested_tensor_of_16_bits():
+    layer = fastlora.apply_lora(
+        nn.Sequential(nn.Linear(8, 6).bfloat16()), fastlora.LoRAConfig(target_modules=["0"])
+    )
+    assert layer[0].lora_A.dtype == torch.float32
+    nn.init.normal_(layer[0].lora_B)
+    parts = [torch.randn(n, 8).bfloat16() for n in (3, 5)]
+    for found, part in zip(layer(torch.nested.nested_tensor(parts)).unbind(), parts, strict=True):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, layer(part), rtol=0.05, atol=0.1)
+
+
 def test_gradients_for_each_sample(layer, x):
     parameters = dict(layer.named_parameters())
     loss = lambda p, row: functional_call(layer, p, row).square().sum()  # noqa: E731
