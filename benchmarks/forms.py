@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastlora.backends.dropout import dropout_mask
 from fastlora.formats.four_bit import CODES
+from fastlora.formats.microscaled import E2M1
 from fastlora.kernels import (
     FLOAT8,
     FOUR_BIT,
@@ -225,23 +226,28 @@ class Operands:
         return self._random(*self.banks, depth, self.form.columns, dtype=dtype)
 
 
-# "four-bit nested": as QLoRA's usual recipe has it.
-PACKED = (FOUR_BIT, f"{FOUR_BIT} nested", INT8, FLOAT8)
+# "four-bit nested": as QLoRA's usual recipe has it; "four-bit e2m1": MXFP4.
+PACKED = (FOUR_BIT, f"{FOUR_BIT} nested", f"{FOUR_BIT} e2m1", INT8, FLOAT8)
 
 
 def random_packed(
     kind: str, rows: int, columns: int, device: torch.device | str, block: int = 64
 ) -> Packed:
     """A weight of random codes; each code of a nested scale is there, if there are 256."""
-    kind, _, nested = kind.partition(" ")
+    kind, _, form = kind.partition(" ")
     codes = partial(torch.randint, 0, 256, dtype=torch.uint8, device=device)
     if kind == FOUR_BIT:
         count, table = rows * columns, CODES["nf4"]
         blocks, packed = -(-count // block), codes(((count + 1) // 2,))
-        if not nested:
+        if not form:
             scales = torch.rand(blocks, device=device) + 0.5
             return Packed(kind, packed, scales, rows, columns, 1, block, table)
         scales = torch.arange(blocks, device=device).to(torch.uint8)
+        if form == "e2m1":
+            numbers = torch.linspace(0.5, 1.5, 256, device=device)
+            outer = torch.ones(1, device=device), numbers, torch.zeros((), device=device)
+            shape, block = (rows, columns, 1, block), 2**40
+            return Packed(kind, packed, scales, *shape, E2M1, outer, block, low_first=True)
         outer = (
             torch.rand(-(-blocks // 256), device=device) + 0.5,
             torch.linspace(-1, 1, 256, device=device),

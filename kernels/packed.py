@@ -22,8 +22,9 @@ class Packed:
 
     ``codes``, one of these:
 
-    * "four-bit": uint8, two elements a byte, the earlier one in the upper half; one element comes
-      after the other over the whole weight.  ``table`` says what each of the 16 codes stands for;
+    * "four-bit": uint8, two elements a byte, the earlier one in the upper half, or in the lower
+      one if ``low_first``; one element comes after the other over the whole weight.  ``table`` says
+      what each of the 16 codes stands for;
     * "int8": int8 [rows, columns];
     * "float8": e4m3, as uint8 [rows, columns].
 
@@ -48,6 +49,7 @@ class Packed:
     outer: tuple[Tensor, Tensor, Tensor] | None = None
     outer_block: int = 0
     factor: float = 1.0
+    low_first: bool = False
     transposed: bool = False
     experts: int = 0
 
@@ -99,16 +101,17 @@ class Packed:
         """Whether one kernel reads both."""
         ours, theirs = (
             (each.kind, each.block_rows, each.block_columns, each.table, each.outer_block)
-            + (each.factor, each.scales.dtype)
+            + (each.factor, each.scales.dtype, each.low_first)
             for each in (self, other)
         )
         return ours == theirs
 
     def packing(self, target: Target) -> tuple:
-        """What a kernel is compiled for: kind, blocks, the outer block, factor and table."""
+        """What a kernel is compiled for; last come the table, and the shift of the earlier code."""
         kind = self.kind if self.kind != FLOAT8 or target.float8 else f"{FLOAT8} by bits"
         outer_block = self.outer_block if self.outer else 0
-        return kind, self.block_rows, self.block_columns, outer_block, self.factor, self.table
+        numbers = self.block_rows, self.block_columns, outer_block, self.factor
+        return kind, *numbers, self.table, 0 if self.low_first else 4
 
 
 def scale_bytes(operands: tuple, packing: tuple, rows: int, columns: int, tile_columns: int) -> int:
@@ -222,10 +225,10 @@ def packed_tile(
         b_byte = load_tile(
             codes, i_row, i_column // 2, rows, width, width, 1, ROWS, COLUMNS // 2
         )  # [ROWS, COLUMNS / 2]
-        b_upper = scaled(looked_up(b_table, b_byte >> 4), b_scale)
-        b_lower = scaled(looked_up(b_table, b_byte & 15), b_scale)
+        b_even = scaled(looked_up(b_table, b_byte >> PACKING[6] & 15), b_scale)
+        b_odd = scaled(looked_up(b_table, b_byte >> (4 - PACKING[6]) & 15), b_scale)
         # Rounded behind the reshape: Triton 3.9 fails on one that a product reads as it is.
-        return cast(tl.join(b_upper, b_lower).reshape(ROWS, COLUMNS), dtype)
+        return cast(tl.join(b_even, b_odd).reshape(ROWS, COLUMNS), dtype)
     else:
         b_code = load_tile(codes, i_row, i_column, rows, width, width, 1, ROWS, COLUMNS)
         if PACKING[0] == "float8":

@@ -7,7 +7,14 @@ import torch
 from device import DEVICE
 from experts import ends_of
 from judge import make_projection
-from packed import random_float8, random_four_bit, random_int8, stack
+from packed import (
+    random_float8,
+    random_four_bit,
+    random_int8,
+    random_mxfp4,
+    random_nvfp4,
+    stack,
+)
 
 import fastlora
 from fastlora.backends.triton import at_once, segments
@@ -87,6 +94,9 @@ CASES = {
                    {"unpacking": 2, "dense": 2, "in-place": 1}),
     "beside-a-dense-one": ([lambda: random_int8(24, 40), lambda: torch.randn(9, 40)], 5, 0.0,
                            {"unpacking": 1, "dense": 1, "product": 1, "in-place": 1}),
+    "e2m1-few": ([lambda: random_mxfp4(24, 64), lambda: random_mxfp4(9, 64)], 5, 0.3,
+                 {"unpacking": 3}),
+    "e2m1-many": ([lambda: random_nvfp4(24, 48)], 70, 0.0, {"dense": 2, "product": 2}),
     "float8-few": ([lambda: random_float8(24, 40, 16, 16, scale=torch.float32)], 5, 0.0,
                     {"unpacking": 2}),
     "float8-many": ([lambda: random_float8(24, 40, 16, 16)], 70, 0.0,
@@ -120,6 +130,9 @@ def test_the_numbers_are_those_of_the_dense_weight(case):
 EXPERTS = {
     # the weight of one, rows of each, dropout; launches of a forward and a backward
     "few rows": (lambda: random_four_bit(24, 64), [5, 0, 9], 0.0, {"unpacking": 2}),
+    "few rows of e2m1": (lambda: random_nvfp4(24, 48), [5, 0, 9], 0.3, {"unpacking": 2}),
+    "many rows of e2m1": (lambda: random_mxfp4(24, 64), [150, 3, 40], 0.0,
+                          {"dense": 2, "product": 2}),
     "few rows of blocks": (lambda: random_float8(24, 40, 8, 8), [5, 0, 9], 0.3, {"unpacking": 2}),
     "few rows of one scale": (lambda: random_float8(24, 40, 24, 40), [5, 0, 9], 0.0,
                               {"unpacking": 2}),

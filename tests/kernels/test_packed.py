@@ -4,11 +4,12 @@ import pytest
 import torch
 from device import DEVICE
 from kernel_cases import BF16, F16, F32, draw_seeds, poisoned, random
-from packed import by_elements, random_four_bit, random_int8
+from packed import by_elements, random_four_bit, random_int8, random_mxfp4, random_nvfp4, stack
 
 from benchmarks.forms import PACKED, random_packed
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantised
+from fastlora.formats.microscaled import MXFP4, NVFP4
 from fastlora.kernels import FLOAT8, Packed, dequant, gemm_lowrank
 from fastlora.kernels.common import INTERPRETED
 from fastlora.kernels.gemm_config import GemmConfig
@@ -21,6 +22,10 @@ FORMATS = {
     "nf4-nested-blocks-across-rows": lambda: random_four_bit(40, 100, nested=16),
     "nf4-odd": lambda: random_four_bit(33, 77),
     "one-element": lambda: random_four_bit(1, 1),
+    "mxfp4": lambda: random_mxfp4(33, 96),
+    "mxfp4-e8m0": lambda: random_mxfp4(7, 1024, torch.float8_e8m0fnu),
+    "mxfp4-float32": lambda: random_mxfp4(20, 192, torch.float32),
+    "nvfp4": lambda: random_nvfp4(33, 80),
     "int8": lambda: random_int8(70, 77),
     "int8-one-column": lambda: random_int8(70, 1),
 }
@@ -32,7 +37,7 @@ def here(weight: Quantised) -> Quantised:
 
 def filled(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     """The dense weight; beside it in memory nothing is written."""
-    memory = poisoned(packed.rows + 2, packed.columns, dtype=dtype)
+    memory = poisoned(packed.of_all_experts.rows + 2, packed.columns, dtype=dtype)
     out = dequant(packed, memory[1:-1])
     assert memory[0].isnan().all()
     assert memory[-1].isnan().all()
@@ -60,6 +65,28 @@ def test_a_dense_weight_is_the_formats_bit_for_bit(name, dtype):
     made = filled(packed_of(here(weight)), dtype).cpu()
     assert torch.equal(made, by_elements(weight).to(dtype))
     assert torch.equal(made, weight.dense(dtype))
+
+
+def test_each_expert_has_its_scale_of_all():
+    experts = [random_nvfp4(9, 48), random_nvfp4(9, 48, 0.3), random_nvfp4(9, 48, 2.0)]
+    made = filled(packed_of(here(stack(experts))), F32).cpu()
+    assert torch.equal(made, torch.cat([by_elements(expert) for expert in experts]))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_every_scale_of_mxfp4_and_nvfp4(dtype):
+    packed = torch.arange(256).to(torch.uint8).repeat(256, 1)
+    bits = torch.arange(256).to(torch.uint8)[:, None]
+    powers = bits.repeat(1, 16)
+    e4m3 = bits.repeat(1, 32).view(torch.float8_e4m3fn), torch.tensor(0.0173)
+    mxfp4, nvfp4 = MXFP4(256, 512), NVFP4(256, 512)
+    for weight in (Quantised(mxfp4, (packed, powers)), Quantised(nvfp4, (packed, *e4m3))):
+        made, truth = filled(packed_of(here(weight)), dtype).cpu(), weight.dense(dtype)
+        # Where no number is subnormal, which the interpreter rounds to zero, or infinite.
+        made, truth = made[2:251], truth[2:251]
+        torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
+    last = packed_of(Quantised(mxfp4, (packed, powers)))
+    assert filled(last, dtype)[255].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])

@@ -69,10 +69,10 @@ def random_mxfp4(n: int, k: int, scale=torch.uint8):
     return Quantised(MXFP4(n, k), (packed, scales.view(scale)))
 
 
-def random_nvfp4(n: int, k: int):
+def random_nvfp4(n: int, k: int, tensor_scale: float = 0.0173):
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     scales = torch.rand(n, k // 16).mul(400).to(torch.float8_e4m3fn)
-    return Quantised(NVFP4(n, k), (packed, scales, torch.tensor(0.0173)))
+    return Quantised(NVFP4(n, k), (packed, scales, torch.tensor(tensor_scale)))
 
 
 def random_hqq(n: int, k: int, bits: int, group: int, dtype=torch.float32):

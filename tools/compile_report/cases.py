@@ -65,7 +65,7 @@ def launches(case: Case) -> list[Launch]:
 
 
 # A word for each kind of packed weight.
-_KINDS = dict(zip(("nf4", "nf4-nested", "int8", "float8"), PACKED, strict=True))
+_KINDS = dict(zip(("nf4", "nf4-nested", "mxfp4", "int8", "float8"), PACKED, strict=True))
 # What the call computes, and what isn't the usual: rank, projections … (`_case`).
 # Every row of a table is compiled in the first list's forms, the first two in the second's too.
 _FORMS: dict[str, tuple[list[str], list[str]]] = {
@@ -74,7 +74,8 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
         ["y r64", "y r200", "dx n3", "dx r64 n2", "dx n2 mask", "dx n3 mask", "dx r128 mask"],
     ),
     "packed": (
-        ["y bias M64 nf4-nested"], ["dx M64 n3 mask nf4", "dx M64 int8", "y,h M16 float8"],
+        ["y bias M64 nf4-nested"],
+        ["dx M64 n3 mask nf4", "dx M64 int8", "y,h M16 float8", "y M64 mxfp4"],
     ),
     "lowrank": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
     "lowrank of a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),

@@ -36,6 +36,8 @@ PLANS = {"fused": FUSED, "in-place": IN_PLACE}
 FORMATS = {
     "nf4": lambda n, k: packed.random_four_bit(n, k, "nf4", 64 if k % 64 == 0 else 16),
     "fp4-nested": lambda n, k: packed.random_four_bit(n, k, "fp4", 32, 4),
+    "mxfp4": packed.random_mxfp4,
+    "nvfp4": packed.random_nvfp4,
     "int8": packed.random_int8,
     "float8-rows": lambda n, k: packed.random_float8(n, k, 1, k, scale=F32),
     "float8-blocks": lambda n, k: packed.random_float8(n, k, 32, 64, scale=F32),
@@ -357,7 +359,7 @@ _ALL = """
   experts fused {bf16,f16,f32} {90x50x75 of:30+0+41+7,5x50x75 of:0+0+5} r5 p0.2 bias
   experts fused {bf16,bf16/f32,f16,f32} {128x50x75 of:64+64,40x50x75 of:1+2+3+0+6} r5 p0.2 bias
   experts in-place {bf16,f16,f32} 90x64x80 r64 swapped of:{30+0+41+7,64+26,1+2+3+4+5+0+6}
-* experts bf16/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 bias weight:{nf4,float8-blocks}
+* experts bf16/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 bias weight:{nf4,nvfp4,float8-blocks}
   experts {bf16,f32}/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 p0.1 weight:{nf4,int8}
   experts {bf16,f32}/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 weight:float8-{rows,blocks}
 * adapters fused bf16/f32 84x{48x72 r8+4+16,50x75 r8+3+16 p0.3 lists}
@@ -371,11 +373,11 @@ _ALL = """
   mlp fused {f16,f32} 9x40x24 act:{silu,gelu,gelu_tanh,relu,relu2}
 * block fused {bf16/f32,f32} 21x40x24 r4 act:silu
 * layer bf16/f32 {80x64x128 r8,20x64+64x128 r8+8} weight:{nf4,fp4-nested,int8,float8-blocks}
-* layer bf16/f32 {33x96x128 r8,7x64x192 r8 p0.2 bias} weight:{nf4,int8,float8-rows}
+* layer bf16/f32 {33x96x128 r8,7x64x192 r8 p0.2 bias} weight:{nf4,mxfp4,int8,float8-rows}
 * layer bf16/f32 80x64x128 r8 weight:{float8-e5m2,affine,hqq,int4,gptq,gguf}
   layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{nf4,fp4-nested,int8}
   layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{float8-rows,float8-blocks}
-* dequant bf16 37x128x128 weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
+* dequant bf16 37x128x128 weight:{nf4,fp4-nested,mxfp4,nvfp4,int8,float8-rows,float8-blocks}
 * dequant bf16 13x51x51 weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
   dequant {f16,f32} {37x128x128,13x51x51} weight:{nf4,fp4-nested,int8,float8-rows,float8-blocks}
 * sums 0x{1000,1000+64+2048+7}x0

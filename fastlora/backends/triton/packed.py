@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,9 +11,13 @@ from ...formats.float8 import Float8
 from ...formats.format import Format, Quantised
 from ...formats.four_bit import FourBit
 from ...formats.integers import Int8Rows
+from ...formats.microscaled import E2M1, MXFP4, NVFP4, powers_of
 from ...projection import Base, Layout, Output, flatten, unflatten
 from ..protocol import Call
 from .cover import LONGEST, kernels
+
+# More blocks than a weight has: they share one outer scale.
+_ALL = 2**40
 
 
 def has_kernel(format: Format, of_experts: bool = False) -> bool:
@@ -25,6 +30,8 @@ def has_kernel(format: Format, of_experts: bool = False) -> bool:
         count = format.columns if lies_in_rows else format.rows * format.columns
         fits = (lies_in_rows and not format.nested) or not of_experts
         return _is_power(format.block) and format.block > 1 and count <= LONGEST and fits
+    if isinstance(format, MXFP4 | NVFP4):
+        return format.columns <= LONGEST
     if isinstance(format, Float8):
         fits = not of_experts or format.rows % min(format.rows, format.block_rows) == 0
         return format.code == "float8_e4m3fn" and all(map(_is_power, _blocks_of(format))) and fits
@@ -47,6 +54,8 @@ def _packed(format: Format, tensors: Sequence[Tensor], rows: int, columns: int) 
             kernels.FOUR_BIT, codes, scales, rows, columns, 1, format.block,
             table=format.code, outer=tuple(outer) or None, outer_block=format.nested,
         )  # fmt: skip
+    if isinstance(format, MXFP4 | NVFP4):
+        return _packed_e2m1(format, tensors)
     codes, scales = tensors
     if isinstance(format, Float8):
         if scales.dtype == torch.float8_e8m0fnu:  # few numbers, which no kernel reads
@@ -57,6 +66,32 @@ def _packed(format: Format, tensors: Sequence[Tensor], rows: int, columns: int) 
     return kernels.Packed(
         kernels.INT8, codes, scales, rows, columns, 1, 0, factor=float(format.factor)
     )
+
+
+def _packed_e2m1(format: MXFP4 | NVFP4, tensors: Sequence[Tensor]) -> "kernels.Packed":
+    codes, scales, *tensor_scale = tensors
+    rows, columns, block = format.rows, format.columns, format.block
+    outer, outer_block = None, _ALL
+    if scales.dtype != torch.float32:
+        table, one, none = _tables(scales.dtype, scales.device)
+        outer = (tensor_scale[0].view(-1) if tensor_scale else one), table, none
+        scales = scales.view(torch.uint8)
+    if tensor_scale and tensor_scale[0].dim():  # one of each expert
+        outer_block = rows * columns // block
+    return kernels.Packed(
+        kernels.FOUR_BIT, codes.view(torch.uint8), scales, rows, columns, 1, block,
+        table=E2M1, outer=outer, outer_block=outer_block, low_first=True,
+    )  # fmt: skip
+
+
+@cache
+def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What each of 256 scales of an MXFP4 or NVFP4 stands for, a factor 1 and a term 0."""
+    with torch.inference_mode(False):  # what is made inside could not be used outside
+        bits = torch.arange(256, device=device).byte()
+        is_e4m3 = dtype == torch.float8_e4m3fn
+        table = bits.view(dtype).float() if is_e4m3 else powers_of(bits)
+        return table, torch.ones(1, device=device), torch.zeros((), device=device)
 
 
 def is_unpackable(weights: Sequence[Tensor | Quantised]) -> bool:
