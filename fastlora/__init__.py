@@ -14,6 +14,8 @@ from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
+from .model.packed_files import load_packed
+from .model.packing import pack
 from .ops.functional import lora_grouped, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
 from .peft.optimize import coverage, optimize, restore
@@ -35,12 +37,14 @@ __all__ = [
     "check",
     "coverage",
     "load_adapter",
+    "load_packed",
     "lora_grouped",
     "lora_linear",
     "lora_linears",
     "merge_lora",
     "multi_lora_linear",
     "optimize",
+    "pack",
     "plan",
     "print_trainable_parameters",
     "reference",

@@ -16,7 +16,7 @@ from ..layers.adapted import Features, LoRALayer, new_adapter, wide_dtype
 from ..layers.expert_layer import features_of, why_not_experts
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
 from ..layers.modules import called, plain_name, some
-from ..layers.packed import parameter_names, weight_in
+from ..layers.packed import PackedWeight, packed_names, parameter_names, weight_in
 from ..projection import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 
@@ -339,8 +339,7 @@ def passed_over(model: nn.Module, is_meant: Callable[[str], bool]) -> str:
     parts = _obstacles(model, is_meant)
     experts = {name: module for name, module in expert_modules(model).items() if is_meant(name)}
     if experts:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        held = sum(p.numel() for module in experts.values() for p in module.parameters())
+        total, held = _numbers_in(model), sum(map(_numbers_in, experts.values()))
         parts.append(
             f"the parameters of experts and routers ({some(list(experts))}), which are "
             f"{held / total:.0%} of the model's"
@@ -355,8 +354,14 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if not isinstance(module, nn.Linear)
         and any(word in type(module).__name__.lower() for word in ("expert", "router"))
-        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+        and (packed_names(module) or any(p.ndim > 1 for p in module.parameters(recurse=False)))
     }
+
+
+def _numbers_in(model: nn.Module) -> int:
+    """How many numbers its parameters and packed weights stand for."""
+    packed = [m.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)]
+    return sum(packed) + sum(parameter.numel() for parameter in model.parameters())
 
 
 def _obstacles(model: nn.Module, is_meant: Callable[[str], bool] = lambda name: True) -> list[str]:

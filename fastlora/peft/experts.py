@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..layers.experts import OTHER, Experts, read_experts_module, run_experts, stacked, takes
 from ..layers.frozen import is_router
 from ..layers.members import is_hooked, why_not_tensor
+from ..layers.packed import packed_names
 from ..projection import Adapter, Base, Output
 from . import newer
 from .reading import adapters_now, why_not_now, why_not_pair, why_not_scale
@@ -68,6 +69,11 @@ def read_experts(outermost: PeftParamWrapper) -> ExpertsReading:
     if getattr(base, innermost.parameter_name).dim() == 2:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
         return ExpertsReading(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
+    if packed_names(base):
+        return ExpertsReading(
+            "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
+            "scaled, without a gradient: fastlora.apply_lora trains such experts"
+        )
     experts = read_experts_module(base, type(base))
     # A node runs the activation twice.
     reason = experts.reason or ("" if experts.repeats else OTHER) or _why_not_base(base)

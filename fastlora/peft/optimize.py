@@ -14,6 +14,7 @@ from torch import nn
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
+from ..layers.packed import PackedExperts
 from ..projection import check_switch
 from ..report import (
     IN_THE_CALL,
@@ -24,6 +25,11 @@ from ..report import (
     cover_lora_linears,
 )
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
+
+_PASSED_OVER = (
+    "PEFT's target_parameters passes them over with a warning; fastlora.apply_lora, on the model "
+    "before PEFT has it, gives them adapters"
+)
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -53,7 +59,10 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
-    said = (*filter(None, [untested()]), *wrapping_notes(layers), *mixed_notes(layers))
+    count = sum(isinstance(module, PackedExperts) for module in model.modules())
+    packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
+    first = filter(None, [untested(), packed])
+    said = (*first, *wrapping_notes(layers), *mixed_notes(layers))
     return Coverage(records(model, layers, unreached), said)
 
 

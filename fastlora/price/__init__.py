@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.modules import unwrap
+from ..layers.packed import packed_names
 from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, check_model, check_plain, undo_injection
@@ -71,7 +72,8 @@ def plan(
     about = getattr(getattr(inner, "config", None), "quantization_config", None)
     notes: tuple[str, ...] = ()
     if about is not None and not any(
-        isinstance(quantised_weight(each), PackedLayer) for each in inner.modules()
+        isinstance(quantised_weight(each), PackedLayer) or packed_names(each)
+        for each in inner.modules()
     ):
         read = about.get if isinstance(about, Mapping) else partial(getattr, about)
         notes = (

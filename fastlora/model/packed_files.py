@@ -1,0 +1,225 @@
+"""Packed experts straight from a checkpoint's files: ``fastlora.load_packed``."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+from ..formats.microscaled import MXFP4
+from ..layers.expert_layer import why_not_experts
+from ..layers.members import twin
+from ..layers.modules import called, some, unwrap
+from ..layers.packed import read_module, take_packed, weight_in
+from ..projection import DTYPES
+from .config import is_inside
+from .files import Planned, check_folder, read_header, read_json, read_tensors
+from .inject import check_model, check_plain
+from .packing import PackedRecord, PackReport, bytes_of
+
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+_BLOCKS, _SCALES = "_blocks", "_scales"  # behind a weight's name, in gpt-oss' files
+
+
+class _Stored(NamedTuple):
+    """A tensor of the checkpoint: its file, and what the header says of it."""
+
+    path: Path
+    planned: Planned
+
+    def read(self, key: str) -> Tensor:
+        return read_tensors(self.path, (key,))[key]
+
+
+class _Stack(NamedTuple):
+    """A weight of an experts module that is packed in the checkpoint."""
+
+    module: nn.Module
+    own: str  # its name in the module
+
+
+def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
+    """Load a checkpoint whose experts are MXFP4 into a model on meta or elsewhere, as they lie.
+
+    ``folder`` has a gpt-oss checkpoint as OpenAI and transformers write it: ``model.safetensors``,
+    or parts with an index, where experts' weights are NAME_blocks [E, N, K / 32, 16] and
+    NAME_scales [E, N, K / 32], uint8.  These become packed weights of the model's experts modules,
+    and no dense one is made; every other tensor is cast to the dtype of the model's.  What was on
+    meta is on the CPU afterwards.  Buffers that no checkpoint has (a rotary embedding's) and that
+    are on meta are made by the model's own ``_init_weights``.
+
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        print(fastlora.load_packed(model, folder))
+
+    Returns what was packed, and how many bytes were read.  Raises FileNotFoundError for a folder
+    without a checkpoint; TypeError for what is no model or no path; and ValueError for a damaged
+    file, keys that are missing or too many, other shapes or dtypes, a checkpoint without packed
+    experts, a model with adapters, and a buffer that nothing makes.  The model is then as it was.
+    """
+    check_model(model)
+    path, model = check_folder(folder), unwrap(model)
+    check_plain(model)
+    stored = _stored_in(path)
+    stacks = _stacks(model, stored)
+    if not stacks:
+        raise ValueError(
+            f"{path} has no experts packed as MXFP4 (…{_BLOCKS}, …{_SCALES}) that are the model's: "
+            "from_pretrained loads other checkpoints"
+        )
+    wanted = _fitting(model, stored, stacks, path)
+    made, packed = _missing_buffers(model), dict[nn.Module, dict[str, Quantised]]()
+    records, values = [], dict[int, Tensor]()
+    for name, (module, own) in stacks.items():
+        dense = weight_in(module, own)
+        blocks, scales = [stored[name + end].read(name + end) for end in (_BLOCKS, _SCALES)]
+        tensors = [t.to(_home(dense), copy=True) for t in (blocks.flatten(2), scales)]
+        weight = Quantised(MXFP4(*_matrix_of(module, own)[1:]), tuple(tensors))
+        packed.setdefault(module, {})[own] = weight
+        before = dense.shape.numel() * dense.dtype.itemsize
+        records.append(PackedRecord(name, weight.format.label, before, bytes_of(weight)))
+    for key, tensor in wanted.items():
+        value = stored[key].read(key).to(_home(tensor), tensor.dtype, copy=True)
+        is_own = isinstance(tensor, nn.Parameter)
+        values[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_own else value
+    # Nothing has changed so far, and nothing below can fail.
+    for store, name, value in made:
+        store[name] = value
+    for each in model.modules():
+        for store in cast(Any, (each._parameters, each._buffers)):
+            for name, old in store.items():
+                if id(old) in values and old.is_meta:
+                    store[name] = values[id(old)]
+                elif id(old) in values:
+                    old.data = values[id(old)].data
+    for module, weights in packed.items():
+        take_packed(module, weights)
+    files, others = {one.path for one in stored.values()}, sum(v.nbytes for v in values.values())
+    return PackReport(tuple(records), others, (f"read from {len(files)} files in {path}",))
+
+
+def _stored_in(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of the checkpoint, by key; no file's data is read."""
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX)
+        found = index.get("weight_map") if isinstance(index, dict) else None
+        places: dict[str, Any] = found if isinstance(found, dict) else {}
+        names = set(map(str, places.values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{folder / _INDEX} has no weight_map of keys to names of files")
+        for name in names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} doesn't exist, and {_INDEX} names it")
+        headers = {name: read_header(folder / name) for name in names}
+        torn = [key for key, name in places.items() if key not in headers[str(name)]]
+        if torn:
+            raise ValueError(f"{folder / _INDEX} has {some(torn)}, which its file hasn't")
+        return {k: _Stored(folder / n, headers[n][k]) for k, n in places.items()}
+    if (folder / _WHOLE).is_file():
+        header = read_header(folder / _WHOLE)
+        return {key: _Stored(folder / _WHOLE, planned) for key, planned in header.items()}
+    raise FileNotFoundError(
+        f"{folder} has neither {_INDEX} nor {_WHOLE}: give a checkpoint's folder, such as "
+        "huggingface_hub.snapshot_download returns"
+    )
+
+
+def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack]:
+    """The weights of experts that the checkpoint has packed, by name."""
+    stacks = {}
+    for outer, module in model.named_modules():
+        names = read_module(module).names
+        for own in names:
+            name = ".".join(filter(None, (outer, own)))
+            if own and (name + _BLOCKS in stored or name + _SCALES in stored):
+                reason = why_not_experts(module, names)
+                if reason:
+                    raise ValueError(f"{name} can't be packed: {reason}")
+                stacks[name] = _Stack(module, own)
+    return stacks
+
+
+def _matrix_of(module: nn.Module, own: str) -> tuple[int, int, int]:
+    """[E, N, K] of a weight."""
+    weight = weight_in(module, own)
+    experts, n, k = weight.shape
+    is_turned = isinstance(weight, Tensor) and getattr(module, "is_transposed", False)
+    return (experts, k, n) if is_turned else (experts, n, k)
+
+
+def _fitting(
+    model: nn.Module, stored: Mapping[str, _Stored], stacks: Mapping[str, _Stack], path: Path
+) -> dict[str, Tensor]:
+    """The model's tensors that the checkpoint has dense, by key.
+
+    Raises ValueError unless the checkpoint has all that the model has, and nothing else.
+    """
+    state = {
+        key: tensor
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and not any(is_inside(key, name) for name in stacks)
+    }
+    expected = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}
+    for name, (module, own) in stacks.items():
+        experts, n, k = _matrix_of(module, own)
+        blocks = experts, n, -(-k // MXFP4.block)
+        expected[name + _BLOCKS] = (*blocks, MXFP4.block // 2), torch.uint8
+        expected[name + _SCALES] = blocks, torch.uint8
+    there = {id(tensor) for key, tensor in state.items() if key in stored}  # a tied one has it
+    missing = [k for k in expected if k not in stored and id(state.get(k)) not in there]
+    extra = [key for key in stored if key not in expected]
+    if missing or extra:
+        raise ValueError(
+            f"{path} doesn't fit the model: missing {some(missing)}; not known {some(extra)}"
+        )
+    for key, one in stored.items():
+        shape, dtype = expected[key]
+        if one.planned.shape != shape:
+            raise ValueError(
+                f"{path} has {key} of shape {one.planned.shape}, but the model's is {shape}"
+            )
+        if one.planned.dtype not in (DTYPES if dtype in DTYPES else (dtype,)):
+            raise ValueError(f"{path} has {key} of {one.planned.dtype}, but the model's is {dtype}")
+    return {key: tensor for key, tensor in state.items() if key in stored}
+
+
+def _missing_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """What is on meta and in no checkpoint, made by the model as when it is built; and where."""
+    found: list[tuple[dict[str, Any], str, Tensor]] = []
+    for name, module in model.named_modules():
+        own = {n: module._buffers.get(n) for n in module._non_persistent_buffers_set}
+        lost = {n: b for n, b in own.items() if b is not None and b.is_meta}
+        if not lost:
+            continue
+        copied = twin(module, type(module))
+        for n, parameter in module._parameters.items():
+            copied._parameters[n] = None if parameter is None else parameter.to("meta")
+        copied._buffers |= {
+            n: torch.full_like(b, _unmade(b), device="cpu") for n, b in lost.items()
+        }
+        getattr(model, "_init_weights", lambda module: None)(copied)
+        for n in lost:
+            value = copied._buffers[n]
+            if bool((value.isnan() | (value == _unmade(value))).any()):
+                raise ValueError(
+                    f"{called(name)}'s {n} is on meta, no checkpoint has it, and the model's "
+                    "_init_weights doesn't make it: build the model on the CPU"
+                )
+            found.append((module._buffers, n, value))
+    return found
+
+
+def _unmade(buffer: Tensor) -> float:
+    """What a buffer holds that nobody has made."""
+    if buffer.is_floating_point():
+        return torch.nan
+    return 0 if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).min
+
+
+def _home(tensor: Tensor | Quantised) -> torch.device:
+    """Where a loaded one is to be."""
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device

@@ -1,0 +1,210 @@
+"""Packing a model's dense weights in place, and the report on what was packed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.format import Quantised
+from ..layers.expert_layer import why_not_experts
+from ..layers.members import twin
+from ..layers.modules import called, plain_name, some, unwrap
+from ..layers.packed import packed_names, read_module, take_packed, weight_in
+from ..projection import shown
+from ..quant import quantised_weight
+from ..quant.packing import KINDS, pack_weight, packing_error
+from ..report import columns
+from .inject import check_model, check_plain
+from .targets import name_test
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class PackedRecord:
+    """One weight: ``format`` is what its packed form is called, as "MXFP4".
+
+    ``before`` and ``after``: bytes of the dense weight in the model's dtype, and of the packed one.
+    ``error``: ‖packed - weight‖ / ‖weight‖; None where the dense weight has no numbers here.
+    """
+
+    name: str
+    format: str
+    before: int
+    after: int
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """A record for each packed weight; prints as a table that ends with totals.
+
+    ``others``: bytes of all that was read beside them; ``notes`` are on the whole.
+    """
+
+    weights: tuple[PackedRecord, ...]
+    others: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> int:
+        return sum(weight.before for weight in self.weights)
+
+    @property
+    def after(self) -> int:
+        return sum(weight.after for weight in self.weights)
+
+    def __str__(self) -> str:
+        rows = [(w.name, w.format, *_sizes(w), _percent(w.error)) for w in self.weights]
+        worst = max((w.error for w in self.weights if w.error is not None), default=None)
+        total = f"{len(rows)} weights", "", *_sizes(self), _percent(worst)
+        lines = columns([_TITLES, *rows, total], left=2)
+        if self.others:
+            lines.append(f"all else: {self.others / _MIB:.1f} MiB")
+        return "\n".join([*lines, *self.notes])
+
+
+_TITLES = ("weight", "packed as", "MiB dense", "MiB packed", "error, %")
+
+
+def _sizes(of: PackedRecord | PackReport) -> tuple[str, str]:
+    return f"{of.before / _MIB:.1f}", f"{of.after / _MIB:.1f}"
+
+
+def _percent(error: float | None) -> str:
+    return "–" if error is None else f"{100 * error:.2f}"
+
+
+def bytes_of(weight: Quantised) -> int:
+    return sum(tensor.nbytes for tensor in weight.tensors)
+
+
+def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None) -> PackReport:
+    """Pack dense weights of the model in place, and report what that took and saved.
+
+    ``kind`` is "nf4", "mxfp4", "nvfp4" or "fp8" (:func:`fastlora.quant.packing.pack_weight`).
+    ``modules`` names what to pack as PEFT's target_modules does: a regular expression for whole
+    names, or a list of names or their last parts.  None: every experts module of transformers' that
+    fastlora knows and that isn't packed.  Linear layers are packed by their vendors: "nf4" makes
+    them bitsandbytes' ``Linear4bit``, "fp8" gives them torchao's ``Float8Tensor``.
+
+    The packed weights are made before the dense ones go, so that a call that fails leaves the model
+    as it was.  On meta nothing has numbers, and the shapes are packed.
+
+    Raises TypeError for what is no module, ImportError where a vendor's package isn't there, and
+    ValueError for another kind, a name that matches nothing or what is neither, a model with
+    adapters (pack first, then :func:`fastlora.apply_lora`), linear layers of the other kinds, and
+    weights that don't fit a format's blocks or hold NaN or infinity.
+    """
+    check_model(model)
+    model = unwrap(model)
+    if kind not in KINDS:
+        raise ValueError(f"kind is {shown(kind)}, but must be one of {', '.join(KINDS)}")
+    check_plain(model)
+    records: list[PackedRecord] = []
+    experts: list[tuple[nn.Module, dict[str, Quantised]]] = []
+    linears: dict[nn.Module, nn.Module] = {}
+    for name, module in _chosen(model, modules).items():
+        if type(module) is nn.Linear:
+            dense, made = module.weight, _packed_linear(called(name), module, kind)
+            found: Any = quantised_weight(made)
+            if isinstance(found, str):
+                raise ValueError(f"{called(name)} can't be packed: {found}")
+            linears[module] = made
+            records.append(_record(name, dense, found.weight))
+            continue
+        weights, names = {}, read_module(module).names
+        packed = packed_names(module)
+        reason = "they are packed already" if packed else why_not_experts(module, names)
+        if reason:
+            raise ValueError(f"the experts {called(name)} can't be packed: {reason}")
+        for own in names:
+            where, dense = ".".join(filter(None, (name, own))), weight_in(module, own)
+            dense = dense.mT if getattr(module, "is_transposed", False) else dense
+            try:
+                weights[own] = _packed(dense, kind)
+            except ValueError as error:
+                raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
+            records.append(_record(where, dense, weights[own]))
+        experts.append((module, weights))
+    # Nothing has changed so far, and nothing below can fail.
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in linears:
+                parent._modules[key] = linears[child]
+    for module, weights in experts:
+        take_packed(module, weights)
+    return PackReport(tuple(records))
+
+
+def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
+    """What is to be packed, by name."""
+    named = {plain_name(name): module for name, module in model.named_modules()}
+    known = {name for name, module in named.items() if not read_module(module).reason}
+    if modules is None:
+        found = {n: named[n] for n in named if n in known and not packed_names(named[n])}
+        if not found:
+            raise ValueError(
+                "the model has no dense experts that fastlora knows: name its linear layers in "
+                "modules"
+            )
+        return found
+    wanted = [modules] if isinstance(modules, str) else list(modules)
+    for one in wanted:
+        if not any(map(name_test(one if isinstance(modules, str) else (one,)), named)):
+            raise ValueError(f"modules has {shown(one)}, which matches no module")
+    test = name_test(modules)
+    found = {name: module for name, module in named.items() if name and test(name)}
+    others = [n for n in found if n not in known and type(found[n]) is not nn.Linear]
+    if others:
+        kind = type(found[others[0]]).__name__
+        raise ValueError(
+            f"{some(others)} can't be packed: a {kind} is neither experts that fastlora knows nor "
+            "a torch.nn.Linear"
+        )
+    return found
+
+
+def _record(name: str, dense: Tensor, packed: Quantised) -> PackedRecord:
+    error = None if dense.is_meta else packing_error(dense, packed)
+    return PackedRecord(name, packed.format.label, dense.nbytes, bytes_of(packed), error)
+
+
+def _packed(dense: Tensor, kind: str) -> Quantised:
+    if not dense.is_meta:
+        return pack_weight(dense.detach(), kind)
+    count, *shape = dense.shape
+    format, tensors = pack_weight(torch.zeros(*shape), kind)
+    return Quantised(format, tuple([t.new_empty(count, *t.shape, device="meta") for t in tensors]))
+
+
+def _packed_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
+    """A layer in the place of this one, packed by its vendor."""
+    package = {"nf4": "bitsandbytes", "fp8": "torchao"}.get(kind)
+    if package is None or linear.weight.is_meta or "forward" in linear.__dict__:
+        reason = "it is on meta, or its forward was replaced" if package else (
+            f"torchao's linear layers of {kind} round their input, or aren't read: linear layers "
+            "may be nf4 (bitsandbytes) or fp8 (torchao), and experts any"
+        )  # fmt: skip
+        raise ValueError(f"{name} can't be packed as {kind}: {reason}")
+    try:
+        theirs: Any = import_module("bitsandbytes.nn" if kind == "nf4" else "torchao.quantization")
+    except ImportError as error:
+        raise ImportError(f"{name} can't be packed as {kind}: install {package}") from error
+    weight, bias = linear.weight.detach(), linear.bias
+    if kind == "fp8":
+        made: Any = nn.Sequential(twin(linear, nn.Linear))
+        theirs.quantize_(made, theirs.Float8WeightOnlyConfig())
+        return made[0]
+    made = theirs.Linear4bit(
+        linear.in_features, linear.out_features, bias is not None, weight.dtype, device="meta",
+        compress_statistics=False, quant_type="nf4",
+    )  # fmt: skip
+    own = theirs.Params4bit(
+        weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=made
+    )
+    made.weight, made.bias = own.to(weight.device), bias
+    return made.train(linear.training)

@@ -1,0 +1,381 @@
+"""fastlora.pack and fastlora.load_packed: dense weights packed in place, and packed checkpoints."""
+
+import json
+import math
+import shutil
+import sys
+
+import peft
+import pytest
+import torch
+from models import assert_untouched, snapshot
+from moe_models import IDS, base_model, parameters_of, train
+from packed_experts import SIZES, bits_of, dense_model, experts_modules, fp8_model, packed_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.layers.packed import read_module, weight_in
+from fastlora.quant.packing import pack_weight, packing_error
+
+KINDS = {"nf4": "NF4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "float8"}
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def mixture(name: str = "gpt-oss") -> nn.Module:
+    torch.manual_seed(0)
+    return base_model(name, **SIZES).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["gpt-oss", "mixtral", "nemotron"])
+def test_experts_are_packed_in_place_and_train(name, kind):
+    model, dense = mixture(name), mixture(name)
+    report = fastlora.pack(model, kind)
+    names = [n for n, _ in dense.named_parameters() if n.endswith(tuple(parameters_of(name)))]
+    assert [weight.name for weight in report.weights] == names
+    for record in report.weights:
+        owner, _, own = record.name.rpartition(".")
+        weight = weight_in(model.get_submodule(owner), own)
+        before = dense.get_parameter(record.name)
+        before = before.mT if name == "gpt-oss" else before
+        assert (record.format, record.before) == (KINDS[kind], before.nbytes)
+        assert record.after == sum(tensor.nbytes for tensor in weight.tensors)
+        assert record.error == packing_error(before, weight)
+        assert 0.005 < record.error < 0.15
+    bits = bits_of(model)
+    assert report.after == sum(map(len, bits.values())) < report.before / 2
+    lines = str(report).splitlines()
+    assert len(lines) == len(names) + 2
+    assert lines[-1].split()[:2] == [str(len(names)), "weights"]
+    assert lines[-1].endswith(f"{100 * max(w.error for w in report.weights):.2f}")
+    close(logits(model), logits(dense_model(model, name)))
+    fastlora.apply_lora(model, LoRAConfig(target_parameters=parameters_of(name)))
+    first, second, *_ = train(model, 2)
+    assert second < first
+    assert all(torch.equal(one, bits[key]) for key, one in bits_of(model).items())
+
+
+def test_linear_layers_are_bitsandbytes_s():
+    bnb = pytest.importorskip("bitsandbytes")
+    model, dense = mixture("qwen3").bfloat16(), mixture("qwen3").bfloat16()
+    report = fastlora.pack(model, "nf4", ["experts", "q_proj", "layers.1.self_attn.o_proj"])
+    assert len(report.weights) == 7
+    for record in report.weights:
+        if "self_attn" in record.name:
+            layer, own = model.get_submodule(record.name), dense.get_submodule(record.name)
+            assert type(layer) is bnb.nn.Linear4bit
+            how = {"quant_type": "nf4", "compress_statistics": False}
+            theirs = bnb.nn.Params4bit(own.weight.detach(), **how).to("cpu")
+            assert torch.equal(layer.weight, theirs)
+            assert torch.equal(layer.weight.quant_state.absmax, theirs.quant_state.absmax)
+            assert 0.05 < record.error < 0.15
+    assert not experts_modules(model)[0]._parameters
+    targets = {"target_modules": ["q_proj", "k_proj"], "target_parameters": parameters_of("qwen3")}
+    fastlora.apply_lora(model, LoRAConfig(**targets))
+    report = fastlora.coverage(model)
+    assert (len(report.fast), sum(bool(layer.packed) for layer in report.fast)) == (8, 6)
+    assert all(one.isfinite().all() for one in train(model))
+
+
+def test_what_has_no_numbers_is_packed_by_shape():
+    with torch.device("meta"):
+        lost = base_model("gpt-oss", **SIZES)
+    for kind in KINDS:
+        found, expected = fastlora.pack(lost, kind), fastlora.pack(mixture(), kind)
+        assert (found.after, found.before) == (expected.after, expected.before)
+        assert all(weight.error is None for weight in found.weights)
+        assert all(buffer.is_meta for buffer in lost.buffers())
+        with torch.device("meta"):
+            lost = base_model("gpt-oss", **SIZES)
+
+
+def _with_infinity(model: nn.Module) -> None:
+    with torch.no_grad():
+        experts_modules(model)[-1].down_proj[3, 1, 2] = math.inf
+
+
+def _adapt(model: nn.Module) -> None:
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
+
+
+def _pack(model: nn.Module) -> None:
+    fastlora.pack(model, "nf4")
+
+
+REFUSED = {
+    "kind": ({"kind": "int3"}, "'int3', but must be one of nf4, mxfp4, nvfp4, fp8"),
+    "nothing": ({"modules": ["experts", "quux"]}, "'quux', which matches no module"),
+    "pattern": ({"modules": "quux"}, "'quux', which matches no module"),
+    "neither": ({"modules": ["norm"]}, "a GptOssRMSNorm is neither experts that fastlora knows"),
+    "linear": ({"modules": ["experts", "q_proj"]}, "torchao's linear layers of mxfp4"),
+    "adapters": ({"before": _adapt}, "has an adapter already"),
+    "numbers": ({"before": _with_infinity}, r"1\.mlp\.experts\.down_proj can't .* as mxfp4: .*NaN"),
+    "again": ({"before": _pack, "modules": ["experts"]}, "packed already"),
+    "none": ({"before": _pack}, "no dense experts that fastlora knows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_t_be_packed_is_refused_and_the_model_stays(case):
+    how, words = REFUSED[case]
+    model = mixture()
+    how.get("before", lambda model: None)(model)
+    before, bits = snapshot(model), bits_of(model)
+    with pytest.raises(ValueError, match=words):
+        fastlora.pack(model, how.get("kind", "mxfp4"), how.get("modules"))
+    assert_untouched(model, before)
+    assert bits_of(model).keys() == bits.keys()
+
+
+def test_blocks_and_packages_that_are_not_there_are_named(monkeypatch):
+    odd = base_model("qwen3", moe_intermediate_size=24)
+    before = snapshot(odd)
+    with pytest.raises(ValueError, match=r"0\.mlp\.experts\.down_proj can't .* has 24 numbers"):
+        fastlora.pack(odd, "mxfp4")
+    assert_untouched(odd, before)
+    before = snapshot(odd)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match=r"q_proj can't be packed as fp8: install torchao"):
+        fastlora.pack(odd, "fp8", ["experts", "q_proj"])
+    assert_untouched(odd, before)
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        fastlora.pack([], "nf4")
+
+
+# Checkpoints.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder as transformers' MXFP4 serialisation writes it, in several files."""
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    model = mixture().bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    state = load_file(folder / ONE)
+    (folder / ONE).unlink()
+    for key in [key for key in state if key.endswith(("gate_up_proj", "down_proj"))]:
+        packed, scales = pack_weight(state.pop(key).mT, "mxfp4").tensors
+        state |= {f"{key}_blocks": packed.unflatten(2, (-1, 16)), f"{key}_scales": scales}
+    places = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(state)}
+    for name in set(places.values()):
+        part = {key: value.contiguous() for key, value in state.items() if places[key] == name}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def dense_of(folder, dtype=torch.float32) -> nn.Module:
+    """transformers' own reading: every block dequantised."""
+    how = Mxfp4Config(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=dtype)
+
+
+def empty(folder, dtype=torch.float32, device="meta") -> nn.Module:
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    return model.eval()
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a floating tensor that an operation made off meta."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.is_meta:
+                self.bytes = max(self.bytes, leaf.nbytes)
+        return found
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_is_loaded_as_it_lies(checkpoint, device, dtype):
+    model = empty(checkpoint, dtype, device)
+    with Largest() as largest:
+        report = fastlora.load_packed(model, checkpoint)
+    dense = dense_of(checkpoint, dtype)
+    experts = dense.model.layers[0].mlp.experts
+    assert largest.bytes < experts.down_proj.nbytes
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    same = dict(dense.named_buffers())
+    assert all(torch.equal(own, same[n]) for n, own in model.named_buffers() if n in same)
+    for name, own in model.named_parameters():
+        assert torch.equal(own, dense.get_parameter(name))
+        assert own.dtype == dtype
+    if dtype == torch.float32:
+        close(logits(model), logits(dense))
+    for one, other in zip(experts_modules(model), experts_modules(dense), strict=True):
+        for name in read_module(one).names:
+            exact = weight_in(one, name).dense(dtype)
+            assert torch.equal(exact.mT, getattr(other, name))
+    assert report.before == 2 * (experts.gate_up_proj.nbytes + experts.down_proj.nbytes)
+    assert report.after == sum(map(len, bits_of(model).values()))
+    assert report.others == sum(parameter.nbytes for parameter in model.parameters())
+    assert f"read from 2 files in {checkpoint}" in str(report)
+
+
+def test_a_loaded_one_trains_and_peft_reads_its_adapter(checkpoint, tmp_path):
+    model = empty(checkpoint)
+    fastlora.load_packed(model, checkpoint)
+    config = LoRAConfig(r=4, target_modules=["q_proj"], target_parameters=parameters_of("gpt-oss"))
+    fastlora.apply_lora(model, config)
+    first, *_, last = train(model, 3)[:3]
+    assert last < first
+    fastlora.save_adapter(model, tmp_path)
+    for name, parameter in dense_of(checkpoint).named_parameters():  # routers have trained, too
+        if "router" in name:
+            model.get_parameter(name).data.copy_(parameter)
+    theirs = peft.PeftModel.from_pretrained(dense_of(checkpoint), tmp_path)
+    close(logits(theirs), logits(model))
+    assert not torch.allclose(logits(theirs), logits(dense_of(checkpoint)), atol=1e-3)
+
+
+def _put(end, how):
+    """Another tensor in the place of each whose key ends so."""
+
+    def change(state):
+        for key in [key for key in state if key.endswith(end)]:
+            state[key] = how(state[key]).clone()
+
+    return _edit(change)
+
+
+def _edit(change):
+    """A checkpoint whose tensors, in one file, are changed."""
+
+    def make(folder):
+        state = {}
+        for path in folder.glob("*.safetensors"):
+            state |= load_file(path)
+            path.unlink()
+        (folder / INDEX).unlink()
+        change(state)
+        save_file(state, folder / ONE)
+
+    return make
+
+
+def _index(change):
+    def make(folder):
+        index = json.loads((folder / INDEX).read_text())
+        (folder / INDEX).write_text(change(index) or json.dumps(index))
+
+    return make
+
+
+def _cut(folder):
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _dense(state):
+    for key in [key for key in state if key.endswith(("_blocks", "_scales"))]:
+        del state[key]
+
+
+UP = "model.layers.0.mlp.experts.gate_up_proj"
+TORN = {
+    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "has neither model.saf"),
+    "no part": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "doesn't exist, and"),
+    "cut": (_cut, "is damaged"),
+    "no JSON": (_index(lambda index: "{"), "is no JSON"),
+    "no map": (_index(lambda index: "[]"), "has no weight_map"),
+    "outside": (_index(lambda index: index["weight_map"].update(a="../a")), "has no weight_map"),
+    "not there": (_index(lambda index: index["weight_map"].update(
+        quux=next(iter(index["weight_map"].values())))), "has quux, which its file hasn't"),
+    "no scales": (_edit(lambda state: state.pop(UP + "_scales")), f"missing {UP}_scales; not"),
+    "no norm": (_edit(lambda state: state.pop("model.norm.weight")), "missing model.norm.weight;"),
+    "more": (_edit(lambda state: state.update(quux=torch.ones(1))), "missing none; not known quux"),
+    "shape": (_put("model.norm.weight", lambda old: old[1:]),
+              r"norm.weight of shape \(31,\), but the model's is \(32,\)"),
+    "blocks": (_put("gate_up_proj_blocks", lambda old: old[:, :2]),
+               r"_blocks of shape \(4, 2, 1, 16\), but the model's is \(4, 128, 1, 16\)"),
+    "dtype": (_put("_scales", torch.Tensor.char), "_scales of torch.int8, but the model"),
+    "codes": (_put("model.norm.weight", lambda old: old.to(torch.float8_e4m3fn)),
+              "norm.weight of torch.float8_e4m3fn, but the model's is torch.float32"),
+    "dense": (_edit(_dense), "has no experts packed as MXFP4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_a_torn_checkpoint_is_refused_and_the_model_stays(checkpoint, tmp_path, case):
+    tear, words = TORN[case]
+    folder = shutil.copytree(checkpoint, tmp_path / "torn")
+    model = empty(checkpoint, device="cpu")
+    tear(folder)
+    before = snapshot(model)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        fastlora.load_packed(model, folder)
+    assert_untouched(model, before)
+
+
+def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
+    model = empty(checkpoint)
+    model.model.norm.register_buffer("odd", torch.ones(2, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match=r"model\.norm's odd is on meta, no checkpoint has it"):
+        fastlora.load_packed(model, checkpoint)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model = empty(checkpoint)
+    fastlora.load_packed(model, checkpoint)
+    expected = logits(model)
+    fastlora.load_packed(model, checkpoint)  # a packed one is packed anew
+    assert torch.equal(logits(model), expected)
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has an adapter already"):
+        fastlora.load_packed(model, checkpoint)
+    with pytest.raises(ValueError, match=r"doesn.t fit the model: missing .*; not known "):
+        fastlora.load_packed(mixture("qwen3"), checkpoint)
+    with pytest.raises(ValueError, match="has no experts packed as MXFP4"):
+        fastlora.load_packed(nn.Linear(2, 2), checkpoint)
+    with pytest.raises(TypeError, match="folder is"):
+        fastlora.load_packed(mixture(), 3)
+
+
+def test_a_tied_head_stays_tied(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "tied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    _edit(lambda state: state.pop("lm_head.weight"))(folder)
+    model = empty(folder)
+    fastlora.load_packed(model, folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    close(logits(model), logits(dense_of(folder)))
+
+
+def test_peft_s_report_says_what_becomes_of_packed_experts():
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        model = peft.get_peft_model(
+            packed_model("qwen3", "mxfp4"),
+            peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
+        )
+    report = fastlora.optimize(model)
+    assert len(report.fast) == 2
+    assert "2 modules of experts are packed: PEFT's target_parameters passes" in str(report)
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    report = fastlora.optimize(peft.get_peft_model(fp8_model(), config))
+    assert [layer.reason for layer in report.eager] == [
+        "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
+        "scaled, without a gradient: fastlora.apply_lora trains such experts"
+    ] * 2
