@@ -41,6 +41,13 @@ def test_any_shape(m, k):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_group_of_any_size_and_ranks(count, dropout):
+    adapters = [random(50, (1, 3, 16, 70, 200)[i], F32) for i in range(count)]
+    check(random(40, 50, BF16), adapters, dropout, draw_seeds(count) if dropout else None)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("k", [64, 100])
 def test_split_over_k(k, dropout):
     """Whether planes are summed afterwards depends on the device; the numbers don't."""

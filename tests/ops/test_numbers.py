@@ -26,6 +26,12 @@ def test_drawn_calls_of_the_kernels(kind, index):
     check(Case(2, index, "triton", kind=kind, world="eager"))
 
 
+@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_many_adapters_of_which_some_have_no_rows(index, name):
+    check(Case(6, index, name, kind="many", p=0.5, M=6, world="eager", format=""))
+
+
 EDGES = {
     "no-rows": {"M": 0},
     "a-row": {"M": 1},
