@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .format import Format, check_shapes, of_rows, place_for
 
-_CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
@@ -29,8 +29,8 @@ class Float8(Format):
     names: ClassVar[tuple[str, ...]] = ("weight", "scale")
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        if self.code not in _CODES:
-            raise ValueError(f"codes of {self.code} came, but must be of {', '.join(_CODES)}")
+        if self.code not in CODES:
+            raise ValueError(f"codes of {self.code} came, but must be of {', '.join(CODES)}")
         if min(self.block_rows, self.block_columns) < 1:
             raise ValueError(f"blocks of {self.block_rows} × {self.block_columns} came: too small")
         blocks = -(-self.rows // self.block_rows), -(-self.columns // self.block_columns)
@@ -58,24 +58,21 @@ def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
 
 
 def widen(codes: Tensor, out: Tensor) -> None:
-    """The codes as float32, which holds them exactly, to ``out``.
-
-    On a CPU torch converts them one by one, and takes up to eight times as long as by way of
-    float16: e4m3's exponent has a bias less by 8 than float16's, and e5m2 is its upper half.
-    """
-    kind = codes.dtype if codes.device.type == "cpu" else None
-    if kind == torch.float8_e4m3fn and not _has_nan(codes):
-        halves = codes.view(torch.int8).short().bitwise_left_shift_(7)
-        halves.bitwise_and_(0xBF80 - 2**16)
-        out.copy_(halves.view(torch.float16)).mul_(256.0)
-    elif kind == torch.float8_e5m2:
-        out.copy_(codes.view(torch.int8).short().bitwise_left_shift_(8).view(torch.float16))
-    else:
-        out.copy_(codes)
+    """The codes as float32, which holds them exactly, to ``out``."""
+    if codes.device.type == "cpu" and codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        codes = _halves(
+            codes
+        )  # which torch widens eight times as fast as what it widens one by one
+    out.copy_(codes)
 
 
-def _has_nan(codes: Tensor) -> bool:
-    """Whether one of e4m3fn's is: 127 or 255."""
-    if not codes.numel():
-        return False
-    return bool(codes.view(torch.int8).amax() == 127) or bool(codes.view(torch.uint8).amax() == 255)
+def _halves(codes: Tensor) -> Tensor:
+    """The codes as float16, which holds those of e4m3fn and e5m2 exactly."""
+    bits = codes.view(torch.int8).to(torch.int16)
+    if codes.dtype == torch.float8_e5m2:  # the upper half of a float16
+        return bits.bitwise_left_shift_(8).view(torch.float16)
+    # The sign, then all else where float16's mantissa has its highest bits.  Only NaN grows into
+    # the exponent's highest bit when one is added, and with that set it is float16's NaN.
+    bits.bitwise_left_shift_(7).bitwise_and_(0xBF80 - 2**16)
+    bits |= (bits + 0x80) & 0x4000
+    return bits.view(torch.float16).mul_(2.0**8)  # whose exponent's bias is greater by 8

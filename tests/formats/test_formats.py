@@ -19,7 +19,9 @@ from packed import (
     random_nvfp4,
 )
 
+from fastlora.formats import float8
 from fastlora.formats import format as formats
+from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantised, from_text
 from fastlora.formats.four_bit import FourBit
 from fastlora.formats.gguf import KINDS
@@ -66,6 +68,17 @@ def weight(request) -> Quantised:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
     assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
+
+
+@pytest.mark.parametrize("code", float8.CODES)
+@pytest.mark.parametrize("columns", [256, 255])
+def test_every_number_of_float8(code, columns):
+    """NaN, infinity and the sign of a zero too."""
+    codes = torch.arange(256).to(torch.uint8).view(getattr(torch, code))[None, :columns]
+    weight = Quantised(Float8(1, columns, code, 1, columns), (codes, torch.ones(1, 1)))
+    made, truth = weight.dense(torch.float32), codes.float()
+    torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(made.signbit() | made.isnan(), truth.signbit() | truth.isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
