@@ -40,18 +40,10 @@ class PackedWeight(nn.Module):
         tensors = [b.view(d) for b, d in zip(bits, self._dtypes, strict=True) if b is not None]
         return Quantised(self.format, tuple(tensors))
 
-    @property
-    def shape(self) -> torch.Size:
-        """[E, N, K], whichever way a dense weight would lie in this module."""
-        return self.quantised.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.quantised.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.quantised.device
+    # [E, N, K], whichever way a dense weight would lie in this module; the format's dtype.
+    shape = property(lambda self: self.quantised.shape)
+    dtype = property(lambda self: self.quantised.dtype)
+    device = property(lambda self: self.quantised.device)
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.format.label}"
@@ -150,16 +142,17 @@ def settle(module: Any) -> None:
 def needs_class(module: nn.Module) -> bool:
     """Whether the plain class couldn't run it: a weight is a :class:`PackedWeight`, or a dense one
     in a class for float8."""
-    scaled = _scaled(module)
-    return any(isinstance(held, PackedWeight) for held in module._modules.values()) or any(
-        name not in packed_names(module) for name in scaled
-    )
+    return bool(_held(module)) or bool({*_scaled(module)} - {*packed_names(module)})
 
 
 def packed_names(module: nn.Module) -> list[str]:
     """Of the module's weights that are packed."""
-    held = [n for n, each in module._modules.items() if isinstance(each, PackedWeight)]
-    return held + [n for n in _scaled(module) if tensor_of(module, n).element_size() == 1]
+    codes = [name for name in _scaled(module) if tensor_of(module, name).element_size() == 1]
+    return _held(module) + codes
+
+
+def _held(module: nn.Module) -> list[str]:
+    return [name for name, each in module._modules.items() if isinstance(each, PackedWeight)]
 
 
 def _scaled(module: nn.Module) -> list[str]:
@@ -171,8 +164,7 @@ def _scaled(module: nn.Module) -> list[str]:
 def parameter_names(module: nn.Module) -> list[str]:
     """What a module has for parameters, packed ones among them; weights of experts in the order of
     their class."""
-    held = [n for n, each in module._modules.items() if isinstance(each, PackedWeight)]
-    return sorted([*held, *module._parameters], key=_DOWN.__eq__)
+    return sorted([*_held(module), *module._parameters], key=_DOWN.__eq__)
 
 
 def weight_in(module: nn.Module, name: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..formats.format import Quantised
 from ..formats.microscaled import MXFP4
-from ..layers.expert_layer import why_not_experts
+from ..layers.expert_layer import features_of, why_not_experts
 from ..layers.members import twin
 from ..layers.modules import called, some, unwrap
 from ..layers.packed import read_module, take_packed, weight_in
@@ -24,6 +24,9 @@ _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # behind a weight's name, in gpt-oss' files
 
 
+_Stacks = dict[str, tuple[nn.Module, str]]  # experts' weights by name: whose, and its name there
+
+
 class _Stored(NamedTuple):
     """A tensor of the checkpoint: its file, and what the header says of it."""
 
@@ -32,13 +35,6 @@ class _Stored(NamedTuple):
 
     def read(self, key: str) -> Tensor:
         return read_tensors(self.path, (key,))[key]
-
-
-class _Stack(NamedTuple):
-    """A weight of an experts module that is packed in the checkpoint."""
-
-    module: nn.Module
-    own: str  # its name in the module
 
 
 def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
@@ -78,7 +74,8 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
         dense = weight_in(module, own)
         blocks, scales = [stored[name + end].read(name + end) for end in (_BLOCKS, _SCALES)]
         tensors = [t.to(_home(dense), copy=True) for t in (blocks.flatten(2), scales)]
-        weight = Quantised(MXFP4(*_matrix_of(module, own)[1:]), tuple(tensors))
+        k, n = features_of(module, own)[1:3]
+        weight = Quantised(MXFP4(n, k), tuple(tensors))
         packed.setdefault(module, {})[own] = weight
         before = dense.shape.numel() * dense.dtype.itemsize
         records.append(PackedRecord(name, weight.format.label, before, bytes_of(weight)))
@@ -128,9 +125,9 @@ def _stored_in(folder: Path) -> dict[str, _Stored]:
     )
 
 
-def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack]:
-    """The weights of experts that the checkpoint has packed, by name."""
-    stacks = {}
+def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> _Stacks:
+    """The weights of experts that the checkpoint has packed."""
+    stacks: _Stacks = {}
     for outer, module in model.named_modules():
         names = read_module(module).names
         for own in names:
@@ -139,20 +136,15 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
                 reason = why_not_experts(module, names)
                 if reason:
                     raise ValueError(f"{name} can't be packed: {reason}")
-                stacks[name] = _Stack(module, own)
+                stacks[name] = module, own
     return stacks
 
 
-def _matrix_of(module: nn.Module, own: str) -> tuple[int, int, int]:
-    """[E, N, K] of a weight."""
-    weight = weight_in(module, own)
-    experts, n, k = weight.shape
-    is_turned = isinstance(weight, Tensor) and getattr(module, "is_transposed", False)
-    return (experts, k, n) if is_turned else (experts, n, k)
-
-
 def _fitting(
-    model: nn.Module, stored: Mapping[str, _Stored], stacks: Mapping[str, _Stack], path: Path
+    model: nn.Module,
+    stored: Mapping[str, _Stored],
+    stacks: Mapping[str, tuple[nn.Module, str]],
+    path: Path,
 ) -> dict[str, Tensor]:
     """The model's tensors that the checkpoint has dense, by key.
 
@@ -165,7 +157,7 @@ def _fitting(
     }
     expected = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}
     for name, (module, own) in stacks.items():
-        experts, n, k = _matrix_of(module, own)
+        experts, k, n, _ = features_of(module, own)
         blocks = experts, n, -(-k // MXFP4.block)
         expected[name + _BLOCKS] = (*blocks, MXFP4.block // 2), torch.uint8
         expected[name + _SCALES] = blocks, torch.uint8

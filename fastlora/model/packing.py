@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..formats.format import Quantised
 from ..layers.expert_layer import why_not_experts
-from ..layers.members import twin
+from ..layers.frozen import matrix_of, why_not_base
+from ..layers.members import is_hooked, twin
 from ..layers.modules import called, plain_name, some, unwrap
 from ..layers.packed import packed_names, read_module, take_packed, weight_in
 from ..projection import shown
@@ -106,30 +107,30 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     check_plain(model)
     records: list[PackedRecord] = []
     experts: list[tuple[nn.Module, dict[str, Quantised]]] = []
-    linears: dict[nn.Module, nn.Module] = {}
+    linears: dict[nn.Module | None, nn.Module] = {}
     for name, module in _chosen(model, modules).items():
-        if type(module) is nn.Linear:
-            dense, made = module.weight, _packed_linear(called(name), module, kind)
+        names = read_module(module).names if type(module) is not nn.Linear else ()
+        reason = why_not_experts(module, names) if names else why_not_base(module)
+        if packed_names(module) or quantised_weight(module) is not None:
+            reason = "it is packed already"
+        if reason:
+            raise ValueError(f"{called(name)} can't be packed: {reason}")
+        if not names:
+            made = linears[module] = _packed_linear(called(name), module, kind)
             found: Any = quantised_weight(made)
             if isinstance(found, str):
-                raise ValueError(f"{called(name)} can't be packed: {found}")
-            linears[module] = made
-            records.append(_record(name, dense, found.weight))
+                raise ValueError(f"{called(name)} can't be packed as {kind}: {found}")
+            records.append(_record(name, matrix_of(module), found.weight))
             continue
-        weights, names = {}, read_module(module).names
-        packed = packed_names(module)
-        reason = "they are packed already" if packed else why_not_experts(module, names)
-        if reason:
-            raise ValueError(f"the experts {called(name)} can't be packed: {reason}")
+        experts.append((module, {}))
         for own in names:
             where, dense = ".".join(filter(None, (name, own))), weight_in(module, own)
             dense = dense.mT if getattr(module, "is_transposed", False) else dense
             try:
-                weights[own] = _packed(dense, kind)
+                weight = experts[-1][1][own] = _packed(dense, kind)
             except ValueError as error:
                 raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
-            records.append(_record(where, dense, weights[own]))
-        experts.append((module, weights))
+            records.append(_record(where, dense, weight))
     # Nothing has changed so far, and nothing below can fail.
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -143,22 +144,21 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
 def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """What is to be packed, by name."""
     named = {plain_name(name): module for name, module in model.named_modules()}
-    known = {name for name, module in named.items() if not read_module(module).reason}
+    experts = {name: module for name, module in named.items() if not read_module(module).reason}
     if modules is None:
-        found = {n: named[n] for n in named if n in known and not packed_names(named[n])}
-        if not found:
-            raise ValueError(
-                "the model has no dense experts that fastlora knows: name its linear layers in "
-                "modules"
-            )
-        return found
-    wanted = [modules] if isinstance(modules, str) else list(modules)
-    for one in wanted:
-        if not any(map(name_test(one if isinstance(modules, str) else (one,)), named)):
-            raise ValueError(f"modules has {shown(one)}, which matches no module")
-    test = name_test(modules)
-    found = {name: module for name, module in named.items() if name and test(name)}
-    others = [n for n in found if n not in known and type(found[n]) is not nn.Linear]
+        found = {name: module for name, module in experts.items() if not packed_names(module)}
+        if found:
+            return found
+        raise ValueError("the model has no dense experts that fastlora knows: say what in modules")
+    found = {}
+    for one in [modules] if isinstance(modules, str) else [(each,) for each in modules]:
+        test = name_test(one)
+        matched = {name: module for name, module in named.items() if name and test(name)}
+        if not matched:
+            what = one if isinstance(one, str) else one[0]
+            raise ValueError(f"modules has {shown(what)}, which matches no module")
+        found |= matched
+    others = [name for name in found if name not in experts and type(found[name]) is not nn.Linear]
     if others:
         kind = type(found[others[0]]).__name__
         raise ValueError(
@@ -181,30 +181,28 @@ def _packed(dense: Tensor, kind: str) -> Quantised:
     return Quantised(format, tuple([t.new_empty(count, *t.shape, device="meta") for t in tensors]))
 
 
-def _packed_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
+def _packed_linear(name: str, linear: nn.Module, kind: str) -> nn.Module:
     """A layer in the place of this one, packed by its vendor."""
     package = {"nf4": "bitsandbytes", "fp8": "torchao"}.get(kind)
-    if package is None or linear.weight.is_meta or "forward" in linear.__dict__:
-        reason = "it is on meta, or its forward was replaced" if package else (
-            f"torchao's linear layers of {kind} round their input, or aren't read: linear layers "
-            "may be nf4 (bitsandbytes) or fp8 (torchao), and experts any"
-        )  # fmt: skip
-        raise ValueError(f"{name} can't be packed as {kind}: {reason}")
+    if package is None:
+        raise ValueError(
+            f"{name} can't be packed as {kind}: torchao's linear layers of {kind} round their "
+            "input, or aren't read: linear layers may be nf4 (bitsandbytes) or fp8 (torchao)"
+        )
     try:
         theirs: Any = import_module("bitsandbytes.nn" if kind == "nf4" else "torchao.quantization")
     except ImportError as error:
         raise ImportError(f"{name} can't be packed as {kind}: install {package}") from error
-    weight, bias = linear.weight.detach(), linear.bias
+    own: Any = linear
+    if own.weight.is_meta or is_hooked(linear):
+        raise ValueError(f"{name} can't be packed: it is on meta, or something acts on its calls")
     if kind == "fp8":
         made: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(made, theirs.Float8WeightOnlyConfig())
         return made[0]
-    made = theirs.Linear4bit(
-        linear.in_features, linear.out_features, bias is not None, weight.dtype, device="meta",
-        compress_statistics=False, quant_type="nf4",
-    )  # fmt: skip
-    own = theirs.Params4bit(
-        weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=False, module=made
-    )
-    made.weight, made.bias = own.to(weight.device), bias
+    how = {"quant_type": "nf4", "compress_statistics": False}
+    sizes = own.in_features, own.out_features, own.bias is not None, own.weight.dtype
+    made = theirs.Linear4bit(*sizes, **how, device="meta")
+    weight = theirs.Params4bit(own.weight.detach().cpu(), requires_grad=False, module=made, **how)
+    made.weight, made.bias = weight.to(own.weight.device), own.bias
     return made.train(linear.training)
