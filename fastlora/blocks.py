@@ -58,7 +58,8 @@ class Dense(NamedTuple):
 
 def source_of(weight: "Tensor | Source") -> Source:
     """What gives the rows of a weight that is plain, or a source itself."""
-    return Dense(weight) if isinstance(weight, Tensor) else weight
+    # torch 2.13's copy from a negated float16 view to float32 loses the sign.
+    return Dense(weight.resolve_neg()) if isinstance(weight, Tensor) else weight
 
 
 def widened(source: Source, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:

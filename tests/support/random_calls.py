@@ -141,8 +141,6 @@ class Case:
     def matrix(self, rows: int, columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
         """Random, of any layout; what lies around it in memory is NaN."""
         layout = "dense" if not rows or self.random() < 0.5 else self.pick(list(LAYOUTS))
-        if layout == "negated" and dtype == F16:  # of which torch's copy_ to float32 loses the sign
-            layout = "dense"
         values = size * torch.randn(rows, columns, dtype=F64)
         if self.random() < 0.1:
             values[: rows // 2] = 0.0
