@@ -111,7 +111,7 @@ class GatedMLP(nn.Module):
             parts.append(part)
         outputs = tuple([part.output for part in parts if part.output is not None])
         packed = tuple([part.packed for part in parts])
-        reason, p = _why_not_fitting(outputs, packed), [max(part.dropouts) for part in parts]
+        reason, p = _why_not_fitting(outputs, packed), [part.dropouts[0] for part in parts]
         if not reason and outputs[0].adapters and outputs[1].adapters and p[0] != p[1]:
             reason = "its gate_proj and up_proj have different dropouts, and are training"
         if reason:

@@ -157,17 +157,16 @@ def _fast() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def is_swapped(layer: nn.Module) -> bool:
-    return isinstance(layer, tuple(_fast().values()))
+    return isinstance(layer, Linear | PackedLinear | ParamWrapper | LoraModel)
 
 
 def why_not_swapped(layer: nn.Module) -> str:
     """Why this layer can't become fast, or isn't called when it has; "" if it can."""
-    kinds = [pair for pair in _fast().items() if any(is_over(type(layer), kind) for kind in pair)]
-    if not kinds:
+    pairs = list(_fast().items())
+    if not any(is_over(type(layer), kind) for pair in pairs for kind in pair):
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
     own = layer.__dict__.get("_old_forward" if "_hf_hook" in layer.__dict__ else "forward")
-    ours = [kind.forward for pair in _fast().items() for kind in pair]
-    if own is None or getattr(own, "__func__", None) in ours:
+    if own is None or getattr(own, "__func__", None) in [k.forward for pair in pairs for k in pair]:
         return ""
     return "its forward was replaced on the instance"
 
