@@ -100,6 +100,7 @@ inline Table integers([] {
   lanes<s32, s16, s16, s32>("mad.wide.s16", [](s32 a, s32 b, s32 c) { return a * b + c; });
   lanes<u32, u32, u32>("mul.hi.u32", [](u64 a, u64 b) { return a * b >> 32; });
   lanes<s32, s32, s32>("mul.hi.s32", [](s64 a, s64 b) { return a * b >> 32; });
+  lanes<s64, s64, s64>("mul.hi.s64", [](s64 a, s64 b) { return s64((__int128)a * b >> 64); });
   lanes<u32, u32, u32, u32>("bfe.u32", [](u32 a, u32 at, u32 n) { return field(a, at, n); });
   lanes<s32, s32, u32, u32>("bfe.s32", [](s32 a, u32 at, u32 n) { return field(a, at, n); });
   ternary<u32>("prmt", [](u32 a, u32 b, u32 which) { return permuted(a, b, which); });
