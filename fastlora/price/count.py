@@ -19,11 +19,12 @@ from ..model.tensors import (
     must_save_embeddings,
     planned_adapters,
 )
+from ..projection import is_plain
 from ..quant import PackedLayer, quantised_weight
 from ..quant.float8 import SCALE
 from ..report import columns
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 # A parameter, its gradient and AdamW's two moments are kept while training.
 _COPIES_IN_TRAINING = 4
 # What configs of transformers' call the number of experts that a token goes to.
@@ -63,6 +64,8 @@ class Price:
 class FrozenCosts:
     """The same model without adapters: its ``parameters``, and what was measured of it.
 
+    ``bytes`` are what its parameters and buffers take, packed ones as they are.
+
     ``flops`` are those of its linear layers for a token, and of the experts that it goes to:
     forward, and backward to the input alone.
     """
@@ -71,6 +74,7 @@ class FrozenCosts:
     flops: int
     kept_bytes: float | None = None
     seconds: float | None = None
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Plan:
                 f"{frozen.seconds:.3g} s, keeps {frozen.kept_bytes / 1024:.0f} KiB a token"
             )
         lines = [
-            f"{self.model}: {frozen.parameters:,} parameters, {self.layers} layers to adapt",
+            f"{self.model}: {frozen.parameters:,} parameters, {self.layers} layers to adapt, "
+            f"weights {frozen.bytes / _GIB:.2f} GiB",
             measured,
             "",
             *columns([_TITLES, *map(self._cells, self.prices)], left=0),
@@ -146,7 +151,18 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
             for own in (name, f"{name}{SCALE}"):
                 sizes.pop(id(module._parameters.get(own)), None)
             sizes[id(module), name] = math.prod(weight_in(module, name).shape)
-    return FrozenCosts(sum(sizes.values()), 4 * _of_a_token(set(model.modules())))
+    flops = 4 * _of_a_token(set(model.modules()))
+    return FrozenCosts(sum(sizes.values()), flops, bytes=_resident_bytes(model))
+
+
+def _resident_bytes(model: nn.Module) -> int:
+    """Of all memory that the model's tensors lie in, and a vendor's beside its parameters."""
+    found = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_plain(tensor)]
+    for _, weight in _matrices(model.modules()):
+        if not isinstance(weight, Tensor):
+            found += weight.tensors
+    storages = [tensor.untyped_storage() for tensor in found]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
