@@ -4,10 +4,12 @@
 
 The way of the data is one straight line: layer (``layer``), op (``ops``), backend (``backends``),
 kernel (``kernels``).  ``reference`` says what is true.  ``model`` is for models of your own,
-``peft`` for PEFT's.
+``peft`` for PEFT's; ``adapters`` is what is done with their files afterwards.
 """
 
 from . import reference
+from .adapters.combine import combine_adapters
+from .adapters.resize import resize_adapter
 from .backends import use_backend
 from .layers.linear import LoRALinear
 from .model.checkpoint import load_adapter, save_adapter
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "apply_lora",
     "check",
+    "combine_adapters",
     "coverage",
     "load_adapter",
     "load_packed",
@@ -49,6 +52,7 @@ __all__ = [
     "print_trainable_parameters",
     "reference",
     "remove_lora",
+    "resize_adapter",
     "restore",
     "save_adapter",
     "sweep",

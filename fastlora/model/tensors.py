@@ -33,7 +33,7 @@ def adapter_tensors(model: nn.Module, injection: "Injection") -> dict[str, Tenso
     """Everything that belongs to the adapter, under PEFT's keys."""
     adapted = dict(lora_layers(model))
     tensors: dict[str, Tensor] = {}
-    for name, keys in _pairs(adapted, experts_weights(model)).items():
+    for name, keys in pairs_of(adapted, experts_weights(model)).items():
         tensors |= dict(zip(keys, adapted[name].adapter_pair, strict=True))
     saved, layers = injection.saved_modules, injection.layers
     return tensors | full_tensors(model, injection.config.bias, saved, layers)
@@ -62,7 +62,7 @@ def experts_weights(model: nn.Module) -> set[str]:
     return {n for n, layer in lora_layers(model) if isinstance(layer, ExpertsWeight)}
 
 
-def _pairs(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[str, str]]:
+def pairs_of(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[str, str]]:
     """The keys of lora_A and lora_B in a file, by the names of layers and of ``experts``' weights.
 
     PEFT nests a layer for each weight of an experts module, the last one outermost.
@@ -199,7 +199,7 @@ def planned_adapters(targets: Targets, config: LoRAConfig) -> dict[str, Planned]
     experts = [name for name, target in targets.items() if target.parameter]
     return {
         key: Planned(shape, targets[name].dtype())
-        for name, keys in _pairs(targets, experts).items()
+        for name, keys in pairs_of(targets, experts).items()
         for key, shape in zip(
             keys, targets[name].features.shapes(config.rank_of(name)), strict=True
         )

@@ -23,7 +23,7 @@ FLOORS = (
     {"ops"},
     {"quant", "layers", "report"},
     {"model", "peft"},
-    {"price", "trials", "trainer", "doctor", "__main__"},
+    {"adapters", "price", "trials", "trainer", "doctor", "__main__"},
     {"__init__"},
 )  # fmt: skip
 LONGEST_CHAIN = 18  # of files, each of which imports the next

@@ -1,0 +1,142 @@
+"""One adapter that is the weighted sum of several."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers.modules import called, some
+from ..model.adapter_config import from_peft
+from ..model.config import weight_of
+from ..model.tensors import pairs_of
+from ..projection import Adapter, check_settings, is_number, shown
+from .spectrum import LayerSpectrum, Spectra, cut
+from .stored import (
+    Layer,
+    Stored,
+    check_output,
+    flat,
+    open_adapter,
+    patterns,
+    write_adapter,
+)
+
+# What has to be the same where the adapters say it.
+_ALIKE = ("base_model_name_or_path", "task_type", "bias", "modules_to_save", "fan_in_fan_out")
+_CHOICES = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_TARGETS = ("target_modules", "target_parameters", *_CHOICES)
+
+
+def combine_adapters(
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float],
+    output: str | os.PathLike,
+    *,
+    rank: int | None = None,
+) -> Spectra:
+    """Write Σ weight · ΔW of several adapters, as one in PEFT's files.
+
+    lora_A and lora_B are stacked, in float32 (float64 where one is): exact within its rounding, and
+    the ranks add up.  Each one's scale, with rsLoRA or without, is folded into lora_B; ranks,
+    alphas and sets of layers may differ.  ``rank``: cut to at most this one afterwards, as
+    :func:`fastlora.resize_adapter` does.
+
+    Returns the report of what was written, with the ranks of the sum before and after the cut.
+    Raises as ``resize_adapter`` does, and ValueError for what can't be summed: layers of unlike
+    shapes, trained biases or modules_to_save that aren't the same in all, and adapters that name
+    unlike base models.
+    """
+    if isinstance(folders, str | os.PathLike) or not 0 < len(folders) == len(weights):
+        raise ValueError(
+            f"folders is {shown(folders)} and weights {shown(weights)}, but must be a list of "
+            "adapters' folders and one of a weight for each"
+        )
+    for weight in weights:
+        if not is_number(weight) or not math.isfinite(weight):
+            raise ValueError(f"weights has {shown(weight)}, but must have finite numbers alone")
+    if rank is not None:
+        check_settings(rank, 1, 0.0)
+    adapters = [open_adapter(folder) for folder in folders]
+    path = check_output(output, [each.path for each in adapters])
+    layers = _layers(adapters)
+    settings = adapters[0].settings | _settings(adapters, layers)
+    tensors = _others(adapters)
+    keys = pairs_of(layers, {name for name, layer in layers.items() if layer.is_parameter})
+    alpha = rank or max(layer.r for layer in layers.values())
+    found: list[LayerSpectrum] = []
+    for name, layer in layers.items():
+        lora_a, lora_b = [], []
+        for each, weight in zip(adapters, weights, strict=True):
+            if name in each.layers:
+                own = each.read(name)
+                lora_a.append(own.lora_a)
+                lora_b.append(own.lora_b * (own.scale * weight))
+        total = Adapter(torch.cat(lora_a, dim=1), torch.cat(lora_b, dim=2))
+        small, spectrum = cut(name, total, rank, None, lambda r: alpha / r)
+        tensors |= zip(keys[name], flat(small, layer.dtype), strict=True)
+        found.append(spectrum)
+    ranks = {spectrum.name: spectrum.r_after for spectrum in found}
+    config = from_peft(settings, "the sum")
+    settings |= patterns(config, ranks, dict.fromkeys(ranks, alpha))
+    write_adapter(path, settings, tensors)
+    return Spectra(tuple(found))
+
+
+def _layers(adapters: list[Stored]) -> dict[str, Layer]:
+    """The sum's layers, with the ranks added up; a module's weights in PEFT's order."""
+    found: dict[str, Layer] = {}
+    for each in adapters:
+        for name, layer in each.layers.items():
+            wide = torch.float64 if layer.dtype == torch.float64 else torch.float32
+            first = found.get(name, layer._replace(r=0, dtype=wide))
+            if (first.shape, first.experts) != (layer.shape, layer.experts):
+                raise ValueError(
+                    f"{called(name)} has {layer.experts} × {layer.shape} in {each.path}, and "
+                    f"{first.experts} × {first.shape} in another: are they of one base model?"
+                )
+            wide = torch.promote_types(first.dtype, wide)
+            found[name] = first._replace(r=first.r + layer.r, dtype=wide)
+    last = sorted(found, key=lambda n: found[n].is_parameter and n.endswith("down_proj"))
+    return {name: found[name] for name in last}
+
+
+def _settings(adapters: list[Stored], layers: dict[str, Layer]) -> dict[str, Any]:
+    """The sum's, where they may differ from the first one's."""
+    found: dict[str, Any] = {"use_rslora": False}
+    found["lora_dropout"] = min(each.config.lora_dropout for each in adapters)
+    for field in _ALIKE:
+        values = [each.settings.get(field) for each in adapters]
+        said = [value for value in values if value not in (None, "", [])] or values
+        if any(value != said[0] for value in said):
+            raise ValueError(
+                f"the adapters have {field} {' and '.join(map(shown, said))}: they can't be summed"
+            )
+        found[field] = said[0]
+    configs = [each.config for each in adapters]
+    if any(getattr(one, each) != getattr(configs[0], each) for one in configs for each in _TARGETS):
+        weights = {name for name in layers if any(one.names_weight_of(name) for one in configs)}
+        experts = {name for name, layer in layers.items() if layer.is_parameter}
+        found |= dict.fromkeys(_CHOICES)
+        found["target_modules"] = sorted(layers.keys() - weights - experts)
+        found["target_parameters"] = sorted([*map(weight_of, weights), *experts]) or None
+    return found
+
+
+def _others(adapters: list[Stored]) -> dict[str, Tensor]:
+    """What trained in full, which has to be the same in all."""
+    first, *others = (each.read_others() for each in adapters)
+    for each, tensors in zip(adapters[1:], others, strict=True):
+        both = first.keys() & tensors.keys()
+        unlike = {
+            *(first.keys() ^ tensors.keys()),
+            *(k for k in both if not first[k].equal(tensors[k])),
+        }
+        if unlike:
+            raise ValueError(
+                f"{adapters[0].path} and {each.path} have unlike {some(sorted(unlike))}: biases "
+                "and modules that trained in full can't be summed"
+            )
+    return first

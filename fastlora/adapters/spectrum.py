@@ -1,0 +1,134 @@
+"""What layers' adapters are made of: the singular values of scale · B A, and the best cut."""
+
+import io
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.files import check_folder, write_whole
+from ..projection import Adapter
+from ..report import columns
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer: its rank before and after, and the ``values`` of scale · lora_B lora_A before.
+
+    They are [experts, k], the largest first.  ``per_rank`` is how many parameters a rank costs.
+    """
+
+    name: str
+    r: int
+    r_after: int
+    values: Tensor
+    per_rank: int
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of σ / Σ σ (Roy and Vetterli 2007); the mean over experts.
+
+        It is the rank if all values are equal, 1 if one is alone, and 0 for an adapter of zeros.
+        """
+        total = self.values.sum(-1, keepdim=True)
+        entropy = torch.special.entr(self.values / total.where(total > 0, 1.0)).sum(-1)
+        return float(entropy.exp().where(total[:, 0] > 0, 0.0).mean())
+
+    @property
+    def loss(self) -> float:
+        """‖ΔW - ΔW'‖ / ‖ΔW‖."""
+        return _ratio([self])
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """A record for each layer.  Prints as a table."""
+
+    layers: tuple[LayerSpectrum, ...]
+
+    @property
+    def effective_rank(self) -> float:
+        """The mean over the layers."""
+        return sum(layer.effective_rank for layer in self.layers) / len(self.layers)
+
+    @property
+    def loss(self) -> float:
+        """Of all layers together."""
+        return _ratio(self.layers)
+
+    def __str__(self) -> str:
+        rows = [
+            (one.name, str(one.r), f"{one.effective_rank:.1f}", str(one.r_after), f"{one.loss:.4f}")
+            for one in self.layers
+        ]
+        before = sum(one.r * one.per_rank for one in self.layers)
+        after = sum(one.r_after * one.per_rank for one in self.layers)
+        last = (
+            f"{len(rows)} layers of effective rank {self.effective_rank:.1f} on average, lost "
+            f"{self.loss:.4f} of all; {before:,} parameters before, {after:,} after"
+        )
+        return "\n".join([*columns([_TITLES, *rows], left=1), last])
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw each layer's singular values, over its largest, as a PNG.
+
+        Raises ImportError without matplotlib.
+        """
+        place = check_folder(path)
+        from matplotlib.figure import Figure
+
+        figure, content = Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
+        axes = figure.add_subplot()
+        for layer in self.layers:
+            for values in layer.values.tolist():
+                seen = [value / values[0] for value in values if value]
+                axes.plot(range(1, len(seen) + 1), seen, lw=0.8, alpha=0.6)
+        axes.set(xlabel="number", ylabel="singular value / the largest", yscale="log")
+        figure.savefig(content, format="png", dpi=120)
+        write_whole(place.parent, {place.name: content.getvalue()})
+
+
+_TITLES = ("layer", "rank", "effective rank", "rank after", "lost")
+
+
+def _ratio(layers: tuple[LayerSpectrum, ...] | list[LayerSpectrum]) -> float:
+    whole = sum(float(one.values.square().sum()) for one in layers)
+    lost = sum(float(one.values[:, one.r_after :].square().sum()) for one in layers)
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def cut(
+    name: str,
+    adapter: Adapter[Tensor],
+    rank: int | None,
+    energy: float | None,
+    scale_of: Callable[[int], float],
+) -> tuple[Adapter[Tensor], LayerSpectrum]:
+    """The adapter at a lower rank, with the scale that goes with that, and what it was.
+
+    The product of lora_a [E, r, p] and lora_b [E, q, r] is never formed: QR of both, and an SVD of
+    r × r (Eckart and Young 1936).  What need not be cut stays, but for its scale.
+    """
+    lora_a, lora_b, before = adapter
+    (experts, r, p), q = lora_a.shape, lora_b.shape[1]
+    left, upper = torch.linalg.qr(lora_b)
+    right, lower = torch.linalg.qr(lora_a.mT)
+    inner, values, outer = torch.linalg.svd(before * (upper @ lower.mT), full_matrices=False)
+    noise = max(p, q) * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+    values = values.where(values > noise, 0.0)  # what rounding makes of zeros
+    if energy is not None:
+        squares = values.square().sum(0)  # one rank for all experts
+        tails = squares.flip(0).cumsum(0).flip(0)  # what a cut in front of each loses
+        rank = max(1, int((tails > (1.0 - energy) * tails[0]).sum()))
+    kept = r if rank is None or rank >= r else min(rank, values.shape[-1])
+    found = LayerSpectrum(name, r, kept, values, experts * (p + q))
+    scale = scale_of(kept)
+    if kept == r:
+        return Adapter(lora_a, lora_b * (before / scale if scale else 1.0), scale), found
+    root = (values[:, :kept] / (abs(scale) or 1.0)).sqrt()
+    small_a = root[:, :, None] * (outer @ right.mT)[:, :kept]
+    small_b = (left @ inner)[:, :, :kept] * (root[:, None] * math.copysign(1.0, scale))
+    return Adapter(small_a, small_b, scale), found

@@ -1,0 +1,162 @@
+"""An adapter in PEFT's files, read layer by layer without its model, and written again."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers.adapted import scaling_of
+from ..layers.experts import stacked
+from ..layers.modules import called, some
+from ..model import files
+from ..model.adapter_config import from_peft
+from ..model.config import LoRAConfig, names_any, weight_of
+from ..model.files import CONFIG, WEIGHTS
+from ..model.tensors import name_of, pairs_of
+from ..projection import Adapter
+
+# Of an experts module's weights; PEFT nests an adapter for each, the last one outermost.
+_IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class Layer(NamedTuple):
+    """lora_A [E · r, p] and lora_B [q, r · E] of a file; a linear layer is one expert."""
+
+    keys: tuple[str, str]
+    is_parameter: bool  # a weight of an experts module, which target_parameters names
+    experts: int
+    r: int
+    scale: float
+    shape: tuple[int, int]  # q, p
+    dtype: torch.dtype
+
+
+class Stored(NamedTuple):
+    """An adapter's folder: what its files say, with no tensor loaded."""
+
+    path: Path
+    settings: dict[str, Any]  # adapter_config.json
+    config: LoRAConfig
+    layers: dict[str, Layer]
+    others: list[str]  # keys of what trained in full
+
+    def read(self, name: str) -> Adapter[Tensor]:
+        """lora_a [E, r, p] and lora_b [E, q, r] in float64; ValueError for NaN and infinity."""
+        layer = self.layers[name]
+        found = files.read_tensors(self.path / WEIGHTS, layer.keys)
+        lora_a, lora_b = (found[key].double() for key in layer.keys)
+        if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
+            raise ValueError(f"{self.path / WEIGHTS} has NaN or infinity in {called(name)}")
+        return stacked(lora_a, lora_b, layer.experts, layer.scale)
+
+    def read_others(self) -> dict[str, Tensor]:
+        return files.read_tensors(self.path / WEIGHTS, self.others)
+
+
+def flat(adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """PEFT's lora_A [E · r, p] and lora_B [q, r · E] of a stack [E, r, p] and [E, q, r]."""
+    lora_a, lora_b, _ = adapter
+    lora_A = lora_a.reshape(-1, lora_a.shape[2])
+    lora_B = lora_b.permute(1, 2, 0).reshape(lora_b.shape[1], -1)
+    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
+
+
+def open_adapter(folder: str | os.PathLike) -> Stored:
+    """Read what is in the folder from its config and its file's header.
+
+    Raises as ``load_adapter`` does, and ValueError for what is no lora_A and lora_B of a linear
+    layer or of experts, or doesn't fit the config's rank.
+    """
+    path = files.check_folder(folder)
+    files.check_files(path)
+    settings, header = files.read_json(path / CONFIG), files.read_header(path / WEIGHTS)
+    config = from_peft(settings, str(path / CONFIG))
+    inside = [key for key in header if "lora_" in key]
+    tail = re.compile(r"(\.base_layer)*(^|\.)lora_.*")
+    experts: set[str] = set()
+    names: list[str] = []
+    for module in dict.fromkeys(tail.sub("", name_of(key)) for key in inside):
+        weights = _weights_in(module, config)
+        experts.update(weights)
+        names += weights or [module]
+    pairs = pairs_of(names, experts)
+    unlike = set(inside) ^ {key for pair in pairs.values() for key in pair}
+    if unlike or not pairs:
+        raise ValueError(
+            f"{path / WEIGHTS} lacks, or has too many, {some(sorted(unlike))}: fastlora knows "
+            "lora_A and lora_B of linear layers, and of experts' weights that target_parameters "
+            "names (gate_up_proj or up_proj, and down_proj), not DoRA's magnitudes nor adapters of "
+            "embeddings"
+        )
+    layers = {}
+    for name, keys in pairs.items():
+        (a, dtype), (b, other) = (header[key] for key in keys)
+        r, wide = config.rank_of(name), torch.float32
+        floating = all(getattr(kind, "is_floating_point", False) for kind in (dtype, other))
+        fits = floating and len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
+        if not fits or a[0] % r or (a[0] != r and name not in experts):
+            raise ValueError(
+                f"{path / WEIGHTS} has lora_A {a} and lora_B {b} of {called(name)}, which {CONFIG} "
+                f"gives rank {r}"
+            )
+        scale = scaling_of(config.alpha_of(name), r, config.use_rslora)
+        if dtype == other and dtype.itemsize > 1:
+            wide = dtype
+        layers[name] = Layer(keys, name in experts, a[0] // r, r, scale, (b[0], a[1]), wide)
+    return Stored(path, settings, config, layers, [key for key in header if key not in inside])
+
+
+def _weights_in(module: str, config: LoRAConfig) -> list[str]:
+    """The names of this module's weights in target_parameters, in the order that modules have."""
+    found: Collection[str] = set()
+    for wanted in config.target_parameters or ():
+        owner, _, last = wanted.rpartition(".")
+        if last != "weight" and names_any([owner or "experts"], module):
+            found = {*found, last}
+    if len(found) > 1:  # nothing says how those of other names are nested
+        found = [last for last in _IN_ORDER if last in found]
+    return [f"{module}.{last}".lstrip(".") for last in found]
+
+
+def patterns(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
+    """PEFT's settings that give layers their ranks and alphas, by their whole names."""
+    found: dict[str, Any] = {}
+    for default, field, values in (
+        ("r", "rank_pattern", ranks),
+        ("lora_alpha", "alpha_pattern", alphas),
+    ):
+        ((found[default], _),) = Counter(values.values()).most_common(1)
+        found[field] = {
+            "^" + re.escape(weight_of(name) if config.names_weight_of(name) else name): value
+            for name, value in values.items()
+            if value != found[default]
+        }
+    return found
+
+
+def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
+    """The folder to write to; a ValueError unless it is new, empty or another adapter's."""
+    path = files.check_folder(output)
+    if any(path.resolve() == each.resolve() for each in inputs):
+        raise ValueError(f"output is {path}, which is read from: give another folder")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output is {path}, which is a file: give a folder")
+    foreign = {each.name for each in path.iterdir()} - {WEIGHTS, CONFIG} if path.exists() else set()
+    if foreign:
+        raise ValueError(f"output is {path}, which has {some(sorted(foreign))} in it: give another")
+    return path
+
+
+def write_adapter(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files, whole."""
+    from safetensors.torch import save
+
+    text = json.dumps(settings, indent=2) + "\n"
+    content = save(dict(tensors), metadata={"format": "pt"})
+    files.write_whole(path, {WEIGHTS: content, CONFIG: text.encode()})

@@ -1,0 +1,126 @@
+"""combine_adapters: the weighted sum of PEFT's own changes."""
+
+import json
+
+import pytest
+import torch
+from adapters import by_peft, change_config, change_tensors, changes, llama, relative
+from models import Mlp
+from moe_models import base_model, parameters_of
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora.model.files import CONFIG, WEIGHTS
+
+WEIGHTS_OF_EACH = [0.75, -2.0, 1.0]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Of unlike ranks, scales, and sets of layers."""
+    return [
+        by_peft(tmp_path / "a", r=3, lora_alpha=7, target_modules=["q_proj", "o_proj"]),
+        by_peft(
+            tmp_path / "b", r=5, use_rslora=True, target_modules=["q_proj", "up_proj"],
+            rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"up_proj": 3},
+        ),
+        by_peft(tmp_path / "c", r=1, target_modules=["q_proj"], lora_alpha=0),
+    ]  # fmt: skip
+
+
+def summed(folders, weights, base=llama) -> dict[str, torch.Tensor]:
+    total: dict[str, torch.Tensor] = {}
+    for folder, weight in zip(folders, weights, strict=True):
+        for name, change in changes(folder, base).items():
+            total[name] = total.get(name, 0) + weight * change
+    return total
+
+
+def test_the_sum_is_exact_and_its_ranks_add_up(folders, tmp_path):
+    report = fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum")
+    wanted, found = summed(folders, WEIGHTS_OF_EACH), changes(tmp_path / "sum")
+    assert wanted.keys() == found.keys()
+    assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
+    ranks = {one.name: (one.r, one.r_after) for one in report.layers}
+    assert ranks["model.layers.0.self_attn.q_proj"] == (6, 6)
+    assert ranks["model.layers.1.self_attn.q_proj"] == (9, 9)
+    assert ranks["model.layers.1.mlp.up_proj"] == (5, 5)
+
+
+def test_a_sum_that_is_cut_is_the_best_of_its_rank(folders, tmp_path):
+    report = fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum", rank=4)
+    wanted, found = summed(folders, WEIGHTS_OF_EACH), changes(tmp_path / "sum")
+    assert {one.r_after for one in report.layers} == {3, 4}
+    for name, whole in wanted.items():
+        left, values, right = torch.linalg.svd(whole, full_matrices=False)
+        assert relative(found[name], (left[:, :4] * values[:4]) @ right[:4]) < 1e-6
+
+
+def test_experts_are_summed_with_those_of_one_weight_alone(tmp_path):
+    def base():
+        torch.manual_seed(3)
+        return base_model()
+
+    both, last = parameters_of("qwen3"), "experts.down_proj"
+    settings = {"target_modules": ["q_proj"], "r": 2}
+    folders = [
+        by_peft(tmp_path / "a", base(), **settings, target_parameters=[last]),
+        by_peft(tmp_path / "b", base(), **settings, target_parameters=both),
+    ]
+    fastlora.combine_adapters(folders, [1, 0.5], tmp_path / "sum")
+    wanted, found = summed(folders, [1, 0.5], base), changes(tmp_path / "sum", base)
+    assert wanted.keys() == found.keys()
+    assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
+
+
+def test_what_trained_in_full_must_be_the_same(tmp_path):
+    settings = {"target_modules": ["up"], "modules_to_save": ["head"]}
+    folders = [by_peft(tmp_path / name, Mlp(), **settings) for name in "ab"]
+    with pytest.raises(ValueError, match=r"have unlike .*head.*can't be summed"):
+        fastlora.combine_adapters(folders, [1, 1], tmp_path / "sum")
+    one = {key: value for key, value in load_file(folders[0] / WEIGHTS).items() if "head" in key}
+    save_file(load_file(folders[1] / WEIGHTS) | one, folders[1] / WEIGHTS)
+    fastlora.combine_adapters(folders, [1, 1], tmp_path / "sum")
+    found = load_file(tmp_path / "sum" / WEIGHTS)
+    assert all(found[key].equal(value) for key, value in one.items())
+
+
+def unlike_base(folders):
+    for folder, name in zip(folders, ("gpt2", "opt", None), strict=True):
+        change_config(folder, base_model_name_or_path=name)
+
+
+def unlike_shape(folders):
+    def narrow(tensors):
+        tensors |= {key: x[:, :60].clone() for key, x in tensors.items() if "_A." in key}
+
+    change_tensors(folders[2], narrow)
+
+
+BAD = {
+    "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
+    "shape": (unlike_shape, {}, r"q_proj has 1 × \(64, 60\) in .*c, and 1 × \(64, 64\)"),
+    "dora": (lambda f: change_config(f[1], use_dora=True), {}, "use_dora=True"),
+    "weights": (None, {"weights": [1]}, "one of a weight for each"),
+    "nan": (None, {"weights": [1, float("nan"), 1]}, "weights has nan"),
+    "none": (None, {"folders": [], "weights": []}, "must be a list of adapters' folders"),
+    "rank": (None, {"rank": 0}, "r is 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_can_t_be_summed_is_one_clear_line(name, folders, tmp_path):
+    change, settings, message = BAD[name]
+    if change:
+        change(folders)
+    call = {"folders": folders, "weights": WEIGHTS_OF_EACH, "output": tmp_path / "sum"} | settings
+    with pytest.raises(ValueError, match=message) as caught:
+        fastlora.combine_adapters(**call)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sum").exists()
+
+
+def test_an_output_that_is_one_of_them(folders):
+    with pytest.raises(ValueError, match="which is read from"):
+        fastlora.combine_adapters(folders, [1, 1, 1], folders[2])
+    assert json.loads((folders[2] / CONFIG).read_text())["r"] == 1

@@ -1,0 +1,242 @@
+"""resize_adapter: the best adapter of a lower rank, against a dense SVD and PEFT."""
+
+import math
+import shutil
+
+import peft
+import pytest
+import torch
+from adapters import by_peft, change_config, change_tensors, changes, llama, relative
+from models import Mlp, adapt, randomise
+from moe_models import IDS, base_model, parameters_of
+from safetensors.torch import load_file, save_file
+
+import fastlora
+from fastlora.model.files import CONFIG, WEIGHTS
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B, MAGNITUDE = (f"{LAYER}.lora_{end}" for end in ("A.weight", "B.weight", "magnitude_vector"))
+UNLIKE = {
+    "r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "down_proj"],
+    "rank_pattern": {"layers.1.mlp.down_proj": 4}, "alpha_pattern": {"q_proj": 5},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return by_peft(tmp_path / "adapter", **UNLIKE)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["", "rslora"])
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.6}], ids=["rank", "energy"])
+def test_a_cut_is_that_of_the_dense_svd(how, use_rslora, tmp_path):
+    folder = by_peft(tmp_path / "adapter", **UNLIKE, use_rslora=use_rslora)
+    report = fastlora.resize_adapter(folder, **how, output=tmp_path / "small")
+    before, after = changes(folder), changes(tmp_path / "small")
+    assert before.keys() == after.keys() == {f"{one.name}.weight" for one in report.layers}
+    for one in report.layers:
+        whole = before[f"{one.name}.weight"]
+        left, values, right = torch.linalg.svd(whole, full_matrices=False)
+        squares = values.square()
+        wanted = int((squares.cumsum(0) < 0.6 * squares.sum()).sum()) + 1 if "energy" in how else 2
+        assert one.r_after == wanted < one.r
+        cut = (left[:, :wanted] * values[:wanted]) @ right[:wanted]
+        assert relative(after[f"{one.name}.weight"], cut) < 1e-6
+        assert one.loss == pytest.approx(relative(cut, whole), rel=1e-6)
+        share = values[: one.r] / values[: one.r].sum()
+        assert one.effective_rank == pytest.approx(float(math.e ** -(share * share.log()).sum()))
+    small = load_file(tmp_path / "small" / WEIGHTS)
+    assert small[A].shape[0] == wanted or "energy" in how
+    assert {tensor.dtype for tensor in small.values()} == {torch.float32}
+
+
+def test_what_needs_no_cut_stays_bit_for_bit(folder, tmp_path):
+    report = fastlora.resize_adapter(folder, energy=1.0, output=tmp_path / "same")
+    assert [one.r for one in report.layers] == [one.r_after for one in report.layers]
+    before, after = load_file(folder / WEIGHTS), load_file(tmp_path / "same" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(before[key].equal(after[key]) for key in before)
+    assert all(c.equal(changes(folder)[name]) for name, c in changes(tmp_path / "same").items())
+
+
+def test_a_layer_of_a_lower_rank_stays(folder, tmp_path):
+    report = fastlora.resize_adapter(folder, rank=4, output=tmp_path / "small")
+    lower = next(one for one in report.layers if one.name.endswith("layers.1.mlp.down_proj"))
+    assert (lower.r, lower.r_after, lower.loss) == (4, 4, 0.0)
+    assert all(one.loss > 0 for one in report.layers if one is not lower)
+
+
+def test_values_that_are_not_there_are_cut_at_full_energy(folder, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    tensors[A][2:] = tensors[A][:1]  # rank 2
+    save_file(tensors, folder / WEIGHTS)
+    report = fastlora.resize_adapter(folder, energy=1.0, output=tmp_path / "small")
+    (one,) = (each for each in report.layers if each.r_after < each.r)
+    assert (one.name, one.r_after, one.loss) == ("model.layers.0.self_attn.q_proj", 2, 0.0)
+    assert (
+        relative(*(changes(f)[f"{one.name}.weight"] for f in (tmp_path / "small", folder))) < 1e-6
+    )
+
+
+def test_zeros_have_no_rank_and_their_smallest_adapter(folder, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key: x * ("_A." in key) for key, x in tensors.items()}, folder / WEIGHTS)
+    report = fastlora.resize_adapter(folder, energy=0.5, output=tmp_path / "small")
+    assert report.effective_rank == report.loss == 0.0
+    assert {one.r_after for one in report.layers} == {1}
+    assert not changes(tmp_path / "small")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt-oss", "nemotron"])
+def test_experts_are_cut_one_by_one_to_one_rank(family, tmp_path):
+    def base():
+        torch.manual_seed(3)
+        return base_model(family)
+
+    first, last = parameters_of(family)
+    folder = by_peft(
+        tmp_path / "adapter", base(), r=4, lora_alpha=6, target_modules=["q_proj"],
+        target_parameters=[first, last], rank_pattern={first: 3},
+    )  # fmt: skip
+    report = fastlora.resize_adapter(folder, energy=0.7, output=tmp_path / "small")
+    before, after = changes(folder, base), changes(tmp_path / "small", base)
+    stacks = [one for one in report.layers if "experts" in one.name]
+    assert stacks
+    assert {one.r for one in stacks if one.name.endswith(first)} == {3}
+    for one in stacks:
+        whole, r = before[one.name], one.r_after
+        left, values, right = torch.linalg.svd(whole, full_matrices=False)
+        squares = values.square().sum(0)
+        assert r == int((squares.cumsum(0) < 0.7 * squares.sum()).sum()) + 1
+        cut = (left[:, :, :r] * values[:, None, :r]) @ right[:, :r]
+        assert relative(after[one.name], cut) < 1e-6
+    one = fastlora.load_adapter(base(), tmp_path / "small")
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(one(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_trained_in_full_is_kept(tmp_path):
+    settings = {"target_modules": ["up"], "bias": "all", "modules_to_save": ["head"], "r": 4}
+    by_peft(tmp_path / "adapter", Mlp(), **settings)
+    fastlora.resize_adapter(tmp_path / "adapter", rank=2, output=tmp_path / "small")
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("adapter", "small"))
+    assert before.keys() == after.keys()
+    kept = [key for key in before if "lora_" not in key]
+    assert len(kept) == 7  # PEFT has some under two names
+    assert all(before[key].equal(after[key]) for key in kept)
+
+
+@pytest.mark.parametrize("kind", ["fastlora", "peft", "other"])
+def test_a_model_in_memory(kind, tmp_path):
+    if kind == "fastlora":
+        model = adapt(llama(), r=4, target_modules=["q_proj", "v_proj"])
+        fastlora.save_adapter(model, tmp_path / "whole")
+    else:
+        model = peft.get_peft_model(llama(), peft.LoraConfig(r=4))
+        model.add_adapter("other", peft.LoraConfig(r=5))
+        randomise(model).base_model.set_adapter("other")
+        randomise(model).save_pretrained(tmp_path / "whole", selected_adapters=["default", "other"])
+    name = "other" if kind == "other" else "default"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folder = tmp_path / "whole" / ("other" if kind == "other" else "")
+    wanted = fastlora.resize_adapter(folder, rank=2, output=tmp_path / "a")
+    found = fastlora.resize_adapter(model, rank=2, output=tmp_path / "b", adapter_name=name)
+    assert str(found) == str(wanted)
+    assert {one.r for one in found.layers} == {5 if kind == "other" else 4}
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    assert all(before[key].equal(value) for key, value in model.state_dict().items())
+    if kind != "fastlora":
+        with pytest.raises(ValueError, match="no adapter 'third': default, other"):
+            fastlora.resize_adapter(model, adapter_name="third")
+
+
+def test_the_report_is_a_table_and_a_picture(folder, tmp_path):
+    report = fastlora.resize_adapter(folder, rank=3)
+    titles, first, *_, last = str(report).splitlines()
+    assert titles.split() == ["layer", "rank", "effective", "rank", "rank", "after", "lost"]
+    one = report.layers[0]
+    assert first.split() == [
+        one.name, "6", f"{one.effective_rank:.1f}", "3", f"{one.loss:.4f}"
+    ]  # fmt: skip
+    sizes = [(64, 64), (96, 64)] * 2
+    after = sum(3 * (p + q) for p, q in sizes)
+    assert last.endswith(
+        f"{sum(6 * (p + q) for p, q in sizes) - 2 * 160:,} parameters before, {after:,} after"
+    )
+    report.plot(tmp_path / "spectra.png")
+    assert (tmp_path / "spectra.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "spectra.png"]
+
+
+def torn(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9])
+
+
+BROKEN = {
+    "torn": (torn, "damaged"),
+    "NaN": (
+        lambda f: change_tensors(f, lambda t: t[B].fill_(math.nan)),
+        "NaN or infinity in model.layers.0.self_attn.q_proj",
+    ),
+    "no-lora-b": (
+        lambda f: change_tensors(f, lambda t: t.pop(B)),
+        "lacks, or has too many, .*q_proj.lora_B.weight",
+    ),
+    "dora-tensor": (
+        lambda f: change_tensors(f, lambda t: t.update({MAGNITUDE: torch.ones(64)})),
+        "lora_magnitude_vector: .*not DoRA's magnitudes",
+    ),
+    "dora": (lambda f: change_config(f, use_dora=True), "use_dora=True"),
+    "rank": (lambda f: change_config(f, r=5), r"gives rank 5"),
+    "unlike": (
+        lambda f: change_tensors(f, lambda t: t.update({B: torch.ones(64, 7)})),
+        r"lora_A \(6, 64\) and lora_B \(64, 7\) of model.layers.0.self_attn.q_proj",
+    ),
+    "empty": (lambda f: change_tensors(f, dict.clear), "lacks, or has too many, none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_one_clear_line(name, folder, tmp_path):
+    change, message = BROKEN[name]
+    change(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        fastlora.resize_adapter(folder, rank=2, output=tmp_path / "small")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "r is 0"),
+        ({"rank": True}, "r is True"),
+        ({"energy": 0.0}, "energy is 0.0"),
+        ({"energy": 1.1}, "energy is 1.1"),
+        ({"energy": math.nan}, "energy is nan"),
+        ({"rank": 2, "energy": 0.5}, "give one"),
+        ({}, "give rank or energy"),
+    ],
+)
+def test_what_can_t_be_meant(settings, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fastlora.resize_adapter(folder, **settings, output=tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_output_that_would_be_spoilt(folder, tmp_path):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for own in (folder, folder / ".." / "adapter"):
+        with pytest.raises(ValueError, match="which is read from"):
+            fastlora.resize_adapter(folder, rank=2, output=own)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"which has notes\.txt in it"):
+        fastlora.resize_adapter(folder, rank=2, output=tmp_path / "else")
+    with pytest.raises(ValueError, match="which is a file"):
+        fastlora.resize_adapter(folder, rank=2, output=folder / CONFIG)
+    shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("README.md"))
+    fastlora.resize_adapter(folder, rank=2, output=tmp_path / "old")  # another adapter's
+    assert load_file(tmp_path / "old" / WEIGHTS)[A].shape == (2, 64)
