@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import peft
 import pytest
@@ -191,7 +192,7 @@ def test_frozen_packed_experts_run_and_give_x_its_gradient(dtype):
 @pytest.mark.parametrize("case", ["gpt-oss, mxfp4", "e8m0 of fp8"])
 def test_what_is_no_node_has_dense_weights_for_that_call(case):
     name, make = CASES[case]
-    model = adapted(make(), name)
+    model = adapted(make(), name, target_parameters=["experts.down_proj"])
     experts, x, index = experts_of(model), torch.randn(7, 32), torch.randint(0, 4, (7, 2))
     share, keys = torch.rand(7, 2), list(experts.state_dict())
 
@@ -239,7 +240,8 @@ def test_the_plan_of_a_packed_model_is_the_dense_one_s(case):
         for one in (dense_model(model, name), model.to("meta"))
     )
     assert dense.prices == packed.prices
-    assert dense.frozen == packed.frozen
+    assert packed.frozen.bytes < dense.frozen.bytes / 2
+    assert replace(packed.frozen, bytes=dense.frozen.bytes) == dense.frozen
 
 
 def test_broken_or_foreign_packed_experts_are_refused():
@@ -253,7 +255,11 @@ def test_broken_or_foreign_packed_experts_are_refused():
         with pytest.raises(ValueError, match="gate_up_proj is broken: "):
             fastlora.apply_lora(model, config)
         assert_untouched(model, before)
-    experts.gate_up_proj_scale_inv = good
+    experts.gate_up_proj_scale_inv = nn.Parameter(good[:, :, :1].contiguous())
+    experts.block_size = None  # and so no block of 16 rows
+    with pytest.raises(ValueError, match="gate_up_proj is broken: "):
+        fastlora.apply_lora(model, config)
+    experts.gate_up_proj_scale_inv, experts.block_size = good, (16, 16)
     fastlora.apply_lora(model, config)
     experts.gate_up_proj_scale_inv = nn.Parameter(good[:, :3].contiguous())
     (broken, *_) = fastlora.coverage(model).eager
