@@ -9,6 +9,7 @@ kernel (``kernels``).  ``reference`` says what is true.  ``model`` is for models
 
 from . import reference
 from .adapters.combine import combine_adapters
+from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
 from .backends import use_backend
 from .layers.linear import LoRALinear
@@ -39,6 +40,7 @@ __all__ = [
     "check",
     "combine_adapters",
     "coverage",
+    "export_gguf",
     "load_adapter",
     "load_packed",
     "lora_grouped",

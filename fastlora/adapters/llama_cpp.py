@@ -1,0 +1,157 @@
+"""An adapter in llama.cpp's format: GGUF, by the names of the ``gguf`` package."""
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers.modules import some
+from ..model.files import check_folder, read_json, write_whole
+from ..projection import shown
+from .stored import open_adapter
+
+# What gguf calls the models whose weights llama.cpp's converter renames, and stacks, but for:
+_NAMES = {
+    "arcee": "ARCEE", "cohere": "COMMAND_R", "cohere2": "COHERE2", "gemma": "GEMMA",
+    "gemma2": "GEMMA2", "gemma3_text": "GEMMA3", "gpt_oss": "GPT_OSS", "granite": "GRANITE",
+    "llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "olmo": "OLMO", "olmo2": "OLMO2",
+    "olmo3": "OLMO2", "olmoe": "OLMOE", "phi": "PHI2", "phi3": "PHI3", "qwen2": "QWEN2",
+    "qwen2_moe": "QWEN2MOE", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE", "seed_oss": "SEED_OSS",
+    "smollm3": "SMOLLM3", "starcoder2": "STARCODER2",
+}  # fmt: skip
+# q and k, whose halves of a head it interleaves, as its rotary embedding takes them,
+_INTERLEAVED = {"arcee", "granite", "llama", "mistral", "mixtral", "olmo", "smollm3"}
+# and gate and up, which it takes apart: halves of gate_up_proj, here every other row.
+_ALTERNATING = {"gpt_oss"}
+_DTYPES = ("f32", "f16", "q8_0")
+
+
+def export_gguf(
+    folder: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    model_config: Any,
+    dtype: str = "f32",
+) -> None:
+    """Write the adapter in ``folder``, in PEFT's files, as the GGUF file that llama.cpp loads.
+
+    ``model_config``: the base model's, of transformers', or a folder that has it.  ``dtype``:
+    "f32", "f16", or "q8_0", where matrices whose rows are no multiple of 32 numbers, as lora_B's
+    are below rank 32, are f16.  The file has one alpha: a layer's own scale, by patterns or rsLoRA,
+    is folded into its lora_B.
+
+    Raises what :func:`fastlora.resize_adapter` raises for a folder, ImportError without the gguf
+    package, and ValueError for what llama.cpp can't hold, by name: DoRA, trained biases,
+    modules_to_save, embeddings, a tied head; for models that it, or fastlora, knows no names of;
+    and for numbers that the dtype can't hold.  The file is written whole or not at all.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("export_gguf needs gguf: pip install gguf") from error
+    place = check_folder(path)
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")
+    if place.exists() and not (place.is_file() and place.read_bytes()[:4] in (b"GGUF", b"")):
+        raise ValueError(f"path is {place}, which is there, and no GGUF file: give another")
+    config = _config_of(model_config)
+    stored = open_adapter(folder)
+    # PEFT copies the frozen weight of an adapted head.
+    if foreign := [key for key in stored.others if not key.endswith(".base_layer.weight")]:
+        raise ValueError(
+            f"{stored.path} has {some(foreign)}: llama.cpp's adapters have no trained biases, "
+            "modules_to_save or embeddings"
+        )
+    kind = getattr(gguf.MODEL_ARCH, _NAMES[config["model_type"]])
+    names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[dtype]
+    alpha = stored.config.lora_alpha or 1.0
+    tied = config.get("tie_word_embeddings", True)  # what transformers leaves out if it is so
+    with tempfile.TemporaryDirectory(prefix="fastlora-") as scratch:
+        file = Path(scratch) / "adapter"
+        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[kind])
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_file_type(gguf.LlamaFileType[file_type])
+        for name, layer in stored.layers.items():
+            lora_a, lora_b, scale = stored.read(name)
+            lora_b = lora_b * (scale * layer.r / alpha)
+            for part, own in _parts(name, lora_b, config).items():
+                to = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
+                if to is None or (part == "lm_head" and tied):
+                    raise ValueError(
+                        f"llama.cpp has no weight of its own for {part} of {config['model_type']}: "
+                        "leave it out of target_modules"
+                    )
+                for tensor, end in ((lora_a, "a"), (own, "b")):
+                    value = tensor if layer.is_parameter else tensor[0]
+                    _add(writer, f"{to}.lora_{end}", value, dtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        write_whole(place.parent, {place.name: file.read_bytes()})
+
+
+def _config_of(model_config: Any) -> Mapping[str, Any]:
+    """As a dict; ValueError for a model that can't be exported."""
+    if isinstance(model_config, str | os.PathLike):
+        config = read_json(Path(model_config) / "config.json")
+    elif hasattr(model_config, "to_dict"):
+        config = model_config.to_dict()
+    else:
+        raise TypeError(
+            f"model_config is {shown(model_config)}, but must be a config of transformers', or a "
+            "folder that has config.json"
+        )
+    kind = config.get("model_type") if isinstance(config, Mapping) else None
+    if kind not in _NAMES:
+        raise ValueError(
+            f"the model's type is {shown(kind)}, and fastlora exports adapters of "
+            f"{', '.join(_NAMES)}"
+        )
+    for field in ("num_hidden_layers", "num_attention_heads"):
+        if type(config.get(field)) is not int or config[field] < 1:
+            raise ValueError(f"the model's config has {field} {shown(config.get(field))}")
+    return config
+
+
+def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """lora_b [E, q, r] for each of llama.cpp's weights, by what transformers would call that."""
+    kind, (module, _, last) = config["model_type"], name.rpartition(".")
+    if last == "gate_up_proj" and module.endswith("experts"):
+        step, half = (2, None) if kind in _ALTERNATING else (1, lora_b.shape[1] // 2)
+        gate, up = lora_b[:, :half:step], lora_b[:, half or 1 :: step]
+        return {f"{module}.gate_proj": gate, f"{module}.up_proj": up}
+    if kind in _INTERLEAVED and last in ("q_proj", "k_proj"):
+        heads = config["num_attention_heads"]
+        if last == "k_proj":
+            heads = config.get("num_key_value_heads") or heads
+        if lora_b.shape[1] % (2 * heads):
+            raise ValueError(f"{name} has {lora_b.shape[1]} features, which are no {heads} heads")
+        lora_b = lora_b.unflatten(1, (heads, 2, -1)).transpose(2, 3).flatten(1, 3)
+    return {name: lora_b}
+
+
+def _add(writer: Any, name: str, tensor: Tensor, dtype: str) -> None:
+    """Put a tensor into the file; ValueError if its dtype can't hold a number of it."""
+    import gguf
+
+    packs = dtype == "q8_0" and tensor.shape[-1] % 32 == 0
+    value = tensor.to(torch.float32 if packs or dtype == "f32" else torch.float16)
+    # A block's scale is f16.
+    largest = 127 * torch.finfo(torch.float16).max if packs else math.inf
+    if not (value.isfinite().all() and value.abs().max() < largest):
+        raise ValueError(f"{name} has numbers that are too large for {dtype}: export it as f32")
+    array = value.contiguous().numpy()
+    if not packs:
+        writer.add_tensor(name, array)
+        return
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)

@@ -1,0 +1,170 @@
+"""export_gguf: what gguf's reader finds, run as llama.cpp runs it, against PEFT's own changes."""
+
+import json
+
+import pytest
+import torch
+from adapters import by_peft, change_config, changes, llama, relative
+from moe_models import base_model, parameters_of
+
+import fastlora
+
+gguf = pytest.importorskip("gguf", reason="needs the gguf package")
+
+
+def read(path):
+    """The file's metadata and tensors; a tensor in float64, its shape as numpy has it."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {
+        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+    return fields, {name: tensor.double() for name, tensor in tensors.items()}
+
+
+def product(fields, tensors, name):
+    """What llama.cpp adds to the weight of this name: alpha and lora_b's own rank are the scale."""
+    lora_a, lora_b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+    return fields["adapter.lora.alpha"] / lora_b.shape[-1] * (lora_b @ lora_a)
+
+
+def permuted(weight, heads):
+    """Row 2i and 2i + 1 of a head are the pair that its rotary embedding turns: i, i + d / 2."""
+    rows = torch.arange(len(weight)).view(heads, -1)
+    half = rows.shape[1] // 2
+    return weight[torch.stack([rows[:, :half], rows[:, half:]], dim=2).flatten()]
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["", "rslora"])
+def test_a_llama(use_rslora, tmp_path):
+    folder = by_peft(
+        tmp_path / "adapter", r=6, lora_alpha=9, use_rslora=use_rslora,
+        target_modules=["q_proj", "k_proj", "v_proj", "down_proj", "lm_head"],
+        rank_pattern={"layers.1.mlp.down_proj": 4}, alpha_pattern={"q_proj": 5},
+    )  # fmt: skip
+    fastlora.export_gguf(folder, tmp_path / "lora.gguf", model_config=llama().config)
+    fields, tensors = read(tmp_path / "lora.gguf")
+    assert fields["general.architecture"] == "llama"
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    assert fields["adapter.lora.alpha"] == 9.0
+    wanted = changes(folder)
+    called = {"self_attn.q": "attn_q", "self_attn.k": "attn_k", "self_attn.v": "attn_v"}
+    count = 1
+    for name, change in wanted.items():
+        if name == "lm_head.weight":
+            found = product(fields, tensors, "output.weight")
+        else:
+            _, _, block, part, proj, _ = name.split(".")
+            own = called.get(f"{part}.{proj[0]}", "ffn_down")
+            found = product(fields, tensors, f"blk.{block}.{own}.weight")
+            heads = {"attn_q": 4, "attn_k": 2}.get(own)
+            change = permuted(change, heads) if heads else change
+            count += 1
+        assert relative(found, change) < 1e-6, name
+    assert len(tensors) == 2 * count == 2 * 9
+
+
+def test_a_model_that_is_renamed_alone(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 50}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+
+    def base():
+        torch.manual_seed(3)
+        return Qwen2ForCausalLM(config)
+
+    folder = by_peft(tmp_path / "adapter", base(), target_modules=["q_proj"])
+    config.save_pretrained(tmp_path / "base")
+    fastlora.export_gguf(folder, tmp_path / "lora.gguf", model_config=tmp_path / "base")
+    fields, tensors = read(tmp_path / "lora.gguf")
+    assert fields["general.architecture"] == "qwen2"
+    (change,) = changes(folder, base).values()
+    assert relative(product(fields, tensors, "blk.0.attn_q.weight"), change) < 1e-6
+
+
+@pytest.mark.parametrize(("family", "step"), [("qwen3", 1), ("mixtral", 1), ("gpt-oss", 2)])
+def test_experts_are_taken_apart(family, step, tmp_path):
+    def base():
+        torch.manual_seed(3)
+        return base_model(family)
+
+    folder = by_peft(
+        tmp_path / "adapter", base(), r=3, lora_alpha=5, target_modules=["o_proj"],
+        target_parameters=parameters_of(family),
+    )  # fmt: skip
+    fastlora.export_gguf(folder, tmp_path / "lora.gguf", model_config=base().config)
+    found, wanted = read(tmp_path / "lora.gguf"), changes(folder, base)
+    for i in range(2):
+        fused, down = (
+            wanted[f"model.layers.{i}.mlp.experts.{last}"] for last in ("gate_up_proj", "down_proj")
+        )
+        if family == "gpt-oss":  # [E, in, out]
+            fused, down = fused.mT, down.mT
+        half = fused.shape[1] // 2
+        gate = fused[:, ::2] if step == 2 else fused[:, :half]
+        up = fused[:, 1::2] if step == 2 else fused[:, half:]
+        for name, change in {"gate": gate, "up": up, "down": down}.items():
+            assert relative(product(*found, f"blk.{i}.ffn_{name}_exps.weight"), change) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "r", "error"), [("f16", 6, 1e-3), ("q8_0", 32, 2e-2)])
+def test_dtypes(dtype, r, error, tmp_path):
+    folder = by_peft(tmp_path / "adapter", r=r, target_modules=["v_proj"])
+    path = tmp_path / "lora.gguf"
+    fastlora.export_gguf(folder, path, model_config=llama().config, dtype=dtype)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds == {dtype.upper()}
+    (change, _) = changes(folder).values()
+    assert 1e-6 < relative(product(*read(path), "blk.0.attn_v.weight"), change) < error
+
+
+def test_q8_0_of_a_low_rank_is_f16_where_rows_are_no_blocks(tmp_path):
+    folder = by_peft(tmp_path / "adapter", r=6, target_modules=["v_proj"])
+    path = tmp_path / "lora.gguf"
+    fastlora.export_gguf(folder, path, model_config=llama().config, dtype="q8_0")
+    kinds = {tensor.name[-1]: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds == {"a": "Q8_0", "b": "F16"}
+
+
+BAD = {
+    "dora": ({}, lambda f: change_config(f, use_dora=True), {}, "use_dora=True"),
+    "bias": ({"modules_to_save": ["norm"]}, None, {}, "no trained biases, modules_to_save"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, None, {}, "nor adapters of embeddings"),
+    "tied": ({"target_modules": ["lm_head"]}, None, {"tie_word_embeddings": True}, "for lm_head"),
+    "type": ({}, None, {"model_type": "bert"}, "type is 'bert', and fastlora exports"),
+    "layers": ({}, None, {"num_hidden_layers": 1}, "no weight of its own for model.layers.1"),
+    "heads": ({"target_modules": ["q_proj"]}, None, {"num_attention_heads": 3}, "are no 3 heads"),
+    "large": ({"lora_alpha": 8, "alpha_pattern": {"v_proj": 1e9}}, None, {}, "too large for f16"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_llama_cpp_can_t_hold(name, tmp_path):
+    settings, change, about, message = BAD[name]
+    folder = by_peft(tmp_path / "adapter", **{"target_modules": ["v_proj"]} | settings)
+    if change:
+        change(folder)
+    (tmp_path / "base").mkdir()
+    config = llama().config.to_dict() | about
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    call = {"model_config": tmp_path / "base", "dtype": "f16"}
+    with pytest.raises(ValueError, match=message) as caught:
+        fastlora.export_gguf(folder, tmp_path / "lora.gguf", **call)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "lora.gguf").exists()
+
+
+def test_bad_arguments(tmp_path):
+    folder = by_peft(tmp_path / "adapter", target_modules=["v_proj"])
+    path, config = tmp_path / "lora.gguf", llama().config
+    with pytest.raises(ValueError, match="dtype is 'q4_0'"):
+        fastlora.export_gguf(folder, path, model_config=config, dtype="q4_0")
+    with pytest.raises(TypeError, match="model_config is None"):
+        fastlora.export_gguf(folder, path, model_config=None)
+    for taken in (folder, folder / "adapter_config.json"):
+        with pytest.raises(ValueError, match="no GGUF file: give another"):
+            fastlora.export_gguf(folder, taken, model_config=config)
+    fastlora.export_gguf(folder, path, model_config=config)
+    fastlora.export_gguf(folder, path, model_config=config)  # over another
