@@ -5,10 +5,13 @@ import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from .adapters.combine import combine_adapters
+from .adapters.llama_cpp import export_gguf
+from .adapters.resize import resize_adapter
 from .doctor import examine
 from .doctor.launches import NAMES, Asked
 
@@ -42,10 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", type=_dtype, help="of x and the weight (bfloat16)")
     add("--dropout", type=_probability, metavar="P", help="of its adapter (0)")
     add("--target", type=_target, help="a GPU that need not be here, such as sm_90")
+    _add_adapters(commands)
     options = vars(parser.parse_args(arguments))
-    if not options.pop("command"):
+    command = options.pop("command")
+    if not command:
         parser.print_help()
         return 0
+    if command == "doctor":
+        return _examine(doctor, options)
+    try:
+        _work_on_adapters(command, options)
+    except (ImportError, OSError, ValueError) as error:
+        commands.choices[command].exit(1, f"{parser.prog} {command}: {error}\n")
+    return 0
+
+
+def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
     as_json, shape = options.pop("json"), options.pop("shape")
     details = {name: value for name, value in options.items() if value is not None}
     if details and not shape:
@@ -54,6 +69,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else str(report)
     print(text)
     return 1 if report.broken else 0
+
+
+def _add_adapters(commands: Any) -> None:
+    """The commands on adapters in PEFT's files, whose options are the functions' arguments."""
+    helps = {
+        "resize": "how many ranks an adapter uses; or the best one of a lower rank",
+        "combine": "the weighted sum of several adapters as one",
+        "export-gguf": "an adapter as the file that llama.cpp loads",
+    }
+    resize, combine, export = (
+        commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for name, text in helps.items()
+    )
+    resize.add_argument("adapter", metavar="FOLDER")
+    resize.add_argument("--energy", type=float, help="of the squared singular values, to keep")
+    resize.add_argument("--output", metavar="FOLDER", help="for what is cut")
+    resize.add_argument("--plot", metavar="FILE", help="a PNG of the singular values")
+    combine.add_argument("folders", nargs="+", metavar="FOLDER")
+    combine.add_argument("--weights", nargs="+", type=float, required=True, help="one for each")
+    combine.add_argument("--output", metavar="FOLDER", required=True)
+    for each in (resize, combine):
+        each.add_argument("--rank", type=_rank, help="at most this one, for each layer")
+    export.add_argument("folder", metavar="FOLDER")
+    export.add_argument("path", metavar="FILE")
+    export.add_argument("--model-config", metavar="FOLDER", required=True, help="the base model's")
+    export.add_argument("--dtype", default="f32", help="f32, f16 or q8_0 (%(default)s)")
+
+
+def _work_on_adapters(command: str, options: dict[str, Any]) -> None:
+    if command == "export-gguf":
+        return export_gguf(**options)
+    plot = options.pop("plot", None)
+    report = resize_adapter(**options) if command == "resize" else combine_adapters(**options)
+    print(report)
+    if plot:
+        report.plot(plot)
 
 
 def _shape(text: str) -> tuple[int, int, int]:
