@@ -15,6 +15,7 @@ from ..foreign import is_class
 from ..ops.autocast import autocast_is_on
 from ..ops.experts import Activate, lora_experts
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
+from ..quant import gguf
 from .members import activation_of, is_hooked
 
 _INTERFACE = "transformers.integrations.moe"
@@ -44,6 +45,9 @@ class Experts(NamedTuple):
 
 def read_experts_module(base: Any, kind: Any) -> Experts:
     """Read a module of this class, which is the one without adapters; hooks on it are its own."""
+    if gguf.is_experts(kind):
+        known = activation_of(base.act_fn)
+        return Experts("" if known else OTHER, ("gate_up_proj", "down_proj"), activate=known)
     forward = kind.forward
     decorated = getattr(forward, "__globals__", {}).get("__name__") == _INTERFACE
     if not (decorated and hasattr(forward, "__wrapped__")):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..formats.format import Quantised
 from ..ops.way import why_textbook
 from ..projection import Adapter, Base, Output
-from ..quant.float8 import SCALE, experts_weight
+from ..quant import float8, gguf
+from ..quant.float8 import SCALE
 from .adapted import run_with
 from .experts import Experts, read_experts_module, run_experts, takes
 from .members import class_over, tensor_of
@@ -52,9 +53,10 @@ class PackedWeight(nn.Module):
 class PackedExperts(nn.Module):
     """An experts module's class, which comes after this one, whose weights may be packed.
 
-    Methods and no constructor.  A packed weight NAME is a :class:`PackedWeight` of that name, or,
-    in transformers' ``FP8Experts``, two parameters.  A call is one node (``ops.experts``).  What
-    that can't be is the module's own forward with dense weights, made for that call.
+    Methods and no constructor.  A packed weight NAME is a :class:`PackedWeight` of that name, or in
+    transformers' ``FP8Experts`` two parameters, in ``GgufExperts`` one.  A call is one node
+    (``ops.experts``).  What that can't be is the module's own forward with dense weights, made for
+    that call.
     """
 
     plain_class: type[nn.Module]  # what it is with dense weights, and without adapters
@@ -105,6 +107,8 @@ class PackedExperts(nn.Module):
         weights = {name: self.sum_of(name, dtype) for name in adapted}
         weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}
         forward: Any = self.plain_class.forward
+        if gguf.is_experts(self.plain_class):  # whose own is a GPU's kernel for blocks
+            raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
         while any(n.endswith(SCALE) for n in self._parameters) and hasattr(forward, "__wrapped__"):
             forward = forward.__wrapped__  # FP8Experts', where weights may be dense
         return run_with(self, weights, partial(forward, self), args, named)
@@ -156,8 +160,10 @@ def _held(module: nn.Module) -> list[str]:
 
 
 def _scaled(module: nn.Module) -> list[str]:
-    """Of the weights that came with scales of FP8Experts'."""
+    """Of the weights that came packed: FP8Experts', with scales beside, and GgufExperts'."""
     ends = [name.removesuffix(SCALE) for name in module._parameters if name.endswith(SCALE)]
+    if gguf.is_experts(plain_class_of(module)):
+        ends = [*read_module(module).names]
     return [name for name in ends if isinstance(getattr(module, name, None), Tensor)]
 
 
@@ -176,9 +182,10 @@ def weight_in(module: nn.Module, name: str) -> Any:
     if isinstance(held, PackedWeight):
         return held.quantised
     weight = tensor_of(module, name)
-    if f"{name}{SCALE}" not in module._parameters or weight.element_size() > 1:
+    if name not in _scaled(module) or weight.element_size() > 1:
         return weight
-    found = experts_weight(module, name)
+    is_gguf = gguf.is_experts(plain_class_of(module))
+    found = (gguf if is_gguf else float8).experts_weight(module, name)
     if isinstance(found, str):
         raise ValueError(f"the {plain_class_of(module).__name__} can't be read: {found}")
     return found

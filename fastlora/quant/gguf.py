@@ -1,4 +1,4 @@
-"""transformers' ``GgufLinear``, whose weight is the blocks of a GGUF file."""
+"""transformers' ``GgufLinear`` and ``GgufExperts``, whose weights are the blocks of a GGUF file."""
 
 from typing import Any
 
@@ -36,6 +36,26 @@ def read(layer: nn.Module) -> PackedLayer | str:
     except ValueError as error:
         return f"its blocks are broken: {error}"
     return PackedLayer(Quantised(format, tensors))
+
+
+def is_experts(kind: type[nn.Module]) -> bool:
+    return is_class(kind, _MODULE, "GgufExperts")
+
+
+def experts_weight(experts: nn.Module, name: str) -> Quantised | str:
+    """A weight of ``GgufExperts`` as a stack [E, N, K], of its own memory; or why it can't be."""
+    theirs: Any = experts
+    is_down, own = name == "down_proj", getattr(theirs, name).detach()
+    number = theirs.down_type if is_down else theirs.gate_up_type
+    if number not in _KINDS:
+        return f"the GGUF type of its {name} has number {number}, which no format reads"
+    columns = theirs.intermediate_dim if is_down else theirs.hidden_dim
+    weight = Quantised(Gguf(own.shape[1], columns, _KINDS[number]), (own,))
+    try:
+        weight.check()
+    except ValueError as error:
+        return f"its {name} is broken: {error}"
+    return weight
 
 
 def pack(layer: nn.Module, weight: Tensor) -> None:

@@ -15,6 +15,7 @@ from packed_experts import (
     bits_of,
     dense_model,
     fp8_model,
+    gguf_model,
     packed_model,
 )
 from peft_models import counted_calls
@@ -65,6 +66,7 @@ CASES = {
     "blocks of fp8": ("qwen3", fp8_model),
     "e8m0 of fp8": ("qwen3", lambda: fp8_model("qwen3", (16, 16), "grouped_mm", scale_fmt="ue8m0")),
     "halves of fp8": ("deepseek", lambda: fp8_model("deepseek", None, "batched_mm")),
+    "gguf": ("qwen3", gguf_model),
     "fp4": ("qwen3", lambda: fp8_model(scale_fmt="ue8m0", expert_dtype="fp4")),
 }
 

@@ -2,10 +2,18 @@
 
 import torch
 from moe_models import base_model
-from packed import random_float8, random_four_bit, random_mxfp4, random_nvfp4, stack
+from packed import (
+    random_float8,
+    random_four_bit,
+    random_gguf,
+    random_mxfp4,
+    random_nvfp4,
+    stack,
+)
 from torch import nn
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+from transformers.integrations.gguf.utils import GgufExperts
 
 from fastlora.formats.format import Quantised
 from fastlora.layers.packed import dense_weight, packed_names, read_module, take_packed, weight_in
@@ -73,6 +81,23 @@ def fp8_model(
                 trains = own.is_floating_point()
                 module._parameters[key] = nn.Parameter(_numbers(own.shape, own.dtype), trains)
     return model
+
+
+def gguf_model() -> nn.Module:
+    """One whose experts are transformers' GgufExperts, of Q8_0."""
+    torch.manual_seed(0)
+    model = base_model("qwen3", **SIZES)
+    for key, experts in list(model.named_modules()):
+        if read_module(experts).reason:
+            continue
+        (count, rows, inner), act = experts.down_proj.shape, experts.act_fn
+        made = GgufExperts(count, rows, inner, 8, 8, act)
+        for name, shape in (("gate_up_proj", (2 * inner, rows)), ("down_proj", (rows, inner))):
+            blocks = stack([random_gguf(*shape, "Q8_0") for _ in range(count)]).tensors[0]
+            blocks.unflatten(2, (-1, 34))[..., 1] &= 0xBB  # of each factor, less exponent
+            getattr(made, name).data = blocks
+        model.set_submodule(key, made)
+    return model.requires_grad_(False)
 
 
 def _numbers(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
