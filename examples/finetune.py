@@ -198,6 +198,10 @@ def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
             line += f"; a step takes {ratio['median']:.3f} of PEFT's time (median of "
             line += f"{len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f})"
         print(line)
+    small = results["fastlora"]["resized"]
+    losses = ", ".join(f"{loss:.3f} at rank {r}" for r, loss in small["losses"].items())
+    print(f"fastlora's adapter: effective rank {small['effective_rank']:.1f} on average", end="")
+    print(f"; held-out loss after resize_adapter: {losses}" if losses else "")
 
 
 def write(report: dict, scratch: Path, out: Path) -> None:

@@ -37,6 +37,7 @@ def main(run: SimpleNamespace) -> dict:
     result = {"trainable_parameters": trained, "weights_resident": bytes_of_weights(model)}
     result |= train(trainer, run) | {"kept_for_backward": bytes_kept_for_backward(trainer)}
     if run.side == "fastlora":
+        result["resized"] = resized(trainer, run)
         result["logits"] = finish(model, tokenizer, trainer.eval_dataset[0]["input_ids"], run)
     return result
 
@@ -113,6 +114,19 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
     trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out)
     trainer.remove_callback(ProgressCallback)  # finetune.py has one for all sides
     return trainer
+
+
+def resized(trainer: Trainer, run: SimpleNamespace) -> dict:
+    """The adapter's effective rank, and the held-out loss of the best adapters of lower ranks."""
+    model, whole = trainer.model, run.scratch / "whole"
+    fastlora.save_adapter(model, whole)
+    losses = {}
+    for rank in [rank for rank in (8, 4, 2) if rank < run.rank]:
+        fastlora.resize_adapter(whole, rank=rank, output=run.scratch / f"rank-{rank}")
+        fastlora.load_adapter(fastlora.remove_lora(model), run.scratch / f"rank-{rank}")
+        losses[rank] = trainer.evaluate()["eval_loss"]
+    fastlora.load_adapter(fastlora.remove_lora(model), whole)
+    return {"effective_rank": fastlora.resize_adapter(whole).effective_rank, "losses": losses}
 
 
 def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleNamespace) -> dict:

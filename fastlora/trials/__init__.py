@@ -1,6 +1,7 @@
 """Many LoRA configurations on one base, side by side: ``fastlora.sweep``."""
 
 import json
+import math
 import signal
 import threading
 import warnings
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..adapters.resize import resize_adapter
 from ..layers.batch import in_mode, kept_buffers
 from ..layers.modules import called, some, unwrap
 from ..model.checkpoint import save_adapter
@@ -120,9 +122,11 @@ def sweep(
             feed = Feed(data, seed, state.batches, options.batches(len(trials)))
             set_random_state(state.random)
             run.train(state, feed, folder, interrupted, progress)
-    for adapters, trial in zip(state.adapters, trials, strict=True):
+    ranks = [
         _write(inner, trial, adapters, folder / "adapters" / trial.name)
-    found = Sweep(run.outcomes(state), steps, sum(state.seconds), folder)
+        for adapters, trial in zip(state.adapters, trials, strict=True)
+    ]
+    found = Sweep(run.outcomes(state, ranks), steps, sum(state.seconds), folder)
     best = found.outcomes.index(found.best)
     _write(inner, trials[best], state.adapters[best], folder / "best")
     numbers = (json.dumps(found.as_dict(), indent=2) + "\n").encode()
@@ -171,8 +175,8 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> None:
-    """The adapter in PEFT's files."""
+def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> float:
+    """The adapter in PEFT's files; its effective rank, NaN if it has NaN."""
     with torch.random.fork_rng():
         apply_lora(model, trial.config, frozen=False, blocks=False)
     try:
@@ -182,3 +186,7 @@ def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folde
         save_adapter(model, folder)
     finally:
         remove_lora(model)
+    try:
+        return resize_adapter(folder).effective_rank
+    except ValueError:
+        return math.nan

@@ -74,6 +74,7 @@ class Outcome:
 
     ``losses`` are held out: pairs of (step, loss).  ``seconds`` is its share of the steps it took
     part in.  ``steps`` is fewer than the sweep's if it was stopped on the way.
+    ``effective_rank`` is that of ``fastlora.resize_adapter``, the mean over the layers.
     """
 
     trial: Trial
@@ -82,6 +83,7 @@ class Outcome:
     losses: tuple[tuple[int, float], ...]
     seconds: float
     steps: int
+    effective_rank: float
 
     @property
     def loss(self) -> float:
@@ -116,10 +118,10 @@ class Sweep:
                 "config": {k: v for k, v in vars(outcome.trial.config).items() if v is not None},
                 "parameters": outcome.parameters,
                 "bytes": outcome.bytes,
-                # JSON has no NaN.
-                "losses": [(s, x if math.isfinite(x) else None) for s, x in outcome.losses],
+                "losses": [(step, _finite(loss)) for step, loss in outcome.losses],
                 "seconds": outcome.seconds,
                 "steps": outcome.steps,
+                "effective_rank": _finite(outcome.effective_rank),
             }
             for outcome in self.outcomes
         ]
@@ -136,7 +138,10 @@ class Sweep:
         return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
 
 
-_TITLES = ("trial", "r", "learning rate", "parameters", "MiB", "held-out loss", "steps", "seconds")
+_TITLES = (
+    "trial", "r", "effective", "learning rate", "parameters", "MiB", "held-out loss", "steps",
+    "seconds",
+)  # fmt: skip
 
 
 def _cells(outcome: Outcome) -> tuple[str, ...]:
@@ -144,6 +149,7 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     return (
         trial.name,
         f"{trial.config.r}",
+        f"{outcome.effective_rank:.1f}",
         f"{trial.learning_rate:g}",
         f"{outcome.parameters:,}",
         f"{outcome.bytes / 2**20:.1f}",
@@ -151,6 +157,11 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.steps}",
         f"{outcome.seconds:.0f}",
     )
+
+
+def _finite(number: float) -> float | None:
+    """None for NaN and infinity, which JSON hasn't."""
+    return number if math.isfinite(number) else None
 
 
 def nan_last(loss: float) -> float:

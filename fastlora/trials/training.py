@@ -255,7 +255,7 @@ class Training:
         ]
         save(state, folder)
 
-    def outcomes(self, state: State) -> tuple[Outcome, ...]:
+    def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:
         return tuple(
             Outcome(
                 trial,
@@ -264,6 +264,7 @@ class Training:
                 tuple([(step, loss) for step, loss in state.losses[i]]),
                 state.seconds[i],
                 state.steps[i],
+                ranks[i],
             )
             for i, trial in enumerate(self.trials)
         )

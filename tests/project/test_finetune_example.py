@@ -16,6 +16,8 @@ import numpy
 import pytest
 import torch
 
+import fastlora
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 WORDS = ["a", "layer", "keeps", "its", "weight", "and", "bias", "while", "the", "adapter", "learns"]
 TEXT = " ".join(WORDS[(i * i + i // 7) % len(WORDS)] for i in range(3000))
@@ -126,6 +128,19 @@ def test_losses_fall_and_follow_peft(compared, side):
     (first, before), *_, (last, after) = ours["held_out_loss"]
     assert (first, last) == (0, 6)
     assert after < before - 0.05
+
+
+def test_the_adapter_is_resized_and_its_losses_measured(compared):
+    small = compared.report["results"]["fastlora"]["resized"]
+    adapter = fastlora.resize_adapter(compared.out / "adapter")
+    assert small["effective_rank"] == adapter.effective_rank > 1.0
+    whole = compared.report["results"]["fastlora"]["held_out_loss"][-1][1]
+    losses = {int(rank): loss for rank, loss in small["losses"].items()}
+    assert [*losses] == [8, 4, 2]
+    away = [abs(loss - whole) for loss in losses.values()]
+    assert 0 < away[0] < away[2] < 0.5
+    assert f"effective rank {adapter.effective_rank:.1f} on average" in compared.printed
+    assert f"{losses[2]:.3f} at rank 2" in compared.printed
 
 
 def test_sides_train_in_turn(compared):

@@ -110,6 +110,8 @@ def test_each_trial_is_what_it_would_be_alone(base, model, tmp_path):
         assert outcome.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
         assert outcome.parameters == sum(p.numel() for p in expected.values())
         assert [step for step, _ in outcome.losses] == [0, 1, 2, 3, 4, 5, 6]
+        report = fastlora.resize_adapter(tmp_path / "adapters" / outcome.trial.name)
+        assert outcome.effective_rank == report.effective_rank > 1.0
     assert found.best.loss == min(outcome.loss for outcome in found.outcomes)
     best = fastlora.load_adapter(model, tmp_path / "best")
     with torch.no_grad():
@@ -120,6 +122,7 @@ def test_each_trial_is_what_it_would_be_alone(base, model, tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     lines = str(found).splitlines()
     assert lines[1].startswith(found.best.trial.name)
+    assert lines[1].split()[2] == f"{found.best.effective_rank:.1f}"
     assert lines[-1].endswith(f"best: {found.best.trial.name}")
 
 
