@@ -53,10 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command == "doctor":
         return _examine(doctor, options)
+    run, plot = options.pop("run"), options.pop("plot", None)
     try:
-        _work_on_adapters(command, options)
+        report = run(**options)
+        if report is not None:
+            print(report)
+        if plot:
+            report.plot(plot)
     except (ImportError, OSError, ValueError) as error:
-        commands.choices[command].exit(1, f"{parser.prog} {command}: {error}\n")
+        parser.exit(1, f"{parser.prog} {command}: {error}\n")
     return 0
 
 
@@ -73,15 +78,15 @@ def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
 
 def _add_adapters(commands: Any) -> None:
     """The commands on adapters in PEFT's files, whose options are the functions' arguments."""
-    helps = {
-        "resize": "how many ranks an adapter uses; or the best one of a lower rank",
-        "combine": "the weighted sum of several adapters as one",
-        "export-gguf": "an adapter as the file that llama.cpp loads",
-    }
-    resize, combine, export = (
-        commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for name, text in helps.items()
-    )
+    found = []
+    for name, run, what in (
+        ("resize", resize_adapter, "how many ranks an adapter uses; or the best of a lower rank"),
+        ("combine", combine_adapters, "the weighted sum of several adapters as one"),
+        ("export-gguf", export_gguf, "an adapter as the file that llama.cpp loads"),
+    ):
+        found.append(commands.add_parser(name, help=what, description=what, allow_abbrev=False))
+        found[-1].set_defaults(run=run)
+    resize, combine, export = found
     resize.add_argument("adapter", metavar="FOLDER")
     resize.add_argument("--energy", type=float, help="of the squared singular values, to keep")
     resize.add_argument("--output", metavar="FOLDER", help="for what is cut")
@@ -95,16 +100,6 @@ def _add_adapters(commands: Any) -> None:
     export.add_argument("path", metavar="FILE")
     export.add_argument("--model-config", metavar="FOLDER", required=True, help="the base model's")
     export.add_argument("--dtype", default="f32", help="f32, f16 or q8_0 (%(default)s)")
-
-
-def _work_on_adapters(command: str, options: dict[str, Any]) -> None:
-    if command == "export-gguf":
-        return export_gguf(**options)
-    plot = options.pop("plot", None)
-    report = resize_adapter(**options) if command == "resize" else combine_adapters(**options)
-    print(report)
-    if plot:
-        report.plot(plot)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

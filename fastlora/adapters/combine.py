@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layers.modules import called, some
 from ..model.adapter_config import from_peft
 from ..model.config import weight_of
+from ..model.files import write_adapter
 from ..model.tensors import pairs_of
 from ..projection import Adapter, check_settings, is_number, shown
 from .spectrum import LayerSpectrum, Spectra, cut
@@ -21,7 +22,6 @@ from .stored import (
     flat,
     open_adapter,
     patterns,
-    write_adapter,
 )
 
 # What has to be the same where the adapters say it.
@@ -75,7 +75,7 @@ def combine_adapters(
                 lora_a.append(own.lora_a)
                 lora_b.append(own.lora_b * (own.scale * weight))
         total = Adapter(torch.cat(lora_a, dim=1), torch.cat(lora_b, dim=2))
-        small, spectrum = cut(name, total, rank, None, lambda r: alpha / r)
+        small, spectrum = cut(name, total, rank, None, alpha, use_rslora=False)
         tensors |= zip(keys[name], flat(small, layer.dtype), strict=True)
         found.append(spectrum)
     ranks = {spectrum.name: spectrum.r_after for spectrum in found}
@@ -128,15 +128,12 @@ def _settings(adapters: list[Stored], layers: dict[str, Layer]) -> dict[str, Any
 def _others(adapters: list[Stored]) -> dict[str, Tensor]:
     """What trained in full, which has to be the same in all."""
     first, *others = (each.read_others() for each in adapters)
-    for each, tensors in zip(adapters[1:], others, strict=True):
-        both = first.keys() & tensors.keys()
-        unlike = {
-            *(first.keys() ^ tensors.keys()),
-            *(k for k in both if not first[k].equal(tensors[k])),
-        }
+    for each in others:
+        both = first.keys() & each.keys()
+        unlike = (first.keys() ^ each.keys()) | {k for k in both if not first[k].equal(each[k])}
         if unlike:
             raise ValueError(
-                f"{adapters[0].path} and {each.path} have unlike {some(sorted(unlike))}: biases "
-                "and modules that trained in full can't be summed"
+                f"the adapters have unlike {some(sorted(unlike))}: biases and modules that trained "
+                "in full can't be summed"
             )
     return first

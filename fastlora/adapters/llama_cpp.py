@@ -1,13 +1,11 @@
 """An adapter in llama.cpp's format: GGUF, by the names of the ``gguf`` package."""
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..layers.modules import some
@@ -141,17 +139,12 @@ def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Te
 
 def _add(writer: Any, name: str, tensor: Tensor, dtype: str) -> None:
     """Put a tensor into the file; ValueError if its dtype can't hold a number of it."""
-    import gguf
+    from gguf import GGMLQuantizationType, quants
 
-    packs = dtype == "q8_0" and tensor.shape[-1] % 32 == 0
-    value = tensor.to(torch.float32 if packs or dtype == "f32" else torch.float16)
-    # A block's scale is f16.
-    largest = 127 * torch.finfo(torch.float16).max if packs else math.inf
-    if not (value.isfinite().all() and value.abs().max() < largest):
+    kind = "f16" if dtype == "q8_0" and tensor.shape[-1] % 32 else dtype
+    # The scale of a block of q8_0 is an f16, too.
+    limit = {"f32": 3.4e38, "f16": 65504, "q8_0": 127 * 65504}[kind]
+    if tensor.abs().max() >= limit:
         raise ValueError(f"{name} has numbers that are too large for {dtype}: export it as f32")
-    array = value.contiguous().numpy()
-    if not packs:
-        writer.add_tensor(name, array)
-        return
-    kind = gguf.GGMLQuantizationType.Q8_0
-    writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    raw = GGMLQuantizationType[kind.upper()]
+    writer.add_tensor(name, quants.quantize(tensor.float().numpy(), raw), raw_dtype=raw)

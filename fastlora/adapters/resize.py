@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.adapted import scaling_of
 from ..model.checkpoint import save_adapter
+from ..model.files import write_adapter
 from ..projection import check_settings, is_number, shown
 from .spectrum import Spectra, cut
-from .stored import check_output, flat, open_adapter, patterns, write_adapter
+from .stored import check_output, flat, open_adapter, patterns
 
 
 def resize_adapter(
@@ -59,11 +59,8 @@ def resize_adapter(
     tensors: dict[str, Tensor] = {}
     alphas = {name: config.alpha_of(name) for name in stored.layers}
     for name, layer in stored.layers.items():
-
-        def scale_of(r: int, alpha: float = alphas[name]) -> float:
-            return scaling_of(alpha, r, config.use_rslora)
-
-        small, spectrum = cut(name, stored.read(name), rank, energy, scale_of)
+        own, alpha = stored.read(name), alphas[name]
+        small, spectrum = cut(name, own, rank, energy, alpha, config.use_rslora)
         found.append(spectrum)
         if path is not None:
             tensors |= zip(layer.keys, flat(small, layer.dtype), strict=True)

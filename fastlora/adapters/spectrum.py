@@ -3,12 +3,12 @@
 import io
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..layers.adapted import scaling_of
 from ..model.files import check_folder, write_whole
 from ..projection import Adapter
 from ..report import columns
@@ -105,9 +105,10 @@ def cut(
     adapter: Adapter[Tensor],
     rank: int | None,
     energy: float | None,
-    scale_of: Callable[[int], float],
+    alpha: float,
+    use_rslora: bool,
 ) -> tuple[Adapter[Tensor], LayerSpectrum]:
-    """The adapter at a lower rank, with the scale that goes with that, and what it was.
+    """The adapter at a lower rank, with this alpha, and what it was.
 
     The product of lora_a [E, r, p] and lora_b [E, q, r] is never formed: QR of both, and an SVD of
     r × r (Eckart and Young 1936).  What need not be cut stays, but for its scale.
@@ -125,7 +126,7 @@ def cut(
         rank = max(1, int((tails > (1.0 - energy) * tails[0]).sum()))
     kept = r if rank is None or rank >= r else min(rank, values.shape[-1])
     found = LayerSpectrum(name, r, kept, values, experts * (p + q))
-    scale = scale_of(kept)
+    scale = scaling_of(alpha, kept, use_rslora)
     if kept == r:
         return Adapter(lora_a, lora_b * (before / scale if scale else 1.0), scale), found
     root = (values[:, :kept] / (abs(scale) or 1.0)).sqrt()

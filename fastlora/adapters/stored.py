@@ -1,6 +1,5 @@
 """An adapter in PEFT's files, read layer by layer without its model, and written again."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -151,12 +150,3 @@ def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
     if foreign:
         raise ValueError(f"output is {path}, which has {some(sorted(foreign))} in it: give another")
     return path
-
-
-def write_adapter(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, whole."""
-    from safetensors.torch import save
-
-    text = json.dumps(settings, indent=2) + "\n"
-    content = save(dict(tensors), metadata={"format": "pt"})
-    files.write_whole(path, {WEIGHTS: content, CONFIG: text.encode()})

@@ -1,6 +1,5 @@
 """Adapter files: PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``."""
 
-import json
 import os
 import re
 import warnings
@@ -24,7 +23,7 @@ from ..layers.modules import (
 )
 from .adapter_config import from_peft, to_peft
 from .config import LoRAConfig, is_all_linear, weight_of
-from .files import CONFIG, WEIGHTS, check_files, check_folder, read_header, read_json, write_whole
+from .files import CONFIG, WEIGHTS, check_files, check_folder, read_header, read_json, write_adapter
 from .inject import (
     RECORD,
     check_injection,
@@ -69,8 +68,6 @@ def save_adapter(
     Raises ValueError for a model that apply_lora or load_adapter gave no adapters, and TypeError
     for what is no model or no path.  Warns where PEFT can't have the adapter's dropout.
     """
-    from safetensors.torch import save
-
     check_model(model)
     path = check_folder(folder)
     outer, model, injection = model, unwrap(model), injection_of(model)
@@ -99,8 +96,7 @@ def save_adapter(
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    text = json.dumps(settings, indent=2) + "\n"
-    write_whole(path, {WEIGHTS: save(values, metadata={"format": "pt"}), CONFIG: text.encode()})
+    write_adapter(path, settings, values)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:

@@ -125,6 +125,15 @@ def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's two files, whole."""
+    from safetensors.torch import save
+
+    text = json.dumps(settings, indent=2) + "\n"
+    content = save(dict(tensors), metadata={"format": "pt"})
+    write_whole(folder, {WEIGHTS: content, CONFIG: text.encode()})
+
+
 def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the files so that each is the old or the new one, whole, if the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
