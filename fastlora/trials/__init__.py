@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..adapters.resize import resize_adapter
 from ..layers.batch import in_mode, kept_buffers
 from ..layers.modules import called, some, unwrap
 from ..model.checkpoint import save_adapter
@@ -177,6 +176,8 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> float:
     """The adapter in PEFT's files; its effective rank, NaN if it has NaN."""
+    from ..adapters.resize import resize_adapter  # here, where all training is over
+
     with torch.random.fork_rng():
         apply_lora(model, trial.config, frozen=False, blocks=False)
     try:
