@@ -217,7 +217,10 @@ def load_model(run: SimpleNamespace) -> torch.nn.Module:
 
         quantise_to_nf4(model)
     elif run.base.endswith("experts"):
-        print(fastlora.pack(model, run.base.split()[0].lower()), flush=True)
+        try:
+            print(fastlora.pack(model, run.base.split()[0].lower()), flush=True)
+        except ValueError as error:
+            stop(f"--experts: {error}")
     return model
 
 

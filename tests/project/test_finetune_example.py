@@ -218,7 +218,7 @@ def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     small_moe = importlib.import_module("small_moe")
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     small_moe.make(tmp_path / "moe", 0, {"hidden_size": 32, "head_dim": 16} | layers | experts)
     options = ["--experts", "--model", tmp_path / "moe", "--out", tmp_path / "out"]
     code, printed, errors = finetune(*options, *inputs[2:], "--steps=2")
@@ -228,6 +228,10 @@ def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
     ours, theirs = (report["results"][side] for side in ("fastlora", "PEFT"))
     assert numpy.array(ours["loss"]) == pytest.approx(numpy.array(theirs["loss"]), rel=1e-4)
     assert report["results"]["fastlora"]["logits"]["base"] > 1e-3  # the adapter does something
+    for side in ("MXFP4 experts", "NF4 experts"):
+        packed = report["results"][side]
+        assert packed["weights_resident"] < 0.8 * theirs["weights_resident"]
+        assert numpy.array(packed["loss"]) == pytest.approx(numpy.array(theirs["loss"]), rel=0.01)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     names = {name.split(".")[-1] for name in config["target_parameters"]}
     assert names == {"gate_up_proj", "down_proj"}
