@@ -121,7 +121,7 @@ def resized(trainer: Trainer, run: SimpleNamespace) -> dict:
     model, whole = trainer.model, run.scratch / "whole"
     fastlora.save_adapter(model, whole)
     losses = {}
-    for rank in [rank for rank in (8, 4, 2) if rank < run.rank]:
+    for rank in [rank for rank in (8, 4, 2, 1) if rank < run.rank]:
         fastlora.resize_adapter(whole, rank=rank, output=run.scratch / f"rank-{rank}")
         fastlora.load_adapter(fastlora.remove_lora(model), run.scratch / f"rank-{rank}")
         losses[rank] = trainer.evaluate()["eval_loss"]
