@@ -15,14 +15,7 @@ from ..model.files import write_adapter
 from ..model.tensors import pairs_of
 from ..projection import Adapter, check_settings, is_number, shown
 from .spectrum import LayerSpectrum, Spectra, cut
-from .stored import (
-    Layer,
-    Stored,
-    check_output,
-    flat,
-    open_adapter,
-    patterns,
-)
+from .stored import Stored, check_output, flat, open_adapter, patterns
 
 # What has to be the same where the adapters say it.
 _ALIKE = ("base_model_name_or_path", "task_type", "bias", "modules_to_save", "fan_in_fan_out")
@@ -61,22 +54,18 @@ def combine_adapters(
         check_settings(rank, 1, 0.0)
     adapters = [open_adapter(folder) for folder in folders]
     path = check_output(output, [each.path for each in adapters])
-    layers = _layers(adapters)
-    settings = adapters[0].settings | _settings(adapters, layers)
+    experts = {n: own.is_parameter for each in adapters for n, own in each.layers.items()}
+    # A module's weights in PEFT's order.
+    names = sorted(experts, key=lambda name: experts[name] and name.endswith("down_proj"))
+    keys = pairs_of(names, {name for name in names if experts[name]})
+    settings = adapters[0].settings | _settings(adapters, experts)
     tensors = _others(adapters)
-    keys = pairs_of(layers, {name for name, layer in layers.items() if layer.is_parameter})
-    alpha = rank or max(layer.r for layer in layers.values())
+    alpha = rank or sum(each.config.r for each in adapters)
     found: list[LayerSpectrum] = []
-    for name, layer in layers.items():
-        lora_a, lora_b = [], []
-        for each, weight in zip(adapters, weights, strict=True):
-            if name in each.layers:
-                own = each.read(name)
-                lora_a.append(own.lora_a)
-                lora_b.append(own.lora_b * (own.scale * weight))
-        total = Adapter(torch.cat(lora_a, dim=1), torch.cat(lora_b, dim=2))
+    for name in names:
+        total, dtype = _stacked(name, adapters, weights)
         small, spectrum = cut(name, total, rank, None, alpha, use_rslora=False)
-        tensors |= zip(keys[name], flat(small, layer.dtype), strict=True)
+        tensors |= zip(keys[name], flat(small, dtype), strict=True)
         found.append(spectrum)
     ranks = {spectrum.name: spectrum.r_after for spectrum in found}
     config = from_peft(settings, "the sum")
@@ -85,25 +74,27 @@ def combine_adapters(
     return Spectra(tuple(found))
 
 
-def _layers(adapters: list[Stored]) -> dict[str, Layer]:
-    """The sum's layers, with the ranks added up; a module's weights in PEFT's order."""
-    found: dict[str, Layer] = {}
-    for each in adapters:
-        for name, layer in each.layers.items():
-            wide = torch.float64 if layer.dtype == torch.float64 else torch.float32
-            first = found.get(name, layer._replace(r=0, dtype=wide))
-            if (first.shape, first.experts) != (layer.shape, layer.experts):
-                raise ValueError(
-                    f"{called(name)} has {layer.experts} × {layer.shape} in {each.path}, and "
-                    f"{first.experts} × {first.shape} in another: are they of one base model?"
-                )
-            wide = torch.promote_types(first.dtype, wide)
-            found[name] = first._replace(r=first.r + layer.r, dtype=wide)
-    last = sorted(found, key=lambda n: found[n].is_parameter and n.endswith("down_proj"))
-    return {name: found[name] for name in last}
+def _stacked(
+    name: str, adapters: list[Stored], weights: Sequence[float]
+) -> tuple[Adapter[Tensor], torch.dtype]:
+    """The sum of those that have the layer, in float64; and the dtype to write it in."""
+    lora_a, lora_b, sizes, dtype = [], [], set(), torch.float32
+    for each, weight in zip(adapters, weights, strict=True):
+        if name in each.layers:
+            own = each.read(name)
+            lora_a.append(own.lora_a)
+            lora_b.append(own.lora_b * (own.scale * weight))
+            sizes.add((len(own.lora_a), own.lora_b.shape[1], own.lora_a.shape[2]))
+            dtype = torch.promote_types(dtype, each.layers[name].dtype)
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{called(name)} has unlike shapes (experts, out, in), {sorted(sizes)}: are the "
+            "adapters of one base model?"
+        )
+    return Adapter(torch.cat(lora_a, dim=1), torch.cat(lora_b, dim=2)), dtype
 
 
-def _settings(adapters: list[Stored], layers: dict[str, Layer]) -> dict[str, Any]:
+def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any]:
     """The sum's, where they may differ from the first one's."""
     found: dict[str, Any] = {"use_rslora": False}
     found["lora_dropout"] = min(each.config.lora_dropout for each in adapters)
@@ -117,11 +108,11 @@ def _settings(adapters: list[Stored], layers: dict[str, Layer]) -> dict[str, Any
         found[field] = said[0]
     configs = [each.config for each in adapters]
     if any(getattr(one, each) != getattr(configs[0], each) for one in configs for each in _TARGETS):
-        weights = {name for name in layers if any(one.names_weight_of(name) for one in configs)}
-        experts = {name for name, layer in layers.items() if layer.is_parameter}
+        weights = {name for name in experts if any(one.names_weight_of(name) for one in configs)}
+        stacks = {name for name in experts if experts[name]}
         found |= dict.fromkeys(_CHOICES)
-        found["target_modules"] = sorted(layers.keys() - weights - experts)
-        found["target_parameters"] = sorted([*map(weight_of, weights), *experts]) or None
+        found["target_modules"] = sorted(experts.keys() - weights - stacks)
+        found["target_parameters"] = sorted([*map(weight_of, weights), *stacks]) or None
     return found
 
 

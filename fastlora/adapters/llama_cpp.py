@@ -79,7 +79,7 @@ def export_gguf(
         writer.add_file_type(gguf.LlamaFileType[file_type])
         for name, layer in stored.layers.items():
             lora_a, lora_b, scale = stored.read(name)
-            lora_b = lora_b * (scale * layer.r / alpha)
+            lora_b = lora_b * (scale * lora_b.shape[2] / alpha)
             for part, own in _parts(name, lora_b, config).items():
                 to = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
                 if to is None or (part == "lm_head" and tied):

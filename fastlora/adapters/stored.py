@@ -30,9 +30,7 @@ class Layer(NamedTuple):
     keys: tuple[str, str]
     is_parameter: bool  # a weight of an experts module, which target_parameters names
     experts: int
-    r: int
     scale: float
-    shape: tuple[int, int]  # q, p
     dtype: torch.dtype
 
 
@@ -107,7 +105,7 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
         scale = scaling_of(config.alpha_of(name), r, config.use_rslora)
         if dtype == other and dtype.itemsize > 1:
             wide = dtype
-        layers[name] = Layer(keys, name in experts, a[0] // r, r, scale, (b[0], a[1]), wide)
+        layers[name] = Layer(keys, name in experts, a[0] // r, scale, wide)
     return Stored(path, settings, config, layers, [key for key in header if key not in inside])
 
 

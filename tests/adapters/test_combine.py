@@ -99,7 +99,7 @@ def unlike_shape(folders):
 
 BAD = {
     "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
-    "shape": (unlike_shape, {}, r"q_proj has 1 × \(64, 60\) in .*c, and 1 × \(64, 64\)"),
+    "shape": (unlike_shape, {}, r"q_proj has unlike shapes .*\[\(1, 64, 60\), \(1, 64, 64\)\]"),
     "dora": (lambda f: change_config(f[1], use_dora=True), {}, "use_dora=True"),
     "weights": (None, {"weights": [1]}, "one of a weight for each"),
     "nan": (None, {"weights": [1, float("nan"), 1]}, "weights has nan"),
