@@ -62,10 +62,12 @@ class Adapted(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
         merged = [f"{prefix}{name}" for name in self._bases]
-        merged = [name.removesuffix(".weight") for name in merged if name in state_dict]
+        # Of a packed one there are its tensors.
+        merged = [n for n in merged if any(f"{key}.".startswith(f"{n}.") for key in state_dict)]
         if merged:
             errors.append(
-                f"{merged[0]} is merged: call fastlora.unmerge_lora(model) before loading weights"
+                f"{merged[0].removesuffix('.weight')} is merged: call fastlora.unmerge_lora(model) "
+                "before loading weights"
             )
             return
         super()._load_from_state_dict(

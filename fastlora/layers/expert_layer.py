@@ -22,6 +22,7 @@ from .packed import (
     packed_names,
     read_module,
     settle,
+    sparing,
     weight_in,
 )
 
@@ -155,6 +156,9 @@ class LoRAExperts(Adapted, PackedExperts):
         super().detach_adapter()
         settle(self)
 
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(sparing(self, fn), recurse)  # codes that are kept aside, too
+
     def adapted_weights(self) -> Iterable[tuple[str, ExpertsWeight]]:
         return [(name, self.weight_of(name)) for name in self.adaptations]
 
@@ -205,6 +209,8 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:
         return "its weights are parametrised: make that permanent"
+    if needs_class(module) and not isinstance(module, PackedExperts):
+        return "its weights are dense, in a class for float8: a cast of codes lost their scales"
     ours = [*LoRAExperts.lora_settings, "_bases", *vars(LoRAExperts), *vars(PackedExperts)]
     added = [*ours, *(own for name in names for own in names_of_pair(name))]
     known = PackedExperts if isinstance(module, PackedExperts) else nn.Module

@@ -1,6 +1,6 @@
 """Experts' weights that are packed: where a module keeps them, and how it runs with them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -95,6 +95,9 @@ class PackedExperts(nn.Module):
         """Those that a call adds to the weight of this name."""
         return ()
 
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(sparing(self, fn), recurse)
+
     def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
         """The class's forward with the sums in place of the weights, and dense packed ones."""
         adapted, packed = self.adaptations.keys() - self._bases.keys(), set(packed_names(self))
@@ -116,6 +119,19 @@ class PackedExperts(nn.Module):
     def sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
         """The weight of this name with its adapter; in this dtype, if it is packed."""
         raise NotImplementedError
+
+
+def sparing(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What an experts module's ``_apply`` does to its tensors, but no cast of codes and scales."""
+    scales = {id(p) for name, p in module._parameters.items() if name.endswith(SCALE)}
+
+    def apply(tensor: Tensor) -> Tensor:
+        made = fn(tensor)
+        if made.dtype != tensor.dtype and (tensor.element_size() == 1 or id(tensor) in scales):
+            return tensor.to(made.device)
+        return made
+
+    return apply
 
 
 def plain_class_of(module: nn.Module) -> type[nn.Module]:

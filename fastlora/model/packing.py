@@ -1,6 +1,6 @@
 """Packing a model's dense weights in place, and the report on what was packed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats.format import Quantised
 from ..layers.expert_layer import why_not_experts
 from ..layers.frozen import matrix_of, why_not_base
 from ..layers.members import is_hooked, twin
-from ..layers.modules import called, plain_name, some, unwrap
+from ..layers.modules import called, inside_of, plain_name, some, unwrap
 from ..layers.packed import packed_names, read_module, take_packed, weight_in
 from ..projection import shown
 from ..quant import quantised_weight
@@ -97,22 +98,32 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
 
     Raises TypeError for what is no module, ImportError where a vendor's package isn't there, and
     ValueError for another kind, a name that matches nothing or what is neither, a model with
-    adapters (pack first, then :func:`fastlora.apply_lora`), linear layers of the other kinds, and
-    weights that don't fit a format's blocks or hold NaN or infinity.
+    adapters (pack first, then :func:`fastlora.apply_lora`) or under FSDP or DDP, linear layers of
+    the other kinds, a weight that something else has, too, and weights that don't fit a format's
+    blocks or hold NaN or infinity.
     """
     check_model(model)
-    model = unwrap(model)
-    if kind not in KINDS:
+    wrapped, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {shown(kind)}, but must be one of {', '.join(KINDS)}")
     check_plain(model)
     records: list[PackedRecord] = []
     experts: list[tuple[nn.Module, dict[str, Quantised]]] = []
     linears: dict[nn.Module | None, nn.Module] = {}
-    for name, module in _chosen(model, modules).items():
+    chosen = _chosen(model, modules)
+    others = _held_by_others(model, chosen.values())
+    for name, module in chosen.items():
         names = read_module(module).names if type(module) is not nn.Linear else ()
         reason = why_not_experts(module, names) if names else why_not_base(module)
         if packed_names(module) or quantised_weight(module) is not None:
             reason = "it is packed already"
+        if module in wrapped:
+            reason = "FSDP or DDP has it already: pack first"
+        held = [module, *[module._parameters.get(own) for own in names or ("weight",)]]
+        if not others.isdisjoint(map(id, held)):
+            reason = (
+                "it is compiled, or tied to what isn't packed, which would keep its dense weight"
+            )
         if reason:
             raise ValueError(f"{called(name)} can't be packed: {reason}")
         if not names:
@@ -150,6 +161,8 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
         if found:
             return found
         raise ValueError("the model has no dense experts that fastlora knows: say what in modules")
+    if not isinstance(modules, str | Sequence | Set):
+        raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
     found = {}
     for one in [modules] if isinstance(modules, str) else [(each,) for each in modules]:
         test = name_test(one)
@@ -165,6 +178,19 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
             f"{some(others)} can't be packed: a {kind} is neither experts that fastlora knows nor "
             "a torch.nn.Linear"
         )
+    return found
+
+
+def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
+    """The id of each parameter that others than the chosen modules have, and of what they call
+    where ``torch.compile`` keeps it."""
+    found, packed = set[int](), set(chosen)  # modules are hashed by identity
+    for module in model.modules():
+        compiled = module._modules.get("_orig_mod")
+        if isinstance(compiled, nn.Linear):  # another one in its place would never be called
+            found.add(id(compiled))
+        if module not in packed:
+            found |= {id(own) for own in module._parameters.values() if own is not None}
     return found
 
 

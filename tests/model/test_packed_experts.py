@@ -174,6 +174,38 @@ def test_casts_copies_and_state_dicts_keep_every_bit():
     assert "gate_up_proj: r=4" in repr(model)
 
 
+@pytest.mark.parametrize("how", [{}, {"scale_fmt": "ue8m0", "expert_dtype": "fp4"}])
+def test_casts_keep_the_codes_and_scales_of_fp8_experts(how):
+    config = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    experts = experts_of(adapted(fp8_model(**how), **config))
+    bits, scales = bits_of(experts), [experts.down_proj_scale_inv.clone(), experts.down_proj]
+    assert {str(t.dtype) for t in bits.values()} == {"torch.uint8"}
+    args = torch.randn(7, 32), torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+    expected = experts(*args)
+    assert torch.equal(experts.float()(*args), expected)
+    experts.bfloat16()
+    fastlora.unmerge_lora(fastlora.merge_lora(experts).half())
+    assert all(torch.equal(one, bits[key]) for key, one in bits_of(experts).items())
+    assert torch.equal(experts.down_proj_scale_inv, scales[0])
+    fastlora.remove_lora(fastlora.merge_lora(experts.float()))
+    bits = {key: one for key, one in bits.items() if "gate_up" in key}
+    for one in (experts, experts.half()):  # its other weight is packed
+        assert bits_of(one).keys() == bits.keys()
+        assert all(torch.equal(found, bits[key]) for key, found in bits_of(one).items())
+    cast = experts_of(fp8_model(**how)).half()
+    if not how:  # transformers' own codes are numbers, which torch casts
+        with pytest.raises(ValueError, match="a cast of codes lost their scales"):
+            fastlora.apply_lora(cast, LoRAConfig(**config | {"target_parameters": ["down_proj"]}))
+
+
+def test_a_state_dict_is_not_loaded_where_its_packed_weights_are_merged():
+    model = adapted(packed_model("qwen3", "mxfp4"))
+    state = copy.deepcopy(model.state_dict())
+    fastlora.merge_lora(model)
+    with pytest.raises(RuntimeError, match=r"gate_up_proj is merged: call fastlora\.unmerge"):
+        model.load_state_dict(state, strict=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_frozen_packed_experts_run_and_give_x_its_gradient(dtype):
     packed = packed_model("gpt-oss", "mxfp4").to(dtype)

@@ -13,6 +13,7 @@ from moe_models import IDS, base_model, parameters_of, train
 from packed_experts import SIZES, bits_of, dense_model, experts_modules, fp8_model, packed_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
@@ -154,6 +155,50 @@ def test_blocks_and_packages_that_are_not_there_are_named(monkeypatch):
     assert_untouched(odd, before)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         fastlora.pack([], "nf4")
+
+
+def _wrap(model: nn.Module) -> None:
+    layer = model.model.layers[1]
+    layer.__class__ = type("Wrapped", (type(layer), FSDPModule), {})
+
+
+def _compile(model: nn.Module) -> None:
+    model.lm_head = torch.compile(model.lm_head, backend="eager")
+
+
+def _tie(model: nn.Module) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+HELD = {
+    "fsdp": (_wrap, {}, r"layers\.1\.mlp\.experts can't be packed: FSDP or DDP has it already"),
+    "compiled": (_compile, {"modules": ["lm_head"]}, "lm_head can't be packed: it is compiled, or"),
+    "tied": (_tie, {"modules": ["lm_head"]}, "tied to what isn't packed"),
+    "kind": (lambda model: None, {"kind": ["nf4"]}, "kind is .'nf4'., but must be one of"),
+    "modules": (lambda model: None, {"modules": 3}, "modules is 3, but must be a list of names"),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_what_others_hold_is_not_packed(case):
+    change, how, words = HELD[case]
+    model = mixture()
+    change(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        fastlora.pack(model, **{"kind": "nf4"} | how)
+    assert_untouched(model, before)
+
+
+def test_weights_that_are_tied_are_packed_together():
+    model = mixture("mixtral")
+    one, other = experts_modules(model)
+    other.down_proj = one.down_proj
+    with pytest.raises(ValueError, match="tied to what isn't packed"):
+        fastlora.pack(model, "fp8", ["0.mlp.experts"])
+    fastlora.pack(model, "fp8")
+    bits = [bits_of(experts) for experts in (one, other)]
+    assert torch.equal(*[each[".down_proj.0"] for each in bits])
 
 
 # Checkpoints.
