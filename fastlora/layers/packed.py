@@ -105,8 +105,14 @@ class PackedExperts(nn.Module):
             raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
         if not self._parameters.keys() | packed >= adapted:
             raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
-        given = [x.dtype for x in (*args, *named.values()) if isinstance(x, Tensor)]
-        dtype = next((d for d in given if d.is_floating_point), torch.float32)
+        given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
+        if not all(x.is_meta for x in given):  # torch would add what has no numbers, silently
+            lost = [name for name in packed if weight_in(self, name).device.type == "meta"]
+            if lost:
+                raise RuntimeError(
+                    f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded"
+                )
+        dtype = next((x.dtype for x in given if x.is_floating_point()), torch.float32)
         weights = {name: self.sum_of(name, dtype) for name in adapted}
         weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}
         forward: Any = self.plain_class.forward

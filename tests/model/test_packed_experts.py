@@ -5,6 +5,7 @@ import io
 import pickle
 from dataclasses import replace
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -246,6 +247,15 @@ def test_what_is_no_node_has_dense_weights_for_that_call(case):
     experts.lora_dropout = 0.5
     with pytest.raises(RuntimeError, match="can't have lora_dropout"):
         experts.train()(**named)
+
+
+@pytest.mark.parametrize("adapts", [True, False])
+def test_offloaded_packed_weights_are_missed_at_once(adapts):
+    model = packed_model("gpt-oss", "mxfp4")
+    model = adapted(model, "gpt-oss") if adapts else model
+    accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    with pytest.raises(RuntimeError, match="is packed, and on meta: it isn't loaded, or offloaded"):
+        logits(model)
 
 
 def test_checkpointing_and_training_keep_nothing_dense():
