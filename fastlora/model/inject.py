@@ -15,7 +15,7 @@ from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.members import class_over
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
-from ..layers.packed import plain_class_of
+from ..layers.packed import PackedWeight, plain_class_of
 from ..projection import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
@@ -266,6 +266,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, of how many, in PEFT's words."""
     check_model(model)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    counts += [(m.shape.numel(), False) for m in model.modules() if isinstance(m, PackedWeight)]
     total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
     print(
         f"trainable params: {trained:,d} || all params: {total:,d} "

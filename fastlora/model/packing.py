@@ -1,5 +1,6 @@
 """Packing a model's dense weights in place, and the report on what was packed."""
 
+import math
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from importlib import import_module
@@ -196,6 +197,8 @@ def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
 
 def _record(name: str, dense: Tensor, packed: Quantised) -> PackedRecord:
     error = None if dense.is_meta else packing_error(dense, packed)
+    if error is not None and not math.isfinite(error):
+        raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
     return PackedRecord(name, packed.format.label, dense.nbytes, bytes_of(packed), error)
 
 

@@ -288,6 +288,14 @@ def test_the_plan_of_a_packed_model_is_the_dense_one_s(case):
     assert replace(packed.frozen, bytes=dense.frozen.bytes) == dense.frozen
 
 
+def test_packed_parameters_are_counted(capsys):
+    packed = packed_model("gpt-oss", "mxfp4")
+    for model in (packed, dense_model(packed, "gpt-oss")):
+        fastlora.print_trainable_parameters(adapted(model, "gpt-oss"))
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other
+
+
 def test_broken_or_foreign_packed_experts_are_refused():
     model = fp8_model()
     experts = experts_of(model)

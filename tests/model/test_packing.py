@@ -109,6 +109,11 @@ def _with_infinity(model: nn.Module) -> None:
         experts_modules(model)[-1].down_proj[3, 1, 2] = math.inf
 
 
+def _head_of_inf(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[5, 1] = math.inf
+
+
 def _adapt(model: nn.Module) -> None:
     fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
 
@@ -125,6 +130,7 @@ REFUSED = {
     "linear": ({"modules": ["experts", "q_proj"]}, "torchao's linear layers of mxfp4"),
     "adapters": ({"before": _adapt}, "has an adapter already"),
     "numbers": ({"before": _with_infinity}, r"1\.mlp\.experts\.down_proj can't .* as mxfp4: .*NaN"),
+    "a head": ({"before": _head_of_inf, "kind": "nf4", "modules": ["lm_head"]}, "lm_head can.*NaN"),
     "again": ({"before": _pack, "modules": ["experts"]}, "packed already"),
     "none": ({"before": _pack}, "no dense experts that fastlora knows"),
 }  # fmt: skip
