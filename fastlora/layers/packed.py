@@ -106,12 +106,9 @@ class PackedExperts(nn.Module):
         if not self._parameters.keys() | packed >= adapted:
             raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
         given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
-        if not all(x.is_meta for x in given):  # torch would add what has no numbers, silently
-            lost = [name for name in packed if weight_in(self, name).device.type == "meta"]
-            if lost:
-                raise RuntimeError(
-                    f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded"
-                )
+        lost = [name for name in packed if weight_in(self, name).device.type == "meta"]
+        if lost and not all(x.is_meta for x in given):  # torch would go on without numbers
+            raise RuntimeError(f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded")
         dtype = next((x.dtype for x in given if x.is_floating_point()), torch.float32)
         weights = {name: self.sum_of(name, dtype) for name in adapted}
         weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}

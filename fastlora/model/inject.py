@@ -15,8 +15,9 @@ from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.members import class_over
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
-from ..layers.packed import PackedWeight, plain_class_of
+from ..layers.packed import PackedWeight, packed_names, plain_class_of
 from ..projection import check_switch
+from ..quant import vendor_of
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
 from .targets import (
@@ -136,6 +137,8 @@ def inject(
                 "leave the adapter out: call apply_lora first"
             )
     for name, module in saved.items():
+        if any(packed_names(each) or vendor_of(each) for each in module.modules()):
+            raise ValueError(f"{name} can't train in full: it has packed weights")
         for key, value in module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} can't be saved: its {key} is a {type(value).__name__}")

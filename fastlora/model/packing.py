@@ -183,8 +183,7 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
 
 
 def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
-    """The id of each parameter that others than the chosen modules have, and of what they call
-    where ``torch.compile`` keeps it."""
+    """The ids of parameters outside of the chosen modules, and of layers that are compiled."""
     found, packed = set[int](), set(chosen)  # modules are hashed by identity
     for module in model.modules():
         compiled = module._modules.get("_orig_mod")

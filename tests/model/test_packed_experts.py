@@ -288,6 +288,20 @@ def test_the_plan_of_a_packed_model_is_the_dense_one_s(case):
     assert replace(packed.frozen, bytes=dense.frozen.bytes) == dense.frozen
 
 
+@pytest.mark.parametrize("name", ["mlp.experts", "lm_head"])
+@pytest.mark.parametrize("make", [fp8_model, lambda: packed_model("qwen3", "nvfp4")])
+def test_packed_modules_don_t_train_in_full(make, name):
+    model = make()
+    if name == "lm_head":
+        bnb = pytest.importorskip("bitsandbytes")
+        model.lm_head = bnb.nn.Linear4bit(32, 100, bias=False, quant_type="nf4").to("cpu")
+    before = snapshot(model)
+    config = LoRAConfig(target_modules=["q_proj"], modules_to_save=[name])
+    with pytest.raises(ValueError, match=f"{name} can't train in full: it has packed weights"):
+        fastlora.apply_lora(model, config)
+    assert_untouched(model, before)
+
+
 def test_packed_parameters_are_counted(capsys):
     packed = packed_model("gpt-oss", "mxfp4")
     for model in (packed, dense_model(packed, "gpt-oss")):
