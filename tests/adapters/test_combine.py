@@ -37,7 +37,12 @@ def summed(folders, weights, base=llama) -> dict[str, torch.Tensor]:
 
 
 def test_the_sum_is_exact_and_its_ranks_add_up(folders, tmp_path):
+    change_tensors(folders[1], lambda t: t.update({key: x.double() for key, x in t.items()}))
     report = fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum")
+    kinds = {
+        key.split(".")[-3]: x.dtype for key, x in load_file(tmp_path / "sum" / WEIGHTS).items()
+    }
+    assert kinds == {"q_proj": torch.float64, "up_proj": torch.float64, "o_proj": torch.float32}
     wanted, found = summed(folders, WEIGHTS_OF_EACH), changes(tmp_path / "sum")
     assert wanted.keys() == found.keys()
     assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
@@ -48,6 +53,7 @@ def test_the_sum_is_exact_and_its_ranks_add_up(folders, tmp_path):
 
 
 def test_a_sum_that_is_cut_is_the_best_of_its_rank(folders, tmp_path):
+    folders = [folders[1], folders[0], folders[2]]  # that with rsLoRA is the first
     report = fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum", rank=4)
     wanted, found = summed(folders, WEIGHTS_OF_EACH), changes(tmp_path / "sum")
     assert {one.r_after for one in report.layers} == {3, 4}
@@ -64,11 +70,12 @@ def test_experts_are_summed_with_those_of_one_weight_alone(tmp_path):
     both, last = parameters_of("qwen3"), "experts.down_proj"
     settings = {"target_modules": ["q_proj"], "r": 2}
     folders = [
+        by_peft(tmp_path / "c", base(), **settings, lora_dropout=0.1),  # which experts can't have
         by_peft(tmp_path / "a", base(), **settings, target_parameters=[last]),
         by_peft(tmp_path / "b", base(), **settings, target_parameters=both),
     ]
-    fastlora.combine_adapters(folders, [1, 0.5], tmp_path / "sum")
-    wanted, found = summed(folders, [1, 0.5], base), changes(tmp_path / "sum", base)
+    fastlora.combine_adapters(folders, [1, 1, 0.5], tmp_path / "sum")
+    wanted, found = summed(folders, [1, 1, 0.5], base), changes(tmp_path / "sum", base)
     assert wanted.keys() == found.keys()
     assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
 

@@ -1,5 +1,6 @@
 """resize_adapter: the best adapter of a lower rank, against a dense SVD and PEFT."""
 
+import json
 import math
 import shutil
 
@@ -18,7 +19,7 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B, MAGNITUDE = (f"{LAYER}.lora_{end}" for end in ("A.weight", "B.weight", "magnitude_vector"))
 UNLIKE = {
     "r": 6, "lora_alpha": 9, "target_modules": ["q_proj", "down_proj"],
-    "rank_pattern": {"layers.1.mlp.down_proj": 4}, "alpha_pattern": {"q_proj": 5},
+    "rank_pattern": {"layers.1.mlp.down_proj": 4}, "alpha_pattern": {"q_proj": -5},
 }  # fmt: skip
 
 
@@ -102,6 +103,8 @@ def test_experts_are_cut_one_by_one_to_one_rank(family, tmp_path):
     before, after = changes(folder, base), changes(tmp_path / "small", base)
     stacks = [one for one in report.layers if "experts" in one.name]
     assert stacks
+    count = sum(tensor.numel() for tensor in load_file(tmp_path / "small" / WEIGHTS).values())
+    assert str(report).endswith(f"{count:,} after")
     assert {one.r for one in stacks if one.name.endswith(first)} == {3}
     for one in stacks:
         whole, r = before[one.name], one.r_after
@@ -114,6 +117,23 @@ def test_experts_are_cut_one_by_one_to_one_rank(family, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "small")
     with torch.no_grad():
         torch.testing.assert_close(one(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_that_ends_others_is_its_own(tmp_path):
+    def base():
+        torch.manual_seed(3)
+        inner = [torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(2)]
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), *inner)
+
+    folder = by_peft(
+        tmp_path / "adapter", base(), target_modules=r"(\d\.)?0", r=5, rank_pattern={"^0": 2}
+    )
+    fastlora.resize_adapter(folder, rank=4, output=tmp_path / "small")
+    assert json.loads((tmp_path / "small" / CONFIG).read_text())["rank_pattern"] == {"^0": 2}
+    before, after = changes(folder, base), changes(tmp_path / "small", base)
+    assert [after[f"{name}.weight"].equal(before[f"{name}.weight"]) for name in ("0", "1.0")] == [
+        True, False,
+    ]  # fmt: skip
 
 
 def test_what_trained_in_full_is_kept(tmp_path):
@@ -189,6 +209,7 @@ BROKEN = {
     ),
     "dora": (lambda f: change_config(f, use_dora=True), "use_dora=True"),
     "rank": (lambda f: change_config(f, r=5), r"gives rank 5"),
+    "half-rank": (lambda f: change_config(f, r=3), r"gives rank 3"),
     "unlike": (
         lambda f: change_tensors(f, lambda t: t.update({B: torch.ones(64, 7)})),
         r"lora_A \(6, 64\) and lora_B \(64, 7\) of model.layers.0.self_attn.q_proj",
