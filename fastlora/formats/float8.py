@@ -42,9 +42,9 @@ class Float8(Format):
         codes, scale = tensors
         codes = codes[first : first + len(out)]
         wide = place_for(out, torch.float32)
-        widen(codes, wide)
+        factor = widen(codes, wide)
         scale = of_rows(scale, first, len(out), self.block_rows)
-        _multiply(wide, scale.float(), self.block_columns)
+        _multiply(wide, scales_of(wide, scale.float(), factor), self.block_columns)
         return out if wide is out else out.copy_(wide)
 
 
@@ -57,20 +57,34 @@ def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
         values[:, whole * width :].mul_(scale[:, whole:])
 
 
-def widen(codes: Tensor, out: Tensor) -> None:
-    """The codes as float32, which holds them exactly, to ``out``."""
-    if codes.device.type == "cpu" and codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        codes = _halves(codes)  # torch widens e4m3 one by one, which takes eight times as long
-    out.copy_(codes)
+def widen(codes: Tensor, out: Tensor) -> float:
+    """The codes, over the number that comes back, as float32 to ``out``: which holds them exactly.
+
+    On a CPU torch converts e4m3 one by one, which takes eight times as long as by way of float16.
+    """
+    kind = codes.dtype if codes.device.type == "cpu" else None
+    if kind == torch.float8_e5m2:  # the upper half of a float16
+        out.copy_(codes.view(torch.int8).short().bitwise_left_shift_(8).view(torch.float16))
+    elif kind == torch.float8_e4m3fn and not _has_nan(codes):
+        # The sign, then all else where float16's mantissa has its highest bits.
+        halves = codes.view(torch.int8).short().bitwise_left_shift_(7)
+        out.copy_(halves.bitwise_and_(0xBF80 - 2**16).view(torch.float16))
+        return 2.0**8  # by which float16's exponent has a greater bias
+    else:
+        out.copy_(codes)
+    return 1.0
 
 
-def _halves(codes: Tensor) -> Tensor:
-    """The codes as float16, which holds those of e4m3fn and e5m2 exactly."""
-    bits = codes.view(torch.int8).to(torch.int16)
-    if codes.dtype == torch.float8_e5m2:  # the upper half of a float16
-        return bits.bitwise_left_shift_(8).view(torch.float16)
-    # The sign, then all else where float16's mantissa has its highest bits.  Only NaN grows into
-    # the exponent's highest bit when one is added, and with that set it is float16's NaN.
-    bits.bitwise_left_shift_(7).bitwise_and_(0xBF80 - 2**16)
-    bits |= (bits + 0x80) & 0x4000
-    return bits.view(torch.float16).mul_(2.0**8)  # whose exponent's bias is greater by 8
+def _has_nan(codes: Tensor) -> bool:
+    """Whether one of e4m3fn's is: 127 or 255."""
+    if not codes.numel():
+        return False
+    return bool(codes.view(torch.int8).amax() == 127) or bool(codes.view(torch.uint8).amax() == 255)
+
+
+def scales_of(values: Tensor, scale: Tensor, factor: float) -> Tensor:
+    """scale · factor, a power of 2, for these values; or scale, and they are multiplied by it."""
+    if factor == 1.0 or not scale.numel() or bool(scale.abs().amax() < 2.0**100):
+        return scale * factor
+    values.mul_(factor)  # where the scales could become infinite
+    return scale

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .float8 import widen
+from .float8 import scales_of, widen
 from .format import Format, check_shapes, place_for
 
 # What the 16 codes stand for: a sign, two bits of an exponent, one of a mantissa.
@@ -64,7 +64,7 @@ class NVFP4(Format):
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         packed, codes = (tensor[first : first + len(out)] for tensor in tensors[:2])
         scale = torch.empty(codes.shape, device=out.device)
-        widen(codes, scale)
+        scale.mul_(widen(codes, scale))
         return _write(packed, scale.mul_(tensors[2]), self.block, out, torch.float32)
 
 
@@ -92,22 +92,23 @@ def _write(packed: Tensor, scale: Tensor, block: int, out: Tensor, wide: torch.d
         some = out[rows]
         values = place_for(some, wide)
         values.copy_(_halves(packed[rows]))
-        values.unflatten(1, (-1, block)).mul_(scale[rows, :, None])
+        own = scales_of(values, scale[rows], 2.0**14)
+        values.unflatten(1, (-1, block)).mul_(own[:, :, None])
         if values is not some:
             some.copy_(values)
     return out
 
 
 def _halves(packed: Tensor) -> Tensor:
-    """What the codes stand for, float16 [rows, columns].
+    """What the codes stand for, times 2⁻¹⁴, float16 [rows, columns].
 
     On a CPU faster than a table, which one thread alone looks up.
     """
     # Each code at the upper end of 16 bits; then all but its sign where e2m1's lowest bit is the
-    # highest of float16's mantissa.  float16's exponent has a bias greater by 14.
+    # highest of float16's mantissa, whose exponent has a bias greater by 14.
     halves = packed.view(torch.uint8).int().mul_(2**12 + 2**24).view(torch.int16)
     halves.bitwise_right_shift_(3).bitwise_and_(0x8E00 - 2**16)
-    return halves.view(torch.float16).mul_(2.0**14)
+    return halves.view(torch.float16)
 
 
 def powers_of(scale: Tensor) -> Tensor:
