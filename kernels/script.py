@@ -117,7 +117,7 @@ class _Writer(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name == "data_ptr":
             # Only what it is modulo 16 is looked at, and that it isn't 0, which is no address.
-            base = self.names[id(_base(arguments[0]))]
+            base = self._name(_base(arguments[0]))
             return 2**20 + self.addresses.get(base, 0) + _offset(arguments[0])
         if name == "__get__" and function.__self__ is Tensor.device:
             return self.device

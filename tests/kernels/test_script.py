@@ -158,3 +158,15 @@ def test_no_two_buffers_are_in_one_place_at_one_time(seed):
         assert apart or apart_in_time
     assert all(at % 512 == 0 and at + sizes[name] <= size for name, at in offsets.items())
     assert size <= sum(-(-each // 512) * 512 for each in sizes.values())
+
+
+def test_a_tensor_that_no_call_brings_is_a_constant():
+    """A cached table, whose address a launch asks for."""
+    table = torch.ones(4)
+
+    def function(tensors):
+        assert table.data_ptr()
+        return [tensors[0].new_empty(4)]
+
+    (made,) = script_of(function, [torch.zeros(4)], ()).replay(None, torch.zeros(4))
+    assert made.shape == (4,)

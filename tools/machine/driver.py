@@ -163,7 +163,8 @@ def _held(values: Sequence[Any]) -> list[Tensor]:
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == KEPT:
-            values = [*frame.f_locals.values()]
+            constants = [each for each in frame.f_globals.values() if isinstance(each, Tensor)]
+            values = [*frame.f_locals.values(), *constants]
             break
         if frame.f_code is Launch.run.__code__:
             values = [*frame.f_locals["self"].arguments.values()]

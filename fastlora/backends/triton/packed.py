@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...formats.float8 import Float8
 from ...formats.format import Format, Quantised
@@ -87,7 +89,8 @@ def _packed_e2m1(format: MXFP4 | NVFP4, tensors: Sequence[Tensor]) -> "kernels.P
 @cache
 def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What each of 256 scales of an MXFP4 or NVFP4 stands for, a factor 1 and a term 0."""
-    with torch.inference_mode(False):  # what is made inside could not be used outside
+    # Kept for all calls: nobody's mode sees how they are made, the writer's of a script for one.
+    with _disable_current_modes(), DisableTorchFunction(), torch.inference_mode(False):
         bits = torch.arange(256, device=device).byte()
         is_e4m3 = dtype == torch.float8_e4m3fn
         table = bits.view(dtype).float() if is_e4m3 else powers_of(bits)
