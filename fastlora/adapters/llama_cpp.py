@@ -55,8 +55,8 @@ def export_gguf(
     place = check_folder(path)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")
-    if place.exists() and not (place.is_file() and place.read_bytes()[:4] in (b"GGUF", b"")):
-        raise ValueError(f"path is {place}, which is there, and no GGUF file: give another")
+    if place.exists() and not (place.is_file() and _is_adapter(place)):
+        raise ValueError(f"path is {place}, which is there, and no adapter's GGUF: give another")
     config = _config_of(model_config)
     stored = open_adapter(folder)
     # PEFT copies the frozen weight of an adapted head.
@@ -68,7 +68,9 @@ def export_gguf(
     kind = getattr(gguf.MODEL_ARCH, _NAMES[config["model_type"]])
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[dtype]
-    alpha = stored.config.lora_alpha or 1.0
+    alpha = stored.config.lora_alpha
+    if abs(alpha) < 1e-30:  # 0 in float32, which llama.cpp takes for a scale of 1
+        alpha = 1.0
     tied = config.get("tie_word_embeddings", True)  # what transformers leaves out if it is so
     with tempfile.TemporaryDirectory(prefix="fastlora-") as scratch:
         file = Path(scratch) / "adapter"
@@ -95,6 +97,13 @@ def export_gguf(
         writer.write_tensors_to_file()
         writer.close()
         write_whole(place.parent, {place.name: file.read_bytes()})
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether the file is empty or one of ours, not a model that may be somebody's only copy."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    return not start or (start[:4] == b"GGUF" and b"adapter.type" in start)
 
 
 def _config_of(model_config: Any) -> Mapping[str, Any]:

@@ -155,6 +155,31 @@ def test_what_llama_cpp_can_t_hold(name, tmp_path):
     assert not (tmp_path / "lora.gguf").exists()
 
 
+@pytest.mark.parametrize("alpha", [0, -1e-60])
+def test_an_alpha_that_llama_cpp_can_t_read_is_folded(alpha, tmp_path):
+    settings = {"target_modules": ["v_proj"], "alpha_pattern": {"layers.1.self_attn.v_proj": 3}}
+    folder = by_peft(tmp_path / "adapter", **settings, lora_alpha=alpha)
+    fastlora.export_gguf(folder, tmp_path / "x.gguf", model_config=llama().config)
+    fields, tensors = read(tmp_path / "x.gguf")
+    assert fields["adapter.lora.alpha"] == 1.0
+    assert product(fields, tensors, "blk.0.attn_v.weight").abs().max() < 1e-30
+    wanted = changes(folder)["model.layers.1.self_attn.v_proj.weight"]
+    assert relative(product(fields, tensors, "blk.1.attn_v.weight"), wanted) < 1e-6
+
+
+def test_a_model_s_file_is_not_written_over(tmp_path):
+    folder, path = by_peft(tmp_path / "adapter", target_modules=["v_proj"]), tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="no adapter's GGUF: give another"):
+        fastlora.export_gguf(folder, path, model_config=llama().config)
+    assert path.read_bytes() == before
+
+
 def test_bad_arguments(tmp_path):
     folder = by_peft(tmp_path / "adapter", target_modules=["v_proj"])
     path, config = tmp_path / "lora.gguf", llama().config
@@ -163,7 +188,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match="model_config is None"):
         fastlora.export_gguf(folder, path, model_config=None)
     for taken in (folder, folder / "adapter_config.json"):
-        with pytest.raises(ValueError, match="no GGUF file: give another"):
+        with pytest.raises(ValueError, match="no adapter's GGUF: give another"):
             fastlora.export_gguf(folder, taken, model_config=config)
     fastlora.export_gguf(folder, path, model_config=config)
     fastlora.export_gguf(folder, path, model_config=config)  # over another
