@@ -65,7 +65,7 @@ def combine_adapters(
     for name in names:
         total, dtype = _stacked(name, adapters, weights)
         small, spectrum = cut(name, total, rank, None, alpha, use_rslora=False)
-        tensors |= zip(keys[name], flat(small, dtype), strict=True)
+        tensors |= zip(keys[name], flat(name, small, dtype), strict=True)
         found.append(spectrum)
     ranks = {spectrum.name: spectrum.r_after for spectrum in found}
     config = from_peft(settings, "the sum")
@@ -100,6 +100,7 @@ def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any
     found["lora_dropout"] = min(each.config.lora_dropout for each in adapters)
     for field in _ALIKE:
         values = [each.settings.get(field) for each in adapters]
+        values = [sorted(one) if isinstance(one, list) else one for one in values]
         said = [value for value in values if value not in (None, "", [])] or values
         if any(value != said[0] for value in said):
             raise ValueError(

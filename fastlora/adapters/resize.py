@@ -63,7 +63,7 @@ def resize_adapter(
         small, spectrum = cut(name, own, rank, energy, alpha, config.use_rslora)
         found.append(spectrum)
         if path is not None:
-            tensors |= zip(layer.keys, flat(small, layer.dtype), strict=True)
+            tensors |= zip(layer.keys, flat(name, small, layer.dtype), strict=True)
     if path is not None:
         ranks = {spectrum.name: spectrum.r_after for spectrum in found}
         settings = stored.settings | patterns(config, ranks, alphas)
@@ -77,6 +77,12 @@ def _saved(model: nn.Module, name: str, scratch: str) -> Path:
     if not hasattr(model, "peft_config"):
         save_adapter(model, scratch)
         return Path(scratch)
+    # transformers' models, and PEFT's other wrappers, would save what is active, or the whole base.
+    if not hasattr(type(model), "create_or_update_model_card"):
+        raise ValueError(
+            f"the model is a {type(model).__name__} with adapters of PEFT's, but must be a "
+            "PeftModel: save the adapter, and give its folder"
+        )
     if name not in peft.peft_config:
         raise ValueError(f"the model has no adapter {name!r}: {', '.join(peft.peft_config)}")
     peft.save_pretrained(scratch, selected_adapters=[name])

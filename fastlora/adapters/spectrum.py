@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers.adapted import scaling_of
+from ..layers.modules import called
 from ..model.files import check_folder, write_whole
 from ..projection import Adapter
 from ..report import columns
@@ -117,8 +118,13 @@ def cut(
     (experts, r, p), q = lora_a.shape, lora_b.shape[1]
     left, upper = torch.linalg.qr(lora_b)
     right, lower = torch.linalg.qr(lora_a.mT)
-    inner, values, outer = torch.linalg.svd(before * (upper @ lower.mT), full_matrices=False)
-    noise = max(p, q) * torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+    product = before * (upper @ lower.mT)
+    if not product.isfinite().all():
+        raise ValueError(f"{called(name)} has a product that is too large for float64")
+    inner, values, outer = torch.linalg.svd(product, full_matrices=False)
+    # Of the ranks' own sizes: those of a sum may cancel.
+    size = abs(before) * (upper.norm(dim=-2) * lower.norm(dim=-2)).sum(-1, keepdim=True)
+    noise = max(p, q) * torch.finfo(values.dtype).eps * size
     values = values.where(values > noise, 0.0)  # what rounding makes of zeros
     if energy is not None:
         squares = values.square().sum(0)  # one rank for all experts

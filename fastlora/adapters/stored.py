@@ -56,12 +56,18 @@ class Stored(NamedTuple):
         return files.read_tensors(self.path / WEIGHTS, self.others)
 
 
-def flat(adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """PEFT's lora_A [E · r, p] and lora_B [q, r · E] of a stack [E, r, p] and [E, q, r]."""
+def flat(name: str, adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """PEFT's lora_A [E · r, p] and lora_B [q, r · E] of a stack [E, r, p] and [E, q, r].
+
+    ValueError for numbers that the dtype can't hold.
+    """
     lora_a, lora_b, _ = adapter
     lora_A = lora_a.reshape(-1, lora_a.shape[2])
     lora_B = lora_b.permute(1, 2, 0).reshape(lora_b.shape[1], -1)
-    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
+    found = lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
+    if not all(each.isfinite().all() for each in found):
+        raise ValueError(f"{called(name)} would have numbers that are too large for {dtype}")
+    return found
 
 
 def open_adapter(folder: str | os.PathLike) -> Stored:

@@ -1,6 +1,7 @@
 """combine_adapters: the weighted sum of PEFT's own changes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,6 +93,21 @@ def test_what_trained_in_full_must_be_the_same(tmp_path):
     assert all(found[key].equal(value) for key, value in one.items())
 
 
+def test_a_list_in_another_order_is_the_same(tmp_path):
+    settings = {"target_modules": ["up"], "modules_to_save": ["head", "down"]}
+    folder = by_peft(tmp_path / "a", Mlp(), **settings)
+    shutil.copytree(folder, tmp_path / "b")
+    change_config(tmp_path / "b", modules_to_save=["down", "head"])
+    fastlora.combine_adapters([folder, tmp_path / "b"], [1, 1], tmp_path / "sum")
+    assert load_file(tmp_path / "sum" / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
+
+
+def test_what_cancels_is_nothing(folders, tmp_path):
+    report = fastlora.combine_adapters([folders[0]] * 2, [1, -1], tmp_path / "sum", rank=4)
+    assert report.effective_rank == report.loss == 0.0
+    assert not changes(tmp_path / "sum")
+
+
 def unlike_base(folders):
     for folder, name in zip(folders, ("gpt2", "opt", None), strict=True):
         change_config(folder, base_model_name_or_path=name)
@@ -110,6 +126,7 @@ BAD = {
     "dora": (lambda f: change_config(f[1], use_dora=True), {}, "use_dora=True"),
     "weights": (None, {"weights": [1]}, "one of a weight for each"),
     "nan": (None, {"weights": [1, float("nan"), 1]}, "weights has nan"),
+    "large": (None, {"weights": [1, 1e300, 1]}, "would have numbers that are too large for torch"),
     "none": (None, {"folders": [], "weights": []}, "must be a list of adapters' folders"),
     "rank": (None, {"rank": 0}, "r is 0"),
 }

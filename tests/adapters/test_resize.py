@@ -171,6 +171,15 @@ def test_a_model_in_memory(kind, tmp_path):
             fastlora.resize_adapter(model, adapter_name="third")
 
 
+def test_a_model_whose_save_pretrained_is_not_peft_s():
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4))
+    inside = model.get_base_model()
+    inside.peft_config = model.peft_config  # as transformers' add_adapter leaves it
+    for other in (inside, model.base_model):
+        with pytest.raises(ValueError, match="must be a PeftModel: save the adapter"):
+            fastlora.resize_adapter(other)
+
+
 def test_the_report_is_a_table_and_a_picture(folder, tmp_path):
     report = fastlora.resize_adapter(folder, rank=3)
     titles, first, *_, last = str(report).splitlines()
@@ -213,6 +222,10 @@ BROKEN = {
     "unlike": (
         lambda f: change_tensors(f, lambda t: t.update({B: torch.ones(64, 7)})),
         r"lora_A \(6, 64\) and lora_B \(64, 7\) of model.layers.0.self_attn.q_proj",
+    ),
+    "large": (
+        lambda f: change_tensors(f, lambda t: t.update({A: t[A].double() * 1e308})),
+        "q_proj has a product that is too large for float64",
     ),
     "empty": (lambda f: change_tensors(f, dict.clear), "lacks, or has too many, none"),
 }  # fmt: skip
