@@ -123,8 +123,10 @@ def _config_of(model_config: Any) -> Mapping[str, Any]:
             f"the model's type is {shown(kind)}, and fastlora exports adapters of "
             f"{', '.join(_NAMES)}"
         )
-    for field in ("num_hidden_layers", "num_attention_heads"):
-        if type(config.get(field)) is not int or config[field] < 1:
+    heads = config.get("num_attention_heads")
+    config |= {"num_key_value_heads": config.get("num_key_value_heads") or heads}
+    for field in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if type(config.get(field)) is not int or not 0 < config[field] < 10_000:
             raise ValueError(f"the model's config has {field} {shown(config.get(field))}")
     return config
 
@@ -137,9 +139,7 @@ def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Te
         gate, up = lora_b[:, :half:step], lora_b[:, half or 1 :: step]
         return {f"{module}.gate_proj": gate, f"{module}.up_proj": up}
     if kind in _INTERLEAVED and last in ("q_proj", "k_proj"):
-        heads = config["num_attention_heads"]
-        if last == "k_proj":
-            heads = config.get("num_key_value_heads") or heads
+        heads = config["num_attention_heads" if last == "q_proj" else "num_key_value_heads"]
         if lora_b.shape[1] % (2 * heads):
             raise ValueError(f"{name} has {lora_b.shape[1]} features, which are no {heads} heads")
         lora_b = lora_b.unflatten(1, (heads, 2, -1)).transpose(2, 3).flatten(1, 3)

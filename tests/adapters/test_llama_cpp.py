@@ -135,6 +135,8 @@ BAD = {
     "type": ({}, None, {"model_type": "bert"}, "type is 'bert', and fastlora exports"),
     "layers": ({}, None, {"num_hidden_layers": 1}, "no weight of its own for model.layers.1"),
     "heads": ({"target_modules": ["q_proj"]}, None, {"num_attention_heads": 3}, "are no 3 heads"),
+    "key-heads": ({}, None, {"num_key_value_heads": "2"}, "config has num_key_value_heads '2'"),
+    "many": ({}, None, {"num_hidden_layers": 10**7}, "config has num_hidden_layers 10000000"),
     "large": ({"lora_alpha": 8, "alpha_pattern": {"v_proj": 1e9}}, None, {}, "too large for f16"),
 }
 
