@@ -46,7 +46,7 @@ def export_gguf(
     Raises what :func:`fastlora.resize_adapter` raises for a folder, ImportError without the gguf
     package, and ValueError for what llama.cpp can't hold, by name: DoRA, trained biases,
     modules_to_save, embeddings, a tied head; for models that it, or fastlora, knows no names of;
-    and for numbers that the dtype can't hold.  The file is written whole or not at all.
+    and for numbers that the dtype can't hold.  The file is written whole or not at all, and over no model's.
     """
     try:
         import gguf
@@ -118,7 +118,7 @@ def _config_of(model_config: Any) -> Mapping[str, Any]:
             "folder that has config.json"
         )
     kind = config.get("model_type") if isinstance(config, Mapping) else None
-    if kind not in _NAMES:
+    if str(kind) not in _NAMES:
         raise ValueError(
             f"the model's type is {shown(kind)}, and fastlora exports adapters of "
             f"{', '.join(_NAMES)}"

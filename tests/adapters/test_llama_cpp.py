@@ -133,6 +133,7 @@ BAD = {
     "embeddings": ({"target_modules": ["embed_tokens"]}, None, {}, "nor adapters of embeddings"),
     "tied": ({"target_modules": ["lm_head"]}, None, {"tie_word_embeddings": True}, "for lm_head"),
     "type": ({}, None, {"model_type": "bert"}, "type is 'bert', and fastlora exports"),
+    "types": ({}, None, {"model_type": ["llama"]}, r"type is \['llama'\], and fastlora exports"),
     "layers": ({}, None, {"num_hidden_layers": 1}, "no weight of its own for model.layers.1"),
     "heads": ({"target_modules": ["q_proj"]}, None, {"num_attention_heads": 3}, "are no 3 heads"),
     "key-heads": ({}, None, {"num_key_value_heads": "2"}, "config has num_key_value_heads '2'"),
