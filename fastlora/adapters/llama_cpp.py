@@ -46,7 +46,8 @@ def export_gguf(
     Raises what :func:`fastlora.resize_adapter` raises for a folder, ImportError without the gguf
     package, and ValueError for what llama.cpp can't hold, by name: DoRA, trained biases,
     modules_to_save, embeddings, a tied head; for models that it, or fastlora, knows no names of;
-    and for numbers that the dtype can't hold.  The file is written whole or not at all, and over no model's.
+    and for numbers that the dtype can't hold.  The file is written whole or not at all, and over no
+    model's.
     """
     try:
         import gguf
