@@ -6,7 +6,6 @@ Calls inside torch.compile are not counted: a counter would change what is compi
 import functools
 from collections import Counter
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ def optimize_and_count() -> Counter:
     from peft.tuners import lora
 
     from fastlora.ops import way
+    from fastlora.peft.layer import PackedLinear
 
     way.MOST_ROWS = 0  # tiny models have few rows, which are PEFT's own in training
     counter: Counter = Counter()
@@ -31,7 +31,7 @@ def optimize_and_count() -> Counter:
             "fastlora.optimize left a plain lora.Linear as it was: is the installed PEFT one that "
             "it supports? (make peft-suite runs with the packages of .venv)"
         )
-    fast = (fast_class, *packed_classes())
+    fast = fast_class, PackedLinear
     for layer_class in classes_with_forward(lora.LoraLayer):
         count(layer_class, lambda layer, arguments: own_call(counter, fast, layer, arguments))
     for fast_class in fast:
@@ -54,15 +54,6 @@ def optimized_layer() -> nn.Module:
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
     fastlora.optimize(model)
     return model[0]
-
-
-def packed_classes() -> list[type]:
-    """The fast classes of layers over packed weights, where PEFT has such layers here."""
-    from fastlora.peft import layer
-
-    names = ["GPTQLoraLinear", "TorchaoLoraLinear"]
-    names += ["Linear4bit", "Linear8bitLt"] if find_spec("bitsandbytes") else []
-    return [getattr(layer, name) for name in names]
 
 
 def optimize_after_injection() -> None:
