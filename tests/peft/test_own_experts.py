@@ -122,6 +122,11 @@ def test_a_replaced_gate_of_the_class(monkeypatch):
     assert_peft_s(layer_of(implementation="batched_mm"), UNKNOWN)
 
 
+def test_a_gate_of_transformers_that_its_forward_does_not_call(monkeypatch):
+    monkeypatch.setattr(Ignored._apply_gate, "__module__", "transformers.models.some")
+    assert_peft_s(layer_of(Ignored), UNKNOWN)
+
+
 @pytest.mark.parametrize("act", [nn.RReLU(), nn.PReLU().double()])
 def test_another_activation(act):
     model = layer_of()
