@@ -68,8 +68,8 @@ class PackedExperts(nn.Module):
     def forward(self, *args: Any, **named: Any) -> Tensor:
         experts = self.read()
         reason = experts.reason
-        if args and isinstance(args[0], Tensor) and why_textbook(args[0]):
-            reason = reason or "a transform, tracing or forward-mode differentiation is active"
+        if args and isinstance(args[0], Tensor):
+            reason = reason or why_textbook(args[0])
         if not (reason or named):
             up, down = (self._output(name, experts) for name in experts.names)
             if takes(args, (up, down)):
@@ -100,6 +100,8 @@ class PackedExperts(nn.Module):
 
     def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
         """The class's forward with the sums in place of the weights, and dense packed ones."""
+        if gguf.is_experts(self.plain_class):  # whose own is a GPU's kernel for blocks
+            raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
         adapted, packed = self.adaptations.keys() - self._bases.keys(), set(packed_names(self))
         if self.lora_dropout and self.training and adapted:
             raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
@@ -113,8 +115,6 @@ class PackedExperts(nn.Module):
         weights = {name: self.sum_of(name, dtype) for name in adapted}
         weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}
         forward: Any = self.plain_class.forward
-        if gguf.is_experts(self.plain_class):  # whose own is a GPU's kernel for blocks
-            raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
         while any(n.endswith(SCALE) for n in self._parameters) and hasattr(forward, "__wrapped__"):
             forward = forward.__wrapped__  # FP8Experts', where weights may be dense
         return run_with(self, weights, partial(forward, self), args, named)

@@ -249,6 +249,12 @@ def test_what_is_no_node_has_dense_weights_for_that_call(case):
         experts.train()(**named)
 
 
+def test_what_is_no_node_is_refused_over_blocks_of_gguf():
+    experts, index = experts_of(adapted(gguf_model(), "qwen3")), torch.randint(0, 4, (7, 2))
+    with pytest.raises(RuntimeError, match="GGUF's experts can't be made: a transform of torch"):
+        torch.func.grad(lambda x: experts(x, index, torch.rand(7, 2)).sum())(torch.randn(7, 32))
+
+
 @pytest.mark.parametrize("adapts", [True, False])
 def test_offloaded_packed_weights_are_missed_at_once(adapts):
     model = packed_model("gpt-oss", "mxfp4")
