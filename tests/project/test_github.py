@@ -1,0 +1,81 @@
+"""What GitHub reads: issue forms by its rules, whose commands and names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fastlora
+from fastlora.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+GITHUB = ROOT / ".github"
+FORMS = sorted(path for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
+# Of each type of field: the attributes that GitHub takes; the first one must be there.
+ATTRIBUTES = {
+    "markdown": ["value"],
+    "input": ["label", "description", "placeholder", "value"],
+    "textarea": ["label", "description", "placeholder", "value", "render"],
+    "dropdown": ["label", "description", "options", "multiple", "default"],
+}
+
+
+def read(path: Path) -> dict:
+    yaml = pytest.importorskip("yaml", reason="the forms are YAML")
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_a_form_keeps_to_github_s_rules_and_every_field_is_required(path):
+    form = read(path)
+    assert (
+        {"name", "description", "body"}
+        <= form.keys()
+        <= {"name", "description", "body"} | {"labels"}
+    )
+    assert all(isinstance(form[name], str) for name in ("name", "description"))
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    for field in form["body"]:
+        known, given = ATTRIBUTES[field["type"]], field["attributes"]
+        assert known[0] in given
+        assert given.keys() <= set(known)
+        texts = [given[name] for name in given if name != "options"]
+        assert all(isinstance(text, str) and text.strip() for text in texts)
+    for field in fields:
+        assert field.keys() == {"type", "id", "attributes", "validations"}
+        assert re.fullmatch(r"[\w-]+", field["id"])
+        assert field["validations"] == {"required": True}
+        options = field["attributes"].get("options", [])
+        assert all(isinstance(option, str) for option in options)  # Yes and No alone are Booleans
+        assert len(set(options)) == len(options) != 1
+    for of in (lambda field: field["id"], lambda field: field["attributes"]["label"]):
+        assert len({of(field) for field in fields}) == len(fields) > 0
+
+
+def test_questions_need_no_form():
+    assert len(FORMS) == len({read(path)["name"] for path in FORMS}) >= 4
+    assert read(GITHUB / "ISSUE_TEMPLATE" / "config.yml") == {"blank_issues_enabled": True}
+
+
+def test_what_the_forms_ask_for_exists(capsys):
+    texts = "\n".join(path.read_text() for path in GITHUB.rglob("*TEMPLATE*/*.yml"))
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"python -m fastlora (\w+)", texts)
+    assert set(commands) == {"doctor"}
+    assert "doctor" in capsys.readouterr().out
+    names = set(re.findall(r"fastlora\.(\w+)", texts))
+    assert {"check", "coverage", "optimize"} <= names <= set(fastlora.__all__)
+    for file in re.findall(r"python ((?:\w+/)+\w+\.py)", texts):
+        assert (ROOT / file).exists()
+    sources = "\n".join(path.read_text() for path in (ROOT / "fastlora").rglob("*.py"))
+    for variable in set(re.findall(r"FASTLORA_\w+", texts)):
+        assert f'"{variable}"' in sources
+
+
+def test_the_pull_request_s_targets_exist():
+    text = (GITHUB / "PULL_REQUEST_TEMPLATE.md").read_text()
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    named = set(re.findall(r"`make ([a-z-]+)`", text))
+    assert named <= set(targets)
+    assert named
