@@ -17,7 +17,11 @@ from .doctor.launches import NAMES, Asked
 
 
 class _Parser(ArgumentParser):
-    """Whose errors are one line."""
+    """Whose errors are one line, and to whom -1e-3 is a number, as from Python 3.14 on."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")

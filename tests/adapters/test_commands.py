@@ -17,10 +17,12 @@ def test_commands_are_the_functions(tmp_path, capsys, monkeypatch):
         assert main(name.split()) == 0
     reports = fastlora.resize_adapter(folder, rank=2), fastlora.resize_adapter(folder)
     assert capsys.readouterr().out == "".join(f"{report}\n" for report in reports)
-    assert (
-        main(["combine", "a", "b", "--weights", "1", "-0.5", "--output", "c", "--rank", "3"]) == 0
-    )
-    sizes = {tuple(tensor.shape) for tensor in load_file(tmp_path / "c" / WEIGHTS).values()}
+    for weight in ("-0.5", "-5e-1"):
+        sides = ["a", "b", "--weights", "1", weight]
+        assert main(["combine", *sides, "--output", f"c{weight}", "--rank", "3"]) == 0
+    found, same = (load_file(tmp_path / name / WEIGHTS) for name in ("c-0.5", "c-5e-1"))
+    assert all(same[key].equal(tensor) for key, tensor in found.items())
+    sizes = {tuple(tensor.shape) for tensor in found.values()}
     assert sizes == {(3, 64), (32, 3)}
     with pytest.raises(SystemExit) as stop:
         main(["resize", "none"])
