@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,9 +113,15 @@ def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any
         weights = {name for name in experts if any(one.names_weight_of(name) for one in configs)}
         stacks = {name for name in experts if experts[name]}
         found |= dict.fromkeys(_CHOICES)
-        found["target_modules"] = sorted(experts.keys() - weights - stacks)
+        found["target_modules"] = _naming(sorted(experts.keys() - weights - stacks))
         found["target_parameters"] = sorted([*map(weight_of, weights), *stacks]) or None
     return found
+
+
+def _naming(names: list[str]) -> list[str] | str:
+    """Targets that are these alone: in a list, a name that ends another's means others as well."""
+    ends = {name.split(".", dots + 1)[-1] for name in names for dots in range(name.count("."))}
+    return names if ends.isdisjoint(names) else "|".join(map(re.escape, names))
 
 
 def _others(adapters: list[Stored]) -> dict[str, Tensor]:

@@ -102,6 +102,27 @@ def test_a_list_in_another_order_is_the_same(tmp_path):
     assert load_file(tmp_path / "sum" / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
 
 
+def test_a_name_that_ends_others_is_its_own(tmp_path):
+    """A list with q means layers.1.q, too, which neither has."""
+
+    def base():
+        torch.manual_seed(3)
+        layers = [torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8)}) for _ in range(2)]
+        model = torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8)})
+        return model.update({"layers": torch.nn.ModuleList(layers)}) or model
+
+    folders = [
+        by_peft(tmp_path / "a", base(), target_modules="q", r=2),
+        by_peft(tmp_path / "b", base(), target_modules=["layers.0.q"], r=3),
+    ]
+    fastlora.combine_adapters(folders, [1, 2], tmp_path / "sum")
+    wanted, found = summed(folders, [1, 2], base), changes(tmp_path / "sum", base)
+    assert found.keys() == wanted.keys() == {"q.weight", "layers.0.q.weight"}
+    assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
+    own = fastlora.load_adapter(base(), tmp_path / "sum")
+    assert len(fastlora.coverage(own).layers) == 2
+
+
 def test_what_cancels_is_nothing(folders, tmp_path):
     report = fastlora.combine_adapters([folders[0]] * 2, [1, -1], tmp_path / "sum", rank=4)
     assert report.effective_rank == report.loss == 0.0
