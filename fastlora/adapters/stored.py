@@ -81,10 +81,9 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     settings, header = files.read_json(path / CONFIG), files.read_header(path / WEIGHTS)
     config = from_peft(settings, str(path / CONFIG))
     inside = [key for key in header if "lora_" in key]
-    tail = re.compile(r"(\.base_layer)*(^|\.)lora_.*")
     experts: set[str] = set()
     names: list[str] = []
-    for module in dict.fromkeys(tail.sub("", name_of(key)) for key in inside):
+    for module in dict.fromkeys(map(_module_of, inside)):
         weights = _weights_in(module, config)
         experts.update(weights)
         names += weights or [module]
@@ -112,7 +111,15 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
         if dtype == other and dtype.itemsize > 1:
             wide = dtype
         layers[name] = Layer(keys, name in experts, a[0] // r, scale, wide)
-    return Stored(path, settings, config, layers, [key for key in header if key not in inside])
+    return Stored(path, settings, config, layers, [key for key in header if "lora_" not in key])
+
+
+def _module_of(key: str) -> str:
+    """The name of the module that the key's adapter belongs to."""
+    parts = re.split(r"(?:^|\.)lora_", name_of(key), maxsplit=1)[0].split(".")
+    while len(parts) > 1 and parts[-1] == "base_layer":
+        parts.pop()
+    return ".".join(parts)
 
 
 def _weights_in(module: str, config: LoRAConfig) -> list[str]:

@@ -46,7 +46,8 @@ def inside_of(model: nn.Module, *kinds: tuple[str, str]) -> set[nn.Module]:
 def some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are, for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "none"
+    few = (name if len(name) < 200 else f"{name[:200]}…" for name in names[:3])
+    return ", ".join(few) + more if names else "none"
 
 
 def called(name: str) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 from ..projection import check_settings, shown
@@ -113,6 +114,7 @@ class LoRAConfig:
         for pattern, value in patterns.items():
             try:
                 _compile(pattern)
+                _at_end(pattern)
                 check_value(value)
             except ValueError as error:
                 raise ValueError(
@@ -200,7 +202,9 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:
     """The value of the first pattern that matches the end of the name at a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return next((value for one, value in patterns.items() if _at_end(one).match(name)), default)
+
+
+@cache  # of re's own, which has 512 places, each look would empty some
+def _at_end(pattern: str) -> re.Pattern[str]:
+    return _compile(rf"(.*\.)?({pattern})$")
