@@ -79,3 +79,19 @@ def test_the_pull_request_s_targets_exist():
     named = set(re.findall(r"`make ([a-z-]+)`", text))
     assert named <= set(targets)
     assert named
+
+
+def test_the_citation_is_of_this_version():
+    """Its date is that of CHANGELOG.md's heading, once that has one."""
+    citation = read(ROOT / "CITATION.cff")
+    required = {"cff-version", "message", "title", "authors"}
+    known = required | {"abstract", "type", "license", "version", "date-released", "keywords"}
+    assert required <= citation.keys() <= known
+    assert citation["version"] == fastlora.__version__
+    text, number = (ROOT / "CHANGELOG.md").read_text(), re.escape(fastlora.__version__)
+    heading = re.search(rf"^## \[?{number}\]?(?:\W+(\d{{4}}-\d\d-\d\d))?$", text, re.M)
+    assert heading
+    assert citation.get("date-released") == heading[1]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'license = "{citation["license"]}"' in project
+    assert all(f'"{word}"' in project for word in citation["keywords"])
