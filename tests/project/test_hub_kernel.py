@@ -1,0 +1,81 @@
+"""tools/hub_kernel.py: a package that Hugging Face's ``kernels`` loads, and its card's example."""
+
+import base64
+import hashlib
+import json
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import hub_kernel
+import pytest
+import torch
+from device import DEVICE
+from process import run_python
+
+EXAMPLE = re.findall(r"^```python\n(.*?)^```", hub_kernel._CARD, re.M | re.S)[-1]
+LOADED = """
+import sys, torch
+from pathlib import Path
+from kernels import get_local_kernel
+from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+folder = Path(sys.argv[1])
+print([str(each) for each in Build.open(folder).general.backends])
+for build in (folder / "build").iterdir():
+    stated = Metadata.read_from_file(build / "metadata.json").digest
+    stated.validate(Digest.hash_variant(DigestAlgorithm.SHA256, build))
+k = get_local_kernel(folder / "build" / "torch-cuda")
+device = "cuda" if torch.cuda.is_available() else "cpu"
+x, lora_a = torch.randn(34, 40, device=device), torch.randn(8, 40, device=device)
+(h,) = k.project(x, [lora_a.T], [2.0], precision="ieee")
+torch.testing.assert_close(h, 2 * x @ lora_a.T)
+print(k.project.__module__)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    hub_kernel.write(tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
+    files = {path.name: path.read_bytes() for path in hub_kernel.KERNELS.glob("*.py")}
+    places = [folder / "torch-ext" / "fastlora_kernels", *(folder / "build").iterdir()]
+    assert {place.name for place in places} == {"fastlora_kernels", "torch-cuda", "torch-rocm"}
+    for place in places:
+        assert {path.name: path.read_bytes() for path in place.glob("*.py")} == files
+    for build in places[1:]:
+        metadata = json.loads((build / "metadata.json").read_text())
+        assert metadata["id"].isidentifier()
+        assert build.name == f"torch-{metadata['backend']['type']}"
+        digests = {name: hashlib.sha256(text).digest() for name, text in files.items()}
+        listed = metadata["digest"]["files"]
+        assert {name: base64.b64decode(text) for name, text in listed.items()} == digests
+    with pytest.raises(FileExistsError):
+        hub_kernel.write(folder)
+
+
+def test_the_card_s_example_is_the_formula():
+    import fastlora.kernels
+
+    shapes = {"x": (34, 40), "weight": (48, 40), "lora_a": (8, 40), "lora_b": (48, 8)}
+    tensors = {name: torch.randn(shape, device=DEVICE) for name, shape in shapes.items()}
+    dy, scale = torch.randn(34, 48, device=DEVICE), 2.0
+    scope = {"torch": torch, "k": fastlora.kernels, "dy": dy, "scale": scale, **tensors}
+    exec(EXAMPLE, scope)
+    x, weight, a, b = (tensor.double().requires_grad_() for tensor in tensors.values())
+    y = x @ weight.T + scale * x @ a.T @ b.T
+    wanted = [y, *torch.autograd.grad(y, (x, a, b), dy.double())]
+    for name, want in zip(("y", "dx", "dA", "dB"), wanted, strict=True):
+        torch.testing.assert_close(scope[name].double(), want.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_hugging_face_s_kernels_loads_it(folder, tmp_path):
+    try:
+        version("kernels")
+    except PackageNotFoundError:
+        pytest.skip("needs Hugging Face's kernels")
+    backends, module = run_python("-c", LOADED, str(folder), cwd=tmp_path).splitlines()[-2:]
+    assert backends == "['cuda', 'rocm']"
+    assert module.startswith("_fastlora_kernels_cuda_")
