@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test peft-suite bench compile-report matrix-triton machine lint clean
+.PHONY: help demo sweep test peft-suite bench compile-report matrix-triton machine docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ matrix-triton: .venv/test ## Try the kernels under every Triton that people have
 
 machine: .venv/test ## Run the kernels as compiled for sm_80 and sm_90 on the CPU, and look for races (ARGS="--quick …")
 	.venv/bin/python -m tools.machine $(ARGS)
+
+docs: .venv/docs ## Build the documentation site into out/site, and check its links (ARGS=serve: at localhost)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs $(or $(ARGS),build --strict)
 
 lint: .venv/dev ## Check format, style and types
 	.venv/bin/ruff format --check .

@@ -1,6 +1,6 @@
 """Bytes that a forward and a backward of a layer move: fastlora and its peers, without a GPU.
 
-``python benchmarks/counted_bytes.py`` prints the table of docs/kernels.md.  Each kernel reads or
+``python benchmarks/counted_bytes.py`` prints the table of README.md.  Each kernel reads or
 writes a matrix once, as if the caches held a tile until its last use and nothing from one kernel to
 the next.  A real kernel moves more: what a GPU does has to be measured there.
 

@@ -1,7 +1,7 @@
 """Who multiplies by the base weight: a fused Triton kernel, or torch on top of the adapter's part.
 
 A row of a table decides: the nearest one of the target.  No GPU has measured these kernels yet.
-For sm_90 in 16 bits a model of time has set the rows (docs/kernels.md).  Elsewhere they choose
+For sm_90 in 16 bits a model of time has set the rows (docs/gpu.md).  Elsewhere they choose
 torch's product (cuBLAS, hipBLASLt), whose speed is known, and leave to Triton what torch has no
 kernel for: thin products, dropout masks, sums of low-rank terms.
 """

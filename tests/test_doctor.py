@@ -112,7 +112,7 @@ def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
         "x [4096, 2048], weight [1024, 2048], r 8, bfloat16, dropout 0.1, on sm_90"
     )
     assert found["backend"] == "triton, the default there"
-    assert found["plan"] == f"{word} forward, {word} dx (docs/kernels.md)"
+    assert found["plan"] == f"{word} forward, {word} dx (docs/gpu.md)"
     assert found["forward 1"].startswith("project: grid ")
     assert ", 16.0 MiB in, " in found["forward 1"]  # x and lora_a
     launched = {

@@ -64,7 +64,7 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
     ways = {"forward": forward, "backward": noted.steps}
     # The weight is frozen: a product of torch's is with it.
     words = ["in place" if "torch." in "".join(steps) else "fused" for steps in ways.values()]
-    found["plan"] = "{} forward, {} dx (docs/kernels.md)".format(*words)
+    found["plan"] = "{} forward, {} dx (docs/gpu.md)".format(*words)
     for title, steps in ways.items():
         found |= {f"{title} {i}": step for i, step in enumerate(steps, 1)}
     return found

@@ -72,7 +72,7 @@ def apply_lora(
     ``config.modules_to_save`` name, require gradients afterwards.  Adapters of a float16 or
     bfloat16 layer are float32, as PEFT makes them; ``autocast_adapter_dtype=False`` keeps the
     layer's dtype.  An experts module whose weights are in ``config.target_parameters`` becomes a
-    :class:`LoRAExperts` in the same way (docs/blocks.md).
+    :class:`LoRAExperts` in the same way (docs/experts.md).
 
     On a CPU that multiplies 16 bits slowly, every other frozen ``torch.nn.Linear`` of 16 bits (the
     head …) becomes fast as well, with nothing else changed; ``frozen=False`` leaves them alone.

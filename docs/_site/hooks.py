@@ -1,0 +1,135 @@
+"""What the site needs beyond Markdown: pages of files outside docs/, links to code, a link check.
+
+docs/*.md are written for GitHub, where ``../README.md`` is a link; here each such link leads to
+the page that the file has become, or to the repository, if ``FASTLORA_REPOSITORY`` has its address.
+"""
+
+import os
+import posixpath
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import griffe
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[2]
+REPOSITORY = os.getenv("FASTLORA_REPOSITORY", "").rstrip("/")
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "benchmarks.md",
+}
+_CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
+_LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
+
+
+def relink(text: str, folder: str) -> str:
+    """A file's Markdown with its links, relative to ``folder``, as those of a page in docs/."""
+
+    def link(found: re.Match) -> str:
+        path, hash_, anchor = found[3].partition("#")
+        if not path or urlsplit(path).scheme:
+            return found[0]
+        path = posixpath.normpath(posixpath.join(folder, path))
+        if path in PAGES:
+            path = PAGES[path]
+        elif path.startswith("docs/"):
+            path = path.removeprefix("docs/")
+        elif REPOSITORY:
+            path = f"{REPOSITORY}/blob/main/{path}"
+        else:
+            return found[2]
+        return f"{found[1]}[{found[2]}]({path}{hash_}{anchor})"
+
+    # A link's text may be code, so code in backticks is put aside and comes back.
+    aside: list[str] = []
+    text = _CODE.sub(lambda code: f"\0{aside.append(code[0]) or len(aside) - 1}\0", text)
+    return re.sub("\0(\\d+)\0", lambda mark: aside[int(mark[1])], _LINK.sub(link, text))
+
+
+def part_of_readme(found: re.Match) -> str:
+    """``<!-- README.md -->``: what is above its first section; or ``<!-- README.md: A, B -->``."""
+    top, *sections = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
+    if not found[1]:
+        return relink(top.partition("\n")[2].strip(), "")
+    by_name = {section[3:].partition("\n")[0]: section for section in sections}
+    return relink("".join(by_name[name] for name in found[1].split(", ")).strip(), "")
+
+
+def on_files(files, config):
+    for path, page in PAGES.items():
+        if page != "index.md":
+            text = relink((ROOT / path).read_text(), posixpath.dirname(path))
+            files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    if page.file.generated_by:
+        return markdown
+    text = relink(markdown, "docs")
+    return re.sub(r"<!-- README\.md(?:: ([^>]*))? -->", part_of_readme, text)
+
+
+class Roles(griffe.Extension):
+    """Docstrings name others as ``:func:`fastlora.optimize```, and pages as ``docs/peft.md``."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring:
+            text = re.sub(r":\w+:`~?([\w.]+)`", _reference(obj), obj.docstring.value)
+            obj.docstring.value = re.sub(r"\bdocs/((\w+)\.md)", r"[\2](\1)", text)
+
+
+def _reference(obj):
+    def reference(found: re.Match) -> str:
+        name = found[1].removeprefix("fastlora.")
+        public = name in obj.package.members
+        return f"[`fastlora.{name}`][fastlora.{name}]" if public else f"`{name}`"
+
+    return reference
+
+
+class _Page(HTMLParser):
+    """The links of a built page, its anchors, and what it loads by itself."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.loaded: list[str] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.anchors |= {found[name] for name in ("id", "name") if found.get(name)}
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        elif tag != "a":
+            self.loaded += [found[name] for name in ("href", "src") if found.get(name)]
+
+
+def on_post_build(config):
+    """Every link of the built pages leads somewhere, and nothing is loaded from another host."""
+    site = Path(config.site_dir)
+    pages = {path: _Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    faults = []
+    for path, page in pages.items():
+        for target in [*page.links, *page.loaded]:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                if target in page.loaded and parts.scheme != "data":
+                    faults.append(f"{path.name} loads {target}")
+                continue
+            file = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            file = file / "index.html" if file.is_dir() else file
+            anchor = unquote(parts.fragment)
+            if not file.exists() or (
+                anchor and file in pages and anchor not in pages[file].anchors
+            ):
+                faults.append(f"{path.name}: {target}")
+    if faults:
+        raise PluginError("links that lead nowhere:\n  " + "\n  ".join(sorted(set(faults))))

@@ -1,0 +1,169 @@
+"""What README and docs/ tell people to type: every block of code runs, every command is one."""
+
+import contextlib
+import inspect
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_llama
+from moe_models import base_model
+from pages import DOCS, PAGES, README, ROOT, blocks_of, code_of, name_of
+
+import fastlora
+from fastlora.__main__ import main
+
+# Pages of users begin alike: for whom, the code, what it gains, what it costs.
+USERS = ("peft", "trainer", "model", "experts", "quantised", "adapters", "rank", "cpu", "gpu")
+NOT_RUN = "# Not run by the tests: "  # and why, as the first line of a block
+WITH_CODE = [page for page in PAGES if blocks_of(page, "python")]
+
+
+def quantised_llama() -> torch.nn.Module:
+    pytest.importorskip("bitsandbytes", reason="a quantised base is made by it")
+    model = tiny_llama()
+    fastlora.pack(model, "nf4", modules=r"model\.layers.*_proj")
+    return model
+
+
+def mixture() -> torch.nn.Module:
+    return base_model("qwen3", moe_intermediate_size=32)  # a block of MXFP4
+
+
+MODELS = {"experts.md": mixture, "quantised.md": quantised_llama}
+
+
+def names_for(page: Path) -> dict:
+    """What a reader has at hand: a model, a batch, and the tensors of three layers."""
+    peft = pytest.importorskip("peft", reason="the first lines use it")
+    from transformers import TrainingArguments
+
+    load_model = MODELS.get(page.name, tiny_llama)
+    r, size = 4, 8
+    layers = [(torch.randn(n, size), torch.randn(r, size), torch.randn(n, r)) for n in (8, 6, 6)]
+    weight, lora_a, lora_b = layers[0]
+    ids = torch.randint(0, 100, (2, 6))
+    every_linear = peft.LoraConfig(target_modules="all-linear")
+    return {
+        "load_model": load_model,
+        "model": load_model(),
+        "peft_model": peft.get_peft_model(tiny_llama(), every_linear),
+        "batch": {"input_ids": ids, "labels": ids},
+        "linear": torch.nn.Linear(size, 6),
+        "arguments": TrainingArguments("run", max_steps=1, use_cpu=True, report_to="none"),
+        "rows": [{"input_ids": ids[0], "labels": ids[0]}],
+        "x": torch.randn(3, size),
+        **{"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": torch.randn(8)},
+        "layers": layers,
+    }
+
+
+def run(code: str, name: str, names: dict) -> None:
+    """A block, which prints the reports that it promises."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, name, "exec"), names)
+    for promised in re.findall(r"\d+ of \d+ layers fast \(backend torch\)", code):
+        assert promised in printed.getvalue()
+
+
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if p != README], ids=name_of)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = names_for(page)
+    for i, code in enumerate(blocks_of(page, "python")):
+        if not code.startswith(NOT_RUN):
+            run(code, f"{page.name}, block {i}", names)
+
+
+@pytest.mark.parametrize("i", range(len(blocks_of(README, "python"))))
+def test_a_block_of_the_readme_runs_by_itself(i, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, names = blocks_of(README, "python")[i], names_for(README)
+    if "AdapterTrainer" in code:  # from an earlier block
+        fastlora.apply_lora(names["model"], fastlora.LoRAConfig(target_modules="all-linear"))
+    run(code, f"README.md, block {i}", {"fastlora": fastlora} | names)
+
+
+def test_few_blocks_are_not_run():
+    blocks = [code for page in WITH_CODE for code in blocks_of(page, "python")]
+    assert len(blocks) >= 25
+    assert len([code for code in blocks if code.startswith(NOT_RUN)]) <= 2
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_a_page_of_users_begins_with_code_gain_and_cost(name):
+    """And its numbers in bold stand in a table, there or on a page that it links to."""
+    page = ROOT / f"docs/{name}.md"
+    head, below = page.read_text().split("\n## ", 1)
+    assert len(head.splitlines()) <= 35
+    assert head.index("```python") < head.index("\n* **Gain**") < head.index("\n* **Cost**")
+    linked = re.findall(r"\]\(([\w./]+\.md)", head)
+    texts = [below, *((page.parent / path).read_text() for path in linked)]
+    tables = "\n".join(line for text in texts for line in text.splitlines() if line[:1] == "|")
+    numbers = re.findall(r"\*\*([\d.]+)\*\*", head)
+    assert [number for number in numbers if not re.search(rf"\b{number}\b", tables)] == []
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    assert {page.name for page in DOCS} <= set(re.findall(r"\w+\.md", nav))
+    index = (ROOT / "docs/index.md").read_text()
+    assert {f"{name}.md" for name in (*USERS, "install")} <= set(re.findall(r"\w+\.md", index))
+
+
+def help_of(*command: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    return printed.getvalue()
+
+
+def options(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", text)) - {"--help"}
+
+
+COMMANDS = re.findall(r"^    (\w[\w-]*)", help_of(), re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_are_there_with_their_options(page):
+    for line in "\n".join(code_of(page)).splitlines():
+        if found := re.search(r"python -m fastlora(?: ([a-z][\w-]*))?(.*)", line):
+            assert found[1] in (None, *COMMANDS), line
+            assert options(found[2]) <= options(help_of(*filter(None, [found[1]]))), line
+        elif found := re.search(r"python (?:-m ([\w.]+)|([\w/]+\.py))([^#]*)", line):
+            if (found[1] or "").split(".")[0] in ("pip", "pytest"):
+                continue
+            path = ROOT / (found[2] or found[1].replace(".", "/"))
+            file = (
+                path
+                if found[2]
+                else next(iter([*path.glob("__main__.py"), path.with_suffix(".py")]))
+            )
+            assert file.exists(), line
+            missing = [o for o in options(found[3]) if f'"{o}"' not in file.read_text()]
+            assert missing == [], line
+
+
+REFERENCE = (ROOT / "docs/reference.md").read_text()
+
+
+def test_the_reference_has_every_public_name():
+    named = re.findall(r"^::: (\S+)$", REFERENCE, re.M)
+    public = {f"fastlora.{name}" for name in fastlora.__all__ if name != "__version__"}
+    assert sorted(named) == sorted({*public, "fastlora.trainer.AdapterTrainer"})
+    formulas = dict(inspect.getmembers(fastlora.reference, inspect.isfunction))
+    members = re.search(r"members: \[(.*?)\]", REFERENCE)[1].split(", ")
+    assert sorted(members) == sorted(formulas)
+
+
+def test_the_reference_has_every_command_option_and_setting():
+    for command in COMMANDS:
+        line = re.search(rf"^python -m fastlora {command}\b.*", REFERENCE, re.M)[0]
+        assert options(line) == options(help_of(command))
+    files = (ROOT / "fastlora").rglob("*.py")
+    read = {name for file in files for name in re.findall(r"FASTLORA_\w+", file.read_text())}
+    assert set(re.findall(r"FASTLORA_\w+", REFERENCE)) == read
