@@ -1,7 +1,6 @@
 """The contestants of layers: the frozen layer, fastlora's ways, PEFT's, and what else one can do.
 
-A maker builds a contestant on the tensors of a case, which all contestants share.  Only public
-names of fastlora are used, so that another commit's can take part (``compare.py``).
+A maker builds a contestant on the tensors of a case, which all contestants share.
 """
 
 import warnings

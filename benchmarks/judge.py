@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.backends.products import h_dtype
 
 from .cases import Case
 from .contestants import SCALE, Contestant, Maker, Tensors
@@ -24,13 +23,10 @@ _SEED = 1234
 
 
 class Judge:
-    """Judges the contestants of a case; each truth is computed once.
+    """Judges the contestants of a case; each truth is computed once."""
 
-    ``known_masks``: this commit's own fastlora takes part, whose dropout masks can be made again.
-    """
-
-    def __init__(self, case: Case, tensors: Tensors, known_masks: bool = True) -> None:
-        self.case, self.tensors, self.known_masks = case, tensors, known_masks
+    def __init__(self, case: Case, tensors: Tensors) -> None:
+        self.case, self.tensors = case, tensors
         self.shared_masks: Callable[[nn.Module], AbstractContextManager] = nullcontext
         if case.by_peft:  # PEFT's own dropout is made to drop what fastlora drops
             from fastlora.peft.masks import shared_masks
@@ -42,7 +38,7 @@ class Judge:
         """The worst of outputs and gradients; AssertionError beyond tolerance."""
         dropout = self.case.dropout
         contestant = make(self.case, self.tensors, dropout)
-        if not self.known_masks or (contestant.own_mask and not self.case.by_peft):
+        if contestant.own_mask and not self.case.by_peft:
             dropout = 0.0
             contestant = make(self.case, self.tensors, dropout)
         with contestant.chosen(), self.shared_masks(contestant.module):
@@ -163,30 +159,3 @@ def _plain(parameter: Tensor) -> list[Tensor]:
     if not hasattr(parameter, "__tensor_flatten__"):
         return [parameter]
     return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
-
-
-def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
-    """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed.
-
-    And the scales of a quantised base, which are no parameters.
-
-    Few rows on a CPU have x in the adapter's dtype beside, if that is another; with dropout they
-    have the mask and the dropped x in the seed's place.
-    """
-    M, K, n = case.M, case.K, len(case.outputs)
-    if case.has_no_node:
-        own, adapter = case.dtype.itemsize, case.adapter_dtype.itemsize
-        allowed = M * case.r * adapter
-        allowed += M * K * adapter if case.dropout or adapter != own else 0
-        allowed += M * K * own if case.dropout else 0
-    else:
-        allowed = n * M * case.r * h_dtype(case.dtype, tensors.x.device).itemsize
-        allowed += 8 * n if case.dropout else 0
-    if tensors.base is not None:
-        from fastlora.quant import quantised_weight
-
-        allowed += sum(
-            scales.nbytes for scales in quantised_weight(tensors.base).weight.tensors[1:]
-        )
-    if kept["added"] > allowed:
-        raise AssertionError(f"keeps {kept['added']} bytes beside x, but {allowed} are allowed")

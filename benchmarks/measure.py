@@ -16,7 +16,7 @@ import torch
 from .cases import Case
 from .clock import Clock, HostClock, clock_for, graph_of, peak_of, timed, wait_for
 from .contestants import Contestant, Maker, Tensors
-from .judge import Judge, check_kept, kept_for_backward
+from .judge import Judge, kept_for_backward
 from .lineup import make_tensors, makers_for
 from .tree import last_error
 
@@ -70,7 +70,7 @@ def measure(
 ) -> dict:  # fmt: skip
     """A row, of so many rounds or seconds of them.
 
-    A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
+    A contestant that is wrong or raises has no time; the reason is in ``failures``.
     """
     tensors, clock = make_tensors(case, device), clock_for(device)
     judge = Judge(case, tensors)
@@ -83,9 +83,7 @@ def measure(
                 worst = judge.error(name, make, backward=not case.decodes)
                 contestant = make(case, tensors, case.dropout)
                 if not case.decodes:
-                    known["saved"][name] = kept = kept_for_backward(contestant, tensors)
-                    if name == "fastlora" and not case.by_peft:
-                        check_kept(case, kept, tensors)
+                    known["saved"][name] = kept_for_backward(contestant, tensors)
                 step = step_of(case, contestant, tensors, clock)
                 step()
                 if case.has_peak:
@@ -103,29 +101,9 @@ def measure(
 
 
 def row_of(case: Case, summary: dict, **known: dict) -> dict:
-    """Plain data for JSON, with each target that was measured.
-
-    Without a summary nothing was timed, and ``failures`` say why.
-    """
+    """Plain data for JSON.  Without a summary nothing was timed, and ``failures`` say why."""
     row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
-    row |= {**summary, "targets": []}
-    for quantity, ratio, limit in case.targets if summary else ():
-        value = _value(row, quantity, ratio)
-        if value is not None:
-            target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
-            row["targets"].append(target | {"met": value <= limit})
-    return row
-
-
-def _value(row: dict, quantity: str, ratio: str) -> float | None:
-    """The median of a time's ratio, or a ratio of bytes, also to a MiB; None: not measured."""
-    if quantity in row["ratios"]:
-        return row["ratios"][quantity].get(ratio, [None] * 3)[1]
-    sizes = {"kept": {n: sum(each.values()) for n, each in row.get("saved", {}).items()}}
-    sizes |= {"peak": row.get("peak", {})}
-    sizes = {name: {**each, "MiB": 2**20} for name, each in sizes.items()}
-    above, below = (sizes.get(quantity, {}).get(name) for name in ratio.split("/"))
-    return digits(above / below) if above and below else None
+    return row | summary
 
 
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
@@ -150,12 +128,10 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
 
     # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
     calls: list[tuple[str, Clock, Callable[[], object], int]] = []
-    wall = HostClock(x.device)
-    own_time = case.calls_in_a_row > 1
-    if own_time:
-        own, count = HostClock(x.device, time.process_time), case.calls_in_a_row
+    wall, own = HostClock(x.device), HostClock(x.device, time.process_time)
+    if case.table == "few":
         named = {"forward": lambda: module(x), "inference": inference, "both": train}
-        calls += [(quantity, own, call, count) for quantity, call in named.items()]
+        calls += [(quantity, own, call, 5) for quantity, call in named.items()]
     elif case.decodes:
         with contestant.chosen():
             calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
@@ -166,7 +142,7 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     def step() -> dict[str, float]:
         seconds = {}
         with contestant.chosen():
-            if not case.decodes and not own_time:
+            if not case.decodes and case.table != "few":
                 clock.start()
                 start, middle, end = train(clock.mark)
                 seconds["forward"] = clock.seconds(start, middle)
@@ -194,7 +170,7 @@ def digits(value: float) -> float:
 def threads_for(case: Case) -> Iterator[None]:
     """One thread where CPU time is the caller's, or where others would only be waited for."""
     before = torch.get_num_threads()
-    if case.tiny or case.table == "host" or case.calls_in_a_row > 1:
+    if case.tiny or case.table in ("host", "few"):
         torch.set_num_threads(1)
     try:
         yield

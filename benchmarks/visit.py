@@ -21,9 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 if __name__ == "__main__":  # else whoever imports it has seen to that
-    from tree import import_from
+    from tree import import_from_here
 
-    import_from()
+    import_from_here()
 
 import torch
 
@@ -53,7 +53,7 @@ class Visit:
         device = torch.device("cpu" if options.dry else "cuda")
         self.machine = describe_machine(device) | ({"device": "dry"} if options.dry else {})
         self.rows: list[dict] = []
-        self.worker = Worker(ROOT, module, str(device), environment(options.dry))
+        self.worker = Worker(module, str(device), environment(options.dry))
 
     def run(self) -> None:
         try:
