@@ -21,6 +21,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
 }
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
@@ -39,8 +40,9 @@ def relink(text: str, folder: str) -> str:
             path = PAGES[path]
         elif path.startswith("docs/"):
             path = path.removeprefix("docs/")
-        elif REPOSITORY:
-            path = f"{REPOSITORY}/blob/main/{path}"
+        elif REPOSITORY:  # what leaves the files are GitHub's own pages, such as ../../../issues
+            outside = path.lstrip("./") if path.startswith("../") else f"blob/main/{path}"
+            path = f"{REPOSITORY}/{outside}"
         else:
             return found[2]
         return f"{found[1]}[{found[2]}]({path}{hash_}{anchor})"

@@ -18,6 +18,9 @@ from fastlora.__main__ import main
 # Pages of users begin alike: for whom, the code, what it gains, what it costs.
 USERS = ("peft", "trainer", "model", "experts", "quantised", "adapters", "rank", "cpu", "gpu")
 NOT_RUN = "# Not run by the tests: "  # and why, as the first line of a block
+PROMISED = re.compile(
+    r"\d+ of \d+ (?:layers fast \(backend torch\)|gated MLPs as one block)|\d+ quantised: NF4"
+)
 WITH_CODE = [page for page in PAGES if blocks_of(page, "python")]
 
 
@@ -65,7 +68,7 @@ def run(code: str, name: str, names: dict) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, name, "exec"), names)
-    for promised in re.findall(r"\d+ of \d+ layers fast \(backend torch\)", code):
+    for promised in PROMISED.findall(code):
         assert promised in printed.getvalue()
 
 
