@@ -45,7 +45,10 @@ def relink(text: str, folder: str) -> str:
             path = f"{REPOSITORY}/{outside}"
         else:
             return found[2]
-        return f"{found[1]}[{found[2]}]({path}{hash_}{anchor})"
+        name = found[2]
+        if name == f"docs/{path}":
+            name = (ROOT / name).read_text().partition("\n")[0].removeprefix("# ")
+        return f"{found[1]}[{name}]({path}{hash_}{anchor})"
 
     # A link's text may be code, so code in backticks is put aside and comes back.
     aside: list[str] = []
