@@ -28,6 +28,10 @@ _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 _LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
 
 
+def title(page: str) -> str:
+    return (ROOT / page).read_text().partition("\n")[0].removeprefix("# ")
+
+
 def relink(text: str, folder: str) -> str:
     """A file's Markdown with its links, relative to ``folder``, as those of a page in docs/."""
 
@@ -45,9 +49,7 @@ def relink(text: str, folder: str) -> str:
             path = f"{REPOSITORY}/{outside}"
         else:
             return found[2]
-        name = found[2]
-        if name == f"docs/{path}":
-            name = (ROOT / name).read_text().partition("\n")[0].removeprefix("# ")
+        name = title(found[2]) if found[2] == f"docs/{path}" else found[2]
         return f"{found[1]}[{name}]({path}{hash_}{anchor})"
 
     # A link's text may be code, so code in backticks is put aside and comes back.
@@ -86,14 +88,20 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj, **_):
         if obj.docstring:
             text = re.sub(r":\w+:`~?([\w.]+)`", _reference(obj), obj.docstring.value)
-            obj.docstring.value = re.sub(r"\bdocs/((\w+)\.md)", r"[\2](\1)", text)
+            obj.docstring.value = re.sub(r"\bdocs/\w+\.md", lambda page: _page(page[0]), text)
+
+
+def _page(name: str) -> str:
+    return f"[{title(name)}]({name.removeprefix('docs/')})"
 
 
 def _reference(obj):
     def reference(found: re.Match) -> str:
         name = found[1].removeprefix("fastlora.")
         public = name in obj.package.members
-        return f"[`fastlora.{name}`][fastlora.{name}]" if public else f"`{name}`"
+        own = name == found[1] and obj.path.startswith("fastlora.reference.")
+        inside = "fastlora.reference" if own else "fastlora"
+        return f"[`{inside}.{name}`][{inside}.{name}]" if public else f"`{name}`"
 
     return reference
 

@@ -72,6 +72,7 @@ def run(code: str, name: str, names: dict) -> None:
         assert promised in printed.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:.*were quantised again")
 @pytest.mark.parametrize("page", [p for p in WITH_CODE if p != README], ids=name_of)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
