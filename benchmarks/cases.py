@@ -9,7 +9,6 @@ F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
 SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
-DECODE = 16
 ADAPTERS = 8  # of a mixed batch, a sequence each
 BLOCKS = ("experts", "mlp", "step")
 PACKS = ("mxfp4", "nvfp4", "nf4", "fp8")  # those of fastlora.pack
@@ -71,11 +70,6 @@ class Case:
     def has_peak(self) -> bool:
         """Whether the most memory of a step is measured, besides what is kept."""
         return self.table == "quantised" or self.is_block
-
-    @property
-    def decodes(self) -> bool:
-        """On a GPU few rows are inference, without gradients and in a CUDA graph as well."""
-        return self.table == "gpu" and self.M <= DECODE
 
     @property
     def tiny(self) -> bool:
@@ -155,12 +149,11 @@ def gpu_cases() -> list[Case]:
         ("llama3-8b-q", 512, 4096, (4096,)),
         ("llama3-8b-up", 8192, 4096, (14336,)),
         ("llama3-8b-qkv", 8192, 4096, (4096, 1024, 1024)),
-        ("llama3-8b-q", DECODE, 4096, (4096,)),
+        ("llama3-8b-q", 16, 4096, (4096,)),
         ("llama3-8b-down", 8192, 14336, (4096,)),
         ("llama3-8b-q", 8192, 4096, (4096,), 64),
     )
-    cases = [Case(*sizes, dropout=p, name=n, table="gpu") for p in DROPOUTS for n, *sizes in layers]
-    return [case for case in cases if not (case.decodes and case.dropout)]
+    return [Case(*sizes, dropout=p, name=n, table="gpu") for p in DROPOUTS for n, *sizes in layers]
 
 
 def host_cases() -> list[Case]:
@@ -177,7 +170,7 @@ def dry_cases() -> list[Case]:
     return [
         Case(34, 40, (48,), 8, dropout=0.1, name="quick-gpu", table="gpu"),
         Case(34, 40, (48, 24), 8, name="quick-gpu-qkv", table="gpu"),
-        Case(2, 40, (48,), 8, name="quick-gpu-decode", table="gpu"),
+        Case(2, 40, (48,), 8, name="quick-gpu-few", table="gpu"),
     ]
 
 

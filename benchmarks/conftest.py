@@ -23,7 +23,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
-    config.option.benchmark_quiet = True  # its table has one round a row, of all contestants
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
     if config.option.host:

@@ -92,14 +92,6 @@ def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     return _contestant(linears(tensors.weights))
 
 
-def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """The adapter added to the weight once, for inference."""
-    wholes = []
-    for weight, (a, b) in zip(tensors.weights, tensors.adapters[torch.float32], strict=True):
-        wholes.append(nn.Parameter((weight + SCALE * b @ a).to(case.dtype), requires_grad=False))
-    return _contestant(linears(wholes))
-
-
 def fastlora_layer(
     adapter_dtype: torch.dtype | None = None,
     chosen: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -201,20 +193,6 @@ def at_once(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         )
 
     return Contestant(Mixed(run, case, tensors))
-
-
-def single_calls(case: Case, tensors: Tensors, dropout: float) -> Contestant:
-    """A call of ``lora_linear`` for each adapter."""
-    pairs = tensors.adapters[case.adapter_dtype]
-
-    def run(x: Tensor) -> Tensor:
-        ys = [
-            fastlora.lora_linear(rows, tensors.weights[0], *pair, scale=SCALE, dropout=dropout)
-            for rows, pair in zip(x.unbind(), pairs, strict=True)
-        ]
-        return torch.stack(ys)
-
-    return Contestant(Mixed(run, case, tensors), own_mask=True)
 
 
 def peft_batch(optimized: bool = False) -> Maker:

@@ -34,7 +34,7 @@ class Judge:
             self.shared_masks = shared_masks
         self._truths: dict[tuple[bool, float], list[Tensor]] = {}
 
-    def error(self, name: str, make: Maker, backward: bool = True) -> float:
+    def error(self, name: str, make: Maker) -> float:
         """The worst of outputs and gradients; AssertionError beyond tolerance."""
         dropout = self.case.dropout
         contestant = make(self.case, self.tensors, dropout)
@@ -42,11 +42,11 @@ class Judge:
             dropout = 0.0
             contestant = make(self.case, self.tensors, dropout)
         with contestant.chosen(), self.shared_masks(contestant.module):
-            found = results(contestant, self.tensors, backward)
+            found = results(contestant, self.tensors)
         key = (name == "frozen", dropout)
         if key not in self._truths:
             self._truths[key] = self._truth(*key)
-        # An inference has outputs alone, and the frozen layer no adapter.
+        # The frozen layer has no adapter.
         return checked(zip(found, self._truths[key], strict=False), self.case.dtype)
 
     def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
@@ -103,14 +103,11 @@ def widened(tensors: Tensors) -> Tensors:
     return Tensors(wide(tensors.x), dys, weights, {torch.float64: pairs})
 
 
-def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> list[Tensor]:
+def results(contestant: Contestant, tensors: Tensors) -> list[Tensor]:
     """Outputs, and gradients of x and of the adapter, from a random state of their own."""
     torch.manual_seed(_SEED)
-    with torch.set_grad_enabled(backward):
-        ys = contestant.module(tensors.x)
+    ys = contestant.module(tensors.x)
     ys = (ys,) if isinstance(ys, Tensor) else ys
-    if not backward:
-        return list(ys)
     gradients = torch.autograd.grad(ys, contestant.leaves(tensors.x), tensors.dys)
     return [*(y.detach() for y in ys), *gradients]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .clock import Clock, HostClock, clock_for, graph_of, peak_of, timed, wait_for
+from .clock import Clock, HostClock, clock_for, peak_of, timed, wait_for
 from .contestants import Contestant, Maker, Tensors
 from .judge import Judge, kept_for_backward
 from .lineup import make_tensors, makers_for
@@ -32,8 +32,8 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
     for what PEFT left: of two equal frozen layers the second took 0.85 of the first one's time
     (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
 
-    Seconds of each, median and 10th percentile; quartiles of ratios: over the first's, the last's
-    over each, and PEFT's optimised over its own.
+    Medians of each one's seconds; quartiles of ratios: over the first's, the last's over each, and
+    PEFT's optimised over its own.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(rounds or _fitting(steps, seconds)):
@@ -45,11 +45,10 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
     if {"peft", "peft, optimized"} <= set(others):
         pairs.append(("peft, optimized", "peft"))
     count = len(times[first])
-    found: dict = {"rounds": count, "seconds": {}, "tenths": {}, "ratios": {}}
+    found: dict = {"rounds": count, "seconds": {}, "ratios": {}}
     for quantity in times[first][0]:
         of = {name: [each[quantity] for each in its] for name, its in times.items()}
         found["seconds"][quantity] = {name: digits(statistics.median(of[name])) for name in of}
-        found["tenths"][quantity] = {name: digits(sorted(of[name])[count // 10]) for name in of}
         found["ratios"][quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
     return found
 
@@ -80,10 +79,9 @@ def measure(
         for name, make in (makers or makers_for(case)).items():
             print(f"{case.id}: {name}", file=sys.stderr)  # the last words of a process that dies
             try:
-                worst = judge.error(name, make, backward=not case.decodes)
+                worst = judge.error(name, make)
                 contestant = make(case, tensors, case.dropout)
-                if not case.decodes:
-                    known["saved"][name] = kept_for_backward(contestant, tensors)
+                known["saved"][name] = kept_for_backward(contestant, tensors)
                 step = step_of(case, contestant, tensors, clock)
                 step()
                 if case.has_peak:
@@ -132,17 +130,13 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
     if case.table == "few":
         named = {"forward": lambda: module(x), "inference": inference, "both": train}
         calls += [(quantity, own, call, 5) for quantity, call in named.items()]
-    elif case.decodes:
-        with contestant.chosen():
-            calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
-        calls.append(("wall", wall, inference, 20))
     elif case.table == "gpu":
         calls.append(("wall", wall, train, 20))
 
     def step() -> dict[str, float]:
         seconds = {}
         with contestant.chosen():
-            if not case.decodes and case.table != "few":
+            if case.table != "few":
                 clock.start()
                 start, middle, end = train(clock.mark)
                 seconds["forward"] = clock.seconds(start, middle)

@@ -16,21 +16,17 @@ _SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
 _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
-    "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
-    "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
+    "optimized": "PEFT's own layers; fastlora: after fastlora.optimize.",
+    "mixed": "Rows of 8 adapters in one batch.",
     "experts": "Experts, for one choice of a router that trains. Peak: what torch allocates at the "
-    "worst moment of a step.",
+    "worst moment of a step, here and below.",
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
-    "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
-    "backward leads to its embeddings.",
-    "quantised": "A quantised base, over the frozen layer with the dequantised weight; dense base: "
-    "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
-    "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
+    "step": "A training step of a model: forward, backward, clipping, AdamW.",
+    "quantised": "A quantised base, over the frozen layer with the dequantised weight.",
+    "few": "CPU time of a call of few rows, one thread.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
-    "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
-    "else is the device's own time.",
-    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
-    "other, by tokens of each (tools/sweep_speed.py).",
+    "gpu": "On the GPU. wall: what a caller waits for; all else is the device's own time.",
+    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps.",
 }
 
 

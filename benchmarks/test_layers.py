@@ -7,20 +7,15 @@ from .cases import Case
 from .measure import measure
 
 
-def test_layers(case: Case, rows: list[dict], benchmark, request) -> None:
+def test_layers(case: Case, rows: list[dict], request) -> None:
     options = request.config.option
     seconds = 0.2 if case.tiny else options.seconds
+    if case.table == "host":
+        from . import host  # not before: it sets up Triton for a GPU
 
-    def run() -> dict:
-        if case.table == "host":
-            from . import host  # not before: it sets up Triton for a GPU
-
-            return host.measure(case, seconds)
-        return measure(case, torch.device(options.device), seconds)
-
-    # Its rounds are ours, in turn; --benchmark-json has the row as extra_info.
-    row = benchmark.pedantic(run, rounds=1)
+        row = host.measure(case, seconds)
+    else:
+        row = measure(case, torch.device(options.device), seconds)
     rows.append(row)
-    benchmark.extra_info.update(row)
     if row["failures"]:
         pytest.fail("; ".join(f"{name}: {why}" for name, why in row["failures"].items()), False)

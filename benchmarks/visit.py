@@ -200,10 +200,7 @@ def compile_layer(case: Case, name: str, target: Target) -> None:
     tensors = make_tensors(case, torch.device("meta"))
     contestant = makers_for(case)[name](case, tensors, case.dropout)
     with use_target(target), intercept(Launch.compile), contestant.chosen():
-        with torch.set_grad_enabled(not case.decodes):
-            ys = contestant.module(tensors.x)
-        if not case.decodes:
-            torch.autograd.backward(ys, tensors.dys)
+        torch.autograd.backward(contestant.module(tensors.x), tensors.dys)
 
 
 if __name__ == "__main__":

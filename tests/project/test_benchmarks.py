@@ -114,7 +114,7 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
     assert row["kernels"]["frozen"] == [2, 0]  # torch's, y and dx; none of Triton's
     for quantity, medians in row["seconds"].items():
         for name, median in medians.items():
-            assert 0 < row["tenths"][quantity][name] <= median
+            assert median > 0, (quantity, name)
 
 
 def test_every_case_has_an_id_of_its_own():
