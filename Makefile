@@ -20,7 +20,7 @@ test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
 	.venv/bin/python -m tools.peft_suite.run $(ARGS)
 
-bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick", host …)
+bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (ARGS="-k quick", "--base REF", host …)
 	.venv/bin/pytest benchmarks $(patsubst host,--host,$(ARGS))
 
 compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here, and read the code (ARGS="--target sm_90 …")

@@ -1,4 +1,4 @@
-"""What is measured: every size, dtype and dropout comes from these tables."""
+"""What is measured: every size, dtype, dropout and target comes from these tables."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_NAMES = {F32: "f32", BF16: "bf16"}
 DROPOUTS = (0.0, 0.1)
 SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
+DECODE = 16
 ADAPTERS = 8  # of a mixed batch, a sequence each
 BLOCKS = ("experts", "mlp", "step")
 PACKS = ("mxfp4", "nvfp4", "nf4", "fp8")  # those of fastlora.pack
@@ -38,6 +39,7 @@ class Case:
     name: str = ""
     table: str = "layers"
     kind: str = "lora"
+    limits: tuple[tuple[str, str, float], ...] = ()  # more targets
     inner: int = 0
     experts: int = 0
     top: int = 0
@@ -72,12 +74,74 @@ class Case:
         return self.table == "quantised" or self.is_block
 
     @property
+    def decodes(self) -> bool:
+        """On a GPU few rows are inference, without gradients and in a CUDA graph as well."""
+        return self.table == "gpu" and self.M <= DECODE
+
+    @property
+    def has_no_node(self) -> bool:
+        """A call of few rows on a CPU, which torch's own autograd follows."""
+        from fastlora.backends.products import is_slow  # a worker chooses first whose fastlora
+
+        few = self.M <= 32 and len(self.outputs) == 1 and self.table not in ("gpu", "host")
+        return few and self.adapter_dtype == F32 and (self.dtype == F32 or not is_slow(self.dtype))
+
+    @property
+    def calls_in_a_row(self) -> int:
+        """More than one where the caller's own CPU time is measured, on one thread."""
+        return {"overhead": 200, "few": 5}.get(self.table, 1)
+
+    @property
     def tiny(self) -> bool:
         """For the question whether everything works: its times mean nothing."""
         return self.name.startswith("quick")
 
+    @property
+    def targets(self) -> list[tuple[str, str, float]]:
+        """Upper limits: of a time's median or of bytes ("kept", "peak"); quantity, ratio, limit."""
+        return [] if self.tiny else [*self._usual_targets(), *self.limits]
 
-_QUANTISED = ("nf4", "int8", "torchao-int8", "gguf-q8_0", "gguf-q4_k")
+    def _usual_targets(self) -> list[tuple[str, str, float]]:
+        if self.decodes:
+            return [("graph", "fastlora/merged", 1.03)]
+        if self.has_peak:
+            return []
+        if self.table == "host":
+            limit = 0.75 if len(self.outputs) == 1 else 0.6
+            return [("modelled", "fastlora/peft", limit), ("modelled", "peft, optimized/peft", 0.9)]
+        if self.table == "mixed":
+            limits = {"frozen": 1.25, "peft": 1.0, "single calls": 1.0}
+            return [("both", f"fastlora/{name}", limit) for name, limit in limits.items()]
+        if self.table == "gpu":
+            targets = [("wall", "fastlora/peft", 0.75)]
+            if self.M >= 4096 and self.r == 16:
+                square, group = self.outputs == (self.K,), len(self.outputs) > 1
+                limit = 1.15 if square else 1.10 if group else 1.08
+                targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
+            return targets
+        quantities = ("forward", "inference", "both") if self.calls_in_a_row > 1 else ("both",)
+        targets = [(quantity, "fastlora/peft", 1.0) for quantity in quantities]
+        if self.table == "few":
+            targets += [(quantity, "peft, optimized/peft", 1.0) for quantity in quantities]
+        if self.table == "layers" and self.mixed:
+            targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
+        if self.id in _OVER_FROZEN:
+            targets.append(("both", "fastlora/frozen", _OVER_FROZEN[self.id]))
+        return targets
+
+
+_OVER_FROZEN = {
+    "2048x2048x2048-f32-r16-p0": 1.08,
+    "2048x2048x2048-f32-r16-p0.1": 1.25,
+    "2048x2048x2048-bf16-r16-p0": 1.25,
+    "2048x2048x2048-bf16-r16-p0.1": 1.9,
+    "4096x1024x1024-bf16-r16-p0": 1.45,
+    "4096x1024x1024-bf16-r16-p0.1": 2.4,
+}
+# Of quantised bases: limits of forward + backward over the frozen dense layer's at 512 rows in
+# float32, and what may be kept there, in MiB, of which x is 4.
+_OVER_DENSE = {"nf4": 1.2, "int8": 1.15, "torchao-int8": 1.2, "gguf-q8_0": 1.25, "gguf-q4_k": 1.4}
+_KEPT = 4.1
 _SQUARES = (2048, 2048), (4096, 1024), (512, 4096), (1, 1024), (1, 2048), (16, 1024), (16, 2048)
 # From the models' config.json: tokens of a step; sizes of hidden, query, key (or value) and mlp.
 _MODELS = {
@@ -109,36 +173,51 @@ def cpu_cases() -> list[Case]:
                 cases.append(Case(M, K, (K,), 16, F32, F32, dropout, "few", "few"))
     for name, M, size in (("quick-mixed", 32, 48), ("mixed", 512, 2048)):
         cases.append(Case(M, size, (size,), 8 if M < 64 else 16, F32, F32, 0.0, name, "mixed"))
-    return [*cases, *_blocks(), *_quantised()]
+    # A layer so small that only the cost of the call is left.
+    tiny = Case(8, 64, (64,), 8, F32, F32, name="overhead", table="overhead")
+    return [*cases, tiny, replace(tiny, dropout=0.1), *_blocks(), *_quantised()]
 
 
 def _quantised() -> Iterator[Case]:
-    for kind in _QUANTISED:
+    for kind, over_dense in _OVER_DENSE.items():
         yield Case(34, 256, (96,), 8, F32, F32, 0.1, "quick-quantised", "quantised", kind)
+        peak = ("peak", "fastlora/peft", 0.6)
+        dense, kept = ("both", "fastlora/frozen", over_dense), ("kept", "fastlora/MiB", _KEPT)
         case = Case(512, 2048, (2048,), 16, F32, F32, 0.1, "quantised", "quantised", kind)
-        yield from (replace(case, M=M) for M in (512, 64, 2048))
-        yield replace(case, dtype=BF16, adapter_dtype=BF16)
+        yield replace(case, limits=(peak, dense, kept))
+        for M, limit in ((64, 1.05), (2048, 0.85)):
+            yield replace(case, M=M, limits=(peak, ("both", "fastlora/peft", limit)))
+        yield replace(case, dtype=BF16, adapter_dtype=BF16, limits=(peak,))
 
 
 def _blocks() -> Iterator[Case]:
     """In float32, which every CPU multiplies fast."""
-    of_experts = Case(512, 1024, (1024,), 8, F32, F32, table="experts")
-    for M, experts, inner, top in ((512, 32, 384, 4), (2048, 32, 384, 4), (512, 8, 2048, 2)):
-        yield replace(of_experts, M=M, inner=inner, experts=experts, top=top)
-    quick = {"M": 34, "name": "quick", "experts": 4, "top": 2}
-    yield replace(of_experts, K=48, outputs=(48,), inner=24, **quick)
+    bytes_of_experts = ("kept", "fastlora/frozen", 1.0), ("peak", "fastlora/peft", 0.2)
+    for M, experts, inner, top, limit in (
+        (512, 32, 384, 4, 1.25), (2048, 32, 384, 4, 1.15), (512, 8, 2048, 2, 1.25),
+        (34, 4, 24, 2, 0.0),
+    ):  # fmt: skip
+        tiny, limits = M == 34, (("both", "fastlora/frozen", limit), *bytes_of_experts)
+        K, name = 48 if tiny else 1024, "quick" if tiny else ""
+        yield Case(
+            M, K, (K,), 8, F32, F32, name=name, table="experts", inner=inner, experts=experts,
+            top=top, limits=limits,
+        )  # fmt: skip
+    packed = ("both", "fastlora/frozen", 1.45), ("both", "fastlora/peft", 1.0), *bytes_of_experts
     for kind in PACKS:
-        yield replace(of_experts, kind=kind, inner=384, experts=32, top=4)
-    yield replace(of_experts, K=64, outputs=(64,), kind="mxfp4", inner=32, **quick)
-    tokens, hidden, _, _, inner = _MODELS["qwen3-0.6b"]
-    for name, *sizes, layers in (
-        ("quick", 34, 48, 64, 2),
-        ("qwen3-0.6b", tokens, hidden, inner, 4),
-    ):
-        M, K, inner = sizes
-        mlp = Case(M, K, (K,), 16, F32, F32, name=name, table="mlp", inner=inner)
-        yield from (replace(mlp, dropout=p) for p in (0.1, 0.0))
-        yield from (replace(mlp, table="step", layers=layers, dropout=p) for p in (0.05, 0.0))
+        case = Case(512, 1024, (1024,), 8, F32, F32, 0.0, "", "experts", kind, packed, 384, 32, 4)
+        yield case
+        if kind == "mxfp4":
+            yield replace(case, M=34, K=64, outputs=(64,), name="quick", inner=32, experts=4, top=2)
+    of_mlp = ("both", "fastlora/layer by layer", 1.0), ("kept", "fastlora/frozen", 0.8)
+    of_step = ("both", "fastlora/frozen", 1.07), ("kept", "fastlora/frozen", 1.0)
+    for name, M, K, inner, layers in (
+        ("quick", 34, 48, 64, 2), ("qwen3-0.6b", *(_MODELS["qwen3-0.6b"][i] for i in (0, 1, 4)), 4)
+    ):  # fmt: skip
+        mlp = Case(M, K, (K,), 16, F32, F32, 0.1, name, "mlp", limits=of_mlp, inner=inner)
+        yield from (mlp, replace(mlp, dropout=0.0))
+        step = replace(mlp, table="step", layers=layers, limits=of_step)
+        yield from (replace(step, dropout=p) for p in (0.05, 0.0))
 
 
 def gpu_cases() -> list[Case]:
@@ -149,11 +228,12 @@ def gpu_cases() -> list[Case]:
         ("llama3-8b-q", 512, 4096, (4096,)),
         ("llama3-8b-up", 8192, 4096, (14336,)),
         ("llama3-8b-qkv", 8192, 4096, (4096, 1024, 1024)),
-        ("llama3-8b-q", 16, 4096, (4096,)),
+        ("llama3-8b-q", DECODE, 4096, (4096,)),
         ("llama3-8b-down", 8192, 14336, (4096,)),
         ("llama3-8b-q", 8192, 4096, (4096,), 64),
     )
-    return [Case(*sizes, dropout=p, name=n, table="gpu") for p in DROPOUTS for n, *sizes in layers]
+    cases = [Case(*sizes, dropout=p, name=n, table="gpu") for p in DROPOUTS for n, *sizes in layers]
+    return [case for case in cases if not (case.decodes and case.dropout)]
 
 
 def host_cases() -> list[Case]:
@@ -170,7 +250,7 @@ def dry_cases() -> list[Case]:
     return [
         Case(34, 40, (48,), 8, dropout=0.1, name="quick-gpu", table="gpu"),
         Case(34, 40, (48, 24), 8, name="quick-gpu-qkv", table="gpu"),
-        Case(2, 40, (48,), 8, name="quick-gpu-few", table="gpu"),
+        Case(2, 40, (48,), 8, name="quick-gpu-decode", table="gpu"),
     ]
 
 

@@ -76,6 +76,18 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def graph_of(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of this call; without a GPU the call itself."""
+    if not torch.cuda.is_available():
+        return call
+    call()  # compiles and allocates what a capture can't
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def peak_of(step: Callable[[], object], device: torch.device) -> int:
     """Bytes that torch has allocated at the worst moment of a step, beyond those before it.
 

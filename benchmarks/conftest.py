@@ -1,9 +1,13 @@
 """The options of ``pytest benchmarks``, the list of its rows, and the table at its end."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from .cases import cpu_cases, gpu_cases, host_cases
+from .compare import Pair, check_ref, pair_with
 from .report import heading, text
 from .results import FOLDER, describe_machine, results_path, write_results
 
@@ -14,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("fastlora").addoption
     option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
     option("--host", action="store_true", help="what a GPU costs the host, without one (host.py)")
+    option("--base", metavar="REF", help="compare fastlora with this commit's")
     seconds = "of a row's rounds: more where the machine is shared"
     option("--seconds", type=float, default=2.0, help=seconds)
     saves = f"write {FOLDER}/<device>/[NAME-]<date>.json"
@@ -23,12 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    config.option.benchmark_quiet = True  # its table has one round a row, of all contestants
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
     if config.option.host:
+        if config.option.base is not None:
+            raise pytest.UsageError("--host has no --base: run it in each of the two commits")
         import cuda_standin
 
         cuda_standin.install()
+    if config.option.base is not None:
+        check_ref(config.option.base)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -38,6 +48,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = (host_cases if options.host else of_device)()
     cases = [case for case in cases if not case.tiny or "quick" in options.keyword]
     metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+@pytest.fixture(scope="session")
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair | None]:
+    """The two commits that ``--base`` compares.  Also after Ctrl-C nothing of them is left."""
+    options = request.config.option
+    with pair_with(options.base, options.device) if options.base else nullcontext() as found:
+        yield found
 
 
 @pytest.fixture
@@ -53,6 +71,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     machine = describe_machine(torch.device(config.option.device))
     terminalreporter.section(heading(machine))
     terminalreporter.write_line(text(rows))
+    met = [all(each["met"] for each in row["targets"]) for row in rows if row["targets"]]
+    terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
     if config.option.save_results is not None:
         name = config.option.save_results or "host" * config.option.host
         path = results_path(machine, name=name)

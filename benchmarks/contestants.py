@@ -1,6 +1,7 @@
 """The contestants of layers: the frozen layer, fastlora's ways, PEFT's, and what else one can do.
 
-A maker builds a contestant on the tensors of a case, which all contestants share.
+A maker builds a contestant on the tensors of a case, which all contestants share.  Only public
+names of fastlora are used, so that another commit's can take part (``compare.py``).
 """
 
 import warnings
@@ -90,6 +91,14 @@ class FusedGroup(Group):
 def frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
     """``nn.Linear`` with no adapter: its forward and its dx."""
     return _contestant(linears(tensors.weights))
+
+
+def merged(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """The adapter added to the weight once, for inference."""
+    wholes = []
+    for weight, (a, b) in zip(tensors.weights, tensors.adapters[torch.float32], strict=True):
+        wholes.append(nn.Parameter((weight + SCALE * b @ a).to(case.dtype), requires_grad=False))
+    return _contestant(linears(wholes))
 
 
 def fastlora_layer(
@@ -193,6 +202,20 @@ def at_once(case: Case, tensors: Tensors, dropout: float) -> Contestant:
         )
 
     return Contestant(Mixed(run, case, tensors))
+
+
+def single_calls(case: Case, tensors: Tensors, dropout: float) -> Contestant:
+    """A call of ``lora_linear`` for each adapter."""
+    pairs = tensors.adapters[case.adapter_dtype]
+
+    def run(x: Tensor) -> Tensor:
+        ys = [
+            fastlora.lora_linear(rows, tensors.weights[0], *pair, scale=SCALE, dropout=dropout)
+            for rows, pair in zip(x.unbind(), pairs, strict=True)
+        ]
+        return torch.stack(ys)
+
+    return Contestant(Mixed(run, case, tensors), own_mask=True)
 
 
 def peft_batch(optimized: bool = False) -> Maker:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.backends.products import h_dtype
 
 from .cases import Case
 from .contestants import SCALE, Contestant, Maker, Tensors
@@ -23,10 +24,13 @@ _SEED = 1234
 
 
 class Judge:
-    """Judges the contestants of a case; each truth is computed once."""
+    """Judges the contestants of a case; each truth is computed once.
 
-    def __init__(self, case: Case, tensors: Tensors) -> None:
-        self.case, self.tensors = case, tensors
+    ``known_masks``: this commit's own fastlora takes part, whose dropout masks can be made again.
+    """
+
+    def __init__(self, case: Case, tensors: Tensors, known_masks: bool = True) -> None:
+        self.case, self.tensors, self.known_masks = case, tensors, known_masks
         self.shared_masks: Callable[[nn.Module], AbstractContextManager] = nullcontext
         if case.by_peft:  # PEFT's own dropout is made to drop what fastlora drops
             from fastlora.peft.masks import shared_masks
@@ -34,19 +38,19 @@ class Judge:
             self.shared_masks = shared_masks
         self._truths: dict[tuple[bool, float], list[Tensor]] = {}
 
-    def error(self, name: str, make: Maker) -> float:
+    def error(self, name: str, make: Maker, backward: bool = True) -> float:
         """The worst of outputs and gradients; AssertionError beyond tolerance."""
         dropout = self.case.dropout
         contestant = make(self.case, self.tensors, dropout)
-        if contestant.own_mask and not self.case.by_peft:
+        if not self.known_masks or (contestant.own_mask and not self.case.by_peft):
             dropout = 0.0
             contestant = make(self.case, self.tensors, dropout)
         with contestant.chosen(), self.shared_masks(contestant.module):
-            found = results(contestant, self.tensors)
+            found = results(contestant, self.tensors, backward)
         key = (name == "frozen", dropout)
         if key not in self._truths:
             self._truths[key] = self._truth(*key)
-        # The frozen layer has no adapter.
+        # An inference has outputs alone, and the frozen layer no adapter.
         return checked(zip(found, self._truths[key], strict=False), self.case.dtype)
 
     def _truth(self, frozen: bool, dropout: float) -> list[Tensor]:
@@ -103,11 +107,14 @@ def widened(tensors: Tensors) -> Tensors:
     return Tensors(wide(tensors.x), dys, weights, {torch.float64: pairs})
 
 
-def results(contestant: Contestant, tensors: Tensors) -> list[Tensor]:
+def results(contestant: Contestant, tensors: Tensors, backward: bool = True) -> list[Tensor]:
     """Outputs, and gradients of x and of the adapter, from a random state of their own."""
     torch.manual_seed(_SEED)
-    ys = contestant.module(tensors.x)
+    with torch.set_grad_enabled(backward):
+        ys = contestant.module(tensors.x)
     ys = (ys,) if isinstance(ys, Tensor) else ys
+    if not backward:
+        return list(ys)
     gradients = torch.autograd.grad(ys, contestant.leaves(tensors.x), tensors.dys)
     return [*(y.detach() for y in ys), *gradients]
 
@@ -156,3 +163,30 @@ def _plain(parameter: Tensor) -> list[Tensor]:
     if not hasattr(parameter, "__tensor_flatten__"):
         return [parameter]
     return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+
+
+def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
+    """AssertionError if fastlora keeps more than x, and each projection's h [M, r] and seed.
+
+    And the scales of a quantised base, which are no parameters.
+
+    Few rows on a CPU have x in the adapter's dtype beside, if that is another; with dropout they
+    have the mask and the dropped x in the seed's place.
+    """
+    M, K, n = case.M, case.K, len(case.outputs)
+    if case.has_no_node:
+        own, adapter = case.dtype.itemsize, case.adapter_dtype.itemsize
+        allowed = M * case.r * adapter
+        allowed += M * K * adapter if case.dropout or adapter != own else 0
+        allowed += M * K * own if case.dropout else 0
+    else:
+        allowed = n * M * case.r * h_dtype(case.dtype, tensors.x.device).itemsize
+        allowed += 8 * n if case.dropout else 0
+    if tensors.base is not None:
+        from fastlora.quant import quantised_weight
+
+        allowed += sum(
+            scales.nbytes for scales in quantised_weight(tensors.base).weight.tensors[1:]
+        )
+    if kept["added"] > allowed:
+        raise AssertionError(f"keeps {kept['added']} bytes beside x, but {allowed} are allowed")

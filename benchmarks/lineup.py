@@ -17,8 +17,10 @@ from .contestants import (
     at_once,
     fastlora_layer,
     frozen,
+    merged,
     peft_batch,
     peft_layer,
+    single_calls,
 )
 
 
@@ -42,7 +44,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         return {"frozen": frozen, "peft": peft["peft"], "fastlora": peft["peft, optimized"]}
     if case.table == "mixed":
         of_peft = {"peft": peft_batch(), "peft, optimized": peft_batch(optimized=True)}
-        return {"frozen": frozen, **of_peft, "fastlora": at_once}
+        return {"frozen": frozen, "single calls": single_calls, **of_peft, "fastlora": at_once}
     if case.table == "few":
         return {"frozen": frozen, **peft, "fastlora": fastlora_layer()}
     if case.table not in ("gpu", "host"):
@@ -54,6 +56,7 @@ def makers_for(case: Case) -> dict[str, Maker]:
         "in place": fastlora_layer(chosen=partial(_by_plan, "IN_PLACE")),
         "torch backend": fastlora_layer(chosen=partial(fastlora.use_backend, "torch")),
         **peft,
+        **({"merged": merged} if case.decodes else {}),
         "fastlora": fastlora_layer(),
     }
 

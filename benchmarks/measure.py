@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .clock import Clock, HostClock, clock_for, peak_of, timed, wait_for
+from .clock import Clock, HostClock, clock_for, graph_of, peak_of, timed, wait_for
 from .contestants import Contestant, Maker, Tensors
-from .judge import Judge, kept_for_backward
+from .judge import Judge, check_kept, kept_for_backward
 from .lineup import make_tensors, makers_for
 from .tree import last_error
 
@@ -32,8 +32,8 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
     for what PEFT left: of two equal frozen layers the second took 0.85 of the first one's time
     (x [4096, 1024], weight [1024, 1024], bfloat16, 2 cores).
 
-    Medians of each one's seconds; quartiles of ratios: over the first's, the last's over each, and
-    PEFT's optimised over its own.
+    Seconds of each, median and 10th percentile; quartiles of ratios: over the first's, the last's
+    over each, and PEFT's optimised over its own.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(rounds or _fitting(steps, seconds)):
@@ -45,10 +45,11 @@ def in_turn(steps: dict[str, Step], seconds: float = 0.0, rounds: int = 0) -> di
     if {"peft", "peft, optimized"} <= set(others):
         pairs.append(("peft, optimized", "peft"))
     count = len(times[first])
-    found: dict = {"rounds": count, "seconds": {}, "ratios": {}}
+    found: dict = {"rounds": count, "seconds": {}, "tenths": {}, "ratios": {}}
     for quantity in times[first][0]:
         of = {name: [each[quantity] for each in its] for name, its in times.items()}
         found["seconds"][quantity] = {name: digits(statistics.median(of[name])) for name in of}
+        found["tenths"][quantity] = {name: digits(sorted(of[name])[count // 10]) for name in of}
         found["ratios"][quantity] = {f"{a}/{b}": ratios(of[a], of[b]) for a, b in pairs}
     return found
 
@@ -69,7 +70,7 @@ def measure(
 ) -> dict:  # fmt: skip
     """A row, of so many rounds or seconds of them.
 
-    A contestant that is wrong or raises has no time; the reason is in ``failures``.
+    A contestant that is wrong, keeps too much or raises has no time; the reason is in ``failures``.
     """
     tensors, clock = make_tensors(case, device), clock_for(device)
     judge = Judge(case, tensors)
@@ -79,9 +80,12 @@ def measure(
         for name, make in (makers or makers_for(case)).items():
             print(f"{case.id}: {name}", file=sys.stderr)  # the last words of a process that dies
             try:
-                worst = judge.error(name, make)
+                worst = judge.error(name, make, backward=not case.decodes)
                 contestant = make(case, tensors, case.dropout)
-                known["saved"][name] = kept_for_backward(contestant, tensors)
+                if not case.decodes:
+                    known["saved"][name] = kept = kept_for_backward(contestant, tensors)
+                    if name == "fastlora" and not case.by_peft:
+                        check_kept(case, kept, tensors)
                 step = step_of(case, contestant, tensors, clock)
                 step()
                 if case.has_peak:
@@ -99,9 +103,29 @@ def measure(
 
 
 def row_of(case: Case, summary: dict, **known: dict) -> dict:
-    """Plain data for JSON.  Without a summary nothing was timed, and ``failures`` say why."""
+    """Plain data for JSON, with each target that was measured.
+
+    Without a summary nothing was timed, and ``failures`` say why.
+    """
     row = {"id": case.id, "table": case.table, **known, "rounds": 0, "seconds": {}, "ratios": {}}
-    return row | summary
+    row |= {**summary, "targets": []}
+    for quantity, ratio, limit in case.targets if summary else ():
+        value = _value(row, quantity, ratio)
+        if value is not None:
+            target = {"quantity": quantity, "ratio": ratio, "limit": limit, "value": value}
+            row["targets"].append(target | {"met": value <= limit})
+    return row
+
+
+def _value(row: dict, quantity: str, ratio: str) -> float | None:
+    """The median of a time's ratio, or a ratio of bytes, also to a MiB; None: not measured."""
+    if quantity in row["ratios"]:
+        return row["ratios"][quantity].get(ratio, [None] * 3)[1]
+    sizes = {"kept": {n: sum(each.values()) for n, each in row.get("saved", {}).items()}}
+    sizes |= {"peak": row.get("peak", {})}
+    sizes = {name: {**each, "MiB": 2**20} for name, each in sizes.items()}
+    above, below = (sizes.get(quantity, {}).get(name) for name in ratio.split("/"))
+    return digits(above / below) if above and below else None
 
 
 def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) -> Step:
@@ -126,17 +150,23 @@ def step_of(case: Case, contestant: Contestant, tensors: Tensors, clock: Clock) 
 
     # Quantity, clock, call, and how many in a row: for a clock that is coarse beside one call.
     calls: list[tuple[str, Clock, Callable[[], object], int]] = []
-    wall, own = HostClock(x.device), HostClock(x.device, time.process_time)
-    if case.table == "few":
+    wall = HostClock(x.device)
+    own_time = case.calls_in_a_row > 1
+    if own_time:
+        own, count = HostClock(x.device, time.process_time), case.calls_in_a_row
         named = {"forward": lambda: module(x), "inference": inference, "both": train}
-        calls += [(quantity, own, call, 5) for quantity, call in named.items()]
+        calls += [(quantity, own, call, count) for quantity, call in named.items()]
+    elif case.decodes:
+        with contestant.chosen():
+            calls += [("inference", clock, inference, 1), ("graph", clock, graph_of(inference), 1)]
+        calls.append(("wall", wall, inference, 20))
     elif case.table == "gpu":
         calls.append(("wall", wall, train, 20))
 
     def step() -> dict[str, float]:
         seconds = {}
         with contestant.chosen():
-            if case.table != "few":
+            if not case.decodes and not own_time:
                 clock.start()
                 start, middle, end = train(clock.mark)
                 seconds["forward"] = clock.seconds(start, middle)
@@ -164,7 +194,7 @@ def digits(value: float) -> float:
 def threads_for(case: Case) -> Iterator[None]:
     """One thread where CPU time is the caller's, or where others would only be waited for."""
     before = torch.get_num_threads()
-    if case.tiny or case.table in ("host", "few"):
+    if case.tiny or case.table == "host" or case.calls_in_a_row > 1:
         torch.set_num_threads(1)
     try:
         yield

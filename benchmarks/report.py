@@ -16,17 +16,23 @@ _SHORT = {"peft": "PEFT", "fastlora, same dtype": "same dtype"}
 _TITLES = {
     "layers": "Medians of pairs, each over the first contestant's time in the same round; "
     "quartiles of fastlora's. Kept for backward: x + what is added to it.",
-    "optimized": "PEFT's own layers; fastlora: after fastlora.optimize.",
-    "mixed": "Rows of 8 adapters in one batch.",
+    "optimized": "The same of PEFT's own layers; fastlora: after fastlora.optimize.",
+    "mixed": "Rows of 8 adapters in one batch; single calls: lora_linear for each of them.",
     "experts": "Experts, for one choice of a router that trains. Peak: what torch allocates at the "
-    "worst moment of a step, here and below.",
+    "worst moment of a step.",
     "mlp": "A gated MLP: fastlora as one block, and its three layers one by one.",
-    "step": "A training step of a model: forward, backward, clipping, AdamW.",
-    "quantised": "A quantised base, over the frozen layer with the dequantised weight.",
-    "few": "CPU time of a call of few rows, one thread.",
+    "step": "A training step of a model: forward, backward, clipping, AdamW. The frozen model's "
+    "backward leads to its embeddings.",
+    "quantised": "A quantised base, over the frozen layer with the dequantised weight; dense base: "
+    "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
+    "overhead": "CPU time of one eager call of a tiny layer, one thread.",
+    "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
-    "gpu": "On the GPU. wall: what a caller waits for; all else is the device's own time.",
-    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps.",
+    "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
+    "else is the device's own time.",
+    "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
+    "other, by tokens of each (tools/sweep_speed.py).",
+    "base": "This tree's fastlora over the base's.",
 }
 
 
@@ -79,7 +85,7 @@ def _times(rows: list[dict]) -> Table:
     head += ["over PEFT"] * ("peft" in names)
     head += [f"{_SHORT.get(name, name)} keeps" for name in kept]
     head += [f"{_SHORT.get(name, name)} peak" for name in peaks]
-    lines = [tuple(head)]
+    lines = [(*head, "target")]
     for row, quantity in timed:
         first, found = next(iter(row["seconds"][quantity])), row["ratios"][quantity]
         low, _, high = found[f"fastlora/{first}"]
@@ -89,6 +95,8 @@ def _times(rows: list[dict]) -> Table:
         for saved in (row["saved"].get(name) for name in kept):
             line.append(f"{_bytes(saved['x'])} + {_bytes(saved['added'])}" if saved else "–")
         line += [_bytes(row["peak"][name]) if name in row["peak"] else "–" for name in peaks]
+        its = (quantity, *("kept", "peak") * (quantity == "both"))
+        line.append(", ".join(_verdict(t) for t in row["targets"] if t["quantity"] in its))
         lines.append(tuple(line))
     return lines
 
@@ -112,6 +120,15 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count} B" if count else "0"
+
+
+def _verdict(target: dict) -> str:
+    """``≤ 1.08 × frozen met``; a miss repeats the value, since rounding may hide by how little."""
+    verdict = "met" if target["met"] else f"MISSED ({target['value']:.3f})"
+    below = target["ratio"].split("/")[1]
+    times = "" if below == "MiB" else "× "
+    what = f"{target['quantity']} " * (target["quantity"] in ("kept", "peak"))
+    return f"{what}≤ {target['limit']:g} {times}{_SHORT.get(below, below)} {verdict}"
 
 
 def align(table: Sequence[tuple]) -> str:

@@ -1,21 +1,29 @@
-"""Training steps of a layer, of a group, of blocks, of PEFT's own layers; a GPU's rows."""
+"""Training steps of a layer, of a group, of PEFT's own layers; a call's own cost; a GPU's rows."""
 
 import pytest
 import torch
 
 from .cases import Case
+from .compare import Pair
 from .measure import measure
 
 
-def test_layers(case: Case, rows: list[dict], request) -> None:
+def test_layers(case: Case, pair: Pair | None, rows: list[dict], benchmark, request) -> None:
     options = request.config.option
     seconds = 0.2 if case.tiny else options.seconds
-    if case.table == "host":
-        from . import host  # not before: it sets up Triton for a GPU
 
-        row = host.measure(case, seconds)
-    else:
-        row = measure(case, torch.device(options.device), seconds)
+    def run() -> dict:
+        if case.table == "host":
+            from . import host  # not before: it sets up Triton for a GPU
+
+            return host.measure(case, seconds)
+        if pair is None:
+            return measure(case, torch.device(options.device), seconds)
+        return pair.measure(case, seconds)
+
+    # Its rounds are ours, in turn; --benchmark-json has the row as extra_info.
+    row = benchmark.pedantic(run, rounds=1)
     rows.append(row)
+    benchmark.extra_info.update(row)
     if row["failures"]:
         pytest.fail("; ".join(f"{name}: {why}" for name, why in row["failures"].items()), False)

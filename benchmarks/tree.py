@@ -1,4 +1,4 @@
-"""Where fastlora is imported from in a plain folder, and a process that does so."""
+"""Where fastlora is imported from, a plain folder or another commit's, and processes that do so."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from threading import Timer
-from typing import ClassVar
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 
 
 class _Tree(MetaPathFinder):
-    """Finds fastlora and the benchmarks in this repository.
+    """Finds fastlora in a folder; the benchmarks are always these here.
 
     ``sys.path`` could not: kernels/ is installed as fastlora.kernels (setup.py), and under its own
     name it would hide Hugging Face's package ``kernels``.
     """
 
-    folders: ClassVar = {"fastlora": ROOT / "fastlora", "fastlora.kernels": ROOT / "kernels"}
-    folders["benchmarks"] = BENCHMARKS
+    def __init__(self, root: Path) -> None:
+        self.folders = {"fastlora": root / "fastlora", "fastlora.kernels": root / "kernels"}
+        self.folders["benchmarks"] = BENCHMARKS
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: object = None
@@ -38,25 +38,27 @@ class _Tree(MetaPathFinder):
         return None if folder is None else spec_from_file_location(name, folder / "__init__.py")
 
 
-def import_from_here() -> None:
-    """From now on ``import fastlora`` and ``import benchmarks`` find this repository's.
+def import_from(root: Path = ROOT) -> None:
+    """From now on ``import fastlora`` and ``import benchmarks`` find this folder's.
 
     A script's folder leaves the path, where its ``report`` or ``judge`` could be taken for others.
     """
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
-    sys.meta_path.insert(0, _Tree())
+    sys.meta_path.insert(0, _Tree(root))
 
 
 class Worker:
-    """A process that answers what is asked of a module's ``Served``:
+    """A process with the fastlora of a folder.  It answers what is asked of a module's ``Served``:
 
     a request is a line of JSON with the name of a method and its arguments, an answer another.
     After a request that failed the next one has a new process.
     """
 
-    def __init__(self, module: str, device: str, environment: dict[str, str]) -> None:
-        self.command = [sys.executable, str(BENCHMARKS / "tree.py"), module, device]
-        self.environment = environment
+    def __init__(
+        self, root: Path, module: str, device: str, environment: dict[str, str] | None = None
+    ) -> None:
+        self.command = [sys.executable, str(BENCHMARKS / "tree.py"), str(root), module, device]
+        self.root, self.environment = root, environment
         self.process: subprocess.Popen | None = None
 
     def ask(self, *request: str, seconds: float = 600.0) -> dict:
@@ -80,7 +82,7 @@ class Worker:
     def _start(self) -> subprocess.Popen:
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         return subprocess.Popen(
-            self.command, cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE,
+            self.command, cwd=self.root, env=self.environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log,
             start_new_session=True,  # a Ctrl-C is this process's business
         )  # fmt: skip
@@ -112,8 +114,8 @@ def last_error() -> str:
     return traceback.format_exc(limit=-1)[-1500:]
 
 
-if __name__ in ("__main__", "__mp_main__"):  # python tree.py MODULE DEVICE; its processes
-    import_from_here()
+if __name__ in ("__main__", "__mp_main__"):  # python tree.py ROOT MODULE DEVICE; its processes
+    import_from(Path(sys.argv[1]))
     sys.path.append(str(ROOT / "tests" / "support"))  # as pytest has it: makers of vendors' layers
 if __name__ == "__main__":
-    serve(import_module(sys.argv[1]).Served(sys.argv[2]))
+    serve(import_module(sys.argv[2]).Served(sys.argv[3]))

@@ -21,9 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 if __name__ == "__main__":  # else whoever imports it has seen to that
-    from tree import import_from_here
+    from tree import import_from
 
-    import_from_here()
+    import_from()
 
 import torch
 
@@ -53,7 +53,7 @@ class Visit:
         device = torch.device("cpu" if options.dry else "cuda")
         self.machine = describe_machine(device) | ({"device": "dry"} if options.dry else {})
         self.rows: list[dict] = []
-        self.worker = Worker(module, str(device), environment(options.dry))
+        self.worker = Worker(ROOT, module, str(device), environment(options.dry))
 
     def run(self) -> None:
         try:
@@ -200,7 +200,10 @@ def compile_layer(case: Case, name: str, target: Target) -> None:
     tensors = make_tensors(case, torch.device("meta"))
     contestant = makers_for(case)[name](case, tensors, case.dropout)
     with use_target(target), intercept(Launch.compile), contestant.chosen():
-        torch.autograd.backward(contestant.module(tensors.x), tensors.dys)
+        with torch.set_grad_enabled(not case.decodes):
+            ys = contestant.module(tensors.x)
+        if not case.decodes:
+            torch.autograd.backward(ys, tensors.dys)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""The benchmarks: what is wrong gets no time, and a time is a ratio of pairs."""
+"""The benchmarks: what is wrong gets no time, and another commit is really another commit."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ import torch
 from process import run_without_interpreter
 from torch import nn
 
-from benchmarks import measure, report
+import fastlora
+from benchmarks import compare, measure, report
 from benchmarks.cases import cpu_cases, gpu_cases
 from benchmarks.contestants import frozen
 from benchmarks.lineup import makers_for
@@ -18,6 +22,7 @@ from benchmarks.results import describe_machine, results_path, write_results
 
 ROOT = Path(__file__).parents[2]
 CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
+IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git repository")
 
 
 def row_of(case=CASE, **makers) -> dict:
@@ -72,7 +77,22 @@ def test_one_that_raises_costs_only_itself():
 def test_without_fastlora_nothing_is_timed():
     row = row_of(fastlora=changed(twice_as_much))
     assert "fastlora" in row["failures"]
-    assert (row["rounds"], row["seconds"]) == (0, {})
+    assert (row["rounds"], row["seconds"], row["targets"]) == (0, {}, [])
+
+
+def test_fastlora_may_keep_x_h_and_seeds_only():
+    def keeps_more(layer: nn.Module) -> None:
+        layer.register_forward_hook(lambda layer, inputs, y: y.exp().log())
+
+    row = row_of(fastlora=changed(keeps_more))
+    allowed = CASE.M * CASE.r * CASE.dtype.itemsize + 8
+    assert f"but {allowed} are allowed" in row["failures"]["fastlora"]
+
+
+def test_a_quantised_layer_may_keep_no_dense_weight():
+    case = next(case for case in cpu_cases() if case.id.startswith("quick-quantised-torchao"))
+    row = row_of(case, fastlora=makers_for(case)["peft"])
+    assert "are allowed" in row["failures"]["fastlora"]  # PEFT's layer keeps it
 
 
 def test_ratios_are_of_pairs():
@@ -114,7 +134,9 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
     assert row["kernels"]["frozen"] == [2, 0]  # torch's, y and dx; none of Triton's
     for quantity, medians in row["seconds"].items():
         for name, median in medians.items():
-            assert median > 0, (quantity, name)
+            assert 0 < row["tenths"][quantity][name] <= median
+    ratios = [target["ratio"] for target in row["targets"]]
+    assert ratios == ["fastlora/peft", "peft, optimized/peft"]
 
 
 def test_every_case_has_an_id_of_its_own():
@@ -126,3 +148,45 @@ def test_every_case_has_an_id_of_its_own():
 def test_the_most_important_shape_comes_first():
     first = gpu_cases()[0]
     assert (first.M, first.K, first.outputs, first.r) == (8192, 4096, (4096,), 16)
+
+
+@IN_GIT
+def test_base_imports_the_other_commit():
+    with compare.pair_with("HEAD", "cpu") as pair:
+        origins = {name: worker.ask("origins") for name, worker in pair.workers.items()}
+        row = pair.measure(CASE, rounds=2)
+    other = Path(origins["base"]["fastlora"]).parents[1]
+    assert origins["base"]["kernels"] == str(other / "kernels" / "__init__.py")
+    assert origins["fastlora"]["fastlora"] == fastlora.__file__
+    assert other != ROOT
+    assert not other.exists()
+    assert row["failures"] == {}
+    assert len(row["ratios"]["both"]["fastlora/base"]) == 3
+    assert "fastlora" in report.text([row])
+
+
+@IN_GIT
+def test_an_unknown_base_is_an_error():
+    with pytest.raises(compare.UnknownRefError, match="'no-such-ref' is no commit of"):
+        compare.check_ref("no-such-ref")
+
+
+@IN_GIT
+def test_an_interrupted_comparison_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "quick", "--base", "HEAD"]
+    process = subprocess.Popen(
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT, start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not base_in(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert base_in(tmp_path)
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert not base_in(tmp_path), printed
+
+
+def base_in(folder: Path) -> list[Path]:
+    return list(folder.glob("fastlora-base-*"))

@@ -1,6 +1,6 @@
 """benchmarks/visit.py's worker on the stand-in for CUDA: a visit's own parts, a sixteenth as large.
 
-Compilers in their processes, launches and clocks are those of a GPU; torch's events are
+Compilers in their processes, launches, clocks and graphs are those of a GPU; torch's events are
 faked, and nothing is judged, for nothing is computed.
 """
 
