@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test peft-suite bench compile-report matrix-triton machine docs lint clean
+.PHONY: help demo sweep test peft-suite bench compile-report matrix machine docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,8 @@ bench: .venv/bench ## Measure fastlora, PEFT and the frozen layer side by side (
 compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here, and read the code (ARGS="--target sm_90 …")
 	.venv/bin/python -m tools.compile_report $(ARGS)
 
-matrix-triton: .venv/test ## Try the kernels under every Triton that people have (ARGS="--version 3.7.1 …")
-	.venv/bin/python -m tools.triton_matrix $(ARGS)
+matrix: .venv/$(if $(filter --triton%,$(ARGS)),test,matrix) ## Try the wheel under the versions that people have (ARGS="--quick …"), or the kernels under a Triton (ARGS="--triton 3.7.1 …")
+	.venv/bin/python -m tools.matrix $(ARGS)
 
 machine: .venv/test ## Run the kernels as compiled for sm_80 and sm_90 on the CPU, and look for races (ARGS="--quick …")
 	.venv/bin/python -m tools.machine $(ARGS)

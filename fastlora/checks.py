@@ -63,10 +63,10 @@ def check_call(
         weight = output.base.weight
         _check_base(features, dtype, autocast, output, stacked)
         for adapter in output.adapters:
-            _check_adapter(features, weight.shape, adapter)
+            _check_adapter(features, weight.size(), adapter)
             check_scale(adapter.scale)
         if offsets is not None:
-            _check_ends(x, weight.shape[0], offsets)
+            _check_ends(x, weight.size()[0], offsets)
 
 
 def check_x(x: Tensor) -> None:
@@ -170,7 +170,7 @@ def _check_base(
             f"weight has dtype {weight.dtype}, but x has {dtype}: convert one of them, "
             "or use torch.autocast"
         )
-    shape = weight.shape
+    shape = weight.size()
     if len(shape) != 2 + stacked or shape[-1] != features or (stacked and 0 in shape):
         lead, rest = ("experts, ", ", each at least 1") if stacked else ("", "")
         raise ValueError(
@@ -247,7 +247,7 @@ def check_many(
     for i, adapter in enumerate(adapters[1:], 1):
         # The base was looked at: lora_a has its place.
         check_tensors(x, x.device, Output(Base(adapters[0].lora_a), (adapter,)))
-        _check_adapter(x.shape[-1], base.weight.shape, adapter, f"adapter {i}: ")
+        _check_adapter(x.shape[-1], base.weight.size(), adapter, f"adapter {i}: ")
     _check_indices(x, len(adapters), indices)
 
 

@@ -7,9 +7,8 @@ from block_calls import counted_blocks
 from memory import saved_bytes
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.integrations.gguf.utils import GgufLinear
 from transformers.models.llama.modeling_llama import LlamaMLP
-from vendor_layers import BITSANDBYTES, KINDS, quantised
+from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
 
 import fastlora
 from fastlora.layers import mlp

@@ -23,6 +23,7 @@ from .products import (
     matrix_like,
     product,
     rows_of,
+    side_by_side,
     thin_gradient,
     wide_rows,
 )
@@ -44,7 +45,7 @@ def forward_rows(
     # torch's product of one row is fast everywhere.
     if x.shape[0] > 1 and are_wide(x):
         return _wide_forward(x, outputs, masks, into)
-    ys, hs = [], []
+    x, ys, hs = side_by_side(x), [], []
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         y = None if into is None else into[i]
         if base.weight is not None:
@@ -91,6 +92,7 @@ def backward_rows(
     Outputs without a base are added to what dx has.  ``hs`` are lists of each output's.
     """
     beta = float(all([output.base.weight is None for output in outputs]))
+    dys, x = [None if dy is None else side_by_side(dy) for dy in dys], side_by_side(x)
     run = _wide_backward if are_wide(x) else _backward
     return run(dys, x, outputs, hs, wanted, masks, dx, beta)
 

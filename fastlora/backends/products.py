@@ -273,6 +273,14 @@ def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
     return torch.mm(dy.T, h)
 
 
+def side_by_side(matrix: Tensor) -> Tensor:
+    """The matrix; a copy of one row whose elements lie apart, which torch 2.10 multiplies wrongly.
+
+    (Of bfloat16 on a CPU; 2.11 doesn't.)
+    """
+    return matrix.contiguous() if matrix.shape[0] == 1 else matrix
+
+
 def cast(tensor, dtype):
     """The tensor in this dtype; None stays None."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

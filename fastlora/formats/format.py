@@ -72,7 +72,8 @@ class Format:
     @property
     def text(self) -> str:
         """The record as words, for :func:`from_text`."""
-        return " ".join([type(self).__name__, *[str(value) for value in vars(self).values()]])
+        values = [str(getattr(self, name)) for name in self.__match_args__]  # of the dataclass
+        return " ".join([type(self).__name__, *values])
 
 
 def from_text(text: str) -> Format:
@@ -106,11 +107,15 @@ class Quantised(NamedTuple):
     format: Format
     tensors: tuple[Tensor, ...]
 
-    @property
-    def shape(self) -> torch.Size:
+    def size(self) -> torch.Size:
+        """Its shape, for what torch.compile traces: before 2.13 it reads no property of a tuple."""
         codes = self.tensors[0].shape
         lead = codes[: len(codes) - self.format.dims]
         return torch.Size((*lead, self.format.rows, self.format.columns))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.size()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +131,7 @@ class Quantised(NamedTuple):
         return self.format.read(self.tensors, first, out) if made is None else made
 
     def dim(self) -> int:
-        return len(self.shape)
+        return len(self.size())
 
     def check(self) -> None:
         """Raise ValueError unless the tensors are the format's: what came, and what fits."""

@@ -244,10 +244,11 @@ def _check_stored(
     """Raise ValueError unless the file has these keys and shapes, and no extra ones."""
     missing = [key for key in wanted if key not in stored]
     if missing or extra:
-        raise ValueError(
-            f"{path} doesn't fit the model: missing {some(missing)}; not known {some(extra)}. "
-            "Is it the model, and the target_modules, that the adapter was trained with?"
-        )
+        hint = "Is it the model, and the target_modules, that the adapter was trained with?"
+        if not extra and all(key.endswith(".base_layer.bias") for key in missing):
+            hint = "PEFT before 0.21 leaves trained biases (bias='lora_only') out of its files."
+        what = f"missing {some(missing)}; not known {some(extra)}"
+        raise ValueError(f"{path} doesn't fit the model: {what}. {hint}")
     for key, shape in wanted.items():
         there = stored[key].shape
         if there != shape:

@@ -152,7 +152,7 @@ def _alone(gradient: Tensor) -> Tensor:
 def _fake_lora_linears(x, tensors, *settings):
     settings = _Settings(*settings)
     outputs, tokens = unflatten(tensors, settings.layouts), math.prod(x.shape[:-1])
-    ys = [x.new_empty(*x.shape[:-1], output.base.weight.shape[-2]) for output in outputs]
+    ys = [x.new_empty(*x.shape[:-1], output.base.weight.size()[-2]) for output in outputs]
     dtype = find_backend(settings.backend or None, x.device).h_dtype(x.dtype, x.device)
     widths = widths_of_h(outputs, settings.order is not None)
     return ys, [x.new_empty(tokens, r, dtype=dtype) for r in widths]

@@ -302,3 +302,22 @@ def test_here_torch_s_flag_is_heeded():
     )
     *wide, _ = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=None).split()[1:]
     assert not any(flag and answer == "True" for flag, answer in zip(flags, wide, strict=True))
+
+
+@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize("which", ["x", "dy"])
+def test_rows_whose_elements_lie_apart(node, which, M):
+    """One such row of bfloat16 is what torch 2.10 multiplies wrongly."""
+    (n, k), dtype = (64, 138), torch.bfloat16
+    projection = make_projection(n, k, 8, dtype)
+    x, dy = torch.randn(M, k).to(dtype), torch.randn(M, n).to(dtype)
+    apart = lambda rows: torch.randn(rows.shape[1], 30).to(dtype).T[:M].copy_(rows)  # noqa: E731
+    found = []
+    for change in (apart, torch.clone):
+        given = [change(t) if name == which else t for name, t in (("x", x), ("dy", dy))]
+        inputs = given[0].requires_grad_(), *projection[1:3]
+        y = fastlora.lora_linears(given[0], [projection])[0]
+        gradients = torch.autograd.grad(y, inputs, given[1])
+        found.append([y, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from models import assert_untouched, randomise, refused, snapshot
 from moe_models import IDS, MODELS, base_model, experts_of, parameters_of, train
+from packed import NEEDS_5
 from peft_models import counted_calls
 from torch import nn
-from transformers.integrations import moe
 
 import fastlora
 from fastlora import LoRAConfig
@@ -20,6 +20,7 @@ from fastlora.model.files import CONFIG
 from fastlora.model.inject import injection_of
 from fastlora.model.tensors import adapter_tensors
 
+moe = pytest.importorskip("transformers.integrations.moe", reason=NEEDS_5)
 # PEFT 0.21 says so of patterns for target_parameters, and uses them.
 IGNORED = "ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"
 pytestmark = pytest.mark.filterwarnings(IGNORED)

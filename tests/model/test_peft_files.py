@@ -1,5 +1,7 @@
 """Files that PEFT users have: other first values, chosen layers, output heads, new tokens."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -52,6 +54,14 @@ def saved_by_peft(model: torch.nn.Module, folder, settings: dict, **how) -> torc
 def test_chosen_layers_need_a_list(targets):
     with pytest.raises(ValueError, match=r"layers_to_transform is \(1,\) and target_modules"):
         LoRAConfig(target_modules=targets, layers_to_transform=1)
+
+
+def test_trained_biases_that_peft_left_out_are_named(tmp_path):
+    saved_by_peft(llama(attention_bias=True), tmp_path, {"target_modules": ["q_proj"]})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"bias": "lora_only"}))
+    with refused(llama(attention_bias=True), "PEFT before 0.21 leaves trained biases"):
+        fastlora.load_adapter(llama(attention_bias=True), tmp_path)
 
 
 def test_first_values_that_leave_the_base_alone(tmp_path):

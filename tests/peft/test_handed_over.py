@@ -427,16 +427,20 @@ def test_once_a_hook_is_gone_the_layer_is_fast_again():
 
 
 VARIANTS = {
-    "velora": {"velora_config": lora_config.VeloraConfig(num_groups=2)},
-    "bdlora": {"use_bdlora": lora_config.BdLoraConfig(["up"], ["down"], nblocks=2)},
-    "monteclora": {"monteclora_config": lora_config.MontecloraConfig(num_samples=2)},
-    "kasa": {"kasa_config": lora_config.KasaConfig()},
-    "mica": {"init_lora_weights": "mica"},
+    "velora": lambda: {"velora_config": lora_config.VeloraConfig(num_groups=2)},
+    "bdlora": lambda: {"use_bdlora": lora_config.BdLoraConfig(["up"], ["down"], nblocks=2)},
+    "monteclora": lambda: {"monteclora_config": lora_config.MontecloraConfig(num_samples=2)},
+    "kasa": lambda: {"kasa_config": lora_config.KasaConfig()},
+    "mica": lambda: {"init_lora_weights": "mica"},
 }
 
 
-@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_variants_are_peft_s(settings):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_peft_s(name):
+    try:
+        settings = VARIANTS[name]()
+    except AttributeError as error:
+        pytest.skip(f"of a newer PEFT: {error}")
     theirs = mlp(**settings)
     ours = optimized(theirs)
     assert not any(layer.fast for layer in fastlora.coverage(ours).layers)

@@ -6,15 +6,18 @@ import peft
 import pytest
 import torch
 from models import randomise
+from packed import NEEDS_5
 from peft.tuners.lora import layer as peft_layer
 from peft_models import counted_calls
 from torch import Tensor, nn
-from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import fastlora
+
+moe = pytest.importorskip("transformers.integrations.moe", reason=NEEDS_5)
+Qwen3MoeExperts = modeling_qwen3_moe.Qwen3MoeExperts
 
 HIDDEN, INNER, EXPERTS, TOP = 16, 12, 5, 2
 

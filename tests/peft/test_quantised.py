@@ -8,8 +8,7 @@ import pytest
 import torch
 from memory import saved_bytes
 from torch import nn
-from transformers.integrations.gguf.utils import GgufLinear
-from vendor_layers import BITSANDBYTES, KINDS, quantised
+from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
 
 import fastlora
 from fastlora.peft.masks import shared_masks

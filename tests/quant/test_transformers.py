@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from packed import random_gguf
+from packed import NEEDS_5, random_gguf
 from transformers.integrations import finegrained_fp8
-from transformers.integrations.gguf import dequant
-from transformers.integrations.gguf.utils import GgufLinear
 
 from fastlora.formats.gguf import KINDS
 from fastlora.quant import float8, gguf
+
+dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
+utils = pytest.importorskip("transformers.integrations.gguf.utils", reason=NEEDS_5)
 
 N, K = 200, 512
 
@@ -63,10 +64,10 @@ def test_what_is_broken_or_no_float8_is_said():
     assert not float8.owns(grouped, type(grouped))
 
 
-def gguf_linear(kind: str) -> GgufLinear:
+def gguf_linear(kind: str) -> utils.GgufLinear:
     torch.manual_seed(0)
     number = {name: number for number, name in dequant.GGML_NAME.items()}[kind]
-    linear = GgufLinear(K, 7, number)
+    linear = utils.GgufLinear(K, 7, number)
     linear.weight.data = random_gguf(7, K, kind).tensors[0]
     return linear
 
@@ -75,7 +76,7 @@ def gguf_linear(kind: str) -> GgufLinear:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gguf_has_transformers_numbers(kind, dtype):
     linear = gguf_linear(kind)
-    assert gguf.owns(linear, GgufLinear)
+    assert gguf.owns(linear, utils.GgufLinear)
     expected = dequant.dequantize(linear.weight, linear.ggml_type, dtype).view(7, K)
     assert torch.equal(gguf.read(linear).weight.dense(dtype), expected)
 

@@ -1,7 +1,9 @@
 """Tiny mixtures of experts of transformers', and a few steps of their training."""
 
+import pytest
 import torch
 import transformers
+from packed import NEEDS_5
 from torch import nn
 
 VOCABULARY = 100
@@ -39,6 +41,7 @@ IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_se
 
 
 def base_model(name: str = "qwen3", implementation: str = "eager", **changes) -> nn.Module:
+    pytest.importorskip("transformers.integrations.moe", reason=NEEDS_5)
     family, more, _ = MODELS[name]
     text = "Text" if family in _TEXT else ""
     config = getattr(transformers, f"{family}{text}Config")(**_SIZES | more | changes)

@@ -1,8 +1,8 @@
 """Packed weights of random tensors, and what they stand for, element by element."""
 
+import pytest
 import torch
 from torch import Tensor
-from transformers.integrations.gguf import dequant
 
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantised
@@ -12,6 +12,8 @@ from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
 from fastlora.formats.integers import Affine, Int4Groups, Int8Rows
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
+
+NEEDS_5 = "transformers 4 hasn't it"
 
 
 def stack(weights: list[Quantised]) -> Quantised:
@@ -162,6 +164,7 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         shifted = (numbers - zeros[:, g_idx]).to(format.dtype)
         return shifted * scales.T[:, g_idx]
     if isinstance(format, Gguf):  # by transformers, in this dtype
+        dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
         values = dequant.dequantize(tensors[0], number, dtype).view(format.rows, format.columns)
         return values[:, tensors[1].argsort()] if format.permuted else values

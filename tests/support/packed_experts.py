@@ -1,8 +1,10 @@
 """Tiny mixtures whose experts are packed, and the same ones dense."""
 
+import pytest
 import torch
 from moe_models import base_model
 from packed import (
+    NEEDS_5,
     random_float8,
     random_four_bit,
     random_gguf,
@@ -12,12 +14,12 @@ from packed import (
 )
 from torch import nn
 from transformers import FineGrainedFP8Config
-from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
-from transformers.integrations.gguf.utils import GgufExperts
 
 from fastlora.formats.format import Quantised
 from fastlora.layers.packed import dense_weight, packed_names, read_module, take_packed, weight_in
 
+fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason=NEEDS_5)
+gguf = pytest.importorskip("transformers.integrations.gguf.utils", reason=NEEDS_5)
 SIZES = {"moe_intermediate_size": 32, "intermediate_size": 64}  # whole blocks of every format
 
 
@@ -74,7 +76,7 @@ def fp8_model(
     config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=how.get("scale_fmt", "float"))
     config.expert_dtype = how.get("expert_dtype", "fp8")
     linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
-    model = replace_with_fp8_linear(model, linear, config)
+    model = fp8.replace_with_fp8_linear(model, linear, config)
     for module in model.modules():
         for key, own in list(module._parameters.items()):
             if own is not None and own.is_meta:
@@ -91,7 +93,7 @@ def gguf_model() -> nn.Module:
         if read_module(experts).reason:
             continue
         (count, rows, inner), act = experts.down_proj.shape, experts.act_fn
-        made = GgufExperts(count, rows, inner, 8, 8, act)
+        made = gguf.GgufExperts(count, rows, inner, 8, 8, act)
         for name, shape in (("gate_up_proj", (2 * inner, rows)), ("down_proj", (rows, inner))):
             blocks = stack([random_gguf(*shape, "Q8_0") for _ in range(count)]).tensors[0]
             blocks.unflatten(2, (-1, 34))[..., 1] &= 0xBB  # of each factor, less exponent

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, CONTRIBUTING, ROOT / "benchmarks/README.md", *DOCS]
-TABLE = re.compile(r"<!-- ((?:benchmarks|examples)/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S)
+TABLE = re.compile(
+    r"<!-- ((?:benchmarks|examples|tools/matrix)/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S
+)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 # Fenced code is no prose: its links and its lines are not read.
 PROSE = {page: _FENCE.sub("", page.read_text()) for page in PAGES}

@@ -1,14 +1,24 @@
 """Quantised layers of several vendors, made on a CPU; a test of one that isn't here is skipped."""
 
 from importlib.util import find_spec
+from inspect import signature
 
 import pytest
 import torch
-from packed import random_gguf, random_int4
+from packed import NEEDS_5, random_gguf, random_int4
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
-from transformers.integrations.gguf.dequant import GGML_NAME
-from transformers.integrations.gguf.utils import GgufLinear
+
+try:
+    from transformers.integrations.gguf.utils import GgufLinear
+except ImportError:
+
+    class GgufLinear(nn.Module):
+        """Nobody's, under transformers 4."""
+
+
+# Its name in transformers 5 and 4.
+_BIAS = "has_bias" if "has_bias" in signature(FP8Linear).parameters else "bias"
 
 
 def _torchao(k: int, n: int, dtype: torch.dtype, config: str, **settings) -> nn.Module:
@@ -21,7 +31,7 @@ def _torchao(k: int, n: int, dtype: torch.dtype, config: str, **settings) -> nn.
 
 
 def _float8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
-    linear = FP8Linear(k, n, block_size=(48, 64), has_bias=True)
+    linear = FP8Linear(k, n, block_size=(48, 64), **{_BIAS: True})
     linear.weight.data = torch.randn(n, k).to(torch.float8_e4m3fn)
     linear.weight_scale_inv.data = torch.rand(linear.weight_scale_inv.shape) / 16 + 0.02
     linear.bias.data = torch.randn(n, dtype=dtype)
@@ -29,7 +39,8 @@ def _float8(k: int, n: int, dtype: torch.dtype) -> nn.Module:
 
 
 def _gguf(k: int, n: int, dtype: torch.dtype, kind: str) -> nn.Module:
-    number = {name: number for number, name in GGML_NAME.items()}[kind]
+    dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
+    number = {name: number for number, name in dequant.GGML_NAME.items()}[kind]
     linear = GgufLinear(k, n, number, bias=True)
     linear.weight.data = random_gguf(n, k, kind).tensors[0]
     linear.bias.data = torch.randn(n, dtype=dtype)

@@ -1,0 +1,109 @@
+"""tools/matrix: its cells, its table, and what it makes of a cell that breaks."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matrix import __main__ as matrix
+from matrix import cell as script
+from matrix import environment, table
+from matrix.cells import CELLS, NEWEST, OLDEST, TORCH
+
+ROOT = Path(__file__).parents[2]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+RESULTS = json.loads(matrix.RESULTS.read_text(encoding="utf-8"))
+RAN = {name: row for name, row in RESULTS["cells"].items() if "versions" in row}
+
+
+def floor_of(package: str) -> str:
+    """The demo and the benchmarks ask for newer ones."""
+    found = re.findall(rf'"{package}>=([\d.]+)', PROJECT)
+    return min(found, key=lambda floor: [int(number) for number in floor.split(".")])
+
+
+@pytest.mark.parametrize("package", ["torch", "peft", "transformers", "numpy"])
+def test_the_oldest_cell_has_the_floors(package):
+    oldest = getattr(OLDEST, package)
+    assert f"{oldest}.".startswith(f"{floor_of(package)}.")
+    assert RAN["oldest"]["versions"][package].startswith(f"{oldest}")
+
+
+def test_the_oldest_python_and_triton_are_the_floors():
+    assert f'requires-python = ">={OLDEST.python}"' in PROJECT
+    assert TORCH[OLDEST.torch].startswith(f"{floor_of('triton')}.")
+
+
+def test_the_cells_have_every_value_and_join_the_extremes():
+    assert len(CELLS) >= 14
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+    newest = {cell.python for cell in CELLS if cell[2:] == (NEWEST,) * 4}
+    assert newest == {"3.10", "3.11", "3.12", "3.13", "3.14"}
+    # The newest torch may be newer than those named here.
+    assert {cell.torch for cell in CELLS} == {*list(TORCH)[:-1], NEWEST}
+    for own in ("torch", "peft", "transformers", "numpy"):
+        oldest = getattr(OLDEST, own)
+        alone = [cell for cell in CELLS if cell.requirements() == [f"{own}=={oldest}"]]
+        assert alone, f"the oldest {own} beside the newest of all others"
+
+
+def test_twelve_cells_ran_and_every_torch_had_the_triton_that_it_pins():
+    assert len(RAN) >= 12
+    for row in RAN.values():
+        found = row["versions"]
+        assert TORCH[found["torch"].partition("+")[0]] == found["triton"]
+        assert {*script.CHECKS, *script.COMPILED} <= set(row["checks"])
+
+
+def fake(monkeypatch, tmp_path, told: list[str]) -> dict:
+    """A cell's row, its script having printed this."""
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
+    monkeypatch.setattr(matrix, "PAGES", [])
+    monkeypatch.setattr(environment, "interpreter", lambda version: "python")
+    monkeypatch.setattr(environment, "install", lambda *_: (Path("python"), ""))
+    monkeypatch.setattr(matrix, "run", lambda *_, **how: (False, told))
+    monkeypatch.setattr(sys, "argv", ["matrix", "--cell", "newest"])
+    assert matrix.main()
+    return json.loads((tmp_path / "matrix.json").read_text())["cells"]["newest"]
+
+
+def test_a_broken_check_is_an_error_of_its_cell(monkeypatch, tmp_path):
+    outcomes = dict.fromkeys([*script.CHECKS, *script.COMPILED], "ok") | {"files": "error: Oh: no"}
+    told = [json.dumps({"check": name, "outcome": outcome}) for name, outcome in outcomes.items()]
+    row = fake(monkeypatch, tmp_path, told)
+    assert row["checks"] == outcomes
+    assert table.said(row) == "11 of 12 ok; files: Oh: no (error)"
+
+
+def test_a_check_that_takes_the_process_down_is_an_error(monkeypatch, tmp_path):
+    told = [json.dumps({"check": "doctor", "outcome": "ok"}), "Segmentation fault"]
+    checks = fake(monkeypatch, tmp_path, told)["checks"]
+    assert checks.pop("doctor") == "ok"
+    assert set(checks.values()) == {"error: the process ended: Segmentation fault"}
+
+
+def test_a_python_that_is_not_here_is_told_and_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
+    monkeypatch.setattr(matrix, "PAGES", [])
+    monkeypatch.setattr(environment, "interpreter", lambda version: None)
+    monkeypatch.setattr(sys, "argv", ["matrix", "--quick"])
+    assert not matrix.main()
+    cells = json.loads((tmp_path / "matrix.json").read_text())["cells"]
+    line = "| 3.14 | newest | torch's | newest | newest | newest | Python 3.14 is not here |"
+    assert line in table.cells({"cells": cells})
+
+
+def test_the_list_is_json_and_needs_python_alone():
+    command = [sys.executable, "-S", "-m", "tools.matrix", "--list", "--json", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [cell["name"] for cell in json.loads(done.stdout)] == ["oldest", "newest"]
+
+
+def test_what_a_cell_does_passes_here():
+    names = ["op, torch", "files, biases", "Trainer, own"]
+    command = [sys.executable, script.__file__, *names]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert [(line["check"], line["outcome"]) for line in told[1:]] == [(n, "ok") for n in names]

@@ -1,0 +1,62 @@
+"""The tables of docs/, as in ``python tools/matrix/table.py benchmarks/results/matrix.json cells``.
+
+It needs Python alone.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from report import pipes
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("Python", "torch", "triton", "peft", "transformers", "numpy")
+_TABLES = re.compile(r"(<!-- tools/matrix/table\.py (\S+) (\w+) -->\n\n).*?\n(?=\n|\Z)", re.S)
+
+
+def said(row: dict) -> str:
+    """What of a cell's checks went wrong, in a line."""
+    found: dict[str, list[str]] = {"ok": [], "error": [], "skipped": []}
+    for name, outcome in row["checks"].items():
+        kind, _, why = outcome.partition(": ")
+        found[kind].append(f"{name}: {why}".replace("|", "\\|"))
+    done = f"{len(found['ok'])} of {len(row['checks'])} ok"
+    bad = [f"{each} ({kind})" for kind in ("error", "skipped") for each in found[kind]]
+    return "; ".join([done, *bad])
+
+
+def cells(results: dict) -> str:
+    """A line for each cell that ran, and for each that couldn't."""
+    lines = [("Python", "PyTorch", "Triton", "PEFT", "transformers", "NumPy", "checks")]
+    for row in results["cells"].values():
+        asked = {name.lower(): own or "newest" for name, own in row["asked"].items()}
+        found = row.get("versions", asked | {"Python": asked["python"], "triton": "torch's"})
+        lines.append((*(found[name] for name in NAMES), row.get("why") or said(row)))
+    return pipes(lines)
+
+
+def triton(results: dict) -> str:
+    """A line for each Triton, and what passed under it."""
+    lines = [("Triton", "pinned by torch", "compiled", "launched", "sm_80", "sm_90")]
+    for version, row in results["triton"].items():
+        lines.append((version, *row))
+    return pipes(lines)
+
+
+def rewrite(page: Path) -> None:
+    """Every such table of a page, of what the results are now."""
+
+    def new(found: re.Match) -> str:
+        results = json.loads((ROOT / found[2]).read_text(encoding="utf-8"))
+        return f"{found[1]}{globals()[found[3]](results)}\n"
+
+    text = page.read_text(encoding="utf-8")
+    page.write_text(_TABLES.sub(new, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print({"cells": cells, "triton": triton}[sys.argv[2]](found))
