@@ -1,7 +1,7 @@
-"""The tables that people read, as text and as Markdown.
+"""The tables that people read: in columns, and the short ones of docs/ as Markdown.
 
-``python benchmarks/report.py [--brief] RESULTS.json [PART ...]`` prints a committed file as
-Markdown: all rows, or those whose id has one of the parts.  A part with * stands for a whole id.
+``python benchmarks/report.py [--brief] RESULTS.json [PART ...]`` prints a committed file: all rows,
+or those whose id has one of the parts.  A part with * stands for a whole id.
 It needs Python alone, so that the file can be read where torch is not installed.
 """
 
@@ -25,7 +25,6 @@ _TITLES = {
     "backward leads to its embeddings.",
     "quantised": "A quantised base, over the frozen layer with the dequantised weight; dense base: "
     "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
-    "overhead": "CPU time of one eager call of a tiny layer, one thread.",
     "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
     "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
@@ -37,14 +36,8 @@ _TITLES = {
 
 
 def text(rows: list[dict]) -> str:
-    """Aligned columns for a terminal."""
+    """All tables that have a line, in aligned columns."""
     return "\n\n".join(f"{title}\n\n{align(table)}" for title, table in _tables(rows))
-
-
-def markdown(rows: list[dict], machine: dict) -> str:
-    """Tables for a README, the machine first."""
-    tables = [f"{title}\n\n{pipes(table)}" for title, table in _tables(rows)]
-    return "\n\n".join([heading(machine), *tables])
 
 
 def heading(machine: dict) -> str:
@@ -56,7 +49,6 @@ def heading(machine: dict) -> str:
 
 
 def _tables(rows: list[dict]) -> list[tuple[str, Table]]:
-    """Title and table of each that has any lines."""
     tables = [(title, _times([r for r in rows if r["table"] == t])) for t, title in _TITLES.items()]
     tests = [(row["id"], row["outcome"]) for row in rows if "outcome" in row]
     failures = [
@@ -193,7 +185,8 @@ def main() -> None:
     rows = [
         row for row in results["rows"] if any(fnmatchcase(row["id"], each) for each in patterns)
     ]
-    print(brief(rows) if "--brief" in sys.argv else markdown(rows, results["machine"]))
+    whole = f"{heading(results['machine'])}\n\n{text(rows)}"
+    print(brief(rows) if "--brief" in sys.argv else whole)
 
 
 if __name__ == "__main__":

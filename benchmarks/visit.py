@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import cached_property
 from multiprocessing import get_context
@@ -43,6 +43,14 @@ LIMITS = {  # seconds of a part
     "calls": 30, "compile": 60, "layers": 45, "tune": 45, "sanitizer": 60, "tests": 75,
 }  # fmt: skip
 _KEPT_FOR_TESTS = 60.0
+_PYTEST = (sys.executable, "-c", """
+import sys
+sys.path.insert(0, "benchmarks")
+from tree import import_from
+import_from()
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+""", "-q", "-p", "no:cacheprovider")  # fmt: skip
 
 
 class Visit:
@@ -161,31 +169,25 @@ class Served:
 
     def sanitizer(self, tool: str) -> dict:
         """Steps of a layer and of experts under compute-sanitizer, where it is installed."""
-        row, program = {"table": "sanitizer", "id": tool}, sanitizer_program()
-        if program is None:
-            return row | {"skipped": {"compute-sanitizer": "it isn't installed"}}
-        tests = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_gpu.py"]
-        command = [program, "--tool", tool, "--error-exitcode", "9", *tests, "-k", "sanitizer"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"it ended with {done.returncode}: {done.stdout[-2000:]}")
-        return row | {"outcome": done.stdout.strip().splitlines()[-1]}
+        if (program := sanitizer_program()) is None:
+            skipped = {"compute-sanitizer": "it isn't installed"}
+            return {"table": "sanitizer", "id": tool, "skipped": skipped}
+        command = [program, "--tool", tool, "--error-exitcode", "9", *_PYTEST, "-k", "sanitizer"]
+        outcome = last_line([*command, "tests/kernels/test_gpu.py"])
+        return {"table": "sanitizer", "id": tool, "outcome": outcome}
 
     def tests(self, names: str) -> dict:
-        """The outcomes of tests/**/test_NAME.py; what fails is told by the log."""
-        import pytest
-
-        class Outcomes(Counter):
-            def pytest_runtest_logreport(self, report) -> None:
-                self[report.outcome] += report.when == "call" or not report.passed
-
-        outcomes = Outcomes()
+        """The outcomes of tests/**/test_NAME.py."""
         files = [str(*(ROOT / "tests").rglob(f"test_{name}.py")) for name in names.split(", ")]
-        status = pytest.main([*files, "-q", "-p", "no:cacheprovider"], plugins=[outcomes])
-        if status != 0:
-            raise RuntimeError(f"pytest ended with {status}: {outcomes}")
-        said = (f"{count} {outcome}" for outcome, count in outcomes.items())
-        return {"table": "tests", "id": names, "outcome": ", ".join(said)}
+        return {"table": "tests", "id": names, "outcome": last_line([*_PYTEST, *files])}
+
+
+def last_line(command: Sequence[str]) -> str:
+    """What a command says at its end; a RuntimeError with more of it if it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"it ended with {done.returncode}: {done.stdout[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]
 
 
 def sanitizer_program() -> str | None:
