@@ -190,30 +190,23 @@ def _quantised() -> Iterator[Case]:
 
 def _blocks() -> Iterator[Case]:
     """In float32, which every CPU multiplies fast."""
-    bytes_of_experts = ("kept", "fastlora/frozen", 1.0), ("peak", "fastlora/peft", 0.2)
+    of_experts = ("kept", "fastlora/frozen", 1.0), ("peak", "fastlora/peft", 0.2)
+    shared = Case(512, 1024, (1024,), 8, F32, F32, table="experts", inner=384, experts=32, top=4)
     for M, experts, inner, top, limit in (
         (512, 32, 384, 4, 1.25), (2048, 32, 384, 4, 1.15), (512, 8, 2048, 2, 1.25),
-        (34, 4, 24, 2, 0.0),
     ):  # fmt: skip
-        tiny, limits = M == 34, (("both", "fastlora/frozen", limit), *bytes_of_experts)
-        K, name = 48 if tiny else 1024, "quick" if tiny else ""
-        yield Case(
-            M, K, (K,), 8, F32, F32, name=name, table="experts", inner=inner, experts=experts,
-            top=top, limits=limits,
-        )  # fmt: skip
-    packed = ("both", "fastlora/frozen", 1.45), ("both", "fastlora/peft", 1.0), *bytes_of_experts
-    for kind in PACKS:
-        case = Case(512, 1024, (1024,), 8, F32, F32, 0.0, "", "experts", kind, packed, 384, 32, 4)
-        yield case
-        if kind == "mxfp4":
-            yield replace(case, M=34, K=64, outputs=(64,), name="quick", inner=32, experts=4, top=2)
+        limits = ("both", "fastlora/frozen", limit), *of_experts
+        yield replace(shared, M=M, inner=inner, experts=experts, top=top, limits=limits)
+    packed = ("both", "fastlora/frozen", 1.45), ("both", "fastlora/peft", 1.0), *of_experts
+    yield from (replace(shared, kind=kind, limits=packed) for kind in PACKS)
+    quick = replace(shared, M=34, name="quick", experts=4, top=2)
+    yield replace(quick, K=48, outputs=(48,), inner=24)
+    yield replace(quick, K=64, outputs=(64,), inner=32, kind="mxfp4")
     of_mlp = ("both", "fastlora/layer by layer", 1.0), ("kept", "fastlora/frozen", 0.8)
     of_step = ("both", "fastlora/frozen", 1.07), ("kept", "fastlora/frozen", 1.0)
-    for name, M, K, inner, layers in (
-        ("quick", 34, 48, 64, 2), ("qwen3-0.6b", *(_MODELS["qwen3-0.6b"][i] for i in (0, 1, 4)), 4)
-    ):  # fmt: skip
-        mlp = Case(M, K, (K,), 16, F32, F32, 0.1, name, "mlp", limits=of_mlp, inner=inner)
-        yield from (mlp, replace(mlp, dropout=0.0))
+    for name, M, K, inner, layers in (("quick", 34, 48, 64, 2), ("qwen3-0.6b", 512, 1024, 3072, 4)):
+        mlp = Case(M, K, (K,), 16, F32, F32, name=name, table="mlp", limits=of_mlp, inner=inner)
+        yield from (replace(mlp, dropout=p) for p in (0.1, 0.0))
         step = replace(mlp, table="step", layers=layers, limits=of_step)
         yield from (replace(step, dropout=p) for p in (0.05, 0.0))
 
