@@ -33,8 +33,8 @@ library_name: kernels
 license: apache-2.0
 ---
 
-Triton kernels of LoRA layers: tensors in, tensors out. Their docstrings have shapes and formulas.
-For layers with autograd, PEFT models and quantised bases use the package `fastlora-kernels`.
+Triton kernels of LoRA layers: tensors in, tensors out. Docstrings have shapes and formulas. For
+layers with autograd, PEFT models and quantised bases use the package `fastlora-kernels`.
 
 ```python
 from kernels import get_kernel
@@ -57,9 +57,7 @@ k.weight_grad(x, [dh], [dA.T], precision="ieee")
 
 
 def write(folder: Path) -> None:
-    """Raises FileExistsError if the folder has something in it."""
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} isn't empty: give a new folder")
+    """Raises FileExistsError for a folder that has such a package already."""
     package, files = NAME.replace("-", "_"), sorted(KERNELS.glob("*.py"))
     for place in ("torch-ext/" + package, *(f"build/torch-{each}" for each in BACKENDS)):
         (folder / place).mkdir(parents=True)
