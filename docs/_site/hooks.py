@@ -121,7 +121,7 @@ class _Page(HTMLParser):
         self.anchors |= {found[name] for name in ("id", "name") if found.get(name)}
         if tag == "a" and found.get("href"):
             self.links.append(found["href"])
-        elif tag != "a":
+        elif tag != "a" and found.get("rel") not in ("canonical", "next", "prev"):
             self.loaded += [found[name] for name in ("href", "src") if found.get(name)]
 
 
