@@ -2,8 +2,9 @@
 
     python -m tools.sweep_speed [16 256 …]
 
-for so many tokens a configuration; the model is that of the benchmarks' table "step".  A run alone
-is ``apply_lora``'s, with its blocks.  It leaves sweep-DATE.json beside the benchmarks' results.
+for so many tokens a configuration.  The model has Qwen3 0.6B's shapes, 4 of its 28 layers and as
+much of its vocabulary, in float32.  A run alone is ``apply_lora``'s, with its blocks.  Beside the
+benchmarks' results of the day it leaves sweep-DATE.json.
 """
 
 import sys
@@ -12,10 +13,9 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 import fastlora
-from benchmarks.blocks import Step
-from benchmarks.cases import Case
 from benchmarks.measure import in_turn, row_of
 from benchmarks.report import text
 from benchmarks.results import describe_machine, results_path, write_results
@@ -23,6 +23,15 @@ from benchmarks.results import describe_machine, results_path, write_results
 ROUNDS, STEPS, SWEEP, RUNS = 5, 2, "fastlora", "eight runs"
 CONFIGS = [{"r": r, "learning_rate": rate} for r in (2, 8, 32, 64) for rate in (1e-4, 5e-4)]
 LIMITS = {16: 0.6, 256: 1.0}  # of the sweep's time over the runs', by tokens a configuration
+
+
+def make_model() -> torch.nn.Module:
+    config = Qwen3Config(
+        vocab_size=21760, hidden_size=1024, intermediate_size=3072, num_hidden_layers=4,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def seconds_alone(model: torch.nn.Module, r: int, learning_rate: float, batch: dict) -> float:
@@ -59,10 +68,12 @@ def measure(model: torch.nn.Module, tokens: int) -> dict:
     return row_of(case, in_turn({RUNS: runs, SWEEP: sweep}, rounds=ROUNDS), saved={})
 
 
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    model = Step(Case(2, 1024, (1024,), table="step", inner=3072, layers=4)).model.train()
+def main() -> None:
+    machine, model = describe_machine(torch.device("cpu")), make_model().train()
     rows = [measure(model, tokens) for tokens in map(int, sys.argv[1:] or ["16", "256"])]
-    machine = describe_machine(torch.device("cpu"))
     write_results(results_path(machine, name="sweep"), machine, [], rows)
     print(text(rows))
+
+
+if __name__ == "__main__":
+    main()
