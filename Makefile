@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test peft-suite bench compile-report matrix machine docs lint clean
+.PHONY: help demo sweep test peft-suite bench compile-report matrix machine release-check docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ matrix: .venv/$(if $(filter --triton%,$(ARGS)),test,matrix) ## Try the wheel und
 
 machine: .venv/test ## Run the kernels as compiled for sm_80 and sm_90 on the CPU, and look for races (ARGS="--quick …")
 	.venv/bin/python -m tools.machine $(ARGS)
+
+release-check: .venv/release ## Build sdist and wheel into dist/, and try the wheel in an empty environment (ARGS=--built …)
+	.venv/bin/python -m tools.release_check $(ARGS)
 
 docs: .venv/docs ## Build the documentation site into out/site, and check its links (ARGS=serve: at localhost)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs $(or $(ARGS),build --strict)

@@ -19,6 +19,7 @@ from .model.inject import apply_lora, print_trainable_parameters, remove_lora
 from .model.merge import merge_lora, unmerge_lora
 from .model.packed_files import load_packed
 from .model.packing import pack
+from .namesake import warn_of_namesake
 from .ops.functional import lora_grouped, lora_linear, lora_linears, multi_lora_linear
 from .peft.check import check
 from .peft.optimize import coverage, optimize, restore
@@ -61,3 +62,6 @@ __all__ = [
     "unmerge_lora",
     "use_backend",
 ]
+
+warn_of_namesake()
+del warn_of_namesake

@@ -20,7 +20,8 @@ try:
     from transformers.trainer import TRAINING_ARGS_NAME
 except ImportError as error:
     raise ImportError(
-        "fastlora.trainer needs transformers and accelerate: pip install transformers accelerate"
+        "fastlora.trainer needs transformers and accelerate: "
+        "pip install 'fastlora-kernels[trainer]'"
     ) from error
 
 

@@ -52,7 +52,7 @@ def export_gguf(
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("export_gguf needs gguf: pip install gguf") from error
+        raise ImportError("export_gguf needs gguf: pip install 'fastlora-kernels[gguf]'") from error
     place = check_folder(path)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(_DTYPES)}")

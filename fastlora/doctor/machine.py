@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..namesake import namesakes
 from ..version import __version__
 
 _SETTINGS = re.compile(
@@ -98,10 +99,12 @@ def note_of_triton(version: str, has_hopper: bool) -> str:
 def installation() -> dict[str, str]:
     package = __package__.partition(".")[0]
     specs = {name: find_spec(name) for name in (package, f"{package}.kernels")}
-    return {
+    found = {
         name: str(Path(spec.origin).parent) if spec and spec.origin else "missing"
         for name, spec in specs.items()
     }
+    others = namesakes()
+    return found | ({f"another {package}": others} if others else {})
 
 
 def settings() -> dict[str, str]:

@@ -220,7 +220,10 @@ def _packed_linear(name: str, linear: nn.Module, kind: str) -> nn.Module:
     try:
         theirs: Any = import_module("bitsandbytes.nn" if kind == "nf4" else "torchao.quantization")
     except ImportError as error:
-        raise ImportError(f"{name} can't be packed as {kind}: install {package}") from error
+        raise ImportError(
+            f"{name} can't be packed as {kind} without {package}: "
+            "pip install 'fastlora-kernels[quantised]'"
+        ) from error
     own: Any = linear
     if own.weight.is_meta or is_hooked(linear):
         raise ValueError(f"{name} can't be packed: it is on meta, or something acts on its calls")

@@ -203,8 +203,9 @@ def _why_nothing(model: nn.Module) -> str:
     if isinstance(config, dict):
         kinds = ", ".join(str(getattr(c, "peft_type", c)).split(".")[-1] for c in config.values())
         return f"this PEFT model has no LoRA layers (its adapters: {kinds}): only LoRA is sped up"
+    absent = "" if "peft" in sys.modules else " (pip install 'fastlora-kernels[peft]')"
     return (
         f"this {type(model).__name__} has no PEFT LoRA layers: give it some by "
-        "peft.get_peft_model(model, peft.LoraConfig(…)), or use fastlora's own layers: "
+        f"peft.get_peft_model(model, peft.LoraConfig(…)){absent}, or use fastlora's own layers: "
         "fastlora.apply_lora(model, fastlora.LoRAConfig(…))"
     )

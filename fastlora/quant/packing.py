@@ -145,7 +145,9 @@ def _nf4(weight: Tensor) -> Quantised:
     try:
         quantise = import_module("bitsandbytes.functional").quantize_4bit
     except ImportError as error:
-        raise ImportError('"nf4" needs bitsandbytes\' quantiser: install bitsandbytes') from error
+        raise ImportError(
+            "\"nf4\" needs bitsandbytes' quantiser: pip install 'fastlora-kernels[quantised]'"
+        ) from error
     (N, K), block = weight.shape, _NF4_BLOCK
     weight = weight.float() if weight.element_size() > 4 else weight.contiguous()
     packed, state = quantise(weight, blocksize=block, quant_type="nf4")

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import sys
 import tarfile
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 from process import run_python
 
+from fastlora.version import __version__
+
 ROOT = Path(__file__).parents[2]
 
 # A file imports from its own floor and those below, and no circle of files is closed.
 FLOORS = (
     {"kernels"},
-    {"version", "foreign", "blocks", "formats", "projection", "rows", "checks"}
+    {"version", "namesake", "foreign", "blocks", "formats", "projection", "rows", "checks"}
     | {"reference"},
     {"backends"},
     {"ops"},
@@ -173,7 +176,7 @@ def test_an_import_brings_in_fastlora_alone_and_works_without_triton_and_any_dev
     late = ("layer", "mixed", "reading", "records")
     assert not new & {f"fastlora.peft.{name}" for name in late}
     assert found["trained"]
-    assert "pip install transformers accelerate" in found["trainer"]
+    assert "pip install 'fastlora-kernels[trainer]'" in found["trainer"]
     # No module shares its place with a public function.
     assert found["modules"] == ["reference"]
     names = set(found["names"]) - {"reference"}
@@ -192,7 +195,8 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def built(source) -> Path:
     """A folder with the sdist, and the wheel that was built from it."""
-    run_python("-m", "build", "--no-isolation", "--outdir", "dist", ".", cwd=source)
+    build = ("-m", "build", "--no-isolation", "--outdir", "dist", ".")
+    run_python(*build, cwd=source, FASTLORA_REPOSITORY="https://git.example/owner/name")
     return source / "dist"
 
 
@@ -203,7 +207,35 @@ def test_the_wheel_has_kernels_in_their_place_only(built):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastlora", "fastlora_kernels"}
     expected = {str(path.relative_to(ROOT)) for path in FILES}
     expected |= {f"fastlora/kernels/{path.name}" for path in KERNELS}
-    assert expected | {"fastlora/py.typed"} <= set(names)
+    expected |= {"fastlora/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+
+
+def test_a_wheel_from_the_tree_is_that_from_the_sdist(built, source, tmp_path):
+    """But for the addresses, which this build isn't told."""
+    pip = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path)
+    run_python(*pip, source, FASTLORA_REPOSITORY=None)
+    wheels = [zipfile.ZipFile(next(folder.glob("*.whl"))) for folder in (tmp_path, built)]
+    ours, theirs = ({name: file.read(name) for name in file.namelist()} for file in wheels)
+    assert ours.keys() == theirs.keys()
+    differ = {name.rpartition("/")[2] for name in ours if ours[name] != theirs[name]}
+    assert differ == {"METADATA", "RECORD"}
+    (metadata,) = [text.decode() for name, text in ours.items() if name.endswith("/METADATA")]
+    assert metadata.endswith((ROOT / "README.md").read_text())
+    assert "Project-URL" not in metadata
+
+
+def test_pypi_s_page_has_addresses_for_links(built):
+    """README's own lead to files, which PyPI doesn't have."""
+    file = zipfile.ZipFile(next(built.glob("*.whl")))
+    (name,) = [name for name in file.namelist() if name.endswith("/METADATA")]
+    head, page = file.read(name).decode().split("\n\n", 1)
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert all(link.startswith(("https://", "#")) for link in links)
+    of_tag = f"https://git.example/owner/name/{{}}/v{__version__}/"
+    assert of_tag.format("raw") + "docs/demo.png" in links
+    assert of_tag.format("blob") + "docs/peft.md" in links
+    assert f"Project-URL: Changes, {of_tag.format('blob')}CHANGELOG.md" in head
 
 
 def test_the_sdist_builds_itself(built):
@@ -211,6 +243,10 @@ def test_the_sdist_builds_itself(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
+    assert {"CHANGELOG.md", "tests/conftest.py", "tests/support/models.py"} <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {"fastlora", "fastlora_kernels.egg-info", "kernels", "tests"}
+    assert not [name for name in names if name.startswith("tests/project")]
 
 
 def environment_with(folder: Path, *pip_arguments: str | Path) -> Path:

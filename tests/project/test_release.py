@@ -1,0 +1,78 @@
+"""A release: its notes and its tag; and another project's module of this package's name."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from process import run_python
+
+from fastlora.version import __version__
+
+ROOT = Path(__file__).parents[2]
+IMPORT = (
+    "import warnings; warnings.simplefilter('error'); import fastlora; print(fastlora.__file__)"
+)
+
+
+def notes(tag: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.release_notes", tag]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_notes_of_a_tag_are_the_changelog_s_section():
+    found = notes(f"v{__version__}")
+    assert found.returncode == 0
+    assert found.stdout.strip() in (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall("^## ", found.stdout, re.M) == []
+    assert len(re.findall(r"^\* ", found.stdout, re.M)) > 20
+
+
+def test_a_tag_of_another_version_is_refused():
+    found = notes("v9.9.9")
+    assert found.returncode == 1
+    assert f"tag v{__version__}" in found.stderr
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A site-packages with this package in it."""
+    (tmp_path / "fastlora").mkdir()
+    for path in (ROOT / "fastlora").iterdir():
+        (tmp_path / "fastlora" / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_no_namesake_no_warning(folder):
+    assert run_python("-c", IMPORT, PYTHONPATH=str(folder)).startswith(str(folder))
+
+
+def test_a_module_beside_the_package_is_one_line_at_the_import(folder):
+    (folder / "fastlora.py").write_text("raise SystemExit('the other project')")
+    code = (
+        "import json, warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    import fastlora\n"
+        "print(json.dumps([[str(w.message), w.lineno] for w in caught]))"
+    )
+    ((text, line),) = json.loads(run_python("-c", code, PYTHONPATH=str(folder)))
+    assert text.startswith(f"{folder / 'fastlora.py'} is another module of this name")
+    assert text.endswith("pip uninstall fastlora")
+    assert "\n" not in text
+    assert line == 3  # the reader's own
+
+
+@pytest.mark.parametrize("place", ["beside", "behind", "none"])
+def test_doctor_names_a_module_in_any_folder(folder, tmp_path_factory, place):
+    other = {"beside": folder}.get(place) or tmp_path_factory.mktemp("other")
+    if place != "none":
+        (other / "fastlora.py").write_text("")
+    code = (
+        "from fastlora.doctor.machine import installation as i; import json; print(json.dumps(i()))"
+    )
+    found = json.loads(run_python("-W", "ignore", "-c", code, PYTHONPATH=f"{folder}:{other}"))
+    said = found.get("another fastlora", "")
+    assert said.count(" is another module") == (place != "none")
+    assert (str(other / "fastlora.py") in said) == (place != "none")

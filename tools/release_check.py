@@ -1,0 +1,188 @@
+"""What a release is: sdist and wheel, and that the wheel works in an empty environment.
+
+    python -m tools.release_check            # builds into dist/, then checks
+    python -m tools.release_check --built    # checks what is in dist/
+
+The checks run outside of the clone, in .cache/release/venv, where pip installed nothing but the
+wheel, first alone and then with the extras that README names.  Each is a line with its time; the
+first that fails ends the run.  ``python -I release_check.py NAME`` is how one of STEPS runs there.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from argparse import ArgumentParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, DIST = ROOT / ".cache" / "release", ROOT / "dist"
+NOT_BUILT = (".*", "out", "build", "dist", "*.egg-info", "__pycache__")
+
+
+def bare() -> None:
+    """Without an extra every public name is there, and what needs one says which."""
+    import torch
+
+    import fastlora
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    assert all(getattr(fastlora, name) is not None for name in fastlora.__all__)
+    for extra, call in {
+        "peft": lambda: fastlora.optimize(model),
+        "gguf": lambda: fastlora.export_gguf("a", "b", model_config="c"),
+        "quantised": lambda: fastlora.pack(model, "nf4", modules=["0"]),
+        "trainer": lambda: __import__("fastlora.trainer"),
+    }.items():
+        try:
+            call()
+        except (ImportError, ValueError) as error:
+            said = str(error)
+        else:
+            said = "nothing"
+        assert f"pip install 'fastlora-kernels[{extra}]'" in said, said
+
+
+def readme() -> None:
+    """Its blocks, in order, on models made from a config."""
+    from pages import README, blocks_of
+
+    batch, model, peft_model = small()
+    for code in blocks_of(README, "python"):
+        exec(code, {"batch": batch, "model": model, "peft_model": peft_model})
+        batch, model, _ = small()
+
+
+def small() -> tuple:
+    """A batch, a model, and one with PEFT's adapters."""
+    import peft
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    ours, theirs = (LlamaForCausalLM(LlamaConfig(**settings | heads)) for _ in range(2))
+    ids = torch.randint(0, 100, (2, 6))
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    return {"input_ids": ids, "labels": ids}, ours, peft.get_peft_model(theirs, config)
+
+
+def trainers() -> None:
+    """AdapterTrainer on a model of one's own, transformers' on an optimised PEFT model."""
+    import transformers
+
+    import fastlora
+    from fastlora.trainer import AdapterTrainer
+
+    batch, model, peft_model = small()
+    fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
+    fastlora.optimize(peft_model)
+    rows = [{name: value[i] for name, value in batch.items()} for i in (0, 1)]
+    for kind, each in ((AdapterTrainer, model), (transformers.Trainer, peft_model)):
+        args = transformers.TrainingArguments(
+            kind.__name__, max_steps=4, learning_rate=0.01, use_cpu=True, report_to="none"
+        )
+        before = each(**batch).loss.item()
+        kind(model=each, args=args, train_dataset=rows).train()
+        assert each(**batch).loss.item() < before
+
+
+def files() -> None:
+    """PEFT loads what save_adapter wrote, and fastlora what PEFT wrote; the outputs agree."""
+    import peft
+    import torch
+
+    import fastlora
+
+    batch, _, theirs = small()
+    theirs.save_pretrained("theirs")
+    fastlora.restore(theirs)
+    expected, base = theirs(**batch).logits, theirs.unload()
+    fastlora.load_adapter(base, "theirs")
+    torch.testing.assert_close(base(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    fastlora.save_adapter(base, "ours")
+    again = peft.PeftModel.from_pretrained(fastlora.remove_lora(base), "ours")
+    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def kernel() -> None:
+    """One of Triton's in its interpreter, beside the formula in float64."""
+    import torch
+
+    import fastlora
+
+    x, weight, a, b = (torch.randn(*size) for size in ((33, 40), (24, 40), (4, 40), (24, 4)))
+    with fastlora.use_backend("triton"):
+        out = fastlora.lora_linear(x, weight, a, b, scale=2.0)
+    parts = (each.double() for each in (x, weight, a, b))
+    expected = fastlora.reference.lora_linear(*parts, scale=2.0)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+STEPS = {step.__name__: step for step in (bare, readme, trainers, files, kernel)}
+
+
+def check(what: str, *command: str | Path, cwd: Path = FOLDER, **environment: str) -> str:
+    """Run a command and print its line; what it printed.  A failure ends everything."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    own, start = kept | {"HF_HUB_OFFLINE": "1"} | environment, time.monotonic()
+    done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, check=False)
+    took = f"{time.monotonic() - start:5.1f} s"
+    if done.returncode:
+        sys.exit(
+            f"{took}  FAILED  {what}: {done.stdout}{done.stderr}$ {' '.join(map(str, command))}"
+        )
+    print(f"{took}  ok  {what}", flush=True)
+    return done.stdout
+
+
+def build() -> None:
+    """Both files, from a copy of the tree; dist/ changes once they are whole and right."""
+    with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
+        source, out = Path(scratch, "source"), Path(scratch, "dist")
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_BUILT))
+        check("sdist and wheel", sys.executable, "-m", "build", "-n", "-o", out, source)
+        check("twine", sys.executable, "-m", "twine", "check", "--strict", *out.iterdir())
+        shutil.rmtree(DIST, ignore_errors=True)
+        out.rename(DIST)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--built", action="store_true", help="check what is in dist/")
+    is_built, start = parser.parse_args().built, time.monotonic()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if not is_built:
+        build()
+    (wheel,) = DIST.glob("*.whl")
+    venv.create(FOLDER / "venv", clear=True, with_pip=True)
+    python = FOLDER / "venv" / "bin" / "python"
+    (extras,) = set(re.findall(r"'fastlora-kernels(\[.+?\])'", (ROOT / "README.md").read_text()))
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")
+    with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
+        place = Path(scratch)
+        check(f"pip install {wheel.name}", *pip, wheel, cwd=place)
+        check("bare", python, "-I", __file__, "bare", cwd=place)
+        check(f"pip install {wheel.name}{extras}", *pip, f"{wheel}{extras}", cwd=place)
+        for step in list(STEPS)[1:]:
+            interpreted = {"TRITON_INTERPRET": "1"} if step == "kernel" else {}
+            check(step, python, "-I", __file__, step, cwd=place, **interpreted)
+        check("doctor", python, "-m", "fastlora", "doctor", cwd=place)
+        usage = check("--help", python, "-m", "fastlora", "--help", cwd=place)
+        commands = re.findall(r"^    ([a-z-]+) ", usage, re.M)
+        assert "doctor" in commands, usage
+        for name in commands:
+            check(f"{name} --help", python, "-m", "fastlora", name, "--help", cwd=place)
+    print(f"{time.monotonic() - start:5.1f} s  all of {wheel.name}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in STEPS:
+        sys.path.append(str(ROOT / "tests" / "support"))
+        STEPS[sys.argv[1]]()
+    else:
+        main()
