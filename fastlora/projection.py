@@ -98,7 +98,8 @@ def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
     flat: list = []
     for (base, adapters), layout in zip(outputs, layouts, strict=True):
         if layout.format is None:
-            flat += base if layout.has_bias else base[:1]
+            # torch.compile of 2.11 and 2.12 adds no named tuple to a list.
+            flat += [*base] if layout.has_bias else [base.weight]
         else:
             weight: Any = base.weight
             packed = isinstance(weight, Quantised)

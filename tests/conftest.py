@@ -23,6 +23,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from device import DEVICE
+from older import pytest_itemcollected as pytest_itemcollected
 
 import fastlora
 from fastlora.backends import products

@@ -269,3 +269,9 @@ def test_alone_it_prints_usage():
     printed = run_python("-m", "fastlora")
     assert printed.startswith("usage: python -m fastlora")
     assert "fastlora.plan(model)" in printed
+
+
+def test_an_interpreter_that_needs_an_older_numpy_is_named(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "needs numpy before 2.4" in machine.note_of_triton("3.6.0", has_hopper=False)
+    assert not machine.note_of_triton("3.7.1", has_hopper=False)

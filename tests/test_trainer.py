@@ -196,9 +196,6 @@ def test_a_model_that_is_sharded_already_is_refused_at_once(tmp_path):
         trainer_for(model, tmp_path)
 
 
-@pytest.mark.skipif(
-    transformers.__version__ < "5", reason="its Trainer can't resume in DDP on CPUs"
-)
 def test_in_ddp_one_rank_writes_and_a_resumed_run_is_the_run_without_a_stop(tmp_path):
     ranks = Ranks(2, tmp_path)
     expected = ranks.run(train_in_ranks, str(tmp_path / "whole"))

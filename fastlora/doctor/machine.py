@@ -88,8 +88,11 @@ def versions(broken: list[str]) -> dict[str, str]:
 
 def note_of_triton(version: str, has_hopper: bool) -> str:
     """What is known of a version's code, whatever kernel it is of."""
-    if not has_hopper or not version.startswith("3.6."):
+    if not version.startswith("3.6."):
         return ""
+    if not has_hopper:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return ": before 3.7 its interpreter needs numpy before 2.4" if interpreted else ""
     return (
         ": before 3.7 its products on Hopper lack a fence between a copy and its reader. Nobody "
         "has seen a wrong number of it; torch 2.13 comes with 3.7.1"

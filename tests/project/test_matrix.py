@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from matrix import __main__ as matrix
-from matrix import cell as script
 from matrix import environment, table
 from matrix.cells import CELLS, NEWEST, OLDEST, TORCH
 
@@ -16,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 RESULTS = json.loads(matrix.RESULTS.read_text(encoding="utf-8"))
 RAN = {name: row for name, row in RESULTS["cells"].items() if "versions" in row}
+CHECKS = set(RAN["oldest"]["checks"])
 
 
 def floor_of(package: str) -> str:
@@ -54,7 +54,7 @@ def test_twelve_cells_ran_and_every_torch_had_the_triton_that_it_pins():
     for row in RAN.values():
         found = row["versions"]
         assert TORCH[found["torch"].partition("+")[0]] == found["triton"]
-        assert {*script.CHECKS, *script.COMPILED} <= set(row["checks"])
+        assert set(row["checks"]) >= CHECKS
 
 
 def fake(monkeypatch, tmp_path, told: list[str]) -> dict:
@@ -70,18 +70,25 @@ def fake(monkeypatch, tmp_path, told: list[str]) -> dict:
 
 
 def test_a_broken_check_is_an_error_of_its_cell(monkeypatch, tmp_path):
-    outcomes = dict.fromkeys([*script.CHECKS, *script.COMPILED], "ok") | {"files": "error: Oh: no"}
+    outcomes = dict.fromkeys(sorted(CHECKS), "ok") | {"files": "error: Oh: no"}
     told = [json.dumps({"check": name, "outcome": outcome}) for name, outcome in outcomes.items()]
-    row = fake(monkeypatch, tmp_path, told)
+    head = {"checks": [*outcomes], "versions": {}}
+    row = fake(monkeypatch, tmp_path, [json.dumps(head), *told])
     assert row["checks"] == outcomes
     assert table.said(row) == "11 of 12 ok; files: Oh: no (error)"
 
 
 def test_a_check_that_takes_the_process_down_is_an_error(monkeypatch, tmp_path):
-    told = [json.dumps({"check": "doctor", "outcome": "ok"}), "Segmentation fault"]
+    head = json.dumps({"checks": ["doctor", "files"]})
+    told = [head, json.dumps({"check": "doctor", "outcome": "ok"}), "Segmentation fault"]
     checks = fake(monkeypatch, tmp_path, told)["checks"]
-    assert checks.pop("doctor") == "ok"
-    assert set(checks.values()) == {"error: the process ended: Segmentation fault"}
+    assert checks == {"doctor": "ok", "files": "error: the process ended: Segmentation fault"}
+
+
+def test_packages_that_cannot_be_imported_are_an_error(monkeypatch, tmp_path):
+    checks = fake(monkeypatch, tmp_path, ["ImportError: no"])["checks"]
+    ended = "error: the process ended: ImportError: no"
+    assert checks == {"import": ended, "import compiled": ended}
 
 
 def test_a_python_that_is_not_here_is_told_and_no_failure(monkeypatch, tmp_path):
@@ -103,7 +110,7 @@ def test_the_list_is_json_and_needs_python_alone():
 
 def test_what_a_cell_does_passes_here():
     names = ["op, torch", "files, biases", "Trainer, own"]
-    command = [sys.executable, script.__file__, *names]
+    command = [sys.executable, str(matrix.SCRIPT), *names]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     assert [(line["check"], line["outcome"]) for line in told[1:]] == [(n, "ok") for n in names]

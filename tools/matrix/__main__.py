@@ -11,11 +11,9 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
-from . import cell as script
 from . import environment, tritons
 from .cells import CELLS, Cell
 from .environment import ROOT, run
@@ -23,23 +21,23 @@ from .table import rewrite, said
 
 PAGES = (ROOT / "docs" / "install.md", ROOT / "docs" / "kernels.md")
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
-GROUPS = {"": script.CHECKS, "compiled": script.COMPILED}
+SCRIPT = Path(__file__).with_name("cell.py")
 
 
 def checked(python: Path) -> dict:
-    """What ``cell.py`` says in this environment; a check that it doesn't name went down with it."""
-    start, row = time.monotonic(), {"date": date.today().isoformat(), "checks": {}}
+    """What ``cell.py`` says in this environment; a check that has no line went down with it."""
+    row: dict = {"date": date.today().isoformat(), "checks": {}}
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(script.__file__, folder)
-        for group, checks in GROUPS.items():
-            command = (python, "cell.py", *filter(None, [group]))
-            _, lines = run(*command, cwd=Path(folder))
+        shutil.copy(SCRIPT, folder)
+        for group in ((), ("compiled",)):
+            _, lines = run(python, "cell.py", *group, cwd=Path(folder))
             told = [json.loads(line) for line in lines if line.startswith('{"')]
-            outcomes = {line["check"]: line["outcome"] for line in told if "check" in line}
+            head = told.pop(0) if told else {"checks": [" ".join(["import", *group])]}
+            outcomes = {line["check"]: line["outcome"] for line in told}
             missing = f"error: the process ended: {lines[-1]}"
-            row["checks"] |= {name: outcomes.get(name, missing) for name in checks}
-            row |= next((line for line in told if "versions" in line), {})
-    return {"versions": {}} | row | {"seconds": round(time.monotonic() - start)}
+            row["checks"] |= {name: outcomes.get(name, missing) for name in head.pop("checks")}
+            row = head | row
+    return row
 
 
 def result(cell: Cell, whole: bool, keep: bool) -> dict:
@@ -67,13 +65,8 @@ def write(results: dict, kind: str, name: str, row: dict | list) -> None:
     results[kind][name] = row
     order = [cell.name for cell in CELLS] if kind == "cells" else tritons.VERSIONS
     results[kind] = {each: results[kind][each] for each in order if each in results[kind]}
-    parts = [
-        f'"{part}": {{\n'
-        + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
-        + "\n}"
-        for part, rows in results.items()
-    ]
-    RESULTS.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
+    text = json.dumps(results).replace('{"asked"', '\n{"asked"').replace("]], ", "]],\n")
+    RESULTS.write_text(f"{text}\n", encoding="utf-8")
     for page in PAGES:
         rewrite(page)
 

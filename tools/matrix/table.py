@@ -33,7 +33,8 @@ def cells(results: dict) -> str:
     lines = [("Python", "PyTorch", "Triton", "PEFT", "transformers", "NumPy", "checks")]
     for row in results["cells"].values():
         asked = {name.lower(): own or "newest" for name, own in row["asked"].items()}
-        found = row.get("versions", asked | {"Python": asked["python"], "triton": "torch's"})
+        asked |= {"Python": asked["python"], "triton": "torch's"}
+        found = row.get("versions", asked)
         lines.append((*(found[name] for name in NAMES), row.get("why") or said(row)))
     return pipes(lines)
 
