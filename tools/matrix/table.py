@@ -23,7 +23,8 @@ def said(row: dict) -> str:
     for name, outcome in row["checks"].items():
         kind, _, why = outcome.partition(": ")
         found[kind].append(f"{name}: {why}".replace("|", "\\|"))
-    done = f"{len(found['ok'])} of {len(row['checks'])} ok"
+    good, count = len(found["ok"]), len(row["checks"])
+    done = f"all {count}" if good == count else f"{good} of {count} ok"
     bad = [f"{each} ({kind})" for kind in ("error", "skipped") for each in found[kind]]
     return "; ".join([done, *bad])
 
