@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..layers import mlp
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
-from ..layers.modules import plain_name, unwrap
+from ..layers.modules import plain_name, some, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..quant import PackedLayer, quantised_weight
 from ..report import Coverage
@@ -69,6 +69,15 @@ class Check:
                 lines.append(f"  {len(found)} {kind}s: up to {worst.relative:.2g}, {worst.name}")
         for layer in sorted(self.layers, key=_size, reverse=True)[:5]:
             lines.append(f"    {layer.name}: {layer.relative:.2g}")
+        own = {layer.name for layer in self.layers}
+        idle = [
+            one.name for one in self.coverage.layers if one.runs_adapter and one.name not in own
+        ]
+        if self.gradients and idle:
+            lines.append(
+                f"  {len(idle)} layers without a gradient: {some(idle)}: frozen, or nothing called "
+                "them with this batch"
+            )
         if self.dtype in HALF_DTYPES:
             hint = (
                 "small differences hide in the rounding of 16 bits: compare in float32 to see them"

@@ -41,6 +41,20 @@ def test_a_model_passes(settings):
     assert found.layers[0].name in text or len(found.layers) > 5
 
 
+class Reader(Mlp):
+    """As transformers' Mamba with its dt_proj: it reads a layer's weight, and doesn't call it."""
+
+    def forward(self, x):
+        return torch.relu(self.up(x)) @ self.down.weight.T
+
+
+def test_a_layer_that_nothing_calls_is_named():
+    found = fastlora.check(adapted(Reader(), target_modules=["up", "down"]), torch.randn(3, 8))
+    assert found
+    assert "1 layers without a gradient: base_model.model.down: " in str(found)
+    assert "without a gradient" not in str(fastlora.check(llama(), batch()))
+
+
 @pytest.fixture
 def read_anew(monkeypatch):
     """No call is known: each layer is read, and its reading handed on."""
