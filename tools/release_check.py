@@ -49,87 +49,28 @@ def bare() -> None:
 
 def readme() -> None:
     """Its blocks, in order, on models made from a config."""
+    from cell import BATCH, llama, peft_model
     from pages import README, blocks_of
 
-    batch, model, peft_model = small()
     for code in blocks_of(README, "python"):
-        exec(code, {"batch": batch, "model": model, "peft_model": peft_model})
-        batch, model, _ = small()
+        exec(code, {"batch": BATCH, "model": llama(), "peft_model": peft_model()})
 
 
-def small() -> tuple:
-    """A batch, a model, and one with PEFT's adapters."""
-    import peft
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def checks() -> None:
+    """Those of ``make matrix``: the op on both backends, PEFT models, files, Trainer and more."""
+    from cell import CHECKS, outcome
 
-    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
-    ours, theirs = (LlamaForCausalLM(LlamaConfig(**settings | heads)) for _ in range(2))
-    ids = torch.randint(0, 100, (2, 6))
-    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
-    return {"input_ids": ids, "labels": ids}, ours, peft.get_peft_model(theirs, config)
+    found = {name: outcome(each) for name, each in CHECKS.items()}
+    assert not any("error" in how for how in found.values()), found
 
 
-def trainers() -> None:
-    """AdapterTrainer on a model of one's own, transformers' on an optimised PEFT model."""
-    import transformers
-
-    import fastlora
-    from fastlora.trainer import AdapterTrainer
-
-    batch, model, peft_model = small()
-    fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
-    fastlora.optimize(peft_model)
-    rows = [{name: value[i] for name, value in batch.items()} for i in (0, 1)]
-    for kind, each in ((AdapterTrainer, model), (transformers.Trainer, peft_model)):
-        args = transformers.TrainingArguments(
-            kind.__name__, max_steps=4, learning_rate=0.01, use_cpu=True, report_to="none"
-        )
-        before = each(**batch).loss.item()
-        kind(model=each, args=args, train_dataset=rows).train()
-        assert each(**batch).loss.item() < before
+STEPS = {step.__name__: step for step in (bare, readme, checks)}
 
 
-def files() -> None:
-    """PEFT loads what save_adapter wrote, and fastlora what PEFT wrote; the outputs agree."""
-    import peft
-    import torch
-
-    import fastlora
-
-    batch, _, theirs = small()
-    theirs.save_pretrained("theirs")
-    fastlora.restore(theirs)
-    expected, base = theirs(**batch).logits, theirs.unload()
-    fastlora.load_adapter(base, "theirs")
-    torch.testing.assert_close(base(**batch).logits, expected, rtol=1e-4, atol=1e-5)
-    fastlora.save_adapter(base, "ours")
-    again = peft.PeftModel.from_pretrained(fastlora.remove_lora(base), "ours")
-    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
-
-
-def kernel() -> None:
-    """One of Triton's in its interpreter, beside the formula in float64."""
-    import torch
-
-    import fastlora
-
-    x, weight, a, b = (torch.randn(*size) for size in ((33, 40), (24, 40), (4, 40), (24, 4)))
-    with fastlora.use_backend("triton"):
-        out = fastlora.lora_linear(x, weight, a, b, scale=2.0)
-    parts = (each.double() for each in (x, weight, a, b))
-    expected = fastlora.reference.lora_linear(*parts, scale=2.0)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-STEPS = {step.__name__: step for step in (bare, readme, trainers, files, kernel)}
-
-
-def check(what: str, *command: str | Path, cwd: Path = FOLDER, **environment: str) -> str:
+def check(what: str, *command: str | Path, cwd: Path = FOLDER) -> str:
     """Run a command and print its line; what it printed.  A failure ends everything."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    own, start = kept | {"HF_HUB_OFFLINE": "1"} | environment, time.monotonic()
+    own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    own, start = own | {"HF_HUB_OFFLINE": "1"}, time.monotonic()
     done = subprocess.run(command, cwd=cwd, env=own, capture_output=True, text=True, check=False)
     took = f"{time.monotonic() - start:5.1f} s"
     if done.returncode:
@@ -169,9 +110,7 @@ def main() -> None:
         check("bare", python, "-I", __file__, "bare", cwd=place)
         check(f"pip install {wheel.name}{extras}", *pip, f"{wheel}{extras}", cwd=place)
         for step in list(STEPS)[1:]:
-            interpreted = {"TRITON_INTERPRET": "1"} if step == "kernel" else {}
-            check(step, python, "-I", __file__, step, cwd=place, **interpreted)
-        check("doctor", python, "-m", "fastlora", "doctor", cwd=place)
+            check(step, python, "-I", __file__, step, cwd=place)
         usage = check("--help", python, "-m", "fastlora", "--help", cwd=place)
         commands = re.findall(r"^    ([a-z-]+) ", usage, re.M)
         assert "doctor" in commands, usage
@@ -182,7 +121,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in STEPS:
-        sys.path.append(str(ROOT / "tests" / "support"))
+        sys.path += map(str, (ROOT / "tests" / "support", ROOT / "tools" / "matrix"))
         STEPS[sys.argv[1]]()
     else:
         main()
