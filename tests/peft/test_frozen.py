@@ -19,7 +19,7 @@ import fastlora
 from fastlora.backends import products
 
 BASE = "base_model.model."
-DOCS = Path(__file__).parents[2] / "docs" / "peft.md"
+DOCS = Path(__file__).parents[2] / "docs" / "cpu.md"
 HEAD, UP = f"{BASE}head", f"{BASE}up.base_layer"
 
 
