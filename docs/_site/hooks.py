@@ -48,7 +48,7 @@ def relink(text: str, folder: str) -> str:
             outside = path.lstrip("./") if path.startswith("../") else f"blob/main/{path}"
             path = f"{REPOSITORY}/{outside}"
         else:
-            return found[2]
+            return "" if found[1] else found[2]
         name = title(found[2]) if found[2] == f"docs/{path}" else found[2]
         return f"{found[1]}[{name}]({path}{hash_}{anchor})"
 

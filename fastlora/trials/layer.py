@@ -1,5 +1,6 @@
 """Layers with an adapter for each trial, which the rows of a batch are shared out to."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
@@ -18,6 +19,8 @@ from ..rows import AdapterMapping
 from .trial import Trial
 
 _RECORD = "_fastlora_trials"
+# One of several experts: a router chooses its rows, and may order all of a batch's otherwise.
+_ROUTED = re.compile(r"(?:^|\.)experts\.\d+\.")
 
 
 class Rows:
@@ -47,7 +50,8 @@ class Rows:
         count, shape = len(self._owners), tuple(x.shape)
         if len(shape) > 1 and shape[0] == count:
             return x
-        if len(shape) == 2 and any(shape[0] == count * length for length in self._lengths):
+        all_tokens = any(shape[0] == count * length for length in self._lengths)
+        if len(shape) == 2 and all_tokens and not _ROUTED.search(name):
             return x.unflatten(0, (count, -1))
         raise ValueError(
             f"{called(name)} is called with x {shape}, in which nothing says which trial a row is "

@@ -11,7 +11,7 @@ OLDER = (
     ("transformers", "5", "blocks_of_a_compiled_model", "activation_checkpointing_enable is new"),
     ("transformers", "5", "blocks_run_fast_twice", "a block that runs again rounds otherwise"),
     ("transformers", "5", "wrapper-checkpoints-before", "the block made again is another"),
-    ("transformers", "5", "test_a_layer_may_get_the_rows", "experts' rows come in another order"),
+    ("transformers", "5", "test_a_layer_may_get_the_rows", "its experts are routed, an error"),
     ("transformers", "5", "mxfp4_of_bytes_is_transformers[torch.float16", "NaN for what overflows"),
     ("peft", "0.21", "test_an_adapter_is_swapped_in_a_c", "hotswap has the first one's shapes"),
     ("peft", "0.21", "test_what_isn_t_covered", "no trained tokens for a tied head"),

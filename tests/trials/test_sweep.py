@@ -435,6 +435,26 @@ class Routed(nn.Module):
         return transformers.modeling_outputs.CausalLMOutput(logits=logits)
 
 
+class Expert(nn.Module):
+    """One of a list, which gets all tokens, but in an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(40, 8)
+        self.experts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 8)})])
+
+    def forward(self, input_ids, labels=None):
+        x = self.embed(input_ids)
+        rows = self.experts[0]["up"](x.flatten(0, 1).flip(0)).flip(0)
+        logits = rows.view_as(x) @ self.embed.weight.T
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+def test_the_rows_of_one_of_several_experts_are_never_taken_for_all_tokens(tmp_path):
+    with pytest.raises(ValueError, match=r"^experts\.0\.up is called with .*which trial a row is"):
+        swept(Expert(), tmp_path, [{"r": 2, "learning_rate": 1e-2}])
+
+
 def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
     model, config = Routed(), {"r": 2, "learning_rate": 1e-2, "exclude_modules": ["expert"]}
     nn.init.uniform_(model.norm.running_var)
