@@ -6,14 +6,13 @@ CPU (:mod:`.formula`): rows of x, y and dy are float32, and so are adapters, h a
 is widened a block of rows at a time, here, as a packed one is made.  What comes out is rounded
 once, so it is closer to the truth than torch's own product.
 
-Who runs wide is decided once for a process and dtype: not if torch says that oneDNN multiplies it;
-else by a measurement, at the first call that would.  Nothing is measured at import or while
-compiling.
+Who runs wide is the same in every process on a machine: whoever torch doesn't say of that oneDNN
+multiplies his dtype.  (No measurement decides: on a busy machine float32 is as slow, since one
+thread waits for another.)
 """
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -32,10 +31,6 @@ _FLAGS = {  # torch's, of 16-bit dtypes
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
 }
-# A 16-bit product that takes longer than this many float32 ones is slow: where torch has none of
-# its own it takes 15 to 20, measured on a Xeon kept to AVX2; where it has one, 0.5 to 2.
-_SLOW = 4.0
-_SHAPE = (16, 64, 64)  # small enough for one thread, which waits for no other on a busy machine
 # Bytes and rows of a block of the weight, widened or unpacked.  MKL packs x anew for each block:
 # with 512 rows a product took up to 1.08 of the time with 1024 on a Xeon; 2048 save little more.
 _BLOCK, _FEWEST_OF_WEIGHT, _MOST_OF_WEIGHT = 2**23, 64, 1024
@@ -59,18 +54,12 @@ def are_wide(x: Tensor) -> bool:
 
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether a CPU's calls of this 16-bit dtype run wide."""
-    return _is_slow(dtype) if FORCED is None else FORCED
+    return not _torch_has(dtype) if FORCED is None else FORCED
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which h is kept, for x of this dtype and device.
-
-    float32 where calls may run wide.  It measures nothing, so it can be asked while compiling.
-    """
-    if dtype not in _FLAGS or device.type != "cpu":
-        return dtype
-    may_be_wide = not _torch_has(dtype) if FORCED is None else FORCED
-    return torch.float32 if may_be_wide else dtype
+    """The dtype of h, for x of this dtype and device: float32 where calls run wide."""
+    return torch.float32 if device.type == "cpu" and dtype in _FLAGS and is_slow(dtype) else dtype
 
 
 @cache
@@ -78,23 +67,6 @@ def _torch_has(dtype: torch.dtype) -> bool:
     """Whether torch says that oneDNN multiplies this dtype on this CPU."""
     flag = getattr(torch.ops.mkldnn, _FLAGS[dtype], None)
     return flag is not None and flag()
-
-
-@cache
-def _is_slow(dtype: torch.dtype) -> bool:
-    return not _torch_has(dtype) and _time(dtype) > _SLOW * _time(torch.float32)
-
-
-def _time(dtype: torch.dtype) -> float:
-    """Seconds of a small dy weight, at best."""
-    m, n, k = _SHAPE
-    dy, weight = torch.ones(m, n, dtype=dtype), torch.ones(n, k, dtype=dtype)
-    times = []
-    for _ in range(6):  # the first one warms up
-        start = time.perf_counter()
-        torch.mm(dy, weight)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 class _Scratch(threading.local):

@@ -190,88 +190,49 @@ def test_merging_rounds_once(wide, dtype):
 
 @pytest.fixture
 def undecided(monkeypatch):
-    """A process in which nothing is forced and nothing decided, and what it measures."""
-    measured = []
-    seconds = {torch.float32: 1.0, torch.bfloat16: 5.0, torch.float16: 3.0}
+    """Nothing is forced, and torch has no product of 16 bits."""
     monkeypatch.setattr(products, "FORCED", None)
-    monkeypatch.setattr(products, "_time", lambda d: measured.append(d) or seconds[d])
-    decided = (products._torch_has, products._is_slow)
-    for function in decided:
-        function.cache_clear()
-    yield measured
-    for function in decided:
-        function.cache_clear()
+    monkeypatch.setattr(products, "_torch_has", lambda dtype: False)
 
 
-def has(monkeypatch, answer: bool) -> None:
-    monkeypatch.setattr(products, "_torch_has", lambda dtype: answer)
+@pytest.mark.usefixtures("undecided")
+def test_torch_s_word_decides(monkeypatch):
+    rows = {d: torch.ones(2, 3, dtype=d) for d in (torch.bfloat16, torch.float16, torch.float32)}
+    assert [products.are_wide(x) for x in rows.values()] == [True, True, False]
+    half = rows[torch.bfloat16]
+    assert not products.are_wide(half[:0])
+    assert not products.are_wide(half.to("meta"))
+    assert products.h_dtype(half.dtype, torch.device("meta")) == half.dtype
+    monkeypatch.setattr(products, "_torch_has", lambda dtype: dtype == torch.bfloat16)
+    assert [products.are_wide(x) for x in rows.values()] == [False, True, False]
+    assert products.h_dtype(half.dtype, torch.device("cpu")) == half.dtype
 
 
-def test_the_measurement_decides_once(monkeypatch, undecided):
-    has(monkeypatch, False)
-    x = {d: torch.ones(2, 3, dtype=d) for d in (torch.bfloat16, torch.float16, torch.float32)}
-    for _ in range(3):
-        assert products.are_wide(x[torch.bfloat16])
-        assert not products.are_wide(x[torch.float16])
-        assert not products.are_wide(x[torch.float32])
-    assert undecided == [torch.bfloat16, torch.float32, torch.float16, torch.float32]
-
-
-@pytest.mark.parametrize(
-    ("torch_has", "shape", "device"),
-    [(True, (2, 3), "cpu"), (False, (2, 3), "meta"), (False, (0, 3), "cpu")],
-    ids=["torch-has-the-product", "another-device", "no-rows"],
-)
-def test_nothing_is_measured_where_nothing_is_to_decide(
-    monkeypatch, undecided, torch_has, shape, device
-):
-    has(monkeypatch, torch_has)
-    assert not products.are_wide(torch.ones(shape, dtype=torch.bfloat16, device=device))
-    if 0 not in shape:
-        assert products.h_dtype(torch.bfloat16, torch.device(device)) == torch.bfloat16
-    assert undecided == []
-
-
-def test_fake_tensors_measure_nothing_and_have_the_real_h(monkeypatch, undecided):
-    has(monkeypatch, False)
+@pytest.mark.usefixtures("undecided")
+def test_fake_tensors_have_the_real_h():
     settings = ([False], [1], [1.0], "", 0.0, None, "torch")
     shapes = ((5, 8), (6, 8), (2, 8), (6, 2))
     with FakeTensorMode():
         x, *tensors = (torch.ones(shape, dtype=torch.bfloat16) for shape in shapes)
         _, fake = torch.ops.fastlora.lora_linears(x, tensors, *settings)
-    assert undecided == []
     x, *tensors = (torch.ones(shape, dtype=torch.bfloat16) for shape in shapes)
     _, real = torch.ops.fastlora.lora_linears(x, tensors, *settings)
-    assert undecided != []
     assert [h.dtype for h in fake] == [h.dtype for h in real] == [torch.float32]
 
 
-def test_compiling_measures_nothing(monkeypatch, undecided):
-    has(monkeypatch, False)
-    seen = []
-
-    def compiler(graph, inputs):
-        def run(*args):
-            seen.append(list(undecided))
-            return graph(*args)
-
-        return run
-
+@pytest.mark.usefixtures("undecided")
+def test_compiled_calls_run_wide_too():
     x, projection = make_x(5, 12, dtype=torch.bfloat16), make_projection(9, 12, 3, torch.bfloat16)
 
-    @torch.compile(backend=compiler, fullgraph=True)
     def call(x):
         return fastlora.lora_linear(x, *projection[:3])
 
-    y = call(x)
-    assert seen == [[]]
-    assert undecided != []
-    assert torch.equal(y, fastlora.lora_linear(x, *projection[:3]))
+    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(x), call(x))
 
 
 STATE = (
     "import torch, fastlora; from fastlora.backends import products as p;"
-    "print(p._is_slow.cache_info().currsize, *(p.are_wide(torch.ones(2, 2, dtype=d))"
+    "print(p._torch_has.cache_info().currsize, *(p.are_wide(torch.ones(2, 2, dtype=d))"
     " for d in (torch.bfloat16, torch.float16, torch.float32)))"
 )
 
@@ -287,7 +248,7 @@ def test_the_import_decides_nothing_and_the_environment_everything():
     reason="a CPU without 16-bit products is emulated on x86 alone",
 )
 def test_a_cpu_without_16_bit_products_runs_wide():
-    """oneDNN and torch kept to AVX2; the flag says no, and the real measurement agrees."""
+    """oneDNN and torch kept to AVX2."""
     printed = run_python(
         "-c", STATE, ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2",
         FASTLORA_WIDE_PRODUCTS=None,
@@ -295,13 +256,13 @@ def test_a_cpu_without_16_bit_products_runs_wide():
     assert printed == "0 True True False"
 
 
-def test_here_torch_s_flag_is_heeded():
+def test_here_torch_s_flags_are_heeded():
     flags = (
         torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     )
     *wide, _ = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=None).split()[1:]
-    assert not any(flag and answer == "True" for flag, answer in zip(flags, wide, strict=True))
+    assert wide == [str(not flag) for flag in flags]
 
 
 @pytest.mark.parametrize("M", [1, 2])
