@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import numpy
 import peft
 import pytest
 import torch
@@ -31,6 +32,7 @@ def examined(capsys, *arguments: str, status: int = 0) -> dict:
 
 def test_versions_machine_and_the_text_on_about_a_screen(capsys):
     found = examined(capsys)
+    assert f"numpy {numpy.__version__}, " in found["versions"].pop("others")
     assert found["versions"] == {
         "fastlora": __version__,
         "Python": ".".join(map(str, sys.version_info[:3])),

@@ -40,6 +40,8 @@ def relink(text: str, folder: str) -> str:
         if not path or urlsplit(path).scheme:
             return found[0]
         path = posixpath.normpath(posixpath.join(folder, path))
+        if found[1] and path.startswith("../"):  # a badge, which is another host's
+            return ""
         if path in PAGES:
             path = PAGES[path]
         elif path.startswith("docs/"):
@@ -48,7 +50,7 @@ def relink(text: str, folder: str) -> str:
             outside = path.lstrip("./") if path.startswith("../") else f"blob/main/{path}"
             path = f"{REPOSITORY}/{outside}"
         else:
-            return "" if found[1] else found[2]
+            return found[2]
         name = title(found[2]) if found[2] == f"docs/{path}" else found[2]
         return f"{found[1]}[{name}]({path}{hash_}{anchor})"
 

@@ -79,7 +79,12 @@ class Spectra:
         Raises ImportError without matplotlib.
         """
         place = check_folder(path)
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "plot needs matplotlib: pip install 'fastlora-kernels[plot]'"
+            ) from error
 
         figure, content = Figure(figsize=(7, 4.5), layout="constrained"), io.BytesIO()
         axes = figure.add_subplot()

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _SETTINGS = re.compile(
     "(FASTLORA|TRITON)_.+|(OMP|MKL)_NUM_THREADS|ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_MAX_CPU_ISA"
     "|(CUDA|HIP|ROCR)_VISIBLE_DEVICES|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 )
+
+_OTHERS = ("numpy", "safetensors", "accelerate", "trl", "bitsandbytes", "torchao", "hqq", "gguf")
 
 
 def devices_here() -> list[torch.device]:
@@ -83,7 +86,17 @@ def versions(broken: list[str]) -> dict[str, str]:
         torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count())
     )
     found["triton"] += note_of_triton(found["triton"], has_hopper)
+    others = {name: version_of(name) for name in _OTHERS}
+    found["others"] = ", ".join(f"{name} {own}" for name, own in others.items() if own)
     return found
+
+
+def version_of(distribution: str) -> str:
+    """As pip has it, without an import; "" if it isn't installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
 
 
 def note_of_triton(version: str, has_hopper: bool) -> str:

@@ -189,7 +189,7 @@ class AdaptedWeight:
             )
         labels, shapes = self.pair_names(), self.adapted_features.shapes(self.r)
         for label, shape in zip(labels, shapes, strict=True):
-            tensor: Any = getattr(self.adapted_module, label)
+            tensor: Any = getattr(self.adapted_module, label, None)
             if not isinstance(tensor, Tensor):
                 reason = f"is {shown(tensor)}, but must be a tensor {list(shape)}"
             elif tensor.shape != shape:

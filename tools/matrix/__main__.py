@@ -88,7 +88,8 @@ def main() -> int:
         chosen = [cell for cell in chosen if cell.name in ("oldest", "newest")]
     if options.list:
         rows = [cell._asdict() for cell in chosen]
-        print(json.dumps(rows) if options.json else "\n".join(map(str, chosen)))
+        named = [{key: own or "newest" for key, own in row.items()} for row in rows]
+        print(json.dumps(rows) if options.json else "\n".join(map(str, named)))
         return 0
     if options.whole and len(chosen) > 1:
         newest = [cell for cell in CELLS if cell.name.startswith("newest")]
