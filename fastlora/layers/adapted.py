@@ -278,7 +278,9 @@ class LoRALayer(AdaptedWeight, Adapted):
 
     @property
     def merged(self) -> bool:
-        return bool(self._bases)  # sooner than by name, which each call would ask for
+        # Sooner than by name, which each call would ask for.  A compiled call is compiled again when
+        # a length changes, and not when the truth of an empty dict does.
+        return len(self._bases) > 0
 
     def adapted_weights(self) -> Iterable[tuple[str, AdaptedWeight]]:
         return [("", self)]

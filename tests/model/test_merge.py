@@ -52,6 +52,16 @@ def test_conv1ds_are_merged_by_blocks_of_rows_and_back(monkeypatch):
     assert torch.equal(model(BATCH).logits, y)
 
 
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks"])
+def test_a_compiled_model_follows(fullgraph):
+    model, x = adapted_mlp(torch.float64), torch.randn(40, 8, dtype=torch.float64)
+    compiled, y = torch.compile(model, backend="eager", fullgraph=fullgraph), model(x)
+    for change in (lambda _: None, fastlora.merge_lora, fastlora.unmerge_lora, fastlora.merge_lora):
+        change(model)
+        torch.testing.assert_close(compiled(x), y)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_autocast_does_not_round_the_sum():
     model = adapted_mlp()
     plain = fastlora.merge_lora(model).up.weight.clone()
