@@ -278,8 +278,8 @@ class LoRALayer(AdaptedWeight, Adapted):
 
     @property
     def merged(self) -> bool:
-        # Sooner than by name, which each call would ask for.  A compiled call is compiled again when
-        # a length changes, and not when the truth of an empty dict does.
+        # Sooner than by name, which each call would ask for.  Dynamo guards the length, and not the
+        # truth of an empty dict.
         return len(self._bases) > 0
 
     def adapted_weights(self) -> Iterable[tuple[str, AdaptedWeight]]:
