@@ -3,7 +3,7 @@
 Nothing here knows an ``nn.Module``, and only ``fastlora.backends`` imports it.  To read it in
 order: on the device ``common``, ``sum_planes``, ``project``, ``lowrank``, ``packed``,
 ``gemm_lowrank`` (the forward kernel), ``weight_grad``, ``dequant``, ``gated``; on the host
-``launch``, ``target``, ``config``, ``defaults``, ``plan``, ``script``, ``kept``.
+``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``script``, ``kept``.
 """
 
 from . import defaults as defaults  # fills the tables that launchers choose from

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from .faults import miscompiles_pipelines
 from .target import Target
 
 MAX_PROJECTIONS = 4  # in one launch; larger groups take several
@@ -82,6 +83,8 @@ class Config:
             return f"{columns} columns of tensor memory, but there are {target.tensor_memory}"
         if sums > _MOST_SUMS and target.kind != "cpu":
             return f"{sums} sums a thread, but its registers have room for {_MOST_SUMS}"
+        if self.stages > 1 and miscompiles_pipelines(target):
+            return f"{self.stages} stages, but Triton miscompiles pipelined loops for {target.name}"
         if call.project and call.r > self.block_r(call):
             return f"rank {call.r} in one step, but a step has {self.block_r(call)}"
         return ""
@@ -89,7 +92,7 @@ class Config:
     def neighbours(self) -> "Iterator[Config]":
         """What tuning may try beside it."""
         for warps in (self.warps, 4, 8):
-            for stages in range(max(2, self.stages - 1), self.stages + 2):
+            for stages in range(min(max(2, self.stages - 1), self.stages), self.stages + 2):
                 yield replace(self, warps=warps, stages=stages)
 
 

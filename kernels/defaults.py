@@ -4,6 +4,8 @@ No GPU has measured them.  They are what compiles to tensor-core instructions wi
 loop (`make compile-report`), with enough bytes under way to fill a device's memory pipes on paper.
 """
 
+from dataclasses import replace
+
 from .config import DEFAULTS, Config
 from .gemm_config import GemmConfig
 from .lowrank import LowRankConfig
@@ -218,6 +220,14 @@ _AMD = _AMPERE | {
     "weight_grad of a masked group": _AMD_WEIGHT_GRAD,
     "one pass": _AMD_ONE_PASS,
 }
+# One stage: faults.py says why.
+_GFX950 = {
+    kernel: {
+        product: tuple(dict.fromkeys(replace(config, stages=1) for config in rows))
+        for product, rows in table.items()
+    }
+    for kernel, table in _AMD.items()
+}
 _SMALL_GEMM = _for_all(GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descriptors=True))
 _INTERPRETED = {
     "gemm_lowrank": _SMALL_GEMM,
@@ -233,6 +243,7 @@ for _names, _tables in (
     (("sm_80", "sm_86", "sm_120"), _AMPERE),
     (("sm_90", "sm_100"), _HOPPER),
     (("gfx942", "gfx11"), _AMD),
+    (("gfx950",), _GFX950),
     (("interpreter",), _INTERPRETED),
 ):
     DEFAULTS.update({(name, kernel): rows for name in _names for kernel, rows in _tables.items()})

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .config import MARGIN, Call, Config, cdiv
+from .faults import unpacks_wrong
 from .lowrank import accumulators, loads_at_once, rank_step
 from .target import Target
 
@@ -62,6 +63,11 @@ class GemmConfig(Config):
             # Half of the tile is stored from beside the main loop's buffers.
             return copies * step + low_rank + store // 2 + MARGIN
         return max(copies * step + low_rank, store) + MARGIN
+
+    def why_not(self, target: Target, call: Call) -> str:
+        if call.packed and call.itemsize == 4 and unpacks_wrong(target, self.block_m):
+            return f"tiles of {self.block_m} rows of a packed weight in float32"
+        return super().why_not(target, call)
 
     def tensor_memory(self, target: Target, call: Call) -> int:
         return accumulators(target, call, self.block_n) + call.project * self.block_r(call)

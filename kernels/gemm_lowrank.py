@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile, tile_of
 from .config import FEW_ROWS, MAX_PROJECTIONS, Call, cdiv, chosen_config, chunks, row_tiles
+from .faults import races_when_turned, small_views_fault
 from .gemm_config import GemmConfig
 from .launch import Launch, Work, launch, size_of, stated
 from .lowrank import (
@@ -23,7 +24,7 @@ from .lowrank import (
 )
 from .packed import Packed, packed_tile, packed_work, tables_of
 from .segments import bytes_beside, segment_arguments, segment_of_tile, strides_of
-from .target import target_of
+from .target import Target, target_of
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
@@ -269,11 +270,13 @@ def gemm_lowrank(
         packed = q[0] if isinstance(q[0], Packed) else None
         transposed = packed.transposed if packed else all(each.stride(-2) == 1 for each in q)
         described = [] if packed else [*p, *(each.mT if transposed else each for each in q), out]
-        adds = add or i > 0
+        adds, size = add or i > 0, out.element_size()
         call = Call(
-            M, N, max(ranks), out.element_size(), precision, len(u),
+            M, N, max(ranks), size, precision, len(u),
             masked=keys is not None, project=a is not None,
-            pointers=adds or packed is not None or not all(map(_has_descriptor, described)),
+            pointers=adds or packed is not None
+            or (not transposed and races_when_turned(target, precision, size))
+            or not all(_has_descriptor(each, target) for each in described),
             packed="" if packed is None else packed.kind, segments=0 if ends is None else len(ends),
         )  # fmt: skip
         tiles = chosen_config("gemm_lowrank", target, call, config, preferred)
@@ -338,12 +341,17 @@ def one_launch_pays(x: Tensor, r: int) -> bool:
     return len(x) <= FEW_ROWS and r <= 32
 
 
-def _has_descriptor(matrix: Tensor) -> bool:
+def _has_descriptor(matrix: Tensor, target: Target) -> bool:
     """Whether a tensor descriptor can describe it: rows that don't overlap, all at 16 bytes.
 
     Of stacked matrices every one lies at 16 bytes, too.
     """
     *outer, column = matrix.stride()
-    aligned = not any(stride * matrix.element_size() % 16 for stride in outer)
-    dense = column == 1 and outer[-1] >= matrix.shape[-1]
-    return dense and aligned and matrix.data_ptr() % 16 == 0
+    size = matrix.element_size()
+    aligned = not any(stride * size % 16 for stride in outer)
+    if column != 1 or outer[-1] < matrix.shape[-1] or not aligned or matrix.data_ptr() % 16:
+        return False
+    if matrix.is_contiguous() or not small_views_fault(target):
+        return True
+    ends = zip(matrix.shape, matrix.stride(), strict=True)
+    return sum((length - 1) * stride for length, stride in ends) * size >= 2**17

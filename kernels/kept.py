@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -34,7 +35,8 @@ def replayed(
 
     The function may use torch's operations and this package's launchers.  What it does may depend
     on the settings, and on everything of the tensors but their elements.  They are on one device,
-    which is the current one.  None if a call of a new kind isn't one that it ``covers``.
+    which is the current one.  None if a call of a new kind isn't one that it ``covers``.  Raises
+    RuntimeError for a new kind inside of a CUDA graph's capture.
 
     ``calls``: where to keep this one instead of here, for a caller that comes with it only if the
     tensors agree with those of its calls before in all but their elements: they aren't compared.
@@ -49,6 +51,11 @@ def replayed(
     if kept is None:
         if not covers():
             return None
+        if _is_captured(tensors):
+            raise RuntimeError(
+                "a CUDA graph is being captured, and no call of this kind has run before: kernels "
+                "are compiled and loaded outside of a capture. Run the same step once before it"
+            )
         kept = script_of(function, tensors, settings)
         with _changes:
             while len(calls) >= _MOST:
@@ -65,6 +72,12 @@ def _facts(tensor: Tensor | None) -> Hashable:
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.is_neg()
+
+
+def _is_captured(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a CUDA graph records what the current stream is given."""
+    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def _is_watched() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
 from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, row_tiles, splits
+from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     Own,
@@ -35,6 +36,13 @@ class ProjectConfig(Config):
     block_k: int
     warps: int
     stages: int
+
+    def why_not(self, target: Target, call: Call) -> str:
+        # A masked x is in registers, where wgmma, which takes 64 rows, reads it.
+        is_exposed = call.masked and call.product == "tf32" and self.block_m >= 64
+        if is_exposed and overwrites_operands(target):
+            return f"ptxas before 13.3 and masked TF32 in tiles of {self.block_m} rows"
+        return super().why_not(target, call)
 
     def tiles(self, call: Call) -> int:
         return call.row_tiles(self.block_m)

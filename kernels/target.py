@@ -48,11 +48,15 @@ TARGETS = {
         Target("sm_100", "cuda", 100, 32, 227 * _KIB, 148, descriptors=True, tensor_memory=512),
         Target("sm_120", "cuda", 120, 32, 99 * _KIB, 170),
         Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 304),
+        Target("gfx950", "hip", "gfx950", 64, 64 * _KIB, 256, tf32=False),
         Target("gfx11", "hip", "gfx1100", 32, 64 * _KIB, 96, tf32=False, float32=False),
         # Few processors and small tiles (defaults.py), so that small shapes take every path.
         Target("interpreter", "cpu", 0, 32, 2**40, 6, descriptors=True),
     )
 }
+
+# Loops over K come out wrong there, or read anywhere (triton#11378, seen on gfx1151).
+_MISCOMPILED = "gfx115"
 
 # What CPU tensors run on; tests put a GPU here whose driver launches nothing.
 _of_cpu: Target | None = TARGETS["interpreter"] if INTERPRETED.value else None
@@ -90,9 +94,9 @@ def _device_target(index: int) -> Target | None:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
-        if not arch.startswith(("gfx9", "gfx11", "gfx12")):
+        if not arch.startswith(("gfx9", "gfx11", "gfx12")) or arch.startswith(_MISCOMPILED):
             return None
-        target = TARGETS["gfx942" if arch.startswith("gfx9") else "gfx11"]
+        target = TARGETS.get(arch) or TARGETS["gfx942" if arch.startswith("gfx9") else "gfx11"]
         warp_size, shared_memory = properties.warp_size, target.shared_memory
     else:
         capability = 10 * properties.major + properties.minor

@@ -75,9 +75,10 @@ def test_candidates_fit_and_hold_the_default_and_its_neighbours(target, kernel):
     for one in (call(), call(r=64, itemsize=4, precision="tf32"), call(m=1, masked=True)):
         default, found = default_config(kernel, target, one), candidates(kernel, target, one)
         assert default in found
-        assert len(found) == len(set(found)) > 1
+        assert len(found) == len(set(found)) >= 1
         assert all(config.why_not(target, one) == "" for config in found)
-        assert kernel == "lowrank" or {config.stages for config in found} > {default.stages}
+        if kernel != "lowrank" and target.name != "gfx950":  # which has none (faults.py)
+            assert {config.stages for config in found} > {default.stages}
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
@@ -125,6 +126,13 @@ def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, pr
             call(itemsize=4, precision="tf32", project=True),
             "races",
         ),
+        (
+            GemmConfig(64, 32, 32, 4, 3),
+            "sm_90",
+            call(itemsize=4, precision="tf32", packed="four-bit"),
+            "packed weight in float32",
+        ),
+        (GemmConfig(64, 64, 64, 4, 2), "gfx950", call(), "miscompiles"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -57,6 +57,15 @@ def step(x, projections, p=0.0):
     return [*ys, *torch.autograd.grad(ys, leaves, [torch.sin(y.detach()) for y in ys])]
 
 
+def test_a_new_kind_inside_a_capture_is_an_error_and_a_known_one_is_not(monkeypatch):
+    x, group = torch.randn(5, K, requires_grad=True), [projection()]
+    step(x, group)
+    monkeypatch.setattr(kept, "_is_captured", lambda tensors: True)
+    step(x, group)
+    with pytest.raises(RuntimeError, match="Run the same step once before"):
+        step(torch.randn(6, K, requires_grad=True), group)
+
+
 def test_a_room_may_be_of_an_odd_size():
     """Sums in float32 lie before a dh of 30 bytes."""
     x = torch.randn(5, K, dtype=torch.bfloat16, requires_grad=True)

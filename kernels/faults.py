@@ -1,0 +1,59 @@
+"""Faults of compilers and drivers, by version, and what goes around each.
+
+docs/kernels.md tells what they do and how they were found.  A fault that every version has, or
+that costs nothing to go around, has no switch: the code there names it.
+"""
+
+import re
+import subprocess
+from functools import cache
+
+import triton
+
+from .target import Target
+
+TRITON = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
+
+
+@cache
+def ptxas(arch: int) -> tuple[int, ...]:
+    """The version of the assembler that Triton takes for this architecture; () if it has none."""
+    knobs = triton.knobs.nvidia
+    try:
+        tool = knobs.ptxas if arch < 100 else knobs.ptxas_blackwell
+        said = subprocess.check_output([tool.path, "--version"], text=True)
+    except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError):
+        return ()
+    return tuple(int(number) for number in re.findall(r"V([\d.]+)", said)[0].split("."))
+
+
+def overwrites_operands(target: Target) -> bool:
+    """Whether registers that a ``wgmma`` still reads may be written: ptxas before 13.3."""
+    return target.arch == 90 and target.kind == "cuda" and ptxas(90) < (13, 3)
+
+
+def races_when_turned(target: Target, precision: str, itemsize: int) -> bool:
+    """Whether a TF32 operand by descriptor, whose depth isn't its last axis, races: tcgen05.
+
+    Triton (3.6 to 3.9) turns its tiles over in one buffer, into which the next one goes too early.
+    """
+    return target.tensor_memory > 0 and precision == "tf32" and itemsize == 4
+
+
+def unpacks_wrong(target: Target, block_m: int) -> bool:
+    """Whether a packed weight's product in float32 fails with tiles of so many rows.
+
+    From 64 rows on they are for wgmma and tcgen05.  Triton (3.6 to 3.9) gives up a dx of four bits
+    in TF32 ("Illegal shared layout"), and before 3.8 takes exact float32 for TF32 on sm_100.
+    """
+    return target.kind == "cuda" and target.descriptors and block_m >= 64
+
+
+def miscompiles_pipelines(target: Target) -> bool:
+    """Whether loops over K with two stages or more come out wrong: aiter#4163, #5428."""
+    return target.arch == "gfx950"
+
+
+def small_views_fault(target: Target) -> bool:
+    """Whether a descriptor of a sparse view below 128 KiB may fault: triton#9235, before 3.7."""
+    return target.kind == "cuda" and target.tensor_memory > 0 and TRITON < (3, 7)
