@@ -14,7 +14,7 @@ from ..layers.adapted import scaling_of
 from ..layers.experts import stacked
 from ..layers.modules import called, some
 from ..model import files
-from ..model.adapter_config import from_peft
+from ..model.adapter_config import as_trained, from_peft
 from ..model.config import LoRAConfig, names_any, weight_of
 from ..model.files import CONFIG, WEIGHTS
 from ..model.tensors import name_of, pairs_of
@@ -38,7 +38,7 @@ class Stored(NamedTuple):
     """An adapter's folder: what its files say, with no tensor loaded."""
 
     path: Path
-    settings: dict[str, Any]  # adapter_config.json
+    settings: dict[str, Any]  # adapter_config.json, but for how the adapter began
     config: LoRAConfig
     layers: dict[str, Layer]
     others: list[str]  # keys of what trained in full
@@ -89,7 +89,9 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
         names += weights or [module]
     pairs = pairs_of(names, experts)
     unlike = set(inside) ^ {key for pair in pairs.values() for key in pair}
-    if unlike or not pairs:
+    if not inside:
+        raise ValueError(f"{path / WEIGHTS} has no lora_A and no lora_B: it holds no adapter")
+    if unlike:
         raise ValueError(
             f"{path / WEIGHTS} lacks, or has too many, {some(sorted(unlike))}: fastlora knows "
             "lora_A and lora_B of linear layers, and of experts' weights that target_parameters "
@@ -100,8 +102,12 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
     for name, keys in pairs.items():
         (a, dtype), (b, other) = (header[key] for key in keys)
         r, wide = config.rank_of(name), torch.float32
-        floating = all(getattr(kind, "is_floating_point", False) for kind in (dtype, other))
-        fits = floating and len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
+        if not all(getattr(kind, "is_floating_point", False) for kind in (dtype, other)):
+            raise ValueError(
+                f"{path / WEIGHTS} has lora_A of {dtype} and lora_B of {other} of {called(name)}, "
+                "which must be floating-point numbers"
+            )
+        fits = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
         if not fits or a[0] % r or (a[0] != r and name not in experts):
             raise ValueError(
                 f"{path / WEIGHTS} has lora_A {a} and lora_B {b} of {called(name)}, which {CONFIG} "
@@ -111,7 +117,8 @@ def open_adapter(folder: str | os.PathLike) -> Stored:
         if dtype == other and dtype.itemsize > 1:
             wide = dtype
         layers[name] = Layer(keys, name in experts, a[0] // r, scale, wide)
-    return Stored(path, settings, config, layers, [key for key in header if "lora_" not in key])
+    others = [key for key in header if "lora_" not in key]
+    return Stored(path, as_trained(settings), config, layers, others)
 
 
 def _module_of(key: str) -> str:

@@ -17,8 +17,9 @@ _SILENT = {
     "auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision",
     "fan_in_fan_out",  # the layers' class tells, in PEFT too
-    "corda_config", "eva_config", "lora_ga_config",  # only with that init_lora_weights
 }  # fmt: skip
+# What PEFT reads only with that init_lora_weights, as lora_A and lora_B begin.
+_AT_FIRST = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 # How lora_A and lora_B began, which the file's values replace.
 _REPLACED_BY_THE_FILE = ("gaussian", "eva", "orthogonal")
 _CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -44,13 +45,21 @@ def to_peft(config: LoRAConfig, base_name: str | None, fan_in_fan_out: bool) -> 
     values |= {
         "peft_type": "LORA",
         "base_model_name_or_path": config.base_model_name_or_path or base_name,
-        "init_lora_weights": True,  # the file's weights replace whatever a loader initialises
         "inference_mode": True,
         "fan_in_fan_out": fan_in_fan_out,
         "lora_bias": False,
         "use_dora": False,
     }
-    return dict(sorted(values.items()))
+    return dict(sorted(as_trained(values).items()))
+
+
+def as_trained(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, but for how lora_A and lora_B began.
+
+    The file's values replace whatever a loader initialises, and PEFT would refuse an odd rank to
+    begin "orthogonal".
+    """
+    return {k: v for k, v in values.items() if k not in _AT_FIRST} | {"init_lora_weights": True}
 
 
 def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
@@ -65,13 +74,14 @@ def from_peft(values: Mapping[str, Any], source: str) -> LoRAConfig:
             "swapped: fastlora reads those of PEFT 0.19.1 and newer"
         )
     init = ours.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGING_THE_BASE):
+    word = init.lower() if isinstance(init, str) else init
+    if isinstance(word, str) and word.startswith(_CHANGING_THE_BASE):
         raise ValueError(
             f"{source} has init_lora_weights={init!r}, which changes the base "
             "weights too: load it with PEFT and save it converted "
             "(path_initial_model_for_weight_conversion)"
         )
-    if init not in (None, True, False, *_REPLACED_BY_THE_FILE):
+    if word not in (None, True, False, *_REPLACED_BY_THE_FILE):
         raise ValueError(
             f"{source} has init_lora_weights={init!r}, which fastlora doesn't know: load it with "
             "PEFT"
@@ -124,7 +134,12 @@ def _ours(values: Mapping[str, Any], source: str, what_else: str) -> dict[str, A
     foreign = {
         name: value
         for name, value in values.items()
-        if not (name in _OURS | _SILENT or value is None or value is False or value in ("", [], {}))
+        if not (
+            name in _OURS | _SILENT | _AT_FIRST
+            or value is None
+            or value is False
+            or value in ("", [], {})
+        )
     }
     if foreign:
         settings = ", ".join(f"{name}={shown(value)}" for name, value in sorted(foreign.items()))

@@ -247,6 +247,8 @@ def _check_stored(
         hint = "Is it the model, and the target_modules, that the adapter was trained with?"
         if not extra and all(key.endswith(".base_layer.bias") for key in missing):
             hint = "PEFT before 0.21 leaves trained biases (bias='lora_only') out of its files."
+        if not any("lora_" in key for key in stored):
+            hint = "The file has no lora_A and no lora_B: it holds no adapter."
         what = f"missing {some(missing)}; not known {some(extra)}"
         raise ValueError(f"{path} doesn't fit the model: {what}. {hint}")
     for key, shape in wanted.items():

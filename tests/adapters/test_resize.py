@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 
 import peft
 import pytest
@@ -198,6 +199,87 @@ def test_the_report_is_a_table_and_a_picture(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "spectra.png"]
 
 
+BEGAN = {
+    "True": {"init_lora_weights": True, "eva_config": {"rho": 2.0}},
+    "False": {"init_lora_weights": False, "loftq_config": {"loftq_bits": 4}},
+    "gaussian": {"init_lora_weights": "Gaussian"},
+    "eva": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "converted": {"init_lora_weights": True, "corda_config": {}, "lora_ga_config": {}},
+}
+
+
+def resized(folder, output):
+    fastlora.resize_adapter(folder, rank=3, output=output)
+
+
+def resized_in_memory(folder, output):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of settings that go with other first values
+        model = peft.PeftModel.from_pretrained(llama(), folder)
+    fastlora.resize_adapter(model, rank=3, output=output)
+
+
+def combined(folder, output):
+    fastlora.resize_adapter(folder, rank=3, output=output.with_name("small"))
+    fastlora.combine_adapters([folder, output.with_name("small")], [1, 1], output, rank=5)
+
+
+def saved_again(folder, output):
+    fastlora.resize_adapter(folder, rank=3, output=output.with_name("small"))
+    fastlora.save_adapter(fastlora.load_adapter(llama(), output.with_name("small")), output)
+
+
+@pytest.mark.parametrize("made", [resized, resized_in_memory, combined, saved_again])
+@pytest.mark.parametrize("began", BEGAN.values(), ids=BEGAN)
+def test_how_it_began_is_nothing_that_peft_does_again(began, made, tmp_path):
+    """At an odd rank, which can't begin orthogonal."""
+    folder = by_peft(tmp_path / "adapter", r=6, target_modules=["q_proj"])
+    change_config(folder, **began)
+    made(folder, tmp_path / "made")
+    config = json.loads((tmp_path / "made" / CONFIG).read_text())
+    assert config["r"] % 2
+    assert config["init_lora_weights"] is True
+    assert not {"eva_config", "loftq_config", "corda_config", "lora_ga_config"} & config.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "made")
+    ours = fastlora.load_adapter(llama(), tmp_path / "made")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_what_changed_the_base_is_cut_when_peft_has_converted_it(init, tmp_path):
+    theirs = peft.get_peft_model(
+        llama(), peft.LoraConfig(r=3, init_lora_weights=init, target_modules=["q_proj"])
+    )
+    theirs.peft_config["default"].init_lora_weights = True  # of the first values' own file
+    theirs.save_pretrained(tmp_path / "first")
+    theirs.peft_config["default"].init_lora_weights = init
+    randomise(theirs).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=f"'{init}', which changes the base"):
+        fastlora.resize_adapter(tmp_path / "whole", rank=3, output=tmp_path / "small")
+    with torch.no_grad():
+        wanted = theirs(IDS).logits
+    theirs.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "first"
+    )
+    fastlora.resize_adapter(tmp_path / "converted", energy=1.0, output=tmp_path / "small")
+    found = peft.PeftModel.from_pretrained(llama(), tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS).logits, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga"])
+def test_what_changed_the_base_is_refused(init, folder, tmp_path):
+    change_config(folder, init_lora_weights=init)
+    for read in (resized, combined, saved_again):
+        with pytest.raises(ValueError, match=f"'{init}', which changes the base"):
+            read(folder, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
 def torn(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9])
 
@@ -227,7 +309,19 @@ BROKEN = {
         lambda f: change_tensors(f, lambda t: t.update({A: t[A].double() * 1e308})),
         "q_proj has a product that is too large for float64",
     ),
-    "empty": (lambda f: change_tensors(f, dict.clear), "lacks, or has too many, none"),
+    "empty": (lambda f: change_tensors(f, dict.clear), "no lora_A and no lora_B: it holds no adap"),
+    "other": (
+        lambda f: change_tensors(f, lambda t: (t.clear(), t.update({"head": torch.ones(2)}))),
+        "no lora_A and no lora_B: it holds no adapter",
+    ),
+    "int8": (
+        lambda f: change_tensors(f, lambda t: t.update({A: t[A].to(torch.int8)})),
+        "lora_A of torch.int8 and lora_B of torch.float32 of .*q_proj, which must be floating",
+    ),
+    "complex": (
+        lambda f: change_tensors(f, lambda t: t.update({A: t[A].to(torch.complex64)})),
+        "lora_A of C64 and lora_B of torch.float32 of .*q_proj, which must be floating",
+    ),
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from models import randomise, refused, tiny_llama
+from models import adapt, randomise, refused, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import fastlora
@@ -68,6 +68,14 @@ def test_first_values_that_leave_the_base_alone(tmp_path):
     settings = {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
     theirs = saved_by_peft(llama(), tmp_path, settings)
     torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
+
+
+def test_a_file_without_an_adapter_is_named(tmp_path):
+    saved_by_peft(llama(), tmp_path, {"target_modules": ["q_proj"]})
+    save_file({"lm_head.weight": torch.ones(2)}, tmp_path / WEIGHTS)
+    for model in (llama(), adapt(llama(), target_modules=["q_proj"])):
+        with refused(model, "has no lora_A and no lora_B: it holds no adapter"):
+            fastlora.load_adapter(model, tmp_path)
 
 
 def test_another_output_head_in_the_file_is_warned_of(tmp_path):
