@@ -73,7 +73,7 @@ def test_first_values_that_leave_the_base_alone(tmp_path):
 def test_a_file_without_an_adapter_is_named(tmp_path):
     saved_by_peft(llama(), tmp_path, {"target_modules": ["q_proj"]})
     save_file({"lm_head.weight": torch.ones(2)}, tmp_path / WEIGHTS)
-    for model in (llama(), adapt(llama(), target_modules=["q_proj"])):
+    for model in (llama(), adapt(llama(), lora_alpha=8, target_modules=["q_proj"])):
         with refused(model, "has no lora_A and no lora_B: it holds no adapter"):
             fastlora.load_adapter(model, tmp_path)
 
