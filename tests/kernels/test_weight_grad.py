@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE
 from judge import assert_close
 from kernel_cases import (
     BF16,
@@ -80,7 +81,7 @@ def test_any_tile(tile):
     check(random(70, 90, BF16), [random(70, 130, BF16)], p=0.3, seeds=draw_seeds(1), config=config)
 
 
-@pairwise(
+one_pass = pairwise(
     {
         "dtype,adapter_dtype": {"f32": (F32, F32), "bf16-f32": (BF16, F32), "f16": (F16, F16)},
         "r": [1, 5, 70],
@@ -88,16 +89,40 @@ def test_any_tile(tile):
         "processor_count": {"whole": 1, "split": 10**4},
     }
 )
-def test_one_pass_is_as_two_calls(dtype, adapter_dtype, r, n, processor_count):
-    dy, h, b = random(100, n, dtype), random(100, r, dtype), random(n, r, adapter_dtype)
-    apart, together = outputs(n, [r] * 2, adapter_dtype, "d_lora_b")
+
+
+def in_one_pass(dy, h, b, factor, processor_count):
+    """d lora_b and dh of one launch."""
+    (d_b,) = outputs(dy.shape[1], [h.shape[1]], b.dtype, "d_lora_b")
     with processors(processor_count):
-        weight_grad(dy, [h], [apart], precision="ieee", config=SMALL)
-        dh = weight_grad(dy, [h], [together], precision="ieee", b=b, factor=-0.3, config=SMALL)
-    assert torch.equal(together, apart)
+        dh = weight_grad(dy, [h], [d_b], precision="ieee", b=b, factor=factor, config=SMALL)
+    return d_b, dh
+
+
+@one_pass
+def test_one_pass_is_as_two_calls(dtype, adapter_dtype, r, n, processor_count):
+    """But for rounding: what it multiplies lies transposed, which a BLAS sums in another order."""
+    dy, h, b = random(100, n, dtype), random(100, r, dtype), random(n, r, adapter_dtype)
+    d_b, dh = in_one_pass(dy, h, b, -0.3, processor_count)
+    with processors(processor_count):
+        (apart,) = check(dy, [h], adapter_dtype, "d_lora_b", config=SMALL)
+    truth, size = dy.double().T @ h.double(), dy.double().abs().T @ h.double().abs()
+    assert_close("d lora_b", d_b, truth, apart, size, dtype)
     truth = -0.3 * dy.double() @ b.to(dtype).double()
     size = 0.3 * dy.double().abs() @ b.double().abs()
     assert_close("dh", dh, truth, project(dy, [b], [-0.3], precision="ieee")[0], size, dtype)
+
+
+@one_pass
+def test_one_pass_has_every_bit_of_sums_that_are_exact(dtype, adapter_dtype, r, n, processor_count):
+    """Of whole numbers, in any order: only dh is rounded, once."""
+    dy, h, b = (
+        torch.randint(-3, 4, shape, device=DEVICE).to(its_dtype)
+        for shape, its_dtype in (((100, n), dtype), ((100, r), dtype), ((n, r), adapter_dtype))
+    )
+    d_b, dh = in_one_pass(dy, h, b, -0.25, processor_count)
+    assert torch.equal(d_b, (dy.double().T @ h.double()).to(adapter_dtype))
+    assert torch.equal(dh, (-0.25 * dy.double() @ b.double()).to(dtype))
 
 
 @pytest.mark.parametrize("config", [None, SMALL], ids=["default", "chosen"])
