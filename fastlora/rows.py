@@ -175,7 +175,7 @@ def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
     """A tensor of them.  Raises TypeError for what can't say which adapter an item belongs to."""
     if not isinstance(indices, Tensor):
         try:
-            found = torch.tensor(indices, device="cpu")
+            found = torch.tensor(indices, dtype=None, device="cpu")  # None: what they are
             if found.numel() and found.dtype != torch.int64:
                 raise TypeError
             return found.to(torch.int32)

@@ -24,6 +24,7 @@ from .machine import devices_here, hardware, installation, one_line, settings, v
 # that of TF32, in which a GPU may multiply it.
 TOLERANCES = {torch.float32: 2**-8, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 _M, _K, _N, _R = 33, 40, 24, 4
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 _SMALL: dict[str, dict[str, Any]] = {  # what PEFT may come to mean otherwise, by its settings
     "LoRA": {},
     "with dropout and rsLoRA": {"lora_dropout": 0.5, "use_rslora": True},
@@ -161,12 +162,12 @@ def _self_test(name: str, device: torch.device, dtype: torch.dtype, broken: list
 
 def relative_errors(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """‖ours - oracle's‖ / ‖oracle's‖ of the output and of every gradient, by name."""
-    draw = torch.Generator().manual_seed(0)
+    draw: Any = {"generator": torch.Generator().manual_seed(0), **_PLAIN}
     layer = LoRALinear(_K, _N, r=_R, device=device, dtype=dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=draw))
-    x, dy = (torch.randn(_M, size, generator=draw).to(device, dtype) for size in (_K, _N))
+            parameter.copy_(torch.randn(parameter.shape, **draw))
+    x, dy = (torch.randn(_M, size, **draw).to(device, dtype) for size in (_K, _N))
     leaves = [x.requires_grad_(), layer.lora_A, layer.lora_B]
     with use_backend(backend):
         y = layer(x)
@@ -185,14 +186,14 @@ def peft_checks() -> dict[str, Check]:
     """What :func:`fastlora.check` says of small layers of the PEFT that is imported."""
     peft, found = sys.modules["peft"], {}
     for what, fields in _SMALL.items():
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), torch.device("cpu"):
             torch.default_generator.manual_seed(0)
             config = peft.LoraConfig(
                 r=_R, lora_alpha=5, target_modules=["0"], init_lora_weights=False, **fields
             )
-            layer = torch.nn.Sequential(torch.nn.Linear(_K, _N))
+            layer = torch.nn.Sequential(torch.nn.Linear(_K, _N, **_PLAIN))
             model = peft.get_peft_model(layer, config).train()
-            found[what] = check(model, torch.randn(_M, _K, requires_grad=True))
+            found[what] = check(model, torch.randn(_M, _K, requires_grad=True, **_PLAIN))
     return found
 
 

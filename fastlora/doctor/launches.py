@@ -36,10 +36,9 @@ class Asked(NamedTuple):
 def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
     """The backend and why; and on Triton's every launch, and torch's products, in order."""
     m, k, n, r = asked[:4]
-    with torch.device("meta"):
-        seeds = torch.empty(1, dtype=torch.int64) if asked.dropout else None
-        shapes = (m, k), (n, k), (r, k), (n, r)  # x, weight, lora_a, lora_b
-        inputs = [torch.empty(shape, dtype=asked.dtype) for shape in shapes]
+    seeds = torch.empty(1, dtype=torch.int64, device="meta") if asked.dropout else None
+    shapes = (m, k), (n, k), (r, k), (n, r)  # x, weight, lora_a, lora_b
+    inputs = [torch.empty(shape, dtype=asked.dtype, device="meta") for shape in shapes]
     layouts, noted = (Layout(False, (1.0,)),), _Noted()
     with ExitStack() as stack:
         if asked.target:

@@ -143,7 +143,7 @@ class FourBit(Format):
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """For each byte the two float32 that it names, as one float64 [256]."""
     with torch.inference_mode(False):  # what is made inside could not be used outside
-        code = torch.tensor(CODES[kind], dtype=torch.float32)
-        byte = torch.arange(256)
+        code = torch.tensor(CODES[kind], dtype=torch.float32, device=device)
+        byte = torch.arange(256, dtype=torch.int64, device=device)
         pairs = torch.stack([code[byte >> 4], code[byte & 15]], 1)
-        return pairs.view(torch.float64).squeeze(1).to(device)
+        return pairs.view(torch.float64).squeeze(1)

@@ -65,7 +65,8 @@ class Gptq(Format):
 
     def _numbers(self, words: Tensor, first: int, count: int) -> Tensor:
         """Some of the numbers that lie down the columns of words [words, n]: int32 [count, n]."""
-        start = torch.arange(first, first + count, device=words.device) * self.bits
+        numbers = torch.arange(first, first + count, dtype=torch.int64, device=words.device)
+        start = numbers * self.bits
         word, shift = start // 32, (start % 32).to(torch.int32)[:, None]
         numbers = words[word] >> shift
         if 32 % self.bits:  # some begin in one word and end in the next

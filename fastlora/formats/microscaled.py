@@ -63,7 +63,7 @@ class NVFP4(Format):
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         packed, codes = (tensor[first : first + len(out)] for tensor in tensors[:2])
-        scale = torch.empty(codes.shape, device=out.device)
+        scale = torch.empty(codes.shape, dtype=torch.float32, device=out.device)
         scale.mul_(widen(codes, scale))
         return _write(packed, scale.mul_(tensors[2]), self.block, out, torch.float32)
 

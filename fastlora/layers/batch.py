@@ -48,10 +48,11 @@ def loss_and_outputs(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
                 f"the model returned {type(output).__name__}, without a float tensor: let it "
                 "return the loss or the logits"
             )
-        generator = torch.Generator().manual_seed(_SEED)
+        draw = torch.Generator().manual_seed(_SEED)
+        how: Any = {"dtype": torch.float32, "device": "cpu", "generator": draw}
         loss = torch.stack(
             [
-                (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+                (value * torch.randn(value.shape, **how).to(value)).sum()
                 for value in outputs.values()
             ]
         )

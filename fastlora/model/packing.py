@@ -205,7 +205,7 @@ def _packed(dense: Tensor, kind: str) -> Quantised:
     if not dense.is_meta:
         return pack_weight(dense.detach(), kind)
     count, *shape = dense.shape
-    format, tensors = pack_weight(torch.zeros(*shape), kind)
+    format, tensors = pack_weight(torch.zeros(shape, dtype=torch.float32, device="cpu"), kind)
     return Quantised(format, tuple([t.new_empty(count, *t.shape, device="meta") for t in tensors]))
 
 

@@ -107,7 +107,7 @@ def _seeds(
 
 def draw_seed(count: int, device: torch.device) -> Tensor:
     """One seed an adapter, from torch's generator, which checkpointing and users replay."""
-    return torch.randint(-(2**63), 2**63 - 1, (count,), device=device)
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:

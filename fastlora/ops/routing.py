@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     def places(self) -> Tensor:
         """The rows of each token, [T, k]."""
         places = torch.empty_like(self.order)
-        places[self.order] = torch.arange(len(places), device=places.device)
+        places[self.order] = torch.arange(len(places), dtype=places.dtype, device=places.device)
         return places.view(-1, self.k)
 
     def shares(self, weights: Tensor, part: Part) -> Tensor:

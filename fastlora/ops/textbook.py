@@ -27,7 +27,7 @@ def textbook(
         ys = list(_of_rows(matrix, [Output(output.base) for output in outputs], drop, None))
     else:
         ys = [matrix.new_zeros(len(matrix), width) for width in shapes]
-    numbers = torch.arange(len(matrix), device=x.device)
+    numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
     for share in rows.found(len(matrix)) if len(matrix) else ():
         at = take(numbers.unsqueeze(1), share, items).flatten()
         parts = [rows.part(output, share.segment) for output in outputs]

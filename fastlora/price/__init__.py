@@ -26,7 +26,6 @@ from .count import Plan, count_adapter, count_frozen
 
 RANKS = (8, 16, 64, 256)
 _ROWS, _TOKENS = 1, 256
-_QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 
 def plan(
@@ -209,7 +208,9 @@ def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(_QUARTILES).tolist()
+    shares = (0.25, 0.5, 0.75)
+    in_order, at = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (values, shares))
+    low, middle, high = in_order.quantile(at).tolist()
     return low, middle, high
 
 
@@ -225,7 +226,8 @@ def _random_tokens(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     # A model with learned positions has none behind its last.
     length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
-    tokens = torch.randint(0, vocabulary, (_ROWS, length), generator=generator)
+    how: Any = {"dtype": torch.int64, "device": "cpu", "generator": generator}
+    tokens = torch.randint(0, vocabulary, (_ROWS, length), **how)
     tokens = tokens.to(next(model.parameters()).device)
     return {"input_ids": tokens, "labels": tokens}
 

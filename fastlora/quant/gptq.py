@@ -62,5 +62,5 @@ def _is_ordered(g_idx: Tensor, groups: int) -> bool:
     """Whether the columns are groups of one size, one after another."""
     if len(g_idx) % groups:
         return False
-    expected = torch.arange(len(g_idx), device=g_idx.device) // (len(g_idx) // groups)
-    return torch.equal(g_idx, expected.to(g_idx.dtype))
+    columns = torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device)
+    return torch.equal(g_idx, columns // (len(g_idx) // groups))

@@ -89,7 +89,7 @@ def _by_rows(weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]]) -> tu
 
 def _e2m1(values: Tensor) -> Tensor:
     """Codes of values [n, blocks, block], two in a byte: [n, columns / 2]."""
-    bounds = torch.tensor(_BOUNDS, device=values.device)
+    bounds = torch.tensor(_BOUNDS, dtype=torch.float32, device=values.device)
     codes = torch.bucketize(values.abs(), bounds, out_int32=True).byte()
     codes = codes.bitwise_or_(values.signbit().byte() << 3).flatten(1)
     return codes[:, ::2] | codes[:, 1::2] << 4

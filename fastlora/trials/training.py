@@ -202,7 +202,7 @@ class Training:
         batches = feed.take(len(self.trials) // len(state.alive))
         batches = joined(batches, self.loss is causal_loss)
         sizes = [counted(batch["labels"], self.loss) for batch in batches]
-        found = torch.zeros(len(state.alive), device=self.device)
+        found = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
         for batch, size in zip(batches, sizes, strict=True):
             if size or not batches[1:]:

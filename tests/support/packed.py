@@ -1,5 +1,8 @@
 """Packed weights of random tensors, and what they stand for, element by element."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -187,3 +190,34 @@ def _numbers_down(words: Tensor, bits: int, count: int) -> Tensor:
         large = sum((word % 2**32) << (32 * i) for i, word in enumerate(column))
         columns.append([(large >> (bits * i)) % 2**bits for i in range(count)])
     return torch.tensor(columns).T
+
+
+MAKERS: dict[str, Callable[[], Quantised]] = {
+    "nf4": lambda: random_four_bit(48, 64),
+    "fp4-nested": lambda: random_four_bit(48, 64, "fp4", 32, nested=16),
+    "nf4-blocks-over-rows": lambda: random_four_bit(9, 22, block=64, nested=2),
+    "nf4-odd": lambda: random_four_bit(11, 13, block=32, nested=3),
+    "nf4-many-parts": lambda: random_four_bit(300, 1024, nested=256),
+    "int8": lambda: random_int8(13, 21),
+    "int4-groups": lambda: random_int4(12, 32, 8),
+    "int4-bf16": lambda: random_int4(9, 32, 16, torch.bfloat16),
+    "affine-groups": lambda: random_affine(12, 32, 1, 8),
+    "affine-blocks-bf16": lambda: random_affine(12, 32, 4, 16, scale=torch.bfloat16),
+    "affine-one-scale": lambda: random_affine(12, 32, 12, 32, shifted=False),
+    "float8-blocks": lambda: random_float8(50, 44, 16, 32, scale=torch.float32),
+    "float8-rows-odd": lambda: random_float8(9, 13, 1, 13, scale=torch.float16),
+    "float8-e5m2-powers": lambda: random_float8(9, 16, 4, 8, "float8_e5m2"),
+    "mxfp4": lambda: random_mxfp4(9, 96),
+    "mxfp4-many-parts": lambda: random_mxfp4(1100, 1024, torch.float8_e8m0fnu),
+    "mxfp4-float32": lambda: random_mxfp4(8, 64, torch.float32),
+    "nvfp4": lambda: random_nvfp4(9, 48),
+    "hqq-4": lambda: random_hqq(9, 32, 4, 16),
+    "hqq-3": lambda: random_hqq(9, 32, 3, 8),
+    "hqq-1-bf16": lambda: random_hqq(8, 32, 1, 16, torch.bfloat16),
+    "gptq-4": lambda: random_gptq(16, 32, 4, 4),
+    "gptq-3-odd-bf16": lambda: random_gptq(9, 32, 3, 2, torch.bfloat16),
+    "gptq-8-float32": lambda: random_gptq(8, 32, 8, 1, torch.float32),
+    "gptq-2-disordered": lambda: random_gptq(16, 32, 2, 4, ordered=False),
+    **{f"gguf-{kind}": partial(random_gguf, 7, 512, kind) for kind in KINDS},
+    "gguf-permuted": lambda: random_gguf(7, 512, "Q4_0", permuted=True),
+}

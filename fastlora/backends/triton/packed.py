@@ -91,10 +91,11 @@ def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, T
     """What each of 256 scales of an MXFP4 or NVFP4 stands for, a factor 1 and a term 0."""
     # Kept for all calls: nobody's mode sees how they are made, the writer's of a script for one.
     with _disable_current_modes(), DisableTorchFunction(), torch.inference_mode(False):
-        bits = torch.arange(256, device=device).byte()
+        bits = torch.arange(256, dtype=torch.uint8, device=device)
         is_e4m3 = dtype == torch.float8_e4m3fn
         table = bits.view(dtype).float() if is_e4m3 else powers_of(bits)
-        return table, torch.ones(1, device=device), torch.zeros((), device=device)
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        return table, one, torch.zeros((), dtype=torch.float32, device=device)
 
 
 def is_unpackable(weights: Sequence[Tensor | Quantised]) -> bool:

@@ -391,9 +391,12 @@ def _shared(places: _Places, rows: Rows, seeds: Tensor | None) -> list[Tensor | 
 
 @lru_cache(maxsize=256)  # all layers of a model have the same, or a few kinds
 def _own(numbers: tuple[tuple[float, float], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    factors = torch.tensor([scale / (1.0 - p) for scale, p in numbers], dtype=torch.float32)
+    factors = [scale / (1.0 - p) for scale, p in numbers]
     thresholds = [kernels.dropout_threshold(p) for _, p in numbers]
-    return factors.to(device), torch.tensor(thresholds, dtype=torch.int32, device=device)
+    return (
+        torch.tensor(factors, dtype=torch.float32, device=device),
+        torch.tensor(thresholds, dtype=torch.int32, device=device),
+    )
 
 
 def _banks(output: Output[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
