@@ -164,7 +164,8 @@ def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:
         raise ValueError(f"output is {path}, which is read from: give another folder")
     if path.exists() and not path.is_dir():
         raise ValueError(f"output is {path}, which is a file: give a folder")
-    foreign = {each.name for each in path.iterdir()} - {WEIGHTS, CONFIG} if path.exists() else set()
+    inside = path.iterdir() if path.exists() else ()
+    foreign = {each.name for each in inside if not files.is_scratch(each)} - {WEIGHTS, CONFIG}
     if foreign:
         raise ValueError(f"output is {path}, which has {some(sorted(foreign))} in it: give another")
     return path

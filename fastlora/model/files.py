@@ -3,9 +3,13 @@
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +20,9 @@ from .config import kind_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
+# A folder of files that aren't whole as yet: this, the machine's name, and what makes it unique.
+_SCRATCH, _HOST = ".fastlora-", re.sub(r"[^\w.]", "_", platform.node())[:64] + "-"
+_OLD = 3600.0  # seconds without a change
 _WHOLE_MODELS = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
@@ -69,7 +76,8 @@ def _hint(folder: Path) -> str:
             f" The folder has {_PICKLE}, which is a pickle, and fastlora opens none. Convert it "
             f"with PEFT: PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(…)."
         )
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    adapters = (path.parent for path in folder.glob(f"*/{CONFIG}"))
+    inside = sorted(path.name for path in adapters if not is_scratch(path))
     if inside:
         return f" The adapters are in its subfolders ({', '.join(inside[:5])}): give one of these."
     if any((folder / name).is_file() for name in _WHOLE_MODELS):
@@ -135,13 +143,54 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[st
 
 
 def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files so that each is the old or the new one, whole, if the process dies."""
+    """Write the files so that each is the old or the new one, whole, if the process dies.
+
+    What a process that died here before has left behind is deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fastlora-", dir=folder) as scratch:
+    with _writing(folder), tempfile.TemporaryDirectory(prefix=_SCRATCH + _HOST, dir=folder) as made:
         for name, content in files.items():
-            with open(Path(scratch) / name, "wb") as file:
+            with open(Path(made) / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for name in files:
-            os.replace(Path(scratch) / name, folder / name)
+            os.replace(Path(made) / name, folder / name)
+
+
+def is_scratch(path: Path) -> bool:
+    """Whether it is a folder that ``write_whole`` made, in a process that writes now, or died."""
+    return path.name.startswith(_SCRATCH) and path.is_dir() and not path.is_symlink()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Inside, no process takes what this one writes for a leftover; it deletes leftovers before.
+
+    Whoever writes shares a lock of the folder, which ends with the process: who can have it alone
+    is the only one.
+    """
+    try:
+        import fcntl  # which Windows hasn't: there, leftovers stay
+
+        place = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):  # somebody else writes, or the file system has no locks
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _delete_leftovers(folder)
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(place)
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Of this machine; and of others, whose locks may not be seen here, if they are old."""
+    for path in filter(is_scratch, list(folder.iterdir())):
+        changed = [each.stat().st_mtime for each in (path, *path.iterdir())]
+        if path.name.startswith(_SCRATCH + _HOST) or time.time() - max(changed) > _OLD:
+            shutil.rmtree(path, ignore_errors=True)

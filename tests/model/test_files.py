@@ -1,0 +1,120 @@
+"""Writing whole files: what a killed process leaves behind, and what a living one is at."""
+
+import os
+import signal
+import time
+
+import pytest
+from adapters import by_peft, llama
+
+import fastlora
+from fastlora.model import files
+from fastlora.model.files import CONFIG, WEIGHTS, write_whole
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, and locks of folders")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return by_peft(tmp_path_factory.mktemp("adapter"), target_modules=["q_proj"])
+
+
+def export(adapter, output):
+    pytest.importorskip("gguf", reason="needs the gguf package")
+    fastlora.export_gguf(adapter, output / WEIGHTS, model_config=llama().config)
+
+
+WRITERS = {
+    "resize": lambda adapter, output: fastlora.resize_adapter(adapter, rank=2, output=output),
+    "combine": lambda adapter, output: fastlora.combine_adapters([adapter], [2], output),
+    "export": export,
+    "save": lambda adapter, output: fastlora.save_adapter(
+        fastlora.load_adapter(llama(), adapter), output
+    ),
+}
+
+
+def in_a_child(run) -> int:
+    """The number of a process that runs this, and ends."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(1)
+    return child
+
+
+def scratch_in(folder) -> list[str]:
+    return [path.name for path in folder.glob(".fastlora-*")]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_killed_writer_s_leftovers_stop_nobody_and_go(write, adapter, tmp_path, monkeypatch):
+    def killed():
+        monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        write_whole(tmp_path, {WEIGHTS: b"half"})
+
+    assert os.waitpid(in_a_child(killed), 0)[1] == signal.SIGKILL
+    assert len(scratch_in(tmp_path)) == 1
+    write(adapter, tmp_path)
+    assert not scratch_in(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} in ({WEIGHTS, CONFIG}, {WEIGHTS})
+
+
+def test_a_living_writer_s_files_are_left_alone(adapter, tmp_path, monkeypatch):
+    (ready, at_work), (wait, go_on) = os.pipe(), os.pipe()
+
+    def slow():
+        os.close(go_on)  # so that it goes on if the other side ends, too
+        replace = os.replace
+
+        def pause(*paths):
+            os.write(at_work, b".")
+            os.read(wait, 1)
+            replace(*paths)
+
+        monkeypatch.setattr(os, "replace", pause)
+        write_whole(tmp_path, {WEIGHTS: b"late"})
+        os._exit(0)
+
+    child = in_a_child(slow)
+    try:
+        os.read(ready, 1)
+        (name,) = scratch_in(tmp_path)
+        fastlora.resize_adapter(adapter, rank=2, output=tmp_path)  # beside it
+        assert scratch_in(tmp_path) == [name]
+    finally:
+        os.close(go_on)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (tmp_path / WEIGHTS).read_bytes() == b"late"
+    assert not scratch_in(tmp_path)
+
+
+@pytest.mark.parametrize(("age", "goes"), [(60, False), (7200, True)], ids=["new", "old"])
+def test_another_machine_s_go_when_they_are_old(age, goes, tmp_path):
+    """Its locks may not be seen here.  So for those of 0.2.0, which had no locks."""
+    for name in (".fastlora-elsewhere-abcdefgh", ".fastlora-abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / WEIGHTS).write_bytes(b"half")
+        for path in (tmp_path / name / WEIGHTS, tmp_path / name):
+            os.utime(path, (time.time() - age,) * 2)
+    write_whole(tmp_path, {"one": b"1"})
+    assert len(scratch_in(tmp_path)) == (0 if goes else 2)
+
+
+def test_a_file_or_a_link_of_such_a_name_is_somebody_s(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / f"{files._SCRATCH}{files._HOST}link").symlink_to(tmp_path / "precious")
+    (tmp_path / f"{files._SCRATCH}{files._HOST}file").write_text("mine")
+    before = sorted(os.listdir(tmp_path))
+    write_whole(tmp_path, {})
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_leftover_is_no_adapter_s_folder(tmp_path):
+    (tmp_path / ".fastlora-abcdefgh").mkdir()
+    (tmp_path / ".fastlora-abcdefgh" / CONFIG).write_text("{}")
+    with pytest.raises(FileNotFoundError) as caught:
+        fastlora.load_adapter(llama(), tmp_path)
+    assert "subfolders" not in str(caught.value)
