@@ -9,9 +9,10 @@ order: on the device ``common``, ``sum_planes``, ``project``, ``lowrank``, ``pac
 from . import defaults as defaults  # fills the tables that launchers choose from
 from .common import dropout_threshold
 from .dequant import dequant
+from .faults import ptxas
 from .gated import gated, gated_backward, why_not_gated
 from .gemm_lowrank import gemm_lowrank, one_launch_pays
-from .kept import replayed
+from .kept import Resolved, Unproven, keep, on_trial, replayed, use_judge
 from .launch import Launch, intercept
 from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed
@@ -30,19 +31,25 @@ __all__ = [
     "Own",
     "Packed",
     "Plan",
+    "Resolved",
+    "Unproven",
     "dequant",
     "dropout_threshold",
     "gated",
     "gated_backward",
     "gemm_lowrank",
     "intercept",
+    "keep",
     "lowrank",
+    "on_trial",
     "one_launch_pays",
     "one_pass_pays",
     "plan_for",
     "project",
+    "ptxas",
     "replayed",
     "target_of",
+    "use_judge",
     "use_target",
     "weight_grad",
     "why_not_gated",

@@ -6,9 +6,10 @@ settings alone: these are the kind of a call.  The first call of a kind is writt
 (:mod:`.script`); it and all later ones are replays of that.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from threading import Lock
-from typing import Any
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,9 +20,31 @@ from .common import INTERPRETED
 from .launch import is_intercepted
 from .script import Script, script_of
 
+
+class Unproven(Exception):  # noqa: N818  # nobody sees it
+    """Nobody has judged the kernels of a call on this device yet, or they were found wrong."""
+
+    def __init__(self, refused: bool) -> None:
+        super().__init__("a call's kernels are on trial")
+        self.refused = refused
+
+
+class Resolved(NamedTuple):
+    """A script, and where it is kept if its kernels are believed; None: it wasn't to be had."""
+
+    calls: dict
+    key: Hashable
+    script: Script | None
+
+
+# Whether kernels of these identities are believed on a device; None: they aren't known there.
+Judge = Callable[[Iterable[str], torch.device], bool | None]
+_judge: Judge | None = None
+_here = threading.local()  # a trial is one thread's
+
 _MOST = 1024  # calls that are kept; some 15 kB each, a group of three twice that
 _calls: dict[Hashable, Script] = {}
-_changes = Lock()  # to find the oldest, no other thread may change them
+_changes = threading.Lock()  # to find the oldest, no other thread may change them
 
 
 def replayed(
@@ -36,19 +59,22 @@ def replayed(
     The function may use torch's operations and this package's launchers.  What it does may depend
     on the settings, and on everything of the tensors but their elements.  They are on one device,
     which is the current one.  None if a call of a new kind isn't one that it ``covers``.  Raises
-    RuntimeError for a new kind inside of a CUDA graph's capture.
+    RuntimeError for a new kind inside of a CUDA graph's capture, and :class:`Unproven` for kernels
+    that a judge doesn't believe.
 
     ``calls``: where to keep this one instead of here, for a caller that comes with it only if the
     tensors agree with those of its calls before in all but their elements: they aren't compared.
     """
-    if is_intercepted() or _is_watched():
+    if is_intercepted():
         return list(function(tensors, *settings)) if covers() else None
     key: Hashable = (function, settings, plan.forced(), target.forced())
+    device = next(tensor for tensor in tensors if tensor is not None).device
     if calls is None:
-        here = next(tensor for tensor in tensors if tensor is not None).device
-        key, calls = (key, here, *map(_facts, tensors)), _calls
-    kept = calls.get(key)
-    if kept is None:
+        key, calls = (key, device, *map(_facts, tensors)), _calls
+    script = calls.get(key)
+    if _is_watched() and (_believes_all(device) if script is None else script is not _REFUSED):
+        return list(function(tensors, *settings)) if covers() else None
+    if script is None:
         if not covers():
             return None
         if _is_captured(tensors):
@@ -56,12 +82,71 @@ def replayed(
                 "a CUDA graph is being captured, and no call of this kind has run before: kernels "
                 "are compiled and loaded outside of a capture. Run the same step once before it"
             )
-        kept = script_of(function, tensors, settings)
-        with _changes:
-            while len(calls) >= _MOST:
-                del calls[next(iter(calls))]  # the oldest
-            calls[key] = kept
-    return kept.replay(_stream(), *tensors)
+        script = _resolved(function, tensors, settings, device, Resolved(calls, key, None))
+    return script.replay(_stream(), *tensors)
+
+
+def _resolved(
+    function: Callable, tensors: Sequence, settings: tuple, device: torch.device, found: Resolved
+) -> Script:
+    """The script of a call of a new kind, kept if its kernels are believed.
+
+    On trial, where it is noted.  Raises :class:`Unproven` for one that has to be.
+    """
+    trial, place = getattr(_here, "trial", None), (id(found.calls), found.key)
+    if trial is not None:
+        if place not in trial:
+            trial[place] = found  # for the case that there is none
+            trial[place] = found._replace(script=script_of(function, tensors, settings))
+        return trial[place].script
+    try:
+        script = script_of(function, tensors, settings)
+    except Exception:
+        if _believes_all(device):
+            raise
+        raise Unproven(refused=False) from None  # the trial says what it is
+    believed = _judge is None or _judge(script.identities, device)
+    if believed is None:
+        raise Unproven(refused=False)
+    keep(found._replace(script=script if believed else None))
+    return script if believed else _REFUSED
+
+
+def _believes_all(device: torch.device) -> bool:
+    """Whether nobody judges there."""
+    return _judge is None or bool(_judge((), device))
+
+
+def keep(found: Resolved) -> None:
+    """Calls of this kind are replays of this script from now on; without one they are refused."""
+    calls = found.calls
+    with _changes:
+        while len(calls) >= _MOST:
+            del calls[next(iter(calls))]  # the oldest
+        calls[found.key] = found.script or _REFUSED
+
+
+def _refuse(*_: object) -> list:
+    raise Unproven(refused=True)
+
+
+_REFUSED = Script(_refuse, "", [], frozenset())
+
+
+def use_judge(judge: Judge | None) -> None:
+    """Ask this one, from now on, of the kernels of every new kind of call."""
+    global _judge
+    _judge = judge
+
+
+@contextmanager
+def on_trial() -> Iterator[dict[Hashable, Resolved]]:
+    """In this thread and block, kernels run that nobody believes yet; new kinds are noted."""
+    _here.trial = {}
+    try:
+        yield _here.trial
+    finally:
+        _here.trial = None
 
 
 def _facts(tensor: Tensor | None) -> Hashable:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from torch import Tensor
@@ -73,6 +74,13 @@ class Launch:
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options)
+
+    @property
+    def identity(self) -> str:
+        """Its name, and a hash of what it would be compiled for, where it is interpreted."""
+        names = [name for name in self.arguments if len(name) > 1 and name.isupper()]
+        settings = [self.options, *[(name, self.arguments[name]) for name in names]]
+        return f"{self.name} {sha256(repr(settings).encode()).hexdigest()}"
 
     def compile(self) -> Any:
         """Triton's compiled kernel, as :meth:`run` would launch it; the arguments may be meta."""

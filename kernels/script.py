@@ -50,6 +50,7 @@ class Script(NamedTuple):
     replay: Callable[..., list[Tensor | None]]  # of the stream, and of the tensors
     source: str
     kernels: list[Any]  # Triton's, which unload their code when they go
+    identities: frozenset[str]  # each kernel's name, and the hash of its code
 
 
 def script_of(
@@ -101,6 +102,7 @@ class _Writer(TorchFunctionMode):
         self.alive: list[Any] = []  # so that an id stays one object's
         self.buffers: dict[str, Tensor] = {}
         self.kernels: list[Any] = []
+        self.identities: set[str] = set()
         self.addresses: dict[str, int] = {}  # modulo 16, of what came
         self.stand_ins: list[Tensor | None] = [None] * len(tensors)
         for i, tensor in enumerate(tensors):
@@ -138,10 +140,15 @@ class _Writer(TorchFunctionMode):
         if INTERPRETED.value:
             run: Callable = partial(launch.kernel[launch.grid], **launch.options)
             arguments: Sequence = [self._code(operand, address=True) for operand in operands]
+            self.identities.add(launch.identity)
         else:
-            kernel = launch.compile()
+            try:
+                kernel = launch.compile()
+                launcher = kernel.run  # which loads it
+            except Exception as error:
+                raise RuntimeError(f"{launch.name} doesn't compile: {error}") from error
             self.kernels.append(kernel)
-            launcher = kernel.run  # which loads it
+            self.identities.add(f"{launch.name} {kernel.hash}")
             arguments = [
                 _describe(operand.__dict__, _Addressed(self._address(operand.base)))
                 if isinstance(operand, TensorDescriptor)
@@ -161,7 +168,7 @@ class _Writer(TorchFunctionMode):
         source = "\n    ".join([head, *map(str, _letting_go(_needed(lines)))])
         scope = {word: self.constants[word] for word in _words(source) & self.constants.keys()}
         exec(compile(source, "<a kept call>", "exec"), scope)
-        return Script(scope["replay"], source, self.kernels)
+        return Script(scope["replay"], source, self.kernels, frozenset(self.identities))
 
     def _add_operation(
         self, function: Callable, arguments: tuple, keywords: dict, result: Any

@@ -17,6 +17,7 @@ from ..peft import untested, why_nothing_changes
 from ..peft.check import Check, check
 from ..projection import HALF_DTYPES
 from ..report import columns
+from ..verdicts import faults
 from .launches import Asked, would_run
 from .machine import devices_here, hardware, installation, one_line, settings, versions
 
@@ -62,6 +63,7 @@ def examine(asked: Asked | None = None) -> Report:
         "installation": installation,
         "settings": settings,
         "backends": lambda: _backends(devices, broken),
+        "compiled kernels": lambda: _compiled(devices, broken),
         "16-bit products": lambda: _products(devices),
         "plan": lambda: would_run(asked, devices[-1]) if asked else {},
         "self-test, relative errors": lambda: _self_tests(devices, broken),
@@ -110,6 +112,20 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
         return f"asked for, but calls run on torch: {reason}" if is_default else f"no: {reason}"
     other = f"possible, by FASTLORA_BACKEND={name} or fastlora.use_backend"
     return "runs by default" if is_default else other
+
+
+def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
+    """What their first results are judged for, and those that weren't PyTorch's."""
+    found = {}
+    for device in devices:
+        if backend_name(device=device) == "triton":
+            from ..backends.triton import environment  # here, since it imports the kernels
+
+            found[f"on {device}"] = str(environment(device))
+    wrong = {one.kernel[:40]: f"wrong on {one.environment}: {one.fault}" for one in faults()}
+    if wrong:
+        broken.append(f"{len(wrong)} compiled kernels were wrong: PyTorch's operations run instead")
+    return found | wrong
 
 
 def _products(devices: list[torch.device]) -> dict[str, str]:

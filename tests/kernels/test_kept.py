@@ -148,7 +148,9 @@ class Slow(dict):
 def test_threads_may_keep_calls_at_one_time(monkeypatch):
     """Each makes room for its own, and takes the oldest out."""
     monkeypatch.setattr(kept, "_MOST", 2)
-    monkeypatch.setattr(kept, "script_of", lambda *_: Script(lambda stream, x: [x], "", []))
+    monkeypatch.setattr(
+        kept, "script_of", lambda *_: Script(lambda stream, x: [x], "", [], frozenset())
+    )
     calls, raised = Slow(), []
 
     def call(first):

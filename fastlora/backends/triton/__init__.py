@@ -9,16 +9,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import torch as torch_backend
 from ..dropout import dropout_mask
 from ..protocol import Call
-from . import layer, segments
-from .cover import TARGETS, why_not, without_launching
+from . import first_contact, layer, segments
+from .cover import TARGETS, Unproven, why_not, without_launching
 from .gated import gated, gated_backward
+from .trust import environment
 
 __all__ = [
     "TARGETS",
     "backward",
     "dropout_mask",
+    "environment",
     "forward",
     "gated",
     "gated_backward",
@@ -34,7 +37,13 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's."""
     run = layer.forward if call.rows is None else segments.forward
-    return run(inputs, seeds, call)
+    try:
+        return run(inputs, seeds, call)
+    except Unproven as unproven:
+        by_torch = unproven.refused
+    if by_torch:
+        return torch_backend.forward(inputs, seeds, call)
+    return first_contact.forward(run, inputs, seeds, call)
 
 
 def backward(
@@ -47,7 +56,13 @@ def backward(
 ) -> list[Tensor | None]:
     """As the torch backend's."""
     run = layer.backward if call.rows is None else segments.backward
-    return run(dys, inputs, hs, needs, seeds, call)
+    try:
+        return run(dys, inputs, hs, needs, seeds, call)
+    except Unproven as unproven:
+        by_torch = unproven.refused
+    if by_torch:
+        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
+    return first_contact.backward(run, dys, inputs, hs, needs, seeds, call)
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

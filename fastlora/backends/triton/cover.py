@@ -19,6 +19,7 @@ except ImportError as error:
         "has no fastlora.kernels: run from another folder, or pip install --editable ."
     ) from error
 
+Unproven = kernels.Unproven
 # The GPUs that calls can be planned for, without one.
 TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)

@@ -5,17 +5,21 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from .. import torch as torch_backend
+from . import first_contact
 from .cover import current, empty_like, kernels, why_not
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
     """As the torch backend's: act(gate) ∘ up, [M, N], rounded once, whether ``wide`` or not."""
-    made = _of_gated(_gated, [gate, up], activation)
-    if made is None:
+
+    def by_torch(gate: Tensor, up: Tensor) -> Tensor:
         return torch_backend.gated(gate, up, activation, wide)
-    (product,) = made
-    assert product is not None
-    return product
+
+    def by_kernels(gate: Tensor, up: Tensor) -> Tensor:
+        made = _of_gated(_gated, [gate, up], activation)
+        return by_torch(gate, up) if made is None or made[0] is None else made[0]
+
+    return first_contact.elementwise(by_kernels, by_torch, gate, up)
 
 
 def gated_backward(
@@ -28,8 +32,15 @@ def gated_backward(
     wide: bool = False,
 ) -> None:
     """As the torch backend's: d_gate and d_up are filled, each rounded once."""
-    if _of_gated(_gated_backward, [dy, gate, up, d_gate, d_up], activation) is None:
+
+    def by_torch(dy: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
         torch_backend.gated_backward(dy, gate, up, activation, d_gate, d_up, wide)
+
+    def by_kernels(*matrices: Tensor) -> None:
+        if _of_gated(_gated_backward, matrices, activation) is None:
+            by_torch(*matrices)
+
+    first_contact.elementwise(by_kernels, by_torch, dy, gate, up, d_gate, d_up, fills=2)
 
 
 def _of_gated(

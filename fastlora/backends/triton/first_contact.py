@@ -1,0 +1,300 @@
+"""Judges the first results of compiled kernels, by PyTorch's operations, before they are used.
+
+A call whose kernels nobody has judged on this device runs here instead, twice: with random numbers
+in the place of x, of dy and of the adapters (a fresh lora_b is zero, and would prove nothing), and
+as it came.  All that the kernels make is compared with what the torch backend makes; masks are the
+same there.  If both agree, the kernels are believed from then on (:mod:`.trust`).  If not, or if
+one doesn't compile, the caller gets PyTorch's result and a warning, and they never run again.
+
+``FASTLORA_VERIFY``: "first", the default on a GPU; "always", each call; "off".
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ...blocks import block_of_rows
+from ...projection import Adapter, Base, Layout, Output, flatten
+from .. import torch as torch_backend
+from ..protocol import Call
+from . import trust
+from .cover import kernels, user_level
+
+Run = Callable[[Sequence], list]
+
+# All have to make the same bits.  A fault that shows in one call of three passes once in 1,000.
+REPEATS = 16
+# How much larger an error may be than PyTorch's own, whose sums have another order.
+_SLACK = 8.0
+_FEW = 32  # rows or columns
+_SEED = 12
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+# What a tensor is.  In a trial, random numbers take the place of rows and adapters; all but what a
+# packed weight has are widened, to measure PyTorch's own errors.
+_ROWS, _ADAPTER, _PLAIN, _PACKED = "rows", "adapter", "plain", "packed"
+
+
+def forward(
+    run: Callable, inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``run``, a backend's forward, returns for a call whose kernels are on trial."""
+
+    def of(forward: Callable) -> Run:
+        def made(tensors: Sequence) -> list:
+            ys, hs = forward(tensors, seeds, call)
+            return [*ys, *hs]
+
+        return made
+
+    count = len(call.layouts)
+    found = _judged(of(run), of(torch_backend.forward), inputs, _roles(call.layouts))
+    return found[:count], found[count:]
+
+
+def backward(
+    run: Callable,
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    call: Call,
+) -> list[Tensor | None]:
+    """The same of a backward."""
+    first_h, first_dy = len(inputs), len(inputs) + len(hs)
+
+    def of(backward: Callable) -> Run:
+        def made(tensors: Sequence) -> list:
+            thin = tensors[first_h:first_dy]
+            return backward(tensors[first_dy:], tensors[:first_h], thin, needs, seeds, call)
+
+        return made
+
+    roles = [*_roles(call.layouts), *[_ROWS] * (len(hs) + len(dys))]
+    return _judged(of(run), of(torch_backend.backward), [*inputs, *hs, *dys], roles)
+
+
+def elementwise(run: Callable, by_torch: Callable, *matrices: Tensor, fills: int = 0) -> Any:
+    """What ``run`` returns, a function of matrices; or it fills the last ``fills`` of them."""
+    try:
+        return run(*matrices)
+    except kernels.Unproven as unproven:
+        refused = unproven.refused
+    if refused:
+        return by_torch(*matrices)
+    read, written = matrices[: len(matrices) - fills], matrices[len(matrices) - fills :]
+
+    def of(function: Callable) -> Run:
+        def made(some: Sequence) -> list:
+            new = [_alike(each, _memory(each, some[0].dtype)) for each in written]
+            result = function(*some, *new)
+            return new or [result]
+
+        return made
+
+    found = _judged(of(run), of(by_torch), read, [_ROWS] * len(read))
+    # Only now, since a matrix may be both read and filled.
+    for target, result in zip(written, found, strict=False):
+        target.copy_(result)
+    return None if fills else found[0]
+
+
+def _roles(layouts: Sequence[Layout]) -> list[str]:
+    """What becomes of a call's inputs."""
+    outputs = [
+        Output(
+            Base(_PLAIN if layout.format is None else _PACKED, _PLAIN),
+            tuple([Adapter(_ADAPTER, _ADAPTER, scale) for scale in layout.scales]),
+        )
+        for layout in layouts
+    ]
+    return [_ROWS, *flatten(outputs, layouts)]
+
+
+def _judged(
+    by_kernels: Run, by_torch: Run, tensors: Sequence[Tensor | None], roles: Sequence[str]
+) -> list:
+    """What the kernels make of the tensors, if it is right; else what PyTorch makes of them."""
+    with _disable_current_modes(), torch.no_grad():
+        right, found, fault = by_torch(tensors), [], ""
+        with kernels.on_trial() as trial:
+            try:
+                fault = _fault_of_probe(by_kernels, by_torch, _probe(tensors, roles), roles)
+                if not fault:
+                    found = by_kernels(tensors)
+                    fault = _compared(by_torch, tensors, roles, found, right)
+            except kernels.Unproven:  # these were found wrong before
+                return right
+            except torch.OutOfMemoryError:
+                warnings.warn(
+                    "there isn't enough memory to judge Triton kernels for the first time: this "
+                    "call runs on PyTorch's operations",
+                    RuntimeWarning,
+                    stacklevel=user_level(),
+                )
+                return right
+            except Exception as error:  # of a compiler, or of a driver
+                fault = f"{type(error).__name__}: {error}"
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    names = trust.settle(trial, device, fault)
+    if not fault:
+        return found
+    warnings.warn(
+        f"the Triton kernels {names} run no more on {trust.environment(device)}, PyTorch's "
+        f"operations do: {fault}. Please report it, with what `python -m fastlora doctor` prints",
+        RuntimeWarning,
+        stacklevel=user_level(),
+    )
+    return right
+
+
+def _fault_of_probe(
+    by_kernels: Run, by_torch: Run, tensors: Sequence[Tensor | None], roles: Sequence[str]
+) -> str:
+    """What is wrong with what the kernels make of random numbers; "" if nothing is."""
+    found = by_kernels(tensors)
+    for _ in range(REPEATS - 1):
+        for first, again in zip(found, by_kernels(tensors), strict=True):
+            if not _same_bits(first, again):
+                return f"two calls of {REPEATS} with the same tensors made other bits"
+    return _compared(by_torch, tensors, roles, found, by_torch(tensors))
+
+
+def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
+    """The tensors, with random numbers in the place of some, which lie in memory as they do.
+
+    Adapters that lie in one memory, as a bank's do, lie in one again.
+    """
+    memories: dict[tuple, Tensor] = {}
+    made: list[Tensor | None] = []
+    for tensor, role in zip(tensors, roles, strict=True):
+        if tensor is None or role not in (_ROWS, _ADAPTER) or not tensor.numel():
+            made.append(tensor)
+            continue
+        place = (tensor.untyped_storage().data_ptr(), *_extent(tensor), tensor.dtype)
+        if place not in memories:
+            # So all parts of a sum are of about one size.
+            spread = tensor.shape[-1] ** -0.5 if role == _ADAPTER else 1.0
+            generator = torch.Generator(tensor.device).manual_seed(_SEED + len(memories))
+            memories[place] = _memory(tensor).normal_(0, spread, generator=generator)
+        made.append(_alike(tensor, memories[place]))
+    return made
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The elements of its storage that go with it, first and count: all, if not many more."""
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if count <= 4 * tensor.numel():
+        return 0, count
+    ends = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset()), 1 + sum((size - 1) * stride for size, stride in ends)
+
+
+def _shift(tensor: Tensor) -> int:
+    """The elements before the first: an address modulo 16 is a part of what is compiled for."""
+    size = tensor.element_size()
+    return (tensor.untyped_storage().data_ptr() + _extent(tensor)[0] * size) % 16 // size
+
+
+def _memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """New memory for a tensor :func:`_alike`."""
+    return tensor.new_empty(_extent(tensor)[1] + _shift(tensor), dtype=dtype)
+
+
+def _alike(tensor: Tensor, memory: Tensor) -> Tensor:
+    """A tensor in this memory, with the other's shape, strides, and address modulo 16."""
+    offset = int(tensor.storage_offset()) - _extent(tensor)[0] + _shift(tensor)
+    return memory.as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def _compared(
+    by_torch: Run,
+    tensors: Sequence[Tensor | None],
+    roles: Sequence[str],
+    found: Sequence,
+    right: Sequence,
+) -> str:
+    """What is wrong with the kernels' results beside PyTorch's; "" if nothing is."""
+    x = tensors[0]
+    assert x is not None
+    wide = [
+        tensor if tensor is None or role == _PACKED else tensor.to(_WIDE[x.dtype])
+        for tensor, role in zip(tensors, roles, strict=True)
+    ]
+    try:
+        truth = by_torch(wide)
+    except torch.OutOfMemoryError:
+        truth = None
+    del wide
+    return _difference(found, right, truth, torch.finfo(x.dtype).eps)
+
+
+def _difference(found: Sequence, right: Sequence, truth: Sequence | None, eps: float) -> str:
+    """What is wrong with these results, measured by PyTorch's own errors; "" if nothing is."""
+    for i, (ours, its) in enumerate(zip(found, right, strict=True)):
+        name = f"result {i + 1} of {len(right)}"
+        if ours is None or its is None:  # a gradient of nothing may be left out
+            made = its if ours is None else ours
+            if made is not None and torch.count_nonzero(made):
+                return f"{name} is missing"
+        elif its.numel():
+            wide = None if truth is None else _as_matrix(truth[i])
+            share = _worst(_as_matrix(ours), _as_matrix(its), wide, eps)
+            if not share <= 1:
+                shape = f"{name}, {list(its.shape)}"
+                return f"{shape}, has an error of {share:.3g} times what rounding explains"
+    return ""
+
+
+def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float:
+    """The largest error, in parts of what is allowed.
+
+    That is some times PyTorch's largest error in the same row or in the same column, whichever is
+    less, so that no row or column of large numbers hides an error in another one; and a rounding.
+    Without a truth, PyTorch's result is it, with errors of a rounding.  Where PyTorch's isn't
+    finite, nothing can be said.
+    """
+    matrices = ours, its, its if truth is None else truth
+    of_rows, of_columns = [], torch.zeros(2, its.shape[1], dtype=torch.float64, device=its.device)
+    for _, it, true in _blocks(*matrices):
+        sizes = torch.stack([(it - true).abs(), true.abs()]).nan_to_num(0.0, 0.0)
+        of_rows.append(sizes.amax(2))
+        of_columns = torch.maximum(of_columns, sizes.amax(1))
+    rows_in_all = torch.cat(of_rows, 1)
+    if its.shape[0] < _FEW:  # too few to know what an error in a column may be
+        of_columns = torch.full_like(of_columns, torch.inf)
+    if its.shape[1] < _FEW:
+        rows_in_all = rows_in_all.amax(1, keepdim=True).expand_as(rows_in_all)
+    worst, first = 0.0, 0
+    for our, it, true in _blocks(*matrices):
+        of_block = rows_in_all[:, first : first + len(it), None]
+        error, size = torch.minimum(of_block, of_columns[:, None])
+        allowed = _SLACK * error + 2 * eps * size
+        if truth is None:
+            allowed += _SLACK * eps * size
+        away = torch.where(it.isfinite() & true.isfinite(), (our - true).abs(), 0.0)
+        share = torch.where(away == 0, 0.0, away / allowed)
+        worst, first = max(worst, share.nan_to_num(torch.inf).amax().item()), first + len(it)
+    return worst
+
+
+def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
+    """Some rows of each, in float64: of a whole result that may be more than there is room for."""
+    step = block_of_rows(matrices[0].device, matrices[0].shape[1])
+    for first in range(0, len(matrices[0]), step):
+        yield [matrix[first : first + step].double() for matrix in matrices]
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(1, -1)
+
+
+def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.contiguous().view(numbers), other.contiguous().view(numbers))

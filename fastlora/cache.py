@@ -1,0 +1,42 @@
+"""Files that fastlora keeps for a user, about this machine: nothing is lost without them."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """``FASTLORA_CACHE``, else fastlora's folder in the user's cache.  It need not be there."""
+    chosen = os.environ.get("FASTLORA_CACHE")
+    if chosen:
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "fastlora"
+
+
+def write(path: Path, text: str) -> bool:
+    """Whether it could be written, at once or not at all: others may write the same file now."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    except OSError:
+        return False
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        return False
+    return True
+
+
+def read(folder: Path, pattern: str) -> dict[Path, str]:
+    """The texts of the files there; those that can't be read are left out."""
+    texts = {}
+    for path in sorted(folder.glob(pattern)) if folder.is_dir() else ():
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            texts[path] = path.read_text(encoding="utf-8")
+    return texts
