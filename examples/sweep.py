@@ -4,7 +4,7 @@
     python examples/sweep.py --model ./my-model --data my.jsonl --steps 200
 
 --out gets the table, the curves, and every adapter as PEFT's files.  After Ctrl-C, the same command
-with --resume goes on.
+with --resume goes on.  With --replace, a sweep that --out has already goes.
 """
 
 import os
@@ -56,10 +56,13 @@ def main() -> None:
         halving=options.halving,
         warmup_steps=options.steps // 10,
         resume=options.resume,
+        replace=options.replace,
         seed=options.seed,
     )
     print(found)
-    print(f"best/, adapters/, sweep.json and losses.png are in {options.out}")
+    print(
+        f"{'best/, ' if found.best else ''}adapters/, sweep.json and losses.png are in {options.out}"
+    )
 
 
 def parse_options() -> Namespace:
@@ -73,8 +76,14 @@ def parse_options() -> Namespace:
     add("--seq-len", type=number(int, 8), default=128, help="tokens a row (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="adapters, data, dropout (%(default)s)")
     add("--no-halving", dest="halving", action="store_false", help="train all to the end")
-    add("--resume", action="store_true", help="go on with what --out has")
-    return parser.parse_args()
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
+    earlier.add_argument("--replace", action="store_true", help="delete it, and begin anew")
+    options = parser.parse_args()
+    there = any((options.out / name).exists() for name in ("state.pt", "sweep.json"))
+    if there and not (options.resume or options.replace):  # before minutes of work
+        parser.error(f"--out {options.out} has a sweep: --resume goes on, --replace begins anew")
+    return options
 
 
 if __name__ == "__main__":

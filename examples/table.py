@@ -4,6 +4,7 @@ And those of a sweep (sweep.json).  It needs Python alone.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -53,10 +54,13 @@ def name_of(side: str) -> str:
 def sweep_table(report: dict) -> str:
     """A line for each trial, the best first."""
     lines = [("rank", "learning rate", "parameters", "MiB", "held-out loss", "steps")]
-    for trial in sorted(report["trials"], key=lambda trial: trial["losses"][-1][1]):
+    losses = [trial["losses"][-1][1] for trial in report["trials"]]  # None for NaN and infinity
+    by_loss = sorted((math.inf if loss is None else loss, i) for i, loss in enumerate(losses))
+    for loss, i in by_loss:
+        trial = report["trials"][i]
         lines.append((
             str(trial["config"]["r"]), f"{trial['learning_rate']:g}", f"{trial['parameters']:,}",
-            f"{trial['bytes'] / 2**20:.1f}", f"{trial['losses'][-1][1]:.3f}", str(trial["steps"]),
+            f"{trial['bytes'] / 2**20:.1f}", f"{loss:.3f}", str(trial["steps"]),
         ))  # fmt: skip
     return pipes(lines)
 

@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,21 @@ from ..model.checkpoint import save_adapter
 from ..model.files import check_folder, write_whole
 from ..model.inject import apply_lora, check_model, check_plain, remove_lora
 from ..projection import check_switch, shown
+from .fingerprint import check_same, of_base, of_batches
 from .layer import attached
-from .record import Sweep, curves, load, set_random_state
-from .training import Feed, Loss, Training, as_batch, causal_loss, counted
+from .record import (
+    ADAPTERS,
+    BEST,
+    FILE,
+    TABLE,
+    State,
+    Sweep,
+    curves,
+    delete_adapter,
+    earlier,
+    set_random_state,
+)
+from .training import Feed, Loss, Training, as_batch, causal_loss, counted, drawing
 from .trial import Options, Trial, as_trials
 
 
@@ -44,6 +55,7 @@ def sweep(
     loss: Loss = causal_loss,
     seed: int = 0,
     resume: bool = False,
+    replace: bool = False,
     progress: bool = True,
 ) -> Sweep:
     """Train every configuration on this model at once, and say which one is best.
@@ -69,7 +81,8 @@ def sweep(
     ``output_dir`` gets ``adapters/NAME`` and ``best``, PEFT's files each; ``sweep.json``, all
     numbers; ``losses.png``, where matplotlib is installed; and ``state.pt`` at each evaluation and
     on Ctrl-C, which ends the running step first: with ``resume`` the sweep goes on from there, to
-    the same end.
+    the same end, over the same base and data.  A folder that has a sweep is refused without it;
+    with ``replace`` that one's files go when the new one writes its first.
 
     The model is as it was afterwards, also if the sweep fails.  Rows must not see each other: batch
     norms stay in evaluation, with a warning.  Returns a :class:`fastlora.trials.record.Sweep`,
@@ -78,17 +91,8 @@ def sweep(
     ValueError for a layer in whose x trials can't be told apart.
     """
     check_model(model)
-    check_switch("halving", halving)
-    check_switch("resume", resume)
-    check_switch("progress", progress)
-    for name, batches in (("data", data), ("eval_data", eval_data)):
-        # No ``iter``: a loader would start its workers.
-        if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
-            raise TypeError(
-                f"{name} is {shown(batches)}, but must give batches: a list or a DataLoader"
-            )
-    if not callable(loss):
-        raise TypeError(f"loss is {shown(loss)}, but must be a function of (logits, labels)")
+    switches = {"halving": halving, "resume": resume, "replace": replace, "progress": progress}
+    _check(data, eval_data, loss, switches)
     inner, trials, folder = unwrap(model), as_trials(configs), check_folder(output_dir)
     check_plain(inner)
     if eval_steps is None and type(steps) is int:
@@ -97,39 +101,63 @@ def sweep(
         steps, halving, eval_steps, schedule, warmup_steps, weight_decay, max_grad_norm, seed
     )
     options.check(len(trials))
-    held_out = [as_batch(batch) for batch in eval_data]
+    settings = {"trials": [trial.plain for trial in trials], **options._asdict()}
+    state = earlier(folder, settings, resume=resume, replace=replace)
+    with drawing(torch.Generator("cpu").manual_seed(seed)):
+        held_out = [as_batch(batch) for batch in eval_data]
     if not any(counted(batch["labels"], loss) for batch in held_out):
         raise ValueError(
             "eval_data gives no batch with labels: the held-out loss is what trials are judged by"
         )
-    plain = [
-        {"name": trial.name, "learning_rate": trial.learning_rate}
-        | {k: dict(v) if isinstance(v, Mapping) else v for k, v in asdict(trial.config).items()}
-        for trial in trials
-    ]
-    settings = {"trials": plain, **options._asdict()}
     write_whole(folder, {})  # raises now, and not hours later, if no file can be written there
-    state = load(folder, settings) if resume else None
+    fingerprints = {"base": of_base(inner), "eval_data": of_batches(held_out)}
+    before = state.fingerprints if state else {}
+    check_same(before, fingerprints, folder / FILE)
     norms = _batch_norms(inner)
     with kept_buffers(inner), attached(inner, trials, seed) as parts:
-        run = Training(inner, trials, parts, options, loss, held_out)
+        run = Training(inner, trials, parts, options, loss, held_out, replace)
         state = run.restored(state) if state else run.begun(settings)
         with torch.random.fork_rng(), in_mode(inner, training=True), _interruption() as interrupted:
             for norm in norms.values():
                 norm.eval()
             # It may draw numbers for what it skips.
             feed = Feed(data, seed, state.batches, options.batches(len(trials)))
+            check_same(before, {"data": feed.fingerprint}, folder / FILE)
+            state.fingerprints = fingerprints | {"data": feed.fingerprint}
             set_random_state(state.random)
             run.train(state, feed, folder, interrupted, progress)
+    return _finish(run, state, folder)
+
+
+def _check(data: object, eval_data: object, loss: object, switches: Mapping[str, bool]) -> None:
+    """Raise TypeError or ValueError for what can't be meant."""
+    for name, switch in switches.items():
+        check_switch(name, switch)
+    for name, batches in (("data", data), ("eval_data", eval_data)):
+        # No ``iter``: a loader would start its workers.
+        if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+            raise TypeError(
+                f"{name} is {shown(batches)}, but must give batches: a list or a DataLoader"
+            )
+    if not callable(loss):
+        raise TypeError(f"loss is {shown(loss)}, but must be a function of (logits, labels)")
+
+
+def _finish(run: Training, state: State, folder: Path) -> Sweep:
+    """Write what a sweep leaves in the end."""
     ranks = [
-        _write(inner, trial, adapters, folder / "adapters" / trial.name)
-        for adapters, trial in zip(state.adapters, trials, strict=True)
+        _write(run.model, trial, adapters, folder / ADAPTERS / trial.name)
+        for adapters, trial in zip(state.adapters, run.trials, strict=True)
     ]
-    found = Sweep(run.outcomes(state, ranks), steps, sum(state.seconds), folder)
-    best = found.outcomes.index(found.best)
-    _write(inner, trials[best], state.adapters[best], folder / "best")
+    found = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
+    if found.best is None:
+        warnings.warn("no trial's held-out loss is finite: there is no best one", stacklevel=3)
+        delete_adapter(folder / BEST)
+    else:
+        best = found.outcomes.index(found.best)
+        _write(run.model, run.trials[best], state.adapters[best], folder / BEST)
     numbers = (json.dumps(found.as_dict(), indent=2) + "\n").encode()
-    write_whole(folder, {"sweep.json": numbers} | curves(found))
+    write_whole(folder, {TABLE: numbers} | curves(found))
     return found
 
 

@@ -88,7 +88,8 @@ class TrialsLayer(nn.Module):
         mapping = adapters.rows.mapping(adapters.members)
         if mapping is None:
             return super().forward(x)
-        found = quantised_weight(self, self.plain_class)
+        with torch.enable_grad():  # as a weight is read that a call in evaluation has laid anew
+            found = quantised_weight(self, self.plain_class)
         if isinstance(found, str):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
         weight: Any = matrix_of(self, self.plain_class) if found is None else found.weight

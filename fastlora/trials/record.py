@@ -2,6 +2,8 @@
 
 import io
 import math
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.files import write_whole
+from ..layers.modules import some
+from ..model.files import CONFIG, WEIGHTS, read_json, write_whole
 from ..projection import shown
 from ..report import columns
-from .trial import Trial
+from .fingerprint import Fingerprint
+from .trial import Trial, is_folder_s
 
-FILE = "state.pt"
+FILE, TABLE, PICTURE = "state.pt", "sweep.json", "losses.png"
+ADAPTERS, BEST = "adapters", "best"
 
 
 @dataclass
@@ -31,6 +36,8 @@ class State:
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
     optimizer: dict[str, Any] = field(default_factory=dict)
     random: list[Tensor] = field(default_factory=list)  # of the CPU, and of each GPU
+    # Of the base, the held-out data, and the data as far as it was read; 0.2.0 wrote none.
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
 def save(state: State, folder: Path) -> None:
@@ -39,22 +46,83 @@ def save(state: State, folder: Path) -> None:
     write_whole(folder, {FILE: content.getvalue()})
 
 
-def load(folder: Path, settings: dict[str, Any]) -> State | None:
-    """What an earlier run left, or None; ValueError if it is another sweep's, or can't be read."""
-    path = folder / FILE
-    if not path.exists():
+def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bool) -> State | None:
+    """The state to go on from, or None to begin with.
+
+    Raises ValueError for a folder that has a sweep which is neither to be resumed nor replaced, and
+    for one that is to be resumed and can't be: it is another sweep's, or can't be read.
+    """
+    if resume and replace:
+        raise ValueError("resume goes on with a sweep, and replace deletes it: give one of them")
+    there = [name for name in (FILE, TABLE) if (folder / name).exists()]
+    if not there or replace:
         return None
-    try:
-        found = State(**torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
+    if not resume:
+        raise ValueError(
+            f"output_dir is {folder}, which has a sweep ({some(there)}): resume=True goes on with "
+            "it, replace=True deletes it, and another output_dir leaves it as it is"
+        )
+    if FILE not in there:
+        raise ValueError(
+            f"{folder} has no {FILE}, so its sweep can't be resumed: replace=True deletes it, and "
+            "another output_dir leaves it as it is"
+        )
+    found = _read(folder / FILE)
     for name, value in settings.items():
         if found.settings.get(name) != value:
             raise ValueError(
-                f"{path} is of a sweep with {name} {shown(found.settings.get(name))}, not "
-                f"{shown(value)}: give the same, another output_dir, or resume=False"
+                f"{folder / FILE} is of a sweep with {name} {shown(found.settings.get(name))}, not "
+                f"{shown(value)}: give the same, another output_dir, or replace=True in place of "
+                "resume"
             )
+    if not found.fingerprints:
+        warnings.warn(
+            f"{folder / FILE} is of a fastlora that noted neither data nor base: make sure that "
+            "both are the same",
+            stacklevel=3,
+        )
     return found
+
+
+def _read(path: Path) -> State:
+    try:
+        return State(**torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+
+
+def delete(folder: Path) -> None:
+    """Delete what the folder's sweep left, but for its state, which the next one's replaces.
+
+    Nothing else goes: of its adapters' folders, an adapter's two files.
+    """
+    for name in _names(folder):
+        delete_adapter(folder / ADAPTERS / name)
+    _delete_empty(folder / ADAPTERS)
+    delete_adapter(folder / BEST)
+    for name in (TABLE, PICTURE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def delete_adapter(folder: Path) -> None:
+    if not folder.is_symlink():  # behind one it is somebody else's
+        for name in (WEIGHTS, CONFIG):
+            (folder / name).unlink(missing_ok=True)
+        _delete_empty(folder)
+
+
+def _delete_empty(folder: Path) -> None:
+    with suppress(OSError):  # it has something else, or isn't there
+        folder.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    """Those of the trials of the folder's sweep, as far as its files can be read."""
+    found: list[Any] = []
+    for read in (lambda: _read(folder / FILE).settings, lambda: read_json(folder / TABLE)):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            found += [trial["name"] for trial in read()["trials"]]
+    return set(filter(is_folder_s, found))
 
 
 def random_state() -> list[Tensor]:
@@ -95,8 +163,9 @@ class Outcome:
 class Sweep:
     """All trials; prints as a table, the best first.
 
-    ``best`` is the trial with the lowest held-out loss of those that ran to the end, ``folder`` has
-    its adapter in ``best/``, everyone's in ``adapters/NAME/``, ``sweep.json`` and ``losses.png``.
+    ``best`` is the trial with the lowest held-out loss of those that ran to the end; None if no
+    loss is finite.  ``folder`` has its adapter in ``best/``, everyone's in ``adapters/NAME/``,
+    ``sweep.json`` and ``losses.png``.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -105,9 +174,10 @@ class Sweep:
     folder: Path
 
     @property
-    def best(self) -> Outcome:
-        whole = [outcome for outcome in self.outcomes if outcome.steps == self.steps]
-        return min(whole, key=lambda outcome: nan_last(outcome.loss))
+    def best(self) -> Outcome | None:
+        whole = [each for each in self.outcomes if each.steps == self.steps]
+        finite = [each for each in whole if math.isfinite(each.loss)]
+        return min(finite, key=lambda outcome: outcome.loss, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """For a program: plain numbers and texts."""
@@ -126,7 +196,7 @@ class Sweep:
             for outcome in self.outcomes
         ]
         return {
-            "best": self.best.trial.name,
+            "best": self.best and self.best.trial.name,
             "steps": self.steps,
             "seconds": self.seconds,
             "trials": outcomes,
@@ -134,7 +204,8 @@ class Sweep:
 
     def __str__(self) -> str:
         ranked = sorted(self.outcomes, key=lambda each: (-each.steps, nan_last(each.loss)))
-        last = f"{self.steps} steps, {self.seconds:.0f} s; best: {self.best.trial.name}"
+        best = self.best.trial.name if self.best else "none, for no loss is finite"
+        last = f"{self.steps} steps, {self.seconds:.0f} s; best: {best}"
         return "\n".join([*columns([_TITLES, *map(_cells, ranked)], left=1), last])
 
 
@@ -170,7 +241,7 @@ def nan_last(loss: float) -> float:
 
 
 def curves(sweep: Sweep) -> dict[str, bytes]:
-    """The held-out losses as ``losses.png``; nothing without matplotlib."""
+    """The held-out losses as a picture; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -186,4 +257,4 @@ def curves(sweep: Sweep) -> dict[str, bytes]:
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(content, format="png", dpi=120)
-    return {"losses.png": content.getvalue()}
+    return {PICTURE: content.getvalue()}

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.nn.functional import cross_entropy, pad
 
 from ..layers.batch import in_mode
 from ..projection import shown
+from .fingerprint import FIRST, Fingerprint, of_batch
 from .layer import Attached
-from .record import Outcome, State, nan_last, random_state, save
+from .record import Outcome, State, delete, nan_last, random_state, save
 from .trial import Options, Trial
 
 Batch = dict[str, Tensor]
@@ -26,16 +28,20 @@ _PADDING = {"labels": -100}
 class Feed:
     """The batches of ``data``, over and over, in an order that the seed fixes.
 
-    ``skip`` of them were taken before.  ``count`` is how many are taken in all (None: as many as
-    there are): of what can be read only once, these are read now.  Raises ValueError for a list
-    with what is no batch.
+    What the data draws from torch on the CPU comes from a stream of its own.  ``fingerprint`` is of
+    its first batches, as far as they were read.  ``skip`` of them were taken before.  ``count`` is
+    how many are taken in all (None: as many as there are): of what can be read only once, these are
+    read now.  Raises ValueError for a list with what is no batch.
     """
 
     def __init__(
         self, data: Iterable[Mapping[str, Any]], seed: int, skip: int = 0, count: int | None = None
     ) -> None:
+        self.fingerprint: Fingerprint = {}
         if isinstance(data, Iterator):  # a generator, for one
             data = list(islice(data, count))
+        elif (length := _length(data)) is not None:
+            self.fingerprint["the number of batches"] = str(length)
         if isinstance(data, list | tuple):
             data = [as_batch(batch) for batch in data]
         self.data, self.seed, self.taken = data, seed, 0
@@ -50,20 +56,43 @@ class Feed:
         return [next(self._batches) for _ in range(count)]
 
     def _forever(self) -> Iterator[Batch]:
-        epoch = 0
+        epoch = number = 0
         while True:
             # A shuffling loader draws its order when its first batch is asked for.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed + epoch)
+            random = torch.Generator("cpu").manual_seed(self.seed + epoch)
+            with drawing(random):
                 batches = iter(self.data)
-                first = next(batches, None)
-            if first is None:
+                batch = next(batches, None)
+            if batch is None:
                 what = "gives no batch" if epoch == 0 else "ends, and can't be read again"
                 raise ValueError(f"data {what}: give a list of batches or a DataLoader")
-            yield as_batch(first)
-            for batch in batches:
-                yield as_batch(batch)
+            while batch is not None:
+                batch, number = as_batch(batch), number + 1
+                if number <= FIRST:
+                    self.fingerprint[f"batch {number}"] = of_batch(batch)
+                yield batch
+                with drawing(random):
+                    batch = next(batches, None)
             epoch += 1
+
+
+def _length(data: Any) -> int | None:
+    """How many batches there are, where that is known."""
+    try:
+        return len(data)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+@contextmanager
+def drawing(random: torch.Generator) -> Iterator[None]:
+    """Inside, what torch draws on the CPU comes from this generator, which goes on there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random.get_state())
+        try:
+            yield
+        finally:
+            random.set_state(torch.get_rng_state())
 
 
 def as_batch(batch: Any) -> Batch:
@@ -127,6 +156,7 @@ class Training:
     options: Options
     loss: Loss
     held_out: Sequence[Batch]
+    replaces: bool = False  # an earlier sweep's files, when its own first ones are there
 
     def __post_init__(self) -> None:
         self.eval_steps = self.options.eval_steps or self.options.steps
@@ -153,7 +183,7 @@ class Training:
             if {n: p.shape for n, p in own.items()} != {n: a.shape for n, a in saved.items()}:
                 raise ValueError(
                     "the sweep to resume is of another model: give that model, another output_dir, "
-                    "or resume=False"
+                    "or replace=True in place of resume"
                 )
         with torch.no_grad():
             for own, saved in zip(self.parts.parameters, state.adapters, strict=True):
@@ -253,6 +283,9 @@ class Training:
             {name: parameter.detach() for name, parameter in own.items()}
             for own in self.parts.parameters
         ]
+        if self.replaces:
+            delete(folder)
+            self.replaces = False
         save(state, folder)
 
     def outcomes(self, state: State, ranks: Sequence[float]) -> tuple[Outcome, ...]:

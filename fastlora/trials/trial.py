@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from ..model.config import LoRAConfig
@@ -22,6 +22,13 @@ class Trial:
     name: str
     config: LoRAConfig
     learning_rate: float
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For a file: all of it, with no record in it."""
+        fields = asdict(self.config).items()
+        settings = {key: dict(v) if isinstance(v, Mapping) else v for key, v in fields}
+        return {"name": self.name, "learning_rate": self.learning_rate} | settings
 
 
 def as_trials(configs: Sequence[Mapping[str, Any]]) -> tuple[Trial, ...]:
@@ -62,7 +69,7 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
             f"configs[{number}] trains more than adapters of linear layers (bias, modules_to_save, "
             "target_parameters): trials share all else"
         )
-    if not re.fullmatch(r"[\w.,=+-]+", name) or name.startswith("."):
+    if not is_folder_s(name):
         raise ValueError(f"configs[{number}] is called {shown(name)}, which can't be a folder's")
     if len(name.encode()) > _LONGEST:
         raise ValueError(
@@ -70,6 +77,11 @@ def _as_trial(number: int, entry: Mapping[str, Any], name: str) -> Trial:
             f"of at most {_LONGEST} bytes"
         )
     return Trial(name, config, float(rate))
+
+
+def is_folder_s(name: object) -> bool:
+    """Whether it can be the name of a folder, and of nothing outside of where that lies."""
+    return isinstance(name, str) and bool(re.fullmatch(r"(?!\.)[\w.,=+-]+", name))
 
 
 def _name(entry: Mapping[str, Any], others: Sequence[Any]) -> str:

@@ -314,3 +314,6 @@ def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
     assert f"are in {out}" in printed
     peft = pytest.importorskip("peft")
     assert peft.PeftConfig.from_pretrained(out / "best").r in (2, 8, 32, 128)
+    code, _, errors = finetune(*model_and_data, *options, script=script)
+    assert code == 2
+    assert f"--out {out} has a sweep: --resume goes on, --replace begins anew" in errors

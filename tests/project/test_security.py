@@ -108,11 +108,11 @@ def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch):
         (folder / WEIGHTS).write_bytes(bomb)
         with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
             read()
-    from fastlora.trials.record import FILE, load
+    from fastlora.trials.record import FILE, earlier
 
     torch.save({"settings": Bomb()}, tmp_path / FILE)
     with pytest.raises(ValueError, match="can't be read"):
-        load(tmp_path, {})
+        earlier(tmp_path, {}, resume=True, replace=False)
     assert not Path("exploded").exists()
 
 

@@ -263,7 +263,7 @@ def test_whatever_ends_it_files_are_whole_and_it_resumes(
         torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
     monkeypatch.undo()
     resumed = run(resume=True)
-    assert not (tmp_path / ".state.pt").exists()
+    assert not list(tmp_path.glob("**/.*"))
     whole = swept(model, tmp_path / "whole", config, eval_steps=1, steps=4)
     assert [o.losses for o in resumed.outcomes] == [o.losses for o in whole.outcomes]
     torch.testing.assert_close(saved(tmp_path / "best"), saved(tmp_path / "whole/best"))
@@ -288,7 +288,7 @@ def test_the_held_out_loss_is_the_mean_of_all_its_labels(model, tmp_path):
     empty["labels"][:, 0] = 1  # which nothing predicts
     found = swept(model, tmp_path, CONFIGS[:1], eval_data=[*held_out, empty])
     with pytest.raises(ValueError, match="eval_data gives no batch with labels"):
-        swept(model, tmp_path, CONFIGS[:1], eval_data=[empty])
+        swept(model, tmp_path / "empty", CONFIGS[:1], eval_data=[empty])
     fastlora.load_adapter(model, tmp_path / "best")
     total, count = 0.0, 0
     for batch in held_out:
@@ -319,12 +319,12 @@ def test_the_model_is_as_it_was(base, model, tmp_path):
     swept(model, tmp_path, CONFIGS[:2], steps=2)
     assert state() == before
     with pytest.raises(RuntimeError, match="no more"):
-        swept(model, tmp_path, loss=refuse)
+        swept(model, tmp_path / "refused", loss=refuse)
     assert state() == before
     torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
     fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="has an adapter already"):
-        swept(model, tmp_path)
+        swept(model, tmp_path / "refused")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,10 @@ def test_what_is_read_once_is_read_before_and_kept(model, tmp_path):
             yield from DATA
 
     options = {"configs": CONFIGS[:2], "steps": 3, "halving": True, "eval_steps": 3}
-    read = [swept(model, tmp_path, data=data, **options) for data in (DATA, endless())]
+    read = [
+        swept(model, tmp_path / name, data=data, **options)
+        for name, data in (("list", DATA), ("endless", endless()))
+    ]
     assert read[0].best.losses == read[1].best.losses
 
     class Once:
@@ -466,13 +469,13 @@ def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
     expected = alone(base, config)
     assert_alone(saved(tmp_path / "adapters" / found.outcomes[0].trial.name), expected)
     with pytest.raises(ValueError, match="norm would mix trials"):
-        swept(Routed(tracked=False), tmp_path, [config])
+        swept(Routed(tracked=False), tmp_path / "untracked", [config])
     named = r"^expert is called with .*exclude_modules=\['expert'\]"  # whose rows may be anyone's
     with (
         pytest.warns(UserWarning, match="norm stays in evaluation"),
         pytest.raises(ValueError, match=named),
     ):
-        swept(Routed().eval(), tmp_path, [{"r": 2, "learning_rate": 1e-2}])
+        swept(Routed().eval(), tmp_path / "routed", [{"r": 2, "learning_rate": 1e-2}])
 
 
 def test_schedules_and_rungs():

@@ -1,0 +1,109 @@
+"""What a sweep was made of, in a few words for each part, so that a run that goes on can tell."""
+
+import math
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.modules import some
+from ..layers.packed import PackedWeight
+from ..quant import PackedLayer, quantised_weight, vendor_of
+
+# Of each part, by name: a digest of bits, or numbers that are the same but for rounding.
+Fingerprint = dict[str, str | list[float]]
+FIRST = 8  # batches of the data
+_ELEMENTS = 1000  # of a weight, at least, if it has as many
+_ROUNDING = 2**-7
+_SEEDED = " (what a loader draws must come from torch)"
+_WHAT = {
+    "base": ("is of another model, whose base weights differ", ""),
+    "eval_data": ("had other held-out data (eval_data)", _SEEDED),
+    "data": ("had other data", _SEEDED),
+}
+
+
+def of_batch(batch: Mapping[str, Tensor]) -> str:
+    """All of its tensors, with their names."""
+    words = [f"{name} {_digest(batch[name], all_of_it=True)}" for name in sorted(batch)]
+    return blake2b(" ".join(words).encode(), digest_size=8).hexdigest()
+
+
+def of_batches(batches: Iterable[Mapping[str, Tensor]]) -> Fingerprint:
+    return {f"batch {number}": of_batch(batch) for number, batch in enumerate(batches, 1)}
+
+
+@torch.no_grad()
+def of_base(model: nn.Module) -> Fingerprint:
+    """Some elements of each weight; of a vendor's packed one, which a call may lay otherwise, rows.
+
+    Of a weight that isn't here (on meta, sharded), or of a class of its own, its shape alone.
+    """
+    found: Fingerprint = {}
+    for name, module in model.named_modules():
+        vendor = vendor_of(module)
+        tensors: Mapping[str, Tensor | None] = module._parameters
+        if isinstance(module, PackedWeight):
+            tensors = module._buffers
+        for own, tensor in tensors.items():
+            if tensor is not None and own not in (vendor.PARTS if vendor else ()):
+                found[f"{name}.{own}".lstrip(".")] = _digest(tensor)
+        if vendor:
+            found[f"{name}.weight".lstrip(".")] = _some_of_a_row(module)
+    return found
+
+
+def check_same(
+    before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint], path: Path
+) -> None:
+    """Raise ValueError that says what differs, if a part isn't what it was when path was written.
+
+    Of data, what was read on both sides is compared; with nothing before, nothing.
+    """
+    for part, new in now.items() if before else ():
+        old, (what, hint) = before[part], _WHAT[part]
+        names = [n for n in {**old, **new} if part != "data" or (n in old and n in new)]
+        unlike = [name for name in names if not _alike(old.get(name), new.get(name))]
+        if unlike:
+            raise ValueError(
+                f"the sweep to resume, {path}, {what}, in {some(unlike)}: give the same{hint}, "
+                "another output_dir, or replace=True in place of resume"
+            )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if not (isinstance(one, list) and isinstance(other, list)):
+        return one == other
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=_ROUNDING) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _digest(tensor: Tensor, all_of_it: bool = False) -> str:
+    """Of its shape and dtype, and of all its elements, or some that lie evenly in it."""
+    found = blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
+    if all_of_it or (type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta):
+        flat = tensor.detach().flatten()
+        if not all_of_it:  # an odd step: no column of a weight
+            flat = flat[:: (len(flat) // _ELEMENTS - 1) | 1] if len(flat) > _ELEMENTS else flat
+        found.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _some_of_a_row(layer: nn.Module) -> list[float]:
+    """Of a vendor's layer, as its numbers are meant; none if it can't be read."""
+    with torch.enable_grad():  # without, it isn't read where a call in evaluation has laid it anew
+        found = quantised_weight(layer)
+    if (
+        not isinstance(found, PackedLayer)
+        or not found.is_whole
+        or found.weight.device.type == "meta"
+    ):
+        return []
+    rows, columns = found.weight.shape
+    out = torch.empty(1, columns, dtype=torch.float32, device=found.weight.device)
+    row = found.weight.read(rows // 2, out)[0].nan_to_num()
+    return [float(rows), float(columns), *row[:: columns // 32 or 1].tolist()]

@@ -1,0 +1,250 @@
+"""A sweep's folder: gone on with over the same base and data alone, refused, or replaced."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+from vendor_layers import BITSANDBYTES, KINDS, quantised
+
+import fastlora
+from fastlora.model.files import CONFIG, WEIGHTS
+from fastlora.trials.record import FILE, TABLE
+
+CONFIGS = [{"r": r, "learning_rate": 1e-2, "name": f"rank{r}"} for r in (1, 2)]
+STEPS = 4
+
+
+class Words(nn.Module):
+    """A causal model."""
+
+    def __init__(self, packed: str | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix = nn.Embedding(40, 256), nn.Linear(256, 256)
+        if packed:
+            self.mix = quantised(packed, 256, 256)
+        self.head = nn.Linear(256, 40)
+
+    def forward(self, input_ids, labels=None):
+        return self.head(self.mix(self.embed(input_ids)).tanh())
+
+
+def batches(count: int, seed: int = 0) -> list[dict]:
+    rows = torch.randint(0, 40, (count, 2, 6), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": tokens, "labels": tokens} for tokens in rows]
+
+
+DATA, HELD_OUT = batches(5), batches(2, seed=1)
+
+
+def swept(folder, model=None, data=DATA, configs=CONFIGS, **options):
+    settings = {"steps": STEPS, "eval_steps": 1, "progress": False, "eval_data": HELD_OUT} | options
+    return fastlora.sweep(model or Words(), configs, data, output_dir=folder, **settings)
+
+
+def broken_off(folder, after: int = 4, **options):
+    """One whose model fails after so many evaluations and steps."""
+    model, calls = Words(), []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) > after * 3:  # two batches of held-out data, and one of data
+            raise RuntimeError("no more")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        swept(folder, model, **options)
+
+
+def files_in(folder) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def other_words(change) -> Words:
+    model = Words()
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+OTHER = {
+    "first-batch": ({"data": [batches(1, 9)[0], *DATA[1:]]}, r"other data, in batch 1: "),
+    "second-batch": ({"data": [DATA[0], batches(1, 9)[0], *DATA[2:]]}, r"other data, in batch 2: "),
+    "all-batches": ({"data": batches(5, 9)}, r"other data, in batch 1, batch 2, batch 3"),
+    "one-more": ({"data": [*DATA, DATA[0]]}, r"other data, in the number of batches: "),
+    "another-key": (
+        {"data": [b | {"more": b["labels"]} for b in DATA]}, r"other data, in batch 1, ",
+    ),
+    "held-out": ({"eval_data": batches(2, 9)}, r"other held-out data .*, in batch 1, batch 2: "),
+    "less-held-out": ({"eval_data": HELD_OUT[:1]}, r"other held-out data .*, in batch 2: "),
+    "base": (
+        {"model": other_words(lambda model: model.mix.weight.add_(1e-3))},
+        r"another model, whose base weights differ, in mix\.weight: ",
+    ),
+    "dtype": ({"model": Words().bfloat16()}, r"base weights differ, in embed\.weight, mix\.weight"),
+    "bias": (
+        {"model": other_words(lambda model: setattr(model.head, "bias", None))},
+        r"base weights differ, in head\.bias: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("begin", [broken_off, swept], ids=["broken-off", "finished"])
+@pytest.mark.parametrize(("options", "message"), OTHER.values(), ids=OTHER)
+def test_it_goes_on_over_the_same_base_and_data_alone(options, message, begin, tmp_path):
+    begin(tmp_path)
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        swept(tmp_path, resume=True, **options)
+    assert files_in(tmp_path) == before
+    swept(tmp_path, resume=True)
+
+
+class Changing(torch.utils.data.Dataset):
+    """Draws what an example is, as an augmentation does."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        tokens = torch.randint(0, 40, (6,))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Nobody knows its length."""
+
+    def __iter__(self):
+        while True:
+            yield from DATA
+
+
+LOADERS = {
+    "shuffled": lambda: torch.utils.data.DataLoader(Changing(), 2, shuffle=True),
+    "endless": lambda: torch.utils.data.DataLoader(Endless(), batch_size=None),
+    "once": lambda: iter(DATA),
+    "list": lambda: DATA,
+}
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_a_loader_gives_the_same_again(make, tmp_path):
+    """Also for the held-out loss."""
+    held_out = torch.utils.data.DataLoader(Changing(), 2, shuffle=True)
+    broken_off(tmp_path / "cut", data=make(), eval_data=[*held_out][:2])
+    with pytest.raises(ValueError, match="other held-out data"):
+        swept(tmp_path / "cut", data=make(), eval_data=[*held_out][:2], resume=True)
+    for folder, resume in (("a", False), ("a", True), ("b", False)):
+        if resume:
+            (tmp_path / folder / TABLE).unlink()
+        swept(tmp_path / folder, data=make(), eval_data=held_out, resume=resume)
+    found = [json.loads((tmp_path / name / TABLE).read_text())["trials"] for name in "ab"]
+    assert found[0][0]["losses"] == found[1][0]["losses"]
+
+
+def test_what_is_read_once_may_come_as_a_list(tmp_path):
+    broken_off(tmp_path, data=iter(DATA))
+    swept(tmp_path, data=DATA, resume=True)
+
+
+@pytest.mark.parametrize("kind", [*BITSANDBYTES, *KINDS])
+def test_a_packed_base_is_known_however_it_lies(kind, tmp_path):
+    """bitsandbytes lays a weight anew in a call in evaluation."""
+    model = Words(kind)
+    by_itself = kind != "float8"  # whose own call needs a GPU
+    configs = [{**CONFIGS[0], "target_modules": ["head" if by_itself else "mix"]}]
+    swept(tmp_path, model, configs=configs)
+    if by_itself:
+        with torch.no_grad():
+            model.eval()(**DATA[0])
+    swept(tmp_path, model, configs=configs, resume=True)
+    swept(tmp_path, Words(kind), configs=configs, resume=True)
+    swept(tmp_path / "adapted", model, configs=[{**CONFIGS[0], "target_modules": ["mix"]}])
+    other = Words(kind)
+    other.mix = quantised(kind, 256, 256)  # of other random numbers
+    with pytest.raises(ValueError, match=r"base weights differ, in mix\.bias, mix\.weight: "):
+        swept(tmp_path, other, configs=configs, resume=True)
+
+
+def test_a_record_without_fingerprints_is_warned_of(tmp_path):
+    """As 0.2.0 wrote it."""
+    broken_off(tmp_path)
+    state = torch.load(tmp_path / FILE, weights_only=True)
+    assert state.pop("fingerprints")
+    torch.save(state, tmp_path / FILE)
+    with pytest.warns(UserWarning, match="noted neither data nor base"):
+        swept(tmp_path, data=batches(5, 9), resume=True)
+    with pytest.raises(ValueError, match="had other data"):  # it was noted now
+        swept(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("left", [[FILE], [FILE, TABLE], [TABLE]], ids="-".join)
+def test_a_folder_that_has_a_sweep_is_refused(left, tmp_path):
+    (broken_off if left == [FILE] else swept)(tmp_path)
+    for name in {FILE, TABLE} - {*left}:
+        (tmp_path / name).unlink(missing_ok=True)
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match=rf"has a sweep \({', '.join(left)}\): .*replace=True"):
+        swept(tmp_path)
+    with pytest.raises(ValueError, match="give one of them"):
+        swept(tmp_path, resume=True, replace=True)
+    if FILE not in left:
+        with pytest.raises(ValueError, match=r"has no state\.pt, so .* can't be resumed"):
+            swept(tmp_path, resume=True)
+    assert files_in(tmp_path) == before
+
+
+NOTES = ("notes.txt", "adapters/notes.txt", "adapters/mine/adapter_config.json", "best/notes.txt")
+OTHERS = [{"r": 3, "learning_rate": 1e-2, "name": "rank3"}]
+
+
+def test_a_replaced_sweep_s_files_go_and_nothing_else(tmp_path):
+    swept(tmp_path)
+    (tmp_path / "elsewhere" / "kept").mkdir(parents=True)
+    for name in (*NOTES, f"elsewhere/{WEIGHTS}", f"elsewhere/kept/{CONFIG}"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    table = json.loads((tmp_path / TABLE).read_text())
+    names = ["../elsewhere", str(tmp_path / "elsewhere"), "", "..", "link", 7]
+    table["trials"] += [{"name": name} for name in names]
+    (tmp_path / TABLE).write_text(json.dumps(table))
+    (tmp_path / "adapters" / "link").symlink_to(tmp_path / "elsewhere")
+    found = swept(tmp_path, configs=OTHERS, replace=True)
+    assert (tmp_path / "elsewhere" / WEIGHTS).read_text() == "mine"
+    assert (tmp_path / "elsewhere" / "kept" / CONFIG).read_text() == "mine"
+    assert all((tmp_path / name).read_text() == "mine" for name in NOTES)
+    assert sorted(os.listdir(tmp_path / "adapters")) == ["link", "mine", "notes.txt", "rank3"]
+    assert json.loads((tmp_path / TABLE).read_text())["best"] == found.best.trial.name == "rank3"
+    swept(tmp_path, configs=OTHERS, resume=True)
+
+
+def test_a_replaced_sweep_is_there_until_the_new_one_s_first_record(tmp_path):
+    swept(tmp_path)
+    before = files_in(tmp_path)
+    broken_off(tmp_path, after=1, configs=OTHERS, replace=True)
+    assert files_in(tmp_path) == before
+    broken_off(tmp_path, after=3, configs=OTHERS, replace=True)
+    assert list(files_in(tmp_path)) == [FILE]
+
+
+@pytest.mark.parametrize("broken", [b"no record", b""], ids=["other", "empty"])
+def test_a_sweep_that_can_t_be_read_is_replaced_too(broken, tmp_path):
+    swept(tmp_path)
+    for name in (FILE, TABLE):
+        (tmp_path / name).write_bytes(broken)
+    swept(tmp_path, configs=OTHERS, replace=True)
+    swept(tmp_path, configs=OTHERS, resume=True)
+
+
+def test_there_is_no_best_where_no_loss_is_finite(tmp_path):
+    configs = [config | {"learning_rate": 1e30} for config in CONFIGS]
+    with pytest.warns(UserWarning, match="no trial's held-out loss is finite"):
+        found = swept(tmp_path, configs=configs, max_grad_norm=0.0, halving=True)
+    assert found.best is None
+    assert str(found).endswith("best: none, for no loss is finite")
+    assert not (tmp_path / "best").exists()
+    assert json.loads((tmp_path / TABLE).read_text())["best"] is None
+    assert (tmp_path / "adapters" / "rank1" / WEIGHTS).exists()
