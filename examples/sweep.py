@@ -60,9 +60,8 @@ def main() -> None:
         seed=options.seed,
     )
     print(found)
-    print(
-        f"{'best/, ' if found.best else ''}adapters/, sweep.json and losses.png are in {options.out}"
-    )
+    best = "best/, " if found.best else ""
+    print(f"{best}adapters/, sweep.json and losses.png are in {options.out}")
 
 
 def parse_options() -> Namespace:
