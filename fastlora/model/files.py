@@ -110,6 +110,14 @@ def read_header(path: Path) -> dict[str, Planned]:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the safetensors file's header says beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def size_of(tensors: Mapping[str, Planned]) -> int:
     """Bytes of the adapter's file that holds these, by key: its header, and what is in it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -14,6 +14,7 @@ from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantised import LoRAQuantised
 from ..projection import DTYPES, check_switch
 from ..quant import vendor_of
+from .declare import declared
 from .inject import check_model
 
 _BAR_FROM = 16  # layers; below, a bar would only flicker
@@ -59,12 +60,13 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     _warn_of_ties(unwrap(model), layers)
     errors = {}
     try:
-        for name, layer in _progress(layers, "merging"):
-            merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
-            error = layer.use_merged(merged, keep_base, requantise)
-            if isinstance(layer, LoRAQuantised) and requantise:
-                errors[name] = error
-            del merged
+        with declared(model):
+            for name, layer in _progress(layers, "merging"):
+                merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
+                error = layer.use_merged(merged, keep_base, requantise)
+                if isinstance(layer, LoRAQuantised) and requantise:
+                    errors[name] = error
+                del merged
     except BaseException:
         for _, layer in layers:
             if layer.can_unmerge:
@@ -97,8 +99,9 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
                 f"{called(name)} was merged with keep_base=False, so its original weight is gone: "
                 "load the base model again"
             )
-    for _, layer in layers:
-        layer.unmerge()
+    with declared(model):
+        for _, layer in layers:
+            layer.unmerge()
     return model
 
 

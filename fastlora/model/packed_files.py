@@ -1,7 +1,9 @@
 """Packed experts straight from a checkpoint's files: ``fastlora.load_packed``."""
 
 import os
+import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,18 +15,27 @@ from ..formats.microscaled import MXFP4
 from ..layers.expert_layer import features_of, why_not_experts
 from ..layers.members import twin
 from ..layers.modules import called, some, unwrap
-from ..layers.packed import read_module, take_packed, weight_in
+from ..layers.packed import PackedWeight, read_module, take_packed, weight_in
 from ..projection import DTYPES
+from ..quant import PackedLayer, quantised_weight
 from .config import is_inside
-from .files import Planned, check_folder, read_header, read_json, read_tensors
+from .declare import declared
+from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
 from .inject import check_model, check_plain
-from .packing import PackedRecord, PackReport, bytes_of
+from .packed_linears import packed_linears, read_linear
+from .packing import (
+    PackReport,
+    check_range,
+    packed_on_meta,
+    put_linears,
+    record_of,
+)
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # behind a weight's name, in gpt-oss' files
-
-
-_Stacks = dict[str, tuple[nn.Module, str]]  # experts' weights by name: whose, and its name there
+# Of the kinds that fastlora packs, what only one of them has behind a weight's name.
+_KINDS = {".absmax": "nf4", ".tensor_scale": "nvfp4", ".weight": "fp8"}
+_ADAPTERS = ("lora_A", "lora_B")
 
 
 class _Stored(NamedTuple):
@@ -37,48 +48,73 @@ class _Stored(NamedTuple):
         return read_tensors(self.path, (key,))[key]
 
 
-def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
-    """Load a checkpoint whose experts are MXFP4 into a model on meta or elsewhere, as they lie.
+class _Stack(NamedTuple):
+    """Experts' weight that the checkpoint has packed: whose, and its name there."""
 
-    ``folder`` has a gpt-oss checkpoint as OpenAI and transformers write it: ``model.safetensors``,
-    or parts with an index, where experts' weights are NAME_blocks [E, N, K / 32, 16] and
-    NAME_scales [E, N, K / 32], uint8.  These become packed weights of the model's experts modules,
-    and no dense one is made; every other tensor is cast to the dtype of the model's.  What was on
-    meta is on the CPU afterwards.  Buffers that no checkpoint has (a rotary embedding's) and that
-    are on meta are made by the model's own ``_init_weights``.
+    module: nn.Module
+    own: str
+    shapes: dict[str, tuple[int, ...]]  # of its bytes in the file, by key
+    weight: Quantised  # on meta
+
+    def read(self, stored: Mapping[str, _Stored], device: torch.device) -> Quantised:
+        tensors = []
+        for key, like in zip(self.shapes, self.weight.tensors, strict=True):
+            bits = stored[key].read(key).to(device, copy=True)
+            tensors.append(bits.flatten().view(like.dtype).view(like.shape))
+        return Quantised(self.weight.format, tuple(tensors))
+
+
+def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
+    """Load a checkpoint whose experts are packed into a model on meta or elsewhere, as they lie.
+
+    ``folder`` has ``model.safetensors``, or parts with an index.  It is a gpt-oss checkpoint as
+    OpenAI and transformers write it, where experts' weights are NAME_blocks [E, N, K / 32, 16] and
+    NAME_scales [E, N, K / 32], uint8; or what ``save_pretrained`` or a Trainer wrote of a model
+    with weights that :func:`fastlora.pack` had packed.  These become packed weights of the model's
+    experts modules (linear layers become the vendor's), and no dense one is made; every other
+    tensor is cast to the dtype of the model's.  What was on meta is on the CPU afterwards.  Buffers
+    that no checkpoint has (a rotary embedding's) and that are on meta are made by the model's own
+    ``_init_weights``.
 
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         print(fastlora.load_packed(model, folder))
 
-    Returns what was packed, and how many bytes were read.  Raises FileNotFoundError for a folder
-    without a checkpoint; TypeError for what is no model or no path; and ValueError for a damaged
-    file, keys that are missing or too many, other shapes or dtypes, a checkpoint without packed
-    experts, a model with adapters, and a buffer that nothing makes.  The model is then as it was.
+    Adapters in it are left, with a warning.  Returns what was packed, and how many bytes were read.
+    Raises FileNotFoundError for a folder without a checkpoint; TypeError for what is no model or no
+    path; and ValueError for a damaged file, keys that are missing or too many, other shapes or
+    dtypes, a checkpoint without packed experts, a model with adapters, numbers beyond float16 in a
+    model of that dtype, and a buffer that nothing makes.  The model is then as it was.
     """
     check_model(model)
     path, model = check_folder(folder), unwrap(model)
     check_plain(model)
     stored = _stored_in(path)
-    stacks = _stacks(model, stored)
+    adapters = [key for key in stored if key.endswith(_ADAPTERS)]
+    stored = {key: one for key, one in stored.items() if not key.endswith(_ADAPTERS)}
+    stacks, linears = _stacks(model, stored), packed_linears(model, stored)
     if not stacks:
         raise ValueError(
-            f"{path} has no experts packed as MXFP4 (…{_BLOCKS}, …{_SCALES}) that are the model's: "
-            "from_pretrained loads other checkpoints"
+            f"{path} has no experts packed as MXFP4 (…{_BLOCKS}, …{_SCALES}) or by fastlora.pack "
+            "that are the model's: from_pretrained loads other checkpoints"
         )
-    wanted = _fitting(model, stored, stacks, path)
+    wanted = _fitting(model, stored, stacks, linears, path)
     made, packed = _missing_buffers(model), dict[nn.Module, dict[str, Quantised]]()
-    records, values = [], dict[int, Tensor]()
-    for name, (module, own) in stacks.items():
-        dense = weight_in(module, own)
-        blocks, scales = [stored[name + end].read(name + end) for end in (_BLOCKS, _SCALES)]
-        tensors = [t.to(_home(dense), copy=True) for t in (blocks.flatten(2), scales)]
-        k, n = features_of(module, own)[1:3]
-        weight = Quantised(MXFP4(n, k), tuple(tensors))
-        packed.setdefault(module, {})[own] = weight
-        before = dense.shape.numel() * dense.dtype.itemsize
-        records.append(PackedRecord(name, weight.format.label, before, bytes_of(weight)))
+    records, values, layers = [], dict[int, Tensor](), dict[nn.Module, nn.Module]()
+    for name, stack in stacks.items():
+        dense = weight_in(stack.module, stack.own)
+        weight = stack.read(stored, _home(dense))
+        check_range(name, weight, dense.dtype)
+        packed.setdefault(stack.module, {})[stack.own] = weight
+        records.append(record_of(name, dense, weight))
+    for name, keys in linears.items():
+        linear: Any = model.get_submodule(name)
+        file, tensors = stored[keys[0]].path, {key: stored[key].read(key) for key in keys}
+        about = partial(read_metadata, file)
+        made_of = read_linear(name, linear, tensors, about, _home(linear.weight))
+        weight, layers[linear] = cast(PackedLayer, quantised_weight(made_of)).weight, made_of
+        records.append(record_of(name, linear.weight, weight))
     for key, tensor in wanted.items():
         value = stored[key].read(key).to(_home(tensor), tensor.dtype, copy=True)
         is_own = isinstance(tensor, nn.Parameter)
@@ -93,8 +129,19 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
                     store[name] = values[id(old)]
                 elif id(old) in values:
                     old.data = values[id(old)].data
-    for module, weights in packed.items():
-        take_packed(module, weights)
+    for linear, layer in layers.items():
+        layer.register_parameter("bias", linear.bias)
+    with declared(model, layers.values()):
+        for module, weights in packed.items():
+            take_packed(module, weights)
+        put_linears(model, layers)
+    if adapters:
+        warnings.warn(
+            f"{path} has adapters, which weren't loaded ({some(adapters)}): call apply_lora with "
+            "their config, and load the folder's files by load_state_dict, or go on by Trainer's "
+            "resume_from_checkpoint",
+            stacklevel=2,
+        )
     files, others = {one.path for one in stored.values()}, sum(v.nbytes for v in values.values())
     return PackReport(tuple(records), others, (f"read from {len(files)} files in {path}",))
 
@@ -125,42 +172,59 @@ def _stored_in(folder: Path) -> dict[str, _Stored]:
     )
 
 
-def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> _Stacks:
-    """The weights of experts that the checkpoint has packed."""
-    stacks: _Stacks = {}
+def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack]:
+    """The weights of experts that the checkpoint has packed, by name."""
+    stacks = {}
     for outer, module in model.named_modules():
         names = read_module(module).names
         for own in names:
             name = ".".join(filter(None, (outer, own)))
-            if own and (name + _BLOCKS in stored or name + _SCALES in stored):
+            ends = {key.removeprefix(name) for key in stored if own and key.startswith(name)}
+            is_gpt_oss = not ends.isdisjoint((_BLOCKS, _SCALES))
+            if is_gpt_oss or any(end.startswith(".") for end in ends):
                 reason = why_not_experts(module, names)
                 if reason:
                     raise ValueError(f"{name} can't be packed: {reason}")
-                stacks[name] = module, own
+                kind = next((kind for end, kind in _KINDS.items() if end in ends), "mxfp4")
+                stacks[name] = _stack(name, module, own, kind, is_gpt_oss)
     return stacks
+
+
+def _stack(name: str, module: nn.Module, own: str, kind: str, is_gpt_oss: bool) -> _Stack:
+    features = features_of(module, own)
+    try:
+        weight = packed_on_meta((features.experts, features.q, features.p), kind)
+    except ValueError as error:
+        raise ValueError(f"{name} can't be {kind}: {error}") from None
+    bits = dict(PackedWeight(weight).named_buffers())
+    shapes = {f"{name}.{part}": tuple(tensor.shape) for part, tensor in bits.items()}
+    if is_gpt_oss:
+        blocks, scales = shapes.values()
+        rows = (*blocks[:2], scales[2], MXFP4.block // 2)
+        shapes = {name + _BLOCKS: rows, name + _SCALES: scales}
+    return _Stack(module, own, shapes, weight)
 
 
 def _fitting(
     model: nn.Module,
     stored: Mapping[str, _Stored],
-    stacks: Mapping[str, tuple[nn.Module, str]],
+    stacks: Mapping[str, _Stack],
+    linears: Mapping[str, list[str]],
     path: Path,
 ) -> dict[str, Tensor]:
     """The model's tensors that the checkpoint has dense, by key.
 
     Raises ValueError unless the checkpoint has all that the model has, and nothing else.
     """
+    packed = {*stacks, *[f"{name}.weight" for name in linears]}
     state = {
         key: tensor
         for key, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and not any(is_inside(key, name) for name in stacks)
+        if isinstance(tensor, Tensor) and not any(is_inside(key, name) for name in packed)
     }
-    expected = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}
-    for name, (module, own) in stacks.items():
-        experts, k, n, _ = features_of(module, own)
-        blocks = experts, n, -(-k // MXFP4.block)
-        expected[name + _BLOCKS] = (*blocks, MXFP4.block // 2), torch.uint8
-        expected[name + _SCALES] = blocks, torch.uint8
+    expected: dict[str, tuple] = {k: (tuple(each.shape), each.dtype) for k, each in state.items()}
+    expected |= {k: (s, torch.uint8) for one in stacks.values() for k, s in one.shapes.items()}
+    expected |= {key: tuple(stored[key].planned) for keys in linears.values() for key in keys}
     there = {id(tensor) for key, tensor in state.items() if key in stored}  # a tied one has it
     missing = [k for k in expected if k not in stored and id(state.get(k)) not in there]
     extra = [key for key in stored if key not in expected]

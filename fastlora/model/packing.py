@@ -1,7 +1,7 @@
 """Packing a model's dense weights in place, and the report on what was packed."""
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -17,9 +17,10 @@ from ..layers.members import is_hooked, twin
 from ..layers.modules import called, inside_of, plain_name, some, unwrap
 from ..layers.packed import packed_names, read_module, take_packed, weight_in
 from ..projection import shown
-from ..quant import quantised_weight
+from ..quant import quantised_weight, vendor_of
 from ..quant.packing import KINDS, pack_weight, packing_error
 from ..report import columns
+from .declare import declared, other_vendor
 from .inject import check_model, check_plain
 from .targets import name_test
 
@@ -110,7 +111,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     check_plain(model)
     records: list[PackedRecord] = []
     experts: list[tuple[nn.Module, dict[str, Quantised]]] = []
-    linears: dict[nn.Module | None, nn.Module] = {}
+    linears: dict[nn.Module, nn.Module] = {}
     chosen = _chosen(model, modules)
     others = _held_by_others(model, chosen.values())
     for name, module in chosen.items():
@@ -129,6 +130,11 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
             raise ValueError(f"{called(name)} can't be packed: {reason}")
         if not names:
             made = linears[module] = _packed_linear(called(name), module, kind)
+            if other_vendor(model, vendor_of(made)):
+                raise ValueError(
+                    f"{called(name)} can't be packed as {kind}: the model has another vendor's "
+                    "layers, and its quantization_config can't name both"
+                )
             found: Any = quantised_weight(made)
             if isinstance(found, str):
                 raise ValueError(f"{called(name)} can't be packed as {kind}: {found}")
@@ -139,17 +145,19 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
             where, dense = ".".join(filter(None, (name, own))), weight_in(module, own)
             dense = dense.mT if getattr(module, "is_transposed", False) else dense
             try:
-                weight = experts[-1][1][own] = _packed(dense, kind)
+                weight = experts[-1][1][own] = (
+                    packed_on_meta(dense.shape, kind)
+                    if dense.is_meta
+                    else pack_weight(dense.detach(), kind)
+                )
             except ValueError as error:
                 raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
             records.append(_record(where, dense, weight))
     # Nothing has changed so far, and nothing below can fail.
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in linears:
-                parent._modules[key] = linears[child]
-    for module, weights in experts:
-        take_packed(module, weights)
+    with declared(model, linears.values()):
+        put_linears(model, linears)
+        for module, weights in experts:
+            take_packed(module, weights)
     return PackReport(tuple(records))
 
 
@@ -198,15 +206,42 @@ def _record(name: str, dense: Tensor, packed: Quantised) -> PackedRecord:
     error = None if dense.is_meta else packing_error(dense, packed)
     if error is not None and not math.isfinite(error):
         raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
+    if error is not None:
+        check_range(name, packed, dense.dtype)
     return PackedRecord(name, packed.format.label, dense.nbytes, bytes_of(packed), error)
 
 
-def _packed(dense: Tensor, kind: str) -> Quantised:
-    if not dense.is_meta:
-        return pack_weight(dense.detach(), kind)
-    count, *shape = dense.shape
-    format, tensors = pack_weight(torch.zeros(shape, dtype=torch.float32, device="cpu"), kind)
-    return Quantised(format, tuple([t.new_empty(count, *t.shape, device="meta") for t in tensors]))
+def check_range(name: str, packed: Quantised, dtype: torch.dtype) -> None:
+    """Raise ValueError where float16, of a model of that dtype, doesn't hold the packed numbers."""
+    parts = (
+        [packed.one(i) for i in range(len(packed.tensors[0]))] if packed.dim() == 3 else [packed]
+    )
+    if dtype == torch.float16 and not all(bool(one.dense(dtype).isfinite().all()) for one in parts):
+        raise ValueError(
+            f"{name} can't be {packed.format.label} in float16: its largest numbers, rounded to "
+            "that, are beyond 65504: make the model bfloat16 first (model.bfloat16())"
+        )
+
+
+def record_of(name: str, dense: Tensor | Quantised, packed: Quantised) -> PackedRecord:
+    """Of a weight whose numbers were packed elsewhere."""
+    before = dense.shape.numel() * dense.dtype.itemsize
+    return PackedRecord(name, packed.format.label, before, bytes_of(packed))
+
+
+def put_linears(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
+    """Put these layers in the places of others."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child in layers:
+                parent._modules[key] = layers[child]
+
+
+def packed_on_meta(shape: Sequence[int], kind: str) -> Quantised:
+    """A stack [E, N, K] without numbers."""
+    count, *one = shape
+    format, tensors = KINDS[kind](torch.empty(*one, dtype=torch.float32, device="meta"))
+    return Quantised(format, tuple([t.new_empty(count, *t.shape) for t in tensors]))
 
 
 def _packed_linear(name: str, linear: nn.Module, kind: str) -> nn.Module:

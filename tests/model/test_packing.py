@@ -163,6 +163,33 @@ def test_blocks_and_packages_that_are_not_there_are_named(monkeypatch):
         fastlora.pack([], "nf4")
 
 
+@pytest.mark.parametrize(("kind", "is_beyond"), [("mxfp4", True), ("nvfp4", False), ("fp8", False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_that_float16_holds_and_not_once_packed_are_refused(kind, is_beyond, dtype):
+    model = mixture("mixtral").to(dtype)
+    with torch.no_grad():  # of MXFP4's numbers the nearest is 2¹⁶
+        experts_modules(model)[1].down_proj[2, 3, 5] = 65504 if dtype == torch.float16 else 2e38
+        experts_modules(model)[1].down_proj[2, 3, 20] = 64512
+    before = snapshot(model)
+    if is_beyond and dtype == torch.float16:
+        with pytest.raises(ValueError, match=r"1.mlp.experts.down_proj can't .* beyond 65504"):
+            fastlora.pack(model, kind)
+        assert_untouched(model, before)
+        return
+    fastlora.pack(model, kind)
+    assert weight_in(experts_modules(model)[1], "down_proj").dense(dtype).isfinite().all()
+
+
+def test_a_checkpoint_beyond_float16_is_refused_by_a_model_of_that_dtype(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "large")
+    _put("layers.1.mlp.experts.down_proj_scales", lambda old: old + 20)(folder)
+    model = empty(folder, torch.float16)
+    with pytest.raises(ValueError, match=r"1\.mlp\.experts\.down_proj can't be MXFP4 in float16"):
+        fastlora.load_packed(model, folder)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    fastlora.load_packed(empty(folder, torch.bfloat16), folder)
+
+
 def _wrap(model: nn.Module) -> None:
     layer = model.model.layers[1]
     layer.__class__ = type("Wrapped", (type(layer), FSDPModule), {})

@@ -70,13 +70,18 @@ def packed_model(name: str, format: str, implementation: str = "eager", **change
 def fp8_model(
     name: str = "qwen3", block=(16, 16), implementation: str = "eager", **how
 ) -> nn.Module:
-    """One whose experts are transformers' FP8Experts.  ``how``: scale_fmt, expert_dtype."""
+    """One whose experts are transformers' FP8Experts.
+
+    ``how``: scale_fmt, expert_dtype; linears, whether its layers are FP8Linear, but for the head.
+    """
     torch.manual_seed(0)
     model = base_model(name, implementation, **SIZES)
     config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=how.get("scale_fmt", "float"))
     config.expert_dtype = how.get("expert_dtype", "fp8")
     linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
-    model = fp8.replace_with_fp8_linear(model, linear, config)
+    model = fp8.replace_with_fp8_linear(
+        model, ["lm_head"] if how.get("linears") else linear, config
+    )
     for module in model.modules():
         for key, own in list(module._parameters.items()):
             if own is not None and own.is_meta:

@@ -1,0 +1,157 @@
+"""What a transformers model says of its weights, to others and in config.json: packed, or dense."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..foreign import derived_from
+from ..layers.modules import plain_name
+from ..layers.packed import PackedWeight, packed_names, read_module
+from ..quant import Vendor, vendor_of
+
+_RECORD = "_fastlora_declared"
+# By these save_pretrained renames what it writes, and splits it.
+_CONVERSIONS = "_weight_conversions"
+_ATTRIBUTES = (
+    "hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
+    "is_loaded_in_8bit", _CONVERSIONS,
+)  # fmt: skip
+# Without a quant_method, so that from_pretrained refuses: it would make random experts.
+_OURS = {"packed_by": "fastlora", "load_with": "fastlora.load_packed(model, folder)"}
+# Where a config names the modules that aren't quantised; "modules_to_not_convert" in the others.
+_SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
+
+
+class _Declared(NamedTuple):
+    """What a model says of its quantised layers, if it has some."""
+
+    attributes: dict[str, Any]  # transformers' own, of the model
+    config: Any  # its quantization_config, or None
+
+
+@contextmanager
+def declared(model: nn.Module, linears: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Let transformers models say which of their weights are packed, where that changes inside.
+
+    ``linears``: the linear layers that fastlora packs there.
+
+    Where nothing is packed, nothing of a quantiser is left.  Where layers of a quantiser are, its
+    config names those that are dense.  Where fastlora has packed experts, save_pretrained writes
+    the model's own names, which ``load_packed`` and ``load_state_dict`` read, and config.json has
+    what makes ``from_pretrained`` refuse.
+    """
+    outers, before = list(_pretrained(model)), _packed(model)
+    # What may fail does so before anything has changed.
+    made = {outer: _said(outer, next(iter(linears), None)) for outer in outers}
+    yield
+    changed = _packed(model) != before
+    for outer, said in made.items():
+        # Of a GGUF file on a CPU transformers makes a dense model, and leaves it the quantiser.
+        if changed or (said.config is not None and _method_of(said.config) == "gguf"):
+            outer.__dict__[_RECORD] = said
+            _declare(outer, said)
+
+
+def other_vendor(model: nn.Module, vendor: Vendor | None) -> bool:
+    """Whether a transformers model, whose config can say one, has layers of another vendor."""
+    vendors = {vendor_of(each) for outer in _pretrained(model) for each in outer.modules()}
+    return bool(vendors - {vendor, None})
+
+
+def _said(outer: Any, linear: nn.Module | None) -> _Declared:
+    """What the model says, or said; ``linear``: a layer that fastlora has packed for it."""
+    said = outer.__dict__.get(_RECORD)
+    if said is None:
+        attributes = {name: outer.__dict__[name] for name in _ATTRIBUTES if name in outer.__dict__}
+        quantised = getattr(outer.config, "quantization_config", None)
+        said = _Declared(attributes, quantised if "hf_quantizer" in attributes else None)
+    if linear is None or said.config is not None:
+        return said
+    theirs: Any = import_module("transformers")
+    if type(linear) is nn.Linear:
+        quantization: Any = import_module("torchao.quantization")
+        config = theirs.TorchAoConfig(quantization.Float8WeightOnlyConfig())
+    else:
+        how: Any = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        config = theirs.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=outer.dtype)
+    # It writes torchao's tensors, which save_pretrained can't without.
+    make: Any = import_module("transformers.quantizers.auto").AutoHfQuantizer.from_config
+    return _Declared(said.attributes | {"hf_quantizer": make(config)}, config)
+
+
+def _declare(outer: Any, said: _Declared) -> None:
+    attributes, config = dict(said.attributes), said.config
+    packed = _packed(outer).items()
+    ours = any(isinstance(module, PackedWeight) for _, module in packed)
+    if all(isinstance(module, PackedWeight) for _, module in packed):
+        # A dense checkpoint is none of those that a quantiser's conversions are for.
+        keeps = {_CONVERSIONS} & attributes.keys() if "hf_quantizer" not in attributes else set()
+        attributes, config = {name: attributes[name] for name in keeps}, None
+    elif config is not None:
+        config = _without(config, outer)
+        attributes["hf_quantizer"] = copy(attributes["hf_quantizer"])
+        attributes["hf_quantizer"].quantization_config = config
+    if ours:
+        attributes[_CONVERSIONS], config = [], dict(_OURS)
+    _say(outer, attributes, config)
+
+
+def _pretrained(model: nn.Module) -> Iterator[Any]:
+    """transformers' models that are inside no other one."""
+    inside = set[nn.Module]()
+    for module in model.modules():
+        known = derived_from(type(module), "transformers.modeling_utils", "PreTrainedModel")
+        if known and module not in inside:
+            inside |= set(module.modules())
+            yield module
+
+
+def _packed(model: nn.Module) -> dict[str, nn.Module]:
+    """The packed weights of fastlora's, vendors' packed layers, and vendors' packed experts."""
+    found = {}
+    for name, module in model.named_modules():
+        vendor = vendor_of(module, getattr(module, "plain_class", None))  # also with an adapter
+        is_theirs = vendor is not None and not getattr(module, "is_dense", False)
+        is_experts = any(own in module._parameters for own in packed_names(module))
+        if isinstance(module, PackedWeight) or is_theirs or is_experts:
+            found[plain_name(name)] = module
+    return found
+
+
+def _without(config: Any, outer: nn.Module) -> Any:
+    """The same quantization_config, by which the modules that are dense now stay so.
+
+    Named, they take the place of what a quantiser leaves out by itself: the output head.
+    """
+    packed = _packed(outer)
+    dense = {
+        plain_name(name)
+        for name, module in outer.named_modules()
+        if isinstance(module, nn.Linear) or not (read_module(module).reason or not name)
+    }
+    key = _SKIPPED.get(_method_of(config), "modules_to_not_convert")
+    config = copy(config)  # other models may have the same one
+    setattr(config, key, sorted({*(getattr(config, key, None) or ()), *dense} - packed.keys()))
+    return config
+
+
+def _method_of(config: Any) -> str:
+    return getattr(config.quant_method, "value", config.quant_method)
+
+
+def _say(outer: Any, attributes: dict[str, Any], config: Any) -> None:
+    for name in _ATTRIBUTES:
+        outer.__dict__.pop(name, None)
+    outer.__dict__.update(attributes)
+    if config is not None:
+        outer.config.quantization_config = config
+    elif hasattr(outer.config, "quantization_config"):
+        del outer.config.quantization_config
+    for module in outer.modules():
+        about: Any = getattr(module, "config", None)
+        if hasattr(about, "_is_quantized"):
+            about._is_quantized = bool(attributes.get("is_quantized"))

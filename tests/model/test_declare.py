@@ -1,0 +1,375 @@
+"""Files of transformers models with packed weights, and of what was packed and is dense now.
+
+Each is saved as a user would, and read again: the same logits, or an error that says what to do.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+import transformers
+from models import tiny_llama
+from moe_models import IDS, base_model, parameters_of
+from packed_experts import SIZES, bits_of, fp8_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Trainer
+from transformers.quantizers.auto import AutoHfQuantizer
+from vendor_layers import BITSANDBYTES
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.layers.packed import packed_names
+from fastlora.quant import quantised_weight
+
+WIDE = SIZES | {"hidden_size": 64, "head_dim": 16}  # whole blocks of bitsandbytes' on a CPU, too
+needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")
+PACKED = [
+    *[(name, kind) for name in ("gpt-oss", "mixtral", "qwen3") for kind in ("mxfp4", "nvfp4")],
+    ("mixtral", "fp8"),
+    pytest.param("qwen3", "nf4", marks=needs_bitsandbytes),
+]
+packed = pytest.mark.parametrize(("name", "kind"), PACKED)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """In training: bitsandbytes' call in evaluation may lay its weight anew."""
+    with torch.no_grad():
+        return model.train()(input_ids=IDS).logits
+
+
+def mixture(name: str, kind: str, modules: list[str] | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    model = base_model(name, **WIDE).requires_grad_(False)
+    fastlora.pack(model, kind, modules)
+    return model
+
+
+def adapted(model: nn.Module, name: str, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    names = {"target_modules": ["q_proj"], "target_parameters": parameters_of(name)}
+    return fastlora.apply_lora(model, LoRAConfig(r=2, init_lora_weights=False, **names))
+
+
+def empty(folder: Path) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def config_of(folder: Path) -> dict | None:
+    return json.loads((folder / "config.json").read_text()).get("quantization_config")
+
+
+@packed
+def test_load_packed_reads_what_save_pretrained_writes(name, kind, tmp_path):
+    model = mixture(name, kind)
+    expected, bits = logits(model), bits_of(model)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    with pytest.raises(ValueError, match="no `quant_method`"):  # no random experts
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = empty(tmp_path)
+    report = fastlora.load_packed(loaded, tmp_path)
+    assert sum(weight.after for weight in report.weights) == sum(map(len, bits.values()))
+    assert torch.equal(logits(loaded), expected)
+    assert all(torch.equal(one, bits[key]) for key, one in bits_of(loaded).items())
+    loaded.save_pretrained(tmp_path / "again")
+    again = empty(tmp_path / "again")
+    fastlora.load_packed(again, tmp_path / "again")
+    assert torch.equal(logits(again), expected)
+
+
+@packed
+def test_a_trainer_s_checkpoint_is_resumed_and_read(name, kind, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+
+    def trainer(model, steps):
+        how = {"learning_rate": 0.01, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        arguments = transformers.TrainingArguments(
+            tmp_path, max_steps=steps, save_steps=2, per_device_train_batch_size=2, **how
+        )
+        return Trainer(model, arguments, train_dataset=rows)
+
+    whole = adapted(mixture(name, kind), name)
+    trainer(whole, 4).train()
+    for key, tensor in load_file(tmp_path / "checkpoint-4/model.safetensors").items():
+        assert torch.equal(tensor, whole.state_dict()[key])
+    resumed = adapted(mixture(name, kind), name, seed=2)
+    trainer(resumed, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(resumed), logits(whole))
+    loaded = empty(tmp_path / "checkpoint-4")
+    with pytest.warns(UserWarning, match="has adapters, which weren't loaded"):
+        fastlora.load_packed(loaded, tmp_path / "checkpoint-4")
+    adapted(loaded, name, seed=3)
+    loaded.load_state_dict(load_file(tmp_path / "checkpoint-4/model.safetensors"))
+    assert torch.equal(logits(loaded), logits(whole))
+
+
+def test_what_is_saved_from_elsewhere_is_read_too(tmp_path):
+    model = mixture("mixtral", "nvfp4")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    accelerate.Accelerator(cpu=True).save_model(model, tmp_path / "accelerate")
+    model.config.save_pretrained(tmp_path / "accelerate")
+    for folder in ("given", "accelerate"):
+        loaded = empty(tmp_path / folder)
+        fastlora.load_packed(loaded, tmp_path / folder)
+        assert torch.equal(logits(loaded), expected)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = mixture("mixtral", "nvfp4")
+    for buffer in other.buffers():
+        buffer.zero_()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+
+
+@packed
+def test_merged_whole_it_is_a_dense_checkpoint(name, kind, tmp_path):
+    model = adapted(mixture(name, kind), name)
+    fastlora.merge_lora(model)
+    fastlora.unmerge_lora(model)
+    model.save_pretrained(tmp_path / "packed")
+    assert "packed_by" in config_of(tmp_path / "packed")
+    fastlora.remove_lora(fastlora.merge_lora(model))
+    model.save_pretrained(tmp_path / "dense")
+    assert config_of(tmp_path / "dense") is None
+    base_model(name, **WIDE).save_pretrained(tmp_path / "plain")
+    keys = [load_file(tmp_path / f / "model.safetensors").keys() for f in ("plain", "dense")]
+    assert keys[0] == keys[1]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(found), logits(model))
+
+
+def test_merged_in_part_it_is_load_packed_s(tmp_path):
+    model = mixture("mixtral", "mxfp4")
+    fastlora.apply_lora(model, LoRAConfig(target_parameters=["down_proj"], init_lora_weights=False))
+    fastlora.remove_lora(fastlora.merge_lora(model))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no `quant_method`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = empty(tmp_path)
+    assert len(fastlora.load_packed(loaded, tmp_path).weights) == 2
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def _need(kind: str) -> None:
+    pytest.importorskip("bitsandbytes" if kind == "nf4" else "torchao")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_packed_linear_layers_are_from_pretrained_s(kind, tmp_path):
+    _need(kind)
+    model = mixture("qwen3", kind, ["q_proj", "lm_head"])
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    torch.testing.assert_close(logits(found), expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_packed_linear_layers_beside_packed_experts_are_load_packed_s(kind, tmp_path):
+    _need(kind)
+    model = mixture("mixtral", kind, ["q_proj", "experts"])
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no `quant_method`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = empty(tmp_path)
+    report = fastlora.load_packed(loaded, tmp_path)
+    assert len(report.weights) == 6
+    assert torch.equal(logits(loaded), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert config_of(tmp_path / "again") == config_of(tmp_path)
+    fastlora.apply_lora(loaded, LoRAConfig(target_parameters=parameters_of("mixtral")))
+    fastlora.remove_lora(fastlora.merge_lora(loaded))
+    loaded.save_pretrained(tmp_path / "linear")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "linear", device_map="cpu")
+    torch.testing.assert_close(logits(found), expected)
+
+
+def test_layers_of_two_vendors_are_refused():
+    _need("nf4"), _need("fp8")
+    model = mixture("qwen3", "nf4", ["q_proj"])
+    with pytest.raises(ValueError, match="another vendor's layers, and its quantization_config"):
+        fastlora.pack(model, "fp8", ["k_proj"])
+
+
+# What was quantised by from_pretrained.
+
+
+def _torchao(name: str) -> transformers.TorchAoConfig:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao isn't installed")
+    return transformers.TorchAoConfig(getattr(quantization, name)())
+
+
+def _bitsandbytes(**how) -> BitsAndBytesConfig:
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(**how)
+
+
+QUANTISED = {
+    "nf4": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "nested": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_use_double_quant=True),
+    "int8": lambda: _bitsandbytes(load_in_8bit=True, llm_int8_threshold=0.0),
+    "torchao-int8": lambda: _torchao("Int8WeightOnlyConfig"),
+    "torchao-float8": lambda: _torchao("Float8WeightOnlyConfig"),
+}
+SAID = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    tiny_llama(hidden_size=128, intermediate_size=256, vocab_size=100).save_pretrained(folder)
+    return folder
+
+
+def quantised(kind: str, dense: Path, targets: str | list[str], dtype=torch.float32) -> nn.Module:
+    how = {"quantization_config": QUANTISED[kind](), "device_map": "cpu", "dtype": dtype}
+    model = AutoModelForCausalLM.from_pretrained(dense, **how)
+    config = LoRAConfig(r=2, target_modules=targets, init_lora_weights=False)
+    return fastlora.apply_lora(model, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("removes", [True, False], ids=["removed", "merged"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_what_is_merged_into_plain_weights_loads_as_a_dense_model(
+    kind, removes, dtype, dense, tmp_path
+):
+    model = quantised(kind, dense, "all-linear", dtype)
+    fastlora.merge_lora(model, requantise=False)
+    if removes:
+        fastlora.remove_lora(model)
+    assert not any(hasattr(model, name) for name in SAID)
+    assert not getattr(model, "is_quantized", False)
+    model.save_pretrained(tmp_path)
+    assert config_of(tmp_path) is None
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {type(m) for m in found.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert torch.equal(logits(found), logits(model))
+    found.to(torch.float16)  # which transformers refuses of bitsandbytes' models
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_what_is_dense_in_part_loads_so(kind, dense, tmp_path):
+    model = quantised(kind, dense, ["q_proj", "down_proj"])
+    given = model.hf_quantizer.quantization_config
+    fastlora.remove_lora(fastlora.merge_lora(model, requantise=False))
+    model.save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").train()
+    kinds = [[type(module) for module in each.modules()] for each in (model, found)]
+    assert kinds[0] == kinds[1]
+    torch.testing.assert_close(logits(found), logits(model))
+    assert model.hf_quantizer.quantization_config is model.config.quantization_config
+    assert given is not model.config.quantization_config  # which other models may have, too
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_unmerged_it_is_what_it_was(kind, dense, tmp_path):
+    model = quantised(kind, dense, "all-linear")
+    before, method = logits(model), model.quantization_method
+    fastlora.merge_lora(model, requantise=False)
+    fastlora.remove_lora(fastlora.unmerge_lora(model))
+    fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"], r=2))
+    fastlora.remove_lora(model)
+    assert (model.quantization_method, model.is_quantized) == (method, True)
+    assert model.config._is_quantized
+    model.save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    torch.testing.assert_close(logits(found), logits(model))
+    assert not torch.equal(before, logits(model))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_again_it_says_what_it_said(kind, dense, tmp_path):
+    model = quantised(kind, dense, "all-linear")
+    said = model.hf_quantizer, model.config.quantization_config
+    with pytest.warns(UserWarning, match="were quantised again"):
+        fastlora.remove_lora(fastlora.merge_lora(model))
+    assert (model.hf_quantizer, model.config.quantization_config) == said
+
+
+def float8_model() -> nn.Module:
+    """As from_pretrained makes it on a GPU."""
+    model = fp8_model(linears=True)
+    config = transformers.FineGrainedFP8Config(weight_block_size=(16, 16))
+    model.hf_quantizer = AutoHfQuantizer.from_config(config)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model.config.quantization_config = config
+    return model
+
+
+PARTS = {
+    "all": {"target_modules": r".*_proj", "target_parameters": parameters_of("qwen3")},
+    "layers": {"target_modules": ["q_proj"]},
+    "experts": {"target_parameters": [f"0.mlp.{name}" for name in parameters_of("qwen3")]},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_float8_layers_and_experts_that_are_dense_load_so(part, tmp_path):
+    model = float8_model()
+    fastlora.apply_lora(model, LoRAConfig(r=2, init_lora_weights=False, **PARTS[part]))
+    fastlora.remove_lora(fastlora.merge_lora(model, requantise=False))
+    model.save_pretrained(tmp_path)
+    assert (config_of(tmp_path) is None) == (part == "all")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, own in found.named_parameters():
+        outer, _, last = name.rpartition(".")
+        layer = quantised_weight(model.get_submodule(outer))
+        # Packed experts are transformers' to read.
+        if layer is not None or last not in packed_names(model.get_submodule(outer)):
+            expected = model.get_parameter(name) if layer is None else layer.weight.dense(own.dtype)
+            torch.testing.assert_close(own, expected)
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "lm_head": "output",
+    "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm", "model.layers.": "blk.",
+}  # fmt: skip
+
+
+def write_gguf(model: nn.Module, path: Path) -> None:
+    """Its linear layers in Q8_0."""
+    gguf = pytest.importorskip("gguf")
+    config, q8_0 = model.config, gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for key, tensor in model.state_dict().items():
+        for ours, theirs in GGUF_NAMES.items():
+            key = key.replace(ours, theirs)
+        packs = tensor.dim() == 2 and "blk" in key
+        array = tensor.float().numpy()
+        if packs:
+            writer.add_tensor(key, gguf.quants.quantize(array, q8_0), raw_dtype=q8_0)
+        else:
+            writer.add_tensor(key, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_merged_model_of_a_gguf_file_that_is_dense_here_is_saved(dense, tmp_path):
+    write_gguf(AutoModelForCausalLM.from_pretrained(dense), tmp_path / "model.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    config = LoRAConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    fastlora.remove_lora(fastlora.merge_lora(fastlora.apply_lora(model, config)))
+    model.save_pretrained(tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(found), logits(model))
