@@ -71,7 +71,7 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
         plan = Plan(True, found[best]) if fused else Plan(False)
         call, depth = form.call, sum(form.depths)
         size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
-        row["plan"] = repr(Row(target.name, *size, plan, form.name.startswith("dx")))
+        row["plan"] = repr(Row(target.device, *size, plan, form.name.startswith("dx")))
     return row
 
 

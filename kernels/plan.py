@@ -1,23 +1,22 @@
 """Who multiplies by the base weight: a fused Triton kernel, or torch on top of the adapter's part.
 
-A row of a table decides: the nearest one of the target.  No GPU has measured these kernels yet.
-For sm_90 in 16 bits a model of time has set the rows (docs/gpu.md).  Elsewhere they choose
-torch's product (cuBLAS, hipBLASLt), whose speed is known, and leave to Triton what torch has no
-kernel for: thin products, dropout masks, sums of low-rank terms.
+What was measured on this device decides, where somebody did (``fastlora tune``).  Else a rule does,
+which no GPU has measured.  For 16 bits on some NVIDIA targets it comes of a model of time
+(docs/gpu.md).  Elsewhere it takes torch's product (cuBLAS, hipBLASLt), whose speed is known, and
+leaves to Triton what torch has no kernel for: thin products, dropout masks, sums of low-rank terms.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 
 from torch import Tensor
 
 from .config import FEW_ROWS, Call, cdiv
 from .gemm_config import GemmConfig
-from .target import TARGETS, Target, target_of
+from .target import Target, target_of
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one call: m rows, n output features, k depth (summed over a group)."""
+    """What was measured: m rows, n output features, k depth (summed over a group)."""
 
-    target: str
+    device: str  # its name
     m: int
     n: int
     k: int
@@ -46,52 +45,58 @@ class Row:
     projections: int
     plan: Plan
     backward: bool = False
-    segments: bool = False  # then m is the rows of one
+
+    def distance(self, call: Call, k: int) -> float:
+        """From a call, in doublings of its sizes."""
+        ours = call.m, call.n, k, call.r, call.projections
+        its = self.m, self.n, self.k, self.r, self.projections
+        return sum(abs(math.log2(a / b)) for a, b in zip(ours, its, strict=True))
 
 
 FUSED, IN_PLACE = Plan(fused=True), Plan(fused=False)
 UNPACKING = Plan(fused=True, unpacks=True)
+MANY_ROWS = 1449  # from which a fused kernel has enough tiles for every processor
+SHORT = 2896  # a depth up to which passes over the output count
+_NEAR = 2.0  # doublings of its sizes, in all, up to which a row says something of a call
+# Targets whose Triton is near enough to cuBLAS, by the model.
+_FUSING = ("sm_86", "sm_90", "sm_120")
+_measured: tuple[Row, ...] = ()
 
 
-def _modelled(m: int, k: int, masked: bool, backward: bool) -> Plan:
-    """Few rows: a forward waits for the weight, and one launch is least; dx would walk alone.
+def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
+    """The plan of a call that nobody measured.
 
+    Few rows: a forward waits for the weight's bytes, and one launch is least; dx would walk alone.
     Many: fused saves passes over the output, which count where the product is short.  A product in
     Triton is some tenth slower than cuBLAS's, which counts where it is long.
     """
-    if m <= 64:
-        return IN_PLACE if masked or backward else FUSED
-    return FUSED if m >= 2048 and k <= 2048 else IN_PLACE
+    if target.kind == "cpu":
+        return FUSED
+    if call.segments:
+        return _of_segments(target, cdiv(call.m, call.segments), k)
+    if target.kind != "cuda" or call.itemsize != 2:
+        return IN_PLACE
+    if call.m <= FEW_ROWS:
+        return IN_PLACE if call.masked or backward else FUSED
+    is_short = call.m >= MANY_ROWS and k <= SHORT
+    return FUSED if is_short and target.name in _FUSING else IN_PLACE
 
 
-# The nearer row is taken, in doublings: so 64 rows are still few, 1500 are many, and a depth of
-# 3072 is long.
-_MODELLED = tuple(
-    Row("sm_90", m, 4096, k, 16, 2, masked, 1, _modelled(m, k, masked, backward), backward)
-    for m, k, masked, backward in product((32, 128, 1024, 2048), (2048, 4096), *[(False, True)] * 2)
-)
-_ASSUMED = tuple(
-    Row(name, 4096, 4096, 4096, 16, size, False, 1, FUSED if target.kind == "cpu" else IN_PLACE)
-    for name, target in TARGETS.items()
-    for size in (2, 4)
-    if (name, size) != ("sm_90", 2)
-)
-
-
-def _of_segments(name: str, m: int, k: int) -> Plan:
-    """Rows for a few hundred rows of each: fused, since they wait for the weights' bytes.
+def _of_segments(target: Target, rows: int, k: int) -> Plan:
+    """With a few hundred rows each they wait for the weights' bytes: fused.
 
     For many and a long product torch's kernel, where there is one.
     """
-    has_kernel = name in ("sm_90", "sm_100")
-    return IN_PLACE if has_kernel and m >= 4096 and k >= 4096 else FUSED
+    has_kernel = target.name in ("sm_90", "sm_100")
+    return IN_PLACE if has_kernel and rows > 1024 and k > 2048 else FUSED
 
 
-_SEGMENTS = tuple(
-    Row(name, m, 4096, k, 16, size, False, 1, _of_segments(name, m, k), segments=True)
-    for name, m, k, size in product(TARGETS, (256, 4096), (1024, 4096), (2, 4))
-)
-ROWS: tuple[Row, ...] = _MODELLED + _ASSUMED + _SEGMENTS
+def use_rows(rows: Iterable[Row]) -> None:
+    """These were measured; those of other devices are passed over."""
+    global _measured
+    _measured = tuple(rows)
+    _chosen.cache_clear()
+
 
 _forced: Plan | None = None  # no context variable, since a backward runs in another thread
 
@@ -123,7 +128,7 @@ def plan_for(
     packed: bool = False,
     segments: int = 0,
 ) -> Plan:
-    """The plan of the nearest row, for an output [M, n] from a depth k, as deep as x or dy.
+    """The plan for an output [M, n] from a depth k, as deep as x or dy.
 
     ``packed``: of a weight that the kernel could unpack.  With few rows it should, since the launch
     waits for the weight's bytes, of which the dense one has two to eight times as many.  Of
@@ -136,18 +141,16 @@ def plan_for(
     call = Call(
         len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked, segments=segments
     )
-    return _nearest(target_of(x.device), call, k, backward)
+    return _chosen(target_of(x.device), call, k, backward)
 
 
 @lru_cache(maxsize=1024)
-def _nearest(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
-    here, m = (target.name, call.itemsize, call.segments > 0), cdiv(call.m, call.segments or 1)
-    rows = [row for row in ROWS if (row.target, row.itemsize, row.segments) == here]
-
-    def distance(row: Row) -> float:
-        ours = m, call.n, k, call.r, call.projections
-        theirs = row.m, row.n, row.k, row.r, row.projections
-        doublings = sum(abs(math.log2(a / b)) for a, b in zip(ours, theirs, strict=True))
-        return doublings + (row.masked != call.masked) + 99 * (row.backward != backward)
-
-    return min(rows, key=distance).plan
+def _chosen(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
+    kind = (target.device, call.itemsize, call.masked, backward)
+    near = [
+        (row.distance(call, k), i, row.plan)
+        for i, row in enumerate(_measured)
+        if (row.device, row.itemsize, row.masked, row.backward) == kind and not call.segments
+    ]
+    distance, _, plan = min(near, default=(math.inf, 0, IN_PLACE))
+    return plan if distance <= _NEAR else rule(target, call, k, backward)

@@ -24,6 +24,7 @@ class Target:
     tensor_memory: int = 0  # columns, where accumulators live there
     tf32: bool = True
     float32: bool = True  # has fast products in float32 of some precision
+    device: str = ""  # its name, of one that is here
 
     @property
     def float8(self) -> bool:
@@ -112,5 +113,6 @@ def _device_target(index: int) -> Target | None:
         # of AMD's, gfx942 alone has it
         tf32=target.tf32 and (target.kind != "hip" or arch == target.arch),
         shared_memory=shared_memory,
+        device=properties.name,
         processors=properties.multi_processor_count,
     )

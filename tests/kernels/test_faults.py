@@ -110,7 +110,7 @@ def test_small_sparse_views_have_no_descriptor_on_blackwell(
 )
 def test_amd_s_devices_have_these_rows(monkeypatch, arch, row):
     properties = SimpleNamespace(
-        gcnArchName=f"{arch}:sramecc+:xnack-", warp_size=64, multi_processor_count=80
+        gcnArchName=f"{arch}:sramecc+:xnack-", warp_size=64, multi_processor_count=80, name=arch
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.version, "hip", "7.0")

@@ -1,93 +1,85 @@
-"""Plans: the nearest row of the device's table decides who multiplies by the base weight."""
+"""Plans: what was measured near a call, else a rule, decides who multiplies by the base weight."""
 
-from itertools import product
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastlora.backends import protocol, triton
-from fastlora.kernels import plan as plans
-from fastlora.kernels.config import Call
 from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
-from fastlora.kernels.plan import FUSED, IN_PLACE, ROWS, Plan, Row, plan_for, use_plan
+from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, plan_for, use_plan, use_rows
 from fastlora.kernels.target import TARGETS, target_of, use_target
 from fastlora.projection import Layout
 
 CPU = torch.device("cpu")
+TUNED = Plan(fused=True, gemm=GemmConfig(16, 32, 64, warps=4, stages=3))
 
 
-def planned(m=4096, n=4096, k=4096, r=16, ranks=None, masked=False, backward=False, width=None):
+def planned(
+    m=4096, n=4096, k=4096, r=16, ranks=None, masked=False, backward=False, width=None,
+    target=TARGETS["sm_90"], dtype=torch.bfloat16,
+):  # fmt: skip
     """For x [m, width], as wide as the depth k unless that is a group's."""
-    x = torch.empty(m, width or k, dtype=torch.bfloat16, device="meta")
-    with use_target(TARGETS["sm_90"]):
+    x = torch.empty(m, width or k, dtype=dtype, device="meta")
+    with use_target(target):
         return plan_for(x, n, k, ranks or [r], "ieee", masked=masked, backward=backward)
 
 
+MEASURED = replace(TARGETS["sm_90"], device="NVIDIA H100")
+
+
 @pytest.fixture
-def table(monkeypatch):
-    """Replaces the shipped rows."""
-
-    def use(*rows):
-        monkeypatch.setattr(plans, "ROWS", rows)
-        plans._nearest.cache_clear()
-
-    yield use
-    monkeypatch.undo()
-    plans._nearest.cache_clear()
+def table():
+    """What was measured on the device MEASURED."""
+    yield lambda *rows: use_rows(rows)
+    use_rows(())
 
 
 def row(**changes):
     sizes = {"m": 4096, "n": 4096, "k": 4096, "r": 16, "itemsize": 2}
-    kind = {"target": "sm_90", "masked": False, "projections": 1, "plan": IN_PLACE}
+    kind = {"device": "NVIDIA H100", "masked": False, "projections": 1, "plan": TUNED}
     return Row(**sizes | kind | changes)
 
 
-def launched(m, n, k, r, dtype=torch.bfloat16, name="sm_90") -> list[Launch]:
+def launched(m, n, k, r, dtype=torch.bfloat16, target=TARGETS["sm_90"]) -> list[Launch]:
     """The launches of one forward, on tensors without memory."""
     x, weight, lora_a, lora_b = (
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (r, k), (n, r))
     )
     records: list[Launch] = []
-    with use_target(TARGETS[name]), intercept(records.append):
+    with use_target(target), intercept(records.append):
         triton.forward(
             [x, weight, lora_a, lora_b], None, protocol.Call((Layout(False, (1.0,)),), 0.0, triton)
         )
     return records
 
 
-@pytest.mark.parametrize("m", [1, 10**6])
+FEW, MANY = {"m": 64}, {"m": 10**6}
+SHORT = MANY | {"k": 2048}
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("names", "call", "plan"),
     [
-        (name, dtype)
-        for name, dtype in product(TARGETS, [torch.bfloat16, torch.float16, torch.float32])
-        if (name, dtype) != ("gfx11", torch.float32) and (name != "sm_90" or dtype == torch.float32)
+        (["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"], FEW, FUSED),
+        (["gfx942", "gfx950", "gfx11"], FEW, IN_PLACE),
+        (["sm_80", "sm_90"], FEW | {"dtype": torch.float32}, IN_PLACE),
+        (["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"], MANY, IN_PLACE),
+        (["sm_86", "sm_90", "sm_120"], SHORT, FUSED),
+        (["sm_80", "sm_100", "gfx942"], SHORT, IN_PLACE),
+        (["sm_86", "sm_90", "sm_120"], SHORT | {"dtype": torch.float32}, IN_PLACE),
+        (["interpreter"], MANY, FUSED),
     ],
-    ids=str,
 )
-def test_a_target_that_nobody_measured_or_modelled_multiplies_with_torch(name, m, dtype):
-    """And launches the sum with the adapter; the interpreter takes the fused kernel.
-
-    gfx11's tensor cores have no float32, which runs on torch alone.
-    """
-    record = launched(m, 4096, 4096, 16, dtype, name)[-1]
-    assert record.name == ("gemm_lowrank" if name == "interpreter" else "lowrank")
+def test_the_rule_of_a_target(names, call, plan):
+    for name in names:
+        assert planned(target=TARGETS[name], **call) == plan, name
 
 
-@pytest.mark.parametrize(
-    "shipped",
-    ROWS,
-    ids=lambda row: f"{row.target}-{row.itemsize}-{row.m}" + "-experts" * row.segments,
-)
-def test_a_shipped_row_is_the_plan_of_its_own_call_and_fits_it(shipped):
-    target = TARGETS[shipped.target]
-    call = Call(
-        shipped.m * (8 if shipped.segments else 1), shipped.n, shipped.r, shipped.itemsize, "ieee",
-        shipped.projections, shipped.masked, segments=8 * shipped.segments,
-    )  # fmt: skip
-    assert plans._nearest(target, call, shipped.k, shipped.backward) == shipped.plan
-    assert shipped.plan.gemm is None or not shipped.plan.gemm.why_not(target, call)
+def test_in_place_launches_the_sum_with_the_adapter_alone():
+    assert launched(10**6, 4096, 4096, 16, target=TARGETS["sm_80"])[-1].name == "lowrank"
+    assert launched(10**6, 4096, 4096, 16, target=TARGETS["interpreter"])[-1].name == "gemm_lowrank"
 
 
 @pytest.mark.parametrize(
@@ -129,24 +121,38 @@ def test_experts_are_fused_unless_torch_has_a_kernel_for_their_long_products(
         assert plan_for(x, 4096, k, [16], "ieee", segments=8) == plan
 
 
-TUNED = Plan(fused=True, gemm=GemmConfig(16, 32, 64, warps=4, stages=3))
+@pytest.mark.parametrize(
+    ("name", "near", "far"),
+    [("m", 16, 1024), ("n", 1024, 8192), ("k", 1024, 8192), ("r", 8, 64)],
+)
+def test_the_nearest_row_wins(table, name, near, far):
+    other = Plan(fused=True, gemm=GemmConfig(64, 32, 128, warps=4, stages=3))
+    table(row(**{name: far}, plan=other), row(**{name: near}), row(**{name: far}, plan=other))
+    assert planned(**{name: near}, target=MEASURED) == TUNED
+    assert planned(**{name: far}, target=MEASURED) == other
 
 
 @pytest.mark.parametrize(
-    ("name", "near", "far"),
-    [("m", 16, 4096), ("n", 1024, 8192), ("k", 1024, 8192), ("r", 8, 64), ("masked", True, False)],
-)
-def test_the_nearest_row_wins(table, name, near, far):
-    table(row(**{name: far}), row(**{name: near}, plan=TUNED), row(**{name: far}))
-    assert planned(**{name: near}) == TUNED
-    assert planned(**{name: far}) == IN_PLACE
+    "change",
+    [
+        {"device": "NVIDIA H200"}, {"itemsize": 4}, {"masked": True}, {"backward": True},
+        {"m": 4096 * 8}, {"n": 512}, {"k": 1024, "n": 1024, "m": 8192},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_row_of_another_kind_or_far_away_says_nothing(table, change):
+    table(row(**change))
+    assert planned(target=MEASURED) == IN_PLACE
+    table(row(**change), row())
+    assert planned(target=MEASURED) == TUNED
+    assert planned() == IN_PLACE  # there is no such device
 
 
 def test_the_depth_of_a_group_is_the_sum(table):
     """It is an argument of its own, since x has the depth of one projection."""
-    table(row(k=1024), row(k=3 * 4096, plan=TUNED))
-    assert planned(k=3 * 4096, width=1024, ranks=[16] * 3) == TUNED
-    assert planned(k=1024, ranks=[16] * 3) == IN_PLACE
+    table(row(k=3 * 4096, projections=3))
+    assert planned(k=3 * 4096, width=4096, ranks=[16] * 3, target=MEASURED) == TUNED
+    assert planned(k=2**17, width=4096, ranks=[16] * 3, target=MEASURED) == IN_PLACE
 
 
 def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
@@ -154,7 +160,7 @@ def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
     tiles = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
     table(row(plan=Plan(fused=True, gemm=tiles)))
     for sizes in ((8192, 4096, 4096, 16), (8192, 4098, 4100, 16), (64, 4096, 4096, 32)):
-        arguments = launched(*sizes)[-1].arguments
+        arguments = launched(*sizes, target=MEASURED)[-1].arguments
         chosen = arguments["BLOCK_M"], arguments["BLOCK_N"]
         assert (chosen == (128, 256)) == (sizes == (8192, 4096, 4096, 16))
 
