@@ -173,6 +173,7 @@ def gemm_lowrank_kernel(
                     u[i], v_i, i_m, i_n, rows, columns, b_low, BLOCK_M, BLOCK_R, BLOCK_N, PRECISION
                 )
                 keep = keep_tile(tl.load(seeds + i), i_m, i_n, threshold, BLOCK_M, BLOCK_N)
+                # From compilation for sm_90: without the 0 of the first, a fifth more instructions.
                 b_out += tl.where(keep, b_low, 0.0)  # [BM, BN]
             elif LOW_RANK == "early":
                 b_u, b_v = u_v_tiles(

@@ -206,7 +206,9 @@ def lowrank_kernel(
                     i_mask = i_m if own_thresholds is None else i_m - start
                     least = own_number(own_thresholds, threshold, i_segment, segments)
                     keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
-                    b_sum = b_out + tl.where(keep, b_sum, 0.0)
+                    b_sum = tl.where(keep, b_sum, 0.0)
+                    if i > 0:
+                        b_sum += b_out
                 b_out = b_sum  # [BM, BN]
         for i in tl.static_range(len(b_us)):
             b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
