@@ -107,8 +107,12 @@ def parse() -> argparse.Namespace:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Triton reads TRITON_INTERPRET when the kernels are imported."""
+    """Triton reads TRITON_INTERPRET when the kernels are imported.
+
+    The visit judges results by itself: a wrong kernel is to be seen, and not replaced.
+    """
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    kept |= {"FASTLORA_VERIFY": "off"}
     if dry:  # one thread: on a busy machine tiny products wait for the others' threads
         kept |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return kept

@@ -5,7 +5,6 @@ that costs nothing to go around, has no switch: the code there names it.
 """
 
 import re
-import subprocess
 from functools import cache
 
 import triton
@@ -21,10 +20,9 @@ def ptxas(arch: int) -> tuple[int, ...]:
     knobs = triton.knobs.nvidia
     try:
         tool = knobs.ptxas if arch < 100 else knobs.ptxas_blackwell
-        said = subprocess.check_output([tool.path, "--version"], text=True)
-    except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError):
+        return tuple(int(number) for number in tool.version.split("."))
+    except (AttributeError, OSError, RuntimeError, ValueError):
         return ()
-    return tuple(int(number) for number in re.findall(r"V([\d.]+)", said)[0].split("."))
 
 
 def overwrites_operands(target: Target) -> bool:

@@ -28,6 +28,9 @@ from older import pytest_itemcollected as pytest_itemcollected
 import fastlora
 from fastlora.backends import products
 
+if DEVICE != "cpu":
+    os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel is to fail its tests
+
 
 @pytest.fixture(autouse=True)
 def same_seed():

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"kernels"},
     {"version", "namesake", "foreign", "blocks", "formats", "projection", "rows", "checks"}
-    | {"reference"},
+    | {"reference", "cache", "verdicts"},
     {"backends"},
     {"ops"},
     {"quant", "layers", "report"},

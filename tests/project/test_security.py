@@ -70,6 +70,9 @@ def test_every_file_that_opens_one_is_known():
     assert opening.keys() == {
         *(f"fastlora/adapters/{name}.py" for name in ("llama_cpp", "stored")),
         "fastlora/doctor/machine.py",  # /proc/cpuinfo
+        "fastlora/backends/triton/trust.py",  # /sys/module/nvidia/version
+        "fastlora/cache.py",  # verdicts on kernels, which
+        "fastlora/verdicts.py",  # reads as JSON
         *(f"fastlora/model/{name}.py" for name in ("checkpoint", "files", "packed_files")),
         "fastlora/trials/record.py",
     }
@@ -79,7 +82,10 @@ def test_every_file_that_opens_one_is_known():
 
 def test_its_variables_exist_and_none_is_left_out():
     read = {name for path in FILES for name in re.findall(r'"(FASTLORA_\w+)"', path.read_text())}
-    assert read == {"FASTLORA_BACKEND", "FASTLORA_DISABLE", "FASTLORA_WIDE_PRODUCTS"}
+    assert read == {
+        "FASTLORA_BACKEND", "FASTLORA_CACHE", "FASTLORA_DISABLE", "FASTLORA_VERIFY",
+        "FASTLORA_WIDE_PRODUCTS",
+    }  # fmt: skip
 
 
 @pytest.fixture
