@@ -29,7 +29,7 @@ compile-report: .venv/bench ## Compile the kernels for GPUs that needn't be here
 matrix: .venv/$(if $(filter --triton%,$(ARGS)),test,matrix) ## Try the wheel under the versions that people have (ARGS="--quick …"), or the kernels under a Triton (ARGS="--triton 3.7.1 …")
 	.venv/bin/python -m tools.matrix $(ARGS)
 
-machine: .venv/test ## Run the kernels as compiled for sm_80 and sm_90 on the CPU, and look for races (ARGS="--quick …")
+machine: .venv/test ## Run the kernels as compiled for every NVIDIA card on the CPU, and look for races (ARGS="--quick …")
 	.venv/bin/python -m tools.machine $(ARGS)
 
 release-check: .venv/release ## Build sdist and wheel into dist/, and try the wheel in an empty environment (ARGS=--built …)

@@ -13,11 +13,13 @@ from tools.machine import compiled, proof
 arch = int(sys.argv[1])
 compiled.use(arch)
 shape = 100, 72, 272, (64, 64, 64), 4
-if arch == 80:
+if arch in (80, 120):
     case = proof.product(proof.BF16, "ieee", *shape, 3, "nt")
+elif arch == 100:
+    case = proof.attention_case(proof.BF16, 100, 64, (64, 64), 4)
 else:
     case = proof.product_tma(proof.BF16, *shape, "nt")
-found = [str(each) for each in case.run().findings]
+found = [str(each) for each in case.run().findings if each.kind in compiled.RACES]
 said = dict(found=found, error=case.error() / case.bound)
 first = case.results[0].clone()
 case.run(order=1)
@@ -35,10 +37,28 @@ except compiled.Fault as error:
     said["fault"] = str(error)
 print(json.dumps(said))
 """
+SHARES = """
+import json, sys
+sys.path.append("tests/support")
+from tools.machine import cases, run, tritons
+found = {"all": cases.names(quick=True), "cards": [*run.CARDS]}
+for share in (1, 4, 8):
+    asked = run._asked(["--quick", "--share", str(share)])
+    found[share] = [[*run.chosen(card, asked)] for card in run.CARDS]
+found["ci"] = []
+for pinned in tritons.VERSIONS:
+    tritons.pinned = lambda: pinned
+    found["ci"].append(tritons.versions(["ci"]))
+print(json.dumps(found))
+"""
 WAITS = {
     80: {"barrier": ("RAW", "WAR", "WAW"), "wait for copies": ("in flight",)},
-    90: {"wait for TMA": ("fault", "in flight"), "wait for wgmma": ("early", "WAR"),
+    90: {"wait at an mbarrier": ("fault", "in flight"), "wait for wgmma": ("early", "WAR"),
          "proxy fence": ("no proxy",)},
+    100: {"wait at an mbarrier": ("fault", "RAW", "WAR"), "commit": ("fault",),
+          "wait for tensor memory's loads": ("WAR",),
+          "wait for tensor memory's stores": ("in flight",), "proxy fence": ("no proxy",)},
+    120: {"barrier": ("RAW", "WAR", "WAW"), "wait for copies": ("in flight",)},
 }  # fmt: skip
 
 
@@ -53,3 +73,14 @@ def test_a_right_kernel_is_right_and_a_broken_one_is_seen(arch):
         assert said["broken"][wait].startswith(kinds), (wait, said["broken"][wait])
     assert "atom.global.add.u32" in said["unknown"]
     assert "store of 4 bytes outside of every tensor: 252 bytes" in said["fault"]
+
+
+def test_cards_that_share_the_cases_leave_none_out():
+    found = json.loads(run_without_interpreter("-c", SHARES))
+    assert found["cards"] == [f"sm_{arch}" for arch in (80, 86, 89, 90, 100, 103, 120, 121)]
+    for share in (1, 4, 8):
+        taken = [name for card in found[str(share)] for name in card]
+        assert sorted(taken) == sorted(found["all"] * (8 // share))
+    first, *others, newest = found["ci"]  # by what torch pins
+    assert first == newest == ["3.6.0", "3.9.0"]
+    assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]

@@ -5,9 +5,9 @@ It checks, beside the numbers:
 * Registers, shared memory and copies on their way hold NaN.
 * Each global access lies in elements of a tensor that the launch was given, each shared one in the
   allocation, and both are aligned.  Else there is a Fault, as where all wait for each other.
-* Races in shared memory, by vector clocks over warps, wgmma's reads, bulk copies and mbarriers.
-  A copy lands, and a wgmma reads its operands, only when somebody waits for it.
-* What a warp writes and wgmma or a bulk store reads has a proxy fence on its way.
+* Races in shared and tensor memory, by vector clocks over warps, products' reads, bulk copies and
+  mbarriers.  A copy lands, and a product reads its operands, only when somebody waits for it.
+* What a warp writes and a product or a bulk store reads has a proxy fence on its way.
 * No element of global memory is written by one warp and read by another, or written with another
   value, in the same launch without an order between the two.
 
@@ -15,10 +15,13 @@ It differs from a GPU: sums of products are float32, rounded to nearest after ea
 k.  What ptxas may do (fuse, reorder) isn't seen.  The four warps of a group meet at each wgmma, as
 Triton counts on and the ISA doesn't promise.  Lanes of a warp don't race with each other.
 
-tcgen05 (sm_100) would need: tensor memory of 128 lanes by 512 columns with its allocator and a
-shadow like that of shared memory; products that run on their own until their commit arrives at
-an mbarrier, and operands as wgmma's, with scales; loads and stores of tensor memory that wait for
-themselves only; and clusters of two CTAs, whose warps and shared memory are one machine's.
+Blackwell's tcgen05 (sm_100, sm_103): a product runs when somebody waits for a commit behind it, and
+no earlier; until then, what it reads in shared memory is not to be written.  Those of unlike sums
+or shapes have no order without a wait.  What a load of tensor memory fills is NaN until its wait.
+LLVM moves arithmetic before that wait, which the ISA forbids and ptxas's scoreboards make good:
+"early load" is told with the findings, and is no race.  A of 64 rows in tensor memory lies as sums
+do.  Not there: clusters (cta_group::2), scales, tcgen05.cp and .shift; nobody asks for
+tcgen05.fence, which Triton doesn't write.
 """
 
 import os

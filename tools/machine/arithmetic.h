@@ -26,7 +26,7 @@ template <class Result, class... Sources, class F> void lanes(const std::string&
 template <class T> const std::string suffix;
 #define NAME(type) template <> const std::string suffix<type> = "." #type;
 NAME(s8) NAME(u8) NAME(s16) NAME(u16) NAME(s32) NAME(u32) NAME(s64) NAME(u64)
-NAME(f16) NAME(bf16) NAME(f32) NAME(f16x2) NAME(bf16x2)
+NAME(f16) NAME(bf16) NAME(f32) NAME(f16x2) NAME(bf16x2) NAME(f32x2)
 #undef NAME
 
 // One for each of the types, all operands being of it.
@@ -112,19 +112,35 @@ inline Table integers([] {
   lanes<u64, u64>("cvta.param", [](u64 a) { return a + PARAMETERS; });
 });
 
+// Of floats: the number where one is NaN, or (.NaN) NaN.
+inline f32 smaller(f32 a, f32 b) {
+  return a != a ? b : b != b ? a : a < b || (a == b && std::signbit(a)) ? a : b;
+}
+inline f32 larger(f32 a, f32 b) {
+  return a != a ? b : b != b ? a : a > b || (a == b && !std::signbit(a)) ? a : b;
+}
+inline f32 smaller_or_nan(f32 a, f32 b) { return a != a || a < b ? a : b; }
+inline f32 larger_or_nan(f32 a, f32 b) { return a != a || a > b ? a : b; }
+
+template <class... T> void sums_and_products() {
+  binary<T...>("add", [](auto a, auto b) { return a + b; });
+  binary<T...>("sub", [](auto a, auto b) { return a - b; });
+  binary<T...>("mul", [](auto a, auto b) { return a * b; });
+  ternary<T...>("fma", [](f32 a, f32 b, f32 c) { return std::fma(a, b, c); });
+}
+template <class T> void mixed() {  // a float32 at the end, and halves before it (Blackwell)
+  lanes<f32, T, f32>("add.f32" + suffix<T>, [](f32 a, f32 b) { return a + b; });
+  lanes<f32, T, f32>("sub.f32" + suffix<T>, [](f32 a, f32 b) { return a - b; });
+  lanes<f32, T, T, f32>("fma.f32" + suffix<T>, [](f32 a, f32 b, f32 c) {
+    return std::fma(a, b, c);
+  });
+}
 template <class... T> void halves_too() {
-  binary<f32, T...>("add", [](auto a, auto b) { return a + b; });
-  binary<f32, T...>("sub", [](auto a, auto b) { return a - b; });
-  binary<f32, T...>("mul", [](auto a, auto b) { return a * b; });
-  ternary<f32, T...>("fma", [](f32 a, f32 b, f32 c) { return std::fma(a, b, c); });
-  binary<f32, T...>("min", [](f32 a, f32 b) {
-    return a != a ? b : b != b ? a : a < b || (a == b && std::signbit(a)) ? a : b;
-  });
-  binary<f32, T...>("max", [](f32 a, f32 b) {
-    return a != a ? b : b != b ? a : a > b || (a == b && !std::signbit(a)) ? a : b;
-  });
-  binary<f32, T...>("min.NaN", [](f32 a, f32 b) { return a != a || a < b ? a : b; });
-  binary<f32, T...>("max.NaN", [](f32 a, f32 b) { return a != a || a > b ? a : b; });
+  sums_and_products<f32, T...>();
+  binary<f32, T...>("min", [](f32 a, f32 b) { return smaller(a, b); });
+  binary<f32, T...>("max", [](f32 a, f32 b) { return larger(a, b); });
+  binary<f32, T...>("min.NaN", [](f32 a, f32 b) { return smaller_or_nan(a, b); });
+  binary<f32, T...>("max.NaN", [](f32 a, f32 b) { return larger_or_nan(a, b); });
   unary<f32, T...>("neg", [](auto a) { return -a; });
   unary<f32, T...>("abs", [](f32 a) { return std::fabs(a); });
   unary<f32, T...>("ex2", [](f32 a) { return std::exp2(a); });
@@ -132,6 +148,9 @@ template <class... T> void halves_too() {
 }
 inline Table floats([] {
   halves_too<f16, bf16, f16x2, bf16x2>();
+  sums_and_products<f32x2>();
+  mixed<f16>();
+  mixed<bf16>();
   lanes<f32, f32, f32, f32>("fma.ftz.f32", [](f32 a, f32 b, f32 c) {
     return flushed(std::fma(flushed(a), flushed(b), flushed(c)));
   });

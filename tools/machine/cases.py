@@ -374,6 +374,10 @@ _ALL = """
 * block fused {bf16/f32,f32} 21x40x24 r4 act:silu
 * layer bf16/f32 {80x64x128 r8,20x64+64x128 r8+8} weight:{nf4,fp4-nested,int8,float8-blocks}
 * layer bf16/f32 {33x96x128 r8,7x64x192 r8 p0.2 bias} weight:{nf4,mxfp4,int8,float8-rows}
+* layer {tf32,f32} 33x96x128 r8{, p0.2} weight:{nf4,int8}
+* layer tf32 {33x96x128 r8 weight:mxfp4,80x64x128 r8 weight:nf4}
+  layer {tf32,f32} {33x96x128,80x64x128} r8 weight:{mxfp4,nvfp4,fp4-nested}
+  layer {tf32,f32} {33x96x128,80x64x128} r8 weight:float8-{rows,blocks}
 * layer bf16/f32 80x64x128 r8 weight:{float8-e5m2,affine,hqq,int4,gptq,gguf}
   layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{nf4,fp4-nested,int8}
   layer {bf16,f16,f32}/f32 {33x96x128,80x64x128} r8 weight:{float8-rows,float8-blocks}

@@ -1,6 +1,6 @@
 // How a CTA runs: warps one after the other until they wait, and what lets them go on.
 #pragma once
-#include "copies.h"
+#include "tensor_products.h"
 
 // shfl: [d, x, lane, clamp, mode: idx up down bfly].
 inline void shuffle(Step& s) {
@@ -40,6 +40,10 @@ inline Table control([] {
   reduction<u32>("or", [](u32 a, u32 b) { return a | b; });
   reduction<u32>("min.u32", [](u32 a, u32 b) { return std::min(a, b); });
   reduction<u32>("max.u32", [](u32 a, u32 b) { return std::max(a, b); });
+  reduction<f32>("min.f32", [](f32 a, f32 b) { return smaller(a, b); });
+  reduction<f32>("max.f32", [](f32 a, f32 b) { return larger(a, b); });
+  reduction<f32>("min.NaN.f32", [](f32 a, f32 b) { return smaller_or_nan(a, b); });
+  reduction<f32>("max.NaN.f32", [](f32 a, f32 b) { return larger_or_nan(a, b); });
   reduction<s32>("min.s32", [](s32 a, s32 b) { return std::min(a, b); });
   reduction<s32>("max.s32", [](s32 a, s32 b) { return std::max(a, b); });
 });
@@ -132,20 +136,19 @@ inline bool release(Machine& m) {
     any = true;
   }
   if (any) return true;
-  // Bulk loads are as late as they can be: they land when nothing else can run.
+  // Bulk loads and tensor memory's products are as late as they can be: when nothing else can run.
+  auto is_over = [&](Warp& w) { return m.barriers[w.barrier].phase != w.parity; };
   for (Warp& w : m.warps)
     if (w.state == AT_MBARRIER && land_loads(m, w.barrier)) break;
-  for (Warp& w : m.warps) {
-    if (w.state != AT_MBARRIER || m.barriers[w.barrier].phase == w.parity) continue;
-    w.state = RUNS;
-    any = true;
-  }
+  for (Warp& w : m.warps)
+    if (w.state == AT_MBARRIER && !is_over(w) && run_committed(m, w.barrier)) break;
+  for (Warp* w : waiting(AT_MBARRIER, is_over)) w->state = RUNS, any = true;
   return any;
 }
 
 inline void start_warp(Machine& m, Warp& w) {
   w.alive = ALL_LANES >> (32 - std::min(s64(32), m.launch.threads - 32 * w.id));
-  w.registers.assign(m.slots * 32, 0xfff7dead);  // NaN, before they are written
+  w.registers.assign(m.slots * 32, UNWRITTEN);
   w.busy.assign(m.slots, 0);
   w.clock.assign(m.agents, 0);
   w.fenced = w.clock;
@@ -165,16 +168,15 @@ inline void start_cta(Machine& m) {
   const int most_barriers = 64;
   m.warp_count = (m.launch.threads + 31) / 32;
   m.group_count = (m.warp_count + 3) / 4;
-  m.readers = 2 * m.warp_count + m.group_count;
+  m.readers = m.tensor_agent() + 1;
   m.agents = m.readers + most_barriers;
   m.shared.assign(m.launch.shared + 16, 0xff);
   m.barriers.clear();
   m.loads.clear();
+  m.tensor_memory = {};
   m.barriers_made = 0;
   size_t count = m.launch.check ? m.launch.shared / m.launch.granule + 16 : 0;
-  m.written.assign(count, {});
-  m.read_clock.assign(count * m.readers, 0);
-  m.read_pc.assign(count * m.readers, 0);
+  m.shadow.start(count, m.readers);
   m.warps.assign(m.warp_count, {});
   for (int id = 0; id < m.warp_count; id++) {
     m.warps[id].id = id;
@@ -196,4 +198,5 @@ inline void run_cta(Machine& m) {
     finish_stores(m, w, 0);
   }
   if (!m.loads.empty()) fail("a bulk load is never waited for");
+  end_tensor_memory(m);
 }

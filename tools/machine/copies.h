@@ -29,7 +29,7 @@ inline Barrier& barrier_at(Step& s, u32 address) {
   Barrier& b = s.m.barriers[address];
   if (!b.valid) fail("no mbarrier there");
   bool ordered = b.made_by == s.w.id || s.w.clock[b.made_by] >= b.made_at;
-  if (!ordered) s.m.find(RAW, s.m.pc, -1, address, s.w);
+  if (!ordered) s.m.find(RAW, s.m.pc, -1, address - SHARED_START, s.w);
   return b;
 }
 // [slot of the count of arrivals, address].
@@ -49,6 +49,8 @@ inline void end_barrier(Step& s) {
   if (!s.m.barriers[address].valid) fail("no mbarrier there");
   for (auto& load : s.m.loads)
     if (load.barrier == address) fail("an mbarrier goes while a copy is on its way");
+  for (u32 barrier : s.m.tensor_memory.arrivals)
+    if (barrier == address) fail("an mbarrier goes while a product is on its way");
   note_write(s.m, s.w, address, 8, false);
   s.m.barriers[address].valid = false;
 }
@@ -59,8 +61,7 @@ inline void arrive(Step& s) {
     if (s[0] >= 0) b.bytes += s.slot(0)[lane];
     join(b.clock, s.w.clock);
     join(b.fenced, s.w.fenced);
-    if (--b.pending < 0) fail("too many arrivals");
-    b.settle();
+    b.arrive();
   });
   s.w.clock[s.w.id]++;
 }

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,12 +19,26 @@ from triton.backends.nvidia import driver as of_triton
 
 from fastlora.kernels import kept, target
 from fastlora.kernels.launch import Launch
-from fastlora.kernels.target import TARGETS
+from fastlora.kernels.target import TARGETS, Target
 
 from . import compiled
 from .memory import RACES, Kernel, Memory
 
 KEPT = "<a kept call>"  # the file that kernels/script.py says its scripts are in
+
+
+_ROWS = [row for row in TARGETS.values() if row.kind == "cuda"]
+
+
+def _like_its_row(arch: int, processors: int) -> Target:
+    """An architecture that has no row of its own takes the one before, as `target_of` says."""
+    row = max((row for row in _ROWS if row.arch < arch), key=lambda row: row.arch)
+    return replace(row, arch=arch, processors=processors)
+
+
+_OTHERS = {89: 128, 103: 148, 121: 48}  # an RTX 4090, a B300 and a GB10
+CARDS = {f"sm_{row.arch}": row for row in (*_ROWS, *map(_like_its_row, _OTHERS, _OTHERS.values()))}
+CARDS = dict(sorted(CARDS.items(), key=lambda each: each[1].arch))
 
 
 @dataclass
@@ -60,10 +74,11 @@ def use(session: Session) -> Iterator[Session]:
         _session = before
 
 
-def install(name: str) -> None:
-    """Launches on CPU tensors are those of a target, from now on."""
-    compiled.use(TARGETS[name].arch)
-    target._of_cpu = TARGETS[name]
+def install(name: str, processors: int | None = None) -> None:
+    """Launches on CPU tensors are those of a card, from now on; of one with so many processors."""
+    card = CARDS[name]
+    target._of_cpu = card = replace(card, processors=processors or card.processors)
+    compiled.use(card.arch)
     if not hasattr(of_triton, "PyKernelArg"):
         # Before 3.7 Triton makes a launcher in C for each kernel: calls only run step by step.
         Launch.run, kept._is_watched = _run, lambda: True
@@ -77,7 +92,7 @@ def install(name: str) -> None:
         unload_module=lambda module: None,
         build_signature_metadata=tuple,
         fill_tma_descriptor_tiled=_encode,
-        get_device_properties=lambda device: {"max_shared_mem": TARGETS[name].shared_memory},
+        get_device_properties=lambda device: {"max_shared_mem": card.shared_memory},
     )
     of_triton.PyKernelArg = SimpleNamespace
     of_triton.ARG_CONSTEXPR, of_triton.ARG_KERNEL, of_triton.ARG_TUPLE = range(3)

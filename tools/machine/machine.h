@@ -14,6 +14,8 @@
 const u64 PARAMETERS = 0x5000000000000000;  // where cvta.param puts them
 const u32 SHARED_START = 1024;              // below it are CUDA's own bytes
 
+const u32 UNWRITTEN = 0xfff7dead;           // in registers and tensor memory: NaN
+
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
 struct Step;
@@ -57,6 +59,7 @@ template <class T> struct Groups {
       for (T& each : running.front()) finish(each);
     return committed - running.size();
   }
+  bool none() const { return open.empty() && running.empty(); }
   template <class F> void all(F f) {
     for (auto& group : running) std::for_each(group.begin(), group.end(), f);
     std::for_each(open.begin(), open.end(), f);
@@ -93,8 +96,27 @@ struct Product {  // a wgmma that nobody has waited for
   u32 registers[4][32];  // A, where it isn't in shared memory
 };
 
-// How often each agent had synchronised when this one heard of it.  Agents: warps, then the
-// wgmma of each warp group, each warp's bulk stores, and each mbarrier's bulk loads.
+struct TensorLoad {  // a tcgen05.ld that nobody has waited for
+  static const int REGISTERS = 5;  // where they begin among its operands, as in tcgen05.st's
+  const Instruction* instruction;
+  std::vector<u32> data;  // [registers, lanes]
+
+  template <class F> void registers(F f) const {  // f(slot, what it will hold)
+    for (size_t n = REGISTERS; n < instruction->operands.size(); n++)
+      f(instruction->operands[n], &data[32 * (n - REGISTERS)]);
+  }
+};
+struct TensorProduct {  // a tcgen05.mma that hasn't run
+  s64 type;
+  int rows, columns, depth;
+  bool rows_together_a, rows_together_b;  // and not the depth
+  bool adds, a_in_tensor_memory;
+  u32 lane, column, column_a;  // in tensor memory, of its sums and of A
+  u64 a, b;                    // descriptors
+};
+
+// How often each agent had synchronised when this one heard of it.  Agents: warps, then the wgmma
+// of each warp group, each warp's bulk stores, all tcgen05.mma, and each mbarrier's bulk loads.
 using Clock = std::vector<u32>;
 inline void join(Clock& into, const Clock& from) {
   for (size_t i = 0; i < into.size(); i++) into[i] = std::max(into[i], from[i]);
@@ -115,7 +137,9 @@ struct Warp {
   Groups<Copy> copies;
   Groups<Product> products;
   Groups<BulkStore> stores;
-  std::vector<u8> busy;  // registers that a running wgmma adds to
+  std::vector<TensorLoad> tensor_loads;
+  std::vector<u32> reads_tensor, writes_tensor;  // cells of its shadow, until it waits
+  std::vector<u8> busy;  // registers that a running wgmma adds to, or a tcgen05.ld will fill
   bool any_busy = false;
 
   u32* slot(s64 n) { return registers.data() + n * 32; }
@@ -130,6 +154,10 @@ struct Barrier {  // an mbarrier
   int agent = -1, made_by = 0;
   u32 made_at = 0;
   Clock clock, fenced;
+  void arrive() {
+    if (--pending < 0) fail("too many arrivals");
+    settle();
+  }
   void settle() {
     if (pending || bytes) return;
     phase = !phase;
@@ -142,14 +170,39 @@ struct Storage {  // of tensors: which bytes may be touched, and who wrote and r
   u8* allowed;
   u64 *writers, *readers;
 };
-struct Written {  // a granule of shared memory: its last write
+struct Written {  // a cell of a memory: its last write
   u32 clock = 0;
   int pc = -1, agent = -1;
   bool in_flight = false, generic = false;
+  u64 order = 0;  // of tcgen05.mma: those of one order run after each other
+};
+struct Shadow {  // of a memory, by its cells.  Agents before `readers` read
+  size_t readers = 0;
+  std::vector<Written> written;
+  std::vector<u32> read_clock;
+  std::vector<int> read_pc;
+
+  void start(size_t cells, int of_readers) {
+    readers = of_readers;
+    written.assign(cells, {});
+    read_clock.assign(cells * readers, 0);
+    read_pc.assign(cells * readers, 0);
+  }
+};
+struct TensorMemory {
+  std::vector<u32> words;  // [lanes, columns]; none before the first is allocated
+  std::vector<u8> taken;   // columns
+  Shadow shadow;
+  Groups<TensorProduct> products;
+  std::deque<u32> arrivals;  // the mbarrier of each commit
+  int issuer = -1;
+  bool relinquished = false;
 };
 
 // As memory.py's KINDS.
-enum Kind { RAW, WAR, WAW, IN_FLIGHT, NO_FENCE, UNINITIALISED, TWICE, GLOBAL_RACE, EARLY_REGISTER };
+enum Kind {
+  RAW, WAR, WAW, IN_FLIGHT, NO_FENCE, UNINITIALISED, TWICE, GLOBAL_RACE, EARLY_REGISTER, EARLY_LOAD
+};
 struct Finding {
   s64 kind, pc, other, address, cta, warp, count;
 };
@@ -178,15 +231,14 @@ struct Machine {
   std::vector<u8> shared;
   std::map<u32, Barrier> barriers;
   std::deque<BulkLoad> loads;
-  // The shadow of shared memory, by granules.  Agents before `readers` read.
+  TensorMemory tensor_memory;
   int readers = 0, agents = 0, barriers_made = 0;
-  std::vector<Written> written;
-  std::vector<u32> read_clock;
-  std::vector<int> read_pc;
+  Shadow shadow;  // of shared memory, by granules
 
   u8* bytes(u32 address) { return &shared[address - SHARED_START]; }
   int product_agent(const Warp& w) const { return warp_count + w.id / 4; }
   int store_agent(const Warp& w) const { return warp_count + group_count + w.id; }
+  int tensor_agent() const { return 2 * warp_count + group_count; }
   void find(Kind kind, int at, int other, s64 address, const Warp& w) {
     Finding first{kind, at, other, address, cta, w.id, 0};
     findings.try_emplace({kind, at, other}, first).first->second.count++;

@@ -13,21 +13,49 @@ template <class F> void granules(const Machine& m, u32 address, u32 size, F f) {
   for (u32 g = (address - SHARED_START) >> shift; g <= last; g++) f(g);
 }
 
-// `agent` reads at its time `clock`, on behalf of a warp; `async`: through the async proxy.
+// The rules of both memories, shared and tensor memory.  What is read or written next in a cell is
+// said to be at `at`; `order`: of tcgen05.mma.
+inline bool unordered(const Warp& w, const Written& last, u64 order) {
+  return last.agent >= 0 && last.agent != w.id && w.clock[last.agent] < last.clock &&
+         (!order || order != last.order);
+}
+// On behalf of a warp; `async`: through the async proxy.
+inline void check_read(Machine& m, const Warp& w, const Written& last, s64 at, bool async,
+                       u64 order = 0) {
+  if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, at, w);
+  if (last.agent < 0)
+    m.find(UNINITIALISED, m.pc, -1, at, w);
+  else if (unordered(w, last, order))
+    m.find(RAW, m.pc, last.pc, at, w);
+  else if (async && last.generic && w.fenced[last.agent] < last.clock)
+    m.find(NO_FENCE, m.pc, last.pc, at, w);
+}
+// `same`: it writes what is there already.
+inline void check_write(Machine& m, const Warp& w, const Shadow& shadow, size_t cell, s64 at,
+                        bool same = false, u64 order = 0) {
+  const Written& last = shadow.written[cell];
+  if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, at, w);
+  if (unordered(w, last, order) && !same) m.find(WAW, m.pc, last.pc, at, w);
+  const u32* reads = &shadow.read_clock[cell * shadow.readers];
+  bool early = false;
+  for (size_t n = 0; n < shadow.readers; n++) early |= reads[n] > w.clock[n];
+  if (!early) return;
+  int who = 0;
+  while (reads[who] <= w.clock[who]) who++;
+  m.find(WAR, m.pc, shadow.read_pc[cell * shadow.readers + who], at, w);
+}
+inline void note_reader(const Machine& m, Shadow& shadow, size_t cell, int agent, u32 clock) {
+  shadow.read_clock[cell * shadow.readers + agent] = clock;
+  shadow.read_pc[cell * shadow.readers + agent] = m.pc;
+}
+
+// `agent` reads shared memory at its time `clock`.
 inline void note_read(Machine& m, const Warp& w, u32 address, u32 size, int agent, u32 clock,
                       bool async) {
   if (!m.launch.check) return;
   granules(m, address, size, [&](u32 g) {
-    const Written& last = m.written[g];
-    if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, address, w);
-    if (last.agent < 0)
-      m.find(UNINITIALISED, m.pc, -1, address, w);
-    else if (last.agent != w.id && w.clock[last.agent] < last.clock)
-      m.find(RAW, m.pc, last.pc, address, w);
-    else if (async && last.generic && w.fenced[last.agent] < last.clock)
-      m.find(NO_FENCE, m.pc, last.pc, address, w);
-    m.read_clock[size_t(g) * m.readers + agent] = clock;
-    m.read_pc[size_t(g) * m.readers + agent] = m.pc;
+    check_read(m, w, m.shadow.written[g], address - SHARED_START, async);
+    note_reader(m, m.shadow, g, agent, clock);
   });
 }
 inline void note_read(Machine& m, const Warp& w, u32 address, u32 size) {
@@ -40,19 +68,9 @@ inline void note_write(Machine& m, const Warp& w, u32 address, u32 size, bool in
   if (!m.launch.check) return;
   bool same = data && !memcmp(m.bytes(address), data, size);
   granules(m, address, size, [&](u32 g) {
-    Written& last = m.written[g];
-    if (last.in_flight) m.find(IN_FLIGHT, m.pc, last.pc, address, w);
-    bool unordered = last.agent >= 0 && last.agent != w.id && w.clock[last.agent] < last.clock;
-    if (unordered && !same) m.find(WAW, m.pc, last.pc, address, w);
-    const u32* reads = &m.read_clock[size_t(g) * m.readers];
-    bool early = false;
-    for (int n = 0; n < m.readers; n++) early |= reads[n] > w.clock[n];
-    if (early) {
-      int who = 0;
-      while (reads[who] <= w.clock[who]) who++;
-      m.find(WAR, m.pc, m.read_pc[size_t(g) * m.readers + who], address, w);
-    }
-    if (!(unordered && same)) last = {w.clock[w.id], m.pc, w.id, in_flight, true};
+    check_write(m, w, m.shadow, g, address - SHARED_START, same);
+    Written& last = m.shadow.written[g];
+    if (!same || !unordered(w, last, 0)) last = {w.clock[w.id], m.pc, w.id, in_flight, true};
   });
 }
 
@@ -65,7 +83,7 @@ inline void land(Machine& m, u32 to, const u8* data, u32 size, int pc, int agent
                  bool generic) {
   memcpy(m.bytes(to), data, size);
   if (!m.launch.check) return;
-  granules(m, to, size, [&](u32 g) { m.written[g] = {clock, pc, agent, false, generic}; });
+  granules(m, to, size, [&](u32 g) { m.shadow.written[g] = {clock, pc, agent, false, generic}; });
 }
 
 inline Storage& storage_of(Machine& m, u64 address, u32 size, const char* what) {

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 
 from . import CACHE
-from .ptx import SHARED_START, Program, parse
+from .ptx import Program, parse
 
 HERE = Path(__file__).resolve().parent
 # As machine.h's Kind.
 KINDS = ["RAW", "WAR", "WAW", "in flight", "no proxy fence", "uninitialised", "stored twice",
-         "global race", "early register"]  # fmt: skip
-# Not those that may be meant: a masked lane reads what nobody wrote, warps store equal bytes.
-RACES = {*KINDS} - {"uninitialised", "stored twice"}
+         "global race", "early register", "early load"]  # fmt: skip
+# Not those that may be meant: a masked lane reads what nobody wrote, warps store equal bytes.  And
+# LLVM moves arithmetic on what a tcgen05.ld loads before its wait, which PTX forbids: ptxas puts a
+# scoreboard in the place of both.
+RACES = {*KINDS} - {"uninitialised", "stored twice", "early load"}
 _FLAGS = (
     "-O3 -march=native -std=c++20 -shared -fPIC -fvisibility=hidden -fwrapv -fno-math-errno "
     "-fno-strict-aliasing -ffp-contract=off -w"
@@ -43,7 +45,7 @@ class Finding:
     kind: str
     line: str  # the instruction
     other: str  # the one that it races with
-    address: int  # in shared memory, or from the start of a tensor's storage
+    address: int  # in shared memory, from the start of a tensor's storage, a column
     cta: int
     warp: int
     count: int
@@ -215,8 +217,6 @@ class Kernel:
         count = library().findings(self._machine, _pointer(rows), len(rows))
         found = []
         for kind, pc, other, address, cta, warp, times in rows[:count].tolist():
-            if KINDS[kind] not in ("stored twice", "global race"):
-                address -= SHARED_START
             lines = self._line(pc), self._line(other)
             found.append(Finding(KINDS[kind], *lines, address, cta, warp, times))
         return found

@@ -40,6 +40,7 @@ template <class T> struct Pair {  // in a register of 32 bits
 };
 using f16x2 = Pair<f16>;
 using bf16x2 = Pair<bf16>;
+using f32x2 = Pair<f32>;  // in one of 64
 
 inline f32 e4m3(u8 x) {
   u32 magnitude = x & 0x7f;

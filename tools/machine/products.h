@@ -126,6 +126,9 @@ inline void mark_busy(Warp& w) {
     w.any_busy |= !product.done;
     for (size_t n = SUMS; n < o.size() && !product.done; n++) w.busy[o[n]] = 1;
   });
+  w.any_busy |= !w.tensor_loads.empty();
+  for (TensorLoad& load : w.tensor_loads)
+    load.registers([&](s64 slot, const u32*) { w.busy[slot] = 1; });
 }
 
 // It begins: its reads are noted, and its sums are busy until somebody waits.
@@ -165,13 +168,20 @@ inline void finish_products(Machine& m, Warp& w) {
   seen = std::max(seen, over);
   mark_busy(w);
 }
-// Somebody touches sums of a running wgmma: it is said, and they are computed at once.
+inline void land_tensor_loads(Warp& w) {
+  for (TensorLoad& load : w.tensor_loads)
+    load.registers([&](s64 slot, const u32* data) { memcpy(w.slot(slot), data, 128); });
+  w.tensor_loads.clear();
+  mark_busy(w);
+}
+// Somebody touches sums of a running wgmma, or what a tcgen05.ld will fill: it is said, and they
+// are there at once.  (No GPU has both.)
 inline void check_busy(Machine& m, Warp& w, const Instruction& i) {
   auto busy = [&](s64 slot) { return w.busy[slot]; };
   if (!std::any_of(i.registers.begin(), i.registers.end(), busy)) return;
-  m.find(EARLY_REGISTER, m.pc, -1, 0, w);
+  m.find(w.tensor_loads.empty() ? EARLY_REGISTER : EARLY_LOAD, m.pc, -1, 0, w);
   w.products.all([&](Product& product) { multiply(m, w, product); });
-  mark_busy(w);
+  land_tensor_loads(w);
 }
 
 inline Table products([] {

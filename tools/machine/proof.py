@@ -1,6 +1,6 @@
 """The machine on itself: kernels that are known to be right, and PTX that was broken on purpose.
 
-    python -m tools.machine.proof [sm_80 sm_90]
+    python -m tools.machine.proof [sm_80 sm_90 sm_100 …]
 
 Every barrier, wait and fence of some kernels is taken away: all of a kind, which must be seen, and
 one by one, which are counted, since many have another beside them.  Prints what it misses and one
@@ -55,6 +55,23 @@ def matmul_tma(
         y = b.load([j, k]).T if TRANSPOSED else b.load([k, j])
         sums = tl.dot(x, y, sums)
     c.store([i, j], sums.to(c.dtype))
+
+
+@triton.jit
+def attention(q, k, v, out, M, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+    """OUT = exp(scale Q Kᵀ) V: the first product is the second one's A.  All [M, D]."""
+    rows, depth = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
+    in_q = rows[:, None] < M
+    x = tl.load(q + rows[:, None] * D + depth[None, :], mask=in_q, other=0.0)
+    sums = tl.zeros((BM, D), tl.float32)
+    for start in range(0, M, BN):
+        others = start + tl.arange(0, BN)
+        in_k = others[:, None] < M
+        y = tl.load(k + others[:, None] * D + depth[None, :], mask=in_k, other=0.0)
+        z = tl.load(v + others[:, None] * D + depth[None, :], mask=in_k, other=0.0)
+        p = tl.exp(scale * tl.dot(x, y.T))
+        sums = tl.dot(p.to(x.dtype), z, sums)
+    tl.store(out + rows[:, None] * D + depth[None, :], sums.to(out.dtype.element_ty), mask=in_q)
 
 
 @triton.jit
@@ -122,6 +139,7 @@ TMA_SHAPES = [
 BROKEN = (
     "matmul bfloat16 ieee 130x100", "matmul bfloat16 ieee 40x72x520",
     "matmul float32 tf32 40x72x520", "tma bfloat16 100x72x520", "tma bfloat16 136x136x520",
+    "attention bfloat16",
 )  # fmt: skip
 
 
@@ -157,6 +175,17 @@ def product_tma(dtype, M, N, K, tiles, warps, layout) -> Case:
     return Case(name, matmul_tma, grid, arguments, options, (c,), (truth,), bound)
 
 
+def attention_case(dtype, M, D, tiles, warps) -> Case:
+    q, k, v = (_data(M, D, dtype=dtype) for _ in range(3))
+    out, (BM, BN) = torch.empty(M, D, dtype=dtype), tiles
+    scale = D**-0.5
+    arguments = dict(q=q, k=k, v=v, out=out, M=M, scale=scale, BM=BM, BN=BN, D=D)
+    truth = torch.exp(scale * q.double() @ k.double().T) @ v.double()
+    name = f"attention {str(dtype)[6:]} {M}x{D} {tiles} w{warps}"
+    options = dict(num_warps=warps, num_stages=3)
+    return Case(name, attention, (-(-M // BM),), arguments, options, (out,), (truth,), 1e-2)
+
+
 def row_cases() -> Iterator[Case]:
     for N, warps in ((100, 4), (1000, 8), (37, 1)):
         x, y = _data(5, N + 3, dtype=F32)[:, :N], torch.empty(5, N)
@@ -185,6 +214,9 @@ def cases(arch: int) -> Iterator[Case]:
             _, BN, BK = shape[3]
             if dtype != F32 or (BN <= 128 and BK <= 64 and shape[5] == "nt"):
                 yield product_tma(dtype, *shape)
+    for tiles, warps in (((64, 64), 4), ((128, 64), 4), ((128, 32), 8)):
+        for dtype in (BF16, F16):
+            yield attention_case(dtype, 200, 64, tiles, warps)
     yield from row_cases()
 
 
@@ -194,7 +226,13 @@ WAITS = {
     "wait for copies": (r"^\s*cp\.async\.wait_group\s+\d+;", ""),
     "wait for wgmma": (r"^\s*wgmma\.wait_group[^;]*;", ""),
     "proxy fence": (r"^\s*fence\.proxy\.async[^;]*;", ""),
-    "wait for TMA": (r"mbarrier\.try_wait[^;]*complete,[^;]*;", "setp.eq.b32 complete, 0, 0;"),
+    "wait for tensor memory's loads": (r"^\s*tcgen05\.wait::ld[^;]*;", ""),
+    "wait for tensor memory's stores": (r"^\s*tcgen05\.wait::st[^;]*;", ""),
+    "commit": (r"^\s*(?:@%\w+\s+)?tcgen05\.commit[^;]*;", ""),
+    "wait at an mbarrier": (
+        r"mbarrier\.try_wait[^;]*complete,[^;]*;",
+        "setp.eq.b32 complete, 0, 0;",
+    ),
 }
 
 
@@ -265,7 +303,8 @@ def prove(arch: int) -> tuple[str, bool]:
 
 
 def main() -> None:
-    found = [prove(int(name.removeprefix("sm_"))) for name in sys.argv[1:] or ("sm_80", "sm_90")]
+    targets = sys.argv[1:] or ("sm_80", "sm_90", "sm_100", "sm_120")
+    found = [prove(int(name.removeprefix("sm_"))) for name in targets]
     print(f"Triton {triton.__version__}: " + "; ".join(line for line, _ in found))
     sys.exit(not all(fine for _, fine in found))
 

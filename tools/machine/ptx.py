@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 # Of a type, in a register.
 BITS = {"pred": 32, "e4m3x2": 16, "e5m2x2": 16, "f16x2": 32, "bf16x2": 32, "bf16": 16}
+BITS |= {"f32x2": 64}
 BITS |= {f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)}
 
 SPECIAL = {
@@ -30,6 +31,7 @@ NUMBERS = {
     "lt": 1, "eq": 2, "le": 3, "gt": 4, "ne": 5, "ge": 6, "lo": 1, "ls": 3, "hi": 4, "hs": 6,
     "num": 7, "nan": 8, "ltu": 9, "equ": 10, "leu": 11, "gtu": 12, "neu": 13, "geu": 14,
     "rni": 0, "rzi": 1, "rmi": 2, "rpi": 3, "": 0, ".trans": 1,
+    "32x32b": 0, "16x32bx2": 1, "16x256b": 2,
     "idx": 0, "up": 1, "down": 2, "bfly": 3, "u": 0, "s": 1, "f16": 0, "bf16": 1, "tf32": 2,
 }  # fmt: skip
 
@@ -37,12 +39,14 @@ NUMBERS = {
 # words of a letter and the place of PTX's operand: d destination and s source (:64 bits, :1 those
 # of the type in the first group), p both of d|p, D and S
 # registers in braces, R a register and its bits, a [address], m and c the map and the coordinates
-# of [map, {coordinates}], n a number, l a label; # a group of the opcode as a number; - nothing,
-# which is -1, as is a word with ? whose operand isn't there.
+# of [map, {coordinates}], t whether it is an [address] of tensor memory and that, or a descriptor;
+# n a number, l a label; # a group of the opcode as a number; - nothing, which is -1, as is a word
+# with ? whose operand isn't there.
 _SHARED = r"\.shared(?:::cta)?"
 _NUMBER = r"([suf]\d+|bf16)"
 _MMA = r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(f16|bf16|tf32)\.\2\.f32"
 _BULK_LOAD = r"\.shared::(?:cta|cluster)\.global(?:\.tile)?\.mbarrier::complete_tx::bytes"
+_COMMIT = r"\.mbarrier::arrive::one(?:\.shared::(?:cluster|cta))?\.b64"
 TABLE = [
     (r"ret|exit", "ret", ""),
     (r"trap", "trap", ""),
@@ -54,7 +58,7 @@ TABLE = [
     (r"shfl\.sync\.(idx|up|down|bfly)\.b32", "shfl", "d0 s1 s2 s3 #1"),
     (r"elect\.sync", "elect", "p0"),
     (r"redux\.sync\.(add|and|or|xor)\.[usb]32", "redux.{1}", "d0 s1"),
-    (r"redux\.sync\.(min|max)\.([us]32)", "redux.{1}.{2}", "d0 s1"),
+    (r"redux\.sync\.((?:min|max)(?:\.NaN)?)\.([usf]32)", "redux.{1}.{2}", "d0 s1"),
     (r"setp\.(\w+)\.(b?f16x2)", "setp.{2}", "p0 s1 s2 #1"),
     (r"setp\.(\w+)\.(\w+)", "setp.{2}", "d0 - s1:2 s2:2 #1"),
     (r"cvt\.([us])(\d+)\.([us])(\d+)", "cvt.integer", "R0 R1 #4 #3 #2 #1"),
@@ -74,6 +78,16 @@ TABLE = [
     (r"cp\.async\.wait_group", "cp.async.wait_group", "n0"),
     (rf"cp\.async\.bulk\.tensor\.\dd{_BULK_LOAD}", "bulk.load", "m1 a0 a2 c1"),
     (rf"cp\.async\.bulk\.tensor\.\dd\.global{_SHARED}\.bulk_group", "bulk.store", "m0 a1 c0"),
+    (rf"tcgen05\.alloc\.cta_group::1\.sync\.aligned{_SHARED}\.b32", "tcgen05.alloc", "a0 n1"),
+    (r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", "tcgen05.dealloc", "s0 n1"),
+    (r"(tcgen05\.relinquish_alloc_permit)\.cta_group::1\.sync\.aligned", "{1}", ""),
+    (r"tcgen05\.ld\.sync\.aligned\.(\d+x\d+bx?2?)\.x\d+\.b32", "tcgen05.ld", "#1 a1 n2? D0"),
+    (r"tcgen05\.st\.sync\.aligned\.(\d+x\d+bx2)\.x\d+\.b32", "tcgen05.st", "#1 a0 n1 S2"),
+    (r"tcgen05\.st\.sync\.aligned\.(\d+x\d+b)\.x\d+\.b32", "tcgen05.st", "#1 a0 - S1"),
+    (r"(tcgen05\.wait::(?:ld|st))\.sync\.aligned", "{1}", ""),
+    (r"tcgen05\.fence::.*", "nop", ""),
+    (r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)", "tcgen05.mma", "#1 a0 t1 s2:64 s3 s4"),
+    (rf"tcgen05\.commit\.cta_group::1{_COMMIT}", "tcgen05.commit", "a0"),
     (r"cp\.async\.bulk\.commit_group", "bulk.commit_group", ""),
     (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait_group", "n0"),
     (rf"mbarrier\.init{_SHARED}\.b64", "mbarrier.init", "s1 a0"),
@@ -263,6 +277,10 @@ class _Decoder:
             return [self.register(name), self.registers[name][1], offset]
         return [self.constant(self.number(name), True), 64, offset]
 
+    def operand_a(self, text: str) -> list[int]:
+        """Whether a tcgen05.mma's is in tensor memory, and its address there; or a descriptor."""
+        return [1, *self.address(text)] if text[0] == "[" else [0, self.source(text, 64), 64, 0]
+
     # Instructions
 
     def instruction(self, text: str) -> None:
@@ -308,6 +326,8 @@ class _Decoder:
             return [-1]
         if kind == "#":
             group = found[index] or ""
+            if not group.isdigit() and group not in NUMBERS:
+                raise UnknownError(f".{group}")
             return [int(group) if group.isdigit() else NUMBERS[group]]
         text = operands[index]
         size = int(bits or "32")
@@ -325,6 +345,7 @@ class _Decoder:
             "a": lambda: self.address(text),
             "m": lambda: [self.source(inside.strip(), 64)],
             "c": lambda: [self.source(each) for each in _in_braces(coordinates.strip())],
+            "t": lambda: self.operand_a(text),
             "n": lambda: [self.number(text)],
             "l": lambda: self.jump(text),
         }[kind]()
@@ -390,6 +411,8 @@ class _Decoder:
         widths = {n: bits for n in range(len(operands))} | _OTHER_BITS.get(kind, {})
         if "wide" in kept:
             widths |= {0: 2 * bits, 3: 2 * bits}
+        if kept[-1:] == ["f32"]:  # halves, added to a float32 into a float32
+            widths |= {0: 32, len(operands) - 1: 32}
         if type_name == "pred":
             operands = ["1" if each == "-1" else each for each in operands]
             if kind in ("and", "or", "xor"):

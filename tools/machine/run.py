@@ -1,6 +1,8 @@
 """Calls of fastlora on the PTX that Triton compiles for them: ``make machine``.
 
     python -m tools.machine [--target sm_80 sm_90] [--quick] [--only "layer f32"] [--rows all]
+    python -m tools.machine --quick --share 4    # each case on two of the eight cards
+    python -m tools.machine --quick --triton ci  # under two Tritons
 
 A line a case: ok, or MISS with the error, the fault, the races; skip where no tile fits the target;
 unsupported where the PTX has what the machine doesn't know.  Each runs twice: launch by launch, and
@@ -11,15 +13,16 @@ another order.  The bits must be equal.
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,20 +34,20 @@ from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import use_plan
 from fastlora.ops import kinds
 
-from . import driver, memory
+from . import driver, memory, table, tritons
 from .cases import Case, Results, case_of, names
+from .driver import CARDS
 
-TARGETS = ("sm_80", "sm_90")
 MOST_ROWS = max(len(rows) for table in config.DEFAULTS.values() for rows in table.values())
 
 
 @contextmanager
 def only_row(target: str, i: int) -> Iterator[None]:
     """The i-th configuration of each table alone, or its last."""
-    before = dict(config.DEFAULTS)
-    for key, table in before.items():
-        if key[0] == target:
-            rows = {name: (of_one[min(i, len(of_one) - 1)],) for name, of_one in table.items()}
+    before, row = dict(config.DEFAULTS), CARDS[target].name
+    for key, of_kernel in before.items():
+        if key[0] == row:
+            rows = {name: (of_one[min(i, len(of_one) - 1)],) for name, of_one in of_kernel.items()}
             config.DEFAULTS[key] = rows
     _forget()
     try:
@@ -116,18 +119,29 @@ def _are_same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
     return torch.equal(*bits)
 
 
+def chosen(target: str, asked: argparse.Namespace) -> Iterator[str]:
+    """The names of its cases: all that are asked for, or its share of them.
+
+    By ``--share N`` one card of each N takes a case, which another Triton gives to other ones.
+    """
+    place = asked.target.index(target)
+    for name in names(asked.quick):
+        taken_by = zlib.crc32(f"{triton.__version__} {name}".encode())
+        has_words = {*asked.only.split()} <= {*re.split("[ /]", name), *name.split()}
+        if has_words and taken_by % asked.share == place % asked.share:
+            yield name
+
+
 def run(target: str, asked: argparse.Namespace) -> list[dict]:
     """Every case for one target, in this process; it prints as it goes."""
-    driver.install(target)
+    driver.install(target, asked.processors)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors are NaN
     rows = {"": [None], "all": range(MOST_ROWS)}.get(asked.rows) or [int(asked.rows)]
     found = []
     for i in rows:
         with nullcontext() if i is None else only_row(target, i):
-            for name in names(asked.quick):
-                if not {*asked.only.split()} <= {*re.split("[ /]", name), *name.split()}:
-                    continue
+            for name in chosen(target, asked):
                 one = judged(case_of(name), asked) | {"target": target, "row": i}
                 found.append(one)
                 if not asked.misses or one["result"] not in ("ok", "skip"):
@@ -139,34 +153,62 @@ def run(target: str, asked: argparse.Namespace) -> list[dict]:
     return found
 
 
-def main() -> None:
+def _asked(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS, metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="what reaches every way of a kernel")
-    parser.add_argument("--rows", default="", help="the i-th configuration of each table, or all")
-    parser.add_argument("--only", default="", help="cases whose names have all of these words")
-    parser.add_argument("--orders", type=int, default=2, help="in how many orders each case runs")
-    parser.add_argument("--allow", default="", help="kinds of races that are no miss: a,b")
-    parser.add_argument("--misses", action="store_true", help="print these alone, and the sum")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    add = parser.add_argument
+    add("--target", nargs="+", default=[*CARDS], choices=CARDS, metavar="NAME")
+    add("--quick", action="store_true", help="what reaches every way of a kernel")
+    add("--rows", default="", help="the i-th configuration of each table, or all")
+    add("--only", default="", help="cases whose names have all of these words")
+    add("--share", type=int, default=1, metavar="N", help="one card of each N runs a case")
+    add("--processors", type=int, help="so few: a persistent program has several tiles")
+    add("--orders", type=int, default=2, help="in how many orders each case runs")
+    add("--allow", default="", help="kinds of races that are no miss: a,b")
+    add("--misses", action="store_true", help="print these alone, and the sum")
+    add("--triton", nargs="*", metavar="X.Y.Z", help="under these, or under ci's two")
+    add("--json", type=Path, help="write what was found of each case to this file")
+    add("--save", action="store_true", help="write the sums to the results of docs/kernels.md")
+    asked = parser.parse_args(words)
+    if asked.share > len(asked.target):
+        parser.error(f"--share {asked.share} of {len(asked.target)} cards would leave cases out")
+    return asked
+
+
+def main() -> None:
+    asked = _asked()
+    if asked.triton:
+        passed = [tritons.run_under(each, sys.argv[1:]) for each in tritons.versions(asked.triton)]
+        sys.exit(not all(passed))
     if len(asked.target) == 1:
         found = run(asked.target[0], asked)
     else:  # Triton compiles for one in a process
         memory.library()  # built once
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(len(asked.target), spawn) as pool:
-            found = [one for part in pool.map(run, asked.target, repeat(asked)) for one in part]
+        with spawn.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+            parts = pool.map(partial(run, asked=asked), asked.target, chunksize=1)
+        found = [one for part in parts for one in part]
     if asked.json:
         text = json.dumps({"triton": triton.__version__, "cases": found}, indent=1)
         asked.json.write_text(f"{text}\n", encoding="utf-8")
     if not found:
-        parser.error(f"no case has all the words of {asked.only!r}")
-    sums = []
-    for name in asked.target:
-        counts = Counter(one["result"] for one in found if one["target"] == name)
-        words = [f"{count} {result}" for result, count in counts.items()]
-        sums.append(f"{name}: {', '.join(words)} of {counts.total()} cases")
+        sys.exit(f"no case has all the words of {asked.only!r}")
+    cards = {
+        name: Counter(one["result"] for one in found if one["target"] == name)
+        for name in asked.target
+    }
+    sums = [f"{name}: {table.said(of)} of {of.total()} cases" for name, of in cards.items()]
     launches = sum(len(one["launches"]) for one in found)
     print(f"{'; '.join(sums)}; {launches} launches, Triton {triton.__version__}")
+    if asked.save:
+        table.add(_words(asked), triton.__version__, cards)
     sys.exit(any(one["result"] not in ("ok", "skip") for one in found))
+
+
+def _words(asked: argparse.Namespace) -> str:
+    """Those that chose the cases."""
+    words = {"--quick": asked.quick, f"--share {asked.share}": asked.share > 1}
+    words |= {
+        f"--rows {asked.rows}": asked.rows,
+        f"--processors {asked.processors}": asked.processors,
+    }
+    return " ".join(word for word, said in words.items() if said)

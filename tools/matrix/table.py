@@ -42,7 +42,7 @@ def cells(results: dict) -> str:
 
 def triton(results: dict) -> str:
     """A line for each Triton, and what passed under it."""
-    lines = [("Triton", "pinned by torch", "compiled", "launched", "sm_80", "sm_90")]
+    lines = [("Triton", "pinned by torch", "compiled", "launched")]
     for version, row in results["triton"].items():
         lines.append((version, *row))
     return pipes(lines)

@@ -1,0 +1,44 @@
+"""What ran on the machine, as a table: ``python tools/machine/table.py RESULTS.json``.
+
+A line for each Triton and set of cases, a column for each card.  It needs Python alone.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from report import pipes
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "machine.json"
+
+
+def add(cases: str, version: str, cards: dict[str, dict[str, int]]) -> None:
+    """What came of cases, chosen by these words, on each card under a Triton: results and counts.
+
+    In the place of what came of the same before.
+    """
+    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    rows = [row for row in rows if (row["cases"], row["triton"]) != (cases, version)]
+    rows.append({"triton": version, "cases": cases, "cards": cards})
+    lines = [json.dumps(row) for row in sorted(rows, key=lambda row: (row["cases"], row["triton"]))]
+    RESULTS.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def said(counts: dict[str, int]) -> str:
+    """``17 ok, 1 MISS``."""
+    return ", ".join(f"{count} {result}" for result, count in counts.items())
+
+
+def table(rows: list[dict]) -> str:
+    cards = [*dict.fromkeys(name for row in rows for name in row["cards"])]
+    lines = [("Triton", "cases", *cards)]
+    for row in rows:
+        cells = [said(row["cards"].get(name, {})) for name in cards]
+        lines.append((row["triton"], f"`{row['cases']}`", *cells))
+    return pipes(lines)
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
