@@ -149,8 +149,9 @@ def _say(outer: Any, attributes: dict[str, Any], config: Any) -> None:
     outer.__dict__.update(attributes)
     if config is not None:
         outer.config.quantization_config = config
-    elif hasattr(outer.config, "quantization_config"):
-        del outer.config.quantization_config
+    else:  # the other is transformers 4's, which can't write it without the first
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            outer.config.__dict__.pop(name, None)
     for module in outer.modules():
         about: Any = getattr(module, "config", None)
         if hasattr(about, "_is_quantized"):
