@@ -22,6 +22,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from bits import wants_equal_bits
 from device import DEVICE
 from older import pytest_itemcollected as pytest_itemcollected
 
@@ -30,6 +31,14 @@ from fastlora.backends import products
 
 if DEVICE != "cpu":
     os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel is to fail its tests
+
+
+def pytest_collection_modifyitems(config, items):
+    """Nobody marks a test ``bits``, and so none is forgotten."""
+    if "bits" in config.option.markexpr:
+        for item in items:
+            if wants_equal_bits(item.function):
+                item.add_marker("bits")
 
 
 @pytest.fixture(autouse=True)
