@@ -48,6 +48,7 @@ def read_linear(
         key = f"{name}.weight"
         header = {"tensor_names": json.dumps([key]), key: about()[key]}
         weight = theirs.unflatten_tensor_state_dict(tensors, header)[0][key]
-        made = nn.Linear(own.in_features, own.out_features, False, device="meta")
+        how: Any = {"device": "meta", "dtype": weight.dtype}
+        made = nn.Linear(own.in_features, own.out_features, False, **how)
         made.weight = nn.Parameter(weight.to(device), requires_grad=False)
     return made.train(linear.training)
