@@ -14,6 +14,7 @@ from torch import nn
 from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
+from .model.quantizer import saving_adapters_alone
 
 try:
     from transformers import Trainer
@@ -41,7 +42,8 @@ class AdapterTrainer(Trainer):
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         if model is not None:  # before anything is made of it
             _check_model(model)
-        super().__init__(model, *args, **kwargs)
+        with saving_adapters_alone():
+            super().__init__(model, *args, **kwargs)
         _check_model(self.model)  # which ``model_init`` may have made
         _check_engine(self)
 

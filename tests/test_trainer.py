@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import refused
+from models import randomise, refused
 from ranks import Ranks
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -70,6 +70,30 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, tmp_path):
     resumed = trainer_for(adapted(seed=3, **kind), tmp_path / "half", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert_same(result(resumed), expected)
+
+
+@pytest.mark.parametrize("trainer", [Trainer, AdapterTrainer])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3", "gpt-oss", "nemotron"])
+def test_a_resumed_mixture_is_the_run_without_a_stop(name, trainer, tmp_path):
+    """transformers saves Mixtral's experts, and all of Nemotron, under other names."""
+    moe_models = pytest.importorskip("moe_models")
+
+    def mixture(seed):
+        torch.manual_seed(1)
+        model = moe_models.base_model(name, vocab_size=VOCABULARY)
+        targets = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+        targets |= {"target_parameters": moe_models.parameters_of(name)}
+        torch.manual_seed(seed)
+        return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(r=2, **targets)), 0.1)
+
+    whole = trainer_for(mixture(2), tmp_path / "whole", trainer)
+    whole.train()
+    half = trainer_for(mixture(2), tmp_path / "half", trainer)
+    half.add_callback(Stop())
+    half.train()
+    resumed = trainer_for(mixture(3), tmp_path / "half", trainer)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(result(resumed), result(whole))
 
 
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path, caplog):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..layers import mlp
@@ -17,9 +18,11 @@ from ..layers.members import class_over
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
 from ..layers.packed import PackedWeight, packed_names, plain_class_of
 from ..projection import check_switch
-from ..quant import vendor_of
+from ..quant import bitsandbytes, vendor_of
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
+from .loading import watch_loading
+from .quantizer import admit_training, give_back_quantizer
 from .targets import (
     check_places,
     find_targets,
@@ -40,6 +43,7 @@ class Injection:
     saved_modules: tuple[str, ...]  # names of the modules that train in full
     trained_before: frozenset[str]  # names of the parameters that required gradients before
     untied: tuple["Untied", ...]
+    loading: RemovableHandle  # of what watches load_state_dict
     has_embeddings: bool = False  # a file brought other embeddings than the base model's
 
 
@@ -171,7 +175,12 @@ def inject(
         module.requires_grad_(True)
     for name in trained_biases(model, config.bias, targets):
         model.get_parameter(name).requires_grad_(True)
-    injection = Injection(config, tuple(targets), tuple(saved), trained_before, untied)
+    for module in model.modules():
+        if not isinstance(module, Adapted):
+            bitsandbytes.keep_gradients(module)
+    admit_training(model)
+    names = tuple(targets), tuple(saved)
+    injection = Injection(config, *names, trained_before, untied, watch_loading(model))
     model.__dict__[RECORD] = injection
     if frozen:
         take_frozen(model.modules())
@@ -201,6 +210,10 @@ def remove_lora(model: nn.Module) -> nn.Module:
     for module in inner.modules():  # parts of a model may have been adapted one by one
         injection = module.__dict__.pop(RECORD, None)
         if injection is not None:
+            injection.loading.remove()
+            give_back_quantizer(module)
+            for inside in module.modules():
+                bitsandbytes.repack_again(inside)
             for name, parameter in _named(module):
                 parameter.requires_grad_(name in injection.trained_before)
     return model

@@ -1,5 +1,6 @@
 """bitsandbytes' ``Linear4bit`` (NF4, FP4) and ``Linear8bitLt`` (LLM.int8)."""
 
+import sys
 from copy import copy
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..formats.integers import Int8Rows
 from .vendor import PackedLayer
 
 _MODULES = "bitsandbytes.nn.modules"
+_REPACKS = "support_avx512bf16_for_cpu"
 # 1 / 127 is what the library multiplies SCB by, in float32.
 _FACTOR = 1.0 / 127.0
 
@@ -57,6 +59,34 @@ def pack(layer: nn.Module, weight: Tensor) -> None:
     )
     own.weight = made.to(device)
     own.quant_state = own.weight.quant_state
+
+
+def keep_gradients(layer: nn.Module) -> None:
+    """Let a frozen Linear4bit give x its gradient after a call in evaluation, too.
+
+    On a CPU with AVX512-BF16 such a call lays the weight anew, for a kernel without gradients, and
+    rounds its absmax to bfloat16.
+    """
+    own: Any = layer
+    if hasattr(layer, _REPACKS) and derived_from(type(layer), _MODULES, "Linear4bit"):
+        setattr(layer, _REPACKS, False)
+        if getattr(_state_of(own), "packing_format_for_cpu", False):
+            back = sys.modules[_MODULES]._convert_weight_packed_for_cpu_inverse
+            own.weight.data, own.weight.quant_state = back(own.weight.data, _state_of(own))
+            own.quant_state = own.weight.quant_state
+
+
+def repack_again(layer: nn.Module) -> None:
+    """What it was before :func:`keep_gradients`."""
+    if hasattr(layer, _REPACKS) and derived_from(type(layer), _MODULES, "Linear4bit"):
+        setattr(layer, _REPACKS, sys.modules[_MODULES].has_avx512bf16())
+
+
+def before_loading(layer: nn.Module) -> None:
+    """Let a Linear8bitLt that has been called take the SCB of a state dict: its weight has it."""
+    own: Any = layer
+    if derived_from(type(layer), _MODULES, "Linear8bitLt") and own.state.SCB is not None:
+        own.weight.SCB = own.state.SCB
 
 
 def _state_of(layer: Any) -> Any:

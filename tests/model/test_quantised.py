@@ -266,3 +266,29 @@ def test_the_state_dict_of_hqq_s_layer_has_the_adapter_and_loads_it():
         nn.init.zeros_(getattr(model[0], name))
     model.load_state_dict(state)
     assert torch.equal(model(x), expected)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("evaluated", ["before", "after"])
+def test_a_frozen_four_bit_layer_gives_x_its_gradient_after_an_evaluation(evaluated):
+    """bitsandbytes lays its weight anew, on a CPU with AVX512-BF16, and then gives none."""
+    import bnb_layers
+
+    model = nn.Sequential(quantised("nf4", 256, 128), quantised("nf4", 128, 64))
+    x, frozen = torch.randn(5, 256), model[1]
+    if evaluated == "before":
+        bnb_layers.repack(frozen)
+    weight = quantised_weight(frozen).weight.dense(F32)
+    fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    with torch.no_grad():
+        model.eval()(x)
+    y = model.train()(x)
+    y.backward(torch.ones_like(y))
+    found, model[0].lora_A.grad = model[0].lora_A.grad, None
+    y = model[0](x) @ weight.T
+    y.backward(torch.ones_like(y))
+    bits = 8 if evaluated == "before" else 17  # it stays rounded to bfloat16
+    assert (found - model[0].lora_A.grad).norm() <= 2**-bits * found.norm()
+    repacks = type(frozen)(8, 8).support_avx512bf16_for_cpu
+    fastlora.remove_lora(model)
+    assert frozen.support_avx512bf16_for_cpu == repacks
