@@ -16,6 +16,11 @@ from ..ops.functional import lora_linears
 from ..projection import Output, Projection, as_outputs, shown
 from .members import tensor_of
 
+# Of a tensor on meta.
+UNLOADED = (
+    "without numbers: load it, or take accelerate's offload away first "
+    "(accelerate.hooks.remove_hook_from_submodules(model))"
+)
 _TENSORS = ("weight", "lora_A", "lora_B", "bias")
 
 
@@ -184,9 +189,7 @@ class AdaptedWeight:
         """
         device = self._device()
         if device.type == "meta":
-            raise ValueError(
-                f"{name} can't be merged: its weight is on meta, without numbers: load it"
-            )
+            raise ValueError(f"{name} can't be merged: its weight is on meta, {UNLOADED}")
         labels, shapes = self.pair_names(), self.adapted_features.shapes(self.r)
         for label, shape in zip(labels, shapes, strict=True):
             tensor: Any = getattr(self.adapted_module, label, None)

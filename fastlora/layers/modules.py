@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
-from .adapted import Adapted, AdaptedWeight
+from .adapted import UNLOADED, Adapted, AdaptedWeight
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 # What wrappers inside of a model add to names: torch.compile, checkpointing, FSDP1.
@@ -59,7 +59,7 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
     """The same tensors under the same keys; those that are sharded are gathered.
 
     The model is given in all its wrappers, and every rank must call it.  Raises ValueError for
-    tensors of DeepSpeed's ZeRO-3.
+    tensors of DeepSpeed's ZeRO-3, and for those without numbers.
     """
     for key, tensor in tensors.items():
         if getattr(tensor, "ds_shape", tensor.shape) != tensor.shape:  # empty between calls
@@ -84,7 +84,21 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
         elif is_dtensor(tensor):
             part: Any = tensor
             found[key] = part.to(part.device_mesh.device_type).full_tensor()
+        elif tensor.is_meta:
+            found[key] = _offloaded(unwrap(model), names.get(id(tensor), ""), key)
     return found
+
+
+def _offloaded(model: nn.Module, name: str, key: str) -> Tensor:
+    """The numbers of a tensor that accelerate's hooks keep elsewhere between calls."""
+    parts = name.split(".")
+    for end in range(len(parts)):  # of the module or of one around it
+        hook: Any = model.get_submodule(".".join(parts[:end])).__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            value = (getattr(one, "weights_map", None) or {}).get(".".join(parts[end:]))
+            if value is not None and not value.is_meta:
+                return value
+    raise ValueError(f"{key} is on the meta device, {UNLOADED}")
 
 
 def copy_whole(value: Tensor, parameter: Tensor) -> None:

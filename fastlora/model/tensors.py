@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.adapted import UNLOADED
 from ..layers.expert_layer import ExpertsWeight
 from ..layers.modules import called, lora_layers, plain_name, some
 from ..projection import shown
@@ -232,7 +233,7 @@ def _check_keys(wanted: Mapping[str, Tensor], stored: Mapping[str, Planned], pat
         if tensor.is_floating_point() != getattr(dtype, "is_floating_point", False):
             raise ValueError(f"{path} has {key} of {dtype}, the model of {tensor.dtype}")
         if tensor.is_meta:
-            raise ValueError(f"{key} is on the meta device: load the base model's weights first")
+            raise ValueError(f"{key} is on the meta device, {UNLOADED}")
 
 
 def _check_stored(

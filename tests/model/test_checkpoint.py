@@ -87,6 +87,29 @@ def test_loading_into_a_model_on_the_meta_device(tmp_path):
         fastlora.load_adapter(model, tmp_path)
 
 
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+def test_what_accelerate_has_offloaded_is_saved(to, tmp_path):
+    hooks = pytest.importorskip("accelerate.big_modeling")
+    settings = {"target_modules": ["up"], "bias": "all", "modules_to_save": ["head"]}
+    model, expected = adapted(**settings), tmp_path / "expected"
+    fastlora.save_adapter(model, expected)
+    place = {"offload_dir": tmp_path / "weights"} if to == "disk" else {}
+    getattr(hooks, f"{to}_offload")(model, execution_device=torch.device("cpu"), **place)
+    model(torch.randn(2, 8))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    fastlora.save_adapter(model, tmp_path / "saved")
+    assert (tmp_path / "saved" / WEIGHTS).read_bytes() == (expected / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="take accelerate's offload away first"):
+        fastlora.load_adapter(model, expected)
+
+
+def test_what_has_no_numbers_is_not_saved(tmp_path):
+    model = adapted(target_modules=["up"]).to("meta")
+    with pytest.raises(ValueError, match=r"up\.lora_A\.weight is on the meta device, without numb"):
+        fastlora.save_adapter(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_config_without_alpha_means_peft_s_default(tmp_path):
     fastlora.save_adapter(adapted(target_modules=["up"], lora_alpha=8), tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
