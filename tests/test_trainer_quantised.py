@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from models import randomise
-from quantised_bases import KINDS, quantised_base
+from quantised_bases import KINDS, UNSAVED, quantised_base
 from torch import nn
 from trainer_runs import STEPS, Stop, losses, trainer_for
 from transformers import Trainer
@@ -17,7 +17,6 @@ from transformers import Trainer
 import fastlora
 from fastlora.trainer import AdapterTrainer
 
-UNSAVED = ("gguf", "gguf-made-dense")
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -72,6 +71,8 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path
 @pytest.mark.parametrize("trainer", [Trainer, AdapterTrainer])
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "float8"])
 def test_the_best_one_is_loaded_at_the_end(kind, trainer, folder, tmp_path):
+    if trainer is Trainer and kind in UNSAVED:
+        pytest.skip("refused: see below")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_steps": 1}
     best |= {"greater_is_better": True}  # so that it isn't the last
     run = trainer_for(adapted(kind, folder), tmp_path, trainer, **EVALUATED | best)
@@ -82,7 +83,7 @@ def test_the_best_one_is_loaded_at_the_end(kind, trainer, folder, tmp_path):
 
 @pytest.mark.parametrize("kind", UNSAVED)
 def test_trainer_refuses_at_once_what_transformers_can_t_save(kind, folder, tmp_path):
-    message = r"can't save this quantised base \(gguf\).*use fastlora\.trainer\.AdapterTrainer"
+    message = r"can't save this quantised base .*use fastlora\.trainer\.AdapterTrainer"
     model = adapted(kind, folder)
     for _ in range(2):  # the second one after an AdapterTrainer
         with pytest.raises(ValueError, match=message):
