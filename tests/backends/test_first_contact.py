@@ -342,11 +342,14 @@ def test_too_little_memory_to_judge_runs_pytorch_s_operations(monkeypatch):
     def none_left(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(first_contact, "_probe", none_left)
+    monkeypatch.setattr(first_contact, "_compared", none_left)
     x, layers = rows(), group()
     with pytest.warns(RuntimeWarning, match="enough memory to judge"):
         found = step(x, layers)
-    agree(found, step(x, layers, backend="torch"))
+    expected = step(x, layers, backend="torch")
+    agree(found, expected)
+    monkeypatch.setattr(first_contact, "_judged", lambda *_: pytest.fail("judged again"))
+    agree(step(x, layers), expected)
     assert not trust._verdicts
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...blocks import block_of_rows
 from ...projection import Adapter, Base, Layout, Output, flatten
 from .. import torch as torch_backend
 from ..protocol import Call
@@ -31,6 +30,7 @@ REPEATS = 16
 # How much larger an error may be than PyTorch's own, whose sums have another order.
 _SLACK = 8.0
 _FEW = 32  # rows or columns
+_BLOCK = 2**21  # elements that are compared at once
 _SEED = 12
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 # What a tensor is.  In a trial, random numbers take the place of rows and adapters; all but what a
@@ -130,9 +130,10 @@ def _judged(
             except kernels.Unproven:  # these were found wrong before
                 return right
             except torch.OutOfMemoryError:
+                trust.give_up(trial)
                 warnings.warn(
-                    "there isn't enough memory to judge Triton kernels for the first time: this "
-                    "call runs on PyTorch's operations",
+                    "there isn't enough memory to judge Triton kernels for the first time: calls "
+                    "of this kind run on PyTorch's operations in this process",
                     RuntimeWarning,
                     stacklevel=user_level(),
                 )
@@ -284,7 +285,7 @@ def _worst(ours: Tensor, its: Tensor, truth: Tensor | None, eps: float) -> float
 
 def _blocks(*matrices: Tensor) -> Iterator[list[Tensor]]:
     """Some rows of each, in float64: of a whole result that may be more than there is room for."""
-    step = block_of_rows(matrices[0].device, matrices[0].shape[1])
+    step = max(1, _BLOCK // matrices[0].shape[1])
     for first in range(0, len(matrices[0]), step):
         yield [matrix[first : first + step].double() for matrix in matrices]
 

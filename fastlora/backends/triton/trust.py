@@ -74,12 +74,18 @@ def settle(trial: Mapping[Hashable, "kernels.Resolved"], device: torch.device, f
     for identity in meant:
         one = known[identity, here] = Verdict(identity, here, fault)
         one.write()
-    for found in trial.values():
-        if fault:
-            kernels.keep(found._replace(script=None))
-        elif not always:
+    if fault:
+        give_up(trial)
+    elif not always:
+        for found in trial.values():
             kernels.keep(found)
     return ", ".join(dict.fromkeys(known[each, here].name for each in meant)) or "of a call"
+
+
+def give_up(trial: Mapping[Hashable, "kernels.Resolved"]) -> None:
+    """Calls of these kinds run no kernels any more in this process."""
+    for found in trial.values():
+        kernels.keep(found._replace(script=None))
 
 
 def _known() -> dict[tuple[str, Environment], Verdict]:
