@@ -8,10 +8,12 @@ ARGS ?=
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/demo$(if $(filter --quantised --experts,$(ARGS)),-quantised) ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
+GEMMA = $(if $(filter gemma --model=gemma,$(ARGS)),.venv/demo-gemma)
+
+demo: .venv/demo$(if $(filter --quantised --experts,$(ARGS)),-quantised) $(GEMMA) ## Fine-tune a real model, with fastlora and with PEFT, and compare them (ARGS="--steps 40 …")
 	.venv/bin/python examples/finetune.py $(ARGS)
 
-sweep: .venv/demo ## Train eight LoRA configurations at once, and keep the best (ARGS="--steps 200 …")
+sweep: .venv/demo $(GEMMA) ## Train eight LoRA configurations at once, and keep the best (ARGS="--steps 200 …")
 	.venv/bin/python examples/sweep.py $(ARGS)
 
 test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS="-n 0 --pdb …" in one)

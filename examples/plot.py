@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import numpy
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from table import name_of
 
 STYLES = {  # all sides show where they agree
+    "frozen": {"color": "0.5", "linestyle": ":", "marker": "d"},
     "fastlora": {"color": "C0", "linestyle": "-", "marker": "o"},
     "PEFT": {"color": "C1", "linestyle": "--", "marker": "x"},
     "optimized": {"color": "C2", "linestyle": ":", "marker": "+"},
@@ -17,61 +19,78 @@ STYLES = {  # all sides show where they agree
     "MXFP4 experts": {"color": "C3", "linestyle": "-.", "marker": "s"},
     "NF4 experts": {"color": "C4", "linestyle": (0, (1, 3)), "marker": "^"},
 }
+# A phone is 390 points wide: so is the picture, with letters of 10 to 11, at two pixels a point.
+SIZE, DOTS = (390 / 72, 340 / 72), 144
+LETTERS = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"}
 
 
 def plot(results_file: Path, picture: Path) -> None:
     """The same file gives the same picture."""
     report = json.loads(results_file.read_text())
     settings, machine, results = report["settings"], report["machine"], report["results"]
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    draw_losses(left, results, settings["batch"] * settings["seq_len"])
-    draw_times(middle, results, report["step_time_over_peft"])
-    draw_memory(right, results)
-    where = machine["gpu"] or f"{machine['processor']}, threads: {machine['threads']}"
-    what = f"{settings['model']}, LoRA r = {settings['rank']}, {settings['dtype']}"
-    figure.suptitle(f"{what}, on {where}")
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    with rc_context(LETTERS):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        grid = figure.add_gridspec(2, 2)
+        times, memory = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+        draw_times(times, results, report["step_time_over_peft"])
+        draw_memory(memory, results)
+        tokens = settings["batch"] * settings["seq_len"]
+        draw_losses(figure.add_subplot(grid[1, :]), results, tokens)
+        where = machine["gpu"] or f"{machine['processor']}, threads: {machine['threads']}"
+        what = f"{settings['model']}, LoRA r = {settings['rank']}, {settings['dtype']}"
+        figure.suptitle(f"{what}\n{where}", fontsize=10)
+        figure.savefig(picture, format="png", dpi=DOTS, metadata={"Software": None})
+
+
+def draw_times(axes, results: dict, over_peft: dict[str, dict]) -> None:
+    """Each pair of steps as a point, and their median; without PEFT, the seconds."""
+    points = {side: result["seconds_per_step"] for side, result in results.items()}
+    axes.set_title("step time, s")
+    if over_peft:
+        points = {side: over_peft.get(side, {"pairs": [1.0]})["pairs"] for side in results}
+        axes.set_title("step time / PEFT's")
+    draw_bars(axes, {side: numpy.median(values) for side, values in points.items()}, "{:.2f}")
+    for place, values in enumerate(points.values()):
+        if len(values) > 1:
+            across = numpy.linspace(place - 0.25, place + 0.25, len(values))
+            axes.plot(values, across, ".", color="black", alpha=0.4, markersize=3)
+    axes.set_yticks(range(len(points)), [name_of(side).replace(", ", ",\n") for side in points])
+
+
+def draw_memory(axes, results: dict) -> None:
+    """The growth to the peak; empty where the system doesn't tell it."""
+    growth = {side: (each["peak_memory_growth"] or 0) / 2**30 for side, each in results.items()}
+    draw_bars(axes, growth, "{:.2f}")
+    axes.set_title("peak memory growth, GiB")
+    axes.set_yticks([])
+
+
+def draw_bars(axes, values: dict[str, float], form: str) -> None:
+    """From the left, the first on top; the number is at the foot, where no point lies."""
+    colors = [STYLES[side]["color"] for side in values]
+    axes.barh(range(len(values)), values.values(), 0.7, color=colors, alpha=0.5)
+    for place, value in enumerate(values.values()):
+        axes.annotate(
+            form.format(value), (0, place), (4, 0), textcoords="offset points", va="center",
+            weight="bold",
+        )  # fmt: skip
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_losses(axes, results: dict, tokens_per_step: int) -> None:
     for side, result in results.items():
+        if side == "frozen":  # which learns nothing
+            continue
         steps, losses = numpy.transpose(result["held_out_loss"])
         tokens = steps * tokens_per_step / 1000
         axes.plot(
             tokens, losses, **STYLES[side], label=name_of(side), fillstyle="none", markersize=8
         )
-    axes.set(title="held-out loss, nats per token", xlabel="thousand tokens trained on")
+    axes.set_title("held-out loss, nats per token, by thousand tokens trained on")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def draw_times(axes, results: dict, over_peft: dict[str, dict]) -> None:
-    """Each pair of steps as a point, their median and quartiles; without PEFT, the seconds."""
-    points = {side: result["seconds_per_step"] for side, result in results.items()}
-    axes.set_title("seconds of a step")
-    if over_peft:
-        points = {side: ratios["pairs"] for side, ratios in over_peft.items()}
-        axes.set_title("time of a step / PEFT's, in pairs")
-        axes.axhline(1, color="C1", linestyle="--")
-    for place, (side, values) in enumerate(points.items()):
-        color, ends = STYLES[side]["color"], [place - 0.3, place + 0.3]
-        low, middle, high = numpy.percentile(values, [25, 50, 75])
-        axes.plot(numpy.linspace(*ends, len(values)), values, ".", color=color, alpha=0.4)
-        axes.fill_between(ends, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(ends, [middle, middle], color=color)
-        axes.annotate(f"{middle:.2f}", (place + 0.32, middle), va="center")
-    axes.set_xticks(range(len(points)), [name_of(side) for side in points])
-    axes.set(xlim=(-0.6, len(points) - 0.4), ylim=(0, None))
-
-
-def draw_memory(axes, results: dict) -> None:
-    """Bars of the growth to the peak; empty where the system doesn't tell it."""
-    names, colors = [name_of(side) for side in results], [STYLES[side]["color"] for side in results]
-    growth = [(result["peak_memory_growth"] or 0) / 2**30 for result in results.values()]
-    axes.bar_label(axes.bar(names, growth, 0.6, color=colors, alpha=0.7), fmt="%.2f")
-    axes.margins(y=0.1)  # for the label of the tallest
-    axes.set_title("memory that training adds at its peak, GiB")
 
 
 if __name__ == "__main__":

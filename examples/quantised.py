@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
+import numpy
 import torch
 from gguf import GGMLQuantizationType as Kind
 from options import stop
@@ -48,15 +49,27 @@ def model_of_gguf(run: SimpleNamespace) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(run.model)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, run.dtype))
     model.tie_weights()
-    names = names_in_gguf(reader, config.num_hidden_layers)
+    arch = reader.fields["general.architecture"].contents()
+    names = names_in_gguf(arch, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, linear in linear_layers(model).items():
         tensor = tensors[names.get_name(name) + ".weight"]
-        model.set_submodule(name, packed_layer(linear, tensor.data, tensor.tensor_type))
+        blocks = tensor.data
+        if arch == "llama" and (count := heads.get(name.rpartition(".")[2])):
+            blocks = rows_in_halves(blocks, count)
+        model.set_submodule(name, packed_layer(linear, blocks, tensor.tensor_type))
     dense = dict(model.named_parameters())
     with safe_open(Path(run.model, "model.safetensors"), "pt") as file:
         for name in dense.keys() - packed_names(model):
             dense[name].data.copy_(file.get_tensor(name))
     return model.eval()
+
+
+def rows_in_halves(rows: numpy.ndarray, heads: int) -> numpy.ndarray:
+    """Of each head of a Llama's q or k, the rows that RoPE turns together: neighbours in its GGUF,
+    half a head apart in transformers.  A block lies within a row, so none changes."""
+    pairs = rows.reshape(heads, -1, 2, rows.shape[1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def packed_layer(linear: nn.Linear, blocks, kind: Kind) -> GgufLinear:
@@ -81,8 +94,7 @@ def as_q8_0(blocks: Tensor) -> Tensor:
     return torch.cat([scale, numbers.view(torch.uint8)], dim=-1).reshape(rows, -1)
 
 
-def names_in_gguf(reader: gguf.GGUFReader, layers: int) -> gguf.TensorNameMap:
-    name = reader.fields["general.architecture"].contents()
+def names_in_gguf(name: str, layers: int) -> gguf.TensorNameMap:
     [arch] = [arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name]
     return gguf.get_tensor_name_map(arch, layers)
 

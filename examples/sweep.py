@@ -1,6 +1,6 @@
 """Train eight LoRA configurations at once, and keep the best: ranks and learning rates.
 
-    python examples/sweep.py             Gemma 3 270M on Python's documentation: 13 min on 2 cores
+    python examples/sweep.py             SmolLM2 135M on Python's documentation
     python examples/sweep.py --model ./my-model --data my.jsonl --steps 200
 
 --out gets the table, the curves, and every adapter as PEFT's files.  After Ctrl-C, the same command
@@ -12,7 +12,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from options import check_packages, folder, model, number, read_texts
+from options import MODEL, check_packages, folder, model, number, read_texts
+from packaged import PACKAGED, prepare
 
 RANKS, RATES = (2, 8, 32, 128), (1e-4, 5e-4)
 
@@ -20,27 +21,23 @@ RANKS, RATES = (2, 8, 32, 128), (1e-4, 5e-4)
 def main() -> None:
     options = parse_options()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    check_packages(False, options.model is None, quantised=False)
+    packaged = PACKAGED.get(options.model)
+    check_packages(False, packaged.needs() if packaged else [])
     texts = read_texts(options.data)
     # Behind the checks, which need none of these.
     import torch
-    from finetune import GEMMA, prepare_gemma
     from machine import choose_dtype
     from train_one import load, load_model, make_rows
     from transformers import AutoTokenizer
 
     import fastlora
 
-    if options.model is None:
-        prepare_gemma(packed=False)
+    if packaged:
+        options.model = str(prepare(packaged))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choice = choose_dtype("auto", device)
     print(f"{choice['dtype']} on {device}: {choice['why']}", flush=True)
-    run = Namespace(
-        **vars(options)
-        | {"model": options.model or str(GEMMA), "texts": texts, "base": "dense"}
-        | choice
-    )
+    run = Namespace(**vars(options) | {"texts": texts, "base": "dense"} | choice)
     training, held_out = make_rows(load(AutoTokenizer, run), run)
     found = fastlora.sweep(
         load_model(run).to(device),
@@ -67,7 +64,7 @@ def main() -> None:
 def parse_options() -> Namespace:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add, count = parser.add_argument, number(int, 1)
-    add("--model", type=model, help="a local folder or a Hub id (packaged Gemma 3 270M)")
+    add("--model", type=model, default="smollm2", help=MODEL)
     add("--data", type=Path, help='UTF-8 text, or JSONL with "text" (Python\'s documentation)')
     add("--out", type=folder, default="out/sweep", help="a folder for results (%(default)s)")
     add("--steps", type=count, default=100, help="optimizer steps (%(default)s)")

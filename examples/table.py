@@ -12,43 +12,52 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from report import pipes
 
+# What a side's time is compared with, and how that is called.
+OVER = {"PEFT": "PEFT's", "frozen": "the frozen model's"}
 
-def table(report: dict) -> str:
-    """A column for each side, and its ratios to PEFT."""
-    results, step_time = report["results"], report.get("step_time_over_peft")
-    rows = (
+
+def rows_of(report: dict) -> list[tuple[str, ...]]:
+    """A column for each side; a ratio of bytes is that to PEFT's."""
+    results = report["results"]
+    lines = [("", *map(name_of, results))]
+    for base, whose in OVER.items():
+        # Results of before the frozen model was a side lack its ratios.
+        if ratios := report.get(f"step_time_over_{base.lower()}"):
+            cells = ["1" if side == base else with_quartiles(ratios[side]) for side in results]
+            lines.append((f"step time / {whose}, median of pairs (quartiles)", *cells))
+    for title, value, form in (
+        ("tokens / s, median step", lambda side: side["tokens_per_second"], "{:.0f}"),
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
         ("held-out loss after", lambda side: side["held_out_loss"][-1][1], "{:.3f}"),
-        ("tokens / s, median step", lambda side: side["tokens_per_second"], "{:.0f}"),
-        ("weights resident, MiB", lambda side: side["weights_resident"] / 2**20, "{:.0f}"),
-        ("peak memory growth, MiB", lambda side: side["peak_memory_growth"] / 2**20, "{:.0f}"),
-        ("kept for the backward, MiB", lambda side: side["kept_for_backward"] / 2**20, "{:.0f}"),
-    )
-    # Results of before it was counted have no weights.
-    rows = [row for row in rows if "weights" not in row[0] or "weights_resident" in results["PEFT"]]
-    names, sides = {side: name_of(side) for side in results}, list(results)
-    others = [side for side in sides if side != "PEFT"]
-    lines = [("", *(names[side] for side in sides), *(f"{names[side]} / PEFT" for side in others))]
-    for title, value, form in rows:
-        values = {side: value(results[side]) for side in sides}
-        cells = [form.format(values[side]) for side in sides]
-        by_pairs = step_time and title.startswith("tokens")  # its ratio is a row of its own
-        cells += ["" if by_pairs else f"{values[side] / values['PEFT']:.2f}" for side in others]
-        lines.append((title, *cells))
-    if step_time:
-        title = "step time / PEFT's, median of pairs (quartiles)"
-        cells = [""] * len(sides)
-        for side in others:
-            low, high = step_time[side]["quartiles"]
-            cells.append(f"{step_time[side]['median']:.3f} ({low:.3f}–{high:.3f})")
-        lines.append((title, *cells))
-    return pipes(lines)
+    ):
+        lines.append((title, *(form.format(value(result)) for result in results.values())))
+    for title, name in (
+        ("weights resident, MiB", "weights_resident"),
+        ("peak memory growth, MiB", "peak_memory_growth"),
+        ("kept for the backward, MiB", "kept_for_backward"),
+    ):
+        values = {side: result.get(name) for side, result in results.items()}
+        title += " (/ PEFT's)" * ("PEFT" in results)
+        lines.append((title, *(in_mib(values, side) for side in values)))
+    return lines
+
+
+def with_quartiles(ratio: dict) -> str:
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.3f} ({low:.3f}–{high:.3f})"
+
+
+def in_mib(values: dict[str, int | None], side: str) -> str:
+    if values[side] is None:
+        return "not known"
+    over = f" ({values[side] / values['PEFT']:.2f})" if side != "PEFT" and "PEFT" in values else ""
+    return f"{values[side] / 2**20:.0f}{over}"
 
 
 def name_of(side: str) -> str:
     """Those that are called after their base are fastlora's."""
-    known = {"fastlora": "fastlora", "PEFT": "PEFT", "optimized": "PEFT, optimized"}
-    return known.get(side, f"fastlora, {side}")
+    known = {"frozen": "frozen", "fastlora": "fastlora", "PEFT": "PEFT"}
+    return (known | {"optimized": "PEFT, optimized"}).get(side, f"fastlora, {side}")
 
 
 def sweep_table(report: dict) -> str:
@@ -67,4 +76,4 @@ def sweep_table(report: dict) -> str:
 
 if __name__ == "__main__":
     report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(sweep_table(report) if "trials" in report else table(report))
+    print(sweep_table(report) if "trials" in report else pipes(rows_of(report)))

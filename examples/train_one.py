@@ -1,7 +1,7 @@
 """One fine-tuning run: fastlora, PEFT, or PEFT optimised.  Copy from add_adapter and finish.
 
-finetune.py runs main once for each side, in a process of its own.  ``run`` holds its options;
-``run.scratch`` is a folder for files.
+finetune.py runs main once for each side, in a process of its own; one side is the model alone,
+frozen.  ``run`` holds its options; ``run.scratch`` is a folder for files.
 """
 
 import math
@@ -43,7 +43,13 @@ def main(run: SimpleNamespace) -> dict:
 
 
 def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module:
-    """Freeze the model and add an adapter.  PEFT loads fastlora's, so that both start the same."""
+    """Freeze the model and add an adapter.  PEFT loads fastlora's, so that both start the same.
+
+    The frozen side gets none: the gradient goes through all its layers, to the embeddings.
+    """
+    if run.side == "frozen":
+        model.requires_grad_(False).enable_input_require_grads()
+        return model
     initial = run.scratch / "initial"
     if run.with_peft:
         from peft import PeftModel
@@ -104,14 +110,18 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
         logging_steps=1,
         eval_strategy="steps",
         eval_steps=max(4, run.steps // 4),
+        save_strategy="no" if run.side == "frozen" else "steps",
         save_steps=max(1, run.steps // 2),
         dataloader_drop_last=True,
         dataloader_pin_memory=run.device != "cpu",
         label_names=["labels"],  # which Trainer can't read off a PeftModel's signature
         report_to="none",
     )
-    kind = Trainer if run.with_peft else AdapterTrainer
-    trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out)
+    kind, settings = Trainer if run.with_peft else AdapterTrainer, {}
+    if run.side == "frozen":  # Trainer asks for something to optimize
+        nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        kind, settings = Trainer, {"optimizers": (nothing, None)}
+    trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
     trainer.remove_callback(ProgressCallback)  # finetune.py has one for all sides
     return trainer
 

@@ -5,8 +5,11 @@ import importlib
 import multiprocessing
 import signal
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +65,17 @@ def run(name: str, module: str, settings: dict) -> Any:
     answer = worker.answer()
     worker.process.join()
     return answer
+
+
+@contextlib.contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """A folder for what is not whole yet; it goes in the end, and before it who may write there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=folder) as scratch:
+        try:
+            yield Path(scratch)
+        finally:
+            end_all()
 
 
 def end_all() -> None:

