@@ -46,6 +46,7 @@ def main() -> None:
     settings = vars(options) | {"alpha": 2 * options.rank}
     machine = run("measuring the machine", "machine", settings)
     settings |= {"device": machine.pop("device"), "dtype": machine["dtype_choice"]["dtype"]}
+    settings["steps"] = options.steps or (5 if settings["dtype"] == "float32" else 8)
     with scratch_in(options.out) as scratch:
         if options.model is None:
             settings["model"] = str(scratch / "small-moe")
@@ -142,9 +143,10 @@ def print_results(report: dict) -> None:
     print()
     for title, *cells in rows:
         print(title.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
-    print("\na step: forward, backward and optimizer, the sides in turn; the frozen model's has no")
-    print("optimizer, and its backward goes down to the embeddings")
-    print("weights resident: of the base, counted, with the embeddings")
+    print("\na step: forward, backward and optimizer; the sides take turns")
+    if "frozen" in results:
+        print("frozen: without adapters and optimizer; its backward goes down to the embeddings")
+    print("weights resident, where they differ: of the base, counted, with the embeddings")
     if "dense" in results:
         print("fastlora, PEFT: over NF4; dense, GGUF: fastlora's, over such weights")
     if PACKED_EXPERTS[0] in results:

@@ -40,7 +40,7 @@ def parse_options(description: str) -> Namespace:
     add("--target", type=target, default=ATTENTION_AND_MLP, metavar="NAMES", help=names)
     add("--rank", type=count, default=16, help="r; lora_alpha is twice that (%(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.05, help="adapter's input (%(default)s)")
-    add("--steps", type=count, default=8, help="optimizer steps (%(default)s)")
+    add("--steps", type=count, help="optimizer steps (8; in float32, which takes longer, 5)")
     add("--batch", type=count, default=4, help="rows a step (%(default)s)")
     add("--seq-len", type=number(int, 8), default=256, help="tokens a row (%(default)s)")
     add("--lr", type=number(float, 0), default=3e-4, help="AdamW's learning rate (%(default)s)")

@@ -87,7 +87,7 @@ def draw_losses(axes, results: dict, tokens_per_step: int) -> None:
         axes.plot(
             tokens, losses, **STYLES[side], label=name_of(side), fillstyle="none", markersize=8
         )
-    axes.set_title("held-out loss, nats per token, by thousand tokens trained on")
+    axes.set_title("held-out loss, by thousand tokens trained on")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend()

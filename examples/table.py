@@ -24,7 +24,7 @@ def rows_of(report: dict) -> list[tuple[str, ...]]:
         # Results of before the frozen model was a side lack its ratios.
         if ratios := report.get(f"step_time_over_{base.lower()}"):
             cells = ["1" if side == base else with_quartiles(ratios[side]) for side in results]
-            lines.append((f"step time / {whose}, median of pairs (quartiles)", *cells))
+            lines.append((f"step / {whose}, median of pairs (quartiles)", *cells))
     for title, value, form in (
         ("tokens / s, median step", lambda side: side["tokens_per_second"], "{:.0f}"),
         ("held-out loss before", lambda side: side["held_out_loss"][0][1], "{:.3f}"),
@@ -38,7 +38,8 @@ def rows_of(report: dict) -> list[tuple[str, ...]]:
     ):
         values = {side: result.get(name) for side, result in results.items()}
         title += " (/ PEFT's)" * ("PEFT" in results)
-        lines.append((title, *(in_mib(values, side) for side in values)))
+        if name != "weights_resident" or len(set(values.values())) > 1:  # else they say nothing
+            lines.append((title, *(in_mib(values, side) for side in values)))
     return lines
 
 

@@ -73,7 +73,7 @@ def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     frozen = [numbers_of(demo, side, "frozen")[0] for side in ("optimized", "PEFT")]
     yield (
         "README.md",
-        r"frozen model's step it takes (\S+) times, and PEFT's (\S+) times",
+        r"takes (\S+) times the frozen model's step, PEFT's (\S+) times",
         tuple(frozen),
     )
     cells = r" \| step \*\*(\S+)\*\*, memory \*\*(\S+)\*\* \|"
@@ -90,7 +90,9 @@ def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     yield "docs/cpu.md", r"SmolLM2 135M takes \*\*(\S+)\*\* of PEFT's", ours[:1]
     small = demo["results"]["fastlora"]["resized"]
     losses = demo["results"]["fastlora"]["held_out_loss"][-1][1], *small["losses"].values()
-    pattern = r"effective rank (\S+)\) has a\s+held-out\s+loss\s+of\s+(\S+); at 8, 4, 2 and 1 it\s+has"
+    pattern = (
+        r"effective rank (\S+)\) has a\s+held-out\s+loss\s+of\s+(\S+); at 8, 4, 2 and 1 it\s+has"
+    )
     pattern += r"\s+(\S+),\s+(\S+),\s+(\S+)\s+and\s+(\S+)\s"
     shown = f"{small['effective_rank']:.1f}", *(f"{loss:.3f}" for loss in losses)
     yield "docs/rank.md", pattern, shown
