@@ -19,6 +19,8 @@ from pages import (
 
 TABLES = [(page, *found) for page in PAGES for found in TABLE.findall(page.read_text())]
 
+SENTENCES = [*sentences()]
+
 
 @pytest.mark.parametrize(
     ("page", "command", "table"),
@@ -49,8 +51,8 @@ def test_they_are_short():
 
 @pytest.mark.parametrize(
     ("page", "pattern", "numbers"),
-    sentences(),
-    ids=[f"{page}: {', '.join(numbers)}" for page, _, numbers in sentences()],
+    SENTENCES,
+    ids=[f"{page}: {', '.join(numbers)}" for page, _, numbers in SENTENCES],
 )
 def test_a_sentence_repeats_the_numbers_of_a_results_file(page, pattern, numbers):
     [found] = re.finditer(pattern, (ROOT / page).read_text(), re.S)
