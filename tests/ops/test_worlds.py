@@ -358,7 +358,7 @@ def test_a_second_backward_finds_what_the_first_did(name, p):
     for one, other, twice in zip(first, second, third, strict=True):
         if one is not None:
             assert torch.equal(one, other)
-            torch.testing.assert_close(2 * one, twice)
+            torch.testing.assert_close(2 * one, twice, rtol=1e-5, atol=1e-4)  # of other strides
 
 
 @every_kind
