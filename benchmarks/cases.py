@@ -119,10 +119,12 @@ class Case:
                 limit = 1.15 if square else 1.10 if group else 1.08
                 targets += [("both", "fastlora/frozen", limit), ("both", "fastlora/peft", 0.77)]
             return targets
-        quantities = ("forward", "inference", "both") if self.calls_in_a_row > 1 else ("both",)
-        targets = [(quantity, "fastlora/peft", 1.0) for quantity in quantities]
-        if self.table == "few":
-            targets += [(quantity, "peft, optimized/peft", 1.0) for quantity in quantities]
+        if self.table == "few":  # with dropout there is nothing to gain but the same masks
+            names = "fastlora/peft", "peft, optimized/peft"
+            quantities = ("both",) if self.dropout else ("forward", "inference", "both")
+            limit = 1.3 if self.dropout else 1.0
+            return [(quantity, name, limit) for name in names for quantity in quantities]
+        targets = [("both", "fastlora/peft", 1.0)]
         if self.table == "layers" and self.mixed:
             targets.append(("both", f"fastlora/{SAME_DTYPE}", 1.05))
         if self.id in _OVER_FROZEN:

@@ -178,7 +178,7 @@ def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
         own, adapter = case.dtype.itemsize, case.adapter_dtype.itemsize
         allowed = M * case.r * adapter
         allowed += M * K * adapter if case.dropout or adapter != own else 0
-        allowed += M * K * own if case.dropout else 0
+        allowed += M * K if case.dropout else 0  # the mask
     else:
         allowed = n * M * case.r * h_dtype(case.dtype, tensors.x.device).itemsize
         allowed += 8 * n if case.dropout else 0

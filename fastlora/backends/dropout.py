@@ -41,18 +41,7 @@ class DropoutMask:
     def __init__(self, seed: Tensor, shape: Sequence[int], p: float) -> None:
         """``seed``: int64, one element, on the device of the mask."""
         self.p, self.least = p, _least(p)
-        rows, columns = shape
-        low: Any
-        high: Any
-        if _is_here(seed):
-            number = int(seed.item())
-            low, high = _odd(number), _odd(number >> 32)
-            row_hashes, column_hashes = _kept_hashes("rows", rows), _kept_hashes("columns", columns)
-        else:
-            low, high = seed.view(1).view(torch.int32) * 2 + 1
-            row_hashes = _hashes("rows", rows, seed.device)
-            column_hashes = _hashes("columns", columns, seed.device)
-        self.row_keys, self.column_keys = row_hashes.unsqueeze(1) ^ low, column_hashes ^ high
+        self.row_keys, self.column_keys = _keys(seed, shape)
 
     def from_row(self, start: int) -> "DropoutMask":
         """The same mask without the rows before this one."""
@@ -97,6 +86,19 @@ def _least(p: float) -> int:
     return min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
+def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """int32, of every row [rows, 1] and of every column [columns]."""
+    rows, columns = shape
+    low: Any
+    high: Any
+    if _is_here(seed):
+        number = int(seed.item())
+        low, high = _odd(number), _odd(number >> 32)
+        return _kept_hashes("rows", rows) ^ low, _kept_hashes("columns", columns) ^ high
+    low, high = seed.view(1).view(torch.int32) * 2 + 1
+    return _hashes("rows", rows, seed.device) ^ low, _hashes("columns", columns, seed.device) ^ high
+
+
 def _is_here(seed: Tensor) -> bool:
     """Whether its number can be read: on a CPU, where nothing follows operations."""
     followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
@@ -108,6 +110,7 @@ def _odd(half: int) -> int:
     return ((2 * half + 1 + 2**31) & (2**32 - 1)) - 2**31
 
 
+@lru_cache(maxsize=1024)  # views, which a few rows have no time to make
 def _kept_hashes(of: str, count: int) -> Tensor:
     return _first_hashes(of, count.bit_length())[:count]
 
@@ -120,9 +123,9 @@ def _first_hashes(of: str, bits: int) -> Tensor:
 
 
 def _hashes(of: str, count: int, device: torch.device) -> Tensor:
-    """int32 [count] of so many "rows" or "columns": even."""
+    """int32, even: [count, 1] of so many "rows", [count] of "columns"."""
     if of == "rows":
-        return _hash(torch.arange(count, dtype=torch.int32, device=device))
+        return _hash(torch.arange(count, dtype=torch.int32, device=device)).unsqueeze(1)
     pairs = _hash(~torch.arange((count + 1) // 2, dtype=torch.int32, device=device))
     return torch.stack([pairs, pairs * _OF_THE_SECOND], 1).flatten()[:count]
 
@@ -137,4 +140,5 @@ def _hash(numbers: Tensor) -> Tensor:
 
 def dropout_mask(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """The whole keep mask, bool [rows, columns], of a seed (int64, one element)."""
-    return DropoutMask(seed, shape, p).rows(0, shape[0])
+    row_keys, column_keys = _keys(seed, shape)
+    return row_keys * column_keys >= _least(p) << 16

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..backends import backend_name
 from ..foreign import is_same_code
 from ..ops.autocast import autocast_dtype
 from ..ops.gated import gated_mlp
-from ..ops.way import follows, is_few
+from ..ops.way import follows, has_few_rows
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
 from ..quant import PackedLayer
 from .adapted import LoRALayer
@@ -71,15 +70,12 @@ class GatedMLP(nn.Module):
     plain_class: type[nn.Module]  # what it is elsewhere
 
     def forward(self, *args, **named):
-        if len(args) == 1 and not named and follows(args[0]) and not self.why_not_now():
+        is_block_s = len(args) == 1 and not named and follows(args[0])
+        # Few rows keep next to nothing, and to read the block costs more than its products.
+        if is_block_s and not has_few_rows(args[0]) and not self.why_not_now():
             (x,), reading = args, self.read()
             dtypes = _dtypes_of_all(x, reading) if reading.outputs else None
-            if (
-                dtypes is not None
-                and fits(x, reading.outputs[0].base.weight)
-                # Those are faster without a node, and keep next to nothing.
-                and not is_few(x, reading.outputs[:1], backend_name(device=x.device))
-            ):
+            if dtypes is not None and fits(x, reading.outputs[0].base.weight):
                 p, of_down = reading.dropout, reading.down_dropout
                 parts = (*reading.outputs, reading.activation)
                 wide, x = dtypes.inside != dtypes.outside, x.to(dtypes.inside)

@@ -11,11 +11,13 @@ from ..checks import why_not_mixed
 from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
 from .autocast import autocast_dtype, autocast_inputs, autocast_is_on, autocast_off
-from .call import drop_by, run_forward
+from .call import run_forward
 from .function import LoRALinearFunction
 from .library import call_registered
 from .textbook import of_few_rows, textbook, torch_s_dropout
 from .way import OP, TEXTBOOK, is_few, way_of
+
+_SEEDS = -(2**63), 2**63 - 1  # from, to
 
 
 def through(
@@ -88,7 +90,7 @@ def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
     rows = call.rows
     seeds = _seeds(call.layouts, call.dropout, rows, x.device)
     if call.is_few:
-        return (of_few_rows(inputs, call.layouts[0], drop_by(seeds, call)),)
+        return (of_few_rows(inputs, seeds, call),)
     if torch.is_grad_enabled():
         ends = None if rows is None or rows.shares_base else rows.ends
         return LoRALinearFunction.apply(seeds, ends, call, *inputs)
@@ -107,7 +109,10 @@ def _seeds(
 
 def draw_seed(count: int, device: torch.device) -> Tensor:
     """One seed an adapter, from torch's generator, which checkpointing and users replay."""
-    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
+    if torch.compiler.is_compiling():  # inductor has numbers of its own for a randint that it knows
+        randint = torch.ops.aten.randint.low_generator
+        return randint(*_SEEDS, (count,), generator=None, dtype=torch.int64, device=device)
+    return torch.randint(*_SEEDS, (count,), dtype=torch.int64, device=device)
 
 
 def why_torch_refuses(x: Tensor, outputs: Sequence[Output[Tensor]]) -> str:

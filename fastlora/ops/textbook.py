@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
+from ..backends import Call
 from ..formats.format import Quantised
-from ..projection import Adapter, Layout, Output
+from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
 
 # Makes drop(x) of what number of adapter, x's rows, and whose they are.
@@ -70,13 +71,13 @@ def _with_adapter(y: Tensor | None, x: Tensor, adapter: Adapter[Tensor]) -> Tens
     return torch.add(y, linear(thin, lora_b.to(wide)), alpha=scale).to(y.dtype)
 
 
-def of_few_rows(inputs: Sequence[Tensor], layout: Layout, drop: Drop | None) -> Tensor:
+def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> Tensor:
     """The only output of a few rows of x, flat, with as little around the products as can be.
 
     A call with torch's own operations alone is all overhead: 24 µs at one row of 256, of which
     these lines, in the place of the general ones, save 9.
     """
-    x, weight, *rest = inputs
+    (x, weight, *rest), (layout,) = inputs, call.layouts
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     take = iter(rest).__next__
     bias = take() if layout.has_bias else None
@@ -85,11 +86,14 @@ def of_few_rows(inputs: Sequence[Tensor], layout: Layout, drop: Drop | None) -> 
     y = linear(rows, weight, bias)
     for i, scale in enumerate(layout.scales):
         lora_a, lora_b = take(), take()
-        dropped = rows if drop is None else drop(i, rows, None)
+        dropped, factor = rows, float(scale)
+        if seeds is not None:
+            keep = call.backend.dropout_mask(seeds[i], rows.shape, call.dropout)
+            dropped, factor = torch.where(keep, rows, 0.0), factor / (1.0 - call.dropout)
         if lora_a.dtype == y.dtype:
-            y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=float(scale))
+            y.addmm_(linear(dropped, lora_a), lora_b.t(), alpha=factor)
         else:  # float32 beside 16 bits: in float32
-            y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=float(scale))
+            y.add_(linear(linear(dropped.to(lora_a.dtype), lora_a), lora_b), alpha=factor)
     if x.dim() == 2:
         return y
     shape = *x.shape[:-1], y.shape[-1]

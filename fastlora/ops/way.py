@@ -55,15 +55,19 @@ def follows(x: object) -> bool:
     return torch.is_grad_enabled() and isinstance(x, Tensor) and way_of(x)[0] == NODE
 
 
+def has_few_rows(x: Tensor) -> bool:
+    return x.is_cpu and x.dim() > 0 and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+
+
 def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
     """Whether x has few rows on a CPU, and one output, so that a node would be the slower way.
 
     There a call is all overhead, and a node of Python costs more than all of its products.
     """
-    if backend != "torch" or len(outputs) > 1 or x.device.type != "cpu":
+    if backend != "torch" or len(outputs) > 1 or not has_few_rows(x):
         return False
     ((weight, _), adapters), dtype = outputs[0], x.dtype
-    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or isinstance(weight, Quantised):
+    if isinstance(weight, Quantised):
         return False
     if dtype in HALF_DTYPES and is_slow(dtype):
         return False

@@ -27,7 +27,7 @@ from ..ops.kinds import key_of, known, may_be_known, remember
 from ..projection import Adapter, Output, flatten, layouts_of
 from .experts import ParamWrapper
 from .mixed import LoraModel, mixed_forward
-from .reading import Glance, Reading, adapters_now, glance, is_peft_s_few, read, why_not_now
+from .reading import Glance, Reading, adapters_now, glance, read, why_not_now
 
 
 class Linear(PeftLinear):
@@ -66,8 +66,6 @@ def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 def _call(layer: Any, theirs: Callable, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     """A layer's forward: the fast one, or PEFT's, which is ``theirs``."""
-    if not (args or kwargs) and is_peft_s_few(layer, x):
-        return theirs(x)
     y = None
     if not args and not why_not_now():
         if not kwargs:
@@ -205,13 +203,6 @@ def swapped_back(model: nn.Module) -> Iterator[None]:
 
 class Block(mlp.GatedMLP):
     """What an optimised gated MLP becomes, whose layers are PEFT's, or have no adapter."""
-
-    def forward(self, *args, **named):
-        if args and any(
-            isinstance(m, LoraLayer) and is_peft_s_few(m, args[0]) for m in self.children()
-        ):
-            return super(mlp.GatedMLP, self).forward(*args, **named)
-        return super().forward(*args, **named)
 
     def why_not_now(self) -> str:
         return why_not_now()

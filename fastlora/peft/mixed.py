@@ -19,11 +19,15 @@ from peft.tuners.lora.model import LoraModel as PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..backends import asked_backend
+from ..backends.products import are_wide
 from ..layers.frozen import fits
 from ..layers.modules import has_sharded, some
+from ..ops.autocast import autocast_is_on
 from ..ops.functional import multi_lora_linear
+from ..projection import is_plain
 from ..rows import AdapterMapping, Share
-from .reading import is_few, read
+from .reading import read
 
 _NONE = "__base__"  # PEFT's name for no adapter
 _FEW = 64  # rows in all
@@ -42,7 +46,7 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     used, mapping = find(tuple(names), tuple(layer._modules["lora_A"]._modules))
     if not used:
         return None  # it is the base layer's call
-    if not layer.training and not in_mode and is_few(layer, x, _FEW):
+    if not (layer.training or in_mode) and _is_few(layer, x):
         return _few_rows(layer, x, used, mapping.on(x.device).found(len(x)))
     reading = read(layer, used, mixed=True)
     if reading.output is None or not fits(x, reading.output.base.weight):
@@ -56,6 +60,15 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
         )
 
     return run(x) if reading.packed is None else reading.packed.call(x, run)
+
+
+def _is_few(layer: LoraLayer, x: Tensor) -> bool:
+    """Whether x has few rows, on a CPU and beside a plain weight that it multiplies fast."""
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    if not x.is_cpu or x.numel() > _FEW * x.shape[-1] or not (is_plain(x) and is_plain(weight)):
+        return False
+    slow = are_wide(x) or autocast_is_on("cpu") or asked_backend() == "triton"
+    return weight.dtype == x.dtype and not slow
 
 
 def _few_rows(

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..backends import asked_backend
-from ..backends.products import are_wide
 from ..foreign import is_dtensor
 from ..layers.frozen import Reading, read_base, why_not_here, why_not_part
 from ..layers.members import is_hooked, tensor_of
-from ..ops import way
-from ..ops.autocast import autocast_dtype, autocast_is_on
+from ..ops.autocast import autocast_dtype
 from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
 from . import why_never
 from .masks import DROPOUTS
@@ -47,37 +45,6 @@ def adapters_now(layer: Any) -> list[str]:
         return []
     own = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in own]
-
-
-def is_peft_s_few(layer: Any, x: Any) -> bool:
-    """Whether this is a call of few rows that drops: PEFT's own forward takes less time.
-
-    Autograd isn't asked: reentrant checkpointing runs a call without it first, with the same mask.
-    """
-    if not layer.training or layer.lora_variant:
-        return False
-    drops = layer._modules["lora_dropout"]._modules.values()
-    return any([type(drop) is not nn.Identity for drop in drops]) and is_few(
-        layer, x, way.MOST_ROWS
-    )
-
-
-def is_few(layer: Any, x: Any, most_rows: int) -> bool:
-    """Whether x has few rows, on a CPU and beside a plain weight that it multiplies fast.
-
-    There PEFT's operations take less than a node does.  Compiled and under autocast they don't.
-    """
-    if torch.compiler.is_compiling() or not is_plain(x) or not x.is_cpu or x.is_nested:
-        return False
-    weight = layer._modules["base_layer"]._parameters.get("weight")
-    if (
-        not x.dim()
-        or x.numel() > most_rows * x.shape[-1]
-        or not is_plain(weight)
-        or weight.dtype != x.dtype
-    ):
-        return False
-    return not (are_wide(x) or autocast_is_on("cpu") or asked_backend() == "triton")
 
 
 class Glance(NamedTuple):
