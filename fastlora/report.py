@@ -10,7 +10,7 @@ from .backends import planned_backend
 from .formats.format import Quantised
 from .layers.adapted import AdaptedWeight
 from .layers.frozen import Linear, slow_weight
-from .layers.modules import has_sharded, lora_layers, plain_name, some
+from .layers.modules import has_sharded, left_out, lora_layers, plain_name, some
 from .projection import Output
 
 
@@ -159,6 +159,17 @@ def _percent(share: float) -> str:
     if 0.0 < share < 0.01:
         return "under 1 %"
     return "over 99 %" if 0.99 < share < 1.0 else f"{share:.0%}".replace("%", " %")
+
+
+def left_out_notes(model: nn.Module) -> tuple[str, ...]:
+    """On parameters that train apart on each rank.  The model is given in all its wrappers."""
+    names = left_out(model)
+    note = (
+        f"{some(names)}: plain parameters that FSDP, DDP or ZeRO leaves out: each rank trains its "
+        "own, and one rank's are saved.  Attach adapters before fully_shard, FSDP or DDP takes the "
+        "model, and let it take all of them; or average these gradients yourself"
+    )
+    return (note,) if names else ()
 
 
 def cover_lora_linears(model: nn.Module) -> list[LayerCoverage]:

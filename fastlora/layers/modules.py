@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..foreign import FSDP, FULLY_SHARDED, derived_from, is_dtensor
@@ -41,6 +41,48 @@ def inside_of(model: nn.Module, *kinds: tuple[str, str]) -> set[nn.Module]:
     """The modules inside of FSDP's and the like, which leave out parameters that come later."""
     outer = (m for m in model.modules() if any(derived_from(type(m), *kind) for kind in kinds))
     return {inner for module in outer for inner in module.modules()}
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """Of the parameters that train, the names of those whose gradients no wrapper averages.
+
+    FSDP, DDP and ZeRO-3 average those of the parameters that they found.  What they were told to
+    ignore, and what has a hook on its gradient, is in somebody's care, and not listed.
+    """
+    cared: set[int] = set()  # ids
+    over_ranks = False
+    for module in cast(Iterator[Any], model.modules()):
+        if isinstance(module, DistributedDataParallel):
+            over_ranks |= module.process_group.size() > 1
+            ignored, inside = module.parameters_to_ignore, module.module.named_parameters()
+            cared |= {id(p) for p in module._module_parameters}
+            cared |= {id(p) for name, p in inside if name in ignored}
+        elif derived_from(type(module), *FSDP):
+            over_ranks |= module.process_group.size() > 1
+            cared |= set(map(id, module._ignored_params))
+        elif derived_from(type(module), *FULLY_SHARDED):
+            for part in _parts_of(module):
+                over_ranks |= part.sharded_param.device_mesh.size() > 1
+                cared.add(id(getattr(part, "_unsharded_param", None)))  # which a call may leave
+    named = list(unwrap(model).named_parameters())
+    if any(hasattr(p, "ds_id") for _, p in named):
+        over_ranks |= distributed.is_initialized() and distributed.get_world_size() > 1
+    return [
+        plain_name(name)
+        for name, p in named
+        if over_ranks and p.requires_grad and not (is_sharded(p) or hasattr(p, "ds_id"))
+        if not (id(p) in cared or p._backward_hooks or p._post_accumulate_grad_hooks)
+    ]
+
+
+def _parts_of(module: Any) -> list[Any]:
+    """What FSDP2 knows of each parameter that it took with this module."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        groups = state._fsdp_param_groups
+    else:  # before torch 2.12
+        groups = [state._fsdp_param_group]
+    return [part for group in groups if group is not None for part in group.fsdp_params]
 
 
 def some(names: Sequence[str]) -> str:

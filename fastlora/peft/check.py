@@ -86,6 +86,7 @@ class Check:
                 "take it for a defect"
             )
             lines.append(f"  {hint} (model.float(), without autocast)")
+        lines += [f"  note: {note}" for note in self.coverage.notes]
         return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from ..report import (
     LayerCoverage,
     cover_frozen,
     cover_lora_linears,
+    left_out_notes,
 )
 from . import is_disabled, untested, why_not_peft, why_nothing_changes
 
@@ -39,7 +40,7 @@ def coverage(model: nn.Module) -> Coverage:
     """
     inner = checked(model)
     unreached = "not optimised yet: fastlora.optimize(model) does it"
-    theirs = cover(inner, peft_layers(inner), unreached)
+    theirs = cover(model, peft_layers(inner), unreached)
     layers = (*cover_lora_linears(inner), *theirs.layers)
     blocks = cover_blocks(inner, unreached)
     return Coverage(layers, theirs.notes, cover_frozen(inner), blocks)
@@ -47,14 +48,16 @@ def coverage(model: nn.Module) -> Coverage:
 
 def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Coverage:
     """The report on PEFT layers; ``unreached`` is what stops one that isn't optimised, if any."""
+    notes = left_out_notes(model)
     if not layers:
-        return Coverage(())
+        return Coverage((), notes)
     version = why_not_peft()
     if version:
         sizes = [[getattr(one, f"{n}_features", 0) for n in ("out", "in")] for _, one in layers]
         named = zip(layers, sizes, strict=True)  # as little is read as can be
         return Coverage(
-            tuple(LayerCoverage(n, (q, p), 0, False, "eager", version) for (n, _), (q, p) in named)
+            tuple(LayerCoverage(n, (q, p), 0, False, "eager", version) for (n, _), (q, p) in named),
+            notes,
         )
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
@@ -62,7 +65,7 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     count = sum(isinstance(module, PackedExperts) for module in model.modules())
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
-    said = (*first, *wrapping_notes(layers), *mixed_notes(layers))
+    said = (*first, *notes, *wrapping_notes(layers), *mixed_notes(layers))
     return Coverage(records(model, layers, unreached), said)
 
 
@@ -160,7 +163,7 @@ def optimize(
         warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
     elif untested() and not reason:
         warnings.warn(untested(), stacklevel=2)
-    report = cover(inner, layers, unreached=reason)
+    report = cover(model, layers, unreached=reason)
     if strict and report.eager:
         raise ValueError(f"not every layer would run fast: {report}")
     changed: list[nn.Module] = []

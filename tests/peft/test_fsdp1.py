@@ -26,6 +26,22 @@ def test_peft_s_policy_is_named_with_the_setting_that_avoids_it(two):
         assert 'FSDP2 (in fsdp_config "version": 2) doesn\'t' in text
 
 
+@pytest.mark.parametrize("kind", worker.LEFT_OUT)
+def test_what_each_rank_trains_for_itself_is_named(two, kind):
+    layer = "lm_head" if kind == "fsdp2-head" else "layers.0.self_attn.q_proj"
+    for texts in two.run(worker.notes, kind, "left out"):
+        for text in texts:
+            assert "plain parameters that FSDP, DDP or ZeRO leaves out" in text
+            assert "Attach adapters before fully_shard" in text
+            assert f"{layer}.lora_A" in text
+
+
+@pytest.mark.parametrize("kind", worker.TAKEN)
+def test_what_is_averaged_or_somebody_s_care_is_not_named(two, kind):
+    for texts in two.run(worker.notes, kind, "taken"):
+        assert not any("leaves out" in text for text in texts)
+
+
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
 @pytest.mark.parametrize("what", worker.OWN)
 def test_a_sharded_model_s_adapter_is_saved_whole(two, kind, what, tmp_path):

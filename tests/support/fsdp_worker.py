@@ -1,14 +1,19 @@
 """What a rank does in the tests of reports and files under FSDP."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import peft
 import peft_training as training
 import torch
 from models import randomise, tiny_llama
-from peft_worker import flat, shard
+from peft_worker import flat, shard, split
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from zero3 import Zero3
 
 import fastlora
@@ -32,6 +37,137 @@ def reports(kind: str) -> list[fastlora.Coverage]:
 
 def report_by_peft_s_policy() -> str:
     return str(fastlora.optimize(flat(training.peft_model(), "adapters")))
+
+
+LATE = peft.LoraConfig(r=2, target_modules=["q_proj"])
+
+
+def replicated(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def attached_last(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    wrapped = wrap(tiny_llama())
+    peft.inject_adapter_in_model(LATE, getattr(wrapped, "module", wrapped))
+    return wrapped
+
+
+def one_more(model: nn.Module) -> nn.Module:
+    """A second adapter for a model that has its first one since before it was sharded."""
+    shard(model).add_adapter("second", LATE)
+    model.set_adapter("second")
+    return model
+
+
+def with_head() -> nn.Module:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    return peft.get_peft_model(tiny_llama(), config)
+
+
+def head_left_over() -> nn.Module:
+    """The blocks are sharded, and the model around them isn't."""
+    model = with_head()
+    for block in training.blocks(model):
+        fully_shard(block)
+    return model
+
+
+def zero3_last() -> nn.Module:
+    engine = Zero3(tiny_llama())
+    peft.inject_adapter_in_model(LATE, engine.module)
+    return engine
+
+
+LEFT_OUT = {
+    "fsdp2": lambda: attached_last(shard),
+    "fsdp2-second-adapter": lambda: one_more(training.peft_model()),
+    "fsdp2-head": head_left_over,
+    "fsdp1": lambda: attached_last(flat),
+    "ddp": lambda: attached_last(replicated),
+    "zero3": zero3_last,
+}
+
+
+def called(model: nn.Module) -> nn.Module:
+    """As a call without a backward leaves it: FSDP2 keeps the parameters of its root whole."""
+    with torch.no_grad():
+        model(input_ids=training.batch())
+    return model
+
+
+def alone(wrap: Callable[..., nn.Module], **group: Any) -> nn.Module:
+    """Sharded or replicated over this rank by itself."""
+    model = wrap(tiny_llama(), **group)
+    peft.inject_adapter_in_model(LATE, getattr(model, "module", model))
+    return model
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def with_own_sync(model: nn.Module) -> nn.Module:
+    """Adapters that FSDP2 is told to ignore, whose gradients a hook averages."""
+    adapters = {p for p in model.parameters() if p.requires_grad}
+    for parameter in adapters:
+        parameter.register_post_accumulate_grad_hook(lambda p: torch.distributed.all_reduce(p.grad))
+    return shard(model, ignored_params=adapters)
+
+
+def ignored_by_fsdp1(model: nn.Module) -> nn.Module:
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    settings = {"use_orig_params": True, "device_id": training.CPU}
+    return FullyShardedDataParallel(model, ignored_states=adapters, **settings)
+
+
+def ignored_by_ddp(model: nn.Module) -> nn.Module:
+    names = [name for name, p in model.named_parameters() if "q_proj.lora_" in name]
+    model._ddp_params_and_buffers_to_ignore = names
+    return replicated(model)
+
+
+def of_one_rank() -> Any:
+    """A group, which all ranks make in turn, as they must."""
+    groups = [torch.distributed.new_group([rank]) for rank in range(2)]
+    return groups[torch.distributed.get_rank()]
+
+
+def mesh_of_one() -> DeviceMesh:
+    return DeviceMesh.from_group(of_one_rank(), "cpu")
+
+
+TAKEN = {
+    "fsdp2": lambda: shard(training.peft_model()),
+    "fsdp2-after-a-call": lambda: called(shard(with_head())),
+    "fsdp2-frozen": lambda: frozen(attached_last(shard)),
+    "fsdp2-own-sync": lambda: with_own_sync(training.peft_model()),
+    "fsdp2-one-rank": lambda: alone(shard, mesh=mesh_of_one()),
+    "fsdp1": lambda: flat(training.peft_model()),
+    "fsdp1-by-peft-s-policy": lambda: flat(training.peft_model(), "adapters"),
+    "fsdp1-told-to-ignore": lambda: ignored_by_fsdp1(training.peft_model()),
+    "ddp": lambda: replicated(training.peft_model()),
+    "ddp-told-to-ignore": lambda: ignored_by_ddp(training.peft_model()),
+    "ddp-one-rank": lambda: alone(nn.parallel.DistributedDataParallel, process_group=of_one_rank()),
+    "zero3": lambda: Zero3(training.peft_model()),
+    "tensor-parallel": lambda: split(
+        training.peft_model(), init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    ),
+    "no-wrapper": training.peft_model,
+}
+
+
+def notes(kind: str, table: str) -> list[str]:
+    """On left out parameters: what optimize says, what coverage says, and what check prints."""
+    model = {"left out": LEFT_OUT, "taken": TAKEN}[table][kind]()
+    texts = ["\n".join(fastlora.optimize(model).notes), "\n".join(fastlora.coverage(model).notes)]
+    ids = training.batch()
+    try:
+        texts.append(str(fastlora.check(model, {"input_ids": ids, "labels": ids})))
+    except ValueError as error:  # no layer is fast, as under ZeRO-3
+        texts.append(str(error))
+    return texts
 
 
 OWN = {
