@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from ..backends import Call
+from ..backends.protocol import Call
 from ..formats.format import Quantised
 from ..projection import Adapter, Output
 from ..rows import Rows, Share, take
