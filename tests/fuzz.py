@@ -4,7 +4,8 @@
     python -m tests.fuzz --seed S --case I
 
 ``--only``: cases whose words have all of these, such as "many bf16-f32 autocast".  ``--backend``:
-torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles for sm_90).
+torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles for sm_90); or
+compiled, which is other cases: compiled models whose state changes between calls.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-BACKENDS = ("torch", "interpreter", "machine")
+BACKENDS = ("torch", "interpreter", "machine", "compiled")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,6 +88,11 @@ def prepared(backend: str) -> Iterator[tuple[Callable, Callable]]:
         sys.path.insert(0, str(TESTS / "support"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if backend == "compiled":
+        from compiled_states import Case, check
+
+        yield Case, check
+        return
     if backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
     if backend != "machine":

@@ -45,6 +45,8 @@ def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> s
 def is_hooked(module: nn.Module) -> bool:
     """Whether something acts on a call of this module besides its class's forward."""
     own = module.__dict__  # a look-up here takes half the time of an attribute
+    if torch.compiler.is_compiling():
+        _guard(module)
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -52,6 +54,17 @@ def is_hooked(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or ("forward" in own and not _acts_as_its_class(module))
     )
+
+
+def _guard(module: nn.Module) -> None:
+    """Compile a call again when what :func:`is_hooked` sees of this module changes.
+
+    Dynamo guards lengths and attributes, and neither the truth of a dict of hooks nor what a
+    ``__dict__`` lacks.
+    """
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        len(module.__dict__[hooks])
+    _ = module.forward
 
 
 def _acts_as_its_class(module: nn.Module) -> bool:
