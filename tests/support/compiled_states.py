@@ -63,7 +63,9 @@ def _transposed() -> nn.Module:
 
 
 def _over_nf4() -> nn.Module:
-    return nn.Sequential(quantised("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
+    model = nn.Sequential(quantised("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
+    model.is_loaded_in_4bit = True  # PEFT asks the model
+    return model
 
 
 def _mixture(packed: str = "") -> nn.Module:
@@ -143,20 +145,16 @@ class State:
             x = torch.randint(0, 20, self.lead)
         else:
             x = torch.randn(*self.lead, self.kind.size).to(self.dtype).requires_grad_(self.x_trains)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        with ExitStack() as stack:
-            if not compiled:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_WORLDS[self.world]())
-            y = (self.call if compiled else self.model)(x)
-        y, wanted = y[0] if isinstance(y, tuple) else y, trained
-        if x.requires_grad:
-            wanted["x"] = x
-        found = {"y": y.detach()}
-        if y.requires_grad:
-            loss = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
-            dys = torch.autograd.grad(loss, [*wanted.values()], allow_unused=True)
-            found |= {f"d_{name}": dy for name, dy in zip(wanted, dys, strict=True)}
+        named = [*self.model.named_parameters(), ("x", x)]
+        wanted = {name: tensor for name, tensor in named if tensor.requires_grad}
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            with _WORLDS[self.world]():
+                y = (self.call if compiled else self.model)(x)
+            found = {"y": y.detach()}
+            if y.requires_grad:
+                loss = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
+                dys = torch.autograd.grad(loss, [*wanted.values()], allow_unused=True)
+                found |= {f"d_{name}": dy for name, dy in zip(wanted, dys, strict=True)}
         return found
 
     def compare(self, may_refuse: bool = False) -> None:
