@@ -22,7 +22,7 @@ README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, CONTRIBUTING, ROOT / "benchmarks/README.md", *DOCS]
 TABLE = re.compile(
-    r"<!-- ((?:benchmarks|examples|tools/matrix)/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S
+    r"<!-- ((?:benchmarks|examples|tools/\w+)/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S
 )
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 # Fenced code is no prose: its links and its lines are not read.

@@ -23,20 +23,19 @@ import triton
 
 from benchmarks.report import align
 from fastlora.kernels.config import default_config
-from fastlora.kernels.target import TARGETS
 
-from .cases import REPORTED, Case, cases, launches, other_cases
+from .cases import HARDWARE, REPORTED, Case, cases, launches, other_cases
 from .machine_code import compile_launch
 
 _WITHOUT_FORM = {
     "form": "", "config": {}, "segments": 0, "ieee": False, "refused": "", "estimated": 0,
 }  # fmt: skip
-NAMES = [name for name, target in TARGETS.items() if target.kind != "cpu"]
+NAMES = [name for name, target in HARDWARE.items() if target.kind != "cpu"]
 
 
 def rows_of(case: Case) -> list[dict]:
     """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
-    target, form, config, facts = TARGETS[case.target], case.form, case.config, _WITHOUT_FORM
+    target, form, config, facts = HARDWARE[case.target], case.form, case.config, _WITHOUT_FORM
     if form:
         config = config or default_config(form.kernel, target, form.call)
         facts = {

@@ -14,7 +14,8 @@ from fastlora.kernels.gemm_config import GemmConfig
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
-REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942")
+REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_86", "sm_89", "sm_120")
+HARDWARE = TARGETS | {"sm_89": replace(TARGETS["sm_86"], arch=89)}  # which takes that row
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -56,7 +57,7 @@ def describe(config: Config | None) -> str:
 def launches(case: Case) -> list[Launch]:
     """What the call would launch, its tensors being meta tensors."""
     records: list[Launch] = []
-    with use_target(TARGETS[case.target]), intercept(records.append):
+    with use_target(HARDWARE[case.target]), intercept(records.append):
         if case.form:
             Operands(case.form, "meta").run(case.config)
         else:
@@ -108,10 +109,10 @@ def cases(target: str, brief: bool = False) -> list[Case]:
 
     ``brief``: every row once, in one of its forms, and the first of each table in more of them;
     of float32's tables those with a config that no other has, and the first, if that has one, on
-    every other target.  Forms that are rare come in turn, and those of experts on every other one.
+    every other target.  Rare forms come on every fourth, and those of experts on every other one.
     """
     turn = REPORTED.index(target) if brief and target in REPORTED else 0
-    step = len(REPORTED) if brief else 1
+    step = 4 if brief else 1
     by_experts = _CHOSEN_BY_EXPERTS[turn % 2 :: 2] if brief else _CHOSEN_BY_EXPERTS
     chosen, known = (*_CHOSEN[turn % step :: step], *by_experts), set()
     found = [_case(target, None, words) for words in chosen]
@@ -130,7 +131,7 @@ def cases(target: str, brief: bool = False) -> list[Case]:
             if brief and (i or dtype != "bf16"):
                 variants = [common[i % len(common)]]
             found += [_case(target, each, words, dtype) for words in variants for each in loaders]
-    hardware, unique = TARGETS[target], dict.fromkeys(found)
+    hardware, unique = HARDWARE[target], dict.fromkeys(found)
     return [c for c in unique if not (c.config and c.config.why_not(hardware, c.form.call))]
 
 
@@ -160,7 +161,7 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
         depths=(4096,) * n if name in ("y", "y,h", "dx") else (), dtype=_DTYPES[kind],
         adapter_dtype=torch.bfloat16 if "bf16-adapter" in rest else torch.float32,
         dropout=0.1 * ("mask" in rest), bias="bias" in rest,
-        precision=precision if precision and TARGETS[target].tf32 else "ieee",
+        precision=precision if precision and HARDWARE[target].tf32 else "ieee",
         packed=next((_KINDS[word] for word in rest if word in _KINDS), ""),
         segments=number.get("s", 0), own="own" in rest,
     )  # fmt: skip
@@ -170,7 +171,7 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
 
 def _tables(target: str) -> Iterator[tuple[str, str, tuple[Config, ...]]]:
     for (name, kernel), table in DEFAULTS.items():
-        if name == target:
+        if name == HARDWARE[target].name:
             yield from ((kernel, product, rows) for product, rows in table.items())
 
 

@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from fastlora.kernels.target import Target
 
 # HMMA, HGMMA (wgmma), UTCHMMA (tcgen05) and their kin; matrix instructions of CDNA and RDNA.
 _TENSOR_CORE = r"(UT)?[A-Z]?(HMMA|QMMA|GMMA)|v_(mfma|wmma)\w*"
+# Registers that an instruction with such a word writes; the others write one.
+_WRITTEN = {"WIDE": 2, "64": 2, "128": 4, "2": 2, "4": 4, "HMMA": 4}
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
 
 
@@ -57,6 +60,9 @@ class Compiled:
     stores: int  # to global memory: none, where the compiler gave the kernel up
     instructions: int
     chained: int = 0  # products of a loop that add to another one of the same pass
+    overwritten: int = 0  # writes to registers that a running wgmma reads (triton#9433)
+    packed_adds: int = 0  # add.s16x2, of which ptxas 12.9 drops a number (triton#11581)
+    two_clusters: int = 0  # products of AMD's that race by such a schedule (triton#11696)
 
 
 def compile_launch(launch: Launch, target: Target) -> Compiled:
@@ -64,17 +70,19 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
     driver = SimpleNamespace(  # all that ``kernel.warmup`` asks of a GPU's
         get_current_target=lambda: compiled_for,
-        get_current_device=lambda: target.name,  # a kernel keeps what it compiled by this alone
+        get_current_device=lambda: target.arch,  # a kernel keeps what it compiled by this alone
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
     kernel = launch.compile()
-    chained = chained_products(kernel.asm["ttir"])
-    if target.kind == "hip":
-        return replace(_read_amd(kernel), chained=chained)
+    ttir, is_amd = kernel.asm["ttir"], target.kind == "hip"
     # Around the loops over steps, a persistent program has one over tiles.
     tile_loops = int(launch.arguments.get("PERSISTENT", False))
-    return replace(_read_nvidia(kernel, tile_loops), chained=chained)
+    return replace(
+        _read_amd(kernel) if is_amd else _read_nvidia(kernel, tile_loops),
+        chained=chained_products(ttir),
+        two_clusters=products_in_two_clusters(ttir) * (is_amd and launch.warps == 8),
+    )
 
 
 def chained_products(ttir: str) -> int:
@@ -92,6 +100,34 @@ def chained_products(ttir: str) -> int:
                 sums.add(product[1])
         if line.endswith("{"):
             scopes.append((set(re.findall(r"(%\S+) = ", line.partition("iter_args")[2])), set()))
+    return found
+
+
+def products_in_two_clusters(ttir: str) -> int:
+    """Those whose M, N, K and bits are what Triton schedules so with 8 warps: triton#11696."""
+    tile = r"tt\.dot .*: tensor<(\d+)x(\d+)x[a-z]+(\d+)\S* \* tensor<\d+x(\d+)x"
+    return sum(prod(map(int, sizes)) == 2**25 for sizes in re.findall(tile, ttir))
+
+
+def overwrites(code: list[Instruction]) -> int:
+    """Writes to registers that a running wgmma reads, in the text or when a loop goes round."""
+    index = {each.address: i for i, each in enumerate(code)}
+    back = [(index[each.target], i) for i, each in enumerate(code) if each.target in index]
+    return sum(map(_overwrites_of, [code, *(code[to : i + 1] * 2 for to, i in back if to <= i)]))
+
+
+def _overwrites_of(code: list[Instruction]) -> int:
+    found, reading = 0, [set()]  # registers, by groups of wgmma; the last is not committed
+    for each in code:
+        written = re.match(r" *(?:!?U?PT?\d*, )?R(\d+)(?:, R(\d+))?", each.operands)
+        if "GMMA" in each.name:
+            reading[-1] |= {int(written[2]) + i for i in range(4) if written[2]}
+            reading += [set()] * ("gsb0" in each.operands)
+        elif "DEPBAR" in each.opcode and "gsb0" in each.operands:
+            reading = reading[-1 - int(each.operands.split()[-1], 16) :]
+        elif written:
+            count = max(_WRITTEN.get(word, 1) for word in each.opcode.split("."))
+            found += any(int(written[1]) + i in group for group in reading for i in range(count))
     return found
 
 
@@ -113,7 +149,8 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
         shared_memory=kernel.metadata.shared, tensor_memory=kernel.metadata.tmem_size,
         tensor_core=_count(names, _TENSOR_CORE), tma_loads=names["UTMALDG"],
         tma_stores=names["UTMASTG"], stores=names["STG"] + names["UTMASTG"],
-        instructions=len(code),
+        instructions=len(code), packed_adds=kernel.asm["ptx"].count("add.s16x2"),
+        overwritten=overwrites(code) if _count(names, r".*GMMA") else 0,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from report import pipes
 
+USUAL = "--quick --share 8"  # words that the table doesn't say
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "machine.json"
 
 
@@ -32,11 +33,12 @@ def said(counts: dict[str, int]) -> str:
 
 
 def table(rows: list[dict]) -> str:
+    """Bare numbers are of cases that were right."""
     cards = [*dict.fromkeys(name for row in rows for name in row["cards"])]
-    lines = [("Triton", "cases", *cards)]
+    lines = [("Triton", *cards)]
     for row in rows:
-        cells = [said(row["cards"].get(name, {})) for name in cards]
-        lines.append((row["triton"], f"`{row['cases']}`", *cells))
+        cells = [said(row["cards"].get(name, {})).removesuffix(" ok") for name in cards]
+        lines.append((f"{row['triton']}{row['cases'].removeprefix(USUAL)}", *cells))
     return pipes(lines)
 
 
