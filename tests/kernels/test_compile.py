@@ -131,9 +131,16 @@ def test_descriptors_load_and_store_by_tma(rows):
         assert (row["compiled"]["tma_stores"] > 0) == (row["segments"] == 0), row["case"]
 
 
-def test_a_config_with_descriptors_uses_them_but_for_adding(rows):
+def is_turned(row) -> bool:
+    """Whether tensor memory would have to turn its tiles, which races (kernels/faults.py)."""
+    return row["target"] == "sm_100" and row["form"] == "dx" and "f32-tf32" in row["case"]
+
+
+def test_a_config_with_descriptors_uses_them_but_for_adding_and_turning(rows):
     meant = [
-        row for row in rows if row["config"].get("descriptors") and not row["form"].endswith("+")
+        row
+        for row in rows
+        if row["config"].get("descriptors") and not row["form"].endswith("+") and not is_turned(row)
     ]
     assert meant == [row for row in rows if row["descriptors"]]
 
