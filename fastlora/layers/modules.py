@@ -77,7 +77,10 @@ def left_out(model: nn.Module) -> list[str]:
 
 def _parts_of(module: Any) -> list[Any]:
     """What FSDP2 knows of each parameter that it took with this module."""
-    state = module._get_fsdp_state()
+    try:
+        state = module._get_fsdp_state()
+    except AssertionError:  # it has the class alone: a copy, or one that nothing was sharded for
+        return []
     if hasattr(state, "_fsdp_param_groups"):
         groups = state._fsdp_param_groups
     else:  # before torch 2.12
