@@ -1,38 +1,24 @@
-"""A call as a script: the torch operations and the launches that it comes to, line by line.
+"""A call as a graph of torch.fx: the torch operations and the launches that it comes to.
 
-The call runs once on stand-ins, tensors without data, and what it asks for is written down as a
-function of Python.  That of h = x lora_aᵀ, say, whose columns are summed in two halves:
+The call runs once on stand-ins, tensors without data, and each thing that it asks for is a node.
+torch.fx makes a function of the graph.  That of h = x lora_aᵀ, say, whose columns are summed in
+two halves:
 
-    def replay(stream, t0, t1):
-        room = t0.new_empty(65536, dtype=uint8_9)
-        at_room = room.data_ptr()
-        v2 = t0.new_empty(512, 16)
-        at_v3 = at_room + 0
-        at_t0 = t0.data_ptr()
-        at_t1 = t1.data_ptr()
-        at_v2 = v2.data_ptr()
-        launch_7(8, 2, 1, stream, …, (at_t0, (at_t1,), (at_v2,), (at_v3,), None, 512, 2048, …))
-        launch_8(8, 1, 1, stream, …, ((at_v3,), (at_v2,), 8192, …))
-        return [v2]
-
-A tensor is t0, t1 … if it came, v2 … if it was made.  Buffers of which only launches know lie in
-one allocation, the room, and where one lay that is needed no more the next one lies.
+    def forward(self, stream, t0, t1):
+        room = t0.new_empty((65536,), dtype = torch.uint8)
+        data_ptr = room.data_ptr()
 """
 
-import math
-import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
-from functools import partial
-from threading import Lock
-from types import CellType, FunctionType, MethodDescriptorType
+from operator import add, getitem
+from types import MethodDescriptorType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch._C import DisableTorchFunction
+from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -40,10 +26,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import INTERPRETED
 from .launch import Launch, recording
 
-_NAME = re.compile(r"\b(?:at_)?([tv]\d+(?:_\d+)?)\b")  # of a tensor, or of its address
 _BUFFERS = (Tensor.new_empty, torch.empty_like)  # what makes them
 _ALIGNED = 512  # bytes, as torch's allocations on a GPU
-_encoders_are_ours = Lock()  # one thread's at a time, or another's would be put back
+# What torch.fx writes as it is.  Anything else that a replay doesn't make is a constant of it.
+_LITERALS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
 
 
 class Script(NamedTuple):
@@ -58,88 +44,82 @@ def script_of(
     tensors: Sequence[Tensor | None],
     settings: Sequence[Hashable],
 ) -> Script:
-    """What ``function(tensors, *settings)`` does, for all tensors like these."""
+    """What ``function(tensors, *settings)`` does, for all tensors like these.
+
+    Whoever replays it holds the tensors meanwhile.
+    """
     # Modes of the caller's see what is replayed, and no stand-in.  A view that inference mode made,
     # or of a tensor that it made, doesn't know its base, and so neither its address.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        writer = _Writer(tensors)
-        with writer, recording(writer.add_launch):
-            results = function(writer.stand_ins, *settings)
-    return writer.script(results)
+        recorder = _Recorder(tensors)
+        with recorder, recording(recorder.add_launch):
+            results = function(recorder.stand_ins, *settings)
+        with DisableTorchFunction():
+            return recorder.script(results)
 
 
-class _Line(NamedTuple):
-    name: str  # of what it makes; "" if it acts
-    code: str
-
-    def __str__(self) -> str:
-        return f"{self.name} = {self.code}" if self.name else self.code
-
-
-class _Code(str):
-    """Code in the place of the value that a replay has there."""
-
-
-class _Addressed:
-    """The base of a tensor descriptor, of which Triton's launcher asks the address alone."""
-
-    def __init__(self, address: _Code) -> None:
-        self.address = address
-
-    def data_ptr(self) -> _Code:
-        return self.address
-
-
-class _Writer(TorchFunctionMode):
-    """Writes down what happens to stand-ins, and answers for their device and their address."""
+class _Recorder(TorchFunctionMode):
+    """Makes nodes of what happens to stand-ins, and answers for their device and their address."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.device = next(tensor.device for tensor in tensors if tensor is not None)
-        self.lines: list[_Line] = []
-        self.constants: dict[str, Any] = {}
-        self.names: dict[int, str] = {}  # of tensors and constants, by id
+        self.graph = Graph()
+        self.nodes: dict[int, Node] = {}  # by the id of what they stand for
         self.alive: list[Any] = []  # so that an id stays one object's
-        self.buffers: dict[str, Tensor] = {}
+        self.constants = SimpleNamespace()
+        self.buffers: dict[Node, Tensor] = {}
+        self.acts: set[Node] = set()  # on what is there: needed even if nobody uses its result
+        self.addresses: dict[Node, Node] = {}
+        self.modulo_16: dict[Node, int] = {}  # addresses of what came
+        self.launches: list[Node] = []
+        self.uses: dict[Node, list[int]] = {}  # the numbers of launches that get its address
         self.kernels: list[Any] = []
         self.identities: set[str] = set()
-        self.addresses: dict[str, int] = {}  # modulo 16, of what came
+        self.stream = object()
+        self._stands_for(self.stream, self.graph.placeholder("stream"))
         self.stand_ins: list[Tensor | None] = [None] * len(tensors)
-        for i, tensor in enumerate(tensors):
-            if tensor is not None:
-                with DisableTorchFunction():
-                    stand_in = torch.empty_strided(
+        with DisableTorchFunction():
+            for i, tensor in enumerate(tensors):
+                node = self.graph.placeholder(f"t{i}")
+                if tensor is not None:
+                    self.stand_ins[i] = stand_in = torch.empty_strided(
                         tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
                     )
-                self.stand_ins[i] = stand_in
-                self.addresses[self._call(stand_in, f"t{i}")] = tensor.data_ptr() & 15
+                    self._stands_for(stand_in, node)
+                    self.modulo_16[node] = tensor.data_ptr() & 15
+        self.like = next(tensor for tensor in self.stand_ins if tensor is not None)
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
-        name = getattr(function, "__name__", "")
-        if name == "data_ptr":
+        if getattr(function, "__name__", "") == "data_ptr" and arguments[0].is_meta:
             # Only what it is modulo 16 is looked at, and that it isn't 0, which is no address.
-            base = self._name(_base(arguments[0]))
-            return 2**20 + self.addresses.get(base, 0) + _offset(arguments[0])
-        if name == "__get__" and function.__self__ is Tensor.device:
+            base = self.nodes[id(_base(arguments[0]))]
+            return 2**20 + self.modulo_16.get(base, 0) + _offset(arguments[0])
+        if getattr(function, "__self__", None) is Tensor.device:
             return self.device
         out = keywords.get("out")  # then it is the result, and nothing need be computed
         with DisableTorchFunction():  # and with it the caller's modes
             result = function(*arguments, **keywords) if out is None else out
-        if name == "__get__" and function.__self__ is Tensor._base:
-            return result
-        if isinstance(result, Tensor) or (
-            isinstance(result, tuple) and any(isinstance(each, Tensor) for each in result)
-        ):
-            self._add_operation(function, arguments, keywords, result)
+            made = result if isinstance(result, tuple) else (result,)
+            if any(isinstance(each, Tensor) for each in made):
+                node = self._operation(function, arguments, keywords, result)
+                if any(id(each) in self.nodes for each in made):  # in place, or into ``out``
+                    self.acts.add(node)
+                    return result
+                self._stands_for(result, node)
+                if made is result:
+                    for i, each in enumerate(made):
+                        self._stands_for(each, self._call(getitem, [node, i]))
         return result
 
     def add_launch(self, launch: Launch) -> None:
-        """A line that launches Triton's compiled kernel with addresses, or interprets it."""
-        operands = [launch.arguments[name] for name in launch.kernel.arg_names]
+        """A node that launches Triton's compiled kernel with addresses, or interprets it."""
+        operands: Sequence = [launch.arguments[name] for name in launch.kernel.arg_names]
+        options: dict[str, Any] = {}
         if INTERPRETED.value:
-            run: Callable = partial(launch.kernel[launch.grid], **launch.options)
-            arguments: Sequence = [self._code(operand, address=True) for operand in operands]
+            run = launch.kernel.run
+            options = {"grid": launch.grid, "warmup": False, **launch.options}
             self.identities.add(launch.identity)
         else:
             try:
@@ -149,250 +129,163 @@ class _Writer(TorchFunctionMode):
                 raise RuntimeError(f"{launch.name} doesn't compile: {error}") from error
             self.kernels.append(kernel)
             self.identities.add(f"{launch.name} {kernel.hash}")
-            arguments = [
-                _describe(operand.__dict__, _Addressed(self._address(operand.base)))
-                if isinstance(operand, TensorDescriptor)
-                else self._code(operand, address=True)
-                for operand in operands
-            ]
-            first = [*(*launch.grid, 1, 1)[:3], _Code("stream")]
+            first = [*(*launch.grid, 1, 1)[:3], self.stream]
             first += [kernel.function, kernel.packed_metadata, None, None, None]
-            run, arguments = self._bare(launcher, [*first, *arguments])
-        self.lines.append(_Line("", f"{self._calling(run, arguments)}  # {launch.name}"))
+            run, operands = _unwrapped(launcher, [*first, *operands])
+        with DisableTorchFunction():
+            operands = [self._argument(each, address=True) for each in operands]
+        self.launches.append(self._call(run, operands, options, launch.name))
+        self.acts.add(self.launches[-1])
 
     def script(self, results: Sequence[Tensor | None]) -> Script:
-        returned = _Line("", f"return [{', '.join(map(self._code, results))}]")
-        lines = self._in_one_room(_needed([*self.lines, returned]))
-        places = [f"t{i}" for i in range(len(self.stand_ins))]
-        head = f"def replay({', '.join(['stream', *places])}):"
-        source = "\n    ".join([head, *map(str, _letting_go(_needed(lines)))])
-        scope = {word: self.constants[word] for word in _words(source) & self.constants.keys()}
-        exec(compile(source, "<a kept call>", "exec"), scope)
-        return Script(scope["replay"], source, self.kernels, frozenset(self.identities))
+        output = self.graph.output([self._argument(each) for each in results])
+        self._drop_unused()
+        self._share_room()
+        self._hold(output.all_input_nodes)
+        self._drop_unused()
+        # Not a GraphModule, which keeps the graph, and whose source stays in a cache of torch.fx.
+        code = self.graph.python_code("self")
+        scope = dict(code.globals)
+        exec(compile(code.src, "<a kept call>", "exec"), scope)
+        replay = MethodType(scope["forward"], self.constants)
+        return Script(replay, code.src, self.kernels, frozenset(self.identities))
 
-    def _add_operation(
-        self, function: Callable, arguments: tuple, keywords: dict, result: Any
-    ) -> None:
-        tensors = (result,) if isinstance(result, Tensor) else result
-        is_buffer = function in _BUFFERS and result.is_contiguous()
-        if is_buffer:  # whose line needs no other
-            code = self._empty(result.shape, result.dtype)
-        else:
-            code = self._calling(function, arguments, keywords)
-        if any(id(tensor) in self.names for tensor in tensors):  # in place, or into ``out``
-            self.lines.append(_Line("", code))
-            return
-        name = f"v{len(self.alive)}"  # so that it is new
-        self.lines.append(_Line(name, code))
-        if isinstance(result, Tensor):
-            self._call(result, name)
-            if is_buffer:
-                self.buffers[name] = result
-            return
-        for i, tensor in enumerate(tensors):
-            self.lines.append(_Line(self._call(tensor, f"{name}_{i}"), f"{name}[{i}]"))
+    def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
+        if function in _BUFFERS and result.is_contiguous():  # which needs no other tensor than one
+            node = self._new_empty(result.shape, result.dtype)
+            self.buffers[node] = result
+            return node
+        inputs = [self._argument(each) for each in arguments]
+        if function.__name__ == "__get__":  # of a property, such as T
+            return self._call(getattr, [*inputs, function.__self__.__name__])
+        return self._call(
+            function, inputs, {name: self._argument(each) for name, each in keywords.items()}
+        )
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> str:
-        here, like = next((i, t) for i, t in enumerate(self.stand_ins) if t is not None)
-        of_dtype = "" if dtype == like.dtype else f", dtype={self._name(dtype)}"
-        return f"t{here}.new_empty(({', '.join(map(str, shape))},){of_dtype})"
+    def _new_empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
+        options = {} if dtype == self.like.dtype else {"dtype": dtype}
+        return self._call(
+            Tensor.new_empty, [self._argument(self.like), tuple(shape)], options, name
+        )
 
-    def _calling(self, function: Callable, arguments: Sequence, keywords: Mapping = {}) -> str:
-        codes: list[str] = [self._code(argument) for argument in arguments]
-        codes += [f"{name}={self._code(value)}" for name, value in keywords.items()]
-        if isinstance(function, MethodDescriptorType):
-            return f"{codes[0]}.{function.__name__}({', '.join(codes[1:])})"
-        return f"{self._name(function)}({', '.join(codes)})"
+    def _call(
+        self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
+    ) -> Node:
+        is_method = isinstance(function, MethodDescriptorType)
+        kind = ("call_method", function.__name__) if is_method else ("call_function", function)
+        return self.graph.create_node(*kind, tuple(inputs), options, name)
 
-    def _code(self, value: Any, address: bool = False) -> _Code:
-        """The code for this value; ``address``: for a tensor's address, also inside of tuples.
+    def _stands_for(self, value: Any, node: Node) -> Node:
+        self.nodes[id(value)] = node
+        self.alive.append(value)
+        return node
 
-        What is neither written as a literal nor made in each replay is a constant with a name.
-        """
-        if isinstance(value, _Code):
-            return value
-        if isinstance(value, Tensor) and address:
+    def _argument(self, value: Any, address: bool = False) -> Any:
+        """As it is in the graph; ``address``: for a tensor its address, also inside of tuples."""
+        if address and isinstance(value, Tensor):
             return self._address(value)
+        if id(value) in self.nodes:
+            return self.nodes[id(value)]
         if isinstance(value, TensorDescriptor):
-            describe = partial(_describe, value.__dict__ | {"base": None})
-            return _Code(self._calling(describe, [value.base]))
-        if isinstance(value, _Addressed):
-            return value.data_ptr()
-        if type(value) in (tuple, list) and (_is_literal(value) or _is_made(value)):
-            codes = "".join([f"{self._code(each, address)}, " for each in value])
-            return _Code(f"({codes})" if type(value) is tuple else f"[{codes}]")
-        return _Code(repr(value) if _is_literal(value) else self._name(value))
+            return self._call(_describing(value), [self._argument(value.base, address)])
+        has_tensors = type(value) is list and any(isinstance(each, Tensor) for each in value)
+        if has_tensors or type(value) is tuple:
+            return type(value)([self._argument(each, address) for each in value])
+        if type(value) in _LITERALS:
+            return value
+        name = f"constant_{len(vars(self.constants))}"
+        setattr(self.constants, name, value)
+        return self._stands_for(value, self.graph.get_attr(name))
 
-    def _address(self, tensor: Tensor) -> _Code:
+    def _address(self, tensor: Tensor) -> Node:
         """A view's address is its base's and an offset: views needn't be made for launches.
 
         To Triton's interpreter, the address of a tensor is the tensor.
         """
-        if INTERPRETED.value:
-            name = self._name(tensor)
-            line, offset = _Line(f"at_{name}", name), 0
-        else:
-            name = self._name(_base(tensor))
-            line, offset = _Line(f"at_{name}", f"{name}.data_ptr()"), _offset(tensor)
-        if line not in self.lines:
-            self.lines.append(line)
-        return _Code(f"{line.name} + {offset}" if offset else line.name)
+        base, offset = (tensor, 0) if INTERPRETED.value else (_base(tensor), _offset(tensor))
+        node = self._argument(base)
+        self.uses.setdefault(node, []).append(len(self.launches))
+        if node not in self.addresses:
+            self.addresses[node] = self._at(node)
+        address = self.addresses[node]
+        return self._call(add, [address, offset]) if offset else address
 
-    def _name(self, value: Any) -> str:
-        """The name of a tensor that came or was made; of anything else, as a constant."""
-        name = self.names.get(id(value))
-        if name is None:
-            kind = getattr(value, "__name__", type(value).__name__).strip("_")
-            name = self._call(value, f"{kind if kind.isidentifier() else 'it'}_{len(self.alive)}")
-            self.constants[name] = value
-        return name
+    def _at(self, node: Node, name: str | None = None) -> Node:
+        return self._call(_held if INTERPRETED.value else Tensor.data_ptr, [node], name=name)
 
-    def _call(self, value: Any, name: str) -> str:
-        self.names[id(value)] = name
-        self.alive.append(value)
-        return name
+    def _share_room(self) -> None:
+        """Buffers of which launches alone know become parts of one, the room."""
+        lives = {
+            node: (uses[0], uses[-1])
+            for node, uses in self.uses.items()
+            if node in self.buffers and node.users.keys() == {self.addresses[node]}
+        }
+        sizes = {node: self.buffers[node].untyped_storage().nbytes() for node in lives}
+        offsets, size = _placed(lives, sizes)
+        start = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(start):
+            room = self._new_empty([size], torch.uint8, "room")
+            at_room = self._at(room, "at_room")
+        for node, offset in offsets.items():
+            address = self.addresses[node]
+            with self.graph.inserting_before(address):
+                part = self._part(at_room, offset, self.buffers[node])
+            address.replace_all_uses_with(part)
+            self.uses.setdefault(room, []).extend(self.uses.pop(node))
 
-    def _bare(self, launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
-        """The function in C behind Triton's launcher, and what it gets for these arguments.
+    def _part(self, at_room: Node, offset: int, buffer: Tensor) -> Node:
+        if not INTERPRETED.value:
+            return self._call(add, [at_room if buffer.numel() else 0, offset])
+        part = self._call(getitem, [at_room, slice(offset, offset + buffer.nbytes)])
+        typed = self._call(Tensor.view, [part, buffer.dtype])
+        return self._call(Tensor.view, [typed, tuple(buffer.shape)])
 
-        The launcher itself, where there is more to it: scratch memory, a sanitizer.
-        """
-        fields = vars(launcher)
-        scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
-        if not callable(fields.get("launch")) or any(scratch) or fields.get("gsan_enabled"):
-            return launcher, arguments
-        handed: list[tuple] = []
-        watched, launch = copy(launcher), fields["launch"]
-        watched.launch = lambda *found: handed.append(found)
-        if "launcher" in getattr(getattr(launch, "__code__", None), "co_freevars", ()):
-            # What encodes tensor maps for the function in C, which it knows by this name.
-            cells = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))
-            launch = cells["launcher"].cell_contents
-            cells["launcher"] = CellType(watched.launch)
-            code, scope = fields["launch"].__code__, fields["launch"].__globals__
-            watched.launch = FunctionType(code, scope, closure=tuple(cells.values()))
-        with self._maps_written_down():
-            watched(*arguments)
-        return launch, handed[0]
+    def _hold(self, returned: Sequence[Node]) -> None:
+        """What a replay makes lives until the last launch with it; an address holds nothing."""
+        for node, uses in self.uses.items():
+            if node.op.startswith("call") and node not in returned:
+                with self.graph.inserting_after(self.launches[max(uses)]):
+                    self.acts.add(self._call(_held, [node]))
 
-    @contextmanager
-    def _maps_written_down(self) -> Iterator[None]:
-        """Tensor maps of stand-ins become the code that encodes them: they hold an address."""
-
-        def written(encode: Callable, address: Any, *settings: Any) -> Any:
-            if isinstance(address, _Code):
-                return _Code(self._calling(encode, [address, *settings]))
-            return encode(address, *settings)  # another thread's launch
-
-        utils = triton.runtime.driver.active.utils
-        with _encoders_are_ours:
-            encoders = {
-                name: value for name, value in vars(utils).items() if name.startswith("fill_tma")
-            }
-            try:
-                for name, encode in encoders.items():
-                    setattr(utils, name, partial(written, encode))
-                yield
-            finally:
-                for name, encode in encoders.items():
-                    setattr(utils, name, encode)
-
-    def _in_one_room(self, lines: Sequence[_Line]) -> list[_Line]:
-        """The lines, with parts of one buffer in the place of those that launches alone know."""
-        offsets, size = _places(lines, self.buffers)
-        found = [
-            _Line("room", self._empty((size,), torch.uint8)),
-            _Line("at_room", "room.data_ptr()"),
-        ]
-        for line in lines:
-            name = line.name.removeprefix("at_")
-            if name not in offsets:
-                found.append(line)
-            elif name != line.name:
-                found.append(_Line(line.name, self._part(self.buffers[name], offsets[name])))
-        return found
-
-    def _part(self, buffer: Tensor, offset: int) -> str:
-        """The code for the address of this part of the room."""
-        if INTERPRETED.value:
-            end = offset + buffer.untyped_storage().nbytes()
-            part = partial(_part, slice(offset, end), buffer.dtype, buffer.shape)
-            return f"{self._name(part)}(room)"
-        return f"at_room + {offset}" if buffer.numel() else "0"
+    def _drop_unused(self) -> None:
+        for node in reversed(self.graph.nodes):
+            if not (node.users or node in self.acts or node.op in ("placeholder", "output")):
+                vars(self.constants).pop(node.target, None)
+                self.graph.erase_node(node)
 
 
-def _places(lines: Sequence[_Line], buffers: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
-    """Where in one room the buffers lie of which lines need the address alone; and its size.
+def _unwrapped(launcher: Any, arguments: Sequence[Any]) -> tuple[Callable, Sequence[Any]]:
+    """What Triton's launcher calls for these arguments, and with what.
 
-    Each has the first place that is free from its first use to its last.  Lines of code say
-    ``at_v2`` where they need the address alone.
+    The launcher itself, where there is more to it: scratch memory, a sanitizer.
     """
-    lives: dict[str, tuple[int, int]] = {}  # in the order of first uses
-    whole: set[str] = set()
-    for i, line in enumerate(lines):
-        for found in _NAME.finditer(line.code):
-            name = found[1]
-            if found[0] != name:
-                lives[name] = (lives.get(name, (i, i))[0], i)
-            elif line.name != f"at_{name}":
-                whole.add(name)
+    fields = vars(launcher)
+    scratch = [value for name, value in fields.items() if name.endswith("scratch_size")]
+    if not callable(fields.get("launch")) or any(scratch) or fields.get("gsan_enabled"):
+        return launcher.__call__, arguments
+    handed: list[tuple] = []
+    watched = copy(launcher)
+    watched.launch = lambda *given: handed.append(given)
+    watched(*arguments)
+    return launcher.launch, handed[0]
+
+
+def _placed(lives: dict, sizes: dict) -> tuple[dict, int]:
+    """Where in one room buffers of these sizes (bytes) lie; and its size.
+
+    ``lives``: the first and the last launch with each, in the order of the first.  Each gets the
+    first place that is free from then to then.
+    """
     placed: list[tuple[int, int, int]] = []  # begin, end, last use
-    offsets: dict[str, int] = {}
-    for name, (first, last) in lives.items():
-        if name not in buffers or name in whole:
-            continue
-        size, offset = buffers[name].untyped_storage().nbytes(), 0
+    offsets = {}
+    for node, (first, last) in lives.items():
+        offset = 0
         for begin, end, needed in sorted(placed):
-            if needed >= first and offset < end and begin < offset + size:
+            if needed >= first and offset < end and begin < offset + sizes[node]:
                 offset = -(-end // _ALIGNED) * _ALIGNED
-        offsets[name] = offset
-        placed.append((offset, offset + size, last))
+        offsets[node] = offset
+        placed.append((offset, offset + sizes[node], last))
     return offsets, max((end for _, end, _ in placed), default=0)
-
-
-def _part(where: slice, dtype: torch.dtype, shape: Sequence[int], room: Tensor) -> Tensor:
-    return room[where].view(dtype).view(shape)
-
-
-def _needed(lines: Sequence[_Line]) -> list[_Line]:
-    """Without those that make what no line needs."""
-    needed: set[str] = set()
-    kept = []
-    for line in reversed(lines):
-        if not line.name or line.name in needed:
-            needed |= _words(line.code)
-            kept.append(line)
-    return kept[::-1]
-
-
-def _letting_go(lines: Sequence[_Line]) -> list[_Line]:
-    """With lines that let go of a tensor behind the last that needs it, or its address."""
-    last = {name: i for i, line in enumerate(lines) for name in _NAME.findall(line.code)}
-    made = {line.name for line in lines}
-    found = []
-    for i, line in enumerate(lines):
-        done = [name for name, end in last.items() if end == i and name in made]
-        found.append(line)
-        if done and line is not lines[-1]:
-            found.append(_Line("", f"del {', '.join(done)}"))
-    return found
-
-
-def _is_literal(value: Any) -> bool:
-    if type(value) in (tuple, list):
-        return all(map(_is_literal, value))
-    return value is None or (type(value) in (bool, int, float) and math.isfinite(value))
-
-
-def _is_made(value: Any) -> bool:
-    """Whether it is, or has in it, what each replay has of its own."""
-    if type(value) in (tuple, list):
-        return any(map(_is_made, value))
-    return isinstance(value, (Tensor, TensorDescriptor, _Code, _Addressed))
-
-
-def _words(code: str) -> set[str]:
-    return set(re.findall(r"\w+", code))
 
 
 def _base(tensor: Tensor) -> Tensor:
@@ -401,13 +294,36 @@ def _base(tensor: Tensor) -> Tensor:
 
 def _offset(tensor: Tensor) -> int:
     """Bytes from its base's address to its own."""
-    elements = tensor.storage_offset() - _base(tensor).storage_offset()
-    return elements * tensor.element_size()
+    base = _base(tensor)
+    start, its = (t.storage_offset() * t.element_size() for t in (base, tensor))
+    return its - start
 
 
-def _describe(fields: dict[str, Any], base: Any) -> TensorDescriptor:
-    """The descriptor of these fields for another tensor; checked when the call was resolved."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields)
-    descriptor.base = base
-    return descriptor
+def _held(tensor: Tensor) -> Tensor:
+    """The tensor itself, which lives until this is called with it."""
+    return tensor
+
+
+class _Address(int):
+    """The base of a tensor descriptor, of which Triton's launcher asks the address alone."""
+
+    data_ptr = int.__int__
+
+
+class _Described(TensorDescriptor):
+    """A tensor's descriptor, whose class has all fields but the base.
+
+    They were checked when the call was resolved.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.base = _Address(base) if type(base) is int else base
+
+
+def _describing(like: TensorDescriptor) -> type[_Described]:
+    # Of a plain tuple a tensor map is encoded in half the time that a torch.Size takes.
+    fields = {
+        name: tuple(value) if isinstance(value, (tuple, list)) else value
+        for name, value in vars(like).items()
+    }
+    return type("Described", (_Described,), fields | {"base": None})

@@ -178,8 +178,9 @@ def _held(values: Sequence[Any]) -> list[Tensor]:
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == KEPT:
-            constants = [each for each in frame.f_globals.values() if isinstance(each, Tensor)]
-            values = [*frame.f_locals.values(), *constants]
+            values = [*frame.f_locals.values(), *vars(frame.f_locals["self"]).values()]
+        if frame.f_code is kept.replayed.__code__:
+            values = [*values, *frame.f_locals["tensors"]]
             break
         if frame.f_code is Launch.run.__code__:
             values = [*frame.f_locals["self"].arguments.values()]
