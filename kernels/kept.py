@@ -2,7 +2,7 @@
 
 To choose tiles, grids, splits and buffers, and to bind a kernel's arguments, costs the host more
 than a small layer costs the device.  All of that depends on shapes, strides, dtypes, alignment and
-settings alone: these are the kind of a call.  The first call of a kind is written down as a script
+settings alone: these are the kind of a call.  The first call of a kind is recorded as a script
 (:mod:`.script`); it and all later ones are replays of that.
 """
 
@@ -42,7 +42,7 @@ Judge = Callable[[Iterable[str], torch.device], bool | None]
 _judge: Judge | None = None
 _here = threading.local()  # a trial is one thread's
 
-_MOST = 1024  # calls that are kept; some 15 kB each, a group of three twice that
+_MOST = 1024  # calls that are kept; some 15 kB each, a group of three 24
 _calls: dict[Hashable, Script] = {}
 _changes = threading.Lock()  # to find the oldest, no other thread may change them
 

@@ -1,12 +1,30 @@
 """A call as a graph of torch.fx: the torch operations and the launches that it comes to.
 
-The call runs once on stand-ins, tensors without data, and each thing that it asks for is a node.
-torch.fx makes a function of the graph.  That of h = x lora_aᵀ, say, whose columns are summed in
-two halves:
+torch.fx makes a function of the graph.  Printed (``Script.source``), that of h = x lora_aᵀ is, say,
+where the columns are summed in eight parts:
 
     def forward(self, stream, t0, t1):
-        room = t0.new_empty((65536,), dtype = torch.uint8)
-        data_ptr = room.data_ptr()
+        room = t0.new_empty((262144,), dtype = torch.uint8)
+        at_room = room.data_ptr()
+        new_empty = t0.new_empty((512, 16))
+        constant_0 = self.constant_0
+        at_t0 = t0.data_ptr();  t0 = None
+        at_t1 = t1.data_ptr();  t1 = None
+        at_new_empty = new_empty.data_ptr()
+        add = at_room + 0;  at_room = None
+        project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_new_empty,), (add,), …));  …
+        sum_planes = launch(8, 1, 1, stream, …, ((add,), (at_new_empty,), 8192, …));  …
+        _held = held(room);  room = _held = None
+        return [new_empty]
+
+What comes is t0, t1 …  Buffers of which only launches know lie in one allocation, the room, and
+where one lay that is needed no more the next one lies.  torch.fx lets go of a value behind its last
+use; an address holds no tensor, so that a call to ``_held`` is the last use of a launch's buffers.
+
+To get the graph, the call runs on stand-ins, tensors of the device "meta": launchers ask for shapes
+of what isn't made yet, and Triton for alignments, and nothing is half done where it fails.  A torch
+function mode sees each operation, views too; without it backends would name all of them a second
+time, and a wrong result be what a forgotten one costs.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -101,16 +119,16 @@ class _Recorder(TorchFunctionMode):
         out = keywords.get("out")  # then it is the result, and nothing need be computed
         with DisableTorchFunction():  # and with it the caller's modes
             result = function(*arguments, **keywords) if out is None else out
-            made = result if isinstance(result, tuple) else (result,)
-            if any(isinstance(each, Tensor) for each in made):
+            several = result if isinstance(result, tuple) else (result,)
+            made = {i: each for i, each in enumerate(several) if isinstance(each, Tensor)}
+            if made:
                 node = self._operation(function, arguments, keywords, result)
-                if any(id(each) in self.nodes for each in made):  # in place, or into ``out``
+                if any(id(each) in self.nodes for each in made.values()):  # in place, or ``out``
                     self.acts.add(node)
                     return result
-                self._stands_for(result, node)
-                if made is result:
-                    for i, each in enumerate(made):
-                        self._stands_for(each, self._call(getitem, [node, i]))
+                for i, each in made.items():
+                    part = node if several is not result else self._call(getitem, [node, i])
+                    self._stands_for(each, part)
         return result
 
     def add_launch(self, launch: Launch) -> None:
@@ -143,7 +161,7 @@ class _Recorder(TorchFunctionMode):
         self._share_room()
         self._hold(output.all_input_nodes)
         self._drop_unused()
-        # Not a GraphModule, which keeps the graph, and whose source stays in a cache of torch.fx.
+        # Not a GraphModule: it keeps the graph, and torch.fx its source for ever.
         code = self.graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, "<a kept call>", "exec"), scope)
@@ -158,15 +176,13 @@ class _Recorder(TorchFunctionMode):
         inputs = [self._argument(each) for each in arguments]
         if function.__name__ == "__get__":  # of a property, such as T
             return self._call(getattr, [*inputs, function.__self__.__name__])
-        return self._call(
-            function, inputs, {name: self._argument(each) for name, each in keywords.items()}
-        )
+        options = {name: self._argument(each) for name, each in keywords.items()}
+        return self._call(function, inputs, options)
 
     def _new_empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
+        inputs = [self._argument(self.like), tuple(shape)]
         options = {} if dtype == self.like.dtype else {"dtype": dtype}
-        return self._call(
-            Tensor.new_empty, [self._argument(self.like), tuple(shape)], options, name
-        )
+        return self._call(Tensor.new_empty, inputs, options, name)
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
@@ -210,8 +226,9 @@ class _Recorder(TorchFunctionMode):
         address = self.addresses[node]
         return self._call(add, [address, offset]) if offset else address
 
-    def _at(self, node: Node, name: str | None = None) -> Node:
-        return self._call(_held if INTERPRETED.value else Tensor.data_ptr, [node], name=name)
+    def _at(self, node: Node) -> Node:
+        function = _held if INTERPRETED.value else Tensor.data_ptr
+        return self._call(function, [node], name=f"at_{node.name}")
 
     def _share_room(self) -> None:
         """Buffers of which launches alone know become parts of one, the room."""
@@ -225,7 +242,7 @@ class _Recorder(TorchFunctionMode):
         start = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(start):
             room = self._new_empty([size], torch.uint8, "room")
-            at_room = self._at(room, "at_room")
+            at_room = self._at(room)
         for node, offset in offsets.items():
             address = self.addresses[node]
             with self.graph.inserting_before(address):
@@ -234,7 +251,7 @@ class _Recorder(TorchFunctionMode):
             self.uses.setdefault(room, []).extend(self.uses.pop(node))
 
     def _part(self, at_room: Node, offset: int, buffer: Tensor) -> Node:
-        if not INTERPRETED.value:
+        if not INTERPRETED.value:  # where the address of nothing is 0
             return self._call(add, [at_room if buffer.numel() else 0, offset])
         part = self._call(getitem, [at_room, slice(offset, offset + buffer.nbytes)])
         typed = self._call(Tensor.view, [part, buffer.dtype])
@@ -294,8 +311,7 @@ def _base(tensor: Tensor) -> Tensor:
 
 def _offset(tensor: Tensor) -> int:
     """Bytes from its base's address to its own."""
-    base = _base(tensor)
-    start, its = (t.storage_offset() * t.element_size() for t in (base, tensor))
+    start, its = (t.storage_offset() * t.element_size() for t in (_base(tensor), tensor))
     return its - start
 
 

@@ -46,7 +46,7 @@ def test_nothing_is_imported_that_opens_pickles_or_runs_programs():
             assert not {name.split(".")[0] for name in names} & NEVER, file
 
 
-def test_torch_loads_weights_only_and_one_file_runs_its_own_lines():
+def test_torch_loads_weights_only_and_one_file_runs_lines_of_torch_fx():
     loads = [call for each in calls("torch.load").values() for call in each]
     assert len(loads) == 1
     for call in loads:

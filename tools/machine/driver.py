@@ -179,6 +179,7 @@ def _held(values: Sequence[Any]) -> list[Tensor]:
     while frame is not None:
         if frame.f_code.co_filename == KEPT:
             values = [*frame.f_locals.values(), *vars(frame.f_locals["self"]).values()]
+            values = [each for each in values if isinstance(each, Tensor)]
         if frame.f_code is kept.replayed.__code__:
             values = [*values, *frame.f_locals["tensors"]]
             break

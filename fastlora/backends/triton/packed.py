@@ -89,7 +89,7 @@ def _packed_e2m1(format: MXFP4 | NVFP4, tensors: Sequence[Tensor]) -> "kernels.P
 @cache
 def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What each of 256 scales of an MXFP4 or NVFP4 stands for, a factor 1 and a term 0."""
-    # Kept for all calls: nobody's mode sees how they are made, the writer's of a script for one.
+    # Kept for all calls: nobody's mode sees how they are made, the recorder's of a script for one.
     with _disable_current_modes(), DisableTorchFunction(), torch.inference_mode(False):
         bits = torch.arange(256, dtype=torch.uint8, device=device)
         is_e4m3 = dtype == torch.float8_e4m3fn
