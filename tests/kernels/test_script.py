@@ -1,6 +1,7 @@
 """Scripts of calls: what is in them, what isn't, and where buffers lie."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from random import Random
 
@@ -103,6 +104,14 @@ def test_a_buffer_that_is_needed_as_a_tensor_has_its_own_memory():
     rooms = re.findall(r"(\w+) = t0.new_empty\(\((\d+), *(\d*)\)", made.source)
     assert rooms == [("room", "544", ""), ("new_empty_1", "2", "8"), ("new_empty_3", "8", "")]
     assert torch.equal(made.replay(None, x)[0], x.sum(0))
+
+
+def test_threads_may_record_at_one_time():
+    def record(_):
+        return script_of(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,)).source
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(record, range(16)))) == 1
 
 
 @pytest.mark.parametrize("seed", range(8))
