@@ -1,22 +1,21 @@
 """One call of a launcher, by several tiles and beside torch's own: judged, and timed in turn."""
 
 import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, wait
+from dataclasses import asdict
 from functools import partial
-from operator import ne
 
 import torch
 
+from fastlora.clock import clock_for, medians, wait_for
 from fastlora.kernels import target_of
 from fastlora.kernels.config import Config, candidates, default_config
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import Plan, Row
 from fastlora.kernels.target import Target, use_target
 
-from .clock import clock_for, timed, wait_for
 from .forms import Form, Operands
 from .judge import checked
 from .measure import digits
@@ -35,9 +34,8 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
     """
     target, operands, stated = target_of(device), Operands(form, device), []
     default = default_config(form.kernel, target, form.call)
-    listed = candidates(form.kernel, target, form.call)
-    listed.sort(key=lambda each: sum(map(ne, vars(each).values(), vars(default).values())))
-    found = {str(config): config for config in listed[:most]}
+    listed = candidates(form.kernel, target, form.call)[:most]
+    found = {str(config): config for config in listed}
     if pool:
         ended = ahead(pool, _SECONDS, _compile, [(form, target, each) for each in found.values()])
         found = {str(config): config for (*_, config), why in ended.items() if not why}
@@ -71,7 +69,7 @@ def reached(form: Form, device: torch.device, most: int = 1, pool: Executor | No
         plan = Plan(True, found[best]) if fused else Plan(False)
         call, depth = form.call, sum(form.depths)
         size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
-        row["plan"] = repr(Row(target.device, *size, plan, form.name.startswith("dx")))
+        row["plan"] = asdict(Row(target.device, *size, plan, form.name.startswith("dx")))
     return row
 
 
@@ -89,9 +87,8 @@ def _timed(operands: Operands, ours: dict[str, Callable], theirs: dict[str, Call
         except Exception:
             failures[name] = last_error()
             wait_for(device)  # if the device is lost, nobody else can run
-    rounds = range(_ROUNDS if device.type == "cuda" else 1)
-    laps = [{name: timed(clock, call) for name, call in calls.items()} for _ in rounds]
-    return {each: digits(statistics.median(lap[each] for lap in laps)) for each in calls}, failures
+    seconds = medians(clock, calls, _ROUNDS if device.type == "cuda" else 1)
+    return {name: digits(each) for name, each in seconds.items()}, failures
 
 
 def _compile(form: Form, target: Target, config: Config) -> None:

@@ -18,8 +18,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from fastlora.clock import clock_for
+
 from .cases import Case, cpu_cases, gpu_cases
-from .clock import clock_for
 from .judge import Judge
 from .lineup import make_tensors, makers_for
 from .measure import in_turn, row_of, step_of, threads_for

@@ -14,9 +14,9 @@ import cuda_standin
 import torch
 
 import fastlora
+from fastlora.clock import HostClock
 
 from .cases import Case
-from .clock import HostClock
 from .lineup import make_tensors, makers_for
 from .measure import Step, in_turn, row_of, step_of, threads_for
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from fastlora.clock import Clock, HostClock, clock_for, timed, wait_for
+
 from .cases import Case
-from .clock import Clock, HostClock, clock_for, graph_of, peak_of, timed, wait_for
 from .contestants import Contestant, Maker, Tensors
+from .graphs import graph_of, peak_of
 from .judge import Judge, check_kept, kept_for_backward
 from .lineup import make_tensors, makers_for
 from .tree import last_error

@@ -35,6 +35,7 @@ from benchmarks.measure import measure
 from benchmarks.report import text
 from benchmarks.results import FOLDER, describe_machine, write_results
 from benchmarks.tree import ROOT, Worker
+from fastlora.backends.triton import measured
 from fastlora.kernels import target_of
 from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import Target, use_target
@@ -87,8 +88,11 @@ class Visit:
 def main() -> None:
     visit = Visit(parse())
     visit.run()
-    plans = dict.fromkeys(f"{row['plan']}," for row in visit.rows if "plan" in row)
-    print(f"{visit.options.out}\n", *plans, f"\n{text(visit.rows)}", sep="\n")
+    out = visit.options.out
+    rows = [measured.as_row(row["plan"]) for row in visit.rows if "plan" in row]
+    if rows:  # as fastlora.tune writes them
+        out.with_suffix(".tuning.json").write_text(measured.as_text(rows[0].device, rows))
+    print(f"{out}\n\n{text(visit.rows)}")
 
 
 def parse() -> argparse.Namespace:
@@ -109,10 +113,11 @@ def parse() -> argparse.Namespace:
 def environment(dry: bool) -> dict[str, str]:
     """Triton reads TRITON_INTERPRET when the kernels are imported.
 
-    The visit judges results by itself: a wrong kernel is to be seen, and not replaced.
+    The visit judges results by itself: a wrong kernel is to be seen, and not replaced.  Plans are
+    those of everybody, whatever was tuned here.
     """
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    kept |= {"FASTLORA_VERIFY": "off"}
+    kept |= {"FASTLORA_VERIFY": "off", "FASTLORA_CACHE": os.devnull}
     if dry:  # one thread: on a busy machine tiny products wait for the others' threads
         kept |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return kept

@@ -28,6 +28,7 @@ from .projection import Projection
 from .report import Coverage
 from .rows import AdapterMapping
 from .trials import sweep
+from .tuning import tune
 from .version import __version__
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "restore",
     "save_adapter",
     "sweep",
+    "tune",
     "unmerge_lora",
     "use_backend",
 ]

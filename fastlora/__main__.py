@@ -14,6 +14,7 @@ from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
 from .doctor import examine
 from .doctor.launches import NAMES, Asked
+from .tuning import command as tune
 
 
 class _Parser(ArgumentParser):
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", type=_dtype, help="of x and the weight (bfloat16)")
     add("--dropout", type=_probability, metavar="P", help="of its adapter (0)")
     add("--target", type=_target, help="a GPU that need not be here, such as sm_90")
+    _add_tune(commands)
     _add_adapters(commands)
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
@@ -78,6 +80,20 @@ def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
     text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if as_json else str(report)
     print(text)
     return 1 if report.broken else 0
+
+
+def _add_tune(commands: Any) -> None:
+    what = "measure which plans and tiles are fastest on this GPU, and go by them from now on"
+    parser = commands.add_parser("tune", help=what, description=what, allow_abbrev=False)
+    parser.set_defaults(run=tune)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="of transformers: a folder, or a hub's name")
+    add("--shape", type=_shape, action="append", metavar="M,K,N", help="or layers; repeat it")
+    add("--tokens", type=_count, help="of a model's step: batch size times length (4096)")
+    add("--r", type=_rank, default=16, help="the rank of the adapters (%(default)s)")
+    add("--dtype", type=_dtype, help="of x and the weights (the model's; bfloat16)")
+    add("--dropout", type=_probability, default=0.0, metavar="P", help="of adapters (0)")
+    add("--seconds", type=float, default=120.0, help="that it may take, about (%(default)g)")
 
 
 def _add_adapters(commands: Any) -> None:
@@ -119,6 +135,12 @@ def _shape(text: str) -> tuple[int, int, int]:
 def _rank(text: str) -> int:
     if not _whole(text):
         raise ArgumentTypeError(f"{text!r} is no rank: a whole number of at least 1")
+    return _whole(text)
+
+
+def _count(text: str) -> int:
+    if not _whole(text):
+        raise ArgumentTypeError(f"{text!r} is no number of tokens: a whole number of at least 1")
     return _whole(text)
 
 

@@ -1,7 +1,7 @@
 """Which layers run fast, and why the others don't; and text in columns."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,6 +21,17 @@ def columns(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
     sides = ["<" if i < left else ">" for i in range(len(widths))]
     form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
     return [form.format(*row).rstrip() for row in rows]
+
+
+def bar(items: Sequence, what: str, unit: str = "layer", least: int = 1) -> Iterable:
+    """The items behind a progress bar, if there are as many, and tqdm is installed."""
+    if len(items) < least:
+        return items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=what, unit=unit, leave=False)
 
 
 _BASE_ALONE = ("merged", "disabled")

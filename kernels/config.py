@@ -1,5 +1,6 @@
 """What the configs of all kernels share: what they are chosen for, what fits, how to choose."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -153,12 +154,22 @@ def chosen_config(
 
 
 def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
-    """What tuning tries: all rows of the target and their neighbours, as far as they fit."""
+    """What tuning tries: all rows of the target and their neighbours, as far as they fit.
+
+    The default comes first, and the nearer ones, by doublings, before the others.
+    """
     kind = type(rows(kernel, target, call)[0])
     tables = [table for (name, _), table in DEFAULTS.items() if name == target.name]
     listed = [config for table in tables for each in table.values() for config in each]
     tried = dict.fromkeys(n for c in listed if type(c) is kind for n in c.neighbours())
-    return [config for config in tried if not config.why_not(target, call)]
+    fitting = [config for config in tried if not config.why_not(target, call)]
+    default = vars(default_config(kernel, target, call) or next(iter(tried))).values()
+
+    def doublings(config: Config) -> float:
+        pairs = zip(vars(config).values(), default, strict=True)
+        return sum(abs(math.log2((1 + a) / (1 + b))) for a, b in pairs)  # switches too
+
+    return sorted(fitting, key=doublings)
 
 
 def splits(target: Target, programs: int, length: int, step: int, least: int) -> tuple[int, int]:

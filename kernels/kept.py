@@ -67,7 +67,7 @@ def replayed(
     """
     if is_intercepted():
         return list(function(tensors, *settings)) if covers() else None
-    key: Hashable = (function, settings, plan.forced(), target.forced())
+    key: Hashable = (function, settings, plan.in_force(), target.forced())
     device = next(tensor for tensor in tensors if tensor is not None).device
     if calls is None:
         key, calls = (key, device, *map(_facts, tensors)), _calls

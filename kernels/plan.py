@@ -45,11 +45,12 @@ class Row:
     projections: int
     plan: Plan
     backward: bool = False
+    segments: int = 0
 
     def distance(self, call: Call, k: int) -> float:
         """From a call, in doublings of its sizes."""
-        ours = call.m, call.n, k, call.r, call.projections
-        its = self.m, self.n, self.k, self.r, self.projections
+        ours = call.m, call.n, k, call.r, call.projections, call.segments or 1
+        its = self.m, self.n, self.k, self.r, self.projections, self.segments or 1
         return sum(abs(math.log2(a / b)) for a, b in zip(ours, its, strict=True))
 
 
@@ -61,6 +62,7 @@ _NEAR = 2.0  # doublings of its sizes, in all, up to which a row says something 
 # Targets whose Triton is near enough to cuBLAS, by the model.
 _FUSING = ("sm_86", "sm_90", "sm_120")
 _measured: tuple[Row, ...] = ()
+_edition = 0  # of them
 
 
 def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
@@ -93,8 +95,8 @@ def _of_segments(target: Target, rows: int, k: int) -> Plan:
 
 def use_rows(rows: Iterable[Row]) -> None:
     """These were measured; those of other devices are passed over."""
-    global _measured
-    _measured = tuple(rows)
+    global _measured, _edition
+    _measured, _edition = tuple(rows), _edition + 1
     _chosen.cache_clear()
 
 
@@ -112,8 +114,9 @@ def use_plan(plan: Plan) -> Iterator[None]:
         _forced = before
 
 
-def forced() -> Plan | None:
-    return _forced
+def in_force() -> Plan | int:
+    """What plans depend on besides the call, for a key."""
+    return _edition if _forced is None else _forced
 
 
 def plan_for(
@@ -146,11 +149,11 @@ def plan_for(
 
 @lru_cache(maxsize=1024)
 def _chosen(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
-    kind = (target.device, call.itemsize, call.masked, backward)
+    kind = (target.device, call.itemsize, call.masked, backward, call.segments > 0)
     near = [
         (row.distance(call, k), i, row.plan)
         for i, row in enumerate(_measured)
-        if (row.device, row.itemsize, row.masked, row.backward) == kind and not call.segments
+        if (row.device, row.itemsize, row.masked, row.backward, row.segments > 0) == kind
     ]
     distance, _, plan = min(near, default=(math.inf, 0, IN_PLACE))
     return plan if distance <= _NEAR else rule(target, call, k, backward)

@@ -64,6 +64,7 @@ def examine(asked: Asked | None = None) -> Report:
         "settings": settings,
         "backends": lambda: _backends(devices, broken),
         "compiled kernels": lambda: _compiled(devices, broken),
+        "tuning": lambda: _tuning(devices),
         "16-bit products": lambda: _products(devices),
         "plan": lambda: would_run(asked, devices[-1]) if asked else {},
         "self-test, relative errors": lambda: _self_tests(devices, broken),
@@ -126,6 +127,18 @@ def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     if wrong:
         broken.append(f"{len(wrong)} compiled kernels were wrong: PyTorch's operations run instead")
     return found | wrong
+
+
+def _tuning(devices: list[torch.device]) -> dict[str, str]:
+    """What was measured on them."""
+    found: dict[str, str] = {}
+    for device in devices:
+        if backend_name(device=device) == "triton":
+            from ..backends.triton import measured  # here, since it imports the kernels
+
+            name = measured.name_of(device)
+            found |= {f"on {device}": measured.described(name)} if name else {}
+    return found
 
 
 def _products(devices: list[torch.device]) -> dict[str, str]:

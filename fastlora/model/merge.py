@@ -2,7 +2,6 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantised import LoRAQuantised
 from ..projection import DTYPES, check_switch
 from ..quant import vendor_of
+from ..report import bar
 from .declare import declared
 from .inject import check_model
 
@@ -53,7 +53,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
         layer.check_adapter(called(name))
     dense = _dtype_around(unwrap(model))
     around = torch.float32 if requantise else dense
-    for name, layer in _progress(layers, "checking"):
+    for name, layer in bar(layers, "checking", least=_BAR_FROM):
         merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
         _check_merged(name, layer, merged, packs=requantise and not keep_base)
         del merged
@@ -61,7 +61,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     errors = {}
     try:
         with declared(model):
-            for name, layer in _progress(layers, "merging"):
+            for name, layer in bar(layers, "merging", least=_BAR_FROM):
                 merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
                 error = layer.use_merged(merged, keep_base, requantise)
                 if isinstance(layer, LoRAQuantised) and requantise:
@@ -158,14 +158,3 @@ def _warn_of_ties(model: nn.Module, layers: list) -> None:
             "config.tie_word_embeddings = False.",
             stacklevel=3,
         )
-
-
-def _progress(layers: list, what: str) -> Iterable:
-    """The layers behind a progress bar, if there are many and tqdm is installed."""
-    if len(layers) < _BAR_FROM:
-        return layers
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return layers
-    return tqdm(layers, desc=what, unit="layer", leave=False)

@@ -1,7 +1,7 @@
 """The report on PEFT's LoRA layers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
@@ -32,17 +32,11 @@ def records(
     """
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     uncalled = {attention.out_proj for attention in attentions}
-    outermost: dict[nn.Module, ParamWrapper] = {}  # of experts' layers
-    for _, layer in layers:  # an inner one comes behind its outer one
-        if isinstance(layer, ParamWrapper):
-            for each in wrappers_in(layer):
-                outermost.setdefault(each, layer)
-    found = []
+    found, calls = [], _called(layers)
     for name, layer in layers:
         reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
         reason = reason or ("" if is_swapped(layer) else unreached) or why_not_now()
-        called = outermost.get(layer, layer)  # whose call is its own, too
-        plan, reason, output = _plan(layer, called, reason)
+        plan, reason, output = _plan(layer, calls[layer], reason)
         # By r, which every kind of LoRA layer has; an embedding's lora_A is empty.
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
         # Of the base, sharded and quantised ones too; a custom layer may have None for both sizes.
@@ -63,6 +57,28 @@ def records(
             )
         )
     return tuple(found)
+
+
+def outputs_of(
+    layers: list[tuple[str, LoraLayer]],
+) -> Iterator[tuple[nn.Module, Output | str, float]]:
+    """Each layer's module, what it computes with, or why it can't be fast; and its dropout."""
+    calls = _called(layers)
+    for _, layer in layers:
+        plan, reason, output = _plan(layer, calls[layer], why_not_swapped(layer))
+        base, names = layer.get_base_layer(), adapters_now(layer)
+        drops = [layer.lora_dropout._modules.get(name) for name in names]
+        p = max([getattr(drop, "p", 0.0) for drop in drops], default=0.0)  # in training
+        yield base if isinstance(layer, ParamWrapper) else layer, output or reason or plan, p
+
+
+def _called(layers: list[tuple[str, LoraLayer]]) -> dict[LoraLayer, LoraLayer]:
+    """The layer whose call is its own, too: of experts the outermost, else itself."""
+    calls = {layer: layer for _, layer in layers}
+    for _, layer in layers:  # an inner one comes behind its outer one
+        if isinstance(layer, ParamWrapper) and calls[layer] is layer:
+            calls |= dict.fromkeys(wrappers_in(layer), layer)
+    return calls
 
 
 def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, Output | None]:

@@ -180,7 +180,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
     # y; dh and the adapter's part of dx; both gradients.  What trains in full has its gradient.
     flops = 2 * _of_a_token({part for module in saved.values() for part in module.modules()})
     for name, target in targets.items():
-        used = _experts_of_a_token(target.module) if target.parameter else 1
+        used = experts_of_a_token(target.module) if target.parameter else 1
         if not used:
             raise ValueError(
                 f"{name} has no price: its config doesn't say how many experts a token goes to "
@@ -207,13 +207,13 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
     weights = sum(math.prod(weight.shape) for _, weight in _matrices(modules))
     for module in modules:
         read = read_module(module)
-        used = 0 if read.reason else _experts_of_a_token(module)
+        used = 0 if read.reason else experts_of_a_token(module)
         for name in read.names if used else ():
             weights += used * math.prod(weight_in(module, name).shape[1:])
     return weights
 
 
-def _experts_of_a_token(module: Any) -> int:
+def experts_of_a_token(module: Any) -> int:
     """How many run for each token; 0 where nothing says so."""
     found = [getattr(module.config, name, None) for name in _PER_TOKEN]
     return next((number for number in found if type(number) is int), 0)

@@ -302,7 +302,7 @@ def test_always_judges_each_call_and_stops_at_the_first_wrong_one(monkeypatch):
 def test_several_threads_may_judge_at_one_time(monkeypatch, recwarn):
     x, layers, found = rows(), group(), []
     made = step(x, layers, backend="torch")[:1]  # the interpreter itself is one thread's
-    monkeypatch.setattr(first_contact, "_compared", lambda *_: "")
+    monkeypatch.setattr(first_contact, "compared", lambda *_: "")
     monkeypatch.setattr(
         kept,
         "script_of",
@@ -342,7 +342,7 @@ def test_too_little_memory_to_judge_runs_pytorch_s_operations(monkeypatch):
     def none_left(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(first_contact, "_compared", none_left)
+    monkeypatch.setattr(first_contact, "compared", none_left)
     x, layers = rows(), group()
     with pytest.warns(RuntimeWarning, match="enough memory to judge"):
         found = step(x, layers)

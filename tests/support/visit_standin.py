@@ -13,9 +13,10 @@ from multiprocessing import get_context
 import cuda_standin
 import torch
 
-from benchmarks import calls, clock, judge, measure, visit
+from benchmarks import calls, judge, measure, visit
 from benchmarks.cases import Case
 from benchmarks.forms import Form
+from fastlora import clock
 
 
 class Event:

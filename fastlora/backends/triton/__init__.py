@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import torch as torch_backend
 from ..dropout import dropout_mask
 from ..protocol import Call
-from . import first_contact, layer, segments
+from . import first_contact, layer, measured, segments
 from .cover import TARGETS, Unproven, why_not, without_launching
 from .gated import gated, gated_backward
 from .trust import environment
@@ -26,6 +26,7 @@ __all__ = [
     "gated",
     "gated_backward",
     "h_dtype",
+    "measured",
     "takes_experts_in_turn",
     "why_not",
     "without_launching",

@@ -11,6 +11,7 @@ one doesn't compile, the caller gets PyTorch's result and a warning, and they ne
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,17 +43,19 @@ def forward(
     run: Callable, inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What ``run``, a backend's forward, returns for a call whose kernels are on trial."""
-
-    def of(forward: Callable) -> Run:
-        def made(tensors: Sequence) -> list:
-            ys, hs = forward(tensors, seeds, call)
-            return [*ys, *hs]
-
-        return made
-
-    count = len(call.layouts)
-    found = _judged(of(run), of(torch_backend.forward), inputs, _roles(call.layouts))
+    count, of = len(call.layouts), partial(of_forward, seeds=seeds, call=call)
+    found = _judged(of(run), of(torch_backend.forward), inputs, roles_of(call.layouts))
     return found[:count], found[count:]
+
+
+def of_forward(forward: Callable, seeds: Tensor | None, call: Call) -> Run:
+    """A backend's, as a function of a call's inputs, to every y and h."""
+
+    def made(tensors: Sequence) -> list:
+        ys, hs = forward(tensors, seeds, call)
+        return [*ys, *hs]
+
+    return made
 
 
 def backward(
@@ -65,17 +68,20 @@ def backward(
     call: Call,
 ) -> list[Tensor | None]:
     """The same of a backward."""
-    first_h, first_dy = len(inputs), len(inputs) + len(hs)
-
-    def of(backward: Callable) -> Run:
-        def made(tensors: Sequence) -> list:
-            thin = tensors[first_h:first_dy]
-            return backward(tensors[first_dy:], tensors[:first_h], thin, needs, seeds, call)
-
-        return made
-
-    roles = [*_roles(call.layouts), *[_ROWS] * (len(hs) + len(dys))]
+    of = partial(of_backward, needs=needs, seeds=seeds, call=call)
+    roles = roles_of(call.layouts, len(hs) + len(dys))
     return _judged(of(run), of(torch_backend.backward), [*inputs, *hs, *dys], roles)
+
+
+def of_backward(backward: Callable, needs: Sequence[bool], seeds: Tensor | None, call: Call) -> Run:
+    """A backend's, as a function of a call's inputs, hs and dys, to every gradient."""
+    first_h, first_dy = len(needs), -len(call.layouts)
+
+    def made(tensors: Sequence) -> list:
+        hs = tensors[first_h:first_dy]
+        return backward(tensors[first_dy:], tensors[:first_h], hs, needs, seeds, call)
+
+    return made
 
 
 def elementwise(run: Callable, by_torch: Callable, *matrices: Tensor, fills: int = 0) -> Any:
@@ -103,8 +109,8 @@ def elementwise(run: Callable, by_torch: Callable, *matrices: Tensor, fills: int
     return None if fills else found[0]
 
 
-def _roles(layouts: Sequence[Layout]) -> list[str]:
-    """What becomes of a call's inputs."""
+def roles_of(layouts: Sequence[Layout], beside: int = 0) -> list[str]:
+    """What becomes of a call's inputs, and of so many hs and dys."""
     outputs = [
         Output(
             Base(_PLAIN if layout.format is None else _PACKED, _PLAIN),
@@ -112,7 +118,7 @@ def _roles(layouts: Sequence[Layout]) -> list[str]:
         )
         for layout in layouts
     ]
-    return [_ROWS, *flatten(outputs, layouts)]
+    return [_ROWS, *flatten(outputs, layouts), *[_ROWS] * beside]
 
 
 def _judged(
@@ -126,7 +132,7 @@ def _judged(
                 fault = _fault_of_probe(by_kernels, by_torch, _probe(tensors, roles), roles)
                 if not fault:
                     found = by_kernels(tensors)
-                    fault = _compared(by_torch, tensors, roles, found, right)
+                    fault = compared(by_torch, tensors, roles, found, right)
             except kernels.Unproven:  # these were found wrong before
                 return right
             except torch.OutOfMemoryError:
@@ -162,7 +168,7 @@ def _fault_of_probe(
         for first, again in zip(found, by_kernels(tensors), strict=True):
             if not _same_bits(first, again):
                 return f"two calls of {REPEATS} with the same tensors made other bits"
-    return _compared(by_torch, tensors, roles, found, by_torch(tensors))
+    return compared(by_torch, tensors, roles, found, by_torch(tensors))
 
 
 def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
@@ -212,7 +218,7 @@ def _alike(tensor: Tensor, memory: Tensor) -> Tensor:
     return memory.as_strided(tensor.shape, tensor.stride(), offset)
 
 
-def _compared(
+def compared(
     by_torch: Run,
     tensors: Sequence[Tensor | None],
     roles: Sequence[str],

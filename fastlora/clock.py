@@ -1,10 +1,11 @@
-"""Clocks: marks in the course of a step, and the seconds between two; and memory's peak in one."""
+"""Clocks: marks in the course of a step, and the seconds between two."""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 _AHEAD = 4_000_000  # cycles, some two milliseconds: what the host needs to issue a step
 _CACHE = 256 * 2**20  # bytes, more than any L2
@@ -34,7 +35,8 @@ class CudaClock:
     """The device's time, by events, as ``triton.testing.do_bench`` takes it: with an empty L2.
 
     The device waits before the first mark, so that the host issues the step ahead of it and its
-    gaps are not measured; the wall time of many steps is a quantity of its own (``measure.py``).
+    gaps are not measured; the wall time of many steps is a quantity of its own
+    (``benchmarks/measure.py``).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,46 +66,22 @@ def clock_for(device: torch.device) -> Clock:
 def timed(clock: Clock, call: Callable[[], object], calls: int = 1) -> float:
     """Seconds of one call, of several in a row."""
     clock.start()
-    start = clock.mark()
+    start: Any = clock.mark()
     for _ in range(calls):
         call()
-    return clock.seconds(start, clock.mark()) / calls
+    end: Any = clock.mark()
+    return clock.seconds(start, end) / calls
+
+
+def medians(
+    clock: Clock, calls: Mapping[Any, Callable[[], object]], rounds: int
+) -> dict[Any, float]:
+    """Seconds of each call, by its name; they take turns."""
+    laps = [{name: timed(clock, call) for name, call in calls.items()} for _ in range(rounds)]
+    return {name: statistics.median(lap[name] for lap in laps) for name in calls}
 
 
 def wait_for(device: torch.device) -> None:
     """Until everything that was issued is done; a lost device raises here."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of this call; without a GPU the call itself."""
-    if not torch.cuda.is_available():
-        return call
-    call()  # compiles and allocates what a capture can't
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def peak_of(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes that torch has allocated at the worst moment of a step, beyond those before it.
-
-    On a CPU its profiler tells of each; what libraries allocate by themselves isn't among them.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak

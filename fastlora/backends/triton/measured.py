@@ -1,0 +1,136 @@
+"""What was measured on devices, for the choice of plans and tiles: as data, and in files.
+
+``fastlora.tune`` writes a file for its device to the user's cache, ``benchmarks/visit.py`` one
+beside its results.  This module is imported where this backend is first used, and then reads them.
+"""
+
+import json
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from ... import cache
+from .cover import kernels
+
+FORMAT = 1  # of the files
+_FOLDER = "tuning"
+_INVALID = (ValueError, TypeError, KeyError, AttributeError)
+_rows: dict[Hashable, "kernels.plan.Row"] = {}  # in use
+
+
+class Tuned(NamedTuple):
+    """A file's device and rows, or why it has none that can be used."""
+
+    device: str = ""
+    date: str = ""
+    rows: tuple = ()
+    why_not: str = ""
+
+
+def as_text(device: str, rows: Iterable) -> str:
+    """A file of these rows, all of which were measured on this device with this Triton."""
+    head = {"format": FORMAT, "device": device, "triton": triton.__version__}
+    head |= {"torch": torch.__version__, "date": datetime.now(timezone.utc).date().isoformat()}
+    plain = [asdict(row) for row in _by_kind(rows).values()]
+    return json.dumps(head | {"rows": plain}, indent=1) + "\n"
+
+
+def from_text(text: str) -> Tuned:
+    """What a file holds; its rows only if they are of this format and this Triton."""
+    try:
+        found = json.loads(text)
+        about, version = (found["device"], found["date"]), found["triton"]
+        if found["format"] != FORMAT:
+            return Tuned(*about, why_not=f"its format is {found['format']}, not {FORMAT}")
+        if version != triton.__version__:
+            why_not = f"it is of Triton {version}, and this is {triton.__version__}"
+            return Tuned(*about, why_not=why_not)
+        return Tuned(*about, tuple(map(as_row, found["rows"])))
+    except _INVALID as error:
+        return Tuned(why_not=f"it can't be read ({type(error).__name__}: {error})")
+
+
+def as_row(plain: Mapping[str, Any]) -> "kernels.plan.Row":
+    """The row that ``dataclasses.asdict`` made this of.  Raises an error for what is none."""
+    plan = dict(plain["plan"])
+    tiles = None if plan["gemm"] is None else kernels.gemm_config.GemmConfig(**plan["gemm"])
+    row = kernels.plan.Row(**{**plain, "plan": kernels.plan.Plan(**{**plan, "gemm": tiles})})
+    records = [row, row.plan] if tiles is None else [row, row.plan, tiles]
+    for record in records:
+        for field in fields(record):
+            value = getattr(record, field.name)
+            least = 16 if field.name.startswith("block_") else int(field.name != "segments")
+            if field.type in (bool, int, str) and type(value) is not field.type:
+                raise TypeError(f"{field.name} is {value!r}")
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name} is {value}")
+            if (least == 16 or field.name == "warps") and value & (value - 1):
+                raise ValueError(f"{field.name} is {value}, no power of two")
+    return row
+
+
+def name_of(device: torch.device) -> str:
+    """What rows call it; "" where kernels don't run or are interpreted."""
+    target = kernels.target_of(device)
+    return "" if target is None else target.device
+
+
+def path_of(device: str) -> Path:
+    return cache.cache_folder() / _FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}.json"
+
+
+def written(device: str) -> Tuned | None:
+    """The file of a device; None if there isn't one."""
+    path = path_of(device)
+    text = cache.read(path.parent, path.name).get(path)
+    return None if text is None else from_text(text)
+
+
+def described(device: str) -> str:
+    """What there is for a device, for a report."""
+    found, path = written(device), path_of(device)
+    if found is None:
+        return "nothing was measured: python -m fastlora tune"
+    if found.why_not:
+        return f"{path} isn't used, {found.why_not}: python -m fastlora tune makes a new one"
+    return f"{len(found.rows)} products, {found.date}: {path}"
+
+
+def load() -> None:
+    """Choose by the files of all devices from now on."""
+    for text in cache.read(cache.cache_folder() / _FOLDER, "*.json").values():
+        use(from_text(text).rows)
+
+
+def use(rows: Iterable) -> None:
+    """Choose by these rows too, from now on."""
+    new = _by_kind(rows)
+    if new:
+        _rows.update(new)
+        kernels.plan.use_rows(_rows.values())
+
+
+def _by_kind(rows: Iterable) -> dict[Hashable, "kernels.plan.Row"]:
+    """The last row of each kind of call."""
+    return {replace(row, plan=kernels.plan.IN_PLACE): row for row in rows}
+
+
+def keep(device: str, rows: Iterable) -> str:
+    """Choose by these rows too, and write them to the device's file.
+
+    Returns its path, or "" if it can't be written.
+    """
+    load()
+    use(rows)
+    path = path_of(device)
+    text = as_text(device, [row for row in _rows.values() if row.device == device])
+    return str(path) if cache.write(path, text) else ""
+
+
+load()

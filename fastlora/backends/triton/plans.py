@@ -1,0 +1,165 @@
+"""A base product by one plan after another, each judged by PyTorch's operations: for tuning."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ...projection import Adapter, Base, Layout, Output, flatten
+from ...rows import Rows
+from .. import torch as torch_backend
+from .. import triton as triton_backend
+from ..protocol import Call
+from ..sizes import Sizes
+from . import first_contact, layer, segments
+from .cover import kernels, precision_of
+
+_SEED = 7  # any number
+_FILLS = "fill_uninitialized_memory"
+
+
+class Contest:
+    """Random tensors of these sizes, from a generator of its own; what plans make of them."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        draw = torch.Generator(device).manual_seed(_SEED)
+
+        def random(*shape: int, dtype: torch.dtype = sizes.dtype, spread: float = 1.0) -> Tensor:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            return tensor.normal_(0.0, spread, generator=draw)
+
+        def factor(*shape: int, dtype: torch.dtype = sizes.adapter_dtype) -> Tensor:
+            return random(*bank, *shape, dtype=dtype, spread=shape[-1] ** -0.5)
+
+        m, k = sizes.rows, sizes.features
+        bank = (sizes.experts,) * bool(sizes.experts)
+        self.sizes, self.x, self.outputs = sizes, random(m, k), list[Output[Tensor]]()
+        for n, ranks in zip(sizes.outs, sizes.ranks, strict=True):
+            adapters = tuple([Adapter(factor(r, k), factor(n, r)) for r in ranks])
+            self.outputs.append(Output(Base(factor(n, k, dtype=sizes.dtype)), adapters))
+        self.ranks = [r for ranks in sizes.ranks for r in ranks]
+        layouts = tuple([Layout(False, (1.0,) * len(ranks)) for ranks in sizes.ranks])
+        ends = torch.arange(1, sizes.experts + 1, device=device) * m // max(1, sizes.experts)
+        rows = Rows(ends.to(torch.int32)) if bank else None
+        self.call = Call(layouts, sizes.dropout, torch_backend, rows)
+        self.seeds = torch.arange(len(self.ranks), device=device) if sizes.dropout else None
+        self.dys = [random(m, n) for n in sizes.outs] if sizes.backward else []
+        hs = [random(m, r) for r in self.ranks] if sizes.backward else []
+        self.tensors = [self.x, *flatten(self.outputs, layouts), *hs, *self.dys]
+        self.roles = first_contact.roles_of(layouts, len(hs) + len(self.dys))
+        self.target = kernels.target_of(device)
+
+    def default(self) -> "kernels.Plan":
+        """What runs where nobody measured."""
+        return kernels.plan.rule(self.target, *self._choice(), self.sizes.backward)
+
+    def plans(self) -> "list[kernels.Plan]":
+        """In place, fused with the default tiles, and with others, the nearest ones first.
+
+        So kernels that both have are proven before those of tiles.
+        """
+        tiles = kernels.config.candidates("gemm_lowrank", self.target, self._fused_call())
+        others = [kernels.Plan(fused=True, gemm=config) for config in tiles[1:]]
+        return [kernels.plan.IN_PLACE, kernels.plan.FUSED, *others]
+
+    def row(self, plan: "kernels.Plan") -> "kernels.plan.Row":
+        """What says that this plan is best."""
+        call, depth = self._choice()
+        size = (call.m, call.n, depth, call.r, call.itemsize, call.masked, call.projections)
+        backward, experts = self.sizes.backward, self.sizes.experts
+        return kernels.plan.Row(self.target.device, *size, plan, backward, experts)
+
+    def why_wrong(self, plan: "kernels.Plan") -> str:
+        """Why its results aren't PyTorch's; "" if they are.  It raises what a compiler does."""
+        step = self.step(plan)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with kernels.plan.use_plan(plan):
+                self._by(triton_backend)(self.tensors)  # as any first call, that may be judged
+            try:
+                with _filled_with_nan():
+                    found = step()
+            except kernels.Unproven:
+                return str(said[-1].message) if said else "its kernels aren't believed"
+        by_torch = self._by(torch_backend)
+        right = by_torch(self.tensors)
+        return first_contact.compared(by_torch, self.tensors, self.roles, found, right)
+
+    def step(self, plan: "kernels.Plan") -> Callable[[], list]:
+        """The pass by the kernels alone: it raises Unproven if they aren't believed."""
+        run = self._by(segments if self.sizes.experts else layer)
+
+        def step() -> list:
+            with kernels.plan.use_plan(plan):
+                return run(self.tensors)
+
+        return step
+
+    def frozen(self) -> Callable[[], Tensor] | None:
+        """The same without adapters, by torch; of experts it has no product everywhere."""
+        weights = [output.base.weight for output in self.outputs]
+        if self.sizes.experts:
+            return None
+        if not self.sizes.backward:
+            return partial(linear, self.x, *weights)
+        (dy, weight), *others = zip(self.dys, weights, strict=True)
+
+        def step() -> Tensor:
+            dx = dy @ weight
+            for each in others:
+                dx.addmm_(*each)
+            return dx
+
+        return step
+
+    def _by(self, module: Any) -> first_contact.Run:
+        """The pass as a backend's, or a part of it, does it."""
+        if not self.sizes.backward:
+            return first_contact.of_forward(module.forward, self.seeds, self.call)
+        alike = [Output(Base(False), (Adapter(True, True),) * len(r)) for r in self.sizes.ranks]
+        needs = [True, *flatten(alike, self.call.layouts)]
+        return first_contact.of_backward(module.backward, needs, self.seeds, self.call)
+
+    def _choice(self) -> "tuple[kernels.config.Call, int]":
+        """What a plan is chosen by: the call, and its depth."""
+        s = self.sizes
+        n, depth = (s.features, sum(s.outs)) if s.backward else (s.outs[0], s.features)
+        size, count = s.dtype.itemsize, len(self.ranks)
+        kind = (size, precision_of(self.x), count, s.dropout > 0)
+        call = kernels.config.Call(s.rows, n, max(self.ranks), *kind, segments=s.experts)
+        return call, depth
+
+    def _fused_call(self) -> "kernels.config.Call":
+        """As the launch of a fused plan has it."""
+        (call, _), s, ranks = self._choice(), self.sizes, self.ranks
+        makes_h = not (s.backward or s.dropout or s.experts) and len(ranks) == 1
+        turned = kernels.faults.races_when_turned(self.target, call.precision, call.itemsize)
+        rows = (call.n, *(s.outs if s.backward else [s.features]))  # of operands, in elements
+        return replace(
+            call,
+            masked=call.masked and s.backward,
+            projections=min(len(ranks), kernels.config.MAX_PROJECTIONS),
+            project=makes_h and kernels.one_launch_pays(self.x, *ranks),
+            pointers=(s.backward and turned) or any(n * call.itemsize % 16 for n in rows),
+        )
+
+
+@contextmanager
+def _filled_with_nan() -> Iterator[None]:
+    """What torch.empty makes inside is: so an element that nobody writes shows."""
+    on, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = getattr(filling, _FILLS)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(filling, _FILLS, True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warns)
+        setattr(filling, _FILLS, fills)

@@ -1,0 +1,234 @@
+"""Which plan and tiles are fastest on this GPU: ``fastlora.tune``."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..backends import backend_name
+from ..backends.sizes import Sizes
+from ..clock import clock_for, medians
+from ..model.config import LoRAConfig
+from ..model.inject import apply_lora
+from ..projection import DTYPES, check_switch, is_number, shown
+from ..report import bar
+from .calls import distinct, products_of
+from .table import Tuned, Tuning
+
+if TYPE_CHECKING:
+    from ..backends.triton.plans import Contest
+
+_TOKENS = 4096  # of a model's step, where nobody says
+_FEWEST, _ROUNDS = 3, 9  # of timing
+_MOST_TILES = 8  # beside the default ones
+_FOR_TILES = 0.7  # of a product's time, after which no more are tried
+_CLEARLY = 0.99  # of the default's time: what is above is no reason to leave it
+
+
+def tune(
+    model: nn.Module,
+    tokens: int,
+    *,
+    dtype: torch.dtype | None = None,
+    seconds: float = 120.0,
+    progress: bool = True,
+) -> Tuning:
+    """Measure how this GPU best computes the model's LoRA layers, and compute them so from now on.
+
+    ``tokens`` is how many rows a step has: batch size times length.  The base product of each kind
+    of layer, forward and backward, is made by Triton in one kernel with the adapter (fused), by the
+    default tiles and some others, and by torch on top of the adapter's part (in place).  What isn't
+    PyTorch's result has no time.  torch's frozen layer and PEFT's, if it is installed, are beside.
+    All of that is done with random tensors: the model isn't called, and may be on ``meta``.
+
+    The fastest plans and tiles are written to a file for this device in the user's cache
+    (``FASTLORA_CACHE``), beside those of earlier calls.  Calls of about these sizes, within two
+    doublings in all, go by it, here and in later processes with the same Triton.  Results change by
+    rounding.  On a CPU, and wherever no Triton kernels run, nothing is measured, and a note says
+    so.
+
+    ``dtype``: that of the calls, where it isn't the weights', as under autocast; for packed weights
+    it is bfloat16 by default.  ``seconds``: how long it may take in all, about.  ``progress``: with
+    a bar.
+
+    Returns a :class:`fastlora.tuning.table.Tuning`, which prints as a table.  Raises TypeError for
+    what is no module, and ValueError for one without LoRA layers, and for numbers that can't be.
+    If it fails or is interrupted, the file is as it was.
+    """
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(f"tokens is {shown(tokens)}, but must be a whole number of at least 1")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {shown(dtype)}, but must be a floating dtype of torch's")
+    check_switch("progress", progress)
+    _check_seconds(seconds)
+    with torch.no_grad():
+        products, notes = products_of(model, tokens, dtype)
+    here = [each.device for each in model.parameters() if each.device.type == "cuda"]
+    return _tuned(products, notes, here[0] if here else _device(), seconds, progress)
+
+
+def command(
+    model: str | None,
+    shape: Sequence[tuple[int, int, int]] | None,
+    tokens: int | None,
+    r: int,
+    dtype: torch.dtype | None,
+    dropout: float,
+    seconds: float,
+) -> Tuning:
+    """``python -m fastlora tune``: of a model by name, every linear layer adapted, or of shapes."""
+    _check_seconds(seconds)
+    if bool(model) == bool(shape):
+        raise ValueError("give a model, or --shape: one of the two")
+    if model:
+        config = LoRAConfig(r=r, lora_dropout=dropout, target_modules="all-linear")
+        made, own = _on_meta(model, config)
+        return tune(made, tokens or _TOKENS, dtype=dtype or own, seconds=seconds)
+    if tokens:
+        raise ValueError("--tokens is of a model: a --shape has its rows")
+    of_all = dtype or torch.bfloat16
+    forward = [Sizes(m, k, (n,), ((r,),), of_all, dropout=dropout) for m, k, n in shape or ()]
+    backward = [replace(each, backward=True) for each in forward]
+    return _tuned(distinct([*forward, *backward]), [], _device(), seconds, progress=True)
+
+
+def _on_meta(name: str, config: LoRAConfig) -> tuple[nn.Module, torch.dtype]:
+    """A causal language model of transformers, with adapters, and its dtype: its config is read."""
+    transformers = import_module("transformers")
+    about = transformers.AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(about)
+    return apply_lora(model, config), getattr(about, "dtype", None) or torch.bfloat16
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _check_seconds(seconds: float) -> None:
+    if not is_number(seconds) or not seconds > 0:
+        raise ValueError(f"seconds is {shown(seconds)}, but must be a number above 0")
+
+
+def _tuned(
+    products: Sequence[Sizes],
+    notes: Sequence[str],
+    device: torch.device,
+    seconds: float,
+    progress: bool,
+) -> Tuning:
+    """Measures as many as there is time for, and keeps what was found."""
+    name = ""
+    if backend_name(device=device) == "triton":
+        from ..backends.triton import measured, why_not  # here, since it imports the kernels
+
+        name = measured.name_of(device)
+    if not name:
+        nothing = f"there is nothing to tune on {device}: it runs no compiled Triton kernels"
+        return Tuning(str(device), (), (nothing,))
+    from ..backends.triton.plans import Contest
+
+    is_gpu, said = device.type == "cuda", list(notes)
+    lines, rows = [], []
+    end = monotonic() + seconds
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng([device] if is_gpu else []),  # PEFT's dropout draws
+        torch.cuda.device(device) if is_gpu else nullcontext(),
+    ):
+        for i, product in enumerate(bar(products, "tuning", "product") if progress else products):
+            now = monotonic()
+            if now >= end:
+                left = len(products) - i
+                said.append(f"{left} of {len(products)} weren't measured: the time was over")
+                break
+            line, reason = None, why_not(product.dtype, device, ())
+            try:
+                if not reason:
+                    share = (end - now) / (len(products) - i)
+                    line, best = _measured(Contest(product, device), now, share, said)
+            except torch.OutOfMemoryError:
+                reason = "there isn't enough memory"
+            if reason:
+                said.append(f"{product} wasn't measured: {reason}")
+            if line is not None:
+                lines.append(line)
+                rows.append(best)
+    path = measured.keep(name, rows) if rows else ""
+    if rows and not path:
+        said.append(f"{measured.path_of(name)} can't be written: it is for this process alone")
+    return Tuning(name, tuple(lines), tuple(said), path)
+
+
+def _measured(
+    contest: "Contest", start: float, share: float, said: list[str]
+) -> tuple[Tuned | None, Any]:
+    """A line and a row for a product that has this share of the time."""
+    product, steps = contest.sizes, dict[Any, Callable[[], object]]()
+    plans, default = contest.plans(), contest.default()
+    for plan in plans[: 2 + _MOST_TILES]:
+        if plan.gemm is not None and monotonic() >= start + _FOR_TILES * share:
+            break
+        try:
+            why = contest.why_wrong(plan)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler's, or a driver's
+            why = f"{type(error).__name__}: {error}"
+        if why:
+            named = f"{_word(plan)} {_tiles(plan)}".strip()
+            said.append(f"{product}, {named}: {' '.join(why.split())[:400]}")
+        else:
+            steps[plan] = contest.step(plan)
+    ours = list(steps)
+    if not ours:
+        return None, None
+    for name, make in (("frozen", contest.frozen), ("PEFT", partial(_peft_s, contest))):
+        step = make()
+        if step is not None:
+            steps[name] = step
+    clock, before = clock_for(contest.x.device), monotonic()
+    medians(clock, steps, 1)  # warms up
+    now = monotonic()
+    left = int((start + share - now) / max(now - before, 1e-9))
+    seconds = medians(clock, steps, min(max(left, _FEWEST), _ROUNDS))
+    # A little isn't worth another kernel than the default.
+    best = min(ours, key=lambda plan: seconds[plan] * (_CLEARLY if plan == default else 1.0))
+    others = [seconds.get(each) for each in (default, "frozen", "PEFT")]
+    names = (str(product), _word(default), _word(best), _tiles(best))
+    return Tuned(*names, seconds[best], *others), contest.row(best)
+
+
+def _peft_s(contest: "Contest") -> Callable[[], object] | None:
+    """What PEFT's layers do in the product's place; None without PEFT, and for experts."""
+    try:
+        from ..peft.alone import step_of
+    except ImportError:
+        return None
+    sizes = contest.sizes
+    if sizes.experts:
+        return None
+    with torch.enable_grad():
+        return step_of(contest.x, contest.outputs, sizes.dropout, contest.dys)
+
+
+def _word(plan: Any) -> str:
+    return "fused" if plan.fused else "in place"
+
+
+def _tiles(plan: Any) -> str:
+    """Those of a plan that has other ones than the default's."""
+    if plan.gemm is None:
+        return ""
+    block_m, block_n, block_k, warps, stages, group, descriptors = vars(plan.gemm).values()
+    text = f"{block_m}x{block_n}x{block_k}, {warps} warps, {stages} stages, group {group}"
+    return text + ", descriptors" * descriptors
