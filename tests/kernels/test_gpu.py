@@ -7,7 +7,7 @@ from torch import nn
 
 import fastlora
 from fastlora.backends import backend_name
-from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan, use_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -37,6 +37,21 @@ def make_x(rows: int = 300) -> torch.Tensor:
 def step(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     y = layer(x)
     return [y, *torch.autograd.grad(y.square().sum(), (x, layer.lora_A, layer.lora_B))]
+
+
+def test_tuning_measures_what_runs_from_then_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    layer, x = make_layer(0.1), make_x()
+    step(layer, x)
+    try:
+        found = fastlora.tune(layer, len(x), seconds=10.0, progress=False)
+        assert [line.product.split()[0] for line in found.lines] == ["y", "dx"]
+        assert all(0 < line.seconds <= line.default_seconds for line in found.lines)
+        assert all(line.frozen_seconds > 0 for line in found.lines)
+        assert found.path
+        step(layer, x)
+    finally:
+        use_rows(())
 
 
 def experts_step() -> list[torch.Tensor]:

@@ -12,16 +12,15 @@ import torch
 from process import run_python
 
 from benchmarks.judge import TOLERANCE
-from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.plan import Plan, Row
+from fastlora.backends.triton import measured
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "visit.py")]
 
 
 @pytest.fixture(scope="module")
-def dry(tmp_path_factory) -> tuple[str, dict]:
-    """A whole dry visit: what it printed, and its results.
+def dry(tmp_path_factory) -> tuple[str, dict, str]:
+    """A whole dry visit: what it printed, its results, and its file of tuning.
 
     It starts in another folder: the repository's is found by the file's place alone.
     """
@@ -30,7 +29,7 @@ def dry(tmp_path_factory) -> tuple[str, dict]:
     command = [*COMMAND, "--dry", "--out", str(out)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(out.read_text(encoding="utf-8"))
+    return done.stdout, json.loads(out.read_text()), (folder / "visit.tuning.json").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +97,8 @@ def test_products_stand_beside_torch_s_and_thin_launches_beside_a_copy(dry):
         assert row["rates"]["copy"] == pytest.approx(tera, rel=1e-3)
 
 
-def test_tuning_chooses_among_what_it_tried_and_prints_rows_as_python(dry):
-    printed, results = dry
+def test_tuning_chooses_among_what_it_tried_and_writes_what_fastlora_reads(dry):
+    results, file = dry[1:]
     rows = [row for row in results["rows"] if row["table"] == "tune"]
     assert {row["id"].split()[0] for row in rows} == {"y", "dx", "h", "dA", "dB,dh"}
     for row in rows:
@@ -107,12 +106,12 @@ def test_tuning_chooses_among_what_it_tried_and_prints_rows_as_python(dry):
         times = {name: t for name, t in row["seconds"].items() if "Config(" in name}
         assert row["best"] == min(times, key=times.get)
     plans = [row["plan"] for row in results["rows"] if "plan" in row]
-    assert {"backward=True" in text for text in plans} == {False, True}
-    for text in plans:
-        row = eval(text, {"Row": Row, "Plan": Plan, "GemmConfig": GemmConfig})
-        assert isinstance(row, Row)
-        assert repr(row) == text
-        assert f"{text}," in printed.splitlines()
+    found = measured.from_text(file)
+    assert found.why_not == ""
+    assert {row.backward for row in found.rows} == {False, True}
+    assert {row.plan.gemm is not None for row in found.rows if row.plan.fused} <= {True}
+    assert set(found.rows) <= set(map(measured.as_row, plans))
+    assert len(found.rows) == 5  # y of three depths, dx of two; what was tuned comes last
 
 
 def test_a_call_that_is_wrong_or_raises_has_no_time(monkeypatch):

@@ -1,0 +1,116 @@
+"""What tuning compares: each plan computes a call's product, and the tiles it asks for run."""
+
+import pytest
+import torch
+from device import DEVICE
+
+from fastlora.backends import torch as torch_backend
+from fastlora.backends.sizes import Sizes
+from fastlora.backends.triton.plans import Contest
+from fastlora.clock import HostClock, clock_for, medians
+from fastlora.kernels.launch import intercept
+from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.kernels.target import TARGETS, use_target
+from fastlora.peft.alone import step_of
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
+CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
+SIZES = {
+    "forward": Sizes(40, 48, (32,), ((4,),), F32),
+    "forward-few": Sizes(16, 48, (32,), ((4,),), BF16),
+    "forward-ragged-dropout": Sizes(70, 45, (37,), ((4,),), F32, dropout=0.25),
+    "forward-two-adapters": Sizes(40, 48, (32,), ((4, 8),), BF16),
+    "forward-experts": Sizes(40, 48, (32,), ((4,),), F32, experts=3),
+    "backward": Sizes(40, 48, (32,), ((4,),), BF16, backward=True),
+    "backward-group-dropout": Sizes(
+        40, 48, (32, 24), ((4,), (8,)), F32, F32, dropout=0.5, backward=True
+    ),
+    "backward-two-adapters": Sizes(40, 48, (32,), ((4, 8),), F32, backward=True),
+    "backward-experts-dropout": Sizes(
+        40, 48, (32,), ((4,),), F32, dropout=0.5, backward=True, experts=3
+    ),
+}
+every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+
+
+@every_size
+def test_both_plans_and_other_tiles_are_right(sizes):
+    contest = Contest(sizes, CPU)
+    for plan in contest.plans()[:3]:
+        assert contest.why_wrong(plan) == ""
+        for tensor in contest.step(plan)():
+            assert tensor is None or not tensor.isnan().any()
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@every_size
+def test_the_tiles_of_a_plan_are_those_that_are_launched(sizes, precision):
+    """Else the default's time would be taken for theirs."""
+    for target in TARGETS.values():
+        if target.kind == "cpu" or (sizes.dtype == F32 and not target.float32):
+            continue
+        with use_target(target):
+            contest = Contest(sizes, CPU)
+            plans = contest.plans()
+            assert plans[:2] == [IN_PLACE, FUSED]
+            assert len(plans) > 4
+            for plan in plans[2:12]:
+                launches = []
+                with intercept(launches.append):
+                    contest.step(plan)()
+                (launch,) = [each for each in launches if each.name == "gemm_lowrank"]
+                blocks = [launch.arguments[f"BLOCK_{each}"] for each in "MNK"]
+                found = (*blocks, launch.warps, launch.stages, launch.arguments["GROUP"])
+                assert found == tuple(vars(plan.gemm).values())[:6], target.name
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if "experts" not in name])
+def test_the_frozen_layer_and_peft_s_are_beside(name):
+    """Without dropout, whose masks PEFT draws."""
+    sizes = SIZES[name]
+    contest = Contest(sizes, CPU)
+    right = contest._by(torch_backend)(contest.tensors)
+    frozen = contest.frozen()()
+    if not sizes.backward:
+        base = torch.nn.functional.linear(contest.x, contest.outputs[0].base.weight)
+    else:
+        pairs = zip(contest.dys, contest.outputs, strict=True)
+        base = sum(dy @ output.base.weight for dy, output in pairs)
+    torch.testing.assert_close(frozen, base)
+    with torch.enable_grad():
+        step = step_of(contest.x, contest.outputs, 0.0, contest.dys)
+    for _ in range(2):
+        (found, *_), first = step(), right[0]
+        if not sizes.dropout:
+            torch.testing.assert_close(found, first, rtol=0.05, atol=0.05)
+    with torch.enable_grad():
+        masked = step_of(contest.x, contest.outputs, 0.5, contest.dys)
+    assert not torch.equal(masked()[0], found)
+
+
+def test_experts_have_nobody_beside():
+    assert Contest(SIZES["forward-experts"], CPU).frozen() is None
+
+
+def test_a_default_is_the_rule_s_whatever_was_measured():
+    contest = Contest(SIZES["backward"], CPU)
+    with use_plan(IN_PLACE):
+        assert contest.default() == FUSED
+    with use_target(TARGETS["sm_90"]):
+        assert Contest(SIZES["backward"], CPU).default() == IN_PLACE
+
+
+def test_clocks_take_turns_and_give_medians():
+    order, now = [], iter([0.0, 1.0, 1.0, 3.0, 3.0, 8.0, 8.0, 9.0, 9.0, 10.0, 10.0, 16.0])
+    clock = HostClock(CPU, lambda: next(now))
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    assert medians(clock, calls, 3) == {"a": 1.0, "b": 2.0}
+    assert order == ["a", "b"] * 3
+    assert isinstance(clock_for(CPU), HostClock)

@@ -1,0 +1,135 @@
+"""The products that tuning measures are those that a training step has."""
+
+import peft
+import pytest
+import torch
+from device import DEVICE
+from models import Mlp, adapt, tiny_llama
+from moe_models import base_model, parameters_of
+from vendor_layers import quantised
+
+import fastlora
+from fastlora.backends.triton.cover import kernels
+from fastlora.backends.triton.plans import Contest
+from fastlora.kernels import kept
+from fastlora.tuning.calls import products_of
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
+CPU, TOKENS = torch.device("cpu"), 36
+IDS = torch.randint(0, 60, (2, TOKENS // 2))
+
+
+def llama(**settings):
+    return tiny_llama(num_hidden_layers=1, **settings)
+
+
+def own(p=0.0, **settings):
+    return adapt(llama(**settings), r=4, lora_dropout=p, target_modules="all-linear")
+
+
+def of_peft(p=0.0, optimized=True, **settings):
+    config = peft.LoraConfig(r=4, lora_dropout=p, target_modules="all-linear", **settings)
+    model = peft.get_peft_model(llama(), config)
+    if optimized:
+        fastlora.optimize(model)
+    return model
+
+
+def two_adapters():
+    model = of_peft()
+    model.add_adapter("other", peft.LoraConfig(r=8, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    fastlora.optimize(model)
+    return model
+
+
+def mixture(by_peft):
+    model, names = base_model("qwen3", num_hidden_layers=1), parameters_of("qwen3")
+    if not by_peft:
+        return adapt(model, r=2, target_modules=["q_proj"], target_parameters=names)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names)
+    model = peft.get_peft_model(model, config)
+    fastlora.optimize(model)
+    return model
+
+
+MODELS = {
+    "own": own,
+    "own, dropout": lambda: own(0.1),
+    "own, bfloat16": lambda: own(dtype=torch.bfloat16),
+    "PEFT": of_peft,
+    "PEFT, dropout": lambda: of_peft(0.1),
+    "PEFT, two adapters": two_adapters,
+    "experts": lambda: mixture(False),
+    "experts of PEFT": lambda: mixture(True),
+}
+
+
+def asked_for(model, monkeypatch) -> set[tuple]:
+    """What plans a step of the model chooses."""
+    asked = set()
+    real = kernels.plan_for
+
+    def plan_for(
+        x, n, k, ranks, precision, *, masked=False, backward=False, packed=False, segments=0
+    ):
+        size = (len(x), n, k, max(ranks), x.element_size(), masked, len(ranks), backward, segments)
+        asked.add(size)
+        options = {"masked": masked, "backward": backward, "packed": packed, "segments": segments}
+        return real(x, n, k, ranks, precision, **options)
+
+    monkeypatch.setattr(kernels, "plan_for", plan_for)
+    monkeypatch.setattr(kept, "_calls", {})  # a call that is known asks no more
+    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    with fastlora.use_backend("triton"):
+        model.train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    return asked
+
+
+def measured(model, **options) -> set[tuple]:
+    found = set()
+    products, notes = products_of(model, TOKENS, options.get("dtype"))
+    assert notes == []
+    for product in products:
+        row = Contest(product, CPU).row(kernels.plan.IN_PLACE)
+        size = (row.m, row.n, row.k, row.r, row.itemsize, row.masked, row.projections)
+        found.add((*size, row.backward, row.segments))
+    assert len(found) == len(products)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_they_are_those_of_a_step(name, monkeypatch):
+    model = MODELS[name]()
+    found, asked = measured(model), asked_for(model, monkeypatch)
+    assert found >= asked
+    assert not {size for size in found - asked if not size[7]}  # the first layer has no dx
+
+
+def test_layers_that_are_not_optimised_count_and_their_mlp_is_no_block():
+    for optimized, groups in ((False, [(96,)]), (True, [(96, 96)])):
+        products, _ = products_of(of_peft(optimized=optimized), TOKENS, None)
+        assert [each.outs for each in products if each.backward] == [(64,), (32,), *groups, (64,)]
+
+
+def test_packed_weights_count_as_dense_ones_of_16_bits_and_a_dtype_can_be_said():
+    pytest.importorskip("gguf", reason="the weight is packed by it")
+    model = adapt(torch.nn.Sequential(quantised("gguf-q8_0")), r=4, target_modules=["0"])
+    for dtype, found in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        products, notes = products_of(model, TOKENS, dtype)
+        assert (notes, {each.dtype for each in products}) == ([], {found})
+
+
+def test_what_runs_no_adapter_is_a_note():
+    model = fastlora.merge_lora(adapt(Mlp(), r=4, target_modules=["up", "down"]))
+    assert products_of(model, TOKENS, None) == ([], ["2 layers weren't measured: merged"])
+    model = of_peft()
+    with model.disable_adapter():
+        assert products_of(model, TOKENS, None) == ([], ["7 layers weren't measured: disabled"])
+
+
+def test_a_model_on_meta_has_the_same():
+    with torch.device("meta"):
+        model = fastlora.apply_lora(llama(), fastlora.LoRAConfig(r=4, target_modules="all-linear"))
+    assert products_of(model, TOKENS, None) == products_of(own(), TOKENS, None)

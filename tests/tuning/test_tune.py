@@ -1,0 +1,486 @@
+"""fastlora.tune with times that a test gives: what it chooses, writes, and leaves as it was."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import triton
+from device import DEVICE
+from models import Mlp, adapt, assert_untouched, snapshot, tiny_llama
+from process import run_python
+
+import fastlora
+from fastlora import tuning
+from fastlora.__main__ import main
+from fastlora.backends.triton import first_contact, measured, trust
+from fastlora.doctor import examine
+from fastlora.kernels import kept, target
+from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, in_force, plan_for, use_rows
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
+GPU = "A GPU"
+ROWS, IN, OUT, R = 40, 24, 32, 4
+PRODUCTS = [f"y {ROWS}x{IN}x{OUT}, r {R}, float32", f"dx {ROWS}x{IN}x{OUT}, r {R}, float32"]
+COMMAND = ["tune", "--shape", f"{ROWS},{IN},{OUT}", "--r", str(R), "--dtype", "float32"]
+
+
+def device(name):
+    return replace(target.TARGETS["interpreter"], device=name)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch, tmp_path):
+    """The interpreter as a device with a name, and a user who has tuned nothing."""
+    monkeypatch.setattr(target, "_of_cpu", device(GPU))
+    monkeypatch.setattr(measured, "_rows", {})
+    monkeypatch.setattr(kept, "_calls", {})
+    monkeypatch.setattr(tuning, "_MOST_TILES", 2)
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    with fastlora.use_backend("triton"):
+        yield
+    use_rows(())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test moves."""
+
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(tuning, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """What was timed, by plans and names, and how often; ``of`` says how long each takes."""
+
+    class Timed:
+        steps: ClassVar[list] = []
+        rounds: ClassVar[list] = []
+        of = staticmethod(lambda plan: 1.0)
+
+    def medians(clock, steps, rounds):
+        if rounds == 1:  # which warms up
+            Timed.steps.append(list(steps))
+        else:
+            Timed.rounds.append(rounds)
+        return {name: Timed.of(name) for name in steps}
+
+    Timed.steps, Timed.rounds = [], []
+    monkeypatch.setattr(tuning, "medians", medians)
+    return Timed
+
+
+def tuned(p=0.0, **settings):
+    linear = torch.nn.Sequential(torch.nn.Linear(IN, OUT))
+    model = adapt(linear, r=R, lora_dropout=p, target_modules=["0"])
+    return fastlora.tune(model, ROWS, **{"progress": False} | settings)
+
+
+def planned(backward=False, m=ROWS, name=GPU):
+    """What a call of these sizes goes by on this device."""
+    n, k = (IN, OUT) if backward else (OUT, IN)
+    with target.use_target(device(name)):
+        return plan_for(torch.empty(m, k), n, k, [R], "ieee", backward=backward)
+
+
+def files(folder):
+    return {path.name: path.read_text() for path in folder.rglob("*.json")}
+
+
+def resolved(monkeypatch, change=None):
+    """By what plan each call of a new kind is resolved, and the identities of its kernels.
+
+    ``change`` makes other results of a plan's, or raises.
+    """
+    real, found = kept.script_of, []
+
+    def script_of(*call):
+        plan = in_force()
+        made = real(*call)
+        found.append((plan, made.identities))
+        if change is None:
+            return made
+        return made._replace(replay=lambda *args: change(plan, made.replay(*args)))
+
+    monkeypatch.setattr(kept, "script_of", script_of)
+    return found
+
+
+def test_the_fastest_plan_is_written_and_the_next_process_goes_by_it(timed, tmp_path):
+    timed.of = lambda plan: {IN_PLACE: 0.5, "frozen": 0.25, "PEFT": 2.0}.get(plan, 1.0)
+    found = tuned()
+    assert [line.product for line in found.lines] == PRODUCTS
+    for line in found.lines:
+        assert (line.default, line.best, line.tiles) == ("fused", "in place", "")
+        assert (line.seconds, line.default_seconds) == (0.5, 1.0)
+        assert (line.frozen_seconds, line.peft_seconds) == (0.25, 2.0)
+    assert planned() == planned(backward=True) == planned(m=2 * ROWS) == IN_PLACE
+    assert planned(m=8 * ROWS) == planned(name="Another") == FUSED
+    assert found.path == str(tmp_path / "tuning" / "A-GPU.json")
+    words = [" ".join(line.split()) for line in str(found).splitlines()]
+    assert f"{PRODUCTS[0]} fused in place 500.000 0.500 2.000 0.250" in words
+    assert str(found).endswith(f"written to {found.path}")
+    code = f"""if True:
+        import torch
+        from dataclasses import replace
+        from fastlora.backends import triton
+        from fastlora.kernels import target
+        from fastlora.kernels.plan import plan_for
+        for name in ("{GPU}", "Another"):
+            with target.use_target(replace(target.TARGETS["interpreter"], device=name)):
+                print(plan_for(torch.empty({ROWS}, {IN}), {OUT}, {IN}, [{R}], "ieee").fused)"""
+    assert run_python("-c", code, TRITON_INTERPRET="1").split() == ["False", "True"]
+
+
+def test_the_fastest_tiles_of_each_direction_are_used_by_calls_that_ran_before(timed, monkeypatch):
+    x, layer = torch.randn(ROWS, IN, requires_grad=True), fastlora.LoRALinear(IN, OUT, r=R)
+    kinds = resolved(monkeypatch)
+
+    def identities():
+        before = len(kinds)
+        layer(x).sum().backward()
+        return [identity for _, identity in kinds[before:]]
+
+    first = identities()
+    assert identities() == []
+    # Of the two tiles that are tried, another one forward than backward.
+    timed.of = lambda plan: 0.5 if plan == timed.steps[-1][1 + len(timed.steps)] else 1.0
+    found = tuned()
+    tiles = [planned().gemm, planned(backward=True).gemm]
+    assert tiles == [timed.steps[0][2].gemm, timed.steps[1][3].gemm]
+    assert "3 stages, group 2, descriptors" in found.lines[0].tiles
+    assert "2 stages, group 4, descriptors" in found.lines[1].tiles
+    for before, now in zip(first, identities(), strict=True):
+        assert {each.split()[0] for each in before ^ now} == {"gemm_lowrank"}
+
+
+def test_what_is_a_little_faster_than_the_default_is_left(timed):
+    timed.of = lambda plan: 1.0 if plan == FUSED else 0.995
+    assert {line.best for line in tuned().lines} == {"fused"}
+    assert planned() == FUSED
+
+
+def test_a_later_call_adds_to_the_file_and_replaces_what_it_measured_again(timed, tmp_path):
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
+    tuned()
+    timed.of = lambda plan: 0.5 if plan == FUSED else 1.0
+    tuned(p=0.5)
+    tuned()
+    ((name, text),) = files(tmp_path).items()
+    rows = json.loads(text)["rows"]
+    assert sorted((row["masked"], row["backward"]) for row in rows) == [
+        (False, False), (False, True), (True, False), (True, True),
+    ]  # fmt: skip
+    assert {row["plan"]["fused"] for row in rows} == {True}
+    assert measured.from_text(text).rows == tuple(map(measured.as_row, rows))
+    assert name == "A-GPU.json"
+
+
+def one_element(results):
+    results[0][3, 5] += 2 * results[0].std()
+
+
+def one_row_unwritten(results):
+    new = torch.empty_like(results[0])
+    new[1:] = results[0][1:]
+    results[0] = new
+
+
+def the_second_result(results):
+    results[-1] = 1.01 * results[-1]
+
+
+@pytest.mark.parametrize("mode", [trust.OFF, trust.FIRST])
+@pytest.mark.parametrize("change", [one_element, one_row_unwritten, the_second_result])
+def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
+    monkeypatch.setattr(trust, "_CHOSEN", mode)
+    monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(first_contact, "REPEATS", 2)
+
+    def spoil(plan, results):
+        results = list(results)
+        if type(plan) is Plan and plan.gemm:
+            change(results)
+        return results
+
+    resolved(monkeypatch, spoil)
+    timed.of = lambda plan: 0.1 if type(plan) is Plan and plan.gemm else 1.0
+    found = tuned()
+    assert {(line.best, line.tiles) for line in found.lines} == {("fused", "")}
+    assert [steps[:2] for steps in timed.steps] == [[IN_PLACE, FUSED]] * 2
+    assert len(found.notes) == 4
+    said = ("times what rounding explains", "with the same tensors made other bits")
+    assert all(any(words in note for words in said) for note in found.notes)
+    assert found.notes[0].startswith(f"{PRODUCTS[0]}, fused 32x32x16, 4 warps, 3 stages, group 2")
+
+
+@pytest.mark.parametrize("mode", [trust.OFF, trust.FIRST])
+def test_what_does_not_compile_drops_out(timed, monkeypatch, mode, recwarn):
+    monkeypatch.setattr(trust, "_CHOSEN", mode)
+    monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(first_contact, "REPEATS", 2)
+    real = kept.script_of
+
+    def script_of(*call):
+        if in_force() == FUSED:
+            raise RuntimeError("PassManager::run failed")
+        return real(*call)
+
+    monkeypatch.setattr(kept, "script_of", script_of)
+    found = tuned()
+    assert [FUSED in steps for steps in timed.steps] == [False, False]
+    assert {line.default_seconds for line in found.lines} == {None}
+    assert "PassManager::run failed" in found.notes[0]
+    assert not recwarn.list
+
+
+def test_a_product_that_nothing_computes_has_no_row(timed, monkeypatch, tmp_path):
+    def fails(*call):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(kept, "script_of", fails)
+    found = tuned()
+    assert (found.lines, found.path, len(found.notes)) == ((), "", 8)
+    assert files(tmp_path) == {}
+
+
+def test_the_time_is_shared_out_and_kept_to(timed, clock, monkeypatch):
+    """A product's plans are measured in any case; tiles as long as its share lasts."""
+    monkeypatch.setattr(tuning, "_MOST_TILES", 8)
+    taken = {}
+
+    def spend(plan, results):
+        clock.now += 2.0 if plan not in taken else 0.0
+        taken[plan] = True
+        return results
+
+    resolved(monkeypatch, spend)
+    tuned(seconds=20.0)
+    tiles = [len([step for step in steps if type(step) is Plan]) for steps in timed.steps]
+    # Seven of ten seconds are for the forward's tiles: two plans, and two tiles more.
+    assert tiles[0] == 4
+    assert timed.rounds[0] == 9
+    before = len(timed.steps)
+    timed.of = lambda plan: setattr(clock, "now", clock.now + 3.0) or 1.0
+    clock.now, limit = 0.0, 4.0
+    found = tuned(seconds=limit)
+    assert timed.rounds[before:] == [3]
+    assert found.notes == ("1 of 2 weren't measured: the time was over",)
+    assert len(found.lines) == 1
+
+
+def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
+    tuned()
+    before, model = files(tmp_path), adapt(tiny_llama(num_hidden_layers=1), r=R)
+    model.train()
+    model(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    state, grads = (
+        snapshot(model),
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+    )
+    random, edition = torch.get_rng_state(), in_force()
+
+    def interrupt(plan):
+        if len(timed.steps) > 3:
+            raise KeyboardInterrupt
+        return 0.5 if plan == FUSED else 1.0
+
+    timed.of = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        fastlora.tune(model, ROWS, progress=False)
+    assert files(tmp_path) == before
+    assert planned() == IN_PLACE
+    assert in_force() == edition
+    assert_untouched(model, state)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert model.training
+    for name, gradient in grads.items():
+        assert torch.equal(model.get_parameter(name).grad, gradient)
+
+
+def test_random_numbers_are_drawn_as_without_it(timed):
+    random = torch.get_rng_state()
+    assert main([*COMMAND, "--dropout", "0.5"]) == 0
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_where_nothing_can_be_written_the_process_goes_by_it_alone(timed, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE", os.devnull)
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
+    found = tuned()
+    assert found.path == ""
+    assert found.notes == (
+        "/dev/null/tuning/A-GPU.json can't be written: it is for this process alone",
+    )
+    assert planned() == IN_PLACE
+
+
+TILES = {
+    "block_m": 32, "block_n": 32, "block_k": 16, "warps": 4, "stages": 2, "group": 2,
+    "descriptors": False,
+}  # fmt: skip
+
+
+def of_tiles(**changes):
+    return {"plan": {"fused": True, "gemm": TILES | changes, "unpacks": False}}
+
+
+@pytest.mark.parametrize(
+    ("change", "why_not"),
+    [
+        ({"triton": "3.5.1"}, f"it is of Triton 3.5.1, and this is {triton.__version__}"),
+        ({"format": 2}, "its format is 2, not 1"),
+        ({"rows": 3}, "it can't be read (TypeError"),
+        ({"rows": [{"m": 3}]}, "it can't be read (KeyError"),
+        ({"m": "40"}, "it can't be read (TypeError: m is '40')"),
+        ({"masked": 0}, "it can't be read (TypeError: masked is 0)"),
+        ({"k": 0}, "it can't be read (ValueError: k is 0)"),
+        ({"more": 1}, "it can't be read (TypeError"),
+        ({"plan": {"fused": True}}, "it can't be read (KeyError"),
+        (of_tiles(block_n=48), "it can't be read (ValueError: block_n is 48, no power of two)"),
+        (of_tiles(block_k=8), "it can't be read (ValueError: block_k is 8)"),
+        (of_tiles(warps=3), "it can't be read (ValueError: warps is 3, no power of two)"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_file_that_is_not_for_this_process_is_not_used_and_it_is_said_why(
+    timed, monkeypatch, change, why_not
+):
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
+    path = Path(tuned().path)
+    whole = json.loads(path.read_text())
+    if not change.keys() & whole.keys():
+        change = {"rows": [whole["rows"][0] | change, *whole["rows"][1:]]}
+    path.write_text(json.dumps(whole | change))
+    monkeypatch.setattr(measured, "_rows", {})
+    use_rows(())
+    measured.load()
+    assert planned() == FUSED
+    said = measured.described(GPU)
+    assert said.startswith(f"{path} isn't used, {why_not}")
+    assert said.endswith("python -m fastlora tune makes a new one")
+    tuned()
+    assert planned() == IN_PLACE
+    assert measured.described(GPU).startswith("2 products, 20")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"a"'])
+def test_what_is_no_file_of_tuning_is_not_used(text):
+    path = measured.path_of(GPU)
+    path.parent.mkdir()
+    path.write_text(text)
+    measured.load()
+    assert planned() == FUSED
+    assert "isn't used, it can't be read" in measured.described(GPU)
+
+
+def test_a_file_of_another_device_and_tiles_that_do_not_fit_are_passed_over(timed, tmp_path):
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
+    tuned()
+    found = json.loads(files(tmp_path)["A-GPU.json"])
+    rows = [row | {"device": "Another"} | of_tiles() for row in found["rows"]]
+    sent = found | {"device": "Another", "rows": rows}
+    (tmp_path / "tuning" / "sent.json").write_text(json.dumps(sent))
+    measured.load()
+    assert planned() == IN_PLACE
+    assert planned(name="Another").gemm.descriptors is False
+    assert measured.written("A third") is None
+
+
+def test_doctor_says_that_nothing_was_measured(monkeypatch):
+    assert examine().sections["tuning"] == {
+        "on cpu": "nothing was measured: python -m fastlora tune"
+    }
+    monkeypatch.setattr(target, "_of_cpu", target.TARGETS["interpreter"])
+    assert "tuning" not in examine().sections
+
+
+def test_the_command_prints_the_table_with_a_bar(timed, capsys, tmp_path):
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
+    assert main([*COMMAND, "--seconds", "30"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == f"on {GPU}"
+    assert printed.out.splitlines()[-1] == f"written to {tmp_path / 'tuning' / 'A-GPU.json'}"
+    assert "tuning:" in printed.err
+    assert planned() == IN_PLACE
+
+
+def test_the_command_takes_a_model_of_transformers(timed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "_MOST_TILES", 0)
+    tiny_llama(num_hidden_layers=1).config.save_pretrained(tmp_path / "llama")
+    assert (
+        main(["tune", str(tmp_path / "llama"), "--tokens", "33", "--r", "2", "--dropout", "0.1"])
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    products = [line.partition("  ")[0] for line in lines[2:-1]]
+    assert [each for each in products if each.startswith("dx")] == [
+        f"dx 33x{sizes}, bfloat16, dropout"
+        for sizes in ("64x64, r 2", "64x32, r 2", "64x96+96, r 2+2", "96x64, r 2")
+    ]
+    assert len(products) == 8
+
+
+def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, capsys, tmp_path):
+    said = "there is nothing to tune on cpu: it runs no compiled Triton kernels"
+    with fastlora.use_backend("torch"):
+        assert str(tuned()) == said
+        assert main(COMMAND) == 0
+    assert capsys.readouterr().out == f"{said}\n"
+    monkeypatch.setattr(target, "_of_cpu", target.TARGETS["interpreter"])
+    assert str(tuned()) == said
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"tokens": 0}, "tokens is 0, but must be a whole number of at least 1"),
+        ({"tokens": True}, "tokens is True"),
+        ({"tokens": 2.0}, "tokens is 2.0"),
+        ({"dtype": torch.int8}, "dtype is torch.int8, but must be a floating dtype"),
+        ({"seconds": 0}, "seconds is 0, but must be a number above 0"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"progress": 1}, "progress is 1"),
+        ({"model": Mlp()}, "this Mlp has no LoRA layers: fastlora.apply_lora or peft.get_peft"),
+        ({"model": "llama"}, "model must be a torch.nn.Module, not str"),
+    ],
+)
+def test_what_can_not_be_is_said_at_the_door(call, message):
+    layer = fastlora.LoRALinear(IN, OUT)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastlora.tune(**{"model": layer, "tokens": ROWS} | call)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "give a model, or --shape: one of the two"),
+        ("x --shape 1,2,3", "give a model, or --shape: one of the two"),
+        ("--shape 1,2,3 --tokens 5", "--tokens is of a model: a --shape has its rows"),
+        ("--shape 1,2", "'1,2' is no M,K,N"),
+        ("--shape 1,2,3 --seconds -1", "seconds is -1.0, but must be"),
+        ("x --tokens 0", "'0' is no number of tokens"),
+        ("nowhere/at/all", "nowhere/at/all"),
+    ],
+)
+def test_a_wrong_command_is_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["tune", *options.split()])
+    assert stop.value.code in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_what_kernels_do_not_have_is_said(timed):
+    found = fastlora.tune(fastlora.LoRALinear(IN, OUT, dtype=torch.float64), ROWS, progress=False)
+    assert found.lines == ()
+    assert "wasn't measured: the Triton kernels don't have torch.float64" in found.notes[0]
