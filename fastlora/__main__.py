@@ -87,7 +87,12 @@ def _add_tune(commands: Any) -> None:
     parser = commands.add_parser("tune", help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=tune)
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="of transformers: a folder, or a hub's name")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="of transformers: a folder, or a name in its cache",
+    )
     add("--shape", type=_shape, action="append", metavar="M,K,N", help="or layers; repeat it")
     add("--tokens", type=_count, help="of a model's step: batch size times length (4096)")
     add("--r", type=_rank, default=16, help="the rank of the adapters (%(default)s)")

@@ -28,6 +28,8 @@ ADDED = "_lora_"  # in the names of parameters that aren't the module's own
 _WEIGHT = re.compile(r"(gate_up|up|down)_proj(_bias|_scale_inv|_activation_scale)?")
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Experts")
 _OTHER_GATES = ("gate_softcap", "swiglu_alpha", "limit")  # what its gate depends on
+# What configs of transformers' call the number of experts that a token goes to.
+PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 _CAST_BY_AUTOCAST = (None, "eager", "batched_mm")
 
 
@@ -124,6 +126,13 @@ def _is_plain_function(act: Any) -> bool:
         and not any(map(is_hooked, act.modules()))
         and not any(True for _ in act.parameters())
     )
+
+
+def experts_of_a_token(module: Any) -> int:
+    """How many run for each token; 0 where nothing says so."""
+    config = getattr(module, "config", None)
+    found = [getattr(config, name, None) for name in PER_TOKEN]
+    return next((number for number in found if type(number) is int), 0)
 
 
 def stacked(

@@ -17,12 +17,13 @@ def step_of(
     layers = []
     for base, adapters in outputs:
         rows, columns = base.weight.shape
-        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        how: Any = {"dtype": base.weight.dtype, "device": "meta"}
+        linear = nn.Linear(columns, rows, bias=False, **how)
         linear.weight = nn.Parameter(base.weight, requires_grad=False)
         layer: Any = nn.Sequential(linear)
         for i, adapter in enumerate(adapters):
-            how: Any = {"r": len(adapter.lora_a), "lora_dropout": dropout, "target_modules": ["0"]}
-            config = peft.LoraConfig(**how, lora_alpha=how["r"])
+            r = len(adapter.lora_a)
+            config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, target_modules=["0"])
             if i == 0:
                 layer = peft.get_peft_model(layer, config, str(i))
             else:

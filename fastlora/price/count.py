@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.experts import PER_TOKEN, experts_of_a_token
 from ..layers.frozen import matrix_of, why_not_class
 from ..layers.packed import packed_names, read_module, weight_in
 from ..model.config import LoRAConfig
@@ -27,8 +28,6 @@ from ..report import columns
 _MIB, _GIB = 2**20, 2**30
 # A parameter, its gradient and AdamW's two moments are kept while training.
 _COPIES_IN_TRAINING = 4
-# What configs of transformers' call the number of experts that a token goes to.
-_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
         if not used:
             raise ValueError(
                 f"{name} has no price: its config doesn't say how many experts a token goes to "
-                f"({_PER_TOKEN[0]})"
+                f"({PER_TOKEN[0]})"
             )
         flops += 2 * 3 * used * config.rank_of(name) * (target.features.p + target.features.q)
     trained = {id(each): each for each in full.values() if isinstance(each, nn.Parameter)}
@@ -211,12 +210,6 @@ def _of_a_token(modules: Collection[nn.Module]) -> int:
         for name in read.names if used else ():
             weights += used * math.prod(weight_in(module, name).shape[1:])
     return weights
-
-
-def experts_of_a_token(module: Any) -> int:
-    """How many run for each token; 0 where nothing says so."""
-    found = [getattr(module.config, name, None) for name in _PER_TOKEN]
-    return next((number for number in found if type(number) is int), 0)
 
 
 def _matrices(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -43,9 +43,9 @@ def tune(
 
     ``tokens`` is how many rows a step has: batch size times length.  The base product of each kind
     of layer, forward and backward, is made by Triton in one kernel with the adapter (fused), by the
-    default tiles and some others, and by torch on top of the adapter's part (in place).  What isn't
-    PyTorch's result has no time.  torch's frozen layer and PEFT's, if it is installed, are beside.
-    All of that is done with random tensors: the model isn't called, and may be on ``meta``.
+    default tiles and up to eight others, and by torch on top of the adapter's part (in place).
+    What isn't PyTorch's result has no time.  torch's frozen layer and PEFT's, if it is installed,
+    are beside.  Tensors are random: the model isn't called, and may be on ``meta``.
 
     The fastest plans and tiles are written to a file for this device in the user's cache
     (``FASTLORA_CACHE``), beside those of earlier calls.  Calls of about these sizes, within two
@@ -101,7 +101,7 @@ def command(
 def _on_meta(name: str, config: LoRAConfig) -> tuple[nn.Module, torch.dtype]:
     """A causal language model of transformers, with adapters, and its dtype: its config is read."""
     transformers = import_module("transformers")
-    about = transformers.AutoConfig.from_pretrained(name)
+    about = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(about)
     return apply_lora(model, config), getattr(about, "dtype", None) or torch.bfloat16

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..backends.sizes import Sizes
 from ..layers.expert_layer import ExpertsWeight
+from ..layers.experts import experts_of_a_token
 from ..layers.mlp import PARTS, GatedMLP
 from ..layers.modules import lora_layers
 from ..peft.optimize import checked, peft_layers
-from ..price.count import experts_of_a_token
 from ..projection import Base, Output
 
 # A module, its output or why it has none that is fast, and the probability of its dropout.

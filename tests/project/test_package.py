@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"kernels"},
     {"version", "namesake", "foreign", "blocks", "formats", "projection", "rows", "checks"}
-    | {"reference", "cache", "verdicts"},
+    | {"reference", "cache", "verdicts", "clock"},
     {"backends"},
     {"ops"},
     {"quant", "layers", "report"},
     {"model", "peft"},
-    {"adapters", "price", "trials", "trainer", "doctor", "__main__"},
+    {"adapters", "price", "trials", "tuning", "trainer", "doctor", "__main__"},
     {"__init__"},
 )  # fmt: skip
 LONGEST_CHAIN = 18  # of files, each of which imports the next

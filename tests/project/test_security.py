@@ -71,8 +71,9 @@ def test_every_file_that_opens_one_is_known():
         *(f"fastlora/adapters/{name}.py" for name in ("llama_cpp", "stored")),
         "fastlora/doctor/machine.py",  # /proc/cpuinfo
         "fastlora/backends/triton/trust.py",  # /sys/module/nvidia/version
-        "fastlora/cache.py",  # verdicts on kernels, which
+        "fastlora/cache.py",  # verdicts on kernels and what was tuned, which
         "fastlora/verdicts.py",  # reads as JSON
+        "fastlora/backends/triton/measured.py",  # does so
         *(f"fastlora/model/{name}.py" for name in ("checkpoint", "files", "packed_files")),
         "fastlora/trials/record.py",
     }

@@ -45,10 +45,11 @@ class Contest:
             self.outputs.append(Output(Base(factor(n, k, dtype=sizes.dtype)), adapters))
         self.ranks = [r for ranks in sizes.ranks for r in ranks]
         layouts = tuple([Layout(False, (1.0,) * len(ranks)) for ranks in sizes.ranks])
-        ends = torch.arange(1, sizes.experts + 1, device=device) * m // max(1, sizes.experts)
+        numbers: Any = {"dtype": torch.int64, "device": device}
+        ends = torch.arange(1, sizes.experts + 1, **numbers) * m // max(1, sizes.experts)
         rows = Rows(ends.to(torch.int32)) if bank else None
         self.call = Call(layouts, sizes.dropout, torch_backend, rows)
-        self.seeds = torch.arange(len(self.ranks), device=device) if sizes.dropout else None
+        self.seeds = torch.arange(len(self.ranks), **numbers) if sizes.dropout else None
         self.dys = [random(m, n) for n in sizes.outs] if sizes.backward else []
         hs = [random(m, r) for r in self.ranks] if sizes.backward else []
         self.tensors = [self.x, *flatten(self.outputs, layouts), *hs, *self.dys]
