@@ -64,7 +64,6 @@ def examine(asked: Asked | None = None) -> Report:
         "settings": settings,
         "backends": lambda: _backends(devices, broken),
         "compiled kernels": lambda: _compiled(devices, broken),
-        "tuning": lambda: _tuning(devices),
         "16-bit products": lambda: _products(devices),
         "plan": lambda: would_run(asked, devices[-1]) if asked else {},
         "self-test, relative errors": lambda: _self_tests(devices, broken),
@@ -116,29 +115,18 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
 
 
 def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
-    """What their first results are judged for, and those that weren't PyTorch's."""
+    """What their first results are judged for, what was tuned, and those that were wrong."""
     found = {}
     for device in devices:
         if backend_name(device=device) == "triton":
-            from ..backends.triton import environment  # here, since it imports the kernels
+            from ..backends.triton import environment, measured  # which import the kernels
 
             found[f"on {device}"] = str(environment(device))
+            found[f"tuned on {device}"] = measured.described(measured.name_of(device))
     wrong = {one.kernel[:40]: f"wrong on {one.environment}: {one.fault}" for one in faults()}
     if wrong:
         broken.append(f"{len(wrong)} compiled kernels were wrong: PyTorch's operations run instead")
     return found | wrong
-
-
-def _tuning(devices: list[torch.device]) -> dict[str, str]:
-    """What was measured on them."""
-    found: dict[str, str] = {}
-    for device in devices:
-        if backend_name(device=device) == "triton":
-            from ..backends.triton import measured  # here, since it imports the kernels
-
-            name = measured.name_of(device)
-            found |= {f"on {device}": measured.described(name)} if name else {}
-    return found
 
 
 def _products(devices: list[torch.device]) -> dict[str, str]:

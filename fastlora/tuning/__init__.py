@@ -1,12 +1,11 @@
 """Which plan and tiles are fastest on this GPU: ``fastlora.tune``."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +19,6 @@ from ..projection import DTYPES, check_switch, is_number, shown
 from ..report import bar
 from .calls import distinct, products_of
 from .table import Tuned, Tuning
-
-if TYPE_CHECKING:
-    from ..backends.triton.plans import Contest
 
 _TOKENS = 4096  # of a model's step, where nobody says
 _FEWEST, _ROUNDS = 3, 9  # of timing
@@ -70,48 +66,38 @@ def tune(
     with torch.no_grad():
         products, notes = products_of(model, tokens, dtype)
     here = [each.device for each in model.parameters() if each.device.type == "cuda"]
-    return _tuned(products, notes, here[0] if here else _device(), seconds, progress)
+    return _tuned(products, notes, here, seconds, progress)
 
 
 def command(
-    model: str | None,
-    shape: Sequence[tuple[int, int, int]] | None,
-    tokens: int | None,
-    r: int,
-    dtype: torch.dtype | None,
-    dropout: float,
-    seconds: float,
+    model: str | None, shape: Sequence | None, tokens: int | None, seconds: float, **about: Any
 ) -> Tuning:
-    """``python -m fastlora tune``: of a model by name, every linear layer adapted, or of shapes."""
+    """``python -m fastlora tune``: of a model by name, every linear layer adapted, or of shapes.
+
+    ``about``: r, dropout and dtype.
+    """
     _check_seconds(seconds)
+    r, dropout, dtype = about["r"], about["dropout"], about["dtype"]
     if bool(model) == bool(shape):
         raise ValueError("give a model, or --shape: one of the two")
     if model:
         config = LoRAConfig(r=r, lora_dropout=dropout, target_modules="all-linear")
-        made, own = _on_meta(model, config)
-        return tune(made, tokens or _TOKENS, dtype=dtype or own, seconds=seconds)
+        return tune(_on_meta(model, config), tokens or _TOKENS, dtype=dtype, seconds=seconds)
     if tokens:
         raise ValueError("--tokens is of a model: a --shape has its rows")
-    of_all = dtype or torch.bfloat16
-    forward = [Sizes(m, k, (n,), ((r,),), of_all, dropout=dropout) for m, k, n in shape or ()]
+    dtype = dtype or torch.bfloat16
+    forward = [Sizes(m, k, (n,), ((r,),), dtype, dropout=dropout) for m, k, n in shape or ()]
     backward = [replace(each, backward=True) for each in forward]
-    return _tuned(distinct([*forward, *backward]), [], _device(), seconds, progress=True)
+    return _tuned(distinct([*forward, *backward]), [], [], seconds, progress=True)
 
 
-def _on_meta(name: str, config: LoRAConfig) -> tuple[nn.Module, torch.dtype]:
-    """A causal language model of transformers, with adapters, and its dtype: its config is read."""
+def _on_meta(name: str, config: LoRAConfig) -> nn.Module:
+    """A causal language model of transformers, with adapters, of which only a config is read."""
     transformers = import_module("transformers")
     about = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    dtype = getattr(about, "dtype", None) or torch.bfloat16
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(about)
-    return apply_lora(model, config), getattr(about, "dtype", None) or torch.bfloat16
-
-
-def _device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+        return apply_lora(transformers.AutoModelForCausalLM.from_config(about).to(dtype), config)
 
 
 def _check_seconds(seconds: float) -> None:
@@ -120,14 +106,13 @@ def _check_seconds(seconds: float) -> None:
 
 
 def _tuned(
-    products: Sequence[Sizes],
-    notes: Sequence[str],
-    device: torch.device,
-    seconds: float,
-    progress: bool,
+    products: Sequence[Sizes], said: list[str], devices: list, seconds: float, progress: bool
 ) -> Tuning:
-    """Measures as many as there is time for, and keeps what was found."""
-    name = ""
+    """Measures as many as there is time for, on the first device, and keeps what was found."""
+    from ..doctor.machine import devices_here  # here, since an import of fastlora needs no doctor
+
+    device = devices[0] if devices else devices_here()[-1]
+    name, is_gpu, end = "", device.type == "cuda", monotonic() + seconds
     if backend_name(device=device) == "triton":
         from ..backends.triton import measured, why_not  # here, since it imports the kernels
 
@@ -135,47 +120,38 @@ def _tuned(
     if not name:
         nothing = f"there is nothing to tune on {device}: it runs no compiled Triton kernels"
         return Tuning(str(device), (), (nothing,))
-    from ..backends.triton.plans import Contest
-
-    is_gpu, said = device.type == "cuda", list(notes)
-    lines, rows = [], []
-    end = monotonic() + seconds
+    found = []
     with (
         torch.no_grad(),
         torch.random.fork_rng([device] if is_gpu else []),  # PEFT's dropout draws
         torch.cuda.device(device) if is_gpu else nullcontext(),
     ):
         for i, product in enumerate(bar(products, "tuning", "product") if progress else products):
-            now = monotonic()
+            reason, now = why_not(product.dtype, device, ()), monotonic()
             if now >= end:
-                left = len(products) - i
-                said.append(f"{left} of {len(products)} weren't measured: the time was over")
-                break
-            line, reason = None, why_not(product.dtype, device, ())
+                reason = "the time was over"
             try:
                 if not reason:
                     share = (end - now) / (len(products) - i)
-                    line, best = _measured(Contest(product, device), now, share, said)
+                    found += _measured(product, device, now, share, said)
             except torch.OutOfMemoryError:
                 reason = "there isn't enough memory"
             if reason:
                 said.append(f"{product} wasn't measured: {reason}")
-            if line is not None:
-                lines.append(line)
-                rows.append(best)
-    path = measured.keep(name, rows) if rows else ""
-    if rows and not path:
+    path = measured.keep(name, [row for _, row in found]) if found else ""
+    if found and not path:
         said.append(f"{measured.path_of(name)} can't be written: it is for this process alone")
-    return Tuning(name, tuple(lines), tuple(said), path)
+    return Tuning(name, tuple(line for line, _ in found), tuple(said), path)
 
 
 def _measured(
-    contest: "Contest", start: float, share: float, said: list[str]
-) -> tuple[Tuned | None, Any]:
-    """A line and a row for a product that has this share of the time."""
-    product, steps = contest.sizes, dict[Any, Callable[[], object]]()
-    plans, default = contest.plans(), contest.default()
-    for plan in plans[: 2 + _MOST_TILES]:
+    product: Sizes, device: torch.device, start: float, share: float, said: list[str]
+) -> list[tuple[Tuned, Any]]:
+    """A line and a row, if any plan is right; of the time that there is, the product has a share"""
+    from ..backends.triton.plans import Contest
+
+    contest, steps = Contest(product, device), dict[Any, Callable[[], object]]()
+    for plan in contest.plans()[: 2 + _MOST_TILES]:
         if plan.gemm is not None and monotonic() >= start + _FOR_TILES * share:
             break
         try:
@@ -185,18 +161,21 @@ def _measured(
         except Exception as error:  # a compiler's, or a driver's
             why = f"{type(error).__name__}: {error}"
         if why:
-            named = f"{_word(plan)} {_tiles(plan)}".strip()
-            said.append(f"{product}, {named}: {' '.join(why.split())[:400]}")
+            said.append(f"{product}, {_named(plan)}: {' '.join(why.split())[:400]}")
         else:
             steps[plan] = contest.step(plan)
-    ours = list(steps)
-    if not ours:
-        return None, None
-    for name, make in (("frozen", contest.frozen), ("PEFT", partial(_peft_s, contest))):
-        step = make()
-        if step is not None:
-            steps[name] = step
-    clock, before = clock_for(contest.x.device), monotonic()
+    if not steps:
+        return []
+    default, ours = contest.default(), list(steps)
+    if not product.experts:
+        steps["frozen"] = contest.frozen()
+    if not product.experts and len(contest.ranks) == len(product.outs):
+        with suppress(ImportError), torch.enable_grad():
+            from ..peft.alone import step_of
+
+            of_x = contest.x, contest.weights, contest.ranks
+            steps["PEFT"] = step_of(*of_x, product.dropout, contest.dys)
+    clock, before = clock_for(device), monotonic()
     medians(clock, steps, 1)  # warms up
     now = monotonic()
     left = int((start + share - now) / max(now - before, 1e-9))
@@ -204,31 +183,14 @@ def _measured(
     # A little isn't worth another kernel than the default.
     best = min(ours, key=lambda plan: seconds[plan] * (_CLEARLY if plan == default else 1.0))
     others = [seconds.get(each) for each in (default, "frozen", "PEFT")]
-    names = (str(product), _word(default), _word(best), _tiles(best))
-    return Tuned(*names, seconds[best], *others), contest.row(best)
+    line = Tuned(str(product), _named(default), _named(best), seconds[best], *others)
+    return [(line, contest.row(best))]
 
 
-def _peft_s(contest: "Contest") -> Callable[[], object] | None:
-    """What PEFT's layers do in the product's place; None without PEFT, and for experts."""
-    try:
-        from ..peft.alone import step_of
-    except ImportError:
-        return None
-    sizes = contest.sizes
-    if sizes.experts:
-        return None
-    with torch.enable_grad():
-        return step_of(contest.x, contest.outputs, sizes.dropout, contest.dys)
-
-
-def _word(plan: Any) -> str:
-    return "fused" if plan.fused else "in place"
-
-
-def _tiles(plan: Any) -> str:
-    """Those of a plan that has other ones than the default's."""
+def _named(plan: Any) -> str:
+    """With its tiles, if they aren't the default ones."""
     if plan.gemm is None:
-        return ""
+        return "fused" if plan.fused else "in place"
     block_m, block_n, block_k, warps, stages, group, descriptors = vars(plan.gemm).values()
-    text = f"{block_m}x{block_n}x{block_k}, {warps} warps, {stages} stages, group {group}"
-    return text + ", descriptors" * descriptors
+    tiles = f"{block_m}x{block_n}x{block_k}, {warps} warps, {stages} stages, group {group}"
+    return f"fused, {tiles}{', descriptors' * descriptors}"

@@ -1,5 +1,7 @@
 """What tuning compares: each plan computes a call's product, and the tiles it asks for run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from device import DEVICE
@@ -72,31 +74,31 @@ def test_the_tiles_of_a_plan_are_those_that_are_launched(sizes, precision):
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if "experts" not in name])
-def test_the_frozen_layer_and_peft_s_are_beside(name):
-    """Without dropout, whose masks PEFT draws."""
-    sizes = SIZES[name]
-    contest = Contest(sizes, CPU)
-    right = contest._by(torch_backend)(contest.tensors)
-    frozen = contest.frozen()()
-    if not sizes.backward:
-        base = torch.nn.functional.linear(contest.x, contest.outputs[0].base.weight)
-    else:
-        pairs = zip(contest.dys, contest.outputs, strict=True)
-        base = sum(dy @ output.base.weight for dy, output in pairs)
-    torch.testing.assert_close(frozen, base)
-    with torch.enable_grad():
-        step = step_of(contest.x, contest.outputs, 0.0, contest.dys)
-    for _ in range(2):
-        (found, *_), first = step(), right[0]
-        if not sizes.dropout:
-            torch.testing.assert_close(found, first, rtol=0.05, atol=0.05)
-    with torch.enable_grad():
-        masked = step_of(contest.x, contest.outputs, 0.5, contest.dys)
-    assert not torch.equal(masked()[0], found)
+def test_the_frozen_layer_is_beside(name):
+    contest = Contest(SIZES[name], CPU)
+    frozen = Contest(replace(SIZES[name], ranks=((),) * len(contest.weights)), CPU)
+    right, *_ = frozen._by(torch_backend)(frozen.tensors)
+    torch.testing.assert_close(frozen.frozen()(), right)
 
 
-def test_experts_have_nobody_beside():
-    assert Contest(SIZES["forward-experts"], CPU).frozen() is None
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("backward", [False, True])
+def test_peft_s_layers_are_beside(p, backward):
+    """Its fresh adapters change nothing but the gradient of theirs."""
+    contest = Contest(Sizes(40, 48, (32, 24), ((4,), (8,)), F32, backward=backward), CPU)
+    step = step_of(contest.x, contest.weights, contest.ranks, p, contest.dys)
+    once, again = step(), step()
+    if not backward:
+        right = [contest.x @ weight.T for weight in contest.weights]
+        torch.testing.assert_close(once, right)
+        assert all(each.grad_fn is not None for each in once)
+        return
+    dx, *adapters = once
+    torch.testing.assert_close(dx, contest.frozen()())
+    assert [tuple(each.shape) for each in adapters] == [(4, 48), (32, 4), (8, 48), (24, 8)]
+    assert adapters[1].count_nonzero()
+    for one, other in zip(once, again, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_default_is_the_rule_s_whatever_was_measured():

@@ -148,6 +148,21 @@ def test_a_row_of_another_kind_or_far_away_says_nothing(table, change):
     assert planned() == IN_PLACE  # there is no such device
 
 
+def test_rows_of_segments_are_for_segments(table):
+    """Whose number counts as another size."""
+    x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+
+    def of_experts(count):
+        with use_target(MEASURED):
+            return plan_for(x, 4096, 4096, [16], "ieee", segments=count)
+
+    table(row())
+    assert of_experts(8) == FUSED
+    table(row(segments=8))
+    assert [of_experts(count) for count in (8, 32, 64)] == [TUNED, TUNED, FUSED]
+    assert planned(target=MEASURED) == IN_PLACE
+
+
 def test_the_depth_of_a_group_is_the_sum(table):
     """It is an argument of its own, since x has the depth of one projection."""
     table(row(k=3 * 4096, projections=3))

@@ -118,7 +118,7 @@ def test_the_fastest_plan_is_written_and_the_next_process_goes_by_it(timed, tmp_
     found = tuned()
     assert [line.product for line in found.lines] == PRODUCTS
     for line in found.lines:
-        assert (line.default, line.best, line.tiles) == ("fused", "in place", "")
+        assert (line.default, line.best) == ("fused", "in place")
         assert (line.seconds, line.default_seconds) == (0.5, 1.0)
         assert (line.frozen_seconds, line.peft_seconds) == (0.25, 2.0)
     assert planned() == planned(backward=True) == planned(m=2 * ROWS) == IN_PLACE
@@ -155,8 +155,9 @@ def test_the_fastest_tiles_of_each_direction_are_used_by_calls_that_ran_before(t
     found = tuned()
     tiles = [planned().gemm, planned(backward=True).gemm]
     assert tiles == [timed.steps[0][2].gemm, timed.steps[1][3].gemm]
-    assert "3 stages, group 2, descriptors" in found.lines[0].tiles
-    assert "2 stages, group 4, descriptors" in found.lines[1].tiles
+    tiles = ("3 stages, group 2", "2 stages, group 4")
+    named = [f"fused, 32x32x16, 4 warps, {each}, descriptors" for each in tiles]
+    assert [line.best for line in found.lines] == named
     for before, now in zip(first, identities(), strict=True):
         assert {each.split()[0] for each in before ^ now} == {"gemm_lowrank"}
 
@@ -213,12 +214,12 @@ def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
     resolved(monkeypatch, spoil)
     timed.of = lambda plan: 0.1 if type(plan) is Plan and plan.gemm else 1.0
     found = tuned()
-    assert {(line.best, line.tiles) for line in found.lines} == {("fused", "")}
+    assert {line.best for line in found.lines} == {"fused"}
     assert [steps[:2] for steps in timed.steps] == [[IN_PLACE, FUSED]] * 2
     assert len(found.notes) == 4
     said = ("times what rounding explains", "with the same tensors made other bits")
     assert all(any(words in note for words in said) for note in found.notes)
-    assert found.notes[0].startswith(f"{PRODUCTS[0]}, fused 32x32x16, 4 warps, 3 stages, group 2")
+    assert found.notes[0].startswith(f"{PRODUCTS[0]}, fused, 32x32x16, 4 warps, 3 stages, group 2")
 
 
 @pytest.mark.parametrize("mode", [trust.OFF, trust.FIRST])
@@ -272,8 +273,17 @@ def test_the_time_is_shared_out_and_kept_to(timed, clock, monkeypatch):
     clock.now, limit = 0.0, 4.0
     found = tuned(seconds=limit)
     assert timed.rounds[before:] == [3]
-    assert found.notes == ("1 of 2 weren't measured: the time was over",)
+    assert found.notes == (f"{PRODUCTS[1]} wasn't measured: the time was over",)
     assert len(found.lines) == 1
+
+
+def test_with_a_real_clock_and_hardly_any_time_the_first_product_is_measured():
+    found = tuned(seconds=1e-3)
+    assert [line.product for line in found.lines] == PRODUCTS[:1]
+    (line,) = found.lines
+    times = (line.seconds, line.default_seconds, line.frozen_seconds, line.peft_seconds)
+    assert min(times) > 0
+    assert line.frozen_seconds < line.seconds  # interpreted
 
 
 def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
@@ -301,7 +311,6 @@ def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
     assert in_force() == edition
     assert_untouched(model, state)
     assert torch.equal(torch.get_rng_state(), random)
-    assert not torch.are_deterministic_algorithms_enabled()
     assert model.training
     for name, gradient in grads.items():
         assert torch.equal(model.get_parameter(name).grad, gradient)
@@ -341,14 +350,15 @@ def of_tiles(**changes):
         ({"format": 2}, "its format is 2, not 1"),
         ({"rows": 3}, "it can't be read (TypeError"),
         ({"rows": [{"m": 3}]}, "it can't be read (KeyError"),
-        ({"m": "40"}, "it can't be read (TypeError: m is '40')"),
-        ({"masked": 0}, "it can't be read (TypeError: masked is 0)"),
+        ({"m": "40"}, "it can't be read (ValueError: m is '40')"),
+        ({"m": True}, "it can't be read (ValueError: m is True)"),
+        ({"masked": 0}, "it can't be read (ValueError: masked is 0)"),
         ({"k": 0}, "it can't be read (ValueError: k is 0)"),
         ({"more": 1}, "it can't be read (TypeError"),
         ({"plan": {"fused": True}}, "it can't be read (KeyError"),
-        (of_tiles(block_n=48), "it can't be read (ValueError: block_n is 48, no power of two)"),
-        (of_tiles(block_k=8), "it can't be read (ValueError: block_k is 8)"),
-        (of_tiles(warps=3), "it can't be read (ValueError: warps is 3, no power of two)"),
+        (of_tiles(block_n=-1), "it can't be read (ValueError: block_n is -1)"),
+        (of_tiles(warps="4"), "it can't be read (ValueError: warps is '4')"),
+        (of_tiles(more=1), "it can't be read (TypeError"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -396,12 +406,16 @@ def test_a_file_of_another_device_and_tiles_that_do_not_fit_are_passed_over(time
     assert measured.written("A third") is None
 
 
-def test_doctor_says_that_nothing_was_measured(monkeypatch):
-    assert examine().sections["tuning"] == {
-        "on cpu": "nothing was measured: python -m fastlora tune"
-    }
+def test_doctor_says_what_was_measured(timed, monkeypatch):
+    def said():
+        return examine().sections["compiled kernels"]["tuned on cpu"]
+
+    assert said() == "nothing was measured: python -m fastlora tune"
+    path = tuned().path
+    assert said().startswith("2 products, 20")
+    assert said().endswith(path)
     monkeypatch.setattr(target, "_of_cpu", target.TARGETS["interpreter"])
-    assert "tuning" not in examine().sections
+    assert said() == "not possible: it runs no compiled kernels"
 
 
 def test_the_command_prints_the_table_with_a_bar(timed, capsys, tmp_path):

@@ -44,7 +44,7 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What ``run``, a backend's forward, returns for a call whose kernels are on trial."""
     count, of = len(call.layouts), partial(of_forward, seeds=seeds, call=call)
-    found = _judged(of(run), of(torch_backend.forward), inputs, roles_of(call.layouts))
+    found = _judged(of(run), of(torch_backend.forward), inputs, _roles(call.layouts))
     return found[:count], found[count:]
 
 
@@ -69,7 +69,7 @@ def backward(
 ) -> list[Tensor | None]:
     """The same of a backward."""
     of = partial(of_backward, needs=needs, seeds=seeds, call=call)
-    roles = roles_of(call.layouts, len(hs) + len(dys))
+    roles = [*_roles(call.layouts), *[_ROWS] * (len(hs) + len(dys))]
     return _judged(of(run), of(torch_backend.backward), [*inputs, *hs, *dys], roles)
 
 
@@ -109,8 +109,8 @@ def elementwise(run: Callable, by_torch: Callable, *matrices: Tensor, fills: int
     return None if fills else found[0]
 
 
-def roles_of(layouts: Sequence[Layout], beside: int = 0) -> list[str]:
-    """What becomes of a call's inputs, and of so many hs and dys."""
+def _roles(layouts: Sequence[Layout]) -> list[str]:
+    """What becomes of a call's inputs."""
     outputs = [
         Output(
             Base(_PLAIN if layout.format is None else _PACKED, _PLAIN),
@@ -118,7 +118,7 @@ def roles_of(layouts: Sequence[Layout], beside: int = 0) -> list[str]:
         )
         for layout in layouts
     ]
-    return [_ROWS, *flatten(outputs, layouts), *[_ROWS] * beside]
+    return [_ROWS, *flatten(outputs, layouts)]
 
 
 def _judged(

@@ -25,11 +25,10 @@ _rows: dict[Hashable, "kernels.plan.Row"] = {}  # in use
 
 
 class Tuned(NamedTuple):
-    """A file's device and rows, or why it has none that can be used."""
+    """A file's rows, or why it has none that can be used."""
 
-    device: str = ""
-    date: str = ""
     rows: tuple = ()
+    date: str = ""
     why_not: str = ""
 
 
@@ -45,13 +44,12 @@ def from_text(text: str) -> Tuned:
     """What a file holds; its rows only if they are of this format and this Triton."""
     try:
         found = json.loads(text)
-        about, version = (found["device"], found["date"]), found["triton"]
-        if found["format"] != FORMAT:
-            return Tuned(*about, why_not=f"its format is {found['format']}, not {FORMAT}")
+        format, version = found["format"], found["triton"]
+        if format != FORMAT:
+            return Tuned(why_not=f"its format is {format}, not {FORMAT}")
         if version != triton.__version__:
-            why_not = f"it is of Triton {version}, and this is {triton.__version__}"
-            return Tuned(*about, why_not=why_not)
-        return Tuned(*about, tuple(map(as_row, found["rows"])))
+            return Tuned(why_not=f"it is of Triton {version}, and this is {triton.__version__}")
+        return Tuned(tuple(map(as_row, found["rows"])), found["date"])
     except _INVALID as error:
         return Tuned(why_not=f"it can't be read ({type(error).__name__}: {error})")
 
@@ -61,17 +59,12 @@ def as_row(plain: Mapping[str, Any]) -> "kernels.plan.Row":
     plan = dict(plain["plan"])
     tiles = None if plan["gemm"] is None else kernels.gemm_config.GemmConfig(**plan["gemm"])
     row = kernels.plan.Row(**{**plain, "plan": kernels.plan.Plan(**{**plan, "gemm": tiles})})
-    records = [row, row.plan] if tiles is None else [row, row.plan, tiles]
-    for record in records:
+    for record in filter(None, (row, row.plan, tiles)):
         for field in fields(record):
-            value = getattr(record, field.name)
-            least = 16 if field.name.startswith("block_") else int(field.name != "segments")
-            if field.type in (bool, int, str) and type(value) is not field.type:
-                raise TypeError(f"{field.name} is {value!r}")
-            if field.type is int and value < least:
-                raise ValueError(f"{field.name} is {value}")
-            if (least == 16 or field.name == "warps") and value & (value - 1):
-                raise ValueError(f"{field.name} is {value}, no power of two")
+            value, least = getattr(record, field.name), int(field.name != "segments")
+            simple = field.type in (bool, int, str)
+            if simple and (type(value) is not field.type or (field.type is int and value < least)):
+                raise ValueError(f"{field.name} is {value!r}")
     return row
 
 
@@ -93,7 +86,9 @@ def written(device: str) -> Tuned | None:
 
 
 def described(device: str) -> str:
-    """What there is for a device, for a report."""
+    """What there is for a device of this name, for a report."""
+    if not device:
+        return "not possible: it runs no compiled kernels"
     found, path = written(device), path_of(device)
     if found is None:
         return "nothing was measured: python -m fastlora tune"

@@ -1,8 +1,7 @@
 """A base product by one plan after another, each judged by PyTorch's operations: for tuning."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...projection import Adapter, Base, Layout, Output, flatten
+from ...projection import Adapter, Base, Output, flatten, layouts_of
 from ...rows import Rows
 from .. import torch as torch_backend
 from .. import triton as triton_backend
@@ -21,30 +20,30 @@ from . import first_contact, layer, segments
 from .cover import kernels, precision_of
 
 _SEED = 7  # any number
-_FILLS = "fill_uninitialized_memory"
 
 
 class Contest:
     """Random tensors of these sizes, from a generator of its own; what plans make of them."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        draw = torch.Generator(device).manual_seed(_SEED)
+        self.draw, self.sizes = torch.Generator(device).manual_seed(_SEED), sizes
+        self.target, m, k = kernels.target_of(device), sizes.rows, sizes.features
+        self.ranks = [r for ranks in sizes.ranks for r in ranks]
+        bank = (sizes.experts,) * bool(sizes.experts)
 
         def random(*shape: int, dtype: torch.dtype = sizes.dtype, spread: float = 1.0) -> Tensor:
             tensor = torch.empty(shape, dtype=dtype, device=device)
-            return tensor.normal_(0.0, spread, generator=draw)
+            return tensor.normal_(0.0, spread, generator=self.draw)
 
         def factor(*shape: int, dtype: torch.dtype = sizes.adapter_dtype) -> Tensor:
             return random(*bank, *shape, dtype=dtype, spread=shape[-1] ** -0.5)
 
-        m, k = sizes.rows, sizes.features
-        bank = (sizes.experts,) * bool(sizes.experts)
-        self.sizes, self.x, self.outputs = sizes, random(m, k), list[Output[Tensor]]()
-        for n, ranks in zip(sizes.outs, sizes.ranks, strict=True):
-            adapters = tuple([Adapter(factor(r, k), factor(n, r)) for r in ranks])
-            self.outputs.append(Output(Base(factor(n, k, dtype=sizes.dtype)), adapters))
-        self.ranks = [r for ranks in sizes.ranks for r in ranks]
-        layouts = tuple([Layout(False, (1.0,) * len(ranks)) for ranks in sizes.ranks])
+        self.x, self.weights = random(m, k), [factor(n, k, dtype=sizes.dtype) for n in sizes.outs]
+        outputs = [
+            Output(Base(weight), tuple([Adapter(factor(r, k), factor(n, r)) for r in ranks]))
+            for weight, n, ranks in zip(self.weights, sizes.outs, sizes.ranks, strict=True)
+        ]
+        layouts = layouts_of(outputs)
         numbers: Any = {"dtype": torch.int64, "device": device}
         ends = torch.arange(1, sizes.experts + 1, **numbers) * m // max(1, sizes.experts)
         rows = Rows(ends.to(torch.int32)) if bank else None
@@ -52,9 +51,7 @@ class Contest:
         self.seeds = torch.arange(len(self.ranks), **numbers) if sizes.dropout else None
         self.dys = [random(m, n) for n in sizes.outs] if sizes.backward else []
         hs = [random(m, r) for r in self.ranks] if sizes.backward else []
-        self.tensors = [self.x, *flatten(self.outputs, layouts), *hs, *self.dys]
-        self.roles = first_contact.roles_of(layouts, len(hs) + len(self.dys))
-        self.target = kernels.target_of(device)
+        self.tensors = [self.x, *flatten(outputs, layouts), *hs, *self.dys]
 
     def default(self) -> "kernels.Plan":
         """What runs where nobody measured."""
@@ -78,19 +75,18 @@ class Contest:
 
     def why_wrong(self, plan: "kernels.Plan") -> str:
         """Why its results aren't PyTorch's; "" if they are.  It raises what a compiler does."""
-        step = self.step(plan)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as said, kernels.plan.use_plan(plan):
             warnings.simplefilter("always")
-            with kernels.plan.use_plan(plan):
-                self._by(triton_backend)(self.tensors)  # as any first call, that may be judged
-            try:
-                with _filled_with_nan():
-                    found = step()
-            except kernels.Unproven:
-                return str(said[-1].message) if said else "its kernels aren't believed"
-        by_torch = self._by(torch_backend)
+            self._by(triton_backend)(self.tensors)  # as any first call, that may be judged
+        for each in self.dys or [self.x]:  # what is right in memory now is so no more
+            each.normal_(generator=self.draw)
+        try:
+            found = self.step(plan)()
+        except kernels.Unproven:
+            return str(said[-1].message) if said else "its kernels aren't believed"
+        by_torch, plain = self._by(torch_backend), [""] * len(self.tensors)
         right = by_torch(self.tensors)
-        return first_contact.compared(by_torch, self.tensors, self.roles, found, right)
+        return first_contact.compared(by_torch, self.tensors, plain, found, right)
 
     def step(self, plan: "kernels.Plan") -> Callable[[], list]:
         """The pass by the kernels alone: it raises Unproven if they aren't believed."""
@@ -102,14 +98,11 @@ class Contest:
 
         return step
 
-    def frozen(self) -> Callable[[], Tensor] | None:
-        """The same without adapters, by torch; of experts it has no product everywhere."""
-        weights = [output.base.weight for output in self.outputs]
-        if self.sizes.experts:
-            return None
+    def frozen(self) -> Callable[[], Tensor]:
+        """The same without adapters, by torch; not of experts."""
         if not self.sizes.backward:
-            return partial(linear, self.x, *weights)
-        (dy, weight), *others = zip(self.dys, weights, strict=True)
+            return partial(linear, self.x, *self.weights)
+        (dy, weight), *others = zip(self.dys, self.weights, strict=True)
 
         def step() -> Tensor:
             dx = dy @ weight
@@ -120,7 +113,7 @@ class Contest:
         return step
 
     def _by(self, module: Any) -> first_contact.Run:
-        """The pass as a backend's, or a part of it, does it."""
+        """As a backend, or a part of it, does it."""
         if not self.sizes.backward:
             return first_contact.of_forward(module.forward, self.seeds, self.call)
         alike = [Output(Base(False), (Adapter(True, True),) * len(r)) for r in self.sizes.ranks]
@@ -149,18 +142,3 @@ class Contest:
             project=makes_h and kernels.one_launch_pays(self.x, *ranks),
             pointers=(s.backward and turned) or any(n * call.itemsize % 16 for n in rows),
         )
-
-
-@contextmanager
-def _filled_with_nan() -> Iterator[None]:
-    """What torch.empty makes inside is: so an element that nobody writes shows."""
-    on, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = getattr(filling, _FILLS)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    setattr(filling, _FILLS, True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(on, warn_only=warns)
-        setattr(filling, _FILLS, fills)
