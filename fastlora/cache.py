@@ -35,8 +35,12 @@ def write(path: Path, text: str) -> bool:
 
 def read(folder: Path, pattern: str) -> dict[Path, str]:
     """The texts of the files there; those that can't be read are left out."""
-    texts = {}
-    for path in sorted(folder.glob(pattern)) if folder.is_dir() else ():
+    texts: dict[Path, str] = {}
+    try:
+        paths = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    except OSError:
+        return texts
+    for path in paths:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             texts[path] = path.read_text(encoding="utf-8")
     return texts

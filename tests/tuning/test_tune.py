@@ -383,7 +383,7 @@ def test_a_file_that_is_not_for_this_process_is_not_used_and_it_is_said_why(
     assert measured.described(GPU).startswith("2 products, 20")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '"a"'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '"a"', "[" * 100_000], ids=lambda text: text[:3])
 def test_what_is_no_file_of_tuning_is_not_used(text):
     path = measured.path_of(GPU)
     path.parent.mkdir()
@@ -391,6 +391,15 @@ def test_what_is_no_file_of_tuning_is_not_used(text):
     measured.load()
     assert planned() == FUSED
     assert "isn't used, it can't be read" in measured.described(GPU)
+
+
+def test_a_folder_that_can_not_be_read_has_no_files(monkeypatch):
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    measured.load()
+    assert measured.written(GPU) is None
 
 
 def test_a_file_of_another_device_and_tiles_that_do_not_fit_are_passed_over(timed, tmp_path):

@@ -20,7 +20,6 @@ from .cover import kernels
 
 FORMAT = 1  # of the files
 _FOLDER = "tuning"
-_INVALID = (ValueError, TypeError, KeyError, AttributeError)
 _rows: dict[Hashable, "kernels.plan.Row"] = {}  # in use
 
 
@@ -50,7 +49,7 @@ def from_text(text: str) -> Tuned:
         if version != triton.__version__:
             return Tuned(why_not=f"it is of Triton {version}, and this is {triton.__version__}")
         return Tuned(tuple(map(as_row, found["rows"])), found["date"])
-    except _INVALID as error:
+    except Exception as error:  # whatever is in it, this module is imported
         return Tuned(why_not=f"it can't be read ({type(error).__name__}: {error})")
 
 
