@@ -4,8 +4,9 @@
     python -m tests.fuzz --seed S --case I
 
 ``--only``: cases whose words have all of these, such as "many bf16-f32 autocast".  ``--backend``:
-torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles for sm_90); or
-compiled, which is other cases: compiled models whose state changes between calls.
+torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles for sm_90).
+Others are other cases, models whose state changes between calls: compiled, or kept, where a call
+has what earlier ones read of the modules.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-BACKENDS = ("torch", "interpreter", "machine", "compiled")
+BACKENDS = ("torch", "interpreter", "machine", "compiled", "kept")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,10 +89,10 @@ def prepared(backend: str) -> Iterator[tuple[Callable, Callable]]:
         sys.path.insert(0, str(TESTS / "support"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if backend == "compiled":
-        from compiled_states import Case, check
+    if backend in ("compiled", "kept"):
+        from compiled_states import Case, KeptCase, check
 
-        yield Case, check
+        yield KeptCase if backend == "kept" else Case, check
         return
     if backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"

@@ -1,11 +1,14 @@
-"""Compiled, called, changed and called again: each call is as that of the model not compiled.
+"""Called, changed and called again: compiled, each call is as that of the model not compiled.
 
-`python -m tests.fuzz --backend compiled` walks on, at random.
+And not compiled, it is as if nothing were kept of the modules.  `python -m tests.fuzz --backend
+compiled`, and kept, walk on at random.
 """
 
 import pytest
 import torch
 from compiled_states import KINDS, State, changes_of
+
+from fastlora.layers import reading
 
 # What happens between two calls, one after the other, by the kind of model.
 WALKS = {
@@ -73,3 +76,32 @@ def test_inductor_follows(kind, walk):
 def test_hooks_are_followed_where_torch_is_told_to(kind):
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         follow(kind, "hook hook unhook", "model", backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "walk"), ROWS, ids=[f"{kind}-{walk.replace(' ', ',')}" for kind, walk in ROWS]
+)
+def test_what_is_kept_of_modules_follows_each_change(kind, walk):
+    state = State(kind, 0.3).compile("kept")
+    for name in ("nothing", "train", "rows", *walk.split(), "evaluate", *walk.split()):
+        changes_of(kind)[name](state)
+        for _ in range(3):  # read, used, used
+            state.compare()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_call_reads_nothing(kind, monkeypatch):
+    """But the numbers of its tensors, which training changes."""
+    state, readings = State(kind).compile("kept"), []
+    kept = reading.Kept.__init__
+    monkeypatch.setattr(
+        reading.Kept, "__init__", lambda self, it: readings.append(it) or kept(self, it)
+    )
+    state.numbers(True)
+    assert readings or "experts" in state.words
+    readings.clear()
+    changes_of(kind)["step"](state)
+    state.numbers(True)
+    assert not readings

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import Call
 from ..blocks import buffer_for, source_of, widened
 from ..ops.autocast import autocast_off
-from ..ops.functional import lora_linears
+from ..ops.door import run_one
+from ..ops.functional import linears
 from ..projection import Output, Projection, as_outputs, shown
 from .members import tensor_of
+from .reading import Reading, call_as_read, forget
 
 # Of a tensor on meta.
 UNLOADED = (
@@ -59,6 +62,7 @@ class Adapted(nn.Module):
 
     def detach_adapter(self) -> None:
         """Become the plain module again, in place, with merged weights where they are merged."""
+        forget(self)
         for name in (*self.adapter_names(), *self.lora_settings, "_bases"):
             delattr(self, name)
         object.__setattr__(self, "__class__", self.plain_class)
@@ -263,11 +267,26 @@ class LoRALayer(AdaptedWeight, Adapted):
         if self.merged:
             refuse_training(self)
             return super().forward(x)
-        group = (self.projection(),)
-        return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
+        return self.call_adapted(x)
+
+    def call_adapted(self, x: Tensor) -> Tensor:
+        """The output for x of a layer that isn't merged."""
+        y = call_as_read(self, x, self.read, tuple, run_one, lambda reading: self.run(x, reading))
+        assert y is not None
+        return y
+
+    def read(self) -> Reading:
+        """What a call that isn't merged computes with."""
+        return Reading("", (self.adapted_output(),), (self.lora_dropout,))
+
+    def run(self, x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
+        """The output for x of a layer that was read so; and its record."""
+        (dropout,) = reading.dropouts
+        (y,), call = linears(x, reading.outputs, dropout, self.training)
+        return y, call
 
     def projection(self) -> Projection:
-        """What the layer's call hands to :func:`fastlora.lora_linears`."""
+        """The layer as :func:`fastlora.lora_linears` would be given it."""
         weight, lora_a, lora_b, bias = [tensor_of(self, name) for name in _TENSORS]
         return Projection(weight, lora_a, lora_b, bias, self.scaling)
 

@@ -8,7 +8,7 @@ adapted ones do: there they become :class:`Linear`.  Elsewhere nothing changes.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,17 +118,6 @@ def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.t() if is_conv1d(kind) else weight
-
-
-class Reading(NamedTuple):
-    """A linear layer as a call finds it: one output; or ``reason``, why its call isn't a node's."""
-
-    reason: str
-    output: Output[Tensor] | None = None
-    dropouts: tuple[float, ...] = (0.0,)  # with which each adapter drops now
-    packed: PackedLayer | None = None  # of a quantised base
-    magnitude: Any = None  # of a DoRA adapter, which is alone
-    drop: nn.Module | None = None  # the dropout of the last adapter
 
 
 def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLayer | None]:

@@ -1,8 +1,8 @@
 """A gated MLP, down(act(gate(x)) ∘ up(x)), whose call keeps less: a block's class, and its reading.
 
 A module becomes one, and ceases to be one, by its class, where its forward is one that is known:
-by what it does, compared instruction by instruction, and not by its class's name.  Every call looks
-at the module as it is: its own forward takes the calls that the nodes don't.
+by what it does, compared instruction by instruction, and not by its class's name.  Its own forward
+takes the calls that the nodes don't.
 """
 
 from collections.abc import Iterable
@@ -14,14 +14,15 @@ from torch.nn.modules import module as nn_module
 
 from ..foreign import is_same_code
 from ..ops.autocast import autocast_dtype
-from ..ops.gated import gated_mlp
+from ..ops.gated import GatedCall, gated_call, run_gated
 from ..ops.way import follows, has_few_rows
-from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output, as_outputs
+from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
 from ..quant import PackedLayer
 from .adapted import LoRALayer
-from .frozen import Reading, fits, read_base, why_not_here
+from .frozen import fits, read_base, why_not_here
 from .members import activation_of, change_class, class_over, is_hooked, under
 from .quantised import LoRAQuantised
+from .reading import Reading, call_as_read, forget
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 WATCHED = "a hook watches, or something replaces, its calls"
@@ -49,17 +50,6 @@ def _is_known(forward: Any) -> bool:
     return any(is_same_code(forward, one) for one in known)
 
 
-class BlockReading(NamedTuple):
-    """A block as a call finds it; or ``reason``, why the call is the module's own."""
-
-    reason: str
-    outputs: tuple[Output[Tensor], ...] = ()  # gate, up, down
-    packed: tuple[PackedLayer | None, ...] = ()  # of each
-    activation: str = ""
-    dropout: float = 0.0
-    down_dropout: float = 0.0
-
-
 class GatedMLP(nn.Module):
     """A gated MLP's class, which comes after this one: methods and no constructor.
 
@@ -73,15 +63,21 @@ class GatedMLP(nn.Module):
         is_block_s = len(args) == 1 and not named and follows(args[0])
         # Few rows keep next to nothing, and to read the block costs more than its products.
         if is_block_s and not has_few_rows(args[0]) and not self.why_not_now():
-            (x,), reading = args, self.read()
-            dtypes = _dtypes_of_all(x, reading) if reading.outputs else None
-            if dtypes is not None and fits(x, reading.outputs[0].base.weight):
-                p, of_down = reading.dropout, reading.down_dropout
-                parts = (*reading.outputs, reading.activation)
-                wide, x = dtypes.inside != dtypes.outside, x.to(dtypes.inside)
-                y = gated_mlp(x, *parts, dropout=p, down_dropout=of_down, wide=wide)
-                return y.to(dtypes.outside)
+            (x,) = args
+            y = call_as_read(self, x, self.read, self.parts, run_gated, lambda r: self._run(x, r))
+            if y is not None:
+                return y
         return super().forward(*args, **named)
+
+    def _run(self, x: Tensor, reading: Reading) -> tuple[Tensor | None, GatedCall | None]:
+        """The nodes' output for x, and their record; None where the call is the module's own."""
+        dtypes = _dtypes_of_all(x, reading) if reading.outputs else None
+        if dtypes is None or not fits(x, reading.outputs[0].base.weight):
+            return None, None
+        (gate, up, down), (p, of_down) = reading.outputs, reading.dropouts
+        inside, is_wide = x.to(dtypes.inside), dtypes.inside != dtypes.outside
+        y, call = gated_call(inside, gate, up, down, reading.how, p, of_down, is_wide)
+        return y.to(dtypes.outside), call if inside is x and not is_wide else None
 
     def why_not_now(self) -> str:
         """Why no block's call is the nodes' at this moment; "" if it can be."""
@@ -89,30 +85,43 @@ class GatedMLP(nn.Module):
             return "a hook on all modules is registered"
         return why_not_here()
 
-    def read(self) -> BlockReading:
-        """Look at everything that a call would compute with."""
+    def parts(self) -> list[nn.Module]:
+        """The modules that :meth:`read` reads."""
+        modules = self._modules
+        found = [m for m in (modules.get("act_fn"), *map(modules.get, PARTS)) if m is not None]
+        return [each for module in found for each in (module, *self.parts_of(module))]
+
+    def parts_of(self, module: nn.Module) -> list[nn.Module]:
+        """The modules inside of gate, up or down that are read, too."""
+        return []
+
+    def read(self) -> Reading:
+        """Look at everything that a call would compute with.
+
+        The dropouts are that of gate's and up's adapters, and that of down's.
+        """
         if not _is_known(self.plain_class.forward):
-            return BlockReading(_UNKNOWN)
+            return Reading(_UNKNOWN)
         activation = activation_of(getattr(self, "act_fn", None))
         if not activation:
-            return BlockReading("its activation is none that fastlora knows, or is hooked")
+            return Reading("its activation is none that fastlora knows, or is hooked")
         parts = []
         for name in PARTS:
             linear = getattr(self, name, None)
             if not isinstance(linear, nn.Module):
-                return BlockReading(f"its {name} is no module")
+                return Reading(f"its {name} is no module")
             part = self.read_part(linear)
             if part.output is None:
-                return BlockReading(f"its {name}: {part.reason}")
+                return Reading(f"its {name}: {part.reason}")
             parts.append(part)
-        outputs = tuple([part.output for part in parts if part.output is not None])
-        packed = tuple([part.packed for part in parts])
+        outputs = tuple([output for part in parts for output in part.outputs])
+        packed = tuple([layer for part in parts for layer in part.packed])
         reason, p = _why_not_fitting(outputs, packed), [part.dropouts[0] for part in parts]
         if not reason and outputs[0].adapters and outputs[1].adapters and p[0] != p[1]:
             reason = "its gate_proj and up_proj have different dropouts, and are training"
         if reason:
-            return BlockReading(reason)
-        return BlockReading("", outputs, packed, activation, max(p[:2]), p[2])
+            return Reading(reason)
+        return Reading("", outputs, (max(p[:2]), p[2]), packed, activation)
 
     def read_part(self, linear: nn.Module) -> Reading:
         """gate, up or down; the model is one of your own."""
@@ -123,16 +132,8 @@ class GatedMLP(nn.Module):
             return Reading(WATCHED)
         if linear.merged:
             return Reading("it is merged")
-        p, packed = linear.lora_dropout if linear.training else 0.0, None
-        if isinstance(linear, LoRAQuantised):
-            found = linear.read_packed()
-            if isinstance(found, str):
-                return Reading(found)
-            packed, projection = found, linear.projection(found)
-        else:
-            projection = linear.projection()
-        (output,) = as_outputs([projection])
-        return Reading("", output, (p,), packed)
+        reading = linear.read()
+        return reading if linear.training else reading._replace(dropouts=(0.0,))
 
 
 def read_frozen(linear: nn.Module) -> Reading:
@@ -145,7 +146,9 @@ def read_frozen(linear: nn.Module) -> Reading:
     if packed is not None and packed.rounds_input:
         kind = type(linear).__name__
         reason = f"it is a {kind} without an adapter, whose own forward rounds its input"
-    return Reading(reason) if reason else Reading("", Output(Base(weight, bias)), packed=packed)
+    return (
+        Reading(reason) if reason else Reading("", (Output(Base(weight, bias)),), packed=(packed,))
+    )
 
 
 class _Dtypes(NamedTuple):
@@ -153,7 +156,7 @@ class _Dtypes(NamedTuple):
     outside: torch.dtype  # in which it gives what it has computed
 
 
-def _dtypes_of_all(x: Tensor, reading: BlockReading) -> _Dtypes | None:
+def _dtypes_of_all(x: Tensor, reading: Reading) -> _Dtypes | None:
     """Those of every layer of a block that is called with x; None where the nodes have others."""
     cast = autocast_dtype(x) if x.dtype in AUTOCAST_DTYPES else None
     found = set()
@@ -222,6 +225,7 @@ def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Give every block its own class again, and return those that were blocks."""
     blocks = [module for module in modules if isinstance(module, GatedMLP)]
     for block in blocks:
+        forget(block)
         change_class(block, under(type(block)), block.plain_class)
     return list[nn.Module](blocks)
 

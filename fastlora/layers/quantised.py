@@ -7,18 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..backends import Call
 from ..blocks import buffer_for, widened
-from ..ops.functional import lora_linears
-from ..projection import DTYPES, Projection
+from ..projection import DTYPES, Adapter, Base, Output
 from ..quant import SHARDED, PackedLayer, Vendor, vendor_of
 from .adapted import LoRALayer, add_product
+from .reading import Reading
 
 
 class LoRAQuantised(LoRALayer):
     """A vendor's class, which comes after this one, with an adapter.
 
-    Class, tensors and state dict stay the vendor's; the layer is read as it is in every call, which
-    raises ValueError with the reason if it can't be.
+    Class, tensors and state dict stay the vendor's.  A call reads the layer as it is, and raises
+    ValueError with the reason if it can't be read.
     """
 
     is_dense = False  # whether it is merged into a plain weight, which its class can't call
@@ -33,22 +34,30 @@ class LoRAQuantised(LoRALayer):
     def weight_name(self) -> str:
         return "weight" if self.is_dense else self.vendor.PARTS[0]
 
-    def read_packed(self) -> PackedLayer | str:
+    def _read_packed(self) -> PackedLayer | str:
         """The weight as it is now, or why a call can't read it."""
         found = self.vendor.read(self)
         return SHARDED if not isinstance(found, str) and not found.is_whole else found
 
+    def read(self) -> Reading:
+        packed = self._read_packed()
+        if isinstance(packed, str):
+            return Reading(packed)
+        return Reading("", (self._output(packed),), (self.lora_dropout,), (packed,))
+
     def packed(self) -> PackedLayer:
         """The weight as it is now.  Raises ValueError if it can't be read."""
-        found = self.read_packed()
+        found = self._read_packed()
         if isinstance(found, str):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
         return found
 
-    def projection(self, packed: PackedLayer | None = None) -> Projection:
-        """What a call hands on, for a report; or with its weight, ``packed``, for that call."""
-        weight: Any = (self.packed() if packed is None else packed).weight
-        return Projection(weight, self.lora_A, self.lora_B, self.bias, self.scaling)
+    def _output(self, packed: PackedLayer) -> Output:
+        weight: Any = packed.weight
+        return Output(Base(weight, self.bias), (Adapter(self.lora_A, self.lora_B, self.scaling),))
+
+    def adapted_output(self) -> Output:
+        return self._output(self.packed())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -57,13 +66,14 @@ class LoRAQuantised(LoRALayer):
                 bias = None if self.bias is None else self.bias.to(x.dtype)
                 return linear(x, self.weight.to(x.dtype), bias)
             return super().forward(x)
-        packed = self.packed()
-        group = (self.projection(packed),)
+        return self.call_adapted(x)
 
-        def run(x: Tensor) -> Tensor:
-            return lora_linears(x, group, dropout=self.lora_dropout, training=self.training)[0]
-
-        return packed.call(x, run)
+    def run(self, x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
+        (packed,) = reading.packed
+        if packed is None:
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {reading.reason}")
+        run = super().run
+        return packed.run(x, lambda x: run(x, reading))
 
     def _device(self) -> torch.device:
         return self.packed().weight.device

@@ -11,6 +11,7 @@ from ..foreign import FSDP, FULLY_SHARDED
 from ..layers.adapted import AdaptedWeight
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantised import LoRAQuantised
+from ..layers.reading import forget
 from ..projection import DTYPES, check_switch
 from ..quant import vendor_of
 from ..report import bar
@@ -58,6 +59,8 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
         _check_merged(name, layer, merged, packs=requantise and not keep_base)
         del merged
     _warn_of_ties(unwrap(model), layers)
+    for module in unwrap(model).modules():
+        forget(module)  # what was read, which may hold a weight
     errors = {}
     try:
         with declared(model):

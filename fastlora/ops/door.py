@@ -97,6 +97,11 @@ def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
     return tuple(run_forward(inputs, seeds, call)[0])
 
 
+def run_one(inputs: Sequence[Tensor], call: Call) -> Tensor:
+    """As :func:`run`, of a call with one output."""
+    return run(inputs, call)[0]
+
+
 def _seeds(
     layouts: Sequence[Layout], dropout: float, rows: Rows | Many | None, device: torch.device
 ) -> Tensor | None:

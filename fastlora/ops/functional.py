@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
+from ..backends import Call
 from ..checks import adapters_of, check_call, check_many, check_tensor, numbers_of
 from ..projection import Adapter, Base, Output, Projection, as_outputs, is_plain
 from ..rows import AdapterMapping, Many, Rows
@@ -75,12 +75,23 @@ def lora_linears(
     may differ between the projections.  dx is summed in the order given.  A projection whose weight
     is None is one more adapter of the layer before it, and has no output of its own.
     """
+    return linears(x, projections, dropout, training, backend)[0]
+
+
+def linears(
+    x: Tensor,
+    projections: Sequence[Projection | Output],
+    dropout: float,
+    training: bool = True,
+    backend: str | None = None,
+) -> tuple[tuple[Tensor, ...], Call | None]:
+    """As :func:`lora_linears`; and what an eager call of this kind is, if that is known now."""
     key, call = None, None
     if may_be_known(x):
         key, inputs = key_of(x, projections, dropout, training, backend)
-        call = known(key, inputs)
+        call = None if key is None else known(key)
     if call is not None:
-        return run(inputs, call)
+        return run(inputs, call), call
     if not is_plain(x):
         check_tensor("x", x)
     outputs = as_outputs(projections)
@@ -88,8 +99,8 @@ def lora_linears(
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
     ys, call = through(x, outputs, p, backend, keeps=key is not None)
     if key is not None and call is not None:
-        remember(key, unwrap_dead_wrappers((*inputs,)), call)
-    return ys
+        remember(key, call)
+    return ys, call
 
 
 def lora_grouped(

@@ -6,6 +6,7 @@ what the layers keep (every h, seeds), gate and up, and neither act(gate) nor th
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
-from ..projection import Output, flatten, layouts_of
+from ..projection import Output, flatten, layouts_of, tensors_in
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import (
     are_batched,
@@ -58,6 +59,30 @@ def gated_mlp(
     Raises ValueError and TypeError as :func:`fastlora.lora_linear`, and ValueError for an unknown
     activation, or if gate and up aren't of one size.
     """
+    return gated_call(x, gate, up, down, activation, dropout, down_dropout, wide)[0]
+
+
+class GatedCall(NamedTuple):
+    """What a call is besides its tensors."""
+
+    first: Call  # of gate and up
+    last: Call  # of down
+    activation: str
+    wide: bool
+
+
+def gated_call(
+    x: Tensor,
+    gate: Output[Tensor],
+    up: Output[Tensor],
+    down: Output[Tensor],
+    activation: str,
+    dropout: float,
+    down_dropout: float,
+    wide: bool,
+) -> tuple[Tensor, GatedCall | None]:
+    """As :func:`gated_mlp`; and what a call of this kind is, for :func:`run_gated`, if no cast was
+    needed."""
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation is {activation!r}, but must be one of {known}")
@@ -70,39 +95,32 @@ def gated_mlp(
     weight = gate.base.weight  # of no rows: what down would be called with
     hidden = weight.T if isinstance(weight, Tensor) else x.new_empty(0, weight.shape[0])
     check_call(hidden, (down,), down_dropout, True, autocast)
-    if not autocast:
-        return _call(x, gate, up, down, activation, dropout, down_dropout, wide)
-    x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
-    with autocast_off(device):
-        return _call(x, gate, up, down, activation, dropout, down_dropout, wide)
-
-
-def _call(
-    x: Tensor,
-    gate: Output[Tensor],
-    up: Output[Tensor],
-    down: Output[Tensor],
-    activation: str,
-    dropout: float,
-    down_dropout: float,
-    wide: bool,
-) -> Tensor:
+    if autocast:
+        x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
     backend = find_backend(device=x.device)
-    seeds = _seeds(x, (gate, up), dropout)
-    down_seeds = _seeds(x, (down,), down_dropout)
-    first = Call(layouts_of((gate, up)), dropout if seeds is not None else 0.0, backend)
-    last = Call(layouts_of((down,)), down_dropout if down_seeds is not None else 0.0, backend)
+    first = Call(layouts_of((gate, up)), dropout if gate.adapters or up.adapters else 0.0, backend)
+    last = Call(layouts_of((down,)), down_dropout if down.adapters else 0.0, backend)
+    call = GatedCall(first, last, activation, wide)
     # It may be that some have outlived a transform of torch.func.
-    inputs = unwrap_dead_wrappers((x, *flatten((gate, up), first.layouts)))
-    hidden = LoRALinearFunction.apply(seeds, None, first, *inputs)
-    tensors = flatten((down,), last.layouts)
-    return GatedLinearFunction.apply(activation, wide, down_seeds, last, *hidden, *tensors)
+    inputs = (x, *flatten((gate, up), first.layouts), *flatten((down,), last.layouts))
+    with autocast_off(device):
+        return run_gated(unwrap_dead_wrappers(inputs), call), None if autocast else call
 
 
-def _seeds(x: Tensor, outputs: Sequence[Output[Tensor]], dropout: float) -> Tensor | None:
+def run_gated(inputs: Sequence[Tensor], call: GatedCall) -> Tensor:
+    """y of a call that passed the checks: x, and the tensors of gate, up and down, laid flat."""
+    first, last, activation, wide = call
+    x, count = inputs[0], tensors_in(first.layouts)
+    seeds, down_seeds = _seeds(x, first), _seeds(x, last)
+    hidden = LoRALinearFunction.apply(seeds, None, first, *inputs[: 1 + count])
+    rest = inputs[1 + count :]
+    return GatedLinearFunction.apply(activation, wide, down_seeds, last, *hidden, *rest)
+
+
+def _seeds(x: Tensor, call: Call) -> Tensor | None:
     """As so many layers draw them: on a GPU one draw of two numbers isn't two draws of one."""
-    counts = [len(output.adapters) for output in outputs if output.adapters]
-    if not dropout or not counts:
+    counts = [len(layout.scales) for layout in call.layouts if layout.scales]
+    if not call.dropout or not counts:
         return None
     return torch.cat([draw_seed(count, x.device) for count in counts])
 

@@ -1,17 +1,13 @@
 """Kinds of calls that passed the checks: a call of a known kind needs no second look.
 
 A kind is everything that the checks, the choice of backend and the launches of a forward look at.
-What the tensors are is compared by the guard that torch.compile makes of them: their classes,
-dtypes, devices, shapes, strides and dispatch keys (layout, a minus that isn't in memory, inference
-mode), and whether autograd follows them.  It takes a tenth of what asking for each from Python
-does.  The rest is the key of the kind, autocast's dtype too.  The tensors are those that autocast
-hasn't cast yet.
+So whoever adds a check adds what it looks at to :func:`key_of`.  A module's calls needn't come
+here: what was read of it is kept with its calls (:mod:`fastlora.layers.reading`).
 """
 
 from collections.abc import Hashable, Sequence
-from operator import attrgetter
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -21,40 +17,25 @@ from ..projection import Output, Projection, is_plain
 from .autocast import autocast_dtype
 from .way import NODE, way_of
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it isn't public; without it no call is known
-    TensorGuards = None  # type: ignore[assignment, misc]
-
-_MOST, _MOST_OF_A_KEY, _MOST_ALIGNMENTS = 1024, 16, 256
-_is_nested = attrgetter("is_nested")
+_MOST = 1024
 _changes = Lock()  # to find the oldest, no other thread may change them
-
-
-class _Kind(NamedTuple):
-    guard: Any  # TensorGuards
-    call: Call
-    aligned: dict[bytes, Call]  # by the addresses modulo 16, which decide what may be kept
-
-    def call_for(self, inputs: Sequence[Tensor]) -> Call:
-        """The checks don't look at addresses: others than before are no other kind."""
-        if self.call.is_few:
-            return self.call
-        addresses = _alignment(inputs)
-        found = self.aligned.get(addresses)
-        if found is None:
-            if len(self.aligned) >= _MOST_ALIGNMENTS:
-                self.aligned.clear()
-            found = self.aligned[addresses] = self.call._replace(kept={})
-        return found
-
-
-_known: dict[Hashable, tuple[_Kind, ...]] = {}
+_known: dict[Hashable, Call] = {}
 
 
 def may_be_known(x: Tensor) -> bool:
     """Whether a call made at this moment, with this x, can be of a known kind."""
-    return TensorGuards is not None and is_plain(x) and way_of(x)[0] == NODE
+    return is_plain(x) and way_of(x)[0] == NODE
+
+
+def facts_of(tensor: Tensor) -> Hashable:
+    """What the checks and the launchers ask of a tensor: all but its numbers.
+
+    From aligned addresses, 16 bytes are loaded at once.  Raises for what has no strides.
+    """
+    if tensor.is_nested:
+        raise ValueError("a nested tensor isn't of a known kind")
+    where = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() & 15
+    return where, type(tensor), tensor.requires_grad, tensor.is_neg(), tensor.is_inference()
 
 
 def key_of(
@@ -66,7 +47,7 @@ def key_of(
 ) -> tuple[Hashable, list[Tensor]]:
     """The key of an eager call, and its tensors laid flat, x first; None: it has to be checked.
 
-    Two calls with the same key and tensors of the same kind are right or wrong both.
+    Two calls with the same key are right or wrong both.
     """
     if type(projections) not in (list, tuple):
         return None, []
@@ -77,7 +58,7 @@ def key_of(
             rest.append(type(projection))
             if isinstance(projection, Projection):
                 weight, lora_a, lora_b, bias, scale = projection
-                rest += weight is None, bias is None, scale, type(scale), lora_b.shape
+                rest += weight is None, bias is None, scale, type(scale)
                 if isinstance(weight, Quantised):
                     rest.append(weight.format)
                     inputs += weight.tensors
@@ -87,47 +68,30 @@ def key_of(
             else:
                 base, adapters = projection
                 weight, bias = base
-                rest += type(base), type(adapters), len(adapters), bias is None, weight.shape
+                rest += type(base), type(adapters), len(adapters), bias is None
                 if isinstance(weight, Quantised):
                     rest.append(weight.format)
                     inputs += weight.tensors if bias is None else (*weight.tensors, bias)
                 else:
                     inputs += (weight,) if bias is None else (weight, bias)
                 for lora_a, lora_b, scale in adapters:
-                    rest += scale, type(scale), lora_b.shape
+                    rest += scale, type(scale)
                     inputs += lora_a, lora_b
-        return (x.shape, autocast_dtype(x), *rest), inputs
+        key = autocast_dtype(x), *rest, *map(facts_of, inputs)
+        hash(key)
+        return key, inputs
     except Exception:  # whatever it is, the checks say it better
         return None, []
 
 
-def known(key: Hashable, inputs: Sequence[Tensor]) -> Call | None:
-    """The record of a call with this key and these tensors, if one has passed the checks."""
-    try:
-        kinds = _known.get(key)
-        if kinds is None or any(map(_is_nested, inputs)):  # these end the process in a guard
-            return None
-    except Exception:  # what isn't hashable, or no tensor: the checks say it better
-        return None
-    for kind in kinds:
-        if kind.guard.check(*inputs):
-            return kind.call_for(inputs)
-    return None
+def known(key: Hashable) -> Call | None:
+    """The record of a call with this key, if one has passed the checks."""
+    return _known.get(key)
 
 
-def remember(key: Hashable, inputs: Sequence[Tensor], call: Call) -> None:
+def remember(key: Hashable, call: Call) -> None:
     """The record of a call that passed the checks; the oldest kinds are forgotten."""
-    dims: Any = {  # torch's own annotations of this class know less than it takes
-        "dynamic_dims_sizes": [[*tensor.shape] for tensor in inputs],
-        "dynamic_dims_strides": [[*tensor.stride()] for tensor in inputs],
-    }
-    guard = TensorGuards(*inputs, **dims)
-    kind = _Kind(guard, call, {_alignment(inputs): call})
     with _changes:
         while len(_known) >= _MOST and key not in _known:
             del _known[next(iter(_known))]
-        _known[key] = (kind, *_known.get(key, ())[: _MOST_OF_A_KEY - 1])
-
-
-def _alignment(inputs: Sequence[Tensor]) -> bytes:
-    return bytes([tensor.data_ptr() & 15 for tensor in inputs])
+        _known[key] = call

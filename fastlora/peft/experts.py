@@ -6,7 +6,7 @@ ordinary call is one node (``ops.experts``) that never makes that product.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
@@ -16,6 +16,7 @@ from ..layers.experts import OTHER, Experts, read_experts_module, run_experts, s
 from ..layers.frozen import is_router
 from ..layers.members import is_hooked, why_not_tensor
 from ..layers.packed import packed_names
+from ..layers.reading import Reading
 from ..projection import Adapter, Base, Output
 from . import newer
 from .reading import adapters_now, why_not_now, why_not_pair, why_not_scale
@@ -29,14 +30,6 @@ _PROXIES = [
 ]
 
 
-class ExpertsReading(NamedTuple):
-    """An experts module with its adapters as a call finds it; or ``reason``: the call is PEFT's."""
-
-    reason: str
-    outputs: tuple[Output[Tensor], ...] = ()  # the first product's and the second's
-    experts: Experts = Experts("unread")
-
-
 class ParamWrapper(PeftParamWrapper):
     """PEFT's wrapper of an experts module's parameter; the outermost one's call is one node.
 
@@ -48,9 +41,9 @@ class ParamWrapper(PeftParamWrapper):
         if not kwargs and not why_not_now():
             reading = read_experts(self)
             if reading.outputs:
-                (up, down), experts = reading.outputs, reading.experts
+                up, down = reading.outputs
                 if takes((x, *args), (up, down)):
-                    return run_experts((x, *args), experts, up, down)
+                    return run_experts((x, *args), reading.how, up, down)
         return super().forward(x, *args, **kwargs)
 
 
@@ -61,16 +54,16 @@ def wrappers_in(layer: nn.Module) -> Iterator[PeftParamWrapper]:
         layer = layer._modules["base_layer"]
 
 
-def read_experts(outermost: PeftParamWrapper) -> ExpertsReading:
+def read_experts(outermost: PeftParamWrapper) -> Reading:
     """Read the layers around an experts module, from the outermost one on."""
     wrappers = {layer.parameter_name: layer for layer in wrappers_in(outermost)}
     *_, innermost = wrappers.values()
     base: Any = innermost._modules["base_layer"]
     if getattr(base, innermost.parameter_name).dim() == 2:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
-        return ExpertsReading(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
+        return Reading(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
     if packed_names(base):
-        return ExpertsReading(
+        return Reading(
             "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
             "scaled, without a gradient: fastlora.apply_lora trains such experts"
         )
@@ -78,19 +71,19 @@ def read_experts(outermost: PeftParamWrapper) -> ExpertsReading:
     # A node runs the activation twice.
     reason = experts.reason or ("" if experts.repeats else OTHER) or _why_not_base(base)
     if reason:
-        return ExpertsReading(reason)
+        return Reading(reason)
     if not wrappers.keys() <= set(experts.names):
         found, expected = ", ".join(wrappers), " and ".join(experts.names)
-        return ExpertsReading(f"its adapters are on {found}, and not on {expected}")
+        return Reading(f"its adapters are on {found}, and not on {expected}")
     outputs: list[Output[Tensor]] = []
     for name in experts.names:
         layer = wrappers.get(name)
         reason = "" if layer is None else _why_not_wrapper(layer, layer is outermost)
         output = reason or _read_output(name, layer, base, experts)
         if isinstance(output, str):
-            return ExpertsReading(f"its {name}: {output}")
+            return Reading(f"its {name}: {output}")
         outputs.append(output)
-    return ExpertsReading("", tuple(outputs), experts)
+    return Reading("", tuple(outputs), how=experts)
 
 
 def _why_not_base(base: Any) -> str:

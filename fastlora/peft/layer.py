@@ -6,7 +6,7 @@ So do gated MLPs, whose layers those are.
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
+from functools import partial
 from typing import Any
 
 from peft.tuners.lora import dora
@@ -20,21 +20,21 @@ from ..backends import Call
 from ..layers import mlp
 from ..layers.frozen import fits, give_back_frozen, take_frozen
 from ..layers.members import change_class, class_over, is_hooked, is_over
-from ..ops.door import run
+from ..layers.reading import Reading, call_as_read, forget
+from ..ops.door import run_one
 from ..ops.dora import dora_linear, dora_norm
-from ..ops.functional import lora_linears
-from ..ops.kinds import key_of, known, may_be_known, remember
-from ..projection import Adapter, Output, flatten, layouts_of
+from ..ops.functional import linears
+from ..projection import Adapter
 from .experts import ParamWrapper
 from .mixed import LoraModel, mixed_forward
-from .reading import Glance, Reading, adapters_now, glance, read, why_not_now
+from .reading import parts_of, read_active, why_not_now
 
 
 class Linear(PeftLinear):
     """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
 
-    It has PEFT's name and no state of its own: a PEFT layer becomes one, and ceases to be one, by
-    its ``__class__``.  Calls that :mod:`.reading` doesn't allow are PEFT's.
+    It has PEFT's name, and no state of its own but what was read of it: a PEFT layer becomes one,
+    and ceases to be one, by its ``__class__``.  Calls that :mod:`.reading` doesn't allow are PEFT's.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -77,37 +77,25 @@ def _call(layer: Any, theirs: Callable, x: Tensor, args: tuple, kwargs: dict) ->
 
 def _ordinary_forward(layer: LoraLayer, x: Tensor) -> Tensor | None:
     """The output for x with the active adapters; None where the call is PEFT's."""
-    names = adapters_now(layer)
-    if not names:
-        return None
-    seen = glance(layer, names, x) if may_be_known(x) else None
-    found = None if seen is None else known(*seen)
-    if found is not None:
-        return fast_forward(x, names[0], found, seen)
-    reading = read(layer, names)
-    if reading.output is None or not fits(x, reading.output.base.weight):
-        return None
-    return fast_forward(x, names[0], reading, seen)
+
+    def run_reading(reading: Reading) -> tuple[Tensor | None, Call | None]:
+        if reading.output is None or not fits(x, reading.output.base.weight):
+            return None, None
+        return fast_forward(x, reading)
+
+    parts = partial(parts_of, layer)
+    return call_as_read(layer, x, partial(read_active, layer), parts, run_one, run_reading)
 
 
-def fast_forward(x: Tensor, name: str, found: Call | Reading, seen: Glance | None) -> Tensor:
-    """The output for x by fastlora's ops; ``name`` is that of the first active adapter.
-
-    ``found``: what a call like this was known to be, or else the layer's reading.
-    """
-    if isinstance(found, Call):
-        assert seen is not None
-        return run(seen.inputs, found)[0]
-    output, p = found.output, max(found.dropouts)
-    assert output is not None
-    if found.packed is not None:
-        as_plain = found._replace(packed=None)
-        return found.packed.call(x, lambda x: fast_forward(x, name, as_plain, None))
-    if found.magnitude is None:
-        y = lora_linears(x, (output,), dropout=p)[0]
-        if seen is not None:
-            _remember(seen, output, p)
-        return y
+def fast_forward(x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
+    """The output for x by fastlora's ops; and what it is, if it is one node of the reading's."""
+    (output,), (packed,), p = reading.outputs, reading.packed, max(reading.dropouts)
+    if packed is not None:
+        return packed.run(x, lambda x: fast_forward(x, reading._replace(packed=(None,))))
+    magnitude = reading.how
+    if magnitude is None:
+        (y,), call = linears(x, (output,), p)
+        return y, call
     (weight, bias), (adapter,) = output
     lora_a, lora_b, scale = adapter
     y = dora_linear(
@@ -115,23 +103,14 @@ def fast_forward(x: Tensor, name: str, found: Call | Reading, seen: Glance | Non
         weight,
         lora_a,
         lora_b,
-        found.magnitude.weight,
+        magnitude.weight,
         bias=bias,
         scale=scale,
-        drop=found.drop if p > 0.0 else None,
-        norm=_norm(found.magnitude, weight, adapter, adapter_name=name),
+        drop=reading.drop if p > 0.0 else None,
+        norm=_norm(magnitude, weight, adapter, adapter_name=reading.adapter),
     )
-    return y if x.dim() > 1 else y.unsqueeze(0)  # PEFT's gain is [1, N], and so is this output
-
-
-def _remember(seen: Glance, output: Output[Tensor], p: float) -> None:
-    """That a call like this one was ``lora_linears`` of what the glance saw, if it was."""
-    tensors = flatten((output,), layouts_of((output,)))
-    x, *others = seen.inputs
-    if len(tensors) == len(others) and all(map(is_, tensors, others)):
-        call = known(*key_of(x, (output,), p, True, None))
-        if call is not None:
-            remember(*seen, call)
+    # PEFT's gain is [1, N], and so is this output.
+    return y if x.dim() > 1 else y.unsqueeze(0), None
 
 
 @dora.cache_decorator("weight-norm")  # kept as PEFT keeps it: in DoraCaching, in evaluation
@@ -182,6 +161,7 @@ def unswap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Make every layer PEFT's again, and return those that were fast."""
     layers = [layer for layer in layers if is_swapped(layer)]
     for layer in layers:
+        forget(layer)
         for kind, fast in _fast().items():
             if isinstance(layer, fast):
                 change_class(layer, fast, kind)
@@ -207,6 +187,9 @@ class Block(mlp.GatedMLP):
     def why_not_now(self) -> str:
         return why_not_now()
 
+    def parts_of(self, module: nn.Module) -> list[nn.Module]:
+        return parts_of(module) if isinstance(module, LoraLayer) else []
+
     def read_part(self, linear: nn.Module) -> Reading:
         """gate, up or down, where the layer's own call would be fast."""
         if not isinstance(linear, LoraLayer):
@@ -216,8 +199,5 @@ class Block(mlp.GatedMLP):
             reason = mlp.WATCHED
         if reason:
             return Reading(reason)
-        names = adapters_now(linear)
-        if not names:
-            return Reading("its adapter is merged, disabled or not active")
-        reading = read(linear, names)
-        return reading if reading.magnitude is None else Reading("it is DoRA")
+        reading = read_active(linear)
+        return reading if reading.how is None else Reading("it is DoRA")

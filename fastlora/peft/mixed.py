@@ -59,7 +59,8 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
             x, weight, lora_a, lora_b, mapping, bias=bias, scales=scales, dropout=reading.dropouts
         )
 
-    return run(x) if reading.packed is None else reading.packed.call(x, run)
+    (packed,) = reading.packed
+    return run(x) if packed is None else packed.call(x, run)
 
 
 def _is_few(layer: LoraLayer, x: Tensor) -> bool:

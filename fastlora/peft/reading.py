@@ -4,14 +4,12 @@ The fast path reads the tensors of ``base_layer``, ``lora_A`` and ``lora_B`` and
 modules.  So whatever acts on such a call (a hook, another class, a replaced forward) sends the
 layer to PEFT's forward, which does call them.
 
-All of this is looked at anew in every call: adapters come and go, and so do hooks.
-:func:`why_not_now` asks what isn't the layer's own, :func:`read` judges the layer, :func:`glance`
-only collects it, so that what was judged once is known again (:mod:`fastlora.ops.kinds`).  A glance
-is to take a few microseconds, so it looks submodules up where ``nn.Module`` keeps them.
+Adapters come and go, and so do hooks.  :func:`why_not_now` asks what isn't the layer's own, in
+every call; :func:`read` judges the layer, and its answer stands while the layer and its
+:func:`parts_of` hold what they held (:mod:`fastlora.layers.reading`).
 """
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -20,11 +18,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..backends import asked_backend
 from ..foreign import is_dtensor
-from ..layers.frozen import Reading, read_base, why_not_here, why_not_part
+from ..layers.frozen import read_base, why_not_here, why_not_part
 from ..layers.members import is_hooked, tensor_of
-from ..ops.autocast import autocast_dtype
+from ..layers.reading import Reading
 from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
 from . import why_never
 from .masks import DROPOUTS
@@ -47,39 +44,19 @@ def adapters_now(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in own]
 
 
-class Glance(NamedTuple):
-    """A key with all that :func:`read` looks at but the tensors; and these, x first, laid flat."""
+def parts_of(layer: LoraLayer) -> list[nn.Module]:
+    """What :func:`read` reads beside the layer: its base, and all that its adapters are made of."""
+    modules = layer._modules
+    found = [modules["base_layer"]]
+    for name in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
+        found += modules[name]._modules.values()
+    return found
 
-    key: Hashable
-    inputs: list[Tensor]
 
-
-def glance(layer: LoraLayer, names: list[str], x: Tensor) -> Glance | None:
-    """The layer with one adapter, as a call with x finds it; None where that has to be read."""
-    modules, (name, *others) = layer._modules, names
-    if others or layer.lora_variant or not layer.cast_input_dtype_enabled:
-        return None
-    base = modules["base_layer"]
-    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    dropout = modules["lora_dropout"]._modules[name]
-    if is_hooked(base) or is_hooked(lora_a) or is_hooked(lora_b) or is_hooked(dropout):
-        return None
-    own, down, up = base._parameters, lora_a._parameters, lora_b._parameters
-    try:
-        weight, bias, thin, wide = own["weight"], own["bias"], down["weight"], up["weight"]
-        shape = wide.shape
-        if base._modules or down["bias"] is not None or up["bias"] is not None:
-            return None
-    except (KeyError, AttributeError):  # FSDP's, or parametrised, or None
-        return None
-    inputs = [x, weight, thin, wide] if bias is None else [x, weight, bias, thin, wide]
-    kind, scale = type(base), layer.scaling[name]
-    key = (
-        (kind, kind.forward, kind.__call__, type(lora_a), type(lora_b), type(dropout)),
-        (_rate(dropout), dropout.__dict__.get("inplace"), scale, type(scale), bias is None),
-        (asked_backend(), torch.is_grad_enabled(), autocast_dtype(x), x.shape, shape),
-    )
-    return Glance(key, inputs)
+def read_active(layer: LoraLayer) -> Reading:
+    """Read the layer for a call with its active adapters."""
+    names = adapters_now(layer)
+    return read(layer, names) if names else Reading("its adapter is merged, disabled or not active")
 
 
 def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Reading:
@@ -116,7 +93,7 @@ def read(layer: LoraLayer, names: list[str], mixed: bool = False) -> Reading:
         if magnitude is not None and not layer.training:
             dropouts = [0.0]  # PEFT's DoRA asks the layer, not its dropout, whether it trains
     output = Output(Base(weight, bias), tuple(adapters))
-    return Reading("", output, tuple(dropouts), packed, magnitude, drop)
+    return Reading("", (output,), tuple(dropouts), (packed,), magnitude, drop, names[0])
 
 
 def _read_adapter(

@@ -92,12 +92,14 @@ def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, O
     if has_sharded(called) and not is_hooked(layer.get_base_layer()):
         return SHARDED, IN_THE_CALL, None
     if isinstance(called, ParamWrapper):
-        reason, outputs, experts = read_experts(called)
-        output = outputs[experts.names.index(layer.parameter_name)] if outputs else None
+        reading = read_experts(called)
+        outputs = reading.outputs
+        output = outputs[reading.how.names.index(layer.parameter_name)] if outputs else None
     else:
-        reason, output, *_ = read(layer, names)
+        reading = read(layer, names)
+        output = reading.output
     if output is None:
-        return EAGER, reason, None
+        return EAGER, reading.reason, None
     return *planned_backend([output]), output
 
 

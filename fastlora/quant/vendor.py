@@ -1,7 +1,7 @@
 """What a vendor's file is: the contract that each of them keeps, and what it reads from a layer."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,14 @@ class PackedLayer(NamedTuple):
 
     def call(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``run`` makes of x in the layer's dtypes."""
-        y = run(x if self.compute_dtype is None else x.to(self.compute_dtype))
-        return y.to(x.dtype) if self.restores else y
+        return self.run(x, lambda x: (run(x), None))[0]
+
+    def run(self, x: Tensor, run: Callable[[Tensor], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        """The same, and what ``run`` says beside; None if x or what comes out had to be cast."""
+        inside = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        y, call = run(inside)
+        outside = y.to(x.dtype) if self.restores else y
+        return outside, call if inside is x and outside is y else None
 
 
 class Vendor(Protocol):

@@ -164,12 +164,3 @@ def test_a_known_kind_knows_autocast_transforms_and_inference_tensors():
     with pytest.raises(TypeError, match="inference mode"):
         call(**made)
     assert torch.equal(plain, call(**each))
-
-
-def test_a_torch_without_guards_has_every_call_checked(checks, monkeypatch):
-    monkeypatch.setattr(kinds, "TensorGuards", None)
-    one = tensors()
-    expected = nn.functional.linear(one["x"], one["weight"] + one["lora_b"] @ one["lora_a"])
-    for count in (2, 3):
-        torch.testing.assert_close(call(**one), expected)
-        assert len(checks) == count

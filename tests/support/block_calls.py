@@ -17,14 +17,19 @@ def blocks(model: nn.Module) -> set[str]:
 @contextmanager
 def noted_blocks(note: Callable) -> Iterator[None]:
     """``note`` is told of the input and the outputs (gate, up, down) of every call of a block."""
-    run = mlp.gated_mlp
+    call = mlp.call_as_read
 
-    def noted(x, gate, up, down, *rest, **settings):
-        note(x, (gate, up, down))
-        return run(x, gate, up, down, *rest, **settings)
+    def noted(module, x, *rest):
+        y = x  # checkpointing leaves a call by an exception when it has what it wants
+        try:
+            y = call(module, x, *rest)
+        finally:
+            if y is not None:
+                note(x, module.read().outputs)
+        return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlp, "gated_mlp", noted)
+        patch.setattr(mlp, "call_as_read", noted)
         yield
 
 

@@ -1,0 +1,300 @@
+"""A module is read once: what its call computes with, kept on it for as long as that stands.
+
+A reader answers with a :class:`Reading`: outputs, dropouts, and what else a call needs; or the
+reason why the call isn't a node's.  It may ask the modules that it reads whatever it likes, which
+takes longer than many a call.  So a :class:`Watch` writes down all that these modules hold: their
+classes, attributes, submodules and hooks, and of each tensor what it is.  The next call compares
+that, in C as far as it goes, and reads anew where anything differs.
+
+So a new question in a reader needs nothing here, if it is asked of a module that is watched.  What
+else an answer hangs on is asked before anything is read (:func:`.frozen.why_not_here`), is a part
+of a call's key (:func:`key_of`: x, autocast, the backend …), or is one of the ``answers``.
+
+No parameter is kept alive: its place is remembered, in which each call finds it.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import attrgetter, eq, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import asked_backend
+from ..ops.autocast import autocast_dtype
+from ..ops.kinds import facts_of, may_be_known
+from ..projection import Output, flatten, layouts_of, unflatten
+from ..quant import PackedLayer, vendor_of
+
+# In a module's __dict__, without gradients and with them, which checkpointing takes in turn.
+_PLACES = ("_fastlora_reading", "_fastlora_reading_followed")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What else torch's modules have of themselves says nothing of their calls: hooks on state dicts …
+_SILENT = {*vars(nn.Module()), *_PLACES}.difference(
+    _HOOKS, ("_parameters", "_buffers", "_modules", "training")
+)
+_DEPTH = 3  # of a vendor's objects: a weight's state, and in that the state of its scales
+_MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # kinds of x, of one module; doublings of a wait
+_get: Any = dict.get
+_facts_of = attrgetter("dtype", "shape", "requires_grad", "device", "__class__")
+_methods_of = attrgetter("forward", "__call__")
+
+
+class Reading(NamedTuple):
+    """A module as a call finds it; or ``reason``, why the call isn't a node's."""
+
+    reason: str
+    outputs: tuple[Output[Tensor], ...] = ()  # a layer's; gate, up, down; experts' up and down
+    dropouts: tuple[float, ...] = (0.0,)  # of a layer's adapters; of each output of a block
+    packed: tuple[PackedLayer | None, ...] = (None,)  # of quantised bases, for each output
+    how: Any = None  # a gated MLP's activation; Experts; a DoRA adapter's magnitude
+    drop: nn.Module | None = None  # the dropout of a PEFT layer's last adapter
+    adapter: str = ""  # the name of its first one
+
+    @property
+    def output(self) -> Output[Tensor] | None:
+        """A layer's."""
+        return self.outputs[0] if self.outputs else None
+
+
+class Watch:
+    """What modules hold at this moment, to be compared with what they hold later."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        """Of vendors' layers a reading depends on numbers, too, and on attributes of tensors, such
+        as bitsandbytes' state."""
+        self._modules = modules
+        self._dicts: list[dict] = []  # each has under the name of the same number this value
+        self._names: list[Hashable] = []
+        self._values: list[Any] = []
+        self._sized: list[Any] = []  # and no more entries than now
+        self._lists: list[list] = []
+        self._tensor_dicts: list[dict] = []
+        self._tensor_names: list[Hashable] = []
+        for module in modules:
+            self._look_at(vars(module))
+        packed = [each for each in modules if vendor_of(each, plain_class_of(each)) is not None]
+        for module in packed:
+            for value in (*module._parameters.values(), vars(module).get("state")):
+                if value is not None:
+                    self._look_at(vars(value), _DEPTH)
+        self._lengths = [*map(len, self._sized)]
+        self._copies = [each.copy() for each in self._lists]
+        self._classes = [*map(type, modules)]
+        self._kinds = [*dict.fromkeys(self._classes)]
+        self._methods = [*map(_methods_of, self._kinds)]
+        tensors = self.tensors()
+        self.is_whole = not any(map(_is_strange, tensors))
+        if self.is_whole:
+            frozen = [i for i, tensor in enumerate(tensors) if not tensor.requires_grad]
+            self._frozen = frozen if packed else []
+            self._facts = [*map(_facts_of, tensors)]
+            self._strides = [*map(Tensor.stride, tensors)]
+            self._addresses = [*map(Tensor.data_ptr, tensors)]
+            self._versions = [tensors[i]._version for i in self._frozen]
+
+    def _look_at(self, entries: dict, depth: int = 0) -> None:
+        """``depth``: how far to look into objects."""
+        self._sized.append(entries)
+        for name, value in entries.items():
+            if name in _SILENT:
+                continue
+            if isinstance(value, Tensor):
+                self._tensor_dicts.append(entries)
+                self._tensor_names.append(name)
+                continue
+            self._dicts.append(entries)
+            self._names.append(name)
+            self._values.append(value)
+            if name in _HOOKS:
+                self._sized.append(value)
+            elif isinstance(value, dict):
+                self._look_at(value)
+            elif type(value) is list:
+                self._lists.append(value)
+            elif isinstance(value, nn.ModuleDict):  # PEFT's, of adapters: nobody calls it
+                self._look_at(value._modules)
+            elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+                self._look_at(vars(value), depth - 1)
+
+    def tensors(self) -> list[Tensor]:
+        return [*map(_get, self._tensor_dicts, self._tensor_names)]
+
+    def is_of(self, home: dict) -> bool:
+        """Whether the first of the modules is the one with this ``__dict__``, and not a copy."""
+        return self._sized[0] is home
+
+    def tensors_now(self, at_their_places: bool) -> list[Tensor] | None:
+        """The modules' tensors, if nothing is another but numbers of those that train; else None.
+
+        ``at_their_places``: in memory, too; else they may have moved, as FSDP's do, but stay
+        aligned as they were, which kernels ask.
+        """
+        try:
+            if not all(map(is_, map(_get, self._dicts, self._names), self._values)):
+                return None
+            tensors = self.tensors()
+            stands = (
+                [*map(len, self._sized)] == self._lengths
+                and all(map(eq, self._lists, self._copies))
+                and [*map(type, self._modules)] == self._classes
+                and [*map(_methods_of, self._kinds)] == self._methods
+                and [*map(_facts_of, tensors)] == self._facts
+                and [*map(Tensor.stride, tensors)] == self._strides
+                and [tensors[i]._version for i in self._frozen] == self._versions
+                and not any(map(Tensor.is_neg, tensors))
+            )
+            addresses = [*map(Tensor.data_ptr, tensors)] if stands else []
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return None  # a tensor is gone, or of another kind; things that can't be compared
+        if stands and addresses != self._addresses:
+            moves = [now ^ then for now, then in zip(addresses, self._addresses, strict=True)]
+            stands = not (at_their_places or any([move & 15 for move in moves]))
+        return tensors if stands else None
+
+
+def _is_strange(tensor: Tensor) -> bool:
+    """Whether it isn't memory with strides alone: of a class that runs torch's operations itself
+    (a DTensor …), or made in inference mode, where numbers change unseen."""
+    dispatches = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if dispatches or tensor.layout is not torch.strided or tensor.is_nested:
+        return True
+    return tensor.is_neg() or tensor.is_inference() or tensor.is_meta
+
+
+def plain_class_of(module: nn.Module) -> type[nn.Module]:
+    """What a module of ours is without adapters; the class of any other."""
+    return getattr(type(module), "plain_class", type(module))
+
+
+class Kept:
+    """A reading of a module, what it was read from, and the calls that came of it."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading  # without outputs, if it is kept
+        self.calls: dict[Hashable, Any] = {}  # records, by :func:`key_of` x
+        self.watch: Watch | None = None  # None: it isn't kept
+        self.attempts, self.wait = 0, 0  # to keep one in vain; how many calls until the next
+        self._layouts = layouts_of(reading.outputs)
+        self._sources: list[Any] = []  # of the inputs: the number of a watched tensor, or a view
+        self._has_views = False
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles of a module are read anew."""
+        return Kept, (Reading("it wasn't read"),)
+
+    def keep(self, watch: Watch, answers: Any) -> None:
+        """Let later calls have it, if they will find every tensor of the outputs.
+
+        One that isn't a module's has to be a view of one, and frozen, as a transposed weight is.
+        """
+        if not watch.is_whole:
+            return
+        tensors, outputs = watch.tensors(), self.reading.outputs
+        numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
+        memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        for tensor in flatten(outputs, self._layouts):
+            number = numbers.get(id(tensor))
+            if number is None:
+                if tensor.requires_grad or tensor.untyped_storage().data_ptr() not in memory:
+                    return
+                self._has_views = True
+            self._sources.append(tensor if number is None else number)
+        self.watch, self._answers = watch, answers
+        self.reading = self.reading._replace(outputs=())
+
+    def tensors_now(self, home: dict, answers: Any) -> list[Tensor] | None:
+        """The watched tensors, if the module of this ``__dict__`` would be read as it was."""
+        watch = self.watch
+        if watch is None or not watch.is_of(home):
+            return None
+        return watch.tensors_now(self._has_views) if answers == self._answers else None
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs' tensors laid flat, of the watched ones of now."""
+        return [tensors[each] if type(each) is int else each for each in self._sources]
+
+    def now(self, tensors: Sequence[Tensor]) -> Reading:
+        """The reading with the tensors of now."""
+        return self.reading._replace(outputs=tuple(unflatten(self.inputs(tensors), self._layouts)))
+
+    def learn(self, key: Hashable, record: Any) -> None:
+        """What a call of this key is."""
+        if len(self.calls) >= _MOST_CALLS:
+            self.calls.clear()
+        self.calls[key] = record
+
+
+def key_of(x: Tensor) -> Hashable:
+    """All that a call depends on beside what was read; None: what its calls are isn't kept."""
+    if not may_be_known(x) or x.layout is not torch.strided:
+        return None
+    return facts_of(x), asked_backend(), autocast_dtype(x)
+
+
+def read_once(
+    module: nn.Module,
+    read: Callable[[], Reading],
+    parts: Callable[[], Iterable[nn.Module]],
+    answers: Any = None,
+) -> tuple[Kept, list[Tensor] | Reading]:
+    """What is kept of the module, and the tensors of what is watched; or a new reading.
+
+    ``parts``: the modules that are read beside this one.  ``answers``: what else was asked.
+    """
+    home, followed = vars(module), torch.is_grad_enabled()
+    place, other_place = _PLACES[followed], _PLACES[not followed]
+    before: Kept | None = home.get(place)
+    if before is not None:
+        tensors = before.tensors_now(home, answers)
+        if tensors is not None:
+            before.attempts = before.wait = 0
+            return before, tensors
+    reading = read()
+    kept = Kept(reading)
+    if before is not None and before.wait:  # it changes all the time: to keep it costs as much
+        before.wait -= 1
+        return kept, reading
+    kept.attempts = 0 if before is None else min(before.attempts + 1, _MOST_ATTEMPTS)
+    kept.wait = 2**kept.attempts - 1
+    other: Kept | None = home.get(other_place)
+    if other is not None and other.tensors_now(home, answers) is None:
+        other = None  # it may hold what was replaced
+    home.update({place: kept, other_place: other})  # before the module is watched
+    kept.keep(Watch([module, *parts()]), answers)
+    return kept, reading
+
+
+def call_as_read(
+    module: nn.Module,
+    x: Tensor,
+    read: Callable[[], Reading],
+    parts: Callable[[], Iterable[nn.Module]],
+    run: Callable[[Sequence[Tensor], Any], Tensor],
+    run_reading: Callable[[Reading], tuple[Tensor | None, Any]],
+) -> Tensor | None:
+    """The module's output for x, which may be None.
+
+    ``run`` makes it of x and the reading's tensors, laid flat, by a record that an earlier call
+    left.  Else ``run_reading`` does, and says what record a call like this one has, if it has one:
+    it uses the tensors of the reading as they are.
+    """
+    if torch.compiler.is_compiling():
+        return run_reading(read())[0]
+    kept, found = read_once(module, read, parts)
+    key = None if kept.watch is None else key_of(x)
+    if isinstance(found, list):
+        record = None if key is None else kept.calls.get(key)
+        if record is not None:
+            return run([x, *kept.inputs(found)], record)
+        found = kept.now(found)
+    y, record = run_reading(found)
+    if key is not None and record is not None:
+        kept.learn(key, record)
+    return y
+
+
+def forget(module: nn.Module) -> None:
+    """Leave nothing on the module."""
+    for place in _PLACES:
+        vars(module).pop(place, None)
