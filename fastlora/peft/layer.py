@@ -34,7 +34,7 @@ class Linear(PeftLinear):
     """PEFT's LoRA layer of a linear layer, whose ordinary call is one fused node (two for DoRA).
 
     It has PEFT's name, and no state of its own but what was read of it: a PEFT layer becomes one,
-    and ceases to be one, by its ``__class__``.  Calls that :mod:`.reading` doesn't allow are PEFT's.
+    and ceases to be one, by its ``__class__``.  What :mod:`.reading` refuses is PEFT's.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
