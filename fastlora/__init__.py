@@ -13,6 +13,7 @@ from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
 from .backends import use_backend
 from .layers.linear import LoRALinear
+from .merged import merged
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
@@ -49,6 +50,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "merge_lora",
+    "merged",
     "multi_lora_linear",
     "optimize",
     "pack",

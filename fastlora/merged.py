@@ -1,0 +1,104 @@
+"""``with fastlora.merged(model):`` samples at the base model's speed, and leaves no trace.
+
+A merge and its reverse, computed, leave a 16-bit weight a little off, and a loop of reinforcement
+learning does that thousands of times.  Here the originals are kept, and come back as they were.
+"""
+
+from collections import Counter
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers.modules import lora_layers, unwrap
+from .model.inject import check_model
+from .model.merge import merge_lora, unmerge_lora
+from .peft.merged import adapted_weights, merged_layers, move, why_not_merged
+from .peft.optimize import peft_layers
+from .projection import shown
+
+_PLACES = ("device", "cpu")
+
+
+class merged:  # noqa: N801  # it reads as what a model is inside of it
+    """A context manager, inside of which the model's active adapters are in its weights.
+
+    ``model`` is a PeftModel, optimised or not, or one of your own (:func:`fastlora.apply_lora`).
+    Behind the block, and behind an exception, every weight has the bits that it had: the original
+    parameters are put back.  Meanwhile adapters get no gradient.
+
+    ``keep``: where the originals are meanwhile.  "device": where they lie, beside the merged
+    weights, which take ``bytes`` more.  "cpu": in the host's memory, a layer after the other; those
+    that are tied to another module's stay.
+
+    PEFT's layers are merged by PEFT, in a copy: DoRA, several active adapters, experts and
+    bitsandbytes' layers too, which quantise what is merged again, and so sample a little off.
+    Layers whose adapters are disabled stay as they are.
+
+    ``print(fastlora.merged(model))`` says what it takes.  Entering raises ValueError, and changes
+    nothing, for a model without LoRA layers, one that is merged already, sharded or on the meta
+    device, for layers that can't be merged, and for merged weights with NaN or infinity.
+    """
+
+    def __init__(self, model: nn.Module, *, keep: str = "device") -> None:
+        check_model(model)
+        if keep not in _PLACES:
+            raise ValueError(f"keep is {shown(keep)}, but must be 'device' or 'cpu'")
+        self.model, self.keep = model, keep
+        inner = unwrap(model)
+        self._own, self._peft = [*lora_layers(inner)], peft_layers(inner)
+        if not self._own and not self._peft:
+            raise ValueError(
+                "the model has no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes "
+                "them"
+            )
+        weights = [layer.weight for _, layer in self._own] + adapted_weights(self._peft)
+        self.bytes = sum(_bytes(weight) for weight in weights)
+        self._inside = ExitStack()
+
+    def __str__(self) -> str:
+        count, where = len(self._own) + len(self._peft), "where they lie"
+        if self.keep == "cpu":
+            where = "on the CPU"
+        size = self.bytes / 2**20
+        return f"{count} layers; merged weights take {size:,.0f} MiB, the originals stay {where}"
+
+    def __enter__(self) -> nn.Module:
+        reason = why_not_merged(self._peft)
+        if reason:
+            raise ValueError(reason)
+        with ExitStack() as stack:
+            if self._own:
+                merge_lora(self.model)
+                stack.callback(unmerge_lora, self.model)
+                if self.keep == "cpu":
+                    self._keep_on_cpu(stack)
+            inner = unwrap(self.model)
+            stack.enter_context(merged_layers(inner, self._peft, self.keep == "cpu"))
+            self._inside = stack.pop_all()
+        return self.model
+
+    def _keep_on_cpu(self, stack: ExitStack) -> None:
+        """The originals of layers of your own, once all are merged."""
+        names = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        for _, layer in self._own:
+            original = layer.adapted_module._bases[layer.adapted_name]
+            if isinstance(original, nn.Parameter) and not names[id(original)]:
+                stack.callback(move, original, original.device)
+                move(original, torch.device("cpu"))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inside.close()
+
+
+def _bytes(weight: Any) -> int:
+    """Of a plain weight, or of a packed one, which is packed again."""
+    tensors = (weight,) if isinstance(weight, Tensor) else weight.tensors
+    return sum(tensor.nbytes for tensor in tensors)

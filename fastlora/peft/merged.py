@@ -1,0 +1,137 @@
+"""PEFT's layers with their adapters in the weights for a while, and their very weights again.
+
+PEFT's own merge makes a copy of a dense weight and puts that into the parameter; of a vendor's
+layer it makes a new parameter, and writes to attributes of the old one.  So a base gets parameters
+that can be thrown away, of the same memory, and what PEFT writes to beside is noted before.
+
+This file imports nothing of PEFT.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..foreign import derived_from
+from ..layers.modules import called, is_sharded
+from ..projection import is_plain
+
+# Of PEFT, whose merge leaves the old parameter's memory alone.
+_KINDS = (
+    "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper", "Linear4bit",
+    "Linear8bitLt",
+)  # fmt: skip
+Layers = list[tuple[str, Any]]
+
+
+def active(layers: Layers) -> Layers:
+    """Those whose calls compute with adapters."""
+    return [
+        (name, layer)
+        for name, layer in layers
+        if not layer.disable_adapters and any(each in layer.r for each in layer.active_adapters)
+    ]
+
+
+def why_not_merged(layers: Layers) -> str:
+    """Why PEFT's layers can't be merged for a while, with the name of one; "" if they can."""
+    for name, layer in layers:
+        base, kind = layer.get_base_layer(), type(layer)
+        tensors = [*layer.parameters(), *base.parameters()]
+        if layer.merged:
+            reason = "is merged already: call PEFT's unmerge_adapter() first"
+        elif not any(derived_from(kind, "peft.tuners.lora", each) for each in _KINDS):
+            reason = f"is PEFT's {kind.__name__}, which isn't merged and given back here"
+        elif any(is_sharded(tensor) or hasattr(tensor, "ds_id") for tensor in tensors):
+            reason = "is sharded over ranks: sample from the model as it is"
+        elif any(tensor.is_meta for tensor in tensors):
+            reason = "is on the meta device (accelerate's offload?), without numbers"
+        elif getattr(_state_of(base), "packing_format_for_cpu", False):
+            reason = (
+                "is over a weight that a call in evaluation has laid for bitsandbytes' CPU kernel, "
+                "and PEFT's merge misreads that: load the model again, and optimize it before"
+            )
+        elif "parametrizations" in base._modules:
+            reason = "has a base whose weight is computed (a parametrisation)"
+        else:
+            continue
+        return f"{called(name)} {reason}"
+    return ""
+
+
+def _state_of(base: nn.Module) -> Any:
+    """bitsandbytes', of a 4-bit weight."""
+    return getattr(base._parameters.get("weight"), "quant_state", None)
+
+
+def adapted_weights(layers: Layers) -> list[Tensor]:
+    """What a merge makes new, each once."""
+    found: dict[tuple[int, str], Tensor] = {}
+    for _, layer in active(layers):
+        base, name = layer.get_base_layer(), _weight_name(layer)
+        weight = base._parameters.get(name)
+        if weight is not None:
+            found[id(base), name] = weight
+    return [*found.values()]
+
+
+def _weight_name(layer: Any) -> str:
+    """Of the parameter of its base that a merge changes."""
+    return getattr(layer, "parameter_name", None) or "weight"
+
+
+@contextmanager
+def merged_layers(model: nn.Module, layers: Layers, on_cpu: bool) -> Iterator[None]:
+    """Inside, the active adapters are in the weights.  ``on_cpu``: the originals are there then.
+
+    Those of several names, tied, stay where they are.
+    """
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    originals: dict[tuple[int, str], Any] = {}
+    with ExitStack() as undone:
+        for name, layer in active(layers):
+            base, weight_name = layer.get_base_layer(), _weight_name(layer)
+            original = originals.setdefault((id(base), weight_name), base._parameters[weight_name])
+            undone.callback(_noted(base, layer))
+            _use_other_parameters(base)
+            try:
+                with torch.no_grad():
+                    layer.merge(safe_merge=True)
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise ValueError(f"{called(name)} can't be merged: {error}") from error
+            if on_cpu and names[id(original)] == 1:
+                undone.callback(move, original, original.device)
+                move(original, torch.device("cpu"))
+        yield
+
+
+def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
+    """Put back what PEFT's merge of a layer changes: a function for that."""
+    objects = [vars(base), *[vars(p) for p in base._parameters.values() if p is not None]]
+    objects += [base._parameters, base._buffers, layer._caches]
+    if hasattr(base, "state"):  # bitsandbytes' of int8
+        objects.append(vars(base.state))
+    before = [entries.copy() for entries in objects]
+    merged = [*layer.merged_adapters]
+
+    def put_back() -> None:
+        for entries, content in zip(objects, before, strict=True):
+            entries.clear()
+            entries.update(content)
+        layer.merged_adapters[:] = merged
+
+    return put_back
+
+
+def _use_other_parameters(base: nn.Module) -> None:
+    """Of the same memory; a vendor's is replaced by PEFT."""
+    for name, parameter in base._parameters.items():
+        if parameter is not None and is_plain(parameter):
+            base._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def move(parameter: nn.Parameter, device: torch.device) -> None:
+    parameter.data = parameter.data.to(device)

@@ -1,0 +1,243 @@
+"""``fastlora.merged``: inside, the base's speed; behind it, the very bits, also after an error."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from models import Mlp, Tied, adapt, randomise
+from moe_models import base_model
+from torch import Tensor, nn
+from vendor_layers import BITSANDBYTES, quantised
+
+import fastlora
+
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+UP_DOWN = {"target_modules": ["up", "down"]}
+
+
+def peft_model(base: nn.Module, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(peft.get_peft_model(base, peft.LoraConfig(r=4, **settings))).eval()
+
+
+def mixture() -> nn.Module:
+    return nn.Sequential(base_model(moe_intermediate_size=32).model.layers[0].mlp)
+
+
+def over_nf4() -> nn.Module:
+    model = nn.Sequential(quantised("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
+    model.is_loaded_in_4bit = True  # PEFT asks the model
+    return model
+
+
+def several() -> nn.Module:
+    model = peft_model(Mlp(), **UP_DOWN)
+    model.add_adapter("other", peft.LoraConfig(r=3, **UP_DOWN, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+KINDS = {
+    "peft": lambda: peft_model(Mlp(), **UP_DOWN),
+    "peft-dora": lambda: peft_model(Mlp(), use_dora=True, **UP_DOWN),
+    "peft-bias": lambda: peft_model(Mlp(), lora_bias=True, **UP_DOWN),
+    "peft-several": several,
+    "peft-experts": lambda: peft_model(mixture(), **EXPERTS),
+    "peft-tied": lambda: peft_model(Tied(), target_modules=["mix", "head"]),
+    "peft-embedding": lambda: peft_model(Tied(), target_modules=["mix", "embed"]),
+    "own": lambda: randomise(adapt(Mlp(), **UP_DOWN)).eval(),
+    "own-experts": lambda: randomise(adapt(mixture(), **EXPERTS)).eval(),
+}
+if BITSANDBYTES:
+    KINDS["peft-nf4"] = lambda: peft_model(over_nf4(), target_modules=["0", "2"])
+
+
+def inputs(model: nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    weight = next(iter(model.parameters()))
+    embeds = any(isinstance(module, nn.Embedding) for module in model.modules())
+    if embeds:
+        return torch.randint(0, 20, (2, 9))
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+    size = next((m.in_features for m in linears), 32)
+    return torch.randn(2, 9, size, dtype=weight.dtype if weight.is_floating_point() else None)
+
+
+def is_laid_anew(module: nn.Module) -> bool:
+    """For bitsandbytes' kernel for CPUs with AVX512-BF16."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def everything(model: nn.Module) -> dict[str, tuple]:
+    """Of each parameter and buffer: itself, its bits, its place, and what hangs on it."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {
+        name: (id(t), t.data_ptr(), t.detach().clone(), t.requires_grad, {**vars(t)})
+        for name, t in tensors
+    }
+
+
+def assert_as_before(model: nn.Module, before: dict[str, tuple]) -> None:
+    now = everything(model)
+    assert now.keys() == before.keys()
+    for name, (number, place, bits, trains, attributes) in before.items():
+        found = now[name]
+        assert (found[0], found[1], found[3]) == (number, place, trains), name
+        assert torch.equal(found[2], bits), name
+        assert found[4].keys() == attributes.keys(), name
+        assert all(found[4][key] is value for key, value in attributes.items()), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_inside_is_the_merged_model_and_behind_it_the_very_bits(name, optimized):
+    model = KINDS[name]()
+    if optimized and name.startswith("peft"):
+        fastlora.optimize(model)
+    x = inputs(model)
+    with torch.no_grad():
+        expected = model(x)
+        before = everything(model)  # bitsandbytes' first call may lay a weight anew
+        if name == "peft-nf4" and any(map(is_laid_anew, model.modules())):
+            with pytest.raises(ValueError, match="merge misreads"), fastlora.merged(model):
+                pytest.fail("it was entered")
+            return
+        for _ in range(2):
+            with fastlora.merged(model) as inside:
+                assert inside is model
+                y = model(x)
+                assert all(m.merged for m in model.modules() if hasattr(m, "merged"))
+            assert_as_before(model, before)
+            assert torch.equal(model(x), expected)
+    tolerance = 0.2 if name == "peft-nf4" else 2e-5  # it is quantised again
+    assert (y - expected).norm() <= tolerance * expected.norm()
+    assert not torch.equal(y, model(x)) or "experts" in name  # PEFT's sums are the merged weights
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_inside_leaves_no_trace(name):
+    model = KINDS[name]()
+    before = everything(model)
+    with pytest.raises(KeyError), fastlora.merged(model):
+        raise KeyError
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("name", ["peft", "peft-tied", "own"])
+def test_originals_on_the_cpu_come_back(name):
+    model = KINDS[name]()
+    bits = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with fastlora.merged(model, keep="cpu"):
+        model(inputs(model))
+    for n, p in model.named_parameters():
+        assert torch.equal(p, bits[n])
+
+
+def test_a_tied_weight_is_merged_in_its_layer_alone():
+    model = KINDS["peft-tied"]()
+    tied = model.base_model.model.head.base_layer.weight
+    assert tied is model.base_model.model.embed.weight
+    with fastlora.merged(model):
+        assert model.base_model.model.embed.weight is tied
+        assert model.base_model.model.head.base_layer.weight is not tied
+    assert model.base_model.model.head.base_layer.weight is tied
+
+
+def test_a_thousand_cycles_in_bfloat16_drift_nowhere():
+    model = peft_model(Mlp(), **UP_DOWN).bfloat16()
+    drifting = copy.deepcopy(model)
+    before = everything(model)
+    for _ in range(1000):
+        with fastlora.merged(model):
+            pass
+        drifting.merge_adapter()
+        drifting.unmerge_adapter()
+    assert_as_before(model, before)
+    name = "base_model.model.up.base_layer.weight"
+    drift = (drifting.get_parameter(name) - model.get_parameter(name)).abs().mean()
+    assert drift > 0  # or this test says nothing
+
+
+def test_a_step_between_two_samples_is_seen():
+    model = KINDS["peft"]()
+    x = inputs(model)
+    with torch.no_grad(), fastlora.merged(model):
+        first = model(x)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.mul_(2.0)
+        expected = model(x)
+        with fastlora.merged(model):
+            second = model(x)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_disabled_adapters_stay_out():
+    model = KINDS["peft"]()
+    x = inputs(model)
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(x)
+        with fastlora.merged(model):
+            assert torch.equal(model(x), expected)
+
+
+def test_what_it_takes_is_said_before():
+    model = KINDS["peft"]()
+    sampler = fastlora.merged(model)
+    layers = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
+    assert sampler.bytes == sum(layer.weight.nbytes for layer in layers)
+    assert str(sampler).startswith(f"{len(layers)} layers; merged weights take 0 MiB")
+
+
+def broken(model: nn.Module) -> nn.Module:
+    next(p for n, p in model.named_parameters() if "down" in n and "lora_B" in n).data.fill_(
+        torch.nan
+    )
+    return model
+
+
+REFUSED = {
+    "no layers": (lambda: nn.Linear(2, 2), "no LoRA layers"),
+    "NaN": (lambda: broken(KINDS["peft"]()), "down can't be merged: NaN"),
+    "own NaN": (lambda: broken(KINDS["own"]()), "NaN"),
+    "meta": (lambda: KINDS["peft"]().to("meta"), "meta device"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_as_it_was(name):
+    make, words = REFUSED[name]
+    model = make()
+    before = {n: id(p) for n, p in model.named_parameters()}
+    bits = {n: p.clone() for n, p in model.named_parameters() if not p.is_meta}
+    with pytest.raises(ValueError, match=words), fastlora.merged(model):
+        pytest.fail("it was entered")
+    assert {n: id(p) for n, p in model.named_parameters()} == before
+    for n, p in bits.items():
+        torch.testing.assert_close(model.get_parameter(n), p, rtol=0, atol=0, equal_nan=True)
+    assert not any(getattr(m, "merged", False) for m in model.modules())
+
+
+def test_what_pefts_merge_takes_apart_is_refused():
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
+    model = peft_model(attention, target_modules=["a"])
+    with pytest.raises(ValueError, match="MultiheadAttention"), fastlora.merged(model):
+        pytest.fail("it was entered")
+
+
+def test_a_merged_model_and_bad_arguments_are_refused():
+    for name, merge in (("peft", lambda m: m.merge_adapter()), ("own", fastlora.merge_lora)):
+        model = KINDS[name]()
+        merge(model)
+        with pytest.raises(ValueError, match="merged already"), fastlora.merged(model):
+            pytest.fail("it was entered")
+    with pytest.raises(ValueError, match="keep is 'disk'"):
+        fastlora.merged(KINDS["peft"](), keep="disk")
+    with pytest.raises(TypeError, match="must be a torch"):
+        fastlora.merged(None)
