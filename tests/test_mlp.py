@@ -336,6 +336,9 @@ def test_a_hook_on_all_modules():
 def test_a_forward_that_is_replaced_on_the_class_later(monkeypatch):
     model = adapted()
     plain = layer_by_layer(model)
+    with counted_blocks() as calls:
+        results(model)
+    assert calls  # and the block was read
     monkeypatch.setattr(Gated, "forward", Scaled.forward)
     with counted_blocks() as calls:
         found = results(model)

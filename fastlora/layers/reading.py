@@ -33,6 +33,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _SILENT = {*vars(nn.Module()), *_PLACES}.difference(
     _HOOKS, ("_parameters", "_buffers", "_modules", "training")
 )
+_HOOK_OF_ACCELERATE = "_hf_hook"
 _DEPTH = 3  # of a vendor's objects: a weight's state, and in that the state of its scales
 _MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # kinds of x, of one module; doublings of a wait
 _get: Any = dict.get
@@ -81,7 +82,7 @@ class Watch:
         self._lengths = [*map(len, self._sized)]
         self._copies = [each.copy() for each in self._lists]
         self._classes = [*map(type, modules)]
-        self._kinds = [*dict.fromkeys(self._classes)]
+        self._kinds = [*dict.fromkeys([*self._classes, *map(plain_class_of, modules)])]
         self._methods = [*map(_methods_of, self._kinds)]
         tensors = self.tensors()
         self.is_whole = not any(map(_is_strange, tensors))
@@ -114,6 +115,8 @@ class Watch:
                 self._lists.append(value)
             elif isinstance(value, nn.ModuleDict):  # PEFT's, of adapters: nobody calls it
                 self._look_at(value._modules)
+            elif name == _HOOK_OF_ACCELERATE:
+                self._look_at(vars(value))
             elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
                 self._look_at(vars(value), depth - 1)
 

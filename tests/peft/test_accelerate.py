@@ -92,6 +92,9 @@ def test_hooks_of_accelerate_on_base_layers(moved, both):
     fastlora.optimize(ours)
     fast = LAYERS * (moved == "inputs")
     assert_runs_the_same(gradients, theirs, ours, fast=fast, tolerance=ROUNDING)
+    for layer in base_layers(ours):  # and then the other way
+        layer._hf_hook.io_same_device = moved != "outputs"
+    assert_runs_the_same(gradients, theirs, ours, fast=LAYERS - fast, tolerance=ROUNDING)
 
 
 def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(both, tmp_path):
