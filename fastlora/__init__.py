@@ -13,7 +13,6 @@ from .adapters.llama_cpp import export_gguf
 from .adapters.resize import resize_adapter
 from .backends import use_backend
 from .layers.linear import LoRALinear
-from .merged import merged
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoRAConfig
 from .model.inject import apply_lora, print_trainable_parameters, remove_lora
@@ -28,6 +27,7 @@ from .price import plan
 from .projection import Projection
 from .report import Coverage
 from .rows import AdapterMapping
+from .sampling import merged
 from .trials import sweep
 from .tuning import tune
 from .version import __version__

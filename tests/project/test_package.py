@@ -26,7 +26,7 @@ FLOORS = (
     {"ops"},
     {"quant", "layers", "report"},
     {"model", "peft"},
-    {"adapters", "price", "trials", "tuning", "trainer", "doctor", "__main__"},
+    {"adapters", "price", "trials", "tuning", "sampling", "trainer", "doctor", "__main__"},
     {"__init__"},
 )  # fmt: skip
 LONGEST_CHAIN = 18  # of files, each of which imports the next
