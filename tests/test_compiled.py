@@ -4,11 +4,17 @@ And not compiled, it is as if nothing were kept of the modules.  `python -m test
 compiled`, and kept, walk on at random.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from compiled_states import KINDS, State, changes_of
+from peft.tuners.lora.layer import LoraLayer
 
 from fastlora.layers import reading
+from fastlora.layers.adapted import LoRALayer
+from fastlora.layers.mlp import GatedMLP
 
 # What happens between two calls, one after the other, by the kind of model.
 WALKS = {
@@ -84,7 +90,7 @@ def test_hooks_are_followed_where_torch_is_told_to(kind):
 )
 def test_what_is_kept_of_modules_follows_each_change(kind, walk):
     state = State(kind, 0.3).compile("kept")
-    for name in ("nothing", "train", "rows", *walk.split(), "evaluate", *walk.split()):
+    for name in ("nothing", "train", "rows", *walk.split(), "evaluate"):
         changes_of(kind)[name](state)
         for _ in range(3):  # read, used, used
             state.compare()
@@ -105,3 +111,30 @@ def test_a_second_call_reads_nothing(kind, monkeypatch):
     changes_of(kind)["step"](state)
     state.numbers(True)
     assert not readings
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantised"]
+)
+def test_what_is_kept_keeps_no_weights(kind):
+    """Whoever lets go of a layer has its memory, without waiting for the collector."""
+    freed = []
+    for calls in (0, 2):
+        state = State(kind).compile("kept")
+        for _ in range(calls):
+            state.numbers(True)
+        (layer, *_) = (
+            m for m in state.model.modules() if isinstance(m, (GatedMLP, LoraLayer, LoRALayer))
+        )
+        assert bool(calls) == any(place in vars(layer) for place in reading._PLACES)
+        weights = [weakref.ref(p) for p in layer.parameters()]
+        gc.collect()
+        gc.disable()
+        try:
+            state.model = state.call = None
+            del layer
+            freed.append([weight() is None for weight in weights])
+        finally:
+            gc.enable()
+    assert freed[0] == freed[1]
+    assert any(freed[0]) or "block" in kind  # transformers' module is in a circle of its own

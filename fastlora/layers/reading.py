@@ -59,12 +59,15 @@ class Reading(NamedTuple):
 
 
 class Watch:
-    """What modules hold at this moment, to be compared with what they hold later."""
+    """What a module and its parts hold at this moment, to be compared with what they hold later.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    It is kept in the module's ``__dict__``, and so knows neither that nor the module: a circle
+    would keep the weights of a model that nobody has any more.
+    """
+
+    def __init__(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
         """Of vendors' layers a reading depends on numbers, too, and on attributes of tensors, such
         as bitsandbytes' state."""
-        self._modules = modules
         self._dicts: list[dict] = []  # each has under the name of the same number this value
         self._names: list[Hashable] = []
         self._values: list[Any] = []
@@ -72,17 +75,24 @@ class Watch:
         self._lists: list[list] = []
         self._tensor_dicts: list[dict] = []
         self._tensor_names: list[Hashable] = []
-        for module in modules:
-            self._look_at(vars(module))
-        packed = [each for each in modules if vendor_of(each, plain_class_of(each)) is not None]
-        for module in packed:
-            for value in (*module._parameters.values(), vars(module).get("state")):
+        home = vars(module)
+        self._home_names = [name for name in home if name not in _SILENT]
+        self._home_values = [home[name] for name in self._home_names]
+        self._home_length = len(home)
+        for name, value in zip(self._home_names, self._home_values, strict=True):
+            self._look_into(name, value, 0)
+        for part in parts:
+            self._look_at(vars(part))
+        whole = [module, *parts]
+        packed = [each for each in whole if vendor_of(each, plain_class_of(each)) is not None]
+        for layer in packed:
+            for value in (*layer._parameters.values(), vars(layer).get("state")):
                 if value is not None:
                     self._look_at(vars(value), _DEPTH)
         self._lengths = [*map(len, self._sized)]
         self._copies = [each.copy() for each in self._lists]
-        self._classes = [*map(type, modules)]
-        self._kinds = [*dict.fromkeys([*self._classes, *map(plain_class_of, modules)])]
+        self._parts, self._classes = parts, [*map(type, parts)]
+        self._kinds = [*dict.fromkeys([*map(type, whole), *map(plain_class_of, whole)])]
         self._methods = [*map(_methods_of, self._kinds)]
         tensors = self.tensors()
         self.is_whole = not any(map(_is_strange, tensors))
@@ -98,49 +108,47 @@ class Watch:
         """``depth``: how far to look into objects."""
         self._sized.append(entries)
         for name, value in entries.items():
-            if name in _SILENT:
-                continue
             if isinstance(value, Tensor):
                 self._tensor_dicts.append(entries)
                 self._tensor_names.append(name)
-                continue
-            self._dicts.append(entries)
-            self._names.append(name)
-            self._values.append(value)
-            if name in _HOOKS:
-                self._sized.append(value)
-            elif isinstance(value, dict):
-                self._look_at(value)
-            elif type(value) is list:
-                self._lists.append(value)
-            elif isinstance(value, nn.ModuleDict):  # PEFT's, of adapters: nobody calls it
-                self._look_at(value._modules)
-            elif name == _HOOK_OF_ACCELERATE:
-                self._look_at(vars(value))
-            elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
-                self._look_at(vars(value), depth - 1)
+            elif name not in _SILENT:
+                self._dicts.append(entries)
+                self._names.append(name)
+                self._values.append(value)
+                self._look_into(name, value, depth)
+
+    def _look_into(self, name: Hashable, value: Any, depth: int) -> None:
+        if name in _HOOKS:
+            self._sized.append(value)
+        elif isinstance(value, dict):
+            self._look_at(value)
+        elif type(value) is list:
+            self._lists.append(value)
+        elif isinstance(value, nn.ModuleDict):  # PEFT's, of adapters: nobody calls it
+            self._look_at(value._modules)
+        elif name == _HOOK_OF_ACCELERATE:
+            self._look_at(vars(value))
+        elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+            self._look_at(vars(value), depth - 1)
 
     def tensors(self) -> list[Tensor]:
         return [*map(_get, self._tensor_dicts, self._tensor_names)]
 
-    def is_of(self, home: dict) -> bool:
-        """Whether the first of the modules is the one with this ``__dict__``, and not a copy."""
-        return self._sized[0] is home
+    def tensors_now(self, home: dict, at_their_places: bool) -> list[Tensor] | None:
+        """The tensors, if nothing is another but numbers of those that train; else None.
 
-    def tensors_now(self, at_their_places: bool) -> list[Tensor] | None:
-        """The modules' tensors, if nothing is another but numbers of those that train; else None.
-
-        ``at_their_places``: in memory, too; else they may have moved, as FSDP's do, but stay
-        aligned as they were, which kernels ask.
+        ``home``: the module's ``__dict__``.  ``at_their_places``: in memory, too; else they may
+        have moved, as FSDP's do, but stay aligned as they were, which kernels ask.
         """
         try:
-            if not all(map(is_, map(_get, self._dicts, self._names), self._values)):
-                return None
             tensors = self.tensors()
             stands = (
-                [*map(len, self._sized)] == self._lengths
+                len(home) == self._home_length
+                and all(map(is_, map(home.get, self._home_names), self._home_values))
+                and all(map(is_, map(_get, self._dicts, self._names), self._values))
+                and [*map(len, self._sized)] == self._lengths
                 and all(map(eq, self._lists, self._copies))
-                and [*map(type, self._modules)] == self._classes
+                and [*map(type, self._parts)] == self._classes
                 and [*map(_methods_of, self._kinds)] == self._methods
                 and [*map(_facts_of, tensors)] == self._facts
                 and [*map(Tensor.stride, tensors)] == self._strides
@@ -208,10 +216,9 @@ class Kept:
 
     def tensors_now(self, home: dict, answers: Any) -> list[Tensor] | None:
         """The watched tensors, if the module of this ``__dict__`` would be read as it was."""
-        watch = self.watch
-        if watch is None or not watch.is_of(home):
+        if self.watch is None or answers != self._answers:
             return None
-        return watch.tensors_now(self._has_views) if answers == self._answers else None
+        return self.watch.tensors_now(home, self._has_views)
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs' tensors laid flat, of the watched ones of now."""
@@ -264,7 +271,7 @@ def read_once(
     if other is not None and other.tensors_now(home, answers) is None:
         other = None  # it may hold what was replaced
     home.update({place: kept, other_place: other})  # before the module is watched
-    kept.keep(Watch([module, *parts()]), answers)
+    kept.keep(Watch(module, [*parts()]), answers)
     return kept, reading
 
 
