@@ -1,10 +1,11 @@
-"""transformers' Trainer with checkpoints of the adapter alone; only this file imports transformers.
+"""transformers' Trainer with checkpoints of the adapter alone, and merged samples for TRL's.
 
-    from fastlora.trainer import AdapterTrainer
+    from fastlora.trainer import AdapterTrainer, MergedSampling
 
-``import fastlora`` doesn't import it.
+Only this file imports transformers; ``import fastlora`` doesn't import it.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 from .layers.modules import has_sharded, unwrap
+from .merged import merged
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
 from .model.quantizer import saving_adapters_alone
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer import TRAINING_ARGS_NAME
 except ImportError as error:
     raise ImportError(
@@ -94,3 +96,51 @@ def _check_engine(trainer: Trainer) -> None:
             f"AdapterTrainer can't save adapters alone under {engine}, whose checkpoints hold the "
             "whole model: use transformers.Trainer, and fastlora.save_adapter when it has trained"
         )
+
+
+class MergedSampling(TrainerCallback):
+    """For TRL's GRPOTrainer and its like: while it trains, ``model.generate`` samples merged.
+
+    Each call of ``generate`` runs inside :class:`fastlora.merged`, at the base model's speed, and
+    leaves the very bits.  ``keep`` is that one's: where the originals are meanwhile.
+
+    ``trainer.add_callback(MergedSampling())``.  When training ends, ``generate`` is the model's own
+    again.  After an error in training it isn't, since no callback is called then, until
+    :meth:`put_back` or the next training: it goes on to sample merged, and to leave the bits.
+
+    Training raises ValueError before its first step where the model can't be merged, and where vLLM
+    or continuous batching samples, which don't call ``generate``.
+    """
+
+    def __init__(self, *, keep: str = "device") -> None:
+        self.keep = keep
+        self._replaced: tuple[dict, Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.put_back()
+        for name in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(args, name, False):
+                raise ValueError(f"{name}: MergedSampling is for samples by model.generate alone")
+        model: Any = unwrap(kwargs["model"])
+        with merged(model, keep=self.keep):  # or it raises, now
+            generate = model.generate
+
+        @functools.wraps(generate)
+        def sample(*inputs: Any, **settings: Any) -> Any:
+            with merged(model, keep=self.keep):
+                return generate(*inputs, **settings)
+
+        self._replaced = vars(model), vars(model).get("generate")
+        vars(model)["generate"] = sample
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Let ``generate`` be what it was before training."""
+        if self._replaced is None:
+            return
+        (entries, before), self._replaced = self._replaced, None
+        del entries["generate"]
+        if before is not None:  # somebody else's, on this model alone
+            entries["generate"] = before

@@ -1,0 +1,352 @@
+"""examples/sft.py, grpo.py, several.py, diffusion.py and start.ipynb, each run to its end.
+
+They want the extra ``recipes``: ``make recipes`` runs them.
+"""
+
+import ast
+import json
+import math
+import pydoc_data.topics
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from models import randomise
+from process import run_python
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+import fastlora
+from fastlora.trainer import MergedSampling
+
+trl = pytest.importorskip("trl", reason="the recipes use TRL")
+diffusers = pytest.importorskip("diffusers", reason="a recipe uses diffusers")
+datasets = pytest.importorskip("datasets", reason="the recipes use datasets")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = ["sft", "grpo", "several", "diffusion"]
+TEXT = "\n".join([*pydoc_data.topics.topics.values()][:20])[:30_000]
+CHATML = """
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' -%}
+{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
+{%- else %}{{ message.content }}<|im_end|>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder of a Llama of two layers, with its tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    sizes = {"vocab_size": 400, "initial_alphabet": alphabet, "special_tokens": special}
+    pairs.train_from_iterator([TEXT], trainers.BpeTrainer(**sizes, show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=pairs, eos_token=special[2], pad_token=special[0]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(tokenizer), bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(monkeypatch, tmp_path, capsys) -> Callable:
+    """Run one here: what it prints, and its Trainer if it has one."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    used = []
+    train = transformers.Trainer.train
+    monkeypatch.setattr(
+        transformers.Trainer,
+        "train",
+        lambda self, *a, **k: used.append(self) or train(self, *a, **k),
+    )
+
+    def run(name: str, *arguments: object) -> tuple[str, transformers.Trainer | None]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out, used.pop() if used else None
+
+    return run
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    file = tmp_path / "chats.jsonl"
+    said = [("user", "What is {}?"), ("assistant", "It is {}, as it was.")]
+    for number in range(48):
+        turns = [{"role": role, "content": text.format(number)} for role, text in said]
+        with file.open("a") as lines:
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    return file
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_they_are_short_and_say_how_they_run():
+    for name in RECIPES:
+        text = (EXAMPLES / f"{name}.py").read_text()
+        assert len(text.splitlines()) <= 80, name
+        assert f"{name}.py --model" in ast.get_docstring(ast.parse(text)), name
+
+
+def test_sft_resumes_where_it_was(recipe, tiny, chats, tmp_path):
+    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=2"]
+    printed, trainer = recipe("sft", *start, "--steps=4", "--out", tmp_path / "whole")
+    assert "14 of 14 layers fast" in printed
+    row = next(iter(trainer.get_train_dataloader()))
+    learned = trainer.processing_class.decode(row["labels"][row["labels"] != -100])
+    assert re.fullmatch(r"(It is \d+, as it was\.<\|im_end\|>){3,}", learned)
+    assert (row["position_ids"] == 0).sum() >= 3  # packed, each chat by itself
+    recipe("sft", *start, "--steps=2", "--out", tmp_path / "parts")
+    printed, trainer = recipe("sft", *start, "--steps=4", "--out", tmp_path / "parts")
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    whole, parts = adapter(tmp_path / "whole"), adapter(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-7)
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
+
+
+def test_sft_over_nf4(recipe, tiny, chats, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="it quantises")
+    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=2"]
+    printed, _ = recipe("sft", *start, "--nf4", "--steps=2", "--out", tmp_path)
+    assert "14 quantised: NF4" in printed
+    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
+
+
+def test_grpo(recipe, tiny, tmp_path):
+    arguments = ["--model", tiny, "--steps=2", "--samples=2", "--tokens=6", "--out", tmp_path]
+    printed, trainer = recipe("grpo", *arguments)
+    assert "14 layers; merged weights take" in printed
+    steps = json.loads((tmp_path / "rewards.json").read_text())
+    assert [steps[0].keys(), len(steps)] == [{"loss", "reward", "step_time"}, 2]
+    assert all(math.isfinite(step["loss"]) and 0 < step["reward"] < 2 for step in steps)
+    assert "generate" not in vars(trainer.model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    for name, weight in base.state_dict().items():
+        now = trainer.model.get_base_model().state_dict()
+        place = name if name in now else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(now[place], weight), name
+    peft.PeftModel.from_pretrained(base, tmp_path)
+
+
+def rewards(completions, **columns) -> list[float]:
+    return [float(len(set(text))) for text in completions]
+
+
+def grpo_trainer(tiny: Path, out: Path, reward: Callable = rewards) -> trl.GRPOTrainer:
+    """Three steps of a model whose adapter says something from the start."""
+    arguments = trl.GRPOConfig(
+        str(out), max_steps=3, per_device_train_batch_size=4, num_generations=4, learning_rate=1e-2,
+        max_completion_length=6, use_cpu=True, logging_steps=1, save_strategy="no", bf16=False,
+        report_to="none", disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    rows = datasets.Dataset.from_dict({"prompt": ["The with statement", "A class is", "for each"]})
+    trainer = trl.GRPOTrainer(str(tiny), reward, arguments, train_dataset=rows, peft_config=lora)
+    fastlora.optimize(trainer.model)
+    return trainer
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+
+
+def test_grpo_samples_merged_and_trains_as_without(tiny, tmp_path, monkeypatch):
+    """In TRL's own loop: each sampled token comes from merged layers, no gradient does."""
+    calls = []
+
+    def look(module: nn.Module, *inputs: object) -> None:
+        merged = trainer.model.get_base_model().model.layers[0].mlp.up_proj.merged
+        calls.append((torch.is_grad_enabled(), merged))
+
+    logs, entered = [], []
+    enter = fastlora.merged.__enter__
+    monkeypatch.setattr(
+        fastlora.merged, "__enter__", lambda self: entered.append(self) or enter(self)
+    )
+    for sampling in (MergedSampling(), None):
+        trainer = grpo_trainer(tiny, tmp_path)
+        before = base_weights(trainer.model)
+        trainer.model.get_input_embeddings().register_forward_pre_hook(look)
+        if sampling:
+            trainer.add_callback(sampling)
+        trainer.train()
+        logs.append([e for e in trainer.state.log_history if "grad_norm" in e])
+        for name, weight in base_weights(trainer.model).items():
+            assert torch.equal(weight, before[name]), name
+        assert "generate" not in vars(trainer.model)
+        assert {grad for grad, _ in calls} == {True, False}
+        assert all(merged == (sampling is not None and not grad) for grad, merged in calls)
+        calls.clear()
+    assert len(entered) == 1 + 3  # to see whether it can, and in each step
+    assert len(logs[0]) == 3
+    for merged, plain in zip(*logs, strict=True):
+        assert merged["reward"] == plain["reward"]  # the same samples
+        for name in ("loss", "grad_norm"):
+            assert merged[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5)
+
+
+def test_an_error_in_training_leaves_the_bits_and_generate_can_be_put_back(tiny, tmp_path):
+    def fails(completions, **columns):
+        raise KeyError("reward")
+
+    trainer, sampling = grpo_trainer(tiny, tmp_path, fails), MergedSampling(keep="cpu")
+    before = base_weights(trainer.model)
+    trainer.add_callback(sampling)
+    with pytest.raises(KeyError):
+        trainer.train()
+    for name, weight in base_weights(trainer.model).items():
+        assert torch.equal(weight, before[name]), name
+    for _ in range(2):
+        sampling.put_back()
+        assert "generate" not in vars(trainer.model)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def in_two(tiny, tmp_path_factory) -> Callable:
+    folder = tmp_path_factory.mktemp("several")
+    (folder / "text.txt").write_text(TEXT[:6000])
+
+    def run(name: str, *flags: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+        sizes = "--steps=3", "--batch=2", "--length=16", "--data", folder / "text.txt"
+        out = ("--model", tiny, "--out", folder / name, *sizes, *flags)
+        printed = run_python(*TORCHRUN, EXAMPLES / "several.py", *out, CUDA_VISIBLE_DEVICES="")
+        return printed.splitlines(), adapter(folder / name)
+
+    return run
+
+
+def test_several_sharded_and_replicated_train_the_same_adapter(in_two):
+    lines, sharded = in_two("fsdp2")
+    assert lines[0] == "14 of 14 layers fast (backend torch)"
+    assert [line[:6] for line in lines if line.startswith("step")] == ["step 1", "step 2", "step 3"]
+    assert not any("left out" in line or "each rank" in line for line in lines)
+    replicated = in_two("ddp", "--ddp")[1]
+    assert sharded.keys() == replicated.keys()
+    assert len(sharded) == 28
+    for name, tensor in sharded.items():
+        torch.testing.assert_close(tensor, replicated[name], rtol=1e-3, atol=1e-5)
+
+
+def test_diffusion_and_diffusers_load_what_it_wrote(recipe, tmp_path, monkeypatch):
+    trained = []
+    optimize = fastlora.optimize
+    monkeypatch.setattr(fastlora, "optimize", lambda m: trained.append(m) or optimize(m))
+    printed, _ = recipe("diffusion", "--steps=3", "--batch=2", "--out", tmp_path)
+    assert "15 of 15 layers fast" in printed
+    (model,) = trained
+    fresh = diffusers.FluxTransformer2DModel(**model.config)
+    plain = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items()}
+    fresh.load_state_dict({name: t for name, t in plain.items() if "lora_" not in name})
+    batch = DIFFUSION["flux"][2]
+    with torch.no_grad():
+        expected, without = model(**batch).sample, fresh(**batch).sample
+        fresh.load_lora_adapter(tmp_path, prefix="transformer")
+        found = fresh(**batch).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(without, expected, rtol=1e-4, atol=1e-5)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+HEADS = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+JOINT = HEADS | {"joint_attention_dim": 32}
+TEXTS, TIME = {"encoder_hidden_states": draw(2, 5, 32)}, {"timestep": torch.tensor([0.3, 0.7])}
+POOLED, ROPE = {"pooled_projections": draw(2, 32)}, {"axes_dims_rope": (4, 6, 6)}
+IDS = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
+TO = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+DIFFUSION = {
+    "flux": (
+        "FluxTransformer2DModel",
+        JOINT | ROPE | {"in_channels": 16, "num_single_layers": 1, "pooled_projection_dim": 32},
+        TEXTS | TIME | POOLED | IDS | {"hidden_states": draw(2, 16, 16)},
+    ),
+    "wan": (
+        "WanTransformer3DModel",
+        HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 32, "freq_dim": 32}
+        | {"ffn_dim": 48, "patch_size": (1, 2, 2), "rope_max_seq_len": 32},
+        TEXTS | TIME | {"hidden_states": draw(2, 4, 2, 8, 8)},
+    ),
+    "qwen-image": (
+        "QwenImageTransformer2DModel",
+        JOINT | ROPE | {"in_channels": 16, "out_channels": 4},
+        TEXTS | TIME | {"hidden_states": draw(2, 16, 16), "img_shapes": [[(1, 4, 4)]] * 2}
+        | {"encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long)},
+    ),
+    "sd3": (
+        "SD3Transformer2DModel",
+        JOINT | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
+        | {"caption_projection_dim": 32, "pooled_projection_dim": 32, "num_layers": 2},
+        TEXTS | TIME | POOLED | {"hidden_states": draw(2, 4, 8, 8)},
+    ),
+    "unet": (
+        "UNet2DConditionModel",
+        {"block_out_channels": (8, 16), "layers_per_block": 1, "sample_size": 8}
+        | {"norm_num_groups": 4, "cross_attention_dim": 32, "attention_head_dim": 8}
+        | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+        | {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
+        TEXTS | TIME | {"sample": draw(2, 4, 8, 8)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_a_diffusion_model_has_peft_s_numbers(name):
+    kind, sizes, batch = DIFFUSION[name]
+    model = getattr(diffusers, kind)(**sizes).train()
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=TO))
+    randomise(model, 0.1)
+    report = fastlora.optimize(model, strict=True)
+    assert len(report.layers) >= 6
+    assert fastlora.check(model, batch), fastlora.check(model, batch)
+
+
+def test_the_notebook_runs(tiny, tmp_path, monkeypatch, capsys):
+    notebook = json.loads((EXAMPLES / "start.ipynb").read_text())
+    cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    sources = ["".join(lines) for lines in cells]
+    install = [source for source in sources if source.startswith("%pip install")]
+    assert len(install) == 1
+    code = "\n".join(source for source in sources if not source.startswith("%"))
+    code, count = re.subn('NAME = ".*"', f"NAME = {str(tiny)!r}", code)
+    assert count == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("60_000", "6_000"), "start.ipynb", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "14 of 14 layers fast" in printed
+    assert "the same within rounding" in printed
+    assert "nothing is broken" in printed
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
