@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo sweep test peft-suite bench compile-report matrix machine release-check docs lint clean
+.PHONY: help demo sweep test recipes peft-suite bench compile-report matrix machine release-check docs lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ sweep: .venv/demo $(GEMMA) ## Train eight LoRA configurations at once, and keep 
 
 test: .venv/test ## Run all tests, in two processes (ARGS="-k dropout …", ARGS="-n 0 --pdb …" in one)
 	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+recipes: .venv/test .venv/recipes ## Run the recipes of examples/ (TRL, FSDP2, diffusers) on tiny models (ARGS="-k grpo …")
+	.venv/bin/pytest tests/project/test_recipes.py $(ARGS)
 
 peft-suite: .venv/peft-suite ## Run PEFT's own LoRA tests, without fastlora and with it, and compare (ARGS="--quick …")
 	.venv/bin/python -m tools.peft_suite.run $(ARGS)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from .layers.modules import has_sharded, unwrap
-from .merged import merged
 from .model.checkpoint import load_adapter, save_adapter
 from .model.inject import check_injection, check_model, injection_of
 from .model.quantizer import saving_adapters_alone
+from .sampling import merged
 
 try:
     from transformers import Trainer, TrainerCallback

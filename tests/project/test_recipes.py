@@ -270,7 +270,7 @@ def test_diffusion_and_diffusers_load_what_it_wrote(recipe, tmp_path, monkeypatc
     batch = DIFFUSION["flux"][2]
     with torch.no_grad():
         expected, without = model(**batch).sample, fresh(**batch).sample
-        fresh.load_lora_adapter(tmp_path, prefix="transformer")
+        fresh.load_lora_adapter(tmp_path, prefix="transformer", use_safetensors=True)
         found = fresh(**batch).sample
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(without, expected, rtol=1e-4, atol=1e-5)
