@@ -31,7 +31,7 @@ from trainer_runs import (
 from transformers import Trainer
 
 import fastlora
-from fastlora.trainer import AdapterTrainer
+from fastlora.trainer import AdapterTrainer, MergedSampling
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 EVERY_STEP = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
@@ -229,3 +229,79 @@ def test_in_ddp_one_rank_writes_and_a_resumed_run_is_the_run_without_a_stop(tmp_
     assert [wrote for _, wrote in expected] == [True, False]
     for (one, _), (other, _) in zip(resumed, expected, strict=True):
         assert_same(one, other)
+
+
+class Sample(transformers.TrainerCallback):
+    """Behind each step: whether ``generate`` saw merged layers.  ``fails``: in the last."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.merged = fails, []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        def look(*_):
+            self.merged.append(model.get_decoder().layers[0].self_attn.q_proj.merged)
+
+        with model.get_input_embeddings().register_forward_hook(look):
+            ids = torch.ones(1, 3, dtype=torch.long)
+            assert model.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
+        if self.fails and state.global_step == STEPS:
+            raise KeyError
+
+
+def sampling_trainer(kind: str, folder: Path, *callbacks: Any) -> Trainer:
+    config = peft.LoraConfig(**ADAPTER, init_lora_weights=False)
+    model = adapted() if kind == "own" else peft.get_peft_model(base_model(), config)
+    if kind == "optimized":
+        fastlora.optimize(model)
+    trainer = trainer_for(model, folder, AdapterTrainer if kind == "own" else Trainer)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def frozen_bits(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+
+
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+@pytest.mark.parametrize("kind", ["peft", "optimized", "own"])
+def test_samples_in_training_are_merged_and_the_bits_stay(kind, keep, tmp_path):
+    sample = Sample()
+    trainer = sampling_trainer(kind, tmp_path, MergedSampling(keep=keep), sample)
+    before = frozen_bits(trainer.model)
+    trainer.train()
+    assert sample.merged == [True] * 2 * STEPS
+    assert "generate" not in vars(trainer.model)
+    assert all(map(torch.equal, frozen_bits(trainer.model), before))
+
+
+def test_an_error_leaves_generate_merged_until_it_is_put_back_or_the_next_training(tmp_path):
+    sampling, sample = MergedSampling(), Sample(fails=True)
+    trainer = sampling_trainer("peft", tmp_path, sampling, sample)
+    vars(trainer.model)["generate"] = somebody_s = trainer.model.generate
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert trainer.model.generate is not somebody_s
+    sample.fails = False
+    trainer.train()
+    assert trainer.model.generate is somebody_s
+    for _ in range(2):
+        sampling.put_back()
+    assert trainer.model.generate is somebody_s
+    assert sample.merged == [True] * 4 * STEPS
+
+
+def test_what_cannot_be_sampled_merged_stops_training_before_its_first_step(tmp_path):
+    sampling = MergedSampling()
+    trainer = sampling_trainer("peft", tmp_path, sampling)
+    trainer.model.merge_adapter()
+    with pytest.raises(ValueError, match="merged already"):
+        trainer.train()
+    trainer.model.unmerge_adapter()
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        setattr(trainer.args, name, True)
+        with pytest.raises(ValueError, match=f"{name}: MergedSampling"):
+            trainer.train()
+        setattr(trainer.args, name, False)
+    assert trainer.state.global_step == 0
+    assert "generate" not in vars(trainer.model)
