@@ -50,7 +50,11 @@ def step(x, projections, p=0.0, backend="triton"):
     torch.manual_seed(3)
     leaves = [x, *[t for one in projections for t in one[:3] if t.requires_grad]]
     ys = fastlora.lora_linears(x, projections, dropout=p, backend=backend)
-    return [*ys, *torch.autograd.grad(ys, leaves, [torch.sin(y.detach()) for y in ys])]
+    waves = [torch.arange(y.numel(), dtype=torch.float32).view(y.shape).sin() for y in ys]
+    return [
+        *ys,
+        *torch.autograd.grad(ys, leaves, [w.to(y) for w, y in zip(waves, ys, strict=True)]),
+    ]
 
 
 def rows(count=48, dtype=torch.float32):
