@@ -6,7 +6,7 @@ order: on the device ``common``, ``sum_planes``, ``project``, ``lowrank``, ``pac
 ``launch``, ``target``, ``faults``, ``config``, ``defaults``, ``plan``, ``script``, ``kept``.
 """
 
-from . import defaults as defaults  # fills the tables that launchers choose from
+from . import defaults  # fills the tables that launchers choose from
 from .common import dropout_threshold
 from .dequant import dequant
 from .faults import ptxas
@@ -21,36 +21,3 @@ from .project import project
 from .segments import Own
 from .target import TARGETS, target_of, use_target
 from .weight_grad import one_pass_pays, weight_grad
-
-__all__ = [
-    "FLOAT8",
-    "FOUR_BIT",
-    "INT8",
-    "TARGETS",
-    "Launch",
-    "Own",
-    "Packed",
-    "Plan",
-    "Resolved",
-    "Unproven",
-    "dequant",
-    "dropout_threshold",
-    "gated",
-    "gated_backward",
-    "gemm_lowrank",
-    "intercept",
-    "keep",
-    "lowrank",
-    "on_trial",
-    "one_launch_pays",
-    "one_pass_pays",
-    "plan_for",
-    "project",
-    "ptxas",
-    "replayed",
-    "target_of",
-    "use_judge",
-    "use_target",
-    "weight_grad",
-    "why_not_gated",
-]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ MARGIN = 2048  # bytes of shared memory for barriers and alignment
 # float32 sums of products that a thread may hold: half of its 255 registers, since those that
 # compile with more spill (`make compile-report`).
 _MOST_SUMS = 128
+_LETTERS = {"w": "warps", "s": "stages", "g": "group", "r": "width"}  # of a config's word
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,31 @@ class Call:
 class Config:
     """Tiles, warps and pipeline stages of a launch; each kernel's file has its own, and its cost.
 
-    It doesn't know the operands: a :class:`Call` does.
+    It doesn't know the operands: a :class:`Call` does.  It prints as a word, which :meth:`of` reads
+    back: ``128x256x64-w8-s3-tma`` has tiles of that size, 8 warps, 3 stages and descriptors.
     """
+
+    @classmethod
+    def of(cls, word: str) -> "Config":
+        tile, *options = word.split("-")
+        named = {_LETTERS[each[0]]: int(each[1:]) for each in options if each != "tma"}
+        if "tma" in options:
+            named["descriptors"] = True
+        return cls(*map(int, tile.split("x")), **named)
+
+    def __str__(self) -> str:
+        tile = "x".join(str(size) for name, size in vars(self).items() if name[:6] == "block_")
+        usual = {each.name: each.default for each in fields(self)}
+        numbers = [
+            f"{letter}{getattr(self, name)}"
+            for letter, name in _LETTERS.items()
+            if name in usual and (letter in "ws" or getattr(self, name) != usual[name])
+        ]
+        return "-".join([tile, *numbers] + ["tma"] * getattr(self, "descriptors", False))
 
     def block_r(self, call: Call) -> int:
         """The columns of a step over the rank: a power of two that tensor cores take."""
-        return min(max(16, power_of_two(call.r)), 128 // power_of_two(call.projections))
+        return min(max(16, power_of_two(call.r)), self.width // power_of_two(call.projections))
 
     def tiles(self, call: Call) -> int:
         """How many programs this makes of the call, before it is split."""
@@ -62,6 +82,10 @@ class Config:
     def sums(self, call: Call) -> int:
         """The float32 sums of products that a program holds at once."""
         raise NotImplementedError
+
+    def through_l2(self, call: Call) -> float:
+        """What programs ask of the L2 cache, over what memory has to give, of a thin product."""
+        return 0.0
 
     def shared_memory(self, target: Target, call: Call) -> int:
         """An upper bound of what a program takes, in bytes; adapters count as float32."""
@@ -92,12 +116,14 @@ class Config:
 
     def neighbours(self) -> "Iterator[Config]":
         """What tuning may try beside it."""
-        for warps in (self.warps, 4, 8):
-            for stages in range(min(max(2, self.stages - 1), self.stages), self.stages + 2):
-                yield replace(self, warps=warps, stages=stages)
+        stages = range(max(2, self.stages - 1), self.stages + 2) if self.stages > 1 else (1,)
+        yield from (replace(self, warps=w, stages=s) for w in (self.warps, 4, 8) for s in stages)
+        for name, values in {"group": (4, 16), "descriptors": (False,)}.items():
+            if hasattr(self, name):
+                yield from (replace(self, **{name: value}) for value in values)
 
 
-# (target, kernel) → the product → rows, from large tiles to small: defaults.py fills it.
+# (target, kernel) → the product → rows: defaults.py fills it.
 DEFAULTS: dict[tuple[str, str], dict[str, tuple[Config, ...]]] = {}
 
 
@@ -107,20 +133,22 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
         kernel = "packed"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
-    if call.masked and call.projections > 1 and kernel in ("lowrank", "weight_grad"):
+    elif call.masked and call.projections > 1 and kernel != "gemm_lowrank":
         kernel += " of a masked group"
     return DEFAULTS[target.name, kernel][call.product]
 
 
 def default_config(kernel: str, target: Target, call: Call) -> Config | None:
-    """The first of the target's rows that fits; of a base product's, that fills the device, too.
+    """The first of the target's rows that fits, and is wide enough for its L2 cache.
 
-    It is one for all numbers of rows, two of a base product, since each compiles in the middle of
-    training.  None, if none fits.
+    Of a base product's, the first that fits and fills the device.  It is one for all numbers of
+    rows, two of a base product, since each compiles in the middle of training.  None, if none fits.
     """
     fitting = [config for config in rows(kernel, target, call) if not config.why_not(target, call)]
     if kernel != "gemm_lowrank":
-        return fitting[0] if fitting else None
+        # Behind the work on masks L2 has more time; of those that take too long, the shortest.
+        enough = target.l2 + call.masked * (call.projections - 1) / 2
+        return min(fitting, key=lambda each: max(each.through_l2(call), enough), default=None)
     few = call.m <= FEW_ROWS * max(1, call.segments)
     # 2048: the fused plan is meant for as many rows and more (plan.py).
     level = replace(call, m=FEW_ROWS if few else 2048)
@@ -172,13 +200,21 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
     return sorted(fitting, key=doublings)
 
 
-def splits(target: Target, programs: int, length: int, step: int, least: int) -> tuple[int, int]:
-    """(number of splits of an axis, steps in each): as many as the device has room for.
+def room(target: Target, call: Call) -> int:
+    """Programs of a thin product at once: two a processor, if it has the masks of a group to make.
+
+    One alone doesn't keep it busy; else it is memory that they wait for.
+    """
+    return target.processors * (2 if call.masked and call.projections > 1 else 1)
+
+
+def splits(room: int, programs: int, length: int, step: int, least: int) -> tuple[int, int]:
+    """(number of splits of an axis, steps in each): as many as there is room for.
 
     Each costs a plane of partial sums, so it is about two steps and ``least`` elements long.
     """
     longest = max(2, cdiv(least, step)) * step
-    wanted = max(1, min(target.processors // programs, cdiv(length, longest)))
+    wanted = max(1, min(room // programs, cdiv(length, longest)))
     steps = cdiv(cdiv(length, wanted), step)
     return cdiv(length, steps * step), steps
 

@@ -1,7 +1,8 @@
-"""The default configs: a table for every architecture and kernel, from large tiles to small.
+"""The default configs: a table for every architecture and kernel.
 
 No GPU has measured them.  They are what compiles to tensor-core instructions without a spill in a
 loop (`make compile-report`), with enough bytes under way to fill a device's memory pipes on paper.
+Which of the rows a call takes, ``config.default_config`` says.
 """
 
 from dataclasses import replace
@@ -13,229 +14,139 @@ from .project import ProjectConfig
 from .weight_grad import WeightGradConfig
 
 PRODUCTS = ("16-bit", "tf32", "float32")
+Table = dict[str, tuple[Config, ...]]
 
-# The first that fills the device.  For few rows (FEW_ROWS), of those with tiles of few rows.
-_FLOAT32_GEMM = (
-    GemmConfig(64, 64, 16, warps=8, stages=3),
-    GemmConfig(32, 32, 32, warps=4, stages=3),
-    GemmConfig(16, 32, 32, warps=4, stages=2),
-)
-_AMPERE_GEMM = {
-    "16-bit": (
-        GemmConfig(128, 128, 32, warps=8, stages=4),
-        GemmConfig(128, 64, 32, warps=4, stages=4),
-        GemmConfig(64, 64, 64, warps=4, stages=3),
-        GemmConfig(64, 32, 128, warps=4, stages=3),
-    ),
-    "tf32": (
-        GemmConfig(128, 128, 32, warps=8, stages=2),
-        GemmConfig(64, 64, 32, warps=4, stages=4),
-        GemmConfig(32, 32, 32, warps=4, stages=4),
-    ),
-    "float32": _FLOAT32_GEMM,
-}
-_HOPPER_GEMM = {
-    "16-bit": (
-        GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True),
-        GemmConfig(128, 128, 64, warps=8, stages=4, descriptors=True),
-        GemmConfig(128, 64, 64, warps=4, stages=4, descriptors=True),
-        GemmConfig(64, 64, 64, warps=4, stages=4, descriptors=True),
-        GemmConfig(64, 32, 128, warps=4, stages=4, descriptors=True),
-    ),
-    "tf32": (
-        GemmConfig(128, 128, 32, warps=8, stages=4, descriptors=True),
-        GemmConfig(64, 64, 32, warps=4, stages=4, descriptors=True),
-        GemmConfig(32, 32, 64, warps=4, stages=4, descriptors=True),
-    ),
-    "float32": _FLOAT32_GEMM,
-}
-_AMD_GEMM = {
-    "16-bit": (
-        GemmConfig(128, 128, 64, warps=8, stages=2),
-        GemmConfig(64, 64, 64, warps=4, stages=2),
-        GemmConfig(64, 32, 64, warps=4, stages=2),
-    ),
-    "tf32": (
-        GemmConfig(128, 64, 32, warps=8, stages=2),
-        GemmConfig(64, 64, 32, warps=4, stages=2),
-        GemmConfig(64, 32, 64, warps=4, stages=2),
-        GemmConfig(16, 64, 64, warps=4, stages=2),
-    ),
-    "float32": (
-        GemmConfig(64, 64, 32, warps=8, stages=2),
-        GemmConfig(16, 32, 64, warps=4, stages=2),
-    ),
-}
 
-# Of those that hold all rows, up to FEW_ROWS, the first that fills the device.
-# From compilation for sm_90: with eight warps each has fewer codes to turn into numbers than with
-# four, and two are there for every scheduler.
-_PACKED_16 = (
-    GemmConfig(64, 64, 64, warps=8, stages=3),
-    GemmConfig(64, 32, 128, warps=8, stages=3),
-    GemmConfig(16, 64, 128, warps=8, stages=3),
-    GemmConfig(16, 32, 256, warps=8, stages=3),
-    GemmConfig(16, 32, 64, warps=4, stages=2),
-)
-_PACKED_32 = (
-    GemmConfig(64, 32, 32, warps=4, stages=3),
-    GemmConfig(16, 32, 32, warps=4, stages=3),
-)
-_PACKED = {"16-bit": _PACKED_16, "tf32": _PACKED_32, "float32": _PACKED_32}
-_AMD_PACKED = dict.fromkeys(
-    PRODUCTS,
-    (
-        GemmConfig(64, 32, 64, warps=4, stages=2),
-        GemmConfig(16, 32, 128, warps=4, stages=2),
-        GemmConfig(16, 32, 64, warps=4, stages=2),
-    ),
-)
+def _table(kind: type[Config], *words: str) -> Table:
+    """Rows for each product, by the last words for the others.
 
-# The first that fits, of all the others: one for all numbers of rows.  The low-rank term alone has
-# no main loop and waits for memory, so it wants several small programs for each processor.
-_LOWRANK = (
-    # From compilation: 80 instructions a KiB of the output, 230 masked; by 8 warps 120 and 288.
-    LowRankConfig(64, 128, warps=4),
-    LowRankConfig(64, 64, warps=4),
-    LowRankConfig(32, 64, warps=4),
-    LowRankConfig(16, 64, warps=4),
-    LowRankConfig(16, 32, warps=4),
+    A row is as it prints: ``128x64x32-w8-s4`` has tiles of that size, 8 warps and 4 stages.
+    """
+    rows = [tuple(map(kind.of, each.split())) for each in words]
+    return dict(zip(PRODUCTS, [*rows, rows[-1], rows[-1]], strict=False))
+
+
+# From large tiles to small.  For few rows (FEW_ROWS), of those with tiles of few rows.
+_FLOAT32_GEMM = "64x64x16-w8-s3 32x32x32-w4-s3 16x32x32-w4-s2"
+_AMPERE_GEMM = (
+    "128x128x32-w8-s4 128x64x32-w4-s4 64x64x64-w4-s3 64x32x128-w4-s3",
+    "128x128x32-w8-s2 64x64x32-w4-s4 32x32x32-w4-s4",
+    _FLOAT32_GEMM,
 )
-# From compilation: the masks of three projections take 131 registers of 64x128's eight warps, which
-# leaves room for one program a processor, and for three of these.
-_LOWRANK_MASKED_GROUP = (LowRankConfig(64, 64, warps=4), *_LOWRANK[2:])
+_HOPPER_GEMM = (
+    "128x256x64-w8-s3-tma 128x128x64-w8-s4-tma 128x64x64-w4-s4-tma 64x64x64-w4-s4-tma "
+    "64x32x128-w4-s4-tma",
+    "128x128x32-w8-s4-tma 64x64x32-w4-s4-tma 32x32x64-w4-s4-tma",
+    _FLOAT32_GEMM,
+)
+# Of those that hold all rows, up to FEW_ROWS, the first that fills the device.  From compilation
+# for sm_90: with eight warps each has fewer codes to turn into numbers than with four, and two are
+# there for every scheduler.
+_PACKED = "64x64x64-w8-s3 64x32x128-w8-s3 16x64x128-w8-s3 16x32x256-w8-s3 16x32x64-w4-s2"
+# The low-rank term alone has no main loop and waits for memory, so it wants several small programs
+# for each processor.  From compilation: 80 instructions a KiB of the output, 230 masked; by 8 warps
+# 120 and 288.  The masks of three projections: 440, and 620 in tiles of 64x64.
+_LOWRANK = "64x64-w4-s1 32x64-w4-s1 16x64-w4-s1 16x32-w4-s1"
+_WIDE_LOWRANK = f"64x128-w4-s1 128x128-w8-s1 {_LOWRANK}"
 # Eight warps, or two programs a processor: from compilation, four warps' barriers and casts of a
 # 64x64 step take about as long as memory does.
-_PROJECT = (
-    ProjectConfig(64, 128, warps=8, stages=4),
-    ProjectConfig(64, 64, warps=8, stages=4),
-    ProjectConfig(32, 64, warps=4, stages=6),
-    ProjectConfig(16, 128, warps=4, stages=4),
-    ProjectConfig(16, 64, warps=4, stages=3),
-    ProjectConfig(16, 32, warps=4, stages=3),
-)
-_AMD_PROJECT = (
-    ProjectConfig(64, 64, warps=4, stages=2),
-    ProjectConfig(16, 128, warps=4, stages=2),
-    ProjectConfig(16, 64, warps=4, stages=2),
-    ProjectConfig(16, 16, warps=4, stages=2),
-)
+_PROJECT = "64x64-w8-s4 32x64-w4-s6 16x128-w4-s4 16x64-w4-s3 16x32-w4-s3"
+_WIDE_PROJECT = "128x32-w8-s4-r256 128x32-w8-s3-r256"
 # Narrow, since a split of the rows costs a plane of partial sums.  From compilation for sm_90, all
-# loads go by cp.async, stages ahead.
-_WEIGHT_GRAD = {
-    "16-bit": (
-        WeightGradConfig(128, 32, warps=8, stages=4),
-        WeightGradConfig(64, 32, warps=4, stages=4),
-        WeightGradConfig(32, 32, warps=4, stages=4),
-    ),
-    "tf32": (
-        WeightGradConfig(64, 32, warps=8, stages=4),
-        WeightGradConfig(32, 32, warps=4, stages=3),
-    ),
-    "float32": (
-        WeightGradConfig(32, 32, warps=4, stages=3),
-        WeightGradConfig(16, 32, warps=4, stages=3),
-    ),
-}
-# From compilation for sm_80 (Triton 3.9): with four masks of rank 64, 128 rows spill in the loop.
-_WEIGHT_GRAD_MASKED_GROUP = _WEIGHT_GRAD | {
-    "16-bit": (WeightGradConfig(64, 32, warps=8, stages=4), *_WEIGHT_GRAD["16-bit"][1:]),
-}
-_AMD_WEIGHT_GRAD = {
-    "16-bit": (
-        WeightGradConfig(64, 32, warps=4, stages=2),
-        WeightGradConfig(32, 32, warps=4, stages=2),
-    ),
-    "tf32": (
-        WeightGradConfig(64, 32, warps=4, stages=2),
-        WeightGradConfig(32, 32, warps=4, stages=2),
-    ),
-}
-_AMD_WEIGHT_GRAD["float32"] = _AMD_WEIGHT_GRAD["tf32"]
+# loads go by cp.async, stages ahead.  With four masks of rank 64, 128 rows spill in the loop.
+_WEIGHT_GRAD = "64x32-w4-s4 32x32-w4-s4"
+_WIDE_WEIGHT_GRAD = "32x128-w8-s4-r256"
+_WEIGHT_GRAD_32 = ("64x32-w8-s4 32x32-w4-s3", "32x32-w4-s3 16x32-w4-s3")
 # Wide, since every tile of columns leaves a plane of dh.
-_ONE_PASS = {
-    "16-bit": (
-        WeightGradConfig(32, 512, warps=8, stages=3),
-        WeightGradConfig(64, 256, warps=8, stages=3),
-        WeightGradConfig(64, 128, warps=8, stages=3),
-        WeightGradConfig(64, 64, warps=4, stages=4),
-        WeightGradConfig(32, 32, warps=4, stages=2),
-    ),
-    "tf32": (
-        WeightGradConfig(32, 256, warps=8, stages=3),
-        WeightGradConfig(32, 128, warps=8, stages=3),
-        WeightGradConfig(32, 64, warps=4, stages=4),
-        WeightGradConfig(32, 32, warps=4, stages=3),
-    ),
-    "float32": (
-        WeightGradConfig(32, 64, warps=4, stages=3),
-        WeightGradConfig(16, 32, warps=4, stages=3),
-    ),
-}
-# Both products of a tile are Hopper's own (weight_grad.py), and two programs fit a processor.
-_HOPPER_ONE_PASS = {
-    "16-bit": _ONE_PASS["16-bit"][1:4],
-    "tf32": (
-        WeightGradConfig(64, 128, warps=8, stages=3),
-        WeightGradConfig(64, 64, warps=4, stages=3),
-    ),
-    "float32": _ONE_PASS["float32"],
-}
-_AMD_ONE_PASS = {
-    "16-bit": (
-        WeightGradConfig(32, 256, warps=8, stages=2),
-        WeightGradConfig(64, 128, warps=4, stages=2),
-        *_AMD_WEIGHT_GRAD["16-bit"],
-    ),
-    "tf32": (
-        WeightGradConfig(64, 128, warps=4, stages=2),
-        WeightGradConfig(64, 64, warps=4, stages=2),
-        WeightGradConfig(32, 32, warps=4, stages=2),
-    ),
-}
-_AMD_ONE_PASS["float32"] = _AMD_ONE_PASS["tf32"]
-
-
-def _for_all(*rows: Config) -> dict[str, tuple[Config, ...]]:
-    """The same rows for every product."""
-    return dict.fromkeys(PRODUCTS, rows)
-
-
-def _deeper(table: dict, stages: int) -> dict:
-    """The table, with so many stages in the first row for 16 bits, before the row as it was."""
-    first = table["16-bit"][0]
-    return table | {"16-bit": (replace(first, stages=stages), *table["16-bit"])}
-
+_ONE_PASS_FLOAT32 = "32x64-w4-s3 16x32-w4-s3"
 
 _AMPERE = {
-    "gemm_lowrank": _AMPERE_GEMM,
-    "packed": _PACKED,
-    "lowrank": _for_all(*_LOWRANK),
-    "lowrank of a masked group": _for_all(*_LOWRANK_MASKED_GROUP),
-    # Exact float32 has no tensor cores, and spills in the first.
-    "project": _for_all(*_PROJECT) | {"float32": _PROJECT[1:]},
-    "weight_grad": _WEIGHT_GRAD,
-    "weight_grad of a masked group": _WEIGHT_GRAD_MASKED_GROUP,
-    "one pass": _ONE_PASS,
+    "gemm_lowrank": _table(GemmConfig, *_AMPERE_GEMM),
+    "packed": _table(GemmConfig, _PACKED, "64x32x32-w4-s3 16x32x32-w4-s3"),
+    "lowrank": _table(LowRankConfig, _WIDE_LOWRANK, f"64x128-w4-s1 {_LOWRANK}"),
+    "lowrank of a masked group": _table(LowRankConfig, _WIDE_LOWRANK, _LOWRANK),
+    # Three stages, so that two programs fit sm_80's shared memory with a mask.  Exact float32 has
+    # no tensor cores, and spills in the first.
+    "project": _table(
+        ProjectConfig,
+        f"64x128-w8-s3 {_WIDE_PROJECT} {_PROJECT}",
+        f"64x128-w8-s4 {_PROJECT}",
+        _PROJECT,
+    ),
+    "project of a masked group": _table(ProjectConfig, f"{_WIDE_PROJECT} {_PROJECT}", _PROJECT),
+    "weight_grad": _table(
+        WeightGradConfig,
+        f"128x32-w8-s4 64x64-w8-s4-r256 {_WIDE_WEIGHT_GRAD} {_WEIGHT_GRAD}",
+        *_WEIGHT_GRAD_32,
+    ),
+    "weight_grad of a masked group": _table(
+        WeightGradConfig,
+        f"32x64-w8-s4-r256 {_WIDE_WEIGHT_GRAD} 64x32-w8-s4 {_WEIGHT_GRAD}",
+        *_WEIGHT_GRAD_32,
+    ),
+    "one pass": _table(
+        WeightGradConfig,
+        "32x512-w8-s3 64x256-w8-s3 64x128-w8-s3 64x64-w4-s4 32x32-w4-s2",
+        "32x256-w8-s3 32x128-w8-s3 32x64-w4-s4 32x32-w4-s3",
+        _ONE_PASS_FLOAT32,
+    ),
+}
+_A100 = _AMPERE | {
+    "gemm_lowrank": _table(GemmConfig, f"128x256x64-w8-s3 {_AMPERE_GEMM[0]}", *_AMPERE_GEMM[1:]),
 }
 _HOPPER = _AMPERE | {
-    "gemm_lowrank": _HOPPER_GEMM,
-    "one pass": _HOPPER_ONE_PASS,
+    "gemm_lowrank": _table(GemmConfig, *_HOPPER_GEMM),
+    "packed": _table(GemmConfig, _PACKED, "16x32x32-w4-s3"),  # faults.py says why
+    "project": _table(
+        ProjectConfig,
+        f"64x128-w8-s4 128x64-w8-s3-r256 {_WIDE_PROJECT} {_PROJECT}",
+        f"64x128-w8-s4 {_PROJECT}",
+        _PROJECT,
+    ),
     # More stages, so that enough bytes are under way: from compilation, in the same loop.
-    "weight_grad": _deeper(_WEIGHT_GRAD, 6),
-    "weight_grad of a masked group": _deeper(_WEIGHT_GRAD_MASKED_GROUP, 8),
+    "weight_grad": _table(
+        WeightGradConfig,
+        f"128x32-w8-s6 128x32-w8-s4 64x64-w8-s6-r256 {_WIDE_WEIGHT_GRAD} {_WEIGHT_GRAD}",
+        *_WEIGHT_GRAD_32,
+    ),
+    "weight_grad of a masked group": _table(
+        WeightGradConfig,
+        f"32x64-w8-s6-r256 {_WIDE_WEIGHT_GRAD} 64x32-w8-s4 {_WEIGHT_GRAD}",
+        *_WEIGHT_GRAD_32,
+    ),
+    # Both products of a tile are Hopper's own (weight_grad.py), and two programs fit a processor.
+    "one pass": _table(
+        WeightGradConfig,
+        "64x256-w8-s3 64x128-w8-s3 64x64-w4-s4",
+        "64x128-w8-s3 64x64-w4-s3",
+        _ONE_PASS_FLOAT32,
+    ),
 }
-# One step over the rank isn't worth a way through tensor memory, which takes 64 rows.
-_BLACKWELL = _HOPPER | {
-    "lowrank": _for_all(LowRankConfig(32, 128, warps=4), *_LOWRANK[2:]),
-}
+# One step over a small rank isn't worth a way through tensor memory, which takes 64 rows.
+_SHALLOW_LOWRANK = f"32x128-w4-s1 128x128-w8-s1 {_LOWRANK.partition(' ')[2]}"
+_BLACKWELL = _HOPPER | {"lowrank": _table(LowRankConfig, _SHALLOW_LOWRANK)}
+
+_AMD_PROJECT = _table(ProjectConfig, "64x64-w4-s2 16x128-w4-s2 16x64-w4-s2 16x16-w4-s2")
+_AMD_WEIGHT_GRAD = _table(WeightGradConfig, "64x32-w4-s2 32x32-w4-s2")
 _AMD = _AMPERE | {
-    "gemm_lowrank": _AMD_GEMM,
-    "packed": _AMD_PACKED,
-    "project": _for_all(*_AMD_PROJECT),
+    "gemm_lowrank": _table(
+        GemmConfig,
+        "128x128x64-w8-s2 64x64x64-w4-s2 64x32x64-w4-s2",
+        "128x64x32-w8-s2 64x64x32-w4-s2 64x32x64-w4-s2 16x64x64-w4-s2",
+        "64x64x32-w8-s2 16x32x64-w4-s2",
+    ),
+    "packed": _table(GemmConfig, "64x32x64-w4-s2 16x32x128-w4-s2 16x32x64-w4-s2"),
+    "lowrank": _table(LowRankConfig, f"64x128-w4-s1 {_LOWRANK}"),
+    "lowrank of a masked group": _table(LowRankConfig, _LOWRANK),
+    "project": _AMD_PROJECT,
+    "project of a masked group": _AMD_PROJECT,
     "weight_grad": _AMD_WEIGHT_GRAD,
     "weight_grad of a masked group": _AMD_WEIGHT_GRAD,
-    "one pass": _AMD_ONE_PASS,
+    "one pass": _table(
+        WeightGradConfig,
+        "32x256-w8-s2 64x128-w4-s2 64x32-w4-s2 32x32-w4-s2",
+        "64x128-w4-s2 64x64-w4-s2 32x32-w4-s2",
+    ),
 }
 # One stage: faults.py says why.
 _GFX950 = {
@@ -245,19 +156,24 @@ _GFX950 = {
     }
     for kernel, table in _AMD.items()
 }
-_SMALL_GEMM = _for_all(GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descriptors=True))
+_SMALL_GEMM = _table(GemmConfig, "32x32x16-w4-s2-g2-tma")
+_SMALL_LOWRANK = _table(LowRankConfig, "32x32-w4-s1-g2")
+_SMALL_PROJECT = _table(ProjectConfig, "32x32-w4-s2")
+_SMALL_WEIGHT_GRAD = _table(WeightGradConfig, "32x32-w4-s2")
 _INTERPRETED = {
     "gemm_lowrank": _SMALL_GEMM,
     "packed": _SMALL_GEMM,
-    "lowrank": _for_all(LowRankConfig(32, 32, warps=4, group=2)),
-    "lowrank of a masked group": _for_all(LowRankConfig(32, 32, warps=4, group=2)),
-    "project": _for_all(ProjectConfig(32, 32, warps=4, stages=2)),
-    "weight_grad": _for_all(WeightGradConfig(32, 32, warps=4, stages=2)),
-    "weight_grad of a masked group": _for_all(WeightGradConfig(32, 32, warps=4, stages=2)),
-    "one pass": _for_all(WeightGradConfig(32, 64, warps=4, stages=2)),
+    "lowrank": _SMALL_LOWRANK,
+    "lowrank of a masked group": _SMALL_LOWRANK,
+    "project": _SMALL_PROJECT,
+    "project of a masked group": _SMALL_PROJECT,
+    "weight_grad": _SMALL_WEIGHT_GRAD,
+    "weight_grad of a masked group": _SMALL_WEIGHT_GRAD,
+    "one pass": _table(WeightGradConfig, "32x64-w4-s2"),
 }
 for _names, _tables in (
-    (("sm_80", "sm_86", "sm_120"), _AMPERE),
+    (("sm_80",), _A100),
+    (("sm_86", "sm_120"), _AMPERE),
     (("sm_90",), _HOPPER),
     (("sm_100",), _BLACKWELL),
     (("gfx942", "gfx11"), _AMD),

@@ -1,11 +1,10 @@
 """Tiles of a base product with its low-rank term, and what they cost a device."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from .config import MARGIN, Call, Config, cdiv
+from .config import MARGIN, Call, Config, cdiv, power_of_two
 from .faults import unpacks_wrong
-from .lowrank import accumulators, loads_at_once, rank_step
+from .lowrank import loads_at_once, rank_step
 from .target import Target
 
 
@@ -44,7 +43,8 @@ class GemmConfig(Config):
         if not self.uses_descriptors(call):
             # Addresses take registers, too: of ragged rows as many as there are elements.
             ragged = call.pointers or call.n % 16 > 0
-            outs = outs + 2 if ragged else max(outs, 2)
+            is_least = call.projections == 1 and call.r <= self.block_r(call)
+            outs = outs + 2 if ragged else max(outs, 2 - is_least)
         return self.block_m * (outs * self.block_n + call.project * self.block_r(call))
 
     def shared_memory(self, target: Target, call: Call) -> int:
@@ -70,11 +70,8 @@ class GemmConfig(Config):
         return super().why_not(target, call)
 
     def tensor_memory(self, target: Target, call: Call) -> int:
-        return accumulators(target, call, self.block_n) + call.project * self.block_r(call)
-
-    def neighbours(self) -> Iterator[Config]:
-        for config in super().neighbours():
-            yield config
-            yield replace(config, group=4)
-            yield replace(config, group=16)
-            yield replace(config, descriptors=False)
+        if not target.tensor_memory:
+            return 0
+        # For every product two sums, before and after a step.
+        sums = self.block_n * power_of_two(2 * call.projections)
+        return sums + call.project * self.block_r(call)

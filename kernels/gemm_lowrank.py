@@ -95,17 +95,16 @@ def stored_tile(
             q, operands, tables, i_row, i_column, rows, columns, row_stride,
             ROWS, COLUMNS, PACKING, dtype,
         )  # fmt: skip
-    elif DESCRIPTOR:
-        if bank is None:
-            return q.load([i_row, i_column])
-        else:
-            return q.load([i_segment, i_row, i_column]).reshape(ROWS, COLUMNS)
     else:
+        i_bank = None
         if bank is not None:
-            q += i_segment.to(tl.int64) * bank
+            i_bank = i_segment
+            if not DESCRIPTOR:
+                q += i_segment.to(tl.int64) * bank
         return load_tile(
-            q, i_row, i_column, rows, columns, row_stride, column_stride, ROWS, COLUMNS
-        )
+            q, i_row, i_column, rows, columns, row_stride, column_stride, ROWS, COLUMNS,
+            DESCRIPTOR, i_bank,
+        )  # fmt: skip
 
 
 @triton.jit

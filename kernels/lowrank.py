@@ -1,7 +1,7 @@
 """The low-rank term alone: written before torch's product comes on top, or added to one."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -53,16 +53,18 @@ class LowRankConfig(Config):
         # A masked group has products at hand beside its sum; from compilation, two for four.
         return self.block_m * self.block_n * (1 + call.masked * call.projections // 2)
 
+    def through_l2(self, call: Call) -> float:
+        each = 1 / self.block_n + 4 / (self.block_m * call.itemsize)
+        return 1 + call.projections * call.r * each
+
     def shared_memory(self, target: Target, call: Call) -> int:
         operands = self.block_m * call.itemsize + self.block_n * 4
         store = self.block_m * self.block_n * call.itemsize
-        return call.projections * operands * rank_step(call.r) + store + MARGIN
+        at_once = call.projections if loads_at_once(target, call) else 1
+        return at_once * operands * rank_step(call.r) + store + MARGIN
 
     def tensor_memory(self, target: Target, call: Call) -> int:
-        return accumulators(target, call, self.block_n)
-
-    def neighbours(self) -> Iterator["LowRankConfig"]:
-        return (replace(self, warps=warps) for warps in (self.warps, 4, 8))
+        return self.block_n * power_of_two(call.projections) if target.tensor_memory else 0
 
 
 def rank_step(r: int) -> int:
@@ -76,13 +78,8 @@ def loads_at_once(target: Target, call: Call) -> bool:
 
     They wait in shared memory on Hopper and newer, elsewhere in registers, which few fit into.
     """
-    one_step = call.r <= rank_step(call.r)
+    one_step = call.r <= rank_step(call.r) and not call.masked
     return one_step and (target.descriptors or call.r * call.projections <= 16)
-
-
-def accumulators(target: Target, call: Call, block_n: int) -> int:
-    """Columns of tensor memory: for every product two sums, before and after a step."""
-    return block_n * power_of_two(2 * call.projections) if target.tensor_memory else 0
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
@@ -263,7 +260,7 @@ def lowrank(
             "out_rows": out.stride(0), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "BLOCK_R": tiles.block_r(call), "GROUP": tiles.group,
             "MULTIPLES_OF_8": multiples_of_8(u, v),
-            "AT_ONCE": keys is None and loads_at_once(target, call),
+            "AT_ONCE": loads_at_once(target, call),
             "ADD": add or i > 0, "PRECISION": precision,
         }  # fmt: skip
         grid = (tiles.tiles(call),)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, known_multiple, load_tile, store_tile
-from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, row_tiles, splits
+from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, room, row_tiles, splits
 from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
@@ -36,6 +36,7 @@ class ProjectConfig(Config):
     block_k: int
     warps: int
     stages: int
+    width: int = 128  # columns of all U at once
 
     def why_not(self, target: Target, call: Call) -> str:
         # A masked x is in registers, where wgmma, which takes 64 rows, reads it.
@@ -50,10 +51,17 @@ class ProjectConfig(Config):
     def sums(self, call: Call) -> int:
         return call.projections * self.block_m * self.block_r(call)
 
+    def through_l2(self, call: Call) -> float:
+        v = 4 * call.projections * call.r / (self.block_m * call.itemsize)
+        return cdiv(call.r, self.block_r(call)) + v
+
     def shared_memory(self, target: Target, call: Call) -> int:
         r, n, size = self.block_r(call), call.projections, call.itemsize
         x, v = self.block_m * self.block_k * size, n * self.block_k * r
+        # As tensor cores read them; elsewhere than on Hopper and newer, 16 bits from registers.
         rounded = v * size + call.masked * n * x
+        if size == 2 and not target.descriptors:
+            rounded = call.masked * x
         main = target.copies(self.stages) * (x + v * 4) + rounded
         return max(main, self.block_m * r * 4) + MARGIN
 
@@ -177,7 +185,7 @@ def project(
         # In 16 bits, 16 r columns of x, or 8 M of the adapters in 32, are four times the bytes to
         # write and read their plane.
         least = min(16 * call.r, 8 * M)
-        count, steps = splits(target, programs, K, tiles.block_k, least)
+        count, steps = splits(room(target, call), programs, K, tiles.block_k, least)
         us = [x.new_empty(M, r) for r in ranks]
         if count > 1:
             planes = [x.new_empty(count, M, r, dtype=torch.float32) for r in ranks]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
-from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, splits
+from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, room, splits
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
     Own,
@@ -35,6 +35,7 @@ class WeightGradConfig(Config):
     block_n: int
     warps: int
     stages: int
+    width: int = 128  # columns of all U at once
 
     def tiles(self, call: Call) -> int:
         return cdiv(call.n, self.block_n)
@@ -45,11 +46,14 @@ class WeightGradConfig(Config):
             return 1, 0
         programs = self.tiles(call) * cdiv(call.r, self.block_r(call))
         # In 16 bits, 16 r rows are four times the bytes to write and read their plane.
-        return splits(target, programs, call.m, self.block_m, least=16 * call.r)
+        return splits(room(target, call), programs, call.m, self.block_m, least=16 * call.r)
 
     def sums(self, call: Call) -> int:
         product = call.project * self.block_m
         return (call.projections * self.block_n + product) * self.block_r(call)
+
+    def through_l2(self, call: Call) -> float:
+        return cdiv(call.r, self.block_r(call)) + call.projections * call.r / self.block_n
 
     def shared_memory(self, target: Target, call: Call) -> int:
         r, n, size = self.block_r(call), call.projections, call.itemsize

@@ -1,11 +1,13 @@
 """Configs: what fits, what is chosen, how an axis is cut; and the target they are chosen for."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
+from math import prod
 
 import pytest
 import torch
 
+from benchmarks.forms import Form, Operands
 from fastlora.kernels.config import (
     DEFAULTS,
     MAX_PROJECTIONS,
@@ -17,8 +19,9 @@ from fastlora.kernels.config import (
 )
 from fastlora.kernels.defaults import PRODUCTS
 from fastlora.kernels.gemm_config import GemmConfig
+from fastlora.kernels.launch import intercept
 from fastlora.kernels.project import ProjectConfig
-from fastlora.kernels.target import TARGETS
+from fastlora.kernels.target import TARGETS, use_target
 from fastlora.kernels.weight_grad import WeightGradConfig
 
 KERNELS = ["gemm_lowrank", "lowrank", "project", "weight_grad"]
@@ -146,9 +149,8 @@ def test_what_cant_run_is_refused_with_the_reason(config, name, one, reason):
 @pytest.mark.parametrize("least", [1, 256])
 @pytest.mark.parametrize("programs", [1, 5, 100, 1000])
 def test_splits_cover_the_axis_once_in_whole_steps(programs, least):
-    target = TARGETS["sm_90"]
     for length, step in product((1, 16, 100, 4096, 4097, 10**6), (16, 64, 128)):
-        count, steps = splits(target, programs, length, step, least)
+        count, steps = splits(132, programs, length, step, least)
         assert count >= 1
         assert (count - 1) * steps * step < length <= count * steps * step
 
@@ -157,7 +159,57 @@ def test_splits_cover_the_axis_once_in_whole_steps(programs, least):
     ("least", "count", "steps"), [(1, 8, 2), (128, 8, 2), (250, 4, 4), (5000, 1, 16)]
 )
 def test_splits_are_as_long_as_their_planes_pay(least, count, steps):
-    assert splits(TARGETS["sm_90"], 1, 1024, 64, least) == (count, steps)
+    assert splits(132, 1, 1024, 64, least) == (count, steps)
+
+
+def launched(target, form):
+    """The first launch of a form's call, on tensors without memory."""
+    records = []
+    with use_target(TARGETS[target]), intercept(records.append):
+        Operands(form, "meta").run()
+    return records[0]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("name", "ranks", "most"),
+    [
+        ("h", (16,), 1.5),
+        ("h", (64,), 3),
+        ("h", (64,) * 3, 4),
+        ("dA", (16,), 1.5),
+        ("dA", (64,), 3),
+        ("dA", (64,) * 3, 4),
+        ("dx+", (16,), 2.125),
+        ("dx+", (64,), 3.5),
+        ("dx+", (64,) * 3, 5.5),
+    ],
+)
+def test_thin_products_ask_little_of_l2_as_their_launchers_state(name, ranks, most, masked, target):
+    """In passes over x: what a config is chosen by, and the bytes of the launch."""
+    form = Form(name, 8192, 4096, ranks, dropout=0.1 * masked)
+    config = default_config(form.kernel, TARGETS[target], form.call)
+    work = launched(target, form).work()
+    asked = work.loaded_by_tiles + (work.stored if name == "dx+" else 0)
+    assert asked / (8192 * 4096 * 2) == pytest.approx(config.through_l2(form.call), rel=0.001)
+    assert config.through_l2(form.call) <= most
+    if len(ranks) == 1 and ranks != (64,):  # a sum that isn't split is one launch
+        assert launched(target, form).grid in ((128, 1), (4096,), (8192,))
+
+
+@pytest.mark.parametrize("name", ["h", "dA"])
+def test_masks_of_a_group_keep_two_programs_on_each_processor(name):
+    for ranks, p in (((16,) * 3, 0.1), ((16,) * 3, 0.0), ((16,), 0.1)):
+        programs = prod(launched("sm_90", Form(name, 8192, 4096, ranks, dropout=p)).grid)
+        assert (programs > 132) == (p > 0 and len(ranks) > 1)
+        assert programs <= 2 * 132
+
+
+@pytest.mark.parametrize("table", DEFAULTS.values())
+def test_a_config_s_word_says_all_of_it(table):
+    for config in chain(*table.values()):
+        assert type(config).of(str(config)) == config
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9])
@@ -172,8 +224,12 @@ def test_chunks_take_every_projection_once(count):
 
 @pytest.mark.parametrize(("target", "kernel"), DEFAULTS, ids=" ".join)
 def test_tables_have_every_product_and_run_from_large_tiles_to_small(target, kernel):
-    tables = DEFAULTS[target, kernel]
+    """But for the usual row of a thin product, which is the first."""
+    tables, first = (
+        DEFAULTS[target, kernel],
+        int(kernel.startswith(("lowrank", "project", "weight"))),
+    )
     assert tuple(tables) == PRODUCTS
     for table in tables.values():
-        areas = [config.block_m * getattr(config, "block_n", 1) for config in table]
+        areas = [config.block_m * getattr(config, "block_n", 1) for config in table[first:]]
         assert areas == sorted(areas, reverse=True)

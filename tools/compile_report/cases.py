@@ -44,16 +44,6 @@ def run_dequant(kind: str, columns: int, dtype: str) -> None:
     dequant(packed, torch.empty(packed.shape, dtype=_DTYPES[dtype], device="meta"))
 
 
-def describe(config: Config | None) -> str:
-    """``128x256x64-w8-s3-tma``."""
-    if config is None:
-        return "default"
-    sizes = [getattr(config, name, None) for name in ("block_m", "block_n", "block_k")]
-    tile = "x".join(str(size) for size in sizes if size)
-    loader = "-tma" * getattr(config, "descriptors", False)
-    return f"{tile}-w{config.warps}-s{config.stages}{loader}"
-
-
 def launches(case: Case) -> list[Launch]:
     """What the call would launch, its tensors being meta tensors."""
     records: list[Launch] = []
@@ -80,9 +70,8 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "lowrank": (["y+", "dx+ mask"], ["y+ r64 bf16-adapter", "y+ r200", "dx+ r64 n2"]),
     "lowrank of a masked group": (["dx+ n3 mask"], ["dx+ r64 n2 mask", "dx+ n4 mask"]),
-    "project": (
-        ["h mask", "dh"], ["h M256", "h r64 n3 mask", "h r200 n2", "h r128 mask", "dh f16 r64"],
-    ),
+    "project": (["h mask", "dh"], ["h M256", "h r64 n3", "h r200 n2", "h r128 mask", "dh f16 r64"]),
+    "project of a masked group": (["h n3 mask"], ["h r64 n3 mask", "h r64 n2 mask"]),
     "weight_grad": (
         ["dA mask", "dB"], ["dA M262144", "dA r64 n2", "dB f16 r200"],
     ),
@@ -93,7 +82,8 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
 _CHOSEN = (
     "y r8 M1", "y bias M300 N1000", "y f16", "dx r64 n4 mask", "dx r200 n3 mask", "y+ r8",
     "dx+ r64 n4 mask", "h r256 n4 mask", "h n3 mask M16", "dh r256", "dA r256 n4 mask", "dB r128",
-    "dB,dh r128", "dx+ n5 mask",
+    "dB,dh r128", "dx+ n5 mask", "h r64 n4 mask", "h r64 n3", "dA r64 n3", "dx+ r64 n3",
+    "dx+ r64 n3 mask", "dA r64 n3 mask", "y+ r64", "h r64 mask", "h r64 n3 mask", "dA r256",
 )  # fmt: skip
 _CHOSEN_BY_EXPERTS = (
     "y bias s128 M32768", "y s128 M512", "dx s128 mask M32768", "dx r200 s8", "y f32-tf32 s8",
@@ -166,7 +156,9 @@ def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -
         segments=number.get("s", 0), own="own" in rest,
     )  # fmt: skip
     others = [word for word in rest if word != dtype]
-    return Case(" ".join([target, name, describe(config), dtype, *others]), target, config, form)
+    return Case(
+        " ".join([target, name, str(config or "default"), dtype, *others]), target, config, form
+    )
 
 
 def _tables(target: str) -> Iterator[tuple[str, str, tuple[Config, ...]]]:
