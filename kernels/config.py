@@ -73,7 +73,8 @@ class Config:
 
     def block_r(self, call: Call) -> int:
         """The columns of a step over the rank: a power of two that tensor cores take."""
-        return min(max(16, power_of_two(call.r)), self.width // power_of_two(call.projections))
+        n = power_of_two(call.projections)
+        return min(max(16, power_of_two(call.r)), 128 // min(n, 2), self.width // n)
 
     def tiles(self, call: Call) -> int:
         """How many programs this makes of the call, before it is split."""

@@ -49,7 +49,8 @@ class ProjectConfig(Config):
         return call.row_tiles(self.block_m)
 
     def sums(self, call: Call) -> int:
-        return call.projections * self.block_m * self.block_r(call)
+        masked = call.masked * self.block_k  # x, as a mask leaves it
+        return self.block_m * (call.projections * self.block_r(call) + masked)
 
     def through_l2(self, call: Call) -> float:
         v = 4 * call.projections * call.r / (self.block_m * call.itemsize)
