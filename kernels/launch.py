@@ -127,16 +127,3 @@ def intercept(handler: Callable[[Launch], None]) -> Iterator[None]:
         yield
     finally:
         _handler = before
-
-
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Every launch inside the block, in order; each runs as usual."""
-    records: list[Launch] = []
-
-    def run(record: Launch) -> None:
-        records.append(record)
-        record.run()
-
-    with intercept(run):
-        yield records

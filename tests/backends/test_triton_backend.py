@@ -6,11 +6,11 @@ import pytest
 import torch
 from device import DEVICE
 from judge import make_projection
+from kernel_cases import recorded
 from process import run_python
 
 import fastlora
 from fastlora.backends.triton import cover
-from fastlora.kernels.launch import recorded
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 

@@ -7,6 +7,7 @@ import torch
 from device import DEVICE
 from experts import ends_of
 from judge import make_projection
+from kernel_cases import recorded
 from packed import (
     random_float8,
     random_four_bit,
@@ -20,7 +21,6 @@ import fastlora
 from fastlora.backends.triton import at_once, segments
 from fastlora.formats.format import Format, Quantised
 from fastlora.kernels.config import FEW_ROWS
-from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import IN_PLACE, use_plan
 from fastlora.projection import Adapter, Base, Output, as_outputs
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from device import DEVICE
 from experts import call, ends_of, make_experts, make_rows
+from kernel_cases import recorded
 from torch.nn import functional
 
 import fastlora
 from fastlora import AdapterMapping
 from fastlora.backends import Call, find_backend
 from fastlora.backends.triton import at_once
-from fastlora.kernels.launch import recorded
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.ops.experts import lora_experts
 from fastlora.projection import Adapter, Base, Layout, Output

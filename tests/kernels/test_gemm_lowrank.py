@@ -14,13 +14,13 @@ from kernel_cases import (
     poisoned,
     processors,
     random,
+    recorded,
 )
 from pairs import pairwise
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import gemm_lowrank, lowrank
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.launch import recorded
 
 TILES = {"16x16x16": (16, 16, 16), "32x64x32": (32, 64, 32), "64x32x16": (64, 32, 16)}
 MASKED = {"plain": False, "masked": True}

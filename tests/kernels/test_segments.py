@@ -6,13 +6,12 @@ import pytest
 import torch
 from device import DEVICE
 from judge import assert_close
-from kernel_cases import BF16, F32, draw_seeds, keep_masks, random
+from kernel_cases import BF16, F32, draw_seeds, keep_masks, random, recorded
 from pairs import pairwise
 from torch import Tensor
 
 from fastlora.kernels import gemm_lowrank, project, segments, weight_grad
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.launch import recorded
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -13,11 +13,12 @@ from kernel_cases import (
     poisoned,
     processors,
     random,
+    recorded,
 )
 from pairs import pairwise
 
 from fastlora.kernels import one_pass_pays, project, weight_grad
-from fastlora.kernels.launch import intercept, recorded
+from fastlora.kernels.launch import intercept
 from fastlora.kernels.target import TARGETS, use_target
 from fastlora.kernels.weight_grad import WeightGradConfig
 

@@ -10,6 +10,7 @@ from device import DEVICE
 from torch import Tensor
 
 from fastlora.backends.dropout import dropout_mask
+from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import target_of, use_target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -57,3 +58,16 @@ def processors(count: int) -> Iterator[None]:
     target = target_of(torch.device(DEVICE))
     with use_target(replace(target, processors=count)):
         yield
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Every launch inside the block, in order; each runs as usual."""
+    records: list[Launch] = []
+
+    def run(record: Launch) -> None:
+        records.append(record)
+        record.run()
+
+    with intercept(run):
+        yield records

@@ -19,7 +19,7 @@ from machine.memory import RACES
 
 import fastlora
 from fastlora.kernels import gated_backward, kept, lowrank
-from fastlora.kernels.launch import recorded
+from fastlora.kernels.launch import Launch, intercept
 
 BF16 = torch.bfloat16
 
@@ -66,7 +66,8 @@ def owners() -> dict[str, list[bool]]:
 
     Triton's layouts say so: both are one, and it has no more places than the tile has elements.
     """
-    with recorded() as launches:
+    launches: list[Launch] = []
+    with intercept(launches.append):
         gradients_in_place()
         added_in_place()
     found: dict[str, list[bool]] = {}
