@@ -202,11 +202,12 @@ def candidates(kernel: str, target: Target, call: Call) -> list[Config]:
 
 
 def room(target: Target, call: Call) -> int:
-    """Programs of a thin product at once: two a processor, if it has the masks of a group to make.
+    """Programs of a thin product that should run at once: one a processor, or ``masking``.
 
-    One alone doesn't keep it busy; else it is memory that they wait for.
+    The registers of one at a high rank leave no room for another.
     """
-    return target.processors * (2 if call.masked and call.projections > 1 else 1)
+    is_many = call.masked and call.projections > 1 and call.projections * call.r <= 64
+    return target.processors * (target.masking if is_many else 1)
 
 
 def splits(room: int, programs: int, length: int, step: int, least: int) -> tuple[int, int]:

@@ -50,8 +50,10 @@ _LOWRANK = "64x64-w4-s1 32x64-w4-s1 16x64-w4-s1 16x32-w4-s1"
 _WIDE_LOWRANK = f"64x128-w4-s1 128x128-w8-s1 {_LOWRANK}"
 # Eight warps, or two programs a processor: from compilation, four warps' barriers and casts of a
 # 64x64 step take about as long as memory does.
-_PROJECT = "64x64-w8-s4 32x64-w4-s6 16x128-w4-s4 16x64-w4-s3 16x32-w4-s3"
+_LOW_PROJECT = "32x64-w4-s6 16x128-w4-s4 16x64-w4-s3 16x32-w4-s3"
+_PROJECT = f"64x64-w8-s4 {_LOW_PROJECT}"
 _WIDE_PROJECT = "128x32-w8-s4-r256 128x32-w8-s3-r256"
+_MASKED_PROJECT = f"64x64-w8-s4 {_WIDE_PROJECT} {_LOW_PROJECT}"
 # Narrow, since a split of the rows costs a plane of partial sums.  From compilation for sm_90, all
 # loads go by cp.async, stages ahead.  With four masks of rank 64, 128 rows spill in the loop.
 _WEIGHT_GRAD = "64x32-w4-s4 32x32-w4-s4"
@@ -73,7 +75,7 @@ _AMPERE = {
         f"64x128-w8-s4 {_PROJECT}",
         _PROJECT,
     ),
-    "project of a masked group": _table(ProjectConfig, f"{_WIDE_PROJECT} {_PROJECT}", _PROJECT),
+    "project of a masked group": _table(ProjectConfig, _MASKED_PROJECT, _PROJECT),
     "weight_grad": _table(
         WeightGradConfig,
         f"128x32-w8-s4 64x64-w8-s4-r256 {_WIDE_WEIGHT_GRAD} {_WEIGHT_GRAD}",
@@ -81,7 +83,7 @@ _AMPERE = {
     ),
     "weight_grad of a masked group": _table(
         WeightGradConfig,
-        f"32x64-w8-s4-r256 {_WIDE_WEIGHT_GRAD} 64x32-w8-s4 {_WEIGHT_GRAD}",
+        f"64x32-w8-s4 64x64-w8-s4-r256 {_WIDE_WEIGHT_GRAD} {_WEIGHT_GRAD}",
         *_WEIGHT_GRAD_32,
     ),
     "one pass": _table(
@@ -91,8 +93,15 @@ _AMPERE = {
         _ONE_PASS_FLOAT32,
     ),
 }
+# From compilation: two programs of these fit a processor, with fewer instructions for a mask.
 _A100 = _AMPERE | {
     "gemm_lowrank": _table(GemmConfig, f"128x256x64-w8-s3 {_AMPERE_GEMM[0]}", *_AMPERE_GEMM[1:]),
+    "project of a masked group": _table(ProjectConfig, f"{_WIDE_PROJECT} {_PROJECT}", _PROJECT),
+    "weight_grad of a masked group": _table(
+        WeightGradConfig,
+        f"32x64-w8-s4-r256 {_WIDE_WEIGHT_GRAD} 64x32-w8-s4 {_WEIGHT_GRAD}",
+        *_WEIGHT_GRAD_32,
+    ),
 }
 _HOPPER = _AMPERE | {
     "gemm_lowrank": _table(GemmConfig, *_HOPPER_GEMM),

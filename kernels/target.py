@@ -23,6 +23,7 @@ class Target:
     descriptors: bool = False  # loads matrices by tensor descriptor (TMA)
     tensor_memory: int = 0  # columns, where accumulators live there
     l2: float = 2.5  # what the L2 cache gives while memory gives 1, as assumed
+    masking: int = 1  # programs a processor that make the masks of a group
     tf32: bool = True
     float32: bool = True  # has fast products in float32 of some precision
     device: str = ""  # its name, of one that is here
@@ -44,10 +45,10 @@ _KIB = 1024
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "cuda", 80, 32, 163 * _KIB, 108),
+        Target("sm_80", "cuda", 80, 32, 163 * _KIB, 108, masking=2),
         Target("sm_86", "cuda", 86, 32, 99 * _KIB, 84, l2=4.0),
-        Target("sm_90", "cuda", 90, 32, 227 * _KIB, 132, descriptors=True),
-        Target("sm_100", "cuda", 100, 32, 227 * _KIB, 148, descriptors=True, tensor_memory=512),
+        Target("sm_90", "cuda", 90, 32, 227 * _KIB, 132, True, masking=2),
+        Target("sm_100", "cuda", 100, 32, 227 * _KIB, 148, True, tensor_memory=512, masking=2),
         Target("sm_120", "cuda", 120, 32, 99 * _KIB, 170, l2=4.0),
         Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 304),
         Target("gfx950", "hip", "gfx950", 64, 64 * _KIB, 256, tf32=False),

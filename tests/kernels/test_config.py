@@ -28,6 +28,7 @@ KERNELS = ["gemm_lowrank", "lowrank", "project", "weight_grad"]
 SIZES = [1, 17, 4096, 10**6]
 RANKS = [1, 16, 17, 64, 65, 129, 512]
 ELEMENTS = [(2, "ieee"), (4, "ieee"), (4, "tf32")]
+NVIDIA = ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 GROUPS = range(1, MAX_PROJECTIONS + 1)
 
 
@@ -170,7 +171,7 @@ def launched(target, form):
     return records[0]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize(
     ("name", "ranks", "most"),
@@ -200,10 +201,13 @@ def test_thin_products_ask_little_of_l2_as_their_launchers_state(name, ranks, mo
 
 @pytest.mark.parametrize("name", ["h", "dA"])
 def test_masks_of_a_group_keep_two_programs_on_each_processor(name):
-    for ranks, p in (((16,) * 3, 0.1), ((16,) * 3, 0.0), ((16,), 0.1)):
-        programs = prod(launched("sm_90", Form(name, 8192, 4096, ranks, dropout=p)).grid)
-        assert (programs > 132) == (p > 0 and len(ranks) > 1)
-        assert programs <= 2 * 132
+    """But on GeForce, where memory is slower; and at a high rank, where two don't fit."""
+    for target, ranks, p in product(NVIDIA, ((16,) * 3, (64,) * 3, (16,)), (0.0, 0.1)):
+        programs = prod(launched(target, Form(name, 8192, 4096, ranks, dropout=p)).grid)
+        processors = TARGETS[target].processors
+        is_two = target in ("sm_80", "sm_90", "sm_100") and p > 0 and ranks == (16,) * 3
+        assert not is_two or processors * 1.5 < programs <= processors * 2
+        assert is_two or programs <= max(processors, 128)
 
 
 @pytest.mark.parametrize("table", DEFAULTS.values())
