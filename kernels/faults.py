@@ -13,11 +13,12 @@ from .target import Target
 
 # Looked at, and gone around by nothing:
 # * illegal reads with several products of 32 columns and 4 warps (sm_90; 3.7.1; triton#11366,
-#   #10486): `project` of groups and `weight_grad` are such; on the machine all addresses stay inside.
-# * `warpgroup_mma_wait` waits for one group of 4 warps (triton#11047, #9484, #9497, #11050): 8 warps
-#   are two; on the machine no group's operands are overwritten.
-# * Other bits from run to run where a loop's end is loaded (sm_100; 3.6; triton#9871): segments load
-#   theirs; no sm_100 has run them.
+#   #10486): `project` of groups and `weight_grad` are such; on the machine all addresses stay
+#   inside.
+# * `warpgroup_mma_wait` waits for one group of 4 warps (triton#11047, #9484, #9497, #11050): 8
+#   warps are two; on the machine no group's operands are overwritten.
+# * Other bits from run to run where a loop's end is loaded (sm_100; 3.6; triton#9871): segments
+#   load theirs; no sm_100 has run them.
 
 TRITON = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
 
