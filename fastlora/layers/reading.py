@@ -91,7 +91,7 @@ class Watch:
                     self._look_at(vars(value), _DEPTH)
         self._lengths = [*map(len, self._sized)]
         self._copies = [each.copy() for each in self._lists]
-        self._parts, self._classes = parts, [*map(type, parts)]
+        self._class, self._parts, self._classes = type(module), parts, [*map(type, parts)]
         self._kinds = [*dict.fromkeys([*map(type, whole), *map(plain_class_of, whole)])]
         self._methods = [*map(_methods_of, self._kinds)]
         tensors = self.tensors()
@@ -103,6 +103,10 @@ class Watch:
             self._strides = [*map(Tensor.stride, tensors)]
             self._addresses = [*map(Tensor.data_ptr, tensors)]
             self._versions = [tensors[i]._version for i in self._frozen]
+            first: dict[int, int] = {}
+            of_first = [first.setdefault(id(each), i) for i, each in enumerate(tensors)]
+            # Of a tensor at several places, tied, a reading may have come from any.
+            self._tied = [(i, j) for i, j in enumerate(of_first) if i != j]
 
     def _look_at(self, entries: dict, depth: int = 0) -> None:
         """``depth``: how far to look into objects."""
@@ -122,7 +126,7 @@ class Watch:
             self._sized.append(value)
         elif isinstance(value, dict):
             self._look_at(value)
-        elif type(value) is list:
+        elif isinstance(value, list):
             self._lists.append(value)
         elif isinstance(value, nn.ModuleDict):  # PEFT's, of adapters: nobody calls it
             self._look_at(value._modules)
@@ -134,16 +138,18 @@ class Watch:
     def tensors(self) -> list[Tensor]:
         return [*map(_get, self._tensor_dicts, self._tensor_names)]
 
-    def tensors_now(self, home: dict, at_their_places: bool) -> list[Tensor] | None:
+    def tensors_now(self, module: nn.Module, at_their_places: bool) -> list[Tensor] | None:
         """The tensors, if nothing is another but numbers of those that train; else None.
 
-        ``home``: the module's ``__dict__``.  ``at_their_places``: in memory, too; else they may
+        ``at_their_places``: in memory, too; else they may
         have moved, as FSDP's do, but stay aligned as they were, which kernels ask.
         """
+        home = vars(module)
         try:
             tensors = self.tensors()
             stands = (
-                len(home) == self._home_length
+                type(module) is self._class
+                and len(home) == self._home_length
                 and all(map(is_, map(home.get, self._home_names), self._home_values))
                 and all(map(is_, map(_get, self._dicts, self._names), self._values))
                 and [*map(len, self._sized)] == self._lengths
@@ -153,6 +159,7 @@ class Watch:
                 and [*map(_facts_of, tensors)] == self._facts
                 and [*map(Tensor.stride, tensors)] == self._strides
                 and [tensors[i]._version for i in self._frozen] == self._versions
+                and all([tensors[i] is tensors[j] for i, j in self._tied])
                 and not any(map(Tensor.is_neg, tensors))
             )
             addresses = [*map(Tensor.data_ptr, tensors)] if stands else []
@@ -214,11 +221,11 @@ class Kept:
         self.watch, self._answers = watch, answers
         self.reading = self.reading._replace(outputs=())
 
-    def tensors_now(self, home: dict, answers: Any) -> list[Tensor] | None:
-        """The watched tensors, if the module of this ``__dict__`` would be read as it was."""
+    def tensors_now(self, module: nn.Module, answers: Any) -> list[Tensor] | None:
+        """The watched tensors, if the module would be read as it was."""
         if self.watch is None or answers != self._answers:
             return None
-        return self.watch.tensors_now(home, self._has_views)
+        return self.watch.tensors_now(module, self._has_views)
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs' tensors laid flat, of the watched ones of now."""
@@ -256,22 +263,27 @@ def read_once(
     place, other_place = _PLACES[followed], _PLACES[not followed]
     before: Kept | None = home.get(place)
     if before is not None:
-        tensors = before.tensors_now(home, answers)
+        tensors = before.tensors_now(module, answers)
         if tensors is not None:
             before.attempts = before.wait = 0
             return before, tensors
-    reading = read()
-    kept = Kept(reading)
     if before is not None and before.wait:  # it changes all the time: to keep it costs as much
         before.wait -= 1
-        return kept, reading
+        reading = read()
+        return Kept(reading), reading
+    for each in _PLACES:
+        home.setdefault(each, None)
+    # Before it is read: what another thread changes meanwhile differs from this in the next call.
+    watch = Watch(module, [*parts()])
+    reading = read()
+    kept = Kept(reading)
     kept.attempts = 0 if before is None else min(before.attempts + 1, _MOST_ATTEMPTS)
     kept.wait = 2**kept.attempts - 1
     other: Kept | None = home.get(other_place)
-    if other is not None and other.tensors_now(home, answers) is None:
+    if other is not None and other.tensors_now(module, answers) is None:
         other = None  # it may hold what was replaced
-    home.update({place: kept, other_place: other})  # before the module is watched
-    kept.keep(Watch(module, [*parts()]), answers)
+    home.update({place: kept, other_place: other})
+    kept.keep(watch, answers)
     return kept, reading
 
 

@@ -1,0 +1,113 @@
+"""What was read of a module stands no longer than what it was read from."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from models import Mlp, adapt, randomise
+from peft_models import inputs, mlp, optimized, other_config, up
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from fastlora.layers import reading
+from fastlora.peft import layer as peft_layer
+
+
+def read_anew(model: nn.Module, *inputs):
+    for module in model.modules():
+        reading.forget(module)
+    return model(*inputs)
+
+
+def two_adapters() -> nn.Module:
+    model = mlp()
+    model.add_adapter("b", other_config(target_modules=["up", "down"]))
+    return optimized(randomise(model))
+
+
+@pytest.mark.parametrize("replaced", ["default", "b"])
+@pytest.mark.parametrize("world", [torch.enable_grad, torch.no_grad])
+def test_a_weight_of_two_adapters_is_tied_no_more(world, replaced):
+    model = two_adapters()
+    own = up(model).lora_A
+    own["b"].weight = own["default"].weight
+    with world():
+        model(inputs())
+        own[replaced].weight = nn.Parameter(torch.randn_like(own[replaced].weight))
+        own[replaced].weight.requires_grad_(own["default"].weight.requires_grad)
+        assert torch.equal(model(inputs()), read_anew(model, inputs()))
+
+
+@pytest.mark.parametrize("how", ["assign", "functional"])
+def test_gate_and_up_are_tied_no_more(how):
+    block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
+    model = randomise(adapt(block, target_modules="all-linear"))
+    model[0].up_proj.lora_A = model[0].gate_proj.lora_A
+    x = torch.randn(64, 32, requires_grad=True)
+    model(x)
+    new = {"0.up_proj.lora_A": nn.Parameter(torch.randn_like(model[0].up_proj.lora_A))}
+    if how == "assign":
+        model.load_state_dict(model.state_dict() | new, assign=True)
+        assert torch.equal(model(x), read_anew(model, x))
+    else:
+        got, expected = [
+            torch.func.functional_call(each, new, (x,), tie_weights=False)
+            for each in (model, _forgotten(model))
+        ]
+        assert torch.equal(got, expected)
+
+
+def _forgotten(model: nn.Module) -> nn.Module:
+    """A copy, of which nothing was read."""
+    return copy.deepcopy(model)
+
+
+def test_what_another_thread_changes_while_a_layer_is_read_is_read_again():
+    model, read = two_adapters(), peft_layer.read_active
+
+    def changing(layer):
+        found = read(layer)
+        if model.active_adapter != "b":
+            model.set_adapter("b")  # as if between two steps of this one
+        return found
+
+    with mock.patch.object(peft_layer, "read_active", changing):
+        model(inputs())
+    assert torch.equal(model(inputs()), read_anew(model, inputs()))
+
+
+def test_an_own_layer_that_changes_while_it_is_read_is_read_again():
+    model = randomise(adapt(Mlp(), target_modules=["up"]))
+    read = type(model.up).read
+
+    def changing(layer):
+        found = read(layer)
+        layer.scaling = 7.0
+        return found
+
+    x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
+    with mock.patch.object(type(model.up), "read", changing):
+        model(x)
+    assert torch.equal(model(x), read_anew(model, x))
+
+
+def test_a_list_of_active_adapters_of_a_class_of_its_own_is_looked_into():
+    class Names(list):
+        pass
+
+    model = two_adapters()
+    up(model)._active_adapter = Names(["default"])
+    model(inputs())
+    up(model)._active_adapter.append("b")
+    assert torch.equal(model(inputs()), read_anew(model, inputs()))
+
+
+def test_a_layer_of_another_class_is_read_again():
+    model = randomise(adapt(Mlp(), target_modules=["up"]))
+    kind = type(model.up)
+    x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
+    model(x)
+    model.up.__class__ = type("Scaled", (kind,), {"scaling": property(lambda layer: 7.0)})
+    assert torch.equal(model(x), read_anew(model, x))
