@@ -7,6 +7,7 @@ Only this file imports transformers; ``import fastlora`` doesn't import it.
 
 import functools
 import os
+from types import MethodType
 from typing import Any
 
 import torch
@@ -125,13 +126,19 @@ class MergedSampling(TrainerCallback):
         with merged(model, keep=self.keep):  # or it raises, now
             generate = model.generate
 
+        keep = self.keep
+        if getattr(generate, "__self__", None) is model:
+            theirs = generate.__func__
+        else:
+            theirs = lambda _, *inputs, **named: generate(*inputs, **named)  # noqa: E731
+
         @functools.wraps(generate)
-        def sample(*inputs: Any, **settings: Any) -> Any:
-            with merged(model, keep=self.keep):
-                return generate(*inputs, **settings)
+        def sample(model: Any, *inputs: Any, **settings: Any) -> Any:
+            with merged(model, keep=keep):
+                return theirs(model, *inputs, **settings)
 
         self._replaced = vars(model), vars(model).get("generate")
-        vars(model)["generate"] = sample
+        vars(model)["generate"] = MethodType(sample, model)  # a copy of the model has its own
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.put_back()

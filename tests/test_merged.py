@@ -137,6 +137,29 @@ def test_originals_on_the_cpu_come_back(name):
         assert torch.equal(p, bits[n])
 
 
+@pytest.mark.parametrize("name", ["peft", "own"])
+def test_originals_on_the_cpu_train_behind_samples_in_inference_mode(name, monkeypatch):
+    model, to = KINDS[name](), Tensor.to
+
+    def moved(tensor, *args, **named):  # as between two devices
+        moves = args and isinstance(args[0], torch.device)
+        return tensor.clone() if moves else to(tensor, *args, **named)
+
+    monkeypatch.setattr(Tensor, "to", moved)
+    with torch.inference_mode(), fastlora.merged(model, keep="cpu"):
+        model(inputs(model))
+    monkeypatch.undo()
+    assert not any(p.is_inference() for p in model.parameters())
+    model(inputs(model).requires_grad_()).sum().backward()
+
+
+def test_modules_that_begin_to_train_inside_go_on():
+    model = KINDS["peft"]()
+    with fastlora.merged(model):
+        model.train()
+    assert all(module.training for module in model.modules())
+
+
 def test_a_tied_weight_is_merged_in_its_layer_alone():
     model = KINDS["peft-tied"]()
     tied = model.base_model.model.head.base_layer.weight

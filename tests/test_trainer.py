@@ -3,6 +3,8 @@
 The models are tiny Llamas with dropout in the adapters.  "The same" is the same bits.
 """
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +291,20 @@ def test_an_error_leaves_generate_merged_until_it_is_put_back_or_the_next_traini
         sampling.put_back()
     assert trainer.model.generate is somebody_s
     assert sample.merged == [True] * 4 * STEPS
+
+
+@pytest.mark.parametrize("kind", ["peft", "own"])
+def test_a_copy_in_training_samples_from_its_own_weights(kind, tmp_path):
+    model = sampling_trainer(kind, tmp_path).model
+    sampling, ids = MergedSampling(), torch.ones(1, 3, dtype=torch.long)
+    sampling.on_train_begin(None, None, None, model=model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.generate.__self__ is copied
+        calls = []
+        copied.get_input_embeddings().register_forward_hook(lambda *_, to=calls: to.append(1))
+        copied.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2)
+        assert calls
+    sampling.put_back()
 
 
 def test_what_cannot_be_sampled_merged_stops_training_before_its_first_step(tmp_path):

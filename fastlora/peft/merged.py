@@ -118,9 +118,11 @@ def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
     merged = [*layer.merged_adapters]
 
     def put_back() -> None:
+        training = base.training  # as it is now
         for entries, content in zip(objects, before, strict=True):
             entries.clear()
             entries.update(content)
+        base.training = training
         layer.merged_adapters[:] = merged
 
     return put_back
@@ -134,4 +136,5 @@ def _use_other_parameters(base: nn.Module) -> None:
 
 
 def move(parameter: nn.Parameter, device: torch.device) -> None:
-    parameter.data = parameter.data.to(device)
+    with torch.inference_mode(False):  # in which one samples: what is made there never trains again
+        parameter.data = parameter.data.to(device)

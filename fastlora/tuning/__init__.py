@@ -24,6 +24,7 @@ _TOKENS = 4096  # of a model's step, where nobody says
 _FEWEST, _ROUNDS = 3, 9  # of timing
 _MOST_TILES = 8  # beside the default ones
 _FOR_TILES = 0.7  # of a product's time, after which no more are tried
+_LONGEST = 1e9  # seconds; rounds are counted from them, and infinity has no number
 _CLEARLY = 0.99  # of the default's time: what is above is no reason to leave it
 
 
@@ -112,7 +113,7 @@ def _tuned(
     from ..doctor.machine import devices_here  # here, since an import of fastlora needs no doctor
 
     device = devices[0] if devices else devices_here()[-1]
-    name, is_gpu, end = "", device.type == "cuda", monotonic() + seconds
+    name, is_gpu, end = "", device.type == "cuda", monotonic() + min(seconds, _LONGEST)
     if backend_name(device=device) == "triton":
         from ..backends.triton import measured, why_not  # here, since it imports the kernels
 

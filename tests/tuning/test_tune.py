@@ -286,6 +286,11 @@ def test_with_a_real_clock_and_hardly_any_time_the_first_product_is_measured():
     assert line.frozen_seconds < line.seconds  # interpreted
 
 
+@pytest.mark.parametrize("seconds", [float("inf"), 10**400])
+def test_it_may_take_as_long_as_it_takes(timed, seconds):
+    assert tuned(seconds=seconds).lines
+
+
 def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
     timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     tuned()
