@@ -30,8 +30,8 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
     parameters are put back.  Meanwhile adapters get no gradient.
 
     ``keep``: where the originals are meanwhile.  "device": where they lie, beside the merged
-    weights, which take ``bytes`` more.  "cpu": in the host's memory, a layer after the other; those
-    that are tied to another module's stay.
+    weights, which take ``bytes`` more.  "cpu": in the host's memory, a PEFT layer after the other,
+    layers of your own once all are merged; those that are tied to another module's stay.
 
     PEFT's layers are merged by PEFT, in a copy: DoRA, several active adapters, experts and
     bitsandbytes' layers too, which quantise what is merged again, and so sample a little off.

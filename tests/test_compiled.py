@@ -11,6 +11,7 @@ import pytest
 import torch
 from compiled_states import KINDS, State, changes_of
 from peft.tuners.lora.layer import LoraLayer
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.layers import reading
 from fastlora.layers.adapted import LoRALayer
@@ -138,3 +139,16 @@ def test_what_is_kept_keeps_no_weights(kind):
             gc.enable()
     assert freed[0] == freed[1]
     assert any(freed[0]) or "block" in kind  # transformers' module is in a circle of its own
+
+
+@pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantised") if k in KINDS])
+def test_a_replaced_weight_is_let_go(kind):
+    """Of a view a reading knows how it lies, and holds none."""
+    state = State(kind).compile("kept")
+    state.numbers(True)
+    state.compare()
+    memory = [StorageWeakRef(p.untyped_storage()) for p in state.model.parameters()]
+    for p in state.model.parameters():
+        p.data = p.data.clone()
+    assert all(each.expired() for each in memory)
+    state.compare()

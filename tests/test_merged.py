@@ -264,3 +264,12 @@ def test_a_merged_model_and_bad_arguments_are_refused():
         fastlora.merged(KINDS["peft"](), keep="disk")
     with pytest.raises(TypeError, match="must be a torch"):
         fastlora.merged(None)
+
+
+def test_a_model_that_is_cast_inside_is_cast_behind_it():
+    model = KINDS["peft"]()
+    expected = {n: p.detach().double() for n, p in model.named_parameters()}
+    with fastlora.merged(model):
+        model.double()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, expected[name]), name

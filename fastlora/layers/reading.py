@@ -161,6 +161,7 @@ class Watch:
                 and [tensors[i]._version for i in self._frozen] == self._versions
                 and all([tensors[i] is tensors[j] for i, j in self._tied])
                 and not any(map(Tensor.is_neg, tensors))
+                and not any(map(Tensor.is_inference, tensors))
             )
             addresses = [*map(Tensor.data_ptr, tensors)] if stands else []
         except (AttributeError, TypeError, ValueError, RuntimeError):
@@ -185,6 +186,19 @@ def plain_class_of(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "plain_class", type(module))
 
 
+class View(NamedTuple):
+    """How a tensor lies in the memory of a watched one, for which a reading holds none itself."""
+
+    number: int  # of the watched one
+    dtype: torch.dtype
+    place: Any  # offset, size, strides
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        tensor = tensors[self.number]
+        blank = torch.empty(0, dtype=self.dtype, device=tensor.device)
+        return blank.set_(tensor.untyped_storage(), *self.place)
+
+
 class Kept:
     """A reading of a module, what it was read from, and the calls that came of it."""
 
@@ -194,7 +208,7 @@ class Kept:
         self.watch: Watch | None = None  # None: it isn't kept
         self.attempts, self.wait = 0, 0  # to keep one in vain; how many calls until the next
         self._layouts = layouts_of(reading.outputs)
-        self._sources: list[Any] = []  # of the inputs: the number of a watched tensor, or a view
+        self._sources: list[int | View] = []  # of the inputs: a watched tensor's number, or a view
         self._has_views = False
 
     def __reduce__(self) -> tuple:
@@ -210,16 +224,22 @@ class Kept:
             return
         tensors, outputs = watch.tensors(), self.reading.outputs
         numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
-        memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        memory = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate(tensors)}
         for tensor in flatten(outputs, self._layouts):
             number = numbers.get(id(tensor))
-            if number is None:
-                if tensor.requires_grad or tensor.untyped_storage().data_ptr() not in memory:
-                    return
-                self._has_views = True
-            self._sources.append(tensor if number is None else number)
+            if number is not None:
+                self._sources.append(number)
+                continue
+            number = memory.get(tensor.untyped_storage().data_ptr())
+            if tensor.requires_grad or tensor.is_neg() or number is None:
+                return
+            place = tensor.storage_offset(), tensor.shape, tensor.stride()
+            self._sources.append(View(number, tensor.dtype, place))
+            self._has_views = True
         self.watch, self._answers = watch, answers
-        self.reading = self.reading._replace(outputs=())
+        no_weight: Any = None
+        packed = [layer and layer._replace(weight=no_weight) for layer in self.reading.packed]
+        self.reading = self.reading._replace(outputs=(), packed=tuple(packed))
 
     def tensors_now(self, module: nn.Module, answers: Any) -> list[Tensor] | None:
         """The watched tensors, if the module would be read as it was."""
@@ -229,7 +249,9 @@ class Kept:
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs' tensors laid flat, of the watched ones of now."""
-        return [tensors[each] if type(each) is int else each for each in self._sources]
+        return [
+            tensors[each] if isinstance(each, int) else each.of(tensors) for each in self._sources
+        ]
 
     def now(self, tensors: Sequence[Tensor]) -> Reading:
         """The reading with the tensors of now."""
@@ -268,7 +290,7 @@ def read_once(
             before.attempts = before.wait = 0
             return before, tensors
     if before is not None and before.wait:  # it changes all the time: to keep it costs as much
-        before.wait -= 1
+        before.wait, before.watch = before.wait - 1, None
         reading = read()
         return Kept(reading), reading
     for each in _PLACES:

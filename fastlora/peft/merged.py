@@ -118,11 +118,15 @@ def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
     merged = [*layer.merged_adapters]
 
     def put_back() -> None:
-        training = base.training  # as it is now
+        training, found = base.training, base._parameters.copy()  # as they are now
         for entries, content in zip(objects, before, strict=True):
             entries.clear()
             entries.update(content)
         base.training = training
+        for name, parameter in base._parameters.items():  # .to() inside is meant for it, too
+            other = found.get(name)
+            if parameter is not None and other is not None and is_plain(parameter):
+                move(parameter, other.device, other.dtype)
         layer.merged_adapters[:] = merged
 
     return put_back
@@ -135,6 +139,9 @@ def _use_other_parameters(base: nn.Module) -> None:
             base._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
 
 
-def move(parameter: nn.Parameter, device: torch.device) -> None:
-    with torch.inference_mode(False):  # in which one samples: what is made there never trains again
-        parameter.data = parameter.data.to(device)
+def move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    dtype = dtype or parameter.dtype
+    if (parameter.device, parameter.dtype) != (device, dtype):
+        # One samples in inference mode, and what is made in that never trains again.
+        with torch.inference_mode(False):
+            parameter.data = parameter.data.to(device, dtype)
