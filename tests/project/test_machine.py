@@ -45,6 +45,8 @@ found = {"all": cases.names(quick=True), "cards": [*run.CARDS]}
 for share in (1, 4, 8):
     asked = run._asked(["--quick", "--share", str(share)])
     found[share] = [[*run.chosen(card, asked)] for card in run.CARDS]
+halves = [run._asked(["--quick", "--share", "16", "--turn", str(i), "2"]) for i in range(2)]
+found[16] = [[*run.chosen(card, half)] for half in halves for card in run.CARDS]
 found["ci"] = []
 for pinned in tritons.VERSIONS:
     tritons.pinned = lambda: pinned
@@ -122,9 +124,9 @@ def test_a_right_kernel_is_right_and_a_broken_one_is_seen(arch):
 def test_cards_that_share_the_cases_leave_none_out():
     found = json.loads(run_without_interpreter("-c", SHARES))
     assert found["cards"] == [f"sm_{arch}" for arch in (80, 86, 89, 90, 100, 103, 120, 121)]
-    for share in (1, 4, 8):
+    for share in (1, 4, 8, 16):
         taken = [name for card in found[str(share)] for name in card]
-        assert sorted(taken) == sorted(found["all"] * (8 // share))
+        assert sorted(taken) == sorted(found["all"] * max(1, 8 // share))
     first, *others, newest = found["ci"]  # by what torch pins
     assert first == newest == ["3.6.0", "3.9.0"]
     assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]

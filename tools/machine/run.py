@@ -2,7 +2,7 @@
 
     python -m tools.machine [--target sm_80 sm_90] [--quick] [--only "layer f32"] [--rows all]
     python -m tools.machine --quick --share 4    # each case on two of the eight cards
-    python -m tools.machine --quick --triton ci  # under two Tritons
+    python -m tools.machine --quick --share 16 --triton ci  # on one card under one of two Tritons
 
 A line a case: ok, or MISS with the error, the fault, the races; skip where no tile fits the target;
 unsupported where the PTX has what the machine doesn't know.  Each runs twice: launch by launch, and
@@ -122,11 +122,14 @@ def _are_same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
 def chosen(target: str, asked: argparse.Namespace) -> Iterator[str]:
     """The names of its cases: all that are asked for, or its share of them.
 
-    By ``--share N`` one card of each N takes a case, which another Triton gives to other ones.
+    By ``--share N`` one card of each N takes a case, which another Triton gives to other ones.  An
+    N above the number of cards counts those of each Triton apart.
     """
-    place = asked.target.index(target)
+    turn, _ = asked.turn
+    place = asked.target.index(target) + turn * len(asked.target)
+    version = triton.__version__ if asked.share <= len(asked.target) else ""
     for name in names(asked.quick):
-        taken_by = zlib.crc32(f"{triton.__version__} {name}".encode())
+        taken_by = zlib.crc32(f"{version} {name}".encode())
         has_words = {*asked.only.split()} <= {*re.split("[ /]", name), *name.split()}
         if has_words and taken_by % asked.share == place % asked.share:
             yield name
@@ -167,9 +170,11 @@ def _asked(words: list[str] | None = None) -> argparse.Namespace:
     add("--misses", action="store_true", help="print these alone, and the sum")
     add("--triton", nargs="*", metavar="X.Y.Z", help="under these, or under ci's two")
     add("--json", type=Path, help="write what was found of each case to this file")
+    add("--turn", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)  # of so many Tritons
     add("--save", action="store_true", help="write the sums to the results of docs/kernels.md")
     asked = parser.parse_args(words)
-    if asked.share > len(asked.target):
+    count = max(asked.turn[1], len(tritons.versions(asked.triton or [])))
+    if asked.share > len(asked.target) * count:
         parser.error(f"--share {asked.share} of {len(asked.target)} cards would leave cases out")
     return asked
 
@@ -177,7 +182,10 @@ def _asked(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     asked = _asked()
     if asked.triton:
-        passed = [tritons.run_under(each, sys.argv[1:]) for each in tritons.versions(asked.triton)]
+        versions, passed = tritons.versions(asked.triton), []
+        for turn, version in enumerate(versions):
+            words = [*sys.argv[1:], "--turn", str(turn), str(len(versions))]
+            passed.append(tritons.run_under(version, words))
         sys.exit(not all(passed))
     if len(asked.target) == 1:
         found = run(asked.target[0], asked)
