@@ -99,16 +99,21 @@ def count(layer_class: type, note: Callable[[nn.Module, dict], None]) -> None:
 
 def count_blocks(counter: Counter) -> None:
     """A call of a gated MLP that is one block is a fast one of each of its LoRA layers."""
+    from peft.tuners.lora import LoraLayer
+
     from fastlora.layers import mlp
 
-    original = mlp.gated_mlp
+    original = mlp.call_as_read
 
     @functools.wraps(original)
-    def gated_mlp(x, *outputs, **settings):
-        counter[FAST] += sum(bool(output.adapters) for output in outputs[:3])
-        return original(x, *outputs, **settings)
+    def call_as_read(block, *rest):
+        y = original(block, *rest)
+        if y is not None and not torch.compiler.is_compiling():
+            parts = [getattr(block, name) for name in mlp.PARTS]
+            counter[FAST] += sum(isinstance(part, LoraLayer) for part in parts)
+        return y
 
-    mlp.gated_mlp = gated_mlp
+    mlp.call_as_read = call_as_read
 
 
 def own_call(counter: Counter, fast: tuple[type, ...], layer: nn.Module, arguments: dict) -> None:
