@@ -128,11 +128,13 @@ def test_what_is_kept_keeps_no_weights(kind):
             m for m in state.model.modules() if isinstance(m, (GatedMLP, LoraLayer, LoRALayer))
         )
         assert bool(calls) == any(place in vars(layer) for place in reading._PLACES)
-        weights = [weakref.ref(p) for p in layer.parameters()]
+        weights = [weakref.ref(each) for each in (layer, *layer.parameters())]
         gc.collect()
         gc.disable()
         try:
-            state.model = state.call = None
+            for children in [module._modules for module in state.model.modules()]:
+                for name in [name for name, child in children.items() if child is layer]:
+                    del children[name]  # what else holds the model doesn't matter
             del layer
             freed.append([weight() is None for weight in weights])
         finally:
