@@ -90,16 +90,6 @@ def layouts_of(outputs: Iterable[Output]) -> tuple[Layout, ...]:
     )
 
 
-def tensors_in(layouts: Iterable[Layout]) -> int:
-    """How many tensors outputs of these layouts have."""
-    return sum(
-        [
-            (1 if format is None else len(format.names)) + has_bias + 2 * len(scales)
-            for has_bias, scales, format in layouts
-        ]
-    )
-
-
 def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
     """All tensors in one list: for each output weight, bias if any, then each lora_a and lora_b.
 

@@ -34,6 +34,7 @@ def bar(items: Sequence, what: str, unit: str = "layer", least: int = 1) -> Iter
     return tqdm(items, desc=what, unit=unit, leave=False)
 
 
+NO_LAYERS = "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
 _BASE_ALONE = ("merged", "disabled")
 EAGER, SHARDED, IN_THE_CALL = "eager", "sharded", "decided in the call"  # the last is a reason
 
@@ -115,7 +116,7 @@ class Coverage:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
+            return NO_LAYERS
         plans = Counter(layer.plan for layer in self.fast)
         alone = [f"{plans.pop(plan)} {plan}" for plan in _BASE_ALONE if plan in plans]
         notes = [f"backend {plan}" for plan in sorted(plans)] + alone

@@ -9,15 +9,15 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .layers.modules import lora_layers, unwrap
 from .model.inject import check_model
 from .model.merge import merge_lora, unmerge_lora
-from .peft.merged import adapted_weights, merged_layers, move, why_not_merged
+from .peft.merged import adapted_weights, merged_layers, send_to_cpu, why_not_merged
 from .peft.optimize import peft_layers
 from .projection import shown
+from .report import NO_LAYERS
 
 _PLACES = ("device", "cpu")
 
@@ -50,10 +50,7 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
         inner = unwrap(model)
         self._own, self._peft = [*lora_layers(inner)], peft_layers(inner)
         if not self._own and not self._peft:
-            raise ValueError(
-                "the model has no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes "
-                "them"
-            )
+            raise ValueError(f"the model has {NO_LAYERS}")
         weights = [layer.weight for _, layer in self._own] + adapted_weights(self._peft)
         self.bytes = sum(_bytes(weight) for weight in weights)
         self._inside = ExitStack()
@@ -86,8 +83,7 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
         for _, layer in self._own:
             original = layer.adapted_module._bases[layer.adapted_name]
             if isinstance(original, nn.Parameter) and not names[id(original)]:
-                stack.callback(move, original, original.device)
-                move(original, torch.device("cpu"))
+                send_to_cpu(original, stack)
 
     def __exit__(
         self,

@@ -15,7 +15,7 @@ from ..blocks import buffer_for, source_of, widened
 from ..ops.autocast import autocast_off
 from ..ops.door import run_one
 from ..ops.functional import linears
-from ..projection import Output, Projection, as_outputs, shown
+from ..projection import Adapter, Base, Output, shown
 from .members import tensor_of
 from .reading import Reading, call_as_read, forget
 
@@ -24,7 +24,6 @@ UNLOADED = (
     "without numbers: load it, or take accelerate's offload away first "
     "(accelerate.hooks.remove_hook_from_submodules(model))"
 )
-_TENSORS = ("weight", "lora_A", "lora_B", "bias")
 
 
 class Adapted(nn.Module):
@@ -285,13 +284,13 @@ class LoRALayer(AdaptedWeight, Adapted):
         (y,), call = linears(x, reading.outputs, dropout, self.training)
         return y, call
 
-    def projection(self) -> Projection:
-        """The layer as :func:`fastlora.lora_linears` would be given it."""
-        weight, lora_a, lora_b, bias = [tensor_of(self, name) for name in _TENSORS]
-        return Projection(weight, lora_a, lora_b, bias, self.scaling)
-
     def adapted_output(self) -> Output:
-        return as_outputs([self.projection()])[0]
+        return self.output_over(tensor_of(self, "weight"))
+
+    def output_over(self, weight: Any) -> Output:
+        """What a call computes with, of this weight [out, in], which may be packed."""
+        lora_a, lora_b, bias = [tensor_of(self, name) for name in ("lora_A", "lora_B", "bias")]
+        return Output(Base(weight, bias), (Adapter(lora_a, lora_b, self.scaling),))
 
     def check_weight(self, name: str) -> None:
         reason = why_weight_is_fixed(self, self.weight_name)

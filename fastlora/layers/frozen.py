@@ -21,7 +21,7 @@ from ..ops.functional import lora_linears
 from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
 from ..quant import SHARDED, PackedLayer, quantised_weight, vendor_of
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
-from .members import change_class, tensor_of, why_not_tensor
+from .members import change_class, plain_class_of, tensor_of, why_not_tensor
 
 
 class Linear(nn.Linear):
@@ -69,7 +69,7 @@ def is_router(layer: nn.Module) -> bool:
     """Whether it is a router of a transformers mixture: a class of its own, with weight [E, in]."""
     if not isinstance(layer, nn.Module):
         return False
-    kind = getattr(layer, "plain_class", type(layer))
+    kind = plain_class_of(layer)
     theirs = kind.__module__.startswith("transformers.models.")
     weight = layer._parameters.get("weight")
     is_matrix = weight is not None and weight.dim() == 2

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..projection import Projection, check_settings
+from ..projection import Output, check_settings
 from ..quant import vendor_of
 from . import frozen
 from .adapted import LoRALayer, new_adapter, refuse_training, run_with
@@ -97,8 +97,8 @@ class _LoRATransposed(LoRALayer):
     def shape(self) -> tuple[int, int]:
         return self.nf, self.nx
 
-    def projection(self) -> Projection:
-        return super().projection()._replace(weight=self.weight.t())
+    def adapted_output(self) -> Output:
+        return self.output_over(self.weight.t())
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A.t(), self.lora_B.t()

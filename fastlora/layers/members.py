@@ -161,6 +161,11 @@ def twin(module: nn.Module, kind: Any) -> Any:
     return other
 
 
+def plain_class_of(module: nn.Module) -> Any:
+    """What a module of ours is without adapters; the class of any other."""
+    return getattr(module, "plain_class", type(module))
+
+
 def change_class(layer: nn.Module, old: Any, new: Any) -> None:
     """Give a layer of class ``old``, or of one derived from it, ``new`` in its place."""
     cls: Any = type(layer)

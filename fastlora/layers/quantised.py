@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from ..backends import Call
 from ..blocks import buffer_for, widened
-from ..projection import DTYPES, Adapter, Base, Output
+from ..projection import DTYPES, Output
 from ..quant import SHARDED, PackedLayer, Vendor, vendor_of
 from .adapted import LoRALayer, add_product
 from .reading import Reading
@@ -43,7 +43,7 @@ class LoRAQuantised(LoRALayer):
         packed = self._read_packed()
         if isinstance(packed, str):
             return Reading(packed)
-        return Reading("", (self._output(packed),), (self.lora_dropout,), (packed,))
+        return Reading("", (self.output_over(packed.weight),), (self.lora_dropout,), (packed,))
 
     def packed(self) -> PackedLayer:
         """The weight as it is now.  Raises ValueError if it can't be read."""
@@ -52,12 +52,8 @@ class LoRAQuantised(LoRALayer):
             raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
         return found
 
-    def _output(self, packed: PackedLayer) -> Output:
-        weight: Any = packed.weight
-        return Output(Base(weight, self.bias), (Adapter(self.lora_A, self.lora_B, self.scaling),))
-
     def adapted_output(self) -> Output:
-        return self._output(self.packed())
+        return self.output_over(self.packed().weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:

@@ -7,8 +7,8 @@ classes, attributes, submodules and hooks, and of each tensor what it is.  The n
 that, in C as far as it goes, and reads anew where anything differs.
 
 So a new question in a reader needs nothing here, if it is asked of a module that is watched.  What
-else an answer hangs on is asked before anything is read (:func:`.frozen.why_not_here`), is a part
-of a call's key (:func:`key_of`: x, autocast, the backend …), or is one of the ``answers``.
+else an answer hangs on is asked before anything is read (:func:`.frozen.why_not_here`), or is in a
+call's key (:func:`key_of`: x, autocast, the backend …).
 
 No parameter is kept alive: its place is remembered, in which each call finds it.
 """
@@ -25,6 +25,7 @@ from ..ops.autocast import autocast_dtype
 from ..ops.kinds import facts_of, may_be_known
 from ..projection import Output, flatten, layouts_of, unflatten
 from ..quant import PackedLayer, vendor_of
+from .members import plain_class_of
 
 # In a module's __dict__, without gradients and with them, which checkpointing takes in turn.
 _PLACES = ("_fastlora_reading", "_fastlora_reading_followed")
@@ -141,8 +142,8 @@ class Watch:
     def tensors_now(self, module: nn.Module, at_their_places: bool) -> list[Tensor] | None:
         """The tensors, if nothing is another but numbers of those that train; else None.
 
-        ``at_their_places``: in memory, too; else they may
-        have moved, as FSDP's do, but stay aligned as they were, which kernels ask.
+        ``at_their_places``: in memory, too; else they may have moved, as FSDP's do, but stay
+        aligned as they were, which kernels ask.
         """
         home = vars(module)
         try:
@@ -181,11 +182,6 @@ def _is_strange(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor.is_inference() or tensor.is_meta
 
 
-def plain_class_of(module: nn.Module) -> type[nn.Module]:
-    """What a module of ours is without adapters; the class of any other."""
-    return getattr(type(module), "plain_class", type(module))
-
-
 class View(NamedTuple):
     """How a tensor lies in the memory of a watched one, for which a reading holds none itself."""
 
@@ -215,7 +211,7 @@ class Kept:
         """Copies and pickles of a module are read anew."""
         return Kept, (Reading("it wasn't read"),)
 
-    def keep(self, watch: Watch, answers: Any) -> None:
+    def keep(self, watch: Watch) -> None:
         """Let later calls have it, if they will find every tensor of the outputs.
 
         One that isn't a module's has to be a view of one, and frozen, as a transposed weight is.
@@ -236,16 +232,14 @@ class Kept:
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
             self._sources.append(View(number, tensor.dtype, place))
             self._has_views = True
-        self.watch, self._answers = watch, answers
+        self.watch = watch
         no_weight: Any = None
         packed = [layer and layer._replace(weight=no_weight) for layer in self.reading.packed]
         self.reading = self.reading._replace(outputs=(), packed=tuple(packed))
 
-    def tensors_now(self, module: nn.Module, answers: Any) -> list[Tensor] | None:
+    def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
         """The watched tensors, if the module would be read as it was."""
-        if self.watch is None or answers != self._answers:
-            return None
-        return self.watch.tensors_now(module, self._has_views)
+        return None if self.watch is None else self.watch.tensors_now(module, self._has_views)
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs' tensors laid flat, of the watched ones of now."""
@@ -272,20 +266,17 @@ def key_of(x: Tensor) -> Hashable:
 
 
 def read_once(
-    module: nn.Module,
-    read: Callable[[], Reading],
-    parts: Callable[[], Iterable[nn.Module]],
-    answers: Any = None,
+    module: nn.Module, read: Callable[[], Reading], parts: Callable[[], Iterable[nn.Module]]
 ) -> tuple[Kept, list[Tensor] | Reading]:
     """What is kept of the module, and the tensors of what is watched; or a new reading.
 
-    ``parts``: the modules that are read beside this one.  ``answers``: what else was asked.
+    ``parts``: the modules that are read beside this one.
     """
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]
     before: Kept | None = home.get(place)
     if before is not None:
-        tensors = before.tensors_now(module, answers)
+        tensors = before.tensors_now(module)
         if tensors is not None:
             before.attempts = before.wait = 0
             return before, tensors
@@ -302,10 +293,10 @@ def read_once(
     kept.attempts = 0 if before is None else min(before.attempts + 1, _MOST_ATTEMPTS)
     kept.wait = 2**kept.attempts - 1
     other: Kept | None = home.get(other_place)
-    if other is not None and other.tensors_now(module, answers) is None:
+    if other is not None and other.tensors_now(module) is None:
         other = None  # it may hold what was replaced
     home.update({place: kept, other_place: other})
-    kept.keep(watch, answers)
+    kept.keep(watch)
     return kept, reading
 
 

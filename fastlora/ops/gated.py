@@ -15,7 +15,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
-from ..projection import Output, flatten, layouts_of, tensors_in
+from ..projection import Output, flatten, layouts_of
 from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import (
     are_batched,
@@ -67,6 +67,7 @@ class GatedCall(NamedTuple):
 
     first: Call  # of gate and up
     last: Call  # of down
+    split: int  # so many tensors are gate's and up's, and come first
     activation: str
     wide: bool
 
@@ -100,20 +101,21 @@ def gated_call(
     backend = find_backend(device=x.device)
     first = Call(layouts_of((gate, up)), dropout if gate.adapters or up.adapters else 0.0, backend)
     last = Call(layouts_of((down,)), down_dropout if down.adapters else 0.0, backend)
-    call = GatedCall(first, last, activation, wide)
+    tensors = flatten((gate, up), first.layouts)
+    call = GatedCall(first, last, len(tensors), activation, wide)
     # It may be that some have outlived a transform of torch.func.
-    inputs = (x, *flatten((gate, up), first.layouts), *flatten((down,), last.layouts))
+    inputs = (x, *tensors, *flatten((down,), last.layouts))
     with autocast_off(device):
         return run_gated(unwrap_dead_wrappers(inputs), call), None if autocast else call
 
 
 def run_gated(inputs: Sequence[Tensor], call: GatedCall) -> Tensor:
     """y of a call that passed the checks: x, and the tensors of gate, up and down, laid flat."""
-    first, last, activation, wide = call
-    x, count = inputs[0], tensors_in(first.layouts)
+    first, last, split, activation, wide = call
+    x = inputs[0]
     seeds, down_seeds = _seeds(x, first), _seeds(x, last)
-    hidden = LoRALinearFunction.apply(seeds, None, first, *inputs[: 1 + count])
-    rest = inputs[1 + count :]
+    hidden = LoRALinearFunction.apply(seeds, None, first, *inputs[: 1 + split])
+    rest = inputs[1 + split :]
     return GatedLinearFunction.apply(activation, wide, down_seeds, last, *hidden, *rest)
 
 

@@ -103,8 +103,7 @@ def merged_layers(model: nn.Module, layers: Layers, on_cpu: bool) -> Iterator[No
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{called(name)} can't be merged: {error}") from error
             if on_cpu and names[id(original)] == 1:
-                undone.callback(move, original, original.device)
-                move(original, torch.device("cpu"))
+                send_to_cpu(original, undone)
         yield
 
 
@@ -126,7 +125,7 @@ def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
         for name, parameter in base._parameters.items():  # .to() inside is meant for it, too
             other = found.get(name)
             if parameter is not None and other is not None and is_plain(parameter):
-                move(parameter, other.device, other.dtype)
+                _move(parameter, other.device, other.dtype)
         layer.merged_adapters[:] = merged
 
     return put_back
@@ -139,7 +138,13 @@ def _use_other_parameters(base: nn.Module) -> None:
             base._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
 
 
-def move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def send_to_cpu(parameter: nn.Parameter, stack: ExitStack) -> None:
+    """Until the stack ends."""
+    stack.callback(_move, parameter, parameter.device)
+    _move(parameter, torch.device("cpu"))
+
+
+def _move(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None) -> None:
     dtype = dtype or parameter.dtype
     if (parameter.device, parameter.dtype) != (device, dtype):
         # One samples in inference mode, and what is made in that never trains again.

@@ -16,6 +16,7 @@ from ..layers.mlp import PARTS, GatedMLP
 from ..layers.modules import lora_layers
 from ..peft.optimize import checked, peft_layers
 from ..projection import Base, Output
+from ..report import NO_LAYERS
 
 # A module, its output or why it has none that is fast, and the probability of its dropout.
 _Layer = tuple[Any, Output[Tensor] | str, float]
@@ -41,10 +42,7 @@ def products_of(
         else:
             layers[module] = sizes
     if not (layers or experts or reasons):
-        raise ValueError(
-            f"this {type(model).__name__} has no LoRA layers: fastlora.apply_lora or "
-            "peft.get_peft_model makes them"
-        )
+        raise ValueError(f"this {type(model).__name__} has {NO_LAYERS}")
     products = [*layers.values(), *experts]
     for block in [module for module in inner.modules() if isinstance(module, GatedMLP)]:
         gate, up = [getattr(block, name) for name in PARTS[:2]]

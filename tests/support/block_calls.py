@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ def blocks(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def noted_blocks(note: Callable) -> Iterator[None]:
-    """``note`` is told of the input and the outputs (gate, up, down) of every call of a block."""
-    call = mlp.call_as_read
+def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
+    """``note`` is told of the module and the input of every fast call that this file makes."""
+    call = place.call_as_read
 
     def noted(module, x, *rest):
         y = x  # checkpointing leaves a call by an exception when it has what it wants
@@ -25,11 +26,18 @@ def noted_blocks(note: Callable) -> Iterator[None]:
             y = call(module, x, *rest)
         finally:
             if y is not None:
-                note(x, module.read().outputs)
+                note(module, x)
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlp, "call_as_read", noted)
+        patch.setattr(place, "call_as_read", noted)
+        yield
+
+
+@contextmanager
+def noted_blocks(note: Callable) -> Iterator[None]:
+    """``note`` is told of the input and the outputs (gate, up, down) of every call of a block."""
+    with noted_calls(mlp, lambda block, x: note(x, block.read().outputs)):
         yield
 
 

@@ -207,7 +207,7 @@ class State:
 def _read_anew() -> Iterator[None]:
     """Inside, no reading is kept, and none that is kept is used."""
 
-    def read_once(module, read, parts, answers=None):
+    def read_once(module, read, parts):
         found = read()
         return reading.Kept(found), found
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from block_calls import noted_blocks
+from block_calls import noted_blocks, noted_calls
 from models import Mlp, randomise
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -132,17 +132,6 @@ def counted_calls() -> Iterator[list[Tensor]]:
     The input of a block, and of experts, counts for each of its layers that has adapters.
     """
     calls: list[Tensor] = []
-    call: Callable = fast_linear.call_as_read
-
-    def recorded(layer, x, *rest):
-        y = x  # checkpointing leaves a call by an exception when it has what it wants
-        try:
-            y = call(layer, x, *rest)
-        finally:
-            if y is not None:
-                calls.append(x)
-        return y
-
     run_experts: Callable = fast_experts.lora_experts
 
     def recorded_experts(x, index, weights, up, down, *rest, **named):
@@ -152,8 +141,8 @@ def counted_calls() -> Iterator[list[Tensor]]:
     def note(x, outputs):
         calls.extend(x for output in outputs if output.adapters)
 
-    with pytest.MonkeyPatch.context() as patch, noted_blocks(note):
-        patch.setattr(fast_linear, "call_as_read", recorded)
+    of_layers = noted_calls(fast_linear, lambda layer, x: calls.append(x))
+    with pytest.MonkeyPatch.context() as patch, noted_blocks(note), of_layers:
         patch.setattr(fast_experts, "lora_experts", recorded_experts)
         yield calls
 
