@@ -175,11 +175,18 @@ class Watch:
 
 def _is_strange(tensor: Tensor) -> bool:
     """Whether it isn't memory with strides alone: of a class that runs torch's operations itself
-    (a DTensor …), or made in inference mode, where numbers change unseen."""
+    (a DTensor …), a transform's (vmap, grad …), or made in inference mode, where numbers change
+    unseen."""
     dispatches = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if dispatches or tensor.layout is not torch.strided or tensor.is_nested:
         return True
-    return tensor.is_neg() or tensor.is_inference() or tensor.is_meta
+    if tensor.is_neg() or tensor.is_inference() or tensor.is_meta:
+        return True
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # a transform's has none
+        return True
+    return False
 
 
 class View(NamedTuple):
