@@ -14,7 +14,7 @@ No parameter is kept alive: its place is remembered, in which each call finds it
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from operator import attrgetter, eq, is_
+from operator import attrgetter, eq
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ _HOOK_OF_ACCELERATE = "_hf_hook"
 _DEPTH = 3  # of a vendor's objects: a weight's state, and in that the state of its scales
 _MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # kinds of x, of one module; doublings of a wait
 _get: Any = dict.get
-_facts_of = attrgetter("dtype", "shape", "requires_grad", "device", "__class__")
+_facts_of = attrgetter("dtype", "shape", "requires_grad", "device")
 _methods_of = attrgetter("forward", "__call__")
 
 
@@ -100,6 +100,7 @@ class Watch:
         if self.is_whole:
             frozen = [i for i, tensor in enumerate(tensors) if not tensor.requires_grad]
             self._frozen = frozen if packed else []
+            self._tensor_classes = [*map(type, tensors)]
             self._facts = [*map(_facts_of, tensors)]
             self._strides = [*map(Tensor.stride, tensors)]
             self._addresses = [*map(Tensor.data_ptr, tensors)]
@@ -151,12 +152,14 @@ class Watch:
             stands = (
                 type(module) is self._class
                 and len(home) == self._home_length
-                and all(map(is_, map(home.get, self._home_names), self._home_values))
-                and all(map(is_, map(_get, self._dicts, self._names), self._values))
+                # Lists compare what they hold by identity first, and else by value.
+                and [*map(home.get, self._home_names)] == self._home_values
+                and [*map(_get, self._dicts, self._names)] == self._values
                 and [*map(len, self._sized)] == self._lengths
                 and all(map(eq, self._lists, self._copies))
                 and [*map(type, self._parts)] == self._classes
                 and [*map(_methods_of, self._kinds)] == self._methods
+                and [*map(type, tensors)] == self._tensor_classes
                 and [*map(_facts_of, tensors)] == self._facts
                 and [*map(Tensor.stride, tensors)] == self._strides
                 and [tensors[i]._version for i in self._frozen] == self._versions
@@ -165,8 +168,8 @@ class Watch:
                 and not any(map(Tensor.is_inference, tensors))
             )
             addresses = [*map(Tensor.data_ptr, tensors)] if stands else []
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            return None  # a tensor is gone, or of another kind; things that can't be compared
+        except Exception:  # a tensor is gone, or of another kind; things that can't be compared
+            return None
         if stands and addresses != self._addresses:
             moves = [now ^ then for now, then in zip(addresses, self._addresses, strict=True)]
             stands = not (at_their_places or any([move & 15 for move in moves]))
