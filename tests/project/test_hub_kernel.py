@@ -4,16 +4,20 @@ import base64
 import hashlib
 import json
 import re
+import runpy
+import sys
+import types
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import hub_kernel
 import pytest
 import torch
 from device import DEVICE
+from hub_kernel import __main__ as hub_kernel
 from process import run_python
 
-EXAMPLE = re.findall(r"^```python\n(.*?)^```", hub_kernel._CARD, re.M | re.S)[-1]
+CARD = (hub_kernel.PACKAGE / "CARD.md").read_text()
+EXAMPLE = re.findall(r"^```python\n(.*?)^```", CARD, re.M | re.S)[-1]
 LOADED = """
 import sys, torch
 from pathlib import Path
@@ -41,6 +45,8 @@ def folder(tmp_path) -> Path:
 
 def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
     files = {path.name: path.read_bytes() for path in hub_kernel.KERNELS.glob("*.py")}
+    files["layers.py"] = (hub_kernel.PACKAGE / "layers.py").read_bytes()
+    files["__init__.py"] += b"\nfrom . import layers  # noqa: E402\n"
     places = [folder / "torch-ext" / "fastlora_kernels", *(folder / "build").iterdir()]
     assert {place.name for place in places} == {"fastlora_kernels", "torch-cuda", "torch-rocm"}
     for place in places:
@@ -48,12 +54,61 @@ def test_it_has_the_kernels_as_they_are_and_their_digests(folder):
     for build in places[1:]:
         metadata = json.loads((build / "metadata.json").read_text())
         assert metadata["id"].isidentifier()
+        assert metadata["backend"]["archs"] == hub_kernel.ARCHS[metadata["backend"]["type"]]
         assert build.name == f"torch-{metadata['backend']['type']}"
         digests = {name: hashlib.sha256(text).digest() for name, text in files.items()}
         listed = metadata["digest"]["files"]
         assert {name: base64.b64decode(text) for name, text in listed.items()} == digests
     with pytest.raises(FileExistsError):
         hub_kernel.write(folder)
+
+
+def test_its_parts_are_where_the_builder_looks(folder, tmp_path, monkeypatch):
+    assert {path.name for path in folder.iterdir()} == {
+        "CARD.md", "benchmarks", "build", "build.toml", "flake.nix", "tests", "torch-ext",
+    }  # fmt: skip
+    text = (folder / "build.toml").read_text()
+    assert "upstream" not in text
+    assert 'cuda_capabilities = ["8.0"' in text
+    monkeypatch.setenv("FASTLORA_REPOSITORY", "https://git.example/owner/name/")
+    hub_kernel.write(tmp_path / "named")
+    address = "https://git.example/owner/name"
+    assert f'upstream = "{address}"\n' in (tmp_path / "named/build.toml").read_text()
+    metadata = json.loads((tmp_path / "named/build/torch-cuda/metadata.json").read_text())
+    assert metadata["upstream"] == address
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        for place in (folder, tmp_path / "named"):
+            tomllib.loads((place / "build.toml").read_text())
+
+
+def test_the_package_s_own_tests_pass(folder, monkeypatch):
+    """As somebody runs them who has the package alone: its layer, forward and backward."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    printed = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=folder)
+    assert "5 passed" in printed
+
+
+def test_the_benchmark_computes_what_it_verifies(folder, monkeypatch):
+    """With a stand-in for the class of ``kernels``, and small shapes."""
+    import fastlora.kernels
+
+    stand_in = types.ModuleType("kernels.benchmark")
+    stand_in.Benchmark = object
+    monkeypatch.setitem(sys.modules, "kernels.benchmark", stand_in)
+    scope = runpy.run_path(str(folder / "benchmarks/benchmark.py"))
+    run = scope["LoRALinearBenchmark"]()
+    run.setup.__globals__.update(ROWS=34, WIDTH=48, RANK=8)
+    source = (hub_kernel.PACKAGE / "layers.py").read_text()
+    layers = types.ModuleType("fastlora.kernels.layers")
+    layers.__package__ = "fastlora.kernels"
+    exec(source, vars(layers))
+    run.device, run.kernel = DEVICE, types.SimpleNamespace(layers=layers)
+    run.setup()
+    run.benchmark_forward()
+    torch.testing.assert_close(run.out, run.verify_forward(), rtol=0.02, atol=0.02)
+    assert fastlora.kernels.project is layers.project
 
 
 def test_the_card_s_example_is_the_formula():
