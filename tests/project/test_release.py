@@ -1,9 +1,11 @@
 """A release: its notes and its tag; and another project's module of this package's name."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,25 @@ def test_a_tag_of_another_version_is_refused():
     found = notes("v9.9.9")
     assert found.returncode == 1
     assert f"tag v{__version__}" in found.stderr
+
+
+def test_conda_s_recipe_asks_for_what_the_wheel_asks_for(tmp_path, monkeypatch):
+    yaml = pytest.importorskip("yaml")
+    sdist = tmp_path / f"fastlora_kernels-{__version__}.tar.gz"
+    sdist.write_bytes(b"an sdist")
+    monkeypatch.setenv("FASTLORA_REPOSITORY", "https://git.example/owner/name")
+    recipe = yaml.safe_load(run_python("-m", "tools.conda_recipe", str(sdist), cwd=ROOT))
+    assert recipe["context"]["version"] == __version__
+    assert recipe["source"]["sha256"] == hashlib.sha256(b"an sdist").hexdigest()
+    assert recipe["about"]["homepage"] == "https://git.example/owner/name"
+    needs = recipe["requirements"]
+    asked = {re.sub("[>=].*", "", each).strip() for each in needs["run"] + needs["run_constraints"]}
+    wheel = {re.match(r"[\w-]+", each)[0] for each in requires("fastlora-kernels")}
+    extras = {each for each in requires("fastlora-kernels") if "extra ==" in each}
+    wheel -= {re.match(r"[\w-]+", each)[0] for each in extras} - {"numpy", "safetensors", "torch"}
+    assert asked == (wheel - {"torch"}) | {"python", "pytorch"}
+    with pytest.raises(AssertionError, match="is no sdist"):
+        run_python("-m", "tools.conda_recipe", "other.zip", cwd=ROOT)
 
 
 @pytest.fixture
