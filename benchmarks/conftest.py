@@ -6,8 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import fastlora
+
 from .cases import cpu_cases, gpu_cases, host_cases
 from .compare import Pair, check_ref, pair_with
+from .releases import ROWS
 from .report import heading, text
 from .results import FOLDER, describe_machine, results_path, write_results
 
@@ -17,6 +20,7 @@ _ROWS = pytest.StashKey[list[dict]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("fastlora").addoption
     option("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured")
+    option("--release", action="store_true", help="this release's rows, saved (releases.py)")
     option("--host", action="store_true", help="what a GPU costs the host, without one (host.py)")
     option("--base", metavar="REF", help="compare fastlora with this commit's")
     seconds = "of a row's rounds: more where the machine is shared"
@@ -47,6 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     of_device = gpu_cases if options.device == "cuda" else cpu_cases
     cases = (host_cases if options.host else of_device)()
     cases = [case for case in cases if not case.tiny or "quick" in options.keyword]
+    if options.release:
+        cases = [case for case in cases if case.id in ROWS]
     metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
 
@@ -73,8 +79,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(text(rows))
     met = [all(each["met"] for each in row["targets"]) for row in rows if row["targets"]]
     terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
-    if config.option.save_results is not None:
-        name = config.option.save_results or "host" * config.option.host
+    options = config.option
+    if options.release or options.save_results is not None:
+        name = options.save_results or "host" * options.host
+        name = f"release-{fastlora.__version__}" if options.release else name
         path = results_path(machine, name=name)
         write_results(path, machine, config.invocation_params.args, rows)
         terminalreporter.write_line(f"saved as {path}")

@@ -1,0 +1,87 @@
+"""What each release took: ``make bench ARGS=--release`` measures this one's rows.
+
+``python benchmarks/releases.py`` prints the table of docs/results.md, of the files that it left,
+one of a version and a device; ``--plot PICTURE.png`` draws it, which needs matplotlib.  Compared
+are ratios of one run, and times of two runs never.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+# What people run: a layer, DoRA, a gated MLP, experts, a quantised base, and a step of a model.
+ROWS = {
+    "2048x2048x2048-f32-r16-p0.1": "a layer",
+    "layer-dora-1024x1024x1024-f32-r16-p0.1": "DoRA",
+    "quantised-nf4-512x2048x2048-f32-r16-p0.1": "over NF4",
+    "qwen3-0.6b-mlp-512x1024x3072-f32-r16-p0.1": "a gated MLP",
+    "experts-512x1024x384-32top4-f32-r8-p0": "experts",
+    "qwen3-0.6b-step-512x1024x3072-4layers-f32-r16-p0.05": "a step",
+}
+
+
+def releases(folder: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Of each device and version, in order: of each row fastlora's time over PEFT's, and its
+    quartiles.  The last file of a version counts."""
+    found = {}
+    for path in sorted(folder.glob("*/release-*.json"), key=_order):
+        file = json.loads(path.read_text())
+        of_row = {
+            ROWS[row["id"]]: row["ratios"]["both"]["fastlora/peft"]
+            for row in file["rows"]
+            if row["id"] in ROWS and "fastlora/peft" in row["ratios"].get("both", {})
+        }
+        machine = file["machine"]
+        named = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch'].split('+')[0]}"
+        found[named, machine["fastlora"]] = of_row
+    return found
+
+
+def _order(path: Path) -> tuple:
+    _, version, when = re.fullmatch(r"(release)-([\d.]+)-([\d-]+)", path.stem).groups()
+    return path.parent.name, [*map(int, version.split("."))], when
+
+
+def table(folder: Path = RESULTS) -> str:
+    lines = [("machine", "release", *ROWS.values())]
+    for (machine, version), rows in releases(folder).items():
+        numbers = [f"{rows[name][1]:.2f}" if name in rows else "–" for name in ROWS.values()]
+        lines.append((machine, version, *numbers))
+    lines.insert(1, ("---",) * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(picture: Path, folder: Path = RESULTS) -> None:
+    """A panel of each row, a line of each machine: readable on a phone."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    made = releases(folder)
+    versions = sorted({version for _, version in made}, key=lambda v: [*map(int, v.split("."))])
+    machines = list(dict.fromkeys(machine for machine, _ in made))
+    with rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(5.2, 6.4), layout="constrained")
+        panels = figure.subplots(3, 2, sharex=True, sharey=True)
+        for panel, name in zip(panels.flat, ROWS.values(), strict=True):
+            panel.axhline(1.0, color="0.6", linewidth=1)
+            panel.set_title(name, fontsize=11)
+            for machine in machines:
+                places = [i for i, v in enumerate(versions) if name in made.get((machine, v), {})]
+                low, middle, high = zip(*[made[machine, versions[i]][name] for i in places])  # noqa: B905
+                panel.fill_between(places, low, high, alpha=0.2)
+                panel.plot(places, middle, marker="o", label=machine)
+        for panel in panels[-1]:
+            panel.set_xticks(range(len(versions)), versions)
+        panels[0, 0].set_ylim(0, 1.1)
+        figure.supylabel("time of forward and backward over PEFT's")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
+        figure.savefig(picture, dpi=150)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--plot"]:
+        plot(Path(sys.argv[2]))
+    else:
+        print(table())
