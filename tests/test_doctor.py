@@ -277,3 +277,12 @@ def test_an_interpreter_that_needs_an_older_numpy_is_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "needs numpy before 2.4" in machine.note_of_triton("3.6.0", has_hopper=False)
     assert not machine.note_of_triton("3.7.1", has_hopper=False)
+
+
+@pytest.mark.parametrize("driver", ["580.95.05", None])
+def test_a_gpu_s_driver_is_named(driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "_gpu", lambda index: "NVIDIA L4, sm_89, 22 GiB")
+    monkeypatch.setattr(machine.collect_env, "get_nvidia_driver_version", lambda run: driver)
+    found = machine.hardware([torch.device("cpu")])["accelerator"]
+    assert found == f"2 x NVIDIA L4, sm_89, 22 GiB, driver {driver or 'unknown'}"

@@ -21,7 +21,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, DIST = ROOT / ".cache" / "release", ROOT / "dist"
-NOT_BUILT = (".*", "out", "build", "dist", "*.egg-info", "__pycache__")
 
 
 def bare() -> None:
@@ -83,9 +82,10 @@ def check(what: str, *command: str | Path, cwd: Path = FOLDER) -> str:
 
 def build() -> None:
     """Both files, from a copy of the tree; dist/ changes once they are whole and right."""
+    from tools.matrix.clone import copy_of_clone  # which the environment of a step hasn't
+
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
-        source, out = Path(scratch, "source"), Path(scratch, "dist")
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_BUILT))
+        source, out = copy_of_clone(Path(scratch, "source")), Path(scratch, "dist")
         check("sdist and wheel", sys.executable, "-m", "build", "-n", "-o", out, source)
         check("twine", sys.executable, "-m", "twine", "check", "--strict", *out.iterdir())
         shutil.rmtree(DIST, ignore_errors=True)

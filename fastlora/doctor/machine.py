@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch.utils import collect_env
 
 from ..namesake import namesakes
 from ..version import __version__
@@ -36,6 +37,9 @@ def devices_here() -> list[torch.device]:
 def hardware(devices: list[torch.device]) -> dict[str, str]:
     gpus = Counter(map(_gpu, range(torch.cuda.device_count())))
     accelerators = [f"{count} x {gpu}" for gpu, count in gpus.items()]
+    if gpus and not torch.version.hip:
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)  # of nvidia-smi
+        accelerators.append(f"driver {driver or 'unknown'}")
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "system": platform.platform(),

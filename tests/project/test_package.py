@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import shutil
 import sys
 import tarfile
 import venv
@@ -11,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from matrix.clone import copy_of_clone
 from process import run_python
 
 from fastlora.version import __version__
@@ -186,10 +186,7 @@ def test_an_import_brings_in_fastlora_alone_and_works_without_triton_and_any_dev
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of what a clone holds, so that building leaves nothing in the checkout."""
-    folder = tmp_path_factory.mktemp("source") / "fastlora"
-    ignored = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=ignored)
-    return folder
+    return copy_of_clone(tmp_path_factory.mktemp("source") / "fastlora")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,12 @@ from glob import glob
 from pathlib import Path
 
 from .cells import Cell
+from .clone import ROOT, copy_of_clone
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".cache" / "matrix"
 _HERE = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 UV = shutil.which("uv", path=_HERE) or "uv"
 SETTINGS = {"UV_CACHE_DIR": str(ROOT / ".cache" / "uv"), "UV_PYTHON_DOWNLOADS": "never"}
-_NOT_IN_A_WHEEL = (".*", "out", "build", "dist", "*.egg-info", "__pycache__", "tests", "docs")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> tuple[bool, list[str]]:
@@ -51,7 +50,7 @@ def wheel() -> Path:
     source, out = FOLDER / "source", FOLDER / "wheel"
     for folder in (source, out):
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*_NOT_IN_A_WHEEL))
+    copy_of_clone(source)
     passed, lines = run(UV, "build", "--quiet", "--wheel", "--out-dir", out, source)
     if not passed:
         raise SystemExit(f"the wheel can't be built: {lines[-1]}")
