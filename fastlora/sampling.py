@@ -4,17 +4,24 @@ A merge and its reverse, computed, leave a 16-bit weight a little off, and a loo
 learning does that thousands of times.  Here the originals are kept, and come back as they were.
 """
 
-from collections import Counter
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
+from .layers.adapted import AdaptedWeight
 from .layers.modules import lora_layers, unwrap
 from .model.inject import check_model
-from .model.merge import merge_lora, unmerge_lora
-from .peft.merged import adapted_weights, merged_layers, send_to_cpu, why_not_merged
+from .model.merge import merge_in_turn, unmerge_lora
+from .peft.merged import (
+    adapted_weights,
+    memory_of,
+    merged_layers,
+    names_of_memory,
+    send_to_cpu,
+    why_not_merged,
+)
 from .peft.optimize import peft_layers
 from .projection import shown
 from .report import NO_LAYERS
@@ -30,8 +37,8 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
     parameters are put back.  Meanwhile adapters get no gradient.
 
     ``keep``: where the originals are meanwhile.  "device": where they lie, beside the merged
-    weights, which take ``bytes`` more.  "cpu": in the host's memory, a PEFT layer after the other,
-    layers of your own once all are merged; those that are tied to another module's stay.
+    weights, which take ``bytes`` more.  "cpu": in the host's memory, a layer after the other; those
+    that are tied to another module's stay.
 
     PEFT's layers are merged by PEFT, in a copy: DoRA, several active adapters, experts and
     bitsandbytes' layers too, which quantise what is merged again, and so sample a little off.
@@ -68,22 +75,19 @@ class merged:  # noqa: N801  # it reads as what a model is inside of it
             raise ValueError(reason)
         with ExitStack() as stack:
             if self._own:
-                merge_lora(self.model)
+                names = names_of_memory(self.model)
+
+                def move(layer: AdaptedWeight) -> None:
+                    original = layer.adapted_module._bases[layer.adapted_name]
+                    if isinstance(original, nn.Parameter) and names[memory_of(original)] == 1:
+                        send_to_cpu(original, stack)
+
+                merge_in_turn(self.model, True, True, move if self.keep == "cpu" else None)
                 stack.callback(unmerge_lora, self.model)
-                if self.keep == "cpu":
-                    self._keep_on_cpu(stack)
             inner = unwrap(self.model)
             stack.enter_context(merged_layers(inner, self._peft, self.keep == "cpu"))
             self._inside = stack.pop_all()
         return self.model
-
-    def _keep_on_cpu(self, stack: ExitStack) -> None:
-        """The originals of layers of your own, once all are merged."""
-        names = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
-        for _, layer in self._own:
-            original = layer.adapted_module._bases[layer.adapted_name]
-            if isinstance(original, nn.Parameter) and not names[id(original)]:
-                send_to_cpu(original, stack)
 
     def __exit__(
         self,

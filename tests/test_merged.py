@@ -273,3 +273,33 @@ def test_a_model_that_is_cast_inside_is_cast_behind_it():
         model.double()
     for name, p in model.named_parameters():
         assert torch.equal(p, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["peft", "own"])
+def test_originals_go_to_the_cpu_one_layer_after_the_other(name, monkeypatch):
+    """So that beside the merged weights no more than one original lies on the device."""
+    model, merged_then = KINDS[name](), []
+    layers = [m for m in model.modules() if isinstance(getattr(m, "merged", None), bool)]
+
+    def count(parameter, stack):
+        merged_then.append(sum(layer.merged for layer in layers))
+
+    for place in ("fastlora.sampling.send_to_cpu", "fastlora.peft.merged.send_to_cpu"):
+        monkeypatch.setattr(place, count)
+    with fastlora.merged(model, keep="cpu"):
+        pass
+    assert merged_then == [*range(1, len(merged_then) + 1)]
+    assert len(merged_then) > 1
+
+
+def test_originals_that_share_memory_stay(monkeypatch):
+    """Whoever else has a view of one would see another number, or none."""
+    model, sent = KINDS["peft"](), []
+    bases = [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer")]
+    first = bases[0].weight
+    model.register_parameter("view", nn.Parameter(first.detach()[:1], requires_grad=False))
+    monkeypatch.setattr("fastlora.peft.merged.send_to_cpu", lambda p, stack: sent.append(p))
+    with fastlora.merged(model, keep="cpu"):
+        pass
+    assert len(sent) == len(bases) - 1
+    assert all(each is not first for each in sent)

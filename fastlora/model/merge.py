@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,19 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
     device, or a merged weight would hold NaN or infinity.  Warns where a merged weight was tied to
     another module's, which it no longer is.
     """
-    layers = _layers(model)
     check_switch("keep_base", keep_base)
     check_switch("requantise", requantise)
+    return merge_in_turn(model, keep_base, requantise)
+
+
+def merge_in_turn(
+    model: nn.Module,
+    keep_base: bool,
+    requantise: bool,
+    after: Callable[[AdaptedWeight], None] | None = None,
+) -> nn.Module:
+    """:func:`merge_lora`; ``after`` is called with each layer once it is merged."""
+    layers = _layers(model)
     for name, layer in layers:
         layer.check_weight(called(name))
         if layer.merged:
@@ -70,6 +81,8 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
                 if isinstance(layer, LoRAQuantised) and requantise:
                     errors[name] = error
                 del merged
+                if after is not None:
+                    after(layer)
     except BaseException:
         for _, layer in layers:
             if layer.can_unmerge:
@@ -81,7 +94,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True, requantise: bool = T
             f"{len(errors)} merged weights were quantised again, which changed them by up to "
             f"{errors[worst]:.2g} of their size ({called(worst)}): requantise=False leaves them "
             "plain",
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
 
@@ -159,5 +172,5 @@ def _warn_of_ties(model: nn.Module, layers: list) -> None:
             f"the weights of {', '.join(tied)} were tied to other modules', which stay as they "
             "are: the merged ones are separate now. Before saving the merged model, set "
             "config.tie_word_embeddings = False.",
-            stacklevel=3,
+            stacklevel=4,
         )

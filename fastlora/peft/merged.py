@@ -89,7 +89,7 @@ def merged_layers(model: nn.Module, layers: Layers, on_cpu: bool) -> Iterator[No
 
     Those of several names, tied, stay where they are.
     """
-    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    names = names_of_memory(model)
     originals: dict[tuple[int, str], Any] = {}
     with ExitStack() as undone:
         for name, layer in active(layers):
@@ -102,7 +102,7 @@ def merged_layers(model: nn.Module, layers: Layers, on_cpu: bool) -> Iterator[No
                     layer.merge(safe_merge=True)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{called(name)} can't be merged: {error}") from error
-            if on_cpu and names[id(original)] == 1:
+            if on_cpu and names[memory_of(original)] == 1:
                 send_to_cpu(original, undone)
         yield
 
@@ -136,6 +136,15 @@ def _use_other_parameters(base: nn.Module) -> None:
     for name, parameter in base._parameters.items():
         if parameter is not None and is_plain(parameter):
             base._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def memory_of(parameter: Tensor) -> int:
+    return parameter.untyped_storage().data_ptr()
+
+
+def names_of_memory(model: nn.Module) -> Counter[int]:
+    """How many names each memory has: more than one if it is tied, by a parameter or a view."""
+    return Counter(memory_of(p) for _, p in model.named_parameters(remove_duplicate=False))
 
 
 def send_to_cpu(parameter: nn.Parameter, stack: ExitStack) -> None:
