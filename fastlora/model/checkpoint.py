@@ -132,24 +132,24 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         check_injection(model, injection)
     try:
         check_layers(model, config)
-        found = read_fitting(model, injection, stored, path / WEIGHTS)
-        if found.untied and not (fresh and found.wanted.keys() >= set(found.untied)):
+        fitting = read_fitting(model, injection, stored, path / WEIGHTS)
+        if fitting.untied and not (fresh and fitting.wanted.keys() >= set(fitting.untied)):
             raise ValueError(
-                f"{path / WEIGHTS} gives {some(found.untied)} values of their own, but the model "
+                f"{path / WEIGHTS} gives {some(fitting.untied)} values of their own, but the model "
                 "shares these weights with other modules: untie them first"
             )
-        brought = whole_tensors(outer, found.brought).items()
-        changed = [k for k, one in brought if not torch.equal(one, found.tensors[k].to(one))]
-        _warn(model, changed, found.tensors, path / WEIGHTS)
+        brought = whole_tensors(outer, fitting.brought).items()
+        changed = [k for k, one in brought if not torch.equal(one, fitting.tensors[k].to(one))]
+        _warn(model, changed, fitting.tensors, path / WEIGHTS)
     except BaseException:
         if fresh:
             undo_injection(model)
         raise
-    for key in found.untied:
+    for key in fitting.untied:
         untie(model, name_of(key))
     with torch.no_grad():
-        for key, parameter in (adapter_tensors(model, injection) | found.brought).items():
-            copy_whole(found.tensors[key], parameter)
+        for key, parameter in (adapter_tensors(model, injection) | fitting.brought).items():
+            copy_whole(fitting.tensors[key], parameter)
     if changed:
         model.__dict__[RECORD] = replace(injection, has_embeddings=True)
     return outer
@@ -223,12 +223,12 @@ def _with_weights(
     layers: Iterable[str],
 ) -> dict[str, _Number]:
     """The patterns, and a new one for the weight of each layer whose value isn't the default."""
-    own = {
+    of_layers = {
         ".".join(map(re.escape, weight_of(name).split("."))): value_of(name)
         for name in sorted(layers)
         if value_of(name) != default
     }
-    return {**patterns, **own}
+    return {**patterns, **of_layers}
 
 
 def short_targets(model: nn.Module, layers: Iterable[str]) -> list[str]:

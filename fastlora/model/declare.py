@@ -112,14 +112,14 @@ def _pretrained(model: nn.Module) -> Iterator[Any]:
 
 def _packed(model: nn.Module) -> dict[str, nn.Module]:
     """The packed weights of fastlora's, vendors' packed layers, and vendors' packed experts."""
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         vendor = vendor_of(module, getattr(module, "plain_class", None))  # also with an adapter
         is_theirs = vendor is not None and not getattr(module, "is_dense", False)
-        is_experts = any(own in module._parameters for own in packed_names(module))
+        is_experts = any(each in module._parameters for each in packed_names(module))
         if isinstance(module, PackedWeight) or is_theirs or is_experts:
-            found[plain_name(name)] = module
-    return found
+            modules[plain_name(name)] = module
+    return modules
 
 
 def _without(config: Any, outer: nn.Module) -> Any:

@@ -102,9 +102,9 @@ def read_header(path: Path) -> dict[str, Planned]:
     try:
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            found = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
+            facts = {k: (tuple(part.get_shape()), part.get_dtype()) for k, part in slices.items()}
             return {
-                k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in found.items()
+                k: Planned(shape, _TORCH_S.get(name, name)) for k, (shape, name) in facts.items()
             }
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None

@@ -169,8 +169,8 @@ def inject(
     for name, target in targets.items():
         target.module.__class__, adapter, alpha = made[name]
         settings = alpha, config.lora_dropout, config.use_rslora
-        own = [target.parameter] if target.parameter else []
-        cast(Any, target.module).attach_adapter(adapter, *settings, *own)
+        stacked = [target.parameter] if target.parameter else []
+        cast(Any, target.module).attach_adapter(adapter, *settings, *stacked)
     for module in saved.values():
         module.requires_grad_(True)
     for name in trained_biases(model, config.bias, targets):

@@ -52,7 +52,7 @@ class _Stack(NamedTuple):
     """Experts' weight that the checkpoint has packed: whose, and its name there."""
 
     module: nn.Module
-    own: str
+    parameter: str
     shapes: dict[str, tuple[int, ...]]  # of its bytes in the file, by key
     weight: Quantised  # on meta
 
@@ -103,10 +103,10 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
     made, packed = _missing_buffers(model), dict[nn.Module, dict[str, Quantised]]()
     records, values, layers = [], dict[int, Tensor](), dict[nn.Module, nn.Module]()
     for name, stack in stacks.items():
-        dense = weight_in(stack.module, stack.own)
+        dense = weight_in(stack.module, stack.parameter)
         weight = stack.read(stored, _home(dense))
         check_range(name, weight, dense.dtype)
-        packed.setdefault(stack.module, {})[stack.own] = weight
+        packed.setdefault(stack.module, {})[stack.parameter] = weight
         records.append(record_of(name, dense, weight))
     for name, keys in linears.items():
         linear: Any = model.get_submodule(name)
@@ -150,8 +150,8 @@ def _stored_in(folder: Path) -> dict[str, _Stored]:
     """Every tensor of the checkpoint, by key; no file's data is read."""
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX)
-        found = index.get("weight_map") if isinstance(index, dict) else None
-        places: dict[str, Any] = found if isinstance(found, dict) else {}
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        places: dict[str, Any] = weight_map if isinstance(weight_map, dict) else {}
         names = set(map(str, places.values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{folder / _INDEX} has no weight_map of keys to names of files")
@@ -177,21 +177,21 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
     stacks = {}
     for outer, module in model.named_modules():
         names = read_module(module).names
-        for own in names:
-            name = ".".join(filter(None, (outer, own)))
-            ends = {key.removeprefix(name) for key in stored if own and key.startswith(name)}
+        for parameter in names:
+            name = ".".join(filter(None, (outer, parameter)))
+            ends = {key.removeprefix(name) for key in stored if parameter and key.startswith(name)}
             is_gpt_oss = not ends.isdisjoint((_BLOCKS, _SCALES))
             if is_gpt_oss or any(end.startswith(".") for end in ends):
                 reason = why_not_experts(module, names)
                 if reason:
                     raise ValueError(f"{name} can't be packed: {reason}")
                 kind = next((kind for end, kind in _KINDS.items() if end in ends), "mxfp4")
-                stacks[name] = _stack(name, module, own, kind, is_gpt_oss)
+                stacks[name] = _stack(name, module, parameter, kind, is_gpt_oss)
     return stacks
 
 
-def _stack(name: str, module: nn.Module, own: str, kind: str, is_gpt_oss: bool) -> _Stack:
-    features = features_of(module, own)
+def _stack(name: str, module: nn.Module, parameter: str, kind: str, is_gpt_oss: bool) -> _Stack:
+    features = features_of(module, parameter)
     try:
         weight = packed_on_meta((features.experts, features.q, features.p), kind)
     except ValueError as error:
@@ -202,7 +202,7 @@ def _stack(name: str, module: nn.Module, own: str, kind: str, is_gpt_oss: bool) 
         blocks, scales = shapes.values()
         rows = (*blocks[:2], scales[2], MXFP4.block // 2)
         shapes = {name + _BLOCKS: rows, name + _SCALES: scales}
-    return _Stack(module, own, shapes, weight)
+    return _Stack(module, parameter, shapes, weight)
 
 
 def _fitting(
@@ -245,10 +245,10 @@ def _fitting(
 
 def _missing_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     """What is on meta and in no checkpoint, made by the model as when it is built; and where."""
-    found: list[tuple[dict[str, Any], str, Tensor]] = []
+    buffers: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, module in model.named_modules():
-        own = {n: module._buffers.get(n) for n in module._non_persistent_buffers_set}
-        lost = {n: b for n, b in own.items() if b is not None and b.is_meta}
+        of_module = {n: module._buffers.get(n) for n in module._non_persistent_buffers_set}
+        lost = {n: b for n, b in of_module.items() if b is not None and b.is_meta}
         if not lost:
             continue
         copied = twin(module, type(module))
@@ -265,8 +265,8 @@ def _missing_buffers(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor
                     f"{called(name)}'s {n} is on meta, no checkpoint has it, and the model's "
                     "_init_weights doesn't make it: build the model on the CPU"
                 )
-            found.append((module._buffers, n, value))
-    return found
+            buffers.append((module._buffers, n, value))
+    return buffers
 
 
 def _unmade(buffer: Tensor) -> float:

@@ -20,24 +20,25 @@ def packed_linears(model: nn.Module, keys: Iterable[str]) -> dict[str, list[str]
     keys = list(keys)
     marked = {key.removesuffix(end) for key in keys for end in (_FOUR_BIT, _FLOAT8) if end in key}
     inside = {name: (f"{name}.weight", f"{name}._weight_") for name in marked & layers}
-    return {name: [key for key in keys if key.startswith(own)] for name, own in inside.items()}
+    return {
+        name: [key for key in keys if key.startswith(starts)] for name, starts in inside.items()
+    }
 
 
 def read_linear(
     name: str,
-    linear: nn.Module,
+    linear: Any,
     tensors: dict[str, Tensor],
     about: Callable[[], dict[str, str]],
     device: torch.device,
 ) -> nn.Module:
-    """A layer in this one's place, on this device, but for its bias.
+    """A layer in the place of this nn.Linear, on this device, but for its bias.
 
     ``tensors``: its own of the file, by key; ``about``: what the file's header says.
     """
-    own: Any = linear
     if name + _FOUR_BIT in tensors:
         theirs: Any = import_module("bitsandbytes.nn")
-        made = theirs.Linear4bit(own.in_features, own.out_features, False, device="meta")
+        made = theirs.Linear4bit(linear.in_features, linear.out_features, False, device="meta")
         stats = {key.removeprefix(f"{name}.weight."): each for key, each in tensors.items()}
         made.weight = theirs.Params4bit.from_prequantized(
             stats.pop(f"{name}.weight"), stats, device=device, module=made
@@ -49,6 +50,6 @@ def read_linear(
         header = {"tensor_names": json.dumps([key]), key: about()[key]}
         weight = theirs.unflatten_tensor_state_dict(tensors, header)[0][key]
         how: Any = {"device": "meta", "dtype": weight.dtype}
-        made = nn.Linear(own.in_features, own.out_features, False, **how)
+        made = nn.Linear(linear.in_features, linear.out_features, False, **how)
         made.weight = nn.Parameter(weight.to(device), requires_grad=False)
     return made.train(linear.training)

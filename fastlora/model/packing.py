@@ -121,7 +121,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
             reason = "it is packed already"
         if module in wrapped:
             reason = "FSDP or DDP has it already: pack first"
-        held = [module, *[module._parameters.get(own) for own in names or ("weight",)]]
+        held = [module, *[module._parameters.get(parameter) for parameter in names or ("weight",)]]
         if not others.isdisjoint(map(id, held)):
             reason = (
                 "it is compiled, or tied to what isn't packed, which would keep its dense weight"
@@ -135,17 +135,17 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
                     f"{called(name)} can't be packed as {kind}: the model has another vendor's "
                     "layers, and its quantization_config can't name both"
                 )
-            found: Any = quantised_weight(made)
-            if isinstance(found, str):
-                raise ValueError(f"{called(name)} can't be packed as {kind}: {found}")
-            records.append(_record(name, matrix_of(module), found.weight))
+            packed: Any = quantised_weight(made)
+            if isinstance(packed, str):
+                raise ValueError(f"{called(name)} can't be packed as {kind}: {packed}")
+            records.append(_record(name, matrix_of(module), packed.weight))
             continue
         experts.append((module, {}))
-        for own in names:
-            where, dense = ".".join(filter(None, (name, own))), weight_in(module, own)
+        for parameter in names:
+            where, dense = ".".join(filter(None, (name, parameter))), weight_in(module, parameter)
             dense = dense.mT if getattr(module, "is_transposed", False) else dense
             try:
-                weight = experts[-1][1][own] = (
+                weight = experts[-1][1][parameter] = (
                     packed_on_meta(dense.shape, kind)
                     if dense.is_meta
                     else pack_weight(dense.detach(), kind)
@@ -166,40 +166,44 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
     named = {plain_name(name): module for name, module in model.named_modules()}
     experts = {name: module for name, module in named.items() if not read_module(module).reason}
     if modules is None:
-        found = {name: module for name, module in experts.items() if not packed_names(module)}
-        if found:
-            return found
+        dense = {name: module for name, module in experts.items() if not packed_names(module)}
+        if dense:
+            return dense
         raise ValueError("the model has no dense experts that fastlora knows: say what in modules")
     if not isinstance(modules, str | Sequence | Set):
         raise ValueError(f"modules is {shown(modules)}, but must be a list of names, or a pattern")
-    found = {}
+    chosen: dict[str, nn.Module] = {}
     for one in [modules] if isinstance(modules, str) else [(each,) for each in modules]:
         test = name_test(one)
         matched = {name: module for name, module in named.items() if name and test(name)}
         if not matched:
             what = one if isinstance(one, str) else one[0]
             raise ValueError(f"modules has {shown(what)}, which matches no module")
-        found |= matched
-    others = [name for name in found if name not in experts and type(found[name]) is not nn.Linear]
+        chosen |= matched
+    others = [
+        name for name in chosen if name not in experts and type(chosen[name]) is not nn.Linear
+    ]
     if others:
-        kind = type(found[others[0]]).__name__
+        kind = type(chosen[others[0]]).__name__
         raise ValueError(
             f"{some(others)} can't be packed: a {kind} is neither experts that fastlora knows nor "
             "a torch.nn.Linear"
         )
-    return found
+    return chosen
 
 
 def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
     """The ids of parameters outside of the chosen modules, and of layers that are compiled."""
-    found, packed = set[int](), set(chosen)  # modules are hashed by identity
+    ids, packed = set[int](), set(chosen)  # modules are hashed by identity
     for module in model.modules():
         compiled = module._modules.get("_orig_mod")
         if isinstance(compiled, nn.Linear):  # another one in its place would never be called
-            found.add(id(compiled))
+            ids.add(id(compiled))
         if module not in packed:
-            found |= {id(own) for own in module._parameters.values() if own is not None}
-    return found
+            ids |= {
+                id(parameter) for parameter in module._parameters.values() if parameter is not None
+            }
+    return ids
 
 
 def _record(name: str, dense: Tensor, packed: Quantised) -> PackedRecord:
@@ -244,7 +248,7 @@ def packed_on_meta(shape: Sequence[int], kind: str) -> Quantised:
     return Quantised(format, tuple([t.new_empty(count, *t.shape) for t in tensors]))
 
 
-def _packed_linear(name: str, linear: nn.Module, kind: str) -> nn.Module:
+def _packed_linear(name: str, linear: Any, kind: str) -> nn.Module:
     """A layer in the place of this one, packed by its vendor."""
     package = {"nf4": "bitsandbytes", "fp8": "torchao"}.get(kind)
     if package is None:
@@ -259,16 +263,17 @@ def _packed_linear(name: str, linear: nn.Module, kind: str) -> nn.Module:
             f"{name} can't be packed as {kind} without {package}: "
             "pip install 'fastlora-kernels[quantised]'"
         ) from error
-    own: Any = linear
-    if own.weight.is_meta or is_hooked(linear):
+    if linear.weight.is_meta or is_hooked(linear):
         raise ValueError(f"{name} can't be packed: it is on meta, or something acts on its calls")
     if kind == "fp8":
         made: Any = nn.Sequential(twin(linear, nn.Linear))
         theirs.quantize_(made, theirs.Float8WeightOnlyConfig())
         return made[0]
     how = {"quant_type": "nf4", "compress_statistics": False}
-    sizes = own.in_features, own.out_features, own.bias is not None, own.weight.dtype
+    sizes = linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype
     made = theirs.Linear4bit(*sizes, **how, device="meta")
-    weight = theirs.Params4bit(own.weight.detach().cpu(), requires_grad=False, module=made, **how)
-    made.weight, made.bias = weight.to(own.weight.device), own.bias
+    weight = theirs.Params4bit(
+        linear.weight.detach().cpu(), requires_grad=False, module=made, **how
+    )
+    made.weight, made.bias = weight.to(linear.weight.device), linear.bias
     return made.train(linear.training)

@@ -107,9 +107,9 @@ def find_targets(
                 f"{name} can't take an adapter: the {around[name]} around it reads its weight "
                 "without calling it, so the adapter would be skipped in evaluation"
             )
-    found = {name: Target(module) for name, module in matched.items()} | experts
-    check_places(model, [target.module for target in found.values()], saved)
-    return found
+    targets = {name: Target(module) for name, module in matched.items()} | experts
+    check_places(model, [target.module for target in targets.values()], saved)
+    return targets
 
 
 def _find_experts(
@@ -148,7 +148,7 @@ def _find_experts(
                 f"target_parameters names {name}, a Conv1D's weight [in, out], which PEFT "
                 "takes for [out, in]: name the layer in target_modules"
             )
-    found = {}
+    targets = {}
     for owner, parameters in by_module.items():
         module = model.get_submodule(owner)
         reason = why_not_experts(module, parameters)
@@ -158,8 +158,8 @@ def _find_experts(
                 f"adapter: it is no linear layer's weight, and as experts {reason}"
             )
         for parameter in parameters:
-            found[f"{owner}.{parameter}" if owner else parameter] = Target(module, parameter)
-    return found
+            targets[f"{owner}.{parameter}" if owner else parameter] = Target(module, parameter)
+    return targets
 
 
 def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collection[str]) -> None:
@@ -224,15 +224,15 @@ def modules_to_save(
     """
     asked = config.modules_to_save or ()
     names = (*asked, *_HEADS_BY_TASK.get(config.task_type or "", ()))
-    found = {n: module for n, module in model.named_modules() if n and n.endswith(names)}
+    modules = {n: module for n, module in model.named_modules() if n and n.endswith(names)}
     for wanted in asked if every_name else ():
-        if not any(name.endswith(wanted) for name in found):
+        if not any(name.endswith(wanted) for name in modules):
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
                 f"modules_to_save has {wanted!r}, which matches no module of the model "
                 f"({children}, …)"
             )
-    return found
+    return modules
 
 
 def trained_biases(model: nn.Module, bias: str, layers: Iterable[str]) -> list[str]:
@@ -267,8 +267,8 @@ def _target_test(model: nn.Module, config: LoRAConfig) -> Callable[[str], bool]:
     def in_layers(name: str) -> bool:
         if numbers is None:
             return True
-        found = next(filter(None, (re.match(form, name) for form in forms)), None)
-        return found is not None and int(found.group(1)) in numbers
+        match = next(filter(None, (re.match(form, name) for form in forms)), None)
+        return match is not None and int(match.group(1)) in numbers
 
     if targets is None:
         attention = _attention_projections(model)
@@ -395,7 +395,7 @@ def embeddings_of(model: nn.Module, which: str) -> nn.Module | None:
     """The "input" or "output" embeddings of a transformers model; None where it has none."""
     get = getattr(model, f"get_{which}_embeddings", None)
     try:
-        found = get() if callable(get) else None
+        embedding = get() if callable(get) else None
     except NotImplementedError:
         return None
-    return found if isinstance(found, nn.Module) else None
+    return embedding if isinstance(embedding, nn.Module) else None

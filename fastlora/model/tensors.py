@@ -73,8 +73,8 @@ def pairs_of(names: Iterable[str], experts: Collection[str]) -> dict[str, tuple[
         module = name.rpartition(".")[0] if name in experts else name
         by_module.setdefault(module, []).append(name)
     pairs = {}
-    for module, own in by_module.items():
-        for outside, name in enumerate(reversed(own)):
+    for module, weights in by_module.items():
+        for outside, name in enumerate(reversed(weights)):
             layer = ".".join(filter(None, (module, *["base_layer"] * outside)))
             pairs[name] = _key(layer, "lora_A.weight"), _key(layer, "lora_B.weight")
     return pairs

@@ -32,21 +32,21 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 def read(layer: nn.Module) -> PackedLayer | str:
     try:
-        found = _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
-        if isinstance(found, PackedLayer) and found.is_whole:
-            found.weight.format.check(found.weight.tensors)
-        return found
+        packed = _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
+        if isinstance(packed, PackedLayer) and packed.is_whole:
+            packed.weight.format.check(packed.weight.tensors)
+        return packed
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         return f"its quantisation state is broken: {error}"
 
 
 def pack(layer: nn.Module, weight: Tensor) -> None:
-    own: Any = layer
-    kind, device = type(own.weight), own.weight.device
+    theirs: Any = layer
+    kind, device = type(theirs.weight), theirs.weight.device
     if hasattr(layer, "state"):
-        own.weight = kind(weight.half().cpu(), requires_grad=False).to(device)
-        own.state = copy(own.state)
-        own.state.CB = own.state.SCB = None  # the layer takes them from its weight, again
+        theirs.weight = kind(weight.half().cpu(), requires_grad=False).to(device)
+        theirs.state = copy(theirs.state)
+        theirs.state.CB = theirs.state.SCB = None  # the layer takes them from its weight, again
         return
     state = _state_of(layer)
     made = kind(
@@ -55,10 +55,10 @@ def pack(layer: nn.Module, weight: Tensor) -> None:
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
-        quant_storage=own.weight.dtype,
+        quant_storage=theirs.weight.dtype,
     )
-    own.weight = made.to(device)
-    own.quant_state = own.weight.quant_state
+    theirs.weight = made.to(device)
+    theirs.quant_state = theirs.weight.quant_state
 
 
 def keep_gradients(layer: nn.Module) -> None:
@@ -67,13 +67,14 @@ def keep_gradients(layer: nn.Module) -> None:
     On a CPU with AVX512-BF16 such a call lays the weight anew, for a kernel without gradients, and
     rounds its absmax to bfloat16.
     """
-    own: Any = layer
+    theirs: Any = layer
     if hasattr(layer, _REPACKS) and derived_from(type(layer), _MODULES, "Linear4bit"):
         setattr(layer, _REPACKS, False)
-        if getattr(_state_of(own), "packing_format_for_cpu", False):
+        if getattr(_state_of(theirs), "packing_format_for_cpu", False):
             back = sys.modules[_MODULES]._convert_weight_packed_for_cpu_inverse
-            own.weight.data, own.weight.quant_state = back(own.weight.data, _state_of(own))
-            own.quant_state = own.weight.quant_state
+            weight = theirs.weight
+            weight.data, weight.quant_state = back(weight.data, _state_of(theirs))
+            theirs.quant_state = weight.quant_state
 
 
 def repack_again(layer: nn.Module) -> None:
@@ -84,9 +85,9 @@ def repack_again(layer: nn.Module) -> None:
 
 def before_loading(layer: nn.Module) -> None:
     """Let a Linear8bitLt that has been called take the SCB of a state dict: its weight has it."""
-    own: Any = layer
-    if derived_from(type(layer), _MODULES, "Linear8bitLt") and own.state.SCB is not None:
-        own.weight.SCB = own.state.SCB
+    theirs: Any = layer
+    if derived_from(type(layer), _MODULES, "Linear8bitLt") and theirs.state.SCB is not None:
+        theirs.weight.SCB = theirs.state.SCB
 
 
 def _state_of(layer: Any) -> Any:
@@ -96,26 +97,28 @@ def _state_of(layer: Any) -> Any:
 
 
 def _read_four_bit(layer: Any) -> PackedLayer | str:
-    state, own = _state_of(layer), layer.weight
+    state, weight = _state_of(layer), layer.weight
     if state is None:
         return "its weight isn't quantised as yet: .to(device) does that"
     if getattr(state, "packing_format_for_cpu", False):
-        # Its kernel knows no gradient.  A layer with an adapter of its own has no other call.
+        # Its kernel knows no gradient.  A layer with an adapter of its weight has no other call.
         if torch.is_grad_enabled() or hasattr(layer, "lora_A"):
             return _read_repacked(layer, state)
         return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
     # FSDP has made a weight anew that doesn't know, and bytes it doesn't cast.
-    storage = getattr(own, "quant_storage", None) or getattr(layer, "quant_storage", own.dtype)
-    if storage.is_floating_point and own.dtype != storage:
+    storage = getattr(weight, "quant_storage", None) or getattr(
+        layer, "quant_storage", weight.dtype
+    )
+    if storage.is_floating_point and weight.dtype != storage:
         return (
-            f"its packed numbers, stored as {storage}, were cast to {own.dtype}: make "
+            f"its packed numbers, stored as {storage}, were cast to {weight.dtype}: make "
             "bnb_4bit_quant_storage the dtype that FSDP's mixed precision casts to"
         )
     rows, columns = state.shape
     if (rows, columns) != (layer.out_features, layer.in_features):
         return f"its quantisation state is of a weight of shape {tuple(state.shape)}"
-    packed = own.detach()
-    if not is_dtensor(own):  # FSDP's between calls, which nothing reads
+    packed = weight.detach()
+    if not is_dtensor(weight):  # FSDP's between calls, which nothing reads
         packed = packed.view(torch.uint8).view(-1)
     tensors: tuple[Tensor, ...] = (packed, state.absmax)
     nested = 0
@@ -167,8 +170,8 @@ def _codes_and_scale(layer: Any) -> tuple[Tensor, Tensor | None]:
 
     A model's move to another device leaves the state's behind.
     """
-    own, state = layer.weight, layer.state
-    codes = own.CB if own.CB is not None else state.CB
-    codes = own.detach() if codes is None else codes.detach()
-    scale = own.SCB if own.SCB is not None else state.SCB
-    return codes.to(own.device), None if scale is None else scale.to(own.device)
+    weight, state = layer.weight, layer.state
+    codes = weight.CB if weight.CB is not None else state.CB
+    codes = weight.detach() if codes is None else codes.detach()
+    scale = weight.SCB if weight.SCB is not None else state.SCB
+    return codes.to(weight.device), None if scale is None else scale.to(weight.device)

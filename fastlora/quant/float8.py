@@ -28,21 +28,21 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 def read(layer: nn.Module) -> PackedLayer | str:
     theirs: Any = layer
-    own, scale = theirs.weight.detach(), theirs.weight_scale_inv.detach()
-    if own.element_size() > 1:
-        return f"its weight is dense {own.dtype}, in a class for float8"
-    if own.dtype == torch.int8:
+    weight, scale = theirs.weight.detach(), theirs.weight_scale_inv.detach()
+    if weight.element_size() > 1:
+        return f"its weight is dense {weight.dtype}, in a class for float8"
+    if weight.dtype == torch.int8:
         return "its weight has 4 bits (float4), which no format reads"
     try:
-        (n, k), (rows, columns) = own.shape, _block(layer)
+        (n, k), (rows, columns) = weight.shape, _block(layer)
         blocks = -(-n // rows), -(-k // columns)
         if scale.numel() == blocks[0] * blocks[1]:
             scale = scale.view(blocks)
-        format = Float8(n, k, name_of(own.dtype), rows, columns)
-        format.check((own, scale))
+        format = Float8(n, k, name_of(weight.dtype), rows, columns)
+        format.check((weight, scale))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"its float8 weight is broken: {error}"
-    return PackedLayer(Quantised(format, (own, scale)), rounds_input=True)
+    return PackedLayer(Quantised(format, (weight, scale)), rounds_input=True)
 
 
 def experts_weight(experts: nn.Module, name: str) -> Quantised | str:
@@ -52,15 +52,15 @@ def experts_weight(experts: nn.Module, name: str) -> Quantised | str:
     scale for all of an expert, for each half of its rows (gate and up), or for each row.
     """
     theirs: Any = experts
-    own, scale = getattr(theirs, name).detach(), getattr(theirs, f"{name}{SCALE}").detach()
+    codes, scale = getattr(theirs, name).detach(), getattr(theirs, f"{name}{SCALE}").detach()
     try:
-        _, n, k = own.shape
-        if own.dtype == torch.int8:
-            weight = Quantised(MXFP4(n, 2 * k), (own, scale))
+        _, n, k = codes.shape
+        if codes.dtype == torch.int8:
+            weight = Quantised(MXFP4(n, 2 * k), (codes, scale))
         else:
             count = scale.shape[1]
             rows, columns = theirs.block_size or (n // count if count in (1, 2, n) else 0, k)
-            weight = Quantised(Float8(n, k, name_of(own.dtype), rows, columns), (own, scale))
+            weight = Quantised(Float8(n, k, name_of(codes.dtype), rows, columns), (codes, scale))
         weight.check()
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"its {name} is broken: {error}"
@@ -80,8 +80,8 @@ def _block(layer: Any) -> tuple[int, int]:
 
 
 def pack(layer: nn.Module, weight: Tensor) -> None:
-    own, theirs = layer, sys.modules[_MODULE]  # type: Any, Any
-    codes, scale = own.weight, own.weight_scale_inv
+    linear, theirs = layer, sys.modules[_MODULE]  # type: Any, Any
+    codes, scale = linear.weight, linear.weight_scale_inv
     rounds = "ue8m0" if scale.dtype == torch.float8_e8m0fnu else "float"
     config = SimpleNamespace(weight_block_size=_block(layer), scale_fmt=rounds)
     quantise = theirs.Fp8Quantize(SimpleNamespace(quantization_config=config)).convert
@@ -91,6 +91,6 @@ def pack(layer: nn.Module, weight: Tensor) -> None:
             f"transformers makes no {codes.dtype} of a weight {tuple(weight.shape)} in blocks of "
             f"{_block(layer)}: leave the merged weight dense"
         )
-    own.weight = nn.Parameter(made["weight"], requires_grad=False)
-    found = made["weight_scale_inv"].view(scale.shape).to(scale.dtype)
-    own.weight_scale_inv = nn.Parameter(found, requires_grad=False)
+    linear.weight = nn.Parameter(made["weight"], requires_grad=False)
+    new_scale = made["weight_scale_inv"].view(scale.shape).to(scale.dtype)
+    linear.weight_scale_inv = nn.Parameter(new_scale, requires_grad=False)

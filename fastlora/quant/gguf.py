@@ -24,13 +24,13 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
-    own: Any = layer
-    kind = _KINDS.get(own.ggml_type)
+    theirs: Any = layer
+    kind = _KINDS.get(theirs.ggml_type)
     if kind is None:
-        return f"its GGUF type has number {own.ggml_type}, which no format reads"
-    order = own.input_permutation
-    format = Gguf(own.out_features, own.in_features, kind, order is not None)
-    tensors = (own.weight.detach(),) if order is None else (own.weight.detach(), order)
+        return f"its GGUF type has number {theirs.ggml_type}, which no format reads"
+    order = theirs.input_permutation
+    format = Gguf(theirs.out_features, theirs.in_features, kind, order is not None)
+    tensors = (theirs.weight.detach(),) if order is None else (theirs.weight.detach(), order)
     try:
         format.check(tensors)
     except ValueError as error:
@@ -45,12 +45,12 @@ def is_experts(kind: type[nn.Module]) -> bool:
 def experts_weight(experts: nn.Module, name: str) -> Quantised | str:
     """A weight of ``GgufExperts`` as a stack [E, N, K], of its own memory; or why it can't be."""
     theirs: Any = experts
-    is_down, own = name == "down_proj", getattr(theirs, name).detach()
+    is_down, packed = name == "down_proj", getattr(theirs, name).detach()
     number = theirs.down_type if is_down else theirs.gate_up_type
     if number not in _KINDS:
         return f"the GGUF type of its {name} has number {number}, which no format reads"
     columns = theirs.intermediate_dim if is_down else theirs.hidden_dim
-    weight = Quantised(Gguf(own.shape[1], columns, _KINDS[number]), (own,))
+    weight = Quantised(Gguf(packed.shape[1], columns, _KINDS[number]), (packed,))
     try:
         weight.check()
     except ValueError as error:

@@ -24,23 +24,23 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
-    own: Any = layer
+    theirs: Any = layer
     kind = _theirs(type(layer))
     if kind is None or kind.__name__ not in _READ:
         return "its numbers lie as its kernel reads them: GPTQConfig(backend='auto_trainable')"
-    if own.planar or own.pack_dtype != torch.int32:
+    if theirs.planar or theirs.pack_dtype != torch.int32:
         return "its numbers lie in planes, or in other words than int32"
-    if own.adapter is not None:
+    if theirs.adapter is not None:
         return "it has an adapter of GPTQ-Model's"
-    if own.online_full_had or own.online_partial_had:
+    if theirs.online_full_had or theirs.online_partial_had:
         return "its input is rotated (Hadamard) before its weight is used"
     try:
-        rows, columns, scales = own.out_features, own.in_features, own.scales
+        rows, columns, scales = theirs.out_features, theirs.in_features, theirs.scales
         groups = len(scales)
         compute = name_of(scales.dtype)
-        ordered = _ORDERED.ask(own.g_idx, lambda g_idx: _is_ordered(g_idx, groups))
-        format = Gptq(rows, columns, own.bits, groups, compute, ordered)
-        tensors = tuple(t.detach() for t in (own.qweight, own.qzeros, scales, own.g_idx))
+        ordered = _ORDERED.ask(theirs.g_idx, lambda g_idx: _is_ordered(g_idx, groups))
+        format = Gptq(rows, columns, theirs.bits, groups, compute, ordered)
+        tensors = tuple(t.detach() for t in (theirs.qweight, theirs.qzeros, scales, theirs.g_idx))
         format.check(tensors)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         return f"its quantisation state is broken: {error}"

@@ -21,10 +21,10 @@ def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
-    own: Any = layer
-    if not own.ready:
+    theirs: Any = layer
+    if not theirs.ready:
         return "its weight isn't quantised as yet"
-    meta = own.meta
+    meta = theirs.meta
     if meta["axis"] != 1:
         return f"its groups run down the columns (axis={meta['axis']}): only those in rows are read"
     if not meta["packing"] or meta["nbits"] not in (1, 2, 3, 4, 8):
@@ -32,7 +32,7 @@ def read(layer: nn.Module) -> PackedLayer | str:
     if meta.get("quant_zero") or meta.get("quant_scale") or "zero_scale" in meta:
         return "its scales or zero points are packed, too"
     try:
-        packed = own.W_q.detach()
+        packed = theirs.W_q.detach()
         if meta["view_as_float"]:
             packed = packed.view(meta["unpack_view_dtype"])
         rows, columns = meta["shape"]
@@ -56,12 +56,12 @@ def _keepable(tensor: Tensor) -> Tensor:
 
 
 def pack(layer: nn.Module, weight: Tensor) -> None:
-    own: Any = layer
-    settings = own.quant_config["weight_quant_params"]
-    place = {"device": own.device, "compute_dtype": own.compute_dtype}
+    theirs: Any = layer
+    settings = theirs.quant_config["weight_quant_params"]
+    place = {"device": theirs.device, "compute_dtype": theirs.compute_dtype}
     packed, meta = sys.modules[_MODULE].Quantizer.quantize(weight, **place, **settings)
     kept = ("quant_scale", "quant_zero", "compute_dtype")
-    meta |= {name: own.meta[name] for name in kept if name in own.meta}
+    meta |= {name: theirs.meta[name] for name in kept if name in theirs.meta}
     for name in ("scale", "zero"):  # in the layer's dtype, in which HQQ computes
-        meta[name] = meta[name].to(own.meta[name].dtype)
-    own.W_q, own.meta = nn.Parameter(packed, requires_grad=False), meta
+        meta[name] = meta[name].to(theirs.meta[name].dtype)
+    theirs.W_q, theirs.meta = nn.Parameter(packed, requires_grad=False), meta

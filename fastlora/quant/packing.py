@@ -68,10 +68,10 @@ def packing_error(weight: Tensor, packed: Quantised) -> float:
             source = packed if weight.dim() == 2 else packed.one(i)
             step = rows_at_a_time(matrix)
             for first in range(0, len(matrix), step):
-                own = matrix[first : first + step].double()
-                made = source.read(first, torch.empty_like(own, dtype=torch.float32))
-                error += float((made - own).square_().sum())
-                size += float(own.square_().sum())
+                exact = matrix[first : first + step].double()
+                made = source.read(first, torch.empty_like(exact, dtype=torch.float32))
+                error += float((made - exact).square_().sum())
+                size += float(exact.square_().sum())
     return (error / size) ** 0.5 if size else 0.0
 
 

@@ -21,40 +21,40 @@ PARTS: tuple[str, ...] = ("weight",)
 def owns(layer: nn.Module, kind: type[nn.Module]) -> bool:
     if getattr(kind, "forward", None) is not nn.Linear.forward:
         return False
-    own = layer._parameters.get("weight")
-    if own is None or is_plain(own):  # whose class's bases torch.compile couldn't walk
+    weight = layer._parameters.get("weight")
+    if weight is None or is_plain(weight):  # whose class's bases torch.compile couldn't walk
         return False
-    return derived_from(type(own), "torchao", "TorchAOBaseTensor") is not None
+    return derived_from(type(weight), "torchao", "TorchAOBaseTensor") is not None
 
 
 def read(layer: nn.Module) -> PackedLayer | str:
-    own: Any = layer.weight
-    name = type(own).__name__
+    weight: Any = layer.weight
+    name = type(weight).__name__
     kinds = {
         "Int8Tensor": _int8,
         "IntxUnpackedToInt8Tensor": _intx,
         "Int4Tensor": _int4,
         "Float8Tensor": _float8,
     }
-    if not _is(own, name) or name not in kinds:
+    if not _is(weight, name) or name not in kinds:
         laid = ": its numbers lie as one kernel reads them" if name.startswith("Int4") else ""
         return f"its weight is torchao's {name}, which no format reads{laid}"
-    if own.dim() != 2:
-        return f"its weight has shape {tuple(own.shape)}"
-    if getattr(own, "act_pre_scale", None) is not None:
+    if weight.dim() != 2:
+        return f"its weight has shape {tuple(weight.shape)}"
+    if getattr(weight, "act_pre_scale", None) is not None:
         return "its input is scaled before its weight is used (act_pre_scale)"
     try:
-        found = kinds[name](own)
-        if not isinstance(found, str):
-            found.format.check(found.tensors)
+        quantised = kinds[name](weight)
+        if not isinstance(quantised, str):
+            quantised.format.check(quantised.tensors)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         return f"its {name} is broken: {error}"
-    return found if isinstance(found, str) else PackedLayer(found)
+    return quantised if isinstance(quantised, str) else PackedLayer(quantised)
 
 
 def pack(layer: nn.Module, weight: Tensor) -> None:
-    own: Any = layer.weight
-    kind: Any = type(own)
+    theirs: Any = layer.weight
+    kind: Any = type(theirs)
     settings: dict[str, Any] = {}
     if kind.__name__ == "Int4Tensor":
         raise ValueError(
@@ -62,53 +62,53 @@ def pack(layer: nn.Module, weight: Tensor) -> None:
         )
     if kind.__name__ == "IntxUnpackedToInt8Tensor":
         mapping = sys.modules["torchao.quantization.quant_primitives"].MappingType
-        settings["mapping_type"] = mapping.SYMMETRIC if _is_zero(own) else mapping.ASYMMETRIC
-        settings |= {"block_size": tuple(own.block_size), "target_dtype": own.target_dtype}
+        settings["mapping_type"] = mapping.SYMMETRIC if _is_zero(theirs) else mapping.ASYMMETRIC
+        settings |= {"block_size": tuple(theirs.block_size), "target_dtype": theirs.target_dtype}
     else:
-        settings["granularity"] = _granularity(own)
+        settings["granularity"] = _granularity(theirs)
     if kind.__name__ == "Float8Tensor":
-        settings |= {"float8_dtype": own.qdata.dtype, "mm_config": own.mm_config}
-        settings["kernel_preference"] = own.kernel_preference
-    packed = kind.from_hp(weight.to(own.dtype), **settings)
+        settings |= {"float8_dtype": theirs.qdata.dtype, "mm_config": theirs.mm_config}
+        settings["kernel_preference"] = theirs.kernel_preference
+    packed = kind.from_hp(weight.to(theirs.dtype), **settings)
     layer.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def _is(own: Tensor, name: str) -> bool:
-    return is_class(type(own), "torchao.quantization", name)
+def _is(weight: Tensor, name: str) -> bool:
+    return is_class(type(weight), "torchao.quantization", name)
 
 
-def _int8(own: Any) -> Quantised | str:
-    if own.act_quant_kwargs is not None:
+def _int8(weight: Any) -> Quantised | str:
+    if weight.act_quant_kwargs is not None:
         return _why_rounding("8 bits")
-    return _whole_numbers(own, 8)
+    return _whole_numbers(weight, 8)
 
 
-def _intx(own: Any) -> Quantised | str:
-    if own.activation_quantization is not None:
+def _intx(weight: Any) -> Quantised | str:
+    if weight.activation_quantization is not None:
         return _why_rounding("8 bits")
-    return _whole_numbers(own, int(str(own.target_dtype).removeprefix("torch.int")))
+    return _whole_numbers(weight, int(str(weight.target_dtype).removeprefix("torch.int")))
 
 
-def _int4(own: Any) -> Quantised | str:
-    if own.activation_dtype != torch.bfloat16:
+def _int4(weight: Any) -> Quantised | str:
+    if weight.activation_dtype != torch.bfloat16:
         return _why_rounding("float8")
-    rows, columns = own.shape
-    height, group = map(int, own.block_size)
+    rows, columns = weight.shape
+    height, group = map(int, weight.block_size)
     if height != 1:
         return f"its groups are blocks of {(height, group)}"
-    compute = name_of(own.scale.dtype)
-    tensors = (own.qdata, own.scale, own.zero_point)
+    compute = name_of(weight.scale.dtype)
+    tensors = (weight.qdata, weight.scale, weight.zero_point)
     return Quantised(Int4Groups(rows, columns, group, compute), tensors)
 
 
-def _float8(own: Any) -> Quantised | str:
-    if own.act_quant_kwargs is not None:
+def _float8(weight: Any) -> Quantised | str:
+    if weight.act_quant_kwargs is not None:
         return _why_rounding("float8")
-    rows, columns = own.shape
-    height, width = map(int, own.block_size or (rows, columns))
-    code = name_of(own.qdata.dtype)
+    rows, columns = weight.shape
+    height, width = map(int, weight.block_size or (rows, columns))
+    code = name_of(weight.qdata.dtype)
     format = Float8(rows, columns, code, height, width)
-    return Quantised(format, (own.qdata, own.scale.view(-(-rows // height), -1)))
+    return Quantised(format, (weight.qdata, weight.scale.view(-(-rows // height), -1)))
 
 
 def _why_rounding(what: str) -> str:
@@ -118,26 +118,28 @@ def _why_rounding(what: str) -> str:
     )
 
 
-def _whole_numbers(own: Any, bits: int) -> Quantised:
-    rows, columns = own.shape
-    height, width = map(int, own.block_size)
-    shifted = own.zero_point is not None and not _is_zero(own)
+def _whole_numbers(weight: Any, bits: int) -> Quantised:
+    rows, columns = weight.shape
+    height, width = map(int, weight.block_size)
+    shifted = weight.zero_point is not None and not _is_zero(weight)
     if not shifted and (height, width) == (1, columns):
-        return Quantised(Int8Rows(rows, columns), (own.qdata, own.scale.view(rows)))
-    tensors = (own.qdata, own.scale, own.zero_point) if shifted else (own.qdata, own.scale)
+        return Quantised(Int8Rows(rows, columns), (weight.qdata, weight.scale.view(rows)))
+    tensors = (
+        (weight.qdata, weight.scale, weight.zero_point) if shifted else (weight.qdata, weight.scale)
+    )
     return Quantised(Affine(rows, columns, bits, height, width, shifted), tensors)
 
 
-def _is_zero(own: Any) -> bool:
+def _is_zero(weight: Any) -> bool:
     """Whether its zero point is 0 everywhere, as it is where a range is symmetric."""
-    zero: Tensor | None = own.zero_point
+    zero: Tensor | None = weight.zero_point
     return zero is None or _ZEROS.ask(zero, lambda zero: not bool(torch.any(zero)))
 
 
-def _granularity(own: Any) -> Any:
+def _granularity(weight: Any) -> Any:
     made = sys.modules["torchao.quantization.granularity"]
-    rows, columns = own.shape
-    block = tuple(own.block_size or (rows, columns))
+    rows, columns = weight.shape
+    block = tuple(weight.block_size or (rows, columns))
     if block == (rows, columns):
         return made.PerTensor()
     return made.PerRow() if block == (1, columns) else made.PerGroup(block[1])
