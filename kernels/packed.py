@@ -107,7 +107,11 @@ class Packed:
         return ours == theirs
 
     def packing(self, target: Target) -> tuple:
-        """What a kernel is compiled for; last come the table, and the shift of the earlier code."""
+        """What a kernel is compiled for: its PACKING, whose parts it takes by these places.
+
+        0 kind, 1 block_rows, 2 block_columns, 3 outer_block (0: scales aren't nested), 4 factor,
+        5 table of 16, 6 by how many bits a byte is shifted for the earlier of its two codes.
+        """
         kind = self.kind if self.kind != FLOAT8 or target.float8 else f"{FLOAT8} by bits"
         outer_block = self.outer_block if self.outer else 0
         numbers = self.block_rows, self.block_columns, outer_block, self.factor
@@ -116,8 +120,9 @@ class Packed:
 
 def scale_bytes(operands: tuple, packing: tuple, rows: int, columns: int, tile_columns: int) -> int:
     """Bytes that are read of the scales if each tile of so many columns reads its own."""
-    count = rows * cdiv(columns, min(tile_columns, packing[2] or columns))
-    return count * (operands[0].element_size() + (8 if packing[3] else 0))
+    _, _, block_columns, outer_block, *_ = packing
+    count = rows * cdiv(columns, min(tile_columns, block_columns or columns))
+    return count * (operands[0].element_size() + (8 if outer_block else 0))
 
 
 def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -141,12 +146,15 @@ def packed_work(arguments: Mapping[str, Any]) -> tuple[int, int]:
 @triton.jit
 def tables_of(operands, PACKING: tl.constexpr):
     """What every tile needs: the numbers that codes of four bits stand for, and an offset."""
+    KIND: tl.constexpr = PACKING[0]
+    OUTER_BLOCK: tl.constexpr = PACKING[3]
+    TABLE: tl.constexpr = PACKING[5]
     b_table, offset_of_scales = 0.0, 0.0  # Triton 3.6 hands on no None from here
-    if PACKING[0] == "four-bit":
+    if KIND == "four-bit":
         b_table = tl.zeros((16,), tl.float32)
         for i in tl.static_range(16):
-            b_table = tl.where(tl.arange(0, 16) == i, PACKING[5][i], b_table)
-    if PACKING[3] > 0:
+            b_table = tl.where(tl.arange(0, 16) == i, TABLE[i], b_table)
+    if OUTER_BLOCK > 0:
         offset_of_scales = tl.load(operands[3])
     return b_table, offset_of_scales
 
@@ -162,6 +170,8 @@ def scale_tile(
     scales, outer, outer_table, _ = operands
     BLOCK_ROWS: tl.constexpr = PACKING[1]
     BLOCK_COLUMNS: tl.constexpr = PACKING[2]
+    OUTER_BLOCK: tl.constexpr = PACKING[3]
+    FACTOR: tl.constexpr = PACKING[4]
     o_row = i_row + tl.arange(0, ROWS)
     o_group = tl.arange(0, GROUPS)
     groups = 1
@@ -173,13 +183,13 @@ def scale_tile(
     o_block = o_row // BLOCK_ROWS if BLOCK_ROWS > 0 else o_row * 0
     o_scale = o_block.to(tl.int64)[:, None] * groups + o_group[None, :]
     b_scale = tl.load(scales + o_scale, mask=inside, other=0)
-    if PACKING[3] > 0:
+    if OUTER_BLOCK > 0:
         b_inner = tl.load(outer_table + b_scale.to(tl.int32), mask=inside, other=0.0)
-        b_outer = tl.load(outer + o_scale // PACKING[3], mask=inside, other=0.0)
+        b_outer = tl.load(outer + o_scale // OUTER_BLOCK, mask=inside, other=0.0)
         # Rounded, and then added to: a minimum in between can't become one multiply-add.
         b_scale = tl.minimum(b_inner * b_outer, 3.0e38, propagate_nan=tl.PropagateNan.ALL) + offset
-    elif PACKING[4] != 1.0:
-        b_scale = cast(b_scale.to(tl.float32) * PACKING[4], b_scale.dtype)
+    elif FACTOR != 1.0:
+        b_scale = cast(b_scale.to(tl.float32) * FACTOR, b_scale.dtype)
     return b_scale.to(tl.float32)
 
 
@@ -217,23 +227,25 @@ def packed_tile(
     ``width``: the codes of a row, in bytes.
     Where it sticks out it has some number or other.
     """
+    KIND: tl.constexpr = PACKING[0]
     BLOCK_COLUMNS: tl.constexpr = PACKING[2]
+    EARLIER: tl.constexpr = PACKING[6]
     GROUPS: tl.constexpr = max(1, COLUMNS // BLOCK_COLUMNS) if BLOCK_COLUMNS > 0 else 1
     b_table, offset = tables
     b_scale = scale_tile(operands, offset, i_row, i_column, rows, columns, ROWS, GROUPS, PACKING)
-    if PACKING[0] == "four-bit":
+    if KIND == "four-bit":
         b_byte = load_tile(
             codes, i_row, i_column // 2, rows, width, width, 1, ROWS, COLUMNS // 2
         )  # [ROWS, COLUMNS / 2]
-        b_even = scaled(looked_up(b_table, b_byte >> PACKING[6] & 15), b_scale)
-        b_odd = scaled(looked_up(b_table, b_byte >> (4 - PACKING[6]) & 15), b_scale)
+        b_even = scaled(looked_up(b_table, b_byte >> EARLIER & 15), b_scale)
+        b_odd = scaled(looked_up(b_table, b_byte >> (4 - EARLIER) & 15), b_scale)
         # Rounded behind the reshape: Triton 3.9 fails on one that a product reads as it is.
         return cast(tl.join(b_even, b_odd).reshape(ROWS, COLUMNS), dtype)
     else:
         b_code = load_tile(codes, i_row, i_column, rows, width, width, 1, ROWS, COLUMNS)
-        if PACKING[0] == "float8":
+        if KIND == "float8":
             b_number = b_code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        elif PACKING[0] == "float8 by bits":
+        elif KIND == "float8 by bits":
             b_number = float8_of(b_code)
         else:
             b_number = b_code.to(tl.float32)
