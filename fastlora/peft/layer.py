@@ -178,10 +178,10 @@ def swapped_back(model: nn.Module) -> Iterator[None]:
     finally:
         swap_all(layers)
         take_frozen(frozen)
-        mlp.take(blocks, Block)
+        mlp.take(blocks, PeftGatedMLP)
 
 
-class Block(mlp.GatedMLP):
+class PeftGatedMLP(mlp.GatedMLP):
     """What an optimised gated MLP becomes, whose layers are PEFT's, or have no adapter."""
 
     def why_not_now(self) -> str:

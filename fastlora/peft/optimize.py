@@ -168,13 +168,13 @@ def optimize(
         raise ValueError(f"not every layer would run fast: {report}")
     changed: list[nn.Module] = []
     if not reason:
-        from .layer import Block, swap_all  # here, since it imports PEFT
+        from .layer import PeftGatedMLP, swap_all  # here, since it imports PEFT
 
         changed += swap_all(inner.modules())
         # Not those of adapters: one that isn't active is frozen, too, and its layer reads it.
         named = inner.named_modules() if frozen else ()
         changed += take_frozen(layer for name, layer in named if ".lora_" not in name)
-        changed += mlp.take(inner.modules(), Block) if blocks else []
+        changed += mlp.take(inner.modules(), PeftGatedMLP) if blocks else []
     found = cover_blocks(inner, reason or "left alone (blocks=False)")
     kept = tuple(map(ref, changed))
     return Optimized(report.layers, report.notes, cover_frozen(inner), found, kept)

@@ -23,7 +23,7 @@ _RECORD = "_fastlora_trials"
 _ROUTED = re.compile(r"(?:^|\.)experts\.\d+\.")
 
 
-class Rows:
+class TrialRows:
     """Which trial each sequence of the running batch belongs to; all layers look there.
 
     Without a batch of the trials' the layers are the base's.
@@ -75,7 +75,7 @@ class Adapters(NamedTuple):
     members: tuple[int, ...]
     pairs: list[Pair]
     numbers: dict[str, list[float]]  # "scales" and "dropout"
-    rows: Rows
+    rows: TrialRows
 
 
 class TrialsLayer(nn.Module):
@@ -109,7 +109,7 @@ class Attached(NamedTuple):
     """What a model has while trials train: the trials' parameters by name, and their rows."""
 
     parameters: list[dict[str, nn.Parameter]]  # of each trial: "layer.lora_A" and so on
-    rows: Rows
+    rows: TrialRows
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             made.append({n: one.new_adapter(n, trial.config) for n, one in found.items()})
-    rows = Rows(len(trials))
+    rows = TrialRows(len(trials))
     with ExitStack() as stack:
         for parameter in [each for each in model.parameters() if each.requires_grad]:
             parameter.requires_grad_(False)
@@ -154,7 +154,7 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
 
 
 def _adapters_of(
-    name: str, trials: Sequence[Trial], made: Sequence[dict[str, Pair]], rows: Rows
+    name: str, trials: Sequence[Trial], made: Sequence[dict[str, Pair]], rows: TrialRows
 ) -> Adapters:
     """A layer's, of the trials that target it."""
     members = tuple([i for i, adapters in enumerate(made) if name in adapters])
