@@ -75,7 +75,7 @@ def test_a_broken_check_is_an_error_of_its_cell(monkeypatch, tmp_path):
     head = {"checks": [*outcomes], "versions": {}}
     row = fake(monkeypatch, tmp_path, [json.dumps(head), *told])
     assert row["checks"] == outcomes
-    assert table.said(row) == "11 of 12 ok; files: Oh: no (error)"
+    assert table.said(row) == "11 of 12; error: files: Oh: no"
 
 
 def test_a_check_that_takes_the_process_down_is_an_error(monkeypatch, tmp_path):

@@ -22,10 +22,11 @@ def said(row: dict) -> str:
     found: dict[str, list[str]] = {"ok": [], "error": [], "skipped": []}
     for name, outcome in row["checks"].items():
         kind, _, why = outcome.partition(": ")
-        found[kind].append(f"{name}: {why}".replace("|", "\\|"))
+        told = name if kind == "skipped" else f"{name}: {why}"
+        found[kind].append(told.replace("|", "\\|"))
     good, count = len(found["ok"]), len(row["checks"])
-    done = f"all {count}" if good == count else f"{good} of {count} ok"
-    bad = [f"{each} ({kind})" for kind in ("error", "skipped") for each in found[kind]]
+    done = f"all {count}" if good == count else f"{good} of {count}"
+    bad = [f"{kind}: {each}" for kind in ("error", "skipped") for each in found[kind]]
     return "; ".join([done, *bad])
 
 
