@@ -111,3 +111,14 @@ def test_a_layer_of_another_class_is_read_again():
     model(x)
     model.up.__class__ = type("Scaled", (kind,), {"scaling": property(lambda layer: 7.0)})
     assert torch.equal(model(x), read_anew(model, x))
+
+
+def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = two_adapters()
+    before = model(inputs())
+    monkeypatch.setattr(BaseTunerLayer, "active_adapters", property(lambda layer: ["b"]))
+    after = model(inputs())
+    assert torch.equal(after, read_anew(model, inputs()))
+    assert not torch.equal(after, before)

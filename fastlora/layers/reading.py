@@ -39,7 +39,8 @@ _DEPTH = 3  # of a vendor's objects: a weight's state, and in that the state of 
 _MOST_CALLS, _MOST_ATTEMPTS = 64, 8  # kinds of x, of one module; doublings of a wait
 _get: Any = dict.get
 _facts_of = attrgetter("dtype", "shape", "requires_grad", "device")
-_methods_of = attrgetter("forward", "__call__")
+# What somebody may put on a class, and properties of PEFT's that a reading asks.
+_OF_A_CLASS = ("forward", "__call__", "active_adapters", "disable_adapters", "merged")
 
 
 class Reading(NamedTuple):
@@ -94,7 +95,9 @@ class Watch:
         self._copies = [each.copy() for each in self._lists]
         self._class, self._parts, self._classes = type(module), parts, [*map(type, parts)]
         self._kinds = [*dict.fromkeys([*map(type, whole), *map(plain_class_of, whole)])]
-        self._methods = [*map(_methods_of, self._kinds)]
+        names = [[n for n in _OF_A_CLASS if hasattr(kind, n)] for kind in self._kinds]
+        self._getters = [attrgetter(*some) for some in names]
+        self._methods = self._on_classes()
         tensors = self.tensors()
         self.is_whole = not any(map(_is_strange, tensors))
         if self.is_whole:
@@ -137,6 +140,9 @@ class Watch:
         elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
             self._look_at(vars(value), depth - 1)
 
+    def _on_classes(self) -> list[Any]:
+        return [get(kind) for get, kind in zip(self._getters, self._kinds, strict=True)]
+
     def tensors(self) -> list[Tensor]:
         return [*map(_get, self._tensor_dicts, self._tensor_names)]
 
@@ -158,7 +164,7 @@ class Watch:
                 and [*map(len, self._sized)] == self._lengths
                 and all(map(eq, self._lists, self._copies))
                 and [*map(type, self._parts)] == self._classes
-                and [*map(_methods_of, self._kinds)] == self._methods
+                and self._on_classes() == self._methods
                 and [*map(type, tensors)] == self._tensor_classes
                 and [*map(_facts_of, tensors)] == self._facts
                 and [*map(Tensor.stride, tensors)] == self._strides
