@@ -103,15 +103,15 @@ def _add_tune(commands: Any) -> None:
 
 def _add_adapters(commands: Any) -> None:
     """The commands on adapters in PEFT's files, whose options are the functions' arguments."""
-    found = []
+    parsers = []
     for name, run, what in (
         ("resize", resize_adapter, "how many ranks an adapter uses; or the best of a lower rank"),
         ("combine", combine_adapters, "the weighted sum of several adapters as one"),
         ("export-gguf", export_gguf, "an adapter as the file that llama.cpp loads"),
     ):
-        found.append(commands.add_parser(name, help=what, description=what, allow_abbrev=False))
-        found[-1].set_defaults(run=run)
-    resize, combine, export = found
+        parsers.append(commands.add_parser(name, help=what, description=what, allow_abbrev=False))
+        parsers[-1].set_defaults(run=run)
+    resize, combine, export = parsers
     resize.add_argument("adapter", metavar="FOLDER")
     resize.add_argument("--energy", type=float, help="of the squared singular values, to keep")
     resize.add_argument("--output", metavar="FOLDER", help="for what is cut")

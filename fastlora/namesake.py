@@ -24,5 +24,5 @@ def warn_of_namesake() -> None:
 def namesakes() -> str:
     """What lies on all of ``sys.path``; "" for nothing."""
     name = Path(__file__).parent.with_suffix(".py").name
-    found = dict.fromkeys(Path(folder, name) for folder in sys.path)
-    return "; ".join(_WHAT.format(path) for path in found if path.is_file())
+    paths = dict.fromkeys(Path(folder, name) for folder in sys.path)
+    return "; ".join(_WHAT.format(path) for path in paths if path.is_file())

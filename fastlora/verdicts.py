@@ -50,13 +50,13 @@ _FOLDER = "verdicts"
 
 def written() -> list[Verdict]:
     """Those of all processes of this user; what isn't one is passed over."""
-    found = []
+    verdicts = []
     for text in cache.read(cache.cache_folder() / _FOLDER, "*.json").values():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             fields = json.loads(text)
             where = Environment(**fields["environment"])
-            found.append(Verdict(str(fields["kernel"]), where, str(fields["fault"])))
-    return found
+            verdicts.append(Verdict(str(fields["kernel"]), where, str(fields["fault"])))
+    return verdicts
 
 
 def faults() -> list[Verdict]:

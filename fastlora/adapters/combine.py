@@ -55,24 +55,24 @@ def combine_adapters(
         check_settings(rank, 1, 0.0)
     adapters = [open_adapter(folder) for folder in folders]
     path = check_output(output, [each.path for each in adapters])
-    experts = {n: own.is_parameter for each in adapters for n, own in each.layers.items()}
+    experts = {n: weight.is_parameter for each in adapters for n, weight in each.layers.items()}
     # A module's weights in PEFT's order.
     names = sorted(experts, key=lambda name: experts[name] and name.endswith("down_proj"))
     keys = pairs_of(names, {name for name in names if experts[name]})
     settings = adapters[0].settings | _settings(adapters, experts)
     tensors = _others(adapters)
     alpha = rank or sum(each.config.r for each in adapters)
-    found: list[LayerSpectrum] = []
+    spectra: list[LayerSpectrum] = []
     for name in names:
         total, dtype = _stacked(name, adapters, weights)
         small, spectrum = cut(name, total, rank, None, alpha, use_rslora=False)
         tensors |= zip(keys[name], flat(name, small, dtype), strict=True)
-        found.append(spectrum)
-    ranks = {spectrum.name: spectrum.r_after for spectrum in found}
+        spectra.append(spectrum)
+    ranks = {spectrum.name: spectrum.r_after for spectrum in spectra}
     config = from_peft(settings, "the sum")
     settings |= patterns(config, ranks, dict.fromkeys(ranks, alpha))
     write_adapter(path, settings, tensors)
-    return Spectra(tuple(found))
+    return Spectra(tuple(spectra))
 
 
 def _stacked(
@@ -82,10 +82,10 @@ def _stacked(
     lora_a, lora_b, sizes, dtype = [], [], set(), torch.float32
     for each, weight in zip(adapters, weights, strict=True):
         if name in each.layers:
-            own = each.read(name)
-            lora_a.append(own.lora_a)
-            lora_b.append(own.lora_b * (own.scale * weight))
-            sizes.add((len(own.lora_a), own.lora_b.shape[1], own.lora_a.shape[2]))
+            adapter = each.read(name)
+            lora_a.append(adapter.lora_a)
+            lora_b.append(adapter.lora_b * (adapter.scale * weight))
+            sizes.add((len(adapter.lora_a), adapter.lora_b.shape[1], adapter.lora_a.shape[2]))
             dtype = torch.promote_types(dtype, each.layers[name].dtype)
     if len(sizes) > 1:
         raise ValueError(
@@ -97,8 +97,8 @@ def _stacked(
 
 def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any]:
     """The sum's, where they may differ from the first one's."""
-    found: dict[str, Any] = {"use_rslora": False}
-    found["lora_dropout"] = min(each.config.lora_dropout for each in adapters)
+    fields: dict[str, Any] = {"use_rslora": False}
+    fields["lora_dropout"] = min(each.config.lora_dropout for each in adapters)
     for field in _ALIKE:
         values = [each.settings.get(field) for each in adapters]
         values = [sorted(one) if isinstance(one, list) else one for one in values]
@@ -107,15 +107,15 @@ def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any
             raise ValueError(
                 f"the adapters have {field} {' and '.join(map(shown, said))}: they can't be summed"
             )
-        found[field] = said[0]
+        fields[field] = said[0]
     configs = [each.config for each in adapters]
     if any(getattr(one, each) != getattr(configs[0], each) for one in configs for each in _TARGETS):
         weights = {name for name in experts if any(one.names_weight_of(name) for one in configs)}
         stacks = {name for name in experts if experts[name]}
-        found |= dict.fromkeys(_CHOICES)
-        found["target_modules"] = _naming(sorted(experts.keys() - weights - stacks))
-        found["target_parameters"] = sorted([*map(weight_of, weights), *stacks]) or None
-    return found
+        fields |= dict.fromkeys(_CHOICES)
+        fields["target_modules"] = _naming(sorted(experts.keys() - weights - stacks))
+        fields["target_parameters"] = sorted([*map(weight_of, weights), *stacks]) or None
+    return fields
 
 
 def _naming(names: list[str]) -> list[str] | str:

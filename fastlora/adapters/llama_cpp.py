@@ -83,14 +83,14 @@ def export_gguf(
         for name, layer in stored.layers.items():
             lora_a, lora_b, scale = stored.read(name)
             lora_b = lora_b * (scale * lora_b.shape[2] / alpha)
-            for part, own in _parts(name, lora_b, config).items():
+            for part, part_of_b in _parts(name, lora_b, config).items():
                 to = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
                 if to is None or (part == "lm_head" and tied):
                     raise ValueError(
                         f"llama.cpp has no weight of its own for {part} of {config['model_type']}: "
                         "leave it out of target_modules"
                     )
-                for tensor, end in ((lora_a, "a"), (own, "b")):
+                for tensor, end in ((lora_a, "a"), (part_of_b, "b")):
                     value = tensor if layer.is_parameter else tensor[0]
                     _add(writer, f"{to}.lora_{end}", value, dtype)
         writer.write_header_to_file()

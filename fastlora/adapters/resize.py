@@ -55,20 +55,20 @@ def resize_adapter(
             return resize_adapter(folder, rank=rank, energy=energy, output=output)
     stored = open_adapter(adapter)
     path = None if output is None else check_output(output, [stored.path])
-    config, found = stored.config, []
+    config, spectra = stored.config, []
     tensors: dict[str, Tensor] = {}
     alphas = {name: config.alpha_of(name) for name in stored.layers}
     for name, layer in stored.layers.items():
-        own, alpha = stored.read(name), alphas[name]
-        small, spectrum = cut(name, own, rank, energy, alpha, config.use_rslora)
-        found.append(spectrum)
+        whole, alpha = stored.read(name), alphas[name]
+        small, spectrum = cut(name, whole, rank, energy, alpha, config.use_rslora)
+        spectra.append(spectrum)
         if path is not None:
             tensors |= zip(layer.keys, flat(name, small, layer.dtype), strict=True)
     if path is not None:
-        ranks = {spectrum.name: spectrum.r_after for spectrum in found}
+        ranks = {spectrum.name: spectrum.r_after for spectrum in spectra}
         settings = stored.settings | patterns(config, ranks, alphas)
         write_adapter(path, settings, tensors | stored.read_others())
-    return Spectra(tuple(found))
+    return Spectra(tuple(spectra))
 
 
 def _saved(model: nn.Module, name: str, scratch: str) -> Path:

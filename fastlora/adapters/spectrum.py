@@ -135,12 +135,12 @@ def cut(
         squares = values.square().sum(0)  # one rank for all experts
         tails = squares.flip(0).cumsum(0).flip(0)  # what a cut in front of each loses
         rank = max(1, int((tails > (1.0 - energy) * tails[0]).sum()))
-    kept = r if rank is None or rank >= r else min(rank, values.shape[-1])
-    found = LayerSpectrum(name, r, kept, values, experts * (p + q))
-    scale = scaling_of(alpha, kept, use_rslora)
-    if kept == r:
-        return Adapter(lora_a, lora_b * (before / scale if scale else 1.0), scale), found
-    root = (values[:, :kept] / (abs(scale) or 1.0)).sqrt()
-    small_a = root[:, :, None] * (outer @ right.mT)[:, :kept]
-    small_b = (left @ inner)[:, :, :kept] * (root[:, None] * math.copysign(1.0, scale))
-    return Adapter(small_a, small_b, scale), found
+    new_r = r if rank is None or rank >= r else min(rank, values.shape[-1])
+    spectrum = LayerSpectrum(name, r, new_r, values, experts * (p + q))
+    scale = scaling_of(alpha, new_r, use_rslora)
+    if new_r == r:
+        return Adapter(lora_a, lora_b * (before / scale if scale else 1.0), scale), spectrum
+    root = (values[:, :new_r] / (abs(scale) or 1.0)).sqrt()
+    small_a = root[:, :, None] * (outer @ right.mT)[:, :new_r]
+    small_b = (left @ inner)[:, :, :new_r] * (root[:, None] * math.copysign(1.0, scale))
+    return Adapter(small_a, small_b, scale), spectrum

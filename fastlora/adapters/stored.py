@@ -46,8 +46,8 @@ class Stored(NamedTuple):
     def read(self, name: str) -> Adapter[Tensor]:
         """lora_a [E, r, p] and lora_b [E, q, r] in float64; ValueError for NaN and infinity."""
         layer = self.layers[name]
-        found = files.read_tensors(self.path / WEIGHTS, layer.keys)
-        lora_a, lora_b = (found[key].double() for key in layer.keys)
+        tensors = files.read_tensors(self.path / WEIGHTS, layer.keys)
+        lora_a, lora_b = (tensors[key].double() for key in layer.keys)
         if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
             raise ValueError(f"{self.path / WEIGHTS} has NaN or infinity in {called(name)}")
         return stacked(lora_a, lora_b, layer.experts, layer.scale)
@@ -64,10 +64,10 @@ def flat(name: str, adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tenso
     lora_a, lora_b, _ = adapter
     lora_A = lora_a.reshape(-1, lora_a.shape[2])
     lora_B = lora_b.permute(1, 2, 0).reshape(lora_b.shape[1], -1)
-    found = lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
-    if not all(each.isfinite().all() for each in found):
+    pair = lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
+    if not all(each.isfinite().all() for each in pair):
         raise ValueError(f"{called(name)} would have numbers that are too large for {dtype}")
-    return found
+    return pair
 
 
 def open_adapter(folder: str | os.PathLike) -> Stored:
@@ -131,30 +131,30 @@ def _module_of(key: str) -> str:
 
 def _weights_in(module: str, config: LoRAConfig) -> list[str]:
     """The names of this module's weights in target_parameters, in the order that modules have."""
-    found: Collection[str] = set()
+    endings: Collection[str] = set()
     for wanted in config.target_parameters or ():
         owner, _, last = wanted.rpartition(".")
         if last != "weight" and names_any([owner or "experts"], module):
-            found = {*found, last}
-    if len(found) > 1:  # nothing says how those of other names are nested
-        found = [last for last in _IN_ORDER if last in found]
-    return [f"{module}.{last}".lstrip(".") for last in found]
+            endings = {*endings, last}
+    if len(endings) > 1:  # nothing says how those of other names are nested
+        endings = [last for last in _IN_ORDER if last in endings]
+    return [f"{module}.{last}".lstrip(".") for last in endings]
 
 
 def patterns(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict:
     """PEFT's settings that give layers their ranks and alphas, by their whole names."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for default, field, values in (
         ("r", "rank_pattern", ranks),
         ("lora_alpha", "alpha_pattern", alphas),
     ):
-        ((found[default], _),) = Counter(values.values()).most_common(1)
-        found[field] = {
+        ((fields[default], _),) = Counter(values.values()).most_common(1)
+        fields[field] = {
             "^" + re.escape(weight_of(name) if config.names_weight_of(name) else name): value
             for name, value in values.items()
-            if value != found[default]
+            if value != fields[default]
         }
-    return found
+    return fields
 
 
 def check_output(output: str | os.PathLike, inputs: Iterable[Path]) -> Path:

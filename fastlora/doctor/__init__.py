@@ -88,7 +88,7 @@ def _optimize() -> dict[str, str]:
 
 def _backends(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     """What each device runs by default, and why not on the others."""
-    found = {}
+    entries = {}
     for device in devices:
         default = ""
         try:
@@ -96,8 +96,8 @@ def _backends(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
         except Exception as error:
             broken.append(f"no backend on {device.type}: {one_line(error)}")
         for name in BACKENDS:
-            found[f"{name} on {device.type}"] = _backend(name, device, name == default, broken)
-    return found
+            entries[f"{name} on {device.type}"] = _backend(name, device, name == default, broken)
+    return entries
 
 
 def _backend(name: str, device: torch.device, is_default: bool, broken: list[str]) -> str:
@@ -116,17 +116,17 @@ def _backend(name: str, device: torch.device, is_default: bool, broken: list[str
 
 def _compiled(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     """What their first results are judged for, what was tuned, and those that were wrong."""
-    found = {}
+    entries = {}
     for device in devices:
         if backend_name(device=device) == "triton":
             from ..backends.triton import environment, measured  # which import the kernels
 
-            found[f"on {device}"] = str(environment(device))
-            found[f"tuned on {device}"] = measured.described(measured.name_of(device))
+            entries[f"on {device}"] = str(environment(device))
+            entries[f"tuned on {device}"] = measured.described(measured.name_of(device))
     wrong = {one.kernel[:40]: f"wrong on {one.environment}: {one.fault}" for one in faults()}
     if wrong:
         broken.append(f"{len(wrong)} compiled kernels were wrong: PyTorch's operations run instead")
-    return found | wrong
+    return entries | wrong
 
 
 def _products(devices: list[torch.device]) -> dict[str, str]:
@@ -135,16 +135,16 @@ def _products(devices: list[torch.device]) -> dict[str, str]:
         f"{name_of(dtype)} {'slow, so in float32' if is_slow(dtype) else 'fast'}"
         for dtype in HALF_DTYPES
     ]
-    found = {"cpu": ", ".join(words)}
+    entries = {"cpu": ", ".join(words)}
     if devices[-1].type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
-        found["cuda"] = f"bfloat16 {'fast' if has else 'emulated'}, float16 fast"
-    return found
+        entries["cuda"] = f"bfloat16 {'fast' if has else 'emulated'}, float16 fast"
+    return entries
 
 
 def _self_tests(devices: list[torch.device], broken: list[str]) -> dict[str, str]:
     """On every backend and device that covers it."""
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     for device in devices:
         for name in BACKENDS:
             dtypes: list[torch.dtype] = []
@@ -152,15 +152,15 @@ def _self_tests(devices: list[torch.device], broken: list[str]) -> dict[str, str
                 why_not = find_backend(name).why_not
                 dtypes = [dtype for dtype in TOLERANCES if not why_not(dtype, device, ())]
             words = [f"{name_of(d)} {_self_test(name, device, d, broken)}" for d in dtypes]
-            found |= {f"{name} on {device.type}": ", ".join(words)} if words else {}
+            entries |= {f"{name} on {device.type}": ", ".join(words)} if words else {}
     if sys.modules.get("peft") and not why_nothing_changes():
         checks = peft_checks()
         words = [f"{what} {check.largest.relative:.1g}" for what, check in checks.items()]
-        found["PEFT optimised"] = ", ".join(words)
+        entries["PEFT optimised"] = ", ".join(words)
         for what, check in checks.items():
             if not check:
                 broken.append(f"self-test of fastlora.optimize, {what}: {check}")
-    return found
+    return entries
 
 
 def _self_test(name: str, device: torch.device, dtype: torch.dtype, broken: list[str]) -> str:
@@ -201,7 +201,7 @@ def relative_errors(backend: str, device: torch.device, dtype: torch.dtype) -> d
 
 def peft_checks() -> dict[str, Check]:
     """What :func:`fastlora.check` says of small layers of the PEFT that is imported."""
-    peft, found = sys.modules["peft"], {}
+    peft, checks = sys.modules["peft"], {}
     for what, fields in _SMALL.items():
         with torch.random.fork_rng([]), torch.device("cpu"):
             torch.default_generator.manual_seed(0)
@@ -210,8 +210,8 @@ def peft_checks() -> dict[str, Check]:
             )
             layer = torch.nn.Sequential(torch.nn.Linear(_K, _N, **_PLAIN))
             model = peft.get_peft_model(layer, config).train()
-            found[what] = check(model, torch.randn(_M, _K, requires_grad=True, **_PLAIN))
-    return found
+            checks[what] = check(model, torch.randn(_M, _K, requires_grad=True, **_PLAIN))
+    return checks
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -51,9 +51,9 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
         name, reason = planned_backend(unflatten(inputs[1:], layouts), device)
         why = f"not {default}: {reason}" if reason else _why(asked, device)
         where = f"{asked}, on {asked.target or device.type}"
-        found = {"call": where, "backend": f"{name}, {why}"}
+        entries = {"call": where, "backend": f"{name}, {why}"}
         if name != "triton":  # whose blocks on meta tensors wouldn't be this device's
-            return found
+            return entries
         backend = find_backend(name)
         call = Call(layouts, asked.dropout, backend)
         stack.enter_context(noted)
@@ -63,10 +63,10 @@ def would_run(asked: Asked, device: torch.device) -> dict[str, str]:
     ways = {"forward": forward, "backward": noted.steps}
     # The weight is frozen: a product of torch's is with it.
     words = ["in place" if "torch." in "".join(steps) else "fused" for steps in ways.values()]
-    found["plan"] = "{} forward, {} dx (docs/gpu.md)".format(*words)
+    entries["plan"] = "{} forward, {} dx (docs/gpu.md)".format(*words)
     for title, steps in ways.items():
-        found |= {f"{title} {i}": step for i, step in enumerate(steps, 1)}
-    return found
+        entries |= {f"{title} {i}": step for i, step in enumerate(steps, 1)}
+    return entries
 
 
 def _why(asked: Asked, device: torch.device) -> str:

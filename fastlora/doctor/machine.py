@@ -71,28 +71,28 @@ def _first(entry: str) -> str:
     """What the first core has under this name, or ""."""
     cpuinfo = Path("/proc/cpuinfo")  # only Linux has it
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(rf"^{entry}\s*: (.+)", text, re.M)
-    return found[1] if found else ""
+    match = re.search(rf"^{entry}\s*: (.+)", text, re.M)
+    return match[1] if match else ""
 
 
 def versions(broken: list[str]) -> dict[str, str]:
-    found = {"fastlora": __version__, "Python": platform.python_version()}
-    found["torch"] = torch.__version__
+    entries = {"fastlora": __version__, "Python": platform.python_version()}
+    entries["torch"] = torch.__version__
     for name in ("triton", "transformers", "peft"):
         try:
-            found[name] = str(getattr(import_module(name), "__version__", "unknown"))
+            entries[name] = str(getattr(import_module(name), "__version__", "unknown"))
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == name
-            found[name] = "not installed" if missing else "can't be imported"
+            entries[name] = "not installed" if missing else "can't be imported"
             if not missing:
                 broken.append(f"{name} is installed, but can't be imported: {one_line(error)}")
     has_hopper = any(
         torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count())
     )
-    found["triton"] += note_of_triton(found["triton"], has_hopper)
+    entries["triton"] += note_of_triton(entries["triton"], has_hopper)
     others = {name: version_of(name) for name in _OTHERS}
-    found["others"] = ", ".join(f"{name} {own}" for name, own in others.items() if own)
-    return found
+    entries["others"] = ", ".join(f"{name} {number}" for name, number in others.items() if number)
+    return entries
 
 
 def version_of(distribution: str) -> str:
@@ -119,17 +119,17 @@ def note_of_triton(version: str, has_hopper: bool) -> str:
 def installation() -> dict[str, str]:
     package = __package__.partition(".")[0]
     specs = {name: find_spec(name) for name in (package, f"{package}.kernels")}
-    found = {
+    places = {
         name: str(Path(spec.origin).parent) if spec and spec.origin else "missing"
         for name, spec in specs.items()
     }
     others = namesakes()
-    return found | ({f"another {package}": others} if others else {})
+    return places | ({f"another {package}": others} if others else {})
 
 
 def settings() -> dict[str, str]:
-    found = {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.fullmatch(name)}
-    return found or {"environment": "nothing is set that changes what runs"}
+    set_here = {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.fullmatch(name)}
+    return set_here or {"environment": "nothing is set that changes what runs"}
 
 
 def one_line(error: Exception) -> str:

@@ -105,8 +105,8 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, before in buffers:
                 module._buffers.clear()
-                for name, kept in before.items():
-                    module._buffers[name] = None if kept is None else kept[0].copy_(kept[1])
+                for name, saved in before.items():
+                    module._buffers[name] = None if saved is None else saved[0].copy_(saved[1])
 
 
 @contextmanager

@@ -17,8 +17,8 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
     """Everything of the model that has an adapter, with its name: layers, and experts' weights."""
     for name, module in model.named_modules():
-        for own, layer in module.adapted_weights() if isinstance(module, Adapted) else ():
-            yield plain_name(".".join(filter(None, (name, own)))), layer
+        for weight_name, layer in module.adapted_weights() if isinstance(module, Adapted) else ():
+            yield plain_name(".".join(filter(None, (name, weight_name)))), layer
 
 
 def plain_name(name: str) -> str:
@@ -122,16 +122,16 @@ def whole_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
         )
         state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
     names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
-    found = dict(tensors)
+    whole = dict(tensors)
     for key, tensor in tensors.items():
         if is_flattened(tensor):
-            found[key] = state[names[id(tensor)]]
+            whole[key] = state[names[id(tensor)]]
         elif is_dtensor(tensor):
             part: Any = tensor
-            found[key] = part.to(part.device_mesh.device_type).full_tensor()
+            whole[key] = part.to(part.device_mesh.device_type).full_tensor()
         elif tensor.is_meta:
-            found[key] = _offloaded(unwrap(model), names.get(id(tensor), ""), key)
-    return found
+            whole[key] = _offloaded(unwrap(model), names.get(id(tensor), ""), key)
+    return whole
 
 
 def _offloaded(model: nn.Module, name: str, key: str) -> Tensor:

@@ -36,8 +36,8 @@ class LoRAQuantised(LoRALayer):
 
     def _read_packed(self) -> PackedLayer | str:
         """The weight as it is now, or why a call can't read it."""
-        found = self.vendor.read(self)
-        return SHARDED if not isinstance(found, str) and not found.is_whole else found
+        packed = self.vendor.read(self)
+        return SHARDED if not isinstance(packed, str) and not packed.is_whole else packed
 
     def read(self) -> Reading:
         packed = self._read_packed()
@@ -47,10 +47,10 @@ class LoRAQuantised(LoRALayer):
 
     def packed(self) -> PackedLayer:
         """The weight as it is now.  Raises ValueError if it can't be read."""
-        found = self._read_packed()
-        if isinstance(found, str):
-            raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
-        return found
+        packed = self._read_packed()
+        if isinstance(packed, str):
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {packed}")
+        return packed
 
     def adapted_output(self) -> Output:
         return self.output_over(self.packed().weight)
@@ -78,8 +78,8 @@ class LoRAQuantised(LoRALayer):
         """Without a dtype around it, in that in which the layer computes, as far as it tells."""
         packed = self.packed()
         weight: Any = packed.weight
-        own = [t.dtype for t in (getattr(self, self.weight_name), self.bias) if t is not None]
-        said = (around, packed.compute_dtype, *own)
+        beside = [t.dtype for t in (getattr(self, self.weight_name), self.bias) if t is not None]
+        said = (around, packed.compute_dtype, *beside)
         dtype = next((dtype for dtype in said if dtype in DTYPES), torch.float32)
         merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         return add_product(weight, *self._factors(), self.scaling, merged)
@@ -89,7 +89,7 @@ class LoRAQuantised(LoRALayer):
         vendor, distance = self.vendor, 0.0
         if not requantise and hasattr(self.plain_class, "weight"):  # a property
             raise ValueError("GPTQ-Model's layer has no place for a merged weight")
-        kept = self._kept()
+        original = self._kept()
         try:
             if requantise:
                 vendor.pack(self, weight)
@@ -103,31 +103,31 @@ class LoRAQuantised(LoRALayer):
                     "again it holds NaN or infinity; requantise=False leaves it plain"
                 )
         except BaseException:
-            self._restore(kept)
+            self._restore(original)
             raise
-        self.is_dense, self._bases["weight"] = not requantise, kept if keep_base else None
+        self.is_dense, self._bases["weight"] = not requantise, original if keep_base else None
         return distance
 
     def _kept(self) -> Any:
         """The layer's weight, and no more, in a layer of its class."""
-        kept: Any = object.__new__(self.plain_class)
-        nn.Module.__init__(kept)
+        original: Any = object.__new__(self.plain_class)
+        nn.Module.__init__(original)
         for name in self.vendor.PARTS:
             if hasattr(self, name):
-                setattr(kept, name, getattr(self, name))
-        return kept
+                setattr(original, name, getattr(self, name))
+        return original
 
     def put_back(self, name: str) -> None:
         self.__dict__.pop("is_dense", None)
         self._restore(self._bases.pop(name))
 
-    def _restore(self, kept: nn.Module) -> None:
-        if "weight" not in kept._parameters:
+    def _restore(self, original: nn.Module) -> None:
+        if "weight" not in original._parameters:
             self._parameters.pop("weight", None)
-        vendor = vendor_of(kept, self.plain_class)
+        vendor = vendor_of(original, self.plain_class)
         for name in () if vendor is None else vendor.PARTS:
-            if hasattr(kept, name):
-                setattr(self, name, getattr(kept, name))
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
 
     def _distance(self, weight: Tensor) -> float:
         """‖packed - weight‖ / ‖weight‖."""
@@ -158,19 +158,19 @@ class LoRAQuantised(LoRALayer):
         return self.plain_class.state_dict is not nn.Module.state_dict
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().state_dict(*args, **kwargs)
+        state = super().state_dict(*args, **kwargs)
         if self.is_left_out:
-            into, prefix = kwargs.get("destination", found), kwargs.get("prefix", "")
-            for name, own in self._parameters.items():
-                if own is not None:
-                    kept = own if kwargs.get("keep_vars") else own.detach()
-                    into.setdefault(f"{prefix}{name}", kept)
-        return found
+            into, prefix = kwargs.get("destination", state), kwargs.get("prefix", "")
+            for name, parameter in self._parameters.items():
+                if parameter is not None:
+                    tensor = parameter if kwargs.get("keep_vars") else parameter.detach()
+                    into.setdefault(f"{prefix}{name}", tensor)
+        return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        found = {name: state_dict.get(f"{prefix}{name}") for name in ("lora_A", "lora_B")}
+        pair = {name: state_dict.get(f"{prefix}{name}") for name in ("lora_A", "lora_B")}
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.is_left_out and not self.merged:
-            for name, value in found.items():
+            for name, value in pair.items():
                 if value is not None:
                     getattr(self, name).data.copy_(value)

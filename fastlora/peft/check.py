@@ -63,15 +63,17 @@ class Check:
             f"(relative differences, tolerance {self.tolerance:g})",
             f"  loss {self.loss.relative:.2g}",
         ]
-        for kind, found in (("output", self.outputs), ("gradient", self.gradients)):
-            if found:
-                worst = max(found, key=_size)
-                lines.append(f"  {len(found)} {kind}s: up to {worst.relative:.2g}, {worst.name}")
+        for kind, differences in (("output", self.outputs), ("gradient", self.gradients)):
+            if differences:
+                worst = max(differences, key=_size)
+                lines.append(
+                    f"  {len(differences)} {kind}s: up to {worst.relative:.2g}, {worst.name}"
+                )
         for layer in sorted(self.layers, key=_size, reverse=True)[:5]:
             lines.append(f"    {layer.name}: {layer.relative:.2g}")
-        own = {layer.name for layer in self.layers}
+        checked = {layer.name for layer in self.layers}
         idle = [
-            one.name for one in self.coverage.layers if one.runs_adapter and one.name not in own
+            one.name for one in self.coverage.layers if one.runs_adapter and one.name not in checked
         ]
         if self.gradients and idle:
             lines.append(
@@ -145,9 +147,9 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         tolerance = _TOLERANCES[dtype] * deeper
     gradients, layers = _differences(fast.gradients, peft.gradients), []
     for layer in report.layers:
-        own = [g for g in gradients if plain_name(g.name).startswith(f"{layer.name}.")]
-        if own:
-            layers.append(Difference(layer.name, max(own, key=_size).relative))
+        of_layer = [g for g in gradients if plain_name(g.name).startswith(f"{layer.name}.")]
+        if of_layer:
+            layers.append(Difference(layer.name, max(of_layer, key=_size).relative))
     return Check(
         _differences(fast.loss, peft.loss)[0],
         _differences(fast.outputs, peft.outputs),
@@ -200,7 +202,7 @@ def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
 
     Of a block the block is asked: a hook on one of its layers would send it layer by layer.
     """
-    found = set()
+    dtypes = set()
     blocks = [module for module in model.modules() if isinstance(module, mlp.GatedMLP)]
     inside = {part for block in blocks for part in block.children()}
     layers = [layer for _, layer in peft_layers(model) if layer not in inside]
@@ -208,23 +210,23 @@ def _noted_autocast(model: nn.Module) -> Iterator[set[torch.dtype]]:
     def note(_, args):
         device = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
         if not torch.compiler.is_compiling() and torch.is_autocast_enabled(device):
-            found.add(torch.get_autocast_dtype(device))
+            dtypes.add(torch.get_autocast_dtype(device))
 
     with ExitStack() as handles:
         for module in (*blocks, *layers):
             handles.callback(module.register_forward_pre_hook(note).remove)
-        yield found
+        yield dtypes
 
 
 def _differences(fast: dict[str, Tensor], peft: dict[str, Tensor]) -> tuple[Difference, ...]:
-    found = []
+    differences = []
     for name in {**peft, **fast}:
         one, other, relative = fast.get(name), peft.get(name), float("inf")
         if one is not None and other is not None and one.shape == other.shape:
             size, distance = other.double().norm(), (one.double() - other.double()).norm()
             relative = (distance / size).item() if distance else 0.0
-        found.append(Difference(name, relative))
-    return tuple(found)
+        differences.append(Difference(name, relative))
+    return tuple(differences)
 
 
 def _size(difference: Difference) -> float:

@@ -69,13 +69,13 @@ def _state_of(base: nn.Module) -> Any:
 
 def adapted_weights(layers: Layers) -> list[Tensor]:
     """What a merge makes new, each once."""
-    found: dict[tuple[int, str], Tensor] = {}
+    weights: dict[tuple[int, str], Tensor] = {}
     for _, layer in active(layers):
         base, name = layer.get_base_layer(), _weight_name(layer)
         weight = base._parameters.get(name)
         if weight is not None:
-            found[id(base), name] = weight
-    return [*found.values()]
+            weights[id(base), name] = weight
+    return [*weights.values()]
 
 
 def _weight_name(layer: Any) -> str:
@@ -117,13 +117,13 @@ def _noted(base: nn.Module, layer: Any) -> Callable[[], None]:
     merged = [*layer.merged_adapters]
 
     def put_back() -> None:
-        training, found = base.training, base._parameters.copy()  # as they are now
+        training, parameters = base.training, base._parameters.copy()  # as they are now
         for entries, content in zip(objects, before, strict=True):
             entries.clear()
             entries.update(content)
         base.training = training
         for name, parameter in base._parameters.items():  # .to() inside is meant for it, too
-            other = found.get(name)
+            other = parameters.get(name)
             if parameter is not None and other is not None and is_plain(parameter):
                 _move(parameter, other.device, other.dtype)
         layer.merged_adapters[:] = merged

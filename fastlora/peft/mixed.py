@@ -85,18 +85,18 @@ def _few_rows(
     for adapter, items, _ in shares:
         name = names[adapter]
         lora_a, lora_b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-        own = x[items].to(lora_a.weight.dtype)
-        change = lora_b(lora_a(layer.lora_dropout[name](own))) * scale
+        rows = x[items].to(lora_a.weight.dtype)
+        change = lora_b(lora_a(layer.lora_dropout[name](rows))) * scale
         y[items] += change.to(y.dtype)
     return y
 
 
-def _mapping(names: tuple[str, ...], own: tuple[str, ...]) -> tuple[list[str], AdapterMapping]:
+def _mapping(names: tuple[str, ...], adapters: tuple[str, ...]) -> tuple[list[str], AdapterMapping]:
     """Which of a layer's adapters are named, and which sample is whose: the same for all layers.
 
     It depends on names alone, so that adapters may come and go.
     """
-    known = set(own)
+    known = set(adapters)
     used = list(dict.fromkeys(n for n in names if n != _NONE and n in known))
     numbers = {name: i for i, name in enumerate(used)}
     return used, AdapterMapping([numbers.get(name, -1) for name in names], max(1, len(used)))

@@ -88,7 +88,7 @@ def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
 
     ``unreached`` is what is said of one that could be a block and isn't.
     """
-    found = []
+    blocks_found = []
     for name, module in model.named_modules():
         if isinstance(module, mlp.GatedMLP):
             reason = mlp.why_not_block(module) or module.why_not_now()
@@ -98,8 +98,8 @@ def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
             reason = mlp.why_not_block(module) or unreached
         else:
             continue
-        found.append(BlockCoverage(plain_name(name), not reason, reason))
-    return tuple(found)
+        blocks_found.append(BlockCoverage(plain_name(name), not reason, reason))
+    return tuple(blocks_found)
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ def optimize(
         named = inner.named_modules() if frozen else ()
         changed += take_frozen(layer for name, layer in named if ".lora_" not in name)
         changed += mlp.take(inner.modules(), PeftGatedMLP) if blocks else []
-    found = cover_blocks(inner, reason or "left alone (blocks=False)")
-    kept = tuple(map(ref, changed))
-    return Optimized(report.layers, report.notes, cover_frozen(inner), found, kept)
+    covered = cover_blocks(inner, reason or "left alone (blocks=False)")
+    changed_refs = tuple(map(ref, changed))
+    return Optimized(report.layers, report.notes, cover_frozen(inner), covered, changed_refs)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ def records(
     """
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     uncalled = {attention.out_proj for attention in attentions}
-    found, calls = [], _called(layers)
+    records, calls = [], _called(layers)
     for name, layer in layers:
         reason = _UNCALLED if layer in uncalled else why_not_swapped(layer)
         reason = reason or ("" if is_swapped(layer) else unreached) or why_not_now()
@@ -43,7 +43,7 @@ def records(
         kernel = getattr(layer.get_base_layer(), "kernel_size", ())  # a convolution's
         size = math.prod(kernel) if isinstance(kernel, tuple) else int(kernel)
         size *= (layer.out_features or 0) * (layer.in_features or 0)
-        found.append(
+        records.append(
             LayerCoverage(
                 name,
                 (layer.out_features, layer.in_features),
@@ -56,7 +56,7 @@ def records(
                 "" if output is None else format_of(output),
             )
         )
-    return tuple(found)
+    return tuple(records)
 
 
 def outputs_of(

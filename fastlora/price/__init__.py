@@ -79,8 +79,8 @@ def plan(
             f"its config says that it is quantised ({read('quant_method', None)}), and it is dense "
             "here: so are the time and what is kept; what trains and the file are the same",
         )
-    found = Plan(name, layers, count_frozen(inner), prices, notes=notes)
-    return _measured(found, inner, config, batch, rounds, progress) if rounds else found
+    plan = Plan(name, layers, count_frozen(inner), prices, notes=notes)
+    return _measured(plan, inner, config, batch, rounds, progress) if rounds else plan
 
 
 def _measured(
@@ -102,7 +102,7 @@ def _measured(
         raise ValueError("the model is on meta, where nothing can be measured: give rounds=0")
     sides = [partial(frozen, model, batch)]
     sides += [partial(_adapted, model, replace(config, r=price.r)) for price in plan.prices]
-    kept, seconds = [], []
+    waiting, seconds = [], []
     with undisturbed(model), in_mode(model, training=True):
         for i in range(rounds + 1):  # the first warms up
             if progress is not None:
@@ -111,18 +111,18 @@ def _measured(
             for side in sides:
                 with side():
                     if i == 0:
-                        kept.append(kept_bytes(model, batch) / tokens)
+                        waiting.append(kept_bytes(model, batch) / tokens)
                     times.append(step_seconds(model, batch))
                     model.zero_grad()
             if i:
                 seconds.append(times)
     ratios = [[times[j] / times[0] for times in seconds] for j in range(len(sides))]
     prices = tuple(
-        replace(price, kept_bytes=kept[j], step=_quartiles(ratios[j]))
+        replace(price, kept_bytes=waiting[j], step=_quartiles(ratios[j]))
         for j, price in enumerate(plan.prices, start=1)
     )
     middle = _quartiles([times[0] for times in seconds])[1]
-    costs = replace(plan.frozen, kept_bytes=kept[0], seconds=middle)
+    costs = replace(plan.frozen, kept_bytes=waiting[0], seconds=middle)
     return replace(plan, frozen=costs, prices=prices, device=str(device), batch=text)
 
 
@@ -180,23 +180,23 @@ def step_seconds(model: nn.Module, batch: Any) -> float:
 
 def kept_bytes(model: nn.Module, batch: Any) -> int:
     """What autograd keeps of a forward until the backward, without parameters and buffers."""
-    own = {
+    of_model = {
         storage.data_ptr()
         for tensor in (*model.parameters(), *model.buffers())
         for storage in _storages(tensor)
     }
-    kept: dict[int, int] = {}
+    waiting: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         for storage in _storages(tensor):
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in of_model:
+                waiting[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the same memory; to keep the tensor itself would make a cycle
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = loss_and_outputs(call(model, batch))[0]
     del loss  # not before: it holds the graph, so that no address came twice
-    return sum(kept.values())
+    return sum(waiting.values())
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:

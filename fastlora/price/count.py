@@ -114,7 +114,7 @@ class Plan:
         return "\n".join(lines)
 
     def _cells(self, price: Price) -> tuple[str, ...]:
-        kept = "–" if price.kept_bytes is None else f"{price.kept_bytes / 1024:.0f}"
+        per_token = "–" if price.kept_bytes is None else f"{price.kept_bytes / 1024:.0f}"
         step = "–"
         if price.step is not None:
             low, middle, high = price.step
@@ -126,7 +126,7 @@ class Plan:
             f"{price.file_bytes / _MIB:.1f}",
             f"{price.training_bytes / _MIB:.1f}",
             f"{100 * price.flops / self.frozen.flops:.1f}",
-            kept,
+            per_token,
             step,
         )
 
@@ -147,8 +147,8 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
             sizes[id(layer)] = math.prod(weight.shape)
     for module in model.modules():
         for name in packed_names(module):
-            for own in (name, f"{name}{SCALE}"):
-                sizes.pop(id(module._parameters.get(own)), None)
+            for parameter in (name, f"{name}{SCALE}"):
+                sizes.pop(id(module._parameters.get(parameter)), None)
             sizes[id(module), name] = math.prod(weight_in(module, name).shape)
     flops = 4 * _of_a_token(set(model.modules()))
     return FrozenCosts(sum(sizes.values()), flops, bytes=_resident_bytes(model))
@@ -156,11 +156,11 @@ def count_frozen(model: nn.Module) -> FrozenCosts:
 
 def _resident_bytes(model: nn.Module) -> int:
     """Of all memory that the model's tensors lie in, and a vendor's beside its parameters."""
-    found = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_plain(tensor)]
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_plain(tensor)]
     for _, weight in _matrices(model.modules()):
         if not isinstance(weight, Tensor):
-            found += weight.tensors
-    storages = [tensor.untyped_storage() for tensor in found]
+            tensors += weight.tensors
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
@@ -188,10 +188,10 @@ def count_adapter(model: nn.Module, config: LoRAConfig) -> tuple[int, Price]:
         flops += 2 * 3 * used * config.rank_of(name) * (target.features.p + target.features.q)
     trained = {id(each): each for each in full.values() if isinstance(each, nn.Parameter)}
     parts = [*adapters.values(), *map(_planned, trained.values())]
-    kept = full
+    saved_whole = full
     if must_save_embeddings(model, AUTO):
-        kept = full | embedding_tensors(model, saved, names)
-    file = adapters | {key: _planned(tensor) for key, tensor in kept.items()}
+        saved_whole = full | embedding_tensors(model, saved, names)
+    file = adapters | {key: _planned(tensor) for key, tensor in saved_whole.items()}
     counts = [math.prod(part.shape) for part in parts]
     size = sum(part.dtype.itemsize * count for part, count in zip(parts, counts, strict=True))
     return len(names), Price(config.r, sum(counts), size, flops, size_of(file))

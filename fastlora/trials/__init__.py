@@ -149,16 +149,16 @@ def _finish(run: Training, state: State, folder: Path) -> Sweep:
         _write(run.model, trial, adapters, folder / ADAPTERS / trial.name)
         for adapters, trial in zip(state.adapters, run.trials, strict=True)
     ]
-    found = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
-    if found.best is None:
+    sweep = Sweep(run.outcomes(state, ranks), run.options.steps, sum(state.seconds), folder)
+    if sweep.best is None:
         warnings.warn("no trial's held-out loss is finite: there is no best one", stacklevel=3)
         delete_adapter(folder / BEST)
     else:
-        best = found.outcomes.index(found.best)
+        best = sweep.outcomes.index(sweep.best)
         _write(run.model, run.trials[best], state.adapters[best], folder / BEST)
-    numbers = (json.dumps(found.as_dict(), indent=2) + "\n").encode()
-    write_whole(folder, {TABLE: numbers} | curves(found))
-    return found
+    numbers = (json.dumps(sweep.as_dict(), indent=2) + "\n").encode()
+    write_whole(folder, {TABLE: numbers} | curves(sweep))
+    return sweep
 
 
 @contextmanager
@@ -186,20 +186,20 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 
     Raises ValueError for one that has no running statistics, and mixes in evaluation too.
     """
-    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    mixing = [called(name) for name, norm in found.items() if norm.running_mean is None]
+    norms: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    mixing = [called(name) for name, norm in norms.items() if norm.running_mean is None]
     if mixing:
         raise ValueError(
             f"{some(mixing)} would mix trials, for it normalises by the statistics of the batch: "
             "give it running ones (track_running_stats=True), or train each configuration alone"
         )
-    if found:
+    if norms:
         warnings.warn(
-            f"{some(list(map(called, found)))} stays in evaluation: a batch norm in training would "
+            f"{some(list(map(called, norms)))} stays in evaluation: a batch norm in training would "
             "mix trials",
             stacklevel=3,
         )
-    return found
+    return norms
 
 
 def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folder: Path) -> float:

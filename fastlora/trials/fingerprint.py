@@ -42,18 +42,18 @@ def of_base(model: nn.Module) -> Fingerprint:
 
     Of a weight that isn't here (on meta, sharded), or of a class of its own, its shape alone.
     """
-    found: Fingerprint = {}
+    digests: Fingerprint = {}
     for name, module in model.named_modules():
         vendor = vendor_of(module)
         tensors: Mapping[str, Tensor | None] = module._parameters
         if isinstance(module, PackedWeight):
             tensors = module._buffers
-        for own, tensor in tensors.items():
-            if tensor is not None and own not in (vendor.PARTS if vendor else ()):
-                found[f"{name}.{own}".lstrip(".")] = _digest(tensor)
+        for parameter, tensor in tensors.items():
+            if tensor is not None and parameter not in (vendor.PARTS if vendor else ()):
+                digests[f"{name}.{parameter}".lstrip(".")] = _digest(tensor)
         if vendor:
-            found[f"{name}.weight".lstrip(".")] = _some_of_a_row(module)
-    return found
+            digests[f"{name}.weight".lstrip(".")] = _some_of_a_row(module)
+    return digests
 
 
 def check_same(
@@ -84,26 +84,26 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _digest(tensor: Tensor, all_of_it: bool = False) -> str:
     """Of its shape and dtype, and of all its elements, or some that lie evenly in it."""
-    found = blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
+    digest = blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
     if all_of_it or (type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta):
         flat = tensor.detach().flatten()
         if not all_of_it:  # an odd step: no column of a weight
             flat = flat[:: (len(flat) // _ELEMENTS - 1) | 1] if len(flat) > _ELEMENTS else flat
-        found.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _some_of_a_row(layer: nn.Module) -> list[float]:
     """Of a vendor's layer, as its numbers are meant; none if it can't be read."""
     with torch.enable_grad():  # without, it isn't read where a call in evaluation has laid it anew
-        found = quantised_weight(layer)
+        packed = quantised_weight(layer)
     if (
-        not isinstance(found, PackedLayer)
-        or not found.is_whole
-        or found.weight.device.type == "meta"
+        not isinstance(packed, PackedLayer)
+        or not packed.is_whole
+        or packed.weight.device.type == "meta"
     ):
         return []
-    rows, columns = found.weight.shape
-    out = torch.empty(1, columns, dtype=torch.float32, device=found.weight.device)
-    row = found.weight.read(rows // 2, out)[0].nan_to_num()
+    rows, columns = packed.weight.shape
+    out = torch.empty(1, columns, dtype=torch.float32, device=packed.weight.device)
+    row = packed.weight.read(rows // 2, out)[0].nan_to_num()
     return [float(rows), float(columns), *row[:: columns // 32 or 1].tolist()]

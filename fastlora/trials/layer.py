@@ -89,10 +89,10 @@ class TrialsLayer(nn.Module):
         if mapping is None:
             return super().forward(x)
         with torch.enable_grad():  # as a weight is read that a call in evaluation has laid anew
-            found = quantised_weight(self, self.plain_class)
-        if isinstance(found, str):
-            raise ValueError(f"the {self.plain_class.__name__} can't be read: {found}")
-        weight: Any = matrix_of(self, self.plain_class) if found is None else found.weight
+            packed = quantised_weight(self, self.plain_class)
+        if isinstance(packed, str):
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {packed}")
+        weight: Any = matrix_of(self, self.plain_class) if packed is None else packed.weight
 
         lora_a, lora_b = map(list, zip(*adapters.pairs, strict=True))
         how: Any = {"bias": cast(Any, self).bias, "training": self.training, **adapters.numbers}
@@ -101,7 +101,7 @@ class TrialsLayer(nn.Module):
             return multi_lora_linear(x, weight, lora_a, lora_b, mapping, **how)
 
         items = adapters.rows.by_sequence(x, adapters.name)
-        y = run(items) if found is None else found.call(items, run)
+        y = run(items) if packed is None else packed.call(items, run)
         return y if items is x else y.flatten(0, 1)
 
 
@@ -120,16 +120,18 @@ def attached(model: nn.Module, trials: Sequence[Trial], seed: int) -> Iterator[A
     Raises what :func:`fastlora.apply_lora` raises for a target, and leaves the model as it was.
     """
     targets = [find_targets(model, trial.config, (), every_name=True) for trial in trials]
-    routers = sorted(n for found in targets for n, one in found.items() if is_router(one.module))
+    routers = sorted(
+        n for of_trial in targets for n, one in of_trial.items() if is_router(one.module)
+    )
     if routers:
         raise ValueError(
             f"{routers[0]} is a router, whose adapters can't share a batch: exclude it"
         )
     made = []
-    for trial, found in zip(trials, targets, strict=True):
+    for trial, of_trial in zip(trials, targets, strict=True):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made.append({n: one.new_adapter(n, trial.config) for n, one in found.items()})
+            made.append({n: one.new_adapter(n, trial.config) for n, one in of_trial.items()})
     rows = TrialRows(len(trials))
     with ExitStack() as stack:
         for parameter in [each for each in model.parameters() if each.requires_grad]:

@@ -67,21 +67,21 @@ def earlier(folder: Path, settings: dict[str, Any], *, resume: bool, replace: bo
             f"{folder} has no {FILE}, so its sweep can't be resumed: replace=True deletes it, and "
             "another output_dir leaves it as it is"
         )
-    found = _read(folder / FILE)
+    earlier = _read(folder / FILE)
     for name, value in settings.items():
-        if found.settings.get(name) != value:
+        if earlier.settings.get(name) != value:
             raise ValueError(
-                f"{folder / FILE} is of a sweep with {name} {shown(found.settings.get(name))}, not "
-                f"{shown(value)}: give the same, another output_dir, or replace=True in place of "
-                "resume"
+                f"{folder / FILE} is of a sweep with {name} {shown(earlier.settings.get(name))}, "
+                f"not {shown(value)}: give the same, another output_dir, or replace=True in place "
+                "of resume"
             )
-    if not found.fingerprints:
+    if not earlier.fingerprints:
         warnings.warn(
             f"{folder / FILE} is of a fastlora that noted neither data nor base: make sure that "
             "both are the same",
             stacklevel=3,
         )
-    return found
+    return earlier
 
 
 def _read(path: Path) -> State:
@@ -118,11 +118,11 @@ def _delete_empty(folder: Path) -> None:
 
 def _names(folder: Path) -> set[str]:
     """Those of the trials of the folder's sweep, as far as its files can be read."""
-    found: list[Any] = []
+    names: list[Any] = []
     for read in (lambda: _read(folder / FILE).settings, lambda: read_json(folder / TABLE)):
         with suppress(OSError, ValueError, LookupError, TypeError):
-            found += [trial["name"] for trial in read()["trials"]]
-    return set(filter(is_folder_s, found))
+            names += [trial["name"] for trial in read()["trials"]]
+    return set(filter(is_folder_s, names))
 
 
 def random_state() -> list[Tensor]:

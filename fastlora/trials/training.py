@@ -98,16 +98,16 @@ def drawing(random: torch.Generator) -> Iterator[None]:
 def as_batch(batch: Any) -> Batch:
     """Its tensors by name; ValueError unless they have one number of examples, and labels."""
     items = batch.items() if hasattr(batch, "items") else ()
-    found = {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
-    if "labels" not in found or any(tensor.dim() == 0 for tensor in found.values()):
+    tensors = {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
+    if "labels" not in tensors or any(tensor.dim() == 0 for tensor in tensors.values()):
         raise ValueError(
             f"a batch is {shown(batch)}, but must map names to tensors, [examples, …], with "
             "'labels'"
         )
-    if len({len(tensor) for tensor in found.values()}) > 1:
-        sizes = {name: len(tensor) for name, tensor in found.items()}
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        sizes = {name: len(tensor) for name, tensor in tensors.items()}
         raise ValueError(f"a batch has tensors of different numbers of examples: {sizes}")
-    return found
+    return tensors
 
 
 def joined(batches: Sequence[Batch], causal: bool) -> list[Batch]:
@@ -179,15 +179,17 @@ class Training:
 
     def restored(self, state: State) -> State:
         """Put a state's adapters in place.  Raises ValueError if they don't fit this model."""
-        for own, saved in zip(self.parts.parameters, state.adapters, strict=True):
-            if {n: p.shape for n, p in own.items()} != {n: a.shape for n, a in saved.items()}:
+        for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
+            if {n: p.shape for n, p in parameters.items()} != {
+                n: a.shape for n, a in saved.items()
+            }:
                 raise ValueError(
                     "the sweep to resume is of another model: give that model, another output_dir, "
                     "or replace=True in place of resume"
                 )
         with torch.no_grad():
-            for own, saved in zip(self.parts.parameters, state.adapters, strict=True):
-                for name, parameter in own.items():
+            for parameters, saved in zip(self.parts.parameters, state.adapters, strict=True):
+                for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
         self.optimizer.load_state_dict(state.optimizer)
         return state
@@ -200,7 +202,7 @@ class Training:
             self._evaluate(state)
         while (left := self.options.steps - state.step) > 0:
             started = time.perf_counter()
-            found = self.step(state, feed)
+            losses = self.step(state, feed)
             elapsed = time.perf_counter() - started
             for i in state.alive:
                 state.seconds[i] += elapsed / len(state.alive)
@@ -208,7 +210,7 @@ class Training:
             state.step, left = state.step + 1, left - 1
             if progress:  # on the one line that the next step takes
                 said = f"step {state.step} of {self.options.steps}, {elapsed * left:.0f} s left: "
-                said += f"{len(state.alive)} trials, loss {min(found):.3f}"
+                said += f"{len(state.alive)} trials, loss {min(losses):.3f}"
                 print(f"\r{said:70}", end="" if left else "\n", file=sys.stderr, flush=True)
             keep = stops.get(state.step)
             if keep or not left or state.step % self.eval_steps == 0:
@@ -232,20 +234,20 @@ class Training:
         batches = feed.take(len(self.trials) // len(state.alive))
         batches = joined(batches, self.loss is causal_loss)
         sizes = [counted(batch["labels"], self.loss) for batch in batches]
-        found = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
+        sums = torch.zeros(len(state.alive), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad()
         for batch, size in zip(batches, sizes, strict=True):
             if size or not batches[1:]:
                 share = size / sum(sizes) if batches[1:] else 1.0  # of the mean over all labels
                 losses = share * torch.stack(self._losses(state.alive, batch))
                 losses.sum().backward()
-                found += losses.detach()
+                sums += losses.detach()
         if self.options.max_grad_norm:
             for i in state.alive:
-                own = list(self.parts.parameters[i].values())
-                nn.utils.clip_grad_norm_(own, self.options.max_grad_norm)
+                parameters = list(self.parts.parameters[i].values())
+                nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
         self.optimizer.step()
-        return found.tolist()
+        return sums.tolist()
 
     def _losses(self, alive: Sequence[int], batch: Batch) -> list[Tensor]:
         """Each trial's mean loss on the batch."""
@@ -260,7 +262,7 @@ class Training:
                 f"the model returned logits {tuple(logits.shape)} for {count * len(alive)} "
                 "examples, but must return [examples, …]"
             )
-        return [self.loss(own, labels) for own in logits.split(count)]
+        return [self.loss(of_trial, labels) for of_trial in logits.split(count)]
 
     @torch.no_grad()
     def _evaluate(self, state: State) -> None:
@@ -272,16 +274,16 @@ class Training:
                 if size:  # else there is no loss
                     total += size * torch.stack(self._losses(state.alive, batch)).cpu().double()
                     weight += size
-        for i, found in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
-            state.losses[i].append((state.step, found))
+        for i, loss in zip(state.alive, (total / max(weight, 1)).tolist(), strict=True):
+            state.losses[i].append((state.step, loss))
 
     def _keep(self, state: State, feed: Feed, folder: Path) -> None:
         """Put all that is needed to go on from here into the state, and the state on the disk."""
         state.batches, state.random = feed.taken, random_state()
         state.optimizer = self.optimizer.state_dict()
         state.adapters = [
-            {name: parameter.detach() for name, parameter in own.items()}
-            for own in self.parts.parameters
+            {name: parameter.detach() for name, parameter in parameters.items()}
+            for parameters in self.parts.parameters
         ]
         if self.replaces:
             delete(folder)

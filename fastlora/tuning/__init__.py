@@ -121,7 +121,7 @@ def _tuned(
     if not name:
         nothing = f"there is nothing to tune on {device}: it runs no compiled Triton kernels"
         return Tuning(str(device), (), (nothing,))
-    found = []
+    measured_rows = []
     with (
         torch.no_grad(),
         torch.random.fork_rng([device] if is_gpu else []),  # PEFT's dropout draws
@@ -134,15 +134,15 @@ def _tuned(
             try:
                 if not reason:
                     share = (end - now) / (len(products) - i)
-                    found += _measured(product, device, now, share, said)
+                    measured_rows += _measured(product, device, now, share, said)
             except torch.OutOfMemoryError:
                 reason = "there isn't enough memory"
             if reason:
                 said.append(f"{product} wasn't measured: {reason}")
-    path = measured.keep(name, [row for _, row in found]) if found else ""
-    if found and not path:
+    path = measured.keep(name, [row for _, row in measured_rows]) if measured_rows else ""
+    if measured_rows and not path:
         said.append(f"{measured.path_of(name)} can't be written: it is for this process alone")
-    return Tuning(name, tuple(line for line, _ in found), tuple(said), path)
+    return Tuning(name, tuple(line for line, _ in measured_rows), tuple(said), path)
 
 
 def _measured(

@@ -68,16 +68,16 @@ def _own(model: nn.Module) -> Iterator[_Layer]:
     """Layers and experts' weights of fastlora's own."""
     for _, layer in lora_layers(model):
         module = layer.adapted_module
-        found: Output[Tensor] | str = "merged"
+        output: Output[Tensor] | str = "merged"
         if not layer.merged:
             try:
                 if isinstance(layer, ExpertsWeight):  # whose output isn't stacked
-                    found = Output(Base(layer.weight), (layer.adapter(),))
+                    output = Output(Base(layer.weight), (layer.adapter(),))
                 else:
-                    found = layer.adapted_output()
+                    output = layer.adapted_output()
             except ValueError as error:
-                found = str(error)
-        yield module, found, module.lora_dropout
+                output = str(error)
+        yield module, output, module.lora_dropout
 
 
 def _of_peft(model: nn.Module) -> Iterator[_Layer]:

@@ -44,8 +44,8 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What ``run``, a backend's forward, returns for a call whose kernels are on trial."""
     count, of = len(call.layouts), partial(of_forward, seeds=seeds, call=call)
-    found = _judged(of(run), of(torch_backend.forward), inputs, _roles(call.layouts))
-    return found[:count], found[count:]
+    results = _judged(of(run), of(torch_backend.forward), inputs, _roles(call.layouts))
+    return results[:count], results[count:]
 
 
 def of_forward(forward: Callable, seeds: Tensor | None, call: Call) -> Run:
@@ -102,11 +102,11 @@ def elementwise(run: Callable, by_torch: Callable, *matrices: Tensor, fills: int
 
         return made
 
-    found = _judged(of(run), of(by_torch), read, [_ROWS] * len(read))
+    results = _judged(of(run), of(by_torch), read, [_ROWS] * len(read))
     # Only now, since a matrix may be both read and filled.
-    for target, result in zip(written, found, strict=False):
+    for target, result in zip(written, results, strict=False):
         target.copy_(result)
-    return None if fills else found[0]
+    return None if fills else results[0]
 
 
 def _roles(layouts: Sequence[Layout]) -> list[str]:
@@ -126,13 +126,13 @@ def _judged(
 ) -> list:
     """What the kernels make of the tensors, if it is right; else what PyTorch makes of them."""
     with _disable_current_modes(), torch.no_grad():
-        right, found, fault = by_torch(tensors), [], ""
+        right, results, fault = by_torch(tensors), [], ""
         with kernels.on_trial() as trial:
             try:
                 fault = _fault_of_probe(by_kernels, by_torch, _probe(tensors, roles), roles)
                 if not fault:
-                    found = by_kernels(tensors)
-                    fault = compared(by_torch, tensors, roles, found, right)
+                    results = by_kernels(tensors)
+                    fault = compared(by_torch, tensors, roles, results, right)
             except kernels.Unproven:  # these were found wrong before
                 return right
             except torch.OutOfMemoryError:
@@ -149,7 +149,7 @@ def _judged(
     device = next(tensor.device for tensor in tensors if tensor is not None)
     names = trust.settle(trial, device, fault)
     if not fault:
-        return found
+        return results
     warnings.warn(
         f"the Triton kernels {names} run no more on {trust.environment(device)}, PyTorch's "
         f"operations do: {fault}. Please report it, with what `python -m fastlora doctor` prints",
@@ -163,12 +163,12 @@ def _fault_of_probe(
     by_kernels: Run, by_torch: Run, tensors: Sequence[Tensor | None], roles: Sequence[str]
 ) -> str:
     """What is wrong with what the kernels make of random numbers; "" if nothing is."""
-    found = by_kernels(tensors)
+    results = by_kernels(tensors)
     for _ in range(REPEATS - 1):
-        for first, again in zip(found, by_kernels(tensors), strict=True):
+        for first, again in zip(results, by_kernels(tensors), strict=True):
             if not _same_bits(first, again):
                 return f"two calls of {REPEATS} with the same tensors made other bits"
-    return compared(by_torch, tensors, roles, found, by_torch(tensors))
+    return compared(by_torch, tensors, roles, results, by_torch(tensors))
 
 
 def _probe(tensors: Sequence[Tensor | None], roles: Sequence[str]) -> list[Tensor | None]:
@@ -222,7 +222,7 @@ def compared(
     by_torch: Run,
     tensors: Sequence[Tensor | None],
     roles: Sequence[str],
-    found: Sequence,
+    results: Sequence,
     right: Sequence,
 ) -> str:
     """What is wrong with the kernels' results beside PyTorch's; "" if nothing is."""
@@ -237,12 +237,12 @@ def compared(
     except torch.OutOfMemoryError:
         truth = None
     del wide
-    return _difference(found, right, truth, torch.finfo(x.dtype).eps)
+    return _difference(results, right, truth, torch.finfo(x.dtype).eps)
 
 
-def _difference(found: Sequence, right: Sequence, truth: Sequence | None, eps: float) -> str:
+def _difference(results: Sequence, right: Sequence, truth: Sequence | None, eps: float) -> str:
     """What is wrong with these results, measured by PyTorch's own errors; "" if nothing is."""
-    for i, (ours, its) in enumerate(zip(found, right, strict=True)):
+    for i, (ours, its) in enumerate(zip(results, right, strict=True)):
         name = f"result {i + 1} of {len(right)}"
         if ours is None or its is None:  # a gradient of nothing may be left out
             made = its if ours is None else ours

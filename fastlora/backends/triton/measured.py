@@ -42,13 +42,13 @@ def as_text(device: str, rows: Iterable) -> str:
 def from_text(text: str) -> Tuned:
     """What a file holds; its rows only if they are of this format and this Triton."""
     try:
-        found = json.loads(text)
-        format, version = found["format"], found["triton"]
+        fields = json.loads(text)
+        format, version = fields["format"], fields["triton"]
         if format != FORMAT:
             return Tuned(why_not=f"its format is {format}, not {FORMAT}")
         if version != triton.__version__:
             return Tuned(why_not=f"it is of Triton {version}, and this is {triton.__version__}")
-        return Tuned(tuple(map(as_row, found["rows"])), found["date"])
+        return Tuned(tuple(map(as_row, fields["rows"])), fields["date"])
     except Exception as error:  # whatever is in it, this module is imported
         return Tuned(why_not=f"it can't be read ({type(error).__name__}: {error})")
 
@@ -88,12 +88,12 @@ def described(device: str) -> str:
     """What there is for a device of this name, for a report."""
     if not device:
         return "not possible: it runs no compiled kernels"
-    found, path = written(device), path_of(device)
-    if found is None:
+    tuned, path = written(device), path_of(device)
+    if tuned is None:
         return "nothing was measured: python -m fastlora tune"
-    if found.why_not:
-        return f"{path} isn't used, {found.why_not}: python -m fastlora tune makes a new one"
-    return f"{len(found.rows)} products, {found.date}: {path}"
+    if tuned.why_not:
+        return f"{path} isn't used, {tuned.why_not}: python -m fastlora tune makes a new one"
+    return f"{len(tuned.rows)} products, {tuned.date}: {path}"
 
 
 def load() -> None:

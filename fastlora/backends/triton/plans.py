@@ -81,12 +81,12 @@ class Contest:
         for each in self.dys or [self.x]:  # what is right in memory now is so no more
             each.normal_(generator=self.draw)
         try:
-            found = self.step(plan)()
+            results = self.step(plan)()
         except kernels.Unproven:
             return str(said[-1].message) if said else "its kernels aren't believed"
         by_torch, plain = self._by(torch_backend), [""] * len(self.tensors)
         right = by_torch(self.tensors)
-        return first_contact.compared(by_torch, self.tensors, plain, found, right)
+        return first_contact.compared(by_torch, self.tensors, plain, results, right)
 
     def step(self, plan: "kernels.Plan") -> Callable[[], list]:
         """The pass by the kernels alone: it raises Unproven if they aren't believed."""

@@ -56,10 +56,10 @@ def verdict(identities: Iterable[str], device: torch.device) -> bool | None:
         return True
     known = _known()
     here = environment(device)
-    found = [known.get((identity, here)) for identity in identities]
-    if any(each is not None and each.fault for each in found):
+    verdicts = [known.get((identity, here)) for identity in identities]
+    if any(each is not None and each.fault for each in verdicts):
         return False
-    return None if where == ALWAYS or not all(found) or not found else True
+    return None if where == ALWAYS or not all(verdicts) or not verdicts else True
 
 
 def settle(trial: Mapping[Hashable, "kernels.Resolved"], device: torch.device, fault: str) -> str:
@@ -68,7 +68,7 @@ def settle(trial: Mapping[Hashable, "kernels.Resolved"], device: torch.device, f
     Of a call with a fault these are the kernels that no other call has proven.
     """
     here, known, always = environment(device), _known(), mode(device) == ALWAYS
-    scripts = [found.script for found in trial.values() if found.script is not None]
+    scripts = [record.script for record in trial.values() if record.script is not None]
     identities = sorted({identity for script in scripts for identity in script.identities})
     meant = [each for each in identities if always or (each, here) not in known]
     for identity in meant:
@@ -77,15 +77,15 @@ def settle(trial: Mapping[Hashable, "kernels.Resolved"], device: torch.device, f
     if fault:
         give_up(trial)
     elif not always:
-        for found in trial.values():
-            kernels.keep(found)
+        for record in trial.values():
+            kernels.keep(record)
     return ", ".join(dict.fromkeys(known[each, here].name for each in meant)) or "of a call"
 
 
 def give_up(trial: Mapping[Hashable, "kernels.Resolved"]) -> None:
     """Calls of these kinds run no kernels any more in this process."""
-    for found in trial.values():
-        kernels.keep(found._replace(script=None))
+    for record in trial.values():
+        kernels.keep(record._replace(script=None))
 
 
 def _known() -> dict[tuple[str, Environment], Verdict]:
