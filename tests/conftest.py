@@ -2,12 +2,20 @@
 
 import getpass
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests run in as many processes as `make test` says; the threads of each would wait for each other.
 # The processes that a test starts inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    # Each process that a test starts would compile the sources of torch and transformers anew,
+    # three times as long as it takes to import them.  It stays out of the folders of sources.
+    folder = str(Path(__file__).parents[1] / ".cache" / "bytecode")
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", folder)
+    sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
 if isa := os.environ.get("ATEN_CPU_CAPABILITY"):
     # Inductor's cache doesn't tell code for these vectors from that for the CPU's own, which then
     # writes past the end of its memory.
@@ -22,9 +30,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from bits import wants_equal_bits
 from device import DEVICE
-from older import pytest_itemcollected as pytest_itemcollected
+from marks import pytest_itemcollected as pytest_itemcollected
+from marks import wants_equal_bits
 
 import fastlora
 from fastlora.backends import products

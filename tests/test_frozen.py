@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from frozen_calls import counted_calls
+from fast_calls import counted_frozen_calls
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -64,7 +64,7 @@ def test_y_and_dx_are_closer_to_the_truth_than_torch_s(dtype, bias, leading):
 
 def test_without_gradients_it_is_fast_too():
     layer, x = taken(), x_of(5)
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         first = layer(x)
         with torch.no_grad():
             second = layer(x)
@@ -138,7 +138,7 @@ def test_nothing_changes_where_it_does_not_gain(monkeypatch):
 def test_a_weight_that_trains_is_torch_s_while_it_does():
     layer, x = taken(), x_of(4)
     model = nn.Sequential(layer)
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         layer.weight.requires_grad_(True)
         layer(x).sum().backward()
         assert calls == []
@@ -164,7 +164,7 @@ def test_transforms_traces_and_exports_are_torch_s():
     layer, x = taken(), x_of(4)
     theirs = copy.deepcopy(layer)
     frozen.give_back_frozen([theirs])
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         assert torch.equal(torch.func.vmap(layer)(x[None]), torch.func.vmap(theirs)(x[None]))
         ours, their = (torch.func.jvp(f, (x,), (x,)) for f in (layer, theirs))
         assert all(map(torch.equal, ours, their))
@@ -191,7 +191,7 @@ def test_copies_are_fast_and_can_be_given_back_alone(again):
 def test_given_back_with_accelerate_s_hook_on_it():
     layer, x = taken(), x_of(4)
     add_hook_to_module(layer, ModelHook())
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         layer(x)
         assert len(calls) == 1
         frozen.give_back_frozen([layer])
@@ -202,7 +202,7 @@ def test_given_back_with_accelerate_s_hook_on_it():
 def test_given_back_with_a_parametrization_on_it():
     layer, x = taken(), x_of(4)
     parametrizations.weight_norm(layer)
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         expected = layer(x)
         frozen.give_back_frozen([layer])
         assert torch.equal(layer(x), expected)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from block_calls import blocks, counted_blocks
+from fast_calls import blocks, counted_blocks
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from block_calls import counted_blocks
+from fast_calls import counted_blocks
 from memory import saved_bytes
 from torch import Tensor, nn
 from transformers import LlamaConfig

@@ -16,7 +16,7 @@ from kernel_cases import (
     random,
     recorded,
 )
-from pairs import pairwise
+from marks import pairwise
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import gemm_lowrank, lowrank

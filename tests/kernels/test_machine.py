@@ -13,7 +13,7 @@ from process import run_without_interpreter
 WORKER = Path(__file__).parents[1] / "support" / "machine_worker.py"
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
 def found(request) -> dict:
     """What the worker prints, by the name of its functions."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):

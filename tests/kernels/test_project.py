@@ -4,7 +4,7 @@ import pytest
 import torch
 from judge import assert_close
 from kernel_cases import BF16, F16, F32, draw_seeds, keep_masks, processors, random, recorded
-from pairs import pairwise
+from marks import pairwise
 
 from fastlora.kernels import project
 from fastlora.kernels.project import ProjectConfig

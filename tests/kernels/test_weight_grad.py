@@ -15,7 +15,7 @@ from kernel_cases import (
     random,
     recorded,
 )
-from pairs import pairwise
+from marks import pairwise
 
 from fastlora.kernels import one_pass_pays, project, weight_grad
 from fastlora.kernels.launch import intercept

@@ -8,7 +8,7 @@ import torch
 from counting import Counted, counted_launches
 from device import DEVICE
 from judge import make_projection
-from pairs import pairwise
+from marks import pairwise
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

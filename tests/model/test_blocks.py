@@ -3,7 +3,7 @@
 import pickle
 
 import torch
-from block_calls import blocks
+from fast_calls import blocks
 from models import adapt, assert_untouched, refused, snapshot, tiny_llama
 
 import fastlora

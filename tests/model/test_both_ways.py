@@ -10,10 +10,9 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
-from models import Mlp, Tied, randomise, tiny_llama
+from models import Mlp, Places, Tied, randomise, tiny_llama
 from packaging import version
 from peft_models import gpt2
-from places import Places
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (

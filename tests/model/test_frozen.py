@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from frozen_calls import counted_calls, fast_layers
+from fast_calls import counted_frozen_calls, fast_layers
 from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
 
 import fastlora
@@ -72,6 +72,6 @@ def test_a_transformers_model_keeps_its_tied_head():
     model = fastlora.apply_lora(llama, LoRAConfig(target_modules="all-linear"))
     assert fast_layers(model) == {"lm_head"}
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         model(input_ids=IDS, labels=IDS).loss.backward()
     assert len(calls) == 1

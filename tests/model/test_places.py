@@ -5,8 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from models import Mlp, randomise, refused
-from places import Places
+from models import Mlp, Places, randomise, refused
 from torch import nn
 
 import fastlora

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from device import DEVICE
-from gated_mlps import HIDDEN, K, N, make_mlp, make_x
+from judge import HIDDEN, K, N, make_mlp, make_x
 from memory import saved_bytes
 from torch import Tensor
 from torch.autograd import forward_ad

@@ -6,7 +6,7 @@ tables below have what a draw meets too seldom.
 
 import pytest
 import torch
-from pairs import pairwise
+from marks import pairwise
 from random_calls import FORMATS, KINDS, Case, check
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

@@ -1,11 +1,9 @@
-"""What surrounds a layer in training: autocast, checkpointing, accumulation, processes."""
+"""What surrounds a layer in training: accumulation, threads, transforms."""
 
 import threading
 
-import ddp_worker
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 import fastlora
@@ -18,19 +16,6 @@ def make_layer(dropout: float = 0.0, **settings) -> LoRALinear:
     layer = LoRALinear(12, 7, r=4, lora_dropout=dropout, **settings)
     nn.init.normal_(layer.lora_B)
     return layer
-
-
-def gradients(layer: nn.Module, y: torch.Tensor) -> dict[str, torch.Tensor]:
-    layer.zero_grad()
-    y.float().square().mean().backward()
-    return {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
-
-
-def assert_same(first: dict, second: dict, **tolerance) -> None:
-    assert first.keys() == second.keys()
-    assert first
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], **tolerance)
 
 
 @on_both_backends
@@ -66,17 +51,6 @@ def test_threads_keep_their_own_backend(monkeypatch):
         assert backends.backend_name("torch") == "torch"
     assert names == ["torch"]
     assert backends.backend_name() == "torch"
-
-
-def test_ddp_in_two_processes(tmp_path):
-    mp.spawn(ddp_worker.train, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert_same(first, second)
-    model, x = ddp_worker.make_model(), torch.randn(8, 12)
-    for _ in range(2):
-        model(x).square().mean().backward()
-    assert_same(first, ddp_worker.gradients(model))
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 @on_both_backends

@@ -9,6 +9,7 @@ import pytest
 import torch
 from call_kinds import ENDS, KINDS, ROWS, K, made
 from device import DEVICE
+from marks import pairwise
 from memory import saved_bytes
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -24,6 +25,18 @@ from fastlora.backends import find_backend
 pytestmark = pytest.mark.usefixtures("backend")
 every_kind = pytest.mark.parametrize("name", KINDS)
 dropouts = pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
+
+
+def on_backends(torch=tuple(KINDS), triton=()) -> pytest.MarkDecorator:
+    """These kinds on each backend: for worlds that see the way to a backend alone, or none."""
+    rows = [("torch", name) for name in torch] + [("triton", name) for name in triton]
+    ids = [*map("-".join, rows)]
+    return pytest.mark.parametrize(("backend", "name"), rows, ids=ids, indirect=["backend"])
+
+
+# What a call's way depends on: several outputs, rows that are cut, a bank, packed weights.
+every_way = on_backends(triton=("group", "bank", "packed_experts"))
+by_torch_alone = on_backends()
 
 
 def leaves_of(kind) -> list[torch.Tensor]:
@@ -49,9 +62,15 @@ def test_the_same_bits_again(name, p):
     assert_same(run(kind, p), run(kind, p))
 
 
-@every_kind
-@dropouts
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pairwise(
+    {
+        "backend": {"torch": "torch", "triton": "triton"},
+        "name": {name: name for name in KINDS},
+        "p": [0.0, 0.4],
+        "dtype": {"bf16": torch.bfloat16, "f16": torch.float16},
+    },
+    indirect=["backend"],
+)
 def test_autocast_casts_x_and_the_weight(name, p, dtype):
     kind = made(name)
     with torch.autocast(DEVICE, dtype=dtype):
@@ -66,7 +85,7 @@ def test_autocast_casts_x_and_the_weight(name, p, dtype):
     assert_same(under[1:], [torch.zeros(()) if g is None else g for g in by_hand])
 
 
-@every_kind
+@every_way
 def test_autocast_leaves_float64_alone_and_a_backward_of_what_was_outside(name):
     wide, kind = made(name, torch.float64), made(name)
     outside, y = run(kind), kind.call(*kind.tensors.values())
@@ -96,7 +115,7 @@ CHECKPOINTS = {
 }
 
 
-@every_kind
+@every_way
 @pytest.mark.parametrize("how", CHECKPOINTS)
 def test_checkpointing_replays_the_mask(name, how):
     kind, settings = made(name), CHECKPOINTS[how]
@@ -144,7 +163,7 @@ def test_the_registered_op(name, p):
     torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, backward)
 
 
-@every_kind
+@every_way
 def test_under_a_counter_of_flops(name):
     kind = made(name)
     with FlopCounterMode(display=False):
@@ -152,11 +171,7 @@ def test_under_a_counter_of_flops(name):
     assert_same(run(kind), counted)
 
 
-@every_kind
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_whole(name, compiler):
-    if compiler == "inductor" and name not in ("group", "experts", "bank"):
-        pytest.skip("the others have the same op")
+def assert_compiled_is_the_same(name, compiler):
     torch.compiler.reset()
     kind = made(name, torch.bfloat16, torch.float32)
     compiled = torch.compile(kind.call, fullgraph=True, backend=compiler)
@@ -165,7 +180,17 @@ def test_compiled_whole(name, compiler):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@every_kind
+@every_way
+def test_compiled_whole(name):
+    assert_compiled_is_the_same(name, "aot_eager")
+
+
+@on_backends(["group", "experts", "bank"])  # the others have the same op
+def test_compiled_by_inductor(name):
+    assert_compiled_is_the_same(name, "inductor")
+
+
+@every_way
 def test_a_compiled_call_has_one_mask_for_both_directions(name):
     torch.compiler.reset()
     kind = made(name)
@@ -225,7 +250,7 @@ def test_gradients_of_gradients(name, p):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-@every_kind
+@every_way
 def test_many_gradients_at_once(name):
     kind = made(name)
     y, leaves = kind.call(*kind.tensors.values()), leaves_of(kind)
@@ -257,7 +282,7 @@ def transforms(kind):
     }
 
 
-@every_kind
+@by_torch_alone
 @pytest.mark.parametrize("transform", transforms(made("layer")))
 def test_transforms_of_torch_func(name, transform):
     kind = made(name, torch.float64)
@@ -265,7 +290,7 @@ def test_transforms_of_torch_func(name, transform):
     torch.testing.assert_close(apply(kind.call), apply(kind.truth))
 
 
-@every_kind
+@by_torch_alone
 def test_a_transform_under_autocast(name):
     kind = made(name)
     tensors = [tensor.detach() for tensor in kind.tensors.values()]
@@ -275,7 +300,7 @@ def test_a_transform_under_autocast(name):
     assert (found - expected).norm() < 0.03 * expected.norm()
 
 
-@every_kind
+@by_torch_alone
 def test_forward_mode(name):
     kind = made(name, torch.float64)
     x, *others = [tensor.detach() for tensor in kind.tensors.values()]
@@ -299,7 +324,7 @@ class Module(torch.nn.Module):
         return self.call(x, *self._parameters.values())
 
 
-@every_kind
+@every_way
 def test_export(name):
     kind = made(name)
     module, x = Module(kind), kind.tensors["x"].detach()
@@ -307,7 +332,7 @@ def test_export(name):
     torch.testing.assert_close(exported(2 * x), module(2 * x))
 
 
-@every_kind
+@every_way
 @pytest.mark.parametrize("where", ["fake", "meta"])
 def test_tensors_without_numbers_pass_through(name, where):
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -323,7 +348,7 @@ def test_tensors_without_numbers_pass_through(name, where):
         assert kind.call(*tensors, dropout=0.4, **options).shape == shape
 
 
-@every_kind
+@every_way
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_it_is_the_same(name, mode):
     kind = made(name)
@@ -377,7 +402,7 @@ def test_x_every_h_and_seeds_are_kept_where_the_backward_reads_them(name, p):
         assert sum(kept.values()) == size + (8 * kind.seeds if p else 0), frozen
 
 
-@every_kind
+@every_way
 def test_a_gradient_of_dx_where_x_is_not_kept_is_an_error(name):
     """It is not where lora_a and weight are frozen, and the gradient of lora_b reads it."""
     kind = made(name)

@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from block_calls import blocks, counted_blocks
+from fast_calls import blocks, counted_blocks
 from models import assert_untouched, snapshot, tiny_llama
 from peft_llama import (
     DATA,

@@ -168,13 +168,14 @@ def test_zero3_gathers_what_it_gathers_for_peft(two):
     assert {record.external for record in two.run(worker.zero3, "before")} == {expected}
 
 
-# Of many adapters, and of own models' experts: the same gradients as of the whole batch.
+# Of many adapters, and of own models: the same gradients as of the whole batch.
 TOGETHER = {
     "peft": (mixed.mixed_peft, {"find_unused_parameters": True}),
     # Each rank names every adapter that trains, but in other samples.
     "peft-all-named": (
         mixed.mixed_peft, {"names": [*"pqsttspt" "qp"], "gradient_as_bucket_view": True},
     ),
+    "own-layers": (mixed.own_layers, {}),
     "experts-fsdp2": (mixed.experts, {"engine": "fsdp2"}),
 }  # fmt: skip
 
@@ -195,3 +196,8 @@ def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two
                 assert not any(gradient is not None and gradient.any() for gradient in pair), name
             else:
                 torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_adapter_is_saved_from_inside_of_ddp(two, tmp_path):
+    two.run(mixed.own_layers, 2, str(tmp_path))
+    assert (tmp_path / "adapter_model.safetensors").exists()

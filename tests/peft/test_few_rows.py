@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from block_calls import counted_blocks
+from fast_calls import counted_blocks
 from models import tiny_llama
 from peft_models import adapted, optimized
 from torch import nn
@@ -85,14 +85,15 @@ def test_a_row_more_drops_the_same_elements_of_the_others(make):
     assert_close([few], [many])
 
 
-@every_module
-@pytest.mark.parametrize("count", [1, FEW, FEW + 1])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_a_compiled_call_drops_the_same_elements(make, count, compiler):
+COMPILED = [(name, FEW, "aot_eager") for name in MODULES]
+COMPILED += [("layer", 1, "aot_eager"), ("gated-mlp", FEW + 1, "aot_eager")]
+COMPILED += [("layer", FEW, "inductor")]  # of the others the op is the same
+
+
+@pytest.mark.parametrize(("name", "count", "compiler"), COMPILED)
+def test_a_compiled_call_drops_the_same_elements(name, count, compiler):
     """Inductor draws random numbers of its own, but not the seeds."""
-    if compiler == "inductor" and (count != FEW or make not in (layer, block)):
-        pytest.skip("the others have the same op")
-    module = make()
+    module = MODULES[name]()
     x, compiled = rows(module, count), torch.compile(module, backend=compiler, fullgraph=True)
     assert_close(step(module, compiled, x), step(module, module, x))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from frozen_calls import counted_calls, fast_layers
+from fast_calls import counted_frozen_calls, fast_layers
 from models import Mlp, assert_untouched, snapshot, tiny_llama
 from peft.tuners import lora
 from peft_llama import logits
@@ -59,11 +59,11 @@ def test_bases_are_fast_in_calls_without_their_adapters():
     model = optimized()
     assert fast_layers(model) == {UP, f"{BASE}down", HEAD}
     for calls_of, expected in ((model.disable_adapter, 3), (torch.no_grad, 2)):
-        with calls_of(), counted_calls() as calls:
+        with calls_of(), counted_frozen_calls() as calls:
             model(x())
         assert len(calls) == expected
     model.merge_adapter()
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         model(x())
     assert len(calls) == 3
 
@@ -101,7 +101,7 @@ def test_an_adapter_that_peft_adds_later():
     report = fastlora.optimize(model, strict=True)
     assert len(report.layers) == 3
     assert report.frozen == ()
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         model(x()).sum().backward()
     assert len(calls) == 1  # up has no adapter of this name: PEFT calls its base
     assert model.get_submodule(HEAD).lora_B["late"].weight.grad is not None
@@ -120,7 +120,7 @@ def test_files_and_copies():
 
 def test_check_compares_with_torch_s_own():
     model = mlp()
-    with counted_calls() as calls:
+    with counted_frozen_calls() as calls:
         check = fastlora.check(model.train(), x())
     assert check
     assert len(calls) == 2  # in one of the two runs

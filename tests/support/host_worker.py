@@ -5,15 +5,17 @@ A process of its own: it prints JSON, "skipped" with a reason, or the result of 
 
 import gc
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import cuda_standin
-import handed_over
 import torch
 from random_layers import packed_layers, random_layer
+from torch import Tensor
 
 RANDOM_LAYERS = 30
 # Batches of a training run: powers of two, their neighbours, and what lies between.
@@ -32,6 +34,118 @@ STANDARD = {
     "qkv-in-place": (4096, 2048, (2048, 512, 512), 0.0, "IN_PLACE"),
     "qkv-fused-dropout": (4096, 2048, (2048, 512, 512), 0.1, "FUSED"),
 }
+
+
+# What Triton's launcher in C is handed, and what tensor maps were encoded from.
+_launches: list[tuple] | None = None
+_maps: dict[int, "_Map"] = {}
+
+
+class _Map(NamedTuple):
+    settings: tuple  # what it was encoded from, the address first
+    made: Any  # Triton's, alive
+
+
+def watch() -> None:
+    """Put ourselves before the functions in C that launch, and that encode tensor maps.
+
+    Before the first kernel is compiled.
+    """
+    import triton
+    from triton.backends.nvidia import driver
+
+    utils = triton.runtime.driver.active.utils
+    for name, encode in list(vars(utils).items()):
+        if name.startswith("fill_tma"):
+            setattr(utils, name, _watching_maps(encode))
+    if hasattr(utils, "launch"):
+        utils.launch = _watching(utils.launch)
+        return
+    compile_module = driver.compile_module_from_src  # Triton 3.6 compiles a launcher a kernel
+
+    def compiled(*arguments: Any, **keywords: Any) -> Any:
+        module = compile_module(*arguments, **keywords)
+        return SimpleNamespace(launch=_watching(module.launch))
+
+    driver.compile_module_from_src = compiled
+
+
+@contextmanager
+def handed_over() -> Iterator[list[tuple]]:
+    """The arguments of each launch in the block; tensors and maps among them stay alive."""
+    global _launches
+    _launches = []
+    try:
+        yield _launches
+    finally:
+        _launches = None
+
+
+def differences(
+    ordinary: Sequence[tuple], replayed: Sequence[tuple], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[str]:
+    """Where these launches differ by more than the addresses of buffers.
+
+    ``pairs``: tensors whose addresses are known, of the ordinary call and of the replayed one.
+    """
+    if len(ordinary) != len(replayed):
+        return [f"{len(ordinary)} launches, {len(replayed)} in the replay"]
+    known = {one.data_ptr(): two.data_ptr() for one, two in pairs}
+    found: list[str] = []
+    for i, (one, two) in enumerate(zip(ordinary, replayed, strict=True)):
+        _compare(one, two, known, f"launch {i}", found)
+    return found
+
+
+def _compare(one: Any, two: Any, known: dict[int, int], where: str, found: list[str]) -> None:
+    if isinstance(one, Tensor):
+        _compare_addresses(one.data_ptr(), two, known, where, found)
+    elif id(one) in _maps:
+        if id(two) not in _maps:
+            found.append(f"{where}: a tensor map, and {two!r}")
+            return
+        (address, *settings), (its_address, *its_settings) = _maps[id(one)][0], _maps[id(two)][0]
+        _compare_addresses(address, its_address, known, where, found)
+        _compare(settings, its_settings, known, f"{where}, map", found)
+    elif isinstance(one, (tuple, list)):
+        if not isinstance(two, (tuple, list)) or len(one) != len(two):
+            found.append(f"{where}: {one!r}, and {two!r}")
+            return
+        for i, (each, other) in enumerate(zip(one, two, strict=True)):
+            _compare(each, other, known, f"{where}.{i}", found)
+    elif type(one).__name__ in ("HookChain", "LazyDict"):  # for hooks, of which there are none
+        if two is not None:
+            found.append(f"{where}: {one!r}, and {two!r}")
+    elif type(one) is not type(two) or one != two:
+        found.append(f"{where}: {one!r}, and {two!r}")
+
+
+def _compare_addresses(
+    one: int, two: Any, known: dict[int, int], where: str, found: list[str]
+) -> None:
+    if type(two) is not int:
+        found.append(f"{where}: an address, and {two!r}")
+    elif (known[one] != two) if one in known else (one % 16 != two % 16 or (not one) != (not two)):
+        found.append(f"{where}: the address {one}, and {two}")
+
+
+def _watching(launch: Callable) -> Callable:
+    def watched(*arguments: Any) -> Any:
+        if _launches is not None:
+            _launches.append(arguments)
+        return launch(*arguments)
+
+    return watched
+
+
+def _watching_maps(encode: Callable) -> Callable:
+    def watched(*settings: Any) -> Any:
+        made = encode(*settings)
+        if _launches is not None:
+            _maps[id(made)] = _Map(settings, made)
+        return made
+
+    return watched
 
 
 def by_plan(name: str | None) -> AbstractContextManager:
@@ -132,17 +246,17 @@ def experts() -> dict:
 
     found = {}
     for name, call in {"plain": (4096, 0.0, False), "all": (4096, 0.1, True)}.items():
-        with handed_over.handed_over() as ordinary, intercept(Launch.run):
+        with handed_over() as ordinary, intercept(Launch.run):
             first = step_experts(*call)
         step_experts(*call)
-        with handed_over.handed_over() as replayed, cuda_standin.counted() as counted:
+        with handed_over() as replayed, cuda_standin.counted() as counted:
             second = step_experts(*call)
         pairs = [
             pair for each in zip(first, second, strict=True) for pair in zip(*each, strict=True)
         ]
         found[name] = {
             "launches": {"tensor maps": counted.tensor_maps, **counted.launches},
-            "differences": handed_over.differences(ordinary, replayed, pairs),
+            "differences": differences(ordinary, replayed, pairs),
         }
     return found
 
@@ -169,17 +283,16 @@ def replays() -> dict:
                     return list(ys)
                 return [*ys, *torch.autograd.grad(ys, layer.leaves, layer.dys)]
 
-        with handed_over.handed_over() as ordinary, intercept(Launch.run):
+        with handed_over() as ordinary, intercept(Launch.run):
             expected = call()
         call()
-        with handed_over.handed_over() as replayed:
+        with handed_over() as replayed:
             found = call()
         inputs = [*layer.dys, layer.x, *(t for o in layer.outputs for t in tensors_of(o))]
         pairs = [*((each, each) for each in inputs), *zip(expected, found, strict=True)]
         compared += len(ordinary)
         differences += [
-            f"seed {seed}, {plan}: {each}"
-            for each in handed_over.differences(ordinary, replayed, pairs)
+            f"seed {seed}, {plan}: {each}" for each in differences(ordinary, replayed, pairs)
         ]
     return {"compared": compared, "differences": differences}
 
@@ -251,7 +364,7 @@ def main() -> None:
         print(json.dumps({"skipped": reason}))
         return
     cuda_standin.install()
-    handed_over.watch()
+    watch()
     # variants first, since it sees only what isn't compiled yet; unloaded last
     asked = (variants, standard_layers, experts, replays, refusals, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlora import Projection
 from fastlora.projection import Base, Output, as_outputs
 
+K, HIDDEN, N = 24, 40, 20  # of a gated MLP
 # Of a layer and of its adapter.
 USUAL_DTYPES = {
     "f64": (torch.float64, torch.float64),
@@ -45,6 +46,29 @@ def make_outputs(
     )
     weight = torch.randn(7, k, dtype=torch.float64).to(dtype)
     return [*as_outputs([one, two, more._replace(weight=None)]), Output(Base(weight))]
+
+
+def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def make_mlp(
+    dtype=torch.float32, adapter_dtype=None, bias=False, adapted="gud", sizes=(K, HIDDEN, N)
+) -> list[Output]:
+    """gate, up and down, with numbers of usual sizes; those whose letters are named have adapters.
+
+    All that an adapter is made of trains, and biases do.
+    """
+    k, hidden, n = sizes
+    outputs = []
+    for letter, rows, columns, r in (("g", hidden, k, 3), ("u", hidden, k, 8), ("d", n, hidden, 5)):
+        projection = make_projection(rows, columns, r, dtype, adapter_dtype, bias)
+        with torch.no_grad():
+            for tensor in projection[:3]:
+                tensor.mul_(tensor.shape[1] ** -0.5)
+        (output,) = as_outputs([projection])
+        outputs.append(output if letter in adapted else output._replace(adapters=()))
+    return outputs
 
 
 def assert_close(

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from block_calls import noted_blocks, noted_calls
+from fast_calls import noted_blocks, noted_calls
 from models import Mlp, randomise
 from peft.tuners import lora
 from torch import Tensor, nn

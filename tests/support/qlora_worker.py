@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import peft
 import torch
-from block_calls import counted_blocks
 from bnb_layers import quantised
+from fast_calls import counted_blocks
 from peft_training import whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -75,6 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
     chosen += [case for name in arguments.target for case in other_cases(name)]
+    launches(chosen[0])  # what this imports, none of the pool's processes has to
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = [*pool.map(rows_of, chosen, chunksize=4)]
     rows = [row for each in found for row in each]

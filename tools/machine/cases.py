@@ -12,7 +12,6 @@ from itertools import product
 from typing import Any
 
 import experts
-import gated_mlps
 import judge
 import packed
 import torch
@@ -231,8 +230,8 @@ def _mlp(case: Case) -> Results:
     """A gated one: its backward writes over the gradient that it reads."""
     (M, K), (hidden,), words = case.sizes, case.outputs, case.words
     adapted = words.get("adapted", "gud")
-    mlp = gated_mlps.make_mlp(*case.dtypes, "bias" in words, adapted, (K, hidden, K))
-    x = gated_mlps.make_x(M, K, dtype=case.dtypes[0])
+    mlp = judge.make_mlp(*case.dtypes, "bias" in words, adapted, (K, hidden, K))
+    x = judge.make_x(M, K, dtype=case.dtypes[0])
     layouts = layouts_of(mlp)
     leaves = {"x": x} | {f"{i}": each for i, each in enumerate(flatten(mlp, layouts))}
     shapes = [(M, K), (M, K), (M, hidden)]
@@ -254,7 +253,7 @@ def _block(case: Case) -> Results:
     (M, K), (inner,), (r,), E, act = case.sizes, case.outputs, case.ranks, 4, case.words["act"]
     index = torch.stack([torch.randperm(E + 1)[:2] for _ in range(M)])
     dtype = case.dtypes[0]
-    x, shares = gated_mlps.make_x(M, K, dtype=dtype), gated_mlps.make_x(M, 2, dtype=dtype)
+    x, shares = judge.make_x(M, K, dtype=dtype), judge.make_x(M, 2, dtype=dtype)
     stacks = [
         experts.make_experts(E, n, k, r, *case.dtypes) for n, k in ((2 * inner, K), (K, inner))
     ]
