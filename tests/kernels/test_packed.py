@@ -4,6 +4,7 @@ import pytest
 import torch
 from device import DEVICE
 from kernel_cases import BF16, F16, F32, draw_seeds, poisoned, random
+from marks import pairwise
 from packed import by_elements, random_four_bit, random_int8, random_mxfp4, random_nvfp4, stack
 
 from benchmarks.forms import PACKED, random_packed
@@ -73,9 +74,9 @@ def test_each_expert_has_its_scale_of_all():
     assert torch.equal(made, torch.cat([by_elements(expert) for expert in experts]))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_every_scale_of_mxfp4_and_nvfp4(dtype):
-    packed = torch.arange(256).to(torch.uint8).repeat(256, 1)
+def test_every_scale_of_mxfp4_and_nvfp4():
+    """Each with every code."""
+    dtype, packed = F32, torch.arange(256).to(torch.uint8).repeat(256, 1)
     bits = torch.arange(256).to(torch.uint8)[:, None]
     powers = bits.repeat(1, 16)
     e4m3 = bits.repeat(1, 32).view(torch.float8_e4m3fn), torch.tensor(0.0173)
@@ -110,9 +111,14 @@ def test_every_number_of_float8_and_nan(dtype, blocks):
     torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("orientation", ["y", "dx"])
-@pytest.mark.parametrize("kind", PACKED)
-def test_unpacking_in_a_product_gives_the_bits_of_the_dense_weight(kind, orientation):
+@pairwise(
+    {
+        "kind": {kind: kind for kind in PACKED},
+        "orientation": {"y": "y", "dx": "dx"},
+        "tile": {"narrow": (16, 32, 32), "deep": (32, 16, 128)},
+    }
+)
+def test_unpacking_in_a_product_gives_the_bits_of_the_dense_weight(kind, orientation, tile):
     """With ragged tiles, and blocks of scales narrower and wider than a tile."""
     m, out_features, in_features = 18, 40, 128 if kind.startswith("four") else 77
     packed = random_packed(kind, out_features, in_features, DEVICE)
@@ -121,17 +127,20 @@ def test_unpacking_in_a_product_gives_the_bits_of_the_dense_weight(kind, orienta
         packed, dense = packed.mT, dense.mT
     k, n = dense.shape
     p, u, v, bias = random(m, k, BF16), random(m, 5, BF16), random(5, n, F32), random(1, n)[0]
-    for tile in ((16, 32, 32), (32, 16, 128)):
-        config = GemmConfig(*tile, warps=4, stages=2)
-        outs = [poisoned(m, n, dtype=BF16) for _ in range(2)]
-        for out, q in zip(outs, (packed, dense), strict=True):
-            gemm_lowrank(out, [p], [q], [u], [v], precision="ieee", bias=bias, config=config)
-        assert_same(*outs, size_of([p, u], [dense, v]) + bias.double().abs())
+    config = GemmConfig(*tile, warps=4, stages=2)
+    outs = [poisoned(m, n, dtype=BF16) for _ in range(2)]
+    for out, q in zip(outs, (packed, dense), strict=True):
+        gemm_lowrank(out, [p], [q], [u], [v], precision="ieee", bias=bias, config=config)
+    assert_same(*outs, size_of([p, u], [dense, v]) + bias.double().abs())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("count", [2, 5])
-@pytest.mark.parametrize("kind", ["four-bit nested", "float8"])
+@pairwise(
+    {
+        "kind": {"four-bit": "four-bit nested", "float8": "float8"},
+        "count": [2, 5],
+        "dropout": [0.0, 0.3],
+    }
+)
 def test_a_group_of_packed_weights(kind, count, dropout):
     depths = [20 + 13 * i for i in range(count)]
     packed = [random_packed(kind, depth, 64, DEVICE) for depth in depths]
