@@ -25,8 +25,6 @@ ENDS = {
     "empty-at-both-ends": [0, 0, 70, 70],
     "nobody-s": [0, 0, 0],
 }
-every_ends = pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
-dropouts = pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
 M = 100
 
 

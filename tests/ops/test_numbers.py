@@ -15,13 +15,13 @@ DROPOUTS = [0.0, 0.1]
 
 
 @kinds
-@pytest.mark.parametrize("index", range(60))
+@pytest.mark.parametrize("index", range(40))
 def test_drawn_calls(kind, index):
     check(Case(1, index, "torch", kind=kind))
 
 
 @kinds
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(10))
 def test_drawn_calls_of_the_kernels(kind, index):
     check(Case(2, index, "triton", kind=kind, world="eager"))
 

@@ -92,9 +92,16 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("begin", [broken_off, swept], ids=["broken-off", "finished"])
-@pytest.mark.parametrize(("options", "message"), OTHER.values(), ids=OTHER)
-def test_it_goes_on_over_the_same_base_and_data_alone(options, message, begin, tmp_path):
+FINISHED = ("second-batch", "held-out", "base")
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [(name, broken_off) for name in OTHER] + [(name, swept) for name in FINISHED],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_it_goes_on_over_the_same_base_and_data_alone(name, begin, tmp_path):
+    options, message = OTHER[name]
     begin(tmp_path)
     before = files_in(tmp_path)
     with pytest.raises(ValueError, match=message):

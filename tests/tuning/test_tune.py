@@ -19,7 +19,7 @@ from fastlora.__main__ import main
 from fastlora.backends.triton import first_contact, measured, trust
 from fastlora.doctor import examine
 from fastlora.kernels import kept, target
-from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, in_force, plan_for, use_rows
+from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, in_force, plan_for, use_rows
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
 GPU = "A GPU"
@@ -367,35 +367,44 @@ def of_tiles(**changes):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_file_that_is_not_for_this_process_is_not_used_and_it_is_said_why(
-    timed, monkeypatch, change, why_not
-):
-    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
-    path = Path(tuned().path)
-    whole = json.loads(path.read_text())
+def test_a_file_that_is_not_for_this_process_is_not_used_and_it_is_said_why(change, why_not):
+    row = Row(GPU, ROWS, OUT, IN, R, itemsize=4, masked=False, projections=1, plan=IN_PLACE)
+    whole = json.loads(measured.as_text(GPU, [row]))
+    loaded(json.dumps(whole))
+    assert planned() == IN_PLACE
     if not change.keys() & whole.keys():
         change = {"rows": [whole["rows"][0] | change, *whole["rows"][1:]]}
-    path.write_text(json.dumps(whole | change))
-    monkeypatch.setattr(measured, "_rows", {})
+    measured._rows.clear()
     use_rows(())
-    measured.load()
+    path = loaded(json.dumps(whole | change))
     assert planned() == FUSED
     said = measured.described(GPU)
     assert said.startswith(f"{path} isn't used, {why_not}")
     assert said.endswith("python -m fastlora tune makes a new one")
-    tuned()
-    assert planned() == IN_PLACE
-    assert measured.described(GPU).startswith("2 products, 20")
+
+
+def loaded(text: str) -> Path:
+    """The device's file, with this in it, which a process that starts has read."""
+    path = measured.path_of(GPU)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    measured.load()
+    return path
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"a"', "[" * 100_000], ids=lambda text: text[:3])
 def test_what_is_no_file_of_tuning_is_not_used(text):
-    path = measured.path_of(GPU)
-    path.parent.mkdir()
-    path.write_text(text)
-    measured.load()
+    loaded(text)
     assert planned() == FUSED
     assert "isn't used, it can't be read" in measured.described(GPU)
+
+
+def test_tuning_replaces_a_file_that_is_not_used(timed):
+    timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
+    loaded("{")
+    tuned()
+    assert planned() == IN_PLACE
+    assert measured.described(GPU).startswith("2 products, 20")
 
 
 def test_a_folder_that_can_not_be_read_has_no_files(monkeypatch):
