@@ -25,6 +25,7 @@ from fastlora.backends import find_backend
 pytestmark = pytest.mark.usefixtures("backend")
 every_kind = pytest.mark.parametrize("name", KINDS)
 dropouts = pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
+BOTH = {"backend": {n: n for n in ("torch", "triton")}, "name": {name: name for name in KINDS}}
 
 
 def on_backends(torch=tuple(KINDS), triton=()) -> pytest.MarkDecorator:
@@ -63,12 +64,7 @@ def test_the_same_bits_again(name, p):
 
 
 @pairwise(
-    {
-        "backend": {"torch": "torch", "triton": "triton"},
-        "name": {name: name for name in KINDS},
-        "p": [0.0, 0.4],
-        "dtype": {"bf16": torch.bfloat16, "f16": torch.float16},
-    },
+    BOTH | {"p": [0.0, 0.4], "dtype": {"bf16": torch.bfloat16, "f16": torch.float16}},
     indirect=["backend"],
 )
 def test_autocast_casts_x_and_the_weight(name, p, dtype):
@@ -146,8 +142,10 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_kind
-@dropouts
+@pairwise(
+    BOTH | {"p": [0.0, 0.4]},
+    indirect=["backend"],
+)
 def test_the_registered_op(name, p):
     """A dispatch mode sees it; its bits are the node's, and torch's own check finds it right."""
     kind = made(name)

@@ -81,7 +81,7 @@ def handed_over() -> Iterator[list[tuple]]:
         _launches = None
 
 
-def differences(
+def differences_of(
     ordinary: Sequence[tuple], replayed: Sequence[tuple], pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> list[str]:
     """Where these launches differ by more than the addresses of buffers.
@@ -256,7 +256,7 @@ def experts() -> dict:
         ]
         found[name] = {
             "launches": {"tensor maps": counted.tensor_maps, **counted.launches},
-            "differences": differences(ordinary, replayed, pairs),
+            "differences": differences_of(ordinary, replayed, pairs),
         }
     return found
 
@@ -292,7 +292,7 @@ def replays() -> dict:
         pairs = [*((each, each) for each in inputs), *zip(expected, found, strict=True)]
         compared += len(ordinary)
         differences += [
-            f"seed {seed}, {plan}: {each}" for each in differences(ordinary, replayed, pairs)
+            f"seed {seed}, {plan}: {each}" for each in differences_of(ordinary, replayed, pairs)
         ]
     return {"compared": compared, "differences": differences}
 
