@@ -161,7 +161,7 @@ def test_what_is_read_once_may_come_as_a_list(tmp_path):
 def test_a_packed_base_is_known_however_it_lies(kind, tmp_path):
     """bitsandbytes lays a weight anew in a call in evaluation."""
     model = Words(kind)
-    by_itself = kind != "float8"  # whose own call needs a GPU
+    by_itself = kind not in ("float8", "torchao-int4-packed")  # whose own calls need a GPU
     configs = [{**CONFIGS[0], "target_modules": ["head" if by_itself else "mix"]}]
     swept(tmp_path, model, configs=configs)
     if by_itself:
@@ -172,7 +172,7 @@ def test_a_packed_base_is_known_however_it_lies(kind, tmp_path):
     swept(tmp_path / "adapted", model, configs=[{**CONFIGS[0], "target_modules": ["mix"]}])
     other = Words(kind)
     other.mix = quantised(kind, 256, 256)  # of other random numbers
-    with pytest.raises(ValueError, match=r"base weights differ, in mix\.bias, mix\.weight: "):
+    with pytest.raises(ValueError, match=r"base weights differ, in (mix\.bias, )?mix\.weight: "):
         swept(tmp_path, other, configs=configs, resume=True)
 
 
