@@ -1,6 +1,6 @@
 """The records of a call: an output's base and its adapters, and what an argument may be."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -112,17 +112,12 @@ def flatten(outputs: Iterable[Output[T]], layouts: Iterable[Layout]) -> list[T]:
 
 def unflatten(flat: Iterable[T], layouts: Iterable[Layout]) -> list[Output[T]]:
     """The outputs of these layouts, with what :func:`flatten` made of them."""
-    take = iter(flat).__next__
-    return [
-        Output(
-            Base(
-                take() if format is None else _packed(format, [take() for _ in format.names]),
-                take() if has_bias else None,
-            ),
-            tuple([Adapter(take(), take(), scale) for scale in scales]),
-        )
-        for has_bias, scales, format in layouts
-    ]
+    take, outputs = iter(flat).__next__, []
+    for has_bias, scales, format in layouts:
+        weight = take() if format is None else _packed(format, [take() for _ in format.names])
+        base = Base(weight, take() if has_bias else None)
+        outputs.append(Output(base, tuple([Adapter(take(), take(), scale) for scale in scales])))
+    return outputs
 
 
 def _packed(format: Format, parts: list) -> Any:
@@ -130,10 +125,14 @@ def _packed(format: Format, parts: list) -> Any:
     return Quantised(format, tuple(parts)) if isinstance(parts[0], Tensor) else parts[0]
 
 
-def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> Iterator[list[T]]:
+def per_adapter(values: Iterable[T], outputs: Iterable[Output]) -> list[list[T]]:
     """A flat list with one value per adapter (an h, a seed), cut into one list per output."""
-    values = iter(values)
-    return ([next(values) for _ in output.adapters] for output in outputs)
+    flat, parts, first = list(values), [], 0
+    for output in outputs:
+        last = first + len(output.adapters)
+        parts.append(flat[first:last])
+        first = last
+    return parts
 
 
 def as_outputs(projections: Sequence[Projection | Output]) -> list[Output]:

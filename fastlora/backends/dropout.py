@@ -19,6 +19,7 @@ over integers of their size: several times faster than by a bool mask.
 from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
+from struct import Struct
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .products import matrix_like
 _ROUNDS = (0x7FEB352D, 16), (0x846CA68B - 2**32, 15)
 # Two columns beside each other share a hash; the second one's is multiplied by this, from PCG.
 _OF_THE_SECOND = 0x2C9277B5
+_HALVES = Struct("<ii")
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # out = x where word > highest, else 0
 _keep_above = torch.ops.aten.threshold_backward.grad_input
@@ -92,8 +94,9 @@ def _keys(seed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     low: Any
     high: Any
     if _is_here(seed):
-        number = int(seed.item())
-        low, high = _odd(number), _odd(number >> 32)
+        # Of each half, 2 · half + 1: what the lower one carries over becomes that 1.
+        doubled = (int(seed.item()) << 1 | 0x1_0000_0001) & (2**64 - 1)
+        low, high = _HALVES.unpack(doubled.to_bytes(8, "little"))
         return _kept_hashes("rows", rows) ^ low, _kept_hashes("columns", columns) ^ high
     low, high = seed.view(1).view(torch.int32) * 2 + 1
     return _hashes("rows", rows, seed.device) ^ low, _hashes("columns", columns, seed.device) ^ high
@@ -103,11 +106,6 @@ def _is_here(seed: Tensor) -> bool:
     """Whether its number can be read: on a CPU, where nothing follows operations."""
     followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return seed.is_cpu and not followed and not torch._C._are_functorch_transforms_active()
-
-
-def _odd(half: int) -> int:
-    """2 · half + 1, as an int32."""
-    return ((2 * half + 1 + 2**31) & (2**32 - 1)) - 2**31
 
 
 @lru_cache(maxsize=1024)  # views, which a few rows have no time to make

@@ -94,7 +94,7 @@ def are_batched(dys: Sequence[Tensor | None]) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     is_batched = torch._C._functorch.is_legacy_batchedtensor
-    return any(dy is not None and is_batched(dy) for dy in dys)
+    return any([dy is not None and is_batched(dy) for dy in dys])
 
 
 def followed(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> tuple[Tensor, ...]:

@@ -45,7 +45,7 @@ class LoRALinearFunction(torch.autograd.Function):
         seeds, _, *saved = ctx.saved_tensors
         inputs, hs = saved[: len(needs)], saved[len(needs) :]
         nothing = (None,) * _ARGUMENTS
-        if all(dy is None for dy in dys):
+        if all([dy is None for dy in dys]):
             return (*nothing, *[None] * len(needs))
         has_x = inputs[0] is not None
         if not has_x:

@@ -1,6 +1,6 @@
 """Linear layers by the Triton kernels: one x, and the outputs of a group."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -264,10 +264,10 @@ def _dx(
     return dx
 
 
-def _seeds(outputs: Sequence[Output], seeds: Tensor | None) -> Iterator[list[Tensor | None]]:
+def _seeds(outputs: Sequence[Output], seeds: Tensor | None) -> Sequence[list[Tensor | None]]:
     """For each output its adapters' seeds, or None for each without dropout."""
     if seeds is None:
-        return ([None] * len(output.adapters) for output in outputs)
+        return [[None] * len(output.adapters) for output in outputs]
     return per_adapter(seeds.split(1), outputs)
 
 
