@@ -8,6 +8,7 @@ y+ dx+ the low-rank term alone, beside torch's product      lowrank
 h      factor · (keep ∘ x) lora_aᵀ                       project
 dh     factor · dy lora_b
 dA     dhᵀ (keep ∘ x)                                    weight_grad
+dA,dx+ the same, and dx+, in one pass over x
 dB     dyᵀ h
 dB,dh  the same, and dh, in one pass over dy
 ====== ================================================= =============
@@ -73,8 +74,13 @@ class Form:
 
     @property
     def also(self) -> bool:
-        """Whether the launch makes h or dh as well."""
+        """Whether the launch makes h, dh or a low-rank term as well."""
         return "," in self.name
+
+    @property
+    def adds(self) -> bool:
+        """Whether that is a low-rank term."""
+        return self.name == "dA,dx+"
 
     @property
     def call(self) -> Call:
@@ -82,7 +88,7 @@ class Form:
         size = self.dtype.itemsize
         return Call(
             self.M, self.columns, max(self.ranks), size, self.precision, len(self.ranks),
-            self.dropout > 0, project=self.also,
+            self.dropout > 0, project=self.also and not self.adds, low_rank=self.adds,
             pointers=bool(self.packed)
             or any(each * size % 16 for each in (self.columns, *self.depths)),
             packed=self.packed.partition(" ")[0], segments=self.segments,
@@ -128,9 +134,11 @@ class Operands:
             self.a = self._adapter(ranks[0], form.depths[0]).mT if form.also else None
             return
         self.v = self._random(M, N)  # x or dy
-        self.b = self._adapter(N, ranks[0]) if form.also else None
+        self.b = self._adapter(N, ranks[0]) if form.also and not form.adds else None
+        self.vs = [self._adapter(r, N).mT for r in ranks] if form.adds else []
+        self.out = self._random(M, N) if form.adds else None
         # [N, r]: factors of h and dh, results of the others.
-        lies = form.name in ("h", "dA")
+        lies = form.name in ("h", "dA", "dA,dx+")
         self.adapters = [self._adapter(r, N).mT if lies else self._adapter(N, r) for r in ranks]
 
     def tensors(self) -> list[Tensor]:
@@ -150,8 +158,9 @@ class Operands:
             return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared, **sorted_)
         if form.kernel == "weight_grad":
             options = {"b": self.b, "factor": FACTOR, **shared, **sorted_}
-            product = weight_grad(self.v, self.us, self.adapters, **options)
-            return [*self.adapters, *([] if product is None else [product])]
+            also = {"vs": self.vs, "low_rank": self.out}
+            product = weight_grad(self.v, self.us, self.adapters, **also, **options)
+            return [*self.adapters, *(each for each in (product, self.out) if each is not None)]
         if form.kernel == "lowrank":
             lowrank(self.out, self.us, self.vs, bias=self.bias, add=form.own, **shared, **sorted_)
             return [self.out]
@@ -183,6 +192,9 @@ class Operands:
         if form.kernel == "weight_grad":
             v = self.v.double()
             product = [] if self.b is None else [FACTOR * v @ self.b.double()]
+            pairs = enumerate(zip(us, self.vs, strict=False))
+            terms = [self._kept(u @ v.mT.double(), i) for i, (u, v) in pairs]
+            product += [torch.stack(terms).sum(0)] if terms else []
             return [self._kept(v, i).T @ u for i, u in enumerate(us)] + product
         if self.a is not None:
             us = [FACTOR * self.ps[0].double() @ self.a.double()]

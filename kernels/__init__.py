@@ -16,7 +16,7 @@ from .kept import Resolved, Unproven, keep, on_trial, replayed, use_judge
 from .launch import Launch, intercept
 from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed
-from .plan import Plan, plan_for
+from .plan import Plan, low_rank_pays, plan_for
 from .project import project
 from .segments import Own
 from .target import TARGETS, target_of, use_target

@@ -33,6 +33,7 @@ class Call:
     pointers: bool = False  # gemm_lowrank: with operands that no descriptor fits
     packed: str = ""  # gemm_lowrank: the kind of codes that q is made from
     segments: int = 0  # that the rows are cut into; 0: into none
+    low_rank: bool = False  # weight_grad: with the low-rank term in the same pass
 
     @property
     def product(self) -> str:
@@ -111,7 +112,7 @@ class Config:
             return f"{sums} sums a thread, but its registers have room for {_MOST_SUMS}"
         if self.stages > 1 and miscompiles_pipelines(target):
             return f"{self.stages} stages, but Triton miscompiles pipelined loops for {target.name}"
-        if call.project and call.r > self.block_r(call):
+        if (call.project or call.low_rank) and call.r > self.block_r(call):
             return f"rank {call.r} in one step, but a step has {self.block_r(call)}"
         return ""
 
@@ -134,6 +135,8 @@ def rows(kernel: str, target: Target, call: Call) -> tuple[Config, ...]:
         kernel = "packed"
     elif call.project and kernel == "weight_grad":
         kernel = "one pass"
+    elif call.low_rank:
+        kernel = "one pass over x"
     elif call.masked and call.projections > 1 and kernel != "gemm_lowrank":
         kernel += " of a masked group"
     return DEFAULTS[target.name, kernel][call.product]

@@ -59,6 +59,8 @@ _MASKED_PROJECT = f"64x64-w8-s4 {_WIDE_PROJECT} {_LOW_PROJECT}"
 _WEIGHT_GRAD = "64x32-w4-s4 32x32-w4-s4"
 _WIDE_WEIGHT_GRAD = "32x128-w8-s4-r256"
 _WEIGHT_GRAD_32 = ("64x32-w8-s4 32x32-w4-s3", "32x32-w4-s3 16x32-w4-s3")
+# From compilation: registers for four masks; as narrow, so that few columns need no more planes.
+_LOW_RANK_TOO = "64x32-w8-s4 32x32-w8-s4-r256 32x32-w4-s3"
 # Wide, since every tile of columns leaves a plane of dh.
 _ONE_PASS_FLOAT32 = "32x64-w4-s3 16x32-w4-s3"
 
@@ -92,6 +94,7 @@ _AMPERE = {
         "32x256-w8-s3 32x128-w8-s3 32x64-w4-s4 32x32-w4-s3",
         _ONE_PASS_FLOAT32,
     ),
+    "one pass over x": _table(WeightGradConfig, _LOW_RANK_TOO, "32x32-w4-s3", "16x32-w4-s3"),
 }
 # From compilation: two programs of these fit a processor, with fewer instructions for a mask.
 _A100 = _AMPERE | {
@@ -156,6 +159,7 @@ _AMD = _AMPERE | {
         "32x256-w8-s2 64x128-w4-s2 64x32-w4-s2 32x32-w4-s2",
         "64x128-w4-s2 64x64-w4-s2 32x32-w4-s2",
     ),
+    "one pass over x": _AMD_WEIGHT_GRAD,
 }
 # One stage: faults.py says why.
 _GFX950 = {
@@ -179,6 +183,7 @@ _INTERPRETED = {
     "weight_grad": _SMALL_WEIGHT_GRAD,
     "weight_grad of a masked group": _SMALL_WEIGHT_GRAD,
     "one pass": _table(WeightGradConfig, "32x64-w4-s2"),
+    "one pass over x": _SMALL_WEIGHT_GRAD,
 }
 for _names, _tables in (
     (("sm_80",), _A100),

@@ -141,6 +141,13 @@ def low_rank_tile(
 
 
 @triton.jit
+def add_kept(b_sum, b_term, keep, i: tl.constexpr):
+    """b_sum + keep ∘ b_term; of the first term, without the sum."""
+    b_kept = tl.where(keep, b_term, 0.0)
+    return b_kept + b_sum if i > 0 else b_kept
+
+
+@triton.jit
 def bias_row(bias, i_n, i_bank, N, strides, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
     """[1, BN] of a bias [N], or of its segment's: rounded to x's dtype, as torch rounds it."""
     o_n = i_n + tl.arange(0, BLOCK_N)
@@ -203,9 +210,7 @@ def lowrank_kernel(
                     i_mask = i_m if own_thresholds is None else i_m - start
                     least = own_number(own_thresholds, threshold, i_segment, segments)
                     keep = keep_tile(tl.load(seeds + i_seed), i_mask, i_n, least, BLOCK_M, BLOCK_N)
-                    b_sum = tl.where(keep, b_sum, 0.0)
-                    if i > 0:
-                        b_sum += b_out
+                    b_sum = add_kept(b_out, b_sum, keep, i)
                 b_out = b_sum  # [BM, BN]
         for i in tl.static_range(len(b_us)):
             b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]

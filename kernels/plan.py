@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from .config import FEW_ROWS, Call, cdiv
+from .config import FEW_ROWS, MAX_PROJECTIONS, Call, cdiv, default_config
 from .gemm_config import GemmConfig
 from .target import Target, target_of
 
@@ -157,3 +157,17 @@ def _chosen(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
     ]
     distance, _, plan = min(near, default=(math.inf, 0, IN_PLACE))
     return plan if distance <= _NEAR else rule(target, call, k, backward)
+
+
+def low_rank_pays(x: Tensor, ranks: Sequence[int], precision: str, masked: bool) -> bool:
+    """Whether dx's low-rank part, in place, comes with d lora_a: a launch less, for as many bytes.
+
+    Modelled: of few rows each of both takes about as long as a launch.  Of many they don't, and
+    there one program a processor hides less of a mask's work than the many of ``lowrank``.  Four
+    masks are more than a thread's registers hold, from compilation.
+    """
+    size = x.element_size(), precision, min(len(ranks), MAX_PROJECTIONS)
+    call = Call(*x.shape, max(ranks), *size, masked, low_rank=True)
+    if len(x) >= MANY_ROWS or masked * len(ranks) > 3:
+        return False
+    return default_config("weight_grad", target_of(x.device), call) is not None

@@ -1,4 +1,4 @@
-"""d lora_a and d lora_b: products over rows; and dh in the same pass over dy."""
+"""d lora_a and d lora_b: products over rows; in the same pass dh, or the adapter's part of dx."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
 from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, room, splits
 from .launch import Launch, Work, launch, size_of, stated
+from .lowrank import add_kept
 from .segments import (
     Own,
     bytes_beside,
@@ -50,7 +51,10 @@ class WeightGradConfig(Config):
 
     def sums(self, call: Call) -> int:
         product = call.project * self.block_m
-        return (call.projections * self.block_n + product) * self.block_r(call)
+        # As LowRankConfig's.
+        low_rank = call.low_rank * self.block_m * (1 + call.masked * call.projections // 2)
+        sums = (call.projections * self.block_n + product) * self.block_r(call)
+        return sums + low_rank * self.block_n
 
     def through_l2(self, call: Call) -> float:
         return cdiv(call.r, self.block_r(call)) + call.projections * call.r / self.block_n
@@ -62,7 +66,8 @@ class WeightGradConfig(Config):
         # Hopper's products of fewer than 64 rows, as older devices', have operands in registers.
         rows = self.block_n if call.project else r
         copies = target.copies(self.stages) if rows >= 64 else max(1, self.stages - 1)
-        main = copies * (x + u) + call.masked * n * x + v
+        low_rank = call.low_rank * (n * self.block_n * r + self.block_m * self.block_n) * size
+        main = copies * (x + u) + call.masked * n * x + v + low_rank
         return max(main, self.block_n * r * 4) + MARGIN
 
     def why_not(self, target: Target, call: Call) -> str:
@@ -84,21 +89,22 @@ class WeightGradConfig(Config):
 
 
 def _work(arguments: Mapping[str, Any]) -> Work:
-    x, u, v, made = (arguments[name] for name in ("x", "u", "v", "made"))
+    x, u, v, made, low_rank = (arguments[name] for name in ("x", "u", "v", "made", "low_rank"))
     M, N, ranks, planes = (arguments[name] for name in ("M", "N", "R", "planes"))
     n_tiles, r_tiles = cdiv(N, arguments["BLOCK_N"]), arguments["R_TILES"]
     count, segments = len(planes[0]), arguments["segments"]
     programs = n_tiles * r_tiles * (max(1, count) if segments is None else segments + 1)
     beside, beside_by_tiles = bytes_beside(arguments, programs, n_tiles * r_tiles)
-    rows = M * N * x.element_size()
+    rows, again = M * N * x.element_size(), size_of(low_rank) if arguments["ADD"] else 0
     return Work(
-        flops=2 * M * N * (sum(ranks) + (0 if v is None else ranks[0])),
-        loaded=rows + size_of(v, *u) + beside,
-        stored=size_of(made) + size_of(*(planes if count else arguments["out"])),
+        flops=2 * M * N * (sum(ranks) + sum(ranks[: len(v)])),
+        loaded=rows + size_of(*v, *u) + beside + again,
+        stored=size_of(made, low_rank) + size_of(*(planes if count else arguments["out"])),
         loaded_by_tiles=rows * r_tiles
         + size_of(*u) * n_tiles
-        + size_of(v) * max(1, count)
-        + beside_by_tiles,
+        + size_of(*v) * max(1, count)
+        + beside_by_tiles
+        + again,
         partial=size_of(*planes) + size_of(made) * (n_tiles > 1),
     )
 
@@ -106,24 +112,29 @@ def _work(arguments: Mapping[str, Any]) -> Work:
 # What batches and sequences of all lengths change.
 @triton.jit(do_not_specialize=["M", "steps"], launch_metadata=stated(_work))
 def weight_grad_kernel(
-    x, u, out, planes, v, made, seeds, ends, order, own_factors, own_thresholds,
+    x, u, out, planes, v, made, low_rank, seeds, ends, order, own_factors, own_thresholds,
     M, N, factor, threshold, steps, segments, x_strides, out_strides, v_strides,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     R_TILES: tl.constexpr,
+    ADD: tl.constexpr,
     SEGMENT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT_i = (keep_i ∘ X)ᵀ U_i, or PLANES_i, whose sum that is; and MADE = factor · X V.
+    """OUT_i = (keep_i ∘ X)ᵀ U_i, or PLANES_i, whose sum that is; and MADE or LOW_RANK.
 
     X [M, N], U_i [M, R_i], OUT_i [N, R_i], PLANES_i [splits, N, R_i] with the strides of OUT_i:
-    plane s is of so many ``steps`` over the rows, from s · steps on.  V [N, R_0], if it is there,
-    gives MADE [N / BLOCK_N, M, R_0], a plane for every tile of columns.
+    plane s is of so many ``steps`` over the rows, from s · steps on.
 
-    With segments, OUT_i [segments, N, R_i] is of each one's rows, and V [segments, N, R_0].  There
-    are no splits.  Of an ``order``, and of what is a segment's own, see project.py.
+    If they are there, V_i [N, R_i] give one of these.  MADE [N / BLOCK_N, M, R_0] = factor · X V_0,
+    a plane for every tile of columns.  LOW_RANK [M, N] = Σ_i keep_i ∘ (U_i V_iᵀ) (+ LOW_RANK, if
+    ADD), to the bit as lowrank's, if that makes one step over each rank.
+
+    With segments, OUT_i [segments, N, R_i] is of each one's rows, and V_0 [segments, N, R_0].
+    There are no splits, and no LOW_RANK.  Of an ``order``, and of what is a segment's own, see
+    project.py.
     """
     i_r, i_tile = tl.program_id(0) % R_TILES * BLOCK_R, tl.program_id(0) // R_TILES
     i_n, i_split = i_tile * BLOCK_N, tl.program_id(1)
@@ -134,17 +145,21 @@ def weight_grad_kernel(
         start, end = segment_rows(ends, segments, i_split, M)
         is_one = i_split < segments
         rows, columns = tl.where(is_one, end, 0), tl.where(is_one, N, 0)
-    if v is not None:
+    b_vs = ()
+    for i in tl.static_range(len(v)):
+        v_i = v[i]
         if ends is not None:
-            v += i_bank * v_strides[0]
+            v_i += i_bank * v_strides[i][0]
         b_v = load_tile(
-            v, i_n, 0, columns, R[0], v_strides[1], v_strides[2], BLOCK_N, BLOCK_R
+            v_i, i_n, 0, columns, R[i], v_strides[i][1], v_strides[i][2], BLOCK_N, BLOCK_R
         )  # [BN, BR]
+        b_vs = b_vs + (b_v,)
+    if made is not None:
         made_plane = made + i_tile.to(tl.int64) * M * R[0]
     sums, keys = (), ()
     for i in tl.static_range(len(u)):
-        # OUTᵀ; but OUT of the one pass, whose columns are many: its transpose would spill.
-        if v is None:
+        # OUTᵀ; but OUT of the one pass over dy, whose columns are many: its transpose would spill.
+        if made is None:
             sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
         else:
             sums = sums + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
@@ -166,6 +181,7 @@ def weight_grad_kernel(
             x, i_m, i_n, rows, N, x_strides[0], x_strides[1], BLOCK_M, BLOCK_N, o_at=o_at
         )  # [BM, BN]
         new = ()
+        b_low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in tl.static_range(len(u)):
             # Loaded as its transpose: else Triton loads one of the two tiles one step ahead alone.
             b_u = load_tile(u[i], i_r, i_m, R[i], rows, 1, R[i], BLOCK_R, BLOCK_M)  # [BR, BM]
@@ -174,18 +190,28 @@ def weight_grad_kernel(
                 i_mask = i_m if own_thresholds is None else i_m - start
                 keep = keep_tile(keys[i], i_mask, i_n, threshold, BLOCK_M, BLOCK_N)
                 b_kept = tl.where(keep, b_x, 0.0)
-            if v is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
+            if made is None:  # [BR, BN] += [BR, BM] @ [BM, BN]
                 new = new + (dot(b_u, b_kept, sums[i], PRECISION),)
             else:  # [BN, BR] += [BN, BM] @ [BM, BR]
                 new = new + (dot(b_kept.T, b_u.T, sums[i], PRECISION),)
+            if low_rank is not None:
+                b_term = b_low if seeds is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                # [BM, BN] += [BM, BR] @ [BR, BN]
+                b_term = dot(b_u.T, cast(b_vs[i], b_x.dtype).T, b_term, PRECISION)
+                b_low = b_term if seeds is None else add_kept(b_low, b_term, keep, i)
         sums = new
-        if v is not None:
+        if low_rank is not None:
+            if ADD:
+                b_before = load_tile(low_rank, i_m, i_n, M, N, N, 1, BLOCK_M, BLOCK_N)
+                b_low += b_before.to(tl.float32)
+            store_tile(low_rank, b_low, i_m, i_n, M, N, N, 1)
+        if made is not None:
             b_made = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             # [BM, BR] = [BM, BN] @ [BN, BR]
-            b_made = dot(b_x, cast(b_v, b_x.dtype), b_made, PRECISION)
+            b_made = dot(b_x, cast(b_vs[0], b_x.dtype), b_made, PRECISION)
             store_tile(made_plane, b_made * factor, i_m, 0, end, R[0], R[0], 1)
     for i in tl.static_range(len(u)):
-        b_out = sums[i] if v is None else sums[i].T  # [BR, BN]
+        b_out = sums[i] if made is None else sums[i].T  # [BR, BN]
         bank, row, column = out_strides[i]
         if ends is not None:
             store_tile(out[i] + i_bank * bank, b_out, i_r, i_n, R[i], columns, column, row)
@@ -206,27 +232,32 @@ def weight_grad(
     seeds: Tensor | None = None,
     b: Tensor | None = None,
     factor: float = 1.0,
+    vs: Sequence[Tensor] = (),
+    low_rank: Tensor | None = None,
     ends: Tensor | None = None,
     order: Tensor | None = None,
     own: Own | None = None,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
-    """out_i = (keep_i ∘ x)ᵀ u_i, into ``outs``; and, given ``b``, factor · x b in the same pass.
+    """out_i = (keep_i ∘ x)ᵀ u_i, into ``outs``; given ``b`` or ``vs``, more in the same pass.
 
     x [M, N] has any strides, u_i [M, R_i] is contiguous and in x's dtype.  out_i [N, R_i] has any
-    dtype, and is contiguous or the transpose of a contiguous tensor.  b [N, R_0] has any strides
-    and dtype; the product [M, R_0] comes back in x's.  ``seeds`` as in :func:`project`.
+    dtype, and is contiguous or the transpose of a contiguous tensor.  ``seeds`` as in
+    :func:`project`.
+
+    b [N, R_0] has any strides and dtype; factor · x b [M, R_0] comes back in x's.  So has v_i
+    [N, R_i]; Σ_i keep_i ∘ (u_i v_iᵀ) goes into ``low_rank`` [M, N], contiguous and in x's dtype.
 
     ``ends`` as there: out_i is [E, N, R_i], zero for a segment without rows, and b [E, N, R_0].
     ``order`` and ``own``, too.
     """
     M, N, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
     made = product = None
-    for u, out, keys in chunks(us, outs, seeds):
+    for i, (u, out, v, keys) in enumerate(chunks(us, outs, vs if b is None else [b], seeds)):
         ranks = [each.shape[1] for each in u]
         call = Call(
             M, N, max(ranks), x.element_size(), precision, len(u), keys is not None, b is not None,
-            segments=0 if ends is None else len(ends),
+            segments=0 if ends is None else len(ends), low_rank=low_rank is not None,
         )  # fmt: skip
         tiles = chosen_config("weight_grad", target, call, config)
         count, steps = tiles.splits(target, call)
@@ -242,12 +273,13 @@ def weight_grad(
             if n_tiles > 1:
                 made = x.new_empty(n_tiles, M, ranks[0], dtype=torch.float32)
         arguments = {
-            "x": x, "u": tuple(u), "out": tuple(out), "planes": tuple(planes), "v": b,
-            "made": made, "seeds": keys, **segment_arguments(ends),
+            "x": x, "u": tuple(u), "out": tuple(out), "planes": tuple(planes), "v": tuple(v),
+            "made": made, "low_rank": low_rank, "ADD": low_rank is not None and i > 0,
+            "seeds": keys, **segment_arguments(ends),
             **own_arguments(order, own, scaled=b is not None, masked=keys is not None),
             "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
             "steps": steps, "x_strides": x.stride(), "out_strides": strides_of(out, ends),
-            "v_strides": None if b is None else strides_of([b], ends)[0],
+            "v_strides": strides_of(v, ends),
             "R": tuple(ranks), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,
         }  # fmt: skip

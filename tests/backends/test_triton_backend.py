@@ -11,6 +11,7 @@ from process import run_python
 
 import fastlora
 from fastlora.backends.triton import cover
+from fastlora.kernels.plan import IN_PLACE, MANY_ROWS, use_plan
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
@@ -41,6 +42,26 @@ def test_the_launches_of_the_fused_plan():
     assert forward == ["project", "gemm_lowrank"]
     backward = [name for name in launches(lambda: ys[0].sum().backward()) if name != "sum_planes"]
     assert backward == ["weight_grad", "gemm_lowrank", "weight_grad"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "frozen", "expected"),
+    [
+        (100, "", ["weight_grad", "weight_grad"]),
+        (MANY_ROWS, "", ["weight_grad", "lowrank", "weight_grad"]),
+        (100, "lora_a", ["weight_grad", "lowrank"]),
+        (100, "x", ["weight_grad", "weight_grad"]),
+    ],
+)
+def test_in_place_few_rows_need_one_pass_over_x(rows, frozen, expected):
+    """dx's low-rank part and d lora_a come from one launch, if both are wanted."""
+    x, projection = make_x(rows, 32), make_projection(32, 32, 3, torch.float32)
+    if frozen:
+        (x if frozen == "x" else projection.lora_a).requires_grad_(False)
+    with use_plan(IN_PLACE):
+        y = fastlora.lora_linear(x, *projection[:3])
+        names = launches(lambda: y.sum().backward())
+    assert [name for name in names if name != "sum_planes"] == expected
 
 
 @pytest.mark.parametrize("n", [1, 3], ids="group-of-{}".format)

@@ -62,10 +62,14 @@ def test_every_call_has_a_default_that_fits(target, kernel):
     assert not without, f"(itemsize, projections, r) without a config: {sorted(without)}"
 
 
+@pytest.mark.parametrize(
+    ("over", "options"),
+    [("dy", {"groups": [1], "masks": [False], "project": True}), ("x", {"low_rank": True})],
+)
 @every_target
-def test_one_pass_over_dy_has_a_default_that_fits_or_none(target):
+def test_one_pass_has_a_default_that_fits_or_none(target, over, options):
     found = {}
-    for one in calls(target, groups=[1], masks=[False], project=True):
+    for one in calls(target, **options):
         config = default_config("weight_grad", target, one)
         assert config is None or config.why_not(target, one) == ""
         found[one.r, one.itemsize] = config
@@ -98,8 +102,9 @@ def test_candidates_fit_and_hold_the_default_and_its_neighbours(target, kernel):
         ("project", {}, 1),
         ("weight_grad", {}, 1),
         ("weight_grad", {"project": True}, 1),
+        ("weight_grad", {"low_rank": True}, 1),
     ],
-    ids=["base product", "adapter alone", "project", "weight_grad", "one pass"],
+    ids=["base product", "adapter alone", "project", "weight_grad", "over dy", "over x"],
 )
 @every_target
 def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, projections, masked):

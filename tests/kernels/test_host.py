@@ -13,7 +13,7 @@ WORKER = Path(__file__).parents[1] / "support" / "host_worker.py"
 KERNELS = ("project", "gemm_lowrank", "lowrank", "weight_grad", "sum_planes")
 # Of each, and tensor maps: of a forward and a backward.
 LAUNCHES = {
-    "in-place": (1, 0, 2, 2, 3, 0),
+    "in-place": (1, 0, 1, 2, 3, 0),
     "in-place-long": (1, 0, 2, 2, 3, 0),
     "in-place-dropout": (1, 0, 2, 2, 3, 0),
     "fused-few-rows": (0, 2, 0, 2, 1, 6),

@@ -70,6 +70,9 @@ FORMS: dict[str, Form] = {
     "weight-grad-group-masked": Form("dB", 70, 330, (3, 20, 16), dropout=0.1),
     "one-pass-ragged-split": Form("dB,dh", 260, 70, (3,)),
     "one-pass-one-tile": Form("dB,dh", 20, 30, (3,)),
+    "one-pass-over-x-ragged": Form("dA,dx+", 70, 330, (3,)),
+    "one-pass-over-x-split-masked": Form("dA,dx+", 260, 70, (3, 20, 16), dropout=0.1),
+    "one-pass-over-x-of-five": Form("dA,dx+", 70, 67, (3, 4, 5, 6, 7), dropout=0.1),
 }
 PLANES: dict[str, Callable[[], Planes]] = {
     "sum-planes": lambda: Planes([(3, 40, 30), (2, 7), (4, 1024)]),

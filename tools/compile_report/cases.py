@@ -77,6 +77,7 @@ _FORMS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "weight_grad of a masked group": (["dA n3 mask"], ["dA r64 n4 mask"]),
     "one pass": (["dB,dh"], ["dB,dh r64"]),
+    "one pass over x": (["dA,dx+ n3 mask", "dA,dx+"], ["dA,dx+ r64 n3 mask", "dA,dx+ r64 n4"]),
 }  # fmt: skip
 # What a user's call launches: whatever the tables choose; and with experts, many rows and few.
 _CHOSEN = (

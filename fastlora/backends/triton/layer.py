@@ -134,17 +134,10 @@ def _backward(
             adapters.append(d_adapter)
             terms += [] if term is None else [term]
         gradients.append(Output(base, tuple(adapters)))
-    dx = _dx(x, dys, outputs, terms, common) if needs_x else None
     trained = [term for term in terms if term.d_lora_a is not None]
-    if trained:
-        kernels.weight_grad(
-            x,
-            [term.dh for term in trained],
-            [term.d_lora_a.T for term in trained if term.d_lora_a is not None],
-            precision=precision,
-            dropout=dropout,
-            seeds=_join([term.seed for term in trained], seeds),
-        )
+    dx, is_filled = _dx(x, dys, outputs, terms, common) if needs_x else (None, False)
+    if trained and not is_filled:
+        _d_lora_a(x, trained, common)
     return [dx, *flatten(gradients, layouts)]
 
 
@@ -231,8 +224,9 @@ def _dx(
     outputs: Sequence[Output[Tensor]],
     terms: Sequence[_Term],
     common: Common,
-) -> Tensor:
-    """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]."""
+) -> tuple[Tensor, bool]:
+    """Σ dy weight + Σ mask ∘ (dh lora_a), [M, K]; and whether every d lora_a was filled as well."""
+    is_filled = False
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     used = [(dy, output) for dy, output in zip(dys, outputs, strict=True) if dy is not None]
     fused: list = []
@@ -256,12 +250,33 @@ def _dx(
         if fused:
             ps, qs = [dy for dy, _ in fused], [read_by(w, x, unpacks) for _, w in fused]
             kernels.gemm_lowrank(dx, ps, qs, u, v, preferred=plan.gemm, **options)
+        elif all([term.d_lora_a is not None for term in terms]) and kernels.low_rank_pays(
+            x, ranks, common.precision, masked
+        ):
+            _d_lora_a(x, terms, common, dx)
+            is_filled = True
         else:  # first, as in the forward
             kernels.lowrank(dx, u, v, **options)
     by_torch = [(dy, output.base.weight) for dy, output in used if not (fused and output.adapters)]
     for i, (dy, weight) in enumerate(by_torch):
         torch.addmm(dx, dy, read_by(weight, x), beta=float(bool(terms) or i > 0), out=dx)
-    return dx
+    return dx, is_filled
+
+
+def _d_lora_a(
+    x: Tensor, terms: Sequence[_Term], common: Common, low_rank: Tensor | None = None
+) -> None:
+    """dhᵀ (mask ∘ x) into every d lora_a; and Σ mask ∘ (dh lora_a) into ``low_rank``, if given."""
+    kernels.weight_grad(
+        x,
+        [term.dh for term in terms],
+        [term.d_lora_a.T for term in terms if term.d_lora_a is not None],
+        precision=common.precision,
+        dropout=common.dropout,
+        seeds=_join([term.seed for term in terms], common.seeds),
+        vs=[] if low_rank is None else [term.adapter.lora_a.T for term in terms],
+        low_rank=low_rank,
+    )
 
 
 def _seeds(outputs: Sequence[Output], seeds: Tensor | None) -> Sequence[list[Tensor | None]]:

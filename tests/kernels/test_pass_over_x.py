@@ -1,0 +1,203 @@
+"""weight_grad with the low-rank term of dx in the same pass over x, against the two kernels."""
+
+import pytest
+import torch
+from judge import assert_close
+from kernel_cases import (
+    BF16,
+    F16,
+    F32,
+    LAYOUTS,
+    draw_seeds,
+    keep_masks,
+    poisoned,
+    processors,
+    random,
+    recorded,
+)
+from pairs import pairwise
+
+from fastlora.kernels import low_rank_pays, lowrank, weight_grad
+from fastlora.kernels.config import Call, default_config
+from fastlora.kernels.launch import intercept
+from fastlora.kernels.plan import MANY_ROWS
+from fastlora.kernels.target import TARGETS, use_target
+from fastlora.kernels.weight_grad import WeightGradConfig
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SMALL = WeightGradConfig(16, 32, warps=4, stages=2)
+
+
+def results(x, us, lora_as, **options):
+    """dx and every d lora_a of one pass; around them in memory nothing is written."""
+    m, n = x.shape
+    memory = poisoned(m + 4, n, dtype=x.dtype)
+    d_lora_as = [poisoned(len(a) + 2, n, dtype=a.dtype) for a in lora_as]
+    weight_grad(
+        x, us, [each[1:-1].T for each in d_lora_as], precision="ieee",
+        vs=[a.T for a in lora_as], low_rank=memory[2:-2], **options,
+    )  # fmt: skip
+    for each, rows in ((memory, 2), *((each, 1) for each in d_lora_as)):
+        assert each[:rows].isnan().all()
+        assert each[-rows:].isnan().all()
+    return memory[2:-2], [each[1:-1] for each in d_lora_as]
+
+
+def check(x, us, lora_as, p=0.0, seeds=None, config=None):
+    """dx has lowrank's bits, and every d lora_a is as near to float64 as PyTorch's."""
+    options = {"dropout": p, "seeds": seeds}
+    dx, d_lora_as = results(x, us, lora_as, config=config, **options)
+    apart = poisoned(*x.shape, dtype=x.dtype)
+    lowrank(apart, us, lora_as, precision="ieee", **options)
+    assert torch.equal(dx, apart)
+    masks = keep_masks(seeds, x.shape, p, len(us))
+    for i, (d_lora_a, u, mask) in enumerate(zip(d_lora_as, us, masks, strict=True)):
+        kept = torch.where(mask, x, 0)
+        truth, size = u.double().T @ kept.double(), u.double().abs().T @ kept.double().abs()
+        by_torch = (u.T @ kept).to(d_lora_a.dtype)
+        assert_close(f"d lora_a {i}", d_lora_a, truth, by_torch, size, x.dtype)
+    return dx, d_lora_as
+
+
+def case(m, n, ranks, dtype=F32, adapter_dtype=F32, layouts=("contiguous",) * 2):
+    """x, every dh and lora_a of one call; ``layouts`` are those of x and lora_a."""
+    x_layout, a_layout = layouts
+    return (
+        random(m, n, dtype, x_layout),
+        [random(m, r, dtype) for r in ranks],
+        [random(r, n, adapter_dtype, a_layout) for r in ranks],
+    )
+
+
+@pairwise(
+    {
+        "m": [1, 2, 17, 100],
+        "n": [1, 17, 33, 100],
+        "p": {"plain": 0.0, "masked": 0.4},
+        "ranks": {"one": (3,), "group": (3, 20, 16), "rank-64": (64,)},
+    }
+)
+def test_any_shape(m, n, p, ranks):
+    check(*case(m, n, ranks), p=p, seeds=draw_seeds(len(ranks)) if p else None)
+
+
+@pairwise(
+    {
+        "m": [65, 96, 100],
+        "dtype,adapter_dtype": {"f32": (F32, F32), "bf16-f32": (BF16, F32), "f16": (F16, F16)},
+        "p": {"plain": 0.0, "masked": 0.4},
+    }
+)
+def test_split_over_rows(m, dtype, adapter_dtype, p):
+    """Each split has rows of dx, and leaves a plane of d lora_a."""
+    operands, seeds = case(m, 40, (3, 4, 1), dtype, adapter_dtype), draw_seeds(3) if p else None
+    made = []
+    for count in (1, 10**4):
+        with processors(count):
+            with recorded() as records:
+                results(*operands, dropout=p, seeds=seeds, config=SMALL)
+            made.append(check(*operands, p, seeds, SMALL))
+        assert len(records) == (1 if count == 1 else 2)
+    (whole, whole_as), (split, split_as) = made
+    assert torch.equal(whole, split)
+    for one, other in zip(whole_as, split_as, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_rank_that_lowrank_cuts_into_steps_has_every_bit_of_sums_that_are_exact():
+    """Of whole numbers, in any order."""
+    x, (u,), (lora_a,) = case(20, 24, (70,), BF16)
+    check(x.round(), [u.round()], [lora_a.round()])
+
+
+@pytest.mark.parametrize("tile", [(64, 16), (16, 128)], ids=str)
+def test_any_tile(tile):
+    config = WeightGradConfig(*tile, warps=8, stages=2)
+    check(*case(70, 90, (50,), BF16, BF16), p=0.3, seeds=draw_seeds(1), config=config)
+
+
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("a_layout", ["contiguous", "window", "column-major"])
+def test_any_strides(x_layout, a_layout):
+    check(*case(20, 24, (5,), BF16, F32, (x_layout, a_layout)), config=SMALL)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4], ids=["plain", "masked"])
+@pytest.mark.parametrize("count", [5, 9])
+def test_a_group_of_several_launches_adds_to_dx(count, p):
+    ranks = [(1, 16, 12, 3)[i % 4] for i in range(count)]
+    check(*case(40, 50, ranks, BF16), p=p, seeds=draw_seeds(count) if p else None)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_dropped_is_gone(value):
+    x, us, lora_as = case(40, 20, (3,))
+    seeds = draw_seeds(1)
+    (mask,) = keep_masks(seeds, x.shape, 0.5, 1)
+    x[~mask] = value
+    for each in check(x, us, lora_as, 0.5, seeds)[1]:
+        assert each.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "chosen"])
+def test_a_rank_of_several_steps_is_refused(config):
+    """Its other columns would be missing from dx."""
+    with pytest.raises(ValueError, match="rank 200"):
+        results(*case(20, 30, (200,)), config=config)
+
+
+def meta(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pairwise(
+    {
+        "r": [8, 16, 64],
+        "count": [1, 2, 3],
+        "p": {"plain": 0.0, "masked": 0.1},
+        "m,n": {"few": (65, 4096), "narrow": (1000, 1024), "wide": (MANY_ROWS - 1, 14336)},
+    }
+)
+@pytest.mark.parametrize(
+    "target", [t for t in TARGETS.values() if t.kind != "cpu"], ids=lambda t: t.name
+)
+def test_it_is_a_launch_less_than_two_kernels_for_hardly_more_bytes(target, m, n, r, count, p):
+    """The bytes are what both ways would launch, on tensors without memory."""
+    x, us = meta(m, n), [meta(m, r) for _ in range(count)]
+    lora_as = [meta(r, n, dtype=F32) for _ in range(count)]
+    options = {"precision": "ieee", "dropout": p}
+    options["seeds"] = meta(count, dtype=torch.int64) if p else None
+    outs, vs = ([torch.empty_like(a).T for a in lora_as] for _ in range(2))
+
+    def launched(run):
+        records = []
+        with use_target(target), intercept(records.append):
+            run()
+        moved = [record.work().loaded + record.work().stored for record in records]
+        return len(records), sum(moved)
+
+    with use_target(target):
+        if not low_rank_pays(x, [r] * count, "ieee", p > 0):
+            return
+    together = launched(lambda: weight_grad(x, us, outs, vs=vs, low_rank=meta(m, n), **options))
+    pass_over_x = launched(lambda: weight_grad(x, us, outs, **options))
+    term = launched(lambda: lowrank(meta(m, n), us, lora_as, **options))
+    assert together[0] < pass_over_x[0] + term[0]
+    assert together[1] < 1.1 * (pass_over_x[1] + term[1])
+
+
+def test_it_pays_for_few_rows_and_up_to_three_masks_where_a_config_fits():
+    def pays(m=512, ranks=(16,), masked=False):
+        return low_rank_pays(meta(m, 4096), ranks, "ieee", masked)
+
+    with use_target(TARGETS["sm_90"]):
+        assert pays()
+        assert pays(ranks=[16] * 5)
+        assert pays(ranks=[64] * 3, masked=True)
+        assert pays(m=MANY_ROWS - 1)
+        assert not pays(m=MANY_ROWS)
+        assert not pays(ranks=[16] * 4, masked=True)
+        assert not pays(ranks=[512])
+    call = Call(512, 4096, 512, 2, "ieee", low_rank=True)
+    assert default_config("weight_grad", TARGETS["sm_90"], call) is None
