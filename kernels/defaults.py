@@ -59,7 +59,8 @@ _MASKED_PROJECT = f"64x64-w8-s4 {_WIDE_PROJECT} {_LOW_PROJECT}"
 _WEIGHT_GRAD = "64x32-w4-s4 32x32-w4-s4"
 _WIDE_WEIGHT_GRAD = "32x128-w8-s4-r256"
 _WEIGHT_GRAD_32 = ("64x32-w8-s4 32x32-w4-s3", "32x32-w4-s3 16x32-w4-s3")
-# From compilation: registers for four masks; as narrow, so that few columns need no more planes.
+# From compilation: three masks of one step fit into registers.  As narrow as weight_grad's, so that
+# few columns leave no more planes.
 _LOW_RANK_TOO = "64x32-w8-s4 32x32-w8-s4-r256 32x32-w4-s3"
 # Wide, since every tile of columns leaves a plane of dh.
 _ONE_PASS_FLOAT32 = "32x64-w4-s3 16x32-w4-s3"

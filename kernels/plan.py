@@ -168,6 +168,5 @@ def low_rank_pays(x: Tensor, ranks: Sequence[int], precision: str, masked: bool)
     """
     size = x.element_size(), precision, min(len(ranks), MAX_PROJECTIONS)
     call = Call(*x.shape, max(ranks), *size, masked, low_rank=True)
-    if len(x) >= MANY_ROWS or masked * len(ranks) > 3:
-        return False
-    return default_config("weight_grad", target_of(x.device), call) is not None
+    fits = default_config("weight_grad", target_of(x.device), call) is not None
+    return fits and len(x) < MANY_ROWS and masked * len(ranks) <= 3

@@ -50,11 +50,9 @@ class WeightGradConfig(Config):
         return splits(room(target, call), programs, call.m, self.block_m, least=16 * call.r)
 
     def sums(self, call: Call) -> int:
-        product = call.project * self.block_m
-        # As LowRankConfig's.
-        low_rank = call.low_rank * self.block_m * (1 + call.masked * call.projections // 2)
-        sums = (call.projections * self.block_n + product) * self.block_r(call)
-        return sums + low_rank * self.block_n
+        thin = call.projections * self.block_n + call.project * self.block_m
+        tiles = call.low_rank * (1 + call.masked * call.projections // 2)  # as LowRankConfig's
+        return thin * self.block_r(call) + tiles * self.block_m * self.block_n
 
     def through_l2(self, call: Call) -> float:
         return cdiv(call.r, self.block_r(call)) + call.projections * call.r / self.block_n
