@@ -15,7 +15,7 @@ from kernel_cases import (
     random,
     recorded,
 )
-from pairs import pairwise
+from marks import pairwise
 
 from fastlora.kernels import low_rank_pays, lowrank, weight_grad
 from fastlora.kernels.config import Call, default_config
