@@ -254,6 +254,12 @@ def other_linear(model):
             parameter.fill_(0.1)
 
 
+def broadcast(model):
+    block_of(model).up_proj = nn.Linear(IN, 1).double()  # its one column times each of gate's
+    for parameter in block_of(model).up_proj.parameters():
+        parameter.requires_grad_(False).fill_(0.1)
+
+
 def parametrized(model):
     block_of(model).down_proj.requires_grad_(False)
     fastlora.remove_lora(block_of(model).down_proj)
@@ -285,6 +291,7 @@ LEFT = {  # what stops a call from being a block's, and a word of the reason
     "merged": (merged, "gate_proj: it is merged"),
     "dropouts": (other_dropout, "different dropouts"),
     "other-linear": (other_linear, "gate_proj: it is a Conv1d"),
+    "broadcast": (broadcast, "its weights have shapes (12, 8), (1, 8) and (8, 12)"),
     "parametrized": (parametrized, "down_proj: its weight is computed"),
     "shadowed": (shadowed, "up_proj is no module"),
 }

@@ -135,9 +135,15 @@ def other_size() -> list[Output]:
     return [gate, make_mlp(adapted="")[2], down]
 
 
+def wider_up() -> list[Output]:
+    gate, _, down = make_mlp()
+    return [gate, make_mlp(sizes=(K, HIDDEN + 1, N))[1], down]
+
+
 ERRORS = {
     "activation": (lambda: (make_mlp(), "tanh"), ValueError, "activation is 'tanh', but must be"),
-    "sizes": (lambda: (other_size(), "silu"), ValueError, "weight has shape|gate and up have"),
+    "sizes": (lambda: (other_size(), "silu"), ValueError, "weight has shape"),
+    "gate-and-up": (lambda: (wider_up(), "silu"), ValueError, "gate and up have weights of shapes"),
     "x": (lambda: (make_mlp(torch.float64), "silu"), TypeError, "weight has dtype torch.float64"),
     "down": (lambda: (make_mlp()[:2] + make_mlp()[:1], "silu"), ValueError, f"x has {HIDDEN} feat"),
 }

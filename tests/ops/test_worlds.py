@@ -24,8 +24,9 @@ from fastlora.backends import find_backend
 
 pytestmark = pytest.mark.usefixtures("backend")
 every_kind = pytest.mark.parametrize("name", KINDS)
-dropouts = pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
 BOTH = {"backend": {n: n for n in ("torch", "triton")}, "name": {name: name for name in KINDS}}
+# Every two of kind, backend and dropout.
+pairs = pairwise(BOTH | {"p": [0.0, 0.4]}, indirect=["backend"])
 
 
 def on_backends(torch=tuple(KINDS), triton=()) -> pytest.MarkDecorator:
@@ -56,8 +57,7 @@ def assert_same(first, second) -> None:
     assert all(map(torch.equal, first, second))
 
 
-@every_kind
-@dropouts
+@pairs
 def test_the_same_bits_again(name, p):
     kind = made(name)
     assert_same(run(kind, p), run(kind, p))
@@ -142,10 +142,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pairwise(
-    BOTH | {"p": [0.0, 0.4]},
-    indirect=["backend"],
-)
+@pairs
 def test_the_registered_op(name, p):
     """A dispatch mode sees it; its bits are the node's, and torch's own check finds it right."""
     kind = made(name)
@@ -220,8 +217,7 @@ def test_one_graph_for_all_numbers_of_rows():
     assert graphs["unique_graphs"] == 1
 
 
-@every_kind
-@dropouts
+@pairs
 def test_gradients_of_gradients(name, p):
     kind = made(name, torch.float64)
     leaves = {n: t for n, t in kind.tensors.items() if t.requires_grad and n != "x"}
@@ -368,8 +364,7 @@ def test_evaluation_drops_and_draws_nothing(name):
     assert not torch.equal(kind.call(*kind.tensors.values(), dropout=0.5), y)
 
 
-@every_kind
-@dropouts
+@pairs
 def test_a_second_backward_finds_what_the_first_did(name, p):
     """And what came out may be changed in place."""
     kind = made(name)
@@ -384,8 +379,7 @@ def test_a_second_backward_finds_what_the_first_did(name, p):
             torch.testing.assert_close(2 * one, twice, rtol=1e-5, atol=1e-4)  # of other strides
 
 
-@every_kind
-@dropouts
+@pairs
 def test_x_every_h_and_seeds_are_kept_where_the_backward_reads_them(name, p):
     kind = made(name, torch.bfloat16, torch.float32)
     dtype = find_backend().h_dtype(torch.bfloat16, kind.tensors["x"].device)

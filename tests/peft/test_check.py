@@ -103,6 +103,14 @@ def test_not_a_number_is_a_failure(monkeypatch):
     assert not fastlora.check(llama(), batch())
 
 
+def test_one_number_that_is_none_is_the_largest_difference():
+    found = fastlora.check(mlp(), torch.randn(5, 8))
+    wrong = replace(found, gradients=(*found.gradients, Difference("last", math.nan)))
+    assert found
+    assert not wrong
+    assert wrong.largest.name == "last"
+
+
 class Disturbing(nn.Module):
     """It writes to its input and its buffers, replaces one, and draws by Python and numpy."""
 

@@ -90,6 +90,12 @@ def test_mxfp4_is_torchaos(dtype):
     assert_same(pack_weight(hard(dtype=dtype), "mxfp4"), (packed, scale.view(torch.uint8)))
 
 
+def test_mxfp4_rounds_the_largest_number_before_its_scale_is_taken():
+    """1.875 has two digits as 2, and so the scale is 1/2; with 1/4 it would be cut off at 1.5."""
+    packed = pack_weight(torch.full((1, 32), 1.875), "mxfp4")
+    assert (packed.dense(torch.float32) == 2.0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nvfp4_is_torchaos(dtype):
     nvfp4 = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
