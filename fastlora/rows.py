@@ -67,14 +67,14 @@ class Rows(NamedTuple):
         if self.shares is not None:
             return self.shares
         ends = self.ends.tolist()
-        starts = [0, *ends[:-1]]
-        if any(not start <= end <= rows for start, end in zip(starts, ends, strict=True)):
+        starts, edges = [0, *ends[:-1]], [0, *ends, rows]
+        if edges != sorted(edges):
             raise ValueError(
                 f"offsets are {shown(ends)}, but must be the ends of the experts' rows: none below "
                 f"the one before it, and none above {rows}, the rows of x"
             )
-        places = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
-        return [Share(e, at, at) for e, at in enumerate(places) if at.stop > at.start]
+        places = enumerate(map(slice, starts, ends))
+        return [Share(e, at, at) for e, at in places if at.stop > at.start]
 
     def of_rows(self, rows: int) -> Tensor:
         """The segment of each of so many sorted rows, int64, on the device; E for nobody's."""
@@ -100,13 +100,6 @@ def take(matrix: Tensor, share: Share, items: int) -> Tensor:
         rows = matrix.shape[0] // items
         return matrix[share.items.start * rows : share.items.stop * rows]
     return matrix.unflatten(0, (items, -1)).index_select(0, share.items).flatten(0, 1)
-
-
-def put(matrix: Tensor, rows: Tensor, share: Share, items: int) -> None:
-    """A segment's rows, changed since they were taken, back where they lay."""
-    if not isinstance(share.items, slice):
-        own = rows.unflatten(0, (len(share.items), -1))
-        matrix.unflatten(0, (items, -1)).index_copy_(0, share.items, own)
 
 
 class Numbers(NamedTuple):

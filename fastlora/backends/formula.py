@@ -23,7 +23,6 @@ from .products import (
     matrix_like,
     product,
     rows_of,
-    side_by_side,
     thin_gradient,
     wide_rows,
 )
@@ -45,16 +44,19 @@ def forward_rows(
     # torch's product of one row is fast everywhere.
     if x.shape[0] > 1 and are_wide(x):
         return _wide_forward(x, outputs, masks, into)
-    x, ys, hs = side_by_side(x), [], []
+    if x.shape[0] == 1:
+        x = x.contiguous()  # torch 2.10 multiplies bfloat16 that lies apart wrongly, on a CPU
+    ys, hs, dtype = [], [], h_dtype(x.dtype, x.device)
     for i, ((base, adapters), some) in enumerate(zip(outputs, masks, strict=True)):
         y = None if into is None else into[i]
         if base.weight is not None:
             y = base_linear(x, base, y)
         assert y is not None
         for adapter, mask in zip(adapters, some, strict=True):
-            h = _project(x, adapter, mask)
-            add_product(y, h, cast(adapter.lora_b, h.dtype).T)
-            hs.append(cast(h, h_dtype(x.dtype, x.device)))
+            thin_x, lora_a, lora_b, factor = _thin(x, adapter, mask)
+            h = _project(thin_x, lora_a, factor, mask)
+            add_product(y, h, lora_b.T)
+            hs.append(h if h.dtype == dtype else h.to(dtype))
         ys.append(y)
     return ys, hs
 
@@ -67,7 +69,7 @@ def _wide_forward(
     ys = list(into or [x.new_empty(len(x), base.weight.shape[0]) for base, _ in outputs])
     for rows in wide_rows(x, outputs):
         x_rows = SCRATCH.widen("x", rows_of(x, rows))
-        for y, output, some in zip(ys, outputs, _from_row(masks, rows.start), strict=True):
+        for y, output, some in zip(ys, outputs, from_row(masks, rows.start), strict=True):
             y_rows = rows_of(y, rows)
             wide = SCRATCH.take("y", *y_rows.shape)
             if output.base.weight is None:
@@ -92,7 +94,8 @@ def backward_rows(
     Outputs without a base are added to what dx has.  ``hs`` are lists of each output's.
     """
     beta = float(all([output.base.weight is None for output in outputs]))
-    dys, x = [None if dy is None else side_by_side(dy) for dy in dys], side_by_side(x)
+    if x.shape[0] == 1:  # as in the forward
+        dys, x = [None if dy is None else dy.contiguous() for dy in dys], x.contiguous()
     run = _wide_backward if are_wide(x) else _backward
     return run(dys, x, outputs, hs, wanted, masks, dx, beta)
 
@@ -152,7 +155,7 @@ def _wide_backward(
             if beta:
                 dx_rows.copy_(rows_of(dx, rows))
         thin = [[rows_of(h, rows) for h in each] for each in hs]
-        own_masks = _from_row(masks, rows.start)
+        own_masks = from_row(masks, rows.start)
         for i, one in enumerate(zip(dys, wide, thin, wanted, own_masks, strict=True)):
             dy, output, its_h, need, mask = one
             if dy is None:
@@ -229,46 +232,43 @@ def _adapter_gradients(
     beta: float,
 ) -> Adapter[Tensor | None]:
     """d lora_a and d lora_b, as needed; and dx = beta · dx + the adapter's part of it."""
-    lora_a, lora_b, _ = adapter
     d_lora_a = d_lora_b = None
-    dtype = _adapter_dtype(x, adapter)
-    x, dy = cast(x, dtype), cast(dy, dtype)
+    x, lora_a, lora_b, factor = _thin(x, adapter, mask)
+    dy = cast(dy, x.dtype)
     if need.lora_b:
         assert h is not None
-        d_lora_b = cast(thin_gradient(dy, cast(h, dtype)), lora_b.dtype)
+        d_lora_b = thin_gradient(dy, cast(h, x.dtype))
     if need.lora_a or dx is not None:
-        dh = product(dy, cast(lora_b, dtype), factor_of(adapter, mask))
+        dh = product(dy, lora_b, factor)
         d_lora_a = _through_lora_a(x, dh, lora_a, mask, dx, need.lora_a, beta)
-    return Adapter(d_lora_a, d_lora_b)
+    return Adapter(cast(d_lora_a, adapter.lora_a.dtype), cast(d_lora_b, adapter.lora_b.dtype))
 
 
-def _adapter_dtype(x: Tensor, adapter: Adapter[Tensor]) -> torch.dtype:
-    """The dtype of the adapter's products: x's.
+def _thin(
+    x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """x, lora_a and lora_b in the dtype of the adapter's products, x's, and the whole factor.
 
     But where x has no more rows than a wider adapter (decoding), x is the cheaper one to convert.
     """
-    lora_a, lora_b, _ = adapter
-    if lora_a.dtype == x.dtype or x.shape[0] > lora_a.shape[0] or lora_a.dtype != lora_b.dtype:
-        return x.dtype
-    return torch.promote_types(x.dtype, lora_a.dtype)
+    lora_a, lora_b, scale = adapter
+    factor = float(scale) if mask is None else float(scale) / (1.0 - mask.p)
+    if lora_a.dtype == lora_b.dtype == x.dtype:
+        return x, lora_a, lora_b, factor
+    if lora_a.dtype == lora_b.dtype and x.shape[0] <= lora_a.shape[0]:
+        x = cast(x, torch.promote_types(x.dtype, lora_a.dtype))
+    return x, cast(lora_a, x.dtype), cast(lora_b, x.dtype), factor
 
 
-def factor_of(adapter: Adapter, mask: DropoutMask | None) -> float:
-    scale = float(adapter.scale)
-    return scale if mask is None else scale / (1.0 - mask.p)
-
-
-def _project(x: Tensor, adapter: Adapter[Tensor], mask: DropoutMask | None) -> Tensor:
-    """h = factor · (mask ∘ x) lora_aᵀ, [M, r], in the dtype of the adapter's products."""
-    x = cast(x, _adapter_dtype(x, adapter))
-    down, factor = cast(adapter.lora_a, x.dtype).T, factor_of(adapter, mask)
+def _project(x: Tensor, lora_a: Tensor, factor: float, mask: DropoutMask | None) -> Tensor:
+    """h = factor · (mask ∘ x) lora_aᵀ, [M, r]."""
     if mask is None:
-        return product(x, down, factor)
-    h = x.new_empty(x.shape[0], down.shape[1])
+        return product(x, lora_a.T, factor)
+    h = x.new_empty(x.shape[0], lora_a.shape[0])
     for first, x_rows, h_rows in _blocks(x, h):
         dropped = matrix_like("dropped", x_rows)
         mask.drop(first, (x_rows, dropped))
-        product(dropped, down, factor, out=h_rows)
+        product(dropped, lora_a.T, factor, out=h_rows)
     return h
 
 
@@ -282,23 +282,22 @@ def _through_lora_a(
     beta: float,
 ) -> Tensor | None:
     """dx = beta · dx + mask ∘ (dh lora_a), if there is one; dhᵀ (mask ∘ x), if it is needed."""
-    up = cast(lora_a, x.dtype)
     if dx is not None and not beta and dx.dtype != x.dtype:  # a product can't be written into it
         dx.zero_()
         beta = 1.0
     if mask is None:
         if dx is not None and beta:
-            add_product(dx, dh, up)
+            add_product(dx, dh, lora_a)
         elif dx is not None:
-            torch.mm(dh, up, out=dx)
-        return cast(torch.mm(dh.T, x), lora_a.dtype) if need_a else None
+            torch.mm(dh, lora_a, out=dx)
+        return torch.mm(dh.T, x) if need_a else None
     d_lora_a = None
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sum over blocks
     for first, x_rows, dh_rows, dx_rows in _blocks(x, dh, dx):
         pairs, change, dropped = [], dx_rows, None
         if dx is not None:
             change = matrix_like("change", x_rows) if beta else dx_rows
-            pairs.append((torch.mm(dh_rows, up, out=change), change))
+            pairs.append((torch.mm(dh_rows, lora_a, out=change), change))
         if need_a:
             dropped = matrix_like("dropped", x_rows)
             pairs.append((x_rows, dropped))
@@ -308,7 +307,7 @@ def _through_lora_a(
         if dropped is not None:
             part = torch.mm(dh_rows.T, dropped)
             d_lora_a = part if d_lora_a is None else d_lora_a + part.to(wide)
-    return cast(d_lora_a, lora_a.dtype)
+    return d_lora_a
 
 
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
@@ -322,7 +321,7 @@ def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
         yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)
 
 
-def _from_row(masks: Masks, first: int) -> Masks:
+def from_row(masks: Masks, first: int) -> Masks:
     if first == 0:
         return masks
     return [[None if mask is None else mask.from_row(first) for mask in some] for some in masks]

@@ -176,7 +176,9 @@ def base_linear(x: Tensor, base: Base[Tensor], into: Tensor | None = None) -> Te
 
     On a GPU a packed weight is made as a whole, for this one product.
     """
-    weight, bias = base.weight, cast(base.bias, x.dtype)
+    weight, bias = base
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     if _comes_in_blocks(weight, x):
         y = x.new_empty(x.shape[0], weight.shape[0]) if into is None else into
         for rows, some in weight_rows(weight, x.dtype):
@@ -243,14 +245,6 @@ def thin_gradient(dy: Tensor, h: Tensor) -> Tensor:
         # Over many rows (hᵀ dy)ᵀ is up to twice as fast on some CPUs, and worth the copy.
         return torch.mm(h.T, dy).T.contiguous()
     return torch.mm(dy.T, h)
-
-
-def side_by_side(matrix: Tensor) -> Tensor:
-    """The matrix; a copy of one row whose elements lie apart, which torch 2.10 multiplies wrongly.
-
-    (Of bfloat16 on a CPU; 2.11 doesn't.)
-    """
-    return matrix.contiguous() if matrix.shape[0] == 1 else matrix
 
 
 def cast(tensor, dtype):

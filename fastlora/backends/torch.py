@@ -17,15 +17,16 @@ part's rows are a view where they lie together, else copies that live until the 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..projection import Adapter, Output, flatten, per_adapter, unflatten
-from ..rows import NO_BASE, Share, put, take
+from ..projection import Adapter, Base, Output, flatten, per_adapter, unflatten
+from ..rows import NO_BASE, Rows, take
 from .dropout import DropoutMask, dropout_mask
-from .formula import Masks, backward_rows, base_gradients, forward_rows, no_gradients
+from .formula import Masks, backward_rows, base_gradients, forward_rows, from_row, no_gradients
 from .gated import gated, gated_backward
 from .products import h_dtype
 from .protocol import Call
@@ -61,20 +62,19 @@ def forward(
     x, *tensors = inputs
     outputs, rows = unflatten(tensors, call.layouts), call.rows
     if rows is None:
-        return forward_rows(x, outputs, _masks(x, outputs, seeds, call.dropout))
+        return forward_rows(x, outputs, _masks(x.shape, outputs, seeds, call.dropout))
     ys = [x.new_empty(len(x), output.base.weight.shape[-2]) for output in outputs]
-    dtype = h_dtype(x.dtype, x.device)
-    hs = [
-        x.new_zeros(len(x), width, dtype=dtype) for width in widths_of_h(outputs, rows.shares_base)
-    ]
-    items, last = rows.items(len(x)), 0
+    widths, dtype = widths_of_h(outputs, rows.shares_base), h_dtype(x.dtype, x.device)
+    hs = [x.new_zeros(len(x), width, dtype=dtype) for width in widths]
+    last = 0
     for part in _parts(x, outputs, seeds, call):
-        into = [part.take(y, items) for y in ys]
-        _, found = forward_rows(part.take(x, items), part.outputs, part.masks, into)
-        for h, of_part in zip(hs, found, strict=False):
+        x_rows, *into = part.take(x, *ys)
+        _, thin = forward_rows(x_rows, part.outputs, part.masks, into)
+        for h, of_part in zip(hs, thin, strict=False):
             h[part.place, : of_part.shape[1]] = of_part
-        for y, y_rows in zip(ys, into, strict=True):
-            part.put(y, y_rows, items)
+        if part.rows is None:
+            for y, y_rows in zip(ys, into, strict=True):
+                part.put(y, y_rows)
         last = max(last, part.place.stop)
     for y in ys:
         y[last:].zero_()
@@ -94,60 +94,77 @@ def backward(
     outputs, wanted = unflatten(tensors, call.layouts), unflatten(needs[1:], call.layouts)
     dx, rows = x.new_empty(x.shape) if needs[0] else None, call.rows
     if rows is None:
-        masks, thin = _masks(x, outputs, seeds, call.dropout), list(per_adapter(hs, outputs))
-        gradients = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
-        return [dx, *flatten(gradients, call.layouts)]
-    total = _Gradients(outputs, wanted, call)
-    items, last = rows.items(len(x)), 0
+        masks, thin = _masks(x.shape, outputs, seeds, call.dropout), per_adapter(hs, outputs)
+        of_all = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
+        return [dx, *flatten(of_all, call.layouts)]
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    are_many, last = rows.shares_base, 0
+    if not are_many:  # zeros, for experts without rows
+        pairs = zip(tensors, needs[1:], strict=True)
+        gradients = [tensor.new_zeros(tensor.shape) if need else None for tensor, need in pairs]
+    stacks = [() if gradient is None else gradient.unbind() for gradient in gradients]
+    places: Sequence[int] = range(len(tensors))
+    numbers = unflatten(places, call.layouts)
+    wants: Sequence[Output] = wanted
+    reads_x = _reads_x(wants)
     for part in _parts(x, outputs, seeds, call):
-        wants = [part.of(each) for each in wanted]
+        if are_many:
+            wants, places = part.of(wanted), flatten(part.of(numbers), call.layouts)
+            reads_x = _reads_x(wants)
         last = max(last, part.place.stop)
-        if dx is None and not any(map(_wants, wants)):
+        if dx is None and not any(flatten(wants, call.layouts)):
             continue
-        # Where nothing reads x, it is looked at for its shape and dtype alone.
-        reads_x = any(base.weight or any([a.lora_a for a in own]) for base, own in wants)
-        count = part.place.stop - part.place.start
-        dx_rows = None if dx is None else part.take(dx, items)
-        found = backward_rows(
-            [None if dy is None else part.take(dy, items) for dy in dys],
-            part.take(x, items) if reads_x else x[:count],
-            part.outputs,
-            part.thin(hs),
-            wants,
-            part.masks,
-            dx_rows,
-        )
-        if dx is not None and dx_rows is not None:
-            part.put(dx, dx_rows, items)
-        total.add(part, found)
+        x_rows, dx_rows, *dy_rows = part.take(x if reads_x else None, dx, *dys)
+        if x_rows is None:  # nothing reads it: it is looked at for its shape and dtype alone
+            x_rows = x[: part.place.stop - part.place.start]
+        thin = part.thin(hs)
+        of_part = backward_rows(dy_rows, x_rows, part.outputs, thin, wants, part.masks, dx_rows)
+        if part.rows is None and dx is not None:
+            part.put(dx, dx_rows)
+        for place, gradient in zip(places, flatten(of_part, call.layouts), strict=True):
+            if gradient is not None and are_many:
+                gradients[place] = _widened(gradient, tensors[place])
+            elif gradient is not None:
+                stacks[place][part.share.segment].copy_(gradient)
     if dx is not None:
         dx[last:].zero_()
-    return [dx, *total.flat(rows.shares_base)]
+    return [dx, *gradients]
+
+
+def _reads_x(wanted: Sequence[Output[bool]]) -> bool:
+    """The gradients of weight and lora_a are products with x."""
+    return any([base.weight or any([a.lora_a for a in adapters]) for base, adapters in wanted])
 
 
 class _Part(NamedTuple):
     """Some rows, and what they go through; a base of None adds to what is there already."""
 
-    share: Share | None  # None: all rows as they lie, through the base that all segments share
-    place: slice  # of the rows of h
-    outputs: list[Output[Tensor]]
+    outputs: Sequence[Output[Tensor]]
     masks: Masks
-    shares_base: bool
+    place: slice  # of the rows of h
+    rows: slice | None  # of x, y …, if they lie together there
+    share: Any  # a Share; None: all rows as they lie, through the base that all segments share
+    items: int = 0  # of x
 
-    def take(self, matrix: Tensor, items: int) -> Tensor:
-        return matrix if self.share is None else take(matrix, self.share, items)
+    def take(self, *matrices: Tensor | None) -> list[Any]:
+        """The part's rows of each: a view where they lie together, else a copy."""
+        if self.rows is not None:
+            return [None if matrix is None else matrix[self.rows] for matrix in matrices]
+        share, items = self.share, self.items
+        return [None if matrix is None else take(matrix, share, items) for matrix in matrices]
 
-    def put(self, matrix: Tensor, rows: Tensor, items: int) -> None:
-        if self.share is not None:
-            put(matrix, rows, self.share, items)
+    def put(self, matrix: Tensor, rows: Tensor) -> None:
+        """Rows that lie apart, changed since they were taken, back where they lay."""
+        numbers: Any = self.share.items
+        changed = rows.unflatten(0, (len(numbers), -1))
+        matrix.unflatten(0, (self.items, -1)).index_copy_(0, numbers, changed)
 
-    def of(self, whole: Output) -> Output:
-        """What this part has of an output that stands for all tensors: for what is wanted."""
-        if not self.shares_base:
-            return whole
+    def of(self, outputs: Sequence[Output]) -> list[Output]:
+        """Of many adapters the base that they share, or this one: of what is wanted, say."""
         if self.share is None:
-            return Output(whole.base)
-        return Output(NO_BASE, whole.adapters[self.share.segment :][:1])
+            return [Output(output.base) for output in outputs]
+        at = self.share.segment
+        return [Output(NO_BASE, output.adapters[at : at + 1]) for output in outputs]
 
     def thin(self, hs: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """The part's rows of every h, for each output."""
@@ -161,70 +178,57 @@ class _Part(NamedTuple):
         ]
 
 
-class _Gradients:
-    """Of all tensors, from each part's: None for one of many adapters that has no rows."""
-
-    def __init__(
-        self, outputs: Sequence[Output[Tensor]], wanted: Sequence[Output[bool]], call: Call
-    ) -> None:
-        self.outputs, self.layouts = outputs, call.layouts
-        self.bases = [no_gradients(output).base for output in outputs]
-        self.adapters = [[*no_gradients(output).adapters] for output in outputs]
-        pairs = zip(flatten(outputs, call.layouts), flatten(wanted, call.layouts), strict=True)
-        # Zeros, for experts without rows.
-        are_stacked = call.rows is not None and not call.rows.shares_base
-        self.stacked = [t.new_zeros(t.shape) if need and are_stacked else None for t, need in pairs]
-        self.places = [None if stack is None else stack.unbind() for stack in self.stacked]
-
-    def add(self, part: _Part, found: Sequence[Output[Tensor | None]]) -> None:
-        if part.share is None:
-            self.bases = [own.base for own in found]
-        elif part.shares_base:
-            at = part.share.segment
-            for of_one, own, output in zip(self.adapters, found, self.outputs, strict=True):
-                of_one[at] = _widened(own.adapters[0], output.adapters[at])
-        else:
-            for places, gradient in zip(self.places, flatten(found, self.layouts), strict=True):
-                if places is not None and gradient is not None:
-                    places[part.share.segment].copy_(gradient)
-
-    def flat(self, shares_base: bool) -> list[Tensor | None]:
-        if not shares_base:
-            return self.stacked
-        pairs = zip(self.bases, self.adapters, strict=True)
-        return flatten([Output(base, tuple(own)) for base, own in pairs], self.layouts)
-
-
 def _parts(
     x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, call: Call
 ) -> Iterator[_Part]:
     """Those that have rows; the shared base first."""
-    rows, p = call.rows, call.dropout
+    rows = call.rows
     assert rows is not None
     if rows.shares_base:
-        alone = [Output(output.base) for output in outputs]
-        yield _Part(None, slice(0, len(x)), alone, [[]] * len(alone), True)
-    each = len(x) // max(1, rows.items(len(x)))  # rows of an item
-    whole, stacks = None, []
-    if rows.own is None:  # what is stacked is taken apart at once, and all rows have one mask
-        stacks = [tensor.unbind() for tensor in flatten(outputs, call.layouts)]
-        shape = rows.first + len(x), x.shape[1]
+        return _many_adapters(x, outputs, seeds, rows)
+    return _experts(x, outputs, seeds, rows, call.dropout)
+
+
+def _experts(
+    x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, rows: Rows, p: float
+) -> Iterator[_Part]:
+    """What is stacked is taken apart at once, and all rows have one mask."""
+    of_each = list(zip(*map(_apart, outputs), strict=True))
+    masks = whole = _masks((rows.first + len(x), x.shape[1]), outputs, seeds, p)
+    for share in rows.found(len(x)) if len(x) else ():
         if seeds is not None:
-            whole = [DropoutMask(seed.view(1), shape, p) for seed in seeds.unbind()]
+            masks = from_row(whole, rows.first + share.place.start)
+        yield _Part(of_each[share.segment], masks, share.place, share.place, share)
+
+
+def _apart(output: Output[Tensor]) -> Iterator[Output[Tensor]]:
+    """What the rows of each expert go through: views."""
+    (weight, bias), adapters = output
+    bases = map(Base, weight.unbind(), repeat(None) if bias is None else bias.unbind())
+    pairs = [map(Adapter, a.unbind(), b.unbind(), repeat(scale)) for a, b, scale in adapters]
+    return map(Output, bases, zip(*pairs, strict=True) if pairs else repeat(()))
+
+
+def _many_adapters(
+    x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, rows: Rows
+) -> Iterator[_Part]:
+    """The probability of dropout is each one's own, and so is the mask of its rows."""
+    alone, everything = [Output(output.base) for output in outputs], slice(0, len(x))
+    yield _Part(alone, [[]] * len(alone), everything, everything, None)
+    items = rows.items(len(x))
+    each = len(x) // max(1, items)  # rows of an item
+    assert rows.own is not None
     for share in rows.found(len(x)) if each else ():
         at, place = share.segment, slice(share.place.start * each, share.place.stop * each)
-        if rows.own is None:
-            parts = unflatten([stack[at] for stack in stacks], call.layouts)
-        else:
-            parts = [rows.part(output, at) for output in outputs]
-        masks: Masks = [[None] * len(part.adapters) for part in parts]
-        if whole is not None:
-            masks = list(per_adapter([m.from_row(rows.first + place.start) for m in whole], parts))
-        elif seeds is not None and rows.own is not None and rows.own.dropouts[at]:
-            own_shape = place.stop - place.start, x.shape[1]
-            mask = DropoutMask(seeds[at : at + 1], own_shape, rows.own.dropouts[at])
-            masks = [[mask] for _ in parts]
-        yield _Part(share, place, parts, masks, rows.shares_base)
+        mask, p = None, 0.0 if seeds is None else rows.own.dropouts[at]
+        if p and seeds is not None:
+            shape = place.stop - place.start, x.shape[1]
+            mask = DropoutMask(seeds[at : at + 1], shape, p)
+        there = None
+        if isinstance(share.items, slice):
+            there = slice(share.items.start * each, share.items.stop * each)
+        parts = [rows.part(output, at) for output in outputs]
+        yield _Part(parts, [[mask]] * len(parts), place, there, share, items)
 
 
 def widths_of_h(outputs: Sequence[Output[Tensor]], one_each: bool) -> list[int]:
@@ -233,28 +237,21 @@ def widths_of_h(outputs: Sequence[Output[Tensor]], one_each: bool) -> list[int]:
     return [max(of_one) for of_one in ranks] if one_each else [r for some in ranks for r in some]
 
 
-def _widened(found: Adapter[Tensor | None], adapter: Adapter[Tensor]) -> Adapter[Tensor | None]:
-    """The gradients in the shapes of the adapter's tensors: zeros behind its rank."""
-    made = []
-    for gradient, tensor in zip(found[:2], adapter[:2], strict=True):
-        if gradient is not None and gradient.shape != tensor.shape:
-            rows, columns = gradient.shape
-            whole = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            whole[:rows, :columns] = gradient
-            gradient = whole
-        made.append(gradient)
-    d_lora_a, d_lora_b = made
-    return Adapter(d_lora_a, d_lora_b)
+def _widened(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """In the shape of the adapter's tensor: zeros behind its rank."""
+    if gradient.shape == tensor.shape:
+        return gradient
+    rows, columns = gradient.shape
+    whole = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+    whole[:rows, :columns] = gradient
+    return whole
 
 
-def _masks(x: Tensor, outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float) -> Masks:
+def _masks(
+    shape: Sequence[int], outputs: Sequence[Output[Tensor]], seeds: Tensor | None, p: float
+) -> Masks:
     """For each output its adapters' masks, or None for each without dropout."""
     if seeds is None:
         return [[None] * len(output.adapters) for output in outputs]
-    made = [DropoutMask(seed.view(1), x.shape, p) for seed in seeds.unbind()]
-    return list(per_adapter(made, outputs))
-
-
-def _wants(wanted: Output[bool]) -> bool:
-    (weight, bias), adapters = wanted
-    return bool(weight or bias or any([a.lora_a or a.lora_b for a in adapters]))
+    made = [DropoutMask(seed.view(1), shape, p) for seed in seeds.unbind()]
+    return per_adapter(made, outputs)

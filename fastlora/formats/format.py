@@ -150,6 +150,11 @@ class Quantised(NamedTuple):
         """The weight of one of a stack, as views."""
         return Quantised(self.format, tuple([tensor[expert] for tensor in self.tensors]))
 
+    def unbind(self) -> list["Quantised"]:
+        """The weight of each of a stack, as views."""
+        tensors = zip(*[tensor.unbind() for tensor in self.tensors], strict=True)
+        return [Quantised(self.format, of_one) for of_one in tensors]
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole weight in this dtype, new."""
         with torch.no_grad():

@@ -47,12 +47,12 @@ class Experts(NamedTuple):
 
 def read_experts_module(base: Any, kind: Any) -> Experts:
     """Read a module of this class, which is the one without adapters; hooks on it are its own."""
-    if gguf.is_experts(kind):
-        known = activation_of(base.act_fn)
-        return Experts("" if known else OTHER, ("gate_up_proj", "down_proj"), activate=known)
     forward = kind.forward
     decorated = getattr(forward, "__globals__", {}).get("__name__") == _INTERFACE
     if not (decorated and hasattr(forward, "__wrapped__")):
+        if gguf.is_experts(kind):
+            known = activation_of(base.act_fn)
+            return Experts("" if known else OTHER, ("gate_up_proj", "down_proj"), activate=known)
         return Experts("its forward isn't that of transformers' use_experts_implementation")
     if not base.__dict__.keys() >= _SETTINGS:
         return Experts("experts of this version of transformers are not among the tested ones")
@@ -106,11 +106,12 @@ def _gate_of(base: Any, kind: Any, eager: Any) -> tuple[Activate, bool] | None:
     names = getattr(getattr(eager, "__code__", None), "co_names", ())
     if eager and not is_default and "_apply_gate" not in names:
         return None  # its class's forward has another one
-    if is_default and activation_of(act):
-        return activation_of(act), True
+    known = activation_of(act) if is_default else ""
+    if known:
+        return known, True
     others = {n for n in base._parameters if not _WEIGHT.fullmatch(n) and ADDED not in n}
-    known = not is_own and _is_transformers(function) and not others
-    return gate, known and (act is None or _is_plain_function(act))
+    repeats = not is_own and _is_transformers(function) and not others
+    return gate, repeats and (act is None or _is_plain_function(act))
 
 
 def _is_plain_function(act: Any) -> bool:

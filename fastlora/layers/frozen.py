@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..backends.products import are_wide
 from ..foreign import is_class
 from ..formats.format import Quantised
 from ..ops.functional import lora_linears
+from ..ops.way import why_not_here
 from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
 from ..quant import SHARDED, PackedLayer, quantised_weight, vendor_of
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
-from .members import change_class, plain_class_of, tensor_of, why_not_tensor
+from .members import change_class, plain_class_of, tensor_of, why_not_part, why_not_tensor
 
 
 class Linear(nn.Linear):
@@ -157,23 +157,6 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
     return reason, weight, bias, packed
 
 
-def why_not_part(
-    name: str, tensor: Tensor, shape: tuple[int, ...], of: str = "the weight of "
-) -> str:
-    """Why this weight (of two dimensions) or bias (of one) isn't covered, if it is not; or ""."""
-    reason, is_weight = why_not_tensor(tensor, len(shape)), len(shape) == 2
-    if reason:
-        return f"{of}{name} {reason}" if is_weight else f"{name} {reason}"
-    if is_weight and tensor.is_meta:
-        return f"{name} is on the meta device, without data"
-    records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_weight and records and tensor.is_inference():
-        return f"{name} was made in inference mode"  # no backward can keep it
-    if tensor.shape == shape:
-        return ""
-    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
-
-
 def slow_weight(layer: nn.Linear) -> Tensor | None:
     """The layer's weight, if it is frozen and a CPU may multiply it slowly."""
     weight = layer._parameters.get("weight")  # where a parametrised one isn't
@@ -197,20 +180,6 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype in AUTOCAST_DTYPES
         and torch.is_autocast_enabled(x.device.type)
     )
-
-
-def why_not_here() -> str:
-    """Why a call that was torch's or PEFT's stays theirs at this moment; "" if it needn't."""
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():  # the program should need PyTorch alone
-            return "the model is being exported"
-    elif torch.jit.is_tracing():
-        return "the model is being traced"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return ""
 
 
 def take_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:

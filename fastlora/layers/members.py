@@ -42,6 +42,23 @@ def why_not_tensor(tensor: Tensor | None, ndim: int, is_part: bool = False) -> s
     return "" if tensor.dtype in DTYPES else f"has dtype {tensor.dtype}"
 
 
+def why_not_part(
+    name: str, tensor: Tensor, shape: tuple[int, ...], of: str = "the weight of "
+) -> str:
+    """Why this weight (of two dimensions) or bias (of one) isn't covered, if it is not; or ""."""
+    reason, is_weight = why_not_tensor(tensor, len(shape)), len(shape) == 2
+    if reason:
+        return f"{of}{name} {reason}" if is_weight else f"{name} {reason}"
+    if is_weight and tensor.is_meta:
+        return f"{name} is on the meta device, without data"
+    records = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if is_weight and records and tensor.is_inference():
+        return f"{name} was made in inference mode"  # no backward can keep it
+    if tensor.shape == shape:
+        return ""
+    return f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether something acts on a call of this module besides its class's forward."""
     own = module.__dict__  # a look-up here takes half the time of an attribute

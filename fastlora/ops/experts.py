@@ -230,8 +230,9 @@ def _gradients(
 
 def _joined(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """One of all experts, of those of each part's."""
-    some = [gradient for gradient in gradients if gradient is not None]
-    return torch.cat(some) if len(some) > 1 else gradients[0]
+    if len(gradients) == 1 or gradients[0] is None:
+        return gradients[0]
+    return torch.cat([gradient for gradient in gradients if gradient is not None])
 
 
 def _gradients_of_part(

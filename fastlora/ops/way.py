@@ -45,6 +45,20 @@ def why_textbook(x: Tensor) -> str:
     return "the call is being traced" if torch._C._get_tracing_state() is not None else ""
 
 
+def why_not_here() -> str:
+    """Why a call that was torch's or PEFT's stays theirs at this moment; "" if it needn't."""
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():  # the program should need PyTorch alone
+            return "the model is being exported"
+    elif torch.jit.is_tracing():
+        return "the model is being traced"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return ""
+
+
 def is_eager(x: Tensor) -> bool:
     """Whether a node of several calls can follow x; it may run under a dispatch mode."""
     return not (why_textbook(x) or torch.compiler.is_compiling()) and is_plain(x)

@@ -62,11 +62,18 @@ def read_experts(outermost: PeftParamWrapper) -> Reading:
     if getattr(base, innermost.parameter_name).dim() == 2:
         what = "router" if is_router(base) else f"matrix of a {type(base).__name__}"
         return Reading(f"it is on a {what}, to whose weight PEFT adds lora_B lora_A")
-    if packed_names(base):
+    reading = _read_experts(wrappers, outermost, base)
+    if reading.reason and packed_names(base):
         return Reading(
             "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
             "scaled, without a gradient: fastlora.apply_lora trains such experts"
         )
+    return reading
+
+
+def _read_experts(
+    wrappers: dict[str, PeftParamWrapper], outermost: PeftParamWrapper, base: Any
+) -> Reading:
     experts = read_experts_module(base, type(base))
     # A node runs the activation twice.
     reason = experts.reason or ("" if experts.repeats else OTHER) or _why_not_base(base)

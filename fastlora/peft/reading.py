@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..foreign import is_dtensor
-from ..layers.frozen import read_base, why_not_here, why_not_part
-from ..layers.members import is_hooked, tensor_of
+from ..layers.frozen import read_base
+from ..layers.members import is_hooked, tensor_of, why_not_part
 from ..layers.reading import Reading
+from ..ops.way import why_not_here
 from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
 from . import why_never
 from .masks import DROPOUTS
