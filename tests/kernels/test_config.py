@@ -152,6 +152,13 @@ def test_what_cant_run_is_refused_with_the_reason(config, name, one, reason):
     assert reason in config.why_not(TARGETS[name], one)
 
 
+def test_shared_memory_is_refused_from_the_first_byte_beyond_what_there_is():
+    config, target, one = GemmConfig(64, 64, 32, 4, 2), TARGETS["sm_90"], call()
+    size = config.shared_memory(target, one)
+    assert config.why_not(replace(target, shared_memory=size), one) == ""
+    assert "shared memory" in config.why_not(replace(target, shared_memory=size - 1), one)
+
+
 @pytest.mark.parametrize("least", [1, 256])
 @pytest.mark.parametrize("programs", [1, 5, 100, 1000])
 def test_splits_cover_the_axis_once_in_whole_steps(programs, least):
