@@ -10,6 +10,7 @@ from peft_models import inputs, mlp, optimized, other_config, up
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
+from vendor_layers import quantised
 
 from fastlora.layers import reading
 from fastlora.peft import layer as peft_layer
@@ -122,3 +123,17 @@ def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
     after = model(inputs())
     assert torch.equal(after, read_anew(model, inputs()))
     assert not torch.equal(after, before)
+
+
+def test_packed_numbers_that_change_in_place_are_read_again():
+    """A reading may depend on them, as on the order of a GPTQ layer's columns."""
+    (layer,) = adapt(nn.Sequential(quantised("gguf-q8_0", 256, 32)), target_modules=["0"])
+
+    def found():
+        return reading.read_once(layer, layer.read, tuple)[1]
+
+    assert isinstance(found(), reading.Reading)
+    assert isinstance(found(), list)
+    with torch.no_grad():
+        layer.weight.add_(0)
+    assert isinstance(found(), reading.Reading)
