@@ -164,7 +164,7 @@ def test_a_wrong_mask_is_seen(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["experts", "many"])
 def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
-    from fastlora.backends.triton import segments
+    from fastlora.backends.triton.cover import kernels
 
     def call(backend):
         torch.manual_seed(1)
@@ -182,14 +182,14 @@ def test_a_swapped_segment_is_seen(monkeypatch, tmp_path, kind):
     agree(call("triton"), call("torch"))
     assert not faults()
     forget(monkeypatch, tmp_path / "another")
-    real = segments.kernels.lowrank if kind == "many" else segments.kernels.gemm_lowrank
+    real = kernels.lowrank if kind == "many" else kernels.gemm_lowrank
 
     def swapped(out, *arguments, **options):
         ends = options["ends"]
         return real(out, *arguments, **options | {"ends": torch.clamp(ends, max=41)})
 
     name = "lowrank" if kind == "many" else "gemm_lowrank"
-    monkeypatch.setattr(segments.kernels, name, swapped)
+    monkeypatch.setattr(kernels, name, swapped)
     with pytest.warns(RuntimeWarning, match="run no more"):
         found = call("triton")
     agree(found, call("torch"))

@@ -18,7 +18,7 @@ from packed import (
 )
 
 import fastlora
-from fastlora.backends.triton import at_once, segments
+from fastlora.backends.triton import at_once, experts
 from fastlora.formats.format import Format, Quantised
 from fastlora.kernels.config import FEW_ROWS
 from fastlora.kernels.plan import IN_PLACE, use_plan
@@ -150,7 +150,7 @@ EXPERTS = {
 def test_experts_have_the_numbers_of_dense_ones(case, monkeypatch):
     make, counts, p, expected = EXPERTS[case]
     if case == "too large":
-        monkeypatch.setattr(segments, "_LARGEST", 3 * 24 * 64)
+        monkeypatch.setattr(experts, "_LARGEST", 3 * 24 * 64)
     weight = stack([make() for _ in counts])
     n, k = weight.shape[1:]
     lora_a, lora_b = torch.randn(3, 4, k).requires_grad_(), torch.randn(3, n, 4).requires_grad_()

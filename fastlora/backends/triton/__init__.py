@@ -5,6 +5,7 @@ the kernels don't cover runs on the torch backend, and the reason is said once.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import torch as torch_backend
 from ..dropout import dropout_mask
 from ..protocol import Call
-from . import first_contact, layer, measured, segments
+from . import experts, first_contact, layer, many, measured
 from .cover import TARGETS, Unproven, why_not, without_launching
 from .gated import gated, gated_backward
 from .trust import environment
@@ -37,7 +38,7 @@ def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's."""
-    run = layer.forward if call.rows is None else segments.forward
+    run = _module_of(call).forward
     try:
         return run(inputs, seeds, call)
     except Unproven as unproven:
@@ -56,7 +57,7 @@ def backward(
     call: Call,
 ) -> list[Tensor | None]:
     """As the torch backend's."""
-    run = layer.backward if call.rows is None else segments.backward
+    run = _module_of(call).backward
     try:
         return run(dys, inputs, hs, needs, seeds, call)
     except Unproven as unproven:
@@ -64,6 +65,12 @@ def backward(
     if by_torch:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
     return first_contact.backward(run, dys, inputs, hs, needs, seeds, call)
+
+
+def _module_of(call: Call) -> Any:
+    if call.rows is None:
+        return layer
+    return many if call.rows.shares_base else experts
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

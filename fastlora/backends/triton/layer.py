@@ -1,7 +1,7 @@
 """Linear layers by the Triton kernels: one x, and the outputs of a group."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,14 +87,8 @@ def _forward(
     if in_one_launch:
         hs = [x.new_empty(len(x), len(adapter.lora_a)) for adapter in adapters]
     else:
-        hs = kernels.project(
-            x,
-            [adapter.lora_a.T for adapter in adapters],
-            [common.factor(adapter) for adapter in adapters],
-            precision=precision,
-            dropout=dropout,
-            seeds=seeds,
-        )
+        factors = [common.factor(adapter) for adapter in adapters]
+        hs = kernels.project(x, [a.lora_a.T for a in adapters], factors, **common._asdict())
     ys = [
         _y(x, output, thin, plan, in_one_launch, precision)
         for output, thin, plan in zip(outputs, per_adapter(hs, outputs), plans, strict=True)
@@ -115,8 +109,6 @@ def _backward(
     common, needs = Common(dropout, precision, seeds), unflatten(rest, layouts)
     flat, others = others[: len(rest)], others[len(rest) :]
     hs, dys = others[: -len(layouts)], others[-len(layouts) :]
-    # A hook on saved tensors may give them back in another layout.
-    hs = [h if h is None or h.is_contiguous() else h.contiguous() for h in hs]
     outputs = unflatten(flat, layouts)
     gradients: list[Output[Tensor | None]] = []
     terms: list[_Term] = []
@@ -130,9 +122,17 @@ def _backward(
         base = torch_backend.base_gradients(dy, x, output.base, need.base)
         adapters = []
         for of_one in zip(output.adapters, need.adapters, thin, own_seeds, strict=True):
-            d_adapter, term = _through_lora_b(dy, *of_one, needs_x, common)
+            adapter, wanted, h, seed = of_one
+            d_adapter = Adapter(
+                empty_like(adapter.lora_a) if wanted.lora_a else None,
+                empty_like(adapter.lora_b) if wanted.lora_b else None,
+            )
+            needs_dh, factor = needs_x or wanted.lora_a, common.factor(adapter)
+            dh = through_lora_b(
+                dy, adapter.lora_b, h, d_adapter.lora_b, factor, needs_dh, {"precision": precision}
+            )
             adapters.append(d_adapter)
-            terms += [] if term is None else [term]
+            terms += [] if dh is None else [_Term(adapter, dh, d_adapter.lora_a, seed)]
         gradients.append(Output(base, tuple(adapters)))
     trained = [term for term in terms if term.d_lora_a is not None]
     dx, is_filled = _dx(x, dys, outputs, terms, common) if needs_x else (None, False)
@@ -190,32 +190,28 @@ def _y(
     return torch.addmm(y, x, read_by(weight, x).mT, out=y)
 
 
-def _through_lora_b(
+def through_lora_b(
     dy: Tensor,
-    adapter: Adapter[Tensor],
-    need: Adapter[bool],
-    h: Tensor,
-    seed: Tensor | None,
-    needs_x: bool,
-    common: Common,
-) -> tuple[Adapter[Tensor | None], _Term | None]:
-    """d lora_b = dyᵀ h, and dh = factor · dy lora_b: what is needed of both.
-
-    The gradient of lora_a is there, but still empty.
-    """
-    factor, precision, lora_b = common.factor(adapter), common.precision, adapter.lora_b
-    d_lora_a = empty_like(adapter.lora_a) if need.lora_a else None
-    d_lora_b = empty_like(lora_b) if need.lora_b else None
-    need_dh, dh = needs_x or need.lora_a, None
-    if d_lora_b is not None and need_dh and kernels.one_pass_pays(dy, lora_b, precision):
-        dh = kernels.weight_grad(dy, [h], [d_lora_b], precision=precision, b=lora_b, factor=factor)
-    else:
-        if d_lora_b is not None:
-            kernels.weight_grad(dy, [h], [d_lora_b], precision=precision)
-        if need_dh:
-            (dh,) = kernels.project(dy, [lora_b], [factor], precision=precision)
-    term = None if dh is None else _Term(adapter, dh, d_lora_a, seed)
-    return Adapter(d_lora_a, d_lora_b), term
+    lora_b: Tensor,
+    h: Tensor | None,
+    d_lora_b: Tensor | None,
+    factor: float,
+    needs_dh: bool,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """d lora_b is filled, if it is there; dh, if it is needed: both from one reading of dy."""
+    dh = None
+    if d_lora_b is not None:
+        assert h is not None
+        also: dict[str, Any] = {}
+        rows = dy if options.get("order") is None else dy[: len(h)]
+        if needs_dh and kernels.one_pass_pays(rows, lora_b, options["precision"]):
+            also = {"b": lora_b, "factor": factor}
+        # A hook on saved tensors may give h back in another layout.
+        dh = kernels.weight_grad(dy, [h.contiguous()], [d_lora_b], **also, **options)
+    if needs_dh and dh is None:
+        (dh,) = kernels.project(dy, [lora_b], [factor], **options)
+    return dh
 
 
 def _dx(
@@ -246,7 +242,7 @@ def _dx(
         # Of weights that are made dense for it, one at a time is in memory.
         if plan.fused and (unpacks or len(weights) == 1 or are_plain(weights)):
             fused = adapted
-        options = {"precision": common.precision, "dropout": common.dropout, "seeds": seeds}
+        options = common._replace(seeds=seeds)._asdict()
         if fused:
             ps, qs = [dy for dy, _ in fused], [read_by(w, x, unpacks) for _, w in fused]
             kernels.gemm_lowrank(dx, ps, qs, u, v, preferred=plan.gemm, **options)

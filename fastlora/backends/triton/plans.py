@@ -16,7 +16,7 @@ from .. import torch as torch_backend
 from .. import triton as triton_backend
 from ..protocol import Call
 from ..sizes import Sizes
-from . import first_contact, layer, segments
+from . import experts, first_contact, layer
 from .cover import kernels, precision_of
 
 _SEED = 7  # any number
@@ -90,7 +90,7 @@ class Contest:
 
     def step(self, plan: "kernels.Plan") -> Callable[[], list]:
         """The pass by the kernels alone: it raises Unproven if they aren't believed."""
-        run = self._by(segments if self.sizes.experts else layer)
+        run = self._by(experts if self.sizes.experts else layer)
 
         def step() -> list:
             with kernels.plan.use_plan(plan):

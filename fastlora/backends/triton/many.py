@@ -1,0 +1,239 @@
+"""Many adapters over one base, by the Triton kernels.
+
+A tile looks up inside of the kernels (``kernels/segments.py``) its adapter's tensors, and where its
+rows lie in x, dy, y and dx: nothing is gathered, and nothing is read on the host.  The base product
+is a layer's, of all rows as they lie.  Adapters of unlike ranks are padded to the largest; of a
+bank nothing is copied.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...projection import Adapter, Output, flatten, layouts_of, unflatten
+from ...rows import Rows
+from .. import torch as torch_backend
+from ..protocol import Call
+from . import layer
+from .cover import covers, current, empty_like, kernels, precision_of
+from .layer import through_lora_b
+
+
+def forward(
+    inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As the torch backend's."""
+    (x, *flat), rows = inputs, call.rows
+    assert rows is not None
+    with current(x.device):
+        if not _is_covered(inputs, call):
+            return torch_backend.forward(inputs, seeds, call)
+        (output,) = unflatten(flat, call.layouts)
+        (y,), _ = layer.forward(*_base_call(x, output))
+        width, places = _width(output), _places(x, rows)
+        if not places.rows:
+            return [y], [x.new_zeros(len(x), width)]
+        lora_a, lora_b = _banks(output, rows)
+        tensors = [*_shared(places, rows, seeds), places.of(x), places.of(y), lora_a, lora_b]
+        made = kernels.replayed(_added, tensors, (precision_of(x),), lambda: True)
+        assert made is not None
+        (h,) = made
+        assert h is not None
+        if len(h) < len(x):
+            h = torch.cat([h, h.new_zeros(len(x) - len(h), width)])
+        return [y], [h]
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    seeds: Tensor | None,
+    call: Call,
+) -> list[Tensor | None]:
+    """As the torch backend's: the gradient of each input that needs one, else None."""
+    (x, *flat), rows, (dy, *_), (h, *_) = inputs, call.rows, dys, hs
+    assert rows is not None
+    with current(x.device):
+        if dy is None or not _is_covered(inputs, call, dys):
+            return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
+        (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
+        base_inputs, _, base_call = _base_call(x, output)
+        base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
+        dx, *found = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
+        ((of_base, _),) = unflatten(found, base_call.layouts)
+        places, own = _places(x, rows), [share.segment for share in rows.shares or []]
+        some = [wanted.adapters[i] for i in own]
+        need = Adapter(any([n.lora_a for n in some]), any([n.lora_b for n in some]))
+        gradients: list[Adapter[Tensor | None]] = [Adapter(None, None) for _ in output.adapters]
+        if places.rows and (needs[0] or need.lora_a or need.lora_b):
+            lora_a, lora_b = _banks(output, rows)
+            tensors = [
+                *_shared(places, rows, seeds), places.of(x), places.of(dy),
+                None if dx is None else places.of(dx), lora_a, lora_b,
+                h[: places.rows] if need.lora_b and h is not None else None,
+            ]  # fmt: skip
+            facts = precision_of(x), need.lora_a, need.lora_b
+            made = kernels.replayed(_added_backward, tensors, facts, lambda: True)
+            assert made is not None
+            for place, i in enumerate(own):
+                gradients[i] = _cut(made, place, output.adapters[i], wanted.adapters[i])
+        return [dx, *flatten([Output(of_base, tuple(gradients))], call.layouts)]
+
+
+def _is_covered(inputs: Sequence[Tensor], call: Call, dys: Sequence[Tensor | None] = ()) -> bool:
+    return len(call.layouts) == 1 and covers(inputs, call.layouts, dys)
+
+
+def _added(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
+    """h; and what it gives is added to y."""
+    seeds, ends, order, *own, x, y, lora_a, lora_b = tensors
+    shared = {"precision": precision, "ends": ends, "order": order, "own": kernels.Own(*own)}
+    (h,) = kernels.project(x, [lora_a.mT], [1.0], seeds=seeds, **shared)
+    kernels.lowrank(y, [h], [lora_b.mT], add=True, **shared)
+    return [h]
+
+
+def _added_backward(
+    tensors: Sequence[Tensor], precision: str, needs_a: bool, needs_b: bool
+) -> list[Tensor | None]:
+    """The gradients of both banks; and what dh gives is added to dx, if it is there."""
+    seeds, ends, order, *own, x, dy, dx, lora_a, lora_b, h = tensors
+    shared = {"precision": precision, "ends": ends, "order": order, "own": kernels.Own(*own)}
+    d_lora_a, d_lora_b = (
+        empty_like(bank) if needed else None
+        for bank, needed in ((lora_a, needs_a), (lora_b, needs_b))
+    )
+    dh = through_lora_b(dy, lora_b, h, d_lora_b, 1.0, dx is not None or needs_a, shared)
+    if dh is not None and dx is not None:
+        kernels.lowrank(dx, [dh], [lora_a], add=True, seeds=seeds, **shared)
+    if dh is not None and d_lora_a is not None:
+        kernels.weight_grad(x, [dh], [d_lora_a.mT], seeds=seeds, **shared)
+    return [d_lora_a, d_lora_b]
+
+
+class _Places(NamedTuple):
+    """Where the rows of the adapters lie."""
+
+    rows: int  # how many there are
+    first: int  # of x, if they lie there in their order
+    ends: Tensor  # int32 [adapters with rows]
+    order: Tensor | None  # int32 [rows]: where each is, if they lie in another order
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """The part of x, y … that kernels get."""
+        if self.order is not None:
+            return matrix
+        return matrix[self.first : self.first + self.rows]
+
+
+def _places(x: Tensor, rows: Rows) -> _Places:
+    """Kept for all layers, and for the backward."""
+    each = len(x) // max(1, rows.items(len(x)))  # rows of an item
+    kept = {} if rows.kept is None else rows.kept
+    key = ("triton places", each, x.device)
+    if key not in kept:
+        kept[key] = _new_places(x, rows, each)
+    return kept[key]
+
+
+def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
+    shares = rows.shares or []
+    ends = [share.place.stop * each for share in shares]
+    count = ends[-1] if ends else 0
+    there = torch.tensor(ends, dtype=torch.int32, device=x.device)
+    shifts = {
+        share.items.start - share.place.start if isinstance(share.items, slice) else None
+        for share in shares
+    }
+    (shift, *others) = shifts or {0}
+    if shift is not None and not others:
+        return _Places(count, shift * each, there, None)
+    assert rows.order is not None
+    items = rows.order[: shares[-1].place.stop].to(x.device, torch.int32)
+    numbers = torch.arange(each, dtype=torch.int32, device=x.device)
+    return _Places(count, 0, there, (items.unsqueeze(1) * each + numbers).flatten())
+
+
+def _shared(places: _Places, rows: Rows, seeds: Tensor | None) -> list[Tensor | None]:
+    """What all kernels of a call take: seeds, ends, order, and each adapter's own numbers."""
+    assert rows.own is not None
+    own, (scales, _, dropouts) = [share.segment for share in rows.shares or []], rows.own
+    numbers = [(scales[i], 0.0 if seeds is None else dropouts[i]) for i in own]
+    if seeds is not None and len(own) < len(seeds):
+        seeds = torch.cat([seeds[i : i + 1] for i in own])
+    return [seeds, places.ends, places.order, *_own(tuple(numbers), places.ends.device)]
+
+
+@lru_cache(maxsize=256)  # all layers of a model have the same, or a few kinds
+def _own(numbers: tuple[tuple[float, float], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    factors = [scale / (1.0 - p) for scale, p in numbers]
+    thresholds = [kernels.dropout_threshold(p) for _, p in numbers]
+    return (
+        torch.tensor(factors, dtype=torch.float32, device=device),
+        torch.tensor(thresholds, dtype=torch.int32, device=device),
+    )
+
+
+def _banks(output: Output[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+    """lora_a [n, r, K] and lora_b [n, N, r] of the adapters with rows; zeros behind a rank."""
+    width = _width(output)
+    pairs = [rows.part(output, share.segment).adapters[0] for share in rows.shares or []]
+    features, out_features = pairs[0].lora_a.shape[1], pairs[0].lora_b.shape[0]
+    lora_a = _bank([adapter.lora_a for adapter in pairs], (width, features))
+    lora_b = _bank([adapter.lora_b for adapter in pairs], (out_features, width))
+    return lora_a, lora_b
+
+
+def _bank(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """These [rows, columns] in one tensor [n, *shape]; of one that they are views of, itself."""
+    first, whole = parts[0], all([part.shape == shape for part in parts])
+    if whole and 1 in first.stride() and _lie_evenly(parts):
+        step = parts[1].storage_offset() - first.storage_offset() if len(parts) > 1 else 0
+        return first.as_strided((len(parts), *shape), (step, *first.stride()))
+    if whole:
+        return torch.stack([part.contiguous() for part in parts])
+    dtype = first.dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    bank = first.new_zeros(len(parts), *shape, dtype=dtype)
+    places = [bank[i, : len(p), : p.shape[1]] for i, p in enumerate(parts)]
+    torch._foreach_copy_(places, list(parts))
+    return bank
+
+
+def _lie_evenly(parts: Sequence[Tensor]) -> bool:
+    """Whether they lie in one memory, alike, and each as far behind the one before it."""
+    kinds = {(part.untyped_storage().data_ptr(), part.stride(), part.dtype) for part in parts}
+    steps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(parts)}
+    return len(kinds) == 1 and len(steps) <= 1 and min(steps, default=0) >= 0
+
+
+def _cut(
+    made: Sequence[Tensor | None], place: int, adapter: Adapter[Tensor], need: Adapter[bool]
+) -> Adapter[Tensor | None]:
+    """One adapter's gradients of the banks', in its tensors' shapes and dtypes."""
+    d_lora_a, d_lora_b = made
+    own_a = own_b = None
+    if d_lora_a is not None and need.lora_a:
+        own_a = d_lora_a[place, : len(adapter.lora_a)].to(adapter.lora_a.dtype)
+    if d_lora_b is not None and need.lora_b:
+        own_b = d_lora_b[place, :, : adapter.lora_b.shape[1]].to(adapter.lora_b.dtype).contiguous()
+    return Adapter(own_a, own_b)
+
+
+def _base_call(x: Tensor, output: Output[Tensor]) -> tuple[list[Tensor], None, Call]:
+    """The layer without adapters: inputs, no seeds, and the call."""
+    alone = [Output(output.base)]
+    layouts = layouts_of(alone)
+    # The record's backend is what ops ask; in here nobody does.
+    return [x, *flatten(alone, layouts)], None, Call(layouts, 0.0, torch_backend)
+
+
+def _width(output: Output[Tensor]) -> int:
+    return max([len(adapter.lora_a) for adapter in output.adapters])
