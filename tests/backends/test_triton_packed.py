@@ -1,5 +1,6 @@
 """Packed weights on the Triton backend: the oracle's numbers, and who makes what dense, when."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -56,7 +57,7 @@ def adapted(weights) -> list[Output]:
 
 
 def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None):
-    """All outputs and gradients on the Triton backend, and the launches: ``*`` if they unpack."""
+    """All outputs and gradients on the Triton backend, and the launches' names."""
     torch.manual_seed(1)
     x = torch.randn(m, outputs[0].base.weight.shape[-1]).to(dtype).requires_grad_()
     with fastlora.use_backend("triton"), recorded() as launches:
@@ -69,14 +70,19 @@ def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None):
         dys = [torch.randn(y.shape).to(y.dtype) for y in ys]
         leaves = [x, *(each for output in outputs for a in output.adapters for each in a[:2])]
         gradients = torch.autograd.grad(ys, leaves, dys)
-    names = [each.name + "*" * bool(each.arguments.get("PACKING")) for each in launches]
-    return [*ys, *gradients], names
+    return [*ys, *gradients], list(map(name_of, launches))
+
+
+def name_of(launch) -> str:
+    """Marked by ``*`` if it unpacks, by ``+`` if it makes the low-rank part of dx as well."""
+    makes_more = launch.arguments.get("low_rank") is not None
+    return launch.name + "*" * bool(launch.arguments.get("PACKING")) + "+" * makes_more
 
 
 def count_of(names: list[str]) -> dict[str, int]:
     kinds = {"dequant*": "dense", "gemm_lowrank*": "unpacking", "gemm_lowrank": "product"}
-    kinds["lowrank"] = "in-place"
-    return {kind: names.count(name) for name, kind in kinds.items() if name in names}
+    kinds |= dict.fromkeys(("lowrank", "weight_grad+"), "in-place")
+    return dict(Counter(kinds[name] for name in names if name in kinds))
 
 
 CASES = {
