@@ -29,7 +29,7 @@ class _LoRALinear(torch.autograd.Function):
         weight_grad(x, [dh], [d_lora_a.T], precision=_PRECISION)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)  # x may be transposed
             gemm_lowrank(dx, [dy], [weight], [dh], [lora_a], precision=_PRECISION)
         return dx, None, None, d_lora_a, d_lora_b, None
 

@@ -16,7 +16,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
-def test_lora_linear(dtype, has_bias):
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["", "transposed"])
+def test_lora_linear(dtype, has_bias, is_transposed):
     if not (INTERPRETED or torch.cuda.is_available()):
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
     device = "cpu" if INTERPRETED else "cuda"
@@ -28,6 +29,8 @@ def test_lora_linear(dtype, has_bias):
     if not has_bias:
         layer.bias = None
     x, dy = (torch.randn(2, 17, n, device=device, dtype=dtype) for n in (40, 48))
+    if is_transposed:
+        x, dy = x[0].T.contiguous().T, dy[0]
     trained = [each.requires_grad_() for each in (x, layer.lora_A, layer.lora_B)]
     y = layer(x)
     made = [y, *torch.autograd.grad(y, trained, dy)]
