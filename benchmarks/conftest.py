@@ -81,8 +81,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(f"\n{sum(met)} of {len(met)} rows met all of their targets")
     options = config.option
     if options.release or options.save_results is not None:
-        name = options.save_results or "host" * options.host
-        name = f"release-{fastlora.__version__}" if options.release else name
+        named = options.save_results or "host" * options.host
+        name = f"release-{fastlora.__version__}" if options.release else named
         path = results_path(machine, name=name)
         write_results(path, machine, config.invocation_params.args, rows)
         terminalreporter.write_line(f"saved as {path}")

@@ -1,7 +1,7 @@
 """What each release took: ``make bench ARGS=--release`` measures this one's rows.
 
-``python benchmarks/releases.py`` prints the table of docs/results.md, of the files that it left,
-one of a version and a device; ``--plot PICTURE.png`` draws it, which needs matplotlib.  Compared
+``python benchmarks/releases.py`` prints a table of the files that it left, one of a version and
+a device; ``--plot PICTURE.png`` draws it, which needs matplotlib.  Compared
 are ratios of one run, and times of two runs never.
 """
 
@@ -9,6 +9,11 @@ import json
 import re
 import sys
 from pathlib import Path
+
+try:
+    from .report import pipes
+except ImportError:  # run as a file
+    from report import pipes
 
 RESULTS = Path(__file__).parent / "results"
 # What people run: a layer, DoRA, a gated MLP, experts, a quantised base, and a step of a model.
@@ -25,7 +30,7 @@ ROWS = {
 def releases(folder: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[float]]]:
     """Of each device and version, in order: of each row fastlora's time over PEFT's, and its
     quartiles.  The last file of a version counts."""
-    found = {}
+    of_release = {}
     for path in sorted(folder.glob("*/release-*.json"), key=_order):
         file = json.loads(path.read_text())
         of_row = {
@@ -35,13 +40,17 @@ def releases(folder: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[flo
         }
         machine = file["machine"]
         named = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch'].split('+')[0]}"
-        found[named, machine["fastlora"]] = of_row
-    return found
+        of_release[named, machine["fastlora"]] = of_row
+    return of_release
 
 
 def _order(path: Path) -> tuple:
-    _, version, when = re.fullmatch(r"(release)-([\d.]+)-([\d-]+)", path.stem).groups()
-    return path.parent.name, [*map(int, version.split("."))], when
+    version, when = re.fullmatch(r"release-([\d.]+)-([\d-]+)", path.stem).groups()
+    return path.parent.name, _numbers(version), when
+
+
+def _numbers(version: str) -> list[int]:
+    return [*map(int, version.split("."))]
 
 
 def table(folder: Path = RESULTS) -> str:
@@ -49,8 +58,7 @@ def table(folder: Path = RESULTS) -> str:
     for (machine, version), rows in releases(folder).items():
         numbers = [f"{rows[name][1]:.2f}" if name in rows else "–" for name in ROWS.values()]
         lines.append((machine, version, *numbers))
-    lines.insert(1, ("---",) * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return pipes(lines)
 
 
 def plot(picture: Path, folder: Path = RESULTS) -> None:
@@ -59,7 +67,7 @@ def plot(picture: Path, folder: Path = RESULTS) -> None:
     from matplotlib.figure import Figure
 
     made = releases(folder)
-    versions = sorted({version for _, version in made}, key=lambda v: [*map(int, v.split("."))])
+    versions = sorted({version for _, version in made}, key=_numbers)
     machines = list(dict.fromkeys(machine for machine, _ in made))
     with rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2, 6.4), layout="constrained")
@@ -69,6 +77,8 @@ def plot(picture: Path, folder: Path = RESULTS) -> None:
             panel.set_title(name, fontsize=11)
             for machine in machines:
                 places = [i for i, v in enumerate(versions) if name in made.get((machine, v), {})]
+                if not places:
+                    continue
                 low, middle, high = zip(*[made[machine, versions[i]][name] for i in places])  # noqa: B905
                 panel.fill_between(places, low, high, alpha=0.2)
                 panel.plot(places, middle, marker="o", label=machine)

@@ -56,7 +56,7 @@ def forward_rows(
             thin_x, lora_a, lora_b, factor = _thin(x, adapter, mask)
             h = _project(thin_x, lora_a, factor, mask)
             add_product(y, h, lora_b.T)
-            hs.append(h if h.dtype == dtype else h.to(dtype))
+            hs.append(h.to(dtype))
         ys.append(y)
     return ys, hs
 
