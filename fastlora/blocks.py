@@ -9,7 +9,7 @@ from torch import Tensor
 # Elements in one block of dropout, or of what is made float32 for a while.  On a CPU fewer save no
 # time and are more often waited for by all threads (docs/performance.md); where a launch costs more
 # than memory does, blocks are larger.
-_CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
+SMALLEST_BLOCK, _DEVICE_BLOCK = 2**20, 2**24
 
 
 def rows_at_a_time(x: Tensor) -> int:
@@ -19,7 +19,7 @@ def rows_at_a_time(x: Tensor) -> int:
 
 def block_of_rows(device: torch.device, columns: int) -> int:
     """How many rows of so many columns make a block there."""
-    return max(1, (_CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // columns)
+    return max(1, (SMALLEST_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // columns)
 
 
 class Source(Protocol):

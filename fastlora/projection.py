@@ -1,6 +1,6 @@
 """The records of a call: an output's base and its adapters, and what an argument may be."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -244,3 +244,14 @@ def check_scale(scale: float) -> None:
             f"scale is {shown(scale)}, but must be a finite float32: alpha / r, or alpha / √r for "
             "rsLoRA"
         )
+
+
+def facts_of(tensor: Tensor) -> Hashable:
+    """What the checks and the launchers ask of a tensor: all but its numbers.
+
+    From aligned addresses, 16 bytes are loaded at once.  Raises for what has no strides.
+    """
+    if tensor.is_nested:
+        raise ValueError("a nested tensor isn't of a known kind")
+    where = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() & 15
+    return where, type(tensor), tensor.requires_grad, tensor.is_neg(), tensor.is_inference()

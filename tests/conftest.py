@@ -66,7 +66,7 @@ def backend(request):
 def node(monkeypatch):
     """A call of a few rows is a node too."""
     monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", 0)
-    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    monkeypatch.setattr("fastlora.ops.functional._known", {})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import rows_at_a_time
+from ..blocks import SMALLEST_BLOCK, rows_at_a_time
 from ..projection import Adapter, Base, Output
 from .dropout import DropoutMask
 from .products import (
@@ -312,8 +312,7 @@ def _through_lora_a(
 
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
-    step = rows_at_a_time(x)
-    if x.shape[0] <= step:
+    if x.numel() <= SMALLEST_BLOCK or x.shape[0] <= (step := rows_at_a_time(x)):
         yield 0, x, *others
         return
     for first in range(0, len(x), step):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..backends import Call
 from ..blocks import buffer_for, source_of, widened
-from ..ops.autocast import autocast_off
 from ..ops.door import run_one
 from ..ops.functional import linears
+from ..ops.way import autocast_off
 from ..projection import Adapter, Base, Output, shown
 from .members import tensor_of
 from .reading import Reading, call_as_read, forget

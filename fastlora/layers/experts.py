@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import is_class
-from ..ops.autocast import autocast_is_on
 from ..ops.experts import Activate, lora_experts
+from ..ops.way import autocast_is_on
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
 from ..quant import gguf
 from .members import activation_of, is_hooked

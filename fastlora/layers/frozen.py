@@ -10,18 +10,17 @@ adapted ones do: there they become :class:`Linear`.  Elsewhere nothing changes.
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..backends.products import are_wide
 from ..foreign import is_class
-from ..formats.format import Quantised
 from ..ops.functional import lora_linears
 from ..ops.way import why_not_here
-from ..projection import AUTOCAST_DTYPES, DTYPES, HALF_DTYPES, Base, Output, is_plain
+from ..projection import HALF_DTYPES, Base, Output
 from ..quant import SHARDED, PackedLayer, quantised_weight, vendor_of
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
 from .members import change_class, plain_class_of, tensor_of, why_not_part, why_not_tensor
+from .reading import fits
 
 
 class Linear(nn.Linear):
@@ -163,23 +162,6 @@ def slow_weight(layer: nn.Linear) -> Tensor | None:
     if weight is None or weight.dtype not in HALF_DTYPES or weight.device.type != "cpu":
         return None
     return None if weight.requires_grad else weight
-
-
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fast path takes this x beside this base weight [out, in]; else it is others'."""
-    if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
-        return False
-    if x.device != weight.device:
-        return False
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return False
-    if isinstance(weight, Quantised):
-        return x.dtype in DTYPES
-    return x.dtype == weight.dtype or (
-        x.dtype in AUTOCAST_DTYPES
-        and weight.dtype in AUTOCAST_DTYPES
-        and torch.is_autocast_enabled(x.device.type)
-    )
 
 
 def take_frozen(layers: Iterable[nn.Module]) -> list[nn.Module]:

@@ -16,6 +16,12 @@ from ..projection import DTYPES, is_plain
 
 _FUNCTIONS = {functional.silu: "silu", functional.relu: "relu", torch.relu: "relu"}
 _TRANSFORMERS = "transformers.activations"
+_OF_TRANSFORMERS = {
+    "SiLUActivation": "silu",
+    "ReLUSquaredActivation": "relu2",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu",
+}
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
@@ -113,13 +119,9 @@ def activation_of(act: Any) -> str:
         return "" if act.inplace else name
     if kind is nn.GELU:
         return _gelu(str(act.approximate))
-    if is_class(kind, _TRANSFORMERS, "SiLUActivation"):
-        return "silu"
-    if is_class(kind, _TRANSFORMERS, "ReLUSquaredActivation"):
-        return "relu2"
-    if any(is_class(kind, _TRANSFORMERS, n) for n in ("GELUActivation", "GELUTanh")):
-        return _name_of_function(act.__dict__.get("act"))  # their other forms are Python's
-    return ""
+    name = _OF_TRANSFORMERS.get(kind.__name__, "") if kind.__module__ == _TRANSFORMERS else ""
+    # Their other forms are Python's.
+    return _name_of_function(act.__dict__.get("act")) if name == "gelu" else name
 
 
 def _name_of_function(function: Any) -> str:

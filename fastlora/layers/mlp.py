@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..foreign import is_same_code
-from ..ops.autocast import autocast_dtype
 from ..ops.gated import GatedCall, gated_call, run_gated
-from ..ops.way import follows, has_few_rows, why_not_here
+from ..ops.way import autocast_dtype, follows, has_few_rows, why_not_here
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
 from ..quant import PackedLayer
 from .adapted import LoRALayer
-from .frozen import fits, read_base
+from .frozen import read_base
 from .members import activation_of, change_class, class_over, is_hooked, under
 from .quantised import LoRAQuantised
-from .reading import Reading, call_as_read, forget
+from .reading import Reading, call_as_read, fits, forget
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 WATCHED = "a hook watches, or something replaces, its calls"

@@ -21,9 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import asked_backend
-from ..ops.autocast import autocast_dtype
-from ..ops.kinds import facts_of, may_be_known
-from ..projection import Output, flatten, layouts_of, unflatten
+from ..formats.format import Quantised
+from ..ops.way import autocast_dtype, may_be_known
+from ..projection import (
+    AUTOCAST_DTYPES,
+    DTYPES,
+    Output,
+    facts_of,
+    flatten,
+    is_plain,
+    layouts_of,
+    unflatten,
+)
 from ..quant import PackedLayer, vendor_of
 from .members import plain_class_of
 
@@ -278,7 +287,7 @@ def key_of(x: Tensor) -> Hashable:
     """All that a call depends on beside what was read; None: what its calls are isn't kept."""
     if not may_be_known(x) or x.layout is not torch.strided:
         return None
-    return facts_of(x), asked_backend(), autocast_dtype(x)
+    return autocast_dtype(x), facts_of(x), asked_backend()
 
 
 def read_once(
@@ -349,3 +358,20 @@ def forget(module: nn.Module) -> None:
     """Leave nothing on the module."""
     for place in _PLACES:
         vars(module).pop(place, None)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the fast path takes this x beside this base weight [out, in]; else it is others'."""
+    if not is_plain(x) or x.is_nested or x.layout is not torch.strided:
+        return False
+    if x.device != weight.device:
+        return False
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return False
+    if isinstance(weight, Quantised):
+        return x.dtype in DTYPES
+    return x.dtype == weight.dtype or (
+        x.dtype in AUTOCAST_DTYPES
+        and weight.dtype in AUTOCAST_DTYPES
+        and torch.is_autocast_enabled(x.device.type)
+    )

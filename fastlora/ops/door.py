@@ -10,12 +10,19 @@ from ..backends import Call, backend_name, find_backend
 from ..checks import why_not_mixed
 from ..projection import Layout, Output, flatten, layouts_of, named_tensors, packed_of, unflatten
 from ..rows import Many, Rows
-from .autocast import autocast_dtype, autocast_inputs, autocast_is_on, autocast_off
-from .call import run_forward
-from .function import LoRALinearFunction
+from .call import LoRALinearFunction, run_forward
 from .library import call_registered
 from .textbook import of_few_rows, textbook, torch_s_dropout
-from .way import OP, TEXTBOOK, is_few, way_of
+from .way import (
+    OP,
+    TEXTBOOK,
+    autocast_dtype,
+    autocast_inputs,
+    autocast_is_on,
+    autocast_off,
+    is_few,
+    way_of,
+)
 
 _SEEDS = -(2**63), 2**63 - 1  # from, to
 

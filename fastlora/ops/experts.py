@@ -28,11 +28,10 @@ from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..blocks import block_of_rows, rows_at_a_time
 from ..projection import Base, Output, flatten, layouts_of, unflatten
-from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import are_batched, followed, gradients_of, run_backward, run_forward
 from .door import draw_seed, through
 from .routing import Part, Routing, Sums, routing_of
-from .way import is_eager
+from .way import autocast_inputs, autocast_is_on, autocast_off, is_eager
 
 # silu(gate) ∘ up of [gate, up], say, by the name of its activation; or any function of pre.
 Activate = str | Callable[[Tensor], Tensor]

@@ -1,16 +1,28 @@
-"""The functional API: thin doors that check a call, in the caller's words, and build its record."""
+"""The functional API: thin doors that check a call, in the caller's words, and build its record.
 
-from collections.abc import Sequence
+A call of a kind that passed the checks needs no second look.  A kind is everything that the checks,
+the choice of backend and the launches of a forward look at: whoever adds a check adds what it looks
+at to :func:`key_of`.  A module's calls needn't come here: what was read of it is kept with its
+calls (:mod:`fastlora.layers.reading`).
+"""
+
+from collections.abc import Hashable, Sequence
+from threading import Lock
+from typing import Any
 
 from torch import Tensor
 
-from ..backends import Call
+from ..backends import Call, asked_backend
 from ..checks import adapters_of, check_call, check_many, check_tensor, numbers_of
-from ..projection import Adapter, Base, Output, Projection, as_outputs, is_plain
+from ..formats.format import Quantised
+from ..projection import Adapter, Base, Output, Projection, as_outputs, facts_of, is_plain
 from ..rows import AdapterMapping, Many, Rows
-from .autocast import autocast_is_on
 from .door import run, through
-from .kinds import key_of, known, may_be_known, remember
+from .way import autocast_dtype, autocast_is_on, may_be_known
+
+_MOST_KINDS = 1024
+_changes = Lock()  # to find the oldest, no other thread may change them
+_known: dict[Hashable, Call] = {}
 
 
 def lora_linear(
@@ -89,7 +101,7 @@ def linears(
     key, call = None, None
     if may_be_known(x):
         key, inputs = key_of(x, projections, dropout, training, backend)
-        call = None if key is None else known(key)
+        call = None if key is None else _known.get(key)
     if call is not None:
         return run(inputs, call), call
     if not is_plain(x):
@@ -99,8 +111,62 @@ def linears(
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
     ys, call = through(x, outputs, p, backend, keeps=key is not None)
     if key is not None and call is not None:
-        remember(key, call)
+        _remember(key, call)
     return ys, call
+
+
+def key_of(
+    x: Tensor,
+    projections: Sequence[Projection | Output],
+    dropout: float,
+    training: bool,
+    backend: str | None,
+) -> tuple[Hashable, list[Tensor]]:
+    """The key of an eager call, and its tensors laid flat, x first; None: it has to be checked.
+
+    Two calls with the same key are right or wrong both.
+    """
+    if type(projections) not in (list, tuple):
+        return None, []
+    inputs, switch = [x], training is True or training is False
+    rest: list[Any] = [asked_backend(backend), dropout, type(dropout), switch, training]
+    try:
+        for projection in projections:
+            rest.append(type(projection))
+            if isinstance(projection, Projection):
+                weight, lora_a, lora_b, bias, scale = projection
+                rest += weight is None, bias is None, scale, type(scale)
+                if isinstance(weight, Quantised):
+                    rest.append(weight.format)
+                    inputs += weight.tensors
+                    weight = None
+                inputs += [each for each in (weight, bias) if each is not None]
+                inputs += lora_a, lora_b
+            else:
+                base, adapters = projection
+                weight, bias = base
+                rest += type(base), type(adapters), len(adapters), bias is None
+                if isinstance(weight, Quantised):
+                    rest.append(weight.format)
+                    inputs += weight.tensors if bias is None else (*weight.tensors, bias)
+                else:
+                    inputs += (weight,) if bias is None else (weight, bias)
+                for lora_a, lora_b, scale in adapters:
+                    rest += scale, type(scale)
+                    inputs += lora_a, lora_b
+        key = autocast_dtype(x), *rest, *map(facts_of, inputs)
+        hash(key)
+        return key, inputs
+    except Exception:  # whatever it is, the checks say it better
+        return None, []
+
+
+def _remember(key: Hashable, call: Call) -> None:
+    """The record of a call that passed the checks; the oldest kinds are forgotten."""
+    with _changes:
+        while len(_known) >= _MOST_KINDS and key not in _known:
+            del _known[next(iter(_known))]
+        _known[key] = call
 
 
 def lora_grouped(

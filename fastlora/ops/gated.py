@@ -16,8 +16,8 @@ from ..backends import Call, find_backend
 from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
 from ..projection import Output, flatten, layouts_of
-from .autocast import autocast_inputs, autocast_is_on, autocast_off
 from .call import (
+    LoRALinearFunction,
     are_batched,
     as_matrix,
     followed,
@@ -28,7 +28,7 @@ from .call import (
     stand_in,
 )
 from .door import draw_seed
-from .function import LoRALinearFunction
+from .way import autocast_inputs, autocast_is_on, autocast_off
 
 _ARGUMENTS = 4  # activation, wide, seeds and call, before the inputs
 

@@ -1,6 +1,11 @@
-"""Which way a call goes: the autograd node, the registered op, or the textbook formula; and why."""
+"""What torch's modes mean for a call at this moment: the way that it goes, and autocast.
+
+The way is the autograd node, the registered op, or the textbook formula.  Autocast is the op's
+affair: x and the weight are cast as ``nn.Linear`` casts them.
+"""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -8,11 +13,12 @@ from torch.autograd import forward_ad
 
 from ..backends.products import is_slow
 from ..formats.format import Quantised
-from ..projection import HALF_DTYPES, Output, is_plain
+from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Output, is_plain
 
 NODE, OP, TEXTBOOK = "node", "op", "textbook"
 # Up to so many rows a node costs more than it saves (docs/performance.md).
 MOST_ROWS = 32
+_OFF = nullcontext()
 
 
 def way_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
@@ -64,6 +70,11 @@ def is_eager(x: Tensor) -> bool:
     return not (why_textbook(x) or torch.compiler.is_compiling()) and is_plain(x)
 
 
+def may_be_known(x: Tensor) -> bool:
+    """Whether a call made at this moment, with this x, can be one of a kind that passed before."""
+    return isinstance(x, Tensor) and way_of(x)[0] == NODE
+
+
 def follows(x: object) -> bool:
     """Whether a composition of calls with this x now can be nodes that keep less than its steps."""
     return torch.is_grad_enabled() and isinstance(x, Tensor) and way_of(x)[0] == NODE
@@ -88,3 +99,38 @@ def is_few(x: Tensor, outputs: Sequence[Output[Tensor]], backend: str) -> bool:
     # 16-bit adapters aren't: torch would round h before it is scaled.
     wide = torch.promote_types(dtype, torch.float32)
     return all([a.dtype == b.dtype == wide for a, b, _ in adapters])
+
+
+def autocast_is_on(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which dtype autocast now runs calls with this x; None where it is off."""
+    if not torch._C._is_any_autocast_enabled() or not autocast_is_on(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def autocast_inputs(
+    x: Tensor, outputs: Sequence[Output[Tensor]]
+) -> tuple[Tensor, Sequence[Output[Tensor]]]:
+    """x and the weights in autocast's dtype.
+
+    float64 stays as it is, and so does a packed weight; adapters and biases are cast later, as they
+    are read.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype not in AUTOCAST_DTYPES:
+        return x, outputs
+    return x.to(dtype), [
+        Output(base._replace(weight=base.weight.to(dtype)), adapters)
+        if isinstance(base.weight, Tensor) and base.weight.dtype in AUTOCAST_DTYPES
+        else Output(base, adapters)
+        for base, adapters in outputs
+    ]
+
+
+def autocast_off(device_type: str) -> AbstractContextManager:
+    """Inside, torch's own products run in the dtypes that they are given."""
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else _OFF

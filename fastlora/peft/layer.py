@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..backends import Call
 from ..layers import mlp
-from ..layers.frozen import fits, give_back_frozen, take_frozen
+from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.members import change_class, class_over, is_hooked, is_over
-from ..layers.reading import Reading, call_as_read, forget
+from ..layers.reading import Reading, call_as_read, fits, forget
 from ..ops.door import run_one
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ..backends import asked_backend
 from ..backends.products import are_wide
-from ..layers.frozen import fits
 from ..layers.modules import has_sharded, some
-from ..ops.autocast import autocast_is_on
+from ..layers.reading import fits
 from ..ops.functional import multi_lora_linear
+from ..ops.way import autocast_is_on
 from ..projection import is_plain
 from ..rows import AdapterMapping, Share
 from .reading import read

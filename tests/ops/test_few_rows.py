@@ -43,7 +43,7 @@ def test_few_rows_have_no_node_of_ours(monkeypatch):
     assert not is_node(call(narrow, torch.bfloat16, torch.float32))
     assert is_node(call(narrow, torch.bfloat16))  # which scales h before it is rounded
     monkeypatch.setattr("fastlora.backends.products.FORCED", True)  # 16-bit products are slow
-    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    monkeypatch.setattr("fastlora.ops.functional._known", {})
     assert is_node(call(narrow, torch.bfloat16, torch.float32))
     with fastlora.use_backend("triton"):
         assert is_node(call(torch.randn(1, K)))
@@ -62,7 +62,7 @@ def test_the_node_and_the_registered_op_drop_the_same(monkeypatch):
     with FlopCounterMode(display=False):  # a dispatch mode sees the registered op
         torch.testing.assert_close(dropped(), y)
     monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", 0)
-    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    monkeypatch.setattr("fastlora.ops.functional._known", {})
     torch.testing.assert_close(dropped(), y)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.ops import functional, kinds
+from fastlora.ops import functional
 from fastlora.projection import Adapter, Base, Output
 
 M, K, N, R = 5, 8, 6, 2
@@ -26,7 +26,7 @@ def checks(monkeypatch):
     """How often calls are checked."""
     seen, real = [], functional.check_call
     monkeypatch.setattr(functional, "check_call", lambda *all: seen.append(real(*all)))
-    monkeypatch.setattr(kinds, "_known", {})
+    monkeypatch.setattr(functional, "_known", {})
     call(**tensors())
     assert len(seen) == 1
     return seen
@@ -73,7 +73,7 @@ def test_another_kind_is_checked(checks, name):
     changes, settings = (OTHERS | NESTED)[name]
     with pytest.raises((ValueError, TypeError)) as raised:
         call(**tensors(**changes), **settings)
-    kinds._known.clear()
+    functional._known.clear()
     with pytest.raises(type(raised.value)) as again:
         call(**tensors(**changes), **settings)
     assert str(raised.value) == str(again.value)

@@ -17,7 +17,7 @@ FEW = 32
 def _few(monkeypatch):
     monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", FEW)
     monkeypatch.setattr("fastlora.backends.products.FORCED", False)  # 16 bits are fast
-    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    monkeypatch.setattr("fastlora.ops.functional._known", {})
     torch.compiler.reset()
 
 

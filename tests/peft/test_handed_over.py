@@ -68,7 +68,7 @@ def readings(monkeypatch):
     """How often a layer is read."""
     seen, read = [], reading.read
     monkeypatch.setattr(reading, "read", lambda *all: seen.append(read(*all)) or seen[-1])
-    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    monkeypatch.setattr("fastlora.ops.functional._known", {})
     return seen
 
 

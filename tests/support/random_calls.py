@@ -24,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import blocks, reference
-from fastlora.backends import products
+from fastlora.backends import formula, products
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.formats.format import Quantised
 from fastlora.formats.gguf import KINDS as GGUF
-from fastlora.ops import kinds, way
+from fastlora.ops import functional, way
 from fastlora.ops.door import draw_seed
 from fastlora.ops.dora import dora_linear
 from fastlora.ops.gated import gated_mlp
@@ -228,12 +228,13 @@ class Case:
             put = lambda *change: stack.enter_context(mock.patch.object(*change))  # noqa: E731
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            put(kinds, "_known", {})
+            put(functional, "_known", {})
             put(products, "FORCED", self.wide)
             if self.node:
                 put(way, "MOST_ROWS", 0)
             if self.small:
-                put(blocks, "_CPU_BLOCK", 5 * self.K)
+                for place in (blocks, formula):
+                    put(place, "SMALLEST_BLOCK", 5 * self.K)
                 for name, value in {"_BLOCK": 0, "_ROWS": 0, "_FEWEST_ROWS": 8}.items():
                     put(products, name, value)
                 put(products, "_FEWEST_OF_WEIGHT", 4)

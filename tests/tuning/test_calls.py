@@ -80,7 +80,7 @@ def asked_for(model, monkeypatch) -> set[tuple]:
 
     monkeypatch.setattr(kernels, "plan_for", plan_for)
     monkeypatch.setattr(kept, "_calls", {})  # a call that is known asks no more
-    monkeypatch.setattr("fastlora.ops.kinds._known", {})
+    monkeypatch.setattr("fastlora.ops.functional._known", {})
     with fastlora.use_backend("triton"):
         model.train()
         model(input_ids=IDS, labels=IDS).loss.backward()
