@@ -1,5 +1,6 @@
 """Every test starts from the same random state, has one thread, and reaches no hub."""
 
+import gc
 import getpass
 import os
 import sys
@@ -47,6 +48,15 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if wants_equal_bits(item.function):
                 item.add_marker("bits")
+
+
+def pytest_collection_finish(session):
+    """What the imports made stays, and the collector needn't walk it: each Trainer calls it."""
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from models import (
     tiny_llama,
     trained,
 )
-from process import run_python
+from process import run_forked
 from torch import nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
@@ -335,4 +335,4 @@ def test_a_pickle_of_one_layer_loads_in_another_process(tmp_path):
         "print(type(model[0]).__name__, model(torch.ones(1, 8)).tolist())"
     )
     kind = type(model[0]).__name__
-    assert run_python("-c", code) == f"{kind} {model(torch.ones(1, 8)).tolist()}"
+    assert run_forked(code) == f"{kind} {model(torch.ones(1, 8)).tolist()}"

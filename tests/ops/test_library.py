@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from process import run_python
+from process import run_forked
 from torch import nn
 
 import fastlora
@@ -33,7 +33,7 @@ print(y.shape == (5, 9), type(y) is torch.Tensor)
 
 def test_the_first_call_of_a_process_may_be_compiled():
     """A backend imported while compiling would make fake constants."""
-    assert run_python("-c", FIRST_CALL) == "True True"
+    assert run_forked(FIRST_CALL) == "True True"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

@@ -21,12 +21,12 @@ def test_drawn_calls(kind, index):
 
 
 @kinds
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(6))
 def test_drawn_calls_of_the_kernels(kind, index):
     check(Case(2, index, "triton", kind=kind, world="eager"))
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_many_adapters_of_which_some_have_no_rows(index, name):
     check(Case(6, index, name, kind="many", p=0.5, M=6, world="eager", format=""))

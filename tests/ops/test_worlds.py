@@ -4,12 +4,12 @@ Numbers are proven in the files of each kind; here it is what surrounds a call.
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from call_kinds import ENDS, KINDS, ROWS, K, made
 from device import DEVICE
-from marks import pairwise
 from memory import saved_bytes
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -23,21 +23,26 @@ import fastlora
 from fastlora.backends import find_backend
 
 pytestmark = pytest.mark.usefixtures("backend")
+BF16, F16 = torch.bfloat16, torch.float16
 every_kind = pytest.mark.parametrize("name", KINDS)
-BOTH = {"backend": {n: n for n in ("torch", "triton")}, "name": {name: name for name in KINDS}}
-# Every two of kind, backend and dropout.
-pairs = pairwise(BOTH | {"p": [0.0, 0.4]}, indirect=["backend"])
 
 
-def on_backends(torch=tuple(KINDS), triton=()) -> pytest.MarkDecorator:
-    """These kinds on each backend: for worlds that see the way to a backend alone, or none."""
+def on_backends(torch=tuple(KINDS), triton=(), **more: list) -> pytest.MarkDecorator:
+    """These kinds on each backend, and ``more``'s values in turn."""
     rows = [("torch", name) for name in torch] + [("triton", name) for name in triton]
-    ids = [*map("-".join, rows)]
-    return pytest.mark.parametrize(("backend", "name"), rows, ids=ids, indirect=["backend"])
+    rows = [
+        (*row, *(values[i % len(values)] for values in more.values())) for i, row in enumerate(rows)
+    ]
+    ids = ["-".join(map(str, row)) for row in rows]
+    return pytest.mark.parametrize(("backend", "name", *more), rows, ids=ids, indirect=["backend"])
 
 
 # What a call's way depends on: several outputs, rows that are cut, a bank, packed weights.
-every_way = on_backends(triton=("group", "bank", "packed_experts"))
+WAYS = ("group", "bank", "packed_experts")
+every_way = on_backends(triton=WAYS)
+dropping_or_not = on_backends(triton=WAYS, p=[0.4, 0.0])
+# Where a backend is behind the registered op, or not called: one call shows the way to it.
+one_by_triton = on_backends(triton=("bank",))
 by_torch_alone = on_backends()
 
 
@@ -57,16 +62,13 @@ def assert_same(first, second) -> None:
     assert all(map(torch.equal, first, second))
 
 
-@pairs
+@dropping_or_not
 def test_the_same_bits_again(name, p):
     kind = made(name)
     assert_same(run(kind, p), run(kind, p))
 
 
-@pairwise(
-    BOTH | {"p": [0.0, 0.4], "dtype": {"bf16": torch.bfloat16, "f16": torch.float16}},
-    indirect=["backend"],
-)
+@on_backends(triton=WAYS, p=[0.4, 0.0], dtype=[BF16, BF16, F16, F16])
 def test_autocast_casts_x_and_the_weight(name, p, dtype):
     kind = made(name)
     with torch.autocast(DEVICE, dtype=dtype):
@@ -111,8 +113,7 @@ CHECKPOINTS = {
 }
 
 
-@every_way
-@pytest.mark.parametrize("how", CHECKPOINTS)
+@on_backends(tuple(KINDS) * 3, WAYS, how=list(CHECKPOINTS))
 def test_checkpointing_replays_the_mask(name, how):
     kind, settings = made(name), CHECKPOINTS[how]
     found = []
@@ -142,8 +143,8 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pairs
-def test_the_registered_op(name, p):
+@dropping_or_not
+def test_the_registered_op(backend, name, p):
     """A dispatch mode sees it; its bits are the node's, and torch's own check finds it right."""
     kind = made(name)
     with Seen() as seen:
@@ -153,12 +154,16 @@ def test_the_registered_op(name, p):
     follow = lambda t: t.detach().requires_grad_(t.is_floating_point())  # noqa: E731
     packed = name.startswith("packed")
     arguments = follow(x), [t.detach() if packed else follow(t) for t in tensors], *rest
-    torch.library.opcheck(torch.ops.fastlora.lora_linears.default, arguments)
+    # The others are of the op alone, whatever runs it.
+    looks = ("test_schema", "test_faketensor")
+    looks += ("test_autograd_registration", "test_aot_dispatch_dynamic") * (backend == "torch")
+    opcheck = partial(torch.library.opcheck, test_utils=looks)
+    opcheck(torch.ops.fastlora.lora_linears.default, arguments)
     backward = tree_map_only(torch.Tensor, torch.Tensor.detach, backward)
-    torch.library.opcheck(torch.ops.fastlora.lora_linears_backward.default, backward)
+    opcheck(torch.ops.fastlora.lora_linears_backward.default, backward)
 
 
-@every_way
+@one_by_triton
 def test_under_a_counter_of_flops(name):
     kind = made(name)
     with FlopCounterMode(display=False):
@@ -175,7 +180,7 @@ def assert_compiled_is_the_same(name, compiler):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@every_way
+@one_by_triton
 def test_compiled_whole(name):
     assert_compiled_is_the_same(name, "aot_eager")
 
@@ -185,7 +190,7 @@ def test_compiled_by_inductor(name):
     assert_compiled_is_the_same(name, "inductor")
 
 
-@every_way
+@one_by_triton
 def test_a_compiled_call_has_one_mask_for_both_directions(name):
     torch.compiler.reset()
     kind = made(name)
@@ -217,7 +222,7 @@ def test_one_graph_for_all_numbers_of_rows():
     assert graphs["unique_graphs"] == 1
 
 
-@pairs
+@dropping_or_not
 def test_gradients_of_gradients(name, p):
     kind = made(name, torch.float64)
     leaves = {n: t for n, t in kind.tensors.items() if t.requires_grad and n != "x"}
@@ -244,7 +249,7 @@ def test_gradients_of_gradients(name, p):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-@every_way
+@one_by_triton
 def test_many_gradients_at_once(name):
     kind = made(name)
     y, leaves = kind.call(*kind.tensors.values()), leaves_of(kind)
@@ -318,7 +323,7 @@ class Module(torch.nn.Module):
         return self.call(x, *self._parameters.values())
 
 
-@every_way
+@one_by_triton
 def test_export(name):
     kind = made(name)
     module, x = Module(kind), kind.tensors["x"].detach()
@@ -342,7 +347,7 @@ def test_tensors_without_numbers_pass_through(name, where):
         assert kind.call(*tensors, dropout=0.4, **options).shape == shape
 
 
-@every_way
+@one_by_triton
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_it_is_the_same(name, mode):
     kind = made(name)
@@ -364,7 +369,7 @@ def test_evaluation_drops_and_draws_nothing(name):
     assert not torch.equal(kind.call(*kind.tensors.values(), dropout=0.5), y)
 
 
-@pairs
+@dropping_or_not
 def test_a_second_backward_finds_what_the_first_did(name, p):
     """And what came out may be changed in place."""
     kind = made(name)
@@ -379,7 +384,7 @@ def test_a_second_backward_finds_what_the_first_did(name, p):
             torch.testing.assert_close(2 * one, twice, rtol=1e-5, atol=1e-4)  # of other strides
 
 
-@pairs
+@dropping_or_not
 def test_x_every_h_and_seeds_are_kept_where_the_backward_reads_them(name, p):
     kind = made(name, torch.bfloat16, torch.float32)
     dtype = find_backend().h_dtype(torch.bfloat16, kind.tensors["x"].device)

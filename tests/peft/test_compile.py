@@ -12,6 +12,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from peft_llama import DATA, LAYERS, ROUNDING, adamw, gradients, llama, result, trained
 from peft_models import ROUNDING as MLP_ROUNDING
 from peft_models import assert_same, counted_ops, inputs, mlp, optimized, write_adapter
+from peft_models import gradients as mlp_gradients
 from torch import Tensor, nn
 
 import fastlora
@@ -42,13 +43,11 @@ def train_compiled(
 
 COMPILED = {
     "dropout": {},
-    "dora": {"use_dora": True, "lora_dropout": 0.0},
     "dora-dropout": {"use_dora": True},
 }
-PLACES = {"model": ["dropout", "dora-dropout"], "blocks": ["dora"]}
 
 
-@pytest.mark.parametrize(("what", "name"), [(w, name) for w in PLACES for name in PLACES[w]])
+@pytest.mark.parametrize(("what", "name"), [("model", "dora-dropout"), ("blocks", "dropout")])
 def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
     """Without a graph break, and compiled once; the backend draws as eager mode does.
 
@@ -75,16 +74,15 @@ def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
 
 
 def test_optimized_after_compiling_is_compiled_again():
-    theirs = llama(blocks=1, lora_dropout=0.0)
-    ours = copy.deepcopy(theirs)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    expected = gradients(theirs)
-    for change, fast in ((lambda _: None, 0), (fastlora.optimize, 1), (fastlora.restore, 0)):
+    theirs = mlp()
+    compiled = torch.compile(copy.deepcopy(theirs), backend="aot_eager", fullgraph=True)
+    expected = [*mlp_gradients(theirs).values()]
+    for change, fast in ((lambda _: None, 0), (fastlora.optimize, 2), (fastlora.restore, 0)):
         change(compiled)
-        assert_same(gradients(compiled), expected, ROUNDING)
+        assert_same([*mlp_gradients(compiled).values()], expected, MLP_ROUNDING)
         with counted_ops() as ops:
-            gradients(compiled)
-        assert ops.get("lora_linears", 0) == LAYERS // 2 * fast
+            mlp_gradients(compiled)
+        assert ops.get("lora_linears", 0) == fast
 
 
 def test_check_of_a_compiled_model_that_drops():
@@ -94,7 +92,7 @@ def test_check_of_a_compiled_model_that_drops():
 
 def test_checkpointed_blocks_of_a_compiled_model():
     """They recompute what runs fast, with the same masks."""
-    theirs = llama(blocks=1)
+    theirs = llama(blocks=1, target_modules=["q_proj", "down_proj"])
     theirs.config.use_cache = False  # or transformers warns, which breaks the graph
     ours = optimized(theirs)
     ours.activation_checkpointing_enable()
@@ -103,18 +101,17 @@ def test_checkpointed_blocks_of_a_compiled_model():
     assert_same(gradients(compiled), gradients(theirs), ROUNDING)
     with counted_ops() as ops:
         gradients(compiled)
-    assert LAYERS // 2 < ops["lora_linears"] <= LAYERS
-    assert ops["lora_linears_backward"] == LAYERS // 2
+    assert 2 < ops["lora_linears"] <= 4
+    assert ops["lora_linears_backward"] == 2
 
 
 def test_an_import_compiles_nothing_again(monkeypatch):
     """Dynamo guards how many modules there are, if code that it traces reads ``sys.modules``."""
-    ours = optimized(llama(blocks=1, lora_dropout=0.0))
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    gradients(compiled)
+    compiled = torch.compile(optimized(mlp()), backend="aot_eager", fullgraph=True)
+    mlp_gradients(compiled)
     monkeypatch.setitem(sys.modules, "imported_later", types.ModuleType("imported_later"))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        gradients(compiled)
+        mlp_gradients(compiled)
 
 
 def test_an_adapter_is_swapped_in_a_compiled_model_without_compiling_again(tmp_path):

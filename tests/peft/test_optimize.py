@@ -1,11 +1,9 @@
 """optimize, restore and coverage on PEFT layers: the numbers, the report, and the way back."""
 
 import copy
-import os
 import pickle
 from types import MethodType
 
-import models
 import peft
 import pytest
 import torch
@@ -13,7 +11,7 @@ from judge import USUAL_DTYPES
 from models import Mlp
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls
-from process import run_python
+from process import run_forked
 from torch import nn
 
 import fastlora
@@ -189,35 +187,32 @@ def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
     torch.nn.Module.__init__(blank)
     torch.save((model, blank), tmp_path / "model.pt")
     code = (
-        "import os, sys, torch, peft; _, folder, file, *versions = sys.argv\n"
-        "sys.path.insert(0, folder)\n"
-        "for disabled, peft.__version__ in zip(('1', ''), versions):\n"
-        "    if os.fork(): os.wait(); continue\n"  # the first import of fastlora decides
-        "    os.environ['FASTLORA_DISABLE'] = disabled\n"
-        "    model, blank = torch.load(file, weights_only=False)\n"
-        "    import fastlora; print(fastlora.coverage(model))\n"
-        "    from fastlora.peft import layer; layer.fast_forward = None\n"
-        "    try: print(model(torch.ones(1, 8)).shape)\n"
-        "    except TypeError: print('fast', type(blank).__bases__[1].__module__)\n"
-        "    sys.exit()\n"
+        "import sys, torch\n"
+        "model, blank = torch.load(sys.argv[1], weights_only=False)\n"
+        "import fastlora; print(fastlora.coverage(model))\n"
+        "from fastlora.peft import layer; layer.fast_forward = None\n"
+        "try: print(model(torch.ones(1, 8)).shape)\n"
+        "except TypeError: print('fast', type(blank).__bases__[1].__module__)\n"
     )
-    folder, known = os.path.dirname(models.__file__), peft.__version__
-    output = run_python("-c", code, folder, tmp_path / "model.pt", known, known)
-    lines = [line for line in output.splitlines() if "eager:" not in line]
-    off = ["0 of 2 layers fast", "torch.Size([1, 4])"]
-    assert lines == [*off, "2 of 2 layers fast (backend torch)", "fast peft.tuners.lora.gptq"]
+    outputs = {
+        "1": ["0 of 2 layers fast", "torch.Size([1, 4])"],
+        "": ["2 of 2 layers fast (backend torch)", "fast peft.tuners.lora.gptq"],
+    }
+    for disabled, expected in outputs.items():
+        output = run_forked(code, tmp_path / "model.pt", FASTLORA_DISABLE=disabled)
+        assert [line for line in output.splitlines() if "eager:" not in line] == expected
 
 
-def test_importing_fastlora_changes_nothing_and_optimize_needs_no_order():
+def test_importing_fastlora_changes_nothing_until_optimize():
     code = (
-        "import sys, torch, fastlora; assert 'peft' not in sys.modules;"
+        "import sys, torch, fastlora;"
         "model = torch.nn.Sequential(torch.nn.Linear(4, 4));"
         "fastlora.coverage(model), fastlora.restore(model);"
         "import peft; model = peft.get_peft_model(model, peft.LoraConfig(target_modules=['0']));"
         "assert 'fastlora.peft.layer' not in sys.modules;"
         "print(fastlora.optimize(model))"
     )
-    assert run_python("-c", code) == "1 of 1 layers fast (backend torch)"
+    assert run_forked(code) == "1 of 1 layers fast (backend torch)"
 
 
 def test_accelerate_s_instance_forward_is_reached(fast_calls):

@@ -8,7 +8,7 @@ import torch
 from models import Mlp
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft_models import counted_calls
-from process import run_python
+from process import run_forked
 
 import fastlora
 
@@ -87,7 +87,7 @@ def test_where_a_private_module_moved_nothing_changes():
         "except UserWarning as warning: print(warning)\n"
         "print(type(model.base_model.model[0]).__module__)"
     )
-    said, module = run_python("-c", code).splitlines()
+    said, module = run_forked(code).splitlines()
     assert f"changed nothing: {NEWER}, and has moved what fastlora reads (" in said
     assert moved in said
     assert module == "peft.tuners.lora.layer"

@@ -80,6 +80,7 @@ def _mixture(packed: str = "") -> nn.Module:
 
 
 _UP_DOWN, _ALL = {"target_modules": ["up", "down"]}, {"target_modules": "all-linear"}
+_UP = {"target_modules": ["up"]}
 _SAVED = {"target_modules": ["mix"], "modules_to_save": ["head"]}
 _EMBEDDED = {"target_modules": ["mix", "embed"]}
 _BOTH = {"target_modules": ["0", "2"]}
@@ -93,9 +94,9 @@ KINDS = {
     "experts": Kind("own experts drops activates", _mixture, _STACKS, 32),
     "router": Kind("own experts activates", _mixture, _ROUTED, 32),
     "packed-experts": Kind("own experts drops packed", lambda: _mixture("nf4"), _STACKS, 32),
-    "peft": Kind("peft linear drops", Mlp, _UP_DOWN, 8),
+    "peft": Kind("peft linear drops", Mlp, _UP, 8),
     "peft-saved": Kind("peft linear drops", Tied, _SAVED | _EMBEDDED, None),
-    "peft-dora": Kind("peft linear drops", Mlp, _UP_DOWN | {"use_dora": True}, 8),
+    "peft-dora": Kind("peft linear drops", Mlp, _UP | {"use_dora": True}, 8),
     "peft-conv1d": Kind("peft linear drops", _transposed, _BOTH | {"fan_in_fan_out": True}, 32),
     "peft-block": Kind("peft linear drops activates", _block, _ALL, 32),
     "peft-experts": Kind("peft experts activates", _mixture, _STACKS, 32),

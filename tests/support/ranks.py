@@ -1,6 +1,5 @@
 """Processes of one gloo group, which run a function together whenever a test asks for it."""
 
-import multiprocessing
 import os
 import pickle
 from collections.abc import Callable
@@ -10,19 +9,8 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from process import forkserver
 
-# Imported once, in the process that all ranks are forked from.
-_IMPORTS = [
-    "peft.utils.other",
-    "torch.distributed._composable.replicate_with_fsdp",
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "transformers.distributed.configuration_utils",
-    "transformers.models.llama.modeling_llama",
-    "triton",
-]
 _TIMEOUT = 300.0  # seconds that a function may take; they are far shorter on an idle machine
 
 
@@ -30,8 +18,7 @@ class Ranks:
     """``size`` processes.  Starting them costs seconds, so that tests share them."""
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTS)
+        context = forkserver()
         # Engines would take a GPU that they see; the forkserver keeps this environment.
         with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
             self._pools = [
