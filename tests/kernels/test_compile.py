@@ -1,7 +1,9 @@
 """What the compiler makes of every kernel and config, for GPUs that nobody needs to have here.
 
-Each config in a form or more, experts' forms on every other target, and rare forms on every fourth;
-`make compile-report` has all of them everywhere.  sm_86 has the configs of sm_89, which is here.
+Each config in a form or more, experts' forms on every other target, and rare forms on every fourth.
+What a family of GPUs has in common is compiled for one of them, in turn; under another Triton for
+each.  `make compile-report` has all of them everywhere.  sm_86 has the configs of sm_89, which is
+here.
 """
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import triton
-from compile_report.cases import HARDWARE, REPORTED, cases
+from compile_report.cases import FAMILIES, HARDWARE, REPORTED, cases, cases_in_turn
 from compile_report.machine_code import (
     Instruction,
     chained_products,
@@ -36,15 +38,9 @@ TARGETS = [name for name in REPORTED if name != "sm_86"]
 def report(tmp_path_factory) -> list[dict]:
     """On all targets: one process imports what a compiler needs."""
     path = tmp_path_factory.mktemp("compile") / "report.json"
-    options = ("--brief", "--target", *TARGETS, "--json", path)
+    options = ("--brief" if OTHER_TRITON else "--turns", "--target", *TARGETS, "--json", path)
     run_without_interpreter("-m", "tools.compile_report", *options)
     return json.loads(path.read_text(encoding="utf-8"))["rows"]
-
-
-@pytest.fixture(scope="module", params=TARGETS)
-def rows(request, report):
-    """The report on one target."""
-    return [row for row in report if row["target"] == request.param]
 
 
 def every(row) -> bool:
@@ -123,17 +119,24 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_every_kernel(claim, rows):
+def test_every_kernel(claim, report):
     concerns, holds = CLAIMS[claim]
-    rows = [row for row in rows if concerns(row)]
-    assert rows or claim == "exact-float32-uses-no-tensor-cores"  # none on gfx942
+    rows = [row for row in report if concerns(row)]
+    without = {"gfx942"} if claim == "exact-float32-uses-no-tensor-cores" else set()
+    assert {row["target"] for row in rows} == {*TARGETS} - without
     failing = [row for row in rows if not holds(row, row["compiled"])]
     assert not [f"{row['kernel']} of {row['case']}" for row in failing]
 
 
-def test_descriptors_load_and_store_by_tma(rows):
-    described = [row for row in rows if row["descriptors"]]
-    assert bool(described) == (rows[0]["target"] in ("sm_90", "sm_100"))
+def test_every_kernel_is_compiled_for_each_family(report):
+    names = [{row["kernel"] for row in report if row["target"] in each} for each in FAMILIES]
+    assert len(names[0]) == 8
+    assert all(each == names[0] for each in names)
+
+
+def test_descriptors_load_and_store_by_tma(report):
+    described = [row for row in report if row["descriptors"]]
+    assert {row["target"] for row in described} == {"sm_90", "sm_100"}
     for row in described:
         assert row["compiled"]["tma_loads"] > 0, row["case"]
         # A segment's last tile ends anywhere.
@@ -145,49 +148,51 @@ def is_turned(row) -> bool:
     return row["target"] == "sm_100" and row["form"] == "dx" and "f32-tf32" in row["case"]
 
 
-def test_a_config_with_descriptors_uses_them_but_for_adding_and_turning(rows):
+def test_a_config_with_descriptors_uses_them_but_for_adding_and_turning(report):
     meant = [
         row
-        for row in rows
+        for row in report
         if row["config"].get("descriptors") and not row["form"].endswith("+") and not is_turned(row)
     ]
-    assert meant == [row for row in rows if row["descriptors"]]
+    assert meant == [row for row in report if row["descriptors"]]
 
 
-@pytest.mark.parametrize(
-    "pair", [("sm_80", "gfx942"), ("sm_90", "sm_100"), ("sm_89", "sm_120")], ids="-".join
-)
-def test_experts_are_compiled_in_every_form_and_with_tiles_of_few_rows_and_of_many(pair):
-    """On two targets together; no loop of any spills (above)."""
-    found = [each for name in pair for each in cases(name, brief=True) if each.form.segments]
-    assert {each.form.name for each in found} == {"y", "dx", "y+", "dx+", "h", "dA", "dB,dh"}
-    assert {each.form.own for each in found} == {False, True}
+@pytest.mark.parametrize("family", FAMILIES, ids="-".join)
+def test_experts_are_compiled_in_every_form_and_with_tiles_of_few_rows_and_of_many(family):
+    """On the targets of a family together; no loop of any spills (above)."""
+    found = [each for each in cases_in_turn(TARGETS) if each.target in family and each.form]
+    of_experts = [each for each in found if each.form.segments]
+    assert {each.form.name for each in of_experts} == {"y", "dx", "y+", "dx+", "h", "dA", "dB,dh"}
+    assert {each.form.own for each in of_experts} == {False, True}
     tiles = {
-        (name, default_config("gemm_lowrank", HARDWARE[name], each.form.call).block_m)
-        for name in pair
-        for each in found
+        (each.target, default_config("gemm_lowrank", HARDWARE[each.target], each.form.call).block_m)
+        for each in of_experts
         if each.form.name == "y"
     }
-    assert len(tiles) > len(pair)
+    assert len(tiles) > len({name for name, _ in tiles})
 
 
-def test_gated_kernels_use_no_shared_memory_and_spill_nothing(rows):
-    found = [row for row in rows if row["kernel"].startswith("gated")]
-    assert len(found) == 14
+def test_gated_kernels_use_no_shared_memory_and_spill_nothing(report):
+    found = [row for row in report if row["kernel"].startswith("gated")]
+    assert len(found) >= 14 * len(FAMILIES)
     for row in found:
         assert row["compiled"]["shared_memory"] == row["compiled"]["spills"] == 0, row["case"]
         assert row["compiled"]["registers"] <= 64, row["case"]
 
 
-def test_every_default_config_is_compiled(rows):
-    """But for rows that no form fits there: of sm_80's shared memory, and a fault's (faults.py)."""
-    name, compiled = rows[0]["target"], [row["config"] for row in rows]
-    fitting = {case.config for case in cases(name)}
-    for (target, kernel), table in DEFAULTS.items():
-        if target == HARDWARE[name].name:
-            missing = [each for each in chain(*table.values()) if asdict(each) not in compiled]
-            assert not fitting.intersection(missing)
-            assert not missing or kernel in ("packed", "one pass", "project")
+def test_every_default_config_is_compiled(report):
+    """For a target of each family; but for rows that no form fits there: of sm_80's shared memory,
+    and a fault's (faults.py)."""
+    for family in FAMILIES:
+        targets = [name for name in family if name in TARGETS]
+        compiled = [row["config"] for row in report if row["target"] in targets]
+        fitting = {case.config for name in targets for case in cases(name)}
+        names = {HARDWARE[name].name for name in targets}
+        for (target, kernel), table in DEFAULTS.items():
+            if target in names:
+                missing = [each for each in chain(*table.values()) if asdict(each) not in compiled]
+                assert not fitting.intersection(missing)
+                assert not missing or kernel in ("packed", "one pass", "project")
 
 
 ASKED = """

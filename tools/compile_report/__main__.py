@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 # Both are read when Triton is imported: compile, don't interpret; and the default, said aloud.
@@ -24,7 +25,7 @@ import triton
 from benchmarks.report import align
 from fastlora.kernels.config import default_config
 
-from .cases import HARDWARE, REPORTED, Case, cases, launches, other_cases
+from .cases import HARDWARE, REPORTED, Case, cases, cases_in_turn, launches, other_cases
 from .machine_code import compile_launch
 
 _WITHOUT_FORM = {
@@ -33,8 +34,11 @@ _WITHOUT_FORM = {
 NAMES = [name for name, target in HARDWARE.items() if target.kind != "cpu"]
 
 
-def rows_of(case: Case) -> list[dict]:
-    """Compile what the call launches: its kernel, and the sum of its planes if it has any."""
+def rows_of(case: Case, by_ptx: bool = False) -> list[dict]:
+    """Compile what the call launches: its kernel, and the sum of its planes if it has any.
+
+    ``by_ptx``: see :func:`compile_launch`.
+    """
     target, form, config, facts = HARDWARE[case.target], case.form, case.config, _WITHOUT_FORM
     if form:
         config = config or default_config(form.kernel, target, form.call)
@@ -50,7 +54,7 @@ def rows_of(case: Case) -> list[dict]:
             {
                 "case": case.name, "target": case.target, "kernel": launch.name, **facts,
                 "descriptors": launch.arguments.get("DESCRIPTORS", False),
-                "limit": target.shared_memory, "compiled": asdict(compile_launch(launch, target)),
+                "limit": target.shared_memory, "compiled": asdict(compile_launch(launch, target, by_ptx)),
             }
             for launch in launches(case)
         ]  # fmt: skip
@@ -72,12 +76,18 @@ def main() -> None:
     parser.add_argument(
         "--brief", action="store_true", help="fewer forms: most configs in one alone"
     )
+    parser.add_argument(
+        "--turns", action="store_true", help="brief, and what some GPUs share for one of them alone"
+    )
     arguments = parser.parse_args()
-    chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
-    chosen += [case for name in arguments.target for case in other_cases(name)]
+    if arguments.turns:
+        chosen = cases_in_turn(arguments.target)
+    else:
+        chosen = [case for name in arguments.target for case in cases(name, arguments.brief)]
+        chosen += [case for name in arguments.target for case in other_cases(name)]
     launches(chosen[0])  # what this imports, none of the pool's processes has to
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = [*pool.map(rows_of, chosen, chunksize=4)]
+        found = [*pool.map(partial(rows_of, by_ptx=arguments.turns), chosen, chunksize=4)]
     rows = [row for each in found for row in each]
     print(f"Triton {triton.__version__}, {len(rows)} kernels\n\n{table(rows)}")
     if arguments.json:

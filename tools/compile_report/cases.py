@@ -1,6 +1,6 @@
 """The calls that the compile report looks at: every default config, in the forms of its use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +15,8 @@ from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.target import TARGETS, use_target
 
 REPORTED = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_86", "sm_89", "sm_120")
+# Whose code is alike: by `mma.sync`; by products that read shared memory; AMD's.
+FAMILIES = (("sm_80", "sm_86", "sm_89", "sm_120"), ("sm_90", "sm_100"), ("gfx942",))
 HARDWARE = TARGETS | {"sm_89": replace(TARGETS["sm_86"], arch=89)}  # which takes that row
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -138,6 +140,17 @@ def other_cases(target: str) -> list[Case]:
         name = f"{target} dequant {kind} K{columns} {dtype}"
         found.append(Case(name, target, other=partial(run_dequant, kind, columns, dtype)))
     return found
+
+
+def cases_in_turn(targets: Sequence[str]) -> list[Case]:
+    """Brief ones: of those that a family has in common, each is compiled for one target, in turn."""
+    alike: dict[tuple, list[Case]] = {}
+    for target in targets:
+        family = next(each for each in FAMILIES if target in each)
+        for case in cases(target, brief=True) + other_cases(target):
+            words = case.name.removeprefix(target)
+            alike.setdefault((family, words), []).append(case)
+    return [same[turn % len(same)] for turn, same in enumerate(alike.values())]
 
 
 def _case(target: str, config: Config | None, words: str, dtype: str = "bf16") -> Case:

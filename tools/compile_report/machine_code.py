@@ -65,8 +65,12 @@ class Compiled:
     two_clusters: int = 0  # products of AMD's that race by such a schedule (triton#11696)
 
 
-def compile_launch(launch: Launch, target: Target) -> Compiled:
-    """Compile it as ``launch.run()`` would on that target, its arguments being meta tensors."""
+def compile_launch(launch: Launch, target: Target, by_ptx: bool = False) -> Compiled:
+    """Compile it as ``launch.run()`` would on that target, its arguments being meta tensors.
+
+    ``by_ptx``: of what has no stack, wgmma, tensor memory or TMA, count in NVIDIA's PTX; to
+    disassemble it takes as long as to compile it.
+    """
     compiled_for = GPUTarget(target.kind, target.arch, target.warp_size)
     driver = SimpleNamespace(  # all that ``kernel.warmup`` asks of a GPU's
         get_current_target=lambda: compiled_for,
@@ -79,7 +83,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     # Around the loops over steps, a persistent program has one over tiles.
     tile_loops = int(launch.arguments.get("PERSISTENT", False))
     return replace(
-        _read_amd(kernel) if is_amd else _read_nvidia(kernel, tile_loops),
+        _read_amd(kernel) if is_amd else _read_nvidia(kernel, tile_loops, by_ptx),
         chained=chained_products(ttir),
         two_clusters=products_in_two_clusters(ttir) * (is_amd and launch.warps == 8),
     )
@@ -131,13 +135,24 @@ def _overwrites_of(code: list[Instruction]) -> int:
     return found
 
 
-def _read_nvidia(kernel, tile_loops: int) -> Compiled:
+def _dumped(kernel, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    found = _SASS.findall(text)
+        command = [triton.knobs.nvidia.cuobjdump.path, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _read_nvidia(kernel, tile_loops: int, by_ptx: bool) -> Compiled:
+    usage, ptx = _dumped(kernel, "-res-usage"), kernel.asm["ptx"]
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    if by_ptx and not stack and not re.search(r"wgmma|tcgen05|cp\.async\.bulk", ptx):
+        return Compiled(
+            registers, stack, spills=0, inner_spills=0, shared_memory=kernel.metadata.shared,
+            tensor_memory=0, tensor_core=ptx.count("mma.sync"), tma_loads=0, tma_stores=0,
+            stores=ptx.count("st.global"), instructions=ptx.count(";"),
+            packed_adds=ptx.count("add.s16x2"),
+        )  # fmt: skip
+    found = _SASS.findall(_dumped(kernel, "-sass"))
     code = [Instruction(int(address, 16), bool(guard), *rest) for address, guard, *rest in found]
     names = Counter(each.name for each in code)
     spilling = [each.address for each in code if each.name in ("LDL", "STL")]
@@ -149,7 +164,7 @@ def _read_nvidia(kernel, tile_loops: int) -> Compiled:
         shared_memory=kernel.metadata.shared, tensor_memory=kernel.metadata.tmem_size,
         tensor_core=_count(names, _TENSOR_CORE), tma_loads=names["UTMALDG"],
         tma_stores=names["UTMASTG"], stores=names["STG"] + names["UTMASTG"],
-        instructions=len(code), packed_adds=kernel.asm["ptx"].count("add.s16x2"),
+        instructions=len(code), packed_adds=ptx.count("add.s16x2"),
         overwritten=overwrites(code) if _count(names, r".*GMMA") else 0,
     )  # fmt: skip
 
