@@ -13,12 +13,21 @@ from process import run_without_interpreter
 WORKER = Path(__file__).parents[1] / "support" / "machine_worker.py"
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
-def found(request) -> dict:
-    """What the worker prints, by the name of its functions."""
+TARGETS = "sm_80", "sm_90", "sm_100"
+
+
+@pytest.fixture(scope="module")
+def of_targets() -> dict:
+    """What the worker prints."""
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         pytest.skip("the machine is built by a C++ compiler, and there is none")
-    return json.loads(run_without_interpreter(WORKER, request.param))
+    return json.loads(run_without_interpreter(WORKER, *TARGETS))
+
+
+@pytest.fixture(params=TARGETS)
+def found(request, of_targets) -> dict:
+    """What it prints of a target, by the name of its functions."""
+    return of_targets[request.param]
 
 
 def test_what_is_written_where_it_is_read_has_one_owner(found):
