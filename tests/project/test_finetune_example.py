@@ -197,27 +197,14 @@ def test_table_has_all_sides(compared):
             assert side["kept_for_backward"] / 4 < side["peak_memory_growth"] < 2**29
 
 
-def test_jsonl_all_linear_and_auto_dtype_without_peft(inputs, tmp_path):
-    data, out = tmp_path / "text.jsonl", tmp_path / "out"
-    texts = [{"text": TEXT[i : i + 4000]} for i in range(0, 12000, 4000)]
-    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    options = ["--data", data, "--out", out, "--target", "all-linear", "--dtype", "auto"]
-    code, printed, errors = finetune(*inputs, *options, "--no-compare", more=NO_16_BIT_PRODUCTS)
-    assert code == 0, errors
-    report = json.loads((out / "loss.json").read_text())
-    assert list(report["results"]) == ["fastlora"]
-    assert report["step_time_over_peft"] == report["step_time_over_frozen"] == {}
-    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert "down_proj" in config["target_modules"]
-    assert not (out / "checkpoints" / "PEFT").exists()
-    choice = report["dtype_choice"]
-    assert choice["asked"] == "auto"
-    assert f"{choice['dtype']} on cpu: {choice['why']}" in printed.splitlines()
-    assert report["settings"]["dtype"] == choice["dtype"]
-    if platform.machine() == "x86_64":
-        assert choice["dtype"] == "float32"
-    assert report["machine"]["threads"] == 1
-    assert report["machine"]["versions"]["torch"] == torch.__version__
+def test_without_peft_there_is_one_side(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--no-compare"])
+    example = importlib.import_module("finetune")
+    settings = vars(example.parse_options("…"))
+    assert example.sides_of(settings) == ["fastlora"]
+    results = {"fastlora": {"seconds_per_step": [1.0, 2.0]}}
+    assert [example.step_time_over(base, results) for base in ("PEFT", "frozen")] == [{}, {}]
 
 
 def test_auto_dtype_follows_what_is_slow(monkeypatch):
@@ -281,14 +268,20 @@ def write_gguf(gguf, folder, heads):
     writer.close()
 
 
-def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
+def test_experts_train_as_peft_s_of_jsonl_with_all_linear_and_auto_dtype(
+    inputs, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     small_moe = importlib.import_module("small_moe")
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     small_moe.make(tmp_path / "moe", 0, {"hidden_size": 32, "head_dim": 16} | layers | experts)
-    options = ["--experts", "--model", tmp_path / "moe", "--out", tmp_path / "out"]
-    code, printed, errors = finetune(*options, *inputs[2:], "--steps=2")
+    data = tmp_path / "text.jsonl"
+    texts = [{"text": TEXT[i : i + 4000]} for i in range(0, 12000, 4000)]
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    options = ["--experts", "--model", tmp_path / "moe", "--out", tmp_path / "out", "--steps=2"]
+    options += ["--data", data, "--target", "all-linear", "--dtype", "auto"]
+    code, printed, errors = finetune(*inputs[4:], *options, more=NO_16_BIT_PRODUCTS)
     assert code == 0, errors
     assert "saved and loaded by PEFT" in printed  # whose logits were compared
     report = json.loads((tmp_path / "out" / "loss.json").read_text())
@@ -302,6 +295,15 @@ def test_experts_train_as_peft_s(inputs, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     names = {name.split(".")[-1] for name in config["target_parameters"]}
     assert names == {"gate_up_proj", "down_proj"}
+    assert {"q_proj", "o_proj"} <= set(config["target_modules"])
+    choice = report["dtype_choice"]
+    assert choice["asked"] == "auto"
+    assert f"{choice['dtype']} on cpu: {choice['why']}" in printed.splitlines()
+    assert report["settings"]["dtype"] == choice["dtype"]
+    if platform.machine() == "x86_64":
+        assert choice["dtype"] == "float32"
+    assert report["machine"]["threads"] == 1
+    assert report["machine"]["versions"]["torch"] == torch.__version__
 
 
 BAD_INPUT = [
@@ -396,22 +398,43 @@ def test_ctrl_c_leaves_nothing_half_written(inputs, tmp_path):
     assert ended(sides)
 
 
-@pytest.mark.parametrize("killed", ["a side", "the whole"])
-def test_one_that_is_killed_ends_all(inputs, tmp_path, killed):
+def test_a_side_that_is_killed_ends_all(inputs, tmp_path):
+    """As the system does when memory runs out."""
     process, sides = start_training(*inputs, "--out", tmp_path)
-    (sides[-1] if killed == "a side" else process).kill()
+    sides[-1].kill()
     _, errors = process.communicate(timeout=60)
-    if killed == "a side":  # as the system does when memory runs out
-        assert process.returncode == 1
-        assert (
-            "optimized ended with signal SIGKILL, as if memory ran out" in errors.splitlines()[-1]
-        )
-        assert "Traceback" not in errors
-        assert list(tmp_path.iterdir()) == []
+    assert process.returncode == 1
+    assert "optimized ended with signal SIGKILL, as if memory ran out" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
     assert ended(sides)
 
 
-def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
+WAITING = """
+import sys
+import worker
+worker.CONTEXT.set_forkserver_preload([])
+sides = [worker.Worker(name, "waits", {}) for name in ("one", "other")]
+print(*[side.process.pid for side in sides if side.answer()], flush=True)
+sides[0].answer()
+"""
+
+
+def test_sides_end_with_the_process_that_started_them(tmp_path):
+    psutil = pytest.importorskip("psutil", reason="accelerate brings it")
+    (tmp_path / "waits.py").write_text(
+        "def main(run):\n    run.parent.send('ready')\n    run.parent.recv()\n"
+    )
+    folders = os.pathsep.join([str(SCRIPT.parent), str(tmp_path)])
+    process = start("-c", WAITING, script="-u", more={"PYTHONPATH": folders})
+    sides = [psutil.Process(int(each)) for each in process.stdout.readline().split()]
+    assert len(sides) == 2
+    process.kill()
+    process.communicate(timeout=60)
+    assert ended(sides)
+
+
+def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path, monkeypatch, capsys):
     model_and_data, out = inputs[:4], tmp_path / "sweep"
     options = ("--steps", "4", "--batch", "2", "--seq-len", "32", "--out", out)
     script = SCRIPT.with_name("sweep.py")
@@ -423,6 +446,10 @@ def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path):
     assert f"are in {out}" in printed
     peft = pytest.importorskip("peft")
     assert peft.PeftConfig.from_pretrained(out / "best").r in (2, 8, 32, 128)
-    code, _, errors = finetune(*model_and_data, *options, script=script)
-    assert code == 2
-    assert f"--out {out} has a sweep: --resume goes on, --replace begins anew" in errors
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("sweep").parse_options()
+    assert stopped.value.code == 2
+    said = f"--out {out} has a sweep: --resume goes on, --replace begins anew"
+    assert said in capsys.readouterr().err
