@@ -54,7 +54,8 @@ def rows_of(case: Case, by_ptx: bool = False) -> list[dict]:
             {
                 "case": case.name, "target": case.target, "kernel": launch.name, **facts,
                 "descriptors": launch.arguments.get("DESCRIPTORS", False),
-                "limit": target.shared_memory, "compiled": asdict(compile_launch(launch, target, by_ptx)),
+                "limit": target.shared_memory,
+                "compiled": asdict(compile_launch(launch, target, by_ptx)),
             }
             for launch in launches(case)
         ]  # fmt: skip

@@ -143,7 +143,7 @@ def other_cases(target: str) -> list[Case]:
 
 
 def cases_in_turn(targets: Sequence[str]) -> list[Case]:
-    """Brief ones: of those that a family has in common, each is compiled for one target, in turn."""
+    """Brief ones; what several targets of a family have is compiled for one of them, in turn."""
     alike: dict[tuple, list[Case]] = {}
     for target in targets:
         family = next(each for each in FAMILIES if target in each)
