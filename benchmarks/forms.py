@@ -29,8 +29,8 @@ from fastlora.kernels import (
     FLOAT8,
     FOUR_BIT,
     INT8,
-    Own,
     Packed,
+    SegmentNumbers,
     dequant,
     dropout_threshold,
     gemm_lowrank,
@@ -111,7 +111,7 @@ class Operands:
         M, N, ranks = form.M, form.columns, form.ranks
         count = form.segments if form.own else len(ranks)
         self.seeds = torch.arange(count, device=device) if form.dropout else None
-        self.ends, self.banks, self.order, self.own = None, (), None, None
+        self.ends, self.banks, self.order, self.numbers = None, (), None, None
         if form.segments:
             self.banks = (form.segments,)
             ends = torch.arange(1, form.segments + 1, device=device) * M // form.segments
@@ -120,7 +120,8 @@ class Operands:
             self.order = torch.arange(M, dtype=torch.int32, device=device).flip(0)
             factors = torch.full((form.segments,), FACTOR, device=device)
             least = dropout_threshold(form.dropout)
-            self.own = Own(factors, torch.full_like(factors, least, dtype=torch.int32))
+            thresholds = torch.full_like(factors, least, dtype=torch.int32)
+            self.numbers = SegmentNumbers(factors, thresholds)
         self.bias = self._random(*self.banks, N) if form.bias else None
         self.us = [self._random(M, r) for r in ranks]  # h, or every dh
         if form.kernel.endswith("lowrank"):
@@ -153,7 +154,7 @@ class Operands:
         form = self.form
         shared = {"precision": form.precision, "config": config}
         shared |= {"dropout": form.dropout, "seeds": self.seeds, "ends": self.ends}
-        sorted_ = {"order": self.order, "own": self.own}
+        sorted_ = {"order": self.order, "numbers": self.numbers}
         if form.kernel == "project":
             return project(self.v, self.adapters, [FACTOR] * len(form.ranks), **shared, **sorted_)
         if form.kernel == "weight_grad":

@@ -287,11 +287,11 @@ def adapters_of(lora_a: Any, lora_b: Any) -> tuple[Adapter[Tensor], ...]:
     Raises TypeError for what is neither banks nor lists, and ValueError for unlike numbers.
     """
     if isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor):
-        for name, bank, own in (("lora_a", lora_a, "r, K"), ("lora_b", lora_b, "N, r")):
+        for name, bank, dims in (("lora_a", lora_a, "r, K"), ("lora_b", lora_b, "N, r")):
             if bank.is_nested or bank.layout is not torch.strided or bank.dim() != 3:
                 raise ValueError(
                     f"{name} has shape {tuple(bank.shape) if not bank.is_nested else 'nested'}, "
-                    f"but a bank must be dense, [adapters, {own}]; or give a list of matrices"
+                    f"but a bank must be dense, [adapters, {dims}]; or give a list of matrices"
                 )
         lora_a, lora_b = lora_a.unbind(), lora_b.unbind()
     elif not (isinstance(lora_a, list | tuple) and isinstance(lora_b, list | tuple)):

@@ -22,8 +22,8 @@ class Share(NamedTuple):
     place: slice  # in the sorted order
 
 
-class Own(NamedTuple):
-    """Numbers of each segment's own, on the host."""
+class HostNumbers(NamedTuple):
+    """What each segment has for itself, on the host."""
 
     scales: tuple[float, ...]
     ranks: tuple[int, ...]  # what lies behind it in an adapter's tensors is never read
@@ -34,8 +34,8 @@ class Rows(NamedTuple):
     """The rows of x, cut into segments, any of which may be empty.
 
     *Experts*: rows lie sorted, and each segment has a layer of its own: weight [E, N, K], and so
-    on.  *Many adapters*: the base is shared, and each segment has an adapter and numbers of its
-    ``own``.  What is sorted there are items, and ``order`` has where each lies.
+    on.  *Many adapters*: the base is shared, and each segment has an adapter and ``numbers``
+    for it.  What is sorted there are items, and ``order`` has where each lies.
 
     ``ends``, int32 [segments], has the number of the row or item behind each segment's last, as in
     ``torch.nn.functional.grouped_mm``.  Rows behind the last end are nobody's: experts make zeros
@@ -44,10 +44,10 @@ class Rows(NamedTuple):
 
     ends: Tensor
     order: Tensor | None = None  # int64 [items]; None: as they lie
-    own: Own | None = None
+    numbers: HostNumbers | None = None
     first: int = 0  # how many rows of the call lie before these, for a mask of dropout
     shares: list[Share] | None = None  # of segments with items, where they are known on the host
-    kept: dict | None = None  # what a backend made of it for all layers that share it
+    memo: dict | None = None  # what a backend made of it for all layers that share it
     of_banks: bool = False  # whether many adapters' tensors are views of two banks, by unbind
 
     @property
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
         """How many there are, of so many rows."""
         return rows if self.order is None else len(self.order)
 
-    def found(self, rows: int) -> list[Share]:
+    def shares_of(self, rows: int) -> list[Share]:
         """The segments that have rows, of so many; on a GPU it may wait for ``ends``.
 
         Raises ValueError for ends that decrease, or lie beyond the rows.
@@ -84,13 +84,13 @@ class Rows(NamedTuple):
     def part(self, output: Output[Tensor], segment: int) -> Output[Tensor]:
         """What a segment's rows go through: views.  A base that is shared isn't part of it."""
         (weight, bias), adapters = output
-        if self.own is not None:
+        if self.numbers is not None:
             lora_a, lora_b, _ = adapters[segment]
-            rank = self.own.ranks[segment]
-            cut = Adapter(lora_a[:rank], lora_b[:, :rank], self.own.scales[segment])
+            rank = self.numbers.ranks[segment]
+            cut = Adapter(lora_a[:rank], lora_b[:, :rank], self.numbers.scales[segment])
             return Output(NO_BASE, (cut,))
-        own = weight.one(segment) if isinstance(weight, Quantised) else weight[segment]
-        base = Base(own, None if bias is None else bias[segment])
+        part = weight.one(segment) if isinstance(weight, Quantised) else weight[segment]
+        base = Base(part, None if bias is None else bias[segment])
         return Output(base, tuple([Adapter(a[segment], b[segment], s) for a, b, s in adapters]))
 
 
@@ -114,7 +114,7 @@ class Numbers(NamedTuple):
         scales = torch.as_tensor(self.scales, dtype=torch.float64, device="cpu")
         return scales, torch.as_tensor(self.ranks, dtype=torch.int64, device="cpu")
 
-    def on_host(self, adapters: Sequence[Adapter[Tensor]]) -> Own:
+    def on_host(self, adapters: Sequence[Adapter[Tensor]]) -> HostNumbers:
         """Raises ValueError for a scale or a rank that no adapter can have."""
         scales, ranks = map(as_list, self[:2])
         for i, (scale, rank, adapter) in enumerate(zip(scales, ranks, adapters, strict=True)):
@@ -125,7 +125,7 @@ class Numbers(NamedTuple):
                     f"ranks[{i}] is {shown(rank)}, but must be a whole number from 1 to {most}, "
                     "the rows of its lora_a"
                 )
-        return Own(tuple(scales), tuple(ranks), tuple(self.dropouts))
+        return HostNumbers(tuple(scales), tuple(ranks), tuple(self.dropouts))
 
 
 def as_list(numbers: Tensor | list) -> list:
@@ -168,10 +168,10 @@ def as_indices(indices: Tensor | Sequence[int]) -> Tensor:
     """A tensor of them.  Raises TypeError for what can't say which adapter an item belongs to."""
     if not isinstance(indices, Tensor):
         try:
-            found = torch.tensor(indices, dtype=None, device="cpu")  # None: what they are
-            if found.numel() and found.dtype != torch.int64:
+            numbers = torch.tensor(indices, dtype=None, device="cpu")  # None: what they are
+            if numbers.numel() and numbers.dtype != torch.int64:
                 raise TypeError
-            return found.to(torch.int32)
+            return numbers.to(torch.int32)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"adapter_indices is {shown(indices)}, but must be an int32 tensor, a list of "
@@ -221,7 +221,7 @@ def rows_on(order: Tensor, ends: Tensor, device: torch.device) -> Rows:
         together = final - first == place.stop - 1 - place.start
         items = slice(first, final + 1) if together else order[place].to(device)
         shares.append(Share(adapter, items, place))
-    return Rows(ends[:-1], order, shares=shares, kept={})
+    return Rows(ends[:-1], order, shares=shares, memo={})
 
 
 class Many(NamedTuple):
@@ -236,8 +236,8 @@ class Many(NamedTuple):
         mapping = self.indices
         if not isinstance(mapping, AdapterMapping):
             mapping = AdapterMapping(mapping, len(adapters))
-        own = self.numbers.on_host(adapters)
-        return mapping.on(device)._replace(own=own, of_banks=self.of_banks)
+        numbers = self.numbers.on_host(adapters)
+        return mapping.on(device)._replace(numbers=numbers, of_banks=self.of_banks)
 
     def sorted(self, count: int) -> tuple[Tensor, Tensor]:
         """Order and ends by torch's operations alone: a compiler merges those of all layers."""

@@ -18,6 +18,6 @@ from .lowrank import lowrank
 from .packed import FLOAT8, FOUR_BIT, INT8, Packed
 from .plan import Plan, low_rank_pays, plan_for
 from .project import project
-from .segments import Own
+from .segments import SegmentNumbers
 from .target import TARGETS, target_of, use_target
 from .weight_grad import one_pass_pays, weight_grad

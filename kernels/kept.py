@@ -87,17 +87,17 @@ def replayed(
 
 
 def _resolved(
-    function: Callable, tensors: Sequence, settings: tuple, device: torch.device, found: Resolved
+    function: Callable, tensors: Sequence, settings: tuple, device: torch.device, resolved: Resolved
 ) -> Script:
     """The script of a call of a new kind, kept if its kernels are believed.
 
     On trial, where it is noted.  Raises :class:`Unproven` for one that has to be.
     """
-    trial, place = getattr(_here, "trial", None), (id(found.calls), found.key)
+    trial, place = getattr(_here, "trial", None), (id(resolved.calls), resolved.key)
     if trial is not None:
         if place not in trial:
-            trial[place] = found  # for the case that there is none
-            trial[place] = found._replace(script=script_of(function, tensors, settings))
+            trial[place] = resolved  # for the case that there is none
+            trial[place] = resolved._replace(script=script_of(function, tensors, settings))
         return trial[place].script
     try:
         script = script_of(function, tensors, settings)
@@ -108,7 +108,7 @@ def _resolved(
     believed = _judge is None or _judge(script.identities, device)
     if believed is None:
         raise Unproven(refused=False)
-    keep(found._replace(script=script if believed else None))
+    keep(resolved._replace(script=script if believed else None))
     return script if believed else _REFUSED
 
 
@@ -117,13 +117,13 @@ def _believes_all(device: torch.device) -> bool:
     return _judge is None or bool(_judge((), device))
 
 
-def keep(found: Resolved) -> None:
+def keep(resolved: Resolved) -> None:
     """Calls of this kind are replays of this script from now on; without one they are refused."""
-    calls = found.calls
+    calls = resolved.calls
     with _changes:
         while len(calls) >= _MOST:
             del calls[next(iter(calls))]  # the oldest
-        calls[found.key] = found.script or _REFUSED
+        calls[resolved.key] = resolved.script or _REFUSED
 
 
 def _refuse(*_: object) -> list:

@@ -40,8 +40,8 @@ def stated(work: Callable[[Mapping[str, Any]], Work]) -> Callable:
     """
 
     def metadata(grid: tuple[int, ...], kernel: Any, arguments: Mapping[str, Any]) -> dict:
-        found = work(arguments)
-        return {"flops": found.flops, "bytes": found.loaded + found.stored}
+        cost = work(arguments)
+        return {"flops": cost.flops, "bytes": cost.loaded + cost.stored}
 
     return metadata
 

@@ -21,7 +21,7 @@ from .common import (
 from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, power_of_two, row_tiles
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
-    Own,
+    SegmentNumbers,
     bytes_beside,
     own_number,
     row_numbers,
@@ -238,14 +238,15 @@ def lowrank(
     add: bool = False,
     ends: Tensor | None = None,
     order: Tensor | None = None,
-    own: Own | None = None,
+    numbers: SegmentNumbers | None = None,
     config: LowRankConfig | None = None,
 ) -> None:
     """out = Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
 
     out [M, N] and u_i [M, R_i] are contiguous and have one dtype; v_i [R_i, N] has any strides; it
-    and bias [N] are cast as they are read.  ``ends``, ``order`` and ``own`` as in :func:`project`:
-    v_i [E, R_i, N], bias [E, N]; u's rows are added to these of out.  ``config`` must fit the call.
+    and bias [N] are cast as they are read.  ``ends``, ``order`` and ``numbers`` as in
+    :func:`project`: v_i [E, R_i, N], bias [E, N]; u's rows are added to these of out.  ``config``
+    must fit the call.
     """
     M, N, target = sorted_rows(out, order), out.shape[1], target_of(out.device)
     segments = segment_arguments(ends)
@@ -259,7 +260,7 @@ def lowrank(
         arguments = {
             "u": tuple(u), "v": tuple(v), "bias": bias, "out": out,
             "seeds": keys, **segments, "order": order,
-            "own_thresholds": None if own is None or keys is None else own.thresholds,
+            "own_thresholds": None if numbers is None or keys is None else numbers.thresholds,
             "M": M, "N": N, "R": tuple(ranks), "threshold": dropout_threshold(dropout),
             "v_strides": strides_of(v, ends), "bias_strides": bias_strides(bias, ends),
             "out_rows": out.stride(0), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,

@@ -14,13 +14,13 @@ from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, room, row
 from .faults import overwrites_operands
 from .launch import Launch, Work, launch, size_of, stated
 from .segments import (
-    Own,
+    SegmentNumbers,
     bytes_beside,
-    own_arguments,
     own_number,
     row_numbers,
     segment_arguments,
     segment_of_tile,
+    sorted_arguments,
     sorted_rows,
     strides_of,
 )
@@ -159,7 +159,7 @@ def project(
     seeds: Tensor | None = None,
     ends: Tensor | None = None,
     order: Tensor | None = None,
-    own: Own | None = None,
+    numbers: SegmentNumbers | None = None,
     config: ProjectConfig | None = None,
 ) -> list[Tensor]:
     """factor_i · (keep_i ∘ x) v_i for every v_i of ``adapters``: [M, R_i], in x's dtype.
@@ -168,12 +168,12 @@ def project(
     it is read.  ``seeds``: int64, one for each v_i, with ``dropout``.
 
     ``ends``, int32 [E], dense: the rows are cut into segments, v_i is [E, K, R_i], and nobody's
-    rows give zero.  ``order``, int32 [rows]: they are these of x.  ``own``: what segments have
+    rows give zero.  ``order``, int32 [rows]: they are these of x.  ``numbers``: what segments have
     instead of a factor and of ``dropout``, for an adapter bank alone, with ``seeds`` [E].
     """
     M, K, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
     made: list[Tensor] = []
-    for vs, numbers, keys in chunks(adapters, factors, seeds):
+    for vs, some_factors, keys in chunks(adapters, factors, seeds):
         ranks = [v.shape[-1] for v in vs]
         call = Call(
             M, K, max(ranks), x.element_size(), precision, len(vs), keys is not None,
@@ -195,8 +195,8 @@ def project(
         arguments = {
             "x": x, "v": tuple(vs), "u": tuple(us), "planes": tuple(planes), "seeds": keys,
             **segment_arguments(ends),
-            **own_arguments(order, own, scaled=True, masked=keys is not None),
-            "M": M, "K": K, "factors": tuple(numbers), "threshold": dropout_threshold(dropout),
+            **sorted_arguments(order, numbers, scaled=True, masked=keys is not None),
+            "M": M, "K": K, "factors": tuple(some_factors), "threshold": dropout_threshold(dropout),
             "steps": steps, "x_strides": x.stride(), "v_strides": strides_of(vs, ends),
             "R": tuple(ranks), "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k,
             "BLOCK_R": block_r, "R_TILES": r_tiles, "PRECISION": precision,

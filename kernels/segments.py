@@ -6,9 +6,9 @@ segment e have the numbers from start // BLOCK + e on.  That grows with e, so th
 first number isn't above a tile's is the tile's own; and a few numbers are left that are no tile's.
 So a kernel finds a tile's segment by itself, with one load of all ends: no table is made before.
 
-The segments are experts, or adapters.  Those of adapters have an :class:`Own` factor and mask each,
-and an ``order`` [M], int32, where the rows weren't sorted before: the number of each sorted row in
-x, or in the result.
+The segments are experts, or adapters.  Those of adapters have a factor and a mask each
+(:class:`SegmentNumbers`), and an ``order`` [M], int32, where the rows weren't sorted before: the
+number of each sorted row in x, or in the result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from .launch import size_of
 _MOST_AT_ONCE = 1024
 
 
-class Own(NamedTuple):
+class SegmentNumbers(NamedTuple):
     """What each segment has of its own, in the place of a factor, and of one mask of dropout.
 
     A launch that takes this has one projection, and seeds, if any, for each segment.  A mask's
@@ -43,11 +43,11 @@ def segment_arguments(ends: Tensor | None) -> dict[str, Any]:
     return {"ends": ends, "segments": len(ends), "SEGMENT_BLOCK": block}
 
 
-def own_arguments(
-    order: Tensor | None, own: Own | None, *, scaled: bool, masked: bool
+def sorted_arguments(
+    order: Tensor | None, numbers: SegmentNumbers | None, *, scaled: bool, masked: bool
 ) -> dict[str, Tensor | None]:
-    """Of ``own``, what a launch reads that is ``scaled`` or ``masked``."""
-    factors, thresholds = (None, None) if own is None else own
+    """Of ``numbers``, what a launch reads that is ``scaled`` or ``masked``."""
+    factors, thresholds = (None, None) if numbers is None else numbers
     return {
         "order": order,
         "own_factors": factors if scaled else None,

@@ -14,13 +14,13 @@ from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_c
 from .launch import Launch, Work, launch, size_of, stated
 from .lowrank import add_kept
 from .segments import (
-    Own,
+    SegmentNumbers,
     bytes_beside,
-    own_arguments,
     own_number,
     row_numbers,
     segment_arguments,
     segment_rows,
+    sorted_arguments,
     sorted_rows,
     strides_of,
 )
@@ -234,7 +234,7 @@ def weight_grad(
     low_rank: Tensor | None = None,
     ends: Tensor | None = None,
     order: Tensor | None = None,
-    own: Own | None = None,
+    numbers: SegmentNumbers | None = None,
     config: WeightGradConfig | None = None,
 ) -> Tensor | None:
     """out_i = (keep_i ∘ x)ᵀ u_i, into ``outs``; given ``b`` or ``vs``, more in the same pass.
@@ -247,7 +247,7 @@ def weight_grad(
     [N, R_i]; Σ_i keep_i ∘ (u_i v_iᵀ) goes into ``low_rank`` [M, N], contiguous and in x's dtype.
 
     ``ends`` as there: out_i is [E, N, R_i], zero for a segment without rows, and b [E, N, R_0].
-    ``order`` and ``own``, too.
+    ``order`` and ``numbers``, too.
     """
     M, N, target = sorted_rows(x, order), x.shape[1], target_of(x.device)
     made = product = None
@@ -274,7 +274,7 @@ def weight_grad(
             "x": x, "u": tuple(u), "out": tuple(out), "planes": tuple(planes), "v": tuple(v),
             "made": made, "low_rank": low_rank, "ADD": low_rank is not None and i > 0,
             "seeds": keys, **segment_arguments(ends),
-            **own_arguments(order, own, scaled=b is not None, masked=keys is not None),
+            **sorted_arguments(order, numbers, scaled=b is not None, masked=keys is not None),
             "M": M, "N": N, "factor": factor, "threshold": dropout_threshold(dropout),
             "steps": steps, "x_strides": x.stride(), "out_strides": strides_of(out, ends),
             "v_strides": strides_of(v, ends),

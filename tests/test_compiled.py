@@ -100,9 +100,9 @@ def test_what_is_kept_of_modules_follows_each_change(kind, walk):
 def test_a_second_call_reads_nothing(kind, monkeypatch):
     """But the numbers of its tensors, which training changes."""
     state, readings = State(kind).compile("kept"), []
-    kept = reading.Kept.__init__
+    kept = reading.Memory.__init__
     monkeypatch.setattr(
-        reading.Kept, "__init__", lambda self, it: readings.append(it) or kept(self, it)
+        reading.Memory, "__init__", lambda self, it: readings.append(it) or kept(self, it)
     )
     state.numbers(True)
     assert readings or "experts" in state.words

@@ -23,7 +23,7 @@ def segments(*ends: int) -> Rows:
 )
 def test_slices_and_owners_agree(ends, rows, owners):
     assert segments(*ends).of_rows(rows).tolist() == owners
-    found = segments(*ends).found(rows)
+    found = segments(*ends).shares_of(rows)
     for e, items, place in found:
         assert items == place
         assert owners[place] == [e] * (place.stop - place.start)
@@ -35,7 +35,7 @@ def test_slices_and_owners_agree(ends, rows, owners):
 @pytest.mark.parametrize("ends", [(3, 2), (-1, 2), (2, 6), (6, 6), (-2, -1)], ids=str)
 def test_ends_that_can_t_be(ends):
     with pytest.raises(ValueError, match=r"offsets are .*none above 5, the rows of x"):
-        segments(*ends).found(5)
+        segments(*ends).shares_of(5)
 
 
 def test_parts_are_views():

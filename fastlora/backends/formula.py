@@ -111,18 +111,18 @@ def _backward(
     beta: float,
 ) -> list[Output[Tensor | None]]:
     """The same; dx = beta · dx + its parts."""
-    found: list[Output[Tensor | None]] = []
+    gradients: list[Output[Tensor | None]] = []
     # The first adapter's part is written into dx as it is, and the base's product added on top, in
     # its accumulator: a pass less than the other way round.
     for dy, output, thin, need, some in zip(dys, outputs, hs, wanted, masks, strict=True):
         if dy is None:
-            found.append(no_gradients(output))
+            gradients.append(no_gradients(output))
             continue
         adapters = []
         for one in zip(output.adapters, need.adapters, thin, some, strict=True):
             adapters.append(_adapter_gradients(dy, x, *one, dx, beta))
             beta = 1.0
-        found.append(Output(base_gradients(dy, x, output.base, need.base), tuple(adapters)))
+        gradients.append(Output(base_gradients(dy, x, output.base, need.base), tuple(adapters)))
     if dx is not None:
         for dy, output in zip(dys, outputs, strict=True):
             if dy is not None and output.base.weight is not None:
@@ -130,7 +130,7 @@ def _backward(
                 beta = 1.0
         if not beta:
             dx.zero_()
-    return found
+    return gradients
 
 
 def _wide_backward(
@@ -145,7 +145,7 @@ def _wide_backward(
 ) -> list[Output[Tensor | None]]:
     """The same in float32, summed over blocks of rows."""
     wide, total = [_in_float32(output) for output in outputs], [no_gradients(o) for o in outputs]
-    reads_x = any(base.weight or any([a.lora_a for a in own]) for base, own in wanted)
+    reads_x = any(base.weight or any([a.lora_a for a in adapters]) for base, adapters in wanted)
     for rows in wide_rows(x, outputs):
         some = rows_of(x, rows)
         x_rows = SCRATCH.widen("x", some) if reads_x else SCRATCH.take("x", *some.shape)
@@ -161,8 +161,8 @@ def _wide_backward(
             if dy is None:
                 continue
             dy_rows, given = SCRATCH.widen("dy", rows_of(dy, rows)), ([its_h], [need], [mask])
-            (found,) = _backward([dy_rows], x_rows, [output], *given, dx_rows, of_block)
-            total[i] = _sum(total[i], found)
+            (of_rows,) = _backward([dy_rows], x_rows, [output], *given, dx_rows, of_block)
+            total[i] = _sum(total[i], of_rows)
             of_block = 1.0
         if dx is not None and dx_rows is not None:
             rows_of(dx, rows).copy_(dx_rows if of_block else dx_rows.zero_())
@@ -187,16 +187,18 @@ def _sum(total: Output[Tensor | None], part: Output[Tensor | None]) -> Output[Te
     )
 
 
-def _in_dtypes_of(output: Output[Tensor], found: Output[Tensor | None]) -> Output[Tensor | None]:
+def _in_dtypes_of(
+    output: Output[Tensor], gradients: Output[Tensor | None]
+) -> Output[Tensor | None]:
     """The gradients, each in its own tensor's dtype."""
 
     def rounded(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
         return gradient if gradient is None or tensor is None else gradient.to(tensor.dtype)
 
-    pairs = zip(found.adapters, output.adapters, strict=True)
+    pairs = zip(gradients.adapters, output.adapters, strict=True)
     return Output(
-        Base(*map(rounded, found.base, output.base)),
-        tuple([_pair(*map(rounded, own[:2], adapter[:2])) for own, adapter in pairs]),
+        Base(*map(rounded, gradients.base, output.base)),
+        tuple([_pair(*map(rounded, pair[:2], adapter[:2])) for pair, adapter in pairs]),
     )
 
 

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     rows: Rows | None = None  # how x's rows are cut into segments; None: they aren't
     # What the backend found out for a forward with inputs of these shapes, strides, dtypes, devices
     # and addresses modulo 16; None where they may differ from call to call.
-    kept: dict | None = None
+    memo: dict | None = None
     is_few: bool = False  # so few rows that torch's autograd is to follow the textbook formula
 
 

@@ -195,7 +195,7 @@ def _experts(
     """What is stacked is taken apart at once, and all rows have one mask."""
     of_each = list(zip(*map(_apart, outputs), strict=True))
     masks = whole = _masks((rows.first + len(x), x.shape[1]), outputs, seeds, p)
-    for share in rows.found(len(x)) if len(x) else ():
+    for share in rows.shares_of(len(x)) if len(x) else ():
         if seeds is not None:
             masks = from_row(whole, rows.first + share.place.start)
         yield _Part(of_each[share.segment], masks, share.place, share.place, share)
@@ -217,10 +217,10 @@ def _many_adapters(
     yield _Part(alone, [[]] * len(alone), everything, everything, None)
     items = rows.items(len(x))
     each = len(x) // max(1, items)  # rows of an item
-    assert rows.own is not None
-    for share in rows.found(len(x)) if each else ():
+    assert rows.numbers is not None
+    for share in rows.shares_of(len(x)) if each else ():
         at, place = share.segment, slice(share.place.start * each, share.place.stop * each)
-        mask, p = None, 0.0 if seeds is None else rows.own.dropouts[at]
+        mask, p = None, 0.0 if seeds is None else rows.numbers.dropouts[at]
         if p and seeds is not None:
             shape = place.stop - place.start, x.shape[1]
             mask = DropoutMask(seeds[at : at + 1], shape, p)

@@ -131,12 +131,12 @@ class FourBit(Format):
 
     def _absmax(self, tensors: Sequence[Tensor], first: int, last: int) -> Tensor:
         """Of the blocks from ``first`` to ``last``."""
-        own = tensors[1][first:last]
+        some = tensors[1][first:last]
         if not self.nested:
-            return own
+            return some
         _, _, absmax2, code2, offset = tensors
         each = of_rows(absmax2, first, last - first, self.nested)
-        return code2.index_select(0, own.int()).mul_(each).add_(offset)
+        return code2.index_select(0, some.int()).mul_(each).add_(offset)
 
 
 @cache

@@ -92,8 +92,8 @@ def _write(packed: Tensor, scale: Tensor, block: int, out: Tensor, wide: torch.d
         some = out[rows]
         values = place_for(some, wide)
         values.copy_(_halves(packed[rows]))
-        own = scales_of(values, scale[rows], 2.0**14)
-        values.unflatten(1, (-1, block)).mul_(own[:, :, None])
+        scales = scales_of(values, scale[rows], 2.0**14)
+        values.unflatten(1, (-1, block)).mul_(scales[:, :, None])
         if values is not some:
             some.copy_(values)
     return out

@@ -44,11 +44,11 @@ class Adapted(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        for kept in self._bases.values():  # .to(), .cuda() and .half() reach what is kept aside
-            if isinstance(kept, nn.Module):
-                kept._apply(fn)
-            elif kept is not None:
-                kept.data = fn(kept.data)
+        for base in self._bases.values():  # .to(), .cuda() and .half() reach what is kept aside
+            if isinstance(base, nn.Module):
+                base._apply(fn)
+            elif base is not None:
+                base.data = fn(base.data)
         return self
 
     def adapted_weights(self) -> Iterable[tuple[str, "AdaptedWeight"]]:
@@ -57,7 +57,7 @@ class Adapted(nn.Module):
 
     def adapter_names(self) -> list[str]:
         """What it calls each lora_A and lora_B."""
-        return [own for _, weight in self.adapted_weights() for own in weight.pair_names()]
+        return [name for _, weight in self.adapted_weights() for name in weight.pair_names()]
 
     def detach_adapter(self) -> None:
         """Become the plain module again, in place, with merged weights where they are merged."""
@@ -370,14 +370,14 @@ def run_with(
     Or, while it runs, of what hasn't one: of a packed weight.
     """
     parameters: Any = module._parameters
-    kept = {name: parameters[name] for name in weights if name in parameters}
+    before = {name: parameters[name] for name in weights if name in parameters}
     try:
         parameters.update(weights)
         return run(*args, **named)
     finally:
-        for name in weights.keys() - kept.keys():
+        for name in weights.keys() - before.keys():
             del parameters[name]
-        parameters.update(kept)
+        parameters.update(before)
 
 
 def add_product(

@@ -149,8 +149,8 @@ class LoRAExperts(Adapted, PackedExperts):
         features = features_of(self, name)
         r = len(adapter[0]) // features.experts
         self.adaptations[name] = Adaptation(features, r, lora_alpha, use_rslora)
-        for own, tensor in zip(names_of_pair(name), adapter, strict=True):
-            setattr(self, own, tensor)
+        for its_name, tensor in zip(names_of_pair(name), adapter, strict=True):
+            setattr(self, its_name, tensor)
 
     def detach_adapter(self) -> None:
         super().detach_adapter()
@@ -212,7 +212,7 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     if needs_class(module) and not isinstance(module, PackedExperts):
         return "its weights are dense, in a class for float8: a cast of codes lost their scales"
     ours = [*LoRAExperts.lora_settings, "_bases", *vars(LoRAExperts), *vars(PackedExperts)]
-    added = [*ours, *(own for name in names for own in names_of_pair(name))]
+    added = [*ours, *(each for name in names for each in names_of_pair(name))]
     known = PackedExperts if isinstance(module, PackedExperts) else nn.Module
     taken = next((n for n in added if hasattr(module, n) and not hasattr(known, n)), "")
     if taken:

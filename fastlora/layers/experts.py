@@ -132,8 +132,8 @@ def _is_plain_function(act: Any) -> bool:
 def experts_of_a_token(module: Any) -> int:
     """How many run for each token; 0 where nothing says so."""
     config = getattr(module, "config", None)
-    found = [getattr(config, name, None) for name in PER_TOKEN]
-    return next((number for number in found if type(number) is int), 0)
+    numbers = [getattr(config, name, None) for name in PER_TOKEN]
+    return next((number for number in numbers if type(number) is int), 0)
 
 
 def stacked(

@@ -79,12 +79,12 @@ def why_not_base(layer: nn.Module) -> str:
     """Why apply_lora can't give this module an adapter; "" if it can."""
     if isinstance(layer, LoRALayer):
         return "it already has one (fastlora.remove_lora takes it away)"
-    found = quantised_weight(layer)
-    reason = why_not_class(type(layer)) if found is None and not is_router(layer) else ""
+    quantised = quantised_weight(layer)
+    reason = why_not_class(type(layer)) if quantised is None and not is_router(layer) else ""
     if reason:
         return f"it is {reason}"
-    if isinstance(found, str):
-        return f"it is a {type(layer).__name__}: {found}"
+    if isinstance(quantised, str):
+        return f"it is a {type(layer).__name__}: {quantised}"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     vendor = vendor_of(layer)
@@ -110,10 +110,10 @@ def why_not_base(layer: nn.Module) -> str:
 def matrix_of(linear: nn.Module, kind: type[nn.Module] | None = None) -> Tensor:
     """A base's weight as [out, in]; packed, if it is a vendor's.  ``kind``: its class by itself."""
     kind = type(linear) if kind is None else kind
-    found: Any = quantised_weight(linear, kind)
-    if isinstance(found, PackedLayer):
-        found = found.weight
-        return found
+    quantised: Any = quantised_weight(linear, kind)
+    if isinstance(quantised, PackedLayer):
+        weight: Any = quantised.weight
+        return weight
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.t() if is_conv1d(kind) else weight
@@ -128,11 +128,11 @@ def read_base(base: nn.Module, adapted: bool) -> tuple[str, Any, Any, PackedLaye
     it, name, of = "it", "its weight", ""
     if adapted:
         it, name, of = "its base", "its base layer", "the weight of "
-    kind, found = type(base), quantised_weight(base)
-    packed = found if isinstance(found, PackedLayer) else None
-    reason = why_not_class(kind) if found is None else ""
-    if isinstance(found, str):
-        reason = f"a {kind.__name__}: {found}"
+    kind, quantised = type(base), quantised_weight(base)
+    packed = quantised if isinstance(quantised, PackedLayer) else None
+    reason = why_not_class(kind) if quantised is None else ""
+    if isinstance(quantised, str):
+        reason = f"a {kind.__name__}: {quantised}"
     elif not reason and "parametrizations" in base._modules:  # to read it is to compute it
         reason = "parametrised"
     elif not (adapted or reason or packed is not None or "weight" in base._parameters):

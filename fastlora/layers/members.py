@@ -67,15 +67,15 @@ def why_not_part(
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something acts on a call of this module besides its class's forward."""
-    own = module.__dict__  # a look-up here takes half the time of an attribute
+    attributes = module.__dict__  # a look-up here takes half the time of an attribute
     if torch.compiler.is_compiling():
         _guard(module)
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or ("forward" in own and not _acts_as_its_class(module))
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or ("forward" in attributes and not _acts_as_its_class(module))
     )
 
 
@@ -96,8 +96,8 @@ def _acts_as_its_class(module: nn.Module) -> bool:
     It may be accelerate's, which moves inputs to the weight's device, where the fast path asks them
     to be; or the class's own, which accelerate leaves there when its hook is removed.
     """
-    own = module.__dict__["forward"]
-    if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+    forward = module.__dict__["forward"]
+    if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
         return True
     hook: Any = module.__dict__.get("_hf_hook")
     return (

@@ -87,8 +87,8 @@ class GatedMLP(nn.Module):
     def parts(self) -> list[nn.Module]:
         """The modules that :meth:`read` reads."""
         modules = self._modules
-        found = [m for m in (modules.get("act_fn"), *map(modules.get, PARTS)) if m is not None]
-        return [each for module in found for each in (module, *self.parts_of(module))]
+        parts = [m for m in (modules.get("act_fn"), *map(modules.get, PARTS)) if m is not None]
+        return [each for module in parts for each in (module, *self.parts_of(module))]
 
     def parts_of(self, module: nn.Module) -> list[nn.Module]:
         """The modules inside of gate, up or down that are read, too."""
@@ -158,17 +158,17 @@ class _Dtypes(NamedTuple):
 def _dtypes_of_all(x: Tensor, reading: Reading) -> _Dtypes | None:
     """Those of every layer of a block that is called with x; None where the nodes have others."""
     cast = autocast_dtype(x) if x.dtype in AUTOCAST_DTYPES else None
-    found = set()
+    of_layers = set()
     for output, packed in zip(reading.outputs, reading.packed, strict=True):
-        own = output.base.weight.dtype if packed is None else packed.compute_dtype or x.dtype
-        inside = cast if cast is not None and own in AUTOCAST_DTYPES else own
-        if packed is not None and own not in (inside, x.dtype):
+        dtype = output.base.weight.dtype if packed is None else packed.compute_dtype or x.dtype
+        inside = cast if cast is not None and dtype in AUTOCAST_DTYPES else dtype
+        if packed is not None and dtype not in (inside, x.dtype):
             return None  # it rounds twice
         restores = packed is not None and packed.restores
-        found.add(_Dtypes(inside, x.dtype if restores else inside))
-    if len(found) > 1:
+        of_layers.add(_Dtypes(inside, x.dtype if restores else inside))
+    if len(of_layers) > 1:
         return None
-    (dtypes,) = found
+    (dtypes,) = of_layers
     is_wide = dtypes.inside in HALF_DTYPES and dtypes.outside == torch.float32
     return dtypes if is_wide or dtypes.inside == dtypes.outside else None
 
@@ -195,8 +195,8 @@ def why_not_block(module: nn.Module) -> str:
     kind = plain_class_of(type(module))
     if not _is_known(kind.forward) or kind.__call__ is not nn.Module.__call__:
         return _UNKNOWN
-    own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
-    if own is not None and getattr(own, "__func__", None) not in (
+    forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    if forward is not None and getattr(forward, "__func__", None) not in (
         kind.forward,
         type(module).forward,
     ):
@@ -212,12 +212,12 @@ def plain_class_of(kind: type[nn.Module]) -> type[nn.Module]:
 
 def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]:
     """Make every gated MLP a block, and return those that weren't before."""
-    found = [m for m in modules if looks_gated(m) and not isinstance(m, GatedMLP)]
-    found = [module for module in found if not why_not_block(module)]
-    for module in found:
+    gated = [m for m in modules if looks_gated(m) and not isinstance(m, GatedMLP)]
+    blocks = [module for module in gated if not why_not_block(module)]
+    for module in blocks:
         kind = plain_class_of(type(module))
         change_class(module, kind, class_over(mixin, kind, ""))
-    return found
+    return blocks
 
 
 def give_back(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -158,8 +158,8 @@ def take_packed(module: Any, weights: Mapping[str, Quantised]) -> None:
 def settle(module: Any) -> None:
     """Give a module without adapters the class that runs the weights that it has now."""
     kind = plain_class_of(module)
-    own = class_over(PackedExperts, kind, "Packed") if needs_class(module) else kind
-    object.__setattr__(module, "__class__", own)
+    its_class = class_over(PackedExperts, kind, "Packed") if needs_class(module) else kind
+    object.__setattr__(module, "__class__", its_class)
 
 
 def needs_class(module: nn.Module) -> bool:
@@ -204,10 +204,10 @@ def weight_in(module: nn.Module, name: str) -> Any:
     if name not in _scaled(module) or weight.element_size() > 1:
         return weight
     is_gguf = gguf.is_experts(plain_class_of(module))
-    found = (gguf if is_gguf else float8).experts_weight(module, name)
-    if isinstance(found, str):
-        raise ValueError(f"the {plain_class_of(module).__name__} can't be read: {found}")
-    return found
+    weight = (gguf if is_gguf else float8).experts_weight(module, name)
+    if isinstance(weight, str):
+        raise ValueError(f"the {plain_class_of(module).__name__} can't be read: {weight}")
+    return weight
 
 
 def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:

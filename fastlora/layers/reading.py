@@ -220,7 +220,7 @@ class View(NamedTuple):
         return blank.set_(tensor.untyped_storage(), *self.place)
 
 
-class Kept:
+class Memory:
     """A reading of a module, what it was read from, and the calls that came of it."""
 
     def __init__(self, reading: Reading) -> None:
@@ -234,7 +234,7 @@ class Kept:
 
     def __reduce__(self) -> tuple:
         """Copies and pickles of a module are read anew."""
-        return Kept, (Reading("it wasn't read"),)
+        return Memory, (Reading("it wasn't read"),)
 
     def keep(self, watch: Watch) -> None:
         """Let later calls have it, if they will find every tensor of the outputs.
@@ -245,13 +245,13 @@ class Kept:
             return
         tensors, outputs = watch.tensors(), self.reading.outputs
         numbers = {id(tensor): i for i, tensor in enumerate(tensors)}
-        memory = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate(tensors)}
+        storages = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate(tensors)}
         for tensor in flatten(outputs, self._layouts):
             number = numbers.get(id(tensor))
             if number is not None:
                 self._sources.append(number)
                 continue
-            number = memory.get(tensor.untyped_storage().data_ptr())
+            number = storages.get(tensor.untyped_storage().data_ptr())
             if tensor.requires_grad or tensor.is_neg() or number is None:
                 return
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -292,14 +292,14 @@ def key_of(x: Tensor) -> Hashable:
 
 def read_once(
     module: nn.Module, read: Callable[[], Reading], parts: Callable[[], Iterable[nn.Module]]
-) -> tuple[Kept, list[Tensor] | Reading]:
+) -> tuple[Memory, list[Tensor] | Reading]:
     """What is kept of the module, and the tensors of what is watched; or a new reading.
 
     ``parts``: the modules that are read beside this one.
     """
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]
-    before: Kept | None = home.get(place)
+    before: Memory | None = home.get(place)
     if before is not None:
         tensors = before.tensors_now(module)
         if tensors is not None:
@@ -308,21 +308,21 @@ def read_once(
     if before is not None and before.wait:  # it changes all the time: to keep it costs as much
         before.wait, before.watch = before.wait - 1, None
         reading = read()
-        return Kept(reading), reading
+        return Memory(reading), reading
     for each in _PLACES:
         home.setdefault(each, None)
     # Before it is read: what another thread changes meanwhile differs from this in the next call.
     watch = Watch(module, [*parts()])
     reading = read()
-    kept = Kept(reading)
-    kept.attempts = 0 if before is None else min(before.attempts + 1, _MOST_ATTEMPTS)
-    kept.wait = 2**kept.attempts - 1
-    other: Kept | None = home.get(other_place)
+    memory = Memory(reading)
+    memory.attempts = 0 if before is None else min(before.attempts + 1, _MOST_ATTEMPTS)
+    memory.wait = 2**memory.attempts - 1
+    other: Memory | None = home.get(other_place)
     if other is not None and other.tensors_now(module) is None:
         other = None  # it may hold what was replaced
-    home.update({place: kept, other_place: other})
-    kept.keep(watch)
-    return kept, reading
+    home.update({place: memory, other_place: other})
+    memory.keep(watch)
+    return memory, reading
 
 
 def call_as_read(
@@ -341,16 +341,16 @@ def call_as_read(
     """
     if torch.compiler.is_compiling():
         return run_reading(read())[0]
-    kept, found = read_once(module, read, parts)
-    key = None if kept.watch is None else key_of(x)
-    if isinstance(found, list):
-        record = None if key is None else kept.calls.get(key)
+    memory, answer = read_once(module, read, parts)
+    key = None if memory.watch is None else key_of(x)
+    if isinstance(answer, list):
+        record = None if key is None else memory.calls.get(key)
         if record is not None:
-            return run([x, *kept.inputs(found)], record)
-        found = kept.now(found)
-    y, record = run_reading(found)
+            return run([x, *memory.inputs(answer)], record)
+        answer = memory.now(answer)
+    y, record = run_reading(answer)
     if key is not None and record is not None:
-        kept.learn(key, record)
+        memory.learn(key, record)
     return y
 
 

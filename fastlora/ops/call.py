@@ -47,14 +47,14 @@ def run_backward(
     return gradients
 
 
-def kept(
+def to_save(
     x: Tensor,
     hs: Sequence[Tensor],
     needs: Sequence[bool],
     layouts: tuple[Layout, ...],
     one_h: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """What the backward will read of x and of every h, given which inputs need gradients.
+    """x and every h, if the backward will read them, given which inputs need gradients; else None.
 
     ``one_h``: all adapters of an output share one.
     """
@@ -111,17 +111,17 @@ def drop_by(seeds: Tensor | None, call: Call) -> Drop | None:
         return None
     rows = call.rows
 
-    def drop(number: int, own: Tensor, share: Share | None) -> Tensor:
+    def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
         p, before, at = call.dropout, 0, number
-        if share is not None and rows is not None and rows.own is not None:
-            p, at = rows.own.dropouts[share.segment], share.segment
+        if share is not None and rows is not None and rows.numbers is not None:
+            p, at = rows.numbers.dropouts[share.segment], share.segment
         elif share is not None and rows is not None:
             before = rows.first + share.place.start
         if not p:
-            return own
-        shape = before + math.prod(own.shape[:-1]), own.shape[-1]
-        mask = call.backend.dropout_mask(seeds[at], shape, p)[before:].view(own.shape)
-        return torch.where(mask, own / (1.0 - p), 0.0)
+            return x
+        shape = before + math.prod(x.shape[:-1]), x.shape[-1]
+        mask = call.backend.dropout_mask(seeds[at], shape, p)[before:].view(x.shape)
+        return torch.where(mask, x / (1.0 - p), 0.0)
 
     return drop
 
@@ -157,8 +157,8 @@ def gradients_of(
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     options = {"create_graph": create_graph, "allow_unused": True}
     with autocast_off(ys[0].device.type):
-        found = iter(torch.autograd.grad(ys, wanted, dys, **options))
-    return [next(found) if need else None for need in needs]
+        gradients = iter(torch.autograd.grad(ys, wanted, dys, **options))
+    return [next(gradients) if need else None for need in needs]
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -183,8 +183,8 @@ class LoRALinearFunction(torch.autograd.Function):
         ys, hs = run_forward(inputs, seeds, call)
         x, *tensors = inputs
         one_h = call.rows is not None and call.rows.shares_base
-        kept_x, kept_hs = kept(x, hs, ctx.needs_input_grad[_ARGUMENTS:], call.layouts, one_h)
-        ctx.save_for_backward(seeds, ends, kept_x, *tensors, *kept_hs)
+        saved_x, saved_hs = to_save(x, hs, ctx.needs_input_grad[_ARGUMENTS:], call.layouts, one_h)
+        ctx.save_for_backward(seeds, ends, saved_x, *tensors, *saved_hs)
         ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return tuple(ys)

@@ -78,11 +78,11 @@ def _through(
     if isinstance(rows, Many):
         rows = rows.on(x.device, outputs[0].adapters)
     elif rows is not None and x.device.type == "cpu":
-        rows = rows._replace(shares=rows.found(len(x)))  # it raises before anything is drawn
+        rows = rows._replace(shares=rows.shares_of(len(x)))  # it raises before anything is drawn
     name = backend_name(backend, x.device)
     few = rows is None and is_few(x, outputs, name)
-    kept: dict | None = {} if keeps and not few else None
-    call = Call(layouts, dropout, find_backend(name), rows, kept, few)
+    memo: dict | None = {} if keeps and not few else None
+    call = Call(layouts, dropout, find_backend(name), rows, memo, few)
     # Some may have outlived a transform of torch.func, which no known kind has.
     return run(unwrap_dead_wrappers((x, *flatten(outputs, layouts))), call), call
 
@@ -113,9 +113,9 @@ def _seeds(
     layouts: Sequence[Layout], dropout: float, rows: Rows | Many | None, device: torch.device
 ) -> Tensor | None:
     """One for each adapter of a call with dropout."""
-    own = rows.numbers if isinstance(rows, Many) else None if rows is None else rows.own
+    numbers = None if rows is None else rows.numbers
     count = sum([len(layout.scales) for layout in layouts])
-    drops = bool(dropout) if own is None else any(own.dropouts)
+    drops = bool(dropout) if numbers is None else any(numbers.dropouts)
     return draw_seed(count, device) if drops and count else None
 
 

@@ -113,13 +113,14 @@ class _Node(NamedTuple):
         self, inputs: Sequence[Tensor], part: Part, seeds: Tensor | None
     ) -> list[tuple[list[Tensor], Tensor | None, Call]]:
         """Of each product: its tensors of a part's experts, laid flat, its seed, and its call."""
-        found, layouts = [], self.call.layouts
+        products, layouts = [], self.call.layouts
         for i, output in enumerate(unflatten(inputs[2:], layouts)):
-            own = layouts[i : i + 1]
-            tensors = [tensor[part.experts] for tensor in flatten([output], own)]
+            layout = layouts[i : i + 1]
+            tensors = [tensor[part.experts] for tensor in flatten([output], layout)]
             seed = None if seeds is None or not output.adapters else seeds[i : i + 1]
-            found.append((tensors, seed, self.call._replace(layouts=own, rows=part.segments)))
-        return found
+            call = self.call._replace(layouts=layout, rows=part.segments)
+            products.append((tensors, seed, call))
+        return products
 
     def parts(self, inputs: Sequence[Tensor], routing: Routing) -> list[Part]:
         """All experts at once, or some at a time, whose rows stay in cache."""
@@ -209,21 +210,22 @@ def _gradients(
     x, weights, *_ = inputs
     needs_x, needs_weights, *_ = needs
     parts, d_out, left = node.parts(inputs, routing), d_out.to(x.dtype), iter(made)
-    dx, d_weights, found = Sums(routing, parts, x.dtype), weights.new_zeros(routing.order.shape), []
+    dx, d_weights = Sums(routing, parts, x.dtype), weights.new_zeros(routing.order.shape)
+    of_parts = []
     for part in parts:
-        kept = [next(left) for _ in range(len(made) // len(parts))]
+        made_of_part = [next(left) for _ in range(len(made) // len(parts))]
         d_rows, d_shares, *of_part = _gradients_of_part(
-            d_out, inputs, kept, needs, part, routing, seeds, node
+            d_out, inputs, made_of_part, needs, part, routing, seeds, node
         )
         if d_rows is not None:
             dx.add(d_rows, part)
         if d_shares is not None:
             d_weights[routing.order[part.rows]] = d_shares.to(d_weights.dtype)
-        found.append(of_part)
+        of_parts.append(of_part)
     return [
         dx.sums if needs_x else None,
         d_weights.view(weights.shape) if needs_weights else None,
-        *map(_joined, zip(*found, strict=True)),
+        *map(_joined, zip(*of_parts, strict=True)),
     ]
 
 
@@ -291,7 +293,7 @@ def _through_down(
     (wanted,), (output,) = unflatten(needs, call.layouts), unflatten(tensors, call.layouts)
     # dy isn't multiplied by the weights, and the bias has nothing else that could be.
     others = flatten([wanted._replace(base=wanted.base._replace(bias=False))], call.layouts)
-    d_product, *found = run_backward(
+    d_product, *gradients = run_backward(
         [dy], shared, hs, [needs_pre or needs_weights, *others], seed, call
     )
     d_shares, bias, rows = None, output.base.bias, call.rows
@@ -306,8 +308,9 @@ def _through_down(
         nothing = unflatten([False] * len(needs), call.layouts)[0]
         only = flatten([nothing._replace(base=Base(False, True))], call.layouts)
         _, *also = run_backward([dy.mul_(shares)], shared, hs, [False, *only], seed, call)
-        found = [one if other is None else other for one, other in zip(found, also, strict=True)]
-    return d_product, d_shares, found
+        pairs = zip(gradients, also, strict=True)
+        gradients = [one if other is None else other for one, other in pairs]
+    return d_product, d_shares, gradients
 
 
 def _followed_activation(pre: Tensor, activate: Activate) -> Tensor:

@@ -22,10 +22,10 @@ from .call import (
     as_matrix,
     followed,
     gradients_of,
-    kept,
     run_backward,
     run_forward,
     stand_in,
+    to_save,
 )
 from .door import draw_seed
 from .way import autocast_inputs, autocast_is_on, autocast_off
@@ -147,10 +147,10 @@ class GatedLinearFunction(torch.autograd.Function):
         product = call.backend.gated(as_matrix(gate), as_matrix(up), activation, wide)
         (y,), hs = run_forward([product.view(gate.shape), *tensors], seeds, call)
         needs = _needs(ctx)
-        read, kept_hs = kept(product, hs, needs, call.layouts)
-        ctx.save_for_backward(seeds, gate, up, *tensors, *kept_hs)
+        saved_product, saved_hs = to_save(product, hs, needs, call.layouts)
+        ctx.save_for_backward(seeds, gate, up, *tensors, *saved_hs)
         ctx.activation, ctx.wide, ctx.call = activation, wide, call
-        ctx.reads_product = read is not None
+        ctx.reads_product = saved_product is not None
         ctx.set_materialize_grads(False)
         return y
 
@@ -162,10 +162,10 @@ class GatedLinearFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * (_ARGUMENTS + 2 + len(tensors))
         if torch.is_grad_enabled() or are_batched([dy]):
-            found = _differentiable(dy, gate, up, tensors, seeds, ctx)
+            gradients = _differentiable(dy, gate, up, tensors, seeds, ctx)
         else:
-            found = _gradients(dy, gate, up, tensors, hs, needs, seeds, ctx)
-        return (None,) * _ARGUMENTS + tuple(found)
+            gradients = _gradients(dy, gate, up, tensors, hs, needs, seeds, ctx)
+        return (None,) * _ARGUMENTS + tuple(gradients)
 
 
 def _needs(ctx) -> list[bool]:

@@ -22,7 +22,7 @@ from ..backends.torch import widths_of_h
 from ..formats.format import Quantised, from_text
 from ..projection import Layout, Output, flatten, layouts_of, unflatten
 from ..rows import Many, Numbers, Rows, rows_on
-from .call import kept, run_backward, run_forward, stand_in
+from .call import run_backward, run_forward, stand_in, to_save
 from .norm import norm_of_rows, wide_dtype
 from .way import autocast_off
 
@@ -78,8 +78,8 @@ class _Settings(NamedTuple):
         if self.order is not None and self.ends is not None:
             (output,) = unflatten(tensors, layouts)
             numbers: Any = self.own_scales, self.own_ranks, self.own_dropouts
-            own = Numbers(*numbers).on_host(output.adapters)
-            rows = rows_on(self.order, self.ends, x.device)._replace(own=own)
+            on_host = Numbers(*numbers).on_host(output.adapters)
+            rows = rows_on(self.order, self.ends, x.device)._replace(numbers=on_host)
         elif self.ends is not None:
             rows = Rows(self.ends)
         backend = find_backend(self.backend or None, x.device)
@@ -131,13 +131,13 @@ def _lora_linears_backward(dys, x, tensors, hs, needs, *settings):
     hs = [h if h.dim() == 2 else None for h in hs]
     with torch.no_grad():
         call = settings.call(x, tensors)
-        found = run_backward(dys, inputs, hs, needs, settings.seeds, call)
+        gradients = run_backward(dys, inputs, hs, needs, settings.seeds, call)
         return [
             # An adapter without rows has none.
             torch.zeros_like(tensor, memory_format=torch.contiguous_format)
             if gradient is None
             else _alone(gradient)
-            for gradient, tensor, need in zip(found, inputs, needs, strict=True)
+            for gradient, tensor, need in zip(gradients, inputs, needs, strict=True)
             if need
         ]
 
@@ -175,18 +175,18 @@ def _setup_context(ctx, inputs, output):
     settings = _Settings(*rest)
     needs = [tensor.requires_grad for tensor in (x, *tensors)]
     one_h = settings.order is not None
-    kept_x, kept_hs = kept(x, output[1], needs, settings.layouts, one_h)
-    own = [getattr(settings, name) for name in _OF_TENSORS]
-    ctx.save_for_backward(kept_x, *own, *tensors, *kept_hs)
+    saved_x, saved_hs = to_save(x, output[1], needs, settings.layouts, one_h)
+    of_settings = [getattr(settings, name) for name in _OF_TENSORS]
+    ctx.save_for_backward(saved_x, *of_settings, *tensors, *saved_hs)
     ctx.settings = settings._replace(**dict.fromkeys(_OF_TENSORS))
     ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, len(tensors)
 
 
 def _backward(ctx, dys, _):
     x, *rest = ctx.saved_tensors
-    own, rest = rest[: len(_OF_TENSORS)], rest[len(_OF_TENSORS) :]
+    of_settings, rest = rest[: len(_OF_TENSORS)], rest[len(_OF_TENSORS) :]
     tensors, hs = rest[: ctx.count], rest[ctx.count :]
-    settings = ctx.settings._replace(**dict(zip(_OF_TENSORS, own, strict=True)))
+    settings = ctx.settings._replace(**dict(zip(_OF_TENSORS, of_settings, strict=True)))
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     x = stand_in(tensors[0], ctx.shape, ctx.dtype) if x is None else x
     hs = [x.new_empty(0) if h is None else h for h in hs]

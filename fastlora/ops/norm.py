@@ -22,8 +22,8 @@ def norm_of_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -
         for _, rows in widened(source_of(weight), buffer_for(weight, wide)):
             norms.append(torch.linalg.vector_norm(rows, dim=1))
             products.append(rows @ down.T)
-        cross, own = torch.cat(products), up @ (down @ down.T)
-        change = (up * own).sum(1).mul_(scale**2).add_((up * cross).sum(1), alpha=2 * scale)
+        cross, square = torch.cat(products), up @ (down @ down.T)
+        change = (up * square).sum(1).mul_(scale**2).add_((up * cross).sum(1), alpha=2 * scale)
         before = torch.cat(norms)
         after = before.square().add_(change).clamp_min_(0.0).sqrt_()
         smallest = torch.finfo(wide).tiny

@@ -56,13 +56,13 @@ class Routing(NamedTuple):
         """
         if len(self.order) <= most or len(self.ends) == 1:
             return self.whole()
-        ends, found, first, start = self.ends.tolist(), [], 0, 0
+        ends, parts, first, start = self.ends.tolist(), [], 0, 0
         for e, end in enumerate(ends, 1):
             if e == len(ends) or ends[e] - start > most:
                 segments = Rows(self.ends[first:e] - start, first=start)
-                found.append(Part(slice(first, e), slice(start, end), segments))
+                parts.append(Part(slice(first, e), slice(start, end), segments))
                 first, start = e, end
-        return found
+        return parts
 
     def sums(self, rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The sum of each token's rows, times its weights [T, k] if any: [S, N] -> [T, N].

@@ -29,11 +29,11 @@ def textbook(
     else:
         ys = [matrix.new_zeros(len(matrix), width) for width in shapes]
     numbers = torch.arange(len(matrix), dtype=torch.int64, device=x.device)
-    for share in rows.found(len(matrix)) if len(matrix) else ():
+    for share in rows.shares_of(len(matrix)) if len(matrix) else ():
         at = take(numbers.unsqueeze(1), share, items).flatten()
         parts = [rows.part(output, share.segment) for output in outputs]
-        found = _of_rows(matrix[at], parts, drop, share)
-        ys = [y.index_add(0, at, more) for y, more in zip(ys, found, strict=True)]
+        added = _of_rows(matrix[at], parts, drop, share)
+        ys = [y.index_add(0, at, more) for y, more in zip(ys, added, strict=True)]
     return tuple([y.reshape(*x.shape[:-1], n) for y, n in zip(ys, shapes, strict=True)])
 
 
@@ -103,10 +103,10 @@ def of_few_rows(inputs: Sequence[Tensor], seeds: Tensor | None, call: Call) -> T
 
 def torch_s_dropout(p: float, rows: Rows | None = None) -> Drop:
     """torch's own, with this probability, or each adapter's."""
-    own = None if rows is None or rows.own is None else rows.own.dropouts
+    of_each = None if rows is None or rows.numbers is None else rows.numbers.dropouts
 
     def drop(number: int, x: Tensor, share: Share | None) -> Tensor:
-        its_p = p if own is None or share is None else own[share.segment]
+        its_p = p if of_each is None or share is None else of_each[share.segment]
         return dropout(x, its_p) if its_p else x
 
     return drop

@@ -80,8 +80,8 @@ def _read_experts(
     if reason:
         return Reading(reason)
     if not wrappers.keys() <= set(experts.names):
-        found, expected = ", ".join(wrappers), " and ".join(experts.names)
-        return Reading(f"its adapters are on {found}, and not on {expected}")
+        wrapped, expected = ", ".join(wrappers), " and ".join(experts.names)
+        return Reading(f"its adapters are on {wrapped}, and not on {expected}")
     outputs: list[Output[Tensor]] = []
     for name in experts.names:
         layer = wrappers.get(name)

@@ -60,8 +60,8 @@ _PACKED = {
 def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """What layers of quantised bases become, by PEFT's classes of them that are imported."""
     places = [(sys.modules.get(place), names) for place, names in _PACKED.items()]
-    found = [getattr(module, name, None) for module, names in places for name in names]
-    return {kind: class_over(PackedLinear, kind, "") for kind in found if kind is not None}
+    classes = [getattr(module, name, None) for module, names in places for name in names]
+    return {kind: class_over(PackedLinear, kind, "") for kind in classes if kind is not None}
 
 
 def _call(layer: Any, theirs: Callable, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -142,8 +142,10 @@ def why_not_swapped(layer: nn.Module) -> str:
     pairs = list(_fast().items())
     if not any(is_over(type(layer), kind) for pair in pairs for kind in pair):
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
-    own = layer.__dict__.get("_old_forward" if "_hf_hook" in layer.__dict__ else "forward")
-    if own is None or getattr(own, "__func__", None) in [k.forward for pair in pairs for k in pair]:
+    forward = layer.__dict__.get("_old_forward" if "_hf_hook" in layer.__dict__ else "forward")
+    if forward is None or getattr(forward, "__func__", None) in [
+        k.forward for pair in pairs for k in pair
+    ]:
         return ""
     return "its forward was replaced on the instance"
 

@@ -47,7 +47,7 @@ def mixed_forward(layer: LoraLayer, x: Tensor, names: Sequence[str]) -> Tensor |
     if not used:
         return None  # it is the base layer's call
     if not (layer.training or in_mode) and _is_few(layer, x):
-        return _few_rows(layer, x, used, mapping.on(x.device).found(len(x)))
+        return _few_rows(layer, x, used, mapping.on(x.device).shares_of(len(x)))
     reading = read(layer, used, mixed=True)
     if reading.output is None or not fits(x, reading.output.base.weight):
         return None

@@ -41,17 +41,17 @@ def adapters_now(layer: Any) -> list[str]:
     """The adapters that a call of this layer computes with; none where it is the base's call."""
     if layer.disable_adapters or layer.merged:
         return []
-    own = layer._modules["lora_A"]._modules
-    return [name for name in layer.active_adapters if name in own]
+    adapters = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in adapters]
 
 
 def parts_of(layer: LoraLayer) -> list[nn.Module]:
     """What :func:`read` reads beside the layer: its base, and all that its adapters are made of."""
     modules = layer._modules
-    found = [modules["base_layer"]]
+    modules_read = [modules["base_layer"]]
     for name in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
-        found += modules[name]._modules.values()
-    return found
+        modules_read += modules[name]._modules.values()
+    return modules_read
 
 
 def read_active(layer: LoraLayer) -> Reading:

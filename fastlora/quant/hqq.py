@@ -60,8 +60,8 @@ def pack(layer: nn.Module, weight: Tensor) -> None:
     settings = theirs.quant_config["weight_quant_params"]
     place = {"device": theirs.device, "compute_dtype": theirs.compute_dtype}
     packed, meta = sys.modules[_MODULE].Quantizer.quantize(weight, **place, **settings)
-    kept = ("quant_scale", "quant_zero", "compute_dtype")
-    meta |= {name: theirs.meta[name] for name in kept if name in theirs.meta}
+    names = ("quant_scale", "quant_zero", "compute_dtype")
+    meta |= {name: theirs.meta[name] for name in names if name in theirs.meta}
     for name in ("scale", "zero"):  # in the layer's dtype, in which HQQ computes
         meta[name] = meta[name].to(theirs.meta[name].dtype)
     theirs.W_q, theirs.meta = nn.Parameter(packed, requires_grad=False), meta

@@ -65,7 +65,7 @@ def lora_linears(
         y = x @ weight.T if bias is None else x @ weight.T + bias
         for lora_a, lora_b, scale in adapters:
             mask = next(mask_of_next)
-            kept = x if mask is None else x * mask.to(x.dtype).reshape(x.shape) / (1.0 - dropout)
-            y = y + scale * ((kept @ lora_a.T) @ lora_b.T)
+            dropped = x if mask is None else x * mask.to(x.dtype).reshape(x.shape) / (1.0 - dropout)
+            y = y + scale * ((dropped @ lora_a.T) @ lora_b.T)
         ys.append(y)
     return tuple(ys)

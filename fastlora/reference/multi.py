@@ -38,12 +38,12 @@ def multi_lora_linear(
     alone = rows[nobody] @ weight.T
     places, ys = [nobody], [alone if bias is None else alone + bias]
     for i, scale in enumerate(scales):
-        own = (owners == i).nonzero().flatten()
+        its_rows = (owners == i).nonzero().flatten()
         rank = lora_a[i].shape[0] if ranks is None else ranks[i]
-        places.append(own)
+        places.append(its_rows)
         ys.append(
             lora_linear(
-                rows[own],
+                rows[its_rows],
                 weight,
                 lora_a[i][:rank],
                 lora_b[i][:, :rank],

@@ -210,7 +210,7 @@ def _read_anew() -> Iterator[None]:
 
     def read_once(module, read, parts):
         found = read()
-        return reading.Kept(found), found
+        return reading.Memory(found), found
 
     with mock.patch.object(reading, "read_once", read_once):
         yield

@@ -127,8 +127,8 @@ def _backward(
     # In the shapes that came, of which what kernels read may be a copy.
     made = [
         empty_like(tensor) if needed else None
-        for own in given.adapters
-        for tensor, needed in zip(own[:2], need[:2], strict=True)
+        for pair in given.adapters
+        for tensor, needed in zip(pair[:2], need[:2], strict=True)
     ] or [None, None]
     factor = adapter.scale / (1.0 - dropout)
     dh = through_lora_b(dy, adapter.lora_b, hs[0] if hs else None, made[1], factor,
@@ -138,8 +138,8 @@ def _backward(
         dx = _product(dy, weight, dh, adapter.lora_a, at_once, masked, backward=True)
     if dh is not None and made[0] is not None:
         kernels.weight_grad(x, [dh], [made[0].mT], **masked)
-    own = (Adapter(made[0], made[1]),) * len(given.adapters)
-    gradients: Output[Tensor | None] = Output(Base(None, None), own)
+    adapters = (Adapter(made[0], made[1]),) * len(given.adapters)
+    gradients: Output[Tensor | None] = Output(Base(None, None), adapters)
     return [dx, *flatten([gradients], layouts)]
 
 

@@ -27,7 +27,7 @@ def forward(
             [seeds, *inputs],
             (call.layouts, call.dropout, precision_of(x)),
             lambda: covers(inputs, call.layouts),
-            call.kept,
+            call.memo,
         )
     if made is None:
         return torch_backend.forward(inputs, seeds, call)

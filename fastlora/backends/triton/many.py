@@ -65,10 +65,10 @@ def backward(
         (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
         base_inputs, _, base_call = _base_call(x, output)
         base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
-        dx, *found = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
-        ((of_base, _),) = unflatten(found, base_call.layouts)
-        places, own = _places(x, rows), [share.segment for share in rows.shares or []]
-        some = [wanted.adapters[i] for i in own]
+        dx, *of_tensors = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
+        ((of_base, _),) = unflatten(of_tensors, base_call.layouts)
+        places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
+        some = [wanted.adapters[i] for i in segments]
         need = Adapter(any([n.lora_a for n in some]), any([n.lora_b for n in some]))
         gradients: list[Adapter[Tensor | None]] = [Adapter(None, None) for _ in output.adapters]
         if places.rows and (needs[0] or need.lora_a or need.lora_b):
@@ -81,7 +81,7 @@ def backward(
             facts = precision_of(x), need.lora_a, need.lora_b
             made = kernels.replayed(_added_backward, tensors, facts, lambda: True)
             assert made is not None
-            for place, i in enumerate(own):
+            for place, i in enumerate(segments):
                 gradients[i] = _cut(made, place, output.adapters[i], wanted.adapters[i])
         return [dx, *flatten([Output(of_base, tuple(gradients))], call.layouts)]
 
@@ -92,8 +92,9 @@ def _is_covered(inputs: Sequence[Tensor], call: Call, dys: Sequence[Tensor | Non
 
 def _added(tensors: Sequence[Tensor], precision: str) -> list[Tensor]:
     """h; and what it gives is added to y."""
-    seeds, ends, order, *own, x, y, lora_a, lora_b = tensors
-    shared = {"precision": precision, "ends": ends, "order": order, "own": kernels.Own(*own)}
+    seeds, ends, order, *numbers, x, y, lora_a, lora_b = tensors
+    of_each = kernels.SegmentNumbers(*numbers)
+    shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
     (h,) = kernels.project(x, [lora_a.mT], [1.0], seeds=seeds, **shared)
     kernels.lowrank(y, [h], [lora_b.mT], add=True, **shared)
     return [h]
@@ -103,8 +104,9 @@ def _added_backward(
     tensors: Sequence[Tensor], precision: str, needs_a: bool, needs_b: bool
 ) -> list[Tensor | None]:
     """The gradients of both banks; and what dh gives is added to dx, if it is there."""
-    seeds, ends, order, *own, x, dy, dx, lora_a, lora_b, h = tensors
-    shared = {"precision": precision, "ends": ends, "order": order, "own": kernels.Own(*own)}
+    seeds, ends, order, *numbers, x, dy, dx, lora_a, lora_b, h = tensors
+    of_each = kernels.SegmentNumbers(*numbers)
+    shared = {"precision": precision, "ends": ends, "order": order, "numbers": of_each}
     d_lora_a, d_lora_b = (
         empty_like(bank) if needed else None
         for bank, needed in ((lora_a, needs_a), (lora_b, needs_b))
@@ -135,11 +137,11 @@ class _Places(NamedTuple):
 def _places(x: Tensor, rows: Rows) -> _Places:
     """Kept for all layers, and for the backward."""
     each = len(x) // max(1, rows.items(len(x)))  # rows of an item
-    kept = {} if rows.kept is None else rows.kept
+    memo = {} if rows.memo is None else rows.memo
     key = ("triton places", each, x.device)
-    if key not in kept:
-        kept[key] = _new_places(x, rows, each)
-    return kept[key]
+    if key not in memo:
+        memo[key] = _new_places(x, rows, each)
+    return memo[key]
 
 
 def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
@@ -162,16 +164,18 @@ def _new_places(x: Tensor, rows: Rows, each: int) -> _Places:
 
 def _shared(places: _Places, rows: Rows, seeds: Tensor | None) -> list[Tensor | None]:
     """What all kernels of a call take: seeds, ends, order, and each adapter's own numbers."""
-    assert rows.own is not None
-    own, (scales, _, dropouts) = [share.segment for share in rows.shares or []], rows.own
-    numbers = [(scales[i], 0.0 if seeds is None else dropouts[i]) for i in own]
-    if seeds is not None and len(own) < len(seeds):
-        seeds = torch.cat([seeds[i : i + 1] for i in own])
-    return [seeds, places.ends, places.order, *_own(tuple(numbers), places.ends.device)]
+    assert rows.numbers is not None
+    segments, (scales, _, dropouts) = [share.segment for share in rows.shares or []], rows.numbers
+    numbers = [(scales[i], 0.0 if seeds is None else dropouts[i]) for i in segments]
+    if seeds is not None and len(segments) < len(seeds):
+        seeds = torch.cat([seeds[i : i + 1] for i in segments])
+    return [seeds, places.ends, places.order, *_on_device(tuple(numbers), places.ends.device)]
 
 
 @lru_cache(maxsize=256)  # all layers of a model have the same, or a few kinds
-def _own(numbers: tuple[tuple[float, float], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _on_device(
+    numbers: tuple[tuple[float, float], ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     factors = [scale / (1.0 - p) for scale, p in numbers]
     thresholds = [kernels.dropout_threshold(p) for _, p in numbers]
     return (
