@@ -1,7 +1,6 @@
 """Gated MLPs as blocks: which modules become one, which of their calls are, and the way back."""
 
 import copy
-import pickle
 import re
 import types
 from functools import partial
@@ -419,33 +418,3 @@ def test_errors_are_those_of_the_layers():
                 each(wrong)
             messages.append((type(error.value), str(error.value)))
         assert messages[0] == messages[1]
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
-def test_checkpointing(reentrant):
-    def checkpointed(model, x):
-        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
-
-    model = adapted(lora_dropout=0.3)
-    expected = results(model)
-    with counted_blocks() as calls:
-        found = results(model, checkpointed)
-    assert len(calls) == (1 if reentrant else 2)  # the first one has no gradients
-    assert_same(found, expected)
-
-
-def test_a_block_is_what_it_was_but_for_its_forward():
-    plain = nn.Sequential(Gated())
-    model = adapted()
-    block = block_of(model)
-    assert isinstance(block, Gated)
-    assert type(block).__name__ == "Gated"
-    assert type(block).__module__ == Gated.__module__
-    assert list(plain.state_dict()) == [k for k in model.state_dict() if "lora" not in k]
-    assert repr(block) == repr(layer_by_layer(model)[0])
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert blocks(other) == {"0"}
-        assert_same(results(other), results(model))
-        fastlora.remove_lora(other)
-        assert type(other[0]) is Gated
-    assert blocks(model) == {"0"}

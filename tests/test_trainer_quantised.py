@@ -227,3 +227,11 @@ def test_copies_train_too(copied, folder, tmp_path):
     fastlora.remove_lora(model)
     with pytest.raises(ValueError, match="purely quantized models"):
         trainer_for(model, tmp_path, Trainer)
+
+
+def test_a_merged_model_of_a_gguf_file_that_is_dense_here_is_saved(folder, tmp_path):
+    model = adapted("gguf-made-dense", folder)
+    fastlora.remove_lora(fastlora.merge_lora(model)).save_pretrained(tmp_path)
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(VOCABULARY)[None]
+    torch.testing.assert_close(found(input_ids=ids).logits, model.eval()(input_ids=ids).logits)

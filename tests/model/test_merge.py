@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import Mlp, Tied, adapt, assert_untouched, randomise, refused, snapshot, tiny_llama
+from models import Mlp, Tied, adapt, assert_untouched, randomise, refused, snapshot
 from peft_models import BATCH, gpt2
 
 import fastlora
-from fastlora import LoRAConfig, blocks
+from fastlora import blocks
 
 
 def adapted_mlp(dtype: torch.dtype = torch.float32):
@@ -50,16 +50,6 @@ def test_conv1ds_are_merged_by_blocks_of_rows_and_back(monkeypatch):
     fastlora.unmerge_lora(model)
     assert_untouched(model, before)
     assert torch.equal(model(BATCH).logits, y)
-
-
-@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks"])
-def test_a_compiled_model_follows(fullgraph):
-    model, x = adapted_mlp(torch.float64), torch.randn(40, 8, dtype=torch.float64)
-    compiled, y = torch.compile(model, backend="eager", fullgraph=fullgraph), model(x)
-    for change in (lambda _: None, fastlora.merge_lora, fastlora.unmerge_lora, fastlora.merge_lora):
-        change(model)
-        torch.testing.assert_close(compiled(x), y)
-        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_autocast_does_not_round_the_sum():
@@ -196,25 +186,3 @@ def test_loading_weights_while_merged_is_an_error(tmp_path):
         fastlora.load_adapter(model, tmp_path)
     fastlora.unmerge_lora(model)
     model.load_state_dict(state)
-
-
-def test_progress_bar_on_many_layers(capsys):
-    model = tiny_llama(num_hidden_layers=3)
-    fastlora.apply_lora(model, LoRAConfig(target_modules="all-linear"))
-    fastlora.merge_lora(model)
-    assert "merging" in capsys.readouterr().err
-    fastlora.merge_lora(adapted_mlp())
-    assert capsys.readouterr().err == ""
-
-
-def test_export_of_a_plain_merged_model(tmp_path):
-    """The README's recipe: merge, remove, save_pretrained."""
-    from transformers import LlamaForCausalLM
-
-    model = adapt(tiny_llama(), std=0.02, target_modules="all-linear")
-    ids = torch.randint(0, 100, (1, 5))
-    adapted_logits = model(ids).logits
-    fastlora.remove_lora(fastlora.merge_lora(model)).save_pretrained(tmp_path)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    torch.testing.assert_close(loaded(ids).logits, adapted_logits, rtol=1e-4, atol=1e-5)

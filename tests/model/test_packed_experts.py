@@ -141,17 +141,6 @@ def test_merged_weights_are_dense_and_packed_again_when_unmerged(case):
     assert list(model.state_dict()) == keys
 
 
-def test_what_is_merged_whole_is_the_plain_class_again():
-    model = adapted(packed_model("gpt-oss", "nf4"), "gpt-oss").bfloat16()
-    expected = logits(model)
-    fastlora.remove_lora(fastlora.merge_lora(model, keep_base=False))
-    plain = base_model("gpt-oss", **SIZES).bfloat16().eval()
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(logits(plain), logits(model))
-    close(logits(model), expected, 0.03)
-
-
 def test_casts_copies_and_state_dicts_keep_every_bit():
     model = adapted(packed_model("gpt-oss", "nvfp4"), "gpt-oss")
     bits, expected = bits_of(model), logits(model)
@@ -197,14 +186,6 @@ def test_casts_keep_the_codes_and_scales_of_fp8_experts(how):
     if not how:  # transformers' own codes are numbers, which torch casts
         with pytest.raises(ValueError, match="a cast of codes lost their scales"):
             fastlora.apply_lora(cast, LoRAConfig(**config | {"target_parameters": ["down_proj"]}))
-
-
-def test_a_state_dict_is_not_loaded_where_its_packed_weights_are_merged():
-    model = adapted(packed_model("qwen3", "mxfp4"))
-    state = copy.deepcopy(model.state_dict())
-    fastlora.merge_lora(model)
-    with pytest.raises(RuntimeError, match=r"gate_up_proj is merged: call fastlora\.unmerge"):
-        model.load_state_dict(state, strict=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,7 +1,6 @@
 """apply_lora on quantised layers of several vendors: the formula on the dequantised weight."""
 
 import copy
-import pickle
 
 import pytest
 import safetensors.torch
@@ -86,13 +85,6 @@ def test_adapters_drop_in_training_alone():
     y, layer.lora_dropout = layer(x), 0.5
     assert torch.equal(layer(x), y)
     assert not torch.equal(layer.train()(x), y)
-
-
-@pytest.mark.parametrize("kind", [*BITSANDBYTES[1:], "gguf-q8_0"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies(kind, copied):
-    model, x = adapted(kind), torch.randn(3, K)
-    assert torch.equal(copied(model)(x), model(x))
 
 
 @needs_bitsandbytes

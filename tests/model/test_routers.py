@@ -1,8 +1,5 @@
 """Routers of a mixture, which PEFT's "all-linear" adapts, too: files, calls and merging."""
 
-import copy
-import pickle
-
 import peft
 import pytest
 import torch
@@ -75,15 +72,9 @@ def test_peft_s_file_both_ways_and_merged(name, router, dtype, tmp_path):
     torch.testing.assert_close(ours(IDS).logits, y, **close)
 
 
-def test_it_lives_as_other_layers_do():
+def test_it_is_reported_as_a_router():
     model = adapted()
-    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    y = model(IDS, output_router_logits=True)
-    assert all(torch.equal(copied(IDS).logits, y.logits) for copied in copies)
-    assert len(y.router_logits) == 2
-    compiled = torch.compile(model.model.layers[0].mlp.gate, backend="aot_eager")
-    x = torch.randn(3, 32)
-    torch.testing.assert_close(compiled(x), model.model.layers[0].mlp.gate(x))
+    assert len(model(IDS, output_router_logits=True).router_logits) == 2
     report = fastlora.coverage(model)
     assert [layer.name for layer in report.eager] == [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
     assert "2 eager: model.layers.0.mlp.gate, model.layers.1.mlp.gate: a router's own" in str(

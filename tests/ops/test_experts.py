@@ -226,24 +226,3 @@ def test_of_all_rows_little_is_made(monkeypatch):
     before, peak, _ = peak_bytes([x, weights, *leaves_of(up, down)], step)
     kept = 4 * 1024 * (32 + 2 + 2)
     assert peak - before < kept + 6 * x.nbytes  # by rows of x: 4 for each of both
-
-
-def test_the_ends_are_those_of_sorted_rows():
-    routing = experts.routing_of(torch.tensor([[2, 0], [4, 2], [9, 0]]), 4)
-    assert routing.ends.tolist() == [2, 2, 4, 4]
-    assert routing.ends.dtype == torch.int32
-    assert routing.order.tolist() == [1, 5, 0, 3, 2, 4]
-    assert routing.tokens.tolist() == [0, 2, 0, 1, 1, 2]
-    rows = torch.arange(6.0)[:, None]
-    assert torch.equal(rows[routing.order][routing.places].flatten(), rows.flatten())
-
-
-def test_without_gradients_there_is_no_node():
-    index = ROUTES["spread"]()
-    up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
-    x, weights = torch.randn(9, K), torch.rand(9, 2)
-    trained = lora_experts(x, index, weights, up, down, "silu")
-    with torch.no_grad():
-        out = lora_experts(x, index, weights, up, down, "silu")
-    assert out.grad_fn is None
-    assert torch.equal(out, trained)

@@ -107,18 +107,6 @@ def test_a_base_with_two_adapters_is_not_two_bases(checks):
     assert torch.equal(first, second)
 
 
-def test_the_backend_of_the_moment_is_part_of_the_kind(checks):
-    each = tensors()
-    with fastlora.use_backend("triton"):
-        call(**each)
-    assert len(checks) == 2
-    with fastlora.use_backend("triton"):
-        call(**each)
-    assert len(checks) == 2
-    call(**each)
-    assert len(checks) == 2
-
-
 def test_each_dtype_of_autocast_is_a_kind(checks):
     each = tensors(x=torch.randn(M, K, requires_grad=True))
     for dtype in (torch.bfloat16, torch.float16):
@@ -134,20 +122,6 @@ def test_each_dtype_of_autocast_is_a_kind(checks):
         torch.testing.assert_close(found[1][0].float(), truth, rtol=0.05, atol=0.1)
     call(**each | {"x": torch.randn(M, K)})  # and without it
     assert len(checks) == 3
-
-
-def test_addresses_and_strides_are_known_after_one_check_each(checks):
-    """A model that is mapped from a file has its weights anywhere."""
-    memory = torch.randn(N * K + 4)
-    weights = [memory[first:][: N * K].view(N, K) for first in range(4)]
-    xs = [torch.randn(M, K + more)[:, :K] for more in range(12)]
-    with fastlora.use_backend("triton"):
-        for _ in range(2):
-            for i, x in enumerate(xs):
-                one = tensors(x=x, weight=weights[i % 4])
-                truth = x @ (one["weight"] + one["lora_b"] @ one["lora_a"]).T
-                torch.testing.assert_close(call(**one), truth)
-    assert len(checks) == 1 + len(xs)
 
 
 def test_a_known_kind_knows_autocast_transforms_and_inference_tensors():

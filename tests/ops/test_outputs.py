@@ -10,13 +10,8 @@ import fastlora
 from fastlora.projection import (
     Adapter,
     Base,
-    Layout,
     Output,
     Projection,
-    flatten,
-    layouts_of,
-    per_adapter,
-    unflatten,
 )
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -88,18 +83,6 @@ def test_a_jacobian_at_once_where_x_is_not_kept():
         lambda x: fastlora.lora_linears(x, [Output(Base(weight))])[0], x, vectorize=True
     )
     torch.testing.assert_close(jacobian[1, :, 1], weight)
-
-
-def test_flat_tensors_become_the_same_outputs():
-    outputs = make_outputs(torch.float32)
-    layouts = layouts_of(outputs)
-    assert layouts == (Layout(True, (0.75,)), Layout(False, (0.75, 0.75)), Layout(False, ()))
-    flat = flatten(outputs, layouts)
-    assert [tuple(t.shape) for t in flat] == [
-        (6, 16), (6,), (2, 16), (6, 2), (9, 16), (3, 16), (9, 3), (1, 16), (9, 1), (7, 16)
-    ]  # fmt: skip
-    assert unflatten(flat, layouts) == outputs
-    assert list(per_adapter("abc", outputs)) == [["a"], ["b", "c"], []]
 
 
 ONE = Projection(torch.ones(6, 8), torch.ones(3, 8), torch.ones(6, 3))

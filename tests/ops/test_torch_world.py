@@ -1,9 +1,10 @@
-"""What surrounds a layer in training: accumulation, threads, transforms."""
+"""What surrounds a layer: threads, transforms, tracers, and a process whose first call it is."""
 
 import threading
 
 import pytest
 import torch
+from process import run_forked
 from torch import nn
 
 import fastlora
@@ -16,17 +17,6 @@ def make_layer(dropout: float = 0.0, **settings) -> LoRALinear:
     layer = LoRALinear(12, 7, r=4, lora_dropout=dropout, **settings)
     nn.init.normal_(layer.lora_B)
     return layer
-
-
-@on_both_backends
-def test_gradients_accumulate():
-    layer, x = make_layer(), torch.randn(8, 12)
-    layer(x).sum().backward()
-    whole = layer.lora_A.grad.clone()
-    layer.zero_grad()
-    for part in x.split(2):
-        layer(part).sum().backward()
-    torch.testing.assert_close(layer.lora_A.grad, whole)
 
 
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
@@ -71,3 +61,26 @@ def test_what_outlived_a_transform_is_a_tensor_like_others(name):
         y = fastlora.lora_linear(**tensors | {name: value}, dropout=0.5)
         found.append([y, *torch.autograd.grad(y.sum(), (layer.lora_A, layer.lora_B))])
     assert all(map(torch.equal, *found))
+
+
+FIRST_CALL = """
+import torch, fastlora
+layer, x = fastlora.LoRALinear(7, 9, r=2, lora_dropout=0.5), torch.randn(5, 7)
+torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+torch.nn.init.ones_(layer.lora_B)
+y = layer(x)
+print(y.shape == (5, 9), type(y) is torch.Tensor)
+"""
+
+
+def test_the_first_call_of_a_process_may_be_compiled():
+    """A backend imported while compiling would make fake constants."""
+    assert run_forked(FIRST_CALL) == "True True"
+
+
+@on_both_backends
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("rows", [5, 64])
+def test_jit_trace(rows):
+    layer, (x, other) = make_layer(), torch.randn(2, 1, rows, 12)
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(other), layer(other))

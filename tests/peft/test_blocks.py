@@ -1,6 +1,5 @@
 """Gated MLPs of PEFT models as blocks: training, the report, and what acts on their layers."""
 
-import copy
 import pickle
 
 import peft
@@ -12,7 +11,6 @@ from peft_llama import (
     DATA,
     ROUNDING,
     gradients,
-    logits,
 )
 from peft_models import adapted, assert_same, optimized
 from torch import nn
@@ -144,41 +142,6 @@ def _backward(model: nn.Module) -> list[nn.Parameter]:
     if loss.requires_grad:
         loss.backward()
     return [p for p in model.parameters() if p.grad is not None]
-
-
-def test_copies_pickles_and_files(tmp_path):
-    model = optimized(model_of())
-    plain = model_of()
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert repr(model) == repr(plain)
-    expected = gradients(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert len(blocks(other)) == 2
-        with counted_blocks() as calls:
-            assert_same(gradients(other), expected, 0.0)
-        assert len(calls) == 2
-        fastlora.restore(other)
-        assert {type(m) for m in other.modules()} == {type(m) for m in plain.modules()}
-    model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(_base_of(model), tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).unload()
-
-
-def test_check_compares_and_puts_back():
-    model = model_of().train()
-    assert fastlora.check(model, DATA)
-    assert not blocks(model)
-    fastlora.optimize(model)
-    with counted_blocks() as calls:
-        check = fastlora.check(model, DATA)
-    assert check
-    assert len(calls) == 2  # in one of the two runs
-    assert len(blocks(model)) == 2
-    assert [block.fast for block in check.coverage.blocks] == [True, True]
 
 
 def test_a_block_under_fsdp2_s_class():

@@ -1,7 +1,6 @@
 """PEFT's LoRA on the experts of transformers' models, with and without fastlora."""
 
 import copy
-import pickle
 
 import peft
 import pytest
@@ -36,16 +35,6 @@ def test_every_gradient_is_peft_s(name):
     # NemotronH's routing is in float32
     tolerance = 1e-6 if name == "nemotron" else 1e-11
     assert_runs_the_same(train, theirs, ours, fast=fast, tolerance=tolerance)
-
-
-def test_the_report_says_what_experts_run_on():
-    model = optimized(model_of())
-    with fastlora.use_backend("triton"):
-        for dtype, plan in ((torch.float32, "triton"), (torch.float64, "torch")):
-            layers = fastlora.coverage(model.to(dtype)).layers
-            experts = [layer for layer in layers if "experts" in layer.name]
-            assert {(layer.fast, layer.plan) for layer in experts} == {(True, plan)}
-            assert all(layer.reason == "" for layer in experts) is (plan == "triton")
 
 
 def merge(model):
@@ -127,20 +116,6 @@ def test_autocast(implementation):
         assert (ours - truth).norm() < 2.5 * (their - truth).norm() + 1e-3 * truth.norm()
 
 
-def test_compiled_without_a_break():
-    """PEFT's own can't be, which parametrises in the call."""
-    theirs = model_of("gpt-oss", target_modules=[])
-    ours = optimized(theirs)
-    index, weights = torch.tensor([[0, 1], [3, 1], [1, 0]]), torch.rand(3, 2)
-    x, found = torch.randn(3, 32, requires_grad=True), []
-    compiled = torch.compile(experts_of(ours), fullgraph=True, backend="aot_eager")
-    for model, run in ((ours, compiled), (theirs, experts_of(theirs))):
-        y = run(x, index, weights)
-        lora = [p for name, p in experts_of(model).named_parameters() if "lora_" in name]
-        found.append([y, *torch.autograd.grad(y.sum(), [x, *lora])])
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
-
-
 def test_files_and_merging_are_peft_s(tmp_path):
     theirs = model_of()
     ours = optimized(theirs)
@@ -152,14 +127,3 @@ def test_files_and_merging_are_peft_s(tmp_path):
     assert torch.equal(
         optimized(theirs).merge_and_unload()(input_ids=IDS).logits, merged(input_ids=IDS).logits
     )
-
-
-def test_restore_and_copies():
-    theirs = model_of()
-    classes = [type(module) for module in theirs.modules()]
-    ours = optimized(theirs)
-    again = pickle.loads(pickle.dumps(ours))
-    assert fast_calls(again) == fast_calls(copy.deepcopy(ours)) == 6
-    fastlora.restore(ours)
-    assert [type(module) for module in ours.modules()] == classes
-    assert fast_calls(ours) == 0

@@ -1,9 +1,6 @@
 """PEFT's and torch's own functions on an optimised model: they give, write and raise what they do
 on PEFT's."""
 
-import copy
-import io
-import pickle
 from pathlib import Path
 
 import peft
@@ -103,22 +100,6 @@ def convert(model):
     return [*outputs, narrow.dtype, model.double()(inputs())]
 
 
-def make_copies(model):
-    """Copies by all means, each used once; the original is used last."""
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    copies = [
-        torch.load(file, weights_only=False),
-        pickle.loads(pickle.dumps(model)),
-        copy.deepcopy(model),
-        copy.copy(model),
-        model,
-    ]
-    assert len({type(up(each)) for each in copies}) == 1
-    return [gradients(each) for each in copies]
-
-
 def change_in_place(model):
     """A layer's output is changed in place by what follows, and so is its input's source."""
     x = inputs().requires_grad_()
@@ -173,7 +154,7 @@ def hotswap(model):
 FUNCTIONS = [
     disable, add_set_delete, merge_and_unmerge,
     disable_while_merged, add_weighted_adapter, rescale, read_and_set_state, convert,
-    make_copies, change_in_place,
+    change_in_place,
     gradient_penalty, jacobian, odd_inputs,
     load_again, hotswap,
 ]  # fmt: skip

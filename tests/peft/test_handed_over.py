@@ -23,14 +23,12 @@ from peft_models import (
     gradients,
     mlp,
     optimized,
-    up,
 )
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 import fastlora
-from fastlora.ops import functional
 from fastlora.peft import reading
 
 K, N = 8, 6
@@ -302,18 +300,6 @@ def test_training_and_evaluation_are_two_kinds(readings):
     assert [reading.dropouts for reading in readings] == [(0.25,)]
 
 
-def test_layers_of_one_kind_are_checked_once(readings, monkeypatch):
-    checks, check = [], functional.check_call
-    monkeypatch.setattr(functional, "check_call", lambda *all: checks.append(check(*all)))
-    for _ in range(3):
-        layer = layer_of()
-        fastlora.optimize(layer)
-        readings.clear()
-        layer(inputs()), layer(inputs())
-        assert len(readings) == 1
-    assert len(checks) == 1
-
-
 @pytest.mark.parametrize("made", ["base", "model"])
 def test_what_was_made_in_inference_mode(made):
     """PEFT's product keeps no weight where x needs no gradient; a node of ours does."""
@@ -408,15 +394,6 @@ def test_compiled_with_a_global_hook():
     found = torch.compile(ours, backend="eager")(inputs()), theirs(inputs())
     handle.remove()
     torch.testing.assert_close(*found)
-
-
-def test_a_report_computes_no_parametrised_weight():
-    """spectral_norm's would take a step each time."""
-    model = optimized(mlp()).train()
-    base_layer = nn.utils.parametrizations.spectral_norm(up(model).base_layer)
-    vector = base_layer.parametrizations.weight[0]._u.clone()
-    assert "parametrised" in str(fastlora.coverage(model))
-    assert torch.equal(base_layer.parametrizations.weight[0]._u, vector)
 
 
 def test_once_a_hook_is_gone_the_layer_is_fast_again():

@@ -6,11 +6,9 @@ from peft_models import (
     KINDS,
     ROUNDING,
     assert_same,
-    counted_calls,
     inputs,
     mlp,
     optimized,
-    other_config,
     up,
 )
 
@@ -41,20 +39,6 @@ def test_names_files_and_merged_models_are_peft_s(settings, tmp_path):
     ours, theirs = ours.merge_and_unload(), theirs.merge_and_unload()
     assert repr(ours) == repr(theirs)
     assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
-
-
-def test_layers_that_peft_adds_later_are_told_and_taken_by_another_call():
-    model = optimized(mlp())
-    model.add_adapter("b", other_config(target_modules=["up", "head"]))
-    model.set_adapter("b")
-    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(model).layers}
-    assert report["up"].fast
-    assert "not optimised yet" in report["head"].reason
-    assert all(layer.fast for layer in fastlora.optimize(model).layers)
-    with counted_calls() as calls:
-        model(inputs())
-    assert {x.shape[-1] for x in calls} == {8}
-    assert len(calls) == 2  # up and head; down has no adapter b
 
 
 class Tripled(lora.Linear):

@@ -158,13 +158,6 @@ def test_a_weight_that_was_repacked_for_evaluation(mode):
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
-@needs_bitsandbytes
-def test_check_compares_them():
-    report = fastlora.check(peft_model("nf4", torch.bfloat16), torch.randn(4, K))
-    assert report
-    assert report.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("kind", ["gguf-q8_0", "gguf-q4_k", "float8"])
 def test_the_formula_s_numbers_where_the_vendor_needs_a_kernel(kind):
     model, x = peft_model(kind), torch.randn(1, K)

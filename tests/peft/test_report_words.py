@@ -3,7 +3,6 @@
 import peft
 import pytest
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 import fastlora
@@ -60,19 +59,6 @@ def test_the_share_is_given_where_some_layers_are_fast(report, text):
     assert report.counts == text
 
 
-def test_check_gives_the_share_too():
-    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "1"]))
-    text = str(fastlora.check(model, torch.tensor([[1, 2]])))
-    assert text.startswith("fastlora (1 of 2 layers fast, 47 % of the adapted parameters) and PEFT")
-
-
-def test_the_parameters_of_a_convolution():
-    model = nn.Sequential(nn.Conv2d(4, 6, 3))
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
-    assert fastlora.coverage(model).layers[0].parameters == model.base_model.model[0].weight.numel()
-
-
 # Layers that nothing calls
 
 
@@ -96,41 +82,3 @@ def test_out_proj_of_torch_s_attention_is_said_not_to_be_called():
     assert torch.equal(model(x), without_adapter(model, x))
     with pytest.raises(ValueError, match="nothing calls it"):
         fastlora.optimize(model, strict=True)
-
-
-def test_out_proj_of_peft_s_attention_is_merged_by_it():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    report = fastlora.optimize(
-        peft.get_peft_model(model, peft.LoraConfig(target_modules=["attention"]))
-    )
-    assert "out_proj: nothing calls it: torch.nn.MultiheadAttention reads its" in str(report)
-    assert "attention: only PEFT's lora.Linear is sped up, not MultiheadAttention" in str(report)
-
-
-class Shapeless(nn.Module):
-    """A layer of one's own, without in_features and out_features."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.linear(x)
-
-
-class ShapelessLora(nn.Module, LoraLayer):
-    def __init__(self, base_layer, adapter_name, **_):
-        super().__init__()
-        LoraLayer.__init__(self, base_layer)
-
-    def update_layer(self, *_, **__):
-        pass
-
-
-def test_a_custom_layer_without_a_shape_is_reported():
-    with pytest.warns(UserWarning, match="Unsupported layer type"):
-        layer = ShapelessLora(Shapeless(), "default")
-    assert layer.in_features is None
-    (found,) = fastlora.coverage(nn.Sequential(layer)).layers
-    assert not found.fast
-    assert found.parameters == 0

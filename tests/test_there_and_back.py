@@ -1,0 +1,62 @@
+"""Every kind of adapted model: copies compute the same, and given back it is what it was."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from compiled_states import KINDS, State
+from models import adapt, assert_untouched, snapshot
+from peft_models import adapted
+from torch import nn
+
+import fastlora
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {  # and whether of a merged model
+    "deepcopy": (copy.deepcopy, False),
+    "deepcopy-merged": (copy.deepcopy, True),
+    "pickle": (lambda model: pickle.loads(pickle.dumps(model)), False),
+    "torch.save-merged": (saved_and_loaded, True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("copied", "merged"), COPIES.values(), ids=COPIES)
+def test_a_copy_computes_the_same(kind, copied, merged):
+    state = State(kind)
+    if merged and "peft" in state.words:
+        state.model.merge_adapter()
+    elif merged:
+        fastlora.merge_lora(state.model)
+    expected, model = state.numbers(False), state.model
+    state.model = copied(model)
+    assert [type(module) for module in state.model.modules()] == [*map(type, model.modules())]
+    found = state.numbers(False)
+    for name, value in expected.items():
+        assert value is found[name] is None or torch.equal(found[name], value), name
+
+
+# Of "saved", a copy of a tied weight has trained in full, and stays.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
+def test_given_back_it_is_what_it_was(kind):
+    words, make, settings, _ = KINDS[kind]
+    model, give_back = make(), fastlora.remove_lora
+    if "peft" in words:
+        model, give_back = adapted(model, **settings), fastlora.restore
+    before = snapshot(model)
+    if "peft" in words:
+        fastlora.optimize(model)
+    else:
+        adapt(model, **settings)
+    assert [*map(type, model.modules())] != [*before["classes"].values()]
+    assert_untouched(give_back(model), before)
+    assert not any(name.startswith("_fastlora") for m in model.modules() for name in vars(m))
