@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from models import randomise, refused
-from ranks import Ranks
+from process import Ranks
 from safetensors import safe_open
 from torch import Tensor, nn
 from trainer_runs import (

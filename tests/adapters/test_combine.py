@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from adapters import by_peft, change_config, change_tensors, changes, llama, relative
 from models import Mlp
 from moe_models import base_model, parameters_of
+from peft_models import by_peft, change_config, change_tensors, changes, llama, relative
 from safetensors.torch import load_file, save_file
 
 import fastlora

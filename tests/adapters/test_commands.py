@@ -1,7 +1,7 @@
 """python -m fastlora resize, combine, export-gguf: the functions, or one line that says why not."""
 
 import pytest
-from adapters import by_peft, llama
+from peft_models import by_peft, llama
 from safetensors.torch import load_file
 
 import fastlora

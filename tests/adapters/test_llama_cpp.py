@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from adapters import by_peft, change_config, changes, llama, relative
 from moe_models import base_model, parameters_of
+from peft_models import by_peft, change_config, changes, llama, relative
 
 import fastlora
 

@@ -8,9 +8,9 @@ import warnings
 import peft
 import pytest
 import torch
-from adapters import by_peft, change_config, change_tensors, changes, llama, relative
 from models import Mlp, adapt, randomise
 from moe_models import IDS, base_model, parameters_of
+from peft_models import by_peft, change_config, change_tensors, changes, llama, relative
 from safetensors.torch import load_file, save_file
 
 import fastlora

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from adapters import by_peft, llama
+from peft_models import by_peft, llama
 
 import fastlora
 from fastlora.model import files

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ranks import Ranks
+from process import Ranks
 
 
 @pytest.fixture(autouse=True)

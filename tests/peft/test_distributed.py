@@ -9,13 +9,12 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import mixed_worker as mixed
-import peft_training as training
+import fsdp_worker as mixed
 import peft_worker as worker
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft_training import LAYERS, STEPS, Record
+from peft_worker import LAYERS, STEPS, Record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 # Sums in other orders, in float32 (1e-7): 2e-6 was the most, with tensor parallelism.
@@ -23,7 +22,7 @@ TOLERANCE = 1e-5
 FAST = LAYERS * STEPS
 BEFORE, BOTH = ("before",), ("before", "after")  # it is wrapped
 
-alone = cache(training.alone)  # PEFT in one process: the expected record
+alone = cache(worker.alone)  # PEFT in one process: the expected record
 
 
 def assert_same(

@@ -2,7 +2,7 @@
 
 import fsdp_worker as worker
 import pytest
-from peft_training import LAYERS
+from peft_worker import LAYERS
 from safetensors.torch import load_file
 
 import fastlora

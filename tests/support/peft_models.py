@@ -1,6 +1,7 @@
 """Tiny transformers models, and PEFT models twice: as PEFT has them, and optimised."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 import torch
 import transformers
 from fast_calls import noted_blocks, noted_calls
-from models import Mlp, randomise
+from models import Mlp, randomise, tiny_llama
 from peft.tuners import lora
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import fastlora
 from fastlora.layers import experts as fast_experts
+from fastlora.model.files import CONFIG, WEIGHTS
 from fastlora.peft import layer as fast_linear
 
 VOCABULARY = 100
@@ -210,3 +213,41 @@ def assert_same(ours, theirs, tolerance: float) -> None:
             assert torch.equal(our, their)
         else:
             assert our == their
+
+
+def llama() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return tiny_llama()
+
+
+def by_peft(folder, model=None, **settings):
+    """An adapter of PEFT's in the folder."""
+    torch.manual_seed(4)
+    theirs = peft.get_peft_model(model or llama(), peft.LoraConfig(**settings))
+    randomise(theirs).save_pretrained(folder)
+    return folder
+
+
+def changes(folder, base=llama) -> dict[str, torch.Tensor]:
+    """What PEFT adds to each weight, in float64."""
+    model = base().double()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
+    found = {name: merged[name] - plain[name] for name in plain}
+    return {name: change for name, change in found.items() if change.any()}
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def change_config(folder, **settings):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)

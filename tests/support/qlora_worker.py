@@ -6,7 +6,7 @@ import peft
 import torch
 from bnb_layers import quantised
 from fast_calls import counted_blocks
-from peft_training import whole
+from peft_worker import whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig
