@@ -40,10 +40,7 @@ def results(layer, x, dy=None):
 
 @pytest.mark.parametrize(
     ("dtype", "bias", "leading"),
-    [
-        (torch.bfloat16, True, (33,)),
-        (torch.float16, False, (3, 7)),
-    ],
+    [(torch.bfloat16, True, (33,)), (torch.float16, False, (3, 7))],
     ids=str,
 )
 def test_y_and_dx_are_closer_to_the_truth_than_torch_s(dtype, bias, leading):

@@ -138,16 +138,6 @@ def test_the_dtypes_of_a_layer_that_computes_in_one_of_its_own(compute, of_x, ca
     assert_close(*zip(dx, strict=True), 1e-6 if compute in (None, F32) and not cast else 0.01)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "gguf-q8_0"])
-@pytest.mark.parametrize("targets", [["gate_proj"], ["up_proj", "down_proj"]], ids=str)
-def test_some_layers_have_no_adapter(kind, targets):
-    model, x = optimized(frozen(kind), target_modules=targets), x_of()
-    with counted_blocks() as calls:
-        found = numbers(model, x)
-    assert len(calls) == 1
-    assert_close(found, by_layers(model, x), 3e-6)
-
-
 def test_pefts_numbers_with_its_masks():
     model, x = peft_s(frozen("nf4"), lora_dropout=0.3), x_of()
     with shared_masks(model):

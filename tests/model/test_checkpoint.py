@@ -230,10 +230,7 @@ DAMAGED = OF_TENSORS | {
         with_config(rank_pattern={"(" * 50_000 + ")" * 50_000: 8}),
         r"rank_pattern has '\(+…: 8: ",
     ),
-    "long-repetition": (
-        with_config(target_modules="up{99999999999}"),
-        "is no regular expression",
-    ),
+    "long-repetition": (with_config(target_modules="up{99999999999}"), "is no regular expression"),
     "rank-of-5000-digits": (
         with_bytes(CONFIG, lambda _: b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}"),
         "is no JSON",
@@ -244,10 +241,7 @@ DAMAGED = OF_TENSORS | {
     "no-peft_type": (with_bytes(CONFIG, lambda _: b'{"r": 8}'), "no PEFT config"),
     "empty": (with_bytes(WEIGHTS, lambda _: b""), "damaged"),
     "no-safetensors": (with_bytes(WEIGHTS, lambda _: b"PK\x03\x04 a pickle of old" * 9), "damaged"),
-    "shape-without-data": (
-        with_header(**{A: entry(10**9, 8), B: entry(12, 10**9)}),
-        "is damaged",
-    ),
+    "shape-without-data": (with_header(**{A: entry(10**9, 8), B: entry(12, 10**9)}), "is damaged"),
     "negative-shape": (with_header(**{A: entry(-1, 8)}), "is damaged"),
     "header-longer-than-the-file": (
         with_bytes(WEIGHTS, lambda _: struct.pack("<Q", 2**60) + b"{}"),

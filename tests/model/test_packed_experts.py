@@ -4,17 +4,19 @@ import copy
 import io
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import accelerate
 import peft
 import pytest
 import torch
 from models import assert_untouched, snapshot
-from moe_models import IDS, base_model, experts_of, parameters_of, train
+from moe_models import IDS, MODELS, base_model, experts_of, logits, parameters_of, train
 from packed_experts import (
     SIZES,
     bits_of,
     dense_model,
+    experts_modules,
     fp8_model,
     gguf_model,
     packed_model,
@@ -25,7 +27,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.layers.packed import PackedWeight, weight_in
+from fastlora.layers.packed import PackedWeight, read_module, weight_in
 from fastlora.model.inject import injection_of
 from fastlora.model.tensors import adapter_tensors
 from fastlora.price import kept_bytes
@@ -39,11 +41,6 @@ def adapted(model: nn.Module, name: str = "qwen3", **changes) -> nn.Module:
         if "lora_" in key:
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def calls_of(model: nn.Module) -> int:
@@ -70,21 +67,24 @@ CASES = {
     "gguf": ("qwen3", gguf_model),
     "fp4": ("qwen3", lambda: fp8_model(scale_fmt="ue8m0", expert_dtype="fp4")),
 }
+DENSE = {f"{name}, dense": (name, partial(base_model, name, **SIZES)) for name in MODELS}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | DENSE)
 def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
-    name, make = CASES[case]
-    ours = make()
+    name, make = (CASES | DENSE)[case]
+    torch.manual_seed(0)
+    ours = make().requires_grad_(False)
     base, keys, bits = dense_model(ours, name), set(ours.state_dict()), bits_of(ours)
-    weights = len(bits) // len(weight_in(experts_of(ours), "down_proj").tensors)
+    weights = sum(len(read_module(experts).names) for experts in experts_modules(ours))
     adapted(ours, name)
     assert keys < set(ours.state_dict())  # nothing was renamed
-    assert bits
+    assert bool(bits) == (case in CASES)
     report = fastlora.coverage(ours)
-    assert calls_of(ours) == weights == sum(bool(layer.packed) for layer in report.fast)
+    assert calls_of(ours) == weights == (2 if name == "nemotron" else 4)
+    assert sum(bool(layer.packed) for layer in report.fast) == weights * bool(bits)
     assert not report.eager
-    assert "quantised: " in str(report)
+    assert ("quantised: " in str(report)) == bool(bits)
     expected = logits(ours)
     fastlora.save_adapter(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(
@@ -93,6 +93,7 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     close(logits(theirs), expected)
     theirs.save_pretrained(tmp_path / "theirs")
     for side in ("ours", "theirs"):
+        torch.manual_seed(0)
         again = fastlora.load_adapter(make(), tmp_path / side)
         assert torch.equal(logits(again), expected)
     for one, other in zip(train(ours, 3), train(theirs, 3), strict=True):

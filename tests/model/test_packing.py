@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from models import assert_untouched, snapshot
-from moe_models import IDS, base_model, parameters_of, train
+from moe_models import base_model, logits, parameters_of, train
 from packed_experts import SIZES, bits_of, dense_model, experts_modules, fp8_model, packed_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,11 +25,6 @@ from fastlora.quant.packing import pack_weight, packing_error
 
 KINDS = {"nf4": "NF4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "float8"}
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def close(found, expected):

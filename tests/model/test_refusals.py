@@ -100,10 +100,7 @@ FOREIGN = {
         "init_lora_weights is 'pissa', but must be True, False or 'gaussian'",
     ),
     "another-method": (peft.IA3Config(target_modules=["up"]), "peft_type 'IA3'"),
-    "a-subclass": (
-        peft.AdaLoraConfig(target_modules=["up"], total_step=9),
-        "peft_type 'ADALORA'",
-    ),
+    "a-subclass": (peft.AdaLoraConfig(target_modules=["up"], total_step=9), "peft_type 'ADALORA'"),
     "no-targets": (peft.LoraConfig(), "no target_modules, which PEFT looks up in a table"),
     "experts": (
         peft.LoraConfig(target_modules=["up"], target_parameters=["norm.weight"]),
@@ -235,10 +232,7 @@ SWITCHES = {
         adapted,
         lambda model, **one: fastlora.save_adapter(model, "nowhere", **one),
     ),
-    "tolerance": (
-        with_peft,
-        lambda model, **one: fastlora.check(model, torch.ones(2, 8), **one),
-    ),
+    "tolerance": (with_peft, lambda model, **one: fastlora.check(model, torch.ones(2, 8), **one)),
 }
 TOLERANCES = {"none", "zero", "two", "half", "inf", "huge", "unprintable", "numpy-float64"}
 

@@ -7,12 +7,7 @@ from memory import saved_bytes
 from torch.nn.functional import linear
 
 import fastlora
-from fastlora.projection import (
-    Adapter,
-    Base,
-    Output,
-    Projection,
-)
+from fastlora.projection import Adapter, Base, Output, Projection
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -41,10 +41,7 @@ def train_compiled(
     return result(model, losses), ops
 
 
-COMPILED = {
-    "dropout": {},
-    "dora-dropout": {"use_dora": True},
-}
+COMPILED = {"dropout": {}, "dora-dropout": {"use_dora": True}}
 
 
 @pytest.mark.parametrize(("what", "name"), [("model", "dora-dropout"), ("blocks", "dropout")])

@@ -2,15 +2,7 @@
 
 import pytest
 from peft.tuners import lora
-from peft_models import (
-    KINDS,
-    ROUNDING,
-    assert_same,
-    inputs,
-    mlp,
-    optimized,
-    up,
-)
+from peft_models import KINDS, ROUNDING, assert_same, inputs, mlp, optimized, up
 
 import fastlora
 from fastlora.layers.reading import _PLACES

@@ -109,11 +109,7 @@ FOREIGN = "its forward, or its experts implementation, isn't one of transformers
 
 @pytest.mark.parametrize(
     ("kind", "implementation", "reason"),
-    [
-        (Scaled, "batched_mm", UNKNOWN),
-        (Ignored, "eager", UNKNOWN),
-        (Before, "eager", FOREIGN),
-    ],
+    [(Scaled, "batched_mm", UNKNOWN), (Ignored, "eager", UNKNOWN), (Before, "eager", FOREIGN)],
 )
 def test_another_gate_or_forward(kind, implementation, reason):
     assert_peft_s(layer_of(kind, implementation), reason)
@@ -189,6 +185,5 @@ def test_a_watched_sum_of_weight_and_adapter(monkeypatch):
     plain = proxy.forward
     monkeypatch.setattr(proxy, "forward", lambda self, weight: plain(self, weight) + 1)
     assert_peft_s(
-        layer_of(),
-        "something watches, or replaces, how PEFT adds an adapter to experts' weights",
+        layer_of(), "something watches, or replaces, how PEFT adds an adapter to experts' weights"
     )

@@ -59,6 +59,11 @@ def experts_of(model: nn.Module) -> nn.Module:
     return next(m for n, m in model.named_modules() if n.endswith("experts"))
 
 
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
 def train(model: nn.Module, steps: int = 1) -> list[torch.Tensor]:
     """Losses and the last gradients; router weights train as well."""
     for name, parameter in model.named_parameters():

@@ -229,10 +229,7 @@ def _killed(monkeypatch):
     monkeypatch.setattr(torch, "save", half)
 
 
-ENDS = {
-    "second-ctrl-c": (_second_ctrl_c, KeyboardInterrupt),
-    "killed": (_killed, None),
-}
+ENDS = {"second-ctrl-c": (_second_ctrl_c, KeyboardInterrupt), "killed": (_killed, None)}
 
 
 @pytest.mark.parametrize(("end", "error"), ENDS.values(), ids=ENDS)
