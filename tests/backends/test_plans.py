@@ -38,10 +38,11 @@ every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @every_size
 def test_both_plans_and_other_tiles_are_right(sizes):
     contest = Contest(sizes, CPU)
-    for plan in contest.plans()[:3]:
+    in_place, *others = contest.plans()[:3]
+    for plan in (in_place, *others):
         assert contest.why_wrong(plan) == ""
-        for tensor in contest.step(plan)():
-            assert tensor is None or not tensor.isnan().any()
+    for tensor in contest.step(in_place)():
+        assert tensor is None or not tensor.isnan().any()
 
 
 @pytest.fixture(params=["highest", "high"])

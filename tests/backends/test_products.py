@@ -6,7 +6,7 @@ import pytest
 import torch
 from judge import make_outputs, make_projection
 from memory import peak_bytes, run_torch_backend
-from process import run_python
+from process import run_forked, run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,7 +239,7 @@ STATE = (
 
 def test_the_import_decides_nothing_and_the_environment_everything():
     for value, answer in (("1", "True"), ("0", "False")):
-        printed = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=value)
+        printed = run_forked(STATE, FASTLORA_WIDE_PRODUCTS=value)
         assert printed == f"0 {answer} {answer} False"
 
 

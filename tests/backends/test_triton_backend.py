@@ -7,7 +7,7 @@ import torch
 from device import DEVICE
 from judge import make_projection
 from kernel_cases import recorded
-from process import run_python
+from process import run_forked, run_python
 
 import fastlora
 from fastlora.backends.triton import cover
@@ -122,17 +122,14 @@ def test_a_row_too_many_is_a_reason(monkeypatch):
         fastlora.lora_linears(make_x(11, 6), [projection])
 
 
-def run_alone(code: str, **environment: str) -> str:
-    """What a process prints, warnings too, that never set TRITON_INTERPRET."""
-    code = f"import sys; sys.stderr = sys.stdout\n{code}"
-    return run_python("-c", code, TRITON_INTERPRET=None, **environment)
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the default is triton")
 def test_a_cpu_without_the_interpreter_runs_on_torch():
-    code = "import fastlora, torch; print(fastlora.LoRALinear(4, 3)(torch.randn(2, 4)).shape)"
-    assert "UserWarning" not in run_alone(code)
-    output = run_alone(code, FASTLORA_BACKEND="triton")
+    code = (
+        "import sys; sys.stderr = sys.stdout; import fastlora, torch\n"
+        "print(fastlora.LoRALinear(4, 3)(torch.randn(2, 4)).shape)"
+    )
+    assert "UserWarning" not in run_forked(code, TRITON_INTERPRET="0")
+    output = run_forked(code, TRITON_INTERPRET="0", FASTLORA_BACKEND="triton")
     assert "torch.Size([2, 3])" in output
     assert "on a CPU the Triton kernels run only under TRITON_INTERPRET=1" in output
 
@@ -153,7 +150,7 @@ def test_every_switch_of_float32_precision_is_followed(switch, precision):
         "from fastlora.kernels.target import TARGETS, use_target\n"
         "with use_target(TARGETS['sm_90']): print(precision_of(torch.ones(1, device='meta')))"
     )
-    assert run_alone(code).split()[-1] == precision
+    assert run_forked(code).split()[-1] == precision
 
 
 def test_without_the_package_triton_the_backend_is_an_error():
@@ -162,4 +159,4 @@ def test_without_the_package_triton_the_backend_is_an_error():
         "try:\n    fastlora.use_backend('triton').__enter__()\n"
         "except ValueError as error:\n    print(error)"
     )
-    assert "the package triton isn't installed" in run_alone(code)
+    assert "the package triton isn't installed" in run_python("-c", code)

@@ -56,11 +56,11 @@ def adapted(weights) -> list[Output]:
     return as_outputs(layers)
 
 
-def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None):
-    """All outputs and gradients on the Triton backend, and the launches' names."""
+def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None, backend="triton"):
+    """All outputs and gradients, and the launches' names."""
     torch.manual_seed(1)
     x = torch.randn(m, outputs[0].base.weight.shape[-1]).to(dtype).requires_grad_()
-    with fastlora.use_backend("triton"), recorded() as launches:
+    with fastlora.use_backend(backend), recorded() as launches:
         if ends is None:
             ys = fastlora.lora_linears(x, outputs, dropout=dropout)
         else:
@@ -83,6 +83,14 @@ def count_of(names: list[str]) -> dict[str, int]:
     kinds = {"dequant*": "dense", "gemm_lowrank*": "unpacking", "gemm_lowrank": "product"}
     kinds |= dict.fromkeys(("lowrank", "weight_grad+"), "in-place")
     return dict(Counter(kinds[name] for name in names if name in kinds))
+
+
+def assert_numbers(found, kept, truth) -> None:
+    """A kept call has the same bits, and the truth is as near as rounding explains."""
+    for value, again, true in zip(found, kept, truth, strict=True):
+        assert torch.equal(value, again)
+        largest = float(true.detach().abs().amax())
+        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-5 * largest)
 
 
 CASES = {
@@ -126,26 +134,24 @@ def test_the_numbers_are_those_of_the_dense_weight(case):
     ]
     found, names = run(packed, m, dropout=dropout)
     kept, _ = run(packed, m, dropout=dropout)
-    truth, _ = run(dense, m, dropout=dropout)
+    truth, _ = run(dense, m, dropout=dropout, backend="torch")
     assert count_of(names) == expected
-    for value, again, true in zip(found, kept, truth, strict=True):
-        assert torch.equal(value, again)
-        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-4)
+    assert_numbers(found, kept, truth)
 
 
 EXPERTS = {
     # the weight of one, rows of each, dropout; launches of a forward and a backward
     "few rows": (lambda: random_four_bit(24, 64), [5, 0, 9], 0.0, {"unpacking": 2}),
     "few rows of e2m1": (lambda: random_nvfp4(24, 48), [5, 0, 9], 0.3, {"unpacking": 2}),
-    "many rows of e2m1": (lambda: random_mxfp4(24, 64), [150, 3, 40], 0.0,
+    "many rows of e2m1": (lambda: random_mxfp4(24, 64), [100, 31], 0.0,
                           {"dense": 2, "product": 2}),
     "few rows of blocks": (lambda: random_float8(24, 40, 8, 8), [5, 0, 9], 0.3, {"unpacking": 2}),
     "few rows of one scale": (lambda: random_float8(24, 40, 24, 40), [5, 0, 9], 0.0,
                               {"unpacking": 2}),
-    "many rows": (lambda: random_int8(24, 40), [150, 3, 40], 0.3, {"dense": 2, "product": 2}),
-    "many rows of one scale": (lambda: random_float8(24, 40, 24, 40), [150, 3, 40], 0.0,
+    "many rows": (lambda: random_int8(24, 40), [100, 31], 0.3, {"dense": 2, "product": 2}),
+    "many rows of one scale": (lambda: random_float8(24, 40, 24, 40), [100, 31], 0.0,
                                {"dense": 2, "product": 2}),
-    "too large": (lambda: random_four_bit(24, 64), [150, 3, 40], 0.0, {"unpacking": 2}),
+    "too large": (lambda: random_four_bit(24, 64), [100, 31], 0.0, {"unpacking": 2}),
     "ragged blocks": (lambda: random_float8(24, 40, 16, 8), [5, 0, 9], 0.0, {"product": 2}),
     "nested": (lambda: random_four_bit(24, 64, nested=2), [5, 0, 9], 0.0, {"product": 2}),
     "without a kernel": (lambda: without_kernel(24, 40), [5, 0, 9], 0.3, {"product": 2}),
@@ -156,19 +162,20 @@ EXPERTS = {
 def test_experts_have_the_numbers_of_dense_ones(case, monkeypatch):
     make, counts, p, expected = EXPERTS[case]
     if case == "too large":
-        monkeypatch.setattr(experts, "_LARGEST", 3 * 24 * 64)
+        monkeypatch.setattr(experts, "_LARGEST", 2 * 24 * 64)
     weight = stack([make() for _ in counts])
     n, k = weight.shape[1:]
-    lora_a, lora_b = torch.randn(3, 4, k).requires_grad_(), torch.randn(3, n, 4).requires_grad_()
-    packed = Output(Base(weight, torch.randn(3, n)), (Adapter(lora_a, lora_b, 0.75),))
+    count = len(counts)
+    lora_a = torch.randn(count, 4, k).requires_grad_()
+    lora_b = torch.randn(count, n, 4).requires_grad_()
+    packed = Output(Base(weight, torch.randn(count, n)), (Adapter(lora_a, lora_b, 0.75),))
     rows = {"m": sum(counts) + 2, "ends": ends_of(counts), "dropout": p}
     found, names = run([packed], **rows)
     kept, _ = run([packed], **rows)
-    truth, _ = run([replace_weight(packed, weight.dense(torch.float32))], **rows)
+    dense = replace_weight(packed, weight.dense(torch.float32))
+    truth, _ = run([dense], **rows, backend="torch")
     assert count_of(names) == expected
-    for value, again, true in zip(found, kept, truth, strict=True):
-        assert torch.equal(value, again)
-        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-4)
+    assert_numbers(found, kept, truth)
 
 
 def test_experts_of_torch_s_own_product(monkeypatch):

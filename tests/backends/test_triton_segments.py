@@ -74,8 +74,9 @@ def test_kernels_run_for_all_experts_at_once(p):
 
 
 @pytest.mark.usefixtures("with_grouped_mm")
-@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
-@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("adapter_dtype", "p"), [(torch.bfloat16, 0.0), (torch.float32, 0.1)], ids=["bf16", "f32-p0.1"]
+)
 def test_the_adapter_is_added_to_torch_s_product(adapter_dtype, p):
     """In bfloat16, which is what its kernels have."""
     x = make_rows(20, 16, torch.bfloat16)

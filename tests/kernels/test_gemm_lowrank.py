@@ -104,9 +104,7 @@ def test_any_strides(p_layout, q_layout):
     check(*case(20, 24, [24], [20], BF16, BF16, (p_layout, q_layout, p_layout)), config=SMALL)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("r", [5, 150])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pairwise({"r": [5, 150], "masked": MASKED, "bias": {"": False, "bias": True}})
 def test_low_rank_products_alone(bias, r, masked):
     """What is added to a product of torch's."""
     seeds, b = draw_seeds(2) if masked else None, random(1, 33, F16)[0] if bias else None

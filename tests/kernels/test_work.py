@@ -8,7 +8,6 @@ import torch
 from counting import Counted, counted_launches
 from device import DEVICE
 from judge import make_projection
-from marks import pairwise
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,12 +131,10 @@ def test_a_sum_of_planes_adds_every_element():
     assert [counted.stated.flops for counted in launches] == [3 * 40 * 30]
 
 
-@pairwise(
-    {
-        "dtype": {"f32": F32, "bf16": BF16},
-        "ranks": {"one": (4,), "group": (4, 20, 3)},
-        "p": [0.0, 0.1],
-    }
+@pytest.mark.parametrize(
+    ("dtype", "ranks", "p"),
+    [(F32, (4, 20, 3), 0.1), (BF16, (4,), 0.0)],
+    ids=["f32-group-dropout", "bf16-one"],
 )
 def test_every_launch_of_the_op_states_its_bytes(p, ranks, dtype):
     x = torch.randn(2, 35, 40).to(dtype).requires_grad_()

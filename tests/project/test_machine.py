@@ -5,40 +5,40 @@ import json
 import pytest
 from process import run_without_interpreter
 
-# What the machine says: of a kernel as it is, in another order, without its waits, with an
-# instruction that nobody knows, and of a tensor that is too short.
-PROGRAM = """
+# What the machine says of an architecture: of a kernel as it is, in another order, without its
+# waits, with an instruction that nobody knows, and of a tensor that is too short.
+KERNELS = """
 import json, sys
 from tools.machine import compiled, proof
-arch = int(sys.argv[1])
-compiled.use(arch)
 shape = 100, 72, 272, (64, 64, 64), 4
-if arch in (80, 120):
-    case = proof.product(proof.BF16, "ieee", *shape, 3, "nt")
-elif arch == 100:
-    case = proof.attention_case(proof.BF16, 100, 64, (64, 64), 4)
-else:
-    case = proof.product_tma(proof.BF16, *shape, "nt")
-found = [str(each) for each in case.run().findings if each.kind in compiled.RACES]
-said = dict(found=found, error=case.error() / case.bound)
-first = case.results[0].clone()
-case.run(order=1)
-said["same bits in another order"] = bool((first == case.results[0]).all())
-said["broken"] = {wait: proof.seen(case, proof.without(wait)) for wait in sys.argv[2:]}
-try:
-    case.run(lambda text: text.replace("ret;", "atom.global.add.u32 %r1, [%rd1], 1; ret;"))
-except compiled.Unsupported as error:
-    said["unknown"] = str(error)
-try:
-    x, y = proof.torch.empty(1, 64), proof.torch.empty(1, 64)
-    call = dict(x=x, y=y[:, :63], N=64, stride=64, BLOCK=64)
-    compiled.run(proof.softmax, (1,), call, {})
-except compiled.Fault as error:
-    said["fault"] = str(error)
-print(json.dumps(said))
+answers = {}
+for arch, waits in json.loads(sys.argv[1]).items():
+    compiled.use(int(arch))
+    if arch in ("80", "120"):
+        case = proof.product(proof.BF16, "ieee", *shape, 3, "nt")
+    elif arch == "100":
+        case = proof.attention_case(proof.BF16, 100, 64, (64, 64), 4)
+    else:
+        case = proof.product_tma(proof.BF16, *shape, "nt")
+    found = [str(each) for each in case.run().findings if each.kind in compiled.RACES]
+    said = answers[arch] = dict(found=found, error=case.error() / case.bound)
+    first = case.results[0].clone()
+    case.run(order=1)
+    said["same bits in another order"] = bool((first == case.results[0]).all())
+    said["broken"] = {wait: proof.seen(case, proof.without(wait)) for wait in waits}
+    try:
+        case.run(lambda text: text.replace("ret;", "atom.global.add.u32 %r1, [%rd1], 1; ret;"))
+    except compiled.Unsupported as error:
+        said["unknown"] = str(error)
+    try:
+        x, y = proof.torch.empty(1, 64), proof.torch.empty(1, 64)
+        call = dict(x=x, y=y[:, :63], N=64, stride=64, BLOCK=64)
+        compiled.run(proof.softmax, (1,), call, {})
+    except compiled.Fault as error:
+        said["fault"] = str(error)
+print(json.dumps(answers))
 """
 SHARES = """
-import json, sys
 sys.path.append("tests/support")
 from tools.machine import cases, run, tritons
 found = {"all": cases.names(quick=True), "cards": [*run.CARDS]}
@@ -55,7 +55,7 @@ print(json.dumps(found))
 """
 # Programs of one warp, which store rows of 32 numbers.
 INSTRUCTIONS = """
-import json, torch
+import torch
 from tools.machine.memory import Fault, Kernel, Memory
 HEAD = '''.visible .entry one(.param .u64 .ptr .global p0) .reqntid 32
 { .reg .b16 %h<3>; .reg .b32 %r<19>; .reg .b64 %rd<9>;
@@ -108,10 +108,19 @@ WAITS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def answers() -> dict[str, dict]:
+    """What the three programs print, as one process."""
+    program = KERNELS + SHARES + INSTRUCTIONS
+    printed = run_without_interpreter("-c", program, json.dumps(WAITS)).splitlines()
+    return dict(
+        zip(("kernels", "shares", "instructions"), map(json.loads, printed[-3:]), strict=True)
+    )
+
+
 @pytest.mark.parametrize("arch", WAITS)
-def test_a_right_kernel_is_right_and_a_broken_one_is_seen(arch):
-    text = run_without_interpreter("-c", PROGRAM, str(arch), *WAITS[arch])
-    said = json.loads(text.splitlines()[-1])
+def test_a_right_kernel_is_right_and_a_broken_one_is_seen(arch, answers):
+    said = answers["kernels"][str(arch)]
     assert said["found"] == []
     assert said["error"] <= 1
     assert said["same bits in another order"]
@@ -121,8 +130,8 @@ def test_a_right_kernel_is_right_and_a_broken_one_is_seen(arch):
     assert "store of 4 bytes outside of every tensor: 252 bytes" in said["fault"]
 
 
-def test_cards_that_share_the_cases_leave_none_out():
-    found = json.loads(run_without_interpreter("-c", SHARES))
+def test_cards_that_share_the_cases_leave_none_out(answers):
+    found = answers["shares"]
     assert found["cards"] == [f"sm_{arch}" for arch in (80, 86, 89, 90, 100, 103, 120, 121)]
     for share in (1, 4, 8, 16):
         taken = [name for card in found[str(share)] for name in card]
@@ -132,9 +141,9 @@ def test_cards_that_share_the_cases_leave_none_out():
     assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]
 
 
-def test_blackwells_instructions_compute_what_ptx_says():
+def test_blackwells_instructions_compute_what_ptx_says(answers):
     """Pairs of float32, sums with 16 bits, the largest of a warp; tensor memory's layouts."""
-    found = json.loads(run_without_interpreter("-c", INSTRUCTIONS))
+    found = answers["instructions"]
     (pair, other, plus, fused, largest), _ = found["blackwell"]
     lanes = range(32)
     assert (pair, other) == ([n * n + n for n in lanes], [6] * 32)

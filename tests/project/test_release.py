@@ -85,15 +85,22 @@ def test_a_module_beside_the_package_is_one_line_at_the_import(folder):
     assert line == 3  # the reader's own
 
 
-@pytest.mark.parametrize("place", ["beside", "behind", "none"])
-def test_doctor_names_a_module_in_any_folder(folder, tmp_path_factory, place):
-    other = {"beside": folder}.get(place) or tmp_path_factory.mktemp("other")
-    if place != "none":
-        (other / "fastlora.py").write_text("")
-    code = (
-        "from fastlora.doctor.machine import installation as i; import json; print(json.dumps(i()))"
-    )
-    found = json.loads(run_python("-W", "ignore", "-c", code, PYTHONPATH=f"{folder}:{other}"))
-    said = found.get("another fastlora", "")
-    assert said.count(" is another module") == (place != "none")
-    assert (str(other / "fastlora.py") in said) == (place != "none")
+def test_doctor_names_a_module_in_any_folder(folder, tmp_path_factory):
+    """None; one behind the package, and one beside it."""
+    behind = tmp_path_factory.mktemp("other")
+    code = """if True:
+        import json, pathlib, sys
+        from fastlora.doctor.machine import installation
+        found = [installation()]
+        for folder in sys.argv[1:]:
+            path = pathlib.Path(folder, "fastlora.py")
+            path.write_text("")
+            found.append(installation())
+            path.unlink()
+        print(json.dumps(found))"""
+    printed = run_python("-c", code, behind, folder, PYTHONPATH=f"{folder}:{behind}")
+    none, *others = json.loads(printed)
+    assert "another fastlora" not in none
+    for place, found in zip((behind, folder), others, strict=True):
+        assert found["another fastlora"].count(" is another module") == 1
+        assert str(place / "fastlora.py") in found["another fastlora"]
