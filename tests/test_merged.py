@@ -265,14 +265,15 @@ def test_originals_go_to_the_cpu_one_layer_after_the_other(name, monkeypatch):
     assert len(merged_then) > 1
 
 
-def test_originals_that_share_memory_stay(monkeypatch):
+@pytest.mark.parametrize(("name", "place"), [("peft", "peft.merged"), ("own", "sampling")])
+def test_originals_that_share_memory_stay(name, place, monkeypatch):
     """Whoever else has a view of one would see another number, or none."""
-    model, sent = KINDS["peft"](), []
-    bases = [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer")]
-    first = bases[0].weight
+    model, sent = KINDS[name](), []
+    layers = [m for m in model.modules() if isinstance(getattr(m, "merged", None), bool)]
+    first = layers[0].weight
     model.register_parameter("view", nn.Parameter(first.detach()[:1], requires_grad=False))
-    monkeypatch.setattr("fastlora.peft.merged.send_to_cpu", lambda p, stack: sent.append(p))
+    monkeypatch.setattr(f"fastlora.{place}.send_to_cpu", lambda p, stack: sent.append(p))
     with fastlora.merged(model, keep="cpu"):
         pass
-    assert len(sent) == len(bases) - 1
+    assert len(sent) == len(layers) - 1
     assert all(each is not first for each in sent)

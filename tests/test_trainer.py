@@ -5,6 +5,7 @@ The models are tiny Llamas with dropout in the adapters.  "The same" is the same
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from trainer_runs import (
     KINDS,
     STEPS,
     VOCABULARY,
-    Stop,
     adapted,
     base_model,
     losses,
     result,
+    stopped_and_resumed,
     train_in_ranks,
     trainer_for,
     weights,
@@ -60,17 +61,9 @@ def assert_same(got: Any, expected: Any) -> None:
 @kinds
 def test_a_resumed_run_is_the_run_without_a_stop(kind, tmp_path):
     settings = {"gradient_accumulation_steps": 1 if kind else 2}
-    whole = trainer_for(adapted(**kind), tmp_path / "whole", **settings)
-    whole.train()
+    resumed, whole = stopped_and_resumed(partial(adapted, **kind), tmp_path, **settings)
     expected = result(whole)
     assert len(expected["log"]) == STEPS
-
-    half = trainer_for(adapted(**kind), tmp_path / "half", **settings)
-    half.add_callback(Stop())
-    half.train()
-    assert half.state.global_step == STEPS // 2
-    resumed = trainer_for(adapted(seed=3, **kind), tmp_path / "half", **settings)
-    resumed.train(resume_from_checkpoint=True)
     assert_same(result(resumed), expected)
 
 
@@ -96,14 +89,7 @@ def test_a_resumed_mixture_is_the_run_without_a_stop(name, trainer, tmp_path):
         torch.manual_seed(seed)
         return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(r=2, **targets)), 0.1)
 
-    whole = trainer_for(mixture(2), tmp_path / "whole", trainer)
-    whole.train()
-    half = trainer_for(mixture(2), tmp_path / "half", trainer)
-    half.add_callback(Stop())
-    half.train()
-    resumed = trainer_for(mixture(3), tmp_path / "half", trainer)
-    resumed.train(resume_from_checkpoint=True)
-    assert_same(result(resumed), result(whole))
+    assert_same(*map(result, stopped_and_resumed(mixture, tmp_path, trainer)))
 
 
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path, caplog):

@@ -18,7 +18,7 @@ import transformers
 from models import randomise, tiny_llama
 from packed import NEEDS_5
 from torch import nn
-from trainer_runs import STEPS, VOCABULARY, Stop, losses, trainer_for
+from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for
 from transformers import Trainer
 
 import fastlora
@@ -168,14 +168,8 @@ def outcome(trainer: Trainer) -> tuple:
 def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path):
     if trainer is Trainer and kind in UNSAVED:
         pytest.skip("refused: see below")
-    whole = trainer_for(adapted(kind, folder), tmp_path / "whole", trainer, **EVALUATED)
-    whole.train()
-    half = trainer_for(adapted(kind, folder), tmp_path / "half", trainer, **EVALUATED)
-    half.add_callback(Stop())
-    half.train()
-    resumed = trainer_for(adapted(kind, folder, seed=3), tmp_path / "half", trainer, **EVALUATED)
-    resumed.train(resume_from_checkpoint=True)
-
+    make = partial(adapted, kind, folder)
+    resumed, whole = stopped_and_resumed(make, tmp_path, trainer, **EVALUATED)
     (got, *numbers), (expected, *expected_numbers) = outcome(resumed), outcome(whole)
     assert len(numbers[0]) == STEPS
     assert numbers == expected_numbers

@@ -16,6 +16,7 @@ from moe_models import IDS, base_model, parameters_of
 from packed_experts import SIZES, bits_of, fp8_model
 from safetensors.torch import load_file
 from torch import nn
+from trainer_runs import STEPS, stopped_and_resumed
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 from transformers.quantizers.auto import AutoHfQuantizer
 from vendor_layers import BITSANDBYTES
@@ -84,27 +85,17 @@ def test_load_packed_reads_what_save_pretrained_writes(name, kind, tmp_path):
 
 @packed
 def test_a_trainer_s_checkpoint_is_resumed_and_read(name, kind, tmp_path):
-    rows = [{"input_ids": row, "labels": row} for row in IDS]
-
-    def trainer(model, steps):
-        how = {"learning_rate": 0.01, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-        arguments = transformers.TrainingArguments(
-            tmp_path, max_steps=steps, save_steps=2, per_device_train_batch_size=2, **how
-        )
-        return Trainer(model, arguments, train_dataset=rows)
-
-    whole = adapted(mixture(name, kind), name)
-    trainer(whole, 4).train()
-    for key, tensor in load_file(tmp_path / "checkpoint-4/model.safetensors").items():
-        assert torch.equal(tensor, whole.state_dict()[key])
-    resumed = adapted(mixture(name, kind), name, seed=2)
-    trainer(resumed, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    make = lambda seed: adapted(mixture(name, kind), name, seed)  # noqa: E731
+    resumed, whole = (run.model for run in stopped_and_resumed(make, tmp_path, Trainer))
     assert torch.equal(logits(resumed), logits(whole))
-    loaded = empty(tmp_path / "checkpoint-4")
+    last = tmp_path / f"whole/checkpoint-{STEPS}"
+    state = load_file(last / "model.safetensors")
+    assert all(torch.equal(tensor, whole.state_dict()[key]) for key, tensor in state.items())
+    loaded = empty(last)
     with pytest.warns(UserWarning, match="has adapters, which weren't loaded"):
-        fastlora.load_packed(loaded, tmp_path / "checkpoint-4")
+        fastlora.load_packed(loaded, last)
     adapted(loaded, name, seed=3)
-    loaded.load_state_dict(load_file(tmp_path / "checkpoint-4/model.safetensors"))
+    loaded.load_state_dict(state)
     assert torch.equal(logits(loaded), logits(whole))
 
 

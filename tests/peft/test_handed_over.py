@@ -282,24 +282,6 @@ def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
     assert "no torch.nn.Linear" in readings[-1].reason
 
 
-def test_training_and_evaluation_are_two_kinds(readings):
-    layer, x = layer_of(lora_dropout=0.5), inputs()
-    theirs = copy.deepcopy(layer).eval()
-    fastlora.optimize(layer)
-    for _ in range(2):
-        assert not torch.equal(layer.train()(x), layer(x))
-        torch.testing.assert_close(layer.eval()(x), theirs(x))
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), theirs(x))
-    layer.train()(x)
-    readings.clear()
-    layer.train()(x)
-    assert not readings
-    layer.lora_dropout["default"].p = 0.25
-    layer.train()(x)
-    assert [reading.dropouts for reading in readings] == [(0.25,)]
-
-
 @pytest.mark.parametrize("made", ["base", "model"])
 def test_what_was_made_in_inference_mode(made):
     """PEFT's product keeps no weight where x needs no gradient; a node of ours does."""

@@ -1,6 +1,7 @@
 """Runs of AdapterTrainer on tiny Llamas with dropout in the adapters, in one process or more."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,6 +61,26 @@ class Stop(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == STEPS // 2
+
+
+def stopped_and_resumed(
+    make: Callable[[int], nn.Module], folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
+) -> tuple[Trainer, Trainer]:
+    """A run that another model goes on with behind a stop, and the run without one.
+
+    ``make`` gives the model of a seed, which says what it has beside the base.
+    """
+
+    def run(seed: int, name: str, *callbacks: Any, **how: Any) -> Trainer:
+        trainer = trainer_for(make(seed), folder / name, kind, **settings)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train(**how)
+        return trainer
+
+    whole, half = run(2, "whole"), run(2, "half", Stop())
+    assert half.state.global_step == STEPS // 2
+    return run(3, "half", resume_from_checkpoint=True), whole
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
