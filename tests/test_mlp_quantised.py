@@ -5,6 +5,7 @@ import pytest
 import torch
 from fast_calls import counted_blocks
 from memory import saved_bytes
+from models import assert_near, numbers
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -60,26 +61,10 @@ def x_of(dtype=torch.float32) -> Tensor:
     return x.to(dtype).requires_grad_()
 
 
-def trained(model: nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def numbers(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output, and the gradients of x and of all that trains, from one random state."""
-    torch.manual_seed(3)
-    y = model(x)
-    return [y, *torch.autograd.grad(y.float().square().sum(), [x, *trained(model)])]
-
-
 def by_layers(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The same of a model that has no blocks any more."""
     assert len(mlp.give_back(model.modules())) == 1
     return numbers(model, x)
-
-
-def assert_close(ours, theirs, tolerance: float) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one - other).double().norm() <= tolerance * other.double().norm()
 
 
 MIXED = ("nf4", "dense", "gguf-q8_0")
@@ -95,7 +80,7 @@ def test_the_numbers_are_those_of_the_layers(kinds, make):
     with counted_blocks() as calls:
         found = numbers(model, x)
     assert len(calls) == 1
-    assert_close(found, by_layers(model, x), 3e-6)
+    assert_near(found, by_layers(model, x), 3e-6)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao-int8", "gguf-q8_0"])
@@ -133,9 +118,9 @@ def test_the_dtypes_of_a_layer_that_computes_in_one_of_its_own(compute, of_x, ca
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     assert found[0].dtype == of_x
     y, dx, *rest = zip(found, expected, strict=True)
-    assert_close(*zip(y, *rest, strict=True), 1e-6)
+    assert_near(*zip(y, *rest, strict=True), 1e-6)
     # The parts of gate and up are summed in the dtype in which they compute.
-    assert_close(*zip(dx, strict=True), 1e-6 if compute in (None, F32) and not cast else 0.01)
+    assert_near(*zip(dx, strict=True), 1e-6 if compute in (None, F32) and not cast else 0.01)
 
 
 def test_pefts_numbers_with_its_masks():
@@ -146,7 +131,7 @@ def test_pefts_numbers_with_its_masks():
         with counted_blocks() as calls:
             found = numbers(model, x)
     assert len(calls) == 1
-    assert_close(found, expected, 3e-6)
+    assert_near(found, expected, 3e-6)
 
 
 def computes_in_another(block):

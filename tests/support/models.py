@@ -110,6 +110,21 @@ def refused(model: nn.Module, message: str, error: type[Exception] = ValueError)
     assert_untouched(model, before)
 
 
+def numbers(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of x and of all that trains, from one random state."""
+    torch.manual_seed(3)
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [y, *torch.autograd.grad(y.double().square().sum(), wanted)]
+
+
+def assert_near(ours, theirs, tolerance: float) -> None:
+    """Each tensor's error is that share of its size."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).double().norm() <= tolerance * other.double().norm()
+
+
 def adapted_layers(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
