@@ -1,12 +1,12 @@
 """``fastlora.merged``: inside, the base's speed; behind it, the very bits, also after an error."""
 
-import peft
 import pytest
 import torch
+from compiled_states import KINDS as MODELS
 from models import Mlp, Tied, adapt, randomise
-from moe_models import base_model
+from peft_models import adapted
 from torch import Tensor, nn
-from vendor_layers import BITSANDBYTES, quantised
+from vendor_layers import BITSANDBYTES
 
 import fastlora
 
@@ -14,41 +14,19 @@ EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "
 UP_DOWN = {"target_modules": ["up", "down"]}
 
 
-def peft_model(base: nn.Module, **settings) -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(peft.get_peft_model(base, peft.LoraConfig(r=4, **settings))).eval()
-
-
-def mixture() -> nn.Module:
-    return nn.Sequential(base_model(moe_intermediate_size=32).model.layers[0].mlp)
-
-
-def over_nf4() -> nn.Module:
-    model = nn.Sequential(quantised("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
-    model.is_loaded_in_4bit = True  # PEFT asks the model
-    return model
-
-
-def several() -> nn.Module:
-    model = peft_model(Mlp(), **UP_DOWN)
-    model.add_adapter("other", peft.LoraConfig(r=3, **UP_DOWN, init_lora_weights=False))
-    model.base_model.set_adapter(["default", "other"])
-    return model
-
-
 KINDS = {
-    "peft": lambda: peft_model(Mlp(), **UP_DOWN),
-    "peft-dora": lambda: peft_model(Mlp(), use_dora=True, **UP_DOWN),
-    "peft-bias": lambda: peft_model(Mlp(), lora_bias=True, **UP_DOWN),
-    "peft-several": several,
-    "peft-experts": lambda: peft_model(mixture(), **EXPERTS),
-    "peft-tied": lambda: peft_model(Tied(), target_modules=["mix", "head"]),
-    "peft-embedding": lambda: peft_model(Tied(), target_modules=["mix", "embed"]),
+    "peft": lambda: adapted(Mlp(), **UP_DOWN),
+    "peft-dora": lambda: adapted(Mlp(), use_dora=True, **UP_DOWN),
+    "peft-bias": lambda: adapted(Mlp(), lora_bias=True, **UP_DOWN),
+    "peft-several": lambda: adapted(Mlp(), ("default", "other"), **UP_DOWN),
+    "peft-experts": lambda: adapted(MODELS["experts"].make(), **EXPERTS),
+    "peft-tied": lambda: adapted(Tied(), target_modules=["mix", "head"]),
+    "peft-embedding": lambda: adapted(Tied(), target_modules=["mix", "embed"]),
     "own": lambda: randomise(adapt(Mlp(), **UP_DOWN)).eval(),
-    "own-experts": lambda: randomise(adapt(mixture(), **EXPERTS)).eval(),
+    "own-experts": lambda: randomise(adapt(MODELS["experts"].make(), **EXPERTS)).eval(),
 }
 if BITSANDBYTES:
-    KINDS["peft-nf4"] = lambda: peft_model(over_nf4(), target_modules=["0", "2"])
+    KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantised"].make(), target_modules=["0", "2"])
 
 
 def inputs(model: nn.Module) -> Tensor:
@@ -222,7 +200,7 @@ def test_what_is_refused_is_as_it_was(name):
 
 def test_what_pefts_merge_takes_apart_is_refused():
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
-    model = peft_model(attention, target_modules=["a"])
+    model = adapted(attention, target_modules=["a"])
     with pytest.raises(ValueError, match="MultiheadAttention"), fastlora.merged(model):
         pytest.fail("it was entered")
 

@@ -10,6 +10,7 @@ import torch
 from judge import USUAL_DTYPES
 from models import Mlp
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft_models import adapted as adapted_in_evaluation
 from peft_models import counted_calls
 from process import run_forked
 from torch import nn
@@ -20,12 +21,8 @@ from fastlora.peft.masks import shared_masks
 
 def adapted(dtype=torch.float32, adapters=("default",), **settings) -> peft.PeftModel:
     """An Mlp whose ``up`` and ``down`` have adapters that are no identity change."""
-    config = {"r": 4, "target_modules": ["up", "down"], "init_lora_weights": False} | settings
-    model = peft.get_peft_model(Mlp().to(dtype), peft.LoraConfig(**config), adapters[0])
-    for name in adapters[1:]:
-        model.add_adapter(name, peft.LoraConfig(**config))
-    model.base_model.set_adapter(list(adapters))
-    return model
+    settings = {"target_modules": ["up", "down"]} | settings
+    return adapted_in_evaluation(Mlp().to(dtype), adapters, **settings).train()
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ import warnings
 
 import peft
 import pytest
-import torch
-from models import Mlp
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft_models import counted_calls
+from peft_models import counted_calls, inputs, mlp
 from process import run_forked
 
 import fastlora
@@ -20,17 +18,12 @@ def newer(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.99.0")
 
 
-def adapted() -> peft.PeftModel:
-    config = peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
-    return peft.get_peft_model(Mlp(), config)
-
-
 def test_a_newer_one_is_sped_up_with_a_warning_that_says_how_to_compare():
-    model = adapted()
+    model = mlp()
     with pytest.warns(UserWarning, match=NEWER) as warned:
         report = fastlora.optimize(model, strict=True)
     with counted_calls() as calls:
-        model(torch.randn(2, 8))
+        model(inputs())
     assert len(calls) == 2
     (note,) = report.notes
     assert [str(warning.message) for warning in warned] == [note]
@@ -42,14 +35,14 @@ def test_a_newer_one_is_sped_up_with_a_warning_that_says_how_to_compare():
 def test_check_does_not_warn_to_run_check():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = fastlora.check(adapted(), torch.randn(2, 8))
+        found = fastlora.check(mlp(), inputs())
     assert found
     assert NEWER in str(found.coverage)
 
 
 def test_an_old_one_is_left_alone(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.18.1")
-    model = adapted()
+    model = mlp()
     with pytest.warns(UserWarning, match=r"changed nothing: .*0.18.1 is not among the tested"):
         report = fastlora.optimize(model)
     assert (len(report.fast), len(report.eager)) == (0, 2)
@@ -61,7 +54,7 @@ def test_an_old_one_is_left_alone(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:PEFT 0.99.0 is newer")
 def test_the_way_back_is_open_under_an_old_one_too(monkeypatch):
-    fastlora.optimize(model := adapted())
+    fastlora.optimize(model := mlp())
     monkeypatch.setattr(peft, "__version__", "0.18.1")
     fastlora.restore(model)
     assert type(model.base_model.model.up) is PeftLinear
@@ -71,7 +64,7 @@ def test_the_environment_s_off_switch_wins(monkeypatch):
     monkeypatch.setenv("FASTLORA_DISABLE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "FASTLORA_DISABLE is set" in str(fastlora.optimize(model := adapted()))
+        assert "FASTLORA_DISABLE is set" in str(fastlora.optimize(model := mlp()))
     assert type(model.base_model.model.up) is PeftLinear
 
 
