@@ -12,16 +12,10 @@ import pytest
 import torch
 from models import Mlp, Places, Tied, randomise, tiny_llama
 from packaging import version
-from peft_models import gpt2
+from peft_models import bert, gpt2
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -61,11 +55,6 @@ def with_new_tokens(tied: bool) -> nn.Module:
     torch.manual_seed(next(NUMBERS))
     model.resize_token_embeddings(104, mean_resizing=False)
     return model
-
-
-def bert() -> nn.Module:
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-    return BertForSequenceClassification(BertConfig(num_hidden_layers=1, vocab_size=20, **sizes))
 
 
 def conv1d_and_linear(order: int) -> nn.Module:

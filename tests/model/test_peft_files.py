@@ -92,19 +92,6 @@ def test_another_output_head_in_the_file_is_warned_of(tmp_path):
     assert torch.equal(again[HEAD_BASE], tensors[HEAD_BASE] + 1)
 
 
-def test_new_tokens_from_peft(base, tmp_path):
-    theirs = saved_by_peft(base(104, seed=1), tmp_path / "theirs", {"target_modules": ["q_proj"]})
-    assert {EMBED, HEAD} < load_file(tmp_path / "theirs" / WEIGHTS).keys()
-    ours = fastlora.load_adapter(base(104, seed=2), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs))
-    tied = ours.config.tie_word_embeddings
-    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
-    assert not ours.model.embed_tokens.weight.requires_grad
-    fastlora.save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(base(104, seed=4), tmp_path / "ours")
-    torch.testing.assert_close(logits(theirs), logits(ours))
-
-
 def test_a_vocabulary_of_the_same_size_is_not_saved(base, tmp_path):
     model = fastlora.apply_lora(base(), LoRAConfig(target_modules=["q_proj"]))
     fastlora.save_adapter(model, tmp_path / "auto")

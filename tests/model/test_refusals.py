@@ -26,6 +26,11 @@ PEFT_CONFIGS = {
     "plain": {"target_modules": ["q_proj", "up_proj"]},
     "all-linear": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
     "regex": {"target_modules": r".*\.1\..*_proj", "exclude_modules": ["up_proj"]},
+    "longer-suffix": {"target_modules": ["mlp.up_proj"]},
+    "whole-name": {"target_modules": ["model.layers.1.mlp.up_proj"]},
+    "set": {"target_modules": {"q_proj", "lm_head"}},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["layers.0.mlp.up_proj"]},
+    "excluded-regex": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*"},
     "patterns": {
         "target_modules": ["q_proj", "up_proj"],
         "rank_pattern": {"q_proj": 2},
