@@ -43,6 +43,7 @@ CALLS = pytest.mark.parametrize("call", [forward, with_gradients, under_autocast
 
 
 def unexpected(call, name: str, *arguments, **named) -> dict[str, str]:
+    call(**good() | {"x": LEAF})  # whose kind of call is known then, and isn't those
     return wrong_kinds.unexpected(
         lambda value: call(**good() | {"x": LEAF, name: value}), *arguments, **named
     )

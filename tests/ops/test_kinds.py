@@ -1,6 +1,5 @@
 """Calls of a known kind aren't checked again; so whatever the checks look at is in the kind."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,47 +35,6 @@ def test_a_second_call_is_not_checked(checks):
     call(**tensors())
     call(**tensors(weight=torch.randn(N, K)), scale=1.0, training=True)
     assert len(checks) == 1
-
-
-# What has another answer from the checks, or other launches, than the call in ``checks``.
-OTHERS = {
-    "x of other features": ({"x": torch.randn(M, K + 1)}, {}),
-    "x of another dtype": ({"x": torch.randn(M, K).double()}, {}),
-    "x of integers": ({"x": torch.ones(M, K, dtype=torch.int32)}, {}),
-    "x without dimensions": ({"x": torch.tensor(1.0)}, {}),
-    "a weight of other rows": ({"weight": torch.randn(N + 1, K)}, {}),
-    "a weight on another device": ({"weight": torch.randn(N, K, device="meta")}, {}),
-    "a sparse weight": ({"weight": torch.randn(N, K).to_sparse()}, {}),
-    "no weight": ({"weight": None}, {}),
-    "a list for a weight": ({"weight": [1.0]}, {}),
-    "lora_a of another rank": ({"lora_a": torch.randn(R + 1, K)}, {}),
-    "lora_b transposed": ({"lora_b": torch.randn(R, N)}, {}),
-    "a bias that doesn't fit": ({}, {"bias": torch.randn(N + 1)}),
-    "a scale that is True": ({}, {"scale": True}),
-    "an infinite scale": ({}, {"scale": float("inf")}),
-    "numpy's scale": ({}, {"scale": np.float32(1.0)}),
-    "no scale": ({}, {"scale": None}),
-    "a dropout that is False": ({}, {"dropout": False}),
-    "a dropout of 1": ({}, {"dropout": 1.0}),
-    "training 1": ({}, {"training": 1}),
-    "training of no truth": ({}, {"training": [True]}),
-    "another backend": ({}, {"backend": "numpy"}),
-}
-NESTED = {
-    name: ({name: torch.nested.nested_tensor([torch.randn(3), torch.randn(2)])}, {})
-    for name in ("weight", "lora_a", "lora_b")
-}
-
-
-@pytest.mark.parametrize("name", [*OTHERS, *NESTED])
-def test_another_kind_is_checked(checks, name):
-    changes, settings = (OTHERS | NESTED)[name]
-    with pytest.raises((ValueError, TypeError)) as raised:
-        call(**tensors(**changes), **settings)
-    functional._known.clear()
-    with pytest.raises(type(raised.value)) as again:
-        call(**tensors(**changes), **settings)
-    assert str(raised.value) == str(again.value)
 
 
 def test_what_is_no_list_of_records_is_checked(checks):
