@@ -56,6 +56,13 @@ SPILLS = {
 }
 if VERSION < (3, 7):
     SPILLS["sm_90 dx 128x256x64-w8-s3-tma bf16 mask"] = 0, 72
+if (3, 7) <= VERSION < (3, 9):
+    SPILLS["sm_100 h 16x32-w4-s3 bf16 n3 mask"] = 1, 64
+    SPILLS["sm_120 h 16x32-w4-s3 bf16 n3 mask"] = 1, 64
+if (3, 8) <= VERSION < (3, 9):
+    SPILLS["sm_100 dx+ default bf16 r64 n3 mask"] = 0, 112
+    SPILLS["sm_100 dx+ 64x128-w4-s1 bf16 n3 mask"] = 0, 112
+    SPILLS["sm_100 dx+ 128x128-w8-s1 bf16 n3 mask"] = 0, 96
 
 
 def spills_no_more(row, code) -> bool:
