@@ -6,11 +6,11 @@ import pytest
 import torch
 from device import DEVICE
 from judge import make_projection
-from kernel_cases import recorded
 from process import run_forked, run_python
 
 import fastlora
 from fastlora.backends.triton import cover
+from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import IN_PLACE, MANY_ROWS, use_plan
 
 pytestmark = pytest.mark.usefixtures("on_triton")
@@ -24,10 +24,11 @@ def on_triton(poisoned_memory, monkeypatch):
 
 
 def launches(run) -> list[str]:
-    """The names of the kernels that ``run`` launches."""
-    with recorded() as records:
+    """The names of the kernels that ``run`` would launch."""
+    names = []
+    with intercept(lambda launch: names.append(launch.name)):
         run()
-    return [record.name for record in records]
+    return names
 
 
 def make_x(*shape: int, dtype=torch.float32) -> torch.Tensor:

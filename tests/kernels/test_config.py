@@ -6,8 +6,11 @@ from math import prod
 
 import pytest
 import torch
+from device import DEVICE
+from torch import Tensor
 
 from benchmarks.forms import Form, Operands
+from fastlora.kernels import gemm_lowrank, weight_grad
 from fastlora.kernels.config import (
     DEFAULTS,
     MAX_PROJECTIONS,
@@ -157,6 +160,34 @@ def test_shared_memory_is_refused_from_the_first_byte_beyond_what_there_is():
     size = config.shared_memory(target, one)
     assert config.why_not(replace(target, shared_memory=size), one) == ""
     assert "shared memory" in config.why_not(replace(target, shared_memory=size - 1), one)
+
+
+GEMM, WEIGHT_GRAD = GemmConfig(16, 16, 16, 4, 2), WeightGradConfig(16, 32, 4, 2)
+
+
+def thin(*columns: int) -> list[Tensor]:
+    return [torch.empty(20, each, device=DEVICE) for each in columns]
+
+
+OF_RANK_200 = {  # what is made in the same launch would lack its other columns
+    "h": lambda x, u, v, config: gemm_lowrank(
+        *thin(30), [x], [x.T @ x], [u], [v.T], precision="ieee", a=v, config=config and GEMM
+    ),
+    "dh": lambda x, u, v, config: weight_grad(
+        x, [u], [v.clone()], precision="ieee", b=v, config=config and WEIGHT_GRAD
+    ),
+    "dx": lambda x, u, v, config: weight_grad(
+        x, [u], [v.clone()], precision="ieee", vs=[v], low_rank=x, config=config and WEIGHT_GRAD
+    ),
+}
+
+
+@pytest.mark.parametrize("config", [None, "chosen"])
+@pytest.mark.parametrize("made", OF_RANK_200)
+def test_a_rank_of_several_steps_is_refused(made, config):
+    x, u = thin(30, 200)
+    with pytest.raises(ValueError, match="rank 200"):
+        OF_RANK_200[made](x, u, x.T @ u, config)
 
 
 @pytest.mark.parametrize("least", [1, 256])

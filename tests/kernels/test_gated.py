@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from counting import counted_launches
-from kernel_cases import BF16, DEVICE, DTYPE_IDS, F16, F32, poisoned, random
+from kernel_cases import BF16, DEVICE, DTYPE_IDS, F16, F32, counted_launches, poisoned, random
 from torch import Tensor
 
 from fastlora import reference

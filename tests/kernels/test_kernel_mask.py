@@ -1,14 +1,14 @@
 """Dropout in the kernels: the torch backend's mask, element by element, of any seed and p.
 
-That each kernel drops by it, in tiles of any size, is in the kernels' own tests.
+That each kernel's numbers are those of the mask, in tiles of any size, is in its own tests.
 """
 
 import pytest
 import torch
-from kernel_cases import BF16, DEVICE, F32
+from kernel_cases import BF16, DEVICE, F32, draw_seeds, keep_masks, poisoned, random
 
 from fastlora.backends.dropout import dropout_mask
-from fastlora.kernels import project
+from fastlora.kernels import project, weight_grad
 from fastlora.kernels.project import ProjectConfig
 
 SEEDS = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123456789, -987654321987654321]
@@ -33,3 +33,24 @@ def test_any_probability_and_shape(shape, p):
 def test_any_seed_and_one_for_each_of_a_group():
     """In two launches; the seeds may be a part of others."""
     check(torch.tensor([5, *SEEDS], device=DEVICE)[1:], (9, 20), 0.5, BF16)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kernel", ["project", "weight_grad", "one pass over x"])
+def test_what_is_dropped_is_gone(kernel, value):
+    """Of x; what gemm_lowrank and lowrank drop is their own product."""
+    x, seeds = random(40, 20), draw_seeds(1)
+    (mask,) = keep_masks(seeds, x.shape, 0.5, 1)
+    clean = torch.where(mask, x, 0.0)
+    x[~mask] = value
+    options = {"precision": "ieee", "dropout": 0.5, "seeds": seeds}
+    if kernel == "project":
+        a = random(20, 3)
+        (found,), expected = project(x, [a], [1.0], **options), clean @ a
+    else:
+        u, found = random(40, 3), poisoned(20, 3)
+        if kernel == "one pass over x":
+            options |= {"vs": [random(20, 3)], "low_rank": poisoned(40, 20)}
+        weight_grad(x, [u], [found], **options)
+        expected = clean.T @ u
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

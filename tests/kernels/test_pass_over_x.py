@@ -137,23 +137,6 @@ def test_a_group_of_several_launches_adds_to_dx(count, p):
     check(*case(40, 50, ranks, BF16), p=p, seeds=draw_seeds(count) if p else None)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_dropped_is_gone(value):
-    x, us, lora_as = case(40, 20, (3,))
-    seeds = draw_seeds(1)
-    (mask,) = keep_masks(seeds, x.shape, 0.5, 1)
-    x[~mask] = value
-    for each in check(x, us, lora_as, 0.5, seeds)[1]:
-        assert each.isfinite().all()
-
-
-@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "chosen"])
-def test_a_rank_of_several_steps_is_refused(config):
-    """Its other columns would be missing from dx."""
-    with pytest.raises(ValueError, match="rank 200"):
-        results(*case(20, 30, (200,)), config=config)
-
-
 def meta(*shape, dtype=BF16):
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -77,14 +77,6 @@ def test_the_factor_comes_before_the_rounding(count):
     torch.testing.assert_close(product, torch.full_like(product, 100.0))
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_dropped_is_gone(value):
-    x, seeds = random(20, 40), draw_seeds(1)
-    (mask,) = keep_masks(seeds, x.shape, 0.5, 1)
-    x[~mask] = value
-    assert check(x, [random(40, 3)], 0.5, seeds)[0].isfinite().all()
-
-
 def test_what_is_kept_stays_nan():
     x = random(20, 40)
     x[3, 7] = torch.nan

@@ -126,23 +126,6 @@ def test_one_pass_has_every_bit_of_sums_that_are_exact(dtype, adapter_dtype, r, 
     assert torch.equal(dh, (-0.25 * dy.double() @ b.double()).to(dtype))
 
 
-@pytest.mark.parametrize("config", [None, SMALL], ids=["default", "chosen"])
-def test_one_pass_with_a_rank_of_several_steps_is_refused(config):
-    """Its other columns of dh would stay as they were."""
-    dy, h, b, out = random(20, 30), random(20, 200), random(30, 200), poisoned(30, 200)
-    with pytest.raises(ValueError, match="rank 200"):
-        weight_grad(dy, [h], [out], precision="ieee", b=b, config=config)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_dropped_is_gone(value):
-    v, seeds = random(40, 20), draw_seeds(1)
-    (mask,) = keep_masks(seeds, v.shape, 0.5, 1)
-    v[~mask] = value
-    (out,) = check(v, [random(40, 3)], p=0.5, seeds=seeds)
-    assert out.isfinite().all()
-
-
 @pairwise(
     {"r": [8, 64, 128], "m,n": {"1": (1, 4096), "narrow": (4096, 1024), "wide": (8192, 14336)}}
 )

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from counting import Counted, counted_launches
 from device import DEVICE
 from judge import make_projection
+from kernel_cases import BF16, F32, Counted, counted_launches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +18,6 @@ from fastlora.kernels.sum_planes import sum_planes
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="bytes are counted in the interpreter")
 
-BF16, F32 = torch.bfloat16, torch.float32
 DESCRIPTORS = GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descriptors=True)
 POINTERS = GemmConfig(32, 32, 16, warps=4, stages=2, group=2)
 

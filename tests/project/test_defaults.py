@@ -14,9 +14,7 @@ import torch
 from call_kinds import KINDS, made
 from marks import pairwise
 from models import Mlp, adapt, tiny_llama
-from moe_models import base_model
-from packed import MAKERS, random_mxfp4, random_nvfp4
-from packed_experts import bits_of
+from packed import MAKERS
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten
@@ -25,7 +23,6 @@ import fastlora
 from fastlora.backends import BACKENDS
 from fastlora.doctor import peft_checks, relative_errors
 from fastlora.doctor.launches import Asked, would_run
-from fastlora.formats.format import Quantised
 from fastlora.price import kept_bytes
 from fastlora.quant.packing import KINDS as PACKED_KINDS
 from fastlora.quant.packing import pack_weight, packing_error
@@ -167,24 +164,6 @@ def test_calls(name, value, backend):
     assert_same(value, work)
 
 
-@pairwise(
-    {
-        "value": VALUES,
-        "rows": {"few": 5, "many": 70},
-        "make": {"mxfp4": random_mxfp4, "nvfp4": random_nvfp4},
-    }
-)
-def test_kernels_of_four_bit_numbers(make, rows, value):
-    weight: Quantised = make(24, 64)
-    x, a, b = torch.randn(rows, 64, requires_grad=True), torch.randn(4, 64), torch.randn(24, 4)
-
-    def work():
-        y = fastlora.lora_linear(x, weight, a, b, backend="triton")
-        return [y, *torch.autograd.grad(y.sum(), [x])]
-
-    assert_same(value, work)
-
-
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -257,21 +236,6 @@ def test_models(work, value, tmp_path):
     )  # fmt: skip
     folders = iter([tmp_path / "before", tmp_path / "under"])
     assert_same(value, lambda: work(Models(*map(copy.deepcopy, models)), next(folders)))
-
-
-@defaults
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
-def test_packing_a_model_s_experts(kind, device, value):
-    model = base_model(hidden_size=64, moe_intermediate_size=64).to(device)
-
-    def work():
-        own = copy.deepcopy(model)
-        report = fastlora.pack(own, kind)
-        kinds = {n: (t.dtype, t.device, *t.shape) for n, t in own.state_dict().items()}
-        return str(report), kinds, {} if device == "meta" else bits_of(own)
-
-    assert_same(value, work)
 
 
 def test_a_sweep(tmp_path):

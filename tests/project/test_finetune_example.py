@@ -170,21 +170,15 @@ def test_sides_train_in_turn(compared):
 
 def test_table_has_all_sides(compared):
     printed, results = compared.printed, compared.report["results"]
-    heads = [line.split() for line in printed.splitlines()]
-    assert ["frozen", "PEFT", "PEFT,", "optimized", "fastlora"] in heads
     assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
     for name, side in results.items():
         trained = 0 if name == "frozen" else results["fastlora"]["trainable_parameters"]
         assert side["trainable_parameters"] == trained
         assert f"{side['tokens_per_second']:.0f}" in printed
-        assert f"{side['kept_for_backward'] / 2**20:.0f}" in printed
     assert results["fastlora"]["kept_for_backward"] <= results["PEFT"]["kept_for_backward"]
-    for base, others in (
-        ("PEFT", ["frozen", "optimized", "fastlora"]),
-        ("frozen", ["PEFT", "optimized", "fastlora"]),
-    ):
+    for base in ("PEFT", "frozen"):
         ratios = compared.report[f"step_time_over_{base.lower()}"]
-        assert list(ratios) == others
+        assert ratios.keys() == results.keys() - {base}
         for side, ratio in ratios.items():
             ours, theirs = (numpy.array(results[each]["seconds_per_step"]) for each in (side, base))
             low, middle, high = numpy.percentile(ours / theirs, [25, 50, 75])

@@ -57,47 +57,46 @@ def test_twelve_cells_ran_and_every_torch_had_the_triton_that_it_pins():
         assert set(row["checks"]) >= CHECKS
 
 
-def fake(monkeypatch, tmp_path, told: list[str]) -> dict:
-    """A cell's row, its script having printed this."""
+@pytest.fixture
+def nothing_installed(monkeypatch, tmp_path) -> Path:
+    """The file of results, and no page."""
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
     monkeypatch.setattr(matrix, "PAGES", [])
+    return matrix.RESULTS
+
+
+ENDED, TWO = "error: the process ended: ", dict.fromkeys(("doctor", "files"), "ok")
+
+
+@pytest.mark.parametrize(
+    ("names", "told", "checks", "said"),
+    [
+        (TWO, {"doctor": "ok", "files": "error: Oh: no"}, {"files": "error: Oh: no"}, "files: Oh"),
+        (TWO, {"doctor": "ok"}, {"files": f"{ENDED}Segmentation fault"}, "files: the process"),
+        ((), {}, dict.fromkeys(("import", "import compiled"), f"{ENDED}Segmentation fault"), ""),
+    ],
+    ids=["a-broken-check", "a-process-that-ends", "packages-that-cannot-be-imported"],
+)
+def test_what_breaks_in_a_cell_is_its_error(
+    nothing_installed, monkeypatch, names, told, checks, said
+):
+    lines = [json.dumps({"checks": [*names], "versions": {}})] * bool(names)
+    lines += [json.dumps({"check": name, "outcome": outcome}) for name, outcome in told.items()]
     monkeypatch.setattr(environment, "interpreter", lambda version: "python")
     monkeypatch.setattr(environment, "install", lambda *_: (Path("python"), ""))
-    monkeypatch.setattr(matrix, "run", lambda *_, **how: (False, told))
+    monkeypatch.setattr(matrix, "run", lambda *_, **how: (False, [*lines, "Segmentation fault"]))
     monkeypatch.setattr(sys, "argv", ["matrix", "--cell", "newest"])
     assert matrix.main()
-    return json.loads((tmp_path / "matrix.json").read_text())["cells"]["newest"]
+    row = json.loads(nothing_installed.read_text())["cells"]["newest"]
+    assert row["checks"] == told | checks
+    assert said in table.said(row)
 
 
-def test_a_broken_check_is_an_error_of_its_cell(monkeypatch, tmp_path):
-    outcomes = dict.fromkeys(sorted(CHECKS), "ok") | {"files": "error: Oh: no"}
-    told = [json.dumps({"check": name, "outcome": outcome}) for name, outcome in outcomes.items()]
-    head = {"checks": [*outcomes], "versions": {}}
-    row = fake(monkeypatch, tmp_path, [json.dumps(head), *told])
-    assert row["checks"] == outcomes
-    assert table.said(row) == "11 of 12; error: files: Oh: no"
-
-
-def test_a_check_that_takes_the_process_down_is_an_error(monkeypatch, tmp_path):
-    head = json.dumps({"checks": ["doctor", "files"]})
-    told = [head, json.dumps({"check": "doctor", "outcome": "ok"}), "Segmentation fault"]
-    checks = fake(monkeypatch, tmp_path, told)["checks"]
-    assert checks == {"doctor": "ok", "files": "error: the process ended: Segmentation fault"}
-
-
-def test_packages_that_cannot_be_imported_are_an_error(monkeypatch, tmp_path):
-    checks = fake(monkeypatch, tmp_path, ["ImportError: no"])["checks"]
-    ended = "error: the process ended: ImportError: no"
-    assert checks == {"import": ended, "import compiled": ended}
-
-
-def test_a_python_that_is_not_here_is_told_and_no_failure(monkeypatch, tmp_path):
-    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
-    monkeypatch.setattr(matrix, "PAGES", [])
+def test_a_python_that_is_not_here_is_told_and_no_failure(nothing_installed, monkeypatch):
     monkeypatch.setattr(environment, "interpreter", lambda version: None)
     monkeypatch.setattr(sys, "argv", ["matrix", "--quick"])
     assert not matrix.main()
-    cells = json.loads((tmp_path / "matrix.json").read_text())["cells"]
+    cells = json.loads(nothing_installed.read_text())["cells"]
     line = "| 3.14 | newest | torch's | newest | newest | newest | Python 3.14 is not here |"
     assert line in table.cells({"cells": cells})
 
@@ -109,7 +108,7 @@ def test_the_list_is_json_and_needs_python_alone():
 
 
 def test_what_a_cell_does_passes_here():
-    names = ["op, torch", "files, biases", "Trainer, own"]
+    names = ["op, torch", "files, biases"]
     command = [sys.executable, str(matrix.SCRIPT), *names]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]

@@ -64,35 +64,25 @@ def test_calls_that_were_not_fast_and_failures_of_both_are_listed(outcomes):
     assert compare.failed_in_both(before, after).split(maxsplit=1) == ["1", FAILED["reason"]]
 
 
-@pytest.mark.parametrize(
-    ("test", "picked"),
-    [
-        ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-LoraConfig-0]", True),
-        ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-IA3Config-0]", False),
-        ("test_custom_models.py::TestPeftCustomModel::test_merge[A-MLP-AdaLoraConfig-0]", False),
-        ("test_mixed.py::TestMixedAdapterTypes::test_target_first_layer_0_Lora_LoHa", True),
-        ("test_mixed.py::TestMixedAdapterTypes::test_target_first_layer_4_LoHa_AdaLora", False),
-        ("test_initialization.py::TestLoraInitialization::test_oft_is_not_lora", True),
-        ("test_initialization.py::TestVeraInitialization::test_save", False),
-        ("test_other.py::test_scaling", True),
-    ],
-)
-def test_lora_tests_are_picked_and_those_of_other_methods_are_not(test, picked):
-    assert is_about_lora(f"tests/{test}") is picked
+OF_LORA = [
+    ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-LoraConfig-0]", True),
+    ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-IA3Config-0]", False),
+    ("test_mixed.py::TestMixedAdapterTypes::test_target_first_layer_0_Lora_LoHa", True),
+    ("test_mixed.py::TestMixedAdapterTypes::test_target_first_layer_4_LoHa_AdaLora", False),
+    ("test_initialization.py::TestLoraInitialization::test_oft_is_not_lora", True),
+    ("test_initialization.py::TestVeraInitialization::test_save", False),
+]
+OF_GPUS = [
+    ("test_common_gpu.py::PeftGPUCommonTests::test_4bit_merge_lora", True),
+    ("test_common_gpu.py::PeftGPUCommonTests::test_serialization_shared_tensors", False),
+    ("test_gpu_examples.py::TestFSDPWrap::test_bnb_4bit_wrap_fsdp", False),
+    ("test_other.py::test_scaling", True),
+]
 
 
-@pytest.mark.parametrize(
-    ("test", "picked"),
-    [
-        ("test_common_gpu.py::PeftGPUCommonTests::test_4bit_merge_lora", True),
-        ("test_common_gpu.py::PeftGPUCommonTests::test_serialization_shared_tensors", False),
-        ("test_gpu_examples.py::PeftBnbGPUExampleTests::test_causal_lm_training_4bit_vera", False),
-        ("test_gpu_examples.py::TestFSDPWrap::test_bnb_4bit_wrap_fsdp", False),
-        ("test_other.py::test_scaling", True),
-    ],
-)
-def test_of_files_for_gpus_tests_of_packed_weights_are_picked(test, picked):
-    assert is_chosen(f"tests/{test}") is picked
+def test_lora_s_and_packed_weights_tests_are_picked_and_no_others():
+    for rows, picks in ((OF_LORA, is_about_lora), (OF_GPUS, is_chosen)):
+        assert [(test, picks(f"tests/{test}")) for test, _ in rows] == rows
 
 
 def test_a_mark_that_asks_for_one_gpu_is_taken_away():
