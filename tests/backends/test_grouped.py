@@ -77,16 +77,3 @@ def test_only_the_gradients_asked_for_are_computed(trained, products):
     aten = torch.ops.aten
     found = sum(op in (aten.mm, aten.addmm, aten.addmm_) for op in backward.ops)
     assert found == products * 2  # of two experts
-
-
-def test_masks_go_on_from_one_part_to_the_next():
-    weight, lora_a, lora_b, _ = make_experts(2, 6, 8, 3, torch.float32)
-    one, seeds = Call((Layout(False, (0.5,)),), 0.3, find_backend()), torch.tensor([7])
-    x = torch.randn(7, 8)
-
-    def forward(rows, experts, segments):
-        inputs = [x[rows], *(t.detach()[experts] for t in (weight, lora_a, lora_b))]
-        return one.backend.forward(inputs, seeds, one._replace(rows=segments))[0][0]
-
-    whole = forward(slice(0, 7), slice(0, 2), Rows(ends_of([4, 3])))
-    assert torch.equal(forward(slice(4, 7), slice(1, 2), Rows(ends_of([3]), first=4)), whole[4:])

@@ -128,12 +128,13 @@ def test_a_bank_is_read_where_it_lies_and_no_row_is_gathered():
     assert own <= read
 
 
-def test_rows_in_the_middle_of_a_call_have_its_masks():
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_rows_in_the_middle_of_a_call_have_its_masks(name):
     """A part of the rows, which say how many lie before them."""
     experts = make_experts(3, 24, 16, 8, torch.float32)
     tensors = [tensor.detach() for tensor in experts[:3]]
     x, seeds = torch.randn(12, 16), torch.tensor([11])
-    backend = find_backend("triton")
+    backend = find_backend(name)
     one = Call((Layout(False, (1.0,)),), 0.3, backend, Rows(ends_of([4, 5, 3])))
     (whole,), _ = backend.forward([x, *tensors], seeds, one)
     part = [x[4:], *(tensor[1:] for tensor in tensors)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ def step(
 
 
 def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") -> list:
-    """Forward and backward of eight experts, some without rows; the inputs and what came out."""
+    """Forward and backward of eight experts, some without rows: the inputs, and what came out."""
     import fastlora
 
     experts, K, N = 8, 2048, 1536
@@ -196,7 +197,7 @@ def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") 
         x, weight, lora_a, lora_b, ends, bias=bias, dropout=dropout, backend="triton"
     )
     found = [y, *torch.autograd.grad(y, leaves, dy)]
-    return [[*leaves, weight, ends, dy, *([] if bias is None else [bias])], found]
+    return [*leaves, weight, ends, dy, *([] if bias is None else [bias]), *found]
 
 
 def variants() -> dict[str, int]:
@@ -240,31 +241,32 @@ def standard_layers() -> dict[str, dict]:
     return counts
 
 
-def experts() -> dict:
-    """Launches by kernel, tensor maps, and where a replay differs from ordinary launches."""
+def both_ways(call: Callable[[], list[Tensor]]) -> tuple:
+    """Of a call that returns its tensors: how many launches, those of a replay, and where a replay
+    differs from ordinary launches."""
     from fastlora.kernels.launch import Launch, intercept
 
+    with handed_over() as ordinary, intercept(Launch.run):
+        first = call()
+    call()
+    with handed_over() as replayed, cuda_standin.counted() as counted:
+        second = call()
+    differences = differences_of(ordinary, replayed, [*zip(first, second, strict=True)])
+    return len(ordinary), {"tensor maps": counted.tensor_maps, **counted.launches}, differences
+
+
+def experts() -> dict:
+    """Launches by kernel, tensor maps, and where a replay differs from ordinary launches."""
     found = {}
     for name, call in {"plain": (4096, 0.0, False), "all": (4096, 0.1, True)}.items():
-        with handed_over() as ordinary, intercept(Launch.run):
-            first = step_experts(*call)
-        step_experts(*call)
-        with handed_over() as replayed, cuda_standin.counted() as counted:
-            second = step_experts(*call)
-        pairs = [
-            pair for each in zip(first, second, strict=True) for pair in zip(*each, strict=True)
-        ]
-        found[name] = {
-            "launches": {"tensor maps": counted.tensor_maps, **counted.launches},
-            "differences": differences_of(ordinary, replayed, pairs),
-        }
+        _, launches, differences = both_ways(partial(step_experts, *call))
+        found[name] = {"launches": launches, "differences": differences}
     return found
 
 
 def replays() -> dict:
     """How many launches of random layers were compared, and where a replay differs from them."""
     import fastlora
-    from fastlora.kernels.launch import Launch, intercept
 
     compared, differences = 0, []
     layers = [random_layer(seed) for seed in range(RANDOM_LAYERS)]
@@ -279,21 +281,13 @@ def replays() -> dict:
                 ys = fastlora.lora_linears(
                     layer.x, layer.outputs, dropout=layer.dropout, backend="triton"
                 )
-                if not layer.leaves:
-                    return list(ys)
-                return [*ys, *torch.autograd.grad(ys, layer.leaves, layer.dys)]
+                gradients = torch.autograd.grad(ys, layer.leaves, layer.dys) if layer.leaves else []
+            inputs = [*layer.dys, layer.x, *(t for o in layer.outputs for t in tensors_of(o))]
+            return [*inputs, *ys, *gradients]
 
-        with handed_over() as ordinary, intercept(Launch.run):
-            expected = call()
-        call()
-        with handed_over() as replayed:
-            found = call()
-        inputs = [*layer.dys, layer.x, *(t for o in layer.outputs for t in tensors_of(o))]
-        pairs = [*((each, each) for each in inputs), *zip(expected, found, strict=True)]
-        compared += len(ordinary)
-        differences += [
-            f"seed {seed}, {plan}: {each}" for each in differences_of(ordinary, replayed, pairs)
-        ]
+        count, _, found = both_ways(call)
+        compared += count
+        differences += [f"seed {seed}, {plan}: {each}" for each in found]
     return {"compared": compared, "differences": differences}
 
 

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
@@ -20,7 +19,6 @@ from machine.memory import RACES
 
 import fastlora
 from fastlora.kernels import gated_backward, kept, lowrank
-from fastlora.kernels.launch import Launch, intercept
 
 BF16 = torch.bfloat16
 
@@ -60,47 +58,6 @@ def races() -> dict[str, list[str]]:
         name: sorted({found.kind for each in ran(call).ran for found in each.findings} & RACES)
         for name, call in calls.items()
     }
-
-
-def owners() -> dict[str, list[bool]]:
-    """Of launches that write where they read: is an element loaded and stored by one thread?
-
-    Triton's layouts say so: both are one, and it has no more places than the tile has elements.
-    """
-    launches: list[Launch] = []
-    with intercept(launches.append):
-        gradients_in_place()
-        added_in_place()
-    found: dict[str, list[bool]] = {}
-    for launch in launches:
-        loaded, stored = ("dy", "d_gate") if launch.name == "gated_backward" else ("out", "out")
-        text = launch.compile().asm["ttgir"]
-        tiles = _tiles(text, "load", loaded) | _tiles(text, "store", stored)
-        (tile,) = tiles  # its sizes and its layout; more than one isn't one owner
-        sizes, layout = tile
-        places = re.search(
-            rf"^{layout} = #ttg.blocked<{{sizePerThread = (.*?), threadsPerWarp = (.*?), "
-            r"warpsPerCTA = (.*?), order", text, re.MULTILINE,
-        )  # fmt: skip
-        each = zip(sizes, *map(json.loads, places.groups()), strict=True)
-        one = all(size >= prod(of_layout) for size, *of_layout in each)
-        found.setdefault(launch.name, []).append(one)
-    return found
-
-
-def _tiles(text: str, word: str, operand: str) -> set[tuple[tuple[int, ...], str]]:
-    """The sizes and layouts of the tiles of pointers into this operand."""
-    parts = re.findall(r"^ *(%\w+) = tt.(?:addptr|splat|broadcast) (%\w+)", text, re.MULTILINE)
-    source = dict(parts)
-    found = set()
-    for name, shape, layout in re.findall(
-        rf"tt\.{word} (%\w+),.*tensor<([\dx]+)x!tt\.ptr<\w+>, (#\w+)>", text
-    ):
-        while name in source:
-            name = source[name]
-        if name == f"%{operand}":
-            found.add((tuple(map(int, shape.split("x"))), layout))
-    return found
 
 
 def replays() -> dict[str, str]:
@@ -143,7 +100,7 @@ def main() -> None:
         driver.install(name)
         kept._calls.clear()
         torch.manual_seed(0)
-        found[name] = {each.__name__: each() for each in (races, owners, replays)}
+        found[name] = {each.__name__: each() for each in (races, replays)}
     print(json.dumps(found))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -43,17 +44,6 @@ def gpu(monkeypatch, tmp_path):
     with fastlora.use_backend("triton"):
         yield
     use_rows(())
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that a test moves."""
-
-    class Clock:
-        now = 0.0
-
-    monkeypatch.setattr(tuning, "monotonic", lambda: Clock.now)
-    return Clock
 
 
 @pytest.fixture
@@ -259,8 +249,10 @@ def test_a_product_that_nothing_computes_has_no_row(timed, monkeypatch, tmp_path
     assert files(tmp_path) == {}
 
 
-def test_the_time_is_shared_out_and_kept_to(timed, clock, monkeypatch):
+def test_the_time_is_shared_out_and_kept_to(timed, monkeypatch):
     """A product's plans are measured in any case; tiles as long as its share lasts."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(tuning, "monotonic", lambda: clock.now)
     monkeypatch.setattr(tuning, "_MOST_TILES", 8)
     taken = {}
 
