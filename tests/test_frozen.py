@@ -10,7 +10,6 @@ from fast_calls import counted_frozen_calls
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from fastlora.backends import products
 from fastlora.layers import frozen
 from fastlora.report import cover_frozen
 
@@ -123,13 +122,6 @@ def test_what_is_left_alone(make):
     assert frozen.take_frozen([layer]) == []
     assert type(layer) is kind
     assert vars(layer) == members
-
-
-def test_nothing_changes_where_it_does_not_gain(monkeypatch):
-    monkeypatch.setattr(products, "FORCED", False)
-    layer = linear()
-    assert frozen.take_frozen([layer]) == []
-    assert type(layer) is nn.Linear
 
 
 def test_a_weight_that_trains_is_torch_s_while_it_does():
