@@ -8,18 +8,15 @@ import pytest
 import torch
 from models import Mlp
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft_models import adapted as adapted_in_evaluation
-from peft_models import counted_calls
+from peft_models import counted_calls, mlp
 from process import run_forked
 from torch import nn
 
 import fastlora
 
 
-def adapted(dtype=torch.float32, adapters=("default",), **settings) -> peft.PeftModel:
-    """An Mlp whose ``up`` and ``down`` have adapters that are no identity change."""
-    settings = {"target_modules": ["up", "down"]} | settings
-    return adapted_in_evaluation(Mlp().to(dtype), adapters, **settings).train()
+def adapted() -> peft.PeftModel:
+    return mlp().float()
 
 
 @pytest.fixture
