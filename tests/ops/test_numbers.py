@@ -32,6 +32,12 @@ def test_many_adapters_of_which_some_have_no_rows(index, name):
     check(Case(6, index, name, kind="many", p=0.5, M=6, world="eager", format=""))
 
 
+@pytest.mark.parametrize("index", [1, 7])  # which have a bias
+def test_a_product_in_place_adds_to_the_adapter_and_the_bias(index):
+    fixed = {"M": 9, "plan": "IN_PLACE", "world": "eager", "format": "", "node": True}
+    check(Case(7, index, "triton", kind="layer", **fixed))
+
+
 EDGES = {
     "no-rows": {"M": 0},
     "a-row": {"M": 1},
