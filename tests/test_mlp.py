@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from fast_calls import blocks, counted_blocks
+from models import refused, tiny_llama
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
@@ -418,3 +419,16 @@ def test_errors_are_those_of_the_layers():
                 each(wrong)
             messages.append((type(error.value), str(error.value)))
         assert messages[0] == messages[1]
+
+
+def test_apply_lora_and_load_adapter_take_a_model_s_blocks(tmp_path):
+    config = fastlora.LoRAConfig(r=4, target_modules="all-linear")
+    model = fastlora.apply_lora(tiny_llama(), config)
+    report = "14 of 14 layers fast (backend torch)\n2 of 2 gated MLPs as one block"
+    assert str(fastlora.coverage(model)) == report
+    fastlora.save_adapter(model, tmp_path)
+    assert blocks(fastlora.load_adapter(tiny_llama(), tmp_path)) == blocks(model)
+    assert not blocks(fastlora.apply_lora(tiny_llama(), config, blocks=False))
+    plain = tiny_llama()
+    with refused(plain, "blocks is 1, but must be True or False"):
+        fastlora.apply_lora(plain, config, blocks=1)

@@ -1,10 +1,14 @@
-"""coverage(model): a record for each adapted layer, and a short report."""
+"""coverage(model): a record for each adapted layer, and a short report, of PEFT's layers too."""
 
+import peft
+import pytest
 import torch
 from models import Mlp
+from torch import nn
 
 import fastlora
 from fastlora import LoRAConfig
+from fastlora.report import Coverage, LayerCoverage
 
 
 def adapted():
@@ -57,3 +61,78 @@ def test_a_plain_model():
 
 def test_it_sees_through_wrappers():
     assert len(fastlora.coverage(torch.nn.DataParallel(adapted())).layers) == 2
+
+
+class Experts(nn.Module):
+    """Eight experts of one parameter, and a router beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 8, bias=False)
+        self.up_proj = nn.Parameter(torch.randn(8, 16, 8))
+
+    def forward(self, x):
+        weights = self.router(x).softmax(-1)
+        return torch.einsum("be,eni,bi->bn", weights, self.up_proj, x)
+
+
+def test_the_share_of_adapted_parameters_says_what_the_count_hides():
+    config = peft.LoraConfig(target_modules=["router"], target_parameters=["experts.up_proj"])
+    model = peft.get_peft_model(nn.ModuleDict({"experts": Experts()}), config)
+    report = fastlora.optimize(model)
+    assert {layer.parameters for layer in report.layers} == {8 * 8, 8 * 16 * 8}
+    assert report.share == 64 / (64 + 1024)
+    first, *rest = str(report).splitlines()
+    assert first == "1 of 2 layers fast, 6 % of the adapted parameters (backend torch)"
+    assert "its forward isn't that of transformers' use_experts_implementation" in rest[0]
+    assert "ParamWrapper" not in str(report)
+
+
+def parts(*sizes: int, fast: int) -> Coverage:
+    """The first ``fast`` of layers with so many parameters are fast."""
+    layers = [
+        LayerCoverage("", (1, size), 4, i < fast, "torch" if i < fast else "eager", parameters=size)
+        for i, size in enumerate(sizes)
+    ]
+    return Coverage(tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("report", "text"),
+    [
+        (parts(1, 999, fast=1), "1 of 2 layers fast, under 1 % of the adapted parameters"),
+        (parts(999, 1, fast=1), "1 of 2 layers fast, over 99 % of the adapted parameters"),
+        (parts(3, 97, fast=1), "1 of 2 layers fast, 3 % of the adapted parameters"),
+        (parts(3, 97, fast=2), "2 of 2 layers fast"),
+        (parts(3, 97, fast=0), "0 of 2 layers fast"),
+        (parts(0, 0, fast=1), "1 of 2 layers fast"),
+    ],
+    ids=["tiny", "most", "some", "all", "none", "unknown"],
+)
+def test_the_share_is_given_where_some_layers_are_fast(report, text):
+    assert report.counts == text
+
+
+# Layers that nothing calls
+
+
+def encoder_layer(*targets: str, **settings) -> peft.PeftModel:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0, **settings)
+    config = peft.LoraConfig(target_modules=list(targets), init_lora_weights=False)
+    return peft.get_peft_model(nn.Sequential(layer), config)
+
+
+def without_adapter(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with model.disable_adapter():
+        return model(x)
+
+
+def test_out_proj_of_torch_s_attention_is_said_not_to_be_called():
+    model, x = encoder_layer("out_proj"), torch.randn(2, 3, 8)
+    assert torch.equal(model(x), without_adapter(model, x))
+    report = fastlora.optimize(model)
+    assert report.fast == ()
+    assert "out_proj: nothing calls it: torch.nn.MultiheadAttention reads its weight" in str(report)
+    assert torch.equal(model(x), without_adapter(model, x))
+    with pytest.raises(ValueError, match="nothing calls it"):
+        fastlora.optimize(model, strict=True)

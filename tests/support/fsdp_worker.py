@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from models import Mlp, randomise, tiny_llama
 from moe_models import IDS, base_model, parameters_of
-from peft_worker import flat, shard, split
+from peft_worker import Zero3, flat, shard, split
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from zero3 import Zero3
 
 import fastlora
 
