@@ -1,7 +1,5 @@
 """Gated MLPs of PEFT models as blocks: training, the report, and what acts on their layers."""
 
-import pickle
-
 import peft
 import pytest
 import torch
@@ -39,20 +37,6 @@ def test_layers_without_an_adapter_and_with_several(settings):
         found = gradients(ours)
     assert len(calls) == 2
     assert_same(found, gradients(theirs), ROUNDING)
-
-
-def test_the_report():
-    model = model_of()
-    before = fastlora.coverage(model)
-    assert {block.reason for block in before.blocks} == {
-        "not optimised yet: fastlora.optimize(model) does it"
-    }
-    report = fastlora.optimize(model)
-    assert str(report) == ("14 of 14 layers fast (backend torch)\n2 of 2 gated MLPs as one block")
-    assert str(fastlora.coverage(model)) == str(report)
-    assert pickle.loads(pickle.dumps(report)).blocks == report.blocks
-    name = "base_model.model.model.layers.0.mlp"
-    assert report.blocks[0] == type(report.blocks[0])(name, True, "")
 
 
 def test_restore_and_the_end_of_with_give_them_back():

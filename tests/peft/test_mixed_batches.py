@@ -219,15 +219,6 @@ def test_what_stays_peft_s_is_right_in_training_too_and_reported(name, mixed_cal
     assert "up" in note
 
 
-def test_restore_gives_peft_s_model_back():
-    model = mlp()
-    kind = type(model.base_model)
-    fastlora.restore(fastlora.optimize(model) and model)
-    assert type(model.base_model) is kind
-    with pytest.raises(ValueError, match="training mode"):
-        model.train()(rows(), adapter_names=NAMES)
-
-
 def test_compiled_layers_take_the_names_of_each_call():
     torch.compiler.reset()
     model = optimized(many(Mlp(), ["up"]).double())
