@@ -50,8 +50,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker("bits")
 
 
-def pytest_collection_finish(session):
-    """What the imports made stays, and the collector needn't walk it: each Trainer calls it."""
+@pytest.fixture(scope="module", autouse=True)
+def out_of_the_collector_s_sight():
+    """What imports and earlier files made stays, and the collector, which each Trainer calls,
+    needn't walk it."""
+    gc.collect(1)
     gc.freeze()
 
 
