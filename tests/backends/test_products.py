@@ -243,26 +243,17 @@ def test_the_import_decides_nothing_and_the_environment_everything():
         assert printed == f"0 {answer} {answer} False"
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-    reason="a CPU without 16-bit products is emulated on x86 alone",
-)
-def test_a_cpu_without_16_bit_products_runs_wide():
-    """oneDNN and torch kept to AVX2."""
-    printed = run_python(
-        "-c", STATE, ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2",
-        FASTLORA_WIDE_PRODUCTS=None,
-    )  # fmt: skip
-    assert printed == "0 True True False"
+ON_X86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def test_here_torch_s_flags_are_heeded():
-    flags = (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    )
-    *wide, _ = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=None).split()[1:]
-    assert wide == [str(not flag) for flag in flags]
+@pytest.mark.parametrize("without", [True, False] if ON_X86 else [False], ids="without-{}".format)
+def test_without_the_environment_torch_s_flags_decide(without):
+    """Of this CPU, and of one that lacks 16-bit products: oneDNN and torch kept to AVX2."""
+    kept = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"} if without else {}
+    flags = torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.ops.mkldnn._is_mkldnn_fp16_supported
+    wide = [str(without or not flag()) for flag in flags]
+    printed = run_python("-c", STATE, FASTLORA_WIDE_PRODUCTS=None, **kept)
+    assert printed == f"0 {' '.join(wide)} False"
 
 
 @pytest.mark.parametrize("M", [1, 2])

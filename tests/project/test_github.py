@@ -28,28 +28,17 @@ def read(path: Path) -> dict:
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_a_form_keeps_to_github_s_rules_and_every_field_is_required(path):
     form = read(path)
-    assert (
-        {"name", "description", "body"}
-        <= form.keys()
-        <= {"name", "description", "body"} | {"labels"}
-    )
-    assert all(isinstance(form[name], str) for name in ("name", "description"))
+    assert form.keys() - {"labels"} == {"name", "description", "body"}
     fields = [field for field in form["body"] if field["type"] != "markdown"]
     for field in form["body"]:
         known, given = ATTRIBUTES[field["type"]], field["attributes"]
-        assert known[0] in given
-        assert given.keys() <= set(known)
-        texts = [given[name] for name in given if name != "options"]
-        assert all(isinstance(text, str) and text.strip() for text in texts)
+        assert {known[0]} <= given.keys() <= set(known)
     for field in fields:
         assert field.keys() == {"type", "id", "attributes", "validations"}
-        assert re.fullmatch(r"[\w-]+", field["id"])
         assert field["validations"] == {"required": True}
         options = field["attributes"].get("options", [])
         assert all(isinstance(option, str) for option in options)  # Yes and No alone are Booleans
-        assert len(set(options)) == len(options) != 1
-    for of in (lambda field: field["id"], lambda field: field["attributes"]["label"]):
-        assert len({of(field) for field in fields}) == len(fields) > 0
+    assert len({field["id"] for field in fields}) == len(fields) > 0
 
 
 def test_questions_need_no_form():

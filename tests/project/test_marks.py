@@ -41,11 +41,8 @@ def again():
     return again
 
 
-@pytest.mark.parametrize("function", [by_itself, by_a_tolerance_of_nothing, by_a_helper])
-def test_a_test_that_wants_equal_bits(function):
-    assert wants_equal_bits(function)
-
-
-@pytest.mark.parametrize("function", [within_rounding, again])
-def test_a_test_that_leaves_room(function):
-    assert not wants_equal_bits(function)
+def test_who_wants_equal_bits():
+    for function in (by_itself, by_a_tolerance_of_nothing, by_a_helper):
+        assert wants_equal_bits(function)
+    for function in (within_rounding, again):
+        assert not wants_equal_bits(function)
