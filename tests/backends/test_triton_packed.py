@@ -145,7 +145,7 @@ EXPERTS = {
     "few rows of e2m1": (lambda: random_nvfp4(24, 48), [5, 0, 9], 0.3, {"unpacking": 2}),
     "many rows of e2m1": (lambda: random_mxfp4(24, 64), [100, 31], 0.0,
                           {"dense": 2, "product": 2}),
-    "few rows of blocks": (lambda: random_float8(24, 40, 8, 8), [5, 0, 9], 0.3, {"unpacking": 2}),
+    "few rows of each": (lambda: random_float8(24, 40, 8, 8), [40, 0, 31], 0.3, {"unpacking": 2}),
     "few rows of one scale": (lambda: random_float8(24, 40, 24, 40), [5, 0, 9], 0.0,
                               {"unpacking": 2}),
     "many rows": (lambda: random_int8(24, 40), [100, 31], 0.3, {"dense": 2, "product": 2}),
