@@ -6,6 +6,7 @@ import pytest
 import torch
 from process import run_forked
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import LoRALinear
@@ -41,6 +42,19 @@ def test_threads_keep_their_own_backend(monkeypatch):
         assert backends.backend_name("torch") == "torch"
     assert names == ["torch"]
     assert backends.backend_name() == "torch"
+
+
+def test_the_registered_op_runs_on_the_backend_that_its_call_names(monkeypatch):
+    from fastlora.backends import torch as torch_backend
+
+    ran, forward = [], torch_backend.forward
+    monkeypatch.setattr(torch_backend, "forward", lambda *all: ran.append(1) or forward(*all))
+    tensors = torch.randn(40, 12), torch.randn(7, 12), torch.randn(2, 12), torch.randn(7, 2)
+    with fastlora.use_backend("triton"), FlopCounterMode(display=False):
+        fastlora.lora_linear(*tensors)
+        assert ran == []
+        fastlora.lora_linear(*tensors, backend="torch")
+    assert ran == [1]
 
 
 @on_both_backends
