@@ -94,7 +94,7 @@ def backward(
     outputs, wanted = unflatten(tensors, call.layouts), unflatten(needs[1:], call.layouts)
     dx, rows = x.new_empty(x.shape) if needs[0] else None, call.rows
     if rows is None:
-        masks, thin = _masks(x.shape, outputs, seeds, call.dropout), per_adapter(hs, outputs)
+        thin, masks = per_adapter(hs, outputs), _masks(x.shape, outputs, seeds, call.dropout)
         of_all = backward_rows(dys, x, outputs, thin, wanted, masks, dx)
         return [dx, *flatten(of_all, call.layouts)]
     gradients: list[Tensor | None] = [None] * len(tensors)
@@ -253,5 +253,7 @@ def _masks(
     """For each output its adapters' masks, or None for each without dropout."""
     if seeds is None:
         return [[None] * len(output.adapters) for output in outputs]
-    made = [DropoutMask(seed.view(1), shape, p) for seed in seeds.unbind()]
-    return per_adapter(made, outputs)
+    left = iter(seeds.unbind())
+    return [
+        [DropoutMask(next(left).view(1), shape, p) for _ in output.adapters] for output in outputs
+    ]

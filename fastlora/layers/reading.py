@@ -272,9 +272,9 @@ class Memory:
             tensors[each] if isinstance(each, int) else each.of(tensors) for each in self._sources
         ]
 
-    def now(self, tensors: Sequence[Tensor]) -> Reading:
-        """The reading with the tensors of now."""
-        return self.reading._replace(outputs=tuple(unflatten(self.inputs(tensors), self._layouts)))
+    def now(self, inputs: Sequence[Tensor]) -> Reading:
+        """The reading with these tensors of its outputs, laid flat."""
+        return self.reading._replace(outputs=tuple(unflatten(inputs, self._layouts)))
 
     def learn(self, key: Hashable, record: Any) -> None:
         """What a call of this key is."""
@@ -287,7 +287,7 @@ def key_of(x: Tensor) -> Hashable:
     """All that a call depends on beside what was read; None: what its calls are isn't kept."""
     if not may_be_known(x) or x.layout is not torch.strided:
         return None
-    return autocast_dtype(x), facts_of(x), asked_backend()
+    return facts_of(x), autocast_dtype(x), asked_backend()
 
 
 def read_once(
@@ -342,12 +342,13 @@ def call_as_read(
     if torch.compiler.is_compiling():
         return run_reading(read())[0]
     memory, answer = read_once(module, read, parts)
+    inputs = memory.inputs(answer) if isinstance(answer, list) else []
     key = None if memory.watch is None else key_of(x)
     if isinstance(answer, list):
         record = None if key is None else memory.calls.get(key)
         if record is not None:
-            return run([x, *memory.inputs(answer)], record)
-        answer = memory.now(answer)
+            return run([x, *inputs], record)
+        answer = memory.now(inputs)
     y, record = run_reading(answer)
     if key is not None and record is not None:
         memory.learn(key, record)
