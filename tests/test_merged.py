@@ -103,6 +103,17 @@ def test_an_error_inside_leaves_no_trace(name):
     assert_as_before(model, before)
 
 
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+@pytest.mark.parametrize("name", ["peft", "peft-tied", "own"])
+def test_many_cycles_in_bfloat16_leave_the_bits(name, keep):
+    model = KINDS[name]().bfloat16()
+    bits = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(50):
+        with fastlora.merged(model, keep=keep):
+            pass
+    assert all(torch.equal(p, bits[n]) for n, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("name", ["peft", "own"])
 def test_originals_on_the_cpu_train_behind_samples_in_inference_mode(name, monkeypatch):
     model, to = KINDS[name](), Tensor.to

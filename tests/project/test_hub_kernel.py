@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import runpy
 import sys
@@ -86,7 +87,9 @@ def test_its_parts_are_where_the_builder_looks(folder, tmp_path, monkeypatch):
 def test_the_package_s_own_tests_pass(folder, monkeypatch):
     """As somebody runs them who has the package alone: its layer, forward and backward."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    printed = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=folder)
+    # No settings of a folder around the temporary one.
+    alone = ("-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider")
+    printed = run_python("-m", "pytest", "-q", *alone, "tests", cwd=folder)
     assert "9 passed" in printed
 
 
