@@ -13,6 +13,14 @@ def trained_layer(**settings) -> LoRALinear:
     return layer
 
 
+def test_half_an_adapter_in_a_checkpoint_is_an_error():
+    layer = trained_layer()
+    state = layer.state_dict()
+    del state["lora_B"]
+    with pytest.raises(RuntimeError, match="lora_B"):
+        layer.load_state_dict(state)
+
+
 def test_is_a_linear_layer():
     layer = LoRALinear(12, 7)
     assert isinstance(layer, nn.Linear)
