@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import SMALLEST_BLOCK, rows_at_a_time
+from .. import blocks
 from ..projection import Adapter, Base, Output
 from .dropout import DropoutMask
 from .products import (
@@ -314,9 +314,10 @@ def _through_lora_a(
 
 def _blocks(x: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """The first row of each block of dropout, and that block's rows of every tensor."""
-    if x.numel() <= SMALLEST_BLOCK or x.shape[0] <= (step := rows_at_a_time(x)):
+    if x.numel() <= blocks.SMALLEST_BLOCK:  # to ask how many rows is dear for a small call
         yield 0, x, *others
         return
+    step = blocks.rows_at_a_time(x)
     for first in range(0, len(x), step):
         rows = slice(first, first + step)
         yield first, x[rows], *(None if tensor is None else tensor[rows] for tensor in others)

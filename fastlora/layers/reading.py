@@ -293,7 +293,7 @@ def key_of(x: Tensor) -> Hashable:
 def read_once(
     module: nn.Module, read: Callable[[], Reading], parts: Callable[[], Iterable[nn.Module]]
 ) -> tuple[Memory, list[Tensor] | Reading]:
-    """What is kept of the module, and the tensors of what is watched; or a new reading.
+    """What is kept of the module, and the inputs of its outputs as they are now; or a new reading.
 
     ``parts``: the modules that are read beside this one.
     """
@@ -304,7 +304,7 @@ def read_once(
         tensors = before.tensors_now(module)
         if tensors is not None:
             before.attempts = before.wait = 0
-            return before, tensors
+            return before, before.inputs(tensors)
     if before is not None and before.wait:  # it changes all the time: to keep it costs as much
         before.wait, before.watch = before.wait - 1, None
         reading = read()
@@ -342,13 +342,12 @@ def call_as_read(
     if torch.compiler.is_compiling():
         return run_reading(read())[0]
     memory, answer = read_once(module, read, parts)
-    inputs = memory.inputs(answer) if isinstance(answer, list) else []
     key = None if memory.watch is None else key_of(x)
     if isinstance(answer, list):
         record = None if key is None else memory.calls.get(key)
         if record is not None:
-            return run([x, *inputs], record)
-        answer = memory.now(inputs)
+            return run([x, *answer], record)
+        answer = memory.now(answer)
     y, record = run_reading(answer)
     if key is not None and record is not None:
         memory.learn(key, record)

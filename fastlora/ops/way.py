@@ -70,14 +70,14 @@ def is_eager(x: Tensor) -> bool:
     return not (why_textbook(x) or torch.compiler.is_compiling()) and is_plain(x)
 
 
-def may_be_known(x: Tensor) -> bool:
+def may_be_known(x: object) -> bool:
     """Whether a call made at this moment, with this x, can be one of a kind that passed before."""
     return isinstance(x, Tensor) and way_of(x)[0] == NODE
 
 
 def follows(x: object) -> bool:
     """Whether a composition of calls with this x now can be nodes that keep less than its steps."""
-    return torch.is_grad_enabled() and isinstance(x, Tensor) and way_of(x)[0] == NODE
+    return torch.is_grad_enabled() and may_be_known(x)
 
 
 def has_few_rows(x: Tensor) -> bool:

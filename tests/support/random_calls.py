@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import blocks, reference
-from fastlora.backends import formula, products
+from fastlora.backends import products
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
 from fastlora.formats.format import Quantised
@@ -233,8 +233,7 @@ class Case:
             if self.node:
                 put(way, "MOST_ROWS", 0)
             if self.small:
-                for place in (blocks, formula):
-                    put(place, "SMALLEST_BLOCK", 5 * self.K)
+                put(blocks, "SMALLEST_BLOCK", 5 * self.K)
                 for name, value in {"_BLOCK": 0, "_ROWS": 0, "_FEWEST_ROWS": 8}.items():
                     put(products, name, value)
                 put(products, "_FEWEST_OF_WEIGHT", 4)
