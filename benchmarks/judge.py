@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 
+import oracles
 import torch
 from torch import Tensor, nn
 
@@ -90,7 +91,7 @@ def _truth_of_a_mixed_batch(wide: Tensors) -> list[Tensor]:
     pairs = wide.adapters[torch.float64]
     indices = torch.arange(len(pairs)).repeat_interleave(len(wide.x) // len(pairs))
     lora_a, lora_b = map(list, zip(*pairs, strict=True))
-    y = fastlora.reference.multi_lora_linear(
+    y = oracles.multi_lora_linear(
         wide.x, wide.weights[0], lora_a, lora_b, indices, scales=[SCALE] * len(pairs)
     )
     return [y.detach(), *torch.autograd.grad(y, [wide.x, *chain(*pairs)], wide.dys)]

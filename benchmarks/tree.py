@@ -48,6 +48,7 @@ def import_from(root: Path = ROOT) -> None:
     A script's folder leaves the path, where its ``report`` or ``judge`` could be taken for others.
     """
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != BENCHMARKS]
+    sys.path.append(str(ROOT / "tests" / "support"))  # as pytest has it: oracles, vendors' layers
     sys.meta_path.insert(0, _Tree(root))
 
 
@@ -120,6 +121,5 @@ def last_error() -> str:
 
 if __name__ in ("__main__", "__mp_main__"):  # python tree.py ROOT MODULE DEVICE; its processes
     import_from(Path(sys.argv[1]))
-    sys.path.append(str(ROOT / "tests" / "support"))  # as pytest has it: makers of vendors' layers
 if __name__ == "__main__":
     serve(import_module(sys.argv[2]).Served(sys.argv[3]))

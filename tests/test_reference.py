@@ -1,5 +1,6 @@
-"""The oracle itself, against loops over single numbers."""
+"""The oracles themselves, against loops over single numbers."""
 
+import oracles
 import pytest
 import torch
 
@@ -55,7 +56,7 @@ def test_experts_number_by_number():
     mask = torch.rand(6, 5) > 0.3
     options = {"bias": bias, "scale": 0.7, "dropout": 0.3, "mask": mask}
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
-    y = reference.lora_grouped(x, weight, lora_a, lora_b, offsets, **options)
+    y = oracles.lora_grouped(x, weight, lora_a, lora_b, offsets, **options)
     for m, e in enumerate([0, 0, 2, 2, 2]):
         for n in range(4):
             base = sum(x[m, k] * weight[e, n, k] for k in range(5)) + bias[e, n]
@@ -72,14 +73,14 @@ def test_gradients_of_experts_are_the_formula_s():
     shapes = ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2))
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     assert torch.autograd.gradcheck(
-        lambda *t: reference.lora_grouped(*t, [2, 2, 5], scale=0.7), tensors
+        lambda *t: oracles.lora_grouped(*t, [2, 2, 5], scale=0.7), tensors
     )
 
 
 def test_dropout_without_a_mask_is_an_error():
     for call, shapes, ends in (
         (reference.lora_linear, ((2, 5), (4, 5), (2, 5), (4, 2)), []),
-        (reference.lora_grouped, ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2)), [[2, 2, 5]]),
+        (oracles.lora_grouped, ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2)), [[2, 2, 5]]),
     ):
         with pytest.raises(ValueError, match="no mask came"):
             call(*map(torch.randn, shapes), *ends, dropout=0.1)

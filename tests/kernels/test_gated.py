@@ -1,11 +1,11 @@
 """gated and gated_backward: act(gate) ∘ up and its gradients, against float64."""
 
+import oracles
 import pytest
 import torch
 from kernel_cases import BF16, DEVICE, DTYPE_IDS, F16, F32, counted_launches, poisoned, random
 from torch import Tensor
 
-from fastlora import reference
 from fastlora.backends import find_backend
 from fastlora.backends.gated import ACTIVATIONS as OF_TORCH
 from fastlora.kernels import gated, gated_backward, why_not_gated
@@ -20,7 +20,7 @@ activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 def truth(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> list[Tensor]:
     """y, d_gate and d_up in float64."""
     gate, up = gate.double().requires_grad_(), up.double().requires_grad_()
-    y = reference.gated.gated(gate, up, activation)
+    y = oracles.gated(gate, up, activation)
     return [y.detach(), *torch.autograd.grad(y, (gate, up), dy.double())]
 
 

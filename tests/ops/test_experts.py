@@ -1,11 +1,11 @@
 """The experts' node against the formula, token by token."""
 
+import oracles
 import pytest
 import torch
 from memory import peak_bytes, saved_bytes
 from torch import nn
 
-from fastlora import reference
 from fastlora.backends import find_backend
 from fastlora.ops import experts
 from fastlora.ops.experts import lora_experts
@@ -123,7 +123,7 @@ def test_dropout_has_a_mask_for_each_projection(monkeypatch):
 
     def one_product(rows, output, mask):
         (weight, _), ((lora_a, lora_b, scale),) = output
-        return reference.lora_grouped(
+        return oracles.lora_grouped(
             rows, weight, lora_a, lora_b, ends, scale=scale, dropout=p, mask=mask
         )
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import oracles
 import torch
 from experts import ends_of
 from packed import random_four_bit, random_int8, stack
 from torch import Tensor
 
 import fastlora
-from fastlora import reference
 from fastlora.formats.format import Quantised
 from fastlora.projection import Base, Output
 
@@ -48,7 +48,7 @@ def layer(dtype: torch.dtype, own: torch.dtype) -> Kind:
         return fastlora.lora_linear(x, weight, a, b, bias=bias, scale=0.5, **options)
 
     def truth(x, weight, a, b, bias):
-        return reference.lora_linear(x, weight, a, b, bias=bias, scale=0.5)
+        return oracles.lora_linear(x, weight, a, b, bias=bias, scale=0.5)
 
     return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (4,), 1)
 
@@ -78,7 +78,7 @@ def group(dtype: torch.dtype, own: torch.dtype) -> Kind:
         return torch.cat(fastlora.lora_linears(x, outputs(*tensors), **options), -1)
 
     def truth(x, *tensors):
-        return torch.cat(reference.lora_linears(x, outputs(*tensors)), -1)
+        return torch.cat(oracles.lora_linears(x, outputs(*tensors)), -1)
 
     cast = ("x", "weight", "weight1", "weight2")
     return Kind(_make(shapes, dtype, own), call, truth, cast, (4, 2, 3), 3)
@@ -93,7 +93,7 @@ def experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
         return fastlora.lora_grouped(x, weight, a, b, offsets, bias=bias, scale=0.5, **options)
 
     def truth(x, weight, a, b, bias):
-        return reference.lora_grouped(x, weight, a, b, ENDS, bias=bias, scale=0.5)
+        return oracles.lora_grouped(x, weight, a, b, ENDS, bias=bias, scale=0.5)
 
     return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (4,), 1, (ENDS,))
 
@@ -110,7 +110,7 @@ def bank(dtype: torch.dtype, own: torch.dtype) -> Kind:
         return fastlora.multi_lora_linear(x, weight, a, b, indices, bias=bias, **options)
 
     def truth(x, weight, a, b, bias):
-        return reference.multi_lora_linear(x, weight, a, b, INDICES, bias=bias, **numbers)
+        return oracles.multi_lora_linear(x, weight, a, b, INDICES, bias=bias, **numbers)
 
     return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (5,), 3)
 
@@ -128,7 +128,7 @@ def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
     def truth(x, weight, bias, *ab):
         pairs = list(ab[:3]), list(ab[3:])
-        return reference.multi_lora_linear(x, weight, *pairs, INDICES, bias=bias, **numbers)
+        return oracles.multi_lora_linear(x, weight, *pairs, INDICES, bias=bias, **numbers)
 
     return Kind(_make(shapes, dtype, own), call, truth, ("x", "weight"), (5,), 3)
 
@@ -142,7 +142,7 @@ def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
         return fastlora.lora_linear(x, weight, a, b, bias=bias, scale=0.5, **options)
 
     def truth(x, a, b, bias):
-        return reference.lora_linear(x, weight.dense(x.dtype), a, b, bias=bias, scale=0.5)
+        return oracles.lora_linear(x, weight.dense(x.dtype), a, b, bias=bias, scale=0.5)
 
     return Kind(_make(shapes, dtype, own), call, truth, ("x",), (4,), 1, weight.tensors)
 
@@ -157,7 +157,7 @@ def packed_experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
     def truth(x, a, b, bias):
         dense = weight.dense(x.dtype)
-        return reference.lora_grouped(x, dense, a, b, ENDS, bias=bias, scale=0.5)
+        return oracles.lora_grouped(x, dense, a, b, ENDS, bias=bias, scale=0.5)
 
     others = (*weight.tensors, ENDS)
     return Kind(_make(shapes, dtype, own), call, truth, ("x",), (4,), 1, others)

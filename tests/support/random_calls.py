@@ -13,6 +13,7 @@ from random import Random
 from typing import NamedTuple
 from unittest import mock
 
+import oracles
 import packed
 import torch
 from device import DEVICE
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
-from fastlora import blocks, reference
+from fastlora import blocks
 from fastlora.backends import products
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.gated import ACTIVATIONS
@@ -270,7 +271,7 @@ def _layer(case: Case) -> Made:
 
     def textbook(t, masks, change):
         its = case.texts(t, outputs, change)
-        return reference.lora_linears(t["x"], its, dropout=case.p if masks else 0.0, masks=masks)
+        return oracles.lora_linears(t["x"], its, dropout=case.p if masks else 0.0, masks=masks)
 
     masks = [((case.M, case.K), case.p) for output in outputs for _ in output.adapters]
     run = partial(fastlora.lora_linears, x, outputs, dropout=case.p)
@@ -290,7 +291,7 @@ def _gated(case: Case) -> Made:
         its, p = case.texts(t, outputs, change), case.p if masks else 0.0
         if change(2) == 4:  # what is divided by it is squared
             p = 1 - (1 - p) ** 2
-        return reference.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks)
+        return oracles.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks)
 
     run = partial(gated_mlp, x, *outputs, activation, dropout=case.p, down_dropout=case.p)
     pairs = zip(outputs, shapes, strict=True)
@@ -327,7 +328,7 @@ def _experts(case: Case) -> Made:
     def textbook(t, masks, change):
         mask = masks[0] if masks else None
         numbers = {"scale": change(scale), "dropout": p, "mask": mask}
-        return reference.lora_grouped(**t, offsets=ends, **numbers)
+        return oracles.lora_grouped(**t, offsets=ends, **numbers)
 
     run = partial(fastlora.lora_grouped, **tensors, offsets=ends, scale=scale, dropout=p)
     return Made(run, textbook, [((case.M, K), p)], [N], cuts[-1])
@@ -363,7 +364,7 @@ def _many(case: Case) -> Made:
         numbers = {"scales": [change(s) for s in scales], "ranks": its_ranks, "dropouts": ps}
         weight, bias, masks = t["weight0"], t.get("bias0"), masks or [None] * n
         tensors = t["x"], weight, *pairs, indices
-        return reference.multi_lora_linear(*tensors, bias=bias, masks=masks, **numbers)
+        return oracles.multi_lora_linear(*tensors, bias=bias, masks=masks, **numbers)
 
     tensors = x, base.weight, lora_a, lora_b, given
     numbers = {"scales": scales, "ranks": its_ranks, "dropout": ps, "bias": base.bias}
@@ -393,7 +394,7 @@ def _dora(case: Case) -> Made:
         dropped = x if drop is None else drop(x)
         if change is not abs:
             more = {"scale": its_scale, "dropped": dropped}
-            return reference.dora_linear(x, *tensors, bias=bias, **more)
+            return oracles.dora_linear(x, *tensors, bias=bias, **more)
         # z has the bias, which is taken off again; a gain is that of the numbers themselves.
         z = dropped @ weight.T + its_scale * (dropped @ a.T @ b.T) + (0 if bias is None else bias)
         y = magnitude / norms * lost.clamp_min(1.0) * z + (0 if bias is None else bias)

@@ -13,12 +13,13 @@ from typing import Any
 
 import experts
 import judge
+import oracles
 import packed
 import torch
 from kernel_cases import BF16, F16, F32, poisoned, random
 from torch import Tensor
 
-from fastlora import Projection, lora_linears, multi_lora_linear, reference
+from fastlora import Projection, lora_linears, multi_lora_linear
 from fastlora.backends.dropout import dropout_mask
 from fastlora.backends.triton.packed import packed_of
 from fastlora.formats.format import Quantised
@@ -129,7 +130,7 @@ def _layer(case: Case) -> Results:
 
     def textbook(t: dict[str, Tensor]) -> Any:
         x, *flat = t.values()
-        return reference.lora_linears(x, unflatten(flat, layouts), dropout=case.p, masks=masks)
+        return oracles.lora_linears(x, unflatten(flat, layouts), dropout=case.p, masks=masks)
 
     run = _seeded(lambda: lora_linears(x, group, dropout=case.p))
     return judge.check(run, textbook, leaves, make_dy, rounded)
@@ -179,7 +180,7 @@ def _experts(case: Case) -> Results:
     options = {"scale": 0.75, "dropout": case.p}
     return judge.check(
         _seeded(lambda: experts.call(x, stacks, ends, **options)),
-        lambda t: reference.lora_grouped(**t, offsets=ends, mask=mask, **options),
+        lambda t: oracles.lora_grouped(**t, offsets=ends, mask=mask, **options),
         leaves,
     )
 
@@ -220,7 +221,7 @@ def _adapters(case: Case) -> Results:
 
     return judge.check(
         _seeded(lambda: of(leaves, multi_lora_linear, dropout=dropouts, **numbers)),
-        lambda t: of(t, reference.multi_lora_linear, dropouts=dropouts,
+        lambda t: of(t, oracles.multi_lora_linear, dropouts=dropouts,
                      masks=masks or [None] * count, **numbers),
         leaves,
     )  # fmt: skip
@@ -241,7 +242,7 @@ def _mlp(case: Case) -> Results:
     def textbook(t: dict[str, Tensor]) -> Tensor:
         x, *flat = t.values()
         its = unflatten(flat, layouts)
-        return reference.gated_mlp(x, *its, words["act"], dropout=case.p, masks=masks)
+        return oracles.gated_mlp(x, *its, words["act"], dropout=case.p, masks=masks)
 
     options = {"dropout": case.p, "down_dropout": case.p}
     run = _seeded(lambda: gated_mlp(x, *mlp, words["act"], **options))
@@ -271,8 +272,8 @@ def _block(case: Case) -> Results:
         y = x[order // k]
         for i, (weight, *_) in enumerate(stacks):
             tensors = [t.to(x.dtype) for t in (weight, *adapters[2 * i : 2 * i + 2])]
-            y = reference.lora_grouped(y, *tensors, ends, scale=0.5)
-            y = y if i else reference.gated.gated(*y.chunk(2, dim=1), act)
+            y = oracles.lora_grouped(y, *tensors, ends, scale=0.5)
+            y = y if i else oracles.gated(*y.chunk(2, dim=1), act)
         total = torch.zeros_like(x)
         return results(
             total.index_add(0, order // k, y * shares.flatten()[order, None]), its_leaves

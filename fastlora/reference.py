@@ -1,4 +1,7 @@
-"""y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, written as it is read.
+"""The truth: y = x weightᵀ + scale · drop(x) lora_aᵀ lora_bᵀ + bias, written as it is read.
+
+It shares no code with any backend.  Run it in float64, under plain autograd, to judge an
+implementation; it is not fast, keeps every intermediate, and checks little.
 
 The formula is that of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv
 2106.09685), with dropout on the adapter's input as in PEFT.
