@@ -1,42 +1,45 @@
-"""LoRAExperts: an experts module of a transformers model with adapters on its weights.
+"""LoRAExperts: an experts module of a transformers model, with packed weights, adapters, or both.
 
 PEFT's files hold the adapter of a weight in two matrices, and so do these modules.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..foreign import is_class
+from ..formats.format import Quantised
+from ..ops.way import why_textbook
 from ..projection import Adapter, Base, Output
-from .adapted import Adapted, AdaptedWeight, Features, add_product, refuse_training, scaling_of
-from .experts import ADDED, stacked
-from .members import why_not_tensor
+from ..quant import gguf
+from ..quant.float8 import SCALE
+from .adapted import (
+    Adapted,
+    AdaptedWeight,
+    Features,
+    add_product,
+    refuse_training,
+    run_with,
+    scaling_of,
+)
+from .experts import ADDED, Experts, read_experts_module, run_experts, stacked, takes
+from .members import class_over, plain_class_of, tensor_of, why_not_tensor
 from .packed import (
-    PackedExperts,
+    PackedWeight,
     dense_weight,
+    features_of,
     needs_class,
     packed_names,
     read_module,
-    settle,
-    sparing,
     weight_in,
 )
 
 _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
-
-
-def features_of(module: nn.Module, name: str) -> Features:
-    """Of the weight of this name: [E, q, p], or [E, p, q] where the module says is_transposed."""
-    is_transposed = bool(getattr(module, "is_transposed", False))
-    weight = weight_in(module, name)
-    experts, *sizes = weight.shape
-    # A packed one is [E, out, in] in any module.
-    p, q = sizes if is_transposed and isinstance(weight, Tensor) else sizes[::-1]
-    return Features(experts, p, q, is_transposed)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Adaptation:
 class ExpertsWeight(AdaptedWeight):
     """One adapted weight of an experts module."""
 
-    def __init__(self, experts: "LoRAExperts", name: str, how: Adaptation) -> None:
+    def __init__(self, experts: "LoRAExperts", name: str) -> None:
+        how = experts.adaptations[name]
         self.experts, self.name, self.features = experts, name, how.features
         self.r, self.lora_alpha, self.use_rslora = how.r, how.lora_alpha, how.use_rslora
         self.scaling = scaling_of(how.lora_alpha, how.r, how.use_rslora)
@@ -120,18 +124,23 @@ def names_of_pair(name: str) -> tuple[str, str]:
     return f"{name}{ADDED}A", f"{name}{ADDED}B"
 
 
-class LoRAExperts(Adapted, PackedExperts):
+class LoRAExperts(Adapted):
     """An experts module's class, which comes after this one: methods and no constructor.
 
-    A weight NAME that is adapted has ``NAME_lora_A`` [E · r, p] and ``NAME_lora_B`` [q, r · E]
-    beside it, as PEFT has them.  A call is one node (``ops.experts``).  What that can't be is the
-    module's own forward with weight + scaling · lora_B lora_A in place of each weight, which is
-    slow, and has no dropout: where dropout would act, it is a RuntimeError.
+    A weight NAME that is packed is a :class:`PackedWeight` of that name, or in transformers'
+    ``FP8Experts`` two parameters, in ``GgufExperts`` one.  One that is adapted has ``NAME_lora_A``
+    [E · r, p] and ``NAME_lora_B`` [q, r · E] beside it, as PEFT has them.
+
+    A call is one node (``ops.experts``).  What that can't be is the module's own forward, with
+    weights made for that call: weight + scaling · lora_B lora_A, or dense packed ones.  It is slow,
+    and has no dropout: where dropout would act, it is a RuntimeError.
     """
 
     lora_settings = ("adaptations", "lora_dropout")
-    adaptations: dict[str, Adaptation]  # in the order of the module's parameters
-    lora_dropout: float
+    # By weight, in the order of the module's parameters; none where weights are packed alone.
+    adaptations: Mapping[str, Adaptation] = MappingProxyType({})
+    _bases: Any = MappingProxyType({})
+    lora_dropout = 0.0
 
     def attach_adapter(
         self,
@@ -142,13 +151,12 @@ class LoRAExperts(Adapted, PackedExperts):
         name: str,
     ) -> None:
         """Take lora_A and lora_B of this weight; the first freezes all else.  Checks nothing."""
-        if "adaptations" not in self.__dict__:
+        if not self.adaptations:
             self.requires_grad_(False)
-            self.adaptations, self._bases = {}, {}
-            self.lora_dropout = float(lora_dropout)
+            self._bases, self.lora_dropout = {}, float(lora_dropout)
         features = features_of(self, name)
-        r = len(adapter[0]) // features.experts
-        self.adaptations[name] = Adaptation(features, r, lora_alpha, use_rslora)
+        how = Adaptation(features, len(adapter[0]) // features.experts, lora_alpha, use_rslora)
+        self.adaptations = {**self.adaptations, name: how}
         for its_name, tensor in zip(names_of_pair(name), adapter, strict=True):
             setattr(self, its_name, tensor)
 
@@ -156,32 +164,69 @@ class LoRAExperts(Adapted, PackedExperts):
         super().detach_adapter()
         settle(self)
 
-    def _apply(self, fn, recurse: bool = True):
-        return super()._apply(sparing(self, fn), recurse)  # codes that are kept aside, too
-
     def adapted_weights(self) -> Iterable[tuple[str, ExpertsWeight]]:
-        return [(name, self.weight_of(name)) for name in self.adaptations]
-
-    def weight_of(self, name: str) -> "ExpertsWeight":
-        return ExpertsWeight(self, name, self.adaptations[name])
+        return [(name, ExpertsWeight(self, name)) for name in self.adaptations]
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
-        if len(self._bases) == len(self.adaptations):
+        if self.adaptations and len(self._bases) == len(self.adaptations):
             refuse_training(self)
             if not needs_class(self):
                 forward: Any = self.plain_class.forward
                 return forward(self, *args, **named)
-        return super().forward(*args, **named)
+        experts = self.read()
+        reason = experts.reason
+        if args and isinstance(args[0], Tensor):
+            reason = reason or why_textbook(args[0])
+        if not (reason or named):
+            up, down = (self._output(name, experts) for name in experts.names)
+            if takes(args, (up, down)):
+                dropout = self.lora_dropout if self.training else 0.0
+                return run_experts(args, experts, up, down, dropout)
+        return self._by_its_own_forward(reason or "its arguments are others", args, named)
 
-    def adapters_of(self, name: str) -> tuple[Adapter[Tensor], ...]:
-        if name not in self.adaptations or name in self._bases:
-            return ()
-        return (self.weight_of(name).adapter(),)
+    def read(self) -> Experts:
+        """How a call computes, or why it is the module's own forward's."""
+        experts = read_experts_module(self, self.plain_class)
+        if "parametrizations" in self._modules:
+            return Experts("its weights are parametrised")
+        return experts
 
-    def sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.weight_of(name).adapted_sum(dtype)
+    def _output(self, name: str, experts: Experts) -> Output[Any]:
+        weight = weight_in(self, name)
+        bias = tensor_of(self, f"{name}_bias") if experts.has_bias else None
+        if experts.transposed and isinstance(weight, Tensor):
+            weight = weight.mT
+        added = name in self.adaptations and name not in self._bases
+        adapters = (ExpertsWeight(self, name).adapter(),) if added else ()
+        return Output(Base(weight, bias), adapters)
+
+    def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
+        """The class's forward with the sums in place of the weights, and dense packed ones."""
+        if gguf.is_experts(self.plain_class):  # whose own is a GPU's kernel for blocks
+            raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
+        adapted, packed = self.adaptations.keys() - self._bases.keys(), set(packed_names(self))
+        if self.lora_dropout and self.training and adapted:
+            raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
+        if not self._parameters.keys() | packed >= adapted:
+            raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
+        given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
+        lost = [name for name in packed if weight_in(self, name).device.type == "meta"]
+        if lost and not all(x.is_meta for x in given):  # torch would go on without numbers
+            raise RuntimeError(f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded")
+        dtype = next((x.dtype for x in given if x.is_floating_point()), torch.float32)
+        weights = {name: ExpertsWeight(self, name).adapted_sum(dtype) for name in adapted}
+        weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}
+        forward: Any = self.plain_class.forward
+        while any(n.endswith(SCALE) for n in self._parameters) and hasattr(forward, "__wrapped__"):
+            forward = forward.__wrapped__  # FP8Experts', where weights may be dense
+        return run_with(self, weights, partial(forward, self), args, named)
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(_sparing(self, fn), recurse)  # codes that are kept aside, too
 
     def extra_repr(self) -> str:
+        if not self.adaptations:
+            return super().extra_repr()
         adapters = [
             f"{name}: r={how.r}, lora_alpha={how.lora_alpha}"
             + (", merged" if name in self._bases else "")
@@ -190,9 +235,37 @@ class LoRAExperts(Adapted, PackedExperts):
         return "; ".join([*adapters, f"lora_dropout={self.lora_dropout}"])
 
 
+def _sparing(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What an experts module's ``_apply`` does to its tensors, but no cast of codes and scales."""
+    scales = {id(p) for name, p in module._parameters.items() if name.endswith(SCALE)}
+
+    def apply(tensor: Tensor) -> Tensor:
+        made = fn(tensor)
+        if made.dtype != tensor.dtype and (tensor.element_size() == 1 or id(tensor) in scales):
+            return tensor.to(made.device)
+        return made
+
+    return apply
+
+
+def take_packed(module: Any, weights: Mapping[str, Quantised]) -> None:
+    """Let an experts module have these packed weights in the place of its parameters."""
+    for name, weight in weights.items():
+        delattr(module, name)
+        setattr(module, name, PackedWeight(weight))
+    settle(module)
+
+
+def settle(module: Any) -> None:
+    """Give a module without adapters the class that runs the weights that it has now."""
+    kind = plain_class_of(module)
+    its_class = class_over(LoRAExperts, kind, "Packed") if needs_class(module) else kind
+    object.__setattr__(module, "__class__", its_class)
+
+
 def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
     """Why apply_lora can't give these parameters of a module adapters as experts; "" if it can."""
-    if isinstance(module, LoRAExperts):
+    if isinstance(module, LoRAExperts) and module.adaptations:
         return "it already has adapters (fastlora.remove_lora takes them away)"
     if is_class(type(module), *_SWIZZLED):
         return (
@@ -209,11 +282,10 @@ def why_not_experts(module: nn.Module, names: Sequence[str]) -> str:
         return "its forward was replaced on the instance (an accelerate hook?): remove that first"
     if "parametrizations" in module._modules:
         return "its weights are parametrised: make that permanent"
-    if needs_class(module) and not isinstance(module, PackedExperts):
+    if needs_class(module) and not isinstance(module, LoRAExperts):
         return "its weights are dense, in a class for float8: a cast of codes lost their scales"
-    ours = [*LoRAExperts.lora_settings, "_bases", *vars(LoRAExperts), *vars(PackedExperts)]
-    added = [*ours, *(each for name in names for each in names_of_pair(name))]
-    known = PackedExperts if isinstance(module, PackedExperts) else nn.Module
+    added = [*vars(LoRAExperts), *(each for name in names for each in names_of_pair(name))]
+    known = LoRAExperts if isinstance(module, LoRAExperts) else nn.Module
     taken = next((n for n in added if hasattr(module, n) and not hasattr(known, n)), "")
     if taken:
         return f"it has a {taken!r} of its own, which LoRA experts have for themselves: rename that"

@@ -1,21 +1,16 @@
-"""Experts' weights that are packed: where a module keeps them, and how it runs with them."""
+"""The weights of an experts module: where it keeps each, dense or packed."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..formats.format import Quantised
-from ..ops.way import why_textbook
-from ..projection import Adapter, Base, Output
 from ..quant import float8, gguf
 from ..quant.float8 import SCALE
-from .adapted import run_with
-from .experts import Experts, read_experts_module, run_experts, takes
-from .members import class_over, tensor_of
+from .adapted import Features
+from .experts import Experts, read_experts_module
+from .members import plain_class_of, tensor_of
 
 _DOWN = "down_proj"  # the last of the weights in every class of experts
 
@@ -50,116 +45,9 @@ class PackedWeight(nn.Module):
         return f"{list(self.shape)}, {self.format.label}"
 
 
-class PackedExperts(nn.Module):
-    """An experts module's class, which comes after this one, whose weights may be packed.
-
-    Methods and no constructor.  A packed weight NAME is a :class:`PackedWeight` of that name, or in
-    transformers' ``FP8Experts`` two parameters, in ``GgufExperts`` one.  A call is one node
-    (``ops.experts``).  What that can't be is the module's own forward with dense weights, made for
-    that call.
-    """
-
-    plain_class: type[nn.Module]  # what it is with dense weights, and without adapters
-    # Without adapters it has none of these.
-    adaptations: Mapping[str, Any] = MappingProxyType({})
-    _bases: Any = MappingProxyType({})
-    lora_dropout = 0.0
-
-    def forward(self, *args: Any, **named: Any) -> Tensor:
-        experts = self.read()
-        reason = experts.reason
-        if args and isinstance(args[0], Tensor):
-            reason = reason or why_textbook(args[0])
-        if not (reason or named):
-            up, down = (self._output(name, experts) for name in experts.names)
-            if takes(args, (up, down)):
-                dropout = self.lora_dropout if self.training else 0.0
-                return run_experts(args, experts, up, down, dropout)
-        return self._by_its_own_forward(reason or "its arguments are others", args, named)
-
-    def read(self) -> Experts:
-        """How a call computes, or why it is the module's own forward's."""
-        experts = read_experts_module(self, self.plain_class)
-        if "parametrizations" in self._modules:
-            return Experts("its weights are parametrised")
-        return experts
-
-    def _output(self, name: str, experts: Experts) -> Output[Any]:
-        weight = weight_in(self, name)
-        bias = tensor_of(self, f"{name}_bias") if experts.has_bias else None
-        if experts.transposed and isinstance(weight, Tensor):
-            weight = weight.mT
-        return Output(Base(weight, bias), self.adapters_of(name))
-
-    def adapters_of(self, name: str) -> tuple[Adapter[Tensor], ...]:
-        """Those that a call adds to the weight of this name."""
-        return ()
-
-    def _apply(self, fn, recurse: bool = True):
-        return super()._apply(sparing(self, fn), recurse)
-
-    def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
-        """The class's forward with the sums in place of the weights, and dense packed ones."""
-        if gguf.is_experts(self.plain_class):  # whose own is a GPU's kernel for blocks
-            raise RuntimeError(f"this call of GGUF's experts can't be made: {reason}")
-        adapted, packed = self.adaptations.keys() - self._bases.keys(), set(packed_names(self))
-        if self.lora_dropout and self.training and adapted:
-            raise RuntimeError(f"this call of experts can't have lora_dropout: {reason}")
-        if not self._parameters.keys() | packed >= adapted:
-            raise RuntimeError(f"this call of experts can't have its adapters: {reason}")
-        given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
-        lost = [name for name in packed if weight_in(self, name).device.type == "meta"]
-        if lost and not all(x.is_meta for x in given):  # torch would go on without numbers
-            raise RuntimeError(f"{lost[0]} is packed, and on meta: it isn't loaded, or offloaded")
-        dtype = next((x.dtype for x in given if x.is_floating_point()), torch.float32)
-        weights = {name: self.sum_of(name, dtype) for name in adapted}
-        weights |= {name: dense_weight(self, name, dtype) for name in packed - adapted}
-        forward: Any = self.plain_class.forward
-        while any(n.endswith(SCALE) for n in self._parameters) and hasattr(forward, "__wrapped__"):
-            forward = forward.__wrapped__  # FP8Experts', where weights may be dense
-        return run_with(self, weights, partial(forward, self), args, named)
-
-    def sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The weight of this name with its adapter; in this dtype, if it is packed."""
-        raise NotImplementedError
-
-
-def sparing(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What an experts module's ``_apply`` does to its tensors, but no cast of codes and scales."""
-    scales = {id(p) for name, p in module._parameters.items() if name.endswith(SCALE)}
-
-    def apply(tensor: Tensor) -> Tensor:
-        made = fn(tensor)
-        if made.dtype != tensor.dtype and (tensor.element_size() == 1 or id(tensor) in scales):
-            return tensor.to(made.device)
-        return made
-
-    return apply
-
-
-def plain_class_of(module: nn.Module) -> type[nn.Module]:
-    """The class that an experts module has with dense weights, and without adapters."""
-    return module.plain_class if isinstance(module, PackedExperts) else type(module)
-
-
 def read_module(module: nn.Module) -> Experts:
     """How a module's experts compute, packed, adapted or neither; or why that isn't known."""
     return read_experts_module(module, plain_class_of(module))
-
-
-def take_packed(module: Any, weights: Mapping[str, Quantised]) -> None:
-    """Let an experts module have these packed weights in the place of its parameters."""
-    for name, weight in weights.items():
-        delattr(module, name)
-        setattr(module, name, PackedWeight(weight))
-    settle(module)
-
-
-def settle(module: Any) -> None:
-    """Give a module without adapters the class that runs the weights that it has now."""
-    kind = plain_class_of(module)
-    its_class = class_over(PackedExperts, kind, "Packed") if needs_class(module) else kind
-    object.__setattr__(module, "__class__", its_class)
 
 
 def needs_class(module: nn.Module) -> bool:
@@ -214,3 +102,13 @@ def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """A packed weight in this dtype, new, as it would lie in this module."""
     made = weight_in(module, name).dense(dtype)
     return made.mT if getattr(module, "is_transposed", False) else made
+
+
+def features_of(module: nn.Module, name: str) -> Features:
+    """Of the weight of this name: [E, q, p], or [E, p, q] where the module says is_transposed."""
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    weight = weight_in(module, name)
+    experts, *sizes = weight.shape
+    # A packed one is [E, out, in] in any module.
+    p, q = sizes if is_transposed and isinstance(weight, Tensor) else sizes[::-1]
+    return Features(experts, p, q, is_transposed)

@@ -14,9 +14,9 @@ from ..layers.adapted import Adapted
 from ..layers.expert_layer import LoRAExperts
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
-from ..layers.members import class_over
+from ..layers.members import class_over, plain_class_of
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
-from ..layers.packed import PackedWeight, packed_names, plain_class_of
+from ..layers.packed import PackedWeight, packed_names
 from ..projection import check_switch
 from ..quant import bitsandbytes, vendor_of
 from .adapter_config import as_config
@@ -111,7 +111,7 @@ def check_model(model: nn.Module) -> None:
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError if a layer has an adapter, fastlora's or PEFT's."""
     for name, module in model.named_modules():
-        if isinstance(module, Adapted):
+        if isinstance(module, Adapted) and module.adapter_names():
             raise ValueError(
                 f"{called(name)} has an adapter already: call fastlora.remove_lora(model) first"
             )

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..formats.format import Quantised
 from ..formats.microscaled import MXFP4
-from ..layers.expert_layer import features_of, why_not_experts
+from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.members import twin
 from ..layers.modules import called, some, unwrap
-from ..layers.packed import PackedWeight, read_module, take_packed, weight_in
+from ..layers.packed import PackedWeight, features_of, read_module, weight_in
 from ..projection import DTYPES
 from ..quant import PackedLayer, quantised_weight
 from .config import is_inside

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats.format import Quantised
-from ..layers.expert_layer import why_not_experts
+from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.frozen import matrix_of, why_not_base
 from ..layers.members import is_hooked, twin
 from ..layers.modules import called, inside_of, plain_name, some, unwrap
-from ..layers.packed import packed_names, read_module, take_packed, weight_in
+from ..layers.packed import packed_names, read_module, weight_in
 from ..projection import shown
 from ..quant import quantised_weight, vendor_of
 from ..quant.packing import KINDS, pack_weight, packing_error

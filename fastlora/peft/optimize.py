@@ -14,7 +14,7 @@ from torch import nn
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
-from ..layers.packed import PackedExperts
+from ..layers.packed import PackedWeight
 from ..projection import check_switch
 from ..report import (
     IN_THE_CALL,
@@ -62,7 +62,8 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
-    count = sum(isinstance(module, PackedExperts) for module in model.modules())
+    parts = [module.children() for module in model.modules()]
+    count = sum(any(isinstance(each, PackedWeight) for each in inside) for inside in parts)
     packed = f"{count} modules of experts are packed: {_PASSED_OVER}" if count else ""
     first = filter(None, [untested(), packed])
     said = (*first, *notes, *wrapping_notes(layers), *mixed_notes(layers))

@@ -63,7 +63,7 @@ def test_a_new_adapter_is_peft_s_identity():
         outer = experts_of(theirs.base_model.model.model.layers[number])
         own = ours.model.layers[number].mlp.experts
         for layer in (outer, outer.base_layer):
-            mine = own.weight_of(layer.parameter_name)
+            mine = dict(own.adapted_weights())[layer.parameter_name]
             assert (mine.r, mine.lora_alpha) == (layer.r["default"], layer.lora_alpha["default"])
             assert mine.scaling == layer.scaling["default"]
             its = own.get_parameter(f"{layer.parameter_name}_lora_A")

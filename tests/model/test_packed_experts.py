@@ -105,6 +105,16 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     assert all(torch.equal(one, bits[key]) for key, one in bits_of(ours).items())
 
 
+def test_the_name_of_the_class_says_what_experts_have():
+    model = packed_model("qwen3", "mxfp4")
+    names = [type(experts_of(model)).__name__]
+    adapted(model, "qwen3")
+    names.append(type(experts_of(model)).__name__)
+    fastlora.remove_lora(model)
+    names.append(type(experts_of(model)).__name__)
+    assert names == ["PackedQwen3MoeExperts", "LoRAQwen3MoeExperts", "PackedQwen3MoeExperts"]
+
+
 @pytest.mark.parametrize("case", ["gpt-oss, mxfp4", "blocks of fp8"])
 def test_merged_weights_are_dense_and_packed_again_when_unmerged(case):
     name, make = CASES[case]
