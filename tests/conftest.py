@@ -31,9 +31,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from device import DEVICE
+from marks import DEVICE, wants_equal_bits
 from marks import pytest_itemcollected as pytest_itemcollected
-from marks import wants_equal_bits
 
 import fastlora
 from fastlora.backends import products

@@ -101,7 +101,7 @@ def prepared(backend: str) -> Iterator[tuple[Callable, Callable]]:
 
         yield Case, check
         return
-    import device  # noqa: F401  # it asks for the interpreter, and the machine asks for none
+    import marks  # noqa: F401  # it asks for the interpreter, and the machine asks for none
 
     sys.path.append(str(TESTS.parent))
     from tools.machine import compiled

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from fast_calls import counted_frozen_calls
+from models import counted_frozen_calls
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 

@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from fast_calls import blocks, counted_blocks
-from models import refused, tiny_llama
+from models import blocks, counted_blocks, refused, tiny_llama
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional

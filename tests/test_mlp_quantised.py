@@ -3,9 +3,8 @@
 import peft
 import pytest
 import torch
-from fast_calls import counted_blocks
-from memory import saved_bytes
-from models import assert_near, numbers
+from judge import saved_bytes
+from models import assert_near, counted_blocks, numbers
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from experts import ends_of, make_experts, make_rows
+from judge import ends_of, make_experts, make_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

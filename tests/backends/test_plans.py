@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device import DEVICE
+from marks import DEVICE
 
 from fastlora.backends import torch as torch_backend
 from fastlora.backends.sizes import Sizes

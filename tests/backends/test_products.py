@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import torch
-from judge import make_outputs, make_projection
-from memory import peak_bytes, run_torch_backend
+from judge import make_outputs, make_projection, peak_bytes, run_torch_backend
 from process import run_forked, run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

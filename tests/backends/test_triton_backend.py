@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from device import DEVICE
 from judge import make_projection
+from marks import DEVICE
 from process import run_forked, run_python
 
 import fastlora

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from device import DEVICE
-from experts import ends_of
-from judge import make_projection
+from judge import ends_of, make_projection
 from kernel_cases import recorded
+from marks import DEVICE
 from packed import (
     random_float8,
     random_four_bit,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from device import DEVICE
-from experts import call, ends_of, make_experts, make_rows
+from judge import call_experts, ends_of, make_experts, make_rows
 from kernel_cases import recorded
+from marks import DEVICE
 from torch.nn import functional
 
 import fastlora
@@ -56,7 +56,7 @@ def step(dtype, p=0.0):
 def all_of(x, experts, p: float) -> list[torch.Tensor]:
     """y, and three gradients."""
     torch.manual_seed(5)
-    y = call(x, experts, ends_of(COUNTS), dropout=p)
+    y = call_experts(x, experts, ends_of(COUNTS), dropout=p)
     return [y, *torch.autograd.grad(y.sum(), [x, experts.lora_a, experts.lora_b])]
 
 

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from device import DEVICE
+from marks import DEVICE
 from torch import Tensor
 
 from benchmarks.forms import Form, Operands

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from device import DEVICE
 from kernel_cases import BF16, F16, F32, draw_seeds, poisoned, random
-from marks import pairwise
+from marks import DEVICE, pairwise
 from packed import by_elements, random_four_bit, random_int8, random_mxfp4, random_nvfp4, stack
 
 from benchmarks.forms import PACKED, random_packed

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from device import DEVICE
 from judge import assert_close
 from kernel_cases import BF16, F32, draw_seeds, keep_masks, random, recorded
-from marks import pairwise
+from marks import DEVICE, pairwise
 from torch import Tensor
 
 from fastlora.kernels import gemm_lowrank, project, segments, weight_grad

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from device import DEVICE
 from judge import assert_close
 from kernel_cases import (
     BF16,
@@ -15,7 +14,7 @@ from kernel_cases import (
     random,
     recorded,
 )
-from marks import pairwise
+from marks import DEVICE, pairwise
 
 from fastlora.kernels import one_pass_pays, project, weight_grad
 from fastlora.kernels.launch import intercept

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from device import DEVICE
 from judge import make_projection
 from kernel_cases import BF16, F32, Counted, counted_launches
+from marks import DEVICE
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import peft
 import pytest
 import torch
-from memory import peak_bytes
+from judge import peak_bytes
 from models import Mlp, Tied, adapt, adapted_layers, randomise, refused
 from safetensors.torch import load_file, save_file
 

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from fast_calls import counted_frozen_calls, fast_layers
-from models import Mlp, Tied, assert_untouched, randomise, snapshot, tiny_llama
+from models import (
+    Mlp,
+    Tied,
+    assert_untouched,
+    counted_frozen_calls,
+    fast_layers,
+    randomise,
+    snapshot,
+    tiny_llama,
+)
 
 import fastlora
 from fastlora import LoRAConfig

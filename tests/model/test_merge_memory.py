@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from memory import peak_bytes
+from judge import peak_bytes
 from models import assert_untouched, randomise, snapshot
 from torch import nn
 

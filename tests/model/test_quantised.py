@@ -5,7 +5,7 @@ import copy
 import pytest
 import safetensors.torch
 import torch
-from memory import peak_bytes
+from judge import peak_bytes
 from models import randomise
 from torch import Tensor, nn
 from vendor_layers import BITSANDBYTES, KINDS, quantised

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from judge import USUAL_DTYPES
-from memory import saved_bytes
+from judge import USUAL_DTYPES, saved_bytes
 from torch import nn
 
 from fastlora.backends import find_backend

@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from memory import peak_bytes, saved_bytes
+from judge import peak_bytes, saved_bytes
 from torch import nn
 
 from fastlora.backends import find_backend

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from device import DEVICE
-from judge import HIDDEN, K, N, make_mlp, make_x
-from memory import saved_bytes
+from judge import HIDDEN, K, N, make_mlp, make_x, saved_bytes
+from marks import DEVICE
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from judge import make_outputs, make_projection
-from memory import saved_bytes
+from judge import make_outputs, make_projection, saved_bytes
 from torch.nn.functional import linear
 
 import fastlora

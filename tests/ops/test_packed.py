@@ -4,9 +4,14 @@ import weakref
 
 import pytest
 import torch
-from experts import call, ends_of, make_experts
-from judge import make_projection
-from memory import peak_bytes, run_torch_backend
+from judge import (
+    call_experts,
+    ends_of,
+    make_experts,
+    make_projection,
+    peak_bytes,
+    run_torch_backend,
+)
 from packed import random_four_bit, random_int8, stack
 
 import fastlora
@@ -98,4 +103,4 @@ def test_a_stack_of_one_expert_less():
     ):
         wrong = experts._replace(weight=Quantised(weight.format, tensors))
         with pytest.raises(ValueError, match=words):
-            call(x, wrong, ends)
+            call_experts(x, wrong, ends)

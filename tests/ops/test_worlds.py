@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 from call_kinds import ENDS, KINDS, ROWS, K, made
-from device import DEVICE
-from memory import saved_bytes
+from judge import saved_bytes
+from marks import DEVICE
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -3,8 +3,7 @@
 import peft
 import pytest
 import torch
-from fast_calls import blocks, counted_blocks
-from models import assert_untouched, snapshot, tiny_llama
+from models import assert_untouched, blocks, counted_blocks, snapshot, tiny_llama
 from peft_llama import DATA, ROUNDING, gradients
 from peft_models import adapted, assert_same, optimized
 from torch import nn

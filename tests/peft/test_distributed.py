@@ -6,6 +6,7 @@ rows); the mean of the ranks' losses, and the averaged gradients, are those of t
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -200,3 +201,32 @@ def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two
 def test_an_adapter_is_saved_from_inside_of_ddp(two, tmp_path):
     two.run(mixed.own_layers, 2, str(tmp_path))
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="it isn't installed")
+QUANTISED = {
+    "bytes": (torch.uint8, None, "block"),
+    "float32": (torch.float32, None, "model"),
+    "16-bits": (torch.bfloat16, torch.bfloat16, "block"),
+    "each-layer": (torch.bfloat16, None, "layers"),
+}
+
+
+@BITSANDBYTES
+@pytest.mark.parametrize("kind", ["own", "optimized"])
+@pytest.mark.parametrize(("storage", "cast", "units"), QUANTISED.values(), ids=QUANTISED)
+def test_4_bit_layers_under_fsdp2_have_the_numbers_of_one_process(two, kind, storage, cast, units):
+    expected = mixed.step_of(mixed.quantised_mlp("own" if kind == "own" else "peft")).numbers
+    for found in two.run(mixed.quantised_sharded, kind, storage, units, cast):
+        for one, other in zip(found.numbers, expected, strict=True):
+            assert (one - other).norm() <= (1e-6 if cast is None else 0.02) * other.norm()
+        hooked = units == "layers"  # FSDP2 gathers by hooks, and a block doesn't call its layers
+        assert found.blocks == (0 if hooked else 1)
+        assert found.report.startswith("0 of 3 layers fast, 3 sharded")
+
+
+@BITSANDBYTES
+def test_packed_numbers_that_are_cast_are_refused(two):
+    for error in two.run(mixed.quantised_cast):
+        assert "stored as torch.bfloat16, were cast to torch.float16" in error
+        assert "bnb_4bit_quant_storage" in error

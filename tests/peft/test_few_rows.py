@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from fast_calls import counted_blocks
-from models import tiny_llama
+from models import counted_blocks, tiny_llama
 from peft_models import adapted, optimized
 from torch import nn
 from torch.utils.checkpoint import checkpoint

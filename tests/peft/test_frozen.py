@@ -8,8 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from fast_calls import counted_frozen_calls, fast_layers
-from models import Mlp, assert_untouched, snapshot, tiny_llama
+from models import Mlp, assert_untouched, counted_frozen_calls, fast_layers, snapshot, tiny_llama
 from peft.tuners import lora
 from peft_llama import logits
 from peft_models import adapted

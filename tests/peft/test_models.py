@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from fast_calls import counted_blocks
-from models import tiny_llama
+from models import counted_blocks, tiny_llama
 from peft_llama import ROUNDING, adamw, gradients, train
 from peft_models import (
     BATCH,

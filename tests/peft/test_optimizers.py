@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from memory import saved_bytes
+from judge import saved_bytes
 from peft_llama import DATA, LAYERS, NOT_REENTRANT, REENTRANT, ROUNDING, gradients, llama, trained
 from peft_models import assert_runs_the_same, assert_same, optimized
 from torch import nn

@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from memory import saved_bytes
+from judge import saved_bytes
 from models import assert_near, numbers
 from torch import nn
 from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from device import DEVICE
 from hub_kernel import __main__ as hub_kernel
+from marks import DEVICE
 from process import run_python
 
 CARD = (hub_kernel.PACKAGE / "CARD.md").read_text()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import oracles
 import torch
-from experts import ends_of
+from judge import ends_of
 from packed import random_four_bit, random_int8, stack
 from torch import Tensor
 

@@ -1,25 +1,32 @@
-"""What a rank does with reports and files under FSDP, own models, and many adapters."""
+"""What a rank does with reports and files under FSDP, own models, many adapters, and QLoRA's."""
 
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import peft_worker as training
 import torch
 import torch.distributed as dist
-from models import Mlp, randomise, tiny_llama
+from models import Mlp, counted_blocks, randomise, tiny_llama
 from moe_models import IDS, base_model, parameters_of
 from peft_worker import Zero3, flat, shard, split
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastlora
+from fastlora.layers.mlp import PARTS
 
 
 def step(model: nn.Module) -> None:
@@ -336,3 +343,65 @@ def experts(ranks: int, engine: str = "", **settings) -> Found:
             model(ids).square().mean().backward()
         return gradients(model)
     return train(model, ranks, settings, ids)
+
+
+class Step(NamedTuple):
+    """A training step: its numbers, how many blocks it called, and the report after it."""
+
+    numbers: list[Tensor]
+    blocks: int
+    report: str
+
+
+def step_of(model: nn.Module) -> Step:
+    """The same in every rank, so that means over ranks are those of one."""
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
+    with counted_blocks() as calls:
+        y = model(x)
+    y.float().square().mean().backward()
+    gradients = [training.whole(p.grad) for p in model.parameters() if p.requires_grad]
+    return Step([y.detach(), *gradients], len(calls), str(fastlora.coverage(model)))
+
+
+def quantised_mlp(
+    kind: str, storage: torch.dtype = torch.uint8, compute: torch.dtype = torch.float32
+) -> nn.Module:
+    """A gated MLP of 4-bit layers, with the same weights in every process.
+
+    ``kind``: own, peft, or optimized.
+    """
+    from bnb_layers import quantised
+
+    torch.manual_seed(1)
+    block = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=128))
+    for name in PARTS:
+        sizes = (128, 64) if name == "down_proj" else (64, 128)
+        setattr(block, name, quantised("nf4", *sizes, compute, quant_storage=storage))
+    settings = {"r": 3, "target_modules": list(PARTS), "init_lora_weights": False}
+    model = nn.Sequential(block).requires_grad_(False)
+    if kind == "own":
+        return fastlora.apply_lora(model, fastlora.LoRAConfig(**settings))
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    if kind == "optimized":
+        fastlora.optimize(model)
+    return model
+
+
+def quantised_sharded(
+    kind: str, storage: torch.dtype, units: str, cast: torch.dtype | None
+) -> Step:
+    """``units``: what is sharded by itself, beside the model.  ``cast``: FSDP's param_dtype."""
+    model = quantised_mlp(kind, storage, cast or torch.float32)
+    (block,) = [module for module in model.modules() if isinstance(module, LlamaMLP)]
+    of = {"model": [], "block": [block], "layers": [getattr(block, name) for name in PARTS]}
+    for module in (*of[units], model):
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=cast))
+    return step_of(model)
+
+
+def quantised_cast() -> str:
+    """The error of a layer whose packed numbers FSDP casts to another dtype."""
+    try:
+        return quantised_sharded("own", torch.bfloat16, "model", torch.float16).report
+    except ValueError as error:
+        return str(error)

@@ -1,12 +1,25 @@
-"""The judge of every op test: the float64 oracle, and a budget from what PyTorch loses."""
+"""The judge of every op test: the float64 oracle, and a budget from what PyTorch loses.
 
-from collections.abc import Callable, Sequence
+What it judges is made here, too; and memory is counted: what autograd keeps for a backward, and the
+most that lives at one time.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+import fastlora
 from fastlora import Projection
-from fastlora.projection import Base, Output, as_outputs
+from fastlora.backends import Call
+from fastlora.backends import torch as torch_backend
+from fastlora.formats.format import Quantised
+from fastlora.ops.door import draw_seed
+from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of
 
 K, HIDDEN, N = 24, 40, 20  # of a gated MLP
 # Of a layer and of its adapter.
@@ -16,6 +29,16 @@ USUAL_DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16-f32": (torch.bfloat16, torch.float32),
     "f16-f32": (torch.float16, torch.float32),
+}
+# A matrix [rows, columns] is cut from an empty one: its shape, and the cut.
+LAYOUTS = {
+    "dense": lambda empty, rows, columns: empty(rows, columns),
+    "transposed": lambda empty, rows, columns: empty(columns, rows).T,
+    "columns": lambda empty, rows, columns: empty(rows, columns + 24)[:, 5:-19],
+    "columns-at-16-bytes": lambda empty, rows, columns: empty(rows, columns + 32)[:, 16:-16],
+    "every-second-row": lambda empty, rows, columns: empty(2 * rows, columns)[::2],
+    "at-an-odd-address": lambda empty, rows, columns: empty(rows * columns + 3)[3:].view(rows, -1),
+    "expanded": lambda empty, rows, columns: empty(1, columns).expand(rows, columns),
 }
 
 
@@ -69,6 +92,46 @@ def make_mlp(
         (output,) = as_outputs([projection])
         outputs.append(output if letter in adapted else output._replace(adapters=()))
     return outputs
+
+
+class Experts(NamedTuple):
+    """The tensors of a call, but x."""
+
+    weight: Tensor | Quantised
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None = None
+
+
+def make_experts(
+    experts: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = False,
+) -> Experts:
+    """Random tensors that all require gradients but the base weight."""
+    shapes = (experts, n, k), (experts, r, k), (experts, n, r)
+    weight, lora_a, lora_b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    lora_a, lora_b = (t.to(adapter_dtype or dtype).requires_grad_() for t in (lora_a, lora_b))
+    shift = torch.randn(experts, n).to(dtype).requires_grad_() if bias else None
+    return Experts(weight.to(dtype), lora_a, lora_b, shift)
+
+
+def make_rows(rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, k, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def ends_of(counts: Sequence[int]) -> Tensor:
+    """The offsets of experts with so many rows each."""
+    return torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+def call_experts(x: Tensor, experts: Experts, offsets: Tensor, **options) -> Tensor:
+    weight, lora_a, lora_b, bias = experts
+    return fastlora.lora_grouped(x, weight, lora_a, lora_b, offsets, bias=bias, **options)
 
 
 def assert_close(
@@ -137,3 +200,76 @@ def check(
             its_size = 8 * truth[name].abs() if mixed else size[name]
             assert_close(name, value, truth[name], eager[name], its_size, rounded or dtype)
     return found
+
+
+def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> dict[int, int]:
+    """Bytes of every storage that autograd saves while ``run`` runs, by its address.
+
+    What ``run`` returns is kept until it ends, so that no memory is used twice.
+    """
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        keep = run()
+    assert keep is not None
+    for tensor in apart_from:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return storages
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, until they are freed."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+        for tensor in tensors:
+            self.note(tensor)
+
+    def note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key, size)
+        return tensor
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return tree_map_only(Tensor, self.note, func(*args, **(kwargs or {})))
+
+
+def peak_bytes(tensors: Iterable[Tensor], run: Callable[[], object]) -> tuple[int, int, int]:
+    """Bytes that live before ``run``, at most during it, and after it: of these tensors and new."""
+    live = _Live(tensors)
+    before = live.now
+    with live:
+        run()
+    return before, live.peak, live.now
+
+
+def run_torch_backend(
+    x: Tensor, outputs: Sequence[Output], p: float, frozen: bool = False
+) -> list[Tensor | None]:
+    """Forward and backward of the backend itself, so that a mode sees what it does.
+
+    All gradients, or if the bases are ``frozen`` those of what needs one.
+    """
+    layouts = layouts_of(outputs)
+    settings = Call(layouts, p, torch_backend)
+    given = x, *flatten(outputs, layouts)
+    inputs = [tensor.detach() for tensor in given]
+    needs = [tensor.requires_grad or not frozen for tensor in given]
+    seeds = draw_seed(sum(len(output.adapters) for output in outputs), x.device) if p else None
+    ys, hs = torch_backend.forward(inputs, seeds, settings)
+    return torch_backend.backward(ys, inputs, hs, needs, seeds, settings)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from device import DEVICE
+from marks import DEVICE
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 

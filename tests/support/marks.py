@@ -1,6 +1,7 @@
-"""Marks of tests: those that want equal bits, those an older package fails, and pairs of values."""
+"""Where tests run, and their marks: equal bits, an older package's failure, pairs of values."""
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -10,7 +11,13 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
+
+# On the GPU if there is one, else on the CPU, kernels interpreted.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":  # read when the kernels are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _EQUAL_BITS = re.compile(r"\bequal\b|\brtol=0\b(?!\.)")
 

@@ -11,8 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from fast_calls import noted_blocks, noted_calls
-from models import Mlp, randomise, tiny_llama
+from models import Mlp, noted_blocks, noted_calls, randomise, tiny_llama
 from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

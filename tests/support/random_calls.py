@@ -16,9 +16,9 @@ from unittest import mock
 import oracles
 import packed
 import torch
-from device import DEVICE
+from judge import LAYOUTS as USUAL_LAYOUTS
 from judge import assert_close
-from random_layers import LAYOUTS as USUAL_LAYOUTS
+from marks import DEVICE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from device import DEVICE
+from marks import DEVICE
 from models import Mlp, adapt, tiny_llama
 from moe_models import base_model, parameters_of
 from vendor_layers import quantised

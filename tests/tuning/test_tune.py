@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 import triton
-from device import DEVICE
+from marks import DEVICE
 from models import Mlp, adapt, assert_untouched, snapshot, tiny_llama
 from process import run_python
 

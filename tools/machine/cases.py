@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import experts
 import judge
 import oracles
 import packed
@@ -166,20 +165,20 @@ def _masks(shapes: list[tuple[tuple[int, int], float]]) -> list[Tensor | None] |
 def _experts(case: Case) -> Results:
     (M, K), counts = case.sizes, _numbers(case.words["of"])
     size = (case.outputs[0], K, case.ranks[0])
-    stacks = experts.make_experts(len(counts), *size, *case.dtypes, "bias" in case.words)
+    stacks = judge.make_experts(len(counts), *size, *case.dtypes, "bias" in case.words)
     if "swapped" in case.words:
         stacks = stacks._replace(weight=stacks.weight.mT.contiguous().mT)
     if "weight" in case.words:
         make = FORMATS[case.words["weight"]]
         stacks = stacks._replace(weight=packed.stack([make(size[0], K) for _ in counts]))
-    x, ends = experts.make_rows(M, K, case.dtypes[0]), experts.ends_of(counts)
+    x, ends = judge.make_rows(M, K, case.dtypes[0]), judge.ends_of(counts)
     weight, lora_a, lora_b, bias = stacks
     leaves = {"x": x, "weight": _dense(weight, x.dtype), "lora_a": lora_a, "lora_b": lora_b}
     leaves |= {} if bias is None else {"bias": bias}
     (mask,) = _masks([((M, K), case.p)]) or [None]
     options = {"scale": 0.75, "dropout": case.p}
     return judge.check(
-        _seeded(lambda: experts.call(x, stacks, ends, **options)),
+        _seeded(lambda: judge.call_experts(x, stacks, ends, **options)),
         lambda t: oracles.lora_grouped(**t, offsets=ends, mask=mask, **options),
         leaves,
     )
@@ -255,9 +254,7 @@ def _block(case: Case) -> Results:
     index = torch.stack([torch.randperm(E + 1)[:2] for _ in range(M)])
     dtype = case.dtypes[0]
     x, shares = judge.make_x(M, K, dtype=dtype), judge.make_x(M, 2, dtype=dtype)
-    stacks = [
-        experts.make_experts(E, n, k, r, *case.dtypes) for n, k in ((2 * inner, K), (K, inner))
-    ]
+    stacks = [judge.make_experts(E, n, k, r, *case.dtypes) for n, k in ((2 * inner, K), (K, inner))]
     stacks = [each._replace(weight=each.weight / each.weight.shape[2] ** 0.5) for each in stacks]
     leaves = [x, shares, *(tensor for each in stacks for tensor in each[1:3])]
     dy = judge.random_like(x.detach())
