@@ -36,6 +36,7 @@ from .packed import (
     needs_class,
     packed_names,
     read_module,
+    stack_in,
     weight_in,
 )
 
@@ -192,13 +193,10 @@ class LoRAExperts(Adapted):
         return experts
 
     def _output(self, name: str, experts: Experts) -> Output[Any]:
-        weight = weight_in(self, name)
         bias = tensor_of(self, f"{name}_bias") if experts.has_bias else None
-        if experts.transposed and isinstance(weight, Tensor):
-            weight = weight.mT
         added = name in self.adaptations and name not in self._bases
         adapters = (ExpertsWeight(self, name).adapter(),) if added else ()
-        return Output(Base(weight, bias), adapters)
+        return Output(Base(stack_in(self, name), bias), adapters)
 
     def _by_its_own_forward(self, reason: str, args: tuple, named: dict) -> Tensor:
         """The class's forward with the sums in place of the weights, and dense packed ones."""

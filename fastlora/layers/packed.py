@@ -98,6 +98,13 @@ def weight_in(module: nn.Module, name: str) -> Any:
     return weight
 
 
+def stack_in(module: nn.Module, name: str) -> Any:
+    """:func:`weight_in` as [E, out, in], whichever way a dense one lies in this module."""
+    weight = weight_in(module, name)
+    lies_transposed = isinstance(weight, Tensor) and getattr(module, "is_transposed", False)
+    return weight.mT if lies_transposed else weight
+
+
 def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """A packed weight in this dtype, new, as it would lie in this module."""
     made = weight_in(module, name).dense(dtype)
@@ -105,10 +112,6 @@ def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def features_of(module: nn.Module, name: str) -> Features:
-    """Of the weight of this name: [E, q, p], or [E, p, q] where the module says is_transposed."""
-    is_transposed = bool(getattr(module, "is_transposed", False))
-    weight = weight_in(module, name)
-    experts, *sizes = weight.shape
-    # A packed one is [E, out, in] in any module.
-    p, q = sizes if is_transposed and isinstance(weight, Tensor) else sizes[::-1]
-    return Features(experts, p, q, is_transposed)
+    """Of the weight of this name."""
+    experts, q, p = stack_in(module, name).shape
+    return Features(experts, p, q, bool(getattr(module, "is_transposed", False)))

@@ -12,24 +12,16 @@ from torch import Tensor, nn
 
 from ..formats.format import Quantised
 from ..formats.microscaled import MXFP4
-from ..layers.expert_layer import take_packed, why_not_experts
+from ..layers.expert_layer import why_not_experts
 from ..layers.members import twin
 from ..layers.modules import called, some, unwrap
 from ..layers.packed import PackedWeight, features_of, read_module, weight_in
 from ..projection import DTYPES
-from ..quant import PackedLayer, quantised_weight
 from .config import is_inside
-from .declare import declared
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
 from .inject import check_model, check_plain
 from .packed_linears import packed_linears, read_linear
-from .packing import (
-    PackReport,
-    check_range,
-    packed_on_meta,
-    put_linears,
-    record_of,
-)
+from .packing import Packing, PackReport, packed_on_meta
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # behind a weight's name, in gpt-oss' files
@@ -56,8 +48,8 @@ class _Stack(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # of its bytes in the file, by key
     weight: Quantised  # on meta
 
-    def read(self, stored: Mapping[str, _Stored], device: torch.device) -> Quantised:
-        tensors = []
+    def read(self, stored: Mapping[str, _Stored]) -> Quantised:
+        tensors, device = [], _home(weight_in(self.module, self.parameter))
         for key, like in zip(self.shapes, self.weight.tensors, strict=True):
             bits = stored[key].read(key).to(device, copy=True)
             tensors.append(bits.flatten().view(like.dtype).view(like.shape))
@@ -100,27 +92,22 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
             "that are the model's: from_pretrained loads other checkpoints"
         )
     wanted = _fitting(model, stored, stacks, linears, path)
-    made, packed = _missing_buffers(model), dict[nn.Module, dict[str, Quantised]]()
-    records, values, layers = [], dict[int, Tensor](), dict[nn.Module, nn.Module]()
+    buffers = _missing_buffers(model)
+    packing, values = Packing(model, compares=False), dict[int, Tensor]()
     for name, stack in stacks.items():
-        dense = weight_in(stack.module, stack.parameter)
-        weight = stack.read(stored, _home(dense))
-        check_range(name, weight, dense.dtype)
-        packed.setdefault(stack.module, {})[stack.parameter] = weight
-        records.append(record_of(name, dense, weight))
+        packing.add_weight(name, stack.module, stack.parameter, stack.read(stored))
     for name, keys in linears.items():
         linear: Any = model.get_submodule(name)
-        file, tensors = stored[keys[0]].path, {key: stored[key].read(key) for key in keys}
-        about = partial(read_metadata, file)
-        made_of = read_linear(name, linear, tensors, about, _home(linear.weight))
-        weight, layers[linear] = cast(PackedLayer, quantised_weight(made_of)).weight, made_of
-        records.append(record_of(name, linear.weight, weight))
+        tensors = {key: stored[key].read(key) for key in keys}
+        about = partial(read_metadata, stored[keys[0]].path)
+        layer = read_linear(name, linear, tensors, about, _home(linear.weight))
+        packing.add_linear(name, linear, layer)
     for key, tensor in wanted.items():
         value = stored[key].read(key).to(_home(tensor), tensor.dtype, copy=True)
-        is_own = isinstance(tensor, nn.Parameter)
-        values[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_own else value
+        is_parameter = isinstance(tensor, nn.Parameter)
+        values[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
     # Nothing has changed so far, and nothing below can fail.
-    for store, name, value in made:
+    for store, name, value in buffers:
         store[name] = value
     for each in model.modules():
         for store in cast(Any, (each._parameters, each._buffers)):
@@ -129,12 +116,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
                     store[name] = values[id(old)]
                 elif id(old) in values:
                     old.data = values[id(old)].data
-    for linear, layer in layers.items():
-        layer.register_parameter("bias", linear.bias)
-    with declared(model, layers.values()):
-        for module, weights in packed.items():
-            take_packed(module, weights)
-        put_linears(model, layers)
+    packing.take()
     if adapters:
         warnings.warn(
             f"{path} has adapters, which weren't loaded ({some(adapters)}): call apply_lora with "
@@ -143,7 +125,7 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
             stacklevel=2,
         )
     files, others = {one.path for one in stored.values()}, sum(v.nbytes for v in values.values())
-    return PackReport(tuple(records), others, (f"read from {len(files)} files in {path}",))
+    return PackReport(tuple(packing.records), others, (f"read from {len(files)} files in {path}",))
 
 
 def _stored_in(folder: Path) -> dict[str, _Stored]:

@@ -1,27 +1,26 @@
-"""Packing a model's dense weights in place, and the report on what was packed."""
+"""Packing a model's weights: what is packed is taken in place here, and reported on."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats.format import Quantised
 from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.frozen import matrix_of, why_not_base
-from ..layers.members import is_hooked, twin
 from ..layers.modules import called, inside_of, plain_name, some, unwrap
-from ..layers.packed import packed_names, read_module, weight_in
+from ..layers.packed import packed_names, read_module, stack_in
 from ..projection import shown
-from ..quant import quantised_weight, vendor_of
+from ..quant import quantised_weight
 from ..quant.packing import KINDS, pack_weight, packing_error
 from ..report import columns
-from .declare import declared, other_vendor
+from .declare import declared
 from .inject import check_model, check_plain
+from .packed_linears import pack_linear
 from .targets import name_test
 
 _MIB = 2**20
@@ -82,8 +81,61 @@ def _percent(error: float | None) -> str:
     return "–" if error is None else f"{100 * error:.2f}"
 
 
-def bytes_of(weight: Quantised) -> int:
-    return sum(tensor.nbytes for tensor in weight.tensors)
+class Packing:
+    """Packed weights for a model: all are made and checked before the first is taken in place.
+
+    ``compares``: the weights in whose places they are have numbers, unless they are on meta.
+    """
+
+    def __init__(self, model: nn.Module, compares: bool) -> None:
+        self.model, self.compares = model, compares
+        self.records: list[PackedRecord] = []
+        self._experts: dict[nn.Module, dict[str, Quantised]] = {}
+        self._linears: dict[nn.Module, Any] = {}  # vendors', by those in whose places they are
+
+    def add_weight(self, name: str, module: nn.Module, parameter: str, weight: Quantised) -> None:
+        """Of experts.  Raises ValueError as :meth:`add_linear`."""
+        self._experts.setdefault(module, {})[parameter] = weight
+        self._record(name, stack_in(module, parameter), weight)
+
+    def add_linear(self, name: str, linear: nn.Module, layer: Any) -> None:
+        """A vendor's layer, which will have the bias of the one in whose place it is.
+
+        Raises ValueError for infinities and NaN, and where float16, of a model of that dtype,
+        doesn't hold the packed numbers.
+        """
+        self._linears[linear] = layer
+        self._record(name, matrix_of(linear), matrix_of(layer))
+
+    def _record(self, name: str, dense: Any, packed: Any) -> None:
+        error = None
+        if self.compares and not dense.is_meta:
+            error = packing_error(dense, packed)
+            if not math.isfinite(error):
+                raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
+        if dense.dtype == torch.float16 and packed.device.type != "meta":
+            parts = map(packed.one, range(packed.shape[0])) if packed.dim() == 3 else [packed]
+            if not all(bool(one.dense(torch.float16).isfinite().all()) for one in parts):
+                raise ValueError(
+                    f"{name} can't be {packed.format.label} in float16: its largest numbers, "
+                    "rounded to that, are beyond 65504: make the model bfloat16 first "
+                    "(model.bfloat16())"
+                )
+        before = dense.shape.numel() * dense.dtype.itemsize
+        after = sum(tensor.nbytes for tensor in packed.tensors)
+        self.records.append(PackedRecord(name, packed.format.label, before, after, error))
+
+    def take(self) -> None:
+        """Let the model have them, and say so."""
+        with declared(self.model, self._linears.values()):
+            for module, weights in self._experts.items():
+                take_packed(module, weights)
+            for linear, layer in self._linears.items():
+                layer.bias = linear.bias
+            for parent in list(self.model.modules()):
+                for key, child in parent._modules.items():
+                    if child is not None and child in self._linears:
+                        parent._modules[key] = self._linears[child]
 
 
 def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None) -> PackReport:
@@ -109,10 +161,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {shown(kind)}, but must be one of {', '.join(KINDS)}")
     check_plain(model)
-    records: list[PackedRecord] = []
-    experts: list[tuple[nn.Module, dict[str, Quantised]]] = []
-    linears: dict[nn.Module, nn.Module] = {}
-    chosen = _chosen(model, modules)
+    packing, chosen = Packing(model, compares=True), _chosen(model, modules)
     others = _held_by_others(model, chosen.values())
     for name, module in chosen.items():
         names = read_module(module).names if type(module) is not nn.Linear else ()
@@ -129,36 +178,21 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
         if reason:
             raise ValueError(f"{called(name)} can't be packed: {reason}")
         if not names:
-            made = linears[module] = _packed_linear(called(name), module, kind)
-            if other_vendor(model, vendor_of(made)):
-                raise ValueError(
-                    f"{called(name)} can't be packed as {kind}: the model has another vendor's "
-                    "layers, and its quantization_config can't name both"
-                )
-            packed: Any = quantised_weight(made)
-            if isinstance(packed, str):
-                raise ValueError(f"{called(name)} can't be packed as {kind}: {packed}")
-            records.append(_record(name, matrix_of(module), packed.weight))
-            continue
-        experts.append((module, {}))
+            packing.add_linear(name, module, pack_linear(model, called(name), module, kind))
         for parameter in names:
-            where, dense = ".".join(filter(None, (name, parameter))), weight_in(module, parameter)
-            dense = dense.mT if getattr(module, "is_transposed", False) else dense
+            where, dense = ".".join(filter(None, (name, parameter))), stack_in(module, parameter)
             try:
-                weight = experts[-1][1][parameter] = (
+                weight = (
                     packed_on_meta(dense.shape, kind)
                     if dense.is_meta
                     else pack_weight(dense.detach(), kind)
                 )
             except ValueError as error:
                 raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
-            records.append(_record(where, dense, weight))
+            packing.add_weight(where, module, parameter, weight)
     # Nothing has changed so far, and nothing below can fail.
-    with declared(model, linears.values()):
-        put_linears(model, linears)
-        for module, weights in experts:
-            take_packed(module, weights)
-    return PackReport(tuple(records))
+    packing.take()
+    return PackReport(tuple(packing.records))
 
 
 def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -206,74 +240,8 @@ def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
     return ids
 
 
-def _record(name: str, dense: Tensor, packed: Quantised) -> PackedRecord:
-    error = None if dense.is_meta else packing_error(dense, packed)
-    if error is not None and not math.isfinite(error):
-        raise ValueError(f"{name} can't be packed: the weight has infinities or NaN")
-    if error is not None:
-        check_range(name, packed, dense.dtype)
-    return PackedRecord(name, packed.format.label, dense.nbytes, bytes_of(packed), error)
-
-
-def check_range(name: str, packed: Quantised, dtype: torch.dtype) -> None:
-    """Raise ValueError where float16, of a model of that dtype, doesn't hold the packed numbers."""
-    parts = (
-        [packed.one(i) for i in range(len(packed.tensors[0]))] if packed.dim() == 3 else [packed]
-    )
-    if dtype == torch.float16 and not all(bool(one.dense(dtype).isfinite().all()) for one in parts):
-        raise ValueError(
-            f"{name} can't be {packed.format.label} in float16: its largest numbers, rounded to "
-            "that, are beyond 65504: make the model bfloat16 first (model.bfloat16())"
-        )
-
-
-def record_of(name: str, dense: Tensor | Quantised, packed: Quantised) -> PackedRecord:
-    """Of a weight whose numbers were packed elsewhere."""
-    before = dense.shape.numel() * dense.dtype.itemsize
-    return PackedRecord(name, packed.format.label, before, bytes_of(packed))
-
-
-def put_linears(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put these layers in the places of others."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and child in layers:
-                parent._modules[key] = layers[child]
-
-
 def packed_on_meta(shape: Sequence[int], kind: str) -> Quantised:
     """A stack [E, N, K] without numbers."""
     count, *one = shape
     format, tensors = KINDS[kind](torch.empty(*one, dtype=torch.float32, device="meta"))
     return Quantised(format, tuple([t.new_empty(count, *t.shape) for t in tensors]))
-
-
-def _packed_linear(name: str, linear: Any, kind: str) -> nn.Module:
-    """A layer in the place of this one, packed by its vendor."""
-    package = {"nf4": "bitsandbytes", "fp8": "torchao"}.get(kind)
-    if package is None:
-        raise ValueError(
-            f"{name} can't be packed as {kind}: torchao's linear layers of {kind} round their "
-            "input, or aren't read: linear layers may be nf4 (bitsandbytes) or fp8 (torchao)"
-        )
-    try:
-        theirs: Any = import_module("bitsandbytes.nn" if kind == "nf4" else "torchao.quantization")
-    except ImportError as error:
-        raise ImportError(
-            f"{name} can't be packed as {kind} without {package}: "
-            "pip install 'fastlora-kernels[quantised]'"
-        ) from error
-    if linear.weight.is_meta or is_hooked(linear):
-        raise ValueError(f"{name} can't be packed: it is on meta, or something acts on its calls")
-    if kind == "fp8":
-        made: Any = nn.Sequential(twin(linear, nn.Linear))
-        theirs.quantize_(made, theirs.Float8WeightOnlyConfig())
-        return made[0]
-    how = {"quant_type": "nf4", "compress_statistics": False}
-    sizes = linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype
-    made = theirs.Linear4bit(*sizes, **how, device="meta")
-    weight = theirs.Params4bit(
-        linear.weight.detach().cpu(), requires_grad=False, module=made, **how
-    )
-    made.weight, made.bias = weight.to(linear.weight.device), linear.bias
-    return made.train(linear.training)

@@ -261,11 +261,18 @@ class Largest(TorchDispatchMode):
     bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.is_meta:
-                self.bytes = max(self.bytes, leaf.nbytes)
-        return found
+        made = function(*args, **(kwargs or {}))
+        given = {memory for memory, _ in floating(args)}
+        sizes = [size for memory, size in floating(made) if memory not in given]  # no views
+        self.bytes = max([self.bytes, *sizes])
+        return made
+
+
+def floating(tree) -> list[tuple[int, int]]:
+    """Where its floating tensors off meta lie, and their bytes."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    here = [each for each in tensors if each.is_floating_point() and not each.is_meta]
+    return [(each.untyped_storage().data_ptr(), each.nbytes) for each in here]
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
