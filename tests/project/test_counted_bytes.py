@@ -7,7 +7,6 @@ from benchmarks.counted_bytes import (
     EXPERT_ROWS,
     EXPERTS,
     FUSED,
-    IN_PLACE,
     Shape,
     bytes_of_fastlora,
     counted,
@@ -32,37 +31,6 @@ def test_two_launches_forward_three_backward(dropout):
     assert 0 < found.partial <= 0.04 * (found.both - found.partial)
 
 
-def test_at_rank_64_dy_is_read_twice_for_want_of_cheap_partial_sums():
-    """They grow with the rank: to write and to read them would be as many bytes as dy.
-
-    The wide tiles that spare L2 make some for d lora_a and d lora_b, of a quarter of dy's bytes.
-    """
-    shape = Shape(r=64)
-    found = bytes_of_fastlora(shape, FUSED)
-    whole, small, h = shape.M * shape.K * 2, shape.K * shape.r * 2, shape.M * shape.r * 2
-    one_pass = 4 * whole + shape.N * shape.K * 2 + 4 * (small + h)
-    planes = found.backward - (one_pass + whole)
-    assert 0 < planes <= found.partial
-    assert 4 * planes <= whole
-
-
-def test_other_ways_beside_a_fused_layer():
-    """float32 adapters: their own bytes; in place: y and dx twice; a group: x and dx once."""
-    shape, n = Shape(), 3
-    fused = bytes_of_fastlora(shape, FUSED)
-    wider = bytes_of_fastlora(shape, FUSED, adapter_dtype=torch.float32)
-    adapters = shape.r * (shape.N + shape.K) * 2
-    # d lora_b comes from float32 partial sums either way.
-    assert wider.forward - fused.forward == adapters
-    assert wider.backward - fused.backward == 2 * adapters
-    in_place = bytes_of_fastlora(shape, IN_PLACE)
-    assert in_place.forward - fused.forward == 2 * shape.M * shape.N * 2
-    assert in_place.backward - fused.backward == 2 * shape.M * shape.K * 2
-    group, whole = bytes_of_fastlora(shape, FUSED, projections=n), shape.M * shape.K * 2
-    assert n * fused.forward - group.forward == (n - 1) * whole
-    assert n * fused.backward - group.backward == (n - 1) * 2 * whole
-
-
 @pytest.mark.parametrize("name", [name for name in EXPERT_ROWS if "fastlora" in name])
 def test_experts_move_at_most_a_quarter_more_than_frozen_ones(name):
     frozen, ours = (
@@ -70,16 +38,6 @@ def test_experts_move_at_most_a_quarter_more_than_frozen_ones(name):
         counted(EXPERT_ROWS[name], EXPERTS),
     )
     assert ours.both <= 1.25 * frozen.both
-
-
-def test_experts_read_and_write_what_a_layer_does():
-    """x twice, y, h twice, and every expert's weight and adapter once; the ends in each launch."""
-    plain = bytes_of_fastlora(EXPERTS, FUSED)
-    x, y = EXPERTS.M * EXPERTS.K * 2, EXPERTS.M * EXPERTS.N * 2
-    weight = EXPERTS.experts * EXPERTS.N * EXPERTS.K * 2
-    a, b = (EXPERTS.experts * EXPERTS.r * width * 2 for width in (EXPERTS.K, EXPERTS.N))
-    h, ends = EXPERTS.M * EXPERTS.r * 2, EXPERTS.experts * 4
-    assert plain.forward == 2 * x + y + weight + a + b + 2 * h + 2 * ends
 
 
 @pytest.mark.parametrize(("M", "plan"), [(16, UNPACKING), (64, UNPACKING), (8192, FUSED)])

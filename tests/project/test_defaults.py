@@ -56,22 +56,6 @@ def test_every_factory_is_told_dtype_and_device():
     assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize(
-    ("line", "is_found"),
-    [
-        ("torch.empty(3)", True),
-        ("torch.nn.Linear(2, 3)", True),
-        ("nn.Embedding(2, 3)", True),
-        ("torch.FloatTensor(3)", True),
-        ("torch.empty_like(x)", False),
-        ("x.new_empty(3)", False),
-        ("nn.Parameter(x)", False),
-    ],
-)
-def test_what_is_a_factory(line, is_found):
-    assert bool([*factory_calls(ast.parse(line))]) is is_found
-
-
 def test_nobody_asks_what_the_defaults_are_nor_hides_a_factory():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

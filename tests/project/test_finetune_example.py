@@ -195,20 +195,7 @@ def test_without_peft_there_is_one_side(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--no-compare"])
     example = importlib.import_module("finetune")
-    settings = vars(example.parse_options("…"))
-    assert example.sides_of(settings) == ["fastlora"]
-    results = {"fastlora": {"seconds_per_step": [1.0, 2.0]}}
-    assert [example.step_time_over(base, results) for base in ("PEFT", "frozen")] == [{}, {}]
-
-
-def test_auto_dtype_follows_what_is_slow(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    machine = importlib.import_module("machine")
-    for slow, auto in ((False, "bfloat16"), (True, "float32")):
-        monkeypatch.setattr(machine, "is_slow", lambda dtype, slow=slow: slow)
-        assert machine.choose_dtype("auto", "cpu")["dtype"] == auto
-        for asked in ("bfloat16", "float16"):
-            assert machine.choose_dtype(asked, "cpu")["dtype"] == asked
+    assert example.sides_of(vars(example.parse_options("…"))) == ["fastlora"]
 
 
 def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
@@ -380,25 +367,29 @@ def test_a_model_that_cannot_be_had_is_said(packaged, why, tmp_path, monkeypatch
     assert "--model FOLDER" in line
 
 
-def test_ctrl_c_leaves_nothing_half_written(inputs, tmp_path):
+def ctrl_c(process, sides):
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the children too
+
+
+def out_of_memory(process, sides):
+    sides[-1].kill()
+
+
+ENDS = {
+    ctrl_c: (130, "interrupted: nothing half-written is left"),
+    out_of_memory: (1, "optimized ended with signal SIGKILL, as if memory ran out"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+def test_whatever_ends_it_leaves_nothing_half_written_and_no_process(end, inputs, tmp_path):
     process, sides = start_training(*inputs, "--out", tmp_path)
     assert temporary_files(tmp_path) != []  # so that the patterns can fail in a test above
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the children too
+    end(process, sides)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.strip().splitlines()[-1] == "interrupted: nothing half-written is left"
-    assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
-    assert ended(sides)
-
-
-def test_a_side_that_is_killed_ends_all(inputs, tmp_path):
-    """As the system does when memory runs out."""
-    process, sides = start_training(*inputs, "--out", tmp_path)
-    sides[-1].kill()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "optimized ended with signal SIGKILL, as if memory ran out" in errors.splitlines()[-1]
+    status, said = ENDS[end]
+    assert process.returncode == status
+    assert said in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
     assert ended(sides)

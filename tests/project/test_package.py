@@ -5,7 +5,6 @@ import json
 import re
 import sys
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
 
@@ -207,20 +206,6 @@ def test_the_wheel_has_kernels_in_their_place_only(built):
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
-def test_a_wheel_from_the_tree_is_that_from_the_sdist(built, source, tmp_path):
-    """But for the addresses, which this build isn't told."""
-    pip = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path)
-    run_python(*pip, source, FASTLORA_REPOSITORY=None)
-    wheels = [zipfile.ZipFile(next(folder.glob("*.whl"))) for folder in (tmp_path, built)]
-    ours, theirs = ({name: file.read(name) for name in file.namelist()} for file in wheels)
-    assert ours.keys() == theirs.keys()
-    differ = {name.rpartition("/")[2] for name in ours if ours[name] != theirs[name]}
-    assert differ == {"METADATA", "RECORD"}
-    (metadata,) = [text.decode() for name, text in ours.items() if name.endswith("/METADATA")]
-    assert metadata.endswith((ROOT / "README.md").read_text())
-    assert "Project-URL" not in metadata
-
-
 def test_pypi_s_page_has_addresses_for_links(built):
     """README's own lead to files, which PyPI doesn't have."""
     file = zipfile.ZipFile(next(built.glob("*.whl")))
@@ -245,28 +230,3 @@ def test_the_sdist_builds_itself(built):
     assert folders == ours | {"fastlora_kernels.egg-info"}
     assert not [name for name in names if name.startswith("tests/project")]
     assert {"tools/compile_report/cases.py", "benchmarks/forms.py"} <= names
-
-
-def environment_with(folder: Path, *pip_arguments: str | Path) -> Path:
-    """The Python of a new environment that sees this one's packages, and has ours from pip."""
-    venv.create(folder, with_pip=False)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    here = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "outer.pth").write_text("\n".join(here))
-    python = folder / "bin" / "python"
-    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed")
-    run_python(*install, *pip_arguments, python=python, cwd=folder)
-    return python
-
-
-def test_installation(built, tmp_path):
-    """Of the wheel; the tests themselves run from an editable one."""
-    python = environment_with(tmp_path / "venv", *built.glob("*.whl"))
-    code = (
-        "import importlib.util, fastlora, fastlora.kernels;"
-        "print(fastlora.__file__, fastlora.kernels.__file__);"
-        "print(getattr(importlib.util.find_spec('kernels'), 'origin', None))"
-    )
-    *ours, top_level_kernels = run_python("-c", code, python=python).split()
-    assert all(Path(path).is_relative_to(tmp_path / "venv") for path in ours)
-    assert not Path(top_level_kernels).is_relative_to(tmp_path / "venv")

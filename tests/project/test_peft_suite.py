@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from peft_suite import compare, packed
+from peft_suite import compare
 from peft_suite.selection import is_about_lora, is_chosen
 
 FAST = {"fast": 3, "Linear: merged": 1}
@@ -47,23 +47,6 @@ def test_another_outcome_or_a_test_of_one_run_alone_differs(outcomes, before, af
     assert (new.unpatched, new.optimized) == (compare.NOT_RUN, after["outcome"])
 
 
-def test_the_table_has_a_line_for_each_file_and_one_for_all(outcomes):
-    before = outcomes(a=PASSED, b=SKIPPED, c=FAILED)
-    after = outcomes(a=PASSED | {"calls": FAST}, b=SKIPPED, c=PASSED)
-    _, file, total = compare.table(before, after).splitlines()
-    cells = ["1", "/", "1", "/", "1", "2", "/", "0", "/", "1", "1", "3", "4"]
-    assert file.split() == ["f.py", *cells]
-    assert total.split() == ["all", *cells]
-
-
-def test_calls_that_were_not_fast_and_failures_of_both_are_listed(outcomes):
-    before = outcomes(a=FAILED, b=FAILED, c=PASSED)
-    calls = FAST | {"Conv2d: merged": 2, "Linear4bit: disabled": 2}
-    after = outcomes(a=FAILED, b=PASSED, c=PASSED | {"calls": calls})
-    assert compare.own_calls(after).split() == ["2", "Linear4bit:", "disabled", "1", "merged"]
-    assert compare.failed_in_both(before, after).split(maxsplit=1) == ["1", FAILED["reason"]]
-
-
 OF_LORA = [
     ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-LoraConfig-0]", True),
     ("test_custom_models.py::TestPeftCustomModel::test_merge[Vanilla-MLP-IA3Config-0]", False),
@@ -83,9 +66,3 @@ OF_GPUS = [
 def test_lora_s_and_packed_weights_tests_are_picked_and_no_others():
     for rows, picks in ((OF_LORA, is_about_lora), (OF_GPUS, is_chosen)):
         assert [(test, picks(f"tests/{test}")) for test, _ in rows] == rows
-
-
-def test_a_mark_that_asks_for_one_gpu_is_taken_away():
-    reasons = {"test requires a hardware accelerator": True, "test requires multiple GPUs": False}
-    for reason, taken in reasons.items():
-        assert packed.asks_for_gpu(pytest.mark.skipif(True, reason=reason).mark) is taken

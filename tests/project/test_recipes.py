@@ -212,22 +212,6 @@ def test_grpo_samples_merged_and_trains_as_without(tiny, tmp_path, monkeypatch):
             assert merged[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5)
 
 
-def test_an_error_in_training_leaves_the_bits_and_generate_can_be_put_back(tiny, tmp_path):
-    def fails(completions, **columns):
-        raise KeyError("reward")
-
-    trainer, sampling = grpo_trainer(tiny, tmp_path, fails), MergedSampling(keep="cpu")
-    before = base_weights(trainer.model)
-    trainer.add_callback(sampling)
-    with pytest.raises(KeyError):
-        trainer.train()
-    for name, weight in base_weights(trainer.model).items():
-        assert torch.equal(weight, before[name]), name
-    for _ in range(2):
-        sampling.put_back()
-        assert "generate" not in vars(trainer.model)
-
-
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
