@@ -64,21 +64,6 @@ def test_experts_launch_as_a_layer_does_and_replays_hand_over_the_same(call, fou
 
 
 @pytest.mark.parametrize(
-    ("spoiled", "reason"),
-    [
-        ("grid", "the grid's y or z is above 65535"),
-        ("address", "the address isn't a multiple of 16 bytes"),
-        ("rows", "a stride isn't a multiple of 16 bytes"),
-        ("overlap", "rows overlap"),
-        ("shared memory", "Hardware limit: 232448"),
-    ],
-)
-def test_what_cuda_refuses_raises(spoiled, reason, found):
-    assert reason in found["refusals"][spoiled]
-    assert "nothing" not in found["refusals"]
-
-
-@pytest.mark.parametrize(
     "layer", ["IN_PLACE 0.0", "IN_PLACE 0.1", "FUSED 0.0", "FUSED 0.1", "experts"]
 )
 def test_few_kernels_compile_over_batches_of_all_lengths(layer, found):

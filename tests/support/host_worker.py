@@ -7,8 +7,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from types import SimpleNamespace
@@ -305,43 +304,6 @@ def tensors_of(output) -> list[torch.Tensor]:
     return [*found, *(tensor for adapter in adapters for tensor in adapter[:2])]
 
 
-def refusals() -> dict[str, str]:
-    """What is raised where a launch is spoiled."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from fastlora.kernels.launch import intercept
-
-    records = []
-    with intercept(records.append):
-        step(*STANDARD["fused"])
-    fused = next(
-        each for each in records if isinstance(each.arguments.get("out"), TensorDescriptor)
-    )
-    descriptor = fused.arguments["out"]
-
-    def described(**changes) -> Callable[[], None]:
-        spoiled = copy(descriptor)
-        vars(spoiled).update(changes)
-        return replace(fused, arguments=fused.arguments | {"out": spoiled}).run
-
-    M, N = descriptor.shape
-    spoiled = {
-        "nothing": fused.run,
-        "grid": replace(fused, grid=(1, 2**16)).run,
-        "address": described(base=torch.empty(M * N + 1, dtype=torch.bfloat16)[1:]),
-        "rows": described(strides=[N + 1, 1]),
-        "overlap": described(strides=[N - 8, 1]),
-        "shared memory": replace(fused, stages=fused.stages + 1).run,
-    }
-    raised = {}
-    for name, run in spoiled.items():
-        try:
-            run()
-        except Exception as error:
-            raised[name] = f"{type(error).__name__}: {error}"
-    return raised
-
-
 def unloaded() -> list[str]:
     """Which kernels of kept calls unload their code when Triton forgets them; it is the last."""
     import triton
@@ -447,7 +409,7 @@ def main() -> None:
     cuda_standin.install()
     watch()
     # variants first, since it sees only what isn't compiled yet; unloaded last
-    asked = (variants, standard_layers, experts, replays, refusals, unloaded)
+    asked = (variants, standard_layers, experts, replays, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))
 
 
