@@ -19,13 +19,14 @@ _VOCABULARY = 21760  # of four layers what Qwen3's own is of its 28
 _TARGETS = {
     "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "mlp": {"target_modules": r"mlp\.\w+_proj"},
+    "projections": {"target_modules": "all-linear"},
     "step": {"target_modules": r"model\..*_proj"},
 }
 
 
 def makers_for(case: Case) -> dict[str, Maker]:
     """A step has no "layer by layer": one more model would take its time."""
-    apart = {"layer by layer": partial(_adapted, blocks=False)} if case.table == "mlp" else {}
+    apart = {"layer by layer": partial(_adapted, blocks=False)} if case.block == "mlp" else {}
     fast = _over_packed if case.kind in PACKS else partial(_adapted, blocks=True)
     adapted = {"peft": _adapted, **apart, "fastlora": fast}
     return {"frozen": _frozen, **adapted}
@@ -33,17 +34,18 @@ def makers_for(case: Case) -> dict[str, Maker]:
 
 def make_tensors(case: Case, device: torch.device) -> Tensors:
     torch.manual_seed(0)
-    base = {"experts": Routed, "mlp": GatedMLP, "step": Step}[case.table](case)
-    base.requires_grad_(False).to(device)
+    kinds = {"experts": Routed, "mlp": GatedMLP, "projections": Projections, "step": Step}
+    base = kinds[case.block](case).requires_grad_(False).to(device, case.dtype)
     if case.kind in PACKS:
         from fastlora.quant.packing import pack_weight
 
         for weight in base.experts.parameters():
             weight.copy_(pack_weight(weight, case.kind).dense(weight.dtype))
-    x, dy = (torch.randn(case.M, case.K, device=device) for _ in "xy")
+    like = {"device": device, "dtype": case.dtype}
+    x, *dys = (torch.randn(case.M, size, **like) for size in (case.K, *case.outputs))
     if isinstance(base, Step):
-        x, dy = base.embedded(), torch.ones((), device=device)
-    return Tensors(x.requires_grad_(), (dy,), (), {torch.float32: []}, base)
+        x, dys = base.embedded(), [torch.ones((), device=device)]
+    return Tensors(x.requires_grad_(), tuple(dys), (), {torch.float32: []}, base)
 
 
 class Routed(nn.Module):
@@ -86,6 +88,19 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x)
+
+
+class Projections(nn.Module):
+    """All seven of a Llama layer, without what stands between them."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        *of_attention, _ = case.outputs
+        self.attention = nn.ModuleList(nn.Linear(case.K, N, bias=False) for N in of_attention)
+        self.block = GatedMLP(case)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return *(layer(x) for layer in self.attention), self.block(x)
 
 
 class Step(nn.Module):
@@ -135,11 +150,11 @@ def _adapted(
     torch.manual_seed(1)
     config = peft.LoraConfig(
         r=case.r, lora_alpha=SCALE * case.r, lora_dropout=dropout, init_lora_weights=False,
-        **{"target_modules": [], **_TARGETS[case.table]},
+        **{"target_modules": [], **_TARGETS[case.block]},
     )  # fmt: skip
     with warnings.catch_warnings():  # of tied embeddings, which have no adapter
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=False)
+        model = peft.get_peft_model(_copy(tensors.base), config, autocast_adapter_dtype=case.mixed)
     module = model.train().base_model.model
     if isinstance(module, Routed):
         module.weights.requires_grad_()

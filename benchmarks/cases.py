@@ -11,7 +11,7 @@ DROPOUTS = (0.0, 0.1)
 SAME_DTYPE = "fastlora, same dtype"  # beside float32 adapters: fastlora with adapters in x's dtype
 DECODE = 16
 ADAPTERS = 8  # of a mixed batch, a sequence each
-BLOCKS = ("experts", "mlp", "step")
+BLOCKS = ("experts", "mlp", "projections", "step")
 PACKS = ("mxfp4", "nvfp4", "nf4", "fp8")  # those of fastlora.pack
 
 
@@ -23,10 +23,11 @@ class Case:
     PEFT's layers lora, dora, or two-adapters, both active; in the table "quantised" that of
     the makers in ``tests/support``.  In the table "mixed" x is a sequence for each of ``ADAPTERS``.
 
-    The tables of ``BLOCKS`` are more than a layer: experts, mlp (gated), or step (of a model's
-    training).  An MLP, or an expert, is K -> ``inner`` -> K.  Each token has ``top`` of the
-    ``experts``, which are packed if the kind is one of ``PACKS``; then the others have the weights
-    that these stand for.  A step is that of a model of so many ``layers``.
+    ``BLOCKS`` are more than a layer: experts, mlp (gated), all projections of a Llama layer, or
+    step (of a model's training); each is a table, or a kind in the table "host".  An MLP, or an
+    expert, is K -> ``inner`` -> K.  Each token has ``top`` of the ``experts``, which are packed if
+    the kind is one of ``PACKS``; then the others have the weights that these stand for.  A step is
+    that of a model of so many ``layers``.
     """
 
     M: int
@@ -47,7 +48,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        parts = [self.name] * bool(self.name) + [self.table] * self.is_block
+        parts = [self.name] * bool(self.name) + [self.block] * self.is_block
         parts += [self.kind] * (self.table in ("optimized", "quantised") or self.kind in PACKS)
         parts += [f"{self.M}x{self.K}x{self.inner or '+'.join(map(str, self.outputs))}"]
         parts += [f"{self.experts}top{self.top}"] * (self.experts > 0)
@@ -60,8 +61,14 @@ class Case:
         return self.adapter_dtype != self.dtype
 
     @property
+    def block(self) -> str:
+        """Which of ``BLOCKS`` it is; "" for a layer."""
+        name = self.kind if self.table == "host" else self.table
+        return name if name in BLOCKS else ""
+
+    @property
     def is_block(self) -> bool:
-        return self.table in BLOCKS
+        return bool(self.block)
 
     @property
     def by_peft(self) -> bool:
@@ -233,9 +240,17 @@ def host_cases() -> list[Case]:
     """Rows of x decide what is launched; the layer's sizes hardly do."""
     layers = [("layer", (2048,)), ("qkv", (2048, 512, 512))]
     cases = [Case(512, 2048, out, 16, BF16, F32, name=name, table="host") for name, out in layers]
-    return [
+    cases = [
         replace(each, M=M, dropout=p) for each in cases for p in DROPOUTS for M in (16, 512, 4096)
     ]
+    # Small: autograd really sums the dx of several layers.  Few rows of a CPU make no block.
+    for kind, outputs, limit in (
+        ("mlp", (512,), 0.62), ("projections", (512, 128, 128, 512, 512), 0.64),
+    ):  # fmt: skip
+        case = Case(64, 512, outputs, 16, BF16, F32, table="host", kind=kind, inner=2048)
+        limits = (("modelled", "fastlora/peft", limit),)
+        cases += [replace(case, dropout=p, limits=limits) for p in DROPOUTS]
+    return cases
 
 
 def dry_cases() -> list[Case]:

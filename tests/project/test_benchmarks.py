@@ -126,10 +126,11 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
         "import sys, json; sys.path += ['tests/support']; import cuda_standin\n"
         "cuda_standin.install()\n"
         "from benchmarks import cases, host\n"
-        "(case,) = [c for c in cases.host_cases() if 'layer-16x' in c.id and c.dropout]\n"
-        "print(json.dumps(host.measure(case, 0.0)))"
+        "wanted = ('layer-16', 'mlp-64x5')\n"
+        "cases = [c for c in cases.host_cases() if c.dropout and c.id[:8] in wanted]\n"
+        "print(json.dumps([host.measure(case, 0.0) for case in cases]))"
     )
-    row = json.loads(run_without_interpreter("-c", code).splitlines()[-1])
+    row, of_mlp = json.loads(run_without_interpreter("-c", code).splitlines()[-1])
     tiny, real = {"peft", "frozen", "torch backend"}, {"peft, optimized", "fused", "in place"}
     assert set(row["seconds"]["both"]) == row["kernels"].keys() == tiny | real | {"fastlora"}
     assert row["kernels"]["frozen"] == [2, 0]  # torch's, y and dx; none of Triton's
@@ -138,6 +139,8 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
             assert 0 < row["tenths"][quantity][name] <= median
     ratios = [target["ratio"] for target in row["targets"]]
     assert ratios == ["fastlora/peft", "peft, optimized/peft"]
+    assert of_mlp["kernels"].keys() == {"peft", "frozen", "fastlora"}
+    assert of_mlp["kernels"]["fastlora"] == [11, 18]  # it is one block; else torch has 14
 
 
 def test_every_case_has_an_id_of_its_own():
