@@ -34,7 +34,7 @@ class Judge:
         self.case, self.tensors, self.known_masks = case, tensors, known_masks
         self.shared_masks: Callable[[nn.Module], AbstractContextManager] = nullcontext
         if case.by_peft:  # PEFT's own dropout is made to drop what fastlora drops
-            from fastlora.peft.masks import shared_masks
+            from fastlora.peft.baseline import shared_masks
 
             self.shared_masks = shared_masks
         self._truths: dict[tuple[bool, float], list[Tensor]] = {}

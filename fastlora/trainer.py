@@ -15,8 +15,8 @@ from torch import nn
 
 from .layers.modules import has_sharded, unwrap
 from .model.checkpoint import load_adapter, save_adapter
+from .model.declare import saving_adapters_alone
 from .model.inject import check_injection, check_model, injection_of
-from .model.quantizer import saving_adapters_alone
 from .sampling import merged
 
 try:

@@ -12,7 +12,7 @@ from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
 
 import fastlora
 from fastlora.layers import mlp
-from fastlora.peft.masks import shared_masks
+from fastlora.peft.baseline import shared_masks
 from fastlora.projection import flatten, layouts_of
 
 # bitsandbytes itself reads rows of whole blocks of 64 right on any CPU.

@@ -113,22 +113,15 @@ class AdaptedWeight:
     weight: Any
     plain_class: type[nn.Module]  # what its module is without adapters
     why_not_fast: Any = ""  # why its calls are no node
-    adapted_name = "weight"  # of the parameter in its module
-
-    @property
-    def adapted_module(self) -> Any:
-        """That it is a weight of; a layer is itself."""
-        return self
-
-    @property
-    def weight_name(self) -> str:
-        """What it calls the tensor that is its weight, packed or not."""
-        return "weight"
+    adapted_module: Any  # that it is a weight of; a layer is itself
+    adapted_name = "weight"  # of the parameter in that
+    adapted_features: Any  # Features
+    weight_name: Any = "weight"  # what it calls the tensor that is its weight, packed or not
 
     @property
     def shape(self) -> tuple[int, int]:
         """out_features, in_features."""
-        raise NotImplementedError
+        return self.adapted_features.q, self.adapted_features.p
 
     def adapted_output(self) -> Output:
         """What a call computes with, for a report.  Raises ValueError if it can't be read."""
@@ -144,10 +137,6 @@ class AdaptedWeight:
         ``around``: the dtype for a weight that is packed, where the model has one.
         """
         return add_product(self.weight, *self._factors(), self.scaling)
-
-    @property
-    def adapted_features(self) -> Features:
-        return Features(1, *self.shape[::-1])
 
     @property
     def adapted_parameters(self) -> int:
@@ -241,6 +230,8 @@ class LoRALayer(AdaptedWeight, Adapted):
     in_features: int
     out_features: int
     lora_settings = ("r", "lora_alpha", "use_rslora", "lora_dropout", "scaling")
+    adapted_module = property(lambda self: self)
+    adapted_features = property(lambda self: Features(1, *self.shape[::-1]))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -27,18 +27,22 @@ from .adapted import (
     run_with,
     scaling_of,
 )
-from .experts import ADDED, Experts, read_experts_module, run_experts, stacked, takes
-from .members import class_over, plain_class_of, tensor_of, why_not_tensor
-from .packed import (
+from .experts import (
+    ADDED,
+    Experts,
     PackedWeight,
     dense_weight,
     features_of,
     needs_class,
     packed_names,
     read_module,
+    run_experts,
     stack_in,
+    stacked,
+    takes,
     weight_in,
 )
+from .members import class_over, plain_class_of, tensor_of, why_not_tensor
 
 _SWIZZLED = ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts")
 
@@ -58,35 +62,29 @@ class ExpertsWeight(AdaptedWeight):
 
     def __init__(self, experts: "LoRAExperts", name: str) -> None:
         how = experts.adaptations[name]
-        self.experts, self.name, self.features = experts, name, how.features
+        self.adapted_module, self.adapted_name, self.adapted_features = experts, name, how.features
         self.r, self.lora_alpha, self.use_rslora = how.r, how.lora_alpha, how.use_rslora
         self.scaling = scaling_of(how.lora_alpha, how.r, how.use_rslora)
+        self.plain_class = experts.plain_class
 
-    adapted_module = property(lambda self: self.experts)
-    adapted_name = property(lambda self: self.name)
-    adapted_features = property(lambda self: self.features)
-    weight = property(lambda self: weight_in(self.experts, self.name))  # a tensor, or packed
-    plain_class = property(lambda self: self.experts.plain_class)
-    why_not_fast = property(lambda self: self.experts.read().reason)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """PEFT's out_features and in_features."""
-        return self.features.q, self.features.p
+    # A tensor, or packed.
+    weight = property(lambda self: weight_in(self.adapted_module, self.adapted_name))
+    why_not_fast = property(lambda self: self.adapted_module.read().reason)
 
     def pair_names(self) -> tuple[str, str]:
-        return names_of_pair(self.name)
+        return names_of_pair(self.adapted_name)
 
     def adapter(self) -> Adapter[Tensor]:
         """The two for ``ops.experts``: lora_a [E, r, in] and lora_b [E, out, r]."""
-        return stacked(*self.adapter_pair, self.features.experts, self.scaling)
+        return stacked(*self.adapter_pair, self.adapted_features.experts, self.scaling)
 
     def adapted_output(self) -> Output[Tensor]:
         """The weight and its adapter as they are kept: not stacked, sharded under FSDP."""
         return Output(Base(self.weight, None), (Adapter(*self.adapter_pair, self.scaling),))
 
     def check_weight(self, name: str) -> None:
-        if self.name not in (*self.experts._parameters, *packed_names(self.experts)):
+        experts = self.adapted_module
+        if self.adapted_name not in (*experts._parameters, *packed_names(experts)):
             raise ValueError(
                 f"{name} can't be merged or removed: it is computed (a parametrisation): make that "
                 "permanent"
@@ -94,29 +92,28 @@ class ExpertsWeight(AdaptedWeight):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         lora_a, lora_b, _ = self.adapter()
-        return (lora_a.mT, lora_b.mT) if self.features.is_transposed else (lora_b, lora_a)
+        is_transposed = self.adapted_features.is_transposed
+        return (lora_a.mT, lora_b.mT) if is_transposed else (lora_b, lora_a)
 
     def _dense(self, dtype: torch.dtype | None) -> Tensor:
         weight = self.weight
         if isinstance(weight, Tensor) or dtype is None:
             return weight
-        return dense_weight(self.experts, self.name, dtype)
+        return dense_weight(self.adapted_module, self.adapted_name, dtype)
 
     def merged_weight(self, around: torch.dtype | None = None) -> Tensor:
         # A packed weight's is dense, of the dtype around, and lies as the module's class has it.
         weight, (left, right) = self.weight, self._factors()
         if isinstance(weight, Tensor):
             merged = torch.empty_like(weight, requires_grad=False)
-        else:
-            sizes = left.shape[0], left.shape[1], right.shape[2]
-            merged = torch.empty(sizes, dtype=around or weight.dtype, device=weight.device)
-        for i, into in enumerate(merged):
-            if isinstance(weight, Tensor):
+            for i, into in enumerate(merged):
                 add_product(weight[i], left[i], right[i], self.scaling, into)
-            elif self.features.is_transposed:
-                add_product(weight.one(i), right[i].mT, left[i].mT, self.scaling, into.mT)
-            else:
-                add_product(weight.one(i), left[i], right[i], self.scaling, into)
+            return merged
+        lora_a, lora_b, _ = self.adapter()
+        sizes = left.shape[0], left.shape[1], right.shape[2]
+        merged = torch.empty(sizes, dtype=around or weight.dtype, device=weight.device)
+        for i, into in enumerate(merged.mT if self.adapted_features.is_transposed else merged):
+            add_product(weight.one(i), lora_b[i], lora_a[i], self.scaling, into)
         return merged
 
 
@@ -187,7 +184,7 @@ class LoRAExperts(Adapted):
 
     def read(self) -> Experts:
         """How a call computes, or why it is the module's own forward's."""
-        experts = read_experts_module(self, self.plain_class)
+        experts = read_module(self)
         if "parametrizations" in self._modules:
             return Experts("its weights are parametrised")
         return experts

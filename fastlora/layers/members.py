@@ -3,6 +3,7 @@
 It becomes another kind of module, and what it was again, by its class.
 """
 
+from collections.abc import Iterable
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -181,8 +182,17 @@ def twin(module: nn.Module, kind: Any) -> Any:
 
 
 def plain_class_of(module: nn.Module) -> Any:
-    """What a module of ours is without adapters; the class of any other."""
-    return getattr(module, "plain_class", type(module))
+    """What a module of ours is without what fastlora makes of it; the class of any other.
+
+    FSDP2's class around it is left out.
+    """
+    return getattr(module, "plain_class", None) or under(type(module))
+
+
+def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:
+    """Whether a forward on the instance, maybe inside of accelerate's, is none of these."""
+    forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    return forward is not None and getattr(forward, "__func__", None) not in forwards
 
 
 def change_class(layer: nn.Module, old: Any, new: Any) -> None:

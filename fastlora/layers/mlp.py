@@ -19,7 +19,15 @@ from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
 from ..quant import PackedLayer
 from .adapted import LoRALayer
 from .frozen import read_base
-from .members import activation_of, change_class, class_over, is_hooked, under
+from .members import (
+    activation_of,
+    change_class,
+    class_over,
+    is_hooked,
+    is_replaced,
+    plain_class_of,
+    under,
+)
 from .quantised import LoRAQuantised
 from .reading import Reading, call_as_read, fits, forget
 
@@ -192,22 +200,11 @@ def _why_not_fitting(
 
 def why_not_block(module: nn.Module) -> str:
     """Why a module that has the parts of a gated MLP can't become a block; "" if it can."""
-    kind = plain_class_of(type(module))
+    kind = plain_class_of(module)
     if not _is_known(kind.forward) or kind.__call__ is not nn.Module.__call__:
         return _UNKNOWN
-    forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
-    if forward is not None and getattr(forward, "__func__", None) not in (
-        kind.forward,
-        type(module).forward,
-    ):
-        return "its forward was replaced on the instance"
-    return ""
-
-
-def plain_class_of(kind: type[nn.Module]) -> type[nn.Module]:
-    """What a module of this class is without FSDP2, and without being a block."""
-    kind = under(kind)
-    return kind.plain_class if issubclass(kind, GatedMLP) else kind
+    replaced = is_replaced(module, (kind.forward, type(module).forward))
+    return "its forward was replaced on the instance" if replaced else ""
 
 
 def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]:
@@ -215,7 +212,7 @@ def take(modules: Iterable[nn.Module], mixin: type[GatedMLP]) -> list[nn.Module]
     gated = [m for m in modules if looks_gated(m) and not isinstance(m, GatedMLP)]
     blocks = [module for module in gated if not why_not_block(module)]
     for module in blocks:
-        kind = plain_class_of(type(module))
+        kind = plain_class_of(module)
         change_class(module, kind, class_over(mixin, kind, ""))
     return blocks
 

@@ -1,29 +1,37 @@
-"""What a transformers model says of its weights, to others and in config.json: packed, or dense."""
+"""What a transformers model says of itself: which weights are packed, and that it can be trained.
+
+Others ask it, and config.json has it.  ``transformers.Trainer`` asks the model's quantizer.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
+from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..foreign import derived_from
+from ..layers.experts import PackedWeight, packed_names, read_module
 from ..layers.modules import plain_name
-from ..layers.packed import PackedWeight, packed_names, read_module
 from ..quant import Vendor, vendor_of
 
 _RECORD = "_fastlora_declared"
 # By these save_pretrained renames what it writes, and splits it.
 _CONVERSIONS = "_weight_conversions"
+_QUANTIZER = "hf_quantizer"
 _ATTRIBUTES = (
-    "hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
+    _QUANTIZER, "quantization_method", "is_quantized", "is_loaded_in_4bit",
     "is_loaded_in_8bit", _CONVERSIONS,
 )  # fmt: skip
 # Without a quant_method, so that from_pretrained refuses: it would make random experts.
 _OURS = {"packed_by": "fastlora", "load_with": "fastlora.load_packed(model, folder)"}
 # Where a config names the modules that aren't quantised; "modules_to_not_convert" in the others.
 _SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "hqq": "skip_modules"}
+_adapters_alone = ContextVar("_adapters_alone", default=False)
 
 
 class _Declared(NamedTuple):
@@ -68,7 +76,7 @@ def _said(outer: Any, linear: nn.Module | None) -> _Declared:
     if said is None:
         attributes = {name: outer.__dict__[name] for name in _ATTRIBUTES if name in outer.__dict__}
         quantised = getattr(outer.config, "quantization_config", None)
-        said = _Declared(attributes, quantised if "hf_quantizer" in attributes else None)
+        said = _Declared(attributes, quantised if _QUANTIZER in attributes else None)
     if linear is None or said.config is not None:
         return said
     theirs: Any = import_module("transformers")
@@ -80,7 +88,7 @@ def _said(outer: Any, linear: nn.Module | None) -> _Declared:
         config = theirs.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=outer.dtype)
     # It writes torchao's tensors, which save_pretrained can't without.
     make: Any = import_module("transformers.quantizers.auto").AutoHfQuantizer.from_config
-    return _Declared(said.attributes | {"hf_quantizer": make(config)}, config)
+    return _Declared(said.attributes | {_QUANTIZER: make(config)}, config)
 
 
 def _declare(outer: Any, said: _Declared) -> None:
@@ -89,12 +97,12 @@ def _declare(outer: Any, said: _Declared) -> None:
     ours = any(isinstance(module, PackedWeight) for _, module in packed)
     if all(isinstance(module, PackedWeight) for _, module in packed):
         # A dense checkpoint is none of those that a quantiser's conversions are for.
-        keeps = {_CONVERSIONS} & attributes.keys() if "hf_quantizer" not in attributes else set()
+        keeps = {_CONVERSIONS} & attributes.keys() if _QUANTIZER not in attributes else set()
         attributes, config = {name: attributes[name] for name in keeps}, None
     elif config is not None:
         config = _without(config, outer)
-        attributes["hf_quantizer"] = copy(attributes["hf_quantizer"])
-        attributes["hf_quantizer"].quantization_config = config
+        attributes[_QUANTIZER] = copy(attributes[_QUANTIZER])
+        attributes[_QUANTIZER].quantization_config = config
     if ours:
         attributes[_CONVERSIONS], config = [], dict(_OURS)
     _say(outer, attributes, config)
@@ -156,3 +164,72 @@ def _say(outer: Any, attributes: dict[str, Any], config: Any) -> None:
         about: Any = getattr(module, "config", None)
         if hasattr(about, "_is_quantized"):
             about._is_quantized = bool(attributes.get("is_quantized"))
+
+
+@cache
+def _trainable(kind: Any) -> Any:
+    """The class of quantizers of this ``kind``, of models with adapters.
+
+    ``transformers.Trainer`` takes a quantised model if it has PEFT's adapters, or if these two are
+    true.  They are: fastlora's layers give gradients over any base that it reads.
+    """
+
+    class Trainable(kind):
+        plain_class = kind
+
+        @property
+        def is_trainable(self) -> bool:
+            check_savable(self)
+            return True
+
+        @property
+        def is_qat_trainable(self) -> bool:
+            return True
+
+        def __reduce_ex__(self, protocol: Any) -> tuple:  # nobody can import this class
+            return _blank, (kind,), vars(self)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Trainable, name, getattr(kind, name))
+    return Trainable
+
+
+def _blank(kind: Any) -> Any:
+    return object.__new__(_trainable(kind))
+
+
+def check_savable(quantizer: Any) -> None:
+    """Raise ValueError if Trainer's first checkpoint, of the whole model, would fail."""
+    safe = (True,) if signature(quantizer.is_serializable).parameters else ()  # transformers 4
+    if not (_adapters_alone.get() or quantizer.is_serializable(*safe)):
+        method = getattr(quantizer.quantization_config, "quant_method", "")
+        raise ValueError(
+            f"transformers can't save this quantised base ({getattr(method, 'value', method)}), "
+            "which transformers.Trainer's checkpoints hold: use fastlora.trainer.AdapterTrainer, "
+            "whose checkpoints hold the adapter alone"
+        )
+
+
+@contextmanager
+def saving_adapters_alone() -> Iterator[None]:
+    """A trainer made in here never saves the base."""
+    token = _adapters_alone.set(True)
+    try:
+        yield
+    finally:
+        _adapters_alone.reset(token)
+
+
+def admit_training(model: nn.Module) -> None:
+    """Let the model's quantizer, if it has one, say that the model can be trained."""
+    quantizer: Any = model.__dict__.get(_QUANTIZER)
+    kind: Any = type(quantizer)
+    if derived_from(kind, "transformers", "HfQuantizer") and not hasattr(kind, "plain_class"):
+        quantizer.__class__ = _trainable(kind)
+
+
+def give_back_quantizer(model: nn.Module) -> None:
+    """What it was before :func:`admit_training`."""
+    quantizer: Any = model.__dict__.get(_QUANTIZER)
+    if hasattr(quantizer, "plain_class"):
+        quantizer.__class__ = quantizer.plain_class

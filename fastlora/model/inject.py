@@ -12,17 +12,17 @@ from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..layers import mlp
 from ..layers.adapted import Adapted
 from ..layers.expert_layer import LoRAExperts
+from ..layers.experts import PackedWeight, packed_names
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.members import class_over, plain_class_of
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
-from ..layers.packed import PackedWeight, packed_names
 from ..projection import check_switch
 from ..quant import bitsandbytes, vendor_of
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
+from .declare import admit_training, give_back_quantizer
 from .loading import watch_loading
-from .quantizer import admit_training, give_back_quantizer
 from .targets import (
     check_places,
     find_targets,

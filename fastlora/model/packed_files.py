@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..formats.format import Quantised
 from ..formats.microscaled import MXFP4
 from ..layers.expert_layer import why_not_experts
+from ..layers.experts import PackedWeight, features_of, read_module, weight_in
 from ..layers.members import twin
 from ..layers.modules import called, some, unwrap
-from ..layers.packed import PackedWeight, features_of, read_module, weight_in
 from ..projection import DTYPES
 from .config import is_inside
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors

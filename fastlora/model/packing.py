@@ -11,9 +11,9 @@ from torch import nn
 from ..foreign import DDP, FSDP, FULLY_SHARDED
 from ..formats.format import Quantised
 from ..layers.expert_layer import take_packed, why_not_experts
+from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import matrix_of, why_not_base
 from ..layers.modules import called, inside_of, plain_name, some, unwrap
-from ..layers.packed import packed_names, read_module, stack_in
 from ..projection import shown
 from ..quant import quantised_weight
 from ..quant.packing import KINDS, pack_weight, packing_error

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from ..layers.adapted import Features, LoRALayer, new_adapter, wide_dtype
 from ..layers.expert_layer import why_not_experts
-from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
-from ..layers.modules import called, plain_name, some
-from ..layers.packed import (
+from ..layers.experts import (
     PackedWeight,
     features_of,
     packed_names,
     parameter_names,
     weight_in,
 )
+from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
+from ..layers.modules import called, plain_name, some
 from ..projection import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 

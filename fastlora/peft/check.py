@@ -123,8 +123,8 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         warnings.filterwarnings("ignore", "PEFT .* is newer")  # which asks for this
         optimized = optimize(model)
     with optimized as report:
+        from .baseline import shared_masks  # here, since they import PEFT
         from .layer import swapped_back
-        from .masks import shared_masks  # here, since they import PEFT
 
         if not any(layer.runs_adapter for layer in report.layers):
             raise ValueError(

@@ -12,10 +12,9 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 
-from ..layers.experts import OTHER, Experts, read_experts_module, run_experts, stacked, takes
+from ..layers.experts import OTHER, Experts, packed_names, read_module, run_experts, stacked, takes
 from ..layers.frozen import is_router
 from ..layers.members import is_hooked, why_not_tensor
-from ..layers.packed import packed_names
 from ..layers.reading import Reading
 from ..projection import Adapter, Base, Output
 from . import newer
@@ -74,7 +73,7 @@ def read_experts(outermost: PeftParamWrapper) -> Reading:
 def _read_experts(
     wrappers: dict[str, PeftParamWrapper], outermost: PeftParamWrapper, base: Any
 ) -> Reading:
-    experts = read_experts_module(base, type(base))
+    experts = read_module(base, type(base))
     # A node runs the activation twice.
     reason = experts.reason or ("" if experts.repeats else OTHER) or _why_not_base(base)
     if reason:

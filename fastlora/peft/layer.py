@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..backends import Call
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
-from ..layers.members import change_class, class_over, is_hooked, is_over
+from ..layers.members import change_class, class_over, is_hooked, is_over, is_replaced
 from ..layers.reading import Reading, call_as_read, fits, forget
 from ..ops.door import run_one
 from ..ops.dora import dora_linear, dora_norm
@@ -142,12 +142,8 @@ def why_not_swapped(layer: nn.Module) -> str:
     pairs = list(_fast().items())
     if not any(is_over(type(layer), kind) for pair in pairs for kind in pair):
         return f"only PEFT's lora.Linear is sped up, not {type(layer).__name__}"
-    forward = layer.__dict__.get("_old_forward" if "_hf_hook" in layer.__dict__ else "forward")
-    if forward is None or getattr(forward, "__func__", None) in [
-        k.forward for pair in pairs for k in pair
-    ]:
-        return ""
-    return "its forward was replaced on the instance"
+    replaced = is_replaced(layer, [kind.forward for pair in pairs for kind in pair])
+    return "its forward was replaced on the instance" if replaced else ""
 
 
 def swap_all(layers: Iterable[nn.Module]) -> list[nn.Module]:

@@ -12,9 +12,9 @@ from weakref import ref
 from torch import nn
 
 from ..layers import mlp
+from ..layers.experts import PackedWeight
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
-from ..layers.packed import PackedWeight
 from ..projection import check_switch
 from ..report import (
     IN_THE_CALL,

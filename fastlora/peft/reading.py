@@ -25,7 +25,7 @@ from ..layers.reading import Reading
 from ..ops.way import why_not_here
 from ..projection import LARGEST_SCALE, Adapter, Base, Output, is_number, is_plain
 from . import why_never
-from .masks import DROPOUTS
+from .baseline import DROPOUTS
 
 _never = why_never()  # kept: a look-up in every call costs as much as a small op
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
+from ..layers.experts import packed_names
 from ..layers.modules import unwrap
-from ..layers.packed import packed_names
 from ..model.adapter_config import as_config
 from ..model.config import LoRAConfig
 from ..model.inject import apply_lora, check_model, check_plain, undo_injection

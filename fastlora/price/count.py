@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.experts import PER_TOKEN, experts_of_a_token
+from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
 from ..layers.frozen import matrix_of, why_not_class
-from ..layers.packed import packed_names, read_module, weight_in
 from ..model.config import LoRAConfig
 from ..model.files import Planned, size_of
 from ..model.targets import find_targets, modules_to_save

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import PackedWeight
 from ..layers.modules import some
-from ..layers.packed import PackedWeight
 from ..quant import PackedLayer, quantised_weight, vendor_of
 
 # Of each part, by name: a digest of bits, or numbers that are the same but for rounding.

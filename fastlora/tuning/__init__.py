@@ -172,7 +172,7 @@ def _measured(
         steps["frozen"] = contest.frozen()
     if not product.experts and len(contest.ranks) == len(product.outs):
         with suppress(ImportError), torch.enable_grad():
-            from ..peft.alone import step_of
+            from ..peft.baseline import step_of
 
             of_x = contest.x, contest.weights, contest.ranks
             steps["PEFT"] = step_of(*of_x, product.dropout, contest.dys)

@@ -13,7 +13,7 @@ from fastlora.clock import HostClock, clock_for, medians
 from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.kernels.target import TARGETS, use_target
-from fastlora.peft.alone import step_of
+from fastlora.peft.baseline import step_of
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16

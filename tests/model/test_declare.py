@@ -23,7 +23,7 @@ from vendor_layers import BITSANDBYTES
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.layers.packed import packed_names
+from fastlora.layers.experts import packed_names
 from fastlora.quant import quantised_weight
 
 WIDE = SIZES | {"hidden_size": 64, "head_dim": 16}  # whole blocks of bitsandbytes' on a CPU, too

@@ -27,7 +27,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.layers.packed import PackedWeight, read_module, weight_in
+from fastlora.layers.experts import PackedWeight, read_module, weight_in
 from fastlora.model.inject import injection_of
 from fastlora.model.tensors import adapter_tensors
 from fastlora.price import kept_bytes

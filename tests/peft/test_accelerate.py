@@ -23,7 +23,7 @@ from peft_models import assert_runs_the_same, optimized
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.peft.masks import shared_masks
+from fastlora.peft.baseline import shared_masks
 
 before_and_after = pytest.mark.parametrize("when", ["before", "after"])
 

@@ -116,7 +116,7 @@ def test_a_call_goes_layer_by_layer(name):
 
 def _backward(model: nn.Module) -> list[nn.Parameter]:
     torch.manual_seed(7)
-    with fastlora.peft.masks.shared_masks(model.train()):
+    with fastlora.peft.baseline.shared_masks(model.train()):
         loss = model(**DATA).loss
     if loss.requires_grad:
         loss.backward()

@@ -16,7 +16,7 @@ from peft_models import gradients as mlp_gradients
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.peft.masks import shared_masks
+from fastlora.peft.baseline import shared_masks
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

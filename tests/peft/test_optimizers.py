@@ -10,7 +10,7 @@ from peft_models import assert_runs_the_same, assert_same, optimized
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from fastlora.peft.masks import shared_masks
+from fastlora.peft.baseline import shared_masks
 
 # Keeps what attention gives, as TRL's selective checkpointing does.
 SELECTIVE = {

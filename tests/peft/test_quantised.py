@@ -12,7 +12,7 @@ from torch import nn
 from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
 
 import fastlora
-from fastlora.peft.masks import shared_masks
+from fastlora.peft.baseline import shared_masks
 from fastlora.quant import quantised_weight
 
 K, N, R = 256, 96, 4

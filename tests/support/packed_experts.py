@@ -17,7 +17,7 @@ from transformers import FineGrainedFP8Config
 
 from fastlora.formats.format import Quantised
 from fastlora.layers.expert_layer import take_packed
-from fastlora.layers.packed import dense_weight, packed_names, read_module, weight_in
+from fastlora.layers.experts import dense_weight, packed_names, read_module, weight_in
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason=NEEDS_5)
 gguf = pytest.importorskip("transformers.integrations.gguf.utils", reason=NEEDS_5)

@@ -8,7 +8,7 @@ from models import tiny_llama
 from peft_models import BATCH, adapted
 from torch import Tensor, nn
 
-from fastlora.peft.masks import shared_masks
+from fastlora.peft.baseline import shared_masks
 
 LAYERS = 14  # 7 in each of 2 blocks
 STEPS = 6

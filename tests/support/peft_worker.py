@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import fastlora
 from fastlora.backends import find_backend
-from fastlora.peft.masks import shared_masks
+from fastlora.peft.baseline import shared_masks
 from fastlora.report import LayerCoverage
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]

@@ -1,8 +1,12 @@
-"""Dropout masks that the fast path and PEFT's share, so that their numbers can be compared."""
+"""PEFT's own path, beside which the fast one is judged: with the same dropout masks, for numbers;
+and layers of its own, for the time that they take."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import peft
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -57,3 +61,25 @@ def shared_masks(model: nn.Module) -> Iterator[None]:
         for dropout in swapped:
             dropout.__class__ = nn.Dropout
             del dropout.__dict__["layer"], dropout.__dict__["seeds"]
+
+
+def step_of(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    ranks: Sequence[int],
+    dropout: float,
+    dys: Sequence[Tensor],
+) -> Callable[[], Any]:
+    """The forward of training layers of one x; with ``dys`` their backward, again and again."""
+    layers, x = [], x.detach().requires_grad_()
+    for weight, r in zip(weights, ranks, strict=True):
+        how: Any = {"bias": False, "dtype": weight.dtype, "device": "meta"}
+        linear = nn.Linear(*weight.shape[::-1], **how)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        config = peft.LoraConfig(r=r, lora_dropout=dropout, target_modules=["0"])
+        layers.append(peft.get_peft_model(nn.Sequential(linear), config).base_model.model.train())
+    if not dys:
+        return lambda: [layer(x) for layer in layers]
+    ys = [layer(x) for layer in layers]
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    return lambda: torch.autograd.grad(ys, [x, *trained], dys, retain_graph=True)
