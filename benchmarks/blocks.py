@@ -37,7 +37,7 @@ def make_tensors(case: Case, device: torch.device) -> Tensors:
     kinds = {"experts": Routed, "mlp": GatedMLP, "projections": Projections, "step": Step}
     base = kinds[case.block](case).requires_grad_(False).to(device, case.dtype)
     if case.kind in PACKS:
-        from fastlora.quant.packing import pack_weight
+        from fastlora.formats.packing import pack_weight
 
         for weight in base.experts.parameters():
             weight.copy_(pack_weight(weight, case.kind).dense(weight.dtype))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends.dropout import dropout_mask
-from fastlora.formats.four_bit import CODES
+from fastlora.formats.bitsandbytes import CODES
 from fastlora.formats.microscaled import E2M1
 from fastlora.kernels import (
     FLOAT8,

@@ -184,7 +184,7 @@ def check_kept(case: Case, kept: dict[str, int], tensors: Tensors) -> None:
         allowed = n * M * case.r * h_dtype(case.dtype, tensors.x.device).itemsize
         allowed += 8 * n if case.dropout else 0
     if tensors.base is not None:
-        from fastlora.quant import quantised_weight
+        from fastlora.formats import quantised_weight
 
         allowed += sum(
             scales.nbytes for scales in quantised_weight(tensors.base).weight.tensors[1:]

@@ -39,7 +39,7 @@ def layer_of(kind: str, K: int, N: int, dtype: torch.dtype) -> nn.Module:
 
 def with_base(case: Case, tensors: Tensors) -> Tensors:
     """With the vendor's layer, and for a weight what it stands for."""
-    from fastlora.quant import quantised_weight
+    from fastlora.formats import quantised_weight
 
     layer = layer_of(case.kind, case.K, *case.outputs, case.dtype)
     weight = quantised_weight(layer).weight.dense(case.dtype)

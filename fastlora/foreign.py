@@ -8,10 +8,13 @@ from functools import lru_cache
 from inspect import CO_VARARGS, CO_VARKEYWORDS
 from typing import Any
 
+import torch
+
 # What FSDP2 and FSDP derive classes from.
 FULLY_SHARDED = ("torch.distributed.fsdp", "FSDPModule")
 FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
 DDP = ("torch.nn.parallel", "DistributedDataParallel")
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # torch's own
 
 
 def derived_from(kind: type, package: str, name: str) -> type | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 
+from .foreign import PLAIN
 from .formats.format import Format, Quantised
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -14,7 +15,6 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # those that it casts
 LARGEST_SCALE = torch.finfo(torch.float32).max
 LARGEST_RANK = 2**31 - 1
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 # What a record holds for each tensor: it, whether its gradient is needed, or that gradient.
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def packed_of(output: Output[Tensor]) -> tuple[Tensor, ...]:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is of torch's own class, and not a FakeTensor, a DTensor …"""
-    return type(tensor) in _PLAIN
+    return type(tensor) in PLAIN
 
 
 def shown(value: object) -> str:

@@ -15,7 +15,7 @@ from .gemm_lowrank import gemm_lowrank, one_launch_pays
 from .kept import Resolved, Unproven, keep, on_trial, replayed, use_judge
 from .launch import Launch, intercept
 from .lowrank import lowrank
-from .packed import FLOAT8, FOUR_BIT, INT8, Packed
+from .packed import FLOAT8, FOUR_BIT, INT8, Packed, lies_in_rows
 from .plan import Plan, low_rank_pays, plan_for
 from .project import project
 from .segments import SegmentNumbers

@@ -74,10 +74,7 @@ class Packed:
 
     @property
     def lies_in_rows(self) -> bool:
-        """Whether no byte, and no block of scales, goes on from one row into the next."""
-        if self.kind != FOUR_BIT:
-            return True
-        return self.columns % max(2, self.block_columns) == 0
+        return lies_in_rows(self.kind, self.columns, self.block_columns)
 
     @property
     def in_one_row(self) -> "Packed":
@@ -116,6 +113,11 @@ class Packed:
         outer_block = self.outer_block if self.outer else 0
         numbers = self.block_rows, self.block_columns, outer_block, self.factor
         return kind, *numbers, self.table, 0 if self.low_first else 4
+
+
+def lies_in_rows(kind: str, columns: int, block_columns: int) -> bool:
+    """Whether no byte, and no block of scales, goes on from one row into the next."""
+    return kind != FOUR_BIT or columns % max(2, block_columns) == 0
 
 
 def scale_bytes(operands: tuple, packing: tuple, rows: int, columns: int, tile_columns: int) -> int:

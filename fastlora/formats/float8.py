@@ -1,13 +1,23 @@
-"""Numbers of 8 bits with a floating point, and a scale for each block of them."""
+"""Numbers of 8 bits with a floating point, and a scale for each block of them.
 
+And transformers' ``FP8Linear`` and ``FP8Experts``, with a scale for a block, a row or all
+(DeepSeek's, …).
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .format import Format, check_shapes, of_rows, place_for
+from ..foreign import is_class
+from .arithmetic import place_for, scales_of, widen
+from .format import Coding, Expected, Format, Quantised, name_of, of_rows
+from .microscaled import MXFP4
+from .vendor import PackedLayer, checked
 
 CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -28,15 +38,14 @@ class Float8(Format):
     label: ClassVar[str] = "float8"
     names: ClassVar[tuple[str, ...]] = ("weight", "scale")
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
+    def expected(self) -> Expected:
         if self.code not in CODES:
             raise ValueError(f"codes of {self.code} came, but must be of {', '.join(CODES)}")
         if min(self.block_rows, self.block_columns) < 1:
             raise ValueError(f"blocks of {self.block_rows} × {self.block_columns} came: too small")
         blocks = -(-self.rows // self.block_rows), -(-self.columns // self.block_columns)
         code: torch.dtype = getattr(torch, self.code)
-        fits = [((self.rows, self.columns), (code,)), (blocks, _SCALES)]
-        check_shapes(self.names, tensors, fits)
+        return [((self.rows, self.columns), (code,)), (blocks, _SCALES)]
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         codes, scale = tensors
@@ -46,6 +55,18 @@ class Float8(Format):
         scale = of_rows(scale, first, len(out), self.block_rows)
         _multiply(wide, scales_of(wide, scale.float(), factor), self.block_columns)
         return out if wide is out else out.copy_(wide)
+
+    @property
+    def coding(self) -> Coding | None:
+        height = 0 if self.block_rows >= self.rows else self.block_rows
+        width = 0 if self.block_columns >= self.columns else self.block_columns
+        return Coding("float8", height, width) if self.code == "float8_e4m3fn" else None
+
+    def coded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        codes, scale = tensors
+        # Kernels read no float8_e8m0fnu; there are few.
+        wide = scale.float() if scale.dtype == torch.float8_e8m0fnu else scale
+        return codes.view(torch.uint8), wide
 
 
 def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
@@ -57,36 +78,72 @@ def _multiply(values: Tensor, scale: Tensor, width: int) -> None:
         values[:, whole * width :].mul_(scale[:, whole:])
 
 
-def widen(codes: Tensor, out: Tensor) -> float:
-    """The codes, over the number that comes back, as float32 to ``out``: which holds them exactly.
+# transformers' layers of it.
 
-    On a CPU torch converts e4m3 one by one, which takes eight times as long as by way of float16.
+_MODULE = "transformers.integrations.finegrained_fp8"
+
+PARTS: tuple[str, ...] = ("weight", "weight_scale_inv")
+SCALE = "_scale_inv"  # behind a weight's name
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    return is_class(kind, _MODULE, "FP8Linear")
+
+
+@checked("its float8 weight is")
+def read(layer: Any) -> PackedLayer | str:
+    codes, scale = layer.weight.detach(), layer.weight_scale_inv.detach()
+    if codes.element_size() > 1:
+        return f"its weight is dense {codes.dtype}, in a class for float8"
+    if codes.dtype == torch.int8:
+        return "its weight has 4 bits (float4), which no format reads"
+    (n, k), (rows, columns) = codes.shape, _block(layer)
+    blocks = -(-n // rows), -(-k // columns)
+    if scale.numel() == blocks[0] * blocks[1]:
+        scale = scale.view(blocks)
+    format = Float8(n, k, name_of(codes.dtype), rows, columns)
+    return PackedLayer(Quantised(format, (codes, scale)), rounds_input=True)
+
+
+@checked("its {1} is")
+def experts_weight(experts: Any, name: str) -> Quantised:
+    """A weight of ``FP8Experts`` as a stack [E, N, K], of its own memory; or why it can't be read.
+
+    With blocks each scale is that of one, as their own dequantisation has it.  Without, there is a
+    scale for all of an expert, for each half of its rows (gate and up), or for each row.
     """
-    kind = codes.dtype if codes.device.type == "cpu" else None
-    if kind == torch.float8_e5m2:  # the upper half of a float16
-        out.copy_(codes.view(torch.int8).short().mul_(2**8).view(torch.float16))
-    elif kind == torch.float8_e4m3fn and not _has_nan(codes):
-        # The sign, then all else where float16's mantissa has its highest bits.
-        halves = codes.view(torch.int8).short().mul_(2**7)  # torch shifts more slowly
-        out.copy_(halves.bitwise_and_(0xBF80 - 2**16).view(torch.float16))
-        return 2.0**8  # by which float16's exponent has a greater bias
-    else:
-        out.copy_(codes)
-    return 1.0
+    codes, scale = getattr(experts, name).detach(), getattr(experts, f"{name}{SCALE}").detach()
+    _, n, k = codes.shape
+    if codes.dtype == torch.int8:
+        return Quantised(MXFP4(n, 2 * k), (codes, scale))
+    count = scale.shape[1]
+    rows, columns = experts.block_size or (n // count if count in (1, 2, n) else 0, k)
+    return Quantised(Float8(n, k, name_of(codes.dtype), rows, columns), (codes, scale))
 
 
-def _has_nan(codes: Tensor) -> bool:
-    """Whether one of e4m3fn's is: 127 or 255."""
-    if not codes.numel():
-        return False
-    return (
-        codes.view(torch.int8).amax().item() == 127 or codes.view(torch.uint8).amax().item() == 255
-    )
+def _block(layer: Any) -> tuple[int, int]:
+    """How many rows and columns share a scale."""
+    rows, columns = layer.weight.shape
+    scale = layer.weight_scale_inv
+    if scale.numel() == 1:
+        return rows, columns
+    if layer.block_size is None or scale.shape in ((rows,), (rows, 1)):
+        return 1, columns
+    block_rows, block_columns = layer.block_size
+    return int(block_rows), int(block_columns)
 
 
-def scales_of(values: Tensor, scale: Tensor, factor: float) -> Tensor:
-    """scale · factor, a power of 2, for these values; or scale, and they are multiplied by it."""
-    if factor == 1.0 or not scale.numel() or scale.abs().amax().item() < 2.0**100:
-        return scale * factor
-    values.mul_(factor)  # where the scales could become infinite
-    return scale
+def pack(layer: Any, weight: Tensor) -> None:
+    codes, scale = layer.weight, layer.weight_scale_inv
+    rounds = "ue8m0" if scale.dtype == torch.float8_e8m0fnu else "float"
+    config = SimpleNamespace(weight_block_size=_block(layer), scale_fmt=rounds)
+    quantiser = sys.modules[_MODULE].Fp8Quantize(SimpleNamespace(quantization_config=config))
+    made = quantiser.convert({"weight": weight})
+    if made["weight"].dtype != codes.dtype:
+        raise ValueError(
+            f"transformers makes no {codes.dtype} of a weight {tuple(weight.shape)} in blocks of "
+            f"{_block(layer)}: leave the merged weight dense"
+        )
+    layer.weight = nn.Parameter(made["weight"], requires_grad=False)
+    new_scale = made["weight_scale_inv"].view(scale.shape).to(scale.dtype)
+    layer.weight_scale_inv = nn.Parameter(new_scale, requires_grad=False)

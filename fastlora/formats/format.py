@@ -1,11 +1,12 @@
 """A weight that is packed: its format, and its tensors.
 
 A format is a frozen record of numbers, a subclass each.  It says which tensors it needs, checks
-them, and makes rows of the weight from them.
+them, makes rows of the weight from them, and states what kernels read of them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,24 @@ from typing_extensions import NamedTuple  # Python 3.10's own can't be generic
 from ..blocks import rows_at_a_time
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what scales may be
+Expected = Sequence[tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 _KNOWN: dict[str, type["Format"]] = {}
-# Elements of 16 bits that are made at once.
-_AT_ONCE = 2**18
+
+
+class Coding(NamedTuple):
+    """How kernels read a weight that they make themselves: the fields of ``kernels.Packed`` that
+    are numbers and words (kernels/packed.py says what they mean).
+
+    ``outer_block`` 0: if there are outer scales, a weight has one.
+    """
+
+    kind: str  # "four-bit", "int8" or "float8"
+    block_rows: int  # 1 for "four-bit"
+    block_columns: int
+    table: tuple[float, ...] = ()
+    outer_block: int = 0
+    factor: float = 1.0
+    low_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,12 @@ class Format:
     dims: ClassVar[int] = 2
 
     def __init_subclass__(cls) -> None:
-        _KNOWN[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):  # what formats have in common
+            _KNOWN[cls.__name__] = cls
+        cls.__hash__ = Format.__hash__  # type: ignore[method-assign]  # and no dataclass's
+
+    def __hash__(self) -> int:
+        return hash((self.rows, self.columns))
 
     @property
     def label(self) -> str:
@@ -51,9 +72,23 @@ class Format:
         """The dtype of the weight that was packed, as far as the format knows it."""
         return getattr(torch, getattr(self, "compute", "float32"))
 
+    def expected(self) -> Expected:
+        """Shape and possible dtypes of each tensor.  Raises ValueError for wrong numbers."""
+        raise NotImplementedError
+
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raise ValueError unless the tensors are this format's: what came, and what fits."""
-        raise NotImplementedError
+        expected, names = self.expected(), self.names
+        if len(tensors) != len(names):
+            raise ValueError(f"{len(tensors)} tensors came, but there must be {', '.join(names)}")
+        for name, tensor, (shape, dtypes) in zip(names, tensors, expected, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"its {name} has shape {tuple(tensor.shape)}, but must be {shape}")
+            if tensor.dtype not in dtypes:
+                fits = " or ".join(map(str, dtypes))
+                raise ValueError(f"its {name} has dtype {tensor.dtype}, but must be {fits}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"its {name} has strides {tensor.stride()}: call .contiguous()")
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         """``len(out)`` rows from ``first`` on, written to ``out`` [rows, columns], and it.
@@ -70,6 +105,18 @@ class Format:
         return None
 
     @property
+    def coding(self) -> Coding | None:
+        """What :meth:`coded` gives; None: no kernel reads it, and torch's operations make it dense.
+
+        The backend knows what its kernels can't do: blocks that are no power of two, for one.
+        """
+        return None
+
+    def coded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of a weight or a stack what kernels read: codes, scales, and if they are codes, outer."""
+        return tensors
+
+    @property
     def text(self) -> str:
         """The record as words, for :func:`from_text`."""
         values = [str(getattr(self, name)) for name in self.__match_args__]  # of the dataclass
@@ -80,21 +127,17 @@ def from_text(text: str) -> Format:
     """The format that :attr:`Format.text` tells of.  Raises ValueError for any other text."""
     name, *words = text.split(" ")
     kind = _KNOWN.get(name)
-    places = () if kind is None else fields(kind)
-    if kind is None or len(words) != len(places):
+    if kind is None or len(words) != len(kind.__match_args__):
         raise ValueError(f"{text!r} tells of no format; there are {', '.join(sorted(_KNOWN))}")
-    return kind(
-        *[_VALUES[str(place.type)](word) for place, word in zip(places, words, strict=True)]
-    )
+    return kind(*map(_value_of, words))
 
 
-# By the annotation of a field, which is its type or that type's name.
-_VALUES: dict[str, Callable[[str], Any]] = {
-    "int": int, "<class 'int'>": int,
-    "float": float, "<class 'float'>": float,
-    "str": str, "<class 'str'>": str,
-    "bool": "True".__eq__, "<class 'bool'>": "True".__eq__,
-}  # fmt: skip
+def _value_of(word: str) -> Any:
+    """A number or a switch, as Python writes it; any other word is itself."""
+    try:
+        return literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
 
 
 class Quantised(NamedTuple):
@@ -173,52 +216,9 @@ class Quantised(NamedTuple):
         return out
 
 
-def check_shapes(
-    names: Iterable[str],
-    tensors: Sequence[Tensor],
-    expected: Sequence[tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
-) -> None:
-    """Raise ValueError unless every tensor has its shape and one of its dtypes, and lies dense."""
-    names = tuple(names)
-    if len(tensors) != len(names):
-        raise ValueError(f"{len(tensors)} tensors came, but there must be {', '.join(names)}")
-    for name, tensor, (shape, dtypes) in zip(names, tensors, expected, strict=True):
-        if tensor.shape != shape:
-            raise ValueError(f"its {name} has shape {tuple(tensor.shape)}, but must be {shape}")
-        if tensor.dtype not in dtypes:
-            fits = " or ".join(map(str, dtypes))
-            raise ValueError(f"its {name} has dtype {tensor.dtype}, but must be {fits}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"its {name} has strides {tensor.stride()}: call .contiguous()")
-
-
 def name_of(dtype: torch.dtype) -> str:
     """As a text and a record hold it: float16."""
     return str(dtype).removeprefix("torch.")
-
-
-def place_for(out: Tensor, dtype: torch.dtype, dense: bool = False) -> Tensor:
-    """``out``, if it has this dtype, and if asked lies ``dense``; else a new tensor like it."""
-    fits = out.dtype == dtype and (out.is_contiguous() or not dense)
-    return out if fits else torch.empty(out.shape, dtype=dtype, device=out.device)
-
-
-def write_scaled(out: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """out = codes · scale, rounded once, and it.  All have as many dimensions; scale's may be 1.
-
-    The codes are whole numbers that out's dtype holds.
-    """
-    as_it_is = out.dtype == scale.dtype == torch.bfloat16 or out.element_size() != 2
-    if as_it_is or out.device.type != "cpu" or not out.numel():
-        return out.copy_(codes).mul_(scale)
-    # By way of float32: torch's product takes 2 times as long in float16, 4 to 8 between dtypes.
-    step = max(1, _AT_ONCE // out[0].numel())
-    wide = torch.empty_like(out[:step], dtype=torch.float32, memory_format=torch.contiguous_format)
-    for first in range(0, len(out), step):
-        rows = slice(first, first + step)
-        some = wide[: len(out) - first].copy_(codes[rows])
-        out[rows].copy_(some.mul_(scale if len(scale) == 1 else scale[rows]))
-    return out
 
 
 def of_rows(values: Tensor, first: int, count: int, block_rows: int) -> Tensor:

@@ -1,25 +1,32 @@
-"""GGUF: every row is blocks of bytes, of 32 or 256 weights each, in one of ggml's layouts."""
+"""GGUF: every row is blocks of bytes, of 32 or 256 weights each, in one of ggml's layouts.
+
+And transformers' ``GgufLinear`` and ``GgufExperts``, whose weights are the blocks of such a file.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .format import Format, check_shapes, write_scaled
+from ..foreign import is_class
+from .arithmetic import write_scaled
+from .format import Expected, Format, Quantised
+from .vendor import PackedLayer, checked
 
 # The 16 values of IQ4_NL and IQ4_XS.
 _LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 class Block(NamedTuple):
-    """A layout: how many weights and bytes a block has, and what writes its weights.
+    """A layout: ggml's number of it, how many weights and bytes a block has, and what writes them.
 
     ``write`` takes blocks [n, b, size] and out [n, b, weights].  Codes are multiplied in out's
     dtype by factors of that dtype, as transformers does it; in float32 that is what ggml does.
     """
 
+    number: int
     weights: int
     size: int
     write: Callable[[Tensor, Tensor], None]
@@ -43,23 +50,25 @@ class Gguf(Format):
     def label(self) -> str:
         return f"GGUF {self.kind}"
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
+    def expected(self) -> Expected:
         if self.kind not in KINDS:
             raise ValueError(f"no GGUF type {self.kind}: there are {', '.join(KINDS)}")
-        weights, size, _ = KINDS[self.kind]
+        _, weights, size, _ = KINDS[self.kind]
         if self.columns % weights:
             raise ValueError(
                 f"in_features is {self.columns}, but a {self.kind} block has {weights} weights"
             )
-        known = tensors and not torch.compiler.is_compiling()
+        blocks = (self.rows, self.columns // weights * size), (torch.uint8,)
+        return [blocks, ((self.columns,), (torch.int64,))] if self.permuted else [blocks]
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        super().check(tensors)
+        known = not torch.compiler.is_compiling()
         if known and tensors[0].storage_offset() % 4:  # float16 and int32 are read from them
             raise ValueError("its blocks don't begin at a multiple of 4 bytes: clone them")
-        blocks = (self.rows, self.columns // weights * size), (torch.uint8,)
-        order = (self.columns,), (torch.int64,)
-        check_shapes(self.names, tensors, [blocks, order] if self.permuted else [blocks])
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        weights, size, write = KINDS[self.kind]
+        _, weights, size, write = KINDS[self.kind]
         rows = tensors[0][first : first + len(out)].unflatten(1, (-1, size))
         if not self.permuted:
             write(rows, out.unflatten(1, (-1, weights)))
@@ -169,14 +178,55 @@ def _write_iq4_xs(blocks: Tensor, out: Tensor) -> None:
 
 
 KINDS = {
-    "Q4_0": Block(32, 18, _write_q4_0),
-    "Q4_1": Block(32, 20, _write_q4_1),
-    "Q8_0": Block(32, 34, _write_q8_0),
-    "Q2_K": Block(256, 84, _write_q2_k),
-    "Q3_K": Block(256, 110, _write_q3_k),
-    "Q4_K": Block(256, 144, _write_q4_k),
-    "Q5_K": Block(256, 176, _write_q5_k),
-    "Q6_K": Block(256, 210, _write_q6_k),
-    "IQ4_NL": Block(32, 18, _write_iq4_nl),
-    "IQ4_XS": Block(256, 136, _write_iq4_xs),
+    "Q4_0": Block(2, 32, 18, _write_q4_0),
+    "Q4_1": Block(3, 32, 20, _write_q4_1),
+    "Q8_0": Block(8, 32, 34, _write_q8_0),
+    "Q2_K": Block(10, 256, 84, _write_q2_k),
+    "Q3_K": Block(11, 256, 110, _write_q3_k),
+    "Q4_K": Block(12, 256, 144, _write_q4_k),
+    "Q5_K": Block(13, 256, 176, _write_q5_k),
+    "Q6_K": Block(14, 256, 210, _write_q6_k),
+    "IQ4_NL": Block(20, 32, 18, _write_iq4_nl),
+    "IQ4_XS": Block(23, 256, 136, _write_iq4_xs),
 }
+
+
+# transformers' layers of it.
+
+_MODULE = "transformers.integrations.gguf.utils"
+_NAMES = {block.number: kind for kind, block in KINDS.items()}
+
+PARTS: tuple[str, ...] = ("weight",)
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    return is_class(kind, _MODULE, "GgufLinear")
+
+
+@checked("its blocks are")
+def read(layer: Any) -> PackedLayer | str:
+    kind, order = _NAMES.get(layer.ggml_type), layer.input_permutation
+    if kind is None:
+        return f"its GGUF type has number {layer.ggml_type}, which no format reads"
+    format = Gguf(layer.out_features, layer.in_features, kind, order is not None)
+    blocks = layer.weight.detach()
+    return PackedLayer(Quantised(format, (blocks,) if order is None else (blocks, order)))
+
+
+def is_experts(kind: type[nn.Module]) -> bool:
+    return is_class(kind, _MODULE, "GgufExperts")
+
+
+@checked("its {1} is")
+def experts_weight(experts: Any, name: str) -> Quantised | str:
+    """A weight of ``GgufExperts`` as a stack [E, N, K], of its own memory; or why it can't be."""
+    is_down, blocks = name == "down_proj", getattr(experts, name).detach()
+    number = experts.down_type if is_down else experts.gate_up_type
+    if number not in _NAMES:
+        return f"the GGUF type of its {name} has number {number}, which no format reads"
+    columns = experts.intermediate_dim if is_down else experts.hidden_dim
+    return Quantised(Gguf(blocks.shape[1], columns, _NAMES[number]), (blocks,))
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    raise ValueError("GGUF's blocks are read, and not made: leave the merged weight dense")

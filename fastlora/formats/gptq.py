@@ -1,13 +1,19 @@
-"""GPTQ: columns of a weight in groups, and the numbers of a column packed across int32 words."""
+"""GPTQ: columns of a weight in groups, and the numbers of a column packed across int32 words.
+
+And GPTQ-Model's ``TorchLinear`` and ``TritonV2Linear``: GPTQ's checkpoints, as they are trained.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .format import FLOATS, Format, check_shapes, place_for
+from ..foreign import derived_from
+from .arithmetic import place_for
+from .format import FLOATS, Expected, Format, Quantised, name_of
+from .vendor import Once, PackedLayer, checked
 
 
 @dataclass(frozen=True)
@@ -32,19 +38,18 @@ class Gptq(Format):
     def label(self) -> str:
         return f"GPTQ {self.bits} bit"
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
+    def expected(self) -> Expected:
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"{self.bits} bits came, but GPTQ has 2, 3, 4 or 8")
         if self.groups < 1 or (self.ordered and self.columns % self.groups):
             raise ValueError(f"{self.groups} groups don't divide {self.columns} columns")
         ints = (torch.int32,)
-        expected = [
+        return [
             ((self._words(self.columns), self.rows), ints),
             ((self.groups, self._words(self.rows)), ints),
             ((self.groups, self.rows), (self.dtype,) if self.dtype in FLOATS else ()),
             ((self.columns,), (torch.int32, torch.int64)),
         ]
-        check_shapes(self.names, tensors, expected)
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         qweight, qzeros, scales, g_idx = tensors
@@ -75,3 +80,56 @@ class Gptq(Format):
             rest = words[(word + 1).clamp(max=len(words) - 1)] << begun
             numbers |= torch.where(begun < self.bits, rest, 0)
         return numbers.bitwise_and_(2**self.bits - 1)
+
+
+# GPTQ-Model's layers of it.
+
+_PACKAGE = "gptqmodel.nn_modules.qlinear"
+# The others lay the numbers out for one kernel, or have other numbers.
+_READ = ("TorchLinear", "TritonV2Linear")
+_ORDERED = Once()
+
+PARTS: tuple[str, ...] = ("qweight",)
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    theirs = _theirs(kind)
+    return theirs is not None and kind.forward is theirs.forward
+
+
+@checked("its quantisation state is")
+def read(layer: Any) -> PackedLayer | str:
+    kind = _theirs(type(layer))
+    if kind is None or kind.__name__ not in _READ:
+        return "its numbers lie as its kernel reads them: GPTQConfig(backend='auto_trainable')"
+    if layer.planar or layer.pack_dtype != torch.int32:
+        return "its numbers lie in planes, or in other words than int32"
+    if layer.adapter is not None:
+        return "it has an adapter of GPTQ-Model's"
+    if layer.online_full_had or layer.online_partial_had:
+        return "its input is rotated (Hadamard) before its weight is used"
+    rows, columns, scales = layer.out_features, layer.in_features, layer.scales
+    groups = len(scales)
+    ordered = _ORDERED.ask(layer.g_idx, lambda g_idx: _is_ordered(g_idx, groups))
+    format = Gptq(rows, columns, layer.bits, groups, name_of(scales.dtype), ordered)
+    tensors = layer.qweight, layer.qzeros, scales, layer.g_idx
+    return PackedLayer(Quantised(format, tuple([tensor.detach() for tensor in tensors])))
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    raise ValueError("GPTQ's numbers are read, and not made: its rounding needs data")
+
+
+def _theirs(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of GPTQ-Model's that this one is, or derives from."""
+    if derived_from(kind, _PACKAGE, "GPTQQuantLinear") is None:
+        return None
+    return next(base for base in kind.__mro__ if base.__module__.startswith(_PACKAGE))
+
+
+def _is_ordered(g_idx: Tensor, groups: int) -> bool:
+    """Whether the columns are groups of one size, one after another."""
+    if len(g_idx) % groups:
+        return False
+    columns = torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device)
+    return torch.equal(g_idx, columns // (len(g_idx) // groups))

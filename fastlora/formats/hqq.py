@@ -1,22 +1,22 @@
-"""HQQ: groups of a row, whose numbers of 1 to 8 bits lie packed across the matrix of all groups."""
+"""HQQ: groups of a row, whose numbers of 1 to 8 bits lie packed across the matrix of all groups.
 
+And its layer, ``HQQLinear``.
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .format import Format, check_shapes, place_for
+from ..foreign import is_class
+from .arithmetic import place_for
+from .format import Expected, Format, Quantised, name_of
+from .vendor import PackedLayer, checked
 
-# By the bits of a number: how many an element of W_q holds, and its dtype.
-_PACKED = {
-    8: (1, torch.uint8),
-    4: (2, torch.uint8),
-    3: (10, torch.int32),
-    2: (4, torch.uint8),
-    1: (8, torch.uint8),
-}
+_COUNTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # how many numbers of so many bits an element holds
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,16 @@ class Hqq(Format):
     def label(self) -> str:
         return f"HQQ {self.bits} bit"
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        if self.bits not in _PACKED:
+    def expected(self) -> Expected:
+        if self.bits not in _COUNTS:
             raise ValueError(f"{self.bits} bits came, but HQQ has 1, 2, 3, 4 or 8")
         if self.group < 1 or self.columns % self.group:
             raise ValueError(f"groups of {self.group} don't divide rows of {self.columns}")
-        (count, dtype), groups = _PACKED[self.bits], self.rows * self.columns // self.group
+        count, groups = _COUNTS[self.bits], self.rows * self.columns // self.group
         each = ((groups, 1), (self.dtype,))
-        packed = ((-(-groups // count), self.group), (dtype,))
-        check_shapes(self.names, tensors, [packed, each, each])
+        word = torch.int32 if self.bits == 3 else torch.uint8
+        packed = ((-(-groups // count), self.group), (word,))
+        return [packed, each, each]
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         packed, scale, zero = tensors
@@ -59,9 +60,61 @@ class Hqq(Format):
 
     def _unpack(self, packed: Tensor, groups: slice, out: Tensor) -> None:
         """The numbers of these groups, which begin in one field of W_q and may end in another."""
-        count, total = _PACKED[self.bits][0], len(packed)
+        count, total = _COUNTS[self.bits], len(packed)
         for field in range(groups.start // total, (groups.stop - 1) // total + 1):
             start = field * total
             begin, end = max(groups.start, start), min(groups.stop, start + total)
             some = packed[begin - start : end - start] >> self.bits * (count - 1 - field)
             out[begin - groups.start : end - groups.start] = some & (2**self.bits - 1)
+
+
+# The library's layer of it.
+
+_MODULE = "hqq.core.quantize"
+
+PARTS: tuple[str, ...] = ("W_q", "meta")
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    return is_class(kind, _MODULE, "HQQLinear")
+
+
+@checked("its quantisation state is")
+def read(layer: Any) -> PackedLayer | str:
+    if not layer.ready:
+        return "its weight isn't quantised as yet"
+    meta, packed = layer.meta, layer.W_q.detach()
+    if meta["axis"] != 1:
+        return f"its groups run down the columns (axis={meta['axis']}): only those in rows are read"
+    if not meta["packing"] or meta["nbits"] not in _COUNTS:
+        return f"its numbers aren't packed, or have {meta['nbits']} bits"
+    if meta.get("quant_zero") or meta.get("quant_scale") or "zero_scale" in meta:
+        return "its scales or zero points are packed, too"
+    if meta["view_as_float"]:
+        packed = packed.view(meta["unpack_view_dtype"])
+    rows, columns = meta["shape"]
+    compute = name_of(meta["scale"].dtype)
+    format = Hqq(rows, columns, meta["nbits"], meta["group_size"] or columns, compute)
+    tensors = tuple(map(_keepable, (packed, meta["scale"], meta["zero"])))
+    return PackedLayer(Quantised(format, tensors))
+
+
+def _keepable(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that a backward can keep: HQQ makes its own in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        blank = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        return blank.set_(*place)
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    settings = layer.quant_config["weight_quant_params"]
+    place = {"device": layer.device, "compute_dtype": layer.compute_dtype}
+    packed, meta = sys.modules[_MODULE].Quantizer.quantize(weight, **place, **settings)
+    names = ("quant_scale", "quant_zero", "compute_dtype")
+    meta |= {name: layer.meta[name] for name in names if name in layer.meta}
+    for name in ("scale", "zero"):  # in the layer's dtype, in which HQQ computes
+        meta[name] = meta[name].to(layer.meta[name].dtype)
+    layer.W_q, layer.meta = nn.Parameter(packed, requires_grad=False), meta

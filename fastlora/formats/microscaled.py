@@ -5,25 +5,62 @@ OCP's Microscaling Formats specification 1.0 has MXFP4; NVFP4 is NVIDIA's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .float8 import scales_of, widen
-from .format import Format, check_shapes, place_for
+from .arithmetic import place_for, scales_of, widen
+from .format import Coding, Expected, Format
 
 # What the 16 codes stand for: a sign, two bits of an exponent, one of a mantissa.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*_MAGNITUDES, *[-value for value in _MAGNITUDES])
 
-_BYTES = (torch.uint8, torch.int8)  # what two codes lie in
 # Elements that are made at once: what that needs stays in a core's cache.
 _AT_ONCE = 2**20
 
 
+class _E2M1(Format):
+    """packed uint8 or int8 [rows, columns / 2], the code of an even column in the low bits; and
+    scale [rows, columns / ``block``]."""
+
+    block: ClassVar[int]
+    scales: ClassVar[tuple[torch.dtype, ...]]
+
+    @property
+    def blocks(self) -> int:
+        """How many a row has.  Raises ValueError where they don't fill it."""
+        if self.columns % self.block:
+            raise ValueError(
+                f"a row of the weight has {self.columns} numbers, but a block of {self.label} has "
+                f"{self.block}: they don't fill it"
+            )
+        return self.columns // self.block
+
+    def expected(self) -> Expected:
+        packed = (self.rows, self.columns // 2), (torch.uint8, torch.int8)
+        return [packed, ((self.rows, self.blocks), self.scales)]
+
+    @property
+    def coding(self) -> Coding:
+        return Coding("four-bit", 1, self.block, E2M1, low_first=True)
+
+    def coded(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        packed, scale, *tensor_scale = tensors
+        packed = packed.view(torch.uint8)
+        if scale.dtype == torch.float32:
+            return packed, scale
+        table, one, none = _tables(scale.dtype, scale.device)
+        factor = tensor_scale[0].view(-1) if tensor_scale else one
+        return packed, scale.view(torch.uint8), factor, table, none
+
+
 @dataclass(frozen=True)
-class MXFP4(Format):
+class MXFP4(_E2M1):
     """weight = code · scale of its block of 32 in a row, rounded once to out's dtype.
 
     packed uint8 or int8 [rows, columns / 2], the code of an even column in the low bits; scale
@@ -32,12 +69,9 @@ class MXFP4(Format):
     """
 
     block: ClassVar[int] = 32
+    scales: ClassVar = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
     label: ClassVar[str] = "MXFP4"
     names: ClassVar[tuple[str, ...]] = ("packed", "scale")
-
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        scales = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
-        check_shapes(self.names, tensors, _expected(self, scales))
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         packed, scale = (tensor[first : first + len(out)] for tensor in tensors)
@@ -46,7 +80,7 @@ class MXFP4(Format):
 
 
 @dataclass(frozen=True)
-class NVFP4(Format):
+class NVFP4(_E2M1):
     """weight = code · (scale of its block of 16 in a row · tensor_scale), each product float32's.
 
     packed as MXFP4's, scale float8_e4m3fn [rows, columns / 16], tensor_scale float32 [].
@@ -54,34 +88,18 @@ class NVFP4(Format):
     """
 
     block: ClassVar[int] = 16
+    scales: ClassVar = (torch.float8_e4m3fn,)
     label: ClassVar[str] = "NVFP4"
     names: ClassVar[tuple[str, ...]] = ("packed", "scale", "tensor_scale")
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        expected = _expected(self, (torch.float8_e4m3fn,))
-        check_shapes(self.names, tensors, [*expected, ((), (torch.float32,))])
+    def expected(self) -> Expected:
+        return [*super().expected(), ((), (torch.float32,))]
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         packed, codes = (tensor[first : first + len(out)] for tensor in tensors[:2])
         scale = torch.empty(codes.shape, dtype=torch.float32, device=out.device)
         scale.mul_(widen(codes, scale))
         return _write(packed, scale.mul_(tensors[2]), self.block, out, torch.float32)
-
-
-def blocks_of(format: MXFP4 | NVFP4) -> int:
-    """How many blocks a row has.  Raises ValueError where they don't fill it."""
-    if format.columns % format.block:
-        raise ValueError(
-            f"a row of the weight has {format.columns} numbers, but a block of {format.label} has "
-            f"{format.block}: they don't fill it"
-        )
-    return format.columns // format.block
-
-
-def _expected(format: MXFP4 | NVFP4, scales: tuple[torch.dtype, ...]) -> list:
-    """Shapes and dtypes of the codes and of the blocks' scales."""
-    blocks = (format.rows, blocks_of(format)), scales
-    return [((format.rows, format.columns // 2), _BYTES), blocks]
 
 
 def _write(packed: Tensor, scale: Tensor, block: int, out: Tensor, wide: torch.dtype) -> Tensor:
@@ -116,3 +134,15 @@ def powers_of(scale: Tensor) -> Tensor:
     if scale.dtype == torch.float32:
         return scale
     return scale.view(torch.float8_e8m0fnu).float()
+
+
+@cache
+def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For kernels: what each of 256 codes of a scale stands for, a factor 1 and a term 0."""
+    # Kept for all calls: nobody's mode sees how they are made, the recorder's of a script for one.
+    with _disable_current_modes(), DisableTorchFunction(), torch.inference_mode(False):
+        codes = torch.arange(256, dtype=torch.uint8, device=device)
+        is_e4m3 = dtype == torch.float8_e4m3fn
+        table = codes.view(dtype).float() if is_e4m3 else powers_of(codes)
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        return table, one, torch.zeros((), dtype=torch.float32, device=device)

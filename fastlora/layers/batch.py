@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..quant import PackedLayer, quantised_weight
+from ..formats import PackedLayer, quantised_weight
 
 _SEED = 20240229  # of every run, any number
 

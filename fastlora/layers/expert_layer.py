@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import is_class
+from ..formats import gguf
+from ..formats.float8 import SCALE
 from ..formats.format import Quantised
 from ..ops.way import why_textbook
 from ..projection import Adapter, Base, Output
-from ..quant import gguf
-from ..quant.float8 import SCALE
 from .adapted import (
     Adapted,
     AdaptedWeight,

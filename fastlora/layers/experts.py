@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..foreign import is_class
+from ..formats import float8, gguf
+from ..formats.float8 import SCALE
 from ..formats.format import Quantised
 from ..ops.experts import Activate, lora_experts
 from ..ops.way import autocast_is_on
 from ..projection import AUTOCAST_DTYPES, DTYPES, Adapter, Output, is_plain
-from ..quant import float8, gguf
-from ..quant.float8 import SCALE
 from .adapted import Features
 from .members import activation_of, is_hooked, plain_class_of, tensor_of
 

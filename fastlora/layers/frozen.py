@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..backends.products import are_wide
 from ..foreign import is_class
+from ..formats import SHARDED, PackedLayer, quantised_weight, vendor_of
 from ..ops.functional import lora_linears
 from ..ops.way import why_not_here
 from ..projection import HALF_DTYPES, Base, Output
-from ..quant import SHARDED, PackedLayer, quantised_weight, vendor_of
 from .adapted import LoRALayer, own_name, why_weight_is_fixed
 from .members import change_class, plain_class_of, tensor_of, why_not_part, why_not_tensor
 from .reading import fits

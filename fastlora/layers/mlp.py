@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..foreign import is_same_code
+from ..formats import PackedLayer
 from ..ops.gated import GatedCall, gated_call, run_gated
 from ..ops.way import autocast_dtype, follows, has_few_rows, why_not_here
 from ..projection import AUTOCAST_DTYPES, HALF_DTYPES, Base, Output
-from ..quant import PackedLayer
 from .adapted import LoRALayer
 from .frozen import read_base
 from .members import (

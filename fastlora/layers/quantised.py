@@ -9,8 +9,8 @@ from torch.nn.functional import linear
 
 from ..backends import Call
 from ..blocks import buffer_for, widened
+from ..formats import SHARDED, PackedLayer, Vendor, vendor_of
 from ..projection import DTYPES, Output
-from ..quant import SHARDED, PackedLayer, Vendor, vendor_of
 from .adapted import LoRALayer, add_product
 from .reading import Reading
 

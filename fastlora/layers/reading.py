@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import asked_backend
+from ..formats import PackedLayer, vendor_of
 from ..formats.format import Quantised
 from ..ops.way import autocast_dtype, may_be_known
 from ..projection import (
@@ -33,7 +34,6 @@ from ..projection import (
     layouts_of,
     unflatten,
 )
-from ..quant import PackedLayer, vendor_of
 from .members import plain_class_of
 
 # In a module's __dict__, without gradients and with them, which checkpointing takes in turn.

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..foreign import derived_from
+from ..formats import Vendor, vendor_of
 from ..layers.experts import PackedWeight, packed_names, read_module
 from ..layers.modules import plain_name
-from ..quant import Vendor, vendor_of
 
 _RECORD = "_fastlora_declared"
 # By these save_pretrained renames what it writes, and splits it.

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
+from ..formats import bitsandbytes, vendor_of
 from ..layers import mlp
 from ..layers.adapted import Adapted
 from ..layers.expert_layer import LoRAExperts
@@ -18,7 +19,6 @@ from ..layers.linear import adapted_class
 from ..layers.members import class_over, plain_class_of
 from ..layers.modules import called, inside_of, lora_layers, some, unwrap
 from ..projection import check_switch
-from ..quant import bitsandbytes, vendor_of
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
 from .declare import admit_training, give_back_quantizer

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..foreign import derived_from
+from ..formats import bitsandbytes
 from ..layers.adapted import Adapted
 from ..layers.modules import plain_name, some
-from ..quant import bitsandbytes
 
 
 def watch_loading(model: nn.Module) -> RemovableHandle:

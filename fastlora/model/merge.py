@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..blocks import rows_at_a_time
 from ..foreign import FSDP, FULLY_SHARDED
+from ..formats import vendor_of
 from ..layers.adapted import AdaptedWeight
 from ..layers.modules import called, inside_of, lora_layers, unwrap
 from ..layers.quantised import LoRAQuantised
 from ..layers.reading import forget
 from ..projection import DTYPES, check_switch
-from ..quant import vendor_of
 from ..report import bar
 from .declare import declared
 from .inject import check_model

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import quantised_weight, vendor_of
 from ..layers.members import is_hooked, twin
-from ..quant import quantised_weight, vendor_of
 from .declare import other_vendor
 
 _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"

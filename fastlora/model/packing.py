@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from ..foreign import DDP, FSDP, FULLY_SHARDED
+from ..formats import quantised_weight
 from ..formats.format import Quantised
+from ..formats.packing import KINDS, pack_weight, packing_error
 from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import matrix_of, why_not_base
 from ..layers.modules import called, inside_of, plain_name, some, unwrap
 from ..projection import shown
-from ..quant import quantised_weight
-from ..quant.packing import KINDS, pack_weight, packing_error
 from ..report import columns
 from .declare import declared
 from .inject import check_model, check_plain
@@ -141,7 +141,7 @@ class Packing:
 def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None) -> PackReport:
     """Pack dense weights of the model in place, and report what that took and saved.
 
-    ``kind`` is "nf4", "mxfp4", "nvfp4" or "fp8" (:func:`fastlora.quant.packing.pack_weight`).
+    ``kind`` is "nf4", "mxfp4", "nvfp4" or "fp8" (:func:`fastlora.formats.packing.pack_weight`).
     ``modules`` names what to pack as PEFT's target_modules does: a regular expression for whole
     names, or a list of names or their last parts.  None: every experts module of transformers' that
     fastlora knows and that isn't packed.  Linear layers are packed by their vendors: "nf4" makes

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..formats import PackedLayer, quantised_weight
 from ..layers import mlp
 from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.modules import plain_name, some, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
-from ..quant import PackedLayer, quantised_weight
 from ..report import Coverage
 from .optimize import optimize, peft_layers
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..formats import PackedLayer, quantised_weight
 from ..layers.batch import call, in_mode, loss_and_outputs, undisturbed
 from ..layers.experts import packed_names
 from ..layers.modules import unwrap
@@ -21,7 +22,6 @@ from ..model.inject import apply_lora, check_model, check_plain, undo_injection
 from ..model.targets import embeddings_of
 from ..model.tensors import text_config
 from ..projection import shown
-from ..quant import PackedLayer, quantised_weight
 from .count import Plan, count_adapter, count_frozen
 
 RANKS = (8, 16, 64, 256)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..formats import PackedLayer, quantised_weight
+from ..formats.float8 import SCALE
 from ..layers.experts import PER_TOKEN, experts_of_a_token, packed_names, read_module, weight_in
 from ..layers.frozen import matrix_of, why_not_class
 from ..model.config import LoRAConfig
@@ -20,8 +22,6 @@ from ..model.tensors import (
     planned_adapters,
 )
 from ..projection import is_plain
-from ..quant import PackedLayer, quantised_weight
-from ..quant.float8 import SCALE
 from ..report import columns
 
 _MIB, _GIB = 2**20, 2**30

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import PackedLayer, quantised_weight, vendor_of
 from ..layers.experts import PackedWeight
 from ..layers.modules import some
-from ..quant import PackedLayer, quantised_weight, vendor_of
 
 # Of each part, by name: a digest of bits, or numbers that are the same but for rounding.
 Fingerprint = dict[str, str | list[float]]

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..formats import quantised_weight
 from ..layers.adapted import scaling_of
 from ..layers.frozen import is_router, matrix_of
 from ..layers.members import class_over
 from ..layers.modules import called
 from ..model.targets import Pair, find_targets
 from ..ops.functional import multi_lora_linear
-from ..quant import quantised_weight
 from ..rows import AdapterMapping
 from .trial import Trial
 

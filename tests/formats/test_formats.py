@@ -6,12 +6,11 @@ import pytest
 import torch
 from packed import MAKERS, by_elements, random_four_bit, random_int8
 
-from fastlora.formats import float8
-from fastlora.formats import format as formats
+from fastlora.formats import arithmetic, float8
+from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantised, from_text
-from fastlora.formats.four_bit import FourBit
-from fastlora.formats.integers import Int8Rows
+from fastlora.formats.torchao import Int8Rows
 from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
 
 
@@ -39,7 +38,7 @@ def test_every_number_of_float8(code, columns):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_a_few_rows_at_a_time(weight, dtype, monkeypatch):
-    monkeypatch.setattr(formats, "_AT_ONCE", 3 * weight.shape[1])
+    monkeypatch.setattr(arithmetic, "_AT_ONCE", 3 * weight.shape[1])
     assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
 
 

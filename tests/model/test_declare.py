@@ -23,8 +23,8 @@ from vendor_layers import BITSANDBYTES
 
 import fastlora
 from fastlora import LoRAConfig
+from fastlora.formats import quantised_weight
 from fastlora.layers.experts import packed_names
-from fastlora.quant import quantised_weight
 
 WIDE = SIZES | {"hidden_size": 64, "head_dim": 16}  # whole blocks of bitsandbytes' on a CPU, too
 needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
 import fastlora
 from fastlora import LoRAConfig
+from fastlora.formats.packing import pack_weight, packing_error
 from fastlora.layers.experts import read_module, weight_in
-from fastlora.quant.packing import pack_weight, packing_error
 
 KINDS = {"nf4": "NF4", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "fp8": "float8"}
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"

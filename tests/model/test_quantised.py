@@ -12,8 +12,8 @@ from vendor_layers import BITSANDBYTES, KINDS, quantised
 
 import fastlora
 from fastlora import LoRAConfig
+from fastlora.formats import quantised_weight
 from fastlora.model import merge as merging
-from fastlora.quant import quantised_weight
 
 K, N = 256, 96
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -16,8 +16,8 @@ from packed import random_four_bit, random_int8, stack
 
 import fastlora
 from fastlora.backends import products
+from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.format import Quantised
-from fastlora.formats.four_bit import FourBit
 from fastlora.projection import Projection, as_outputs
 
 

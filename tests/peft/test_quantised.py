@@ -12,8 +12,8 @@ from torch import nn
 from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
 
 import fastlora
+from fastlora.formats import quantised_weight
 from fastlora.peft.baseline import shared_masks
-from fastlora.quant import quantised_weight
 
 K, N, R = 256, 96, 4
 # PEFT refuses torchao's packed pairs.

@@ -11,8 +11,8 @@ from benchmarks.counted_bytes import (
     bytes_of_fastlora,
     counted,
 )
+from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.format import Quantised
-from fastlora.formats.four_bit import FourBit
 from fastlora.kernels.plan import UNPACKING
 
 

@@ -23,9 +23,9 @@ import fastlora
 from fastlora.backends import BACKENDS
 from fastlora.doctor import peft_checks, relative_errors
 from fastlora.doctor.launches import Asked, would_run
+from fastlora.formats.packing import KINDS as PACKED_KINDS
+from fastlora.formats.packing import pack_weight, packing_error
 from fastlora.price import kept_bytes
-from fastlora.quant.packing import KINDS as PACKED_KINDS
-from fastlora.quant.packing import pack_weight, packing_error
 
 ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "fastlora").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]

@@ -23,7 +23,7 @@ FLOORS = (
     | {"reference", "cache", "verdicts", "clock"},
     {"backends"},
     {"ops"},
-    {"quant", "layers", "report"},
+    {"layers", "report"},
     {"model", "peft"},
     {"adapters", "price", "trials", "tuning", "sampling", "trainer", "doctor", "__main__"},
     {"__init__"},

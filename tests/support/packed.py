@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastlora.formats.bitsandbytes import CODES, FourBit
 from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Quantised
-from fastlora.formats.four_bit import FourBit
 from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
-from fastlora.formats.integers import Affine, Int4Groups, Int8Rows
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
+from fastlora.formats.torchao import Affine, Int4Groups, Int8Rows
 
 NEEDS_5 = "transformers 4 hasn't it"
 
@@ -117,7 +117,7 @@ def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ord
 
 
 def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
-    weights, size, _ = KINDS[kind]
+    _, weights, size, _ = KINDS[kind]
     blocks = torch.randint(0, 256, (n, k // weights, size), dtype=torch.uint8)
     # Where a block's float16 numbers are, so that none is infinite.
     places = {"Q4_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
@@ -179,7 +179,7 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
     if rest:
         absmax2, code2, offset = rest
         absmax = code2[absmax.int()] * absmax2[torch.arange(len(absmax)) // format.nested] + offset
-    values = torch.tensor(format.code)[code] * absmax[element // format.block]
+    values = torch.tensor(CODES[format.kind])[code] * absmax[element // format.block]
     return values.view(format.rows, format.columns)
 
 

@@ -11,7 +11,7 @@ from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatt
 from .. import torch as torch_backend
 from ..protocol import Call
 from .cover import covers, current, empty_like, kernels, precision_of
-from .packed import are_plain, is_unpackable, made_dense, needs_torch, of_dense, read_by
+from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 
 
 def forward(
@@ -240,7 +240,8 @@ def _dx(
         )  # fmt: skip
         unpacks = plan.unpacks and unpackable
         # Of weights that are made dense for it, one at a time is in memory.
-        if plan.fused and (unpacks or len(weights) == 1 or are_plain(weights)):
+        are_plain = all([isinstance(weight, Tensor) for weight in weights])
+        if plan.fused and (unpacks or len(weights) == 1 or are_plain):
             fused = adapted
         options = common._replace(seeds=seeds)._asdict()
         if fused:

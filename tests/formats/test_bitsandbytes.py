@@ -7,7 +7,7 @@ import torch
 from bnb_layers import bnb, dequantised, quantised, repack
 from torch import nn
 
-from fastlora.quant import quantised_weight, vendor_of
+from fastlora.formats import quantised_weight, vendor_of
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from vendor_layers import quantised
 
-from fastlora.quant import gptq, hqq
+from fastlora.formats import gptq, hqq
 
 K, N = 128, 96
 GROUPS = {  # bits, group and dtype

@@ -7,10 +7,10 @@ import torch
 import vendor_layers
 from torch import nn
 
+from fastlora.formats import torchao as vendor
 from fastlora.formats.float8 import Float8
-from fastlora.formats.integers import Affine, Int8Rows
-from fastlora.quant import torchao as vendor
-from fastlora.quant.vendor import PackedLayer
+from fastlora.formats.torchao import Affine, Int8Rows
+from fastlora.formats.vendor import PackedLayer
 
 quantization = pytest.importorskip("torchao.quantization", reason="torchao isn't installed")
 N, K = 96, 128

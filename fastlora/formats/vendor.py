@@ -1,16 +1,21 @@
 """What a vendor's file is: the contract that each of them keeps, and what it reads from a layer."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..foreign import is_dtensor
-from ..formats.format import Quantised
+from .format import Quantised
 
 SHARDED = "its weight is sharded (DTensor)"  # why a PackedLayer that isn't whole isn't called
+# What reading a broken layer raises.
+_BROKEN = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class PackedLayer(NamedTuple):
@@ -43,6 +48,30 @@ class PackedLayer(NamedTuple):
         return outside, call if inside is x and outside is y else None
 
 
+def checked(what: str) -> Callable[[Callable[P, T]], Callable[P, T | str]]:
+    """What reads a layer, or a weight of experts, with a check of the tensors that it reads.
+
+    Where either fails it says that ``what`` is broken, "its blocks are"; {0} is its argument.
+    """
+
+    def with_check(read: Callable[P, T]) -> Callable[P, T | str]:
+        @wraps(read)
+        def read_checked(*args: P.args, **named: P.kwargs) -> T | str:
+            try:
+                made = read(*args, **named)
+                if isinstance(made, Quantised):
+                    made.check()
+                elif isinstance(made, PackedLayer) and made.is_whole:
+                    made.weight.format.check(made.weight.tensors)
+            except _BROKEN as error:
+                return f"{what.format(*args)} broken: {error}"
+            return made
+
+        return read_checked
+
+    return with_check
+
+
 class Vendor(Protocol):
     """A module with these.  It never imports its vendor: who has such a layer did.
 
@@ -51,16 +80,16 @@ class Vendor(Protocol):
 
     PARTS: tuple[str, ...]
 
-    def owns(self, layer: nn.Module, kind: type[nn.Module]) -> bool:
+    def owns(self, layer: Any, kind: type[nn.Module]) -> bool:
         """Whether this layer, which by itself is of class ``kind``, is a linear one of theirs.
 
         It computes x weightᵀ + bias, as far as its class can tell.
         """
 
-    def read(self, layer: nn.Module) -> PackedLayer | str:
+    def read(self, layer: Any) -> PackedLayer | str:
         """The layer's weight as it is now, or why it can't be read."""
 
-    def pack(self, layer: nn.Module, weight: Tensor) -> None:
+    def pack(self, layer: Any, weight: Tensor) -> None:
         """Make weight [N, K] the layer's own, packed as the layer's is by the vendor's quantiser.
 
         What was there stays as it is, in no place.  Raises ValueError where there is no such.

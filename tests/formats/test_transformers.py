@@ -5,8 +5,8 @@ import torch
 from packed import NEEDS_5, random_gguf
 from transformers.integrations import finegrained_fp8
 
+from fastlora.formats import float8, gguf
 from fastlora.formats.gguf import KINDS
-from fastlora.quant import float8, gguf
 
 dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
 utils = pytest.importorskip("transformers.integrations.gguf.utils", reason=NEEDS_5)

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import rows_at_a_time
-from ..formats.float8 import Float8
-from ..formats.format import Quantised
-from ..formats.four_bit import FourBit
-from ..formats.microscaled import MXFP4, NVFP4, blocks_of, powers_of
+from .bitsandbytes import FourBit
+from .float8 import Float8
+from .format import Quantised
+from .microscaled import MXFP4, NVFP4, powers_of
 
 # Of e4m3 its largest number and its smallest normal one, and the largest of e2m1.
 _LARGEST, _SMALLEST, _LARGEST_E2M1 = 448.0, 2.0**-6, 6.0
@@ -97,7 +97,7 @@ def _e2m1(values: Tensor) -> Tensor:
 
 def _mxfp4(weight: Tensor) -> Quantised:
     format = MXFP4(*weight.shape)
-    shape = blocks_of(format), format.block
+    shape = format.blocks, format.block
 
     def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
         blocks = rows.unflatten(1, shape)
@@ -112,7 +112,7 @@ def _mxfp4(weight: Tensor) -> Quantised:
 
 def _nvfp4(weight: Tensor) -> Quantised:
     format = NVFP4(*weight.shape)
-    shape = blocks_of(format), format.block
+    shape = format.blocks, format.block
     largest = torch.linalg.vector_norm(weight, torch.inf).float()
     tensor_scale = (largest / (_LARGEST * _LARGEST_E2M1)).clamp_(min=_NOTHING)
 

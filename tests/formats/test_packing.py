@@ -8,10 +8,10 @@ import torch
 from packed import NEEDS_5
 from transformers.integrations import finegrained_fp8 as fp8
 
+from fastlora.formats import packing
 from fastlora.formats.format import Quantised
 from fastlora.formats.microscaled import E2M1, MXFP4
-from fastlora.quant import packing
-from fastlora.quant.packing import KINDS, pack_weight, packing_error
+from fastlora.formats.packing import KINDS, pack_weight, packing_error
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
 # What each loses of normal numbers, as measured.

@@ -1,0 +1,311 @@
+"""Numbers of 4 bits that name entries of a table of 16, with a scale for each block: NF4 and FP4.
+
+Dettmers et al., "QLoRA" (arXiv 2305.14314), as bitsandbytes stores them; and its layers
+``Linear4bit`` and ``Linear8bitLt`` (LLM.int8).
+"""
+
+import sys
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..foreign import derived_from, is_dtensor
+from .format import Coding, Expected, Format, Quantised, of_rows
+from .torchao import Int8Rows
+from .vendor import PackedLayer, checked
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+# A magnitude of 3 bits; the fourth is the sign.
+_FP4 = (
+    0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5,
+    0.1666666716337204, 0.25,
+)  # fmt: skip
+CODES = {"nf4": _NF4, "fp4": (*_FP4, *[-value for value in _FP4])}
+
+# What bitsandbytes' kernel makes, and from which size of block on it has another, slow one.
+_THEIRS, _TOO_LARGE = (torch.float32, torch.bfloat16, torch.float16), 2048
+
+# Elements that are made at once: what that needs stays in a core's cache.
+_AT_ONCE = 2**17
+
+
+@dataclass(frozen=True)
+class FourBit(Format):
+    """weight = table[code] · absmax of its block, over the weight's elements in a row.
+
+    Packed uint8 [⌈NK / 2⌉], the first of two elements in the high bits.  ``block`` elements share
+    an absmax, which need not end with a row.  It is float32 [⌈NK / block⌉]; or, with ``nested``
+    (how many share a scale of their own; 0: none), uint8 codes:
+
+    absmax = code2[absmax codes] · absmax2 + offset
+
+    with absmax2 float32 [⌈number of blocks / nested⌉], code2 float32 [256] and offset float32 [].
+    """
+
+    kind: str  # "nf4" or "fp4"
+    block: int
+    nested: int = 0
+    dims: ClassVar[int] = 1
+
+    @property
+    def label(self) -> str:
+        return self.kind.upper()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("packed", "absmax", *(("absmax2", "code2", "offset") if self.nested else ()))
+
+    @property
+    def coding(self) -> Coding | None:
+        table = CODES[self.kind]
+        return Coding("four-bit", 1, self.block, table, self.nested) if self.block > 1 else None
+
+    def expected(self) -> Expected:
+        if self.kind not in CODES:
+            raise ValueError(f"its kind is {self.kind!r}, but must be one of {', '.join(CODES)}")
+        if self.block < 1 or self.nested < 0:
+            raise ValueError(f"its blocks are of {self.block} and {self.nested}, but must be of 1")
+        count = self.rows * self.columns
+        blocks = -(-count // self.block)
+        wide, narrow = (torch.float32,), (torch.uint8,)
+        packed = ((count + 1) // 2,), narrow
+        if not self.nested:
+            return [packed, ((blocks,), wide)]
+        outer = [((-(-blocks // self.nested),), wide), ((256,), wide), ((), wide)]
+        return [packed, ((blocks,), narrow), *outer]
+
+    def make(
+        self, tensors: Sequence[Tensor], first: int, count: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """By bitsandbytes' own kernel, where somebody has imported it and has its op on a CPU.
+
+        Not where a block ends inside a row: version 0.50 then takes another block's absmax, on CPUs
+        with AVX-512.
+        """
+        packed, block, columns = tensors[0], self.block, self.columns
+        if packed.device.type != "cpu" or columns % block or dtype not in _THEIRS:
+            return None
+        op = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
+        if op is None or block >= _TOO_LARGE:
+            return None
+        begin, end = first * columns, (first + count) * columns
+        absmax = self._absmax(tensors, begin // block, end // block)
+        some = packed[begin // 2 : end // 2]
+        return op(some, absmax, block, self.kind, (count, columns), dtype)
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        columns, at_once = self.columns, max(1, _AT_ONCE // self.columns)
+        for start in range(0, len(out), at_once):
+            some = out[start : start + at_once]
+            begin = (first + start) * columns
+            self._make(tensors, begin, begin + some.numel(), some)
+        return out
+
+    def _make(self, tensors: Sequence[Tensor], begin: int, end: int, out: Tensor) -> None:
+        """The elements from ``begin`` to ``end`` of the weight, in a row."""
+        block, head, tail = self.block, begin % 2, end % 2  # of a byte, that others have
+        odd = head or tail or out.storage_offset() % 2
+        apart = odd or out.dtype != torch.float32 or not out.is_contiguous()
+        if apart:
+            made = torch.empty(end - begin + head + tail, dtype=torch.float32, device=out.device)
+        else:
+            made = out.view(-1)
+        packed = tensors[0][begin // 2 : (end + 1) // 2]
+        table, pairs = _pairs(self.kind, out.device), made.view(torch.float64)
+        torch.index_select(table, 0, packed.int(), out=pairs)
+        made = made[head : head + end - begin]
+        first, last = begin // block, -(-end // block)
+        absmax = self._absmax(tensors, first, last)
+        if begin % block == 0 and end % block == 0:
+            made.view(-1, block).mul_(absmax.unsqueeze(1))
+        else:
+            made.mul_(of_rows(absmax, begin - first * block, end - begin, block))
+        if apart:
+            out.copy_(made.view(out.shape))
+
+    def _absmax(self, tensors: Sequence[Tensor], first: int, last: int) -> Tensor:
+        """Of the blocks from ``first`` to ``last``."""
+        some = tensors[1][first:last]
+        if not self.nested:
+            return some
+        _, _, absmax2, code2, offset = tensors
+        each = of_rows(absmax2, first, last - first, self.nested)
+        return code2.index_select(0, some.int()).mul_(each).add_(offset)
+
+
+@cache
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    """For each byte the two float32 that it names, as one float64 [256]."""
+    with torch.inference_mode(False):  # what is made inside could not be used outside
+        code = torch.tensor(CODES[kind], dtype=torch.float32, device=device)
+        byte = torch.arange(256, dtype=torch.int64, device=device)
+        pairs = torch.stack([code[byte >> 4], code[byte & 15]], 1)
+        return pairs.view(torch.float64).squeeze(1)
+
+
+# The library's layers.
+
+_MODULES = "bitsandbytes.nn.modules"
+_REPACKS = "support_avx512bf16_for_cpu"
+# 1 / 127 is what the library multiplies SCB by, in float32.
+_FACTOR = 1.0 / 127.0
+
+PARTS: tuple[str, ...] = ("weight", "quant_state", "state")  # the one or the other
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    """Theirs, or one of the same forward: LinearNF4, LinearFP4."""
+    four_bit, int8 = (derived_from(kind, _MODULES, n) for n in ("Linear4bit", "Linear8bitLt"))
+    theirs: Any = four_bit or int8
+    if theirs is None or kind.forward is not theirs.forward:
+        return False
+    return kind.__call__ is nn.Module.__call__
+
+
+@checked("its quantisation state is")
+def read(layer: Any) -> PackedLayer | str:
+    return _read_int8(layer) if hasattr(layer, "state") else _read_four_bit(layer)
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    kind, device = type(layer.weight), layer.weight.device
+    if hasattr(layer, "state"):
+        layer.weight = kind(weight.half().cpu(), requires_grad=False).to(device)
+        layer.state = copy(layer.state)
+        layer.state.CB = layer.state.SCB = None  # the layer takes them from its weight, again
+        return
+    state = _state_of(layer)
+    made = kind(
+        weight.to(state.dtype).cpu(),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=layer.weight.dtype,
+    )
+    layer.weight = made.to(device)
+    layer.quant_state = layer.weight.quant_state
+
+
+def keep_gradients(layer: Any) -> None:
+    """Let a frozen Linear4bit give x its gradient after a call in evaluation, too.
+
+    On a CPU with AVX512-BF16 such a call lays the weight anew, for a kernel without gradients, and
+    rounds its absmax to bfloat16.
+    """
+    if hasattr(layer, _REPACKS) and derived_from(type(layer), _MODULES, "Linear4bit"):
+        setattr(layer, _REPACKS, False)
+        if getattr(_state_of(layer), "packing_format_for_cpu", False):
+            back = sys.modules[_MODULES]._convert_weight_packed_for_cpu_inverse
+            weight = layer.weight
+            weight.data, weight.quant_state = back(weight.data, _state_of(layer))
+            layer.quant_state = weight.quant_state
+
+
+def repack_again(layer: Any) -> None:
+    """What it was before :func:`keep_gradients`."""
+    if hasattr(layer, _REPACKS) and derived_from(type(layer), _MODULES, "Linear4bit"):
+        setattr(layer, _REPACKS, sys.modules[_MODULES].has_avx512bf16())
+
+
+def before_loading(layer: Any) -> None:
+    """Let a Linear8bitLt that has been called take the SCB of a state dict: its weight has it."""
+    if derived_from(type(layer), _MODULES, "Linear8bitLt") and layer.state.SCB is not None:
+        layer.weight.SCB = layer.state.SCB
+
+
+def _state_of(layer: Any) -> Any:
+    """The weight's state; FSDP may have made the weight anew, and then the layer still has it."""
+    state = getattr(layer.weight, "quant_state", None)
+    return state if state is not None else layer.quant_state
+
+
+def _read_four_bit(layer: Any) -> PackedLayer | str:
+    state, weight = _state_of(layer), layer.weight
+    if state is None:
+        return "its weight isn't quantised as yet: .to(device) does that"
+    if getattr(state, "packing_format_for_cpu", False):
+        # Its kernel knows no gradient.  A layer with an adapter of its weight has no other call.
+        if torch.is_grad_enabled() or hasattr(layer, "lora_A"):
+            return _read_repacked(layer, state)
+        return "its weight is repacked for bitsandbytes' own CPU kernel, by a call in evaluation"
+    # FSDP has made a weight anew that doesn't know, and bytes it doesn't cast.
+    storage = getattr(weight, "quant_storage", None) or getattr(
+        layer, "quant_storage", weight.dtype
+    )
+    if storage.is_floating_point and weight.dtype != storage:
+        return (
+            f"its packed numbers, stored as {storage}, were cast to {weight.dtype}: make "
+            "bnb_4bit_quant_storage the dtype that FSDP's mixed precision casts to"
+        )
+    rows, columns = state.shape
+    if (rows, columns) != (layer.out_features, layer.in_features):
+        return f"its quantisation state is of a weight of shape {tuple(state.shape)}"
+    packed = weight.detach()
+    if not is_dtensor(weight):  # FSDP's between calls, which nothing reads
+        packed = packed.view(torch.uint8).view(-1)
+    outer = state.state2 if state.nested else None
+    nested = () if outer is None else (outer.absmax, outer.code, state.offset)
+    of_each = 0 if outer is None else outer.blocksize
+    format = FourBit(rows, columns, state.quant_type, state.blocksize, of_each)
+    weight = Quantised(format, (packed, state.absmax, *nested))
+    return PackedLayer(weight, layer.compute_dtype, restores=True)
+
+
+def _read_repacked(layer: Any, state: Any) -> PackedLayer:
+    """The weight that a call in evaluation has laid as bitsandbytes' CPU kernel reads it.
+
+    A byte has, for 32 rows and two columns, the numbers of row b and row b + 16 in one column;
+    absmax is bfloat16 [blocks of a row, rows].  Copies of both are made.
+    """
+    rows, columns = state.shape
+    laid = layer.weight.detach().view(rows // 32, columns // 2, 1, 16, 2)
+    numbers = torch.cat([laid & 15, laid >> 4], 2)
+    pairs = numbers[..., 0] << 4 | numbers[..., 1]
+    packed = pairs.permute(0, 2, 3, 1).reshape(-1)
+    absmax = state.absmax.t().reshape(-1).float()
+    format = FourBit(rows, columns, state.quant_type, state.blocksize)
+    return PackedLayer(Quantised(format, (packed, absmax)), layer.compute_dtype, restores=True)
+
+
+def _read_int8(layer: Any) -> PackedLayer | str:
+    state = layer.state
+    if state.has_fp16_weights:
+        return "its weight has 16 bits, and is quantised in every call (has_fp16_weights)"
+    if state.threshold:
+        return (
+            f"its outlier threshold is {state.threshold}: which columns of x it rounds to 8 bits "
+            "depends on their values; 0 is read"
+        )
+    if state.SCB is None and not hasattr(layer.weight, "SCB"):
+        return "its weight was made anew without its scales (FSDP2 does that)"
+    codes, scale = _codes_and_scale(layer)
+    if scale is None or codes.dtype != torch.int8:
+        return "its weight isn't quantised as yet: .to(device) does that"
+    rows, columns = codes.shape
+    weight = Quantised(Int8Rows(rows, columns, _FACTOR), (codes, scale))
+    return PackedLayer(weight, rounds_input=True)
+
+
+def _codes_and_scale(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """CB and SCB, which the layer's first call moves from the weight to its state.
+
+    A model's move to another device leaves the state's behind.
+    """
+    weight, state = layer.weight, layer.state
+    codes, scale = (
+        getattr(state, name) if getattr(weight, name) is None else getattr(weight, name)
+        for name in ("CB", "SCB")
+    )
+    codes = (weight if codes is None else codes).detach()
+    return codes.to(weight.device), None if scale is None else scale.to(weight.device)

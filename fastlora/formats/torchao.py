@@ -1,0 +1,243 @@
+"""Whole numbers with a scale for each row, block or group of them, and perhaps an offset.
+
+And torchao's weight-only tensors of them and of float8, as the weight of a ``torch.nn.Linear``.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..foreign import PLAIN, derived_from, is_class
+from .arithmetic import place_for, write_scaled
+from .float8 import Float8
+from .format import FLOATS, Coding, Expected, Format, Quantised, name_of, of_rows
+from .vendor import Once, PackedLayer, checked
+
+
+@dataclass(frozen=True)
+class Int8Rows(Format):
+    """weight = codes · (``factor`` · scale): int8 [N, K] and a scale [N] of any floating dtype.
+
+    LLM.int8's scale is a row's largest magnitude, and its factor 1 / 127.  The factor is multiplied
+    in the scale's dtype; the product in float32 or out's, if that is wider, and it is rounded once.
+    """
+
+    factor: float = 1.0
+
+    label: ClassVar[str] = "int8"
+    names: ClassVar[tuple[str, ...]] = ("codes", "scale")
+
+    def expected(self) -> Expected:
+        return [((self.rows, self.columns), (torch.int8,)), ((self.rows,), FLOATS)]
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        codes, scale = (tensor[first : first + len(out)] for tensor in tensors)
+        scale = scale.unsqueeze(1)
+        scale = scale if self.factor == 1.0 else scale.mul(self.factor)
+        return write_scaled(out, codes, scale)
+
+    @property
+    def coding(self) -> Coding | None:
+        return Coding("int8", 1, 0, factor=float(self.factor))
+
+
+@dataclass(frozen=True)
+class Affine(Format):
+    """(codes - zero_point) · scale, as torchao dequantises its integer tensors.
+
+    codes int8 [rows, columns], of ``bits`` bits; scale and, if ``shifted``, zero_point [rows /
+    block_rows, columns / block_columns].  The difference is out's dtype's, the product that of out
+    and scale; it is rounded once.
+    """
+
+    bits: int
+    block_rows: int
+    block_columns: int
+    shifted: bool
+
+    @property
+    def label(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("codes", "scale", "zero_point") if self.shifted else ("codes", "scale")
+
+    def expected(self) -> Expected:
+        shape, block = (self.rows, self.columns), (self.block_rows, self.block_columns)
+        if min(block) < 1 or self.rows % block[0] or self.columns % block[1]:
+            raise ValueError(f"blocks of {block} don't divide a weight of shape {shape}")
+        blocks = self.rows // block[0], self.columns // block[1]
+        expected = [(shape, (torch.int8,)), (blocks, FLOATS), (blocks, (torch.int8, *FLOATS))]
+        return expected[: len(self.names)]
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        codes = tensors[0][first : first + len(out)].unflatten(1, (-1, self.block_columns))
+        groups = out.unflatten(1, (-1, self.block_columns))
+        scale, *zero_point = [
+            of_rows(values, first, len(out), self.block_rows)[..., None] for values in tensors[1:]
+        ]
+        if zero_point:
+            groups.copy_(codes).sub_(zero_point[0].to(out.dtype)).mul_(scale)
+        else:
+            write_scaled(groups, codes, scale)
+        return out
+
+
+@dataclass(frozen=True)
+class Int4Groups(Format):
+    """number · scale + zero_point: torchao's ``Int4Tensor``, of signed numbers, two in a byte.
+
+    packed int8 or uint8 [rows, columns / 2], the number of an even column in the low bits; scale
+    and zero_point [columns / group, rows], of the dtype ``compute``.  A zero point is an offset of
+    the weight's own unit.  Computed in out's dtype, or float32 if that is wider, and rounded once.
+    """
+
+    group: int
+    compute: str
+
+    label: ClassVar[str] = "int4"
+    names: ClassVar[tuple[str, ...]] = ("packed", "scale", "zero_point")
+
+    def expected(self) -> Expected:
+        if self.columns % 2 or self.group < 1 or self.columns % self.group:
+            raise ValueError(
+                f"groups of {self.group} and pairs don't divide {self.columns} columns"
+            )
+        each = ((self.columns // self.group, self.rows), (self.dtype,))
+        if self.dtype not in FLOATS:
+            raise ValueError(f"its scale has dtype {self.dtype}, but must be floating")
+        packed = ((self.rows, self.columns // 2), (torch.int8, torch.uint8))
+        return [packed, each, each]
+
+    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
+        wide = torch.promote_types(out.dtype, torch.float32)
+        rows = slice(first, first + len(out))
+        packed = tensors[0][rows].view(torch.int8)
+        scale, zero = (tensor[:, rows].t().to(wide)[..., None] for tensor in tensors[1:])
+        values = place_for(out, wide)
+        # A shift to the right keeps the sign.
+        values[:, 0::2] = (packed << 4) >> 4
+        values[:, 1::2] = packed >> 4
+        values.unflatten(1, (-1, self.group)).mul_(scale).add_(zero)
+        return out if values is out else out.copy_(values)
+
+
+# torchao's tensors of them.
+
+_ZEROS = Once()
+
+PARTS: tuple[str, ...] = ("weight",)
+
+
+def owns(layer: Any, kind: type[nn.Module]) -> bool:
+    if getattr(kind, "forward", None) is not nn.Linear.forward:
+        return False
+    weight = layer._parameters.get("weight")
+    if weight is None or type(weight) in PLAIN:  # whose class's bases torch.compile couldn't walk
+        return False
+    return derived_from(type(weight), "torchao", "TorchAOBaseTensor") is not None
+
+
+@checked("its {0.weight.__class__.__name__} is")
+def read(layer: Any) -> PackedLayer | str:
+    weight, name = layer.weight, type(layer.weight).__name__
+    if not is_class(type(weight), "torchao.quantization", name) or name not in _READ:
+        laid = ": its numbers lie as one kernel reads them" if name.startswith("Int4") else ""
+        return f"its weight is torchao's {name}, which no format reads{laid}"
+    if weight.dim() != 2:
+        return f"its weight has shape {tuple(weight.shape)}"
+    if getattr(weight, "act_pre_scale", None) is not None:
+        return "its input is scaled before its weight is used (act_pre_scale)"
+    if rounds_to := _rounds_to(weight):
+        return (
+            f"its input is rounded to {rounds_to} in every call, through which torchao gives no "
+            "gradient: what trains before it gets a wrong one"
+        )
+    return _READ[name](weight)
+
+
+def pack(layer: Any, weight: Tensor) -> None:
+    packed, kind = layer.weight, type(layer.weight)
+    settings: dict[str, Any] = {}
+    if kind.__name__ == "Int4Tensor":
+        raise ValueError(
+            "torchao's Int4Tensor is read, and not made: leave the merged weight dense"
+        )
+    if kind.__name__ == "IntxUnpackedToInt8Tensor":
+        mapping = sys.modules["torchao.quantization.quant_primitives"].MappingType
+        settings["mapping_type"] = mapping.SYMMETRIC if _is_zero(packed) else mapping.ASYMMETRIC
+        settings |= {"block_size": tuple(packed.block_size), "target_dtype": packed.target_dtype}
+    else:
+        settings["granularity"] = _granularity(packed)
+    if kind.__name__ == "Float8Tensor":
+        settings |= {"float8_dtype": packed.qdata.dtype, "mm_config": packed.mm_config}
+        settings["kernel_preference"] = packed.kernel_preference
+    made = kind.from_hp(weight.to(packed.dtype), **settings)
+    layer.weight = nn.Parameter(made, requires_grad=False)
+
+
+def _rounds_to(weight: Any) -> str:
+    """What a call rounds its input to; "": it doesn't."""
+    if getattr(weight, "activation_dtype", torch.bfloat16) != torch.bfloat16:
+        return "float8"
+    names = "act_quant_kwargs", "activation_quantization"
+    if all(getattr(weight, name, None) is None for name in names):
+        return ""
+    return "float8" if weight.qdata.is_floating_point() else "8 bits"
+
+
+def _whole_numbers(weight: Any) -> PackedLayer:
+    rows, columns = weight.shape
+    height, width = map(int, weight.block_size)
+    bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
+    shifted = not _is_zero(weight)
+    if not shifted and (height, width) == (1, columns):
+        tensors = weight.qdata, weight.scale.view(rows)
+        return PackedLayer(Quantised(Int8Rows(rows, columns), tensors))
+    format = Affine(rows, columns, bits, height, width, shifted)
+    zeros = (weight.zero_point,) if shifted else ()
+    return PackedLayer(Quantised(format, (weight.qdata, weight.scale, *zeros)))
+
+
+def _int4(weight: Any) -> PackedLayer | str:
+    (rows, columns), (height, group) = weight.shape, map(int, weight.block_size)
+    if height != 1:
+        return f"its groups are blocks of {(height, group)}"
+    format = Int4Groups(rows, columns, group, name_of(weight.scale.dtype))
+    return PackedLayer(Quantised(format, (weight.qdata, weight.scale, weight.zero_point)))
+
+
+def _float8(weight: Any) -> PackedLayer:
+    rows, columns = weight.shape
+    height, width = map(int, weight.block_size or (rows, columns))
+    format = Float8(rows, columns, name_of(weight.qdata.dtype), height, width)
+    tensors = weight.qdata, weight.scale.view(-(-rows // height), -1)
+    return PackedLayer(Quantised(format, tensors))
+
+
+_READ: dict[str, Callable[[Any], PackedLayer | str]] = {
+    "Int8Tensor": _whole_numbers,
+    "IntxUnpackedToInt8Tensor": _whole_numbers,
+    "Int4Tensor": _int4,
+    "Float8Tensor": _float8,
+}
+
+
+def _is_zero(weight: Any) -> bool:
+    """Whether its zero point is 0 everywhere, as it is where a range is symmetric."""
+    zero: Tensor | None = weight.zero_point
+    return zero is None or _ZEROS.ask(zero, lambda zero: not bool(torch.any(zero)))
+
+
+def _granularity(weight: Any) -> Any:
+    made = sys.modules["torchao.quantization.granularity"]
+    rows, columns = weight.shape
+    block = tuple(weight.block_size or (rows, columns))
+    if block == (rows, columns):
+        return made.PerTensor()
+    return made.PerRow() if block == (1, columns) else made.PerGroup(block[1])
