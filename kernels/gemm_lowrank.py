@@ -151,7 +151,7 @@ def gemm_lowrank_kernel(
     """
     # Not tuples from outside: a launch finds no descriptors inside of tuples.
     p, q = (p0, p1, p2, p3), (q0, q1, q2, q3)
-    dtype: tl.constexpr = u[0].dtype.element_ty
+    dtype: tl.constexpr = p0.dtype if DESCRIPTORS else p0.dtype.element_ty
     m_tiles = tl.cdiv(M, BLOCK_M) if ends is None else M // BLOCK_M + segments + 1
     n_tiles = tl.cdiv(N, BLOCK_N)
     first = tl.program_id(0)
@@ -251,6 +251,7 @@ def gemm_lowrank(
 
     out [M, N] and u_i [M, R_i] are contiguous; p_i [M, K_i], q_i [K_i, N] and v_i [R_i, N] have
     any strides.  out, p_i, q_i and u_i have one dtype; v_i and bias are cast as they are read.
+    Without an adapter there is no u_i, and v_i.
     Or all q_i are packed alike, and lie in rows (``Packed.lies_in_rows``); with ``ends`` experts'.
 
     Given ``a`` [K_0, R_0], a projection alone and without dropout also makes
@@ -272,7 +273,7 @@ def gemm_lowrank(
         described = [] if packed else [*p, *(each.mT if transposed else each for each in q), out]
         adds, size = add or i > 0, out.element_size()
         call = Call(
-            M, N, max(ranks), size, precision, len(u),
+            M, N, max(ranks, default=0), size, precision, len(u),
             masked=keys is not None, project=a is not None,
             pointers=adds or packed is not None
             or (not transposed and races_when_turned(target, precision, size))

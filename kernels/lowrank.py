@@ -215,7 +215,7 @@ def lowrank_kernel(
         for i in tl.static_range(len(b_us)):
             b_out = dot(b_us[i], b_vs[i], b_out, PRECISION)  # [BM, BN] += [BM, BR] @ [BR, BN]
         if bias is not None:
-            dtype: tl.constexpr = u[0].dtype.element_ty
+            dtype: tl.constexpr = out.dtype.element_ty
             b_out += bias_row(bias, i_n, i_segment, columns, bias_strides, BLOCK_N, dtype)
         o_at = None
         if order is not None:
@@ -243,17 +243,17 @@ def lowrank(
 ) -> None:
     """out = Σ_i keep_i ∘ (u_i v_i) (+ bias), or ``add`` that to out.
 
-    out [M, N] and u_i [M, R_i] are contiguous and have one dtype; v_i [R_i, N] has any strides; it
-    and bias [N] are cast as they are read.  ``ends``, ``order`` and ``numbers`` as in
-    :func:`project`: v_i [E, R_i, N], bias [E, N]; u's rows are added to these of out.  ``config``
-    must fit the call.
+    out [M, N] and u_i [M, R_i], of which there may be none, are contiguous and have one dtype; v_i
+    [R_i, N] has any strides; it and bias [N] are cast as they are read.  ``ends``, ``order`` and
+    ``numbers`` as in :func:`project`: v_i [E, R_i, N], bias [E, N]; u's rows are added to these of
+    out.  ``config`` must fit the call.
     """
     M, N, target = sorted_rows(out, order), out.shape[1], target_of(out.device)
     segments = segment_arguments(ends)
     for i, (u, v, keys) in enumerate(chunks(us, vs, seeds)):
         bias, ranks = None if i else bias, [each.shape[1] for each in u]
         call = Call(
-            M, N, max(ranks), out.element_size(), precision, len(u), keys is not None,
+            M, N, max(ranks, default=0), out.element_size(), precision, len(u), keys is not None,
             segments=segments["segments"] or 0,
         )  # fmt: skip
         tiles = chosen_config("lowrank", target, call, config)

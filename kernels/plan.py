@@ -141,9 +141,8 @@ def plan_for(
         return _forced
     if packed and len(x) <= FEW_ROWS * max(1, segments):
         return UNPACKING
-    call = Call(
-        len(x), n, max(ranks), x.element_size(), precision, len(ranks), masked, segments=segments
-    )
+    count, r = max(1, len(ranks)), max(ranks, default=1)
+    call = Call(len(x), n, r, x.element_size(), precision, count, masked, segments=segments)
     return _chosen(target_of(x.device), call, k, backward)
 
 

@@ -12,6 +12,7 @@ from fastlora import AdapterMapping
 from fastlora.backends import Call, find_backend
 from fastlora.backends.triton import at_once
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
+from fastlora.ops.door import through
 from fastlora.ops.experts import lora_experts
 from fastlora.projection import Adapter, Base, Layout, Output
 from fastlora.rows import Rows
@@ -86,6 +87,32 @@ def test_the_adapter_is_added_to_torch_s_product(adapter_dtype, p):
         assert names(lambda: step(torch.bfloat16, p)).count("lowrank") == 2
     for ours, fused in zip(found, all_of(x, experts, p), strict=True):
         assert (ours - fused).norm() <= 0.01 * fused.norm()
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["fused", "in-place"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+def test_an_absent_adapter_is_absent(in_place, has_bias, request):
+    """One launch a direction, of no low-rank term; behind torch's product one for nobody's rows."""
+    if in_place:
+        request.getfixturevalue("with_grouped_mm")
+    x = make_rows(20, 16, torch.bfloat16)
+    experts = make_experts(4, 24, 16, 8, torch.bfloat16, bias=has_bias)
+    bias = experts.bias.detach() if has_bias else None
+    output, rows = Output(Base(experts.weight.detach(), bias)), Rows(ends_of(COUNTS))
+    found = []
+
+    def run() -> None:
+        (y,), _ = through(x, [output], 0.1, rows=rows)
+        found[:] = [y, *torch.autograd.grad(y.float().square().sum(), [x])]
+
+    with use_plan(IN_PLACE if in_place else FUSED):
+        assert names(run) == ["lowrank" if in_place else "gemm_lowrank"] * 2
+    ours = [*found]
+    with fastlora.use_backend("torch"):
+        run()
+    for our, right in zip(ours, found, strict=True):
+        assert (our - right).norm() <= 0.01 * right.norm()
+        assert not our[sum(COUNTS) :].any()
 
 
 def test_where_torch_has_no_kernel_an_in_place_plan_is_fused():

@@ -98,12 +98,13 @@ def _forward(
 ) -> list[Tensor]:
     """y, and h if there is an adapter."""
     seeds, ends, x, *flat = tensors
-    (weight, bias), adapter = _stacked(flat, layouts, x)
+    ((weight, bias), adapters) = _stacked(flat, layouts, x)
     plain = {"precision": precision, "ends": ends}
-    masked = plain | {"dropout": dropout, "seeds": seeds}
-    (h,) = kernels.project(x, [adapter.lora_a.mT], [adapter.scale / (1.0 - dropout)], **masked)
-    y = _product(x, weight, h, adapter.lora_b.mT, at_once, plain | {"bias": bias})
-    return [y, h] if layouts[0].scales else [y]
+    masked, hs = plain | {"dropout": dropout, "seeds": seeds}, []
+    for lora_a, _, scale in adapters:
+        hs += kernels.project(x, [lora_a.mT], [scale / (1.0 - dropout)], **masked)
+    lora_bs = [adapter.lora_b.mT for adapter in adapters]
+    return [_product(x, weight, hs, lora_bs, at_once, plain | {"bias": bias}), *hs]
 
 
 def _backward(
@@ -118,48 +119,41 @@ def _backward(
     seeds, ends, x, *flat = tensors
     needs_x, *rest = needs_flat
     flat, (*hs, dy) = flat[: len(rest)], flat[len(rest) :]
-    (weight, _), adapter = _stacked(flat, layouts, x)
-    plain = {"precision": precision, "ends": ends}
-    masked = plain | {"dropout": dropout, "seeds": seeds}
+    ((weight, _), adapters), (given,) = _stacked(flat, layouts, x), unflatten(flat, layouts)
     ((_, needs),) = unflatten(rest, layouts)
-    need = needs[0] if needs else Adapter(False, False)
-    (given,) = unflatten(flat, layouts)
-    # In the shapes that came, of which what kernels read may be a copy.
-    made = [
-        empty_like(tensor) if needed else None
-        for pair in given.adapters
-        for tensor, needed in zip(pair[:2], need[:2], strict=True)
-    ] or [None, None]
-    factor = adapter.scale / (1.0 - dropout)
-    dh = through_lora_b(dy, adapter.lora_b, hs[0] if hs else None, made[1], factor,
-                         needs_x or need.lora_a, plain)  # fmt: skip
-    dx = None
-    if dh is not None and needs_x:
-        dx = _product(dy, weight, dh, adapter.lora_a, at_once, masked, backward=True)
-    if dh is not None and made[0] is not None:
-        kernels.weight_grad(x, [dh], [made[0].mT], **masked)
-    adapters = (Adapter(made[0], made[1]),) * len(given.adapters)
-    gradients: Output[Tensor | None] = Output(Base(None, None), adapters)
-    return [dx, *flatten([gradients], layouts)]
+    plain = {"precision": precision, "ends": ends}
+    masked, dhs, gradients = plain | {"dropout": dropout, "seeds": seeds}, [], []
+    for (_, lora_b, scale), pair, need, h in zip(adapters, given.adapters, needs, hs, strict=True):
+        # In the shapes that came, of which what kernels read may be a copy.
+        d_lora_a, d_lora_b = (
+            empty_like(tensor) if needed else None
+            for tensor, needed in zip(pair[:2], need[:2], strict=True)
+        )
+        dh = through_lora_b(dy, lora_b, h, d_lora_b, scale / (1.0 - dropout),
+                            needs_x or need.lora_a, plain)  # fmt: skip
+        dhs += [] if dh is None else [dh]
+        gradients.append(Adapter(d_lora_a, d_lora_b))
+    dx, lora_as = None, [adapter.lora_a for adapter in adapters]
+    if needs_x:
+        dx = _product(dy, weight, dhs, lora_as, at_once, masked, backward=True)
+    for dh, (d_lora_a, _, _) in zip(dhs, gradients, strict=False):  # there is a dh if it is needed
+        if d_lora_a is not None:
+            kernels.weight_grad(x, [dh], [d_lora_a.mT], **masked)
+    return [dx, *flatten([Output(Base(None, None), tuple(gradients))], layouts)]
 
 
-def _stacked(
-    flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor
-) -> tuple[Base[Tensor], Adapter[Tensor]]:
-    """The base, and its adapter as kernels read it; in the place of none one of zeros, of rank 1.
+def _stacked(flat: Sequence[Tensor], layouts: Sequence[Layout], x: Tensor) -> Output[Tensor]:
+    """The output as kernels read it.
 
     PEFT's lora_b has the expert as its fastest index: as it lies, no two elements that a thread
     needs are neighbours, so there is a copy.
     """
     ((base, adapters),) = unflatten(flat, layouts)
-    if not adapters:
-        experts, rows, columns = base.weight.shape
-        return base, Adapter(x.new_zeros(experts, 1, columns), x.new_zeros(experts, rows, 1))
-    lora_a, lora_b = (
-        tensor if 1 in tensor.stride()[1:] else tensor.to(x.dtype).contiguous()
-        for tensor in adapters[0][:2]
-    )
-    return base, Adapter(lora_a, lora_b, float(adapters[0].scale))
+
+    def stacked(tensor: Tensor) -> Tensor:
+        return tensor if 1 in tensor.stride()[1:] else tensor.to(x.dtype).contiguous()
+
+    return Output(base, tuple([Adapter(stacked(a), stacked(b), float(s)) for a, b, s in adapters]))
 
 
 def _runs_at_once(inputs: Sequence[Tensor], call: Call) -> bool:
@@ -170,15 +164,16 @@ def _runs_at_once(inputs: Sequence[Tensor], call: Call) -> bool:
 def _product(
     x: Tensor,
     weight: Tensor | Quantised,
-    u: Tensor,
-    v: Tensor,
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
     at_once: bool,
     options: dict[str, Any],
     backward: bool = False,
 ) -> Tensor:
     """x weight[e]ᵀ + u v[e] (+ bias[e]), of x [S, K] and weight [E, N, K].
 
-    ``backward``: dy weight[e] + u v[e], of dy [S, N] in the place of x.
+    ``backward``: dy weight[e] + u v[e], of dy [S, N] in the place of x.  Of no adapter there is
+    neither u nor v.
     """
     experts, n, k = weight.shape
     if backward:
@@ -186,7 +181,7 @@ def _product(
     masked, precision = options.get("seeds") is not None, options["precision"]
     packed = is_unpackable([weight])
     plan = kernels.plan_for(
-        x, n, k, [u.shape[1]], precision,
+        x, n, k, [u.shape[1] for u in us], precision,
         masked=masked, backward=backward, packed=packed, segments=experts,
     )  # fmt: skip
     # A dense one that is too large for memory isn't made: tiles are unpacked as they are read.
@@ -196,9 +191,10 @@ def _product(
     q = q if backward else q.mT
     if plan.fused or unpacks or not at_once:
         out = x.new_empty(len(x), n)
-        kernels.gemm_lowrank(out, [x], [q], [u], [v], preferred=plan.gemm, **options)
+        kernels.gemm_lowrank(out, [x], [q], us, vs, preferred=plan.gemm, **options)
         return out
     # torch's product comes first, not the adapter as in a layer: it can't add to what it finds.
+    # Without an adapter there is the bias, and zeros for nobody's rows.
     out = functional.grouped_mm(aligned(x), q, offs=options["ends"])
-    kernels.lowrank(out, [u], [v], add=True, **options)
+    kernels.lowrank(out, us, vs, add=True, **options)
     return out
