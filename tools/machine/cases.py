@@ -25,10 +25,11 @@ from fastlora.formats.format import Quantised
 from fastlora.kernels import dequant
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan
 from fastlora.kernels.sum_planes import sum_planes
-from fastlora.ops.door import draw_seed
+from fastlora.ops.door import draw_seed, through
 from fastlora.ops.experts import lora_experts, routing_of
 from fastlora.ops.gated import gated_mlp
 from fastlora.projection import Adapter, Base, Output, as_outputs, flatten, layouts_of, unflatten
+from fastlora.rows import Rows
 
 DTYPES = {"bf16": BF16, "f16": F16, "f32": F32, "tf32": F32}
 PLANS = {"fused": FUSED, "in-place": IN_PLACE}
@@ -177,8 +178,14 @@ def _experts(case: Case) -> Results:
     leaves |= {} if bias is None else {"bias": bias}
     (mask,) = _masks([((M, K), case.p)]) or [None]
     options = {"scale": 0.75, "dropout": case.p}
+
+    def run() -> Any:
+        if case.ranks[0]:
+            return judge.call_experts(x, stacks, ends, **options)
+        return through(x, [Output(Base(weight, bias))], case.p, rows=Rows(ends))[0]
+
     return judge.check(
-        _seeded(lambda: judge.call_experts(x, stacks, ends, **options)),
+        _seeded(run),
         lambda t: oracles.lora_grouped(**t, offsets=ends, mask=mask, **options),
         leaves,
     )
@@ -357,6 +364,8 @@ _ALL = """
   experts fused {bf16,bf16/f32,f16,f32} {128x48x72 of:64+64,40x48x72 of:1+2+3+4+5+0+6} r8
   experts fused {bf16,f16,f32} {90x50x75 of:30+0+41+7,5x50x75 of:0+0+5} r5 p0.2 bias
   experts fused {bf16,bf16/f32,f16,f32} {128x50x75 of:64+64,40x50x75 of:1+2+3+0+6} r5 p0.2 bias
+* experts {fused,in-place} bf16 {90x48x72 of:30+0+41+7,128x64x80 of:64+64} r0 bias
+  experts fused {f16,f32} {90x50x75 of:30+0+41+7,40x48x72 of:1+2+3+4+5+0+6} r0
   experts in-place {bf16,f16,f32} 90x64x80 r64 swapped of:{30+0+41+7,64+26,1+2+3+4+5+0+6}
 * experts bf16/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 bias weight:{nf4,nvfp4,float8-blocks}
   experts {bf16,f32}/f32 {20x96x128 of:9+0+6,150x64x128 of:90+55} r8 p0.1 weight:{nf4,int8}
