@@ -96,7 +96,6 @@ class Features(NamedTuple):
     experts: int
     p: int
     q: int
-    is_transposed: bool = False  # what an experts module says, or False where it says nothing
 
     def shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of lora_A and lora_B; the expert is the slowest index of one, the fastest of the other"""
@@ -141,7 +140,7 @@ class AdaptedWeight:
     @property
     def adapted_parameters(self) -> int:
         """How many parameters of the base the adapter changes, in all experts."""
-        return math.prod(self.adapted_features[:3])
+        return math.prod(self.adapted_features)
 
     @property
     def adapter_pair(self) -> tuple[Tensor, Tensor]:

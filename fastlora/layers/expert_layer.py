@@ -33,6 +33,7 @@ from .experts import (
     PackedWeight,
     dense_weight,
     features_of,
+    lies_transposed,
     needs_class,
     packed_names,
     read_module,
@@ -92,8 +93,8 @@ class ExpertsWeight(AdaptedWeight):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         lora_a, lora_b, _ = self.adapter()
-        is_transposed = self.adapted_features.is_transposed
-        return (lora_a.mT, lora_b.mT) if is_transposed else (lora_b, lora_a)
+        is_reverse = lies_transposed(self.adapted_module)
+        return (lora_a.mT, lora_b.mT) if is_reverse else (lora_b, lora_a)
 
     def _dense(self, dtype: torch.dtype | None) -> Tensor:
         weight = self.weight
@@ -112,7 +113,7 @@ class ExpertsWeight(AdaptedWeight):
         lora_a, lora_b, _ = self.adapter()
         sizes = left.shape[0], left.shape[1], right.shape[2]
         merged = torch.empty(sizes, dtype=around or weight.dtype, device=weight.device)
-        for i, into in enumerate(merged.mT if self.adapted_features.is_transposed else merged):
+        for i, into in enumerate(merged.mT if lies_transposed(self.adapted_module) else merged):
             add_product(weight.one(i), lora_b[i], lora_a[i], self.scaling, into)
         return merged
 

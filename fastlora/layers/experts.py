@@ -215,23 +215,27 @@ def weight_in(module: nn.Module, name: str) -> Any:
     return weight
 
 
+def lies_transposed(module: nn.Module) -> bool:
+    """Whether a dense weight is [E, in, out] to this module."""
+    return bool(getattr(module, "is_transposed", False))
+
+
 def stack_in(module: nn.Module, name: str) -> Any:
     """:func:`weight_in` as [E, out, in], whichever way a dense one lies in this module."""
     weight = weight_in(module, name)
-    lies_transposed = isinstance(weight, Tensor) and getattr(module, "is_transposed", False)
-    return weight.mT if lies_transposed else weight
+    return weight.mT if isinstance(weight, Tensor) and lies_transposed(module) else weight
 
 
 def dense_weight(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """A packed weight in this dtype, new, as it would lie in this module."""
     made = weight_in(module, name).dense(dtype)
-    return made.mT if getattr(module, "is_transposed", False) else made
+    return made.mT if lies_transposed(module) else made
 
 
 def features_of(module: nn.Module, name: str) -> Features:
     """Of the weight of this name."""
     experts, q, p = stack_in(module, name).shape
-    return Features(experts, p, q, bool(getattr(module, "is_transposed", False)))
+    return Features(experts, p, q)
 
 
 def experts_of_a_token(module: Any) -> int:

@@ -74,17 +74,15 @@ class LoRALinear(LoRALayer, nn.Linear):
         if reason or not isinstance(linear, nn.Linear):
             reason = reason or "it is no torch.nn.Linear: apply_lora adapts it in place"
             raise ValueError(f"the layer can't take an adapter: {reason}")
+        adapter = new_adapter(matrix_of(linear), r)
         if vendor_of(linear) is not None:
-            adapter = new_adapter(matrix_of(linear), r)
-            quantised = twin(linear, adapted_class(type(linear), quantised=True))
-            quantised.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
-            return quantised
-        adapter = new_adapter(linear.weight, r)
-        sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
-        layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype)
-        layer.weight, layer.bias = linear.weight, linear.bias
+            layer = twin(linear, adapted_class(type(linear), quantised=True))
+        else:
+            sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+            layer = cls(*sizes, bias=False, r=1, device="meta", dtype=dtype).train(linear.training)
+            layer.weight, layer.bias = linear.weight, linear.bias
         layer.attach_adapter(adapter, lora_alpha, lora_dropout, use_rslora)
-        return layer.train(linear.training)
+        return layer
 
 
 class _LoRATransposed(LoRALayer):

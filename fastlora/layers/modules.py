@@ -26,6 +26,11 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def full_name(outer: str, last: str) -> str:
+    """Of what the module of this name has under another; the model itself has no name."""
+    return f"{outer}.{last}" if outer else last
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model that apply_lora was called on, inside ``torch.compile``, DDP, FSDP and the like."""
     while True:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
+from ..layers.modules import full_name
 from ..projection import check_settings, shown
 
 _Number = TypeVar("_Number", int, float)
@@ -165,7 +166,7 @@ def kind_of(value: object) -> str:
 
 def weight_of(name: str) -> str:
     """The name of this layer's weight."""
-    return f"{name}.weight" if name else "weight"
+    return full_name(name, "weight")
 
 
 def is_all_linear(target_modules: object) -> bool:

@@ -13,7 +13,7 @@ from ..formats import bitsandbytes, vendor_of
 from ..layers import mlp
 from ..layers.adapted import Adapted
 from ..layers.expert_layer import LoRAExperts
-from ..layers.experts import PackedWeight, packed_names
+from ..layers.experts import packed_names
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.members import class_over, plain_class_of
@@ -27,6 +27,7 @@ from .targets import (
     check_places,
     find_targets,
     modules_to_save,
+    numbers_in,
     trained_biases,
     warn_of_passed_over,
 )
@@ -281,9 +282,8 @@ def check_injection(model: nn.Module, injection: Injection) -> None:
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many parameters train, of how many, in PEFT's words."""
     check_model(model)
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    counts += [(m.shape.numel(), False) for m in model.modules() if isinstance(m, PackedWeight)]
-    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+    total = numbers_in(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(
         f"trainable params: {trained:,d} || all params: {total:,d} "
         f"|| trainable%: {100 * trained / max(total, 1):.4f}"

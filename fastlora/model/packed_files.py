@@ -15,7 +15,7 @@ from ..formats.microscaled import MXFP4
 from ..layers.expert_layer import why_not_experts
 from ..layers.experts import PackedWeight, features_of, read_module, weight_in
 from ..layers.members import twin
-from ..layers.modules import called, some, unwrap
+from ..layers.modules import called, full_name, some, unwrap
 from ..projection import DTYPES
 from .config import is_inside
 from .files import Planned, check_folder, read_header, read_json, read_metadata, read_tensors
@@ -160,7 +160,7 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
     for outer, module in model.named_modules():
         names = read_module(module).names
         for parameter in names:
-            name = ".".join(filter(None, (outer, parameter)))
+            name = full_name(outer, parameter)
             ends = {key.removeprefix(name) for key in stored if parameter and key.startswith(name)}
             is_gpt_oss = not ends.isdisjoint((_BLOCKS, _SCALES))
             if is_gpt_oss or any(end.startswith(".") for end in ends):

@@ -15,7 +15,7 @@ from ..formats.packing import KINDS, pack_weight, packing_error
 from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import matrix_of, why_not_base
-from ..layers.modules import called, inside_of, plain_name, some, unwrap
+from ..layers.modules import called, full_name, inside_of, plain_name, some, unwrap
 from ..projection import shown
 from ..report import columns
 from .declare import declared
@@ -180,7 +180,7 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
         if not names:
             packing.add_linear(name, module, pack_linear(model, called(name), module, kind))
         for parameter in names:
-            where, dense = ".".join(filter(None, (name, parameter))), stack_in(module, parameter)
+            where, dense = full_name(name, parameter), stack_in(module, parameter)
             try:
                 weight = (
                     packed_on_meta(dense.shape, kind)

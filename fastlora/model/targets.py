@@ -22,7 +22,7 @@ from ..layers.experts import (
     weight_in,
 )
 from ..layers.frozen import is_conv1d, is_router, matrix_of, why_not_base, why_not_class
-from ..layers.modules import called, plain_name, some
+from ..layers.modules import called, full_name, plain_name, some
 from ..projection import shown
 from .config import LoRAConfig, compile_pattern, is_all_linear, is_inside, names_any
 
@@ -135,7 +135,7 @@ def _find_experts(
     """
     wanted = config.target_parameters or ()
     places = [
-        (f"{owner}.{parameter}" if owner else parameter, owner, parameter)
+        (full_name(owner, parameter), owner, parameter)
         for owner, module in (model.named_modules() if wanted else ())
         for parameter in parameter_names(module)
     ]
@@ -164,7 +164,7 @@ def _find_experts(
                 f"adapter: it is no linear layer's weight, and as experts {reason}"
             )
         for parameter in parameters:
-            targets[f"{owner}.{parameter}" if owner else parameter] = Target(module, parameter)
+            targets[full_name(owner, parameter)] = Target(module, parameter)
     return targets
 
 
@@ -179,7 +179,7 @@ def check_places(model: nn.Module, adapted: Iterable[nn.Module], saved: Collecti
     for outer, parent in model.named_modules():
         for key, child in parent._modules.items():
             if child is not None:
-                places.setdefault(child, []).append((parent, f"{outer}.{key}" if outer else key))
+                places.setdefault(child, []).append((parent, full_name(outer, key)))
     whole = [model.get_submodule(name) for name in saved]
     for top, inside in [
         *((module, {module}) for module in adapted),
@@ -210,12 +210,21 @@ def warn_of_passed_over(
     excluded = name_test(config.exclude_modules or ())
     done = {*saved}
     done |= {name.rpartition(".")[0] if one.parameter else name for name, one in targets.items()}
-    left_out = passed_over(
-        model, lambda name: not excluded(name) and not any(is_inside(name, outer) for outer in done)
-    )
+
+    def is_meant(name: str) -> bool:
+        return not excluded(name) and not any(is_inside(name, outer) for outer in done)
+
+    left_out = _obstacles(model, is_meant)
+    experts = {name: module for name, module in expert_modules(model).items() if is_meant(name)}
+    if experts:
+        share = sum(map(numbers_in, experts.values())) / numbers_in(model)
+        left_out.append(
+            f"the parameters of experts and routers ({some(list(experts))}), which are {share:.0%} "
+            "of the model's"
+        )
     if left_out:
         warnings.warn(
-            f"target_modules='all-linear' passed over {left_out}. {USE_PEFT} "
+            f"target_modules='all-linear' passed over {'; '.join(left_out)}. {USE_PEFT} "
             "exclude_modules with their names says that it is meant.",
             stacklevel=4,
         )
@@ -246,7 +255,7 @@ def trained_biases(model: nn.Module, bias: str, layers: Iterable[str]) -> list[s
     names = [plain_name(name) for name, _ in model.named_parameters()]
     names = [name for name in names if name.rpartition(".")[2] == "bias"]
     if bias == "lora_only":
-        adapted = {f"{name}.bias" if name else "bias" for name in layers}
+        adapted = {full_name(name, "bias") for name in layers}
         return [name for name in names if name in adapted]
     return names if bias == "all" else []
 
@@ -317,7 +326,7 @@ def all_linear(model: nn.Module) -> set[str]:
 def bypassed(model: nn.Module) -> dict[str, str]:
     """The modules whose weights a fused torch.nn module reads itself, and that module's class."""
     return {
-        f"{outer}.{name}" if outer else name: type(module).__name__
+        full_name(outer, name): type(module).__name__
         for outer, module in model.named_modules()
         if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention)
         for name, _ in module.named_modules()
@@ -340,19 +349,6 @@ def could_match(model: nn.Module) -> str:
     return f"It could match: {listed}.{why}"
 
 
-def passed_over(model: nn.Module, is_meant: Callable[[str], bool]) -> str:
-    """What "all-linear" leaves out of the names that are meant, though PEFT's takes it; or ""."""
-    parts = _obstacles(model, is_meant)
-    experts = {name: module for name, module in expert_modules(model).items() if is_meant(name)}
-    if experts:
-        total, held = _numbers_in(model), sum(map(_numbers_in, experts.values()))
-        parts.append(
-            f"the parameters of experts and routers ({some(list(experts))}), which are "
-            f"{held / total:.0%} of the model's"
-        )
-    return "; ".join(parts)
-
-
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of a mixture of experts with weights of their own, which no linear layer holds."""
     return {
@@ -364,7 +360,7 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _numbers_in(model: nn.Module) -> int:
+def numbers_in(model: nn.Module) -> int:
     """How many numbers its parameters and packed weights stand for."""
     packed = [m.shape.numel() for m in model.modules() if isinstance(m, PackedWeight)]
     return sum(packed) + sum(parameter.numel() for parameter in model.parameters())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import UNLOADED
 from ..layers.expert_layer import ExpertsWeight
-from ..layers.modules import called, lora_layers, plain_name, some
+from ..layers.modules import called, full_name, lora_layers, plain_name, some
 from ..projection import shown
 from .config import LoRAConfig, is_inside
 from .files import Planned, read_tensors
@@ -27,7 +27,7 @@ _PEFT_COPIES = re.compile(r"\.(modules_to_save|original_module)\.([^.]*bias|weig
 
 
 def _key(module: str, parameter: str) -> str:
-    return _PREFIX + (f"{module}.{parameter}" if module else parameter)
+    return _PREFIX + full_name(module, parameter)
 
 
 def adapter_tensors(model: nn.Module, injection: "Injection") -> dict[str, Tensor]:
