@@ -144,12 +144,9 @@ def unlike_shape(folders):
 BAD = {
     "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
     "shape": (unlike_shape, {}, r"q_proj has unlike shapes .*\[\(1, 64, 60\), \(1, 64, 64\)\]"),
-    "dora": (lambda f: change_config(f[1], use_dora=True), {}, "use_dora=True"),
     "weights": (None, {"weights": [1]}, "one of a weight for each"),
     "nan": (None, {"weights": [1, float("nan"), 1]}, "weights has nan"),
     "large": (None, {"weights": [1, 1e300, 1]}, "would have numbers that are too large for torch"),
-    "none": (None, {"folders": [], "weights": []}, "must be a list of adapters' folders"),
-    "rank": (None, {"rank": 0}, "r is 0"),
 }
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from moe_models import base_model, parameters_of
-from peft_models import by_peft, change_config, changes, llama, relative
+from peft_models import by_peft, changes, llama, relative
 
 import fastlora
 
@@ -128,7 +128,6 @@ def test_dtypes(dtype, r, kinds, error, tmp_path):
 
 
 BAD = {
-    "dora": ({}, lambda f: change_config(f, use_dora=True), {}, "use_dora=True"),
     "bias": ({"modules_to_save": ["norm"]}, None, {}, "no trained biases, modules_to_save"),
     "embeddings": ({"target_modules": ["embed_tokens"]}, None, {}, "nor adapters of embeddings"),
     "tied": ({"target_modules": ["lm_head"]}, None, {"tie_word_embeddings": True}, "for lm_head"),

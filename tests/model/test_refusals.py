@@ -25,11 +25,7 @@ def names(model: nn.Module) -> dict[str, tuple]:
 PEFT_CONFIGS = {
     "plain": {"target_modules": ["q_proj", "up_proj"]},
     "all-linear": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
-    "regex": {"target_modules": r".*\.1\..*_proj", "exclude_modules": ["up_proj"]},
-    "longer-suffix": {"target_modules": ["mlp.up_proj"]},
-    "whole-name": {"target_modules": ["model.layers.1.mlp.up_proj"]},
     "set": {"target_modules": {"q_proj", "lm_head"}},
-    "excluded": {"target_modules": "all-linear", "exclude_modules": ["layers.0.mlp.up_proj"]},
     "excluded-regex": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*"},
     "patterns": {
         "target_modules": ["q_proj", "up_proj"],
@@ -37,7 +33,6 @@ PEFT_CONFIGS = {
         "alpha_pattern": {"up_proj": 3},
         "use_rslora": True,
     },
-    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     "parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "in-full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "bias": "all"},
     "first-values": {"target_modules": ["q_proj"], "init_lora_weights": False},

@@ -191,30 +191,6 @@ def base_in(folder: Path) -> list[Path]:
     return list(folder.glob("fastlora-base-*"))
 
 
-def test_releases_are_in_order_and_the_last_file_of_a_version_counts(tmp_path):
-    from benchmarks import releases
-
-    def write(version: str, date: str, middle: float) -> None:
-        ratios = {"both": {"fastlora/peft": [middle - 0.1, middle, middle + 0.1]}}
-        rows = [{"id": id, "ratios": ratios} for id in releases.ROWS]
-        machine = {"cpu": "A CPU", "torch": "2.13.0+cpu", "fastlora": version}
-        file = tmp_path / "cpu" / f"release-{version}-{date}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"machine": machine, "rows": [*rows, {"id": "another"}]}))
-
-    for version, date, middle in (
-        ("0.10.0", "2027-01-01", 0.5), ("0.9.0", "2026-12-01", 0.8), ("0.9.0", "2026-12-02", 0.7),
-    ):  # fmt: skip
-        write(version, date, middle)
-    made = releases.releases(tmp_path)
-    assert [version for _, version in made] == ["0.9.0", "0.10.0"]
-    assert releases.table(tmp_path).splitlines()[2:] == [
-        f"| A CPU, torch 2.13.0 | {version} |" + f" {middle:.2f} |" * len(releases.ROWS)
-        for version, middle in (("0.9.0", 0.7), ("0.10.0", 0.5))
-    ]
-    picture = tmp_path / "releases.png"
-    releases.plot(picture, tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_release_s_rows_are_rows_of_the_benchmarks():

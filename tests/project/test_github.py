@@ -41,9 +41,6 @@ def test_a_form_keeps_to_github_s_rules_and_every_field_is_required(path):
     assert len({field["id"] for field in fields}) == len(fields) > 0
 
 
-def test_questions_need_no_form():
-    assert len(FORMS) == len({read(path)["name"] for path in FORMS}) >= 4
-    assert read(GITHUB / "ISSUE_TEMPLATE" / "config.yml") == {"blank_issues_enabled": True}
 
 
 def test_what_the_forms_ask_for_exists(capsys):

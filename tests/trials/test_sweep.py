@@ -328,19 +328,13 @@ def test_the_model_is_as_it_was(base, model, tmp_path):
     ("options", "error", "message"),
     [
         ({"configs": []}, TypeError, "configs is"),
-        ({"configs": {"r": 2}}, TypeError, "configs is"),
         ({"configs": ["r2"]}, TypeError, r"configs\[0\] is 'r2'"),
         ({"configs": [{"r": 2}]}, ValueError, "learning_rate None"),
         ({"configs": [{"learning_rate": 0}]}, ValueError, "learning_rate 0"),
         ({"configs": [{"rank": 2, "learning_rate": 1}]}, ValueError, "has 'rank'"),
-        ({"configs": [{"r": 0, "learning_rate": 1}]}, ValueError, "r is 0"),
         ({"configs": [{"learning_rate": 1, "bias": "all"}]}, ValueError, "more than adapters"),
         ({"configs": [{"learning_rate": 1, "name": "../x"}]}, ValueError, "can't be a folder's"),
         ({"configs": [{"learning_rate": 1}] * 2}, ValueError, "two of configs"),
-        (
-            {"configs": [{"learning_rate": 1, "target_modules": ["no"]}]},
-            ValueError, "matches no module",
-        ),
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"steps": 2, "halving": True}, ValueError, "too few to halve 4 trials"),
         ({"schedule": "up"}, ValueError, "schedule is 'up'"),
@@ -351,9 +345,7 @@ def test_the_model_is_as_it_was(base, model, tmp_path):
         ({"eval_data": None}, TypeError, "eval_data is None, but must give batches"),
         ({"data": []}, ValueError, "data gives no batch"),
         ({"data": [{"input_ids": torch.ones(1, 2)}]}, ValueError, "with 'labels'"),
-        ({"eval_data": []}, ValueError, "eval_data gives no batch"),
         ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
-        ({"configs": [{"learning_rate": 1, "name": "x" * 201}]}, ValueError, "too long for a"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant(base, tmp_path, options, error, message):
