@@ -63,22 +63,12 @@ def test_it_sees_through_wrappers():
     assert len(fastlora.coverage(torch.nn.DataParallel(adapted())).layers) == 2
 
 
-class Experts(nn.Module):
-    """Eight experts of one parameter, and a router beside them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(8, 8, bias=False)
-        self.up_proj = nn.Parameter(torch.randn(8, 16, 8))
-
-    def forward(self, x):
-        weights = self.router(x).softmax(-1)
-        return torch.einsum("be,eni,bi->bn", weights, self.up_proj, x)
-
-
 def test_the_share_of_adapted_parameters_says_what_the_count_hides():
+    experts = nn.Module()  # eight, of one parameter, and a router beside them
+    experts.router = nn.Linear(8, 8, bias=False)
+    experts.up_proj = nn.Parameter(torch.ones(8, 16, 8))
     config = peft.LoraConfig(target_modules=["router"], target_parameters=["experts.up_proj"])
-    model = peft.get_peft_model(nn.ModuleDict({"experts": Experts()}), config)
+    model = peft.get_peft_model(nn.ModuleDict({"experts": experts}), config)
     report = fastlora.optimize(model)
     assert {layer.parameters for layer in report.layers} == {8 * 8, 8 * 16 * 8}
     assert report.share == 64 / (64 + 1024)

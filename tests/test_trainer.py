@@ -275,8 +275,10 @@ def test_an_error_leaves_generate_merged_until_it_is_put_back_or_the_next_traini
     sampling, sample = MergedSampling(), Sample(fails=True)
     trainer = sampling_trainer("peft", tmp_path, sampling, sample)
     vars(trainer.model)["generate"] = somebody_s = trainer.model.generate
+    before = frozen_bits(trainer.model)
     with pytest.raises(KeyError):
         trainer.train()
+    assert all(map(torch.equal, frozen_bits(trainer.model), before))
     assert trainer.model.generate is not somebody_s
     sample.fails = False
     trainer.train()

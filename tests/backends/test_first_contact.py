@@ -1,8 +1,8 @@
 """The first results of kernels are judged before they are used: with faults of every kind."""
 
 import json
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 
 import pytest
@@ -307,7 +307,7 @@ def test_always_judges_each_call_and_stops_at_the_first_wrong_one(monkeypatch):
 
 
 def test_several_threads_may_judge_at_one_time(monkeypatch, recwarn):
-    x, layers, found = rows(), group(), []
+    x, layers = rows(), group()
     made = step(x, layers, backend="torch")[:1]  # the interpreter itself is one thread's
     monkeypatch.setattr(first_contact, "compared", lambda *_: "")
     monkeypatch.setattr(
@@ -318,15 +318,11 @@ def test_several_threads_may_judge_at_one_time(monkeypatch, recwarn):
         ),
     )
 
-    def run():
-        found.append(fastlora.lora_linears(x.detach(), layers, backend="triton")[0].detach())
+    def run(_):
+        return fastlora.lora_linears(x.detach(), layers, backend="triton")[0].detach()
 
-    threads = [threading.Thread(target=run) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [torch.equal(each, made[0]) for each in found] == [True] * 8
+    with ThreadPoolExecutor(8) as threads:
+        assert all(torch.equal(each, made[0]) for each in threads.map(run, range(8)))
     assert list(trust._verdicts) == [("project 1", trust.environment(torch.device("cpu")))]
     assert not recwarn.list
 

@@ -1,6 +1,7 @@
 """16-bit products that run in float32, forced on any CPU; and the decision who needs them."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -148,21 +149,16 @@ def test_two_threads_at_once():
         (y,) = fastlora.lora_linears(x, [projection])
         return y, *torch.autograd.grad(y.square().sum(), (x, *projection[1:3]))
 
-    alone, found = [run(x) for x in inputs], [[], []]
-    start = threading.Barrier(2)
+    alone, start = [run(x) for x in inputs], threading.Barrier(2)
 
-    def often(i):
+    def often(x):
         start.wait()
         with fastlora.use_backend("torch"):
-            found[i] = [run(inputs[i]) for _ in range(20)]
+            return [run(x) for _ in range(20)]
 
-    threads = [threading.Thread(target=often, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        found = [*threads.map(often, inputs)]
     for expected, runs in zip(alone, found, strict=True):
-        assert len(runs) == 20
         assert all(torch.equal(*both) for got in runs for both in zip(expected, got, strict=True))
 
 
@@ -176,8 +172,6 @@ def test_training_after_inference_mode(monkeypatch):
     (y,) = fastlora.lora_linears(x, [projection])
     y.sum().backward()
     assert torch.equal(first, y)
-
-
 
 
 @pytest.fixture

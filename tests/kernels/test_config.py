@@ -6,6 +6,7 @@ from math import prod
 
 import pytest
 import torch
+from kernel_cases import launched
 from marks import DEVICE
 from torch import Tensor
 
@@ -22,9 +23,8 @@ from fastlora.kernels.config import (
 )
 from fastlora.kernels.defaults import PRODUCTS
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.launch import intercept
 from fastlora.kernels.project import ProjectConfig
-from fastlora.kernels.target import TARGETS, use_target
+from fastlora.kernels.target import TARGETS
 from fastlora.kernels.weight_grad import WeightGradConfig
 
 KERNELS = ["gemm_lowrank", "lowrank", "project", "weight_grad"]
@@ -202,12 +202,9 @@ def test_splits_are_as_long_as_their_planes_pay(least, count, steps):
     assert splits(132, 1, 1024, 64, least) == (count, steps)
 
 
-def launched(target, form):
-    """The first launch of a form's call, on tensors without memory."""
-    records = []
-    with use_target(TARGETS[target]), intercept(records.append):
-        Operands(form, "meta").run()
-    return records[0]
+def first_launch(target, form):
+    """Of a form's call, on tensors without memory."""
+    return launched(lambda: Operands(form, "meta").run(), TARGETS[target])[0]
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -230,19 +227,19 @@ def test_thin_products_ask_little_of_l2_as_their_launchers_state(name, ranks, mo
     """In passes over x: what a config is chosen by, and the bytes of the launch."""
     form = Form(name, 8192, 4096, ranks, dropout=0.1 * masked)
     config = default_config(form.kernel, TARGETS[target], form.call)
-    work = launched(target, form).work()
+    work = first_launch(target, form).work()
     asked = work.loaded_by_tiles + (work.stored if name == "dx+" else 0)
     assert asked / (8192 * 4096 * 2) == pytest.approx(config.through_l2(form.call), rel=0.001)
     assert config.through_l2(form.call) <= most
     if len(ranks) == 1 and ranks != (64,):  # a sum that isn't split is one launch
-        assert launched(target, form).grid in ((128, 1), (4096,), (8192,))
+        assert first_launch(target, form).grid in ((128, 1), (4096,), (8192,))
 
 
 @pytest.mark.parametrize("name", ["h", "dA"])
 def test_masks_of_a_group_keep_two_programs_on_each_processor(name):
     """But on GeForce, where memory is slower; and at a high rank, where two don't fit."""
     for target, ranks, p in product(NVIDIA, ((16,) * 3, (64,) * 3, (16,)), (0.0, 0.1)):
-        programs = prod(launched(target, Form(name, 8192, 4096, ranks, dropout=p)).grid)
+        programs = prod(first_launch(target, Form(name, 8192, 4096, ranks, dropout=p)).grid)
         processors = TARGETS[target].processors
         is_two = target in ("sm_80", "sm_90", "sm_100") and p > 0 and ranks == (16,) * 3
         assert not is_two or processors * 1.5 < programs <= processors * 2

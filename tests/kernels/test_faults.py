@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_cases import launched
 
 from fastlora.kernels import faults, target
 from fastlora.kernels.config import Call, default_config
 from fastlora.kernels.gemm_lowrank import gemm_lowrank
-from fastlora.kernels.launch import intercept
 from fastlora.kernels.project import ProjectConfig
-from fastlora.kernels.target import TARGETS, use_target
+from fastlora.kernels.target import TARGETS
 
 
 def test_the_assembler_says_its_version():
@@ -51,10 +51,10 @@ def described(name, precision="ieee", dtype=torch.float32, **matrices):
     operands = {"p": p, "q": torch.empty(256, 512, dtype=dtype, device="meta").mT} | matrices
     out = torch.empty(256, 256, dtype=dtype, device="meta")
     u, v = out.new_empty(256, 16), out.new_empty(16, 256)
-    records = []
-    with use_target(TARGETS[name]), intercept(records.append):
-        gemm_lowrank(out, [operands["p"]], [operands["q"]], [u], [v], precision=precision)
-    return records[-1].arguments["DESCRIPTORS"]
+    call = lambda: gemm_lowrank(  # noqa: E731
+        out, [operands["p"]], [operands["q"]], [u], [v], precision=precision
+    )
+    return launched(call, TARGETS[name])[-1].arguments["DESCRIPTORS"]
 
 
 TURNED = torch.empty(512, 256, device="meta")  # as dx reads the weight: its depth isn't last

@@ -10,6 +10,8 @@ from kernel_cases import (
     LAYOUTS,
     draw_seeds,
     keep_masks,
+    launched,
+    moved,
     poisoned,
     processors,
     random,
@@ -19,7 +21,6 @@ from marks import DEVICE, pairwise
 
 from fastlora.kernels import low_rank_pays, lowrank, weight_grad
 from fastlora.kernels.config import Call, default_config
-from fastlora.kernels.launch import intercept
 from fastlora.kernels.plan import MANY_ROWS
 from fastlora.kernels.target import TARGETS, use_target
 from fastlora.kernels.weight_grad import WeightGradConfig
@@ -159,21 +160,17 @@ def test_it_is_a_launch_less_than_two_kernels_for_hardly_more_bytes(target, m, n
     options["seeds"] = meta(count, dtype=torch.int64) if p else None
     outs, vs = ([torch.empty_like(a).T for a in lora_as] for _ in range(2))
 
-    def launched(run):
-        records = []
-        with use_target(target), intercept(records.append):
-            run()
-        moved = [record.work().loaded + record.work().stored for record in records]
-        return len(records), sum(moved)
-
     with use_target(target):
         if not low_rank_pays(x, [r] * count, "ieee", p > 0):
             return
-    together = launched(lambda: weight_grad(x, us, outs, vs=vs, low_rank=meta(m, n), **options))
-    pass_over_x = launched(lambda: weight_grad(x, us, outs, **options))
-    term = launched(lambda: lowrank(meta(m, n), us, lora_as, **options))
-    assert together[0] < pass_over_x[0] + term[0]
-    assert together[1] < 1.1 * (pass_over_x[1] + term[1])
+    calls = (
+        lambda: weight_grad(x, us, outs, vs=vs, low_rank=meta(m, n), **options),
+        lambda: weight_grad(x, us, outs, **options),
+        lambda: lowrank(meta(m, n), us, lora_as, **options),
+    )
+    together, pass_over_x, term = (launched(call, target) for call in calls)
+    assert len(together) < len(pass_over_x) + len(term)
+    assert moved(together) < 1.1 * (moved(pass_over_x) + moved(term))
 
 
 def test_it_pays_for_few_rows_and_up_to_three_masks_where_a_config_fits():

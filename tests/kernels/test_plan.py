@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_cases import launched
 
 from fastlora.backends import protocol, triton
 from fastlora.kernels.gemm_config import GemmConfig
-from fastlora.kernels.launch import Launch, intercept
+from fastlora.kernels.launch import Launch
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, plan_for, use_plan, use_rows
 from fastlora.kernels.target import TARGETS, target_of, use_target
 from fastlora.projection import Layout
@@ -42,17 +43,13 @@ def row(**changes):
     return Row(**sizes | kind | changes)
 
 
-def launched(m, n, k, r, dtype=torch.bfloat16, target=TARGETS["sm_90"]) -> list[Launch]:
+def launches(m, n, k, r, dtype=torch.bfloat16, target=TARGETS["sm_90"]) -> list[Launch]:
     """The launches of one forward, on tensors without memory."""
     x, weight, lora_a, lora_b = (
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (r, k), (n, r))
     )
-    records: list[Launch] = []
-    with use_target(target), intercept(records.append):
-        triton.forward(
-            [x, weight, lora_a, lora_b], None, protocol.Call((Layout(False, (1.0,)),), 0.0, triton)
-        )
-    return records
+    call = protocol.Call((Layout(False, (1.0,)),), 0.0, triton)
+    return launched(lambda: triton.forward([x, weight, lora_a, lora_b], None, call), target)
 
 
 FEW, MANY = {"m": 64}, {"m": 10**6}
@@ -78,8 +75,8 @@ def test_the_rule_of_a_target(names, call, plan):
 
 
 def test_in_place_launches_the_sum_with_the_adapter_alone():
-    assert launched(10**6, 4096, 4096, 16, target=TARGETS["sm_80"])[-1].name == "lowrank"
-    assert launched(10**6, 4096, 4096, 16, target=TARGETS["interpreter"])[-1].name == "gemm_lowrank"
+    assert launches(10**6, 4096, 4096, 16, target=TARGETS["sm_80"])[-1].name == "lowrank"
+    assert launches(10**6, 4096, 4096, 16, target=TARGETS["interpreter"])[-1].name == "gemm_lowrank"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +172,7 @@ def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
     tiles = GemmConfig(128, 256, 64, warps=8, stages=3, descriptors=True)
     table(row(plan=Plan(fused=True, gemm=tiles)))
     for sizes in ((8192, 4096, 4096, 16), (8192, 4098, 4100, 16), (64, 4096, 4096, 32)):
-        arguments = launched(*sizes, target=MEASURED)[-1].arguments
+        arguments = launches(*sizes, target=MEASURED)[-1].arguments
         chosen = arguments["BLOCK_M"], arguments["BLOCK_N"]
         assert (chosen == (128, 256)) == (sizes == (8192, 4096, 4096, 16))
 

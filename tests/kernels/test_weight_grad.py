@@ -9,6 +9,8 @@ from kernel_cases import (
     F32,
     draw_seeds,
     keep_masks,
+    launched,
+    moved,
     poisoned,
     processors,
     random,
@@ -17,7 +19,6 @@ from kernel_cases import (
 from marks import DEVICE, pairwise
 
 from fastlora.kernels import one_pass_pays, project, weight_grad
-from fastlora.kernels.launch import intercept
 from fastlora.kernels.target import TARGETS, use_target
 from fastlora.kernels.weight_grad import WeightGradConfig
 
@@ -140,15 +141,13 @@ def test_one_pass_pays_where_it_moves_fewer_bytes(target, m, n, r):
         torch.empty(shape, dtype=BF16, device="meta") for shape in ((m, n), (m, r), (n, r), (n, r))
     )
 
-    def moved(run):
-        records = []
-        with intercept(records.append):
-            run()
-        return sum(record.work().loaded + record.work().stored for record in records)
-
+    calls = (
+        lambda: weight_grad(dy, [h], [out], precision="ieee", b=b),
+        lambda: weight_grad(dy, [h], [out], precision="ieee"),
+        lambda: project(dy, [b], [1.0], precision="ieee"),
+    )
+    together, *apart = (moved(launched(call, target)) for call in calls)
+    apart = sum(apart)
     with use_target(target):
-        together = moved(lambda: weight_grad(dy, [h], [out], precision="ieee", b=b))
-        apart = moved(lambda: weight_grad(dy, [h], [out], precision="ieee"))
-        apart += moved(lambda: project(dy, [b], [1.0], precision="ieee"))
         pays = one_pass_pays(dy, b, "ieee")
     assert together < apart if pays else together > 0.75 * apart

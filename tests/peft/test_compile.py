@@ -1,6 +1,5 @@
 """torch.compile of optimised models, and of models that are optimised later."""
 
-import copy
 import sys
 import types
 from collections.abc import Callable
@@ -68,18 +67,6 @@ def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
     assert ops.pop("lora_linears") == layers + apart[0]
     assert ops.pop("lora_linears_backward") == layers + apart[1]
     assert ops == ({"dora_norm": layers} if settings.get("use_dora") else {})
-
-
-def test_optimized_after_compiling_is_compiled_again():
-    theirs = mlp()
-    compiled = torch.compile(copy.deepcopy(theirs), backend="aot_eager", fullgraph=True)
-    expected = [*mlp_gradients(theirs).values()]
-    for change, fast in ((lambda _: None, 0), (fastlora.optimize, 2), (fastlora.restore, 0)):
-        change(compiled)
-        assert_same([*mlp_gradients(compiled).values()], expected, MLP_ROUNDING)
-        with counted_ops() as ops:
-            mlp_gradients(compiled)
-        assert ops.get("lora_linears", 0) == fast
 
 
 def test_check_of_a_compiled_model_that_drops():

@@ -175,7 +175,6 @@ TOGETHER = {
     "peft-all-named": (
         mixed.mixed_peft, {"names": [*"pqsttspt" "qp"], "gradient_as_bucket_view": True},
     ),
-    "own-layers": (mixed.own_layers, {}),
     "experts-fsdp2": (mixed.experts, {"engine": "fsdp2"}),
 }  # fmt: skip
 
@@ -196,11 +195,6 @@ def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two
                 assert not any(gradient is not None and gradient.any() for gradient in pair), name
             else:
                 torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_an_adapter_is_saved_from_inside_of_ddp(two, tmp_path):
-    two.run(mixed.own_layers, 2, str(tmp_path))
-    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="it isn't installed")

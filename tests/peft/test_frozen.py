@@ -106,17 +106,6 @@ def test_an_adapter_that_peft_adds_later():
     assert model.get_submodule(HEAD).lora_B["late"].weight.grad is not None
 
 
-def test_files_and_copies():
-    model = optimized()
-    plain = mlp()
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert repr(model) == repr(plain)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(x()), model(x()))
-        assert not fast_layers(fastlora.restore(other))
-    assert fast_layers(model)
-
-
 def test_check_compares_with_torch_s_own():
     model = mlp()
     with counted_frozen_calls() as calls:

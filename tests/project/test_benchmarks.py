@@ -191,8 +191,6 @@ def base_in(folder: Path) -> list[Path]:
     return list(folder.glob("fastlora-base-*"))
 
 
-
-
 def test_a_release_s_rows_are_rows_of_the_benchmarks():
     from benchmarks import releases
     from benchmarks.cases import cpu_cases

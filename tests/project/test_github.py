@@ -41,8 +41,6 @@ def test_a_form_keeps_to_github_s_rules_and_every_field_is_required(path):
     assert len({field["id"] for field in fields}) == len(fields) > 0
 
 
-
-
 def test_what_the_forms_ask_for_exists(capsys):
     texts = "\n".join(path.read_text() for path in GITHUB.rglob("*TEMPLATE*/*.yml"))
     with pytest.raises(SystemExit):

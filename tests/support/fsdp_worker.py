@@ -319,19 +319,6 @@ class Logits(nn.Module):
         return self.model(input_ids=ids).logits
 
 
-def own_layers(ranks: int, folder: str = "") -> Found:
-    """A model with apply_lora's adapters; the first rank saves them from inside of DDP."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
-    targets = {"target_modules": ["0", "2"], "init_lora_weights": False}
-    fastlora.apply_lora(model, fastlora.LoRAConfig(r=2, **targets))
-    found = train(model, ranks, {}, own(torch.randn(8, 12), ranks))
-    wrapped = DistributedDataParallel(model) if folder else model
-    if folder and dist.get_rank() == 0:
-        fastlora.save_adapter(wrapped, folder)
-    return found
-
-
 def experts(ranks: int, engine: str = "", **settings) -> Found:
     """A model with adapters on its experts, as apply_lora makes them."""
     model, ids = Logits(), own(IDS, ranks)

@@ -3,8 +3,8 @@
 And what a launch really loads and stores, counted byte by byte in Triton's interpreter.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from fastlora.backends.dropout import dropout_mask
 from fastlora.kernels.launch import Launch, Work, intercept
-from fastlora.kernels.target import target_of, use_target
+from fastlora.kernels.target import Target, target_of, use_target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPE_IDS = {F16: "f16", BF16: "bf16", F32: "f32"}
@@ -76,6 +76,19 @@ def recorded() -> Iterator[list[Launch]]:
 
     with intercept(run):
         yield records
+
+
+def launched(run: Callable[[], object], target: Target | None = None) -> list[Launch]:
+    """What ``run`` would launch, on this device or on a target: nothing does."""
+    records: list[Launch] = []
+    with use_target(target) if target else nullcontext(), intercept(records.append):
+        run()
+    return records
+
+
+def moved(launches: Iterable[Launch]) -> int:
+    """The bytes of all of them."""
+    return sum(each.work().loaded + each.work().stored for each in launches)
 
 
 @dataclass

@@ -54,7 +54,6 @@ OLDER = (
     ("peft", "0.21", "test_variants_are_peft_s[mica]", "mica is new"),
     ("torch", "2.13", "test_check_of_a_compiled_model", "the compiler and PEFT's hooks"),
     ("torch", "2.12", "test_compile.py::test_a_compiled_model", "the compiler and PEFT's hooks"),
-    ("torch", "2.12", "test_optimized_after_compiling", "the compiler and PEFT's hooks"),
     ("torch", "2.12", "one_process[bytes-", "FSDP2 has no frozen bytes"),
     ("torch", "2.11", "test_an_import_compiles_nothing_again", "the compiler and PEFT's hooks"),
     ("torch", "2.11", "test_dtypes_of_x_and_autocast", "PEFT's dx lacks the adapter's part"),
