@@ -255,14 +255,14 @@ class LoRALayer(AdaptedWeight, Adapted):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             refuse_training(self)
-            return super().forward(x)
-        return self.call_adapted(x)
-
-    def call_adapted(self, x: Tensor) -> Tensor:
-        """The output for x of a layer that isn't merged."""
+            return self.run_merged(x)
         y = call_as_read(self, x, self.read, tuple, run_one, lambda reading: self.run(x, reading))
         assert y is not None
         return y
+
+    def run_merged(self, x: Tensor) -> Tensor:
+        """The output for x of a layer that is merged."""
+        return super().forward(x)
 
     def read(self) -> Reading:
         """What a call that isn't merged computes with."""

@@ -170,7 +170,7 @@ def _is_plain_function(act: Any) -> bool:
 def needs_class(module: nn.Module) -> bool:
     """Whether the plain class couldn't run it: a weight is a :class:`PackedWeight`, or a dense one
     in a class for float8."""
-    return bool(_held(module)) or bool({*_scaled(module)} - {*packed_names(module)})
+    return bool(_held(module) or {*_scaled(module)} - {*packed_names(module)})
 
 
 def packed_names(module: nn.Module) -> list[str]:

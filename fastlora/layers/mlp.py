@@ -28,7 +28,6 @@ from .members import (
     plain_class_of,
     under,
 )
-from .quantised import LoRAQuantised
 from .reading import Reading, call_as_read, fits, forget
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -134,8 +133,7 @@ class GatedMLP(nn.Module):
         """gate, up or down; the model is one of your own."""
         if not isinstance(linear, LoRALayer):
             return read_frozen(linear)
-        known = (LoRALayer.forward, LoRAQuantised.forward)
-        if is_hooked(linear) or type(linear).forward not in known:
+        if is_hooked(linear) or type(linear).forward is not LoRALayer.forward:
             return Reading(WATCHED)
         if linear.merged:
             return Reading("it is merged")

@@ -55,14 +55,12 @@ class LoRAQuantised(LoRALayer):
     def adapted_output(self) -> Output:
         return self.output_over(self.packed().weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            if self.is_dense and not (self.training and torch.is_grad_enabled()):
-                # bitsandbytes' own call in evaluation casts the bias, in place.
-                bias = None if self.bias is None else self.bias.to(x.dtype)
-                return linear(x, self.weight.to(x.dtype), bias)
-            return super().forward(x)
-        return self.call_adapted(x)
+    def run_merged(self, x: Tensor) -> Tensor:
+        if not self.is_dense:
+            return super().run_merged(x)
+        # bitsandbytes' own call in evaluation casts the bias, in place.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear(x, self.weight.to(x.dtype), bias)
 
     def run(self, x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
         (packed,) = reading.packed

@@ -93,9 +93,8 @@ def _said(outer: Any, linear: nn.Module | None) -> _Declared:
 
 def _declare(outer: Any, said: _Declared) -> None:
     attributes, config = dict(said.attributes), said.config
-    packed = _packed(outer).items()
-    ours = any(isinstance(module, PackedWeight) for _, module in packed)
-    if all(isinstance(module, PackedWeight) for _, module in packed):
+    ours = [isinstance(module, PackedWeight) for module in _packed(outer).values()]
+    if all(ours):
         # A dense checkpoint is none of those that a quantiser's conversions are for.
         keeps = {_CONVERSIONS} & attributes.keys() if _QUANTIZER not in attributes else set()
         attributes, config = {name: attributes[name] for name in keeps}, None
@@ -103,7 +102,7 @@ def _declare(outer: Any, said: _Declared) -> None:
         config = _without(config, outer)
         attributes[_QUANTIZER] = copy(attributes[_QUANTIZER])
         attributes[_QUANTIZER].quantization_config = config
-    if ours:
+    if any(ours):
         attributes[_CONVERSIONS], config = [], dict(_OURS)
     _say(outer, attributes, config)
 

@@ -64,10 +64,13 @@ def merge_in_turn(
             )
         layer.check_adapter(called(name))
     dense = _dtype_around(unwrap(model))
-    around = torch.float32 if requantise else dense
+    packed = {layer for _, layer in layers if requantise and isinstance(layer, LoRAQuantised)}
     for name, layer in bar(layers, "checking", least=_BAR_FROM):
-        merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
-        _check_merged(name, layer, merged, packs=requantise and not keep_base)
+        merged = layer.merged_weight(torch.float32 if layer in packed else dense)
+        _check_finite(name, merged)
+        if layer in packed and not keep_base:  # it is packed while there is a way back
+            layer.use_merged(merged)
+            layer.unmerge()
         del merged
     _warn_of_ties(unwrap(model), layers)
     for module in unwrap(model).modules():
@@ -76,9 +79,9 @@ def merge_in_turn(
     try:
         with declared(model):
             for name, layer in bar(layers, "merging", least=_BAR_FROM):
-                merged = layer.merged_weight(around if isinstance(layer, LoRAQuantised) else dense)
+                merged = layer.merged_weight(torch.float32 if layer in packed else dense)
                 error = layer.use_merged(merged, keep_base, requantise)
-                if isinstance(layer, LoRAQuantised) and requantise:
+                if layer in packed:
                     errors[name] = error
                 del merged
                 if after is not None:
@@ -149,17 +152,14 @@ def _dtype_around(model: nn.Module) -> torch.dtype | None:
     return max(count, key=count.__getitem__, default=None)
 
 
-def _check_merged(name: str, layer: AdaptedWeight, merged: Tensor, packs: bool) -> None:
-    """Raise ValueError for NaN or infinity; ``packs``: try to pack it while there is a way back."""
+def _check_finite(name: str, merged: Tensor) -> None:
+    """Raise ValueError if the merged weight has NaN or infinity."""
     # Block by block, since the test makes several tensors of its size.
     if not all(bool(rows.isfinite().all()) for rows in merged.split(rows_at_a_time(merged))):
         raise ValueError(
             f"merging {called(name)} gives NaN or infinity in {merged.dtype}, and nothing was "
             "merged: look for non-finite values in its weight, lora_A and lora_B"
         )
-    if packs and isinstance(layer, LoRAQuantised):
-        layer.use_merged(merged)
-        layer.unmerge()
 
 
 def _warn_of_ties(model: nn.Module, layers: list) -> None:

@@ -17,6 +17,7 @@ from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
 from ..projection import check_switch
 from ..report import (
+    EAGER,
     IN_THE_CALL,
     BlockCoverage,
     Coverage,
@@ -53,12 +54,11 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
         return Coverage((), notes)
     version = why_not_peft()
     if version:
-        sizes = [[getattr(one, f"{n}_features", 0) for n in ("out", "in")] for _, one in layers]
-        named = zip(layers, sizes, strict=True)  # as little is read as can be
-        return Coverage(
-            tuple(LayerCoverage(n, (q, p), 0, False, "eager", version) for (n, _), (q, p) in named),
-            notes,
-        )
+        eager = []
+        for name, layer in layers:  # as little is read as can be
+            shape = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)
+            eager.append(LayerCoverage(name, shape, 0, False, EAGER, version))
+        return Coverage(tuple(eager), notes)
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
