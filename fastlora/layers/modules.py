@@ -1,6 +1,6 @@
 """Walking a model: its LoRA layers, what is around and inside of it, and its tensors, whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, cast
 
 from torch import Tensor, distributed, nn
@@ -46,6 +46,12 @@ def inside_of(model: nn.Module, *kinds: tuple[str, str]) -> set[nn.Module]:
     """The modules inside of FSDP's and the like, which leave out parameters that come later."""
     outer = (m for m in model.modules() if any(derived_from(type(m), *kind) for kind in kinds))
     return {inner for module in outer for inner in module.modules()}
+
+
+def ids_outside(model: nn.Module, inside: Set[nn.Module]) -> set[int]:
+    """Of the parameters that modules have which aren't among these; a tied one may be in both."""
+    others = [module for module in model.modules() if module not in inside]
+    return {id(each) for module in others for each in module.parameters(recurse=False)}
 
 
 def left_out(model: nn.Module) -> list[str]:

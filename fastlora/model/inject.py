@@ -17,7 +17,7 @@ from ..layers.experts import packed_names
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.linear import adapted_class
 from ..layers.members import class_over, plain_class_of
-from ..layers.modules import called, inside_of, lora_layers, some, unwrap
+from ..layers.modules import called, ids_outside, inside_of, lora_layers, some, unwrap
 from ..projection import check_switch
 from .adapter_config import as_config
 from .config import LoRAConfig, kind_of
@@ -228,13 +228,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _copies_of_tied(model: nn.Module, saved: dict[str, nn.Module]) -> tuple[Untied, ...]:
     """A copy of each parameter that a module which trains in full shares with one that doesn't."""
     inside = [module for outer in saved.values() for module in outer.modules()]
-    inside_set = set(inside)  # modules are hashed by identity
-    outside = {
-        id(parameter)
-        for module in model.modules()
-        if module not in inside_set
-        for parameter in module.parameters(recurse=False)
-    }
+    outside = ids_outside(model, set(inside))
     copies: dict[int, nn.Parameter] = {}
     untied = []
     for module in inside:

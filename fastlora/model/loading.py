@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..foreign import derived_from
 from ..formats import bitsandbytes
-from ..layers.adapted import Adapted
-from ..layers.modules import plain_name, some
+from ..layers.modules import lora_layers, plain_name, some
 
 
 def watch_loading(model: nn.Module) -> RemovableHandle:
@@ -70,11 +69,9 @@ def _absent(tensors: Mapping[str, Tensor], state: Mapping[str, Any], prefix: str
 
 def _trained(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     """What trains, and the adapters, by name; and the last parts of the adapters' names."""
-    adapters, ends = set(), set()
-    for module in model.modules():
-        for name in module.adapter_names() if isinstance(module, Adapted) else ():
-            adapters.add(id(getattr(module, name)))
-            ends.add(name)
+    adapted = [layer for _, layer in lora_layers(model)]
+    adapters = {id(tensor) for layer in adapted for tensor in layer.adapter_pair}
+    ends = {name for layer in adapted for name in layer.pair_names()}
     named = model.named_parameters(remove_duplicate=False)
     chosen = ((n, p) for n, p in named if p.requires_grad or id(p) in adapters)
     return {plain_name(name): parameter for name, parameter in chosen}, ends

@@ -15,7 +15,7 @@ from ..formats.packing import KINDS, pack_weight, packing_error
 from ..layers.expert_layer import take_packed, why_not_experts
 from ..layers.experts import packed_names, read_module, stack_in
 from ..layers.frozen import matrix_of, why_not_base
-from ..layers.modules import called, full_name, inside_of, plain_name, some, unwrap
+from ..layers.modules import called, full_name, ids_outside, inside_of, plain_name, some, unwrap
 from ..projection import shown
 from ..report import columns
 from .declare import declared
@@ -228,16 +228,10 @@ def _chosen(model: nn.Module, modules: str | Sequence[str] | None) -> dict[str, 
 
 def _held_by_others(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
     """The ids of parameters outside of the chosen modules, and of layers that are compiled."""
-    ids, packed = set[int](), set(chosen)  # modules are hashed by identity
-    for module in model.modules():
-        compiled = module._modules.get("_orig_mod")
-        if isinstance(compiled, nn.Linear):  # another one in its place would never be called
-            ids.add(id(compiled))
-        if module not in packed:
-            ids |= {
-                id(parameter) for parameter in module._parameters.values() if parameter is not None
-            }
-    return ids
+    compiled = [module._modules.get("_orig_mod") for module in model.modules()]
+    # Another layer in the place of such a one would never be called.
+    layers = {id(each) for each in compiled if isinstance(each, nn.Linear)}
+    return layers | ids_outside(model, set(chosen))
 
 
 def packed_on_meta(shape: Sequence[int], kind: str) -> Quantised:
