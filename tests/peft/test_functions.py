@@ -1,25 +1,36 @@
 """PEFT's and torch's own functions on an optimised model: they give, write and raise what they do
-on PEFT's."""
+on PEFT's.  So do torch's transforms and tracers, and its files, names and classes are PEFT's."""
 
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft.helpers import rescale_adapter_scale
+from peft.helpers import DoraCaching, rescale_adapter_scale
+from peft.tuners import lora
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import (
     KINDS,
     ROUNDING,
+    assert_runs_the_same,
     assert_same,
     gradients,
     inputs,
     mlp,
+    optimized,
     other_config,
     run_both,
     up,
     write_adapter,
 )
+from torch import nn
+from torch._dynamo import config as dynamo_config
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora.layers.reading import _PLACES
 
 # Each of these takes a PEFT model, does something with it, and returns what came out.
 
@@ -172,3 +183,169 @@ def test_gives_what_it_gives_on_peft_s(kind, run, tmp_path):
     got, expected, calls = run_both(run, theirs)
     assert calls
     assert_same(got, expected, ROUNDING)
+
+
+kinds = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+
+
+@kinds
+def test_names_files_and_merged_models_are_peft_s(settings, tmp_path):
+    theirs = mlp(target_modules="up|down", **settings)  # PEFT writes a list in any order
+    ours = optimized(theirs)
+    ours(inputs()).sum().backward()
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+    assert vars(up(ours)).keys() - set(_PLACES) == vars(up(theirs)).keys()
+    assert isinstance(up(ours), lora.Linear)
+    assert type(up(ours)).__name__ == type(up(theirs)).__name__
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert "adapter_model.safetensors" in names
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    ours, theirs = ours.merge_and_unload(), theirs.merge_and_unload()
+    assert repr(ours) == repr(theirs)
+    assert_same(ours.state_dict(), theirs.state_dict(), 0.0)
+
+
+class Tripled(lora.Linear):
+    """A user's layer."""
+
+    def forward(self, x, *args, **kwargs):
+        return super().forward(x, *args, **kwargs) * 3
+
+
+def test_a_user_s_layer_class_is_left_alone():
+    theirs = mlp()
+    up(theirs).__class__ = Tripled
+    ours = optimized(theirs)
+    assert type(up(ours)) is Tripled
+    report = {layer.name.split(".")[-1]: layer for layer in fastlora.coverage(ours).layers}
+    assert "Tripled" in report["up"].reason
+    assert report["down"].fast
+    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
+
+
+def test_dora_caches_are_used_and_cleared_as_peft_s_are():
+    """In evaluation a cached norm is used although B has changed; training clears it."""
+
+    def call(model):
+        outputs = []
+        with DoraCaching():
+            outputs += [model(inputs()), model(inputs())]
+            with torch.no_grad():
+                up(model).lora_B["default"].weight.mul_(2)
+            outputs += [model(inputs()), model.train()(inputs()), model.eval()(inputs())]
+        return [*outputs, model(inputs())]
+
+    got = assert_runs_the_same(call, mlp(use_dora=True), fast=12, tolerance=ROUNDING)
+    assert not torch.equal(got[2], got[3])  # a stale norm differs from a fresh one
+
+
+def test_dora_of_one_vector_has_peft_s_shape():
+    """PEFT's gain is [1, out], and so is its output for x [in]."""
+    theirs = mlp(use_dora=True)
+    assert_same(up(optimized(theirs))(inputs()[0, 0]), up(theirs)(inputs()[0, 0]), ROUNDING)
+
+
+def test_dora_drops_in_a_training_layer_only():
+    """Dropout switched on alone (Monte Carlo dropout) does nothing in PEFT's DoRA layer."""
+    theirs = mlp(use_dora=True, lora_dropout=0.5)
+    ours = optimized(theirs)
+    for model in (theirs, ours):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+    assert_same(ours(inputs()), theirs(inputs()), ROUNDING)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_checkpointed_in_a_compiled_whole_graph_it_needs_a_setting_of_torch_s(monkeypatch):
+    """PEFT's own needs it, too."""
+    layer, x = up(optimized(mlp(use_dora=True))), inputs().requires_grad_()
+    run = torch.compile(
+        lambda x: checkpoint(layer, x, use_reentrant=False).square().sum(),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="nsafe side effect"):
+        run(x)
+    monkeypatch.setattr(dynamo_config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(run(x), x)[0], expected)
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_of(model):
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    return loss
+
+
+def forward_mode(model):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(inputs(), inputs())))
+
+
+def call_and_unit_gradients(model):
+    """y, what has a gradient, and a dy for each element of y."""
+    x = inputs()[0].requires_grad_()
+    y = model(x)
+    dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    return y, [x, *(p for p in model.parameters() if p.requires_grad)], dys
+
+
+def batched_gradients(model):
+    return torch.autograd.grad(*call_and_unit_gradients(model), is_grads_batched=True)
+
+
+def export(model):
+    program = torch.export.export(model, (inputs(),))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    return program.module()(inputs() * 2), names
+
+
+def compiled(transform):
+    """The transform is part of what is compiled."""
+
+    def call(model):
+        torch._dynamo.reset()
+        function = torch.compile(lambda x: transform(model, x), backend="aot_eager")
+        with torch.no_grad():  # the transforms' own gradients are all that is asked for
+            return function(inputs())
+
+    return call
+
+
+TRANSFORMS = {
+    "grad": lambda model: torch.func.grad(loss_of(model))(trained(model), inputs()),
+    "jvp": lambda model: torch.func.jvp(model, (inputs(),), (inputs(),)),
+    "vmap": lambda model: torch.func.vmap(model)(inputs()),
+    "per-sample-gradients": lambda model: torch.func.vmap(
+        torch.func.grad(loss_of(model)), in_dims=(None, 0)
+    )(trained(model), inputs()),
+    "forward-mode": forward_mode,
+    "batched-gradients": batched_gradients,
+    "jit.trace": lambda model: torch.jit.trace(model, inputs())(inputs() * 2),
+    "export": export,
+    "make_fx": lambda model: make_fx(model)(inputs())(inputs() * 2),
+    "compiled-inside": compiled(lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x[0])),
+}
+ROWS = [(name, kind) for name in TRANSFORMS for kind in KINDS]
+ROWS.remove(("compiled-inside", "dora"))  # seconds for what each shows
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_give_what_they_give_on_peft_s(name, kind):
+    theirs = mlp(**KINDS[kind])
+    ours = optimized(theirs)
+    assert_same(TRANSFORMS[name](ours), TRANSFORMS[name](theirs), ROUNDING)

@@ -1,16 +1,36 @@
 """Tiny transformers models train as they do with PEFT: the same losses, gradients and adapters.
 
 Both runs have the same dropout masks in the adapters (``shared_masks``), and the same random state
-for the models' own dropout.  All is in float64, where all that isn't rounding shows.
+for the models' own dropout.  All is in float64, where all that isn't rounding shows.  torch's
+optimizers and checkpoints, and accelerate, come behind.
 """
 
+import copy
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.state import AcceleratorState
+from judge import saved_bytes
 from models import counted_blocks, tiny_llama
-from peft_llama import ROUNDING, adamw, gradients, train
+from peft_llama import (
+    DATA,
+    LAYERS,
+    NOT_REENTRANT,
+    REENTRANT,
+    ROUNDING,
+    STEPS,
+    adamw,
+    gradients,
+    llama,
+    logits,
+    result,
+    train,
+    trained,
+)
 from peft_models import (
     BATCH,
     adapted,
@@ -25,8 +45,10 @@ from peft_models import (
     qwen3,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastlora
+from fastlora.peft.baseline import shared_masks
 
 
 def mistral() -> nn.Module:
@@ -94,3 +116,140 @@ def test_what_isn_t_covered_stays_peft_s_beside_the_rest():
     )
     theirs = adapted(tiny_llama(), target_modules=["embed_tokens", "q_proj"]).double()
     assert_runs_the_same(gradients, theirs, fast=2, tolerance=ROUNDING)
+
+
+# Keeps what attention gives, as TRL's selective checkpointing does.
+SELECTIVE = {
+    "use_reentrant": False,
+    "context_fn": partial(
+        create_selective_checkpoint_contexts,
+        [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default],
+    ),
+}
+CHECKPOINTING = {"reentrant": REENTRANT, "not-reentrant": NOT_REENTRANT, "selective": SELECTIVE}
+
+
+def kept(model: nn.Module) -> int:
+    """Bytes that wait for the backward of the loss in training, but parameters."""
+    return sum(saved_bytes(lambda: model.train()(**DATA).loss, model.parameters()).values())
+
+
+@pytest.mark.parametrize("how", CHECKPOINTING.values(), ids=CHECKPOINTING)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_checkpointed_blocks_run_fast_twice_and_keep_less(how):
+    theirs = llama(use_dora=how is REENTRANT)
+    ours, plain = optimized(theirs), optimized(theirs)
+    for model in (theirs, ours):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    got = assert_runs_the_same(gradients, theirs, ours, fast=2 * LAYERS, tolerance=ROUNDING)
+    assert_same(got, gradients(plain), 0.0)  # the same masks again
+    assert kept(ours) < 0.5 * kept(plain)
+    assert kept(ours) == kept(theirs)
+
+
+def test_an_optimizer_s_step_inside_of_backward():
+    """Parameters change while the layers below wait for their backward."""
+
+    def run(model):
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in trained(model).values()}
+
+        def step(parameter):
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in optimizers:
+            parameter.register_post_accumulate_grad_hook(step)
+        torch.manual_seed(7)
+        with shared_masks(model.train()):
+            for _ in range(3):
+                model(**DATA).loss.backward()
+        return {name: p.detach() for name, p in trained(model).items()}
+
+    assert_runs_the_same(run, llama(), fast=3 * LAYERS, tolerance=ROUNDING)
+
+
+before_and_after = pytest.mark.parametrize("when", ["before", "after"])
+
+
+def train_accelerated(model: nn.Module, when: str = "never", **settings) -> dict[str, Tensor]:
+    """Losses and adapter; ``when`` says when the model is optimised."""
+    AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, **settings)
+    optimizer = adamw(trained(model).values())
+    model, optimizer = prepared(accelerator, when, model, optimizer)
+    torch.manual_seed(7)
+    losses = []
+    with shared_masks(model.train()):
+        for _ in range(STEPS):
+            with accelerator.accumulate(model):
+                loss = model(**DATA).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    return result(model, losses)
+
+
+def prepared(accelerator, when: str, model: nn.Module, *others):
+    """What ``accelerator.prepare`` gives; the model is optimised before, after, or never."""
+    if when == "before":
+        fastlora.optimize(model)
+    found = accelerator.prepare(model, *others)
+    if when == "after":
+        fastlora.optimize(model)
+    return found
+
+
+@before_and_after
+def test_accelerate_prepares_before_or_after(when):
+    theirs = llama()
+    ours = copy.deepcopy(theirs)
+
+    def train(model):
+        moment = when if model is ours else "never"
+        return train_accelerated(model, moment, gradient_accumulation_steps=2)
+
+    assert_runs_the_same(train, theirs, ours, fast=LAYERS * STEPS, tolerance=ROUNDING)
+
+
+def base_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for name, m in model.named_modules() if name.endswith(".base_layer")]
+
+
+@pytest.fixture(params=["optimized", "hooked"])
+def both(request):
+    """PEFT's model, and a copy of it that is optimised before it is hooked, or afterwards."""
+    theirs = llama()
+    return theirs, optimized(theirs) if request.param == "optimized" else copy.deepcopy(theirs)
+
+
+@pytest.mark.parametrize("moved", ["inputs", "outputs"])
+def test_hooks_of_accelerate_on_base_layers(moved, both):
+    """One that moves inputs to the layer's device leaves it fast; one that moves outputs can't."""
+    theirs, ours = both
+    for layer in base_layers(ours):
+        hook = AlignDevicesHook(execution_device="cpu", io_same_device=moved == "outputs")
+        add_hook_to_module(layer, hook)
+    fastlora.optimize(ours)
+    fast = LAYERS * (moved == "inputs")
+    assert_runs_the_same(gradients, theirs, ours, fast=fast, tolerance=ROUNDING)
+    for layer in base_layers(ours):  # and then the other way
+        layer._hf_hook.io_same_device = moved != "outputs"
+    assert_runs_the_same(gradients, theirs, ours, fast=LAYERS - fast, tolerance=ROUNDING)
+
+
+def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(both, tmp_path):
+    theirs, ours = both
+    inner = "base_model.model."
+    places = {f"{inner}model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+    places |= {f"{inner}lm_head": "cpu", f"{inner}model.layers.0": "cpu"}
+    places |= {f"{inner}model.layers.1": "disk"}
+    accelerate.dispatch_model(ours, places, offload_dir=str(tmp_path))
+    report = fastlora.optimize(ours)
+    assert all(".layers.0." in layer.name for layer in report.fast)
+    assert all(".layers.1." in layer.name for layer in report.eager)
+    assert len(report.fast) == LAYERS // 2
+    assert_runs_the_same(logits, theirs, ours, fast=LAYERS // 2, tolerance=ROUNDING)
