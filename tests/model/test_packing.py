@@ -381,6 +381,21 @@ def test_a_torn_checkpoint_is_refused_and_the_model_stays(checkpoint, tmp_path, 
     assert_untouched(model, before)
 
 
+def test_a_linear_layer_whose_scales_are_cut_is_refused_and_the_model_stays(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    packed = mixture("qwen3")
+    fastlora.pack(packed, "nf4", ["experts", "q_proj"])
+    packed.save_pretrained(tmp_path)
+    state = load_file(tmp_path / ONE)
+    scales = "model.layers.1.self_attn.q_proj.weight.absmax"
+    save_file(state | {scales: state[scales][:1].clone()}, tmp_path / ONE)
+    model = empty(tmp_path, device="cpu")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"1\.self_attn\.q_proj can't be packed as nf4: .* broken"):
+        fastlora.load_packed(model, tmp_path)
+    assert_untouched(model, before)
+
+
 def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
     model = empty(checkpoint)
     model.model.norm.register_buffer("odd", torch.ones(2, device="meta"), persistent=False)
