@@ -186,7 +186,8 @@ def plain_class_of(module: nn.Module) -> Any:
 
     FSDP2's class around it is left out.
     """
-    return getattr(module, "plain_class", None) or under(type(module))
+    kind = type(module)
+    return getattr(kind, "plain_class", None) or under(kind)
 
 
 def is_replaced(module: nn.Module, forwards: Iterable[Any]) -> bool:

@@ -34,22 +34,18 @@ class LoRAQuantised(LoRALayer):
     def weight_name(self) -> str:
         return "weight" if self.is_dense else self.vendor.PARTS[0]
 
-    def _read_packed(self) -> PackedLayer | str:
-        """The weight as it is now, or why a call can't read it."""
-        packed = self.vendor.read(self)
-        return SHARDED if not isinstance(packed, str) and not packed.is_whole else packed
-
     def read(self) -> Reading:
-        packed = self._read_packed()
-        if isinstance(packed, str):
-            return Reading(packed)
+        packed = self.vendor.read(self)
+        if isinstance(packed, str) or not packed.is_whole:
+            return Reading(packed if isinstance(packed, str) else SHARDED)
         return Reading("", (self.output_over(packed.weight),), (self.lora_dropout,), (packed,))
 
-    def packed(self) -> PackedLayer:
-        """The weight as it is now.  Raises ValueError if it can't be read."""
-        packed = self._read_packed()
-        if isinstance(packed, str):
-            raise ValueError(f"the {self.plain_class.__name__} can't be read: {packed}")
+    def packed(self, reading: Reading | None = None) -> PackedLayer:
+        """The weight as it is now, or was read.  Raises ValueError if it can't be read."""
+        reading = reading or self.read()
+        (packed,) = reading.packed
+        if packed is None:
+            raise ValueError(f"the {self.plain_class.__name__} can't be read: {reading.reason}")
         return packed
 
     def adapted_output(self) -> Output:
@@ -63,11 +59,8 @@ class LoRAQuantised(LoRALayer):
         return linear(x, self.weight.to(x.dtype), bias)
 
     def run(self, x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:
-        (packed,) = reading.packed
-        if packed is None:
-            raise ValueError(f"the {self.plain_class.__name__} can't be read: {reading.reason}")
         run = super().run
-        return packed.run(x, lambda x: run(x, reading))
+        return self.packed(reading).run(x, lambda x: run(x, reading))
 
     def _device(self) -> torch.device:
         return self.packed().weight.device
