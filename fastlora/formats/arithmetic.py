@@ -53,9 +53,8 @@ def _has_nan(codes: Tensor) -> bool:
     """Whether one of e4m3fn's is: 127 or 255."""
     if not codes.numel():
         return False
-    return (
-        codes.view(torch.int8).amax().item() == 127 or codes.view(torch.uint8).amax().item() == 255
-    )
+    signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
+    return signed.amax().item() == 127 or unsigned.amax().item() == 255
 
 
 def scales_of(values: Tensor, scale: Tensor, factor: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..foreign import derived_from, is_dtensor
 from .format import Coding, Expected, Format, Quantised, of_rows
-from .torchao import Int8Rows
+from .torchao import Affine
 from .vendor import PackedLayer, checked
 
 _NF4 = (
@@ -116,10 +116,8 @@ class FourBit(Format):
         block, head, tail = self.block, begin % 2, end % 2  # of a byte, that others have
         odd = head or tail or out.storage_offset() % 2
         apart = odd or out.dtype != torch.float32 or not out.is_contiguous()
-        if apart:
-            made = torch.empty(end - begin + head + tail, dtype=torch.float32, device=out.device)
-        else:
-            made = out.view(-1)
+        count = end - begin + head + tail
+        made = torch.empty(count, dtype=torch.float32, device=out.device) if apart else out.view(-1)
         packed = tensors[0][begin // 2 : (end + 1) // 2]
         table, pairs = _pairs(self.kind, out.device), made.view(torch.float64)
         torch.index_select(table, 0, packed.int(), out=pairs)
@@ -279,7 +277,7 @@ def _read_repacked(layer: Any, state: Any) -> PackedLayer:
 
 
 def _read_int8(layer: Any) -> PackedLayer | str:
-    state = layer.state
+    state, weight = layer.state, layer.weight
     if state.has_fp16_weights:
         return "its weight has 16 bits, and is quantised in every call (has_fp16_weights)"
     if state.threshold:
@@ -287,25 +285,15 @@ def _read_int8(layer: Any) -> PackedLayer | str:
             f"its outlier threshold is {state.threshold}: which columns of x it rounds to 8 bits "
             "depends on their values; 0 is read"
         )
-    if state.SCB is None and not hasattr(layer.weight, "SCB"):
+    if state.SCB is None and not hasattr(weight, "SCB"):
         return "its weight was made anew without its scales (FSDP2 does that)"
-    codes, scale = _codes_and_scale(layer)
+    # The first call moves both to the state, which a move of the model to a device leaves behind.
+    codes = weight.CB if weight.CB is not None else state.CB
+    scale = weight.SCB if weight.SCB is not None else state.SCB
+    codes = (weight if codes is None else codes).detach().to(weight.device)
     if scale is None or codes.dtype != torch.int8:
         return "its weight isn't quantised as yet: .to(device) does that"
     rows, columns = codes.shape
-    weight = Quantised(Int8Rows(rows, columns, _FACTOR), (codes, scale))
-    return PackedLayer(weight, rounds_input=True)
-
-
-def _codes_and_scale(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """CB and SCB, which the layer's first call moves from the weight to its state.
-
-    A model's move to another device leaves the state's behind.
-    """
-    weight, state = layer.weight, layer.state
-    codes, scale = (
-        getattr(state, name) if getattr(weight, name) is None else getattr(weight, name)
-        for name in ("CB", "SCB")
-    )
-    codes = (weight if codes is None else codes).detach()
-    return codes.to(weight.device), None if scale is None else scale.to(weight.device)
+    format = Affine(rows, columns, 8, 1, columns, factor=_FACTOR)
+    scale = scale.to(weight.device)[:, None]
+    return PackedLayer(Quantised(format, (codes, scale)), rounds_input=True)

@@ -63,19 +63,16 @@ class Gguf(Format):
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         super().check(tensors)
-        known = not torch.compiler.is_compiling()
-        if known and tensors[0].storage_offset() % 4:  # float16 and int32 are read from them
+        # float16 and int32 are read from them.
+        if not torch.compiler.is_compiling() and tensors[0].storage_offset() % 4:
             raise ValueError("its blocks don't begin at a multiple of 4 bytes: clone them")
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
         _, weights, size, write = KINDS[self.kind]
         rows = tensors[0][first : first + len(out)].unflatten(1, (-1, size))
-        if not self.permuted:
-            write(rows, out.unflatten(1, (-1, weights)))
-            return out
-        made = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        made = out.new_empty(out.shape) if self.permuted else out
         write(rows, made.unflatten(1, (-1, weights)))
-        return out.index_copy_(1, tensors[1], made)
+        return out.index_copy_(1, tensors[1], made) if self.permuted else out
 
 
 def _half(blocks: Tensor, at: int, dtype: torch.dtype) -> Tensor:

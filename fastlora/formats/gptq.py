@@ -112,8 +112,8 @@ def read(layer: Any) -> PackedLayer | str:
     groups = len(scales)
     ordered = _ORDERED.ask(layer.g_idx, lambda g_idx: _is_ordered(g_idx, groups))
     format = Gptq(rows, columns, layer.bits, groups, name_of(scales.dtype), ordered)
-    tensors = layer.qweight, layer.qzeros, scales, layer.g_idx
-    return PackedLayer(Quantised(format, tuple([tensor.detach() for tensor in tensors])))
+    tensors = tuple([getattr(layer, name).detach() for name in format.names])
+    return PackedLayer(Quantised(format, tensors))
 
 
 def pack(layer: Any, weight: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import rows_at_a_time
+from ..blocks import buffer_for, rows_at_a_time, widened
 from .bitsandbytes import FourBit
 from .float8 import Float8
 from .format import Quantised
@@ -66,10 +66,8 @@ def packing_error(weight: Tensor, packed: Quantised) -> float:
     with torch.no_grad():
         for i, matrix in enumerate(_matrices(weight)):
             source = packed if weight.dim() == 2 else packed.one(i)
-            step = rows_at_a_time(matrix)
-            for first in range(0, len(matrix), step):
-                exact = matrix[first : first + step].double()
-                made = source.read(first, torch.empty_like(exact, dtype=torch.float32))
+            for rows, made in widened(source, buffer_for(matrix, torch.float32)):
+                exact = matrix[rows].double()
                 error += float((made - exact).square_().sum())
                 size += float(exact.square_().sum())
     return (error / size) ** 0.5 if size else 0.0

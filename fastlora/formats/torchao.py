@@ -19,45 +19,19 @@ from .vendor import Once, PackedLayer, checked
 
 
 @dataclass(frozen=True)
-class Int8Rows(Format):
-    """weight = codes · (``factor`` · scale): int8 [N, K] and a scale [N] of any floating dtype.
-
-    LLM.int8's scale is a row's largest magnitude, and its factor 1 / 127.  The factor is multiplied
-    in the scale's dtype; the product in float32 or out's, if that is wider, and it is rounded once.
-    """
-
-    factor: float = 1.0
-
-    label: ClassVar[str] = "int8"
-    names: ClassVar[tuple[str, ...]] = ("codes", "scale")
-
-    def expected(self) -> Expected:
-        return [((self.rows, self.columns), (torch.int8,)), ((self.rows,), FLOATS)]
-
-    def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        codes, scale = (tensor[first : first + len(out)] for tensor in tensors)
-        scale = scale.unsqueeze(1)
-        scale = scale if self.factor == 1.0 else scale.mul(self.factor)
-        return write_scaled(out, codes, scale)
-
-    @property
-    def coding(self) -> Coding | None:
-        return Coding("int8", 1, 0, factor=float(self.factor))
-
-
-@dataclass(frozen=True)
 class Affine(Format):
-    """(codes - zero_point) · scale, as torchao dequantises its integer tensors.
+    """(codes - zero_point) · (``factor`` · scale), as torchao and LLM.int8 dequantise integers.
 
     codes int8 [rows, columns], of ``bits`` bits; scale and, if ``shifted``, zero_point [rows /
-    block_rows, columns / block_columns].  The difference is out's dtype's, the product that of out
-    and scale; it is rounded once.
+    block_rows, columns / block_columns].  The difference is out's dtype's, the scale times the
+    factor that of the scale, their product that of both; it is rounded once.
     """
 
     bits: int
     block_rows: int
     block_columns: int
-    shifted: bool
+    shifted: bool = False
+    factor: float = 1.0
 
     @property
     def label(self) -> str:
@@ -76,16 +50,24 @@ class Affine(Format):
         return expected[: len(self.names)]
 
     def read(self, tensors: Sequence[Tensor], first: int, out: Tensor) -> Tensor:
-        codes = tensors[0][first : first + len(out)].unflatten(1, (-1, self.block_columns))
-        groups = out.unflatten(1, (-1, self.block_columns))
-        scale, *zero_point = [
-            of_rows(values, first, len(out), self.block_rows)[..., None] for values in tensors[1:]
-        ]
+        codes, groups = tensors[0][first : first + len(out)], out
+        numbers = [of_rows(each, first, len(out), self.block_rows) for each in tensors[1:]]
+        if self.block_columns < self.columns:
+            codes, groups = (x.unflatten(1, (-1, self.block_columns)) for x in (codes, out))
+            numbers = [each.unsqueeze(2) for each in numbers]
+        scale, *zero_point = numbers[0] * self.factor, *numbers[1:]
         if zero_point:
             groups.copy_(codes).sub_(zero_point[0].to(out.dtype)).mul_(scale)
         else:
             write_scaled(groups, codes, scale)
         return out
+
+    @property
+    def coding(self) -> Coding | None:
+        """Of those with a scale for each row."""
+        if self.shifted or (self.block_rows, self.block_columns) != (1, self.columns):
+            return None
+        return Coding("int8", 1, 0, factor=self.factor)
 
 
 @dataclass(frozen=True)
@@ -192,16 +174,12 @@ def _rounds_to(weight: Any) -> str:
 
 
 def _whole_numbers(weight: Any) -> PackedLayer:
-    rows, columns = weight.shape
-    height, width = map(int, weight.block_size)
+    (rows, columns), (height, width) = weight.shape, map(int, weight.block_size)
     bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
     shifted = not _is_zero(weight)
-    if not shifted and (height, width) == (1, columns):
-        tensors = weight.qdata, weight.scale.view(rows)
-        return PackedLayer(Quantised(Int8Rows(rows, columns), tensors))
+    tensors = weight.qdata, weight.scale.view(rows // height, -1), weight.zero_point
     format = Affine(rows, columns, bits, height, width, shifted)
-    zeros = (weight.zero_point,) if shifted else ()
-    return PackedLayer(Quantised(format, (weight.qdata, weight.scale, *zeros)))
+    return PackedLayer(Quantised(format, tensors[: len(format.names)]))
 
 
 def _int4(weight: Any) -> PackedLayer | str:
@@ -236,8 +214,7 @@ def _is_zero(weight: Any) -> bool:
 
 def _granularity(weight: Any) -> Any:
     made = sys.modules["torchao.quantization.granularity"]
-    rows, columns = weight.shape
-    block = tuple(weight.block_size or (rows, columns))
-    if block == (rows, columns):
+    block = tuple(weight.block_size or weight.shape)
+    if block == tuple(weight.shape):
         return made.PerTensor()
-    return made.PerRow() if block == (1, columns) else made.PerGroup(block[1])
+    return made.PerRow() if block == (1, weight.shape[1]) else made.PerGroup(block[1])

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..backends import Call
-from ..blocks import buffer_for, widened
 from ..formats import SHARDED, PackedLayer, Vendor, vendor_of
+from ..formats.packing import packing_error
 from ..projection import DTYPES, Output
 from .adapted import LoRALayer, add_product
 from .reading import Reading
@@ -84,7 +84,7 @@ class LoRAQuantised(LoRALayer):
         try:
             if requantise:
                 vendor.pack(self, weight)
-                distance = self._distance(weight)
+                distance = packing_error(weight, self.packed().weight)
             else:
                 setattr(self, vendor.PARTS[0], None)
                 self.weight = nn.Parameter(weight, requires_grad=False)
@@ -119,13 +119,6 @@ class LoRAQuantised(LoRALayer):
         for name in () if vendor is None else vendor.PARTS:
             if hasattr(original, name):
                 setattr(self, name, getattr(original, name))
-
-    def _distance(self, weight: Tensor) -> float:
-        """‖packed - weight‖ / ‖weight‖."""
-        packed, total = self.packed().weight, weight.new_zeros(())
-        for rows, some in widened(packed, buffer_for(packed, torch.float32)):
-            total += (some - weight[rows]).square().sum()
-        return (total.sqrt() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
     def detach_adapter(self) -> None:
         """Become the vendor's layer again, or ``nn.Linear`` if it is merged into a plain weight."""

@@ -19,7 +19,12 @@ from packed import (
 
 import fastlora
 from fastlora.backends.triton import at_once, experts
+from fastlora.backends.triton.packed import has_kernel
+from fastlora.formats.bitsandbytes import FourBit
+from fastlora.formats.float8 import Float8
 from fastlora.formats.format import Format, Quantised
+from fastlora.formats.microscaled import MXFP4
+from fastlora.formats.torchao import Affine
 from fastlora.kernels.config import FEW_ROWS
 from fastlora.kernels.plan import IN_PLACE, use_plan
 from fastlora.projection import Adapter, Base, Output, as_outputs
@@ -192,6 +197,35 @@ def test_experts_of_torch_s_own_product(monkeypatch):
     assert count_of(names) == {"dense": 2, "in-place": 2}
     for value, true in zip(found, truth, strict=True):
         assert torch.equal(value, true)
+
+
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
+READ = {  # by a kernel: one, and many at once
+    "blocks-in-rows": (FourBit(9, 64, "nf4", 64), True, True),
+    "blocks-over-rows": (FourBit(9, 66, "nf4", 64), True, False),
+    "nested": (FourBit(9, 64, "nf4", 64, 2), True, False),
+    "a-scale-for-each": (FourBit(9, 64, "nf4", 1), False, False),
+    "48": (FourBit(9, 96, "nf4", 48), False, False),
+    "too-long-in-one-row": (FourBit(2**16, 2**16 - 1, "nf4", 64), False, False),
+    "as-long-in-rows": (FourBit(2**16, 2**16, "nf4", 64), True, True),
+    "too-long-rows": (MXFP4(1, 2**31), False, False),
+    "e2m1": (MXFP4(9, 64), True, True),
+    "e4m3": (Float8(32, 64, E4M3, 16, 16), True, True),
+    "e4m3-ragged": (Float8(24, 64, E4M3, 16, 16), True, False),
+    "e4m3-one-scale": (Float8(24, 40, E4M3, 24, 40), True, True),
+    "e4m3-24": (Float8(48, 64, E4M3, 24, 64), False, False),
+    "e5m2": (Float8(32, 64, E5M2, 16, 16), False, False),
+    "int8-rows": (Affine(9, 64, 8, 1, 64), True, True),
+    "int8-groups": (Affine(9, 64, 8, 1, 32), False, False),
+    "int8-zero-points": (Affine(9, 64, 8, 1, 64, shifted=True), False, False),
+    "another": (Another(9, 64), False, False),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_which_formats_kernels_read(case):
+    format, one, many = READ[case]
+    assert (has_kernel(format), has_kernel(format, of_experts=True)) == (one, many)
 
 
 def replace_weight(output: Output, weight: torch.Tensor) -> Output:

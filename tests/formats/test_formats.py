@@ -9,8 +9,8 @@ from packed import MAKERS, by_elements, random_four_bit, random_int8
 from fastlora.formats import arithmetic, float8
 from fastlora.formats.bitsandbytes import FourBit
 from fastlora.formats.float8 import Float8
-from fastlora.formats.format import Quantised, from_text
-from fastlora.formats.torchao import Int8Rows
+from fastlora.formats.format import Format, Quantised, from_text
+from fastlora.formats.torchao import Affine
 from fastlora.projection import Base, Output, flatten, layouts_of, unflatten
 
 
@@ -66,7 +66,7 @@ def test_the_text_tells_the_format(weight):
     assert from_text(weight.format.text) == weight.format
 
 
-@pytest.mark.parametrize("text", ["", "Elsewhere 1 2", "Int8Rows 3 4"])
+@pytest.mark.parametrize("text", ["", "Elsewhere 1 2", "Affine 3 4"])
 def test_another_text_tells_none(text):
     with pytest.raises(ValueError, match="tells of no format"):
         from_text(text)
@@ -117,5 +117,10 @@ def test_a_packed_weight_is_flat_as_all_its_tensors():
     assert flatten(gradients, layouts) == [None] * 5 + [bias] + [None] * 2
 
 
+def test_a_hash_is_written_once_for_all_formats(weight):
+    """A dataclass makes one for each, of whose lines no file has the text."""
+    assert type(weight.format).__hash__ is Format.__hash__
+
+
 def test_formats_are_hashable_and_compare_by_their_numbers():
-    assert len({FourBit(6, 16, "nf4", 64), FourBit(6, 16, "nf4", 64), Int8Rows(6, 16)}) == 2
+    assert len({FourBit(6, 16, "nf4", 64), FourBit(6, 16, "nf4", 64), Affine(6, 16, 8, 1, 16)}) == 2

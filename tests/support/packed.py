@@ -14,7 +14,7 @@ from fastlora.formats.gguf import KINDS, Gguf
 from fastlora.formats.gptq import Gptq
 from fastlora.formats.hqq import Hqq
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
-from fastlora.formats.torchao import Affine, Int4Groups, Int8Rows
+from fastlora.formats.torchao import Affine, Int4Groups
 
 NEEDS_5 = "transformers 4 hasn't it"
 
@@ -43,7 +43,8 @@ def random_four_bit(n: int, k: int, kind: str = "nf4", block: int = 64, nested: 
 
 def random_int8(n: int, k: int):
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    return Quantised(Int8Rows(n, k, 1.0 / 127.0), (codes, torch.rand(n) + 0.5))
+    format = Affine(n, k, 8, 1, k, factor=1.0 / 127.0)
+    return Quantised(format, (codes, torch.rand(n, 1) + 0.5))
 
 
 def random_affine(n: int, k: int, rows: int, columns: int, shifted=True, scale=torch.float32):
@@ -133,11 +134,11 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
     """The weight by the definition of its format, not rounded to this dtype as yet."""
     format, tensors = weight
     wide = torch.promote_types(dtype, torch.float32)
-    if isinstance(format, Int8Rows):
-        return tensors[0].to(wide) * (tensors[1] * format.factor)[:, None]
     if isinstance(format, Affine | Float8):
         wide = torch.float32 if isinstance(format, Float8) else wide
-        codes, scale, *zero = (tensor.to(wide) for tensor in tensors)
+        codes, scale, *zero = tensors
+        scale = scale * format.factor if isinstance(format, Affine) else scale
+        codes, scale, *zero = (tensor.to(wide) for tensor in (codes, scale, *zero))
         row = (torch.arange(format.rows) // format.block_rows)[:, None]
         column = torch.arange(format.columns) // format.block_columns
         return (codes - zero[0][row, column] if zero else codes) * scale[row, column]

@@ -48,10 +48,9 @@ def packed_of(weight: Quantised) -> "kernels.Packed":
 
 def is_unpackable(weights: Sequence[Tensor | Quantised]) -> bool:
     """Whether one launch of a product can unpack all of these weights as it reads them."""
-    if not all(isinstance(weight, Quantised) for weight in weights):
-        return False
     packed = [packed_of(weight) for weight in weights if isinstance(weight, Quantised)]
-    return all(each.lies_in_rows and each.is_like(packed[0]) for each in packed)
+    alike = all([each.lies_in_rows and each.is_like(packed[0]) for each in packed])
+    return alike and len(packed) == len(weights)
 
 
 def read_by(
