@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..formats.format import Quantised
 from ..formats.microscaled import MXFP4
 from ..layers.expert_layer import why_not_experts
-from ..layers.experts import PackedWeight, features_of, read_module, weight_in
+from ..layers.experts import PackedWeight, read_module, stack_in, weight_in
 from ..layers.members import twin
 from ..layers.modules import called, full_name, some, unwrap
 from ..projection import DTYPES
@@ -106,7 +106,8 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
         value = stored[key].read(key).to(_home(tensor), tensor.dtype, copy=True)
         is_parameter = isinstance(tensor, nn.Parameter)
         values[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
-    # Nothing has changed so far, and nothing below can fail.
+    packing.take()
+    # Nothing below can fail.
     for store, name, value in buffers:
         store[name] = value
     for each in model.modules():
@@ -116,7 +117,6 @@ def load_packed(model: nn.Module, folder: str | os.PathLike) -> PackReport:
                     store[name] = values[id(old)]
                 elif id(old) in values:
                     old.data = values[id(old)].data
-    packing.take()
     if adapters:
         warnings.warn(
             f"{path} has adapters, which weren't loaded ({some(adapters)}): call apply_lora with "
@@ -173,9 +173,8 @@ def _stacks(model: nn.Module, stored: Mapping[str, _Stored]) -> dict[str, _Stack
 
 
 def _stack(name: str, module: nn.Module, parameter: str, kind: str, is_gpt_oss: bool) -> _Stack:
-    features = features_of(module, parameter)
     try:
-        weight = packed_on_meta((features.experts, features.q, features.p), kind)
+        weight = packed_on_meta(stack_in(module, parameter).shape, kind)
     except ValueError as error:
         raise ValueError(f"{name} can't be {kind}: {error}") from None
     bits = dict(PackedWeight(weight).named_buffers())

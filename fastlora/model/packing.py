@@ -126,7 +126,7 @@ class Packing:
         self.records.append(PackedRecord(name, packed.format.label, before, after, error))
 
     def take(self) -> None:
-        """Let the model have them, and say so."""
+        """Let the model have them, and say so; what may fail does so before anything changes."""
         with declared(self.model, self._linears.values()):
             for module, weights in self._experts.items():
                 take_packed(module, weights)
@@ -190,7 +190,6 @@ def pack(model: nn.Module, kind: str, modules: str | Sequence[str] | None = None
             except ValueError as error:
                 raise ValueError(f"{where} can't be packed as {kind}: {error}") from None
             packing.add_weight(where, module, parameter, weight)
-    # Nothing has changed so far, and nothing below can fail.
     packing.take()
     return PackReport(tuple(packing.records))
 

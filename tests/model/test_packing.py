@@ -8,7 +8,7 @@ import sys
 import peft
 import pytest
 import torch
-from models import assert_untouched, snapshot
+from models import assert_untouched, refused, snapshot
 from moe_models import base_model, logits, parameters_of, train
 from packed_experts import SIZES, bits_of, dense_model, experts_modules, fp8_model, packed_model
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+from transformers.quantizers.auto import AutoHfQuantizer
 
 import fastlora
 from fastlora import LoRAConfig
@@ -390,10 +391,25 @@ def test_a_linear_layer_whose_scales_are_cut_is_refused_and_the_model_stays(tmp_
     scales = "model.layers.1.self_attn.q_proj.weight.absmax"
     save_file(state | {scales: state[scales][:1].clone()}, tmp_path / ONE)
     model = empty(tmp_path, device="cpu")
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"1\.self_attn\.q_proj can't be packed as nf4: .* broken"):
+    with refused(model, r"1\.self_attn\.q_proj can't be packed as nf4: .* broken"):
         fastlora.load_packed(model, tmp_path)
-    assert_untouched(model, before)
+
+
+def test_a_model_that_can_t_say_what_is_packed_stays(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    packed, chosen = mixture("qwen3"), ["experts", "q_proj"]
+    fastlora.pack(packed, "nf4", chosen)
+    packed.save_pretrained(tmp_path)
+    model = empty(tmp_path, device="cpu")
+
+    def fail(config):
+        raise ImportError("no accelerate")
+
+    monkeypatch.setattr(AutoHfQuantizer, "from_config", fail)
+    with refused(model, "no accelerate", ImportError):
+        fastlora.pack(model, "nf4", chosen)
+    with refused(model, "no accelerate", ImportError):
+        fastlora.load_packed(model, tmp_path)
 
 
 def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
