@@ -11,6 +11,7 @@ import pytest
 import torch
 from compiled_states import KINDS, State, changes_of
 from peft.tuners.lora.layer import LoraLayer
+from peft_models import counted_calls
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.layers import reading
@@ -32,7 +33,8 @@ WALKS = {
     "router": ("merge",),
     "peft": (
         "merge unmerge disable enable layer-disabled", "add set-adapter merge-some unmerge delete",
-        "set-scale scaling scaling-tensor pair", "train dropout-edited dropout-replaced step",
+        "set-scale scale-layer unscale-layer scaling scaling-tensor pair",
+        "train dropout-edited dropout-replaced step",
         "restore optimize forward cast", "load hotswap unload",
     ),
     "peft-saved": ("disable add delete",),
@@ -92,6 +94,23 @@ def test_what_is_kept_of_modules_follows_each_change(kind, walk):
     for name in ("nothing", "train", "rows", *walk.split(), "evaluate"):
         changes_of(kind)[name](state)
         for _ in range(3):  # read, used, used
+            state.compare()
+
+
+OF_PEFT = [(kind, walk) for kind, walk in ROWS if kind.startswith("peft")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "walk"), OF_PEFT, ids=map("-".join, OF_PEFT))
+def test_each_change_means_what_it_means_to_peft(kind, walk):
+    """On an optimised model, whose calls are fast until then."""
+    state = State(kind).compile("peft")
+    with counted_calls() as calls:
+        state.numbers(True)
+    assert calls
+    for name in ("nothing", "train", *walk.split()):
+        if name != "forward":  # that of a copy would be the original's
+            changes_of(kind)[name](state)
             state.compare()
 
 

@@ -6,15 +6,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.helpers import DoraCaching, rescale_adapter_scale
+from peft.helpers import DoraCaching
 from peft.tuners import lora
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import (
     KINDS,
     ROUNDING,
     assert_runs_the_same,
     assert_same,
-    gradients,
     inputs,
     mlp,
     optimized,
@@ -33,32 +31,6 @@ import fastlora
 from fastlora.layers.reading import _PLACES
 
 # Each of these takes a PEFT model, does something with it, and returns what came out.
-
-
-def disable(model):
-    with model.disable_adapter():
-        disabled = model(inputs())
-    return disabled, model(inputs())
-
-
-def add_set_delete(model):
-    """A second adapter beside the first, in its place, both at once, and alone."""
-    model.add_adapter("b", other_config(init_lora_weights="gaussian"))
-    outputs = [model(inputs())]
-    model.set_adapter("b")
-    outputs += [model(inputs()), gradients(model)]
-    model.base_model.set_adapter(["default", "b"])
-    outputs += [model(inputs()), gradients(model)]
-    model.delete_adapter("default")
-    return [*outputs, model(inputs()), model.active_adapters, list(model.state_dict())]
-
-
-def merge_and_unmerge(model):
-    outputs = [model(inputs())]
-    model.merge_adapter()
-    outputs += [model(inputs()), up(model).base_layer.weight.clone()]
-    model.unmerge_adapter()
-    return [*outputs, model(inputs()), up(model).base_layer.weight]
 
 
 def disable_while_merged(model):
@@ -82,33 +54,11 @@ def add_weighted_adapter(model):
     return outputs
 
 
-def rescale(model):
-    """Every way to change a scaling between calls."""
-    layer = up(model)
-    outputs = [model(inputs())]
-    layer.set_scale("default", 3.0)
-    outputs.append(model(inputs()))
-    layer.scale_layer(0.5)
-    outputs.append(model(inputs()))
-    layer.unscale_layer(0.5)
-    outputs.append(model(inputs()))
-    layer.unscale_layer()
-    with rescale_adapter_scale(model, 0.25):
-        outputs.append(model(inputs()))
-    return [*outputs, model(inputs())]
-
-
 def read_and_set_state(model):
     state = peft.get_peft_model_state_dict(model)
     peft.set_peft_model_state_dict(model, {name: value * 2 for name, value in state.items()})
     status = model.get_model_status(), model.get_layer_status()
     return list(state), list(model.state_dict()), [repr(s) for s in status], model(inputs())
-
-
-def convert(model):
-    outputs = [model(inputs())]
-    narrow = up(model.bfloat16())(inputs().bfloat16())
-    return [*outputs, narrow.dtype, model.double()(inputs())]
 
 
 def change_in_place(model):
@@ -152,25 +102,12 @@ def load_again(model):
     return outputs
 
 
-def hotswap(model):
-    """Another adapter's values, with tensors for scalings and with padded ranks."""
-    folder = write_adapter(Path(model.folder), r=6, lora_alpha=20)
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    assert isinstance(up(model).scaling["default"], torch.Tensor)
-    outputs = [model(inputs()), gradients(model)]
-    hotswap_adapter(model, str(folder), "default")
-    return [*outputs, model(inputs()), gradients(model)]
-
-
 FUNCTIONS = [
-    disable, add_set_delete, merge_and_unmerge,
-    disable_while_merged, add_weighted_adapter, rescale, read_and_set_state, convert,
-    change_in_place,
-    gradient_penalty, jacobian, odd_inputs,
-    load_again, hotswap,
+    disable_while_merged, add_weighted_adapter, read_and_set_state, change_in_place,
+    gradient_penalty, jacobian, odd_inputs, load_again,
 ]  # fmt: skip
 # PEFT doesn't do these with DoRA; odd-inputs has a test of its own.
-NOT_WITH_DORA = {add_weighted_adapter, hotswap, odd_inputs}
+NOT_WITH_DORA = {add_weighted_adapter, odd_inputs}
 
 
 @pytest.mark.parametrize(

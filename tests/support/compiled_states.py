@@ -3,7 +3,8 @@
 A comparison is a call of the compiled model, and the same call of the same model without the
 compiler: outputs and all gradients, or an error of both.  Hooks are followed where torch is told to
 (``skip_nnmodule_hook_guards``).  Or, the way "kept", a call with the readings that earlier calls
-left on the modules, and the same call with all of them read anew.
+left on the modules, and the same call with all of them read anew; or, the way "peft", a call of an
+optimised model, and of a copy that is given back.
 """
 
 import copy
@@ -110,7 +111,7 @@ class State:
     """A model, how it is compiled, and how it is called now.
 
     ``way``: ``torch.compile`` of the model, its ``compile()``, or that of each adapted layer; or
-    "kept", without a compiler.
+    "kept" and "peft", without a compiler.
     """
 
     way = "model"
@@ -149,18 +150,22 @@ class State:
 
     def numbers(self, compiled: bool) -> dict[str, Tensor | None]:
         """The output, and the gradients of x and of all that trains."""
+        model = self.call if compiled else self.model
+        if self.way == "peft" and not compiled:
+            model = fastlora.restore(copy.deepcopy(model))
         torch.manual_seed(3)
         if self.kind.size is None:
             x = torch.randint(0, 20, self.lead)
         else:
             x = torch.randn(*self.lead, self.kind.size).to(self.dtype).requires_grad_(self.x_trains)
-        named = [*self.model.named_parameters(), ("x", x)]
+        whole = self.model if compiled else model  # by its names
+        named = [*whole.named_parameters(), ("x", x)]
         wanted = {name: tensor for name, tensor in named if tensor.requires_grad}
-        stance = "default" if compiled and self.way != "kept" else "force_eager"
+        stance = "default" if compiled and self.way not in ("kept", "peft") else "force_eager"
         anew = _read_anew() if self.way == "kept" and not compiled else nullcontext()
         with torch.compiler.set_stance(stance), anew:
             with _WORLDS[self.world]():
-                y = (self.call if compiled else self.model)(x)
+                y = model(x)
             found = {"y": y.detach()}
             if y.requires_grad:
                 loss = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
