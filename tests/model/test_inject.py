@@ -30,14 +30,6 @@ def test_default_targets_are_those_of_attention():
     assert trained(model) == {f"{name}.lora_{half}" for name in LLAMA_ATTENTION for half in "AB"}
 
 
-def test_a_tied_module_to_save_gets_its_own_copy():
-    model = Tied()
-    fastlora.apply_lora(model, LoRAConfig(target_modules=["mix"], modules_to_save=["head"]))
-    assert model.head.weight is not model.embed.weight
-    assert torch.equal(model.head.weight, model.embed.weight)
-    assert trained(model) == {"mix.lora_A", "mix.lora_B", "head.weight"}
-
-
 def test_a_tied_target_stays_tied():
     model = fastlora.apply_lora(Tied(), LoRAConfig(target_modules=["head"]))
     assert model.head.weight is model.embed.weight

@@ -178,7 +178,7 @@ TOGETHER = {
     "peft-all-named": (
         mixed.mixed_peft, {"names": [*"pqsttspt" "qp"], "gradient_as_bucket_view": True},
     ),
-    "experts-fsdp2": (mixed.experts, {"engine": "fsdp2"}),
+    "experts-fsdp2": (mixed.experts, {}),
 }  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -264,14 +263,10 @@ ALL = ["p", "q", "s", "t"]
 
 def gradients(model: nn.Module) -> Found:
     """Of all that trains, whole, by the names in the unwrapped model."""
-    found: Found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            gradient = parameter.grad
-            if isinstance(gradient, DTensor):
-                gradient = gradient.full_tensor()
-            found[name.removeprefix("module.")] = gradient
-    return found
+    return {
+        name: None if parameter.grad is None else training.whole(parameter.grad)
+        for name, parameter in training.trained(model)
+    }
 
 
 def own(values: Any, ranks: int) -> Any:
@@ -319,17 +314,13 @@ class Logits(nn.Module):
         return self.model(input_ids=ids).logits
 
 
-def experts(ranks: int, engine: str = "", **settings) -> Found:
-    """A model with adapters on its experts, as apply_lora makes them."""
-    model, ids = Logits(), own(IDS, ranks)
-    if engine == "fsdp2":
+def experts(ranks: int) -> Found:
+    """A model with adapters on its experts, as apply_lora makes them; of several ranks sharded."""
+    model = Logits()
+    if ranks > 1:
         for block in (*model.model.model.layers, model):
             fully_shard(block)
-        for _ in range(2):
-            model.zero_grad()
-            model(ids).square().mean().backward()
-        return gradients(model)
-    return train(model, ranks, settings, ids)
+    return train(model, 1, {}, own(IDS, ranks))
 
 
 class Step(NamedTuple):
