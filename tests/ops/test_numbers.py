@@ -32,6 +32,12 @@ def test_many_adapters_of_which_some_have_no_rows(index, name):
     check(Case(6, index, name, kind="many", p=0.5, M=6, world="eager", format=""))
 
 
+@pytest.mark.parametrize("index", [9, 10])  # of one output, with one adapter and with two
+def test_few_rows_drop_by_the_same_masks(index):
+    fixed = {"M": 6, "p": 0.5, "node": False, "wide": False, "world": "eager", "format": ""}
+    check(Case(8, index, "torch", kind="layer", dtype=F32, adapter_dtype=F32, **fixed))
+
+
 @pytest.mark.parametrize("index", [1, 7])  # which have a bias
 def test_a_product_in_place_adds_to_the_adapter_and_the_bias(index):
     fixed = {"M": 9, "plan": "IN_PLACE", "world": "eager", "format": "", "node": True}
