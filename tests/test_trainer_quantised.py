@@ -18,7 +18,7 @@ import transformers
 from models import randomise, tiny_llama
 from packed import NEEDS_5
 from torch import nn
-from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for
+from trainer_runs import STEPS, VOCABULARY, losses, stopped_and_resumed, trainer_for, write_gguf
 from transformers import Trainer
 
 import fastlora
@@ -77,21 +77,13 @@ def _load(folder: Path, config, device_map="cpu", **settings) -> nn.Module:
 
 def _write_gguf(folder: Path, arch: str) -> None:
     """A model of this architecture, its linear layers in Q8_0."""
-    import gguf
-
     torch.manual_seed(1)
-    writer = gguf.GGUFWriter(folder / "model.gguf", arch)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(INNER)
-    writer.add_block_count(2)
-    writer.add_head_count(4)
-    writer.add_head_count_kv([2, 2] if arch == "lfm2" else 2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    writer.add_token_list([f"w{i}" for i in range(VOCABULARY)])
-    if arch == "lfm2":
-        writer.add_shortconv_l_cache(3)
+    sizes = {
+        "context_length": 64, "embedding_length": WIDTH, "feed_forward_length": INNER,
+        "block_count": 2, "head_count": 4, "head_count_kv": [2, 2] if arch == "lfm2" else 2,
+        "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4,
+        "token_list": [f"w{i}" for i in range(VOCABULARY)],
+    }  # fmt: skip
     shapes = {
         "attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH),
         "attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH),
@@ -99,21 +91,17 @@ def _write_gguf(folder: Path, arch: str) -> None:
     }  # fmt: skip
     whole = {"token_embd": (VOCABULARY, WIDTH)}
     if arch == "lfm2":
+        sizes["shortconv_l_cache"] = 3
         shapes |= {"attn_q_norm": (WIDTH // 4,), "attn_k_norm": (WIDTH // 4,)}
         whole["token_embd_norm"] = (WIDTH,)
     else:
         whole |= {"output_norm": (WIDTH,), "output": (VOCABULARY, WIDTH)}
+    tensors = {}
     blocks = {f"blk.{i}.{name}": shape for i in range(2) for name, shape in shapes.items()}
     for name, shape in (whole | blocks).items():
-        values = (torch.randn(shape) * 0.1 + ("norm" in name)).numpy()
-        kind = gguf.GGMLQuantizationType.Q8_0
-        if len(shape) == 2 and name in blocks:
-            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(f"{name}.weight", values)
-    for write in ("header", "kv_data", "tensors"):
-        getattr(writer, f"write_{write}_to_file")()
-    writer.close()
+        kind = "Q8_0" if len(shape) == 2 and name in blocks else "F32"
+        tensors[f"{name}.weight"] = torch.randn(shape) * 0.1 + ("norm" in name), kind
+    write_gguf(folder / "model.gguf", arch, sizes, tensors)
 
 
 _FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

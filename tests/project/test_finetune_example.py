@@ -17,6 +17,8 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
+from trainer_runs import write_gguf
 
 import fastlora
 
@@ -209,7 +211,7 @@ def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
     quantised = importlib.import_module("quantised")
     folder = tmp_path / "llama"
     shutil.copytree(inputs[1], folder)
-    write_gguf(gguf, folder, heads=4)
+    write_llama(gguf, folder, heads=4)
     run = SimpleNamespace(model=str(folder), dtype="float32")
     ids = torch.arange(32)[None] % 12  # fewer rows take a kernel from the Hub
     expected = AutoModelForCausalLM.from_pretrained(
@@ -220,33 +222,22 @@ def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
     torch.testing.assert_close(packed(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def write_gguf(gguf, folder, heads):
+def write_llama(gguf, folder, heads):
     """The folder's Llama as llama.cpp writes it, its linear layers in Q4_1."""
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / "config.json").read_text())
+    config, tensors = json.loads((folder / "config.json").read_text()), {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_vocab_size(config["vocab_size"])
+    sizes = {
+        "block_count": config["num_hidden_layers"], "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"], "head_count": heads,
+        "head_count_kv": heads, "layer_norm_rms_eps": config["rms_norm_eps"],
+        "context_length": config["max_position_embeddings"], "vocab_size": config["vocab_size"],
+    }  # fmt: skip
     for name, weight in load_file(folder / "model.safetensors").items():
-        array, kind = weight.numpy(), gguf.GGMLQuantizationType.Q4_1
         if "q_proj" in name or "k_proj" in name:
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        if array.ndim == 1 or "layers" not in name:
-            kind = gguf.GGMLQuantizationType.F32
-        to = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(to, gguf.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        kind = "Q4_1" if weight.dim() == 2 and "layers" in name else "F32"
+        tensors[names.get_name(name, try_suffixes=(".weight",))] = weight, kind
+    write_gguf(folder / "tiny.gguf", "llama", sizes, tensors)
 
 
 def test_experts_train_as_peft_s_of_jsonl_with_all_linear_and_auto_dtype(

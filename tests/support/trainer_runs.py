@@ -109,3 +109,18 @@ def train_in_ranks(folder: str, resume_from: str | None = None) -> tuple[dict[st
         trainer.save_model(f"{folder}/{rank}")
     dist.barrier()
     return result(trainer), os.path.exists(f"{folder}/{rank}")
+
+
+def write_gguf(file: Path, arch: str, sizes: dict[str, Any], tensors: dict[str, tuple]) -> None:
+    """A GGUF of this architecture: ``sizes`` by gguf's names, tensors with the kinds they get."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, arch)
+    for name, size in sizes.items():
+        getattr(writer, f"add_{name}")(size)
+    for name, (tensor, kind) in tensors.items():
+        kind = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()
