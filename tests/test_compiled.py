@@ -98,6 +98,8 @@ def test_what_is_kept_of_modules_follows_each_change(kind, walk):
 
 
 OF_PEFT = [(kind, walk) for kind, walk in ROWS if kind.startswith("peft")]
+OF_PEFT += [(kind, "hook hook unhook hook") for kind in ("peft", "peft-block", "peft-experts")]
+OF_PEFT += [("peft-block", "merge unmerge merge-one disable enable add set-adapter delete")]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -87,19 +87,14 @@ def test_the_frozen_layer_is_beside(name):
 def test_peft_s_layers_are_beside(p, backward):
     """Its fresh adapters change nothing but the gradient of theirs."""
     contest = Contest(Sizes(40, 48, (32, 24), ((4,), (8,)), F32, backward=backward), CPU)
-    step = step_of(contest.x, contest.weights, contest.ranks, p, contest.dys)
-    once, again = step(), step()
+    found = step_of(contest.x, contest.weights, contest.ranks, p, contest.dys)()
     if not backward:
-        right = [contest.x @ weight.T for weight in contest.weights]
-        torch.testing.assert_close(once, right)
-        assert all(each.grad_fn is not None for each in once)
+        torch.testing.assert_close(found, [contest.x @ weight.T for weight in contest.weights])
         return
-    dx, *adapters = once
+    dx, *adapters = found
     torch.testing.assert_close(dx, contest.frozen()())
     assert [tuple(each.shape) for each in adapters] == [(4, 48), (32, 4), (8, 48), (24, 8)]
     assert adapters[1].count_nonzero()
-    for one, other in zip(once, again, strict=True):
-        assert torch.equal(one, other)
 
 
 def test_a_default_is_the_rule_s_whatever_was_measured():

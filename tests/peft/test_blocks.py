@@ -102,25 +102,14 @@ LEFT = {  # what is done, how many blocks' calls are left, and the reason of the
 
 @pytest.mark.parametrize("name", LEFT)
 def test_a_call_goes_layer_by_layer(name):
+    """tests/test_compiled.py has its numbers."""
     change, left, reason = LEFT[name]
-    theirs = model_of()
-    ours = optimized(theirs)
-    change(theirs)
-    change(ours)
+    model = optimized(model_of())
+    change(model)
     with counted_blocks() as calls:
-        found = [p.grad for p in _backward(ours)]
+        model.train()(**DATA)
     assert len(calls) == left
-    assert_same(found, [p.grad for p in _backward(theirs)], ROUNDING)
-    assert reason in fastlora.coverage(ours).blocks[0].reason
-
-
-def _backward(model: nn.Module) -> list[nn.Parameter]:
-    torch.manual_seed(7)
-    with fastlora.peft.baseline.shared_masks(model.train()):
-        loss = model(**DATA).loss
-    if loss.requires_grad:
-        loss.backward()
-    return [p for p in model.parameters() if p.grad is not None]
+    assert reason in fastlora.coverage(model).blocks[0].reason
 
 
 def test_a_block_under_fsdp2_s_class():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from models import around_values
 from moe_models import IDS, base_model, experts_of, parameters_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -175,24 +176,11 @@ def test_everything_is_as_it_was():
     model.model.norm.eval()
     model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
     torch.manual_seed(3)
-
-    def state() -> tuple:
-        return (
-            [type(m) for m in model.modules()],
-            [m.training for m in model.modules()],
-            [
-                (n, p.requires_grad, id(p), p.grad is None)
-                for n, p in model.named_parameters(remove_duplicate=False)
-            ],
-            [len(m._forward_hooks) for m in model.modules()],
-            torch.get_rng_state().tolist(),
-        )
-
-    before, values = state(), copy.deepcopy(model.state_dict())
+    before, values = around_values(model), copy.deepcopy(model.state_dict())
     lines = []
     config = fastlora.LoRAConfig(target_modules="all-linear", modules_to_save=["lm_head"])
     found = fastlora.plan(model, [2], config=config, rounds=2, progress=lines.append)
-    assert state() == before  # the head is tied again
+    assert around_values(model) == before  # the head is tied again
     torch.testing.assert_close(model.state_dict(), values, rtol=0, atol=0)
     assert lines == ["kept bytes", "round 1 of 2", "round 2 of 2"]
     assert found.batch == "1 x 256 tokens"
@@ -200,7 +188,7 @@ def test_everything_is_as_it_was():
 
     with pytest.raises(ValueError, match="input_ids"):
         fastlora.plan(model, [2], batch={"no such": torch.ones(1, 2)}, rounds=1)
-    assert state() == before
+    assert around_values(model) == before
 
 
 META = {"ranks": [2], "batch": torch.ones(2, 24, device="meta")}

@@ -103,6 +103,16 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
     assert now == before
 
 
+def around_values(model: nn.Module) -> list:
+    """What else a call may not change: classes, modes, members, hooks, who trains, random state."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [
+        [(type(m), m.training, {*vars(m)}, len(m._forward_hooks)) for m in model.modules()],
+        [(name, id(p), p.requires_grad, p.grad is None) for name, p in parameters],
+        torch.get_rng_state().tolist(),
+    ]
+
+
 @contextmanager
 def refused(model: nn.Module, message: str, error: type[Exception] = ValueError) -> Iterator[None]:
     """The block raises this error, and leaves the model as it was."""

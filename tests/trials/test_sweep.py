@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from models import around_values
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from vendor_layers import quantised
@@ -302,22 +303,12 @@ def test_the_held_out_loss_is_the_mean_of_all_its_labels(model, tmp_path):
 def test_the_model_is_as_it_was(base, model, tmp_path):
     model.lm_head.weight.requires_grad_(False)
     model.model.norm.train()
-
-    def state():
-        return (
-            [type(m) for m in model.modules()],
-            [m.training for m in model.modules()],
-            [set(vars(m)) for m in model.modules()],
-            [(n, id(p), p.requires_grad, p.grad) for n, p in model.named_parameters()],
-            torch.get_rng_state().tolist(),
-        )
-
-    before = state()
+    before = around_values(model)
     swept(model, tmp_path, CONFIGS[:2], steps=2)
-    assert state() == before
+    assert around_values(model) == before
     with pytest.raises(RuntimeError, match="no more"):
         swept(model, tmp_path / "refused", loss=refuse)
-    assert state() == before
+    assert around_values(model) == before
     torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
     fastlora.apply_lora(model, fastlora.LoRAConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="has an adapter already"):
