@@ -205,6 +205,14 @@ def base_in(folder: Path) -> list[Path]:
     return list(folder.glob("fastlora-base-*"))
 
 
+def test_releases_are_in_order_and_the_last_file_of_a_version_counts():
+    from benchmarks.releases import _order
+
+    names = "0.9.0-2026-12-01", "0.9.0-2026-12-02", "0.10.0-2026-11-01"
+    paths = [Path(f"cpu/release-{name}.json") for name in names]
+    assert sorted(reversed(paths), key=_order) == paths
+
+
 def test_a_release_s_rows_are_rows_of_the_benchmarks():
     from benchmarks import releases
     from benchmarks.cases import cpu_cases
