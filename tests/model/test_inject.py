@@ -15,7 +15,6 @@ from models import (
 )
 from process import run_forked
 from torch import nn
-from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -117,12 +116,6 @@ def with_peft() -> nn.Module:
     return peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=["up"]))
 
 
-def pruned() -> nn.Module:
-    model = Mlp()
-    prune.random_unstructured(model.up, "weight", 0.5)
-    return model
-
-
 class Stateful(nn.Linear):
     def get_extra_state(self):
         return {"a": 1}
@@ -139,11 +132,6 @@ ERRORS = {  # a model, the targets or all settings, and what the error says
     "one-name-matches-nothing": (Mlp, ["up", "gate"], "has 'gate', which matches no module"),
     "regex-matches-nothing": (Mlp, "q.*", "It could match"),
     "no-regex": (Mlp, "*up", "is no regular expression"),
-    "everything-excluded": (
-        Mlp,
-        {"target_modules": ["up"], "exclude_modules": ["up"]},
-        "matches no module",
-    ),
     "no-target-and-no-transformer": (Mlp, None, "target_modules is None"),
     "no-linear": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
     "no-linear-at-all": (nn.ReLU, ["up"], "no linear layer that could be adapted"),
@@ -168,7 +156,6 @@ ERRORS = {  # a model, the targets or all settings, and what the error says
         ["0"],
         "0 can't take an adapter: its weight is computed",
     ),
-    "pruned": (pruned, ["up"], "up can't take an adapter: its weight is computed"),
     "extra-state": (
         with_extra_state,
         {"target_modules": ["up"], "modules_to_save": ["head"]},

@@ -241,6 +241,12 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+def cut(whole: torch.Tensor, r: int) -> torch.Tensor:
+    """The nearest of this rank, by the dense SVD; of each matrix."""
+    left, values, right = torch.linalg.svd(whole, full_matrices=False)
+    return (left[..., :r] * values[..., None, :r]) @ right[..., :r, :]
+
+
 def change_config(folder, **settings):
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
