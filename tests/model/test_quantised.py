@@ -8,7 +8,7 @@ import torch
 from judge import peak_bytes
 from models import randomise
 from torch import Tensor, nn
-from vendor_layers import BITSANDBYTES, KINDS, quantised
+from vendor_layers import BITSANDBYTES, KINDS, quantised, repack
 
 import fastlora
 from fastlora import LoRAConfig
@@ -264,12 +264,10 @@ def test_the_state_dict_of_hqq_s_layer_has_the_adapter_and_loads_it():
 @pytest.mark.parametrize("evaluated", ["before", "after"])
 def test_a_frozen_four_bit_layer_gives_x_its_gradient_after_an_evaluation(evaluated):
     """bitsandbytes lays its weight anew, on a CPU with AVX512-BF16, and then gives none."""
-    import bnb_layers
-
     model = nn.Sequential(quantised("nf4", 256, 128), quantised("nf4", 128, 64))
     x, frozen = torch.randn(5, 256), model[1]
     if evaluated == "before":
-        bnb_layers.repack(frozen)
+        repack(frozen)
     weight = quantised_weight(frozen).weight.dense(F32)
     fastlora.apply_lora(model, LoRAConfig(r=4, target_modules=["0"], init_lora_weights=False))
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from judge import saved_bytes
 from models import assert_near, numbers
 from torch import nn
-from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
+from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, dequantised, quantised, repack
 
 import fastlora
 from fastlora.formats import quantised_weight
@@ -109,7 +109,7 @@ def test_files_copies_and_the_way_back_stay_pefts(kind):
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_pickles_disabling_and_merging(kind):
-    from bnb_layers import bnb, dequantised
+    import bitsandbytes as bnb
 
     model, x = peft_model(kind), torch.randn(3, K, requires_grad=True)
     fastlora.optimize(model)
@@ -132,8 +132,6 @@ def test_pickles_disabling_and_merging(kind):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_weight_that_was_repacked_for_evaluation(mode):
     """Whose kernel gives x no gradient, in bitsandbytes and so in PEFT."""
-    from bnb_layers import repack
-
     model, x = peft_model("nf4"), torch.randn(3, K, requires_grad=True)
     assert "1 quantised: NF4" in str(fastlora.optimize(model))
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)

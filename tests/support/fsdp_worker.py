@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
+from vendor_layers import quantised
 
 import fastlora
 from fastlora.layers.mlp import PARTS
@@ -348,8 +349,6 @@ def quantised_mlp(
 
     ``kind``: own, peft, or optimized.
     """
-    from bnb_layers import quantised
-
     torch.manual_seed(1)
     block = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=128))
     for name in PARTS:

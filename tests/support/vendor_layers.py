@@ -83,6 +83,37 @@ def _int4(k: int, n: int, dtype: torch.dtype) -> nn.Module:
     return linear
 
 
+def _bitsandbytes(k: int, n: int, dtype: torch.dtype, kind: str, **settings) -> nn.Module:
+    """``dtype`` is that in which 4 bits compute."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+    linear = nn.Linear(k, n)
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(k, n, has_fp16_weights=False, **settings)
+    else:
+        layer = bnb.nn.Linear4bit(k, n, quant_type=kind, **{"compute_dtype": dtype} | settings)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def dequantised(layer: nn.Module) -> torch.Tensor:
+    """By bitsandbytes itself, in float32."""
+    import bitsandbytes as bnb
+
+    weight = layer.weight
+    if isinstance(weight, bnb.nn.Params4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    scale = layer.state.SCB if weight.SCB is None else weight.SCB
+    return bnb.functional.int8_vectorwise_dequant(weight.data, scale)
+
+
+def repack(layer: nn.Module) -> None:
+    """As a call in evaluation does on a CPU with AVX512-BF16: for a kernel without gradients."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as packed_for_cpu
+
+    own = layer.weight
+    own.data, own.quant_state = packed_for_cpu(own.data, own.quant_state)
+
+
 _MAKERS = {
     "torchao-int8": lambda *args: _torchao(*args, "Int8WeightOnlyConfig"),
     "torchao-int4": lambda *args: _torchao(
@@ -106,9 +137,7 @@ BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
 def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
     """A frozen layer of random weights, with a bias; any kind of GGUF by its name."""
     if kind in ("nf4", "fp4", "int8"):
-        import bnb_layers
-
-        return bnb_layers.quantised(kind, k, n, dtype, **settings).requires_grad_(False)
+        return _bitsandbytes(k, n, dtype, kind, **settings).requires_grad_(False)
     if kind not in _MAKERS and kind.startswith("gguf-"):
         return _gguf(k, n, dtype, kind.removeprefix("gguf-").upper()).requires_grad_(False)
     return _MAKERS[kind](k, n, dtype, **settings).requires_grad_(False)
