@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from posixpath import normpath
 from typing import Any
 
 import torch
@@ -102,6 +103,8 @@ def _settings(adapters: list[Stored], experts: dict[str, bool]) -> dict[str, Any
     for field in _ALIKE:
         values = [each.settings.get(field) for each in adapters]
         values = [sorted(one) if isinstance(one, list) else one for one in values]
+        if field == "base_model_name_or_path":  # a folder has many spellings
+            values = [normpath(one) if one and isinstance(one, str) else one for one in values]
         said = [value for value in values if value not in (None, "", [])] or values
         if any(value != said[0] for value in said):
             raise ValueError(

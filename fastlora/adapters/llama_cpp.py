@@ -1,6 +1,7 @@
 """An adapter in llama.cpp's format: GGUF, by the names of the ``gguf`` package."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..layers.modules import some
 from ..model.files import check_folder, read_json, write_whole
 from ..projection import shown
-from .stored import open_adapter
+from .stored import Stored, open_adapter
 
 # What gguf calls the models whose weights llama.cpp's converter renames, and stacks, but for:
 _NAMES = {
@@ -46,7 +47,8 @@ def export_gguf(
     Raises what :func:`fastlora.resize_adapter` raises for a folder, ImportError without the gguf
     package, and ValueError for what llama.cpp can't hold, by name: DoRA, trained biases,
     modules_to_save, embeddings, a tied head; for models that it, or fastlora, knows no names of;
-    and for numbers that the dtype can't hold.  The file is written whole or not at all, and over no
+    for an adapter of another model than ``model_config``'s, as far as its files tell; and for
+    numbers that the dtype can't hold.  The file is written whole or not at all, and over no
     model's.
     """
     try:
@@ -60,6 +62,7 @@ def export_gguf(
         raise ValueError(f"path is {place}, which is there, and no adapter's GGUF: give another")
     config = _config_of(model_config)
     stored = open_adapter(folder)
+    _check_base(stored, config["model_type"])
     # PEFT copies the frozen weight of an adapted head.
     if foreign := [key for key in stored.others if not key.endswith(".base_layer.weight")]:
         raise ValueError(
@@ -82,6 +85,8 @@ def export_gguf(
         writer.add_file_type(gguf.LlamaFileType[file_type])
         for name, layer in stored.layers.items():
             lora_a, lora_b, scale = stored.read(name)
+            if not layer.is_parameter:
+                _check_place(name, (lora_a.shape[2], lora_b.shape[1]), config)
             lora_b = lora_b * (scale * lora_b.shape[2] / alpha)
             for part, part_of_b in _parts(name, lora_b, config).items():
                 to = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
@@ -110,7 +115,13 @@ def _is_adapter(path: Path) -> bool:
 def _config_of(model_config: Any) -> Mapping[str, Any]:
     """As a dict; ValueError for a model that can't be exported."""
     if isinstance(model_config, str | os.PathLike):
-        config = read_json(Path(model_config) / "config.json")
+        path = Path(model_config) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} doesn't exist: give the folder of the adapter's base model or its config: "
+                "AutoConfig.from_pretrained(name), of a name on the Hugging Face hub"
+            )
+        config = read_json(path)
     elif hasattr(model_config, "to_dict"):
         config = model_config.to_dict()
     else:
@@ -130,6 +141,40 @@ def _config_of(model_config: Any) -> Mapping[str, Any]:
         if type(config.get(field)) is not int or not 0 < config[field] < 10_000:
             raise ValueError(f"the model's config has {field} {shown(config.get(field))}")
     return config
+
+
+def _check_base(stored: Stored, kind: str) -> None:
+    """Raise ValueError if the adapter names a base that is here, and of another kind."""
+    name = stored.settings.get("base_model_name_or_path")
+    base = Path(name if isinstance(name, str) else "", "config.json")
+    theirs = read_json(base).get("model_type", kind) if base.is_file() else kind
+    if theirs != kind and theirs in _NAMES:
+        raise ValueError(
+            f"{stored.path} is an adapter of {base.parent}, whose type is {shown(theirs)}, and "
+            f"model_config's is {shown(kind)}: give its base model's"
+        )
+
+
+def _check_place(name: str, features: tuple[int, int], config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a linear layer that a model of this config hasn't, or of other sizes."""
+    hidden, heads = config.get("hidden_size"), config["num_attention_heads"]
+    number, last = re.search(r"\blayers\.(\d+)\.", name), name.rpartition(".")[2]
+    wrong = number is not None and int(number[1]) >= config["num_hidden_layers"]
+    if type(hidden) is int:
+        head = config.get("head_dim") or hidden // heads
+        queries, keys = heads * head, config["num_key_value_heads"] * head
+        takes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), hidden)
+        takes |= {"o_proj": queries}
+        gives = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        gives |= {"o_proj": hidden, "down_proj": hidden}
+        fits = takes.get(last, features[0]), gives.get(last, features[1])
+        wrong = wrong or features != fits
+    if wrong:
+        raise ValueError(
+            f"the adapter's {name} takes {features[0]} features and gives {features[1]}, and a "
+            f"model of model_config, with {config['num_hidden_layers']} layers, has no such layer: "
+            "give the config of the adapter's base model"
+        )
 
 
 def _parts(name: str, lora_b: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:

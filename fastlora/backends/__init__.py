@@ -90,9 +90,11 @@ def planned_backend(
     """
     weight = outputs[0].base.weight
     device = device or weight.device
-    name = backend_name(device=device)
-    reason = _module(name).why_not(weight.dtype, device, outputs)
-    return ("torch", reason) if reason else (name, "")
+    name, reasons = backend_name(device=device), [""]
+    while reason := _module(name).why_not(weight.dtype, device, outputs):
+        name = _module(name).HANDS_TO
+        reasons.append(reason)
+    return name, reasons[-1]
 
 
 @cache

@@ -91,6 +91,9 @@ class Backend(Protocol):
     def h_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """That of every h, for x of this dtype on this device.  It runs nothing."""
 
+    # The backend that takes what this one doesn't cover.
+    HANDS_TO: str
+
     def why_not(
         self, dtype: torch.dtype, device: torch.device, outputs: Sequence[Output[Tensor]]
     ) -> str:

@@ -1,8 +1,8 @@
 """Packed weights: what a format's tensors mean, what kernels read of them, and vendors' layers.
 
 A file has a format, as :mod:`.format` asks for it, and below it the layers of its vendor, as
-:mod:`.vendor` does; naming it in ``VENDORS`` is all that your own models and PEFT's need.  A
-vendor's package is looked at, never imported.
+:mod:`.vendor` does; naming it in ``VENDORS`` is all that your own models need, and PEFT's, but for
+its classes of such layers (peft/layer.py).  A vendor's package is looked at, never imported.
 """
 
 from torch import nn

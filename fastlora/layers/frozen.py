@@ -56,7 +56,8 @@ def why_not_class(kind: type[nn.Module]) -> str:
     known = forward in _LINEAR_FORWARDS or is_conv1d(kind) or is_class(kind, *_FALCON)
     if known and kind.__call__ is _MODULE_CALL:
         return ""
-    return f"a {kind.__name__}, no torch.nn.Linear"
+    name = kind.__name__ if kind.__name__ != "Linear" else f"{kind.__module__}.Linear"
+    return f"a {name}, no torch.nn.Linear"
 
 
 def is_conv1d(kind: type[nn.Module]) -> bool:

@@ -215,7 +215,8 @@ def check_layers(model: nn.Module, config: LoRAConfig) -> None:
         if here != there:
             raise ValueError(
                 f"{called(name)} has (r, lora_alpha, use_rslora) = {here}, but the file has "
-                f"{there}: call fastlora.remove_lora(model) first, load_adapter makes the file's"
+                f"{there}: give the model the file's settings, or call fastlora.remove_lora(model) "
+                "first, and load_adapter makes the file's"
             )
         if layer.merged:
             raise ValueError(

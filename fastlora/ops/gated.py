@@ -1,6 +1,6 @@
 """A gated MLP, down(act(gate(x)) ∘ up(x)), whose product is made again in the backward.
 
-It is two nodes of autograd, one behind the other: gate and up are the group of :mod:`.function`,
+It is two nodes of autograd, one behind the other: gate and up are the group of :mod:`.call`,
 and the rest, from these two on, is the node of this file.  Besides the parameters they keep x and
 what the layers keep (every h, seeds), gate and up, and neither act(gate) nor the product.
 """

@@ -128,6 +128,14 @@ def test_what_cancels_is_nothing(folders, tmp_path):
     assert not changes(tmp_path / "sum")
 
 
+def test_one_base_may_be_spelled_in_two_ways(folders, tmp_path):
+    for folder, name in zip(folders, ("llama", "./llama", "llama/"), strict=True):
+        change_config(folder, base_model_name_or_path=name)
+    fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum")
+    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "llama"
+
+
 def unlike_base(folders):
     for folder, name in zip(folders, ("gpt2", "opt", None), strict=True):
         change_config(folder, base_model_name_or_path=name)

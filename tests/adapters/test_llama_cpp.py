@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from moe_models import base_model, parameters_of
-from peft_models import by_peft, changes, llama, relative
+from peft_models import by_peft, change_config, changes, llama, relative
 
 import fastlora
 
@@ -127,14 +127,27 @@ def test_dtypes(dtype, r, kinds, error, tmp_path):
     assert 1e-6 < relative(product(*read(path), "blk.0.attn_v.weight"), change) < error
 
 
+NO_HEADS = {"num_attention_heads": 3, "hidden_size": None}
+
+
+def qwen_s(folder):
+    """An adapter of a Qwen that is here."""
+    (folder / "qwen").mkdir()
+    (folder / "qwen" / "config.json").write_text('{"model_type": "qwen3"}')
+    change_config(folder, base_model_name_or_path=str(folder / "qwen"))
+
+
 BAD = {
     "bias": ({"modules_to_save": ["norm"]}, None, {}, "no trained biases, modules_to_save"),
     "embeddings": ({"target_modules": ["embed_tokens"]}, None, {}, "nor adapters of embeddings"),
     "tied": ({"target_modules": ["lm_head"]}, None, {"tie_word_embeddings": True}, "for lm_head"),
     "type": ({}, None, {"model_type": "bert"}, "type is 'bert', and fastlora exports"),
     "types": ({}, None, {"model_type": ["llama"]}, r"type is \['llama'\], and fastlora exports"),
-    "layers": ({}, None, {"num_hidden_layers": 1}, "no weight of its own for model.layers.1"),
-    "heads": ({"target_modules": ["q_proj"]}, None, {"num_attention_heads": 3}, "are no 3 heads"),
+    "layers": ({}, None, {"num_hidden_layers": 1}, "layers.1.* with 1 layers, has no such layer"),
+    "hidden": ({}, None, {"hidden_size": 96}, r"v_proj takes \d+ features and gives \d+, and a"),
+    "key-values": ({}, None, {"num_key_value_heads": 4}, "has no such layer: give the config"),
+    "heads": ({"target_modules": ["q_proj"]}, None, NO_HEADS, "are no 3 heads"),
+    "base": ({}, qwen_s, {}, "whose type is 'qwen3', and model_config's is 'llama': give its base"),
     "key-heads": ({}, None, {"num_key_value_heads": "2"}, "config has num_key_value_heads '2'"),
     "many": ({}, None, {"num_hidden_layers": 10**7}, "config has num_hidden_layers 10000000"),
     "large": ({"lora_alpha": 8, "alpha_pattern": {"v_proj": 1e9}}, None, {}, "too large for f16"),
@@ -155,6 +168,12 @@ def test_what_llama_cpp_can_t_hold(name, tmp_path):
         fastlora.export_gguf(folder, tmp_path / "lora.gguf", **call)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "lora.gguf").exists()
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path):
+    folder = by_peft(tmp_path / "adapter", target_modules=["v_proj"])
+    with pytest.raises(FileNotFoundError, match=r"AutoConfig\.from_pretrained\(name\)"):
+        fastlora.export_gguf(folder, tmp_path / "x.gguf", model_config="Qwen/Qwen3-0.6B")
 
 
 @pytest.mark.parametrize("alpha", [0, -1e-60])

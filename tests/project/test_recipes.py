@@ -1,4 +1,4 @@
-"""examples/sft.py, grpo.py, several.py, diffusion.py and start.ipynb, each run to its end.
+"""examples/sft.py, sample.py, grpo.py, several.py, diffusion.py and start.ipynb, run to their ends.
 
 They want the extra ``recipes``: ``make recipes`` runs them.
 """
@@ -29,7 +29,10 @@ diffusers = pytest.importorskip("diffusers", reason="a recipe uses diffusers")
 datasets = pytest.importorskip("datasets", reason="the recipes use datasets")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = ["sft", "grpo", "several", "diffusion"]
+RECIPES = {
+    "sft": "--model", "sample": "--adapter", "grpo": "--model", "several": "--model",
+    "diffusion": "--model",
+}  # fmt: skip
 TEXT = "\n".join([*pydoc_data.topics.topics.values()][:20])[:30_000]
 CHATML = """
 {%- for message in messages %}<|im_start|>{{ message.role }}
@@ -105,10 +108,10 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_they_are_short_and_say_how_they_run():
-    for name in RECIPES:
+    for name, option in RECIPES.items():
         text = (EXAMPLES / f"{name}.py").read_text()
         assert len(text.splitlines()) <= 80, name
-        assert f"{name}.py --model" in ast.get_docstring(ast.parse(text)), name
+        assert f"{name}.py {option}" in ast.get_docstring(ast.parse(text)), name
 
 
 def test_sft_resumes_where_it_was(recipe, tiny, chats, tmp_path):
@@ -127,6 +130,29 @@ def test_sft_resumes_where_it_was(recipe, tiny, chats, tmp_path):
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-5, atol=1e-7)
     assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
+
+
+def test_sft_goes_on_from_a_checkpoint_that_is_whole(recipe, tiny, chats, tmp_path):
+    """A stop while one is written leaves a folder without trainer_state.json."""
+    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=1"]
+    recipe("sft", *start, "--steps=2", "--out", tmp_path)
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    _, trainer = recipe("sft", *start, "--steps=3", "--out", tmp_path)
+    assert trainer.state.global_step == 3
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+
+
+def test_what_sft_made_is_sampled_and_written_for_llama_cpp(recipe, tiny, chats, tmp_path):
+    pytest.importorskip("gguf", reason="it writes the file")
+    start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160"]
+    recipe("sft", *start, "--steps=1", "--out", tmp_path / "adapter")
+    ask = ["--adapter", tmp_path / "adapter", "--prompt", "What is 3?", "--tokens=5"]
+    printed, _ = recipe("sample", *ask, "--gguf", tmp_path / "lora.gguf")
+    said, last = printed.strip("\n").rsplit("\n", 1)
+    assert said
+    assert last.startswith(f"{tmp_path / 'lora.gguf'}: ")
+    assert (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_sft_over_nf4(recipe, tiny, chats, tmp_path):

@@ -18,7 +18,10 @@ from .cover import TARGETS, Unproven, why_not, without_launching
 from .gated import gated, gated_backward
 from .trust import environment
 
+HANDS_TO = "torch"
+
 __all__ = [
+    "HANDS_TO",
     "TARGETS",
     "backward",
     "dropout_mask",
