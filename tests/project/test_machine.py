@@ -56,6 +56,50 @@ for pinned in tritons.VERSIONS:
     found["ci"].append(tritons.versions(["ci"]))
 print(json.dumps(found))
 """
+# Programs of one warp, which store rows of 32 numbers.
+INSTRUCTIONS = """
+import torch
+from tools.machine.memory import Fault, Kernel, Memory
+HEAD = '''.visible .entry one(.param .u64 .ptr .global p0) .reqntid 32
+{ .reg .b16 %h<3>; .reg .b32 %r<19>; .reg .b64 %rd<9>;
+ld.param.u64 %rd1, [p0]; mov.u32 %r1, %tid.x; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2;
+'''
+BLACKWELL = '''
+cvt.rn.f32.u32 %r2, %r1; mov.b64 %rd4, {%r2, 0f40000000}; mov.b16 %h1, 0x3FC0;
+fma.rn.f32x2 %rd5, %rd4, %rd4, %rd4; mov.b64 {%r3, %r4}, %rd5;
+add.rn.f32.bf16 %r5, %h1, %r2; fma.rn.f32.bf16 %r6, %h1, %h1, %r2;
+redux.sync.max.NaN.f32 %r7, %r2, 0xffffffff;
+st.global.b32 [%rd3], %r3; st.global.b32 [%rd3+128], %r4; st.global.b32 [%rd3+256], %r5;
+st.global.b32 [%rd3+384], %r6; st.global.b32 [%rd3+512], %r7; ret; }
+'''
+TENSOR_MEMORY = '''
+mov.u32 %r2, 1024; shl.b32 %r3, %r1, 3; add.u32 %r4, %r3, 1; add.u32 %r5, %r3, 2;
+add.u32 %r6, %r3, 3; add.u32 %r7, %r3, 4; add.u32 %r8, %r3, 5; add.u32 %r9, %r3, 6;
+add.u32 %r10, %r3, 7;
+tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r2], 32; ld.shared.b32 %r11, [%r2];
+tcgen05.st.sync.aligned.32x32b.x8.b32 [%r11], {%r3, %r4, %r5, %r6, %r7, %r8, %r9, %r10};
+tcgen05.wait::st.sync.aligned;
+tcgen05.ld.sync.aligned.16x256b.x1.b32 {%r12, %r13, %r14, %r15}, [%r11];
+tcgen05.wait::ld.sync.aligned;
+tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r11, 32;
+st.global.b32 [%rd3], %r12; st.global.b32 [%rd3+128], %r13; st.global.b32 [%rd3+256], %r14;
+st.global.b32 [%rd3+384], %r15; ret; }
+'''
+def ran(body, dtype, lost=None):
+    lines = [line for line in body.split(";") if lost is None or lost not in line]
+    out = torch.zeros(5, 32, dtype=dtype)
+    kernel = Kernel(HEAD + ";".join(lines), 16)
+    result = kernel.launch((1,), out.data_ptr().to_bytes(8, "little"), Memory([out]))
+    return out.tolist(), sorted({each.kind for each in result.findings})
+found = {"blackwell": ran(BLACKWELL, torch.float32)}
+for lost in (None, "wait::st", "wait::ld"):
+    found[str(lost)] = ran(TENSOR_MEMORY, torch.int32, lost)
+try:
+    ran(TENSOR_MEMORY, torch.int32, "dealloc")
+except Fault as fault:
+    found["dealloc"] = str(fault)
+print(json.dumps(found))
+"""
 WAITS = {
     80: {"barrier": ("RAW", "WAR", "WAW"), "wait for copies": ("in flight",)},
     90: {"wait at an mbarrier": ("fault", "in flight"), "wait for wgmma": ("early", "WAR"),
@@ -69,12 +113,12 @@ WAITS = {
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict]:
-    """What the two programs print, as one process.
-
-    What an instruction computes is judged where a kernel has it: `make machine`.
-    """
-    printed = run_without_interpreter("-c", KERNELS + SHARES, json.dumps(WAITS)).splitlines()
-    return dict(zip(("kernels", "shares"), map(json.loads, printed[-2:]), strict=True))
+    """What the three programs print, as one process."""
+    program = KERNELS + SHARES + INSTRUCTIONS
+    printed = run_without_interpreter("-c", program, json.dumps(WAITS)).splitlines()
+    return dict(
+        zip(("kernels", "shares", "instructions"), map(json.loads, printed[-3:]), strict=True)
+    )
 
 
 @pytest.mark.parametrize("arch", WAITS)
@@ -99,3 +143,23 @@ def test_cards_that_share_the_cases_leave_none_out(answers):
     first, *others, newest = found["ci"]  # by what torch pins
     assert first == newest == ["3.6.0", "3.9.0"]
     assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]
+
+
+def test_blackwells_instructions_compute_what_ptx_says(answers):
+    """Pairs of float32, sums with 16 bits, the largest of a warp; tensor memory's layouts."""
+    found = answers["instructions"]
+    (pair, other, plus, fused, largest), _ = found["blackwell"]
+    lanes = range(32)
+    assert (pair, other) == ([n * n + n for n in lanes], [6] * 32)
+    assert (plus, fused, largest) == (
+        [n + 1.5 for n in lanes],
+        [n + 2.25 for n in lanes],
+        [31] * 32,
+    )
+    rows, findings = found["None"]  # row n holds 8 n to 8 n + 7
+    assert not findings
+    assert rows[0] == [8 * (n // 4) + 2 * (n % 4) for n in lanes]
+    assert rows[1:4] == [[n + more for n in rows[0]] for more in (1, 64, 65)]
+    assert found["wait::st"][1] == ["in flight"]
+    assert found["wait::ld"][1] == ["WAR", "early load"]
+    assert "never given back" in found["dealloc"]
