@@ -243,11 +243,11 @@ def host_cases() -> list[Case]:
     cases = [
         replace(each, M=M, dropout=p) for each in cases for p in DROPOUTS for M in (16, 512, 4096)
     ]
-    # Small: autograd really sums the dx of several layers.  Few rows of a CPU make no block.
+    # Small: autograd really sums the dx of several layers.  Up to 64 rows a forward is fused.
     for kind, outputs, limit in (
         ("mlp", (512,), 0.62), ("projections", (512, 128, 128, 512, 512), 0.64),
     ):  # fmt: skip
-        case = Case(64, 512, outputs, 16, BF16, F32, table="host", kind=kind, inner=2048)
+        case = Case(96, 512, outputs, 16, BF16, F32, table="host", kind=kind, inner=2048)
         limits = (("modelled", "fastlora/peft", limit),)
         cases += [replace(case, dropout=p, limits=limits) for p in DROPOUTS]
     return cases

@@ -140,7 +140,7 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
         "import sys, json; sys.path += ['tests/support']; import cuda_standin\n"
         "cuda_standin.install()\n"
         "from benchmarks import cases, host\n"
-        "wanted = ('layer-16', 'mlp-64x5')\n"
+        "wanted = ('layer-16', 'mlp-96x5')\n"
         "cases = [c for c in cases.host_cases() if c.dropout and c.id[:8] in wanted]\n"
         "print(json.dumps([host.measure(case, 0.0) for case in cases]))"
     )
