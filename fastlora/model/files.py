@@ -155,6 +155,8 @@ def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
 
     What a process that died here before has left behind is deleted.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, but must be a folder: give another path")
     folder.mkdir(parents=True, exist_ok=True)
     with _writing(folder), tempfile.TemporaryDirectory(prefix=_SCRATCH + _HOST, dir=folder) as made:
         for name, content in files.items():

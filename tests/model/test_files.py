@@ -34,6 +34,14 @@ WRITERS = {
 }
 
 
+@pytest.mark.parametrize("name", ["export", "save"])
+def test_a_file_is_no_folder(name, adapter, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="out is a file, but must be a folder"):
+        WRITERS[name](adapter, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def in_a_child(run) -> int:
     """The number of a process that runs this, and ends."""
     child = os.fork()
