@@ -38,8 +38,9 @@ def main() -> None:
 
 def last_checkpoint(folder: str) -> str | None:
     """A stop while it was written leaves one without the file that comes last."""
-    whole = [file.parent for file in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda each: int(each.name.split("-")[1]))) if whole else None
+    whole = [f.parent.name[11:] for f in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    last = max((int(step) for step in whole if step.isdigit()), default=None)
+    return last and f"{folder}/checkpoint-{last}"
 
 
 def arguments(options: Namespace) -> SFTConfig:
@@ -55,7 +56,6 @@ def arguments(options: Namespace) -> SFTConfig:
         lr_scheduler_type="constant",
         model_init_kwargs={"dtype": "bfloat16" if gpu or options.nf4 else "float32"},
         bf16=gpu,
-        use_cpu=not gpu,
         gradient_checkpointing=options.checkpointing,  # try without it: fastlora keeps less
         logging_steps=1,
         save_steps=options.save_steps,

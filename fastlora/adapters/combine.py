@@ -17,7 +17,7 @@ from ..model.files import write_adapter
 from ..model.tensors import pairs_of
 from ..projection import Adapter, check_settings, is_number, shown
 from .spectrum import LayerSpectrum, Spectra, cut
-from .stored import Stored, check_output, flat, open_adapter, patterns
+from .stored import Stored, check_output, flat, is_copy, open_adapter, patterns
 
 # What has to be the same where the adapters say it.
 _ALIKE = ("base_model_name_or_path", "task_type", "bias", "modules_to_save", "fan_in_fan_out")
@@ -132,10 +132,12 @@ def _others(adapters: list[Stored]) -> dict[str, Tensor]:
     first, *others = (each.read_others() for each in adapters)
     for each in others:
         both = first.keys() & each.keys()
-        unlike = (first.keys() ^ each.keys()) | {k for k in both if not first[k].equal(each[k])}
+        unlike = {k for k in first.keys() ^ each.keys() if not is_copy(k)}
+        unlike |= {k for k in both if not first[k].equal(each[k])}
         if unlike:
             raise ValueError(
                 f"the adapters have unlike {some(sorted(unlike))}: biases and modules that trained "
                 "in full can't be summed"
             )
+        first |= each
     return first

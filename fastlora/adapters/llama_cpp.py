@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..layers.modules import some
 from ..model.files import check_folder, read_json, write_whole
 from ..projection import shown
-from .stored import Stored, open_adapter
+from .stored import Stored, is_copy, open_adapter
 
 # What gguf calls the models whose weights llama.cpp's converter renames, and stacks, but for:
 _NAMES = {
@@ -25,6 +26,8 @@ _NAMES = {
 }  # fmt: skip
 # q and k, whose halves of a head it interleaves, as its rotary embedding takes them,
 _INTERLEAVED = {"arcee", "granite", "llama", "mistral", "mixtral", "olmo", "smollm3"}
+# of so many heads of k, where a file of such a model leaves them out; of others as many as of q;
+_KEY_VALUE_HEADS = {"mistral": 8, "mixtral": 8, "smollm3": 4}
 # and gate and up, which it takes apart: halves of gate_up_proj, here every other row.
 _ALTERNATING = {"gpt_oss"}
 _DTYPES = ("f32", "f16", "q8_0")
@@ -64,7 +67,7 @@ def export_gguf(
     stored = open_adapter(folder)
     _check_base(stored, config["model_type"])
     # PEFT copies the frozen weight of an adapted head.
-    if foreign := [key for key in stored.others if not key.endswith(".base_layer.weight")]:
+    if foreign := [key for key in stored.others if not is_copy(key)]:
         raise ValueError(
             f"{stored.path} has {some(foreign)}: llama.cpp's adapters have no trained biases, "
             "modules_to_save or embeddings"
@@ -135,38 +138,40 @@ def _config_of(model_config: Any) -> Mapping[str, Any]:
             f"the model's type is {shown(kind)}, and fastlora exports adapters of "
             f"{', '.join(_NAMES)}"
         )
-    heads = config.get("num_attention_heads")
-    config |= {"num_key_value_heads": config.get("num_key_value_heads") or heads}
+    heads = _KEY_VALUE_HEADS.get(str(kind), config.get("num_attention_heads"))
+    full = {**config, "num_key_value_heads": config.get("num_key_value_heads") or heads}
     for field in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        if type(config.get(field)) is not int or not 0 < config[field] < 10_000:
-            raise ValueError(f"the model's config has {field} {shown(config.get(field))}")
-    return config
+        if type(full.get(field)) is not int or not 0 < full[field] < 10_000:
+            raise ValueError(f"the model's config has {field} {shown(full.get(field))}")
+    return full
 
 
 def _check_base(stored: Stored, kind: str) -> None:
     """Raise ValueError if the adapter names a base that is here, and of another kind."""
     name = stored.settings.get("base_model_name_or_path")
-    base = Path(name if isinstance(name, str) else "", "config.json")
-    theirs = read_json(base).get("model_type", kind) if base.is_file() else kind
-    if theirs != kind and theirs in _NAMES:
+    if not isinstance(name, str) or not name:
+        return
+    theirs: Any = None
+    with suppress(OSError, ValueError, AttributeError):  # it isn't here, or no config
+        theirs = read_json(Path(name, "config.json")).get("model_type")
+    if isinstance(theirs, str) and theirs in _NAMES and theirs != kind:
         raise ValueError(
-            f"{stored.path} is an adapter of {base.parent}, whose type is {shown(theirs)}, and "
+            f"{stored.path} is an adapter of {name}, whose type is {shown(theirs)}, and "
             f"model_config's is {shown(kind)}: give its base model's"
         )
 
 
 def _check_place(name: str, features: tuple[int, int], config: Mapping[str, Any]) -> None:
     """Raise ValueError for a linear layer that a model of this config hasn't, or of other sizes."""
-    hidden, heads = config.get("hidden_size"), config["num_attention_heads"]
+    hidden, head = config.get("hidden_size"), config.get("head_dim")
     number, last = re.search(r"\blayers\.(\d+)\.", name), name.rpartition(".")[2]
     wrong = number is not None and int(number[1]) >= config["num_hidden_layers"]
     if type(hidden) is int:
-        head = config.get("head_dim") or hidden // heads
-        queries, keys = heads * head, config["num_key_value_heads"] * head
         takes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), hidden)
-        takes |= {"o_proj": queries}
-        gives = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        gives |= {"o_proj": hidden, "down_proj": hidden}
+        gives = {"o_proj": hidden, "down_proj": hidden}
+        if type(head) is int:  # a file may leave out what its class knows, and heads of keys too
+            queries = head * config["num_attention_heads"]
+            takes["o_proj"] = gives["q_proj"] = queries
         fits = takes.get(last, features[0]), gives.get(last, features[1])
         wrong = wrong or features != fits
     if wrong:

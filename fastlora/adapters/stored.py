@@ -56,6 +56,11 @@ class Stored(NamedTuple):
         return files.read_tensors(self.path / WEIGHTS, self.others)
 
 
+def is_copy(key: str) -> bool:
+    """Whether it is PEFT's copy of a tensor of the frozen base, beside an adapter of a head."""
+    return key.endswith((".base_layer.weight", ".base_layer.bias"))
+
+
 def flat(name: str, adapter: Adapter[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """PEFT's lora_A [E · r, p] and lora_B [q, r · E] of a stack [E, r, p] and [E, q, r].
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..formats import quantised_weight, vendor_of
 from ..layers.members import is_hooked, twin
+from ..layers.modules import called, some
 from .declare import other_vendor
 
 _FOUR_BIT, _FLOAT8 = ".weight.quant_state.bitsandbytes__nf4", "._weight_qdata"
@@ -97,7 +98,9 @@ def read_linear(
         theirs = import_module("torchao.prototype.safetensors.safetensors_support")
         key = f"{name}.weight"
         header = {"tensor_names": json.dumps([key]), key: about()[key]}
-        weight = theirs.unflatten_tensor_state_dict(tensors, header)[0][key]
+        weight = theirs.unflatten_tensor_state_dict(tensors, header)[0].get(key)
+        if weight is None:  # it waits for more
+            raise ValueError(f"the file has {some(sorted(tensors))} alone of {called(name)}")
         made = nn.Linear(*sizes, False, device="meta", dtype=weight.dtype)
         made.weight = nn.Parameter(weight.to(device), requires_grad=False)
     return _readable(name, made.train(linear.training), kind)

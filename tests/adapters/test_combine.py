@@ -128,6 +128,19 @@ def test_what_cancels_is_nothing(folders, tmp_path):
     assert not changes(tmp_path / "sum")
 
 
+def test_a_head_s_adapter_and_none_are_summed(tmp_path):
+    """PEFT writes a copy of the frozen head beside the first one's."""
+    both = [tmp_path / "head", tmp_path / "none"]
+    by_peft(both[0], target_modules=["q_proj", "lm_head"])
+    by_peft(both[1], target_modules=["q_proj"])
+    fastlora.combine_adapters(both, [1, 0.5], tmp_path / "sum")
+    first, second, found = (changes(each) for each in (*both, tmp_path / "sum"))
+    assert found.keys() == first.keys()
+    for name, change in found.items():
+        wanted = first[name] + 0.5 * second.get(name, torch.zeros(()))
+        assert relative(change, wanted) < 1e-6, name
+
+
 def test_one_base_may_be_spelled_in_two_ways(folders, tmp_path):
     for folder, name in zip(folders, ("llama", "./llama", "llama/"), strict=True):
         change_config(folder, base_model_name_or_path=name)

@@ -145,7 +145,7 @@ BAD = {
     "types": ({}, None, {"model_type": ["llama"]}, r"type is \['llama'\], and fastlora exports"),
     "layers": ({}, None, {"num_hidden_layers": 1}, "layers.1.* with 1 layers, has no such layer"),
     "hidden": ({}, None, {"hidden_size": 96}, r"v_proj takes \d+ features and gives \d+, and a"),
-    "key-values": ({}, None, {"num_key_value_heads": 4}, "has no such layer: give the config"),
+    "queries": ({"target_modules": ["q_proj"]}, None, {"head_dim": 48}, "has no such layer: give"),
     "heads": ({"target_modules": ["q_proj"]}, None, NO_HEADS, "are no 3 heads"),
     "base": ({}, qwen_s, {}, "whose type is 'qwen3', and model_config's is 'llama': give its base"),
     "key-heads": ({}, None, {"num_key_value_heads": "2"}, "config has num_key_value_heads '2'"),
@@ -168,6 +168,22 @@ def test_what_llama_cpp_can_t_hold(name, tmp_path):
         fastlora.export_gguf(folder, tmp_path / "lora.gguf", **call)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "lora.gguf").exists()
+
+
+def test_a_file_may_leave_out_what_its_class_knows(tmp_path, monkeypatch):
+    """And nothing here is judged by a config.json of the folder that one is in."""
+    folder = by_peft(tmp_path / "adapter", target_modules=["q_proj", "k_proj", "o_proj"])
+    change_config(folder, base_model_name_or_path=None)
+    config = llama().config.to_dict()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key != "head_dim"})
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    monkeypatch.chdir(tmp_path)
+    fastlora.export_gguf(folder, tmp_path / "one.gguf", model_config=tmp_path / "base")
+    fastlora.export_gguf(folder, tmp_path / "two.gguf", model_config=llama().config)
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from models import assert_untouched, refused, snapshot
 from moe_models import base_model, logits, parameters_of, train
 from packed_experts import SIZES, bits_of, dense_model, experts_modules, fp8_model, packed_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -392,6 +393,21 @@ def test_a_linear_layer_whose_scales_are_cut_is_refused_and_the_model_stays(tmp_
     save_file(state | {scales: state[scales][:1].clone()}, tmp_path / ONE)
     model = empty(tmp_path, device="cpu")
     with refused(model, r"1\.self_attn\.q_proj can't be packed as nf4: .* broken"):
+        fastlora.load_packed(model, tmp_path)
+
+
+def test_a_linear_layer_in_float8_without_its_scales_is_refused(tmp_path):
+    pytest.importorskip("torchao")
+    packed = mixture("qwen3")
+    fastlora.pack(packed, "fp8", ["experts", "q_proj"])
+    packed.save_pretrained(tmp_path)
+    state = load_file(tmp_path / ONE)
+    del state["model.layers.1.self_attn.q_proj._weight_scale"]
+    with safe_open(tmp_path / ONE, "pt") as file:
+        about = file.metadata()
+    save_file(state, tmp_path / ONE, about)
+    model = empty(tmp_path, device="cpu")
+    with refused(model, r"the file has \S+1\.self_attn\.q_proj\._weight_qdata alone of"):
         fastlora.load_packed(model, tmp_path)
 
 

@@ -9,6 +9,7 @@ import math
 import pydoc_data.topics
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,7 @@ def test_sft_goes_on_from_a_checkpoint_that_is_whole(recipe, tiny, chats, tmp_pa
     start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=1"]
     recipe("sft", *start, "--steps=2", "--out", tmp_path)
     (tmp_path / "checkpoint-10").mkdir()
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-best")
     (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
     _, trainer = recipe("sft", *start, "--steps=3", "--out", tmp_path)
     assert trainer.state.global_step == 3
