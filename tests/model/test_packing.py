@@ -383,11 +383,16 @@ def test_a_torn_checkpoint_is_refused_and_the_model_stays(checkpoint, tmp_path, 
     assert_untouched(model, before)
 
 
-def test_a_linear_layer_whose_scales_are_cut_is_refused_and_the_model_stays(tmp_path):
-    pytest.importorskip("bitsandbytes")
+def save_packed(folder, kind) -> None:
+    """A checkpoint of experts and linear layers of this kind."""
+    pytest.importorskip({"nf4": "bitsandbytes", "fp8": "torchao"}[kind])
     packed = mixture("qwen3")
-    fastlora.pack(packed, "nf4", ["experts", "q_proj"])
-    packed.save_pretrained(tmp_path)
+    fastlora.pack(packed, kind, ["experts", "q_proj"])
+    packed.save_pretrained(folder)
+
+
+def test_a_linear_layer_whose_scales_are_cut_is_refused_and_the_model_stays(tmp_path):
+    save_packed(tmp_path, "nf4")
     state = load_file(tmp_path / ONE)
     scales = "model.layers.1.self_attn.q_proj.weight.absmax"
     save_file(state | {scales: state[scales][:1].clone()}, tmp_path / ONE)
@@ -397,10 +402,7 @@ def test_a_linear_layer_whose_scales_are_cut_is_refused_and_the_model_stays(tmp_
 
 
 def test_a_linear_layer_in_float8_without_its_scales_is_refused(tmp_path):
-    pytest.importorskip("torchao")
-    packed = mixture("qwen3")
-    fastlora.pack(packed, "fp8", ["experts", "q_proj"])
-    packed.save_pretrained(tmp_path)
+    save_packed(tmp_path, "fp8")
     state = load_file(tmp_path / ONE)
     del state["model.layers.1.self_attn.q_proj._weight_scale"]
     with safe_open(tmp_path / ONE, "pt") as file:
