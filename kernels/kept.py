@@ -8,16 +8,15 @@ settings alone: these are the kind of a call.  The first call of a kind is recor
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import plan, target
+from . import launch, plan, target
 from .common import INTERPRETED
-from .launch import is_intercepted
 from .script import Script, script_of
 
 
@@ -58,32 +57,47 @@ def replayed(
 
     The function may use torch's operations and this package's launchers.  What it does may depend
     on the settings, and on everything of the tensors but their elements.  They are on one device,
-    which is the current one.  None if a call of a new kind isn't one that it ``covers``.  Raises
-    RuntimeError for a new kind inside of a CUDA graph's capture, and :class:`Unproven` for kernels
-    that a judge doesn't believe.
+    which is the current one meanwhile.  None if a call of a new kind isn't one that it ``covers``.
+    Raises RuntimeError for a new kind inside of a CUDA graph's capture, and :class:`Unproven` for
+    kernels that a judge doesn't believe.
 
     ``calls``: where to keep this one instead of here, for a caller that comes with it only if the
     tensors agree with those of its calls before in all but their elements: they aren't compared.
     """
-    if is_intercepted():
-        return list(function(tensors, *settings)) if covers() else None
-    key: Hashable = (function, settings, plan.in_force(), target.forced())
-    device = next(tensor for tensor in tensors if tensor is not None).device
+    key: Hashable = (function, settings, plan.forced, plan.edition, target.forced)
     if calls is None:
-        key, calls = (key, device, *map(_facts, tensors)), _calls
+        key, calls = (key, _device_of(tensors), *map(_facts, tensors)), _calls
     script = calls.get(key)
-    if _is_watched() and (_believes_all(device) if script is None else script is not _REFUSED):
-        return list(function(tensors, *settings)) if covers() else None
-    if script is None:
-        if not covers():
-            return None
-        if _is_captured(tensors):
-            raise RuntimeError(
-                "a CUDA graph is being captured, and no call of this kind has run before: kernels "
-                "are compiled and loaded outside of a capture. Run the same step once before it"
-            )
-        script = _resolved(function, tensors, settings, device, Resolved(calls, key, None))
-    return script.replay(_stream(), *tensors)
+    is_intercepted = launch.interceptor is not None
+    if script is not None and not is_intercepted and not _is_watched():
+        return _replay(script, tensors)
+    device = _device_of(tensors)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        is_believed = _believes_all(device) if script is None else script is not _REFUSED
+        if is_intercepted or (is_believed and _is_watched()):
+            return list(function(tensors, *settings)) if covers() else None
+        if script is None:
+            if not covers():
+                return None
+            if _is_captured(device):
+                raise RuntimeError(
+                    "a CUDA graph is being captured, and no call of this kind has run before: "
+                    "kernels are compiled and loaded outside of a capture. Run the same step once "
+                    "before it"
+                )
+            script = _resolved(function, tensors, settings, device, Resolved(calls, key, None))
+        return _replay(script, tensors)
+
+
+def _replay(script: Script, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    if INTERPRETED.value:
+        return script.replay(None, *tensors)
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    if script.device not in (None, device):  # Triton launches on the current one
+        with torch.cuda.device(script.device):
+            return _replay(script, tensors)
+    return script.replay(driver.get_current_stream(device), *tensors)
 
 
 def _resolved(
@@ -159,10 +173,13 @@ def _facts(tensor: Tensor | None) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.is_neg()
 
 
-def _is_captured(tensors: Sequence[Tensor | None]) -> bool:
+def _is_captured(device: torch.device) -> bool:
     """Whether a CUDA graph records what the current stream is given."""
-    on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _device_of(tensors: Sequence[Tensor | None]) -> torch.device:
+    return next(tensor for tensor in tensors if tensor is not None).device
 
 
 def _is_watched() -> bool:
@@ -170,11 +187,3 @@ def _is_watched() -> bool:
     knobs = triton.knobs.runtime
     enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-def _stream() -> Any:
-    """What Triton launches on now."""
-    if INTERPRETED.value:
-        return None
-    active = triton.runtime.driver.active
-    return active.get_current_stream(active.get_current_device())

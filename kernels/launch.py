@@ -88,13 +88,13 @@ class Launch:
 
 
 # Not a context variable: a backward runs in a thread of autograd's own.
-_handler: Callable[[Launch], None] | None = None
+interceptor: Callable[[Launch], None] | None = None
 _here = threading.local()  # a recording is one thread's
 
 
 def launch(record: Launch) -> None:
     """Run it, unless :func:`recording` or :func:`intercept` wants it."""
-    handler = getattr(_here, "handler", None) or _handler
+    handler = getattr(_here, "handler", None) or interceptor
     if handler is None:
         record.run()
     else:
@@ -111,19 +111,15 @@ def recording(handler: Callable[[Launch], None]) -> Iterator[None]:
         _here.handler = None
 
 
-def is_intercepted() -> bool:
-    return _handler is not None
-
-
 @contextmanager
 def intercept(handler: Callable[[Launch], None]) -> Iterator[None]:
     """Hand every launch inside the block to ``handler``, which runs it or doesn't.
 
     On meta tensors, a handler that runs nothing learns what a call would launch.
     """
-    global _handler
-    before, _handler = _handler, handler
+    global interceptor
+    before, interceptor = interceptor, handler
     try:
         yield
     finally:
-        _handler = before
+        interceptor = before

@@ -62,7 +62,7 @@ _NEAR = 2.0  # doublings of its sizes, in all, up to which a row says something 
 # Targets whose Triton is near enough to cuBLAS, by the model.
 _FUSING = ("sm_86", "sm_90", "sm_120")
 _measured: tuple[Row, ...] = ()
-_edition = 0  # of them
+edition = 0  # of them
 
 
 def rule(target: Target, call: Call, k: int, backward: bool = False) -> Plan:
@@ -95,28 +95,23 @@ def _of_segments(target: Target, rows: int, k: int) -> Plan:
 
 def use_rows(rows: Iterable[Row]) -> None:
     """These were measured; those of other devices are passed over."""
-    global _measured, _edition
-    _measured, _edition = tuple(rows), _edition + 1
+    global _measured, edition
+    _measured, edition = tuple(rows), edition + 1
     _chosen.cache_clear()
 
 
-_forced: Plan | None = None  # no context variable, since a backward runs in another thread
+forced: Plan | None = None  # no context variable, since a backward runs in another thread
 
 
 @contextmanager
 def use_plan(plan: Plan) -> Iterator[None]:
     """Every call in the block follows this plan: to test or to measure one."""
-    global _forced
-    before, _forced = _forced, plan
+    global forced
+    before, forced = forced, plan
     try:
         yield
     finally:
-        _forced = before
-
-
-def in_force() -> Plan | int:
-    """What plans depend on besides the call, for a key."""
-    return _edition if _forced is None else _forced
+        forced = before
 
 
 def plan_for(
@@ -137,8 +132,8 @@ def plan_for(
     waits for the weight's bytes, of which the dense one has two to eight times as many.  Of
     segments with few rows each, a weight is unpacked for one tile of rows, or two.
     """
-    if _forced is not None:
-        return _forced
+    if forced is not None:
+        return forced
     if packed and len(x) <= FEW_ROWS * max(1, segments):
         return UNPACKING
     count, r = max(1, len(ranks)), max(ranks, default=1)

@@ -55,6 +55,7 @@ class Script(NamedTuple):
     source: str
     kernels: list[Any]  # Triton's, which unload their code when they go
     identities: frozenset[str]  # each kernel's name, and the hash of its code
+    device: int | None = None  # a GPU's number
 
 
 def script_of(
@@ -106,7 +107,6 @@ class _Recorder(TorchFunctionMode):
                     )
                     self._stands_for(stand_in, node)
                     self.modulo_16[node] = tensor.data_ptr() & 15
-        self.like = next(tensor for tensor in self.stand_ins if tensor is not None)
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -166,7 +166,7 @@ class _Recorder(TorchFunctionMode):
         scope = dict(code.globals)
         exec(compile(code.src, "<a kept call>", "exec"), scope)
         replay = MethodType(scope["forward"], self.constants)
-        return Script(replay, code.src, self.kernels, frozenset(self.identities))
+        return Script(replay, code.src, self.kernels, frozenset(self.identities), self.device.index)
 
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
         if function in _BUFFERS and result.is_contiguous():  # which needs no other tensor than one
@@ -180,9 +180,10 @@ class _Recorder(TorchFunctionMode):
         return self._call(function, inputs, options)
 
     def _new_empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
-        inputs = [self._argument(self.like), tuple(shape)]
-        options = {} if dtype == self.like.dtype else {"dtype": dtype}
-        return self._call(Tensor.new_empty, inputs, options, name)
+        # Like another, which has given its memory back: half the time of a shape and a dtype.
+        like = torch.empty(shape, dtype=dtype, device=self.device)
+        like.untyped_storage().resize_(0)
+        return self._call(torch.empty_like, [self._argument(like)], name=name)
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None
@@ -209,7 +210,7 @@ class _Recorder(TorchFunctionMode):
             return type(value)([self._argument(each, address) for each in value])
         if type(value) in _LITERALS:
             return value
-        name = f"constant_{len(vars(self.constants))}"
+        name = f"constant_{len(self.alive)}"
         setattr(self.constants, name, value)
         return self._stands_for(value, self.graph.get_attr(name))
 

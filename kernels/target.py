@@ -63,28 +63,24 @@ _MISCOMPILED = "gfx115"
 
 # What CPU tensors run on; tests put a GPU here whose driver launches nothing.
 _of_cpu: Target | None = TARGETS["interpreter"] if INTERPRETED.value else None
-_forced: Target | None = None  # no context variable, since a backward runs in another thread
+forced: Target | None = None  # no context variable, since a backward runs in another thread
 
 
 @contextmanager
 def use_target(target: Target) -> Iterator[None]:
     """Launch for this target, whatever the device: to compile or to count on meta tensors."""
-    global _forced
-    before, _forced = _forced, target
+    global forced
+    before, forced = forced, target
     try:
         yield
     finally:
-        _forced = before
-
-
-def forced() -> Target | None:
-    return _forced
+        forced = before
 
 
 def target_of(device: torch.device) -> Target | None:
     """The target of a device, or None where these kernels can't run."""
-    if _forced is not None:
-        return _forced
+    if forced is not None:
+        return forced
     if device.type == "cpu":
         return _of_cpu
     if device.type != "cuda" or INTERPRETED.value:

@@ -140,8 +140,8 @@ def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
         "torch.addmm: [4096, 1024] @ [1024, 2048]",
     ]
     assert products == (expected if plan == IN_PLACE else [])
-    assert target.forced() is None
-    assert not launch.is_intercepted()
+    assert target.forced is None
+    assert launch.interceptor is None
     assert backends.backend_name(device=CPU) == "torch"
 
 

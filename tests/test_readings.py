@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from vendor_layers import quantised
 
-from fastlora.layers import reading
+from fastlora.layers import adapted, reading
 from fastlora.peft import layer as peft_layer
 
 
@@ -130,7 +130,7 @@ def test_packed_numbers_that_change_in_place_are_read_again():
     (layer,) = adapt(nn.Sequential(quantised("gguf-q8_0", 256, 32)), target_modules=["0"])
 
     def found():
-        return reading.read_once(layer, layer.read, tuple)[1]
+        return reading.read_once(layer, adapted._READER)[1]
 
     assert isinstance(found(), reading.Reading)
     assert isinstance(found(), list)

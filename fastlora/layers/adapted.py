@@ -17,7 +17,7 @@ from ..ops.functional import linears
 from ..ops.way import autocast_off
 from ..projection import Adapter, Base, Output, shown
 from .members import tensor_of
-from .reading import Reading, call_as_read, forget
+from .reading import Reader, Reading, call_as_read, forget
 
 # Of a tensor on meta.
 UNLOADED = (
@@ -256,7 +256,7 @@ class LoRALayer(AdaptedWeight, Adapted):
         if self.merged:
             refuse_training(self)
             return self.run_merged(x)
-        y = call_as_read(self, x, self.read, tuple, run_one, lambda reading: self.run(x, reading))
+        y = call_as_read(self, x, _READER)
         assert y is not None
         return y
 
@@ -304,6 +304,15 @@ class LoRALayer(AdaptedWeight, Adapted):
         return f"{shape}, bias={has_bias}, {settings}" + (", merged" if self.merged else "")
 
     __repr__ = nn.Module.__repr__  # Conv1D has one of its own
+
+
+_READER = Reader(
+    lambda layer, x: False,
+    lambda layer: layer.read(),
+    lambda layer: (),
+    lambda layer, x, reading: layer.run(x, reading),
+    run_one,
+)
 
 
 def refuse_training(merged: nn.Module) -> None:

@@ -28,7 +28,7 @@ from .members import (
     plain_class_of,
     under,
 )
-from .reading import Reading, call_as_read, fits, forget
+from .reading import Reader, Reading, call_as_read, fits, forget
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 WATCHED = "a hook watches, or something replaces, its calls"
@@ -66,16 +66,14 @@ class GatedMLP(nn.Module):
     plain_class: type[nn.Module]  # what it is elsewhere
 
     def forward(self, *args, **named):
-        is_block_s = len(args) == 1 and not named and follows(args[0])
-        # Few rows keep next to nothing, and to read the block costs more than its products.
-        if is_block_s and not has_few_rows(args[0]) and not self.why_not_now():
-            (x,) = args
-            y = call_as_read(self, x, self.read, self.parts, run_gated, lambda r: self._run(x, r))
-            if y is not None:
-                return y
-        return super().forward(*args, **named)
+        y = None if len(args) != 1 or named else call_as_read(self, args[0], _READER)
+        return super().forward(*args, **named) if y is None else y
 
-    def _run(self, x: Tensor, reading: Reading) -> tuple[Tensor | None, GatedCall | None]:
+    def why_not(self, x: object) -> bool | str:
+        """Few rows keep next to nothing, and to read the block costs more than its products."""
+        return not isinstance(x, Tensor) or not follows(x) or has_few_rows(x) or self.why_not_now()
+
+    def run(self, x: Tensor, reading: Reading) -> tuple[Tensor | None, GatedCall | None]:
         """The nodes' output for x, and their record; None where the call is the module's own."""
         dtypes = _dtypes_of_all(x, reading) if reading.outputs else None
         if dtypes is None or not fits(x, reading.outputs[0].base.weight):
@@ -139,6 +137,9 @@ class GatedMLP(nn.Module):
             return Reading("it is merged")
         reading = linear.read()
         return reading if linear.training else reading._replace(dropouts=(0.0,))
+
+
+_READER = Reader(GatedMLP.why_not, GatedMLP.read, GatedMLP.parts, GatedMLP.run, run_gated)
 
 
 def read_frozen(linear: nn.Module) -> Reading:

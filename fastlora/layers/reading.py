@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from ..backends import asked_backend
 from ..formats import PackedLayer, vendor_of
 from ..formats.format import Quantised
-from ..ops.way import autocast_dtype, may_be_known
+from ..ops.way import autocast_dtype, is_ordinary
 from ..projection import (
     AUTOCAST_DTYPES,
     DTYPES,
@@ -67,6 +68,19 @@ class Reading(NamedTuple):
     def output(self) -> Output[Tensor] | None:
         """A layer's."""
         return self.outputs[0] if self.outputs else None
+
+
+class Reader(NamedTuple):
+    """How modules of a class are read and called; the functions' first argument is the module."""
+
+    why_not: Callable[[Any, Any], object]  # true if no call with this x is a node's at this moment
+    read: Callable[[Any], Reading]
+    parts: Callable[[Any], Iterable[nn.Module]]  # what is read beside the module
+    # The output for x as it was read, None where the call is the module's own; and what record a
+    # call like this one has, if it has one: it uses the reading's tensors as they are.
+    run_reading: Callable[[Any, Tensor, Reading], tuple[Tensor | None, Any]]
+    # The output, of x and the reading's tensors laid flat, by the record of an earlier call.
+    run: Callable[[Sequence[Tensor], Any], Tensor]
 
 
 class Watch:
@@ -285,18 +299,13 @@ class Memory:
 
 def key_of(x: Tensor) -> Hashable:
     """All that a call depends on beside what was read; None: what its calls are isn't kept."""
-    if not may_be_known(x) or x.layout is not torch.strided:
+    if not is_ordinary(x) or x.layout is not torch.strided:
         return None
     return facts_of(x), autocast_dtype(x), asked_backend()
 
 
-def read_once(
-    module: nn.Module, read: Callable[[], Reading], parts: Callable[[], Iterable[nn.Module]]
-) -> tuple[Memory, list[Tensor] | Reading]:
-    """What is kept of the module, and the inputs of its outputs as they are now; or a new reading.
-
-    ``parts``: the modules that are read beside this one.
-    """
+def read_once(module: nn.Module, reader: Reader) -> tuple[Memory, list[Tensor] | Reading]:
+    """What is kept of the module, and its outputs' inputs as they are now; or a new reading."""
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]
     before: Memory | None = home.get(place)
@@ -307,13 +316,13 @@ def read_once(
             return before, before.inputs(tensors)
     if before is not None and before.wait:  # it changes all the time: to keep it costs as much
         before.wait, before.watch = before.wait - 1, None
-        reading = read()
+        reading = reader.read(module)
         return Memory(reading), reading
     for each in _PLACES:
         home.setdefault(each, None)
     # Before it is read: what another thread changes meanwhile differs from this in the next call.
-    watch = Watch(module, [*parts()])
-    reading = read()
+    watch = Watch(module, [*reader.parts(module)])
+    reading = reader.read(module)
     memory = Memory(reading)
     memory.attempts = 0 if before is None else min(before.attempts + 1, _MOST_ATTEMPTS)
     memory.wait = 2**memory.attempts - 1
@@ -325,31 +334,29 @@ def read_once(
     return memory, reading
 
 
-def call_as_read(
-    module: nn.Module,
-    x: Tensor,
-    read: Callable[[], Reading],
-    parts: Callable[[], Iterable[nn.Module]],
-    run: Callable[[Sequence[Tensor], Any], Tensor],
-    run_reading: Callable[[Reading], tuple[Tensor | None, Any]],
-) -> Tensor | None:
-    """The module's output for x, which may be None.
-
-    ``run`` makes it of x and the reading's tensors, laid flat, by a record that an earlier call
-    left.  Else ``run_reading`` does, and says what record a call like this one has, if it has one:
-    it uses the tensors of the reading as they are.
-    """
+def call_as_read(module: nn.Module, x: Tensor, reader: Reader) -> Tensor | None:
+    """The module's output for x; None where the call is the module's own."""
     if torch.compiler.is_compiling():
-        return run_reading(read())[0]
-    memory, answer = read_once(module, read, parts)
-    key = None if memory.watch is None else key_of(x)
-    if isinstance(answer, list):
-        record = None if key is None else memory.calls.get(key)
-        if record is not None:
-            return run([x, *answer], record)
-        answer = memory.now(answer)
-    y, record = run_reading(answer)
-    if key is not None and record is not None:
+        if reader.why_not(module, x):
+            return None
+        return reader.run_reading(module, x, reader.read(module))[0]
+    key = key_of(x)
+    memory: Memory | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
+    record = None if key is None or memory is None else memory.calls.get(key)
+    # What ``why_not`` asks beside this is in a call's key.
+    if record is not None and memory is not None and not nn_module._has_any_global_hook():
+        tensors = memory.tensors_now(module)
+        if tensors is not None:
+            memory.attempts = memory.wait = 0
+            return reader.run([x, *memory.inputs(tensors)], record)
+    return None if reader.why_not(module, x) else _call_anew(module, x, key, reader)
+
+
+def _call_anew(module: nn.Module, x: Tensor, key: Hashable, reader: Reader) -> Tensor | None:
+    memory, answer = read_once(module, reader)
+    reading = memory.now(answer) if isinstance(answer, list) else answer
+    y, record = reader.run_reading(module, x, reading)
+    if key is not None and record is not None and memory.watch is not None:
         memory.learn(key, record)
     return y
 

@@ -11,7 +11,7 @@ from ..backends import Call
 from ..projection import Layout, unflatten
 from ..rows import Share
 from .textbook import Drop, textbook
-from .way import autocast_off
+from .way import autocast_is_on, autocast_off
 
 _ARGUMENTS = 3  # of the node: seeds, ends and call, before the inputs
 
@@ -38,9 +38,11 @@ def run_backward(
 ) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None; and of an adapter without rows."""
     x, *tensors = inputs
+    if torch._C._is_any_autocast_enabled() and autocast_is_on(x.device.type):
+        with autocast_off(x.device.type):
+            return run_backward(dys, inputs, hs, needs, seeds, call)
     dys = [None if dy is None else as_matrix(dy) for dy in dys]
-    with autocast_off(x.device.type):
-        gradients = call.backend.backward(dys, [as_matrix(x), *tensors], hs, needs, seeds, call)
+    gradients = call.backend.backward(dys, [as_matrix(x), *tensors], hs, needs, seeds, call)
     dx = gradients[0]
     if dx is not None and x.dim() != 2:
         gradients[0] = dx.view(x.shape)
@@ -161,16 +163,20 @@ def gradients_of(
     return [next(gradients) if need else None for need in needs]
 
 
-class LoRALinearFunction(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """torch's, for arguments of which none has outlived a transform of ``torch.func``."""
+
+    @classmethod
+    def apply(cls, *arguments):
+        """As torch's, but without that look."""
+        return super(torch.autograd.Function, cls).apply(*arguments)
+
+
+class LoRALinearFunction(Function):
     """One node for all outputs of one x.  It saves the inputs, the seeds and every h.
 
     x is left out if neither a lora_a nor a weight needs a gradient, an h if its lora_b needs none.
     """
-
-    @classmethod
-    def apply(cls, *arguments):
-        """As torch's, but without a look for what outlived a transform of ``torch.func``."""
-        return super(torch.autograd.Function, cls).apply(*arguments)
 
     @staticmethod
     def forward(

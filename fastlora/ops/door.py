@@ -90,12 +90,13 @@ def _through(
 def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
     """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
     x = inputs[0]
-    if autocast_dtype(x) is not None:
+    if torch._C._is_any_autocast_enabled() and autocast_dtype(x) is not None:
         x, outputs = autocast_inputs(x, unflatten(inputs[1:], call.layouts))
         with autocast_off(x.device.type):
             return run((x, *flatten(outputs, call.layouts)), call)
-    rows = call.rows
-    seeds = _seeds(call.layouts, call.dropout, rows, x.device)
+    rows, seeds = call.rows, None
+    if call.dropout or rows is not None:
+        seeds = _seeds(call.layouts, call.dropout, rows, x.device)
     if call.is_few:
         return (of_few_rows(inputs, seeds, call),)
     if torch.is_grad_enabled():

@@ -18,11 +18,11 @@ from ..formats.format import Quantised
 from ..projection import Adapter, Base, Output, Projection, as_outputs, facts_of, is_plain
 from ..rows import AdapterMapping, Many, Rows
 from .door import run, through
-from .way import autocast_dtype, autocast_is_on, may_be_known
+from .way import autocast_dtype, autocast_is_on, is_ordinary
 
 _MOST_KINDS = 1024
 _changes = Lock()  # to find the oldest, no other thread may change them
-_known: dict[Hashable, Call] = {}
+_known: dict[Hashable, Any] = {}
 
 
 def lora_linear(
@@ -98,10 +98,8 @@ def linears(
     backend: str | None = None,
 ) -> tuple[tuple[Tensor, ...], Call | None]:
     """As :func:`lora_linears`; and what an eager call of this kind is, if that is known now."""
-    key, call = None, None
-    if may_be_known(x):
-        key, inputs = key_of(x, projections, dropout, training, backend)
-        call = None if key is None else _known.get(key)
+    key, inputs = key_of(x, projections, dropout, training, backend)
+    call = call_known_by(key)
     if call is not None:
         return run(inputs, call), call
     if not is_plain(x):
@@ -111,22 +109,23 @@ def linears(
     p = dropout if training and any([output.adapters for output in outputs]) else 0.0
     ys, call = through(x, outputs, p, backend, keeps=key is not None)
     if key is not None and call is not None:
-        _remember(key, call)
+        remember(key, call)
     return ys, call
 
 
 def key_of(
     x: Tensor,
     projections: Sequence[Projection | Output],
-    dropout: float,
-    training: bool,
-    backend: str | None,
+    dropout: Hashable,
+    training: bool = True,
+    backend: str | None = None,
 ) -> tuple[Hashable, list[Tensor]]:
     """The key of an eager call, and its tensors laid flat, x first; None: it has to be checked.
 
-    Two calls with the same key are right or wrong both.
+    Two calls with the same key are right or wrong both.  ``dropout``: of a call that is more than
+    linear layers, a tuple of all that it hangs on beside them.
     """
-    if type(projections) not in (list, tuple):
+    if not is_ordinary(x) or type(projections) not in (list, tuple):
         return None, []
     inputs, switch = [x], training is True or training is False
     rest: list[Any] = [asked_backend(backend), dropout, type(dropout), switch, training]
@@ -161,7 +160,12 @@ def key_of(
         return None, []
 
 
-def _remember(key: Hashable, call: Call) -> None:
+def call_known_by(key: Hashable) -> Any:
+    """The record of a call that passed the checks before; None: there is none."""
+    return None if key is None else _known.get(key)
+
+
+def remember(key: Hashable, call: Any) -> None:
     """The record of a call that passed the checks; the oldest kinds are forgotten."""
     with _changes:
         while len(_known) >= _MOST_KINDS and key not in _known:

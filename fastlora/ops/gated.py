@@ -17,6 +17,7 @@ from ..backends.gated import ACTIVATIONS
 from ..checks import check_call
 from ..projection import Output, flatten, layouts_of
 from .call import (
+    Function,
     LoRALinearFunction,
     are_batched,
     as_matrix,
@@ -28,6 +29,7 @@ from .call import (
     to_save,
 )
 from .door import draw_seed
+from .functional import call_known_by, key_of, remember
 from .way import autocast_inputs, autocast_is_on, autocast_off
 
 _ARGUMENTS = 4  # activation, wide, seeds and call, before the inputs
@@ -84,6 +86,10 @@ def gated_call(
 ) -> tuple[Tensor, GatedCall | None]:
     """As :func:`gated_mlp`; and what a call of this kind is, for :func:`run_gated`, if no cast was
     needed."""
+    key, inputs = key_of(x, (gate, up, down), (dropout, down_dropout, activation, wide))
+    known = call_known_by(key)
+    if known is not None:
+        return run_gated(inputs, known), known
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation is {activation!r}, but must be one of {known}")
@@ -99,14 +105,22 @@ def gated_call(
     if autocast:
         x, (gate, up, down) = autocast_inputs(x, (gate, up, down))
     backend = find_backend(device=x.device)
-    first = Call(layouts_of((gate, up)), dropout if gate.adapters or up.adapters else 0.0, backend)
-    last = Call(layouts_of((down,)), down_dropout if down.adapters else 0.0, backend)
+    keeps = key is not None and not autocast
+    calls = []
+    for outputs, p in (((gate, up), dropout), ((down,), down_dropout)):
+        adapted = any([output.adapters for output in outputs])
+        memo: dict | None = {} if keeps else None
+        calls.append(Call(layouts_of(outputs), p if adapted else 0.0, backend, memo=memo))
+    first, last = calls
     tensors = flatten((gate, up), first.layouts)
     call = GatedCall(first, last, len(tensors), activation, wide)
-    # It may be that some have outlived a transform of torch.func.
-    inputs = (x, *tensors, *flatten((down,), last.layouts))
+    inputs = [x, *tensors, *flatten((down,), last.layouts)]
     with autocast_off(device):
-        return run_gated(unwrap_dead_wrappers(inputs), call), None if autocast else call
+        # It may be that some have outlived a transform of torch.func.
+        y = run_gated(unwrap_dead_wrappers(tuple(inputs)), call)
+    if keeps:
+        remember(key, call)
+    return y, call if keeps else None
 
 
 def run_gated(inputs: Sequence[Tensor], call: GatedCall) -> Tensor:
@@ -127,7 +141,7 @@ def _seeds(x: Tensor, call: Call) -> Tensor | None:
     return torch.cat([draw_seed(count, x.device) for count in counts])
 
 
-class GatedLinearFunction(torch.autograd.Function):
+class GatedLinearFunction(Function):
     """One output of act(gate) ∘ up, which isn't kept.  It saves gate, up, its tensors and every h.
 
     An h is left out if its lora_b needs no gradient.

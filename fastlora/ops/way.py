@@ -6,6 +6,7 @@ affair: x and the weight are cast as ``nn.Linear`` casts them.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ def way_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
 
     ``is_cut``: its rows are cut by numbers in a tensor, which only a real one has.
     """
+    if not is_cut and is_ordinary(x):
+        return NODE, ""
     reason = why_textbook(x)
     if reason:
         return TEXTBOOK, reason
@@ -70,14 +73,22 @@ def is_eager(x: Tensor) -> bool:
     return not (why_textbook(x) or torch.compiler.is_compiling()) and is_plain(x)
 
 
-def may_be_known(x: object) -> bool:
-    """Whether a call made at this moment, with this x, can be one of a kind that passed before."""
-    return isinstance(x, Tensor) and way_of(x)[0] == NODE
+def is_ordinary(x: Any) -> bool:
+    """Whether nothing but autograd follows a call made at this moment with this x."""
+    return (
+        is_plain(x)
+        and not x.is_nested
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def follows(x: object) -> bool:
     """Whether a composition of calls with this x now can be nodes that keep less than its steps."""
-    return torch.is_grad_enabled() and may_be_known(x)
+    return torch.is_grad_enabled() and is_ordinary(x)
 
 
 def has_few_rows(x: Tensor) -> bool:

@@ -4,9 +4,8 @@ So do gated MLPs, whose layers those are.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from peft.tuners.lora import dora
@@ -20,7 +19,7 @@ from ..backends import Call
 from ..layers import mlp
 from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.members import change_class, class_over, is_hooked, is_over, is_replaced
-from ..layers.reading import Reading, call_as_read, fits, forget
+from ..layers.reading import Reader, Reading, call_as_read, fits, forget
 from ..ops.door import run_one
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.functional import linears
@@ -38,14 +37,16 @@ class Linear(PeftLinear):
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return _call(self, super().forward, x, args, kwargs)
+        y = _fast_call(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 class PackedLinear(nn.Module):
     """As :class:`Linear`, of PEFT's layers of quantised bases: their class comes after this one."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return _call(self, super().forward, x, args, kwargs)
+        y = _fast_call(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
 
 # PEFT's layers of quantised bases, where PEFT has them: some only where the vendor's package is.
@@ -64,27 +65,25 @@ def packed_classes() -> dict[type[nn.Module], type[nn.Module]]:
     return {kind: class_over(PackedLinear, kind, "") for kind in classes if kind is not None}
 
 
-def _call(layer: Any, theirs: Callable, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-    """A layer's forward: the fast one, or PEFT's, which is ``theirs``."""
-    y = None
-    if not args and not why_not_now():
-        if not kwargs:
-            y = _ordinary_forward(layer, x)
-        elif kwargs.keys() == {"adapter_names"}:
-            y = mixed_forward(layer, x, kwargs["adapter_names"])
-    return theirs(x, *args, **kwargs) if y is None else y
+def _fast_call(layer: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+    """The output of a layer's forward; None where the call is PEFT's."""
+    if not args and not kwargs:
+        return call_as_read(layer, x, _READER)
+    if not args and kwargs.keys() == {"adapter_names"} and not why_not_now():
+        return mixed_forward(layer, x, kwargs["adapter_names"])
+    return None
 
 
-def _ordinary_forward(layer: LoraLayer, x: Tensor) -> Tensor | None:
-    """The output for x with the active adapters; None where the call is PEFT's."""
+def _run_reading(
+    layer: LoraLayer, x: Tensor, reading: Reading
+) -> tuple[Tensor | None, Call | None]:
+    if reading.output is None or not fits(x, reading.output.base.weight):
+        return None, None
+    return fast_forward(x, reading)
 
-    def run_reading(reading: Reading) -> tuple[Tensor | None, Call | None]:
-        if reading.output is None or not fits(x, reading.output.base.weight):
-            return None, None
-        return fast_forward(x, reading)
 
-    parts = partial(parts_of, layer)
-    return call_as_read(layer, x, partial(read_active, layer), parts, run_one, run_reading)
+# The call's adapters are the active ones.
+_READER = Reader(lambda *_: why_not_now(), read_active, parts_of, _run_reading, run_one)
 
 
 def fast_forward(x: Tensor, reading: Reading) -> tuple[Tensor, Call | None]:

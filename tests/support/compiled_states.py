@@ -213,11 +213,14 @@ class State:
 def _read_anew() -> Iterator[None]:
     """Inside, no reading is kept, and none that is kept is used."""
 
-    def read_once(module, read, parts):
-        found = read()
+    def read_once(module, reader):
+        found = reader.read(module)
         return reading.Memory(found), found
 
-    with mock.patch.object(reading, "read_once", read_once):
+    with (
+        mock.patch.object(reading, "read_once", read_once),
+        mock.patch.object(reading, "key_of", return_value=None),
+    ):
         yield
 
 

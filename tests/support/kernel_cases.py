@@ -3,6 +3,7 @@
 And what a launch really loads and stores, counted byte by byte in Triton's interpreter.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from fastlora.backends.dropout import dropout_mask
 from fastlora.kernels.launch import Launch, Work, intercept
+from fastlora.kernels.script import Script
 from fastlora.kernels.target import Target, target_of, use_target
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -173,3 +175,10 @@ def counted_launches() -> Iterator[list[Counted]]:
     finally:
         for name, function in before.items():
             setattr(InterpreterBuilder, name, function)
+
+
+def buffers_of(made: Script) -> dict[str, Tensor]:
+    """What a replay's buffers are like, by their names, in the order in which they are made."""
+    pattern = r"(\w+) = torch\.empty_like\((\w+)\)"
+    constants = vars(made.replay.__self__)
+    return {name: constants[like] for name, like in re.findall(pattern, made.source)}

@@ -19,8 +19,8 @@ from fastlora import tuning
 from fastlora.__main__ import main
 from fastlora.backends.triton import first_contact, measured, trust
 from fastlora.doctor import examine
-from fastlora.kernels import kept, target
-from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, in_force, plan_for, use_rows
+from fastlora.kernels import kept, plan, target
+from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, plan_for, use_rows
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
 GPU = "A GPU"
@@ -92,12 +92,11 @@ def resolved(monkeypatch, change=None):
     real, found = kept.script_of, []
 
     def script_of(*call):
-        plan = in_force()
-        made = real(*call)
-        found.append((plan, made.identities))
+        forced, made = plan.forced, real(*call)
+        found.append((forced or plan.edition, made.identities))
         if change is None:
             return made
-        return made._replace(replay=lambda *args: change(plan, made.replay(*args)))
+        return made._replace(replay=lambda *args: change(forced, made.replay(*args)))
 
     monkeypatch.setattr(kept, "script_of", script_of)
     return found
@@ -227,7 +226,7 @@ def test_what_does_not_compile_drops_out(timed, monkeypatch, mode, recwarn):
     real = kept.script_of
 
     def script_of(*call):
-        if in_force() == FUSED:
+        if plan.forced == FUSED:
             raise RuntimeError("PassManager::run failed")
         return real(*call)
 
@@ -300,7 +299,7 @@ def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
         snapshot(model),
         {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
     )
-    random, edition = torch.get_rng_state(), in_force()
+    random, edition = torch.get_rng_state(), plan.edition
 
     def interrupt(plan):
         if len(timed.steps) > 3:
@@ -312,7 +311,7 @@ def test_an_interrupted_call_leaves_all_as_it_was(timed, tmp_path, monkeypatch):
         fastlora.tune(model, ROWS, progress=False)
     assert files(tmp_path) == before
     assert planned() == IN_PLACE
-    assert in_force() == edition
+    assert (plan.forced, plan.edition) == (None, edition)
     assert_untouched(model, state)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training

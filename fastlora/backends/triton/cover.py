@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind 
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _MOST_EXPERTS = 2**16 - 2  # a grid's y counts to 2¹⁶ - 1, of which one is nobody's
-_NOTHING = nullcontext()
 # z.conj().imag and the like: the minus isn't in their memory, which is what kernels read.
 _NEGATED = "a tensor is a negated view, whose resolve_neg() the Triton kernels could take"
 _said: set[str] = set()
@@ -104,13 +103,6 @@ def precision_of(x: Tensor) -> str:
         return "ieee"
     # It follows the older switches, whose getters raise if this one was used.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def current(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(device)
 
 
 def empty_like(tensor: Tensor) -> Tensor:

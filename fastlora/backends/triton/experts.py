@@ -16,7 +16,7 @@ from ...projection import Adapter, Base, Layout, Output, flatten, unflatten
 from .. import torch as torch_backend
 from ..protocol import Call
 from .at_once import aligned, runs_at_once
-from .cover import covers, current, empty_like, kernels, precision_of
+from .cover import covers, empty_like, kernels, precision_of
 from .layer import through_lora_b
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 
@@ -28,15 +28,14 @@ def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's."""
-    if needs_torch(call):
+    if needs_torch(call.layouts, of_experts=True):
         inputs, call = made_dense(inputs, call)
     ends = _ends_of(call)
     if ends is None:
         return torch_backend.forward(inputs, seeds, call)
-    with current(ends.device):
-        facts = call.layouts, call.dropout, precision_of(inputs[0]), _runs_at_once(inputs, call)
-        tensors = [seeds, ends, *inputs]
-        made = kernels.replayed(_forward, tensors, facts, lambda: covers(inputs, call.layouts))
+    facts = call.layouts, call.dropout, precision_of(inputs[0]), _runs_at_once(inputs, call)
+    tensors = [seeds, ends, *inputs]
+    made = kernels.replayed(_forward, tensors, facts, lambda: covers(inputs, call.layouts))
     if made is None:
         return torch_backend.forward(inputs, seeds, call)
     return made[:1], made[1:]
@@ -51,16 +50,15 @@ def backward(
     call: Call,
 ) -> list[Tensor | None]:
     """As the torch backend's: the gradient of each input that needs one, else None."""
-    if needs_torch(call):
+    if needs_torch(call.layouts, of_experts=True):
         return of_dense(backward, dys, inputs, hs, needs, seeds, call)
     ends, layouts, x = _ends_of(call), call.layouts, inputs[0]
     if ends is None or dys[0] is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
     by_torch, by_kernels = _shared_out(needs, layouts)
-    with current(x.device):
-        facts = layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
-        tensors = [seeds, ends, *inputs, *hs, dys[0]]
-        made = kernels.replayed(_backward, tensors, facts, lambda: covers(inputs, layouts, dys))
+    facts = layouts, call.dropout, precision_of(x), _runs_at_once(inputs, call), by_kernels
+    tensors = [seeds, ends, *inputs, *hs, dys[0]]
+    made = kernels.replayed(_backward, tensors, facts, lambda: covers(inputs, layouts, dys))
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
     if any(by_torch):

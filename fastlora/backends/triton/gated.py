@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import torch as torch_backend
 from . import first_contact
-from .cover import current, empty_like, kernels, why_not
+from .cover import empty_like, kernels, why_not
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tensor:
@@ -48,16 +48,15 @@ def _of_gated(
 ) -> list[Tensor | None] | None:
     """What a call of these matrices comes to; None if the kernels don't cover it."""
     x = matrices[0]
-    with current(x.device):
-        return kernels.replayed(
-            function,
-            matrices,
-            (activation,),
-            lambda: (
-                not why_not(x.dtype, x.device, ())
-                and not any(kernels.why_not_gated(matrix) for matrix in matrices)
-            ),
-        )
+    return kernels.replayed(
+        function,
+        matrices,
+        (activation,),
+        lambda: (
+            not why_not(x.dtype, x.device, ())
+            and not any(kernels.why_not_gated(matrix) for matrix in matrices)
+        ),
+    )
 
 
 def _gated(matrices: Sequence[Tensor], activation: str) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from ...projection import Adapter, Layout, Output, flatten, per_adapter, unflatten
 from .. import torch as torch_backend
 from ..protocol import Call
-from .cover import covers, current, empty_like, kernels, precision_of
+from .cover import covers, empty_like, kernels, precision_of
 from .packed import is_unpackable, made_dense, needs_torch, of_dense, read_by
 
 
@@ -19,16 +19,15 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's: y [M, N] of every output, and h [M, r] of every adapter."""
     x, count = inputs[0], len(call.layouts)
-    if needs_torch(call):
+    if needs_torch(call.layouts):
         inputs, call = made_dense(inputs, call)
-    with current(x.device):
-        made = kernels.replayed(
-            _forward,
-            [seeds, *inputs],
-            (call.layouts, call.dropout, precision_of(x)),
-            lambda: covers(inputs, call.layouts),
-            call.memo,
-        )
+    made = kernels.replayed(
+        _forward,
+        [seeds, *inputs],
+        (call.layouts, call.dropout, precision_of(x)),
+        lambda: covers(inputs, call.layouts),
+        call.memo,
+    )
     if made is None:
         return torch_backend.forward(inputs, seeds, call)
     return made[:count], made[count:]
@@ -44,15 +43,14 @@ def backward(
 ) -> list[Tensor | None]:
     """As the torch backend's: the gradient of each input that needs one, else None."""
     x = inputs[0]
-    if needs_torch(call):
+    if needs_torch(call.layouts):
         return of_dense(backward, dys, inputs, hs, needs, seeds, call)
-    with current(x.device):
-        made = kernels.replayed(
-            _backward,
-            [seeds, *inputs, *hs, *dys],
-            (call.layouts, call.dropout, precision_of(x), tuple(needs)),
-            lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
-        )
+    made = kernels.replayed(
+        _backward,
+        [seeds, *inputs, *hs, *dys],
+        (call.layouts, call.dropout, precision_of(x), tuple(needs)),
+        lambda: any(dy is not None for dy in dys) and covers(inputs, call.layouts, dys),
+    )
     if made is None:
         return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
     return made

@@ -19,7 +19,7 @@ from ...rows import Rows
 from .. import torch as torch_backend
 from ..protocol import Call
 from . import layer
-from .cover import covers, current, empty_like, kernels, precision_of
+from .cover import covers, empty_like, kernels, precision_of
 from .layer import through_lora_b
 
 
@@ -29,23 +29,22 @@ def forward(
     """As the torch backend's."""
     (x, *flat), rows = inputs, call.rows
     assert rows is not None
-    with current(x.device):
-        if not _is_covered(inputs, call):
-            return torch_backend.forward(inputs, seeds, call)
-        (output,) = unflatten(flat, call.layouts)
-        (y,), _ = layer.forward(*_base_call(x, output))
-        width, places = _width(output), _places(x, rows)
-        if not places.rows:
-            return [y], [x.new_zeros(len(x), width)]
-        lora_a, lora_b = _banks(output, rows)
-        tensors = [*_shared(places, rows, seeds), places.of(x), places.of(y), lora_a, lora_b]
-        made = kernels.replayed(_added, tensors, (precision_of(x),), lambda: True)
-        assert made is not None
-        (h,) = made
-        assert h is not None
-        if len(h) < len(x):
-            h = torch.cat([h, h.new_zeros(len(x) - len(h), width)])
-        return [y], [h]
+    if not _is_covered(inputs, call):
+        return torch_backend.forward(inputs, seeds, call)
+    (output,) = unflatten(flat, call.layouts)
+    (y,), _ = layer.forward(*_base_call(x, output))
+    width, places = _width(output), _places(x, rows)
+    if not places.rows:
+        return [y], [x.new_zeros(len(x), width)]
+    lora_a, lora_b = _banks(output, rows)
+    tensors = [*_shared(places, rows, seeds), places.of(x), places.of(y), lora_a, lora_b]
+    made = kernels.replayed(_added, tensors, (precision_of(x),), lambda: True)
+    assert made is not None
+    (h,) = made
+    assert h is not None
+    if len(h) < len(x):
+        h = torch.cat([h, h.new_zeros(len(x) - len(h), width)])
+    return [y], [h]
 
 
 def backward(
@@ -59,31 +58,30 @@ def backward(
     """As the torch backend's: the gradient of each input that needs one, else None."""
     (x, *flat), rows, (dy, *_), (h, *_) = inputs, call.rows, dys, hs
     assert rows is not None
-    with current(x.device):
-        if dy is None or not _is_covered(inputs, call, dys):
-            return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
-        (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
-        base_inputs, _, base_call = _base_call(x, output)
-        base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
-        dx, *of_tensors = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
-        ((of_base, _),) = unflatten(of_tensors, base_call.layouts)
-        places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
-        some = [wanted.adapters[i] for i in segments]
-        need = Adapter(any([n.lora_a for n in some]), any([n.lora_b for n in some]))
-        gradients: list[Adapter[Tensor | None]] = [Adapter(None, None) for _ in output.adapters]
-        if places.rows and (needs[0] or need.lora_a or need.lora_b):
-            lora_a, lora_b = _banks(output, rows)
-            tensors = [
-                *_shared(places, rows, seeds), places.of(x), places.of(dy),
-                None if dx is None else places.of(dx), lora_a, lora_b,
-                h[: places.rows] if need.lora_b and h is not None else None,
-            ]  # fmt: skip
-            facts = precision_of(x), need.lora_a, need.lora_b
-            made = kernels.replayed(_added_backward, tensors, facts, lambda: True)
-            assert made is not None
-            for place, i in enumerate(segments):
-                gradients[i] = _cut(made, place, output.adapters[i], wanted.adapters[i])
-        return [dx, *flatten([Output(of_base, tuple(gradients))], call.layouts)]
+    if dy is None or not _is_covered(inputs, call, dys):
+        return torch_backend.backward(dys, inputs, hs, needs, seeds, call)
+    (output,), (wanted,) = unflatten(flat, call.layouts), unflatten(needs[1:], call.layouts)
+    base_inputs, _, base_call = _base_call(x, output)
+    base_needs = [needs[0], *flatten([Output(wanted.base)], base_call.layouts)]
+    dx, *of_tensors = layer.backward([dy], base_inputs, [], base_needs, None, base_call)
+    ((of_base, _),) = unflatten(of_tensors, base_call.layouts)
+    places, segments = _places(x, rows), [share.segment for share in rows.shares or []]
+    some = [wanted.adapters[i] for i in segments]
+    need = Adapter(any([n.lora_a for n in some]), any([n.lora_b for n in some]))
+    gradients: list[Adapter[Tensor | None]] = [Adapter(None, None) for _ in output.adapters]
+    if places.rows and (needs[0] or need.lora_a or need.lora_b):
+        lora_a, lora_b = _banks(output, rows)
+        tensors = [
+            *_shared(places, rows, seeds), places.of(x), places.of(dy),
+            None if dx is None else places.of(dx), lora_a, lora_b,
+            h[: places.rows] if need.lora_b and h is not None else None,
+        ]  # fmt: skip
+        facts = precision_of(x), need.lora_a, need.lora_b
+        made = kernels.replayed(_added_backward, tensors, facts, lambda: True)
+        assert made is not None
+        for place, i in enumerate(segments):
+            gradients[i] = _cut(made, place, output.adapters[i], wanted.adapters[i])
+    return [dx, *flatten([Output(of_base, tuple(gradients))], call.layouts)]
 
 
 def _is_covered(inputs: Sequence[Tensor], call: Call, dys: Sequence[Tensor | None] = ()) -> bool:

@@ -1,6 +1,7 @@
 """Packed weights for the Triton kernels: what they read themselves, and dense ones of the rest."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -66,17 +67,19 @@ def read_by(
     return packed if unpacks else kernels.dequant(packed, x.new_empty(weight.shape))
 
 
-def needs_torch(call: Call) -> bool:
+@lru_cache(maxsize=1024)
+def needs_torch(layouts: tuple[Layout, ...], of_experts: bool = False) -> bool:
     """Whether a weight is of a format that no kernel reads."""
-    return any([_is_torch_s(layout, call) for layout in call.layouts])
+    return any(_is_torch_s(layout, of_experts) for layout in layouts)
 
 
 def made_dense(inputs: Sequence[Tensor], call: Call) -> tuple[list[Tensor], Call]:
     """The inputs of a call, with weights of such formats made dense in x's dtype, and the call."""
     x, *flat = inputs
     outputs, layouts = [], []
+    of_experts = call.rows is not None and not call.rows.shares_base
     for (base, adapters), layout in zip(unflatten(flat, call.layouts), call.layouts, strict=True):
-        if _is_torch_s(layout, call) and isinstance(base.weight, Quantised):
+        if _is_torch_s(layout, of_experts) and isinstance(base.weight, Quantised):
             base, layout = Base(base.weight.dense(x.dtype), base.bias), layout._replace(format=None)
         outputs.append(Output(base, adapters))
         layouts.append(layout)
@@ -100,6 +103,5 @@ def of_dense(
     return [dx, *flatten(unflatten(gradients, dense.layouts), call.layouts)]
 
 
-def _is_torch_s(layout: Layout, call: Call) -> bool:
-    of_experts = call.rows is not None and not call.rows.shares_base
+def _is_torch_s(layout: Layout, of_experts: bool) -> bool:
     return layout.format is not None and not has_kernel(layout.format, of_experts)
