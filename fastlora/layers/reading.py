@@ -14,7 +14,7 @@ No parameter is kept alive: its place is remembered, in which each call finds it
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from operator import attrgetter, eq
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -114,13 +114,16 @@ class Watch:
             for value in (*layer._parameters.values(), vars(layer).get("state")):
                 if value is not None:
                     self._look_at(vars(value), _DEPTH)
+        # Most are hooks and buffers that nobody has.
+        self._empty = [each for each in self._sized if not each]
+        self._sized = [each for each in self._sized if each]
         self._lengths = [*map(len, self._sized)]
         self._copies = [each.copy() for each in self._lists]
         self._class, self._parts, self._classes = type(module), parts, [*map(type, parts)]
-        self._kinds = [*dict.fromkeys([*map(type, whole), *map(plain_class_of, whole)])]
-        names = [[n for n in _OF_A_CLASS if hasattr(kind, n)] for kind in self._kinds]
-        self._getters = [attrgetter(*some) for some in names]
-        self._methods = self._on_classes()
+        kinds = dict.fromkeys([*map(type, whole), *map(plain_class_of, whole)])
+        of_classes = [(kind, name) for kind in kinds for name in _OF_A_CLASS if hasattr(kind, name)]
+        self._kinds, self._class_names = zip(*of_classes, strict=True)
+        self._of_classes = [*map(getattr, self._kinds, self._class_names)]
         tensors = self.tensors()
         self.is_whole = not any(map(_is_strange, tensors))
         if self.is_whole:
@@ -130,7 +133,7 @@ class Watch:
             self._facts = [*map(_facts_of, tensors)]
             self._strides = [*map(Tensor.stride, tensors)]
             self._addresses = [*map(Tensor.data_ptr, tensors)]
-            self._versions = [tensors[i]._version for i in self._frozen]
+            self._versions = self._versions_of(tensors)
             first: dict[int, int] = {}
             of_first = [first.setdefault(id(each), i) for i, each in enumerate(tensors)]
             # Of a tensor at several places, tied, a reading may have come from any.
@@ -163,8 +166,9 @@ class Watch:
         elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
             self._look_at(vars(value), depth - 1)
 
-    def _on_classes(self) -> list[Any]:
-        return [get(kind) for get, kind in zip(self._getters, self._kinds, strict=True)]
+    def _versions_of(self, tensors: Sequence[Tensor]) -> list[int]:
+        """How often the numbers of those that are frozen changed."""
+        return [tensors[i]._version for i in self._frozen]
 
     def tensors(self) -> list[Tensor]:
         return [*map(_get, self._tensor_dicts, self._tensor_names)]
@@ -177,7 +181,7 @@ class Watch:
         """
         home = vars(module)
         try:
-            tensors = self.tensors()
+            tensors = [*map(_get, self._tensor_dicts, self._tensor_names)]
             stands = (
                 type(module) is self._class
                 and len(home) == self._home_length
@@ -185,14 +189,15 @@ class Watch:
                 and [*map(home.get, self._home_names)] == self._home_values
                 and [*map(_get, self._dicts, self._names)] == self._values
                 and [*map(len, self._sized)] == self._lengths
-                and all(map(eq, self._lists, self._copies))
+                and not any(self._empty)
+                and self._lists == self._copies
                 and [*map(type, self._parts)] == self._classes
-                and self._on_classes() == self._methods
+                and [*map(getattr, self._kinds, self._class_names)] == self._of_classes
                 and [*map(type, tensors)] == self._tensor_classes
                 and [*map(_facts_of, tensors)] == self._facts
                 and [*map(Tensor.stride, tensors)] == self._strides
-                and [tensors[i]._version for i in self._frozen] == self._versions
-                and all([tensors[i] is tensors[j] for i, j in self._tied])
+                and (not self._frozen or self._versions_of(tensors) == self._versions)
+                and (not self._tied or all([tensors[i] is tensors[j] for i, j in self._tied]))
                 and not any(map(Tensor.is_neg, tensors))
                 and not any(map(Tensor.is_inference, tensors))
             )
@@ -244,7 +249,8 @@ class Memory:
         self.attempts, self.wait = 0, 0  # to keep one in vain; how many calls until the next
         self._layouts = layouts_of(reading.outputs)
         self._sources: list[int | View] = []  # of the inputs: a watched tensor's number, or a view
-        self._has_views = False
+        self.has_views = False
+        self._pick: Any = None  # the inputs of the watched tensors, if no input is a view
 
     def __reduce__(self) -> tuple:
         """Copies and pickles of a module are read anew."""
@@ -270,7 +276,9 @@ class Memory:
                 return
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
             self._sources.append(View(number, tensor.dtype, place))
-            self._has_views = True
+            self.has_views = True
+        if not self.has_views and len(self._sources) > 1:
+            self._pick = itemgetter(*self._sources)
         self.watch = watch
         no_weight: Any = None
         packed = [layer and layer._replace(weight=no_weight) for layer in self.reading.packed]
@@ -278,10 +286,12 @@ class Memory:
 
     def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
         """The watched tensors, if the module would be read as it was."""
-        return None if self.watch is None else self.watch.tensors_now(module, self._has_views)
+        return None if self.watch is None else self.watch.tensors_now(module, self.has_views)
 
-    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The outputs' tensors laid flat, of the watched ones of now."""
+        if self._pick is not None:
+            return self._pick(tensors)
         return [
             tensors[each] if isinstance(each, int) else each.of(tensors) for each in self._sources
         ]
@@ -301,10 +311,11 @@ def key_of(x: Tensor) -> Hashable:
     """All that a call depends on beside what was read; None: what its calls are isn't kept."""
     if not is_ordinary(x) or x.layout is not torch.strided:
         return None
-    return facts_of(x), autocast_dtype(x), asked_backend()
+    cast = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    return facts_of(x), cast, asked_backend()
 
 
-def read_once(module: nn.Module, reader: Reader) -> tuple[Memory, list[Tensor] | Reading]:
+def read_once(module: nn.Module, reader: Reader) -> tuple[Memory, Sequence[Tensor] | Reading]:
     """What is kept of the module, and its outputs' inputs as they are now; or a new reading."""
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]
@@ -342,19 +353,20 @@ def call_as_read(module: nn.Module, x: Tensor, reader: Reader) -> Tensor | None:
         return reader.run_reading(module, x, reader.read(module))[0]
     key = key_of(x)
     memory: Memory | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
-    record = None if key is None or memory is None else memory.calls.get(key)
-    # What ``why_not`` asks beside this is in a call's key.
-    if record is not None and memory is not None and not nn_module._has_any_global_hook():
-        tensors = memory.tensors_now(module)
-        if tensors is not None:
-            memory.attempts = memory.wait = 0
-            return reader.run([x, *memory.inputs(tensors)], record)
+    if key is not None and memory is not None and memory.watch is not None:
+        record = memory.calls.get(key)
+        # What ``why_not`` asks beside this is in a call's key.
+        if record is not None and not nn_module._has_any_global_hook():
+            tensors = memory.watch.tensors_now(module, memory.has_views)
+            if tensors is not None:
+                memory.attempts = memory.wait = 0
+                return reader.run([x, *memory.inputs(tensors)], record)
     return None if reader.why_not(module, x) else _call_anew(module, x, key, reader)
 
 
 def _call_anew(module: nn.Module, x: Tensor, key: Hashable, reader: Reader) -> Tensor | None:
     memory, answer = read_once(module, reader)
-    reading = memory.now(answer) if isinstance(answer, list) else answer
+    reading = answer if isinstance(answer, Reading) else memory.now(answer)
     y, record = reader.run_reading(module, x, reading)
     if key is not None and record is not None and memory.watch is not None:
         memory.learn(key, record)

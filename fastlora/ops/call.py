@@ -191,7 +191,9 @@ class LoRALinearFunction(Function):
         one_h = call.rows is not None and call.rows.shares_base
         saved_x, saved_hs = to_save(x, hs, ctx.needs_input_grad[_ARGUMENTS:], call.layouts, one_h)
         ctx.save_for_backward(seeds, ends, saved_x, *tensors, *saved_hs)
-        ctx.call, ctx.shape, ctx.dtype = call, x.shape, x.dtype
+        ctx.call = call
+        if saved_x is None:
+            ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
