@@ -93,11 +93,14 @@ class Watch:
     def __init__(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
         """Of vendors' layers a reading depends on numbers, too, and on attributes of tensors, such
         as bitsandbytes' state."""
-        self._dicts: list[dict] = []  # each has under the name of the same number this value
+        self._containers: list[Any] = []  # dicts and lists, which are as their copies are
+        # A tensor mustn't be kept alive, and readings come and go: of dicts with either, each
+        # has under the name of the same number this value, and there are no more entries than now.
+        self._dicts: list[dict] = []
         self._names: list[Hashable] = []
         self._values: list[Any] = []
-        self._sized: list[Any] = []  # and no more entries than now
-        self._lists: list[list] = []
+        self._sized: list[Any] = []
+        self._empty: list[Any] = []
         self._tensor_dicts: list[dict] = []
         self._tensor_names: list[Hashable] = []
         home = vars(module)
@@ -114,11 +117,8 @@ class Watch:
             for value in (*layer._parameters.values(), vars(layer).get("state")):
                 if value is not None:
                     self._look_at(vars(value), _DEPTH)
-        # Most are hooks and buffers that nobody has.
-        self._empty = [each for each in self._sized if not each]
-        self._sized = [each for each in self._sized if each]
         self._lengths = [*map(len, self._sized)]
-        self._copies = [each.copy() for each in self._lists]
+        self._copies = [each.copy() for each in self._containers]
         self._class, self._parts, self._classes = type(module), parts, [*map(type, parts)]
         kinds = dict.fromkeys([*map(type, whole), *map(plain_class_of, whole)])
         of_classes = [(kind, name) for kind in kinds for name in _OF_A_CLASS if hasattr(kind, name)]
@@ -141,24 +141,28 @@ class Watch:
 
     def _look_at(self, entries: dict, depth: int = 0) -> None:
         """``depth``: how far to look into objects."""
-        self._sized.append(entries)
+        has_tensors = any(isinstance(value, Tensor) for value in entries.values())
+        in_parts = has_tensors or any(place in entries for place in _PLACES)
+        holder = self._sized if in_parts else self._containers if entries else self._empty
+        holder.append(entries)
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 self._tensor_dicts.append(entries)
                 self._tensor_names.append(name)
             elif name not in _SILENT:
-                self._dicts.append(entries)
-                self._names.append(name)
-                self._values.append(value)
+                if in_parts:
+                    self._dicts.append(entries)
+                    self._names.append(name)
+                    self._values.append(value)
                 self._look_into(name, value, depth)
 
     def _look_into(self, name: Hashable, value: Any, depth: int) -> None:
         if name in _HOOKS:
-            self._sized.append(value)
+            (self._sized if value else self._empty).append(value)
         elif isinstance(value, dict):
             self._look_at(value)
         elif isinstance(value, list):
-            self._lists.append(value)
+            self._containers.append(value)
         elif isinstance(value, nn.ModuleDict):  # PEFT's, of adapters: nobody calls it
             self._look_at(value._modules)
         elif name == _HOOK_OF_ACCELERATE:
@@ -190,7 +194,7 @@ class Watch:
                 and [*map(_get, self._dicts, self._names)] == self._values
                 and [*map(len, self._sized)] == self._lengths
                 and not any(self._empty)
-                and self._lists == self._copies
+                and self._containers == self._copies
                 and [*map(type, self._parts)] == self._classes
                 and [*map(getattr, self._kinds, self._class_names)] == self._of_classes
                 and [*map(type, tensors)] == self._tensor_classes
