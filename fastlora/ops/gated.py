@@ -159,7 +159,9 @@ class GatedLinearFunction(Function):
         *tensors: Tensor,
     ) -> Tensor:
         product = call.backend.gated(as_matrix(gate), as_matrix(up), activation, wide)
-        (y,), hs = run_forward([product.view(gate.shape), *tensors], seeds, call)
+        (y,), hs = run_forward([product, *tensors], seeds, call)
+        if gate.dim() != 2:
+            y.resize_(*gate.shape[:-1], y.shape[-1])
         needs = _needs(ctx)
         saved_product, saved_hs = to_save(product, hs, needs, call.layouts)
         ctx.save_for_backward(seeds, gate, up, *tensors, *saved_hs)
@@ -210,7 +212,9 @@ def _gradients(
     if d_gate is None:
         return [None, None, *rest]
     backend.gated_backward(d_gate, gate, up, ctx.activation, d_gate, product, ctx.wide)
-    return [d_gate.view(shape), product.view(shape), *rest]
+    if len(shape) != 2:
+        d_gate, product = d_gate.view(shape), product.view(shape)
+    return [d_gate, product, *rest]
 
 
 def _differentiable(

@@ -15,9 +15,9 @@ def gated(gate: Tensor, up: Tensor, activation: str, wide: bool = False) -> Tens
     def by_torch(gate: Tensor, up: Tensor) -> Tensor:
         return torch_backend.gated(gate, up, activation, wide)
 
-    def by_kernels(gate: Tensor, up: Tensor) -> Tensor:
-        made = _of_gated(_gated, [gate, up], activation)
-        return by_torch(gate, up) if made is None or made[0] is None else made[0]
+    def by_kernels(*matrices: Tensor) -> Tensor:
+        made = _of_gated(_gated, matrices, activation)
+        return by_torch(*matrices) if made is None or made[0] is None else made[0]
 
     return first_contact.elementwise(by_kernels, by_torch, gate, up)
 
