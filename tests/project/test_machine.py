@@ -31,8 +31,9 @@ for arch, waits in json.loads(sys.argv[1]).items():
     except compiled.Unsupported as error:
         said["unknown"] = str(error)
     try:
-        # y is the nearest; zeros, since warps that store one NaN may store other bits of it.
-        x, y = proof.torch.empty(1, 64), proof.torch.zeros(1, 4096)
+        # y is the nearest: NaNs of many bits, of which warps make one.
+        x, y = proof.torch.empty(1, 64), proof.torch.arange(4096, dtype=proof.torch.int32)
+        y = (y + 0x7FC00000).view(proof.torch.float32).view(1, 4096)
         call = dict(x=x, y=y[:, :63], N=64, stride=64, BLOCK=64)
         compiled.run(proof.softmax, (1,), call, {})
     except compiled.Fault as error:
@@ -73,6 +74,13 @@ redux.sync.max.NaN.f32 %r7, %r2, 0xffffffff;
 st.global.b32 [%rd3], %r3; st.global.b32 [%rd3+128], %r4; st.global.b32 [%rd3+256], %r5;
 st.global.b32 [%rd3+384], %r6; st.global.b32 [%rd3+512], %r7; ret; }
 '''
+NANS = '''
+mov.b32 %r2, 0x7fc00123; add.rn.f32 %r3, %r2, %r2; mov.b32 %r4, 0xffc00000;
+fma.rn.f32 %r5, %r4, %r2, %r2; mov.b16 %h1, 0xFFC1; cvt.f32.bf16 %r6, %h1;
+mul.rn.f32 %r7, %r6, %r4; mov.b32 %r8, %r2;
+st.global.b32 [%rd3], %r3; st.global.b32 [%rd3+128], %r5; st.global.b32 [%rd3+256], %r7;
+st.global.b32 [%rd3+384], %r8; ret; }
+'''
 TENSOR_MEMORY = '''
 mov.u32 %r2, 1024; shl.b32 %r3, %r1, 3; add.u32 %r4, %r3, 1; add.u32 %r5, %r3, 2;
 add.u32 %r6, %r3, 3; add.u32 %r7, %r3, 4; add.u32 %r8, %r3, 5; add.u32 %r9, %r3, 6;
@@ -92,7 +100,7 @@ def ran(body, dtype, lost=None):
     kernel = Kernel(HEAD + ";".join(lines), 16)
     result = kernel.launch((1,), out.data_ptr().to_bytes(8, "little"), Memory([out]))
     return out.tolist(), sorted({each.kind for each in result.findings})
-found = {"blackwell": ran(BLACKWELL, torch.float32)}
+found = {"blackwell": ran(BLACKWELL, torch.float32), "nans": ran(NANS, torch.int32)}
 for lost in (None, "wait::st", "wait::ld"):
     found[str(lost)] = ran(TENSOR_MEMORY, torch.int32, lost)
 try:
@@ -144,6 +152,14 @@ def test_cards_that_share_the_cases_leave_none_out(answers):
     first, *others, newest = found["ci"]  # by what torch pins
     assert first == newest == ["3.6.0", "3.9.0"]
     assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]
+
+
+def test_what_computes_in_float32_has_one_nan(answers):
+    """Else two warps that store the same number would store other bits; a move keeps them."""
+    (*computed, moved, _), findings = answers["instructions"]["nans"]
+    assert computed == [[0x7FFFFFFF] * 32] * 3
+    assert moved == [0x7FC00123] * 32
+    assert not findings
 
 
 def test_blackwells_instructions_compute_what_ptx_says(answers):

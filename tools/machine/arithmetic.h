@@ -7,9 +7,10 @@ template <class T> constexpr bool is_pair<Pair<T>> = true;
 
 template <class Result, class F, class... Sources> Result compute(F f, Sources... x) {
   if constexpr ((is_pair<Result> && ... && is_pair<Sources>))
-    return {decltype(Result::low)(f(x.low...)), decltype(Result::low)(f(x.high...))};
+    return {canonical(decltype(Result::low)(f(x.low...))),
+            canonical(decltype(Result::low)(f(x.high...)))};
   else
-    return static_cast<Result>(f(x...));
+    return canonical(static_cast<Result>(f(x...)));
 }
 template <class Result, class F, class... Sources, size_t... I>
 void run_lanes(Step& s, std::index_sequence<I...>) {
@@ -202,7 +203,7 @@ template <class To, class From> void convert(Step& s) {
       f64 value = rounded(f64(f32(x)), how);
       return value != value ? To(0) : To(std::clamp(value, f64(Limits::min()), f64(Limits::max())));
     } else {
-      return To(how < 0 ? f32(x) : f32(rounded(x, how)));
+      return canonical(To(how < 0 ? f32(x) : f32(rounded(x, how))));
     }
   });
 }

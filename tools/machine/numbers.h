@@ -17,7 +17,10 @@ using s32 = int32_t;
 using s64 = int64_t;
 using f32 = float;
 using f64 = double;
-const f32 NAN32 = std::numeric_limits<f32>::quiet_NaN();
+const f32 NAN32 = std::bit_cast<f32>(0x7fffffffu);
+// A result: PTX has one NaN for all that compute in float32, whatever NaNs came in.
+inline f32 canonical(f32 x) { return x != x ? NAN32 : x; }
+template <class T> T canonical(T x) { return x; }
 
 // Half precision computes as float32 and rounds its results.
 struct bf16 {

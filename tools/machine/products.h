@@ -17,6 +17,8 @@ inline void multiply_tiles(int k_size, int n_size) {
   for (int row = 0; row < 16; row++)
     for (int k = 0; k < k_size; k++)
       for (int n = 0; n < n_size; n++) sums[row][n] += tile_a[row][k] * tile_b[k][n];
+  for (auto& row : sums)
+    for (int n = 0; n < n_size; n++) row[n] = canonical(row[n]);
 }
 // A register of an operand holds for each lane one float32, or two halves side by side along k:
 // f(row of eight, k, value).
