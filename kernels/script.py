@@ -4,20 +4,22 @@ torch.fx makes a function of the graph.  Printed (``Script.source``), that of h 
 where the columns are summed in eight parts:
 
     def forward(self, stream, t0, t1):
-        room = t0.new_empty((262144,), dtype = torch.uint8)
+        constant_9 = self.constant_9
+        room = torch.empty_like(constant_9);  constant_9 = None
         at_room = room.data_ptr()
-        new_empty = t0.new_empty((512, 16))
-        constant_0 = self.constant_0
+        constant_3 = self.constant_3
+        h = torch.empty_like(constant_3);  constant_3 = None
         at_t0 = t0.data_ptr();  t0 = None
         at_t1 = t1.data_ptr();  t1 = None
-        at_new_empty = new_empty.data_ptr()
+        at_h = h.data_ptr()
         add = at_room + 0;  at_room = None
-        project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_new_empty,), (add,), …));  …
-        sum_planes = launch(8, 1, 1, stream, …, ((add,), (at_new_empty,), 8192, …));  …
+        project = launch(8, 8, 1, stream, …, (at_t0, (at_t1,), (at_h,), (add,), …));  …
+        sum_planes = launch(8, 1, 1, stream, …, ((add,), (at_h,), 8192, …));  …
         _held = held(room);  room = _held = None
-        return [new_empty]
+        return [h]
 
-What comes is t0, t1 …  Buffers of which only launches know lie in one allocation, the room, and
+What comes is t0, t1 …  A buffer is made like a tensor that has given its memory back: that takes
+half the time of a shape and a dtype.  Buffers of which only launches know lie in one allocation, the room, and
 where one lay that is needed no more the next one lies.  torch.fx lets go of a value behind its last
 use; an address holds no tensor, so that a call to ``_held`` is the last use of a launch's buffers.
 
@@ -170,7 +172,7 @@ class _Recorder(TorchFunctionMode):
 
     def _operation(self, function: Callable, arguments: tuple, keywords: dict, result: Any) -> Node:
         if function in _BUFFERS and result.is_contiguous():  # which needs no other tensor than one
-            node = self._new_empty(result.shape, result.dtype)
+            node = self._empty(result.shape, result.dtype)
             self.buffers[node] = result
             return node
         inputs = [self._argument(each) for each in arguments]
@@ -179,8 +181,7 @@ class _Recorder(TorchFunctionMode):
         options = {name: self._argument(each) for name, each in keywords.items()}
         return self._call(function, inputs, options)
 
-    def _new_empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
-        # Like another, which has given its memory back: half the time of a shape and a dtype.
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
         like = torch.empty(shape, dtype=dtype, device=self.device)
         like.untyped_storage().resize_(0)
         return self._call(torch.empty_like, [self._argument(like)], name=name)
@@ -242,7 +243,7 @@ class _Recorder(TorchFunctionMode):
         offsets, size = _placed(lives, sizes)
         start = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(start):
-            room = self._new_empty([size], torch.uint8, "room")
+            room = self._empty([size], torch.uint8, "room")
             at_room = self._at(room)
         for node, offset in offsets.items():
             address = self.addresses[node]
