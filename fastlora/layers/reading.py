@@ -142,15 +142,15 @@ class Watch:
     def _look_at(self, entries: dict, depth: int = 0) -> None:
         """``depth``: how far to look into objects."""
         has_tensors = any(isinstance(value, Tensor) for value in entries.values())
-        in_parts = has_tensors or any(place in entries for place in _PLACES)
-        holder = self._sized if in_parts else self._containers if entries else self._empty
+        by_name = has_tensors or any(place in entries for place in _PLACES)
+        holder = self._sized if by_name else self._containers if entries else self._empty
         holder.append(entries)
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 self._tensor_dicts.append(entries)
                 self._tensor_names.append(name)
             elif name not in _SILENT:
-                if in_parts:
+                if by_name:
                     self._dicts.append(entries)
                     self._names.append(name)
                     self._values.append(value)
