@@ -114,6 +114,39 @@ def test_a_layer_of_another_class_is_read_again():
     assert torch.equal(model(x), read_anew(model, x))
 
 
+@pytest.mark.parametrize("calls_before", [0, 2])
+@pytest.mark.parametrize("kind", ["own", "peft", "block"])
+def test_what_outlived_a_transform_is_an_input_like_others(kind, calls_before):
+    """Its memory is to be had by way of torch.func.grad's own tensor alone, and so no address."""
+    block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
+    make = {
+        "own": lambda: adapt(Mlp(), target_modules=["up"]).up,
+        "peft": lambda: up(two_adapters()),
+        "block": lambda: adapt(block, target_modules="all-linear"),
+    }
+    module, leaked = randomise(make[kind]()), []
+    size = 32 if kind == "block" else module.in_features
+    x = torch.randn(64, size, dtype=next(module.parameters()).dtype)
+    torch.func.grad(lambda x: leaked.append(x) or x.sum())(x)
+    for _ in range(calls_before):
+        module(x)
+    assert torch.equal(module(leaked[0]), module(x))
+
+
+def test_a_watch_that_another_thread_gives_up_meanwhile(monkeypatch):
+    model = randomise(adapt(Mlp(), target_modules=["up"]))
+    x = torch.randn(40, model.up.in_features, dtype=model.up.weight.dtype)
+    before = model.up(x)
+    memory = vars(model.up)["_fastlora_reading_followed"]
+
+    def given_up():  # between two steps of the call
+        memory.watch = None
+
+    monkeypatch.setattr(reading.nn_module, "_has_any_global_hook", given_up)
+    assert torch.equal(model.up(x), before)
+    assert memory.watch is None
+
+
 def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
     from peft.tuners.tuners_utils import BaseTunerLayer
 

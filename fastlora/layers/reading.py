@@ -290,7 +290,8 @@ class Memory:
 
     def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
         """The watched tensors, if the module would be read as it was."""
-        return None if self.watch is None else self.watch.tensors_now(module, self.has_views)
+        watch = self.watch  # asked once: another thread may give it up
+        return None if watch is None else watch.tensors_now(module, self.has_views)
 
     def inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The outputs' tensors laid flat, of the watched ones of now."""
@@ -316,7 +317,10 @@ def key_of(x: Tensor) -> Hashable:
     if not is_ordinary(x) or x.layout is not torch.strided:
         return None
     cast = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
-    return facts_of(x), cast, asked_backend()
+    try:
+        return facts_of(x), cast, asked_backend()
+    except RuntimeError:  # x has no address: it outlived a transform of torch.func
+        return None
 
 
 def read_once(module: nn.Module, reader: Reader) -> tuple[Memory, Sequence[Tensor] | Reading]:
@@ -357,11 +361,12 @@ def call_as_read(module: nn.Module, x: Tensor, reader: Reader) -> Tensor | None:
         return reader.run_reading(module, x, reader.read(module))[0]
     key = key_of(x)
     memory: Memory | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
-    if key is not None and memory is not None and memory.watch is not None:
-        record = memory.calls.get(key)
+    if key is not None and memory is not None:
+        watch = memory.watch  # asked once: another thread may give it up
+        record = None if watch is None else memory.calls.get(key)
         # What ``why_not`` asks beside this is in a call's key.
-        if record is not None and not nn_module._has_any_global_hook():
-            tensors = memory.watch.tensors_now(module, memory.has_views)
+        if watch is not None and record is not None and not nn_module._has_any_global_hook():
+            tensors = watch.tensors_now(module, memory.has_views)
             if tensors is not None:
                 memory.attempts = memory.wait = 0
                 return reader.run([x, *memory.inputs(tensors)], record)

@@ -86,7 +86,8 @@ def gated_call(
 ) -> tuple[Tensor, GatedCall | None]:
     """As :func:`gated_mlp`; and what a call of this kind is, for :func:`run_gated`, if no cast was
     needed."""
-    key, inputs = key_of(x, (gate, up, down), (dropout, down_dropout, activation, wide))
+    rates = dropout, type(dropout), down_dropout, type(down_dropout)
+    key, inputs = key_of(x, (gate, up, down), (*rates, activation, wide))
     known = call_known_by(key)
     if known is not None:
         return run_gated(inputs, known), known

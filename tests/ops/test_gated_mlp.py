@@ -132,6 +132,14 @@ def test_what_does_not_fit_is_refused(make, error, message):
         gated_mlp(make_x(5, K), *outputs, activation)
 
 
+@pytest.mark.parametrize("name", ["dropout", "down_dropout"])
+def test_a_known_kind_has_a_dropout_that_is_a_number(name):
+    x, outputs = make_x(5, K), make_mlp()
+    gated_mlp(x, *outputs, "silu", **{name: 0.0})
+    with pytest.raises(ValueError, match="dropout is False"):
+        gated_mlp(x, *outputs, "silu", **{name: False})
+
+
 def test_which_calls_follow():
     x = make_x(5, K)
     assert follows(x)
