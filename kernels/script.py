@@ -18,10 +18,11 @@ where the columns are summed in eight parts:
         _held = held(room);  room = _held = None
         return [h]
 
-What comes is t0, t1 …  A buffer is made like a tensor that has given its memory back: that takes
-half the time of a shape and a dtype.  Buffers of which only launches know lie in one allocation, the room, and
-where one lay that is needed no more the next one lies.  torch.fx lets go of a value behind its last
-use; an address holds no tensor, so that a call to ``_held`` is the last use of a launch's buffers.
+What comes is t0, t1 …  A buffer is made like a tensor of one element, expanded: that takes half
+the time of a shape and a dtype.  Buffers of which only launches know lie in one allocation, the
+room, and where one lay that is needed no more the next one lies.  torch.fx lets go of a value
+behind its last use; an address holds no tensor, so that a call to ``_held`` is the last use of a
+launch's buffers.
 
 To get the graph, the call runs on stand-ins, tensors of the device "meta": launchers ask for shapes
 of what isn't made yet, and Triton for alignments, and nothing is half done where it fails.  A torch
@@ -31,6 +32,7 @@ time, and a wrong result be what a forgotten one costs.
 
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
+from math import prod
 from operator import add, getitem
 from types import MethodDescriptorType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -182,9 +184,8 @@ class _Recorder(TorchFunctionMode):
         return self._call(function, inputs, options)
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
-        like = torch.empty(shape, dtype=dtype, device=self.device)
-        like.untyped_storage().resize_(0)
-        return self._call(torch.empty_like, [self._argument(like)], name=name)
+        like = torch.empty(shape if prod(shape) < 2 else (), dtype=dtype, device=self.device)
+        return self._call(torch.empty_like, [self._argument(like.expand(shape))], name=name)
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None

@@ -87,7 +87,7 @@ def gated_call(
     """As :func:`gated_mlp`; and what a call of this kind is, for :func:`run_gated`, if no cast was
     needed."""
     rates = dropout, type(dropout), down_dropout, type(down_dropout)
-    key, inputs = key_of(x, (gate, up, down), (*rates, activation, wide))
+    key, inputs = key_of(x, (gate, up, down), (GatedCall, *rates, activation, wide))
     known = call_known_by(key)
     if known is not None:
         return run_gated(inputs, known), known
