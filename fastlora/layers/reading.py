@@ -7,8 +7,9 @@ classes, attributes, submodules and hooks, and of each tensor what it is.  The n
 that, in C as far as it goes, and reads anew where anything differs.
 
 So a new question in a reader needs nothing here, if it is asked of a module that is watched.  What
-else an answer hangs on is asked before anything is read (:func:`.way.why_not_here`), or is in a
-call's key (:func:`key_of`: x, autocast, the backend …).
+else an answer hangs on is asked before anything is read (``why_not``, :func:`.way.why_not_here`).
+A known call doesn't ask that: whoever adds to it adds to the call's key, too (:func:`key_of`: x,
+autocast, the backend …; None where :func:`.way.is_ordinary` says so).
 
 No parameter is kept alive: its place is remembered, in which each call finds it.
 """
