@@ -68,25 +68,17 @@ def replayed(
     if calls is None:
         key, calls = (key, _device_of(tensors), *map(_facts, tensors)), _calls
     script = calls.get(key)
-    is_intercepted = launch.interceptor is not None
-    if script is not None and not is_intercepted and not _is_watched():
-        return _replay(script, tensors)
-    device = _device_of(tensors)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        is_believed = _believes_all(device) if script is None else script is not _REFUSED
-        if is_intercepted or (is_believed and _is_watched()):
-            return list(function(tensors, *settings)) if covers() else None
-        if script is None:
-            if not covers():
-                return None
-            if _is_captured(device):
-                raise RuntimeError(
-                    "a CUDA graph is being captured, and no call of this kind has run before: "
-                    "kernels are compiled and loaded outside of a capture. Run the same step once "
-                    "before it"
-                )
-            script = _resolved(function, tensors, settings, device, Resolved(calls, key, None))
-        return _replay(script, tensors)
+    if script is None or launch.interceptor is not None or _is_watched():
+        device = _device_of(tensors)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            is_believed = _believes_all(device) if script is None else script is not _REFUSED
+            if launch.interceptor is not None or (is_believed and _is_watched()):
+                return list(function(tensors, *settings)) if covers() else None
+            if script is None:
+                if not covers():
+                    return None
+                script = _resolved(function, tensors, settings, device, Resolved(calls, key, None))
+    return _replay(script, tensors)
 
 
 def _replay(script: Script, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -107,6 +99,11 @@ def _resolved(
 
     On trial, where it is noted.  Raises :class:`Unproven` for one that has to be.
     """
+    if _is_captured(device):
+        raise RuntimeError(
+            "a CUDA graph is being captured, and no call of this kind has run before: kernels "
+            "are compiled and loaded outside of a capture. Run the same step once before it"
+        )
     trial, place = getattr(_here, "trial", None), (id(resolved.calls), resolved.key)
     if trial is not None:
         if place not in trial:

@@ -4,11 +4,10 @@ torch.fx makes a function of the graph.  Printed (``Script.source``), that of h 
 where the columns are summed in eight parts:
 
     def forward(self, stream, t0, t1):
-        constant_9 = self.constant_9
-        room = torch.empty_like(constant_9);  constant_9 = None
+        room = buffer()
         at_room = room.data_ptr()
-        constant_3 = self.constant_3
-        h = torch.empty_like(constant_3);  constant_3 = None
+        h = buffer_1()
+        constant_0 = self.constant_0
         at_t0 = t0.data_ptr();  t0 = None
         at_t1 = t1.data_ptr();  t1 = None
         at_h = h.data_ptr()
@@ -32,7 +31,7 @@ time, and a wrong result be what a forgotten one costs.
 
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
-from math import prod
+from functools import partial
 from operator import add, getitem
 from types import MethodDescriptorType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -184,8 +183,11 @@ class _Recorder(TorchFunctionMode):
         return self._call(function, inputs, options)
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
-        like = torch.empty(shape if prod(shape) < 2 else (), dtype=dtype, device=self.device)
-        return self._call(torch.empty_like, [self._argument(like.expand(shape))], name=name)
+        few = shape if torch.Size(shape).numel() < 2 else ()
+        like = torch.empty(few, dtype=dtype, device=self.device).expand(shape)
+        made: Any = partial(torch.empty_like, like)
+        made.__name__, made.__module__ = "buffer", __name__  # what torch.fx calls it by
+        return self._call(made, [], name=name or "buffer")
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None

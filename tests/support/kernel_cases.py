@@ -179,6 +179,6 @@ def counted_launches() -> Iterator[list[Counted]]:
 
 def buffers_of(made: Script) -> dict[str, Tensor]:
     """What a replay's buffers are like, by their names, in the order in which they are made."""
-    pattern = r"(\w+) = torch\.empty_like\((\w+)\)"
-    constants = vars(made.replay.__self__)
-    return {name: constants[like] for name, like in re.findall(pattern, made.source)}
+    made_by = re.findall(r"(\w+) = (\w*_buffer(?:_\d+)?)\(\)", made.source)
+    scope = made.replay.__func__.__globals__
+    return {name: scope[buffer].args[0] for name, buffer in made_by}
