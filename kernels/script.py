@@ -182,12 +182,12 @@ class _Recorder(TorchFunctionMode):
         options = {name: self._argument(each) for name, each in keywords.items()}
         return self._call(function, inputs, options)
 
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype, name: str | None = None) -> Node:
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, name: str = "buffer") -> Node:
         few = shape if torch.Size(shape).numel() < 2 else ()
         like = torch.empty(few, dtype=dtype, device=self.device).expand(shape)
         made: Any = partial(torch.empty_like, like)
         made.__name__, made.__module__ = "buffer", __name__  # what torch.fx calls it by
-        return self._call(made, [], name=name or "buffer")
+        return self._call(made, [], name=name)
 
     def _call(
         self, function: Callable, inputs: Sequence, options: Any = None, name: str | None = None

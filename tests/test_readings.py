@@ -166,7 +166,7 @@ def test_packed_numbers_that_change_in_place_are_read_again():
         return reading.read_once(layer, adapted._READER)[1]
 
     assert isinstance(found(), reading.Reading)
-    assert not isinstance(found(), reading.Reading)
+    assert isinstance(found(), list)
     with torch.no_grad():
         layer.weight.add_(0)
     assert isinstance(found(), reading.Reading)

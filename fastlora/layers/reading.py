@@ -15,7 +15,7 @@ No parameter is kept alive: its place is remembered, in which each call finds it
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -186,7 +186,7 @@ class Watch:
         """
         home = vars(module)
         try:
-            tensors = [*map(_get, self._tensor_dicts, self._tensor_names)]
+            tensors = self.tensors()
             stands = (
                 type(module) is self._class
                 and len(home) == self._home_length
@@ -254,8 +254,7 @@ class Memory:
         self.attempts, self.wait = 0, 0  # to keep one in vain; how many calls until the next
         self._layouts = layouts_of(reading.outputs)
         self._sources: list[int | View] = []  # of the inputs: a watched tensor's number, or a view
-        self.has_views = False
-        self._pick: Any = None  # the inputs of the watched tensors, if no input is a view
+        self._has_views = False
 
     def __reduce__(self) -> tuple:
         """Copies and pickles of a module are read anew."""
@@ -281,9 +280,7 @@ class Memory:
                 return
             place = tensor.storage_offset(), tensor.shape, tensor.stride()
             self._sources.append(View(number, tensor.dtype, place))
-            self.has_views = True
-        if not self.has_views and len(self._sources) > 1:
-            self._pick = itemgetter(*self._sources)
+            self._has_views = True
         self.watch = watch
         no_weight: Any = None
         packed = [layer and layer._replace(weight=no_weight) for layer in self.reading.packed]
@@ -292,12 +289,10 @@ class Memory:
     def tensors_now(self, module: nn.Module) -> list[Tensor] | None:
         """The watched tensors, if the module would be read as it was."""
         watch = self.watch  # asked once: another thread may give it up
-        return None if watch is None else watch.tensors_now(module, self.has_views)
+        return None if watch is None else watch.tensors_now(module, self._has_views)
 
-    def inputs(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs' tensors laid flat, of the watched ones of now."""
-        if self._pick is not None:
-            return self._pick(tensors)
         return [
             tensors[each] if isinstance(each, int) else each.of(tensors) for each in self._sources
         ]
@@ -317,14 +312,13 @@ def key_of(x: Tensor) -> Hashable:
     """All that a call depends on beside what was read; None: what its calls are isn't kept."""
     if not is_ordinary(x) or x.layout is not torch.strided:
         return None
-    cast = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     try:
-        return facts_of(x), cast, asked_backend()
+        return facts_of(x), autocast_dtype(x), asked_backend()
     except RuntimeError:  # x has no address: it outlived a transform of torch.func
         return None
 
 
-def read_once(module: nn.Module, reader: Reader) -> tuple[Memory, Sequence[Tensor] | Reading]:
+def read_once(module: nn.Module, reader: Reader) -> tuple[Memory, list[Tensor] | Reading]:
     """What is kept of the module, and its outputs' inputs as they are now; or a new reading."""
     home, followed = vars(module), torch.is_grad_enabled()
     place, other_place = _PLACES[followed], _PLACES[not followed]
@@ -363,11 +357,10 @@ def call_as_read(module: nn.Module, x: Tensor, reader: Reader) -> Tensor | None:
     key = key_of(x)
     memory: Memory | None = vars(module).get(_PLACES[torch.is_grad_enabled()])
     if key is not None and memory is not None:
-        watch = memory.watch  # asked once: another thread may give it up
-        record = None if watch is None else memory.calls.get(key)
+        record = memory.calls.get(key)
         # What ``why_not`` asks beside this is in a call's key.
-        if watch is not None and record is not None and not nn_module._has_any_global_hook():
-            tensors = watch.tensors_now(module, memory.has_views)
+        if record is not None and not nn_module._has_any_global_hook():
+            tensors = memory.tensors_now(module)
             if tensors is not None:
                 memory.attempts = memory.wait = 0
                 return reader.run([x, *memory.inputs(tensors)], record)

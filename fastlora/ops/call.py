@@ -11,7 +11,7 @@ from ..backends import Call
 from ..projection import Layout, unflatten
 from ..rows import Share
 from .textbook import Drop, textbook
-from .way import autocast_is_on, autocast_off
+from .way import autocast_dtype, autocast_off
 
 _ARGUMENTS = 3  # of the node: seeds, ends and call, before the inputs
 
@@ -38,7 +38,7 @@ def run_backward(
 ) -> list[Tensor | None]:
     """The gradient of each input that needs one, else None; and of an adapter without rows."""
     x, *tensors = inputs
-    if torch._C._is_any_autocast_enabled() and autocast_is_on(x.device.type):
+    if autocast_dtype(x) is not None:
         with autocast_off(x.device.type):
             return run_backward(dys, inputs, hs, needs, seeds, call)
     dys = [None if dy is None else as_matrix(dy) for dy in dys]

@@ -90,7 +90,7 @@ def _through(
 def run(inputs: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
     """The outputs of an eager call that passed the checks: x, and its tensors laid flat."""
     x = inputs[0]
-    if torch._C._is_any_autocast_enabled() and autocast_dtype(x) is not None:
+    if autocast_dtype(x) is not None:
         x, outputs = autocast_inputs(x, unflatten(inputs[1:], call.layouts))
         with autocast_off(x.device.type):
             return run((x, *flatten(outputs, call.layouts)), call)

@@ -6,7 +6,6 @@ affair: x and the weight are cast as ``nn.Linear`` casts them.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,6 @@ def way_of(x: Tensor, is_cut: bool = False) -> tuple[str, str]:
 
     ``is_cut``: its rows are cut by numbers in a tensor, which only a real one has.
     """
-    if not is_cut and is_ordinary(x):
-        return NODE, ""
     reason = why_textbook(x)
     if reason:
         return TEXTBOOK, reason
@@ -73,17 +70,9 @@ def is_eager(x: Tensor) -> bool:
     return not (why_textbook(x) or torch.compiler.is_compiling()) and is_plain(x)
 
 
-def is_ordinary(x: Any) -> bool:
+def is_ordinary(x: object) -> bool:
     """Whether nothing but autograd follows a call made at this moment with this x."""
-    return (
-        is_plain(x)
-        and not x.is_nested
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    return isinstance(x, Tensor) and way_of(x)[0] == NODE
 
 
 def follows(x: object) -> bool:

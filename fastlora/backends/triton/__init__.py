@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rows import Rows
 from .. import torch as torch_backend
 from ..dropout import dropout_mask
 from ..protocol import Call
@@ -42,7 +41,7 @@ def forward(
     inputs: Sequence[Tensor], seeds: Tensor | None, call: Call
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As the torch backend's."""
-    run = layer.forward if call.rows is None else _module_of(call.rows).forward
+    run = _module_of(call).forward
     try:
         return run(inputs, seeds, call)
     except Unproven as unproven:
@@ -61,7 +60,7 @@ def backward(
     call: Call,
 ) -> list[Tensor | None]:
     """As the torch backend's."""
-    run = layer.backward if call.rows is None else _module_of(call.rows).backward
+    run = _module_of(call).backward
     try:
         return run(dys, inputs, hs, needs, seeds, call)
     except Unproven as unproven:
@@ -71,8 +70,10 @@ def backward(
     return first_contact.backward(run, dys, inputs, hs, needs, seeds, call)
 
 
-def _module_of(rows: Rows) -> Any:
-    return many if rows.shares_base else experts
+def _module_of(call: Call) -> Any:
+    if call.rows is None:
+        return layer
+    return many if call.rows.shares_base else experts
 
 
 def h_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
