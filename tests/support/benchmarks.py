@@ -1,6 +1,7 @@
-"""The benchmarks, for tests to import.
+"""Makes the benchmarks/ folder importable from tests, as ``tests.support.benchmarks``.
 
-Not by the path: the repository's kernels/ would hide Hugging Face's package of that name.
+The repository's root is not put on sys.path, because its kernels/ would then hide the package
+``kernels`` of Hugging Face.
 """
 
 from pathlib import Path

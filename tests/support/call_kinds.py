@@ -1,4 +1,7 @@
-"""Every kind of call as one record, so that one suite holds for all: what goes in, the truth."""
+"""Every kind of call as one record, so that one suite can test them all.
+
+A record holds the tensors of a call, the call itself, and a float64 oracle of the same arguments.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,21 +17,25 @@ from fastlora.formats.format import Quantised
 from fastlora.projection import Base, Output
 
 K, N, ROWS = 16, 12, 40
-INDICES = torch.tensor([2, 0, -1, 0, 2, -1, 2, 1, 1, 1], dtype=torch.int32)  # of 4 rows each
+INDICES = torch.tensor([2, 0, -1, 0, 2, -1, 2, 1, 1, 1], dtype=torch.int32)  # one index for 4 rows
 RANKS = (2, 5, 3)
-ENDS = ends_of([14, 0, 20])  # and 6 rows of nobody
+ENDS = ends_of([14, 0, 20])  # the last 6 rows belong to no expert
 
 
 class Kind(NamedTuple):
-    """``call`` and ``truth`` take the tensors, x first; ``call`` has options of its own."""
+    """One kind of call and its oracle.
+
+    ``call`` and ``truth`` take the tensors in the order of ``tensors``, x first.  ``call`` also
+    takes keyword options.
+    """
 
     tensors: dict[str, Tensor]  # all but "weight" require gradients
     call: Callable[..., Tensor]
     truth: Callable[..., Tensor]
-    cast: tuple[str, ...]  # those that autocast casts
-    ranks: tuple[int, ...]  # the columns of each h
+    cast: tuple[str, ...]  # names of the tensors that autocast casts
+    ranks: tuple[int, ...]  # the number of columns of each h
     seeds: int
-    others: tuple[Tensor, ...] = ()  # what else a call takes, of all of which nothing is copied
+    others: tuple[Tensor, ...] = ()  # other tensors of the call, which no call may copy
 
 
 def _make(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, own: torch.dtype) -> dict:
@@ -54,7 +61,7 @@ def layer(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
 
 def group(dtype: torch.dtype, own: torch.dtype) -> Kind:
-    """An adapter and a bias; two adapters; a frozen layer."""
+    """Three outputs of one x: a bias and one adapter; two adapters; a frozen layer."""
     shapes = {
         "x": (2, ROWS // 2, K), "weight": (N, K), "weight1": (5, K), "weight2": (3, K),
         "a": (4, K), "b": (N, 4), "bias": (N,), "a1": (2, K), "b1": (5, 2),
@@ -99,7 +106,7 @@ def experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
 
 def bank(dtype: torch.dtype, own: torch.dtype) -> Kind:
-    """Adapters of unlike ranks in two banks."""
+    """Adapters of different ranks, stacked in two banks and padded to the largest rank."""
     shapes = {
         "x": (len(INDICES), 4, K), "weight": (N, K), "a": (3, 5, K), "b": (3, N, 5), "bias": (N,),
     }  # fmt: skip
@@ -116,7 +123,7 @@ def bank(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
 
 def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
-    """The same as a list of matrices."""
+    """The same adapters as in ``bank``, as lists of matrices."""
     shapes = {"x": (len(INDICES), 4, K), "weight": (N, K), "bias": (N,)}
     shapes |= {f"a{i}": (r, K) for i, r in enumerate(RANKS)}
     shapes |= {f"b{i}": (N, r) for i, r in enumerate(RANKS)}
@@ -134,7 +141,7 @@ def adapters(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
 
 def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
-    """A layer over NF4."""
+    """A layer whose base weight is packed as NF4."""
     weight: Quantised = random_four_bit(N, K, "nf4", 64, nested=2)
     shapes = {"x": (ROWS, K), "a": (4, K), "b": (N, 4), "bias": (N,)}
 
@@ -148,7 +155,7 @@ def packed(dtype: torch.dtype, own: torch.dtype) -> Kind:
 
 
 def packed_experts(dtype: torch.dtype, own: torch.dtype) -> Kind:
-    """The experts over int8 with a scale for each row."""
+    """The experts, with base weights packed as int8 with one scale for each row."""
     weight = stack([random_int8(N, K) for _ in range(3)])
     shapes = {"x": (ROWS, K), "a": (3, 4, K), "b": (3, N, 4), "bias": (3, N)}
 

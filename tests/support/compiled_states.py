@@ -1,10 +1,13 @@
-"""Models whose state changes between calls: which kinds, which changes, how they are called.
+"""Models whose state changes between calls: the kinds of models, the changes, and the comparison.
 
-A comparison is a call of the compiled model, and the same call of the same model without the
-compiler: outputs and all gradients, or an error of both.  Hooks are followed where torch is told to
-(``skip_nnmodule_hook_guards``).  Or, the way "kept", a call with the readings that earlier calls
-left on the modules, and the same call with all of them read anew; or, the way "peft", a call of an
-optimised model, and of a copy that is given back.
+A comparison makes the same call in two ways and compares the output and all gradients; if one call
+raises an error, the other must also raise one.  ``State.way`` says which two ways:
+
+* "model", "in-place", "layers": the compiled model, and the same model without the compiler.
+torch must be told to follow hooks (``skip_nnmodule_hook_guards``).
+* "kept": a call that uses the guarded records which earlier calls left on the modules, and a call
+that reads every module anew.
+* "peft": an optimized model, and a copy of it on which ``fastlora.restore`` was called.
 """
 
 import copy
@@ -51,7 +54,9 @@ _WORLDS: dict[str, Callable] = {
 
 
 class Kind(NamedTuple):
-    """``words``: which changes it takes.  ``size``: of x's rows; None: x is ids."""
+    """``words``: selects the changes that this kind takes (the keys of ``CHANGES``).  ``size``: the
+    number of columns of x; None if x holds ids.
+    """
 
     words: str
     make: Callable[[], nn.Module]
@@ -69,7 +74,7 @@ def _transposed() -> nn.Module:
 
 def _over_nf4() -> nn.Module:
     model = nn.Sequential(quantised("nf4", 64, 32), nn.GELU(), nn.Linear(32, 64))
-    model.is_loaded_in_4bit = True  # PEFT asks the model
+    model.is_loaded_in_4bit = True  # PEFT looks for this attribute of the model
     return model
 
 
@@ -110,8 +115,8 @@ if BITSANDBYTES:
 class State:
     """A model, how it is compiled, and how it is called now.
 
-    ``way``: ``torch.compile`` of the model, its ``compile()``, or that of each adapted layer; or
-    "kept" and "peft", without a compiler.
+    ``way``: "model" calls ``torch.compile(model)``; "in-place" calls ``model.compile()``; "layers"
+    compiles each adapted layer; "kept" and "peft" use no compiler (see the top of the file).
     """
 
     way = "model"
@@ -149,7 +154,7 @@ class State:
         return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
     def numbers(self, compiled: bool) -> dict[str, Tensor | None]:
-        """The output, and the gradients of x and of all that trains."""
+        """The output, and the gradients of x and of all trainable parameters."""
         model = self.call if compiled else self.model
         if self.way == "peft" and not compiled:
             model = fastlora.restore(copy.deepcopy(model))
@@ -158,7 +163,8 @@ class State:
             x = torch.randint(0, 20, self.lead)
         else:
             x = torch.randn(*self.lead, self.kind.size).to(self.dtype).requires_grad_(self.x_trains)
-        whole = self.model if compiled else model  # by its names
+        # the names of the parameters are the unwrapped model's
+        whole = self.model if compiled else model
         named = [*whole.named_parameters(), ("x", x)]
         wanted = {name: tensor for name, tensor in named if tensor.requires_grad}
         stance = "default" if compiled and self.way not in ("kept", "peft") else "force_eager"
@@ -174,9 +180,9 @@ class State:
         return found
 
     def compare(self, may_refuse: bool = False) -> None:
-        """Raise AssertionError unless the compiled call is as the same call not compiled.
+        """Raise AssertionError unless the call under test agrees with its reference.
 
-        ``may_refuse``: the compiler may say that it can't compile this.
+        ``may_refuse``: the compiler may also raise an error that says it can't compile this call.
         """
         outcomes = []
         for compiled in (False, True):
@@ -186,7 +192,7 @@ class State:
                 outcomes.append(error)
         expected, got = outcomes
         if self.way == "kept" and isinstance(expected, CheckpointError):
-            return  # PEFT's call of a layer that is merged and disabled unmerges it
+            return  # a PEFT layer that is merged and disabled unmerges itself in its call
         if isinstance(expected, Exception):
             assert isinstance(got, Exception), f"only the call not compiled raises: {expected!r}"
             return
@@ -197,11 +203,11 @@ class State:
             return
         dtypes = {self.dtype, *(p.dtype for p in self.model.parameters())}
         dtypes |= {torch.bfloat16} if self.world == "autocast" else set()
-        routes = 1e-6 if "experts" in self.words else 0.0  # in float32, whatever the model's dtype
+        routes = 1e-6 if "experts" in self.words else 0.0  # routers compute in float32 in any case
         tolerance = max(routes, *(_TOLERANCES.get(dtype, 0.0) for dtype in dtypes))
         for name, tensor in expected.items():
             other = got[name]
-            if tensor is None or other is None:  # no gradient, or zeros
+            if tensor is None or other is None:  # None is as good as zeros
                 assert not any(t is not None and t.count_nonzero() for t in (tensor, other)), name
                 continue
             assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape), name
@@ -211,7 +217,7 @@ class State:
 
 @contextmanager
 def _read_anew() -> Iterator[None]:
-    """Inside, no reading is kept, and none that is kept is used."""
+    """Inside the block, modules are always read anew, and no call's record is cached."""
 
     def read_once(module, reader):
         found = reader.read(module)
@@ -224,7 +230,7 @@ def _read_anew() -> Iterator[None]:
         yield
 
 
-# Changes.
+# The changes.  Each takes the State and changes its model or how it is called.
 
 
 def _replace(module: nn.Module, name: str = "weight") -> None:
@@ -295,7 +301,7 @@ def _cast_adapters(state: State) -> None:
 
 
 def _inside(state: State) -> nn.Module:
-    """A layer, or any module that is called, if not by the fast path."""
+    """A layer, or any other module inside the model whose forward is called."""
     inside = [m for m in state.model.modules() if type(m).forward is not nn.ModuleDict.forward]
     return state.draw.choice(state.draw.choice((inside[1:], state.layers or inside[1:])))
 
@@ -321,14 +327,14 @@ class _Grown(nn.Module):
 
 
 def _put_forward(state: State, run: Callable) -> None:
-    """In the place of a module's, or take what is there away."""
+    """Give a module a forward of its own, or remove the one it was given."""
     layer = _inside(state)
     if layer.__dict__.pop("forward", None) is None:
         layer.forward = lambda *args: run(type(layer).forward, layer, *args)
 
 
 def _checkpoint(state: State) -> None:
-    if not state.p:  # torch's compiler "eager" runs again with other masks
+    if not state.p:  # its recomputation draws other dropout masks
         _put_forward(state, partial(checkpoint, use_reentrant=False))
 
 
@@ -396,7 +402,7 @@ def _drop_by(state: State) -> None:
 
 
 def _names(state: State) -> list[str]:
-    """Some of PEFT's adapters."""
+    """A random selection of the model's PEFT adapters."""
     names = list(state.model.peft_config)
     return state.draw.sample(names, state.draw.randint(1, len(names)))
 
@@ -433,7 +439,7 @@ def _hotswap(state: State) -> None:
 
 
 def _of(state: State) -> tuple[Any, str]:
-    """A PEFT layer, and one of its adapters."""
+    """A random PEFT layer, and the name of one of its adapters."""
     layer = state.layer()
     return layer, state.draw.choice(list(layer.scaling))
 
@@ -478,7 +484,7 @@ def _flip(state: State, name: str) -> None:
     setattr(layer, name, not getattr(layer, name))
 
 
-# By the words that a kind must have; "": any.
+# The changes, by the words that a kind must have to take them; "" fits every kind.
 CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
     "": {
         "nothing": lambda state: None,
@@ -568,14 +574,16 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
 
 
 def changes_of(kind: str) -> dict[str, Callable[[State], object]]:
-    """Those that a kind takes."""
+    """The changes that this kind takes."""
     words = set(KINDS[kind].words.split())
     fitting = [group for needs, group in CHANGES.items() if words >= set(needs.split())]
     return {name: change for group in fitting for name, change in group.items()}
 
 
 class Case:
-    """A random walk: a comparison before, and one or more after each change."""
+    """A random sequence of changes, with a comparison before it and one or more after each
+    change.
+    """
 
     def __init__(self, seed: int, index: int, backend: str = "torch") -> None:
         draw = self.draw = Random(f"{seed} {index}")
@@ -591,7 +599,7 @@ class Case:
 
 
 class KeptCase(Case):
-    """The same walks without a compiler: of what the modules keep."""
+    """The same sequences for the way "kept", which tests the cached records without a compiler."""
 
     def __init__(self, seed: int, index: int, backend: str = "torch") -> None:
         super().__init__(seed, index)
@@ -611,14 +619,16 @@ def check(case: Case) -> None:
         settings = {"recompile_limit": 999, "accumulated_recompile_limit": 9999}
         settings["skip_nnmodule_hook_guards"] = "hook" not in case.changes
         stack.enter_context(torch._dynamo.config.patch(settings))
-        stack.enter_context(torch._inductor.config.patch(fallback_random=True))  # torch's masks
+        # torch's own dropout masks
+        stack.enter_context(torch._inductor.config.patch(fallback_random=True))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         for name in ("nothing", *case.changes):
             try:
                 changes_of(case.kind)[name](state)
                 done.append(name)
-            except Exception as error:  # the model doesn't take it now, and may have some of it
+            # the model may refuse this change now, or take only a part of it
+            except Exception as error:
                 done.append(f"({name}: {type(error).__name__})")
             for _ in range(case.draw.choice((1, 1, 2) if case.way != "kept" else (1, 2, 4))):
                 try:

@@ -1,16 +1,16 @@
-"""A GPU that launches nothing: Triton's host side, down to the driver, for CPU tensors.
+"""A stand-in for a GPU that launches nothing: Triton's real host side, for CPU tensors.
 
     import cuda_standin  # before Triton is imported: it unsets TRITON_INTERPRET
     cuda_standin.install()
 
-From then on the package's kernels take CPU tensors as those of an H100 (sm_90), and everything on
-the host's side runs for real: launchers, binders, cache keys, tensor maps, Triton's C launcher.
-Only libcuda.so.1 is another one, cuda_standin.c: it counts, and refuses what CUDA refuses.
-Results are what was in memory.  Base products, which are torch's, are made of tiny matrices: that
-takes the time of the call alone.
+After that, the package's kernels accept CPU tensors as if they were on an H100 (sm_90).  The host
+side runs unchanged: launchers, binders, cache keys, tensor maps, Triton's C launcher.  Only
+libcuda.so.1 is replaced, by cuda_standin.c, which counts launches and refuses the same arguments as
+CUDA.  No kernel runs, so results are uninitialized memory.  Base products, which torch computes,
+are replaced by products of tiny matrices; so the time of a call is its host time.
 
-It is for a process of its own.  There a launch costs the host what it costs on a GPU, but for the
-driver's part of it, and for torch's look-up of the current device and stream.
+Use it in a process of its own.  A launch then costs the host as much as on a GPU, except for the
+driver's part and torch's look-up of the current device and stream.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-# Both are read when Triton is imported, which this comes before; the second is the default, said.
+# Triton reads both when it is imported.  The second is Triton's default, set explicitly.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -42,7 +42,7 @@ _library: ctypes.CDLL
 
 
 class _Kernel(ctypes.Structure):
-    """cuda_standin.c's."""
+    """The struct of cuda_standin.c that counts the launches of one kernel."""
 
 
 _Kernel._fields_ = [
@@ -53,7 +53,7 @@ _Kernel._fields_ = [
 
 
 def why_not() -> str:
-    """Why it can't be built here; "" if it can."""
+    """Why the stand-in can't be built here; "" if it can."""
     if _compiler() is None:
         return "there is no C compiler"
     if not _headers().joinpath("cuda.h").exists():
@@ -62,16 +62,16 @@ def why_not() -> str:
 
 
 def install() -> None:
-    """Make it the device of Triton's launches, and of the package's kernels on CPU tensors.
+    """Make Triton's launches and the package's kernels, on CPU tensors, use the stand-in.
 
-    A RuntimeError with :func:`why_not`'s reason if it can't be built.
+    Raises RuntimeError with :func:`why_not`'s reason if it can't be built.
     """
     global _library
     if reason := why_not():
         raise RuntimeError(f"the stand-in for CUDA can't be built: {reason}")
     folder = _built()
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # what it compiles would run nowhere
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # its cubins can't run on any GPU
     _library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
 
     import triton
@@ -80,7 +80,7 @@ def install() -> None:
     from fastlora.kernels import target
 
     driver = CudaDriver()
-    # torch's, which need a GPU
+    # replace methods that need a GPU
     driver.get_device_capability = lambda device: (9, 0)
     driver.get_current_device = lambda: 0
     driver.set_current_device = driver.get_current_stream = int
@@ -88,13 +88,14 @@ def install() -> None:
     target._of_cpu = target.TARGETS["sm_90"]
     _compile_little()
     _make_products_tiny()
-    ctypes.CDLL(None).mallopt(-3, 2**25)  # large buffers from the heap: torch's are kept on a GPU
+    # Large buffers come from the heap, so that freed memory is reused, as by torch on a GPU.
+    ctypes.CDLL(None).mallopt(-3, 2**25)
     ctypes.CDLL(None).mallopt(-1, 2**30)
 
 
 @dataclass
 class Counts:
-    """Of a block: launches by the kernel's name, and tensor maps that were encoded."""
+    """What a block did: launches by kernel name, and the number of tensor maps encoded."""
 
     launches: Counter[str] = field(default_factory=Counter)
     tensor_maps: int = 0
@@ -106,7 +107,9 @@ class Counts:
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Whole when the block is left."""
+    """Count launches and tensor maps in the block.  The counts are filled in when the block
+    ends.
+    """
     counts, before = Counts(), _so_far()
     yield counts
     after = _so_far()
@@ -114,9 +117,9 @@ def counted() -> Iterator[Counts]:
 
 
 def torch_kernels(step: Callable[[], object]) -> int:
-    """How many torch would launch in a call of ``step``: neither views nor empty tensors.
+    """The number of kernels torch would launch in ``step()``, without views and empty tensors.
 
-    By its profiler, for a dispatch mode would change the way that calls go.
+    The profiler counts them, because a dispatch mode would change the dispatch of fastlora's calls.
     """
     with torch.autograd.profiler.profile() as profile:
         step()
@@ -124,7 +127,9 @@ def torch_kernels(step: Callable[[], object]) -> int:
 
 
 def _launched_in(event: torch.autograd.profiler_util.FunctionEvent) -> int:
-    """By what an operation consists of; or it is one itself."""
+    """The number of kernels in the operations that this one calls, or 1 if it is a kernel
+    itself.
+    """
     return sum(map(_launched_in, event.cpu_children)) or _is_kernel(event.name)
 
 
@@ -149,7 +154,7 @@ def _so_far() -> tuple[Counter[str], int]:
 
 
 def _built() -> Path:
-    """The folder of the library, which is built once."""
+    """The folder of the library.  The library is built once for each version of the sources."""
     sources = [Path(__file__).read_bytes(), _SOURCE.read_bytes(), str(_headers()).encode()]
     version = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"fastlora-cuda-standin-{os.getuid()}-{version}")
@@ -160,7 +165,8 @@ def _built() -> Path:
         options = ["-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", f"-I{_headers()}"]
         subprocess.run([_compiler(), *options, _SOURCE, "-o", unfinished], check=True)
         unfinished.replace(library)
-        folder.joinpath("libcuda.so").symlink_to(library.name)  # what old Tritons link
+        # older Tritons link against this name
+        folder.joinpath("libcuda.so").symlink_to(library.name)
     return folder
 
 
@@ -173,9 +179,10 @@ def _headers() -> Path:
 
 
 def _compile_little() -> None:
-    """Only kernels with tensor maps are compiled, and those as far as a launch looks.
+    """Compile only kernels that have tensor maps, and only as far as a launch needs.
 
-    That is to the boxes of the maps and to shared memory.  The others are as if they had none.
+    A launch needs the boxes of the tensor maps and the size of shared memory.  Every other kernel
+    gets empty metadata without compilation.
     """
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.compiler import ASTSource
@@ -208,7 +215,7 @@ def _compile_little() -> None:
 
 
 def _make_products_tiny() -> None:
-    """Of the modules that launch; the torch backend's stay."""
+    """Replace base products in the modules that launch kernels; the torch backend keeps its own."""
     import fastlora.backends.triton
 
     tiny, real_linear = torch.ones(2, 2), torch.nn.functional.linear

@@ -1,4 +1,4 @@
-"""What a rank does with reports and files under FSDP, own models, many adapters, and QLoRA's."""
+"""Functions that a rank runs: reports and files under FSDP, own models, many adapters, QLoRA."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def step(model: nn.Module) -> None:
 
 
 def reports(kind: str) -> list[fastlora.Coverage]:
-    """Of a PEFT model under FSDP1: as optimize says it, strictly, and after a fast step."""
+    """Two reports of a PEFT model under FSDP1: optimize's, and coverage's after a fast step."""
     model = flat(training.peft_model(kind))
     first = fastlora.optimize(model, strict=True)
     with training.counted() as calls:
@@ -63,7 +63,7 @@ def attached_last(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 
 def one_more(model: nn.Module) -> nn.Module:
-    """A second adapter for a model that has its first one since before it was sharded."""
+    """Shard a model that already has an adapter, then add a second adapter."""
     shard(model).add_adapter("second", LATE)
     model.set_adapter("second")
     return model
@@ -75,7 +75,7 @@ def with_head() -> nn.Module:
 
 
 def head_left_over() -> nn.Module:
-    """The blocks are sharded, and the model around them isn't."""
+    """A model whose blocks are sharded, but not the modules around them."""
     model = with_head()
     for block in training.blocks(model):
         fully_shard(block)
@@ -99,14 +99,16 @@ LEFT_OUT = {
 
 
 def called(model: nn.Module) -> nn.Module:
-    """As a call without a backward leaves it: FSDP2 keeps the parameters of its root whole."""
+    """The model after a call without a backward: FSDP2 then keeps the root's parameters
+    unsharded.
+    """
     with torch.no_grad():
         model(input_ids=training.batch())
     return model
 
 
 def alone(wrap: Callable[..., nn.Module], **group: Any) -> nn.Module:
-    """Sharded or replicated over this rank by itself."""
+    """A model that is sharded or replicated over this rank only."""
     model = wrap(tiny_llama(), **group)
     peft.inject_adapter_in_model(LATE, getattr(model, "module", model))
     return model
@@ -119,7 +121,7 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def with_own_sync(model: nn.Module) -> nn.Module:
-    """Adapters that FSDP2 is told to ignore, whose gradients a hook averages."""
+    """Adapters that FSDP2 is told to ignore; a hook averages their gradients."""
     adapters = {p for p in model.parameters() if p.requires_grad}
     for parameter in adapters:
         parameter.register_post_accumulate_grad_hook(lambda p: torch.distributed.all_reduce(p.grad))
@@ -139,7 +141,7 @@ def ignored_by_ddp(model: nn.Module) -> nn.Module:
 
 
 def of_one_rank() -> Any:
-    """A group, which all ranks make in turn, as they must."""
+    """A process group of this rank only.  All ranks must create all groups in the same order."""
     groups = [torch.distributed.new_group([rank]) for rank in range(2)]
     return groups[torch.distributed.get_rank()]
 
@@ -169,13 +171,13 @@ TAKEN = {
 
 
 def notes(kind: str, table: str) -> list[str]:
-    """On left out parameters: what optimize says, what coverage says, and what check prints."""
+    """Notes on parameters that are not synchronized, from optimize, coverage and check."""
     model = {"left out": LEFT_OUT, "taken": TAKEN}[table][kind]()
     texts = ["\n".join(fastlora.optimize(model).notes), "\n".join(fastlora.coverage(model).notes)]
     ids = training.batch()
     try:
         texts.append(str(fastlora.check(model, {"input_ids": ids, "labels": ids})))
-    except ValueError as error:  # no layer is fast, as under ZeRO-3
+    except ValueError as error:  # no layer is fast, for example under ZeRO-3
         texts.append(str(error))
     return texts
 
@@ -185,7 +187,7 @@ OWN = {
     "biases": {"bias": "lora_only"},
     "all-biases": {"bias": "all"},
     "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
-    "a-block-to-save": {"modules_to_save": ["layers.1"]},  # which FSDP shards by itself
+    "a-block-to-save": {"modules_to_save": ["layers.1"]},  # FSDP shards this block by itself
     "frozen": {},
     "embeddings": {},
 }
@@ -196,14 +198,16 @@ def own_model(what: str) -> nn.Module:
     targets = ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"]
     config = fastlora.LoRAConfig(r=4, target_modules=targets, **OWN[what])
     model = randomise(fastlora.apply_lora(tiny_llama(attention_bias=True), config))
-    if what == "frozen":  # as in LoRA-FA
+    if what == "frozen":  # the setting of LoRA-FA
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("lora_B"))
     return model
 
 
 def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
-    """Save a sharded model of fastlora's own after a step; its report, and the layers' names."""
+    """Save one of our own models, sharded, after a step.  Returns its report and its layers'
+    names.
+    """
     model = (flat if kind == "fsdp1" else shard)(own_model(what))
     step(model)
     fastlora.save_adapter(model, folder, save_embedding_layers=what == "embeddings")
@@ -224,7 +228,7 @@ def save_under_zero3(folder: str) -> str:
 
 
 def load_and_save(folder: str, to: str, what: str) -> None:
-    """An FSDP2 model, some of whose parameters a call has left whole, loads and saves."""
+    """Load into an FSDP2 model that has some parameters unsharded after a call, and save it."""
     model = own_model(what)
     for parameter in model.parameters():
         parameter.data.mul_(2)
@@ -238,7 +242,7 @@ def load_and_save(folder: str, to: str, what: str) -> None:
 
 
 def refusals() -> list[str]:
-    """Of what FSDP2 and DDP would not notice: new adapters, and other weights."""
+    """Errors for changes that FSDP2 and DDP would not notice: new adapters, and other weights."""
     config = fastlora.LoRAConfig(target_modules=["q_proj", "lm_head"])
     adapted, *plain = shard(own_model("adapters")), shard(tiny_llama()), tiny_llama()
     plain[1] = nn.parallel.DistributedDataParallel(plain[1])
@@ -257,13 +261,13 @@ def refusals() -> list[str]:
 
 
 Found = dict[str, Tensor | None]
-# A rank's half has no sample of "s", and the other's none of "q"; nobody has "t".
+# One rank's half has no sample of "s", the other's none of "q".  No sample uses "t".
 NAMES = ["p", "q", "__base__", "p", "s", "p", "s", "s"]
 ALL = ["p", "q", "s", "t"]
 
 
 def gradients(model: nn.Module) -> Found:
-    """Of all that trains, whole, by the names in the unwrapped model."""
+    """The unsharded gradients of all trainable parameters, by the unwrapped model's names."""
     return {
         name: None if parameter.grad is None else training.whole(parameter.grad)
         for name, parameter in training.trained(model)
@@ -271,7 +275,7 @@ def gradients(model: nn.Module) -> Found:
 
 
 def own(values: Any, ranks: int) -> Any:
-    """This rank's part of a batch; all of it for one process alone."""
+    """This rank's part of a batch; the whole batch if there is one process."""
     if ranks == 1:
         return values
     size, rank = len(values) // ranks, dist.get_rank()
@@ -279,7 +283,7 @@ def own(values: Any, ranks: int) -> Any:
 
 
 def train(model: nn.Module, ranks: int, settings: dict, *inputs: Any, **options: Any) -> Found:
-    """Two steps without an optimizer: in the second, DDP has its buckets in another order."""
+    """Two steps without an optimizer, because DDP orders its buckets anew before the second one."""
     running = DistributedDataParallel(model, **settings) if ranks > 1 else model
     for _ in range(2):
         model.zero_grad()
@@ -288,7 +292,7 @@ def train(model: nn.Module, ranks: int, settings: dict, *inputs: Any, **options:
 
 
 def mixed_peft(ranks: int, names: Sequence[str] = NAMES, **settings) -> Found:
-    """An optimised PEFT model, whose samples name their adapters."""
+    """An optimized PEFT model called with ``adapter_names``."""
     torch.manual_seed(0)
     model = Mlp()
     for i, name in enumerate(ALL):
@@ -316,7 +320,9 @@ class Logits(nn.Module):
 
 
 def experts(ranks: int) -> Found:
-    """A model with adapters on its experts, as apply_lora makes them; of several ranks sharded."""
+    """A model with adapters on its experts, made by apply_lora; sharded if there are several
+    ranks.
+    """
     model = Logits()
     if ranks > 1:
         for block in (*model.model.model.layers, model):
@@ -325,7 +331,9 @@ def experts(ranks: int) -> Found:
 
 
 class Step(NamedTuple):
-    """A training step: its numbers, how many blocks it called, and the report after it."""
+    """A training step: its output and gradients, the number of fast blocks, and the report after
+    it.
+    """
 
     numbers: list[Tensor]
     blocks: int
@@ -333,7 +341,7 @@ class Step(NamedTuple):
 
 
 def step_of(model: nn.Module) -> Step:
-    """The same in every rank, so that means over ranks are those of one."""
+    """One step, equal in every rank, so that a mean over ranks equals any rank's value."""
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
     with counted_blocks() as calls:
         y = model(x)
@@ -367,7 +375,7 @@ def quantised_mlp(
 def quantised_sharded(
     kind: str, storage: torch.dtype, units: str, cast: torch.dtype | None
 ) -> Step:
-    """``units``: what is sharded by itself, beside the model.  ``cast``: FSDP's param_dtype."""
+    """``units``: the modules sharded by themselves, besides the model.  ``cast``: FSDP's param_dtype."""
     model = quantised_mlp(kind, storage, cast or torch.float32)
     (block,) = [module for module in model.modules() if isinstance(module, LlamaMLP)]
     of = {"model": [], "block": [block], "layers": [getattr(block, name) for name in PARTS]}
@@ -377,7 +385,7 @@ def quantised_sharded(
 
 
 def quantised_cast() -> str:
-    """The error of a layer whose packed numbers FSDP casts to another dtype."""
+    """The error when FSDP casts a layer's packed values to another dtype."""
     try:
         return quantised_sharded("own", torch.bfloat16, "model", torch.float16).report
     except ValueError as error:

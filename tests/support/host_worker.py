@@ -1,6 +1,7 @@
-"""What tests/kernels/test_host.py asks about the host's side of launches for sm_90.
+"""Runs the measurements of tests/kernels/test_host.py on the host side of launches for sm_90.
 
-A process of its own: it prints JSON, "skipped" with a reason, or the result of each function below.
+It runs in a process of its own and prints JSON: the result of each function in :func:`main`, or
+"skipped" with a reason.
 """
 
 import gc
@@ -25,7 +26,7 @@ RANDOM_LAYERS = 30
 _ROWS = (1, 2, 7, 16, 17, 33, 64, 65, 127, 300, 1000, 4097)
 _FEATURES = (1, 8, 24, 40, 100, 257, 640, 1000, 1024, 2048, 4096)
 _RANKS = (1, 3, 8, 8, 16, 16, 16, 20, 64, 96, 200)
-# Batches of a training run: powers of two, their neighbours, and what lies between.
+# Row counts of a training run: powers of two, their neighbors, and values between them.
 LENGTHS = sorted(
     {2**i + j for i in range(14) for j in (-1, 0, 1, 2**i // 3, 2**i // 2)} - {0} | {2**14}
 )
@@ -43,20 +44,20 @@ STANDARD = {
 }
 
 
-# What Triton's launcher in C is handed, and what tensor maps were encoded from.
+# The arguments passed to Triton's C launcher, and the arguments each tensor map was encoded from.
 _launches: list[tuple] | None = None
 _maps: dict[int, "_Map"] = {}
 
 
 class _Map(NamedTuple):
-    settings: tuple  # what it was encoded from, the address first
-    made: Any  # Triton's, alive
+    settings: tuple  # the arguments it was encoded from, the address first
+    made: Any  # Triton's object, kept alive so that its id stays unique
 
 
 def watch() -> None:
-    """Put ourselves before the functions in C that launch, and that encode tensor maps.
+    """Wrap the C functions that launch kernels and encode tensor maps.
 
-    Before the first kernel is compiled.
+    Call it before the first kernel is compiled.
     """
     import triton
     from triton.backends.nvidia import driver
@@ -68,7 +69,8 @@ def watch() -> None:
     if hasattr(utils, "launch"):
         utils.launch = _watching(utils.launch)
         return
-    compile_module = driver.compile_module_from_src  # Triton 3.6 compiles a launcher a kernel
+    # Triton 3.6 compiles one launcher for each kernel
+    compile_module = driver.compile_module_from_src
 
     def compiled(*arguments: Any, **keywords: Any) -> Any:
         module = compile_module(*arguments, **keywords)
@@ -79,7 +81,7 @@ def watch() -> None:
 
 @contextmanager
 def handed_over() -> Iterator[list[tuple]]:
-    """The arguments of each launch in the block; tensors and maps among them stay alive."""
+    """The arguments of each launch in the block.  Tensors and maps among them stay alive."""
     global _launches
     _launches = []
     try:
@@ -91,9 +93,10 @@ def handed_over() -> Iterator[list[tuple]]:
 def differences_of(
     ordinary: Sequence[tuple], replayed: Sequence[tuple], pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> list[str]:
-    """Where these launches differ by more than the addresses of buffers.
+    """The differences between two sequences of launches, other than the addresses of buffers.
 
-    ``pairs``: tensors whose addresses are known, of the ordinary call and of the replayed one.
+    ``pairs``: tensors of the ordinary call and of the replayed call, whose addresses must
+    correspond.
     """
     if len(ordinary) != len(replayed):
         return [f"{len(ordinary)} launches, {len(replayed)} in the replay"]
@@ -120,7 +123,8 @@ def _compare(one: Any, two: Any, known: dict[int, int], where: str, found: list[
             return
         for i, (each, other) in enumerate(zip(one, two, strict=True)):
             _compare(each, other, known, f"{where}.{i}", found)
-    elif type(one).__name__ in ("HookChain", "LazyDict"):  # for hooks, of which there are none
+    # both stand for hooks, and no hook is set
+    elif type(one).__name__ in ("HookChain", "LazyDict"):
         if two is not None:
             found.append(f"{where}: {one!r}, and {two!r}")
     elif type(one) is not type(two) or one != two:
@@ -156,7 +160,7 @@ def _watching_maps(encode: Callable) -> Callable:
 
 
 def by_plan(name: str | None) -> AbstractContextManager:
-    """Of that name in plan.py; None: the default."""
+    """Use the plan of this name from plan.py, or the default for None."""
     from fastlora.kernels import plan
 
     return plan.use_plan(getattr(plan, name)) if name else nullcontext()
@@ -184,7 +188,9 @@ def step(
 
 
 def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") -> list:
-    """Forward and backward of eight experts, some without rows: the inputs, and what came out."""
+    """Forward and backward of eight experts, some without rows.  Returns the inputs and the
+    results.
+    """
     import fastlora
 
     experts, K, N = 8, 2048, 1536
@@ -207,7 +213,9 @@ def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") 
 
 
 def variants() -> dict[str, int]:
-    """Kernels that Triton would compile for a layer over all LENGTHS, by plan and dropout."""
+    """The number of kernels Triton would compile for a layer over all LENGTHS, by plan and
+    dropout.
+    """
     import triton
 
     from fastlora.kernels.launch import Launch, intercept
@@ -238,7 +246,7 @@ def variants() -> dict[str, int]:
 
 
 def standard_layers() -> dict[str, dict]:
-    """Launches by kernel, and tensor maps."""
+    """For each standard layer: launches by kernel, and tensor maps."""
     counts = {}
     for name, layer in STANDARD.items():
         with cuda_standin.counted() as counted:
@@ -248,8 +256,11 @@ def standard_layers() -> dict[str, dict]:
 
 
 def both_ways(call: Callable[[], list[Tensor]]) -> tuple:
-    """Of a call that returns its tensors: how many launches, those of a replay, and where a replay
-    differs from ordinary launches."""
+    """Call it three times: ordinarily, to capture its launches, and as a replay.
+
+    ``call`` returns its tensors.  Returns the number of ordinary launches, the counts of the
+    replay, and the differences between the replay and the ordinary launches.
+    """
     from fastlora.kernels.launch import Launch, intercept
 
     with handed_over() as ordinary, intercept(Launch.run):
@@ -262,7 +273,7 @@ def both_ways(call: Callable[[], list[Tensor]]) -> tuple:
 
 
 def experts() -> dict:
-    """Launches by kernel, tensor maps, and where a replay differs from ordinary launches."""
+    """For calls of experts: launches by kernel, tensor maps, and differences in a replay."""
     found = {}
     for name, call in {"plain": (4096, 0.0, False), "all": (4096, 0.1, True)}.items():
         _, launches, differences = both_ways(partial(step_experts, *call))
@@ -271,7 +282,7 @@ def experts() -> dict:
 
 
 def replays() -> dict:
-    """How many launches of random layers were compared, and where a replay differs from them."""
+    """The number of launches compared over random layers, and the differences in their replays."""
     import fastlora
 
     compared, differences = 0, []
@@ -305,7 +316,9 @@ def tensors_of(output) -> list[torch.Tensor]:
 
 
 def unloaded() -> list[str]:
-    """Which kernels of kept calls unload their code when Triton forgets them; it is the last."""
+    """The kernels of captured calls that unload their code when Triton forgets them.  It runs
+    last.
+    """
     import triton
 
     from fastlora.kernels.launch import intercept
@@ -323,7 +336,9 @@ def unloaded() -> list[str]:
 
 @dataclass
 class RandomLayer:
-    """One that no model has: any layouts, ranks and dtypes, and what trains of it."""
+    """A layer that no model has: any layouts, ranks and dtypes, and any choice of trainable
+    tensors.
+    """
 
     x: Tensor
     outputs: list[Output[Tensor]]
@@ -332,7 +347,7 @@ class RandomLayer:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What trains."""
+        """The tensors that need a gradient."""
         tensors = [self.x]
         for base, adapters in self.outputs:
             tensors += [base.bias] * (base.bias is not None)
@@ -341,9 +356,10 @@ class RandomLayer:
 
 
 def random_layer(seed: int) -> RandomLayer:
-    """Of up to five outputs, one of them perhaps frozen, some with two adapters; nothing is filled.
+    """A layer of up to five outputs.  Some are frozen, some have two adapters.  No tensor is
+    filled.
 
-    dtypes are float16, bfloat16 and float32, of x and of each adapter.
+    x has dtype float16, bfloat16 or float32, and so has each adapter.
     """
     draw = Random(seed)
     dtype = draw.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32))
@@ -365,7 +381,7 @@ def random_layer(seed: int) -> RandomLayer:
         return Output(Base(matrix(N, K), bias), tuple(adapter(N, K) for _ in range(count)))
 
     M, K, r = draw.choice(_ROWS), draw.choice(_FEATURES), draw.choice(_RANKS)
-    of = draw.choice((dtype, torch.float32, torch.float16))  # the adapters
+    of = draw.choice((dtype, torch.float32, torch.float16))  # the adapters' dtype
     x = matrix(M, K).requires_grad_(draw.random() < 0.8)
     outputs = [output(K) for _ in range(draw.choice((1, 1, 1, 2, 3, 5)))]
     dys = [matrix(M, len(each.base.weight)) for each in outputs]
@@ -373,7 +389,11 @@ def random_layer(seed: int) -> RandomLayer:
 
 
 def packed_layers() -> list[RandomLayer]:
-    """With packed weights: unpacked in a product and made dense; one, a group, blocks over rows."""
+    """Layers with packed weights.
+
+    Some are unpacked inside a product and some are made dense first.  There are single layers,
+    groups, and a format whose blocks cross rows.
+    """
     layers = []
     for make, widths in (
         (lambda n, k: random_four_bit(n, k, nested=256), (256,)),
@@ -408,7 +428,7 @@ def main() -> None:
         return
     cuda_standin.install()
     watch()
-    # variants first, since it sees only what isn't compiled yet; unloaded last
+    # variants runs first, because it sees only kernels that aren't compiled yet; unloaded runs last
     asked = (variants, standard_layers, experts, replays, unloaded)
     print(json.dumps({each.__name__: each() for each in asked}))
 

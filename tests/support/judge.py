@@ -1,7 +1,7 @@
-"""The judge of every op test: the float64 oracle, and a budget from what PyTorch loses.
+"""Checks used by all op tests: a float64 oracle, and an error budget from PyTorch's own error.
 
-What it judges is made here, too; and memory is counted: what autograd keeps for a backward, and the
-most that lives at one time.
+Also makers of random inputs, and counters of memory: the bytes that autograd saves for the
+backward, and the peak of live bytes.
 """
 
 import weakref
@@ -21,8 +21,8 @@ from fastlora.formats.format import Quantised
 from fastlora.ops.door import draw_seed
 from fastlora.projection import Base, Output, as_outputs, flatten, layouts_of
 
-K, HIDDEN, N = 24, 40, 20  # of a gated MLP
-# Of a layer and of its adapter.
+K, HIDDEN, N = 24, 40, 20  # the sizes of a gated MLP
+# The dtypes of a layer and of its adapter.
 USUAL_DTYPES = {
     "f64": (torch.float64, torch.float64),
     "f32": (torch.float32, torch.float32),
@@ -30,7 +30,7 @@ USUAL_DTYPES = {
     "bf16-f32": (torch.bfloat16, torch.float32),
     "f16-f32": (torch.float16, torch.float32),
 }
-# A matrix [rows, columns] is cut from an empty one: its shape, and the cut.
+# Each function cuts a matrix [rows, columns] from a larger tensor, which ``empty(*shape)`` makes.
 LAYOUTS = {
     "dense": lambda empty, rows, columns: empty(rows, columns),
     "transposed": lambda empty, rows, columns: empty(columns, rows).T,
@@ -50,7 +50,7 @@ def make_projection(
     adapter_dtype: torch.dtype | None = None,
     bias: bool = False,
 ) -> Projection:
-    """Random tensors that all require gradients but the base weight."""
+    """Random tensors.  All require gradients except the base weight."""
     weight, lora_a, lora_b = (
         torch.randn(size, dtype=torch.float64) for size in ((n, k), (r, k), (n, r))
     )
@@ -62,7 +62,7 @@ def make_projection(
 def make_outputs(
     dtype: torch.dtype, adapter_dtype: torch.dtype | None = None, k: int = 16
 ) -> list[Output]:
-    """Three outputs of unlike sizes: with a bias and an adapter, with two adapters, with none."""
+    """Three outputs of different sizes: a bias and an adapter; two adapters; none."""
     one, two, more = (
         make_projection(n, k, r, dtype, adapter_dtype, bias=b)
         for n, r, b in ((6, 2, True), (9, 3, False), (9, 1, False))
@@ -78,9 +78,10 @@ def make_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def make_mlp(
     dtype=torch.float32, adapter_dtype=None, bias=False, adapted="gud", sizes=(K, HIDDEN, N)
 ) -> list[Output]:
-    """gate, up and down, with numbers of usual sizes; those whose letters are named have adapters.
+    """gate, up and down with values of usual sizes.
 
-    All that an adapter is made of trains, and biases do.
+    ``adapted``: the letters of the projections that get an adapter.  Adapters and biases require
+    gradients.
     """
     k, hidden, n = sizes
     outputs = []
@@ -95,7 +96,7 @@ def make_mlp(
 
 
 class Experts(NamedTuple):
-    """The tensors of a call, but x."""
+    """The tensors of a call, without x."""
 
     weight: Tensor | Quantised
     lora_a: Tensor
@@ -112,7 +113,7 @@ def make_experts(
     adapter_dtype: torch.dtype | None = None,
     bias: bool = False,
 ) -> Experts:
-    """Random tensors that all require gradients but the base weight."""
+    """Random tensors.  All require gradients except the base weight."""
     shapes = (experts, n, k), (experts, r, k), (experts, n, r)
     weight, lora_a, lora_b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     lora_a, lora_b = (t.to(adapter_dtype or dtype).requires_grad_() for t in (lora_a, lora_b))
@@ -125,7 +126,7 @@ def make_rows(rows: int, k: int, dtype: torch.dtype) -> Tensor:
 
 
 def ends_of(counts: Sequence[int]) -> Tensor:
-    """The offsets of experts with so many rows each."""
+    """The offsets of experts that have this many rows each."""
     return torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
@@ -137,19 +138,21 @@ def call_experts(x: Tensor, experts: Experts, offsets: Tensor, **options) -> Ten
 def assert_close(
     name: str, value: Tensor, truth: Tensor, eager: Tensor, size: Tensor, dtype: torch.dtype
 ) -> None:
-    """error ≤ 2 · error(eager) + a few units in the last place.
+    """Require error ≤ 2 · error(eager) + a few units in the last place.
 
-    The unit is that of the coarser of value's dtype and x's, ``dtype``.
+    ``eager`` is the formula computed by PyTorch in the dtype under test.  The unit in the last
+    place is that of the coarser of ``value.dtype`` and ``dtype``, which is x's.
 
-    ``size`` is the sum of the absolute values of all terms: where they cancel, the rounding of h or
-    dh, half a unit, is a share of that.
+    ``size`` is the sum of the absolute values of all terms.  Where terms cancel, the error from
+    rounding h or dh (half a unit) is relative to ``size``, not to the result.
     """
     assert value.shape == truth.shape, name
     assert value.dtype == eager.dtype, f"{name}: {value.dtype}, eager has {eager.dtype}"
     if value.numel() == 0:
         return
     eps = max(torch.finfo(value.dtype).eps, torch.finfo(dtype).eps)
-    share = 1.0 if dtype == torch.float64 else 0.5  # in float64 the oracle rounds as much as we do
+    # in float64, the oracle rounds as much as the tested code
+    share = 1.0 if dtype == torch.float64 else 0.5
     truth = truth.detach()
     error, eager_error = ((t.detach().double() - truth).abs().max() for t in (value, eager))
     budget = 2 * eager_error + eps * (2 * truth.abs().max() + share * size.detach().abs().max())
@@ -168,11 +171,11 @@ def check(
     rounded: torch.dtype | None = None,
     mixed: bool = False,
 ) -> dict[str, Tensor]:
-    """Every output and gradient of ``run``, no further from the truth than PyTorch's own error is.
+    """Check that every output and gradient of ``run`` is as near to the truth as PyTorch's own.
 
-    ``textbook``: the same of ``leaves``, x among them, in another dtype.  ``rounded``: the dtype
-    with the precision of the products, if that isn't x's.  ``mixed``: of terms of mixed signs the
-    sum of sizes is about the root of their number times the sum.
+    ``textbook`` computes the same from ``leaves`` (x among them) converted to another dtype.
+    ``rounded``: the dtype whose precision products have, if it isn't x's.  ``mixed``: the terms
+    have random signs, so their sizes cancel; the budget is then a multiple of the result.
     """
     dtype = leaves["x"].dtype
 
@@ -194,7 +197,7 @@ def check(
     truth, eager = by_textbook(Tensor.double, dys), by_textbook(lambda tensor: tensor, dys)
     size = by_textbook(lambda tensor: tensor.double().abs(), [dy.abs() for dy in dys])
     for name, value in found.items():
-        if value is None:  # an adapter of a list without rows
+        if value is None:  # an adapter of a list that has no rows
             assert truth[name] is None or not truth[name].any(), name
         else:
             its_size = 8 * truth[name].abs() if mixed else size[name]
@@ -203,9 +206,9 @@ def check(
 
 
 def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> dict[int, int]:
-    """Bytes of every storage that autograd saves while ``run`` runs, by its address.
+    """The bytes of every storage that autograd saves while ``run`` runs, by address.
 
-    What ``run`` returns is kept until it ends, so that no memory is used twice.
+    The result of ``run`` stays alive until the end, so that no address is used twice.
     """
     storages = {}
 
@@ -222,7 +225,7 @@ def saved_bytes(run: Callable[[], Any], apart_from: Iterable[Tensor] = ()) -> di
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, until they are freed."""
+    """Counts the bytes of all storages that operators allocate, until each is freed."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
@@ -250,7 +253,7 @@ class _Live(TorchDispatchMode):
 
 
 def peak_bytes(tensors: Iterable[Tensor], run: Callable[[], object]) -> tuple[int, int, int]:
-    """Bytes that live before ``run``, at most during it, and after it: of these tensors and new."""
+    """Bytes alive before ``run``, at the peak, and after it, over these tensors and new ones."""
     live = _Live(tensors)
     before = live.now
     with live:
@@ -261,9 +264,9 @@ def peak_bytes(tensors: Iterable[Tensor], run: Callable[[], object]) -> tuple[in
 def run_torch_backend(
     x: Tensor, outputs: Sequence[Output], p: float, frozen: bool = False
 ) -> list[Tensor | None]:
-    """Forward and backward of the backend itself, so that a mode sees what it does.
+    """Call the torch backend's forward and backward directly, so that a mode sees its operators.
 
-    All gradients, or if the bases are ``frozen`` those of what needs one.
+    Returns all gradients or, with ``frozen``, only the gradients that a tensor requires.
     """
     layouts = layouts_of(outputs)
     settings = Call(layouts, p, torch_backend)

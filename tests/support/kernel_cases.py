@@ -1,6 +1,6 @@
-"""What the tests of the kernels share: operands of any layout, and records of launches.
+"""Shared by the kernel tests: operands of any memory layout, and records of launches.
 
-And what a launch really loads and stores, counted byte by byte in Triton's interpreter.
+It also counts the bytes that a launch really loads and stores in Triton's interpreter.
 """
 
 import re
@@ -31,10 +31,11 @@ LAYOUTS = ["contiguous", "window", "column-major", "every-second-column", "every
 
 
 def random(rows: int, columns: int, dtype: torch.dtype = F32, layout: str = "contiguous") -> Tensor:
-    """A random matrix.  What lies between and around its elements in memory is NaN."""
+    """A random matrix.  Memory between and around its elements is NaN."""
     around = {
         "contiguous": lambda: torch.empty(rows, columns, dtype=dtype, device=DEVICE),
-        # Rows of 16 bytes stay rows of 16 bytes: a descriptor can still describe it.
+        # Every row still starts at a multiple of 16 bytes, so that a tensor descriptor can describe
+        # it.
         "window": lambda: poisoned(rows + 2, columns + 16, dtype=dtype)[1:-1, 8:-8],
         "odd": lambda: poisoned(rows + 2, columns + 3, dtype=dtype)[1:-1, 1:-2],
         "column-major": lambda: poisoned(columns + 2, rows + 2, dtype=dtype)[1:-1, 1:-1].T,
@@ -53,7 +54,7 @@ def draw_seeds(count: int) -> Tensor:
 
 
 def keep_masks(seeds: Tensor | None, shape: tuple[int, int], p: float, count: int) -> list[Tensor]:
-    """The torch backend's masks, or masks that keep everything where there is no seed."""
+    """The torch backend's masks, or masks that keep everything if there are no seeds."""
     if seeds is None:
         return [torch.ones(shape, dtype=torch.bool, device=DEVICE)] * count
     return [dropout_mask(seed, shape, p) for seed in seeds]
@@ -61,7 +62,7 @@ def keep_masks(seeds: Tensor | None, shape: tuple[int, int], p: float, count: in
 
 @contextmanager
 def processors(count: int) -> Iterator[None]:
-    """Launchers split an axis as for a device with so many processors."""
+    """Launchers split work as for a device with ``count`` processors."""
     target = target_of(torch.device(DEVICE))
     with use_target(replace(target, processors=count)):
         yield
@@ -69,7 +70,7 @@ def processors(count: int) -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Every launch inside the block, in order; each runs as usual."""
+    """Records every launch in the block, in order.  Each launch still runs."""
     records: list[Launch] = []
 
     def run(record: Launch) -> None:
@@ -81,7 +82,9 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launched(run: Callable[[], object], target: Target | None = None) -> list[Launch]:
-    """What ``run`` would launch, on this device or on a target: nothing does."""
+    """The launches that ``run`` makes, for this device or for a target.  None of them is
+    executed.
+    """
     records: list[Launch] = []
     with use_target(target) if target else nullcontext(), intercept(records.append):
         run()
@@ -89,18 +92,18 @@ def launched(run: Callable[[], object], target: Target | None = None) -> list[La
 
 
 def moved(launches: Iterable[Launch]) -> int:
-    """The bytes of all of them."""
+    """The total of bytes loaded and stored."""
     return sum(each.work().loaded + each.work().stored for each in launches)
 
 
 @dataclass
 class Traffic:
-    """The addresses of all bytes that one direction moved, in order, repeated where they were."""
+    """The addresses of all bytes that were loaded (or stored), in order and with repetitions."""
 
     tiles: list[np.ndarray] = field(default_factory=list)
 
     def add(self, pointers, mask: np.ndarray) -> None:
-        """Of a tile of pointers, those under its mask: what sticks out of a matrix isn't moved."""
+        """Add the addresses that a tile's mask selects; masked-out elements aren't transferred."""
         first = pointers.data[mask]
         size = pointers.get_element_ty().primitive_bitwidth // 8
         self.tiles.append((first.reshape(-1, 1) + np.arange(size, dtype=np.uint64)).ravel())
@@ -110,13 +113,13 @@ class Traffic:
         return sum(map(len, self.tiles))
 
     def addresses(self) -> np.ndarray:
-        """Each once, sorted."""
+        """All addresses without repetitions, sorted."""
         return np.unique(np.concatenate(self.tiles)) if self.tiles else np.empty(0, np.uint64)
 
 
 @dataclass
 class Counted:
-    """One launch: what it states about itself, and what it did."""
+    """One launch: the ``Work`` it states, and the bytes it really transferred."""
 
     launch: Launch
     stated: Work
@@ -124,7 +127,7 @@ class Counted:
     stores: Traffic = field(default_factory=Traffic)
 
     def outside(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes loaded or stored, each once, that belong to none of these tensors."""
+        """The number of different bytes loaded or stored that belong to none of these tensors."""
         count = 0
         for addresses in (self.loads.addresses(), self.stores.addresses()):
             for tensor in tensors:
@@ -137,10 +140,11 @@ class Counted:
 
 @contextmanager
 def counted_launches() -> Iterator[list[Counted]]:
-    """Runs and counts every launch inside the block.
+    """Run every launch in the block and count its bytes.
 
-    All loads and stores of the interpreter, through tensor descriptors too, end in its two masked
-    ones; only atomics don't, which no kernel here has, and which fail in the block.
+    In the interpreter, all loads and stores, also through tensor descriptors, end in two functions:
+    the masked load and the masked store.  Only atomics bypass them; no kernel here has one, and the
+    block raises an error on one.
     """
     launches: list[Counted] = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -178,7 +182,7 @@ def counted_launches() -> Iterator[list[Counted]]:
 
 
 def buffers_of(made: Script) -> dict[str, Tensor]:
-    """What a replay's buffers are like, by their names, in the order in which they are made."""
+    """The buffers that a replay allocates, by their names, in the order of allocation."""
     made_by = re.findall(r"(\w+) = (\w*_buffer(?:_\d+)?)\(\)", made.source)
     scope = made.replay.__func__.__globals__
     return {name: scope[buffer].args[0] for name, buffer in made_by}

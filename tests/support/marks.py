@@ -1,4 +1,4 @@
-"""Where tests run, and their marks: equal bits, an older package's failure, pairs of values."""
+"""The device of the tests, and marks: wants equal bits, fails with an older package, pairwise."""
 
 import inspect
 import os
@@ -14,9 +14,9 @@ import pytest
 import torch
 from packaging.version import Version
 
-# On the GPU if there is one, else on the CPU, kernels interpreted.
+# Kernels run on the GPU if there is one, else interpreted on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":  # read when the kernels are imported
+if DEVICE == "cpu":  # Triton reads it when the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _EQUAL_BITS = re.compile(r"\bequal\b|\brtol=0\b(?!\.)")
@@ -24,9 +24,10 @@ _EQUAL_BITS = re.compile(r"\bequal\b|\brtol=0\b(?!\.)")
 
 @cache
 def wants_equal_bits(function: Callable) -> bool:
-    """Whether it wants equal bits of two computations, which may lean on one processor's BLAS.
+    """Whether a test compares two computations bit for bit, which can depend on the processor's
+    BLAS.
 
-    By its own lines, or by those of what it calls in its file.
+    It looks at the test's source, and at the source of functions that it calls in its file.
     """
     if _EQUAL_BITS.search(inspect.getsource(function)):
         return True
@@ -40,8 +41,8 @@ def wants_equal_bits(function: Callable) -> bool:
     )
 
 
-# Tests that fail with an older package than today's, for a reason of that package: skipped.
-# The package, the first version that passes (as far as tried), part of the test's id, and why.
+# Tests that are skipped with an older package, because that package fails them.  Columns: package,
+# first version that passes (as far as tried), a part of the test's id, and the reason.
 OLDER = (
     ("transformers", "5", "test_in_ddp_one_rank_writes", "Trainer can't resume in DDP on CPUs"),
     ("transformers", "5", "blocks_of_a_compiled_model", "activation_checkpointing_enable is new"),
@@ -72,11 +73,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Rows of indices in which every two values of any two axes meet; always the same ones.
+    """Rows of indices, so that every two values of any two axes occur together in some row.
 
-    Not every combination of some parameters, but every two values of any two of them.
-
-    Each row is the one of all combinations that has the most pairs which no row before it has.
+    It is pairwise coverage: not every combination of all axes, but every pair of values.  Each step
+    takes the combination that has the most pairs still missing, so the result is deterministic.
     """
     axes = [*combinations(range(len(sizes)), 2)]
 
@@ -95,10 +95,11 @@ def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 def pairwise(
     axes: Mapping[str, Mapping[str, Any] | Sequence[Any]], **options: Any
 ) -> pytest.MarkDecorator:
-    """``parametrize`` for ``axes``: the values of each by their ids, or a list of plain values.
+    """Parametrize a test over ``axes`` with pairwise coverage.
 
-    An axis may be of several names, ``"n,k"``, and its values then are tuples.  ``options`` are
-    those of ``parametrize``.
+    ``axes`` maps a name to its values: a dict from id to value, or a list of plain values.  A name
+    may be several names, ``"n,k"``; its values are then tuples.  ``options`` are passed to
+    ``parametrize``.
     """
     named = [
         [*values.items()] if isinstance(values, Mapping) else [(f"{name}{v}", v) for v in values]

@@ -1,4 +1,4 @@
-"""Tiny models, built from configs without a hub; what may have changed in them; what is fast."""
+"""Tiny models built from configs, snapshots that show changes, and counters of fast calls."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ class Tied(nn.Module):
 
 
 class Places(nn.Module):
-    """A linear layer at two places, and a block at three."""
+    """A linear layer used at two places, and a block used at three."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Places(nn.Module):
 
 
 def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
-    """Give everything that trains random values, so that an adapter is no identity change."""
+    """Give everything trainable random values, so that adapters change the output."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -77,12 +77,12 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 def adapt(model: nn.Module, std: float = 0.2, **settings) -> nn.Module:
-    """With LoRA layers that change it, by :class:`fastlora.LoRAConfig`'s settings."""
+    """Apply LoRA with :class:`fastlora.LoRAConfig`'s settings, and randomize the adapters."""
     return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**settings)), std)
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
-    """Everything that a failed call must leave as it was."""
+    """Everything that a failed call must leave unchanged."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     return {
@@ -104,7 +104,9 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
 
 
 def around_values(model: nn.Module) -> list:
-    """What else a call may not change: classes, modes, members, hooks, who trains, random state."""
+    """Other state that a call may not change: classes, modes, members, hooks, requires_grad, the
+    RNG.
+    """
     parameters = model.named_parameters(remove_duplicate=False)
     return [
         [(type(m), m.training, {*vars(m)}, len(m._forward_hooks)) for m in model.modules()],
@@ -115,7 +117,7 @@ def around_values(model: nn.Module) -> list:
 
 @contextmanager
 def refused(model: nn.Module, message: str, error: type[Exception] = ValueError) -> Iterator[None]:
-    """The block raises this error, and leaves the model as it was."""
+    """The block raises this error and leaves the model unchanged."""
     before = snapshot(model)
     with pytest.raises(error, match=message):
         yield
@@ -123,7 +125,9 @@ def refused(model: nn.Module, message: str, error: type[Exception] = ValueError)
 
 
 def numbers(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of x and of all that trains, from one random state."""
+    """The output, and the gradients of x and of all trainable parameters, from a fixed random
+    state.
+    """
     torch.manual_seed(3)
     x = x.detach().clone().requires_grad_()
     y = model(x)
@@ -132,7 +136,7 @@ def numbers(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def assert_near(ours, theirs, tolerance: float) -> None:
-    """Each tensor's error is that share of its size."""
+    """Require a relative error (by norm) of at most ``tolerance`` for each tensor."""
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).double().norm() <= tolerance * other.double().norm()
 
@@ -146,17 +150,17 @@ def trained(model: nn.Module) -> set[str]:
 
 
 def blocks(model: nn.Module) -> set[str]:
-    """The names of the modules that are blocks now."""
+    """The names of the modules that are fast blocks (gated MLPs) now."""
     return {name for name, m in model.named_modules() if isinstance(m, mlp.GatedMLP)}
 
 
 @contextmanager
 def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
-    """``note`` is told of the module and the input of every fast call that this file makes."""
+    """Call ``note(module, x)`` for every fast call that the module ``place`` makes."""
     call = place.call_as_read
 
     def noted(module, x, *rest):
-        y = x  # checkpointing leaves a call by an exception when it has what it wants
+        y = x  # checkpointing ends a recomputation by an exception once it has the tensors it needs
         try:
             y = call(module, x, *rest)
         finally:
@@ -171,29 +175,31 @@ def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
 
 @contextmanager
 def noted_blocks(note: Callable) -> Iterator[None]:
-    """``note`` is told of the input and the outputs (gate, up, down) of every call of a block."""
+    """Call ``note(x, outputs)`` for every call of a block; outputs are those of gate, up and
+    down.
+    """
     with noted_calls(mlp, lambda block, x: note(x, block.read().outputs)):
         yield
 
 
 @contextmanager
 def counted_blocks() -> Iterator[list[Tensor]]:
-    """The inputs of the calls inside that run as one block."""
+    """The inputs of the calls in this context that run as one fused block."""
     calls: list[Tensor] = []
     with noted_blocks(lambda x, outputs: calls.append(x)):
         yield calls
 
 
 def fast_layers(model: nn.Module) -> set[str]:
-    """The names of the layers that are fastlora's frozen ones now."""
+    """The names of the layers that are fastlora's frozen layers now."""
     return {name for name, m in model.named_modules() if isinstance(m, frozen.Linear)}
 
 
 @contextmanager
 def counted_frozen_calls() -> Iterator[list[Tensor]]:
-    """The inputs of the eager calls of frozen layers that run fast inside.
+    """The inputs of the frozen layers' fast calls in this context.
 
-    A block's input counts for each of its layers that has no adapter.
+    A block's input counts once for each of its layers without an adapter.
     """
     calls: list[Tensor] = []
     run = frozen.lora_linears

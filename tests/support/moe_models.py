@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts of transformers', and a few steps of their training."""
+"""Tiny mixture-of-experts models from transformers, and a few training steps."""
 
 import pytest
 import torch
@@ -25,17 +25,19 @@ _GEMMA4 = {
     "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "global_head_dim": 8,
     "hidden_size_per_layer_input": 0, "sliding_window": 16,
 }  # fmt: skip
-# The class of a model, what its config takes besides the sizes, and how it calls the first product.
+# Values: the class of the model, the settings of its config besides the sizes, and the name of the
+# first product of its experts.
 MODELS = {
     "qwen3": ("Qwen3Moe", {"num_experts": 4, "decoder_sparse_step": 1}, "gate_up_proj"),
     "mixtral": ("Mixtral", {"num_local_experts": 4}, "gate_up_proj"),
     "olmoe": ("Olmoe", {"num_experts": 4}, "gate_up_proj"),
     "deepseek": ("DeepseekV3", _LATENT | _GROUPS, "gate_up_proj"),
-    "gpt-oss": ("GptOss", {"num_local_experts": 4}, "gate_up_proj"),  # transposed, bias, own gate
+    # transposed weights, biases, its own activation
+    "gpt-oss": ("GptOss", {"num_local_experts": 4}, "gate_up_proj"),
     "nemotron": ("NemotronH", _HYBRID | _GROUPS, "up_proj"),  # without a gate
     "gemma4": ("Gemma4", _GEMMA4, "gate_up_proj"),
 }
-_TEXT = ("Gemma4",)  # whose config has other parts, too
+_TEXT = ("Gemma4",)  # its config has other parts besides the text model
 ROUTERS = ("mlp.gate.weight", "router.weight", "router.proj.weight")
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -50,7 +52,7 @@ def base_model(name: str = "qwen3", implementation: str = "eager", **changes) ->
 
 
 def parameters_of(name: str) -> list[str]:
-    """The last parts of the names of its experts' weights."""
+    """The last parts of the names of the experts' weights."""
     return [f"experts.{MODELS[name][2]}", "experts.down_proj"]
 
 
@@ -65,7 +67,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def train(model: nn.Module, steps: int = 1) -> list[torch.Tensor]:
-    """Losses and the last gradients; router weights train as well."""
+    """Losses of all steps and the gradients of the last one.  Router weights also train."""
     for name, parameter in model.named_parameters():
         if name.endswith(ROUTERS):
             parameter.requires_grad_()

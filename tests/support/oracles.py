@@ -1,7 +1,7 @@
-"""The other oracles, written as they are read: experts, many adapters, DoRA, a gated MLP.
+"""The other oracles: experts, many adapters, DoRA, a gated MLP.
 
-They are :mod:`fastlora.reference`'s formula in a loop, but for DoRA, and as it is: plain autograd,
-no code of any backend, run in float64.
+Except for DoRA, they apply :mod:`fastlora.reference`'s formula in a loop.  They use plain autograd
+and no code of any backend, and run in float64.
 """
 
 import math
@@ -28,10 +28,10 @@ def lora_grouped(
     """Rows sorted by expert, each through its expert's layer; differentiable in every tensor.
 
     x [S, K], weight [E, N, K], lora_a [E, r, K], lora_b [E, N, r], bias [E, N] -> [S, N], all in
-    one dtype.  ``offsets`` [E] has the end of each expert's rows.  Rows behind the last end are
-    nobody's: their outputs are zero, and nothing depends on what they hold.
+    one dtype.  ``offsets`` [E] has the end of each expert's rows.  Rows after the last end belong
+    to no expert: their outputs are zero, and their values have no effect.
 
-    Dropout comes as an explicit ``mask`` [S, K], as for :func:`lora_linear`.
+    Dropout is given as an explicit ``mask`` [S, K], as in :func:`lora_linear`.
     """
     ends = [int(end) for end in offsets]
     ys, start = [], 0
@@ -69,12 +69,11 @@ def multi_lora_linear(
     """Each row of x through the layer with its own adapter; differentiable in every tensor.
 
     x [..., K], weight [N, K], bias [N]; lora_a and lora_b are banks [n, r, K] and [n, N, r], or
-    lists of the adapters' own [r, K] and [N, r]; all in one dtype.  ``adapter_indices``, whole
-    numbers, has the shape of x's first dimensions; -1 is for no adapter.  Of adapter i only the
-    first ``ranks[i]`` rows of lora_a and columns of lora_b count.
+    lists of the adapters' own [r, K] and [N, r]; all in one dtype.  ``adapter_indices``, integers,
+    has the shape of x's first dimensions; -1 means no adapter.  For adapter i, only the first
+    ``ranks[i]`` rows of lora_a and columns of lora_b count.
 
-    ``masks``: for each adapter that drops one [rows, K] of the rows that are its own, in their
-    order.
+    ``masks``: one [rows, K] for each adapter with dropout, over the adapter's own rows in order.
     """
     rows = x.reshape(-1, x.shape[-1])
     repeats = len(rows) // max(1, adapter_indices.numel())
@@ -113,14 +112,14 @@ def dora_linear(
     scale: float = 1.0,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """x weightᵀ + bias, and what DoRA's adapter adds to it; differentiable in every argument.
+    """x weightᵀ + bias + DoRA's change; differentiable in every argument.
 
-    Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), with the norm
-    outside of the gradient (its section 4.3), and with dropout as in PEFT.
+    Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353).  The norm is
+    outside of the gradient (its section 4.3), and dropout is PEFT's.
 
     x [..., K], weight [N, K], lora_a [r, K], lora_b [N, r], magnitude and bias [N] -> [..., N], all
-    in one dtype.  ``dropped`` is x after dropout; None without.  What the adapter adds, it adds of
-    that: merged_i is row i of weight + scale lora_b lora_a.
+    in one dtype.  ``dropped`` is x after dropout; None without dropout.  With merged = weight +
+    scale lora_b lora_a, the adapter's change is dropped times this matrix, row by row:
 
         (magnitude_i / ‖merged_i‖) · merged_i - weight_i
     """
@@ -133,7 +132,7 @@ def dora_linear(
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) ∘ up, of one shape, by formulas of exponentials, tanh and erf."""
+    """act(gate) ∘ up for tensors of one shape, from exponentials, tanh and erf."""
     if activation == "silu":
         act = gate / (1.0 + torch.exp(-gate))
     elif activation == "gelu":
@@ -161,11 +160,12 @@ def gated_mlp(
 ) -> Tensor:
     """down(act(gate(x)) ∘ up(x)), differentiable in every argument, all in one dtype.
 
-    Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202): each is a LoRA layer, or frozen.
+    Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202); each product is a LoRA layer or
+    a frozen layer.
 
-    x [..., K]; gate and up to [..., I], down back to [..., K]: each as :func:`lora_linears` takes
-    them.  ``masks``: one for each adapter, in the order gate, up, down; those of down have the
-    shape of act(gate(x)).
+    x [..., K]; gate and up map to [..., I], and down maps back to [..., K].  Each has the form that
+    :func:`lora_linears` takes.  ``masks``: one for each adapter, in the order gate, up, down; the
+    masks of down have the shape of act(gate(x)).
     """
     count = len(_adapters(gate)) + len(_adapters(up))
     first = None if masks is None else masks[:count]

@@ -1,4 +1,4 @@
-"""Packed weights of random tensors, and what they stand for, element by element."""
+"""Packed weights with random contents, and their values computed element by element."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ NEEDS_5 = "transformers 4 hasn't it"
 
 
 def stack(weights: list[Quantised]) -> Quantised:
-    """Of experts: every tensor with one axis more in front."""
+    """Stack the weights of experts: every tensor gets one more axis in front."""
     tensors = zip(*[weight.tensors for weight in weights], strict=True)
     return Quantised(weights[0].format, tuple(map(torch.stack, tensors)))
 
@@ -48,7 +48,7 @@ def random_int8(n: int, k: int):
 
 
 def random_affine(n: int, k: int, rows: int, columns: int, shifted=True, scale=torch.float32):
-    """A scale for each block of so many rows and columns."""
+    """A weight with one scale for each block of ``rows`` × ``columns`` elements."""
     blocks = n // rows, k // columns
     tensors = (
         torch.randint(-128, 128, (n, k), dtype=torch.int8),
@@ -60,7 +60,7 @@ def random_affine(n: int, k: int, rows: int, columns: int, shifted=True, scale=t
 
 
 def random_float8(n: int, k: int, rows: int, columns: int, code="float8_e4m3fn", scale=None):
-    """``scale`` None: of powers of two, as in a float8_e8m0fnu."""
+    """``scale`` None: powers of two stored as float8_e8m0fnu."""
     blocks = -(-n // rows), -(-k // columns)
     codes = torch.randn(n, k).to(getattr(torch, code))
     scales = torch.rand(blocks) + 0.5 if scale else torch.randint(100, 140, blocks).to(torch.uint8)
@@ -120,7 +120,7 @@ def random_gptq(n: int, k: int, bits: int, groups: int, dtype=torch.float16, ord
 def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
     _, weights, size, _ = KINDS[kind]
     blocks = torch.randint(0, 256, (n, k // weights, size), dtype=torch.uint8)
-    # Where a block's float16 numbers are, so that none is infinite.
+    # Byte offsets of a block's float16 numbers, which are overwritten so that none is infinite.
     places = {"Q4_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
     places |= dict.fromkeys(["Q4_K", "Q5_K"], (0, 2))
     for at in places.get(kind, (0,)):
@@ -131,7 +131,10 @@ def random_gguf(n: int, k: int, kind: str, permuted: bool = False):
 
 
 def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
-    """The weight by the definition of its format, not rounded to this dtype as yet."""
+    """The weight's values by the definition of its format, before rounding to ``dtype``.
+
+    ``dtype`` matters only where the format itself computes in it.
+    """
     format, tensors = weight
     wide = torch.promote_types(dtype, torch.float32)
     if isinstance(format, Affine | Float8):
@@ -167,7 +170,7 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         zeros = _numbers_down(qzeros.T, format.bits, format.rows)
         shifted = (numbers - zeros[:, g_idx]).to(format.dtype)
         return shifted * scales.T[:, g_idx]
-    if isinstance(format, Gguf):  # by transformers, in this dtype
+    if isinstance(format, Gguf):  # transformers computes it, in this dtype
         dequant = pytest.importorskip("transformers.integrations.gguf.dequant", reason=NEEDS_5)
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
         values = dequant.dequantize(tensors[0], number, dtype).view(format.rows, format.columns)
@@ -185,7 +188,9 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
 
 
 def _numbers_down(words: Tensor, bits: int, count: int) -> Tensor:
-    """Each column's words as one large number, from its lowest bits on: [count, columns]."""
+    """Read each column's words as one large integer, lowest bits first, and split it: [count,
+    columns].
+    """
     columns = []
     for column in words.T.tolist():
         large = sum((word % 2**32) << (32 * i) for i, word in enumerate(column))

@@ -1,4 +1,4 @@
-"""Tiny mixtures whose experts are packed, and the same ones dense."""
+"""Tiny mixtures of experts with packed weights, and the same models with dense weights."""
 
 import pytest
 import torch
@@ -50,12 +50,12 @@ FORMATS = {"float8": _float8, "mxfp4": _mxfp4, "nvfp4": _nvfp4, "nf4": _nf4}
 
 
 def experts_modules(model: nn.Module) -> list[nn.Module]:
-    """Those that hold the weights of experts."""
+    """The modules that hold the experts' weights."""
     return [module for module in model.modules() if not read_module(module).reason]
 
 
 def packed_model(name: str, format: str, implementation: str = "eager", **changes) -> nn.Module:
-    """A frozen one, all of whose experts' weights are packed."""
+    """A frozen model with all experts' weights packed."""
     torch.manual_seed(0)
     model = base_model(name, implementation, **SIZES | changes)
     for experts in experts_modules(model):
@@ -71,9 +71,10 @@ def packed_model(name: str, format: str, implementation: str = "eager", **change
 def fp8_model(
     name: str = "qwen3", block=(16, 16), implementation: str = "eager", **how
 ) -> nn.Module:
-    """One whose experts are transformers' FP8Experts.
+    """A model whose experts are transformers' FP8Experts.
 
-    ``how``: scale_fmt, expert_dtype; linears, whether its layers are FP8Linear, but for the head.
+    ``how``: scale_fmt and expert_dtype of the config; linears, whether all other linear layers
+    except the head are FP8Linear.
     """
     torch.manual_seed(0)
     model = base_model(name, implementation, **SIZES)
@@ -92,7 +93,7 @@ def fp8_model(
 
 
 def gguf_model() -> nn.Module:
-    """One whose experts are transformers' GgufExperts, of Q8_0."""
+    """A model whose experts are transformers' GgufExperts, packed as Q8_0."""
     torch.manual_seed(0)
     model = base_model("qwen3", **SIZES)
     for key, experts in list(model.named_modules()):
@@ -102,7 +103,8 @@ def gguf_model() -> nn.Module:
         made = gguf.GgufExperts(count, rows, inner, 8, 8, act)
         for name, shape in (("gate_up_proj", (2 * inner, rows)), ("down_proj", (rows, inner))):
             blocks = stack([random_gguf(*shape, "Q8_0") for _ in range(count)]).tensors[0]
-            blocks.unflatten(2, (-1, 34))[..., 1] &= 0xBB  # of each factor, less exponent
+            # make the exponent of each block's scale smaller
+            blocks.unflatten(2, (-1, 34))[..., 1] &= 0xBB
             getattr(made, name).data = blocks
         model.set_submodule(key, made)
     return model.requires_grad_(False)
@@ -117,7 +119,7 @@ def _numbers(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 
 
 def dense_model(packed: nn.Module, name: str, implementation: str = "eager") -> nn.Module:
-    """The same one, float32 and plain: the packed weights as their formats mean them."""
+    """The same model in float32 without packing: each weight as its format defines it."""
     model = base_model(name, implementation, **SIZES)
     there, own = dict(packed.named_modules()), packed.state_dict()
     same = {key: own[key] for key in model.state_dict() if key in own}

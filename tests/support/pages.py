@@ -1,13 +1,13 @@
-"""README, CONTRIBUTING and docs/: their text, their code, their tables, the numbers of the demos.
+"""README, CONTRIBUTING and docs/: their text, code, tables, and the numbers of the demos.
 
-``python tests/support/pages.py`` writes all tables again, and the sentences that repeat a demo's
-numbers (``sentences``).  A table is what its command prints:
+``python tests/support/pages.py`` rewrites all tables, and the sentences that repeat a demo's
+numbers (``sentences``).  A table is the output of the command in the comment above it:
 
     <!-- benchmarks/report.py FILE -->
 
     | … |
 
-So a new results file needs a new name in the comment, and nothing else.
+So a new results file only needs a new name in that comment.
 """
 
 import json
@@ -25,7 +25,7 @@ TABLE = re.compile(
     r"<!-- ((?:benchmarks|examples|tools/\w+)/\w+\.py[^\n]*?) -->\n\n(.*?)\n(?=\n|\Z)", re.S
 )
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
-# Fenced code is no prose: its links and its lines are not read.
+# The pages without fenced code, whose links and line lengths are not checked.
 PROSE = {page: _FENCE.sub("", page.read_text()) for page in PAGES}
 
 
@@ -34,12 +34,12 @@ def name_of(page: Path) -> str:
 
 
 def blocks_of(page: Path, language: str = "") -> list[str]:
-    """The fenced blocks of a language; "" is for those of none."""
+    """The fenced blocks of a language; "" stands for blocks without a language."""
     return [code for name, code in _FENCE.findall(page.read_text()) if name == language]
 
 
 def code_of(page: Path) -> list[str]:
-    """What stands in backticks or in a fence of no language."""
+    """All text in backticks, and all fenced blocks without a language."""
     return re.findall(r"`([^`\n]+)`", PROSE[page]) + blocks_of(page)
 
 
@@ -51,19 +51,19 @@ def printed_by(command: str) -> str:
 
 
 def report_of(page: str, kind: str) -> dict:
-    """The results file of a kind that a page names."""
+    """The results file of this kind that the page links."""
     [name] = set(re.findall(rf"results/[\w-]+/{kind}-[\d-]+\.json", (ROOT / page).read_text()))
     return json.loads((ROOT / "benchmarks" / name).read_text())
 
 
 def numbers_of(report: dict, side: str, base: str = "peft") -> tuple[str, str]:
-    """The time of a side's step over another's, and what its memory grows by over PEFT's."""
+    """The ratio of a side's step time to another's, and of its memory growth to PEFT's."""
     growth = [report["results"][name]["peak_memory_growth"] for name in (side, "PEFT")]
     return f"{report[f'step_time_over_{base}'][side]['median']:.3f}", f"{growth[0] / growth[1]:.2f}"
 
 
 def sentences() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Of each: its page, a pattern with a group for each number, and the numbers."""
+    """For each sentence: its page, a pattern with one group for each number, and the numbers."""
     demo = report_of("README.md", "demo")
     yield "README.md", r'make demo ARGS="--steps (\d+)"', (str(demo["settings"]["steps"]),)
     optimized, ours = numbers_of(demo, "optimized"), numbers_of(demo, "fastlora")
@@ -113,7 +113,8 @@ def write() -> None:
     for name, pattern, numbers in sentences():
         text = new = (ROOT / name).read_text()
         found = re.search(pattern, text, re.S)
-        for group, number in reversed([*enumerate(numbers, 1)]):  # from the end: places stay
+        # backwards, so that earlier positions stay valid
+        for group, number in reversed([*enumerate(numbers, 1)]):
             new = new[: found.start(group)] + number + new[found.end(group) :]
         write_if_new(ROOT / name, text, new)
 

@@ -1,4 +1,4 @@
-"""Tiny transformers models, and PEFT models twice: as PEFT has them, and optimised."""
+"""Tiny transformers models, and PEFT models in two versions: PEFT's forward, and optimized."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from fastlora.model.files import CONFIG, WEIGHTS
 from fastlora.peft import layer as fast_linear
 
 VOCABULARY = 100
-# Tokens to learn by heart.
+# Tokens that a model can learn by heart.
 BATCH = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(5))
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -40,36 +40,37 @@ def gemma3() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """Its projections are Conv1D layers; it drops in embeddings, attention and residuals."""
+    """GPT-2: its projections are Conv1D layers; dropout in embeddings, attention and residuals."""
     sizes = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
 
 
 def falcon(bias: bool = True) -> nn.Module:
-    """Its linear layers compute x @ W.T + b, each with a rounding of its own."""
+    """Falcon: its linear layers compute ``x @ W.T + b`` in two steps that each round."""
     sizes = _SIZES | {"num_attention_heads": 4}
     config = transformers.FalconConfig(**sizes, bias=bias, alibi=False)
     return transformers.FalconForCausalLM(config)
 
 
 def opt() -> nn.Module:
-    """All its projections have biases; it drops in attention and residuals."""
+    """OPT: all its projections have biases; dropout in attention and residuals."""
     sizes = _SIZES | {"word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4}
     config = transformers.OPTConfig(**sizes, max_position_embeddings=32)
     return transformers.OPTForCausalLM(config)
 
 
 def bert() -> nn.Module:
-    """A classifier of sequences; it drops in attention and residuals."""
+    """A classifier of sequences; dropout in attention and residuals."""
     sizes = _SIZES | {"intermediate_size": 96, "num_attention_heads": 4, "num_labels": 3}
     config = transformers.BertConfig(**sizes, max_position_embeddings=32)
     return transformers.BertForSequenceClassification(config)
 
 
 def adapted(base: nn.Module, adapters: tuple[str, ...] = ("default",), **settings):
-    """``base`` with PEFT adapters, all of them active, in evaluation.
+    """``base`` with PEFT adapters, all of them active, in evaluation mode.
 
-    What trains is noisy: PEFT starts B at zero, where a wrong path could hide.
+    Trainable parameters are randomized: PEFT initializes B to zero, which would hide a wrong
+    result.
     """
     config = {"r": 4, "lora_alpha": 6} | settings
     model = peft.get_peft_model(base, peft.LoraConfig(**config), adapters[0])
@@ -82,8 +83,7 @@ def adapted(base: nn.Module, adapters: tuple[str, ...] = ("default",), **setting
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}}
 
-# For the Mlp below, in float64, where all that isn't rounding shows: sums of 12 terms, rounded at
-# 1e-16 each.
+# The tolerance for ``mlp`` in float64: sums of 12 terms, each rounded at 1e-16, and nothing else.
 ROUNDING = 1e-13
 
 
@@ -92,7 +92,7 @@ def mlp(**settings) -> peft.PeftModel:
 
 
 def inputs() -> torch.Tensor:
-    """[3, 5, 8], the same in every call."""
+    """x [3, 5, 8], equal in every call."""
     return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -101,7 +101,7 @@ def up(model: nn.Module) -> lora.Linear:
 
 
 def gradients(model: nn.Module, **named) -> dict[str, torch.Tensor]:
-    """The gradients of x and of all that trains, from the same random state each time."""
+    """The gradients of x and of all trainable parameters, from a fixed random state."""
     torch.manual_seed(3)
     x = inputs().requires_grad_()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -115,13 +115,13 @@ def other_config(**settings) -> peft.LoraConfig:
 
 
 def write_adapter(folder: Path, **settings) -> Path:
-    """The files of an adapter for an Mlp of float64."""
+    """Write the files of an adapter for a float64 Mlp."""
     mlp(**settings).save_pretrained(folder)
     return folder
 
 
 def optimized(model: nn.Module) -> nn.Module:
-    """A copy of the model, optimised."""
+    """An optimized copy of the model."""
     model = copy.deepcopy(model)
     fastlora.optimize(model)
     return model
@@ -129,9 +129,9 @@ def optimized(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def counted_calls() -> Iterator[list[Tensor]]:
-    """The inputs of the eager calls of LoRA layers that run fast inside.
+    """The inputs of the fast calls of LoRA layers in this context.
 
-    The input of a block, and of experts, counts for each of its layers that has adapters.
+    The input of a fused block, or of experts, counts once for each of its layers with adapters.
     """
     calls: list[Tensor] = []
     run_experts: Callable = fast_experts.lora_experts
@@ -152,9 +152,9 @@ def counted_calls() -> Iterator[list[Tensor]]:
 def run_both(
     run: Callable[[nn.Module], Any], theirs: nn.Module, ours: nn.Module | None = None
 ) -> tuple[Any, Any, list[Tensor]]:
-    """What ``run`` gives for an optimised copy and for PEFT's model, and the copy's fast calls.
+    """``run`` on an optimized copy and on PEFT's model: both results, and the copy's fast calls.
 
-    From the same random state.  ``ours`` is another model than such a copy.
+    Both start from the same random state.  ``ours`` replaces the optimized copy.
     """
     ours = optimized(theirs) if ours is None else ours
     with counted_calls() as calls:
@@ -173,7 +173,9 @@ def assert_runs_the_same(
     fast: int,
     tolerance: float,
 ) -> Any:
-    """:func:`run_both` gives the same, with so many fast calls; returns it."""
+    """Check that :func:`run_both` gives equal results with ``fast`` fast calls; return the
+    result.
+    """
     got, expected, calls = run_both(run, theirs, ours)
     assert len(calls) == fast
     assert_same(got, expected, tolerance)
@@ -182,9 +184,9 @@ def assert_runs_the_same(
 
 @contextmanager
 def counted_ops() -> Iterator[dict[str, int]]:
-    """How often fastlora's ops are called inside by compiled code (eager mode doesn't call them).
+    """How often compiled code in this context calls fastlora's registered ops.
 
-    While it compiles they are called too.
+    Eager calls don't use them.  Calls during compilation also count.
     """
     ops: dict[str, int] = {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -195,9 +197,9 @@ def counted_ops() -> Iterator[dict[str, int]]:
 
 
 def assert_same(ours, theirs, tolerance: float) -> None:
-    """Two trees of the same form, floating tensors equal up to the tolerance, all else exactly.
+    """Compare two trees of equal structure: floating tensors up to the tolerance, others exactly.
 
-    The tolerance is relative to the largest element of a tensor; a NaN equals a NaN.
+    The tolerance is relative to the largest element of each tensor; NaN equals NaN.
     """
     our_leaves, our_form = tree_flatten(ours)
     their_leaves, their_form = tree_flatten(theirs)
@@ -220,7 +222,7 @@ def llama() -> torch.nn.Module:
 
 
 def by_peft(folder, model=None, **settings):
-    """An adapter of PEFT's in the folder."""
+    """Write an adapter made by PEFT into the folder."""
     torch.manual_seed(4)
     theirs = peft.get_peft_model(model or llama(), peft.LoraConfig(**settings))
     randomise(theirs).save_pretrained(folder)
@@ -228,7 +230,7 @@ def by_peft(folder, model=None, **settings):
 
 
 def changes(folder, base=llama) -> dict[str, torch.Tensor]:
-    """What PEFT adds to each weight, in float64."""
+    """The changes that PEFT's merge makes to each weight, in float64."""
     model = base().double()
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
@@ -242,7 +244,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def cut(whole: torch.Tensor, r: int) -> torch.Tensor:
-    """The nearest of this rank, by the dense SVD; of each matrix."""
+    """The nearest matrix of rank r to each matrix, by the dense SVD."""
     left, values, right = torch.linalg.svd(whole, full_matrices=False)
     return (left[..., :r] * values[..., None, :r]) @ right[..., :r, :]
 

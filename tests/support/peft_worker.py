@@ -1,4 +1,4 @@
-"""A training of a tiny adapted Llama, a record of it, and what a rank does with it."""
+"""The functions that a rank runs: the training of a tiny adapted Llama, and a record of it."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -41,19 +41,20 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Record:
-    """What a training computed; tensors by their names in the unwrapped model, whole."""
+    """The results of a training.  Tensors are unsharded and have the unwrapped model's names."""
 
     losses: list[float]
     gradients: dict[str, Tensor]  # of the first step
-    adapter: dict[str, Tensor]  # after the last
-    fast: int  # how many outputs of the fast op were made
-    inside: fastlora.Coverage  # as the layers are in the forward of what contains them
+    adapter: dict[str, Tensor]  # after the last step
+    fast: int  # how many outputs the fast op computed
+    inside: fastlora.Coverage  # coverage during the forward of the module around each layer
     coverage: fastlora.Coverage  # afterwards, between calls
-    external: frozenset[str] = frozenset()  # parameters that ZeRO-3 saw read outside of their calls
+    # parameters that ZeRO-3 saw read outside of their module's call
+    external: frozenset[str] = frozenset()
 
 
 def base_model() -> nn.Module:
-    """The same model, with the same weights, in every process."""
+    """The same model with the same weights in every process."""
     torch.manual_seed(1)
     model = tiny_llama(hidden_size=32, intermediate_size=48, attention_bias=True)
     for name, parameter in model.named_parameters():
@@ -77,7 +78,7 @@ def peft_model(kind: str = "lora", dropout: float = 0.0) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder's, of a PEFT model or a plain one."""
+    """The decoder blocks of a PEFT model or of a plain one."""
     return model.get_decoder().layers
 
 
@@ -100,9 +101,10 @@ def own_part() -> Tensor:
 
 
 class Engine:
-    """How a model's steps are taken, and its tensors made whole: a model under plain SGD.
+    """Takes a model's steps with plain SGD, and returns its unsharded tensors.
 
-    Momentum or Adam would show nothing more, and make a rounding error of a small gradient large.
+    Momentum or Adam would test nothing more, and would magnify the rounding error of small
+    gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -122,7 +124,7 @@ class Engine:
 
 
 class FlatEngine(Engine):
-    """FSDP1's parameters are parts of flat ones."""
+    """FSDP1 keeps parameters as views of flat ones, so they are summoned first."""
 
     def gradients(self) -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(self.model, with_grads=True):
@@ -147,7 +149,7 @@ class Zero3Engine(Engine):
 def train(
     model: nn.Module, parts: list[Tensor], engine: Callable[[nn.Module], Engine] = Engine
 ) -> Record:
-    """A few steps on the mean over ``parts``, each of which sees the same random state."""
+    """A few steps on the mean over ``parts``.  Each part is computed from the same random state."""
     engine = engine(model)
     losses, gradients = [], {}
     with counted() as calls, covered(model) as inside:
@@ -167,7 +169,7 @@ def train(
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that train, by their names without those of wrappers."""
+    """The trainable parameters, by their names without the wrappers' prefixes."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield re.sub(r"^module\.|_(checkpoint|fsdp)_wrapped_module\.", "", name), parameter
@@ -180,7 +182,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def counted() -> Iterator[list[None]]:
-    """One element more for each output of a call of the fast op."""
+    """A list that gets one element for each output of a call of the fast op."""
     calls, backend = [], find_backend(device=CPU)
 
     def forward(inputs, seeds, settings):
@@ -194,7 +196,7 @@ def counted() -> Iterator[list[None]]:
 
 @contextmanager
 def covered(model: nn.Module) -> Iterator[dict[str, LayerCoverage]]:
-    """What coverage says of every layer while the module that contains it runs."""
+    """The coverage of every layer while the module that contains it runs."""
     found = {}
 
     def look(name: str, module: nn.Module, _) -> None:
@@ -210,7 +212,7 @@ def covered(model: nn.Module) -> Iterator[dict[str, LayerCoverage]]:
 
 
 def alone(parts: int = 1, kind: str = "lora", dropout: float = 0.0) -> Record:
-    """PEFT as it is, in one process, on the whole batch, in one go or in equal parts."""
+    """PEFT's forward in one process on the whole batch, in one call or in equal parts."""
     model = peft_model(kind, dropout)
     with shared_masks(model):
         return train(model, list(batch().chunk(parts)))
@@ -220,7 +222,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 
 def adapted(when: str, wrap: Wrap, kind: str = "lora", dropout: float = 0.0) -> nn.Module:
-    """The wrapped model, optimised ``before`` it was wrapped, ``after`` that, or ``never``."""
+    """The wrapped model, optimized "before" wrapping, "after" wrapping, or "never"."""
     model = peft_model(kind, dropout)
     if when == "before":
         fastlora.optimize(model)
@@ -236,13 +238,13 @@ def ddp(when: str, kind: str = "lora", dropout: float = 0.0, **settings) -> Reco
 
 
 def ddp_checked(broken: bool) -> tuple[bool, float]:
-    """The verdict of ``check`` on a model whose gradients are views of DDP's buckets.
+    """The result of ``check`` on a model whose gradients are views of DDP's buckets.
 
-    And how much it changed the gradients that were there.  ``broken``: with a wrong backward.
+    Also returns how much ``check`` changed existing gradients.  ``broken``: use a wrong backward.
     """
     model = DistributedDataParallel(peft_model(), gradient_as_bucket_view=True)
     inputs, backend = {"input_ids": own_part(), "labels": own_part()}, find_backend(device=CPU)
-    for _ in range(2):  # in the first, DDP makes the buckets once more
+    for _ in range(2):  # DDP rebuilds its buckets after the first backward
         model(**inputs).loss.backward()
     before = torch.cat([p.grad.flatten() for _, p in trained(model)])
 
@@ -256,7 +258,7 @@ def ddp_checked(broken: bool) -> tuple[bool, float]:
     return verdict, (after - before).abs().max().item()
 
 
-# What is sharded by itself, beside the decoder blocks and the model.
+# The modules that are sharded by themselves, besides the decoder blocks and the model.
 UNITS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "blocks": lambda model: [],
     "lora-layers": lora_layers,
@@ -292,21 +294,22 @@ def fsdp2_checkpointed(when: str, how: str, dropout: float = 0.0) -> Record:
 
 
 def fsdp2_from_meta(when: str) -> Record:
-    """Made, optimised and sharded without data, which is loaded last."""
+    """Build, optimize and shard a model on the meta device, then load its weights."""
     full = peft_model()
     with torch.device("meta"):
         model = adapted(when, shard)
     model.to_empty(device="cpu")
     whole_tensors = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, full.state_dict(), options=whole_tensors)
-    for buffer, value in zip(model.buffers(), full.buffers(), strict=True):  # in no state dict
+    # buffers that aren't in the state dict
+    for buffer, value in zip(model.buffers(), full.buffers(), strict=True):
         buffer.copy_(value)
     return train(model, [own_part()])
 
 
 def fsdp2_restored(when: str) -> tuple[int, Record, list[type]]:
-    """With every LoRA layer sharded: fast calls before ``restore``, a training after it, the bases
-    of a layer's class then.
+    """With every LoRA layer sharded: the number of fast calls before ``restore``, a training after
+    it, and the bases of a layer's class after it.
     """
     model = adapted(when, partial(shard, units="lora-layers"))
     with counted() as calls:
@@ -317,7 +320,7 @@ def fsdp2_restored(when: str) -> tuple[int, Record, list[type]]:
 
 
 def fsdp2_checked() -> str:
-    """What ``check`` says, or its error."""
+    """The text of ``check``'s result, or of its error."""
     ids = own_part()
     try:
         return str(fastlora.check(shard(peft_model()), {"input_ids": ids, "labels": ids}))
@@ -326,7 +329,7 @@ def fsdp2_checked() -> str:
 
 
 def flat(model: nn.Module, units: str = "blocks") -> nn.Module:
-    """Under FSDP1, its units by themselves, or by PEFT's policy what is in them, too."""
+    """Wrap with FSDP1: the decoder blocks as units, or more units by PEFT's policy."""
     own = ModuleWrapPolicy({LlamaDecoderLayer})
     policy = own if units == "blocks" else fsdp_auto_wrap_policy(model)
     return FullyShardedDataParallel(
@@ -351,7 +354,7 @@ def torch_tensor_parallel(when: str) -> Record:
 
 
 def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """The projections by columns or rows, and with each that half of its adapter that can be."""
+    """Split the projections by columns or rows, and the adapter half of each that can be split."""
     plan = {}
     for name, parent in TARGETS.items():
         style, half = (RowwiseParallel, "A") if name in ROWWISE else (ColwiseParallel, "B")
@@ -361,18 +364,21 @@ def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 class Zero3(nn.Module):
-    """DeepSpeed's ZeRO-3 in little: parameters that are whole only while their module is called.
+    """A small imitation of DeepSpeed's ZeRO-3: parameters exist only during their module's call.
 
-    It copies what DeepSpeed does to a model and to its calls (``deepspeed.runtime.zero``), none of
-    how:
+    It copies the effects that DeepSpeed (``deepspeed.runtime.zero``) has on a model and its calls,
+    not its implementation:
 
-    * between calls a parameter's data is empty, and each rank keeps a part of it; ``ds_id``,
-      ``ds_shape`` and ``ds_tensor`` are on the parameter;
-    * hooks on every module gather its own parameters before its forward and its backward, and
-      release them after it.  A module that is named a leaf is gathered with all that it contains,
-      and the hooks are on it alone;
-    * a parameter of another module that is read in forward is gathered then and there, and belongs
-      to the module that is being called from then on ("external").
+    * Between calls, a parameter's data is empty, and each rank holds a part of it.  The parameter
+      has
+    the attributes ``ds_id``, ``ds_shape`` and ``ds_tensor``.
+    * Hooks on every module gather its own parameters before its forward and its backward, and
+      release
+    them afterwards.  A module that is named a leaf is gathered with all its submodules, and only
+    the leaf has hooks.
+    * If a forward reads a parameter of another module, it is gathered at once.  From then on, it
+      also
+    belongs to the module that is being called ("external").
 
     ``step`` is plain SGD.
     """
@@ -381,7 +387,7 @@ class Zero3(nn.Module):
         super().__init__()
         self.module = model
         self.external: set[str] = set()  # names of parameters that were read outside of their calls
-        self.reads = False  # whether reading gathers: in forward
+        self.reads = False  # whether reading a parameter gathers it: during forward
         self.called: list[nn.Module] = []
         self._gradients: dict[nn.Parameter, Tensor] = {}
         for number, (name, parameter) in enumerate(model.named_parameters()):
@@ -453,7 +459,7 @@ class Zero3(nn.Module):
         module.register_forward_hook(after)
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, filled up to the size of the others'."""
+        """This rank's part of a full tensor, padded to the size of the other parts."""
         size = dist.get_world_size()
         flat = torch.zeros(-(-tensor.numel() // size) * size)
         flat[: tensor.numel()] = tensor.detach().flatten()
@@ -482,7 +488,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 class _Parameters(dict):
-    """A module's parameters by name; reading one in forward gathers it."""
+    """A module's parameters by name.  Reading one during forward gathers it."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], engine: Zero3) -> None:
         super().__init__(parameters)
@@ -498,7 +504,7 @@ class _Parameters(dict):
 
 
 class _AtBackward(torch.autograd.Function):
-    """Nothing, and ``act`` when the gradient comes back."""
+    """The identity; its backward calls ``act``."""
 
     @staticmethod
     def forward(ctx, x, act):
@@ -512,7 +518,7 @@ class _AtBackward(torch.autograd.Function):
 
 
 def _on_tensors(value, function):
-    """``function`` of every tensor with a gradient in a hook's inputs or output."""
+    """Apply ``function`` to every tensor with a gradient in a hook's inputs or output."""
     if isinstance(value, Tensor):
         return function(value) if value.requires_grad else value
     if isinstance(value, tuple | list):

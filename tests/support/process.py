@@ -1,4 +1,4 @@
-"""Python in a process of its own, and processes of one gloo group."""
+"""Runs Python code in a new process, and functions in the processes of a gloo group."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-# Imported once, in the process that the others are forked from.
+# Imported once, in the process from which the others are forked.
 _IMPORTS = [
     "peft.utils.other",
     "torch.distributed._composable.replicate_with_fsdp",
@@ -31,14 +31,14 @@ _IMPORTS = [
 
 
 def forkserver() -> ForkServerContext:
-    """Its processes have imported torch, transformers and PEFT, and nothing of fastlora."""
+    """Its processes have imported torch, transformers and PEFT, but nothing of fastlora."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTS)
     return context
 
 
 def run_forked(code: str, *arguments: object, **environment: str) -> str:
-    """What ``code`` prints in such a process, with these ``sys.argv[1:]``."""
+    """The output of ``code`` in a process of :func:`forkserver`, with these ``sys.argv[1:]``."""
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""), forkserver().Pool(1) as pool:
         return pool.apply(_printed, (code, [*map(str, arguments)], environment))
 
@@ -57,12 +57,12 @@ def run_python(
     cwd: str | Path = "/",
     **environment: str | None,
 ) -> str:
-    """What it prints, outside of the repository unless ``cwd`` says so.
+    """The output of Python, run outside of the repository unless ``cwd`` is given.
 
-    ``environment`` is beside this process's, None for what shall not be in it.  An AssertionError
-    with all that it wrote if it fails.
+    ``environment`` is added to this process's environment; None removes a variable.  If the process
+    fails, raises AssertionError with everything it wrote.
     """
-    # A pytest in it is no worker of this one's.
+    # Without xdist's variables, so that a pytest in there doesn't act as a worker of this one.
     here = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST_")}
     merged = {key: value for key, value in (here | environment).items() if value is not None}
     result = subprocess.run(
@@ -73,24 +73,24 @@ def run_python(
 
 
 def run_without_interpreter(*arguments: str | Path) -> str:
-    """As :func:`run_python`, in the repository: for what may not interpret the kernels.
+    """:func:`run_python` in the repository, without Triton's interpreter.
 
-    ``FASTLORA_COMPILE_TRITON`` names a folder with another Triton, which then takes part.
+    ``FASTLORA_COMPILE_TRITON`` names a folder with another version of Triton to use.
     """
     other_triton = os.environ.get("FASTLORA_COMPILE_TRITON", "")
     root = Path(__file__).parents[2]
     return run_python(*arguments, cwd=root, TRITON_INTERPRET=None, PYTHONPATH=other_triton)
 
 
-_TIMEOUT = 300.0  # seconds that a function may take; they are far shorter on an idle machine
+_TIMEOUT = 300.0  # the limit for one function in seconds; on an idle machine they take far less
 
 
 class Ranks:
-    """``size`` processes.  Starting them costs seconds, so that tests share them."""
+    """``size`` processes of one gloo group.  Starting them takes seconds, so tests share them."""
 
     def __init__(self, size: int, folder: Path) -> None:
         context = forkserver()
-        # Engines would take a GPU that they see; the forkserver keeps this environment.
+        # Some engines would use a visible GPU.  The forkserver keeps this environment.
         with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
             self._pools = [
                 context.Pool(1, _join, (f"file://{folder}/store", rank, size))
@@ -102,11 +102,11 @@ class Ranks:
         return bool(self._pools)
 
     def run(self, function: Callable, *arguments: Any, **settings: Any) -> list[Any]:
-        """What ``function(*arguments, **settings)`` returned in each rank.
+        """The results of ``function(*arguments, **settings)`` in each rank.
 
-        The first error in a rank is a RuntimeError whose cause has that rank's traceback; the
-        processes are ended then, as the others may wait for it.  Functions come from importable
-        modules.
+        The first error in a rank becomes a RuntimeError whose cause has that rank's traceback.  All
+        processes are then ended, because the other ranks may be waiting for it.  ``function`` must
+        be importable.
         """
         task, done = pickle.dumps((function, arguments, settings)), SimpleQueue()
         for rank, pool in enumerate(self._pools):
@@ -126,7 +126,7 @@ class Ranks:
         return [answers[rank] for rank in sorted(answers)]
 
     def close(self) -> None:
-        """Let the processes leave the group and come to their end."""
+        """Let the processes leave the group and end."""
         if self.usable:
             self.run(dist.destroy_process_group)
         self.end()
@@ -140,11 +140,13 @@ class Ranks:
 def _join(store: str, rank: int, size: int) -> None:
     from fastlora.ops import way
 
-    way.MOST_ROWS = 0  # the node is what is tested, and small models have few rows
+    way.MOST_ROWS = 0  # small models have few rows, but the autograd node is under test
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 
 
 def _call(task: bytes) -> bytes:
-    """Bytes both ways: tensors would travel as shared memory, which ends with the process."""
+    """Arguments and results are pickled bytes: tensors would travel as shared memory, which ends
+    with the process.
+    """
     function, arguments, settings = pickle.loads(task)
     return pickle.dumps(function(*arguments, **settings))

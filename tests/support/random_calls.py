@@ -1,6 +1,7 @@
-"""Calls that nobody writes: of any kind, layout, dtype and world, each drawn from two numbers.
+"""Random calls of any kind, layout, dtype and environment, each drawn from a seed and an index.
 
-:func:`check` runs one and judges it by the textbook in float64, with the very same masks.
+:func:`check` runs one call and compares it with the composite formula in float64, with the same
+dropout masks.
 """
 
 import warnings
@@ -41,14 +42,14 @@ _PAIR = ("lora_a", "lora_b")
 _SHORT = {F32: "f32", F64: "f64", BF16: "bf16", F16: "f16"}
 _WORLDS = ("eager",) * 5 + ("autocast", "no-grad", "inference", "checkpoint", "registered")
 _EITHER, _FLOAT8 = (True, False), ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
-# Beside those that a launch has to tell apart.
+# The usual layouts, and some that a launch must distinguish.
 LAYOUTS = USUAL_LAYOUTS | {
     "every-second-column": lambda empty, rows, columns: empty(rows, 2 * columns)[:, ::2],
     "expanded-columns": lambda empty, rows, columns: empty(rows, 1).expand(rows, columns),
     "one-number": lambda empty, rows, columns: empty(1, 1).expand(rows, columns),
     "negated": lambda empty, rows, columns: torch._neg_view(empty(rows, columns)),
 }
-# What divides K, what packs [n, k], and what else is drawn for it.
+# Values: a number that must divide K, the function that packs [n, k], and its other arguments.
 FORMATS: dict[str, tuple[int, Callable, Callable]] = {
     "nf4": (1, packed.random_four_bit, lambda n, k, pick: ("nf4", pick((16, 64)))),
     "fp4": (1, packed.random_four_bit, lambda n, k, pick: ("fp4", 32, pick((1, 3, 16)))),
@@ -69,23 +70,25 @@ FORMATS: dict[str, tuple[int, Callable, Callable]] = {
 
 
 class Made(NamedTuple):
-    """A call, and what it stands for: ``textbook`` of the case's leaves, converted.
+    """A call and its reference.
 
-    ``change``: what was done to their sizes, and is to be done to a scale.
+    ``textbook`` computes the same from converted leaves.  Its argument ``change`` is a function
+    that is applied to scales, corresponding to a conversion of the leaves (for example abs).
     """
 
     run: Callable[[], Tensor | Sequence[Tensor]]
     textbook: Callable[..., Tensor | Sequence[Tensor]]
     masks: list[tuple[tuple[int, int], float]]  # rows and columns for each seed, and p
     widths: list[int]  # of the outputs
-    last: int | None = None  # behind this row is nobody's
+    last: int | None = None  # rows after this one belong to no expert
 
 
 class Case:
-    """What is drawn of a call before its tensors; ``words`` tell it.
+    """The properties of a call that are drawn before its tensors; ``words`` prints them.
 
-    ``fixed`` has what isn't drawn: kind, dtype, adapter_dtype, world, p, format, K, M, wide, small,
-    node, plan; and ``alone``, with which the names of the only tensors that train begin.
+    ``fixed`` replaces drawn properties: kind, dtype, adapter_dtype, world, p, format, K, M, wide,
+    small, node, plan.  ``alone`` is a prefix; only tensors whose names begin with it require
+    gradients.
     """
 
     def __init__(self, seed: int, index: int, backend: str, **fixed: object) -> None:
@@ -99,14 +102,15 @@ class Case:
         adapter_dtype = pick((self.dtype, self.dtype, F32, F32, pick((BF16, F16, F64))))
         self.adapter_dtype = of("adapter_dtype", adapter_dtype)
         worlds = _WORLDS
-        if self.kind == "gated":  # which runs where a node can
+        if self.kind == "gated":  # a gated MLP is tested only where it is an autograd node
             worlds = tuple(w for w in worlds if w in ("eager", "autocast", "checkpoint"))
         self.world, self.compute = of("world", pick(worlds)), self.dtype
         if self.world == "autocast" and self.dtype != F64:
             self.compute = pick((BF16, F16))
         self.p = of("p", pick((0.0, 0.0, 0.1, 0.5, 0.9)))
         packs = self.random() < 0.3
-        if self.kind == "dora" and self.dtype == F64:  # a packed weight's norm is float32
+        # the norm of a packed weight is computed in float32
+        if self.kind == "dora" and self.dtype == F64:
             packs = False
         self.format = of("format", pick(list(FORMATS)) if packs else "")
         unit = FORMATS[self.format][0] if self.format else 1
@@ -114,14 +118,15 @@ class Case:
         self.K = of("K", self.K)
         self.M = of("M", pick((0, 1, 1, *[self.size() for _ in range(8)])))
         self.lead = self._lead()
-        # Where 16 bits are slow, and where not; small blocks; no shortcut for few rows.
+        # wide: 16-bit products are slow on this CPU.  small: small blocks of rows.  node: no
+        # shortcut for few rows.
         self.wide, self.small = of("wide", pick((True, False))), of("small", self.random() < 0.3)
         self.node = of("node", self.random() < 0.3)
         plan = pick((None, "FUSED", "IN_PLACE", "UNPACKING")) if kernels else None
         self.plan = of("plan", plan)
         self.seed, self.processors = self.draw.getrandbits(60), pick((1, 4, 6, 100))
-        self.leaves: dict[str, Tensor] = {}  # the textbook's
-        self.given: list[Tensor] = []  # all that comes in
+        self.leaves: dict[str, Tensor] = {}  # the tensors that the textbook takes, by name
+        self.given: list[Tensor] = []  # all tensors that are passed to the call
         dtypes = [_SHORT[each] for each in (self.dtype, self.adapter_dtype)]
         more = {"wide": self.wide, "blocks": self.small, "node": self.node, self.plan: self.plan}
         self.words = " ".join(
@@ -140,7 +145,7 @@ class Case:
         return self.pick((0.75, 0.75, 2, -1.5, 0.0))
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
-        """Random, of any layout; what lies around it in memory is NaN."""
+        """A random matrix of any layout; memory around it is NaN."""
         layout = "dense" if not rows or self.random() < 0.5 else self.pick(list(LAYOUTS))
         values = size * torch.randn(rows, columns, dtype=F64)
         if self.random() < 0.1:
@@ -152,13 +157,13 @@ class Case:
         return cut
 
     def stack(self, *shape: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
-        """Matrices one behind the other: dense, each transposed, or with gaps."""
+        """Stacked matrices: dense, each transposed, or with gaps."""
         count, rows, columns = shape
         whole = self.matrix(count * rows, columns, dtype, size).unflatten(0, (count, rows))
         return whole.mT.contiguous().mT if self.random() < 0.3 else whole
 
     def rows(self, columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
-        """[*lead, columns]"""
+        """A random x of shape [*lead, columns]."""
         lead, flat = self.lead, self.matrix(self.M, columns, dtype, size)
         if not lead:
             return flat[0]
@@ -174,12 +179,12 @@ class Case:
             self.given += weight.tensors
             return weight
         dtype = self.dtype
-        if self.compute != dtype:  # autocast makes them one
+        if self.compute != dtype:  # autocast makes the dtypes equal
             dtype = self.pick((F32, BF16, F16))
         return self.leaf(name, self.matrix(n, k, dtype, k**-0.5), 0.1)
 
     def leaf(self, name: str, tensor: Tensor, chance: float = 0.8) -> Tensor:
-        """One that may train."""
+        """Register a tensor that may require a gradient."""
         drawn = self.random() < chance
         self.leaves[name] = tensor.requires_grad_(
             drawn if self.alone is None else name.startswith(self.alone)
@@ -188,7 +193,7 @@ class Case:
         return tensor
 
     def output(self, i: int, n: int, k: int, adapters: int) -> Output:
-        """Output i of a group; every tensor of it is a leaf."""
+        """Output i of a group; all its tensors are leaves."""
         weight, bias = self.weight(f"weight{i}", n, k), None
         if self.random() < 0.4:
             bias = self.matrix(n, 1, self.pick((self.dtype, F32)))[:, 0]
@@ -197,19 +202,19 @@ class Case:
         return Output(Base(weight, bias), tuple(Adapter(*ab, self.scale()) for ab in pairs))
 
     def pair(self, place: str, n: int, k: int, size_of_x: float) -> tuple[Tensor, Tensor]:
-        """An adapter's tensors, for products of about 1."""
+        """An adapter's tensors, scaled so that products are about 1."""
         r, dtype = self.size(), self.adapter_dtype
         a, b = self.matrix(r, k, dtype, k**-0.5 / size_of_x), self.matrix(n, r, dtype, r**-0.5)
         pairs = zip(_PAIR, (a, b), strict=True)
         return tuple(self.leaf(f"{name}{place}", each) for name, each in pairs)
 
     def size_of_x(self, outputs: Sequence[int]) -> float:
-        """So that no product of a base overflows in float16."""
+        """A size for x, such that no base product overflows in float16."""
         weights = [self.leaves[f"weight{i}"].detach().double() for i in outputs]
         return 1 / max(1.0, *[float(w.norm() / w.shape[0] ** 0.5) for w in weights])
 
     def texts(self, leaves: dict[str, Tensor], outputs: Sequence[Output], change: Callable) -> list:
-        """What the reference takes for these outputs."""
+        """These outputs as the reference takes them."""
         return [
             (
                 (leaves[f"weight{i}"], leaves.get(f"bias{i}")),
@@ -223,7 +228,7 @@ class Case:
 
     @contextmanager
     def world_of(self) -> Iterator[None]:
-        """What isn't an argument of the call."""
+        """Set up everything that isn't an argument of the call."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         with ExitStack() as stack:
             put = lambda *change: stack.enter_context(mock.patch.object(*change))  # noqa: E731
@@ -262,7 +267,7 @@ class Case:
 
 
 def _layer(case: Case) -> Made:
-    """One output, or a group, of which some may be frozen, or have several adapters."""
+    """One output or a group; outputs may be frozen or have several adapters."""
     outputs = []
     for i in range(case.pick((1, 1, 1, 2, 3, 5))):
         outputs.append(case.output(i, case.size(), case.K, case.pick((0, 1, 1, 1, 1, 2, 3))))
@@ -279,8 +284,8 @@ def _layer(case: Case) -> Made:
 
 
 def _gated(case: Case) -> Made:
-    """Two layers to ``inner``, and one from there."""
-    # In 16 bits a rounding may put a gate on the other side of relu's edge, where gradients jump.
+    """A gated MLP: two layers to ``inner`` columns, and one from there."""
+    # In 16 bits, rounding may change the sign of relu's input, and gradients jump there.
     edge = {"relu"} if case.compute in HALF_DTYPES else set()
     activation, n = case.pick([each for each in ACTIVATIONS if each not in edge]), case.size()
     shapes = (case.inner, case.K), (case.inner, case.K), (n, case.inner)
@@ -289,7 +294,7 @@ def _gated(case: Case) -> Made:
 
     def textbook(t, masks, change):
         its, p = case.texts(t, outputs, change), case.p if masks else 0.0
-        if change(2) == 4:  # what is divided by it is squared
+        if change(2) == 4:  # change squares numbers, so square 1 - p, the divisor, as well
             p = 1 - (1 - p) ** 2
         return oracles.gated_mlp(t["x"], *its, activation, dropout=p, masks=masks)
 
@@ -300,7 +305,7 @@ def _gated(case: Case) -> Made:
 
 
 def _experts(case: Case) -> Made:
-    """Some have no rows; behind the last end x is NaN."""
+    """Experts, some without rows; x is NaN after the last expert's rows."""
     E, N, K, r = case.pick((1, 2, 3, 5, 9)), case.size(), case.K, case.size()
     cuts = sorted(case.draw.randint(0, case.M) for _ in range(E))
     ends = torch.tensor(cuts, dtype=torch.int32)
@@ -335,7 +340,7 @@ def _experts(case: Case) -> Made:
 
 
 def _many(case: Case) -> Made:
-    """Many adapters in a batch: banks, NaN behind each rank, or lists; -1 is for none."""
+    """Many adapters in a batch: lists, or banks with NaN after each rank; -1 is for no adapter."""
     n, N, K = case.pick((1, 2, 3, 7)), case.size(), case.K
     base = case.output(0, N, K, 0).base
     size = case.size_of_x([0])
@@ -383,7 +388,7 @@ def _dora(case: Case) -> Made:
     case.leaf("magnitude", magnitude)
     keep = torch.rand(x.shape) >= case.p
     drop = (lambda x: x * keep.to(x.dtype) / (1.0 - case.p)) if case.p else None
-    # Where the adapter takes from the weight what it has, n is the root of a small difference.
+    # Where the adapter nearly cancels the weight, the norm comes from a small difference.
     lost = (sum(part.norm(dim=1).detach() for part in parts) / norms).square() / 4
 
     def textbook(t, masks, change):
@@ -395,7 +400,7 @@ def _dora(case: Case) -> Made:
         if change is not abs:
             more = {"scale": its_scale, "dropped": dropped}
             return oracles.dora_linear(x, *tensors, bias=bias, **more)
-        # z has the bias, which is taken off again; a gain is that of the numbers themselves.
+        # The bias is added to z and subtracted again; the gain uses the original numbers.
         z = dropped @ weight.T + its_scale * (dropped @ a.T @ b.T) + (0 if bias is None else bias)
         y = magnitude / norms * lost.clamp_min(1.0) * z + (0 if bias is None else bias)
         return y if drop is None else y + (x + dropped) @ weight.T
@@ -404,7 +409,7 @@ def _dora(case: Case) -> Made:
     return Made(partial(dora_linear, *tensors, **more), textbook, [], [N])
 
 
-# What makes a kind, and how often it is drawn.
+# Values: the function that makes a call of this kind, and the kind's share in the draw.
 KINDS: dict[str, tuple[Callable[[Case], Made], int]] = {
     "layer": (_layer, 4), "experts": (_experts, 2), "many": (_many, 2), "gated": (_gated, 1),
     "dora": (_dora, 1),
@@ -412,7 +417,7 @@ KINDS: dict[str, tuple[Callable[[Case], Made], int]] = {
 
 
 def check(case: Case) -> None:
-    """AssertionError if the call gives other numbers than it should, or writes where it mustn't."""
+    """Raise AssertionError if the call computes wrong numbers or changes its inputs."""
     with nullcontext() if DEVICE == "cpu" else torch.device(DEVICE):
         _check(case)
 
@@ -421,7 +426,7 @@ def _check(case: Case) -> None:
     torch.manual_seed(case.seed)
     made = case.make(case)
     gated = case.kind == "gated"
-    size = case.size_of_x([2]) if gated else 1.0  # dh is not to overflow in float16
+    size = case.size_of_x([2]) if gated else 1.0  # keeps dh from an overflow in float16
     dys = [case.rows(width, case.compute, size) for width in made.widths]
     if len(dys) > 1 and case.random() < 0.2:
         dys[case.draw.randrange(len(dys))] = None
@@ -448,21 +453,22 @@ def _check(case: Case) -> None:
     eager = _textbook(case, made, masks, dys)
     change = torch.square if gated else abs
     size = _textbook(case, made, masks, dys, lambda tensor: change(tensor.double()), change)
-    # What overflows in PyTorch, or is a row of length 0 to DoRA, says nothing of the gradients.
+    # An overflow in PyTorch, or a row of norm 0 in DoRA, leaves gradients without a valid
+    # reference.
     is_whole = all(eager[name].isfinite().all() for name in eager if name.startswith("y"))
     for name, value in found.items():
         if value is None:
             assert not truth[name].count_nonzero(), f"{name} is None"
         elif eager[name].isfinite().all() and (is_whole or name.startswith("y")):
-            # Three layers of absolute values say nothing: sums of mixed signs grow as their root.
+            # Absolute values through three layers overestimate; random signs grow as a square root.
             its_size = 8 * size[name].sqrt() if gated else size[name]
-            if case.compute in (F32, F64):  # then each of so many additions rounds by as much
+            if case.compute in (F32, F64):  # each of so many additions may round
                 its_size = max(4.0, sqrt(longest)) * its_size
             assert_close(name, value, truth[name], eager[name], its_size, case.compute)
 
 
 def _results(case: Case, made: Made, dys: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    """Outputs and gradients by name, from the case's seed on."""
+    """Outputs and gradients by name, computed from the case's seed."""
     torch.manual_seed(case.seed)
     worlds = {
         "autocast": lambda: torch.autocast(DEVICE, case.compute),
@@ -503,7 +509,7 @@ def _textbook(
     convert: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     change: Callable = lambda value: value,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name, of converted tensors and changed numbers."""
+    """Outputs and gradients by name, from converted tensors and changed scales."""
     leaves = {
         name: convert(leaf.detach()).requires_grad_(leaf.requires_grad)
         for name, leaf in case.leaves.items()
@@ -526,7 +532,7 @@ def _as_tuple(ys: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """A copy of all that its memory holds."""
+    """A copy of the tensor's whole memory."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
 
 

@@ -1,4 +1,4 @@
-"""Runs of AdapterTrainer on tiny Llamas with dropout in the adapters, in one process or more."""
+"""Runs of AdapterTrainer on tiny Llamas with dropout in the adapters, in one or more processes."""
 
 import os
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def base_model() -> nn.Module:
 
 
 def adapted(seed: int = 2, **kind) -> nn.Module:
-    """The base is always the same; what is on it depends on the seed."""
+    """An adapted model.  The base is always equal; the adapters depend on the seed."""
     model = base_model()
     torch.manual_seed(seed)
     return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
@@ -57,7 +57,7 @@ def trainer_for(
 
 
 class Stop(transformers.TrainerCallback):
-    """After half of the steps, as if the machine had gone."""
+    """Stops a training after half of the steps, as a crash would."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == STEPS // 2
@@ -66,9 +66,9 @@ class Stop(transformers.TrainerCallback):
 def stopped_and_resumed(
     make: Callable[[int], nn.Module], folder: Path, kind: type[Trainer] = AdapterTrainer, **settings
 ) -> tuple[Trainer, Trainer]:
-    """A run that another model goes on with behind a stop, and the run without one.
+    """A run that is stopped and resumed with another model, and a run without interruption.
 
-    ``make`` gives the model of a seed, which says what it has beside the base.
+    ``make`` gives the model for a seed, which determines everything except the base.
     """
 
     def run(seed: int, name: str, *callbacks: Any, **how: Any) -> Trainer:
@@ -88,7 +88,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def result(trainer: Trainer) -> dict[str, Any]:
-    """All that a run leaves: weights, optimizer, losses, gradients' norms and learning rates."""
+    """All results of a run: weights, optimizer, losses, gradient norms and learning rates."""
     log = [[entry["loss"], entry["grad_norm"], entry["learning_rate"]] for entry in losses(trainer)]
     return {"weights": weights(trainer.model), "state": trainer.optimizer.state_dict(), "log": log}
 
@@ -98,7 +98,7 @@ def losses(trainer: Trainer) -> list[dict[str, float]]:
 
 
 def train_in_ranks(folder: str, resume_from: str | None = None) -> tuple[dict[str, Any], bool]:
-    """What the run leaves, and whether this rank wrote the adapter into a folder of its own."""
+    """The results of a run, and whether this rank wrote the adapter into its own folder."""
     rank = str(dist.get_rank())
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
     AcceleratorState._reset_state(True)
@@ -112,7 +112,7 @@ def train_in_ranks(folder: str, resume_from: str | None = None) -> tuple[dict[st
 
 
 def write_gguf(file: Path, arch: str, sizes: dict[str, Any], tensors: dict[str, tuple]) -> None:
-    """A GGUF of this architecture: ``sizes`` by gguf's names, tensors with the kinds they get."""
+    """Write a GGUF file: ``sizes`` by gguf's names; each tensor comes with its quantization."""
     import gguf
 
     writer = gguf.GGUFWriter(file, arch)

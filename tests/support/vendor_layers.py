@@ -1,4 +1,6 @@
-"""Quantised layers of several vendors, made on a CPU; a test of one that isn't here is skipped."""
+"""Quantized layers of several vendors, made on a CPU; tests of a vendor not installed are
+skipped.
+"""
 
 from importlib.util import find_spec
 from inspect import signature
@@ -14,10 +16,10 @@ try:
 except ImportError:
 
     class GgufLinear(nn.Module):
-        """Nobody's, under transformers 4."""
+        """A placeholder, because transformers 4 has no such class."""
 
 
-# Its name in transformers 5 and 4.
+# The argument's name in transformers 5 and in transformers 4.
 _BIAS = "has_bias" if "has_bias" in signature(FP8Linear).parameters else "bias"
 
 
@@ -54,13 +56,13 @@ def _hqq(k: int, n: int, dtype: torch.dtype) -> nn.Module:
 
 
 def _gptq(k: int, n: int, dtype: torch.dtype, bits: int = 4, disordered: bool = False) -> nn.Module:
-    """By GPTQ-Model's class, with packed numbers of no weight in particular."""
+    """A layer of GPTQ-Model's class with random packed values."""
     qlinear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="needs gptqmodel")
     sizes = {"in_features": k, "out_features": n, "bits": bits, "group_size": 32}
     layer = qlinear.TorchLinear(
         **sizes, sym=False, desc_act=disordered, bias=True, register_buffers=True
     )
-    layer.optimized = True  # else it compiles its own dequantisation
+    layer.optimized = True  # otherwise it compiles its own dequantization
     layer.post_init()
     for words in (layer.qweight, layer.qzeros):
         words.copy_(torch.randint(-(2**31), 2**31, words.shape))
@@ -73,7 +75,7 @@ def _gptq(k: int, n: int, dtype: torch.dtype, bits: int = 4, disordered: bool = 
 
 
 def _int4(k: int, n: int, dtype: torch.dtype) -> nn.Module:
-    """torchao packs it on a GPU alone."""
+    """A layer of torchao's Int4Tensor, made by hand because torchao packs it only on a GPU."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao isn't installed")
     packed = random_int4(n, k, 32, dtype)
     scale, zero = packed.tensors[1] / 16, packed.tensors[2] / 4
@@ -84,7 +86,7 @@ def _int4(k: int, n: int, dtype: torch.dtype) -> nn.Module:
 
 
 def _bitsandbytes(k: int, n: int, dtype: torch.dtype, kind: str, **settings) -> nn.Module:
-    """``dtype`` is that in which 4 bits compute."""
+    """``dtype``: the dtype that 4-bit layers compute in."""
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     linear = nn.Linear(k, n)
     if kind == "int8":
@@ -96,7 +98,7 @@ def _bitsandbytes(k: int, n: int, dtype: torch.dtype, kind: str, **settings) -> 
 
 
 def dequantised(layer: nn.Module) -> torch.Tensor:
-    """By bitsandbytes itself, in float32."""
+    """The weight dequantized by bitsandbytes itself, in float32."""
     import bitsandbytes as bnb
 
     weight = layer.weight
@@ -107,7 +109,10 @@ def dequantised(layer: nn.Module) -> torch.Tensor:
 
 
 def repack(layer: nn.Module) -> None:
-    """As a call in evaluation does on a CPU with AVX512-BF16: for a kernel without gradients."""
+    """Repack the weight for a CPU kernel without gradients.
+
+    bitsandbytes does so in an evaluation call on a CPU with AVX512-BF16.
+    """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu as packed_for_cpu
 
     own = layer.weight
@@ -135,7 +140,9 @@ BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
 
 
 def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
-    """A frozen layer of random weights, with a bias; any kind of GGUF by its name."""
+    """A frozen layer of random weights with a bias.  Every GGUF type has a kind,
+    ``gguf-<type>``.
+    """
     if kind in ("nf4", "fp4", "int8"):
         return _bitsandbytes(k, n, dtype, kind, **settings).requires_grad_(False)
     if kind not in _MAKERS and kind.startswith("gguf-"):

@@ -1,7 +1,7 @@
-"""benchmarks/visit.py's worker on the stand-in for CUDA: a visit's own parts, a sixteenth as large.
+"""The worker of benchmarks/visit.py on the stand-in for CUDA, with sizes divided by 16.
 
-Compilers in their processes, launches, clocks and graphs are those of a GPU; torch's events are
-faked, and nothing is judged, for nothing is computed.
+Compiler processes, launches, clocks and graphs work as on a GPU.  torch's events are faked.  No
+result is checked, because no kernel computes anything.
 """
 
 import time
@@ -20,7 +20,7 @@ from fastlora import clock
 
 
 class Event:
-    """torch's, of the host's time."""
+    """Replaces torch.cuda.Event; it measures the host's time."""
 
     def __init__(self, enable_timing: bool) -> None:
         self.at = 0.0
@@ -45,14 +45,14 @@ def small(part: object) -> object:
     if isinstance(part, Form):
         depths = tuple(depth // 16 for depth in part.depths)
         return replace(part, M=part.M // 16, columns=part.columns // 16, depths=depths)
-    raise TypeError(f"what is small of {part!r}?")
+    raise TypeError(f"no smaller version of {part!r} is defined")
 
 
 class Served(visit.Served):
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self.dry = False
-        listed, own = self.listed().items(), ("sanitizer", "tests")  # which need a GPU
+        listed, own = self.listed().items(), ("sanitizer", "tests")  # these parts need a GPU
         self.parts = {key: small(part) for key, part in listed if key[0] not in own}
         self.dry = True  # one round, two configs
 
@@ -67,7 +67,7 @@ class Served(visit.Served):
 
 
 def in_the_pool() -> None:
-    """Who unpickles this imports this module, which installs the stand-in."""
+    """Unpickling it imports this module, which installs the stand-in."""
 
 
 cuda_standin.install()

@@ -1,4 +1,4 @@
-"""Values of every kind, for arguments that are meant to be of another."""
+"""Values of every kind, for arguments that expect another kind."""
 
 import math
 import re
@@ -19,7 +19,7 @@ PACKAGE = str(Path(fastlora.__file__).parent)
 
 
 class WithoutRepr:
-    """It can't be shown, nor compared."""
+    """An object that can be neither printed nor compared."""
 
     __hash__ = None
 
@@ -31,7 +31,7 @@ class WithoutRepr:
 
 
 def values() -> dict[str, object]:
-    """Made anew, since some are used up."""
+    """Made anew in each call, because some values can be used only once."""
     return {
         "none": None,
         "text": "a",
@@ -84,10 +84,7 @@ def unexpected(
     error: type[Exception] | tuple[type[Exception], ...] = (ValueError, TypeError),
     kinds: Mapping[str, object] | None = None,
 ) -> dict[str, str]:
-    """What the call does with each kind of value but take the fine ones and refuse the others.
-
-    To refuse is to raise this error with this message, in the package's own code, in a short line.
-    """
+    """The kinds of values that the call treats wrongly, each with its outcome."""
     found = {}
     for kind, value in (values() if kinds is None else kinds).items():
         try:
@@ -110,11 +107,11 @@ def unexpected(
 
 
 class Subclass(Tensor):
-    """A tensor that leaves its operations to torch."""
+    """A tensor subclass that changes no operation."""
 
 
 def tensors_like(tensor: Tensor) -> dict[str, Tensor]:
-    """Tensors that can't stand where this float32 one can."""
+    """Tensors that the package must refuse in the place of this float32 tensor."""
     nested = [tensor, tensor]
     return {
         "sparse": tensor.to_sparse(),
@@ -137,7 +134,7 @@ def tensors_like(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def others_like(tensor: Tensor) -> dict[str, Tensor]:
-    """Tensors of other kinds, with the same values, that can."""
+    """Tensors of other classes with the same values, which the package must accept."""
     with torch.inference_mode():
         inference = tensor.clone()
     return {
