@@ -8,18 +8,19 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tests run in as many processes as `make test` says; the threads of each would wait for each other.
-# The processes that a test starts inherit it.
+# Tests run in several processes (`make test`), whose threads would compete for the cores.
+# Processes started by a test inherit this setting.
 os.environ["OMP_NUM_THREADS"] = "1"
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-    # Each process that a test starts would compile the sources of torch and transformers anew,
-    # three times as long as it takes to import them.  It stays out of the folders of sources.
+    # Otherwise each process started by a test would compile the sources of torch and transformers,
+    # which takes three times as long as importing them.  The bytecode is stored outside of the
+    # source folders.
     folder = str(Path(__file__).parents[1] / ".cache" / "bytecode")
     os.environ.setdefault("PYTHONPYCACHEPREFIX", folder)
     sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
 if isa := os.environ.get("ATEN_CPU_CAPABILITY"):
-    # Inductor's cache doesn't tell code for these vectors from that for the CPU's own, which then
-    # writes past the end of its memory.
+    # Inductor's cache doesn't distinguish code for these vector instructions from code for the
+    # CPU's own; using the wrong one writes past the end of memory.
     folder = os.path.join(tempfile.gettempdir(), f"torchinductor-{getpass.getuser()}-{isa}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,11 +39,11 @@ import fastlora
 from fastlora.backends import products
 
 if DEVICE != "cpu":
-    os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel is to fail its tests
+    os.environ["FASTLORA_VERIFY"] = "off"  # a wrong kernel must fail its tests
 
 
 def pytest_collection_modifyitems(config, items):
-    """Nobody marks a test ``bits``, and so none is forgotten."""
+    """Mark tests that compare bits automatically, so that none is forgotten."""
     if "bits" in config.option.markexpr:
         for item in items:
             if wants_equal_bits(item.function):
@@ -51,8 +52,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def out_of_the_collector_s_sight():
-    """What imports and earlier files made stays, and the collector, which each Trainer calls,
-    needn't walk it."""
+    """Hide existing objects from the garbage collector.
+
+    Objects from imports and from earlier files stay alive anyway, and each Trainer runs a
+    collection, which would walk them all.
+    """
     gc.collect(1)
     gc.freeze()
 
@@ -76,20 +80,20 @@ def backend(request):
 
 @pytest.fixture
 def node(monkeypatch):
-    """A call of a few rows is a node too."""
+    """Calls of few rows also use the node."""
     monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", 0)
     monkeypatch.setattr("fastlora.ops.functional._known", {})
 
 
 @pytest.fixture
 def wide(monkeypatch):
-    """This CPU multiplies 16 bits slowly: every such call on it runs in float32."""
+    """Simulates a CPU that multiplies 16-bit numbers slowly, so their products run in float32."""
     monkeypatch.setattr(products, "FORCED", True)
 
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty gives NaN, so that an element which nobody wrote shows."""
+    """torch.empty gives NaN, so that an element that is never written shows."""
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

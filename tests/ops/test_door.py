@@ -1,6 +1,6 @@
-"""Every argument of the op with every wrong kind: it works as documented, or the door says why not.
+"""Each argument of the op with values of wrong kinds: it works as documented or is refused.
 
-No other class of error than ValueError and TypeError, and no error of torch's.
+The error is always a ValueError or a TypeError of fastlora's own, never an error from torch.
 """
 
 from collections import namedtuple
@@ -43,7 +43,8 @@ CALLS = pytest.mark.parametrize("call", [forward, with_gradients, under_autocast
 
 
 def unexpected(call, name: str, *arguments, **named) -> dict[str, str]:
-    call(**good() | {"x": LEAF})  # whose kind of call is known then, and isn't those
+    # caches a valid call first: the wrong ones must not count as the same kind
+    call(**good() | {"x": LEAF})
     return wrong_kinds.unexpected(
         lambda value: call(**good() | {"x": LEAF, name: value}), *arguments, **named
     )
@@ -63,7 +64,7 @@ def test_no_tensor(name):
 def test_another_kind_of_tensor(name, call):
     kinds = wrong_kinds.tensors_like(good()[name])
     if name == "x":
-        del kinds["nested"], kinds["jagged"]  # tests/test_torch_s_own.py
+        del kinds["nested"], kinds["jagged"]  # these work: tests/test_torch_s_own.py
     message = rf"\b{name} (is|has)\b.*(must|move|make|call)"
     assert unexpected(call, name, message, kinds=kinds) == {}
 
@@ -77,7 +78,7 @@ def test_a_kind_of_tensor_that_works(name, kind, backend):
     torch.testing.assert_close(forward(**arguments).as_subclass(Tensor), expected)
 
 
-@pytest.mark.usefixtures("node")  # torch's own keeps no bias
+@pytest.mark.usefixtures("node")  # torch's own operations don't save the bias for backward
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "bias"])
 def test_no_backward_keeps_an_inference_tensor(name, backend):
     kinds = {"inference": wrong_kinds.others_like(good()[name])["inference"]}
@@ -87,7 +88,7 @@ def test_no_backward_keeps_an_inference_tensor(name, backend):
 
 @pytest.mark.parametrize("name", ["x", "dy"])
 def test_a_negated_view_in_the_backward(name, backend):
-    """Its memory has the other sign, and the kernels read memory."""
+    """A negated view stores its values with the opposite sign, and kernels read memory directly."""
     found = []
     for negate in (False, True):
         x, dy = good()["x"], torch.ones(2, 6)
@@ -110,7 +111,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_a_switch_and_a_name(name):
-    """Numbers are Python's, and numpy.float64 is one."""
+    """A number must be a Python number; numpy.float64 is a subclass of float."""
     message = rf"^{name} (is|asks for) .*(must|there is only)"
     assert unexpected(with_gradients, name, message, NUMBERS[name], error=ValueError) == {}
 
@@ -159,7 +160,7 @@ LAYERS = {
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("name", LAYER)
 def test_a_layer_s_settings(name, make):
-    """The others are nn.Linear's."""
+    """The settings of LoRA layers; all other arguments belong to nn.Linear."""
     call = lambda value: make(**{name: value})(torch.ones(2, 8))  # noqa: E731
     message = rf"^{name} is .* must "
     assert wrong_kinds.unexpected(call, message, LAYER[name], error=ValueError) == {}
@@ -178,7 +179,7 @@ def test_no_name_of_a_backend():
 
 
 def test_kernels_never_see_a_tensor_without_memory(recwarn):
-    """A FakeTensor's data_ptr() is 0, with a warning of torch's."""
+    """Reading a FakeTensor's data_ptr() returns 0 and makes torch warn."""
     fake = wrong_kinds.tensors_like(good()["weight"])["fake"]
     message = "^weight is a FakeTensor, but x is a Tensor"
     with fastlora.use_backend("triton"):

@@ -1,4 +1,4 @@
-"""DoRA's op against the oracle, and its norm against the matrix that it doesn't make."""
+"""DoRA's op against the oracle, and its norm against the norm of the merged matrix."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ dtypes = pytest.mark.parametrize(
 
 
 def make(shape, n, r, dtype, adapter_dtype, bias):
-    """x and the layer's tensors, all with gradients but the weight; magnitudes unlike norms."""
+    """x and the layer's tensors; all but the weight require gradients; magnitudes aren't norms."""
     k = shape[-1]
 
     def leaf(*size, dtype):
@@ -40,7 +40,7 @@ def make(shape, n, r, dtype, adapter_dtype, bias):
 
 @pytest.mark.parametrize("p", [0.0, 0.4], ids="p{}".format)
 def test_gradients_and_their_gradients(p):
-    """With the norm given, since no gradient is to flow through that."""
+    """The norm is passed in, because DoRA sends no gradient through it."""
     tensors = make((2, 3, 5), 4, 2, torch.float64, torch.float64, True)
     mask = (torch.rand(2, 3, 5) >= p).double() / (1 - p)
     norm = torch.rand(4, dtype=torch.float64) + 0.5
@@ -60,7 +60,7 @@ def test_gradients_and_their_gradients(p):
 @dtypes
 @pytest.mark.parametrize("size", [0.02, 1.0, 50.0])
 def test_a_gain_of_any_size_costs_one_rounding(size, dtype, adapter_dtype):
-    """z is exact here; y and dx are no further from the formula than half a unit each."""
+    """z is exact here, so y and dx may each differ from the formula by half a unit only."""
     tensors = make((3, 5), 8, 2, dtype, adapter_dtype, True)
     tensors["x"] = torch.eye(5).to(dtype).requires_grad_()
     tensors["lora_b"] = torch.zeros_like(tensors["lora_b"])
@@ -83,7 +83,7 @@ def test_a_gain_of_any_size_costs_one_rounding(size, dtype, adapter_dtype):
 @dtypes
 @pytest.mark.parametrize(("n", "k"), [(3, 5), (70, 2000), (2000, 700)], ids=str)
 def test_norm(n, k, dtype, adapter_dtype):
-    """Every term in float32: what is lost does not depend on the weight's dtype."""
+    """All terms are computed in float32, so the error doesn't depend on the weight's dtype."""
     weight = torch.randn(n, k, dtype=torch.float64).to(dtype)
     lora_a = torch.randn(4, k, dtype=torch.float64).to(adapter_dtype).requires_grad_()
     lora_b = torch.randn(n, 4, dtype=torch.float64).to(adapter_dtype)
@@ -96,7 +96,7 @@ def test_norm(n, k, dtype, adapter_dtype):
 
 
 def test_norm_of_rows_that_cancel():
-    """weight = - scale lora_b lora_a: rounding may leave a little, but no NaN."""
+    """weight = - scale lora_b lora_a: rounding may leave a small norm, but no NaN."""
     lora_a, lora_b = torch.randn(4, 50), torch.randn(30, 4)
     norm = dora_norm(-0.5 * lora_b @ lora_a, lora_a, lora_b, 0.5)
     assert (norm < 0.02).all()
@@ -104,7 +104,7 @@ def test_norm_of_rows_that_cancel():
 
 @dtypes
 def test_an_adapter_that_starts_at_zero_changes_nothing(dtype, adapter_dtype):
-    """The norm is then torch's own of the weight, to the last bit, and so is that of a row of 0."""
+    """The norm is then bit-equal to torch's norm of the weight, also for a row of zeros."""
     weight = torch.randn(300, 5000, dtype=torch.float64).to(dtype)
     weight[7] = 0
     lora_a, lora_b = torch.randn(4, 5000).to(adapter_dtype), torch.zeros(300, 4).to(adapter_dtype)
@@ -121,9 +121,9 @@ def test_a_vector_of_another_shape_is_refused(name):
 
 @pytest.mark.parametrize("drop", [None, nn.Dropout(0.5)], ids=["p0", "p0.5"])
 def test_it_keeps_x_h_and_one_output(drop):
-    """No float32 copy of x or of the weight, and one tensor of the output's size.
+    """It saves no float32 copy of x or of the weight, and only one tensor of the output's size.
 
-    With dropout also what was dropped, and what the dropout keeps.
+    With dropout, it also saves x after dropout and the tensor that the dropout itself saves.
     """
     tensors = make((64, 32), 48, 4, torch.bfloat16, torch.float32, True)
     storages = saved_bytes(lambda: dora_linear(**tensors, scale=0.5, drop=drop), tensors.values())

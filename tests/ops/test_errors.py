@@ -1,6 +1,6 @@
-"""Bad input to any call or to a layer: an error at the door, of what came and what fits.
+"""Invalid input to any function or layer raises an error that names the value and the valid ones.
 
-What is no tensor, number or list at all is in test_door.py, for lora_linear.
+Values that aren't tensors, numbers or lists at all are tested in test_door.py, for lora_linear.
 """
 
 import math
@@ -33,7 +33,7 @@ DOORS = {
     "grouped": fastlora.lora_grouped,
     "multi": fastlora.multi_lora_linear,
 }
-# By door: what differs from a good call, and the error's words.
+# By function: the changes to a valid call, and a part of the error message.
 TYPE_ERRORS = {
     "linear": {
         "weight-dtype": ({"weight": ones(5, 8).half()}, "weight has dtype torch.float16"),
@@ -131,7 +131,8 @@ CASES = {
 @pytest.mark.parametrize(("door", "error", "changes", "message"), CASES.values(), ids=CASES)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_what_does_not_fit(door, error, changes, message):
-    DOORS[door](**GOOD[door])  # whose kind of call is known now, and isn't this one
+    # caches the valid call first: the invalid one must not count as the same kind
+    DOORS[door](**GOOD[door])
     with pytest.raises(error, match=message):
         DOORS[door](**GOOD[door] | changes)
 

@@ -1,4 +1,4 @@
-"""The experts' node against the formula, token by token."""
+"""The autograd node of experts against the formula, computed token by token."""
 
 import oracles
 import pytest
@@ -34,7 +34,7 @@ def leaves_of(*outputs):
 
 
 def textbook(x, index, weights, up, down, activation):
-    """Each token's experts one after the other; a number from E on is nobody's."""
+    """Each token through its experts, one by one; an index of E or more means no expert."""
     rows = []
     for token, chosen, shares in zip(x, index.tolist(), weights, strict=True):
         total = x.new_zeros(len(down.base.weight[0]))
@@ -61,7 +61,8 @@ def square(pre):
     return torch.relu(pre).square()
 
 
-# The activation that the node gets, the same as a function, and the columns of the first product.
+# Values: the activation passed to the node, the same as a function, and the number of columns of
+# the first product.
 ACTIVATIONS = {
     "named": ("silu", silu_of_halves, 2 * INNER),
     "function": (silu_of_halves, silu_of_halves, 2 * INNER),
@@ -142,7 +143,7 @@ def test_dropout_has_a_mask_for_each_projection(monkeypatch):
 
 @pytest.mark.parametrize("alone", [False, True], ids=["", "second-alone"])
 def test_step_by_step_is_the_same(alone):
-    """With an activation that mustn't run twice."""
+    """The activation may be called only once."""
     up, down = stacked(2 * INNER, K, 3, torch.float64), stacked(N, INNER, 2, torch.float64)
     if alone:
         up = up._replace(adapters=())
@@ -201,7 +202,7 @@ def test_in_16_bits_no_further_from_the_truth_than_rounding(weight_dtype):
 
 @pytest.mark.parametrize("routed", [False, True], ids=["frozen-router", "router"])
 def test_what_is_kept(routed):
-    """pre, both h and the routing, whether or not the router trains; no rows of x or y."""
+    """It saves pre, both h and the routing, but no rows of x or y, even if the router trains."""
     index = torch.stack([torch.randperm(E)[:2] for _ in range(64)])
     x, weights = torch.randn(64, K, requires_grad=True), torch.rand(64, 2, requires_grad=routed)
     up, down = stacked(2 * INNER, K, 3, torch.float32), stacked(N, INNER, 2, torch.float32)
@@ -214,7 +215,7 @@ def test_what_is_kept(routed):
 
 
 def test_of_all_rows_little_is_made(monkeypatch):
-    """Beside what is kept, on a CPU: some experts' rows at a time."""
+    """The temporary memory on a CPU, besides saved tensors: the rows of a few experts at a time."""
     monkeypatch.setattr(experts, "rows_at_a_time", lambda x: 64)
     index = torch.stack([torch.randperm(E)[:2] for _ in range(512)])
     x, weights = torch.randn(512, 64, requires_grad=True), torch.rand(512, 2, requires_grad=True)
@@ -225,4 +226,5 @@ def test_of_all_rows_little_is_made(monkeypatch):
 
     before, peak, _ = peak_bytes([x, weights, *leaves_of(up, down)], step)
     kept = 4 * 1024 * (32 + 2 + 2)
-    assert peak - before < kept + 6 * x.nbytes  # by rows of x: 4 for each of both
+    # in units of x: 4 for the rows of both experts of each token
+    assert peak - before < kept + 6 * x.nbytes

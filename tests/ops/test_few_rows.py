@@ -1,4 +1,4 @@
-"""Calls of a few rows: torch's operations in the place of our node, with the same numbers."""
+"""Calls with few rows use torch's operations instead of fastlora's node, with equal numbers."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_few_rows_have_no_node_of_ours(monkeypatch):
     narrow = torch.randn(MOST_ROWS, K, dtype=torch.bfloat16)
     monkeypatch.setattr("fastlora.backends.products.FORCED", False)
     assert not is_node(call(narrow, torch.bfloat16, torch.float32))
-    assert is_node(call(narrow, torch.bfloat16))  # which scales h before it is rounded
+    assert is_node(call(narrow, torch.bfloat16))  # the node scales h before it is rounded
     monkeypatch.setattr("fastlora.backends.products.FORCED", True)  # 16-bit products are slow
     monkeypatch.setattr("fastlora.ops.functional._known", {})
     assert is_node(call(narrow, torch.bfloat16, torch.float32))
@@ -49,7 +49,9 @@ def test_few_rows_have_no_node_of_ours(monkeypatch):
 
 @pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1])
 def test_what_is_returned_is_no_view(rows):
-    """Of a view that is changed in place, hooks are lost; one made in no_grad can't be changed."""
+    """The result isn't a view: an in-place change of a view drops hooks, and a view made under
+    no_grad can't be changed in place.
+    """
     x, seen = torch.randn(1, rows, K, requires_grad=True), []
     y = call(x)
     y.register_hook(lambda dy: seen.append(dy) or 2 * dy)

@@ -1,4 +1,4 @@
-"""gated_mlp beside three calls of layers, and what it keeps; numbers are in test_numbers.py."""
+"""gated_mlp against three calls of layers, and the tensors it saves (numbers: test_numbers.py)."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def layer_by_layer(x, gate, up, down, activation, p=0.0, linears=fastlora.lora_l
 
 
 def test_dropouts_of_their_own():
-    """gate and up have one, down another."""
+    """gate and up use one dropout probability, down another."""
     x, outputs = make_x(9, K), make_mlp()
     for dropout, down_dropout in ((0.0, 0.5), (0.5, 0.0)):
         torch.manual_seed(3)
@@ -87,7 +87,7 @@ def test_many_gradients_at_once():
 
 @with_and_without_dropout
 def test_what_it_keeps(p):
-    """x, gate, up and every h, and with dropout seeds; the three layers keep two more like up."""
+    """It saves x, gate, up, every h, and seeds if p > 0; three layers save two tensors more."""
     rows, outputs = 64, make_mlp()
     x = make_x(rows, K)
     flat = flatten(outputs, layouts_of(outputs))

@@ -1,4 +1,4 @@
-"""Calls of a known kind aren't checked again; so whatever the checks look at is in the kind."""
+"""A call with a known cache key isn't checked again, so the key holds everything checks look at."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def call(x, weight, lora_a, lora_b, **settings):
 
 @pytest.fixture
 def checks(monkeypatch):
-    """How often calls are checked."""
+    """The checks that ran: one element for each call that was checked."""
     seen, real = [], functional.check_call
     monkeypatch.setattr(functional, "check_call", lambda *all: seen.append(real(*all)))
     monkeypatch.setattr(functional, "_known", {})
@@ -78,7 +78,7 @@ def test_each_dtype_of_autocast_is_a_kind(checks):
         base = each["x"].to(dtype) @ each["weight"].to(dtype).T
         truth = base.float() + each["x"] @ (each["lora_b"] @ each["lora_a"]).T
         torch.testing.assert_close(found[1][0].float(), truth, rtol=0.05, atol=0.1)
-    call(**each | {"x": torch.randn(M, K)})  # and without it
+    call(**each | {"x": torch.randn(M, K)})  # and without autocast
     assert len(checks) == 3
 
 

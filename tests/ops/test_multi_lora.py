@@ -1,4 +1,4 @@
-"""multi_lora_linear: what is its own beside numbers; those are in test_numbers.py."""
+"""Properties that only multi_lora_linear has; test_numbers.py tests its numbers."""
 
 import torch
 from call_kinds import INDICES, RANKS, made
@@ -16,7 +16,9 @@ def test_an_adapter_of_a_list_without_rows_gets_no_gradient():
 
 
 def test_a_bank_has_zeros_where_nothing_was_read():
-    """Behind the ranks, and for adapters without rows, whose values may be NaN."""
+    """Gradients are zero after each adapter's rank and for adapters without rows, even beside
+    NaN.
+    """
     kind = made("bank")
     a, b = kind.tensors["a"], kind.tensors["b"]
     with torch.no_grad():
@@ -44,7 +46,7 @@ def test_layers_share_what_was_sorted_once(monkeypatch):
     expected = [kind.call(*kind.tensors.values()) for kind in (first, second)]
     shared = AdapterMapping(indices, 3)
     sorted_times.clear()
-    indices.fill_(0)  # which changes a mapping no more
+    indices.fill_(0)  # a change of the indices doesn't affect an existing mapping
     for kind, y in zip((first, second), expected, strict=True):
         found = kind.call(*kind.tensors.values(), indices=shared)
         found.sum().backward()

@@ -1,7 +1,7 @@
-"""Every kind of call on both backends: y and every gradient against the textbook in float64.
+"""Every kind of call on both backends: y and every gradient against the float64 oracle.
 
-Calls are drawn: sizes, layouts, dtypes, packed weights, who trains, and the world around.  The
-tables below have what a draw meets too seldom.
+Most calls are drawn: sizes, layouts, dtypes, packed weights, trainable tensors, and environment.
+The tables below add cases that are drawn too rarely.
 """
 
 import pytest
@@ -32,13 +32,13 @@ def test_many_adapters_of_which_some_have_no_rows(index, name):
     check(Case(6, index, name, kind="many", p=0.5, M=6, world="eager", format=""))
 
 
-@pytest.mark.parametrize("index", [9, 10])  # of one output, with one adapter and with two
+@pytest.mark.parametrize("index", [9, 10])  # one output, with one adapter and with two
 def test_few_rows_drop_by_the_same_masks(index):
     fixed = {"M": 6, "p": 0.5, "node": False, "wide": False, "world": "eager", "format": ""}
     check(Case(8, index, "torch", kind="layer", dtype=F32, adapter_dtype=F32, **fixed))
 
 
-@pytest.mark.parametrize("index", [1, 7])  # which have a bias
+@pytest.mark.parametrize("index", [1, 7])  # both have a bias
 def test_a_product_in_place_adds_to_the_adapter_and_the_bias(index):
     fixed = {"M": 9, "plan": "IN_PLACE", "world": "eager", "format": "", "node": True}
     check(Case(7, index, "triton", kind="layer", **fixed))
@@ -86,7 +86,7 @@ DTYPES = {
     }
 )
 def test_dtypes(kind, dtype, adapter_dtype, p, wide, small, M):
-    """16 bits that a CPU multiplies slowly, and fast; in blocks of rows, at their edges too."""
+    """Slow and fast 16-bit products on a CPU, in blocks of rows, also at the blocks' edges."""
     fixed = {"kind": kind, "p": p, "M": M, "world": "eager", "node": True, "format": ""}
     dtypes = {"dtype": dtype, "adapter_dtype": adapter_dtype}
     check(Case(4, 0, "torch", wide=wide, small=small, **dtypes, **fixed))

@@ -1,4 +1,4 @@
-"""Outputs as records: frozen ones, flat ones and records again; numbers are in test_numbers.py."""
+"""Outputs as records, flattened and restored; frozen outputs.  test_numbers.py has the numbers."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_a_frozen_layer_alone(p, bias, poisoned_memory):
-    """y and dx are torch's to the last bit, nothing is kept but the weight, and nothing drawn."""
+    """y and dx are bit-equal to torch's; only the weight is saved; no random number is drawn."""
     x = torch.randn(5, 16, requires_grad=True)
     weight, shift = torch.randn(7, 16), torch.randn(7) if bias else None
     state, outputs = torch.get_rng_state(), [Output(Base(weight, shift))]
@@ -32,7 +32,7 @@ def test_a_frozen_layer_alone(p, bias, poisoned_memory):
     ("scale", "x", "lora_a", "exact"),
     [
         (1 + 2**-8, [1.0], [384.0], 386.0),  # bfloat16 would round the scale to 1
-        (1.5, [1.0, 1.0], [256.0, 1.0], 386.0),  # … or the product to 256, before it is scaled
+        (1.5, [1.0, 1.0], [256.0, 1.0], 386.0),  # … or round the product to 256 before it is scaled
     ],
     ids=["scale", "product"],
 )
@@ -58,7 +58,7 @@ def test_an_output_that_nobody_asks_a_gradient_of():
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_frozen_outputs_alone_compiled(bias):
-    """No adapter, so no scale: torch takes an empty list for a list of tensors."""
+    """The list of scales is empty here, and torch takes an empty list for a list of tensors."""
     torch.compiler.reset()
     outputs = [Output(Base(torch.randn(4, 16), torch.randn(4) if bias else None))] * 2
     x = torch.randn(5, 16, requires_grad=True)

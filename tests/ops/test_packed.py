@@ -1,4 +1,4 @@
-"""Calls with packed weights: what is made of them, and when; numbers are in test_numbers.py."""
+"""Calls with packed weights: how much is unpacked at a time, and errors."""
 
 import weakref
 
@@ -28,7 +28,7 @@ def projection(n: int, k: int, r: int, dtype: torch.dtype) -> Projection:
 
 @pytest.fixture(params=[True, False], ids=["wide", "native"])
 def wide(request, monkeypatch):
-    """Both ways of a CPU with 16 bits, whichever this one is."""
+    """Both paths for 16-bit products on a CPU, independent of this CPU."""
     monkeypatch.setattr(products, "FORCED", request.param)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a layer: threads, transforms, tracers, and a process whose first call it is."""
+"""The environment of a layer: threads, transforms, tracers, and the first call of a process."""
 
 import threading
 
@@ -21,7 +21,7 @@ def make_layer(dropout: float = 0.0, **settings) -> LoRALinear:
 
 
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
-    """A first layer's x needs no dx, which is as dear as the forward."""
+    """The x of a first layer needs no dx, and dx costs as much as the forward."""
     from fastlora.backends import formula
 
     refused = lambda *_: pytest.fail("nobody asked for dx")  # noqa: E731
@@ -60,7 +60,7 @@ def test_the_registered_op_runs_on_the_backend_that_its_call_names(monkeypatch):
 @on_both_backends
 @pytest.mark.parametrize("name", ["x", "weight"])
 def test_what_outlived_a_transform_is_a_tensor_like_others(name):
-    """torch.func.grad's own tensor, taken out of it: its memory is to be had by way of it alone."""
+    """A tensor that leaks out of torch.func.grad is a wrapper around the tensor with the memory."""
     layer, x, leaked = make_layer(0.5), torch.randn(40, 12), []
     tensors = {"x": x, "weight": layer.weight, "lora_a": layer.lora_A, "lora_b": layer.lora_B}
 
@@ -88,7 +88,7 @@ print(y.shape == (5, 9), type(y) is torch.Tensor)
 
 
 def test_the_first_call_of_a_process_may_be_compiled():
-    """A backend imported while compiling would make fake constants."""
+    """If a backend were imported during compilation, its constants would become fake tensors."""
     assert run_forked(FIRST_CALL) == "True True"
 
 

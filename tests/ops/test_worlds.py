@@ -1,6 +1,6 @@
-"""Every kind of call in every world of torch's: autocast, checkpoints, compilers, transforms …
+"""Every kind of call under torch's features: autocast, checkpointing, compilers, transforms, …
 
-Numbers are proven in the files of each kind; here it is what surrounds a call.
+The files of each kind test numbers; this file tests the environment of a call.
 """
 
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def on_backends(torch=tuple(KINDS), triton=(), **more: list) -> pytest.MarkDecorator:
-    """These kinds on each backend, and ``more``'s values in turn."""
+    """Parametrize over the kinds for each backend; ``more``'s values are assigned in turn."""
     rows = [("torch", name) for name in torch] + [("triton", name) for name in triton]
     rows = [
         (*row, *(values[i % len(values)] for values in more.values())) for i, row in enumerate(rows)
@@ -37,11 +37,11 @@ def on_backends(torch=tuple(KINDS), triton=(), **more: list) -> pytest.MarkDecor
     return pytest.mark.parametrize(("backend", "name", *more), rows, ids=ids, indirect=["backend"])
 
 
-# What a call's way depends on: several outputs, rows that are cut, a bank, packed weights.
+# The kinds that differ in dispatch: several outputs, segments of rows, a bank, packed weights.
 WAYS = ("group", "bank", "packed_experts")
 every_way = on_backends(triton=WAYS)
 dropping_or_not = on_backends(triton=WAYS, p=[0.4, 0.0])
-# Where a backend is behind the registered op, or not called: one call shows the way to it.
+# Where the backend is called by the registered op or not at all, one kind is enough.
 one_by_triton = on_backends(triton=("bank",))
 by_torch_alone = on_backends()
 
@@ -51,7 +51,7 @@ def leaves_of(kind) -> list[torch.Tensor]:
 
 
 def run(kind, p: float = 0.0, seed: int = 3, around=lambda call, *tensors: call(*tensors)):
-    """y, and the gradient of each tensor that trains."""
+    """y, and the gradient of each trainable tensor."""
     torch.manual_seed(seed)
     y = around(lambda *tensors: kind.call(*tensors, dropout=p), *kind.tensors.values())
     found = torch.autograd.grad(y.float().square().sum(), leaves_of(kind), allow_unused=True)
@@ -129,7 +129,7 @@ def test_checkpointing_replays_the_mask(name, how):
 
 
 class Seen(TorchDispatchMode):
-    """The arguments of our ops."""
+    """Records the arguments of fastlora's registered ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Seen(TorchDispatchMode):
 
 @dropping_or_not
 def test_the_registered_op(backend, name, p):
-    """A dispatch mode sees it; its bits are the node's, and torch's own check finds it right."""
+    """A dispatch mode sees the op; results are bit-equal to the node's; torch's opcheck passes."""
     kind = made(name)
     with Seen() as seen:
         by_op = run(kind, p)
@@ -154,7 +154,7 @@ def test_the_registered_op(backend, name, p):
     follow = lambda t: t.detach().requires_grad_(t.is_floating_point())  # noqa: E731
     packed = name.startswith("packed")
     arguments = follow(x), [t.detach() if packed else follow(t) for t in tensors], *rest
-    # The others are of the op alone, whatever runs it.
+    # The other checks concern only the op, not the backend.
     looks = ("test_schema", "test_faketensor")
     looks += ("test_autograd_registration", "test_aot_dispatch_dynamic") * (backend == "torch")
     opcheck = partial(torch.library.opcheck, test_utils=looks)
@@ -185,7 +185,7 @@ def test_compiled_whole(name):
     assert_compiled_is_the_same(name, "aot_eager")
 
 
-@on_backends(["group", "experts", "bank"])  # the others have the same op
+@on_backends(["group", "experts", "bank"])  # the other kinds use the same op
 def test_compiled_by_inductor(name):
     assert_compiled_is_the_same(name, "inductor")
 
@@ -203,7 +203,8 @@ def test_a_compiled_call_has_one_mask_for_both_directions(name):
     without = {n: torch.zeros_like(t) if n[0] == "b" and n != "bias" else t
                for n, t in kind.tensors.items()}  # fmt: skip
     base = kind.call(*without.values())
-    # What the adapters add is linear in each lora_a, whose gradient has the backward's mask.
+    # The adapters' part is linear in each lora_a, and the gradient of lora_a uses the backward's
+    # mask.
     torch.testing.assert_close(changes, (y - base).sum(), rtol=1e-4, atol=1e-3)
     assert not torch.equal(compiled(*kind.tensors.values(), dropout=0.4), y)
 
@@ -238,7 +239,7 @@ def test_gradients_of_gradients(name, p):
     first = torch.autograd.grad(y.square().sum(), (x, *leaves.values()), create_graph=True)
     dot = sum((g * each).sum() for g, each in zip(first, v, strict=True))
     second = torch.autograd.grad(dot, (x, *leaves.values()), allow_unused=True)
-    step = 1e-5  # the same by differences of first gradients
+    step = 1e-5  # a numerical second derivative, from differences of first gradients
     moved = []
     for sign in (1, -1):
         at = [(t + sign * step * each).detach().requires_grad_() for t, each in
@@ -371,7 +372,7 @@ def test_evaluation_drops_and_draws_nothing(name):
 
 @dropping_or_not
 def test_a_second_backward_finds_what_the_first_did(name, p):
-    """And what came out may be changed in place."""
+    """Also, the output may be changed in place."""
     kind = made(name)
     y, leaves = kind.call(*kind.tensors.values(), dropout=p), leaves_of(kind)
     options = {"retain_graph": True, "allow_unused": True}
@@ -381,7 +382,7 @@ def test_a_second_backward_finds_what_the_first_did(name, p):
     for one, other, twice in zip(first, second, third, strict=True):
         if one is not None:
             assert torch.equal(one, other)
-            torch.testing.assert_close(2 * one, twice, rtol=1e-5, atol=1e-4)  # of other strides
+            torch.testing.assert_close(2 * one, twice, rtol=1e-5, atol=1e-4)  # the strides differ
 
 
 @dropping_or_not
@@ -401,7 +402,7 @@ def test_x_every_h_and_seeds_are_kept_where_the_backward_reads_them(name, p):
 
 @every_way
 def test_a_gradient_of_dx_where_x_is_not_kept_is_an_error(name):
-    """It is not where lora_a and weight are frozen, and the gradient of lora_b reads it."""
+    """With lora_a and weight frozen, lora_b's gradient doesn't read x, so x isn't saved."""
     kind = made(name)
     for n, tensor in kind.tensors.items():
         tensor.requires_grad_(tensor.requires_grad and not n.startswith("a"))

@@ -1,4 +1,4 @@
-"""What accelerate and torch.compile keep in a process, a test leaves as it was; calls are nodes."""
+"""Resets process-wide state of accelerate and torch.compile after each test; calls are nodes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def fresh_accelerator():
 
 @pytest.fixture(autouse=True)
 def nodes_of_few_rows(monkeypatch):
-    """Tiny models have few rows, and the node is what is tested; test_few_rows.py has the rest."""
+    """Tiny models have few rows, so use the node for few rows also (except test_few_rows.py)."""
     monkeypatch.setattr("fastlora.ops.way.MOST_ROWS", 0)
 
 
@@ -29,7 +29,7 @@ def fresh_compiler():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """A group of two, started when first asked for, and anew after a failure."""
+    """A function that returns a group of two processes, and starts a new one if necessary."""
     started: list[Ranks] = []
 
     def get() -> Ranks:

@@ -1,4 +1,4 @@
-"""Gated MLPs of PEFT models as blocks: training, the report, and what acts on their layers."""
+"""Gated MLPs of PEFT models as fused blocks: training, the report, and changes to their layers."""
 
 import peft
 import pytest
@@ -89,7 +89,7 @@ def dora(model):
     model.double().set_adapter("dora")
 
 
-LEFT = {  # what is done, how many blocks' calls are left, and the reason of the first
+LEFT = {  # Values: the change, how many blocks still run fused, and the first block's reason
     "disabled": (disabled, 0, "its gate_proj: its adapter is merged, disabled or not active"),
     "merged": (merged, 0, "its gate_proj: its adapter is merged, disabled or not active"),
     "one-merged": (one_merged, 1, "its up_proj: its adapter is merged, disabled or not active"),
@@ -102,7 +102,7 @@ LEFT = {  # what is done, how many blocks' calls are left, and the reason of the
 
 @pytest.mark.parametrize("name", LEFT)
 def test_a_call_goes_layer_by_layer(name):
-    """tests/test_compiled.py has its numbers."""
+    """The numbers after such changes are tested in tests/test_compiled.py."""
     change, left, reason = LEFT[name]
     model = optimized(model_of())
     change(model)
@@ -113,7 +113,7 @@ def test_a_call_goes_layer_by_layer(name):
 
 
 def test_a_block_under_fsdp2_s_class():
-    """FSDP2 derives a class; blocks come and go under it, in any order."""
+    """FSDP2 derives a class of its own; optimize and restore work under it in any order."""
     kind = type(mlps(model_of())[0])
     fsdp = torch.distributed.fsdp.FSDPModule
     for before in (True, False):

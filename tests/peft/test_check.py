@@ -1,4 +1,4 @@
-"""check(model, batch): PEFT's forward and the fast one on the user's own batch."""
+"""check(model, batch) compares PEFT's forward with the fast one on the user's own batch."""
 
 import math
 import random
@@ -42,7 +42,7 @@ def test_a_model_passes(settings):
 
 
 class Reader(Mlp):
-    """As transformers' Mamba with its dt_proj: it reads a layer's weight, and doesn't call it."""
+    """Reads a layer's weight without calling the layer, like transformers' Mamba its dt_proj."""
 
     def forward(self, x):
         return torch.relu(self.up(x)) @ self.down.weight.T
@@ -56,7 +56,7 @@ def test_a_layer_that_nothing_calls_is_named():
 
 
 def broken(run, how):
-    """The fast forward with an error in its output, or in lora_B's gradient alone."""
+    """The fast forward with an error in its output, or only in lora_B's gradient."""
 
     def wrong(x, reading):
         if how == "output":
@@ -106,7 +106,7 @@ def test_one_number_that_is_none_is_the_largest_difference():
 
 
 class Disturbing(nn.Module):
-    """It writes to its input and its buffers, replaces one, and draws by Python and numpy."""
+    """Changes its input and buffers in place, replaces a buffer, uses Python's and numpy's RNG."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ def test_a_gradient_that_does_not_reach_the_input_is_found(monkeypatch):
     "make", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "mapping"]
 )
 def test_forms_of_a_batch_and_an_output_without_a_loss(make):
-    x = torch.randn(5, 8).requires_grad_() * 2  # with a history
+    x = torch.randn(5, 8).requires_grad_() * 2  # not a leaf
     found = fastlora.check(mlp().base_model.model, make(x), tolerance=1e-5)
     assert found
     assert found.tolerance == 1e-5
@@ -173,7 +173,7 @@ def test_autocast_inside_of_the_model_is_noticed():
 
 
 def test_several_adapters_share_masks_where_one_draw_of_two_is_not_two_draws(monkeypatch):
-    """As on a GPU."""
+    """Simulates a GPU, where one draw of two seeds differs from two draws of one."""
 
     def draw(count, device):
         return torch.randint(0, 2**60, (count,), device=device).add_(count)
@@ -202,7 +202,7 @@ def test_an_optimizer_inside_of_backward_is_refused():
         fastlora.check(model, torch.randn(5, 8))
 
 
-# What is taken for rounding, by dtype and depth
+# The tolerance for rounding, by dtype and depth.
 
 
 @pytest.mark.parametrize(

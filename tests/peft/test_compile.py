@@ -1,4 +1,4 @@
-"""torch.compile of optimised models, and of models that are optimised later."""
+"""torch.compile of optimized models, and of models that are optimized afterwards."""
 
 import sys
 import types
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 def train_compiled(
     model: nn.Module, step: Callable, share: bool
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Losses and adapter of 3 steps, of which only the first may compile; and the last's ops."""
+    """Losses and adapter of 3 steps, and the ops of the last.  Only the first step may compile."""
     torch.manual_seed(7)
     optimizer, losses = adamw(trained(model.train()).values()), []
     for i in range(3):
@@ -45,9 +45,9 @@ COMPILED = {"dropout": {}, "dora-dropout": {"use_dora": True}}
 
 @pytest.mark.parametrize(("what", "name"), [("model", "dora-dropout"), ("blocks", "dropout")])
 def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
-    """Without a graph break, and compiled once; the backend draws as eager mode does.
+    """No graph break, and one compilation; aot_eager draws the same random numbers as eager mode.
 
-    DoRA drops with PEFT's own layer, and with its masks.
+    DoRA applies PEFT's own dropout layer, so it needs no shared masks.
     """
     settings, count = COMPILED[name], 1 if what == "model" else 2
     theirs = llama(count, **settings)
@@ -62,7 +62,8 @@ def test_a_compiled_model_trains_as_peft_s_in_eager_mode(name, what):
         got, ops = train_compiled(ours, ours, share=False)
     assert_same(got, expected, ROUNDING)
     layers = count * LAYERS // 2
-    # DoRA's dropped part of x is multiplied apart; the first q, k and v have an x without gradient.
+    # DoRA multiplies the dropped x in a call of its own; the first q, k and v have an x without
+    # gradient.
     apart = (layers, layers - 3) if name == "dora-dropout" else (0, 0)
     assert ops.pop("lora_linears") == layers + apart[0]
     assert ops.pop("lora_linears_backward") == layers + apart[1]
@@ -75,12 +76,12 @@ def test_check_of_a_compiled_model_that_drops():
 
 
 def test_checkpointed_blocks_of_a_compiled_model():
-    """They recompute what runs fast, with the same masks."""
+    """Checkpointed blocks recompute their fast calls with the same masks."""
     theirs = llama(blocks=1, target_modules=["q_proj", "down_proj"])
-    theirs.config.use_cache = False  # or transformers warns, which breaks the graph
+    theirs.config.use_cache = False  # otherwise transformers warns, which breaks the graph
     ours = optimized(theirs)
     ours.activation_checkpointing_enable()
-    ours.disable_input_require_grads()  # which would break the graph too
+    ours.disable_input_require_grads()  # these hooks would also break the graph
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     assert_same(gradients(compiled), gradients(theirs), ROUNDING)
     with counted_ops() as ops:
@@ -90,7 +91,7 @@ def test_checkpointed_blocks_of_a_compiled_model():
 
 
 def test_an_import_compiles_nothing_again(monkeypatch):
-    """Dynamo guards how many modules there are, if code that it traces reads ``sys.modules``."""
+    """If traced code reads ``sys.modules``, Dynamo guards on the number of modules."""
     compiled = torch.compile(optimized(mlp()), backend="aot_eager", fullgraph=True)
     mlp_gradients(compiled)
     monkeypatch.setitem(sys.modules, "imported_later", types.ModuleType("imported_later"))

@@ -1,7 +1,8 @@
-"""Optimised PEFT models on several devices: the numbers of PEFT alone in one process.
+"""Optimized PEFT models on several devices give the same numbers as PEFT in one process.
 
-The ranks are processes on the CPU.  Each has its rows of the batch (with tensor parallelism, all
-rows); the mean of the ranks' losses, and the averaged gradients, are those of the whole batch.
+The ranks are processes on the CPU.  Each has its own rows of the batch (with tensor parallelism,
+all rows).  The mean of the ranks' losses equals the loss of the whole batch, and so do the
+gradients.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,10 +22,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 import fastlora
 
-# Sums in other orders, in float32 (1e-7): 2e-6 was the most, with tensor parallelism.
+# For float32 sums in different orders.  The largest error measured was 2e-6, for tensor
+# parallelism.
 TOLERANCE = 1e-5
 FAST = LAYERS * STEPS
-BEFORE, BOTH = ("before",), ("before", "after")  # it is wrapped
+BEFORE, BOTH = ("before",), ("before", "after")  # when the model is optimized, relative to wrapping
 
 alone = cache(worker.alone)  # PEFT in one process: the expected record
 
@@ -32,7 +34,7 @@ alone = cache(worker.alone)  # PEFT in one process: the expected record
 def assert_same(
     records: list[Record], expected: Record, fast: int, tolerance: float = TOLERANCE
 ) -> None:
-    """Losses, first gradients and the trained adapter; ``fast``: how often the fast op ran."""
+    """Compare losses, first gradients and the trained adapter; ``fast``: calls of the fast op."""
     assert expected.fast == 0
     assert expected.losses[-1] < 0.999 * expected.losses[0]  # the steps did something
     losses = [sum(each) / len(each) for each in zip(*(r.losses for r in records), strict=True)]
@@ -47,16 +49,16 @@ def assert_same(
 
 
 class Case(NamedTuple):
-    """What the ranks do, and how often each layer runs in a step."""
+    """The function that ranks run, its settings, and how often each layer runs in a step."""
 
     run: Callable[..., Record]
     settings: Mapping[str, Any] = MappingProxyType({})
     runs: int = 1
     whens: tuple[str, ...] = BEFORE
-    # Of a record: those that say of every layer what it is.  Between calls FSDP's are sharded, and
-    # ZeRO-3's are parts, which is a reason of its own.
+    # The coverages of a record that name every layer.  Between calls, FSDP's layers are sharded and
+    # ZeRO-3's are empty, which coverage reports as reasons of their own.
     coverage: tuple[str, ...] = ("inside", "coverage")
-    reason: str = ""  # why every layer is left to PEFT
+    reason: str = ""  # why every layer runs PEFT's forward
 
 
 FAST_CASES = {
@@ -78,7 +80,7 @@ FAST_CASES = {
         for how in ("reentrant", "wrapper")
     },
     "fsdp1": Case(worker.fsdp1, whens=BOTH),
-    # No hook is on what a leaf contains, and all of it is whole in its forward.
+    # A leaf's submodules have no hooks, and all of them are gathered during the leaf's forward.
     "zero3-blocks-as-leaves": Case(worker.zero3, {"leaves": True}, coverage=("inside",)),
 }
 
@@ -94,11 +96,11 @@ def cases(table: dict[str, Case]):
     )
 
 
-# The base's layers have biases in attention alone.
+# Only the base's attention layers have biases.
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @cases(FAST_CASES)
 def test_each_layer_runs_fast(case, when, two):
-    """The ranks have the same random state, and so the same masks."""
+    """All ranks have the same random state, and so the same masks."""
     records = two.run(case.run, when, **case.settings)
     kind, p = case.settings.get("kind", "lora"), case.settings.get("dropout", 0.0)
     assert_same(records, alone(2 if p else 1, kind, p), case.runs * FAST)
@@ -114,7 +116,7 @@ GATHERED = "DeepSpeed ZeRO-3 gathers its base layer when it is called"
 LEFT_TO_PEFT = {
     "fsdp2-base-layers": Case(worker.fsdp2, {"units": "base-layers"}, whens=BOTH, reason=HOOKED),
     "fsdp2-adapters": Case(worker.fsdp2, {"units": "adapters"}, coverage=()),
-    # By PEFT's policy, which wraps each module that trains.
+    # PEFT's policy wraps each trainable module by itself.
     "fsdp1-adapters": Case(worker.fsdp1, {"units": "adapters"}, coverage=()),
     "zero3": Case(worker.zero3, reason=GATHERED),
     "tensor-parallel": Case(worker.torch_tensor_parallel, reason=HOOKED),
@@ -137,11 +139,11 @@ def test_each_layer_is_left_to_peft(case, when, two):
 
 
 def test_fsdp2_in_bfloat16(two):
-    """PEFT under the same policy rounds elsewhere: each is 0.06 from float32."""
+    """PEFT under the same policy rounds at other places: both differ from float32 by 0.06."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     expected = two.run(worker.fsdp2, "never", mp_policy=policy)
     records = two.run(worker.fsdp2, "before", mp_policy=policy)
-    for record, peft in zip(records, expected, strict=True):  # each has losses of its own
+    for record, peft in zip(records, expected, strict=True):  # each rank has its own losses
         assert_same([record], peft, FAST, tolerance=0.1)
 
 
@@ -166,15 +168,15 @@ def test_check_of_an_fsdp2_model(two):
 
 
 def test_zero3_gathers_what_it_gathers_for_peft(two):
-    """Looking whether a call can be fast reads no weight: that would gather it."""
+    """Deciding whether a call can be fast must not read a weight, because that would gather it."""
     expected = two.run(worker.zero3, "never")[0].external
     assert {record.external for record in two.run(worker.zero3, "before")} == {expected}
 
 
-# Of many adapters, and of own models: the same gradients as of the whole batch.
+# Many adapters and own models: the same gradients as for the whole batch.
 TOGETHER = {
     "peft": (mixed.mixed_peft, {"find_unused_parameters": True}),
-    # Each rank names every adapter that trains, but in other samples.
+    # Each rank names every trainable adapter, but for different samples.
     "peft-all-named": (
         mixed.mixed_peft, {"names": [*"pqsttspt" "qp"], "gradient_as_bucket_view": True},
     ),
@@ -184,7 +186,7 @@ TOGETHER = {
 
 @pytest.mark.parametrize(("run", "settings"), TOGETHER.values(), ids=TOGETHER)
 def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two):
-    """Also of an adapter without rows on a rank, or on both."""
+    """Also for an adapter without rows on one rank or on both."""
     of_one = {k: v for k, v in settings.items() if k == "names"}
     expected = run(1, **of_one)
     assert any(gradient is not None and gradient.any() for gradient in expected.values())
@@ -194,7 +196,7 @@ def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two
             pair = found[name], value
             if any(
                 gradient is None for gradient in pair
-            ):  # DDP gives zeros where autograd has none
+            ):  # DDP gives zeros where autograd gives None
                 assert not any(gradient is not None and gradient.any() for gradient in pair), name
             else:
                 torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=name)
@@ -217,7 +219,8 @@ def test_4_bit_layers_under_fsdp2_have_the_numbers_of_one_process(two, kind, sto
     for found in two.run(mixed.quantised_sharded, kind, storage, units, cast):
         for one, other in zip(found.numbers, expected, strict=True):
             assert (one - other).norm() <= (1e-6 if cast is None else 0.02) * other.norm()
-        hooked = units == "layers"  # FSDP2 gathers by hooks, and a block doesn't call its layers
+        # FSDP2 gathers by hooks, and a fused block doesn't call its layers
+        hooked = units == "layers"
         assert found.blocks == (0 if hooked else 1)
         assert found.report.startswith("0 of 3 layers fast, 3 sharded")
 

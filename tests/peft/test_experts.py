@@ -1,4 +1,4 @@
-"""PEFT's LoRA on the experts of transformers' models, with and without fastlora."""
+"""PEFT's LoRA on the experts of transformers' models, with fastlora and without."""
 
 import copy
 
@@ -20,7 +20,7 @@ def model_of(name: str = "qwen3", implementation: str = "eager", **settings) -> 
 
 
 def fast_calls(model: nn.Module, run=train) -> int:
-    """How many calls of experts run fast, twice each, and of ordinary layers."""
+    """The number of fast calls; a call of experts counts twice, a linear layer once."""
     with counted_calls() as calls:
         run(model)
     return len(calls)
@@ -32,7 +32,7 @@ def test_every_gradient_is_peft_s(name):
     ours = optimized(theirs)
     fast = sum(layer.fast for layer in fastlora.coverage(ours).layers)
     assert fast == len(fastlora.coverage(ours).layers)
-    # NemotronH's routing is in float32
+    # NemotronH computes its routing in float32
     tolerance = 1e-6 if name == "nemotron" else 1e-11
     assert_runs_the_same(train, theirs, ours, fast=fast, tolerance=tolerance)
 
@@ -77,7 +77,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_peft_is_asked_for(change):
-    """A change of the model is noticed by the next call, and said by the report."""
+    """The next call notices a change of the model, and the report names the reason."""
     theirs = model_of()
     ours = optimized(theirs.double())
     before = fast_calls(ours, lambda model: model(input_ids=IDS))
@@ -100,7 +100,7 @@ def test_one_adapted_parameter():
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_autocast(implementation):
-    """Each implementation has its own: eager casts to bfloat16, grouped_mm stays in float32."""
+    """Under autocast, the eager implementation casts to bfloat16; grouped_mm stays in float32."""
     theirs = model_of("gpt-oss", implementation)
     exact = copy.deepcopy(theirs)
     exact.get_base_model().set_experts_implementation("eager")

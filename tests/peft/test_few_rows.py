@@ -1,4 +1,4 @@
-"""Few rows on a CPU: another way of a call, with the mask that calls of all sizes have."""
+"""Few rows on a CPU: dispatched to torch's operations, with the same dropout mask as more rows."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def layer(**settings) -> nn.Module:
 
 
 def block() -> nn.Module:
-    """A gated MLP: of many rows it is one node, of few its layers."""
+    """A gated MLP: one node for many rows, three layers for few."""
     model = adapted(tiny_llama(), target_modules="all-linear", lora_dropout=0.3).train()
     return optimized(model).base_model.model.model.layers[0].mlp
 
@@ -54,13 +54,13 @@ def rows(module: nn.Module, count: int) -> torch.Tensor:
 
 
 def output(module, x: torch.Tensor) -> torch.Tensor:
-    """From the same random state each time."""
+    """The output, computed from the same random state each time."""
     torch.manual_seed(3)
     return module(x)
 
 
 def step(module, run, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output and every gradient, from the same random state each time."""
+    """The output and all gradients, computed from the same random state each time."""
     x = x.clone().requires_grad_()
     y = output(run, x)
     y.square().sum().backward()
@@ -70,7 +70,7 @@ def step(module, run, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Up to rounding, where another mask changes most elements; first the output."""
+    """Equal up to rounding; another dropout mask would change most elements."""
     tolerance = 0.02 if found[0].dtype == torch.bfloat16 else 1e-5
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
@@ -86,12 +86,12 @@ def test_a_row_more_drops_the_same_elements_of_the_others(make):
 
 COMPILED = [(name, FEW, "aot_eager") for name in MODULES]
 COMPILED += [("layer", 1, "aot_eager"), ("gated-mlp", FEW + 1, "aot_eager")]
-COMPILED += [("layer", FEW, "inductor")]  # of the others the op is the same
+COMPILED += [("layer", FEW, "inductor")]  # the other modules use the same op
 
 
 @pytest.mark.parametrize(("name", "count", "compiler"), COMPILED)
 def test_a_compiled_call_drops_the_same_elements(name, count, compiler):
-    """Inductor draws random numbers of its own, but not the seeds."""
+    """Inductor draws random numbers differently, except the seeds."""
     module = MODULES[name]()
     x, compiled = rows(module, count), torch.compile(module, backend=compiler, fullgraph=True)
     assert_close(step(module, compiled, x), step(module, module, x))

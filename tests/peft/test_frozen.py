@@ -1,4 +1,4 @@
-"""optimize takes a model's frozen layers in, where this CPU multiplies 16 bits slowly."""
+"""optimize also replaces a model's frozen layers on a CPU that multiplies 16-bit numbers slowly."""
 
 import copy
 import pickle
@@ -23,11 +23,11 @@ HEAD, UP = f"{BASE}head", f"{BASE}up.base_layer"
 
 @pytest.fixture(autouse=True)
 def _wide(wide):
-    """All tests."""
+    """Applies ``wide`` to all tests."""
 
 
 def mlp(**settings):
-    """With an adapter on up; down and head have none."""
+    """A model with an adapter on up, and none on down and head."""
     return adapted(Mlp().bfloat16(), **{"target_modules": ["up"]} | settings)
 
 
@@ -102,7 +102,7 @@ def test_an_adapter_that_peft_adds_later():
     assert report.frozen == ()
     with counted_frozen_calls() as calls:
         model(x()).sum().backward()
-    assert len(calls) == 1  # up has no adapter of this name: PEFT calls its base
+    assert len(calls) == 1  # up has no adapter of this name, so PEFT calls its base
     assert model.get_submodule(HEAD).lora_B["late"].weight.grad is not None
 
 
@@ -111,7 +111,7 @@ def test_check_compares_with_torch_s_own():
     with counted_frozen_calls() as calls:
         check = fastlora.check(model.train(), x())
     assert check
-    assert len(calls) == 2  # in one of the two runs
+    assert len(calls) == 2  # only one of the two runs is fast
     assert check.coverage.frozen == (f"{BASE}down", HEAD)
     assert not fast_layers(model)
     fastlora.optimize(model)

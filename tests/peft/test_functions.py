@@ -1,5 +1,8 @@
-"""PEFT's and torch's own functions on an optimised model: they give, write and raise what they do
-on PEFT's.  So do torch's transforms and tracers, and its files, names and classes are PEFT's."""
+"""PEFT's and torch's own functions on an optimized model.
+
+They return, write and raise the same as on PEFT's model.  torch's transforms and tracers also work,
+and files, names and classes stay PEFT's.
+"""
 
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora.layers.reading import _PLACES
 
-# Each of these takes a PEFT model, does something with it, and returns what came out.
+# Each function takes a PEFT model, does something with it, and returns all results.
 
 
 def disable_while_merged(model):
@@ -42,7 +45,7 @@ def disable_while_merged(model):
 
 
 def add_weighted_adapter(model):
-    """Adapters combined to a new one, by every kind that needs no random numbers."""
+    """Combine adapters into a new one, by every method that needs no random numbers."""
     model.add_adapter("b", other_config(r=4, init_lora_weights="gaussian"))
     outputs = []
     for kind in ("linear", "cat", "svd", "ties", "magnitude_prune"):
@@ -62,7 +65,7 @@ def read_and_set_state(model):
 
 
 def change_in_place(model):
-    """A layer's output is changed in place by what follows, and so is its input's source."""
+    """Later operations change a layer's output in place; its input is an intermediate tensor."""
     x = inputs().requires_grad_()
     y = up(model)(x * 1)
     y.mul_(2).relu_()
@@ -90,7 +93,7 @@ def odd_inputs(model):
 
 
 def load_again(model):
-    """PeftModel.from_pretrained, load_adapter, and with empty tensors first."""
+    """PeftModel.from_pretrained, load_adapter, and load_adapter with empty tensors first."""
     before = model(inputs())
     folder = write_adapter(Path(model.folder), r=2)
     model.load_adapter(folder, "b")
@@ -106,7 +109,7 @@ FUNCTIONS = [
     disable_while_merged, add_weighted_adapter, read_and_set_state, change_in_place,
     gradient_penalty, jacobian, odd_inputs, load_again,
 ]  # fmt: skip
-# PEFT doesn't do these with DoRA; odd-inputs has a test of its own.
+# PEFT doesn't support these with DoRA; odd_inputs has its own test for DoRA.
 NOT_WITH_DORA = {add_weighted_adapter, odd_inputs}
 
 
@@ -127,7 +130,7 @@ kinds = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 
 @kinds
 def test_names_files_and_merged_models_are_peft_s(settings, tmp_path):
-    theirs = mlp(target_modules="up|down", **settings)  # PEFT writes a list in any order
+    theirs = mlp(target_modules="up|down", **settings)  # PEFT writes lists in random order
     ours = optimized(theirs)
     ours(inputs()).sum().backward()
     assert repr(ours) == repr(theirs)
@@ -149,7 +152,7 @@ def test_names_files_and_merged_models_are_peft_s(settings, tmp_path):
 
 
 class Tripled(lora.Linear):
-    """A user's layer."""
+    """A layer class defined by a user."""
 
     def forward(self, x, *args, **kwargs):
         return super().forward(x, *args, **kwargs) * 3
@@ -167,7 +170,7 @@ def test_a_user_s_layer_class_is_left_alone():
 
 
 def test_dora_caches_are_used_and_cleared_as_peft_s_are():
-    """In evaluation a cached norm is used although B has changed; training clears it."""
+    """In evaluation, a cached norm is used even after B has changed; training clears the cache."""
 
     def call(model):
         outputs = []
@@ -183,13 +186,15 @@ def test_dora_caches_are_used_and_cleared_as_peft_s_are():
 
 
 def test_dora_of_one_vector_has_peft_s_shape():
-    """PEFT's gain is [1, out], and so is its output for x [in]."""
+    """PEFT's gain is [1, out], so x [in] gives an output of that shape."""
     theirs = mlp(use_dora=True)
     assert_same(up(optimized(theirs))(inputs()[0, 0]), up(theirs)(inputs()[0, 0]), ROUNDING)
 
 
 def test_dora_drops_in_a_training_layer_only():
-    """Dropout switched on alone (Monte Carlo dropout) does nothing in PEFT's DoRA layer."""
+    """A dropout in training mode inside an evaluation-mode layer (Monte Carlo dropout) has no
+    effect in PEFT's DoRA layer.
+    """
     theirs = mlp(use_dora=True, lora_dropout=0.5)
     ours = optimized(theirs)
     for model in (theirs, ours):
@@ -201,7 +206,7 @@ def test_dora_drops_in_a_training_layer_only():
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_checkpointed_in_a_compiled_whole_graph_it_needs_a_setting_of_torch_s(monkeypatch):
-    """PEFT's own needs it, too."""
+    """PEFT's own layer also needs this setting."""
     layer, x = up(optimized(mlp(use_dora=True))), inputs().requires_grad_()
     run = torch.compile(
         lambda x: checkpoint(layer, x, use_reentrant=False).square().sum(),
@@ -232,7 +237,7 @@ def forward_mode(model):
 
 
 def call_and_unit_gradients(model):
-    """y, what has a gradient, and a dy for each element of y."""
+    """y, the tensors that require gradients, and one dy for each element of y."""
     x = inputs()[0].requires_grad_()
     y = model(x)
     dys = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
@@ -250,12 +255,12 @@ def export(model):
 
 
 def compiled(transform):
-    """The transform is part of what is compiled."""
+    """Compile a function that includes the transform."""
 
     def call(model):
         torch._dynamo.reset()
         function = torch.compile(lambda x: transform(model, x), backend="aot_eager")
-        with torch.no_grad():  # the transforms' own gradients are all that is asked for
+        with torch.no_grad():  # only the transforms' own gradients are needed
             return function(inputs())
 
     return call
@@ -276,7 +281,7 @@ TRANSFORMS = {
     "compiled-inside": compiled(lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x[0])),
 }
 ROWS = [(name, kind) for name in TRANSFORMS for kind in KINDS]
-ROWS.remove(("compiled-inside", "dora"))  # seconds for what each shows
+ROWS.remove(("compiled-inside", "dora"))  # takes seconds, and tests nothing more than lora does
 
 
 @pytest.mark.parametrize(("name", "kind"), ROWS)

@@ -1,6 +1,6 @@
-"""What acts on a layer, or changes it, the next call sees, and is PEFT's where it has to be.
+"""The next call after a change of a layer sees the change, and runs PEFT's forward where it must.
 
-Every change comes behind a call that was known, so that nothing of it is stale.
+Every change follows a call whose record was cached, so a stale record would show.
 """
 
 import copy
@@ -35,7 +35,7 @@ K, N = 8, 6
 
 
 def layer_of(**settings) -> nn.Module:
-    """One with two adapters, of which the first is active."""
+    """A layer with two adapters; only the first one is active."""
     torch.manual_seed(0)
     settings = {"target_modules": ["0"], "init_lora_weights": False} | settings
     model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), peft.LoraConfig(r=4, **settings))
@@ -49,7 +49,7 @@ def inputs() -> Tensor:
 
 
 def step(layer: nn.Module) -> list:
-    """Its output and gradients, or what it raises."""
+    """The layer's output and gradients, or its error."""
     x = inputs()
     try:
         y = layer(x)
@@ -63,7 +63,7 @@ def step(layer: nn.Module) -> list:
 
 @pytest.fixture
 def readings(monkeypatch):
-    """How often a layer is read."""
+    """The results of reading layers: one element each time a layer is read anew."""
     seen, read = [], reading.read
     monkeypatch.setattr(reading, "read", lambda *all: seen.append(read(*all)) or seen[-1])
     monkeypatch.setattr("fastlora.ops.functional._known", {})
@@ -113,7 +113,7 @@ def of(part: str, change: Callable) -> Callable:
 
 
 def weight(part: str, *shape: int, name: str = "weight", **how) -> Callable:
-    """Another parameter of this shape."""
+    """Replace a parameter by another of this shape."""
     return of(part, lambda m: setattr(m, name, nn.Parameter(torch.randn(shape).to(**how))))
 
 
@@ -153,7 +153,7 @@ FAST = {
     "base-layer": lambda layer: setattr(layer, "base_layer", nn.Linear(K, N, bias=False)),
     "frozen-lora_A": lambda layer: layer.lora_A.requires_grad_(False),
 }
-PEFT_S = {  # with what the report says of it; "" where it is the call's x that doesn't fit
+PEFT_S = {  # Each value: the change, and the report's reason; "" if the reason is the call's x.
     "base-float64": (of("base", lambda m: m.double()), ""),
     "layer-float64": (lambda layer: layer.double(), ""),
     "scaling-numpy-f32": (scaling(numpy.float32(1.5)), "no finite float32"),
@@ -189,7 +189,7 @@ PEFT_S = {  # with what the report says of it; "" where it is the call's x that 
         for name, act in ACTING.items()
         for part, called in NAMES.items()
     },
-    # Of other shapes: PEFT broadcasts, or raises its own error.
+    # Other shapes: PEFT broadcasts, or raises its own error.
     "a-other-in": (weight("lora_A", 4, 7), "its lora_A has shape (4, 7), not (4, 8)"),
     "a-other-rank": (weight("lora_A", 2, K), "its lora_B has shape (6, 4), not (6, 2)"),
     "a-no-rank": (weight("lora_A", 0, K), "its lora_B has shape"),
@@ -208,13 +208,13 @@ DORA = {
 
 
 def assert_seen(change: Callable, readings: list, **settings) -> tuple[bool, str]:
-    """Whether a changed layer's call is fast, which gives what PEFT's gives; and its reason."""
+    """Compare a changed layer with PEFT's; return whether its call was fast, and why not."""
     ours, theirs = layer_of(**settings).train(), layer_of(**settings).train()
     fastlora.optimize(ours)
     readings.clear()
     for _ in range(2):
         torch.testing.assert_close(step(ours), step(theirs))
-    assert len(readings) == 1  # the second call has it, too
+    assert len(readings) == 1  # the second call used the cached record
     for each in (ours, theirs):
         torch.manual_seed(2)
         change(each)
@@ -266,14 +266,15 @@ def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
         layer(x)
     assert "disable_input_dtype_casting" in readings[-1].reason
     run = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda *all: run(*all) * 2)  # of torch's own class
+    # a patch of torch's own class
+    monkeypatch.setattr(nn.Linear, "forward", lambda *all: run(*all) * 2)
     torch.testing.assert_close(layer(x), theirs(x))
     assert "no torch.nn.Linear" in readings[-1].reason
 
 
 @pytest.mark.parametrize("made", ["base", "model"])
 def test_what_was_made_in_inference_mode(made):
-    """PEFT's product keeps no weight where x needs no gradient; a node of ours does."""
+    """PEFT's product saves no weight if x needs no gradient; fastlora's node does."""
     layer, x = layer_of(), torch.randn(64, K)
     with torch.inference_mode():
         if made == "model":
@@ -281,7 +282,8 @@ def test_what_was_made_in_inference_mode(made):
         else:
             layer.base_layer.weight = nn.Parameter(torch.randn(N, K), requires_grad=False)
     found = []
-    for optimize in (lambda _: None, fastlora.optimize):  # the same layer: a copy can't be one
+    # the same layer, because a copy isn't an inference tensor
+    for optimize in (lambda _: None, fastlora.optimize):
         optimize(layer)
         with torch.no_grad():
             layer(x)
@@ -347,7 +349,7 @@ def test_an_input_that_does_not_fit_is_peft_s(settings, name):
 
 
 def test_the_input_of_a_saved_call_must_not_change_before_backward():
-    """As in PEFT's: an error, not a wrong gradient."""
+    """The same error as in PEFT, and no wrong gradient."""
     for layer in (theirs := layer_of(), optimized(theirs)):
         x = inputs() * 1
         y = layer(x)

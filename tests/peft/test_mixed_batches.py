@@ -1,4 +1,4 @@
-"""``model(…, adapter_names=[…])``: PEFT's numbers, and in training each adapter's own."""
+"""``model(…, adapter_names=[…])``: PEFT's numbers; in training, each adapter's own gradients."""
 
 import copy
 
@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def many(base: nn.Module, targets="all-linear", changes=None) -> nn.Module:
-    """The base with adapters a, b and c, in evaluation; all of them may train."""
+    """The base with adapters a, b and c in evaluation mode; all adapters are trainable."""
     model = None
     for name, settings in SETTINGS.items():
         settings = settings | (changes or {}).get(name, {})
@@ -46,7 +46,7 @@ def rows(samples: int = 4) -> torch.Tensor:
 
 @pytest.fixture
 def mixed_calls(monkeypatch):
-    """The names of each call of a layer that ran as one node."""
+    """For each layer call that ran as one node, its number of adapters."""
     calls = []
     run = mixed.multi_lora_linear
 
@@ -77,13 +77,13 @@ def test_evaluation_and_generation_are_peft_s(make, mixed_calls, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_few_rows_in_evaluation_are_no_node(dtype, mixed_calls):
-    """Also of adapters in another dtype, with a bias, a hook, and a scaling that is a tensor."""
+    """Also with adapters of another dtype, a bias, a hook, and a scaling that is a tensor."""
     theirs = mlp(b={"lora_bias": True})
     for name, parameter in theirs.named_parameters():
         parameter.data = parameter.data.to(dtype if ".lora_" in name else parameter.dtype)
     ours = optimized(theirs)
     for layer in (model.base_model.model.up for model in (theirs, ours)):
-        layer.scaling["a"] = torch.tensor(0.75)  # as PEFT's hotswapping makes it
+        layer.scaling["a"] = torch.tensor(0.75)  # PEFT's hotswapping makes a tensor of it
         layer.lora_B["c"].register_forward_hook(lambda *call: 2 * call[-1])
     for names in (NAMES * 3, sorted(NAMES * 3)):  # 60 rows
         y = ours(rows(12), adapter_names=names)
@@ -94,7 +94,7 @@ def test_few_rows_in_evaluation_are_no_node(dtype, mixed_calls):
 
 
 def test_each_adapter_trains_as_it_would_alone(mixed_calls):
-    """5 steps of AdamW with a rate of each one's own; one that isn't named has no gradient."""
+    """5 steps of AdamW, each adapter with its own rate; an adapter not named gets no gradient."""
     start = mlp(a={"lora_dropout": 0.0}, c={"lora_dropout": 0.0})
     x, y = rows(6), torch.zeros(6, 5, 1, dtype=torch.float64)
     names, rates = ["a", "b", "b", "b", "a", "__base__"], {"a": 1e-2, "b": 3e-3}
@@ -133,19 +133,20 @@ def test_checkpointing_runs_blocks_again_with_their_names(use_reentrant, mixed_c
             model.enable_input_require_grads()
         torch.manual_seed(3)
         model.zero_grad()
-        losses = [  # two calls before the backwards
+        losses = [  # both forwards run before the backwards
             model.train()(BATCH, labels=BATCH, adapter_names=names).loss
             for names in (NAMES, ["b", "b", "a", "__base__"])
         ]
         for loss in losses:
             loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert len(mixed_calls) == 14 * 3  # 7 layers, two calls: once, and then twice
+    # 7 layers × two calls: once without checkpointing, twice with it
+    assert len(mixed_calls) == 14 * 3
     assert_same(*found, 1e-5)
 
 
 def test_adapters_come_and_go_between_steps(tmp_path):
-    """Deleted while an optimizer holds its state, added with its name again, and loaded."""
+    """Adapters are deleted while an optimizer has their state, added again by name, and loaded."""
     model = optimized(mlp()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 

@@ -1,8 +1,8 @@
-"""Tiny transformers models train as they do with PEFT: the same losses, gradients and adapters.
+"""Tiny transformers models train as with PEFT: the same losses, gradients and adapters.
 
-Both runs have the same dropout masks in the adapters (``shared_masks``), and the same random state
-for the models' own dropout.  All is in float64, where all that isn't rounding shows.  torch's
-optimizers and checkpoints, and accelerate, come behind.
+Both runs use the same dropout masks in the adapters (``shared_masks``), and the same random state
+for the models' own dropout.  Computation is in float64, so that any error beyond rounding shows.
+Tests of torch's optimizers and checkpointing, and of accelerate, follow.
 """
 
 import copy
@@ -57,9 +57,9 @@ def mistral() -> nn.Module:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **heads))
 
 
-# A bias of k_proj has no gradient but rounding, since softmax takes it away.
+# k_proj's bias cancels in the softmax, so its gradient would be rounding only.
 BIASED = {"target_modules": ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]}
-MODELS = {  # what makes it, the adapters' settings, and how many of its gated MLPs are blocks
+MODELS = {  # Values: the model, the adapters' settings, and how many gated MLPs run as blocks
     "llama": (tiny_llama, {}, 2),
     "qwen3": (qwen3, {"use_rslora": True}, 2),
     "gemma3": (gemma3, {}, 2),
@@ -101,7 +101,7 @@ def test_losses_gradients_and_five_steps_are_peft_s(name):
     with counted_blocks() as calls:
         assert_runs_the_same(run, theirs, ours, fast=len(report.fast), tolerance=ROUNDING)
     assert len(calls) == blocks
-    # With its own eps AdamW makes steps of one size even of gradients that are all rounding.
+    # With AdamW's default eps, even gradients that are all rounding make full-size steps.
     steps = partial(train, make=partial(adamw, eps=1e-5), steps=5, data=data)
     assert_same(steps(ours), steps(theirs), 10 * ROUNDING)
 
@@ -118,7 +118,7 @@ def test_what_isn_t_covered_stays_peft_s_beside_the_rest():
     assert_runs_the_same(gradients, theirs, fast=2, tolerance=ROUNDING)
 
 
-# Keeps what attention gives, as TRL's selective checkpointing does.
+# Saves the output of attention, as TRL's selective checkpointing does.
 SELECTIVE = {
     "use_reentrant": False,
     "context_fn": partial(
@@ -130,7 +130,7 @@ CHECKPOINTING = {"reentrant": REENTRANT, "not-reentrant": NOT_REENTRANT, "select
 
 
 def kept(model: nn.Module) -> int:
-    """Bytes that wait for the backward of the loss in training, but parameters."""
+    """Bytes saved for the backward of the training loss, without parameters."""
     return sum(saved_bytes(lambda: model.train()(**DATA).loss, model.parameters()).values())
 
 
@@ -143,13 +143,13 @@ def test_checkpointed_blocks_run_fast_twice_and_keep_less(how):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     got = assert_runs_the_same(gradients, theirs, ours, fast=2 * LAYERS, tolerance=ROUNDING)
-    assert_same(got, gradients(plain), 0.0)  # the same masks again
+    assert_same(got, gradients(plain), 0.0)  # the same masks in the recomputation
     assert kept(ours) < 0.5 * kept(plain)
     assert kept(ours) == kept(theirs)
 
 
 def test_an_optimizer_s_step_inside_of_backward():
-    """Parameters change while the layers below wait for their backward."""
+    """Parameters change while layers below still wait for their backward."""
 
     def run(model):
         optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in trained(model).values()}
@@ -173,7 +173,7 @@ before_and_after = pytest.mark.parametrize("when", ["before", "after"])
 
 
 def train_accelerated(model: nn.Module, when: str = "never", **settings) -> dict[str, Tensor]:
-    """Losses and adapter; ``when`` says when the model is optimised."""
+    """Losses and adapter; ``when`` says when the model is optimized."""
     AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, **settings)
     optimizer = adamw(trained(model).values())
@@ -194,7 +194,7 @@ def train_accelerated(model: nn.Module, when: str = "never", **settings) -> dict
 
 
 def prepared(accelerator, when: str, model: nn.Module, *others):
-    """What ``accelerator.prepare`` gives; the model is optimised before, after, or never."""
+    """The result of ``accelerator.prepare``; the model is optimized before, after, or never."""
     if when == "before":
         fastlora.optimize(model)
     found = accelerator.prepare(model, *others)
@@ -221,14 +221,14 @@ def base_layers(model: nn.Module) -> list[nn.Module]:
 
 @pytest.fixture(params=["optimized", "hooked"])
 def both(request):
-    """PEFT's model, and a copy of it that is optimised before it is hooked, or afterwards."""
+    """PEFT's model, and a copy that is optimized before or after it gets hooks."""
     theirs = llama()
     return theirs, optimized(theirs) if request.param == "optimized" else copy.deepcopy(theirs)
 
 
 @pytest.mark.parametrize("moved", ["inputs", "outputs"])
 def test_hooks_of_accelerate_on_base_layers(moved, both):
-    """One that moves inputs to the layer's device leaves it fast; one that moves outputs can't."""
+    """A hook that moves inputs leaves the layer fast; a hook that moves outputs doesn't."""
     theirs, ours = both
     for layer in base_layers(ours):
         hook = AlignDevicesHook(execution_device="cpu", io_same_device=moved == "outputs")
@@ -236,7 +236,7 @@ def test_hooks_of_accelerate_on_base_layers(moved, both):
     fastlora.optimize(ours)
     fast = LAYERS * (moved == "inputs")
     assert_runs_the_same(gradients, theirs, ours, fast=fast, tolerance=ROUNDING)
-    for layer in base_layers(ours):  # and then the other way
+    for layer in base_layers(ours):  # then the reverse
         layer._hf_hook.io_same_device = moved != "outputs"
     assert_runs_the_same(gradients, theirs, ours, fast=LAYERS - fast, tolerance=ROUNDING)
 

@@ -21,7 +21,7 @@ def adapted() -> peft.PeftModel:
 
 @pytest.fixture
 def fast_calls():
-    """The inputs of the calls that ran fast, as they come."""
+    """The inputs of all calls that ran fast, in order."""
     with counted_calls() as calls:
         yield calls
 
@@ -119,7 +119,7 @@ def test_what_is_no_peft_lora_model_is_refused(make, error, message):
 def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
     model = adapted().eval()
     fastlora.optimize(model)
-    import peft.tuners.lora.gptq  # a layer of a quantised base, whose class is made when it's met
+    import peft.tuners.lora.gptq  # a layer of a quantized base; its class is made on first use
 
     packed = fastlora.peft.layer.packed_classes()[peft.tuners.lora.gptq.GPTQLoraLinear]
     blank = packed.__new__(packed)
@@ -155,7 +155,9 @@ def test_importing_fastlora_changes_nothing_until_optimize():
 
 
 def test_accelerate_s_instance_forward_is_reached(fast_calls):
-    """It calls the forward that it found, which is swapped instead, and put back."""
+    """accelerate calls the forward it found, so optimize replaces that one, and restore undoes
+    it.
+    """
     accelerate = pytest.importorskip("accelerate")
     model, x = adapted(), torch.randn(2, 8)
     up = model.base_model.model.up

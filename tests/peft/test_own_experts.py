@@ -1,4 +1,4 @@
-"""Experts that are almost those of transformers: other numbers, so PEFT's forward."""
+"""Experts that differ slightly from transformers': other numbers, so they run PEFT's forward."""
 
 import copy
 
@@ -23,7 +23,7 @@ HIDDEN, INNER, EXPERTS, TOP = 16, 12, 5, 2
 
 
 class Scaled(Qwen3MoeExperts):
-    """Its gate trains."""
+    """Its gate has a trainable parameter."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -35,7 +35,7 @@ class Scaled(Qwen3MoeExperts):
 
 
 class Ignored(Qwen3MoeExperts):
-    """Its forward doesn't call its gate."""
+    """Its forward doesn't call its ``_apply_gate``."""
 
     def _apply_gate(self, pre: Tensor) -> Tensor:
         gate, up = pre.chunk(2, -1)
@@ -44,7 +44,7 @@ class Ignored(Qwen3MoeExperts):
 
 @moe.use_experts_implementation
 class Before(Qwen3MoeExperts):
-    """Its forward doubles what goes into the first product."""
+    """Its forward doubles the input of the first product."""
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return Qwen3MoeExperts.forward(self, 2 * x, index, weights)

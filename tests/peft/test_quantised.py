@@ -1,4 +1,4 @@
-"""PEFT's layers over vendors' quantised layers, with fastlora: PEFT's numbers, no copy."""
+"""PEFT layers on vendors' quantized layers: PEFT's numbers, and no dense copy of the weight."""
 
 import copy
 import pickle
@@ -16,21 +16,22 @@ from fastlora.formats import quantised_weight
 from fastlora.peft.baseline import shared_masks
 
 K, N, R = 256, 96, 4
-# PEFT refuses torchao's packed pairs.
+# PEFT refuses torchao's packed int4.
 KINDS = [kind for kind in (*KINDS, *BITSANDBYTES) if kind != "torchao-int4-packed"]
 needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")
 
 
 def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings) -> nn.Module:
-    """Of one layer, with adapters that are no identity change."""
+    """A model of one layer, with adapters that change its output."""
     model = nn.Sequential(quantised(kind, K, N, dtype))
     if kind in BITSANDBYTES:
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"
     else:
-        model.hf_device_map = {"": "cpu"}  # PEFT asks a parameter else, and GPTQ's layers have none
+        # otherwise PEFT asks a parameter for its device, and GPTQ's layers have none
+        model.hf_device_map = {"": "cpu"}
     settings = {"r": R, "target_modules": ["0"], "init_lora_weights": False} | settings
     config = peft.LoraConfig(**settings)
-    # PEFT knows transformers' GGUF layer no more than any custom one, and is told of it.
+    # PEFT doesn't know transformers' GGUF layer, so it is registered as a custom module.
     config._register_custom_module({GgufLinear: peft.tuners.lora.Linear})
     model = peft.get_peft_model(model, config)
     for name in adapters[1:]:
@@ -44,7 +45,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def assert_peft_s(model: nn.Module, x: torch.Tensor, tolerance: float, autocast=False) -> None:
-    """PEFT's numbers and the fast ones, of a layer whose quantised base is read."""
+    """The fast numbers of a layer with a quantized base agree with PEFT's."""
     with shared_masks(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         theirs = numbers(model, x)
         report = fastlora.optimize(model, strict=True)
@@ -85,7 +86,7 @@ def test_dtypes_of_x_and_autocast():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept_is_x_and_h(kind):
-    """No dequantised weight, and no dropped x, which PEFT keeps beside."""
+    """No dequantized weight is saved, and no dropped x, which PEFT also saves."""
     model = peft_model(kind, lora_dropout=0.1)
     fastlora.optimize(model)
     layer, x = model.base_model.model[0], torch.randn(64, K, requires_grad=True)
@@ -100,7 +101,7 @@ def test_files_copies_and_the_way_back_stay_pefts(kind):
     before, classes = model.state_dict().keys(), [type(layer) for layer in model.modules()]
     fastlora.optimize(model)
     assert model.state_dict().keys() == before
-    if kind != "hqq":  # made in inference mode, and torch copies no such tensor
+    if kind != "hqq":  # HQQ's tensors are made in inference mode, and torch can't copy them
         assert torch.equal(copy.deepcopy(model)(x), model(x))
     fastlora.restore(model)
     assert [type(layer) for layer in model.modules()] == classes
@@ -131,7 +132,7 @@ def test_pickles_disabling_and_merging(kind):
 @needs_bitsandbytes
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_weight_that_was_repacked_for_evaluation(mode):
-    """Whose kernel gives x no gradient, in bitsandbytes and so in PEFT."""
+    """Its kernel gives x no gradient in bitsandbytes, and therefore none in PEFT."""
     model, x = peft_model("nf4"), torch.randn(3, K, requires_grad=True)
     assert "1 quantised: NF4" in str(fastlora.optimize(model))
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
@@ -147,7 +148,7 @@ def test_a_weight_that_was_repacked_for_evaluation(mode):
 def test_the_formula_s_numbers_where_the_vendor_needs_a_kernel(kind):
     model, x = peft_model(kind), torch.randn(1, K)
     with pytest.raises(Exception):  # noqa: B017, PT011
-        model(x)  # the vendor's own
+        model(x)  # the vendor's own forward
     fastlora.optimize(model, strict=True)
     layer = model.base_model.model[0]
     weight = quantised_weight(layer.base_layer).weight.dense(torch.float32)

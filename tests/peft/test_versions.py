@@ -1,4 +1,4 @@
-"""A PEFT that isn't among the tested versions: the installed one under another number."""
+"""A PEFT outside of the tested versions, simulated by changing the installed one's number."""
 
 import warnings
 

@@ -581,9 +581,7 @@ def changes_of(kind: str) -> dict[str, Callable[[State], object]]:
 
 
 class Case:
-    """A random sequence of changes, with a comparison before it and one or more after each
-    change.
-    """
+    """A random sequence of changes, with comparisons before it and after each change."""
 
     def __init__(self, seed: int, index: int, backend: str = "torch") -> None:
         draw = self.draw = Random(f"{seed} {index}")

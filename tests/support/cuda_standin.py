@@ -95,7 +95,7 @@ def install() -> None:
 
 @dataclass
 class Counts:
-    """What a block did: launches by kernel name, and the number of tensor maps encoded."""
+    """The counts of one block: launches by kernel name, and the number of encoded tensor maps."""
 
     launches: Counter[str] = field(default_factory=Counter)
     tensor_maps: int = 0
@@ -107,9 +107,7 @@ class Counts:
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Count launches and tensor maps in the block.  The counts are filled in when the block
-    ends.
-    """
+    """Count launches and tensor maps in the block.  The counts are set when it ends."""
     counts, before = Counts(), _so_far()
     yield counts
     after = _so_far()
@@ -127,9 +125,7 @@ def torch_kernels(step: Callable[[], object]) -> int:
 
 
 def _launched_in(event: torch.autograd.profiler_util.FunctionEvent) -> int:
-    """The number of kernels in the operations that this one calls, or 1 if it is a kernel
-    itself.
-    """
+    """The number of kernels that this operation calls, or 1 if it is a kernel itself."""
     return sum(map(_launched_in, event.cpu_children)) or _is_kernel(event.name)
 
 

@@ -99,9 +99,7 @@ LEFT_OUT = {
 
 
 def called(model: nn.Module) -> nn.Module:
-    """The model after a call without a backward: FSDP2 then keeps the root's parameters
-    unsharded.
-    """
+    """The model after a call without backward: FSDP2 leaves the root's parameters unsharded."""
     with torch.no_grad():
         model(input_ids=training.batch())
     return model
@@ -205,9 +203,7 @@ def own_model(what: str) -> nn.Module:
 
 
 def saved(folder: str, kind: str, what: str) -> tuple[str, list[str]]:
-    """Save one of our own models, sharded, after a step.  Returns its report and its layers'
-    names.
-    """
+    """Save an own model, sharded, after a step.  Returns its report and its layers' names."""
     model = (flat if kind == "fsdp1" else shard)(own_model(what))
     step(model)
     fastlora.save_adapter(model, folder, save_embedding_layers=what == "embeddings")
@@ -320,9 +316,7 @@ class Logits(nn.Module):
 
 
 def experts(ranks: int) -> Found:
-    """A model with adapters on its experts, made by apply_lora; sharded if there are several
-    ranks.
-    """
+    """A model with adapters on its experts by apply_lora; sharded if there are several ranks."""
     model = Logits()
     if ranks > 1:
         for block in (*model.model.model.layers, model):
@@ -331,9 +325,7 @@ def experts(ranks: int) -> Found:
 
 
 class Step(NamedTuple):
-    """A training step: its output and gradients, the number of fast blocks, and the report after
-    it.
-    """
+    """A training step: output and gradients, the number of fast blocks, the report after it."""
 
     numbers: list[Tensor]
     blocks: int
@@ -375,7 +367,7 @@ def quantised_mlp(
 def quantised_sharded(
     kind: str, storage: torch.dtype, units: str, cast: torch.dtype | None
 ) -> Step:
-    """``units``: the modules sharded by themselves, besides the model.  ``cast``: FSDP's param_dtype."""
+    """``units``: modules that are sharded by themselves.  ``cast``: FSDP's param_dtype."""
     model = quantised_mlp(kind, storage, cast or torch.float32)
     (block,) = [module for module in model.modules() if isinstance(module, LlamaMLP)]
     of = {"model": [], "block": [block], "layers": [getattr(block, name) for name in PARTS]}

@@ -188,9 +188,7 @@ def step(
 
 
 def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") -> list:
-    """Forward and backward of eight experts, some without rows.  Returns the inputs and the
-    results.
-    """
+    """Forward and backward of eight experts, some without rows.  Returns inputs and results."""
     import fastlora
 
     experts, K, N = 8, 2048, 1536
@@ -213,9 +211,7 @@ def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") 
 
 
 def variants() -> dict[str, int]:
-    """The number of kernels Triton would compile for a layer over all LENGTHS, by plan and
-    dropout.
-    """
+    """How many kernels Triton would compile for a layer over all LENGTHS, by plan and dropout."""
     import triton
 
     from fastlora.kernels.launch import Launch, intercept
@@ -316,9 +312,7 @@ def tensors_of(output) -> list[torch.Tensor]:
 
 
 def unloaded() -> list[str]:
-    """The kernels of captured calls that unload their code when Triton forgets them.  It runs
-    last.
-    """
+    """Kernels of captured calls that unload their code when Triton forgets them.  Runs last."""
     import triton
 
     from fastlora.kernels.launch import intercept
@@ -336,9 +330,7 @@ def unloaded() -> list[str]:
 
 @dataclass
 class RandomLayer:
-    """A layer that no model has: any layouts, ranks and dtypes, and any choice of trainable
-    tensors.
-    """
+    """A layer with any layouts, ranks and dtypes, and any choice of trainable tensors."""
 
     x: Tensor
     outputs: list[Output[Tensor]]
@@ -356,8 +348,7 @@ class RandomLayer:
 
 
 def random_layer(seed: int) -> RandomLayer:
-    """A layer of up to five outputs.  Some are frozen, some have two adapters.  No tensor is
-    filled.
+    """A layer of up to five outputs; some are frozen or have two adapters.  No tensor is filled.
 
     x has dtype float16, bfloat16 or float32, and so has each adapter.
     """

@@ -141,7 +141,7 @@ def assert_close(
     """Require error ≤ 2 · error(eager) + a few units in the last place.
 
     ``eager`` is the formula computed by PyTorch in the dtype under test.  The unit in the last
-    place is that of the coarser of ``value.dtype`` and ``dtype``, which is x's.
+    place belongs to the coarser of ``value.dtype`` and ``dtype`` (x's).
 
     ``size`` is the sum of the absolute values of all terms.  Where terms cancel, the error from
     rounding h or dh (half a unit) is relative to ``size``, not to the result.

@@ -82,9 +82,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launched(run: Callable[[], object], target: Target | None = None) -> list[Launch]:
-    """The launches that ``run`` makes, for this device or for a target.  None of them is
-    executed.
-    """
+    """The launches that ``run`` makes, for this device or for a target.  None is executed."""
     records: list[Launch] = []
     with use_target(target) if target else nullcontext(), intercept(records.append):
         run()

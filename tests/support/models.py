@@ -104,7 +104,7 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
 
 
 def around_values(model: nn.Module) -> list:
-    """Other state that a call may not change: classes, modes, members, hooks, requires_grad, the
+    """Other state that a call may not change: classes, modes, members, hooks, requires_grad,
     RNG.
     """
     parameters = model.named_parameters(remove_duplicate=False)
@@ -125,9 +125,7 @@ def refused(model: nn.Module, message: str, error: type[Exception] = ValueError)
 
 
 def numbers(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of x and of all trainable parameters, from a fixed random
-    state.
-    """
+    """The output and the gradients of x and all trainable parameters, from a fixed random state."""
     torch.manual_seed(3)
     x = x.detach().clone().requires_grad_()
     y = model(x)
@@ -175,9 +173,7 @@ def noted_calls(place: ModuleType, note: Callable) -> Iterator[None]:
 
 @contextmanager
 def noted_blocks(note: Callable) -> Iterator[None]:
-    """Call ``note(x, outputs)`` for every call of a block; outputs are those of gate, up and
-    down.
-    """
+    """Call ``note(x, outputs)`` for every call of a block, with gate's, up's and down's Output."""
     with noted_calls(mlp, lambda block, x: note(x, block.read().outputs)):
         yield
 

@@ -188,7 +188,7 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
 
 
 def _numbers_down(words: Tensor, bits: int, count: int) -> Tensor:
-    """Read each column's words as one large integer, lowest bits first, and split it: [count,
+    """Split each column's words, read as one large integer from its lowest bits: [count,
     columns].
     """
     columns = []

@@ -173,9 +173,7 @@ def assert_runs_the_same(
     fast: int,
     tolerance: float,
 ) -> Any:
-    """Check that :func:`run_both` gives equal results with ``fast`` fast calls; return the
-    result.
-    """
+    """Check that :func:`run_both` gives equal results with ``fast`` fast calls; return ours."""
     got, expected, calls = run_both(run, theirs, ours)
     assert len(calls) == fast
     assert_same(got, expected, tolerance)

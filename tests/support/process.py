@@ -145,8 +145,9 @@ def _join(store: str, rank: int, size: int) -> None:
 
 
 def _call(task: bytes) -> bytes:
-    """Arguments and results are pickled bytes: tensors would travel as shared memory, which ends
-    with the process.
+    """Run a pickled call and pickle its result.
+
+    Tensors would otherwise travel as shared memory, which ends with the process.
     """
     function, arguments, settings = pickle.loads(task)
     return pickle.dumps(function(*arguments, **settings))

@@ -1,6 +1,4 @@
-"""Quantized layers of several vendors, made on a CPU; tests of a vendor not installed are
-skipped.
-"""
+"""Quantized layers of several vendors, made on a CPU; tests of a missing vendor are skipped."""
 
 from importlib.util import find_spec
 from inspect import signature
@@ -140,9 +138,7 @@ BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
 
 
 def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
-    """A frozen layer of random weights with a bias.  Every GGUF type has a kind,
-    ``gguf-<type>``.
-    """
+    """A frozen layer of random weights with a bias.  Each GGUF type has a kind ``gguf-<type>``."""
     if kind in ("nf4", "fp4", "int8"):
         return _bitsandbytes(k, n, dtype, kind, **settings).requires_grad_(False)
     if kind not in _MAKERS and kind.startswith("gguf-"):
