@@ -1,9 +1,9 @@
-"""What the compiler makes of every kernel and config, for GPUs that nobody needs to have here.
+"""Compiles every kernel and config for named GPUs, and checks the compiled code.  It needs no GPU.
 
-Each config in a form or more, experts' forms on every other target, and rare forms on every fourth.
-What a family of GPUs has in common is compiled for one of them, in turn; under another Triton for
-each.  `make compile-report` has all of them everywhere.  sm_86 has the configs of sm_89, which is
-here.
+Each config is compiled in one form or more; experts' forms on every other target, rare forms on
+every fourth.  Code that a family of GPUs shares is compiled for one GPU of the family in turn;
+another version of Triton compiles it for every GPU.  `make compile-report` compiles everything
+everywhere.  sm_86 uses the configs of sm_89, which is a target here.
 """
 
 import json
@@ -36,7 +36,7 @@ TARGETS = [name for name in REPORTED if name != "sm_86"]
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> list[dict]:
-    """On all targets: one process imports what a compiler needs."""
+    """The report for all targets.  Only one process imports the compilers."""
     path = tmp_path_factory.mktemp("compile") / "report.json"
     options = ("--brief" if OTHER_TRITON else "--turns", "--target", *TARGETS, "--json", path)
     run_without_interpreter("-m", "tools.compile_report", *options)
@@ -47,8 +47,8 @@ def every(row) -> bool:
     return True
 
 
-# What spills more than the claims below have it: instructions in loops, and bytes of a thread.
-# Three masks share their columns' hashes, which the compiler keeps.
+# Cases that spill more than the claims below allow: instructions in loops, and bytes of a thread.
+# Three masks share the hashes of their columns, and the compiler keeps those in registers.
 SPILLS = {
     "sm_90 dA 32x32-w4-s4 bf16 n3 mask": (2, 64),
     "sm_100 dA 32x32-w4-s4 bf16 n3 mask": (1, 64),
@@ -74,7 +74,7 @@ def stack_is_small(row, code) -> bool:
 
 
 def all_but_one(row) -> bool:
-    """Before 3.9 Triton spills in a loop of this one (at most 64 bytes, see below)."""
+    """Before 3.9, Triton spills in a loop of this case (at most 64 bytes, see below)."""
     return not (VERSION < (3, 9) and row["case"].endswith(" y default f32-tf32 s8"))
 
 
@@ -82,7 +82,7 @@ def has_config(row) -> bool:
     return bool(row["config"]) and row["kernel"] != "sum_planes"
 
 
-# By name: which kernels it is about, and what holds of them.
+# Values: the rows of the report that a claim is about, and the condition for a row.
 CLAIMS = {
     "loops-over-steps-spill-nothing": (all_but_one, spills_no_more),
     "a-thread-spills-at-most-64-bytes": (every, stack_is_small),
@@ -90,13 +90,14 @@ CLAIMS = {
         has_config,
         lambda row, code: code["shared_memory"] <= row["estimated"] <= row["limit"],
     ),
-    # One that needs too much tensor memory compiles to a kernel that does nothing.
+    # A config that needs too much tensor memory compiles to a kernel that does nothing.
     "results-are-stored": (every, lambda row, code: code["stores"] > 0),
-    "products-run-on-tensor-cores": (  # but for exact float32, which NVIDIA's have not
+    # except exact float32, which NVIDIA's tensor cores can't compute
+    "products-run-on-tensor-cores": (
         lambda row: has_config(row) and not row["ieee"],
         lambda row, code: code["tensor_core"] > 0,
     ),
-    "exact-float32-uses-no-tensor-cores": (  # of NVIDIA's, none is exact
+    "exact-float32-uses-no-tensor-cores": (  # NVIDIA's tensor cores are never exact in float32
         lambda row: row["ieee"] and row["target"] != "gfx942",
         lambda row, code: code["tensor_core"] == 0,
     ),
@@ -104,19 +105,19 @@ CLAIMS = {
         lambda row: not row["descriptors"],
         lambda row, code: code["tma_loads"] + code["tma_stores"] == 0,
     ),
-    # Blackwell's tensor cores get them wrong, as Triton 3.6 to 3.8 compile them (triton#10821).
+    # On Blackwell, such products are wrong as compiled by Triton 3.6 to 3.8 (triton#10821).
     "no-product-of-a-loop-adds-to-another-of-its-pass": (
         every,
         lambda row, code: code["chained"] == 0,
     ),
-    # ptxas before 13.3 does so, where Triton lets wgmma's operands lie in registers (triton#9433).
+    # ptxas before 13.3 overwrites them if Triton keeps wgmma's operands in registers (triton#9433).
     "no-register-that-a-wgmma-reads-is-written": (
         every,
         lambda row, code: code["overwritten"] == 0,
     ),
-    # ptxas 12.9 drops the number of a second one (triton#11581).
+    # ptxas 12.9 drops the value of a second addition (triton#11581).
     "16-bit-integers-are-not-added-in-pairs": (every, lambda row, code: code["packed_adds"] == 0),
-    # Its barrier comes before its loads are there (triton#11696).
+    # The barrier is then placed before the loads have finished (triton#11696).
     "amd-s-loops-are-not-cut-into-two-clusters": (
         every,
         lambda row, code: code["two_clusters"] == 0,
@@ -146,12 +147,12 @@ def test_descriptors_load_and_store_by_tma(report):
     assert {row["target"] for row in described} == {"sm_90", "sm_100"}
     for row in described:
         assert row["compiled"]["tma_loads"] > 0, row["case"]
-        # A segment's last tile ends anywhere.
+        # a segment's last tile may end at any row, so it is stored without TMA
         assert (row["compiled"]["tma_stores"] > 0) == (row["segments"] == 0), row["case"]
 
 
 def is_turned(row) -> bool:
-    """Whether tensor memory would have to turn its tiles, which races (kernels/faults.py)."""
+    """Whether tensor memory would have to transpose tiles, which races (kernels/faults.py)."""
     return row["target"] == "sm_100" and row["form"] == "dx" and "f32-tf32" in row["case"]
 
 
@@ -166,7 +167,7 @@ def test_a_config_with_descriptors_uses_them_but_for_adding_and_turning(report):
 
 @pytest.mark.parametrize("family", FAMILIES, ids="-".join)
 def test_experts_are_compiled_in_every_form_and_with_tiles_of_few_rows_and_of_many(family):
-    """On the targets of a family together; no loop of any spills (above)."""
+    """For the targets of each family together.  No loop of any form spills (see above)."""
     found = [each for each in cases_in_turn(TARGETS) if each.target in family and each.form]
     of_experts = [each for each in found if each.form.segments]
     assert {each.form.name for each in of_experts} == {"y", "dx", "y+", "dx+", "h", "dA", "dB,dh"}
@@ -188,8 +189,11 @@ def test_gated_kernels_use_no_shared_memory_and_spill_nothing(report):
 
 
 def test_every_default_config_is_compiled(report):
-    """For a target of each family; but for rows that no form fits there: of sm_80's shared memory,
-    and a fault's (faults.py)."""
+    """Every default config is compiled for a target of each family.
+
+    Two exceptions: rows that fit no form because of sm_80's shared memory, and a compiler fault
+    (faults.py).
+    """
     for family in FAMILIES:
         targets = [name for name in family if name in TARGETS]
         compiled = [row["config"] for row in report if row["target"] in targets]
@@ -228,19 +232,19 @@ print(json.dumps([launched, refused, report.rows_of(case)[0], overwritten]))
 
 @pytest.fixture(scope="module")
 def asked() -> list:
-    """Of launches on sm_90 that aren't compiled, and of a config that spills."""
+    """Launches on sm_90 that aren't compiled, and a config that spills."""
     return json.loads(run_without_interpreter("-c", ASKED))
 
 
 def test_a_launch_compares_no_global_value(asked):
-    """Triton would, for each that a kernel reads, at every launch: some 5 µs."""
+    """Triton compares each global that a kernel reads at every launch, which takes about 5 µs."""
     names = {"gemm_lowrank", "lowrank", "project", "weight_grad", "sum_planes", "gated"}
     assert {name for name, *_ in asked[0]} == {*names, "gated_backward", "dequant"}
     assert all(key and compared == {} for _, key, compared, _ in asked[0])
 
 
 def test_a_profiler_of_tritons_is_told_the_stated_work(asked):
-    """As ``launch_metadata``, which Triton calls with the arguments by name."""
+    """Triton calls ``launch_metadata`` with the arguments by name."""
     assert len(asked[0]) > 7
     assert all(told for *_, told in asked[0])
 
@@ -253,7 +257,7 @@ def test_a_config_that_spills_is_seen_and_refused(asked):
 
 
 def test_a_product_that_adds_to_another_of_its_pass_is_seen():
-    """In one pass of a loop, and not in two loops after each other."""
+    """Two products in one pass of a loop count; products in two consecutive loops don't."""
     loop = "%a = scf.for %i = %0 to %1 step %2 iter_args(%s = %z) -> (f32) : i32 {{\n{}}} loc(#1)\n"
     one, two = "%p = tt.dot %x, %w, %s : f32 loc(#2)\n", "%q = tt.dot %h, %b, {} : f32\n"
     assert chained_products(loop.format(one + two.format("%p"))) == 1
@@ -262,7 +266,7 @@ def test_a_product_that_adds_to_another_of_its_pass_is_seen():
 
 
 def test_a_register_that_is_written_while_a_wgmma_reads_it_is_seen(asked):
-    """Masked TF32 x in tiles of 64 rows, before Triton 3.9; `why_not` refuses them."""
+    """For masked TF32 x in tiles of 64 rows, before Triton 3.9; `why_not` refuses them."""
     *_, overwritten = asked
     assert (overwritten > 0) == (VERSION < (3, 9))
 
@@ -299,7 +303,7 @@ def test_what_a_wgmma_reads_is_its_own_until_somebody_waits(lines, count):
 
 
 def test_a_product_that_amd_s_compiler_cuts_into_two_clusters_is_seen():
-    """M, N, K and bits of an operand: 2^25 in all."""
+    """From 2^25 on: M · N · K · bits of an operand."""
     line = "%d = tt.dot %a, %b, %c : tensor<{}x{}xf16> * tensor<{}x{}xf16> -> tensor<{}x{}xf32>\n"
     assert products_in_two_clusters(line.format(256, 64, 64, 128, 256, 128)) == 1
     assert products_in_two_clusters(line.format(128, 64, 64, 128, 128, 128)) == 0

@@ -1,4 +1,4 @@
-"""Configs: what fits, what is chosen, how an axis is cut; and the target they are chosen for."""
+"""Configs: which ones fit, which are chosen, how an axis is split, and their target."""
 
 from dataclasses import replace
 from itertools import chain, product
@@ -91,7 +91,7 @@ def test_candidates_fit_and_hold_the_default_and_its_neighbours(target, kernel):
             assert sum(a != b for a, b in pairs) == 1
         assert len(found) == len(set(found)) >= 1
         assert all(config.why_not(target, one) == "" for config in found)
-        if kernel != "lowrank" and target.name != "gfx950":  # which has none (faults.py)
+        if kernel != "lowrank" and target.name != "gfx950":  # it has no pipelines (faults.py)
             assert {config.stages for config in found} > {default.stages}
 
 
@@ -111,7 +111,7 @@ def test_candidates_fit_and_hold_the_default_and_its_neighbours(target, kernel):
 )
 @every_target
 def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, projections, masked):
-    """Each of them compiles in the middle of training."""
+    """Few, because each config compiles during training."""
     for n in (640, 14336):
         one = call(n=n, projections=projections, masked=masked, **options)
         found = {
@@ -165,7 +165,8 @@ def thin(*columns: int) -> list[Tensor]:
     return [torch.empty(20, each, device=DEVICE) for each in columns]
 
 
-OF_RANK_200 = {  # what is made in the same launch would lack its other columns
+# these results use all columns in one step, so a rank of several steps would be wrong
+OF_RANK_200 = {
     "h": lambda x, u, v, config: gemm_lowrank(
         *thin(30), [x], [x.T @ x], [u], [v.T], precision="ieee", a=v, config=config and GEMM
     ),
@@ -203,7 +204,7 @@ def test_splits_are_as_long_as_their_planes_pay(least, count, steps):
 
 
 def first_launch(target, form):
-    """Of a form's call, on tensors without memory."""
+    """The first launch of a form's call, on meta tensors."""
     return launched(lambda: Operands(form, "meta").run(), TARGETS[target])[0]
 
 
@@ -224,7 +225,7 @@ def first_launch(target, form):
     ],
 )
 def test_thin_products_ask_little_of_l2_as_their_launchers_state(name, ranks, most, masked, target):
-    """In passes over x: what a config is chosen by, and the bytes of the launch."""
+    """In passes over x: the ratio that a config is chosen by, and the bytes its launch states."""
     form = Form(name, 8192, 4096, ranks, dropout=0.1 * masked)
     config = default_config(form.kernel, TARGETS[target], form.call)
     work = first_launch(target, form).work()
@@ -237,7 +238,7 @@ def test_thin_products_ask_little_of_l2_as_their_launchers_state(name, ranks, mo
 
 @pytest.mark.parametrize("name", ["h", "dA"])
 def test_masks_of_a_group_keep_two_programs_on_each_processor(name):
-    """But on GeForce, where memory is slower; and at a high rank, where two don't fit."""
+    """Except on GeForce, whose memory is slower, and at high ranks, where two don't fit."""
     for target, ranks, p in product(NVIDIA, ((16,) * 3, (64,) * 3, (16,)), (0.0, 0.1)):
         programs = prod(first_launch(target, Form(name, 8192, 4096, ranks, dropout=p)).grid)
         processors = TARGETS[target].processors
@@ -264,7 +265,7 @@ def test_chunks_take_every_projection_once(count):
 
 @pytest.mark.parametrize(("target", "kernel"), DEFAULTS, ids=" ".join)
 def test_tables_have_every_product_and_run_from_large_tiles_to_small(target, kernel):
-    """But for the usual row of a thin product, which is the first."""
+    """The usual row of a thin product comes first and is exempt from the order."""
     tables, first = (
         DEFAULTS[target, kernel],
         int(kernel.startswith(("lowrank", "project", "weight"))),

@@ -1,4 +1,4 @@
-"""Faults of compilers: what is launched in their place, by version and device."""
+"""Compiler faults: the configs used to avoid them, by version and device."""
 
 from types import SimpleNamespace
 
@@ -46,7 +46,7 @@ def test_a_masked_tf32_x_stays_off_wgmma_before_ptxas_13_3(monkeypatch, name, ve
 
 
 def described(name, precision="ieee", dtype=torch.float32, **matrices):
-    """Whether the product goes by descriptors there: x [256, 512] times w [512, 256]."""
+    """Whether x [256, 512] times w [512, 256] uses tensor descriptors on this target."""
     p = torch.empty(256, 512, dtype=dtype, device="meta")
     operands = {"p": p, "q": torch.empty(256, 512, dtype=dtype, device="meta").mT} | matrices
     out = torch.empty(256, 256, dtype=dtype, device="meta")
@@ -57,7 +57,8 @@ def described(name, precision="ieee", dtype=torch.float32, **matrices):
     return launched(call, TARGETS[name])[-1].arguments["DESCRIPTORS"]
 
 
-TURNED = torch.empty(512, 256, device="meta")  # as dx reads the weight: its depth isn't last
+# dx reads the weight transposed: its depth isn't the last axis
+TURNED = torch.empty(512, 256, device="meta")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def truth(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> list[Tensor]
 
 
 def check(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    """Each is computed in float32 and rounded once."""
+    """Require results that are computed in float32 and rounded once."""
     found = [poisoned(*gate.shape, dtype=gate.dtype) for _ in range(3)]
     assert gated(gate, up, activation, found[0]) is found[0]
     gated_backward(dy, gate, up, activation, found[1], found[2])
@@ -64,7 +64,7 @@ def test_rows_of_any_stride(layout):
 
 
 def test_halves_of_one_matrix():
-    """As experts have gate and up, and as their gradients lie."""
+    """Experts have gate and up as halves of one matrix; the gradients are halves also."""
     both, dy = random(5, 80), random(5, 40)
     gate, up = both.chunk(2, dim=1)
     gradients = poisoned(5, 80)
@@ -86,7 +86,7 @@ def test_in_the_place_of_dy(activation):
 
 @activations
 def test_large_numbers_and_what_is_no_number(activation):
-    """As torch's own operations have it, both backends."""
+    """Both backends must agree with torch's own operations."""
     gate = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, torch.nan]])
     gate = gate.to(DEVICE)
     dy, up = torch.full_like(gate, 0.5), torch.full_like(gate, 2.0)

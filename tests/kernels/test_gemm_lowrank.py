@@ -29,7 +29,7 @@ DESCRIPTORS = GemmConfig(32, 32, 16, warps=4, stages=2, descriptors=True)
 
 
 def case(m, n, depths, ranks, dtype=F32, adapter_dtype=None, layouts=("contiguous",) * 3):
-    """p, q, u, v of one call; ``layouts`` are those of p, q and v."""
+    """p, q, u, v of one call; ``layouts``: p's, q's and v's."""
     p_layout, q_layout, v_layout = layouts
     return (
         [random(m, k, dtype, p_layout) for k in depths],
@@ -40,12 +40,12 @@ def case(m, n, depths, ranks, dtype=F32, adapter_dtype=None, layouts=("contiguou
 
 
 def transposed(matrices):
-    """The same numbers, as weight.T has them in memory."""
+    """Equal matrices in the memory layout of weight.T."""
     return [matrix.T.contiguous().T for matrix in matrices]
 
 
 def check(ps, qs, us, vs, *, bias=None, p=0.0, seeds=None, add=False, config=None):
-    """The output against float64; returns it.  Around it in memory nothing is written."""
+    """Check the output against float64 and return it; memory around it must stay unwritten."""
     dtype, (m, n) = us[0].dtype, (len(us[0]), vs[0].shape[1])
     memory = poisoned(m + 4, n, dtype=dtype)
     out = memory[2:-2]
@@ -106,7 +106,7 @@ def test_any_strides(p_layout, q_layout):
 
 @pairwise({"r": [5, 150], "masked": MASKED, "bias": {"": False, "bias": True}})
 def test_low_rank_products_alone(bias, r, masked):
-    """What is added to a product of torch's."""
+    """The low-rank term that is added to a product computed by torch."""
     seeds, b = draw_seeds(2) if masked else None, random(1, 33, F16)[0] if bias else None
     operands = case(40, 33, [], [r, 3], BF16, F32)
     for add in (False, True):
@@ -143,7 +143,7 @@ def test_any_tile(tile, group, aligned, masked):
     }
 )
 def test_both_loaders_give_the_same_bits(tile, layout, orientation, masked):
-    """With descriptors a few programs, here 2, walk over all tiles; but for a masked group."""
+    """With descriptors, few programs (here 2) walk over all tiles, unless a group is masked."""
     ps, qs, us, vs = case(40, 72, [24, 8], [5, 70], BF16, F32, (layout, layout, "contiguous"))
     if orientation == "y":
         qs = [random(72, len(q), BF16, layout).copy_(q.T).T for q in qs]
@@ -160,7 +160,7 @@ def test_both_loaders_give_the_same_bits(tile, layout, orientation, masked):
 
 
 def test_descriptors_are_arguments_of_their_own():
-    """A launch of Triton 3.6 looks for them nowhere else, not inside of tuples either."""
+    """A launch of Triton 3.6 finds descriptors only there; it doesn't look inside of tuples."""
     with recorded() as records:
         check(*case(40, 72, [24, 8], [5, 70], BF16, F32), config=DESCRIPTORS)
     (arguments,) = (record.arguments for record in records)
@@ -179,7 +179,7 @@ def test_descriptors_are_arguments_of_their_own():
         ("q with gaps", 40, 40, ("contiguous", "every-second-column", "contiguous")),
         ("p off by one element", 40, 32, ("odd", "contiguous", "contiguous")),
         ("one row of p for all", 40, 24, 0),
-        ("rows of p that overlap", 40, 24, 8),  # TMA wants a stride of their length at least
+        ("rows of p that overlap", 40, 24, 8),  # TMA requires a stride of at least the row's length
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -196,7 +196,7 @@ def test_what_a_descriptor_cannot_describe_is_loaded_by_pointers(reason, n, k, l
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("r", [2, 70])
 def test_what_is_dropped_is_gone(r, value):
-    """An infinity in v reaches only what is kept of its column."""
+    """An infinity in v reaches only the kept elements of its column."""
     ps, qs, us, vs = case(20, 40, [16], [r])
     seeds = draw_seeds(1)
     (mask,) = keep_masks(seeds, (20, 40), 0.5, 1)
@@ -210,7 +210,7 @@ def test_what_is_dropped_is_gone(r, value):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_nothing_is_rounded_between_steps_over_the_rank(masked):
-    """u v reaches a million, which float16 doesn't have, and comes back to 96."""
+    """u v reaches a million, too much for float16, and comes back to 96."""
     us, vs = [torch.ones(16, 128, dtype=F16, device=DEVICE)], [random(128, 32, F16)]
     vs[0][:64], vs[0][64:127], vs[0][127] = 16384, -16384, -16288
     seeds, out = draw_seeds(1) if masked else None, poisoned(16, 32, dtype=F16)
@@ -220,7 +220,7 @@ def test_nothing_is_rounded_between_steps_over_the_rank(masked):
 
 
 def test_a_bias_is_rounded_before_it_is_added():
-    """To x's dtype, as torch rounds it: of 1.005 bfloat16 has 1.0078125."""
+    """To x's dtype, like torch: 1.005 is 1.0078125 in bfloat16."""
     u, v = torch.ones(4, 1, dtype=BF16, device=DEVICE), torch.full((1, 16), -1.0, device=DEVICE)
     out, bias = poisoned(4, 16, dtype=BF16), torch.full((16,), 1.005, device=DEVICE)
     lowrank(out, [u], [v], precision="ieee", bias=bias)
@@ -228,7 +228,7 @@ def test_a_bias_is_rounded_before_it_is_added():
 
 
 def test_one_bias_for_a_group_of_many():
-    """Groups that take several launches get it from the first alone."""
+    """If a group takes several launches, only the first one adds the bias."""
     us, vs = [random(8, 2) for _ in range(6)], [torch.zeros(2, 16, device=DEVICE)] * 6
     bias, out = random(1, 16)[0], poisoned(8, 16)
     lowrank(out, us, vs, precision="ieee", bias=bias)
@@ -243,7 +243,7 @@ def test_one_bias_for_a_group_of_many():
     }
 )
 def test_u_made_in_the_same_launch(m, n, k, descriptors, orientation):
-    """u = factor · p a, as project makes it, and the output that follows from it."""
+    """u = factor · p a, as computed by project, and the output that uses it."""
     (p,), (q,), _, (v,) = case(m, n, [k], [5], BF16, F32)
     if orientation == "y":
         (q,) = transposed([q])

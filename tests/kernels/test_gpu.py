@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, devices, and tensors beyond 2³¹ elements."""
+"""Tests that need a GPU: streams, graphs, several devices, and tensors beyond 2³¹ elements."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_tuning_measures_what_runs_from_then_on(tmp_path, monkeypatch):
 
 
 def experts_step() -> list[torch.Tensor]:
-    """Six experts, one of them without rows, and rows that are nobody's."""
+    """Six experts, one of them without rows, and rows that belong to no expert."""
     shapes = (4000, 1024), (6, 16, 1024), (6, 1536, 16)
     generator = torch.Generator("cuda").manual_seed(3)
     x, lora_a, lora_b = leaves = [
@@ -92,7 +92,7 @@ def test_a_thousand_repeats_beside_a_busy_stream_have_the_same_bits(run):
     matrix, unlike = torch.randn(4096, 4096, dtype=torch.bfloat16), torch.zeros(len(expected))
     for _ in range(1000):
         with torch.cuda.stream(stream):
-            matrix @ matrix  # takes processors and memory from the kernels
+            matrix @ matrix  # takes processors and memory bandwidth from the kernels
         found = once()
         unlike += torch.stack([(a != b).sum() for a, b in zip(found, expected, strict=True)])
     assert unlike.tolist() == [0.0] * len(expected)
@@ -101,7 +101,7 @@ def test_a_thousand_repeats_beside_a_busy_stream_have_the_same_bits(run):
 @pytest.mark.usefixtures("plan")
 @pytest.mark.parametrize("run", REPEATED.values(), ids=REPEATED)
 def test_a_step_for_the_sanitizer(run):
-    """The visit runs it under compute-sanitizer; here its numbers have to be numbers."""
+    """benchmarks/visit.py runs it under compute-sanitizer; here it only requires finite numbers."""
     assert all(tensor.isfinite().all() for tensor in run())
 
 
@@ -113,7 +113,7 @@ def test_triton_is_the_default():
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_nothing_waits_for_the_device(dropout):
     layer, x = make_layer(dropout), make_x()
-    step(layer, x)  # compiled
+    step(layer, x)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(layer, x)
@@ -136,7 +136,7 @@ def test_a_graph_replays_both_directions():
 
 @pytest.mark.usefixtures("plan")
 def test_every_replay_draws_its_own_mask_for_both_directions():
-    """With N = r = 1 and ones, y counts the inputs kept, and d lora_a says which they were."""
+    """With N = r = 1 and ones, y counts the kept inputs, and d lora_a shows which ones they are."""
     layer = fastlora.LoRALinear(256, 1, bias=False, r=1, lora_alpha=1, lora_dropout=0.5)
     for parameter, value in ((layer.weight, 0.0), (layer.lora_A, 1.0), (layer.lora_B, 1.0)):
         nn.init.constant_(parameter, value)
@@ -167,7 +167,7 @@ def test_launches_go_to_the_current_stream():
     late = torch.zeros_like(x)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)
-        late.copy_(x.detach())  # who doesn't wait for this reads zeros
+        late.copy_(x.detach())  # a kernel on another stream would read zeros
         found = step(layer, late.requires_grad_())
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -194,8 +194,8 @@ def test_more_than_2_31_elements():
     y = fastlora.lora_linear(x, *projection[:3], scale=0.5)
     last = x.detach()[-200:].clone().requires_grad_()
     y_last = fastlora.lora_linear(last, *projection[:3], scale=0.5, backend="torch")
-    # Two results, each rounded once, are up to a unit apart, 2⁻⁷ of them; h's rounding adds up to
-    # 0.2 % of the largest.  What tensor cores cut off is far less (docs/maths.md).
+    # Two results, each rounded once, may differ by one unit, 2⁻⁷ of their value.  Rounding h adds
+    # up to 0.2 % of the largest value.  The error of tensor cores is far smaller (docs/maths.md).
     torch.testing.assert_close(y[-200:], y_last, rtol=1e-2, atol=2.0)
     dy = torch.zeros_like(y)
     dy[-200:] = torch.randn(200, 4096, dtype=torch.bfloat16)

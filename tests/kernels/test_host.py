@@ -1,6 +1,6 @@
-"""The host's side of launches on an H100, without one: a stand-in for its driver launches nothing.
+"""The host side of launches on an H100, tested without a GPU: a stand-in replaces the driver.
 
-Everything above the driver runs for real: launchers, Triton's binder, tensor maps, C launcher.
+Everything above the driver is real: launchers, Triton's binder, tensor maps, C launcher.
 """
 
 import json
@@ -11,7 +11,7 @@ from process import run_without_interpreter
 
 WORKER = Path(__file__).parents[1] / "support" / "host_worker.py"
 KERNELS = ("project", "gemm_lowrank", "lowrank", "weight_grad", "sum_planes")
-# Of each, and tensor maps: of a forward and a backward.
+# For a forward and a backward: the launches of each kernel, and the number of tensor maps.
 LAUNCHES = {
     "in-place": (1, 0, 1, 2, 3, 0),
     "in-place-long": (1, 0, 2, 2, 3, 0),
@@ -28,7 +28,7 @@ MOST_VARIANTS = 8
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    """What the worker prints, by the name of its functions."""
+    """The worker's results, by the names of its functions."""
     found = json.loads(run_without_interpreter(WORKER))
     if "skipped" in found:
         pytest.skip(found["skipped"])
@@ -58,7 +58,7 @@ def test_a_layer_launches_as_often_as_it_did(layer, found):
 
 @pytest.mark.parametrize("call", ["plain", "all"])
 def test_experts_launch_as_a_layer_does_and_replays_hand_over_the_same(call, found):
-    """Of a weight the map has three dimensions; y and dx, whose tiles end anywhere, have none."""
+    """A weight's tensor map is 3D.  y and dx have no map, because their tiles end at any row."""
     assert launched(found["experts"][call]["launches"]) == (1, 2, 0, 2, 1, 4)
     assert found["experts"][call]["differences"] == []
 

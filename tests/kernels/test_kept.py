@@ -1,4 +1,4 @@
-"""Calls that are resolved once and replayed, against the same calls made step by step."""
+"""Captured and replayed calls, against the same calls made step by step."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ K = 40
 
 @contextmanager
 def resolved():
-    """The calls that are resolved inside the block."""
+    """The calls that are captured inside the block."""
     real, new = kept.script_of, []
 
     def resolve(*call):
@@ -51,7 +51,7 @@ def frozen(out=24, r=4):
 
 
 def step(x, projections, p=0.0):
-    """Outputs and gradients of one training step, all bits."""
+    """Outputs and gradients of one training step; tests compare them bit for bit."""
     torch.manual_seed(3)
     leaves = [x] + [t for one in projections for t in one[:4] if t is not None and t.requires_grad]
     ys = fastlora.lora_linears(x, projections, dropout=p, backend="triton")
@@ -68,7 +68,7 @@ def test_a_new_kind_inside_a_capture_is_an_error_and_a_known_one_is_not(monkeypa
 
 
 def test_a_room_may_be_of_an_odd_size():
-    """Sums in float32 lie before a dh of 30 bytes."""
+    """The sums in float32 are followed by a dh of 30 bytes in the workspace."""
     x = torch.randn(5, K, dtype=torch.bfloat16, requires_grad=True)
     one = projection(r=3, dtype=torch.bfloat16)
     with resolved() as new:
@@ -103,7 +103,7 @@ def test_what_matters_makes_another_call(change):
 
 
 def test_one_tensor_in_two_places_and_apart_again():
-    """What is kept knows places, not tensors: it doesn't take one for the other later on."""
+    """A capture knows positions of arguments, not tensors, so equal tensors may differ later."""
     square = torch.randn(K, K)
     shared = fastlora.Projection(square, square, square)
     apart = fastlora.Projection(*(torch.randn(K, K) for _ in range(3)))
@@ -115,7 +115,7 @@ def test_one_tensor_in_two_places_and_apart_again():
 
 
 def test_a_saved_h_may_come_back_in_another_layout():
-    """It is what hooks on saved tensors give; kernels read rows that lie end to end."""
+    """Hooks on saved tensors may change the layout; kernels need contiguous rows."""
     x, one = torch.randn(28, K, requires_grad=True), projection()
     expected = step(x, [one])
 
@@ -130,7 +130,7 @@ def test_a_saved_h_may_come_back_in_another_layout():
 
 
 class Slow(dict):
-    """Other threads run while this one looks for the first key, and when it has gone."""
+    """A dict that lets other threads run while it finds its first key and after it removes one."""
 
     def __iter__(self):
         keys = super().__iter__()
@@ -147,7 +147,7 @@ class Slow(dict):
 
 
 def test_threads_may_keep_calls_at_one_time(monkeypatch):
-    """Each makes room for its own, and takes the oldest out."""
+    """Each thread evicts the oldest entry for its own new one."""
     monkeypatch.setattr(kept, "_MOST", 2)
     monkeypatch.setattr(
         kept, "script_of", lambda *_: Script(lambda stream, x: [x], "", [], frozenset())
@@ -172,7 +172,7 @@ def test_nothing_of_the_callers_is_kept():
         assert not any(isinstance(each, torch.Tensor) for each in constants)
         buffers = buffers_of(script).values()
         assert buffers
-        assert all(each.untyped_storage().nbytes() <= 8 for each in buffers)  # an element
+        assert all(each.untyped_storage().nbytes() <= 8 for each in buffers)  # one element
 
 
 def test_the_oldest_go_when_there_are_too_many(monkeypatch):
@@ -191,7 +191,7 @@ def test_the_oldest_go_when_there_are_too_many(monkeypatch):
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_launch_hook_sees_every_launch(name):
-    """Profilers set it; the call then runs step by step, by Triton's own launches."""
+    """Profilers set launch hooks; the call then runs step by step through Triton's own launches."""
     chain = getattr(triton.knobs.runtime, name)
     x, one = torch.randn(61, K), frozen()
     chain.add(print)
@@ -204,7 +204,7 @@ def test_a_launch_hook_sees_every_launch(name):
 
 
 def test_a_recording_is_one_thread_s():
-    """Another thread's launch meanwhile is an ordinary one."""
+    """During a capture, a launch by another thread runs normally."""
 
     class Fake:
         ran = False

@@ -1,6 +1,6 @@
-"""Dropout in the kernels: the torch backend's mask, element by element, of any seed and p.
+"""Dropout in the kernels: the torch backend's mask, element by element, for any seed and p.
 
-That each kernel's numbers are those of the mask, in tiles of any size, is in its own tests.
+The tests of each kernel check that its numbers use this mask, for tiles of any size.
 """
 
 import pytest
@@ -15,7 +15,7 @@ SEEDS = [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123456789, -98765432198
 
 
 def check(seeds, shape, p, dtype=F32):
-    """(keep ∘ 1) I is the mask."""
+    """Check the mask by computing (keep ∘ 1) I."""
     x, eye = torch.ones(shape, dtype=dtype, device=DEVICE), torch.eye(shape[1], device=DEVICE)
     config, count = ProjectConfig(32, 32, warps=8, stages=2), len(seeds)
     options = {"precision": "ieee", "dropout": p, "seeds": seeds, "config": config}
@@ -31,14 +31,14 @@ def test_any_probability_and_shape(shape, p):
 
 
 def test_any_seed_and_one_for_each_of_a_group():
-    """In two launches; the seeds may be a part of others."""
+    """The group takes two launches, and the seeds are a view of a larger tensor."""
     check(torch.tensor([5, *SEEDS], device=DEVICE)[1:], (9, 20), 0.5, BF16)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kernel", ["project", "weight_grad", "one pass over x"])
 def test_what_is_dropped_is_gone(kernel, value):
-    """Of x; what gemm_lowrank and lowrank drop is their own product."""
+    """Dropped elements of x; gemm_lowrank and lowrank drop elements of their product instead."""
     x, seeds = random(40, 20), draw_seeds(1)
     (mask,) = keep_masks(seeds, x.shape, 0.5, 1)
     clean = torch.where(mask, x, 0.0)

@@ -1,6 +1,6 @@
-"""Operands whose elements lie more than 2³¹ apart: addresses are computed in 64 bits.
+"""Operands with elements more than 2³¹ apart, so addresses must be computed in 64 bits.
 
-The memory between them is never touched, so that on a CPU it isn't there.
+The memory between the elements is never touched, so a CPU doesn't allocate it.
 """
 
 import pytest
@@ -9,12 +9,12 @@ from kernel_cases import BF16, DEVICE, F32, poisoned, random
 
 from fastlora.kernels import gemm_lowrank, project, weight_grad
 
-FAR = 2**30 + 2**17  # three rows reach beyond 2³¹ elements, and 2³² bytes
+FAR = 2**30 + 2**17  # three rows reach beyond 2³¹ elements and 2³² bytes
 
 
 @pytest.fixture(scope="module")
 def memory():
-    """4 GiB of addresses."""
+    """A tensor of 4 GiB of address space."""
     try:
         return torch.empty(2 * FAR + 2**16, dtype=BF16, device=DEVICE)
     except RuntimeError as error:
@@ -23,7 +23,7 @@ def memory():
 
 @pytest.fixture(params=["far rows", "far columns"])
 def far(request, memory):
-    """A matrix [3, 40] or [40, 3] in it."""
+    """A matrix [3, 40] or [40, 3] inside of ``memory``."""
     if request.param == "far rows":
         matrix = torch.as_strided(memory, (3, 40), (FAR, 1))
     else:
@@ -55,7 +55,7 @@ def test_gemm_lowrank_of_p(far):
 
 
 def test_gemm_lowrank_of_q_and_v(far):
-    """far.T serves as both."""
+    """far.T is both q and v."""
     p, u = random(5, far.shape[1], BF16), random(5, far.shape[1], BF16)
     out = poisoned(5, len(far), dtype=BF16)
     gemm_lowrank(out, [p], [far.T], [u], [far.T], precision="ieee")

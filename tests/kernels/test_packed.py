@@ -1,4 +1,4 @@
-"""Packed weights in kernels: made dense bit for bit, and unpacked inside of a product."""
+"""Packed weights in kernels: dequantized bit for bit, and unpacked inside of a product."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def here(weight: Quantised) -> Quantised:
 
 
 def filled(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight; beside it in memory nothing is written."""
+    """The dense weight; memory around it must stay unwritten."""
     memory = poisoned(packed.of_all_experts.rows + 2, packed.columns, dtype=dtype)
     out = dequant(packed, memory[1:-1])
     assert memory[0].isnan().all()
@@ -51,7 +51,7 @@ def size_of(lefts: list[torch.Tensor], rights: list[torch.Tensor]) -> torch.Tens
 
 
 def assert_same(one: torch.Tensor, two: torch.Tensor, size: torch.Tensor) -> None:
-    """By bits in the interpreter.  Compiled, the product over bytes takes k in another order."""
+    """Bit-equal in the interpreter.  Compiled, the product over bytes sums k in another order."""
     if INTERPRETED.value:
         assert torch.equal(one, two)
     assert ((one.double() - two.double()).abs() <= torch.finfo(one.dtype).eps * size).all()
@@ -60,7 +60,7 @@ def assert_same(one: torch.Tensor, two: torch.Tensor, size: torch.Tensor) -> Non
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_dense_weight_is_the_formats_bit_for_bit(name, dtype):
-    """And by the definition: the product of float32, rounded once."""
+    """Also equal to the format's definition: a product in float32, rounded once."""
     weight = FORMATS[name]()
     made = filled(packed_of(here(weight)), dtype).cpu()
     assert torch.equal(made, by_elements(weight).to(dtype))
@@ -74,7 +74,7 @@ def test_each_expert_has_its_scale_of_all():
 
 
 def test_every_scale_of_mxfp4_and_nvfp4():
-    """Each with every code."""
+    """Each scale with every code."""
     dtype, packed = F32, torch.arange(256).to(torch.uint8).repeat(256, 1)
     bits = torch.arange(256).to(torch.uint8)[:, None]
     powers = bits.repeat(1, 16)
@@ -82,7 +82,7 @@ def test_every_scale_of_mxfp4_and_nvfp4():
     mxfp4, nvfp4 = MXFP4(256, 512), NVFP4(256, 512)
     for weight in (Quantised(mxfp4, (packed, powers)), Quantised(nvfp4, (packed, *e4m3))):
         made, truth = filled(packed_of(here(weight)), dtype).cpu(), weight.dense(dtype)
-        # Where no number is subnormal, which the interpreter rounds to zero, or infinite.
+        # Skip subnormal numbers, which the interpreter rounds to zero, and infinities.
         made, truth = made[2:251], truth[2:251]
         torch.testing.assert_close(made, truth, rtol=0, atol=0, equal_nan=True)
     last = packed_of(Quantised(mxfp4, (packed, powers)))
@@ -118,7 +118,7 @@ def test_every_number_of_float8_and_nan(dtype, blocks):
     }
 )
 def test_unpacking_in_a_product_gives_the_bits_of_the_dense_weight(kind, orientation, tile):
-    """With ragged tiles, and blocks of scales narrower and wider than a tile."""
+    """With ragged tiles, and blocks of scales that are narrower and wider than a tile."""
     m, out_features, in_features = 18, 40, 128 if kind.startswith("four") else 77
     packed = random_packed(kind, out_features, in_features, DEVICE)
     dense = filled(packed, BF16)

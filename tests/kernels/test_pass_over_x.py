@@ -1,4 +1,4 @@
-"""weight_grad with the low-rank term of dx in the same pass over x, against the two kernels."""
+"""weight_grad with dx's low-rank term in the same pass over x, against two separate kernels."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ SMALL = WeightGradConfig(16, 32, warps=4, stages=2)
 
 
 def results(x, us, lora_as, **options):
-    """dx and every d lora_a of one pass; around them in memory nothing is written."""
+    """dx and every d lora_a of one pass; memory around them must stay unwritten."""
     m, n = x.shape
     memory = poisoned(m + 4, n, dtype=x.dtype)
     d_lora_as = [poisoned(len(a) + 2, n, dtype=a.dtype) for a in lora_as]
@@ -46,9 +46,10 @@ def results(x, us, lora_as, **options):
 
 
 def check(x, us, lora_as, p=0.0, seeds=None, config=None, is_exact=False):
-    """dx is lowrank's, and every d lora_a is as near to float64 as PyTorch's.
+    """Check that dx equals lowrank's, and that every d lora_a is as near to float64 as PyTorch's.
 
-    To the bit on a GPU; here a BLAS may sum otherwise what lies transposed, unless sums are exact.
+    Bits are compared on a GPU.  On a CPU, a BLAS may sum transposed operands in another order, so
+    bits are compared only if sums are exact.
     """
     options = {"dropout": p, "seeds": seeds}
     dx, d_lora_as = results(x, us, lora_as, config=config, **options)
@@ -67,7 +68,7 @@ def check(x, us, lora_as, p=0.0, seeds=None, config=None, is_exact=False):
 
 
 def case(m, n, ranks, dtype=F32, adapter_dtype=F32, layouts=("contiguous",) * 2):
-    """x, every dh and lora_a of one call; ``layouts`` are those of x and lora_a."""
+    """x, every dh and lora_a of one call; ``layouts``: x's and lora_a's."""
     x_layout, a_layout = layouts
     return (
         random(m, n, dtype, x_layout),
@@ -99,7 +100,7 @@ def test_any_shape(m, n, p, ranks):
     }
 )
 def test_split_over_rows(m, dtype, adapter_dtype, p):
-    """Each split has rows of dx, and leaves a plane of d lora_a."""
+    """Each split computes rows of dx, and leaves a plane of partial sums for d lora_a."""
     operands, seeds = case(m, 40, (3, 4, 1), dtype, adapter_dtype), draw_seeds(3) if p else None
     made = []
     for count in (1, 10**4):
@@ -114,7 +115,7 @@ def test_split_over_rows(m, dtype, adapter_dtype, p):
 
 
 def test_a_rank_that_lowrank_cuts_into_steps_has_every_bit_of_sums_that_are_exact():
-    """Of whole numbers, in any order."""
+    """Sums of integers are exact in any order."""
     x, (u,), (lora_a,) = case(20, 24, (70,), BF16)
     check(x.round(), [u.round()], [lora_a.round()], is_exact=True)
 
@@ -153,7 +154,7 @@ def meta(*shape, dtype=BF16):
     "target", [t for t in TARGETS.values() if t.kind != "cpu"], ids=lambda t: t.name
 )
 def test_it_is_a_launch_less_than_two_kernels_for_hardly_more_bytes(target, m, n, r, count, p):
-    """The bytes are what both ways would launch, on tensors without memory."""
+    """Compares the bytes of both variants' launches, on meta tensors."""
     x, us = meta(m, n), [meta(m, r) for _ in range(count)]
     lora_as = [meta(r, n, dtype=F32) for _ in range(count)]
     options = {"precision": "ieee", "dropout": p}

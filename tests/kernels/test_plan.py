@@ -1,4 +1,7 @@
-"""Plans: what was measured near a call, else a rule, decides who multiplies by the base weight."""
+"""Plans decide whether torch or a kernel multiplies by the base weight.
+
+A measurement of a similar call decides; without one, a rule does.
+"""
 
 from dataclasses import replace
 
@@ -21,7 +24,7 @@ def planned(
     m=4096, n=4096, k=4096, r=16, ranks=None, masked=False, backward=False, width=None,
     target=TARGETS["sm_90"], dtype=torch.bfloat16,
 ):  # fmt: skip
-    """For x [m, width], as wide as the depth k unless that is a group's."""
+    """The plan for x [m, width]; width is the depth k except for groups."""
     x = torch.empty(m, width or k, dtype=dtype, device="meta")
     with use_target(target):
         return plan_for(x, n, k, ranks or [r], "ieee", masked=masked, backward=backward)
@@ -32,7 +35,7 @@ MEASURED = replace(TARGETS["sm_90"], device="NVIDIA H100")
 
 @pytest.fixture
 def table():
-    """What was measured on the device MEASURED."""
+    """Sets the measured rows of the device MEASURED."""
     yield lambda *rows: use_rows(rows)
     use_rows(())
 
@@ -44,7 +47,7 @@ def row(**changes):
 
 
 def launches(m, n, k, r, dtype=torch.bfloat16, target=TARGETS["sm_90"]) -> list[Launch]:
-    """The launches of one forward, on tensors without memory."""
+    """The launches of one forward, on meta tensors."""
     x, weight, lora_a, lora_b = (
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((m, k), (n, k), (r, k), (n, r))
     )
@@ -142,11 +145,11 @@ def test_a_row_of_another_kind_or_far_away_says_nothing(table, change):
     assert planned(target=MEASURED) == IN_PLACE
     table(row(**change), row())
     assert planned(target=MEASURED) == TUNED
-    assert planned() == IN_PLACE  # there is no such device
+    assert planned() == IN_PLACE  # the target isn't the measured device
 
 
 def test_rows_of_segments_are_for_segments(table):
-    """Whose number counts as another size."""
+    """The number of segments counts as a size."""
     x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
 
     def of_experts(count):
@@ -161,7 +164,7 @@ def test_rows_of_segments_are_for_segments(table):
 
 
 def test_the_depth_of_a_group_is_the_sum(table):
-    """It is an argument of its own, since x has the depth of one projection."""
+    """The depth is an argument of its own, because x has the depth of one projection only."""
     table(row(k=3 * 4096, projections=3))
     assert planned(k=3 * 4096, width=4096, ranks=[16] * 3, target=MEASURED) == TUNED
     assert planned(k=2**17, width=4096, ranks=[16] * 3, target=MEASURED) == IN_PLACE

@@ -1,4 +1,4 @@
-"""project: factor · (keep ∘ x) a, for a group, against float64."""
+"""project: factor · (keep ∘ x) a for a group, against float64."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def run(x, adapters, factors, **options):
 
 
 def check(x, adapters, p=0.0, seeds=None, config=None):
-    """Every product against float64; returns them."""
+    """Check every product against float64 and return all."""
     factors = FACTORS[: len(adapters)]
     found = run(x, adapters, factors, dropout=p, seeds=seeds, config=config)
     masks = keep_masks(seeds, x.shape, p, len(adapters))
@@ -49,7 +49,7 @@ def test_a_group_of_any_size_and_ranks(count, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("k", [64, 100])
 def test_split_over_k(k, dropout):
-    """Whether planes are summed afterwards depends on the device; the numbers don't."""
+    """The device decides whether planes are summed afterwards; the numbers are equal."""
     x, adapters = random(4, k, BF16), [random(k, 3, F32), random(k, 70, F32)]
     seeds = draw_seeds(2) if dropout else None
     found = []
@@ -70,7 +70,7 @@ def test_any_tile(config):
 
 @pytest.mark.parametrize("count", [1, 10**4], ids=["whole", "split"])
 def test_the_factor_comes_before_the_rounding(count):
-    """x a is 100 000 here, which float16 doesn't have."""
+    """x a is 100,000 here, too much for float16."""
     x, a = torch.full_like(random(3, 100, F16), 100.0), torch.full_like(random(100, 2, F16), 10.0)
     with processors(count):
         (product,) = run(x, [a], [1e-3], config=SMALL)

@@ -1,4 +1,4 @@
-"""Scripts of calls: what is in them, what isn't, and where buffers lie."""
+"""Captured calls: the operations in them, and the placement of their buffers."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from fastlora.kernels.sum_planes import sum_planes
 
 
 def ordinary(tensors, factor):
-    """Makes a view, a copy, two results and something that nobody needs."""
+    """Makes a view, a copy, two results, and a tensor that is never used."""
     x, other = tensors
     torch.zeros_like(x)
     wide = torch.cat([x, other.T])
@@ -82,7 +82,7 @@ SEEN: set = set()
 
 @pytest.mark.parametrize("mode", [Functions, Operations])
 def test_modes_of_the_caller_s_do_not_see_stand_ins(mode):
-    """They count, log and check what is computed."""
+    """Modes count, log or check computations, and a capture computes nothing."""
     tensors = [torch.randn(2, 3), torch.randn(3, 5)]
     SEEN.clear()
     with mode():
@@ -132,7 +132,7 @@ def test_no_two_buffers_are_in_one_place_at_one_time(seed):
 
 
 def test_a_tensor_that_no_call_brings_is_a_constant():
-    """A cached table, whose address a launch asks for."""
+    """For example a cached table, whose address a launch uses."""
     table = torch.ones(4)
 
     def function(tensors):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DESCRIPTORS = GemmConfig(32, 32, 16, warps=4, stages=2, group=2, descriptors=True)
 POINTERS = GemmConfig(32, 32, 16, warps=4, stages=2, group=2)
-# The ends of segments, of 100 rows: tiles have 16 or 32.
+# The ends of segments in 100 rows; tiles have 16 or 32 rows.
 ENDS = {
     "one": [100],
     "even": [32, 64, 100],
@@ -36,7 +36,7 @@ def rows_of(ends: Sequence[int]) -> list[slice]:
 
 
 def banks(ends: Sequence[int], rows: int, columns: int, dtype=F32, layout="contiguous") -> Tensor:
-    """A matrix for each segment."""
+    """One matrix for each segment."""
     return (
         torch.stack([random(rows, columns, dtype) for _ in ends])
         if layout == "contiguous"
@@ -45,7 +45,7 @@ def banks(ends: Sequence[int], rows: int, columns: int, dtype=F32, layout="conti
 
 
 def product(x: Tensor, factors: Tensor, ends: Sequence[int]) -> Tensor:
-    """Each row times its segment's factor; zeros in nobody's rows."""
+    """Each row times its segment's factor; zeros for rows without a segment."""
     out = x.new_zeros(len(x), factors.shape[-1])
     for e, rows in enumerate(rows_of(ends)):
         out[rows] = x[rows] @ factors[e]
@@ -53,7 +53,7 @@ def product(x: Tensor, factors: Tensor, ends: Sequence[int]) -> Tensor:
 
 
 def x_with_nobody_s(columns: int, ends: Sequence[int], dtype=BF16) -> tuple[Tensor, Tensor]:
-    """x whose rows of nobody are NaN, and the same with zeros there."""
+    """x with NaN in rows without a segment, and a copy with zeros there."""
     x = random(M, columns, dtype)
     x[ends[-1] :] = 0.0
     poisoned = x.clone()
@@ -69,11 +69,11 @@ def x_with_nobody_s(columns: int, ends: Sequence[int], dtype=BF16) -> tuple[Tens
     }
 )
 def test_gemm_lowrank(ends, p, layout, config):
-    """N and K are such that the last tile of a weight sticks out into the next one's, here NaN."""
+    """N and K make the last tile of a weight overlap the next weight, which is NaN here."""
     (x, clean), n, k = x_with_nobody_s(24, ends), 40, 24
     q = banks(ends, k, n, BF16, layout)
     if len(ends) > 3 and ends[1] == ends[0]:
-        q[1] = torch.nan  # without rows
+        q[1] = torch.nan  # it has no rows
     u, v, bias = random(M, 3, BF16), banks(ends, 3, n), banks(ends, 1, n)[:, 0]
     u[ends[-1] :] = 0.0
     seeds = draw_seeds(1) if p else None
@@ -109,7 +109,7 @@ def test_more_segments_than_are_looked_at_at_once(monkeypatch):
 
 @pytest.mark.parametrize("ends", [[200, 300], [-5, -1], [60, 20, 90], [-300, 500, -9]], ids=str)
 def test_ends_that_are_none_give_anything_and_touch_no_other_memory(ends):
-    """Each launch's rows lie in the middle of larger matrices, of which nothing changes."""
+    """Operands are the middle rows of larger matrices; nothing around them may change."""
     around = random(3 * M, 40)
     before, x = around.clone(), around[M : 2 * M]
     u, v = random(3 * M, 4), banks(ends, 40, 4)
@@ -129,7 +129,7 @@ def test_ends_that_are_none_give_anything_and_touch_no_other_memory(ends):
 
 
 def test_no_launch_depends_on_where_segments_end():
-    """So nothing is read on the host, and a CUDA graph may be replayed with other ends."""
+    """So the host reads no ends, and a CUDA graph may be replayed with other ends."""
     grids = []
     for ends in ENDS["ragged"], [0] * 7, [100] * 7:
         with recorded() as records:

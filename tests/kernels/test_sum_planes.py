@@ -1,4 +1,4 @@
-"""sum_planes: what splits left, added in order."""
+"""sum_planes: adds the planes that split launches leave, in order."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_several_of_different_sizes_and_dtypes_in_one_launch():
 
 
 def test_the_order_is_that_of_the_planes():
-    """In float32, 1 is lost in 10⁸ unless the large numbers cancel first."""
+    """In float32, adding 1 to 10⁸ loses it unless the large numbers cancel first."""
     out = poisoned(1)
     for numbers, total in (((1e8, -1e8, 1.0), 1.0), ((1e8, 1.0, -1e8), 0.0)):
         sum_planes([torch.tensor(numbers, device=DEVICE).unsqueeze(1)], [out])
@@ -37,7 +37,7 @@ def test_the_order_is_that_of_the_planes():
 
 
 def test_the_sum_is_rounded_once():
-    """In bfloat16, 256 + 1 is 256, and so is every further step."""
+    """In bfloat16, 256 + 1 is 256, so rounding each step would lose both ones."""
     out = poisoned(1, dtype=BF16)
     sum_planes([torch.tensor([[256.0], [1.0], [1.0]], device=DEVICE)], [out])
     assert out.item() == 258.0
@@ -45,7 +45,7 @@ def test_the_sum_is_rounded_once():
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_every_number_is_rounded_to_nearest(dtype):
-    """Zeros, halves of a unit, subnormal numbers, infinities and NaN among them."""
+    """Among them zeros, halves of a unit, subnormal numbers, infinities and NaN."""
     bits = torch.randint(-(2**31), 2**31, (1, 5000)).to(torch.int32)
     bits[0, :1000] &= ~0x7FFF  # often exactly between two numbers of bfloat16
     bits[0, 1000:2000] &= ~0x0FFF

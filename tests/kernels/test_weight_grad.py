@@ -28,7 +28,7 @@ SMALL = WeightGradConfig(16, 32, warps=4, stages=2)
 
 
 def outputs(n, ranks, dtype, orientation):
-    """NaN, with NaN around it; as d lora_b [n, r] lies in memory, or as d lora_a.T."""
+    """Outputs in NaN, filled with NaN, in the layout of d lora_b [n, r] or of d lora_a.T."""
     outs = []
     for r in ranks:
         memory = poisoned(n * r + 20, dtype=dtype)[10:-10]
@@ -37,7 +37,7 @@ def outputs(n, ranks, dtype, orientation):
 
 
 def check(v, us, dtype=F32, orientation="d_lora_a", p=0.0, seeds=None, config=None):
-    """Every product against float64; returns them.  Around them nothing is written."""
+    """Check every product against float64 and return all; memory around them must stay NaN."""
     n = v.shape[1]
     outs = outputs(n, [u.shape[1] for u in us], dtype, orientation)
     weight_grad(v, us, outs, precision="ieee", dropout=p, seeds=seeds, config=config)
@@ -65,7 +65,7 @@ def test_any_shape(m, n, orientation):
     }
 )
 def test_split_over_rows(m, orientation, dtype):
-    """Whether planes are summed afterwards depends on the device; the numbers don't."""
+    """The device decides whether planes are summed afterwards; the numbers are equal."""
     v, us, seeds = random(m, 40), [random(m, 3), random(m, 4), random(m, 1)], draw_seeds(3)
     found = []
     for count in (1, 10**4):
@@ -102,7 +102,7 @@ def in_one_pass(dy, h, b, factor, processor_count):
 
 @one_pass
 def test_one_pass_is_as_two_calls(dtype, adapter_dtype, r, n, processor_count):
-    """But for rounding: what it multiplies lies transposed, which a BLAS sums in another order."""
+    """Equal up to rounding, because a BLAS sums the transposed operands in another order."""
     dy, h, b = random(100, n, dtype), random(100, r, dtype), random(n, r, adapter_dtype)
     d_b, dh = in_one_pass(dy, h, b, -0.3, processor_count)
     with processors(processor_count):
@@ -116,7 +116,7 @@ def test_one_pass_is_as_two_calls(dtype, adapter_dtype, r, n, processor_count):
 
 @one_pass
 def test_one_pass_has_every_bit_of_sums_that_are_exact(dtype, adapter_dtype, r, n, processor_count):
-    """Of whole numbers, in any order: only dh is rounded, once."""
+    """Sums of integers are exact in any order; only dh is rounded, once."""
     dy, h, b = (
         torch.randint(-3, 4, shape, device=DEVICE).to(its_dtype)
         for shape, its_dtype in (((100, n), dtype), ((100, r), dtype), ((n, r), adapter_dtype))
@@ -133,9 +133,9 @@ def test_one_pass_has_every_bit_of_sums_that_are_exact(dtype, adapter_dtype, r, 
     "target", [t for t in TARGETS.values() if t.kind != "cpu"], ids=lambda t: t.name
 )
 def test_one_pass_pays_where_it_moves_fewer_bytes(target, m, n, r):
-    """It is never taken at a loss, and never left where it would save a quarter.
+    """One pass is used only if it saves bytes, and always if it saves a quarter or more.
 
-    The bytes are what both ways would launch, on tensors without memory.
+    Compares the bytes of both variants' launches, on meta tensors.
     """
     dy, h, b, out = (
         torch.empty(shape, dtype=BF16, device="meta") for shape in ((m, n), (m, r), (n, r), (n, r))

@@ -1,4 +1,4 @@
-"""What the launchers state about their work is what they do: counted in Triton's interpreter."""
+"""The bytes and FLOPs that launchers state are those counted in Triton's interpreter."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ POINTERS = GemmConfig(32, 32, 16, warps=4, stages=2, group=2)
 
 
 class Planes:
-    """The call of sum_planes.  The planes are partial sums: of the call's tensors they are none."""
+    """The call of sum_planes.  Its planes are partial sums, so ``tensors`` doesn't list them."""
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype = F32) -> None:
         self.planes = [torch.randn(shape) for shape in shapes]
@@ -34,14 +34,14 @@ class Planes:
         return self.outs
 
     def truth(self) -> None:
-        """A sum is no product."""
+        """Does nothing: a sum is not a product."""
 
     def tensors(self) -> list[Tensor]:
         return self.outs
 
 
-# Tiles in the interpreter: project 32 x 32, weight_grad 32 rows and 64 or 32 columns, ranks in
-# steps of at most 64 (gemm) or 128; few rows or columns are split for its 6 processors.
+# Tile sizes in the interpreter: project 32 x 32; weight_grad 32 rows and 64 or 32 columns; steps
+# over the rank of at most 64 (gemm) or 128.  Few rows or columns are split for its 6 processors.
 FORMS: dict[str, Form] = {
     "project-ragged": Form("h", 250, 67, (3,)),
     "project-ragged-split": Form("h", 40, 190, (3,)),
@@ -87,7 +87,7 @@ class Result:
 
 @pytest.fixture(scope="module", params=[*FORMS, *PLANES])
 def result(request) -> Result:
-    """The launches of a case, counted."""
+    """A case's launches, counted."""
     name = request.param
     call = PLANES[name]() if name in PLANES else Operands(FORMS[name], DEVICE)
     config = None
@@ -156,7 +156,7 @@ OVER_SEGMENTS += [(name, True) for name in ("h", "y+", "dx+", "dA", "dB,dh")]
 
 @pytest.mark.parametrize(("name", "own"), OVER_SEGMENTS)
 def test_over_segments_that_all_have_rows_bytes_are_as_stated(name, own):
-    """But those by tiles, which depend on where segments end: they are at most as stated."""
+    """Bytes loaded by tiles depend on where segments end, so they are only bounded."""
     depths = (40,) if name in ("y", "dx") else ()
     p = 0.1 if name in ("h", "dx", "dx+", "dA") else 0.0
     form = Form(name, 100, 72, (3,), depths, dropout=p, bias=name == "y", segments=3, own=own)
