@@ -1,4 +1,4 @@
-"""The mask: how much it keeps, its independence in every direction, where its seed comes from."""
+"""The dropout mask: its mean, its independence in every direction, and its seed."""
 
 import math
 
@@ -15,7 +15,7 @@ def seed_of(number: int) -> torch.Tensor:
 
 
 def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
-    """In standard deviations of the correlation of two independent masks."""
+    """The correlation, in standard deviations of the correlation of two independent masks."""
     first, second = (mask.double() - mask.double().mean() for mask in (first, second))
     share = (first * second).mean() / (first.std() * second.std())
     return share.item() * math.sqrt(first.numel())
@@ -27,8 +27,8 @@ def test_mean_and_variance(p, number):
     mask = dropout_mask(seed_of(number), (512, 1024), p).double()
     sigma = math.sqrt(p * (1 - p) / mask.numel())
     assert abs(mask.mean().item() - (1 - p)) < 4.5 * sigma
-    # Row and column means scatter as those of independent draws do: their variance ratio is 1
-    # within its own scatter.
+    # The means of rows and columns vary as much as means of independent draws: the ratio of
+    # variances is 1 up to its own standard error.
     for means, count in ((mask.mean(1), 1024), (mask.mean(0), 512)):
         ratio = means.var().item() / (p * (1 - p) / count)
         assert abs(ratio - 1) < 5 * math.sqrt(2 / len(means))
@@ -48,7 +48,7 @@ def test_no_correlation_between_neighbours(rows, columns, number):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("number", [0, 1, 2**35 + 1, 123456789012345])
 def test_no_two_rows_and_no_two_columns_are_alike(number, p):
-    """All pairs: the correlations scatter as those of independent draws, and none stands out."""
+    """For all pairs, correlations vary like independent draws', and none is an outlier."""
     mask = (dropout_mask(seed_of(number), (1024, 1024), p).double() - (1 - p)) / math.sqrt(
         p - p * p
     )
@@ -60,7 +60,7 @@ def test_no_two_rows_and_no_two_columns_are_alike(number, p):
 
 
 def test_squares_of_four_are_independent():
-    """Parity of rectangles' corners, which row key + column key would fail."""
+    """The parity of rectangles' corners would show a mask computed from row key + column key."""
     mask = dropout_mask(seed_of(11), (1024, 1024), 0.5).int()
     for rows, columns in ((1, 1), (1, 2), (2, 2), (16, 16), (511, 512)):
         pairs = mask[:-rows] ^ mask[rows:]
@@ -70,7 +70,7 @@ def test_squares_of_four_are_independent():
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_same_places_are_independent_from_mask_to_mask(p):
-    """Elements, pairs and rectangles' corners over many drawn seeds: no bias that stays."""
+    """Elements, pairs and rectangles' corners have no bias over many seeds."""
     seeds = torch.randint(-(2**63), 2**63 - 1, (2000,))
     masks = torch.stack([dropout_mask(seed, (6, 40), p) for seed in seeds]).double()
     masks = (masks - (1 - p)) / math.sqrt(p - p * p)
@@ -85,7 +85,7 @@ def test_the_same_places_are_independent_from_mask_to_mask(p):
 
 
 def test_every_p_is_kept_alike():
-    """Chi-square of the words' upper six bits, read through the masks of 64 different p."""
+    """A chi-square test of the words' upper six bits, which the masks of 64 different p reveal."""
     seed, shape = seed_of(3), (512, 2048)
     kept = torch.tensor([dropout_mask(seed, shape, i / 64).sum() for i in range(1, 64)]).double()
     counts = -torch.diff(kept)
@@ -112,19 +112,20 @@ def test_the_same_however_rows_are_cut(columns):
 @pytest.mark.parametrize("columns", [1, 511, 4096])
 @pytest.mark.parametrize("number", [0, -1, 2**31, 2**63 - 1, -(2**63), 1234567890123])
 def test_numpy_s_masks_are_torch_s(number, columns):
-    """A dispatch mode sees torch's operations; without one, a few rows are numpy's."""
+    """A dispatch mode must see torch operations; without a mode, numpy computes a few rows."""
     shape = (7, columns)
     made = dropout_mask(seed_of(number), shape, 0.3)
     with FlopCounterMode(display=False):
         assert torch.equal(dropout_mask(seed_of(number), shape, 0.3), made)
-    many = DropoutMask(seed_of(number), (4096, columns), 0.3).rows(0, 4096)  # all threads'
+    # computed by all threads
+    many = DropoutMask(seed_of(number), (4096, columns), 0.3).rows(0, 4096)
     assert torch.equal(many[:7], made)
 
 
 @pytest.mark.parametrize("p", [0.0, 2**-17, 0.3, 0.999999])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_drop_is_the_mask(dtype, p):
-    """Rows from any on, with strides, to another tensor and in place; what is dropped is +0."""
+    """From any row on, with strides, into another tensor and in place; dropped elements are +0."""
     mask, x = DropoutMask(seed_of(4), (70, 33), p), torch.randn(20, 40).to(dtype)[:, :33]
     x[::3], x[1::3] = float("nan"), -float("inf")
     other, out = x.clone(), torch.empty_like(x)

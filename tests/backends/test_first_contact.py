@@ -1,4 +1,7 @@
-"""The first results of kernels are judged before they are used: with faults of every kind."""
+"""Verification: the first results of kernels are compared with torch's before they are used.
+
+The tests inject faults of every kind.
+"""
 
 import json
 import warnings
@@ -18,14 +21,14 @@ K = 40
 
 @pytest.fixture(autouse=True)
 def judging(monkeypatch, tmp_path):
-    """As on a GPU, in the first process of a user."""
+    """The setting of a GPU, in the first process of a user."""
     monkeypatch.setattr(trust, "_CHOSEN", trust.FIRST)
     monkeypatch.setattr(first_contact, "REPEATS", 3)
     forget(monkeypatch, tmp_path / "cache")
 
 
 def forget(monkeypatch, folder=None):
-    """As a process that starts, and of a user with another folder."""
+    """Simulate a new process; with ``folder``, also another user's cache."""
     if folder:
         monkeypatch.setenv("FASTLORA_CACHE", str(folder))
     monkeypatch.setattr(trust, "_verdicts", {})
@@ -69,7 +72,7 @@ def agree(found, expected):
 
 
 def faulty(monkeypatch, change, kernels=("project", "lowrank", "gemm_lowrank")):
-    """From now on, ``change`` is done to what calls with one of these kernels make."""
+    """From now on, apply ``change`` to the results of calls that use one of these kernels."""
     real, counts = script.script_of, []
 
     def resolve(*call):
@@ -229,7 +232,7 @@ def test_what_does_not_compile_runs_on_pytorch_s_operations(monkeypatch):
     agree(found, step(x, layers, backend="torch"))
     count = len(said)
     agree(step(x, layers), found)
-    assert count == len(said) == 2  # the forward's, the backward's
+    assert count == len(said) == 2  # one for the forward, one for the backward
 
 
 def test_what_does_not_compile_raises_where_nobody_judges(monkeypatch):
@@ -308,7 +311,7 @@ def test_always_judges_each_call_and_stops_at_the_first_wrong_one(monkeypatch):
 
 def test_several_threads_may_judge_at_one_time(monkeypatch, recwarn):
     x, layers = rows(), group()
-    made = step(x, layers, backend="torch")[:1]  # the interpreter itself is one thread's
+    made = step(x, layers, backend="torch")[:1]  # Triton's interpreter itself isn't thread-safe
     monkeypatch.setattr(first_contact, "compared", lambda *_: "")
     monkeypatch.setattr(
         kept,

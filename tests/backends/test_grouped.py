@@ -1,4 +1,4 @@
-"""Experts on the torch backend: what a call makes and what it doesn't."""
+"""Experts on the torch backend: the operations and the memory of a call."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def torch_backend_only():
 
 
 class Seen(TorchDispatchMode):
-    """The operations that run, and the most elements of a new storage."""
+    """Records the operations that run, and the number of elements of the largest new storage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def run(x, experts, offsets, p=0.0):
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_nothing_of_the_weight_s_size_is_made(p):
-    """No W + ΔW, and no gradient of a frozen weight."""
+    """It computes no W + ΔW, and no gradient of a frozen weight."""
     experts = make_experts(16, 64, 64, 4, torch.float32, bias=True)
     x = make_rows(40, 64, torch.float32)
     forward, backward = run(x, experts, ends_of([5, 0] * 8), p)
@@ -76,4 +76,4 @@ def test_only_the_gradients_asked_for_are_computed(trained, products):
     _, backward = run(x, experts, ends_of([5, 0, 7]))
     aten = torch.ops.aten
     found = sum(op in (aten.mm, aten.addmm, aten.addmm_) for op in backward.ops)
-    assert found == products * 2  # of two experts
+    assert found == products * 2  # two experts have rows

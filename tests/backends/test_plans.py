@@ -1,4 +1,4 @@
-"""What tuning compares: each plan computes a call's product, and the tiles it asks for run."""
+"""The plans that tuning compares: each one computes a call's product, with the tiles it names."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def precision(request):
 
 @every_size
 def test_the_tiles_of_a_plan_are_those_that_are_launched(sizes, precision):
-    """Else the default's time would be taken for theirs."""
+    """Otherwise the default tiles would be measured under their name."""
     for target in TARGETS.values():
         if target.kind == "cpu" or (sizes.dtype == F32 and not target.float32):
             continue
@@ -85,7 +85,7 @@ def test_the_frozen_layer_is_beside(name):
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("backward", [False, True])
 def test_peft_s_layers_are_beside(p, backward):
-    """Its fresh adapters change nothing but the gradient of theirs."""
+    """Fresh PEFT adapters change no result except the adapters' own gradients."""
     contest = Contest(Sizes(40, 48, (32, 24), ((4,), (8,)), F32, backward=backward), CPU)
     found = step_of(contest.x, contest.weights, contest.ranks, p, contest.dys)()
     if not backward:

@@ -1,4 +1,4 @@
-"""16-bit products that run in float32, forced on any CPU; and the decision who needs them."""
+"""16-bit products computed in float32, forced on any CPU; and the decision when to do so."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +34,7 @@ def torch_backend_only():
 
 @pytest.fixture
 def small_blocks(monkeypatch, wide):
-    """… in blocks of 8 rows of x and 4 of the weight."""
+    """Also with blocks of 8 rows of x and 4 rows of the weight."""
     for name in ("_BLOCK", "_ROWS"):
         monkeypatch.setattr(products, name, 0)
     monkeypatch.setattr(products, "_FEWEST_ROWS", 8)
@@ -47,7 +47,7 @@ def make_x(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_bias_that_trains_is_summed_in_float32():
-    """Over many blocks: one rounding, at the end."""
+    """Summed over many blocks, with one rounding at the end."""
     x = make_x(4096, 10, dtype=torch.bfloat16)
     projection = make_projection(9, 10, 3, torch.bfloat16, torch.float32, bias=True)
     bias = projection.bias.detach().requires_grad_()
@@ -58,7 +58,7 @@ def test_a_bias_that_trains_is_summed_in_float32():
 
 
 def errors(x, projection):
-    """Of y and every gradient, as a share of its largest value."""
+    """The errors of y and of every gradient, relative to the largest value."""
     given = [x, *projection[:3]]
     y = fastlora.lora_linear(*given, scale=projection.scale)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in given]
@@ -73,7 +73,7 @@ def errors(x, projection):
 
 @half_dtypes
 def test_closer_to_the_truth_than_torch_s_own_product(monkeypatch, dtype):
-    """y and dx are rounded once, and float32 adapters' gradients are as good as float32's."""
+    """y and dx are rounded once; the gradients of float32 adapters have float32's precision."""
     x, projection = make_x(96, 64, dtype=dtype), make_projection(48, 64, 8, dtype, torch.float32)
     found = {}
     for forced in (False, True):
@@ -98,7 +98,7 @@ def test_one_row_s_forward_is_torch_s(monkeypatch, dtype):
 
 
 def test_memory_is_bounded_by_the_blocks(monkeypatch, small_blocks):
-    """Beyond what torch's products need: h's other half, and what doesn't grow with the rows."""
+    """More than torch's products need: h's other half, and a size independent of the row count."""
     x = make_x(1024, 64, dtype=torch.bfloat16)
     outputs = as_outputs([make_projection(48, 64, 2, torch.bfloat16, torch.float32)])
     products.SCRATCH.matrices.clear()
@@ -112,7 +112,7 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, small_blocks):
 
 
 class Narrow(TorchDispatchMode):
-    """Notes every matrix product in 16 bits."""
+    """Records every matrix product in 16 bits."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Narrow(TorchDispatchMode):
 @dropouts
 @pytest.mark.parametrize("forced", [False, True])
 def test_no_product_is_left_in_16_bits(monkeypatch, dtype, adapter_dtype, p, forced):
-    """All gradients, those of the weights too."""
+    """All gradients are computed, also the weights'."""
     monkeypatch.setattr(products, "FORCED", forced)
     x, outputs = make_x(17, 16, dtype=dtype), make_outputs(dtype, adapter_dtype)
     with Narrow() as narrow:
@@ -141,7 +141,7 @@ def test_no_product_is_left_in_16_bits(monkeypatch, dtype, adapter_dtype, p, for
 
 @pytest.mark.usefixtures("small_blocks")
 def test_two_threads_at_once():
-    """Each has a scratch of its own."""
+    """Each thread has its own scratch memory."""
     projection = make_projection(41, 64, 3, torch.bfloat16, torch.float32)
     inputs = [make_x(40, 64, dtype=torch.bfloat16) for _ in range(2)]
 
@@ -164,7 +164,7 @@ def test_two_threads_at_once():
 
 @pytest.mark.usefixtures("wide")
 def test_training_after_inference_mode(monkeypatch):
-    """What was made there may not be written to outside."""
+    """A tensor made in inference mode can't be written to outside of it."""
     monkeypatch.setattr(products, "SCRATCH", products._Scratch())
     x, projection = make_x(5, 12, dtype=torch.bfloat16), make_projection(9, 12, 3, torch.bfloat16)
     with torch.inference_mode():
@@ -176,7 +176,7 @@ def test_training_after_inference_mode(monkeypatch):
 
 @pytest.fixture
 def undecided(monkeypatch):
-    """Nothing is forced, and torch has no product of 16 bits."""
+    """No setting is forced, and torch reports no 16-bit products."""
     monkeypatch.setattr(products, "FORCED", None)
     monkeypatch.setattr(products, "_torch_has", lambda dtype: False)
 
@@ -234,7 +234,7 @@ ON_X86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 @pytest.mark.parametrize("without", [True, False] if ON_X86 else [False], ids="without-{}".format)
 def test_without_the_environment_torch_s_flags_decide(without):
-    """Of this CPU, and of one that lacks 16-bit products: oneDNN and torch kept to AVX2."""
+    """For this CPU, and for one without 16-bit products: oneDNN and torch are limited to AVX2."""
     kept = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"} if without else {}
     flags = torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.ops.mkldnn._is_mkldnn_fp16_supported
     wide = [str(without or not flag()) for flag in flags]
@@ -245,7 +245,7 @@ def test_without_the_environment_torch_s_flags_decide(without):
 @pytest.mark.parametrize("M", [1, 2])
 @pytest.mark.parametrize("which", ["x", "dy"])
 def test_rows_whose_elements_lie_apart(node, which, M):
-    """One such row of bfloat16 is what torch 2.10 multiplies wrongly."""
+    """torch 2.10 multiplies a single such row of bfloat16 wrongly."""
     (n, k), dtype = (64, 138), torch.bfloat16
     projection = make_projection(n, k, 8, dtype)
     x, dy = torch.randn(M, k).to(dtype), torch.randn(M, n).to(dtype)

@@ -1,4 +1,4 @@
-"""The Triton backend: what it covers, what it says about the rest, and that plans agree."""
+"""The Triton backend: the calls it covers, its reasons against others, and agreement of plans."""
 
 import warnings
 
@@ -36,7 +36,7 @@ def make_x(*shape: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def test_the_launches_of_the_fused_plan():
-    """Two forward; backward one pass over dy (with its sums), dx, and one pass over x."""
+    """Forward: two.  Backward: one pass over dy (and sums of its planes), dx, one pass over x."""
     x, projection = make_x(256, 64), make_projection(64, 64, 3, torch.float32)
     ys = []
     forward = launches(lambda: ys.append(fastlora.lora_linear(x, *projection[:3])))
@@ -55,7 +55,7 @@ def test_the_launches_of_the_fused_plan():
     ],
 )
 def test_in_place_few_rows_need_one_pass_over_x(rows, frozen, expected):
-    """dx's low-rank part and d lora_a come from one launch, if both are wanted."""
+    """One launch computes the low-rank term of dx and d lora_a, if both are needed."""
     x, projection = make_x(rows, 32), make_projection(32, 32, 3, torch.float32)
     if frozen:
         (x if frozen == "x" else projection.lora_a).requires_grad_(False)
@@ -96,7 +96,7 @@ def test_float64_runs_on_torch_and_says_so_once():
     x = torch.randn(3, 6, dtype=torch.float64)
     with pytest.warns(UserWarning, match="torch backend: the Triton kernels don't have") as record:
         assert launches(lambda: layer(x)) == []
-    assert record[0].filename == __file__  # the caller's line, not ours
+    assert record[0].filename == __file__  # the caller's line, not fastlora's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x)

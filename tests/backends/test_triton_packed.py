@@ -1,4 +1,4 @@
-"""Packed weights on the Triton backend: the oracle's numbers, and who makes what dense, when."""
+"""Packed weights on the Triton backend: the oracle's numbers, and when a weight is made dense."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="launches are those of t
 
 @dataclass(frozen=True)
 class Another(Format):
-    """Whole numbers of 8 bits: a format without a kernel."""
+    """A format of 8-bit integers that no kernel can read."""
 
     names = ("codes",)
     label = "another"
 
     def check(self, tensors) -> None:
-        """Any will do."""
+        """Accepts any tensors."""
 
     def read(self, tensors, first, out):
         return out.copy_(tensors[0][first : first + len(out)])
@@ -52,7 +52,7 @@ def without_kernel(n: int, k: int) -> Quantised:
 
 
 def adapted(weights) -> list[Output]:
-    """With a bias each, and an adapter."""
+    """Each with a bias and an adapter."""
     layers = []
     for weight in weights:
         layer = make_projection(*weight.shape, 3, torch.float32, bias=True)
@@ -61,7 +61,7 @@ def adapted(weights) -> list[Output]:
 
 
 def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None, backend="triton"):
-    """All outputs and gradients, and the launches' names."""
+    """All outputs and gradients, and the names of the launched kernels."""
     torch.manual_seed(1)
     x = torch.randn(m, outputs[0].base.weight.shape[-1]).to(dtype).requires_grad_()
     with fastlora.use_backend(backend), recorded() as launches:
@@ -78,7 +78,7 @@ def run(outputs, m: int, dtype=torch.float32, dropout: float = 0.0, ends=None, b
 
 
 def name_of(launch) -> str:
-    """Marked by ``*`` if it unpacks, by ``+`` if it makes the low-rank part of dx as well."""
+    """The kernel's name, with ``*`` if it unpacks, and ``+`` if it adds the low-rank part of dx."""
     makes_more = launch.arguments.get("low_rank") is not None
     return launch.name + "*" * bool(launch.arguments.get("PACKING")) + "+" * makes_more
 
@@ -90,7 +90,7 @@ def count_of(names: list[str]) -> dict[str, int]:
 
 
 def assert_numbers(found, kept, truth) -> None:
-    """A kept call has the same bits, and the truth is as near as rounding explains."""
+    """Replayed calls have equal bits, and differ from the truth only by rounding."""
     for value, again, true in zip(found, kept, truth, strict=True):
         assert torch.equal(value, again)
         largest = float(true.detach().abs().amax())
@@ -98,7 +98,7 @@ def assert_numbers(found, kept, truth) -> None:
 
 
 CASES = {
-    # weights, rows, dropout; launches of a forward and a backward
+    # makers of weights, rows, dropout; expected launches of a forward and a backward
     "few-rows": ([lambda: random_four_bit(24, 64, nested=2)], 5, 0.0, {"unpacking": 2}),
     "as-many-as-are-few": ([lambda: random_int8(24, 40)], FEW_ROWS, 0.3, {"unpacking": 2}),
     "one-more": ([lambda: random_int8(24, 40)], FEW_ROWS + 1, 0.0, {"dense": 2, "product": 2}),
@@ -144,7 +144,7 @@ def test_the_numbers_are_those_of_the_dense_weight(case):
 
 
 EXPERTS = {
-    # the weight of one, rows of each, dropout; launches of a forward and a backward
+    # maker of one expert's weight, rows of each expert, dropout; expected launches
     "few rows": (lambda: random_four_bit(24, 64), [5, 0, 9], 0.0, {"unpacking": 2}),
     "few rows of e2m1": (lambda: random_nvfp4(24, 48), [5, 0, 9], 0.3, {"unpacking": 2}),
     "many rows of e2m1": (lambda: random_mxfp4(24, 64), [100, 31], 0.0,
@@ -183,7 +183,7 @@ def test_experts_have_the_numbers_of_dense_ones(case, monkeypatch):
 
 
 def test_experts_of_torch_s_own_product(monkeypatch):
-    """Where grouped_mm is a kernel it takes what was made dense."""
+    """If torch has a grouped_mm kernel, it takes the weights that were made dense."""
     monkeypatch.setattr(at_once, "_has_kernel", lambda device: True)
     weight = stack([random_int8(24, 40) for _ in range(3)])
     adapter = Adapter(
@@ -200,7 +200,7 @@ def test_experts_of_torch_s_own_product(monkeypatch):
 
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
-READ = {  # by a kernel: one, and many at once
+READ = {  # whether a kernel reads one weight, and many experts' weights at once
     "blocks-in-rows": (FourBit(9, 64, "nf4", 64), True, True),
     "blocks-over-rows": (FourBit(9, 66, "nf4", 64), True, False),
     "nested": (FourBit(9, 64, "nf4", 64, 2), True, False),
@@ -233,7 +233,7 @@ def replace_weight(output: Output, weight: torch.Tensor) -> Output:
 
 
 def test_a_frozen_packed_layer_in_16_bits():
-    """Without adapters, and with a backward of x alone."""
+    """Without adapters, and with a backward for x only."""
     weight = random_four_bit(24, 64)
     (y, dx), names = run([Output(Base(weight))], 5, torch.bfloat16)
     (true_y, true_dx), _ = run([Output(Base(weight.dense(torch.bfloat16)))], 5, torch.bfloat16)

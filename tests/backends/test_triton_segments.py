@@ -1,4 +1,4 @@
-"""Experts on the Triton backend: what is launched, and torch's grouped_mm beside it."""
+"""Experts on the Triton backend: its launches, and the use of torch's grouped_mm."""
 
 import pytest
 import torch
@@ -28,12 +28,15 @@ def on_triton(poisoned_memory):
 
 @pytest.fixture
 def with_grouped_mm(monkeypatch):
-    """As where torch has a kernel of it; here it leaves NaN in nobody's rows, as there."""
+    """Simulates a GPU on which torch has a kernel for grouped_mm.
+
+    That kernel leaves rows after the last expert unwritten; here they are NaN.
+    """
     plain = torch.nn.functional.grouped_mm
 
     def careless(x, weight, *, offs):
         out = plain(x, weight, offs=offs)
-        if weight.dim() == 2:  # over the rows of each
+        if weight.dim() == 2:  # a sum over each expert's rows
             return out
         nobody = x.new_ones(len(x), dtype=torch.int32).cumsum(0) > offs[-1:]
         return out.masked_fill_(nobody.unsqueeze(1), torch.nan)
@@ -55,7 +58,7 @@ def step(dtype, p=0.0):
 
 
 def all_of(x, experts, p: float) -> list[torch.Tensor]:
-    """y, and three gradients."""
+    """y and three gradients."""
     torch.manual_seed(5)
     y = call_experts(x, experts, ends_of(COUNTS), dropout=p)
     return [y, *torch.autograd.grad(y.sum(), [x, experts.lora_a, experts.lora_b])]
@@ -79,7 +82,7 @@ def test_kernels_run_for_all_experts_at_once(p):
     ("adapter_dtype", "p"), [(torch.bfloat16, 0.0), (torch.float32, 0.1)], ids=["bf16", "f32-p0.1"]
 )
 def test_the_adapter_is_added_to_torch_s_product(adapter_dtype, p):
-    """In bfloat16, which is what its kernels have."""
+    """In bfloat16, the only dtype of torch's kernels."""
     x = make_rows(20, 16, torch.bfloat16)
     experts = make_experts(4, 24, 16, 3, torch.bfloat16, adapter_dtype, bias=True)
     with use_plan(IN_PLACE):
@@ -92,7 +95,9 @@ def test_the_adapter_is_added_to_torch_s_product(adapter_dtype, p):
 @pytest.mark.parametrize("in_place", [False, True], ids=["fused", "in-place"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 def test_an_absent_adapter_is_absent(in_place, has_bias, request):
-    """One launch a direction, of no low-rank term; behind torch's product one for nobody's rows."""
+    """One launch in each direction, without a low-rank term.  After torch's product, one launch
+    fills the rows without an expert.
+    """
     if in_place:
         request.getfixturevalue("with_grouped_mm")
     x = make_rows(20, 16, torch.bfloat16)
@@ -121,7 +126,7 @@ def test_where_torch_has_no_kernel_an_in_place_plan_is_fused():
 
 
 def test_a_block_of_experts_is_kernels_throughout():
-    """The activation too; the numbers are the torch backend's."""
+    """The activation also runs in a kernel; numbers equal the torch backend's."""
     up, down = make_experts(4, 48, 16, 8, torch.float32), make_experts(4, 16, 24, 8, torch.float32)
     halves = [Output(Base(e.weight), (Adapter(e.lora_a, e.lora_b, 0.5),)) for e in (up, down)]
     x, index = make_rows(10, 16, torch.float32), torch.randint(4, (10, 2))
@@ -141,7 +146,7 @@ def test_a_block_of_experts_is_kernels_throughout():
 
 
 def test_a_bank_is_read_where_it_lies_and_no_row_is_gathered():
-    """Adapters of one rank, and rows in any order."""
+    """For adapters of equal ranks, and rows in any order."""
     one, mapping = make_experts(2, 64, 48, 4, torch.float32), AdapterMapping([1, -1, 0, 1], 2)
     x = torch.randn(4, 8, 48, requires_grad=True)
     tensors = x, one.weight[0], one.lora_a, one.lora_b
@@ -157,7 +162,7 @@ def test_a_bank_is_read_where_it_lies_and_no_row_is_gathered():
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_rows_in_the_middle_of_a_call_have_its_masks(name):
-    """A part of the rows, which say how many lie before them."""
+    """A part of the rows; the call says how many rows come before it."""
     experts = make_experts(3, 24, 16, 8, torch.float32)
     tensors = [tensor.detach() for tensor in experts[:3]]
     x, seeds = torch.randn(12, 16), torch.tensor([11])
@@ -201,7 +206,7 @@ LIMITS = {
 
 @pytest.mark.parametrize(("weight", "fits"), LIMITS.values(), ids=LIMITS)
 def test_limits_of_grouped_mm(weight, fits):
-    """What we take, torch takes: the products that a call makes of the weight, and no error."""
+    """torch accepts every weight that fastlora passes on, in both products, without an error."""
     x = torch.randn(5, weight.shape[2], dtype=weight.dtype)
     assert at_once._takes(x, weight) is fits
     if fits:

@@ -1,4 +1,4 @@
-"""bitsandbytes' layers as packed weights: the very bits that it dequantises, or why not."""
+"""bitsandbytes' layers as packed weights: bit-equal to its own dequantization, or a reason."""
 
 import re
 
@@ -33,12 +33,13 @@ def test_blocks_of_any_size_over_rows_of_any_length(k, block):
 
 
 def test_blocks_that_end_inside_a_row_of_whole_vectors():
-    """bitsandbytes 0.50's own kernel for AVX-512 takes another block's absmax here."""
+    """The AVX-512 kernel of bitsandbytes 0.50 reads another block's absmax here."""
     weight = torch.randn(32, 96)
     layer = bnb.nn.Linear4bit(96, 32, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4").to("cpu")
     error = quantised_weight(layer).weight.dense(torch.float32) - weight
-    assert error.norm() < 0.11 * weight.norm()  # what 4 bits lose of normal numbers
+    # the error of 4 bits for normally distributed numbers
+    assert error.norm() < 0.11 * weight.norm()
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
@@ -49,7 +50,7 @@ def test_int8_is_the_vendors(called):
     weight, compute_dtype, restores, rounds_input = quantised_weight(layer)
     assert (compute_dtype, restores, rounds_input) == (None, False, True)
     for dtype in (torch.float32, torch.bfloat16):
-        # As its training multiplies: the library's own dequantisation rounds otherwise.
+        # Like its training's product; the library's own dequantization rounds differently.
         scale = (layer.weight.SCB if layer.state.SCB is None else layer.state.SCB).unsqueeze(1)
         theirs = layer.weight.data.to(dtype).mul_(scale.mul(1.0 / 127.0))
         assert torch.equal(weight.dense(dtype), theirs)
@@ -57,7 +58,7 @@ def test_int8_is_the_vendors(called):
 
 
 def test_a_state_that_only_the_layer_has_left():
-    """As FSDP leaves it."""
+    """FSDP leaves a layer in this state."""
     layer = quantised("nf4")
     expected = dequantised(layer)
     layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
@@ -118,6 +119,7 @@ def test_a_weight_that_a_call_in_evaluation_repacked(nested):
     repack(layer)
     after = quantised_weight(layer).weight.dense(torch.float32)
     assert torch.equal(after == 0, before == 0)
-    assert ((after - before).abs() <= before.abs() / 2**8).all()  # absmax is bfloat16 there
+    # repacking rounds absmax to bfloat16
+    assert ((after - before).abs() <= before.abs() / 2**8).all()
     with torch.no_grad():
         assert "repacked for bitsandbytes' own CPU kernel" in quantised_weight(layer)

@@ -1,4 +1,4 @@
-"""Formats: the numbers that their tensors stand for, in any dtype; and their checks."""
+"""Formats: the values of packed tensors in every dtype, and the formats' checks."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
 @pytest.mark.parametrize("code", float8.CODES)
 @pytest.mark.parametrize("columns", [256, 255])
 def test_every_number_of_float8(code, columns):
-    """NaN, infinity and the sign of a zero too."""
+    """Including NaN, infinity and the sign of zeros."""
     codes = torch.arange(256).to(torch.uint8).view(getattr(torch, code))[None, :columns]
     weight = Quantised(Float8(1, columns, code, 1, columns), (codes, torch.ones(1, 1)))
     made, truth = weight.dense(torch.float32), codes.float()
@@ -118,7 +118,7 @@ def test_a_packed_weight_is_flat_as_all_its_tensors():
 
 
 def test_a_hash_is_written_once_for_all_formats(weight):
-    """A dataclass makes one for each, of whose lines no file has the text."""
+    """A dataclass would generate one for each format, in code that has no source lines."""
     assert type(weight.format).__hash__ is Format.__hash__
 
 

@@ -1,4 +1,4 @@
-"""HQQ's and GPTQ-Model's layers as packed weights: the very numbers, or why not."""
+"""HQQ's and GPTQ-Model's layers as packed weights: equal to the vendor's values, or a reason."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from vendor_layers import quantised
 from fastlora.formats import gptq, hqq
 
 K, N = 128, 96
-GROUPS = {  # bits, group and dtype
+GROUPS = {  # bits, group size and dtype
     "8": (8, None, torch.float32),
     "4-bf16": (4, 64, torch.bfloat16),
     "3-fp16": (3, 32, torch.float16),

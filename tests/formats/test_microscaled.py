@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4: all their numbers, as transformers and torchao dequantise them."""
+"""MXFP4 and NVFP4: all their values, as transformers and torchao dequantize them."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ POWERS = {"uint8": torch.uint8, "e8m0": torch.float8_e8m0fnu}
 
 
 def assert_same_bits(one: torch.Tensor, two: torch.Tensor) -> None:
-    """The sign of a zero too; NaN is NaN."""
+    """Zeros must have equal signs; NaN equals NaN."""
     assert one.dtype == two.dtype
     same = (one == two) & (one.signbit() == two.signbit())
     assert (same | (one.isnan() & two.isnan())).all()
 
 
 def every_mxfp4(scale: torch.dtype) -> Quantised:
-    """A row for each scale, which has each code with each other in a byte."""
+    """One row for each scale, with every pair of codes in a byte."""
     packed = torch.arange(256).to(torch.uint8).repeat(256, 1)
     powers = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 16)
     return Quantised(MXFP4(256, 512), (packed, powers.view(scale)))
@@ -56,7 +56,7 @@ def test_fp4_of_deepseek_is_transformers(dtype, scale):
         pytest.skip(NEEDS_5)
     theirs = fp8.Fp8Dequantize(None)._dequantize_one(packed.view(torch.int8), scales, dtype)
     made = weight.dense(dtype)
-    if dtype == torch.float64:  # which theirs makes of float32
+    if dtype == torch.float64:  # transformers computes float64 from float32
         made, theirs = made[:253], theirs[:253]
     if scale == torch.uint8:
         made, theirs = made[:255], theirs[:255]
@@ -67,7 +67,7 @@ def test_fp4_of_deepseek_is_transformers(dtype, scale):
 def test_mxfp4_is_torchaos(dtype):
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     weight = every_mxfp4(torch.float8_e8m0fnu)
-    if dtype == torch.float16:  # theirs rounds a scale to float16, too
+    if dtype == torch.float16:  # torchao also rounds scales to float16
         packed, scales = (tensor[127 - 24 : 127 + 16] for tensor in weight.tensors)
         weight = Quantised(MXFP4(40, 512), (packed, scales))
     packed, scales = weight.tensors

@@ -1,4 +1,4 @@
-"""Dense weights packed: the nearest codes, as their vendors choose them; and what it costs."""
+"""Packing dense weights: the nearest codes, equal to the vendors' codes, and the error."""
 
 import sys
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from fastlora.formats.microscaled import E2M1, MXFP4
 from fastlora.formats.packing import KINDS, pack_weight, packing_error
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
-# What each loses of normal numbers, as measured.
+# The relative errors for normally distributed numbers, as measured.
 ERRORS = {"nf4": 0.091, "mxfp4": 0.112, "nvfp4": 0.095, "fp8": 0.026}
 
 
@@ -25,7 +25,7 @@ def needs_bitsandbytes(request):
 
 
 def hard(n: int = 200, k: int = 192, dtype=torch.float32) -> torch.Tensor:
-    """Numbers of all sizes, signs and both zeros; a block of zeros, and one of tiny numbers."""
+    """Numbers of all sizes, signs and zeros; also a block of zeros and a block of tiny numbers."""
     torch.manual_seed(0)
     weight = torch.randn(n, k).mul(torch.randn(n, k).exp2()) * torch.randn(n, 1).mul(8).exp2()
     weight[0, :64], weight[1, :64], weight[2, :64] = 0.0, -0.0, torch.randn(64) * 1e-12
@@ -91,7 +91,7 @@ def test_mxfp4_is_torchaos(dtype):
 
 
 def test_mxfp4_rounds_the_largest_number_before_its_scale_is_taken():
-    """1.875 has two digits as 2, and so the scale is 1/2; with 1/4 it would be cut off at 1.5."""
+    """1.875 rounds to 2 in two digits, so the scale is 1/2; with 1/4 it would be clipped to 1.5."""
     packed = pack_weight(torch.full((1, 32), 1.875), "mxfp4")
     assert (packed.dense(torch.float32) == 2.0).all()
 
@@ -136,7 +136,7 @@ def test_nf4_is_bitsandbytes_layers():
 
 
 def test_e2m1_is_the_nearest_and_of_two_the_even_one():
-    """A block of 32 has a 6, so that its scale is 1."""
+    """A block of 32 has a 6, so its scale is 1."""
     values = torch.tensor(E2M1[:8])
     middles = (values[1:] + values[:-1]) / 2
     below, above = (torch.nextafter(middles, torch.tensor(far)) for far in (0.0, 9.0))
@@ -150,7 +150,7 @@ def test_e2m1_is_the_nearest_and_of_two_the_even_one():
 
 @pytest.mark.parametrize("size", [3e38, 2.0**-126, 2.0**-140, 2.0**-149], ids=str)
 def test_mxfp4_at_the_ends_of_float32(size):
-    """Tiny numbers are packed as far as the smallest scale, 2⁻¹²⁷, reaches."""
+    """Tiny numbers are representable down to the smallest scale, 2⁻¹²⁷."""
     weight = torch.linspace(-1, 1, 32)[None] * size
     made = pack_weight(weight, "mxfp4").dense(torch.float32)
     assert made.isfinite().all()

@@ -1,4 +1,4 @@
-"""torchao's tensors as packed weights: the very numbers, or why not."""
+"""torchao's tensors as packed weights: equal to its own values, or a reason."""
 
 import sys
 
@@ -68,7 +68,7 @@ def test_a_weight_is_packed_as_the_layer_s_own(config):
 
 
 def test_packed_int4_as_torchao_s_library_makes_it(monkeypatch):
-    """Its own quantiser rounds to the nearest of 16 numbers, whose distance is the scale."""
+    """Its own quantizer rounds to the nearest of 16 values; the scale is their distance."""
     shuffle = pytest.importorskip("mslk.quantize.shuffle", reason="needs mslk")
     weight, module = torch.randn(N, K), sys.modules[quantization.Int4Tensor.from_hp.__module__]
     for name in ("int4_row_quantize_zp", "pack_int4"):

@@ -45,7 +45,7 @@ def test_float8_has_transformers_numbers(make):
 
 
 def test_a_float8_weight_is_packed_as_the_layer_s_own():
-    linear = fp8_linear((40, 128))  # blocks that divide it: transformers makes no others
+    linear = fp8_linear((40, 128))  # blocks that divide the weight; transformers has no others
     changed = float8.read(linear).weight.dense(torch.float32) * 3
     float8.pack(linear, changed)
     after = float8.read(linear).weight.dense(torch.float32)

@@ -1,4 +1,4 @@
-"""A file means the same model to PEFT and to fastlora, whoever wrote it, and merged too."""
+"""An adapter file, written by PEFT or by fastlora, gives the same model in both, also merged."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from fastlora import LoRAConfig
 from fastlora.model.checkpoint import CONFIG, WEIGHTS
 
 pytestmark = [
-    # PEFT 0.21 says so of patterns for target_parameters, and uses them.
+    # PEFT 0.21 warns about patterns for target_parameters, although it uses them.
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
@@ -43,14 +43,14 @@ def llama(**settings) -> nn.Module:
 
 @cache
 def files_of(tied: bool) -> TemporaryDirectory:
-    """Of a base, whose config says how many tokens it has."""
+    """The files of a base model, whose config has its number of tokens."""
     folder = TemporaryDirectory()
     llama(tie_word_embeddings=tied).save_pretrained(folder.name)
     return folder
 
 
 def with_new_tokens(tied: bool) -> nn.Module:
-    """The base from its files, with tokens that are others each time."""
+    """The base from its files, with new tokens that are random in each call."""
     model = LlamaForCausalLM.from_pretrained(files_of(tied).name).eval()
     torch.manual_seed(next(NUMBERS))
     model.resize_token_embeddings(104, mean_resizing=False)
@@ -72,7 +72,7 @@ DEEPSEEK = {
     "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "head_dim": 8}
-MIXTURES = {  # with dense layers, whose configs PEFT rewrites as it loads them
+MIXTURES = {  # with dense layers, whose configs PEFT rewrites when it loads them
     "qwen3_moe": {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [0]},
     "qwen3_moe-all-dense": {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [0, 1]},
     "deepseek_v3": DEEPSEEK,
@@ -92,7 +92,7 @@ class Case(NamedTuple):
     x: Tensor
     settings: dict
     close: dict = {}  # noqa: RUF012
-    same_keys: bool = True  # as PEFT's file has, but for its copies of modules to save
+    same_keys: bool = True  # same keys as in PEFT's file, except for its copies of modules_to_save
 
 
 TOKENS = torch.arange(100)[None, -12:]
@@ -140,7 +140,7 @@ LAYERS = of(
         "one-norm": {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]},
         "by-their-weights": {
             "target_modules": ["o_proj"], "target_parameters": ["q_proj.weight", "up_proj.weight"],
-            "rank_pattern": {"q_proj": 3},  # isn't its weight's name
+            "rank_pattern": {"q_proj": 3},  # not the name of its weight
             "alpha_pattern": {"up_proj.weight": 5, "o_proj": 2},
         },
     },
@@ -165,7 +165,7 @@ for tied in (False, True):
     for name, case in of(make, TOKENS, NEW_TOKENS, ROUGH, False).items():
         CASES[f"new-tokens-{name}{'-tied' * tied}"] = case
 CASES |= {
-    "places-all-biases": Case(  # PEFT's file has those of a block at each of its places
+    "places-all-biases": Case(  # PEFT's file has the biases of a block once for each of its places
         partial(seeded, Places), torch.randn(3, 8), UP | {"bias": "all"}, {}, False
     ),
     "tied-module-to-save": Case(
@@ -204,7 +204,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
     return getattr(y, "logits", y)
 
 
-# Files of PEFT before a version that mean no model of today, and what is said of them.
+# Files of older PEFT versions that describe no model of today, and the error message.
 REFUSED_OF = {
     "0.21": (("bias-lora_only", "gpt2"), "PEFT before 0.21 leaves trained biases"),
     "0.21.0": (  # it adapts other layers
@@ -243,7 +243,7 @@ def test_files_are_peft_s_both_ways(name, tmp_path):
     assert not same_keys or shapes == {k: v for k, v in their_shapes.items() if k not in copies}
 
     again, existing = (fastlora.load_adapter(make(), tmp_path / "ours") for _ in range(2))
-    fastlora.load_adapter(randomise(existing), tmp_path / "ours")  # into the adapters there
+    fastlora.load_adapter(randomise(existing), tmp_path / "ours")  # into the existing adapters
     assert torch.equal(run(again, x), y)
     assert torch.equal(run(existing, x), y)
     fastlora.save_adapter(again, tmp_path / "again")

@@ -1,6 +1,6 @@
-"""Adapter files: PEFT reads ours, we read PEFT's, and a damaged file changes nothing.
+"""Adapter files: PEFT reads fastlora's, fastlora reads PEFT's, and a damaged file changes nothing.
 
-The last ones are files that PEFT users have: other first values, output heads, new tokens.
+The last tests use files that PEFT users have: other initial values, output heads, new tokens.
 """
 
 import json
@@ -30,7 +30,7 @@ def adapted(**settings) -> torch.nn.Module:
 
 
 def test_the_order_of_overlapping_patterns_is_kept(tmp_path):
-    """The first match counts.  PEFT's own files lose the order, so ours are asked."""
+    """The first match counts.  PEFT's own files lose the order, so fastlora's are tested."""
     patterns = {"alpha_pattern": {"up": 64, "down|up": 8}, "rank_pattern": {"u.*": 4, "up": 2}}
     model, x = adapted(target_modules=["up", "down"], **patterns), torch.randn(5, 8)
     fastlora.save_adapter(model, tmp_path)
@@ -170,12 +170,12 @@ def with_tensors(change):
 
 
 def with_bytes(file: str, change):
-    """A file with other contents, made of those that it has."""
+    """Replace a file's contents by a function of them."""
     return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes()))
 
 
 def with_header(**tensors):
-    """A safetensors file of a header alone, whatever it says."""
+    """Write a safetensors file that consists of this header only."""
     header = json.dumps(tensors).encode()
     return with_bytes(WEIGHTS, lambda _: struct.pack("<Q", len(header)) + header)
 
@@ -186,7 +186,7 @@ def entry(*shape: int, dtype: str = "F32") -> dict:
 
 A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
 HUGE_RANK = r"shape \(8, 8\), but .* \(100000000, 8\)"
-OF_TENSORS = {  # what is done to the folder, and what the error says
+OF_TENSORS = {  # the damage done to the folder, and the error message
     "missing-key": (with_tensors(lambda t: t.pop(B)), f"missing {B}"),
     "extra-key": (with_tensors(lambda t: t.update(other=torch.zeros(1))), "not known other"),
     "wrong-shape": (
@@ -237,7 +237,7 @@ CASES = [(name, True) for name in DAMAGED] + [(name, False) for name in OF_TENSO
 
 @pytest.fixture
 def folder(tmp_path):
-    """With an adapter's files."""
+    """A folder with an adapter's files."""
     fastlora.save_adapter(adapted(target_modules=["up"]), tmp_path)
     return tmp_path
 
@@ -275,7 +275,7 @@ def test_a_byte_order_mark_is_read(folder):
     "change", [lambda t: t * torch.nan, lambda t: t.to(torch.float8_e4m3fn)], ids=["nan", "float8"]
 )
 def test_values_of_every_kind_are_loaded(folder, change, fresh):
-    """As PEFT loads them; a NaN, which equals nothing, is no sign of a weight of its own."""
+    """PEFT loads them also.  NaN differs from itself, but is no sign of an untied weight."""
     edit_tensors(folder, lambda t: t.update({A: change(t[A])}))
     value = load_file(folder / WEIGHTS)[A]
     broken = not value.float().isfinite().all()
@@ -342,7 +342,7 @@ def llama(**settings) -> torch.nn.Module:
 
 @pytest.fixture(params=[False, True], ids=["", "tied"])
 def base(request, tmp_path_factory):
-    """A function that loads the same base model from its files again, with more tokens."""
+    """A function that loads the same base model from its files each time, with added tokens."""
     from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("base")

@@ -1,6 +1,7 @@
-"""Files of transformers models with packed weights, and of what was packed and is dense now.
+"""Files of transformers models whose weights are packed, or were packed and are dense now.
 
-Each is saved as a user would, and read again: the same logits, or an error that says what to do.
+Each model is saved as users save it and loaded again: the logits are equal, or an error says what
+to do.
 """
 
 import copy
@@ -26,7 +27,7 @@ from fastlora import LoRAConfig
 from fastlora.formats import quantised_weight
 from fastlora.layers.experts import packed_names
 
-WIDE = SIZES | {"hidden_size": 64, "head_dim": 16}  # whole blocks of bitsandbytes' on a CPU, too
+WIDE = SIZES | {"hidden_size": 64, "head_dim": 16}  # whole blocks of bitsandbytes, also on a CPU
 needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes isn't installed")
 PACKED = [
     *[(name, kind) for name in ("gpt-oss", "mixtral", "qwen3") for kind in ("mxfp4", "nvfp4")],
@@ -37,7 +38,7 @@ packed = pytest.mark.parametrize(("name", "kind"), PACKED)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
-    """In training: bitsandbytes' call in evaluation may lay its weight anew."""
+    """The logits in training mode; an evaluation call of bitsandbytes may repack its weight."""
     with torch.no_grad():
         return model.train()(input_ids=IDS).logits
 
@@ -70,7 +71,7 @@ def test_load_packed_reads_what_save_pretrained_writes(name, kind, tmp_path):
     expected, bits = logits(model), bits_of(model)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    with pytest.raises(ValueError, match="no `quant_method`"):  # no random experts
+    with pytest.raises(ValueError, match="no `quant_method`"):  # no model with random experts
         AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = empty(tmp_path)
     report = fastlora.load_packed(loaded, tmp_path)
@@ -188,7 +189,7 @@ def test_layers_of_two_vendors_are_refused():
         fastlora.pack(model, "fp8", ["k_proj"])
 
 
-# What was quantised by from_pretrained.
+# Models that from_pretrained quantized.
 
 
 def _torchao(name: str) -> transformers.TorchAoConfig:
@@ -243,7 +244,7 @@ def test_what_is_merged_into_plain_weights_loads_as_a_dense_model(
     found = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {type(m) for m in found.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     assert torch.equal(logits(found), logits(model))
-    found.to(torch.float16)  # which transformers refuses of bitsandbytes' models
+    found.to(torch.float16)  # transformers refuses this cast for bitsandbytes' models
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -257,7 +258,7 @@ def test_what_is_dense_in_part_loads_so(kind, dense, tmp_path):
     assert kinds[0] == kinds[1]
     torch.testing.assert_close(logits(found), logits(model))
     assert model.hf_quantizer.quantization_config is model.config.quantization_config
-    assert given is not model.config.quantization_config  # which other models may have, too
+    assert given is not model.config.quantization_config  # other models may share the given one
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -286,7 +287,7 @@ def test_quantised_again_it_says_what_it_said(kind, dense, tmp_path):
 
 
 def float8_model() -> nn.Module:
-    """As from_pretrained makes it on a GPU."""
+    """A model in the form that from_pretrained gives on a GPU."""
     model = fp8_model(linears=True)
     config = transformers.FineGrainedFP8Config(weight_block_size=(16, 16))
     model.hf_quantizer = AutoHfQuantizer.from_config(config)
@@ -313,7 +314,7 @@ def test_float8_layers_and_experts_that_are_dense_load_so(part, tmp_path):
     for name, own in found.named_parameters():
         outer, _, last = name.rpartition(".")
         layer = quantised_weight(model.get_submodule(outer))
-        # Packed experts are transformers' to read.
+        # packed experts must be read by transformers
         if layer is not None or last not in packed_names(model.get_submodule(outer)):
             expected = model.get_parameter(name) if layer is None else layer.weight.dense(own.dtype)
             torch.testing.assert_close(own, expected)

@@ -1,4 +1,4 @@
-"""Adapters on the experts of own models: PEFT's numbers and files, merging, ways to call."""
+"""Adapters on the experts of own models: PEFT's numbers and files, merging, calling conventions."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from fastlora import LoRAConfig
 from fastlora.model.files import CONFIG
 
 moe = pytest.importorskip("transformers.integrations.moe", reason=NEEDS_5)
-# PEFT 0.21 says so of patterns for target_parameters, and uses them.
+# PEFT 0.21 warns about patterns for target_parameters, although it uses them.
 IGNORED = "ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"
 pytestmark = pytest.mark.filterwarnings(IGNORED)
 
@@ -35,21 +35,21 @@ def own_model(name: str = "qwen3", implementation: str = "eager", **changes) -> 
 
 
 def plain_model(name: str, like: nn.Module) -> nn.Module:
-    """One without adapters, of the same weights."""
+    """A model without adapters that has the same weights."""
     base = base_model(name).to(next(like.parameters()).dtype).eval()
     base.load_state_dict({k: v for k, v in like.state_dict().items() if "lora_" not in k})
     return base
 
 
 def fast_calls(model: nn.Module) -> int:
-    """Of experts' weights that have adapters."""
+    """The number of fast products of experts' weights that have adapters."""
     with counted_calls() as calls:
         logits(model)
     return len(calls)
 
 
 def test_a_new_adapter_is_peft_s_identity():
-    """And ranks, alphas and scalings are PEFT's, of each parameter."""
+    """Also, each parameter has PEFT's rank, alpha and scaling."""
     settings = settings_of(
         r=8, rank_pattern={"gate_up_proj": 2, r"layers\.1\.mlp\.experts\.down_proj": 3},
         alpha_pattern={"experts.down_proj": 5}, use_rslora=True,
@@ -68,7 +68,7 @@ def test_a_new_adapter_is_peft_s_identity():
             assert mine.scaling == layer.scaling["default"]
             its = own.get_parameter(f"{layer.parameter_name}_lora_A")
             bound = 1 / its.shape[1] ** 0.5
-            assert 0.9 * bound < its.abs().max() <= bound  # kaiming-uniform, as PEFT's
+            assert 0.9 * bound < its.abs().max() <= bound  # kaiming-uniform, as in PEFT
             assert own.get_parameter(f"{layer.parameter_name}_lora_B").count_nonzero() == 0
             assert its.shape == layer.lora_A["default"].weight.shape
 
@@ -110,7 +110,7 @@ def test_checkpoints_of_the_base():
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_dropout_is_replayed(reentrant):
-    """Both kinds of checkpointing give the gradients of none, with the same masks."""
+    """Both kinds of checkpointing give the same gradients as none, with the same masks."""
     model = own_model(lora_dropout=0.3, target_modules=None).double().train()
     model.enable_input_require_grads()
     torch.manual_seed(2)
@@ -155,7 +155,7 @@ def test_an_activation_with_a_hook_is_called():
 
 
 def test_another_implementation_gets_the_sums(monkeypatch):
-    """One that isn't transformers' runs, with weight + scaling · lora_B lora_A; but can't drop."""
+    """A foreign implementation gets weight + scaling · lora_B lora_A; it can't have dropout."""
     model = own_model(lora_dropout=0.1).double()
     expected, called = train(copy.deepcopy(model)), []
 
@@ -229,7 +229,7 @@ def test_experts_that_can_t_have_adapters(change):
 
 
 def test_beside_all_linear_layers(tmp_path):
-    """Names are spelled out, dropout is left out with a warning, and nothing was passed over."""
+    """The file lists all names; saving warns that it omits dropout; no layer is passed over."""
     settings = {"target_modules": "all-linear", "lora_dropout": 0.1, "exclude_modules": r".*gate"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

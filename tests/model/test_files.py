@@ -1,4 +1,4 @@
-"""Writing whole files: what a killed process leaves behind, and what a living one is at."""
+"""Writing files atomically: the leftovers of a killed process, and files of a running one."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_a_file_is_no_folder(name, adapter, tmp_path):
 
 
 def in_a_child(run) -> int:
-    """The number of a process that runs this, and ends."""
+    """Run this in a forked process and exit; returns its process id."""
     child = os.fork()
     if child == 0:
         try:
@@ -74,7 +74,7 @@ def test_a_living_writer_s_files_are_left_alone(adapter, tmp_path, monkeypatch):
     (ready, at_work), (wait, go_on) = os.pipe(), os.pipe()
 
     def slow():
-        os.close(go_on)  # so that it goes on if the other side ends, too
+        os.close(go_on)  # so that the child goes on if its parent ends
         replace = os.replace
 
         def pause(*paths):
@@ -90,7 +90,7 @@ def test_a_living_writer_s_files_are_left_alone(adapter, tmp_path, monkeypatch):
     try:
         os.read(ready, 1)
         (name,) = scratch_in(tmp_path)
-        fastlora.resize_adapter(adapter, rank=2, output=tmp_path)  # beside it
+        fastlora.resize_adapter(adapter, rank=2, output=tmp_path)  # concurrently
         assert scratch_in(tmp_path) == [name]
     finally:
         os.close(go_on)
@@ -101,7 +101,7 @@ def test_a_living_writer_s_files_are_left_alone(adapter, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("age", "goes"), [(60, False), (7200, True)], ids=["new", "old"])
 def test_another_machine_s_go_when_they_are_old(age, goes, tmp_path):
-    """Its locks may not be seen here.  So for those of 0.2.0, which had no locks."""
+    """Locks of another machine may be invisible here.  Version 0.2.0 made folders without locks."""
     for name in (".fastlora-elsewhere-abcdefgh", ".fastlora-abcdefgh"):
         (tmp_path / name).mkdir()
         (tmp_path / name / WEIGHTS).write_bytes(b"half")

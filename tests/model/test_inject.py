@@ -1,4 +1,4 @@
-"""apply_lora and remove_lora: which layers, what trains, and that nothing else changes."""
+"""apply_lora and remove_lora: the adapted layers, the trainable parameters, no other changes."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def with_extra_state() -> nn.Module:
     return model
 
 
-ERRORS = {  # a model, the targets or all settings, and what the error says
+ERRORS = {  # a model, its targets or all settings, and the error message
     "nothing-matches": (Mlp, ["qproj"], r"matches no module. It could match: up \(1\)"),
     "one-name-matches-nothing": (Mlp, ["up", "gate"], "has 'gate', which matches no module"),
     "regex-matches-nothing": (Mlp, "q.*", "It could match"),
@@ -136,7 +136,8 @@ ERRORS = {  # a model, the targets or all settings, and what the error says
     "no-linear": (Mlp, ["norm"], "norm can't take an adapter: it is a LayerNorm"),
     "no-linear-at-all": (nn.ReLU, ["up"], "no linear layer that could be adapted"),
     "replaced-forward": (replaced_forward, ["up"], "its forward was replaced"),
-    "conv1d-by-its-weight": (  # PEFT takes it for [out, in]: the file would have other shapes
+    # PEFT takes its weight for [out, in], so its file would have other shapes
+    "conv1d-by-its-weight": (
         lambda: nn.ModuleDict({"c_attn": Conv1D(6, 8)}),
         {"target_parameters": ["c_attn.weight"]},
         "c_attn.weight, a Conv1D's .* in target_modules",

@@ -1,4 +1,4 @@
-"""load_state_dict of a model with adapters, of what transformers saves too."""
+"""load_state_dict of a model with adapters, also for state dicts saved by transformers."""
 
 import copy
 import pickle
@@ -24,12 +24,12 @@ def adapted(name: str, seed: int, **settings) -> nn.Module:
     torch.manual_seed(seed)
     settings = {"target_modules": "all-linear", "target_parameters": parameters_of(name)} | settings
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what "all-linear" leaves out
+        warnings.simplefilter("ignore")  # about modules that "all-linear" leaves out
         return randomise(fastlora.apply_lora(model, LoRAConfig(r=2, **settings)))
 
 
 def saved(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """As transformers.Trainer's checkpoint has it."""
+    """The state dict of a checkpoint by transformers.Trainer."""
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
@@ -86,7 +86,8 @@ def test_a_model_of_images_and_text_comes_back(tmp_path, no_warning):
     model, other = (adapt(kind(copy.deepcopy(config)), **settings) for _ in range(2))
     state = saved(model, tmp_path)
     assert not trained(model).keys() <= state.keys()
-    if transformers.__version__.startswith("4."):  # which renames in no function of its own
+    # transformers 4 renames keys in no separate function
+    if transformers.__version__.startswith("4."):
         with pytest.raises(RuntimeError, match="AdapterTrainer"):
             other.load_state_dict(state, strict=False)
         return

@@ -1,6 +1,6 @@
-"""Merging: the float32 sum rounded once, the very bits back, and nothing half done.
+"""Merging: a float32 sum rounded once, an exact unmerge, and no partial merge.
 
-It takes one layer beside the model, and beside the originals if they are kept.
+It needs memory for one layer besides the model, and for the originals if they are kept.
 """
 
 import pytest
@@ -27,13 +27,13 @@ def test_merged_weight_is_the_exact_sum_rounded_once(dtype):
     fastlora.merge_lora(model)
     assert layer.weight.dtype == dtype
     ulp = torch.finfo(dtype).eps * exact.abs().clamp(min=1e-2)
-    slack = 1e-14 if dtype == torch.float64 else 1e-6  # of the wide sum itself
+    slack = 1e-14 if dtype == torch.float64 else 1e-6  # the error of the wide sum itself
     assert ((layer.weight.double() - exact).abs() <= 0.5 * ulp + slack).all()
 
 
 def test_conv1ds_are_merged_by_blocks_of_rows_and_back(monkeypatch):
     monkeypatch.setattr(blocks, "rows_at_a_time", lambda _: 7)
-    """Their weight is [in, out]."""
+    # A Conv1D's weight is [in, out].
     model = adapt(gpt2().eval(), 0.1, r=4, target_modules="all-linear")
     before, y = snapshot(model), model(BATCH).logits
     fastlora.merge_lora(model)
@@ -76,7 +76,7 @@ def _of(shape: tuple[int, ...], device: str = "cpu") -> torch.nn.Parameter:
     ],
 )
 def test_an_adapter_that_its_weight_cannot_take_is_refused(name, tensor, message):
-    """The second layer's: nothing of the first one is merged, either."""
+    """If the second layer's adapter is refused, the first layer isn't merged either."""
     model = adapted_mlp()
     setattr(model.down, name, tensor)
     own = {key: (id(value), value._version) for key, value in model.named_parameters()}
@@ -97,7 +97,7 @@ def test_a_merged_layer_is_one_product(monkeypatch):
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged():
-    """The adapter may change meanwhile."""
+    """The adapter may change in between."""
     model = adapted_mlp()
     base = model.up.weight.clone()
     with refused(model, "up is not merged"):
@@ -189,7 +189,7 @@ def large_model(dtype: torch.dtype = torch.bfloat16, side: int = SIDE) -> nn.Mod
     return randomise(fastlora.apply_lora(model.to(dtype), config), 0.01)
 
 
-BLOCKS = 3 * 4 * 2**20  # base and sum in float32, and what isfinite makes
+BLOCKS = 3 * 4 * 2**20  # base and sum in float32, and the temporary of isfinite
 
 
 @pytest.mark.parametrize("keep_base", [True, False], ids=["kept", "freed"])
@@ -206,7 +206,7 @@ def test_the_peak_is_one_layer_more(keep_base):
 
 @pytest.mark.parametrize("call", [1, LAYERS, LAYERS + 1, 2 * LAYERS])
 def test_an_interruption_changes_nothing(monkeypatch, call):
-    """Out of memory, or the user's Ctrl-C, at any layer of either pass."""
+    """For example out of memory or Ctrl-C, at any layer of either pass."""
     model, calls, real = large_model(side=64), [], LoRALinear.merged_weight
     before = snapshot(model)
 

@@ -1,4 +1,4 @@
-"""Adapters on experts whose weights are packed: PEFT over the dense weights is the judge."""
+"""Adapters on experts with packed weights, compared with PEFT on the dense weights."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-# Which model, and what makes it.
+# The model's name, and a function that makes it.
 CASES = {
     "qwen3, mxfp4": ("qwen3", lambda: packed_model("qwen3", "mxfp4")),
     "gpt-oss, mxfp4": ("gpt-oss", lambda: packed_model("gpt-oss", "mxfp4")),
@@ -78,7 +78,7 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     base, keys, bits = dense_model(ours, name), set(ours.state_dict()), bits_of(ours)
     weights = sum(len(read_module(experts).names) for experts in experts_modules(ours))
     adapted(ours, name)
-    assert keys < set(ours.state_dict())  # nothing was renamed
+    assert keys < set(ours.state_dict())  # no key was renamed
     assert bool(bits) == (case in CASES)
     report = fastlora.coverage(ours)
     assert calls_of(ours) == weights == (2 if name == "nemotron" else 4)
@@ -143,7 +143,7 @@ def test_merged_weights_are_dense_and_packed_again_when_unmerged(case):
     assert back.tensors[0].data_ptr() == down.tensors[0].data_ptr()
     fastlora.remove_lora(copied)
     close(logits(copied), expected)
-    # The other weight is as it was; so no plain class could run it.
+    # The other weight is still packed, so the plain class couldn't run it.
     assert not isinstance(weight_in(experts_of(copied), up), torch.Tensor)
     again = adapted(copied, name)
     assert calls_of(again) == 4
@@ -190,11 +190,11 @@ def test_casts_keep_the_codes_and_scales_of_fp8_experts(how):
     assert torch.equal(experts.down_proj_scale_inv, scales[0])
     fastlora.remove_lora(fastlora.merge_lora(experts.float()))
     bits = {key: one for key, one in bits.items() if "gate_up" in key}
-    for one in (experts, experts.half()):  # its other weight is packed
+    for one in (experts, experts.half()):  # the other weight is packed
         assert bits_of(one).keys() == bits.keys()
         assert all(torch.equal(found, bits[key]) for key, found in bits_of(one).items())
     cast = experts_of(fp8_model(**how)).half()
-    if not how:  # transformers' own codes are numbers, which torch casts
+    if not how:  # transformers' own codes are float tensors, so torch casts them
         with pytest.raises(ValueError, match="a cast of codes lost their scales"):
             fastlora.apply_lora(cast, LoRAConfig(**config | {"target_parameters": ["down_proj"]}))
 
@@ -229,7 +229,8 @@ def test_what_is_no_node_has_dense_weights_for_that_call(case):
     own = x.clone().requires_grad_()
     total(own).backward()
     own_forward = torch.func.grad(total)
-    if name == "gpt-oss":  # FP8Experts' own loop draws its experts' numbers, as transforms can't
+    # FP8Experts' own loop reads expert indices as numbers, which transforms don't allow
+    if name == "gpt-oss":
         close(own_forward(x), own.grad, 1e-4)
     of_gpt = "router_indices", "routing_weights"
     names = "hidden_states", *(of_gpt if name == "gpt-oss" else ("top_k_index", "top_k_weights"))
@@ -320,7 +321,7 @@ def test_broken_or_foreign_packed_experts_are_refused():
             fastlora.apply_lora(model, config)
         assert_untouched(model, before)
     experts.gate_up_proj_scale_inv = nn.Parameter(good[:, :, :1].contiguous())
-    experts.block_size = None  # and so no block of 16 rows
+    experts.block_size = None  # so the blocks don't have 16 rows
     with pytest.raises(ValueError, match="gate_up_proj is broken: "):
         fastlora.apply_lora(model, config)
     experts.gate_up_proj_scale_inv, experts.block_size = good, (16, 16)

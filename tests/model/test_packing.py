@@ -1,4 +1,4 @@
-"""fastlora.pack and fastlora.load_packed: dense weights packed in place, and packed checkpoints."""
+"""fastlora.pack packs dense weights in place; fastlora.load_packed loads packed checkpoints."""
 
 import json
 import math
@@ -183,7 +183,7 @@ def test_blocks_and_packages_that_are_not_there_are_named(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_numbers_that_float16_holds_and_not_once_packed_are_refused(kind, is_beyond, dtype):
     model = mixture("mixtral").to(dtype)
-    with torch.no_grad():  # of MXFP4's numbers the nearest is 2¹⁶
+    with torch.no_grad():  # 2¹⁶ is the nearest number of MXFP4
         experts_modules(model)[1].down_proj[2, 3, 5] = 65504 if dtype == torch.float16 else 2e38
         experts_modules(model)[1].down_proj[2, 3, 20] = 64512
     before = snapshot(model)
@@ -222,7 +222,7 @@ def test_weights_that_are_tied_are_packed_together():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder as transformers' MXFP4 serialisation writes it, in several files."""
+    """A folder in the layout of transformers' MXFP4 serialization, in several files."""
     folder = tmp_path_factory.mktemp("gpt-oss")
     model = mixture().bfloat16()
     with torch.no_grad():
@@ -246,7 +246,7 @@ def checkpoint(tmp_path_factory):
 
 
 def dense_of(folder, dtype=torch.float32) -> nn.Module:
-    """transformers' own reading: every block dequantised."""
+    """The model as transformers reads it, with every block dequantized."""
     how = Mxfp4Config(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=dtype)
 
@@ -258,7 +258,7 @@ def empty(folder, dtype=torch.float32, device="meta") -> nn.Module:
 
 
 class Largest(TorchDispatchMode):
-    """The most bytes of a floating tensor that an operation made off meta."""
+    """Records the most bytes of a floating tensor that an operation makes off the meta device."""
 
     bytes = 0
 
@@ -271,7 +271,7 @@ class Largest(TorchDispatchMode):
 
 
 def floating(tree) -> list[tuple[int, int]]:
-    """Where its floating tensors off meta lie, and their bytes."""
+    """The address and size of every floating tensor that isn't on the meta device."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
     here = [each for each in tensors if each.is_floating_point() and not each.is_meta]
     return [(each.untyped_storage().data_ptr(), each.nbytes) for each in here]
@@ -305,7 +305,7 @@ def test_a_checkpoint_is_loaded_as_it_lies(checkpoint, device, dtype):
 
 
 def _put(end, how):
-    """Another tensor in the place of each whose key ends so."""
+    """Replace each tensor whose key ends with ``end``."""
 
     def change(state):
         for key in [key for key in state if key.endswith(end)]:
@@ -315,7 +315,7 @@ def _put(end, how):
 
 
 def _edit(change):
-    """A checkpoint whose tensors, in one file, are changed."""
+    """A checkpoint in one file, with changed tensors."""
 
     def make(folder):
         state = {}
@@ -384,7 +384,7 @@ def test_a_torn_checkpoint_is_refused_and_the_model_stays(checkpoint, tmp_path, 
 
 
 def save_packed(folder, kind) -> None:
-    """A checkpoint of experts and linear layers of this kind."""
+    """Save a checkpoint with experts and linear layers packed in this kind."""
     pytest.importorskip({"nf4": "bitsandbytes", "fp8": "torchao"}[kind])
     packed = mixture("qwen3")
     fastlora.pack(packed, kind, ["experts", "q_proj"])
@@ -439,7 +439,7 @@ def test_buffers_and_models_that_don_t_fit_are_refused(checkpoint):
     model = empty(checkpoint)
     fastlora.load_packed(model, checkpoint)
     expected = logits(model)
-    fastlora.load_packed(model, checkpoint)  # a packed one is packed anew
+    fastlora.load_packed(model, checkpoint)  # a packed model is packed anew
     assert torch.equal(logits(model), expected)
     fastlora.apply_lora(model, LoRAConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has an adapter already"):

@@ -1,4 +1,4 @@
-"""apply_lora on quantised layers of several vendors: the formula on the dequantised weight."""
+"""apply_lora on quantized layers of several vendors: the formula with the dequantized weight."""
 
 import copy
 
@@ -22,7 +22,7 @@ needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes i
 
 
 def adapted(kind: str, dtype: torch.dtype = F32, widths: tuple[int, ...] = (N,)) -> nn.Sequential:
-    """Layers of such widths, with adapters that are no identity change."""
+    """Layers of these widths, with adapters that change the output."""
     sizes = zip((K, *widths), widths, strict=False)
     model = nn.Sequential(*[quantised(kind, k, n, dtype=dtype) for k, n in sizes])
     config = LoRAConfig(r=4, target_modules=r"\d", init_lora_weights=False)
@@ -30,7 +30,7 @@ def adapted(kind: str, dtype: torch.dtype = F32, widths: tuple[int, ...] = (N,))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Its tensors; torchao's can't be compared, and stand for their numbers."""
+    """The model's tensors, torchao's dequantized because they can't be compared."""
     state = model.state_dict().items()
     return {
         name: value.dequantize() if "torchao" in type(value).__module__ else value.clone()
@@ -101,7 +101,7 @@ def test_files_of_adapters_and_of_the_model(tmp_path):
 
 
 REQUANTISED = {"nf4": 0.4, "fp4": 0.4, "int8": 0.05, "torchao-int8": 0.02, "torchao-float8": 0.05}
-REQUANTISED |= {"hqq": 0.2, "float8": 0.05}  # and how far that may take a layer
+REQUANTISED |= {"hqq": 0.2, "float8": 0.05}  # the largest relative error allowed for a layer
 
 
 @pytest.mark.parametrize("kind", [k for k in REQUANTISED if k in ALL])
@@ -109,7 +109,7 @@ REQUANTISED |= {"hqq": 0.2, "float8": 0.05}  # and how far that may take a layer
 def test_merged_it_is_quantised_again_and_the_way_back_is_exact(kind, dtype):
     model, x = adapted(kind, dtype), torch.randn(5, K, dtype=dtype)
     layer, plain = model[0], type(model[0]).plain_class
-    layer.bias.data = layer.bias.to(dtype)  # to which bitsandbytes' own call casts it
+    layer.bias.data = layer.bias.to(dtype)  # bitsandbytes' own call casts the bias to this dtype
     before, y = state_of(model), model(x)
     wanted = layer.merged_weight(F32)
     with pytest.warns(UserWarning, match=r"1 merged weights were quantised again.* up to 0\.\d+"):
@@ -117,7 +117,7 @@ def test_merged_it_is_quantised_again_and_the_way_back_is_exact(kind, dtype):
     assert isinstance(layer, plain)
     distance = (layer.packed().weight.dense(F32) - wanted).norm() / wanted.norm()
     assert 0 < distance < REQUANTISED[kind]
-    if kind != "float8":  # whose own call needs a kernel that isn't here
+    if kind != "float8":  # its own call needs a kernel that isn't installed
         with torch.no_grad():
             assert (model.train()(x) - y).norm() <= 2 * REQUANTISED[kind] * y.norm()
     is_four_bit = kind in ("nf4", "fp4")
@@ -131,7 +131,7 @@ def test_merged_it_is_quantised_again_and_the_way_back_is_exact(kind, dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "gptq"])
 def test_merged_into_a_plain_weight_of_the_model_s_dtype_and_back(kind, dtype):
-    """Also where a call of bitsandbytes' own has cast the bias."""
+    """Also after a call of bitsandbytes has cast the bias."""
     layer, x = quantised(kind, K, N, dtype=dtype), torch.randn(5, K, dtype=dtype)
     plain, close = type(layer), 0.02 if dtype == BF16 or kind == "int8" else 0.003
     if kind in BITSANDBYTES:
@@ -147,7 +147,7 @@ def test_merged_into_a_plain_weight_of_the_model_s_dtype_and_back(kind, dtype):
     with pytest.raises(RuntimeError, match="its adapter would get no gradient"):
         model.train()(x)
     copied = copy.deepcopy(model.eval()) if kind != "hqq" else model  # its bias is no leaf
-    model.to("cpu")._apply(torch.clone)  # as a move to another device makes all tensors anew
+    model.to("cpu")._apply(torch.clone)  # like a move to another device, makes all tensors anew
     for one in {model, copied}:
         fastlora.unmerge_lora(one)
         assert torch.equal(one(x), y)
@@ -174,8 +174,8 @@ def test_a_merge_into_plain_weights_makes_no_float32_model():
     randomise(fastlora.apply_lora(model, config), 0.01)
     merge = lambda: fastlora.merge_lora(model, keep_base=False, requantise=False)  # noqa: E731
     before, peak, after = peak_bytes(model.parameters(), merge)
-    assert after - before <= 4 * size  # two bytes a number for one
-    assert peak - before <= (4 + 2) * size + 3 * 4 * 2**20  # one layer more, and blocks of rows
+    assert after - before <= 4 * size  # two bytes for each element
+    assert peak - before <= (4 + 2) * size + 3 * 4 * 2**20  # one more layer, and blocks of rows
 
 
 def test_a_merge_that_fails_leaves_everything(monkeypatch):
@@ -196,7 +196,7 @@ def test_a_merge_that_fails_leaves_everything(monkeypatch):
 @needs_bitsandbytes
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_a_merged_weight_that_packing_makes_infinite_is_refused(keep_base):
-    model, x = adapted("int8", widths=(K, N)), torch.randn(3, K)  # packed by way of float16
+    model, x = adapted("int8", widths=(K, N)), torch.randn(3, K)  # packing goes through float16
     with torch.no_grad():
         model[1].lora_A.fill_(1.0)
         model[1].lora_B[0] = 1e5
@@ -263,7 +263,7 @@ def test_the_state_dict_of_hqq_s_layer_has_the_adapter_and_loads_it():
 @needs_bitsandbytes
 @pytest.mark.parametrize("evaluated", ["before", "after"])
 def test_a_frozen_four_bit_layer_gives_x_its_gradient_after_an_evaluation(evaluated):
-    """bitsandbytes lays its weight anew, on a CPU with AVX512-BF16, and then gives none."""
+    """On a CPU with AVX512-BF16, bitsandbytes repacks the weight and then gives x no gradient."""
     model = nn.Sequential(quantised("nf4", 256, 128), quantised("nf4", 128, 64))
     x, frozen = torch.randn(5, 256), model[1]
     if evaluated == "before":
@@ -277,7 +277,7 @@ def test_a_frozen_four_bit_layer_gives_x_its_gradient_after_an_evaluation(evalua
     found, model[0].lora_A.grad = model[0].lora_A.grad, None
     y = model[0](x) @ weight.T
     y.backward(torch.ones_like(y))
-    bits = 8 if evaluated == "before" else 17  # it stays rounded to bfloat16
+    bits = 8 if evaluated == "before" else 17  # the weight stays rounded to bfloat16
     assert (found - model[0].lora_A.grad).norm() <= 2**-bits * found.norm()
     repacks = type(frozen)(8, 8).support_avx512bf16_for_cpu
     fastlora.remove_lora(model)

@@ -1,6 +1,6 @@
-"""Arguments of the wrong kind, PEFT's config in place of ours, and folders that hold none.
+"""Refused arguments: wrong kinds, unsupported PEFT configs, folders without an adapter.
 
-And modules at two places of a model, where PEFT puts its own at the first one alone.
+Also modules that occur at two places of a model; PEFT replaces only the first place.
 """
 
 import copy
@@ -195,7 +195,7 @@ def test_a_field_that_can_t_be_meant(field, value):
     assert len(str(caught.value)) < 500
 
 
-# Which kinds of values each field takes; of the numbers and switches, test_door.py has them.
+# The kinds of values that each field accepts; test_door.py tests numbers and switches.
 FINE = {
     "target_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
     "exclude_modules": {"none", "text", "empty-text", "long-text", "empty-list"},
@@ -262,7 +262,7 @@ def test_a_switch_of_every_kind(name, tmp_path, monkeypatch):
 
 
 class Linear4bit(nn.Linear):
-    """Like bitsandbytes' class."""
+    """Has the name of bitsandbytes' class."""
 
     def forward(self, x):
         return super().forward(x)

@@ -1,4 +1,4 @@
-"""Routers of a mixture, which PEFT's "all-linear" adapts, too: files, calls and merging."""
+"""Routers of a mixture of experts, which PEFT's "all-linear" adapts: files, calls, merging."""
 
 import peft
 import pytest
@@ -13,7 +13,7 @@ from fastlora import LoRAConfig
 CASES = {
     "qwen3": ("qwen3", "gate", torch.float32),
     "deepseek-bf16": ("deepseek", "gate", torch.bfloat16),
-    # With a bias; PEFT's "all-linear" leaves it alone.
+    # It has a bias, and PEFT's "all-linear" doesn't adapt it.
     "gpt-oss": ("gpt-oss", "router", torch.float32),
 }
 IGNORED = "ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"
@@ -35,7 +35,7 @@ def adapted(name: str = "qwen3", **settings) -> nn.Module:
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
-    """Of the routers' adapters, by their names."""
+    """The gradients of the routers' adapters, by their names."""
     model(input_ids=IDS, labels=IDS).loss.backward()
     named = {
         name.replace(".default.weight", "").removeprefix("base_model.model."): parameter.grad
