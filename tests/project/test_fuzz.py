@@ -1,4 +1,4 @@
-"""The fuzz passes; it finds planted faults, and its line finds one again."""
+"""The fuzzer passes, finds planted faults, and prints a command that reproduces each."""
 
 import runpy
 from pathlib import Path
@@ -36,7 +36,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_mistakes_that_kernels_were_shipped_with_are_misses(name, monkeypatch):
-    """Each in a call that passes without it."""
+    """Each fault makes a call fail that passes without it."""
     place, attribute, said, wrong = FAULTS[name]
     fixed = {"kind": "layer", "p": 0.3, "world": "eager", "format": "", "M": 40, "K": 24}
     case = lambda: Case(0, 1, "torch", small=True, node=True, dtype=torch.float32, **fixed)  # noqa: E731

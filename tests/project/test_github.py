@@ -1,4 +1,4 @@
-"""What GitHub reads: what its forms ask for exists, and the citation is of this version."""
+"""GitHub's files: forms name things that exist, and the citation has this version."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_the_pull_request_s_targets_exist():
 
 
 def test_the_citation_is_of_this_version():
-    """Its date is that of CHANGELOG.md's heading, once that has one."""
+    """Its date equals the date in CHANGELOG.md's heading, if the heading has one."""
     citation = read(ROOT / "CITATION.cff")
     required = {"cff-version", "message", "title", "authors"}
     known = required | {"abstract", "type", "license", "version", "date-released", "keywords"}

@@ -67,16 +67,16 @@ def test_its_parts_are_where_the_builder_looks(folder, tmp_path, monkeypatch):
 
 
 def test_the_package_s_own_tests_pass(folder, monkeypatch):
-    """As somebody runs them who has the package alone: its layer, forward and backward."""
+    """Run them as a user who has only the package: its layer, forward and backward."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # No settings of a folder around the temporary one.
+    # Ignore the settings of folders around the temporary one.
     alone = ("-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider")
     printed = run_python("-m", "pytest", "-q", *alone, "tests", cwd=folder)
     assert "9 passed" in printed
 
 
 def test_the_benchmark_computes_what_it_verifies(folder, monkeypatch):
-    """With a stand-in for the class of ``kernels``, and small shapes."""
+    """With a stand-in for the base class from ``kernels``, and small shapes."""
     import fastlora.kernels
 
     stand_in = types.ModuleType("kernels.benchmark")

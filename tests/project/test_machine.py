@@ -1,12 +1,12 @@
-"""The machine that runs PTX, in a process of its own, where Triton compiles."""
+"""The PTX emulator of tools/machine, run in a separate process without Triton's interpreter."""
 
 import json
 
 import pytest
 from process import run_without_interpreter
 
-# What the machine says of an architecture: of a kernel as it is, in another order, without its
-# waits, with an instruction that nobody knows, and of a tensor that is too short.
+# For each architecture: the findings for an unchanged kernel, in another order, without its waits,
+# with an unknown instruction, and with a tensor that is too short.
 KERNELS = """
 import json, sys
 from tools.machine import compiled, proof
@@ -58,7 +58,7 @@ for pinned in tritons.VERSIONS:
     found["ci"].append(tritons.versions(["ci"]))
 print(json.dumps(found))
 """
-# Programs of one warp, which store rows of 32 numbers.
+# Programs of one warp that store rows of 32 numbers.
 INSTRUCTIONS = """
 import torch
 from tools.machine.memory import Fault, Kernel, Memory
@@ -122,7 +122,7 @@ WAITS = {
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict]:
-    """What the three programs print, as one process."""
+    """The output of the three programs, run in one process."""
     program = KERNELS + SHARES + INSTRUCTIONS
     printed = run_without_interpreter("-c", program, json.dumps(WAITS)).splitlines()
     return dict(
@@ -149,13 +149,13 @@ def test_cards_that_share_the_cases_leave_none_out(answers):
     for share in (1, 4, 8, 16):
         taken = [name for card in found[str(share)] for name in card]
         assert sorted(taken) == sorted(found["all"] * max(1, 8 // share))
-    first, *others, newest = found["ci"]  # by what torch pins
+    first, *others, newest = found["ci"]  # one list for each Triton that torch pins
     assert first == newest == ["3.6.0", "3.9.0"]
     assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]
 
 
 def test_what_computes_in_float32_has_one_nan(answers):
-    """Else two warps that store the same number would store other bits; a move keeps them."""
+    """Otherwise two warps could store different bits of one value; moves keep the bits."""
     (*computed, moved, _), findings = answers["instructions"]["nans"]
     assert computed == [[0x7FFFFFFF] * 32] * 3
     assert moved == [0x7FC00123] * 32
@@ -163,7 +163,7 @@ def test_what_computes_in_float32_has_one_nan(answers):
 
 
 def test_blackwells_instructions_compute_what_ptx_says(answers):
-    """Pairs of float32, sums with 16 bits, the largest of a warp; tensor memory's layouts."""
+    """Pairs of float32, sums with 16 bits, the maximum of a warp, and layouts of tensor memory."""
     found = answers["instructions"]
     (pair, other, plus, fused, largest), _ = found["blackwell"]
     lanes = range(32)

@@ -1,4 +1,4 @@
-"""Marks: the rows that stand for a product of parameters."""
+"""Pairwise coverage: the rows that represent a product of parameters."""
 
 from itertools import combinations, product
 

@@ -1,4 +1,4 @@
-"""tools/matrix: its cells, its table, and what it makes of a cell that breaks."""
+"""tools/matrix: its cells, its table, and the record of a cell that fails."""
 
 import json
 import re
@@ -19,7 +19,7 @@ CHECKS = set(RAN["oldest"]["checks"])
 
 
 def floor_of(package: str) -> str:
-    """The demo and the benchmarks ask for newer ones."""
+    """The lowest minimum version in pyproject.toml; the demo and benchmarks require newer ones."""
     found = re.findall(rf'"{package}>=([\d.]+)', PROJECT)
     return min(found, key=lambda floor: [int(number) for number in floor.split(".")])
 
@@ -41,7 +41,7 @@ def test_the_cells_have_every_value_and_join_the_extremes():
     assert len({cell.name for cell in CELLS}) == len(CELLS)
     newest = {cell.python for cell in CELLS if cell[2:] == (NEWEST,) * 4}
     assert newest == {"3.10", "3.11", "3.12", "3.13", "3.14"}
-    # The newest torch may be newer than those named here.
+    # The newest torch may be newer than the versions named here.
     assert {cell.torch for cell in CELLS} == {*list(TORCH)[:-1], NEWEST}
     for own in ("torch", "peft", "transformers", "numpy"):
         oldest = getattr(OLDEST, own)
@@ -59,7 +59,7 @@ def test_twelve_cells_ran_and_every_torch_had_the_triton_that_it_pins():
 
 @pytest.fixture
 def nothing_installed(monkeypatch, tmp_path) -> Path:
-    """The file of results, and no page."""
+    """The file of results, without any page to update."""
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
     monkeypatch.setattr(matrix, "PAGES", [])
     return matrix.RESULTS

@@ -1,4 +1,4 @@
-"""The package: what is installed, what an import costs, and which file may import which."""
+"""The package: its installed files, the cost of an import, and which file may import which."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from fastlora.version import __version__
 
 ROOT = Path(__file__).parents[2]
 
-# A file imports from its own floor and those below, and no circle of files is closed.
+# A file imports from its own layer and lower ones, and no files import each other in a circle.
 FLOORS = (
     {"kernels"},
     {"version", "namesake", "foreign", "blocks", "formats", "projection", "rows", "checks"}
@@ -28,11 +28,11 @@ FLOORS = (
     {"adapters", "price", "trials", "tuning", "sampling", "trainer", "doctor", "__main__"},
     {"__init__"},
 )  # fmt: skip
-LONGEST_CHAIN = 18  # of files, each of which imports the next
+LONGEST_CHAIN = 18  # the number of files in the longest chain of imports
 
 
 def imports(path: Path) -> list[ast.ImportFrom | ast.Import]:
-    """Of a file, anywhere in it."""
+    """All import statements of a file, at any depth."""
     nodes = ast.walk(ast.parse(path.read_text()))
     return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
 
@@ -49,7 +49,7 @@ def outside_modules(path: Path) -> list[str]:
 
 
 def imported_parts(path: Path) -> set[str]:
-    """The parts of fastlora, by their first name, that a file imports."""
+    """The top-level parts of fastlora that a file imports."""
     names = outside_modules(path)
     assert "fastlora" not in names
     parts = {name.split(".")[1] for name in names if name.startswith("fastlora.")}
@@ -72,7 +72,7 @@ def floor_of(part: str) -> int:
 
 
 def imported_files(path: Path) -> set[Path]:
-    """The files of its own package that a file imports when it is imported itself."""
+    """The files of its own package that are imported when a file is imported."""
     found = set()
     tree = ast.parse(path.read_text())
     bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.Try))]
@@ -82,11 +82,11 @@ def imported_files(path: Path) -> set[Path]:
             for name in [alias.name for alias in node.names]:
                 tried = (folder / f"{name}.py", folder.with_suffix(".py"), folder / "__init__.py")
                 found |= set([place for place in tried if place.exists()][:1])
-    return found - {path, ROOT / "fastlora" / "__init__.py"}  # that is for the kernels
+    return found - {path, ROOT / "fastlora" / "__init__.py"}  # that import exists for the kernels
 
 
 def chain_from(path: Path, known: dict[Path, list[Path]], above: tuple[Path, ...] = ()) -> list:
-    """The longest chain of files, each of which imports the next."""
+    """The longest chain of imports that begins at this file."""
     assert path not in above, f"a circle: {[p.stem for p in (*above, path)]}"
     if path not in known:
         chains = [chain_from(other, known, (*above, path)) for other in imported_files(path)]
@@ -166,7 +166,7 @@ print(json.dumps(found))
 
 
 def test_an_import_brings_in_fastlora_alone_and_works_without_triton_and_any_device():
-    """Nothing more of torch either, which would cost most; the kernels and PEFT's layers wait."""
+    """It imports no more of torch, which would cost most; kernels and PEFT's layers are lazy."""
     found = json.loads(run_python("-c", IMPORTED, FASTLORA_BACKEND="torch"))
     new = {name for name in found["new"] if name not in ("triton", "transformers")}
     assert {name.split(".")[0] for name in new} == {"fastlora"}
@@ -175,7 +175,7 @@ def test_an_import_brings_in_fastlora_alone_and_works_without_triton_and_any_dev
     assert not new & {f"fastlora.peft.{name}" for name in late}
     assert found["trained"]
     assert "pip install 'fastlora-kernels[trainer]'" in found["trainer"]
-    # No module shares its place with a public function.
+    # No module has the name of a public function.
     assert found["modules"] == ["reference"]
     names = set(found["names"]) - {"reference"}
     assert not {path.stem for path in (ROOT / "fastlora").iterdir()} & names
@@ -183,7 +183,7 @@ def test_an_import_brings_in_fastlora_alone_and_works_without_triton_and_any_dev
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what a clone holds, so that building leaves nothing in the checkout."""
+    """A copy of a clone's files, so that building leaves nothing in the checkout."""
     return copy_of_clone(tmp_path_factory.mktemp("source") / "fastlora")
 
 
@@ -207,7 +207,7 @@ def test_the_wheel_has_kernels_in_their_place_only(built):
 
 
 def test_pypi_s_page_has_addresses_for_links(built):
-    """README's own lead to files, which PyPI doesn't have."""
+    """README's links lead to files, and PyPI doesn't have those."""
     file = zipfile.ZipFile(next(built.glob("*.whl")))
     (name,) = [name for name in file.namelist() if name.endswith("/METADATA")]
     head, page = file.read(name).decode().split("\n\n", 1)

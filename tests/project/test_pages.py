@@ -1,6 +1,6 @@
-"""README and docs/: every block of code runs, every command is one, and they tell the truth.
+"""README and docs/: every code block runs, every command exists, and every number is up to date.
 
-Their tables are what commands print; links, paths and make targets lead somewhere.
+Tables equal the output of their commands; links, paths and make targets exist.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ from pages import (
 import fastlora
 from fastlora.__main__ import main
 
-# Pages of users begin alike: for whom, the code, what it gains, what it costs.
+# Users' pages begin alike: the audience, the code, its gain, its cost.
 USERS = ("peft", "trainer", "model", "experts", "quantised", "adapters", "rank", "cpu", "gpu")
-NOT_RUN = "# Not run by the tests: "  # and why, as the first line of a block
+NOT_RUN = "# Not run by the tests: "  # followed by the reason, as the first line of a block
 PROMISED = re.compile(
     r"\d+ of \d+ (?:layers fast \(backend torch\)|gated MLPs as one block)|\d+ quantised: NF4"
 )
@@ -55,7 +55,7 @@ MODELS = {"experts.md": mixture, "quantised.md": quantised_llama}
 
 
 def names_for(page: Path) -> dict:
-    """What a reader has at hand: a model, a batch, and the tensors of three layers."""
+    """The names a reader has: a model, a batch, and the tensors of three layers."""
     peft = pytest.importorskip("peft", reason="the first lines use it")
     from transformers import TrainingArguments
 
@@ -80,7 +80,7 @@ def names_for(page: Path) -> dict:
 
 
 def run(code: str, name: str, names: dict) -> None:
-    """A block, which prints the reports that it promises."""
+    """Run a block; it must print the reports that it shows."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, name, "exec"), names)
@@ -102,7 +102,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
 def test_a_block_of_the_readme_runs_by_itself(i, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, names = blocks_of(README, "python")[i], names_for(README)
-    if "AdapterTrainer" in code:  # from an earlier block
+    if "AdapterTrainer" in code:  # an earlier block applies LoRA
         fastlora.apply_lora(names["model"], fastlora.LoRAConfig(target_modules="all-linear"))
     run(code, f"README.md, block {i}", {"fastlora": fastlora} | names)
 
@@ -115,7 +115,7 @@ def test_few_blocks_are_not_run():
 
 @pytest.mark.parametrize("name", USERS)
 def test_a_page_of_users_begins_with_code_gain_and_cost(name):
-    """And its numbers in bold stand in a table, there or on a page that it links to."""
+    """And its numbers in bold occur in a table, on this page or on one that it links."""
     page = ROOT / f"docs/{name}.md"
     head, below = page.read_text().split("\n## ", 1)
     assert len(head.splitlines()) <= 35
@@ -129,7 +129,7 @@ def test_the_numbers_of_the_readme_stand_in_tables():
 
 
 def numbers_in_no_table(page: Path, head: str, below: str) -> list[str]:
-    """Those in bold; tables are below the head, and on the pages that it links to."""
+    """The numbers in bold that aren't in a table below the head or on a linked page."""
     linked = re.findall(r"\]\(([\w./]+\.md)", head)
     texts = [below, *((page.parent / path).read_text() for path in linked)]
     tables = "\n".join(line for text in texts for line in text.splitlines() if line[:1] == "|")
@@ -222,7 +222,7 @@ def test_there_are_tables():
 
 
 def test_they_are_short():
-    """The README's first screen has its picture; README and docs/ keep to their budgets."""
+    """The README's first screen has its picture; README and docs/ keep to their word budgets."""
     text = README.read_text()
     assert len(text.splitlines()) <= 130
     assert len(text.split()) <= 1000
@@ -245,7 +245,7 @@ def test_a_sentence_repeats_the_numbers_of_a_results_file(page, pattern, numbers
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", PROSE[page]):
-        # Its own pages are on GitHub alone.
+        # The repository's own pages exist only on GitHub.
         if target.startswith(("http", "../../issues", "../../../issues", "../../actions")):
             continue
         path, _, anchor = target.partition("#")
@@ -259,7 +259,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_pages_that_the_code_names_exist():
-    """An error or a docstring sends people to docs/."""
+    """Errors and docstrings refer users to docs/."""
     folders = ("fastlora", "kernels", "benchmarks", "tools", "examples")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     named = {name for file in files for name in re.findall(r"docs/\w+\.\w+", file.read_text())}
@@ -269,7 +269,7 @@ def test_pages_that_the_code_names_exist():
 
 @pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=name_of)
 def test_files_that_it_names_exist(page):
-    """`fastlora/ops/` or `kernels/project.py`; NAME stands for what a reader chooses."""
+    """For example `fastlora/ops/` or `kernels/project.py`; NAME is a placeholder."""
     for path in re.findall(r"`((?:[\w.-]+/)+(?:[\w-]+\.\w+)?)`", PROSE[page]):
         assert "NAME" in path or (ROOT / path).exists(), path
 
@@ -281,7 +281,7 @@ def test_make_has_the_targets_that_it_names(page):
 
 
 def test_the_design_has_the_floors():
-    """docs/design.md's table names what test_package.py's FLOORS hold."""
+    """The table in docs/design.md equals the table of layers in test_package.py."""
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", PROSE[ROOT / "docs/design.md"], re.M)
     named = {(int(n), w) for n, row in rows for w in re.findall(r"`(\w+)(?:/|\.py)`", row)}
     code = (ROOT / "tests/project/test_package.py").read_text()

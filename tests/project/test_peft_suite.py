@@ -1,4 +1,4 @@
-"""make peft-suite: what it calls a difference, and which of PEFT's tests it picks."""
+"""make peft-suite: its notion of a difference, and its choice of PEFT's tests."""
 
 import json
 
@@ -11,7 +11,7 @@ FAST = {"fast": 3, "Linear: merged": 1}
 
 @pytest.fixture
 def outcomes(tmp_path):
-    """Writes outcomes, given by test as keyword arguments, as the plugin does, and reads them."""
+    """Write outcomes, given by test as keyword arguments, in the plugin's format, and read them."""
 
     def written(**records):
         path = tmp_path / "outcomes.jsonl"

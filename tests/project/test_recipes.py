@@ -1,6 +1,6 @@
-"""examples/sft.py, sample.py, grpo.py, several.py, diffusion.py and start.ipynb, run to their ends.
+"""Runs examples/sft.py, sample.py, grpo.py, several.py, diffusion.py and start.ipynb to the end.
 
-They want the extra ``recipes``: ``make recipes`` runs them.
+They need the extra ``recipes``: ``make recipes`` runs them.
 """
 
 import ast
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A folder of a Llama of two layers, with its tokenizer and a chat template."""
+    """A folder with a Llama of two layers, its tokenizer, and a chat template."""
     folder = tmp_path_factory.mktemp("tiny")
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     pairs = Tokenizer(models.BPE())
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def recipe(monkeypatch, tmp_path, capsys) -> Callable:
-    """Run one here: what it prints, and its Trainer if it has one."""
+    """Run a recipe in this process; returns its output, and its Trainer if it has one."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     used = []
@@ -122,7 +122,7 @@ def test_sft_resumes_where_it_was(recipe, tiny, chats, tmp_path):
     row = next(iter(trainer.get_train_dataloader()))
     learned = trainer.processing_class.decode(row["labels"][row["labels"] != -100])
     assert re.fullmatch(r"(It is \d+, as it was\.<\|im_end\|>){3,}", learned)
-    assert (row["position_ids"] == 0).sum() >= 3  # packed, each chat by itself
+    assert (row["position_ids"] == 0).sum() >= 3  # packed, each chat with its own positions
     recipe("sft", *start, "--steps=2", "--out", tmp_path / "parts")
     printed, trainer = recipe("sft", *start, "--steps=4", "--out", tmp_path / "parts")
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
@@ -134,7 +134,7 @@ def test_sft_resumes_where_it_was(recipe, tiny, chats, tmp_path):
 
 
 def test_sft_goes_on_from_a_checkpoint_that_is_whole(recipe, tiny, chats, tmp_path):
-    """A stop while one is written leaves a folder without trainer_state.json."""
+    """A stop during a save leaves a folder without trainer_state.json."""
     start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=1"]
     recipe("sft", *start, "--steps=2", "--out", tmp_path)
     (tmp_path / "checkpoint-10").mkdir()
@@ -166,7 +166,7 @@ def test_sft_over_nf4(recipe, tiny, chats, tmp_path):
 
 
 def test_grpo(recipe, tiny, tmp_path, monkeypatch):
-    """In TRL's own loop each step samples from merged layers, and trains others."""
+    """In TRL's own loop, each step samples from merged layers and trains unmerged ones."""
     calls, run = [], transformers.LlamaModel.forward
 
     def noted(decoder: torch.nn.Module, *inputs: object, **named: object) -> object:

@@ -1,4 +1,4 @@
-"""A release: its notes and its tag; and another project's module of this package's name."""
+"""A release: its notes, tag and conda recipe; and a foreign module with this package's name."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def test_conda_s_recipe_asks_for_what_the_wheel_asks_for(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A site-packages with this package in it."""
+    """A site-packages folder that holds this package."""
     (tmp_path / "fastlora").mkdir()
     for path in (ROOT / "fastlora").iterdir():
         (tmp_path / "fastlora" / path.name).symlink_to(path)
@@ -82,11 +82,11 @@ def test_a_module_beside_the_package_is_one_line_at_the_import(folder):
     assert text.startswith(f"{folder / 'fastlora.py'} is another module of this name")
     assert text.endswith("pip uninstall fastlora")
     assert "\n" not in text
-    assert line == 3  # the reader's own
+    assert line == 3  # the line of the user's import
 
 
 def test_doctor_names_a_module_in_any_folder(folder, tmp_path_factory):
-    """None; one behind the package, and one beside it."""
+    """No such module; one in a later folder of sys.path; one beside the package."""
     behind = tmp_path_factory.mktemp("other")
     code = """if True:
         import json, pathlib, sys

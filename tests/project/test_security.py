@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: which files are read, what is never run, and hostile files."""
+"""Promises of SECURITY.md: which files are read, which code is never run, and hostile files."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "fastlora").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 TEXT = (ROOT / "SECURITY.md").read_text()
-# What opens pickles, runs code or programs, or goes to the network.
+# Modules that open pickles, run code or programs, or use the network.
 NEVER = {
     "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "subprocess", "ctypes",
     "socket", "urllib", "http", "requests", "httpx", "huggingface_hub", "multiprocessing", "code",
@@ -28,7 +28,7 @@ NEVER = {
 
 
 def calls(*names: str) -> dict[str, list[ast.Call]]:
-    """The calls of these, by file: ``exec``, or ``torch.load``."""
+    """The calls of these functions by file, for example of ``exec`` or ``torch.load``."""
     found: dict[str, list[ast.Call]] = {}
     for file, tree in TREES.items():
         for node in ast.walk(tree):
@@ -59,7 +59,7 @@ def test_torch_loads_weights_only_and_one_file_runs_lines_of_torch_fx():
 
 
 def test_every_file_that_opens_one_is_known():
-    """Whoever reads another kind of file has to say so in SECURITY.md."""
+    """A new reader of files must also be described in SECURITY.md."""
     opening = calls(
         "open", "safe_open", "read_json", "files.read_json", "torch.load", "json.load", "json.loads"
     )  # fmt: skip
@@ -71,9 +71,9 @@ def test_every_file_that_opens_one_is_known():
         *(f"fastlora/adapters/{name}.py" for name in ("llama_cpp", "stored")),
         "fastlora/doctor/machine.py",  # /proc/cpuinfo
         "fastlora/backends/triton/trust.py",  # /sys/module/nvidia/version
-        "fastlora/cache.py",  # verdicts on kernels and what was tuned, which
-        "fastlora/verdicts.py",  # reads as JSON
-        "fastlora/backends/triton/measured.py",  # does so
+        "fastlora/cache.py",  # verdicts on kernels, and results of tuning
+        "fastlora/verdicts.py",  # reads the first as JSON
+        "fastlora/backends/triton/measured.py",  # reads the second as JSON
         *(f"fastlora/model/{name}.py" for name in ("checkpoint", "files", "packed_files")),
         "fastlora/trials/record.py",
     }
@@ -91,13 +91,13 @@ def test_its_variables_exist_and_none_is_left_out():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A good adapter."""
+    """The folder of a valid adapter."""
     fastlora.save_adapter(adapt(Mlp(), target_modules=["up", "down"]), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 class Bomb:
-    """What a pickle can do."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self):
         return Path.touch, (Path("exploded"),)
@@ -107,7 +107,7 @@ def test_a_pickle_is_never_opened(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bomb = pickle.dumps(Bomb())
     (folder / "adapter_model.bin").write_bytes(bomb)
-    fastlora.load_adapter(Mlp(), folder)  # beside the other file it is nobody's
+    fastlora.load_adapter(Mlp(), folder)  # it ignores the pickle beside the other file
     for read in (lambda: fastlora.load_adapter(Mlp(), folder), lambda: resize(folder)):
         (folder / WEIGHTS).unlink(missing_ok=True)
         with pytest.raises(FileNotFoundError, match="is a pickle, and fastlora opens none"):
@@ -139,7 +139,7 @@ def test_a_header_that_lies_about_its_length(length, folder):
     "part", [".base_layer", ".lora_", ".", "lora_A.weight", ".modules_to_save"]
 )
 def test_a_long_key_takes_no_long_time_and_no_long_message(part, folder):
-    """Of a million letters; where time grew with the square it took minutes."""
+    """A key of a million letters took minutes when time grew with the square of its length."""
     key = "base_model.model.x" + part * (10**6 // len(part)) + "!.lora_A.weight"
     save_file({key: torch.ones(1, 1)}, folder / WEIGHTS)
     start = time.monotonic()
@@ -151,7 +151,7 @@ def test_a_long_key_takes_no_long_time_and_no_long_message(part, folder):
 
 
 def test_many_patterns_are_compiled_once(folder):
-    """re itself remembers 512."""
+    """The module re caches only 512 patterns."""
     from fastlora.model.config import LoRAConfig, _at_end
 
     config = LoRAConfig(rank_pattern={rf"^layers\.{i}\.q": 2 for i in range(900)})
@@ -161,7 +161,7 @@ def test_many_patterns_are_compiled_once(folder):
 
 
 def test_names_lead_out_of_no_folder(folder, tmp_path):
-    """Tensors' names are no paths; a link in the output's folder is replaced."""
+    """Names of tensors are not used as paths; a link in the output folder is replaced."""
     precious = tmp_path / "precious"
     precious.write_text("mine")
     for name in ("/etc/x", "../../x", "base_model.model.../x.lora_A.weight"):

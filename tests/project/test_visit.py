@@ -1,4 +1,4 @@
-"""benchmarks/visit.py, which must work at the first try when a GPU is at hand."""
+"""benchmarks/visit.py must work at the first try when a GPU is available for a short time."""
 
 import json
 import os
@@ -22,9 +22,9 @@ COMMAND = [sys.executable, str(ROOT / "benchmarks" / "visit.py")]
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory) -> tuple[str, dict, str]:
-    """A whole dry visit: what it printed, its results, and its file of tuning.
+    """A complete dry visit: its output, its results, and its tuning file.
 
-    It starts in another folder: the repository's is found by the file's place alone.
+    It starts in another folder, so it must find the repository by the script's own path.
     """
     folder = tmp_path_factory.mktemp("visit")
     out = folder / "visit.json"
@@ -36,7 +36,7 @@ def dry(tmp_path_factory) -> tuple[str, dict, str]:
 
 @pytest.fixture(scope="module")
 def on_the_standin(tmp_path_factory) -> list[dict]:
-    """The rows of a GPU's own parts, without its tests; everything above the driver is real."""
+    """The rows of the parts for GPUs, without the tests; everything above the driver is real."""
     from benchmarks import visit
 
     out = tmp_path_factory.mktemp("visit") / "visit.json"
@@ -47,7 +47,7 @@ def on_the_standin(tmp_path_factory) -> list[dict]:
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        patch.setenv("FASTLORA_BACKEND", "triton")  # a GPU's default
+        patch.setenv("FASTLORA_BACKEND", "triton")  # the default on a GPU
         patch.setattr(sys, "argv", ["visit.py", "--dry", "--out", str(out)])
         visit.Visit(visit.parse(), "visit_standin").run()
     return json.loads(out.read_text(encoding="utf-8"))["rows"]
@@ -62,11 +62,11 @@ def test_every_part_gives_a_row_and_no_failure(dry):
 
 
 def test_a_gpu_s_own_parts_raise_nothing_on_the_standin(on_the_standin):
-    """And what the layers launch is compiled ahead."""
+    """Also, the layers' launches are compiled ahead."""
     assert [row for row in on_the_standin if row.get("failures") or row.get("skipped")] == []
     tables = [row["table"] for row in on_the_standin]
     assert set(tables) == {"calls", "compile", "gpu", "tune"}
-    assert tables[:3] == ["calls"] * 3  # what decides most, at the start
+    assert tables[:3] == ["calls"] * 3  # the most important measurements come first
     for row in on_the_standin:
         assert (row["launches"] > 0) == (row["table"] != "compile")
     [row] = [row for row in on_the_standin if row["table"] == "compile"]
@@ -113,11 +113,12 @@ def test_tuning_chooses_among_what_it_tried_and_writes_what_fastlora_reads(dry):
     assert {row.backward for row in found.rows} == {False, True}
     assert {row.plan.gemm is not None for row in found.rows if row.plan.fused} <= {True}
     assert set(found.rows) <= set(map(measured.as_row, plans))
-    assert len(found.rows) == 5  # y of three depths, dx of two; what was tuned comes last
+    # y of three depths and dx of two; the measurements of tuning come last
+    assert len(found.rows) == 5
 
 
 def test_a_call_that_is_wrong_or_raises_has_no_time(monkeypatch):
-    """And the others have."""
+    """All other calls have times."""
     from benchmarks.calls import reached
     from benchmarks.forms import Form, Operands
 
@@ -134,7 +135,7 @@ def test_a_call_that_is_wrong_or_raises_has_no_time(monkeypatch):
 
 
 def test_a_part_that_ends_its_process_or_has_no_time_costs_only_itself(tmp_path, monkeypatch):
-    """The tests have a minute of their own, whatever else took too long; the file is whole."""
+    """The tests have their own minute even if another part took too long; no file is cut off."""
     from benchmarks import visit
 
     out = tmp_path / "visit.json"
@@ -187,7 +188,7 @@ def test_a_dry_visit_s_numbers_and_interpreter_are_its_own(monkeypatch, capsys):
 
 
 def test_the_sanitizer_s_words_are_in_the_row(tmp_path, monkeypatch):
-    """What is found fails the part; where there is no such program, the row says so."""
+    """A finding fails the part; if the program is missing, the row says so."""
     from benchmarks import visit
 
     served, program = visit.Served("cpu"), tmp_path / "compute-sanitizer"
@@ -205,7 +206,7 @@ def test_the_sanitizer_s_words_are_in_the_row(tmp_path, monkeypatch):
 
 
 def test_a_rented_gpu_is_sent_the_tree_and_gives_the_file(tmp_path, monkeypatch):
-    """With a stand-in for Modal, which runs what it is given here."""
+    """With a stand-in for Modal that runs the function locally."""
     modal, there = MagicMock(), tmp_path / "there.json"
     image = modal.Image.debian_slim.return_value.uv_pip_install.return_value
     image.add_local_dir.return_value = image.add_local_file.return_value = image
