@@ -1,12 +1,12 @@
-"""Random calls of every kind, judged one by one; a miss is a line that runs that call again.
+"""Random calls of every kind; for each failure it prints a command that repeats the call.
 
     python -m tests.fuzz --seed S [--count N] [--seconds T] [--backend torch] [--only WORDS]
     python -m tests.fuzz --seed S --case I
 
-``--only``: cases whose words have all of these, such as "many bf16-f32 autocast".  ``--backend``:
-torch; interpreter (of Triton); machine (tools/machine runs what Triton compiles for sm_90).
-Others are other cases, models whose state changes between calls: compiled, or kept, where a call
-has what earlier ones read of the modules.
+``--only`` takes cases that have all of these words, such as "many bf16-f32 autocast".
+``--backend``: torch; interpreter (Triton's); machine (tools/machine runs the code that Triton
+compiles for sm_90). The values "compiled" and "kept" select other cases: models whose state changes
+between calls, which are compiled or use the records that earlier calls cached on the modules.
 """
 
 import argparse
@@ -27,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tests.fuzz", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="this one alone")
-    parser.add_argument("--count", type=int, help="so many cases; 100 if no time is given")
-    parser.add_argument("--seconds", type=float, help="stop after so many")
+    parser.add_argument("--case", type=int, help="run only this case")
+    parser.add_argument("--count", type=int, help="the number of cases; 100 if no time is given")
+    parser.add_argument("--seconds", type=float, help="stop after this many seconds")
     parser.add_argument("--backend", choices=BACKENDS, default="torch")
     parser.add_argument("--only", default="", metavar="WORDS")
     options = parser.parse_args(arguments)
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, make: Callable, check: Callable) -> int:
 
 
 def what_misses(check: Callable, case) -> str:
-    """In one line; "" if nothing does."""
+    """The reason for a failure in one line; "" if the case passes."""
     try:
         check(case)
     except AssertionError as error:
@@ -82,8 +82,8 @@ def what_misses(check: Callable, case) -> str:
 
 @contextmanager
 def prepared(backend: str) -> Iterator[tuple[Callable, Callable]]:
-    """What makes a case, and what checks it, for a backend of this process."""
-    # Not the folder above: its kernels/ would hide Hugging Face's package of that name.
+    """The functions that make a case and check it, for this backend."""
+    # Remove the repository's root: its kernels/ would hide the package ``kernels`` of Hugging Face.
     if str(TESTS / "support") not in sys.path:
         sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != TESTS.parent]
         sys.path.insert(0, str(TESTS / "support"))

@@ -1,4 +1,4 @@
-"""What a base may be: apply_lora and optimize are asked the same question."""
+"""The base layers that apply_lora and optimize accept: both must give the same answer."""
 
 import re
 
@@ -15,11 +15,11 @@ from fastlora import LoRAConfig, LoRALinear
 
 
 class Packed(torch.Tensor):
-    """As torchao's are: a tensor of another class in a plain nn.Linear."""
+    """A tensor subclass in a plain nn.Linear, as torchao uses it."""
 
 
 class Named(nn.Linear):
-    """With the forward of its parent."""
+    """A subclass of nn.Linear that inherits its forward."""
 
     def get_extra_state(self):
         return {"name": "x"}
@@ -195,7 +195,7 @@ OWN_NAMES = {
 
 @pytest.mark.parametrize(("make", "name"), OWN_NAMES.values(), ids=OWN_NAMES)
 def test_a_layer_that_has_a_lora_layer_s_names_for_itself(make, name):
-    """They would be overwritten, and gone after remove_lora."""
+    """They would be overwritten by apply_lora, and be gone after remove_lora."""
     linear = make()
     model = nn.Sequential(nn.Linear(8, 6), linear)
     with refused(model, f"1 can't take an adapter: it has a {name!r} of its own"):

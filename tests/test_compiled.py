@@ -1,7 +1,7 @@
-"""Called, changed and called again: compiled, each call is as that of the model not compiled.
+"""Models are called, changed and called again; each compiled call agrees with the uncompiled one.
 
-And not compiled, it is as if nothing were kept of the modules.  `python -m tests.fuzz --backend
-compiled`, and kept, walk on at random.
+Without the compiler, each call agrees with a call that reads every module anew.  `python -m
+tests.fuzz --backend compiled` (and kept) continues with random changes.
 """
 
 import gc
@@ -18,7 +18,7 @@ from fastlora.layers import reading
 from fastlora.layers.adapted import LoRALayer
 from fastlora.layers.mlp import GatedMLP
 
-# What happens between two calls, one after the other, by the kind of model.
+# By kind of model: the sequences of changes, with a call after each change.
 WALKS = {
     "linear": (
         "merge unmerge merge-plain remove apply", "scaling pair bias tied base-trains",
@@ -69,7 +69,10 @@ def follow(kind: str, walk: str, way: str, p: float = 0.3, **how) -> None:
     ids=[f"{kind}-{walk.replace(' ', ',')}" for kind, walk in ROWS],
 )
 def test_each_change_is_followed(kind, walk, number):
-    """Each way in turn.  AOTAutograd looks at tensors, of which linear has all changes."""
+    """The three ways of compiling take turns.
+
+    Only "linear" has all changes of tensors, which AOTAutograd guards.
+    """
     compiler = "aot_eager" if kind == "linear" else "eager"
     follow(kind, walk, WAYS[number % 3], backend=compiler)
 
@@ -93,7 +96,7 @@ def test_what_is_kept_of_modules_follows_each_change(kind, walk):
     state = State(kind, 0.3).compile("kept")
     for name in ("nothing", "train", "rows", *walk.split(), "evaluate"):
         changes_of(kind)[name](state)
-        for _ in range(3):  # read, used, used
+        for _ in range(3):  # the first call reads and caches, the others use the cached record
             state.compare()
 
 
@@ -105,13 +108,13 @@ OF_PEFT += [("peft-block", "merge unmerge merge-one disable enable add set-adapt
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "walk"), OF_PEFT, ids=map("-".join, OF_PEFT))
 def test_each_change_means_what_it_means_to_peft(kind, walk):
-    """On an optimised model, whose calls are fast until then."""
+    """On an optimized model whose calls are fast before the first change."""
     state = State(kind).compile("peft")
     with counted_calls() as calls:
         state.numbers(True)
     assert calls
     for name in ("nothing", "train", *walk.split()):
-        if name != "forward":  # that of a copy would be the original's
+        if name != "forward":  # the replaced forward of a copy would be the original's
             changes_of(kind)[name](state)
             state.compare()
 
@@ -119,7 +122,7 @@ def test_each_change_means_what_it_means_to_peft(kind, walk):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_call_reads_nothing(kind, monkeypatch):
-    """But the numbers of its tensors, which training changes."""
+    """Except the values of its tensors, which training changes."""
     state, readings = State(kind).compile("kept"), []
     kept = reading.Memory.__init__
     monkeypatch.setattr(
@@ -137,7 +140,7 @@ def test_a_second_call_reads_nothing(kind, monkeypatch):
     "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantised"]
 )
 def test_what_is_kept_keeps_no_weights(kind):
-    """Whoever lets go of a layer has its memory, without waiting for the collector."""
+    """A removed layer is freed at once, without the garbage collector."""
     freed = []
     for calls in (0, 2):
         state = State(kind).compile("kept")
@@ -153,18 +156,19 @@ def test_what_is_kept_keeps_no_weights(kind):
         try:
             for children in [module._modules for module in state.model.modules()]:
                 for name in [name for name, child in children.items() if child is layer]:
-                    del children[name]  # what else holds the model doesn't matter
+                    del children[name]  # other references to the model don't matter
             del layer
             freed.append([weight() is None for weight in weights])
         finally:
             gc.enable()
     assert freed[0] == freed[1]
-    assert any(freed[0]) or "block" in kind  # transformers' module is in a circle of its own
+    # transformers' module is in a reference cycle of its own
+    assert any(freed[0]) or "block" in kind
 
 
 @pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantised") if k in KINDS])
 def test_a_replaced_weight_is_let_go(kind):
-    """Of a view a reading knows how it lies, and holds none."""
+    """For a view, a record holds the layout, but no reference to the memory."""
     state = State(kind).compile("kept")
     state.numbers(True)
     state.compare()

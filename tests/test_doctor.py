@@ -1,4 +1,4 @@
-"""``python -m fastlora doctor``: every line against the truth, and what is broken is said."""
+"""``python -m fastlora doctor``: every line is true, and every broken part is reported."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_versions_machine_and_the_text_on_about_a_screen(capsys):
 NEEDS_INTERPRETER = "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
 
 
-# FASTLORA_BACKEND's value, in its place, since a process reads it once.
+# Set in place of FASTLORA_BACKEND, because a process reads the variable only once.
 OF_PROCESS = """
 import json, sys
 from contextlib import redirect_stdout
@@ -115,7 +115,7 @@ def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide,
 
 @pytest.mark.parametrize(("plan", "word"), [(IN_PLACE, "in place"), (FUSED, "fused")])
 def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
-    """Its launches, and in place the two products that are torch's; nothing stays forced."""
+    """It lists the launches and, in place, torch's two products; no setting stays forced."""
     from fastlora.kernels import launch, target
 
     arguments = ("--shape", "4096,2048,1024", "--r", "8", "--dropout", "0.1", "--target", "sm_90")
@@ -159,13 +159,13 @@ def raising(error: Exception):
 
 
 def with_another_gradient(self, x, *more):
-    """The right output, and a gradient that lacks the adapter's."""
+    """The right output, with a gradient that lacks the adapter's part."""
     y, base = PEFT_FORWARD(self, x, *more), self.base_layer(x)
     return base + (y - base).detach()
 
 
 PEFT_FORWARD, OPTIMIZED = PeftLinear.forward, "self-test of fastlora.optimize, LoRA: fastlora (1 of"
-FAULTS = {  # what is replaced by what, and what is said then
+FAULTS = {  # Values: the object to replace, its replacement, and the expected message
     "wrong-op": (
         reference, "lora_linear", lambda *args, **more: 1.05 * ORACLE(*args, **more),
         "self-test of torch on cpu in bfloat16: the output is wrong, its relative error is",

@@ -1,6 +1,6 @@
-"""Frozen linear layers without an adapter, where this CPU multiplies 16 bits slowly.
+"""Frozen linear layers without an adapter, on a CPU that multiplies 16-bit numbers slowly.
 
-By themselves, and as apply_lora takes a model's in.
+Tested by themselves, and as layers of a model that apply_lora changed.
 """
 
 import copy
@@ -69,7 +69,7 @@ def test_y_and_dx_are_closer_to_the_truth_than_torch_s(dtype, bias, leading):
         assert our.shape == true.shape
         best = (true.to(dtype).double() - true).norm()  # one rounding
         assert (our.double() - true).norm() <= 1.05 * best
-        # Both may be the best, but for a number or two: 1.0004 of theirs by torch 2.10's.
+        # Both may round optimally except for an element or two: 1.0004 of theirs for torch 2.10.
         assert (our.double() - true).norm() <= 1.001 * (their_one.double() - true).norm()
 
 
@@ -88,7 +88,7 @@ def test_without_gradients_it_is_fast_too():
 
 
 class Louder(nn.Linear):
-    """Another class, though with the same forward."""
+    """Another class with the same forward."""
 
 
 def replaced():
@@ -240,7 +240,7 @@ def test_the_head_is_fast_tied_and_listed_apart():
 
 def test_frozen_false_and_float32_and_a_fast_cpu_change_nothing(monkeypatch):
     assert fast_layers(tied(frozen=False)) == set()
-    assert fast_layers(tied().float()) == {"head"}  # it stays, and calls are torch's
+    assert fast_layers(tied().float()) == {"head"}  # the class stays, and calls are torch's
     config = LoRAConfig(r=2, target_modules=["mix"])
     assert fast_layers(fastlora.apply_lora(Tied(), config)) == set()
     monkeypatch.setattr(products, "FORCED", False)

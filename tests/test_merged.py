@@ -1,4 +1,7 @@
-"""``fastlora.merged``: inside, the base's speed; behind it, the very bits, also after an error."""
+"""``fastlora.merged``: the base's speed inside the block, and the original bits after it.
+
+The original bits also return after an error in the block.
+"""
 
 import pytest
 import torch
@@ -41,13 +44,13 @@ def inputs(model: nn.Module) -> Tensor:
 
 
 def is_laid_anew(module: nn.Module) -> bool:
-    """For bitsandbytes' kernel for CPUs with AVX512-BF16."""
+    """Whether bitsandbytes repacked the weight for its kernel for CPUs with AVX512-BF16."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return getattr(state, "packing_format_for_cpu", False)
 
 
 def everything(model: nn.Module) -> dict[str, tuple]:
-    """Of each parameter and buffer: itself, its bits, its place, and what hangs on it."""
+    """For each parameter and buffer: its identity, address, bits, requires_grad and attributes."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return {
         name: (id(t), t.data_ptr(), t.detach().clone(), t.requires_grad, {**vars(t)})
@@ -76,7 +79,8 @@ def test_inside_is_the_merged_model_and_behind_it_the_very_bits(name, optimized)
     x = inputs(model)
     with torch.no_grad():
         expected = model(x)
-        before = everything(model)  # bitsandbytes' first call may lay a weight anew
+        # after the first call, because bitsandbytes may repack a weight in it
+        before = everything(model)
         if name == "peft-nf4" and any(map(is_laid_anew, model.modules())):
             with pytest.raises(ValueError, match="merge misreads"), fastlora.merged(model):
                 pytest.fail("it was entered")
@@ -88,9 +92,10 @@ def test_inside_is_the_merged_model_and_behind_it_the_very_bits(name, optimized)
                 assert all(m.merged for m in model.modules() if hasattr(m, "merged"))
             assert_as_before(model, before)
             assert torch.equal(model(x), expected)
-    tolerance = 0.2 if name == "peft-nf4" else 2e-5  # it is quantised again
+    tolerance = 0.2 if name == "peft-nf4" else 2e-5  # merging quantizes the weight again
     assert (y - expected).norm() <= tolerance * expected.norm()
-    assert not torch.equal(y, model(x)) or "experts" in name  # PEFT's sums are the merged weights
+    # PEFT's forward uses the same merged weights for experts
+    assert not torch.equal(y, model(x)) or "experts" in name
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -118,7 +123,7 @@ def test_many_cycles_in_bfloat16_leave_the_bits(name, keep):
 def test_originals_on_the_cpu_train_behind_samples_in_inference_mode(name, monkeypatch):
     model, to = KINDS[name](), Tensor.to
 
-    def moved(tensor, *args, **named):  # as between two devices
+    def moved(tensor, *args, **named):  # simulates a move between two devices
         moves = args and isinstance(args[0], torch.device)
         return tensor.clone() if moves else to(tensor, *args, **named)
 
@@ -239,7 +244,7 @@ def test_a_model_that_is_cast_inside_is_cast_behind_it():
 
 @pytest.mark.parametrize("name", ["peft", "own"])
 def test_originals_go_to_the_cpu_one_layer_after_the_other(name, monkeypatch):
-    """So that beside the merged weights no more than one original lies on the device."""
+    """Besides the merged weights, at most one original is on the device at a time."""
     model, merged_then = KINDS[name](), []
     layers = [m for m in model.modules() if isinstance(getattr(m, "merged", None), bool)]
 
@@ -256,7 +261,7 @@ def test_originals_go_to_the_cpu_one_layer_after_the_other(name, monkeypatch):
 
 @pytest.mark.parametrize(("name", "place"), [("peft", "peft.merged"), ("own", "sampling")])
 def test_originals_that_share_memory_stay(name, place, monkeypatch):
-    """Whoever else has a view of one would see another number, or none."""
+    """A view of an original would otherwise see other values, or lose its memory."""
     model, sent = KINDS[name](), []
     layers = [m for m in model.modules() if isinstance(getattr(m, "merged", None), bool)]
     first = layers[0].weight

@@ -1,4 +1,4 @@
-"""Gated MLPs as blocks: which modules become one, which of their calls are, and the way back."""
+"""Gated MLPs as fused blocks: which modules and which calls are fused, and how it is undone."""
 
 import copy
 import re
@@ -20,11 +20,11 @@ import fastlora
 from fastlora.layers import mlp
 from fastlora.layers.members import activation_of
 
-IN, HIDDEN, ROWS = 8, 12, 40  # more rows than go without a node
+IN, HIDDEN, ROWS = 8, 12, 40  # more rows than calls without a node have
 
 
 class Gated(nn.Module):
-    """As Llama's."""
+    """A gated MLP with Llama's names."""
 
     def __init__(self, act_fn=None, hidden: int = HIDDEN, size: int = IN) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Gated(nn.Module):
 
 
 def adapted(module: nn.Module | None = None, **settings) -> nn.Module:
-    """With random adapters on its three layers, in float64; it is a block if it can be one."""
+    """A model with random adapters on the three layers, in float64, fused if it can be."""
     settings = {"r": 3, "target_modules": list(mlp.PARTS)} | settings
     model = nn.Sequential(Gated() if module is None else module).double()
     config = fastlora.LoRAConfig(**settings, init_lora_weights=False)
@@ -52,7 +52,7 @@ def x() -> Tensor:
 
 
 def results(model: nn.Module, run=lambda model, x: model(x)) -> list[Tensor | None]:
-    """The output and every gradient, from the same random state each time."""
+    """The output and every gradient, from a fixed random state."""
     torch.manual_seed(3)
     leaf = x()
     y = run(model, leaf)
@@ -64,7 +64,7 @@ def results(model: nn.Module, run=lambda model, x: model(x)) -> list[Tensor | No
 
 
 def layer_by_layer(model: nn.Module) -> nn.Module:
-    """A copy whose gated MLPs are no blocks."""
+    """A copy without fused blocks: each gated MLP runs layer by layer."""
     model = copy.deepcopy(model)
     mlp.give_back(model.modules())
     assert not blocks(model)
@@ -151,10 +151,10 @@ def test_an_unknown_forward_stays_its_own(kind):
 
 
 class Named(Gated):
-    """Another name and another docstring, and the same forward."""
+    """Other argument names and another docstring, but the same forward."""
 
     def forward(self, states: Tensor) -> Tensor:
-        """The MLP's."""
+        """The MLP's forward."""
         return self.down_proj(self.act_fn(self.gate_proj(states)) * self.up_proj(states))
 
 
@@ -245,7 +245,7 @@ def other_dropout(model):
 
 
 def other_linear(model):
-    block_of(model).gate_proj = nn.Conv1d(ROWS, ROWS, 1).double()  # of another kind
+    block_of(model).gate_proj = nn.Conv1d(ROWS, ROWS, 1).double()  # another kind of layer
     block_of(model).up_proj = nn.Linear(IN, IN).double()
     block_of(model).down_proj = nn.Linear(IN, IN).double()
     with torch.no_grad():
@@ -254,7 +254,8 @@ def other_linear(model):
 
 
 def broadcast(model):
-    block_of(model).up_proj = nn.Linear(IN, 1).double()  # its one column times each of gate's
+    # its single column multiplies every column of gate
+    block_of(model).up_proj = nn.Linear(IN, 1).double()
     for parameter in block_of(model).up_proj.parameters():
         parameter.requires_grad_(False).fill_(0.1)
 
@@ -278,7 +279,7 @@ def own_class(model):
     block_of(model).gate_proj.__class__ = Other
 
 
-LEFT = {  # what stops a call from being a block's, and a word of the reason
+LEFT = {  # the changes that prevent a fused call, and a part of the report's reason
     "hook-act": (hooked("act_fn"), "activation"),
     "hook-gate": (hooked("gate_proj"), "gate_proj: a hook"),
     "pre-hook-up": (hooked("up_proj", "register_forward_pre_hook"), "up_proj: a hook"),
@@ -344,7 +345,7 @@ def test_a_forward_that_is_replaced_on_the_class_later(monkeypatch):
     plain = layer_by_layer(model)
     with counted_blocks() as calls:
         results(model)
-    assert calls  # and the block was read
+    assert calls  # and the block's record is cached
     monkeypatch.setattr(Gated, "forward", Scaled.forward)
     with counted_blocks() as calls:
         found = results(model)

@@ -1,4 +1,4 @@
-"""Gated MLPs of quantised layers as blocks, in your own models and in PEFT's."""
+"""Gated MLPs of quantized layers as fused blocks, in own models and in PEFT's."""
 
 import peft
 import pytest
@@ -15,17 +15,17 @@ from fastlora.layers import mlp
 from fastlora.peft.baseline import shared_masks
 from fastlora.projection import flatten, layouts_of
 
-# bitsandbytes itself reads rows of whole blocks of 64 right on any CPU.
+# On any CPU, bitsandbytes itself reads rows of whole blocks of 64 correctly.
 IN, HIDDEN, ROWS, R = 64, 128, 40, 3
-# GGUF's wider blocks have no room here, and PEFT has no layer for torchao's packed pairs.
+# GGUF's wider blocks don't fit these sizes, and PEFT has no layer for torchao's packed int4.
 LEFT_OUT = ("gguf-q4_k", "torchao-int4-packed")
 KINDS = [kind for kind in (*BITSANDBYTES, *KINDS) if kind not in LEFT_OUT]
 
 
 def frozen(kinds, compute=torch.float32) -> nn.Module:
-    """A Llama's MLP of such layers; one kind, or one for each of gate, up and down.
+    """A Llama's MLP of quantized layers: one kind, or one kind each for gate, up and down.
 
-    "dense" is of torch's own class.
+    "dense" is torch.nn.Linear.
     """
     kinds = (kinds,) * 3 if isinstance(kinds, str) else kinds
     block = LlamaMLP(LlamaConfig(hidden_size=IN, intermediate_size=HIDDEN))
@@ -42,7 +42,7 @@ def own(model: nn.Module, **settings) -> nn.Module:
 
 
 def peft_s(model: nn.Module, **settings) -> nn.Module:
-    """Not optimised as yet."""
+    """A PEFT model that isn't optimized yet."""
     settings = {"r": R, "target_modules": list(mlp.PARTS), "init_lora_weights": False} | settings
     config = peft.LoraConfig(**settings)
     config._register_custom_module({GgufLinear: peft.tuners.lora.Linear})
@@ -61,7 +61,7 @@ def x_of(dtype=torch.float32) -> Tensor:
 
 
 def by_layers(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The same of a model that has no blocks any more."""
+    """The same numbers computed layer by layer, after the blocks were removed."""
     assert len(mlp.give_back(model.modules())) == 1
     return numbers(model, x)
 
@@ -93,7 +93,7 @@ def test_it_keeps_gate_up_and_h_beside_the_packed_tensors(kind):
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = {  # compute_dtype, x's, autocast's; whether it is a block's call, and gives x's
+DTYPES = {  # dtypes: compute_dtype, x's, autocast's; then whether the call is fused
     "all-16-bits": (BF16, BF16, None, True),
     "float32-between-16-bit-layers": (BF16, F32, None, True),
     "under-autocast": (BF16, F32, BF16, True),
@@ -118,7 +118,7 @@ def test_the_dtypes_of_a_layer_that_computes_in_one_of_its_own(compute, of_x, ca
     assert found[0].dtype == of_x
     y, dx, *rest = zip(found, expected, strict=True)
     assert_near(*zip(y, *rest, strict=True), 1e-6)
-    # The parts of gate and up are summed in the dtype in which they compute.
+    # The parts of gate and up are summed in the dtype that they compute in.
     assert_near(*zip(dx, strict=True), 1e-6 if compute in (None, F32) and not cast else 0.01)
 
 

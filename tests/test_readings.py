@@ -1,4 +1,4 @@
-"""What was read of a module stands no longer than what it was read from."""
+"""A module's cached record is dropped when anything that it was read from changes."""
 
 import copy
 from unittest import mock
@@ -61,7 +61,7 @@ def test_gate_and_up_are_tied_no_more(how):
 
 
 def _forgotten(model: nn.Module) -> nn.Module:
-    """A copy, of which nothing was read."""
+    """A copy without cached records."""
     return copy.deepcopy(model)
 
 
@@ -71,7 +71,7 @@ def test_what_another_thread_changes_while_a_layer_is_read_is_read_again():
     def changing(layer):
         found = read(layer)
         if model.active_adapter != "b":
-            model.set_adapter("b")  # as if between two steps of this one
+            model.set_adapter("b")  # simulates another thread in between
         return found
 
     with mock.patch.object(peft_layer, "read_active", changing):
@@ -117,7 +117,7 @@ def test_a_layer_of_another_class_is_read_again():
 @pytest.mark.parametrize("calls_before", [0, 2])
 @pytest.mark.parametrize("kind", ["own", "peft", "block"])
 def test_what_outlived_a_transform_is_an_input_like_others(kind, calls_before):
-    """Its memory is to be had by way of torch.func.grad's own tensor alone, and so no address."""
+    """Its memory has an address only through the wrapper that torch.func.grad made."""
     block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
     make = {
         "own": lambda: adapt(Mlp(), target_modules=["up"]).up,
@@ -159,7 +159,7 @@ def test_a_property_of_peft_s_that_is_patched_after_a_call(monkeypatch):
 
 
 def test_packed_numbers_that_change_in_place_are_read_again():
-    """A reading may depend on them, as on the order of a GPTQ layer's columns."""
+    """A record may depend on them, for example on the order of a GPTQ layer's columns."""
     (layer,) = adapt(nn.Sequential(quantised("gguf-q8_0", 256, 32)), target_modules=["0"])
 
     def found():

@@ -1,4 +1,4 @@
-"""The oracles themselves, against loops over single numbers."""
+"""The oracles themselves, compared with loops over single elements."""
 
 import oracles
 import pytest
@@ -26,7 +26,7 @@ def test_formula_number_by_number():
 
 
 def test_experts_number_by_number():
-    """The second has no rows, and the last row is nobody's."""
+    """The second expert has no rows, and the last row belongs to no expert."""
     shapes = ((6, 5), (3, 4, 5), (3, 2, 5), (3, 4, 2), (3, 4))
     x, weight, lora_a, lora_b, bias = (torch.randn(s, dtype=torch.float64) for s in shapes)
     mask = torch.rand(6, 5) > 0.3

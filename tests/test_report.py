@@ -1,4 +1,4 @@
-"""coverage(model): a record for each adapted layer, and a short report, of PEFT's layers too."""
+"""coverage(model): a record for each adapted layer, and a short report, also for PEFT's layers."""
 
 import peft
 import pytest
@@ -64,7 +64,7 @@ def test_it_sees_through_wrappers():
 
 
 def test_the_share_of_adapted_parameters_says_what_the_count_hides():
-    experts = nn.Module()  # eight, of one parameter, and a router beside them
+    experts = nn.Module()  # eight experts in one parameter, and a router beside them
     experts.router = nn.Linear(8, 8, bias=False)
     experts.up_proj = nn.Parameter(torch.ones(8, 16, 8))
     config = peft.LoraConfig(target_modules=["router"], target_parameters=["experts.up_proj"])
@@ -79,7 +79,7 @@ def test_the_share_of_adapted_parameters_says_what_the_count_hides():
 
 
 def parts(*sizes: int, fast: int) -> Coverage:
-    """The first ``fast`` of layers with so many parameters are fast."""
+    """Layers with these numbers of parameters; the first ``fast`` of them are fast."""
     layers = [
         LayerCoverage("", (1, size), 4, i < fast, "torch" if i < fast else "eager", parameters=size)
         for i, size in enumerate(sizes)
@@ -103,7 +103,7 @@ def test_the_share_is_given_where_some_layers_are_fast(report, text):
     assert report.counts == text
 
 
-# Layers that nothing calls
+# Layers that are never called.
 
 
 def encoder_layer(*targets: str, **settings) -> peft.PeftModel:

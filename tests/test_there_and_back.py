@@ -1,4 +1,4 @@
-"""Every kind of adapted model: copies compute the same, and given back it is what it was."""
+"""Every kind of adapted model: copies compute the same, and removing the adapters restores it."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-COPIES = {  # and whether of a merged model
+COPIES = {  # a way to copy, and whether the model is merged before
     "deepcopy": (copy.deepcopy, False),
     "deepcopy-merged": (copy.deepcopy, True),
     "pickle": (lambda model: pickle.loads(pickle.dumps(model)), False),
@@ -45,7 +45,7 @@ def test_a_copy_computes_the_same(kind, copied, merged):
         assert value is found[name] is None or torch.equal(found[name], value), name
 
 
-# Of "saved", a copy of a tied weight has trained in full, and stays.
+# "saved" is left out: its copy of a tied weight was trained in full, and stays.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
 def test_given_back_it_is_what_it_was(kind):
     words, make, settings, size = KINDS[kind]
@@ -58,6 +58,6 @@ def test_given_back_it_is_what_it_was(kind):
     else:
         adapt(model, **settings)
     assert [*map(type, model.modules())] != [*before["classes"].values()]
-    model(torch.randn(4, 10, size) if size else torch.arange(20))  # which keeps what it read
+    model(torch.randn(4, 10, size) if size else torch.arange(20))  # this call caches records
     assert_untouched(give_back(model), before)
     assert not any(name.startswith("_fastlora") for m in model.modules() for name in vars(m))

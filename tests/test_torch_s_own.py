@@ -1,4 +1,4 @@
-"""LoRALinear and the op where nn.Linear works: files, nested tensors, torch.func, forward-mode."""
+"""Features of nn.Linear in LoRALinear and the op: files, nested tensors, transforms."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_a_wide_adapter_beside_a_nested_tensor_of_16_bits():
 
 
 def group() -> list:
-    """A layer with two adapters, one with a bias, and a frozen one."""
+    """A layer with two adapters, one with a bias, and a frozen layer."""
     tensors = {name: torch.randn(shape).double() for name, shape in SHAPES.items()}
     adapter = Adapter(tensors["lora_a"], tensors["lora_b"], 0.5)
     second = Adapter(tensors["lora_a"] * 2, tensors["lora_b"] + 1, -1.5)

@@ -1,6 +1,6 @@
-"""AdapterTrainer: transformers' Trainer with checkpoints of fastlora's adapters alone.
+"""AdapterTrainer: transformers' Trainer with checkpoints that hold only fastlora's adapters.
 
-The models are tiny Llamas with dropout in the adapters.  "The same" is the same bits.
+The models are tiny Llamas with dropout in the adapters.  "The same" means bit-equal.
 """
 
 import copy
@@ -46,7 +46,7 @@ BEST = EVERY_STEP | {
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Dicts and lists of tensors and numbers, bit for bit."""
+    """Compare dicts and lists of tensors and numbers bit for bit."""
     assert type(got) is type(expected)
     if isinstance(expected, dict):
         assert got.keys() == expected.keys()
@@ -130,7 +130,7 @@ def test_a_checkpoint_holds_what_trainer_s_does_for_a_peft_model(words, tmp_path
         for folder in ("theirs", "ours")
     )
     assert {"adapter_model.safetensors", "tokenizer.json", "training_args.bin"} < names
-    assert ours == names - {"README.md"}  # PEFT's, the model's card
+    assert ours == names - {"README.md"}  # PEFT also writes the model's card
     files = [tmp_path / f / "checkpoint-3/adapter_model.safetensors" for f in ("theirs", "ours")]
     assert keys_of(files[0]) == keys_of(files[1])
 
@@ -199,7 +199,7 @@ def test_no_model(tmp_path):
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_path):
     class Engine(AdapterTrainer):
-        """As accelerate's plugin for the engine would set it."""
+        """Simulates the settings by accelerate's plugin for the engine."""
 
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
@@ -211,7 +211,8 @@ def test_engines_with_checkpoints_of_their_own_are_refused_at_once(engine, tmp_p
 
 def test_a_model_that_is_sharded_already_is_refused_at_once(tmp_path):
     model = adapted()
-    model.lm_head.weight._fsdp_flattened = True  # as FSDP1 marks what it has taken apart
+    # FSDP1 marks its flattened parameters with this attribute
+    model.lm_head.weight._fsdp_flattened = True
     with pytest.raises(ValueError, match="alone under FSDP"):
         trainer_for(model, tmp_path)
 
@@ -228,7 +229,10 @@ def test_in_ddp_one_rank_writes_and_a_resumed_run_is_the_run_without_a_stop(tmp_
 
 
 class Sample(transformers.TrainerCallback):
-    """Behind each step: whether ``generate`` saw merged layers.  ``fails``: in the last."""
+    """Records after each step whether ``generate`` saw merged layers.
+
+    With ``fails``, it raises an error in the last step.
+    """
 
     def __init__(self, fails: bool = False) -> None:
         self.fails, self.merged = fails, []

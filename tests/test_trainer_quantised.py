@@ -1,8 +1,8 @@
-"""Trainer and AdapterTrainer over quantised bases, as from_pretrained makes them.
+"""Trainer and AdapterTrainer on quantized bases made by from_pretrained.
 
-What isn't here is skipped.  Two of transformers' quantisers refuse a CPU at the door, and run
-there: these two doors are held open.  A run that stops and goes on, in a new process's model, is
-the run without a stop, bit for bit.
+Vendors that aren't installed are skipped.  Two of transformers' quantizers refuse a CPU although
+they run on one; the tests replace these two checks.  A run that is stopped and resumed in a new
+process's model is bit-equal to a run without interruption.
 """
 
 import copy
@@ -60,11 +60,11 @@ def _float8(folder: Path) -> nn.Module:
 
 
 def _gguf(folder: Path, packed: bool) -> nn.Module:
-    """LFM2, whose blocks transformers keeps; or Llama, which it makes dense."""
+    """A model from a GGUF file: LFM2's blocks stay packed in transformers, Llama's become dense."""
     pytest.importorskip("gguf", reason="gguf isn't installed")
     module = pytest.importorskip(f"{_QUANTISERS}_gguf", reason=NEEDS_5)
     _write_gguf(folder, "lfm2" if packed else "llama")
-    kernel = SimpleNamespace(supports=lambda kind: True)  # which no tensor on a CPU comes to
+    kernel = SimpleNamespace(supports=lambda kind: True)  # no tensor on a CPU reaches it
     with mock.patch.object(module, "get_gguf_kernel", return_value=kernel):
         config = transformers.GgufConfig(dequantize=False)
         return _load(folder, config, gguf_file="model.gguf", attn_implementation="eager")
@@ -76,7 +76,7 @@ def _load(folder: Path, config, device_map="cpu", **settings) -> nn.Module:
 
 
 def _write_gguf(folder: Path, arch: str) -> None:
-    """A model of this architecture, its linear layers in Q8_0."""
+    """Write a model of this architecture, with its linear layers in Q8_0."""
     torch.manual_seed(1)
     sizes = {
         "context_length": 64, "embedding_length": WIDTH, "feed_forward_length": INNER,
@@ -125,7 +125,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where each kind of base lies."""
+    """A function that returns the folder of a kind of base."""
     root = tmp_path_factory.mktemp("bases")
 
     def of(kind):
@@ -140,7 +140,7 @@ def folder(tmp_path_factory):
 def adapted(kind: str, folder, seed: int = 2) -> nn.Module:
     model = _MAKERS[kind](folder(kind))
     torch.manual_seed(seed)
-    every = kind == "float8"  # whose own layers compute on a GPU alone
+    every = kind == "float8"  # its own layers compute only on a GPU
     targets = "all-linear" if every else r".*\.(q_proj|down_proj|w2)"
     config = fastlora.LoRAConfig(r=4, target_modules=targets, lora_dropout=0.2)
     return randomise(fastlora.apply_lora(model, config), 0.1)

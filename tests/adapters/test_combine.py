@@ -1,4 +1,4 @@
-"""combine_adapters: the weighted sum of PEFT's own changes."""
+"""combine_adapters: the weighted sum of the adapters' changes, as PEFT computes the changes."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ WEIGHTS_OF_EACH = [0.75, -2.0, 1.0]
 
 @pytest.fixture
 def folders(tmp_path):
-    """Of unlike ranks, scales, and sets of layers."""
+    """Adapters with different ranks, scales, and sets of layers."""
     return [
         by_peft(tmp_path / "a", r=3, lora_alpha=7, target_modules=["q_proj", "o_proj"]),
         by_peft(
@@ -54,7 +54,7 @@ def test_the_sum_is_exact_and_its_ranks_add_up(folders, tmp_path):
 
 
 def test_a_sum_that_is_cut_is_the_best_of_its_rank(folders, tmp_path):
-    folders = [folders[1], folders[0], folders[2]]  # that with rsLoRA is the first
+    folders = [folders[1], folders[0], folders[2]]  # the adapter with rsLoRA comes first
     report = fastlora.combine_adapters(folders, WEIGHTS_OF_EACH, tmp_path / "sum", rank=4)
     wanted, found = summed(folders, WEIGHTS_OF_EACH), changes(tmp_path / "sum")
     assert {one.r_after for one in report.layers} == {3, 4}
@@ -70,7 +70,7 @@ def test_experts_are_summed_with_those_of_one_weight_alone(tmp_path):
     both, last = parameters_of("qwen3"), "experts.down_proj"
     settings = {"target_modules": ["q_proj"], "r": 2}
     folders = [
-        by_peft(tmp_path / "c", base(), **settings, lora_dropout=0.1),  # which experts can't have
+        by_peft(tmp_path / "c", base(), **settings, lora_dropout=0.1),  # experts can't have dropout
         by_peft(tmp_path / "a", base(), **settings, target_parameters=[last]),
         by_peft(tmp_path / "b", base(), **settings, target_parameters=both),
     ]
@@ -102,7 +102,7 @@ def test_a_list_in_another_order_is_the_same(tmp_path):
 
 
 def test_a_name_that_ends_others_is_its_own(tmp_path):
-    """A list with q means layers.1.q, too, which neither has."""
+    """A list with "q" would also match layers.1.q, which neither adapter has."""
 
     def base():
         torch.manual_seed(3)
@@ -129,7 +129,7 @@ def test_what_cancels_is_nothing(folders, tmp_path):
 
 
 def test_a_head_s_adapter_and_none_are_summed(tmp_path):
-    """PEFT writes a copy of the frozen head beside the first one's."""
+    """PEFT writes a copy of the frozen head into the first adapter's file."""
     both = [tmp_path / "head", tmp_path / "none"]
     by_peft(both[0], target_modules=["q_proj", "lm_head"])
     by_peft(both[1], target_modules=["q_proj"])

@@ -1,4 +1,4 @@
-"""python -m fastlora resize, combine, export-gguf: the functions, or one line that says why not."""
+"""python -m fastlora resize, combine, export-gguf: equal to the functions, or a one-line error."""
 
 import pytest
 from peft_models import by_peft, llama

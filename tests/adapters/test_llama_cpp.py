@@ -1,4 +1,4 @@
-"""export_gguf: what gguf's reader finds, run as llama.cpp runs it, against PEFT's own changes."""
+"""export_gguf: the file read by gguf and applied as in llama.cpp, against the changes by PEFT."""
 
 import json
 
@@ -13,7 +13,7 @@ gguf = pytest.importorskip("gguf", reason="needs the gguf package")
 
 
 def read(path):
-    """The file's metadata and tensors; a tensor in float64, its shape as numpy has it."""
+    """The file's metadata and its tensors, in float64 and with numpy's shapes."""
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {
@@ -24,13 +24,13 @@ def read(path):
 
 
 def product(fields, tensors, name):
-    """What llama.cpp adds to the weight of this name: alpha and lora_b's own rank are the scale."""
+    """The change that llama.cpp adds to this weight; its scale is alpha / lora_b's own rank."""
     lora_a, lora_b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
     return fields["adapter.lora.alpha"] / lora_b.shape[-1] * (lora_b @ lora_a)
 
 
 def permuted(weight, heads):
-    """Row 2i and 2i + 1 of a head are the pair that its rotary embedding turns: i, i + d / 2."""
+    """Reorder each head's rows: llama.cpp's rotary embedding pairs 2i with 2i + 1."""
     rows = torch.arange(len(weight)).view(heads, -1)
     half = rows.shape[1] // 2
     return weight[torch.stack([rows[:, :half], rows[:, half:]], dim=2).flatten()]
@@ -131,7 +131,7 @@ NO_HEADS = {"num_attention_heads": 3, "hidden_size": None}
 
 
 def qwen_s(folder):
-    """An adapter of a Qwen that is here."""
+    """Name a local Qwen as the adapter's base."""
     (folder / "qwen").mkdir()
     (folder / "qwen" / "config.json").write_text('{"model_type": "qwen3"}')
     change_config(folder, base_model_name_or_path=str(folder / "qwen"))
@@ -171,7 +171,7 @@ def test_what_llama_cpp_can_t_hold(name, tmp_path):
 
 
 def test_a_file_may_leave_out_what_its_class_knows(tmp_path, monkeypatch):
-    """And nothing here is judged by a config.json of the folder that one is in."""
+    """Also, a config.json in the working directory has no effect."""
     folder = by_peft(tmp_path / "adapter", target_modules=["q_proj", "k_proj", "o_proj"])
     change_config(folder, base_model_name_or_path=None)
     config = llama().config.to_dict()
@@ -228,4 +228,4 @@ def test_bad_arguments(tmp_path):
         with pytest.raises(ValueError, match="no adapter's GGUF: give another"):
             fastlora.export_gguf(folder, taken, model_config=config)
     fastlora.export_gguf(folder, path, model_config=config)
-    fastlora.export_gguf(folder, path, model_config=config)  # over another
+    fastlora.export_gguf(folder, path, model_config=config)  # replaces another adapter's file

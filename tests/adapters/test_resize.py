@@ -172,7 +172,7 @@ def test_a_model_in_memory(kind, tmp_path):
 def test_a_model_whose_save_pretrained_is_not_peft_s():
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4))
     inside = model.get_base_model()
-    inside.peft_config = model.peft_config  # as transformers' add_adapter leaves it
+    inside.peft_config = model.peft_config  # transformers' add_adapter leaves a model in this state
     for other in (inside, model.base_model):
         with pytest.raises(ValueError, match="must be a PeftModel: save the adapter"):
             fastlora.resize_adapter(other)
@@ -212,7 +212,8 @@ def resized(folder, output):
 
 def resized_in_memory(folder, output):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, of settings that go with other first values
+        # PEFT warns about settings that belong to other initial values
+        warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(llama(), folder)
     fastlora.resize_adapter(model, rank=3, output=output)
 
@@ -230,7 +231,7 @@ def saved_again(folder, output):
 @pytest.mark.parametrize("made", [resized, resized_in_memory, combined, saved_again])
 @pytest.mark.parametrize("began", BEGAN.values(), ids=BEGAN)
 def test_how_it_began_is_nothing_that_peft_does_again(began, made, tmp_path):
-    """At an odd rank, which can't begin orthogonal."""
+    """At an odd rank, for which orthogonal initialization is impossible."""
     folder = by_peft(tmp_path / "adapter", r=6, target_modules=["q_proj"])
     change_config(folder, **began)
     made(folder, tmp_path / "made")
@@ -251,7 +252,7 @@ def test_what_changed_the_base_is_cut_when_peft_has_converted_it(init, tmp_path)
     theirs = peft.get_peft_model(
         llama(), peft.LoraConfig(r=3, init_lora_weights=init, target_modules=["q_proj"])
     )
-    theirs.peft_config["default"].init_lora_weights = True  # of the first values' own file
+    theirs.peft_config["default"].init_lora_weights = True  # for the file of the initial values
     theirs.save_pretrained(tmp_path / "first")
     theirs.peft_config["default"].init_lora_weights = init
     randomise(theirs).save_pretrained(tmp_path / "whole")
@@ -352,5 +353,5 @@ def test_an_output_that_would_be_spoilt(folder, tmp_path):
     with pytest.raises(ValueError, match="which is a file"):
         fastlora.resize_adapter(folder, rank=2, output=folder / CONFIG)
     shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("README.md"))
-    fastlora.resize_adapter(folder, rank=2, output=tmp_path / "old")  # another adapter's
+    fastlora.resize_adapter(folder, rank=2, output=tmp_path / "old")  # over another adapter
     assert load_file(tmp_path / "old" / WEIGHTS)[A].shape == (2, 64)

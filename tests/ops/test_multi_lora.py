@@ -16,9 +16,7 @@ def test_an_adapter_of_a_list_without_rows_gets_no_gradient():
 
 
 def test_a_bank_has_zeros_where_nothing_was_read():
-    """Gradients are zero after each adapter's rank and for adapters without rows, even beside
-    NaN.
-    """
+    """Gradients are zero after each adapter's rank and for unused adapters, even beside NaN."""
     kind = made("bank")
     a, b = kind.tensors["a"], kind.tensors["b"]
     with torch.no_grad():

@@ -155,9 +155,7 @@ def test_importing_fastlora_changes_nothing_until_optimize():
 
 
 def test_accelerate_s_instance_forward_is_reached(fast_calls):
-    """accelerate calls the forward it found, so optimize replaces that one, and restore undoes
-    it.
-    """
+    """accelerate calls the forward it found, so optimize replaces that one; restore undoes it."""
     accelerate = pytest.importorskip("accelerate")
     model, x = adapted(), torch.randn(2, 8)
     up = model.base_model.model.up

@@ -1,4 +1,4 @@
-"""The price list: what it counts against what apply_lora makes, and that nothing is left behind."""
+"""fastlora.plan: its counts agree with apply_lora's model, and it leaves the model unchanged."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from fastlora.price import frozen
 
 
 class Net(nn.Module):
-    """Two layers with something in between that keeps its input."""
+    """Two layers, and between them a function that saves its input."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def counted(run: Callable, tokens: int) -> int:
 
 
 def test_flops_are_those_that_torch_counts():
-    """Of the frozen layers, of the textbook's products beside them, and of what trains in full."""
+    """FLOPs of the frozen layers, of the composite formula's products, and of full training."""
     net, x = Net(), torch.randn(10, 24, requires_grad=True)
     found = fastlora.plan(net, [4], rounds=0)
 
@@ -107,7 +107,7 @@ def test_flops_are_those_that_torch_counts():
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
 def test_experts_have_a_price(name):
-    """Two of four run for each token."""
+    """Two of the four experts run for each token."""
     model = base_model(name)
     config = fastlora.LoRAConfig(target_parameters=parameters_of(name))
     classes = [type(module) for module in model.modules()]
@@ -157,7 +157,7 @@ def test_kept_bytes_of_an_adapter():
     net, x = Net(), torch.randn(2, 5, 24, requires_grad=True)
     found = fastlora.plan(net, [4], batch=x, rounds=1)
     assert found.batch == "2 x 5 tokens"
-    # sin keeps its input, the loss its factors; the layers keep their inputs, and h.
+    # sin saves its input, the loss its factors; the layers save their inputs and h.
     assert found.frozen.kept_bytes == 4 * (40 + 8)
     assert found.prices[0].kept_bytes == 4 * (24 + 4 + 40 + 40 + 4 + 8)
     low, middle, high = found.prices[0].step

@@ -1,4 +1,4 @@
-"""Makes the benchmarks/ folder importable from tests, as ``tests.support.benchmarks``.
+"""Makes the repository's benchmarks/ importable from tests, as ``benchmarks``.
 
 The repository's root is not put on sys.path, because its kernels/ would then hide the package
 ``kernels`` of Hugging Face.

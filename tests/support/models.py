@@ -104,8 +104,9 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
 
 
 def around_values(model: nn.Module) -> list:
-    """Other state that a call may not change: classes, modes, members, hooks, requires_grad,
-    RNG.
+    """Other state that a call may not change: classes, modes, members, hooks, requires_grad.
+
+    Also the state of the random number generator.
     """
     parameters = model.named_parameters(remove_duplicate=False)
     return [

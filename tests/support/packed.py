@@ -188,8 +188,9 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
 
 
 def _numbers_down(words: Tensor, bits: int, count: int) -> Tensor:
-    """Split each column's words, read as one large integer from its lowest bits: [count,
-    columns].
+    """Unpack each column: its words form one large integer, lowest bits first.
+
+    Returns [count, columns].
     """
     columns = []
     for column in words.T.tolist():

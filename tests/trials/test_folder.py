@@ -1,4 +1,4 @@
-"""A sweep's folder: gone on with over the same base and data alone, refused, or replaced."""
+"""A sweep's folder: resumed only with the same base and data, refused, or replaced."""
 
 import json
 import os
@@ -17,7 +17,7 @@ STEPS = 4
 
 
 class Words(nn.Module):
-    """A causal model."""
+    """A causal language model."""
 
     def __init__(self, packed: str | None = None):
         super().__init__()
@@ -45,12 +45,12 @@ def swept(folder, model=None, data=DATA, configs=CONFIGS, **options):
 
 
 def broken_off(folder, after: int = 4, **options):
-    """One whose model fails after so many evaluations and steps."""
+    """A sweep whose model raises an error after this many evaluations and steps."""
     model, calls = Words(), []
 
     def fail(*_):
         calls.append(1)
-        if len(calls) > after * 3:  # two batches of held-out data, and one of data
+        if len(calls) > after * 3:  # two batches of held-out data and one of data
             raise RuntimeError("no more")
 
     model.register_forward_pre_hook(fail)
@@ -111,7 +111,7 @@ def test_it_goes_on_over_the_same_base_and_data_alone(name, begin, tmp_path):
 
 
 class Changing(torch.utils.data.Dataset):
-    """Draws what an example is, as an augmentation does."""
+    """Draws its examples at random, like an augmentation."""
 
     def __len__(self):
         return 5
@@ -122,7 +122,7 @@ class Changing(torch.utils.data.Dataset):
 
 
 class Endless(torch.utils.data.IterableDataset):
-    """Nobody knows its length."""
+    """A data set of unknown length."""
 
     def __iter__(self):
         while True:
@@ -159,9 +159,9 @@ def test_what_is_read_once_may_come_as_a_list(tmp_path):
 
 @pytest.mark.parametrize("kind", [*BITSANDBYTES, *KINDS])
 def test_a_packed_base_is_known_however_it_lies(kind, tmp_path):
-    """bitsandbytes lays a weight anew in a call in evaluation."""
+    """An evaluation call of bitsandbytes may repack a weight."""
     model = Words(kind)
-    by_itself = kind not in ("float8", "torchao-int4-packed")  # whose own calls need a GPU
+    by_itself = kind not in ("float8", "torchao-int4-packed")  # their own calls need a GPU
     configs = [{**CONFIGS[0], "target_modules": ["head" if by_itself else "mix"]}]
     swept(tmp_path, model, configs=configs)
     if by_itself:
@@ -171,20 +171,20 @@ def test_a_packed_base_is_known_however_it_lies(kind, tmp_path):
     swept(tmp_path, Words(kind), configs=configs, resume=True)
     swept(tmp_path / "adapted", model, configs=[{**CONFIGS[0], "target_modules": ["mix"]}])
     other = Words(kind)
-    other.mix = quantised(kind, 256, 256)  # of other random numbers
+    other.mix = quantised(kind, 256, 256)  # other random numbers
     with pytest.raises(ValueError, match=r"base weights differ, in (mix\.bias, )?mix\.weight: "):
         swept(tmp_path, other, configs=configs, resume=True)
 
 
 def test_a_record_without_fingerprints_is_warned_of(tmp_path):
-    """As 0.2.0 wrote it."""
+    """Version 0.2.0 wrote such records."""
     broken_off(tmp_path)
     state = torch.load(tmp_path / FILE, weights_only=True)
     assert state.pop("fingerprints")
     torch.save(state, tmp_path / FILE)
     with pytest.warns(UserWarning, match="noted neither data nor base"):
         swept(tmp_path, data=batches(5, 9), resume=True)
-    with pytest.raises(ValueError, match="had other data"):  # it was noted now
+    with pytest.raises(ValueError, match="had other data"):  # it is recorded now
         swept(tmp_path, resume=True)
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: every trial against its training alone, halving, interruption, files, bad input."""
+"""Sweeps: each trial against a separate training; halving, interruption, files, invalid input."""
 
 import copy
 import json
@@ -61,7 +61,7 @@ def swept(
 def alone(
     model: nn.Module, config: dict, joins=(1,) * STEPS, data=DATA, loss=causal_loss
 ) -> dict[str, torch.Tensor]:
-    """The adapter that a plain loop trains, with so many batches joined in each step."""
+    """Train one adapter by a plain loop; each step joins this many batches."""
     fields = {k: v for k, v in config.items() if k not in ("learning_rate", "name")}
     torch.manual_seed(SEED)
     fastlora.apply_lora(
@@ -133,7 +133,7 @@ def own_loss(logits, labels):
 
 @pytest.mark.parametrize("loss", [causal_loss, own_loss])
 def test_halving_gives_rows_to_those_that_are_left(base, model, tmp_path, loss):
-    """Batches have several lengths: one call where the loss needs no mask."""
+    """Batches have several lengths; a loss without a mask takes one call for all of them."""
     sizes = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append((module.training, len(kwargs["input_ids"]))),
@@ -156,13 +156,13 @@ def test_a_diverging_trial_spoils_no_other(model, tmp_path):
     found = swept(model, tmp_path, [wild, *CONFIGS[:1]], max_grad_norm=0.0)
     assert not found.outcomes[0].loss < 100
     assert found.best is found.outcomes[1]
-    json.loads((tmp_path / "sweep.json").read_text(), parse_constant=pytest.fail)  # such as NaN
+    json.loads((tmp_path / "sweep.json").read_text(), parse_constant=pytest.fail)  # for example NaN
     same = swept(model, tmp_path / "alone", CONFIGS[:1], max_grad_norm=0.0)
     assert same.best.losses[-1] == pytest.approx(found.best.losses[-1], rel=1e-5)
 
 
 class Drawing(torch.utils.data.Dataset):
-    """Who draws numbers for an example, as an augmentation does."""
+    """A data set that draws random numbers for an example, like an augmentation."""
 
     def __len__(self):
         return 9
@@ -173,7 +173,7 @@ class Drawing(torch.utils.data.Dataset):
 
 
 def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
-    """Dropout, a shuffling loader that draws numbers, and the halving included."""
+    """With dropout, a shuffling loader that draws numbers, and halving."""
     configs = [config | {"lora_dropout": 0.2} for config in CONFIGS]
     loader = torch.utils.data.DataLoader(Drawing(), batch_size=None, shuffle=True)
     calls = []
@@ -200,7 +200,7 @@ def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
         assert (one.losses, one.steps) == (other.losses, other.steps)
     torch.testing.assert_close(saved(tmp_path / "cut/best"), saved(tmp_path / "whole/best"))
 
-    again = run("whole", resume=True)  # of a sweep that ended
+    again = run("whole", resume=True)  # a sweep that has ended
     assert [o.losses for o in again.outcomes] == [o.losses for o in whole.outcomes]
     with pytest.raises(ValueError, match="with steps 6, not 9"):
         run("whole", resume=True, steps=9)
@@ -214,13 +214,13 @@ def test_interrupted_and_resumed_it_ends_the_same(base, model, tmp_path):
 
 
 def _second_ctrl_c(monkeypatch):
-    """In the third step, a second one right behind the first."""
+    """A second Ctrl-C directly after the first, in the third step."""
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def _killed(monkeypatch):
-    """In the middle of the next write of the state."""
+    """Killed during the next write of the state."""
 
     def half(state, file):
         file.write(b"half")
@@ -278,12 +278,12 @@ def test_a_folder_that_takes_no_files_is_found_first(model):
 
 
 def test_the_held_out_loss_is_the_mean_of_all_its_labels(model, tmp_path):
-    """Whatever batches they are in: those of a text's first token have no prediction."""
+    """Independent of the batches; the label of a text's first token is never predicted."""
     held_out = [*batches(1, 3, 5), *batches(1, 1, 9)]
     held_out[0]["labels"] = held_out[0]["labels"].clone()
     held_out[0]["labels"][1:, :4] = -100
     empty = HELD_OUT[0] | {"labels": torch.full_like(HELD_OUT[0]["labels"], -100)}
-    empty["labels"][:, 0] = 1  # which nothing predicts
+    empty["labels"][:, 0] = 1  # it is never predicted
     found = swept(model, tmp_path, CONFIGS[:1], eval_data=[*held_out, empty])
     with pytest.raises(ValueError, match="eval_data gives no batch with labels"):
         swept(model, tmp_path / "empty", CONFIGS[:1], eval_data=[empty])
@@ -387,7 +387,7 @@ def test_what_is_read_once_is_read_before_and_kept(model, tmp_path):
 
 
 def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
-    """A shared expert's."""
+    """For example a shared expert."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
     shared = {"shared_expert_intermediate_size": 24, "num_experts": 4}
@@ -403,7 +403,7 @@ def test_a_layer_may_get_the_rows_of_all_tokens(tmp_path):
 
 
 class Routed(nn.Module):
-    """A causal model with a batch norm, one of whose layers sees every other token alone."""
+    """A causal model with a batch norm, and a layer that sees only every other token."""
 
     def __init__(self, tracked: bool = True):
         super().__init__()
@@ -419,7 +419,7 @@ class Routed(nn.Module):
 
 
 class Expert(nn.Module):
-    """One of a list, which gets all tokens, but in an order of its own."""
+    """One expert of a list; it gets all tokens, but in another order."""
 
     def __init__(self):
         super().__init__()
@@ -442,7 +442,7 @@ def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
     model, config = Routed(), {"r": 2, "learning_rate": 1e-2, "exclude_modules": ["expert"]}
     nn.init.uniform_(model.norm.running_var)
     base = copy.deepcopy(model.eval())
-    base.train = lambda mode: base  # so that its batch norm stays, too
+    base.train = lambda mode: base  # so that its batch norm also stays in evaluation
     with pytest.warns(UserWarning, match="norm stays in evaluation"):
         found = swept(model, tmp_path, [config, config | {"r": 3}])
     torch.testing.assert_close(model.state_dict(), base.state_dict(), rtol=0, atol=0)
@@ -450,7 +450,8 @@ def test_a_batch_norm_stays_in_evaluation_and_as_it_was(tmp_path):
     assert_alone(saved(tmp_path / "adapters" / found.outcomes[0].trial.name), expected)
     with pytest.raises(ValueError, match="norm would mix trials"):
         swept(Routed(tracked=False), tmp_path / "untracked", [config])
-    named = r"^expert is called with .*exclude_modules=\['expert'\]"  # whose rows may be anyone's
+    # its rows may belong to any trial
+    named = r"^expert is called with .*exclude_modules=\['expert'\]"
     with (
         pytest.warns(UserWarning, match="norm stays in evaluation"),
         pytest.raises(ValueError, match=named),
@@ -472,7 +473,7 @@ def test_schedules_and_rungs():
 
 
 class Blocks(nn.Module):
-    """A causal model of square layers: Conv1D, and a quantised one."""
+    """A causal model of square layers: Conv1D, and a quantized layer."""
 
     def __init__(self):
         super().__init__()
@@ -488,7 +489,7 @@ class Blocks(nn.Module):
 
 def test_layers_of_other_classes(tmp_path):
     model, targets = Blocks(), {"target_modules": ["conv", "packed"]}
-    nn.utils.parametrizations.spectral_norm(model.head)  # whose calls in training change a buffer
+    nn.utils.parametrizations.spectral_norm(model.head)  # its calls in training change a buffer
     configs = [{"r": r, "learning_rate": 1e-3} | targets for r in (2, 3)]
     base, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     found = swept(model, tmp_path, configs)

@@ -1,4 +1,4 @@
-"""The products that tuning measures are those that a training step has."""
+"""The products that tuning measures are the products of a training step."""
 
 import peft
 import pytest
@@ -66,7 +66,7 @@ MODELS = {
 
 
 def asked_for(model, monkeypatch) -> set[tuple]:
-    """What plans a step of the model chooses."""
+    """The sizes of calls for which a step of the model chooses a plan."""
     asked = set()
     real = kernels.plan_for
 
@@ -79,8 +79,9 @@ def asked_for(model, monkeypatch) -> set[tuple]:
         return real(x, n, k, ranks, precision, **options)
 
     monkeypatch.setattr(kernels, "plan_for", plan_for)
-    monkeypatch.setattr("fastlora.ops.functional._known", {})  # a call that is known asks no more
-    with fastlora.use_backend("triton"), intercept(lambda launch: None):  # nothing has to run
+    # a call with a known cache key chooses no plan
+    monkeypatch.setattr("fastlora.ops.functional._known", {})
+    with fastlora.use_backend("triton"), intercept(lambda launch: None):  # no kernel has to run
         model.train()
         model(input_ids=IDS, labels=IDS).loss.backward()
     return asked

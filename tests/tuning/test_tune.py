@@ -1,4 +1,4 @@
-"""fastlora.tune with times that a test gives: what it chooses, writes, and leaves as it was."""
+"""fastlora.tune with times given by the test: its choice, its file, and no other changes."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def device(name):
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch, tmp_path):
-    """The interpreter as a device with a name, and a user who has tuned nothing."""
+    """Simulates a named device with the interpreter, and a user without tuning files."""
     monkeypatch.setattr(target, "_of_cpu", device(GPU))
     monkeypatch.setattr(measured, "_rows", {})
     monkeypatch.setattr(kept, "_calls", {})
@@ -48,7 +48,7 @@ def gpu(monkeypatch, tmp_path):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """What was timed, by plans and names, and how often; ``of`` says how long each takes."""
+    """The plans that were timed and how often; ``of(plan)`` is the time of each."""
 
     class Timed:
         steps: ClassVar[list] = []
@@ -56,7 +56,7 @@ def timed(monkeypatch):
         of = staticmethod(lambda plan: 1.0)
 
     def medians(clock, steps, rounds):
-        if rounds == 1:  # which warms up
+        if rounds == 1:  # the warm-up
             Timed.steps.append(list(steps))
         else:
             Timed.rounds.append(rounds)
@@ -74,7 +74,7 @@ def tuned(p=0.0, **settings):
 
 
 def planned(backward=False, m=ROWS, name=GPU):
-    """What a call of these sizes goes by on this device."""
+    """The plan of a call of these sizes on this device."""
     n, k = (IN, OUT) if backward else (OUT, IN)
     with target.use_target(device(name)):
         return plan_for(torch.empty(m, k), n, k, [R], "ieee", backward=backward)
@@ -85,9 +85,9 @@ def files(folder):
 
 
 def resolved(monkeypatch, change=None):
-    """By what plan each call of a new kind is resolved, and the identities of its kernels.
+    """For each new kind of call: the plan that it is captured with, and its kernels' identities.
 
-    ``change`` makes other results of a plan's, or raises.
+    ``change`` changes the results under a plan, or raises an error.
     """
     real, found = kept.script_of, []
 
@@ -139,7 +139,7 @@ def test_the_fastest_tiles_of_each_direction_are_used_by_calls_that_ran_before(t
 
     first = identities()
     assert identities() == []
-    # Of the two tiles that are tried, another one forward than backward.
+    # Make another one of the two tiles the fastest in the backward than in the forward.
     timed.of = lambda plan: 0.5 if plan == timed.steps[-1][1 + len(timed.steps)] else 1.0
     found = tuned()
     tiles = [planned().gemm, planned(backward=True).gemm]
@@ -249,7 +249,7 @@ def test_a_product_that_nothing_computes_has_no_row(timed, monkeypatch, tmp_path
 
 
 def test_the_time_is_shared_out_and_kept_to(timed, monkeypatch):
-    """A product's plans are measured in any case; tiles as long as its share lasts."""
+    """A product's plans are always measured; tiles only while its share of the time lasts."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(tuning, "monotonic", lambda: clock.now)
     monkeypatch.setattr(tuning, "_MOST_TILES", 8)
@@ -263,7 +263,7 @@ def test_the_time_is_shared_out_and_kept_to(timed, monkeypatch):
     resolved(monkeypatch, spend)
     tuned(seconds=20.0)
     tiles = [len([step for step in steps if type(step) is Plan]) for steps in timed.steps]
-    # Seven of ten seconds are for the forward's tiles: two plans, and two tiles more.
+    # Seven of ten seconds are for the forward's tiles, after two plans: enough for two tiles more.
     assert tiles[0] == 4
     assert timed.rounds[0] == 9
     before = len(timed.steps)
@@ -281,7 +281,7 @@ def test_with_a_real_clock_and_hardly_any_time_the_first_product_is_measured():
     (line,) = found.lines
     times = (line.seconds, line.default_seconds, line.frozen_seconds, line.peft_seconds)
     assert min(times) > 0
-    assert line.frozen_seconds < line.seconds  # interpreted
+    assert line.frozen_seconds < line.seconds  # it is interpreted
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 10**400])
@@ -377,7 +377,7 @@ def test_a_file_that_is_not_for_this_process_is_not_used_and_it_is_said_why(chan
 
 
 def loaded(text: str) -> Path:
-    """The device's file, with this in it, which a process that starts has read."""
+    """Write this text to the device's file and load it, as at the start of a process."""
     path = measured.path_of(GPU)
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
@@ -426,7 +426,7 @@ def test_doctor_says_what_was_measured(timed, monkeypatch):
     def said():
         return examine().sections["compiled kernels"]["tuned on cpu"]
 
-    monkeypatch.setattr("fastlora.doctor._self_tests", lambda *_: {})  # they take long
+    monkeypatch.setattr("fastlora.doctor._self_tests", lambda *_: {})  # self-tests take long
     assert said() == "nothing was measured: python -m fastlora tune"
     path = tuned().path
     assert said().startswith("2 products, 20")
