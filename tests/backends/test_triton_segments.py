@@ -126,7 +126,7 @@ def test_where_torch_has_no_kernel_an_in_place_plan_is_fused():
 
 
 def test_a_block_of_experts_is_kernels_throughout():
-    """The activation also runs in a kernel; numbers equal the torch backend's."""
+    """The activation also runs in a kernel; numbers agree with the torch backend's."""
     up, down = make_experts(4, 48, 16, 8, torch.float32), make_experts(4, 16, 24, 8, torch.float32)
     halves = [Output(Base(e.weight), (Adapter(e.lora_a, e.lora_b, 0.5),)) for e in (up, down)]
     x, index = make_rows(10, 16, torch.float32), torch.randint(4, (10, 2))
@@ -146,7 +146,7 @@ def test_a_block_of_experts_is_kernels_throughout():
 
 
 def test_a_bank_is_read_where_it_lies_and_no_row_is_gathered():
-    """For adapters of equal ranks, and rows in any order."""
+    """For adapters of one rank, and rows in any order."""
     one, mapping = make_experts(2, 64, 48, 4, torch.float32), AdapterMapping([1, -1, 0, 1], 2)
     x = torch.randn(4, 8, 48, requires_grad=True)
     tensors = x, one.weight[0], one.lora_a, one.lora_b

@@ -16,7 +16,7 @@ POWERS = {"uint8": torch.uint8, "e8m0": torch.float8_e8m0fnu}
 
 
 def assert_same_bits(one: torch.Tensor, two: torch.Tensor) -> None:
-    """Zeros must have equal signs; NaN equals NaN."""
+    """The signs of zeros must agree; NaN equals NaN."""
     assert one.dtype == two.dtype
     same = (one == two) & (one.signbit() == two.signbit())
     assert (same | (one.isnan() & two.isnan())).all()

@@ -49,7 +49,7 @@ def test_a_group_of_any_size_and_ranks(count, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("k", [64, 100])
 def test_split_over_k(k, dropout):
-    """The device decides whether planes are summed afterwards; the numbers are equal."""
+    """The device decides whether planes are summed afterwards; the numbers agree."""
     x, adapters = random(4, k, BF16), [random(k, 3, F32), random(k, 70, F32)]
     seeds = draw_seeds(2) if dropout else None
     found = []

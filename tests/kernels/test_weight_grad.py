@@ -65,7 +65,7 @@ def test_any_shape(m, n, orientation):
     }
 )
 def test_split_over_rows(m, orientation, dtype):
-    """The device decides whether planes are summed afterwards; the numbers are equal."""
+    """The device decides whether planes are summed afterwards; the numbers agree."""
     v, us, seeds = random(m, 40), [random(m, 3), random(m, 4), random(m, 1)], draw_seeds(3)
     found = []
     for count in (1, 10**4):

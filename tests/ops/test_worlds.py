@@ -145,7 +145,7 @@ class Seen(TorchDispatchMode):
 
 @dropping_or_not
 def test_the_registered_op(backend, name, p):
-    """A dispatch mode sees the op; results are bit-equal to the node's; torch's opcheck passes."""
+    """A dispatch mode sees the op; its bits are the node's; torch's opcheck passes."""
     kind = made(name)
     with Seen() as seen:
         by_op = run(kind, p)

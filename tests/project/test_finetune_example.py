@@ -201,7 +201,9 @@ def test_without_peft_there_is_one_side(monkeypatch):
 
 
 def test_a_llama_s_gguf_is_trained_as_it_lies(inputs, tmp_path, monkeypatch):
-    """llama.cpp stores the rows of q and k in another order; the logits equal transformers' own."""
+    """llama.cpp stores the rows of q and k in another order; the logits agree with
+    transformers'.
+    """
     gguf = pytest.importorskip("gguf", reason="--quantised reads GGUF")
     layers = "transformers.integrations.gguf.dequant"
     pytest.importorskip(layers, reason="an older transformers has no layer for GGUF's blocks")

@@ -333,7 +333,7 @@ class Step(NamedTuple):
 
 
 def step_of(model: nn.Module) -> Step:
-    """One step, equal in every rank, so that a mean over ranks equals any rank's value."""
+    """One step, the same in every rank, so that a mean over ranks equals any rank's value."""
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
     with counted_blocks() as calls:
         y = model(x)

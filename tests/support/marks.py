@@ -24,7 +24,7 @@ _EQUAL_BITS = re.compile(r"\bequal\b|\brtol=0\b(?!\.)")
 
 @cache
 def wants_equal_bits(function: Callable) -> bool:
-    """Whether a test compares bits of two computations, which may depend on the CPU's BLAS.
+    """Whether a test requires equal bits of two computations, which may depend on the CPU's BLAS.
 
     It looks at the test's source, and at the source of functions that it calls in its file.
     """

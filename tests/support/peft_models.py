@@ -92,7 +92,7 @@ def mlp(**settings) -> peft.PeftModel:
 
 
 def inputs() -> torch.Tensor:
-    """x [3, 5, 8], equal in every call."""
+    """x [3, 5, 8], the same in every call."""
     return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -173,7 +173,7 @@ def assert_runs_the_same(
     fast: int,
     tolerance: float,
 ) -> Any:
-    """Check that :func:`run_both` gives equal results with ``fast`` fast calls; return ours."""
+    """Check that the results of :func:`run_both` agree, with ``fast`` fast calls; return ours."""
     got, expected, calls = run_both(run, theirs, ours)
     assert len(calls) == fast
     assert_same(got, expected, tolerance)

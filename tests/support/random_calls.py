@@ -179,7 +179,7 @@ class Case:
             self.given += weight.tensors
             return weight
         dtype = self.dtype
-        if self.compute != dtype:  # autocast makes the dtypes equal
+        if self.compute != dtype:  # autocast unifies the dtypes
             dtype = self.pick((F32, BF16, F16))
         return self.leaf(name, self.matrix(n, k, dtype, k**-0.5), 0.1)
 

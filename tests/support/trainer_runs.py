@@ -37,7 +37,7 @@ def base_model() -> nn.Module:
 
 
 def adapted(seed: int = 2, **kind) -> nn.Module:
-    """An adapted model.  The base is always equal; the adapters depend on the seed."""
+    """An adapted model.  The base is always the same; the adapters depend on the seed."""
     model = base_model()
     torch.manual_seed(seed)
     return randomise(fastlora.apply_lora(model, fastlora.LoRAConfig(**ADAPTER | kind)), 0.1)
