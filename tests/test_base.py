@@ -124,7 +124,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("make", TAKEN.values(), ids=TAKEN)
-def test_both_take_it(make):
+def test_apply_lora_and_optimize_accept_the_layer(make):
     model, x = with_peft(make()), torch.randn(3, 8)
     y = model(x)
     fastlora.optimize(model, strict=True)
@@ -147,7 +147,7 @@ def test_both_take_it(make):
 
 
 @pytest.mark.parametrize(("make", "message"), CLASSES.values(), ids=CLASSES)
-def test_neither_takes_the_class(make, message):
+def test_apply_lora_and_optimize_refuse_the_class(make, message):
     model = nn.Sequential(make())
     with refused(model, f"0 can't take an adapter: it is {message}"):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
@@ -158,7 +158,7 @@ def test_neither_takes_the_class(make, message):
 
 
 @pytest.mark.parametrize(("change", "message"), TENSORS.values(), ids=TENSORS)
-def test_neither_takes_the_tensor(change, message):
+def test_apply_lora_and_optimize_refuse_the_tensor(change, message):
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6))
     change(model[0])
     for targets in (["0", "1"], ["0"]):
@@ -194,7 +194,7 @@ OWN_NAMES = {
 
 
 @pytest.mark.parametrize(("make", "name"), OWN_NAMES.values(), ids=OWN_NAMES)
-def test_a_layer_that_has_a_lora_layer_s_names_for_itself(make, name):
+def test_a_layer_that_already_uses_a_lora_layer_s_attribute_names(make, name):
     """They would be overwritten by apply_lora, and be gone after remove_lora."""
     linear = make()
     model = nn.Sequential(nn.Linear(8, 6), linear)
@@ -203,7 +203,7 @@ def test_a_layer_that_has_a_lora_layer_s_names_for_itself(make, name):
     assert hasattr(linear, name)
 
 
-def test_from_linear_takes_what_is_an_nn_linear():
+def test_from_linear_takes_subclasses_of_nn_linear():
     with pytest.raises(ValueError, match="apply_lora adapts it in place"):
         LoRALinear.from_linear(Conv1D(6, 8), r=2, lora_alpha=4)
     linear, x = FalconLinear(8, 6), torch.randn(3, 8)

@@ -83,7 +83,7 @@ def test_inductor_follows(kind, walk):
 
 
 @pytest.mark.parametrize("kind", ["linear", "peft"])
-def test_hooks_are_followed_where_torch_is_told_to(kind):
+def test_hooks_are_followed_with_torch_s_setting(kind):
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         follow(kind, "hook hook unhook", "model", backend="eager")
 
@@ -92,7 +92,7 @@ def test_hooks_are_followed_where_torch_is_told_to(kind):
 @pytest.mark.parametrize(
     ("kind", "walk"), ROWS, ids=[f"{kind}-{walk.replace(' ', ',')}" for kind, walk in ROWS]
 )
-def test_what_is_kept_of_modules_follows_each_change(kind, walk):
+def test_cached_records_follow_each_change(kind, walk):
     state = State(kind, 0.3).compile("kept")
     for name in ("nothing", "train", "rows", *walk.split(), "evaluate"):
         changes_of(kind)[name](state)
@@ -107,7 +107,7 @@ OF_PEFT += [("peft-block", "merge unmerge merge-one disable enable add set-adapt
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "walk"), OF_PEFT, ids=map("-".join, OF_PEFT))
-def test_each_change_means_what_it_means_to_peft(kind, walk):
+def test_each_change_has_the_same_effect_as_in_peft(kind, walk):
     """On an optimized model whose calls are fast before the first change."""
     state = State(kind).compile("peft")
     with counted_calls() as calls:
@@ -139,7 +139,7 @@ def test_a_second_call_reads_nothing(kind, monkeypatch):
 @pytest.mark.parametrize(
     "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantised"]
 )
-def test_what_is_kept_keeps_no_weights(kind):
+def test_cached_records_keep_no_weights_alive(kind):
     """A removed layer is freed at once, without the garbage collector."""
     freed = []
     for calls in (0, 2):
@@ -167,7 +167,7 @@ def test_what_is_kept_keeps_no_weights(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantised") if k in KINDS])
-def test_a_replaced_weight_is_let_go(kind):
+def test_a_replaced_weight_is_freed(kind):
     """For a view, a record holds the layout, but no reference to the memory."""
     state = State(kind).compile("kept")
     state.numbers(True)

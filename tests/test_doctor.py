@@ -199,7 +199,7 @@ FAULTS = {  # Values: the object to replace, its replacement, and the expected m
 
 
 @pytest.mark.parametrize(("place", "name", "other", "words"), FAULTS.values(), ids=FAULTS)
-def test_what_is_broken_is_said_and_the_rest_goes_on(
+def test_a_fault_is_reported_and_the_other_checks_run(
     capsys, monkeypatch, place, name, other, words
 ):
     monkeypatch.setattr(place, name, other)
@@ -275,7 +275,7 @@ def test_bad_arguments_are_an_error_of_one_line(capsys, arguments, error):
     assert error in line
 
 
-def test_alone_it_prints_usage():
+def test_without_arguments_it_prints_usage():
     printed = run_python("-m", "fastlora")
     assert printed.startswith("usage: python -m fastlora")
     assert "fastlora.plan(model)" in printed

@@ -131,7 +131,7 @@ def linear_with(weight):
 
 
 @pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
-def test_what_is_left_alone(make):
+def test_other_layers_are_left_unchanged(make):
     layer = make()
     kind, members = type(layer), dict(vars(layer))
     assert frozen.take_frozen([layer]) == []
@@ -154,7 +154,7 @@ def test_a_weight_that_trains_is_torch_s_while_it_does():
     assert cover_frozen(model) == ("0",)
 
 
-def test_what_torch_refuses_has_torch_s_error():
+def test_invalid_inputs_raise_torch_s_error():
     layer = taken()
     for x in (x_of(4, dtype=torch.float32), torch.ones(4, 95, dtype=torch.bfloat16)):
         with pytest.raises(RuntimeError) as theirs:
@@ -179,7 +179,7 @@ def test_transforms_traces_and_exports_are_torch_s():
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_copies_are_fast_and_can_be_given_back_alone(again):
+def test_copies_are_fast_and_can_be_restored_separately(again):
     layer = taken()
     other = again(layer)
     assert repr(other) == repr(linear())
@@ -247,7 +247,7 @@ def test_frozen_false_and_float32_and_a_fast_cpu_change_nothing(monkeypatch):
     assert fast_layers(tied()) == set()
 
 
-def test_what_trains_in_full_is_left_alone():
+def test_modules_to_save_are_left_unchanged():
     config = LoRAConfig(r=2, target_modules=["up"], modules_to_save=["head"])
     model = fastlora.apply_lora(Mlp().bfloat16(), config)
     assert fast_layers(model) == {"down"}

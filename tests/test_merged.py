@@ -72,7 +72,7 @@ def assert_as_before(model: nn.Module, before: dict[str, tuple]) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("optimized", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-def test_inside_is_the_merged_model_and_behind_it_the_very_bits(name, optimized):
+def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
     model = KINDS[name]()
     if optimized and name.startswith("peft"):
         fastlora.optimize(model)
@@ -142,7 +142,7 @@ def test_modules_that_begin_to_train_inside_go_on():
     assert all(module.training for module in model.modules())
 
 
-def test_a_tied_weight_is_merged_in_its_layer_alone():
+def test_a_tied_weight_is_merged_only_in_its_layer():
     model = KINDS["peft-tied"]()
     tied = model.base_model.model.head.base_layer.weight
     assert tied is model.base_model.model.embed.weight
@@ -177,7 +177,7 @@ def test_disabled_adapters_stay_out():
             assert torch.equal(model(x), expected)
 
 
-def test_what_it_takes_is_said_before():
+def test_the_memory_is_known_before_the_merge():
     model = KINDS["peft"]()
     sampler = fastlora.merged(model)
     layers = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
@@ -201,7 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_as_it_was(name):
+def test_a_refused_model_is_unchanged(name):
     make, words = REFUSED[name]
     model = make()
     before = {n: id(p) for n, p in model.named_parameters()}
@@ -214,7 +214,7 @@ def test_what_is_refused_is_as_it_was(name):
     assert not any(getattr(m, "merged", False) for m in model.modules())
 
 
-def test_what_pefts_merge_takes_apart_is_refused():
+def test_attention_modules_that_peft_s_merge_changes_are_refused():
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
     model = adapted(attention, target_modules=["a"])
     with pytest.raises(ValueError, match="MultiheadAttention"), fastlora.merged(model):
@@ -233,7 +233,7 @@ def test_a_merged_model_and_bad_arguments_are_refused():
         fastlora.merged(None)
 
 
-def test_a_model_that_is_cast_inside_is_cast_behind_it():
+def test_a_model_cast_inside_stays_cast_afterwards():
     model = KINDS["peft"]()
     expected = {n: p.detach().double() for n, p in model.named_parameters()}
     with fastlora.merged(model):

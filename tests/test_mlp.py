@@ -93,7 +93,7 @@ def of_transformers(family: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_computes_what_its_layers_do(family):
+def test_a_fused_block_agrees_with_its_layers(family):
     model = adapted(of_transformers(family), lora_dropout=0.3)
     assert blocks(model) == {"0"}
     with counted_blocks() as calls:
@@ -158,7 +158,7 @@ class Named(Gated):
         return self.down_proj(self.act_fn(self.gate_proj(states)) * self.up_proj(states))
 
 
-def test_a_forward_is_known_by_what_it_does():
+def test_a_forward_is_recognized_by_its_operations():
     assert blocks(adapted(Named())) == {"0"}
 
 
@@ -195,7 +195,7 @@ IDS = [f"{name}-{re.sub(' at 0x.*', '', repr(act))}"[:40] for name, act in EVERY
 
 
 @pytest.mark.parametrize(("name", "act"), EVERY, ids=IDS)
-def test_activations_are_known_by_what_they_are(name, act):
+def test_activations_are_recognized(name, act):
     assert activation_of(act) == name
     if name:
         model = adapted(Gated(copy.deepcopy(act)))
@@ -410,7 +410,7 @@ def test_calls_that_go_layer_by_layer(run):
     assert not calls
 
 
-def test_errors_are_those_of_the_layers():
+def test_invalid_inputs_raise_the_layers_errors():
     model = adapted()
     for wrong in (torch.randn(ROWS, IN), torch.randn(ROWS, 3).double(), "x"):
         messages = []

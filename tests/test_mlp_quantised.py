@@ -73,7 +73,7 @@ CASES = [*[(kinds, own) for kinds in (*KINDS, MIXED)], ("nf4", optimized), (MIXE
 @pytest.mark.parametrize(
     ("kinds", "make"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
 )
-def test_the_numbers_are_those_of_the_layers(kinds, make):
+def test_a_fused_block_agrees_with_its_layers(kinds, make):
     model, x = make(frozen(kinds)), x_of()
     assert "1 of 1 gated MLPs as one block" in str(fastlora.coverage(model))
     with counted_blocks() as calls:
@@ -83,7 +83,7 @@ def test_the_numbers_are_those_of_the_layers(kinds, make):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao-int8", "gguf-q8_0"])
-def test_it_keeps_gate_up_and_h_beside_the_packed_tensors(kind):
+def test_it_saves_gate_up_and_h_besides_the_packed_tensors(kind):
     model, x = own(frozen(kind), lora_dropout=0.1), x_of()
     outputs = [model[0].read_part(getattr(model[0], name)).output for name in mlp.PARTS]
     tensors = flatten(outputs, layouts_of(outputs))

@@ -30,7 +30,7 @@ def two_adapters() -> nn.Module:
 
 @pytest.mark.parametrize("replaced", ["default", "b"])
 @pytest.mark.parametrize("world", [torch.enable_grad, torch.no_grad])
-def test_a_weight_of_two_adapters_is_tied_no_more(world, replaced):
+def test_untying_the_weights_of_two_adapters_is_seen(world, replaced):
     model = two_adapters()
     own = up(model).lora_A
     own["b"].weight = own["default"].weight
@@ -42,7 +42,7 @@ def test_a_weight_of_two_adapters_is_tied_no_more(world, replaced):
 
 
 @pytest.mark.parametrize("how", ["assign", "functional"])
-def test_gate_and_up_are_tied_no_more(how):
+def test_untying_gate_and_up_is_seen(how):
     block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
     model = randomise(adapt(block, target_modules="all-linear"))
     model[0].up_proj.lora_A = model[0].gate_proj.lora_A
@@ -65,7 +65,7 @@ def _forgotten(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def test_what_another_thread_changes_while_a_layer_is_read_is_read_again():
+def test_a_change_by_another_thread_during_a_read_is_seen():
     model, read = two_adapters(), peft_layer.read_active
 
     def changing(layer):
@@ -116,7 +116,7 @@ def test_a_layer_of_another_class_is_read_again():
 
 @pytest.mark.parametrize("calls_before", [0, 2])
 @pytest.mark.parametrize("kind", ["own", "peft", "block"])
-def test_what_outlived_a_transform_is_an_input_like_others(kind, calls_before):
+def test_a_tensor_leaked_from_a_transform_works(kind, calls_before):
     """Its memory has an address only through the wrapper that torch.func.grad made."""
     block = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)))
     make = {

@@ -63,7 +63,7 @@ def test_it_sees_through_wrappers():
     assert len(fastlora.coverage(torch.nn.DataParallel(adapted())).layers) == 2
 
 
-def test_the_share_of_adapted_parameters_says_what_the_count_hides():
+def test_the_share_of_adapted_parameters_counts_experts():
     experts = nn.Module()  # eight experts in one parameter, and a router beside them
     experts.router = nn.Linear(8, 8, bias=False)
     experts.up_proj = nn.Parameter(torch.ones(8, 16, 8))

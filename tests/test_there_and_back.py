@@ -47,7 +47,7 @@ def test_a_copy_computes_the_same(kind, copied, merged):
 
 # "saved" is left out: its copy of a tied weight was trained in full, and stays.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
-def test_given_back_it_is_what_it_was(kind):
+def test_removing_the_adapters_restores_the_model(kind):
     words, make, settings, size = KINDS[kind]
     model, give_back = make(), fastlora.remove_lora
     if "peft" in words:

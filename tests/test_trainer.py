@@ -121,7 +121,7 @@ def words():
     )
 
 
-def test_a_checkpoint_holds_what_trainer_s_does_for_a_peft_model(words, tmp_path):
+def test_a_checkpoint_has_the_files_of_trainer_s_for_a_peft_model(words, tmp_path):
     theirs = peft.get_peft_model(base_model(), peft.LoraConfig(**ADAPTER))
     for folder, model, kind in (("theirs", theirs, Trainer), ("ours", adapted(), AdapterTrainer)):
         trainer_for(model, tmp_path / folder, kind, max_steps=3, processing_class=words).train()
@@ -307,7 +307,7 @@ def test_a_copy_in_training_samples_from_its_own_weights(kind, tmp_path):
     sampling.put_back()
 
 
-def test_what_cannot_be_sampled_merged_stops_training_before_its_first_step(tmp_path):
+def test_unsupported_sampling_stops_training_before_the_first_step(tmp_path):
     sampling = MergedSampling()
     trainer = sampling_trainer("peft", tmp_path, sampling)
     trainer.model.merge_adapter()

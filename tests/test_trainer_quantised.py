@@ -180,7 +180,7 @@ def test_the_best_one_is_loaded_at_the_end(kind, trainer, folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", UNSAVED)
-def test_trainer_refuses_at_once_what_transformers_can_t_save(kind, folder, tmp_path):
+def test_trainer_refuses_bases_that_transformers_can_t_save(kind, folder, tmp_path):
     message = r"can't save this quantised base .*use fastlora\.trainer\.AdapterTrainer"
     model = adapted(kind, folder)
     for _ in range(2):  # the second one after an AdapterTrainer
@@ -189,7 +189,7 @@ def test_trainer_refuses_at_once_what_transformers_can_t_save(kind, folder, tmp_
         trainer_for(model, tmp_path / "out")
 
 
-def test_without_adapters_it_is_transformers_base_again(folder, tmp_path):
+def test_without_adapters_transformers_checks_apply_again(folder, tmp_path):
     model = adapted("nf4", folder)
     fastlora.remove_lora(model)
     with pytest.raises(ValueError, match="purely quantized models"):

@@ -62,7 +62,7 @@ def test_a_sum_that_is_cut_is_the_best_of_its_rank(folders, tmp_path):
         assert relative(found[name], cut(whole, 4)) < 1e-6
 
 
-def test_experts_are_summed_with_those_of_one_weight_alone(tmp_path):
+def test_adapters_on_one_and_on_both_expert_weights_are_summed(tmp_path):
     def base():
         torch.manual_seed(3)
         return base_model()
@@ -80,7 +80,7 @@ def test_experts_are_summed_with_those_of_one_weight_alone(tmp_path):
     assert all(relative(found[name], wanted[name]) < 1e-6 for name in wanted)
 
 
-def test_what_trained_in_full_must_be_the_same(tmp_path):
+def test_modules_to_save_must_be_the_same(tmp_path):
     settings = {"target_modules": ["up"], "modules_to_save": ["head"]}
     folders = [by_peft(tmp_path / name, Mlp(), **settings) for name in "ab"]
     with pytest.raises(ValueError, match=r"have unlike .*head.*can't be summed"):
@@ -122,7 +122,7 @@ def test_a_name_that_ends_others_is_its_own(tmp_path):
     assert len(fastlora.coverage(own).layers) == 2
 
 
-def test_what_cancels_is_nothing(folders, tmp_path):
+def test_adapters_that_cancel_give_zero(folders, tmp_path):
     report = fastlora.combine_adapters([folders[0]] * 2, [1, -1], tmp_path / "sum", rank=4)
     assert report.effective_rank == report.loss == 0.0
     assert not changes(tmp_path / "sum")
@@ -171,7 +171,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_can_t_be_summed_is_one_clear_line(name, folders, tmp_path):
+def test_adapters_that_can_t_be_summed_give_a_one_line_error(name, folders, tmp_path):
     change, settings, message = BAD[name]
     if change:
         change(folders)

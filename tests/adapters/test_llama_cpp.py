@@ -65,7 +65,7 @@ def test_a_llama(use_rslora, tmp_path):
     assert len(tensors) == 2 * count == 2 * 9
 
 
-def test_a_model_that_is_renamed_alone(tmp_path):
+def test_an_architecture_that_needs_only_new_names(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 50}
@@ -155,7 +155,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_llama_cpp_can_t_hold(name, tmp_path):
+def test_adapters_that_llama_cpp_can_t_hold(name, tmp_path):
     settings, change, about, message = BAD[name]
     folder = by_peft(tmp_path / "adapter", **{"target_modules": ["v_proj"]} | settings)
     if change:
@@ -170,7 +170,7 @@ def test_what_llama_cpp_can_t_hold(name, tmp_path):
     assert not (tmp_path / "lora.gguf").exists()
 
 
-def test_a_file_may_leave_out_what_its_class_knows(tmp_path, monkeypatch):
+def test_a_config_may_omit_its_class_s_defaults(tmp_path, monkeypatch):
     """Also, a config.json in the working directory has no effect."""
     folder = by_peft(tmp_path / "adapter", target_modules=["q_proj", "k_proj", "o_proj"])
     change_config(folder, base_model_name_or_path=None)

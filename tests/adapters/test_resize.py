@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.6}], ids=["rank", "energy"])
-def test_a_cut_is_that_of_the_dense_svd(how, use_rslora, tmp_path):
+def test_a_cut_agrees_with_the_dense_svd(how, use_rslora, tmp_path):
     folder = by_peft(tmp_path / "adapter", **UNLIKE, use_rslora=use_rslora)
     report = fastlora.resize_adapter(folder, **how, output=tmp_path / "small")
     before, after = changes(folder), changes(tmp_path / "small")
@@ -51,7 +51,7 @@ def test_a_cut_is_that_of_the_dense_svd(how, use_rslora, tmp_path):
     assert {tensor.dtype for tensor in small.values()} == {torch.float32}
 
 
-def test_what_needs_no_cut_stays_bit_for_bit(folder, tmp_path):
+def test_adapters_that_need_no_cut_stay_bit_identical(folder, tmp_path):
     report = fastlora.resize_adapter(folder, energy=1.0, output=tmp_path / "same")
     assert [one.r for one in report.layers] == [one.r_after for one in report.layers]
     before, after = load_file(folder / WEIGHTS), load_file(tmp_path / "same" / WEIGHTS)
@@ -134,7 +134,7 @@ def test_a_name_that_ends_others_is_its_own(tmp_path):
     ]  # fmt: skip
 
 
-def test_what_trained_in_full_is_kept(tmp_path):
+def test_modules_to_save_are_kept(tmp_path):
     settings = {"target_modules": ["up"], "bias": "all", "modules_to_save": ["head"], "r": 4}
     by_peft(tmp_path / "adapter", Mlp(), **settings)
     fastlora.resize_adapter(tmp_path / "adapter", rank=2, output=tmp_path / "small")
@@ -230,7 +230,7 @@ def saved_again(folder, output):
 
 @pytest.mark.parametrize("made", [resized, resized_in_memory, combined, saved_again])
 @pytest.mark.parametrize("began", BEGAN.values(), ids=BEGAN)
-def test_how_it_began_is_nothing_that_peft_does_again(began, made, tmp_path):
+def test_peft_does_not_repeat_the_initialization_of_a_resized_adapter(began, made, tmp_path):
     """At an odd rank, for which orthogonal initialization is impossible."""
     folder = by_peft(tmp_path / "adapter", r=6, target_modules=["q_proj"])
     change_config(folder, **began)
@@ -248,7 +248,7 @@ def test_how_it_began_is_nothing_that_peft_does_again(began, made, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_what_changed_the_base_is_cut_when_peft_has_converted_it(init, tmp_path):
+def test_initializations_that_change_the_base_work_after_peft_s_conversion(init, tmp_path):
     theirs = peft.get_peft_model(
         llama(), peft.LoraConfig(r=3, init_lora_weights=init, target_modules=["q_proj"])
     )
@@ -270,7 +270,7 @@ def test_what_changed_the_base_is_cut_when_peft_has_converted_it(init, tmp_path)
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga"])
-def test_what_changed_the_base_is_refused(init, folder, tmp_path):
+def test_initializations_that_change_the_base_are_refused(init, folder, tmp_path):
     change_config(folder, init_lora_weights=init)
     for read in (resized, combined, saved_again):
         with pytest.raises(ValueError, match=f"'{init}', which changes the base"):
@@ -334,7 +334,7 @@ def test_a_broken_folder_is_one_clear_line(name, folder, tmp_path):
         ({}, "give rank or energy"),
     ],
 )
-def test_what_can_t_be_meant(settings, message, folder, tmp_path):
+def test_invalid_arguments(settings, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         fastlora.resize_adapter(folder, **settings, output=tmp_path / "small")
     assert not (tmp_path / "small").exists()

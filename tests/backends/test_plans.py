@@ -54,7 +54,7 @@ def precision(request):
 
 
 @every_size
-def test_the_tiles_of_a_plan_are_those_that_are_launched(sizes, precision):
+def test_a_plan_s_tiles_are_launched(sizes, precision):
     """Otherwise the default tiles would be measured under their name."""
     for target in TARGETS.values():
         if target.kind == "cpu" or (sizes.dtype == F32 and not target.float32):

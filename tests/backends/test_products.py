@@ -182,7 +182,7 @@ def undecided(monkeypatch):
 
 
 @pytest.mark.usefixtures("undecided")
-def test_torch_s_word_decides(monkeypatch):
+def test_torch_s_flags_decide(monkeypatch):
     rows = {d: torch.ones(2, 3, dtype=d) for d in (torch.bfloat16, torch.float16, torch.float32)}
     assert [products.are_wide(x) for x in rows.values()] == [True, True, False]
     half = rows[torch.bfloat16]
@@ -244,7 +244,7 @@ def test_without_the_environment_torch_s_flags_decide(without):
 
 @pytest.mark.parametrize("M", [1, 2])
 @pytest.mark.parametrize("which", ["x", "dy"])
-def test_rows_whose_elements_lie_apart(node, which, M):
+def test_rows_with_strided_elements(node, which, M):
     """torch 2.10 multiplies a single such row of bfloat16 wrongly."""
     (n, k), dtype = (64, 138), torch.bfloat16
     projection = make_projection(n, k, 8, dtype)

@@ -127,7 +127,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_numbers_are_those_of_the_dense_weight(case):
+def test_packed_and_dense_weights_give_the_same_numbers(case):
     makers, m, dropout, expected = CASES[case]
     packed = adapted([make() for make in makers])
     dense = [

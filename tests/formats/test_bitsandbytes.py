@@ -95,14 +95,14 @@ REASONS = {
 
 
 @pytest.mark.parametrize(("make", "match"), REASONS.values(), ids=REASONS.keys())
-def test_what_cant_be_read_says_why(make, match):
+def test_unreadable_layers_have_a_reason(make, match):
     layer = make()
     reason = quantised_weight(layer)
     assert isinstance(reason, str)
     assert re.search(match, reason), reason
 
 
-def test_a_class_with_a_forward_of_its_own_is_nobodys():
+def test_a_class_with_its_own_forward_has_no_vendor():
     class Other(bnb.nn.Linear4bit):
         def forward(self, x):
             return super().forward(x) + 1

@@ -21,7 +21,7 @@ def weight(request) -> Quantised:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_weight_is_what_its_elements_say_rounded_once(weight, dtype):
+def test_a_dense_weight_rounds_each_element_once(weight, dtype):
     assert torch.equal(weight.dense(dtype), by_elements(weight, dtype).to(dtype))
 
 
@@ -48,7 +48,7 @@ def test_no_rows(weight, dtype):
     assert weight.format.read(weight.tensors, 3, out) is out
 
 
-def test_some_rows_in_memory_that_others_have_beside_them(weight):
+def test_rows_are_read_into_a_part_of_a_larger_tensor(weight):
     n, k = weight.shape
     memory = torch.full((n, k + 3), 7.0)
     weight.format.read(weight.tensors, 3, memory[3 : n - 1, 1 : k + 1])
@@ -77,7 +77,7 @@ def test_the_checks_take_it(weight):
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "stride", "missing"])
-def test_the_checks_say_what_is_wrong_with_any_tensor(weight, change):
+def test_the_checks_name_the_wrong_tensor(weight, change):
     for i, (name, tensor) in enumerate(zip(weight.format.names, weight.tensors, strict=True)):
         if change == "shape":
             wrong = torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])
@@ -97,7 +97,7 @@ def test_the_checks_say_what_is_wrong_with_any_tensor(weight, change):
 
 
 @pytest.mark.parametrize("change", [{"kind": "nf5"}, {"block": 0}, {"nested": -1}], ids=str)
-def test_the_checks_say_what_is_wrong_with_numbers(change):
+def test_the_checks_name_wrong_settings(change):
     weight = random_four_bit(8, 16)
     with pytest.raises(ValueError, match="must be"):
         dataclasses.replace(weight.format, **change).check(weight.tensors)

@@ -33,7 +33,7 @@ def test_the_numbers_are_hqq_s(case):
         assert torch.equal(found.weight.dense(dtype), linear.dequantize().to(dtype))
 
 
-def test_what_no_format_of_hqq_reads_is_said():
+def test_unreadable_hqq_layers_have_a_reason():
     assert "axis=0" in hqq.read(hqq_linear(axis=0))
     linear = hqq_linear()
     linear.meta["quant_zero"] = True
@@ -70,7 +70,7 @@ def test_groups_that_change_are_looked_at_again():
     assert torch.equal(found.dense(torch.float16), layer.dequantize_weight().T)
 
 
-def test_what_no_format_of_gptq_reads_is_said():
+def test_unreadable_gptq_layers_have_a_reason():
     layer = quantised("gptq", K, N)
 
     class Doubled(type(layer)):

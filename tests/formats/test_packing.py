@@ -54,7 +54,7 @@ def test_a_weight_is_packed_as_near_as_its_kind_does(kind, dtype):
 
 
 @EVERY
-def test_what_fits_a_format_is_packed_without_a_loss(kind):
+def test_representable_values_are_packed_without_loss(kind):
     once = pack_weight(hard(dtype=torch.bfloat16), kind).dense(torch.float32)
     assert torch.allclose(pack_weight(once, kind).dense(torch.float32), once, rtol=1e-6, atol=0)
 
@@ -118,7 +118,7 @@ def test_fp8_is_transformers(size):
     assert_same(pack_weight(weight, "fp8"), (theirs["weight"], theirs["weight_scale_inv"]))
 
 
-def test_fp8_of_ragged_edges_has_scales_of_what_is_there():
+def test_fp8_scales_of_ragged_edges_use_only_existing_elements():
     weight = hard(130, 150)
     packed = pack_weight(weight, "fp8")
     corners = weight[:128, :128], weight[:128, 128:], weight[128:, :128], weight[128:, 128:]
@@ -170,7 +170,7 @@ def test_scales_of_large_and_tiny_numbers_are_finite(kind, size):
 
 @EVERY
 @pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
-def test_what_no_format_holds_is_refused(kind, wrong):
+def test_infinities_and_nan_are_refused(kind, wrong):
     weight = hard()
     weight[150, 100] = wrong
     with pytest.raises(ValueError, match="has infinities or NaN"):

@@ -55,7 +55,7 @@ def test_the_numbers_are_torchao_s(config, dtype):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_weight_is_packed_as_the_layer_s_own(config):
+def test_a_weight_is_packed_in_the_layer_s_own_format(config):
     name, settings, _ = CONFIGS[config]
     linear = quantised(_config(name, **settings))
     before = vendor.read(linear).weight
@@ -98,7 +98,7 @@ def test_rounded_inputs_are_refused_since_torchao_gives_them_no_gradient(make):
     assert dx is None or not dx.any()
 
 
-def test_what_no_format_reads_is_said():
+def test_unreadable_tensors_have_a_reason():
     packed = vendor_layers.quantised("torchao-int4-packed", K, N)
     packed.weight.activation_dtype = torch.float8_e4m3fn
     assert "rounded to float8" in vendor.read(packed)

@@ -44,7 +44,7 @@ def test_float8_has_transformers_numbers(make):
     assert torch.equal(found.weight.dense(torch.bfloat16), expected.bfloat16())
 
 
-def test_a_float8_weight_is_packed_as_the_layer_s_own():
+def test_a_float8_weight_is_packed_in_the_layer_s_own_format():
     linear = fp8_linear((40, 128))  # blocks that divide the weight; transformers has no others
     changed = float8.read(linear).weight.dense(torch.float32) * 3
     float8.pack(linear, changed)
@@ -52,7 +52,7 @@ def test_a_float8_weight_is_packed_as_the_layer_s_own():
     assert ((after - changed).abs() <= changed.abs() / 8 + changed.abs().max() / 2**9).all()
 
 
-def test_what_is_broken_or_no_float8_is_said():
+def test_broken_and_other_layers_have_a_reason():
     linear = fp8_linear()
     linear.weight_scale_inv.data = torch.ones(3, 3)
     assert float8.read(linear).startswith("its float8 weight is broken")
@@ -89,7 +89,7 @@ def test_a_gguf_layer_whose_input_is_permuted():
     torch.testing.assert_close(x @ weight.T, linear._unpack_matmul(x[:, linear.input_permutation]))
 
 
-def test_what_no_format_of_gguf_reads_is_said():
+def test_unreadable_gguf_layers_have_a_reason():
     linear = gguf_linear("Q4_K")
     linear.ggml_type = dequant.GGML_IQ1_M
     assert "number 29" in gguf.read(linear)

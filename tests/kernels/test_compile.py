@@ -298,7 +298,7 @@ PRODUCT = "HGMMA.64x8x8.F32.TF32 R24, R52, gdesc[UR20], R24, gsb0"  # reads R52 
     ids=["load", "pair", "predicate", "beside", "store", "waited", "one-runs", "older", "loop",
          "waited-loop"],
 )  # fmt: skip
-def test_what_a_wgmma_reads_is_its_own_until_somebody_waits(lines, count):
+def test_registers_read_by_a_wgmma_are_protected_until_a_wait(lines, count):
     assert overwrites(code_of(lines)) == count
 
 

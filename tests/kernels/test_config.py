@@ -147,11 +147,11 @@ def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, pr
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cant_run_is_refused_with_the_reason(config, name, one, reason):
+def test_configs_that_cannot_run_are_refused_with_a_reason(config, name, one, reason):
     assert reason in config.why_not(TARGETS[name], one)
 
 
-def test_shared_memory_is_refused_from_the_first_byte_beyond_what_there_is():
+def test_one_byte_too_much_shared_memory_is_refused():
     config, target, one = GemmConfig(64, 64, 32, 4, 2), TARGETS["sm_90"], call()
     size = config.shared_memory(target, one)
     assert config.why_not(replace(target, shared_memory=size), one) == ""
@@ -248,7 +248,7 @@ def test_masks_of_a_group_keep_two_programs_on_each_processor(name):
 
 
 @pytest.mark.parametrize("table", DEFAULTS.values())
-def test_a_config_s_word_says_all_of_it(table):
+def test_a_config_is_restored_from_its_text(table):
     for config in chain(*table.values()):
         assert type(config).of(str(config)) == config
 

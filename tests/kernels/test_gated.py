@@ -85,7 +85,7 @@ def test_in_the_place_of_dy(activation):
 
 
 @activations
-def test_large_numbers_and_what_is_no_number(activation):
+def test_large_numbers_infinities_and_nan(activation):
     """Both backends must agree with torch's own operations."""
     gate = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, torch.nan]])
     gate = gate.to(DEVICE)
@@ -117,7 +117,7 @@ def test_bytes_are_as_stated(dtype):
         assert counted.stated.stored == counted.stores.total == stored * size
 
 
-def test_what_they_take():
+def test_reasons_against_operands():
     assert why_not_gated(random(3, 4)) == ""
     assert why_not_gated(random(3, 1, layout="window")) == ""
     assert "end to end" in why_not_gated(random(3, 4, layout="column-major"))

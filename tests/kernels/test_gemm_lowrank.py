@@ -105,7 +105,7 @@ def test_any_strides(p_layout, q_layout):
 
 
 @pairwise({"r": [5, 150], "masked": MASKED, "bias": {"": False, "bias": True}})
-def test_low_rank_products_alone(bias, r, masked):
+def test_low_rank_products_without_a_base(bias, r, masked):
     """The low-rank term that is added to a product computed by torch."""
     seeds, b = draw_seeds(2) if masked else None, random(1, 33, F16)[0] if bias else None
     operands = case(40, 33, [], [r, 3], BF16, F32)
@@ -183,7 +183,7 @@ def test_descriptors_are_arguments_of_their_own():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_a_descriptor_cannot_describe_is_loaded_by_pointers(reason, n, k, layouts):
+def test_operands_that_no_descriptor_describes_are_loaded_by_pointers(reason, n, k, layouts):
     is_stride = isinstance(layouts, int)
     ps, *others = case(35, n, [k], [3], BF16, layouts=("contiguous",) * 3 if is_stride else layouts)
     if is_stride:
@@ -195,7 +195,7 @@ def test_what_a_descriptor_cannot_describe_is_loaded_by_pointers(reason, n, k, l
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("r", [2, 70])
-def test_what_is_dropped_is_gone(r, value):
+def test_dropped_infinities_and_nan_have_no_effect(r, value):
     """An infinity in v reaches only the kept elements of its column."""
     ps, qs, us, vs = case(20, 40, [16], [r])
     seeds = draw_seeds(1)

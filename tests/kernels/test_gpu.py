@@ -39,7 +39,7 @@ def step(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), (x, layer.lora_A, layer.lora_B))]
 
 
-def test_tuning_measures_what_runs_from_then_on(tmp_path, monkeypatch):
+def test_tuning_changes_later_calls(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
     layer, x = make_layer(0.1), make_x()
     step(layer, x)

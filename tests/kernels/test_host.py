@@ -35,12 +35,12 @@ def found() -> dict:
     return found
 
 
-def test_a_replay_hands_over_what_an_ordinary_launch_does(found):
+def test_a_replay_passes_the_same_arguments_as_an_ordinary_launch(found):
     assert found["replays"]["compared"] > 200
     assert found["replays"]["differences"] == []
 
 
-def test_what_a_kept_call_launches_stays_loaded(found):
+def test_kernels_of_captured_calls_stay_loaded(found):
     assert found["unloaded"] == []
 
 
@@ -52,12 +52,12 @@ def launched(counts: dict) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("layer", LAUNCHES)
-def test_a_layer_launches_as_often_as_it_did(layer, found):
+def test_the_number_of_launches_of_a_layer(layer, found):
     assert launched(found["standard_layers"][layer]) == LAUNCHES[layer]
 
 
 @pytest.mark.parametrize("call", ["plain", "all"])
-def test_experts_launch_as_a_layer_does_and_replays_hand_over_the_same(call, found):
+def test_experts_launch_like_a_layer_and_replays_pass_the_same_arguments(call, found):
     """A weight's tensor map is 3D.  y and dx have no map, because their tiles end at any row."""
     assert launched(found["experts"][call]["launches"]) == (1, 2, 0, 2, 1, 4)
     assert found["experts"][call]["differences"] == []

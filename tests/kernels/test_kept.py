@@ -67,7 +67,7 @@ def test_a_new_kind_inside_a_capture_is_an_error_and_a_known_one_is_not(monkeypa
         step(torch.randn(6, K, requires_grad=True), group)
 
 
-def test_a_room_may_be_of_an_odd_size():
+def test_the_workspace_may_have_an_odd_size():
     """The sums in float32 are followed by a dh of 30 bytes in the workspace."""
     x = torch.randn(5, K, dtype=torch.bfloat16, requires_grad=True)
     one = projection(r=3, dtype=torch.bfloat16)
@@ -91,7 +91,7 @@ def test_a_room_may_be_of_an_odd_size():
     ],
     ids=["rows", "strides", "address", "scale", "needs", "dtype"],
 )
-def test_what_matters_makes_another_call(change):
+def test_each_relevant_change_captures_a_new_call(change):
     x, one = torch.randn(33, K, requires_grad=True), projection()
     step(x, [one])
     x, one = change(x, one)
@@ -102,7 +102,7 @@ def test_what_matters_makes_another_call(change):
         assert all(map(torch.equal, found, step(x, [one])))
 
 
-def test_one_tensor_in_two_places_and_apart_again():
+def test_one_tensor_for_two_arguments_and_then_two_tensors():
     """A capture knows positions of arguments, not tensors, so equal tensors may differ later."""
     square = torch.randn(K, K)
     shared = fastlora.Projection(square, square, square)
@@ -146,7 +146,7 @@ class Slow(dict):
         time.sleep(0.001)
 
 
-def test_threads_may_keep_calls_at_one_time(monkeypatch):
+def test_threads_may_capture_calls_concurrently(monkeypatch):
     """Each thread evicts the oldest entry for its own new one."""
     monkeypatch.setattr(kept, "_MOST", 2)
     monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_threads_may_keep_calls_at_one_time(monkeypatch):
     assert len(calls) == 2
 
 
-def test_nothing_of_the_callers_is_kept():
+def test_a_capture_keeps_no_tensor_of_the_caller():
     with resolved() as new:
         step(torch.randn(51, K, requires_grad=True), [projection()])
     assert len(new) == 2
@@ -175,7 +175,7 @@ def test_nothing_of_the_callers_is_kept():
         assert all(each.untyped_storage().nbytes() <= 8 for each in buffers)  # one element
 
 
-def test_the_oldest_go_when_there_are_too_many(monkeypatch):
+def test_the_oldest_captures_are_evicted(monkeypatch):
     monkeypatch.setattr(kept, "_calls", {})
     monkeypatch.setattr(kept, "_MOST", 4)
     monkeypatch.setattr(functional, "_known", {})
@@ -203,7 +203,7 @@ def test_a_launch_hook_sees_every_launch(name):
     assert not new
 
 
-def test_a_recording_is_one_thread_s():
+def test_a_capture_is_thread_local():
     """During a capture, a launch by another thread runs normally."""
 
     class Fake:

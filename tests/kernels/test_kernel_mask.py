@@ -37,7 +37,7 @@ def test_any_seed_and_one_for_each_of_a_group():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kernel", ["project", "weight_grad", "one pass over x"])
-def test_what_is_dropped_is_gone(kernel, value):
+def test_dropped_infinities_and_nan_have_no_effect(kernel, value):
     """Dropped elements of x; gemm_lowrank and lowrank drop elements of their product instead."""
     x, seeds = random(40, 20), draw_seeds(1)
     (mask,) = keep_masks(seeds, x.shape, 0.5, 1)

@@ -77,7 +77,7 @@ def test_the_rule_of_a_target(names, call, plan):
         assert planned(target=TARGETS[name], **call) == plan, name
 
 
-def test_in_place_launches_the_sum_with_the_adapter_alone():
+def test_an_in_place_plan_launches_only_the_low_rank_sum():
     assert launches(10**6, 4096, 4096, 16, target=TARGETS["sm_80"])[-1].name == "lowrank"
     assert launches(10**6, 4096, 4096, 16, target=TARGETS["interpreter"])[-1].name == "gemm_lowrank"
 
@@ -188,7 +188,7 @@ def test_tiles_of_a_neighbour_that_are_too_much_give_way_to_the_default(table):
     ],
     ids=["plan", "target"],
 )
-def test_what_is_forced_is_for_the_block_alone_however_it_ends(use, current, outer, inner):
+def test_a_forced_plan_ends_with_its_block(use, current, outer, inner):
     before = current()
     with use(outer):
         with use(inner):

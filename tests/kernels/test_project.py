@@ -77,7 +77,7 @@ def test_the_factor_comes_before_the_rounding(count):
     torch.testing.assert_close(product, torch.full_like(product, 100.0))
 
 
-def test_what_is_kept_stays_nan():
+def test_nan_in_x_is_not_hidden():
     x = random(20, 40)
     x[3, 7] = torch.nan
     (product,) = run(x, [random(40, 3)], [1.0])

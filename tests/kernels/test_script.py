@@ -26,7 +26,7 @@ def ordinary(tensors, factor):
     return [total * factor, None, torch.add(right, 1)]
 
 
-def test_a_script_makes_what_its_call_makes():
+def test_a_replay_gives_the_results_of_its_call():
     tensors = [torch.randn(2, 3), torch.randn(3, 5)]
     made = script_of(ordinary, tensors, (0.5,))
     again = [torch.randn(2, 3), torch.randn(3, 5)]
@@ -37,12 +37,12 @@ def test_a_script_makes_what_its_call_makes():
         assert torch.equal(found[2], expected[2])
 
 
-def test_what_nobody_needs_is_not_in_it():
+def test_unused_operations_are_not_captured():
     made = script_of(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,))
     assert "zeros_like" not in made.source
 
 
-def test_what_is_made_goes_behind_its_last_use():
+def test_tensors_are_freed_after_their_last_use():
     made = script_of(ordinary, [torch.randn(2, 3), torch.randn(3, 5)], (0.5,))
     alive: set[str] = set()
     for line in made.source.strip().splitlines()[1:]:
@@ -131,7 +131,7 @@ def test_no_two_buffers_are_in_one_place_at_one_time(seed):
     assert size <= sum(-(-each // 512) * 512 for each in sizes.values())
 
 
-def test_a_tensor_that_no_call_brings_is_a_constant():
+def test_a_tensor_that_is_no_argument_is_a_constant():
     """For example a cached table, whose address a launch uses."""
     table = torch.ones(4)
 

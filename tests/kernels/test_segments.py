@@ -99,7 +99,7 @@ def test_gemm_lowrank(ends, p, layout, config):
     assert_close("out", out, *found, x.dtype)
 
 
-def test_more_segments_than_are_looked_at_at_once(monkeypatch):
+def test_more_segments_than_one_load_covers(monkeypatch):
     monkeypatch.setattr(segments, "_MOST_AT_ONCE", 4)
     ends = [3 * i for i in range(1, 31)]
     x, v = random(M, 20), banks(ends, 20, 3)
@@ -108,7 +108,7 @@ def test_more_segments_than_are_looked_at_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("ends", [[200, 300], [-5, -1], [60, 20, 90], [-300, 500, -9]], ids=str)
-def test_ends_that_are_none_give_anything_and_touch_no_other_memory(ends):
+def test_invalid_ends_touch_no_other_memory(ends):
     """Operands are the middle rows of larger matrices; nothing around them may change."""
     around = random(3 * M, 40)
     before, x = around.clone(), around[M : 2 * M]

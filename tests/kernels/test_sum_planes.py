@@ -28,7 +28,7 @@ def test_several_of_different_sizes_and_dtypes_in_one_launch():
         torch.testing.assert_close(out, part.double().sum(0).to(out.dtype))
 
 
-def test_the_order_is_that_of_the_planes():
+def test_planes_are_added_in_order():
     """In float32, adding 1 to 10⁸ loses it unless the large numbers cancel first."""
     out = poisoned(1)
     for numbers, total in (((1e8, -1e8, 1.0), 1.0), ((1e8, 1.0, -1e8), 0.0)):

@@ -111,13 +111,13 @@ def test_bytes_are_as_stated_and_none_is_stored_twice(result):
         check_bytes(counted)
 
 
-def test_partial_sums_are_what_nobody_asked_for(result):
+def test_partial_sums_are_the_bytes_outside_of_inputs_and_results(result):
     for counted in result.launches:
         tensors = [*result.call.tensors(), *result.made]
         assert counted.stated.partial == counted.outside(tensors)
 
 
-def test_flops_are_those_of_the_formula(result):
+def test_flops_match_the_formula(result):
     with FlopCounterMode(display=False) as formula:
         result.call.truth()
     products = [counted for counted in result.launches if counted.launch.name != "sum_planes"]

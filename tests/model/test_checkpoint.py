@@ -91,7 +91,7 @@ def test_loading_into_a_model_on_the_meta_device(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["cpu", "disk"])
-def test_what_accelerate_has_offloaded_is_saved(to, tmp_path):
+def test_offloaded_adapters_are_saved(to, tmp_path):
     hooks = pytest.importorskip("accelerate.big_modeling")
     settings = {"target_modules": ["up"], "bias": "all", "modules_to_save": ["head"]}
     model, expected = adapted(**settings), tmp_path / "expected"
@@ -106,7 +106,7 @@ def test_what_accelerate_has_offloaded_is_saved(to, tmp_path):
         fastlora.load_adapter(model, expected)
 
 
-def test_what_has_no_numbers_is_not_saved(tmp_path):
+def test_adapters_on_the_meta_device_are_not_saved(tmp_path):
     model = adapted(target_modules=["up"]).to("meta")
     with pytest.raises(ValueError, match=r"up\.lora_A\.weight is on the meta device, without numb"):
         fastlora.save_adapter(model, tmp_path / "saved")
@@ -383,7 +383,7 @@ def test_trained_biases_that_peft_left_out_are_named(tmp_path):
         fastlora.load_adapter(llama(attention_bias=True), tmp_path)
 
 
-def test_first_values_that_leave_the_base_alone(tmp_path):
+def test_orthogonal_initialization_loads_because_it_keeps_the_base(tmp_path):
     settings = {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}
     theirs = saved_by_peft(llama(), tmp_path, settings)
     torch.testing.assert_close(logits(fastlora.load_adapter(llama(), tmp_path)), logits(theirs))
@@ -435,7 +435,7 @@ def test_a_model_without_the_new_tokens(base, tmp_path):
         fastlora.load_adapter(plain, tmp_path)
 
 
-def test_a_base_that_is_gone_is_said(tmp_path):
+def test_a_missing_base_folder_is_warned_of(tmp_path):
     import shutil
 
     from transformers import LlamaForCausalLM

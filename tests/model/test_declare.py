@@ -100,7 +100,7 @@ def test_a_trainer_s_checkpoint_is_resumed_and_read(name, kind, tmp_path):
     assert torch.equal(logits(loaded), logits(whole))
 
 
-def test_what_is_saved_from_elsewhere_is_read_too(tmp_path):
+def test_load_packed_reads_files_of_other_save_functions(tmp_path):
     model = mixture("mixtral", "nvfp4")
     expected = logits(model)
     model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
@@ -119,7 +119,7 @@ def test_what_is_saved_from_elsewhere_is_read_too(tmp_path):
 
 
 @packed
-def test_merged_whole_it_is_a_dense_checkpoint(name, kind, tmp_path):
+def test_a_fully_merged_model_saves_a_dense_checkpoint(name, kind, tmp_path):
     model = adapted(mixture(name, kind), name)
     fastlora.merge_lora(model)
     fastlora.unmerge_lora(model)
@@ -135,7 +135,7 @@ def test_merged_whole_it_is_a_dense_checkpoint(name, kind, tmp_path):
     torch.testing.assert_close(logits(found), logits(model))
 
 
-def test_merged_in_part_it_is_load_packed_s(tmp_path):
+def test_a_partly_merged_model_needs_load_packed(tmp_path):
     model = mixture("mixtral", "mxfp4")
     fastlora.apply_lora(model, LoRAConfig(target_parameters=["down_proj"], init_lora_weights=False))
     fastlora.remove_lora(fastlora.merge_lora(model))
@@ -152,7 +152,7 @@ def _need(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
-def test_packed_linear_layers_are_from_pretrained_s(kind, tmp_path):
+def test_from_pretrained_loads_packed_linear_layers(kind, tmp_path):
     _need(kind)
     model = mixture("qwen3", kind, ["q_proj", "lm_head"])
     expected = logits(model)
@@ -162,7 +162,7 @@ def test_packed_linear_layers_are_from_pretrained_s(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
-def test_packed_linear_layers_beside_packed_experts_are_load_packed_s(kind, tmp_path):
+def test_load_packed_loads_packed_linear_layers_beside_packed_experts(kind, tmp_path):
     _need(kind)
     model = mixture("mixtral", kind, ["q_proj", "experts"])
     expected = logits(model)
@@ -230,9 +230,7 @@ def quantised(kind: str, dense: Path, targets: str | list[str], dtype=torch.floa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("removes", [True, False], ids=["removed", "merged"])
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_what_is_merged_into_plain_weights_loads_as_a_dense_model(
-    kind, removes, dtype, dense, tmp_path
-):
+def test_a_merge_into_plain_weights_loads_as_a_dense_model(kind, removes, dtype, dense, tmp_path):
     model = quantised(kind, dense, "all-linear", dtype)
     fastlora.merge_lora(model, requantise=False)
     if removes:
@@ -248,7 +246,7 @@ def test_what_is_merged_into_plain_weights_loads_as_a_dense_model(
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_what_is_dense_in_part_loads_so(kind, dense, tmp_path):
+def test_a_partly_dense_model_loads_partly_dense(kind, dense, tmp_path):
     model = quantised(kind, dense, ["q_proj", "down_proj"])
     given = model.hf_quantizer.quantization_config
     fastlora.remove_lora(fastlora.merge_lora(model, requantise=False))
@@ -262,7 +260,7 @@ def test_what_is_dense_in_part_loads_so(kind, dense, tmp_path):
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_unmerged_it_is_what_it_was(kind, dense, tmp_path):
+def test_unmerge_restores_the_quantization_config(kind, dense, tmp_path):
     model = quantised(kind, dense, "all-linear")
     before, method = logits(model), model.quantization_method
     fastlora.merge_lora(model, requantise=False)
@@ -278,7 +276,7 @@ def test_unmerged_it_is_what_it_was(kind, dense, tmp_path):
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_again_it_says_what_it_said(kind, dense, tmp_path):
+def test_a_merge_with_quantization_keeps_the_config(kind, dense, tmp_path):
     model = quantised(kind, dense, "all-linear")
     said = model.hf_quantizer, model.config.quantization_config
     with pytest.warns(UserWarning, match="were quantised again"):

@@ -125,7 +125,7 @@ def test_dropout_is_replayed(reentrant):
     assert expected[0] != train(model.eval())[0]
 
 
-def test_the_report_says_what_experts_run_on():
+def test_the_report_names_the_backend_of_experts():
     model = own_model()
     with fastlora.use_backend("triton"):
         for dtype, plan in ((torch.float32, "triton"), (torch.float64, "torch")):
@@ -135,7 +135,7 @@ def test_the_report_says_what_experts_run_on():
             assert all(layer.reason == "" for layer in experts) is (plan == "triton")
 
 
-def test_a_number_that_no_expert_has_is_the_module_s_own():
+def test_an_expert_index_out_of_range_runs_the_module_s_own_forward():
     model = own_model("mixtral").double()
     experts, index = experts_of(model), torch.tensor([[0, 4], [1, 2]])
     x, weights = torch.randn(2, 32).double(), torch.rand(2, 2).double()
@@ -189,7 +189,7 @@ def test_another_implementation_gets_the_sums(monkeypatch):
         ("qwen3", ["experts.down_proj", "mlp.experts"], "'mlp.experts', which matches no"),
     ],
 )
-def test_what_is_no_weight_of_experts(name, targets, message):
+def test_parameters_that_are_no_expert_weights_are_refused(name, targets, message):
     model = base_model(name)
     with refused(model, message):
         fastlora.apply_lora(model, LoRAConfig(target_parameters=targets))

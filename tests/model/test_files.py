@@ -58,7 +58,9 @@ def scratch_in(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_killed_writer_s_leftovers_stop_nobody_and_go(write, adapter, tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_process_are_removed_by_the_next_save(
+    write, adapter, tmp_path, monkeypatch
+):
     def killed():
         monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         write_whole(tmp_path, {WEIGHTS: b"half"})
@@ -70,7 +72,7 @@ def test_a_killed_writer_s_leftovers_stop_nobody_and_go(write, adapter, tmp_path
     assert {path.name for path in tmp_path.iterdir()} in ({WEIGHTS, CONFIG}, {WEIGHTS})
 
 
-def test_a_living_writer_s_files_are_left_alone(adapter, tmp_path, monkeypatch):
+def test_temporary_files_of_a_running_process_are_kept(adapter, tmp_path, monkeypatch):
     (ready, at_work), (wait, go_on) = os.pipe(), os.pipe()
 
     def slow():
@@ -100,7 +102,7 @@ def test_a_living_writer_s_files_are_left_alone(adapter, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("age", "goes"), [(60, False), (7200, True)], ids=["new", "old"])
-def test_another_machine_s_go_when_they_are_old(age, goes, tmp_path):
+def test_old_temporary_files_of_another_machine_are_removed(age, goes, tmp_path):
     """Locks of another machine may be invisible here.  Version 0.2.0 made folders without locks."""
     for name in (".fastlora-elsewhere-abcdefgh", ".fastlora-abcdefgh"):
         (tmp_path / name).mkdir()
@@ -111,7 +113,7 @@ def test_another_machine_s_go_when_they_are_old(age, goes, tmp_path):
     assert len(scratch_in(tmp_path)) == (0 if goes else 2)
 
 
-def test_a_file_or_a_link_of_such_a_name_is_somebody_s(tmp_path):
+def test_files_and_links_with_a_temporary_folder_s_name_are_kept(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / f"{files._SCRATCH}{files._HOST}link").symlink_to(tmp_path / "precious")
     (tmp_path / f"{files._SCRATCH}{files._HOST}file").write_text("mine")
@@ -120,7 +122,7 @@ def test_a_file_or_a_link_of_such_a_name_is_somebody_s(tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_leftover_is_no_adapter_s_folder(tmp_path):
+def test_a_leftover_is_not_listed_as_an_adapter(tmp_path):
     (tmp_path / ".fastlora-abcdefgh").mkdir()
     (tmp_path / ".fastlora-abcdefgh" / CONFIG).write_text("{}")
     with pytest.raises(FileNotFoundError) as caught:

@@ -23,7 +23,7 @@ from fastlora import LoRAConfig
 LLAMA_ATTENTION = {f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"}
 
 
-def test_default_targets_are_those_of_attention():
+def test_default_targets_are_the_attention_projections():
     model = fastlora.apply_lora(tiny_llama(), LoRAConfig())
     assert adapted_layers(model) == LLAMA_ATTENTION
     assert trained(model) == {f"{name}.lora_{half}" for name in LLAMA_ATTENTION for half in "AB"}
@@ -66,7 +66,7 @@ def test_remove_lora_of_a_model_whose_parts_were_adapted():
     assert all("_fastlora" not in part.__dict__ for part in model)
 
 
-def test_all_linear_passes_over_what_a_fused_module_reads_itself():
+def test_all_linear_skips_layers_whose_weights_a_fused_module_reads():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 4))
     around = r"2 layers \(0.linear1, 0.linear2\): the TransformerEncoderLayer around"
     with pytest.warns(UserWarning, match=around):
@@ -172,14 +172,14 @@ ERRORS = {  # a model, its targets or all settings, and the error message
 
 
 @pytest.mark.parametrize(("make", "settings", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors_leave_the_model_alone(make, settings, message):
+def test_errors_leave_the_model_unchanged(make, settings, message):
     model = make()
     settings = settings if isinstance(settings, dict) else {"target_modules": settings}
     with refused(model, message):
         fastlora.apply_lora(model, LoRAConfig(**settings))
 
 
-def test_running_out_of_memory_leaves_the_model_alone(monkeypatch):
+def test_running_out_of_memory_leaves_the_model_unchanged(monkeypatch):
     from fastlora.model import targets
 
     calls = []

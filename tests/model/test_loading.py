@@ -52,7 +52,7 @@ def no_warning():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_transformers_saves_under_its_names_comes_back(name, tmp_path, no_warning):
+def test_state_dicts_with_transformers_names_load(name, tmp_path, no_warning):
     full = {"modules_to_save": FULL.get(name)}
     model, other = adapted(name, 1, **full), adapted(name, 2, **full)
     state = saved(model, tmp_path)
@@ -95,7 +95,7 @@ def test_a_model_of_images_and_text_comes_back(tmp_path, no_warning):
     assert_same(other, model)
 
 
-def test_adapters_under_names_that_nobody_knows_are_refused():
+def test_adapters_under_unknown_names_are_refused():
     model, other = (adapt(Mlp(), r=2, target_modules=["up", "down"]) for _ in range(2))
     before = trained(other)
     state = {f"inner.{k}" if "down" in k else k: v for k, v in model.state_dict().items()}
@@ -113,7 +113,7 @@ def test_experts_that_train_in_full_and_are_saved_in_parts_are_refused(tmp_path)
         other.load_state_dict(saved(model, tmp_path), strict=False)
 
 
-def test_what_is_missing_is_warned_of():
+def test_missing_adapters_are_warned_of():
     model, other = (adapt(Mlp(), r=2, target_modules=["up", "down"]) for _ in range(2))
     state = model.state_dict()
     del state["down.lora_A"]

@@ -105,7 +105,7 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     assert all(torch.equal(one, bits[key]) for key, one in bits_of(ours).items())
 
 
-def test_the_name_of_the_class_says_what_experts_have():
+def test_class_names_show_packing_and_adapters():
     model = packed_model("qwen3", "mxfp4")
     names = [type(experts_of(model)).__name__]
     adapted(model, "qwen3")
@@ -217,7 +217,7 @@ def test_frozen_packed_experts_run_and_give_x_its_gradient(dtype):
 
 
 @pytest.mark.parametrize("case", ["gpt-oss, mxfp4", "e8m0 of fp8"])
-def test_what_is_no_node_has_dense_weights_for_that_call(case):
+def test_calls_without_a_node_use_dense_weights(case):
     name, make = CASES[case]
     model = adapted(make(), name, target_parameters=["experts.down_proj"])
     experts, x, index = experts_of(model), torch.randn(7, 32), torch.randint(0, 4, (7, 2))
@@ -242,14 +242,14 @@ def test_what_is_no_node_has_dense_weights_for_that_call(case):
         experts.train()(**named)
 
 
-def test_what_is_no_node_is_refused_over_blocks_of_gguf():
+def test_calls_without_a_node_are_refused_for_gguf_experts():
     experts, index = experts_of(adapted(gguf_model(), "qwen3")), torch.randint(0, 4, (7, 2))
     with pytest.raises(RuntimeError, match="GGUF's experts can't be made: a transform of torch"):
         torch.func.grad(lambda x: experts(x, index, torch.rand(7, 2)).sum())(torch.randn(7, 32))
 
 
 @pytest.mark.parametrize("adapts", [True, False])
-def test_offloaded_packed_weights_are_missed_at_once(adapts):
+def test_offloaded_packed_weights_raise_a_clear_error(adapts):
     model = packed_model("gpt-oss", "mxfp4")
     model = adapted(model, "gpt-oss") if adapts else model
     accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)

@@ -89,7 +89,7 @@ def test_linear_layers_are_bitsandbytes_s():
     assert all(one.isfinite().all() for one in train(model))
 
 
-def test_what_has_no_numbers_is_packed_by_shape():
+def test_a_meta_model_is_packed_by_shape():
     with torch.device("meta"):
         lost = base_model("gpt-oss", **SIZES)
     for kind in KINDS:
@@ -153,7 +153,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_t_be_packed_is_refused_and_the_model_stays(case):
+def test_unpackable_modules_are_refused_and_the_model_is_unchanged(case):
     how, words = REFUSED[case]
     model = mixture()
     how.get("before", lambda model: None)(model)
@@ -279,7 +279,7 @@ def floating(tree) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_is_loaded_as_it_lies(checkpoint, device, dtype):
+def test_a_packed_checkpoint_is_loaded_without_dense_copies(checkpoint, device, dtype):
     model = empty(checkpoint, dtype, device)
     with Largest() as largest:
         report = fastlora.load_packed(model, checkpoint)
@@ -413,7 +413,7 @@ def test_a_linear_layer_in_float8_without_its_scales_is_refused(tmp_path):
         fastlora.load_packed(model, tmp_path)
 
 
-def test_a_model_that_can_t_say_what_is_packed_stays(tmp_path, monkeypatch):
+def test_a_failing_quantizer_config_leaves_the_model_unchanged(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     packed, chosen = mixture("qwen3"), ["experts", "q_proj"]
     fastlora.pack(packed, "nf4", chosen)
@@ -463,7 +463,7 @@ def test_a_tied_head_stays_tied(checkpoint, tmp_path):
     close(logits(model), logits(dense_of(folder)))
 
 
-def test_peft_s_report_says_what_becomes_of_packed_experts():
+def test_the_report_for_peft_explains_packed_experts():
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):
         model = peft.get_peft_model(
             packed_model("qwen3", "mxfp4"),

@@ -71,7 +71,7 @@ def test_it_is_the_vendor_s_layer_with_an_adapter(kind):
 
 
 @needs_bitsandbytes
-def test_sixteen_bits_compute_and_x_keeps_its_dtype():
+def test_products_run_in_16_bits_and_y_has_x_s_dtype():
     layer, x = adapted("nf4", BF16)[0], torch.randn(3, K)
     y = layer(x)
     assert y.dtype == F32
@@ -80,7 +80,7 @@ def test_sixteen_bits_compute_and_x_keeps_its_dtype():
     torch.testing.assert_close(y, expected.T + layer.bias, atol=0.1, rtol=0.05)
 
 
-def test_adapters_drop_in_training_alone():
+def test_adapters_drop_only_in_training():
     layer, x = adapted("float8")[0], torch.randn(3, K)
     y, layer.lora_dropout = layer(x), 0.5
     assert torch.equal(layer(x), y)
@@ -106,7 +106,7 @@ REQUANTISED |= {"hqq": 0.2, "float8": 0.05}  # the largest relative error allowe
 
 @pytest.mark.parametrize("kind", [k for k in REQUANTISED if k in ALL])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_merged_it_is_quantised_again_and_the_way_back_is_exact(kind, dtype):
+def test_a_merge_quantizes_again_and_unmerge_is_exact(kind, dtype):
     model, x = adapted(kind, dtype), torch.randn(5, K, dtype=dtype)
     layer, plain = model[0], type(model[0]).plain_class
     layer.bias.data = layer.bias.to(dtype)  # bitsandbytes' own call casts the bias to this dtype
@@ -217,7 +217,7 @@ def test_a_merged_weight_that_packing_makes_infinite_is_refused(keep_base):
         ("gguf-q4_k", True, "GGUF's blocks are read, and not made"),
     ],
 )
-def test_what_takes_no_merged_weight_says_so_and_nothing_changes(kind, requantise, message):
+def test_a_refused_merge_names_the_reason_and_changes_nothing(kind, requantise, message):
     model, x = adapted(kind), torch.randn(3, K)
     before, y = state_of(model), model(x)
     with pytest.raises(ValueError, match=message):
@@ -234,13 +234,13 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("make", "message"), UNREADABLE.values(), ids=UNREADABLE)
-def test_what_cant_be_read_is_no_base(make, message):
+def test_unreadable_layers_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         fastlora.apply_lora(nn.Sequential(make()), LoRAConfig(target_modules=["0"]))
 
 
 @needs_bitsandbytes
-def test_what_can_t_be_read_any_more_is_an_error_of_the_call():
+def test_a_layer_that_becomes_unreadable_raises_when_called():
     model = adapted("nf4")
     assert "1 quantised: NF4" in str(fastlora.coverage(model))
     model[0].weight.quant_state.absmax = model[0].weight.quant_state.absmax[:-1]

@@ -58,7 +58,7 @@ def test_apply_lora_takes_peft_s_config(settings):
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == trained
 
 
-def test_what_was_taken_from_peft_s_config_is_saved(tmp_path):
+def test_settings_from_a_peft_config_are_saved(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], task_type=peft.TaskType.CAUSAL_LM)
     torch.manual_seed(3)
     model = randomise(fastlora.apply_lora(tiny_llama(), config), 0.1)
@@ -114,7 +114,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("config", "message"), FOREIGN.values(), ids=FOREIGN)
-def test_what_peft_s_config_has_and_fastlora_hasn_t_is_named(config, message):
+def test_unsupported_settings_of_a_peft_config_are_named(config, message):
     model = Mlp()
     with refused(model, message):
         fastlora.apply_lora(model, config)
@@ -189,7 +189,7 @@ CONFIG_FIELDS = {
     [(field, value) for field, values in CONFIG_FIELDS.items() for value in values],
     ids=lambda value: repr(value)[:30],
 )
-def test_a_field_that_can_t_be_meant(field, value):
+def test_invalid_config_values_are_refused(field, value):
     with pytest.raises(ValueError, match=r"is |has |not ") as caught:
         LoRAConfig(**{"target_modules": ["up"]} | {field: value})
     assert len(str(caught.value)) < 500
@@ -274,7 +274,7 @@ def quantised() -> nn.Module:
     return model
 
 
-def test_all_linear_names_what_is_in_the_way():
+def test_all_linear_names_the_layers_it_can_t_adapt():
     message = r"In the way: 2 layers \(0, 2\): it is a Linear4bit, .*PEFT"
     with pytest.raises(ValueError, match=message):
         fastlora.apply_lora(quantised(), LoRAConfig(target_modules="all-linear"))
@@ -356,7 +356,7 @@ TWO_PLACES = {
 
 
 @pytest.mark.parametrize(("settings", "message"), TWO_PLACES.values(), ids=TWO_PLACES)
-def test_what_would_not_mean_what_peft_means_is_refused(settings, message, tmp_path):
+def test_modules_at_two_places_are_refused_where_peft_differs(settings, message, tmp_path):
     model = places()
     with refused(model, message):
         fastlora.apply_lora(model, LoRAConfig(**settings))

@@ -84,7 +84,7 @@ def test_it_is_reported_as_a_router():
         fastlora.merge_lora(model).train()(IDS)
 
 
-def test_what_a_router_can_t_have(tmp_path):
+def test_dropout_and_shared_batches_are_refused_for_routers(tmp_path):
     model = plain("qwen3")
     with refused(model, r"gate is a router \(Qwen3MoeTopKRouter\), whose adapter has no dropout"):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["gate"], lora_dropout=0.1))
@@ -94,7 +94,7 @@ def test_what_a_router_can_t_have(tmp_path):
         fastlora.sweep(model, configs, [batch], eval_data=[batch], steps=1, output_dir=tmp_path)
 
 
-def test_optimize_says_what_a_parameter_is_of():
+def test_optimize_names_the_owner_of_a_parameter():
     config = peft.LoraConfig(target_modules=[], target_parameters=["gate.weight", "q_proj.weight"])
     report = str(fastlora.optimize(peft.get_peft_model(plain("qwen3"), config)))
     assert "mlp.gate: it is on a router, to whose weight PEFT adds lora_B lora_A" in report

@@ -51,7 +51,7 @@ def unexpected(call, name: str, *arguments, **named) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_no_tensor(name):
+def test_values_that_are_no_tensors(name):
     kinds = {kind: value for kind, value in wrong_kinds.values().items() if "tensor" not in kind}
     fine = {"none"} if name == "bias" else ()
     message = rf"^{name} must be a tensor( or None)?, not \w+$"
@@ -80,7 +80,7 @@ def test_a_kind_of_tensor_that_works(name, kind, backend):
 
 @pytest.mark.usefixtures("node")  # torch's own operations don't save the bias for backward
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "bias"])
-def test_no_backward_keeps_an_inference_tensor(name, backend):
+def test_inference_tensors_are_not_saved_for_backward(name, backend):
     kinds = {"inference": wrong_kinds.others_like(good()[name])["inference"]}
     message = f"^{name} was made in inference mode.*clone it"
     assert unexpected(with_gradients, name, message, error=TypeError, kinds=kinds) == {}
@@ -110,7 +110,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_a_switch_and_a_name(name):
+def test_wrong_numbers_switches_and_names(name):
     """A number must be a Python number; numpy.float64 is a subclass of float."""
     message = rf"^{name} (is|asks for) .*(must|there is only)"
     assert unexpected(with_gradients, name, message, NUMBERS[name], error=ValueError) == {}
@@ -166,13 +166,13 @@ def test_a_layer_s_settings(name, make):
     assert wrong_kinds.unexpected(call, message, LAYER[name], error=ValueError) == {}
 
 
-def test_no_linear_layer_to_adapt():
+def test_from_linear_refuses_values_that_are_no_linear_layers():
     call = lambda linear: LoRALinear.from_linear(linear, r=1, lora_alpha=1)  # noqa: E731
     message = r"it is a \w+, no torch.nn.Linear"
     assert wrong_kinds.unexpected(call, message, {"module"}, error=ValueError) == {}
 
 
-def test_no_name_of_a_backend():
+def test_use_backend_refuses_values_that_are_no_backend_names():
     call = lambda name: fastlora.use_backend(name).__enter__()  # noqa: E731
     message = r"^use_backend asks for .* there is only 'torch', 'triton'"
     assert wrong_kinds.unexpected(call, message, error=ValueError) == {}

@@ -120,7 +120,7 @@ def test_a_vector_of_another_shape_is_refused(name):
 
 
 @pytest.mark.parametrize("drop", [None, nn.Dropout(0.5)], ids=["p0", "p0.5"])
-def test_it_keeps_x_h_and_one_output(drop):
+def test_dora_saves_x_h_and_one_output(drop):
     """It saves no float32 copy of x or of the weight, and only one tensor of the output's size.
 
     With dropout, it also saves x after dropout and the tensor that the dropout itself saves.

@@ -130,7 +130,7 @@ CASES = {
 
 @pytest.mark.parametrize(("door", "error", "changes", "message"), CASES.values(), ids=CASES)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_what_does_not_fit(door, error, changes, message):
+def test_arguments_that_do_not_fit(door, error, changes, message):
     # caches the valid call first: the invalid one must not count as the same kind
     DOORS[door](**GOOD[door])
     with pytest.raises(error, match=message):
@@ -140,11 +140,11 @@ def test_what_does_not_fit(door, error, changes, message):
 @pytest.mark.parametrize("name", ["x-list", "weight-none", "offsets-int64", "offsets-decreasing"])
 def test_under_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        test_what_does_not_fit(*CASES[f"grouped-{name}"])
+        test_arguments_that_do_not_fit(*CASES[f"grouped-{name}"])
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_what_the_others_change_is_right(door):
+def test_the_unchanged_calls_are_valid(door):
     good = GOOD[door]
     assert DOORS[door](**good).shape == (*good["x"].shape[:-1], 5)
 
@@ -169,7 +169,7 @@ def test_wrong_offsets_of_a_compiled_call():
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "bias"])
-def test_no_backward_keeps_an_inference_tensor(name):
+def test_inference_tensors_are_not_saved_for_backward(name):
     with torch.inference_mode():
         made = GOOD["grouped"][name].clone()
     trained = "lora_a" if name != "lora_a" else "lora_b"
@@ -190,7 +190,7 @@ def test_offsets_of_another_class():
         fastlora.lora_grouped(**GOOD["grouped"] | {"offsets": fake})
 
 
-def test_failed_from_linear_leaves_the_linear_alone():
+def test_a_failed_from_linear_leaves_the_linear_unchanged():
     linear = nn.Linear(8, 6)
     with pytest.raises(ValueError, match="lora_alpha is"):
         fastlora.LoRALinear.from_linear(linear, r=4, lora_alpha=math.nan)

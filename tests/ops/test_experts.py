@@ -142,7 +142,7 @@ def test_dropout_has_a_mask_for_each_projection(monkeypatch):
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["", "second-alone"])
-def test_step_by_step_is_the_same(alone):
+def test_separate_steps_compute_the_same(alone):
     """The activation may be called only once."""
     up, down = stacked(2 * INNER, K, 3, torch.float64), stacked(N, INNER, 2, torch.float64)
     if alone:
@@ -201,7 +201,7 @@ def test_in_16_bits_no_further_from_the_truth_than_rounding(weight_dtype):
 
 
 @pytest.mark.parametrize("routed", [False, True], ids=["frozen-router", "router"])
-def test_what_is_kept(routed):
+def test_tensors_saved_for_backward(routed):
     """It saves pre, both h and the routing, but no rows of x or y, even if the router trains."""
     index = torch.stack([torch.randperm(E)[:2] for _ in range(64)])
     x, weights = torch.randn(64, K, requires_grad=True), torch.rand(64, 2, requires_grad=routed)
@@ -214,7 +214,7 @@ def test_what_is_kept(routed):
     assert found == 4 * rows * (2 * INNER + 3 + 2) + 8 * rows + 4 * E
 
 
-def test_of_all_rows_little_is_made(monkeypatch):
+def test_temporary_memory_is_bounded(monkeypatch):
     """The temporary memory on a CPU, besides saved tensors: the rows of a few experts at a time."""
     monkeypatch.setattr(experts, "rows_at_a_time", lambda x: 64)
     index = torch.stack([torch.randperm(E)[:2] for _ in range(512)])

@@ -32,7 +32,7 @@ def call(
     return fastlora.lora_linear(x, *projection[:3], bias=projection.bias, **more)
 
 
-def test_few_rows_have_no_node_of_ours(monkeypatch):
+def test_few_rows_use_torch_s_operations(monkeypatch):
     assert not is_node(call(torch.randn(MOST_ROWS, K)))
     assert is_node(call(torch.randn(MOST_ROWS + 1, K)))
     assert not is_node(call(torch.randn(MOST_ROWS, K), dropout=0.1))
@@ -48,7 +48,7 @@ def test_few_rows_have_no_node_of_ours(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1])
-def test_what_is_returned_is_no_view(rows):
+def test_the_result_is_not_a_view(rows):
     """The result isn't a view: an in-place change of a view drops hooks, and a view made under
     no_grad can't be changed in place.
     """

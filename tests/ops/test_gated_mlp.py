@@ -86,7 +86,7 @@ def test_many_gradients_at_once():
 
 
 @with_and_without_dropout
-def test_what_it_keeps(p):
+def test_tensors_saved_for_backward(p):
     """It saves x, gate, up, every h, and seeds if p > 0; three layers save two tensors more."""
     rows, outputs = 64, make_mlp()
     x = make_x(rows, K)
@@ -99,7 +99,7 @@ def test_what_it_keeps(p):
     assert layers == found + 2 * 4 * rows * HIDDEN
 
 
-def test_a_frozen_one_keeps_gate_and_up_alone():
+def test_a_frozen_gated_mlp_saves_only_gate_and_up():
     x, outputs = make_x(64, K), make_mlp(adapted="")
     flat = flatten(outputs, layouts_of(outputs))
     found = sum(saved_bytes(lambda: gated_mlp(x, *outputs, "silu"), flat).values())
@@ -126,21 +126,21 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("make", "error", "message"), ERRORS.values(), ids=ERRORS)
-def test_what_does_not_fit_is_refused(make, error, message):
+def test_inputs_that_do_not_fit_are_refused(make, error, message):
     outputs, activation = make()
     with pytest.raises(error, match=message):
         gated_mlp(make_x(5, K), *outputs, activation)
 
 
 @pytest.mark.parametrize("name", ["dropout", "down_dropout"])
-def test_a_known_kind_has_a_dropout_that_is_a_number(name):
+def test_a_bool_dropout_does_not_match_the_cache_key_of_a_number(name):
     x, outputs = make_x(5, K), make_mlp()
     gated_mlp(x, *outputs, "silu", **{name: 0.0})
     with pytest.raises(ValueError, match="dropout is False"):
         gated_mlp(x, *outputs, "silu", **{name: False})
 
 
-def test_which_calls_follow():
+def test_calls_that_need_a_node():
     x = make_x(5, K)
     assert follows(x)
     assert not follows((x,))

@@ -37,7 +37,7 @@ def test_a_second_call_is_not_checked(checks):
     assert len(checks) == 1
 
 
-def test_what_is_no_list_of_records_is_checked(checks):
+def test_arguments_other_than_lists_of_records_are_checked(checks):
     each = tensors()
     x, base = each["x"], Base(each["weight"])
     adapters = (Adapter(each["lora_a"], each["lora_b"]),)
@@ -82,7 +82,7 @@ def test_each_dtype_of_autocast_is_a_kind(checks):
     assert len(checks) == 3
 
 
-def test_a_known_kind_knows_autocast_transforms_and_inference_tensors():
+def test_cache_keys_distinguish_autocast_transforms_and_inference_tensors():
     each = tensors()
     plain = call(**each)
     with torch.autocast("cpu", torch.bfloat16):

@@ -35,7 +35,7 @@ def test_a_bank_has_zeros_where_nothing_was_read():
     assert not any(found.any() for found in torch.autograd.grad(nobody.sum(), [a, b]))
 
 
-def test_layers_share_what_was_sorted_once(monkeypatch):
+def test_layers_share_one_sorting_of_rows(monkeypatch):
     sorted_times, sort = [], cut_rows.sort_items
     monkeypatch.setattr(
         cut_rows, "sort_items", lambda *given: sorted_times.append(given) or sort(*given)
@@ -67,7 +67,7 @@ def test_rows_that_lie_together_are_not_copied(monkeypatch):
     assert places == [own] * 4  # the base, and three adapters
 
 
-def test_numbers_as_tensors_are_those_of_lists():
+def test_scales_and_ranks_may_be_tensors():
     kind = made("bank")
     as_tensors = {"scales": torch.tensor([0.5, 1.0, -2.0]), "ranks": torch.tensor(RANKS)}
     tensors = kind.tensors.values()

@@ -28,7 +28,7 @@ def test_drawn_calls_of_the_kernels(kind, index):
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_many_adapters_of_which_some_have_no_rows(index, name):
+def test_many_adapters_some_without_rows(index, name):
     check(Case(6, index, name, kind="many", p=0.5, M=6, world="eager", format=""))
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids="p{}".format)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_a_frozen_layer_alone(p, bias, poisoned_memory):
+def test_a_single_frozen_layer(p, bias, poisoned_memory):
     """y and dx are bit-equal to torch's; only the weight is saved; no random number is drawn."""
     x = torch.randn(5, 16, requires_grad=True)
     weight, shift = torch.randn(7, 16), torch.randn(7) if bias else None
@@ -47,7 +47,7 @@ def test_a_group_is_one_node():
     assert len({y.grad_fn for y in fastlora.lora_linears(x, group)}) == 1
 
 
-def test_an_output_that_nobody_asks_a_gradient_of():
+def test_an_output_that_needs_no_gradient():
     x, outputs = torch.randn(40, 16, requires_grad=True), make_outputs(torch.float32)
     leaves, found = [x, *outputs[0].adapters[0][:2]], []
     for group in (outputs, outputs[:1]):
@@ -80,7 +80,7 @@ def test_gradients_of_gradients_beside_an_output_that_nothing_trains():
     assert torch.autograd.grad(only.sum(), trained, create_graph=True, allow_unused=True)[0] is None
 
 
-def test_a_jacobian_at_once_where_x_is_not_kept():
+def test_a_vectorized_jacobian_without_a_saved_x():
     x, weight = torch.randn(3, 16), torch.randn(4, 16)
     jacobian = torch.autograd.functional.jacobian(
         lambda x: fastlora.lora_linears(x, [Output(Base(weight))])[0], x, vectorize=True
@@ -100,7 +100,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("projections", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_no_output(projections, message):
+def test_values_that_are_no_outputs(projections, message):
     with pytest.raises(TypeError, match=message):
         fastlora.lora_linears(torch.randn(2, 8), projections)
 

@@ -75,7 +75,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "error", "match"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_tensors_raise_at_the_door(change, error, match):
+def test_wrong_packed_tensors_are_refused(change, error, match):
     one = projection(6, 8, 2, torch.float32)
     first, *rest = one.weight.tensors
     wrong = Quantised(one.weight.format, (change(first), *rest))
@@ -90,7 +90,7 @@ def test_nested_tensors_have_no_packed_weights():
         fastlora.lora_linears(nested, [one])
 
 
-def test_a_stack_of_one_expert_less():
+def test_a_stack_with_a_missing_expert():
     experts = make_experts(4, 24, 32, 3, torch.float32, bias=True)
     codes, scales = (weight := stack([random_int8(24, 32) for _ in range(4)])).tensors
     x, ends = torch.randn(9, 32), ends_of([3, 3, 3, 0])

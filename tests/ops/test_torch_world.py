@@ -59,7 +59,7 @@ def test_the_registered_op_runs_on_the_backend_that_its_call_names(monkeypatch):
 
 @on_both_backends
 @pytest.mark.parametrize("name", ["x", "weight"])
-def test_what_outlived_a_transform_is_a_tensor_like_others(name):
+def test_a_tensor_leaked_from_a_transform_works(name):
     """A tensor that leaks out of torch.func.grad is a wrapper around the tensor with the memory."""
     layer, x, leaked = make_layer(0.5), torch.randn(40, 12), []
     tensors = {"x": x, "weight": layer.weight, "lora_a": layer.lora_A, "lora_b": layer.lora_B}

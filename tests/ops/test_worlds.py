@@ -84,7 +84,7 @@ def test_autocast_casts_x_and_the_weight(name, p, dtype):
 
 
 @every_way
-def test_autocast_leaves_float64_alone_and_a_backward_of_what_was_outside(name):
+def test_autocast_changes_neither_float64_nor_the_backward_of_an_outer_call(name):
     wide, kind = made(name, torch.float64), made(name)
     outside, y = run(kind), kind.call(*kind.tensors.values())
     options = {"allow_unused": True, "retain_graph": True}
@@ -371,7 +371,7 @@ def test_evaluation_drops_and_draws_nothing(name):
 
 
 @dropping_or_not
-def test_a_second_backward_finds_what_the_first_did(name, p):
+def test_a_second_backward_gives_the_same_gradients(name, p):
     """Also, the output may be changed in place."""
     kind = made(name)
     y, leaves = kind.call(*kind.tensors.values(), dropout=p), leaves_of(kind)
@@ -386,7 +386,7 @@ def test_a_second_backward_finds_what_the_first_did(name, p):
 
 
 @dropping_or_not
-def test_x_every_h_and_seeds_are_kept_where_the_backward_reads_them(name, p):
+def test_x_h_and_seeds_are_saved_only_if_the_backward_reads_them(name, p):
     kind = made(name, torch.bfloat16, torch.float32)
     dtype = find_backend().h_dtype(torch.bfloat16, kind.tensors["x"].device)
     h = ROWS * sum(kind.ranks) * dtype.itemsize
@@ -401,7 +401,7 @@ def test_x_every_h_and_seeds_are_kept_where_the_backward_reads_them(name, p):
 
 
 @every_way
-def test_a_gradient_of_dx_where_x_is_not_kept_is_an_error(name):
+def test_a_gradient_of_dx_is_an_error_if_x_is_not_saved(name):
     """With lora_a and weight frozen, lora_b's gradient doesn't read x, so x isn't saved."""
     kind = made(name)
     for n, tensor in kind.tensors.items():

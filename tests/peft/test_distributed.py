@@ -167,7 +167,7 @@ def test_check_of_an_fsdp2_model(two):
         )
 
 
-def test_zero3_gathers_what_it_gathers_for_peft(two):
+def test_zero3_gathers_the_same_parameters_as_for_peft(two):
     """Deciding whether a call can be fast must not read a weight, because that would gather it."""
     expected = two.run(worker.zero3, "never")[0].external
     assert {record.external for record in two.run(worker.zero3, "before")} == {expected}
@@ -251,7 +251,7 @@ def test_peft_s_policy_is_named_with_the_setting_that_avoids_it(two):
 
 
 @pytest.mark.parametrize("kind", mixed.LEFT_OUT)
-def test_what_each_rank_trains_for_itself_is_named(two, kind):
+def test_parameters_that_are_not_synchronized_are_named(two, kind):
     layer = "lm_head" if kind == "fsdp2-head" else "layers.0.self_attn.q_proj"
     for texts in two.run(mixed.notes, kind, "left out"):
         for text in texts:
@@ -261,7 +261,7 @@ def test_what_each_rank_trains_for_itself_is_named(two, kind):
 
 
 @pytest.mark.parametrize("kind", mixed.TAKEN)
-def test_what_is_averaged_or_somebody_s_care_is_not_named(two, kind):
+def test_synchronized_parameters_are_not_named(two, kind):
     for texts in two.run(mixed.notes, kind, "taken"):
         assert not any("leaves out" in text for text in texts)
 
@@ -283,7 +283,7 @@ def test_a_sharded_model_s_adapter_is_saved_whole(two, kind, what, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["biases", "modules-to-save", "embeddings"])
-def test_a_model_that_fsdp2_shards_loads_what_was_saved(two, what, tmp_path):
+def test_a_sharded_model_loads_a_saved_adapter(two, what, tmp_path):
     folders, has_embeddings = [tmp_path / "alone", tmp_path / "again"], what == "embeddings"
     fastlora.save_adapter(mixed.own_model(what), folders[0], save_embedding_layers=has_embeddings)
     two.run(mixed.load_and_save, *map(str, folders), what)
@@ -292,7 +292,7 @@ def test_a_model_that_fsdp2_shards_loads_what_was_saved(two, what, tmp_path):
     assert all(again[key].equal(alone[key]) for key in alone)
 
 
-def test_what_fsdp2_and_ddp_would_leave_out_is_refused(two):
+def test_changes_that_fsdp2_and_ddp_would_miss_are_refused(two):
     for merging, *applying in two.run(mixed.refusals):
         assert "q_proj is under FSDP, which goes on with the weight that it has" in merging
         assert len(applying) == 2

@@ -76,7 +76,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_peft_is_asked_for(change):
+def test_changes_switch_to_peft_s_forward(change):
     """The next call notices a change of the model, and the report names the reason."""
     theirs = model_of()
     ours = optimized(theirs.double())

@@ -117,7 +117,7 @@ NOT_WITH_DORA = {add_weighted_adapter, odd_inputs}
     ("kind", "run"),
     [(k, f) for k in KINDS for f in FUNCTIONS if k == "lora" or f not in NOT_WITH_DORA],
 )
-def test_gives_what_it_gives_on_peft_s(kind, run, tmp_path):
+def test_functions_give_the_same_as_on_peft_s_model(kind, run, tmp_path):
     theirs = mlp(**KINDS[kind])
     theirs.folder = tmp_path
     got, expected, calls = run_both(run, theirs)
@@ -287,7 +287,7 @@ ROWS.remove(("compiled-inside", "dora"))  # takes seconds, and tests nothing mor
 @pytest.mark.parametrize(("name", "kind"), ROWS)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_transforms_give_what_they_give_on_peft_s(name, kind):
+def test_transforms_give_the_same_as_on_peft_s_model(name, kind):
     theirs = mlp(**KINDS[kind])
     ours = optimized(theirs)
     assert_same(TRANSFORMS[name](ours), TRANSFORMS[name](theirs), ROUNDING)

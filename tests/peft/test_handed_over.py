@@ -242,7 +242,7 @@ def test_a_change_makes_the_call_peft_s(name, readings):
     assert reason in said
 
 
-def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
+def test_temporary_changes_are_seen(readings, monkeypatch):
     layer, x = layer_of(), inputs()
     theirs = copy.deepcopy(layer)
     fastlora.optimize(layer)
@@ -273,7 +273,7 @@ def test_a_change_of_the_moment_is_seen(readings, monkeypatch):
 
 
 @pytest.mark.parametrize("made", ["base", "model"])
-def test_what_was_made_in_inference_mode(made):
+def test_tensors_made_in_inference_mode(made):
     """PEFT's product saves no weight if x needs no gradient; fastlora's node does."""
     layer, x = layer_of(), torch.randn(64, K)
     with torch.inference_mode():

@@ -181,7 +181,7 @@ def test_a_call_that_fails_leaves_no_names_behind():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_call_with_fake_tensors_keeps_none_of_them():
+def test_a_call_caches_no_fake_tensors():
     model = optimized(mlp()).eval()
     mixed._kept_mapping.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -203,7 +203,7 @@ def test_peft_s_errors_are_the_same():
 
 
 @pytest.mark.parametrize("name", ["lora_bias", "hooked"])
-def test_what_stays_peft_s_is_right_in_training_too_and_reported(name, mixed_calls):
+def test_adapters_left_to_peft_train_correctly_and_are_reported(name, mixed_calls):
     settings = {"lora_dropout": 0.0, "lora_bias": name == "lora_bias"}
     theirs = mlp(**{adapter: settings for adapter in SETTINGS})
     ours = optimized(theirs)

@@ -88,7 +88,7 @@ def test_optimizing_twice_and_restoring_without_are_no_ops():
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_as_a_context_manager_it_undoes_its_own_call_alone(fast_calls):
+def test_as_a_context_manager_it_undoes_only_its_own_call(fast_calls):
     model, x = adapted(), torch.randn(2, 8)
     fastlora.optimize(model.base_model.model.up)
     with fastlora.optimize(model) as report:
@@ -111,12 +111,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_peft_lora_model_is_refused(make, error, message):
+def test_other_models_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         fastlora.optimize(make())
 
 
-def test_what_was_saved_when_optimised_is_off_where_optimize_would_be(tmp_path):
+def test_a_saved_optimized_model_obeys_fastlora_disable(tmp_path):
     model = adapted().eval()
     fastlora.optimize(model)
     import peft.tuners.lora.gptq  # a layer of a quantized base; its class is made on first use

@@ -85,7 +85,7 @@ def test_dtypes_of_x_and_autocast():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_kept_is_x_and_h(kind):
+def test_only_x_and_h_are_saved_for_backward(kind):
     """No dequantized weight is saved, and no dropped x, which PEFT also saves."""
     model = peft_model(kind, lora_dropout=0.1)
     fastlora.optimize(model)
@@ -96,7 +96,7 @@ def test_what_is_kept_is_x_and_h(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_copies_and_the_way_back_stay_pefts(kind):
+def test_files_copies_and_restore_stay_peft_s(kind):
     model, x = peft_model(kind), torch.randn(3, K)
     before, classes = model.state_dict().keys(), [type(layer) for layer in model.modules()]
     fastlora.optimize(model)

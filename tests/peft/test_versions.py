@@ -53,7 +53,7 @@ def test_an_old_one_is_left_alone(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:PEFT 0.99.0 is newer")
-def test_the_way_back_is_open_under_an_old_one_too(monkeypatch):
+def test_restore_works_under_an_old_peft(monkeypatch):
     fastlora.optimize(model := mlp())
     monkeypatch.setattr(peft, "__version__", "0.18.1")
     fastlora.restore(model)

@@ -51,7 +51,7 @@ TRAINED = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", TRAINED)
-def test_counts_are_those_of_apply_lora_of_adamw_and_of_the_file(name, dtype, tmp_path):
+def test_counts_match_apply_lora_adamw_and_the_file(name, dtype, tmp_path):
     model = tiny_gpt2().to(dtype)
     config = fastlora.LoRAConfig(**{"target_modules": "all-linear", "r": 5} | TRAINED[name])
     (price,) = fastlora.plan(model, [5], config=config, rounds=0).prices
@@ -82,7 +82,7 @@ def counted(run: Callable, tokens: int) -> int:
     return counter.get_total_flops() // tokens
 
 
-def test_flops_are_those_that_torch_counts():
+def test_flops_match_torch_s_counter():
     """FLOPs of the frozen layers, of the composite formula's products, and of full training."""
     net, x = Net(), torch.randn(10, 24, requires_grad=True)
     found = fastlora.plan(net, [4], rounds=0)
@@ -123,7 +123,7 @@ def test_experts_have_a_price(name):
     assert found.layers == 2 * len([n for n, _ in model.named_modules() if n.endswith("experts")])
 
 
-def test_frozen_flops_of_experts_are_those_that_torch_counts():
+def test_frozen_flops_of_experts_match_torch_s_counter():
     experts, x = experts_of(base_model()), torch.randn(6, 32, requires_grad=True)
     experts.requires_grad_(False)
     index = torch.stack([torch.randperm(4)[:2] for _ in x])
@@ -169,7 +169,7 @@ def test_a_model_of_few_positions_gets_as_many_tokens():
     assert fastlora.plan(tiny_gpt2(), [2], rounds=1).batch == "1 x 16 tokens"
 
 
-def test_everything_is_as_it_was():
+def test_the_model_is_unchanged():
     model = tiny_model()
     model.lm_head.weight = model.model.embed_tokens.weight
     model.lm_head.weight.requires_grad_(False)
@@ -211,6 +211,6 @@ META = {"ranks": [2], "batch": torch.ones(2, 24, device="meta")}
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant(arguments, error, message):
+def test_invalid_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         fastlora.plan(**{"model": Net()} | arguments)

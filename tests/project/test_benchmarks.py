@@ -122,7 +122,7 @@ def test_ratios_are_of_pairs():
     assert (low, high) == (pytest.approx(0.5, abs=0.05), pytest.approx(1.17, abs=0.05))
 
 
-def test_a_results_file_is_what_was_measured(tmp_path):
+def test_a_results_file_has_the_measured_numbers(tmp_path):
     row = row_with()
     machine = describe_machine(torch.device("cpu"))
     path = results_path(machine, tmp_path)

@@ -56,7 +56,7 @@ def test_every_factory_is_told_dtype_and_device():
     assert not missing, "\n".join(missing)
 
 
-def test_nobody_asks_what_the_defaults_are_nor_hides_a_factory():
+def test_no_file_reads_the_defaults_or_imports_a_factory_by_name():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

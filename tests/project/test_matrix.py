@@ -77,7 +77,7 @@ ENDED, TWO = "error: the process ended: ", dict.fromkeys(("doctor", "files"), "o
     ],
     ids=["a-broken-check", "a-process-that-ends", "packages-that-cannot-be-imported"],
 )
-def test_what_breaks_in_a_cell_is_its_error(
+def test_a_failing_check_is_recorded_in_its_cell(
     nothing_installed, monkeypatch, names, told, checks, said
 ):
     lines = [json.dumps({"checks": [*names], "versions": {}})] * bool(names)
@@ -101,13 +101,13 @@ def test_a_python_that_is_not_here_is_told_and_no_failure(nothing_installed, mon
     assert line in table.cells({"cells": cells})
 
 
-def test_the_list_is_json_and_needs_python_alone():
+def test_the_list_is_json_and_needs_only_python():
     command = [sys.executable, "-S", "-m", "tools.matrix", "--list", "--json", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [cell["name"] for cell in json.loads(done.stdout)] == ["oldest", "newest"]
 
 
-def test_what_a_cell_does_passes_here():
+def test_a_cell_s_checks_pass_here():
     names = ["op, torch", "files, biases"]
     command = [sys.executable, str(matrix.SCRIPT), *names]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)

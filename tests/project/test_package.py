@@ -112,7 +112,7 @@ def test_kernels_import_torch_triton_and_each_other(path):
     assert all(node.level <= 1 for node in imports(path) if isinstance(node, ast.ImportFrom))
 
 
-def test_the_two_wings_know_nothing_of_each_other():
+def test_model_and_peft_do_not_import_each_other():
     for wing, other in (("model", "peft"), ("peft", "model")):
         for path in (ROOT / "fastlora" / wing).glob("*.py"):
             assert other not in imported_parts(path), path
@@ -124,7 +124,7 @@ def test_one_file_imports_the_kernels():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_from_its_floor_and_those_below(path):
+def test_a_file_imports_only_from_its_layer_and_lower_ones(path):
     own = path.relative_to(ROOT / "fastlora").with_suffix("").parts[0]
     above = [p for p in imported_parts(path) if floor_of(p) > floor_of(own)]
     assert not above, f"{own} imports {above} from a floor above its own"

@@ -210,7 +210,7 @@ SENTENCES = [*sentences()]
     TABLES,
     ids=[f"{name_of(page)}: {command}" for page, command, _ in TABLES],
 )
-def test_a_table_is_what_its_command_prints(page, command, table):
+def test_a_table_is_its_command_s_output(page, command, table):
     assert printed_by(command) == table
 
 

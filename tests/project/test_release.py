@@ -38,7 +38,7 @@ def test_a_tag_of_another_version_is_refused():
     assert f"tag v{__version__}" in found.stderr
 
 
-def test_conda_s_recipe_asks_for_what_the_wheel_asks_for(tmp_path, monkeypatch):
+def test_the_conda_recipe_has_the_wheel_s_requirements(tmp_path, monkeypatch):
     yaml = pytest.importorskip("yaml")
     sdist = tmp_path / f"fastlora_kernels-{__version__}.tar.gz"
     sdist.write_bytes(b"an sdist")

@@ -58,7 +58,7 @@ def test_torch_loads_weights_only_and_one_file_runs_lines_of_torch_fx():
         assert "trust_remote_code" not in path.read_text()
 
 
-def test_every_file_that_opens_one_is_known():
+def test_every_module_that_reads_files_is_listed():
     """A new reader of files must also be described in SECURITY.md."""
     opening = calls(
         "open", "safe_open", "read_json", "files.read_json", "torch.load", "json.load", "json.loads"
@@ -190,7 +190,7 @@ def test_a_hostile_config_is_one_clear_error(config, folder):
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "..", "", "a/../x"])
-def test_an_index_names_files_beside_it_alone(name, tmp_path):
+def test_an_index_may_only_name_files_in_its_folder(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises((ValueError, FileNotFoundError), match=r"weight_map|doesn't exist"):
         fastlora.load_packed(Mlp(), tmp_path)

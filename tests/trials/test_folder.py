@@ -100,7 +100,7 @@ FINISHED = ("second-batch", "held-out", "base")
     [(name, broken_off) for name in OTHER] + [(name, swept) for name in FINISHED],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_it_goes_on_over_the_same_base_and_data_alone(name, begin, tmp_path):
+def test_a_sweep_resumes_only_with_the_same_base_and_data(name, begin, tmp_path):
     options, message = OTHER[name]
     begin(tmp_path)
     before = files_in(tmp_path)
@@ -152,13 +152,13 @@ def test_a_loader_gives_the_same_again(make, tmp_path):
     assert found[0][0]["losses"] == found[1][0]["losses"]
 
 
-def test_what_is_read_once_may_come_as_a_list(tmp_path):
+def test_an_iterator_may_be_resumed_from_a_list(tmp_path):
     broken_off(tmp_path, data=iter(DATA))
     swept(tmp_path, data=DATA, resume=True)
 
 
 @pytest.mark.parametrize("kind", [*BITSANDBYTES, *KINDS])
-def test_a_packed_base_is_known_however_it_lies(kind, tmp_path):
+def test_a_repacked_base_has_the_same_fingerprint(kind, tmp_path):
     """An evaluation call of bitsandbytes may repack a weight."""
     model = Words(kind)
     by_itself = kind not in ("float8", "torchao-int4-packed")  # their own calls need a GPU

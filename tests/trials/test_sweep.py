@@ -97,7 +97,7 @@ def assert_alone(found: torch.Tensor, expected: dict) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_each_trial_is_what_it_would_be_alone(base, model, tmp_path):
+def test_each_trial_equals_its_separate_training(base, model, tmp_path):
     found = swept(model, tmp_path)
     assert [outcome.trial.name for outcome in found.outcomes] == [
         "r2-lr0.01", "large", "r4-lr0.02-q_proj,down_proj", "r1-lr0.001-rank_pattern__v_proj___3_",
@@ -132,7 +132,7 @@ def own_loss(logits, labels):
 
 
 @pytest.mark.parametrize("loss", [causal_loss, own_loss])
-def test_halving_gives_rows_to_those_that_are_left(base, model, tmp_path, loss):
+def test_halving_gives_rows_to_the_remaining_trials(base, model, tmp_path, loss):
     """Batches have several lengths; a loss without a mask takes one call for all of them."""
     sizes = []
     model.register_forward_pre_hook(
@@ -300,7 +300,7 @@ def test_the_held_out_loss_is_the_mean_of_all_its_labels(model, tmp_path):
     assert found.best.loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_the_model_is_as_it_was(base, model, tmp_path):
+def test_the_model_is_unchanged(base, model, tmp_path):
     model.lm_head.weight.requires_grad_(False)
     model.model.norm.train()
     before = around_values(model)
@@ -339,7 +339,7 @@ def test_the_model_is_as_it_was(base, model, tmp_path):
         ({"eval_data": [{"labels": torch.full((1, 2), -100)}]}, ValueError, "batch with labels"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant(base, tmp_path, options, error, message):
+def test_invalid_arguments(base, tmp_path, options, error, message):
     settings = {"configs": CONFIGS, "data": DATA, "eval_data": HELD_OUT, "steps": STEPS} | options
     with pytest.raises(error, match=message):
         fastlora.sweep(base, output_dir=tmp_path, progress=False, **settings)
@@ -361,7 +361,7 @@ def test_batches_of_several_lengths():
     assert len(joined([short, long | {"more": torch.ones(1)}], causal=True)) == 2
 
 
-def test_what_is_read_once_is_read_before_and_kept(model, tmp_path):
+def test_an_iterator_is_read_once_and_its_batches_are_kept(model, tmp_path):
     def endless():
         while True:
             yield from DATA

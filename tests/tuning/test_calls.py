@@ -100,7 +100,7 @@ def measured(model, **options) -> set[tuple]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_they_are_those_of_a_step(name, monkeypatch):
+def test_measured_products_match_a_training_step(name, monkeypatch):
     model = MODELS[name]()
     found, asked = measured(model), asked_for(model, monkeypatch)
     assert found >= asked
@@ -113,7 +113,7 @@ def test_layers_that_are_not_optimised_count_and_their_mlp_is_no_block():
         assert [each.outs for each in products if each.backward] == [(64,), (32,), *groups, (64,)]
 
 
-def test_packed_weights_count_as_dense_ones_of_16_bits_and_a_dtype_can_be_said():
+def test_packed_weights_count_as_dense_16_bit_weights_unless_a_dtype_is_given():
     pytest.importorskip("gguf", reason="the weight is packed by it")
     model = adapt(torch.nn.Sequential(quantised("gguf-q8_0")), r=4, target_modules=["0"])
     for dtype, found in ((None, torch.bfloat16), (torch.float16, torch.float16)):
@@ -121,7 +121,7 @@ def test_packed_weights_count_as_dense_ones_of_16_bits_and_a_dtype_can_be_said()
         assert (notes, {each.dtype for each in products}) == ([], {found})
 
 
-def test_what_runs_no_adapter_is_a_note():
+def test_layers_without_an_active_adapter_are_noted():
     model = fastlora.merge_lora(adapt(Mlp(), r=4, target_modules=["up", "down"]))
     assert products_of(model, TOKENS, None) == ([], ["2 layers weren't measured: merged"])
     model = of_peft()

@@ -151,7 +151,7 @@ def test_the_fastest_tiles_of_each_direction_are_used_by_calls_that_ran_before(t
         assert {each.split()[0] for each in before ^ now} == {"gemm_lowrank"}
 
 
-def test_what_is_a_little_faster_than_the_default_is_left(timed):
+def test_a_plan_that_is_hardly_faster_does_not_replace_the_default(timed):
     timed.of = lambda plan: 1.0 if plan == FUSED else 0.995
     assert {line.best for line in tuned().lines} == {"fused"}
     assert planned() == FUSED
@@ -219,7 +219,7 @@ def test_a_wrong_kernel_never_wins(timed, monkeypatch, mode, change):
 
 
 @pytest.mark.parametrize("mode", [trust.OFF, trust.FIRST])
-def test_what_does_not_compile_drops_out(timed, monkeypatch, mode, recwarn):
+def test_plans_that_do_not_compile_are_dropped(timed, monkeypatch, mode, recwarn):
     monkeypatch.setattr(trust, "_CHOSEN", mode)
     monkeypatch.setattr(trust, "_verdicts", {})
     monkeypatch.setattr(first_contact, "REPEATS", 2)
@@ -285,7 +285,7 @@ def test_with_a_real_clock_and_hardly_any_time_the_first_product_is_measured():
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 10**400])
-def test_it_may_take_as_long_as_it_takes(timed, seconds):
+def test_an_infinite_time_limit(timed, seconds):
     assert tuned(seconds=seconds).lines
 
 
@@ -325,7 +325,7 @@ def test_random_numbers_are_drawn_as_without_it(timed):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_where_nothing_can_be_written_the_process_goes_by_it_alone(timed, monkeypatch):
+def test_without_a_writable_folder_only_this_process_uses_the_result(timed, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE", os.devnull)
     timed.of = lambda plan: 0.5 if plan == IN_PLACE else 1.0
     found = tuned()
@@ -360,7 +360,7 @@ def of_tiles(**changes):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_file_that_is_not_for_this_process_is_not_used_and_it_is_said_why(change, why_not):
+def test_an_unusable_file_is_ignored_with_a_reason(change, why_not):
     row = Row(GPU, ROWS, OUT, IN, R, itemsize=4, masked=False, projections=1, plan=IN_PLACE)
     whole = json.loads(measured.as_text(GPU, [row]))
     loaded(json.dumps(whole))
@@ -386,7 +386,7 @@ def loaded(text: str) -> Path:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"a"', "[" * 100_000], ids=lambda text: text[:3])
-def test_what_is_no_file_of_tuning_is_not_used(text):
+def test_files_with_other_contents_are_ignored(text):
     loaded(text)
     assert planned() == FUSED
     assert "isn't used, it can't be read" in measured.described(GPU)
@@ -422,7 +422,7 @@ def test_a_file_of_another_device_and_tiles_that_do_not_fit_are_passed_over(time
     assert measured.written("A third") is None
 
 
-def test_doctor_says_what_was_measured(timed, monkeypatch):
+def test_doctor_reports_the_measurements(timed, monkeypatch):
     def said():
         return examine().sections["compiled kernels"]["tuned on cpu"]
 
@@ -482,7 +482,7 @@ def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch, capsys, tmp_path):
         ({"model": "llama"}, "model must be a torch.nn.Module, not str"),
     ],
 )
-def test_what_can_not_be_is_said_at_the_door(call, message):
+def test_invalid_arguments_are_refused(call, message):
     layer = fastlora.LoRALinear(IN, OUT)
     with pytest.raises((ValueError, TypeError), match=message):
         fastlora.tune(**{"model": layer, "tokens": ROWS} | call)
@@ -505,7 +505,7 @@ def test_a_wrong_command_is_one_line(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_kernels_do_not_have_is_said(timed):
+def test_unsupported_dtypes_are_noted(timed):
     found = fastlora.tune(fastlora.LoRALinear(IN, OUT, dtype=torch.float64), ROWS, progress=False)
     assert found.lines == ()
     assert "wasn't measured: the Triton kernels don't have torch.float64" in found.notes[0]
