@@ -76,7 +76,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the default is another one")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the default backend differs on a GPU")
 @pytest.mark.parametrize("interpret", [False, True], ids=["compiled", "interpreted"])
 def test_backends_as_the_settings_choose_them(interpret):
     settings = {"TRITON_INTERPRET": str(int(interpret)), "FASTLORA_BACKEND": "triton"}

@@ -83,7 +83,7 @@ def test_merged_inside_and_the_original_bits_afterwards(name, optimized):
         before = everything(model)
         if name == "peft-nf4" and any(map(is_laid_anew, model.modules())):
             with pytest.raises(ValueError, match="merge misreads"), fastlora.merged(model):
-                pytest.fail("it was entered")
+                pytest.fail("the block was entered")
             return
         for _ in range(2):
             with fastlora.merged(model) as inside:
@@ -207,7 +207,7 @@ def test_a_refused_model_is_unchanged(name):
     before = {n: id(p) for n, p in model.named_parameters()}
     bits = {n: p.clone() for n, p in model.named_parameters() if not p.is_meta}
     with pytest.raises(ValueError, match=words), fastlora.merged(model):
-        pytest.fail("it was entered")
+        pytest.fail("the block was entered")
     assert {n: id(p) for n, p in model.named_parameters()} == before
     for n, p in bits.items():
         torch.testing.assert_close(model.get_parameter(n), p, rtol=0, atol=0, equal_nan=True)
@@ -218,7 +218,7 @@ def test_attention_modules_that_peft_s_merge_changes_are_refused():
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
     model = adapted(attention, target_modules=["a"])
     with pytest.raises(ValueError, match="MultiheadAttention"), fastlora.merged(model):
-        pytest.fail("it was entered")
+        pytest.fail("the block was entered")
 
 
 def test_a_merged_model_and_bad_arguments_are_refused():
@@ -226,7 +226,7 @@ def test_a_merged_model_and_bad_arguments_are_refused():
         model = KINDS[name]()
         merge(model)
         with pytest.raises(ValueError, match="merged already"), fastlora.merged(model):
-            pytest.fail("it was entered")
+            pytest.fail("the block was entered")
     with pytest.raises(ValueError, match="keep is 'disk'"):
         fastlora.merged(KINDS["peft"](), keep="disk")
     with pytest.raises(TypeError, match="must be a torch"):

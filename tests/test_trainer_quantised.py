@@ -53,7 +53,7 @@ def _hqq(folder: Path) -> nn.Module:
 
 def _float8(folder: Path) -> nn.Module:
     if _OLD:
-        pytest.skip(f"transformers {transformers.__version__} makes FP8 on a GPU alone")
+        pytest.skip(f"transformers {transformers.__version__} makes FP8 only on a GPU")
     door = f"{_QUANTISERS}_finegrained_fp8.is_torch_xpu_available"
     with mock.patch(door, return_value=True):
         return _load(folder, transformers.FineGrainedFP8Config(weight_block_size=(32, 32)))
@@ -155,7 +155,7 @@ def outcome(trainer: Trainer) -> tuple:
 @kinds
 def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path):
     if trainer is Trainer and kind in UNSAVED:
-        pytest.skip("refused: see below")
+        pytest.skip("Trainer refuses this base (tested below)")
     make = partial(adapted, kind, folder)
     resumed, whole = stopped_and_resumed(make, tmp_path, trainer, **EVALUATED)
     (got, *numbers), (expected, *expected_numbers) = outcome(resumed), outcome(whole)
@@ -170,7 +170,7 @@ def test_a_resumed_run_is_the_run_without_a_stop(kind, trainer, folder, tmp_path
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "float8"])
 def test_the_best_one_is_loaded_at_the_end(kind, trainer, folder, tmp_path):
     if trainer is Trainer and kind in UNSAVED:
-        pytest.skip("refused: see below")
+        pytest.skip("Trainer refuses this base (tested below)")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_steps": 1}
     best |= {"greater_is_better": True}  # so that it isn't the last
     run = trainer_for(adapted(kind, folder), tmp_path, trainer, **EVALUATED | best)

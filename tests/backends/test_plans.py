@@ -15,7 +15,7 @@ from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.kernels.target import TARGETS, use_target
 from fastlora.peft.baseline import step_of
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands in for a GPU")
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 SIZES = {
     "forward": Sizes(40, 48, (32,), ((4,),), F32),

@@ -29,7 +29,7 @@ from fastlora.kernels.config import FEW_ROWS
 from fastlora.kernels.plan import IN_PLACE, use_plan
 from fastlora.projection import Adapter, Base, Output, as_outputs
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="launches are those of the interpreter")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="expects the interpreter's launches")
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def test_launches_go_to_the_current_stream():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_on_another_device_than_the_current_one():
     layer, x = make_layer(), make_x()
     expected = step(layer, x)

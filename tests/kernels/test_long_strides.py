@@ -18,7 +18,7 @@ def memory():
     try:
         return torch.empty(2 * FAR + 2**16, dtype=BF16, device=DEVICE)
     except RuntimeError as error:
-        pytest.skip(f"4 GiB can't be had: {error}")
+        pytest.skip(f"4 GiB can't be allocated: {error}")
 
 
 @pytest.fixture(params=["far rows", "far columns"])

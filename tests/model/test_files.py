@@ -11,7 +11,7 @@ import fastlora
 from fastlora.model import files
 from fastlora.model.files import CONFIG, WEIGHTS, write_whole
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, and locks of folders")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and folder locks")
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def test_dropouts_of_their_own():
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="it looks at the CPU's generator")
+@pytest.mark.skipif(DEVICE != "cpu", reason="checks the CPU's random generator")
 def test_without_an_adapter_nothing_is_drawn():
     x, outputs = make_x(9, K), make_mlp(adapted="")
     state = torch.get_rng_state()

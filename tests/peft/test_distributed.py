@@ -202,7 +202,9 @@ def test_ranks_together_have_the_gradients_of_the_whole_batch(run, settings, two
                 torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6, msg=name)
 
 
-BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="it isn't installed")
+BITSANDBYTES = pytest.mark.skipif(
+    not find_spec("bitsandbytes"), reason="bitsandbytes isn't installed"
+)
 QUANTISED = {
     "bytes": (torch.uint8, None, "block"),
     "float32": (torch.float32, None, "model"),

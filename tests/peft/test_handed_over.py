@@ -393,7 +393,7 @@ def test_variants_are_peft_s(name):
     try:
         settings = VARIANTS[name]()
     except AttributeError as error:
-        pytest.skip(f"of a newer PEFT: {error}")
+        pytest.skip(f"needs a newer PEFT: {error}")
     theirs = mlp(**settings)
     ours = optimized(theirs)
     assert not any(layer.fast for layer in fastlora.coverage(ours).layers)

@@ -37,7 +37,7 @@ from fastlora.kernels.plan import UNPACKING
 
 ROOT = Path(__file__).parents[2]
 CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
-IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no git repository")
+IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git repository")
 
 
 def row_of(case=CASE, **makers) -> dict:

@@ -84,10 +84,10 @@ def finetune(*arguments, **settings):
 
 def start_training(*arguments):
     """Start the script and wait until it trains; returns its process and its sides' processes."""
-    psutil = pytest.importorskip("psutil", reason="accelerate brings it")
+    psutil = pytest.importorskip("psutil", reason="needs psutil, which accelerate installs")
     process = start(*arguments, "--steps", "100000", stdout=subprocess.DEVNULL)
     while "training with fastlora" not in (line := process.stderr.read(200)):
-        assert line, f"it ended by itself, with {process.wait()}"
+        assert line, f"the script ended early with {process.wait()}"
     time.sleep(0.5)
     children = psutil.Process(process.pid).children()  # each child starts the process of one side
     sides = [side for child in children for side in child.children()]
@@ -399,7 +399,7 @@ sides[0].answer()
 
 
 def test_sides_end_with_the_process_that_started_them(tmp_path):
-    psutil = pytest.importorskip("psutil", reason="accelerate brings it")
+    psutil = pytest.importorskip("psutil", reason="needs psutil, which accelerate installs")
     (tmp_path / "waits.py").write_text(
         "def main(run):\n    run.parent.send('ready')\n    run.parent.recv()\n"
     )

@@ -13,7 +13,7 @@ GITHUB = ROOT / ".github"
 
 
 def read(path: Path) -> dict:
-    yaml = pytest.importorskip("yaml", reason="the forms are YAML")
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML")
     return yaml.safe_load(path.read_text())
 
 

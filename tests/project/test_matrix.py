@@ -46,7 +46,7 @@ def test_the_cells_have_every_value_and_join_the_extremes():
     for own in ("torch", "peft", "transformers", "numpy"):
         oldest = getattr(OLDEST, own)
         alone = [cell for cell in CELLS if cell.requirements() == [f"{own}=={oldest}"]]
-        assert alone, f"the oldest {own} beside the newest of all others"
+        assert alone, f"no cell has the oldest {own} with the newest others"
 
 
 def test_twelve_cells_ran_and_every_torch_had_the_triton_that_it_pins():

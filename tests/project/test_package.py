@@ -67,7 +67,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 def floor_of(part: str) -> int:
     found = [number for number, parts in enumerate(FLOORS) if part in parts]
-    assert found, f"{part} is on no floor"
+    assert found, f"{part} is in no layer of FLOORS"
     return found[0]
 
 
@@ -127,7 +127,7 @@ def test_one_file_imports_the_kernels():
 def test_a_file_imports_only_from_its_layer_and_lower_ones(path):
     own = path.relative_to(ROOT / "fastlora").with_suffix("").parts[0]
     above = [p for p in imported_parts(path) if floor_of(p) > floor_of(own)]
-    assert not above, f"{own} imports {above} from a floor above its own"
+    assert not above, f"{own} imports {above} from a higher layer"
 
 
 def test_the_oracle_shares_no_code():

@@ -41,7 +41,7 @@ WITH_CODE = [page for page in PAGES if blocks_of(page, "python")]
 
 
 def quantised_llama() -> torch.nn.Module:
-    pytest.importorskip("bitsandbytes", reason="a quantised base is made by it")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     model = tiny_llama()
     fastlora.pack(model, "nf4", modules=r"model\.layers.*_proj")
     return model
@@ -56,7 +56,7 @@ MODELS = {"experts.md": mixture, "quantised.md": quantised_llama}
 
 def names_for(page: Path) -> dict:
     """The names a reader has: a model, a batch, and the tensors of three layers."""
-    peft = pytest.importorskip("peft", reason="the first lines use it")
+    peft = pytest.importorskip("peft", reason="needs peft")
     from transformers import TrainingArguments
 
     load_model = MODELS.get(page.name, tiny_llama)

@@ -146,7 +146,7 @@ def test_sft_goes_on_from_a_checkpoint_that_is_whole(recipe, tiny, chats, tmp_pa
 
 
 def test_what_sft_made_is_sampled_and_written_for_llama_cpp(recipe, tiny, chats, tmp_path):
-    pytest.importorskip("gguf", reason="it writes the file")
+    pytest.importorskip("gguf", reason="needs gguf")
     start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160"]
     recipe("sft", *start, "--steps=1", "--out", tmp_path / "adapter")
     ask = ["--adapter", tmp_path / "adapter", "--prompt", "What is 3?", "--tokens=5"]
@@ -158,7 +158,7 @@ def test_what_sft_made_is_sampled_and_written_for_llama_cpp(recipe, tiny, chats,
 
 
 def test_sft_over_nf4(recipe, tiny, chats, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="it quantises")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     start = ["--model", tiny, "--data", chats, "--batch=1", "--max-length=160", "--save-steps=2"]
     printed, _ = recipe("sft", *start, "--nf4", "--steps=2", "--out", tmp_path)
     assert "14 quantised: NF4" in printed

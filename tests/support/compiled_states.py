@@ -194,7 +194,7 @@ class State:
         if self.way == "kept" and isinstance(expected, CheckpointError):
             return  # a PEFT layer that is merged and disabled unmerges itself in its call
         if isinstance(expected, Exception):
-            assert isinstance(got, Exception), f"only the call not compiled raises: {expected!r}"
+            assert isinstance(got, Exception), f"only the uncompiled call raises: {expected!r}"
             return
         if isinstance(got, Exception):
             refuses = isinstance(got, TorchDynamoException) or "no compiled frames" in str(got)

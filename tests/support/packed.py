@@ -16,7 +16,7 @@ from fastlora.formats.hqq import Hqq
 from fastlora.formats.microscaled import E2M1, MXFP4, NVFP4
 from fastlora.formats.torchao import Affine, Int4Groups
 
-NEEDS_5 = "transformers 4 hasn't it"
+NEEDS_5 = "needs transformers 5"
 
 
 def stack(weights: list[Quantised]) -> Quantised:

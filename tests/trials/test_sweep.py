@@ -271,7 +271,9 @@ def refuse(logits, labels):
     raise RuntimeError("no more")
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self"), reason="needs /proc, a folder that takes no files"
+)
 def test_a_folder_that_takes_no_files_is_found_first(model):
     with pytest.raises(OSError, match="/proc/self"):
         swept(model, "/proc/self", loss=refuse)

@@ -14,7 +14,7 @@ from fastlora.backends.triton.plans import Contest
 from fastlora.kernels.launch import intercept
 from fastlora.tuning.calls import products_of
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands in for a GPU")
 CPU, TOKENS = torch.device("cpu"), 36
 IDS = torch.randint(0, 60, (2, TOKENS // 2))
 
@@ -114,7 +114,7 @@ def test_layers_that_are_not_optimised_count_and_their_mlp_is_no_block():
 
 
 def test_packed_weights_count_as_dense_16_bit_weights_unless_a_dtype_is_given():
-    pytest.importorskip("gguf", reason="the weight is packed by it")
+    pytest.importorskip("gguf", reason="needs gguf")
     model = adapt(torch.nn.Sequential(quantised("gguf-q8_0")), r=4, target_modules=["0"])
     for dtype, found in ((None, torch.bfloat16), (torch.float16, torch.float16)):
         products, notes = products_of(model, TOKENS, dtype)

@@ -22,7 +22,7 @@ from fastlora.doctor import examine
 from fastlora.kernels import kept, plan, target
 from fastlora.kernels.plan import FUSED, IN_PLACE, Plan, Row, plan_for, use_rows
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands for a GPU here")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter stands in for a GPU")
 GPU = "A GPU"
 ROWS, IN, OUT, R = 40, 24, 32, 4
 PRODUCTS = [f"y {ROWS}x{IN}x{OUT}, r {R}, float32", f"dx {ROWS}x{IN}x{OUT}, r {R}, float32"]
