@@ -1,4 +1,4 @@
-"""Every test starts from the same random state, has one thread, and reaches no hub."""
+"""Every test starts from the same random state, uses one thread, and makes no network request."""
 
 import gc
 import getpass

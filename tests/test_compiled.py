@@ -18,7 +18,8 @@ from fastlora.layers import reading
 from fastlora.layers.adapted import LoRALayer
 from fastlora.layers.mlp import GatedMLP
 
-# By kind of model: the sequences of changes, with a call after each change.
+# By kind of model: sequences of changes (names in CHANGES of compiled_states.py), with a call after
+# each change.
 WALKS = {
     "linear": (
         "merge unmerge merge-plain remove apply", "scaling pair bias tied base-trains",

@@ -165,7 +165,7 @@ def thin(*columns: int) -> list[Tensor]:
     return [torch.empty(20, each, device=DEVICE) for each in columns]
 
 
-# these results use all columns in one step, so a rank of several steps would be wrong
+# The launch also computes the named result, which is complete only if one step covers the rank.
 OF_RANK_200 = {
     "h": lambda x, u, v, config: gemm_lowrank(
         *thin(30), [x], [x.T @ x], [u], [v.T], precision="ieee", a=v, config=config and GEMM

@@ -28,7 +28,7 @@ SMALL = WeightGradConfig(16, 32, warps=4, stages=2)
 
 
 def outputs(n, ranks, dtype, orientation):
-    """Outputs in NaN, filled with NaN, in the layout of d lora_b [n, r] or of d lora_a.T."""
+    """NaN tensors inside of larger NaN tensors, in the layout of d lora_b [n, r] or d lora_a.T."""
     outs = []
     for r in ranks:
         memory = poisoned(n * r + 20, dtype=dtype)[10:-10]

@@ -1,8 +1,7 @@
 """Optimized PEFT models on several devices give the same numbers as PEFT in one process.
 
 The ranks are processes on the CPU.  Each has its own rows of the batch (with tensor parallelism,
-all rows).  The mean of the ranks' losses equals the loss of the whole batch, and so do the
-gradients.
+all rows).  Losses and gradients, averaged over the ranks, equal the whole batch's.
 """
 
 from collections.abc import Callable, Mapping

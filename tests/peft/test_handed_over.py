@@ -133,6 +133,7 @@ def casting_off(layer):
     layer.cast_input_dtype_enabled = False
 
 
+# Hooks and forwards that act on a module's call.
 ACTING = {
     "pre-hook": hook("register_forward_pre_hook"),
     "hook": hook("register_forward_hook", lambda _, __, y: y * 2),
@@ -141,6 +142,7 @@ ACTING = {
     "forward": with_forward,
 }
 NAMES = {"base": "base layer", "lora_A": "lora_A", "lora_B": "lora_B", "dropout": "dropout"}
+# Changes after which the call is still fast.
 FAST = {
     "scaling-tensor": scaling(torch.tensor(0.25)),
     "weight": weight("base", N, K),

@@ -85,6 +85,7 @@ def _mixture(packed: str = "") -> nn.Module:
     return mixture
 
 
+# Settings of the adapters.
 _UP_DOWN, _ALL = {"target_modules": ["up", "down"]}, {"target_modules": "all-linear"}
 _UP = {"target_modules": ["up"]}
 _SAVED = {"target_modules": ["mix"], "modules_to_save": ["head"]}
@@ -126,6 +127,7 @@ class State:
         self.words = set(self.kind.words.split())
         self.p = p if "drops" in self.words else 0.0
         self.dtype = torch.float32 if "packed" in self.words else torch.float64
+        # how it is called: x's leading sizes, a context, whether x has a gradient, hooks
         self.lead, self.world, self.x_trains, self.hooks = (4, 10), "", True, []
         settings = {"r": 4, "lora_alpha": 6, "lora_dropout": self.p} | self.kind.settings
         self.settings, base = settings, self.kind.make()

@@ -88,6 +88,7 @@ def zero3_last() -> nn.Module:
     return engine
 
 
+# Models with trainable parameters that no wrapper synchronizes; the notes must name them.
 LEFT_OUT = {
     "fsdp2": lambda: attached_last(shard),
     "fsdp2-second-adapter": lambda: one_more(training.peft_model()),
@@ -148,6 +149,7 @@ def mesh_of_one() -> DeviceMesh:
     return DeviceMesh.from_group(of_one_rank(), "cpu")
 
 
+# Models without such parameters.
 TAKEN = {
     "fsdp2": lambda: shard(training.peft_model()),
     "fsdp2-after-a-call": lambda: called(shard(with_head())),
@@ -180,6 +182,7 @@ def notes(kind: str, table: str) -> list[str]:
     return texts
 
 
+# Settings of own models; "frozen" and "embeddings" are treated where they are used.
 OWN = {
     "adapters": {},
     "biases": {"bias": "lora_only"},

@@ -175,7 +175,8 @@ def check(
 
     ``textbook`` computes the same from ``leaves`` (x among them) converted to another dtype.
     ``rounded``: the dtype whose precision products have, if it isn't x's.  ``mixed``: the terms
-    have random signs, so their sizes cancel; the budget is then a multiple of the result.
+    have random signs, so the sum of their sizes would allow far too much; the budget uses 8 × the
+    result in its place.
     """
     dtype = leaves["x"].dtype
 
@@ -193,6 +194,7 @@ def check(
         cast = {name: tensor.to(own["x"].dtype) for name, tensor in own.items()}
         return results(textbook(cast), own, its_dys)[0]
 
+    # The textbook runs three times: in float64, in the tested dtype, and on absolute values.
     found, dys = results(run(), leaves)
     truth, eager = by_textbook(Tensor.double, dys), by_textbook(lambda tensor: tensor, dys)
     size = by_textbook(lambda tensor: tensor.double().abs(), [dy.abs() for dy in dys])

@@ -137,16 +137,19 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
     """
     format, tensors = weight
     wide = torch.promote_types(dtype, torch.float32)
+    # Each branch returns [rows, columns].  Formats differ in how a tensor stores several codes.
     if isinstance(format, Affine | Float8):
         wide = torch.float32 if isinstance(format, Float8) else wide
         codes, scale, *zero = tensors
         scale = scale * format.factor if isinstance(format, Affine) else scale
         codes, scale, *zero = (tensor.to(wide) for tensor in (codes, scale, *zero))
+        # scale [rows / block_rows, columns / block_columns]
         row = (torch.arange(format.rows) // format.block_rows)[:, None]
         column = torch.arange(format.columns) // format.block_columns
         return (codes - zero[0][row, column] if zero else codes) * scale[row, column]
     if isinstance(format, MXFP4 | NVFP4):
         packed, scale, *of_tensor = tensors
+        # two codes in a byte, the first in its low half
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).int()
         if scale.dtype == torch.uint8:
             scale = torch.pow(2.0, scale.int() - 127)
@@ -154,18 +157,21 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         return torch.tensor(E2M1)[codes] * scale.repeat_interleave(format.block, 1)
     if isinstance(format, Hqq):
         packed, scale, zero = tensors
+        # a word holds one code of each of several groups, the first in its highest bits
         fields = torch.arange({8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[format.bits]).flip(0)
         numbers = (packed.int() >> format.bits * fields[:, None, None]) & (2**format.bits - 1)
         values = numbers.flatten(0, 1)[: len(scale)].to(format.dtype) - zero
         return (values * scale).view(format.rows, format.columns)
     if isinstance(format, Int4Groups):
         packed, scale, zero = tensors
+        # two signed codes in a byte; scale and zero [columns / group, rows]
         halves = torch.stack([packed.int() & 15, (packed.int() >> 4) & 15], -1).flatten(1)
         numbers = torch.where(halves > 7, halves - 16, halves).to(wide)
         groups = torch.arange(format.columns) // format.group
         return numbers * scale.T[:, groups].to(wide) + zero.T[:, groups].to(wide)
     if isinstance(format, Gptq):
         qweight, qzeros, scales, g_idx = tensors
+        # codes run down the columns of qweight and along the rows of qzeros
         numbers = _numbers_down(qweight, format.bits, format.columns).T
         zeros = _numbers_down(qzeros.T, format.bits, format.rows)
         shifted = (numbers - zeros[:, g_idx]).to(format.dtype)
@@ -175,11 +181,13 @@ def by_elements(weight: Quantised, dtype=torch.float32) -> Tensor:
         number = {name: number for number, name in dequant.GGML_NAME.items()}[format.kind]
         values = dequant.dequantize(tensors[0], number, dtype).view(format.rows, format.columns)
         return values[:, tensors[1].argsort()] if format.permuted else values
+    # Two codes in a byte, the first in its high half; blocks of elements in row order.
     assert isinstance(format, FourBit)
     packed, absmax, *rest = tensors
     count = format.rows * format.columns
     element = torch.arange(count)
     code = (packed[element // 2].int() >> (4 - 4 * (element % 2))) & 15
+    # the scales are quantized themselves
     if rest:
         absmax2, code2, offset = rest
         absmax = code2[absmax.int()] * absmax2[torch.arange(len(absmax)) // format.nested] + offset

@@ -42,7 +42,7 @@ _PAIR = ("lora_a", "lora_b")
 _SHORT = {F32: "f32", F64: "f64", BF16: "bf16", F16: "f16"}
 _WORLDS = ("eager",) * 5 + ("autocast", "no-grad", "inference", "checkpoint", "registered")
 _EITHER, _FLOAT8 = (True, False), ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
-# The usual layouts, and some that a launch must distinguish.
+# The usual layouts, which a launch must distinguish, and rarer ones.
 LAYOUTS = USUAL_LAYOUTS | {
     "every-second-column": lambda empty, rows, columns: empty(rows, 2 * columns)[:, ::2],
     "expanded-columns": lambda empty, rows, columns: empty(rows, 1).expand(rows, columns),
@@ -72,8 +72,10 @@ FORMATS: dict[str, tuple[int, Callable, Callable]] = {
 class Made(NamedTuple):
     """A call and its reference.
 
-    ``textbook`` computes the same from converted leaves.  Its argument ``change`` is a function
-    that is applied to scales, corresponding to a conversion of the leaves (for example abs).
+    ``textbook(leaves, masks, change)`` computes the call by the composite formula.  :func:`check`
+    calls it three times: in float64 (the truth), in the call's dtype (PyTorch's own error), and
+    with absolute values (the sizes of all terms).  In the last one, ``change`` also makes scales
+    absolute.
     """
 
     run: Callable[[], Tensor | Sequence[Tensor]]

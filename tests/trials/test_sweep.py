@@ -133,7 +133,9 @@ def own_loss(logits, labels):
 
 @pytest.mark.parametrize("loss", [causal_loss, own_loss])
 def test_halving_gives_rows_to_the_remaining_trials(base, model, tmp_path, loss):
-    """Batches have several lengths; a loss without a mask takes one call for all of them."""
+    """Batches have several lengths; the causal loss needs no mask, so one call takes all of
+    them.
+    """
     sizes = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append((module.training, len(kwargs["input_ids"]))),

@@ -263,7 +263,7 @@ def test_the_time_is_shared_out_and_kept_to(timed, monkeypatch):
     resolved(monkeypatch, spend)
     tuned(seconds=20.0)
     tiles = [len([step for step in steps if type(step) is Plan]) for steps in timed.steps]
-    # Seven of ten seconds are for the forward's tiles, after two plans: enough for two tiles more.
+    # The forward has ten seconds; seven are for trying plans: the two plans and two more tiles.
     assert tiles[0] == 4
     assert timed.rounds[0] == 9
     before = len(timed.steps)
