@@ -1,7 +1,8 @@
 /* A libcuda.so.1 that launches nothing.
 
-   Triton's host side runs against it for real: binder, cache key, tensor maps, C launcher.  It
-   counts launches and tensor maps, and refuses what CUDA documents to refuse on an H100. */
+   Triton's real host side runs against it: binder, cache key, tensor maps, C launcher.  It
+   counts launches and tensor maps, and refuses the arguments that CUDA documents as invalid on an
+   H100. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -9,14 +10,14 @@
 
 #include "cuda.h"
 
-#define SHARED_MEMORY 232448 /* bytes that a block may ask for */
+#define SHARED_MEMORY 232448 /* the most bytes for a block */
 #define REFUSE(condition, why) \
   if (condition) { \
     reason = why; \
     return CUDA_ERROR_INVALID_VALUE; \
   }
 
-/* A kernel that was loaded; all of them are a list.  cuda_standin.py reads it. */
+/* A loaded kernel, in a linked list of all kernels that cuda_standin.py reads. */
 typedef struct Kernel {
   char *name;
   long launches;
@@ -95,7 +96,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
-    default: *value = 1; /* clocks and the like */
+    default: *value = 1; /* clocks and similar attributes */
   }
   return CUDA_SUCCESS;
 }
@@ -105,13 +106,13 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
   return CUDA_SUCCESS;
 }
 
-/* Every address is the device's. */
+/* Every address counts as a device address. */
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
   *(CUdeviceptr *)value = pointer;
   return CUDA_SUCCESS;
 }
 
-/* What is left answers as one device with one context would. */
+/* All other functions answer for one device with one context. */
 #define ANSWER(name, parameters, ...) \
   CUresult name parameters { \
     __VA_ARGS__; \
