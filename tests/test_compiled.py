@@ -23,12 +23,12 @@ from fastlora.layers.mlp import GatedMLP
 WALKS = {
     "linear": (
         "merge unmerge merge-plain remove apply", "scaling pair bias tied base-trains",
-        "train dropout one-frozen adapters-train x step data", "load parametrised cast world",
+        "train dropout one-frozen adapters-train x step data", "load parametrized cast world",
         "forward forward rows layer-mode adapters-replaced",
     ),
     "saved": ("merge unmerge step remove",),
     "conv1d": ("merge unmerge bias",),
-    "quantised": ("merge unmerge merge-plain unmerge remove",),
+    "quantized": ("merge unmerge merge-plain unmerge remove",),
     "block": ("merge activation remove",),
     "experts": ("merge-one rescaled implementation", "pack remove"),
     "router": ("merge",),
@@ -40,7 +40,7 @@ WALKS = {
     ),
     "peft-saved": ("disable add delete",),
     "peft-dora": ("merge unmerge variant-dropped",),
-    "peft-quantised": ("merge restore",),
+    "peft-quantized": ("merge restore",),
     "peft-block": ("activation restore optimize",),
     "peft-experts": ("merge restore",),
 }  # fmt: skip
@@ -138,7 +138,7 @@ def test_a_second_call_reads_nothing(kind, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantised"]
+    "kind", ["linear", "block", "peft", "peft-dora", "peft-block", "peft-quantized"]
 )
 def test_cached_records_keep_no_weights_alive(kind):
     """A removed layer is freed at once, without the garbage collector."""
@@ -167,7 +167,7 @@ def test_cached_records_keep_no_weights_alive(kind):
     assert any(freed[0]) or "block" in kind
 
 
-@pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantised") if k in KINDS])
+@pytest.mark.parametrize("kind", [k for k in ("conv1d", "peft-conv1d", "quantized") if k in KINDS])
 def test_a_replaced_weight_is_freed(kind):
     """For a view, a record holds the layout, but no reference to the memory."""
     state = State(kind).compile("kept")

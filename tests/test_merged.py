@@ -6,7 +6,7 @@ The original bits also return after an error in the block.
 import pytest
 import torch
 from compiled_states import KINDS as MODELS
-from models import Mlp, Tied, adapt, randomise
+from models import Mlp, Tied, adapt, randomize
 from peft_models import adapted
 from torch import Tensor, nn
 from vendor_layers import BITSANDBYTES
@@ -25,11 +25,11 @@ KINDS = {
     "peft-experts": lambda: adapted(MODELS["experts"].make(), **EXPERTS),
     "peft-tied": lambda: adapted(Tied(), target_modules=["mix", "head"]),
     "peft-embedding": lambda: adapted(Tied(), target_modules=["mix", "embed"]),
-    "own": lambda: randomise(adapt(Mlp(), **UP_DOWN)).eval(),
-    "own-experts": lambda: randomise(adapt(MODELS["experts"].make(), **EXPERTS)).eval(),
+    "own": lambda: randomize(adapt(Mlp(), **UP_DOWN)).eval(),
+    "own-experts": lambda: randomize(adapt(MODELS["experts"].make(), **EXPERTS)).eval(),
 }
 if BITSANDBYTES:
-    KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantised"].make(), target_modules=["0", "2"])
+    KINDS["peft-nf4"] = lambda: adapted(MODELS["peft-quantized"].make(), target_modules=["0", "2"])
 
 
 def inputs(model: nn.Module) -> Tensor:

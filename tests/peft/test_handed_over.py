@@ -171,11 +171,11 @@ PEFT_S = {  # Each value: the change, and the report's reason; "" if the reason 
         lambda layer: setattr(layer, "base_layer", nn.Sequential(layer.base_layer)),
         "its base is a Sequential",
     ),
-    "parametrised-base": (
+    "parametrized-base": (
         of("base", lambda m: parametrize.register_parametrization(m, "bias", Negated())),
-        "its base is parametrised",
+        "its base is parametrized",
     ),
-    "parametrised-lora_B": (
+    "parametrized-lora_B": (
         of("lora_B", lambda m: parametrize.register_parametrization(m, "weight", Negated())),
         "its lora_B is a ParametrizedLinear",
     ),

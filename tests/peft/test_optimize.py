@@ -31,7 +31,7 @@ def test_the_report_before_and_after():
     before = fastlora.coverage(model)
     assert str(before) == (
         "0 of 2 layers fast\n2 eager: base_model.model.up, base_model.model.down: "
-        "not optimised yet: fastlora.optimize(model) does it"
+        "not optimized yet: fastlora.optimize(model) does it"
     )
     report = fastlora.optimize(model)
     assert str(report) == str(fastlora.coverage(model)) == "2 of 2 layers fast (backend torch)"
@@ -173,7 +173,7 @@ def test_accelerate_s_instance_forward_is_reached(fast_calls):
     assert len(fast_calls) == 2
 
 
-def test_restore_reaches_a_layer_that_was_parametrised_since():
+def test_restore_reaches_a_layer_that_was_parametrized_since():
     layer = adapted().base_model.model.up
     fastlora.optimize(layer)
     layer.extra = nn.Parameter(torch.ones(2))

@@ -203,7 +203,7 @@ def step_experts(S: int, dropout: float, transposed: bool, device: str = "cpu") 
         dy = torch.empty(S, N, dtype=torch.bfloat16)
     leaves = [x, lora_a, lora_b]
     torch.manual_seed(1)
-    y = fastlora.lora_grouped(
+    y = fastlora.grouped_lora_linear(
         x, weight, lora_a, lora_b, ends, bias=bias, dropout=dropout, backend="triton"
     )
     found = [y, *torch.autograd.grad(y, leaves, dy)]

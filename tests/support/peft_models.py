@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import Mlp, noted_blocks, noted_calls, randomise, tiny_llama
+from models import Mlp, noted_blocks, noted_calls, randomize, tiny_llama
 from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def adapted(base: nn.Module, adapters: tuple[str, ...] = ("default",), **setting
         model.add_adapter(name, peft.LoraConfig(**config))
     if len(adapters) > 1:
         model.base_model.set_adapter(list(adapters))
-    return randomise(model, std=0.1).eval()
+    return randomize(model, std=0.1).eval()
 
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}}
@@ -223,7 +223,7 @@ def by_peft(folder, model=None, **settings):
     """Write an adapter made by PEFT into the folder."""
     torch.manual_seed(4)
     theirs = peft.get_peft_model(model or llama(), peft.LoraConfig(**settings))
-    randomise(theirs).save_pretrained(folder)
+    randomize(theirs).save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 import peft
 import torch
 import torch.distributed as dist
-from models import randomise, tiny_llama
+from models import randomize, tiny_llama
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def peft_model(kind: str = "lora", dropout: float = 0.0) -> nn.Module:
     if kind == "two-adapters":
         model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=3, **settings))
         model.base_model.set_adapter(["default", "second"])
-    return randomise(model).train()
+    return randomize(model).train()
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -95,7 +95,7 @@ def _bitsandbytes(k: int, n: int, dtype: torch.dtype, kind: str, **settings) -> 
     return layer.to("cpu")
 
 
-def dequantised(layer: nn.Module) -> torch.Tensor:
+def dequantized(layer: nn.Module) -> torch.Tensor:
     """The weight dequantized by bitsandbytes itself, in float32."""
     import bitsandbytes as bnb
 
@@ -137,7 +137,7 @@ KINDS = [kind for kind in _MAKERS if kind != "torchao-rounding"]
 BITSANDBYTES = ["nf4", "fp4", "int8"] if find_spec("bitsandbytes") else []
 
 
-def quantised(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
+def quantized(kind: str, k: int = 256, n: int = 96, dtype: torch.dtype = torch.float32, **settings):
     """A frozen layer of random weights with a bias.  Each GGUF type has a kind ``gguf-<type>``."""
     if kind in ("nf4", "fp4", "int8"):
         return _bitsandbytes(k, n, dtype, kind, **settings).requires_grad_(False)

@@ -8,7 +8,7 @@ from models import assert_near, counted_blocks, numbers
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantised
+from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, quantized
 
 import fastlora
 from fastlora.layers import mlp
@@ -31,7 +31,7 @@ def frozen(kinds, compute=torch.float32) -> nn.Module:
     block = LlamaMLP(LlamaConfig(hidden_size=IN, intermediate_size=HIDDEN))
     for name, kind in zip(mlp.PARTS, kinds, strict=True):
         sizes = (HIDDEN, IN) if name == "down_proj" else (IN, HIDDEN)
-        layer = quantised(kind, *sizes, compute) if kind != "dense" else nn.Linear(*sizes)
+        layer = quantized(kind, *sizes, compute) if kind != "dense" else nn.Linear(*sizes)
         setattr(block, name, layer.requires_grad_(False))
     return nn.Sequential(block)
 
@@ -138,7 +138,7 @@ def computes_in_another(block):
 
 
 def merged(block):
-    with pytest.warns(UserWarning, match="were quantised again"):
+    with pytest.warns(UserWarning, match="were quantized again"):
         fastlora.merge_lora(block)
     block.eval()
 
@@ -150,7 +150,7 @@ def broken(block):
 LEFT = {
     "compute": (computes_in_another, "its layers have different dtypes"),
     "merged": (merged, "its gate_proj: it is merged"),
-    "broken": (broken, "its up_proj: its quantisation state is broken"),
+    "broken": (broken, "its up_proj: its quantization state is broken"),
 }
 
 
@@ -162,7 +162,7 @@ def test_a_call_goes_layer_by_layer(change, reason):
     assert reason in block.reason
     with counted_blocks() as calls:
         if change is broken:
-            with pytest.raises(ValueError, match="can't be read: its quantisation state is broken"):
+            with pytest.raises(ValueError, match="can't be read: its quantization state is broken"):
                 model(x)
         else:
             assert torch.isfinite(model(x)).all()

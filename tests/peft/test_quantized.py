@@ -9,10 +9,10 @@ import torch
 from judge import saved_bytes
 from models import assert_near, numbers
 from torch import nn
-from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, dequantised, quantised, repack
+from vendor_layers import BITSANDBYTES, KINDS, GgufLinear, dequantized, quantized, repack
 
 import fastlora
-from fastlora.formats import quantised_weight
+from fastlora.formats import quantized_weight
 from fastlora.peft.baseline import shared_masks
 
 K, N, R = 256, 96, 4
@@ -23,7 +23,7 @@ needs_bitsandbytes = pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes i
 
 def peft_model(kind: str, dtype=torch.float32, adapters=("default",), **settings) -> nn.Module:
     """A model of one layer, with adapters that change its output."""
-    model = nn.Sequential(quantised(kind, K, N, dtype))
+    model = nn.Sequential(quantized(kind, K, N, dtype))
     if kind in BITSANDBYTES:
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"
     else:
@@ -90,7 +90,7 @@ def test_only_x_and_h_are_saved_for_backward(kind):
     model = peft_model(kind, lora_dropout=0.1)
     fastlora.optimize(model)
     layer, x = model.base_model.model[0], torch.randn(64, K, requires_grad=True)
-    packed = quantised_weight(layer.base_layer).weight.tensors
+    packed = quantized_weight(layer.base_layer).weight.tensors
     kept = saved_bytes(lambda: layer(x), [x, *packed, *trained(layer), layer.base_layer.bias])
     assert sum(kept.values()) <= 4 * 64 * R + 8
 
@@ -120,7 +120,7 @@ def test_pickles_disabling_and_merging(kind):
         assert torch.equal(other(x), model(x))
     base = model.base_model.model[0].base_layer
     with model.disable_adapter():
-        expected = nn.functional.linear(x, dequantised(base), base.bias)
+        expected = nn.functional.linear(x, dequantized(base), base.bias)
         torch.testing.assert_close(model(x), expected)
     model.merge_adapter()
     assert torch.isfinite(model(x)).all()
@@ -134,7 +134,7 @@ def test_pickles_disabling_and_merging(kind):
 def test_a_weight_that_was_repacked_for_evaluation(mode):
     """Its kernel gives x no gradient in bitsandbytes, and therefore none in PEFT."""
     model, x = peft_model("nf4"), torch.randn(3, K, requires_grad=True)
-    assert "1 quantised: NF4" in str(fastlora.optimize(model))
+    assert "1 quantized: NF4" in str(fastlora.optimize(model))
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     repack(model.base_model.model[0].base_layer)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_the_formula_s_numbers_where_the_vendor_needs_a_kernel(kind):
         model(x)  # the vendor's own forward
     fastlora.optimize(model, strict=True)
     layer = model.base_model.model[0]
-    weight = quantised_weight(layer.base_layer).weight.dense(torch.float32)
+    weight = quantized_weight(layer.base_layer).weight.dense(torch.float32)
     a, b = (p.detach() for p in trained(model))
     y = x @ weight.T + layer.base_layer.bias + layer.scaling["default"] * (x @ a.T @ b.T)
     assert_near([model(x)], [y], 2e-6)
