@@ -2,9 +2,9 @@
 
     python -m benchmarks.mixtures mixtures.json
 
-Weights and adapters are counted by ``fastlora.estimate`` on meta models of the real sizes.  What waits
-for the backward is counted in forwards of one layer and of two, with few experts: each further
-layer keeps as much as the second.  Scores of attention, which grow with the square of the tokens,
+Weights and adapters are counted by ``fastlora.estimate`` on meta models of the real sizes.  Bytes
+saved for the backward are counted in forwards of one layer and of two, with few experts: each
+further layer saves as much as the second.  Scores of attention, which grow with the square of the tokens,
 aren't in it: flash attention keeps none.
 """
 

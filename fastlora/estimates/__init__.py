@@ -50,9 +50,9 @@ def estimate(
     Everything is as it was afterwards: parameters, gradients, buffers, modes, random states.
     ``progress`` is called with a line for each round.
 
-    Returns a :class:`fastlora.estimates.count.Estimate`, which prints as a table.  Raises ValueError for a
-    rank below 1 or none, a model with adapters, a batch that is missing, a model on ``meta`` that
-    is to be measured, and what :func:`fastlora.apply_lora` and the model raise.
+    Returns a :class:`fastlora.estimates.count.Estimate`, which prints as a table.  Raises
+    ValueError for a rank below 1 or none, a model with adapters, a missing batch, or a model on
+    ``meta`` with rounds, and the errors of :func:`fastlora.apply_lora` and of the model.
     """
     check_model(model)
     inner = unwrap(model)

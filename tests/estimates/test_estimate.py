@@ -1,4 +1,4 @@
-"""fastlora.estimate: its counts agree with apply_lora's model, and it leaves the model unchanged."""
+"""fastlora.estimate: its counts agree with apply_lora, and it leaves the model unchanged."""
 
 import copy
 import dataclasses
