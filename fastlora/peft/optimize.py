@@ -78,9 +78,12 @@ def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def checked(model: nn.Module) -> nn.Module:
-    """What is inside the wrappers of a model; a TypeError for what is no module."""
+    """The model inside its wrappers; a TypeError for an object that is no module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        name = type(model).__name__
+        has_one = isinstance(getattr(model, "model", None), nn.Module)
+        hint = ": pass the trainer's model, trainer.model" if has_one else ""
+        raise TypeError(f"model must be a torch.nn.Module, not {name}{hint}")
     return unwrap(model)
 
 
