@@ -100,13 +100,17 @@ class Roles(griffe.Extension):
             obj = pkg[name].final_target if pkg[name].is_alias else pkg[name]
             if obj.is_function or obj.is_class:
                 first, gap, rest = obj.docstring.value.partition("\n\n")
+                names = "|".join(each.name for each in obj.parameters)
+                rest = re.sub(rf"^\* ``(?:{names})``.*(?:\n  .*)*\n?", "", rest, flags=re.M)
                 obj.docstring.value = f"{first}\n\n{parameters(obj)}{gap}{rest}"
 
 
 def parameters(obj) -> str:
-    """A table of names, types, defaults, and the docstring's sentences that open with a name."""
-    blocks = re.split(r"\n\s*\n|\n\s*\* ", obj.docstring.value)
-    lines = [line for block in blocks for line in re.split(_SENTENCE, " ".join(block.split()))]
+    """A table: names, types, defaults, and the sentences and list items that open with a name."""
+    text = obj.docstring.value
+    lines = [" ".join(item.split()) for item in re.findall(r"^\* (.*(?:\n  .*)*)", text, re.M)]
+    for block in re.split(r"\n\s*(?:\n|\* )", text):
+        lines += re.split(_SENTENCE, " ".join(block.split()))
     rows = []
     for each in obj.parameters:
         if each.name == "self" or each.kind.name.startswith("var"):

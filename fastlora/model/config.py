@@ -46,8 +46,8 @@ def _suggests_fields(kind: type) -> type:
 class LoRAConfig:
     """Which layers get an adapter, and of what kind; fields mean what they mean to PEFT.
 
-    * ``r``, ``lora_alpha``: rank, and numerator of the scaling: lora_alpha / r, or lora_alpha / √r
-      with ``use_rslora``.
+    * ``r``, ``lora_alpha``, ``use_rslora``: rank, and numerator of the scaling, which is
+      lora_alpha / r, or lora_alpha / √r with ``use_rslora``.
     * ``lora_dropout``: probability in [0, 1) of dropping an input of the adapter, in training.
     * ``target_modules``: a list of module names or of their last parts (``["q_proj",
       "mlp.up_proj"]``); one regular expression that must match the whole name; or
