@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m fastlora",
         allow_abbrev=False,
-        epilog="fastlora.plan(model) estimates the time and memory of a rank (docs/rank.md).",
+        epilog="fastlora.estimate(model) estimates the time and memory of a rank (docs/rank.md).",
     )
     parser.add_argument("--version", action="version", version=f"fastlora-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
