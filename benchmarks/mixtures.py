@@ -4,8 +4,8 @@
 
 Weights and adapters are counted by ``fastlora.estimate`` on meta models of the real sizes.  Bytes
 saved for the backward are counted in forwards of one layer and of two, with few experts: each
-further layer saves as much as the second.  Scores of attention, which grow with the square of the tokens,
-aren't in it: flash attention keeps none.
+further layer saves as much as the second.  The scores of attention, which grow with the square of
+the tokens, don't count: flash attention saves none.
 """
 
 import json

@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from .adapters.resize import resize_adapter
 from .doctor import examine
 from .doctor.launches import NAMES, Asked
 from .tuning import command as tune
+from .version import __version__
 
 
 class _Parser(ArgumentParser):
@@ -33,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m fastlora",
         allow_abbrev=False,
-        epilog="fastlora.estimate(model) tells what each rank costs (docs/rank.md).",
+        epilog="fastlora.estimate(model) estimates the time and memory of a rank (docs/rank.md).",
     )
+    parser.add_argument("--version", action="version", version=f"fastlora-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     what = "what is here, what would run, and whether it works: the text for a bug report"
     doctor = commands.add_parser(
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--r", type=_rank, help="the rank of its adapter (16)")
     add("--dtype", type=_dtype, help="of x and the weight (bfloat16)")
     add("--dropout", type=_probability, metavar="P", help="of its adapter (0)")
-    add("--target", type=_target, help="a GPU that need not be here, such as sm_90")
+    add("--target", type=_target, help="a GPU that need not be here, such as sm_90 or H100")
     _add_tune(commands)
     _add_adapters(commands)
     options = vars(parser.parse_args(arguments))
@@ -60,15 +63,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "doctor":
         return _examine(doctor, options)
     run, plot = options.pop("run"), options.pop("plot", None)
+    output = options.get("output") or options.get("path")
     try:
         report = run(**options)
         if report is not None:
             print(report)
         if plot:
             report.plot(plot)
+        if command != "tune":
+            print(_written(output))
     except (ImportError, OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog} {command}: {error}\n")
     return 0
+
+
+def _written(output: str | None) -> str:
+    if not output:
+        return "nothing was written: --rank R --output FOLDER writes the adapter at a lower rank"
+    files = [*Path(output).glob("adapter_*")]  # none, if it is a file itself
+    size = sum(file.stat().st_size for file in files or [Path(output)])
+    how = "" if files else f": llama-cli -m BASE.gguf --lora {output}"
+    return f"written: {output} ({size / 2**20:.1f} MiB){how}"
 
 
 def _examine(doctor: ArgumentParser, options: dict[str, Any]) -> int:
@@ -175,9 +190,11 @@ def _target(text: str) -> str:
         from .backends.triton import TARGETS  # here, since it imports the kernels
     except ImportError as error:
         raise ArgumentTypeError(f"the kernels can't be imported ({error})") from error
-    if text not in TARGETS:
-        raise ArgumentTypeError(f"{text!r} is none of {', '.join(TARGETS)}")
-    return text
+    for name, gpus in TARGETS.items():
+        if text.lower() in (name, *gpus.lower().split(", ")):
+            return name
+    known = ", ".join(f"{name} ({gpus})" for name, gpus in TARGETS.items())
+    raise ArgumentTypeError(f"{text!r} is none of {known}")
 
 
 if __name__ == "__main__":

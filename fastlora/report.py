@@ -36,16 +36,19 @@ def bar(items: Sequence, what: str, unit: str = "layer", least: int = 1) -> Iter
 
 NO_LAYERS = "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
 _BASE_ALONE = ("merged", "disabled")
-EAGER, SHARDED, IN_THE_CALL = "eager", "sharded", "decided in the call"  # the last is a reason
+# What a layer that isn't fast runs on: a PEFT layer, and one of fastlora's own.
+EAGER, NOT_FAST = "PEFT's forward", "not fast"
+SHARDED, IN_THE_CALL = "sharded", "decided in the call"  # the latter is a reason
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
     """One adapted layer: ``plan`` is what its next call runs on.
 
-    It is a backend's name, ``merged`` or ``disabled`` for the base layer alone, ``eager``, or
-    ``sharded`` where FSDP has a part of each tensor: the call, which finds them whole, decides.
-    ``reason`` says why it isn't fast, or why it isn't on the backend that was asked for.
+    It is a backend's name, ``merged`` or ``disabled`` for the base layer alone, ``PEFT's forward``,
+    ``not fast`` for a layer of fastlora's own, or ``sharded`` where FSDP has a part of each tensor:
+    the call, which finds them whole, decides.  ``reason`` says why the layer isn't fast, or why it
+    isn't on the backend that was asked for.
     ``adapter`` names a PEFT layer's active adapters; ``r`` is the sum of their ranks.
     ``parameters`` is how many of the base's are adapted: out · in, for each expert.
     ``packed`` names the format of a quantized base that is read, as "NF4".
@@ -125,7 +128,8 @@ class Coverage:
         reasons: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.reason:
-                where = f"on {layer.plan}" if layer.fast else layer.plan
+                word = "on " if layer.fast else "in " if layer.plan == EAGER else ""
+                where = f"{word}{layer.plan}"
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
@@ -157,7 +161,7 @@ class Coverage:
 
 def is_fast(plan: str) -> bool:
     """Whether a layer of this plan is."""
-    return plan not in (EAGER, SHARDED)
+    return plan not in (EAGER, NOT_FAST, SHARDED)
 
 
 def format_of(output: Output) -> str:
@@ -197,7 +201,7 @@ def cover_frozen(model: nn.Module) -> tuple[str, ...]:
 
 
 def _cover(name: str, layer: AdaptedWeight) -> LayerCoverage:
-    plan, reason, packed, module = EAGER, "", "", layer.adapted_module
+    plan, reason, packed, module = NOT_FAST, "", "", layer.adapted_module
     if "forward" in module.__dict__:
         reason = "its forward was replaced on the instance, so fastlora's isn't called"
     elif layer.merged:

@@ -17,7 +17,9 @@ import fastlora.doctor as doctor
 from fastlora import backends, reference
 from fastlora.__main__ import main
 from fastlora.backends import products
+from fastlora.backends.triton import TARGETS
 from fastlora.doctor import machine
+from fastlora.kernels import target
 from fastlora.kernels.plan import FUSED, IN_PLACE, use_plan
 from fastlora.version import __version__
 
@@ -116,7 +118,7 @@ def test_16_bit_products_that_are_slow_run_in_float32(capsys, monkeypatch, wide,
 @pytest.mark.parametrize(("plan", "word"), [(IN_PLACE, "in place"), (FUSED, "fused")])
 def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
     """It lists the launches and, in place, torch's two products; no setting stays forced."""
-    from fastlora.kernels import launch, target
+    from fastlora.kernels import launch
 
     arguments = ("--shape", "4096,2048,1024", "--r", "8", "--dropout", "0.1", "--target", "sm_90")
     with use_plan(plan):
@@ -143,6 +145,16 @@ def test_a_call_on_a_gpu_that_is_not_here(capsys, plan, word):
     assert target.forced is None
     assert launch.interceptor is None
     assert backends.backend_name(device=CPU) == "torch"
+
+
+def test_a_gpu_s_name_is_a_target(capsys):
+    assert TARGETS.keys() == target.TARGETS.keys() - {"interpreter"}
+    names, shape = ("sm_90", "H100", "h100", "rtx 4090"), ("--shape", "8,64,64", "--target")
+    calls = [examined(capsys, *shape, name)["plan"]["call"] for name in names]
+    assert [call.rpartition(" ")[2] for call in calls] == ["sm_90"] * 3 + ["sm_86"]
+    with pytest.raises(SystemExit):
+        main(["doctor", *shape, "h800"])
+    assert "'h800' is none of sm_80 (A100, A30), sm_86 (A10, " in capsys.readouterr().err
 
 
 def test_a_call_that_the_kernels_do_not_cover(capsys):

@@ -33,6 +33,9 @@ source:
 build:
   number: 0
   noarch: python
+  python:
+    entry_points:
+      - {script}
   script: ${{{{ PYTHON }}}} -m pip install . -vv --no-deps --no-build-isolation
 
 requirements:
@@ -79,6 +82,7 @@ def recipe(sdist: Path) -> str:
         place=_PLACE,
         digest=hashlib.sha256(sdist.read_bytes()).hexdigest(),
         setuptools=_in_conda_s_words(re.search(r'^requires = \["(.+)"\]', PROJECT, re.M)[1]),
+        script=re.search(r"^\[project.scripts\]\n(.+)", PROJECT, re.M)[1].replace('"', ""),
         run="\n".join(f"    - {each}" for each in run),
         constraints="\n".join(f"    - {each}" for each in constraints),
         repository=os.getenv("FASTLORA_REPOSITORY", "https://pypi.org/project/fastlora-kernels"),

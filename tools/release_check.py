@@ -111,6 +111,7 @@ def main() -> None:
         check(f"pip install {wheel.name}{extras}", *pip, f"{wheel}{extras}", cwd=place)
         for step in list(STEPS)[1:]:
             check(step, python, "-I", __file__, step, cwd=place)
+        check("fastlora --version", python.with_name("fastlora"), "--version", cwd=place)
         usage = check("--help", python, "-m", "fastlora", "--help", cwd=place)
         commands = re.findall(r"^    ([a-z-]+) ", usage, re.M)
         assert "doctor" in commands, usage

@@ -24,7 +24,9 @@ PAGES = {
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
 }
+REFERENCE = ROOT / "docs" / "reference.md"
 _CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
+_SENTENCE = r"(?<=[.;])\s+(?=[`A-Z])"
 _LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
 
 
@@ -91,6 +93,38 @@ class Roles(griffe.Extension):
         if obj.docstring:
             text = re.sub(r":\w+:`~?([\w.]+)`", _reference(obj), obj.docstring.value)
             obj.docstring.value = re.sub(r"\bdocs/\w+\.md", lambda page: _page(page[0]), text)
+
+    def on_package(self, *, pkg, **_):
+        """Every function and class of the reference gets a table of its parameters."""
+        for name in re.findall(r"^::: fastlora\.(\S+)", REFERENCE.read_text(), re.M):
+            obj = pkg[name].final_target if pkg[name].is_alias else pkg[name]
+            if obj.is_function or obj.is_class:
+                first, gap, rest = obj.docstring.value.partition("\n\n")
+                names = "|".join(each.name for each in obj.parameters)
+                rest = re.sub(rf"^\* ``(?:{names})``.*(?:\n  .*)*\n?", "", rest, flags=re.M)
+                obj.docstring.value = f"{first}\n\n{parameters(obj)}{gap}{rest}"
+
+
+def parameters(obj) -> str:
+    """A table: names, types, defaults, and the sentences and list items that open with a name."""
+    text = obj.docstring.value
+    lines = [" ".join(item.split()) for item in re.findall(r"^\* (.*(?:\n  .*)*)", text, re.M)]
+    for block in re.split(r"\n\s*(?:\n|\* )", text):
+        lines += re.split(_SENTENCE, " ".join(block.split()))
+    rows = []
+    for each in obj.parameters:
+        if each.name == "self" or each.kind.name.startswith("var"):
+            continue
+        named = re.compile(rf"(?:``\w+``, )*``{each.name}``(?:, ``\w+``)*(?::| is| are) ")
+        about = re.compile(rf"{named.pattern}|(?:With )?``{each.name}(?:=\w+)?``")
+        meaning = next(filter(about.match, lines), "")
+        meaning = named.sub("", meaning, count=1).rstrip(";.").replace("|", "\\|")
+        default = "required" if each.default is None else f"`{each.default}`"
+        rows.append((f"`{each.name}`", f"`{each.annotation}`", default, meaning))
+    head = ("parameter", "type", "default", "meaning")
+    width = 4 if any(row[3] for row in rows) else 3
+    table = [head, ("---",) * 4, *rows] if rows else []
+    return "\n".join("| " + " | ".join(row[:width]) + " |" for row in table)
 
 
 def _page(name: str) -> str:

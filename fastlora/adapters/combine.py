@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layers.modules import called, some
 from ..model.adapter_config import from_peft
 from ..model.config import weight_of
-from ..model.files import write_adapter
+from ..model.files import CONFIG, write_adapter
 from ..model.tensors import pairs_of
 from ..projection import Adapter, check_settings, is_number, shown
 from .spectrum import LayerSpectrum, Spectra, cut
@@ -39,10 +39,10 @@ def combine_adapters(
     alphas and sets of layers may differ.  ``rank``: cut to at most this one afterwards, as
     :func:`fastlora.resize_adapter` does.
 
-    Returns the report of what was written, with the ranks of the sum before and after the cut.
-    Raises as ``resize_adapter`` does, and ValueError for what can't be summed: layers of unlike
-    shapes, trained biases or modules_to_save that aren't the same in all, and adapters that name
-    unlike base models.
+    Returns the report on the written adapter, with the ranks of the sum before and after the cut.
+    Raises as ``resize_adapter`` does, and ValueError for adapters that can't be summed: layers of
+    unlike shapes, trained biases or modules_to_save that aren't the same in all, unlike base
+    models, and adapters that share no layer, unless they name the same base model.
     """
     if isinstance(folders, str | os.PathLike) or not 0 < len(folders) == len(weights):
         raise ValueError(
@@ -56,6 +56,7 @@ def combine_adapters(
         check_settings(rank, 1, 0.0)
     adapters = [open_adapter(folder) for folder in folders]
     path = check_output(output, [each.path for each in adapters])
+    _check_one_base(adapters)
     experts = {n: weight.is_parameter for each in adapters for n, weight in each.layers.items()}
     # A module's weights in PEFT's order.
     names = sorted(experts, key=lambda name: experts[name] and name.endswith("down_proj"))
@@ -74,6 +75,23 @@ def combine_adapters(
     settings |= patterns(config, ranks, dict.fromkeys(ranks, alpha))
     write_adapter(path, settings, tensors)
     return Spectra(tuple(spectra))
+
+
+def _check_one_base(adapters: list[Stored]) -> None:
+    """Raise ValueError for adapters with no layer in common that don't name one base model."""
+    groups: list[tuple[set[str], Stored]] = []
+    for each in adapters:
+        shared = [one for one in groups if not one[0].isdisjoint(each.layers)]
+        names = {*each.layers}.union(*(one[0] for one in shared))
+        groups = [one for one in groups if one not in shared] + [(names, each)]
+    named = all(each.settings.get("base_model_name_or_path") for each in adapters)
+    if len(groups) > 1 and not named:
+        (first, one), (second, other), *_ = groups
+        raise ValueError(
+            f"{one.path} and {other.path} share no layer ({some(sorted(first))}; "
+            f"{some(sorted(second))}): are they adapters of one base model? If so, write its name "
+            f"into base_model_name_or_path of each {CONFIG}"
+        )
 
 
 def _stacked(

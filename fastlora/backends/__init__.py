@@ -7,7 +7,7 @@ elsewhere.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -43,15 +43,18 @@ _ENVIRONMENT = os.environ.get("FASTLORA_BACKEND")
 _CPU = pytorch.device("cpu")
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Run the LoRA ops inside the block on this backend: ``with fastlora.use_backend("torch"): …``.
 
     ``FASTLORA_BACKEND`` does the same for a process.  A backward runs on its forward's backend, but
     under ``torch.compile`` on what the thread that runs it would choose; the numbers are the same.
-    An unknown name, or one whose package isn't installed, is a ValueError.
+    Raises ValueError for an unknown name, and for one whose package isn't installed.
     """
-    _check_name(name, "use_backend")
+    return _chosen(_check_name(name, "use_backend"))
+
+
+@contextmanager
+def _chosen(name: str) -> Iterator[None]:
     token = _CHOSEN.set(name)
     try:
         yield

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 from ..layers.modules import full_name
@@ -12,14 +13,41 @@ from ..projection import check_settings, shown
 _Number = TypeVar("_Number", int, float)
 _BIAS = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
+_OTHER_NAMES = {"rank": "r", "lora_rank": "r", "lora_r": "r"}  # too far from "r" for difflib
+_ONLY_PEFT_S = {
+    "use_dora", "lora_bias", "loftq_config", "eva_config", "layer_replication", "use_qalora",
+    "trainable_token_indices",
+}  # fmt: skip
 
 
+def _suggests_fields(kind: type) -> type:
+    """Let the TypeError for an unknown argument of the dataclass name the field to use."""
+    init, known = kind.__init__, [each.name for each in fields(kind)]  # type: ignore[misc]
+
+    def hint(name: str) -> str:
+        if name in _ONLY_PEFT_S:
+            return f"{name} needs PEFT: make its model, and call fastlora.optimize(model)"
+        near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else get_close_matches(name, known, 1)
+        return f"for {name} write {near[0]}" if near else f"the fields are {', '.join(known)}"
+
+    @wraps(init)
+    def checked(self: Any, *values: Any, **settings: Any) -> None:
+        if unknown := sorted(settings.keys() - {*known}):
+            hints = "; ".join(dict.fromkeys(map(hint, unknown)))
+            raise TypeError(f"{kind.__name__} has no {', '.join(map(repr, unknown))}: {hints}")
+        init(self, *values, **settings)
+
+    kind.__init__ = checked  # type: ignore[misc]
+    return kind
+
+
+@_suggests_fields
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which layers get an adapter, and of what kind; fields mean what they mean to PEFT.
 
-    * ``r``, ``lora_alpha``: rank, and numerator of the scaling: lora_alpha / r, or lora_alpha / √r
-      with ``use_rslora``.
+    * ``r``, ``lora_alpha``, ``use_rslora``: rank, and numerator of the scaling, which is
+      lora_alpha / r, or lora_alpha / √r with ``use_rslora``.
     * ``lora_dropout``: probability in [0, 1) of dropping an input of the adapter, in training.
     * ``target_modules``: a list of module names or of their last parts (``["q_proj",
       "mlp.up_proj"]``); one regular expression that must match the whole name; or
@@ -41,8 +69,8 @@ class LoRAConfig:
     * ``task_type``: goes to the saved file; "SEQ_CLS" and "TOKEN_CLS" also train the model's head.
     * ``base_model_name_or_path``: goes to the saved file.
 
-    Raises ValueError for a number, a pattern or a word that can't be meant; names are looked up in
-    a model later.  DoRA and PEFT's other methods are not fastlora's.
+    Raises ValueError for a number, a pattern or a word that can't be meant, and TypeError for an
+    unknown field; names are looked up in a model later.  DoRA and PEFT's other methods need PEFT.
     """
 
     r: int = 8

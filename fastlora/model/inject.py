@@ -80,11 +80,12 @@ def apply_lora(
     :class:`LoRAExperts` in the same way (docs/experts.md).
 
     On a CPU that multiplies 16 bits slowly, every other frozen ``torch.nn.Linear`` of 16 bits (the
-    head …) becomes fast as well, with nothing else changed; ``frozen=False`` leaves them alone.
-    :func:`remove_lora` gives them back.
+    head …) becomes fast as well, with nothing else changed; ``frozen=False`` leaves frozen layers
+    alone.  :func:`remove_lora` gives them back.
 
     Gated MLPs of transformers' models become blocks, which keep less for the backward
-    (docs/blocks.md); ``blocks=False`` leaves them alone.  :func:`remove_lora` gives them back.
+    (docs/blocks.md); ``blocks=False`` leaves gated MLPs alone.  :func:`remove_lora` gives them
+    back.
 
     Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
     target that matches nothing (the message lists what could), a target that can't be a base

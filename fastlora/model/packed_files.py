@@ -22,6 +22,7 @@ from .files import Planned, check_folder, read_header, read_json, read_metadata,
 from .inject import check_model, check_plain
 from .packed_linears import packed_linears, read_linear
 from .packing import Packing, PackReport, packed_on_meta
+from .tensors import unfitting
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # behind a weight's name, in gpt-oss' files
@@ -210,9 +211,7 @@ def _fitting(
     missing = [k for k in expected if k not in stored and id(state.get(k)) not in there]
     extra = [key for key in stored if key not in expected]
     if missing or extra:
-        raise ValueError(
-            f"{path} doesn't fit the model: missing {some(missing)}; not known {some(extra)}"
-        )
+        raise ValueError(unfitting(path, missing, extra))
     for key, one in stored.items():
         shape, dtype = expected[key]
         if one.planned.shape != shape:

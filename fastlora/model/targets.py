@@ -85,7 +85,9 @@ def find_targets(
         rest = " that isn't excluded or saved in full" if config.exclude_modules or saved else ""
         chosen = [n for n in ("target_parameters", "layers_to_transform") if getattr(config, n)]
         wish = [f"{name}={shown(getattr(config, name))}" for name in ("target_modules", *chosen)]
-        raise ValueError(f"{', '.join(wish)} matches no module{rest}. {could_match(model)}")
+        written = "".join(config.target_modules or ()).lower()
+        near = "" if re.sub(r"\W|_", "", written) != "alllinear" else ', but "all-linear" would'
+        raise ValueError(f"{', '.join(wish)} matches no module{rest}{near}. {could_match(model)}")
     if every_name and isinstance(config.target_modules, tuple):
         names = [name for name, _ in model.named_modules()]
         for target in config.target_modules:

@@ -237,6 +237,14 @@ def _check_keys(wanted: Mapping[str, Tensor], stored: Mapping[str, Planned], pat
             raise ValueError(f"{key} is on the meta device, {UNLOADED}")
 
 
+def unfitting(path: Path, missing: Collection[str], extra: Collection[str]) -> str:
+    """A message on a file without some of a model's tensors, and with some that it hasn't."""
+    lacks, more = (some([*map(name_of, keys)]) if keys else "" for keys in (missing, extra))
+    lacks = lacks and f"it lacks {lacks}, which the model has"
+    more = more and f"it has {more}, which the model lacks"
+    return f"{path} doesn't fit the model: {'; '.join(filter(None, (lacks, more)))}"
+
+
 def _check_stored(
     wanted: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Planned],
@@ -251,8 +259,7 @@ def _check_stored(
             hint = "PEFT before 0.21 leaves trained biases (bias='lora_only') out of its files."
         if not any("lora_" in key for key in stored):
             hint = "The file has no lora_A and no lora_B: it holds no adapter."
-        what = f"missing {some(missing)}; not known {some(extra)}"
-        raise ValueError(f"{path} doesn't fit the model: {what}. {hint}")
+        raise ValueError(f"{unfitting(path, missing, extra)}. {hint}")
     for key, shape in wanted.items():
         there = stored[key].shape
         if there != shape:

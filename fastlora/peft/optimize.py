@@ -78,9 +78,12 @@ def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def checked(model: nn.Module) -> nn.Module:
-    """What is inside the wrappers of a model; a TypeError for what is no module."""
+    """The model inside its wrappers; a TypeError for an object that is no module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        name = type(model).__name__
+        has_one = isinstance(getattr(model, "model", None), nn.Module)
+        hint = ": pass the trainer's model, trainer.model" if has_one else ""
+        raise TypeError(f"model must be a torch.nn.Module, not {name}{hint}")
     return unwrap(model)
 
 
@@ -135,11 +138,11 @@ def optimize(
 
     On a CPU that multiplies 16 bits slowly, so do the model's frozen ``torch.nn.Linear`` layers of
     16 bits (the head, and what no adapter is on; a base, in calls without its adapter), which the
-    report lists apart; ``frozen=False`` leaves them alone.
+    report lists apart; ``frozen=False`` leaves frozen layers alone.
 
     Gated MLPs of transformers' models, down(act(gate(x)) · up(x)), become blocks: a call in
     training keeps neither act(gate) nor the product for the backward (docs/blocks.md).  The report
-    lists them, too; ``blocks=False`` leaves them alone.
+    also lists them; ``blocks=False`` leaves gated MLPs alone.
 
     The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
 

@@ -114,6 +114,8 @@ def test_a_name_that_ends_others_is_its_own(tmp_path):
         by_peft(tmp_path / "a", base(), target_modules="q", r=2),
         by_peft(tmp_path / "b", base(), target_modules=["layers.0.q"], r=3),
     ]
+    for folder in folders:  # which share no layer
+        change_config(folder, base_model_name_or_path="one/base")
     fastlora.combine_adapters(folders, [1, 2], tmp_path / "sum")
     wanted, found = summed(folders, [1, 2], base), changes(tmp_path / "sum", base)
     assert found.keys() == wanted.keys() == {"q.weight", "layers.0.q.weight"}
@@ -161,7 +163,22 @@ def unlike_shape(folders):
     change_tensors(folders[2], narrow)
 
 
+def other_layers(folders):
+    by_peft(folders[2], Mlp(), target_modules=["up"])
+
+
+def other_layers_of_another_base(folders):
+    other_layers(folders)
+    unlike_base(folders)
+
+
 BAD = {
+    "no-layer": (
+        other_layers,
+        {},
+        r"b and .*c share no layer \(model.*; up\): are they",
+    ),
+    "no-layer-of-no-base": (other_layers_of_another_base, {}, "share no layer"),
     "base": (unlike_base, {}, "base_model_name_or_path 'gpt2' and 'opt'"),
     "shape": (unlike_shape, {}, r"q_proj has unlike shapes .*\[\(1, 64, 60\), \(1, 64, 64\)\]"),
     "weights": (None, {"weights": [1]}, "one of a weight for each"),

@@ -129,6 +129,12 @@ def with_extra_state() -> nn.Module:
 
 ERRORS = {  # a model, its targets or all settings, and the error message
     "nothing-matches": (Mlp, ["qproj"], r"matches no module. It could match: up \(1\)"),
+    "all_linear": (
+        Mlp,
+        "all_linear",
+        r"matches no module, but \"all-linear\" would. It could match",
+    ),
+    "all-linear-in-a-list": (Mlp, ["all-linear"], 'matches no module, but "all-linear" would'),
     "one-name-matches-nothing": (Mlp, ["up", "gate"], "has 'gate', which matches no module"),
     "regex-matches-nothing": (Mlp, "q.*", "It could match"),
     "no-regex": (Mlp, "*up", "is no regular expression"),

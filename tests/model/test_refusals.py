@@ -4,6 +4,7 @@ Also modules that occur at two places of a model; PEFT replaces only the first p
 """
 
 import copy
+import inspect
 import os
 import shutil
 
@@ -381,3 +382,28 @@ def test_a_place_that_came_later_is_not_saved(tmp_path):
     with refused(model, "up and again are one LoRALinear"):
         fastlora.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+MISTAKEN = {
+    "rank": "'rank': for rank write r$",
+    "lora_rank": "'lora_rank': for lora_rank write r$",
+    "alpha": "'alpha': for alpha write lora_alpha$",
+    "dropout": "'dropout': for dropout write lora_dropout$",
+    "target_module": "'target_module': for target_module write target_modules$",
+    "use_dora": r"'use_dora': use_dora needs PEFT: make its model, and call fastlora\.optimize",
+    "warp": "'warp': the fields are r, lora_alpha, lora_dropout, ",
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_an_unknown_field_names_the_one_to_use(name):
+    with pytest.raises(TypeError, match=f"^LoRAConfig has no {MISTAKEN[name]}"):
+        LoRAConfig(**{name: 1})
+
+
+def test_several_unknown_fields_are_one_error():
+    with pytest.raises(
+        TypeError, match=r"no 'alpha', 'rank': for alpha write .*; for rank write r"
+    ):
+        LoRAConfig(16, rank=8, alpha=32)
+    assert list(inspect.signature(LoRAConfig).parameters)[:2] == ["r", "lora_alpha"]

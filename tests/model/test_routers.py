@@ -77,7 +77,7 @@ def test_it_is_reported_as_a_router():
     assert len(model(IDS, output_router_logits=True).router_logits) == 2
     report = fastlora.coverage(model)
     assert [layer.name for layer in report.eager] == [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
-    assert "2 eager: model.layers.0.mlp.gate, model.layers.1.mlp.gate: a router's own" in str(
+    assert "2 not fast: model.layers.0.mlp.gate, model.layers.1.mlp.gate: a router's own" in str(
         report
     )
     with pytest.raises(RuntimeError, match="merged, so its adapter would get no gradient"):

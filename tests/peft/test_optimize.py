@@ -1,7 +1,7 @@
 """optimize, restore and coverage on PEFT layers: the numbers, the report, and the way back."""
 
 import pickle
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import peft
 import pytest
@@ -30,7 +30,7 @@ def test_the_report_before_and_after():
     model = adapted()
     before = fastlora.coverage(model)
     assert str(before) == (
-        "0 of 2 layers fast\n2 eager: base_model.model.up, base_model.model.down: "
+        "0 of 2 layers fast\n2 in PEFT's forward: base_model.model.up, base_model.model.down: "
         "not optimized yet: fastlora.optimize(model) does it"
     )
     report = fastlora.optimize(model)
@@ -104,7 +104,12 @@ IA3 = peft.IA3Config(target_modules=["up"], feedforward_modules=[])
 OWN = fastlora.LoRAConfig(target_modules=["up"])
 REFUSED = {
     "plain": (Mlp, ValueError, "no PEFT LoRA layers.*fastlora.apply_lora"),
-    "no-module": (lambda: 3, TypeError, "must be a torch.nn.Module, not int"),
+    "no-module": (lambda: 3, TypeError, "must be a torch.nn.Module, not int$"),
+    "trainer": (
+        lambda: SimpleNamespace(model=adapted()),
+        TypeError,
+        "not SimpleNamespace: pass the trainer's model, trainer.model",
+    ),
     "ia3": (lambda: peft.get_peft_model(Mlp(), IA3), ValueError, "its adapters: IA3.*only LoRA"),
     "fastlora": (lambda: fastlora.apply_lora(Mlp(), OWN), ValueError, "fastlora's own"),
 }
@@ -139,7 +144,7 @@ def test_a_saved_optimized_model_obeys_fastlora_disable(tmp_path):
     }
     for disabled, expected in outputs.items():
         output = run_forked(code, tmp_path / "model.pt", FASTLORA_DISABLE=disabled)
-        assert [line for line in output.splitlines() if "eager:" not in line] == expected
+        assert [line for line in output.splitlines() if "PEFT's forward:" not in line] == expected
 
 
 def test_importing_fastlora_changes_nothing_until_optimize():

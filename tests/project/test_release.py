@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from process import run_python
 from fastlora.version import __version__
 
 ROOT = Path(__file__).parents[2]
+PROJECT = (ROOT / "pyproject.toml").read_text()
 IMPORT = (
     "import warnings; warnings.simplefilter('error'); import fastlora; print(fastlora.__file__)"
 )
@@ -47,6 +49,8 @@ def test_the_conda_recipe_has_the_wheel_s_requirements(tmp_path, monkeypatch):
     assert recipe["context"]["version"] == __version__
     assert recipe["source"]["sha256"] == hashlib.sha256(b"an sdist").hexdigest()
     assert recipe["about"]["homepage"] == "https://git.example/owner/name"
+    (script,) = recipe["build"]["python"]["entry_points"]
+    assert script in PROJECT.replace('"', "")
     needs = recipe["requirements"]
     asked = {re.sub("[>=].*", "", each).strip() for each in needs["run"] + needs["run_constraints"]}
     wheel = {re.match(r"[\w-]+", each)[0] for each in requires("fastlora-kernels")}
@@ -55,6 +59,16 @@ def test_the_conda_recipe_has_the_wheel_s_requirements(tmp_path, monkeypatch):
     assert asked == (wheel - {"torch"}) | {"python", "pytorch"}
     with pytest.raises(AssertionError, match="is no sdist"):
         run_python("-m", "tools.conda_recipe", "other.zip", cwd=ROOT)
+
+
+def test_a_console_script_is_the_command(capsys):
+    [name, module, function] = re.search(
+        r'^\[project\.scripts\]\n(\w+) = "([\w.]+):(\w+)"$', PROJECT, re.M
+    ).groups()
+    assert name == "fastlora"
+    with pytest.raises(SystemExit) as stop:
+        getattr(import_module(module), function)(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"fastlora-kernels {__version__}\n")
 
 
 @pytest.fixture

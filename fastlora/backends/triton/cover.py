@@ -20,8 +20,17 @@ except ImportError as error:
     ) from error
 
 Unproven = kernels.Unproven
-# The GPUs that calls can be planned for, without one.
-TARGETS = tuple(name for name, target in kernels.TARGETS.items() if target.kind != "cpu")
+# The targets that calls can be planned for without a GPU, and GPUs that take these rows.
+TARGETS = {
+    "sm_80": "A100, A30",
+    "sm_86": "A10, L4, L40, RTX 3090, RTX 4090",
+    "sm_90": "H100, H200, GH200",
+    "sm_100": "B200, GB200, B300",
+    "sm_120": "RTX 5090, RTX PRO 6000",
+    "gfx942": "MI300A, MI300X, MI325X",
+    "gfx950": "MI350X, MI355X",
+    "gfx11": "RX 7900",
+}
 _COVERED = (torch.float16, torch.bfloat16, torch.float32)
 LONGEST = 2**31 - 2**17  # an index and a few tiles more fit in 32 bits
 _MOST_EXPERTS = 2**16 - 2  # a grid's y counts to 2¹⁶ - 1, of which one is nobody's
