@@ -26,8 +26,8 @@ _TARGETS = {
 
 def makers_for(case: Case) -> dict[str, Maker]:
     """A step has no "layer by layer": one more model would take its time."""
-    apart = {"layer by layer": partial(_adapted, blocks=False)} if case.block == "mlp" else {}
-    fast = _over_packed if case.kind in PACKS else partial(_adapted, blocks=True)
+    apart = {"layer by layer": partial(_adapted, gated_mlps=False)} if case.block == "mlp" else {}
+    fast = _over_packed if case.kind in PACKS else partial(_adapted, gated_mlps=True)
     adapted = {"peft": _adapted, **apart, "fastlora": fast}
     return {"frozen": _frozen, **adapted}
 
@@ -139,7 +139,7 @@ def _frozen(case: Case, tensors: Tensors, dropout: float) -> Contestant:
 
 
 def _adapted(
-    case: Case, tensors: Tensors, dropout: float, blocks: bool | None = None
+    case: Case, tensors: Tensors, dropout: float, gated_mlps: bool | None = None
 ) -> Contestant:
     """PEFT's, optimized where ``blocks`` isn't None.  A step's backward ends at the first adapter.
 
@@ -158,8 +158,8 @@ def _adapted(
     module = model.train().base_model.model
     if isinstance(module, Routed):
         module.weights.requires_grad_()
-    if blocks is not None:
-        fastlora.optimize(module, strict=True, blocks=blocks)
+    if gated_mlps is not None:
+        fastlora.optimize(module, strict=True, gated_mlps=gated_mlps)
     if not isinstance(module, Step):
         return Contestant(module)
     module.from_x = False

@@ -30,7 +30,8 @@ def main() -> None:
     transformer.requires_grad_(False).to(device)
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS.split()))
     cast_training_params(transformer)  # the adapter in float32
-    print(fastlora.optimize(transformer))
+    fastlora.optimize(transformer)
+    print(fastlora.coverage(transformer))
     optimizer = torch.optim.AdamW([p for p in transformer.parameters() if p.requires_grad], lr=1e-4)
     for step in range(1, options.steps + 1):
         chosen = torch.randint(len(data["latents"]), (options.batch,))

@@ -55,7 +55,8 @@ def main() -> None:
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     rows = questions(count=256)
     trainer = GRPOTrainer(options.model, reward, arguments, train_dataset=rows, peft_config=lora)
-    print(fastlora.optimize(trainer.model))
+    fastlora.optimize(trainer.model)
+    print(fastlora.coverage(trainer.model))
     print(fastlora.merged(trainer.model))  # what sampling will take
     trainer.add_callback(MergedSampling())
     trainer.train()

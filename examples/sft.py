@@ -30,7 +30,8 @@ def main() -> None:
         peft_config=peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4) if options.nf4 else None,
     )
-    print(fastlora.optimize(trainer.model))  # TRL has made the PEFT model: now, not before
+    fastlora.optimize(trainer.model)  # TRL has made the PEFT model: now, not before
+    print(fastlora.coverage(trainer.model))
     trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
     trainer.save_model(options.out)
     print(f"{trainer.state.global_step} steps; the adapter is in {options.out}")

@@ -56,7 +56,8 @@ def add_adapter(model: torch.nn.Module, run: SimpleNamespace) -> torch.nn.Module
 
         model = PeftModel.from_pretrained(model, initial, is_trainable=True)
         if run.side == "optimized":
-            print(fastlora.optimize(model))
+            fastlora.optimize(model)
+            print(fastlora.coverage(model))
         return model
     set_seed(run.seed)
     config = fastlora.LoRAConfig(

@@ -37,7 +37,7 @@ def bar(items: Sequence, what: str, unit: str = "layer", least: int = 1) -> Iter
 NO_LAYERS = "no LoRA layers: fastlora.apply_lora or peft.get_peft_model makes them"
 _BASE_ALONE = ("merged", "disabled")
 # What a layer that isn't fast runs on: a PEFT layer, and one of fastlora's own.
-EAGER, NOT_FAST = "PEFT's forward", "not fast"
+PEFT_FORWARD, NOT_FAST = "PEFT's forward", "not fast"
 SHARDED, IN_THE_CALL = "sharded", "decided in the call"  # the latter is a reason
 
 
@@ -71,7 +71,7 @@ class LayerCoverage:
 
 
 @dataclass(frozen=True)
-class BlockCoverage:
+class GatedMLPCoverage:
     """One gated MLP: ``fast`` if a call in training is one block, ``reason`` why it isn't."""
 
     name: str
@@ -83,21 +83,21 @@ class BlockCoverage:
 class Coverage:
     """A record for each adapted layer; prints as a short report.  ``notes`` are on all of them.
 
-    ``frozen`` names the layers without an adapter that are fast too, where this CPU multiplies
-    their 16-bit weights slowly.  ``blocks`` has a record for each gated MLP.
+    ``frozen_linears`` names the fast layers without an adapter, on a CPU that multiplies their
+    16-bit weights slowly.  ``gated_mlps`` has a record for each gated MLP.
     """
 
     layers: tuple[LayerCoverage, ...]
     notes: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
-    blocks: tuple[BlockCoverage, ...] = ()
+    frozen_linears: tuple[str, ...] = ()
+    gated_mlps: tuple[GatedMLPCoverage, ...] = ()
 
     @property
     def fast(self) -> tuple[LayerCoverage, ...]:
         return tuple(layer for layer in self.layers if layer.fast)
 
     @property
-    def eager(self) -> tuple[LayerCoverage, ...]:
+    def not_fast(self) -> tuple[LayerCoverage, ...]:
         return tuple(layer for layer in self.layers if not (layer.fast or layer.plan == SHARDED))
 
     @property
@@ -110,10 +110,10 @@ class Coverage:
     def counts(self) -> str:
         """How many layers are fast; where only some are, their share of the parameters too."""
         text = f"{len(self.fast)} of {len(self.layers)} layers fast"
-        sharded = len(self.layers) - len(self.fast) - len(self.eager)
+        sharded = len(self.layers) - len(self.fast) - len(self.not_fast)
         if sharded:
             text += f", {sharded} sharded"
-        if self.fast and self.eager and any(layer.parameters for layer in self.layers):
+        if self.fast and self.not_fast and any(layer.parameters for layer in self.layers):
             text += f", {_percent(self.share)} of the adapted parameters"
         return text
 
@@ -128,31 +128,32 @@ class Coverage:
         reasons: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.reason:
-                word = "on " if layer.fast else "in " if layer.plan == EAGER else ""
+                word = "on " if layer.fast else "in " if layer.plan == PEFT_FORWARD else ""
                 where = f"{word}{layer.plan}"
                 reasons.setdefault((where, layer.reason), []).append(layer.name)
         for (where, reason), names in reasons.items():
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
         formats = Counter(layer.packed for layer in self.layers if layer.packed)
         lines += [f"{count} quantized: {name}" for name, count in formats.items()]
-        lines += self._lines_of_blocks()
-        if self.frozen:
+        lines += self._gated_mlp_lines()
+        if self.frozen_linears:
+            linears = self.frozen_linears
             lines.append(
-                f"{len(self.frozen)} without an adapter: {some(self.frozen)}: in float32, a "
-                "block of the weight at a time, since this CPU multiplies 16 bits slowly; "
-                "attention in 16 bits stays slow, which a float32 model avoids"
+                f"{len(linears)} without an adapter: {some(linears)}: in float32, a block of the "
+                "weight at a time, because this CPU multiplies 16 bits slowly; attention in 16 "
+                "bits stays slow, which a float32 model avoids"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def _lines_of_blocks(self) -> list[str]:
-        if not self.blocks:
+    def _gated_mlp_lines(self) -> list[str]:
+        if not self.gated_mlps:
             return []
-        count = sum(block.fast for block in self.blocks)
-        lines = [f"{count} of {len(self.blocks)} gated MLPs as one block"]
+        count = sum(mlp.fast for mlp in self.gated_mlps)
+        lines = [f"{count} of {len(self.gated_mlps)} gated MLPs as one block"]
         reasons: dict[str, list[str]] = {}
-        for block in self.blocks:
-            if block.reason:
-                reasons.setdefault(block.reason, []).append(block.name)
+        for mlp in self.gated_mlps:
+            if mlp.reason:
+                reasons.setdefault(mlp.reason, []).append(mlp.name)
         for reason, names in reasons.items():
             where = SHARDED if reason == IN_THE_CALL else "layer by layer"
             lines.append(f"{len(names)} {where}: {some(names)}: {reason}")
@@ -161,7 +162,7 @@ class Coverage:
 
 def is_fast(plan: str) -> bool:
     """Whether a layer of this plan is."""
-    return plan not in (EAGER, NOT_FAST, SHARDED)
+    return plan not in (PEFT_FORWARD, NOT_FAST, SHARDED)
 
 
 def format_of(output: Output) -> str:

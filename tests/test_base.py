@@ -153,7 +153,7 @@ def test_apply_lora_and_optimize_refuse_the_class(make, message):
         fastlora.apply_lora(model, LoRAConfig(target_modules=["0"]))
     model, linear = with_peft(nn.Linear(8, 6)), make()
     model.base_model.model[0].base_layer = linear
-    (layer,) = fastlora.optimize(model).layers
+    (layer,) = fastlora.coverage(fastlora.optimize(model)).layers
     assert layer.reason == f"its base is {message}"
 
 
@@ -172,7 +172,7 @@ def test_apply_lora_and_optimize_refuse_the_tensor(change, message):
 
     model = with_peft(nn.Linear(8, 6))
     change(base_of(model))
-    (layer,) = fastlora.optimize(model).layers
+    (layer,) = fastlora.coverage(fastlora.optimize(model)).layers
     assert not layer.fast
     assert re.search(message, layer.reason)
 

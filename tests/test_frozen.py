@@ -230,7 +230,7 @@ def test_the_head_is_fast_tied_and_listed_apart():
     assert fast_layers(model) == {"head"}
     assert model.head.weight is model.embed.weight
     report = fastlora.coverage(model)
-    assert report.frozen == ("head",)
+    assert report.frozen_linears == ("head",)
     assert str(report) == (
         "1 of 1 layers fast (backend torch)\n"
         "1 without an adapter: head: in float32, a block of the weight at a time, since this CPU "
@@ -239,7 +239,7 @@ def test_the_head_is_fast_tied_and_listed_apart():
 
 
 def test_frozen_false_and_float32_and_a_fast_cpu_change_nothing(monkeypatch):
-    assert fast_layers(tied(frozen=False)) == set()
+    assert fast_layers(tied(frozen_linears=False)) == set()
     assert fast_layers(tied().float()) == {"head"}  # the class stays, and calls are torch's
     config = LoRAConfig(r=2, target_modules=["mix"])
     assert fast_layers(fastlora.apply_lora(Tied(), config)) == set()
@@ -252,7 +252,7 @@ def test_modules_to_save_are_left_unchanged():
     model = fastlora.apply_lora(Mlp().bfloat16(), config)
     assert fast_layers(model) == {"down"}
     report = fastlora.coverage(model)
-    assert report.frozen == ("down",)
+    assert report.frozen_linears == ("down",)
     assert len(report.layers) == 1
 
 
@@ -262,14 +262,14 @@ def test_remove_lora_gives_them_back():
     fastlora.apply_lora(model, LoRAConfig(r=2, target_modules=["mix"]))
     assert fastlora.remove_lora(model) is model
     assert_untouched(model, before)
-    assert fastlora.coverage(model).frozen == ()
+    assert fastlora.coverage(model).frozen_linears == ()
 
 
 def test_files_load_and_take_them_in(tmp_path):
     fastlora.save_adapter(randomize(tied()), tmp_path)
     model = fastlora.load_adapter(Tied().bfloat16(), tmp_path)
     assert fast_layers(model) == {"head"}
-    plain = tied(frozen=False)
+    plain = tied(frozen_linears=False)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert repr(model) == repr(plain)
 

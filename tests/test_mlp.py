@@ -100,7 +100,7 @@ def test_a_fused_block_agrees_with_its_layers(family):
         found = results(model)
     assert len(calls) == 1
     assert_same(found, results(layer_by_layer(model)))
-    assert [block.fast for block in fastlora.coverage(model).blocks] == [True]
+    assert [block.fast for block in fastlora.coverage(model).gated_mlps] == [True]
 
 
 class Scaled(Gated):
@@ -144,7 +144,7 @@ UNKNOWN = [Scaled, Keyword, Variadic, OwnCall, Wrapped]
 def test_an_unknown_forward_stays_its_own(kind):
     model = adapted(kind())
     assert not blocks(model)
-    (block,) = fastlora.coverage(model).blocks
+    (block,) = fastlora.coverage(model).gated_mlps
     assert (block.name, block.fast) == ("0", False)
     assert block.reason == "its forward is none that fastlora knows"
     assert "1 layer by layer: 0: its forward is none that" in str(fastlora.coverage(model))
@@ -309,7 +309,7 @@ def test_a_call_goes_layer_by_layer(name):
     assert not calls
     assert_same(found, results(plain))
     assert blocks(model) == {"0"}
-    (block,) = fastlora.coverage(model).blocks
+    (block,) = fastlora.coverage(model).gated_mlps
     assert reason in block.reason
 
 
@@ -332,7 +332,7 @@ def test_a_hook_on_all_modules():
     try:
         with counted_blocks() as calls:
             model(x())
-        (block,) = fastlora.coverage(model).blocks
+        (block,) = fastlora.coverage(model).gated_mlps
     finally:
         handle.remove()
     assert not calls
@@ -351,7 +351,7 @@ def test_a_forward_that_is_replaced_on_the_class_later(monkeypatch):
         found = results(model)
     assert not calls
     assert_same(found, results(plain))
-    assert "none that fastlora knows" in fastlora.coverage(model).blocks[0].reason
+    assert "none that fastlora knows" in fastlora.coverage(model).gated_mlps[0].reason
 
 
 def test_a_forward_that_is_replaced_on_the_instance():
@@ -360,10 +360,10 @@ def test_a_forward_that_is_replaced_on_the_instance():
     model = adapted(module)
     assert not blocks(model)
     reason = "its forward was replaced on the instance"
-    assert fastlora.coverage(model).blocks[0].reason == reason
+    assert fastlora.coverage(model).gated_mlps[0].reason == reason
     model = adapted()
     block_of(model).forward = types.MethodType(Scaled.forward, block_of(model))
-    assert fastlora.coverage(model).blocks[0].reason == reason
+    assert fastlora.coverage(model).gated_mlps[0].reason == reason
 
 
 def few_rows(model, x):
@@ -428,7 +428,7 @@ def test_apply_lora_and_load_adapter_take_a_model_s_blocks(tmp_path):
     assert str(fastlora.coverage(model)) == report
     fastlora.save_adapter(model, tmp_path)
     assert blocks(fastlora.load_adapter(tiny_llama(), tmp_path)) == blocks(model)
-    assert not blocks(fastlora.apply_lora(tiny_llama(), config, blocks=False))
+    assert not blocks(fastlora.apply_lora(tiny_llama(), config, gated_mlps=False))
     plain = tiny_llama()
-    with refused(plain, "blocks is 1, but must be True or False"):
-        fastlora.apply_lora(plain, config, blocks=1)
+    with refused(plain, "gated_mlps is 1, but must be True or False"):
+        fastlora.apply_lora(plain, config, gated_mlps=1)

@@ -158,7 +158,7 @@ LEFT = {
 def test_a_call_goes_layer_by_layer(change, reason):
     model, x = own(frozen("nf4")), x_of()
     change(model[0])
-    (block,) = fastlora.coverage(model).blocks
+    (block,) = fastlora.coverage(model).gated_mlps
     assert reason in block.reason
     with counted_blocks() as calls:
         if change is broken:
@@ -172,5 +172,5 @@ def test_a_call_goes_layer_by_layer(change, reason):
 @pytest.mark.parametrize("kind", ["int8", "float8"])
 def test_a_layer_without_an_adapter_that_rounds_its_input_stays_its_own(kind):
     model = optimized(frozen(kind), target_modules=["up_proj"])
-    (block,) = fastlora.coverage(model).blocks
+    (block,) = fastlora.coverage(model).gated_mlps
     assert "without an adapter, whose own forward rounds its input" in block.reason

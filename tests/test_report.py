@@ -21,7 +21,7 @@ def test_every_adapted_layer_has_a_record():
         (layer.name, layer.shape, layer.r, layer.fast, layer.plan) for layer in report.layers
     ] == [("up", (12, 8), 4, True, "torch"), ("down", (8, 12), 4, True, "torch")]
     assert str(report) == "2 of 2 layers fast (backend torch)"
-    assert report.eager == ()
+    assert report.not_fast == ()
 
 
 def test_a_merged_layer_says_so():
@@ -34,7 +34,7 @@ def test_a_replaced_forward_is_eager_with_its_reason():
     model = adapted()
     model.up.forward = lambda x: x
     report = fastlora.coverage(model)
-    assert [layer.name for layer in report.eager] == ["up"]
+    assert [layer.name for layer in report.not_fast] == ["up"]
     assert str(report) == (
         "1 of 2 layers fast, 50 % of the adapted parameters (backend torch)\n"
         "1 not fast: up: its forward was replaced on the instance, so fastlora's isn't called"
@@ -69,7 +69,7 @@ def test_the_share_of_adapted_parameters_counts_experts():
     experts.up_proj = nn.Parameter(torch.ones(8, 16, 8))
     config = peft.LoraConfig(target_modules=["router"], target_parameters=["experts.up_proj"])
     model = peft.get_peft_model(nn.ModuleDict({"experts": experts}), config)
-    report = fastlora.optimize(model)
+    report = fastlora.coverage(fastlora.optimize(model))
     assert {layer.parameters for layer in report.layers} == {8 * 8, 8 * 16 * 8}
     assert report.share == 64 / (64 + 1024)
     first, *rest = str(report).splitlines()
@@ -120,7 +120,7 @@ def without_adapter(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_out_proj_of_torch_s_attention_is_said_not_to_be_called():
     model, x = encoder_layer("out_proj"), torch.randn(2, 3, 8)
     assert torch.equal(model(x), without_adapter(model, x))
-    report = fastlora.optimize(model)
+    report = fastlora.coverage(fastlora.optimize(model))
     assert report.fast == ()
     assert "out_proj: nothing calls it: torch.nn.MultiheadAttention reads its weight" in str(report)
     assert torch.equal(model(x), without_adapter(model, x))

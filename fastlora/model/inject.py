@@ -62,8 +62,8 @@ def apply_lora(
     config: LoRAConfig,
     *,
     autocast_adapter_dtype: bool = True,
-    frozen: bool = True,
-    blocks: bool = True,
+    frozen_linears: bool = True,
+    gated_mlps: bool = True,
 ) -> nn.Module:
     """Give every layer that ``config`` targets an adapter, freeze the rest, return the model.
 
@@ -80,11 +80,11 @@ def apply_lora(
     :class:`LoRAExperts` in the same way (docs/experts.md).
 
     On a CPU that multiplies 16 bits slowly, every other frozen ``torch.nn.Linear`` of 16 bits (the
-    head …) becomes fast as well, with nothing else changed; ``frozen=False`` leaves frozen layers
+    head …) also becomes fast, and nothing else changes; ``frozen_linears=False`` leaves them
     alone.  :func:`remove_lora` gives them back.
 
     Gated MLPs of transformers' models become blocks, which keep less for the backward
-    (docs/blocks.md); ``blocks=False`` leaves gated MLPs alone.  :func:`remove_lora` gives them
+    (docs/blocks.md); ``gated_mlps=False`` leaves gated MLPs alone.  :func:`remove_lora` gives them
     back.
 
     Raises ValueError, and leaves the model as it was: for a model that has adapters already, a
@@ -95,11 +95,11 @@ def apply_lora(
     """
     check_model(model)
     check_switch("autocast_adapter_dtype", autocast_adapter_dtype)
-    check_switch("frozen", frozen)
-    check_switch("blocks", blocks)
+    check_switch("frozen_linears", frozen_linears)
+    check_switch("gated_mlps", gated_mlps)
     config = as_config(config)
     check_plain(unwrap(model))
-    fast: Any = {"frozen": frozen, "blocks": blocks}
+    fast: Any = {"frozen_linears": frozen_linears, "gated_mlps": gated_mlps}
     inject(model, config, every_name=True, wide_adapters=autocast_adapter_dtype, **fast)
     return model
 
@@ -129,8 +129,8 @@ def inject(
     *,
     every_name: bool = False,
     wide_adapters: bool = True,
-    frozen: bool = True,
-    blocks: bool = True,
+    frozen_linears: bool = True,
+    gated_mlps: bool = True,
 ) -> Injection:
     """apply_lora, for a config from a file too, whose names need not all occur in this model."""
     held, model = inside_of(model, FULLY_SHARDED, FSDP, DDP), unwrap(model)
@@ -184,9 +184,9 @@ def inject(
     names = tuple(targets), tuple(saved)
     injection = Injection(config, *names, trained_before, untied, watch_loading(model))
     model.__dict__[RECORD] = injection
-    if frozen:
+    if frozen_linears:
         take_frozen(model.modules())
-    if blocks:
+    if gated_mlps:
         mlp.take(model.modules(), mlp.GatedMLP)
     return injection
 

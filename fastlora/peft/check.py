@@ -19,7 +19,7 @@ from ..layers.batch import call, loss_and_outputs, seed_all, undisturbed
 from ..layers.modules import plain_name, some, unwrap
 from ..projection import HALF_DTYPES, is_number, shown
 from ..report import Coverage
-from .optimize import optimize, peft_layers
+from .optimize import peft_layers, while_optimized
 
 # The relative difference that is put down to rounding, by the coarsest dtype of the run.  In 16
 # bits it is that of two blocks, and grows as √(blocks - 1): over 40 random qwen3 models in bfloat16
@@ -119,10 +119,10 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {shown(tolerance)}, but must be a number of at least 0")
     inner = unwrap(model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "PEFT .* is newer")  # which asks for this
-        optimized = optimize(model)
-    with optimized as report:
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PEFT .* is newer")  # it asks to call this function
+            report = stack.enter_context(while_optimized(model))
         from .baseline import shared_masks  # here, since they import PEFT
         from .layer import swapped_back
 
@@ -156,7 +156,7 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         gradients,
         tuple(layers),
         tolerance,
-        Coverage(report.layers, report.notes, report.frozen, report.blocks),
+        Coverage(report.layers, report.notes, report.frozen_linears, report.gated_mlps),
         dtype,
     )
 

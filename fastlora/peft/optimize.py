@@ -5,9 +5,10 @@ This file imports nothing of PEFT.
 
 import sys
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
-from weakref import ref
 
 from torch import nn
 
@@ -17,10 +18,10 @@ from ..layers.frozen import give_back_frozen, take_frozen
 from ..layers.modules import has_sharded, lora_layers, plain_name, unwrap
 from ..projection import check_switch
 from ..report import (
-    EAGER,
     IN_THE_CALL,
-    BlockCoverage,
+    PEFT_FORWARD,
     Coverage,
+    GatedMLPCoverage,
     LayerCoverage,
     cover_frozen,
     cover_lora_linears,
@@ -40,10 +41,10 @@ def coverage(model: nn.Module) -> Coverage:
     Raises TypeError for what is no module, ValueError if ``FASTLORA_BACKEND`` names no backend.
     """
     inner = checked(model)
-    unreached = "not optimized yet: fastlora.optimize(model) does it"
+    unreached = why_nothing_changes() or "not optimized yet: fastlora.optimize(model) does it"
     theirs = cover(model, peft_layers(inner), unreached)
     layers = (*cover_lora_linears(inner), *theirs.layers)
-    blocks = cover_blocks(inner, unreached)
+    blocks = cover_gated_mlps(inner, unreached)
     return Coverage(layers, theirs.notes, cover_frozen(inner), blocks)
 
 
@@ -54,11 +55,11 @@ def cover(model: nn.Module, layers: list[tuple[str, Any]], unreached: str) -> Co
         return Coverage((), notes)
     version = why_not_peft()
     if version:
-        eager = []
-        for name, layer in layers:  # as little is read as can be
+        unread = []
+        for name, layer in layers:  # this reads as little of an unknown PEFT as possible
             shape = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)
-            eager.append(LayerCoverage(name, shape, 0, False, EAGER, version))
-        return Coverage(tuple(eager), notes)
+            unread.append(LayerCoverage(name, shape, 0, False, PEFT_FORWARD, version))
+        return Coverage(tuple(unread), notes)
     from .mixed import mixed_notes
     from .records import records, wrapping_notes
 
@@ -87,7 +88,7 @@ def checked(model: nn.Module) -> nn.Module:
     return unwrap(model)
 
 
-def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
+def cover_gated_mlps(model: nn.Module, unreached: str) -> tuple[GatedMLPCoverage, ...]:
     """How every gated MLP would run that is a block, or has adapters, if it were called now.
 
     ``unreached`` is what is said of one that could be a block and isn't.
@@ -102,86 +103,93 @@ def cover_blocks(model: nn.Module, unreached: str) -> tuple[BlockCoverage, ...]:
             reason = mlp.why_not_block(module) or unreached
         else:
             continue
-        blocks_found.append(BlockCoverage(plain_name(name), not reason, reason))
+        blocks_found.append(GatedMLPCoverage(plain_name(name), not reason, reason))
     return tuple(blocks_found)
 
 
-@dataclass(frozen=True)
-class Optimized(Coverage):
-    """What ``optimize`` returns: the report; as a context manager it undoes that call at its end.
-
-    Layers that were optimized before stay so.
-    """
-
-    _changed: tuple[Any, ...] = field(default=(), repr=False, compare=False)  # weak references
-
-    def __enter__(self) -> "Optimized":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _unswap([layer for changed in self._changed if (layer := changed()) is not None])
-
-    def __reduce__(self):
-        return Coverage, (self.layers, self.notes, self.frozen, self.blocks)
-
-
 def optimize(
-    model: nn.Module, *, strict: bool = False, frozen: bool = True, blocks: bool = True
-) -> Optimized:
-    """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and report on each.
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    frozen_linears: bool = True,
+    gated_mlps: bool = True,
+) -> nn.Module:
+    """Run the PEFT LoRA layers of ``model`` through fastlora, in place, and return the model.
 
     ``model`` is a PeftModel, or any module that holds PEFT's LoRA layers, wrapped (DDP, FSDP2,
-    ``torch.compile``) or not.  Parameters, names, files and PEFT's own functions stay as they are;
-    every call decides for itself whether it runs fast, and PEFT's forward takes all the others.
-    Layers that were optimized before are left alone; layers that PEFT adds later need another call.
-    :func:`restore` undoes it, and so does the end of ``with fastlora.optimize(model):``.
+    ``torch.compile``) or not.  Parameters, names, files and PEFT's functions stay as they are.
+    Each call decides whether it runs fast; PEFT's forward takes the other calls.
+    :func:`coverage` reports on each layer.  Layers that PEFT adds later need another call of
+    ``optimize``.  :func:`restore` undoes it.
 
-    On a CPU that multiplies 16 bits slowly, so do the model's frozen ``torch.nn.Linear`` layers of
-    16 bits (the head, and what no adapter is on; a base, in calls without its adapter), which the
-    report lists apart; ``frozen=False`` leaves frozen layers alone.
+    ``frozen_linears``: on a CPU that multiplies 16 bits slowly, also speed up frozen
+    ``torch.nn.Linear`` layers of 16 bits: the head, layers without an adapter, and a base in calls
+    without its adapter.
 
-    Gated MLPs of transformers' models, down(act(gate(x)) · up(x)), become blocks: a call in
-    training keeps neither act(gate) nor the product for the backward (docs/blocks.md).  The report
-    also lists them; ``blocks=False`` leaves gated MLPs alone.
+    ``gated_mlps``: fuse each gated MLP of transformers' models, down(act(gate(x)) · up(x)), into
+    one call.  In training it saves neither act(gate) nor the product for the backward
+    (docs/blocks.md).
 
-    The results are PEFT's within its own rounding; dropout draws other masks of the same kind.
+    The results equal PEFT's within rounding.  Dropout draws other masks of the same distribution.
 
-    ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  So does, with a warning, a
-    PEFT that is older than the tested versions.  A newer one is sped up, with a warning and a note
-    in the report: :func:`fastlora.check` says whether the numbers are the same.
+    ``FASTLORA_DISABLE=1`` in the environment makes this change nothing.  A PEFT older than the
+    tested versions also changes nothing, with a warning.  A newer PEFT is sped up, with a warning:
+    :func:`fastlora.check` compares the numbers.  A model without any fast layer gets a warning that
+    gives the reasons.
 
-    Raises TypeError for what is no module, and ValueError for a model without PEFT LoRA layers, for
-    a switch that is no bool, or if ``FASTLORA_BACKEND`` names no backend.
-    With ``strict``, a layer that would not run fast is a ValueError too, with the report as its
-    text.  After an error the model is as it was.
+    Raises TypeError if ``model`` is no module, and ValueError for a model without PEFT LoRA layers,
+    for a switch that is no bool, or if ``FASTLORA_BACKEND`` names no backend.  With ``strict``, a
+    layer that would not run fast is a ValueError whose text is the report.  After an error the
+    model is as it was.
     """
+    report = _change(model, strict, frozen_linears, gated_mlps)[0]
+    nothing_is_fast = len(report.not_fast) == len(report.layers)
+    if nothing_is_fast and not why_nothing_changes():
+        warnings.warn(f"fastlora.optimize: no layer runs fast: {report}", stacklevel=2)
+    return model
+
+
+@contextmanager
+def while_optimized(model: nn.Module) -> Iterator[Coverage]:
+    """Inside, the model is optimized; yields the report.  Layers that were optimized stay so."""
+    report, changed = _change(model, strict=False, frozen_linears=True, gated_mlps=True)
+    try:
+        yield report
+    finally:
+        _unswap(changed)
+
+
+def _change(
+    model: nn.Module, strict: bool, frozen_linears: bool, gated_mlps: bool
+) -> tuple[Coverage, list[nn.Module]]:
+    """Optimize the model; returns the report, and the modules that weren't fast before."""
     inner = checked(model)
     check_switch("strict", strict)
-    check_switch("frozen", frozen)
-    check_switch("blocks", blocks)
+    check_switch("frozen_linears", frozen_linears)
+    check_switch("gated_mlps", gated_mlps)
     layers = peft_layers(inner)
     if not layers:
         raise ValueError(_why_nothing(inner))
     reason = why_nothing_changes()
     if reason and not is_disabled():
-        warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=2)
+        warnings.warn(f"fastlora.optimize changed nothing: {reason}", stacklevel=3)
     elif untested() and not reason:
-        warnings.warn(untested(), stacklevel=2)
+        warnings.warn(untested(), stacklevel=3)
     report = cover(model, layers, unreached=reason)
-    if strict and report.eager:
+    if strict and report.not_fast:
         raise ValueError(f"not every layer would run fast: {report}")
     changed: list[nn.Module] = []
     if not reason:
-        from .layer import PeftGatedMLP, swap_all  # here, since it imports PEFT
+        from .layer import PeftGatedMLP, swap_all  # here, because it imports PEFT
 
         changed += swap_all(inner.modules())
-        # Not those of adapters: one that isn't active is frozen, too, and its layer reads it.
-        named = inner.named_modules() if frozen else ()
+        # An inactive adapter is frozen also, and its layer reads it: leave lora_A and lora_B alone.
+        named = inner.named_modules() if frozen_linears else ()
         changed += take_frozen(layer for name, layer in named if ".lora_" not in name)
-        changed += mlp.take(inner.modules(), PeftGatedMLP) if blocks else []
-    covered = cover_blocks(inner, reason or "left alone (blocks=False)")
-    changed_refs = tuple(map(ref, changed))
-    return Optimized(report.layers, report.notes, cover_frozen(inner), covered, changed_refs)
+        changed += mlp.take(inner.modules(), PeftGatedMLP) if gated_mlps else []
+    covered = cover_gated_mlps(inner, reason or "left alone (gated_mlps=False)")
+    whole = replace(report, frozen_linears=cover_frozen(inner), gated_mlps=covered)
+    return whole, changed
 
 
 def restore(model: nn.Module) -> nn.Module:

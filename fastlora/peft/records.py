@@ -11,7 +11,7 @@ from ..backends import planned_backend
 from ..layers.members import is_hooked
 from ..layers.modules import has_sharded, some
 from ..projection import Output
-from ..report import EAGER, IN_THE_CALL, SHARDED, LayerCoverage, format_of, is_fast
+from ..report import IN_THE_CALL, PEFT_FORWARD, SHARDED, LayerCoverage, format_of, is_fast
 from .experts import read_experts, wrappers_in
 from .layer import is_swapped, why_not_swapped
 from .reading import adapters_now, read, why_not_now
@@ -84,7 +84,7 @@ def _called(layers: list[tuple[str, LoraLayer]]) -> dict[LoraLayer, LoraLayer]:
 def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, Output | None]:
     """Its plan, a reason, and what it computes with; ``reason``: why it isn't called."""
     if reason:
-        return EAGER, reason, None
+        return PEFT_FORWARD, reason, None
     names = adapters_now(layer)
     if not names:
         plan = "merged" if layer.merged and not layer.disable_adapters else "disabled"
@@ -99,7 +99,7 @@ def _plan(layer: LoraLayer, called: LoraLayer, reason: str) -> tuple[str, str, O
         reading = read(layer, names)
         output = reading.output
     if output is None:
-        return EAGER, reading.reason, None
+        return PEFT_FORWARD, reading.reason, None
     return *planned_backend([output]), output
 
 

@@ -207,7 +207,7 @@ def _write(model: nn.Module, trial: Trial, adapters: Mapping[str, Tensor], folde
     from ..adapters.resize import resize_adapter  # here, where all training is over
 
     with torch.random.fork_rng():
-        apply_lora(model, trial.config, frozen=False, blocks=False)
+        apply_lora(model, trial.config, frozen_linears=False, gated_mlps=False)
     try:
         with torch.no_grad():
             for name, value in adapters.items():

@@ -168,7 +168,7 @@ def test_another_implementation_gets_the_sums(monkeypatch):
     before = snapshot(model)
     torch.testing.assert_close(train(copy.deepcopy(model)), expected)
     assert len(called) == 2
-    (reason,) = {layer.reason for layer in fastlora.coverage(model).eager}
+    (reason,) = {layer.reason for layer in fastlora.coverage(model).not_fast}
     assert reason == "its forward, or its experts implementation, isn't one of transformers' own"
     with pytest.raises(RuntimeError, match=f"can't have lora_dropout: {reason}"):
         model.train()(input_ids=IDS)

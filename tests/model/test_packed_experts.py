@@ -83,7 +83,7 @@ def test_numbers_and_files_are_peft_s_over_the_dense_weights(case, tmp_path):
     report = fastlora.coverage(ours)
     assert calls_of(ours) == weights == (2 if name == "nemotron" else 4)
     assert sum(bool(layer.packed) for layer in report.fast) == weights * bool(bits)
-    assert not report.eager
+    assert not report.not_fast
     assert ("quantized: " in str(report)) == bool(bits)
     expected = logits(ours)
     fastlora.save_adapter(ours, tmp_path / "ours")
@@ -327,7 +327,7 @@ def test_broken_or_foreign_packed_experts_are_refused():
     experts.gate_up_proj_scale_inv, experts.block_size = good, (16, 16)
     fastlora.apply_lora(model, config)
     experts.gate_up_proj_scale_inv = nn.Parameter(good[:, :3].contiguous())
-    (broken, *_) = fastlora.coverage(model).eager
+    (broken, *_) = fastlora.coverage(model).not_fast
     assert "is broken" in broken.reason
     with pytest.raises(ValueError, match="FP8Experts can't be read: its gate_up_proj is broken"):
         logits(model)

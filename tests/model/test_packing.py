@@ -469,12 +469,12 @@ def test_the_report_for_peft_explains_packed_experts():
             packed_model("qwen3", "mxfp4"),
             peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
         )
-    report = fastlora.optimize(model)
+    report = fastlora.coverage(fastlora.optimize(model))
     assert len(report.fast) == 2
     assert "2 modules of experts are packed: PEFT's target_parameters passes" in str(report)
     config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
-    report = fastlora.optimize(peft.get_peft_model(fp8_model(), config))
-    assert [layer.reason for layer in report.eager] == [
+    report = fastlora.coverage(fastlora.optimize(peft.get_peft_model(fp8_model(), config)))
+    assert [layer.reason for layer in report.not_fast] == [
         "its experts are packed, and PEFT adds lora_B lora_A to their numbers before these are "
         "scaled, without a gradient: fastlora.apply_lora trains such experts"
     ] * 2

@@ -246,7 +246,7 @@ def test_a_layer_that_becomes_unreadable_raises_when_called():
     model[0].weight.quant_state.absmax = model[0].weight.quant_state.absmax[:-1]
     with pytest.raises(ValueError, match="can't be read: its quantization state is broken"):
         model(torch.randn(3, K))
-    (eager,) = fastlora.coverage(model).eager
+    (eager,) = fastlora.coverage(model).not_fast
     assert "its quantization state is broken" in eager.reason
 
 

@@ -76,7 +76,9 @@ def test_it_is_reported_as_a_router():
     model = adapted()
     assert len(model(IDS, output_router_logits=True).router_logits) == 2
     report = fastlora.coverage(model)
-    assert [layer.name for layer in report.eager] == [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
+    assert [layer.name for layer in report.not_fast] == [
+        f"model.layers.{i}.mlp.gate" for i in (0, 1)
+    ]
     assert "2 not fast: model.layers.0.mlp.gate, model.layers.1.mlp.gate: a router's own" in str(
         report
     )
@@ -96,6 +98,6 @@ def test_dropout_and_shared_batches_are_refused_for_routers(tmp_path):
 
 def test_optimize_names_the_owner_of_a_parameter():
     config = peft.LoraConfig(target_modules=[], target_parameters=["gate.weight", "q_proj.weight"])
-    report = str(fastlora.optimize(peft.get_peft_model(plain("qwen3"), config)))
+    report = str(fastlora.coverage(fastlora.optimize(peft.get_peft_model(plain("qwen3"), config))))
     assert "mlp.gate: it is on a router, to whose weight PEFT adds lora_B lora_A" in report
     assert "q_proj: it is on a matrix of a Linear, to whose weight" in report

@@ -9,6 +9,7 @@ from peft_models import adapted, assert_same, optimized
 from torch import nn
 
 import fastlora
+from fastlora.peft.optimize import while_optimized
 
 
 def model_of(**settings) -> peft.PeftModel:
@@ -44,15 +45,15 @@ def test_restore_and_the_end_of_with_give_them_back():
     fastlora.optimize(model)
     assert len(blocks(model)) == 2
     assert_untouched(fastlora.restore(model), dict(before))
-    with pytest.raises(ValueError, match="blocks is None, but must be True or False"):
-        fastlora.optimize(model, blocks=None)
-    with fastlora.optimize(model, blocks=False) as report:
-        assert not blocks(model)
-        assert "2 layer by layer" in str(report)
-        with fastlora.optimize(model):
-            assert len(blocks(model)) == 2
-        assert not blocks(model)
-    assert_untouched(model, before)
+    with pytest.raises(ValueError, match="gated_mlps is None, but must be True or False"):
+        fastlora.optimize(model, gated_mlps=None)
+    fastlora.optimize(model, gated_mlps=False)
+    assert not blocks(model)
+    assert "2 layer by layer" in str(fastlora.coverage(model))
+    with while_optimized(model):
+        assert len(blocks(model)) == 2
+    assert not blocks(model)
+    assert_untouched(fastlora.restore(model), before)
 
 
 def disabled(model):
@@ -109,7 +110,7 @@ def test_a_call_goes_layer_by_layer(name):
     with counted_blocks() as calls:
         model.train()(**DATA)
     assert len(calls) == left
-    assert reason in fastlora.coverage(model).blocks[0].reason
+    assert reason in fastlora.coverage(model).gated_mlps[0].reason
 
 
 def test_a_block_under_fsdp2_s_class():

@@ -107,7 +107,7 @@ def test_each_layer_runs_fast(case, when, two):
         for moment in case.coverage:
             found = getattr(record, moment)
             assert len(found.layers) == LAYERS
-            assert len(found.fast) == LAYERS or (moment == "coverage" and not found.eager)
+            assert len(found.fast) == LAYERS or (moment == "coverage" and not found.not_fast)
 
 
 HOOKED = "its base layer is sharded, and gathers or splits what it is called with (DTensor)"
@@ -240,7 +240,7 @@ def test_between_calls_the_report_says_that_calls_decide(two, kind):
         text = str(first)
         assert text.startswith(f"0 of {LAYERS} layers fast, {LAYERS} sharded\n{LAYERS} sharded: ")
         assert "more: decided in the call\n0 of 2 gated MLPs as one block\n2 sharded: " in text
-        assert first.notes == first.eager == ()
+        assert first.notes == first.not_fast == ()
         assert first.layers[0].name == "base_model.model.model.layers.0.self_attn.q_proj"
 
 

@@ -15,6 +15,7 @@ from peft_models import adapted
 
 import fastlora
 from fastlora.backends import products
+from fastlora.peft.optimize import while_optimized
 
 BASE = "base_model.model."
 DOCS = Path(__file__).parents[2] / "docs" / "cpu.md"
@@ -44,13 +45,13 @@ def x():
 
 def test_the_report_lists_them_apart():
     model = mlp()
-    assert fastlora.coverage(model).frozen == ()
-    report = fastlora.optimize(model)
-    assert report.frozen == fastlora.coverage(model).frozen == (f"{BASE}down", HEAD)
+    assert fastlora.coverage(model).frozen_linears == ()
+    report = fastlora.coverage(fastlora.optimize(model))
+    assert report.frozen_linears == fastlora.coverage(model).frozen_linears == (f"{BASE}down", HEAD)
     assert [layer.name for layer in report.layers] == [f"{BASE}up"]
     assert str(report).splitlines()[0] == "1 of 1 layers fast (backend torch)"
     assert f"2 without an adapter: {BASE}down, {HEAD}: in float32" in str(report)
-    assert pickle.loads(pickle.dumps(report)).frozen == report.frozen
+    assert pickle.loads(pickle.dumps(report)).frozen_linears == report.frozen_linears
 
 
 def test_bases_are_fast_in_calls_without_their_adapters():
@@ -71,24 +72,24 @@ def test_restore_and_the_end_of_with_give_them_back():
     before = snapshot(model)
     fastlora.optimize(model)
     assert_untouched(fastlora.restore(model), dict(before))
-    with fastlora.optimize(model, frozen=False):
-        with fastlora.optimize(model) as report:
-            assert fast_layers(model)
-            assert report.frozen == (f"{BASE}down", HEAD)
-        assert not fast_layers(model)
+    fastlora.optimize(model, frozen_linears=False)
+    with while_optimized(model) as report:
+        assert fast_layers(model)
+        assert report.frozen_linears == (f"{BASE}down", HEAD)
+    assert not fast_layers(model)
     assert_untouched(fastlora.restore(model), before)
 
 
 def test_nothing_changes_where_it_does_not_gain(monkeypatch):
     monkeypatch.setenv("FASTLORA_DISABLE", "1")
-    assert fastlora.optimize(mlp()).frozen == ()
-    assert fastlora.optimize(mlp().float()).frozen == ()
+    assert fastlora.coverage(fastlora.optimize(mlp())).frozen_linears == ()
+    assert fastlora.coverage(fastlora.optimize(mlp().float())).frozen_linears == ()
     monkeypatch.delenv("FASTLORA_DISABLE")
     monkeypatch.setattr(products, "FORCED", False)
     model = mlp()
-    report = fastlora.optimize(model)
+    report = fastlora.coverage(fastlora.optimize(model))
     assert fast_layers(model) == set()
-    assert report.frozen == ()
+    assert report.frozen_linears == ()
     assert str(report) == "1 of 1 layers fast (backend torch)"
 
 
@@ -97,9 +98,9 @@ def test_an_adapter_that_peft_adds_later():
     model.add_adapter("late", peft.LoraConfig(target_modules=["head", "down"], r=2))
     model.set_adapter("late")
     assert type(model.get_submodule(HEAD)) is lora.Linear
-    report = fastlora.optimize(model, strict=True)
+    report = fastlora.coverage(fastlora.optimize(model, strict=True))
     assert len(report.layers) == 3
-    assert report.frozen == ()
+    assert report.frozen_linears == ()
     with counted_frozen_calls() as calls:
         model(x()).sum().backward()
     assert len(calls) == 1  # up has no adapter of this name, so PEFT calls its base
@@ -112,7 +113,7 @@ def test_check_compares_with_torch_s_own():
         check = fastlora.check(model.train(), x())
     assert check
     assert len(calls) == 2  # only one of the two runs is fast
-    assert check.coverage.frozen == (f"{BASE}down", HEAD)
+    assert check.coverage.frozen_linears == (f"{BASE}down", HEAD)
     assert not fast_layers(model)
     fastlora.optimize(model)
     before = fast_layers(model)

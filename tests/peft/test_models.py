@@ -96,7 +96,7 @@ def test_losses_gradients_and_five_steps_are_peft_s(name):
             parameter.requires_grad_("lora_B" in parameter_name)
     ours, data = optimized(theirs), data_for(theirs)
     report = fastlora.coverage(ours)
-    assert not report.eager, report
+    assert not report.not_fast, report
     run = partial(gradients, data=data)
     with counted_blocks() as calls:
         assert_runs_the_same(run, theirs, ours, fast=len(report.fast), tolerance=ROUNDING)
@@ -109,8 +109,10 @@ def test_losses_gradients_and_five_steps_are_peft_s(name):
 def test_what_isn_t_covered_stays_peft_s_beside_the_rest():
     """An embedding; and a tied head with trained tokens, whose base PEFT wraps."""
     settings = {"trainable_token_indices": [5, 6], "target_modules": ["q_proj", "lm_head"]}
-    report = fastlora.optimize(adapted(qwen3(tie_word_embeddings=True), **settings))
-    assert (len(report.fast), [layer.reason for layer in report.eager]) == (
+    report = fastlora.coverage(
+        fastlora.optimize(adapted(qwen3(tie_word_embeddings=True), **settings))
+    )
+    assert (len(report.fast), [layer.reason for layer in report.not_fast]) == (
         2,
         ["its base is a TrainableTokensWrapper, no torch.nn.Linear"],
     )
@@ -248,8 +250,8 @@ def test_of_a_dispatched_model_only_offloaded_layers_are_peft_s(both, tmp_path):
     places |= {f"{inner}lm_head": "cpu", f"{inner}model.layers.0": "cpu"}
     places |= {f"{inner}model.layers.1": "disk"}
     accelerate.dispatch_model(ours, places, offload_dir=str(tmp_path))
-    report = fastlora.optimize(ours)
+    report = fastlora.coverage(fastlora.optimize(ours))
     assert all(".layers.0." in layer.name for layer in report.fast)
-    assert all(".layers.1." in layer.name for layer in report.eager)
+    assert all(".layers.1." in layer.name for layer in report.not_fast)
     assert len(report.fast) == LAYERS // 2
     assert_runs_the_same(logits, theirs, ours, fast=LAYERS // 2, tolerance=ROUNDING)

@@ -13,6 +13,7 @@ from process import run_forked
 from torch import nn
 
 import fastlora
+from fastlora.peft.optimize import while_optimized
 
 
 def adapted() -> peft.PeftModel:
@@ -33,14 +34,12 @@ def test_the_report_before_and_after():
         "0 of 2 layers fast\n2 in PEFT's forward: base_model.model.up, base_model.model.down: "
         "not optimized yet: fastlora.optimize(model) does it"
     )
-    report = fastlora.optimize(model)
+    report = fastlora.coverage(fastlora.optimize(model))
     assert str(report) == str(fastlora.coverage(model)) == "2 of 2 layers fast (backend torch)"
     first = report.layers[0]
     assert (first.name, first.shape, first.adapter) == ("base_model.model.up", (12, 8), "default")
     assert (first.r, first.fast, first.plan) == (4, True, "torch")
-    assert pickle.loads(pickle.dumps(report)) == fastlora.Coverage(report.layers)
-    del model
-    assert all(changed() is None for changed in report._changed)
+    assert pickle.loads(pickle.dumps(report)) == report
 
 
 class Mixed(nn.Module):
@@ -57,7 +56,7 @@ def mixed() -> peft.PeftModel:
 
 
 def test_layers_of_other_kinds_are_peft_s_and_say_so():
-    report = fastlora.optimize(mixed())
+    report = fastlora.coverage(fastlora.optimize(mixed()))
     assert {layer.name.split(".")[-1]: layer.fast for layer in report.layers} == {
         "embed": False,
         "mix": True,
@@ -67,13 +66,26 @@ def test_layers_of_other_kinds_are_peft_s_and_say_so():
     assert "embed: only PEFT's lora.Linear is sped up, not Embedding" in str(report)
 
 
+def test_optimize_returns_the_model_that_it_changed():
+    model = adapted()
+    assert fastlora.optimize(model) is model
+    wrapped = nn.DataParallel(adapted())
+    assert fastlora.optimize(wrapped) is wrapped
+
+
+def test_a_model_without_a_fast_layer_warns_with_the_reasons():
+    model = peft.get_peft_model(Mixed(), peft.LoraConfig(target_modules=["embed"]))
+    with pytest.warns(UserWarning, match=r"no layer runs fast: 0 of 1 .*(.|\n)*not Embedding"):
+        assert fastlora.optimize(model) is model
+
+
 def test_strict_raises_with_the_report_and_changes_nothing():
     model = mixed()
     message = r"1 of 3 layers fast(.|\n)*embed: only PEFT's lora.Linear"
     with pytest.raises(ValueError, match=message):
         fastlora.optimize(model, strict=True)
     assert type(model.base_model.model.mix) is PeftLinear
-    assert fastlora.optimize(adapted(), strict=True).eager == ()
+    assert fastlora.coverage(fastlora.optimize(adapted(), strict=True)).not_fast == ()
 
 
 def test_optimizing_twice_and_restoring_without_are_no_ops():
@@ -82,16 +94,16 @@ def test_optimizing_twice_and_restoring_without_are_no_ops():
     assert fastlora.restore(model) is model
     fastlora.optimize(model)
     cls = type(model.base_model.model.up)
-    assert str(fastlora.optimize(model)) == "2 of 2 layers fast (backend torch)"
+    assert str(fastlora.coverage(fastlora.optimize(model))) == "2 of 2 layers fast (backend torch)"
     assert type(model.base_model.model.up) is cls is not PeftLinear
     fastlora.restore(model)
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_as_a_context_manager_it_undoes_only_its_own_call(fast_calls):
+def test_while_optimized_undoes_only_its_own_call(fast_calls):
     model, x = adapted(), torch.randn(2, 8)
     fastlora.optimize(model.base_model.model.up)
-    with fastlora.optimize(model) as report:
+    with while_optimized(model) as report:
         assert len(report.fast) == 2
         model(x)
         assert len(fast_calls) == 2
@@ -154,7 +166,7 @@ def test_importing_fastlora_changes_nothing_until_optimize():
         "fastlora.coverage(model), fastlora.restore(model);"
         "import peft; model = peft.get_peft_model(model, peft.LoraConfig(target_modules=['0']));"
         "assert 'fastlora.peft.layer' not in sys.modules;"
-        "print(fastlora.optimize(model))"
+        "print(fastlora.coverage(fastlora.optimize(model)))"
     )
     assert run_forked(code) == "1 of 1 layers fast (backend torch)"
 
@@ -166,7 +178,7 @@ def test_accelerate_s_instance_forward_is_reached(fast_calls):
     up = model.base_model.model.up
     accelerate.hooks.add_hook_to_module(up, accelerate.hooks.ModelHook())
     theirs = up(x)
-    assert fastlora.optimize(up).fast
+    assert fastlora.coverage(fastlora.optimize(up)).fast
     torch.testing.assert_close(up(x), theirs)
     assert len(fast_calls) == 1
     accelerate.hooks.remove_hook_from_module(up)
@@ -190,7 +202,9 @@ def test_restore_reaches_a_layer_that_was_parametrized_since():
 def test_another_instance_forward_is_left_alone():
     layer = adapted().base_model.model.up
     layer.forward = lambda x: x
-    assert "its forward was replaced on the instance" in str(fastlora.optimize(layer))
+    assert "its forward was replaced on the instance" in str(
+        fastlora.coverage(fastlora.optimize(layer))
+    )
     assert layer(3) == 3
     assert type(layer) is PeftLinear
 
@@ -198,7 +212,7 @@ def test_another_instance_forward_is_left_alone():
 def test_on_the_meta_device_it_is_eager_until_there_is_data(fast_calls):
     with torch.device("meta"):
         model = adapted()
-    assert "is on the meta device" in str(fastlora.optimize(model))
+    assert "is on the meta device" in str(fastlora.coverage(fastlora.optimize(model)))
     assert model(torch.empty(2, 8, device="meta")).shape == (2, 4)
     assert not fast_calls
     model.to_empty(device="cpu")

@@ -97,7 +97,9 @@ def results(model: nn.Module, call: tuple[Tensor, ...]) -> list[Tensor]:
 
 def assert_peft_s(model: nn.Module, reason: str) -> None:
     ours = copy.deepcopy(model)
-    assert {layer.reason for layer in fastlora.optimize(ours).eager} == {reason}
+    assert {layer.reason for layer in fastlora.coverage(fastlora.optimize(ours)).not_fast} == {
+        reason
+    }
     call = routing()
     for found, expected in zip(results(ours, call), results(model, call), strict=True):
         assert torch.equal(found, expected)
@@ -138,7 +140,7 @@ def test_an_activation_without_a_name_here(act):
     model = layer_of()
     model.base_model.model.experts.get_base_layer().act_fn = act
     ours, call = copy.deepcopy(model), routing()
-    assert not fastlora.optimize(ours).eager
+    assert not fastlora.coverage(fastlora.optimize(ours)).not_fast
     with counted_calls() as calls:
         found = results(ours, call)
     assert len(calls) == 2  # its two products
@@ -149,7 +151,7 @@ def test_an_activation_without_a_name_here(act):
 def test_a_module_of_another_transformers():
     model = layer_of()
     del model.base_model.model.experts.get_base_layer()._is_expert_parallel
-    (reason,) = {layer.reason for layer in fastlora.optimize(model).eager}
+    (reason,) = {layer.reason for layer in fastlora.coverage(fastlora.optimize(model)).not_fast}
     assert reason == "experts of this version of transformers are not among the tested ones"
 
 
@@ -166,7 +168,7 @@ def test_an_adapter_that_doesn_t_fit():
     model, shape = layer_of(), (HIDDEN, 2 * EXPERTS)
     experts = model.base_model.model.experts
     experts.lora_B["default"].weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
-    first, *_ = fastlora.optimize(model).eager
+    first, *_ = fastlora.coverage(fastlora.optimize(model)).not_fast
     name = experts.parameter_name
     assert first.reason == f"its {name}: its lora_B has shape {shape}, not (16, 15)"
     with pytest.raises(RuntimeError, match=r"Expected size|must match"):

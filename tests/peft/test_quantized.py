@@ -48,7 +48,7 @@ def assert_peft_s(model: nn.Module, x: torch.Tensor, tolerance: float, autocast=
     """The fast numbers of a layer with a quantized base agree with PEFT's."""
     with shared_masks(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         theirs = numbers(model, x)
-        report = fastlora.optimize(model, strict=True)
+        report = fastlora.coverage(fastlora.optimize(model, strict=True))
         ours = numbers(model, x)
     assert report.layers[0].packed
     assert [one.dtype for one in ours] == [one.dtype for one in theirs]
@@ -116,7 +116,7 @@ def test_pickles_disabling_and_merging(kind):
     fastlora.optimize(model)
     if kind == "int8":
         other = pickle.loads(pickle.dumps(model))
-        assert not fastlora.coverage(other).eager
+        assert not fastlora.coverage(other).not_fast
         assert torch.equal(other(x), model(x))
     base = model.base_model.model[0].base_layer
     with model.disable_adapter():
@@ -125,7 +125,7 @@ def test_pickles_disabling_and_merging(kind):
     model.merge_adapter()
     assert torch.isfinite(model(x)).all()
     model.unmerge_adapter()
-    assert not fastlora.coverage(model).eager
+    assert not fastlora.coverage(model).not_fast
     assert type(model.unload()[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 
 
@@ -134,11 +134,11 @@ def test_pickles_disabling_and_merging(kind):
 def test_a_weight_that_was_repacked_for_evaluation(mode):
     """Its kernel gives x no gradient in bitsandbytes, and therefore none in PEFT."""
     model, x = peft_model("nf4"), torch.randn(3, K, requires_grad=True)
-    assert "1 quantized: NF4" in str(fastlora.optimize(model))
+    assert "1 quantized: NF4" in str(fastlora.coverage(fastlora.optimize(model)))
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     repack(model.base_model.model[0].base_layer)
     with torch.no_grad():
-        (eager,) = fastlora.coverage(model).eager
+        (eager,) = fastlora.coverage(model).not_fast
     assert "repacked for bitsandbytes' own CPU kernel" in eager.reason
     (found,) = torch.autograd.grad(getattr(model, mode)()(x).square().sum(), x)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
@@ -158,7 +158,7 @@ def test_the_formula_s_numbers_where_the_vendor_needs_a_kernel(kind):
 
 
 def test_inputs_that_torchao_rounds_are_left_to_peft_and_the_report_says_why():
-    (layer,) = fastlora.optimize(peft_model("torchao-rounding")).eager
+    (layer,) = fastlora.coverage(fastlora.optimize(peft_model("torchao-rounding"))).not_fast
     assert "torchao gives no gradient" in layer.reason
 
 

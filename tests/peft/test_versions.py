@@ -21,7 +21,7 @@ def newer(monkeypatch):
 def test_a_newer_one_is_sped_up_with_a_warning_that_says_how_to_compare():
     model = mlp()
     with pytest.warns(UserWarning, match=NEWER) as warned:
-        report = fastlora.optimize(model, strict=True)
+        report = fastlora.coverage(fastlora.optimize(model, strict=True))
     with counted_calls() as calls:
         model(inputs())
     assert len(calls) == 2
@@ -44,8 +44,8 @@ def test_an_old_one_is_left_alone(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.18.1")
     model = mlp()
     with pytest.warns(UserWarning, match=r"changed nothing: .*0.18.1 is not among the tested"):
-        report = fastlora.optimize(model)
-    assert (len(report.fast), len(report.eager)) == (0, 2)
+        report = fastlora.coverage(fastlora.optimize(model))
+    assert (len(report.fast), len(report.not_fast)) == (0, 2)
     assert type(model.base_model.model.up) is PeftLinear
     assert "0.18.1" in str(fastlora.coverage(model))
     with pytest.warns(UserWarning, match="nothing"), pytest.raises(ValueError, match=r"0\.18\.1"):
@@ -64,7 +64,9 @@ def test_the_environment_s_off_switch_wins(monkeypatch):
     monkeypatch.setenv("FASTLORA_DISABLE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "FASTLORA_DISABLE is set" in str(fastlora.optimize(model := mlp()))
+        assert "FASTLORA_DISABLE is set" in str(
+            fastlora.coverage(fastlora.optimize(model := mlp()))
+        )
     assert type(model.base_model.model.up) is PeftLinear
 
 

@@ -291,7 +291,7 @@ def test_a_diffusion_model_has_peft_s_numbers(name):
     model.requires_grad_(False)
     model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=TO))
     randomize(model, 0.1)
-    report = fastlora.optimize(model, strict=True)
+    report = fastlora.coverage(fastlora.optimize(model, strict=True))
     assert len(report.layers) >= 6
     assert fastlora.check(model, batch), fastlora.check(model, batch)
 

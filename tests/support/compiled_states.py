@@ -558,7 +558,9 @@ CHANGES: dict[str, dict[str, Callable[[State], object]]] = {
         "scale-layer": lambda state: state.layer().scale_layer(1.5),
         "unscale-layer": lambda state: state.layer().unscale_layer(),
         "restore": lambda state: fastlora.restore(state.model),
-        "optimize": lambda state: fastlora.optimize(state.model, blocks=state.draw.random() < 0.5),
+        "optimize": lambda state: fastlora.optimize(
+            state.model, gated_mlps=state.draw.random() < 0.5
+        ),
         "load": _peft_load,
         "unload": lambda state: state.model.base_model.merge_and_unload(),
     },

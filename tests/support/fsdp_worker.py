@@ -37,16 +37,16 @@ def step(model: nn.Module) -> None:
 def reports(kind: str) -> list[fastlora.Coverage]:
     """Two reports of a PEFT model under FSDP1: optimize's, and coverage's after a fast step."""
     model = flat(training.peft_model(kind))
-    first = fastlora.optimize(model, strict=True)
+    first = fastlora.coverage(fastlora.optimize(model, strict=True))
     with training.counted() as calls:
         step(model)
     assert len(calls) == training.LAYERS
-    first = fastlora.Coverage(first.layers, first.notes, blocks=first.blocks)
+    first = fastlora.Coverage(first.layers, first.notes, gated_mlps=first.gated_mlps)
     return [first, fastlora.coverage(model)]
 
 
 def report_by_peft_s_policy() -> str:
-    return str(fastlora.optimize(flat(training.peft_model(), "adapters")))
+    return str(fastlora.coverage(fastlora.optimize(flat(training.peft_model(), "adapters"))))
 
 
 LATE = peft.LoraConfig(r=2, target_modules=["q_proj"])
@@ -173,7 +173,10 @@ TAKEN = {
 def notes(kind: str, table: str) -> list[str]:
     """Notes on parameters that are not synchronized, from optimize, coverage and check."""
     model = {"left out": LEFT_OUT, "taken": TAKEN}[table][kind]()
-    texts = ["\n".join(fastlora.optimize(model).notes), "\n".join(fastlora.coverage(model).notes)]
+    texts = [
+        "\n".join(fastlora.coverage(fastlora.optimize(model)).notes),
+        "\n".join(fastlora.coverage(model).notes),
+    ]
     ids = training.batch()
     try:
         texts.append(str(fastlora.check(model, {"input_ids": ids, "labels": ids})))

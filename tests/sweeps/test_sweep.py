@@ -65,7 +65,7 @@ def alone(
     fields = {k: v for k, v in config.items() if k not in ("learning_rate", "name")}
     torch.manual_seed(SEED)
     fastlora.apply_lora(
-        model, fastlora.LoRAConfig(**({"target_modules": "all-linear"} | fields)), blocks=False
+        model, fastlora.LoRAConfig(**({"target_modules": "all-linear"} | fields)), gated_mlps=False
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config["learning_rate"], weight_decay=0.0)
