@@ -134,6 +134,13 @@ _HOPPER = _AMPERE | {
         "64x128-w8-s3 64x64-w4-s3",
         _ONE_PASS_FLOAT32,
     ),
+    "one pass over x": _table(
+        WeightGradConfig,
+        # The last is for three and four projections of rank 64 without masks (weight_grad.py).
+        f"{_LOW_RANK_TOO} 64x32-w8-s3-r256",
+        "32x32-w4-s3 64x32-w8-s3",
+        "16x32-w4-s3",
+    ),
 }
 # One step over a small rank isn't worth a way through tensor memory, which takes 64 rows.
 _SHALLOW_LOWRANK = f"32x128-w4-s1 128x128-w8-s1 {_LOWRANK.partition(' ')[2]}"
