@@ -70,13 +70,17 @@ class WeightGradConfig(Config):
         return max(main, self.block_n * r * 4) + MARGIN
 
     def why_not(self, target: Target, call: Call) -> str:
-        """One pass multiplies a tile twice: of x, by its columns; of a u, by its ranks; and by rows.
+        """One pass multiplies a tile twice: over dy the tile of x, over x the tile of each u.
 
-        A masked x is in registers, so that its product is awaited in the step.
+        With a mask the loop waits for each product, because the kept x is in registers.
         """
         kept = self.block_n if call.project else self.block_r(call)
         is_exposed = call.project or (call.low_rank and not call.masked)
-        if is_exposed and call.product != "float32" and overwrites_tiles(target, kept, self.block_m):
+        if (
+            is_exposed
+            and call.product != "float32"
+            and overwrites_tiles(target, kept, self.block_m)
+        ):
             return f"tiles of {self.block_m} rows in one pass, but Triton races under 64"
         return super().why_not(target, call)
 

@@ -295,7 +295,7 @@ def test_chunks_take_every_projection_once(count):
 
 @pytest.mark.parametrize(("target", "kernel"), DEFAULTS, ids=" ".join)
 def test_tables_have_every_product_and_run_from_large_tiles_to_small(target, kernel):
-    """But for a thin product's usual row, the first, and for the row of calls that race, the last."""
+    """The usual row of a thin product is the first; the row for calls that race, the last."""
     tables, first = (
         DEFAULTS[target, kernel],
         int(kernel.startswith(("lowrank", "project", "weight"))),

@@ -44,8 +44,9 @@ for arch, waits in json.loads(sys.argv[1]).items():
 print(json.dumps(answers))
 """
 SHARES = """
+import pathlib, tempfile
 sys.path.append("tests/support")
-from tools.machine import cases, run, tritons
+from tools.machine import cases, run, table, tritons
 found = {"all": cases.names(quick=True), "cards": [*run.CARDS]}
 for share in (1, 4, 8):
     asked = run._asked(["--quick", "--share", str(share)])
@@ -54,6 +55,10 @@ halves = [run._asked(["--quick", "--target", "ci", "--turn", str(i), "2"]) for i
 found["two"] = halves[0].target
 found["halves"] = [[[*run.chosen(card, half)] for half in halves] for card in halves[0].target]
 found["turns"] = [run.card_in_turn(f"{i:040x}") for i in range(7)]
+table.RESULTS = pathlib.Path(tempfile.mkdtemp(), "machine.json")
+for commit, card in (("a" * 40, "sm_80"), ("a" * 40, "sm_90"), ("b" * 40, "sm_90")):
+    table.add("--quick", "3.9.0", commit, {card: {"ok": 2}})
+    found[commit[0]] = table.table(json.loads(table.RESULTS.read_text()))
 found["ci"] = []
 for pinned in tritons.VERSIONS:
     tritons.pinned = lambda: pinned
@@ -181,6 +186,16 @@ def test_ci_runs_every_case_on_sm_90_and_on_a_card_in_turn(answers):
     for one, other in found["halves"]:
         assert sorted(one + other) == sorted(found["all"])
         assert min(len(one), len(other)) > len(found["all"]) / 3
+
+
+def test_results_of_a_commit_come_together_and_replace_those_of_another(answers):
+    found = answers["shares"]
+    assert found["a"].splitlines()[-1] == "| 3.9.0 | aaaaaaa | 2 | 2 |"
+    assert found["b"].splitlines() == [
+        "| Triton | commit | sm_90 |",
+        "|---|---|---|",
+        "| 3.9.0 | bbbbbbb | 2 |",
+    ]
 
 
 def test_one_pass_on_sm_90_multiplies_no_tile_that_is_loaded_over(answers):

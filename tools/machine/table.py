@@ -42,8 +42,9 @@ def table(rows: list[dict]) -> str:
     lines = [("Triton", "commit", *cards)]
     for row in rows:
         cells = [said(row["cards"].get(name, {})).removesuffix(" ok") for name in cards]
-        cases = row["cases"] if USUAL in row["cases"] else f"all cases {row['cases']}"
-        lines.append((f"{row['triton']} {cases.removeprefix(USUAL)}", row["commit"], *cells))
+        words = row["cases"].split()
+        words = words[1:] if words[:1] == [USUAL] else ["all cases", *words]
+        lines.append((" ".join([row["triton"], *words]), row["commit"], *cells))
     return pipes(lines)
 
 
