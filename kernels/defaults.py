@@ -134,10 +134,20 @@ _HOPPER = _AMPERE | {
         "64x128-w8-s3 64x64-w4-s3",
         _ONE_PASS_FLOAT32,
     ),
+    "one pass over x": _table(
+        WeightGradConfig,
+        # The last are for what the others race at: rank 33 to 64 of 3 and 4 projections, or TF32.
+        f"{_LOW_RANK_TOO} 64x32-w8-s3-r256",
+        "32x32-w4-s3 64x32-w8-s3",
+        "16x32-w4-s3",
+    ),
 }
 # One step over a small rank isn't worth a way through tensor memory, which takes 64 rows.
 _SHALLOW_LOWRANK = f"32x128-w4-s1 128x128-w8-s1 {_LOWRANK.partition(' ')[2]}"
-_BLACKWELL = _HOPPER | {"lowrank": _table(LowRankConfig, _SHALLOW_LOWRANK)}
+_BLACKWELL = _HOPPER | {
+    "lowrank": _table(LowRankConfig, _SHALLOW_LOWRANK),
+    "one pass over x": _AMPERE["one pass over x"],
+}
 
 _AMD_PROJECT = _table(ProjectConfig, "64x64-w4-s2 16x128-w4-s2 16x64-w4-s2 16x16-w4-s2")
 _AMD_WEIGHT_GRAD = _table(WeightGradConfig, "64x32-w4-s2 32x32-w4-s2")

@@ -39,6 +39,17 @@ def overwrites_operands(target: Target) -> bool:
     return target.arch == 90 and target.kind == "cuda" and ptxas(90) < (13, 3)
 
 
+def overwrites_tiles(target: Target, kept: int, used: int) -> bool:
+    """Whether a loop overwrites a loaded tile while the first of its two products still reads it.
+
+    ``kept``: the rows of the product whose sums the loop keeps.  ``used``: the rows of the product
+    whose result the step uses.  A product of 64 rows or more is a ``wgmma``, which runs while the
+    loop goes on.  Triton (3.6 to 3.9) relies on the wait of the second product, but a product of
+    fewer rows has no wait.
+    """
+    return target.kind == "cuda" and target.arch == 90 and used < 64 <= kept
+
+
 def races_when_turned(target: Target, precision: str, itemsize: int) -> bool:
     """Whether a TF32 operand by descriptor, whose depth isn't its last axis, races: tcgen05.
 

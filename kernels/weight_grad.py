@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .common import cast, dot, dropout_threshold, keep_tile, load_tile, store_tile
 from .config import MARGIN, Call, Config, cdiv, chosen_config, chunks, default_config, room, splits
+from .faults import overwrites_tiles
 from .launch import Launch, Work, launch, size_of, stated
 from .lowrank import add_kept
 from .segments import (
@@ -69,13 +70,17 @@ class WeightGradConfig(Config):
         return max(main, self.block_n * r * 4) + MARGIN
 
     def why_not(self, target: Target, call: Call) -> str:
-        """One pass multiplies a tile of x twice, by its columns, then by its rows.
+        """One pass multiplies a tile twice: over dy the tile of x, over x the tile of each u.
 
-        Hopper's products of 64 and more run while the loop goes on; smaller ones don't.  Triton
-        (3.6 to 3.9) counts on the second's: x's next tile overwrites what the first still reads.
+        With a mask the loop waits for each product, because the kept x is in registers.
         """
-        races = self.block_m < 64 <= self.block_n and call.product != "float32"
-        if call.project and races and target.kind == "cuda" and target.descriptors:
+        kept = self.block_n if call.project else self.block_r(call)
+        is_exposed = call.project or (call.low_rank and not call.masked)
+        if (
+            is_exposed
+            and call.product != "float32"
+            and overwrites_tiles(target, kept, self.block_m)
+        ):
             return f"tiles of {self.block_m} rows in one pass, but Triton races under 64"
         return super().why_not(target, call)
 

@@ -133,8 +133,15 @@ def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, pr
         (WeightGradConfig(32, 512, 8, 3), "sm_90", call(project=True), "races"),
         (
             WeightGradConfig(32, 64, 4, 2),
-            "sm_100",
+            "sm_90",
             call(itemsize=4, precision="tf32", project=True),
+            "races",
+        ),
+        (WeightGradConfig(32, 32, 8, 4, 256), "sm_90", call(r=64, low_rank=True), "races"),
+        (
+            WeightGradConfig(32, 32, 4, 3),
+            "sm_90",
+            call(r=33, itemsize=4, precision="tf32", low_rank=True),
             "races",
         ),
         (
@@ -149,6 +156,30 @@ def test_few_configs_serve_all_numbers_of_rows(target, kernel, options, most, pr
 )
 def test_configs_that_cannot_run_are_refused_with_a_reason(config, name, one, reason):
     assert reason in config.why_not(TARGETS[name], one)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "one"),
+    [
+        (WeightGradConfig(64, 32, 8, 3), "sm_90", call(r=64, low_rank=True)),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=32, low_rank=True)),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64, low_rank=True, masked=True)),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64, itemsize=4, low_rank=True)),
+        (WeightGradConfig(32, 32, 8, 4), "sm_90", call(r=64)),
+        (WeightGradConfig(32, 32, 8, 4), "sm_80", call(r=64, low_rank=True)),
+        (WeightGradConfig(32, 32, 8, 4), "sm_100", call(r=64, low_rank=True)),
+    ],
+    ids=["64-rows", "r32", "masked", "float32", "one-product", "mma", "tcgen05"],
+)
+def test_one_pass_takes_few_rows_where_no_wgmma_reads_on(config, name, one):
+    assert config.why_not(TARGETS[name], one) == ""
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_one_pass_over_x_on_sm_90_fits_groups_of_rank_64(masked):
+    one = call(m=512, r=64, projections=3, low_rank=True, masked=masked)
+    config = default_config("weight_grad", TARGETS["sm_90"], one)
+    assert config.block_m == (32 if masked else 64)
 
 
 def test_one_byte_too_much_shared_memory_is_refused():
@@ -265,12 +296,13 @@ def test_chunks_take_every_projection_once(count):
 
 @pytest.mark.parametrize(("target", "kernel"), DEFAULTS, ids=" ".join)
 def test_tables_have_every_product_and_run_from_large_tiles_to_small(target, kernel):
-    """The usual row of a thin product comes first and is exempt from the order."""
+    """The usual row of a thin product comes first, the row for calls that race comes last."""
     tables, first = (
         DEFAULTS[target, kernel],
         int(kernel.startswith(("lowrank", "project", "weight"))),
     )
+    last = -1 if (target, kernel) == ("sm_90", "one pass over x") else None
     assert tuple(tables) == PRODUCTS
     for table in tables.values():
-        areas = [config.block_m * getattr(config, "block_n", 1) for config in table[first:]]
+        areas = [config.block_m * getattr(config, "block_n", 1) for config in table[first:last]]
         assert areas == sorted(areas, reverse=True)

@@ -44,14 +44,21 @@ for arch, waits in json.loads(sys.argv[1]).items():
 print(json.dumps(answers))
 """
 SHARES = """
+import pathlib, tempfile
 sys.path.append("tests/support")
-from tools.machine import cases, run, tritons
+from tools.machine import cases, run, table, tritons
 found = {"all": cases.names(quick=True), "cards": [*run.CARDS]}
 for share in (1, 4, 8):
     asked = run._asked(["--quick", "--share", str(share)])
     found[share] = [[*run.chosen(card, asked)] for card in run.CARDS]
-halves = [run._asked(["--quick", "--share", "16", "--turn", str(i), "2"]) for i in range(2)]
-found[16] = [[*run.chosen(card, half)] for half in halves for card in run.CARDS]
+halves = [run._asked(["--quick", "--target", "ci", "--turn", str(i), "2"]) for i in range(2)]
+found["two"] = halves[0].target
+found["halves"] = [[[*run.chosen(card, half)] for half in halves] for card in halves[0].target]
+found["turns"] = [run.card_in_turn(f"{i:040x}") for i in range(7)]
+table.RESULTS = pathlib.Path(tempfile.mkdtemp(), "machine.json")
+for commit, card in (("a" * 40, "sm_80"), ("a" * 40, "sm_90"), ("b" * 40, "sm_90")):
+    table.add("--quick", "3.9.0", commit, {card: {"ok": 2}})
+    found[commit[0]] = table.table(json.loads(table.RESULTS.read_text()))
 found["ci"] = []
 for pinned in tritons.VERSIONS:
     tritons.pinned = lambda: pinned
@@ -109,6 +116,23 @@ except Fault as fault:
     found["dealloc"] = str(fault)
 print(json.dumps(found))
 """
+# One pass over x with the default tiles of sm_90, launched as in a call.
+ONE_PASS = """
+from fastlora.kernels import weight_grad
+from fastlora.kernels.launch import Launch, intercept
+from tools.machine import driver
+driver.install("sm_90")
+answers = {}
+for dtype, precision, count in ((torch.bfloat16, "ieee", 3), (torch.float32, "tf32", 1)):
+    x, *us = (torch.randn(160, n).to(dtype) for n in (32, *[64] * count))
+    outs, vs = (torch.empty(count, 64, 32).mT, torch.randn(count, 64, 32).mT)
+    call = dict(precision=precision, vs=[*vs], low_rank=torch.empty_like(x))
+    with driver.use(driver.Session()) as session, intercept(Launch.run):
+        weight_grad(x, us, [*outs], **call)
+    is_finite = bool(outs.isfinite().all() and call["low_rank"].isfinite().all())
+    answers[precision] = {"races": session.races, "is finite": is_finite}
+print(json.dumps(answers))
+"""
 WAITS = {
     80: {"barrier": ("RAW", "WAR", "WAW"), "wait for copies": ("in flight",)},
     90: {"wait at an mbarrier": ("fault", "in flight"), "wait for wgmma": ("early", "WAR"),
@@ -122,12 +146,11 @@ WAITS = {
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict]:
-    """The output of the three programs, run in one process."""
-    program = KERNELS + SHARES + INSTRUCTIONS
+    """The output of the four programs, run in one process."""
+    program = KERNELS + SHARES + INSTRUCTIONS + ONE_PASS
     printed = run_without_interpreter("-c", program, json.dumps(WAITS)).splitlines()
-    return dict(
-        zip(("kernels", "shares", "instructions"), map(json.loads, printed[-3:]), strict=True)
-    )
+    names = ("kernels", "shares", "instructions", "one pass")
+    return dict(zip(names, map(json.loads, printed[-4:]), strict=True))
 
 
 @pytest.mark.parametrize("arch", WAITS)
@@ -146,12 +169,39 @@ def test_a_right_kernel_is_right_and_a_broken_one_is_seen(arch, answers):
 def test_cards_that_share_the_cases_leave_none_out(answers):
     found = answers["shares"]
     assert found["cards"] == [f"sm_{arch}" for arch in (80, 86, 89, 90, 100, 103, 120, 121)]
-    for share in (1, 4, 8, 16):
+    for share in (1, 4, 8):
         taken = [name for card in found[str(share)] for name in card]
-        assert sorted(taken) == sorted(found["all"] * max(1, 8 // share))
+        assert sorted(taken) == sorted(found["all"] * (8 // share))
     first, *others, newest = found["ci"]  # one list for each Triton that torch pins
     assert first == newest == ["3.6.0", "3.9.0"]
     assert others == [["3.7.1", "3.9.0"], ["3.8.0", "3.9.0"]]
+
+
+def test_ci_runs_every_case_on_sm_90_and_on_a_card_in_turn(answers):
+    """Each case of a card under one of two Tritons."""
+    found = answers["shares"]
+    assert found["two"][0] == "sm_90"
+    assert sorted([*found["turns"], "sm_90"]) == sorted(found["cards"])
+    assert found["two"][1] in found["turns"]
+    for one, other in found["halves"]:
+        assert sorted(one + other) == sorted(found["all"])
+        assert min(len(one), len(other)) > len(found["all"]) / 3
+
+
+def test_results_of_a_commit_come_together_and_replace_those_of_another(answers):
+    found = answers["shares"]
+    assert found["a"].splitlines()[-1] == "| 3.9.0 | aaaaaaa | 2 | 2 |"
+    assert found["b"].splitlines() == [
+        "| Triton | commit | sm_90 |",
+        "|---|---|---|",
+        "| 3.9.0 | bbbbbbb | 2 |",
+    ]
+
+
+def test_one_pass_on_sm_90_multiplies_no_tile_that_is_loaded_over(answers):
+    """Three adapters of rank 64 in bfloat16, one in TF32: u is read by two products."""
+    for said in answers["one pass"].values():
+        assert said == {"races": [], "is finite": True}
 
 
 def test_float32_operations_give_one_nan_pattern(answers):

@@ -336,6 +336,7 @@ _ALL = """
 * layer {fused,in-place} bf16 70x48+48+48+48x64 r64+64+64+64 p0.1
 * layer in-place bf16/f32 140x96+72+136x128 r64+64+64{, p0.1}
 * layer in-place bf16/f32 400x40x72 r{16 p0.1,64}
+* layer in-place tf32 140x40x72 r64
 * layer {fused,in-place} bf16 70x48+40+56x64 r8+0+4 bias
 * layer fused bf16 {1,17}x96x200 r16 bias
   layer fused bf16 {2,16,33,64}x96x200 r16 bias

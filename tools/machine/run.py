@@ -2,7 +2,7 @@
 
     python -m tools.machine [--target sm_80 sm_90] [--quick] [--only "layer f32"] [--rows all]
     python -m tools.machine --quick --share 4    # each case on two of the eight cards
-    python -m tools.machine --quick --share 16 --triton ci  # on one card under one of two Tritons
+    python -m tools.machine --quick --target ci --triton ci  # each case on two cards
 
 A line a case: ok, or MISS with the error, the fault, the races; skip where no tile fits the target;
 unsupported where the PTX has what the machine doesn't know.  Each runs twice: launch by launch, and
@@ -34,7 +34,7 @@ from fastlora.kernels.launch import Launch, intercept
 from fastlora.kernels.plan import use_plan
 from fastlora.ops import functional
 
-from . import driver, memory, table, tritons
+from . import driver, memory, revision, table, tritons
 from .cases import Case, Results, case_of, names
 from .driver import CARDS
 
@@ -120,18 +120,17 @@ def _are_same(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
 
 
 def chosen(target: str, asked: argparse.Namespace) -> Iterator[str]:
-    """The names of its cases: all that are asked for, or its share of them.
+    """The names of its cases: all cases that were asked for, or its share of them.
 
-    By ``--share N`` one card of each N takes a case, which another Triton gives to other ones.  An
-    N above the number of cards counts those of each Triton apart.
+    With ``--share N`` one card of each N runs a case; under another Triton other cards run it.
+    ``--triton ci`` runs each case of a card under one of the two Tritons.
     """
-    turn, _ = asked.turn
-    place = asked.target.index(target) + turn * len(asked.target)
-    version = triton.__version__ if asked.share <= len(asked.target) else ""
+    place, (turn, count) = asked.target.index(target), asked.turn
     for name in names(asked.quick):
-        taken_by = zlib.crc32(f"{version} {name}".encode())
+        card = zlib.crc32(f"{triton.__version__} {name}".encode()) % asked.share
         has_words = {*asked.only.split()} <= {*re.split("[ /]", name), *name.split()}
-        if has_words and taken_by % asked.share == place % asked.share:
+        is_of_turn = zlib.crc32(f"{target} {name}".encode()) % count == turn
+        if has_words and is_of_turn and card == place % asked.share:
             yield name
 
 
@@ -156,10 +155,17 @@ def run(target: str, asked: argparse.Namespace) -> list[dict]:
     return found
 
 
+def card_in_turn(commit: str) -> str:
+    """The card that runs the quick cases beside sm_90: each commit's hash takes one."""
+    others = [name for name in CARDS if name != "sm_90"]
+    return others[int(commit, 16) % len(others)]
+
+
 def _asked(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--target", nargs="+", default=[*CARDS], choices=CARDS, metavar="NAME")
+    add("--target", nargs="+", default=[*CARDS], choices=[*CARDS, "ci"], metavar="NAME",
+        help="these cards; ci: sm_90 and the one whose turn it is by the commit")  # fmt: skip
     add("--quick", action="store_true", help="what reaches every way of a kernel")
     add("--rows", default="", help="the i-th configuration of each table, or all")
     add("--only", default="", help="cases whose names have all of these words")
@@ -168,13 +174,14 @@ def _asked(words: list[str] | None = None) -> argparse.Namespace:
     add("--orders", type=int, default=2, help="in how many orders each case runs")
     add("--allow", default="", help="kinds of races that are no miss: a,b")
     add("--misses", action="store_true", help="print these alone, and the sum")
-    add("--triton", nargs="*", metavar="X.Y.Z", help="under these, or under ci's two")
+    add("--triton", nargs="*", metavar="X.Y.Z", help="under these; ci: each case under one of two")
     add("--json", type=Path, help="write what was found of each case to this file")
     add("--turn", nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)  # of so many Tritons
     add("--save", action="store_true", help="write the sums to the results of docs/kernels.md")
     asked = parser.parse_args(words)
-    count = max(asked.turn[1], len(tritons.versions(asked.triton or [])))
-    if asked.share > len(asked.target) * count:
+    if "ci" in asked.target:
+        asked.target = ["sm_90", card_in_turn(revision.commit())]
+    if asked.share > len(asked.target):
         parser.error(f"--share {asked.share} of {len(asked.target)} cards would leave cases out")
     return asked
 
@@ -184,8 +191,8 @@ def main() -> None:
     if asked.triton:
         versions, passed = tritons.versions(asked.triton), []
         for turn, version in enumerate(versions):
-            words = [*sys.argv[1:], "--turn", str(turn), str(len(versions))]
-            passed.append(tritons.run_under(version, words))
+            turns = ["--turn", str(turn), str(len(versions))] if asked.triton == ["ci"] else []
+            passed.append(tritons.run_under(version, [*sys.argv[1:], *turns]))
         sys.exit(not all(passed))
     if len(asked.target) == 1:
         found = run(asked.target[0], asked)
@@ -208,7 +215,7 @@ def main() -> None:
     launches = sum(len(one["launches"]) for one in found)
     print(f"{'; '.join(sums)}; {launches} launches, Triton {triton.__version__}")
     if asked.save:
-        table.add(_words(asked), triton.__version__, cards)
+        table.add(_words(asked), triton.__version__, revision.commit(), cards)
     sys.exit(any(one["result"] not in ("ok", "skip") for one in found))
 
 

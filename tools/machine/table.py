@@ -11,18 +11,22 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from report import pipes
 
-USUAL = "--quick --share 8"  # words that the table doesn't say
+USUAL = "--quick"  # a word that the table doesn't say
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "machine.json"
 
 
-def add(cases: str, version: str, cards: dict[str, dict[str, int]]) -> None:
-    """What came of cases, chosen by these words, on each card under a Triton: results and counts.
+def add(cases: str, version: str, commit: str, cards: dict[str, dict[str, int]]) -> None:
+    """Save the counts of each result on each card, for cases that these words chose.
 
-    In the place of what came of the same before.
+    They replace the counts of the same cases under the same Triton; those of other cards stay if
+    they are of the same commit.
     """
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    rows = [row for row in rows if (row["cases"], row["triton"]) != (cases, version)]
-    rows.append({"triton": version, "cases": cases, "cards": cards})
+    same = [row for row in rows if (row["cases"], row["triton"]) == (cases, version)]
+    rows = [row for row in rows if row not in same]
+    for row in same:
+        cards = {**row["cards"], **cards} if row["commit"] == commit[:7] else cards
+    rows.append({"triton": version, "cases": cases, "commit": commit[:7], "cards": cards})
     lines = [json.dumps(row) for row in sorted(rows, key=lambda row: (row["cases"], row["triton"]))]
     RESULTS.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
@@ -35,10 +39,12 @@ def said(counts: dict[str, int]) -> str:
 def table(rows: list[dict]) -> str:
     """Bare numbers are of cases that were right."""
     cards = [*dict.fromkeys(name for row in rows for name in row["cards"])]
-    lines = [("Triton", *cards)]
+    lines = [("Triton", "commit", *cards)]
     for row in rows:
         cells = [said(row["cards"].get(name, {})).removesuffix(" ok") for name in cards]
-        lines.append((f"{row['triton']}{row['cases'].removeprefix(USUAL)}", *cells))
+        words = row["cases"].split()
+        words = words[1:] if words[:1] == [USUAL] else ["all cases", *words]
+        lines.append((" ".join([row["triton"], *words]), row["commit"], *cells))
     return pipes(lines)
 
 
