@@ -133,6 +133,7 @@ def arguments(options: Namespace, assistant_only: bool, packing: str) -> SFTConf
         lr_scheduler_type="constant",
         model_init_kwargs={"dtype": "bfloat16" if gpu or options.nf4 else "float32"},
         bf16=gpu,
+        dataloader_pin_memory=gpu,
         gradient_checkpointing=options.checkpointing,  # try without it: fastlora saves less
         logging_steps=1,
         save_steps=options.save_steps,

@@ -44,10 +44,10 @@ def rows_of(report: dict) -> list[tuple[str, ...]]:
 
 
 def sentence_of(report: dict) -> str:
-    """What a user gains over PEFT; "" in a run without it.
+    """The comparison with PEFT in one sentence; "" in a run without PEFT.
 
     A step whose quartiles are on both sides of PEFT's is neither faster nor slower, and held-out
-    losses that differ by less than 0.5 % are the same: other dropout masks make as much.
+    losses that differ by less than 0.5 % are the same: other dropout masks change them as much.
     """
     results, ratios = report["results"], report.get("step_time_over_peft")
     if not ratios:

@@ -62,9 +62,9 @@ class Worker:
 
 
 def start_forkserver() -> None:
-    """Start it in this folder, which is first on its path; a process that it forks goes back.
+    """Start it in this folder, the first on its path; a forked process changes to the caller's.
 
-    In a clone's root, ``kernels/`` would hide Hugging Face's package from what it imports.
+    In a clone's root, its imports would take ``kernels/`` for Hugging Face's package.
     """
     back = os.getcwd()
     os.chdir(Path(__file__).parent)

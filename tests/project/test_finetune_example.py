@@ -446,7 +446,7 @@ if __name__ == "__main__":
 
 
 def test_a_clone_s_kernels_do_not_hide_hugging_face_s(tmp_path):
-    """What a side imports and what it finds imported is theirs; the folder stays the user's."""
+    """The forkserver and a side import theirs; a side works in the user's folder."""
     (tmp_path / "kernels").mkdir()
     theirs = tmp_path / "kernels" / "__init__.py"
     theirs.write_text("")
