@@ -60,7 +60,8 @@ def main() -> None:
         write(report, scratch, options.out)
     seconds = f"{time.monotonic() - start:.0f} s in all"
     print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out} ({seconds})")
-    print(f"\n{sentence_of(report)}" if options.compare else "")
+    if options.compare:
+        print(f"\n{sentence_of(report)}")
 
 
 def train(settings: dict, out: Path) -> dict[str, dict]:

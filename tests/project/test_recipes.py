@@ -194,7 +194,7 @@ def rows_of(trainer: transformers.Trainer) -> list[tuple[str, str]]:
     return rows
 
 
-def test_sft_trains_smollm2_s_chats_and_samples(recipe, with_template, tmp_path):
+def test_sft_trains_smollm2_s_chats_resumes_and_samples(recipe, with_template, tmp_path):
     """Its template has no marks and TRL knows no version with marks; a chat may have a system
     message, and several turns."""
     system = {"role": "system", "content": "Be brief."}
@@ -207,9 +207,8 @@ def test_sft_trains_smollm2_s_chats_and_samples(recipe, with_template, tmp_path)
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     model, out = with_template(SMOLLM2), tmp_path / "adapter"
-    printed, trainer = recipe(
-        "sft", "--model", model, "--data", data, "--out", out, "--batch=1", "--epochs=1"
-    )
+    start = ["--model", model, "--data", data, "--out", out, "--batch=1"]
+    printed, trainer = recipe("sft", *start, "--epochs=1")
     assert "all chats have the same text as before" in printed
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
@@ -221,6 +220,8 @@ def test_sft_trains_smollm2_s_chats_and_samples(recipe, with_template, tmp_path)
     assert learned.replace(both, "") == "It is 0<|im_end|>"
     saved = transformers.AutoTokenizer.from_pretrained(out)
     assert saved.chat_template == tokenizer.chat_template == SMOLLM2
+    _, trainer = recipe("sft", *start, "--epochs=2")
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
     said, _ = recipe("sample", "--adapter", out, "--prompt", "What is 3?", "--tokens=5")
     assert said.strip()
 
