@@ -1,7 +1,7 @@
 """Train a LoRA of a diffusion transformer as diffusers' recipes do, with fastlora's layers.
 
-    pip install 'fastlora-kernels[recipes]'
-    python diffusion.py --model black-forest-labs/FLUX.1-dev --data encoded.pt --out folder
+    pip install -e '.[recipes]'  # in a clone
+    python examples/diffusion.py --model black-forest-labs/FLUX.1-dev --data encoded.pt --out folder
 
 Without --model: a tiny random Flux.  The data: a torch file of encoded pictures, "latents"
 [n, 16, height / 8, width / 8], "prompt_embeds" [n, tokens, 4096] and "pooled" [n, 768].

@@ -22,7 +22,7 @@ from statistics import quantiles
 
 from options import check_packages, parse_options, read_texts
 from packaged import PACKAGED, prepare
-from table import OVER, rows_of
+from table import OVER, rows_of, sentence_of
 from worker import Worker, run, scratch_in
 
 PACKED_EXPERTS = ["MXFP4 experts", "NF4 experts"]
@@ -60,6 +60,8 @@ def main() -> None:
         write(report, scratch, options.out)
     seconds = f"{time.monotonic() - start:.0f} s in all"
     print(f"adapter/, checkpoints/, loss.json and loss.png are in {options.out} ({seconds})")
+    if options.compare:
+        print(f"\n{sentence_of(report)}")
 
 
 def train(settings: dict, out: Path) -> dict[str, dict]:
@@ -67,12 +69,14 @@ def train(settings: dict, out: Path) -> dict[str, dict]:
     names = sides_of(settings)
     results, sides = dict.fromkeys(names), []
     try:
-        for name in sorted(names, key=lambda name: name != "fastlora"):  # PEFT loads its adapter
-            print(f"\n--- {name}: loading the model", flush=True)
+        first = sorted(names, key=lambda name: name != "fastlora")  # PEFT loads its adapter
+        for number, name in enumerate(first, 1):
+            print(f"\n--- {name} ({number} of {len(names)}): loading the model", flush=True)
             sides.append(Worker(name, "train_one", settings | side_settings(name, settings)))
             sides[-1].answer()
         take_turns(sides, settings["steps"])
         for side in reversed(sides):  # the others leave before fastlora loads a model anew
+            print(f"\n--- {side.name}: measuring what it saves for the backward", flush=True)
             results[side.name] = side.go()
             side.process.join()
     finally:
@@ -104,13 +108,14 @@ def take_turns(sides: list[Worker], steps: int) -> None:
     from tqdm import tqdm
 
     losses = {side.name: "" for side in sides}
-    with tqdm(total=steps, desc=f"training with {', '.join(losses)}") as bar:
+    turns = {"total": steps * len(sides), "unit": "turn"}
+    with tqdm(desc=f"training with {', '.join(losses)}", **turns) as bar:
         for step in range(steps):
             first = step % len(sides)
             for side in sides[first:] + sides[:first]:
                 losses[side.name] = f"{side.go():.3f}"
-            bar.set_postfix(losses)
-            bar.update()
+                bar.set_postfix(losses)
+                bar.update()
 
 
 def keep_checkpoints(scratch: Path, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Reinforcement learning with TRL's GRPO: a rule as reward, and samples at the base model's speed.
 
-    pip install 'fastlora-kernels[recipes]'
-    python grpo.py --model Qwen/Qwen3-0.6B
+    pip install -e '.[recipes]'  # in a clone
+    python examples/grpo.py --model Qwen/Qwen3-0.6B
 
 The rule wants short answers with the right sum; write your own in ``reward``.  Sampling takes most
 of a step.  MergedSampling merges the adapter into the weights for it, and puts the very bits back.

@@ -1,13 +1,15 @@
 """Sample from an adapter that sft.py or grpo.py made, and write it for llama.cpp.
 
-    pip install 'fastlora-kernels[recipes,gguf]'
-    python sample.py --adapter out/sft-Qwen3-0.6B --prompt "Why is the sky blue?"
-    python sample.py --adapter out/sft-Qwen3-0.6B --gguf sft.gguf
+    pip install -e '.[recipes,gguf]'  # in a clone
+    python examples/sample.py --adapter out/sft --prompt "Why is the sky blue?"
+    python examples/sample.py --adapter out/sft --gguf sft.gguf
 
 Sampling is merged, at the base model's speed.  llama.cpp: llama-cli -m BASE.gguf --lora sft.gguf
 """
 
 from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
+from pathlib import Path
 
 import peft
 import torch
@@ -24,7 +26,8 @@ def main() -> None:
     if options.gguf:
         config = AutoConfig.from_pretrained(base)
         fastlora.export_gguf(options.adapter, options.gguf, model_config=config)
-        print(f"{options.gguf}: load it beside {base} as llama.cpp has it")
+        size = Path(options.gguf).stat().st_size / 2**20
+        print(f"{options.gguf}: the adapter, {size:.1f} MiB; llama.cpp loads it beside {base}")
 
 
 @torch.no_grad()
@@ -33,9 +36,12 @@ def sampled(options: Namespace, base: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(options.adapter)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
     model = peft.PeftModel.from_pretrained(model, options.adapter).eval()
-    chat = [{"role": "user", "content": options.prompt}]
-    how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    inputs = tokenizer.apply_chat_template(chat, **how).to(device)
+    text = options.prompt
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    special = not tokenizer.chat_template  # a template writes the special tokens itself
+    inputs = tokenizer(text, add_special_tokens=special, return_tensors="pt").to(device)
     with fastlora.merged(model):
         tokens = model.generate(**inputs, max_new_tokens=options.tokens)[0]
     return tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -47,7 +53,12 @@ def parse_options() -> Namespace:
     parser.add_argument("--prompt", help="what the user says")
     parser.add_argument("--tokens", type=int, default=200, help="at most so many are sampled")
     parser.add_argument("--gguf", help="a file to write")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not (options.prompt or options.gguf):
+        parser.error("nothing to do: give --prompt TEXT, --gguf FILE, or both")
+    if options.gguf and not find_spec("gguf"):
+        parser.error("--gguf needs the package gguf: pip install gguf")
+    return options
 
 
 if __name__ == "__main__":

@@ -43,6 +43,31 @@ def rows_of(report: dict) -> list[tuple[str, ...]]:
     return lines
 
 
+def sentence_of(report: dict) -> str:
+    """The comparison with PEFT in one sentence; "" in a run without PEFT.
+
+    A step whose quartiles are on both sides of PEFT's is neither faster nor slower, and held-out
+    losses that differ by less than 0.5 % are the same: other dropout masks change them as much.
+    """
+    results, ratios = report["results"], report.get("step_time_over_peft")
+    if not ratios:
+        return ""
+    side = "optimized" if "optimized" in results else "fastlora"
+    ours, theirs = results[side], results["PEFT"]
+    ratio, (low, high) = ratios[side]["median"], ratios[side]["quartiles"]
+    faster = f"{1 / ratio:.2f} × faster" if ratio < 1 else f"{ratio:.2f} × slower"
+    said = ["neither faster nor slower (the steps vary too much)" if low <= 1 <= high else faster]
+    growth = ours["peak_memory_growth"], theirs["peak_memory_growth"]
+    if None not in growth:
+        saved = round(100 * (1 - growth[0] / growth[1]))
+        said.append(f"{abs(saved)} % {'less' if saved >= 0 else 'more'} memory for training")
+    loss, peft_s = (each["held_out_loss"][-1][1] for each in (ours, theirs))
+    same = abs(loss - peft_s) <= 0.005 * abs(peft_s)
+    said.append(f"{'the same' if same else 'another'} held-out loss ({loss:.3f}, {peft_s:.3f})")
+    name = "PEFT with fastlora.optimize" if side == "optimized" else "fastlora"
+    return f"{name}, compared with PEFT: {', '.join(said)}"
+
+
 def with_quartiles(ratio: dict) -> str:
     low, high = ratio["quartiles"]
     return f"{ratio['median']:.3f} ({low:.3f}–{high:.3f})"

@@ -78,6 +78,7 @@ def train(trainer: Trainer, run: SimpleNamespace) -> dict:
     turns = Turns(run.parent)
     print("measuring the held-out loss before training", flush=True)
     losses = [(0, trainer.evaluate()["eval_loss"])]
+    trainer.remove_callback(ProgressCallback)  # from here on, finetune.py has one for all sides
     if not math.isfinite(losses[0][1]):  # Gemma 3 in float16, for one
         stop(f"--dtype {run.dtype}: the model's loss is {losses[0][1]} before training")
     trainer.add_callback(turns)
@@ -122,9 +123,7 @@ def make_trainer(tokenizer, run: SimpleNamespace) -> Trainer:
     if run.side == "frozen":  # Trainer asks for something to optimize
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         kind, settings = Trainer, {"optimizers": (nothing, None)}
-    trainer = kind(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
-    trainer.remove_callback(ProgressCallback)  # finetune.py has one for all sides
-    return trainer
+    return kind(model, arguments, train_dataset=training, eval_dataset=held_out, **settings)
 
 
 def resized(trainer: Trainer, run: SimpleNamespace) -> dict:
@@ -135,6 +134,7 @@ def resized(trainer: Trainer, run: SimpleNamespace) -> dict:
     for rank in [rank for rank in (8, 4, 2, 1) if rank < run.rank]:
         fastlora.resize_adapter(whole, rank=rank, output=run.scratch / f"rank-{rank}")
         fastlora.load_adapter(fastlora.remove_lora(model), run.scratch / f"rank-{rank}")
+        print(f"measuring the held-out loss at rank {rank}", flush=True)
         losses[rank] = trainer.evaluate()["eval_loss"]
     fastlora.load_adapter(fastlora.remove_lora(model), whole)
     return {"effective_rank": fastlora.resize_adapter(whole).effective_rank, "losses": losses}
@@ -163,16 +163,19 @@ def finish(model: torch.nn.Module, tokenizer, row: torch.Tensor, run: SimpleName
     differences["merged"] = difference(trained, logits(model, row))
     print_sample("after training", tokenizer, continuation(model, prompt))
 
-    base, loaded, merged = (f"{each:.2g}" for each in differences.values())
-    loader = "PEFT" if run.compare else "fastlora.load_adapter"
-    print(
-        f"relative difference to the trained model's logits: saved and loaded by {loader}", end=" "
-    )
-    print(f"{loaded}, merged {merged}, without the adapter {base}", flush=True)
     # Where two experts are as good, rounding chooses.
     limit = TOLERANCE[run.dtype] * (10 if run.parameters else 1)
+    base, loaded, merged = (f"{each:.2g}" for each in differences.values())
+    loader = "PEFT" if run.compare else "fastlora.load_adapter"
+    checked = f"saved and loaded by {loader} {loaded}, merged {merged}"
     if not (differences["loaded"] <= limit and differences["merged"] <= limit):
-        raise RuntimeError(f"this is more than rounding explains ({limit}): please report it")
+        raise RuntimeError(
+            f"relative difference to the trained model's logits: {checked}, which is more than "
+            f"rounding explains ({limit}): please report it"
+        )
+    print(f"the adapter's files and its merge are right: {checked} (relative", end=" ")
+    print("difference to the trained model's logits; rounding explains up to", end=" ")
+    print(f"{limit}; without the adapter {base})", flush=True)
     return differences
 
 

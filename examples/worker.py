@@ -3,12 +3,13 @@
 import contextlib
 import importlib
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ class Worker:
         # Ctrl-C waits until it has started, and since it inherits the mask, never reaches it.
         resource_tracker.ensure_running()  # first, since it takes the mask off
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        start_forkserver()
         self.process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()  # so that its end is seen here
@@ -57,6 +59,19 @@ class Worker:
         with contextlib.suppress(OSError):  # if it has ended, answer tells
             self.pipe.send("go")
         return self.answer()
+
+
+def start_forkserver() -> None:
+    """Start it in this folder, the first on its path; a forked process changes to the caller's.
+
+    In a clone's root, its imports would take ``kernels/`` for Hugging Face's package.
+    """
+    back = os.getcwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(back)
 
 
 def run(name: str, module: str, settings: dict) -> Any:

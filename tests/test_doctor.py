@@ -58,6 +58,15 @@ def test_versions_machine_and_the_text_on_about_a_screen(capsys):
             assert any(line.split() == [*name.split(), *text.split()] for line in lines), name
 
 
+def test_a_clone_whose_kernels_hide_hugging_face_s_is_said_in_one_line(monkeypatch):
+    assert "in a clone" not in machine.installation()
+    ours = machine.installation()["fastlora.kernels"]
+    monkeypatch.syspath_prepend(os.path.dirname(ours))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    said = machine.installation()["in a clone"]
+    assert said.startswith(f"{ours} hides Hugging Face's package kernels: run Python in another")
+
+
 NEEDS_INTERPRETER = "on a CPU the Triton kernels run only under TRITON_INTERPRET=1"
 
 

@@ -123,6 +123,13 @@ def installation() -> dict[str, str]:
         name: str(Path(spec.origin).parent) if spec and spec.origin else "missing"
         for name, spec in specs.items()
     }
+    # In a clone, "kernels" is this package's folder, where others look for Hugging Face's.
+    top, ours = find_spec("kernels"), specs[f"{package}.kernels"]
+    if top and ours and top.origin == ours.origin:
+        places["in a clone"] = (
+            f"{places[f'{package}.kernels']} hides Hugging Face's package kernels: run Python in "
+            "another folder, or with -P from Python 3.11 on"
+        )
     others = namesakes()
     return places | ({f"another {package}": others} if others else {})
 

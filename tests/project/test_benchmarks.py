@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from process import run_without_interpreter
+from process import run_python, run_without_interpreter
 from torch import nn
 
 import fastlora
@@ -38,6 +38,14 @@ from fastlora.kernels.plan import UNPACKING
 ROOT = Path(__file__).parents[2]
 CASE = next(case for case in cpu_cases() if case.tiny and case.dropout)
 IN_GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git repository")
+
+
+def test_a_clone_s_kernels_do_not_hide_hugging_face_s(tmp_path):
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.parent.mkdir()
+    theirs.write_text("")
+    find = "import benchmarks, importlib.util as util; print(util.find_spec('kernels').origin)"
+    assert run_python("-c", find, cwd=ROOT, PYTHONPATH=str(tmp_path)) == str(theirs)
 
 
 def row_of(case=CASE, **makers) -> dict:

@@ -193,6 +193,31 @@ def test_table_has_all_sides(compared):
             assert side["kept_for_backward"] / 4 < side["peak_memory_growth"] < 2**29
 
 
+def test_the_last_sentence_is_the_results(compared, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    sentence_of = importlib.import_module("table").sentence_of
+    last = compared.printed.splitlines()[-1]
+    assert last == sentence_of(compared.report)
+    assert last.startswith("PEFT with fastlora.optimize, compared with PEFT: ")
+
+    def said(time: float, quartiles: list[float], memory: int | None, loss: float) -> str:
+        side = {"peak_memory_growth": memory, "held_out_loss": [[0, 3.0], [8, loss]]}
+        peft_s = {"peak_memory_growth": 200, "held_out_loss": [[0, 3.0], [8, 2.3]]}
+        ratio = {"median": time, "quartiles": quartiles}
+        report = {"results": {"PEFT": peft_s, "fastlora": side}}
+        return sentence_of(report | {"step_time_over_peft": {"fastlora": ratio}})
+
+    better = "1.37 × faster, 52 % less memory for training, the same held-out loss (2.301, 2.300)"
+    assert said(0.729, [0.68, 0.73], 96, 2.301) == f"fastlora, compared with PEFT: {better}"
+    worse = "1.50 × slower, 10 % more memory for training, another held-out loss (2.400, 2.300)"
+    assert said(1.5, [1.4, 1.6], 220, 2.4) == f"fastlora, compared with PEFT: {worse}"
+    noise = (
+        "neither faster nor slower (the steps vary too much), another held-out loss (nan, 2.300)"
+    )
+    assert said(0.97, [0.9, 1.1], None, numpy.nan) == f"fastlora, compared with PEFT: {noise}"
+    assert sentence_of({"results": {}}) == ""
+
+
 def test_without_peft_there_is_one_side(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--no-compare"])
@@ -257,7 +282,8 @@ def test_experts_train_as_peft_s_of_jsonl_with_all_linear_and_auto_dtype(
     options += ["--data", data, "--target", "all-linear", "--dtype", "auto"]
     code, printed, errors = finetune(*inputs[4:], *options, more=NO_16_BIT_PRODUCTS)
     assert code == 0, errors
-    assert "saved and loaded by PEFT" in printed  # this includes a comparison of logits
+    assert "right: saved and loaded by PEFT" in printed  # this includes a comparison of logits
+    assert "rounding explains up to 0.001;" in printed
     report = json.loads((tmp_path / "out" / "loss.json").read_text())
     ours, theirs = (report["results"][side] for side in ("fastlora", "PEFT"))
     assert numpy.array(ours["loss"]) == pytest.approx(numpy.array(theirs["loss"]), rel=1e-4)
@@ -410,6 +436,33 @@ def test_sides_end_with_the_process_that_started_them(tmp_path):
     process.kill()
     process.communicate(timeout=60)
     assert ended(sides)
+
+
+PLACES = """
+import sys
+import worker
+worker.CONTEXT.set_forkserver_preload(["early"])
+if __name__ == "__main__":
+    print(*worker.run("one", "place", {}), sep="\\n")
+"""
+
+
+def test_a_clone_s_kernels_do_not_hide_hugging_face_s(tmp_path):
+    """The forkserver and a side import theirs; a side works in the user's folder."""
+    (tmp_path / "kernels").mkdir()
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.write_text("")
+    (tmp_path / "early.py").write_text("import kernels\nPLACE = kernels.__file__\n")
+    (tmp_path / "place.py").write_text(
+        "import os, early, kernels\n"
+        "def main(run):\n    return early.PLACE, kernels.__file__, os.getcwd()\n"
+    )
+    (tmp_path / "script.py").write_text(PLACES)
+    folders, clone = os.pathsep.join([str(SCRIPT.parent), str(tmp_path)]), SCRIPT.parents[1]
+    script = tmp_path / "script.py"
+    process = start(script=script, more={"PYTHONPATH": folders}, cwd=clone)
+    printed, errors = process.communicate(timeout=60)
+    assert printed.split("\n")[:3] == [str(theirs), str(theirs), str(clone)], errors
 
 
 def test_a_sweep_writes_its_table_curves_and_adapters(inputs, tmp_path, monkeypatch, capsys):

@@ -111,7 +111,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def test_they_are_short_and_say_how_they_run():
     for name, option in RECIPES.items():
         text = (EXAMPLES / f"{name}.py").read_text()
-        assert len(text.splitlines()) <= 80, name
+        assert len(text.splitlines()) <= (180 if name == "sft" else 80), name
         assert f"{name}.py {option}" in ast.get_docstring(ast.parse(text)), name
 
 
@@ -155,6 +155,173 @@ def test_what_sft_made_is_sampled_and_written_for_llama_cpp(recipe, tiny, chats,
     assert said
     assert last.startswith(f"{tmp_path / 'lora.gguf'}: ")
     assert (tmp_path / "lora.gguf").read_bytes()[:4] == b"GGUF"
+
+
+# As in the tokenizer of HuggingFaceTB/SmolLM2-135M-Instruct.
+SMOLLM2 = """\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+LIKE_LLAMA_2 = """\
+{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]\
+{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"""
+SMALL = ("--batch=1", "--max-length=160")
+
+
+@pytest.fixture
+def with_template(tiny, tmp_path) -> Callable:
+    """The tiny model with another chat template."""
+
+    def make(template: str) -> Path:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny, folder)
+        (folder / "chat_template.jinja").write_text(template)
+        return folder
+
+    return make
+
+
+def rows_of(trainer: transformers.Trainer) -> list[tuple[str, str]]:
+    """The text of each packed row, and the words of it that the loss is on."""
+    decode, rows = trainer.processing_class.decode, []
+    for batch in trainer.get_train_dataloader():
+        learned = batch["labels"] != -100
+        rows.append((decode(batch["input_ids"][0]), decode(batch["labels"][learned])))
+    return rows
+
+
+def test_sft_trains_smollm2_s_chats_resumes_and_samples(recipe, with_template, tmp_path):
+    """Its template has no marks and TRL knows no version with marks; a chat may have a system
+    message, and several turns."""
+    system = {"role": "system", "content": "Be brief."}
+    turns = [
+        {"role": role, "content": f"{text} {number}"}
+        for number in range(2)
+        for role, text in (("user", "What is"), ("assistant", "It is"))
+    ]
+    chats = [turns, [system, *turns], turns[:2]]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    model, out = with_template(SMOLLM2), tmp_path / "adapter"
+    start = ["--model", model, "--data", data, "--out", out, "--batch=1"]
+    printed, trainer = recipe("sft", *start, "--epochs=1")
+    assert "all chats have the same text as before" in printed
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    ((packed, learned),) = rows_of(trainer)
+    assert sorted(packed.partition(text)[1] for text in texts) == sorted(texts)
+    assert len(packed) == sum(map(len, texts))
+    both = "It is 0<|im_end|>It is 1<|im_end|>"
+    assert learned.count("It is") == 5
+    assert learned.replace(both, "") == "It is 0<|im_end|>"
+    saved = transformers.AutoTokenizer.from_pretrained(out)
+    assert saved.chat_template == tokenizer.chat_template == SMOLLM2
+    _, trainer = recipe("sft", *start, "--epochs=2")
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
+    said, _ = recipe("sample", "--adapter", out, "--prompt", "What is 3?", "--tokens=5")
+    assert said.strip()
+
+
+def test_sft_says_what_to_do_with_a_template_that_it_cannot_mark(
+    recipe, with_template, chats, tmp_path
+):
+    start = ["--model", with_template(LIKE_LLAMA_2), "--data", chats, "--out", tmp_path / "out"]
+    start += [*SMALL, "--steps=1"]
+    with pytest.raises(SystemExit, match=r"put {% generation %}.*--template.*--whole-chat"):
+        recipe("sft", *start)
+    _, trainer = recipe("sft", *start, "--whole-chat")
+    for text, learned in rows_of(trainer):  # a sequence's first token has no prediction
+        assert learned.count("INST] What is") == text.count("[INST] What is") >= 3
+    words = "{{ message.content + eos_token }}"
+    marks = "{% generation %}" + words + "{% endgeneration %}"
+    (tmp_path / "marked.jinja").write_text(LIKE_LLAMA_2.replace(words, marks))
+    _, trainer = recipe("sft", *start, "--template", tmp_path / "marked.jinja", "--steps=2")
+    text, learned = rows_of(trainer)[0]
+    assert text.startswith("[INST] What is")
+    assert re.fullmatch(r"(It is \d+, as it was\.<\|im_end\|>){3,}", learned)
+
+
+def test_sft_without_a_chat_template_says_so(recipe, with_template, chats, tmp_path):
+    model = with_template("")
+    (model / "chat_template.jinja").unlink()
+    start = ["--model", model, "--data", chats, "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="has no chat template: give a file with one"):
+        recipe("sft", *start)
+
+
+def said_by(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+LONG = "It is 3, as it was. " * 20
+FORMS = {
+    "strings": ({"prompt": "What is 3?", "completion": " It is 3."}, " It is 3.<|im_end|>"),
+    "messages": (
+        {"prompt": said_by("user", "What?"), "completion": said_by("assistant", "It is 3.")},
+        "It is 3.<|im_end|>\n",
+    ),
+    "text": ({"text": LONG}, LONG + "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sft_of_other_forms_of_data(recipe, with_template, form, tmp_path):
+    row, expected = FORMS[form]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    start = ["--model", with_template(SMOLLM2), "--data", data, "--out", tmp_path / "out"]
+    _, trainer = recipe("sft", *start, *SMALL, "--epochs=1")
+    rows = rows_of(trainer)
+    if form == "text":  # longer than a sequence, whose first token has no prediction
+        (first, learned), (last, ending) = sorted(rows, key=lambda row: row[0].endswith("end|>"))
+        assert first + last == expected
+        assert first[-len(learned) :] + last[-len(ending) :] == learned + ending
+        assert len(learned + ending) > 0.98 * len(expected)
+    else:
+        assert [learned for _, learned in rows] == [expected]
+
+
+def test_sft_of_data_without_a_known_form_says_what_fits(recipe, tiny, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "What?", "answer": "That."}\n')
+    said = "a line has question, answer; it must have messages, or prompt and completion, or text"
+    with pytest.raises(SystemExit, match=said):
+        recipe("sft", "--model", tiny, "--data", data, "--out", tmp_path / "out")
+
+
+def test_sft_s_options_are_the_run_s(recipe, tiny, chats, tmp_path):
+    lora = ["--rank=4", "--alpha=6", "--dropout=0.1", "--targets=q_proj,v_proj", "--lr=0.01"]
+    start = ["--model", tiny, "--data", chats, "--out", tmp_path, *SMALL]
+    printed, trainer = recipe("sft", *start, *lora, "--eval=0.25", "--save-steps=1", "--epochs=2")
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.1)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert "4 of 4 layers fast" in printed
+    history = trainer.state.log_history
+    assert {entry["learning_rate"] for entry in history if "learning_rate" in entry} == {0.01}
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    steps = trainer.state.global_step
+    assert steps == 2 * len(trainer.train_dataset)
+    losses = f"held-out loss: {evaluations[0]:.3f} before, {evaluations[-1]:.3f} after"
+    assert losses in printed
+    assert evaluations[-1] < evaluations[0]
+    assert printed.endswith(f"{steps} steps; the adapter is in {tmp_path}\n")
+
+
+def test_sample_with_nothing_to_do_or_without_gguf_says_so(recipe, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        recipe("sample", "--adapter", "somewhere")
+    assert stopped.value.code == 2
+    assert "nothing to do: give --prompt TEXT, --gguf FILE, or both" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", {}.get)
+    with pytest.raises(SystemExit) as stopped:
+        recipe("sample", "--adapter", "somewhere", "--gguf", "some.gguf")
+    assert stopped.value.code == 2
+    assert "--gguf needs the package gguf: pip install gguf" in capsys.readouterr().err
 
 
 def test_sft_over_nf4(recipe, tiny, chats, tmp_path):
@@ -296,20 +463,28 @@ def test_a_diffusion_model_has_peft_s_numbers(name):
     assert fastlora.check(model, batch), fastlora.check(model, batch)
 
 
-def test_the_notebook_runs(tiny, tmp_path, monkeypatch, capsys):
+def test_the_notebook_runs(tiny, tmp_path):
+    """Top to bottom in a clone's examples/, but for the installation and the download."""
     notebook = json.loads((EXAMPLES / "start.ipynb").read_text())
     cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
     assert not any(cell.get("outputs") for cell in notebook["cells"])
-    sources = ["".join(lines) for lines in cells]
-    install = [source for source in sources if source.startswith("%pip install")]
-    assert len(install) == 1
-    code = "\n".join(source for source in sources if not source.startswith("%"))
-    code, count = re.subn('NAME = ".*"', f"NAME = {str(tiny)!r}", code)
-    assert count == 1
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("60_000", "6_000"), "start.ipynb", "exec"), {})
-    printed = capsys.readouterr().out
+    lines = [line for cell in cells for line in [*cell, "\n"]]
+    install = [line.strip() for line in lines if line.startswith("%")]
+    assert install == ["%pip install --quiet -e '..[demo]'"]
+    code = "".join(line for line in lines if not line.startswith("%"))
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    shutil.copytree(EXAMPLES.parent / "kernels", tmp_path / "kernels")
+    shutil.copytree(tiny, tmp_path / ".cache" / "models" / "SmolLM2-135M-Instruct")
+    code = code.replace("60_000", "6_000") + "\nimport importlib.util as util\n"
+    code += "print('kernels:', (spec := util.find_spec('kernels')) and spec.origin)\n"
+    printed = run_python("-c", code, cwd=tmp_path / "examples", CUDA_VISIBLE_DEVICES="")
     assert "14 of 14 layers fast" in printed
+    steps = re.findall(r"PEFT loss (\S+), \S+ s   fastlora loss (\S+), \S+ s", printed)
+    assert len(steps) == 8
+    for theirs, ours in steps:
+        assert float(ours) == pytest.approx(float(theirs), rel=0.05)
+    assert re.search(r"a step of PEFT takes \d+\.\d\d × the time of fastlora's", printed)
     assert "the same within rounding" in printed
     assert "nothing is broken" in printed
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert f"kernels: {tmp_path}" not in printed  # Hugging Face's, or none
+    assert (tmp_path / "out" / "start" / "adapter_model.safetensors").exists()
