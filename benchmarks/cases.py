@@ -245,7 +245,7 @@ def host_cases() -> list[Case]:
     cases = [
         replace(each, M=M, dropout=p) for each in cases for p in DROPOUTS for M in (16, 512, 4096)
     ]
-    # Small: autograd really sums the dx of several layers.  Up to 64 rows a forward is fused.
+    # Up to 64 rows a forward is fused.
     for kind, outputs, limit in (
         ("mlp", (512,), 0.65), ("projections", (512, 128, 128, 512, 512), 0.70),
     ):  # fmt: skip
