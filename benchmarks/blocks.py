@@ -91,7 +91,11 @@ class GatedMLP(nn.Module):
 
 
 class Projections(nn.Module):
-    """All seven of a Llama layer, without what stands between them."""
+    """All seven of a Llama layer, without what stands between them.
+
+    Each has a leaf of its own for x.  Else autograd would sum every dx [M, K] on the CPU, and the
+    host's time would contain arithmetic that a GPU does.
+    """
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -100,7 +104,9 @@ class Projections(nn.Module):
         self.block = GatedMLP(case)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return *(layer(x) for layer in self.attention), self.block(x)
+        leaves = [x.detach().requires_grad_() for _ in self.attention]
+        ys = [layer(leaf) for layer, leaf in zip(self.attention, leaves, strict=True)]
+        return *ys, self.block(x)
 
 
 class Step(nn.Module):

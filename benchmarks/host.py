@@ -1,13 +1,15 @@
-"""What a forward and a backward on a GPU cost the host, without a GPU: ``make bench ARGS=host``.
+"""The host's time of a forward and a backward on a GPU, without a GPU: ``make bench ARGS=host``.
 
-The Triton backend runs on tests/support/cuda_standin.py: layers of real sizes, for these decide
-launches, and every call down to the driver, which launches nothing.  All else is tiny, on one
-thread, so that only calls take time: PEFT's layer, base products, the others.
+The Triton backend runs on tests/support/cuda_standin.py: layers have real sizes, because sizes
+decide launches, and each launch runs down to the driver, which launches nothing.  PEFT's layer,
+the base products and all other contestants are tiny and run on one thread, so that only calls
+take time.
 
-To the measured ``both`` comes a modeled one: on a GPU each of torch's kernels costs the host some
-3 µs more.  What nobody adds: the look-up of device and stream, the driver's part of a launch.
+``both`` is measured: CPU time of the process.  It has no driver's part of a launch.  ``modeled``
+adds ``LAUNCH`` for each launch, torch's and Triton's alike.
 """
 
+import time
 from dataclasses import replace
 
 import cuda_standin
@@ -20,14 +22,17 @@ from .cases import Case
 from .lineup import make_tensors, makers_for
 from .measure import Step, in_turn, row_of, step_of, threads_for
 
+LAUNCH = 3e-6  # seconds of the driver's part: assumed, not measured
 TINY = ("peft", "frozen", "torch backend")
-# The last is by the default plan; of a block it is PEFT's, optimized.
+# "fastlora" runs the default plan; in the row of a block it is PEFT's, optimized.
 REAL = ("peft, optimized", "fused", "in place", "fastlora")
 
 
 def measure(case: Case, seconds: float) -> dict:
-    """A row.  ``kernels`` of a step: torch's, and Triton's."""
-    clock, steps, kernels = HostClock(torch.device("cpu")), {}, {}
+    """A row.  ``kernels`` counts the launches of a step: torch's, and Triton's."""
+    clock = HostClock(torch.device("cpu"), time.process_time)
+    steps: dict[str, Step] = {}
+    kernels: dict[str, list[int]] = {}
     # A group's layers, optimized, would really sum their large dx.
     real = REAL[1:] if len(case.outputs) > 1 and not case.is_block else REAL
     small = replace(case, M=2, K=8, outputs=(8,) * len(case.outputs), r=4, inner=8)
@@ -39,16 +44,15 @@ def measure(case: Case, seconds: float) -> dict:
                 step = step_of(each, contestant, tensors, clock)
                 with cuda_standin.counted() as launches:
                     step()
-                products = cuda_standin.torch_kernels(step)
-                kernels[name] = [products, launches.total]
-                steps[name] = with_modeled(step, products)
+                kernels[name] = [cuda_standin.torch_kernels(step), launches.total]
+                steps[name] = with_modeled(step, sum(kernels[name]))
         summary = in_turn(steps, seconds)
     return row_of(case, summary, kernels=kernels, failures={})
 
 
-def with_modeled(step: Step, kernels: int) -> Step:
+def with_modeled(step: Step, launches: int) -> Step:
     def run() -> dict[str, float]:
         seconds = step()
-        return seconds | {"modeled": seconds["both"] + 3e-6 * kernels}
+        return seconds | {"modeled": seconds["both"] + LAUNCH * launches}
 
     return run

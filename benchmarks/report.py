@@ -26,7 +26,8 @@ _TITLES = {
     "quantized": "A quantized base, over the frozen layer with the dequantized weight; dense base: "
     "fastlora over that. Peak: what torch allocates at the worst moment of a step.",
     "few": "CPU time of a call of few rows, one thread; optimized: after fastlora.optimize.",
-    "host": "What a step on a GPU costs the host: every launch but the driver's part (host.py).",
+    "host": "The host's time of a step on a GPU. forward, both: measured, without the driver's "
+    "part of launches; modeled: both + 3 µs for each launch, torch's and Triton's (assumed).",
     "gpu": "On the GPU. wall: what a caller waits for; graph: the forward in a CUDA graph; all "
     "else is the device's own time.",
     "sweep": "A step of eight LoRA configurations at once, over eight runs' steps one after the "
@@ -141,6 +142,8 @@ def brief(rows: list[dict]) -> str:
     """The few columns that a README shows: forward + backward, and what waits for the backward."""
     if any("peak" in row for row in rows):
         return _brief_of_blocks(rows)
+    if all(row["table"] == "host" for row in rows):
+        return _brief_of_hosts(rows)
     if all(not row.get("saved") for row in rows):
         return _brief_of_steps(rows)
     heads = ("frozen", "fastlora", "PEFT", "fastlora keeps", "PEFT keeps")
@@ -175,6 +178,19 @@ def _brief_of_steps(rows: list[dict]) -> str:
         for pair, (low, median, high) in row["ratios"]["step"].items():
             name, over = pair.split("/")
             lines.append((f"{row['id']}, {name}", over, f"{median:.2f} ({low:.2f}–{high:.2f})"))
+    return pipes(lines)
+
+
+def _brief_of_hosts(rows: list[dict]) -> str:
+    """Each ratio to PEFT's time as it was measured and as it is modeled, beside the goal."""
+    lines = [("", "launches", "PEFT's", "measured", "modeled", "goal")]
+    for row in rows:
+        goals = {each["ratio"]: each["limit"] for each in row["targets"]}
+        for name in (name for name in ("fastlora", "peft, optimized") if name in row["kernels"]):
+            pair = f"{name}/peft"
+            counts = [str(sum(row["kernels"][its])) for its in (name, "peft")]
+            medians = [f"{row['ratios'][time][pair][1]:.2f}" for time in ("both", "modeled")]
+            lines.append((f"{row['id']}, {name}", *counts, *medians, f"{goals[pair]:.2f}"))
     return pipes(lines)
 
 
