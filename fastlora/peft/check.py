@@ -186,9 +186,13 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
         with shared_masks(inner), _filled(inner) as filled:
             with undisturbed(inner):
                 fast = _run(model, batch)
-            with swapped_back(inner), undisturbed(inner), torch.compiler.set_stance("force_eager"):
-                with judge.watching(inner, report, mixed):  # compiled code would call no hook
-                    peft = _run(model, batch)
+            with (
+                swapped_back(inner),
+                undisturbed(inner),
+                judge.watching(inner, report, mixed),
+                torch.compiler.set_stance("force_eager"),  # compiled code would call no hook
+            ):
+                peft = _run(model, batch)
     packed = [quantised_weight(module) for module in inner.modules()]
     used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
     used |= {p.dtype for p in inner.parameters()} | judge.autocast

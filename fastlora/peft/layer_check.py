@@ -148,6 +148,8 @@ class Judge:
             kept = torch.zeros_like(dy, memory_format=torch.contiguous_format)
             kept.view(count, -1)[rows] = dy.reshape(count, -1)[rows]
             dy = kept
+        if dy is not None and dy.any():  # gradients are linear in it, and float16's may underflow
+            dy = dy * 2.0 ** (-4 - int(dy.abs().max().frexp().exponent))
         with call.surroundings(x):
             peft = call.run(unit, tensors, dy)
             with swapped_in(unit):
@@ -178,7 +180,7 @@ class Judge:
 
 
 class _Probe(torch.autograd.Function):
-    """y, whose gradient is shown to ``judge``.  autograd keeps the inputs, as checkpointing asks."""
+    """y, whose gradient is shown to ``judge``, with the inputs as autograd keeps them."""
 
     @staticmethod
     def forward(ctx, judge: Callable, y: Tensor, *tensors: Tensor) -> Tensor:
@@ -188,8 +190,9 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.judge(ctx.saved_tensors, dy.detach())
-        return None, dy, *[None for _ in ctx.saved_tensors]
+        tensors = ctx.saved_tensors  # once: checkpointing recomputes them for one reading
+        ctx.judge(tensors, dy.detach())
+        return None, dy, *[None for _ in tensors]
 
 
 class _Call(NamedTuple):
