@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # it imports PEFT
 # dtype of the run.  In 16 bits it is that of two blocks, and grows as √(blocks - 1): over 40 random
 # qwen3 models in bfloat16 the largest were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with
 # 32.  A fault in one layer hides below that: see layer_check.py.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 _STD = 0.02  # of the numbers that lora_B gets while it is zero: about those of trained adapters
 
 
@@ -195,14 +195,14 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
                 peft = _run(model, batch)
     packed = [quantised_weight(module) for module in inner.modules()]
     used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
-    used |= {p.dtype for p in inner.parameters()} | judge.autocast
-    dtype = max((dtype for dtype in _TOLERANCES if dtype in used), key=_TOLERANCES.__getitem__)
+    used |= {p.dtype for p in inner.parameters()} | judge.dtypes
+    dtype = max((dtype for dtype in TOLERANCES if dtype in used), key=TOLERANCES.__getitem__)
     if tolerance is None:
         # Blocks are counted by the numbers in layers' names.
         parts = [part for layer in report.layers for part in layer.name.split(".")]
         last = max([int(part) for part in parts if part.isdigit()], default=0)
         deeper = math.sqrt(max(1, last)) if dtype in HALF_DTYPES else 1.0
-        tolerance = _TOLERANCES[dtype] * deeper
+        tolerance = TOLERANCES[dtype] * deeper
     return Check(
         _differences(fast.loss, peft.loss)[0],
         _differences(fast.outputs, peft.outputs),

@@ -5,7 +5,7 @@ layer, and little along the adapter's own part of a result: there rounding error
 systematic error adds up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +23,9 @@ from ..layers.modules import has_sharded, plain_name
 from ..projection import HALF_DTYPES
 from ..report import Coverage
 from .baseline import SeededDropout
+from .check import TOLERANCES
 from .layer import swapped_in
 
-# The relative difference that rounding alone can make in a model, by the coarsest dtype of its run.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 _SHARE = 0.01  # of a result: a systematic error below it may be rounding
 _SIGMAS = 6.0  # of rounding: a large model has 10,000 measures, and a right one passes always
 _ROWS = 1024  # of x have an exact result: a GPU multiplies float32 up to 16 times slower
@@ -87,7 +86,7 @@ class Judge:
     """The layers' measures, which fill while the model runs inside of :meth:`watching`."""
 
     def __init__(self) -> None:
-        self.autocast: set[torch.dtype] = set()  # under which layers were called
+        self.dtypes: set[torch.dtype | None] = set()  # of calls, and of autocast around them
         self.zeros: set[str] = set()  # exact results that are zero, and say nothing
         self._measures: dict[str, dict[str, Measure]] = {}  # the worst of all calls
 
@@ -126,13 +125,13 @@ class Judge:
             return None
         device = tensors[0].device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.autocast |= {cast} - {None}
+        self.dtypes |= {cast, y.dtype, *(tensor.dtype for tensor in tensors)}
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         needs = [tensor.requires_grad for tensor in tensors]
         made = _Call(name, unit, others, needs, form, y.dtype, cast, asked_backend())
         if y.requires_grad:
             return _Probe.apply(partial(self._judge, made), y, *tensors)
-        self._judge(made, tensors, None)
+        self._judge(made, tuple(tensors), None)
         return None
 
     def _judge(self, call: "_Call", tensors: tuple[Tensor, ...], dy: Tensor | None) -> None:
@@ -154,13 +153,12 @@ class Judge:
             peft = call.run(unit, tensors, dy)
             with swapped_in(unit):
                 fast = call.run(unit, tensors, dy)
-        part = partial(_rows_of, rows=rows)
-        to_wide = lambda t: part(t).to(wide) if t.is_floating_point() else t  # noqa: E731
         exact_unit = _wide_twin(unit, wide, x.dtype, {})
         for module in exact_unit.modules():
             if isinstance(module, SeededDropout):
                 module.__dict__["rows"] = None if rows is None else (count, rows)
-        tensors, dy = tuple(map(to_wide, tensors)), None if dy is None else to_wide(dy)
+        tensors = tuple([_rows_of(tensor, rows, wide) for tensor in tensors])
+        dy = None if dy is None else _rows_of(dy, rows, wide)
         with torch.autocast(x.device.type, enabled=False):
             exact = call.run(exact_unit, tensors, dy)
             for module in exact_unit.modules():
@@ -169,11 +167,13 @@ class Judge:
             base = call.run(exact_unit, tensors, dy, of_parameters=False)
         of_layer = self._measures.setdefault(call.name, {})
         for name, truth in exact.items():
-            own = part if name in base else lambda t: t
-            found = [None if side.get(name) is None else own(side[name]) for side in (fast, peft)]
             if not truth.any():
                 self.zeros.add(f"{call.name}: {name}")
-            for measure in _measures(name, *found, truth, base.get(name), torch.finfo(dtype).eps):
+            of_rows = rows if name in base else None
+            found = [
+                _rows_of(each[name], of_rows) if name in each else None for each in (fast, peft)
+            ]
+            for measure in _measures(name, found, truth, base.get(name), torch.finfo(dtype).eps):
                 before = of_layer.get(measure.name)
                 if before is None or measure.excess > before.excess:
                     of_layer[measure.name] = measure
@@ -207,12 +207,13 @@ class _Call(NamedTuple):
     autocast: torch.dtype | None
     backend: str | None
 
-    def dtypes(self, tensors: tuple[Tensor, ...]) -> set[torch.dtype]:
+    def dtypes(self, tensors: tuple[Tensor, ...]) -> list[torch.dtype]:
         """All in which the call may compute."""
         packed = [quantised_weight(module) for module in self.unit.modules()]
         used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
         used |= {tensor.dtype for tensor in (*tensors, *self.unit.parameters())}
-        return (used | {self.dtype, self.autocast}) & TOLERANCES.keys()
+        used |= {self.dtype, self.autocast}
+        return [dtype for dtype in TOLERANCES if dtype in used]
 
     @contextmanager
     def surroundings(self, x: Tensor) -> Iterator[None]:
@@ -230,7 +231,7 @@ class _Call(NamedTuple):
         tensors: tuple[Tensor, ...],
         dy: Tensor | None,
         of_parameters: bool = True,
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Tensor]:
         """The output for these tensors, and the gradients for dy; the same masks each time."""
         inputs = [
             tensor.detach().requires_grad_(needs and dy is not None)
@@ -241,7 +242,7 @@ class _Call(NamedTuple):
         args, kwargs = tree_unflatten(leaves, self.form)
         with torch.set_grad_enabled(dy is not None), _same_masks(tensors[0].device):
             y = unit.forward(*args, **kwargs)
-            results: dict[str, Tensor | None] = {"output": y.detach()}
+            results = {"output": y.detach()}
             wanted = {f"gradient of input {i}": x for i, x in enumerate(inputs) if x.requires_grad}
             if of_parameters:
                 wanted |= {
@@ -251,7 +252,8 @@ class _Call(NamedTuple):
                 }
             if wanted and y.requires_grad:
                 gradients = torch.autograd.grad(y, [*wanted.values()], dy, allow_unused=True)
-                results |= zip(wanted, gradients, strict=True)
+                named = zip(wanted, gradients, strict=True)
+                results |= {name: each for name, each in named if each is not None}
         return results
 
 
@@ -273,7 +275,8 @@ def _same_masks(device: torch.device) -> Iterator[None]:
 
 def _is_whole(unit: nn.Module) -> bool:
     """Whether its parameters are all there: FSDP may have parts of them, or views in places."""
-    views = (v for module in unit.modules() for v in vars(module).values())
+    plain = [module for module in unit.modules() if quantised_weight(module) is None]
+    views = (value for module in plain for value in vars(module).values())
     return not has_sharded(unit) and not any(isinstance(view, Tensor) for view in views)
 
 
@@ -296,29 +299,34 @@ def _wide_twin(
         other = made[module] = twin(module, plain_class_of(module))
         parameters = module._parameters
     for name, p in parameters.items():
-        wide = p if p is None or not p.is_floating_point() else p.detach().to(dtype)
-        new = None if wide is None else nn.Parameter(wide, p.requires_grad)
-        other._parameters[name] = new
+        if p is not None:
+            p = nn.Parameter(p.detach().to(dtype), p.requires_grad) if p.is_floating_point() else p
+        other._parameters[name] = p
     for name in _OF_ACCELERATE:
         other.__dict__.pop(name, None)
-    for name, child in [] if packed is not None else module._modules.items():
+    for name, child in module._modules.items() if packed is None else ():
         other._modules[name] = None if child is None else _wide_twin(child, dtype, inside, made)
     return other
 
 
-def _rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    return tensor if rows is None else tensor.reshape(-1, tensor.shape[-1])[rows]
+def _rows_of(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """These rows, None is all, in this dtype; integers stay what they are."""
+    tensor = tensor if rows is None else tensor.reshape(-1, tensor.shape[-1])[rows]
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _measures(
     name: str,
-    fast: Tensor | None,
-    peft: Tensor | None,
+    found: Sequence[Tensor | None],
     truth: Tensor,
     base: Tensor | None,
     eps: float,
 ) -> Iterator[Measure]:
-    """One result's error, and its sizes.  ``base``: the exact one without the adapters."""
+    """One result's error, and its sizes.
+
+    ``found``: fastlora's and PEFT's.  ``base``: the exact one without the adapters.
+    """
+    fast, peft = found
     if peft is None or not peft.isfinite().all():
         return  # there is nothing to be as good as
     inf = float("inf")
