@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it imports PEFT
 # qwen3 models in bfloat16 the largest were 0.05 with 2 blocks, 0.19 with 8, 0.31 with 16, 0.42 with
 # 32.  A fault in one layer hides below that: see layer_check.py.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-_STD = 0.02  # of the numbers that lora_B gets while it is zero: about those of trained adapters
+_STD = 0.02  # standard deviation of a filled lora_B: about that of a trained one
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     layer in float32) with wide weights, which is taken as exact.  Its output and its gradients are
     right if fastlora's error is at most 2 × PEFT's own error + 2 units in the last place, and if
     neither the result nor the adapters' part of it is systematically too large or too small by
-    1 %, or by six standard deviations of rounding, if that is more.  For more than 1024 rows, the
-    exact result and the gradient are those of 1024 rows.  Layers that run PEFT's forward are not
+    1 %, or by six standard deviations of rounding, if that is more.  Beyond 1024 rows, 1024 rows
+    are compared, and the output's gradient is zero in the others.  Layers that run PEFT's forward are not
     judged.
 
     Compared between the two runs are the loss, every floating tensor of the output, and the
@@ -218,9 +218,9 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
 
 @contextmanager
 def _filled(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, no active lora_B is zero; afterwards each is, to the bit, as it was.
+    """Inside, no active lora_B is zero; at the end each one is restored bit for bit.
 
-    The names of the layers are yielded.  lora_B that is sharded, or without data, stays zero.
+    Yields the layers' names.  A lora_B that is sharded, or has no data, stays zero.
     """
     found = {
         name: layer.lora_B[adapter].weight

@@ -38,7 +38,7 @@ class Measure:
     """One number of a layer's call: fastlora's, PEFT's, and which of fastlora's are right.
 
     An error is ‖result - exact‖ / ‖exact‖.  A size is <result, D> / <exact, D>, where D is the
-    exact result or the part of it that the adapters make.  Right is ``middle`` ± ``allowed``.
+    exact result, or the adapters' part of it.  A right value is ``middle`` ± ``allowed``.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Measure:
 
     @property
     def excess(self) -> float:
-        """How far the value is from the middle, in units of what is allowed; NaN is infinite."""
+        """Distance from the middle, divided by the allowed distance; infinite for NaN."""
         excess = abs(self.value - self.middle) / self.allowed
         return excess if excess >= 0 else float("inf")
 
@@ -148,7 +148,7 @@ class Judge:
             kept.view(count, -1)[rows] = dy.reshape(count, -1)[rows]
             dy = kept
         if dy is not None and dy.any():  # gradients are linear in it, and float16's may underflow
-            dy = dy * 2.0 ** (-4 - int(dy.abs().max().frexp().exponent))
+            dy = dy * 2.0 ** (-4 - max(-120, int(dy.abs().max().frexp().exponent)))
         with call.surroundings(x):
             peft = call.run(unit, tensors, dy)
             with swapped_in(unit):
@@ -208,7 +208,7 @@ class _Call(NamedTuple):
     backend: str | None
 
     def dtypes(self, tensors: tuple[Tensor, ...]) -> list[torch.dtype]:
-        """All in which the call may compute."""
+        """The dtypes in which the call may compute."""
         packed = [quantised_weight(module) for module in self.unit.modules()]
         used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
         used |= {tensor.dtype for tensor in (*tensors, *self.unit.parameters())}
@@ -259,7 +259,7 @@ class _Call(NamedTuple):
 
 @contextmanager
 def _same_masks(device: torch.device) -> Iterator[None]:
-    """Inside, dropout draws the same numbers in every call; afterwards those that it would have."""
+    """Inside, dropout draws the same numbers in every call.  The random state is put back."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])
@@ -285,7 +285,7 @@ def _wide_twin(
 ) -> nn.Module:
     """A module that computes the same in this dtype, with weights and gradients of its own.
 
-    ``inside``: in which a packed weight without a dtype is unpacked.  ``made``: twins of modules.
+    ``inside``: the dtype for unpacking a weight that names none.  ``made``: twins of modules.
     """
     if module in made:
         return made[module]
@@ -310,7 +310,7 @@ def _wide_twin(
 
 
 def _rows_of(tensor: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """These rows, None is all, in this dtype; integers stay what they are."""
+    """The rows with these numbers (None: all rows) in this dtype; integers keep theirs."""
     tensor = tensor if rows is None else tensor.reshape(-1, tensor.shape[-1])[rows]
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
