@@ -137,8 +137,8 @@ def check(model: nn.Module, batch: Any, *, tolerance: float | None = None) -> Ch
     right if fastlora's error is at most 2 × PEFT's own error + 2 units in the last place, and if
     neither the result nor the adapters' part of it is systematically too large or too small by
     1 %, or by six standard deviations of rounding, if that is more.  Beyond 1024 rows, 1024 rows
-    are compared, and the output's gradient is zero in the others.  Layers that run PEFT's forward are not
-    judged.
+    are compared, and the output's gradient is zero in the others.  Layers that run PEFT's forward
+    are not judged.
 
     Compared between the two runs are the loss, every floating tensor of the output, and the
     gradient of every parameter that trains and of every input that requires it.  In 16 bits
