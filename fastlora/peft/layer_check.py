@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..backends import asked_backend, use_backend
-from ..formats import PackedLayer, quantised_weight
+from ..formats import PackedLayer, quantized_weight
 from ..layers.members import plain_class_of, twin
 from ..layers.modules import has_sharded, plain_name
 from ..projection import HALF_DTYPES
@@ -209,7 +209,7 @@ class _Call(NamedTuple):
 
     def dtypes(self, tensors: tuple[Tensor, ...]) -> list[torch.dtype]:
         """The dtypes in which the call may compute."""
-        packed = [quantised_weight(module) for module in self.unit.modules()]
+        packed = [quantized_weight(module) for module in self.unit.modules()]
         used = {layer.compute_dtype for layer in packed if isinstance(layer, PackedLayer)}
         used |= {tensor.dtype for tensor in (*tensors, *self.unit.parameters())}
         used |= {self.dtype, self.autocast}
@@ -275,7 +275,7 @@ def _same_masks(device: torch.device) -> Iterator[None]:
 
 def _is_whole(unit: nn.Module) -> bool:
     """Whether its parameters are all there: FSDP may have parts of them, or views in places."""
-    plain = [module for module in unit.modules() if quantised_weight(module) is None]
+    plain = [module for module in unit.modules() if quantized_weight(module) is None]
     views = (value for module in plain for value in vars(module).values())
     return not has_sharded(unit) and not any(isinstance(view, Tensor) for view in views)
 
@@ -289,7 +289,7 @@ def _wide_twin(
     """
     if module in made:
         return made[module]
-    packed = quantised_weight(module)
+    packed = quantized_weight(module)
     if isinstance(packed, PackedLayer):
         weight = packed.weight.dense(packed.compute_dtype or inside)
         other = made[module] = nn.Linear(1, 1, bias=False, device="meta")
