@@ -178,6 +178,18 @@ def swapped_back(model: nn.Module) -> Iterator[None]:
         mlp.take(blocks, PeftGatedMLP)
 
 
+@contextmanager
+def swapped_in(unit: nn.Module) -> Iterator[None]:
+    """Inside, a layer or a gated MLP of a model that runs PEFT's own forwards is fast."""
+    modules = list(unit.modules())
+    layers, blocks = swap_all(modules), mlp.take([unit], PeftGatedMLP)
+    try:
+        yield
+    finally:
+        mlp.give_back(blocks)
+        unswap_all(layers)
+
+
 class PeftGatedMLP(mlp.GatedMLP):
     """What an optimized gated MLP becomes, whose layers are PEFT's, or have no adapter."""
 

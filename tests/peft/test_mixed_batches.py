@@ -228,3 +228,13 @@ def test_compiled_layers_take_the_names_of_each_call():
         torch.testing.assert_close(
             compiled(rows(), adapter_names=names), model(rows(), adapter_names=names)
         )
+
+
+def test_check_judges_the_layers_of_a_mixed_batch():
+    """One by one, since they get the names: not a gated MLP as a whole."""
+    model = many(gemma3())
+    found = fastlora.check(model, {"input_ids": BATCH, "labels": BATCH, "adapter_names": NAMES})
+    assert found, str(found)
+    count = len(found.coverage.layers)
+    assert f"{count} of {count} fast layers judged, all right" in str(found)
+    assert len(found.layers) == count
